@@ -1,0 +1,41 @@
+# Everything runs on a fresh Debian or Ubuntu machine that has git, make and Python 3.11; as root, since a real Docker
+# Engine is started. What is missing is installed first; nothing of the host's own engine is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench format clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## the main job on a real engine with eight simulated GPUs
+	$(BIN)/python -m tests.rig.demo
+
+test: $(STAMP) ## all tests, on a real engine and a real etcd
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(STAMP) ## gpudock beside the docker command line, in one run
+	$(BIN)/python -m benchmarks
+
+lint: $(STAMP) ## types, style, the import contract, the protos
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+
+format: $(STAMP) ## put the code in its form
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove what was built
+	rm -rf $(VENV) dist client/gpudock/v1 .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(STAMP): pyproject.toml hatch_build.py $(wildcard protos/gpudock/v1/*.proto) scripts/install-prerequisites
+	./scripts/install-prerequisites
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[server,dev]'
+	touch $(STAMP)
