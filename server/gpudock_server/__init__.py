@@ -1,0 +1,1 @@
+"""gpudockd: the daemon that gives people GPU containers on a host and changes them while they live."""

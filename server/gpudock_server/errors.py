@@ -1,0 +1,521 @@
+"""Domain errors: a reason that programs act on, typed fields, and a sentence for people.
+
+Nothing here knows of gRPC; `code` is a number of google.rpc.Code, the vocabulary that operations store. A subclass is
+a dataclass: each of its fields becomes an entry of the error's metadata, so that no dynamic value is found in the
+message alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from datetime import timedelta
+from enum import IntEnum
+from typing import ClassVar
+
+from typing_extensions import override
+
+
+class Code(IntEnum):
+    """google.rpc.Code, as far as it is used here."""
+
+    CANCELLED = 1
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    UNAUTHENTICATED = 16
+
+
+@dataclass(eq=False)
+class GpudockError(Exception):
+    """The base of all that a caller may be told."""
+
+    code: ClassVar[Code]
+    reason: ClassVar[str]
+    # Whether the same call may succeed soon, and after how long a caller should try.
+    retry_after: ClassVar[timedelta | None] = None
+
+    # One sentence that says what happened and, where it can, what to do; filled from `metadata`.
+    template: ClassVar[str]
+
+    @property
+    def message(self) -> str:
+        """The sentence for people."""
+        return self.template.format_map({name: value or "none" for name, value in self.metadata.items()})
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Every dynamic value of the message, as text."""
+        return {field.name: _text(getattr(self, field.name)) for field in fields(self)}
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def _text(value: object) -> str:
+    if isinstance(value, tuple | list):
+        return ",".join(str(item) for item in value)
+    return str(value)
+
+
+@dataclass(frozen=True)
+class FieldViolation:
+    """What is wrong with one field; `field` is its path in the request, as in `spec.ports[2].host_port`."""
+
+    field: str
+    description: str
+
+
+@dataclass(eq=False)
+class InvalidArgument(GpudockError):
+    """Everything that is wrong with a request, at once."""
+
+    code = Code.INVALID_ARGUMENT
+    reason = "INVALID_ARGUMENT"
+    violations: tuple[FieldViolation, ...]
+
+    @property
+    @override
+    def message(self) -> str:
+        return "; ".join(f"{violation.field}: {violation.description}" for violation in self.violations)
+
+    @property
+    @override
+    def metadata(self) -> dict[str, str]:
+        return {"fields": _text([violation.field for violation in self.violations])}
+
+
+@dataclass(eq=False)
+class RequestIdReused(GpudockError):
+    """A request id came again with other arguments."""
+
+    code = Code.INVALID_ARGUMENT
+    reason = "REQUEST_ID_REUSED"
+    template = "request_id {request_id} was used before with other arguments; choose a new one"
+    request_id: str
+
+
+@dataclass(eq=False)
+class ContainerNotFound(GpudockError):
+    """No container has this name."""
+
+    code = Code.NOT_FOUND
+    reason = "CONTAINER_NOT_FOUND"
+    template = "there is no container {container!r}"
+    container: str
+
+
+@dataclass(eq=False)
+class ContainerExists(GpudockError):
+    """The name is taken."""
+
+    code = Code.ALREADY_EXISTS
+    reason = "CONTAINER_EXISTS"
+    template = "container {container!r} exists already"
+    container: str
+
+
+@dataclass(eq=False)
+class ContainerNotRunning(GpudockError):
+    """Something that only a running container can have done to it."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "CONTAINER_NOT_RUNNING"
+    template = "container {container!r} is {state}, and this needs it running"
+    container: str
+    state: str
+
+
+@dataclass(eq=False)
+class ContainerRunning(GpudockError):
+    """Something that only a stopped container can have done to it."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "CONTAINER_RUNNING"
+    template = "container {container!r} is {state}; stop it first, or force"
+    container: str
+    state: str
+
+
+@dataclass(eq=False)
+class ContainerPaused(GpudockError):
+    """Something that a frozen container cannot have done to it."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "CONTAINER_PAUSED"
+    template = "container {container!r} is paused; unpause it first"
+    container: str
+
+
+@dataclass(eq=False)
+class ContainerNotPaused(GpudockError):
+    """There is nothing to thaw."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "CONTAINER_NOT_PAUSED"
+    template = "container {container!r} is {state}, not paused"
+    container: str
+    state: str
+
+
+@dataclass(eq=False)
+class ContainerBusy(GpudockError):
+    """Two operations on one container never run together."""
+
+    code = Code.ABORTED
+    reason = "CONTAINER_BUSY"
+    template = "operation {operation_id} is at work on container {container!r}; watch it, then try again"
+    retry_after = timedelta(seconds=1)
+    container: str
+    operation_id: str
+
+
+@dataclass(eq=False)
+class StaleEtag(GpudockError):
+    """The container is not what the caller has seen."""
+
+    code = Code.ABORTED
+    reason = "STALE_ETAG"
+    template = "container {container!r} has changed since etag {etag}; read it again"
+    container: str
+    etag: str
+    current_etag: str
+
+
+@dataclass(eq=False)
+class WrongNode(GpudockError):
+    """Only the daemon beside the engine can change a container."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "WRONG_NODE"
+    template = "container {container!r} lives on node {node!r} ({address}); call that one"
+    container: str
+    node: str
+    address: str
+
+
+@dataclass(eq=False)
+class NodeNotFound(GpudockError):
+    """No daemon of this name is alive."""
+
+    code = Code.NOT_FOUND
+    reason = "NODE_NOT_FOUND"
+    template = "there is no node {node!r} here"
+    node: str
+
+
+@dataclass(eq=False)
+class OperationNotFound(GpudockError):
+    """No operation has this id, or it ended long ago."""
+
+    code = Code.NOT_FOUND
+    reason = "OPERATION_NOT_FOUND"
+    template = "there is no operation {operation_id!r}; ended ones are kept for 24 hours"
+    operation_id: str
+
+
+@dataclass(eq=False)
+class OperationNotCancellable(GpudockError):
+    """It is too late to undo."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "OPERATION_NOT_CANCELLABLE"
+    template = "operation {operation_id} is {state} and past the point where it could be undone"
+    operation_id: str
+    state: str
+
+
+@dataclass(eq=False)
+class OperationCancelled(GpudockError):
+    """A caller took it back."""
+
+    code = Code.CANCELLED
+    reason = "OPERATION_CANCELLED"
+    template = "operation {operation_id} was cancelled and undone"
+    operation_id: str
+
+
+@dataclass(eq=False)
+class GpuExhausted(GpudockError):
+    """Not enough cards that match are free; none was taken."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "GPU_EXHAUSTED"
+    template = (
+        "{requested} GPUs were asked for; {matching} that match are free ({free} free in all, of {total};"
+        " not handed out: {unhealthy})"
+    )
+    requested: int
+    free: int
+    matching: int
+    total: int
+    unhealthy: tuple[str, ...] = ()
+
+
+@dataclass(eq=False)
+class GpuNotFound(GpudockError):
+    """Cards that the driver does not show."""
+
+    code = Code.NOT_FOUND
+    reason = "GPU_NOT_FOUND"
+    template = "this node has no GPU {uuids}; it has {available}"
+    uuids: tuple[str, ...]
+    available: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class GpuUnhealthy(GpudockError):
+    """A card that must not be handed out."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "GPU_UNHEALTHY"
+    template = "GPU {uuid} is {health} and is not handed out: {detail}"
+    uuid: str
+    health: str
+    detail: str
+
+
+@dataclass(eq=False)
+class GpuBusy(GpudockError):
+    """A card that was asked for by UUID and is held."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "GPU_BUSY"
+    template = "GPU {uuid} is held by container {container!r}"
+    uuid: str
+    container: str
+
+
+@dataclass(eq=False)
+class PortExhausted(GpudockError):
+    """The range is used up; no port was taken."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "PORT_EXHAUSTED"
+    template = "{requested} host ports were asked for; {free} are free in {first}-{last}"
+    requested: int
+    free: int
+    first: int
+    last: int
+
+
+@dataclass(eq=False)
+class PortInUse(GpudockError):
+    """A port that was asked for by number is held, or something on the host listens on it."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "PORT_IN_USE"
+    template = "host port {host_port}/{protocol} is in use by {holder}"
+    host_port: int
+    protocol: str
+    holder: str
+
+
+@dataclass(eq=False)
+class ImageNotFound(GpudockError):
+    """The image is not on this host."""
+
+    code = Code.NOT_FOUND
+    reason = "IMAGE_NOT_FOUND"
+    template = "the engine has no image {image!r}; it has {available}"
+    image: str
+    available: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class ImagePullFailed(GpudockError):
+    """The registry said no, or did not answer."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "IMAGE_PULL_FAILED"
+    template = "image {image!r} could not be pulled: {detail}"
+    image: str
+    detail: str
+
+
+@dataclass(eq=False)
+class VolumeNotFound(GpudockError):
+    """A mount names a volume that does not exist."""
+
+    code = Code.NOT_FOUND
+    reason = "VOLUME_NOT_FOUND"
+    template = "the engine has no volume {volume!r}, and none is made as a side effect of a mount; it has {available}"
+    volume: str
+    available: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class HostPathForbidden(GpudockError):
+    """A mount of a host path outside the allow-list."""
+
+    code = Code.PERMISSION_DENIED
+    reason = "HOST_PATH_FORBIDDEN"
+    template = (
+        "{host_path!r} is not a path without links below what this daemon may mount ({allowed}); its operator sets"
+        " allowed_host_paths"
+    )
+    host_path: str
+    allowed: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class RestartRequired(GpudockError):
+    """LIVE was asked of a change that needs a new engine container."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "RESTART_REQUIRED"
+    template = "{changes} of container {container!r} cannot change live; use AUTO or RECREATE"
+    container: str
+    changes: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class StartFailed(GpudockError):
+    """The engine could not start it, or it ended at once."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "START_FAILED"
+    template = "container {container!r} did not start: {detail}"
+    container: str
+    detail: str
+
+
+@dataclass(eq=False)
+class LayerCarryFailed(GpudockError):
+    """The files could not be carried; they are where they were."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "LAYER_CARRY_FAILED"
+    template = "the writable layer could not be carried by {method}: {detail}"
+    method: str
+    detail: str
+
+
+@dataclass(eq=False)
+class ExecExists(GpudockError):
+    """An exec of this id runs."""
+
+    code = Code.ALREADY_EXISTS
+    reason = "EXEC_EXISTS"
+    template = "exec {exec_id!r} runs already"
+    exec_id: str
+
+
+@dataclass(eq=False)
+class ExecLimit(GpudockError):
+    """Each exec costs memory and a connection to the engine."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "EXEC_LIMIT"
+    template = "{limit} commands run through this daemon, which is its limit"
+    limit: int
+
+
+@dataclass(eq=False)
+class DiskFull(GpudockError):
+    """Checked before anything is moved."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "DISK_FULL"
+    template = "{path} has {available_bytes} bytes left and {needed_bytes} are needed"
+    path: str
+    needed_bytes: int
+    available_bytes: int
+
+
+@dataclass(eq=False)
+class EngineUnavailable(GpudockError):
+    """The engine did not answer, so nobody knows whether it did what it was asked."""
+
+    code = Code.UNAVAILABLE
+    reason = "ENGINE_UNAVAILABLE"
+    template = "the container engine is out of reach ({call}: {detail})"
+    retry_after = timedelta(seconds=5)
+    call: str
+    detail: str
+
+
+@dataclass(eq=False)
+class EngineRejected(GpudockError):
+    """The engine answered that it will not, or cannot. `status` is the HTTP status of its answer."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "ENGINE_REJECTED"
+    template = "the container engine refused to {call}: {detail}"
+    call: str
+    status: int
+    detail: str
+
+
+@dataclass(eq=False)
+class StoreUnavailable(GpudockError):
+    """The store did not answer. A write may or may not have happened; the same request_id finds out."""
+
+    code = Code.UNAVAILABLE
+    reason = "STORE_UNAVAILABLE"
+    template = "etcd is out of reach ({detail}); try again with the same request_id"
+    retry_after = timedelta(seconds=5)
+    detail: str
+
+
+@dataclass(eq=False)
+class ResumeTokenExpired(GpudockError):
+    """What the token points at has been compacted away."""
+
+    code = Code.OUT_OF_RANGE
+    reason = "RESUME_TOKEN_EXPIRED"
+    template = "the page or resume token is too old; begin again"
+    token: str
+
+
+@dataclass(eq=False)
+class ShuttingDown(GpudockError):
+    """The daemon takes no new work."""
+
+    code = Code.UNAVAILABLE
+    reason = "SHUTTING_DOWN"
+    template = "this daemon is shutting down; operations go on when it starts again"
+    retry_after = timedelta(seconds=5)
+
+
+@dataclass(eq=False)
+class Unauthenticated(GpudockError):
+    """Who is calling is not known."""
+
+    code = Code.UNAUTHENTICATED
+    reason = "UNAUTHENTICATED"
+    detail: str
+
+    @property
+    @override
+    def message(self) -> str:
+        return self.detail
+
+
+@dataclass(eq=False)
+class Recorded(GpudockError):
+    """The error that an ended operation was recorded with, given to whoever asks later."""
+
+    code = Code.INTERNAL
+    reason = "INTERNAL"
+    recorded_code: int
+    recorded_reason: str
+    recorded_message: str
+    recorded_metadata: dict[str, str]
+
+    @property
+    @override
+    def message(self) -> str:
+        return self.recorded_message
+
+    @property
+    @override
+    def metadata(self) -> dict[str, str]:
+        return self.recorded_metadata

@@ -1,0 +1,111 @@
+"""What a transaction on the store is made of.
+
+A transaction is a list of these. All of them happen, or none: each that names a condition is checked, and the first
+that does not hold is what `StoreConflict` carries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpudock_server.model.claims import ClaimKey, Holder
+from gpudock_server.model.container import Container, ContainerRevision
+from gpudock_server.model.operation import Operation, RequestRecord
+
+
+@dataclass(frozen=True, slots=True)
+class LockContainer:
+    """Condition: no operation has the name locked."""
+
+    name: str
+    operation_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnlockContainer:
+    """Condition: this operation holds the lock."""
+
+    name: str
+    operation_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Condition: nobody holds `key` on this host."""
+
+    host: str
+    key: ClaimKey
+    holder: Holder
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Gives `key` its final holder; condition: `holder.uid` holds it already."""
+
+    host: str
+    key: ClaimKey
+    holder: Holder
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Gives `key` back if `uid` holds it; what another holds, or nobody, is left alone."""
+
+    host: str
+    key: ClaimKey
+    uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class PutContainer:
+    """Condition: the head's version is `expect`; 0 is "there is none"."""
+
+    container: Container
+    expect: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteContainer:
+    """Removes a head and all its revisions; condition: the head's version is `expect`."""
+
+    name: str
+    uid: str
+    expect: int
+
+
+@dataclass(frozen=True, slots=True)
+class PutRevision:
+    """Condition: this revision does not exist."""
+
+    revision: ContainerRevision
+
+
+@dataclass(frozen=True, slots=True)
+class PutOperation:
+    """Condition: the operation's version is `expect`; 0 is "there is none". An ended one expires by lease."""
+
+    operation: Operation
+    expect: int
+
+
+@dataclass(frozen=True, slots=True)
+class PutRequest:
+    """Condition: nobody used this request id. `ended`: from now it expires by lease, and the condition is dropped."""
+
+    request_id: str
+    record: RequestRecord
+    ended: bool = False
+
+
+Change = (
+    LockContainer
+    | UnlockContainer
+    | Claim
+    | Keep
+    | Release
+    | PutContainer
+    | DeleteContainer
+    | PutRevision
+    | PutOperation
+    | PutRequest
+)

@@ -1,0 +1,167 @@
+"""What the engine shows, in our words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+
+from gpudock_server.model.container import Placement
+from gpudock_server.model.record import Record
+from gpudock_server.model.spec import ContainerSpec
+
+LABEL_UID = "gpudock.uid"
+LABEL_NAME = "gpudock.name"
+LABEL_NODE = "gpudock.node"
+LABEL_REVISION = "gpudock.revision"
+LABEL_OPERATION = "gpudock.operation"
+RESERVED_LABEL_PREFIX = "gpudock."
+
+
+class EngineInfo(Record):
+    """The engine itself. `memory_bytes` is the host's; `root_dir` is a path on the engine's host."""
+
+    id: str
+    version: str
+    api_version: str
+    storage_driver: str
+    root_dir: str
+    cpus: int
+    memory_bytes: int
+    operating_system: str = ""
+    gpu_runtime: bool = True
+
+
+class EngineImage(Record):
+    """An image that the engine has. `volumes` are the targets of its VOLUME lines."""
+
+    id: str
+    size_bytes: int = 0
+    env: tuple[str, ...] = ()
+    volumes: tuple[str, ...] = ()
+
+
+class EngineState(StrEnum):
+    """The engine's own words for a container's state."""
+
+    CREATED = "created"
+    RUNNING = "running"
+    PAUSED = "paused"
+    RESTARTING = "restarting"
+    REMOVING = "removing"
+    EXITED = "exited"
+    DEAD = "dead"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineContainer:
+    """An engine container as inspect shows it.
+
+    `upper_dir` is the path of its writable layer on the engine's host; empty where the engine does not show one (the
+    containerd image store, another storage driver than overlay2). `pid` is 0 unless it runs. `volumes` maps targets
+    to the names of engine volumes mounted there, anonymous ones included.
+    """
+
+    id: str
+    name: str
+    image_id: str
+    state: EngineState
+    pid: int
+    exit_code: int
+    oom_killed: bool
+    error: str
+    labels: dict[str, str]
+    gpu_uuids: tuple[str, ...]
+    upper_dir: str = ""
+    storage_driver: str = ""
+    volumes: dict[str, str] = field(default_factory=dict)
+    cpus: float = 0.0
+    memory_bytes: int = 0
+    restart_count: int = 0
+    health: str = ""
+    start_time: datetime | None = None
+    finish_time: datetime | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether a process of it lives (a paused one does, and one that the engine is about to restart may)."""
+        return self.state in (EngineState.RUNNING, EngineState.PAUSED, EngineState.RESTARTING)
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """Everything needed to create an engine container. `name` is unique to the operation that makes it.
+
+    `volumes` (target -> engine volume) are anonymous volumes taken over from a predecessor.
+    """
+
+    name: str
+    image_id: str
+    spec: ContainerSpec
+    placement: Placement
+    hostname: str
+    labels: dict[str, str]
+    volumes: dict[str, str] = field(default_factory=dict)
+
+
+class EngineEventKind(StrEnum):
+    """The events that change what we know of a container."""
+
+    START = "start"
+    DIE = "die"
+    OOM = "oom"
+    PAUSE = "pause"
+    UNPAUSE = "unpause"
+    DESTROY = "destroy"
+    HEALTH = "health_status"
+    RENAME = "rename"
+    UPDATE = "update"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineEvent:
+    """Something happened to one of our engine containers. `time_nanos` is a resume token for `Engine.events`."""
+
+    kind: EngineEventKind
+    engine_id: str
+    labels: dict[str, str]
+    time_nanos: int
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryAuth:
+    """Credentials for one pull; they live in memory only and are never stored or logged."""
+
+    username: str = ""
+    password: str = field(default="", repr=False)
+    identity_token: str = field(default="", repr=False)
+    server_address: str = ""
+
+
+class ExecStream(StrEnum):
+    """Which of a process's outputs a chunk came from; with a TTY everything is STDOUT."""
+
+    STDOUT = "stdout"
+    STDERR = "stderr"
+
+
+@dataclass(frozen=True, slots=True)
+class ExecRequest:
+    """A process to run inside a running container. `size` is (rows, columns) of its terminal."""
+
+    command: tuple[str, ...]
+    env: dict[str, str] = field(default_factory=dict)
+    working_dir: str = ""
+    user: str = ""
+    tty: bool = False
+    stdin: bool = False
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExecStatus:
+    """How an exec stands; `exit_code` is None while it runs. `pid` is of the engine's host, 0 before it started."""
+
+    running: bool
+    exit_code: int | None
+    pid: int

@@ -1,0 +1,153 @@
+"""Operations: what is being done to an object, how far it has come, and what each step made.
+
+An operation is the journal of a saga. Its record is written before the first step and after every step, so that a
+daemon that starts finds out exactly what the one before it had reached.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+
+from pydantic import Field
+
+from gpudock_server.model.container import Container, Placement, PortBinding
+from gpudock_server.model.record import JsonObject, Record
+
+
+class OperationKind(StrEnum):
+    """What an operation does."""
+
+    CREATE = "CREATE"
+    START = "START"
+    STOP = "STOP"
+    RESTART = "RESTART"
+    PAUSE = "PAUSE"
+    UNPAUSE = "UNPAUSE"
+    DELETE = "DELETE"
+    SCALE = "SCALE"
+
+
+class OperationState(StrEnum):
+    """PLANNED is the answer to `validate_only` and is never stored."""
+
+    PLANNED = "PLANNED"
+    RUNNING = "RUNNING"
+    UNDOING = "UNDOING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing will change any more."""
+        return self in (OperationState.SUCCEEDED, OperationState.FAILED, OperationState.CANCELLED)
+
+
+class StageState(StrEnum):
+    """Where a stage stands."""
+
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    DONE = "DONE"
+    UNDONE = "UNDONE"
+
+
+class Stage(Record):
+    """One step of the saga. `facts` is what its `do` made, for whoever comes after, or undoes it."""
+
+    name: str
+    state: StageState = StageState.PENDING
+    start_time: datetime | None = None
+    end_time: datetime | None = None
+    facts: JsonObject = Field(default_factory=dict)
+
+
+class CarryMethod(StrEnum):
+    """How a writable layer gets from an engine container to its successor."""
+
+    NONE = "NONE"
+    EXCHANGE = "EXCHANGE"
+    COPY = "COPY"
+    COMMIT = "COMMIT"
+
+
+class OperationPlan(Record):
+    """What an operation will do, known before it begins.
+
+    `placement` is what the container has afterwards; on `validate_only`, what it would have been given just now.
+    """
+
+    stages: tuple[str, ...] = ()
+    placement: Placement = Placement()
+    kept_gpu_uuids: tuple[str, ...] = ()
+    claimed_gpu_uuids: tuple[str, ...] = ()
+    released_gpu_uuids: tuple[str, ...] = ()
+    claimed_ports: tuple[PortBinding, ...] = ()
+    bytes_to_move: int = 0
+    bytes_available: int = 0
+    restarts_process: bool = False
+    carry_method: CarryMethod = CarryMethod.NONE
+    warnings: tuple[str, ...] = ()
+
+
+class RecordedError(Record):
+    """A domain error as it is kept with an ended operation. `code` is a number of google.rpc.Code."""
+
+    code: int
+    reason: str
+    message: str
+    metadata: dict[str, str] = Field(default_factory=dict)
+
+
+class Operation(Record):
+    """A change of one object, from its lock to its result.
+
+    `committed`: past the point of no return, it is only driven forward. `arguments` belong to the saga of its kind.
+    """
+
+    id: str
+    kind: OperationKind
+    container: str
+    container_uid: str
+    node: str
+    state: OperationState
+    stages: tuple[Stage, ...] = ()
+    committed: bool = False
+    cancel_requested: bool = False
+    arguments: JsonObject = Field(default_factory=dict)
+    plan: OperationPlan = OperationPlan()
+    request_id: str = ""
+    request_digest: str = ""
+    message: str = ""
+    error: RecordedError | None = None
+    result: Container | None = None
+    create_time: datetime
+    update_time: datetime
+    end_time: datetime | None = None
+
+    @property
+    def current_stage(self) -> str:
+        """The stage that is running; empty when none is."""
+        return next((stage.name for stage in self.stages if stage.state is StageState.RUNNING), "")
+
+    def facts(self, stage_name: str) -> JsonObject:
+        """What a stage made; empty when it has not been done."""
+        return next((stage.facts for stage in self.stages if stage.name == stage_name), {})
+
+    def changed(self, **changes: object) -> Operation:
+        """A copy with some fields replaced."""
+        return self.model_copy(update=changes)
+
+    def with_stage(self, index: int, **changes: object) -> Operation:
+        """A copy with one stage's fields replaced."""
+        stages = list(self.stages)
+        stages[index] = stages[index].model_copy(update=changes)
+        return self.changed(stages=tuple(stages))
+
+
+class RequestRecord(Record):
+    """What a `request_id` stood for: the operation it began, and a digest of the arguments it came with."""
+
+    operation_id: str
+    digest: str

@@ -1,0 +1,329 @@
+"""What core needs of the world: an engine, a store, cards, and a way to carry a writable layer.
+
+Adapters implement these; core speaks nothing else. Every method may raise the errors named in its protocol's
+docstring, and no others that a caller should see. Every call is bounded in time by its adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from gpudock_server.model.changes import Change
+from gpudock_server.model.claims import ClaimTable
+from gpudock_server.model.container import Container, ContainerRevision
+from gpudock_server.model.engine import (
+    Blueprint,
+    EngineContainer,
+    EngineEvent,
+    EngineImage,
+    EngineInfo,
+    ExecRequest,
+    ExecStatus,
+    ExecStream,
+    RegistryAuth,
+)
+from gpudock_server.model.gpu import GpuSnapshot
+from gpudock_server.model.node import NodeRecord
+from gpudock_server.model.operation import CarryMethod, Operation, RequestRecord
+from gpudock_server.model.record import Record
+
+T = TypeVar("T")
+
+# Called with (current, total) bytes; total 0 is "not known yet".
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Versioned(Generic[T]):
+    """A stored value with the version to compare and set against; 0 never names an existing one."""
+
+    value: T
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerView:
+    """A head together with the operation that has it locked (empty: none), read at one moment."""
+
+    container: Container
+    version: int
+    operation_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """A part of a consistent listing. `next_token` is empty on the last."""
+
+    items: tuple[T, ...]
+    next_token: str
+
+
+class StoreConflict(Exception):
+    """A condition of a transaction did not hold, so none of it happened.
+
+    `change` is the first whose condition failed; `found` is what stands there: an operation id for a lock, a Holder
+    for a claim, a Versioned record otherwise, None where nothing does.
+    """
+
+    def __init__(self, change: Change, found: object) -> None:
+        super().__init__(f"{change} met {found}")
+        self.change = change
+        self.found = found
+
+
+class Store(Protocol):
+    """The truth. Raises StoreUnavailable when it does not answer within its timeout.
+
+    `apply` resolves what a timeout leaves open: while it has time it finds out, by reading back, whether the
+    transaction happened, and only then gives up with StoreUnavailable.
+    """
+
+    async def apply(self, changes: Sequence[Change]) -> int:
+        """Do all of `changes` or none; the version that the things put now have. Raises StoreConflict."""
+        ...
+
+    async def container(self, name: str) -> ContainerView | None:
+        """A head and its lock, in one read."""
+        ...
+
+    async def containers(self, *, page_size: int, page_token: str) -> Page[ContainerView]:
+        """Heads in the order of their names; every page shows the moment of the first. Raises ResumeTokenExpired."""
+        ...
+
+    async def revisions(self, uid: str) -> tuple[ContainerRevision, ...]:
+        """A container's history, oldest first."""
+        ...
+
+    async def claims(self, host: str) -> ClaimTable:
+        """All claims of a host, at one moment."""
+        ...
+
+    async def operation(self, operation_id: str) -> Versioned[Operation] | None:
+        """An operation that has not expired."""
+        ...
+
+    async def operations(self, *, page_size: int, page_token: str) -> Page[Operation]:
+        """Operations in the order of their ids; pages as in `containers`."""
+        ...
+
+    async def unfinished(self, node: str) -> tuple[Versioned[Operation], ...]:
+        """Operations of `node` that have not ended, found by the locks they hold."""
+        ...
+
+    async def request(self, request_id: str) -> RequestRecord | None:
+        """What a request id stood for."""
+        ...
+
+    async def nodes(self) -> tuple[NodeRecord, ...]:
+        """Every daemon that is alive."""
+        ...
+
+    async def ping(self) -> str:
+        """The store's version; raises StoreUnavailable."""
+        ...
+
+
+class ExecSession(Protocol):
+    """A process inside a container, with its streams. Raises EngineUnavailable, EngineRejected."""
+
+    def read(self) -> AsyncIterator[tuple[ExecStream, bytes]]:
+        """Output as it comes; ends when the process has closed its side. Not reading holds the process back."""
+        ...
+
+    async def write(self, data: bytes) -> None:
+        """Give `data` to its stdin; returns when the engine has taken it."""
+        ...
+
+    async def close_stdin(self) -> None:
+        """End its stdin; its output goes on."""
+        ...
+
+    async def resize(self, rows: int, columns: int) -> None:
+        """Tell its terminal a new size."""
+        ...
+
+    async def status(self) -> ExecStatus:
+        """Whether it runs, its exit code, its pid on the engine's host."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of the connection; the process is not touched."""
+        ...
+
+
+class Engine(Protocol):
+    """The container engine. Raises EngineUnavailable (no answer) and EngineRejected (an answer that says no).
+
+    "Already done" is success everywhere: starting what runs, stopping what is stopped, removing what is gone, and
+    creating what the same operation has created.
+    """
+
+    async def info(self) -> EngineInfo:
+        """What the engine is and what its host has."""
+        ...
+
+    async def image(self, reference: str) -> EngineImage | None:
+        """An image that the engine has, by name or id."""
+        ...
+
+    async def image_names(self) -> tuple[str, ...]:
+        """The names (`repository:tag`) of all images that have one."""
+        ...
+
+    async def pull(self, reference: str, auth: RegistryAuth | None, progress: Progress) -> None:
+        """Fetch an image. Raises ImagePullFailed."""
+        ...
+
+    async def has_volume(self, name: str) -> bool:
+        """Whether the engine has a volume of this name."""
+        ...
+
+    async def volume_names(self) -> tuple[str, ...]:
+        """The names of all engine volumes."""
+        ...
+
+    async def remove_volume(self, name: str) -> None:
+        """Remove an engine volume."""
+        ...
+
+    async def create(self, blueprint: Blueprint) -> str:
+        """Create a container and return its engine id."""
+        ...
+
+    async def inspect(self, engine_id: str) -> EngineContainer | None:
+        """One container, by id or name; None when the engine says there is none."""
+        ...
+
+    async def find(self, labels: Mapping[str, str]) -> tuple[EngineContainer, ...]:
+        """Containers in any state that carry all of `labels` (an empty value matches any)."""
+        ...
+
+    async def start(self, engine_id: str) -> None:
+        """Start it. Raises PortInUse where the engine says so, StartFailed where the process could not begin."""
+        ...
+
+    async def stop(self, engine_id: str, timeout: float) -> None:
+        """Stop it: its stop signal, then after `timeout` seconds SIGKILL; 0 kills at once."""
+        ...
+
+    async def pause(self, engine_id: str) -> None:
+        """Freeze every process."""
+        ...
+
+    async def unpause(self, engine_id: str) -> None:
+        """Thaw them."""
+        ...
+
+    async def update(self, engine_id: str, *, cpus: float, memory_bytes: int) -> None:
+        """Change its limits in place; 0 is none."""
+        ...
+
+    async def exited_within(self, engine_id: str, seconds: float) -> int | None:
+        """Its exit code if it stops running within `seconds`; None if it still runs then."""
+        ...
+
+    async def remove(self, engine_id: str) -> None:
+        """Remove it, killing what runs; its volumes stay."""
+        ...
+
+    async def commit(self, engine_id: str, reference: str, labels: Mapping[str, str]) -> str:
+        """Make an image of its files, with the config it had, named `reference`; the id of the image."""
+        ...
+
+    async def remove_image(self, reference: str) -> None:
+        """Remove an image by name or id; one that is still used stays, and that is no error."""
+        ...
+
+    def events(self, since_nanos: int) -> AsyncIterator[EngineEvent]:
+        """Events of our containers from `since_nanos` on; raises EngineUnavailable when the stream breaks."""
+        ...
+
+    async def exec(self, engine_id: str, request: ExecRequest) -> ExecSession:
+        """Start a process inside a running container."""
+        ...
+
+
+class GpuInventory(Protocol):
+    """The cards of this host. Raises nothing: a driver that is missing or dies is a snapshot without cards."""
+
+    async def snapshot(self) -> GpuSnapshot:
+        """The cards with their telemetry, as of now."""
+        ...
+
+
+class CarryPlan(Record):
+    """How a layer would be carried: see OperationPlan. `bytes_to_move` is 0 where nothing is copied."""
+
+    method: CarryMethod
+    bytes_to_move: int = 0
+    bytes_available: int = 0
+    warnings: tuple[str, ...] = ()
+
+
+class LayerPair(Record):
+    """The writable layers of a container and its successor, as they were before anything moved.
+
+    Both paths were checked to be what the engine says they are. The inode numbers tell afterwards which of the two
+    trees stands where: an exchange that may or may not have happened is found out, never guessed.
+    """
+
+    old_path: str
+    old_inode: int
+    new_path: str
+    new_inode: int
+
+
+class LayerStore(Protocol):
+    """Carries a writable layer between two containers that do not run. Raises LayerCarryFailed, DiskFull.
+
+    `exchange`, `exchange_back` and `copy` may be repeated: done twice is done once.
+    """
+
+    async def methods(self) -> tuple[tuple[CarryMethod, str], ...]:
+        """Each method with the reason why it is not available here; an empty reason means that it is."""
+        ...
+
+    async def plan(self, old: EngineContainer) -> CarryPlan:
+        """The best method for a container's layer on this host, and what it costs."""
+        ...
+
+    async def locate(self, old: EngineContainer, new: EngineContainer) -> LayerPair:
+        """The two layers, checked: same image, known storage driver, paths that exist and are the engine's.
+
+        Nothing is moved, so the old one may still run.
+        """
+        ...
+
+    async def exchange(self, pair: LayerPair) -> bool:
+        """Swap the two trees. False, with nothing changed, where the kernel refuses across quota boundaries."""
+        ...
+
+    async def exchange_back(self, pair: LayerPair) -> None:
+        """Undo an exchange if one happened."""
+        ...
+
+    async def copy(self, pair: LayerPair, progress: Progress) -> None:
+        """Make the new tree equal to the old one and verify that it is."""
+        ...
+
+
+class PortProbe(Protocol):
+    """Tells whether a host port can be bound right now."""
+
+    def __call__(self, protocol: str, port: int) -> Awaitable[bool]:
+        """True when nothing listens on it."""
+        ...
+
+
+class ProcessControl(Protocol):
+    """Signals to processes inside containers, by the pid that the engine shows for them."""
+
+    def alive(self, pid: int, engine_id: str) -> bool:
+        """Whether `pid` is a living process of that container."""
+        ...
+
+    def signal(self, pid: int, engine_id: str, signal_number: int, *, session: bool = False) -> bool:
+        """Send a signal to a process, or to its whole session; False when it is not there or not that container's."""
+        ...
