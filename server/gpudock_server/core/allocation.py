@@ -1,0 +1,168 @@
+"""Picks cards and ports. What is picked is only a proposal: the transaction that claims it decides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from gpudock_server.errors import GpuBusy, GpuExhausted, GpuNotFound, GpuUnhealthy, PortExhausted, PortInUse
+from gpudock_server.model.claims import ClaimKey, ClaimTable, GpuKey, PortKey, keys_of
+from gpudock_server.model.container import Placement, PortBinding
+from gpudock_server.model.gpu import Gpu, GpuHealth
+from gpudock_server.model.spec import GpuRequest, PortRequest
+from gpudock_server.ports import GpuInventory, PortProbe, Store
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a container asks for. `held` is what it has, and keeps where it can; `had` is what it would like back."""
+
+    uid: str
+    gpus: GpuRequest
+    ports: tuple[PortRequest, ...]
+    held: Placement = field(default_factory=Placement)
+    had: Placement = field(default_factory=Placement)
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A placement that was free when it was picked, and the claims that are new in it."""
+
+    placement: Placement
+    to_claim: tuple[ClaimKey, ...]
+
+
+class Allocator:
+    """Proposes placements on one host."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        inventory: GpuInventory,
+        probe: PortProbe,
+        host: str,
+        port_range: tuple[int, int],
+    ) -> None:
+        """`port_range` is the first and the last port, both included, that unnumbered ones come from."""
+        self._store = store
+        self._inventory = inventory
+        self._probe = probe
+        self._host = host
+        self._first_port, self._last_port = port_range
+
+    async def propose(self, wish: Wish) -> Proposal:
+        """Pick, or say what is missing: GpuExhausted, GpuNotFound, GpuUnhealthy, GpuBusy, PortInUse, PortExhausted."""
+        if not wish.gpus.size and not wish.ports:
+            return Proposal(Placement(), ())
+        table = await self._store.claims(self._host)
+        gpus: tuple[str, ...] = ()
+        if wish.gpus.size:
+            inventory = await self._inventory.snapshot()
+            gpus = choose_gpus(inventory.gpus, table, wish)
+        placement = Placement(gpu_uuids=gpus, ports=await self._choose_ports(table, wish))
+        mine = set(table.held_by(wish.uid))
+        return Proposal(placement, tuple(key for key in keys_of(placement) if key not in mine))
+
+    async def _choose_ports(self, table: ClaimTable, wish: Wish) -> tuple[PortBinding, ...]:
+        taken: set[PortKey] = set()
+        chosen: list[PortBinding] = []
+        for request in wish.ports:
+            binding = await self._choose_port(table, wish, request, taken)
+            taken.add(PortKey(binding.protocol, binding.host_port))
+            chosen.append(binding)
+        return tuple(chosen)
+
+    async def _choose_port(
+        self, table: ClaimTable, wish: Wish, request: PortRequest, taken: set[PortKey]
+    ) -> PortBinding:
+        for binding in wish.held.ports:
+            if binding.serves(request) and PortKey(binding.protocol, binding.host_port) not in taken:
+                return binding
+        if request.host_port:
+            return await self._pinned_port(table, wish, request)
+        liked = [b.host_port for b in wish.had.ports if b.serves(request)]
+        # A port that the spec pins elsewhere is not for its unnumbered ones.
+        pinned = {other.host_port for other in wish.ports if other.protocol == request.protocol}
+        for port in (*liked, *range(self._first_port, self._last_port + 1)):
+            key = PortKey(request.protocol, port)
+            if key in taken or port in pinned or table.holder(key) is not None:
+                continue
+            if await self._probe(request.protocol.value, port):
+                return _bound(request, port)
+        free = sum(
+            table.holder(PortKey(request.protocol, port)) is None
+            for port in range(self._first_port, self._last_port + 1)
+        )
+        raise PortExhausted(requested=len(wish.ports), free=free, first=self._first_port, last=self._last_port)
+
+    async def _pinned_port(self, table: ClaimTable, wish: Wish, request: PortRequest) -> PortBinding:
+        key = PortKey(request.protocol, request.host_port)
+        holder = table.holder(key)
+        if holder is not None and holder.uid != wish.uid:
+            raise PortInUse(
+                host_port=request.host_port, protocol=request.protocol.value, holder=f"container {holder.container}"
+            )
+        if holder is None and not await self._probe(request.protocol.value, request.host_port):
+            raise PortInUse(
+                host_port=request.host_port, protocol=request.protocol.value, holder="a process outside gpudock"
+            )
+        return _bound(request, request.host_port)
+
+
+def _bound(request: PortRequest, host_port: int) -> PortBinding:
+    return PortBinding(container_port=request.container_port, protocol=request.protocol, host_port=host_port)
+
+
+def choose_gpus(gpus: Sequence[Gpu], table: ClaimTable, wish: Wish) -> tuple[str, ...]:
+    """Pick cards: those it holds first, in their order, then those it had, then free ones by index.
+
+    A card that it holds but that is no longer healthy is left out, so that scaling to the same number replaces it.
+    """
+    if wish.gpus.uuids:
+        return _pinned_gpus(gpus, table, wish)
+    request = wish.gpus
+    healthy = {gpu.uuid: gpu for gpu in gpus if gpu.schedulable}
+    fitting = {uuid for uuid, gpu in healthy.items() if fits(gpu, request)}
+    held = [uuid for uuid in wish.held.gpu_uuids if uuid in fitting]
+    free = [gpu.uuid for gpu in healthy.values() if table.holder(GpuKey(gpu.uuid)) is None]
+    had = [uuid for uuid in wish.had.gpu_uuids if uuid in free]
+    ranked = list(dict.fromkeys([*held, *(uuid for uuid in (*had, *free) if uuid in fitting)]))
+    if len(ranked) < request.count:
+        raise GpuExhausted(
+            requested=request.count,
+            free=len(free),
+            matching=len(ranked),
+            total=len(gpus),
+            unhealthy=tuple(f"{gpu.uuid} ({why_not(gpu)})" for gpu in gpus if not gpu.schedulable),
+        )
+    return tuple(ranked[: request.count])
+
+
+def _pinned_gpus(gpus: Sequence[Gpu], table: ClaimTable, wish: Wish) -> tuple[str, ...]:
+    known = {gpu.uuid: gpu for gpu in gpus}
+    missing = tuple(uuid for uuid in wish.gpus.uuids if uuid not in known)
+    if missing:
+        raise GpuNotFound(uuids=missing, available=tuple(known))
+    for uuid in wish.gpus.uuids:
+        gpu = known[uuid]
+        if not gpu.schedulable:
+            raise GpuUnhealthy(uuid=uuid, health=gpu.health.value, detail=why_not(gpu))
+        if not fits(gpu, wish.gpus):
+            raise GpuNotFound(uuids=(uuid,), available=tuple(u for u, g in known.items() if fits(g, wish.gpus)))
+        holder = table.holder(GpuKey(uuid))
+        if holder is not None and holder.uid != wish.uid:
+            raise GpuBusy(uuid=uuid, container=holder.container)
+    return wish.gpus.uuids
+
+
+def fits(gpu: Gpu, request: GpuRequest) -> bool:
+    """Whether a card is of the model and has the memory that a request names."""
+    return request.model.casefold() in gpu.name.casefold() and gpu.memory_total_bytes >= request.min_memory_bytes
+
+
+def why_not(gpu: Gpu) -> str:
+    """Why a card is not handed out; empty when it can be."""
+    if gpu.health is not GpuHealth.HEALTHY:
+        return gpu.health_message or gpu.health.value
+    return "" if gpu.schedulable else "it is in MIG mode, and whole cards are handed out"

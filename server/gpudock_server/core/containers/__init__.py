@@ -1,0 +1,118 @@
+"""Containers: what can be asked of them, and the saga behind each request.
+
+`commands` names the requests. Each is drafted by the module of its name (start, restart and scale share `transition`),
+which checks it, picks cards and ports, and says what it will do; the saga it builds does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from gpudock_server.core.containers import create, delete, pause, stop, transition
+from gpudock_server.core.containers.change import ChangeSaga
+from gpudock_server.core.containers.commands import (
+    Command,
+    Create,
+    Delete,
+    Pause,
+    Restart,
+    Scale,
+    Start,
+    Stop,
+    Unpause,
+)
+from gpudock_server.core.containers.create import CreateSaga
+from gpudock_server.core.containers.delete import DeleteSaga
+from gpudock_server.core.containers.pause import PauseSaga
+from gpudock_server.core.containers.stop import StopSaga
+from gpudock_server.core.containers.world import World
+from gpudock_server.core.operations import Draft, Operations, RequestKey, stages_of
+from gpudock_server.core.saga import Saga
+from gpudock_server.errors import ContainerNotFound
+from gpudock_server.model.container import Container
+from gpudock_server.model.operation import Operation, OperationKind, OperationState
+from gpudock_server.model.record import now
+from gpudock_server.ports import ContainerView, Page
+
+__all__ = ["Containers", "World", "saga_builder"]
+
+
+def saga_builder(world: World) -> Callable[[Operation], Saga]:
+    """Makes the saga of any recorded operation, for `Operations` to resume."""
+
+    def build(operation: Operation) -> Saga:
+        match operation.kind:
+            case OperationKind.CREATE:
+                return CreateSaga(world, operation)
+            case OperationKind.START | OperationKind.RESTART | OperationKind.SCALE:
+                return ChangeSaga(world, operation)
+            case OperationKind.STOP:
+                return StopSaga(world, operation)
+            case OperationKind.PAUSE | OperationKind.UNPAUSE:
+                return PauseSaga(world, operation)
+            case OperationKind.DELETE:
+                return DeleteSaga(world, operation)
+
+    return build
+
+
+class Containers:
+    """Reads containers, and begins operations on them."""
+
+    def __init__(self, world: World, operations: Operations) -> None:
+        """`operations` must have been built with `saga_builder(world)`."""
+        self._world = world
+        self._operations = operations
+
+    async def get(self, name: str) -> ContainerView:
+        """A container of any node. Raises ContainerNotFound."""
+        view = await self._world.store.container(name)
+        if view is None:
+            raise ContainerNotFound(container=name)
+        return view
+
+    async def list(self, *, page_size: int, page_token: str) -> Page[ContainerView]:
+        """Containers of all nodes in the order of their names. Raises ResumeTokenExpired."""
+        return await self._world.store.containers(page_size=page_size, page_token=page_token)
+
+    async def begin(self, command: Command, request: RequestKey | None) -> str:
+        """Begin what is asked for; the id of its operation. Nothing has been done before this returns."""
+        return await self._operations.begin(lambda: self._draft(command), request)
+
+    async def run(self, command: Command, request: RequestKey | None) -> Container:
+        """Begin what is asked for and wait for its end, which it reaches even when the caller does not."""
+        return await self._operations.result(await self.begin(command, request))
+
+    async def preview(self, command: Command) -> Operation:
+        """What `begin` would do, with nothing done: an operation that is PLANNED and has no id."""
+        draft = await self._draft(command)
+        moment = now()
+        operation = Operation(
+            id="",
+            kind=draft.kind,
+            container=draft.container.name,
+            container_uid=draft.container.uid if draft.expect else "",
+            node=self._world.node,
+            state=OperationState.PLANNED,
+            arguments=draft.arguments,
+            plan=draft.plan,
+            create_time=moment,
+            update_time=moment,
+        )
+        return operation.changed(stages=stages_of(draft.build(operation)))
+
+    async def _draft(self, command: Command) -> Draft:
+        return await _DRAFTERS[type(command)](self._world, command)
+
+
+_DRAFTERS: dict[type, Callable[[World, Any], Awaitable[Draft]]] = {
+    Create: create.draft,
+    Start: transition.draft_start,
+    Restart: transition.draft_restart,
+    Scale: transition.draft_scale,
+    Stop: stop.draft,
+    Pause: pause.draft,
+    Unpause: pause.draft,
+    Delete: delete.draft,
+}

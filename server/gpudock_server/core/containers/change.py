@@ -1,0 +1,299 @@
+"""The saga behind start, restart and scale: bring a container from one placement and spec to another.
+
+Where the engine container can serve what is wanted, it is updated, stopped and started as it is. Where it cannot (other
+cards, other ports, another /dev/shm), a successor takes over its writable layer:
+
+    create successor -> locate layers -> stop old -> carry layer -> start successor -> verify | commit | retire old
+
+and, where files can only be carried as an image,
+
+    stop old -> snapshot to an image -> create successor -> start successor -> verify | commit | retire old
+
+The old engine container is kept, whole or to be made whole again, until the successor runs and the commit is durable.
+The bar marks the point of no return. New cards and ports are claimed in the transaction that begins the operation, and
+old ones are released in the one that commits it, so that at no moment is anything held by nobody or by two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from typing_extensions import override
+
+from gpudock_server.core.containers.create import anonymous_volumes, labels_of, remove_with_volumes
+from gpudock_server.core.containers.observation import observed
+from gpudock_server.core.containers.world import World
+from gpudock_server.core.saga import Outcome, Run, Saga, Step
+from gpudock_server.errors import LayerCarryFailed, StartFailed
+from gpudock_server.model.changes import Change, Keep, PutContainer, PutRevision, Release
+from gpudock_server.model.claims import keys_of
+from gpudock_server.model.container import (
+    Container,
+    ContainerRevision,
+    ContainerState,
+    EngineBinding,
+    Placement,
+    RevisionCause,
+)
+from gpudock_server.model.engine import LABEL_OPERATION, LABEL_UID, Blueprint, EngineContainer
+from gpudock_server.model.operation import CarryMethod, Operation
+from gpudock_server.model.record import JsonObject, Record, now
+from gpudock_server.model.spec import ContainerSpec
+from gpudock_server.ports import ContainerView, LayerPair
+
+
+class ChangeArguments(Record):
+    """What the saga needs to be built again.
+
+    `old` and `was_running` are how things stood when the operation began. `cause` None makes no revision.
+    `frozen`: it was paused, and is thawed before it is stopped.
+    """
+
+    old: EngineBinding
+    old_spec: ContainerSpec
+    old_placement: Placement
+    spec: ContainerSpec
+    placement: Placement
+    revision: int
+    was_running: bool
+    frozen: bool = False
+    stop: bool = False
+    start: bool = False
+    replace: bool = False
+    limits: bool = False
+    carry: CarryMethod = CarryMethod.NONE
+    stop_timeout: float | None = None
+    must_live: bool = False
+    cause: RevisionCause | None = None
+
+
+class ChangeSaga(Saga):
+    """See the module's docstring."""
+
+    def __init__(self, world: World, operation: Operation) -> None:
+        """Builds the script from the operation's arguments."""
+        self._world = world
+        self._arguments = ChangeArguments.model_validate(operation.arguments)
+
+    # -- the script --------------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def steps(self) -> tuple[Step, ...]:
+        arguments = self._arguments
+        stop = [Step("stop", self._stop, self._start_old)] if arguments.stop else []
+        start = [Step("start", self._start, self._stop_successor)] if arguments.start else []
+        if not arguments.replace:
+            limits = [Step("limits", self._limits, self._old_limits)] if arguments.limits else []
+            return (*stop, *limits, *start)
+        create = Step("create", self._create, self._remove_successor)
+        verify = [Step("verify", self._verify)] if arguments.start else []
+        if arguments.carry is CarryMethod.COMMIT:
+            snapshot = Step("snapshot", self._snapshot, self._remove_snapshot)
+            return (*stop, snapshot, create, *start, *verify)
+        locate = Step("locate", self._locate)
+        carry = Step("carry", self._carry, self._give_back)
+        return (create, locate, *stop, carry, *start, *verify)
+
+    @property
+    @override
+    def after(self) -> tuple[Step, ...]:
+        return (Step("retire", self._retire),) if self._arguments.replace else ()
+
+    # -- stopping and starting what is there -------------------------------------------------------------------------
+
+    async def _stop(self, _run: Run) -> None:
+        arguments = self._arguments
+        await self._world.stop(
+            arguments.old.engine_id, arguments.old_spec, arguments.stop_timeout, frozen=arguments.frozen
+        )
+
+    async def _start_old(self, _run: Run) -> None:
+        if self._arguments.was_running:
+            await self._world.engine.start(self._arguments.old.engine_id)
+
+    async def _limits(self, _run: Run) -> None:
+        spec = self._arguments.spec
+        await self._world.engine.update(self._arguments.old.engine_id, cpus=spec.cpus, memory_bytes=spec.memory_bytes)
+
+    async def _old_limits(self, _run: Run) -> None:
+        spec = self._arguments.old_spec
+        await self._world.engine.update(self._arguments.old.engine_id, cpus=spec.cpus, memory_bytes=spec.memory_bytes)
+
+    async def _start(self, run: Run) -> None:
+        await self._world.engine.start(await self._serving(run))
+
+    async def _stop_successor(self, run: Run) -> None:
+        # Also where nothing is replaced: a start that was undone leaves it as stopped as it was.
+        serving = await self._serving(run)
+        if serving and not (serving == self._arguments.old.engine_id and self._arguments.was_running):
+            await self._world.engine.stop(serving, 0)
+
+    async def _serving(self, run: Run) -> str:
+        """The engine container that will serve: the successor, or the old one where nothing is replaced."""
+        if not self._arguments.replace:
+            return self._arguments.old.engine_id
+        return str(run.operation.facts("create").get("engine_id", ""))
+
+    async def _verify(self, run: Run) -> None:
+        serving = await self._serving(run)
+        code = await self._world.engine.exited_within(serving, self._world.settle_seconds)
+        if code is not None and (code != 0 or self._arguments.must_live):
+            raise StartFailed(
+                container=run.operation.container,
+                detail=f"its process ended with exit code {code} within {self._world.settle_seconds} s of its start",
+            )
+
+    # -- the successor -----------------------------------------------------------------------------------------------
+
+    async def _create(self, run: Run) -> JsonObject:
+        world, arguments, operation = self._world, self._arguments, run.operation
+        view = await world.lookup(operation.container)
+        # Not the image's tag, which may have moved: the layer is only right on top of the very image it was made on.
+        image_id = str(operation.facts("snapshot").get("image_id", arguments.old.image_id))
+        name = world.engine_name(operation.container, operation.id)
+        engine_id = await world.engine.create(
+            Blueprint(
+                name=name,
+                image_id=image_id,
+                spec=arguments.spec,
+                placement=arguments.placement,
+                hostname=arguments.spec.hostname or operation.container,
+                labels=labels_of(world, view.container, arguments.revision, operation.id),
+                volumes=arguments.old.anonymous_volumes,
+            )
+        )
+        return {"engine_id": engine_id, "engine_name": name, "image_id": image_id}
+
+    async def _remove_successor(self, run: Run) -> None:
+        keep = frozenset(self._arguments.old.anonymous_volumes.values())
+        await remove_with_volumes(self._world, run.operation, self._arguments.spec, keep)
+
+    async def _locate(self, run: Run) -> JsonObject:
+        old = await self._seen(self._arguments.old.engine_id)
+        new = await self._seen(await self._serving(run))
+        return (await self._world.layers.locate(old, new)).model_dump(mode="json")
+
+    async def _seen(self, engine_id: str) -> EngineContainer:
+        seen = await self._world.engine.inspect(engine_id)
+        if seen is None:
+            raise LayerCarryFailed(
+                method=self._arguments.carry.value, detail=f"engine container {engine_id[:12]} is gone"
+            )
+        return seen
+
+    async def _carry(self, run: Run) -> JsonObject:
+        layers, pair = self._world.layers, self._pair(run)
+        await self._must_be_still(run)
+        if self._arguments.carry is CarryMethod.EXCHANGE and await layers.exchange(pair):
+            return {"method": CarryMethod.EXCHANGE.value}
+        await layers.copy(pair, run.progress)
+        return {"method": CarryMethod.COPY.value}
+
+    async def _must_be_still(self, run: Run) -> None:
+        """A layer that is written to is not carried: someone may have started the old one by hand."""
+        for engine_id in (self._arguments.old.engine_id, await self._serving(run)):
+            if (await self._seen(engine_id)).running:
+                raise LayerCarryFailed(
+                    method=self._arguments.carry.value, detail=f"engine container {engine_id[:12]} runs"
+                )
+
+    async def _give_back(self, run: Run) -> None:
+        if run.operation.facts("locate"):
+            # The successor may hold the old one's files; it must not be written to while they go back.
+            await self._stop_successor(run)
+            await self._world.layers.exchange_back(self._pair(run))
+
+    def _pair(self, run: Run) -> LayerPair:
+        return LayerPair.model_validate(run.operation.facts("locate"))
+
+    async def _snapshot(self, run: Run) -> JsonObject:
+        engine, reference = self._world.engine, layer_image(run.operation)
+        if (made := await engine.image(reference)) is not None:
+            return {"image_id": made.id, "reference": reference}
+        labels = {LABEL_UID: run.operation.container_uid, LABEL_OPERATION: run.operation.id}
+        image_id = await engine.commit(self._arguments.old.engine_id, reference, labels)
+        return {"image_id": image_id, "reference": reference}
+
+    async def _remove_snapshot(self, run: Run) -> None:
+        await self._world.engine.remove_image(layer_image(run.operation))
+
+    # -- the point of no return, and past it -------------------------------------------------------------------------
+
+    @override
+    async def commit(self, run: Run, view: ContainerView) -> Outcome:
+        arguments, world = self._arguments, self._world
+        binding = await self._binding(run)
+        seen = await world.engine.inspect(binding.engine_id)
+        moment = now()
+        container = view.container.changed(
+            spec=arguments.spec,
+            engine=binding,
+            revision=arguments.revision,
+            generation=view.container.generation + 1,
+            update_time=moment,
+        ).with_status(placement=arguments.placement, holds_resources=self._holds(view.container))
+        if arguments.start:
+            container = container.with_status(state=ContainerState.EXITED)
+        container = container.changed(status=observed(container, seen))
+        changes: list[Change] = [PutContainer(container, expect=view.version)]
+        if arguments.cause is not None:
+            changes.append(PutRevision(self._revision(run, container, arguments.cause)))
+        wanted = keys_of(arguments.placement)
+        holder = world.holder(container)
+        changes += [Keep(world.host, key, holder) for key in wanted]
+        changes += [
+            Release(world.host, key, container.uid) for key in keys_of(arguments.old_placement) if key not in wanted
+        ]
+        return Outcome(changes, container)
+
+    def _holds(self, container: Container) -> bool:
+        return container.status.holds_resources or self._arguments.start
+
+    async def _binding(self, run: Run) -> EngineBinding:
+        arguments = self._arguments
+        if not arguments.replace:
+            return arguments.old
+        facts = run.operation.facts("create")
+        seen = await self._seen(str(facts["engine_id"]))
+        snapshot = run.operation.facts("snapshot").get("reference")
+        return EngineBinding(
+            engine_id=seen.id,
+            engine_name=str(facts["engine_name"]),
+            image_id=str(facts["image_id"]),
+            placement=arguments.placement,
+            fixed_digest=arguments.spec.fixed_digest,
+            anonymous_volumes=anonymous_volumes(arguments.spec, seen.volumes),
+            layer_images=(*arguments.old.layer_images, *((str(snapshot),) if snapshot else ())),
+        )
+
+    def _revision(self, run: Run, container: Container, cause: RevisionCause) -> ContainerRevision:
+        return ContainerRevision(
+            container=container.name,
+            uid=container.uid,
+            revision=container.revision,
+            spec=container.spec,
+            cause=cause,
+            placement=container.status.placement,
+            create_time=now(),
+            operation_id=run.operation.id,
+        )
+
+    async def _retire(self, _run: Run) -> None:
+        await self._world.engine.remove(self._arguments.old.engine_id)
+
+    @override
+    async def abandon(self, run: Run, view: ContainerView) -> Sequence[Change]:
+        arguments = self._arguments
+        seen = await self._world.engine.inspect(arguments.old.engine_id)
+        container = view.container.changed(status=observed(view.container, seen), update_time=now())
+        kept = keys_of(arguments.old_placement)
+        return [
+            PutContainer(container, expect=view.version),
+            *(Release(self._world.host, key, container.uid) for key in keys_of(arguments.placement) if key not in kept),
+        ]
+
+
+def layer_image(operation: Operation) -> str:
+    """The name of the image that an operation carries a layer in: unique to it, so that it can be found again."""
+    return f"gpudock/layer:{operation.id}"

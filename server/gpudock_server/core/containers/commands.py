@@ -1,0 +1,106 @@
+"""What callers can ask to be done to a container; valid when it is made, drafted by the module of its name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from gpudock_server.model.engine import RegistryAuth
+from gpudock_server.model.spec import ContainerSpec, GpuRequest
+
+
+class PullPolicy(StrEnum):
+    """When an image is pulled."""
+
+    ALWAYS = "ALWAYS"
+    MISSING = "MISSING"
+    NEVER = "NEVER"
+
+
+class ScaleStrategy(StrEnum):
+    """AUTO changes in place what it can and replaces the engine container for the rest."""
+
+    AUTO = "AUTO"
+    LIVE = "LIVE"
+    RECREATE = "RECREATE"
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    """Make a container and, unless `create_only`, start it."""
+
+    name: str
+    spec: ContainerSpec
+    owner: str = ""
+    pull_policy: PullPolicy = PullPolicy.MISSING
+    create_only: bool = False
+    registry_auth: RegistryAuth | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Start one that does not run; `gpus` replaces what its spec asks for."""
+
+    name: str
+    gpus: GpuRequest | None = None
+    etag: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Stop one, and release what it holds unless `keep_resources`. `timeout` in seconds; None is its own."""
+
+    name: str
+    keep_resources: bool = False
+    timeout: float | None = None
+    etag: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """Stop and start one."""
+
+    name: str
+    timeout: float | None = None
+    etag: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Freeze one."""
+
+    name: str
+    etag: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Unpause:
+    """Thaw one."""
+
+    name: str
+    etag: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """Remove one with its files; `force` kills what runs."""
+
+    name: str
+    force: bool = False
+    etag: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Change what is not None. 0 is no limit (cpus, memory) or the engine's default (shm)."""
+
+    name: str
+    gpus: GpuRequest | None = None
+    cpus: float | None = None
+    memory_bytes: int | None = None
+    shm_size_bytes: int | None = None
+    strategy: ScaleStrategy = ScaleStrategy.AUTO
+    etag: str = ""
+
+
+Command = Create | Start | Stop | Restart | Pause | Unpause | Delete | Scale

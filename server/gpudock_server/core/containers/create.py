@@ -1,0 +1,265 @@
+"""CreateContainer: claim, pull where needed, create, start, and only then be a container."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import os.path
+import uuid
+from collections.abc import Sequence
+
+from typing_extensions import override
+
+from gpudock_server.core.allocation import Wish
+from gpudock_server.core.containers.commands import Create, PullPolicy
+from gpudock_server.core.containers.observation import observed
+from gpudock_server.core.containers.world import World
+from gpudock_server.core.operations import Draft
+from gpudock_server.core.saga import Outcome, Run, Saga, Step
+from gpudock_server.errors import ContainerExists, HostPathForbidden, ImageNotFound, VolumeNotFound
+from gpudock_server.model.changes import (
+    Change,
+    Claim,
+    DeleteContainer,
+    Keep,
+    PutContainer,
+    PutRevision,
+    Release,
+)
+from gpudock_server.model.claims import keys_of
+from gpudock_server.model.container import (
+    Container,
+    ContainerRevision,
+    ContainerState,
+    ContainerStatus,
+    EngineBinding,
+    Placement,
+    RevisionCause,
+)
+from gpudock_server.model.engine import (
+    LABEL_NAME,
+    LABEL_NODE,
+    LABEL_OPERATION,
+    LABEL_REVISION,
+    LABEL_UID,
+    Blueprint,
+    RegistryAuth,
+)
+from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
+from gpudock_server.model.record import JsonObject, Record, now
+from gpudock_server.model.spec import ContainerSpec, Mount
+from gpudock_server.ports import ContainerView
+
+# How many names an error lists of what there is instead.
+_NEAREST = 10
+
+
+class CreateArguments(Record):
+    """What the saga needs to be built again."""
+
+    spec: ContainerSpec
+    placement: Placement
+    pull: bool
+    start: bool
+
+
+async def draft(world: World, command: Create) -> Draft:
+    """Check that it can be made, and pick what it would be given."""
+    if await world.store.container(command.name) is not None:
+        raise ContainerExists(container=command.name)
+    await check_mounts(world, command.spec.mounts)
+    pull = await _must_pull(world, command)
+    uid = str(uuid.uuid4())
+    proposal = await world.allocator.propose(Wish(uid=uid, gpus=command.spec.gpus, ports=command.spec.ports))
+    moment = now()
+    container = Container(
+        name=command.name,
+        uid=uid,
+        node=world.node,
+        owner=command.owner,
+        generation=1,
+        revision=0,
+        spec=command.spec,
+        status=ContainerStatus(state=ContainerState.CREATING, placement=proposal.placement, holds_resources=True),
+        create_time=moment,
+        update_time=moment,
+    )
+    arguments = CreateArguments(
+        spec=command.spec, placement=proposal.placement, pull=pull, start=not command.create_only
+    )
+    return Draft(
+        kind=OperationKind.CREATE,
+        container=container,
+        expect=0,
+        arguments=arguments.model_dump(mode="json"),
+        plan=OperationPlan(placement=proposal.placement, claimed_gpu_uuids=proposal.placement.gpu_uuids),
+        claims=[Claim(world.host, key, world.holder(container)) for key in proposal.to_claim],
+        build=lambda operation: CreateSaga(world, operation, command.registry_auth),
+    )
+
+
+async def _must_pull(world: World, command: Create) -> bool:
+    if command.pull_policy is PullPolicy.ALWAYS:
+        return True
+    if await world.engine.image(command.spec.image) is not None:
+        return False
+    if command.pull_policy is PullPolicy.NEVER:
+        raise await _image_not_found(world, command.spec.image)
+    return True
+
+
+async def _image_not_found(world: World, image: str) -> ImageNotFound:
+    return ImageNotFound(image=image, available=nearest(image, await world.engine.image_names()))
+
+
+def nearest(name: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of `names` that someone who wrote `name` may have meant, the likeliest first; at most _NEAREST."""
+    return tuple(difflib.get_close_matches(name, names, n=_NEAREST, cutoff=0.0))
+
+
+async def check_mounts(world: World, mounts: Sequence[Mount]) -> None:
+    """Every volume must exist, and every host path must lead below the allow-list once its links are followed."""
+    for mount in mounts:
+        if mount.volume and not await world.engine.has_volume(mount.volume):
+            raise VolumeNotFound(
+                volume=mount.volume, available=nearest(mount.volume, await world.engine.volume_names())
+            )
+        if mount.host_path:
+            await _check_host_path(world, mount.host_path)
+
+
+async def _check_host_path(world: World, host_path: str) -> None:
+    if not await asyncio.to_thread(_is_allowed, host_path, world.allowed_host_paths):
+        raise HostPathForbidden(host_path=host_path, allowed=tuple(world.allowed_host_paths))
+
+
+def _is_allowed(host_path: str, allowed_paths: Sequence[str]) -> bool:
+    try:
+        real = os.path.realpath(host_path, strict=True)
+    except OSError:
+        return False
+    # The engine follows links once more when it mounts, and by then one could have been bent: a path with links in it
+    # is not taken at all.
+    if real != os.path.normpath(host_path):
+        return False
+    return any(real == allowed or real.startswith(allowed.rstrip("/") + "/") for allowed in allowed_paths)
+
+
+def labels_of(world: World, container: Container, revision: int, operation_id: str) -> dict[str, str]:
+    """What marks an engine container as ours."""
+    return {
+        LABEL_UID: container.uid,
+        LABEL_NAME: container.name,
+        LABEL_NODE: world.node,
+        LABEL_REVISION: str(revision),
+        LABEL_OPERATION: operation_id,
+    }
+
+
+class CreateSaga(Saga):
+    """pull -> create -> start, then the head and its first revision."""
+
+    def __init__(self, world: World, operation: Operation, registry_auth: RegistryAuth | None = None) -> None:
+        """`registry_auth` is not recorded: a daemon that resumes a pull does so without it."""
+        self._world = world
+        self._auth = registry_auth
+        self._arguments = CreateArguments.model_validate(operation.arguments)
+        self._spec = self._arguments.spec
+
+    @property
+    @override
+    def steps(self) -> tuple[Step, ...]:
+        steps = [Step("create", self._create, self._remove)]
+        if self._arguments.pull:
+            steps.insert(0, Step("pull", self._pull))
+        if self._arguments.start:
+            steps.append(Step("start", self._start))
+        return tuple(steps)
+
+    async def _pull(self, run: Run) -> None:
+        await self._world.engine.pull(self._spec.image, self._auth, run.progress)
+
+    async def _create(self, run: Run) -> JsonObject:
+        world, operation = self._world, run.operation
+        image = await world.engine.image(self._spec.image)
+        if image is None:
+            raise await _image_not_found(world, self._spec.image)
+        view = await world.lookup(operation.container)
+        name = world.engine_name(operation.container, operation.id)
+        engine_id = await world.engine.create(
+            Blueprint(
+                name=name,
+                image_id=image.id,
+                spec=self._spec,
+                placement=self._arguments.placement,
+                hostname=self._spec.hostname or operation.container,
+                labels=labels_of(world, view.container, 1, operation.id),
+            )
+        )
+        return {"engine_id": engine_id, "engine_name": name, "image_id": image.id}
+
+    async def _remove(self, run: Run) -> None:
+        await remove_with_volumes(self._world, run.operation, self._spec)
+
+    async def _start(self, run: Run) -> None:
+        await self._world.engine.start(str(run.operation.facts("create")["engine_id"]))
+
+    @override
+    async def commit(self, run: Run, view: ContainerView) -> Outcome:
+        world, arguments = self._world, self._arguments
+        facts = run.operation.facts("create")
+        engine_id = str(facts["engine_id"])
+        seen = await world.engine.inspect(engine_id)
+        binding = EngineBinding(
+            engine_id=engine_id,
+            engine_name=str(facts["engine_name"]),
+            image_id=str(facts["image_id"]),
+            placement=arguments.placement,
+            fixed_digest=self._spec.fixed_digest,
+            anonymous_volumes=anonymous_volumes(self._spec, seen.volumes if seen else {}),
+        )
+        container = view.container.changed(engine=binding, revision=1, update_time=now())
+        container = container.changed(status=observed(container, seen))
+        revision = ContainerRevision(
+            container=container.name,
+            uid=container.uid,
+            revision=1,
+            spec=self._spec,
+            cause=RevisionCause.CREATED,
+            placement=arguments.placement,
+            create_time=now(),
+            operation_id=run.operation.id,
+        )
+        holder = world.holder(container)
+        changes: list[Change] = [
+            PutContainer(container, expect=view.version),
+            PutRevision(revision),
+            *(Keep(world.host, key, holder) for key in keys_of(arguments.placement)),
+        ]
+        return Outcome(changes, container)
+
+    @override
+    async def abandon(self, run: Run, view: ContainerView) -> Sequence[Change]:
+        return [
+            DeleteContainer(view.container.name, view.container.uid, expect=view.version),
+            *(Release(self._world.host, key, view.container.uid) for key in keys_of(self._arguments.placement)),
+        ]
+
+
+def anonymous_volumes(spec: ContainerSpec, volumes: dict[str, str]) -> dict[str, str]:
+    """Of the engine volumes mounted in a container, those that its image asked for and its spec did not."""
+    named = {mount.target for mount in spec.mounts}
+    return {target: name for target, name in volumes.items() if target not in named}
+
+
+async def remove_with_volumes(
+    world: World, operation: Operation, spec: ContainerSpec, keep: frozenset[str] = frozenset()
+) -> None:
+    """Remove what an operation created in the engine, found by its name, and the anonymous volumes made with it."""
+    seen = await world.engine.inspect(world.engine_name(operation.container, operation.id))
+    if seen is None or seen.labels.get(LABEL_OPERATION) != operation.id:
+        return
+    await world.engine.remove(seen.id)
+    for volume in anonymous_volumes(spec, seen.volumes).values():
+        if volume not in keep:
+            await world.engine.remove_volume(volume)

@@ -1,0 +1,89 @@
+"""DeleteContainer: remove what the engine has, and forget it last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from typing_extensions import override
+
+from gpudock_server.core.containers.commands import Delete
+from gpudock_server.core.containers.observation import observed
+from gpudock_server.core.containers.world import World
+from gpudock_server.core.operations import Draft
+from gpudock_server.core.saga import Outcome, Run, Saga, Step
+from gpudock_server.errors import ContainerRunning
+from gpudock_server.model.changes import Change, DeleteContainer, PutContainer, Release
+from gpudock_server.model.claims import keys_of
+from gpudock_server.model.container import ContainerState, EngineBinding, Placement
+from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
+from gpudock_server.model.record import Record, now
+from gpudock_server.ports import ContainerView
+
+
+class DeleteArguments(Record):
+    """What the saga needs to be built again."""
+
+    engine: EngineBinding | None
+    placement: Placement
+
+
+async def draft(world: World, command: Delete) -> Draft:
+    """What does not run can be deleted; what does, with force."""
+    view = await world.lookup(command.name, command.etag)
+    container = view.container
+    state = container.status.state
+    if state in (ContainerState.RUNNING, ContainerState.PAUSED) and not command.force:
+        raise ContainerRunning(container=command.name, state=state.value)
+    arguments = DeleteArguments(engine=container.engine, placement=container.status.placement)
+    return Draft(
+        kind=OperationKind.DELETE,
+        container=container.with_status(state=ContainerState.DELETING),
+        expect=view.version,
+        arguments=arguments.model_dump(mode="json"),
+        plan=OperationPlan(),
+        build=lambda operation: DeleteSaga(world, operation),
+    )
+
+
+class DeleteSaga(Saga):
+    """Removal cannot be undone; what fails leaves the record, so that the same call finishes the work."""
+
+    def __init__(self, world: World, operation: Operation) -> None:
+        """Builds the script from the operation's arguments."""
+        self._world = world
+        self._arguments = DeleteArguments.model_validate(operation.arguments)
+
+    @property
+    @override
+    def steps(self) -> tuple[Step, ...]:
+        return (Step("remove", self._remove), Step("clean", self._clean))
+
+    async def _remove(self, _run: Run) -> None:
+        if self._arguments.engine is not None:
+            await self._world.engine.remove(self._arguments.engine.engine_id)
+
+    async def _clean(self, _run: Run) -> None:
+        """Anonymous volumes and carried layers belong to the container and go with it."""
+        if self._arguments.engine is None:
+            return
+        for volume in self._arguments.engine.anonymous_volumes.values():
+            await self._world.engine.remove_volume(volume)
+        for image in reversed(self._arguments.engine.layer_images):
+            await self._world.engine.remove_image(image)
+
+    @override
+    async def commit(self, run: Run, view: ContainerView) -> Outcome:
+        container = view.container
+        changes: list[Change] = [
+            DeleteContainer(container.name, container.uid, expect=view.version),
+            *(Release(self._world.host, key, container.uid) for key in keys_of(self._arguments.placement)),
+        ]
+        return Outcome(changes, container)
+
+    @override
+    async def abandon(self, run: Run, view: ContainerView) -> Sequence[Change]:
+        container = view.container
+        if self._arguments.engine is not None:
+            seen = await self._world.engine.inspect(self._arguments.engine.engine_id)
+            container = container.changed(status=observed(container, seen), update_time=now())
+        return [PutContainer(container, expect=view.version)]

@@ -1,0 +1,87 @@
+"""PauseContainer and UnpauseContainer: freeze and thaw, with everything held."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from typing_extensions import override
+
+from gpudock_server.core.containers.commands import Pause, Unpause
+from gpudock_server.core.containers.observation import observed
+from gpudock_server.core.containers.world import World
+from gpudock_server.core.operations import Draft
+from gpudock_server.core.saga import Outcome, Run, Saga, Step
+from gpudock_server.errors import ContainerNotPaused, ContainerNotRunning, ContainerPaused
+from gpudock_server.model.changes import Change, PutContainer
+from gpudock_server.model.container import ContainerState
+from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
+from gpudock_server.model.record import Record, now
+from gpudock_server.ports import ContainerView
+
+
+class PauseArguments(Record):
+    """What the saga needs to be built again."""
+
+    engine_id: str
+    freeze: bool
+
+
+async def draft(world: World, command: Pause | Unpause) -> Draft:
+    """Freeze what runs; thaw what is frozen."""
+    view = await world.lookup(command.name, command.etag)
+    container = view.container
+    state = container.status.state
+    freeze = isinstance(command, Pause)
+    if freeze and state is ContainerState.PAUSED:
+        raise ContainerPaused(container=command.name)
+    if freeze and state is not ContainerState.RUNNING:
+        raise ContainerNotRunning(container=command.name, state=state.value)
+    if not freeze and state is not ContainerState.PAUSED:
+        raise ContainerNotPaused(container=command.name, state=state.value)
+    if container.engine is None:
+        raise ContainerNotRunning(container=command.name, state=state.value)
+    arguments = PauseArguments(engine_id=container.engine.engine_id, freeze=freeze)
+    return Draft(
+        kind=OperationKind.PAUSE if freeze else OperationKind.UNPAUSE,
+        container=container,
+        expect=view.version,
+        arguments=arguments.model_dump(mode="json"),
+        plan=OperationPlan(placement=container.status.placement),
+        build=lambda operation: PauseSaga(world, operation),
+    )
+
+
+class PauseSaga(Saga):
+    """One step, whose undo is the other's do."""
+
+    def __init__(self, world: World, operation: Operation) -> None:
+        """Builds the script from the operation's arguments."""
+        self._world = world
+        self._arguments = PauseArguments.model_validate(operation.arguments)
+
+    @property
+    @override
+    def steps(self) -> tuple[Step, ...]:
+        if self._arguments.freeze:
+            return (Step("pause", self._freeze, self._thaw),)
+        return (Step("unpause", self._thaw, self._freeze),)
+
+    async def _freeze(self, _run: Run) -> None:
+        await self._world.engine.pause(self._arguments.engine_id)
+
+    async def _thaw(self, _run: Run) -> None:
+        await self._world.engine.unpause(self._arguments.engine_id)
+
+    @override
+    async def commit(self, run: Run, view: ContainerView) -> Outcome:
+        seen = await self._world.engine.inspect(self._arguments.engine_id)
+        container = view.container.changed(
+            status=observed(view.container, seen), generation=view.container.generation + 1, update_time=now()
+        )
+        return Outcome([PutContainer(container, expect=view.version)], container)
+
+    @override
+    async def abandon(self, run: Run, view: ContainerView) -> Sequence[Change]:
+        seen = await self._world.engine.inspect(self._arguments.engine_id)
+        container = view.container.changed(status=observed(view.container, seen), update_time=now())
+        return [PutContainer(container, expect=view.version)]

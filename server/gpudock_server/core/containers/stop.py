@@ -1,0 +1,100 @@
+"""StopContainer: stop the process, then give back what it held."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from typing_extensions import override
+
+from gpudock_server.core.containers.commands import Stop
+from gpudock_server.core.containers.observation import observed
+from gpudock_server.core.containers.world import World
+from gpudock_server.core.operations import Draft
+from gpudock_server.core.saga import Outcome, Run, Saga, Step
+from gpudock_server.errors import ContainerNotRunning
+from gpudock_server.model.changes import Change, PutContainer, Release
+from gpudock_server.model.claims import keys_of
+from gpudock_server.model.container import ContainerState, Placement
+from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
+from gpudock_server.model.record import Record, now
+from gpudock_server.model.spec import ContainerSpec
+from gpudock_server.ports import ContainerView
+
+
+class StopArguments(Record):
+    """What the saga needs to be built again."""
+
+    engine_id: str
+    spec: ContainerSpec
+    lives: bool
+    frozen: bool
+    timeout: float | None
+    keep_resources: bool
+    placement: Placement
+
+
+async def draft(world: World, command: Stop) -> Draft:
+    """Anything that has been created can be stopped; what has stopped already may still hold something."""
+    view = await world.lookup(command.name, command.etag)
+    container = view.container
+    state = container.status.state
+    if container.engine is None or state in (ContainerState.CREATING, ContainerState.DELETING):
+        raise ContainerNotRunning(container=command.name, state=state.value)
+    arguments = StopArguments(
+        engine_id=container.engine.engine_id,
+        spec=container.spec,
+        lives=state in (ContainerState.RUNNING, ContainerState.PAUSED),
+        frozen=state is ContainerState.PAUSED,
+        timeout=command.timeout,
+        keep_resources=command.keep_resources,
+        placement=container.status.placement,
+    )
+    return Draft(
+        kind=OperationKind.STOP,
+        container=container,
+        expect=view.version,
+        arguments=arguments.model_dump(mode="json"),
+        plan=OperationPlan(restarts_process=False),
+        build=lambda operation: StopSaga(world, operation),
+    )
+
+
+class StopSaga(Saga):
+    """One step; there is no undo, since starting again what a user wanted stopped helps nobody."""
+
+    def __init__(self, world: World, operation: Operation) -> None:
+        """Builds the script from the operation's arguments."""
+        self._world = world
+        self._arguments = StopArguments.model_validate(operation.arguments)
+
+    @property
+    @override
+    def steps(self) -> tuple[Step, ...]:
+        return (Step("stop", self._stop),)
+
+    async def _stop(self, _run: Run) -> None:
+        arguments = self._arguments
+        await self._world.stop(arguments.engine_id, arguments.spec, arguments.timeout, frozen=arguments.frozen)
+
+    @override
+    async def commit(self, run: Run, view: ContainerView) -> Outcome:
+        arguments = self._arguments
+        container = view.container.changed(generation=view.container.generation + 1, update_time=now())
+        if arguments.lives:
+            container = container.with_status(state=ContainerState.STOPPED)
+        seen = await self._world.engine.inspect(arguments.engine_id)
+        container = container.changed(status=observed(container, seen))
+        if arguments.keep_resources:
+            return Outcome([PutContainer(container, expect=view.version)], container)
+        container = container.with_status(placement=Placement(), holds_resources=False)
+        changes: list[Change] = [
+            PutContainer(container, expect=view.version),
+            *(Release(self._world.host, key, container.uid) for key in keys_of(arguments.placement)),
+        ]
+        return Outcome(changes, container)
+
+    @override
+    async def abandon(self, run: Run, view: ContainerView) -> Sequence[Change]:
+        seen = await self._world.engine.inspect(self._arguments.engine_id)
+        container = view.container.changed(status=observed(view.container, seen), update_time=now())
+        return [PutContainer(container, expect=view.version)]

@@ -1,0 +1,62 @@
+"""What the use cases reach: the ports, and where this daemon is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gpudock_server.core.allocation import Allocator
+from gpudock_server.errors import ContainerNotFound, StaleEtag, WrongNode
+from gpudock_server.model.claims import Holder
+from gpudock_server.model.container import Container
+from gpudock_server.model.spec import ContainerSpec
+from gpudock_server.ports import ContainerView, Engine, LayerStore, Store
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Handed to every use case and every saga.
+
+    `settle_seconds` is how long the process of a replacement must live before it counts as running; `stop_seconds` how
+    long a container that does not say has from its stop signal to SIGKILL.
+    `allowed_host_paths` are absolute and resolved.
+    """
+
+    store: Store
+    engine: Engine
+    layers: LayerStore
+    allocator: Allocator
+    node: str
+    host: str
+    settle_seconds: float
+    stop_seconds: float
+    allowed_host_paths: Sequence[str] = ()
+
+    async def lookup(self, name: str, etag: str = "") -> ContainerView:
+        """A container of this node as the caller has seen it. Raises ContainerNotFound, WrongNode, StaleEtag."""
+        view = await self.store.container(name)
+        if view is None:
+            raise ContainerNotFound(container=name)
+        container = view.container
+        if container.node != self.node:
+            address = next((node.address for node in await self.store.nodes() if node.node == container.node), "")
+            raise WrongNode(container=name, node=container.node, address=address)
+        if etag and etag != container.etag:
+            raise StaleEtag(container=name, etag=etag, current_etag=container.etag)
+        return view
+
+    def holder(self, container: Container) -> Holder:
+        """What a settled claim of `container` says."""
+        return Holder(container=container.name, uid=container.uid, node=self.node)
+
+    def engine_name(self, container: str, operation_id: str) -> str:
+        """The engine's name for what an operation makes: unique to it, so that making it twice is making it once."""
+        return f"gpudock-{container}-{operation_id[:8]}"
+
+    async def stop(self, engine_id: str, spec: ContainerSpec, asked_seconds: float | None, *, frozen: bool) -> None:
+        """Stop an engine container within what was asked for, else what its spec says, else this daemon's default."""
+        if frozen:
+            await self.engine.unpause(engine_id)
+        own = None if spec.stop_timeout is None else spec.stop_timeout.total_seconds()
+        timeouts = (seconds for seconds in (asked_seconds, own, self.stop_seconds) if seconds is not None)
+        await self.engine.stop(engine_id, next(timeouts))

@@ -1,0 +1,165 @@
+"""What a host has, who holds it, and how its parts are."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TypeVar
+
+from gpudock_server.core.containers.world import World
+from gpudock_server.errors import GpudockError, NodeNotFound
+from gpudock_server.model.claims import ClaimTable, GpuKey, Holder, PortKey
+from gpudock_server.model.engine import EngineInfo
+from gpudock_server.model.gpu import Gpu, GpuSnapshot
+from gpudock_server.model.operation import CarryMethod
+from gpudock_server.ports import GpuInventory
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class HeldGpu:
+    """A card and who holds it; None when it is free."""
+
+    gpu: Gpu
+    holder: Holder | None
+
+
+@dataclass(frozen=True, slots=True)
+class HeldPort:
+    """A claimed port and who holds it."""
+
+    key: PortKey
+    holder: Holder
+
+
+@dataclass(frozen=True, slots=True)
+class DiskUsage:
+    """The filesystem that the engine keeps its data on; None where it is not visible from here."""
+
+    path: str
+    total_bytes: int | None
+    free_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    """A node at one moment. A part that did not answer is None, and its error is in its place."""
+
+    name: str
+    version: str
+    start_time: datetime
+    engine: EngineInfo | None
+    engine_error: str
+    store_version: str
+    store_error: str
+    gpus: GpuSnapshot
+    claims: ClaimTable
+    port_range: tuple[int, int]
+    memory_available_bytes: int
+    disk: DiskUsage | None
+    carry_methods: tuple[tuple[CarryMethod, str], ...]
+
+    @property
+    def free_gpus(self) -> int:
+        """Cards that could be handed out now."""
+        return sum(gpu.schedulable and self.claims.holder(GpuKey(gpu.uuid)) is None for gpu in self.gpus.gpus)
+
+    @property
+    def claimed_gpus(self) -> int:
+        """Cards that a container holds."""
+        return sum(isinstance(key, GpuKey) for key in self.claims.claims)
+
+
+class Nodes:
+    """Shows this node."""
+
+    def __init__(
+        self,
+        world: World,
+        inventory: GpuInventory,
+        *,
+        version: str,
+        start_time: datetime,
+        port_range: tuple[int, int],
+    ) -> None:
+        """`version` is the daemon's; `port_range` the first and last host port, both included."""
+        self._world = world
+        self._inventory = inventory
+        self._version = version
+        self._start_time = start_time
+        self._port_range = port_range
+
+    def check(self, name: str) -> None:
+        """Empty is this node. Raises NodeNotFound for any other."""
+        if name not in ("", self._world.node):
+            raise NodeNotFound(node=name)
+
+    @property
+    def port_range(self) -> tuple[int, int]:
+        """The first and the last host port that is handed out."""
+        return self._port_range
+
+    async def get(self, name: str) -> NodeView:
+        """The node, also where its engine or its store is out of reach. Raises NodeNotFound."""
+        self.check(name)
+        world = self._world
+        engine, engine_error = await _or_error(world.engine.info())
+        store_version, store_error = await _or_error(world.store.ping())
+        claims, _ = await _or_error(world.store.claims(world.host))
+        return NodeView(
+            name=world.node,
+            version=self._version,
+            start_time=self._start_time,
+            engine=engine,
+            engine_error=engine_error,
+            store_version=store_version or "",
+            store_error=store_error,
+            gpus=await self._inventory.snapshot(),
+            claims=claims or ClaimTable(),
+            port_range=self._port_range,
+            memory_available_bytes=await asyncio.to_thread(_memory_available),
+            disk=await asyncio.to_thread(_disk, engine.root_dir) if engine else None,
+            carry_methods=await world.layers.methods(),
+        )
+
+    async def gpus(self, name: str) -> tuple[HeldGpu, ...]:
+        """The cards of a node with their holders, by index. Raises NodeNotFound, StoreUnavailable."""
+        self.check(name)
+        snapshot = await self._inventory.snapshot()
+        table = await self._world.store.claims(self._world.host)
+        return tuple(HeldGpu(gpu, table.holder(GpuKey(gpu.uuid))) for gpu in snapshot.gpus)
+
+    async def ports(self, name: str) -> tuple[HeldPort, ...]:
+        """The claimed ports of a node, by number. Raises NodeNotFound, StoreUnavailable."""
+        self.check(name)
+        table = await self._world.store.claims(self._world.host)
+        held = [HeldPort(key, holder) for key, holder in table.claims.items() if isinstance(key, PortKey)]
+        return tuple(sorted(held, key=lambda port: (port.key.port, port.key.protocol)))
+
+
+async def _or_error(call: Awaitable[T]) -> tuple[T | None, str]:
+    try:
+        return await call, ""
+    except GpudockError as error:
+        return None, error.message
+
+
+def _memory_available() -> int:
+    """MemAvailable of /proc/meminfo, in bytes: what could be used without swapping."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _disk(path: str) -> DiskUsage:
+    try:
+        usage = shutil.disk_usage(path)
+    except OSError:
+        return DiskUsage(path, None, None)
+    return DiskUsage(path, usage.total, usage.free)

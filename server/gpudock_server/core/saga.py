@@ -1,0 +1,81 @@
+"""What an operation does: steps that can be repeated and undone, a point of no return, and what comes after it.
+
+A saga is built from the arguments in its operation's record alone, so that a daemon that starts can build it again and
+go on where the one before it died. Its steps must therefore depend on nothing that the record does not hold.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from gpudock_server.model.changes import Change
+from gpudock_server.model.container import Container
+from gpudock_server.model.operation import Operation
+from gpudock_server.model.record import JsonObject
+from gpudock_server.ports import ContainerView
+
+COMMIT_STAGE = "commit"
+
+
+class Run(Protocol):
+    """What a step sees of the operation it is part of."""
+
+    @property
+    def operation(self) -> Operation:
+        """The record, with the facts of every stage before this one."""
+        ...
+
+    def progress(self, current_bytes: int, total_bytes: int) -> None:
+        """Tell watchers how far this stage is."""
+        ...
+
+    def note(self, message: str) -> None:
+        """Add a sentence to the operation's message; kept with its next record."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One recorded step.
+
+    `do` may run again after a crash, and what it made the first time is success. It returns the facts that a later
+    step, its own undo or a later daemon needs; they are recorded before the next step begins. `undo` runs for a step
+    that was done, half done or perhaps never begun.
+    """
+
+    name: str
+    do: Callable[[Run], Awaitable[JsonObject | None]]
+    undo: Callable[[Run], Awaitable[None]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a transaction of a saga changes, and the container that its caller is then shown."""
+
+    changes: Sequence[Change]
+    container: Container
+
+
+class Saga(ABC):
+    """The script of one operation."""
+
+    @property
+    @abstractmethod
+    def steps(self) -> tuple[Step, ...]:
+        """What happens before the point of no return; undone in reverse when anything fails."""
+
+    @property
+    def after(self) -> tuple[Step, ...]:
+        """What happens past the point of no return; driven forward until it is done."""
+        return ()
+
+    @abstractmethod
+    async def commit(self, run: Run, view: ContainerView) -> Outcome:
+        """The changes that make the work true; `view` is the head as of now, and may be asked for again."""
+
+    @abstractmethod
+    async def abandon(self, run: Run, view: ContainerView) -> Sequence[Change]:
+        """The changes that leave no trace of an undone operation, but its own record."""
