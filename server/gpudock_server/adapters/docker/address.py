@@ -1,0 +1,73 @@
+"""Where an engine listens, and how one speaks to it there."""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import aiohttp
+
+_PLAIN_PORT = 2375
+_TLS_PORT = 2376
+_TLS_FILES = ("ca.pem", "cert.pem", "key.pem")
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A unix socket (`path`) or a TCP endpoint (`host`, `port`); `tls` is set where the wire is encrypted."""
+
+    path: str = ""
+    host: str = "localhost"
+    port: int = 0
+    tls: ssl.SSLContext | None = None
+
+    @classmethod
+    def parse(cls, url: str, tls_folder: Path | None) -> Address:
+        """Read `unix:///PATH`, `tcp://HOST:PORT` or `https://HOST:PORT`.
+
+        `tls_folder` holds ca.pem, cert.pem and key.pem, as `docker --tlsverify` wants them; it makes tcp:// encrypted.
+        Blocks for the time of reading three small files. Raises ValueError, with what to do, for anything else.
+        """
+        parts = urlsplit(url)
+        if parts.scheme == "unix":
+            if not parts.path.startswith("/") or parts.netloc:
+                raise ValueError(f"{url!r} is no engine address: a unix socket is unix:///ABSOLUTE/PATH")
+            if tls_folder is not None:
+                raise ValueError(f"{url!r} is a unix socket, which has no TLS; leave the TLS folder out")
+            return cls(path=parts.path)
+        if parts.scheme not in ("tcp", "http", "https") or not parts.hostname:
+            raise ValueError(f"{url!r} is no engine address: use unix:///PATH or tcp://HOST:PORT")
+        context = _client_context(tls_folder) if tls_folder else None
+        if parts.scheme == "https" and context is None:
+            context = ssl.create_default_context()
+        port = parts.port or (_TLS_PORT if context else _PLAIN_PORT)
+        return cls(host=parts.hostname, port=port, tls=context)
+
+    @property
+    def http_url(self) -> str:
+        """The base of the API's URLs; on a unix socket the host in it is only a word."""
+        if self.path:
+            return "http://localhost"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.tls else 'http'}://{host}:{self.port}"
+
+    def connector(self, limit: int) -> aiohttp.BaseConnector:
+        """A pool of at most `limit` connections to here; 0 is without a limit. Needs a running loop."""
+        if self.path:
+            return aiohttp.UnixConnector(self.path, limit=limit)
+        # ssl=True is aiohttp's word for "the default context, if the URL is https", and http:// never looks at it.
+        return aiohttp.TCPConnector(ssl=self.tls or True, limit=limit)
+
+
+def _client_context(folder: Path) -> ssl.SSLContext:
+    missing = [name for name in _TLS_FILES if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"the TLS folder {folder} lacks {', '.join(missing)}")
+    try:
+        context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=folder / "ca.pem")
+        context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+    except ssl.SSLError as error:
+        raise ValueError(f"the certificates in {folder} cannot be used: {error}") from error
+    return context

@@ -1,0 +1,360 @@
+"""ports.Engine on a Docker Engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Final, Self
+
+from gpudock_server.adapters.docker import translate
+from gpudock_server.adapters.docker.address import Address
+from gpudock_server.adapters.docker.connection import Connection, JsonAnswer, segment
+from gpudock_server.adapters.docker.events import events
+from gpudock_server.adapters.docker.exec_session import DockerExecSession
+from gpudock_server.adapters.docker.failures import BAD_REQUEST, CONFLICT, NOT_FOUND, engine_errors, start_failure
+from gpudock_server.adapters.docker.pull import pull, split_reference
+from gpudock_server.errors import EngineRejected, ImageNotFound
+from gpudock_server.model.engine import (
+    LABEL_OPERATION,
+    Blueprint,
+    EngineContainer,
+    EngineEvent,
+    EngineImage,
+    EngineInfo,
+    EngineState,
+    ExecRequest,
+    RegistryAuth,
+)
+from gpudock_server.ports import Progress
+
+# A hundred starts at once take the engine as long as four at a time, but then each of them as long as all together.
+_STARTS_AT_ONCE: Final = 4
+_INSPECTS_AT_ONCE: Final = 8
+# A commit writes the whole layer to the disk and says nothing meanwhile.
+_COMMIT_TIMEOUTS: Final = 30
+
+# What a reference may consist of. Anything else, and ".." between slashes, could reach another part of the API.
+_REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/-]*", re.ASCII)
+
+
+class DockerEngine:
+    """Implements ports.Engine. Made by `connect`; may be used by any number of tasks at once.
+
+    Every call ends within the `timeout` it was connected with (a stop, its grace period later; a commit, thirty of
+    them), with EngineUnavailable at the latest. A start waits its turn before its time begins. One that was cancelled
+    leaves no connection behind, but the engine may go on doing it.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._starts = asyncio.Semaphore(_STARTS_AT_ONCE)
+        self._inspects = asyncio.Semaphore(_INSPECTS_AT_ONCE)
+
+    @classmethod
+    async def connect(cls, url: str, *, tls: Path | None = None, timeout: float = 60.0) -> Self:
+        """Connect to `unix:///PATH` or `tcp://HOST:PORT` and agree on an API version.
+
+        `tls` is a folder with ca.pem, cert.pem and key.pem; `timeout` is in seconds. Raises ValueError for an address
+        or a certificate that cannot be used, EngineUnavailable, and EngineRejected where no API version fits.
+        """
+        connection = Connection(Address.parse(url, tls), timeout)
+        try:
+            await connection.negotiate()
+        except BaseException:
+            await connection.close()
+            raise
+        return cls(connection)
+
+    async def close(self) -> None:
+        """Close all connections; exec sessions keep theirs. May be called again."""
+        await self._connection.close()
+
+    async def info(self) -> EngineInfo:
+        """What the engine is and what its host has. Agrees anew on the API version: the engine may have been replaced.
+
+        `gpu_runtime` is always True: an engine tells nowhere whether it found NVIDIA's hook on its PATH.
+        """
+        await self._connection.negotiate()
+        answer: JsonAnswer = await self._connection.call("describe itself", "GET", "info")
+        major, minor = self._connection.version
+        return translate.info(answer, f"{major}.{minor}")
+
+    async def image(self, reference: str) -> EngineImage | None:
+        """An image by name or id; None also where `reference` cannot name one."""
+        if not _is_reference(reference):
+            return None
+        call = "show an image"
+        try:
+            answer: JsonAnswer = await self._connection.call(call, "GET", f"images/{reference}/json")
+        except EngineRejected as rejection:
+            if rejection.status in (NOT_FOUND, BAD_REQUEST):
+                return None
+            raise
+        with engine_errors(call):
+            return translate.image(answer)
+
+    async def pull(self, reference: str, auth: RegistryAuth | None, progress: Progress) -> None:
+        """Fetch an image. Raises ImagePullFailed. Cancelling it cancels the engine's pull."""
+        await pull(self._connection, reference, auth, progress)
+
+    async def has_volume(self, name: str) -> bool:
+        """Whether the engine has a volume of this name."""
+        try:
+            await self._connection.call("show a volume", "GET", f"volumes/{segment(name)}")
+        except EngineRejected as rejection:
+            if rejection.status == NOT_FOUND:
+                return False
+            raise
+        return True
+
+    async def volume_names(self) -> tuple[str, ...]:
+        """The names of all volumes."""
+        call = "list volumes"
+        answer: JsonAnswer = await self._connection.call(call, "GET", "volumes")
+        with engine_errors(call):
+            return tuple(str(volume["Name"]) for volume in answer["Volumes"] or ())
+
+    async def image_names(self) -> tuple[str, ...]:
+        """The names (`repository:tag`) of all images that have one."""
+        call = "list images"
+        images: list[JsonAnswer] = await self._connection.call(call, "GET", "images/json")
+        with engine_errors(call):
+            return tuple(str(tag) for image in images for tag in image["RepoTags"] or () if tag != "<none>:<none>")
+
+    async def remove_volume(self, name: str) -> None:
+        """Remove a volume; one that is gone is no error, one in use is EngineRejected."""
+        await self._done("remove a volume", "DELETE", f"volumes/{segment(name)}", already=(NOT_FOUND,))
+
+    async def create(self, blueprint: Blueprint) -> str:
+        """Create a container, or find the one that the same operation has created; its id.
+
+        Raises ImageNotFound too: the image may have been removed since it was looked up.
+        """
+        call = "create a container"
+        request = translate.create_request(blueprint)
+        params = {"name": segment(blueprint.name)}
+        try:
+            answer: JsonAnswer = await self._connection.call(
+                call, "POST", "containers/create", params=params, body=request
+            )
+        except EngineRejected as rejection:
+            if rejection.status == NOT_FOUND:
+                raise ImageNotFound(image=blueprint.spec.image, available=()) from rejection
+            if rejection.status == CONFLICT and (found := await self._made_before(blueprint)):
+                return found
+            raise
+        with engine_errors(call):
+            return str(answer["Id"])
+
+    async def _made_before(self, blueprint: Blueprint) -> str | None:
+        """The id of the container that has the blueprint's name, if the same operation made it."""
+        found = await self.inspect(blueprint.name)
+        operation = blueprint.labels.get(LABEL_OPERATION)
+        return found.id if found and operation and found.labels.get(LABEL_OPERATION) == operation else None
+
+    async def inspect(self, engine_id: str) -> EngineContainer | None:
+        """One container by id or name; None when the engine says that there is none."""
+        answer = await self._inspect(engine_id)
+        if answer is None:
+            return None
+        with engine_errors("show a container"):
+            return translate.container(answer)
+
+    async def _inspect(self, engine_id: str) -> JsonAnswer | None:
+        try:
+            answer: JsonAnswer = await self._connection.call(
+                "show a container", "GET", f"containers/{segment(engine_id)}/json"
+            )
+        except EngineRejected as rejection:
+            if rejection.status == NOT_FOUND:
+                return None
+            raise
+        return answer
+
+    async def find(self, labels: Mapping[str, str]) -> tuple[EngineContainer, ...]:
+        """Containers in any state that carry all of `labels`; an empty value matches any.
+
+        A container also carries the labels of its image: one that somebody made from an image that came of a commit
+        looks like the container that was committed, but for its id.
+        """
+        call = "list containers"
+        wanted = [f"{name}={value}" if value else name for name, value in labels.items()]
+        params = {"all": "1", "filters": json.dumps({"label": wanted})}
+        answer: list[JsonAnswer] = await self._connection.call(call, "GET", "containers/json", params=params)
+        with engine_errors(call):
+            ids = [str(item["Id"]) for item in answer]
+        found = await asyncio.gather(*(self._inspect_in_turn(engine_id) for engine_id in ids))
+        return tuple(one for one in found if one is not None)
+
+    async def _inspect_in_turn(self, engine_id: str) -> EngineContainer | None:
+        async with self._inspects:
+            return await self.inspect(engine_id)
+
+    async def start(self, engine_id: str) -> None:
+        """Start it; one that runs is no error. Raises PortInUse, StartFailed.
+
+        After a failure the container is still there, in state CREATED or EXITED, and may be started again.
+        """
+        async with self._starts:
+            try:
+                # 304, "already started", is no error status and comes back like success.
+                await self._connection.call("start a container", "POST", f"containers/{segment(engine_id)}/start")
+            except EngineRejected as rejection:
+                # Gone, paused, or being removed: a state that forbids it, and no failed start.
+                if rejection.status == CONFLICT or (container := await self._inspect(engine_id)) is None:
+                    raise
+                raise start_failure(rejection, container) from rejection
+
+    async def stop(self, engine_id: str, timeout: float) -> None:
+        """Stop it: its stop signal, then after `timeout` seconds (whole ones, rounded up) SIGKILL; 0 kills at once.
+
+        One that does not run, or is gone, is no error.
+        """
+        grace = translate.whole_seconds(timeout)
+        await self._done(
+            "stop a container",
+            "POST",
+            f"containers/{segment(engine_id)}/stop",
+            params={"t": str(grace)},
+            timeout=self._connection.timeout + grace,
+            already=(NOT_FOUND,),
+        )
+
+    async def pause(self, engine_id: str) -> None:
+        """Freeze every process; one that is frozen is no error."""
+        await self._until_state("pause", engine_id, EngineState.PAUSED)
+
+    async def unpause(self, engine_id: str) -> None:
+        """Thaw every process; one that runs is no error."""
+        await self._until_state("unpause", engine_id, EngineState.RUNNING)
+
+    async def _until_state(self, verb: str, engine_id: str, wanted: EngineState) -> None:
+        try:
+            await self._connection.call(f"{verb} a container", "POST", f"containers/{segment(engine_id)}/{verb}")
+        except EngineRejected:
+            # "Already done" has another status and another message in every version; the state has not.
+            found = await self.inspect(engine_id)
+            if found is None or found.state is not wanted:
+                raise
+
+    async def update(self, engine_id: str, *, cpus: float, memory_bytes: int) -> None:
+        """Change its limits in place; 0 is none, which the engine shows as all that its host has.
+
+        The kernel refuses a limit below the memory in use (EngineRejected), and then nothing has changed.
+        """
+        call = "update a container"
+        container = await self._inspect(engine_id)
+        if container is None:
+            raise EngineRejected(call=call, status=NOT_FOUND, detail=f"there is no container {engine_id}")
+        changes = translate.limit_changes(
+            container["HostConfig"], cpus=cpus, memory_bytes=memory_bytes, host=await self.info()
+        )
+        if changes:
+            await self._connection.call(call, "POST", f"containers/{segment(engine_id)}/update", body=changes)
+
+    async def exited_within(self, engine_id: str, seconds: float) -> int | None:
+        """Its exit code if it stops running within `seconds`; None if it still runs then.
+
+        One that was never started has the exit code 0; one with a restart policy counts as stopped at every exit.
+        """
+        call = "wait for a container"
+        path = f"containers/{segment(engine_id)}/wait"
+        async with self._connection.stream(call, "POST", path, params={"condition": "not-running"}) as response:
+            with engine_errors(call):
+                patience = asyncio.timeout(max(seconds, 0.0))
+                try:
+                    async with patience:
+                        payload = await response.read()
+                except TimeoutError:
+                    if patience.expired():
+                        return None
+                    raise
+                # An engine that shuts down ends the answer without a word.
+                return int(json.loads(payload)["StatusCode"])
+
+    async def remove(self, engine_id: str) -> None:
+        """Remove it, killing what runs; its volumes stay. Returns when it is gone; one that is gone is no error."""
+        path = f"containers/{segment(engine_id)}"
+        try:
+            await self._done(
+                "remove a container", "DELETE", path, params={"force": "1", "v": "0"}, already=(NOT_FOUND,)
+            )
+        except EngineRejected as rejection:
+            # Somebody else is removing it. Wait for that; if it failed, the refusal stands.
+            if rejection.status != CONFLICT or not await self._removed(path):
+                raise
+
+    async def _removed(self, path: str) -> bool:
+        """Whether the engine, asked to tell when a container is removed, says so within the timeout."""
+        call = "remove a container"
+        try:
+            await self._connection.call(call, "POST", f"{path}/wait", params={"condition": "removed"})
+        except EngineRejected as rejection:
+            return rejection.status == NOT_FOUND
+        return await self._inspect(path.rpartition("/")[2]) is None
+
+    async def commit(self, engine_id: str, reference: str, labels: Mapping[str, str]) -> str:
+        """Make an image of its files, with the config it had and `labels` on top, named `reference`; its id.
+
+        The container is not paused: the caller sees to it that nothing writes, or takes what there is. The image names
+        no cards, whatever the container had.
+        """
+        call = "commit a container"
+        name, tag = split_reference(reference)
+        answer: JsonAnswer = await self._connection.call(
+            call,
+            "POST",
+            "commit",
+            params={"container": segment(engine_id), "repo": name, "tag": tag, "pause": "0"},
+            # What this config leaves out, the engine takes from the container's, each variable and label by itself.
+            body={"Labels": dict(labels), "Env": [translate.NO_CARDS]},
+            timeout=self._connection.timeout * _COMMIT_TIMEOUTS,
+        )
+        with engine_errors(call):
+            return str(answer["Id"])
+
+    async def remove_image(self, reference: str) -> None:
+        """Remove an image by name or id; one that is still used stays, and that is no error.
+
+        Its parents stay as well: an untagged one may be what a user's containers are made from.
+        """
+        if not _is_reference(reference):
+            return
+        path = f"images/{reference}"
+        await self._done("remove an image", "DELETE", path, params={"noprune": "1"}, already=(NOT_FOUND, CONFLICT))
+
+    def events(self, since_nanos: int) -> AsyncIterator[EngineEvent]:
+        """Events of our containers, those at `since_nanos` included (0: from now on); ends by EngineUnavailable."""
+        return events(self._connection, since_nanos)
+
+    async def exec(self, engine_id: str, request: ExecRequest) -> DockerExecSession:
+        """Start a process inside a running container.
+
+        A command that cannot be started is no error here: the engine says why on its standard output, and its exit
+        code is 126 or 127.
+        """
+        return await DockerExecSession.start(self._connection, segment(engine_id), request)
+
+    async def _done(
+        self,
+        call: str,
+        method: str,
+        path: str,
+        *,
+        already: tuple[int, ...],
+        params: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """A call for which the statuses in `already` mean that there is nothing left to do."""
+        try:
+            await self._connection.call(call, method, path, params=params, timeout=timeout)
+        except EngineRejected as rejection:
+            if rejection.status not in already:
+                raise
+
+
+def _is_reference(text: str) -> bool:
+    return _REFERENCE.fullmatch(text) is not None and not any(part in ("", ".", "..") for part in text.split("/"))

@@ -1,0 +1,90 @@
+"""An HTTP request that turns its connection into a wire of raw bytes, as the engine does it for exec and attach.
+
+The engine's word for it is hijacking: https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerAttach
+A client of our own, because reading through aiohttp costs a copy, a queue and a wakeup for every 64 KiB.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Final
+
+from aiodocker import DockerError
+
+from gpudock_server.adapters.docker.connection import Connection
+from gpudock_server.adapters.docker.failures import engine_errors
+from gpudock_server.adapters.docker.wire import Wire, open_wire
+
+_UPGRADED: Final = (101, 200)  # 200: an engine that does not heed the Upgrade header, and hijacks all the same
+_LONGEST_HEAD: Final = 64 * 1024
+_END_OF_HEAD: Final = b"\r\n\r\n"
+
+
+async def hijack(connection: Connection, call: str, path: str, body: object) -> Wire:
+    """POST `body` to `path`; the wire that comes of it. Raises EngineUnavailable, EngineRejected."""
+    with engine_errors(call):
+        async with asyncio.timeout(connection.timeout):
+            wire = await open_wire(connection.address)
+            try:
+                await wire.send(_request(connection, path, body))
+                await _upgraded(wire)
+            except BaseException:
+                wire.close()
+                raise
+            return wire
+
+
+def _request(connection: Connection, path: str, body: object) -> bytes:
+    payload = json.dumps(body).encode()
+    major, minor = connection.version
+    head = (
+        f"POST /v{major}.{minor}/{path} HTTP/1.1\r\n"
+        f"Host: {connection.address.host}\r\n"
+        "Connection: Upgrade\r\n"
+        "Upgrade: tcp\r\n"
+        "Content-Type: application/json\r\n"
+        f"Content-Length: {len(payload)}\r\n\r\n"
+    )
+    return head.encode() + payload
+
+
+async def _upgraded(wire: Wire) -> None:
+    """Return when the engine has said yes, its answer's head taken off the wire; raises DockerError for a no."""
+    head = await _take_head(wire)
+    # "HTTP/1.1 101 UPGRADED"
+    status = int(head.split(maxsplit=2)[1])
+    if status not in _UPGRADED:
+        raise DockerError(status, _message(await _take_body(wire, head)))
+
+
+async def _take_head(wire: Wire) -> bytes:
+    while True:
+        block = await wire.wait()
+        if not block:
+            raise ConnectionResetError("the engine hung up")
+        head, end, _ = bytes(block[:_LONGEST_HEAD]).partition(_END_OF_HEAD)
+        if end:
+            wire.taken(len(head) + len(end))
+            return head
+        if len(block) > _LONGEST_HEAD:
+            raise ValueError("a head without an end")
+        wire.taken(0)
+
+
+async def _take_body(wire: Wire, head: bytes) -> bytes:
+    """The body of a refusal: one short JSON document, whose length the engine always tells."""
+    fields = dict(line.lower().split(b":", 1) for line in head.split(b"\r\n")[1:])
+    length = min(int(fields.get(b"content-length", b"0")), _LONGEST_HEAD)
+    body = b""
+    while len(body) < length and (block := await wire.wait()):
+        body += block
+        wire.taken(len(block))
+    return body
+
+
+def _message(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["message"])
+    except (ValueError, KeyError, TypeError):
+        return body.decode(errors="replace")

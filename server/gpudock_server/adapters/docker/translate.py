@@ -1,0 +1,278 @@
+"""Our words into the engine's JSON and back. Pure; the field names are those of the Docker Engine API v1.41."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from gpudock_server.model.container import Placement
+from gpudock_server.model.engine import (
+    Blueprint,
+    EngineContainer,
+    EngineImage,
+    EngineInfo,
+    EngineState,
+)
+from gpudock_server.model.spec import ContainerSpec, HealthCheck, Mount, RestartPolicy, RestartPolicyKind
+
+Json = dict[str, Any]
+
+_VISIBLE_DEVICES = "NVIDIA_VISIBLE_DEVICES"
+# NVIDIA's word for "the runtime has nothing to do here"; an empty value would fall back to the image's own.
+_NO_DEVICES = "void"
+NO_CARDS = f"{_VISIBLE_DEVICES}={_NO_DEVICES}"
+
+_NANO = 1_000_000_000
+
+# A container that talks without end must not fill the disk that all share; 128 MB of it are kept. And json-file is
+# named because its logs can be read back, whatever driver the host prefers.
+_LOG_CONFIG = {"Type": "json-file", "Config": {"max-size": "64m", "max-file": "2"}}
+
+# An engine that restarts brings back everything whose policy is "always", also what a user had stopped. Here a stopped
+# container has released its cards and ports, and another may hold them by then: "unless-stopped" brings back the rest.
+_RESTART_POLICY = {
+    RestartPolicyKind.NO: "no",
+    RestartPolicyKind.ALWAYS: "unless-stopped",
+    RestartPolicyKind.UNLESS_STOPPED: "unless-stopped",
+    RestartPolicyKind.ON_FAILURE: "on-failure",
+}
+
+
+def create_request(blueprint: Blueprint) -> Json:
+    """The body of `POST /containers/create`."""
+    spec = blueprint.spec
+    request: Json = {
+        "Image": blueprint.image_id,
+        "Hostname": blueprint.hostname,
+        "User": spec.user,
+        "WorkingDir": spec.working_dir,
+        "Env": _environment(spec, blueprint.placement),
+        "Tty": spec.tty,
+        "OpenStdin": spec.stdin,
+        "Labels": {**spec.labels, **blueprint.labels},
+        "ExposedPorts": {_port_key(port.container_port, port.protocol): {} for port in blueprint.placement.ports},
+        "HostConfig": _host_config(blueprint),
+    }
+    # Absent is the image's; an empty list would mean "none at all".
+    if spec.entrypoint:
+        request["Entrypoint"] = list(spec.entrypoint)
+    if spec.command:
+        request["Cmd"] = list(spec.command)
+    if spec.stop_signal:
+        request["StopSignal"] = spec.stop_signal
+    if spec.stop_timeout is not None:
+        request["StopTimeout"] = whole_seconds(spec.stop_timeout.total_seconds())
+    if spec.health_check is not None:
+        request["Healthcheck"] = _health_check(spec.health_check)
+    return request
+
+
+def _environment(spec: ContainerSpec, placement: Placement) -> list[str]:
+    # Always set and always ours, and a container's word beats its image's: so neither a user nor an image that says
+    # "all" sees more cards than were claimed, whatever runtime the engine defaults to.
+    visible = ",".join(placement.gpu_uuids) or _NO_DEVICES
+    return [f"{name}={value}" for name, value in {**spec.env, _VISIBLE_DEVICES: visible}.items()]
+
+
+def _host_config(blueprint: Blueprint) -> Json:
+    spec, placement = blueprint.spec, blueprint.placement
+    config: Json = {
+        "NetworkMode": "default",
+        # Without it nobody inside can make a device node, for another tenant's card for example.
+        "CapDrop": ["MKNOD"],
+        "RestartPolicy": _restart_policy(spec.restart_policy),
+        "LogConfig": _LOG_CONFIG,
+        "Mounts": _mounts(blueprint),
+        "PortBindings": _port_bindings(placement),
+    }
+    if placement.gpu_uuids:
+        # Exactly one entry: of two the engine heeds only the last, and DeviceIDs beside Count it refuses.
+        gpus = {"Driver": "nvidia", "DeviceIDs": list(placement.gpu_uuids), "Capabilities": [["gpu"]]}
+        config["DeviceRequests"] = [gpus]
+    if spec.cpus:
+        config["NanoCpus"] = nano_cpus(spec.cpus)
+    if spec.memory_bytes:
+        config |= memory_limit(spec.memory_bytes)
+    if spec.shm_size_bytes:
+        config["ShmSize"] = spec.shm_size_bytes
+    return config
+
+
+def _restart_policy(policy: RestartPolicy) -> Json:
+    # The engine refuses a count beside any other policy.
+    retries = policy.max_retry_count if policy.kind is RestartPolicyKind.ON_FAILURE else 0
+    return {"Name": _RESTART_POLICY[policy.kind], "MaximumRetryCount": retries}
+
+
+def _mounts(blueprint: Blueprint) -> list[Json]:
+    mounts = [_mount(mount) for mount in blueprint.spec.mounts]
+    taken = {mount.target for mount in blueprint.spec.mounts}
+    carried = (
+        # NoCopy: the engine fills an empty volume with the image's files. This one may be empty because the user
+        # deleted them.
+        {"Type": "volume", "Source": volume, "Target": target, "VolumeOptions": {"NoCopy": True}}
+        for target, volume in blueprint.volumes.items()
+        if target not in taken
+    )
+    return [*mounts, *carried]
+
+
+def _mount(mount: Mount) -> Json:
+    shared = {"Target": mount.target, "ReadOnly": mount.read_only}
+    if mount.tmpfs is not None:
+        options = {"Mode": mount.tmpfs.mode} | ({"SizeBytes": mount.tmpfs.size_bytes} if mount.tmpfs.size_bytes else {})
+        return {"Type": "tmpfs", "TmpfsOptions": options, **shared}
+    if mount.host_path:
+        return {"Type": "bind", "Source": mount.host_path, **shared}
+    return {"Type": "volume", "Source": mount.volume, **shared}
+
+
+def _port_bindings(placement: Placement) -> Json:
+    bindings: Json = {}
+    for port in placement.ports:
+        key = _port_key(port.container_port, port.protocol)
+        bindings.setdefault(key, []).append({"HostPort": str(port.host_port)})
+    return bindings
+
+
+def _port_key(port: int, protocol: str) -> str:
+    return f"{port}/{protocol}"
+
+
+def _health_check(check: HealthCheck) -> Json:
+    return {
+        "Test": ["CMD", *check.command],
+        "Interval": _nanoseconds(check.interval),
+        "Timeout": _nanoseconds(check.timeout),
+        "StartPeriod": _nanoseconds(check.start_period),
+        "Retries": check.retries,
+    }
+
+
+def _nanoseconds(span: timedelta) -> int:
+    # By whole microseconds and not through a float, which would make 30 s of 29,999,999,999 ns.
+    return span // timedelta(microseconds=1) * 1000
+
+
+def whole_seconds(seconds: float) -> int:
+    """A grace period as the engine takes it: in whole seconds, never shorter than asked."""
+    return math.ceil(seconds)
+
+
+def nano_cpus(cpus: float) -> int:
+    """CPUs in the engine's billionths."""
+    return round(cpus * _NANO)
+
+
+def memory_limit(memory_bytes: int) -> Json:
+    """A limit of memory; the limit of memory and swap together is the same, so that swap does not widen it."""
+    return {"Memory": memory_bytes, "MemorySwap": memory_bytes}
+
+
+def limit_changes(host_config: Mapping[str, Any], *, cpus: float, memory_bytes: int, host: EngineInfo) -> Json:
+    """The body of `POST /containers/ID/update` that gives a container these limits; empty when it has them.
+
+    The engine cannot take a limit away from a container that has one (to it 0 is "leave it alone"). 0, our "no
+    limit", is therefore all that the host has: there is no difference that a process could notice.
+    """
+    has_cpus = host_config.get("NanoCpus") or 0
+    has_memory = host_config.get("Memory") or 0
+    wants_cpus = nano_cpus(cpus) or (host.cpus * _NANO if has_cpus else 0)
+    wants_memory = memory_bytes or (host.memory_bytes if has_memory else 0)
+    changes: Json = {}
+    if wants_cpus != has_cpus:
+        changes["NanoCpus"] = wants_cpus
+    if wants_memory != has_memory:
+        changes |= memory_limit(wants_memory)
+    return changes
+
+
+def container(inspected: Mapping[str, Any]) -> EngineContainer:
+    """What `GET /containers/ID/json` shows."""
+    state: Json = inspected.get("State") or {}
+    host: Json = inspected.get("HostConfig") or {}
+    config: Json = inspected.get("Config") or {}
+    # The containerd image store has no GraphDriver, or an empty one.
+    driver: Json = inspected.get("GraphDriver") or {}
+    driver_name = driver.get("Name") or ""
+    upper = (driver.get("Data") or {}).get("UpperDir") or "" if driver_name == "overlay2" else ""
+    health = (state.get("Health") or {}).get("Status") or ""
+    return EngineContainer(
+        id=inspected["Id"],
+        name=inspected["Name"].removeprefix("/"),
+        image_id=inspected["Image"],
+        state=_state(state),
+        pid=state.get("Pid") or 0,
+        exit_code=state.get("ExitCode") or 0,
+        oom_killed=bool(state.get("OOMKilled")),
+        error=state.get("Error") or "",
+        labels=config.get("Labels") or {},
+        gpu_uuids=_gpu_uuids(host.get("DeviceRequests") or ()),
+        upper_dir=upper,
+        storage_driver=driver_name,
+        volumes={
+            mount["Destination"]: mount["Name"]
+            for mount in inspected.get("Mounts") or ()
+            if mount.get("Type") == "volume"
+        },
+        cpus=(host.get("NanoCpus") or 0) / _NANO,
+        memory_bytes=host.get("Memory") or 0,
+        restart_count=inspected.get("RestartCount") or 0,
+        health="" if health == "none" else health,
+        start_time=moment(state.get("StartedAt")),
+        finish_time=moment(state.get("FinishedAt")),
+    )
+
+
+def _state(state: Mapping[str, Any]) -> EngineState:
+    try:
+        return EngineState(state.get("Status") or "")
+    except ValueError:
+        # A newer engine's new word. Whether it runs is what matters, and every engine says that.
+        return EngineState.RUNNING if state.get("Running") else EngineState.EXITED
+
+
+def _gpu_uuids(requests: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The cards, from HostConfig and never from the environment: engines with CDI show `void` there."""
+    return tuple(
+        device
+        for request in requests
+        if any("gpu" in alternative for alternative in request.get("Capabilities") or ())
+        for device in request.get("DeviceIDs") or ()
+    )
+
+
+def moment(text: str | None) -> datetime | None:
+    """An RFC 3339 time of up to nine decimals, cut to microseconds, in UTC; None for the engine's zero time."""
+    # Year 1 is Go's zero time; converting it to UTC could leave the calendar.
+    if not text or text.startswith("0001-"):
+        return None
+    return datetime.fromisoformat(text).astimezone(UTC)
+
+
+def image(inspected: Mapping[str, Any]) -> EngineImage:
+    """What `GET /images/NAME/json` shows."""
+    config: Json = inspected.get("Config") or {}
+    return EngineImage(
+        id=inspected["Id"],
+        size_bytes=inspected.get("Size") or 0,
+        env=tuple(config.get("Env") or ()),
+        volumes=tuple(config.get("Volumes") or ()),
+    )
+
+
+def info(answer: Mapping[str, Any], api_version: str) -> EngineInfo:
+    """What `GET /info` shows, and the API version in use."""
+    return EngineInfo(
+        # Without its data folder an engine has no id; then its host's name is the next best.
+        id=answer.get("ID") or answer.get("Name") or "",
+        version=answer.get("ServerVersion") or "",
+        api_version=api_version,
+        storage_driver=answer.get("Driver") or "",
+        root_dir=answer.get("DockerRootDir") or "",
+        cpus=answer.get("NCPU") or 0,
+        memory_bytes=answer.get("MemTotal") or 0,
+        operating_system=answer.get("OperatingSystem") or "",
+    )

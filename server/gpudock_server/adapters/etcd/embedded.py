@@ -1,0 +1,243 @@
+"""An etcd of the daemon's own, where none is configured: a child that only this daemon's user can reach."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections import deque
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+import structlog
+
+from gpudock_server.adapters.etcd import wire
+from gpudock_server.adapters.etcd.channel import EtcdAddress
+from gpudock_server.adapters.etcd.connection import CallFailed, EtcdConnection
+from gpudock_server.adapters.etcd.etcd_folder import CLIENT_SOCKET, PEER_SOCKET, EtcdFolder
+from gpudock_server.adapters.etcd.etcd_program import EtcdProgram, find_program
+from gpudock_server.startup import StartupError
+
+DEFAULT_START_TIMEOUT = timedelta(seconds=60)
+
+_STOP_SECONDS = 10.0
+_LOOK_SECONDS = 0.02
+_CALL_TIMEOUT = timedelta(seconds=1)
+# Between the end of an etcd and the next: doubled each time, and begun anew once one has run for a while.
+_FIRST_PAUSE_SECONDS = 0.1
+_LONGEST_PAUSE_SECONDS = 10.0
+_STEADY_SECONDS = 60.0
+_LINE_BYTES = 1 << 20
+_KEPT_LINES = 20
+
+_FLAGS = (
+    "--name=gpudock",
+    "--data-dir=data",
+    # Sockets in a folder of mode 0700, by relative names: etcd refuses absolute ones.
+    f"--listen-client-urls=unix://{CLIENT_SOCKET}",
+    f"--advertise-client-urls=unix://{CLIENT_SOCKET}",
+    f"--listen-peer-urls=unix://{PEER_SOCKET}",
+    f"--initial-advertise-peer-urls=unix://{PEER_SOCKET}",
+    f"--initial-cluster=gpudock=unix://{PEER_SOCKET}",
+    # It is alone and need not wait to hear from others: back within a second after a crash.
+    "--election-timeout=500",
+    # Page tokens live for an hour; what was overwritten before that is given back.
+    "--auto-compaction-mode=periodic",
+    "--auto-compaction-retention=1h",
+    "--quota-backend-bytes=2147483648",
+    # So many entries etcd keeps in memory; its default of 100,000 would be hundreds of MB of operations.
+    "--snapshot-count=10000",
+    "--logger=zap",
+    "--log-level=warn",
+    "--log-outputs=stderr",
+)
+_ROUTINE = (
+    # Said at every start: it has no users, and only ours can reach it.
+    "simple token is not cryptographically signed",
+    # Said at every stop: its gateway, which nobody uses, has lost its socket.
+    "[core] grpc: addrConn.createTransport failed to connect",
+)
+_LEVELS = {"debug": "debug", "info": "info", "warn": "warning"}
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+
+class EmbeddedEtcd:
+    """etcd in `state_dir`/etcd, started, watched, started again when it dies, and stopped with the daemon.
+
+    It dies with the daemon, however that ends. `start_timeout` is how long it may take to read its data.
+    """
+
+    def __init__(self, state_dir: Path, *, start_timeout: timedelta = DEFAULT_START_TIMEOUT) -> None:
+        self._folder = EtcdFolder(state_dir / "etcd")
+        self._start_timeout = start_timeout.total_seconds()
+        self._last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._process: Process | None = None
+        self._listener: asyncio.Task[None] | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+
+    @property
+    def address(self) -> EtcdAddress:
+        """How to reach it, from this process."""
+        return EtcdAddress((self._folder.endpoint,))
+
+    @property
+    def pid(self) -> int:
+        """Its process; 0 while there is none."""
+        return self._process.pid if self._process and self._process.returncode is None else 0
+
+    async def start(self) -> None:
+        """Start it and wait until it answers. Raises StartupError."""
+        await self._folder.take()
+        try:
+            program = await find_program(self._folder.wrote)
+            await self._spawn(program)
+            await self._wait_until_it_answers()
+            self._folder.note_version(program.version)
+        except BaseException:
+            await self.close()
+            raise
+        self._supervisor = asyncio.create_task(self._supervise(program), name="supervisor of etcd")
+
+    async def close(self) -> None:
+        """Stop it: SIGTERM, then SIGKILL."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._supervisor
+            self._supervisor = None
+        process, self._process = self._process, None
+        if process is not None and process.returncode is None:
+            process.terminate()
+            try:
+                async with asyncio.timeout(_STOP_SECONDS):
+                    await process.wait()
+            except TimeoutError:
+                log.warning("etcd did not stop in time and is killed", pid=process.pid)
+                process.kill()
+                await process.wait()
+        if self._listener is not None:
+            await self._listener
+            self._listener = None
+        self._folder.release()
+
+    async def _spawn(self, program: EtcdProgram) -> None:
+        setpriv = shutil.which("setpriv")
+        if setpriv is None:
+            raise StartupError("setpriv is missing, and etcd needs it to die with its daemon", "install util-linux")
+        if self._listener is not None:
+            await self._listener
+        self._last_lines.clear()
+        self._folder.clear_sockets()
+        self._process = await asyncio.create_subprocess_exec(
+            # setpriv and not a preexec_fn: code of ours between fork and exec is not safe beside grpc's threads and
+            # its fork handlers.
+            setpriv,
+            "--pdeathsig=TERM",
+            "--",
+            str(program.path),
+            *_FLAGS,
+            cwd=self._folder.path,
+            env=_environment(),
+            stdin=DEVNULL,
+            stdout=DEVNULL,
+            stderr=PIPE,
+            limit=_LINE_BYTES,
+            # Ctrl-C in a terminal goes to the daemon alone, which needs its store until it has drained.
+            start_new_session=True,
+        )
+        self._listener = asyncio.create_task(self._listen(self._process), name="log of etcd")
+        log.info("etcd started", pid=self._process.pid, endpoint=self._folder.endpoint)
+
+    async def _wait_until_it_answers(self) -> None:
+        process = self._process
+        connection = EtcdConnection(self.address, timeout=_CALL_TIMEOUT)
+        await connection.open()
+        try:
+            async with asyncio.timeout(self._start_timeout):
+                while process is not None and process.returncode is None:
+                    if self._folder.answers:
+                        with suppress(CallFailed):
+                            await connection.txn(success=[wire.get(b"/")])
+                            return
+                    await asyncio.sleep(_LOOK_SECONDS)
+        except TimeoutError:
+            raise StartupError(
+                f"etcd did not answer within {self._start_timeout:g} s; it said:\n{self._said()}",
+                "a slow disk, or more data than it can read in that time",
+            ) from None
+        finally:
+            await connection.close()
+        code = process.returncode if process else None
+        raise StartupError(f"etcd ended ({_how(code)}) at its start; it said:\n{await self._said_to_the_end()}")
+
+    async def _supervise(self, program: EtcdProgram) -> None:
+        loop = asyncio.get_running_loop()
+        pause = _FIRST_PAUSE_SECONDS
+        while True:
+            began = loop.time()
+            if self._process is not None:
+                code = await self._process.wait()
+                log.error("etcd ended and is started again", how=_how(code))
+            if loop.time() - began > _STEADY_SECONDS:
+                pause = _FIRST_PAUSE_SECONDS
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+            try:
+                await self._spawn(program)
+            except (OSError, StartupError) as error:
+                self._process = None
+                log.error("etcd cannot be started", reason=str(error))  # noqa: TRY400 - the sentence says it all
+
+    async def _listen(self, process: Process) -> None:
+        """Hand what etcd says to our log, and keep the last of it."""
+        if process.stderr is None:
+            return
+        while True:
+            try:
+                line = await process.stderr.readline()
+            except ValueError:
+                continue  # Longer than any line of sense; asyncio has dropped it.
+            if not line:
+                return
+            text = line.decode(errors="replace").strip()
+            if not any(phrase in text for phrase in _ROUTINE):
+                self._last_lines.append(text)
+                _relay(text)
+
+    def _said(self) -> str:
+        return "\n".join(self._last_lines)
+
+    async def _said_to_the_end(self) -> str:
+        if self._listener is not None:
+            await asyncio.wait([self._listener], timeout=_STOP_SECONDS)
+        return self._said()
+
+
+def _environment() -> dict[str, str]:
+    """Ours, without what etcd would take as flags, or as a service to report to."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name == "ETCD_UNSUPPORTED_ARCH" or not (name.startswith("ETCD_") or name == "NOTIFY_SOCKET")
+    }
+
+
+def _relay(text: str) -> None:
+    try:
+        line = json.loads(text)
+        level, message = line.pop("level"), line.pop("msg")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        level, message, line = "warn", text, {}
+    for name in ("ts", "caller", "event", "logger", "level"):
+        line.pop(name, None)
+    getattr(log, _LEVELS.get(level, "error"))("etcd says", message=message, **line)
+
+
+def _how(code: int | None) -> str:
+    if code is None:
+        return "not yet"
+    return f"signal {-code}" if code < 0 else f"exit code {code}"

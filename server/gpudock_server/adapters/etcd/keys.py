@@ -1,0 +1,148 @@
+"""The schema of the store: every key that gpudock has in etcd. Nothing else builds or takes apart a key.
+
+All keys begin with a prefix, one per installation. A value is JSON, `{"schema": 1, "record": {...}}` (see values.py),
+unless said otherwise. Parts in angle brackets are percent-encoded, so that none of them can hold a slash; for names,
+uids and the UUIDs of cards that changes nothing.
+
+    /gpudock/v1/
+    key                                      value                written by               goes
+    ---------------------------------------  -------------------  -----------------------  ---------------------------
+    schema                                   a number: SCHEMA     the first daemon         never
+    nodes/<node>                             NodeRecord           the node's daemon        with its lease, seconds
+                                                                                           after the daemon
+    hosts/<host>/gpus/<uuid>                 Holder               the operation that       when its holder releases it
+                                                                  claims the card
+    hosts/<host>/ports/<protocol>/<port>     Holder               likewise, for a port     likewise
+    containers/<name>                        Container (head)     operations, and what     with the container
+                                                                  was observed
+    revisions/containers/<uid>/<number>      ContainerRevision    the operation that       with the container
+                                                                  commits it
+    operations/<id>                          Operation            the saga, every step     with a lease, once it ended
+    locks/containers/<name>                  the operation's id,  the transaction that     in the transaction that
+                                             bare                 begins the operation     ends the operation
+    requests/<request_id>                    RequestRecord        likewise                 with a lease, once the
+                                                                                           operation ended
+
+- A claim is keyed by host and not by node: two daemons on one host, whatever their nodes are called, can never hand
+  out one card twice. It exists or it does not; every claim is made on the condition that it does not.
+- A revision's number has ten digits, so that the order of keys is the order of revisions. History is made of keys of
+  its own and never of etcd's revisions, which compaction erases.
+- A lock's value is bare because it is compared as it stands: a daemon with a newer schema must be able to release
+  what an older one locked.
+- The version that callers compare and set against is the mod_revision of the key; 0 is "there is none".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import quote, unquote
+
+from gpudock_server.model.claims import ClaimKey, GpuKey, PortKey
+from gpudock_server.model.spec import Protocol
+
+# Raised when an older daemon could no longer read, or would damage, what a newer one writes.
+SCHEMA = 1
+
+DEFAULT_PREFIX = "/gpudock/v1/"
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRange:
+    """All keys from `start` up to, and without, `end`."""
+
+    start: bytes
+    end: bytes
+
+    def after(self, key: bytes) -> KeyRange:
+        """What comes behind `key`."""
+        return KeyRange(key + b"\0", self.end)
+
+    def holds(self, key: bytes) -> bool:
+        """Whether `key` lies in it."""
+        return self.start <= key < self.end
+
+
+class Keys:
+    """Builds keys below `prefix`, which begins and ends with a slash."""
+
+    def __init__(self, prefix: str = DEFAULT_PREFIX) -> None:
+        if not (prefix.startswith("/") and prefix.endswith("/") and prefix.isascii()):
+            raise ValueError(f"the prefix {prefix!r} must be ASCII and begin and end with a slash")
+        self._prefix = prefix
+
+    def schema(self) -> bytes:
+        """The number of the schema that everything here is written in."""
+        return self._key("schema")
+
+    def node(self, node: str) -> bytes:
+        """The daemon of a node."""
+        return self._key("nodes", node)
+
+    def nodes(self) -> KeyRange:
+        """Every daemon."""
+        return self._below("nodes")
+
+    def claim(self, host: str, key: ClaimKey) -> bytes:
+        """A card or a port of a host."""
+        match key:
+            case GpuKey(uuid):
+                return self._key("hosts", host, "gpus", uuid)
+            case PortKey(protocol, port):
+                return self._key("hosts", host, "ports", protocol.value, str(port))
+
+    def claims(self, host: str) -> KeyRange:
+        """Everything that is claimed on a host."""
+        return self._below("hosts", host)
+
+    def claim_of(self, host: str, key: bytes) -> ClaimKey:
+        """The claim that a key of `claims(host)` is."""
+        match [unquote(part) for part in key.removeprefix(self.claims(host).start).decode("ascii").split("/")]:
+            case ["gpus", uuid]:
+                return GpuKey(uuid)
+            case ["ports", protocol, port]:
+                return PortKey(Protocol(protocol), int(port))
+        raise ValueError(f"{key!r} is no claim")
+
+    def container(self, name: str) -> bytes:
+        """A container's head."""
+        return self._key("containers", name)
+
+    def containers(self) -> KeyRange:
+        """Every head, in the order of their names."""
+        return self._below("containers")
+
+    def container_lock(self, name: str) -> bytes:
+        """Which operation has a container, or a name that is to become one."""
+        return self._key("locks", "containers", name)
+
+    def container_locks(self) -> KeyRange:
+        """Every lock on a container, in the order of their names."""
+        return self._below("locks", "containers")
+
+    def container_revision(self, uid: str, number: int) -> bytes:
+        """One revision of a container."""
+        return self._key("revisions", "containers", uid, f"{number:010d}")
+
+    def container_revisions(self, uid: str) -> KeyRange:
+        """All revisions of a container, oldest first."""
+        return self._below("revisions", "containers", uid)
+
+    def operation(self, operation_id: str) -> bytes:
+        """An operation."""
+        return self._key("operations", operation_id)
+
+    def operations(self) -> KeyRange:
+        """Every operation, in the order of their ids."""
+        return self._below("operations")
+
+    def request(self, request_id: str) -> bytes:
+        """What a caller's request id stood for."""
+        return self._key("requests", request_id)
+
+    def _key(self, *parts: str) -> bytes:
+        return (self._prefix + "/".join(quote(part, safe="") for part in parts)).encode("ascii")
+
+    def _below(self, *parts: str) -> KeyRange:
+        start = self._key(*parts)
+        # "0" is what follows "/": the range is all that continues with a slash.
+        return KeyRange(start + b"/", start + b"0")

@@ -1,0 +1,106 @@
+"""What each kind of change means in etcd: the key it touches, the condition on it, and what is done to it.
+
+Nothing is sent from here: a step says what to send, given what its key was read to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gpudock_server.adapters.etcd import wire
+from gpudock_server.adapters.etcd.conditions import (
+    Always,
+    Condition,
+    HeldBy,
+    PerhapsHeldBy,
+    ValueIs,
+    VersionIs,
+    holder_of,
+    is_held_by,
+)
+from gpudock_server.adapters.etcd.keys import KeyRange, Keys
+from gpudock_server.adapters.etcd.values import R, decode, encode
+from gpudock_server.adapters.etcd.wire import Entry
+from gpudock_server.model.changes import (
+    Change,
+    Claim,
+    DeleteContainer,
+    Keep,
+    LockContainer,
+    PutContainer,
+    PutOperation,
+    PutRequest,
+    PutRevision,
+    Release,
+    UnlockContainer,
+)
+from gpudock_server.model.container import Container, ContainerRevision
+from gpudock_server.model.operation import Operation, RequestRecord
+from gpudock_server.ports import Versioned
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A change as etcd does it.
+
+    `value` is what is put, None deletes the key; a deletion takes `dependents` along. `found` shows a refused caller
+    what stands at the key.
+    """
+
+    change: Change
+    key: bytes
+    condition: Condition
+    found: Callable[[Entry], object]
+    value: bytes | None = None
+    expires: bool = False
+    dependents: KeyRange | None = None
+
+    def does(self, entry: Entry | None, lease: int) -> list[wire.Do]:
+        """What the transaction does for it, given what was read and the lease for what expires."""
+        if self.value is not None:
+            return [wire.put(self.key, self.value, lease if self.expires else 0)]
+        if isinstance(self.condition, PerhapsHeldBy) and not is_held_by(self.condition.uid, entry):
+            return []
+        return [wire.delete(self.key), *([wire.delete_range(self.dependents)] if self.dependents else [])]
+
+
+def step_of(change: Change, keys: Keys) -> Step:  # noqa: C901, PLR0911 - one case for each kind of change
+    """How a change is done."""
+    match change:
+        case LockContainer(name, operation_id):
+            return Step(change, keys.container_lock(name), VersionIs(0), _text, operation_id.encode())
+        case UnlockContainer(name, operation_id):
+            return Step(change, keys.container_lock(name), ValueIs(operation_id.encode()), _text)
+        case Claim(host, key, holder):
+            return Step(change, keys.claim(host, key), VersionIs(0), holder_of, encode(holder))
+        case Keep(host, key, holder):
+            return Step(change, keys.claim(host, key), HeldBy(holder.uid), holder_of, encode(holder))
+        case Release(host, key, uid):
+            return Step(change, keys.claim(host, key), PerhapsHeldBy(uid), holder_of)
+        case PutContainer(container, expect):
+            head = keys.container(container.name)
+            return Step(change, head, VersionIs(expect), _versioned(Container), encode(container))
+        case DeleteContainer(name, uid, expect):
+            history = keys.container_revisions(uid)
+            return Step(change, keys.container(name), VersionIs(expect), _versioned(Container), dependents=history)
+        case PutRevision(revision):
+            number = keys.container_revision(revision.uid, revision.revision)
+            return Step(change, number, VersionIs(0), _versioned(ContainerRevision), encode(revision))
+        case PutOperation(operation, expect):
+            value, ended = encode(operation), operation.state.ended
+            return Step(change, keys.operation(operation.id), VersionIs(expect), _versioned(Operation), value, ended)
+        case PutRequest(request_id, record, ended):
+            unused = Always() if ended else VersionIs(0)
+            return Step(change, keys.request(request_id), unused, _versioned(RequestRecord), encode(record), ended)
+
+
+def _text(entry: Entry) -> str:
+    return entry.value.decode()
+
+
+def _versioned(kind: type[R]) -> Callable[[Entry], Versioned[R]]:
+    def read(entry: Entry) -> Versioned[R]:
+        return Versioned(decode(kind, entry.key, entry.value), entry.version)
+
+    return read

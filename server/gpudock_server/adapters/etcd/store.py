@@ -1,0 +1,201 @@
+"""The store that core speaks to, on etcd."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import timedelta
+
+from gpudock_server.adapters.etcd import wire
+from gpudock_server.adapters.etcd.connection import CallFailed, EtcdConnection
+from gpudock_server.adapters.etcd.expiry import ExpiryBuckets
+from gpudock_server.adapters.etcd.keys import DEFAULT_PREFIX, SCHEMA, KeyRange, Keys
+from gpudock_server.adapters.etcd.listing import list_page
+from gpudock_server.adapters.etcd.transactions import Transaction
+from gpudock_server.adapters.etcd.values import R, UnreadableValueError, decode, decode_number, encode_number
+from gpudock_server.adapters.etcd.wire import MAX_TXN_OPERATIONS, Entry
+from gpudock_server.errors import StoreUnavailable
+from gpudock_server.model.changes import Change
+from gpudock_server.model.claims import ClaimTable, Holder
+from gpudock_server.model.container import Container, ContainerRevision
+from gpudock_server.model.node import NodeRecord
+from gpudock_server.model.operation import Operation, RequestRecord
+from gpudock_server.ports import ContainerView, Page, Versioned
+from gpudock_server.startup import StartupError
+
+DEFAULT_RETENTION = timedelta(hours=24)
+DEFAULT_DEADLINE = timedelta(seconds=5)
+DEFAULT_BUCKET = timedelta(hours=1)
+
+
+class EtcdStore:
+    """gpudock's state below `prefix` in etcd: `ports.Store`.
+
+    What has ended is kept for `retention`, and up to two `bucket` longer. A call that etcd does not answer is tried
+    again, and a transaction's outcome found out, until `deadline` has passed; then StoreUnavailable is raised.
+
+    The connection is the caller's: it is opened before and closed after.
+    """
+
+    def __init__(
+        self,
+        connection: EtcdConnection,
+        *,
+        prefix: str = DEFAULT_PREFIX,
+        retention: timedelta = DEFAULT_RETENTION,
+        bucket: timedelta = DEFAULT_BUCKET,
+        deadline: timedelta = DEFAULT_DEADLINE,
+    ) -> None:
+        self._connection = connection
+        self._keys = Keys(prefix)
+        self._expiry = ExpiryBuckets(connection, retention, bucket)
+        self._deadline = deadline
+
+    async def open(self) -> None:
+        """Check that the state is in a schema that this daemon knows, or begin it.
+
+        Raises StoreUnavailable, and StartupError where a newer daemon, or something else, has written here.
+        """
+        key = self._keys.schema()
+        async with _mapped_errors():
+            # May be repeated: what is there is only read.
+            answer = await self._connection.patiently(
+                lambda timeout: self._connection.txn(
+                    [wire.version_is(key, 0)], [wire.put(key, encode_number(SCHEMA))], [wire.get(key)], timeout=timeout
+                ),
+                self._deadline,
+            )
+        if answer.succeeded:
+            return
+        entry = answer.ranges[0].entries[0]
+        try:
+            schema = decode_number(key, entry.value)
+        except UnreadableValueError as error:
+            raise StartupError(str(error), "this prefix is something else's; choose another") from error
+        if schema > SCHEMA:
+            raise StartupError(
+                f"the state in etcd is written in schema {schema}, and this gpudockd knows {SCHEMA}",
+                "install the gpudock that wrote it, or a newer one; or restore a backup from before it was upgraded",
+            )
+
+    async def apply(self, changes: Sequence[Change]) -> int:
+        """Do all of `changes` or none: see `ports.Store.apply`.
+
+        At most 127 changes, no two of them to one key. Raises StoreConflict, StoreUnavailable, and InvalidArgument
+        where they are larger than etcd takes (1.5 MiB by default).
+        """
+        return await Transaction(self._connection, self._keys, self._expiry, changes, self._deadline).run()
+
+    async def container(self, name: str) -> ContainerView | None:
+        """A head and its lock, in one read."""
+        head, lock = await self._get(self._keys.container(name), self._keys.container_lock(name))
+        return _view(head, lock) if head else None
+
+    async def containers(self, *, page_size: int, page_token: str) -> Page[ContainerView]:
+        """Heads in the order of their names: see `ports.Store.containers`."""
+        async with _mapped_errors():
+            page = await list_page(
+                self._connection,
+                self._keys.containers(),
+                self._keys.container_locks(),
+                size=page_size,
+                token=page_token,
+                patience=self._deadline,
+            )
+        locks = {entry.key: entry for entry in page.beside}
+        views = [_view(head, None) for head in page.entries]
+        # The name comes from the record, so that no key has to be taken apart.
+        lock_of = [locks.get(self._keys.container_lock(view.container.name)) for view in views]
+        return Page(
+            tuple(
+                ContainerView(view.container, view.version, lock.value.decode() if lock else "")
+                for view, lock in zip(views, lock_of, strict=True)
+            ),
+            page.next_token,
+        )
+
+    async def revisions(self, uid: str) -> tuple[ContainerRevision, ...]:
+        """A container's history, oldest first."""
+        found = await self._list(self._keys.container_revisions(uid))
+        return tuple(decode(ContainerRevision, entry.key, entry.value) for entry in found)
+
+    async def claims(self, host: str) -> ClaimTable:
+        """All claims of a host, at one moment."""
+        found = await self._list(self._keys.claims(host))
+        return ClaimTable(
+            {self._keys.claim_of(host, entry.key): decode(Holder, entry.key, entry.value) for entry in found}
+        )
+
+    async def operation(self, operation_id: str) -> Versioned[Operation] | None:
+        """An operation that has not expired."""
+        return _versioned(Operation, *await self._get(self._keys.operation(operation_id)))
+
+    async def operations(self, *, page_size: int, page_token: str) -> Page[Operation]:
+        """Operations in the order of their ids: see `ports.Store.operations`."""
+        async with _mapped_errors():
+            page = await list_page(
+                self._connection,
+                self._keys.operations(),
+                None,
+                size=page_size,
+                token=page_token,
+                patience=self._deadline,
+            )
+        return Page(tuple(decode(Operation, entry.key, entry.value) for entry in page.entries), page.next_token)
+
+    async def unfinished(self, node: str) -> tuple[Versioned[Operation], ...]:
+        """Operations of `node` that have not ended, found by the locks they hold."""
+        locks = await self._list(self._keys.container_locks())
+        keys = [self._keys.operation(lock.value.decode()) for lock in locks]
+        operations: list[Versioned[Operation]] = []
+        for first in range(0, len(keys), MAX_TXN_OPERATIONS):
+            for entry in await self._get(*keys[first : first + MAX_TXN_OPERATIONS]):
+                stored = _versioned(Operation, entry)
+                # One that ended since its lock was read has nothing left to do.
+                if stored and stored.value.node == node and not stored.value.state.ended:
+                    operations.append(stored)
+        return tuple(operations)
+
+    async def request(self, request_id: str) -> RequestRecord | None:
+        """What a request id stood for."""
+        stored = _versioned(RequestRecord, *await self._get(self._keys.request(request_id)))
+        return stored.value if stored else None
+
+    async def nodes(self) -> tuple[NodeRecord, ...]:
+        """Every daemon that is alive, and those that died within the time of their lease."""
+        return tuple(decode(NodeRecord, entry.key, entry.value) for entry in await self._list(self._keys.nodes()))
+
+    async def ping(self) -> str:
+        """The version of etcd. Raises StoreUnavailable, also where it answers but has no leader or no space."""
+        async with _mapped_errors():
+            status = await self._connection.status()
+        if status.trouble:
+            raise StoreUnavailable(status.trouble)
+        return status.version
+
+    async def _get(self, *keys: bytes) -> list[Entry | None]:
+        """Single keys, at one moment."""
+        async with _mapped_errors():
+            answer = await self._connection.read(*(wire.get(key) for key in keys), patience=self._deadline)
+        return [found.only for found in answer.ranges]
+
+    async def _list(self, keys: KeyRange) -> tuple[Entry, ...]:
+        async with _mapped_errors():
+            answer = await self._connection.read(wire.get_range(keys), patience=self._deadline)
+        return answer.ranges[0].entries
+
+
+@asynccontextmanager
+async def _mapped_errors() -> AsyncIterator[None]:
+    try:
+        yield
+    except CallFailed as failure:
+        raise StoreUnavailable(str(failure)) from None
+
+
+def _view(head: Entry, lock: Entry | None) -> ContainerView:
+    return ContainerView(decode(Container, head.key, head.value), head.version, lock.value.decode() if lock else "")
+
+
+def _versioned(kind: type[R], entry: Entry | None) -> Versioned[R] | None:
+    return Versioned(decode(kind, entry.key, entry.value), entry.version) if entry else None

@@ -1,0 +1,115 @@
+"""etcd's requests and answers, typed. aetcd ships no types, so its generated messages stay behind this file.
+
+aetcd's own methods are passed by where they fall short: its ranges take neither a limit nor a revision, and its
+transactions hide the revision at which they happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NewType, TypeAlias
+
+from aetcd import rpc
+
+from gpudock_server.adapters.etcd.keys import KeyRange
+
+# etcd's default for --max-txn-ops: neither the comparisons nor either branch of a transaction may be longer.
+MAX_TXN_OPERATIONS = 128
+
+# Messages of etcd's; aetcd ships no types for them. Two kinds go into a transaction and must not be mixed up.
+Message: TypeAlias = Any
+Compare = NewType("Compare", object)
+Do = NewType("Do", object)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A key that exists. `version` is its mod_revision, `lease` 0 where it has none."""
+
+    key: bytes
+    value: bytes
+    version: int
+    lease: int
+
+
+@dataclass(frozen=True, slots=True)
+class RangeAnswer:
+    """What a range holds. `more`: the limit cut it off."""
+
+    entries: tuple[Entry, ...]
+    more: bool
+
+    @property
+    def only(self) -> Entry | None:
+        """What a read of one key found."""
+        return self.entries[0] if self.entries else None
+
+
+@dataclass(frozen=True, slots=True)
+class TxnAnswer:
+    """How a transaction went. `ranges` are the answers of the reads in the branch that was taken, in their order."""
+
+    succeeded: bool
+    revision: int
+    ranges: tuple[RangeAnswer, ...]
+
+
+def version_is(key: bytes, version: int) -> Compare:
+    """The condition that a key has this version; 0 is "there is none"."""
+    # A key that does not exist compares with 0 as its mod_revision.
+    return Compare(rpc.Compare(key=key, target=rpc.Compare.MOD, result=rpc.Compare.EQUAL, mod_revision=version))
+
+
+def value_is(key: bytes, value: bytes) -> Compare:
+    """The condition that a key exists and has this value."""
+    return Compare(rpc.Compare(key=key, target=rpc.Compare.VALUE, result=rpc.Compare.EQUAL, value=value))
+
+
+def put(key: bytes, value: bytes, lease: int = 0) -> Do:
+    """Set a key; without a lease, it loses the one it had."""
+    return Do(rpc.RequestOp(request_put=rpc.PutRequest(key=key, value=value, lease=lease)))
+
+
+def delete(key: bytes) -> Do:
+    """Remove a key if it exists."""
+    return Do(rpc.RequestOp(request_delete_range=rpc.DeleteRangeRequest(key=key)))
+
+
+def delete_range(keys: KeyRange) -> Do:
+    """Remove every key of a range."""
+    return Do(rpc.RequestOp(request_delete_range=rpc.DeleteRangeRequest(key=keys.start, range_end=keys.end)))
+
+
+def get(key: bytes, revision: int = 0) -> Do:
+    """Read a key, as it was at `revision` or is now (0)."""
+    return Do(rpc.RequestOp(request_range=rpc.RangeRequest(key=key, revision=revision)))
+
+
+def get_range(keys: KeyRange, *, limit: int = 0, revision: int = 0) -> Do:
+    """Read a range in the order of its keys, at most `limit` (0: all), at `revision` (0: now)."""
+    request = rpc.RangeRequest(key=keys.start, range_end=keys.end, limit=limit, revision=revision)
+    return Do(rpc.RequestOp(request_range=request))
+
+
+def txn_request(compare: Sequence[Compare], success: Sequence[Do], failure: Sequence[Do]) -> Message:
+    """The message of a transaction."""
+    return rpc.TxnRequest(compare=compare, success=success, failure=failure)
+
+
+def txn_answer(response: Message) -> TxnAnswer:
+    """The answer to a transaction."""
+    return TxnAnswer(
+        succeeded=bool(response.succeeded),
+        revision=int(response.header.revision),
+        ranges=tuple(
+            RangeAnswer(tuple(_entries(part.response_range.kvs)), more=bool(part.response_range.more))
+            for part in response.responses
+            if part.HasField("response_range")
+        ),
+    )
+
+
+def _entries(kvs: Iterable[Message]) -> Iterable[Entry]:
+    for kv in kvs:
+        yield Entry(key=bytes(kv.key), value=bytes(kv.value), version=int(kv.mod_revision), lease=int(kv.lease))

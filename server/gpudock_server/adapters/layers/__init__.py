@@ -1,0 +1,5 @@
+"""Carrying a container's writable layer on a host whose engine keeps it in overlay2 folders."""
+
+from gpudock_server.adapters.layers.store import OverlayLayerStore
+
+__all__ = ["OverlayLayerStore"]

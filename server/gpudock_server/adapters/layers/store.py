@@ -1,0 +1,230 @@
+"""LayerStore over the folders of Docker's overlay2 driver."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gpudock_server.adapters.layers.comparing import differences
+from gpudock_server.adapters.layers.copying import (
+    StillCopyingError,
+    copy_tree,
+    empty_tree,
+    missing_program,
+    sole_writer,
+    tree_bytes,
+)
+from gpudock_server.adapters.layers.exchange import Arrangement, arrangement_of, bring_about
+from gpudock_server.adapters.layers.paths import Layer, LayerRefusedError, find_layer
+from gpudock_server.adapters.layers.privilege import why_no_copy, why_no_exchange
+from gpudock_server.adapters.layers.threads import Interrupt, run_to_end
+from gpudock_server.errors import DiskFull, LayerCarryFailed
+from gpudock_server.model.engine import EngineContainer
+from gpudock_server.model.operation import CarryMethod
+from gpudock_server.ports import CarryPlan, LayerPair, LayerStore, Progress
+
+# Kept free beside the layer itself: directories grow, and the engine and its logs go on writing.
+_MARGIN_BYTES = 16 << 20
+_MARGIN_SHARE = 0.01
+_MEASURE_SECONDS = 300.0
+
+COMMIT_WARNINGS = (
+    "extended attributes other than security.capability are lost (user.* ones among them)",
+    "times of modification lose their fraction of a second, and those before 1970 become 1970",
+    "sparse files are written out in full",
+    "sockets, and the mode, owner and time of / itself, are not carried",
+    "the container's image grows by one layer; engines stop at 125",
+)
+
+
+class OverlayLayerStore(LayerStore):
+    """Carries writable layers by exchange or copy of overlay2 folders, and plans a commit where neither can be.
+
+    `forced` is the one method to use, None the best there is. `engine_root` is the engine's data folder, as the engine
+    names it; `local` whether the engine runs on this host, so that its paths are ours. Nothing is kept open, and any
+    number of carries may run at once.
+    """
+
+    def __init__(self, forced: CarryMethod | None, engine_root: str, *, local: bool) -> None:
+        self._forced: CarryMethod | None = None if forced is CarryMethod.NONE else forced
+        self._root = engine_root
+        self._local = local
+
+    async def methods(self) -> tuple[tuple[CarryMethod, str], ...]:
+        """Each method, and why it cannot be used on this host (empty: it can)."""
+        hidden = await run_to_end(self._why_hidden)
+        return (
+            (CarryMethod.EXCHANGE, hidden or why_no_exchange()),
+            (CarryMethod.COPY, hidden or why_no_copy() or missing_program()),
+            (CarryMethod.COMMIT, ""),
+        )
+
+    async def plan(self, old: EngineContainer) -> CarryPlan:
+        """The forced method, else the best; measures what would be copied. Raises LayerCarryFailed, DiskFull.
+
+        The container may still run. What stood in the way of a better method is among the warnings.
+        """
+        layer = await run_to_end(self._seen, old)
+        hidden = layer if isinstance(layer, str) else ""
+        reasons = {method: reason or hidden for method, reason in await self.methods()}
+        reasons[CarryMethod.COMMIT] = ""
+        if self._forced:
+            if reason := reasons[self._forced]:
+                raise LayerCarryFailed(method=self._forced, detail=reason)
+            plan = CarryPlan(method=self._forced)
+        else:
+            plan = _best(reasons)
+        match plan.method:
+            case CarryMethod.COPY:
+                return await self._measured(plan, old.upper_dir, apparent=False)
+            case CarryMethod.COMMIT:
+                return await self._commit_plan(plan, "" if hidden else old.upper_dir)
+            case _:
+                return plan.model_copy(update={"bytes_available": _available(self._root)})
+
+    async def locate(self, old: EngineContainer, new: EngineContainer) -> LayerPair:
+        """See the protocol. Raises LayerCarryFailed; changes nothing."""
+        method = self._forced or CarryMethod.EXCHANGE
+        with _refusals(method):
+            return await run_to_end(self._located, old, new)
+
+    async def exchange(self, pair: LayerPair) -> bool:
+        """See the protocol."""
+        with _refusals(CarryMethod.EXCHANGE):
+            return await run_to_end(bring_about, self._root, pair, Arrangement.EXCHANGED)
+
+    async def exchange_back(self, pair: LayerPair) -> None:
+        """See the protocol. The successor may be gone, as long as the old tree is where it was."""
+        with _refusals(CarryMethod.EXCHANGE):
+            if not await run_to_end(self._put_back, pair):
+                raise LayerRefusedError("the kernel swapped the layers once and does not swap them back")
+
+    async def copy(self, pair: LayerPair, progress: Progress) -> None:
+        """See the protocol. On return the copy is on the disk, not only in memory."""
+        with _refusals(CarryMethod.COPY):
+            # Emptying the new tree of an exchanged pair would destroy the only copy.
+            if await run_to_end(arrangement_of, self._root, pair) is not Arrangement.STRAIGHT:
+                raise LayerRefusedError("the layers are exchanged, and what would be emptied is the old one")
+            if reason := why_no_copy() or missing_program():
+                raise LayerRefusedError(reason)
+            async with sole_writer(pair.new_path) as lock:
+                await self._copy(pair, lock, progress)
+
+    async def _copy(self, pair: LayerPair, lock: int, progress: Progress) -> None:
+        interrupt = Interrupt()
+        await run_to_end(empty_tree, pair.new_path, interrupt)
+        plan = await self._measured(CarryPlan(method=CarryMethod.COPY), pair.old_path, apparent=False)
+        total = plan.bytes_to_move
+        progress(0, total)
+        ended = await copy_tree(pair.old_path, pair.new_path, lock, total, progress)
+        if ended.out_of_room:
+            raise DiskFull(path=pair.new_path, needed_bytes=total, available_bytes=_available(pair.new_path))
+        if ended.exit_code != 0:
+            raise LayerRefusedError(f"cp ended with {ended.exit_code}: {ended.complaint}")
+        found = await run_to_end(differences, pair.old_path, pair.new_path, interrupt)
+        if found:
+            raise LayerRefusedError(f"the copy is not equal: {'; '.join(found)}")
+        # The original is removed soon after; a power failure then must not find the copy unwritten.
+        await run_to_end(_write_out, lock)
+        progress(total, total)
+
+    async def _commit_plan(self, plan: CarryPlan, upper_dir: str) -> CarryPlan:
+        """What the engine will write is what reading the layer gives; unknown where the layer is not ours to see."""
+        plan = plan.model_copy(update={"warnings": (*plan.warnings, *COMMIT_WARNINGS)})
+        if not upper_dir or missing_program():
+            return plan
+        return await self._measured(plan, upper_dir, apparent=True)
+
+    async def _measured(self, plan: CarryPlan, path: str, *, apparent: bool) -> CarryPlan:
+        """The plan with the bytes that it moves and the room for them. Raises DiskFull."""
+        with _refusals(plan.method):
+            needed = await tree_bytes(path, apparent=apparent, timeout_seconds=_MEASURE_SECONDS)
+            available = await run_to_end(_available, path)
+        if needed + max(_MARGIN_BYTES, int(needed * _MARGIN_SHARE)) > available:
+            raise DiskFull(path=path, needed_bytes=needed, available_bytes=available)
+        return plan.model_copy(update={"bytes_to_move": needed, "bytes_available": available})
+
+    def _why_hidden(self) -> str:
+        """Why no layer of this engine can be seen from here; empty when they can."""
+        if not self._local:
+            return "the engine runs on another host"
+        if not Path(self._root, "overlay2", "l").is_dir():
+            return f"there are no overlay2 layers below {self._root}, the engine's data folder"
+        return ""
+
+    def _seen(self, container: EngineContainer) -> Layer | str:
+        """A container's writable layer, or why it is not to be seen."""
+        if not self._local:
+            return "the engine runs on another host"
+        if container.storage_driver != "overlay2":
+            return f"the engine's storage driver is {container.storage_driver or 'unknown'}, not overlay2"
+        if not container.upper_dir:
+            return "the engine does not show where the writable layer is"
+        try:
+            return find_layer(self._root, container.upper_dir)
+        except LayerRefusedError as error:
+            return str(error)
+
+    def _located(self, old: EngineContainer, new: EngineContainer) -> LayerPair:
+        if not old.image_id or old.image_id != new.image_id:
+            raise LayerRefusedError(f"the images differ: {old.image_id or 'unknown'} and {new.image_id or 'unknown'}")
+        layers = [self._seen(old), self._seen(new)]
+        match layers:
+            case [Layer() as before, Layer() as after]:
+                _check_together(before, after)
+                return LayerPair(
+                    old_path=before.path, old_inode=before.inode, new_path=after.path, new_inode=after.inode
+                )
+            case _:
+                raise LayerRefusedError("; ".join(layer for layer in layers if isinstance(layer, str)))
+
+    def _put_back(self, pair: LayerPair) -> bool:
+        if pair.old_inode != pair.new_inode and find_layer(self._root, pair.old_path).inode == pair.old_inode:
+            return True
+        return bring_about(self._root, pair, Arrangement.STRAIGHT)
+
+
+def _best(reasons: dict[CarryMethod, str]) -> CarryPlan:
+    """The first method that nothing speaks against, with what speaks against those before it."""
+    method = next(method for method, reason in reasons.items() if not reason)
+    warnings = [f"{other} is not possible: {reason}" for other, reason in reasons.items() if reason]
+    return CarryPlan(method=method, warnings=tuple(warnings))
+
+
+def _check_together(old: Layer, new: Layer) -> None:
+    if (old.path, old.inode) == (new.path, new.inode) or old.inode == new.inode:
+        raise LayerRefusedError(f"{old.path} and {new.path} are one and the same layer")
+    if old.device != new.device:
+        raise LayerRefusedError(f"{old.path} and {new.path} lie on different filesystems")
+    if old.image_layers != new.image_layers:
+        raise LayerRefusedError(f"{old.path} and {new.path} lie on different image layers")
+
+
+def _available(path: str) -> int:
+    """Bytes that are free on the filesystem of `path`, without those kept back for root."""
+    filesystem = os.statvfs(path)
+    return filesystem.f_bavail * filesystem.f_frsize
+
+
+def _write_out(descriptor: int) -> None:
+    """Have everything written that the filesystem of `descriptor` holds in memory (syncfs(2))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syncfs(descriptor) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+@contextmanager
+def _refusals(method: CarryMethod) -> Iterator[None]:
+    """Give what is refused or fails below the name that core knows."""
+    try:
+        yield
+    except (LayerRefusedError, StillCopyingError, ValueError) as error:
+        raise LayerCarryFailed(method=method, detail=str(error)) from error
+    except TimeoutError as error:
+        raise LayerCarryFailed(method=method, detail="the layer could not be measured in time") from error
+    except OSError as error:
+        raise LayerCarryFailed(method=method, detail=f"{error.strerror} ({error.filename})") from error
