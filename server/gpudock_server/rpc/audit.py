@@ -1,0 +1,89 @@
+"""Who changed what, when, and with which outcome: a log line for every call that may change something."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc.aio
+import structlog
+from google.protobuf.message import Message
+from typing_extensions import override
+
+from gpudock_server.rpc.errors import code_of
+from gpudock_server.rpc.identity import caller
+from gpudock_server.rpc.interception import Call, Interceptor
+
+_OURS = "/gpudock."
+# Methods of this contract that only look begin with one of these.
+_READS = ("Get", "List", "Watch", "Stream")
+# Fields of a request that name what it is about, the most telling first.
+_TARGETS = ("name", "container", "id", "operation_id")
+# The message inside the first of an exec's.
+_BEGINNING = "start"
+
+_log = structlog.stdlib.get_logger("gpudock.audit")
+
+
+class AuditInterceptor(Interceptor):
+    """Goes between ErrorInterceptor, to see errors as they are, and IdentityInterceptor, to see who is refused."""
+
+    @override
+    @asynccontextmanager
+    async def around(self, call: Call) -> AsyncIterator[None]:
+        method = call.method.rpartition("/")[2]
+        if not call.method.startswith(_OURS) or method.startswith(_READS):
+            yield
+            return
+        begin = time.monotonic()
+        seen = _Seen(call)
+        outcome = "OK"
+        try:
+            yield
+        except grpc.aio.AbortError:
+            outcome = call.context.code().name
+            raise
+        except BaseException as error:
+            outcome = code_of(error).name
+            raise
+        finally:
+            _log.info(
+                "call",
+                method=method,
+                caller=str(caller()),
+                peer=call.context.peer(),
+                outcome=outcome,
+                duration_seconds=round(time.monotonic() - begin, 3),
+                **_target(seen.request),
+            )
+
+
+class _Seen:
+    """The request, or the first of a stream of them, which says what the rest is about."""
+
+    def __init__(self, call: Call) -> None:
+        self.request: Any = None
+        if call.request_streaming:
+            call.request = self._watched(call.request)
+        else:
+            self.request = call.request
+
+    async def _watched(self, requests: Any) -> AsyncIterator[Any]:  # noqa: ANN401 - of any message
+        async for request in requests:
+            if self.request is None:
+                self.request = request
+            yield request
+
+
+def _target(request: object) -> dict[str, str]:
+    """What the request names, and its request_id; nothing else of it, for it may hold secrets."""
+    if not isinstance(request, Message):
+        return {}
+    fields = request.DESCRIPTOR.fields_by_name
+    if _BEGINNING in fields and fields[_BEGINNING].message_type is not None and request.HasField(_BEGINNING):
+        return _target(getattr(request, _BEGINNING))
+    found = {field: str(getattr(request, field)) for field in (*_TARGETS, "request_id") if field in fields}
+    target = next((found[field] for field in _TARGETS if found.get(field)), "")
+    return {key: value for key, value in (("target", target), ("request_id", found.get("request_id"))) if value}

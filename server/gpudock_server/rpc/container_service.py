@@ -1,0 +1,158 @@
+"""ContainerService: each request is checked, handed to core, and its outcome shown."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Protocol, TypeVar
+
+from gpudock.v1 import container_pb2, container_service_pb2, exec_pb2, operation_pb2
+from gpudock.v1.container_service_pb2_grpc import ContainerServiceServicer
+from typing_extensions import override
+
+from gpudock_server.core.containers import Containers
+from gpudock_server.core.containers.commands import Command
+from gpudock_server.core.exec_sessions import ExecSessions
+from gpudock_server.core.operations import Operations, RequestKey
+from gpudock_server.ports import ContainerView, Page
+from gpudock_server.rpc import page, progress
+from gpudock_server.rpc.convert.container import container_message, view_message
+from gpudock_server.rpc.exec_call import serve_exec
+from gpudock_server.rpc.interception import Context
+from gpudock_server.rpc.request_key import Mutation, request_key
+from gpudock_server.rpc.validation import containers as validation
+from gpudock_server.rpc.validation import listing
+
+SERVICE = container_service_pb2.DESCRIPTOR.services_by_name["ContainerService"].full_name
+
+R_co = TypeVar("R_co", covariant=True)
+
+
+class _Plannable(Mutation, Protocol):
+    """A request that begins an operation, or asks for its plan alone."""
+
+    @property
+    def validate_only(self) -> bool:
+        """Whether nothing is to be done."""
+        ...
+
+
+class _Event(Protocol[R_co]):
+    """The class of a response that holds a snapshot or the result."""
+
+    def __call__(
+        self, *, operation: operation_pb2.Operation | None = None, result: container_pb2.Container | None = None
+    ) -> R_co:
+        """Make one."""
+        ...
+
+
+class ContainerService(ContainerServiceServicer):
+    """Serves gpudock.v1.ContainerService.
+
+    The streaming methods return their generator instead of being one, so that a request is checked before anything
+    else. Only `interception.wrap`, which is around every method of this server, knows what to do with that.
+    """
+
+    def __init__(self, containers: Containers, operations: Operations, execs: ExecSessions) -> None:
+        self._containers = containers
+        self._operations = operations
+        self._execs = execs
+
+    @override
+    def CreateContainer(
+        self, request: container_service_pb2.CreateContainerRequest, context: Context
+    ) -> AsyncIterator[container_service_pb2.CreateContainerResponse]:
+        command = validation.create(request)
+        return self._operate("CreateContainer", request, command, container_service_pb2.CreateContainerResponse)
+
+    @override
+    async def GetContainer(
+        self, request: container_service_pb2.GetContainerRequest, context: Context
+    ) -> container_service_pb2.GetContainerResponse:
+        view = await self._containers.get(validation.get(request))
+        return container_service_pb2.GetContainerResponse(container=view_message(view))
+
+    @override
+    async def ListContainers(
+        self, request: container_service_pb2.ListContainersRequest, context: Context
+    ) -> container_service_pb2.ListContainersResponse:
+        found, token = await page.from_store(listing.containers(request), self._read, view_message)
+        return container_service_pb2.ListContainersResponse(containers=found, next_page_token=token)
+
+    @override
+    def StartContainer(
+        self, request: container_service_pb2.StartContainerRequest, context: Context
+    ) -> AsyncIterator[container_service_pb2.StartContainerResponse]:
+        command = validation.start(request)
+        return self._operate("StartContainer", request, command, container_service_pb2.StartContainerResponse)
+
+    @override
+    async def StopContainer(
+        self, request: container_service_pb2.StopContainerRequest, context: Context
+    ) -> container_service_pb2.StopContainerResponse:
+        stopped = await self._containers.run(validation.stop(request), _key("StopContainer", request))
+        return container_service_pb2.StopContainerResponse(container=container_message(stopped))
+
+    @override
+    def RestartContainer(
+        self, request: container_service_pb2.RestartContainerRequest, context: Context
+    ) -> AsyncIterator[container_service_pb2.RestartContainerResponse]:
+        command = validation.restart(request)
+        return self._operate("RestartContainer", request, command, container_service_pb2.RestartContainerResponse)
+
+    @override
+    async def PauseContainer(
+        self, request: container_service_pb2.PauseContainerRequest, context: Context
+    ) -> container_service_pb2.PauseContainerResponse:
+        paused = await self._containers.run(validation.pause(request), _key("PauseContainer", request))
+        return container_service_pb2.PauseContainerResponse(container=container_message(paused))
+
+    @override
+    async def UnpauseContainer(
+        self, request: container_service_pb2.UnpauseContainerRequest, context: Context
+    ) -> container_service_pb2.UnpauseContainerResponse:
+        thawed = await self._containers.run(validation.unpause(request), _key("UnpauseContainer", request))
+        return container_service_pb2.UnpauseContainerResponse(container=container_message(thawed))
+
+    @override
+    async def DeleteContainer(
+        self, request: container_service_pb2.DeleteContainerRequest, context: Context
+    ) -> container_service_pb2.DeleteContainerResponse:
+        await self._containers.run(validation.delete(request), _key("DeleteContainer", request))
+        return container_service_pb2.DeleteContainerResponse()
+
+    @override
+    def ScaleContainer(
+        self, request: container_service_pb2.ScaleContainerRequest, context: Context
+    ) -> AsyncIterator[container_service_pb2.ScaleContainerResponse]:
+        command = validation.scale(request)
+        return self._operate("ScaleContainer", request, command, container_service_pb2.ScaleContainerResponse)
+
+    @override
+    async def ExecContainer(  # type: ignore[override]  # it writes its responses: see serve_exec
+        self, request_iterator: AsyncIterator[exec_pb2.ExecContainerRequest], context: Context
+    ) -> None:
+        await serve_exec(self._execs, request_iterator, context)
+
+    async def _read(self, page_size: int, page_token: str) -> Page[ContainerView]:
+        return await self._containers.list(page_size=page_size, page_token=page_token)
+
+    async def _operate(
+        self, method: str, request: _Plannable, command: Command, event: _Event[R_co]
+    ) -> AsyncIterator[R_co]:
+        """The plan alone, or the operation to its end. Whoever leaves leaves it to itself."""
+        if request.validate_only:
+            yield event(operation=progress.recorded(await self._containers.preview(command)))
+            return
+        operation_id = await self._containers.begin(command, _key(method, request))
+        async with aclosing(progress.follow(self._operations, operation_id)) as shown:
+            async for message in shown:
+                if isinstance(message, operation_pb2.Operation):
+                    yield event(operation=message)
+                else:
+                    yield event(result=message)
+
+
+def _key(method: str, request: Mutation) -> RequestKey | None:
+    return request_key(f"/{SERVICE}/{method}", request)

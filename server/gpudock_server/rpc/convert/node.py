@@ -1,0 +1,67 @@
+"""The node: what it has, what is left, and how its parts are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gpudock.v1 import node_pb2
+
+from gpudock_server.core.nodes import NodeView
+from gpudock_server.model.claims import PortKey
+from gpudock_server.rpc.convert.operation import CARRY_METHODS
+from gpudock_server.rpc.convert.port import port_range_message
+from gpudock_server.rpc.convert.times import timestamp
+
+
+def node_message(seen: NodeView) -> node_pb2.Node:
+    """A node at one moment; what did not answer is absent, and `components` says why."""
+    engine = seen.engine
+    return node_pb2.Node(
+        name=seen.name,
+        daemon_version=seen.version,
+        engine=node_pb2.EngineInfo(
+            id=engine.id,
+            version=engine.version,
+            api_version=engine.api_version,
+            storage_driver=engine.storage_driver,
+        )
+        if engine
+        else None,
+        etcd_version=seen.store_version,
+        driver_version=seen.gpus.driver_version,
+        nvml_version=seen.gpus.nvml_version,
+        cuda_driver_version=seen.gpus.cuda_driver_version,
+        capacity=node_pb2.NodeCapacity(
+            gpus=len(seen.gpus.gpus),
+            cpus=engine.cpus if engine else 0,
+            memory_bytes=engine.memory_bytes if engine else 0,
+        ),
+        free_gpus=seen.free_gpus,
+        claimed_gpus=seen.claimed_gpus,
+        memory_available_bytes=seen.memory_available_bytes,
+        ports=port_range_message(seen.port_range, (key for key in seen.claims.claims if isinstance(key, PortKey))),
+        disk=node_pb2.DiskUsage(path=seen.disk.path, total_bytes=seen.disk.total_bytes, free_bytes=seen.disk.free_bytes)
+        if seen.disk
+        else None,
+        layer_carry=[
+            node_pb2.LayerCarrySupport(method=CARRY_METHODS[method], available=not reason, reason=reason)
+            for method, reason in seen.carry_methods
+        ],
+        components=_components(seen),
+        start_time=timestamp(seen.start_time),
+    )
+
+
+def _components(seen: NodeView) -> Iterator[node_pb2.ComponentHealth]:
+    yield node_pb2.ComponentHealth(
+        component=node_pb2.NODE_COMPONENT_ENGINE, healthy=seen.engine is not None, message=seen.engine_error
+    )
+    yield node_pb2.ComponentHealth(
+        component=node_pb2.NODE_COMPONENT_STORE, healthy=not seen.store_error, message=seen.store_error
+    )
+    yield node_pb2.ComponentHealth(
+        component=node_pb2.NODE_COMPONENT_GPU_DRIVER,
+        # A node without a driver is well. A driver that was there and has something to report is not.
+        healthy=not (seen.gpus.driver_version and seen.gpus.message),
+        message=seen.gpus.message,
+    )

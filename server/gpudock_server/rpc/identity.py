@@ -1,0 +1,110 @@
+"""Who calls: established once for each call, before anything else looks at it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from enum import StrEnum
+
+import structlog
+from typing_extensions import override
+
+from gpudock_server.errors import Unauthenticated
+from gpudock_server.rpc.interception import Call, Context, Interceptor
+from gpudock_server.rpc.tokens import TokenFile
+
+# Load balancers and systemd's watchdogs have no identity; health tells them nothing that a closed port would not.
+_OPEN_TO_ALL = "/grpc.health.v1.Health/"
+_BEARER = "bearer "
+# What TLS calls the peer, the most specific first. These are there only if the certificate was verified.
+_CERTIFICATE_NAMES = ("x509_common_name", "x509_subject_alternative_name")
+
+_log = structlog.stdlib.get_logger("gpudock.rpc")
+
+
+class CallerKind(StrEnum):
+    """How a caller was recognised. UNIX: by the right to write to the daemon's socket."""
+
+    NOBODY = "nobody"
+    UNIX = "unix"
+    TOKEN = "token"  # noqa: S105 - a kind, not a token
+    CERTIFICATE = "certificate"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls. `name` is what the token file or the certificate says."""
+
+    kind: CallerKind
+    name: str = ""
+
+    @override
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.name}" if self.name else str(self.kind)
+
+
+NOBODY = Caller(CallerKind.NOBODY)
+UNIX = Caller(CallerKind.UNIX)
+
+_caller: ContextVar[Caller] = ContextVar("caller", default=NOBODY)
+
+
+def caller() -> Caller:
+    """Who made the call that this task works for; NOBODY outside of a call, and in one that needs no identity."""
+    return _caller.get()
+
+
+class IdentityInterceptor(Interceptor):
+    """Sets `caller()`, or ends the call with Unauthenticated. Runs inside ErrorInterceptor."""
+
+    def __init__(self, tokens: TokenFile | None) -> None:
+        self._tokens = tokens
+
+    @override
+    @asynccontextmanager
+    async def around(self, call: Call) -> AsyncIterator[None]:
+        if not call.method.startswith(_OPEN_TO_ALL):
+            try:
+                found = self._identify(call.context)
+            except Unauthenticated as error:
+                _log.warning("call refused", peer=call.context.peer(), reason=error.message)
+                raise
+            # Never reset: the task, and its context with it, is this call's own.
+            _caller.set(found)
+            structlog.contextvars.bind_contextvars(caller=str(found))
+        yield
+
+    def _identify(self, context: Context) -> Caller:
+        if context.peer().startswith("unix:"):
+            return UNIX
+        credentials = _authorization(context)
+        if credentials:
+            return self._by_token(credentials)
+        certificate = _certificate_name(context.auth_context())
+        if certificate:
+            return Caller(CallerKind.CERTIFICATE, certificate)
+        raise Unauthenticated("this address needs to know who calls: send `authorization: Bearer TOKEN`")
+
+    def _by_token(self, credentials: str) -> Caller:
+        if not credentials.lower().startswith(_BEARER):
+            raise Unauthenticated("`authorization` must be `Bearer TOKEN`")
+        name = self._tokens.name_of(credentials[len(_BEARER) :].strip()) if self._tokens else None
+        if name is None:
+            raise Unauthenticated("the token is not, or no longer, known here")
+        return Caller(CallerKind.TOKEN, name)
+
+
+def _authorization(context: Context) -> str:
+    for key, value in context.invocation_metadata() or ():
+        if key == "authorization":
+            return value if isinstance(value, str) else value.decode(errors="replace")
+    return ""
+
+
+def _certificate_name(auth_context: Mapping[str, Iterable[bytes]]) -> str:
+    for key in _CERTIFICATE_NAMES:
+        for name in auth_context.get(key, ()):
+            return name.decode(errors="replace")
+    return ""

@@ -1,0 +1,67 @@
+"""OperationService: looking at operations, and taking them back."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+from gpudock.v1 import operation_pb2, operation_service_pb2
+from gpudock.v1.operation_service_pb2_grpc import OperationServiceServicer
+from typing_extensions import override
+
+from gpudock_server.core.operations import Operations
+from gpudock_server.model.operation import Operation
+from gpudock_server.ports import Page
+from gpudock_server.rpc import page, progress
+from gpudock_server.rpc.convert.operation import operation_message
+from gpudock_server.rpc.interception import Context
+from gpudock_server.rpc.validation import listing
+from gpudock_server.rpc.validation import operations as validation
+
+SERVICE = operation_service_pb2.DESCRIPTOR.services_by_name["OperationService"].full_name
+
+
+class OperationService(OperationServiceServicer):
+    """Serves gpudock.v1.OperationService. Its streaming method returns its generator: see ContainerService."""
+
+    def __init__(self, operations: Operations) -> None:
+        self._operations = operations
+
+    @override
+    async def GetOperation(
+        self, request: operation_service_pb2.GetOperationRequest, context: Context
+    ) -> operation_service_pb2.GetOperationResponse:
+        snapshot = await self._operations.get(validation.operation_id(request))
+        return operation_service_pb2.GetOperationResponse(operation=operation_message(snapshot))
+
+    @override
+    async def ListOperations(
+        self, request: operation_service_pb2.ListOperationsRequest, context: Context
+    ) -> operation_service_pb2.ListOperationsResponse:
+        found, token = await page.from_store(listing.operations(request), self._read, progress.recorded)
+        return operation_service_pb2.ListOperationsResponse(operations=found, next_page_token=token)
+
+    @override
+    def WatchOperation(
+        self, request: operation_service_pb2.WatchOperationRequest, context: Context
+    ) -> AsyncIterator[operation_service_pb2.WatchOperationResponse]:
+        return self._watch(validation.operation_id(request))
+
+    @override
+    async def CancelOperation(
+        self, request: operation_service_pb2.CancelOperationRequest, context: Context
+    ) -> operation_service_pb2.CancelOperationResponse:
+        snapshot = await self._operations.cancel(validation.operation_id(request))
+        return operation_service_pb2.CancelOperationResponse(operation=operation_message(snapshot))
+
+    async def _read(self, page_size: int, page_token: str) -> Page[Operation]:
+        return await self._operations.list(page_size=page_size, page_token=page_token)
+
+    async def _watch(self, operation_id: str) -> AsyncIterator[operation_service_pb2.WatchOperationResponse]:
+        async with aclosing(progress.follow(self._operations, operation_id)) as shown:
+            async for message in shown:
+                if isinstance(message, operation_pb2.Operation):
+                    yield operation_service_pb2.WatchOperationResponse(operation=message)
+                else:
+                    result = operation_service_pb2.OperationResult(container=message)
+                    yield operation_service_pb2.WatchOperationResponse(result=result)

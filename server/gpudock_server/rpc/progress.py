@@ -1,0 +1,45 @@
+"""The stream that shows an operation: snapshots of it, and last its result, or the error that it ended with."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from gpudock.v1 import container_pb2, operation_pb2
+
+from gpudock_server.core.operations import Operations, Snapshot, outcome_of
+from gpudock_server.errors import WrongNode
+from gpudock_server.model.operation import Operation, OperationKind
+from gpudock_server.rpc.convert.container import container_message
+from gpudock_server.rpc.convert.operation import operation_message
+
+
+async def follow(
+    operations: Operations, operation_id: str
+) -> AsyncGenerator[operation_pb2.Operation | container_pb2.Container | None, None]:
+    """Each snapshot as it is taken, then the container that was left; None for an operation that leaves none.
+
+    Whoever is slow to ask for the next gets what is then the latest. Leaving it does nothing to the operation. Raises
+    OperationNotFound, ShuttingDown, and what the operation failed with.
+    """
+    last: Operation | None = None
+    # Closed here and not by the garbage collector: a caller may hang up at any yield.
+    async with aclosing(operations.watch(operation_id)) as snapshots:  # type: ignore[type-var]  # a generator, typed as less
+        async for snapshot in snapshots:
+            last = snapshot.operation
+            yield operation_message(snapshot)
+    if last is not None:
+        yield _result(last)
+
+
+def _result(operation: Operation) -> container_pb2.Container | None:
+    if not operation.state.ended:
+        # Only the daemon that runs it knows how it goes on.
+        raise WrongNode(container=operation.container, node=operation.node, address="")
+    container = outcome_of(operation)
+    return None if operation.kind is OperationKind.DELETE else container_message(container)
+
+
+def recorded(operation: Operation) -> operation_pb2.Operation:
+    """An operation as its record has it: one that is only planned, or one of a list."""
+    return operation_message(Snapshot(operation))

@@ -1,0 +1,107 @@
+"""The gRPC server: our services, what is around each call, and the services that every server has.
+
+Listeners are bound elsewhere, before `RpcServer.grpc` is started.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import grpc.aio
+from gpudock.v1 import error_reason_pb2
+from gpudock.v1.container_service_pb2_grpc import add_ContainerServiceServicer_to_server
+from gpudock.v1.node_service_pb2_grpc import add_NodeServiceServicer_to_server
+from gpudock.v1.operation_service_pb2_grpc import add_OperationServiceServicer_to_server
+from grpc_channelz.v1 import channelz, channelz_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from gpudock_server.core.containers import Containers
+from gpudock_server.core.exec_sessions import ExecSessions
+from gpudock_server.core.nodes import Nodes
+from gpudock_server.core.operations import Operations
+from gpudock_server.rpc import container_service, node_service, operation_service
+from gpudock_server.rpc.audit import AuditInterceptor
+from gpudock_server.rpc.container_service import ContainerService
+from gpudock_server.rpc.decoding import DecodingInterceptor
+from gpudock_server.rpc.errors import ErrorInterceptor
+from gpudock_server.rpc.identity import IdentityInterceptor
+from gpudock_server.rpc.interception import Interceptor
+from gpudock_server.rpc.listeners import SERVER_OPTIONS
+from gpudock_server.rpc.node_service import NodeService
+from gpudock_server.rpc.operation_service import OperationService
+from gpudock_server.rpc.tokens import TokenFile
+from gpudock_server.settings import Settings
+
+OUR_SERVICES = (container_service.SERVICE, operation_service.SERVICE, node_service.SERVICE)
+_STANDARD_SERVICES = (
+    health.SERVICE_NAME,
+    reflection.SERVICE_NAME,
+    channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name,
+)
+# Nothing imports the reasons: named here, they are loaded, and reflection can describe them.
+_REASONS = error_reason_pb2.DESCRIPTOR
+
+_MIB = 1024 * 1024
+_SECOND_MS = 1000
+
+_OPTIONS = (
+    *SERVER_OPTIONS,
+    # Stdin comes in messages of 1 MiB, specs are smaller.
+    ("grpc.max_receive_message_length", 4 * _MIB),
+    # In frames of up to this size instead of 16 KiB: an eighth more of it in the same time.
+    ("grpc.http2.max_frame_size", _MIB),
+    # A watcher can be silent for hours, and a firewall between us forgets it sooner. A caller that does not answer for
+    # 20 seconds has gone, and its commands are to end.
+    ("grpc.keepalive_time_ms", 30 * _SECOND_MS),
+    ("grpc.keepalive_timeout_ms", 20 * _SECOND_MS),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Callers may do the same: the default takes a ping more than every five minutes for an attack.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10 * _SECOND_MS),
+    ("grpc.enable_channelz", 1),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What core offers, and the server serves."""
+
+    containers: Containers
+    operations: Operations
+    execs: ExecSessions
+    nodes: Nodes
+
+
+class RpcServer:
+    """A server that is ready to be given listeners and started."""
+
+    def __init__(self, services: Services, interceptors: tuple[Interceptor, ...]) -> None:
+        """`interceptors`: the first is around all others, the last next to the services."""
+        self.grpc = grpc.aio.server(interceptors=interceptors, options=_OPTIONS)
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in its stubs
+        add_ContainerServiceServicer_to_server(
+            ContainerService(services.containers, services.operations, services.execs), self.grpc
+        )
+        add_OperationServiceServicer_to_server(OperationService(services.operations), self.grpc)
+        add_NodeServiceServicer_to_server(NodeService(services.nodes, services.containers), self.grpc)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        channelz.add_channelz_servicer(self.grpc)  # type: ignore[arg-type]  # its stubs know no asyncio
+        reflection.enable_server_reflection((*OUR_SERVICES, *_STANDARD_SERVICES), self.grpc)
+
+    async def set_serving(self, serving: bool, *, services: tuple[str, ...] = OUR_SERVICES) -> None:  # noqa: FBT001
+        """Tell whoever asks for our health, or watches it; the server as a whole (named "") is as well as `services`.
+
+        Until the first call of this, health says SERVICE_UNKNOWN.
+        """
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", *services):
+            await self._health.set(service, status)
+
+
+def build_server(services: Services, settings: Settings) -> RpcServer:
+    """The server as it is in production. Raises StartupError for a token file that cannot be read."""
+    tokens = TokenFile(settings.token_file) if settings.token_file is not None else None
+    return RpcServer(
+        services, (ErrorInterceptor(), AuditInterceptor(), IdentityInterceptor(tokens), DecodingInterceptor())
+    )

@@ -1,0 +1,170 @@
+"""Requests of ContainerService that name a container or change one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import timedelta
+
+from google.protobuf.duration_pb2 import Duration
+from gpudock.v1 import container_service_pb2, registry_auth_pb2
+
+from gpudock_server.core.containers.commands import (
+    Create,
+    Delete,
+    Pause,
+    PullPolicy,
+    Restart,
+    Scale,
+    ScaleStrategy,
+    Start,
+    Stop,
+    Unpause,
+)
+from gpudock_server.model.engine import RegistryAuth
+from gpudock_server.rpc.validation import fields
+from gpudock_server.rpc.validation.spec import MAX_STOP_TIMEOUT, cpus, gpus, memory, shm_size, spec
+from gpudock_server.rpc.validation.violations import Violations
+
+_PULL_POLICIES: Mapping[int, PullPolicy] = {
+    container_service_pb2.PullPolicy.Value(f"PULL_POLICY_{policy.name}"): policy for policy in PullPolicy
+}
+_STRATEGIES: Mapping[int, ScaleStrategy] = {
+    container_service_pb2.ScaleStrategy.Value(f"SCALE_STRATEGY_{strategy.name}"): strategy for strategy in ScaleStrategy
+}
+_OWNER = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._@/-]{0,126}[A-Za-z0-9])?", re.ASCII)
+_SCALABLE = ("gpus", "cpus", "memory_bytes", "shm_size_bytes")
+
+
+def get(request: container_service_pb2.GetContainerRequest) -> str:
+    """The name of the container to show."""
+    violations = Violations()
+    name = fields.name(violations, "name", request.name)
+    violations.raise_any()
+    return name
+
+
+def create(request: container_service_pb2.CreateContainerRequest) -> Create:
+    """A container to be made."""
+    violations = Violations()
+    if request.owner and not _OWNER.fullmatch(request.owner):
+        violations.add("owner", "must match ^[A-Za-z0-9]([A-Za-z0-9._@/-]{0,126}[A-Za-z0-9])?$")
+    if not request.HasField("spec"):
+        violations.add("spec", "is required")
+    fields.optional_uuid(violations, "request_id", request.request_id)
+    command = Create(
+        name=fields.name(violations, "name", request.name),
+        # An absent one has no fields to name: that it is missing says it all.
+        spec=spec(violations.at("spec") if request.HasField("spec") else Violations(), request.spec),
+        owner=request.owner,
+        pull_policy=fields.choice(violations, "pull_policy", request.pull_policy, _PULL_POLICIES, PullPolicy.MISSING),
+        create_only=request.create_only,
+        registry_auth=_registry_auth(violations.at("registry_auth"), request.registry_auth),
+    )
+    violations.raise_any()
+    return command
+
+
+def start(request: container_service_pb2.StartContainerRequest) -> Start:
+    """A container to be started."""
+    violations = _common(request)
+    command = Start(
+        name=request.name,
+        gpus=gpus(violations.at("gpus"), request.gpus) if request.HasField("gpus") else None,
+        etag=request.etag,
+    )
+    violations.raise_any()
+    return command
+
+
+def stop(request: container_service_pb2.StopContainerRequest) -> Stop:
+    """A container to be stopped."""
+    violations = _common(request)
+    timeout = _timeout(violations, request.timeout) if request.HasField("timeout") else None
+    violations.raise_any()
+    return Stop(name=request.name, keep_resources=request.keep_resources, timeout=timeout, etag=request.etag)
+
+
+def restart(request: container_service_pb2.RestartContainerRequest) -> Restart:
+    """A container to be stopped and started."""
+    violations = _common(request)
+    timeout = _timeout(violations, request.timeout) if request.HasField("timeout") else None
+    violations.raise_any()
+    return Restart(name=request.name, timeout=timeout, etag=request.etag)
+
+
+def pause(request: container_service_pb2.PauseContainerRequest) -> Pause:
+    """A container to be frozen."""
+    _common(request).raise_any()
+    return Pause(name=request.name, etag=request.etag)
+
+
+def unpause(request: container_service_pb2.UnpauseContainerRequest) -> Unpause:
+    """A container to be thawed."""
+    _common(request).raise_any()
+    return Unpause(name=request.name, etag=request.etag)
+
+
+def delete(request: container_service_pb2.DeleteContainerRequest) -> Delete:
+    """A container to be removed."""
+    _common(request).raise_any()
+    return Delete(name=request.name, force=request.force, etag=request.etag)
+
+
+def scale(request: container_service_pb2.ScaleContainerRequest) -> Scale:
+    """A container to be given other resources."""
+    violations = _common(request)
+    given = {field for field in _SCALABLE if request.HasField(field)}  # type: ignore[arg-type]  # literals, by name
+    if not given:
+        violations.add("gpus", f"at least one of {', '.join(_SCALABLE)} is required")
+    command = Scale(
+        name=request.name,
+        gpus=gpus(violations.at("gpus"), request.gpus) if "gpus" in given else None,
+        cpus=cpus(violations, request.cpus) if "cpus" in given else None,
+        memory_bytes=memory(violations, request.memory_bytes) if "memory_bytes" in given else None,
+        shm_size_bytes=shm_size(violations, request.shm_size_bytes) if "shm_size_bytes" in given else None,
+        strategy=fields.choice(violations, "strategy", request.strategy, _STRATEGIES, ScaleStrategy.AUTO),
+        etag=request.etag,
+    )
+    violations.raise_any()
+    return command
+
+
+_OnExisting = (
+    container_service_pb2.StartContainerRequest
+    | container_service_pb2.StopContainerRequest
+    | container_service_pb2.RestartContainerRequest
+    | container_service_pb2.PauseContainerRequest
+    | container_service_pb2.UnpauseContainerRequest
+    | container_service_pb2.DeleteContainerRequest
+    | container_service_pb2.ScaleContainerRequest
+)
+
+
+def _common(request: _OnExisting) -> Violations:
+    """What is wrong with the fields that every change of an existing container has."""
+    violations = Violations()
+    fields.name(violations, "name", request.name)
+    fields.optional_uuid(violations, "request_id", request.request_id)
+    return violations
+
+
+def _timeout(violations: Violations, message: Duration) -> float | None:
+    span = fields.duration(violations, "timeout", message, timedelta(0), MAX_STOP_TIMEOUT)
+    return fields.whole_seconds(span)
+
+
+def _registry_auth(violations: Violations, message: registry_auth_pb2.RegistryAuth) -> RegistryAuth | None:
+    if not message.ByteSize():
+        return None
+    if bool(message.username) != bool(message.password):
+        missing = "username" if message.password else "password"
+        violations.add(missing, "`username` and `password` are given together")
+    if message.identity_token and (message.username or message.password):
+        violations.add("identity_token", "is given instead of `username` and `password`")
+    return RegistryAuth(
+        username=message.username,
+        password=message.password,
+        identity_token=message.identity_token,
+        server_address=message.server_address,
+    )

@@ -1,0 +1,166 @@
+"""Requests for lists: which page, and what is to be on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from google.protobuf.message import Message
+from gpudock.v1 import (
+    container_service_pb2,
+    gpu_pb2,
+    node_service_pb2,
+    operation_pb2,
+    operation_service_pb2,
+    port_pb2,
+)
+
+from gpudock_server.core.nodes import HeldGpu, HeldPort
+from gpudock_server.model.container import ContainerState
+from gpudock_server.model.gpu import GpuHealth
+from gpudock_server.model.operation import Operation, OperationKind, OperationState
+from gpudock_server.model.spec import Protocol
+from gpudock_server.ports import ContainerView
+from gpudock_server.rpc import page_token
+from gpudock_server.rpc.convert import container, gpu, operation
+from gpudock_server.rpc.validation import fields
+from gpudock_server.rpc.validation.spec import PROTOCOL_OF
+from gpudock_server.rpc.validation.violations import Violations
+
+T = TypeVar("T")
+
+_DEFAULT_PAGE = 100
+_LARGEST_PAGE = 1000
+
+_CONTAINER_STATES: Mapping[int, ContainerState] = {value: state for state, value in container.STATES.items()}
+_OPERATION_STATES: Mapping[int, OperationState] = {value: state for state, value in operation.STATES.items()}
+_OPERATION_KINDS: Mapping[int, OperationKind] = {value: kind for kind, value in operation.KINDS.items()}
+# In these filters the value 0 has a meaning of its own.
+_GPU_HEALTHS: Mapping[int, GpuHealth | None] = {
+    gpu_pb2.GPU_HEALTH_UNSPECIFIED: None,
+    **{value: health for health, value in gpu.HEALTHS.items()},
+}
+_PROTOCOLS: Mapping[int, Protocol] = {port_pb2.PORT_PROTOCOL_UNSPECIFIED: Protocol.TCP, **PROTOCOL_OF}
+_ANY_KIND = (operation_pb2.RESOURCE_KIND_UNSPECIFIED, operation_pb2.RESOURCE_KIND_CONTAINER)
+
+
+@dataclass(frozen=True, slots=True)
+class Listing(Generic[T]):
+    """A page that is asked for: its size, where the one before it ended (empty: the first), and what belongs on it.
+
+    `scope` names everything that has to be the same for all pages of one list.
+    """
+
+    size: int
+    resume: str
+    scope: bytes
+    wanted: Callable[[T], bool]
+
+    def token(self, resume: str) -> str:
+        """What to give a caller who is to go on at `resume`; empty where there is no more."""
+        return page_token.sealed(self.scope, resume) if resume else ""
+
+
+def containers(request: container_service_pb2.ListContainersRequest) -> Listing[ContainerView]:
+    """A page of containers."""
+    violations = Violations()
+    asked = request.filter
+    states = fields.choices_of(violations.at("filter"), "states", asked.states, _CONTAINER_STATES)
+    labels = dict(asked.labels)
+
+    def wanted(view: ContainerView) -> bool:
+        head = view.container
+        return (
+            (not states or head.status.state in states)
+            and asked.owner in ("", head.owner)
+            and asked.node in ("", head.node)
+            and all(key in head.spec.labels and value in ("", head.spec.labels[key]) for key, value in labels.items())
+        )
+
+    return _listing(violations, request, wanted)
+
+
+def operations(request: operation_service_pb2.ListOperationsRequest) -> Listing[Operation]:
+    """A page of operations."""
+    violations = Violations()
+    asked, target = request.filter, request.filter.target
+    here = violations.at("filter")
+    states = fields.choices_of(here, "states", asked.states, _OPERATION_STATES)
+    kinds = fields.choices_of(here, "kinds", asked.kinds, _OPERATION_KINDS)
+    if target.kind not in _ANY_KIND:
+        here.at("target").add("kind", f"{target.kind} is not a kind of object")
+
+    def wanted(record: Operation) -> bool:
+        return (
+            (not states or record.state in states)
+            and (not kinds or record.kind in kinds)
+            and target.name in ("", record.container)
+            and target.uid in ("", record.container_uid)
+            and asked.node in ("", record.node)
+        )
+
+    return _listing(violations, request, wanted)
+
+
+def gpus(request: node_service_pb2.ListGpusRequest) -> Listing[HeldGpu]:
+    """A page of cards."""
+    violations = Violations()
+    asked = request.filter
+    healths = fields.choices_of(violations.at("filter"), "healths", asked.healths, _GPU_HEALTHS)
+
+    def wanted(held: HeldGpu) -> bool:
+        holder = held.holder.container if held.holder else ""
+        return (
+            (not healths or None in healths or held.gpu.health in healths)
+            and asked.model.casefold() in held.gpu.name.casefold()
+            and (not asked.HasField("claimed") or asked.claimed == (held.holder is not None))
+            and asked.container in ("", holder)
+        )
+
+    return _listing(violations, request, wanted)
+
+
+def ports(request: node_service_pb2.ListPortsRequest) -> Listing[HeldPort]:
+    """A page of claimed ports."""
+    violations = Violations()
+    asked = request.filter
+    protocols = fields.choices_of(violations.at("filter"), "protocols", asked.protocols, _PROTOCOLS)
+
+    def wanted(held: HeldPort) -> bool:
+        return (not protocols or held.key.protocol in protocols) and asked.container in ("", held.holder.container)
+
+    return _listing(violations, request, wanted)
+
+
+_ListRequest = (
+    container_service_pb2.ListContainersRequest
+    | operation_service_pb2.ListOperationsRequest
+    | node_service_pb2.ListGpusRequest
+    | node_service_pb2.ListPortsRequest
+)
+
+
+def _listing(violations: Violations, request: _ListRequest, wanted: Callable[[T], bool]) -> Listing[T]:
+    scope = _scope(request)
+    resume = page_token.opened(scope, request.page_token) if request.page_token else ""
+    if resume is None:
+        violations.add("page_token", "is not one that this list gave out; a list has the same filter on all its pages")
+    if request.page_size < 0:
+        violations.add("page_size", "must not be negative")
+    violations.raise_any()
+    return Listing(
+        size=min(request.page_size or _DEFAULT_PAGE, _LARGEST_PAGE),
+        resume=resume or "",
+        scope=scope,
+        wanted=wanted,
+    )
+
+
+def _scope(request: _ListRequest) -> bytes:
+    same: Message = type(request)()
+    same.CopyFrom(request)
+    same.ClearField("page_token")
+    # Pages may be of different sizes.
+    same.ClearField("page_size")
+    return request.DESCRIPTOR.full_name.encode() + b"\0" + same.SerializeToString(deterministic=True)
