@@ -1,0 +1,422 @@
+"""The composition root: the only file that knows every other.
+
+Components are opened in the order in which they need each other and closed in the reverse, by one exit stack. SIGTERM
+and SIGINT drain: nothing new begins, operations reach a recorded step, streams end with SHUTTING_DOWN. A second signal
+ends the process at once; whatever it was doing is taken up by the next start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from datetime import timedelta
+from importlib.metadata import version
+from typing import TypeVar
+
+import structlog
+
+from gpudock_server.adapters.docker import DockerEngine
+from gpudock_server.adapters.etcd import (
+    EmbeddedEtcd,
+    EtcdAddress,
+    EtcdConnection,
+    EtcdStore,
+    EtcdTls,
+    NodeLease,
+    NodeTaken,
+    this_process,
+)
+from gpudock_server.adapters.host_ports import HostPorts
+from gpudock_server.adapters.layers import OverlayLayerStore
+from gpudock_server.adapters.nvml import NvmlInventory
+from gpudock_server.adapters.processes import LocalProcesses
+from gpudock_server.core.allocation import Allocator
+from gpudock_server.core.containers import Containers, World, saga_builder
+from gpudock_server.core.exec_sessions import ExecSessions
+from gpudock_server.core.nodes import Nodes
+from gpudock_server.core.operations import Operations
+from gpudock_server.core.reconcile import Reconciler
+from gpudock_server.errors import EngineRejected, EngineUnavailable, GpudockError, StoreUnavailable
+from gpudock_server.logs import configure
+from gpudock_server.model.claims import PortKey
+from gpudock_server.model.node import NodeRecord
+from gpudock_server.model.operation import CarryMethod
+from gpudock_server.model.record import now
+from gpudock_server.model.spec import Protocol
+from gpudock_server.ports import Engine, Store
+from gpudock_server.rpc.listeners import listen
+from gpudock_server.rpc.server import RpcServer, Services, build_server
+from gpudock_server.settings import LayerCarry, Settings
+from gpudock_server.startup import StartupError
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+VERSION = version("gpudock")
+T = TypeVar("T")
+
+_HEALTH_SECONDS = 2.0
+# What has not answered by then is out of reach as far as health goes, however patient other calls are.
+_HEALTH_LIMIT_SECONDS = 3.0
+# Of the time to shut down, what is kept for telling those who watch; a quarter of it where it is short.
+_FAREWELL_SECONDS = 1.0
+# How long a start waits for what the daemon before left, before it serves while the rest goes on under its locks.
+_RECOVERY_SECONDS = 30.0
+_NODE_LEASE = timedelta(seconds=10)
+
+
+def _same_engine(engine: Engine) -> Engine:
+    return engine
+
+
+def _same_store(store: Store) -> Store:
+    return store
+
+
+@dataclass(frozen=True, slots=True)
+class Instruments:
+    """What fault tests put between core and the ports. Production passes none."""
+
+    engine: Callable[[Engine], Engine] = _same_engine
+    store: Callable[[Store], Store] = _same_store
+
+
+def run(settings: Settings, instruments: Instruments | None = None) -> int:
+    """Serve until told to stop; the process's exit code. Raises StartupError for what an operator must mend."""
+    configure(settings.log_format, settings.log_level)
+    return asyncio.run(_serve(settings, instruments or Instruments()))
+
+
+async def _serve(settings: Settings, instruments: Instruments) -> int:
+    stop = _Stop()
+    stop.listen()
+    async with AsyncExitStack() as stack:
+        try:
+            daemon = await stop.unless_told(_assemble(settings, instruments, stack, stop))
+            if daemon is not None:
+                await daemon.serve(stop)
+        except EngineUnavailable as error:
+            raise StartupError(
+                f"the Docker Engine at {settings.docker_host} stopped answering: {error.detail}", "is it being restarted?"
+            ) from error
+        except StoreUnavailable as error:
+            raise _no_etcd(settings, error) from error
+    log.info("stopped", exit_code=stop.exit_code)
+    return stop.exit_code
+
+
+@dataclass(slots=True)
+class _Stop:
+    """That the daemon is to stop, and whether it is a failure that it does."""
+
+    told: asyncio.Event = field(default_factory=asyncio.Event)
+    exit_code: int = 0
+
+    def listen(self) -> None:
+        """Set at the first SIGTERM or SIGINT; the second ends the process where it stands."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled)
+
+    def _signalled(self) -> None:
+        if self.told.is_set():
+            log.warning("told to stop twice; stopping at once")
+            os._exit(1)
+        self.told.set()
+
+    def fail(self) -> None:
+        """Stop, for a reason that a supervisor is to notice."""
+        self.exit_code = 1
+        self.told.set()
+
+    async def unless_told(self, work: Awaitable[T]) -> T | None:
+        """What `work` gives; it is cancelled, and None given, once the daemon is to stop."""
+        working = asyncio.ensure_future(work)
+        telling = asyncio.create_task(self.told.wait())
+        try:
+            await asyncio.wait((working, telling), return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                working.cancel()
+                await asyncio.gather(working, return_exceptions=True)
+                return None
+            return working.result()
+        finally:
+            working.cancel()
+            telling.cancel()
+
+
+async def _assemble(
+    settings: Settings, instruments: Instruments, stack: AsyncExitStack, stop: _Stop
+) -> _Daemon:
+    _make_state_dir(settings)
+    start_time = now()
+    port_range = (settings.port_range.first, settings.port_range.last)
+    connection = await _open_etcd(settings, stack)
+    store = await _open_store(settings, connection)
+    docker = await _open_engine(settings, stack)
+    info = await docker.info()
+    await _check_port_range(settings, store)
+    await _register(settings, connection, info.id, stack, stop)
+
+    inventory = NvmlInventory()
+    stack.push_async_callback(inventory.close)
+    await inventory.start()
+    layers = OverlayLayerStore(
+        None if settings.layer_carry is LayerCarry.AUTO else CarryMethod(settings.layer_carry.name),
+        info.root_dir,
+        local=settings.docker_host.startswith("unix:"),
+    )
+    state = instruments.store(store)
+    world = World(
+        store=state,
+        engine=instruments.engine(docker),
+        layers=layers,
+        allocator=Allocator(
+            store=state, inventory=inventory, probe=HostPorts(), host=settings.host_id, port_range=port_range
+        ),
+        node=settings.node_name,
+        host=settings.host_id,
+        settle_seconds=settings.settle_period,
+        stop_seconds=settings.stop_timeout,
+        allowed_host_paths=[str(path) for path in settings.allowed_host_paths],
+    )
+    operations = Operations(state, settings.node_name, saga_builder(world))
+    execs = ExecSessions(world, LocalProcesses(), hangup_grace=settings.exec_hangup_grace, limit=settings.max_execs)
+    server = build_server(
+        Services(
+            containers=Containers(world, operations),
+            operations=operations,
+            execs=execs,
+            nodes=Nodes(world, inventory, version=VERSION, start_time=start_time, port_range=port_range),
+        ),
+        settings,
+    )
+    return _Daemon(
+        settings=settings,
+        world=world,
+        operations=operations,
+        execs=execs,
+        reconciler=Reconciler(
+            world, operations, interval=settings.reconcile_interval, orphan_grace=settings.orphan_grace
+        ),
+        server=server,
+    )
+
+
+def _make_state_dir(settings: Settings) -> None:
+    try:
+        settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartupError(
+            f"the state folder {settings.state_dir} cannot be made: {error.strerror}",
+            "run as root, or choose a --state-dir that you may write to",
+        ) from error
+
+
+async def _open_etcd(settings: Settings, stack: AsyncExitStack) -> EtcdConnection:
+    if settings.etcd_endpoints:
+        address = _etcd_address(settings)
+    else:
+        embedded = EmbeddedEtcd(settings.state_dir)
+        await embedded.start()
+        stack.push_async_callback(embedded.close)
+        address = embedded.address
+    connection = EtcdConnection(address)
+    await connection.open()
+    stack.push_async_callback(connection.close)
+    return connection
+
+
+def _etcd_address(settings: Settings) -> EtcdAddress:
+    tls = (
+        EtcdTls(ca=settings.etcd_ca, certificate=settings.etcd_cert, key=settings.etcd_key)
+        if settings.etcd_ca is not None
+        else None
+    )
+    try:
+        password = settings.etcd_password_file.read_text().strip() if settings.etcd_password_file else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(
+            f"etcd_password_file {settings.etcd_password_file} cannot be read: {error}", "change etcd_password_file"
+        ) from error
+    return EtcdAddress(tuple(settings.etcd_endpoints), tls=tls, user=settings.etcd_user, password=password)
+
+
+async def _open_store(settings: Settings, connection: EtcdConnection) -> EtcdStore:
+    store = EtcdStore(
+        connection,
+        prefix=settings.etcd_prefix,
+        retention=timedelta(seconds=settings.operation_retention),
+        deadline=timedelta(seconds=settings.store_timeout),
+    )
+    await store.open()
+    return store
+
+
+def _no_etcd(settings: Settings, error: StoreUnavailable) -> StartupError:
+    if not settings.etcd_endpoints:
+        return StartupError(
+            f"the etcd in {settings.state_dir} does not answer: {error.detail}", "its own lines above say more"
+        )
+    return StartupError(
+        f"etcd at {', '.join(settings.etcd_endpoints)} does not answer: {error.detail}",
+        "start it, or correct etcd_endpoints; without etcd_endpoints gpudockd runs an etcd of its own",
+    )
+
+
+async def _open_engine(settings: Settings, stack: AsyncExitStack) -> DockerEngine:
+    try:
+        engine = await DockerEngine.connect(
+            settings.docker_host, tls=settings.docker_tls_dir, timeout=settings.engine_timeout
+        )
+    except (EngineUnavailable, EngineRejected, ValueError) as error:
+        raise StartupError(
+            f"the Docker Engine at {settings.docker_host} cannot be used: {error}",
+            "is it running, may this user open its socket, and is docker_host right?",
+        ) from error
+    stack.push_async_callback(engine.close)
+    return engine
+
+
+async def _check_port_range(settings: Settings, store: Store) -> None:
+    """Refuse a range of which containers could never get a port; one that they use up already is as it should be."""
+    claimed = (await store.claims(settings.host_id)).claims
+    probe, ports = HostPorts(), settings.port_range
+    for port in range(ports.first, ports.last + 1):
+        if PortKey(Protocol.TCP, port) in claimed or await probe(Protocol.TCP.value, port):
+            return
+    raise StartupError(
+        f"port_range {ports} is taken: other programs have every TCP port of it",
+        "`ss -ltnp` shows which; stop them, or choose another --port-range",
+    )
+
+
+async def _register(
+    settings: Settings, connection: EtcdConnection, engine_id: str, stack: AsyncExitStack, stop: _Stop
+) -> None:
+    process = this_process()
+    record = NodeRecord(
+        node=settings.node_name,
+        host=settings.host_id,
+        address=settings.advertise_address or next(iter(settings.listen), ""),
+        version=VERSION,
+        engine_id=engine_id,
+        boot_id=process.boot_id,
+        pid=process.pid,
+        start_ticks=process.start_ticks,
+        start_time=now(),
+    )
+
+    def lost(taken: NodeTaken) -> None:
+        # Two daemons must never drive one node's operations: this one lets go of them at their recorded steps.
+        log.critical("the node was taken over; stopping", detail=str(taken))
+        stop.fail()
+
+    lease = NodeLease(connection, record, on_lost=lost, ttl=_NODE_LEASE, prefix=settings.etcd_prefix)
+    stack.push_async_callback(lease.close)
+    await lease.register()
+
+
+@dataclass(frozen=True, slots=True)
+class _Daemon:
+    """The assembled parts, and their life."""
+
+    settings: Settings
+    world: World
+    operations: Operations
+    execs: ExecSessions
+    reconciler: Reconciler
+    server: RpcServer
+
+    async def recover(self) -> None:
+        """Bring what the daemon before left to its end, then compare records and engine."""
+        resumed = await self.operations.resume()
+        if resumed:
+            try:
+                await asyncio.wait_for(self.operations.settle(resumed), _RECOVERY_SECONDS)
+            except TimeoutError:
+                log.warning("recovery goes on while serving", operations=sorted(self.operations.active))
+        await self.reconciler.full_pass()
+
+    async def serve(self, stop: _Stop) -> None:
+        """Recover, take calls until told to stop, then drain.
+
+        Raises StartupError for a socket or an address that cannot be had, EngineUnavailable and StoreUnavailable where
+        these go away before anything was served.
+        """
+        # Before anything is driven: two daemons that were given one socket are a mistake in their settings.
+        listeners = listen(self.server.grpc, self.settings)
+        try:
+            await stop.unless_told(self.recover())
+            if not stop.told.is_set():
+                await self.server.grpc.start()
+                log.info("serving", node=self.settings.node_name, version=VERSION, addresses=listeners.addresses)
+                await self._watch_until(stop)
+        finally:
+            await self._drain()
+            listeners.close()
+
+    async def _watch_until(self, stop: _Stop) -> None:
+        watch = asyncio.create_task(self._watch(), name="watch engine and store")
+        try:
+            await stop.unless_told(watch)
+        except Exception:
+            # Followed for as long as calls are taken; it ends by itself only by a defect.
+            log.exception("no longer watching engine and store; stopping")
+            stop.fail()
+
+    async def _watch(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.reconciler.run())
+            tasks.create_task(self._tell_health())
+
+    async def _tell_health(self) -> None:
+        trouble: str | None = None
+        while True:
+            before, trouble = trouble, await self._trouble()
+            await self.server.set_serving(not trouble)
+            if trouble != before and (trouble or before):
+                log.warning("not serving" if trouble else "serving again", detail=trouble)
+            await asyncio.sleep(_HEALTH_SECONDS)
+
+    async def _trouble(self) -> str:
+        """What keeps this daemon from serving; empty if nothing does."""
+        found = await asyncio.gather(
+            _answers("etcd", self.world.store.ping()), _answers("the engine", self.world.engine.info())
+        )
+        return "; ".join(filter(None, found))
+
+    async def _drain(self) -> None:
+        log.info("draining", operations=len(self.operations.active))
+        await self.server.set_serving(False)
+        loop = asyncio.get_running_loop()
+        grace = self.settings.shutdown_grace
+        deadline = loop.time() + grace
+        # Watchers are told how it ended when the work has ended, so the work gets a little less time than they do.
+        working = grace - min(_FAREWELL_SECONDS, grace / 4)
+        await asyncio.gather(self.operations.drain(working), _within(working, self.execs.drain()))
+        await self.server.grpc.stop(max(0.0, deadline - loop.time()))
+
+
+async def _answers(what: str, call: Awaitable[object]) -> str:
+    """Empty if `call` is answered in time, else what is wrong."""
+    try:
+        async with asyncio.timeout(_HEALTH_LIMIT_SECONDS):
+            await call
+    except TimeoutError:
+        return f"{what} has not answered within {_HEALTH_LIMIT_SECONDS:g} s"
+    except GpudockError as error:
+        return error.message
+    return ""
+
+
+async def _within(seconds: float, work: Awaitable[None]) -> None:
+    """Do `work`, and leave it when its time is over."""
+    try:
+        async with asyncio.timeout(seconds):
+            await work
+    except TimeoutError:
+        log.warning("commands were left running", after_seconds=seconds)

@@ -1,0 +1,291 @@
+"""The daemon's settings: frozen, and valid as a whole.
+
+A `Settings` made in code holds its arguments and the defaults and nothing else; `settings_sources` makes one from
+flags, the environment and a file. No field holds a secret, only the path of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import socket as sockets
+import uuid
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Self
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from typing_extensions import override
+
+from gpudock_server.logs import LogFormat, LogLevel
+from gpudock_server.model.names import is_name
+from gpudock_server.setting_values import (
+    AbsolutePath,
+    Addresses,
+    Mode,
+    OptionalPath,
+    Paths,
+    PortRange,
+    Seconds,
+    Shown,
+    Texts,
+    is_loopback,
+    split_address,
+)
+
+# The salt of host ids, made once with uuid4.
+_APPLICATION_ID = uuid.UUID("0d3e3b5e-6d9b-4c1e-9a53-5f0f6d2f7c11")
+_MACHINE_ID = Path("/etc/machine-id")
+_LONGEST_SOCKET_PATH = 107  # sockaddr_un(7), less its final zero
+_FIRST_UNPRIVILEGED_PORT = 1024
+
+PositiveSeconds = Annotated[Seconds, Field(gt=0)]
+
+
+class LayerCarry(StrEnum):
+    """How a replaced container's files get to its successor; AUTO takes the best that its layer allows."""
+
+    AUTO = "auto"
+    EXCHANGE = "exchange"
+    COPY = "copy"
+    COMMIT = "commit"
+
+
+def default_node_name() -> str:
+    """The first label of the hostname, made into a name."""
+    label = sockets.gethostname().split(".")[0].lower()
+    name = re.sub(r"[^a-z0-9-]", "-", label, flags=re.ASCII)
+    name = name if name[:1].isalpha() else f"node-{name}"
+    return name[:63].strip("-")
+
+
+def default_host_id(machine_id: Path = _MACHINE_ID) -> str:
+    """Names this machine in the store without giving its machine id away; the hostname where there is none.
+
+    As sd_id128_get_machine_app_specific(3) does it: HMAC-SHA256 of an application id with the machine id as the key,
+    cut to 128 bits and marked as a random UUID.
+    """
+    try:
+        machine = uuid.UUID(machine_id.read_text(encoding="ascii").strip())
+    except (OSError, ValueError):
+        # Missing, or not set up yet: early at boot it says "uninitialized".
+        return sockets.gethostname()
+    digest = hmac.digest(machine.bytes, _APPLICATION_ID.bytes, hashlib.sha256)
+    return uuid.UUID(bytes=digest[:16], version=4).hex
+
+
+class Settings(BaseSettings):
+    """Everything that an operator decides."""
+
+    model_config = SettingsConfigDict(env_prefix="GPUDOCK_", frozen=True, extra="forbid")
+
+    node_name: Annotated[str, Shown("NAME")] = Field(
+        default_factory=default_node_name,
+        description="name of this node, unique among the daemons on one etcd; by default made from the hostname",
+    )
+    host_id: Annotated[str, Shown("ID")] = Field(
+        default_factory=default_host_id,
+        pattern=r"^[A-Za-z0-9._-]{1,128}$",
+        description="names the machine whose GPUs and ports are claimed; two daemons on one machine must agree on it, "
+        "machines cloned with their /etc/machine-id must not; by default a hash of that, else the hostname",
+    )
+    state_dir: AbsolutePath = Field(Path("/var/lib/gpudock"), description="folder of what must outlive a reboot")
+
+    socket: OptionalPath = Field(
+        Path("/run/gpudock/gpudock.sock"),
+        description="unix socket to serve on; empty for none. Whoever may write to it is root on this host",
+    )
+    socket_mode: Mode = Field(0o660, description="mode of the unix socket: 0600 or 0660")
+    socket_group: Annotated[str, Shown("GROUP")] = Field(
+        "", description="group that owns the unix socket; empty for the daemon's own"
+    )
+    listen: Addresses = Field(
+        (),
+        description="TCP addresses to serve on besides, as in 127.0.0.1:50051; needs token_file or tls_client_ca, and "
+        "TLS anywhere but on loopback",
+    )
+    advertise_address: Annotated[str, Shown("HOST:PORT")] = Field(
+        "", description="where other nodes reach this daemon; by default the first of listen"
+    )
+    tls_cert: OptionalPath = Field(None, description="certificate chain (PEM) of the TCP addresses")
+    tls_key: OptionalPath = Field(None, description="private key (PEM) of tls_cert")
+    tls_client_ca: OptionalPath = Field(
+        None,
+        description="CA certificates (PEM) of clients; with it a TCP caller needs a certificate, which names it",
+    )
+    token_file: OptionalPath = Field(
+        None, description="file with a `name:token` line for every caller by TCP; read again when it changes"
+    )
+
+    docker_host: Annotated[str, Shown("URL")] = Field(
+        "unix:///var/run/docker.sock",
+        description="the Docker Engine: unix:///PATH or tcp://HOST:PORT. DOCKER_HOST and docker contexts, which belong "
+        "to a user's shell, are not looked at",
+    )
+    docker_tls_dir: OptionalPath = Field(
+        None, description="folder with ca.pem, cert.pem and key.pem for a tcp engine; a must beyond loopback"
+    )
+    engine_timeout: PositiveSeconds = Field(30, description="how long a call to the engine may take to be answered")
+
+    etcd_endpoints: Annotated[Texts, Shown("HOST:PORT,…")] = Field(
+        (),
+        description="members of an etcd cluster as HOST:PORT, or one unix:/FOLDER/NAME.sock:0; empty to run an etcd of "
+        "its own in state_dir",
+    )
+    etcd_prefix: Annotated[str, Shown("/…/")] = Field(
+        "/gpudock/v1/", pattern=r"^/([A-Za-z0-9._-]+/)+$", description="prefix of all keys of this installation"
+    )
+    etcd_ca: OptionalPath = Field(None, description="CA certificates (PEM) of the etcd cluster; turns TLS on")
+    etcd_cert: OptionalPath = Field(None, description="client certificate (PEM) for etcd; turns TLS on")
+    etcd_key: OptionalPath = Field(None, description="private key (PEM) of etcd_cert")
+    etcd_user: Annotated[str, Shown("NAME")] = Field("", description="etcd user")
+    etcd_password_file: OptionalPath = Field(None, description="file with the etcd user's password")
+    store_timeout: PositiveSeconds = Field(5, description="how long a call to etcd may take")
+
+    port_range: Annotated[PortRange, Shown("FIRST-LAST")] = Field(
+        PortRange(20000, 29999), description="host ports that containers are given"
+    )
+    allowed_host_paths: Paths = Field(
+        (), description="host folders that containers may mount, with all that is below them; empty for none"
+    )
+    layer_carry: Annotated[LayerCarry, Shown("METHOD")] = Field(
+        LayerCarry.AUTO,
+        description="how the files of a replaced container move: auto, exchange, copy or commit",
+    )
+    stop_timeout: Annotated[Seconds, Field(ge=0)] = Field(
+        10, description="how long a container that does not say has to stop before it is killed"
+    )
+    settle_period: Annotated[Seconds, Field(ge=0)] = Field(
+        0.5, description="how long a replaced container must run before its predecessor is given up"
+    )
+    exec_hangup_grace: Annotated[Seconds, Field(ge=0)] = Field(
+        5, description="how long a process has to end after its caller hung up: SIGHUP first, SIGKILL then"
+    )
+    max_execs: Annotated[int, Field(ge=1), Shown("N")] = Field(512, description="processes by exec at one time")
+
+    shutdown_grace: Annotated[Seconds, Field(ge=0)] = Field(
+        30, description="how long calls and operations have to end or to reach a recorded step at SIGTERM"
+    )
+    operation_retention: Annotated[Seconds, Field(ge=60)] = Field(
+        86400, description="how long an ended operation and its request_id are kept"
+    )
+    reconcile_interval: PositiveSeconds = Field(
+        300, description="time between two full comparisons of engine, claims and records"
+    )
+    orphan_grace: Annotated[Seconds, Field(ge=0)] = Field(
+        60, description="how long a container with our labels that nobody knows is left before it is removed"
+    )
+
+    log_format: Annotated[LogFormat, Shown("FORMAT")] = Field(
+        "auto", description="console, json, or auto: console on a terminal and json elsewhere"
+    )
+    log_level: Annotated[LogLevel, Shown("LEVEL")] = Field("info", description="debug, info, warning or error")
+
+    @classmethod
+    @override
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments alone: what is in the environment counts only where it is asked for."""
+        return (init_settings,)
+
+    @property
+    def address(self) -> str:
+        """Where this daemon says that it is: HOST:PORT, or unix:PATH where it serves this host alone."""
+        return self.advertise_address or (self.listen[0] if self.listen else f"unix:{self.socket}")
+
+    @property
+    def etcd_tls(self) -> bool:
+        """Whether etcd is spoken to by TLS."""
+        return bool(self.etcd_ca or self.etcd_cert)
+
+    @field_validator("node_name")
+    @classmethod
+    def _check_node_name(cls, value: str) -> str:
+        if not is_name(value):
+            raise ValueError("must be a name: at most 63 of a-z, 0-9 and dashes, a letter first and no dash last")
+        return value
+
+    @field_validator("docker_host")
+    @classmethod
+    def _check_docker_host(cls, value: str) -> str:
+        if value.startswith("unix:///"):
+            return value
+        if not value.startswith("tcp://"):
+            raise ValueError("must be unix:///PATH or tcp://HOST:PORT")
+        split_address(value.removeprefix("tcp://"))
+        return value
+
+    @field_validator("etcd_endpoints")
+    @classmethod
+    def _check_etcd_endpoints(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any(endpoint.startswith("unix:") for endpoint in value):
+            if len(value) > 1 or not value[0].startswith("unix:/"):
+                raise ValueError("must be HOST:PORT,… or one unix:/FOLDER/NAME.sock:0 and nothing beside it")
+            return value
+        for endpoint in value:
+            if "://" in endpoint:
+                raise ValueError("must be HOST:PORT,… without a scheme; etcd_ca turns TLS on")
+            split_address(endpoint)
+        return value
+
+    @field_validator("advertise_address")
+    @classmethod
+    def _check_advertise_address(cls, value: str) -> str:
+        if value:
+            split_address(value)
+        return value
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        problems = [*self._problems_of_the_socket(), *self._problems_of_tcp(), *self._problems_of_others()]
+        if problems:
+            # One line for each: whoever prints them splits here.
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _problems_of_the_socket(self) -> Iterator[str]:
+        if self.socket is None and not self.listen:
+            yield "socket, listen: both are empty, so nobody could call this daemon"
+        if self.socket is not None and len(str(self.socket).encode()) > _LONGEST_SOCKET_PATH:
+            yield f"socket: the kernel takes a path of at most {_LONGEST_SOCKET_PATH} bytes"
+        if self.socket_group and self.socket_mode == 0o600:  # noqa: PLR2004 - a mode is best read as it is
+            yield "socket_group: is of no use with socket_mode 0600; take 0660"
+
+    def _problems_of_tcp(self) -> Iterator[str]:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            yield "tls_cert, tls_key: one needs the other"
+        if self.tls_client_ca and not self.tls_cert:
+            yield "tls_client_ca: needs tls_cert and tls_key"
+        if self.listen and not (self.token_file or self.tls_client_ca):
+            yield "listen: needs to know who calls: set token_file, or tls_client_ca with tls_cert and tls_key"
+        for address in self.listen:
+            host, port = split_address(address)
+            if not is_loopback(host) and not self.tls_cert:
+                yield f"listen: {address} can be reached from other hosts; set tls_cert and tls_key, or take 127.0.0.1"
+            if port in self.port_range:
+                yield f"listen: port {port} lies in port_range {self.port_range}, which belongs to containers"
+
+    def _problems_of_others(self) -> Iterator[str]:
+        if self.port_range.first < _FIRST_UNPRIVILEGED_PORT:
+            yield f"port_range: begins below {_FIRST_UNPRIVILEGED_PORT}, among the ports of the host's own services"
+        engine = urlsplit(self.docker_host)
+        if self.docker_tls_dir and engine.scheme != "tcp":
+            yield "docker_tls_dir: is for a docker_host of tcp://HOST:PORT"
+        if engine.scheme == "tcp" and not self.docker_tls_dir and not is_loopback(engine.hostname or ""):
+            yield "docker_host: an engine beyond loopback needs docker_tls_dir"
+        if bool(self.etcd_cert) != bool(self.etcd_key):
+            yield "etcd_cert, etcd_key: one needs the other"
+        if bool(self.etcd_user) != bool(self.etcd_password_file):
+            yield "etcd_user, etcd_password_file: one needs the other"
+        if not self.etcd_endpoints and (self.etcd_tls or self.etcd_user):
+            yield "etcd_endpoints: is empty, and an etcd of its own takes no TLS and no user"

@@ -1,0 +1,186 @@
+"""Settings from flags, the environment and a file, in this order of precedence, and back to a file.
+
+Every setting has one name: `port_range` in the file, `GPUDOCK_PORT_RANGE` in the environment, `--port-range` as a flag.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+from pydantic_settings import CliSettingsSource, EnvSettingsSource
+from typing_extensions import override
+
+from gpudock_server.setting_values import Shown
+from gpudock_server.settings import Settings
+
+PROGRAM = "gpudockd"
+DEFAULT_CONFIG = Path("/etc/gpudock/gpudockd.toml")
+_BY_DEFAULT = "default"
+
+_EPILOG = f"""\
+Every setting can be given as a flag, in the environment (--port-range is GPUDOCK_PORT_RANGE) or in a TOML file
+(port_range = "20000-29999"); a flag counts before the environment, and that before the file. Lists are written with
+commas, or by repeating the flag. Times are seconds, or have a unit: 500ms, 30s, 5m, 24h.
+
+The file is {DEFAULT_CONFIG} if there is one; --config or GPUDOCK_CONFIG names another.
+--print-config prints what is in effect in the form of such a file, with the origin of each value.
+
+Exit codes: 0 after a clean shutdown, 1 when the daemon cannot start or go on, 2 for a mistake in its settings.
+"""
+
+
+class SettingsInvalid(Exception):
+    """The settings cannot be used; every line says what is wrong with one, and where it was set."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = tuple(lines)
+
+
+@dataclass(frozen=True)
+class LoadedSettings:
+    """Settings, and where each was set: a flag, a variable, a file, or `default`."""
+
+    settings: Settings
+    origins: Mapping[str, str]
+    print_config: bool = False
+
+    def to_toml(self) -> str:
+        """The effective settings as a config file that gives the same ones again."""
+        values = self.settings.model_dump(mode="json")
+        return "".join(
+            f"{name} = {_toml(values[name])}  # {self.origins.get(name, _BY_DEFAULT)}\n"
+            for name in Settings.model_fields
+        )
+
+
+def load(arguments: Sequence[str]) -> LoadedSettings:
+    """Read all sources. Raises SettingsInvalid; --help and --version print and raise SystemExit(0)."""
+    parser, flags = _parser()
+    parsed = parser.parse_args(arguments)
+    config = _config_file(parsed.config or os.environ.get("GPUDOCK_CONFIG", ""))
+    # The least important first: a later one replaces what it also sets.
+    sources: tuple[tuple[Mapping[str, Any], Callable[[str], str]], ...] = (
+        (_from_file(config), lambda _name: str(config)),
+        (EnvSettingsSource(Settings)(), lambda name: f"GPUDOCK_{name.upper()}"),
+        (flags(parsed_args=parsed)(), lambda name: f"--{name.replace('_', '-')}"),
+    )
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for found, origin in sources:
+        values |= found
+        origins |= {name: origin(name) for name in found}
+    try:
+        settings = Settings(**values)
+    except ValidationError as error:
+        raise SettingsInvalid([line for problem in error.errors() for line in _lines(problem, origins)]) from None
+    return LoadedSettings(settings, origins, print_config=parsed.print_config)
+
+
+def _config_file(named: str) -> Path | None:
+    if named:
+        return Path(named)
+    return DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
+
+
+def _from_file(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsInvalid([f"{path}: {error.strerror}"]) from None
+    except ValueError as error:
+        # Not TOML, or not UTF-8; both say where.
+        raise SettingsInvalid([f"{path}: {error}"]) from None
+
+
+def _lines(problem: ErrorDetails, origins: Mapping[str, str]) -> list[str]:
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    if not problem["loc"]:
+        # Settings that do not go together: Settings names them, in front of the colon.
+        return [_with_origins(line, line.partition(":")[0].split(", "), origins) for line in message.splitlines()]
+    name = str(problem["loc"][0])
+    if problem["type"] == "extra_forbidden":
+        alike = get_close_matches(name, Settings.model_fields, n=1)
+        message = "there is no such setting" + "".join(f"; is {other} meant?" for other in alike)
+    else:
+        message = f"{message}, not {problem['input']!r}"
+    return [_with_origins(f"{name}: {message}", [name], origins)]
+
+
+def _with_origins(line: str, names: Sequence[str], origins: Mapping[str, str]) -> str:
+    found = [origins[name] for name in names if name in origins]
+    return f"{line} ({', '.join(dict.fromkeys(found))})" if found else line
+
+
+def _toml(value: object) -> str:
+    match value:
+        case None:
+            return '""'
+        case float() if value.is_integer():
+            return str(int(value))
+        case _:
+            # For text, numbers and lists of text, JSON is TOML, but for the delete character.
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+class _Parser(argparse.ArgumentParser):
+    @override
+    def error(self, message: str) -> NoReturn:
+        raise SettingsInvalid([message, f"see {PROGRAM} --help"])
+
+
+def _parser() -> tuple[_Parser, CliSettingsSource[Any]]:
+    parser = _Parser(
+        PROGRAM,
+        usage=f"{PROGRAM} [--config PATH] [--SETTING VALUE]... [--print-config]",
+        description="Gives people GPU containers on this host, and changes them while they live.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {_version()}")
+    parser.add_argument("--config", metavar="PATH", help=f"TOML file with settings (default: {DEFAULT_CONFIG})")
+    parser.add_argument("--print-config", action="store_true", help="print the effective settings and exit")
+    flags: CliSettingsSource[Any] = CliSettingsSource(
+        Settings,
+        root_parser=parser,
+        cli_kebab_case=True,
+        cli_avoid_json=True,
+        add_argument_method=partial(_add_argument, Settings().model_dump(mode="json")),
+    )
+    return parser, flags
+
+
+def _add_argument(
+    defaults: Mapping[str, object],
+    parser: argparse.ArgumentParser,
+    *names: str,
+    **options: Any,  # noqa: ANN401 - argparse's own
+) -> argparse.Action:
+    """As CliSettingsSource would add it, with words of ours where it shows Python's types and values."""
+    field = Settings.model_fields[options["dest"]]
+    default = defaults[options["dest"]]
+    options["metavar"] = next(item.metavar for item in field.metadata if isinstance(item, Shown))
+    options["help"] = f"{field.description} (default: {default})" if default or default == 0 else field.description
+    return parser.add_argument(*names, **options)
+
+
+def _version() -> str:
+    try:
+        return version("gpudock")
+    except PackageNotFoundError:
+        return "from a checkout that is not installed"
