@@ -1,0 +1,118 @@
+"""GPU containers on a host, over gRPC: the client of gpudockd.
+
+    async with gpudock.connect() as client:
+        container = await client.containers.create("train", "pytorch/pytorch", gpus=2)
+        done = await client.containers.run("train", ["nvidia-smi", "-L"])
+        await client.containers.scale("train", gpus=4)
+
+The messages are those of the contract (`gpudock.v1`), whose comments say what each field means.
+"""
+
+from gpudock._client import Client, connect
+from gpudock._exec import Chunk, Completed, ExecExit, ExecSession
+from gpudock._operations import OperationCall
+from gpudock._pages import Pages
+from gpudock.errors import (
+    Aborted,
+    AlreadyExists,
+    Busy,
+    Cancelled,
+    DeadlineExceeded,
+    Exhausted,
+    GpudockError,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    OutOfRange,
+    PermissionDenied,
+    PreconditionFailed,
+    Unauthenticated,
+    Unavailable,
+    Unimplemented,
+    Violation,
+)
+from gpudock.v1.container_pb2 import (
+    Container,
+    ContainerHealth,
+    ContainerSpec,
+    ContainerState,
+    ContainerStatus,
+    GpuRequest,
+    HealthCheck,
+    Mount,
+    PortRequest,
+    RestartPolicy,
+    RestartPolicyKind,
+    TmpfsMount,
+)
+from gpudock.v1.error_reason_pb2 import ErrorReason
+from gpudock.v1.gpu_pb2 import Gpu, GpuHealth, MigMode
+from gpudock.v1.node_pb2 import Node
+from gpudock.v1.operation_pb2 import (
+    LayerCarryMethod,
+    Operation,
+    OperationKind,
+    OperationPlan,
+    OperationStage,
+    OperationStageState,
+    OperationState,
+)
+from gpudock.v1.port_claim_pb2 import PortClaim
+from gpudock.v1.port_pb2 import PortBinding, PortProtocol
+from gpudock.v1.registry_auth_pb2 import RegistryAuth
+
+__all__ = [
+    "Aborted",
+    "AlreadyExists",
+    "Busy",
+    "Cancelled",
+    "Chunk",
+    "Client",
+    "Completed",
+    "Container",
+    "ContainerHealth",
+    "ContainerSpec",
+    "ContainerState",
+    "ContainerStatus",
+    "DeadlineExceeded",
+    "ErrorReason",
+    "ExecExit",
+    "ExecSession",
+    "Exhausted",
+    "Gpu",
+    "GpuHealth",
+    "GpuRequest",
+    "GpudockError",
+    "HealthCheck",
+    "Internal",
+    "InvalidArgument",
+    "LayerCarryMethod",
+    "MigMode",
+    "Mount",
+    "Node",
+    "NotFound",
+    "Operation",
+    "OperationCall",
+    "OperationKind",
+    "OperationPlan",
+    "OperationStage",
+    "OperationStageState",
+    "OperationState",
+    "OutOfRange",
+    "Pages",
+    "PermissionDenied",
+    "PortBinding",
+    "PortClaim",
+    "PortProtocol",
+    "PortRequest",
+    "PreconditionFailed",
+    "RegistryAuth",
+    "RestartPolicy",
+    "RestartPolicyKind",
+    "TmpfsMount",
+    "Unauthenticated",
+    "Unavailable",
+    "Unimplemented",
+    "Violation",
+    "connect",
+]

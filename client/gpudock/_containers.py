@@ -1,0 +1,229 @@
+"""Containers: their life from create to delete, their scale, and commands inside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Unpack, cast
+
+import grpc.aio
+
+from gpudock._calls import Calls, fresh_id
+from gpudock._enums import value_of
+from gpudock._exec import Completed, ExecOptions, ExecSession, collect, start_of
+from gpudock._operations import OperationCall, Operations, Stream
+from gpudock._pages import Pages
+from gpudock._spec import Gpus, Seconds, SpecOptions, duration, gpu_request, spec_of
+from gpudock.v1 import container_service_pb2 as pb
+from gpudock.v1.container_pb2 import Container, ContainerSpec, ContainerState
+from gpudock.v1.container_service_pb2_grpc import ContainerServiceStub
+from gpudock.v1.operation_service_pb2 import OperationResult
+from gpudock.v1.registry_auth_pb2 import RegistryAuth
+
+_OUTPUT_LIMIT = 16 * 1024 * 1024
+
+
+class Containers:
+    """The containers of the installation.
+
+    What changes one takes `request_id`: a UUID that names this change, so that it is made once however often it is
+    asked for. Left out, each call has its own, and is repeated under it when the connection fails. `etag` makes a
+    change fail with Aborted (STALE_ETAG) if the container was changed since it was read.
+    """
+
+    def __init__(self, calls: Calls, channel: grpc.aio.Channel, operations: Operations) -> None:
+        self._calls = calls
+        self._stub = ContainerServiceStub(channel)
+        self._operations = operations
+
+    def create(
+        self,
+        name: str,
+        image: str | ContainerSpec,
+        *,
+        owner: str = "",
+        pull: str = "missing",
+        create_only: bool = False,
+        validate_only: bool = False,
+        registry_auth: RegistryAuth | None = None,
+        request_id: str | None = None,
+        **options: Unpack[SpecOptions],
+    ) -> OperationCall[Container]:
+        """Create a container from an image, or a whole spec, and `options`; start it unless `create_only`.
+
+        `pull` is `missing`, `always` or `never`. If it fails or is cancelled, nothing is left of it.
+        """
+        request = pb.CreateContainerRequest(
+            name=name,
+            owner=owner,
+            spec=spec_of(image, options),
+            pull_policy=value_of(pb.PullPolicy, pull),
+            create_only=create_only,
+            request_id=fresh_id(request_id),
+            validate_only=validate_only,
+            registry_auth=registry_auth,
+        )
+        return self._operation(
+            lambda: self._calls.stream(self._stub.CreateContainer, request), validate_only=validate_only
+        )
+
+    async def get(self, name: str) -> Container:
+        """One container."""
+        return (await self._calls.read(self._stub.GetContainer, pb.GetContainerRequest(name=name))).container
+
+    def list(
+        self,
+        *,
+        states: Iterable[str] = (),
+        labels: Mapping[str, str] | None = None,
+        owner: str = "",
+        node: str = "",
+        page_size: int = 0,
+    ) -> Pages[Container]:
+        """Containers by name: in any of `states` (such as `running`), with all of `labels` (`""` is any value)."""
+        filters = pb.ContainerFilter(
+            states=[value_of(ContainerState, state) for state in states], labels=labels or {}, owner=owner, node=node
+        )
+
+        async def page(token: str) -> tuple[Iterable[Container], str]:
+            request = pb.ListContainersRequest(page_size=page_size, page_token=token, filter=filters)
+            answer = await self._calls.read(self._stub.ListContainers, request)
+            return answer.containers, answer.next_page_token
+
+        return Pages(page)
+
+    def start(
+        self,
+        name: str,
+        *,
+        gpus: Gpus | None = None,
+        validate_only: bool = False,
+        etag: str = "",
+        request_id: str | None = None,
+    ) -> OperationCall[Container]:
+        """Start a stopped container, if `gpus` is given with these in the place of those in its spec."""
+        request = pb.StartContainerRequest(
+            name=name,
+            gpus=None if gpus is None else gpu_request(gpus),
+            request_id=fresh_id(request_id),
+            etag=etag,
+            validate_only=validate_only,
+        )
+        return self._operation(
+            lambda: self._calls.stream(self._stub.StartContainer, request), validate_only=validate_only
+        )
+
+    async def stop(
+        self,
+        name: str,
+        *,
+        keep_resources: bool = False,
+        timeout: Seconds | None = None,
+        etag: str = "",
+        request_id: str | None = None,
+    ) -> Container:
+        """Stop a container, by force after `timeout`; gives its GPUs and ports back unless `keep_resources`."""
+        request = pb.StopContainerRequest(
+            name=name,
+            keep_resources=keep_resources,
+            timeout=None if timeout is None else duration(timeout),
+            request_id=fresh_id(request_id),
+            etag=etag,
+        )
+        return (await self._calls.change(self._stub.StopContainer, request)).container
+
+    def restart(
+        self,
+        name: str,
+        *,
+        timeout: Seconds | None = None,
+        validate_only: bool = False,
+        etag: str = "",
+        request_id: str | None = None,
+    ) -> OperationCall[Container]:
+        """Stop a container, by force after `timeout`, and start it; it keeps the GPUs and ports that it holds."""
+        request = pb.RestartContainerRequest(
+            name=name,
+            timeout=None if timeout is None else duration(timeout),
+            request_id=fresh_id(request_id),
+            etag=etag,
+            validate_only=validate_only,
+        )
+        return self._operation(
+            lambda: self._calls.stream(self._stub.RestartContainer, request), validate_only=validate_only
+        )
+
+    async def pause(self, name: str, *, etag: str = "", request_id: str | None = None) -> Container:
+        """Freeze every process of a container; it keeps what it holds."""
+        request = pb.PauseContainerRequest(name=name, request_id=fresh_id(request_id), etag=etag)
+        return (await self._calls.change(self._stub.PauseContainer, request)).container
+
+    async def unpause(self, name: str, *, etag: str = "", request_id: str | None = None) -> Container:
+        """Thaw every process of a paused container."""
+        request = pb.UnpauseContainerRequest(name=name, request_id=fresh_id(request_id), etag=etag)
+        return (await self._calls.change(self._stub.UnpauseContainer, request)).container
+
+    async def delete(self, name: str, *, force: bool = False, etag: str = "", request_id: str | None = None) -> None:
+        """Delete a container with its files and claims; `force` for one that runs."""
+        request = pb.DeleteContainerRequest(name=name, force=force, request_id=fresh_id(request_id), etag=etag)
+        await self._calls.change(self._stub.DeleteContainer, request)
+
+    def scale(
+        self,
+        name: str,
+        *,
+        gpus: Gpus | None = None,
+        cpus: float | None = None,
+        memory_bytes: int | None = None,
+        shm_size_bytes: int | None = None,
+        strategy: str = "auto",
+        validate_only: bool = False,
+        etag: str = "",
+        request_id: str | None = None,
+    ) -> OperationCall[Container]:
+        """Change what is given, to these values; the others stay. `gpus` are those it has in the end.
+
+        `strategy` is `auto`, `live` (in place or not at all) or `recreate`. If it fails or is cancelled, the container
+        is put back as it was, running.
+        """
+        request = pb.ScaleContainerRequest(
+            name=name,
+            gpus=None if gpus is None else gpu_request(gpus),
+            cpus=cpus,
+            memory_bytes=memory_bytes,
+            shm_size_bytes=shm_size_bytes,
+            strategy=value_of(pb.ScaleStrategy, strategy),
+            request_id=fresh_id(request_id),
+            etag=etag,
+            validate_only=validate_only,
+        )
+        return self._operation(
+            lambda: self._calls.stream(self._stub.ScaleContainer, request), validate_only=validate_only
+        )
+
+    def exec(self, name: str, command: Sequence[str], **options: Unpack[ExecOptions]) -> ExecSession:
+        """Run a command in a running container: `async with client.containers.exec("web", ["top"]) as session`."""
+        return ExecSession(lambda: self._calls.converse(self._stub.ExecContainer), start_of(name, command, options))
+
+    async def run(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        input: bytes | None = None,  # noqa: A002 - as in subprocess.run
+        limit_bytes: int = _OUTPUT_LIMIT,
+        **options: Unpack[ExecOptions],
+    ) -> Completed:
+        """Run a command to its end, with `input` on its stdin, and return its output and how it ended.
+
+        Of stdout and of stderr the first `limit_bytes` are kept; the rest is read and dropped.
+        """
+        options["stdin"] = input is not None
+        return await collect(self.exec(name, command, **options), input, limit_bytes)
+
+    def _operation(self, begin: Callable[[], Stream], *, validate_only: bool) -> OperationCall[Container]:
+        return OperationCall(self._operations, begin=begin, validate_only=validate_only, resource=_made)
+
+
+def _made(result: Any) -> Container:  # noqa: ANN401 - the result's type is that of the RPC's own message
+    """The container in the result of the operation's own RPC, or of WatchOperation after a lost connection."""
+    return result.container if isinstance(result, OperationResult) else cast("Container", result)

@@ -1,0 +1,263 @@
+"""Commands in a running container: their streams, and how they end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, NamedTuple, Self, TypeAlias, TypedDict
+
+import grpc
+import grpc.aio
+
+from gpudock._signals import signal_number
+from gpudock._spec import Seconds, duration
+from gpudock.errors import GpudockError, Internal, error_of
+from gpudock.v1 import exec_pb2 as pb
+
+Call: TypeAlias = "grpc.aio.StreamStreamCall[pb.ExecContainerRequest, pb.ExecContainerResponse]"
+
+# What the contract recommends for one message of stdin.
+_STDIN_CHUNK = 64 * 1024
+_SIGNAL_BASE = 128
+
+
+class ExecOptions(TypedDict, total=False):
+    """How a command runs; protos/gpudock/v1/exec.proto has the limits. What is left out is as the container has it."""
+
+    env: Mapping[str, str]
+    working_dir: str
+    user: str
+    tty: bool
+    stdin: bool
+    size: tuple[int, int]
+    """The terminal's columns and rows, with `tty`."""
+    timeout: Seconds
+    """How long it may run before it is ended."""
+    exec_id: str
+
+
+class Chunk(NamedTuple):
+    """A piece of output. With a terminal all of it is `stdout`."""
+
+    stream: Literal["stdout", "stderr"]
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ExecExit:
+    """How a command ended: by `signal` (such as `SIGKILL`) if that is set, else with `code`."""
+
+    code: int | None
+    signal: str
+    message: str
+    timed_out: bool
+
+    @property
+    def returncode(self) -> int:
+        """What a shell would make of it: the code, or 128 and the signal's number."""
+        return _SIGNAL_BASE + signal_number(self.signal) if self.code is None else self.code
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """A command that has ended, with its output."""
+
+    stdout: bytes
+    stderr: bytes
+    exit: ExecExit
+    truncated: bool
+    """Whether there was more output than was to be kept."""
+
+    @property
+    def returncode(self) -> int:
+        """What a shell would make of `exit`."""
+        return self.exit.returncode
+
+
+class ExecSession:
+    """A command that runs, as an async context manager. Left before the command has ended, it hangs up: SIGHUP.
+
+    Output that is not read holds the command back, so read `output` to its end, then `exit` says how it ended.
+    Input methods may be called from other tasks meanwhile. An exec is never begun twice: if the connection breaks, the
+    error says so, and the command is ended by the server.
+    """
+
+    def __init__(self, converse: Callable[[], Call], start: pb.ExecStart) -> None:
+        self._converse = converse
+        self._start = start
+        self._call: Call | None = None
+        self._reading = asyncio.Lock()
+        self._writing = asyncio.Lock()
+        self._exit: ExecExit | None = None
+        self._error: GpudockError | None = None
+        self.exec_id: str = start.exec_id
+        """The id of this run; the server makes one if the caller did not."""
+
+    async def __aenter__(self) -> Self:
+        self._call = self._converse()
+        try:
+            with contextlib.suppress(BrokenPipeError):  # refused at once: what is read next says why
+                await self._send(pb.ExecContainerRequest(start=self._start))
+            await self._read_started()
+        except BaseException:
+            self._call.cancel()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._call is not None:
+            self._call.cancel()
+
+    async def output(self) -> AsyncIterator[Chunk]:
+        """What the command writes, as it comes, until it has ended. For one reader."""
+        while self._exit is None:
+            event = await self._read()
+            match event.WhichOneof("event"):
+                case "stdout":
+                    yield Chunk("stdout", event.stdout)
+                case "stderr":
+                    yield Chunk("stderr", event.stderr)
+                case _:
+                    pass
+
+    async def exit(self) -> ExecExit:
+        """How the command ended, once it has; output that was not read by then is dropped."""
+        async for _ in self.output():
+            pass
+        if self._exit is None:
+            raise Internal("the stream ended and the command did not", code=grpc.StatusCode.INTERNAL)
+        return self._exit
+
+    async def write(self, data: bytes) -> None:
+        """Give `data` to its stdin; returns when it is on its way, later if the command reads slowly.
+
+        Raises BrokenPipeError once the command has ended.
+        """
+        for begin in range(0, len(data), _STDIN_CHUNK):
+            await self._send(pb.ExecContainerRequest(stdin=data[begin : begin + _STDIN_CHUNK]))
+
+    async def close_stdin(self) -> None:
+        """End its stdin. Raises BrokenPipeError once the command has ended."""
+        await self._send(pb.ExecContainerRequest(close_stdin=pb.ExecCloseStdin()))
+
+    async def resize(self, columns: int, rows: int) -> None:
+        """Tell the command the terminal's new size. Raises BrokenPipeError once the command has ended."""
+        await self._send(pb.ExecContainerRequest(resize=pb.TerminalSize(columns=columns, rows=rows)))
+
+    async def signal(self, signal: str | int) -> None:
+        """Send it a signal, such as `SIGTERM` or 15. Raises BrokenPipeError once the command has ended."""
+        await self._send(pb.ExecContainerRequest(signal=pb.ExecSignal(signal=str(signal))))
+
+    async def _read_started(self) -> None:
+        while self._exit is None:
+            event = await self._read()
+            if event.HasField("started"):
+                self.exec_id = event.started.exec_id
+                return
+
+    async def _read(self) -> pb.ExecContainerResponse:
+        async with self._reading:
+            if self._error is not None:
+                raise self._error
+            try:
+                event = await self._receive()
+                if event.HasField("exited"):
+                    self._exit = _exit_of(event.exited)
+                    await self._read_out()
+            except GpudockError as error:
+                self._error = error
+                raise
+        return event
+
+    async def _receive(self) -> pb.ExecContainerResponse:
+        try:
+            event = await self._opened().read()
+        except grpc.aio.AioRpcError as failure:
+            raise error_of(failure) from failure
+        if isinstance(event, pb.ExecContainerResponse):
+            return event
+        raise Internal("the stream ended and the command did not", code=grpc.StatusCode.INTERNAL)
+
+    async def _read_out(self) -> None:
+        """Let the server end the stream by itself: to cancel it would show there as a caller that hung up."""
+        with contextlib.suppress(GpudockError):
+            await self._receive()
+
+    async def _send(self, message: pb.ExecContainerRequest) -> None:
+        async with self._writing:
+            call = self._opened()
+            if self._exit is not None or call.done():
+                raise BrokenPipeError("the command has ended")
+            try:
+                await call.write(message)
+            except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError) as failure:
+                raise BrokenPipeError("the command has ended") from failure
+
+    def _opened(self) -> Call:
+        if self._call is None:
+            raise RuntimeError("an ExecSession is used as `async with ... as session`")
+        return self._call
+
+
+def start_of(container: str, command: Sequence[str], options: ExecOptions) -> pb.ExecStart:
+    """The first message of an exec."""
+    start = pb.ExecStart(
+        container=container,
+        exec_id=options.get("exec_id", ""),
+        command=command,
+        env=options.get("env", {}),
+        working_dir=options.get("working_dir", ""),
+        user=options.get("user", ""),
+        tty=options.get("tty", False),
+        stdin=options.get("stdin", False),
+    )
+    if "size" in options:
+        columns, rows = options["size"]
+        start.size.CopyFrom(pb.TerminalSize(columns=columns, rows=rows))
+    if "timeout" in options:
+        start.timeout.CopyFrom(duration(options["timeout"]))
+    return start
+
+
+async def collect(session: ExecSession, stdin: bytes | None, limit: int) -> Completed:
+    """Run a session to its end and keep the first `limit` bytes of each of its streams."""
+    kept = {"stdout": bytearray(), "stderr": bytearray()}
+    truncated = False
+    async with session, _fed(session, stdin):
+        async for stream, data in session.output():
+            room = limit - len(kept[stream])
+            kept[stream] += data[:room]
+            truncated = truncated or len(data) > room
+        exited = await session.exit()
+    return Completed(bytes(kept["stdout"]), bytes(kept["stderr"]), exited, truncated)
+
+
+@asynccontextmanager
+async def _fed(session: ExecSession, stdin: bytes | None) -> AsyncIterator[None]:
+    """Send `stdin` in the meantime, beside the output: a command that writes before it has read all would stall."""
+    feeding = asyncio.create_task(_feed(session, stdin))
+    try:
+        yield
+    finally:
+        feeding.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await feeding
+
+
+async def _feed(session: ExecSession, stdin: bytes | None) -> None:
+    # A command need not read all of its input.
+    with contextlib.suppress(BrokenPipeError):
+        if stdin is not None:
+            await session.write(stdin)
+            await session.close_stdin()
+
+
+def _exit_of(exited: pb.ExecExited) -> ExecExit:
+    code = exited.code if exited.HasField("code") else None
+    return ExecExit(code=code, signal=exited.signal, message=exited.message, timed_out=exited.timed_out)

@@ -1,0 +1,73 @@
+"""The node: what it has, its cards, and its ports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import grpc.aio
+
+from gpudock._calls import Calls
+from gpudock._enums import value_of
+from gpudock._pages import Pages
+from gpudock.v1 import node_service_pb2 as pb
+from gpudock.v1.gpu_pb2 import Gpu, GpuHealth
+from gpudock.v1.node_pb2 import Node
+from gpudock.v1.node_service_pb2_grpc import NodeServiceStub
+from gpudock.v1.port_claim_pb2 import PortClaim
+from gpudock.v1.port_pb2 import PortProtocol
+
+
+class NodeView:
+    """The node that is called, or another one of the installation by its name."""
+
+    def __init__(self, calls: Calls, channel: grpc.aio.Channel) -> None:
+        self._calls = calls
+        self._stub = NodeServiceStub(channel)
+
+    async def get(self, name: str = "") -> Node:
+        """Versions, what it has, what is free, and whether what it depends on answers."""
+        return (await self._calls.read(self._stub.GetNode, pb.GetNodeRequest(name=name))).node
+
+    def gpus(
+        self,
+        *,
+        healths: Iterable[str] = (),
+        model: str = "",
+        claimed: bool | None = None,
+        container: str = "",
+        node: str = "",
+        page_size: int = 0,
+    ) -> Pages[Gpu]:
+        """The cards by index, with what they measure now and who holds them.
+
+        In any of `healths` (such as `healthy`), with `model` in their name, only those that a container holds or only
+        those that none does (`claimed`), only those of one `container`.
+        """
+        filters = pb.GpuFilter(
+            healths=[value_of(GpuHealth, health) for health in healths],
+            model=model,
+            claimed=claimed,
+            container=container,
+        )
+
+        async def page(token: str) -> tuple[Iterable[Gpu], str]:
+            request = pb.ListGpusRequest(node=node, page_size=page_size, page_token=token, filter=filters)
+            answer = await self._calls.read(self._stub.ListGpus, request)
+            return answer.gpus, answer.next_page_token
+
+        return Pages(page)
+
+    def ports(
+        self, *, protocols: Iterable[str] = (), container: str = "", node: str = "", page_size: int = 0
+    ) -> Pages[PortClaim]:
+        """The host ports that containers hold, by number; the range they come from is in `get().ports`."""
+        filters = pb.PortFilter(
+            protocols=[value_of(PortProtocol, protocol) for protocol in protocols], container=container
+        )
+
+        async def page(token: str) -> tuple[Iterable[PortClaim], str]:
+            request = pb.ListPortsRequest(node=node, page_size=page_size, page_token=token, filter=filters)
+            answer = await self._calls.read(self._stub.ListPorts, request)
+            return answer.ports, answer.next_page_token
+
+        return Pages(page)

@@ -1,0 +1,261 @@
+"""Operations: work that goes on at the server, watched from here, whether or not the connection holds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator, Iterable
+from typing import Any, Generic, TypeAlias, TypeVar, cast
+
+import grpc
+import grpc.aio
+
+from gpudock._calls import Calls, Patience, fresh_id
+from gpudock._enums import value_of
+from gpudock._pages import Pages
+from gpudock.errors import GpudockError, Unavailable, error_of
+from gpudock.v1 import operation_pb2 as pb
+from gpudock.v1 import operation_service_pb2 as service
+from gpudock.v1.container_pb2 import Container
+from gpudock.v1.operation_service_pb2_grpc import OperationServiceStub
+
+T = TypeVar("T")
+
+# Each RPC has its own message, and all have `oneof event { Operation operation; <Result> result; }`.
+Stream: TypeAlias = "grpc.aio.UnaryStreamCall[Any, Any]"
+
+# What an ended connection looks like, if it is not the server that says so.
+_LOST = frozenset(
+    {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
+)
+_ENDED_BADLY = frozenset({pb.OPERATION_STATE_FAILED, pb.OPERATION_STATE_CANCELLED})
+
+
+class OperationCall(Generic[T]):
+    """An operation as its caller sees it. Nothing is sent before it is awaited, iterated or `started`.
+
+    `await call` gives the result. `async for snapshot in call` gives each Operation as it changes, and then `await
+    call` the result without waiting. Both raise the GpudockError that the operation ended with. A connection that
+    breaks is made anew, and the call goes on where it was; if that fails for too long they raise Unavailable, and may
+    be tried again. Hanging up, by cancelling the task or with `aclose`, does not stop the operation: `cancel` does.
+    """
+
+    def __init__(
+        self,
+        operations: Operations,
+        *,
+        begin: Callable[[], Stream] | None = None,
+        operation_id: str = "",
+        validate_only: bool = False,
+        resource: Callable[[Any], T],
+    ) -> None:
+        """`begin` calls the operation's own RPC; without it, `operation_id` is watched. `resource` picks the result."""
+        self._operations = operations
+        self._begin = begin
+        self._resource = resource
+        self._validate_only = validate_only
+        self._patience = Patience(operations.calls.reattach_for)
+        self._reading = asyncio.Lock()
+        self._stream: Stream | None = None
+        self._unread: deque[pb.Operation] = deque()
+        self._ended = False
+        self._result: T | None = None
+        self._error: GpudockError | None = None
+        self.operation_id: str = operation_id
+        """The operation's id; empty until the server has answered."""
+        self.snapshot: pb.Operation | None = None
+        """The newest one; None until the server has answered."""
+
+    def __aiter__(self) -> AsyncIterator[pb.Operation]:
+        return self
+
+    async def __anext__(self) -> pb.Operation:
+        async with self._reading:
+            snapshot = self._unread.popleft() if self._unread else await self._next()
+        if snapshot is None:
+            raise StopAsyncIteration
+        return snapshot
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self.result().__await__()
+
+    async def result(self) -> T:
+        """What the operation made or changed, when it has ended."""
+        if self._validate_only:
+            raise ValueError("with validate_only nothing is done, so there is no result: await `plan()`")
+        async for _ in self:
+            pass
+        return cast("T", self._result)
+
+    async def started(self) -> str:
+        """The operation's id, once it is recorded: from here on it goes on, whatever becomes of the caller."""
+        if not self.operation_id:
+            await self._first()
+        return self.operation_id
+
+    async def plan(self) -> pb.OperationPlan:
+        """What the operation will do; with `validate_only` that is all there is."""
+        return (self.snapshot or await self._first()).plan
+
+    async def cancel(self) -> pb.Operation:
+        """Ask the operation to stop and to undo what it did; returns once that is recorded.
+
+        The undoing goes on: await the result, which then ends with Cancelled. Raises PreconditionFailed
+        (OPERATION_NOT_CANCELLABLE) if it is past its point of no return.
+        """
+        return await self._operations.cancel(await self.started())
+
+    async def aclose(self) -> None:
+        """Stop watching. The operation goes on."""
+        self._drop_stream()
+        self._ended = True
+
+    async def _first(self) -> pb.Operation:
+        """The first snapshot, left for the iteration to give out as well."""
+        async with self._reading:
+            while self.snapshot is None:
+                snapshot = await self._next()
+                if snapshot is None:
+                    raise ValueError("the call ended before the server had told of an operation")
+                self._unread.append(snapshot)
+        return self.snapshot
+
+    async def _next(self) -> pb.Operation | None:
+        """The next snapshot that differs from the last; None after the end."""
+        while not self._ended:
+            try:
+                event = await self._event()
+            except GpudockError as error:
+                self._drop_stream()
+                if not self._is_lost(error):
+                    self._ended, self._error = True, error
+                    raise
+                await self._patience.wait(error)
+                continue
+            snapshot = await self._take(event)
+            if snapshot is not None:
+                return snapshot
+        if self._error is not None:
+            raise self._error
+        return None
+
+    async def _take(self, event: Any) -> pb.Operation | None:  # noqa: ANN401 - a message of any operation's RPC
+        """The snapshot in an event, unless it is the one known already; the result is kept."""
+        match event.WhichOneof("event"):
+            case "operation" if event.operation != self.snapshot:
+                # Only news shows that the way is sound: a server might answer and break off for ever.
+                self._patience.renew()
+                self.snapshot = cast("pb.Operation", event.operation)
+                self.operation_id = self.snapshot.id
+                return self.snapshot
+            case "result":
+                self._ended, self._result = True, self._resource(event.result)
+                await self._read_out()
+            case _:
+                pass
+        return None
+
+    async def _event(self) -> Any:  # noqa: ANN401 - a message of any operation's RPC
+        if self._stream is None:
+            self._stream = self._open()
+        try:
+            event = await self._stream.read()
+        except grpc.aio.AioRpcError as failure:
+            raise error_of(failure) from failure
+        except asyncio.CancelledError:
+            # gRPC has ended the stream with the read; whoever reads on, after a timeout say, gets a new one.
+            self._drop_stream()
+            raise
+        if hasattr(event, "WhichOneof"):
+            return event
+        if self._validate_only and self.snapshot is not None:
+            self._ended = True
+            return service.WatchOperationResponse()
+        raise Unavailable("the stream ended before the operation did", code=grpc.StatusCode.UNAVAILABLE)
+
+    async def _read_out(self) -> None:
+        """Let the server end the stream by itself: to cancel it would show there as a caller that hung up."""
+        with contextlib.suppress(GpudockError):
+            await self._event()
+        self._drop_stream()
+
+    def _open(self) -> Stream:
+        if self._begin is not None and not self.operation_id:
+            return self._begin()
+        return self._operations.attach(self.operation_id)
+
+    def _drop_stream(self) -> None:
+        if self._stream is not None:
+            self._stream.cancel()
+            self._stream = None
+
+    def _is_lost(self, error: GpudockError) -> bool:
+        """Whether it is the connection that ended, and not the operation."""
+        if not error.answered:
+            return error.code in _LOST
+        if not isinstance(error, Unavailable):
+            return False
+        last = self.snapshot
+        return last is None or last.state not in _ENDED_BADLY or last.error.reason != error.reason
+
+
+class Operations:
+    """The operations of the installation: what is at work, and what has ended in the last 24 hours."""
+
+    def __init__(self, calls: Calls, channel: grpc.aio.Channel) -> None:
+        self.calls = calls
+        self._stub = OperationServiceStub(channel)
+
+    async def get(self, operation_id: str) -> pb.Operation:
+        """One operation; NotFound if the id is wrong or it ended more than 24 hours ago."""
+        answer = await self.calls.read(self._stub.GetOperation, service.GetOperationRequest(id=operation_id))
+        return answer.operation
+
+    def list(
+        self,
+        *,
+        states: Iterable[str] = (),
+        kinds: Iterable[str] = (),
+        container: str = "",
+        node: str = "",
+        page_size: int = 0,
+    ) -> Pages[pb.Operation]:
+        """Operations, the newest first: in any of `states` (`running`), of any of `kinds` (`scale-container`)."""
+        filters = service.OperationFilter(
+            states=[value_of(pb.OperationState, state) for state in states],
+            kinds=[value_of(pb.OperationKind, kind) for kind in kinds],
+            node=node,
+        )
+        if container:
+            filters.target.CopyFrom(pb.ResourceRef(kind=pb.RESOURCE_KIND_CONTAINER, name=container))
+
+        async def page(token: str) -> tuple[Iterable[pb.Operation], str]:
+            request = service.ListOperationsRequest(page_size=page_size, page_token=token, filter=filters)
+            answer = await self.calls.read(self._stub.ListOperations, request)
+            return answer.operations, answer.next_page_token
+
+        return Pages(page)
+
+    def watch(self, operation_id: str) -> OperationCall[Container | None]:
+        """Attach to an operation as if its own RPC had been called; its result is None if it leaves no container."""
+        return OperationCall(self, operation_id=operation_id, resource=container_of)
+
+    async def cancel(self, operation_id: str, *, request_id: str | None = None) -> pb.Operation:
+        """Ask an operation to stop and to undo what it did; returns once that is recorded.
+
+        Raises PreconditionFailed (OPERATION_NOT_CANCELLABLE) if it has ended or cannot be undone any more.
+        """
+        request = service.CancelOperationRequest(id=operation_id, request_id=fresh_id(request_id))
+        return (await self.calls.change(self._stub.CancelOperation, request)).operation
+
+    def attach(self, operation_id: str) -> Stream:
+        """The bare stream of WatchOperation."""
+        return self.calls.stream(self._stub.WatchOperation, service.WatchOperationRequest(id=operation_id))
+
+
+def container_of(result: Container | service.OperationResult) -> Container | None:
+    """The container in a result: of the operation's own RPC, or of WatchOperation."""
+    if isinstance(result, Container):
+        return result
+    return result.container if result.HasField("container") else None

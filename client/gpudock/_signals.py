@@ -1,0 +1,19 @@
+"""Linux signal names as numbers: containers are Linux, whatever the machine of the caller is (signal(7))."""
+
+from __future__ import annotations
+
+_NAMES = """
+    HUP INT QUIT ILL TRAP ABRT BUS FPE KILL USR1 SEGV USR2 PIPE ALRM TERM STKFLT CHLD CONT STOP TSTP TTIN TTOU URG
+    XCPU XFSZ VTALRM PROF WINCH IO PWR SYS
+""".split()  # noqa: SIM905 - as a literal list it is a screen long
+_NUMBERS = {name: number for number, name in enumerate(_NAMES, start=1)} | {"POLL": 29, "RTMIN": 34, "RTMAX": 64}
+_UNKNOWN = 127
+
+
+def signal_number(name: str) -> int:
+    """The number of a signal such as `SIGTERM` or `SIGRTMIN+3`; 127, which no signal has, for one not known."""
+    for sign in "+-":
+        base, found, offset = name.partition(sign)
+        if found and offset.isdecimal():
+            return signal_number(base) + int(sign + offset)
+    return _NUMBERS.get(name.removeprefix("SIG"), _UNKNOWN)

@@ -1,0 +1,100 @@
+"""Keyword arguments as a ContainerSpec."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, TypeAlias, TypedDict, cast
+
+from google.protobuf.duration_pb2 import Duration
+
+from gpudock._enums import value_of
+from gpudock.v1 import container_pb2 as pb
+from gpudock.v1.port_pb2 import PORT_PROTOCOL_TCP
+
+Gpus: TypeAlias = int | Sequence[str] | pb.GpuRequest
+"""How many cards, or which ones by uuid, or a whole request."""
+Port: TypeAlias = int | pb.PortRequest
+"""A TCP port of the container, published at one of the node's range, or a whole request."""
+Seconds: TypeAlias = float | timedelta
+
+
+class SpecOptions(TypedDict, total=False):
+    """The fields of a ContainerSpec; those that are left out keep its defaults. protos/gpudock/v1 has the limits."""
+
+    entrypoint: Sequence[str]
+    command: Sequence[str]
+    env: Mapping[str, str]
+    working_dir: str
+    user: str
+    hostname: str
+    tty: bool
+    stdin: bool
+    labels: Mapping[str, str]
+    gpus: Gpus
+    cpus: float
+    memory_bytes: int
+    shm_size_bytes: int
+    mounts: Iterable[pb.Mount]
+    ports: Iterable[Port]
+    restart_policy: str | pb.RestartPolicy
+    stop_signal: str
+    stop_timeout: Seconds
+    health_check: pb.HealthCheck
+
+
+def spec_of(image: str | pb.ContainerSpec, options: SpecOptions) -> pb.ContainerSpec:
+    """A new spec: that image, or that spec, with these options in the place of what it says."""
+    spec = pb.ContainerSpec()
+    if isinstance(image, pb.ContainerSpec):
+        spec.CopyFrom(image)
+    else:
+        spec.image = image
+    fields = cast("dict[str, Any]", dict(options))
+    for name, convert in _CONVERSIONS.items():
+        if name in fields:
+            fields[name] = convert(fields[name])
+    for name in fields:
+        spec.ClearField(cast("Any", name))
+    spec.MergeFrom(pb.ContainerSpec(**fields))
+    return spec
+
+
+def gpu_request(gpus: Gpus) -> pb.GpuRequest:
+    """A number of cards, or their uuids, as a request."""
+    if isinstance(gpus, pb.GpuRequest):
+        return gpus
+    return pb.GpuRequest(count=gpus) if isinstance(gpus, int) else pb.GpuRequest(uuids=gpus)
+
+
+def restart_policy(policy: str | pb.RestartPolicy) -> pb.RestartPolicy:
+    """A policy from `no`, `always`, `unless-stopped`, `on-failure` or `on-failure:COUNT`; raises ValueError."""
+    if isinstance(policy, pb.RestartPolicy):
+        return policy
+    word, colon, count = policy.partition(":")
+    kind = value_of(pb.RestartPolicyKind, word)
+    if colon and (kind != pb.RESTART_POLICY_KIND_ON_FAILURE or not (count.isascii() and count.isdecimal())):
+        raise ValueError(f"{policy!r}: only on-failure takes a count, as in on-failure:3")
+    return pb.RestartPolicy(policy=kind, max_retry_count=int(count) if colon else 0)
+
+
+def duration(value: Seconds) -> Duration:
+    """A span, given in seconds or as a timedelta."""
+    message = Duration()
+    message.FromTimedelta(value if isinstance(value, timedelta) else timedelta(seconds=value))
+    return message
+
+
+def _ports(ports: Iterable[Port]) -> list[pb.PortRequest]:
+    return [
+        pb.PortRequest(container_port=port, protocol=PORT_PROTOCOL_TCP) if isinstance(port, int) else port
+        for port in ports
+    ]
+
+
+_CONVERSIONS: Mapping[str, Any] = {
+    "gpus": gpu_request,
+    "ports": _ports,
+    "restart_policy": restart_policy,
+    "stop_timeout": duration,
+}

@@ -1,0 +1,5 @@
+"""The command `gpudock`."""
+
+from gpudock.cli._main import main
+
+__all__ = ["main"]

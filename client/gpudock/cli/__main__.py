@@ -1,0 +1,5 @@
+"""`python -m gpudock.cli`."""
+
+from gpudock.cli._main import main
+
+main(prog_name="gpudock")

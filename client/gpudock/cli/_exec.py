@@ -1,0 +1,120 @@
+"""`gpudock exec`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from functools import partial
+
+import click
+
+from gpudock import Client, ExecSession
+from gpudock._exec import ExecOptions
+from gpudock.cli._arguments import Pair, Span
+from gpudock.cli._exit_codes import EXEC_FAILED
+from gpudock.cli._session import Session
+from gpudock.cli._terminal import StdinPump, raw_mode, terminal_size, write_all
+
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_STDIN, _STDOUT, _STDERR = 0, 1, 2
+
+
+@click.command("exec", context_settings={"allow_interspersed_args": False})
+@click.option("-i", "--interactive", is_flag=True, help="Send this command's input to it.")
+@click.option("-t", "--tty", is_flag=True, help="Give it a terminal.")
+@click.option("-e", "--env", type=Pair(), multiple=True, help="Set an environment variable.")
+@click.option("-w", "--workdir", default="", help="Its working directory.")
+@click.option("-u", "--user", default="", help="Its user, name or uid, with :group if need be.")
+@click.option("--timeout", type=Span(), help="End it after this time.")
+@click.argument("name")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.pass_obj
+def exec_command(
+    session: Session,
+    *,
+    interactive: bool,
+    tty: bool,
+    env: tuple[tuple[str, str], ...],
+    workdir: str,
+    user: str,
+    timeout: timedelta | None,
+    name: str,
+    command: tuple[str, ...],
+) -> None:
+    """Run COMMAND in the running container NAME.
+
+    For instance: gpudock exec train -- nvidia-smi -L. Signals are handed to it, and this command ends with its
+    exit code.
+    """
+    if command[0] == "--":
+        command = command[1:]
+    if not command:
+        raise click.UsageError("there is no command to run")
+    options = ExecOptions(env=dict(env), working_dir=workdir, user=user, tty=tty, stdin=interactive)
+    if timeout is not None:
+        options["timeout"] = timeout
+    if tty:
+        _describe_terminal(options)
+    sys.exit(session.run(lambda client: _run(client, name, command, options), failure_code=EXEC_FAILED))
+
+
+def _describe_terminal(options: ExecOptions) -> None:
+    size = terminal_size()
+    if size is not None:
+        options["size"] = size
+    term = os.environ.get("TERM")
+    if term:
+        options["env"] = {"TERM": term, **options["env"]}
+
+
+async def _run(client: Client, name: str, command: tuple[str, ...], options: ExecOptions) -> int:
+    raw = options["tty"] and options["stdin"] and os.isatty(_STDIN)
+    async with client.containers.exec(name, command, **options) as running, _controls(running, tty=options["tty"]):
+        with raw_mode(_STDIN) if raw else contextlib.nullcontext():
+            if options["stdin"]:
+                StdinPump(_STDIN, running, asyncio.get_running_loop()).start()
+            async for stream, data in running.output():
+                # In a thread: a slow reader of this command's output must not hold back its signals and input.
+                await asyncio.to_thread(write_all, _STDOUT if stream == "stdout" else _STDERR, data)
+        exited = await running.exit()
+    if exited.timed_out:
+        click.echo("the command was ended: its time was over", err=True)
+    if exited.message:
+        click.echo(exited.message, err=True)
+    return exited.returncode
+
+
+@asynccontextmanager
+async def _controls(running: ExecSession, *, tty: bool) -> AsyncIterator[None]:
+    """Hand over signals, and the terminal's size as it changes, one after the other."""
+    loop = asyncio.get_running_loop()
+    pending: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
+    for number in _FORWARDED:
+        loop.add_signal_handler(number, pending.put_nowait, partial(running.signal, number.name))
+    if tty:
+        loop.add_signal_handler(signal.SIGWINCH, pending.put_nowait, partial(_resize, running))
+    sender = asyncio.create_task(_send_each(pending))
+    try:
+        yield
+    finally:
+        sender.cancel()
+        for number in (*_FORWARDED, signal.SIGWINCH):
+            loop.remove_signal_handler(number)
+
+
+async def _send_each(pending: asyncio.Queue[Callable[[], Awaitable[None]]]) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        while True:
+            await (await pending.get())()
+
+
+async def _resize(running: ExecSession) -> None:
+    size = terminal_size()
+    if size is not None:
+        await running.resize(*size)

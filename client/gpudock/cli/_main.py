@@ -1,0 +1,96 @@
+"""The command's global options, and its list of commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from gpudock._channel import ADDRESS_VARIABLE, DEFAULT_ADDRESS, TOKEN_FILE_VARIABLE
+from gpudock.cli import _create, _exec, _inspect, _life, _operations, _scale
+from gpudock.cli._exit_codes import EXIT_CODE_HELP
+from gpudock.cli._session import Session
+
+
+class _Commands(click.Group):
+    """The commands; what no message can carry is wrong usage for all of them."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except UnicodeEncodeError as error:
+            raise click.UsageError(f"{error.object!r} is not UTF-8") from error
+
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.group(cls=_Commands, epilog=EXIT_CODE_HELP, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="gpudock")
+@click.option(
+    "--address",
+    envvar=ADDRESS_VARIABLE,
+    default=DEFAULT_ADDRESS,
+    show_default=True,
+    show_envvar=True,
+    help="Where gpudockd listens: unix:/path, a path, or HOST:PORT.",
+)
+@click.option(
+    "--token-file",
+    envvar=TOKEN_FILE_VARIABLE,
+    show_envvar=True,
+    type=_FILE,
+    help="File with the token to send along.",
+)
+@click.option("--tls", is_flag=True, help="Use TLS, with the system's roots unless --ca is given.")
+@click.option("--ca", type=_FILE, help="PEM file with the roots to trust; implies --tls.")
+@click.option("--cert", type=_FILE, help="PEM file with the client's certificate; implies --tls.")
+@click.option("--key", type=_FILE, help="PEM file with the key of --cert.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+    help="How results are written to stdout. Progress and errors go to stderr.",
+)
+@click.pass_context
+def main(
+    context: click.Context,
+    *,
+    address: str,
+    token_file: Path | None,
+    tls: bool,
+    ca: Path | None,
+    cert: Path | None,
+    key: Path | None,
+    output: str,
+) -> None:
+    """Give people GPU containers, and change them while they live."""
+    if (cert is None) != (key is None):
+        raise click.UsageError("--cert and --key go together")
+    context.obj = Session(
+        address=address, token_file=token_file, tls=tls, ca=ca, cert=cert, key=key, as_json=output == "json"
+    )
+
+
+for _command in (
+    _create.create,
+    _inspect.get,
+    _inspect.list_containers,
+    _life.start,
+    _life.stop,
+    _life.restart,
+    _life.pause,
+    _life.unpause,
+    _life.delete,
+    _scale.scale,
+    _exec.exec_command,
+    _inspect.gpus,
+    _inspect.ports,
+    _inspect.node,
+    _operations.operations,
+):
+    main.add_command(_command)
+main.add_command(_inspect.list_containers, "ps")

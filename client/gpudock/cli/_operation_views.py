@@ -1,0 +1,91 @@
+"""Operations and their plans as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from gpudock._enums import word_of
+from gpudock.cli._text import age_text, bytes_text, fields, moment_text, seconds_text, table
+from gpudock.cli._views import binding
+from gpudock.v1.operation_pb2 import (
+    LayerCarryMethod,
+    Operation,
+    OperationKind,
+    OperationPlan,
+    OperationStage,
+    OperationStageState,
+    OperationState,
+)
+
+
+def operations(items: Iterable[Operation]) -> str:
+    """One line for each."""
+    return table(
+        ("ID", "KIND", "TARGET", "STATE", "STAGE", "AGE", "NODE"),
+        [
+            (
+                item.id,
+                word_of(OperationKind, item.kind).lower().replace("_", "-"),
+                item.target.name,
+                word_of(OperationState, item.state),
+                item.stage,
+                age_text(item.create_time),
+                item.node,
+            )
+            for item in items
+        ],
+    )
+
+
+def operation(item: Operation) -> str:
+    """All there is to say, a line for each thing, and the stages."""
+    head = fields(
+        (
+            ("id", item.id),
+            ("kind", word_of(OperationKind, item.kind).lower().replace("_", "-")),
+            ("target", item.target.name),
+            ("node", item.node),
+            ("state", word_of(OperationState, item.state) + (" (to be cancelled)" if item.cancel_requested else "")),
+            ("message", item.message),
+            ("error", f"{item.error.reason}: {item.error.message}" if item.HasField("error") else ""),
+            ("created", moment_text(item.create_time)),
+            ("ended", moment_text(item.end_time)),
+        )
+    )
+    stages = table(("STAGE", "STATE", "TIME", "BYTES"), [_stage_row(stage) for stage in item.stages])
+    return f"{head}\n\n{stages}" if item.stages else head
+
+
+def plan(item: OperationPlan) -> str:
+    """What would be done."""
+    return fields(
+        (
+            ("stages", ", ".join(item.stages) or "none: nothing to do"),
+            ("restarts the process", "yes" if item.restarts_process else "no"),
+            ("GPUs kept", ", ".join(item.kept_gpu_uuids)),
+            ("GPUs released", ", ".join(item.released_gpu_uuids)),
+            ("GPUs to claim", str(item.gpus_to_claim) if item.gpus_to_claim else ""),
+            ("of now", ", ".join(item.candidate_gpu_uuids)),
+            ("ports to claim", ", ".join(map(binding, item.ports_to_claim))),
+            ("files are carried by", word_of(LayerCarryMethod, item.carry_method).lower() if item.carry_method else ""),
+            (
+                "bytes to move",
+                f"{bytes_text(item.bytes_to_move)}, room for {bytes_text(item.bytes_available)}"
+                if item.bytes_to_move
+                else "",
+            ),
+            *(("warning", warning) for warning in item.warnings),
+        )
+    )
+
+
+def stage_seconds(stage: OperationStage) -> float:
+    """How long a stage that has ended took."""
+    begin, end = stage.start_time, stage.end_time
+    return max(end.ToNanoseconds() - begin.ToNanoseconds(), 0) / 1e9 if begin.seconds and end.seconds else 0.0
+
+
+def _stage_row(stage: OperationStage) -> tuple[str, str, str, str]:
+    moved = bytes_text(stage.current_bytes) if stage.current_bytes else ""
+    taken = seconds_text(stage_seconds(stage)) if stage.end_time.seconds else ""
+    return stage.name, word_of(OperationStageState, stage.state), taken, moved

@@ -1,0 +1,66 @@
+"""Values and tables as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+_STEP = 1024
+_MINUTE, _HOUR, _DAY = 60, 3600, 86400
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns that are as wide as what is in them."""
+    lines = [headers, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def fields(pairs: Iterable[tuple[str, str]]) -> str:
+    """A line for each name with a value; those without one are left out."""
+    kept = [(name, value) for name, value in pairs if value]
+    width = max((len(name) for name, _ in kept), default=0) + 1
+    return "\n".join(f"{name + ':':{width}}  {value}" for name, value in kept)
+
+
+def bytes_text(number: int) -> str:
+    """A number of bytes with three or four digits, such as `1.5 GiB`."""
+    value = float(number)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < _STEP:
+            return f"{number} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= _STEP
+    return f"{value:.1f} TiB"
+
+
+def seconds_text(seconds: float) -> str:
+    """A span, such as `3.4s`, `2m05s` or `1h02m`."""
+    if seconds < _MINUTE:
+        return f"{max(seconds, 0.0):.1f}s"
+    minutes, rest = divmod(int(seconds), _MINUTE)
+    if minutes < _HOUR // _MINUTE:
+        return f"{minutes}m{rest:02}s"
+    return f"{minutes // 60}h{minutes % 60:02}m"
+
+
+def age_text(moment: Timestamp) -> str:
+    """How long ago that was, such as `3m` or `2d`; empty for a moment that is not set."""
+    if not moment.seconds:
+        return ""
+    seconds = int((datetime.now(UTC) - moment.ToDatetime(UTC)).total_seconds())
+    if seconds < _MINUTE:
+        return f"{max(seconds, 0)}s"
+    if seconds < _HOUR:
+        return f"{seconds // _MINUTE}m"
+    return f"{seconds // _HOUR}h" if seconds < _DAY else f"{seconds // _DAY}d"
+
+
+def moment_text(moment: Timestamp) -> str:
+    """A moment in local time; empty for one that is not set."""
+    if not moment.seconds:
+        return ""
+    return moment.ToDatetime(UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")

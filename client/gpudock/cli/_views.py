@@ -1,0 +1,171 @@
+"""Resources as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from gpudock._enums import word_of
+from gpudock.cli._text import age_text, bytes_text, fields, moment_text, table
+from gpudock.v1.container_pb2 import Container, ContainerHealth, ContainerState, RestartPolicyKind
+from gpudock.v1.gpu_pb2 import Gpu, GpuHealth, MigMode
+from gpudock.v1.node_pb2 import LayerCarrySupport, Node, NodeComponent
+from gpudock.v1.operation_pb2 import LayerCarryMethod
+from gpudock.v1.port_claim_pb2 import PortClaim
+from gpudock.v1.port_pb2 import PortBinding, PortProtocol
+
+
+def containers(items: Iterable[Container]) -> str:
+    """One line for each."""
+    return table(
+        ("NAME", "STATE", "GPUS", "PORTS", "IMAGE", "REVISION", "AGE", "NODE"),
+        [
+            (
+                item.name,
+                _state(item),
+                str(len(item.status.gpu_uuids)),
+                ",".join(map(binding, item.status.ports)),
+                item.spec.image,
+                str(item.revision),
+                age_text(item.create_time),
+                item.node,
+            )
+            for item in items
+        ],
+    )
+
+
+def one_container(item: Container) -> str:
+    """The table with this one line."""
+    return containers([item])
+
+
+def container(item: Container) -> str:
+    """All there is to say, a line for each thing."""
+    spec, status = item.spec, item.status
+    restart = word_of(RestartPolicyKind, spec.restart_policy.policy).lower().replace("_", "-")
+    return fields(
+        (
+            ("name", item.name),
+            ("uid", item.uid),
+            ("node", item.node),
+            ("owner", item.owner),
+            ("state", _state(item)),
+            ("message", status.message),
+            ("exit code", str(status.exit_code) if status.HasField("exit_code") else ""),
+            ("revision", str(item.revision)),
+            ("image", spec.image),
+            ("command", " ".join([*spec.entrypoint, *spec.command])),
+            ("GPUs", ", ".join(status.gpu_uuids) or "none"),
+            ("ports", ", ".join(map(binding, status.ports))),
+            ("holds resources", "yes" if status.holds_resources else "no"),
+            ("CPUs", f"{spec.cpus:g}" if spec.cpus else ""),
+            ("memory", bytes_text(spec.memory_bytes) if spec.memory_bytes else ""),
+            ("shm", bytes_text(spec.shm_size_bytes) if spec.shm_size_bytes else ""),
+            ("mounts", ", ".join(f"{each.volume or each.host_path or 'tmpfs'}:{each.target}" for each in spec.mounts)),
+            ("labels", ", ".join(f"{key}={value}" for key, value in sorted(spec.labels.items()))),
+            ("restart", restart if spec.HasField("restart_policy") else ""),
+            ("restarts", str(status.restart_count) if status.restart_count else ""),
+            ("operation", status.operation_id),
+            ("engine id", status.engine_id),
+            ("created", moment_text(item.create_time)),
+            ("started", moment_text(status.start_time)),
+            ("finished", moment_text(status.finish_time)),
+            ("etag", item.etag),
+        )
+    )
+
+
+def gpus(items: Iterable[Gpu]) -> str:
+    """One line for each card."""
+    return table(
+        ("INDEX", "UUID", "NAME", "MEMORY", "USED", "UTIL", "TEMP", "POWER", "HEALTH", "CONTAINER"),
+        [
+            (
+                str(item.index),
+                item.uuid,
+                item.name,
+                bytes_text(item.memory_total_bytes),
+                bytes_text(item.memory_used_bytes) if item.HasField("memory_used_bytes") else "-",
+                f"{item.utilization_percent}%" if item.HasField("utilization_percent") else "-",
+                f"{item.temperature_celsius}C" if item.HasField("temperature_celsius") else "-",
+                f"{item.power_milliwatts // 1000}W" if item.HasField("power_milliwatts") else "-",
+                _health(item),
+                item.container or ("-" if item.schedulable else f"({item.unschedulable_reason})"),
+            )
+            for item in items
+        ],
+    )
+
+
+def ports(items: Iterable[PortClaim]) -> str:
+    """One line for each port that is held."""
+    return table(
+        ("PORT", "PROTOCOL", "CONTAINER", "CONTAINER-PORT", "AGE"),
+        [
+            (
+                str(item.host_port),
+                word_of(PortProtocol, item.protocol).lower(),
+                item.container,
+                str(item.container_port),
+                age_text(item.create_time),
+            )
+            for item in items
+        ],
+    )
+
+
+def node(item: Node) -> str:
+    """All there is to say, a line for each thing."""
+    capacity, engine, disk = item.capacity, item.engine, item.disk
+    free_disk = f"{bytes_text(disk.free_bytes)} free in " if disk.HasField("free_bytes") else ""
+    return fields(
+        (
+            ("name", item.name),
+            ("gpudockd", item.daemon_version),
+            ("engine", " ".join(filter(None, (engine.version, engine.storage_driver)))),
+            ("etcd", item.etcd_version),
+            ("driver", item.driver_version),
+            ("CUDA", item.cuda_driver_version),
+            ("GPUs", f"{capacity.gpus}: {item.free_gpus} free, {item.claimed_gpus} held"),
+            ("CPUs", str(capacity.cpus)),
+            ("memory", f"{bytes_text(capacity.memory_bytes)}: {bytes_text(item.memory_available_bytes)} available"),
+            ("ports", f"{item.ports.first_port}-{item.ports.last_port}: {item.ports.free_tcp_ports} free for TCP"),
+            ("disk", f"{free_disk}{disk.path}"),
+            ("layer carry", ", ".join(map(_carry, item.layer_carry))),
+            *(
+                (
+                    word_of(NodeComponent, each.component).lower().replace("_", " "),
+                    _component(each.healthy, each.message),
+                )
+                for each in item.components
+            ),
+            ("started", moment_text(item.start_time)),
+        )
+    )
+
+
+def binding(item: PortBinding) -> str:
+    """A published port as `8080->80/tcp`; `?` is one that is not chosen yet."""
+    return f"{item.host_port or '?'}->{item.container_port}/{word_of(PortProtocol, item.protocol).lower()}"
+
+
+def _state(item: Container) -> str:
+    state = word_of(ContainerState, item.status.state)
+    if item.status.health:
+        return f"{state} ({word_of(ContainerHealth, item.status.health).lower()})"
+    return state
+
+
+def _health(item: Gpu) -> str:
+    health = word_of(GpuHealth, item.health)
+    mig = " MIG" if item.mig_mode == MigMode.MIG_MODE_ENABLED else ""
+    return f"{health}{mig}" + (f" ({item.health_message})" if item.health_message else "")
+
+
+def _carry(item: LayerCarrySupport) -> str:
+    word = word_of(LayerCarryMethod, item.method).lower()
+    return word if item.available else f"not {word} ({item.reason})"
+
+
+def _component(healthy: bool, message: str) -> str:  # noqa: FBT001 - as the message has it
+    return ("answers" if healthy else "DOES NOT ANSWER") + (f": {message}" if message else "")
