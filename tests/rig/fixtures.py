@@ -1,0 +1,50 @@
+"""Pytest fixtures, for `pytest_plugins = ["tests.rig.fixtures"]`.
+
+The rig is started and stopped without an event loop, so tests may use loops of any scope; whatever holds a connection
+is made per test, in the test's own loop.
+"""
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+import pytest_asyncio
+from aiodocker import Docker
+
+from .engine_proxy import EngineProxy
+from .gpus import FakeGpus
+from .rig import Rig
+
+
+@pytest.fixture(scope="session")
+def rig() -> Iterator[Rig]:
+    """The session's rig: engine, etcd, 8 GPUs, test images."""
+    with Rig() as started:
+        yield started
+
+
+@pytest.fixture
+def gpus(rig: Rig) -> Iterator[FakeGpus]:
+    """The rig's GPUs: eight, idle and healthy again after the test."""
+    yield rig.gpus
+    rig.gpus.reset()
+
+
+@pytest.fixture
+def clean_engine(rig: Rig) -> Iterator[Rig]:
+    """The rig, all of its containers and volumes removed after the test."""
+    yield rig
+    rig.engine.remove_all()
+
+
+@pytest_asyncio.fixture
+async def docker(clean_engine: Rig) -> AsyncIterator[Docker]:
+    """An aiodocker client of the engine; what the test makes in it is removed afterwards."""
+    async with Docker(url=clean_engine.engine.url) as client:
+        yield client
+
+
+@pytest_asyncio.fixture
+async def engine_proxy(clean_engine: Rig) -> AsyncIterator[EngineProxy]:
+    """A fault-injecting proxy in front of the engine, in the test's event loop."""
+    async with clean_engine.engine_proxy() as proxy:
+        yield proxy

@@ -1,0 +1,127 @@
+"""HTTP/1.1 messages on asyncio streams, told apart without changing a byte: heads, and where bodies end (RFC 9112)."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+CHUNK = 1 << 16
+HEAD_LIMIT = 1 << 20
+
+
+@dataclass(frozen=True)
+class Head:
+    """A request's or a response's first line and headers, also in raw form."""
+
+    raw: bytes
+    first_line: list[str]
+    headers: dict[str, str]
+    """Names in lower case; of repeated ones the last."""
+
+    @property
+    def upgrades(self) -> bool:
+        """Whether the request asks to turn the connection into a raw stream."""
+        return "upgrade" in self.headers.get("connection", "").lower()
+
+    @property
+    def status(self) -> int:
+        """A response's status."""
+        return int(self.first_line[1])
+
+    @property
+    def chunked(self) -> bool:
+        """Whether the body is in chunks."""
+        return self.headers.get("transfer-encoding", "").lower() == "chunked"
+
+    @property
+    def length(self) -> int | None:
+        """The body's length in bytes, None where no header tells."""
+        text = self.headers.get("content-length")
+        return None if text is None else int(text)
+
+    @property
+    def closes(self) -> bool:
+        """Whether the connection ends with this message."""
+        return "close" in self.headers.get("connection", "").lower()
+
+
+class Peer:
+    """One side of a connection: a reader with room for one byte read too early, and the writer."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._early = b""
+        self.writer = writer
+
+    async def read_head(self) -> Head | None:
+        """The next message's head, None at the end of the connection."""
+        try:
+            raw = self._take_early() + await self._reader.readuntil(b"\r\n\r\n")
+        except asyncio.IncompleteReadError:
+            return None
+        lines = raw.decode("latin-1").split("\r\n")
+        pairs = (line.partition(":") for line in lines[1:] if line)
+        headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
+        return Head(raw, lines[0].split(" ", 2), headers)
+
+    async def read_some(self) -> bytes:
+        """Whatever comes next, b"" at the end."""
+        return self._take_early() or await self._reader.read(CHUNK)
+
+    async def until_gone(self) -> None:
+        """Returns when the other side closes; if it sends something first, keeps that for later and never returns."""
+        self._early += await self._reader.read(1)
+        if self._early:
+            await asyncio.Event().wait()
+
+    async def body(self, head: Head) -> AsyncIterator[bytes]:
+        """The raw bytes of the body that follows the head, with its chunk framing; nothing if there is none."""
+        if head.chunked:
+            while True:
+                size = await self._reader.readuntil(b"\r\n")
+                yield size
+                if not int(size.split(b";")[0], 16):
+                    break
+                async for piece in self._exactly(int(size.split(b";")[0], 16) + 2):
+                    yield piece
+            while (line := await self._reader.readuntil(b"\r\n")) != b"\r\n":
+                yield line
+            yield b"\r\n"
+        elif head.length:
+            async for piece in self._exactly(head.length):
+                yield piece
+
+    async def send(self, data: bytes) -> None:
+        """Writes, and waits until the buffer has room again."""
+        self.writer.write(data)
+        await self.writer.drain()
+
+    def abort(self) -> None:
+        """Closes at once, without sending what is buffered."""
+        self.writer.transport.abort()
+
+    async def close(self) -> None:
+        """Closes once what is buffered has been sent."""
+        self.writer.close()
+        with contextlib.suppress(OSError):
+            await self.writer.wait_closed()
+
+    async def _exactly(self, count: int) -> AsyncIterator[bytes]:
+        while count:
+            piece = self._take_early() or await self._reader.read(min(count, CHUNK))
+            if not piece:
+                raise ConnectionResetError("the body ended early")
+            count -= len(piece)
+            yield piece
+
+    def _take_early(self) -> bytes:
+        early, self._early = self._early, b""
+        return early
+
+
+def answer(status: int, message: str) -> bytes:
+    """An engine's error answer: {"message": ...}."""
+    body = json.dumps({"message": message}).encode()
+    head = f"HTTP/1.1 {status} Injected\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body

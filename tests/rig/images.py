@@ -1,0 +1,104 @@
+"""Test images, loaded into the rig's engine from tars that are built once and cached."""
+
+import contextlib
+import io
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from . import rootfs
+from .builds import cached
+from .engine import Engine
+from .errors import RigError
+
+BUSYBOX = "gpudock/busybox:test"
+"""busybox-static: every applet, /bin/sh, /tmp 1777, a user `user` (uid 1000). About 2 MB."""
+GLIBC = "gpudock/glibc:test"
+"""bash, coreutils, find, tar, setfattr and getfattr, ps, and the host's Python without its larger modules."""
+CUDA_LIKE = "gpudock/cuda-like:test"
+"""Busybox with ENV NVIDIA_VISIBLE_DEVICES=all and VOLUME /data, which holds the file `from-image`."""
+
+_PATH = "ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_SHELL = 'CMD ["/bin/sh"]'
+
+
+class Images:
+    """The images of one rig's engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def load(self, name: str) -> str:
+        """Loads one of BUSYBOX, GLIBC and CUDA_LIKE; returns the image's id."""
+        if name == GLIBC:
+            tar = cached("glibc.tar", rootfs.glibc_key(), rootfs.write_glibc)
+            return self.import_tar(GLIBC, tar, [_PATH, 'CMD ["/bin/bash"]'])
+        if name == BUSYBOX:
+            return self.import_tar(BUSYBOX, _busybox_tar({}), [_PATH, _SHELL])
+        if name == CUDA_LIKE:
+            changes = [_PATH, _SHELL, "ENV NVIDIA_VISIBLE_DEVICES=all", "VOLUME /data"]
+            return self.import_tar(CUDA_LIKE, _busybox_tar({"data/from-image": b"from the image\n"}), changes)
+        raise RigError(f"no image {name!r}; derive() makes others")
+
+    def import_tar(self, name: str, tar: Path, changes: Sequence[str] = ()) -> str:
+        """Makes an image of one layer from a root's tar, as `docker import --change` does; returns its id."""
+        with tar.open("rb") as body:
+            return self._import(name, body, changes)
+
+    def from_files(self, name: str, files: Mapping[str, bytes], changes: Sequence[str] = ()) -> str:
+        """Makes an image of one layer that holds only these files (mode 0755); returns its id."""
+        return self._import(name, _tar_of(files), changes)
+
+    def derive(
+        self, name: str, base: str = BUSYBOX, changes: Sequence[str] = (), files: Mapping[str, bytes] | None = None
+    ) -> str:
+        """Makes an image on top of another one, by a commit; returns its id.
+
+        Args:
+            name: repository:tag.
+            base: an image that is loaded.
+            changes: Dockerfile lines, such as `ENV A=b`.
+            files: its new layer, each file with mode 0755.
+        """
+        repository, _, tag = name.rpartition(":")
+        with self._container(base) as container:
+            if files:
+                self._engine.call("PUT", f"/containers/{container}/archive", query={"path": "/"}, body=_tar_of(files))
+            query = {"container": container, "repo": repository, "tag": tag, "changes": changes}
+            image: str = self._engine.call("POST", "/commit", query=query, send={})["Id"]
+            return image
+
+    @contextlib.contextmanager
+    def _container(self, image: str) -> Iterator[str]:
+        """A container that never runs."""
+        made: str = self._engine.call("POST", "/containers/create", send={"Image": image, "Cmd": ["/never-run"]})["Id"]
+        try:
+            yield made
+        finally:
+            self._engine.call("DELETE", f"/containers/{made}")
+
+    def _import(self, name: str, body: BinaryIO, changes: Sequence[str]) -> str:
+        repository, _, tag = name.rpartition(":")
+        query = {"fromSrc": "-", "repo": repository, "tag": tag, "changes": changes}
+        answer = self._engine.call("POST", "/images/create", query=query, body=body)
+        if "error" in answer:
+            raise RigError(f"cannot import {name}: {answer['error']}")
+        image: str = answer["status"]
+        return image
+
+
+def _busybox_tar(extra: Mapping[str, bytes]) -> Path:
+    key = rootfs.busybox_key() + repr(sorted(extra.items())).encode()
+    return cached("busybox.tar", key, lambda path: rootfs.write_busybox(path, extra))
+
+
+def _tar_of(files: Mapping[str, bytes]) -> io.BytesIO:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name.lstrip("/"))
+            entry.size, entry.mode = len(content), 0o755
+            tar.addfile(entry, io.BytesIO(content))
+    buffer.seek(0)
+    return buffer

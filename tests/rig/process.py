@@ -1,0 +1,145 @@
+"""A program that runs as part of a rig: enrolled in its control group, its output in a file, ended by its pid."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from .errors import RigError
+
+_POLL_S = 0.005
+_LOG_TAIL = 4000
+# Enrols itself, so that not even its first child escapes, and becomes the program: the pid stays the same throughout.
+_PRELUDE = 'echo $$ > "$1"; cd "$2"; shift 2; exec "$@"'
+
+
+class ProcessGroup:
+    """The programs of one rig, which all live in one control group."""
+
+    def __init__(self, folder: Path) -> None:
+        """Makes the control group at `folder`."""
+        folder.mkdir(parents=True)
+        self._procs = folder / "cgroup.procs"
+        self._started: list[Process] = []
+
+    def start(
+        self,
+        argv: Sequence[str | Path],
+        *,
+        log: Path,
+        cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        inside: Sequence[str] = (),
+    ) -> "Process":
+        """Starts a program.
+
+        Args:
+            argv: its command line.
+            log: file that stdout and stderr are appended to.
+            cwd: working folder, by default the log's.
+            environment: the whole environment, by default this process's.
+            inside: a command prefix that enters namespaces (`Namespaces.enter`).
+        """
+        prelude = ["/bin/sh", "-euc", _PRELUDE, "sh", str(self._procs), str(cwd or log.parent)]
+        with log.open("ab") as output:
+            # A session of its own: Ctrl-C reaches the owner alone, which then ends its processes in order.
+            popen = subprocess.Popen(
+                [*inside, *prelude, *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=None if environment is None else dict(environment),
+                start_new_session=True,
+            )
+        process = Process(str(argv[0]), popen, log)
+        self._started.append(process)
+        return process
+
+    def reap(self) -> None:
+        """Collects the exit codes of programs that were killed, so that none stays as a zombie."""
+        for process in self._started:
+            process.wait()
+
+
+class Process:
+    """A started program. `signal`, `terminate`, `pause` only send; `wait`, `stop`, `kill9` block the calling thread."""
+
+    def __init__(self, name: str, popen: "subprocess.Popen[bytes]", log: Path) -> None:
+        """Wraps what `ProcessGroup.start` started."""
+        self.name = name
+        self.log = log
+        self._popen = popen
+
+    @property
+    def pid(self) -> int:
+        """Its process id, also after its end."""
+        return self._popen.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, minus the signal that killed it, or None while it runs."""
+        return self._popen.poll()
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self.returncode is None
+
+    @property
+    def log_text(self) -> str:
+        """All its output so far."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def signal(self, number: int) -> None:
+        """Sends a signal; nothing happens if it has ended."""
+        if self.running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """Sends SIGTERM."""
+        self.signal(signal.SIGTERM)
+
+    def kill9(self) -> int:
+        """Sends SIGKILL and waits for the end; returns the exit code, -9."""
+        self.signal(signal.SIGKILL)
+        return self.wait()
+
+    def pause(self) -> None:
+        """Freezes it (SIGSTOP): it keeps its connections and answers nothing."""
+        self.signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Undoes `pause`."""
+        self.signal(signal.SIGCONT)
+
+    def wait(self, timeout_s: float = 30.0) -> int:
+        """Waits for its end; returns the exit code. Raises RigError after `timeout_s` seconds."""
+        try:
+            return self._popen.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise RigError(f"{self.name} has not ended after {timeout_s} s\n{self.log_text[-_LOG_TAIL:]}") from None
+
+    def stop(self, grace_s: float = 30.0) -> int:
+        """SIGTERM, then SIGKILL after `grace_s` seconds; returns the exit code."""
+        self.terminate()
+        try:
+            return self.wait(grace_s)
+        except RigError:
+            return self.kill9()
+
+    def wait_until(self, ready: Callable[[], bool], timeout_s: float = 30.0) -> None:
+        """Polls `ready` until it is true.
+
+        Raises:
+            RigError: the program ended, or is not ready after `timeout_s` seconds; its log's end is in the message.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not ready():
+            if not self.running or time.monotonic() > deadline:
+                state = "is not ready" if self.running else f"ended with {self.returncode}"
+                raise RigError(f"{self.name} {state}\n{self.log_text[-_LOG_TAIL:]}")
+            time.sleep(_POLL_S)

@@ -1,0 +1,208 @@
+"""What a rig leaves on the machine, found by the rig's id alone, and the end of it.
+
+Everything of a rig carries its id: its folder `<base>/<id>`, and a control group `gpudock-rig-<id>` in every hierarchy,
+in which all its processes live: the engine, containerd, its shims, etcd, the daemons, and (in subgroups that the engine
+makes) the containers. The id holds its owner's pid and start time, so anyone can tell whether it is stale. Three use
+this: a rig that closes, the guardian process that outlives a killed owner, and the sweep at the next rig's start.
+
+This file uses the standard library alone and imports nothing of the package: the guardian runs it as a script.
+"""
+
+import contextlib
+import itertools
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+BASE = Path(os.environ.get("GPUDOCK_RIG_BASE", "/var/tmp/gpudock-rigs"))
+GROUP_PREFIX = "gpudock-rig-"
+_POLL_S = 0.005
+_PATIENCE_S = 20.0
+
+
+@dataclass(frozen=True)
+class RigId:
+    """Names a rig: its owner's pid and start time (clock ticks since boot), and a serial number."""
+
+    owner_pid: int
+    owner_start: int
+    serial: int
+
+    def __str__(self) -> str:
+        return f"{self.owner_pid}-{self.owner_start}-{self.serial}"
+
+    @classmethod
+    def parse(cls, text: str) -> "RigId | None":
+        """The id that a folder or group is named after, None if it is not one of ours."""
+        parts = text.split("-")
+        if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+            return None
+        return cls(*map(int, parts))
+
+    @classmethod
+    def mint(cls) -> "RigId":
+        """An id of this process that nobody has, and its folder, mode 0711."""
+        BASE.mkdir(parents=True, exist_ok=True)
+        pid = os.getpid()
+        for serial in itertools.count(1):
+            rig = cls(pid, start_ticks(pid) or 0, serial)
+            with contextlib.suppress(FileExistsError):
+                rig.folder.mkdir(mode=0o711)
+                return rig
+        raise AssertionError("unreachable")
+
+    @property
+    def folder(self) -> Path:
+        """Holds every file of the rig."""
+        return BASE / str(self)
+
+    @property
+    def group(self) -> str:
+        """Name of its control group, directly below each hierarchy's root."""
+        return GROUP_PREFIX + str(self)
+
+    def owner_is_gone(self) -> bool:
+        """Whether the process that made this rig has ended, its pid perhaps reused."""
+        return start_ticks(self.owner_pid) != self.owner_start
+
+
+def start_ticks(pid: int) -> int | None:
+    """When the process started, in clock ticks since boot; None if there is none, or only a zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def hierarchies() -> list[Path]:
+    """Mount points of all control group hierarchies: several on cgroup v1, one on v2."""
+    mounts = (line.split() for line in Path("/proc/self/mounts").read_text().splitlines())
+    return [Path(fields[1]) for fields in mounts if fields[2] in {"cgroup", "cgroup2"}]
+
+
+def tracking_hierarchy() -> Path:
+    """The hierarchy in which the rig's processes are enrolled, to be found again."""
+    found = hierarchies()
+    by_name = {path.name: path for path in found}
+    for name in ("freezer", "pids", "unified"):
+        if name in by_name:
+            return by_name[name]
+    return found[0]
+
+
+def groups_of(rig: RigId) -> list[Path]:
+    """The rig's control groups in all hierarchies, the innermost first."""
+    roots = [top / rig.group for top in hierarchies()]
+    return [Path(path) for root in roots if root.is_dir() for path, _, _ in os.walk(root, topdown=False)]
+
+
+def processes_of(rig: RigId) -> set[int]:
+    """Pids of everything that runs in the rig."""
+    pids: set[int] = set()
+    for group in groups_of(rig):
+        with contextlib.suppress(OSError):
+            pids.update(map(int, (group / "cgroup.procs").read_text().split()))
+    return pids - {0}
+
+
+def mounts_of(rig: RigId) -> list[str]:
+    """Mount points below the rig's folder that are visible from here, the innermost first."""
+    points = (line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    return [point for point in points if point.startswith(f"{rig.folder}/")][::-1]
+
+
+def loops_of(rig: RigId) -> list[str]:
+    """Loop devices whose image lies in the rig's folder."""
+    found = []
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            if backing.read_text().startswith(f"{rig.folder}/"):
+                found.append(f"/dev/{backing.parts[3]}")
+    return found
+
+
+def leftovers(rig: RigId) -> list[str]:
+    """Everything of the rig that still exists, in words; empty once it is gone."""
+    words = [f"process {pid}" for pid in sorted(processes_of(rig))]
+    words += [f"mount {point}" for point in mounts_of(rig)]
+    words += [f"loop device {loop}" for loop in loops_of(rig)]
+    words += [f"control group {group}" for group in groups_of(rig)]
+    return words + [f"folder {rig.folder}"] * rig.folder.exists()
+
+
+def destroy(rig: RigId) -> list[str]:
+    """Ends the rig's processes, then its mounts, loop devices, control groups and files; idempotent.
+
+    Returns what could not be removed within 20 s, in words.
+    """
+    deadline = time.monotonic() + _PATIENCE_S
+    while _kill(rig) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    for point in mounts_of(rig):
+        subprocess.run(["umount", "--lazy", point], check=False, capture_output=True)
+    for loop in loops_of(rig):
+        subprocess.run(["losetup", "--detach", loop], check=False, capture_output=True)
+    while not _remove_groups(rig) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    while rig.folder.exists() and time.monotonic() < deadline:
+        # One file system: were a mount left in there after all, what lies in it is not ours to delete.
+        subprocess.run(["rm", "-rf", "--one-file-system", rig.folder], check=False, capture_output=True)
+    return leftovers(rig)
+
+
+def _kill(rig: RigId) -> bool:
+    """Sends SIGKILL to all that run; false when there is nobody left."""
+    pids = processes_of(rig)
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for group in groups_of(rig) if pids else []:
+        # A paused container is frozen, and on cgroup v1 the frozen do not even die.
+        with contextlib.suppress(OSError):
+            (group / "freezer.state").write_text("THAWED")
+    return bool(pids)
+
+
+def _remove_groups(rig: RigId) -> bool:
+    for group in groups_of(rig):
+        with contextlib.suppress(OSError):
+            group.rmdir()
+    return not groups_of(rig)
+
+
+def known() -> Iterator[RigId]:
+    """Every rig that has left a folder or a control group on this machine, alive or not."""
+    names = {path.name for path in BASE.glob("*-*-*")}
+    for top in hierarchies():
+        names.update(path.name.removeprefix(GROUP_PREFIX) for path in top.glob(f"{GROUP_PREFIX}*"))
+    yield from filter(None, map(RigId.parse, sorted(names)))
+
+
+def sweep() -> list[str]:
+    """Destroys every rig whose owner is gone; returns what could not be removed."""
+    return [word for rig in known() if rig.owner_is_gone() for word in destroy(rig)]
+
+
+def guard(rig: RigId) -> None:
+    """Blocks until the rig's owner has ended, however it did, then destroys the rig."""
+    with contextlib.suppress(ProcessLookupError):
+        owner = os.pidfd_open(rig.owner_pid)
+        while not rig.owner_is_gone():
+            select.select([owner], [], [])
+    destroy(rig)
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    guarded = RigId.parse(sys.argv[1])
+    if guarded is not None:
+        guard(guarded)

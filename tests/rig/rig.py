@@ -1,0 +1,239 @@
+"""The rig: a real engine and a real store beside doubled hardware, private to the process that starts it."""
+
+import asyncio
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from . import remains
+from .builds import build_hook, build_nvml
+from .daemon import Daemon
+from .engine import Engine
+from .engine_proxy import EngineProxy
+from .errors import RigError
+from .etcd import Etcd
+from .gpus import FakeGpus
+from .images import BUSYBOX, CUDA_LIKE, GLIBC, Images
+from .namespaces import Namespaces
+from .process import ProcessGroup
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Rig:
+    """One engine, one etcd, some GPUs. Use it as a context manager, from any thread; all of it blocks.
+
+    Whatever way its process ends, nothing stays: a guardian process waits for that end and removes the rest, and the
+    next rig's start sweeps what even the guardian could not.
+    """
+
+    def __init__(
+        self,
+        *,
+        gpus: int = 8,
+        images: Sequence[str] = (BUSYBOX, CUDA_LIKE, GLIBC),
+        engine_options: Sequence[str] = (),
+        etcd_fsync: bool = False,
+    ) -> None:
+        """Starts nothing yet.
+
+        Args:
+            gpus: how many cards.
+            images: the test images to load.
+            engine_options: further words for dockerd's command line.
+            etcd_fsync: whether etcd syncs its files, for benchmarks.
+        """
+        self._gpu_count = gpus
+        self._image_names = images
+        self._engine_options = engine_options
+        self._etcd_fsync = etcd_fsync
+        self._id: remains.RigId | None = None
+        self._processes: ProcessGroup | None = None
+        self._guardian: subprocess.Popen[bytes] | None = None
+        self._daemon_numbers = itertools.count(1)
+        self._proxy_numbers = itertools.count(1)
+
+    def start(self) -> Self:
+        """Brings it up, in about a second and a half; whatever fails, nothing is left."""
+        if os.geteuid() != 0:
+            raise RigError("the rig needs root, for dockerd and its namespaces")
+        remains.sweep()
+        self._id = remains.RigId.mint()
+        try:
+            self._start(self._id)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _start(self, rig: remains.RigId) -> None:
+        guard = [sys.executable, "-I", "-S", remains.__file__, str(rig)]
+        self._guardian = subprocess.Popen(guard, cwd="/", stdin=subprocess.DEVNULL, start_new_session=True)
+        self.folder = rig.folder
+        self._processes = processes = ProcessGroup(remains.tracking_hierarchy() / rig.group / "processes")
+        self.gpus = FakeGpus(self._made("gpus") / "state", self._gpu_count)
+        build_hook(self._made("bin"))
+        build_nvml(self._made("lib"))
+
+        self.etcd = Etcd(self.folder / "etcd", processes, fsync=self._etcd_fsync)
+        self.etcd.launch()
+        self.namespaces = Namespaces(self.folder, processes)
+        self.engine = Engine(
+            self._made("engine"),
+            self.namespaces,
+            processes,
+            cgroup_parent=f"/{rig.group}/containers",
+            environment={"PATH": str(self.folder / "bin"), "GPUDOCK_NVML_STATE": str(self.gpus.path)},
+            options=self._engine_options,
+        )
+        self.engine.launch()
+        self.images = Images(self.engine)
+        self.etcd.await_ready()
+        self.engine.await_ready()
+        for name in self._image_names:
+            self.images.load(name)
+
+    @property
+    def id(self) -> str:
+        """Names the rig's folder and control groups."""
+        return str(self._id)
+
+    @property
+    def guardian_pid(self) -> int:
+        """Pid of the process that cleans up if this one cannot."""
+        if self._guardian is None:
+            raise RigError("the rig was not started")
+        return self._guardian.pid
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a program needs to find the NVML double, to be added to its environment before it starts."""
+        return {"LD_LIBRARY_PATH": str(self.folder / "lib"), "GPUDOCK_NVML_STATE": str(self.gpus.path)}
+
+    def daemon(
+        self,
+        *arguments: str,
+        module: str = "gpudock_server",
+        environment: Mapping[str, str] | None = None,
+        docker_host: str | None = None,
+        etcd_endpoints: str | None = None,
+        socket: Path | None = None,
+        state_dir: Path | None = None,
+        serving: bool = True,
+        timeout_s: float = 30.0,
+    ) -> Daemon:
+        """Runs `python -m module` inside the engine's namespaces, with the repository's root as its working folder.
+
+        Args:
+            arguments: further words for its command line.
+            module: another entry point.
+            environment: added to this process's and to what the NVML double needs.
+            docker_host: its --docker-host: by default the rig's engine, "" leaves the flag out.
+            etcd_endpoints: its --etcd-endpoints: by default the rig's etcd, "" leaves the flag out.
+            socket: its --socket, by default a fresh path; give an old one to a successor.
+            state_dir: its --state-dir, likewise.
+            serving: whether to wait until its health service says SERVING.
+            timeout_s: for how long.
+
+        Raises:
+            RigError: it ended, or is not serving in time; its log's end is in the message.
+        """
+        folder = self._made(f"daemon{next(self._daemon_numbers)}")
+        socket = socket or folder / "gpudock.sock"
+        state_dir = state_dir or self._made(f"{folder.name}/state")
+        flags = {
+            "--docker-host": self.engine.url if docker_host is None else docker_host,
+            "--etcd-endpoints": self.etcd.endpoint if etcd_endpoints is None else etcd_endpoints,
+            "--socket": str(socket),
+            "--state-dir": str(state_dir),
+        }
+        words = [word for flag, value in flags.items() if value for word in (flag, value)]
+        if self._processes is None:
+            raise RigError("the rig was not started")
+        process = self._processes.start(
+            [sys.executable, "-m", module, *words, *arguments],
+            log=folder / "log",
+            cwd=REPOSITORY,
+            environment=os.environ | self.environment | dict(environment or {}),
+            inside=self.namespaces.enter(),
+        )
+        daemon = Daemon(process, socket, state_dir)
+        if serving:
+            try:
+                daemon.await_serving(timeout_s)
+            except BaseException:
+                daemon.kill9()
+                raise
+        return daemon
+
+    async def start_daemon(
+        self,
+        *arguments: str,
+        module: str = "gpudock_server",
+        environment: Mapping[str, str] | None = None,
+        docker_host: str | None = None,
+        etcd_endpoints: str | None = None,
+        socket: Path | None = None,
+        state_dir: Path | None = None,
+        serving: bool = True,
+        timeout_s: float = 30.0,
+    ) -> Daemon:
+        """`daemon`, waited for in a thread: for a caller whose event loop serves what the daemon needs, a proxy say."""
+        return await asyncio.to_thread(
+            self.daemon,
+            *arguments,
+            module=module,
+            environment=environment,
+            docker_host=docker_host,
+            etcd_endpoints=etcd_endpoints,
+            socket=socket,
+            state_dir=state_dir,
+            serving=serving,
+            timeout_s=timeout_s,
+        )
+
+    def engine_proxy(self) -> EngineProxy:
+        """A fault-injecting proxy in front of the engine, for `async with`, in the caller's event loop."""
+        return EngineProxy(self.engine.socket, self._made("proxies") / f"{next(self._proxy_numbers)}.sock")
+
+    def run(self, *argv: str, check: bool = True, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
+        """Runs a short program inside the engine's namespaces with the NVML double; its output is captured."""
+        words = [*self.namespaces.enter(), "env", "-C", str(REPOSITORY), *argv]
+        done = subprocess.run(
+            words, check=False, capture_output=True, text=True, timeout=timeout_s, env=os.environ | self.environment
+        )
+        if check and done.returncode:
+            raise RigError(f"{' '.join(argv)} ended with {done.returncode}\n{done.stdout}{done.stderr}")
+        return done
+
+    def close(self) -> None:
+        """Ends and removes everything, in a fraction of a second; raises RigError if something would not go."""
+        if self._id is None:
+            return
+        left = remains.destroy(self._id)
+        if self._processes is not None:
+            self._processes.reap()
+        if self._guardian is not None:
+            self._guardian.kill()
+            self._guardian.wait()
+        if left:
+            raise RigError("the rig left behind: " + "; ".join(left))
+        self._id = None
+
+    def _made(self, name: str) -> Path:
+        path = self.folder / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
