@@ -1,0 +1,252 @@
+"""Calls a daemon through the generated stubs, as any client would, with the words that tests use."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import grpc.aio
+from google.rpc import error_details_pb2, status_pb2
+from gpudock.v1 import (
+    container_pb2,
+    container_service_pb2,
+    container_service_pb2_grpc,
+    exec_pb2,
+    node_service_pb2,
+    node_service_pb2_grpc,
+    operation_pb2,
+    operation_service_pb2,
+    operation_service_pb2_grpc,
+)
+
+IMAGE = "gpudock/busybox:test"
+# Ends at once when asked to, unlike a bare sleep as PID 1.
+IDLE = ("sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 3600 & wait $!; done")
+
+_ENDED = (
+    operation_pb2.OPERATION_STATE_SUCCEEDED,
+    operation_pb2.OPERATION_STATE_FAILED,
+    operation_pb2.OPERATION_STATE_CANCELLED,
+)
+
+
+@dataclass
+class ExecResult:
+    """What a command did."""
+
+    stdout: bytes = b""
+    stderr: bytes = b""
+    code: int | None = None
+    signal: str = ""
+    message: str = ""
+    timed_out: bool = False
+
+
+@dataclass
+class Progress:
+    """What an operation's stream said."""
+
+    snapshots: list[operation_pb2.Operation] = field(default_factory=list)
+    result: container_pb2.Container | None = None
+
+    @property
+    def stages(self) -> list[str]:
+        """The names of the stages, as the last snapshot has them."""
+        return [stage.name for stage in self.snapshots[-1].stages]
+
+
+class Caller:
+    """A channel with the three services."""
+
+    def __init__(self, target: str) -> None:
+        self.channel = grpc.aio.insecure_channel(target)
+        self.containers = container_service_pb2_grpc.ContainerServiceStub(self.channel)
+        self.nodes = node_service_pb2_grpc.NodeServiceStub(self.channel)
+        self.operations = operation_service_pb2_grpc.OperationServiceStub(self.channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.channel.close()
+
+    # -- containers --------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def spec(gpus: int = 0, **fields: Any) -> container_pb2.ContainerSpec:
+        """An idle container; `fields` are the spec's own."""
+        fields.setdefault("image", IMAGE)
+        fields.setdefault("command", IDLE)
+        return container_pb2.ContainerSpec(gpus=container_pb2.GpuRequest(count=gpus), **fields)
+
+    async def create(self, name: str, gpus: int = 0, **fields: Any) -> container_pb2.Container:
+        """Create and start an idle container."""
+        request = container_service_pb2.CreateContainerRequest(name=name, spec=self.spec(gpus, **fields))
+        return await result_of(self.containers.CreateContainer(request))
+
+    async def get(self, name: str) -> container_pb2.Container:
+        """A container as it is."""
+        answer = await self.containers.GetContainer(container_service_pb2.GetContainerRequest(name=name))
+        return answer.container
+
+    async def scale(self, name: str, gpus: int | None = None, **fields: Any) -> container_pb2.Container:
+        """Scale and wait."""
+        return await result_of(self.containers.ScaleContainer(scale_request(name, gpus, **fields)))
+
+    async def start(self, name: str, gpus: int | None = None) -> container_pb2.Container:
+        """Start and wait."""
+        request = container_service_pb2.StartContainerRequest(name=name)
+        if gpus is not None:
+            request.gpus.count = gpus
+        return await result_of(self.containers.StartContainer(request))
+
+    async def stop(self, name: str, *, keep_resources: bool = False) -> container_pb2.Container:
+        """Stop."""
+        request = container_service_pb2.StopContainerRequest(name=name, keep_resources=keep_resources)
+        return (await self.containers.StopContainer(request)).container
+
+    async def restart(self, name: str) -> container_pb2.Container:
+        """Restart and wait."""
+        return await result_of(
+            self.containers.RestartContainer(container_service_pb2.RestartContainerRequest(name=name))
+        )
+
+    async def delete(self, name: str, *, force: bool = True) -> None:
+        """Delete."""
+        await self.containers.DeleteContainer(container_service_pb2.DeleteContainerRequest(name=name, force=force))
+
+    async def delete_all(self) -> None:
+        """Delete every container there is."""
+        await self.settled()
+        listed = await self.containers.ListContainers(container_service_pb2.ListContainersRequest(page_size=1000))
+        for container in listed.containers:
+            await self.delete(container.name)
+
+    async def settled(self) -> None:
+        """Wait until no operation is under way."""
+        request = operation_service_pb2.ListOperationsRequest(page_size=1000)
+        async with asyncio.timeout(60):
+            while True:
+                listed = await self.operations.ListOperations(request)
+                if all(operation.state in _ENDED for operation in listed.operations):
+                    return
+                await asyncio.sleep(0.05)
+
+    # -- exec --------------------------------------------------------------------------------------------------------
+
+    async def run(self, container: str, *command: str, stdin: bytes | None = None, **fields: Any) -> ExecResult:
+        """Run a command to its end."""
+        start = exec_pb2.ExecStart(container=container, command=command, stdin=stdin is not None, **fields)
+        requests = [exec_pb2.ExecContainerRequest(start=start)]
+        if stdin is not None:
+            requests += [
+                exec_pb2.ExecContainerRequest(stdin=stdin[at : at + 65536]) for at in range(0, len(stdin), 65536)
+            ]
+        result = ExecResult()
+        async for answer in self.containers.ExecContainer(iterate(requests)):
+            match answer.WhichOneof("event"):
+                case "stdout":
+                    result.stdout += answer.stdout
+                case "stderr":
+                    result.stderr += answer.stderr
+                case "exited":
+                    exited = answer.exited
+                    result.code = exited.code if exited.WhichOneof("result") == "code" else None
+                    result.signal, result.message, result.timed_out = exited.signal, exited.message, exited.timed_out
+        return result
+
+    async def shell(self, container: str, script: str) -> str:
+        """The output of a script that must succeed."""
+        result = await self.run(container, "sh", "-c", script)
+        assert result.code == 0, (script, result)
+        return result.stdout.decode()
+
+    # -- the node ----------------------------------------------------------------------------------------------------
+
+    async def holders(self) -> dict[str, str]:
+        """Who holds each card (by UUID); empty: free."""
+        listed = await self.nodes.ListGpus(node_service_pb2.ListGpusRequest())
+        return {gpu.uuid: gpu.container for gpu in listed.gpus}
+
+    async def free_gpus(self) -> int:
+        """How many cards nobody holds."""
+        return sum(not holder for holder in (await self.holders()).values())
+
+
+def scale_request(name: str, gpus: int | None = None, **fields: Any) -> container_service_pb2.ScaleContainerRequest:
+    """What ScaleContainer takes; None leaves the cards alone."""
+    request = container_service_pb2.ScaleContainerRequest(name=name, **fields)
+    if gpus is not None:
+        request.gpus.SetInParent()
+        request.gpus.count = gpus
+    return request
+
+
+async def iterate(requests: Iterable[Any]) -> AsyncIterator[Any]:
+    """Requests for a stream."""
+    for request in requests:
+        yield request
+
+
+async def progress_of(stream: Any) -> Progress:
+    """All that an operation's stream says."""
+    progress = Progress()
+    async for answer in stream:
+        if answer.WhichOneof("event") == "operation":
+            assert progress.result is None, "the result comes last"
+            progress.snapshots.append(answer.operation)
+        else:
+            assert progress.result is None, "the result comes once"
+            progress.result = answer.result
+    return progress
+
+
+async def result_of(stream: Any) -> container_pb2.Container:
+    """The result that an operation's stream ends with."""
+    progress = await progress_of(stream)
+    assert progress.result is not None
+    return progress.result
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a failed call says."""
+
+    code: grpc.StatusCode
+    reason: str
+    metadata: dict[str, str]
+    message: str
+    violations: tuple[str, ...]
+
+
+def failure_of(error: grpc.aio.AioRpcError) -> Failure:
+    """The code and the details of an error."""
+    reason, metadata, violations = "", {}, ()
+    trailing: Sequence[Any] = error.trailing_metadata() or ()
+    for key, value in trailing:
+        if key != "grpc-status-details-bin":
+            continue
+        for detail in status_pb2.Status.FromString(value).details:
+            if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+                info = error_details_pb2.ErrorInfo.FromString(detail.value)
+                assert info.domain == "gpudock"
+                reason, metadata = info.reason, dict(info.metadata)
+            elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
+                request = error_details_pb2.BadRequest.FromString(detail.value)
+                violations = tuple(violation.field for violation in request.field_violations)
+    return Failure(error.code(), reason, metadata, error.details() or "", violations)
+
+
+async def failure(call: Any) -> Failure:
+    """The error that an awaited call ends with; it must."""
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return failure_of(error)
+    raise AssertionError("it did not fail")

@@ -1,0 +1,1 @@
+"""The client and the command, against a scripted server."""

@@ -1,0 +1,409 @@
+"""The command: what it prints, how it ends, and what it does at a terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import io
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import sys
+import termios
+from collections.abc import AsyncIterator
+from typing import Any, NamedTuple
+
+import click
+import grpc
+import pytest
+from click.testing import CliRunner
+from gpudock.cli import main
+from gpudock.cli._arguments import Bind, Parsed, Port, Restart, Size, Span, Tmpfs
+from gpudock.cli._progress import Progress
+from gpudock.v1 import container_service_pb2 as pb
+from gpudock.v1 import exec_pb2, gpu_pb2, node_service_pb2, operation_pb2, operation_service_pb2
+from gpudock.v1.container_pb2 import RESTART_POLICY_KIND_ON_FAILURE, Mount, RestartPolicy, TmpfsMount
+from gpudock.v1.node_pb2 import Node
+from gpudock.v1.port_claim_pb2 import PortClaim
+from gpudock.v1.port_pb2 import PORT_PROTOCOL_TCP
+
+from tests.clients import messages
+from tests.clients.scripted import Context, ScriptedServer, abort, refusal, saying
+
+Created = pb.CreateContainerResponse
+Said = exec_pb2.ExecContainerResponse
+DEADLINE = 30
+
+
+class Ended(NamedTuple):
+    """How a run of the command ended, and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+async def spawn(server: ScriptedServer, *arguments: str, **streams: Any) -> asyncio.subprocess.Process:
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), asyncio.subprocess.PIPE)
+    command = (sys.executable, "-m", "gpudock.cli", "--address", server.address, *arguments)
+    return await asyncio.create_subprocess_exec(*command, **(pipes | streams))
+
+
+async def run(server: ScriptedServer, *arguments: str, given: bytes = b"") -> Ended:
+    process = await spawn(server, *arguments)
+    out, err = await asyncio.wait_for(process.communicate(given), DEADLINE)
+    return Ended(process.returncode or 0, out.decode(), err.decode())
+
+
+STAGES = [
+    messages.stage("pull-image", messages.DONE, current_bytes=3 * 2**20, total_bytes=3 * 2**20),
+    messages.stage("create", messages.DONE, seconds=0.25),
+    messages.stage("start", messages.DONE),
+]
+
+
+async def created(_: Any, __: Context) -> AsyncIterator[Created]:
+    yield Created(operation=messages.operation(STAGES[0], messages.stage("create", messages.WORKS)))
+    yield Created(operation=messages.operation(*STAGES, state=operation_pb2.OPERATION_STATE_SUCCEEDED))
+    yield Created(result=messages.container())
+
+
+async def test_create_sends_its_options_and_shows_stages_and_result(server: ScriptedServer) -> None:
+    server.on("CreateContainer", created)
+    options = (
+        *("--gpus", "2", "--gpu-model", "a100", "-p", "8080:80", "-p", "53/udp", "-e", "A=b=c", "-v", "data:/data"),
+        *("-v", "/srv/x:/x:ro", "--tmpfs", "/scratch:1G", "--label", "team=ml", "--cpus", "1.5", "--memory", "8G"),
+        *("--shm-size", "512MiB", "--restart", "on-failure:3", "--health-cmd", "true", "--hostname", "h"),
+        *("--user", "1000", "--workdir", "/w", "--tty", "--pull", "never", "--create-only"),
+    )
+    ended = await run(server, "create", "train", "busybox", *options, "--", "sh", "-c", "sleep 9")
+    assert ended.code == 0, ended.err
+    assert ended.out.splitlines()[0].split()[:4] == ["NAME", "STATE", "GPUS", "PORTS"]
+    assert ended.out.splitlines()[1].split()[:5] == ["train", "RUNNING", "1", "40001->80/tcp", "busybox"]
+    assert ended.err.splitlines() == [
+        "pull-image  done    1.5s  3.0 MiB",
+        "create      done    0.2s",
+        "start       done    1.5s",
+    ]
+    [request] = server.requests["CreateContainer"]
+    spec = request.spec
+    assert (request.pull_policy, request.create_only, spec.tty) == (pb.PULL_POLICY_NEVER, True, True)
+    assert (spec.gpus.count, spec.gpus.model, list(spec.command)) == (2, "a100", ["sh", "-c", "sleep 9"])
+    assert [(port.host_port, port.container_port, port.protocol) for port in spec.ports] == [(8080, 80, 1), (0, 53, 2)]
+    assert list(spec.mounts) == [
+        Mount(volume="data", target="/data"),
+        Mount(host_path="/srv/x", target="/x", read_only=True),
+        Mount(tmpfs=TmpfsMount(size_bytes=2**30), target="/scratch"),
+    ]
+    assert (dict(spec.env), dict(spec.labels)) == ({"A": "b=c"}, {"team": "ml"})
+    assert (spec.cpus, spec.memory_bytes, spec.shm_size_bytes) == (1.5, 8 * 2**30, 512 * 2**20)
+    assert spec.restart_policy == RestartPolicy(policy=RESTART_POLICY_KIND_ON_FAILURE, max_retry_count=3)
+    assert list(spec.health_check.command) == ["/bin/sh", "-c", "true"]
+
+
+async def test_results_as_json_are_on_stdout_alone(server: ScriptedServer) -> None:
+    server.on("CreateContainer", created)
+    server.on("ListContainers", saying(pb.ListContainersResponse(containers=[messages.container()])))
+    made = await run(server, "-o", "json", "create", "train", "busybox")
+    assert json.loads(made.out)["status"]["gpu_uuids"] == ["GPU-1"]
+    listed = json.loads((await run(server, "-o", "json", "ps", "--state", "running", "--label", "team")).out)
+    assert [item["name"] for item in listed] == ["train"]
+    assert listed[0]["spec"]["memory_bytes"] == str(2**30)
+    assert server.requests["ListContainers"][0].filter.labels["team"] == ""
+
+
+async def test_tables(server: ScriptedServer) -> None:
+    card = gpu_pb2.Gpu(uuid="GPU-1", name="A100", memory_total_bytes=80 * 2**30, health=gpu_pb2.GPU_HEALTH_HEALTHY)
+    card.utilization_percent = 0
+    card.container = "train"
+    server.on("ListGpus", saying(node_service_pb2.ListGpusResponse(gpus=[card])))
+    row = (await run(server, "gpus", "--held")).out.splitlines()[1]
+    assert re.split(r"\s{2,}", row) == ["0", "GPU-1", "A100", "80.0 GiB", "-", "0%", "-", "-", "HEALTHY", "train"]
+    assert server.requests["ListGpus"][0].filter.claimed is True
+    claim = PortClaim(host_port=40001, protocol=PORT_PROTOCOL_TCP, container="train", container_port=80)
+    server.on("ListPorts", saying(node_service_pb2.ListPortsResponse(ports=[claim])))
+    assert (await run(server, "ports")).out.splitlines()[1].split() == ["40001", "tcp", "train", "80"]
+    server.on("GetNode", saying(node_service_pb2.GetNodeResponse(node=Node(name="gpu1", free_gpus=3))))
+    assert "GPUs:" in (await run(server, "node")).out
+    server.on("GetContainer", saying(pb.GetContainerResponse(container=messages.container())))
+    assert "memory:           1.0 GiB" in (await run(server, "get", "train")).out
+    snapshot = messages.operation(*STAGES)
+    server.on("ListOperations", saying(operation_service_pb2.ListOperationsResponse(operations=[snapshot])))
+    assert messages.OPERATION_ID in (await run(server, "operations", "list", "--container", "train")).out
+    assert server.requests["ListOperations"][0].filter.target.name == "train"
+    server.on("GetOperation", saying(operation_service_pb2.GetOperationResponse(operation=snapshot)))
+    assert "pull-image  SUCCEEDED  1.5s  3.0 MiB" in (await run(server, "operations", "get", "x")).out
+
+
+async def test_a_plan_is_shown_and_nothing_else(server: ScriptedServer) -> None:
+    async def planned(_: Any, __: Context) -> AsyncIterator[pb.ScaleContainerResponse]:
+        plan = operation_pb2.OperationPlan(stages=["stop", "carry"], gpus_to_claim=2, warnings=["sockets are lost"])
+        yield pb.ScaleContainerResponse(operation=operation_pb2.Operation(plan=plan))
+
+    server.on("ScaleContainer", planned)
+    ended = await run(server, "scale", "train", "--gpus", "4", "--memory", "0", "--strategy", "live", "--validate-only")
+    assert ended.out.splitlines()[0].split() == ["stages:", "stop,", "carry"]
+    assert "sockets are lost" in ended.out
+    [request] = server.requests["ScaleContainer"]
+    assert (request.validate_only, request.strategy) == (True, pb.SCALE_STRATEGY_LIVE)
+    assert (request.HasField("memory_bytes"), request.HasField("cpus")) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "exit_code"),
+    [
+        (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT", 2),
+        (grpc.StatusCode.NOT_FOUND, "CONTAINER_NOT_FOUND", 3),
+        (grpc.StatusCode.ABORTED, "CONTAINER_BUSY", 6),
+        (grpc.StatusCode.FAILED_PRECONDITION, "CONTAINER_RUNNING", 7),
+        (grpc.StatusCode.INTERNAL, "INTERNAL", 1),
+    ],
+)
+async def test_an_error_is_one_line_and_an_exit_code(
+    server: ScriptedServer, code: grpc.StatusCode, reason: str, exit_code: int
+) -> None:
+    violations = [("name", "too long"), ("force", "no")] if exit_code == 2 else []
+    metadata = {"operation_id": "17"} if exit_code == 6 else {}
+    server.on("DeleteContainer", refusal(code, reason, "so it is", violations=violations, metadata=metadata))
+    ended = await run(server, "delete", "train")
+    lines = [f"error: {reason}: so it is", *(f"  {field}: {rule}" for field, rule in violations)]
+    hint = ["wait for it with: gpudock operations watch 17"] if metadata else []
+    assert (ended.code, ended.out, ended.err.splitlines()) == (exit_code, "", lines + hint)
+
+
+async def test_an_operation_that_fails_shows_where(server: ScriptedServer) -> None:
+    async def exhausted(_: Any, context: Context) -> AsyncIterator[Created]:
+        stages = (messages.stage("claim", operation_pb2.OPERATION_STAGE_STATE_FAILED, seconds=0),)
+        yield Created(operation=messages.operation(*stages, state=operation_pb2.OPERATION_STATE_FAILED))
+        await abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "GPU_EXHAUSTED", "1 of 4 GPUs is free")
+
+    server.on("CreateContainer", exhausted)
+    ended = await run(server, "create", "train", "busybox", "--gpus", "4")
+    assert ended.err.splitlines() == ["claim  failed  0.0s", "error: GPU_EXHAUSTED: 1 of 4 GPUs is free"]
+    assert (ended.code, ended.out) == (4, "")
+
+
+async def test_nobody_answers(server: ScriptedServer) -> None:
+    await server.stop()
+    ended = await run(server, "ps")
+    assert ended.code == 8
+    assert ended.err.startswith("error: UNAVAILABLE: ")
+    assert f"is gpudockd running at {server.address}?" in ended.err
+
+
+async def test_ctrl_c_says_that_the_operation_goes_on(server: ScriptedServer) -> None:
+    async def endless(_: Any, __: Context) -> AsyncIterator[Created]:
+        yield Created(operation=messages.operation(STAGES[0], messages.stage("create", messages.WORKS)))
+        await asyncio.Event().wait()
+
+    server.on("CreateContainer", endless)
+    process = await spawn(server, "create", "train", "busybox")
+    assert process.stderr is not None
+    assert (await asyncio.wait_for(process.stderr.readline(), DEADLINE)).startswith(b"pull-image")
+    process.send_signal(signal.SIGINT)
+    _, err = await asyncio.wait_for(process.communicate(), DEADLINE)
+    assert process.returncode == 130
+    assert err.decode().splitlines() == [
+        f"interrupted; operation {messages.OPERATION_ID} goes on",
+        f"  watch it:  gpudock operations watch {messages.OPERATION_ID}",
+        f"  cancel it: gpudock operations cancel {messages.OPERATION_ID}",
+    ]
+
+
+async def test_cancel_waits_for_the_undoing(server: ScriptedServer) -> None:
+    async def undone(_: Any, context: Context) -> AsyncIterator[operation_service_pb2.WatchOperationResponse]:
+        stages = (messages.stage("create", operation_pb2.OPERATION_STAGE_STATE_UNDONE),)
+        yield operation_service_pb2.WatchOperationResponse(operation=messages.operation(*stages))
+        await abort(context, grpc.StatusCode.CANCELLED, "OPERATION_CANCELLED", "cancelled")
+
+    ended_operation = messages.operation(state=operation_pb2.OPERATION_STATE_CANCELLED)
+    server.on("CancelOperation", saying(operation_service_pb2.CancelOperationResponse(operation=messages.operation())))
+    server.on("WatchOperation", undone)
+    server.on("GetOperation", saying(operation_service_pb2.GetOperationResponse(operation=ended_operation)))
+    ended = await run(server, "operations", "cancel", messages.OPERATION_ID, "--wait")
+    assert (ended.code, ended.err) == (0, "create  undone  1.5s\n")
+    assert "CANCELLED" in ended.out
+    assert (await run(server, "operations", "watch", messages.OPERATION_ID)).code == 10
+
+
+async def shell(requests: AsyncIterator[exec_pb2.ExecContainerRequest], _: Context) -> AsyncIterator[Said]:
+    """Hands input back on stdout and tells of the rest on stderr; ends with 3 at the end of input, or by a signal."""
+    async for request in requests:
+        match request.WhichOneof("message"):
+            case "start":
+                yield Said(started=exec_pb2.ExecStarted(exec_id="made"))
+                if request.start.tty or not request.start.stdin:
+                    yield Said(stdout=f"ready {request.start.size.columns}\n".encode())
+            case "stdin":
+                yield Said(stdout=request.stdin)
+                if request.stdin == b"\x04":
+                    yield Said(exited=exec_pb2.ExecExited(code=3))
+                    return
+            case "close_stdin":
+                yield Said(stderr=b"end\n")
+                yield Said(exited=exec_pb2.ExecExited(code=3))
+                return
+            case "resize":
+                yield Said(stdout=f"{request.resize.columns}x{request.resize.rows}".encode())
+            case "signal":
+                yield Said(exited=exec_pb2.ExecExited(signal=request.signal.signal))
+                return
+
+
+async def test_exec_pipes_and_ends_with_the_commands_code(server: ScriptedServer) -> None:
+    server.on("ExecContainer", shell)
+    data = b"0123456789abcdef\n" * 50_000
+    ended = await run(server, "exec", "-i", "-e", "A=1", "-w", "/w", "-u", "me", "train", "--", "cat", "-n", given=data)
+    assert (ended.code, ended.err) == (3, "end\n")
+    assert ended.out == data.decode()
+
+
+async def test_exec_hands_signals_over(server: ScriptedServer) -> None:
+    server.on("ExecContainer", shell)
+    process = await spawn(server, "exec", "train", "sleep", "9")
+    assert process.stdout is not None
+    assert await asyncio.wait_for(process.stdout.readline(), DEADLINE) == b"ready 0\n"
+    process.send_signal(signal.SIGTERM)
+    await asyncio.wait_for(process.communicate(), DEADLINE)
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+async def test_exec_of_what_cannot_be_run(server: ScriptedServer) -> None:
+    async def missing(_: Any, __: Context) -> AsyncIterator[Said]:
+        yield Said(started=exec_pb2.ExecStarted(exec_id="made"))
+        yield Said(exited=exec_pb2.ExecExited(code=127, message="nope: not found"))
+
+    server.on("ExecContainer", missing)
+    assert await run(server, "exec", "train", "nope") == Ended(127, "", "nope: not found\n")
+    server.on("ExecContainer", refuses)
+    assert (await run(server, "exec", "train", "true")).code == 125
+
+
+async def refuses(_: Any, context: Context) -> AsyncIterator[Said]:
+    await abort(context, grpc.StatusCode.NOT_FOUND, "CONTAINER_NOT_FOUND")
+    yield Said()
+
+
+async def test_exec_at_a_terminal(server: ScriptedServer) -> None:
+    server.on("ExecContainer", shell)
+    ours, theirs = pty.openpty()
+    set_size(theirs, 90, 30)
+    process = await spawn(server, "exec", "-it", "train", "sh", stdin=theirs, stdout=theirs, stderr=theirs)
+    try:
+        assert await read_until(ours, b"\n") == b"ready 90\n"
+        os.write(ours, b"\x03")
+        # The key comes back through the server: it was neither a signal nor echoed as ^C.
+        assert await read_until(ours, b"\x03") == b"\x03"
+        set_size(theirs, 120, 50)
+        process.send_signal(signal.SIGWINCH)
+        assert b"120x50" in await read_until(ours, b"120x50")
+        os.write(ours, b"\x04")
+        assert await asyncio.wait_for(process.wait(), DEADLINE) == 3
+        assert termios.tcgetattr(theirs)[3] & termios.ICANON
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def set_size(fd: int, columns: int, rows: int) -> None:
+    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+
+async def read_until(fd: int, mark: bytes) -> bytes:
+    seen = b""
+    async with asyncio.timeout(DEADLINE):
+        while mark not in seen:
+            seen += await asyncio.to_thread(os.read, fd, 1024)
+    return seen
+
+
+def test_progress_at_a_terminal_redraws_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    now = 100.0
+    out = io.StringIO()
+    progress = Progress(out, live=True, clock=lambda: now)
+    half = messages.stage("pull-image", messages.WORKS, current_bytes=2**20, total_bytes=2**21)
+    progress.show(messages.operation(half, messages.stage("start", messages.TO_COME)))
+    now += 2.5
+    progress.redraw()
+    progress.show(messages.operation(STAGES[0], messages.stage("start", messages.WORKS)))
+    progress.close()
+    bar = "pull-image  [############------------] 1.0 MiB / 2.0 MiB  "
+    assert out.getvalue().split("\r\x1b[K") == [
+        "",
+        f"{bar}0.0s",
+        f"{bar}2.5s",
+        "pull-image  done    1.5s  3.0 MiB\n",
+        "start       0.0s",
+        "",
+    ]
+
+
+GOOD: list[tuple[Parsed[Any], str, Any]] = [
+    (Size(), "8G", 8 * 2**30),
+    (Size(), "512MiB", 512 * 2**20),
+    (Size(), "1.5k", 1536),
+    (Size(), "8GB", 8 * 10**9),
+    (Size(), "0", 0),
+    (Size(), "100b", 100),
+    (Span(), "1.5m", 90.0),
+    (Span(), "500ms", 0.5),
+    (Span(), "0", 0.0),
+]
+BAD: list[tuple[Parsed[Any], str]] = [
+    *(
+        (Size(), text)
+        for text in ("", "G", "8 G", "-1G", "8Gi", "8GG", "1e9", "0x10", "0.3", "٨G", "99999999T", "1.", "+1")
+    ),
+    *((Span(), text) for text in ("", "s", "-1s", "1w", "1s2", "1e9", "999999d", "9" * 400)),
+    *((Port(), text) for text in ("", "0", "0:80", "80:0", "65536", "80:80:80", "80/sctp", "a", "80/", ":80", "-80")),
+    *((Bind(), text) for text in ("", "data", ":/data", "data:", "data:/data:rx", "a:b:c:d")),
+    *((Tmpfs(), text) for text in ("/x:", "/x:big")),
+    *((Restart(), text) for text in ("", "sometimes", "always:3", "on-failure:", "on-failure:-1", "on-failure:x")),
+]
+
+
+@pytest.mark.parametrize(("kind", "text", "value"), GOOD)
+def test_values_are_read(kind: Parsed[Any], text: str, value: object) -> None:
+    read = kind.convert(text, None, None)
+    assert (read.total_seconds() if isinstance(kind, Span) else read) == value
+
+
+@pytest.mark.parametrize(("kind", "text"), BAD)
+def test_bad_values_are_usage_errors(kind: Parsed[Any], text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        kind.convert(text, None, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("create c i --memory lots", "no size such as"),
+        ("create c i --gpus 1 --gpu GPU-1", "names the cards"),
+        ("create c i --gpu-model a100", "need --gpus"),
+        ("create c i -e A", "KEY=VALUE"),
+        ("create c i --pull perhaps", "'perhaps' is not one of"),
+        ("create c i --gpus 3000000000", "not in the range"),
+        ("create c i -e A=\udcff", "not UTF-8"),
+        ("delete \udcff", "not UTF-8"),
+        ("scale c", "nothing to change"),
+        ("exec c --", "no command"),
+        ("exec c", "Missing argument"),
+        ("--cert /dev/null ps", "together"),
+        ("--token-file /nowhere ps", "does not exist"),
+    ],
+)
+def test_wrong_usage_sends_nothing(arguments: str, said: str) -> None:
+    result = CliRunner().invoke(main, ["--address", "/nowhere", *arguments.split()])
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+@pytest.mark.parametrize("command", ["", *main.commands, *(f"operations {name}" for name in ("list", "get", "watch"))])
+def test_every_command_has_help(command: str) -> None:
+    result = CliRunner().invoke(main, [*command.split(), "--help"])
+    assert result.exit_code == 0
+    assert "Usage: " in result.output

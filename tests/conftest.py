@@ -1,0 +1,34 @@
+"""What every test can ask for. The rig is one for the session; daemons and what is made in them go with their test."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+import pytest_asyncio
+
+from tests.calls import Caller
+from tests.rig import Daemon, Rig
+
+pytest_plugins = ["tests.rig.fixtures"]
+
+
+@pytest.fixture(scope="session")
+def shared_daemon(rig: Rig) -> Iterator[Daemon]:
+    """One daemon for all tests that do not hurt it."""
+    daemon = rig.daemon(*FAST)
+    yield daemon
+    assert daemon.running, daemon.log_text
+    assert daemon.stop() == 0, daemon.log_text
+
+
+@pytest_asyncio.fixture
+async def caller(shared_daemon: Daemon) -> AsyncIterator[Caller]:
+    """Calls the shared daemon; deletes every container it made."""
+    async with Caller(shared_daemon.target) as caller:
+        yield caller
+        await caller.delete_all()
+
+
+# Ends quickly what a test leaves running, and what replaces something is trusted soon.
+FAST = ("--stop-timeout", "1", "--settle-period", "0.2", "--exec-hangup-grace", "1", "--log-format", "console")

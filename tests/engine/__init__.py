@@ -1,0 +1,1 @@
+"""Against a real Docker Engine and a real etcd."""

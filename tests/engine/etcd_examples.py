@@ -1,0 +1,98 @@
+"""Records as they are stored, and connections to store them by."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+
+from gpudock_server.adapters.etcd import EtcdAddress, EtcdConnection
+from gpudock_server.model.changes import Change, LockContainer, PutOperation
+from gpudock_server.model.claims import GpuKey, Holder, PortKey
+from gpudock_server.model.container import (
+    Container,
+    ContainerRevision,
+    ContainerState,
+    ContainerStatus,
+    Placement,
+    RevisionCause,
+)
+from gpudock_server.model.operation import Operation, OperationKind, OperationState
+from gpudock_server.model.spec import ContainerSpec, Protocol
+
+THEN = datetime(2030, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
+PATIENCE = timedelta(seconds=5)
+GPU, PORT = GpuKey("GPU-1"), PortKey(Protocol.TCP, 8080)
+
+
+def container(name: str, **changes: object) -> Container:
+    """A running container."""
+    return Container(
+        name=name,
+        uid=f"uid-{name}",
+        node="n1",
+        owner="alice",
+        generation=1,
+        revision=1,
+        spec=ContainerSpec(image="busybox", stop_timeout=timedelta(seconds=3), env={"ß": "\n\0"}),
+        status=ContainerStatus(state=ContainerState.RUNNING, start_time=THEN),
+        create_time=THEN,
+        update_time=THEN,
+    ).changed(**changes)
+
+
+def revision(name: str, number: int) -> ContainerRevision:
+    """One of its revisions."""
+    return ContainerRevision(
+        container=name,
+        uid=f"uid-{name}",
+        revision=number,
+        spec=ContainerSpec(image="busybox"),
+        cause=RevisionCause.SCALED,
+        placement=Placement(),
+        create_time=THEN,
+        operation_id="op",
+    )
+
+
+def operation(operation_id: str, name: str = "web", **changes: object) -> Operation:
+    """An operation on it that runs."""
+    return Operation(
+        id=operation_id,
+        kind=OperationKind.CREATE,
+        container=name,
+        container_uid=f"uid-{name}",
+        node="n1",
+        state=OperationState.RUNNING,
+        create_time=THEN,
+        update_time=THEN,
+    ).changed(**changes)
+
+
+def holder(name: str, operation_id: str = "") -> Holder:
+    """It, as the holder of a claim."""
+    return Holder(container=name, uid=f"uid-{name}", node="n1", operation_id=operation_id)
+
+
+def begin(operation_id: str, name: str = "web") -> list[Change]:
+    """What every operation begins with."""
+    return [LockContainer(name, operation_id), PutOperation(operation(operation_id, name), expect=0)]
+
+
+async def until(holds: Callable[[], Awaitable[object]], *, seconds: float) -> None:
+    """Wait until `holds` gives something true; TimeoutError when it has not after `seconds`."""
+    async with asyncio.timeout(seconds):
+        while not await holds():  # noqa: ASYNC110 - what is waited for happens in another process
+            await asyncio.sleep(0.05)
+
+
+@asynccontextmanager
+async def connected(endpoint: str, timeout: float = 2) -> AsyncIterator[EtcdConnection]:
+    """A connection whose calls take at most `timeout` s."""
+    connection = EtcdConnection(EtcdAddress((endpoint,)), timeout=timedelta(seconds=timeout))
+    await connection.open()
+    try:
+        yield connection
+    finally:
+        await connection.close()

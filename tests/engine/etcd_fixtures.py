@@ -1,0 +1,41 @@
+"""Pytest fixtures: a store of one's own in the rig's etcd, and an etcd of one's own to hurt."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from gpudock_server.adapters.etcd import EmbeddedEtcd, EtcdConnection, EtcdStore
+
+from tests.engine.etcd_examples import connected
+from tests.rig import Rig
+
+
+@pytest.fixture
+def prefix() -> str:
+    return f"/test-{uuid.uuid4().hex}/"
+
+
+@pytest_asyncio.fixture
+async def connection(rig: Rig) -> AsyncIterator[EtcdConnection]:
+    async with connected(rig.etcd.endpoint) as connection:
+        yield connection
+
+
+@pytest_asyncio.fixture
+async def store(connection: EtcdConnection, prefix: str) -> EtcdStore:
+    store = EtcdStore(connection, prefix=prefix)
+    await store.open()
+    return store
+
+
+@pytest_asyncio.fixture
+async def own_etcd(tmp_path: Path) -> AsyncIterator[EmbeddedEtcd]:
+    """One that a test may freeze and kill."""
+    etcd = EmbeddedEtcd(tmp_path)
+    await etcd.start()
+    yield etcd
+    await etcd.close()

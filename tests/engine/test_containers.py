@@ -1,0 +1,298 @@
+"""The main job, through the stubs, on a real engine and a real etcd."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+
+import grpc
+import pytest
+from gpudock.v1 import container_pb2, container_service_pb2, operation_service_pb2
+
+from tests.calls import IMAGE, Caller, failure, progress_of, result_of, scale_request
+from tests.rig import Rig
+
+RUNNING = container_pb2.CONTAINER_STATE_RUNNING
+STOPPED = container_pb2.CONTAINER_STATE_STOPPED
+PAUSED = container_pb2.CONTAINER_STATE_PAUSED
+EXITED = container_pb2.CONTAINER_STATE_EXITED
+
+FILES = "mkdir -p /work && echo kept > /work/file && rm -f /etc/group && ln /work/file /work/link"
+CHECK = "cat /work/file; test ! -e /etc/group && stat -c %h /work/file"
+
+
+async def nodes_of(caller: Caller, name: str) -> int:
+    """How many cards the container itself sees."""
+    return int(await caller.shell(name, "ls /dev | grep -c '^nvidia[0-9]' || true"))
+
+
+async def test_from_create_to_delete(caller: Caller, rig: Rig) -> None:
+    port = container_pb2.PortRequest(container_port=80)
+    container = await caller.create("main", 2, ports=[port])
+    assert container.status.state == RUNNING
+    assert len(container.status.gpu_uuids) == 2
+    assert await nodes_of(caller, "main") == 2
+    first_port = container.status.ports[0].host_port
+    await caller.shell("main", FILES)
+
+    first = list(container.status.gpu_uuids)
+    for count in (4, 2, 0, 1, 8, 3):
+        container = await caller.scale("main", count)
+        assert container.status.state == RUNNING
+        assert len(container.status.gpu_uuids) == count
+        assert await nodes_of(caller, "main") == count
+        assert await caller.shell("main", CHECK) == "kept\n2\n"
+        assert container.status.ports[0].host_port == first_port
+        if count in (4, 2):
+            assert list(container.status.gpu_uuids)[:2] == first, "cards that it keeps stay the same ones"
+    assert container.revision == 7
+    assert await caller.free_gpus() == 5
+    assert len(rig.engine.call("GET", "/containers/json?all=1")) == 1, "no predecessor is left"
+
+    stopped = await caller.stop("main")
+    assert stopped.status.state == STOPPED
+    assert not stopped.status.holds_resources
+    assert await caller.free_gpus() == 8
+    started = await caller.start("main")
+    assert started.status.state == RUNNING
+    assert len(started.status.gpu_uuids) == 3
+    assert await caller.shell("main", CHECK) == "kept\n2\n"
+
+    await caller.delete("main")
+    assert await caller.free_gpus() == 8
+    assert rig.engine.call("GET", "/containers/json?all=1") == []
+    gone = await failure(caller.get("main"))
+    assert (gone.code, gone.reason) == (grpc.StatusCode.NOT_FOUND, "CONTAINER_NOT_FOUND")
+
+
+async def test_stop_start_keeps_files_with_and_without_other_cards(caller: Caller) -> None:
+    await caller.create("keeper", 2)
+    await caller.shell("keeper", FILES)
+    before = (await caller.get("keeper")).status.gpu_uuids
+    for gpus in (None, None, 1, 0, 4):
+        await caller.stop("keeper")
+        started = await caller.start("keeper", gpus)
+        assert await caller.shell("keeper", CHECK) == "kept\n2\n"
+        if gpus is None:
+            assert started.status.gpu_uuids == before
+        else:
+            assert await nodes_of(caller, "keeper") == gpus
+
+
+async def test_start_with_cards_taken_meanwhile_gets_others(caller: Caller) -> None:
+    first = await caller.create("first", 4)
+    await caller.shell("first", FILES)
+    await caller.stop("first")
+    thief = await caller.create("thief")
+    thief = await caller.scale("thief", 4)
+    assert set(thief.status.gpu_uuids) == set(first.status.gpu_uuids)
+    again = await caller.start("first")
+    assert not set(again.status.gpu_uuids) & set(thief.status.gpu_uuids)
+    assert await caller.shell("first", CHECK) == "kept\n2\n"
+    await caller.stop("first")
+    await caller.scale("thief", 6)
+    short = await failure(caller.start("first"))
+    assert (short.code, short.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "GPU_EXHAUSTED")
+    assert short.metadata["free"] == "2"
+
+
+async def test_keep_resources_holds_them(caller: Caller) -> None:
+    await caller.create("holder", 8)
+    stopped = await caller.stop("holder", keep_resources=True)
+    assert stopped.status.holds_resources
+    assert (await failure(caller.create("other", 1))).reason == "GPU_EXHAUSTED"
+    assert (await caller.stop("holder")).status.holds_resources is False
+    assert (await caller.create("other", 1)).status.state == RUNNING
+
+
+async def test_restart_keeps_claims(caller: Caller) -> None:
+    before = await caller.create("again", 3)
+    await caller.shell("again", FILES)
+    after = await caller.restart("again")
+    assert after.status.gpu_uuids == before.status.gpu_uuids
+    assert after.status.engine_id == before.status.engine_id
+    assert after.status.start_time.ToDatetime() > before.status.start_time.ToDatetime()
+    assert await caller.shell("again", CHECK) == "kept\n2\n"
+    assert await caller.free_gpus() == 5
+
+
+async def test_pause_and_unpause(caller: Caller) -> None:
+    await caller.create("still", 1)
+    pause = container_service_pb2.PauseContainerRequest(name="still")
+    unpause = container_service_pb2.UnpauseContainerRequest(name="still")
+    paused = (await caller.containers.PauseContainer(pause)).container
+    assert paused.status.state == PAUSED
+    assert paused.status.holds_resources
+    assert (await failure(caller.containers.PauseContainer(pause))).reason == "CONTAINER_PAUSED"
+    assert (await failure(caller.scale("still", 2))).reason == "CONTAINER_PAUSED"
+    assert (await failure(caller.run("still", "true"))).reason == "CONTAINER_PAUSED"
+    thawed = (await caller.containers.UnpauseContainer(unpause)).container
+    assert thawed.status.state == RUNNING
+    assert (await failure(caller.containers.UnpauseContainer(unpause))).reason == "CONTAINER_NOT_PAUSED"
+
+
+async def test_limits_change_in_place(caller: Caller) -> None:
+    before = await caller.create("limits", 1, cpus=0.5, memory_bytes=64 << 20)
+    pid = await caller.shell("limits", "cat /proc/1/stat | cut -d' ' -f22")
+    progress = await progress_of(
+        caller.containers.ScaleContainer(scale_request("limits", cpus=1.0, memory_bytes=128 << 20))
+    )
+    after = progress.result
+    assert after is not None
+    assert after.status.engine_id == before.status.engine_id
+    assert await caller.shell("limits", "cat /proc/1/stat | cut -d' ' -f22") == pid, "its process lived on"
+    assert "limits" in progress.stages
+    limit = "cat /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null || cat /sys/fs/cgroup/memory.max"
+    assert int(await caller.shell("limits", limit)) == 128 << 20
+
+
+async def test_live_refuses_what_needs_a_replacement(caller: Caller) -> None:
+    await caller.create("live", 1)
+    request = scale_request("live", 2, strategy=container_service_pb2.SCALE_STRATEGY_LIVE)
+    refused = await failure(result_of(caller.containers.ScaleContainer(request)))
+    assert refused.reason == "RESTART_REQUIRED"
+    assert refused.metadata["changes"] == "gpus"
+
+
+async def test_shm_and_limits_by_replacement(caller: Caller) -> None:
+    await caller.create("shm", 1)
+    await caller.shell("shm", FILES)
+    after = await caller.scale("shm", shm_size_bytes=128 << 20)
+    assert await caller.shell("shm", "df -k /dev/shm | tail -1 | awk '{print $2}'") == f"{128 << 10}\n"
+    assert await caller.shell("shm", CHECK) == "kept\n2\n"
+    assert after.spec.shm_size_bytes == 128 << 20
+
+
+async def test_anonymous_volumes_move_along(caller: Caller, rig: Rig) -> None:
+    await caller.create("declared", 1, image="gpudock/cuda-like:test")
+    await caller.shell("declared", "echo mine > /data/file")
+    await caller.scale("declared", 2)
+    assert await caller.shell("declared", "cat /data/file") == "mine\n"
+    await caller.delete("declared")
+    assert not rig.engine.call("GET", "/volumes")["Volumes"]
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+async def test_nobody_widens_what_was_claimed(caller: Caller, gpus: int) -> None:
+    await caller.create("sly", gpus, image="gpudock/cuda-like:test", env={"NVIDIA_VISIBLE_DEVICES": "all"})
+    assert await nodes_of(caller, "sly") == gpus
+    made = await caller.run("sly", "mknod", "/dev/nvidia7", "c", "195", "7")
+    assert made.code != 0
+    assert await nodes_of(caller, "sly") == gpus
+
+
+async def test_a_hundred_creates_of_one_card_each(caller: Caller) -> None:
+    async def create(number: int) -> str:
+        try:
+            await caller.create(f"one-{number}", 1)
+        except grpc.aio.AioRpcError as error:
+            refused = await failure(_raise(error))
+            assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert refused.reason == "GPU_EXHAUSTED"
+            assert refused.metadata["free"] == "0"
+            return ""
+        return f"one-{number}"
+
+    made = [name for name in await asyncio.gather(*(create(number) for number in range(100))) if name]
+    assert len(made) == 8
+    held = await caller.holders()
+    assert sorted(held.values()) == sorted(made)
+    for name in made:
+        await caller.delete(name)
+    assert await caller.free_gpus() == 8
+
+
+async def _raise(error: Exception) -> None:
+    raise error
+
+
+async def test_the_same_request_id_is_one_call(caller: Caller) -> None:
+    request = container_service_pb2.CreateContainerRequest(
+        name="once", spec=caller.spec(1), request_id=str(uuid.uuid4())
+    )
+    first, second = await asyncio.gather(
+        result_of(caller.containers.CreateContainer(request)), result_of(caller.containers.CreateContainer(request))
+    )
+    assert first == second
+    assert await caller.free_gpus() == 7
+    other = container_service_pb2.CreateContainerRequest()
+    other.CopyFrom(request)
+    other.spec.gpus.count = 2
+    reused = await failure(result_of(caller.containers.CreateContainer(other)))
+    assert (reused.code, reused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_ID_REUSED")
+
+
+async def test_a_stale_etag_changes_nothing(caller: Caller) -> None:
+    seen = await caller.create("tagged", 1)
+    await caller.scale("tagged", 2)
+    request = scale_request("tagged", 3, etag=seen.etag)
+    stale = await failure(result_of(caller.containers.ScaleContainer(request)))
+    assert (stale.code, stale.reason) == (grpc.StatusCode.ABORTED, "STALE_ETAG")
+    assert len((await caller.get("tagged")).status.gpu_uuids) == 2
+
+
+async def test_validate_only_does_nothing(caller: Caller) -> None:
+    await caller.create("plan", 2)
+    progress = await progress_of(caller.containers.ScaleContainer(scale_request("plan", 3, validate_only=True)))
+    (planned,) = progress.snapshots
+    assert progress.result is None
+    assert planned.plan.restarts_process
+    assert planned.plan.gpus_to_claim == 1
+    assert list(planned.plan.stages) == [
+        "create", "locate", "stop", "carry", "start", "verify", "commit", "retire",
+    ]  # fmt: skip
+    assert await caller.free_gpus() == 6
+
+
+async def test_two_operations_on_one_container_never_run_together(caller: Caller) -> None:
+    await caller.create("busy", 1, command=("sh", "-c", "trap '' TERM; while :; do sleep 1; done"))
+    stream = caller.containers.ScaleContainer(scale_request("busy", 2))
+    first = await anext(aiter(stream))
+    refused = await failure(caller.scale("busy", 3))
+    assert (refused.code, refused.reason) == (grpc.StatusCode.ABORTED, "CONTAINER_BUSY")
+    assert refused.metadata["operation_id"] == first.operation.id
+    assert (await caller.get("busy")).status.operation_id == first.operation.id
+    await progress_of(stream)
+
+
+async def test_hanging_up_only_stops_watching(caller: Caller) -> None:
+    await caller.create("alone", 1)
+    stream = caller.containers.ScaleContainer(scale_request("alone", 2))
+    operation = (await anext(aiter(stream))).operation
+    stream.cancel()
+    watch = caller.operations.WatchOperation(operation_service_pb2.WatchOperationRequest(id=operation.id))
+    last = None
+    async for answer in watch:
+        last = answer
+    assert last is not None
+    assert len((await caller.get("alone")).status.gpu_uuids) == 2
+
+
+async def test_an_exit_is_noticed(caller: Caller) -> None:
+    await caller.create("brief", 1, command=("sh", "-c", "sleep 0.3; exit 7"))
+    for _ in range(100):
+        container = await caller.get("brief")
+        if container.status.state == EXITED:
+            break
+        await asyncio.sleep(0.05)
+    assert container.status.exit_code == 7
+    assert container.status.holds_resources
+
+
+async def test_images_ports_and_names_that_are_not_there(caller: Caller) -> None:
+    never = container_service_pb2.PULL_POLICY_NEVER
+    request = container_service_pb2.CreateContainerRequest(
+        name="none", spec=caller.spec(1, image="no/such:image"), pull_policy=never
+    )
+    missing = await failure(result_of(caller.containers.CreateContainer(request)))
+    assert (missing.code, missing.reason) == (grpc.StatusCode.NOT_FOUND, "IMAGE_NOT_FOUND")
+    volume = container_pb2.Mount(volume="nope", target="/data")
+    assert (await failure(caller.create("none", mounts=[volume]))).reason == "VOLUME_NOT_FOUND"
+    path = container_pb2.Mount(host_path="/etc", target="/data")
+    assert (await failure(caller.create("none", mounts=[path]))).reason == "HOST_PATH_FORBIDDEN"
+    pinned = container_pb2.PortRequest(container_port=80, host_port=20500)
+    await caller.create("pinned", ports=[pinned])
+    taken = await failure(caller.create("none", ports=[pinned]))
+    assert (taken.reason, taken.metadata["host_port"]) == ("PORT_IN_USE", "20500")
+    assert (await failure(caller.create("pinned"))).reason == "CONTAINER_EXISTS"
+    assert IMAGE in (await caller.get("pinned")).spec.image

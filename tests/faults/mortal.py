@@ -1,0 +1,128 @@
+"""A gpudockd that kills itself, with SIGKILL, at a chosen moment of an operation.
+
+`python -m tests.faults.mortal FLAGS…` is gpudockd with two instruments between core and its ports. They count the
+moments of the first operation of a kind that begins in this process: before and after each of its transactions on the
+store, and before and after each call to the engine that is made while it is under way. At the moment with the number in
+GPUDOCK_TEST_DIE_AT the process ends as `kill -9` ends it. Nothing here knows the steps: a new step has new moments, and
+a test that counts up until an operation survives has met them all.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from gpudock_server.app import Instruments, run
+from gpudock_server.model.changes import Change, PutOperation
+from gpudock_server.model.operation import OperationKind
+from gpudock_server.ports import Engine, Store
+from gpudock_server.settings_sources import load
+
+KIND = "GPUDOCK_TEST_KIND"
+DIE_AT = "GPUDOCK_TEST_DIE_AT"
+
+
+class Countdown:
+    """Counts the moments of one operation."""
+
+    def __init__(self, kind: OperationKind, die_at: int) -> None:
+        self._kind = kind
+        self._die_at = die_at
+        self._moments = 0
+        self._operation_id = ""
+        self._over = False
+
+    def moment(self, name: str) -> None:
+        """A moment has come; perhaps the last."""
+        if not self._operation_id or self._over:
+            return
+        self._moments += 1
+        if self._moments == self._die_at:
+            sys.stderr.write(f"dying at moment {self._moments}: {name}\n")
+            sys.stderr.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def sees(self, changes: Sequence[Change]) -> str:
+        """What to call a transaction of the operation; empty if it is another's."""
+        for change in changes:
+            if isinstance(change, PutOperation) and change.operation.kind is self._kind:
+                if not self._operation_id and change.expect == 0:
+                    self._operation_id = change.operation.id
+                if change.operation.id == self._operation_id:
+                    done = [stage.name for stage in change.operation.stages if stage.state.value == "DONE"]
+                    return f"record of {change.operation.state.value} after {done[-1] if done else 'nothing'}"
+        return ""
+
+    def ended(self, changes: Sequence[Change]) -> None:
+        """Stop counting once the operation's end is recorded."""
+        self._over = self._over or any(
+            isinstance(change, PutOperation)
+            and change.operation.id == self._operation_id
+            and change.operation.state.ended
+            for change in changes
+        )
+
+
+class MortalStore:
+    """A store whose transactions are moments."""
+
+    def __init__(self, store: Store, countdown: Countdown) -> None:
+        self._store = store
+        self._countdown = countdown
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def apply(self, changes: Sequence[Change]) -> int:
+        """The store's own, between two moments."""
+        name = self._countdown.sees(changes)
+        if not name:
+            return await self._store.apply(changes)
+        self._countdown.moment(f"before {name}")
+        version = await self._store.apply(changes)
+        self._countdown.moment(f"after {name}")
+        self._countdown.ended(changes)
+        return version
+
+
+class MortalEngine:
+    """An engine whose changing calls are moments."""
+
+    CHANGING = frozenset(
+        {"pull", "create", "start", "stop", "pause", "unpause", "update", "remove", "commit", "remove_image",
+         "remove_volume"}
+    )  # fmt: skip
+
+    def __init__(self, engine: Engine, countdown: Countdown) -> None:
+        self._engine = engine
+        self._countdown = countdown
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._engine, name)
+        if name not in self.CHANGING:
+            return call
+
+        async def watched(*words: object, **named: object) -> object:
+            self._countdown.moment(f"before {name}")
+            result = await call(*words, **named)
+            self._countdown.moment(f"after {name}")
+            return result
+
+        return watched
+
+
+def main() -> int:
+    """Runs the daemon."""
+    countdown = Countdown(OperationKind(os.environ[KIND]), int(os.environ[DIE_AT]))
+    instruments = Instruments(
+        engine=lambda engine: MortalEngine(engine, countdown),  # type: ignore[arg-type,return-value] # by __getattr__
+        store=lambda store: MortalStore(store, countdown),  # type: ignore[arg-type,return-value] # by __getattr__
+    )
+    return run(load(sys.argv[1:]).settings, instruments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

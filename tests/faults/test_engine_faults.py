@@ -1,0 +1,114 @@
+"""Every call to the engine fails, hangs, or loses its connection, each in turn, before and after it is done.
+
+Whatever happens: nothing leaks, the container is as it was or as it was asked to be, and the caller is told which.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+from gpudock.v1 import container_pb2
+
+from tests.calls import Caller, failure_of
+from tests.conftest import FAST
+from tests.faults.invariants import LOOK, PLANT, absent, sound
+from tests.rig import Daemon, EngineProxy, Fault, Rig
+
+_PORT = container_pb2.PortRequest(container_port=80)
+_CALLS = r"/(containers|images|volumes)(/.*)?"
+_MOST_CALLS = 60
+# What a caller may be told when the engine does any of this: that it is out of reach, that it refused, or what follows
+# from a refusal.
+_REASONS = {"ENGINE_UNAVAILABLE", "ENGINE_REJECTED", "START_FAILED", "LAYER_CARRY_FAILED", "IMAGE_NOT_FOUND"}
+
+Plant = Callable[[EngineProxy, int], Fault]
+
+FAULTS: dict[str, Plant] = {
+    "refused": lambda proxy, nth: proxy.faults.fail(".*", _CALLS, nth=nth),
+    "refused, but done": lambda proxy, nth: proxy.faults.fail("POST|DELETE", _CALLS, nth=nth, after=True),
+    "hangs": lambda proxy, nth: proxy.faults.hang(".*", _CALLS, nth=nth),
+    "hangs, but done": lambda proxy, nth: proxy.faults.hang("POST|DELETE", _CALLS, nth=nth, after=True),
+    "dropped": lambda proxy, nth: proxy.faults.drop(".*", _CALLS, nth=nth),
+    "dropped, but done": lambda proxy, nth: proxy.faults.drop("POST|DELETE", _CALLS, nth=nth, after=True),
+}
+
+
+@asynccontextmanager
+async def _behind(rig: Rig, proxy: EngineProxy) -> AsyncIterator[tuple[Daemon, Caller]]:
+    daemon = await rig.start_daemon(*FAST, "--engine-timeout", "1.5", docker_host=proxy.url)
+    try:
+        async with Caller(daemon.target) as caller:
+            yield daemon, caller
+    finally:
+        proxy.faults.clear()
+        await asyncio.to_thread(daemon.stop)
+
+
+async def _each_in_turn(proxy: EngineProxy, plant: Plant, act: Callable[[], Awaitable[object]]) -> AsyncIterator[str]:
+    """Do it with the first call harmed, then the second …, until none is; the reason it failed with, or empty."""
+    for nth in range(1, _MOST_CALLS):
+        fault = plant(proxy, nth)
+        reason = ""
+        try:
+            await act()
+        except grpc.aio.AioRpcError as error:
+            told = failure_of(error)
+            reason = told.reason
+            assert reason in _REASONS, told
+        met = fault.hit.is_set()
+        proxy.faults.clear()
+        yield reason
+        if not met:
+            return
+    raise AssertionError("there is always one call more")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", FAULTS)
+async def test_create(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) -> None:
+    rig = clean_engine
+    async with _behind(rig, engine_proxy) as (_, caller):
+        outcomes = []
+
+        async def create() -> None:
+            await caller.create("victim", 2, ports=[_PORT])
+
+        async for reason in _each_in_turn(engine_proxy, FAULTS[kind], create):
+            outcomes.append(reason)
+            await caller.settled()
+            if reason:
+                await absent(caller, rig, "victim")
+                assert await caller.free_gpus() == 8
+            else:
+                await sound(caller, rig, "victim")
+                await caller.delete("victim")
+        assert any(outcomes)
+        assert outcomes[-1] == ""
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", FAULTS)
+async def test_scale(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) -> None:
+    rig = clean_engine
+    async with _behind(rig, engine_proxy) as (_, caller):
+        await caller.create("victim", 2, ports=[_PORT])
+        await caller.shell("victim", PLANT)
+        files = await caller.shell("victim", LOOK + " || true")
+        count = 2
+        outcomes = []
+
+        async def scale() -> None:
+            await caller.scale("victim", 5 - count)
+
+        async for reason in _each_in_turn(engine_proxy, FAULTS[kind], scale):
+            outcomes.append(reason)
+            await caller.settled()
+            count = count if reason else 5 - count
+            container = await sound(caller, rig, "victim", files)
+            assert container.spec.gpus.count == count, "it was told otherwise than what happened"
+        assert any(outcomes)
+        assert outcomes[-1] == ""

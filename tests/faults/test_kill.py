@@ -1,0 +1,106 @@
+"""`kill -9` of the daemon at every moment of an operation: the next one leaves no doubt, no orphan and no lost file."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import grpc
+import pytest
+from gpudock.v1 import container_pb2
+
+from tests.calls import Caller
+from tests.conftest import FAST
+from tests.faults.invariants import LOOK, PLANT, absent, sound
+from tests.faults.mortal import DIE_AT, KIND
+from tests.rig import Daemon, Rig
+
+# More moments than any operation has: a saga that never ends must fail the test and not hang it.
+_MOST_MOMENTS = 200
+_PORT = container_pb2.PortRequest(container_port=80)
+
+Act = Callable[[Caller], Awaitable[object]]
+Check = Callable[[Caller], Awaitable[None]]
+
+
+async def _at_every_moment(rig: Rig, kind: str, act: Act, check: Check, *flags: str) -> int:
+    """Kill the daemon at the first moment of `act`, then at the second …, until it survives; how many there were."""
+    daemon = await _start(rig, None, kind, 1, *flags)
+    try:
+        for die_at in range(1, _MOST_MOMENTS):
+            async with Caller(daemon.target) as caller:
+                survived = await _survives(daemon, act(caller))
+            # The successor is armed for the next moment, and must first put right what this one left.
+            daemon = await _start(rig, daemon, kind, die_at + 1, *flags)
+            async with Caller(daemon.target) as caller:
+                await caller.settled()
+                await check(caller)
+            if survived:
+                return die_at - 1
+        raise AssertionError("the operation never ends")
+    finally:
+        await asyncio.to_thread(daemon.stop)
+
+
+async def _start(rig: Rig, before: Daemon | None, kind: str, die_at: int, *flags: str) -> Daemon:
+    if before is not None and before.running:
+        await asyncio.to_thread(before.stop)
+    return await rig.start_daemon(
+        *FAST,
+        *flags,
+        module="tests.faults.mortal",
+        environment={KIND: kind, DIE_AT: str(die_at)},
+        state_dir=before.state_dir if before else None,
+        socket=before.socket if before else None,
+    )
+
+
+async def _survives(daemon: Daemon, act: Awaitable[object]) -> bool:
+    try:
+        await act
+    except grpc.aio.AioRpcError as error:
+        assert error.code() is grpc.StatusCode.UNAVAILABLE, error  # noqa: PT017 (any other code is the failure)
+        assert await asyncio.to_thread(daemon.wait) == -9, daemon.log_text
+        return False
+    return True
+
+
+@pytest.mark.timeout(600)
+async def test_create(clean_engine: Rig) -> None:
+    rig = clean_engine
+
+    async def create(caller: Caller) -> None:
+        await caller.create("phoenix", 2, ports=[_PORT])
+
+    async def check(caller: Caller) -> None:
+        try:
+            await caller.get("phoenix")
+        except grpc.aio.AioRpcError:
+            await absent(caller, rig, "phoenix")
+            assert await caller.free_gpus() == 8
+            return
+        await sound(caller, rig, "phoenix")
+        await caller.delete("phoenix")
+
+    assert await _at_every_moment(rig, "CREATE", create, check) >= 10
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("carry", ["exchange", "copy", "commit"])
+async def test_scale(clean_engine: Rig, carry: str) -> None:
+    rig = clean_engine
+    files = ""
+
+    async def scale(caller: Caller) -> None:
+        nonlocal files
+        if not files:
+            await caller.create("phoenix", 2, ports=[_PORT])
+            await caller.shell("phoenix", PLANT)
+            files = await caller.shell("phoenix", LOOK + " || true")
+        now = (await caller.get("phoenix")).spec.gpus.count
+        await caller.scale("phoenix", 3 if now == 2 else 2)
+
+    async def check(caller: Caller) -> None:
+        await sound(caller, rig, "phoenix", files)
+
+    assert await _at_every_moment(rig, "SCALE", scale, check, "--layer-carry", carry) >= 20

@@ -1,0 +1,177 @@
+"""Random requests for every RPC of the contract, found in its descriptors: a new RPC or field is covered by itself.
+
+Half of what is drawn is plausible, so that requests get past the first checks; the rest is anything that the wire can
+carry. `CALLS` says what there is to call, `requests` and `damaged` what to call it with.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+from hypothesis import strategies as st
+
+from gpudock.v1 import container_service_pb2, node_service_pb2, operation_service_pb2
+
+# How many requests a test draws in all; the acceptance run takes 100,000.
+EXAMPLES = int(os.environ.get("GPUDOCK_FUZZ_EXAMPLES", "3000"))
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """An RPC: its path, and what it takes and gives."""
+
+    path: str
+    request: type[Message]
+    response: type[Message]
+    client_streaming: bool
+    server_streaming: bool
+
+
+CALLS = tuple(
+    Call(
+        path=f"/{service.full_name}/{method.name}",
+        request=GetMessageClass(method.input_type),
+        response=GetMessageClass(method.output_type),
+        client_streaming=method.client_streaming,
+        server_streaming=method.server_streaming,
+    )
+    for module in (container_service_pb2, node_service_pb2, operation_service_pb2)
+    for service in module.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+)
+
+_NAMES = ("a", "train", "a-b-c", "x" * 63)
+_PATHS = ("/", "/data", "/data/a", "/proc/self", "/a/../b", "/a//b", "data", "/" + "a" * 5000)
+_UUIDS = ("1b4e28ba-2fa1-41d2-883f-0016d3cca427", "1B4E28BA-2FA1-41D2-883F-0016D3CCA427", "GPU-0", "GPU-1")
+_HINTS: Mapping[str, tuple[str, ...]] = {
+    "name": _NAMES,
+    "container": _NAMES,
+    "id": _UUIDS,
+    "exec_id": _UUIDS,
+    "request_id": _UUIDS,
+    "uuids": _UUIDS,
+    "image": ("busybox:latest", "busybox", "reg:5000/a/b@sha256:" + "0" * 64, "sha256:" + "f" * 64, "a" * 600),
+    "target": _PATHS,
+    "host_path": _PATHS,
+    "working_dir": _PATHS,
+    "user": ("root", "0:0", "1000", "a:b:c", "-1", "99999999999"),
+    "hostname": ("box", "a.b", "-a", "b" * 64),
+    "signal": ("TERM", "SIGKILL", "SIGRTMIN+3", "9", "0", "-1", "ſIGTERM", "BOGUS"),
+    "stop_signal": ("TERM", "SIGINT", "15", "NONE"),
+    "volume": ("data", "..", "a/b"),
+    "page_token": ("", "AAAA", "bm9wZQ", "ʕ", "====", "A" * 4000),
+    "etag": ("", "775baa82.1"),
+    "owner": ("", "team@example.com"),
+    "command": ("true", "", "-c"),
+}
+_ODD = ("", "\0", "é" * 300, "/", "=", "\n", "'\"`$()", "a" * 70_000, "gpudock.uid", "NVIDIA_VISIBLE_DEVICES", "a b")
+_TEXT = st.sampled_from(_ODD) | st.text(max_size=8)
+_INT32 = (0, 1, 2, 16, 17, 80, 4096, 65535, 65536, 2**31 - 1, -(2**31), -1)
+_INT64 = (0, 1, 4095, 4096, 6 << 20, 8 << 30, 2**63 - 1, -(2**63), -1)
+
+
+def requests(message: type[Message]) -> st.SearchStrategy[Any]:
+    """Messages of this type."""
+    return _of(message.DESCRIPTOR)
+
+
+def damaged(message: type[Message]) -> st.SearchStrategy[Any]:
+    """What comes of an encoded message of this type when bytes of it change, as far as it can still be read."""
+    return st.tuples(requests(message), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=8)).map(
+        lambda drawn: _damage(*drawn)
+    )
+
+
+def _damage(message: Message, changes: list[tuple[int, int]]) -> Message:
+    raw = bytearray(message.SerializeToString())
+    for place, value in changes:
+        if raw:
+            raw[place % len(raw)] = value
+    try:
+        return type(message).FromString(bytes(raw))
+    except DecodeError:
+        return message
+
+
+def _of(descriptor: Descriptor) -> st.SearchStrategy[Any]:
+    if descriptor.full_name == "google.protobuf.Duration":
+        return _durations(GetMessageClass(descriptor))
+    return _message(descriptor)
+
+
+@cache
+def _message(descriptor: Descriptor) -> st.SearchStrategy[Any]:
+    message = GetMessageClass(descriptor)
+    fields = tuple((field, _field(field)) for field in descriptor.fields)
+    # One number says which fields are set: all, or any subset. A draw for each would take most of the time.
+    everything = 2 ** len(fields) - 1
+    subsets = st.just(everything) | st.integers(0, everything)
+
+    @st.composite
+    def build(draw: st.DrawFn) -> Message:
+        built = message()
+        subset = draw(subsets)
+        for number, (field, values) in enumerate(fields):
+            if subset >> number & 1:
+                # The later one of a oneof wins, as it does on the wire.
+                _set(built, field, draw(values))
+        return built
+
+    return build()
+
+
+def _set(message: Message, field: FieldDescriptor, value: Any) -> None:  # noqa: ANN401 - as the field is
+    if isinstance(value, dict):
+        getattr(message, field.name).update(value)
+    elif isinstance(value, list):
+        getattr(message, field.name).extend(value)
+    elif field.message_type is not None:
+        getattr(message, field.name).CopyFrom(value)
+    else:
+        setattr(message, field.name, value)
+
+
+def _durations(message: type[Message]) -> st.SearchStrategy[Any]:
+    seconds = st.sampled_from((0, 1, 30, 86_400, 86_401, -1, -(2**63), 2**63 - 1, 315_576_000_001))
+    nanos = st.sampled_from((0, 1, 999_999_999, 1_000_000_000, -1, -(2**31), 2**31 - 1))
+    return st.builds(message, seconds=seconds, nanos=nanos)
+
+
+def _field(field: FieldDescriptor) -> st.SearchStrategy[Any]:
+    kind = field.message_type
+    if kind is not None and kind.GetOptions().map_entry:
+        keys, values = kind.fields_by_name["key"], kind.fields_by_name["value"]
+        return st.dictionaries(_scalar(keys), _scalar(values), max_size=3)
+    one = _of(kind) if kind is not None else _scalar(field)
+    return st.lists(one, max_size=3) if field.is_repeated else one
+
+
+def _scalar(field: FieldDescriptor) -> st.SearchStrategy[Any]:
+    match field.cpp_type:
+        case FieldDescriptor.CPPTYPE_BOOL:
+            return st.booleans()
+        case FieldDescriptor.CPPTYPE_DOUBLE:
+            return st.sampled_from((0.0, -0.0, 0.5, 0.01, 4.0, math.nan, math.inf)) | st.floats()
+        case FieldDescriptor.CPPTYPE_ENUM:
+            return st.sampled_from((0, 1, 2, 3, 4, 5, 6, 7, 8, 99, -1))
+        case FieldDescriptor.CPPTYPE_INT32:
+            return st.sampled_from(_INT32)
+        case FieldDescriptor.CPPTYPE_INT64:
+            return st.sampled_from(_INT64)
+        case _:
+            pass
+    if field.type == FieldDescriptor.TYPE_BYTES:
+        return st.binary(max_size=40)
+    hints = _HINTS.get(field.name)
+    if hints is None:
+        return _TEXT
+    # Mostly what passes, or hardly a request would get past its first field.
+    return st.sampled_from((*hints, *hints, *hints, *_ODD)) | _TEXT if "\0" in hints else st.sampled_from((*hints[:1] * 6, *hints, *_ODD))

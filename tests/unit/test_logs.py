@@ -1,0 +1,150 @@
+"""What a log line holds, and what it never does."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import structlog
+from gpudock_server.logs import LogFormat, LogLevel, configure, new_error_id
+from typing_extensions import override
+
+SECRET = "hunter2-hunter2"  # noqa: S105 - what must not get out
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level, show = root.handlers, root.level, warnings.showwarning
+    yield
+    logging.captureWarnings(capture=False)
+    root.handlers, warnings.showwarning = handlers, show
+    root.setLevel(level)
+    structlog.reset_defaults()
+    structlog.contextvars.clear_contextvars()
+
+
+class Terminal(io.StringIO):
+    """A stream that somebody watches."""
+
+    @override
+    def isatty(self) -> bool:
+        return True
+
+
+def lines(stream: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def configured(log_format: LogFormat = "json", level: LogLevel = "info") -> io.StringIO:
+    stream = io.StringIO()
+    configure(log_format, level, stream)
+    return stream
+
+
+def test_a_line_is_json_with_what_its_task_works_for() -> None:
+    stream = configured()
+    structlog.contextvars.bind_contextvars(rpc="/a/B", caller="unix", operation_id="7", container="train")
+    structlog.stdlib.get_logger("gpudock.core").info("step done", step="claim")
+    (line,) = lines(stream)
+    assert line.pop("timestamp").endswith("Z")
+    assert line == {
+        "event": "step done",
+        "level": "info",
+        "logger": "gpudock.core",
+        "step": "claim",
+        "rpc": "/a/B",
+        "caller": "unix",
+        "operation_id": "7",
+        "container": "train",
+    }
+
+
+def test_the_standard_library_comes_out_the_same_way() -> None:
+    stream = configured()
+    structlog.contextvars.bind_contextvars(container="train")
+    logging.getLogger("aiodocker").warning("lost %s", "events", extra={"attempt": 2})
+    (line,) = lines(stream)
+    assert (line["event"], line["logger"], line["attempt"], line["container"]) == (
+        "lost events",
+        "aiodocker",
+        2,
+        "train",
+    )
+
+
+def test_levels_are_kept_and_libraries_are_quiet() -> None:
+    stream = configured(level="info")
+    structlog.stdlib.get_logger("gpudock").debug("no")
+    logging.getLogger("asyncio").info("no")
+    logging.getLogger("gpudock").info("yes")
+    assert [line["event"] for line in lines(stream)] == ["yes"]
+    stream = configured(level="debug")
+    logging.getLogger("asyncio").info("yes")
+    assert [line["event"] for line in lines(stream)] == ["yes"]
+
+
+def test_auto_is_for_people_on_a_terminal_and_for_programs_elsewhere() -> None:
+    terminal = Terminal()
+    configure("auto", "info", terminal)
+    structlog.stdlib.get_logger("gpudock").info("hello", n=1)
+    assert "hello" in terminal.getvalue()
+    assert not terminal.getvalue().startswith("{")
+    stream = configured("auto")
+    structlog.stdlib.get_logger("gpudock").info("hello")
+    assert lines(stream)[0]["event"] == "hello"
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_a_traceback_shows_no_values_of_variables(log_format: LogFormat) -> None:
+    stream = configured(log_format)
+
+    def connect(password: str) -> None:
+        raise ConnectionError(f"refused, {len(password)} characters")
+
+    try:
+        connect(SECRET)
+    except ConnectionError:
+        structlog.stdlib.get_logger("gpudock").exception("failed", error_id=new_error_id())
+        logging.getLogger("library").exception("failed")
+    text = stream.getvalue()
+    assert text.count("ConnectionError: refused, 15 characters") == 2
+    assert text.count("Traceback") == 2
+    assert SECRET not in text
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_what_looks_like_a_secret_is_taken_out(log_format: LogFormat) -> None:
+    stream = configured(log_format)
+    log = structlog.stdlib.get_logger("gpudock")
+    log.info("keys", password=SECRET, token=SECRET, etcd_password=SECRET, headers={"X-Registry-Auth": SECRET})
+    log.info("nested", calls=[{"headers": ({"Authorization": SECRET},)}])
+    log.info("text authorization: Bearer %s", SECRET, detail=f"tcp://user:{SECRET}@registry:5000/v2")
+    log.info("repr", error=repr({"identity_token": SECRET, "username": "ci"}))
+    logging.getLogger("aiohttp").warning("sent %s", {"X-Registry-Auth": SECRET})
+    try:
+        int(f"bad header Bearer {SECRET}")
+    except ValueError:
+        log.exception("failed")
+    text = stream.getvalue()
+    assert SECRET not in text
+    assert "registry:5000/v2" in text
+    assert "username" in text
+
+
+def test_paths_of_secrets_are_not_secrets() -> None:
+    stream = configured()
+    structlog.stdlib.get_logger("gpudock").info("settings", path="/etc/gpudock/tokens", tokens=3, token_file="/t")  # noqa: S106 - a path
+    (line,) = lines(stream)
+    assert (line["path"], line["tokens"], line["token_file"]) == ("/etc/gpudock/tokens", 3, "/t")
+
+
+def test_error_ids_are_short_and_their_own() -> None:
+    ids = {new_error_id() for _ in range(100)}
+    assert len(ids) == 100
+    assert {len(error_id) for error_id in ids} == {12}

@@ -1,0 +1,199 @@
+"""Which settings are valid, alone and together."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gpudock_server.model.names import is_name
+from gpudock_server.setting_values import PortRange, is_loopback, split_address
+from gpudock_server.settings import LayerCarry, Settings, default_host_id, default_node_name
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+TLS = {"tls_cert": "/tls/cert.pem", "tls_key": "/tls/key.pem"}
+TOKENS = {"token_file": "/etc/gpudock/tokens"}
+
+
+def make(**values: Any) -> Settings:
+    return Settings(**values)
+
+
+def problems(**values: Any) -> str:
+    with pytest.raises(ValidationError) as raised:
+        make(**values)
+    return "\n".join(error["msg"] for error in raised.value.errors())
+
+
+def test_the_defaults_are_valid_and_closed() -> None:
+    settings = make()
+    assert settings.socket == Path("/run/gpudock/gpudock.sock")
+    assert settings.socket_mode == 0o660
+    assert settings.listen == ()
+    assert settings.allowed_host_paths == ()
+    assert settings.address == "unix:/run/gpudock/gpudock.sock"
+
+
+def test_they_are_frozen_and_take_nothing_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPUDOCK_MAX_EXECS", "7")
+    settings = make()
+    assert settings.max_execs == 512
+    with pytest.raises(ValidationError):
+        settings.max_execs = 7  # type: ignore[misc] # which is the point
+
+
+def test_every_setting_is_documented() -> None:
+    assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("5", 5), (5, 5), (0.5, 0.5), ("500ms", 0.5), ("2m", 120), ("24h", 86400), ("1.5d", 129600)]
+)
+def test_times_have_units(text: object, seconds: float) -> None:
+    assert make(operation_retention=86400, engine_timeout=text).engine_timeout == seconds
+
+
+@pytest.mark.parametrize("text", ["", "-1", "0", 0, -1, "5 minutes", "1e3", True, float("inf"), float("nan"), None])
+def test_times_that_are_none_are_refused(text: object) -> None:
+    assert problems(engine_timeout=text)
+
+
+def test_lists_are_written_with_commas() -> None:
+    settings = make(allowed_host_paths="/data, /srv/models", etcd_endpoints="a:2379,b:2379")
+    assert settings.allowed_host_paths == (Path("/data"), Path("/srv/models"))
+    assert settings.etcd_endpoints == ("a:2379", "b:2379")
+
+
+@pytest.mark.parametrize("name", ["state_dir", "socket", "tls_cert", "token_file", "docker_tls_dir", "etcd_ca"])
+@pytest.mark.parametrize("path", ["run/x", "./x", "/a/../b", "~/x", "~"])
+def test_relative_paths_are_refused(name: str, path: str) -> None:
+    assert "must be an absolute path" in problems(**{name: path})
+    assert "must be an absolute path" in problems(allowed_host_paths=["/ok", path])
+
+
+@pytest.mark.parametrize("text", ["20000", "5-1", "0-10", "1-65536", "-5", "a-b", "1-2-3", 20000, "", "٢-٣"])
+def test_bad_port_ranges_are_refused(text: object) -> None:
+    assert "must be FIRST-LAST" in problems(port_range=text)
+
+
+def test_a_port_range_knows_what_is_in_it() -> None:
+    ports = make(port_range="20000-20002").port_range
+    assert [port for port in range(19999, 20005) if port in ports] == [20000, 20001, 20002]
+    assert (len(ports), ports.first, ports.last, ports) == (3, 20000, 20002, PortRange(20000, 20002))
+
+
+@pytest.mark.parametrize("mode", ["0666", "0777", "0440", "rw", 660, 0o666, "", True])
+def test_modes_that_let_others_in_or_nobody_are_refused(mode: object) -> None:
+    assert 'must be "0600"' in problems(socket_mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"listen": "0.0.0.0:1"}, "listen: needs to know who calls"),
+        ({"listen": "0.0.0.0:1", **TOKENS}, "0.0.0.0:1 can be reached from other hosts"),
+        ({"listen": "gpu1.example:1", **TOKENS}, "gpu1.example:1 can be reached from other hosts"),
+        ({"listen": "[::]:1", **TOKENS}, "[::]:1 can be reached from other hosts"),
+        ({"listen": "127.0.0.1:1"}, "listen: needs to know who calls"),
+        ({"listen": "127.0.0.1:1", **TLS}, "listen: needs to know who calls"),
+        ({"listen": "127.0.0.1:25000", **TOKENS}, "port 25000 lies in port_range 20000-29999"),
+        ({"listen": ":50051"}, "must be HOST:PORT"),
+        ({"listen": "127.0.0.1"}, "must be HOST:PORT"),
+        ({"listen": "127.0.0.1:70000"}, "must be HOST:PORT"),
+        ({"listen": "::1:50051"}, "must be HOST:PORT"),
+        ({"listen": "http://127.0.0.1:1"}, "must be HOST:PORT"),
+        ({"socket": ""}, "nobody could call this daemon"),
+        ({"socket": "/" + "x" * 107}, "at most 107 bytes"),
+        ({"socket_group": "docker", "socket_mode": "0600"}, "socket_group: is of no use"),
+        ({"tls_cert": "/a"}, "tls_cert, tls_key: one needs the other"),
+        ({"tls_client_ca": "/a"}, "tls_client_ca: needs tls_cert"),
+        ({"port_range": "80-90"}, "port_range: begins below 1024"),
+        ({"docker_host": "/var/run/docker.sock"}, "must be unix:///PATH or tcp://HOST:PORT"),
+        ({"docker_host": "ssh://host"}, "must be unix:///PATH or tcp://HOST:PORT"),
+        ({"docker_host": "tcp://host"}, "must be HOST:PORT"),
+        ({"docker_host": "tcp://10.0.0.1:2375"}, "beyond loopback needs docker_tls_dir"),
+        ({"docker_tls_dir": "/tls"}, "docker_tls_dir: is for a docker_host of tcp"),
+        ({"etcd_cert": "/a", "etcd_endpoints": "a:1"}, "etcd_cert, etcd_key: one needs the other"),
+        ({"etcd_user": "a", "etcd_endpoints": "a:1"}, "etcd_user, etcd_password_file: one needs the other"),
+        ({"etcd_ca": "/a"}, "etcd_endpoints: is empty"),
+        ({"etcd_endpoints": "https://a:1"}, "without a scheme"),
+        ({"etcd_endpoints": "unix:/a/c.sock:0,b:1"}, "nothing beside it"),
+        ({"etcd_endpoints": "unix:c.sock:0"}, "must be HOST:PORT,… or one unix:"),
+        ({"etcd_prefix": "gpudock"}, "match pattern"),
+        ({"node_name": "GPU_1"}, "must be a name"),
+        ({"node_name": ""}, "must be a name"),
+        ({"host_id": "a/b"}, "match pattern"),
+        ({"host_id": "a\n"}, "match pattern"),
+        ({"advertise_address": "gpu1"}, "must be HOST:PORT"),
+        ({"max_execs": 0}, "greater than or equal to 1"),
+        ({"layer_carry": "magic"}, "'auto', 'exchange', 'copy' or 'commit'"),
+        ({"prot_range": "1-2"}, "Extra inputs"),
+    ],
+)
+def test_what_cannot_work_is_refused_and_says_why(values: dict[str, Any], message: str) -> None:
+    assert message in problems(**values)
+
+
+def test_all_that_does_not_go_together_is_said_at_once() -> None:
+    found = problems(listen="0.0.0.0:25000", socket="", port_range="80-29999", etcd_user="a")
+    assert len(found.splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"listen": "127.0.0.1:50051,[::1]:50051,localhost:50051,127.1.2.3:0", **TOKENS},
+        {"listen": "0.0.0.0:50051", **TLS, **TOKENS},
+        {"listen": "[::]:50051", **TLS, "tls_client_ca": "/tls/ca.pem"},
+        {"socket": "", "listen": "127.0.0.1:50051", **TOKENS},
+        {"docker_host": "tcp://127.0.0.1:2375"},
+        {"docker_host": "tcp://[fd00::1]:2376", "docker_tls_dir": "/tls"},
+        {"etcd_endpoints": "unix:/run/etcd/c.sock:0"},
+        {"etcd_endpoints": "10.0.0.1:2379", "etcd_ca": "/ca", "etcd_user": "a", "etcd_password_file": "/p"},
+        {"layer_carry": LayerCarry.COPY, "socket_mode": 0o600},
+    ],
+)
+def test_what_can_work_is_taken(values: dict[str, Any]) -> None:
+    make(**values)
+
+
+def test_the_address_that_others_are_told() -> None:
+    assert make(listen="127.0.0.1:50051", **TOKENS).address == "127.0.0.1:50051"
+    assert make(listen="127.0.0.1:50051", advertise_address="gpu1:50051", **TOKENS).address == "gpu1:50051"
+
+
+@given(st.text(max_size=80))
+def test_any_hostname_makes_a_valid_node_name(hostname: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("socket.gethostname", lambda: hostname)
+        assert is_name(default_node_name())
+
+
+def test_the_host_id_does_not_give_the_machine_id_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine_id = tmp_path / "machine-id"
+    machine_id.write_text("8e2f0a2d3c4b4f6a9d1e7c5b3a190f8e\n")
+    made = default_host_id(machine_id)
+    assert made == default_host_id(machine_id)
+    assert made != machine_id.read_text().strip()
+    assert uuid.UUID(made).version == 4
+    monkeypatch.setattr("socket.gethostname", lambda: "gpu1")
+    for text in ("uninitialized\n", "", "zz"):
+        machine_id.write_text(text)
+        assert default_host_id(machine_id) == "gpu1"
+    assert default_host_id(tmp_path / "missing") == "gpu1"
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [("a:1", ("a", 1)), ("[::1]:65535", ("::1", 65535)), ("127.0.0.1:0", ("127.0.0.1", 0))],
+)
+def test_addresses_are_split(address: str, expected: tuple[str, int]) -> None:
+    assert split_address(address) == expected
+
+
+def test_loopback_is_what_no_other_host_can_reach() -> None:
+    assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "localhost.example", "", "128.0.0.1")))  # noqa: S104 - not bound
