@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -32,3 +33,8 @@ async def caller(shared_daemon: Daemon) -> AsyncIterator[Caller]:
 
 # Ends quickly what a test leaves running, and what replaces something is trusted soon.
 FAST = ("--stop-timeout", "1", "--settle-period", "0.2", "--exec-hangup-grace", "1", "--log-format", "console")
+
+
+def own_state() -> tuple[str, ...]:
+    """Flags that give a daemon, and its successors, a state of their own in the rig's etcd."""
+    return ("--etcd-prefix", f"/test-{uuid.uuid4()}/")

@@ -10,7 +10,7 @@ import pytest
 from gpudock.v1 import container_pb2
 
 from tests.calls import Caller
-from tests.conftest import FAST
+from tests.conftest import FAST, own_state
 from tests.faults.invariants import LOOK, PLANT, absent, sound
 from tests.faults.mortal import DIE_AT, KIND
 from tests.rig import Daemon, Rig
@@ -25,6 +25,7 @@ Check = Callable[[Caller], Awaitable[None]]
 
 async def _at_every_moment(rig: Rig, kind: str, act: Act, check: Check, *flags: str) -> int:
     """Kill the daemon at the first moment of `act`, then at the second …, until it survives; how many there were."""
+    flags = (*flags, *own_state())
     daemon = await _start(rig, None, kind, 1, *flags)
     try:
         for die_at in range(1, _MOST_MOMENTS):
