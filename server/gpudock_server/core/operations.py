@@ -15,23 +15,22 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import structlog
 
-from gpudock_server.core.saga import COMMIT_STAGE, Run, Saga, Step
+from gpudock_server.core.driver import Driver
+from gpudock_server.core.journal import Journal
+from gpudock_server.core.running import Running, Snapshot
+from gpudock_server.core.saga import COMMIT_STAGE, Saga
 from gpudock_server.errors import (
-    Code,
     ContainerBusy,
     ContainerExists,
-    EngineUnavailable,
-    GpuBusy,
     GpudockError,
-    OperationCancelled,
     OperationNotCancellable,
     OperationNotFound,
-    PortInUse,
     Recorded,
     RequestIdReused,
     ShuttingDown,
@@ -40,36 +39,28 @@ from gpudock_server.errors import (
 from gpudock_server.model.changes import (
     Change,
     Claim,
-    Keep,
     LockContainer,
     PutContainer,
     PutOperation,
     PutRequest,
-    UnlockContainer,
 )
-from gpudock_server.model.claims import GpuKey, Holder, PortKey
 from gpudock_server.model.container import Container
 from gpudock_server.model.operation import (
     Operation,
     OperationKind,
     OperationPlan,
     OperationState,
-    RecordedError,
     RequestRecord,
     Stage,
-    StageState,
 )
 from gpudock_server.model.record import JsonObject, now
-from gpudock_server.ports import ContainerView, Page, Store, StoreConflict
+from gpudock_server.ports import Page, Store, StoreConflict
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 # How often a draft is made anew because another caller took what it had picked. Every loss means that someone else
 # won, so this bounds unfairness and not progress.
 _CONTENTION_TRIES = 64
-_BACKOFF_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
-# How often an undo whose engine call is refused (not unanswered) is tried before it is noted and left.
-_REFUSED_UNDO_TRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,63 +85,6 @@ class Draft:
     claims: Sequence[Claim] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """An operation as a watcher sees it, with the progress of its current stage."""
-
-    operation: Operation
-    current_bytes: int = 0
-    total_bytes: int = 0
-
-
-@dataclass(eq=False)
-class _Running(Run):
-    """An operation in this process. Only its own task writes its record."""
-
-    record: Operation
-    version: int
-    saga: Saga
-    current_bytes: int = 0
-    total_bytes: int = 0
-    notes: list[str] = field(default_factory=list)
-    cancel_requested: bool = False
-    step_task: asyncio.Task[JsonObject | None] | None = None
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def operation(self) -> Operation:
-        return self.record
-
-    def progress(self, current_bytes: int, total_bytes: int) -> None:
-        self.current_bytes, self.total_bytes = current_bytes, total_bytes
-        self.tell()
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
-
-    @property
-    def snapshot(self) -> Snapshot:
-        return Snapshot(self.record, self.current_bytes, self.total_bytes)
-
-    @property
-    def changed(self) -> asyncio.Event:
-        """Set at the next change; take it before looking."""
-        return self._changed
-
-    def tell(self) -> None:
-        """Wake every watcher. Each looks at what is then current: what a slow one missed costs nothing."""
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-
-class _Parked(Exception):
-    """The process is to stop; the operation stands at a recorded step."""
-
-
-class _Lost(Exception):
-    """Another process writes this operation's record."""
-
-
 class Operations:
     """Begins, drives, shows and cancels operations of one node."""
 
@@ -159,11 +93,15 @@ class Operations:
         self._store = store
         self._node = node
         self._build = build
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, Running] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._draining = asyncio.Event()
-        # Contenders in this process take turns, so that only other processes are raced through the store.
-        self._begin_turn = asyncio.Lock()
+        self._driver = Driver(Journal(store, self._draining))
+        # Those who lost a race take turns, so that in the end only other processes are raced. The first try is free:
+        # a draft that waits for a slow engine must not hold up all others.
+        self._turn = asyncio.Lock()
+        # Ids whose first transaction may be in the store while they have no task yet.
+        self._beginning: set[str] = set()
 
     # -- beginning ---------------------------------------------------------------------------------------------------
 
@@ -174,8 +112,8 @@ class Operations:
         nothing begins and the first call's operation is named. Raises whatever `draft` raises, RequestIdReused,
         ContainerBusy, ContainerExists, StoreUnavailable, ShuttingDown.
         """
-        for _ in range(_CONTENTION_TRIES):
-            async with self._begin_turn:
+        for attempt in range(_CONTENTION_TRIES):
+            async with self._turn if attempt else nullcontext():
                 if self._draining.is_set():
                     raise ShuttingDown
                 if (first := await self._first_call(request)) is not None:
@@ -183,9 +121,9 @@ class Operations:
                 try:
                     return await self._begin(await draft(), request)
                 except StoreConflict as conflict:
-                    await self._explain(conflict)
+                    self._explain(conflict)
                 except GpudockError:
-                    # Perhaps only because the same call, through another daemon, has just done what was asked.
+                    # Perhaps only because the same call, made twice at once, has just done what was asked.
                     if (first := await self._first_call(request)) is not None:
                         return first
                     raise
@@ -229,12 +167,16 @@ class Operations:
             ),
             PutOperation(operation, expect=0),
         ]
-        version = await self._store.apply(changes)
-        self._launch(_Running(operation, version, saga))
+        self._beginning.add(operation.id)
+        try:
+            version = await self._store.apply(changes)
+            self._launch(Running(operation, version, saga))
+        finally:
+            self._beginning.discard(operation.id)
         return operation.id
 
     @staticmethod
-    async def _explain(conflict: StoreConflict) -> None:
+    def _explain(conflict: StoreConflict) -> None:
         """Raise what a caller can act on; return where the draft is merely out of date."""
         match conflict.change:
             case LockContainer(name=name):
@@ -309,6 +251,8 @@ class Operations:
         if running is None:
             snapshot = await self.get(operation_id)
             raise OperationNotCancellable(operation_id=operation_id, state=snapshot.operation.state.value)
+        if not running.saga.cancellable:
+            raise OperationNotCancellable(operation_id=operation_id, state=running.record.state.value)
         while not running.record.committed and running.record.state is OperationState.RUNNING:
             changed = running.changed
             running.cancel_requested = True
@@ -326,18 +270,17 @@ class Operations:
     async def resume(self) -> tuple[str, ...]:
         """Take up every unfinished operation of this node that no task here drives; their ids."""
         taken = []
-        # No begin may be half way: its operation could be in the store and not yet have its task.
-        async with self._begin_turn:
-            if self._draining.is_set():
-                return ()
-            # Nor may one that ended meanwhile be taken up from a record that is older than its end.
-            driven = set(self._tasks)
-            unfinished = await self._store.unfinished(self._node)
-        for stored in unfinished:
-            if stored.value.id not in driven:
-                log.info("operation resumed", operation_id=stored.value.id, kind=stored.value.kind.value)
-                self._launch(_Running(stored.value, stored.version, self._build(stored.value)))
-                taken.append(stored.value.id)
+        for stored in await self._store.unfinished(self._node):
+            operation_id = stored.value.id
+            # As of now, and not of when the list was made: it may have ended here meanwhile.
+            current = await self._store.operation(operation_id)
+            if current is None or current.value.state.ended or self._draining.is_set():
+                continue
+            if operation_id in self._tasks or operation_id in self._beginning:
+                continue
+            log.info("operation resumed", operation_id=operation_id, kind=current.value.kind.value)
+            self._launch(Running(current.value, current.version, self._build(current.value)))
+            taken.append(operation_id)
         return tuple(taken)
 
     async def settle(self, operation_ids: Sequence[str]) -> None:
@@ -361,10 +304,10 @@ class Operations:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
 
-    def _launch(self, running: _Running) -> None:
+    def _launch(self, running: Running) -> None:
         operation_id = running.record.id
         self._running[operation_id] = running
-        task = asyncio.create_task(self._run(running), name=f"operation {operation_id}")
+        task = asyncio.create_task(self._driver.run(running), name=f"operation {operation_id}")
         self._tasks[operation_id] = task
         task.add_done_callback(lambda _: self._forget(operation_id))
 
@@ -372,281 +315,11 @@ class Operations:
         self._tasks.pop(operation_id, None)
         self._running.pop(operation_id, None)
 
-    # -- driving -----------------------------------------------------------------------------------------------------
-
-    async def _run(self, running: _Running) -> None:
-        with structlog.contextvars.bound_contextvars(
-            operation_id=running.record.id, kind=running.record.kind.value, container=running.record.container
-        ):
-            try:
-                await self._drive(running)
-            except _Parked:
-                log.info("operation left for the next daemon", stage=running.record.current_stage)
-            except _Lost:
-                log.warning("another process drives this operation; left to it")
-            except Exception:
-                # A defect of ours. The record stands where it stood; a restart tries again.
-                log.exception("operation stuck")
-            finally:
-                running.tell()
-
-    async def _drive(self, running: _Running) -> None:
-        if running.record.state is OperationState.RUNNING and not running.record.committed:
-            try:
-                for index, step in enumerate(running.saga.steps):
-                    await self._do(running, index, step)
-                await self._commit(running)
-            except (_Parked, _Lost):
-                raise
-            except Exception as error:  # noqa: BLE001 (a defect in a step must be undone like any other failure)
-                await self._begin_undo(running, error)
-        if running.record.state is OperationState.UNDOING:
-            await self._undo(running)
-        elif running.record.state is OperationState.RUNNING:
-            await self._finish(running)
-
-    async def _do(self, running: _Running, index: int, step: Step) -> None:
-        if running.record.stages[index].state is StageState.DONE:
-            return
-        self._stop_here_if_told(running)
-        running.record = running.record.with_stage(index, state=StageState.RUNNING, start_time=now())
-        running.current_bytes = running.total_bytes = 0
-        running.tell()
-        running.step_task = asyncio.ensure_future(step.do(running))
-        try:
-            facts = await running.step_task
-        except asyncio.CancelledError:
-            if running.cancel_requested and running.step_task.cancelled():
-                raise OperationCancelled(operation_id=running.record.id) from None
-            raise
-        finally:
-            running.step_task.cancel()
-            running.step_task = None
-        done = running.record.with_stage(index, state=StageState.DONE, end_time=now(), facts=facts or {})
-        await self._record(running, done)
-
-    def _stop_here_if_told(self, running: _Running) -> None:
-        if self._draining.is_set():
-            raise _Parked
-        if running.cancel_requested and not running.record.committed:
-            raise OperationCancelled(operation_id=running.record.id)
-
-    async def _commit(self, running: _Running) -> None:
-        self._stop_here_if_told(running)
-        index = len(running.saga.steps)
-        starting = running.record.with_stage(index, state=StageState.RUNNING, start_time=now())
-        running.record = starting
-
-        async def changes(view: ContainerView) -> tuple[Operation, Sequence[Change]]:
-            outcome = await running.saga.commit(running, view)
-            committed = starting.with_stage(index, state=StageState.DONE, end_time=now()).changed(
-                committed=True, result=outcome.container
-            )
-            if running.saga.after:
-                return committed, outcome.changes
-            return self._ended(committed, OperationState.SUCCEEDED, outcome.changes)
-
-        await self._transact(running, changes)
-
-    async def _finish(self, running: _Running) -> None:
-        """Past the point of no return: whatever fails is tried again until it is done."""
-        first = len(running.saga.steps) + 1
-        for offset, step in enumerate(running.saga.after):
-            await self._insist(running, first + offset, step)
-        if not running.record.state.ended:
-
-            async def changes(_: ContainerView) -> tuple[Operation, Sequence[Change]]:
-                return self._ended(running.record, OperationState.SUCCEEDED, ())
-
-            await self._transact(running, changes)
-
-    async def _insist(self, running: _Running, index: int, step: Step) -> None:
-        tries = 0
-        while running.record.stages[index].state is not StageState.DONE:
-            try:
-                await self._do(running, index, step)
-            except EngineUnavailable as error:
-                await self._pause(tries, error)
-            except GpudockError as error:
-                if tries >= _REFUSED_UNDO_TRIES:
-                    # The work is true already; what could not be tidied is left to reconcile, and said.
-                    running.note(f"{step.name}: {error}")
-                    await self._record(running, running.record.with_stage(index, state=StageState.DONE, end_time=now()))
-                    return
-                await self._pause(tries, error)
-            tries += 1
-
-    async def _begin_undo(self, running: _Running, error: Exception) -> None:
-        if not isinstance(error, GpudockError):
-            error_id = uuid.uuid4().hex[:12]
-            log.error("step failed unexpectedly", error_id=error_id, stage=running.record.current_stage, exc_info=error)
-            recorded = RecordedError(
-                code=Code.INTERNAL,
-                reason="INTERNAL",
-                message=f"internal error, id {error_id}",
-                metadata={"error_id": error_id},
-            )
-        else:
-            log.info("operation is undone", reason=error.reason, detail=error.message)
-            recorded = recorded_error(error)
-        await self._record(
-            running,
-            running.record.changed(
-                state=OperationState.UNDOING,
-                error=recorded,
-                cancel_requested=isinstance(error, OperationCancelled),
-            ),
-        )
-
-    async def _undo(self, running: _Running) -> None:
-        for index in range(len(running.saga.steps) - 1, -1, -1):
-            stage = running.record.stages[index]
-            if stage.state in (StageState.DONE, StageState.RUNNING):
-                await self._undo_step(running, running.saga.steps[index])
-                await self._record(running, running.record.with_stage(index, state=StageState.UNDONE))
-
-        async def changes(view: ContainerView) -> tuple[Operation, Sequence[Change]]:
-            state = OperationState.CANCELLED if running.record.cancel_requested else OperationState.FAILED
-            left = await running.saga.abandon(running, view)
-            return self._ended(running.record, state, left)
-
-        await self._transact(running, changes)
-
-    async def _undo_step(self, running: _Running, step: Step) -> None:
-        if step.undo is None:
-            return
-        tries = 0
-        while True:
-            if self._draining.is_set():
-                raise _Parked
-            try:
-                await step.undo(running)
-            except EngineUnavailable as error:
-                await self._pause(tries, error)
-            except GpudockError as error:
-                if tries >= _REFUSED_UNDO_TRIES:
-                    running.note(f"undoing {step.name}: {error}")
-                    return
-                await self._pause(tries, error)
-            else:
-                return
-            tries += 1
-
-    async def _pause(self, tries: int, error: GpudockError) -> None:
-        log.warning("will try again", reason=error.reason, detail=error.message)
-        seconds = _BACKOFF_SECONDS[min(tries, len(_BACKOFF_SECONDS) - 1)]
-        try:
-            await asyncio.wait_for(self._draining.wait(), seconds)
-        except TimeoutError:
-            return
-        raise _Parked
-
-    # -- recording ---------------------------------------------------------------------------------------------------
-
-    def _ended(
-        self, operation: Operation, state: OperationState, changes: Sequence[Change]
-    ) -> tuple[Operation, Sequence[Change]]:
-        ended = operation.changed(state=state, end_time=now())
-        more: list[Change] = [*changes, UnlockContainer(operation.container, operation.id)]
-        if operation.request_id:
-            record = RequestRecord(operation_id=operation.id, digest=operation.request_digest)
-            more.append(PutRequest(operation.request_id, record, ended=True))
-        return ended, more
-
-    async def _record(self, running: _Running, operation: Operation, changes: Sequence[Change] = ()) -> None:
-        """Put the record, and what belongs with it, in one transaction; wait for a store that is away."""
-        operation = operation.changed(update_time=now(), message="; ".join(running.notes) or operation.message)
-        tries = 0
-        while True:
-            try:
-                version = await self._store.apply([*changes, PutOperation(operation, expect=running.version)])
-            except StoreUnavailable as error:
-                await self._pause(tries, error)
-                tries += 1
-            except StoreConflict as conflict:
-                if isinstance(conflict.change, PutOperation):
-                    raise _Lost from None
-                raise
-            else:
-                running.record, running.version = operation, version
-                running.tell()
-                return
-
-    async def _transact(
-        self,
-        running: _Running,
-        changes: Callable[[ContainerView], Awaitable[tuple[Operation, Sequence[Change]]]],
-    ) -> None:
-        """Record an operation together with changes made from the current head, again where the head moved."""
-        mended: list[tuple[Change, Change | None]] = []
-        for _ in range(_CONTENTION_TRIES):
-            view = await self._view(running)
-            operation, wanted = await changes(view)
-            try:
-                await self._record(running, operation, [*_mend(wanted, mended)])
-            except StoreConflict as conflict:
-                match conflict.change:
-                    case UnlockContainer():
-                        # Someone edited the store by hand; say so, and do the rest.
-                        log.warning("the lock is not as this operation left it", found=conflict.found)
-                        mended.append((conflict.change, None))
-                    case Keep():
-                        log.warning("a claim is not as this operation left it", found=conflict.found)
-                        mended.append((conflict.change, _claim_what_vanished(conflict.change, conflict.found)))
-                    case _:
-                        pass
-            else:
-                return
-        raise StoreUnavailable(detail="the container's record keeps changing")
-
-    async def _view(self, running: _Running) -> ContainerView:
-        tries = 0
-        while True:
-            try:
-                view = await self._store.container(running.record.container)
-            except StoreUnavailable as error:
-                await self._pause(tries, error)
-                tries += 1
-            else:
-                if view is None or view.container.uid != running.record.container_uid:
-                    raise _Lost
-                return view
-
-
-def _mend(changes: Sequence[Change], mended: Sequence[tuple[Change, Change | None]]) -> Iterator[Change]:
-    for change in changes:
-        final = next((new for old, new in mended if old == change), change)
-        if final is not None:
-            yield final
-
-
-def _claim_what_vanished(change: Keep, found: object) -> Claim:
-    """A claim that was there when the operation began is gone: take it again, unless another has it by now."""
-    if not isinstance(found, Holder):
-        return Claim(change.host, change.key, change.holder)
-    match change.key:
-        case GpuKey(uuid=gpu):
-            raise GpuBusy(uuid=gpu, container=found.container)
-        case PortKey(protocol=protocol, port=port):
-            raise PortInUse(host_port=port, protocol=protocol.value, holder=found.container)
-
 
 def stages_of(saga: Saga) -> tuple[Stage, ...]:
     """The stages that a watcher sees: the steps, the point of no return, and what comes after it."""
     names = [*(step.name for step in saga.steps), COMMIT_STAGE, *(step.name for step in saga.after)]
     return tuple(Stage(name=name) for name in names)
-
-
-def recorded_error(error: GpudockError) -> RecordedError:
-    """An error as its operation keeps it."""
-    if isinstance(error, Recorded):
-        return RecordedError(
-            code=error.recorded_code,
-            reason=error.recorded_reason,
-            message=error.recorded_message,
-            metadata=error.recorded_metadata,
-        )
-    return RecordedError(code=error.code, reason=error.reason, message=error.message, metadata=error.metadata)
 
 
 def outcome_of(operation: Operation) -> Container:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from gpudock_server.model.changes import Change
 from gpudock_server.model.container import Container
@@ -60,7 +60,9 @@ class Outcome:
 
 
 class Saga(ABC):
-    """The script of one operation."""
+    """The script of one operation. `cancellable`: whether a caller may take it back before the point of no return."""
+
+    cancellable: ClassVar[bool] = True
 
     @property
     @abstractmethod

@@ -7,7 +7,8 @@ from contextlib import aclosing
 
 from gpudock.v1 import container_pb2, operation_pb2
 
-from gpudock_server.core.operations import Operations, Snapshot, outcome_of
+from gpudock_server.core.operations import Operations, outcome_of
+from gpudock_server.core.running import Snapshot
 from gpudock_server.errors import WrongNode
 from gpudock_server.model.operation import Operation, OperationKind
 from gpudock_server.rpc.convert.container import container_message

@@ -48,6 +48,8 @@ async def draft(world: World, command: Delete) -> Draft:
 class DeleteSaga(Saga):
     """Removal cannot be undone; what fails leaves the record, so that the same call finishes the work."""
 
+    cancellable = False
+
     def __init__(self, world: World, operation: Operation) -> None:
         """Builds the script from the operation's arguments."""
         self._world = world

@@ -54,6 +54,8 @@ async def draft(world: World, command: Pause | Unpause) -> Draft:
 class PauseSaga(Saga):
     """One step, whose undo is the other's do."""
 
+    cancellable = False
+
     def __init__(self, world: World, operation: Operation) -> None:
         """Builds the script from the operation's arguments."""
         self._world = world

@@ -62,6 +62,8 @@ async def draft(world: World, command: Stop) -> Draft:
 class StopSaga(Saga):
     """One step; there is no undo, since starting again what a user wanted stopped helps nobody."""
 
+    cancellable = False
+
     def __init__(self, world: World, operation: Operation) -> None:
         """Builds the script from the operation's arguments."""
         self._world = world

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gpudock.v1 import operation_pb2
 
-from gpudock_server.core.operations import Snapshot
+from gpudock_server.core.running import Snapshot
 from gpudock_server.model.operation import (
     CarryMethod,
     Operation,

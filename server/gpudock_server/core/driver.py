@@ -1,0 +1,209 @@
+"""Drives a saga: forward step by step, past the point of no return, or back."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Sequence
+
+import structlog
+
+from gpudock_server.core.journal import Journal, Lost, Parked
+from gpudock_server.core.running import Running
+from gpudock_server.core.saga import Step
+from gpudock_server.errors import Code, EngineUnavailable, GpudockError, OperationCancelled, Recorded
+from gpudock_server.model.changes import Change
+from gpudock_server.model.operation import Operation, OperationState, RecordedError, StageState
+from gpudock_server.model.record import now
+from gpudock_server.ports import ContainerView
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+# How often a step that the engine refuses (not: leaves unanswered) is tried again where there is no way but on: an
+# undo, or what comes after the commit. Then it is noted, and left to reconcile.
+_REFUSED_TRIES = 3
+
+
+class Driver:
+    """Runs the sagas of this process, one task each."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+
+    async def run(self, running: Running) -> None:
+        """Drive one operation to its end, or leave it at a recorded step. Raises nothing but CancelledError."""
+        with structlog.contextvars.bound_contextvars(
+            operation_id=running.record.id, kind=running.record.kind.value, container=running.record.container
+        ):
+            try:
+                await self._drive(running)
+            except Parked:
+                log.info("operation left for the next daemon", stage=running.record.current_stage)
+            except Lost:
+                log.warning("another process drives this operation; left to it")
+            except Exception:
+                # A defect of ours. The record stands where it stood; a restart tries again.
+                log.exception("operation stuck")
+            finally:
+                running.tell()
+
+    async def _drive(self, running: Running) -> None:
+        if running.record.state is OperationState.RUNNING and not running.record.committed:
+            try:
+                for index, step in enumerate(running.saga.steps):
+                    await self._do(running, index, step)
+                await self._commit(running)
+            except (Parked, Lost):
+                raise
+            except Exception as error:  # noqa: BLE001 (a defect in a step must be undone like any other failure)
+                await self._begin_undo(running, error)
+        if running.record.state is OperationState.UNDOING:
+            await self._undo(running)
+        elif running.record.state is OperationState.RUNNING:
+            await self._finish(running)
+
+    async def _do(self, running: Running, index: int, step: Step) -> None:
+        if running.record.stages[index].state is StageState.DONE:
+            return
+        self._stop_here_if_told(running)
+        running.record = running.record.with_stage(index, state=StageState.RUNNING, start_time=now())
+        running.current_bytes = running.total_bytes = 0
+        running.tell()
+        running.step_task = asyncio.ensure_future(step.do(running))
+        try:
+            facts = await running.step_task
+        except asyncio.CancelledError:
+            if running.cancel_requested and running.step_task.cancelled():
+                raise OperationCancelled(operation_id=running.record.id) from None
+            raise
+        finally:
+            running.step_task.cancel()
+            running.step_task = None
+        done = running.record.with_stage(index, state=StageState.DONE, end_time=now(), facts=facts or {})
+        await self._journal.record(running, done)
+
+    def _stop_here_if_told(self, running: Running) -> None:
+        self._journal.stop_if_draining()
+        if running.cancel_requested and not running.record.committed:
+            raise OperationCancelled(operation_id=running.record.id)
+
+    async def _commit(self, running: Running) -> None:
+        self._stop_here_if_told(running)
+        index = len(running.saga.steps)
+        starting = running.record.with_stage(index, state=StageState.RUNNING, start_time=now())
+        running.record = starting
+
+        async def changes(view: ContainerView) -> tuple[Operation, Sequence[Change]]:
+            outcome = await running.saga.commit(running, view)
+            committed = starting.with_stage(index, state=StageState.DONE, end_time=now()).changed(
+                committed=True, result=outcome.container
+            )
+            if running.saga.after:
+                return committed, outcome.changes
+            return self._journal.ended(committed, OperationState.SUCCEEDED, outcome.changes)
+
+        await self._journal.transact(running, changes)
+
+    async def _finish(self, running: Running) -> None:
+        """Past the point of no return: whatever fails is tried again until it is done."""
+        first = len(running.saga.steps) + 1
+        for offset, step in enumerate(running.saga.after):
+            await self._insist(running, first + offset, step)
+        if not running.record.state.ended:
+
+            async def changes(_: ContainerView) -> tuple[Operation, Sequence[Change]]:
+                return self._journal.ended(running.record, OperationState.SUCCEEDED, ())
+
+            await self._journal.transact(running, changes)
+
+    async def _insist(self, running: Running, index: int, step: Step) -> None:
+        tries = 0
+        while running.record.stages[index].state is not StageState.DONE:
+            try:
+                await self._do(running, index, step)
+            except EngineUnavailable as error:
+                await self._journal.pause(tries, error)
+            except GpudockError as error:
+                if tries >= _REFUSED_TRIES:
+                    # The work is true already; what could not be tidied is left to reconcile, and said.
+                    running.note(f"{step.name}: {error}")
+                    await self._journal.record(
+                        running, running.record.with_stage(index, state=StageState.DONE, end_time=now())
+                    )
+                    return
+                await self._journal.pause(tries, error)
+            tries += 1
+
+    async def _begin_undo(self, running: Running, error: Exception) -> None:
+        if not isinstance(error, GpudockError):
+            error_id = uuid.uuid4().hex[:12]
+            log.error("step failed unexpectedly", error_id=error_id, stage=running.record.current_stage, exc_info=error)
+            recorded = RecordedError(
+                code=Code.INTERNAL,
+                reason="INTERNAL",
+                message=f"internal error, id {error_id}",
+                metadata={"error_id": error_id},
+            )
+        else:
+            log.info("operation is undone", reason=error.reason, detail=error.message)
+            recorded = recorded_error(error)
+        await self._journal.record(
+            running,
+            running.record.changed(
+                state=OperationState.UNDOING,
+                error=recorded,
+                cancel_requested=isinstance(error, OperationCancelled),
+            ),
+        )
+
+    async def _undo(self, running: Running) -> None:
+        for index in range(len(running.saga.steps) - 1, -1, -1):
+            stage = running.record.stages[index]
+            if stage.state in (StageState.DONE, StageState.RUNNING):
+                await self._undo_step(running, running.saga.steps[index])
+                await self._journal.record(running, running.record.with_stage(index, state=StageState.UNDONE))
+
+        async def changes(view: ContainerView) -> tuple[Operation, Sequence[Change]]:
+            state = OperationState.CANCELLED if running.record.cancel_requested else OperationState.FAILED
+            left = await running.saga.abandon(running, view)
+            return self._journal.ended(running.record, state, left)
+
+        tries = 0
+        while not running.record.state.ended:
+            try:
+                await self._journal.transact(running, changes)
+            except EngineUnavailable as error:
+                # What is left is told as the engine shows it, and not before it does.
+                await self._journal.pause(tries, error)
+                tries += 1
+
+    async def _undo_step(self, running: Running, step: Step) -> None:
+        if step.undo is None:
+            return
+        tries = 0
+        while True:
+            self._journal.stop_if_draining()
+            try:
+                await step.undo(running)
+            except EngineUnavailable as error:
+                await self._journal.pause(tries, error)
+            except GpudockError as error:
+                if tries >= _REFUSED_TRIES:
+                    running.note(f"undoing {step.name}: {error}")
+                    return
+                await self._journal.pause(tries, error)
+            else:
+                return
+            tries += 1
+
+
+def recorded_error(error: GpudockError) -> RecordedError:
+    """An error as its operation keeps it."""
+    if isinstance(error, Recorded):
+        return RecordedError(
+            code=error.recorded_code,
+            reason=error.recorded_reason,
+            message=error.recorded_message,
+            metadata=error.recorded_metadata,
+        )
+    return RecordedError(code=error.code, reason=error.reason, message=error.message, metadata=error.metadata)

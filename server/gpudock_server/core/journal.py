@@ -1,0 +1,143 @@
+"""Puts what an operation has reached into the store, and waits for a store that is away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+
+import structlog
+
+from gpudock_server.core.running import Running
+from gpudock_server.errors import GpuBusy, GpudockError, PortInUse, StoreUnavailable
+from gpudock_server.model.changes import Change, Claim, Keep, PutOperation, PutRequest, UnlockContainer
+from gpudock_server.model.claims import GpuKey, Holder, PortKey
+from gpudock_server.model.operation import Operation, OperationState, RequestRecord
+from gpudock_server.model.record import now
+from gpudock_server.ports import ContainerView, Store, StoreConflict
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+# A head that loses this many races in a row is no race any more.
+_TRIES = 64
+_BACKOFF_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
+
+
+class Parked(Exception):
+    """The process is to stop; the operation stands at a recorded step."""
+
+
+class Lost(Exception):
+    """Another process writes this operation's record."""
+
+
+class Journal:
+    """Writes the records of the operations that are driven here."""
+
+    def __init__(self, store: Store, draining: asyncio.Event) -> None:
+        """Once `draining` is set, whoever would have to wait is parked instead."""
+        self._store = store
+        self._draining = draining
+
+    def stop_if_draining(self) -> None:
+        """Raises Parked when the process is to stop."""
+        if self._draining.is_set():
+            raise Parked
+
+    async def pause(self, tries: int, error: GpudockError) -> None:
+        """Wait before the next try. Raises Parked as soon as the process is to stop."""
+        log.warning("will try again", reason=error.reason, detail=error.message)
+        seconds = _BACKOFF_SECONDS[min(tries, len(_BACKOFF_SECONDS) - 1)]
+        try:
+            await asyncio.wait_for(self._draining.wait(), seconds)
+        except TimeoutError:
+            return
+        raise Parked
+
+    @staticmethod
+    def ended(
+        operation: Operation, state: OperationState, changes: Sequence[Change]
+    ) -> tuple[Operation, Sequence[Change]]:
+        """The record of an operation that has ended, and all that goes with its end: its lock, its request id."""
+        ended = operation.changed(state=state, end_time=now())
+        more: list[Change] = [*changes, UnlockContainer(operation.container, operation.id)]
+        if operation.request_id:
+            record = RequestRecord(operation_id=operation.id, digest=operation.request_digest)
+            more.append(PutRequest(operation.request_id, record, ended=True))
+        return ended, more
+
+    async def record(self, running: Running, operation: Operation, changes: Sequence[Change] = ()) -> None:
+        """Put the record, and what belongs with it, in one transaction; wait for a store that is away."""
+        operation = operation.changed(update_time=now(), message="; ".join(running.notes) or operation.message)
+        tries = 0
+        while True:
+            try:
+                version = await self._store.apply([*changes, PutOperation(operation, expect=running.version)])
+            except StoreUnavailable as error:
+                await self.pause(tries, error)
+                tries += 1
+            except StoreConflict as conflict:
+                if isinstance(conflict.change, PutOperation):
+                    raise Lost from None
+                raise
+            else:
+                running.record, running.version = operation, version
+                running.tell()
+                return
+
+    async def transact(
+        self,
+        running: Running,
+        changes: Callable[[ContainerView], Awaitable[tuple[Operation, Sequence[Change]]]],
+    ) -> None:
+        """Record an operation together with changes made from the current head, again where the head moved."""
+        mended: list[tuple[Change, Change | None]] = []
+        for _ in range(_TRIES):
+            view = await self._view(running)
+            operation, wanted = await changes(view)
+            try:
+                await self.record(running, operation, [*_mend(wanted, mended)])
+            except StoreConflict as conflict:
+                match conflict.change:
+                    case UnlockContainer():
+                        # Someone edited the store by hand; say so, and do the rest.
+                        log.warning("the lock is not as this operation left it", found=conflict.found)
+                        mended.append((conflict.change, None))
+                    case Keep():
+                        log.warning("a claim is not as this operation left it", found=conflict.found)
+                        mended.append((conflict.change, _claim_what_vanished(conflict.change, conflict.found)))
+                    case _:
+                        pass
+            else:
+                return
+        raise StoreUnavailable(detail="the container's record keeps changing")
+
+    async def _view(self, running: Running) -> ContainerView:
+        tries = 0
+        while True:
+            try:
+                view = await self._store.container(running.record.container)
+            except StoreUnavailable as error:
+                await self.pause(tries, error)
+                tries += 1
+            else:
+                if view is None or view.container.uid != running.record.container_uid:
+                    raise Lost
+                return view
+
+
+def _mend(changes: Sequence[Change], mended: Sequence[tuple[Change, Change | None]]) -> Iterator[Change]:
+    for change in changes:
+        final = next((new for old, new in mended if old == change), change)
+        if final is not None:
+            yield final
+
+
+def _claim_what_vanished(change: Keep, found: object) -> Claim:
+    """A claim that was there when the operation began is gone: take it again, unless another has it by now."""
+    if not isinstance(found, Holder):
+        return Claim(change.host, change.key, change.holder)
+    match change.key:
+        case GpuKey(uuid=gpu):
+            raise GpuBusy(uuid=gpu, container=found.container)
+        case PortKey(protocol=protocol, port=port):
+            raise PortInUse(host_port=port, protocol=protocol.value, holder=found.container)

@@ -1,0 +1,65 @@
+"""An operation in this process, and what a watcher sees of it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from typing_extensions import override
+
+from gpudock_server.core.saga import Run, Saga
+from gpudock_server.model.operation import Operation
+from gpudock_server.model.record import JsonObject
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """An operation as a watcher sees it, with the progress of its current stage."""
+
+    operation: Operation
+    current_bytes: int = 0
+    total_bytes: int = 0
+
+
+@dataclass(eq=False)
+class Running(Run):
+    """An operation in this process. Only its own task writes its record."""
+
+    record: Operation
+    version: int
+    saga: Saga
+    current_bytes: int = 0
+    total_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+    cancel_requested: bool = False
+    step_task: asyncio.Task[JsonObject | None] | None = None
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    @override
+    def operation(self) -> Operation:
+        return self.record
+
+    @override
+    def progress(self, current_bytes: int, total_bytes: int) -> None:
+        self.current_bytes, self.total_bytes = current_bytes, total_bytes
+        self.tell()
+
+    @override
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The operation as it is now."""
+        return Snapshot(self.record, self.current_bytes, self.total_bytes)
+
+    @property
+    def changed(self) -> asyncio.Event:
+        """Set at the next change; take it before looking."""
+        return self._changed
+
+    def tell(self) -> None:
+        """Wake every watcher. Each looks at what is then current: what a slow one missed costs nothing."""
+        self._changed.set()
+        self._changed = asyncio.Event()
