@@ -74,7 +74,7 @@ class Caller:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.channel.close()
+        await self.channel.close(None)
 
     # -- containers --------------------------------------------------------------------------------------------------
 

@@ -32,10 +32,6 @@ class Patience:
         self._failures = 0
         self._deadline = 0.0
 
-    def renew(self) -> None:
-        """Count anew: there was an answer."""
-        self._failures = 0
-
     async def wait(self, error: GpudockError) -> None:
         """Sleep until the next try, not shorter than the server asked for; raises `error` if that would be too late."""
         now = time.monotonic()
@@ -45,7 +41,7 @@ class Patience:
         delay = max(random.uniform(bound / 2, bound), error.retry_after or 0.0)  # noqa: S311 - spreads load, no secret
         self._failures += 1
         if now + delay > self._deadline:
-            self.renew()
+            self._failures = 0
             raise error
         await asyncio.sleep(delay)
 

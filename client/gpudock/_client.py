@@ -50,8 +50,9 @@ class Client:
             key: PEM file with the private key of `cert`.
             tls: whether to use TLS.
             timeout: how many seconds one try of a call that changes nothing may take. Mutations have no deadline.
-            retry_for: for how many seconds a call is made again after UNAVAILABLE.
-            reattach_for: for how many seconds a watched operation is sought again after its connection broke.
+            retry_for: for how many seconds a call is made again after UNAVAILABLE; also one that begins an operation or
+                watches it, until it has its first answer.
+            reattach_for: for how many seconds an operation that was seen is sought again after its connection broke.
 
         Raises:
             ValueError: a token would travel in the clear.

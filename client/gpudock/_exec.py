@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, NamedTuple, Self, TypeAlias, TypedDict
+from typing import Any, Literal, NamedTuple, Self, TypeAlias, TypedDict, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -18,11 +18,14 @@ from gpudock._spec import Seconds, duration
 from gpudock.errors import GpudockError, Internal, error_of
 from gpudock.v1 import exec_pb2 as pb
 
+T = TypeVar("T")
+
 Call: TypeAlias = "grpc.aio.StreamStreamCall[pb.ExecContainerRequest, pb.ExecContainerResponse]"
 
 # What the contract recommends for one message of stdin.
 _STDIN_CHUNK = 64 * 1024
 _SIGNAL_BASE = 128
+_NOT_ENTERED = "an ExecSession is used as `async with ... as session`"
 
 
 class ExecOptions(TypedDict, total=False):
@@ -90,6 +93,8 @@ class ExecSession:
         self._converse = converse
         self._start = start
         self._call: Call | None = None
+        self._events: AsyncIterator[pb.ExecContainerResponse] | None = None
+        self._first_status: grpc.aio.AioRpcError | None = None
         self._reading = asyncio.Lock()
         self._writing = asyncio.Lock()
         self._exit: ExecExit | None = None
@@ -99,6 +104,9 @@ class ExecSession:
 
     async def __aenter__(self) -> Self:
         self._call = self._converse()
+        self._call.add_done_callback(self._keep_status)
+        # Not by `read`: that gives up what has arrived as soon as a write fails, this comes to the end of it.
+        self._events = aiter(self._call)
         try:
             with contextlib.suppress(BrokenPipeError):  # refused at once: what is read next says why
                 await self._send(pb.ExecContainerRequest(start=self._start))
@@ -176,13 +184,33 @@ class ExecSession:
         return event
 
     async def _receive(self) -> pb.ExecContainerResponse:
+        if self._events is None:
+            raise RuntimeError(_NOT_ENTERED)
         try:
-            event = await self._opened().read()
+            return await anext(self._events)
+        except StopAsyncIteration:
+            raise Internal("the stream ended and the command did not", code=grpc.StatusCode.INTERNAL) from None
         except grpc.aio.AioRpcError as failure:
-            raise error_of(failure) from failure
-        if isinstance(event, pb.ExecContainerResponse):
-            return event
-        raise Internal("the stream ended and the command did not", code=grpc.StatusCode.INTERNAL)
+            raise error_of(self._status_behind(failure)) from failure
+
+    def _keep_status(self, call: Any) -> None:  # noqa: ANN401 - the stubs' type of a done callback is wider than a call
+        self._first_status = grpc.aio.AioRpcError(
+            _at_once(call.code()),
+            _at_once(call.initial_metadata()),
+            _at_once(call.trailing_metadata()),
+            _at_once(call.details()),
+            None,
+        )
+
+    def _status_behind(self, failure: grpc.aio.AioRpcError) -> grpc.aio.AioRpcError:
+        """What the server said: where a write fails as the call ends, grpc.aio puts INTERNAL in its place.
+
+        https://github.com/grpc/grpc/issues/36066
+        """
+        first = self._first_status
+        if failure.code() is grpc.StatusCode.INTERNAL and first is not None and first.code() is not grpc.StatusCode.OK:
+            return first
+        return failure
 
     async def _read_out(self) -> None:
         """Let the server end the stream by itself: to cancel it would show there as a caller that hung up."""
@@ -201,7 +229,7 @@ class ExecSession:
 
     def _opened(self) -> Call:
         if self._call is None:
-            raise RuntimeError("an ExecSession is used as `async with ... as session`")
+            raise RuntimeError(_NOT_ENTERED)
         return self._call
 
 
@@ -261,3 +289,13 @@ async def _feed(session: ExecSession, stdin: bytes | None) -> None:
 def _exit_of(exited: pb.ExecExited) -> ExecExit:
     code = exited.code if exited.HasField("code") else None
     return ExecExit(code=code, signal=exited.signal, message=exited.message, timed_out=exited.timed_out)
+
+
+def _at_once(answer: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine returns that has nothing to wait for; a task for it would come too late."""
+    try:
+        answer.send(None)
+    except StopIteration as end:
+        return cast("T", end.value)
+    answer.close()
+    raise RuntimeError("a call that has ended does not know how")

@@ -55,7 +55,8 @@ class OperationCall(Generic[T]):
         self._begin = begin
         self._resource = resource
         self._validate_only = validate_only
-        self._patience = Patience(operations.calls.reattach_for)
+        # Until there is an operation to go back to, this is a call like any other.
+        self._patience = Patience(operations.calls.retry_for)
         self._reading = asyncio.Lock()
         self._stream: Stream | None = None
         self._unread: deque[pb.Operation] = deque()
@@ -145,7 +146,7 @@ class OperationCall(Generic[T]):
         match event.WhichOneof("event"):
             case "operation" if event.operation != self.snapshot:
                 # Only news shows that the way is sound: a server might answer and break off for ever.
-                self._patience.renew()
+                self._patience = Patience(self._operations.calls.reattach_for)
                 self.snapshot = cast("pb.Operation", event.operation)
                 self.operation_id = self.snapshot.id
                 return self.snapshot

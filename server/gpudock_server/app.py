@@ -100,7 +100,8 @@ async def _serve(settings: Settings, instruments: Instruments) -> int:
                 await daemon.serve(stop)
         except EngineUnavailable as error:
             raise StartupError(
-                f"the Docker Engine at {settings.docker_host} stopped answering: {error.detail}", "is it being restarted?"
+                f"the Docker Engine at {settings.docker_host} stopped answering: {error.detail}",
+                "is it being restarted?",
             ) from error
         except StoreUnavailable as error:
             raise _no_etcd(settings, error) from error
@@ -148,16 +149,14 @@ class _Stop:
             telling.cancel()
 
 
-async def _assemble(
-    settings: Settings, instruments: Instruments, stack: AsyncExitStack, stop: _Stop
-) -> _Daemon:
+async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncExitStack, stop: _Stop) -> _Daemon:
     _make_state_dir(settings)
     start_time = now()
     port_range = (settings.port_range.first, settings.port_range.last)
-    connection = await _open_etcd(settings, stack)
-    store = await _open_store(settings, connection)
     docker = await _open_engine(settings, stack)
     info = await docker.info()
+    connection = await _open_etcd(settings, stack)
+    store = await _open_store(settings, connection)
     await _check_port_range(settings, store)
     await _register(settings, connection, info.id, stack, stop)
 
@@ -233,7 +232,7 @@ async def _open_etcd(settings: Settings, stack: AsyncExitStack) -> EtcdConnectio
 def _etcd_address(settings: Settings) -> EtcdAddress:
     tls = (
         EtcdTls(ca=settings.etcd_ca, certificate=settings.etcd_cert, key=settings.etcd_key)
-        if settings.etcd_ca is not None
+        if settings.etcd_tls
         else None
     )
     try:
@@ -352,6 +351,7 @@ class _Daemon:
         try:
             await stop.unless_told(self.recover())
             if not stop.told.is_set():
+                await self.server.set_serving(False)
                 await self.server.grpc.start()
                 log.info("serving", node=self.settings.node_name, version=VERSION, addresses=listeners.addresses)
                 await self._watch_until(stop)

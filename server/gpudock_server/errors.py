@@ -202,6 +202,13 @@ class WrongNode(GpudockError):
 
 
 @dataclass(eq=False)
+class NodeElsewhere(WrongNode):
+    """A node is asked for that another daemon is; no container is involved."""
+
+    template = "node {node!r} is another daemon ({address}); call that one"
+
+
+@dataclass(eq=False)
 class NodeNotFound(GpudockError):
     """No daemon of this name is alive."""
 

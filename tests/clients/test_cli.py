@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import io
 import json
 import os
 import pty
 import re
 import signal
-import struct
-import sys
 import termios
 from collections.abc import AsyncIterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import grpc
@@ -31,31 +28,11 @@ from gpudock.v1.port_claim_pb2 import PortClaim
 from gpudock.v1.port_pb2 import PORT_PROTOCOL_TCP
 
 from tests.clients import messages
+from tests.clients.command import DEADLINE, Ended, read_until, run, set_size, spawn
 from tests.clients.scripted import Context, ScriptedServer, abort, refusal, saying
 
 Created = pb.CreateContainerResponse
 Said = exec_pb2.ExecContainerResponse
-DEADLINE = 30
-
-
-class Ended(NamedTuple):
-    """How a run of the command ended, and what it wrote."""
-
-    code: int
-    out: str
-    err: str
-
-
-async def spawn(server: ScriptedServer, *arguments: str, **streams: Any) -> asyncio.subprocess.Process:
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), asyncio.subprocess.PIPE)
-    command = (sys.executable, "-m", "gpudock.cli", "--address", server.address, *arguments)
-    return await asyncio.create_subprocess_exec(*command, **(pipes | streams))
-
-
-async def run(server: ScriptedServer, *arguments: str, given: bytes = b"") -> Ended:
-    process = await spawn(server, *arguments)
-    out, err = await asyncio.wait_for(process.communicate(given), DEADLINE)
-    return Ended(process.returncode or 0, out.decode(), err.decode())
 
 
 STAGES = [
@@ -79,7 +56,7 @@ async def test_create_sends_its_options_and_shows_stages_and_result(server: Scri
         *("--shm-size", "512MiB", "--restart", "on-failure:3", "--health-cmd", "true", "--hostname", "h"),
         *("--user", "1000", "--workdir", "/w", "--tty", "--pull", "never", "--create-only"),
     )
-    ended = await run(server, "create", "train", "busybox", *options, "--", "sh", "-c", "sleep 9")
+    ended = await run(server.address, "create", "train", "busybox", *options, "--", "sh", "-c", "sleep 9")
     assert ended.code == 0, ended.err
     assert ended.out.splitlines()[0].split()[:4] == ["NAME", "STATE", "GPUS", "PORTS"]
     assert ended.out.splitlines()[1].split()[:5] == ["train", "RUNNING", "1", "40001->80/tcp", "busybox"]
@@ -107,9 +84,9 @@ async def test_create_sends_its_options_and_shows_stages_and_result(server: Scri
 async def test_results_as_json_are_on_stdout_alone(server: ScriptedServer) -> None:
     server.on("CreateContainer", created)
     server.on("ListContainers", saying(pb.ListContainersResponse(containers=[messages.container()])))
-    made = await run(server, "-o", "json", "create", "train", "busybox")
+    made = await run(server.address, "-o", "json", "create", "train", "busybox")
     assert json.loads(made.out)["status"]["gpu_uuids"] == ["GPU-1"]
-    listed = json.loads((await run(server, "-o", "json", "ps", "--state", "running", "--label", "team")).out)
+    listed = json.loads((await run(server.address, "-o", "json", "ps", "--state", "running", "--label", "team")).out)
     assert [item["name"] for item in listed] == ["train"]
     assert listed[0]["spec"]["memory_bytes"] == str(2**30)
     assert server.requests["ListContainers"][0].filter.labels["team"] == ""
@@ -120,22 +97,22 @@ async def test_tables(server: ScriptedServer) -> None:
     card.utilization_percent = 0
     card.container = "train"
     server.on("ListGpus", saying(node_service_pb2.ListGpusResponse(gpus=[card])))
-    row = (await run(server, "gpus", "--held")).out.splitlines()[1]
+    row = (await run(server.address, "gpus", "--held")).out.splitlines()[1]
     assert re.split(r"\s{2,}", row) == ["0", "GPU-1", "A100", "80.0 GiB", "-", "0%", "-", "-", "HEALTHY", "train"]
     assert server.requests["ListGpus"][0].filter.claimed is True
     claim = PortClaim(host_port=40001, protocol=PORT_PROTOCOL_TCP, container="train", container_port=80)
     server.on("ListPorts", saying(node_service_pb2.ListPortsResponse(ports=[claim])))
-    assert (await run(server, "ports")).out.splitlines()[1].split() == ["40001", "tcp", "train", "80"]
+    assert (await run(server.address, "ports")).out.splitlines()[1].split() == ["40001", "tcp", "train", "80"]
     server.on("GetNode", saying(node_service_pb2.GetNodeResponse(node=Node(name="gpu1", free_gpus=3))))
-    assert "GPUs:" in (await run(server, "node")).out
+    assert "GPUs:" in (await run(server.address, "node")).out
     server.on("GetContainer", saying(pb.GetContainerResponse(container=messages.container())))
-    assert "memory:           1.0 GiB" in (await run(server, "get", "train")).out
+    assert "memory:           1.0 GiB" in (await run(server.address, "get", "train")).out
     snapshot = messages.operation(*STAGES)
     server.on("ListOperations", saying(operation_service_pb2.ListOperationsResponse(operations=[snapshot])))
-    assert messages.OPERATION_ID in (await run(server, "operations", "list", "--container", "train")).out
+    assert messages.OPERATION_ID in (await run(server.address, "operations", "list", "--container", "train")).out
     assert server.requests["ListOperations"][0].filter.target.name == "train"
     server.on("GetOperation", saying(operation_service_pb2.GetOperationResponse(operation=snapshot)))
-    assert "pull-image  SUCCEEDED  1.5s  3.0 MiB" in (await run(server, "operations", "get", "x")).out
+    assert "pull-image  SUCCEEDED  1.5s  3.0 MiB" in (await run(server.address, "operations", "get", "x")).out
 
 
 async def test_a_plan_is_shown_and_nothing_else(server: ScriptedServer) -> None:
@@ -144,7 +121,9 @@ async def test_a_plan_is_shown_and_nothing_else(server: ScriptedServer) -> None:
         yield pb.ScaleContainerResponse(operation=operation_pb2.Operation(plan=plan))
 
     server.on("ScaleContainer", planned)
-    ended = await run(server, "scale", "train", "--gpus", "4", "--memory", "0", "--strategy", "live", "--validate-only")
+    ended = await run(
+        server.address, "scale", "train", "--gpus", "4", "--memory", "0", "--strategy", "live", "--validate-only"
+    )
     assert ended.out.splitlines()[0].split() == ["stages:", "stop,", "carry"]
     assert "sockets are lost" in ended.out
     [request] = server.requests["ScaleContainer"]
@@ -168,7 +147,7 @@ async def test_an_error_is_one_line_and_an_exit_code(
     violations = [("name", "too long"), ("force", "no")] if exit_code == 2 else []
     metadata = {"operation_id": "17"} if exit_code == 6 else {}
     server.on("DeleteContainer", refusal(code, reason, "so it is", violations=violations, metadata=metadata))
-    ended = await run(server, "delete", "train")
+    ended = await run(server.address, "delete", "train")
     lines = [f"error: {reason}: so it is", *(f"  {field}: {rule}" for field, rule in violations)]
     hint = ["wait for it with: gpudock operations watch 17"] if metadata else []
     assert (ended.code, ended.out, ended.err.splitlines()) == (exit_code, "", lines + hint)
@@ -181,14 +160,15 @@ async def test_an_operation_that_fails_shows_where(server: ScriptedServer) -> No
         await abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "GPU_EXHAUSTED", "1 of 4 GPUs is free")
 
     server.on("CreateContainer", exhausted)
-    ended = await run(server, "create", "train", "busybox", "--gpus", "4")
+    ended = await run(server.address, "create", "train", "busybox", "--gpus", "4")
     assert ended.err.splitlines() == ["claim  failed  0.0s", "error: GPU_EXHAUSTED: 1 of 4 GPUs is free"]
     assert (ended.code, ended.out) == (4, "")
 
 
-async def test_nobody_answers(server: ScriptedServer) -> None:
+@pytest.mark.parametrize("command", ["ps", "create train busybox", "operations watch 17"])
+async def test_nobody_answers(server: ScriptedServer, command: str) -> None:
     await server.stop()
-    ended = await run(server, "ps")
+    ended = await run(server.address, *command.split())
     assert ended.code == 8
     assert ended.err.startswith("error: UNAVAILABLE: ")
     assert f"is gpudockd running at {server.address}?" in ended.err
@@ -200,7 +180,7 @@ async def test_ctrl_c_says_that_the_operation_goes_on(server: ScriptedServer) ->
         await asyncio.Event().wait()
 
     server.on("CreateContainer", endless)
-    process = await spawn(server, "create", "train", "busybox")
+    process = await spawn(server.address, "create", "train", "busybox")
     assert process.stderr is not None
     assert (await asyncio.wait_for(process.stderr.readline(), DEADLINE)).startswith(b"pull-image")
     process.send_signal(signal.SIGINT)
@@ -223,10 +203,10 @@ async def test_cancel_waits_for_the_undoing(server: ScriptedServer) -> None:
     server.on("CancelOperation", saying(operation_service_pb2.CancelOperationResponse(operation=messages.operation())))
     server.on("WatchOperation", undone)
     server.on("GetOperation", saying(operation_service_pb2.GetOperationResponse(operation=ended_operation)))
-    ended = await run(server, "operations", "cancel", messages.OPERATION_ID, "--wait")
+    ended = await run(server.address, "operations", "cancel", messages.OPERATION_ID, "--wait")
     assert (ended.code, ended.err) == (0, "create  undone  1.5s\n")
     assert "CANCELLED" in ended.out
-    assert (await run(server, "operations", "watch", messages.OPERATION_ID)).code == 10
+    assert (await run(server.address, "operations", "watch", messages.OPERATION_ID)).code == 10
 
 
 async def shell(requests: AsyncIterator[exec_pb2.ExecContainerRequest], _: Context) -> AsyncIterator[Said]:
@@ -256,14 +236,16 @@ async def shell(requests: AsyncIterator[exec_pb2.ExecContainerRequest], _: Conte
 async def test_exec_pipes_and_ends_with_the_commands_code(server: ScriptedServer) -> None:
     server.on("ExecContainer", shell)
     data = b"0123456789abcdef\n" * 50_000
-    ended = await run(server, "exec", "-i", "-e", "A=1", "-w", "/w", "-u", "me", "train", "--", "cat", "-n", given=data)
+    ended = await run(
+        server.address, "exec", "-i", "-e", "A=1", "-w", "/w", "-u", "me", "train", "--", "cat", "-n", given=data
+    )
     assert (ended.code, ended.err) == (3, "end\n")
     assert ended.out == data.decode()
 
 
 async def test_exec_hands_signals_over(server: ScriptedServer) -> None:
     server.on("ExecContainer", shell)
-    process = await spawn(server, "exec", "train", "sleep", "9")
+    process = await spawn(server.address, "exec", "train", "sleep", "9")
     assert process.stdout is not None
     assert await asyncio.wait_for(process.stdout.readline(), DEADLINE) == b"ready 0\n"
     process.send_signal(signal.SIGTERM)
@@ -277,9 +259,9 @@ async def test_exec_of_what_cannot_be_run(server: ScriptedServer) -> None:
         yield Said(exited=exec_pb2.ExecExited(code=127, message="nope: not found"))
 
     server.on("ExecContainer", missing)
-    assert await run(server, "exec", "train", "nope") == Ended(127, "", "nope: not found\n")
+    assert await run(server.address, "exec", "train", "nope") == Ended(127, "", "nope: not found\n")
     server.on("ExecContainer", refuses)
-    assert (await run(server, "exec", "train", "true")).code == 125
+    assert (await run(server.address, "exec", "train", "true")).code == 125
 
 
 async def refuses(_: Any, context: Context) -> AsyncIterator[Said]:
@@ -291,7 +273,7 @@ async def test_exec_at_a_terminal(server: ScriptedServer) -> None:
     server.on("ExecContainer", shell)
     ours, theirs = pty.openpty()
     set_size(theirs, 90, 30)
-    process = await spawn(server, "exec", "-it", "train", "sh", stdin=theirs, stdout=theirs, stderr=theirs)
+    process = await spawn(server.address, "exec", "-it", "train", "sh", stdin=theirs, stdout=theirs, stderr=theirs)
     try:
         assert await read_until(ours, b"\n") == b"ready 90\n"
         os.write(ours, b"\x03")
@@ -306,18 +288,6 @@ async def test_exec_at_a_terminal(server: ScriptedServer) -> None:
     finally:
         os.close(ours)
         os.close(theirs)
-
-
-def set_size(fd: int, columns: int, rows: int) -> None:
-    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-
-
-async def read_until(fd: int, mark: bytes) -> bytes:
-    seen = b""
-    async with asyncio.timeout(DEADLINE):
-        while mark not in seen:
-            seen += await asyncio.to_thread(os.read, fd, 1024)
-    return seen
 
 
 def test_progress_at_a_terminal_redraws_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,25 @@ async def test_reattaching_ends_when_nothing_new_comes(server: ScriptedServer) -
             await client.containers.create("train", "busybox")
     assert not caught.value.answered
     assert 1 <= len(server.requests["WatchOperation"]) <= 8
+
+
+BEGINNINGS: dict[str, Callable[[Client], gpudock.OperationCall[Any]]] = {
+    "create": lambda client: client.containers.create("train", "busybox"),
+    "start": lambda client: client.containers.start("train"),
+    "restart": lambda client: client.containers.restart("train"),
+    "scale": lambda client: client.containers.scale("train", gpus=1),
+    "watch": lambda client: client.operations.watch(messages.OPERATION_ID),
+}
+
+
+@pytest.mark.parametrize("begin", BEGINNINGS.values(), ids=BEGINNINGS)
+async def test_an_operation_that_nobody_has_answered_for_is_given_up_like_any_call(
+    server: ScriptedServer, begin: Callable[[Client], gpudock.OperationCall[Any]]
+) -> None:
+    await server.stop()
+    async with Client(server.address, retry_for=0.2, reattach_for=3600) as client:
+        with pytest.raises(gpudock.Unavailable):
+            await asyncio.wait_for(begin(client).result(), 20)
 
 
 async def test_a_plan_needs_no_result(server: ScriptedServer, client: Client) -> None:
@@ -404,6 +423,45 @@ async def test_an_exec_that_is_refused_or_breaks(server: ScriptedServer, client:
         with pytest.raises(gpudock.Unavailable):
             await session.exit()
     assert len(server.requests["ExecContainer"]) == 2
+
+
+async def test_a_refusal_is_not_lost_to_a_write_that_fails_at_the_same_time(
+    server: ScriptedServer, client: Client
+) -> None:
+    """https://github.com/grpc/grpc/issues/36066: about every second one would be INTERNAL."""
+
+    async def refused(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Answer]:
+        await anext(requests)
+        yield Answer(started=exec_pb2.ExecStarted(exec_id="made"))
+        for _ in range(20):
+            await anext(requests)
+        await abort(context, grpc.StatusCode.FAILED_PRECONDITION, "CONTAINER_NOT_RUNNING")
+
+    server.on("ExecContainer", refused)
+    for _ in range(20):
+        with pytest.raises(gpudock.PreconditionFailed) as caught:
+            await client.containers.run("train", ["sh"], input=bytes(2**23))
+        assert caught.value.reason == "CONTAINER_NOT_RUNNING"
+
+
+async def test_output_that_was_not_read_when_a_write_fails_is_read_all_the_same(
+    server: ScriptedServer, client: Client
+) -> None:
+    async def heedless(requests: AsyncIterator[Any], __: Context) -> AsyncIterator[Answer]:
+        await anext(requests)
+        yield Answer(started=exec_pb2.ExecStarted(exec_id="made"))
+        for _ in range(5):
+            await anext(requests)
+        for _ in range(40):
+            yield Answer(stdout=bytes(1000))
+        yield Answer(exited=exec_pb2.ExecExited(code=3))
+
+    server.on("ExecContainer", heedless)
+    async with client.containers.exec("train", ["sh"], stdin=True) as session:
+        with pytest.raises(BrokenPipeError):
+            await session.write(bytes(2**26))
+        assert sum([len(data) async for _, data in session.output()]) == 40_000
+        assert (await session.exit()).code == 3
 
 
 async def test_leaving_an_exec_hangs_up(server: ScriptedServer, client: Client) -> None:

@@ -269,12 +269,11 @@ async def test_hanging_up_only_stops_watching(caller: Caller) -> None:
 
 
 async def test_an_exit_is_noticed(caller: Caller) -> None:
-    await caller.create("brief", 1, command=("sh", "-c", "sleep 0.3; exit 7"))
-    for _ in range(100):
-        container = await caller.get("brief")
-        if container.status.state == EXITED:
-            break
-        await asyncio.sleep(0.05)
+    container = await caller.create("brief", 1, command=("sh", "-c", "sleep 0.3; exit 7"))
+    async with asyncio.timeout(30):
+        while container.status.state != EXITED:
+            await asyncio.sleep(0.05)
+            container = await caller.get("brief")
     assert container.status.exit_code == 7
     assert container.status.holds_resources
 

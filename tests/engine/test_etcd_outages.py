@@ -18,7 +18,9 @@ from gpudock_server.adapters.etcd import (
     EtcdAddress,
     EtcdConnection,
     EtcdStore,
+    EtcdTls,
 )
+from gpudock_server.adapters.etcd.channel import _target
 from gpudock_server.errors import StoreUnavailable
 from gpudock_server.model.changes import (
     Change,
@@ -143,7 +145,7 @@ async def test_an_etcd_that_stands_still(own_etcd: EmbeddedEtcd) -> None:
         hasty = EtcdStore(connection, deadline=timedelta(seconds=1))
         os.kill(own_etcd.pid, signal.SIGSTOP)
         for call in (hasty.apply([Release("h1", GPU, "uid-web")]), hasty.claims("h1"), hasty.ping()):
-            async with asyncio.timeout(1.5):
+            async with asyncio.timeout(3):
                 with pytest.raises(StoreUnavailable):
                     await call
         cancelled = asyncio.create_task(store.apply([LockContainer("web", "op")]))
@@ -190,3 +192,22 @@ async def test_a_store_that_is_out_of_reach(tmp_path: Path) -> None:
     for endpoint in ("http://etcd:2379", "etcd", "etcd:", ":2379", "a:1,b:2"):
         with pytest.raises(StartupError, match="no etcd endpoint"):
             await EtcdConnection(EtcdAddress((endpoint,))).open()
+
+
+async def test_several_endpoints_and_certificates(tmp_path: Path) -> None:
+    several = EtcdAddress(("127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:1"))
+    assert await _target(several.endpoints) == "ipv4:127.0.0.1:1,127.0.0.1:2"
+    assert await _target(("[::1]:1", "[::1]:2")) == "ipv6:[::1]:1,[::1]:2"
+    with pytest.raises(StartupError, match="has no address"):
+        await _target(("127.0.0.1:1", "nowhere.invalid:2"))
+    garbage = tmp_path / "garbage.pem"
+    await asyncio.to_thread(garbage.write_text, "no certificate")
+    # grpc itself aborts the process over a certificate without its key, and says nothing of the others.
+    for tls, reason in (
+        (EtcdTls(ca=garbage), "garbage.pem"),
+        (EtcdTls(ca=tmp_path / "missing.pem"), "missing.pem.*No such file"),
+        (EtcdTls(certificate=garbage), "needs a key"),
+        (EtcdTls(certificate=garbage, key=garbage), "garbage.pem"),
+    ):
+        with pytest.raises(StartupError, match=reason):
+            await EtcdConnection(EtcdAddress(("127.0.0.1:1",), tls=tls)).open()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import signal
+import socket
 import ssl
 import struct
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import pytest_asyncio
 from gpudock_server.adapters.docker import DockerEngine
 from gpudock_server.adapters.docker.multiplex import HEADER_BYTES, Frames
+from gpudock_server.adapters.docker.wire import SocketWire
 from gpudock_server.adapters.processes import LocalProcesses
 from gpudock_server.errors import EngineRejected, EngineUnavailable
 from gpudock_server.model.container import Placement
@@ -35,9 +37,17 @@ OUT, ERR = ExecStream.STDOUT, ExecStream.STDERR
 
 @pytest_asyncio.fixture
 async def engine(clean_engine: Rig) -> AsyncIterator[DockerEngine]:
-    connected = await DockerEngine.connect(clean_engine.engine.url, timeout=20)
-    yield connected
-    await connected.close()
+    async with connected_to(clean_engine.engine.url, timeout=30) as connected:
+        yield connected
+
+
+@asynccontextmanager
+async def connected_to(url: str, *, timeout: float, tls: Path | None = None) -> AsyncIterator[DockerEngine]:
+    engine = await DockerEngine.connect(url, tls=tls, timeout=timeout)
+    try:
+        yield engine
+    finally:
+        await engine.close()
 
 
 @pytest_asyncio.fixture
@@ -184,10 +194,38 @@ async def settled(measure: Callable[[], Awaitable[int]]) -> int:
 
 async def test_reading_costs_no_more_than_a_block(engine: DockerEngine, box: str) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    async with session_of(engine, box, shell("head -c 300000000 /dev/zero")) as session:
+    async with session_of(engine, box, shell("head -c 100000000 /dev/zero")) as session:
         async for _ in session.read():
             pass
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024, "KiB"
+
+
+async def test_small_talk_is_given_at_once_and_floods_are_gathered() -> None:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    wire = SocketWire(ours)
+    theirs.sendall(b"x" * 5000)
+    assert len(await wire.wait()) == 5000
+    wire.taken(5000)
+    # Right behind a piece of some size: what comes within the moment comes as one.
+    theirs.sendall(b"a" * 10)
+    gathering = asyncio.create_task(_length(wire))
+    await asyncio.sleep(0)
+    assert not gathering.done()
+    theirs.sendall(b"b" * 10)
+    assert await gathering == 20
+    wire.taken(20)
+    # Behind a small one: at once.
+    theirs.sendall(b"c")
+    assert await _length(wire) == 1
+    wire.taken(1)
+    theirs.close()
+    assert await _length(wire) == 0
+    wire.close()
+
+
+async def _length(wire: SocketWire) -> int:
+    return len(await wire.wait())
 
 
 # ---- input ----
@@ -407,39 +445,36 @@ async def test_the_container_is_stopped_or_removed_meanwhile(engine: DockerEngin
         assert await second.status() == ExecStatus(running=False, exit_code=None, pid=0)
 
 
-async def test_a_dead_engine_is_no_end(engine_proxy: EngineProxy) -> None:
-    engine = await DockerEngine.connect(engine_proxy.url, timeout=2)
-    box = await running(engine)
-    for fault in (engine_proxy.faults.drop, engine_proxy.faults.hang):
-        async with session_of(engine, box, shell("true")) as session:
-            await all_of(session)
-            engine_proxy.faults.clear()
-            fault("GET", "/exec/.*", times=None)
-            with pytest.raises(EngineUnavailable):
-                await session.status()
-            engine_proxy.faults.clear()
-            assert (await session.status()).exit_code == 0
-    await engine.close()
+async def test_a_dead_engine_is_no_end(box: str, engine_proxy: EngineProxy) -> None:
+    async with connected_to(engine_proxy.url, timeout=3) as engine:
+        for fault in (engine_proxy.faults.drop, engine_proxy.faults.hang):
+            async with session_of(engine, box, shell("true")) as session:
+                await all_of(session)
+                fault("GET", "/exec/.*", times=None)
+                with pytest.raises(EngineUnavailable):
+                    await session.status()
+                engine_proxy.faults.clear()
+                assert (await session.status()).exit_code == 0
 
 
 @pytest.mark.parametrize("path", ["/containers/.*/exec", "/exec/.*/start"])
-async def test_a_start_that_fails_hangs_or_is_dropped(engine_proxy: EngineProxy, path: str) -> None:
-    engine = await DockerEngine.connect(engine_proxy.url, timeout=1)
-    box = await running(engine)
-    engine_proxy.faults.drop("POST", path)
-    with pytest.raises(EngineUnavailable):
-        await engine.exec(box, shell("true"))
-    engine_proxy.faults.fail("POST", path, status=500, message="broken")
-    with pytest.raises(EngineRejected, match="broken"):
-        await engine.exec(box, shell("true"))
-    engine_proxy.faults.hang("POST", path)
-    with pytest.raises(EngineUnavailable, match="no answer in time"):
-        await engine.exec(box, shell("true"))
-    engine_proxy.faults.hang("POST", path)
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.2):
+async def test_a_start_that_fails_hangs_or_is_dropped(box: str, engine_proxy: EngineProxy, path: str) -> None:
+    async with connected_to(engine_proxy.url, timeout=2) as engine:
+        engine_proxy.faults.drop("POST", path)
+        with pytest.raises(EngineUnavailable):
             await engine.exec(box, shell("true"))
-    await engine.close()
+        engine_proxy.faults.fail("POST", path, status=500, message="broken")
+        with pytest.raises(EngineRejected, match="broken"):
+            await engine.exec(box, shell("true"))
+        engine_proxy.faults.hang("POST", path)
+        with pytest.raises(EngineUnavailable, match="no answer in time"):
+            await engine.exec(box, shell("true"))
+        hanging = engine_proxy.faults.hang("POST", path)
+        starting = asyncio.create_task(engine.exec(box, shell("true")))
+        await hanging.hit.wait()
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
     await asyncio.wait_for(engine_proxy.idle(), 5)
 
 
@@ -485,21 +520,21 @@ async def relay(socket: Path, context: ssl.SSLContext | None) -> AsyncIterator[i
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def test_over_tcp(clean_engine: Rig) -> None:
-    async with relay(clean_engine.engine.socket, None) as port:
-        engine = await DockerEngine.connect(f"tcp://127.0.0.1:{port}", timeout=10)
-        box = await running(engine)
-        async with session_of(engine, box, shell("cat; exit 3", stdin=True)) as session:
-            writing = asyncio.create_task(session.write(b"x" * 1_000_000))
-            reader = session.read()
-            got = 0
-            while got < 1_000_000:
-                got += len((await anext(reader))[1])
-            await writing
-            await session.close_stdin()
-            assert [chunk async for chunk in reader] == []
-            assert (await session.status()).exit_code == 3
-        await engine.close()
+async def test_over_tcp(box: str, rig: Rig) -> None:
+    async with (
+        relay(rig.engine.socket, None) as port,
+        connected_to(f"tcp://127.0.0.1:{port}", timeout=30) as engine,
+        session_of(engine, box, shell("cat; exit 3", stdin=True)) as session,
+    ):
+        writing = asyncio.create_task(session.write(b"x" * 1_000_000))
+        reader = session.read()
+        got = 0
+        while got < 1_000_000:
+            got += len((await anext(reader))[1])
+        await writing
+        await session.close_stdin()
+        assert [chunk async for chunk in reader] == []
+        assert (await session.status()).exit_code == 3
 
 
 @pytest.fixture
@@ -513,18 +548,19 @@ def tls_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-async def test_over_tls(clean_engine: Rig, tls_folder: Path) -> None:
+async def test_over_tls(box: str, rig: Rig, tls_folder: Path) -> None:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=tls_folder / "ca.pem")
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_cert_chain(tls_folder / "cert.pem", tls_folder / "key.pem")
-    async with relay(clean_engine.engine.socket, context) as port:
+    async with relay(rig.engine.socket, context) as port:
         url = f"tcp://127.0.0.1:{port}"
         with pytest.raises(EngineUnavailable):
-            await DockerEngine.connect(url, timeout=2)
-        engine = await DockerEngine.connect(url, tls=tls_folder, timeout=10)
-        box = await running(engine)
+            await DockerEngine.connect(url, timeout=5)
         request = shell("head -c 1000000; head -c 500000 /dev/zero >&2; exit 3", stdin=True)
-        async with session_of(engine, box, request) as session:
+        async with (
+            connected_to(url, tls=tls_folder, timeout=30) as engine,
+            session_of(engine, box, request) as session,
+        ):
             writing = asyncio.create_task(session.write(b"x" * 1_000_000))
             out, err = await all_of(session)
             assert (len(out), len(err)) == (1_000_000, 500_000)
@@ -532,4 +568,3 @@ async def test_over_tls(clean_engine: Rig, tls_folder: Path) -> None:
             assert (await session.status()).exit_code == 3
             with pytest.raises(EngineRejected, match="TLS"):
                 await session.close_stdin()
-        await engine.close()

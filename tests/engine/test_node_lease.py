@@ -75,7 +75,7 @@ async def test_the_node_of_a_dead_process_is_taken_over_at_once(
     await killed.register()
     child.kill()
     lease = _lease(connection, prefix, _this_node())
-    async with asyncio.timeout(1):  # It may be a zombie still, and is gone all the same.
+    async with asyncio.timeout(3):  # It may be a zombie still, and is gone all the same.
         await lease.register()
     assert await store.nodes() == (_this_node(),)
     await child.wait()
@@ -84,7 +84,7 @@ async def test_the_node_of_a_dead_process_is_taken_over_at_once(
     reused = _lease(connection, prefix, _node(replace(me, start_ticks=me.start_ticks - 1)))
     await lease.close()
     await reused.register()
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(3):
         await lease.register()
     await killed.close()
     await reused.close()

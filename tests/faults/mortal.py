@@ -118,8 +118,8 @@ def main() -> int:
     """Runs the daemon."""
     countdown = Countdown(OperationKind(os.environ[KIND]), int(os.environ[DIE_AT]))
     instruments = Instruments(
-        engine=lambda engine: MortalEngine(engine, countdown),  # type: ignore[arg-type,return-value] # by __getattr__
-        store=lambda store: MortalStore(store, countdown),  # type: ignore[arg-type,return-value] # by __getattr__
+        engine=lambda engine: MortalEngine(engine, countdown),
+        store=lambda store: MortalStore(store, countdown),
     )
     return run(load(sys.argv[1:]).settings, instruments)
 

@@ -1,14 +1,17 @@
-"""The real server, core behind it, and fakes behind that, on a unix socket."""
+"""The real server, core behind it, and fakes behind that, on a unix socket; and what tests say to it."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
-
+from google.rpc import error_details_pb2
+from gpudock.v1 import container_pb2, container_service_pb2
 from gpudock.v1.container_service_pb2_grpc import ContainerServiceStub
 from gpudock.v1.node_service_pb2_grpc import NodeServiceStub
 from gpudock.v1.operation_service_pb2_grpc import OperationServiceStub
@@ -19,15 +22,22 @@ from gpudock_server.core.nodes import Nodes
 from gpudock_server.core.operations import Operations
 from gpudock_server.rpc.server import RpcServer, Services, build_server
 from gpudock_server.settings import Settings
+from grpc_status import rpc_status
+
 from tests.rpc.fakes import (
+    IMAGE,
     LONG_AGO,
     FakeEngine,
     FakeInventory,
     FakeLayers,
     FakeProcesses,
-    MemoryStore,
     every_port_is_free,
 )
+from tests.rpc.memory_store import MemoryStore
+
+UUID = "1b4e28ba-2fa1-41d2-883f-0016d3cca427"
+# Seconds for what is to happen at once.
+SOON = 5.0
 
 NODE = "gpu1"
 HOST = "host1"
@@ -58,9 +68,7 @@ async def serve(folder: Path) -> AsyncIterator[Served]:
         store=store,
         engine=engine,
         layers=FakeLayers(),
-        allocator=Allocator(
-            store=store, inventory=inventory, probe=every_port_is_free, host=HOST, port_range=PORTS
-        ),
+        allocator=Allocator(store=store, inventory=inventory, probe=every_port_is_free, host=HOST, port_range=PORTS),
         node=NODE,
         host=HOST,
         settle_seconds=0,
@@ -93,3 +101,45 @@ async def serve(folder: Path) -> AsyncIterator[Served]:
         await server.grpc.stop(0)
         await execs.drain()
         await operations.drain(0)
+
+
+def create_request(name: str = "a", **fields: Any) -> container_service_pb2.CreateContainerRequest:
+    """A request that the fake engine can do."""
+    return container_service_pb2.CreateContainerRequest(
+        name=name, spec=container_pb2.ContainerSpec(image=IMAGE), **fields
+    )
+
+
+async def made(served: Served, name: str = "a", **fields: Any) -> container_pb2.Container:
+    """Create a container to the end."""
+    events = [event async for event in served.containers.CreateContainer(create_request(name, **fields))]
+    assert all(event.HasField("operation") for event in events[:-1])
+    return events[-1].result
+
+
+async def to_the_end(stream: Any) -> tuple[list[Any], grpc.aio.AioRpcError | None]:
+    """What a stream still gives, and the error that it ends with."""
+    events: list[Any] = []
+    try:
+        async for event in stream:
+            events.append(event)  # noqa: PERF401 - those before the error count
+    except grpc.aio.AioRpcError as error:
+        return events, error
+    return events, None
+
+
+def reason_of(error: grpc.aio.AioRpcError | None) -> str:
+    """ErrorInfo's reason."""
+    assert error is not None
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]  # its stubs know no asyncio
+    info = error_details_pb2.ErrorInfo()
+    assert status is not None
+    assert status.details[0].Unpack(info)
+    return str(info.reason)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Give the server its turn until it has done something that nobody is told of."""
+    async with asyncio.timeout(SOON):
+        while not condition():  # noqa: ASYNC110 - there is no event
+            await asyncio.sleep(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import os
 import sys
 import termios
@@ -75,7 +76,7 @@ class StdinPump(threading.Thread):
         """Whether it was taken; not so when the command has ended."""
         try:
             asyncio.run_coroutine_threadsafe(sending, self._loop).result()
-        except (BrokenPipeError, asyncio.CancelledError, RuntimeError):
+        except (BrokenPipeError, concurrent.futures.CancelledError, RuntimeError):
             sending.close()
             return False
         return True

@@ -100,14 +100,13 @@ def gpus(items: Iterable[Gpu]) -> str:
 def ports(items: Iterable[PortClaim]) -> str:
     """One line for each port that is held."""
     return table(
-        ("PORT", "PROTOCOL", "CONTAINER", "CONTAINER-PORT", "AGE"),
+        ("PORT", "PROTOCOL", "CONTAINER", "CONTAINER-PORT"),
         [
             (
                 str(item.host_port),
                 word_of(PortProtocol, item.protocol).lower(),
                 item.container,
                 str(item.container_port),
-                age_text(item.create_time),
             )
             for item in items
         ],

@@ -28,13 +28,14 @@ class LocalProcesses:
     def alive(self, pid: int, engine_id: str) -> bool:
         """Whether `pid` is a living process of that container; a zombie is not."""
         with _pinned(pid) as pidfd:
-            return pidfd is not None and _belongs(pid, engine_id) and _state(pid) not in _DEAD
+            return pidfd is not None and _lives(pid, engine_id)
 
     def signal(self, pid: int, engine_id: str, signal_number: int, *, session: bool = False) -> bool:
         """Send a signal to `pid`, or with `session` to every process of the container in the session that `pid` leads.
 
         The leader itself may be gone already. False when nothing was signalled: not there, not that container's, or
-        not ours to signal. SIGKILL to a session is repeated until no process of it is left that has not been sent it.
+        not ours to signal; signal 0 only asks. SIGKILL to a session is repeated until no process of it is left that
+        has not been sent it.
         """
         if not session:
             return _send(pid, engine_id, signal_number)
@@ -49,7 +50,7 @@ class LocalProcesses:
 
 def _send(pid: int, engine_id: str, signal_number: int) -> bool:
     with _pinned(pid) as pidfd:
-        if pidfd is None or not _belongs(pid, engine_id):
+        if pidfd is None or not _lives(pid, engine_id):
             return False
         try:
             signal.pidfd_send_signal(pidfd, signal_number)
@@ -73,9 +74,12 @@ def _pinned(pid: int) -> Iterator[int | None]:
         os.close(pidfd)
 
 
-def _belongs(pid: int, engine_id: str) -> bool:
-    """Whether the control group of `pid` is that of the container, whichever driver and version name it."""
-    return bool(engine_id) and engine_id.encode() in _read(pid, "cgroup")
+def _lives(pid: int, engine_id: str) -> bool:
+    """Whether the control group of `pid` is the container's, whichever driver and version name it, and it is alive.
+
+    A zombie takes signals and heeds none; a container whose first process reaps nobody is full of them.
+    """
+    return bool(engine_id) and engine_id.encode() in _read(pid, "cgroup") and _state(pid) not in _DEAD
 
 
 def _members(session: int) -> set[int]:

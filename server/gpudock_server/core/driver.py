@@ -79,7 +79,14 @@ class Driver:
         finally:
             running.step_task.cancel()
             running.step_task = None
-        done = running.record.with_stage(index, state=StageState.DONE, end_time=now(), facts=facts or {})
+        done = running.record.with_stage(
+            index,
+            state=StageState.DONE,
+            end_time=now(),
+            current_bytes=running.current_bytes,
+            total_bytes=running.total_bytes,
+            facts=facts or {},
+        )
         await self._journal.record(running, done)
 
     def _stop_here_if_told(self, running: Running) -> None:

@@ -7,10 +7,13 @@ SIGKILL after a grace. A command that wants to live on starts a session of its o
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum, auto
 
 import structlog
 
@@ -19,6 +22,7 @@ from gpudock_server.errors import (
     ContainerNotRunning,
     ContainerPaused,
     EngineRejected,
+    EngineUnavailable,
     ExecExists,
     ExecLimit,
     GpudockError,
@@ -32,9 +36,25 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 # The engine reports a process that a signal ended as 128 + the signal's number, as shells do.
 _SIGNAL_BASE = 128
-# What the engine writes to the process's output when its runtime could not start it.
-_CANNOT_START = b"OCI runtime exec failed: "
-_COULD_NOT_RUN = (126, 127)
+_LAST_SIGNAL = 64
+_FIRST_REALTIME_SIGNAL = 34  # as glibc counts: it keeps the kernel's first two to itself
+_RELATIVE_SIGNAL = re.compile(r"(RTMIN|RTMAX)([+-]\d{1,2})", re.ASCII)
+
+# What the engine says instead of the output of a program that it could not start ends with this.
+_END_OF_REFUSAL = b"\r\n"
+_COULD_NOT_RUN = 126
+_NOT_FOUND = 127
+_SAYS_NOT_FOUND = re.compile(
+    r"executable file (?:`.*` )?not found|exec: \".*\": (?:stat .*: )?no such file or directory", re.DOTALL
+)
+
+# An engine that does not answer when a process is to be ended is asked again after so many seconds each.
+_ENDING_RETRIES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+# Between two looks at something that the engine or the kernel brings about soon: seconds, at first and at most.
+_FIRST_PAUSE = 0.01
+_LONGEST_PAUSE = 0.25
+# Seconds that a process has from the engine's yes to having a pid.
+_BIRTH_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +75,17 @@ class Exited:
     timed_out: bool = False
 
 
+class _Fate(Enum):
+    """Why a process ends."""
+
+    OF_ITSELF = auto()
+    TIMED_OUT = auto()
+    HUNG_UP = auto()
+
+
+_FIRST_SIGNAL = {_Fate.TIMED_OUT: signal.SIGTERM, _Fate.HUNG_UP: signal.SIGHUP}
+
+
 class RunningExec:
     """A command that runs. Used by one caller; its input methods may be called beside `events`."""
 
@@ -66,9 +97,10 @@ class RunningExec:
         self.container = container
         self.engine_id = engine_id
         self.session = session
-        self.timed_out = False
-        self.ended = asyncio.Event()
-        self._timeout = timeout
+        self.timeout = timeout
+        self.fate = _Fate.OF_ITSELF
+        self.ended = False
+        self.finished = False
 
     async def write(self, data: bytes) -> None:
         """Give `data` to its stdin; returns when the engine has taken it."""
@@ -82,11 +114,6 @@ class RunningExec:
         """Tell its terminal a new size."""
         await self.session.resize(rows, columns)
 
-    @property
-    def timeout(self) -> float | None:
-        """Seconds it may run."""
-        return self._timeout
-
 
 class ExecSessions:
     """Starts commands and sees to their end."""
@@ -97,44 +124,72 @@ class ExecSessions:
         self._processes = processes
         self._grace = hangup_grace
         self._limit = limit
-        self._running: dict[str, RunningExec] = {}
-        self._starting = 0
-        self._endings: set[asyncio.Task[None]] = set()
-        self._draining = False
+        # By id, from before the engine is asked (None) until the process is known to have ended.
+        self._execs: dict[str, RunningExec | None] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._draining = asyncio.Event()
 
     async def start(
         self, container: str, request: ExecRequest, *, exec_id: str = "", timeout: float | None = None
     ) -> RunningExec:
         """Start a command.
 
-        Raises ContainerNotFound, WrongNode, ContainerNotRunning, ContainerPaused, ExecExists, ExecLimit, and the
-        engine's errors. Whoever starts one must call `finish` in the end, whatever happens.
+        Raises ContainerNotFound, WrongNode, ContainerNotRunning, ContainerPaused, ExecExists, ExecLimit, ShuttingDown,
+        and the engine's errors. Whoever starts one must call `finish` in the end, whatever happens.
         """
-        if self._draining:
+        if self._draining.is_set():
             raise ShuttingDown
         exec_id = exec_id or str(uuid.uuid4())
-        if exec_id in self._running:
+        if exec_id in self._execs:
             raise ExecExists(exec_id=exec_id)
-        if len(self._running) + self._starting >= self._limit:
+        if len(self._execs) >= self._limit:
             raise ExecLimit(limit=self._limit)
-        self._starting += 1
+        self._execs[exec_id] = None
+        # In a task of its own: a process that the engine starts for a caller who leaves meanwhile has to be ended.
+        begun: asyncio.Future[RunningExec] = asyncio.get_running_loop().create_future()
+        self._spawn(self._begin(begun, container, request, exec_id, timeout), f"start {exec_id}")
         try:
-            view = await self._world.lookup(container)
-            head = view.container
-            if head.engine is None or head.status.state in (ContainerState.CREATING, ContainerState.DELETING):
-                raise ContainerNotRunning(container=container, state=head.status.state.value)
-            session = await self._open(container, head.engine.engine_id, request)
-            running = RunningExec(
-                exec_id=exec_id,
-                container=container,
-                engine_id=head.engine.engine_id,
-                session=session,
-                timeout=timeout,
-            )
-            self._running[exec_id] = running
-        finally:
-            self._starting -= 1
+            running = await begun
+        except asyncio.CancelledError:
+            # It may have begun in the same moment.
+            if begun.done() and not begun.cancelled() and begun.exception() is None:
+                await self.finish(begun.result())
+            raise
+        if self._draining.is_set():
+            await self.finish(running)
+            raise ShuttingDown
         return running
+
+    async def _begin(
+        self,
+        begun: asyncio.Future[RunningExec],
+        container: str,
+        request: ExecRequest,
+        exec_id: str,
+        timeout: float | None,
+    ) -> None:
+        try:
+            running = await self._started(container, request, exec_id, timeout)
+        except BaseException as error:
+            del self._execs[exec_id]
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            if not begun.done():
+                begun.set_exception(error)
+            return
+        self._execs[exec_id] = running
+        if begun.done():
+            await self.finish(running)
+        else:
+            begun.set_result(running)
+
+    async def _started(self, container: str, request: ExecRequest, exec_id: str, timeout: float | None) -> RunningExec:
+        head = (await self._world.lookup(container)).container
+        if head.engine is None or head.status.state in (ContainerState.CREATING, ContainerState.DELETING):
+            raise ContainerNotRunning(container=container, state=head.status.state.value)
+        engine_id = head.engine.engine_id
+        session = await self._open(container, engine_id, request)
+        return RunningExec(exec_id=exec_id, container=container, engine_id=engine_id, session=session, timeout=timeout)
 
     async def _open(self, container: str, engine_id: str, request: ExecRequest) -> ExecSession:
         try:
@@ -149,36 +204,37 @@ class ExecSessions:
                 raise ContainerPaused(container=container) from None
             raise
 
+    def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # -- output and end ----------------------------------------------------------------------------------------------
+
     async def events(self, running: RunningExec) -> AsyncIterator[Output | Exited]:
         """Its output as it comes, and last how it ended.
 
         Not taking the next one holds the process back. What the engine says of a program that cannot be run comes as
         the message of its end and not as the program's output.
         """
-        held: list[Output] = []
-        enforcer = asyncio.ensure_future(self._enforce_timeout(running)) if running.timeout is not None else None
+        clock = None
+        if running.timeout is not None:
+            clock = asyncio.get_running_loop().call_later(running.timeout, self._time_is_over, running)
+        refusal: bytes | None = None
         first = True
         try:
             async for stream, data in running.session.read():
-                if first and data.startswith(_CANNOT_START):
-                    held.append(Output(stream, data))
-                else:
-                    for output in held:
-                        yield output
-                    held.clear()
-                    yield Output(stream, data)
-                first = False
+                if first:
+                    first = False
+                    if data.endswith(_END_OF_REFUSAL) and await _never_began(running):
+                        refusal = data
+                        continue
+                yield Output(stream, data)
             exited = await self._exited(running)
-            if held and exited.code in _COULD_NOT_RUN:
-                message = b"".join(output.data for output in held).decode(errors="replace").strip()
-                yield Exited(code=exited.code, message=message)
-                return
-            for output in held:
-                yield output
-            yield exited
+            yield exited if refusal is None else _refused(exited.code, refusal)
         finally:
-            if enforcer is not None:
-                enforcer.cancel()
+            if clock is not None:
+                clock.cancel()
 
     async def _exited(self, running: RunningExec) -> Exited:
         status = await running.session.status()
@@ -187,15 +243,15 @@ class ExecSessions:
             # container was stopped and the engine lost track of it.
             status = await self._wait_for_end(running)
         code = status.exit_code
+        if self._draining.is_set() and (code is None or running.fate is _Fate.HUNG_UP):
+            raise ShuttingDown
         if code is None:
-            if self._draining:
-                raise ShuttingDown
             raise ContainerNotRunning(container=running.container, state="stopped while the command ran")
-        running.ended.set()
-        return Exited(code=code, signal=signal_name(code), timed_out=running.timed_out)
+        running.ended = True
+        return Exited(code=code, signal=signal_name(code), timed_out=running.fate is _Fate.TIMED_OUT)
 
     async def _wait_for_end(self, running: RunningExec) -> ExecStatus:
-        pause = 0.02
+        pause = _FIRST_PAUSE
         while True:
             status = await running.session.status()
             if status.exit_code is not None:
@@ -206,75 +262,130 @@ class ExecSessions:
             if seen is None or not seen.running:
                 return await running.session.status()
             await asyncio.sleep(pause)
-            pause = min(pause * 2, 1.0)
-
-    async def _enforce_timeout(self, running: RunningExec) -> None:
-        if running.timeout is None:
-            return
-        await asyncio.sleep(running.timeout)
-        running.timed_out = True
-        await self._end(running, signal.SIGTERM)
+            pause = min(pause * 2, _LONGEST_PAUSE)
 
     async def signal(self, running: RunningExec, name: str) -> None:
-        """Send a signal, by its name (SIGINT or INT), to the command's main process. Raises ValueError on no signal."""
+        """Send a signal, by name or number, to the command's main process. Raises ValueError on no signal."""
         number = signal_number(name)
-        status = await running.session.status()
-        if status.pid:
-            self._processes.signal(status.pid, running.engine_id, number)
+        if pid := await self._leader(running):
+            self._processes.signal(pid, running.engine_id, number)
+
+    # -- the end that is not its own ---------------------------------------------------------------------------------
+
+    def _time_is_over(self, running: RunningExec) -> None:
+        # Not a part of `events`: what has begun goes on when the output has ended, or its reader has left.
+        self._spawn(self._end(running, _Fate.TIMED_OUT), f"end {running.id}, whose time is over")
 
     async def finish(self, running: RunningExec) -> None:
-        """Let go of a command, ending it by the policy if it runs still. Returns at once; the ending goes on."""
-        self._running.pop(running.id, None)
-        if running.ended.is_set():
+        """Let go of a command, ending it by the policy if it runs still. Returns at once; the ending goes on.
+
+        May be called again.
+        """
+        if running.finished:
+            return
+        running.finished = True
+        if running.ended:
+            del self._execs[running.id]
             await running.session.close()
             return
-        task = asyncio.create_task(self._hang_up(running), name=f"hang up {running.id}")
-        self._endings.add(task)
-        task.add_done_callback(self._endings.discard)
+        self._spawn(self._hang_up(running), f"hang up {running.id}")
 
     async def _hang_up(self, running: RunningExec) -> None:
         try:
-            await self._end(running, signal.SIGHUP)
-        except GpudockError as error:
-            log.warning("a command could not be ended", exec_id=running.id, detail=error.message)
+            await self._end(running, _Fate.HUNG_UP)
         finally:
+            del self._execs[running.id]
             await running.session.close()
 
-    async def _end(self, running: RunningExec, first: int) -> None:
-        """Everything in the session gets `first`, and SIGKILL after the grace."""
-        status = await running.session.status()
-        if not status.running or not status.pid:
+    async def _end(self, running: RunningExec, fate: _Fate) -> None:
+        retries = iter(_ENDING_RETRIES)
+        while True:
+            try:
+                return await self._end_session(running, fate)
+            except GpudockError as error:
+                pause = next(retries, None) if isinstance(error, EngineUnavailable) else None
+                if pause is None or self._draining.is_set():
+                    log.warning("a command could not be ended", exec_id=running.id, detail=error.message)
+                    return None
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._draining.wait(), pause)
+
+    async def _end_session(self, running: RunningExec, fate: _Fate) -> None:
+        """Everything in the session gets the first signal, and after the grace SIGKILL, its leader gone or not."""
+        leader = await self._leader(running)
+        if not leader:
             return
-        self._processes.signal(status.pid, running.engine_id, first, session=True)
-        deadline = asyncio.get_running_loop().time() + self._grace
-        while self._processes.alive(status.pid, running.engine_id):
-            if asyncio.get_running_loop().time() >= deadline:
-                break
-            await asyncio.sleep(0.05)
-        # Also where the leader is gone: what it left behind in its session goes with it.
-        self._processes.signal(status.pid, running.engine_id, signal.SIGKILL, session=True)
+        if running.fate is _Fate.OF_ITSELF and self._processes.alive(leader, running.engine_id):
+            running.fate = fate
+        await self._signal_session(running, leader, _FIRST_SIGNAL[fate])
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._grace
+        pause = _FIRST_PAUSE
+        while self._processes.alive(leader, running.engine_id) or await self._signal_session(running, leader, 0):
+            if loop.time() >= deadline:
+                await self._signal_session(running, leader, signal.SIGKILL)
+                return
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE, max(deadline - loop.time(), 0))
+
+    async def _signal_session(self, running: RunningExec, leader: int, number: int) -> bool:
+        # It reads the whole process table.
+        return await asyncio.to_thread(self._processes.signal, leader, running.engine_id, number, session=True)
+
+    async def _leader(self, running: RunningExec) -> int:
+        """The pid of its main process, once it has one; 0 when it never began or the engine no longer knows it."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _BIRTH_SECONDS
+        status = await running.session.status()
+        while status.running and not status.pid and loop.time() < deadline:
+            await asyncio.sleep(_FIRST_PAUSE)
+            status = await running.session.status()
+        return status.pid
 
     async def drain(self) -> None:
         """Start nothing new, and end what runs."""
-        self._draining = True
-        for running in list(self._running.values()):
-            await self.finish(running)
-        if self._endings:
-            await asyncio.wait(self._endings)
+        self._draining.set()
+        for running in list(self._execs.values()):
+            if running is not None:
+                await self.finish(running)
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+
+async def _never_began(running: RunningExec) -> bool:
+    status = await running.session.status()
+    return status.pid == 0 and status.exit_code in (_COULD_NOT_RUN, _NOT_FOUND)
+
+
+def _refused(code: int, refusal: bytes) -> Exited:
+    message = refusal.decode(errors="replace").strip()
+    # Engines say 126 for both.
+    return Exited(code=_NOT_FOUND if _SAYS_NOT_FOUND.search(message) else code, message=message)
 
 
 def signal_number(name: str) -> int:
-    """The number of a signal by its name, with or without SIG. Raises ValueError."""
-    full = name.upper() if name.upper().startswith("SIG") else f"SIG{name.upper()}"
-    try:
-        return signal.Signals[full]
-    except KeyError:
-        raise ValueError(f"there is no signal {name!r}") from None
+    """The number of a signal by its name, with or without SIG, or by itself, 1 to 64. Raises ValueError."""
+    bare = name.upper().removeprefix("SIG")
+    number = 0
+    if name.isascii() and name.isdecimal():
+        number = int(name)
+    elif relative := _RELATIVE_SIGNAL.fullmatch(bare):
+        base = _FIRST_REALTIME_SIGNAL if relative[1] == "RTMIN" else _LAST_SIGNAL
+        number = base + int(relative[2])
+        number = number if number >= _FIRST_REALTIME_SIGNAL else 0
+    elif found := signal.Signals.__members__.get(f"SIG{bare}"):
+        number = found.value
+    if not 1 <= number <= _LAST_SIGNAL:
+        raise ValueError(f"there is no signal {name!r}")
+    return number
 
 
 def signal_name(code: int) -> str:
-    """The signal that an exit code of the engine stands for; empty if it stands for none."""
-    try:
-        return signal.Signals(code - _SIGNAL_BASE).name
-    except ValueError:
+    """The signal that an exit code of the engine stands for, such as SIGKILL or SIGRTMIN+3; empty if for none."""
+    number = code - _SIGNAL_BASE
+    if not 1 <= number <= _LAST_SIGNAL:
         return ""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"SIGRTMIN{number - _FIRST_REALTIME_SIGNAL:+d}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from gpudock_server.core.containers.world import World
-from gpudock_server.errors import GpudockError, NodeNotFound
+from gpudock_server.errors import GpudockError, NodeElsewhere, NodeNotFound
 from gpudock_server.model.claims import ClaimTable, GpuKey, Holder, PortKey
 from gpudock_server.model.engine import EngineInfo
 from gpudock_server.model.gpu import Gpu, GpuSnapshot
@@ -19,6 +19,9 @@ from gpudock_server.model.operation import CarryMethod
 from gpudock_server.ports import GpuInventory
 
 T = TypeVar("T")
+
+# What has not answered by then does not answer, as far as a look at the node goes.
+_LOOK_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ class DiskUsage:
 
 @dataclass(frozen=True, slots=True)
 class NodeView:
-    """A node at one moment. A part that did not answer is None, and its error is in its place."""
+    """A node at one moment. A part that did not answer has an error; `engine` is what it said when it last did."""
 
     name: str
     version: str
@@ -66,7 +69,9 @@ class NodeView:
 
     @property
     def free_gpus(self) -> int:
-        """Cards that could be handed out now."""
+        """Cards that could be handed out now: none while the claims are not known."""
+        if self.store_error:
+            return 0
         return sum(gpu.schedulable and self.claims.holder(GpuKey(gpu.uuid)) is None for gpu in self.gpus.gpus)
 
     @property
@@ -93,11 +98,16 @@ class Nodes:
         self._version = version
         self._start_time = start_time
         self._port_range = port_range
+        self._engine: EngineInfo | None = None
 
-    def check(self, name: str) -> None:
-        """Empty is this node. Raises NodeNotFound for any other."""
-        if name not in ("", self._world.node):
-            raise NodeNotFound(node=name)
+    async def check(self, name: str) -> None:
+        """Empty is this node. Raises NodeElsewhere, NodeNotFound, and StoreUnavailable where that cannot be told."""
+        if name in ("", self._world.node):
+            return
+        for node in await self._world.store.nodes():
+            if node.node == name:
+                raise NodeElsewhere(container="", node=name, address=node.address)
+        raise NodeNotFound(node=name)
 
     @property
     def port_range(self) -> tuple[int, int]:
@@ -105,12 +115,13 @@ class Nodes:
         return self._port_range
 
     async def get(self, name: str) -> NodeView:
-        """The node, also where its engine or its store is out of reach. Raises NodeNotFound."""
-        self.check(name)
+        """The node, also where its engine or its store is out of reach. Raises as `check`."""
+        await self.check(name)
         world = self._world
-        engine, engine_error = await _or_error(world.engine.info())
-        store_version, store_error = await _or_error(world.store.ping())
-        claims, _ = await _or_error(world.store.claims(world.host))
+        (engine, engine_error), (store_version, store_error), (claims, claims_error) = await asyncio.gather(
+            _or_error(world.engine.info()), _or_error(world.store.ping()), _or_error(world.store.claims(world.host))
+        )
+        engine = self._engine = engine or self._engine
         return NodeView(
             name=world.node,
             version=self._version,
@@ -118,7 +129,7 @@ class Nodes:
             engine=engine,
             engine_error=engine_error,
             store_version=store_version or "",
-            store_error=store_error,
+            store_error=store_error or claims_error,
             gpus=await self._inventory.snapshot(),
             claims=claims or ClaimTable(),
             port_range=self._port_range,
@@ -128,15 +139,15 @@ class Nodes:
         )
 
     async def gpus(self, name: str) -> tuple[HeldGpu, ...]:
-        """The cards of a node with their holders, by index. Raises NodeNotFound, StoreUnavailable."""
-        self.check(name)
+        """The cards of a node with their holders, by index. Raises as `check`, and StoreUnavailable."""
+        await self.check(name)
         snapshot = await self._inventory.snapshot()
         table = await self._world.store.claims(self._world.host)
         return tuple(HeldGpu(gpu, table.holder(GpuKey(gpu.uuid))) for gpu in snapshot.gpus)
 
     async def ports(self, name: str) -> tuple[HeldPort, ...]:
-        """The claimed ports of a node, by number. Raises NodeNotFound, StoreUnavailable."""
-        self.check(name)
+        """The claimed ports of a node, by number. Raises as `check`, and StoreUnavailable."""
+        await self.check(name)
         table = await self._world.store.claims(self._world.host)
         held = [HeldPort(key, holder) for key, holder in table.claims.items() if isinstance(key, PortKey)]
         return tuple(sorted(held, key=lambda port: (port.key.port, port.key.protocol)))
@@ -144,7 +155,10 @@ class Nodes:
 
 async def _or_error(call: Awaitable[T]) -> tuple[T | None, str]:
     try:
-        return await call, ""
+        async with asyncio.timeout(_LOOK_SECONDS):
+            return await call, ""
+    except TimeoutError:
+        return None, f"it has not answered within {_LOOK_SECONDS:g} s"
     except GpudockError as error:
         return None, error.message
 

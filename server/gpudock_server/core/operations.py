@@ -14,8 +14,7 @@ The rules, each of which a test breaks a naive version with:
 from __future__ import annotations
 
 import asyncio
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -35,6 +34,7 @@ from gpudock_server.errors import (
     RequestIdReused,
     ShuttingDown,
     StoreUnavailable,
+    WrongNode,
 )
 from gpudock_server.model.changes import (
     Change,
@@ -52,6 +52,7 @@ from gpudock_server.model.operation import (
     OperationState,
     RequestRecord,
     Stage,
+    new_operation_id,
 )
 from gpudock_server.model.record import JsonObject, now
 from gpudock_server.ports import Page, Store, StoreConflict
@@ -140,7 +141,7 @@ class Operations:
     async def _begin(self, draft: Draft, request: RequestKey | None) -> str:
         moment = now()
         operation = Operation(
-            id=str(uuid.uuid4()),
+            id=new_operation_id(),
             kind=draft.kind,
             container=draft.container.name,
             container_uid=draft.container.uid,
@@ -201,7 +202,7 @@ class Operations:
         """Operations of every node, as they are recorded."""
         return await self._store.operations(page_size=page_size, page_token=page_token)
 
-    async def watch(self, operation_id: str) -> AsyncIterator[Snapshot]:
+    async def watch(self, operation_id: str) -> AsyncGenerator[Snapshot, None]:
         """Full snapshots until the operation has ended; the last one is the ended one.
 
         A slow reader is given the latest and misses what is between. Raises ShuttingDown when this daemon stops first:
@@ -245,11 +246,14 @@ class Operations:
     async def cancel(self, operation_id: str) -> Snapshot:
         """Ask for an operation to be undone; returns once that is recorded, while the undoing goes on.
 
-        Raises OperationNotFound, OperationNotCancellable.
+        Raises OperationNotFound, OperationNotCancellable, WrongNode.
         """
         running = self._running.get(operation_id)
         if running is None:
             snapshot = await self.get(operation_id)
+            if snapshot.operation.cancel_requested:
+                return snapshot
+            await self._must_be_here(snapshot.operation)
             raise OperationNotCancellable(operation_id=operation_id, state=snapshot.operation.state.value)
         if not running.saga.cancellable:
             raise OperationNotCancellable(operation_id=operation_id, state=running.record.state.value)
@@ -264,6 +268,13 @@ class Operations:
         if not running.record.cancel_requested:
             raise OperationNotCancellable(operation_id=operation_id, state=running.record.state.value)
         return running.snapshot
+
+    async def _must_be_here(self, operation: Operation) -> None:
+        if operation.node == self._node or operation.state.ended:
+            return
+        nodes = await self._store.nodes()
+        address = next((node.address for node in nodes if node.node == operation.node), "")
+        raise WrongNode(container=operation.container, node=operation.node, address=address)
 
     # -- life --------------------------------------------------------------------------------------------------------
 

@@ -60,9 +60,10 @@ class Reconciler:
                 log.warning("the engine's events broke off", detail=error.message)
             # An engine that was restarted has forgotten its events. Until a pass has seen all that it has, nothing that
             # its stream tells later is enough.
-            await asyncio.sleep(_RECONNECT_SECONDS)
-            while not await self._attempt_pass():
+            seen = False
+            while not seen:
                 await asyncio.sleep(_RECONNECT_SECONDS)
+                seen = await self._attempt_pass()
 
     async def _pass_regularly(self) -> None:
         while True:
@@ -152,11 +153,19 @@ class Reconciler:
             log.warning("a claim has no container and is released", claim=str(change))
             await self._world.store.apply([change])
 
+    def _made(self, one: EngineContainer) -> bool:
+        """Whether one of our operations made it.
+
+        Labels alone do not prove that: whoever commits a container of ours and runs the image has them too, but not the
+        name that goes with them.
+        """
+        return one.name == self._world.engine_name(one.labels.get(LABEL_NAME, ""), one.labels.get(LABEL_OPERATION, ""))
+
     async def _remove_strays(self, seen: Mapping[str, EngineContainer], known: set[str], unfinished: set[str]) -> None:
         strays = {
             one.id: one
             for one in seen.values()
-            if one.id not in known and one.labels.get(LABEL_OPERATION, "") not in unfinished
+            if one.id not in known and one.labels.get(LABEL_OPERATION, "") not in unfinished and self._made(one)
         }
         moment = time.monotonic()
         self._strays = {engine_id: self._strays.get(engine_id, moment) for engine_id in strays}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 
 from typing_extensions import override
@@ -10,6 +11,9 @@ from typing_extensions import override
 from gpudock_server.core.saga import Run, Saga
 from gpudock_server.model.operation import Operation
 from gpudock_server.model.record import JsonObject
+
+# A quick reader is told of progress this often at most; a pull reports each of its chunks.
+_PROGRESS_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,7 @@ class Running(Run):
     notes: list[str] = field(default_factory=list)
     cancel_requested: bool = False
     step_task: asyncio.Task[JsonObject | None] | None = None
+    _told: float = 0.0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -43,7 +48,10 @@ class Running(Run):
     @override
     def progress(self, current_bytes: int, total_bytes: int) -> None:
         self.current_bytes, self.total_bytes = current_bytes, total_bytes
-        self.tell()
+        moment = time.monotonic()
+        if moment - self._told >= _PROGRESS_SECONDS or current_bytes == total_bytes:
+            self._told = moment
+            self.tell()
 
     @override
     def note(self, message: str) -> None:

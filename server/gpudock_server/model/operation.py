@@ -6,6 +6,9 @@ daemon that starts finds out exactly what the one before it had reached.
 
 from __future__ import annotations
 
+import secrets
+import time
+import uuid
 from datetime import datetime
 from enum import StrEnum
 
@@ -13,6 +16,20 @@ from pydantic import Field
 
 from gpudock_server.model.container import Container, Placement, PortBinding
 from gpudock_server.model.record import JsonObject, Record
+
+_TIME_BITS, _RANDOM_BITS = 60, 62
+
+
+def new_operation_id() -> str:
+    """A UUID whose order, as text, is that of time backwards: a store that lists by id lists the newest first.
+
+    Version 8 of RFC 9562: 60 bits of what is left until 60 bits of 16 ns ticks have passed since 1970 (in the year
+    2554), and 62 random ones, of which the last 8 digits are part.
+    """
+    left = (1 << _TIME_BITS) - 1 - (time.time_ns() >> 4)
+    high = (left >> 12 << 16) | 0x8000 | (left & 0xFFF)
+    low = 1 << 63 | secrets.randbits(_RANDOM_BITS)
+    return str(uuid.UUID(int=high << 64 | low))
 
 
 class OperationKind(StrEnum):
@@ -60,6 +77,8 @@ class Stage(Record):
     state: StageState = StageState.PENDING
     start_time: datetime | None = None
     end_time: datetime | None = None
+    current_bytes: int = 0
+    total_bytes: int = 0
     facts: JsonObject = Field(default_factory=dict)
 
 

@@ -19,7 +19,8 @@ from gpudock_server.rpc.interception import Context
 from gpudock_server.rpc.validation import exec as validation
 
 # The contract allows 1 MiB. From about 200 KiB on, the buffers of a message go back to the kernel and are asked for
-# anew each time (glibc's mmap threshold), and that more than halved the throughput; below, each message's own cost shows.
+# anew each time (glibc's mmap threshold), which more than halved the throughput; far below, each message's own cost
+# shows.
 _CHUNK_BYTES = 128 * 1024
 
 

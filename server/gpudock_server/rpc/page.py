@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
@@ -18,6 +19,7 @@ M = TypeVar("M", bound=Message)
 _PAGE_BYTES = 3 * 1024 * 1024
 # How often the store is asked for one page. Then a shorter one is given, which is no end as long as it has a token.
 _READS = 100
+_NUMBER = re.compile("[0-9]{1,9}")
 
 
 async def from_store(
@@ -62,9 +64,10 @@ def _fitting(messages: Sequence[Message]) -> int:
 
 def from_memory(listing: Listing[T], items: Sequence[T]) -> tuple[Sequence[T], str]:
     """A page of `items`, and its `next_page_token`: the number of those before it."""
-    if not listing.resume.isascii() or not (listing.resume or "0").isdigit():
+    resume = listing.resume or "0"
+    if not _NUMBER.fullmatch(resume):
         raise InvalidArgument((FieldViolation("page_token", "is not one that this list gave out"),))
-    first = int(listing.resume or "0")
+    first = int(resume)
     wanted = [item for item in items if listing.wanted(item)]
     last = first + listing.size
     return wanted[first:last], listing.token(str(last) if last < len(wanted) else "")

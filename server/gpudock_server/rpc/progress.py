@@ -25,7 +25,7 @@ async def follow(
     """
     last: Operation | None = None
     # Closed here and not by the garbage collector: a caller may hang up at any yield.
-    async with aclosing(operations.watch(operation_id)) as snapshots:  # type: ignore[type-var]  # a generator, typed as less
+    async with aclosing(operations.watch(operation_id)) as snapshots:
         async for snapshot in snapshots:
             last = snapshot.operation
             yield operation_message(snapshot)

@@ -25,6 +25,7 @@ from gpudock_server.rpc.audit import AuditInterceptor
 from gpudock_server.rpc.container_service import ContainerService
 from gpudock_server.rpc.decoding import DecodingInterceptor
 from gpudock_server.rpc.errors import ErrorInterceptor
+from gpudock_server.rpc.hang_up import HangUpInterceptor
 from gpudock_server.rpc.identity import IdentityInterceptor
 from gpudock_server.rpc.interception import Interceptor
 from gpudock_server.rpc.listeners import SERVER_OPTIONS
@@ -92,10 +93,11 @@ class RpcServer:
     async def set_serving(self, serving: bool, *, services: tuple[str, ...] = OUR_SERVICES) -> None:  # noqa: FBT001
         """Tell whoever asks for our health, or watches it; the server as a whole (named "") is as well as `services`.
 
-        Until the first call of this, health says SERVICE_UNKNOWN.
+        Call it before the server is started: until then the whole is said to be serving.
         """
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in ("", *services):
+        # The whole comes last: whoever waits for it finds the others as well.
+        for service in (*services, ""):
             await self._health.set(service, status)
 
 
@@ -103,5 +105,12 @@ def build_server(services: Services, settings: Settings) -> RpcServer:
     """The server as it is in production. Raises StartupError for a token file that cannot be read."""
     tokens = TokenFile(settings.token_file) if settings.token_file is not None else None
     return RpcServer(
-        services, (ErrorInterceptor(), AuditInterceptor(), IdentityInterceptor(tokens), DecodingInterceptor())
+        services,
+        (
+            ErrorInterceptor(),
+            AuditInterceptor(),
+            IdentityInterceptor(tokens),
+            HangUpInterceptor(),
+            DecodingInterceptor(),
+        ),
     )

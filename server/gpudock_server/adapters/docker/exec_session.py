@@ -40,6 +40,7 @@ class DockerExecSession:
         self._wire = wire
         self._request = request
         self._ended = False
+        self._closed = False
         self._in_line = False
         self._sizing: asyncio.Task[None] | None = None
 
@@ -74,7 +75,7 @@ class DockerExecSession:
             self._wire.taken(used)
             for chunk in chunks:
                 yield chunk
-        self._ended = True
+        self._ended = not self._closed
 
     async def write(self, data: bytes) -> None:
         """Give `data` to its stdin; returns when the kernel has taken it, so that little waits here.
@@ -158,6 +159,7 @@ class DockerExecSession:
         if self._sizing is not None:
             self._sizing.cancel()
             self._sizing = None
+        self._closed = True
         self._wire.close()
 
 

@@ -54,7 +54,9 @@ def engine_errors(call: str) -> Iterator[None]:
 
 
 def _from_answer(call: str, error: DockerError) -> GpudockError:
-    detail = str(error.message).strip()
+    # Of a failed connection aiodocker's own message names only the URL, which on a unix socket is made up.
+    told = error.__context__ if error.status == _NO_CONNECTION else None
+    detail = str(told or error.message).strip()
     if error.status == _NO_CONNECTION or error.status in _GATEWAY or _ENGINE_IS_DEAD.search(detail):
         return EngineUnavailable(call=call, detail=detail)
     return EngineRejected(call=call, status=error.status, detail=detail)

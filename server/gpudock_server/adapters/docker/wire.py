@@ -16,6 +16,14 @@ from gpudock_server.adapters.docker.address import Address
 _BLOCK = 512 * 1024
 # Sent at once at most. The kernel takes as much as the engine reads meanwhile, however long that holds up the loop.
 _SLICE = 256 * 1024
+# The engine passes output on as it gets it, 10 KiB at a time on a busy host, and whoever forwards each piece by itself
+# pays for a hundred thousand messages a gigabyte. So what closely follows (seconds) a piece of some size (bytes) is a
+# flow, and is gathered: until there is enough of it (bytes), or for a moment (seconds). What comes alone, or is as
+# small as what people and protocols say to each other, is given at once.
+_CLOSELY = 0.005
+_SOME_SIZE = 4 * 1024
+_ENOUGH = 128 * 1024
+_MOMENT = 0.001
 
 
 class Wire(Protocol):
@@ -90,8 +98,7 @@ class SocketWire:
 
     A transport gives up both directions as soon as one write fails. But a process that ends without having read its
     stdin makes our writes fail while its last output still lies in the kernel: it would be lost. And unlike the
-    loop's `sock_recv`, this stays registered between reads: an engine that sends 8 KiB at a time at full speed costs
-    half the CPU.
+    loop's `sock_recv`, this stays registered between reads, which halves the CPU that small pieces cost.
     """
 
     def __init__(self, connected: socket.socket) -> None:
@@ -99,7 +106,9 @@ class SocketWire:
         self._loop = asyncio.get_running_loop()
         self._space = memoryview(bytearray(_BLOCK))
         self._filled = 0
-        self._news = False
+        self._ripe = False
+        self._gathering: asyncio.TimerHandle | None = None
+        self._flow_until = 0.0
         self._ended = False
         self._listening = False
         self._waiter: asyncio.Future[None] | None = None
@@ -111,14 +120,14 @@ class SocketWire:
         if not self._listening and not self._ended:
             self._loop.add_reader(self._socket, self._receive)
             self._listening = True
-        if not self._news and not self._ended:
+        if not self._ripe and not self._ended:
             self._waiter = self._loop.create_future()
             try:
                 await self._waiter
             finally:
                 self._waiter = None
-        seen = self._filled if self._news else 0
-        self._news = False
+        seen = self._filled if self._ripe else 0
+        self._ripe = False
         return self._space[:seen]
 
     def taken(self, count: int) -> None:
@@ -126,7 +135,8 @@ class SocketWire:
         rest = bytes(self._space[count : self._filled])
         self._filled = len(rest)
         self._space[: self._filled] = rest
-        self._news = count > 0 and self._filled > 0
+        self._ripe = count > 0 and self._filled > 0
+        self._flow_until = self._loop.time() + _CLOSELY if count >= _SOME_SIZE else 0.0
 
     def _receive(self) -> None:
         """Called by the loop when there is something to receive."""
@@ -138,23 +148,30 @@ class SocketWire:
             # A reset is an end like any other: it is how an engine hangs up on input that nobody has read.
             count = 0
         self._filled += count
-        self._news = self._news or count > 0
+        if count and self._filled < _ENOUGH and self._loop.time() < self._flow_until:
+            self._gathering = self._gathering or self._loop.call_later(_MOMENT, self._ripen)
+            return
         self._ended = count == 0
         if self._ended or self._filled == len(self._space):
             self._stop_listening()
         if self._ended:
             # The engine ends its side when the process is gone, but goes on holding the other. Wakes who sends.
             self._shut_down(socket.SHUT_RDWR)
-        self._wake()
+        self._ripen()
+
+    def _ripen(self) -> None:
+        """What there is, is given away."""
+        if self._gathering is not None:
+            self._gathering.cancel()
+            self._gathering = None
+        self._ripe = self._filled > 0
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def _stop_listening(self) -> None:
         if self._listening:
             self._loop.remove_reader(self._socket)
             self._listening = False
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
     async def send(self, data: bytes) -> bool:
         """See Wire."""
@@ -183,7 +200,7 @@ class SocketWire:
         self._stop_listening()
         self._ended = True
         self._closing = True
-        self._wake()
+        self._ripen()
         # Ends a send that waits. The descriptor must outlive it: the loop knows it by its number, which the next
         # socket of this process may be given as soon as this one is closed.
         self._shut_down(socket.SHUT_RDWR)

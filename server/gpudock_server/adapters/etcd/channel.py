@@ -7,6 +7,7 @@ import ipaddress
 import json
 import re
 import socket
+import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,12 +27,13 @@ _HOST_PORT = re.compile(r"^(\[(?P<v6>[0-9a-fA-F:.]+)\]|(?P<host>[A-Za-z0-9._-]+)
 
 @dataclass(frozen=True, slots=True)
 class EtcdTls:
-    """PEM files. `certificate` and `key` go together and are needed where etcd asks clients for one.
+    """PEM files. Without `ca`, the authorities that grpc knows are trusted.
 
-    `server_name` is what the servers' certificates must be valid for; empty: the first endpoint's host.
+    `certificate` and `key` go together and are needed where etcd asks clients for one. `server_name` is what the
+    certificates of all endpoints must be valid for; empty: the first endpoint's host.
     """
 
-    ca: Path
+    ca: Path | None = None
     certificate: Path | None = None
     key: Path | None = None
     server_name: str = ""
@@ -142,14 +144,23 @@ async def _resolve(host: str, port: int) -> list[tuple[ipaddress.IPv4Address | i
 
 
 def _credentials(tls: EtcdTls) -> grpc.ChannelCredentials:
+    if (tls.certificate is None) != (tls.key is None):
+        raise StartupError("etcd's client certificate needs a key, and the key a certificate", "give both or neither")
     try:
+        # Read for once by Python's ssl, which says what is wrong: grpc hangs on to bad files, or aborts the process.
+        trial = ssl.create_default_context(cafile=tls.ca)
+        if tls.certificate:
+            trial.load_cert_chain(tls.certificate, tls.key)
         return grpc.ssl_channel_credentials(
-            root_certificates=tls.ca.read_bytes(),
+            root_certificates=tls.ca.read_bytes() if tls.ca else None,
             private_key=tls.key.read_bytes() if tls.key else None,
             certificate_chain=tls.certificate.read_bytes() if tls.certificate else None,
         )
-    except OSError as error:
-        raise StartupError(f"etcd's certificates cannot be read: {error}", "check the paths and their modes") from error
+    except OSError as error:  # As is ssl.SSLError.
+        files = ", ".join(str(file) for file in (tls.ca, tls.certificate, tls.key) if file)
+        raise StartupError(
+            f"the certificates for etcd ({files}) cannot be used: {error}", "check that they are PEM and can be read"
+        ) from error
 
 
 def _options(address: EtcdAddress) -> list[tuple[str, Any]]:

@@ -40,8 +40,9 @@ class NodeTaken(StartupError):
     """Another daemon works for this node. `record` is what it says of itself."""
 
     def __init__(self, node: str, record: NodeRecord) -> None:
+        place = f"{record.address}, " if record.address else ""
         super().__init__(
-            f"node {node!r} is taken by a gpudockd on {record.host!r} ({record.address}, pid {record.pid},"
+            f"node {node!r} is taken by a gpudockd on {record.host!r} ({place}pid {record.pid},"
             f" since {record.start_time:%Y-%m-%d %H:%M:%S %Z})",
             "stop that one, or give this one another node name",
         )

@@ -92,7 +92,11 @@ async def draft(world: World, command: Create) -> Draft:
         container=container,
         expect=0,
         arguments=arguments.model_dump(mode="json"),
-        plan=OperationPlan(placement=proposal.placement, claimed_gpu_uuids=proposal.placement.gpu_uuids),
+        plan=OperationPlan(
+            placement=proposal.placement,
+            claimed_gpu_uuids=proposal.placement.gpu_uuids,
+            claimed_ports=proposal.placement.ports,
+        ),
         claims=[Claim(world.host, key, world.holder(container)) for key in proposal.to_claim],
         build=lambda operation: CreateSaga(world, operation, command.registry_auth),
     )

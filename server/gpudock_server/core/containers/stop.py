@@ -54,7 +54,10 @@ async def draft(world: World, command: Stop) -> Draft:
         container=container,
         expect=view.version,
         arguments=arguments.model_dump(mode="json"),
-        plan=OperationPlan(restarts_process=False),
+        plan=OperationPlan(
+            placement=container.status.placement if command.keep_resources else Placement(),
+            released_gpu_uuids=() if command.keep_resources else container.status.placement.gpu_uuids,
+        ),
         build=lambda operation: StopSaga(world, operation),
     )
 

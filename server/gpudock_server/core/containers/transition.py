@@ -178,7 +178,9 @@ def _plan(arguments: ChangeArguments, carry: CarryPlan, had: Placement) -> Opera
     return OperationPlan(
         placement=arguments.placement,
         kept_gpu_uuids=_both(had.gpu_uuids, arguments.placement.gpu_uuids),
-        claimed_gpu_uuids=tuple(uuid for uuid in arguments.placement.gpu_uuids if uuid not in had.gpu_uuids),
+        released_gpu_uuids=_without(had.gpu_uuids, arguments.placement.gpu_uuids),
+        claimed_gpu_uuids=_without(arguments.placement.gpu_uuids, had.gpu_uuids),
+        claimed_ports=tuple(port for port in arguments.placement.ports if port not in had.ports),
         bytes_to_move=carry.bytes_to_move,
         bytes_available=carry.bytes_available,
         restarts_process=arguments.stop,
@@ -189,3 +191,7 @@ def _plan(arguments: ChangeArguments, carry: CarryPlan, had: Placement) -> Opera
 
 def _both(before: Sequence[str], after: Sequence[str]) -> tuple[str, ...]:
     return tuple(uuid for uuid in after if uuid in before)
+
+
+def _without(these: Sequence[str], those: Sequence[str]) -> tuple[str, ...]:
+    return tuple(uuid for uuid in these if uuid not in those)

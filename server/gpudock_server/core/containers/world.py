@@ -51,7 +51,7 @@ class World:
 
     def engine_name(self, container: str, operation_id: str) -> str:
         """The engine's name for what an operation makes: unique to it, so that making it twice is making it once."""
-        return f"gpudock-{container}-{operation_id[:8]}"
+        return f"gpudock-{container}-{operation_id[-8:]}"
 
     async def stop(self, engine_id: str, spec: ContainerSpec, asked_seconds: float | None, *, frozen: bool) -> None:
         """Stop an engine container within what was asked for, else what its spec says, else this daemon's default."""

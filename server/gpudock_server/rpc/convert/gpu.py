@@ -23,7 +23,7 @@ def gpu_message(held: HeldGpu) -> gpu_pb2.Gpu:
     return gpu_pb2.Gpu(
         uuid=card.uuid,
         index=card.index,
-        minor_number=card.minor_number or 0,
+        minor_number=card.minor_number,
         name=card.name,
         pci_bus_id=card.pci_bus_id,
         memory_total_bytes=card.memory_total_bytes,

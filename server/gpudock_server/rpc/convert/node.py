@@ -54,7 +54,7 @@ def node_message(seen: NodeView) -> node_pb2.Node:
 
 def _components(seen: NodeView) -> Iterator[node_pb2.ComponentHealth]:
     yield node_pb2.ComponentHealth(
-        component=node_pb2.NODE_COMPONENT_ENGINE, healthy=seen.engine is not None, message=seen.engine_error
+        component=node_pb2.NODE_COMPONENT_ENGINE, healthy=not seen.engine_error, message=seen.engine_error
     )
     yield node_pb2.ComponentHealth(
         component=node_pb2.NODE_COMPONENT_STORE, healthy=not seen.store_error, message=seen.store_error

@@ -86,8 +86,8 @@ def _stages(snapshot: Snapshot, current: int) -> list[operation_pb2.OperationSta
             state=_stage_state(record, stage, is_latest=index == current, is_undoing=index == undoing),
             start_time=timestamp(stage.start_time),
             end_time=timestamp(stage.end_time),
-            current_bytes=snapshot.current_bytes if index == current else 0,
-            total_bytes=snapshot.total_bytes if index == current else 0,
+            current_bytes=snapshot.current_bytes if index == current else stage.current_bytes,
+            total_bytes=snapshot.total_bytes if index == current else stage.total_bytes,
         )
         for index, stage in enumerate(record.stages)
     ]

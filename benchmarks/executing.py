@@ -1,0 +1,85 @@
+"""Commands in a running container: how soon the first byte comes, and how fast the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import sys
+
+from gpudock.v1 import exec_pb2
+
+from benchmarks.arena import Arena, Stopwatch
+from benchmarks.report import Row, Target, Unit, versus
+from benchmarks.rounds import compare
+from tests.calls import Caller, iterate
+from tests.rig import GLIBC, Daemon, RigError
+
+_NAME = "bench"
+
+
+async def executing(arena: Arena) -> list[Row]:
+    """Both sides run the same command in the same container.
+
+    For the first byte gpudock's client holds an open connection and `docker exec` is a new process, as in use. For the
+    output gpudock's client is a process of its own, timed from before it connects, its interpreter's start left out.
+    """
+    async with arena.daemon() as (caller, daemon):
+        container = await caller.create(_NAME, image=GLIBC)
+        engine_id = container.status.engine_id
+
+        async def our_first_byte() -> float:
+            return await _first_byte(caller, "echo", "hello")
+
+        async def their_first_byte() -> float:
+            return await arena.docker.time_first_byte("exec", engine_id, "echo", "hello")
+
+        first_byte = await compare(arena.rounds(40), {"gpudock": our_first_byte, "docker exec": their_first_byte})
+
+        rows = [versus(first_byte, "gpudock", "docker exec", name="exec first byte", unit=Unit.MS, target=Target(1.0))]
+        amount = (1 << 28) if arena.quick else (1 << 30)
+        # head writes so little at a time that it holds back both sides; dd does not.
+        head = ["head", "-c", str(amount), "/dev/zero"]
+        dd = ["dd", "if=/dev/zero", "bs=64k", f"count={amount >> 16}", "status=none"]
+        rows += [await _output(arena, daemon, engine_id, command, amount) for command in (head, dd)]
+    return rows
+
+
+async def _output(arena: Arena, daemon: Daemon, engine_id: str, command: list[str], amount: int) -> Row:
+    async def ours() -> float:
+        return amount / 1e3 / await _read_elsewhere(daemon.target, amount, command)
+
+    async def theirs() -> float:
+        script = f"docker exec {engine_id} {shlex.join(command)} | cat >/dev/null"
+        return amount / 1e3 / await arena.docker.time_shell(script)
+
+    samples = await compare(arena.rounds(12), {"gpudock": ours, "docker exec, piped to cat": theirs})
+    return versus(
+        samples,
+        "gpudock",
+        "docker exec, piped to cat",
+        name=f"exec output, {amount >> 20} MiB of {command[0]}",
+        unit=Unit.MB_PER_S,
+        target=Target(0.9, at_least=True),
+    )
+
+
+async def _first_byte(caller: Caller, *command: str) -> float:
+    start = exec_pb2.ExecStart(container=_NAME, command=command)
+    taken = None
+    watch = Stopwatch()
+    async for answer in caller.containers.ExecContainer(iterate([exec_pb2.ExecContainerRequest(start=start)])):
+        if taken is None and answer.stdout:
+            taken = watch.ms
+    if taken is None:
+        raise RigError(f"{command} said nothing")
+    return taken
+
+
+async def _read_elsewhere(target: str, amount: int, command: list[str]) -> float:
+    """Milliseconds that a client in a process of its own took to read all of it."""
+    words = ["-m", "benchmarks.reader", target, _NAME, str(amount), *command]
+    process = await asyncio.create_subprocess_exec(sys.executable, *words, stdout=asyncio.subprocess.PIPE)
+    said, _ = await process.communicate()
+    if process.returncode:
+        raise RigError(f"the reader ended with {process.returncode}")
+    return float(said)

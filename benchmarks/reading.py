@@ -1,0 +1,95 @@
+"""What the daemon answers at once, with a hundred containers there, and the memory it takes to do so."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+from gpudock.v1 import container_service_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from benchmarks.arena import Arena, Stopwatch
+from benchmarks.report import Row, Target, Unit, versus
+from benchmarks.rounds import Measure, compare, percentile
+from tests.calls import Caller
+from tests.rig import Daemon
+
+_CONTAINERS = 100
+_AT_ONCE = 8
+_P50 = Target(2.0, unit="ms")
+
+
+async def reading(arena: Arena) -> list[Row]:
+    """One caller, one call after the other, over the unix socket; a health check shows what the least call costs.
+
+    The hundred containers were started and have ended; the memory is the daemon's own (etcd is a process beside it).
+    """
+    async with arena.daemon() as (caller, daemon):
+        idle = _resident_mb(daemon)
+        await _create_many(caller)
+        after = _resident_mb(daemon)
+
+        async def get() -> None:
+            await caller.get("many-50")
+
+        async def list_all() -> None:
+            answer = await caller.containers.ListContainers(
+                container_service_pb2.ListContainersRequest(page_size=_CONTAINERS)
+            )
+            assert len(answer.containers) == _CONTAINERS  # noqa: S101 - else the figure is of something else
+
+        health = health_pb2_grpc.HealthStub(caller.channel)
+
+        async def check() -> None:
+            await health.Check(health_pb2.HealthCheckRequest())
+
+        ways = {"gpudock": _timed(get), "grpc.health Check": _timed(check)}
+        gets = await compare(arena.rounds(3000), ways, warm_up=20)
+        lists = await _latencies(arena.rounds(180), list_all)
+    return [
+        _latency_row("GetContainer, p50", gets.by_name["gpudock"], 50, _P50),
+        _latency_row("GetContainer, p99", gets.by_name["gpudock"], 99),
+        versus(gets, "gpudock", "grpc.health Check", name="GetContainer", unit=Unit.MS),
+        _latency_row(f"ListContainers of {_CONTAINERS}, p50", lists, 50),
+        _latency_row(f"ListContainers of {_CONTAINERS}, p99", lists, 99),
+        Row(name="daemon's memory (RSS), idle", unit=Unit.MB, ours=idle),
+        Row(name=f"daemon's memory (RSS), after {_CONTAINERS} creates", unit=Unit.MB, ours=after),
+    ]
+
+
+async def _create_many(caller: Caller) -> None:
+    turns = asyncio.Semaphore(_AT_ONCE)
+
+    async def create(number: int) -> None:
+        async with turns:
+            await caller.create(f"many-{number}", command=["true"])
+
+    await asyncio.gather(*(create(number) for number in range(_CONTAINERS)))
+
+
+def _timed(call: Callable[[], Awaitable[None]]) -> Measure:
+    async def measure() -> float:
+        watch = Stopwatch()
+        await call()
+        return watch.ms
+
+    return measure
+
+
+async def _latencies(count: int, call: Callable[[], Awaitable[None]]) -> list[float]:
+    measure = _timed(call)
+    return [await measure() for _ in range(count)]
+
+
+def _latency_row(name: str, samples: Sequence[float], percent: int, target: Target | None = None) -> Row:
+    figure = statistics.median(samples) if percent == 50 else percentile(samples, percent)
+    return Row(name=name, unit=Unit.MS, ours=figure, target=target, samples={"gpudock": list(samples)})
+
+
+def _resident_mb(daemon: Daemon) -> float:
+    for line in Path(f"/proc/{daemon.pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise ValueError(f"process {daemon.pid} shows no VmRSS")

@@ -1,0 +1,69 @@
+"""Measuring several ways of doing one thing so that a noisy machine is noisy for all of them alike.
+
+In every round each way is measured once, and every round begins with another one. Ratios are taken within a round, and
+the median of those is what counts: what slows the machine down for a while slows both sides of a ratio.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+Measure = Callable[[], Awaitable[float]]
+
+_MIDDLE_HALF = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """The median of the rounds' ratios, and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, ratios: Sequence[float]) -> Ratio:
+        """Of the ratio of every round."""
+        if len(ratios) < 2:
+            return cls(ratios[0], ratios[0], ratios[0])
+        low, median, high = statistics.quantiles(ratios, n=_MIDDLE_HALF, method="inclusive")
+        return cls(median, low, high)
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """What each way gave, by its name, round by round."""
+
+    by_name: Mapping[str, Sequence[float]]
+
+    def median(self, name: str) -> float:
+        """The typical sample of a way."""
+        return statistics.median(self.by_name[name])
+
+    def ratio(self, name: str, other: str) -> Ratio:
+        """`name` divided by `other`, within each round."""
+        pairs = zip(self.by_name[name], self.by_name[other], strict=True)
+        return Ratio.of([one / two for one, two in pairs])
+
+
+async def compare(rounds: int, ways: Mapping[str, Measure], *, warm_up: int = 1) -> Samples:
+    """Measure every way `rounds` times, after `warm_up` rounds that do not count."""
+    samples: dict[str, list[float]] = {name: [] for name in ways}
+    names = list(ways)
+    for number in range(-warm_up, rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            sample = await ways[name]()
+            if number >= 0:
+                samples[name].append(sample)
+    return Samples(samples)
+
+
+def percentile(samples: Sequence[float], percent: int) -> float:
+    """The sample that `percent` of 100 are not above."""
+    return statistics.quantiles(samples, n=100, method="inclusive")[percent - 1]

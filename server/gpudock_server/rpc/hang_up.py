@@ -1,0 +1,39 @@
+"""A caller that hangs up while it is being answered is a cancelled call, and no fault of the server.
+
+grpc tells of it twice: the message that is being sent fails, with an error of grpc's own, and a moment later the task
+of the call is cancelled. Whoever is around a call is to see the second only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc.aio
+from typing_extensions import override
+
+from gpudock_server.rpc.interception import Call, Interceptor
+
+# Ample: the one follows the other at once. After it, the error is what it seems to be.
+_CANCELLED_WITHIN = 1.0
+
+
+class HangUpInterceptor(Interceptor):
+    """Goes inside of those that look at how a call ends."""
+
+    @override
+    @asynccontextmanager
+    async def around(self, call: Call) -> AsyncIterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if _could_not_send(error):
+                await asyncio.sleep(_CANCELLED_WITHIN)
+            raise
+
+
+def _could_not_send(error: Exception) -> bool:
+    if isinstance(error, ExceptionGroup):
+        return error.subgroup(grpc.aio.InternalError) is not None
+    return isinstance(error, grpc.aio.InternalError)

@@ -1,0 +1,295 @@
+"""The command and the Python client against the daemon itself, on the rig's engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pty
+import signal
+from collections.abc import AsyncIterator
+from typing import Any
+
+import gpudock
+import pytest
+from gpudock import Client, OperationStageState, OperationState
+from gpudock.cli import main
+from gpudock.cli._operations import operations
+
+from tests.calls import IDLE, IMAGE, Caller
+from tests.clients.command import DEADLINE, Ended, ended, read_until, run, set_size, spawn
+from tests.conftest import FAST, own_state
+from tests.rig import Daemon, Rig
+
+# As PID 1 it does not hear SIGTERM: to stop it takes the whole of its grace period, in which a test can act.
+STUBBORN = ("sleep", "infinity")
+GRACE = 3
+
+
+class Commands:
+    """The command at one daemon; remembers which of its subcommands were run."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.used: set[str] = set()
+
+    async def ended(self, *words: str, given: bytes = b"") -> Ended:
+        """How it ended."""
+        self.used.add(" ".join(words[: 2 if words[0] == "operations" else 1]))
+        return await run(self.address, *words, given=given)
+
+    async def said(self, *words: str) -> str:
+        """What it wrote to stdout; it must succeed."""
+        result = await self.ended(*words)
+        assert result.code == 0, (words, result)
+        return result.out
+
+    async def told(self, *words: str) -> Any:
+        """What it wrote to stdout as JSON; it must succeed."""
+        self.used.add(" ".join(words[: 2 if words[0] == "operations" else 1]))
+        result = await run(self.address, "--output", "json", *words)
+        assert result.code == 0, (words, result)
+        return json.loads(result.out)
+
+
+@pytest.fixture
+def commands(shared_daemon: Daemon, caller: Caller) -> Commands:  # noqa: ARG001 - deletes what the test creates
+    """The shared daemon's; what is created goes with the test."""
+    return Commands(shared_daemon.target)
+
+
+@pytest.fixture
+async def real(shared_daemon: Daemon, caller: Caller) -> AsyncIterator[Client]:  # noqa: ARG001 - as above
+    """A client of the shared daemon; what is created goes with the test."""
+    async with Client(shared_daemon.target) as client:
+        yield client
+
+
+async def test_every_command_does_what_it_says(commands: Commands) -> None:
+    options = ("--gpus", "2", "-p", "8888", "-e", "A=b", "--label", "team=ml", "--memory", "64MiB", "--owner", "me")
+    made = await commands.ended("create", "tour", IMAGE, *options, "--", *IDLE)
+    assert made.code == 0, made
+    assert [line.split()[:2] for line in made.err.splitlines()] == [[n, "done"] for n in ("create", "start", "commit")]
+    assert made.out.splitlines()[1].split()[:3] == ["tour", "RUNNING", "2"]
+    container = await commands.told("get", "tour")
+    [port] = container["status"]["ports"]
+    assert (container["spec"]["memory_bytes"], container["owner"]) == (str(64 * 2**20), "me")
+    assert [each["name"] for each in await commands.told("list", "--state", "running", "--label", "team=ml")] == [
+        "tour"
+    ]
+    assert (await commands.said("ps")).splitlines()[1].startswith("tour  RUNNING  2")
+
+    assert await commands.said("exec", "tour", "--", "sh", "-c", "echo $A; ls /dev | grep -c 'nvidia[0-9]'") == "b\n2\n"
+    held = {gpu["uuid"] for gpu in await commands.told("gpus", "--held")}
+    assert held == set(container["status"]["gpu_uuids"])
+    assert len((await commands.said("gpus", "--free")).splitlines()) == 1 + 6
+    [claim] = await commands.told("ports", "--container", "tour")
+    assert (claim["host_port"], claim["container_port"]) == (port["host_port"], 8888)
+    assert "8: 6 free, 2 held" in await commands.said("node")
+
+    plan = await commands.told("scale", "tour", "--gpus", "4", "--validate-only")
+    assert (plan["gpus_to_claim"], set(plan["kept_gpu_uuids"]), plan["restarts_process"]) == (2, held, True)
+    scaled = await commands.told("scale", "tour", "--gpus", "4", "--memory", "128MiB")
+    assert held < set(scaled["status"]["gpu_uuids"])
+    assert scaled["status"]["ports"] == [port]
+    assert scaled["spec"]["memory_bytes"] == str(128 * 2**20)
+    done = await commands.told("operations", "list", "--container", "tour", "--kind", "scale-container")
+    assert [each["state"] for each in done] == ["OPERATION_STATE_SUCCEEDED"]
+    assert "carry" in await commands.said("operations", "get", done[0]["id"])
+    watched = await commands.ended("operations", "watch", done[0]["id"])
+    assert (watched.code, watched.out.split()[8:11]) == (0, ["tour", "RUNNING", "4"]), watched
+    assert (await commands.ended("operations", "cancel", done[0]["id"])).code == 7
+
+    for command, state in (("pause", "PAUSED"), ("unpause", "RUNNING"), ("restart", "RUNNING"), ("stop", "STOPPED")):
+        assert (await commands.told(command, "tour"))["status"]["state"] == f"CONTAINER_STATE_{state}"
+    assert await commands.told("gpus", "--held") == []
+    assert len((await commands.told("start", "tour", "--gpus", "1"))["status"]["gpu_uuids"]) == 1
+    assert await commands.said("delete", "tour", "--force") == ""
+    assert await commands.told("ps") == []
+    every = {name for name in main.commands if name != "operations"} | {f"operations {n}" for n in operations.commands}
+    assert commands.used == every
+
+
+async def test_failures_have_their_exit_codes(commands: Commands) -> None:
+    await commands.said("create", "train", IMAGE, "--gpus", "7", "--", *IDLE)
+    cases = [
+        ("get nobody", 3, "CONTAINER_NOT_FOUND"),
+        ("operations get 17", 3, "OPERATION_NOT_FOUND"),
+        (f"create train {IMAGE}", 5, "CONTAINER_EXISTS"),
+        (f"create other {IMAGE} --gpus 2", 4, "GPU_EXHAUSTED"),
+        ("create other nobody/nothing:1 --pull never", 3, "IMAGE_NOT_FOUND"),
+        (f"create Other! {IMAGE}", 2, "name: "),
+        ("delete train", 7, "CONTAINER_RUNNING"),
+        ("exec train nothing", 127, "nothing"),
+        ("exec train /etc", 126, "/etc"),
+        ("exec nobody true", 125, "CONTAINER_NOT_FOUND"),
+    ]
+    for words, code, said in cases:
+        result = await commands.ended(*words.split())
+        assert (result.code, result.out) == (code, ""), (words, result)
+        assert said in result.err, (words, result)
+    assert (await commands.ended("exec", "train", "--", "sh", "-c", "exit 42")).code == 42
+    assert (await commands.ended("exec", "train", "--", "sh", "-c", "kill -KILL $$")).code == 128 + signal.SIGKILL
+    late = await commands.ended("exec", "--timeout", "200ms", "train", "sleep", "60")
+    assert "its time was over" in late.err
+    assert [each["name"] for each in await commands.told("ps")] == ["train"]
+
+
+async def test_exec_takes_piped_input(commands: Commands) -> None:
+    await commands.said("create", "train", IMAGE, "--", *IDLE)
+    given = b"0123456789abcde\n" * 2**16
+    echoed = await commands.ended("exec", "-i", "train", "--", "sh", "-c", "cat; echo end >&2; exit 7", given=given)
+    assert (echoed.code, echoed.err) == (7, "end\n")
+    assert echoed.out == given.decode()
+    # A command that does not want all of its input: what it wrote is not lost with the writes that fail.
+    for _ in range(3):
+        assert await commands.ended("exec", "-i", "train", "head", "-c", "5", given=bytes(2**25)) == (0, "\0" * 5, "")
+
+
+async def test_exec_ends_by_the_signal_that_was_handed_over(commands: Commands) -> None:
+    await commands.said("create", "train", IMAGE, "--", *IDLE)
+    process = await spawn(commands.address, "exec", "train", "--", "sh", "-c", "echo ready; exec sleep 600")
+    assert process.stdout is not None
+    assert await asyncio.wait_for(process.stdout.readline(), DEADLINE) == b"ready\n"
+    process.send_signal(signal.SIGINT)
+    assert (await ended(process)).code == 128 + signal.SIGINT
+
+
+async def test_exec_at_a_terminal(commands: Commands) -> None:
+    await commands.said("create", "train", IMAGE, "--", *IDLE)
+    ours, theirs = pty.openpty()
+    set_size(theirs, 97, 31)
+    # The engine sets the size after it has started the command, so the first look may be too early.
+    script = "until stty size | grep '31 97'; do sleep 0.1; done; read word; echo got $word; exec sh"
+    words = ("exec", "-it", "train", "--", "sh", "-c", script)
+    process = await spawn(commands.address, *words, stdin=theirs, stdout=theirs, stderr=theirs)
+    try:
+        await read_until(ours, b"31 97\r\n")
+        os.write(ours, b"hello\r")
+        await read_until(ours, b"got hello\r\n")
+        set_size(theirs, 120, 50)
+        process.send_signal(signal.SIGWINCH)
+        os.write(ours, b"until stty size | grep '50 120'; do sleep 0.1; done\r")
+        await read_until(ours, b"\n50 120\r\n")
+        os.write(ours, b"echo begun; sleep 600\r")
+        await read_until(ours, b"\nbegun\r\n")
+        os.write(ours, b"\x03exit 6\r")
+        assert await asyncio.wait_for(process.wait(), DEADLINE) == 6
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+async def test_ctrl_c_leaves_the_operation_which_can_be_cancelled_or_watched(commands: Commands, real: Client) -> None:
+    await real.containers.create("train", IMAGE, gpus=1, command=STUBBORN, stop_timeout=GRACE)
+    first = await _interrupted_scale(commands, gpus=2)
+    cancelled = await commands.ended("operations", "cancel", first, "--wait")
+    assert cancelled.code == 0, cancelled
+    assert "CANCELLED" in cancelled.out
+    assert len((await real.containers.get("train")).status.gpu_uuids) == 1
+    second = await _interrupted_scale(commands, gpus=3)
+    assert second != first
+    watched = await commands.ended("operations", "watch", second)
+    assert watched.code == 0, watched
+    assert len((await real.containers.get("train")).status.gpu_uuids) == 3
+
+
+async def _interrupted_scale(commands: Commands, gpus: int) -> str:
+    """Begins to scale, and interrupts the command; returns the operation's id, from what the command says."""
+    process = await spawn(commands.address, "scale", "train", "--gpus", str(gpus))
+    assert process.stderr is not None
+    assert b"done" in await asyncio.wait_for(process.stderr.readline(), DEADLINE)
+    process.send_signal(signal.SIGINT)
+    result = await ended(process)
+    assert (result.code, result.out) == (130, "")
+    [line] = [line for line in result.err.splitlines() if "goes on" in line]
+    return line.split()[2]
+
+
+async def test_the_client_from_create_to_delete(real: Client) -> None:
+    call = real.containers.create("trip", IMAGE, gpus=2, ports=[8888], command=IDLE, env={"A": "b"})
+    states = [snapshot.state async for snapshot in call]
+    assert states[-1] is OperationState.OPERATION_STATE_SUCCEEDED
+    made = await call
+    assert len(made.status.gpu_uuids) == 2
+    done = await real.containers.run("trip", ["sh", "-c", "echo $A; cat >&2; exit 3"], input=b"to stderr")
+    assert (done.stdout, done.stderr, done.returncode) == (b"b\n", b"to stderr", 3)
+    async with real.containers.exec("trip", ["sh"], stdin=True) as session:
+        await session.write(b"echo one > /root/file\ncat /root/file\n")
+        assert await anext(session.output()) == ("stdout", b"one\n")
+        await session.signal("SIGKILL")
+        assert (await session.exit()).signal == "SIGKILL"
+    scaled = await real.containers.scale("trip", gpus=4, etag=made.etag)
+    assert set(made.status.gpu_uuids) < set(scaled.status.gpu_uuids)
+    assert scaled.status.ports == made.status.ports
+    assert (await real.containers.run("trip", ["cat", "/root/file"])).stdout == b"one\n"
+    with pytest.raises(gpudock.Aborted) as stale:
+        await real.containers.scale("trip", gpus=1, etag=made.etag)
+    assert stale.value.reason == "STALE_ETAG"
+    with pytest.raises(gpudock.Exhausted) as exhausted:
+        await real.containers.create("greedy", IMAGE, gpus=5)
+    assert exhausted.value.reason == "GPU_EXHAUSTED"
+    assert [container.name async for container in real.containers.list(page_size=1)] == ["trip"]
+    assert len(await real.node.gpus(claimed=True, page_size=3)) == 4
+    assert [each.target.name for each in await real.operations.list(kinds=["scale-container"], container="trip")] == [
+        "trip"
+    ]
+    await real.containers.delete("trip", force=True)
+    with pytest.raises(gpudock.NotFound):
+        await real.containers.get("trip")
+    assert len(await real.node.gpus(claimed=False)) == 8
+
+
+async def test_a_cancelled_scale_puts_the_container_back(real: Client) -> None:
+    made = await real.containers.create("train", IMAGE, gpus=2, command=STUBBORN, stop_timeout=GRACE)
+    call = real.containers.scale("train", gpus=0)
+    await _reach(call, "stop")
+    with pytest.raises(gpudock.Busy) as busy:
+        await real.containers.scale("train", gpus=1)
+    assert busy.value.operation_id == call.operation_id
+    await call.cancel()
+    with pytest.raises(gpudock.Cancelled):
+        await call
+    after = await real.containers.get("train")
+    assert after.status.state == made.status.state
+    assert after.status.gpu_uuids == made.status.gpu_uuids
+
+
+async def test_a_call_survives_a_restart_of_the_daemon(clean_engine: Rig) -> None:
+    """Killed in the middle of a scale; its successor goes on, and whoever waited or watched gets the result."""
+    rig = clean_engine
+    flags = (*FAST, *own_state(), "--node-name", "restarted")
+    daemon = await rig.start_daemon(*flags)
+    try:
+        async with Client(daemon.target) as client:
+            made = await client.containers.create("train", IMAGE, gpus=2, command=STUBBORN, stop_timeout=GRACE)
+            await client.containers.run("train", ["sh", "-c", "echo kept > /root/file"])
+            call = client.containers.scale("train", gpus=4)
+            await _reach(call, "stop")
+            watching = await spawn(daemon.target, "operations", "watch", call.operation_id)
+            assert watching.stderr is not None
+            await asyncio.wait_for(watching.stderr.readline(), DEADLINE)
+            assert await asyncio.to_thread(daemon.kill9) == -signal.SIGKILL
+            daemon = await rig.start_daemon(*flags, socket=daemon.socket, state_dir=daemon.state_dir)
+            scaled = await asyncio.wait_for(call.result(), DEADLINE)
+            assert len(scaled.status.gpu_uuids) == 4
+            assert set(made.status.gpu_uuids) < set(scaled.status.gpu_uuids)
+            watched = await ended(watching)
+            assert watched.code == 0, watched
+            assert watched.out.splitlines()[1].startswith("train  RUNNING  4")
+            assert (await client.containers.run("train", ["cat", "/root/file"])).stdout == b"kept\n"
+            assert len(await client.operations.list(kinds=["scale-container"])) == 1
+            await client.containers.delete("train", force=True)
+    finally:
+        await asyncio.to_thread(daemon.stop)
+
+
+async def _reach(call: gpudock.OperationCall[Any], stage: str) -> None:
+    """Waits until an operation is at a stage."""
+    async for snapshot in call:
+        at_work = {
+            each.name for each in snapshot.stages if each.state == OperationStageState.OPERATION_STAGE_STATE_RUNNING
+        }
+        if stage in at_work:
+            return
+    raise AssertionError(f"it was never seen at {stage}")

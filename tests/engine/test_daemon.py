@@ -1,0 +1,454 @@
+"""The daemon as a process: what it refuses to start with, how it stops, and what it survives."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import stat
+import subprocess
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+from google.protobuf import duration_pb2
+from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2
+from gpudock_server.adapters.etcd import EtcdAddress, EtcdConnection, wire
+from gpudock_server.adapters.etcd.keys import SCHEMA, Keys
+from gpudock_server.adapters.etcd.values import encode_number
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.calls import Caller, Failure, failure, failure_of, scale_request
+from tests.engine.grpcurl import GRPCURL
+from tests.engine.own_daemons import OwnDaemons, bound, end_of, own, until, until_state
+from tests.rig import Daemon, EngineProxy, Rig
+from tests.rpc.certificates import Authority
+
+__all__ = ["own"]
+
+RUNNING = container_pb2.CONTAINER_STATE_RUNNING
+EXITED = container_pb2.CONTAINER_STATE_EXITED
+SERVICES = ("", "gpudock.v1.ContainerService", "gpudock.v1.NodeService", "gpudock.v1.OperationService")
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+NOBODY = 65534
+
+# Never ends when asked to.
+STUBBORN = ("sh", "-c", "trap '' TERM; while :; do sleep 0.2; done")
+
+
+# -- refusals at start -----------------------------------------------------------------------------------------------
+
+
+async def test_an_engine_out_of_reach(own: OwnDaemons) -> None:
+    said = await own.refused(docker_host="unix:///nowhere/docker.sock")
+    assert "the Docker Engine at unix:///nowhere/docker.sock cannot be used" in said
+    assert "docker_host" in said
+
+
+async def test_a_socket_of_the_engine_that_it_may_not_open(own: OwnDaemons, tmp_path: Path) -> None:
+    path = tmp_path / "docker.sock"
+    with socket.socket(socket.AF_UNIX) as theirs:
+        theirs.bind(str(path))
+        theirs.listen()
+        path.chmod(0o600)
+        os.chown(path, NOBODY, NOBODY)
+        said = await own.refused(module="tests.engine.powerless", docker_host=f"unix://{path}")
+    assert f"unix://{path} cannot be used" in said
+    assert "ermission denied" in said
+    assert "docker" in said.splitlines()[-1]
+
+
+async def test_an_etcd_out_of_reach(own: OwnDaemons) -> None:
+    said = await own.refused("--store-timeout", "1", etcd_endpoints="127.0.0.1:1")
+    assert "etcd at 127.0.0.1:1 does not answer" in said
+    assert "etcd_endpoints" in said.splitlines()[-1]
+
+
+async def test_state_of_a_newer_schema(own: OwnDaemons, rig: Rig) -> None:
+    connection = EtcdConnection(EtcdAddress((rig.etcd.endpoint,)))
+    await connection.open()
+    key = Keys(own.prefix).schema()
+    await connection.txn(success=[wire.put(key, encode_number(SCHEMA + 1))])
+    await connection.close()
+    said = await own.refused()
+    assert f"schema {SCHEMA + 1}, and this gpudockd knows {SCHEMA}" in said
+    assert "install the gpudock that wrote it" in said
+
+
+async def test_bad_settings_are_all_named_at_once(own: OwnDaemons) -> None:
+    said = await own.refused("--port-range", "9-4", "--max-execs", "0", "--node-name", "No Name", code=2)
+    for setting in ("port_range", "max_execs", "node_name"):
+        assert setting in said.replace("-", "_")
+
+
+async def test_a_state_folder_that_cannot_be(own: OwnDaemons, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said = await own.refused("--state-dir", str(tmp_path / "file" / "state"))
+    assert "state folder" in said
+    assert "--state-dir" in said
+
+
+async def test_a_port_range_that_others_have(own: OwnDaemons, rig: Rig) -> None:
+    with bound(rig, 28101, 28102):
+        said = await own.refused("--port-range", "28101-28102")
+        assert "port_range 28101-28102 is taken" in said
+        assert "--port-range" in said
+        # One that can be had is enough, and so is one that a container of ours has.
+        daemon = await own.start("--port-range", "28101-28103")
+        async with Caller(daemon.target) as caller:
+            created = await caller.create("last", ports=[container_pb2.PortRequest(container_port=80)])
+            assert created.status.ports[0].host_port == 28103
+        await asyncio.to_thread(daemon.kill9)
+        await own.start("--port-range", "28101-28103", after=daemon)
+
+
+async def test_a_node_and_a_socket_that_another_daemon_has(own: OwnDaemons) -> None:
+    first = await own.start()
+    same_node, same_socket = await asyncio.gather(
+        own.refused(), own.refused("--node-name", "another", socket=first.socket)
+    )
+    assert f"node '{own.node}' is taken by a gpudockd" in same_node
+    assert f"pid {first.pid}" in same_node
+    assert "another node name" in same_node
+    assert f"another gpudockd (pid {first.pid}) serves on {first.socket}" in same_socket
+    assert "--socket" in same_socket
+    async with Caller(first.target) as caller:
+        assert (await caller.create("unhurt")).status.state == RUNNING
+
+
+# -- the end ---------------------------------------------------------------------------------------------------------
+
+
+async def at_stage(stream: AsyncIterator[object], stage: str) -> operation_pb2.Operation:
+    """Read an operation's stream until it is in a stage."""
+    async for answer in stream:
+        operation: operation_pb2.Operation = answer.operation  # type: ignore[attr-defined]
+        if operation.stage == stage:
+            return operation
+    raise AssertionError(f"it never came to {stage}")
+
+
+async def scaling(caller: Caller, stop_seconds: float) -> tuple[AsyncIterator[object], str]:
+    """A scale from 1 to 2 cards that is now waiting for the old process to end, and its operation."""
+    stop_timeout = duration_pb2.Duration()
+    stop_timeout.FromMilliseconds(int(stop_seconds * 1000))
+    await caller.create("slow", 1, command=STUBBORN, stop_timeout=stop_timeout)
+    await caller.shell("slow", "echo kept > /file")
+    stream = aiter(caller.containers.ScaleContainer(scale_request("slow", 2)))
+    return stream, (await at_stage(stream, "stop")).id
+
+
+async def finished_by(daemon: Daemon, operation_id: str) -> None:
+    """The next daemon brings the scale to its end, and whoever asks is told so."""
+    async with Caller(daemon.target) as caller:
+        watch = operation_service_pb2.WatchOperationRequest(id=operation_id)
+        last = [answer async for answer in caller.operations.WatchOperation(watch)][-1]
+        assert len(last.result.container.status.gpu_uuids) == 2
+        assert (await caller.get("slow")).status.state == RUNNING
+        assert await caller.shell("slow", "cat /file") == "kept\n"
+        assert sorted((await caller.holders()).values()) == ["", "", "", "", "", "", "slow", "slow"]
+
+
+async def test_sigterm_lets_work_reach_a_recorded_step(own: OwnDaemons) -> None:
+    daemon = await own.start("--shutdown-grace", "20")
+    async with Caller(daemon.target) as caller:
+        stream, operation_id = await scaling(caller, 2)
+        await caller.create("other")
+        command = asyncio.create_task(caller.run("other", "sleep", "60"))
+        watcher = aiter(caller.operations.WatchOperation(operation_service_pb2.WatchOperationRequest(id=operation_id)))
+        await anext(watcher)
+        daemon.terminate()
+        async with asyncio.timeout(1.5):
+            while (refused := await _refusal(caller)) is None:
+                await caller.delete("late")
+        assert (refused.code, refused.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+        for watched in (end_of(stream), end_of(watcher), failure(command)):
+            end = await watched
+            assert end is not None
+            assert (end.code, end.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+    assert await asyncio.to_thread(daemon.wait, 10) == 0, daemon.log_text
+    assert "Traceback" not in daemon.log_text
+    await finished_by(await own.start(after=daemon), operation_id)
+
+
+async def _refusal(caller: Caller) -> Failure | None:
+    try:
+        await caller.create("late")
+    except grpc.aio.AioRpcError as error:
+        return failure_of(error)
+    return None
+
+
+async def test_what_takes_longer_than_the_grace_is_left_where_it_is(own: OwnDaemons) -> None:
+    daemon = await own.start("--shutdown-grace", "1", "--exec-hangup-grace", "30")
+    async with Caller(daemon.target) as caller:
+        stream, operation_id = await scaling(caller, 4)
+        await caller.create("other")
+        command = asyncio.create_task(caller.run("other", "sh", "-c", "trap '' HUP; sleep 60"))
+        began = time.monotonic()
+        daemon.terminate()
+        end = await end_of(stream)
+        assert end is not None
+        assert (end.code, end.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+        assert (await failure(command)).code is grpc.StatusCode.UNAVAILABLE
+    assert await asyncio.to_thread(daemon.wait, 10) == 0, daemon.log_text
+    assert time.monotonic() - began < 3
+    assert "Traceback" not in daemon.log_text, daemon.log_text
+    await finished_by(await own.start(after=daemon), operation_id)
+
+
+async def test_a_second_sigterm_is_at_once(own: OwnDaemons) -> None:
+    daemon = await own.start("--shutdown-grace", "60")
+    async with Caller(daemon.target) as caller:
+        _, operation_id = await scaling(caller, 4)
+        daemon.terminate()
+
+        async def draining() -> bool:
+            return "draining" in daemon.log_text
+
+        await until(draining)
+        began = time.monotonic()
+        daemon.terminate()
+        assert await asyncio.to_thread(daemon.wait, 10) == 1
+        assert time.monotonic() - began < 1
+    await finished_by(await own.start(after=daemon), operation_id)
+
+
+async def test_told_to_stop_while_it_starts(own: OwnDaemons, engine_proxy: EngineProxy) -> None:
+    hang = engine_proxy.faults.hang("GET", "/info")
+    daemon = await own.start(docker_host=engine_proxy.url, serving=False)
+    async with asyncio.timeout(20):
+        await hang.hit.wait()
+    daemon.terminate()
+    assert await asyncio.to_thread(daemon.wait, 5) == 0, daemon.log_text
+    assert "Traceback" not in daemon.log_text
+
+
+# -- kill -9 ---------------------------------------------------------------------------------------------------------
+
+
+async def test_after_kill_9_the_next_one_need_not_wait_for_the_lease(own: OwnDaemons) -> None:
+    daemon = await own.start()
+    async with Caller(daemon.target) as caller:
+        before = await caller.create("stays", 3)
+    await asyncio.to_thread(daemon.kill9)
+    began = time.monotonic()
+    daemon = await own.start(after=daemon)
+    assert time.monotonic() - began < 8, "a lease lasts 10 s"
+    async with Caller(daemon.target) as caller:
+        assert await caller.get("stays") == before
+        assert await caller.free_gpus() == 5
+
+
+# -- an etcd of its own ----------------------------------------------------------------------------------------------
+
+
+def etcd_of(daemon: Daemon) -> int:
+    """The pid of the etcd that a daemon runs; 0 if there is none."""
+    for process in Path("/proc").iterdir():
+        try:
+            if process.name.isdigit() and (process / "exe").readlink().name == "etcd":
+                cwd = (process / "cwd").readlink()
+                if cwd == daemon.state_dir / "etcd":
+                    return int(process.name)
+        except OSError:
+            continue
+    return 0
+
+
+async def test_an_etcd_of_its_own(own: OwnDaemons) -> None:
+    daemon = await own.start("--shutdown-grace", "5", etcd_endpoints="")
+    folder = daemon.state_dir / "etcd"
+    async with Caller(daemon.target) as caller:
+        created = await caller.create("kept", 2)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    _unreachable_for_others(folder / "c.sock:0")
+
+    first = etcd_of(daemon)
+    os.kill(first, signal.SIGKILL)
+    async with Caller(daemon.target) as caller:
+        assert await caller.get("kept") == created, "a call waits for the next etcd"
+        assert (await caller.scale("kept", 1)).spec.gpus.count == 1
+    assert etcd_of(daemon) not in (0, first)
+    assert daemon.running
+
+    await asyncio.to_thread(daemon.kill9)
+
+    async def gone() -> bool:
+        return etcd_of(daemon) == 0
+
+    await until(gone, 5)
+    daemon = await own.start("--shutdown-grace", "5", after=daemon, etcd_endpoints="")
+    async with Caller(daemon.target) as caller:
+        assert len((await caller.get("kept")).status.gpu_uuids) == 1
+    assert await asyncio.to_thread(daemon.stop) == 0, daemon.log_text
+    assert etcd_of(daemon) == 0
+    assert "Traceback" not in daemon.log_text
+    daemon = await own.start(after=daemon, etcd_endpoints="")
+    async with Caller(daemon.target) as caller:
+        assert (await caller.get("kept")).spec.gpus.count == 1
+        await caller.delete("kept")
+
+
+def _unreachable_for_others(path: Path) -> None:
+    connect = f"import socket; socket.socket(socket.AF_UNIX).connect({str(path)!r})"
+    as_nobody = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "/usr/bin/python3", "-c"]
+    tried = subprocess.run([*as_nobody, connect], check=False, capture_output=True, text=True)
+    assert "PermissionError" in tried.stderr, tried
+    assert subprocess.run(["/usr/bin/python3", "-c", connect], check=False).returncode == 0, "it is there"
+
+
+# -- health ----------------------------------------------------------------------------------------------------------
+
+
+async def test_health_follows_etcd_and_engine(own: OwnDaemons, engine_proxy: EngineProxy) -> None:
+    daemon = await own.start("--store-timeout", "1", docker_host=engine_proxy.url, etcd_endpoints="")
+    etcd = etcd_of(daemon)
+    async with Caller(daemon.target) as caller:
+        health = health_pb2_grpc.HealthStub(caller.channel)
+
+        async def all_are(status: int) -> bool:
+            answers = [await health.Check(health_pb2.HealthCheckRequest(service=name)) for name in SERVICES]
+            return all(answer.status == status for answer in answers)
+
+        async def serving() -> bool:
+            return await all_are(SERVING)
+
+        async def not_serving() -> bool:
+            return await all_are(NOT_SERVING)
+
+        await until(serving)
+        os.kill(etcd, signal.SIGSTOP)
+        await until(not_serving)
+        assert (await failure(caller.create("none"))).reason == "STORE_UNAVAILABLE"
+        os.kill(etcd, signal.SIGCONT)
+        await until(serving)
+        engine_proxy.faults.hang(".*", ".*", times=None)
+        await until(not_serving)
+        engine_proxy.faults.clear()
+        await until(serving)
+        engine_proxy.faults.drop(".*", ".*", times=None)
+        await until(not_serving)
+        engine_proxy.faults.clear()
+        await until(serving)
+        assert (await caller.create("some")).status.state == RUNNING
+    assert daemon.log_text.count("not serving") < 10, "it says so when it changes"
+
+
+# -- TCP -------------------------------------------------------------------------------------------------------------
+
+
+def grpcurl(rig: Rig, *words: str) -> str:
+    """What grpcurl says, run where the daemon's TCP addresses are."""
+    done = rig.run(str(GRPCURL), *words, check=False)
+    return done.stdout + done.stderr
+
+
+PROTO = ("-import-path", "protos", "-proto", "gpudock/v1/node_service.proto")
+GET_NODE = "gpudock.v1.NodeService/GetNode"
+
+
+async def test_a_token_on_loopback(own: OwnDaemons, rig: Rig, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text("alice:0123456789abcdef0123456789abcdef\n")
+    tokens.chmod(0o600)
+    daemon = await own.start("--listen", "127.0.0.1:38051", "--token-file", str(tokens))
+
+    assert "Unauthenticated" in await asyncio.to_thread(grpcurl, rig, "-plaintext", *PROTO, "127.0.0.1:38051", GET_NODE)
+    wrong = ("-H", "authorization: Bearer 00000000000000000000000000000000")
+    right = ("-H", "authorization: Bearer 0123456789abcdef0123456789abcdef")
+    address = "127.0.0.1:38051"
+    assert "Unauthenticated" in await asyncio.to_thread(grpcurl, rig, "-plaintext", *PROTO, *wrong, address, GET_NODE)
+    assert own.node in await asyncio.to_thread(grpcurl, rig, "-plaintext", *right, address, GET_NODE)
+    assert "SERVING" in await asyncio.to_thread(
+        grpcurl, rig, "-plaintext", *right, address, "grpc.health.v1.Health/Check"
+    )
+    assert daemon.running
+
+
+async def test_tls_with_certificates_of_clients(own: OwnDaemons, rig: Rig, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    server, client = authority.sign("gpu1", "IP:127.0.0.1"), authority.sign("bob")
+    stranger = Authority(tmp_path, "stranger").sign("mallory")
+    address = "127.0.0.1:38052"
+    await own.start(
+        *("--listen", address, "--tls-cert", str(server.certificate), "--tls-key", str(server.key)),
+        *("--tls-client-ca", str(authority.own.certificate)),
+    )
+
+    async def call(*words: str) -> str:
+        return await asyncio.to_thread(
+            grpcurl, rig, "-max-time", "5", "-connect-timeout", "2", *PROTO, *words, address, GET_NODE
+        )
+
+    ca = ("-cacert", str(authority.own.certificate))
+    assert own.node in await call(*ca, "-cert", str(client.certificate), "-key", str(client.key))
+    for refused in ((), ca, ("-plaintext",), (*ca, "-cert", str(stranger.certificate), "-key", str(stranger.key))):
+        assert own.node not in await call(*refused)
+
+
+# -- two daemons on one host -----------------------------------------------------------------------------------------
+
+
+async def test_two_daemons_on_one_host_and_one_etcd_give_nothing_away_twice(own: OwnDaemons, rig: Rig) -> None:
+    nodes = [f"{own.node}-{number}" for number in (1, 2)]
+    daemons = await asyncio.gather(*(own.start(node=node) for node in nodes))
+    callers = [Caller(daemon.target) for daemon in daemons]
+    port = container_pb2.PortRequest(container_port=80)
+
+    async def create(number: int) -> str:
+        try:
+            await callers[number % 2].create(f"one-{number}", 1, ports=[port])
+        except grpc.aio.AioRpcError as error:
+            refused = failure_of(error)
+            assert (refused.code, refused.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "GPU_EXHAUSTED")
+            assert refused.metadata["free"] == "0"
+            return ""
+        return f"one-{number}"
+
+    made = [name for name in await asyncio.gather(*(create(number) for number in range(100))) if name]
+    assert len(made) == 8
+    containers = [await callers[0].get(name) for name in made]
+    assert len({uuid for one in containers for uuid in one.status.gpu_uuids}) == 8
+    assert len({one.status.ports[0].host_port for one in containers}) == 8
+    assert {one.node for one in containers} == set(nodes), "both had their share"
+    for caller in callers:
+        assert sorted((await caller.holders()).values()) == sorted(made)
+        for one in containers:
+            mine = one.node == nodes[callers.index(caller)]
+            if not mine:
+                wrong = await failure(caller.delete(one.name))
+                assert (wrong.code, wrong.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "WRONG_NODE")
+                assert wrong.metadata["node"] == one.node
+                assert (await failure(caller.run(one.name, "true"))).reason == "WRONG_NODE"
+    for one in containers:
+        await callers[nodes.index(one.node)].delete(one.name)
+    for caller in callers:
+        assert await caller.free_gpus() == 8
+        await caller.channel.close(None)
+    assert rig.engine.call("GET", "/containers/json?all=1") == []
+
+
+# -- an engine that is restarted -------------------------------------------------------------------------------------
+
+
+async def test_an_engine_that_is_restarted_under_it(own: OwnDaemons, rig: Rig) -> None:
+    daemon = await own.start("--engine-timeout", "5")
+    async with Caller(daemon.target) as caller:
+        await caller.create("plain", 2)
+        await asyncio.to_thread(rig.engine.kill9)
+        assert (await failure(caller.create("none"))).reason == "ENGINE_UNAVAILABLE"
+        await asyncio.to_thread(rig.engine.start)
+        await until_state(caller, "plain", EXITED, 30)
+        assert sum(holder == "plain" for holder in (await caller.holders()).values()) == 2, "it can be started again"
+        assert len((await caller.start("plain")).status.gpu_uuids) == 2
+        # The stream of events is there again: this is noticed long before the next full pass.
+        engine_id = (await caller.get("plain")).status.engine_id
+        rig.engine.call("POST", f"/containers/{engine_id}/kill")
+        await until_state(caller, "plain", EXITED)
+    assert daemon.running
+    assert "Traceback" not in daemon.log_text

@@ -1,0 +1,122 @@
+"""Every service, method and message of the daemon by grpcurl, with nothing but reflection to go by."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from tests.calls import IDLE, IMAGE, Caller
+from tests.engine.grpcurl import OURS, Grpcurl
+from tests.rig import Daemon
+
+STANDARD = {
+    "grpc.channelz.v1.Channelz",
+    "grpc.health.v1.Health",
+    "grpc.reflection.v1alpha.ServerReflection",
+}
+
+
+@pytest.fixture
+def grpcurl(shared_daemon: Daemon) -> Grpcurl:
+    """At the shared daemon."""
+    return Grpcurl(shared_daemon)
+
+
+def _services(grpcurl: Grpcurl) -> list[str]:
+    return grpcurl.text("list").split()
+
+
+def test_everything_is_listed_and_described(grpcurl: Grpcurl) -> None:
+    services = _services(grpcurl)
+    assert {name for name in services if not name.startswith(OURS)} == STANDARD
+    assert {name.removeprefix(OURS) for name in services if name.startswith(OURS)} == {
+        "ContainerService",
+        "NodeService",
+        "OperationService",
+    }
+    seen: set[str] = set()
+    waiting = list(services)
+    while waiting:
+        symbol = waiting.pop()
+        if symbol in seen:
+            continue
+        seen.add(symbol)
+        described = grpcurl.text("describe", symbol)
+        assert symbol in described
+        waiting += re.findall(r"\.((?:gpudock|google|grpc)\.[A-Za-z0-9_.]+)", described)
+    assert {OURS + name for name in ("Container", "ContainerSpec", "Operation", "Gpu", "ExecContainerRequest")} <= seen
+    assert "CONTAINER_STATE_RUNNING" in grpcurl.text("describe", OURS + "ContainerState")
+    assert "GPU_EXHAUSTED" in grpcurl.text("describe", OURS + "ErrorReason")
+
+
+async def test_every_method_is_called(grpcurl: Grpcurl, caller: Caller) -> None:
+    call = grpcurl.call
+    spec = {"image": IMAGE, "command": list(IDLE), "gpus": {"count": 1}, "ports": [{"container_port": 80}]}
+    created = await call("ContainerService/CreateContainer", {"name": "curled", "spec": spec})
+    assert created[-1]["result"]["status"]["state"] == "CONTAINER_STATE_RUNNING"
+    operation = created[0]["operation"]["id"]
+    named = {"name": "curled"}
+
+    (got,) = await call("ContainerService/GetContainer", named)
+    assert got["container"]["spec"]["image"] == IMAGE
+    (listed,) = await call("ContainerService/ListContainers", {"filter": {"states": ["CONTAINER_STATE_RUNNING"]}})
+    assert [one["name"] for one in listed["containers"]] == ["curled"]
+
+    start = {"container": "curled", "command": ["sh", "-c", "echo out; echo err >&2; exit 3"]}
+    said = await call("ContainerService/ExecContainer", {"start": start})
+    assert "started" in said[0]
+    assert [message["stdout"] for message in said if "stdout" in message] == ["b3V0Cg=="]
+    assert [message["stderr"] for message in said if "stderr" in message] == ["ZXJyCg=="]
+    assert said[-1]["exited"]["code"] == 3
+
+    scaled = await call("ContainerService/ScaleContainer", {**named, "gpus": {"count": 2}})
+    assert len(scaled[-1]["result"]["status"]["gpu_uuids"]) == 2
+    (paused,) = await call("ContainerService/PauseContainer", named)
+    assert paused["container"]["status"]["state"] == "CONTAINER_STATE_PAUSED"
+    (thawed,) = await call("ContainerService/UnpauseContainer", named)
+    assert thawed["container"]["status"]["state"] == "CONTAINER_STATE_RUNNING"
+    restarted = await call("ContainerService/RestartContainer", named)
+    assert restarted[-1]["result"]["status"]["state"] == "CONTAINER_STATE_RUNNING"
+
+    (node,) = await call("NodeService/GetNode")
+    assert node["node"]["claimed_gpus"] == 2
+    (gpus,) = await call("NodeService/ListGpus", {"filter": {"container": "curled"}})
+    assert len(gpus["gpus"]) == 2
+    (ports,) = await call("NodeService/ListPorts")
+    assert ports["ports"][0]["container"] == "curled"
+
+    (read,) = await call("OperationService/GetOperation", {"id": operation})
+    assert read["operation"]["state"] == "OPERATION_STATE_SUCCEEDED"
+    (operations,) = await call("OperationService/ListOperations", {"filter": {"target": named}})
+    assert operation in {one["id"] for one in operations["operations"]}
+    watched = await call("OperationService/WatchOperation", {"id": operation})
+    assert "result" in watched[-1]
+    refused = grpcurl.run(OURS + "OperationService/CancelOperation", flags=("-d", json.dumps({"id": operation})))
+    assert "FailedPrecondition" in refused.stderr
+    assert "OPERATION_NOT_CANCELLABLE" in refused.stderr, "the details are shown as well"
+    grpcurl.called.add("OperationService/CancelOperation")
+
+    (stopped,) = await call("ContainerService/StopContainer", {**named, "timeout": "1s"})
+    assert stopped["container"]["status"]["state"] == "CONTAINER_STATE_STOPPED"
+    started = await call("ContainerService/StartContainer", {**named, "gpus": {"count": 0}})
+    assert started[-1]["result"]["status"]["state"] == "CONTAINER_STATE_RUNNING"
+    await call("ContainerService/DeleteContainer", {**named, "force": True})
+    assert await caller.free_gpus() == 8
+
+    methods = {
+        method.removeprefix(OURS).replace("Service.", "Service/")
+        for service in _services(grpcurl)
+        if service.startswith(OURS)
+        for method in grpcurl.text("list", service).split()
+    }
+    assert methods == grpcurl.called, "a method of the contract is not called here"
+
+
+def test_a_mistake_is_told_with_its_fields(grpcurl: Grpcurl) -> None:
+    request = {"name": "Not A Name", "spec": {"image": "", "cpus": -1}}
+    done = grpcurl.run(OURS + "ContainerService/CreateContainer", flags=("-d", json.dumps(request)))
+    assert "InvalidArgument" in done.stderr
+    for field in ("name", "spec.image", "spec.cpus"):
+        assert f'"field":"{field}"' in done.stderr, done.stderr

@@ -1,0 +1,328 @@
+"""NodeService on the rig: the node, its cards and its ports, and what is handed out of them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest_asyncio
+from gpudock.v1 import (
+    container_pb2,
+    container_service_pb2,
+    gpu_pb2,
+    node_pb2,
+    node_service_pb2,
+    operation_pb2,
+    port_pb2,
+)
+
+from tests.calls import Caller, failure, result_of
+from tests.engine.own_daemons import OwnDaemons, bound, own, until
+from tests.rig import EngineProxy, FakeGpus, Rig
+
+__all__ = ["own"]
+
+RUNNING = container_pb2.CONTAINER_STATE_RUNNING
+TCP, UDP = port_pb2.PORT_PROTOCOL_TCP, port_pb2.PORT_PROTOCOL_UDP
+
+
+async def node_of(caller: Caller) -> node_pb2.Node:
+    """The node that is called."""
+    return (await caller.nodes.GetNode(node_service_pb2.GetNodeRequest())).node
+
+
+async def gpus_of(caller: Caller, **fields: object) -> list[gpu_pb2.Gpu]:
+    """Cards, on one page."""
+    request = node_service_pb2.ListGpusRequest(**fields)  # type: ignore[arg-type]
+    return list((await caller.nodes.ListGpus(request)).gpus)
+
+
+async def test_the_node(caller: Caller, rig: Rig) -> None:
+    await caller.create("two", 2, ports=[container_pb2.PortRequest(container_port=80)])
+    node = await node_of(caller)
+    engine = rig.engine.call("GET", "/info")
+    assert node.name
+    assert node.daemon_version == "0.1.0"
+    assert node.engine.id == engine["ID"]
+    assert node.engine.version == engine["ServerVersion"]
+    assert node.engine.storage_driver == engine["Driver"]
+    assert node.engine.api_version
+    assert node.etcd_version.startswith("3.")
+    assert (node.driver_version, node.nvml_version, node.cuda_driver_version) == (
+        "550.54.15",
+        "12.550.54.15",
+        "12.4",
+    )
+    assert (node.capacity.gpus, node.free_gpus, node.claimed_gpus) == (8, 6, 2)
+    assert node.capacity.cpus == os.cpu_count()
+    assert node.capacity.memory_bytes == engine["MemTotal"]
+    assert 0 < node.memory_available_bytes <= node.capacity.memory_bytes
+    assert (node.ports.first_port, node.ports.last_port) == (20000, 29999)
+    assert (node.ports.free_tcp_ports, node.ports.free_udp_ports, node.ports.claimed_ports) == (9999, 10000, 1)
+    assert node.disk.path == engine["DockerRootDir"]
+    assert 0 < node.disk.free_bytes <= node.disk.total_bytes
+    assert [(support.method, support.available) for support in node.layer_carry] == [
+        (operation_pb2.LAYER_CARRY_METHOD_EXCHANGE, True),
+        (operation_pb2.LAYER_CARRY_METHOD_COPY, True),
+        (operation_pb2.LAYER_CARRY_METHOD_COMMIT, True),
+    ]
+    assert [(part.component, part.healthy) for part in node.components] == [
+        (node_pb2.NODE_COMPONENT_ENGINE, True),
+        (node_pb2.NODE_COMPONENT_STORE, True),
+        (node_pb2.NODE_COMPONENT_GPU_DRIVER, True),
+    ]
+    assert node.HasField("start_time")
+    named = await caller.nodes.GetNode(node_service_pb2.GetNodeRequest(name=node.name))
+    assert named.node.name == node.name
+    unknown = await failure(caller.nodes.GetNode(node_service_pb2.GetNodeRequest(name="nowhere")))
+    assert (unknown.code, unknown.reason) == (grpc.StatusCode.NOT_FOUND, "NODE_NOT_FOUND")
+
+
+async def test_another_node_is_named_with_its_address(own: OwnDaemons) -> None:
+    one, other = await asyncio.gather(
+        own.start(node=f"{own.node}-1"), own.start("--advertise-address", "gpu2:50051", node=f"{own.node}-2")
+    )
+    assert other.running
+    async with Caller(one.target) as caller:
+        wrong = await failure(caller.nodes.GetNode(node_service_pb2.GetNodeRequest(name=f"{own.node}-2")))
+        assert (wrong.code, wrong.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "WRONG_NODE")
+        assert (wrong.metadata["node"], wrong.metadata["address"]) == (f"{own.node}-2", "gpu2:50051")
+
+
+async def test_the_node_while_the_engine_is_away(own: OwnDaemons, engine_proxy: EngineProxy) -> None:
+    daemon = await own.start("--engine-timeout", "30", docker_host=engine_proxy.url)
+    async with Caller(daemon.target) as caller:
+        before = await node_of(caller)
+        engine_proxy.faults.hang(".*", ".*", times=None)
+        async with asyncio.timeout(10):
+            node = await node_of(caller)
+        assert not node.components[0].healthy
+        assert node.components[0].message
+        assert node.components[1].healthy
+        assert node.engine == before.engine, "what it said when it last answered"
+        assert node.capacity == before.capacity
+        assert node.free_gpus == 8
+
+
+async def test_a_card_and_what_it_measures(caller: Caller, gpus: FakeGpus) -> None:
+    gpus.set(3, utilization_gpu_percent=42, temperature_celsius=66, power_milliwatts=345678)
+    gpus.run_process(3, os.getpid(), 5 << 30)
+    await caller.create("uses", 4)
+
+    async def shown() -> bool:
+        return bool((await gpus_of(caller))[3].processes)
+
+    await until(shown, 5)
+    card = (await gpus_of(caller))[3]
+    assert card.uuid == gpus.uuids[3]
+    assert (card.index, card.minor_number, card.name) == (3, 3, "NVIDIA H100 80GB HBM3")
+    assert card.pci_bus_id == "00000000:5D:00.0"
+    assert card.memory_total_bytes == 85520809984
+    assert card.memory_used_bytes == 5 << 30
+    assert (card.utilization_percent, card.temperature_celsius, card.power_milliwatts) == (42, 66, 345678)
+    assert card.mig_mode == gpu_pb2.MIG_MODE_DISABLED
+    assert card.health == gpu_pb2.GPU_HEALTH_HEALTHY
+    assert card.schedulable
+    assert (card.health_message, card.unschedulable_reason) == ("", "")
+    assert card.container == "uses"
+    assert [(one.pid, one.used_memory_bytes) for one in card.processes] == [(os.getpid(), 5 << 30)]
+    assert card.processes[0].name.startswith("python") or "pytest" in card.processes[0].name
+
+
+async def test_lists_of_cards_by_pages_and_filters(caller: Caller, gpus: FakeGpus) -> None:
+    await caller.create("three", 3)
+    seen: list[int] = []
+    token = ""
+    for _ in range(3):
+        request = node_service_pb2.ListGpusRequest(page_size=3, page_token=token)
+        page = await caller.nodes.ListGpus(request)
+        seen += [card.index for card in page.gpus]
+        token = page.next_page_token
+    assert seen == list(range(8))
+    assert not token
+    held = await gpus_of(caller, filter=node_service_pb2.GpuFilter(claimed=True))
+    assert [card.index for card in held] == [0, 1, 2]
+    assert len(await gpus_of(caller, filter=node_service_pb2.GpuFilter(claimed=False))) == 5
+    assert len(await gpus_of(caller, filter=node_service_pb2.GpuFilter(container="three"))) == 3
+    assert len(await gpus_of(caller, filter=node_service_pb2.GpuFilter(model="h100"))) == 8
+    assert await gpus_of(caller, filter=node_service_pb2.GpuFilter(model="A100")) == []
+    foreign = await failure(caller.nodes.ListGpus(node_service_pb2.ListGpusRequest(page_token="x", page_size=-1)))
+    assert foreign.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert set(foreign.violations) == {"page_token", "page_size"}
+    assert gpus.uuids
+
+
+@pytest_asyncio.fixture
+async def sick(own: OwnDaemons, gpus: FakeGpus) -> AsyncIterator[Caller]:
+    """Calls a daemon whose cards may fall ill: it believes an XID as long as it lives."""
+    daemon = await own.start()
+    async with Caller(daemon.target) as caller:
+        yield caller
+    assert gpus.uuids
+
+
+async def test_a_lost_card_and_a_fatal_xid_are_not_handed_out(sick: Caller, gpus: FakeGpus) -> None:
+    caller = sick
+    gpus.lose(0, xid=79)
+    gpus.raise_xid(5, 79)
+    gpus.raise_xid(6, 31)
+
+    async def noticed() -> bool:
+        healths = [card.health for card in await gpus_of(caller)]
+        return healths[0] == gpu_pb2.GPU_HEALTH_LOST and healths[5] == gpu_pb2.GPU_HEALTH_UNHEALTHY
+
+    await until(noticed)
+    cards = await gpus_of(caller)
+    assert cards[6].health == gpu_pb2.GPU_HEALTH_HEALTHY, "31 is an application's fault"
+    assert "79" in cards[5].health_message
+    short = await failure(caller.create("all", 7))
+    assert (short.code, short.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "GPU_EXHAUSTED")
+    for index in (0, 5):
+        assert gpus.uuids[index] in short.message
+        assert gpus.uuids[index] in short.metadata["unhealthy"]
+    assert "79" in short.message
+    for index in (0, 5):
+        spec = Caller.spec()
+        spec.gpus.uuids.append(gpus.uuids[index])
+        pinned = await failure(_create(caller, spec))
+        assert (pinned.code, pinned.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "GPU_UNHEALTHY")
+        assert gpus.uuids[index] in pinned.message
+    made = await caller.create("rest", 6)
+    assert set(made.status.gpu_uuids) == set(gpus.uuids) - {gpus.uuids[0], gpus.uuids[5]}
+    assert (await node_of(caller)).free_gpus == 0
+
+
+async def _create(caller: Caller, spec: container_pb2.ContainerSpec) -> container_pb2.Container:
+    request = container_service_pb2.CreateContainerRequest(name="pinned", spec=spec)
+    return await result_of(caller.containers.CreateContainer(request))
+
+
+async def test_a_held_card_that_fails_is_replaced_by_the_next_scale(sick: Caller, gpus: FakeGpus) -> None:
+    caller = sick
+    made = await caller.create("lives", 2)
+    gpus.raise_xid(made.status.gpu_uuids[0], 79)
+
+    async def noticed() -> bool:
+        return any(card.health == gpu_pb2.GPU_HEALTH_UNHEALTHY for card in await gpus_of(caller))
+
+    await until(noticed)
+    after = await caller.scale("lives", 2)
+    assert made.status.gpu_uuids[0] not in after.status.gpu_uuids
+    assert made.status.gpu_uuids[1] in after.status.gpu_uuids
+    assert len(after.status.gpu_uuids) == 2
+
+
+async def test_a_node_without_a_driver_does_everything_else(own: OwnDaemons) -> None:
+    daemon = await own.start(environment={"LD_LIBRARY_PATH": "/nowhere"})
+    async with Caller(daemon.target) as caller:
+        node = await node_of(caller)
+        assert (node.capacity.gpus, node.free_gpus, node.driver_version) == (0, 0, "")
+        driver = node.components[2]
+        assert driver.healthy
+        assert driver.message
+        assert await gpus_of(caller) == []
+        made = await caller.create("plain", cpus=0.5, ports=[container_pb2.PortRequest(container_port=80)])
+        assert made.status.state == RUNNING
+        assert (await caller.scale("plain", cpus=1.0)).spec.cpus == 1.0
+        assert (await caller.run("plain", "true")).code == 0
+        short = await failure(caller.scale("plain", 1))
+        assert (short.reason, short.metadata["free"]) == ("GPU_EXHAUSTED", "0")
+        await caller.delete("plain")
+
+
+# -- ports -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_published_port_is_reached(caller: Caller, rig: Rig) -> None:
+    serve = ("sh", "-c", "echo hello > /tmp/index.html; exec httpd -f -p 80 -h /tmp")
+    ports = [
+        container_pb2.PortRequest(container_port=80),
+        container_pb2.PortRequest(container_port=53, protocol=UDP),
+        container_pb2.PortRequest(container_port=81, host_port=20777),
+    ]
+    made = await caller.create("web", 1, command=serve, ports=ports)
+    published = {(one.container_port, one.protocol): one.host_port for one in made.status.ports}
+    assert published[81, TCP] == 20777
+    listed = await caller.nodes.ListPorts(node_service_pb2.ListPortsRequest())
+    claims = {(one.container_port, one.protocol): one for one in listed.ports}
+    assert {key: claim.host_port for key, claim in claims.items()} == published
+    for claim in claims.values():
+        assert (claim.container, claim.container_uid) == ("web", made.uid)
+    assert listed.range.claimed_ports == 3
+    assert (listed.range.free_tcp_ports, listed.range.free_udp_ports) == (9998, 9999)
+    await _reaches(rig, published[80, TCP])
+    scaled = await caller.scale("web", 2)
+    assert [one.host_port for one in scaled.status.ports] == [one.host_port for one in made.status.ports]
+    await _reaches(rig, published[80, TCP])
+    await caller.stop("web")
+    assert not (await caller.nodes.ListPorts(node_service_pb2.ListPortsRequest())).ports
+    again = await caller.start("web")
+    assert [one.host_port for one in again.status.ports] == [one.host_port for one in made.status.ports]
+    await _reaches(rig, published[80, TCP])
+
+
+async def _reaches(rig: Rig, port: int) -> None:
+    ask = f"until busybox wget -qO- http://127.0.0.1:{port} 2>/dev/null; do sleep 0.05; done"
+    answer = await asyncio.to_thread(rig.run, "timeout", "10", "sh", "-c", ask)
+    assert answer.stdout == "hello\n"
+
+
+async def test_a_port_that_another_program_has_is_passed_by(own: OwnDaemons, rig: Rig) -> None:
+    daemon = await own.start("--port-range", "28201-28203")
+    port = container_pb2.PortRequest(container_port=80)
+    async with Caller(daemon.target) as caller:
+        with bound(rig, 28201):
+            assert (await caller.create("first", ports=[port])).status.ports[0].host_port == 28202
+            pinned = container_pb2.PortRequest(container_port=80, host_port=28201)
+            taken = await failure(caller.create("second", ports=[pinned]))
+            assert (taken.code, taken.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "PORT_IN_USE")
+            assert taken.metadata["host_port"] == "28201"
+            assert "a process outside gpudock" in taken.message
+            udp = container_pb2.PortRequest(container_port=80, protocol=UDP)
+            assert (await caller.create("third", ports=[udp])).status.ports[0].host_port == 28201
+            assert (await caller.create("fourth", ports=[port])).status.ports[0].host_port == 28203
+            short = await failure(caller.create("fifth", 1, ports=[port]))
+            assert (short.code, short.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "PORT_EXHAUSTED")
+            assert (short.metadata["first"], short.metadata["last"]) == ("28201", "28203")
+            assert await caller.free_gpus() == 8, "all or nothing"
+        assert (await caller.create("fifth", ports=[port])).status.ports[0].host_port == 28201
+        short = await failure(caller.create("sixth", ports=[port]))
+        assert (short.reason, short.metadata["free"]) == ("PORT_EXHAUSTED", "0")
+        node = await node_of(caller)
+        assert (node.ports.free_tcp_ports, node.ports.free_udp_ports, node.ports.claimed_ports) == (0, 2, 4)
+
+
+async def test_lists_of_ports_by_pages_and_filters(caller: Caller) -> None:
+    tcp = [container_pb2.PortRequest(container_port=port) for port in range(1, 6)]
+    udp = [container_pb2.PortRequest(container_port=port, protocol=UDP) for port in range(1, 4)]
+    await caller.create("many", ports=[*tcp, *udp])
+    await caller.create("few", ports=tcp[:2])
+    everything = await caller.nodes.ListPorts(node_service_pb2.ListPortsRequest())
+    order = [(claim.host_port, claim.protocol) for claim in everything.ports]
+    assert len(order) == 10
+    assert order == sorted(order)
+    paged: list[tuple[int, int]] = []
+    token = ""
+    while True:
+        request = node_service_pb2.ListPortsRequest(page_size=4, page_token=token)
+        page = await caller.nodes.ListPorts(request)
+        paged += [(claim.host_port, claim.protocol) for claim in page.ports]
+        assert page.range.claimed_ports == 10, "whatever is on the page"
+        token = page.next_page_token
+        if not token:
+            break
+    assert paged == order
+    only = node_service_pb2.ListPortsRequest(filter=node_service_pb2.PortFilter(protocols=[UDP], container="many"))
+    assert len((await caller.nodes.ListPorts(only)).ports) == 3
+    few = node_service_pb2.ListPortsRequest(filter=node_service_pb2.PortFilter(container="few"))
+    assert {claim.container for claim in (await caller.nodes.ListPorts(few)).ports} == {"few"}
+
+
+async def test_ports_are_published_where_the_daemon_runs_and_not_here(caller: Caller) -> None:
+    made = await caller.create("inside", ports=[container_pb2.PortRequest(container_port=80)])
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        assert probe.connect_ex(("127.0.0.1", made.status.ports[0].host_port)) != 0

@@ -1,0 +1,1 @@
+"""The main job on the terminal: `python -m tests.rig.demo`, or `make demo`."""

@@ -1,0 +1,78 @@
+"""`python -m tests.rig.demo`: starts a rig, tells the story, and verifies what it shows.
+
+Exit codes: 0 if everything was as it should be, 1 if not, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from types import FrameType
+
+from tests.rig import BUSYBOX, Daemon, Rig, RigError
+
+from .screen import Screen
+from .shell import Shell, Unexpected
+from .story import IMAGE, IMAGE_FILES, Story
+
+_LOG_TAIL = 3000
+_INTERRUPTED = 130
+
+_ON_A_REAL_HOST = """\
+On a real host, as root, with the NVIDIA driver, Docker and the NVIDIA container toolkit (README.md has the rest):
+
+  python3 -m venv /opt/gpudock && /opt/gpudock/bin/pip install "gpudock[server]"
+  install -m 0644 deploy/gpudockd.service /etc/systemd/system/
+  systemctl enable --now gpudockd
+
+  export GPUDOCK_ADDRESS=unix:/run/gpudock/gpudock.sock    # the default; or HOST:PORT
+  gpudock gpus
+  grpcurl -plaintext -unix /run/gpudock/gpudock.sock list
+"""
+
+
+def main() -> int:
+    """Returns the exit code."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs deaf to it
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
+    screen = Screen(sys.stdout)
+    begin = time.monotonic()
+    try:
+        _show(screen)
+    except (Unexpected, RigError) as error:
+        screen.fail(str(error))
+        return 1
+    except KeyboardInterrupt:
+        screen.say("\ninterrupted; the engine, the store and everything in them are gone")
+        return _INTERRUPTED
+    screen.good(f"shown and verified in {time.monotonic() - begin:.0f} s; nothing of it is left on this machine\n")
+    screen.say(_ON_A_REAL_HOST)
+    return 0
+
+
+def _show(screen: Screen) -> None:
+    screen.title("gpudock: GPU containers, changed while they live")
+    screen.say("Starting a private Docker Engine, an etcd, eight simulated GPUs and gpudockd …")
+    with Rig(gpus=8, images=[BUSYBOX]) as rig:
+        rig.images.derive(IMAGE, BUSYBOX, ['CMD ["serve"]'], IMAGE_FILES)
+        daemon = rig.daemon(socket=rig.folder / "gpudock.sock")
+        shell = Shell(screen, rig, daemon.target)
+        screen.command(f"export GPUDOCK_ADDRESS={daemon.target}")
+        try:
+            Story(screen, shell).tell()
+        except Unexpected as error:
+            raise Unexpected(f"{error}\n\nThe end of the daemon's log:\n{_log_of(daemon)}") from error
+
+
+def _log_of(daemon: Daemon) -> str:
+    return daemon.log_text[-_LOG_TAIL:]
+
+
+def _leave(number: int, _: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""A store in memory, with the promises of `ports.Store` that the RPCs lean on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gpudock_server.errors import FieldViolation, InvalidArgument
+from gpudock_server.model import changes as change
+from gpudock_server.model.claims import ClaimKey, ClaimTable, Holder
+from gpudock_server.model.container import Container, ContainerRevision
+from gpudock_server.model.node import NodeRecord
+from gpudock_server.model.operation import Operation, RequestRecord
+from gpudock_server.ports import (
+    ContainerView,
+    Page,
+    Store,
+    StoreConflict,
+    T,
+    Versioned,
+)
+from typing_extensions import override
+
+
+class MemoryStore(Store):
+    """A store whose transactions are plain Python. Pages show the moment of the first."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.heads: dict[str, Versioned[Container]] = {}
+        self.locks: dict[str, str] = {}
+        self.held: dict[ClaimKey, Holder] = {}
+        self.journal: dict[str, Versioned[Operation]] = {}
+        self.calls: dict[str, RequestRecord] = {}
+        self.reads = 0
+        self._moments: list[Sequence[object]] = []
+
+    @override
+    async def apply(self, changes: Sequence[change.Change]) -> int:
+        for item in changes:
+            self._check(item)
+        self.version += 1
+        for item in changes:
+            self._do(item)
+        return self.version
+
+    def _check(self, item: change.Change) -> None:
+        found: object = None
+        match item:
+            case change.LockContainer(name=name):
+                found, holds = self.locks.get(name), name not in self.locks
+            case change.UnlockContainer(name=name, operation_id=operation_id):
+                found = self.locks.get(name)
+                holds = found == operation_id
+            case change.Claim(key=key):
+                found, holds = self.held.get(key), key not in self.held
+            case change.Keep(key=key, holder=holder):
+                found = self.held.get(key)
+                holds = isinstance(found, Holder) and found.uid == holder.uid
+            case change.PutContainer(container=container, expect=expect):
+                found = self.heads.get(container.name)
+                holds = (found.version if isinstance(found, Versioned) else 0) == expect
+            case change.PutOperation(operation=operation, expect=expect):
+                found = self.journal.get(operation.id)
+                holds = (found.version if isinstance(found, Versioned) else 0) == expect
+            case change.PutRequest(request_id=request_id, ended=ended):
+                found = self.calls.get(request_id)
+                holds = ended or found is None
+            case _:
+                holds = True
+        if not holds:
+            raise StoreConflict(item, found)
+
+    def _do(self, item: change.Change) -> None:  # noqa: C901 - one line for each kind of change
+        match item:
+            case change.LockContainer(name=name, operation_id=operation_id):
+                self.locks[name] = operation_id
+            case change.UnlockContainer(name=name):
+                del self.locks[name]
+            case change.Claim(key=key, holder=holder) | change.Keep(key=key, holder=holder):
+                self.held[key] = holder
+            case change.Release(key=key, uid=uid):
+                if key in self.held and self.held[key].uid == uid:
+                    del self.held[key]
+            case change.PutContainer(container=container):
+                self.heads[container.name] = Versioned(container, self.version)
+            case change.DeleteContainer(name=name):
+                self.heads.pop(name, None)
+            case change.PutOperation(operation=operation):
+                self.journal[operation.id] = Versioned(operation, self.version)
+            case change.PutRequest(request_id=request_id, record=record):
+                self.calls[request_id] = record
+            case change.PutRevision():
+                pass
+
+    def put(self, container: Container) -> None:
+        """A container that was made earlier."""
+        self.version += 1
+        self.heads[container.name] = Versioned(container, self.version)
+
+    @override
+    async def container(self, name: str) -> ContainerView | None:
+        head = self.heads.get(name)
+        return ContainerView(head.value, head.version, self.locks.get(name, "")) if head else None
+
+    @override
+    async def containers(self, *, page_size: int, page_token: str) -> Page[ContainerView]:
+        views = [
+            ContainerView(head.value, head.version, self.locks.get(name, ""))
+            for name, head in sorted(self.heads.items())
+        ]
+        return self._page(views, page_size, page_token)
+
+    def _page(self, items: Sequence[T], size: int, token: str) -> Page[T]:
+        self.reads += 1
+        moment, first = 0, 0
+        if token:
+            try:
+                moment, first = (int(part) for part in token.split("-"))
+            except ValueError:
+                raise InvalidArgument((FieldViolation("page_token", "is none of mine"),)) from None
+            items = self._moments[moment]  # type: ignore[assignment]  # what was listed then
+        else:
+            moment = len(self._moments)
+            self._moments.append(items)
+        last = first + size
+        return Page(tuple(items[first:last]), f"{moment}-{last}" if last < len(items) else "")
+
+    @override
+    async def revisions(self, uid: str) -> tuple[ContainerRevision, ...]:
+        return ()
+
+    @override
+    async def claims(self, host: str) -> ClaimTable:
+        return ClaimTable(dict(self.held))
+
+    @override
+    async def operation(self, operation_id: str) -> Versioned[Operation] | None:
+        return self.journal.get(operation_id)
+
+    @override
+    async def operations(self, *, page_size: int, page_token: str) -> Page[Operation]:
+        newest = sorted((stored.value for stored in self.journal.values()), key=lambda op: op.create_time, reverse=True)
+        return self._page(newest, page_size, page_token)
+
+    @override
+    async def unfinished(self, node: str) -> tuple[Versioned[Operation], ...]:
+        return ()
+
+    @override
+    async def request(self, request_id: str) -> RequestRecord | None:
+        return self.calls.get(request_id)
+
+    @override
+    async def nodes(self) -> tuple[NodeRecord, ...]:
+        return ()
+
+    @override
+    async def ping(self) -> str:
+        return "3.5.0"

@@ -1,0 +1,413 @@
+"""Records as messages: nothing lost, nothing made up, absent stays absent."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from gpudock.v1 import container_pb2, gpu_pb2, node_pb2, operation_pb2, port_pb2
+from gpudock_server.core.exec_sessions import Exited
+from gpudock_server.core.nodes import DiskUsage, HeldGpu, HeldPort, NodeView
+from gpudock_server.core.running import Snapshot
+from gpudock_server.model.claims import ClaimTable, GpuKey, Holder, PortKey
+from gpudock_server.model.container import (
+    Container,
+    ContainerState,
+    ContainerStatus,
+    EngineBinding,
+    Placement,
+    PortBinding,
+)
+from gpudock_server.model.engine import EngineInfo
+from gpudock_server.model.gpu import Gpu, GpuHealth, GpuProcess, GpuSnapshot, MigMode
+from gpudock_server.model.operation import (
+    CarryMethod,
+    Operation,
+    OperationKind,
+    OperationPlan,
+    OperationState,
+    RecordedError,
+    Stage,
+    StageState,
+)
+from gpudock_server.model.spec import ContainerSpec, GpuRequest, HealthCheck, Protocol, TmpfsMount
+from gpudock_server.ports import ContainerView
+from gpudock_server.rpc.convert import container, gpu, operation, port
+from gpudock_server.rpc.convert.exec import exited_message
+from gpudock_server.rpc.convert.node import node_message
+from gpudock_server.rpc.convert.spec import RESTART_POLICIES, spec_message
+from gpudock_server.rpc.convert.times import duration, timestamp
+from gpudock_server.rpc.validation.spec import spec as checked_spec
+from gpudock_server.rpc.validation.violations import Violations
+from hypothesis import given
+from hypothesis import strategies as st
+
+MOMENT = datetime(2026, 1, 2, 3, 4, 5, 678_901, tzinfo=UTC)
+HOLDER = Holder(container="train", uid="u1", node="gpu1", operation_id="op1")
+
+
+@given(st.datetimes(min_value=datetime(1, 1, 1), max_value=datetime(9999, 12, 31)))  # noqa: DTZ001 - zoned below
+def test_times_keep_every_microsecond(moment: datetime) -> None:
+    zoned = moment.replace(tzinfo=UTC)
+    message = timestamp(zoned)
+    assert message is not None
+    assert message.ToDatetime(tzinfo=UTC) == zoned
+
+
+@given(st.timedeltas(min_value=timedelta(days=-1000), max_value=timedelta(days=1000)))
+def test_spans_keep_every_microsecond_and_are_normal(span: timedelta) -> None:
+    message = duration(span)
+    assert message is not None
+    assert message.ToTimedelta() == span
+    assert message.seconds * message.nanos >= 0
+
+
+def test_absent_stays_absent() -> None:
+    assert timestamp(None) is None
+    assert duration(None) is None
+
+
+def test_every_value_of_the_records_enums_has_one_of_the_contract() -> None:
+    assert len(set(container.STATES.values())) == len(ContainerState)
+    assert len(set(operation.KINDS.values())) == len(OperationKind)
+    assert len(set(operation.STATES.values())) == len(OperationState)
+    assert len(set(operation.CARRY_METHODS.values())) == len(CarryMethod)
+    assert len(set(gpu.HEALTHS.values())) == len(GpuHealth)
+    assert len(set(port.PROTOCOLS.values())) == len(Protocol)
+    every = (container.STATES, operation.KINDS, operation.STATES, operation.CARRY_METHODS, gpu.HEALTHS, port.PROTOCOLS)
+    assert not any(0 in table.values() for table in every)
+    assert set(RESTART_POLICIES.values()) == {1, 2, 3, 4}
+
+
+TEXTS = st.sampled_from(["a", "b", "x y", "é"])
+SPECS = st.builds(
+    container_pb2.ContainerSpec,
+    image=st.just("busybox"),
+    entrypoint=st.lists(TEXTS, max_size=2),
+    command=st.lists(TEXTS, max_size=2),
+    env=st.dictionaries(TEXTS, TEXTS, max_size=2),
+    working_dir=st.sampled_from(["", "/srv"]),
+    user=st.sampled_from(["", "1:2"]),
+    hostname=st.none() | st.just("box"),
+    tty=st.booleans(),
+    stdin=st.booleans(),
+    labels=st.dictionaries(st.sampled_from(["a", "b"]), TEXTS),
+    gpus=st.none()
+    | st.builds(container_pb2.GpuRequest, count=st.integers(1, 16), model=st.sampled_from(["", "a100"]))
+    | st.builds(container_pb2.GpuRequest, uuids=st.just(["GPU-1", "GPU-2"])),
+    cpus=st.sampled_from([0.0, 0.01, 1.5]),
+    memory_bytes=st.sampled_from([0, 1 << 40]),
+    shm_size_bytes=st.sampled_from([0, 1 << 20]),
+    mounts=st.sampled_from(
+        [
+            [],
+            [
+                container_pb2.Mount(volume="v", target="/a", read_only=True),
+                container_pb2.Mount(host_path="/", target="/b"),
+            ],
+            [container_pb2.Mount(tmpfs=container_pb2.TmpfsMount(), target="/a")],
+            [container_pb2.Mount(tmpfs=container_pb2.TmpfsMount(size_bytes=9, mode=0), target="/a")],
+        ]
+    ),
+    ports=st.lists(
+        st.builds(
+            container_pb2.PortRequest,
+            container_port=st.integers(1, 65535),
+            protocol=st.sampled_from([port_pb2.PORT_PROTOCOL_TCP, port_pb2.PORT_PROTOCOL_UDP]),
+        ),
+        max_size=3,
+        unique_by=lambda asked: asked.container_port,
+    ),
+    restart_policy=st.none()
+    | st.builds(container_pb2.RestartPolicy, policy=st.sampled_from([2, 3]))
+    | st.just(container_pb2.RestartPolicy(policy=container_pb2.RESTART_POLICY_KIND_ON_FAILURE, max_retry_count=2)),
+    stop_signal=st.sampled_from(["", "SIGINT", "term"]),
+    stop_timeout=st.none() | st.timedeltas(timedelta(0), timedelta(days=1)).map(duration),
+    health_check=st.none()
+    | st.builds(
+        container_pb2.HealthCheck,
+        command=st.sampled_from([[], ["true", "x"]]),
+        interval=st.none() | st.just(duration(timedelta(seconds=1))),
+        timeout=st.none() | st.just(duration(timedelta(seconds=2))),
+        start_period=st.none() | st.just(duration(timedelta(seconds=3))),
+        retries=st.sampled_from([0, 1, 7]),
+    ),
+)
+
+
+@given(SPECS)
+def test_a_spec_comes_back_as_it_was_sent(sent: container_pb2.ContainerSpec) -> None:
+    violations = Violations()
+    kept = checked_spec(violations, sent)
+    violations.raise_any()
+    assert spec_message(kept) == sent
+    # Also by way of the store.
+    assert spec_message(ContainerSpec.model_validate_json(kept.model_dump_json())) == sent
+
+
+def test_what_the_record_cannot_tell_from_the_default_is_left_out() -> None:
+    shown = spec_message(ContainerSpec(image="a", gpus=GpuRequest(), health_check=HealthCheck(command=("true",))))
+    assert not shown.HasField("gpus")
+    assert not shown.HasField("restart_policy")
+    assert shown.health_check == container_pb2.HealthCheck(command=["true"])
+    assert TmpfsMount().mode == 0o1777
+
+
+def head(**changes: Any) -> Container:
+    """A container that runs with a card and a port."""
+    placement = Placement(
+        gpu_uuids=("GPU-1",), ports=(PortBinding(container_port=80, protocol=Protocol.UDP, host_port=20000),)
+    )
+    whole = Container(
+        name="train",
+        uid="775baa82-3ce7-4e7a-8bcc-378cb9b57fd7",
+        node="gpu1",
+        owner="team",
+        generation=3,
+        revision=2,
+        spec=ContainerSpec(image="busybox"),
+        status=ContainerStatus(
+            state=ContainerState.RUNNING,
+            placement=placement,
+            holds_resources=True,
+            health="healthy",
+            message="well",
+            restart_count=4,
+            start_time=MOMENT,
+        ),
+        engine=EngineBinding(
+            engine_id="e1", engine_name="n1", image_id="sha256:1", placement=placement, fixed_digest="d"
+        ),
+        create_time=MOMENT,
+        update_time=MOMENT,
+    )
+    return whole.changed(**changes)
+
+
+def test_a_container_with_the_operation_at_work_on_it() -> None:
+    shown = container.view_message(ContainerView(head(), 7, "op1"))
+    assert shown == container_pb2.Container(
+        name="train",
+        uid="775baa82-3ce7-4e7a-8bcc-378cb9b57fd7",
+        node="gpu1",
+        owner="team",
+        etag=head().etag,
+        revision=2,
+        spec=container_pb2.ContainerSpec(image="busybox"),
+        status=container_pb2.ContainerStatus(
+            state=container_pb2.CONTAINER_STATE_RUNNING,
+            gpu_uuids=["GPU-1"],
+            ports=[port_pb2.PortBinding(container_port=80, protocol=port_pb2.PORT_PROTOCOL_UDP, host_port=20000)],
+            holds_resources=True,
+            engine_id="e1",
+            health=container_pb2.CONTAINER_HEALTH_HEALTHY,
+            message="well",
+            start_time=timestamp(MOMENT),
+            operation_id="op1",
+            restart_count=4,
+            image_id="sha256:1",
+        ),
+        create_time=timestamp(MOMENT),
+        update_time=timestamp(MOMENT),
+    )
+
+
+def test_an_exit_code_of_zero_is_not_an_absent_one() -> None:
+    assert not container.container_message(head()).status.HasField("exit_code")
+    assert container.container_message(head().with_status(exit_code=0)).status.HasField("exit_code")
+
+
+def test_a_container_that_has_no_engine_container_yet() -> None:
+    shown = container.container_message(head(engine=None).with_status(state=ContainerState.CREATING, health="odd"))
+    assert shown.status.engine_id == ""
+    assert shown.status.health == container_pb2.CONTAINER_HEALTH_UNSPECIFIED
+
+
+def journal(state: OperationState, *stages: StageState, **changes: Any) -> Operation:
+    """An operation with stages s0, s1, …; all but pending ones have begun."""
+    return Operation(
+        id="op1",
+        kind=OperationKind.SCALE,
+        container="train",
+        container_uid="u1",
+        node="gpu1",
+        state=state,
+        stages=tuple(
+            Stage(name=f"s{number}", state=stage, start_time=None if stage is StageState.PENDING else MOMENT)
+            for number, stage in enumerate(stages)
+        ),
+        create_time=MOMENT,
+        update_time=MOMENT,
+    ).changed(**changes)
+
+
+PENDING, RUNNING, DONE, UNDONE = StageState.PENDING, StageState.RUNNING, StageState.DONE, StageState.UNDONE
+ERROR = RecordedError(code=8, reason="GPU_EXHAUSTED", message="none", metadata={"free": "0", "model": ""})
+
+
+@pytest.mark.parametrize(
+    ("record", "stage", "states"),
+    [
+        (journal(OperationState.RUNNING, PENDING, PENDING), "", "PENDING PENDING"),
+        (journal(OperationState.RUNNING, DONE, RUNNING, PENDING), "s1", "SUCCEEDED RUNNING PENDING"),
+        (journal(OperationState.RUNNING, DONE, DONE, PENDING), "s1", "SUCCEEDED SUCCEEDED PENDING"),
+        (journal(OperationState.UNDOING, DONE, RUNNING, PENDING), "s1", "SUCCEEDED UNDOING PENDING"),
+        (journal(OperationState.UNDOING, DONE, UNDONE, PENDING), "s1", "UNDOING FAILED PENDING"),
+        (journal(OperationState.FAILED, UNDONE, UNDONE, PENDING), "s1", "UNDONE FAILED PENDING"),
+        # The point of no return itself failed.
+        (journal(OperationState.UNDOING, DONE, RUNNING), "s1", "SUCCEEDED UNDOING"),
+        (journal(OperationState.FAILED, UNDONE, RUNNING), "s1", "UNDONE FAILED"),
+        (journal(OperationState.UNDOING, DONE, UNDONE, cancel_requested=True), "s1", "UNDOING UNDONE"),
+        (
+            journal(OperationState.CANCELLED, UNDONE, UNDONE, PENDING, cancel_requested=True),
+            "s1",
+            "UNDONE UNDONE PENDING",
+        ),
+        (journal(OperationState.CANCELLED, UNDONE, RUNNING, cancel_requested=True), "s1", "UNDONE UNDONE"),
+        (journal(OperationState.SUCCEEDED, DONE, DONE), "s1", "SUCCEEDED SUCCEEDED"),
+        (journal(OperationState.PLANNED, PENDING, PENDING), "", "PENDING PENDING"),
+    ],
+)
+def test_where_an_operation_is(record: Operation, stage: str, states: str) -> None:
+    shown = operation.operation_message(Snapshot(record))
+    names = [operation_pb2.OperationStageState.Name(found.state) for found in shown.stages]
+    assert shown.stage == stage
+    assert [name.removeprefix("OPERATION_STAGE_STATE_") for name in names] == states.split()
+
+
+def test_bytes_are_shown_on_the_current_stage() -> None:
+    shown = operation.operation_message(Snapshot(journal(OperationState.RUNNING, DONE, RUNNING, PENDING), 5, 9))
+    assert (shown.current_bytes, shown.total_bytes) == (5, 9)
+    assert [(stage.current_bytes, stage.total_bytes) for stage in shown.stages] == [(0, 0), (5, 9), (0, 0)]
+
+
+def test_an_error_is_shown_when_everything_is_undone() -> None:
+    undoing = operation.operation_message(Snapshot(journal(OperationState.UNDOING, DONE, error=ERROR)))
+    assert not undoing.HasField("error")
+    failed = operation.operation_message(Snapshot(journal(OperationState.FAILED, UNDONE, error=ERROR, end_time=MOMENT)))
+    assert failed.error == operation_pb2.OperationError(
+        code=8, reason="GPU_EXHAUSTED", message="none", metadata={"free": "0"}
+    )
+    assert failed.end_time == timestamp(MOMENT)
+
+
+def test_a_plan_has_no_times_and_no_id() -> None:
+    plan = OperationPlan(
+        kept_gpu_uuids=("GPU-1",),
+        claimed_gpu_uuids=("GPU-2", "GPU-3"),
+        released_gpu_uuids=("GPU-4",),
+        claimed_ports=(PortBinding(container_port=80, host_port=20001),),
+        bytes_to_move=1,
+        bytes_available=2,
+        restarts_process=True,
+        carry_method=CarryMethod.COPY,
+        warnings=("w",),
+    )
+    shown = operation.operation_message(Snapshot(journal(OperationState.PLANNED, PENDING, PENDING, id="", plan=plan)))
+    assert shown.plan == operation_pb2.OperationPlan(
+        stages=["s0", "s1"],
+        kept_gpu_uuids=["GPU-1"],
+        released_gpu_uuids=["GPU-4"],
+        gpus_to_claim=2,
+        candidate_gpu_uuids=["GPU-2", "GPU-3"],
+        ports_to_claim=[port_pb2.PortBinding(container_port=80, protocol=port_pb2.PORT_PROTOCOL_TCP, host_port=20001)],
+        bytes_to_move=1,
+        bytes_available=2,
+        restarts_process=True,
+        carry_method=operation_pb2.LAYER_CARRY_METHOD_COPY,
+        warnings=["w"],
+    )
+    assert shown.id == ""
+    assert not any(shown.HasField(field) for field in ("create_time", "update_time", "end_time"))
+
+
+def test_a_card_and_its_holder() -> None:
+    card = Gpu(
+        uuid="GPU-1",
+        index=1,
+        minor_number=2,
+        name="NVIDIA A100",
+        pci_bus_id="0:1",
+        memory_total_bytes=80,
+        memory_used_bytes=0,
+        utilization_percent=0,
+        mig_mode=MigMode.DISABLED,
+        processes=(GpuProcess(pid=1, name="p"),),
+    )
+    shown = gpu.gpu_message(HeldGpu(card, HOLDER))
+    assert (shown.container, shown.schedulable, shown.unschedulable_reason) == ("train", True, "")
+    assert shown.mig_mode == gpu_pb2.MIG_MODE_DISABLED
+    assert shown.HasField("utilization_percent")
+    assert not shown.HasField("temperature_celsius")
+    assert not shown.processes[0].HasField("used_memory_bytes")
+    lost = gpu.gpu_message(
+        HeldGpu(card.model_copy(update={"health": GpuHealth.LOST, "health_message": "XID 79"}), None)
+    )
+    assert (lost.container, lost.schedulable, lost.unschedulable_reason) == ("", False, "XID 79")
+    split = gpu.gpu_message(HeldGpu(card.model_copy(update={"mig_mode": MigMode.ENABLED}), None))
+    assert not split.schedulable
+    assert "MIG" in split.unschedulable_reason
+
+
+def test_ports_and_what_is_left_of_the_range() -> None:
+    inside, outside = PortKey(Protocol.TCP, 20001), PortKey(Protocol.UDP, 8080)
+    claim = port.claim_message(HeldPort(inside, HOLDER), 80)
+    assert (claim.host_port, claim.container_port, claim.container, claim.container_uid) == (20001, 80, "train", "u1")
+    left = port.port_range_message((20000, 20009), [inside, outside])
+    assert (left.free_tcp_ports, left.free_udp_ports, left.claimed_ports) == (9, 10, 2)
+
+
+def node_view(**changes: Any) -> NodeView:
+    """A node where all is well."""
+    fields: dict[str, Any] = {
+        "name": "gpu1",
+        "version": "0.1",
+        "start_time": MOMENT,
+        "engine": EngineInfo(
+            id="E", version="27", api_version="1.47", storage_driver="overlay2", root_dir="/d", cpus=2, memory_bytes=8
+        ),
+        "engine_error": "",
+        "store_version": "3.5",
+        "store_error": "",
+        "gpus": GpuSnapshot(gpus=(Gpu(uuid="GPU-1", index=0), Gpu(uuid="GPU-2", index=1)), driver_version="550"),
+        "claims": ClaimTable({GpuKey("GPU-1"): HOLDER, PortKey(Protocol.TCP, 20001): HOLDER}),
+        "port_range": (20000, 20009),
+        "memory_available_bytes": 4,
+        "disk": DiskUsage("/d", 10, 0),
+        "carry_methods": ((CarryMethod.EXCHANGE, "no"), (CarryMethod.COPY, "")),
+    }
+    return NodeView(**{**fields, **changes})
+
+
+def test_a_node() -> None:
+    shown = node_message(node_view())
+    assert (shown.capacity.gpus, shown.free_gpus, shown.claimed_gpus) == (2, 1, 1)
+    assert (shown.ports.free_tcp_ports, shown.ports.claimed_ports) == (9, 1)
+    assert shown.disk.HasField("free_bytes")
+    assert [(way.available, way.reason) for way in shown.layer_carry] == [(False, "no"), (True, "")]
+    assert all(component.healthy for component in shown.components)
+    assert len(shown.components) == len(node_pb2.NodeComponent.values()) - 1
+
+
+def test_a_node_whose_parts_do_not_answer() -> None:
+    gone = GpuSnapshot(driver_version="550", message="hangs")
+    shown = node_message(node_view(engine=None, engine_error="gone", store_error="away", disk=None, gpus=gone))
+    assert not shown.HasField("engine")
+    assert not shown.HasField("disk")
+    assert [(part.healthy, part.message) for part in shown.components] == [
+        (False, "gone"),
+        (False, "away"),
+        (False, "hangs"),
+    ]
+
+
+def test_a_node_without_a_driver_is_well() -> None:
+    shown = node_message(node_view(gpus=GpuSnapshot(message="no driver")))
+    assert [(part.healthy, part.message) for part in shown.components][2] == (True, "no driver")
+
+
+def test_the_end_of_a_command() -> None:
+    assert exited_message(Exited(code=0)).WhichOneof("result") == "code"
+    killed = exited_message(Exited(code=137, signal="SIGKILL", timed_out=True))
+    assert (killed.WhichOneof("result"), killed.signal, killed.timed_out) == ("signal", "SIGKILL", True)

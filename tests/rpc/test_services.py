@@ -1,0 +1,226 @@
+"""The RPCs over a real channel: streams, their ends, and what becomes of work whose caller is gone."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc.aio
+import pytest
+from gpudock.v1 import (
+    container_pb2,
+    container_service_pb2,
+    node_service_pb2,
+    operation_pb2,
+    operation_service_pb2,
+)
+from gpudock_server.errors import EngineRejected
+from gpudock_server.rpc import page_token
+from gpudock_server.rpc.validation import listing
+
+from tests.rpc.serving import UUID, Served, create_request, made, reason_of, to_the_end, until
+
+
+async def test_a_stream_shows_the_operation_and_last_its_result(served: Served) -> None:
+    events = [event async for event in served.containers.CreateContainer(create_request())]
+    assert events[-2].operation.state == operation_pb2.OPERATION_STATE_SUCCEEDED
+    assert events[-1].result.status.state == container_pb2.CONTAINER_STATE_RUNNING
+    assert events[-1].result.status.operation_id == ""
+    seen = await served.containers.GetContainer(container_service_pb2.GetContainerRequest(name="a"))
+    assert seen.container == events[-1].result
+
+
+async def test_a_plan_is_one_message_and_changes_nothing(served: Served) -> None:
+    request = create_request(validate_only=True, request_id=UUID)
+    events = [event async for event in served.containers.CreateContainer(request)]
+    assert [event.operation.state for event in events] == [operation_pb2.OPERATION_STATE_PLANNED]
+    assert events[0].operation.plan.stages
+    assert not served.store.heads
+    assert not served.store.calls
+
+
+async def test_a_failed_operation_ends_with_its_status_after_a_snapshot_that_is_failed(served: Served) -> None:
+    served.engine.failures["start"] = EngineRejected(call="start a container", status=400, detail="no such file")
+    events, error = await to_the_end(served.containers.CreateContainer(create_request(request_id=UUID)))
+    assert events[-1].operation.state == operation_pb2.OPERATION_STATE_FAILED
+    assert error is not None
+    assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert reason_of(error) == "ENGINE_REJECTED"
+    # The same call again has the same outcome, and so has who asks for the operation.
+    operation_id = served.store.calls[UUID].operation_id
+    for call in (
+        served.containers.CreateContainer(create_request(request_id=UUID)),
+        served.watching.WatchOperation(operation_service_pb2.WatchOperationRequest(id=operation_id)),
+    ):
+        _, again = await to_the_end(call)
+        assert reason_of(again) == "ENGINE_REJECTED"
+
+
+async def test_another_request_with_the_same_id_is_refused(served: Served) -> None:
+    await made(served, request_id=UUID)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await made(served, "b", request_id=UUID)
+    assert reason_of(caught.value) == "REQUEST_ID_REUSED"
+
+
+async def test_hanging_up_only_stops_watching(served: Served) -> None:
+    gate = served.engine.gates["create"] = asyncio.Event()
+    call = served.containers.CreateContainer(create_request())
+    first = await anext(aiter(call))
+    call.cancel()
+    gate.set()
+    watch = served.watching.WatchOperation(operation_service_pb2.WatchOperationRequest(id=first.operation.id))
+    events = [event async for event in watch]
+    assert events[-1].result.container.name == "a"
+
+
+async def test_a_mutation_that_waits_goes_on_without_its_caller(served: Served) -> None:
+    await made(served)
+    gate = served.engine.gates["stop"] = asyncio.Event()
+    call = served.containers.StopContainer(container_service_pb2.StopContainerRequest(name="a"))
+    await until(lambda: "a" in served.store.locks)
+    busy = await served.containers.GetContainer(container_service_pb2.GetContainerRequest(name="a"))
+    assert busy.container.status.operation_id == served.store.locks["a"]
+    call.cancel()
+    gate.set()
+    await served.operations.settle(list(served.operations.active))
+    seen = await served.containers.GetContainer(container_service_pb2.GetContainerRequest(name="a"))
+    assert seen.container.status.state == container_pb2.CONTAINER_STATE_STOPPED
+
+
+async def test_a_slow_reader_gets_the_latest(served: Served) -> None:
+    served.engine.has_image = False
+    served.engine.pull_progress = [(n, 20_000) for n in range(20_000)]
+    call = served.containers.CreateContainer(create_request())
+    stream = aiter(call)
+    first = await anext(stream)
+    await served.operations.settle([first.operation.id])
+    # What had been sent when it was slow, and the end: a few of twenty thousand.
+    rest = [event async for event in stream]
+    assert rest[-1].HasField("result")
+    assert len(rest) < 10_000
+
+
+async def test_cancelling_ends_the_stream_with_cancelled(served: Served) -> None:
+    served.engine.gates["create"] = asyncio.Event()
+    call = served.containers.CreateContainer(create_request())
+    stream = aiter(call)
+    first = await anext(stream)
+    request = operation_service_pb2.CancelOperationRequest(id=first.operation.id)
+    answer = await served.watching.CancelOperation(request)
+    assert answer.operation.cancel_requested
+    _, error = await to_the_end(stream)
+    assert error is not None
+    assert error.code() is grpc.StatusCode.CANCELLED
+    assert reason_of(error) == "OPERATION_CANCELLED"
+    assert not served.store.heads
+
+
+async def test_the_result_of_a_delete_is_nothing(served: Served) -> None:
+    await made(served)
+    request = container_service_pb2.DeleteContainerRequest(name="a", force=True, request_id=UUID)
+    await served.containers.DeleteContainer(request)
+    await served.containers.DeleteContainer(request)
+    operation_id = served.store.calls[UUID].operation_id
+    watch = served.watching.WatchOperation(operation_service_pb2.WatchOperationRequest(id=operation_id))
+    events = [event async for event in watch]
+    assert events[-1].HasField("result")
+    assert not events[-1].result.HasField("container")
+
+
+async def test_pause_unpause_restart_and_scale(served: Served) -> None:
+    await made(served)
+    paused = await served.containers.PauseContainer(container_service_pb2.PauseContainerRequest(name="a"))
+    assert paused.container.status.state == container_pb2.CONTAINER_STATE_PAUSED
+    thawed = await served.containers.UnpauseContainer(container_service_pb2.UnpauseContainerRequest(name="a"))
+    assert thawed.container.status.state == container_pb2.CONTAINER_STATE_RUNNING
+    restart = served.containers.RestartContainer(container_service_pb2.RestartContainerRequest(name="a"))
+    assert [event async for event in restart][-1].HasField("result")
+    gpus = container_pb2.GpuRequest(count=2)
+    scale = served.containers.ScaleContainer(container_service_pb2.ScaleContainerRequest(name="a", gpus=gpus))
+    assert len([event async for event in scale][-1].result.status.gpu_uuids) == 2
+    await served.containers.StopContainer(container_service_pb2.StopContainerRequest(name="a"))
+    start = served.containers.StartContainer(container_service_pb2.StartContainerRequest(name="a"))
+    assert [event async for event in start][-1].result.status.state == container_pb2.CONTAINER_STATE_RUNNING
+
+
+async def list_all(served: Served, **fields: Any) -> list[list[str]]:
+    """The names on each page."""
+    pages: list[list[str]] = []
+    request = container_service_pb2.ListContainersRequest(**fields)
+    while True:
+        answer = await served.containers.ListContainers(request)
+        pages.append([found.name for found in answer.containers])
+        if not answer.next_page_token:
+            return pages
+        request.page_token = answer.next_page_token
+
+
+async def test_pages_are_filled_past_what_is_filtered_out(served: Served) -> None:
+    for number in range(6):
+        await made(served, f"c{number}", owner="odd" if number % 2 else "even")
+    assert await list_all(served, page_size=4) == [["c0", "c1", "c2", "c3"], ["c4", "c5"]]
+    odd = container_service_pb2.ContainerFilter(owner="odd")
+    assert await list_all(served, page_size=2, filter=odd) == [["c1", "c3"], ["c5"]]
+    nobody = container_service_pb2.ContainerFilter(owner="nobody")
+    assert await list_all(served, page_size=1, filter=nobody) == [[]]
+
+
+async def test_filters(served: Served) -> None:
+    await made(served, "a")
+    request = create_request("b")
+    request.spec.labels["team"] = "x"
+    async for _ in served.containers.CreateContainer(request):
+        pass
+    await served.containers.StopContainer(container_service_pb2.StopContainerRequest(name="b"))
+    running = container_service_pb2.ContainerFilter(states=[container_pb2.CONTAINER_STATE_RUNNING])
+    assert await list_all(served, filter=running) == [["a"]]
+    for value, found in (("", ["b"]), ("x", ["b"]), ("y", [])):
+        labelled = container_service_pb2.ContainerFilter(labels={"team": value})
+        assert await list_all(served, filter=labelled) == [found]
+    elsewhere = container_service_pb2.ContainerFilter(node="other")
+    assert await list_all(served, filter=elsewhere) == [[]]
+    stops = operation_service_pb2.OperationFilter(
+        kinds=[operation_pb2.OPERATION_KIND_STOP_CONTAINER], target=operation_pb2.ResourceRef(name="b")
+    )
+    answer = await served.watching.ListOperations(operation_service_pb2.ListOperationsRequest(filter=stops))
+    assert [found.target.name for found in answer.operations] == ["b"]
+
+
+async def test_a_page_ends_where_a_message_would_become_too_large(served: Served) -> None:
+    large = (await made(served, "a0")).name
+    head = served.store.heads[large].value
+    for number in range(1, 30):
+        name = f"a{number:02}"
+        spec = head.spec.changed(env={"A": "x" * 200_000})
+        served.store.put(head.changed(name=name, uid=name, spec=spec))
+    pages = await list_all(served)
+    assert sum(map(len, pages)) == 30
+    assert len(pages) > 1
+
+
+async def test_cards_and_ports(served: Served) -> None:
+    request = create_request()
+    request.spec.gpus.count = 2
+    request.spec.ports.add(container_port=80)
+    async for _ in served.containers.CreateContainer(request):
+        pass
+    page = await served.nodes.ListGpus(node_service_pb2.ListGpusRequest(page_size=3))
+    assert [card.container for card in page.gpus] == ["a", "a", ""]
+    rest = await served.nodes.ListGpus(node_service_pb2.ListGpusRequest(page_token=page.next_page_token))
+    assert [card.index for card in rest.gpus] == [3, 4, 5, 6, 7]
+    assert rest.next_page_token == ""
+    scope = listing.gpus(node_service_pb2.ListGpusRequest()).scope
+    for forged in ("-1", "9" * 5000, "x"):
+        request_of_it = node_service_pb2.ListGpusRequest(page_token=page_token.sealed(scope, forged))
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await served.nodes.ListGpus(request_of_it)
+        assert reason_of(refused.value) == "INVALID_ARGUMENT"
+    held = node_service_pb2.GpuFilter(claimed=True, model="a100", container="a")
+    assert len((await served.nodes.ListGpus(node_service_pb2.ListGpusRequest(filter=held))).gpus) == 2
+    ports = await served.nodes.ListPorts(node_service_pb2.ListPortsRequest())
+    assert [(port.host_port, port.container, port.container_port) for port in ports.ports] == [(20000, "a", 80)]
+    assert ports.range.free_tcp_ports == 9
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await served.nodes.GetNode(node_service_pb2.GetNodeRequest(name="other"))
+    assert reason_of(caught.value) == "NODE_NOT_FOUND"
