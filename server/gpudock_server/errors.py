@@ -293,7 +293,7 @@ class GpuUnhealthy(GpudockError):
 class GpuBusy(GpudockError):
     """A card that was asked for by UUID and is held."""
 
-    code = Code.RESOURCE_EXHAUSTED
+    code = Code.FAILED_PRECONDITION
     reason = "GPU_BUSY"
     template = "GPU {uuid} is held by container {container!r}"
     uuid: str

@@ -130,7 +130,9 @@ def _shell(rig: Rig, name: str, script: str) -> str:
     made = rig.engine.call("POST", f"/containers/{name}/exec", send={"Cmd": command})
     rig.engine.call("POST", f"/exec/{made['Id']}/start", send={"Detach": True})
     memory = Path(f"/proc/{rig.engine.call('GET', f'/containers/{name}/json')['State']['Pid']}/root/dev/shm")
+    deadline = time.monotonic() + 30
     while not (memory / "done").exists():
+        assert time.monotonic() < deadline, f"{script!r} does not end in {name}"
         time.sleep(0.005)
     (memory / "done").unlink()
     return (memory / "said").read_text()
@@ -436,11 +438,12 @@ async def test_pause(engine: DockerEngine) -> None:
             await change("nonesuch")
 
 
-async def test_exited_within(engine: DockerEngine, rig: Rig) -> None:
+async def test_exited_within(engine: DockerEngine) -> None:
     box = await running(engine, command=("sh", "-c", "until [ -e /tmp/go ]; do sleep 0.01; done; exit 7"))
     assert await engine.exited_within(box, 0.1) is None
     waiting = asyncio.create_task(engine.exited_within(box, 20))
-    await shell(rig, "box", "touch /tmp/go")
+    pid = (await seen(engine, box)).pid
+    await asyncio.to_thread(Path(f"/proc/{pid}/root/tmp/go").touch)
     assert await waiting == 7
     assert await engine.exited_within(box, 20) == 7
     with pytest.raises(EngineRejected):

@@ -36,7 +36,6 @@ _ELLIPSIS = "…"
 # Reason -> what ran out, as the subject of a QuotaFailure.
 _QUOTAS = {
     "GPU_EXHAUSTED": "gpus",
-    "GPU_BUSY": "gpus",
     "PORT_EXHAUSTED": "ports",
     "DISK_FULL": "disk",
     "EXEC_LIMIT": "execs",
