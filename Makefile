@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Each worker has a rig of its own; most of a test is waiting for the engine.
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench format clean
@@ -15,7 +17,7 @@ demo: $(STAMP) ## the main job on a real engine with eight simulated GPUs
 	$(BIN)/python -m tests.rig.demo
 
 test: $(STAMP) ## all tests, on a real engine and a real etcd
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 bench: $(STAMP) ## gpudock beside the docker command line, in one run
 	$(BIN)/python -m benchmarks

@@ -36,6 +36,6 @@ FAST = ("--stop-timeout", "1", "--settle-period", "0.2", "--exec-hangup-grace", 
 
 
 def own_state() -> tuple[str, ...]:
-    """Flags that give a daemon, and its successors, a state of their own in the rig's etcd and containers in its engine."""
+    """Flags that give a daemon, and its successors, a state and containers of their own in the rig."""
     own = f"test-{uuid.uuid4()}"
     return ("--etcd-prefix", f"/{own}/", "--node-name", own)

@@ -10,6 +10,7 @@ import signal
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,11 @@ async def until(condition: Callable[[], object], what: str) -> None:
         raise AssertionError(f"never: {what}") from None
 
 
+async def until_gone(*numbers: int) -> None:
+    """Wait until nothing sleeps for so long any more."""
+    await until(lambda: not any(map(pids, numbers)), "it is ended")
+
+
 def memory(daemon: Daemon, key: str) -> int:
     """VmRSS, what it has now, or VmHWM, the most it had since `forget_peak`; in bytes."""
     lines = Path(f"/proc/{daemon.pid}/status").read_text().splitlines()
@@ -178,9 +184,8 @@ async def test_nothing_is_lost_at_the_end(box: Caller) -> None:
     assert (len(result.stdout), len(result.stderr), result.code) == (3_000_000, 2_000_000, 3)
 
 
-@pytest.mark.parametrize(
-    ("script", "code", "name"),
-    [
+async def test_how_it_ended(box: Caller) -> None:
+    for script, code, name in (
         ("kill -TERM $$", None, "SIGTERM"),
         ("kill -KILL $$", None, "SIGKILL"),
         ("kill -40 $$", None, "SIGRTMIN+6"),
@@ -188,38 +193,27 @@ async def test_nothing_is_lost_at_the_end(box: Caller) -> None:
         ("exit 128", 128, ""),
         ("exit 193", 193, ""),
         ("exit 126", 126, ""),
-    ],
-)
-async def test_how_it_ended(box: Caller, script: str, code: int | None, name: str) -> None:
-    result = await box.run(BOX, *shell(script))
-    assert (result.code, result.signal, result.message) == (code, name, "")
+    ):
+        result = await box.run(BOX, *shell(script))
+        assert (result.code, result.signal, result.message) == (code, name, ""), script
 
 
 @pytest.mark.parametrize("tty", [False, True])
-@pytest.mark.parametrize(
-    ("command", "fields", "code", "says"),
-    [
-        (("nosuch",), {}, 127, "executable file not found"),
-        (("/no/such",), {}, 127, "no such file or directory"),
-        (("/etc/passwd",), {}, 126, "permission denied"),
-        (("/etc",), {}, 126, "permission denied"),
-        (("pwd",), {"working_dir": "/no/such"}, 126, "no such file or directory"),
-        (("pwd",), {"working_dir": "/etc/passwd"}, 126, "not a directory"),
-        (("pwd",), {"user": "ghost"}, 126, "unable to find user ghost"),
-        (("pwd",), {"user": "0:ghosts"}, 126, "unable to find group ghosts"),
-    ],
-)
-async def test_what_cannot_be_run_says_why(  # noqa: PLR0917
-    box: Caller,
-    command: tuple[str, ...],
-    fields: dict[str, Any],
-    code: int,
-    says: str,
-    tty: bool,  # noqa: FBT001
-) -> None:
-    result = await box.run(BOX, *command, tty=tty, **fields)
-    assert says in result.message
-    assert (result.code, result.stdout, result.stderr) == (code, b"", b"")
+async def test_what_cannot_be_run_says_why(box: Caller, tty: bool) -> None:  # noqa: FBT001 - a parameter
+    for command, fields, code, says in (
+        ("nosuch", {}, 127, "executable file not found"),
+        ("/no/such", {}, 127, "no such file or directory"),
+        ("/etc/passwd", {}, 126, "permission denied"),
+        ("/etc", {}, 126, "permission denied"),
+        ("pwd", {"working_dir": "/no/such"}, 126, "no such file or directory"),
+        ("pwd", {"working_dir": "/etc/passwd"}, 126, "not a directory"),
+        ("pwd", {"user": "ghost"}, 126, "unable to find user ghost"),
+        ("pwd", {"user": "0:ghosts"}, 126, "unable to find group ghosts"),
+    ):
+        where: dict[str, Any] = dict(fields)
+        result = await box.run(BOX, command, tty=tty, **where)
+        assert says in result.message, (command, fields)
+        assert (result.code, result.stdout, result.stderr) == (code, b"", b""), (command, fields)
 
 
 async def test_what_looks_like_the_engine_and_is_the_program(box: Caller) -> None:
@@ -355,13 +349,17 @@ async def test_a_terminal_nobody_types_at(box: Caller) -> None:
     assert result.stdout.endswith(b"done\r\n")
 
 
-@pytest.mark.parametrize("name", ["SIGUSR1", "usr1", "10"])
-async def test_a_signal_reaches_the_process_alone(box: Caller, name: str) -> None:
+async def test_a_signal_reaches_the_process_alone(box: Caller) -> None:
     number = next(_numbers)
-    script = f"sleep {number} & trap 'echo got it; exit 7' USR1; echo ready; while :; do usleep 10000; done"
+    script = f"trap 'echo got it; exit 7' USR1; trap 'echo and it' INT; sleep {number} &"
+    script += " echo ready; while :; do usleep 10000; done"
     talk = await Talk(box, *shell(script)).begun()
     await talk.says(b"ready\n")
-    await talk.send(signal=exec_pb2.ExecSignal(signal=name))
+    for name in ("SIGINT", "int", "2"):
+        talk.result.stdout = b""
+        await talk.send(signal=exec_pb2.ExecSignal(signal=name))
+        await talk.says(b"and it\n")
+    await talk.send(signal=exec_pb2.ExecSignal(signal="USR1"))
     await talk.says(b"got it\n")
     await until(lambda: pids(number), "the child runs")
     (child,) = pids(number)
@@ -379,43 +377,38 @@ async def test_a_signal_sent_with_the_start_is_not_lost(box: Caller) -> None:
 # ---- refusals ----
 
 
-@pytest.mark.parametrize(
-    ("messages", "field"),
-    [
+async def test_a_beginning_that_is_none(box: Caller) -> None:
+    beginnings: tuple[tuple[list[Request], str], ...] = (
         ([], "start"),
         ([Request(stdin=b"x")], "start"),
         ([Request()], "start"),
         ([Request(start=exec_pb2.ExecStart(container=BOX))], "start.command"),
-    ],
-)
-async def test_a_beginning_that_is_none(box: Caller, messages: list[Request], field: str) -> None:
-    refused = await failure(_all(box.containers.ExecContainer(iterate(messages))))
-    assert (refused.code, refused.violations) == (grpc.StatusCode.INVALID_ARGUMENT, (field,))
+    )
+    for messages, field in beginnings:
+        refused = await failure(_all(box.containers.ExecContainer(iterate(messages))))
+        assert (refused.code, refused.violations) == (grpc.StatusCode.INVALID_ARGUMENT, (field,))
 
 
 async def _all(stream: Any) -> list[Any]:
     return [answer async for answer in stream]
 
 
-@pytest.mark.parametrize(
-    ("message", "field"),
-    [
+async def test_a_wrong_message_ends_call_and_process(box: Caller) -> None:
+    for message, field in (
         (Request(stdin=b"x"), "stdin"),
         (Request(close_stdin=exec_pb2.ExecCloseStdin()), "close_stdin"),
         (Request(resize=exec_pb2.TerminalSize(rows=1, columns=1)), "resize"),
         (Request(signal=exec_pb2.ExecSignal(signal="65")), "signal.signal"),
         (Request(start=exec_pb2.ExecStart(container=BOX, command=["true"])), "start"),
         (Request(), "message"),
-    ],
-)
-async def test_a_wrong_message_ends_call_and_process(box: Caller, message: Request, field: str) -> None:
-    number = next(_numbers)
-    talk = await Talk(box, "sleep", str(number)).begun()
-    await until(lambda: pids(number), "it runs")
-    await talk.call.write(message)
-    refused = await talk.failed()
-    assert (refused.code, refused.violations) == (grpc.StatusCode.INVALID_ARGUMENT, (field,))
-    await until(lambda: not pids(number), "it is ended")
+    ):
+        number = next(_numbers)
+        talk = await Talk(box, "sleep", str(number)).begun()
+        await until(partial(pids, number), "it runs")
+        await talk.call.write(message)
+        refused = await talk.failed()
+        assert (refused.code, refused.violations) == (grpc.StatusCode.INVALID_ARGUMENT, (field,))
+        await until_gone(number)
 
 
 async def test_containers_where_nothing_can_be_run(box: Caller) -> None:
@@ -455,7 +448,7 @@ async def test_a_caller_that_hangs_up_ends_the_session_and_no_other(box: Caller)
     await talk.says(b"ready\n")
     await until(lambda: pids(stubborn) and pids(free) and pids(asked), "all run")
     talk.call.cancel()
-    await until(lambda: not pids(stubborn) and not pids(asked), "its session is ended")
+    await until_gone(stubborn, asked)
     assert await box.shell(BOX, "cat /cleaned") == "cleaned\n", "its children had their grace, the leader gone"
     (survivor,) = pids(free)
     os.kill(survivor, signal.SIGKILL)
@@ -466,7 +459,7 @@ async def test_a_callers_deadline_is_a_hang_up(box: Caller) -> None:
     talk = await Talk(box, "sleep", str(number), deadline=3).begun()
     await until(lambda: pids(number), "it runs")
     assert (await talk.failed()).code is grpc.StatusCode.DEADLINE_EXCEEDED
-    await until(lambda: not pids(number), "it is ended")
+    await until_gone(number)
 
 
 async def test_a_timeout_asks_first(box: Caller) -> None:
@@ -486,7 +479,7 @@ async def test_a_timeout_reaches_children_whose_parent_gave_in(box: Caller) -> N
     script = f"(trap '' TERM; exec sleep {number} >/dev/null 2>&1 </dev/null) & echo ready; wait"
     result = await box.run(BOX, *shell(script), timeout=seconds(1))
     assert (result.signal, result.timed_out) == ("SIGTERM", True)
-    await until(lambda: not pids(number), "the child is ended")
+    await until_gone(number)
 
 
 async def test_what_ends_in_time_is_not_touched(box: Caller) -> None:
@@ -553,18 +546,18 @@ async def test_a_limit(own: OwnDaemons) -> None:
         talks[1].call.cancel()
 
 
-@pytest.mark.parametrize("kind", ["ends", "cannot be run", "left in silence", "left while it talks", "left unborn"])
-async def test_nothing_leaks(own: OwnDaemons, kind: str) -> None:
-    """Forty commands of a kind cost no descriptor and no slot for good."""
+async def test_nothing_leaks(own: OwnDaemons) -> None:
+    """Two hundred commands, forty of each kind, cost no descriptor and no slot for good."""
     limit = 12
     daemon = await own.start("--max-execs", str(limit))
     async with boxed(daemon) as caller:
-        await _eight_at_once(caller, kind)
+        await _eight_at_once(caller, "ends")
         before = await _descriptors_of_idle(caller, daemon, limit)
-        for _ in range(5):
-            await _eight_at_once(caller, kind)
-        # Its pool may hold a few connections more or less; each of forty would be one too many.
-        assert await _descriptors_of_idle(caller, daemon, limit) < before + 12
+        for kind in ("ends", "cannot be run", "left in silence", "left while it talks", "left unborn"):
+            for _ in range(5):
+                await _eight_at_once(caller, kind)
+            # Its pool may hold a few connections more or less; each of forty would be one too many.
+            assert await _descriptors_of_idle(caller, daemon, limit) < before + 12, kind
     assert await asyncio.to_thread(daemon.stop) == 0
     assert "never retrieved" not in daemon.log_text
     assert "Traceback" not in daemon.log_text
@@ -629,5 +622,5 @@ async def test_an_engine_that_dies_is_no_end_and_its_process_is_ended_when_it_is
         assert (cut.code, cut.reason) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_UNAVAILABLE")
         assert pids(number)
         async with EngineProxy(rig.engine.socket, proxy.path):
-            await until(lambda: not pids(number), "it is ended")
+            await until_gone(number)
             await asyncio.to_thread(daemon.stop)

@@ -377,11 +377,20 @@ async def test_where_nothing_can_be_run(engine: DockerEngine, box: str) -> None:
 # ---- ends ----
 
 
+async def pid_of(session: ExecSession) -> int:
+    """The pid of its process; the engine may show the output before it shows that."""
+    async with asyncio.timeout(30):
+        while not (pid := (await session.status()).pid):
+            await asyncio.sleep(0.01)
+    return pid
+
+
 async def test_signals(engine: DockerEngine, box: str, rig: Rig) -> None:
     processes = LocalProcesses()
     async with session_of(engine, box, shell("trap '' TERM; sleep 1000 & echo $!; wait; echo never")) as session:
         reader = session.read()
         await anext(reader)
+        await pid_of(session)
         status = await session.status()
         assert status.running
         assert status.exit_code is None
@@ -410,7 +419,7 @@ async def test_a_session_outlives_its_leader(engine: DockerEngine, box: str) -> 
     async with session_of(engine, box, shell("sleep 1000 & echo; exit 0")) as session:
         reader = session.read()
         await anext(reader)
-        pid = (await session.status()).pid
+        pid = await pid_of(session)
         await until(lambda: not processes.alive(pid, box))
         assert processes.signal(pid, box, signal.SIGKILL, session=True)
         async for _ in reader:

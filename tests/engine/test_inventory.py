@@ -149,7 +149,8 @@ async def test_lists_of_cards_by_pages_and_filters(caller: Caller, gpus: FakeGpu
     assert len(await gpus_of(caller, filter=node_service_pb2.GpuFilter(container="three"))) == 3
     assert len(await gpus_of(caller, filter=node_service_pb2.GpuFilter(model="h100"))) == 8
     assert await gpus_of(caller, filter=node_service_pb2.GpuFilter(model="A100")) == []
-    foreign = await failure(caller.nodes.ListGpus(node_service_pb2.ListGpusRequest(page_token="x", page_size=-1)))
+    wrong = node_service_pb2.ListGpusRequest(page_token="x", page_size=-1)  # noqa: S106 - no password
+    foreign = await failure(caller.nodes.ListGpus(wrong))
     assert foreign.code is grpc.StatusCode.INVALID_ARGUMENT
     assert set(foreign.violations) == {"page_token", "page_size"}
     assert gpus.uuids

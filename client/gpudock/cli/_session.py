@@ -68,8 +68,13 @@ class Session:
             )
         except (ValueError, OSError) as error:
             raise click.UsageError(str(error)) from error
-        async with client:
-            return await work(client)
+        try:
+            async with client:
+                return await work(client)
+        finally:
+            # grpc.aio's poller may wake once more for a descriptor that the end of the loop has closed. All is said by
+            # now, and a traceback of that is nothing for a terminal.
+            asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)
 
     def _fail(self, error: GpudockError, failure_code: int | None) -> NoReturn:
         click.echo(f"error: {error.reason}: {error.message}", err=True)

@@ -41,7 +41,9 @@ class LocalProcesses:
             return _send(pid, engine_id, signal_number)
         sent: set[int] = set()
         for _ in range(_KILL_ROUNDS if signal_number == signal.SIGKILL else 1):
-            found = {member for member in _members(pid) - sent if _send(member, engine_id, signal_number)}
+            # The leader first: a shell whose child is killed before it would go on to its next line.
+            members = sorted(_members(pid) - sent, key=lambda member: member != pid)
+            found = {member for member in members if _send(member, engine_id, signal_number)}
             if not found:
                 break
             sent |= found

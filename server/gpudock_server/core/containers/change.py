@@ -16,6 +16,7 @@ old ones are released in the one that commits it, so that at no moment is anythi
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from typing_extensions import override
@@ -148,7 +149,6 @@ class ChangeSaga(Saga):
 
     async def _create(self, run: Run) -> JsonObject:
         world, arguments, operation = self._world, self._arguments, run.operation
-        view = await world.lookup(operation.container)
         # Not the image's tag, which may have moved: the layer is only right on top of the very image it was made on.
         image_id = str(operation.facts("snapshot").get("image_id", arguments.old.image_id))
         name = world.engine_name(operation.container, operation.id)
@@ -159,7 +159,7 @@ class ChangeSaga(Saga):
                 spec=arguments.spec,
                 placement=arguments.placement,
                 hostname=arguments.spec.hostname or operation.container,
-                labels=labels_of(world, view.container, arguments.revision, operation.id),
+                labels=labels_of(operation, arguments.revision),
                 volumes=arguments.old.anonymous_volumes,
             )
         )
@@ -192,11 +192,10 @@ class ChangeSaga(Saga):
 
     async def _must_be_still(self, run: Run) -> None:
         """A layer that is written to is not carried: someone may have started the old one by hand."""
-        for engine_id in (self._arguments.old.engine_id, await self._serving(run)):
-            if (await self._seen(engine_id)).running:
-                raise LayerCarryFailed(
-                    method=self._arguments.carry.value, detail=f"engine container {engine_id[:12]} runs"
-                )
+        old, new = self._arguments.old.engine_id, await self._serving(run)
+        for seen in await asyncio.gather(self._seen(old), self._seen(new)):
+            if seen.running:
+                raise LayerCarryFailed(method=self._arguments.carry.value, detail=f"engine container {seen.name} runs")
 
     async def _give_back(self, run: Run) -> None:
         if run.operation.facts("locate"):

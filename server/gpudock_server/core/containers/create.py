@@ -55,11 +55,11 @@ _NEAREST = 10
 
 
 class CreateArguments(Record):
-    """What the saga needs to be built again."""
+    """What the saga needs to be built again. `image_id` is empty where the image has to be pulled first."""
 
     spec: ContainerSpec
     placement: Placement
-    pull: bool
+    image_id: str
     start: bool
 
 
@@ -68,7 +68,7 @@ async def draft(world: World, command: Create) -> Draft:
     if await world.store.container(command.name) is not None:
         raise ContainerExists(container=command.name)
     await check_mounts(world, command.spec.mounts)
-    pull = await _must_pull(world, command)
+    image_id = await _image_id(world, command)
     uid = str(uuid.uuid4())
     proposal = await world.allocator.propose(Wish(uid=uid, gpus=command.spec.gpus, ports=command.spec.ports))
     moment = now()
@@ -85,7 +85,7 @@ async def draft(world: World, command: Create) -> Draft:
         update_time=moment,
     )
     arguments = CreateArguments(
-        spec=command.spec, placement=proposal.placement, pull=pull, start=not command.create_only
+        spec=command.spec, placement=proposal.placement, image_id=image_id, start=not command.create_only
     )
     return Draft(
         kind=OperationKind.CREATE,
@@ -102,14 +102,16 @@ async def draft(world: World, command: Create) -> Draft:
     )
 
 
-async def _must_pull(world: World, command: Create) -> bool:
+async def _image_id(world: World, command: Create) -> str:
+    """The image that the engine has; empty where it has to be pulled first."""
     if command.pull_policy is PullPolicy.ALWAYS:
-        return True
-    if await world.engine.image(command.spec.image) is not None:
-        return False
+        return ""
+    image = await world.engine.image(command.spec.image)
+    if image is not None:
+        return image.id
     if command.pull_policy is PullPolicy.NEVER:
         raise await _image_not_found(world, command.spec.image)
-    return True
+    return ""
 
 
 async def _image_not_found(world: World, image: str) -> ImageNotFound:
@@ -149,14 +151,14 @@ def _is_allowed(host_path: str, allowed_paths: Sequence[str]) -> bool:
     return any(real == allowed or real.startswith(allowed.rstrip("/") + "/") for allowed in allowed_paths)
 
 
-def labels_of(world: World, container: Container, revision: int, operation_id: str) -> dict[str, str]:
-    """What marks an engine container as ours."""
+def labels_of(operation: Operation, revision: int) -> dict[str, str]:
+    """What marks an engine container as ours, made by `operation`."""
     return {
-        LABEL_UID: container.uid,
-        LABEL_NAME: container.name,
-        LABEL_NODE: world.node,
+        LABEL_UID: operation.container_uid,
+        LABEL_NAME: operation.container,
+        LABEL_NODE: operation.node,
         LABEL_REVISION: str(revision),
-        LABEL_OPERATION: operation_id,
+        LABEL_OPERATION: operation.id,
     }
 
 
@@ -174,7 +176,7 @@ class CreateSaga(Saga):
     @override
     def steps(self) -> tuple[Step, ...]:
         steps = [Step("create", self._create, self._remove)]
-        if self._arguments.pull:
+        if not self._arguments.image_id:
             steps.insert(0, Step("pull", self._pull))
         if self._arguments.start:
             steps.append(Step("start", self._start))
@@ -185,22 +187,25 @@ class CreateSaga(Saga):
 
     async def _create(self, run: Run) -> JsonObject:
         world, operation = self._world, run.operation
-        image = await world.engine.image(self._spec.image)
-        if image is None:
-            raise await _image_not_found(world, self._spec.image)
-        view = await world.lookup(operation.container)
+        image_id = self._arguments.image_id or await self._pulled_image()
         name = world.engine_name(operation.container, operation.id)
         engine_id = await world.engine.create(
             Blueprint(
                 name=name,
-                image_id=image.id,
+                image_id=image_id,
                 spec=self._spec,
                 placement=self._arguments.placement,
                 hostname=self._spec.hostname or operation.container,
-                labels=labels_of(world, view.container, 1, operation.id),
+                labels=labels_of(operation, 1),
             )
         )
-        return {"engine_id": engine_id, "engine_name": name, "image_id": image.id}
+        return {"engine_id": engine_id, "engine_name": name, "image_id": image_id}
+
+    async def _pulled_image(self) -> str:
+        image = await self._world.engine.image(self._spec.image)
+        if image is None:
+            raise await _image_not_found(self._world, self._spec.image)
+        return image.id
 
     async def _remove(self, run: Run) -> None:
         await remove_with_volumes(self._world, run.operation, self._spec)
