@@ -83,7 +83,7 @@ def begin(operation_id: str, name: str = "web") -> list[Change]:
 async def until(holds: Callable[[], Awaitable[object]], *, seconds: float) -> None:
     """Wait until `holds` gives something true; TimeoutError when it has not after `seconds`."""
     async with asyncio.timeout(seconds):
-        while not await holds():  # noqa: ASYNC110 - what is waited for happens in another process
+        while not await holds():
             await asyncio.sleep(0.05)
 
 

@@ -140,7 +140,7 @@ def _shell(rig: Rig, name: str, script: str) -> str:
 
 async def until(true: Callable[[], bool]) -> None:
     """Return when it is; the test's own timeout bounds it."""
-    while not true():  # noqa: ASYNC110 - what is waited for is another process's doing
+    while not true():
         await asyncio.sleep(0.005)
 
 

@@ -142,7 +142,7 @@ async def until(condition: Callable[[], object], what: str) -> None:
     """Wait for something that has to come about."""
     try:
         async with asyncio.timeout(30):
-            while not condition():  # noqa: ASYNC110 - nobody tells when a process ends
+            while not condition():
                 await asyncio.sleep(0.03)
     except TimeoutError:
         raise AssertionError(f"never: {what}") from None

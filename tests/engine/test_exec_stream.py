@@ -97,13 +97,13 @@ async def result_of(engine: DockerEngine, engine_id: str, request: ExecRequest) 
 
 async def until(true: Callable[[], bool]) -> None:
     """Return when it is; the test's own timeout bounds it."""
-    while not true():  # noqa: ASYNC110 - what is waited for is another process's doing
+    while not true():
         await asyncio.sleep(0.005)
 
 
 async def started(session: ExecSession) -> int:
     """The pid, once there is one."""
-    while not (pid := (await session.status()).pid):  # noqa: ASYNC110 - likewise
+    while not (pid := (await session.status()).pid):
         await asyncio.sleep(0.005)
     return pid
 

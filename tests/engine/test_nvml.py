@@ -61,7 +61,7 @@ async def inventory(cards: FakeGpus) -> AsyncIterator[NvmlInventory]:
 
 async def _until(inventory: NvmlInventory, condition: Callable[[GpuSnapshot], bool]) -> GpuSnapshot:
     async with asyncio.timeout(10):
-        while not condition(snapshot := await inventory.snapshot()):  # noqa: ASYNC110 - an inventory wakes nobody
+        while not condition(snapshot := await inventory.snapshot()):
             await asyncio.sleep(0.01)
     return snapshot
 

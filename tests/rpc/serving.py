@@ -141,5 +141,5 @@ def reason_of(error: grpc.aio.AioRpcError | None) -> str:
 async def until(condition: Callable[[], bool]) -> None:
     """Give the server its turn until it has done something that nobody is told of."""
     async with asyncio.timeout(SOON):
-        while not condition():  # noqa: ASYNC110 - there is no event
+        while not condition():
             await asyncio.sleep(0)

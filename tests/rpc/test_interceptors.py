@@ -236,7 +236,7 @@ async def test_writing_to_a_caller_who_has_gone_is_no_error(probe: Probe, tmp_pa
                 if round_number % 2:
                     begun.cancel()
         async with asyncio.timeout(10):
-            while len(probe.ended) < 20:  # noqa: ASYNC110 - it is grpc that ends them
+            while len(probe.ended) < 20:
                 await asyncio.sleep(0.001)
     assert "unexpected error" not in [line["event"] for line in logged]
 
