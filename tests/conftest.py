@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import uuid
 from collections.abc import AsyncIterator, Iterator
 
@@ -12,6 +13,11 @@ from tests.calls import Caller
 from tests.rig import Daemon, Rig
 
 pytest_plugins = ["tests.rig.fixtures"]
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell gives that to what it runs in the background, and all that tests start would inherit it: Ctrl-C, which
+    # some of them press, would do nothing.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

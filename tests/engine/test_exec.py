@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import itertools
 import os
+import random
 import signal
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -220,6 +221,25 @@ async def test_what_looks_like_the_engine_and_is_the_program(box: Caller) -> Non
     text = "OCI runtime exec failed: exec: nosuch: executable file not found\r\n"
     result = await box.run(BOX, *shell(f"printf '{text}'; exit 126"))
     assert (result.stdout, result.code, result.message) == (text.encode(), 126, "")
+
+
+async def test_every_byte_arrives_in_order_at_any_pace(box: Caller) -> None:
+    """Numbered lines of 16 bytes each, to a reader who sometimes looks away for a moment."""
+    lines = 1_000_000
+    dice = random.Random(5)  # noqa: S311 - the same paces every time
+    script = f'BEGIN {{ for (i = 0; i < {lines}; i++) printf "%015d\\n", i }}'
+    talk = await Talk(box, "awk", script).begun()
+    line, rest = 0, b""
+    while await talk.read():
+        rest += talk.result.stdout
+        talk.result.stdout = b""
+        whole = len(rest) // 16
+        if whole:
+            assert (int(rest[:16]), int(rest[whole * 16 - 16 : whole * 16])) == (line, line + whole - 1)
+        line, rest = line + whole, rest[whole * 16 :]
+        if dice.random() < 0.1:
+            await asyncio.sleep(dice.random() * 0.005)
+    assert (line, rest, talk.result.code) == (lines, b"", 0)
 
 
 async def test_environment_working_dir_and_user(box: Caller) -> None:

@@ -6,8 +6,10 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import grpc
+import pytest
 import pytest_asyncio
 from gpudock.v1 import (
     container_pb2,
@@ -156,20 +158,26 @@ async def test_lists_of_cards_by_pages_and_filters(caller: Caller, gpus: FakeGpu
     assert gpus.uuids
 
 
+@pytest.fixture
+def ailing(tmp_path: Path) -> FakeGpus:
+    """Cards that fail for one daemon alone: what a card has suffered stays with whoever saw it."""
+    return FakeGpus(tmp_path / "gpus")
+
+
 @pytest_asyncio.fixture
-async def sick(own: OwnDaemons, gpus: FakeGpus) -> AsyncIterator[Caller]:
-    """Calls a daemon whose cards may fall ill: it believes an XID as long as it lives."""
-    daemon = await own.start()
+async def sick(own: OwnDaemons, ailing: FakeGpus) -> AsyncIterator[Caller]:
+    """Calls a daemon whose cards may fail."""
+    daemon = await own.start(environment={"GPUDOCK_NVML_STATE": str(ailing.path)})
     async with Caller(daemon.target) as caller:
         yield caller
-    assert gpus.uuids
+        await caller.delete_all()
 
 
-async def test_a_lost_card_and_a_fatal_xid_are_not_handed_out(sick: Caller, gpus: FakeGpus) -> None:
+async def test_a_lost_card_and_a_fatal_xid_are_not_handed_out(sick: Caller, ailing: FakeGpus) -> None:
     caller = sick
-    gpus.lose(0, xid=79)
-    gpus.raise_xid(5, 79)
-    gpus.raise_xid(6, 31)
+    ailing.lose(0, xid=79)
+    ailing.raise_xid(5, 79)
+    ailing.raise_xid(6, 31)
 
     async def noticed() -> bool:
         healths = [card.health for card in await gpus_of(caller)]
@@ -182,17 +190,17 @@ async def test_a_lost_card_and_a_fatal_xid_are_not_handed_out(sick: Caller, gpus
     short = await failure(caller.create("all", 7))
     assert (short.code, short.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "GPU_EXHAUSTED")
     for index in (0, 5):
-        assert gpus.uuids[index] in short.message
-        assert gpus.uuids[index] in short.metadata["unhealthy"]
+        assert ailing.uuids[index] in short.message
+        assert ailing.uuids[index] in short.metadata["unhealthy"]
     assert "79" in short.message
     for index in (0, 5):
         spec = Caller.spec()
-        spec.gpus.uuids.append(gpus.uuids[index])
+        spec.gpus.uuids.append(ailing.uuids[index])
         pinned = await failure(_create(caller, spec))
         assert (pinned.code, pinned.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "GPU_UNHEALTHY")
-        assert gpus.uuids[index] in pinned.message
+        assert ailing.uuids[index] in pinned.message
     made = await caller.create("rest", 6)
-    assert set(made.status.gpu_uuids) == set(gpus.uuids) - {gpus.uuids[0], gpus.uuids[5]}
+    assert set(made.status.gpu_uuids) == set(ailing.uuids) - {ailing.uuids[0], ailing.uuids[5]}
     assert (await node_of(caller)).free_gpus == 0
 
 
@@ -201,10 +209,10 @@ async def _create(caller: Caller, spec: container_pb2.ContainerSpec) -> containe
     return await result_of(caller.containers.CreateContainer(request))
 
 
-async def test_a_held_card_that_fails_is_replaced_by_the_next_scale(sick: Caller, gpus: FakeGpus) -> None:
+async def test_a_held_card_that_fails_is_replaced_by_the_next_scale(sick: Caller, ailing: FakeGpus) -> None:
     caller = sick
     made = await caller.create("lives", 2)
-    gpus.raise_xid(made.status.gpu_uuids[0], 79)
+    ailing.raise_xid(made.status.gpu_uuids[0], 79)
 
     async def noticed() -> bool:
         return any(card.health == gpu_pb2.GPU_HEALTH_UNHEALTHY for card in await gpus_of(caller))

@@ -120,7 +120,7 @@ class SocketWire:
         if not self._listening and not self._ended:
             self._loop.add_reader(self._socket, self._receive)
             self._listening = True
-        if not self._ripe and not self._ended:
+        while not self._ripe and not self._ended:
             self._waiter = self._loop.create_future()
             try:
                 await self._waiter
@@ -164,6 +164,7 @@ class SocketWire:
         if self._gathering is not None:
             self._gathering.cancel()
             self._gathering = None
+        # Nothing, where all was taken since the gathering began.
         self._ripe = self._filled > 0
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
