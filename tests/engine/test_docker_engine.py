@@ -599,6 +599,16 @@ async def test_find(engine: DockerEngine) -> None:
     assert await ids({"gpudock.operation": "op2"}) == set()
 
 
+async def until_destroyed(events: AsyncIterator[EngineEvent]) -> list[EngineEvent]:
+    """Events up to a container's last, each once: what happens while a stream begins, the engine may tell twice."""
+    told: list[EngineEvent] = []
+    while not told or told[-1].kind is not EngineEventKind.DESTROY:
+        event = await anext(events)
+        if event not in told:
+            told.append(event)
+    return told
+
+
 async def test_events_and_their_resumption(engine: DockerEngine) -> None:
     begun = time.time_ns()
     box = await running(engine)
@@ -618,10 +628,10 @@ async def test_events_and_their_resumption(engine: DockerEngine) -> None:
         EngineEventKind.DIE,
         EngineEventKind.DESTROY,
     ]
-    told = [started, *[await anext(stream) for _ in wanted[1:]]]
+    told = [started, *await until_destroyed(stream)]
     assert [event.kind for event in told] == wanted
     again = engine.events(started.time_nanos)
-    assert [await anext(again) for _ in wanted] == told
+    assert await until_destroyed(again) == told
     later = engine.events(told[2].time_nanos)
     assert await anext(later) == told[2]
     for each in (stream, again, later):
