@@ -171,7 +171,7 @@ async def _ask(
 ) -> aiohttp.ClientResponse:
     # aiodocker's public calls lack what is needed here (update, commit's labels, deadlines) and leave responses open
     # when they are cancelled; this is the call beneath all of them, and the response is ours to close.
-    return await client._do_query(  # noqa: SLF001
+    return await client._do_query(  # noqa: SLF001 - see above
         path,
         method,
         params=params,
