@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
 from gpudock_server.adapters.etcd import EtcdAddress, EtcdConnection
-from gpudock_server.model.changes import Change, LockContainer, PutOperation
+from gpudock_server.model.changes import Change, Lock, PutOperation
 from gpudock_server.model.claims import GpuKey, Holder, PortKey
 from gpudock_server.model.container import (
     Container,
@@ -20,6 +20,7 @@ from gpudock_server.model.container import (
 )
 from gpudock_server.model.operation import Operation, OperationKind, OperationState
 from gpudock_server.model.spec import ContainerSpec, Protocol
+from gpudock_server.model.target import Target, TargetKind
 
 THEN = datetime(2030, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 PATIENCE = timedelta(seconds=5)
@@ -61,8 +62,7 @@ def operation(operation_id: str, name: str = "web", **changes: object) -> Operat
     return Operation(
         id=operation_id,
         kind=OperationKind.CREATE,
-        container=name,
-        container_uid=f"uid-{name}",
+        target=Target(kind=TargetKind.CONTAINER, name=name, uid=f"uid-{name}"),
         node="n1",
         state=OperationState.RUNNING,
         create_time=THEN,
@@ -77,7 +77,7 @@ def holder(name: str, operation_id: str = "") -> Holder:
 
 def begin(operation_id: str, name: str = "web") -> list[Change]:
     """What every operation begins with."""
-    return [LockContainer(name, operation_id), PutOperation(operation(operation_id, name), expect=0)]
+    return [Lock(TargetKind.CONTAINER, name, operation_id), PutOperation(operation(operation_id, name), expect=0)]
 
 
 async def until(holds: Callable[[], Awaitable[object]], *, seconds: float) -> None:

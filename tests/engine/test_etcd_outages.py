@@ -25,11 +25,12 @@ from gpudock_server.errors import StoreUnavailable
 from gpudock_server.model.changes import (
     Change,
     Claim,
-    LockContainer,
+    Lock,
     PutOperation,
     Release,
-    UnlockContainer,
+    Unlock,
 )
+from gpudock_server.model.target import TargetKind
 from gpudock_server.ports import StoreConflict, Versioned
 from gpudock_server.startup import StartupError
 
@@ -99,10 +100,10 @@ async def test_a_broken_connection_leaves_no_doubt(
     async with thief as endpoint, connected(endpoint) as connection:
         robbed = EtcdStore(connection, prefix=prefix)
         await robbed.open()
-        first = await robbed.apply([LockContainer("web", "op1"), PutOperation(operation("op1"), expect=0)])
+        first = await robbed.apply([Lock(TargetKind.CONTAINER, "web", "op1"), PutOperation(operation("op1"), expect=0)])
         thief.steals_requests, thief.steals_answers = what == "request", what == "answer"
         second = await robbed.apply(
-            [PutOperation(operation("op1", message="2"), expect=first), UnlockContainer("web", "op1")]
+            [PutOperation(operation("op1", message="2"), expect=first), Unlock(TargetKind.CONTAINER, "web", "op1")]
         )
         assert thief.stolen.is_set()
         stored = await store.operation("op1")
@@ -113,10 +114,10 @@ async def test_a_broken_connection_leaves_no_doubt(
         with pytest.raises(StoreConflict):
             await robbed.apply([PutOperation(operation("op1", message="3"), expect=first)])
         # What only deletes cannot be told apart from what somebody else deleted.
-        await store.apply([LockContainer("web", "op2")])
+        await store.apply([Lock(TargetKind.CONTAINER, "web", "op2")])
         thief.steals_requests, thief.steals_answers = what == "request", what == "answer"
         try:
-            await robbed.apply([UnlockContainer("web", "op2")])
+            await robbed.apply([Unlock(TargetKind.CONTAINER, "web", "op2")])
         except StoreUnavailable:
             assert what == "answer"
         assert (await store.unfinished("n1")) == ()
@@ -148,7 +149,7 @@ async def test_an_etcd_that_stands_still(own_etcd: EmbeddedEtcd) -> None:
             async with asyncio.timeout(3):
                 with pytest.raises(StoreUnavailable):
                     await call
-        cancelled = asyncio.create_task(store.apply([LockContainer("web", "op")]))
+        cancelled = asyncio.create_task(store.apply([Lock(TargetKind.CONTAINER, "web", "op")]))
         await asyncio.sleep(0.1)
         cancelled.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -186,7 +187,12 @@ async def test_a_token_that_etcd_has_forgotten_is_renewed(own_etcd: EmbeddedEtcd
 async def test_a_store_that_is_out_of_reach(tmp_path: Path) -> None:
     async with connected(f"unix:{tmp_path}/nothing.sock") as connection:
         store = EtcdStore(connection, deadline=timedelta(seconds=0.5))
-        for call in (store.open(), store.container("web"), store.apply([LockContainer("web", "op")]), store.ping()):
+        for call in (
+            store.open(),
+            store.container("web"),
+            store.apply([Lock(TargetKind.CONTAINER, "web", "op")]),
+            store.ping(),
+        ):
             with pytest.raises(StoreUnavailable, match=r"nothing\.sock"):
                 await call
     for endpoint in ("http://etcd:2379", "etcd", "etcd:", ":2379", "a:1,b:2"):

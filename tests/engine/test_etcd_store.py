@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -24,17 +25,18 @@ from gpudock_server.model.changes import (
     Claim,
     DeleteContainer,
     Keep,
-    LockContainer,
+    Lock,
     PutContainer,
     PutOperation,
     PutRequest,
     PutRevision,
     Release,
-    UnlockContainer,
+    Unlock,
 )
 from gpudock_server.model.claims import ClaimKey, GpuKey, PortKey
 from gpudock_server.model.operation import Operation, OperationState, RequestRecord
 from gpudock_server.model.spec import Protocol
+from gpudock_server.model.target import TargetKind
 from gpudock_server.ports import ContainerView, StoreConflict, Versioned
 from gpudock_server.startup import StartupError
 
@@ -68,7 +70,7 @@ async def test_what_is_put_is_read(store: EtcdStore) -> None:
     revisions = tuple(revision("web", number) for number in (1, 2, 11))
     version = await store.apply(
         [
-            LockContainer("web", "op1"),
+            Lock(TargetKind.CONTAINER, "web", "op1"),
             PutOperation(running, expect=0),
             PutContainer(head, expect=0),
             *(PutRevision(each) for each in reversed(revisions)),
@@ -97,7 +99,7 @@ async def test_what_is_put_is_read(store: EtcdStore) -> None:
 async def test_moving_on_and_removing(store: EtcdStore, connection: EtcdConnection, prefix: str) -> None:
     first = await store.apply(
         [
-            LockContainer("web", "op1"),
+            Lock(TargetKind.CONTAINER, "web", "op1"),
             PutContainer(container("web"), expect=0),
             PutRevision(revision("web", 1)),
             Claim("h1", GPU, holder("web", "op1")),
@@ -114,7 +116,7 @@ async def test_moving_on_and_removing(store: EtcdStore, connection: EtcdConnecti
             Release("h1", GpuKey("GPU-2"), "uid-web"),
             Release("h1", GpuKey("GPU-3"), "uid-web"),
             PutRequest("r1", RequestRecord(operation_id="op1", digest="d"), ended=True),
-            UnlockContainer("web", "op1"),
+            Unlock(TargetKind.CONTAINER, "web", "op1"),
         ]
     )
     view = await store.container("web")
@@ -141,13 +143,13 @@ async def test_each_condition_that_fails_names_itself_and_nothing_happens(
     record = RequestRecord(operation_id="op1", digest="d")
     version = await store.apply(
         [
-            LockContainer("web", "op1"),
+            Lock(TargetKind.CONTAINER, "web", "op1"),
             PutOperation(operation("op1"), expect=0),
             PutContainer(container("web"), expect=0),
             PutRevision(revision("web", 1)),
             Claim("h1", GPU, holder("web")),
             PutRequest("r1", record),
-            LockContainer("busy", "op9"),
+            Lock(TargetKind.CONTAINER, "busy", "op9"),
             Claim("h1", GpuKey("GPU-9"), holder("web")),
         ]
     )
@@ -155,9 +157,9 @@ async def test_each_condition_that_fails_names_itself_and_nothing_happens(
     new = PutOperation(operation("op2"), expect=0)
     head, running = Versioned(container("web"), version), Versioned(operation("op1"), version)
     cases: list[tuple[Change, object]] = [
-        (LockContainer("web", "op2"), "op1"),
-        (UnlockContainer("web", "op2"), "op1"),
-        (UnlockContainer("db", "op2"), None),
+        (Lock(TargetKind.CONTAINER, "web", "op2"), "op1"),
+        (Unlock(TargetKind.CONTAINER, "web", "op2"), "op1"),
+        (Unlock(TargetKind.CONTAINER, "db", "op2"), None),
         (Claim("h1", GPU, holder("db")), holder("web")),
         (Keep("h1", GPU, holder("db")), holder("web")),
         (Keep("h1", PORT, holder("db")), None),
@@ -171,15 +173,16 @@ async def test_each_condition_that_fails_names_itself_and_nothing_happens(
         (PutOperation(operation("op1"), expect=version + 1), running),
         (PutRequest("r1", RequestRecord(operation_id="op2", digest="e")), Versioned(record, version)),
     ]
+    locked = Lock(TargetKind.CONTAINER, "busy", "op3")
     for change, found in cases:
         assert await _refused(store, [new, change, Release("h1", GpuKey("GPU-9"), "uid-web")], by=1) == found
-        assert await _refused(store, [change, LockContainer("busy", "op3")], by=0) == found, "the first is named"
+        assert await _refused(store, [change, locked], by=0) == found, "the first is named"
     assert await _everything(connection, prefix) == before
 
 
 async def test_changes_that_make_no_sense_or_are_too_large(store: EtcdStore) -> None:
     with pytest.raises(ValueError, match="one key"):
-        await store.apply([LockContainer("web", "a"), UnlockContainer("web", "a")])
+        await store.apply([Lock(TargetKind.CONTAINER, "web", "a"), Unlock(TargetKind.CONTAINER, "web", "a")])
     with pytest.raises(ValueError, match="needs a change"):
         await store.apply([])
     with pytest.raises(InvalidArgument, match="one transaction"):
@@ -276,13 +279,13 @@ async def test_pages_show_the_moment_of_the_first_while_others_write(
             if view is not None:
                 renamed = PutContainer(container(f"{name}x"), expect=0)
                 await store.apply([DeleteContainer(name, view.container.uid, expect=view.version), renamed])
-                await store.apply([UnlockContainer(name, view.operation_id)])
+                await store.apply([Unlock(TargetKind.CONTAINER, name, view.operation_id)])
         token, operations_token = page.next_token, listed.next_token
         if not token:
             break
     assert [view.container.name for view in seen] == names
     assert [view.operation_id for view in seen] == [f"op-{name}" for name in names]
-    assert [each.container for each in operations] == names
+    assert [each.target.name for each in operations] == names
     assert operations_token == ""
     now = await store.containers(page_size=100, page_token="")
     assert [view.container.name for view in now.items] == [*names[:10], *(f"{name}x" for name in names[10:])]
@@ -358,16 +361,38 @@ async def test_a_newer_schema_is_refused_at_start_and_at_every_value(
 ) -> None:
     keys = Keys(prefix)
     await store.open()
-    await connection.txn(success=[wire.put(keys.container("web"), b'{"schema":2,"record":{"new":1}}')])
-    with pytest.raises(UnreadableValueError, match=r"containers/web: written in schema 2.*newer gpudock"):
+    await connection.txn(success=[wire.put(keys.container("web"), b'{"schema":3,"record":{"new":1}}')])
+    with pytest.raises(UnreadableValueError, match=r"containers/web: written in schema 3.*newer gpudock"):
         await store.container("web")
     await connection.txn(success=[wire.put(keys.container("web"), b"hello")])
     with pytest.raises(UnreadableValueError, match="not a value of gpudock's"):
         await store.container("web")
-    await connection.txn(success=[wire.put(keys.schema(), b"2")])
-    with pytest.raises(StartupError, match="schema 2, and this gpudockd knows 1") as newer:
+    await connection.txn(success=[wire.put(keys.schema(), b"3")])
+    with pytest.raises(StartupError, match="schema 3, and this gpudockd knows 2") as newer:
         await store.open()
     assert "install the gpudock that wrote it" in newer.value.hint
     await connection.txn(success=[wire.put(keys.schema(), b"{}")])
     with pytest.raises(StartupError, match="not a number"):
         await store.open()
+
+
+async def test_state_of_schema_1_is_taken_over(store: EtcdStore, connection: EtcdConnection, prefix: str) -> None:
+    keys = Keys(prefix)
+    record = json.loads(operation("op1").model_dump_json())
+    del record["target"], record["locks"]
+    record |= {"container": "web", "container_uid": "uid-web"}
+    old = json.dumps({"schema": 1, "record": record}).encode()
+    await connection.txn(
+        success=[
+            wire.put(keys.schema(), b"1"),
+            wire.put(keys.operation("op1"), old),
+            wire.put(keys.lock(TargetKind.CONTAINER, "web"), b"op1"),
+        ]
+    )
+    await store.open()
+    (unfinished,) = await store.unfinished("n1")
+    assert unfinished.value == operation("op1")
+    # A daemon of before must not write into what it no longer understands.
+    read = await connection.read(wire.get(keys.schema()), patience=PATIENCE)
+    assert read.ranges[0].only is not None
+    assert read.ranges[0].only.value == b"2"

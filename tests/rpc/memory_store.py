@@ -46,9 +46,9 @@ class MemoryStore(Store):
     def _check(self, item: change.Change) -> None:
         found: object = None
         match item:
-            case change.LockContainer(name=name):
+            case change.Lock(name=name):
                 found, holds = self.locks.get(name), name not in self.locks
-            case change.UnlockContainer(name=name, operation_id=operation_id):
+            case change.Unlock(name=name, operation_id=operation_id):
                 found = self.locks.get(name)
                 holds = found == operation_id
             case change.Claim(key=key):
@@ -72,9 +72,9 @@ class MemoryStore(Store):
 
     def _do(self, item: change.Change) -> None:  # noqa: C901 - one line for each kind of change
         match item:
-            case change.LockContainer(name=name, operation_id=operation_id):
+            case change.Lock(name=name, operation_id=operation_id):
                 self.locks[name] = operation_id
-            case change.UnlockContainer(name=name):
+            case change.Unlock(name=name):
                 del self.locks[name]
             case change.Claim(key=key, holder=holder) | change.Keep(key=key, holder=holder):
                 self.held[key] = holder

@@ -32,6 +32,7 @@ from gpudock_server.model.operation import (
     StageState,
 )
 from gpudock_server.model.spec import ContainerSpec, GpuRequest, HealthCheck, Protocol, TmpfsMount
+from gpudock_server.model.target import Target, TargetKind
 from gpudock_server.ports import ContainerView
 from gpudock_server.rpc.convert import container, gpu, operation, port
 from gpudock_server.rpc.convert.exec import exited_message
@@ -229,8 +230,7 @@ def journal(state: OperationState, *stages: StageState, **changes: Any) -> Opera
     return Operation(
         id="op1",
         kind=OperationKind.SCALE,
-        container="train",
-        container_uid="u1",
+        target=Target(kind=TargetKind.CONTAINER, name="train", uid="u1"),
         node="gpu1",
         state=state,
         stages=tuple(

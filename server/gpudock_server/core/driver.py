@@ -15,7 +15,6 @@ from gpudock_server.errors import Code, EngineUnavailable, GpudockError, Operati
 from gpudock_server.model.changes import Change
 from gpudock_server.model.operation import Operation, OperationState, RecordedError, StageState
 from gpudock_server.model.record import now
-from gpudock_server.ports import ContainerView
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -33,7 +32,7 @@ class Driver:
     async def run(self, running: Running) -> None:
         """Drive one operation to its end, or leave it at a recorded step. Raises nothing but CancelledError."""
         with structlog.contextvars.bound_contextvars(
-            operation_id=running.record.id, kind=running.record.kind.value, container=running.record.container
+            operation_id=running.record.id, kind=running.record.kind.value, target=running.record.target.name
         ):
             try:
                 await self._drive(running)
@@ -100,10 +99,10 @@ class Driver:
         starting = running.record.with_stage(index, state=StageState.RUNNING, start_time=now())
         running.record = starting
 
-        async def changes(view: ContainerView) -> tuple[Operation, Sequence[Change]]:
+        async def changes(view: object) -> tuple[Operation, Sequence[Change]]:
             outcome = await running.saga.commit(running, view)
             committed = starting.with_stage(index, state=StageState.DONE, end_time=now()).changed(
-                committed=True, result=outcome.container
+                committed=True, result=outcome.result
             )
             if running.saga.after:
                 return committed, outcome.changes
@@ -118,7 +117,7 @@ class Driver:
             await self._insist(running, first + offset, step)
         if not running.record.state.ended:
 
-            async def changes(_: ContainerView) -> tuple[Operation, Sequence[Change]]:
+            async def changes(_: object) -> tuple[Operation, Sequence[Change]]:
                 return self._journal.ended(running.record, OperationState.SUCCEEDED, ())
 
             await self._journal.transact(running, changes)
@@ -170,7 +169,7 @@ class Driver:
                 await self._undo_step(running, running.saga.steps[index])
                 await self._journal.record(running, running.record.with_stage(index, state=StageState.UNDONE))
 
-        async def changes(view: ContainerView) -> tuple[Operation, Sequence[Change]]:
+        async def changes(view: object) -> tuple[Operation, Sequence[Change]]:
             state = OperationState.CANCELLED if running.record.cancel_requested else OperationState.FAILED
             left = await running.saga.abandon(running, view)
             return self._journal.ended(running.record, state, left)

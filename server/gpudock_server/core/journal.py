@@ -9,11 +9,11 @@ import structlog
 
 from gpudock_server.core.running import Running
 from gpudock_server.errors import GpuBusy, GpudockError, PortInUse, StoreUnavailable
-from gpudock_server.model.changes import Change, Claim, Keep, PutOperation, PutRequest, UnlockContainer
+from gpudock_server.model.changes import Change, Claim, Keep, PutOperation, PutRequest, Unlock
 from gpudock_server.model.claims import GpuKey, Holder, PortKey
 from gpudock_server.model.operation import Operation, OperationState, RequestRecord
 from gpudock_server.model.record import now
-from gpudock_server.ports import ContainerView, Store, StoreConflict
+from gpudock_server.ports import Store, StoreConflict
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -59,7 +59,7 @@ class Journal:
     ) -> tuple[Operation, Sequence[Change]]:
         """The record of an operation that has ended, and all that goes with its end: its lock, its request id."""
         ended = operation.changed(state=state, end_time=now())
-        more: list[Change] = [*changes, UnlockContainer(operation.container, operation.id)]
+        more: list[Change] = [*changes, *(Unlock(one.kind, one.name, operation.id) for one in operation.locked)]
         if operation.request_id:
             record = RequestRecord(operation_id=operation.id, digest=operation.request_digest)
             more.append(PutRequest(operation.request_id, record, ended=True))
@@ -87,9 +87,9 @@ class Journal:
     async def transact(
         self,
         running: Running,
-        changes: Callable[[ContainerView], Awaitable[tuple[Operation, Sequence[Change]]]],
+        changes: Callable[[object], Awaitable[tuple[Operation, Sequence[Change]]]],
     ) -> None:
-        """Record an operation together with changes made from the current head, again where the head moved."""
+        """Record an operation together with changes made from its target as of now, again where that moved."""
         mended: list[tuple[Change, Change | None]] = []
         for _ in range(_TRIES):
             view = await self._view(running)
@@ -98,7 +98,7 @@ class Journal:
                 await self.record(running, operation, [*_mend(wanted, mended)])
             except StoreConflict as conflict:
                 match conflict.change:
-                    case UnlockContainer():
+                    case Unlock():
                         # Someone edited the store by hand; say so, and do the rest.
                         log.warning("the lock is not as this operation left it", found=conflict.found)
                         mended.append((conflict.change, None))
@@ -109,18 +109,18 @@ class Journal:
                         pass
             else:
                 return
-        raise StoreUnavailable(detail="the container's record keeps changing")
+        raise StoreUnavailable(detail=f"the record of {running.record.target.name} keeps changing")
 
-    async def _view(self, running: Running) -> ContainerView:
+    async def _view(self, running: Running) -> object:
         tries = 0
         while True:
             try:
-                view = await self._store.container(running.record.container)
+                view = await running.saga.look(running)
             except StoreUnavailable as error:
                 await self.pause(tries, error)
                 tries += 1
             else:
-                if view is None or view.container.uid != running.record.container_uid:
+                if view is None:
                     raise Lost
                 return view
 

@@ -17,6 +17,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
@@ -39,22 +40,23 @@ from gpudock_server.errors import (
 from gpudock_server.model.changes import (
     Change,
     Claim,
-    LockContainer,
+    Lock,
     PutContainer,
     PutOperation,
     PutRequest,
 )
-from gpudock_server.model.container import Container
 from gpudock_server.model.operation import (
     Operation,
     OperationKind,
     OperationPlan,
     OperationState,
     RequestRecord,
+    Result,
     Stage,
     new_operation_id,
 )
 from gpudock_server.model.record import JsonObject, now
+from gpudock_server.model.target import Target
 from gpudock_server.ports import Page, Store, StoreConflict
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -77,19 +79,27 @@ class Draft:
     """An operation that could begin: what its first transaction changes beside the operation itself."""
 
     kind: OperationKind
-    container: Container
-    expect: int
+    target: Target
+    head: PutContainer
     arguments: JsonObject
     plan: OperationPlan
     # May know what is not recorded (a registry's password) and what a later process goes without.
-    build: Callable[[Operation], Saga]
+    build: Callable[[Operation], Saga[Any]]
     claims: Sequence[Claim] = ()
+    # What else must not change while it is at work, and what else must hold when it begins.
+    locks: Sequence[Target] = ()
+    conditions: Sequence[Change] = ()
+
+    @property
+    def makes(self) -> bool:
+        """Whether its target does not exist yet."""
+        return self.head.expect == 0
 
 
 class Operations:
     """Begins, drives, shows and cancels operations of one node."""
 
-    def __init__(self, store: Store, node: str, build: Callable[[Operation], Saga]) -> None:
+    def __init__(self, store: Store, node: str, build: Callable[[Operation], Saga[Any]]) -> None:
         """`build` makes the saga of a recorded operation, by its kind."""
         self._store = store
         self._node = node
@@ -143,8 +153,8 @@ class Operations:
         operation = Operation(
             id=new_operation_id(),
             kind=draft.kind,
-            container=draft.container.name,
-            container_uid=draft.container.uid,
+            target=draft.target,
+            locks=tuple(draft.locks),
             node=self._node,
             state=OperationState.RUNNING,
             arguments=draft.arguments,
@@ -160,8 +170,9 @@ class Operations:
         if request is not None:
             changes.append(PutRequest(request.id, RequestRecord(operation_id=operation.id, digest=request.digest)))
         changes += [
-            PutContainer(draft.container, expect=draft.expect),
-            LockContainer(operation.container, operation.id),
+            draft.head,
+            *(Lock(one.kind, one.name, operation.id) for one in operation.locked),
+            *draft.conditions,
             *(
                 Claim(claim.host, claim.key, claim.holder.model_copy(update={"operation_id": operation.id}))
                 for claim in draft.claims
@@ -180,7 +191,7 @@ class Operations:
     def _explain(conflict: StoreConflict) -> None:
         """Raise what a caller can act on; return where the draft is merely out of date."""
         match conflict.change:
-            case LockContainer(name=name):
+            case Lock(name=name):
                 raise ContainerBusy(container=name, operation_id=str(conflict.found)) from None
             case PutContainer(container=container, expect=0):
                 raise ContainerExists(container=container.name) from None
@@ -232,8 +243,8 @@ class Operations:
         finally:
             waiter.cancel()
 
-    async def result(self, operation_id: str) -> Container:
-        """Wait for the end; the container it left, or the error it ended with."""
+    async def result(self, operation_id: str) -> Result:
+        """Wait for the end; what it left, or the error it ended with."""
         final: Snapshot | None = None
         async for snapshot in self.watch(operation_id):
             final = snapshot
@@ -274,7 +285,7 @@ class Operations:
             return
         nodes = await self._store.nodes()
         address = next((node.address for node in nodes if node.node == operation.node), "")
-        raise WrongNode(container=operation.container, node=operation.node, address=address)
+        raise WrongNode(container=operation.target.name, node=operation.node, address=address)
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -327,14 +338,14 @@ class Operations:
         self._running.pop(operation_id, None)
 
 
-def stages_of(saga: Saga) -> tuple[Stage, ...]:
+def stages_of(saga: Saga[Any]) -> tuple[Stage, ...]:
     """The stages that a watcher sees: the steps, the point of no return, and what comes after it."""
     names = [*(step.name for step in saga.steps), COMMIT_STAGE, *(step.name for step in saga.after)]
     return tuple(Stage(name=name) for name in names)
 
 
-def outcome_of(operation: Operation) -> Container:
-    """The container that an ended operation left. Raises the error that it ended with."""
+def outcome_of(operation: Operation) -> Result:
+    """What an ended operation left. Raises the error that it ended with."""
     if operation.error is not None:
         raise Recorded(
             recorded_code=operation.error.code,

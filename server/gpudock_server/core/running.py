@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from typing_extensions import override
 
@@ -31,7 +32,7 @@ class Running(Run):
 
     record: Operation
     version: int
-    saga: Saga
+    saga: Saga[Any]
     current_bytes: int = 0
     total_bytes: int = 0
     notes: list[str] = field(default_factory=list)

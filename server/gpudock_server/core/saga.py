@@ -9,13 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 from gpudock_server.model.changes import Change
-from gpudock_server.model.container import Container
-from gpudock_server.model.operation import Operation
+from gpudock_server.model.operation import Operation, Result
 from gpudock_server.model.record import JsonObject
-from gpudock_server.ports import ContainerView
+
+# A head with the version to compare and set against: what the store shows of the operation's target.
+V = TypeVar("V")
 
 COMMIT_STAGE = "commit"
 
@@ -53,13 +54,13 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a transaction of a saga changes, and the container that its caller is then shown."""
+    """What a transaction of a saga changes, and what its caller is then shown."""
 
     changes: Sequence[Change]
-    container: Container
+    result: Result
 
 
-class Saga(ABC):
+class Saga(ABC, Generic[V]):
     """The script of one operation. `cancellable`: whether a caller may take it back before the point of no return."""
 
     cancellable: ClassVar[bool] = True
@@ -75,9 +76,13 @@ class Saga(ABC):
         return ()
 
     @abstractmethod
-    async def commit(self, run: Run, view: ContainerView) -> Outcome:
-        """The changes that make the work true; `view` is the head as of now, and may be asked for again."""
+    async def look(self, run: Run) -> V | None:
+        """The target as of now; None when it is gone, or another has its name."""
 
     @abstractmethod
-    async def abandon(self, run: Run, view: ContainerView) -> Sequence[Change]:
+    async def commit(self, run: Run, view: V) -> Outcome:
+        """The changes that make the work true; `view` is the target as of now, and may be asked for again."""
+
+    @abstractmethod
+    async def abandon(self, run: Run, view: V) -> Sequence[Change]:
         """The changes that leave no trace of an undone operation, but its own record."""

@@ -11,20 +11,23 @@ from dataclasses import dataclass
 from gpudock_server.model.claims import ClaimKey, Holder
 from gpudock_server.model.container import Container, ContainerRevision
 from gpudock_server.model.operation import Operation, RequestRecord
+from gpudock_server.model.target import TargetKind
 
 
 @dataclass(frozen=True, slots=True)
-class LockContainer:
+class Lock:
     """Condition: no operation has the name locked."""
 
+    kind: TargetKind
     name: str
     operation_id: str
 
 
 @dataclass(frozen=True, slots=True)
-class UnlockContainer:
+class Unlock:
     """Condition: this operation holds the lock."""
 
+    kind: TargetKind
     name: str
     operation_id: str
 
@@ -98,14 +101,5 @@ class PutRequest:
 
 
 Change = (
-    LockContainer
-    | UnlockContainer
-    | Claim
-    | Keep
-    | Release
-    | PutContainer
-    | DeleteContainer
-    | PutRevision
-    | PutOperation
-    | PutRequest
+    Lock | Unlock | Claim | Keep | Release | PutContainer | DeleteContainer | PutRevision | PutOperation | PutRequest
 )

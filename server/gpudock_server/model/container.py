@@ -9,6 +9,7 @@ from pydantic import Field
 
 from gpudock_server.model.record import Record
 from gpudock_server.model.spec import ContainerSpec, PortRequest, Protocol
+from gpudock_server.model.target import Target, TargetKind
 
 
 class ContainerState(StrEnum):
@@ -105,6 +106,11 @@ class Container(Record):
     engine: EngineBinding | None = None
     create_time: datetime
     update_time: datetime
+
+    @property
+    def target(self) -> Target:
+        """Names it as what an operation works on."""
+        return Target(kind=TargetKind.CONTAINER, name=self.name, uid=self.uid)
 
     @property
     def etag(self) -> str:

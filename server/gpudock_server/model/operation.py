@@ -11,11 +11,13 @@ import time
 import uuid
 from datetime import datetime
 from enum import StrEnum
+from typing import TypeAlias
 
 from pydantic import Field
 
 from gpudock_server.model.container import Container, Placement, PortBinding
 from gpudock_server.model.record import JsonObject, Record
+from gpudock_server.model.target import Target
 
 _TIME_BITS, _RANDOM_BITS = 60, 62
 
@@ -119,16 +121,21 @@ class RecordedError(Record):
     metadata: dict[str, str] = Field(default_factory=dict)
 
 
+# What an operation leaves, and its caller is shown.
+Result: TypeAlias = Container
+
+
 class Operation(Record):
     """A change of one object, from its lock to its result.
 
-    `committed`: past the point of no return, it is only driven forward. `arguments` belong to the saga of its kind.
+    `locks` are what it has locked besides its target. `committed`: past the point of no return, it is only driven
+    forward. `arguments` belong to the saga of its kind.
     """
 
     id: str
     kind: OperationKind
-    container: str
-    container_uid: str
+    target: Target
+    locks: tuple[Target, ...] = ()
     node: str
     state: OperationState
     stages: tuple[Stage, ...] = ()
@@ -140,7 +147,7 @@ class Operation(Record):
     request_digest: str = ""
     message: str = ""
     error: RecordedError | None = None
-    result: Container | None = None
+    result: Result | None = None
     create_time: datetime
     update_time: datetime
     end_time: datetime | None = None
@@ -153,6 +160,11 @@ class Operation(Record):
     def facts(self, stage_name: str) -> JsonObject:
         """What a stage made; empty when it has not been done."""
         return next((stage.facts for stage in self.stages if stage.name == stage_name), {})
+
+    @property
+    def locked(self) -> tuple[Target, ...]:
+        """Everything that no other operation may touch while this one is at work."""
+        return (self.target, *self.locks)
 
     def changed(self, **changes: object) -> Operation:
         """A copy with some fields replaced."""

@@ -36,7 +36,7 @@ async def follow(
 def _result(operation: Operation) -> container_pb2.Container | None:
     if not operation.state.ended:
         # Only the daemon that runs it knows how it goes on.
-        raise WrongNode(container=operation.container, node=operation.node, address="")
+        raise WrongNode(container=operation.target.name, node=operation.node, address="")
     container = outcome_of(operation)
     return None if operation.kind is OperationKind.DELETE else container_message(container)
 

@@ -18,7 +18,7 @@ uids and the UUIDs of cards that changes nothing.
     revisions/containers/<uid>/<number>      ContainerRevision    the operation that       with the container
                                                                   commits it
     operations/<id>                          Operation            the saga, every step     with a lease, once it ended
-    locks/containers/<name>                  the operation's id,  the transaction that     in the transaction that
+    locks/<kind>s/<name>                     the operation's id,  the transaction that     in the transaction that
                                              bare                 begins the operation     ends the operation
     requests/<request_id>                    RequestRecord        likewise                 with a lease, once the
                                                                                            operation ended
@@ -29,6 +29,7 @@ uids and the UUIDs of cards that changes nothing.
   its own and never of etcd's revisions, which compaction erases.
 - A lock's value is bare because it is compared as it stands: a daemon with a newer schema must be able to release
   what an older one locked.
+- A lock is on a name; an operation that works on several objects holds one on each.
 - The version that callers compare and set against is the mod_revision of the key; 0 is "there is none".
 """
 
@@ -39,9 +40,10 @@ from urllib.parse import quote, unquote
 
 from gpudock_server.model.claims import ClaimKey, GpuKey, PortKey
 from gpudock_server.model.spec import Protocol
+from gpudock_server.model.target import TargetKind
 
 # Raised when an older daemon could no longer read, or would damage, what a newer one writes.
-SCHEMA = 1
+SCHEMA = 2
 
 DEFAULT_PREFIX = "/gpudock/v1/"
 
@@ -111,13 +113,17 @@ class Keys:
         """Every head, in the order of their names."""
         return self._below("containers")
 
-    def container_lock(self, name: str) -> bytes:
-        """Which operation has a container, or a name that is to become one."""
-        return self._key("locks", "containers", name)
+    def lock(self, kind: TargetKind, name: str) -> bytes:
+        """Which operation has an object, or a name that is to become one."""
+        return self._key("locks", f"{kind.value}s", name)
 
-    def container_locks(self) -> KeyRange:
-        """Every lock on a container, in the order of their names."""
-        return self._below("locks", "containers")
+    def locks(self, kind: TargetKind) -> KeyRange:
+        """Every lock on objects of a kind, in the order of their names."""
+        return self._below("locks", f"{kind.value}s")
+
+    def all_locks(self) -> KeyRange:
+        """Every lock there is."""
+        return self._below("locks")
 
     def container_revision(self, uid: str, number: int) -> bytes:
         """One revision of a container."""

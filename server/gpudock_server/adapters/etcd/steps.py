@@ -27,13 +27,13 @@ from gpudock_server.model.changes import (
     Claim,
     DeleteContainer,
     Keep,
-    LockContainer,
+    Lock,
     PutContainer,
     PutOperation,
     PutRequest,
     PutRevision,
     Release,
-    UnlockContainer,
+    Unlock,
 )
 from gpudock_server.model.container import Container, ContainerRevision
 from gpudock_server.model.operation import Operation, RequestRecord
@@ -68,10 +68,10 @@ class Step:
 def step_of(change: Change, keys: Keys) -> Step:  # noqa: C901, PLR0911 - one case for each kind of change
     """How a change is done."""
     match change:
-        case LockContainer(name, operation_id):
-            return Step(change, keys.container_lock(name), VersionIs(0), _text, operation_id.encode())
-        case UnlockContainer(name, operation_id):
-            return Step(change, keys.container_lock(name), ValueIs(operation_id.encode()), _text)
+        case Lock(kind, name, operation_id):
+            return Step(change, keys.lock(kind, name), VersionIs(0), _text, operation_id.encode())
+        case Unlock(kind, name, operation_id):
+            return Step(change, keys.lock(kind, name), ValueIs(operation_id.encode()), _text)
         case Claim(host, key, holder):
             return Step(change, keys.claim(host, key), VersionIs(0), holder_of, encode(holder))
         case Keep(host, key, holder):

@@ -13,13 +13,14 @@ from gpudock_server.adapters.etcd.keys import DEFAULT_PREFIX, SCHEMA, KeyRange, 
 from gpudock_server.adapters.etcd.listing import list_page
 from gpudock_server.adapters.etcd.transactions import Transaction
 from gpudock_server.adapters.etcd.values import R, UnreadableValueError, decode, decode_number, encode_number
-from gpudock_server.adapters.etcd.wire import MAX_TXN_OPERATIONS, Entry
+from gpudock_server.adapters.etcd.wire import MAX_TXN_OPERATIONS, Entry, TxnAnswer
 from gpudock_server.errors import StoreUnavailable
 from gpudock_server.model.changes import Change
 from gpudock_server.model.claims import ClaimTable, Holder
 from gpudock_server.model.container import Container, ContainerRevision
 from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import Operation, RequestRecord
+from gpudock_server.model.target import TargetKind
 from gpudock_server.ports import ContainerView, Page, Versioned
 from gpudock_server.startup import StartupError
 
@@ -54,20 +55,39 @@ class EtcdStore:
     async def open(self) -> None:
         """Check that the state is in a schema that this daemon knows, or begin it.
 
-        Raises StoreUnavailable, and StartupError where a newer daemon, or something else, has written here.
+        State of an older schema is read as it is and written anew as it changes; from now on it is in ours, and a
+        daemon that does not know that is refused. Raises StoreUnavailable, and StartupError where a newer daemon, or
+        something else, has written here.
         """
         key = self._keys.schema()
+        version = 0
+        while True:
+            answer = await self._put_schema(key, version)
+            if answer.succeeded:
+                return
+            entry = answer.ranges[0].only
+            if self._schema_of(key, entry) == SCHEMA:
+                return
+            version = entry.version if entry else 0
+
+    async def _put_schema(self, key: bytes, version: int) -> TxnAnswer:
         async with _mapped_errors():
             # May be repeated: what is there is only read.
-            answer = await self._connection.patiently(
+            return await self._connection.patiently(
                 lambda timeout: self._connection.txn(
-                    [wire.version_is(key, 0)], [wire.put(key, encode_number(SCHEMA))], [wire.get(key)], timeout=timeout
+                    [wire.version_is(key, version)],
+                    [wire.put(key, encode_number(SCHEMA))],
+                    [wire.get(key)],
+                    timeout=timeout,
                 ),
                 self._deadline,
             )
-        if answer.succeeded:
-            return
-        entry = answer.ranges[0].entries[0]
+
+    @staticmethod
+    def _schema_of(key: bytes, entry: Entry | None) -> int:
+        """What the state is written in, at most ours; 0 where there is none. Raises StartupError."""
+        if entry is None:
+            return 0
         try:
             schema = decode_number(key, entry.value)
         except UnreadableValueError as error:
@@ -77,6 +97,7 @@ class EtcdStore:
                 f"the state in etcd is written in schema {schema}, and this gpudockd knows {SCHEMA}",
                 "install the gpudock that wrote it, or a newer one; or restore a backup from before it was upgraded",
             )
+        return schema
 
     async def apply(self, changes: Sequence[Change]) -> int:
         """Do all of `changes` or none: see `ports.Store.apply`.
@@ -88,7 +109,7 @@ class EtcdStore:
 
     async def container(self, name: str) -> ContainerView | None:
         """A head and its lock, in one read."""
-        head, lock = await self._get(self._keys.container(name), self._keys.container_lock(name))
+        head, lock = await self._get(self._keys.container(name), self._keys.lock(TargetKind.CONTAINER, name))
         return _view(head, lock) if head else None
 
     async def containers(self, *, page_size: int, page_token: str) -> Page[ContainerView]:
@@ -97,7 +118,7 @@ class EtcdStore:
             page = await list_page(
                 self._connection,
                 self._keys.containers(),
-                self._keys.container_locks(),
+                self._keys.locks(TargetKind.CONTAINER),
                 size=page_size,
                 token=page_token,
                 patience=self._deadline,
@@ -105,7 +126,7 @@ class EtcdStore:
         locks = {entry.key: entry for entry in page.beside}
         views = [_view(head, None) for head in page.entries]
         # The name comes from the record, so that no key has to be taken apart.
-        lock_of = [locks.get(self._keys.container_lock(view.container.name)) for view in views]
+        lock_of = [locks.get(self._keys.lock(TargetKind.CONTAINER, view.container.name)) for view in views]
         return Page(
             tuple(
                 ContainerView(view.container, view.version, lock.value.decode() if lock else "")
@@ -145,8 +166,9 @@ class EtcdStore:
 
     async def unfinished(self, node: str) -> tuple[Versioned[Operation], ...]:
         """Operations of `node` that have not ended, found by the locks they hold."""
-        locks = await self._list(self._keys.container_locks())
-        keys = [self._keys.operation(lock.value.decode()) for lock in locks]
+        locks = await self._list(self._keys.all_locks())
+        # One that works on several objects holds a lock on each.
+        keys = [self._keys.operation(one) for one in dict.fromkeys(lock.value.decode() for lock in locks)]
         operations: list[Versioned[Operation]] = []
         for first in range(0, len(keys), MAX_TXN_OPERATIONS):
             for entry in await self._get(*keys[first : first + MAX_TXN_OPERATIONS]):

@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gpudock_server.adapters.etcd.keys import SCHEMA
-from gpudock_server.model.record import Record
+from gpudock_server.model.operation import Operation
+from gpudock_server.model.record import JsonObject, Record
+from gpudock_server.model.target import Target, TargetKind
 
 R = TypeVar("R", bound=Record)
 
@@ -41,7 +45,32 @@ def decode(kind: type[R], key: bytes, value: bytes) -> R:
     try:
         return _Envelope[kind].model_validate_json(value).record  # type: ignore[valid-type]
     except ValidationError as error:
+        if (upgraded := _upgraded(kind, value)) is not None:
+            return upgraded
         raise UnreadableValueError(f"{key.decode(errors='replace')}: {_reason(value, error)}") from error
+
+
+def _upgraded(kind: type[R], value: bytes) -> R | None:
+    """The record of a value that an older daemon wrote in a form of its time; None where it is not that."""
+    try:
+        written_in = _WrittenIn.model_validate_json(value).number
+        upgrade = _UPGRADES.get((kind, written_in))
+        return kind.model_validate_json(json.dumps(upgrade(json.loads(value)["record"]))) if upgrade else None
+    except (ValidationError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _operation_from_1(record: JsonObject) -> JsonObject:
+    """An operation could work on containers alone, and named one in two fields."""
+    rest = {name: value for name, value in record.items() if name not in ("container", "container_uid")}
+    target = Target(
+        kind=TargetKind.CONTAINER, name=str(record["container"]), uid=str(record["container_uid"])
+    ).model_dump(mode="json")
+    return {**rest, "target": target}
+
+
+# By the type of a record and the schema it was written in. Whatever an older schema had in the same form needs none.
+_UPGRADES: Mapping[tuple[type[Record], int], Callable[[JsonObject], JsonObject]] = {(Operation, 1): _operation_from_1}
 
 
 def _reason(value: bytes, error: ValidationError) -> str:

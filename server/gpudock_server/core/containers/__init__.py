@@ -38,10 +38,10 @@ from gpudock_server.ports import ContainerView, Page
 __all__ = ["Containers", "World", "saga_builder"]
 
 
-def saga_builder(world: World) -> Callable[[Operation], Saga]:
+def saga_builder(world: World) -> Callable[[Operation], Saga[Any]]:
     """Makes the saga of any recorded operation, for `Operations` to resume."""
 
-    def build(operation: Operation) -> Saga:
+    def build(operation: Operation) -> Saga[Any]:
         match operation.kind:
             case OperationKind.CREATE:
                 return CreateSaga(world, operation)
@@ -91,8 +91,7 @@ class Containers:
         operation = Operation(
             id="",
             kind=draft.kind,
-            container=draft.container.name,
-            container_uid=draft.container.uid if draft.expect else "",
+            target=draft.target.model_copy(update={"uid": ""}) if draft.makes else draft.target,
             node=self._world.node,
             state=OperationState.PLANNED,
             arguments=draft.arguments,

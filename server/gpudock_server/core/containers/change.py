@@ -23,8 +23,9 @@ from typing_extensions import override
 
 from gpudock_server.core.containers.create import anonymous_volumes, labels_of, remove_with_volumes
 from gpudock_server.core.containers.observation import observed
+from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.saga import Outcome, Run, Saga, Step
+from gpudock_server.core.saga import Outcome, Run, Step
 from gpudock_server.errors import LayerCarryFailed, StartFailed
 from gpudock_server.model.changes import Change, Keep, PutContainer, PutRevision, Release
 from gpudock_server.model.claims import keys_of
@@ -68,12 +69,12 @@ class ChangeArguments(Record):
     cause: RevisionCause | None = None
 
 
-class ChangeSaga(Saga):
+class ChangeSaga(ContainerSaga):
     """See the module's docstring."""
 
     def __init__(self, world: World, operation: Operation) -> None:
         """Builds the script from the operation's arguments."""
-        self._world = world
+        super().__init__(world)
         self._arguments = ChangeArguments.model_validate(operation.arguments)
 
     # -- the script --------------------------------------------------------------------------------------------------
@@ -141,7 +142,7 @@ class ChangeSaga(Saga):
         code = await self._world.engine.exited_within(serving, self._world.settle_seconds)
         if code is not None and (code != 0 or self._arguments.must_live):
             raise StartFailed(
-                container=run.operation.container,
+                container=run.operation.target.name,
                 detail=f"its process ended with exit code {code} within {self._world.settle_seconds} s of its start",
             )
 
@@ -151,14 +152,14 @@ class ChangeSaga(Saga):
         world, arguments, operation = self._world, self._arguments, run.operation
         # Not the image's tag, which may have moved: the layer is only right on top of the very image it was made on.
         image_id = str(operation.facts("snapshot").get("image_id", arguments.old.image_id))
-        name = world.engine_name(operation.container, operation.id)
+        name = world.engine_name(operation.target.name, operation.id)
         engine_id = await world.engine.create(
             Blueprint(
                 name=name,
                 image_id=image_id,
                 spec=arguments.spec,
                 placement=arguments.placement,
-                hostname=arguments.spec.hostname or operation.container,
+                hostname=arguments.spec.hostname or operation.target.name,
                 labels=labels_of(operation, arguments.revision),
                 volumes=arguments.old.anonymous_volumes,
             )
@@ -210,7 +211,7 @@ class ChangeSaga(Saga):
         engine, reference = self._world.engine, layer_image(run.operation)
         if (made := await engine.image(reference)) is not None:
             return {"image_id": made.id, "reference": reference}
-        labels = {LABEL_UID: run.operation.container_uid, LABEL_OPERATION: run.operation.id}
+        labels = {LABEL_UID: run.operation.target.uid, LABEL_OPERATION: run.operation.id}
         image_id = await engine.commit(self._arguments.old.engine_id, reference, labels)
         return {"image_id": image_id, "reference": reference}
 

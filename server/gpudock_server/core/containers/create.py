@@ -13,9 +13,10 @@ from typing_extensions import override
 from gpudock_server.core.allocation import Wish
 from gpudock_server.core.containers.commands import Create, PullPolicy
 from gpudock_server.core.containers.observation import observed
+from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
-from gpudock_server.core.saga import Outcome, Run, Saga, Step
+from gpudock_server.core.saga import Outcome, Run, Step
 from gpudock_server.errors import ContainerExists, HostPathForbidden, ImageNotFound, VolumeNotFound
 from gpudock_server.model.changes import (
     Change,
@@ -89,8 +90,8 @@ async def draft(world: World, command: Create) -> Draft:
     )
     return Draft(
         kind=OperationKind.CREATE,
-        container=container,
-        expect=0,
+        target=container.target,
+        head=PutContainer(container, expect=0),
         arguments=arguments.model_dump(mode="json"),
         plan=OperationPlan(
             placement=proposal.placement,
@@ -154,20 +155,20 @@ def _is_allowed(host_path: str, allowed_paths: Sequence[str]) -> bool:
 def labels_of(operation: Operation, revision: int) -> dict[str, str]:
     """What marks an engine container as ours, made by `operation`."""
     return {
-        LABEL_UID: operation.container_uid,
-        LABEL_NAME: operation.container,
+        LABEL_UID: operation.target.uid,
+        LABEL_NAME: operation.target.name,
         LABEL_NODE: operation.node,
         LABEL_REVISION: str(revision),
         LABEL_OPERATION: operation.id,
     }
 
 
-class CreateSaga(Saga):
+class CreateSaga(ContainerSaga):
     """pull -> create -> start, then the head and its first revision."""
 
     def __init__(self, world: World, operation: Operation, registry_auth: RegistryAuth | None = None) -> None:
         """`registry_auth` is not recorded: a daemon that resumes a pull does so without it."""
-        self._world = world
+        super().__init__(world)
         self._auth = registry_auth
         self._arguments = CreateArguments.model_validate(operation.arguments)
         self._spec = self._arguments.spec
@@ -188,14 +189,14 @@ class CreateSaga(Saga):
     async def _create(self, run: Run) -> JsonObject:
         world, operation = self._world, run.operation
         image_id = self._arguments.image_id or await self._pulled_image()
-        name = world.engine_name(operation.container, operation.id)
+        name = world.engine_name(operation.target.name, operation.id)
         engine_id = await world.engine.create(
             Blueprint(
                 name=name,
                 image_id=image_id,
                 spec=self._spec,
                 placement=self._arguments.placement,
-                hostname=self._spec.hostname or operation.container,
+                hostname=self._spec.hostname or operation.target.name,
                 labels=labels_of(operation, 1),
             )
         )
@@ -265,7 +266,7 @@ async def remove_with_volumes(
     world: World, operation: Operation, spec: ContainerSpec, keep: frozenset[str] = frozenset()
 ) -> None:
     """Remove what an operation created in the engine, found by its name, and the anonymous volumes made with it."""
-    seen = await world.engine.inspect(world.engine_name(operation.container, operation.id))
+    seen = await world.engine.inspect(world.engine_name(operation.target.name, operation.id))
     if seen is None or seen.labels.get(LABEL_OPERATION) != operation.id:
         return
     await world.engine.remove(seen.id)

@@ -8,9 +8,10 @@ from typing_extensions import override
 
 from gpudock_server.core.containers.commands import Delete
 from gpudock_server.core.containers.observation import observed
+from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
-from gpudock_server.core.saga import Outcome, Run, Saga, Step
+from gpudock_server.core.saga import Outcome, Run, Step
 from gpudock_server.errors import ContainerRunning
 from gpudock_server.model.changes import Change, DeleteContainer, PutContainer, Release
 from gpudock_server.model.claims import keys_of
@@ -37,22 +38,22 @@ async def draft(world: World, command: Delete) -> Draft:
     arguments = DeleteArguments(engine=container.engine, placement=container.status.placement)
     return Draft(
         kind=OperationKind.DELETE,
-        container=container.with_status(state=ContainerState.DELETING),
-        expect=view.version,
+        target=container.target,
+        head=PutContainer(container.with_status(state=ContainerState.DELETING), expect=view.version),
         arguments=arguments.model_dump(mode="json"),
         plan=OperationPlan(),
         build=lambda operation: DeleteSaga(world, operation),
     )
 
 
-class DeleteSaga(Saga):
+class DeleteSaga(ContainerSaga):
     """Removal cannot be undone; what fails leaves the record, so that the same call finishes the work."""
 
     cancellable = False
 
     def __init__(self, world: World, operation: Operation) -> None:
         """Builds the script from the operation's arguments."""
-        self._world = world
+        super().__init__(world)
         self._arguments = DeleteArguments.model_validate(operation.arguments)
 
     @property

@@ -8,9 +8,10 @@ from typing_extensions import override
 
 from gpudock_server.core.containers.commands import Pause, Unpause
 from gpudock_server.core.containers.observation import observed
+from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
-from gpudock_server.core.saga import Outcome, Run, Saga, Step
+from gpudock_server.core.saga import Outcome, Run, Step
 from gpudock_server.errors import ContainerNotPaused, ContainerNotRunning, ContainerPaused
 from gpudock_server.model.changes import Change, PutContainer
 from gpudock_server.model.container import ContainerState
@@ -43,22 +44,22 @@ async def draft(world: World, command: Pause | Unpause) -> Draft:
     arguments = PauseArguments(engine_id=container.engine.engine_id, freeze=freeze)
     return Draft(
         kind=OperationKind.PAUSE if freeze else OperationKind.UNPAUSE,
-        container=container,
-        expect=view.version,
+        target=container.target,
+        head=PutContainer(container, expect=view.version),
         arguments=arguments.model_dump(mode="json"),
         plan=OperationPlan(placement=container.status.placement),
         build=lambda operation: PauseSaga(world, operation),
     )
 
 
-class PauseSaga(Saga):
+class PauseSaga(ContainerSaga):
     """One step, whose undo is the other's do."""
 
     cancellable = False
 
     def __init__(self, world: World, operation: Operation) -> None:
         """Builds the script from the operation's arguments."""
-        self._world = world
+        super().__init__(world)
         self._arguments = PauseArguments.model_validate(operation.arguments)
 
     @property

@@ -8,9 +8,10 @@ from typing_extensions import override
 
 from gpudock_server.core.containers.commands import Stop
 from gpudock_server.core.containers.observation import observed
+from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
-from gpudock_server.core.saga import Outcome, Run, Saga, Step
+from gpudock_server.core.saga import Outcome, Run, Step
 from gpudock_server.errors import ContainerNotRunning
 from gpudock_server.model.changes import Change, PutContainer, Release
 from gpudock_server.model.claims import keys_of
@@ -51,8 +52,8 @@ async def draft(world: World, command: Stop) -> Draft:
     )
     return Draft(
         kind=OperationKind.STOP,
-        container=container,
-        expect=view.version,
+        target=container.target,
+        head=PutContainer(container, expect=view.version),
         arguments=arguments.model_dump(mode="json"),
         plan=OperationPlan(
             placement=container.status.placement if command.keep_resources else Placement(),
@@ -62,14 +63,14 @@ async def draft(world: World, command: Stop) -> Draft:
     )
 
 
-class StopSaga(Saga):
+class StopSaga(ContainerSaga):
     """One step; there is no undo, since starting again what a user wanted stopped helps nobody."""
 
     cancellable = False
 
     def __init__(self, world: World, operation: Operation) -> None:
         """Builds the script from the operation's arguments."""
-        self._world = world
+        super().__init__(world)
         self._arguments = StopArguments.model_validate(operation.arguments)
 
     @property

@@ -17,7 +17,7 @@ from gpudock_server.errors import (
     ContainerRunning,
     RestartRequired,
 )
-from gpudock_server.model.changes import Claim
+from gpudock_server.model.changes import Claim, PutContainer
 from gpudock_server.model.claims import ClaimKey
 from gpudock_server.model.container import Container, ContainerState, EngineBinding, Placement, RevisionCause
 from gpudock_server.model.operation import CarryMethod, Operation, OperationKind, OperationPlan
@@ -150,8 +150,8 @@ async def _draft(world: World, view: ContainerView, wanted: _Wanted) -> Draft:
     )
     return Draft(
         kind=wanted.kind,
-        container=container,
-        expect=view.version,
+        target=container.target,
+        head=PutContainer(container, expect=view.version),
         arguments=arguments.model_dump(mode="json"),
         plan=_plan(arguments, carry, status.placement),
         claims=[Claim(world.host, key, world.holder(container)) for key in to_claim],

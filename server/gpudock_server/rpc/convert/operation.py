@@ -15,10 +15,12 @@ from gpudock_server.model.operation import (
     Stage,
     StageState,
 )
+from gpudock_server.model.target import TargetKind
 from gpudock_server.rpc.convert.port import binding_message
 from gpudock_server.rpc.convert.times import timestamp
 
 KINDS = {kind: operation_pb2.OperationKind.Value(f"OPERATION_KIND_{kind.name}_CONTAINER") for kind in OperationKind}
+TARGET_KINDS = {TargetKind.CONTAINER: operation_pb2.RESOURCE_KIND_CONTAINER}
 STATES = {state: operation_pb2.OperationState.Value(f"OPERATION_STATE_{state.name}") for state in OperationState}
 CARRY_METHODS = {
     method: operation_pb2.LayerCarryMethod.Value(f"LAYER_CARRY_METHOD_{method.name}") for method in CarryMethod
@@ -44,7 +46,7 @@ def operation_message(snapshot: Snapshot) -> operation_pb2.Operation:
         id=record.id,
         kind=KINDS[record.kind],
         target=operation_pb2.ResourceRef(
-            kind=operation_pb2.RESOURCE_KIND_CONTAINER, name=record.container, uid=record.container_uid
+            kind=TARGET_KINDS[record.target.kind], name=record.target.name, uid=record.target.uid
         ),
         node=record.node,
         state=STATES[record.state],

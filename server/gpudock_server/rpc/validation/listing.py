@@ -21,6 +21,7 @@ from gpudock_server.model.container import ContainerState
 from gpudock_server.model.gpu import GpuHealth
 from gpudock_server.model.operation import Operation, OperationKind, OperationState
 from gpudock_server.model.spec import Protocol
+from gpudock_server.model.target import TargetKind
 from gpudock_server.ports import ContainerView
 from gpudock_server.rpc import page_token
 from gpudock_server.rpc.convert import container, gpu, operation
@@ -42,7 +43,10 @@ _GPU_HEALTHS: Mapping[int, GpuHealth | None] = {
     **{value: health for health, value in gpu.HEALTHS.items()},
 }
 _PROTOCOLS: Mapping[int, Protocol] = {port_pb2.PORT_PROTOCOL_UNSPECIFIED: Protocol.TCP, **PROTOCOL_OF}
-_ANY_KIND = (operation_pb2.RESOURCE_KIND_UNSPECIFIED, operation_pb2.RESOURCE_KIND_CONTAINER)
+_TARGET_KINDS: Mapping[int, TargetKind | None] = {
+    operation_pb2.RESOURCE_KIND_UNSPECIFIED: None,
+    **{value: kind for kind, value in operation.TARGET_KINDS.items()},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +92,16 @@ def operations(request: operation_service_pb2.ListOperationsRequest) -> Listing[
     here = violations.at("filter")
     states = fields.choices_of(here, "states", asked.states, _OPERATION_STATES)
     kinds = fields.choices_of(here, "kinds", asked.kinds, _OPERATION_KINDS)
-    if target.kind not in _ANY_KIND:
+    if target.kind not in _TARGET_KINDS:
         here.at("target").add("kind", f"{target.kind} is not a kind of object")
 
     def wanted(record: Operation) -> bool:
         return (
             (not states or record.state in states)
             and (not kinds or record.kind in kinds)
-            and target.name in ("", record.container)
-            and target.uid in ("", record.container_uid)
+            and _TARGET_KINDS[target.kind] in (None, record.target.kind)
+            and target.name in ("", record.target.name)
+            and target.uid in ("", record.target.uid)
             and asked.node in ("", record.node)
         )
 

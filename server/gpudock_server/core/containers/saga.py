@@ -1,0 +1,22 @@
+"""What the sagas of containers have in common: the world that they act on, and how they see their container."""
+
+from __future__ import annotations
+
+from typing_extensions import override
+
+from gpudock_server.core.containers.world import World
+from gpudock_server.core.saga import Run, Saga
+from gpudock_server.ports import ContainerView
+
+
+class ContainerSaga(Saga[ContainerView]):
+    """A saga whose target is a container."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    @override
+    async def look(self, run: Run) -> ContainerView | None:
+        target = run.operation.target
+        view = await self._world.store.container(target.name)
+        return view if view is not None and view.container.uid == target.uid else None
