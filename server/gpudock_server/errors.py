@@ -406,6 +406,16 @@ class LayerCarryFailed(GpudockError):
 
 
 @dataclass(eq=False)
+class SnapshotFailed(GpudockError):
+    """Files could not be kept, or not be brought back; the container's own are where they were."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "SNAPSHOT_FAILED"
+    template = "the snapshot could not be made or used: {detail}"
+    detail: str
+
+
+@dataclass(eq=False)
 class ExecExists(GpudockError):
     """An exec of this id runs."""
 

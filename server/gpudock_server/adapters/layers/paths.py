@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from gpudock_server.model.engine import EngineContainer
+
 _LAYER = re.compile(r"(?P<id>[0-9a-f]{64})/diff")
 _SHORT_NAME = re.compile(r"[A-Z0-9]{26}")
 # 125 layers of 29 characters each are the deepest that the engine makes.
@@ -47,6 +49,20 @@ def find_layer(engine_root: str, path: str) -> Layer:
             return _inspected(path, name, overlay, folder)
     except OSError as error:
         raise LayerRefusedError(f"{path}: {error.strerror} ({error.filename})") from error
+
+
+def seen_layer(engine_root: str, container: EngineContainer, *, local: bool) -> Layer | str:
+    """A container's writable layer, or why it is not to be seen. `local`: the engine's paths are this host's."""
+    if not local:
+        return "the engine runs on another host"
+    if container.storage_driver != "overlay2":
+        return f"the engine's storage driver is {container.storage_driver or 'unknown'}, not overlay2"
+    if not container.upper_dir:
+        return "the engine does not show where the writable layer is"
+    try:
+        return find_layer(engine_root, container.upper_dir)
+    except LayerRefusedError as error:
+        return str(error)
 
 
 def _name_in_root(engine_root: str, path: str) -> str:

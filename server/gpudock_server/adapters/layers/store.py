@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,17 +16,15 @@ from gpudock_server.adapters.layers.copying import (
     tree_bytes,
 )
 from gpudock_server.adapters.layers.exchange import Arrangement, arrangement_of, bring_about
-from gpudock_server.adapters.layers.paths import Layer, LayerRefusedError, find_layer
+from gpudock_server.adapters.layers.paths import Layer, LayerRefusedError, find_layer, seen_layer
 from gpudock_server.adapters.layers.privilege import why_no_copy, why_no_exchange
+from gpudock_server.adapters.layers.room import available, require_room, write_out
 from gpudock_server.adapters.layers.threads import Interrupt, run_to_end
 from gpudock_server.errors import DiskFull, LayerCarryFailed
 from gpudock_server.model.engine import EngineContainer
 from gpudock_server.model.operation import CarryMethod
 from gpudock_server.ports import CarryPlan, LayerPair, LayerStore, Progress
 
-# Kept free beside the layer itself: directories grow, and the engine and its logs go on writing.
-_MARGIN_BYTES = 16 << 20
-_MARGIN_SHARE = 0.01
 _MEASURE_SECONDS = 300.0
 
 COMMIT_WARNINGS = (
@@ -83,7 +79,7 @@ class OverlayLayerStore(LayerStore):
             case CarryMethod.COMMIT:
                 return await self._commit_plan(plan, "" if hidden else old.upper_dir)
             case _:
-                return plan.model_copy(update={"bytes_available": _available(self._root)})
+                return plan.model_copy(update={"bytes_available": available(self._root)})
 
     async def locate(self, old: EngineContainer, new: EngineContainer) -> LayerPair:
         """See the protocol. Raises LayerCarryFailed; changes nothing."""
@@ -121,14 +117,14 @@ class OverlayLayerStore(LayerStore):
         progress(0, total)
         ended = await copy_tree(pair.old_path, pair.new_path, lock, total, progress)
         if ended.out_of_room:
-            raise DiskFull(path=pair.new_path, needed_bytes=total, available_bytes=_available(pair.new_path))
+            raise DiskFull(path=pair.new_path, needed_bytes=total, available_bytes=available(pair.new_path))
         if ended.exit_code != 0:
             raise LayerRefusedError(f"cp ended with {ended.exit_code}: {ended.complaint}")
         found = await run_to_end(differences, pair.old_path, pair.new_path, interrupt)
         if found:
             raise LayerRefusedError(f"the copy is not equal: {'; '.join(found)}")
         # The original is removed soon after; a power failure then must not find the copy unwritten.
-        await run_to_end(_write_out, lock)
+        await run_to_end(write_out, lock)
         progress(total, total)
 
     async def _commit_plan(self, plan: CarryPlan, upper_dir: str) -> CarryPlan:
@@ -142,10 +138,8 @@ class OverlayLayerStore(LayerStore):
         """The plan with the bytes that it moves and the room for them. Raises DiskFull."""
         with _refusals(plan.method):
             needed = await tree_bytes(path, apparent=apparent, timeout_seconds=_MEASURE_SECONDS)
-            available = await run_to_end(_available, path)
-        if needed + max(_MARGIN_BYTES, int(needed * _MARGIN_SHARE)) > available:
-            raise DiskFull(path=path, needed_bytes=needed, available_bytes=available)
-        return plan.model_copy(update={"bytes_to_move": needed, "bytes_available": available})
+            free = await run_to_end(require_room, path, needed)
+        return plan.model_copy(update={"bytes_to_move": needed, "bytes_available": free})
 
     def _why_hidden(self) -> str:
         """Why no layer of this engine can be seen from here; empty when they can."""
@@ -157,16 +151,7 @@ class OverlayLayerStore(LayerStore):
 
     def _seen(self, container: EngineContainer) -> Layer | str:
         """A container's writable layer, or why it is not to be seen."""
-        if not self._local:
-            return "the engine runs on another host"
-        if container.storage_driver != "overlay2":
-            return f"the engine's storage driver is {container.storage_driver or 'unknown'}, not overlay2"
-        if not container.upper_dir:
-            return "the engine does not show where the writable layer is"
-        try:
-            return find_layer(self._root, container.upper_dir)
-        except LayerRefusedError as error:
-            return str(error)
+        return seen_layer(self._root, container, local=self._local)
 
     def _located(self, old: EngineContainer, new: EngineContainer) -> LayerPair:
         if not old.image_id or old.image_id != new.image_id:
@@ -201,20 +186,6 @@ def _check_together(old: Layer, new: Layer) -> None:
         raise LayerRefusedError(f"{old.path} and {new.path} lie on different filesystems")
     if old.image_layers != new.image_layers:
         raise LayerRefusedError(f"{old.path} and {new.path} lie on different image layers")
-
-
-def _available(path: str) -> int:
-    """Bytes that are free on the filesystem of `path`, without those kept back for root."""
-    filesystem = os.statvfs(path)
-    return filesystem.f_bavail * filesystem.f_frsize
-
-
-def _write_out(descriptor: int) -> None:
-    """Have everything written that the filesystem of `descriptor` holds in memory (syncfs(2))."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.syncfs(descriptor) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
 
 
 @contextmanager

@@ -1,0 +1,216 @@
+"""Making one entry of a tree anew elsewhere, with everything that it has but its name."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Callable, Iterator
+
+from gpudock_server.adapters.layers.threads import Interrupt
+
+# ioctl_ficlone(2): share the other file's extents.
+_FICLONE = 0x40049409
+_CLONES_NOWHERE = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EXDEV})
+_CLONES_NOT_THIS = frozenset({errno.EINVAL, errno.ETXTBSY, errno.EPERM})
+_COPIES_NOT_ITSELF = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+_NO_XATTRS = frozenset({errno.ENOTSUP, errno.ENODATA})
+# sync_file_range(2): WAIT_BEFORE | WRITE | WAIT_AFTER
+_WRITE_AND_WAIT = 7
+_TMPFS, _RAMFS = 0x01021994, 0x858458F6
+_STATFS_BYTES = 512
+_CHUNK_BYTES = 8 << 20
+_READ_BYTES = 1 << 20
+
+
+class Duplicator:
+    """Copies files and their attributes by descriptors. `moved` is told of bytes as they are copied.
+
+    `clones`: whether extents may be shared; it becomes False when the filesystem turns out to be unable to.
+    """
+
+    def __init__(self, interrupt: Interrupt, moved: Callable[[int], None], *, clones: bool) -> None:
+        self._interrupt = interrupt
+        self._moved = moved
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self.clones = clones
+
+    def file(self, source: int, status: os.stat_result, folder: int, name: str) -> bool:
+        """Make `name` in `folder` equal to an open regular file; True when it shares its extents."""
+        target = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
+        try:
+            cloned = self._cloned(source, target)
+            if not cloned:
+                self._fill(source, target, status)
+            os.fchown(target, status.st_uid, status.st_gid)
+            match_xattrs(source, target)
+            os.fchmod(target, stat.S_IMODE(status.st_mode))
+            os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+        finally:
+            os.close(target)
+        return cloned
+
+    def special(self, handle: int, status: os.stat_result, folder: int, name: str) -> None:
+        """Make `name` in `folder` equal to a link, a device, a whiteout, a fifo or a socket (an O_PATH descriptor)."""
+        mode = status.st_mode
+        if stat.S_ISLNK(mode):
+            os.symlink(os.readlink("", dir_fd=handle), name, dir_fd=folder)
+        else:
+            os.mknod(name, stat.S_IFMT(mode) | 0o600, status.st_rdev, dir_fd=folder)
+        os.chown(name, status.st_uid, status.st_gid, dir_fd=folder, follow_symlinks=False)
+        match_xattrs(f"/proc/self/fd/{handle}", f"/proc/self/fd/{folder}/{name}")
+        if not stat.S_ISLNK(mode):
+            os.chmod(name, stat.S_IMODE(mode), dir_fd=folder)
+        os.utime(name, ns=(status.st_atime_ns, status.st_mtime_ns), dir_fd=folder, follow_symlinks=False)
+
+    def write_back(self, file: int) -> bool:
+        """Make later changes of an open file show in its ctime; False where they will not.
+
+        Two kinds of change leave the ctime as it is, and so have to be out of the way between looking at it and
+        copying. A write(2) stamps the ctime when it begins; the lock of the inode, which SEEK_DATA or a read waits
+        for, tells that those which had begun have ended. A store into memory that is mapped from the file stamps it
+        only when the page was clean; once the pages are written, the next store faults and stamps it again. tmpfs
+        never writes, so there nothing shows.
+        """
+        try:
+            os.lseek(file, 0, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+        os.pread(file, 1, 0)
+        nothing, flags = ctypes.c_longlong(0), ctypes.c_uint(_WRITE_AND_WAIT)
+        if self._libc.sync_file_range(file, nothing, nothing, flags) == 0:
+            return True
+        code = ctypes.get_errno()
+        if code in (errno.ENOSYS, errno.ESPIPE, errno.EINVAL):
+            return False
+        raise OSError(code, os.strerror(code))
+
+    def shows_stores(self, folder: int) -> bool:
+        """Whether the filesystem is one where `write_back` does what it says."""
+        buffer = ctypes.create_string_buffer(_STATFS_BYTES)
+        if self._libc.fstatfs(folder, buffer) != 0:
+            return False
+        return ctypes.c_long.from_buffer(buffer).value not in (_TMPFS, _RAMFS)
+
+    def same_file(self, one: int, other: int, size: int) -> bool:
+        """Whether two open files of the same size have the same contents and extended attributes."""
+        if _xattrs(one, follow=True) != _xattrs(other, follow=True):
+            return False
+        at = 0
+        while at < size:
+            self._interrupt.check()
+            begin = min(_next_data(one, at, size), _next_data(other, at, size))
+            if os.pread(one, _READ_BYTES, begin) != os.pread(other, _READ_BYTES, begin):
+                return False
+            at = begin + _READ_BYTES
+        return True
+
+    def _cloned(self, source: int, target: int) -> bool:
+        if not self.clones:
+            return False
+        try:
+            fcntl.ioctl(target, _FICLONE, source)
+        except OSError as error:
+            if error.errno in _CLONES_NOWHERE:
+                self.clones = False
+            elif error.errno not in _CLONES_NOT_THIS:
+                raise
+            return False
+        return True
+
+    def _fill(self, source: int, target: int, status: os.stat_result) -> None:
+        for begin, end in data_ranges(source, status):
+            self._copy_range(source, target, begin, end)
+        os.ftruncate(target, status.st_size)
+
+    def _copy_range(self, source: int, target: int, begin: int, end: int) -> None:
+        while begin < end:
+            self._interrupt.check()
+            count = _copied_at(source, target, begin, min(end - begin, _CHUNK_BYTES))
+            if count == 0:  # it was truncated, so it will be copied again
+                return
+            begin += count
+            self._moved(count)
+
+
+def can_clone(folder: int, name: str) -> bool:
+    """Try whether files in the open folder can share extents, with two files `name`* that go again."""
+    names = (f"{name}-1", f"{name}-2")
+    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    opened = [os.open(each, flags, 0o600, dir_fd=folder) for each in names]
+    try:
+        os.pwrite(opened[0], b"x" * 4096, 0)
+        fcntl.ioctl(opened[1], _FICLONE, opened[0])
+        return os.pread(opened[1], 2, 4094) == b"xx"
+    except OSError as error:
+        if error.errno in _CLONES_NOWHERE | _CLONES_NOT_THIS:
+            return False
+        raise
+    finally:
+        for each, descriptor in zip(names, opened, strict=True):
+            os.close(descriptor)
+            os.unlink(each, dir_fd=folder)
+
+
+def data_ranges(file: int, status: os.stat_result) -> Iterator[tuple[int, int]]:
+    """The parts of an open file that are no holes, as (begin, end)."""
+    size = status.st_size
+    if status.st_blocks * 512 >= size:
+        yield 0, size
+        return
+    at = 0
+    while (begin := _next_data(file, at, size)) < size:
+        at = min(os.lseek(file, begin, os.SEEK_HOLE), size)
+        yield begin, at
+
+
+def match_xattrs(source: int | str, target: int | str) -> None:
+    """Give one entry the extended attributes of another.
+
+    The source's path is /proc/self/fd/<number>, which leads to the very entry that was opened and no further; a
+    target's path is not followed where it ends in a link.
+    """
+    follow = isinstance(target, int)
+    wanted, found = _xattrs(source, follow=True), _xattrs(target, follow=follow)
+    for name in found.keys() - wanted.keys():
+        if not name.startswith("security."):  # what a security module puts on every file is its own
+            os.removexattr(target, name, follow_symlinks=follow)
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            os.setxattr(target, name, value, follow_symlinks=follow)
+
+
+def _xattrs(entry: int | str, *, follow: bool) -> dict[str, bytes]:
+    try:
+        names = os.listxattr(entry, follow_symlinks=follow)
+        return {name: os.getxattr(entry, name, follow_symlinks=follow) for name in names}
+    except OSError as error:
+        if error.errno in _NO_XATTRS:
+            return {}
+        raise
+
+
+def _next_data(file: int, at: int, size: int) -> int:
+    """Where the next data begins; `size` when only a hole follows."""
+    try:
+        return min(os.lseek(file, at, os.SEEK_DATA), size)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return size
+        raise
+
+
+def _copied_at(source: int, target: int, at: int, count: int) -> int:
+    try:
+        return os.copy_file_range(source, target, count, at, at)
+    except OSError as error:
+        if error.errno not in _COPIES_NOT_ITSELF:
+            raise
+    data = os.pread(source, min(count, _READ_BYTES), at)
+    written = 0
+    while written < len(data):
+        written += os.pwrite(target, data[written:], at + written)
+    return written

@@ -1,0 +1,429 @@
+"""Making one tree equal to another, again and again, each time in proportion to what changed since.
+
+The source may change at any moment, as long as one last pass finds it still. What has changed is told by inode number
+and ctime (see snapshot_index), never by path, size and mtime alone. What has not is left as it is, or linked: from
+where it stood in the copy, when a folder was renamed, or from an earlier copy.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from gpudock_server.adapters.layers.duplicating import Duplicator, match_xattrs
+from gpudock_server.adapters.layers.snapshot_index import Entry, Index, Key, is_whiteout, key_of
+from gpudock_server.adapters.layers.threads import Interrupt
+from gpudock_server.adapters.layers.trail import Trail, below, remove_entry
+
+# Two changes within one tick of the kernel's clock have one ctime. Ticks are 10 ms at most; this is far beyond, and
+# covers direct writes too, whose ctime is that of their beginning.
+TICK_NS = 1_000_000_000
+# Of ext4's 65,000; beyond, a file is copied.
+_MAX_LINKS = 60_000
+_BLOCK_BYTES = 512
+_VANISHED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE})
+_CANNOT_LINK = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EMLINK, errno.EXDEV})
+_HANDLE_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOATIME | os.O_CLOEXEC
+_STAGED = "new"
+_ROOT_PARENT = "/"
+_UNKNOWN = Entry((0, 0, 0, 0, stat.S_IFDIR, 0, 0, 0), copy=0, settled=False, shared=False)
+
+
+class Copies:
+    """A tree of copies, with the index that says of what. Entries are found by their path, or by the inode.
+
+    `device` is the filesystem of what is to be copied; the inodes of another one say nothing.
+    """
+
+    def __init__(self, index: Index, root: int, device: int) -> None:
+        self.index = index
+        self._inodes_tell = index.device == device
+        self.trail = Trail(root)
+        self._places: dict[int, tuple[str, str]] | None = None
+
+    def link(self, folder: str, name: str, key: Key, names: int, staging: int) -> Entry | None:
+        """Link a copy of the state `key` to the staging folder; None where there is none.
+
+        `names` more names than it has will be given to it.
+        """
+        for where, called in self._candidates(folder, name, key) if self._inodes_tell else ():
+            entry = self.index.folders[where][called]
+            if not entry.settled or entry.key != key:
+                continue
+            try:
+                at = self.trail.enter(where)
+                os.link(called, _STAGED, src_dir_fd=at, dst_dir_fd=staging, follow_symlinks=False)
+            except OSError as error:
+                if error.errno not in _CANNOT_LINK:
+                    raise
+                continue
+            # Only the inode itself proves that this is the copy that the index tells of.
+            linked = os.stat(_STAGED, dir_fd=staging, follow_symlinks=False)
+            if linked.st_ino == entry.copy and linked.st_nlink + names < _MAX_LINKS:
+                return entry
+            os.unlink(_STAGED, dir_fd=staging)
+        return None
+
+    def open_like(self, folder: str, name: str, key: Key) -> tuple[int, Entry] | None:
+        """Open the copy at a path when all but inode and ctime are as in `key`; it may have the same contents."""
+        entry = self.index.folders.get(folder, {}).get(name)
+        if entry is None or entry.key[2:] != key[2:] or not stat.S_ISREG(key[4]):
+            return None
+        try:
+            file = os.open(name, _READ_FLAGS | os.O_NOFOLLOW, dir_fd=self.trail.enter(folder))
+        except OSError as error:
+            if error.errno in _VANISHED:
+                return None
+            raise
+        found = os.fstat(file)
+        if (found.st_ino, found.st_size) != (entry.copy, key[3]) or found.st_nlink >= _MAX_LINKS:
+            os.close(file)
+            return None
+        return file, entry
+
+    def _candidates(self, folder: str, name: str, key: Key) -> Iterator[tuple[str, str]]:
+        if name in self.index.folders.get(folder, {}):
+            yield folder, name
+        if self._places is None:
+            self._places = {
+                entry.key[0]: (where, called) for where, called, entry in self.index.walk() if not entry.is_folder
+            }
+        if key[0] in self._places:
+            yield self._places[key[0]]
+
+
+@dataclass
+class Moved:
+    """What a pass had to do."""
+
+    entries: int = 0
+    bytes: int = 0
+
+
+class _Twin(NamedTuple):
+    """The first of several names of one inode, in this pass."""
+
+    entry: Entry
+    folder: str
+    name: str
+
+
+class _Visit(NamedTuple):
+    """A folder to be walked; `siblings` hold its entry as `name`."""
+
+    folder: str
+    siblings: dict[str, Entry]
+    name: str
+    changed: bool
+
+
+class Mirror:
+    """One pass over a tree. All folders are open descriptors.
+
+    `staging` is an empty folder on the target's filesystem, where every entry is made before it gets its place: there
+    it inherits nothing from its parent, and in its place it is never seen half made. `previous` are copies of an
+    earlier state, which may be linked to. `hidden` is a name in the target's root that is not the source's business.
+    `live`: processes may write to the source now; `quiet`: none has any of its files open or mapped. Two changes within
+    `tick_ns` may have the same ctime.
+    """
+
+    def __init__(
+        self,
+        source: int,
+        target: int,
+        staging: int,
+        duplicator: Duplicator,
+        interrupt: Interrupt,
+        *,
+        previous: Copies | None,
+        live: bool,
+        quiet: bool,
+        handled: Callable[[int], None],
+        hidden: str = "",
+        tick_ns: int = TICK_NS,
+    ) -> None:
+        self._source, self._target, self._staging = source, target, staging
+        self._duplicator, self._interrupt, self._previous = duplicator, interrupt, previous
+        self._live, self._quiet, self._hidden, self._handled = live, quiet, hidden, handled
+        self._tick_ns = tick_ns
+        self._device = os.fstat(source).st_dev
+        self._shows_stores = duplicator.shows_stores(source)
+        self._twins: dict[int, _Twin] = {}
+        self._claims: dict[int, int] | None = None
+        self._gone: list[tuple[str, str]] = []
+        self._touched: set[str] = set()
+        self.moved = Moved()
+
+    def run(self, index: Index) -> Index:
+        """Make the target equal to the source and return the new index; `index` tells what the target is.
+
+        When this raises, the target is neither what the old index says nor what a new one would.
+        """
+        remove_entry(self._staging, _STAGED, self._interrupt)
+        self._own = Copies(index, self._target, self._device)
+        self._old, self._fresh = index, Index(self._device)
+        with Trail(self._source) as source, Trail(self._target) as target, self._own.trail:
+            self._walk(source, target)
+            self._remove_gone(target)
+            self._set_times(target)
+        return self._fresh
+
+    def _walk(self, source: Trail, target: Trail) -> None:
+        known = self._old.folders.get(_ROOT_PARENT, {}).get("")
+        top = self._fresh.folders[_ROOT_PARENT] = {"": known or _UNKNOWN}
+        same = _is_same(known, key_of(os.fstat(self._source)))
+        waiting = [_Visit("", top, "", changed=not same)]
+        while waiting:
+            visit = waiting.pop()
+            try:
+                here = source.enter(visit.folder)
+            except OSError as error:
+                if error.errno not in _VANISHED:
+                    raise
+                del visit.siblings[visit.name]
+                self._gone.append(_split(visit.folder))
+                continue
+            there = target.enter(visit.folder)
+            if visit.changed:
+                visit.siblings[visit.name] = self._dressed(visit.folder, here, there)
+            waiting += self._scan(visit.folder, here, there)
+
+    def _dressed(self, folder: str, here: int, there: int) -> Entry:
+        """Give a folder the attributes of its source; its times come last of all."""
+        looked = time.time_ns()
+        status = os.fstat(here)
+        os.fchown(there, status.st_uid, status.st_gid)
+        match_xattrs(here, there)
+        os.fchmod(there, stat.S_IMODE(status.st_mode))
+        self._touched.add(folder)
+        self.moved.entries += 1
+        return Entry(key_of(status), os.fstat(there).st_ino, self._is_past(status, looked), shared=False)
+
+    def _scan(self, folder: str, here: int, there: int) -> list[_Visit]:
+        """Bring everything in one folder that changed; the folders in it that are to be walked."""
+        old = self._old.folders.get(folder, {})
+        fresh = self._fresh.folders[folder] = {}
+        found: list[_Visit] = []
+        check, device, hidden = self._interrupt.check, self._device, "" if folder else self._hidden
+        with os.scandir(here) as entries:
+            for item in entries:
+                check()
+                name = item.name
+                try:
+                    status = item.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                if status.st_dev != device or name == hidden:
+                    continue
+                known, key = old.get(name), key_of(status)
+                same = _is_same(known, key)
+                if stat.S_ISDIR(status.st_mode):
+                    if known is None or not known.is_folder:
+                        self._make_folder(folder, name, there, known)
+                        known = None
+                    fresh[name] = known or _UNKNOWN
+                    found.append(_Visit(below(folder, name), fresh, name, changed=not same))
+                elif known and same and self._agrees(status, known, folder, name):
+                    fresh[name] = known
+                elif brought := self._bring(folder, name, here, there, known):
+                    fresh[name] = brought
+        self._gone += [(folder, name) for name in old.keys() - fresh.keys()]
+        return found
+
+    def _agrees(self, status: os.stat_result, known: Entry, folder: str, name: str) -> bool:
+        """Whether all names of an inode that were met so far have the same copy."""
+        if status.st_nlink == 1 or is_whiteout(status):
+            return True
+        twin = self._twins.setdefault(status.st_ino, _Twin(known, folder, name))
+        return twin.entry.copy == known.copy and twin.entry.key == known.key
+
+    def _make_folder(self, folder: str, name: str, there: int, known: Entry | None) -> None:
+        os.mkdir(_STAGED, 0o700, dir_fd=self._staging)
+        self._put(folder, name, there, known)
+
+    def _bring(self, folder: str, name: str, here: int, there: int, known: Entry | None) -> Entry | None:
+        """Bring one entry that is no folder; None when it is not there any more, or has become a folder."""
+        try:
+            handle = os.open(name, _HANDLE_FLAGS, dir_fd=here)
+        except OSError as error:
+            if error.errno in _VANISHED:
+                return None
+            raise
+        try:
+            looked = time.time_ns()
+            status = os.fstat(handle)
+            if stat.S_ISDIR(status.st_mode):
+                return None
+            entry = self._staged(folder, name, handle, status, looked)
+        finally:
+            os.close(handle)
+        self._put(folder, name, there, known)
+        if status.st_nlink > 1 and not is_whiteout(status):
+            self._twins[status.st_ino] = _Twin(entry, folder, name)
+        self.moved.entries += 1
+        return entry
+
+    def _staged(self, folder: str, name: str, handle: int, status: os.stat_result, looked: int) -> Entry:
+        """Have the entry in the staging folder: linked where that is the same, else made."""
+        key, names = key_of(status), status.st_nlink
+        size = status.st_blocks * _BLOCK_BYTES
+        twin = self._twins.get(status.st_ino)
+        if twin and twin.entry.key == key and self._linked_twin(twin):
+            return twin.entry
+        if entry := self._own.link(folder, name, key, 0, self._staging):
+            return entry
+        if self._previous and (entry := self._previous.link(folder, name, key, names, self._staging)):
+            if is_whiteout(status) or self._is_free(entry.copy, status.st_ino):
+                self._handled(size)
+                return entry._replace(shared=True)
+            os.unlink(_STAGED, dir_fd=self._staging)
+        if not stat.S_ISREG(status.st_mode):
+            self._duplicator.special(handle, status, self._staging, _STAGED)
+            return self._entry(key, settled=self._is_past(status, looked), shared=False)
+        # Opened this way because a name can become a device, whose very opening may do something.
+        file = os.open(f"/proc/self/fd/{handle}", _READ_FLAGS)
+        try:
+            return self._file(folder, name, file, status, looked)
+        finally:
+            os.close(file)
+
+    def _linked_twin(self, twin: _Twin) -> bool:
+        try:
+            at = self._own.trail.enter(twin.folder)
+            os.link(twin.name, _STAGED, src_dir_fd=at, dst_dir_fd=self._staging, follow_symlinks=False)
+        except OSError as error:
+            if error.errno in _CANNOT_LINK:
+                return False
+            raise
+        return True
+
+    def _file(self, folder: str, name: str, file: int, status: os.stat_result, looked: int) -> Entry:
+        key, size = key_of(status), status.st_blocks * _BLOCK_BYTES
+        # Looked at, written back, copied: in this order nothing can change unseen. See Duplicator.write_back. Sharing
+        # extents does it in itself: the filesystem locks the file and writes it out first.
+        written = self._live and not self._duplicator.clones and self._duplicator.write_back(file)
+        settled = self._is_past(status, looked) and (self._quiet or (written and self._shows_stores))
+        if entry := self._same_as_before(folder, name, file, key):
+            self._handled(size)
+            return entry._replace(key=key, settled=settled, shared=True)
+        cloned = self._duplicator.file(file, status, self._staging, _STAGED)
+        if cloned:
+            self._handled(size)
+            settled = settled or self._is_past(status, looked)
+        else:
+            self.moved.bytes += size
+        return self._entry(key, settled=settled, shared=cloned)
+
+    def _same_as_before(self, folder: str, name: str, file: int, key: Key) -> Entry | None:
+        """Link an earlier copy of which only the contents tell that it is the same."""
+        found = self._previous.open_like(folder, name, key) if self._previous else None
+        if found is None:
+            return None
+        other, entry = found
+        try:
+            if not (self._is_free(entry.copy, key[0]) and self._duplicator.same_file(file, other, key[3])):
+                return None
+            # The very file that was compared, whatever has its name now.
+            os.link(f"/proc/self/fd/{other}", _STAGED, dst_dir_fd=self._staging, follow_symlinks=True)
+        except OSError as error:
+            if error.errno in _CANNOT_LINK:
+                return None
+            raise
+        finally:
+            os.close(other)
+        return entry
+
+    def _is_free(self, copy: int, inode: int) -> bool:
+        """Whether no other inode of the source has this earlier copy: two files that are alike stay two."""
+        if self._claims is None:
+            self._claims = {entry.copy: entry.key[0] for _, _, entry in self._old.walk()}
+        return self._claims.setdefault(copy, inode) == inode
+
+    def _entry(self, key: Key, *, settled: bool, shared: bool) -> Entry:
+        made = os.stat(_STAGED, dir_fd=self._staging, follow_symlinks=False)
+        return Entry(key, made.st_ino, settled, shared)
+
+    def _put(self, folder: str, name: str, there: int, known: Entry | None) -> None:
+        """Give what is staged its place."""
+        if known is not None:
+            # Renaming one of two names of an inode to the other would do nothing at all.
+            remove_entry(there, name, self._interrupt)
+        os.rename(_STAGED, name, src_dir_fd=self._staging, dst_dir_fd=there)
+        self._touched.add(folder)
+
+    def _is_past(self, status: os.stat_result, looked: int) -> bool:
+        """Whether every later change has a later ctime."""
+        return is_whiteout(status) or status.st_ctime_ns < looked - self._tick_ns
+
+    def _remove_gone(self, target: Trail) -> None:
+        """Last, so that what was renamed could be linked from where it was."""
+        for folder, name in self._gone:
+            try:
+                there = target.enter(folder)
+            except OSError as error:
+                if error.errno in _VANISHED:  # a folder above it went before
+                    continue
+                raise
+            remove_entry(there, name, self._interrupt)
+            self._touched.add(folder)
+            self.moved.entries += 1
+
+    def _set_times(self, target: Trail) -> None:
+        for folder in sorted(self._touched):
+            parent, name = _split(folder)
+            entry = self._fresh.folders.get(parent, {}).get(name)
+            if entry is not None and folder in self._fresh.folders:
+                os.utime(target.enter(folder), ns=(entry.key[2], entry.key[2]))
+
+
+def bytes_to_copy(source: int, previous: Index | None, interrupt: Interrupt) -> int:
+    """About the bytes of disk that copies of a tree take, of those entries that `previous` does not have."""
+    device, total = os.fstat(source).st_dev, 0
+    known = previous.walk() if previous and previous.device == device else ()
+    states = {entry.key for _, _, entry in known if entry.settled}
+    linked: set[int] = set()
+    waiting = [""]
+    with Trail(source) as trail:
+        while waiting:
+            folder = waiting.pop()
+            try:
+                here = trail.enter(folder)
+            except OSError as error:
+                if error.errno in _VANISHED:
+                    continue
+                raise
+            with os.scandir(here) as entries:
+                for item in entries:
+                    interrupt.check()
+                    try:
+                        status = item.stat(follow_symlinks=False)
+                    except FileNotFoundError:
+                        continue
+                    if status.st_dev != device:
+                        continue
+                    if stat.S_ISDIR(status.st_mode):
+                        waiting.append(below(folder, item.name))
+                    elif key_of(status) in states or status.st_ino in linked:
+                        continue
+                    elif status.st_nlink > 1:
+                        linked.add(status.st_ino)
+                    total += status.st_blocks * _BLOCK_BYTES
+    return total
+
+
+def _is_same(known: Entry | None, key: Key) -> bool:
+    return known is not None and known.settled and known.key == key
+
+
+def _split(folder: str) -> tuple[str, str]:
+    """Where in an index the entry of a folder is."""
+    if not folder:
+        return _ROOT_PARENT, ""
+    parent, _, name = folder.rpartition("/")
+    return parent, name

@@ -1,0 +1,157 @@
+"""Where snapshots lie, and which names there are whose.
+
+    <root>/<uid>/<revision>/                             a sealed snapshot:
+        tree/                                            the files of the layer
+        index                                            what they were copied from (see snapshot_index)
+        meta.json                                        written last; without it nothing is sealed
+    <root>/<uid>/<revision>.partial-<operation id>/      one that is being made
+    <root>/<uid>/<revision>.removed-<any>/               one that is being removed; likewise <root>/<uid>.removed-<any>
+
+Every path is put together here, of a checked uid, a number and a checked operation id, and of nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from gpudock_server.adapters.layers.snapshot_index import forget_index
+from gpudock_server.adapters.layers.threads import Interrupt
+from gpudock_server.adapters.layers.trail import FOLDER_FLAGS, remove_entry
+from gpudock_server.model.record import Record
+from gpudock_server.model.snapshot import Snapshot, SnapshotKey
+
+TREE_NAME = "tree"
+META_NAME = "meta.json"
+_UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
+_NUMBER = r"[1-9][0-9]{0,17}"
+_PARTIAL = re.compile(rf"(?P<revision>{_NUMBER})\.partial-(?P<operation>{_UUID})")
+
+
+class Meta(Record):
+    """What stands beside a sealed tree."""
+
+    key: SnapshotKey
+    operation_id: str
+    snapshot: Snapshot
+
+
+class SnapshotPlaces:
+    """The folders below one root."""
+
+    def __init__(self, root: str) -> None:
+        if not root.startswith("/") or root == "/" or os.path.normpath(root) != root:
+            raise ValueError(f"{root!r} is no folder for snapshots: it must be absolute and normalized")
+        self.root = Path(root)
+
+    def sealed(self, key: SnapshotKey) -> Path:
+        """The folder of a sealed snapshot."""
+        return self._of(key.uid) / f"{key.revision:d}"
+
+    def partial(self, key: SnapshotKey, operation_id: str) -> Path:
+        """The folder of one that an operation is making."""
+        return self._of(key.uid) / f"{key.revision:d}.partial-{checked_uuid(operation_id)}"
+
+    def make(self, folder: Path) -> None:
+        """Make a partial's folder and those above it, for root alone."""
+        for each in (self.root, folder.parent, folder, folder / TREE_NAME):
+            # Above the root is the engine's data folder, or what an operator chose: that is there.
+            with suppress(FileExistsError):
+                each.mkdir(mode=0o700)
+
+    def meta(self, key: SnapshotKey) -> Meta | None:
+        """What is known of a sealed snapshot; None when there is none. Raises ValueError when it is not readable."""
+        try:
+            text = (self.sealed(key) / META_NAME).read_bytes()
+        except FileNotFoundError:
+            return None
+        meta = Meta.model_validate_json(text)
+        if meta.key != key:
+            raise ValueError(f"{self.sealed(key)} holds {meta.key}")
+        return meta
+
+    def seal(self, folder: Path, meta: Meta) -> None:
+        """Write the meta file into a partial's folder and give that its final name, all on the disk."""
+        temporary = folder / f"{META_NAME}.new"
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(meta.model_dump_json(indent=2))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(folder / META_NAME)
+        sync_folder(folder)
+        folder.rename(self.sealed(meta.key))
+        sync_folder(folder.parent)
+
+    def drop_partial(self, folder: Path, interrupt: Interrupt) -> None:
+        """Remove a partial's folder. Its index goes first: it is no partial that could be resumed any more."""
+        with suppress(FileNotFoundError):
+            with opened(folder) as descriptor:
+                forget_index(descriptor)
+            self._drop(folder, interrupt)
+
+    def drop(self, folder: Path, interrupt: Interrupt) -> None:
+        """Rename a folder away, so that nobody takes it for whole, then remove it, and what is left of its like."""
+        parent, name = folder.parent, folder.name
+        with suppress(FileNotFoundError):
+            folder.rename(parent / f"{name}.removed-{secrets.token_hex(8)}")
+            sync_folder(parent)
+        with suppress(FileNotFoundError):
+            for leftover in sorted(parent.glob(f"{name}.removed-*")):
+                self._drop(leftover, interrupt)
+
+    def drop_all(self, uid: str, interrupt: Interrupt) -> None:
+        """Remove everything of a container."""
+        self.drop(self._of(uid), interrupt)
+
+    def found(self) -> Iterator[tuple[SnapshotKey, str]]:
+        """Every key with a folder, and the operation that it is partial for (empty: it is sealed)."""
+        for folder in sorted(self.root.glob("*/*")):
+            partial = _PARTIAL.fullmatch(folder.name)
+            number = partial["revision"] if partial else folder.name
+            try:
+                key = SnapshotKey(uid=folder.parent.name, revision=int(number) if re.fullmatch(_NUMBER, number) else 0)
+            except ValidationError:
+                continue
+            if partial:
+                yield key, partial["operation"]
+            elif (folder / META_NAME).is_file():
+                yield key, ""
+
+    def _of(self, uid: str) -> Path:
+        return self.root / checked_uuid(uid)
+
+    def _drop(self, folder: Path, interrupt: Interrupt) -> None:
+        with opened(folder.parent) as parent:
+            remove_entry(parent, folder.name, interrupt)
+        with suppress(OSError):  # it is the last of its container, or it is not
+            if folder.parent != self.root:
+                folder.parent.rmdir()
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[int]:
+    """A folder's descriptor; a symbolic link in its place is refused."""
+    descriptor = os.open(folder, FOLDER_FLAGS)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk."""
+    with opened(folder) as descriptor:
+        os.fsync(descriptor)
+
+
+def checked_uuid(name: str) -> str:
+    """The same text, which is then fit to be a part of a path. Raises ValueError."""
+    if not re.fullmatch(_UUID, name):
+        raise ValueError(f"{name!r} is no UUID in lower case with dashes")
+    return name

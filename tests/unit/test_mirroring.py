@@ -1,0 +1,239 @@
+"""A tree and its mirror are equal after the last pass, whatever was done to the tree between any two of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from gpudock_server.adapters.layers.comparing import differences
+from gpudock_server.adapters.layers.duplicating import Duplicator
+from gpudock_server.adapters.layers.mirroring import Copies, Mirror
+from gpudock_server.adapters.layers.snapshot_index import Index, load_index, save_index
+from gpudock_server.adapters.layers.snapshot_places import opened
+from gpudock_server.adapters.layers.threads import Interrupt, Interrupted
+from gpudock_server.adapters.layers.trail import empty_folder
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.engine.tree_edits import EDITS, EditedTree
+from tests.engine.trees import Entry, compare, record
+
+# As long as the kernel's longest tick, so that what was not touched for that long is trusted.
+TICK_NS = 10_000_000
+# The names of snapshots of one inode are not in one tree, so nlink is not compared.
+BUT = frozenset({"nlink"})
+
+edits = st.lists(
+    st.tuples(st.integers(0, len(EDITS) - 1), st.integers(0, 1 << 16), st.integers(0, 1 << 16)), max_size=25
+)
+
+
+class Generation:
+    """A mirror of a tree, pass by pass, with an earlier one to share files with."""
+
+    def __init__(self, source: Path, folder: Path, before: Generation | None) -> None:
+        self.source, self.folder, self.before = source, folder, before
+        self.tree = folder / "tree"
+        self.tree.mkdir(parents=True)
+        self.index = Index(source.stat().st_dev)
+        self.moved = 0
+
+    def run(self, *, live: bool, quiet: bool = False, interrupt: Interrupt | None = None) -> None:
+        """One pass."""
+        interrupt = interrupt or Interrupt()
+        with ExitStack() as stack:
+            source, target, state = (
+                stack.enter_context(opened(each)) for each in (self.source, self.tree, self.folder)
+            )
+            previous = None
+            if self.before:
+                tree = stack.enter_context(opened(self.before.tree))
+                previous = Copies(self.before.index, tree, self.index.device)
+                stack.callback(previous.trail.leave)
+            duplicator = Duplicator(interrupt, lambda _count: None, clones=False)
+            mirror = Mirror(
+                source, target, state, duplicator, interrupt, previous=previous, live=live, quiet=quiet,
+                handled=lambda _count: None, tick_ns=TICK_NS,
+            )  # fmt: skip
+            self.index = mirror.run(self.index)
+            self.moved = mirror.moved.entries
+            save_index(self.index, state)
+            assert load_index(state, same_boot=True) == self.index
+
+    def check(self) -> None:
+        """It is equal to its source."""
+        assert compare(record(str(self.source)), record(str(self.tree)), but=BUT) == ""
+        assert differences(str(self.source), str(self.tree), Interrupt()) == []
+
+
+def let_the_clock_tick(folder: Path) -> None:
+    """Return when whatever is changed next has a ctime of another tick, and what was changed is a tick old."""
+    probe = folder / "probe"
+    probe.touch()
+    begun = probe.stat().st_ctime_ns
+    deadline = time.monotonic() + 10
+    while probe.stat().st_ctime_ns <= begun + 2 * TICK_NS:
+        assert time.monotonic() < deadline
+        probe.touch()
+
+
+@contextmanager
+def workplace() -> Iterator[Path]:
+    """A folder on a disk, which a test's own may not be."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        yield Path(folder)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(batches=st.lists(edits, min_size=4, max_size=8))
+def test_random_edits_between_passes_and_snapshots(batches: list[list[tuple[int, int, int]]]) -> None:
+    with workplace() as folder:
+        source = folder / "source"
+        source.mkdir()
+        edited = EditedTree(str(source))
+        before: Generation | None = None
+        sealed: list[tuple[Generation, dict[bytes, Entry]]] = []
+        try:
+            for number, batch in enumerate(batches):
+                for edit in batch:
+                    edited.edit(*edit)
+                if number % 3 == 0:
+                    before = Generation(source, folder / str(number), before)
+                if number % 4:
+                    let_the_clock_tick(folder)
+                assert before is not None
+                before.run(live=True)
+                if number % 3 == 2:
+                    before.run(live=False)
+                    before.check()
+                    sealed.append((before, record(str(before.tree))))
+            for generation, seen in sealed:
+                assert compare(seen, record(str(generation.tree)), but=BUT) == "", "a sealed one never changes"
+        finally:
+            edited.close()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with workplace() as made:
+        (made / "source").mkdir()
+        yield made
+
+
+def _grown(folder: Path) -> Path:
+    source = folder / "source"
+    for name in ("one", "two"):
+        (source / name).mkdir()
+        for number in range(20):
+            (source / name / f"f{number}").write_text(f"{name} {number}")
+    (source / "one/linked").hardlink_to(source / "two/f0")
+    return source
+
+
+def test_what_did_not_change_is_not_touched(folder: Path) -> None:
+    source = _grown(folder)
+    let_the_clock_tick(folder)
+    mirror = Generation(source, folder / "first", None)
+    mirror.run(live=True)
+    assert mirror.moved == 44
+    mirror.run(live=False)
+    assert mirror.moved == 0
+    (source / "one/f3").write_text("changed")
+    mirror.run(live=False)
+    assert mirror.moved == 1
+    mirror.check()
+
+
+def test_the_next_snapshot_links_what_did_not_change_and_compares_what_was_copied_elsewhere(folder: Path) -> None:
+    source = _grown(folder)
+    let_the_clock_tick(folder)
+    first = Generation(source, folder / "first", None)
+    first.run(live=False, quiet=True)
+    shutil.copytree(source, folder / "elsewhere", symlinks=True)  # as a carry by copy leaves it: other inodes
+    (source / "one").rename(source / "renamed")
+    (source / "two/f1").write_text("other")
+    second = Generation(source, folder / "second", first)
+    second.run(live=False, quiet=True)
+    second.check()
+    assert _inode(second, "renamed/f5") == _inode(first, "one/f5")
+    assert _inode(second, "two/f2") == _inode(first, "two/f2")
+    assert _inode(second, "two/f1") != _inode(first, "two/f1")
+    assert _inode(second, "two/f0") == _inode(second, "renamed/linked")
+    third = Generation(folder / "elsewhere", folder / "third", first)
+    third.run(live=False, quiet=True)
+    third.check()
+    assert _inode(third, "two/f2") == _inode(first, "two/f2")
+
+
+def _inode(generation: Generation, path: str) -> int:
+    return (generation.tree / path).stat().st_ino
+
+
+def test_a_rewrite_that_puts_the_time_back_is_seen(folder: Path) -> None:
+    source = _grown(folder)
+    let_the_clock_tick(folder)
+    first = Generation(source, folder / "first", None)
+    first.run(live=False, quiet=True)
+    path = source / "one/f7"
+    times = path.stat()
+    path.write_text("ONE 7")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    second = Generation(source, folder / "second", first)
+    second.run(live=False, quiet=True)
+    second.check()
+    assert (first.tree / "one/f7").read_text() == "one 7"
+
+
+def test_deeper_than_a_path_can_be(folder: Path) -> None:
+    deep = os.open(folder / "source", os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("folder", dir_fd=deep)
+        below = os.open("folder", os.O_RDONLY, dir_fd=deep)
+        os.close(deep)
+        deep = below
+    os.close(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=deep))
+    os.close(deep)
+    mirror = Generation(folder / "source", folder / "first", None)
+    mirror.run(live=False)
+    assert mirror.moved == 1502
+    mirror.run(live=False, quiet=True)
+    assert len(mirror.index) == 1502
+    for each in (folder / "source", mirror.tree):
+        with opened(each) as root:
+            empty_folder(root, Interrupt())
+        assert list(each.iterdir()) == []
+
+
+def test_what_is_mounted_below_is_another_matter_and_links_are_not_followed(folder: Path) -> None:
+    source = _grown(folder)
+    (folder / "outside").mkdir()
+    (folder / "outside/secret").write_text("secret")
+    (source / "way-out").symlink_to(folder / "outside")
+    mirror = Generation(source, folder / "first", None)
+    mirror.run(live=False)
+    mirror.check()
+    assert (mirror.tree / "way-out").is_symlink()
+
+
+def test_a_pass_that_is_interrupted_ends_early(folder: Path) -> None:
+    mirror = Generation(_grown(folder), folder / "first", None)
+    interrupt = Interrupt()
+    interrupt.set()
+    with pytest.raises(Interrupted):
+        mirror.run(live=True, interrupt=interrupt)
+
+
+def test_a_torn_index_is_no_index(folder: Path) -> None:
+    mirror = Generation(_grown(folder), folder / "first", None)
+    mirror.run(live=False)
+    whole = (mirror.folder / "index").read_bytes()
+    with opened(mirror.folder) as state:
+        for torn in (whole[:-1], whole[:100], b"", whole[:-1] + bytes([whole[-1] ^ 1]), b"{}\n"):
+            (mirror.folder / "index").write_bytes(torn)
+            assert load_index(state, same_boot=True) is None
