@@ -13,6 +13,7 @@ import grpc.aio
 from google.rpc import error_details_pb2, status_pb2
 from gpudock.v1 import (
     container_pb2,
+    container_revision_pb2,
     container_service_pb2,
     container_service_pb2_grpc,
     exec_pb2,
@@ -106,6 +107,25 @@ class Caller:
             request.gpus.count = gpus
         return await result_of(self.containers.StartContainer(request))
 
+    async def update(self, name: str, mask: str = "", **fields: Any) -> container_pb2.Container:
+        """Give fields of the spec (those of `mask`, comma-separated, if it says any) other values, and wait."""
+        return await result_of(self.containers.UpdateContainer(update_request(name, mask, **fields)))
+
+    async def rollback(self, name: str, revision: int, **fields: Any) -> container_pb2.Container:
+        """Return to a revision and wait."""
+        request = container_service_pb2.RollbackContainerRequest(name=name, revision=revision, **fields)
+        return await result_of(self.containers.RollbackContainer(request))
+
+    async def revisions(self, name: str) -> list[container_revision_pb2.ContainerRevision]:
+        """The history, oldest first."""
+        request = container_service_pb2.ListContainerRevisionsRequest(name=name)
+        return list((await self.containers.ListContainerRevisions(request)).revisions)
+
+    async def delete_revision(self, name: str, revision: int) -> None:
+        """Take a revision out of the history."""
+        request = container_service_pb2.DeleteContainerRevisionRequest(name=name, revision=revision)
+        await self.containers.DeleteContainerRevision(request)
+
     async def stop(self, name: str, *, keep_resources: bool = False) -> container_pb2.Container:
         """Stop."""
         request = container_service_pb2.StopContainerRequest(name=name, keep_resources=keep_resources)
@@ -185,6 +205,18 @@ def scale_request(name: str, gpus: int | None = None, **fields: Any) -> containe
     if gpus is not None:
         request.gpus.SetInParent()
         request.gpus.count = gpus
+    return request
+
+
+def update_request(name: str, mask: str = "", **fields: Any) -> container_service_pb2.UpdateContainerRequest:
+    """What UpdateContainer takes; what is not a field of the spec is one of the request."""
+    own = {field.name for field in container_service_pb2.UpdateContainerRequest.DESCRIPTOR.fields}
+    request = container_service_pb2.UpdateContainerRequest(
+        name=name,
+        spec=container_pb2.ContainerSpec(**{key: value for key, value in fields.items() if key not in own}),
+        **{key: value for key, value in fields.items() if key in own},
+    )
+    request.update_mask.paths.extend(mask.split(",") if mask else ())
     return request
 
 

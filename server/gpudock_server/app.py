@@ -15,6 +15,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
+from pathlib import Path
 from typing import TypeVar
 
 import structlog
@@ -31,23 +32,24 @@ from gpudock_server.adapters.etcd import (
     this_process,
 )
 from gpudock_server.adapters.host_ports import HostPorts
-from gpudock_server.adapters.layers import OverlayLayerStore
+from gpudock_server.adapters.layers import OverlayLayerStore, OverlaySnapshotStore
 from gpudock_server.adapters.nvml import NvmlInventory
 from gpudock_server.adapters.processes import LocalProcesses
 from gpudock_server.core.allocation import Allocator
-from gpudock_server.core.containers import Containers, World, saga_builder
+from gpudock_server.core.containers import Containers, HistoryDefaults, World, saga_builder
 from gpudock_server.core.exec_sessions import ExecSessions
 from gpudock_server.core.nodes import Nodes
 from gpudock_server.core.operations import Operations
 from gpudock_server.core.reconcile import Reconciler
+from gpudock_server.core.retention import Retention
 from gpudock_server.errors import EngineRejected, EngineUnavailable, GpudockError, StoreUnavailable
 from gpudock_server.logs import configure
 from gpudock_server.model.claims import PortKey
 from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import CarryMethod
 from gpudock_server.model.record import now
-from gpudock_server.model.spec import Protocol
-from gpudock_server.ports import Engine, Store
+from gpudock_server.model.spec import Protocol, SnapshotPolicy
+from gpudock_server.ports import Engine, SnapshotStore, Store
 from gpudock_server.rpc.listeners import listen
 from gpudock_server.rpc.server import RpcServer, Services, build_server
 from gpudock_server.settings import LayerCarry, Settings
@@ -76,12 +78,17 @@ def _same_store(store: Store) -> Store:
     return store
 
 
+def _same_snapshots(snapshots: SnapshotStore) -> SnapshotStore:
+    return snapshots
+
+
 @dataclass(frozen=True, slots=True)
 class Instruments:
     """What fault tests put between core and the ports. Production passes none."""
 
     engine: Callable[[Engine], Engine] = _same_engine
     store: Callable[[Store], Store] = _same_store
+    snapshots: Callable[[SnapshotStore], SnapshotStore] = _same_snapshots
 
 
 def run(settings: Settings, instruments: Instruments | None = None) -> int:
@@ -168,11 +175,17 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
         info.root_dir,
         local=settings.docker_host.startswith("unix:"),
     )
+    snapshots = OverlaySnapshotStore(
+        str(settings.snapshot_dir or Path(info.root_dir, "gpudock", "snapshots")),
+        info.root_dir,
+        local=settings.docker_host.startswith("unix:"),
+    )
     state = instruments.store(store)
     world = World(
         store=state,
         engine=instruments.engine(docker),
         layers=layers,
+        snapshots=instruments.snapshots(snapshots),
         allocator=Allocator(
             store=state, inventory=inventory, probe=HostPorts(), host=settings.host_id, port_range=port_range
         ),
@@ -181,12 +194,18 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
         settle_seconds=settings.settle_period,
         stop_seconds=settings.stop_timeout,
         allowed_host_paths=[str(path) for path in settings.allowed_host_paths],
+        history=HistoryDefaults(
+            snapshots=SnapshotPolicy(settings.snapshot_policy.name),
+            keep_revisions=settings.keep_revisions,
+            keep_seconds=settings.keep_revisions_for,
+        ),
     )
     operations = Operations(state, settings.node_name, saga_builder(world))
+    containers = Containers(world, operations)
     execs = ExecSessions(world, LocalProcesses(), hangup_grace=settings.exec_hangup_grace, limit=settings.max_execs)
     server = build_server(
         Services(
-            containers=Containers(world, operations),
+            containers=containers,
             operations=operations,
             execs=execs,
             nodes=Nodes(world, inventory, version=VERSION, start_time=start_time, port_range=port_range),
@@ -201,6 +220,7 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
         reconciler=Reconciler(
             world, operations, interval=settings.reconcile_interval, orphan_grace=settings.orphan_grace
         ),
+        retention=Retention(world, containers, interval=settings.reconcile_interval),
         server=server,
     )
 
@@ -328,6 +348,7 @@ class _Daemon:
     operations: Operations
     execs: ExecSessions
     reconciler: Reconciler
+    retention: Retention
     server: RpcServer
 
     async def recover(self) -> None:
@@ -371,6 +392,7 @@ class _Daemon:
     async def _watch(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.reconciler.run())
+            tasks.create_task(self.retention.run())
             tasks.create_task(self._tell_health())
 
     async def _tell_health(self) -> None:

@@ -337,6 +337,56 @@ class ImageNotFound(GpudockError):
 
 
 @dataclass(eq=False)
+class ImageDiffers(GpudockError):
+    """Files that were written on one image do not simply go with another."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "IMAGE_DIFFERS"
+    template = (
+        "image {image!r} ({image_id}) is not the one that the files of container {container!r} were written on"
+        " ({current_image_id}); say with `files` what is to become of them"
+    )
+    container: str
+    image: str
+    image_id: str
+    current_image_id: str
+
+
+@dataclass(eq=False)
+class RevisionNotFound(GpudockError):
+    """No revision of this number, or it was pruned."""
+
+    code = Code.NOT_FOUND
+    reason = "REVISION_NOT_FOUND"
+    template = "container {container!r} has no revision {revision}; it has {available}"
+    container: str
+    revision: int
+    available: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class RevisionIsCurrent(GpudockError):
+    """What a container is cannot be taken out of its history."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "REVISION_IS_CURRENT"
+    template = "container {container!r} is at revision {revision}, which therefore cannot be deleted"
+    container: str
+    revision: int
+
+
+@dataclass(eq=False)
+class SnapshotNotFound(GpudockError):
+    """A revision that was kept without its files."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "SNAPSHOT_NOT_FOUND"
+    template = "revision {revision} of container {container!r} was kept without its files; return to it with spec_only"
+    container: str
+    revision: int
+
+
+@dataclass(eq=False)
 class ImagePullFailed(GpudockError):
     """The registry said no, or did not answer."""
 

@@ -29,6 +29,7 @@ from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import CarryMethod, Operation, RequestRecord
 from gpudock_server.model.record import Record
 from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotMethod
+from gpudock_server.model.spec import RestartPolicy
 
 T = TypeVar("T")
 
@@ -51,6 +52,14 @@ class ContainerView:
     container: Container
     version: int
     operation_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RevisionView:
+    """A revision and its snapshot, read at one moment; None: its files were not kept."""
+
+    revision: ContainerRevision
+    snapshot: Snapshot | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +102,16 @@ class Store(Protocol):
         """Heads in the order of their names; every page shows the moment of the first. Raises ResumeTokenExpired."""
         ...
 
-    async def revisions(self, uid: str) -> tuple[ContainerRevision, ...]:
-        """A container's history, oldest first."""
+    async def revisions(self, uid: str, *, page_size: int, page_token: str) -> Page[RevisionView]:
+        """A container's history, oldest first; pages as in `containers`."""
+        ...
+
+    async def history(self, uid: str) -> tuple[RevisionView, ...]:
+        """All of a container's history at one moment, oldest first."""
+        ...
+
+    async def revision(self, uid: str, number: int) -> RevisionView | None:
+        """One revision with its snapshot."""
         ...
 
     async def claims(self, host: str) -> ClaimTable:
@@ -217,8 +234,10 @@ class Engine(Protocol):
         """Thaw them."""
         ...
 
-    async def update(self, engine_id: str, *, cpus: float, memory_bytes: int) -> None:
-        """Change its limits in place; 0 is none."""
+    async def update(
+        self, engine_id: str, *, cpus: float, memory_bytes: int, restart_policy: RestartPolicy | None = None
+    ) -> None:
+        """Change its limits in place, 0 is none; and its restart policy, unless it is None."""
         ...
 
     async def exited_within(self, engine_id: str, seconds: float) -> int | None:

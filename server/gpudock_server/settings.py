@@ -46,6 +46,14 @@ _FIRST_UNPRIVILEGED_PORT = 1024
 PositiveSeconds = Annotated[Seconds, Field(gt=0)]
 
 
+class SnapshotWhen(StrEnum):
+    """Whether the files of a revision are kept when the next one replaces it."""
+
+    ALWAYS = "always"
+    CHEAP = "cheap"
+    NEVER = "never"
+
+
 class LayerCarry(StrEnum):
     """How a replaced container's files get to its successor; AUTO takes the best that its layer allows."""
 
@@ -155,6 +163,22 @@ class Settings(BaseSettings):
     layer_carry: Annotated[LayerCarry, Shown("METHOD")] = Field(
         LayerCarry.AUTO,
         description="how the files of a replaced container move: auto, exchange, copy or commit",
+    )
+    snapshot_policy: Annotated[SnapshotWhen, Shown("POLICY")] = Field(
+        SnapshotWhen.ALWAYS,
+        description="whether a revision's files are kept when it is replaced and nobody says: always, cheap (where "
+        "nothing has to be copied) or never",
+    )
+    snapshot_dir: OptionalPath = Field(
+        None,
+        description="folder of the files of earlier revisions; should be on the engine's filesystem, so that they can "
+        "be shared; by default gpudock/snapshots in the engine's data folder",
+    )
+    keep_revisions: Annotated[int, Field(ge=1, le=10000), Shown("N")] = Field(
+        20, description="revisions of a container that are kept, the current one among them, where it does not say"
+    )
+    keep_revisions_for: Annotated[Seconds, Field(ge=0)] = Field(
+        0, description="how long a replaced revision is kept where its container does not say; 0 is for ever"
     )
     stop_timeout: Annotated[Seconds, Field(ge=0)] = Field(
         10, description="how long a container that does not say has to stop before it is killed"

@@ -84,7 +84,7 @@ async def test_what_is_put_is_read(store: EtcdStore) -> None:
     assert view is not None
     assert (view.container, view.version, view.operation_id) == (head, version, "op1")
     assert await store.operation("op1") == Versioned(running, version)
-    assert await store.revisions("uid-web") == revisions
+    assert [one.revision for one in await store.history("uid-web")] == list(revisions)
     assert dict((await store.claims("h1")).claims) == {GPU: holder("web", "op1"), PORT: holder("web", "op1")}
     assert (await store.claims("h1")).taken_by("op1") == (GPU, PORT)
     assert await store.request("r/1") == RequestRecord(operation_id="op1", digest="d")
@@ -93,7 +93,7 @@ async def test_what_is_put_is_read(store: EtcdStore) -> None:
     assert (await store.ping()).startswith("3.")
     for missing in (store.container("we"), store.operation("op"), store.request("r")):
         assert await missing is None
-    assert await store.revisions("uid") == ()
+    assert await store.history("uid") == ()
 
 
 async def test_moving_on_and_removing(store: EtcdStore, connection: EtcdConnection, prefix: str) -> None:

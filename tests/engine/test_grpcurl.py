@@ -73,6 +73,7 @@ async def test_every_method_is_called(grpcurl: Grpcurl, caller: Caller) -> None:
 
     scaled = await call("ContainerService/ScaleContainer", {**named, "gpus": {"count": 2}})
     assert len(scaled[-1]["result"]["status"]["gpu_uuids"]) == 2
+    await _revisions_are_called(grpcurl, "curled")
     (paused,) = await call("ContainerService/PauseContainer", named)
     assert paused["container"]["status"]["state"] == "CONTAINER_STATE_PAUSED"
     (thawed,) = await call("ContainerService/UnpauseContainer", named)
@@ -112,6 +113,20 @@ async def test_every_method_is_called(grpcurl: Grpcurl, caller: Caller) -> None:
         for method in grpcurl.text("list", service).split()
     }
     assert methods == grpcurl.called, "a method of the contract is not called here"
+
+
+async def _revisions_are_called(grpcurl: Grpcurl, name: str) -> None:
+    call, named = grpcurl.call, {"name": name}
+    updated = await call("ContainerService/UpdateContainer", {**named, "spec": {"env": {"A": "1"}}})
+    assert updated[-1]["result"]["spec"]["env"] == {"A": "1"}
+    rolled_back = await call("ContainerService/RollbackContainer", {**named, "revision": 2})
+    assert "env" not in rolled_back[-1]["result"]["spec"]
+    (revisions,) = await call("ContainerService/ListContainerRevisions", named)
+    causes = ["CREATED", "SCALED", "UPDATED", "ROLLED_BACK"]
+    assert [one["cause"] for one in revisions["revisions"]] == [f"REVISION_CAUSE_{cause}" for cause in causes]
+    (revision,) = await call("ContainerService/GetContainerRevision", {**named, "revision": 3})
+    assert revision["revision"]["snapshot"]["kind"] == "SNAPSHOT_KIND_TREE"
+    await call("ContainerService/DeleteContainerRevision", {**named, "revision": 1})
 
 
 def test_a_mistake_is_told_with_its_fields(grpcurl: Grpcurl) -> None:

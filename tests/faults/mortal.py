@@ -1,10 +1,10 @@
 """A gpudockd that kills itself, with SIGKILL, at a chosen moment of an operation.
 
-`python -m tests.faults.mortal FLAGS…` is gpudockd with two instruments between core and its ports. They count the
-moments of the first operation of a kind that begins in this process: before and after each of its transactions on the
-store, and before and after each call to the engine that is made while it is under way. At the moment with the number in
-GPUDOCK_TEST_DIE_AT the process ends as `kill -9` ends it. Nothing here knows the steps: a new step has new moments, and
-a test that counts up until an operation survives has met them all.
+`python -m tests.faults.mortal FLAGS…` is gpudockd with instruments between core and its ports. They count the moments
+of the first operation of a kind that begins in this process: before and after each of its transactions on the store,
+and before and after each call to the engine or the snapshots that is made while it is under way. At the moment with the
+number in GPUDOCK_TEST_DIE_AT the process ends as `kill -9` ends it. Nothing here knows the steps: a new step has new
+moments, and a test that counts up until an operation survives has met them all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from gpudock_server.app import Instruments, run
 from gpudock_server.model.changes import Change, PutOperation
 from gpudock_server.model.operation import OperationKind
-from gpudock_server.ports import Engine, Store
+from gpudock_server.ports import Engine, SnapshotStore, Store
 from gpudock_server.settings_sources import load
 
 KIND = "GPUDOCK_TEST_KIND"
@@ -102,16 +102,31 @@ class MortalEngine:
 
     def __getattr__(self, name: str) -> Any:
         call = getattr(self._engine, name)
-        if name not in self.CHANGING:
-            return call
+        return _watched(call, name, self._countdown) if name in self.CHANGING else call
 
-        async def watched(*words: object, **named: object) -> object:
-            self._countdown.moment(f"before {name}")
-            result = await call(*words, **named)
-            self._countdown.moment(f"after {name}")
-            return result
 
-        return watched
+class MortalSnapshots:
+    """A snapshot store whose changing calls are moments."""
+
+    CHANGING = frozenset({"gather", "complete", "seal", "discard", "restore", "mirror", "remove", "remove_all"})
+
+    def __init__(self, snapshots: SnapshotStore, countdown: Countdown) -> None:
+        self._snapshots = snapshots
+        self._countdown = countdown
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._snapshots, name)
+        return _watched(call, name, self._countdown) if name in self.CHANGING else call
+
+
+def _watched(call: Any, name: str, countdown: Countdown) -> Any:
+    async def watched(*words: object, **named: object) -> object:
+        countdown.moment(f"before {name}")
+        result = await call(*words, **named)
+        countdown.moment(f"after {name}")
+        return result
+
+    return watched
 
 
 def main() -> int:
@@ -120,6 +135,7 @@ def main() -> int:
     instruments = Instruments(
         engine=lambda engine: MortalEngine(engine, countdown),
         store=lambda store: MortalStore(store, countdown),
+        snapshots=lambda snapshots: MortalSnapshots(snapshots, countdown),
     )
     return run(load(sys.argv[1:]).settings, instruments)
 

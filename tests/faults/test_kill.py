@@ -105,3 +105,53 @@ async def test_scale(clean_engine: Rig, carry: str) -> None:
         await sound(caller, rig, "phoenix", files)
 
     assert await _at_every_moment(rig, "SCALE", scale, check, "--layer-carry", carry) >= 20
+
+
+@pytest.mark.timeout(600)
+async def test_rollback(clean_engine: Rig) -> None:
+    """Back and forth between two revisions whose files differ; older ones are pruned meanwhile."""
+    rig = clean_engine
+    files: dict[int, str] = {}
+
+    async def rollback(caller: Caller) -> None:
+        if not files:
+            await caller.create("phoenix", 2, ports=[_PORT])
+            await caller.shell("phoenix", PLANT)
+            files[2] = await caller.shell("phoenix", LOOK + " || true")
+            await caller.scale("phoenix", 3)
+            await caller.shell("phoenix", "echo other > /work/file; rm /work/deep/data; touch /work/deep/data")
+            files[3] = await caller.shell("phoenix", LOOK + " || true")
+        now = (await caller.get("phoenix")).spec.gpus.count
+        other = [one for one in await caller.revisions("phoenix") if one.spec.gpus.count != now]
+        await caller.rollback("phoenix", max(one.revision for one in other if one.HasField("snapshot")))
+
+    async def check(caller: Caller) -> None:
+        count = (await caller.get("phoenix")).spec.gpus.count
+        await sound(caller, rig, "phoenix", files[count])
+        history = await caller.revisions("phoenix")
+        assert len(history) <= 4
+        assert all(one.HasField("snapshot") != one.current for one in history)
+
+    assert await _at_every_moment(rig, "ROLLBACK", rollback, check, "--keep-revisions", "4") >= 25
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("field", ["env", "labels"])
+async def test_update(clean_engine: Rig, field: str) -> None:
+    """By a successor, and in place, where it is frozen for a moment."""
+    rig = clean_engine
+    files = ""
+
+    async def update(caller: Caller) -> None:
+        nonlocal files
+        if not files:
+            await caller.create("phoenix", 1, ports=[_PORT])
+            await caller.shell("phoenix", PLANT)
+            files = await caller.shell("phoenix", LOOK + " || true")
+        now = getattr((await caller.get("phoenix")).spec, field)
+        await caller.update("phoenix", **{field: {} if now else {"a": "b"}}, mask=field)
+
+    async def check(caller: Caller) -> None:
+        await sound(caller, rig, "phoenix", files)
+
+    assert await _at_every_moment(rig, "UPDATE", update, check) >= 15

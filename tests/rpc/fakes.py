@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
-from gpudock_server.errors import GpudockError
+from gpudock_server.errors import GpudockError, SnapshotFailed
 from gpudock_server.model.engine import (
     Blueprint,
     EngineContainer,
@@ -26,6 +26,8 @@ from gpudock_server.model.engine import (
 )
 from gpudock_server.model.gpu import Gpu, GpuSnapshot
 from gpudock_server.model.operation import CarryMethod
+from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind, SnapshotMethod
+from gpudock_server.model.spec import RestartPolicy
 from gpudock_server.ports import (
     CarryPlan,
     Engine,
@@ -35,6 +37,8 @@ from gpudock_server.ports import (
     LayerStore,
     ProcessControl,
     Progress,
+    SnapshotPlan,
+    SnapshotStore,
 )
 from typing_extensions import override
 
@@ -193,7 +197,9 @@ class FakeEngine(Engine):
         self._set(engine_id, EngineState.RUNNING)
 
     @override
-    async def update(self, engine_id: str, *, cpus: float, memory_bytes: int) -> None:
+    async def update(
+        self, engine_id: str, *, cpus: float, memory_bytes: int, restart_policy: RestartPolicy | None = None
+    ) -> None:
         await self._call("update")
 
     @override
@@ -264,6 +270,79 @@ class FakeLayers(LayerStore):
     @override
     async def copy(self, pair: LayerPair, progress: Progress) -> None:
         return
+
+
+class FakeSnapshots(SnapshotStore):
+    """Keeps nothing, and remembers of what."""
+
+    def __init__(self) -> None:
+        self.kept: set[SnapshotKey] = set()
+
+    @override
+    async def method(self, old: EngineContainer) -> tuple[SnapshotMethod | None, str]:
+        return SnapshotMethod.LINK, ""
+
+    @override
+    async def plan(self, old: EngineContainer, previous: SnapshotKey | None) -> SnapshotPlan:
+        return SnapshotPlan(method=SnapshotMethod.LINK)
+
+    @override
+    async def gather(
+        self,
+        old: EngineContainer,
+        key: SnapshotKey,
+        operation_id: str,
+        previous: SnapshotKey | None,
+        progress: Progress,
+    ) -> None:
+        return
+
+    @override
+    async def complete(
+        self,
+        old: EngineContainer,
+        key: SnapshotKey,
+        operation_id: str,
+        previous: SnapshotKey | None,
+        progress: Progress,
+    ) -> None:
+        return
+
+    @override
+    async def seal(self, key: SnapshotKey, operation_id: str, image_id: str) -> Snapshot:
+        self.kept.add(key)
+        return Snapshot(kind=SnapshotKind.TREE, image_id=image_id, method=SnapshotMethod.LINK, create_time=LONG_AGO)
+
+    @override
+    async def discard(self, key: SnapshotKey, operation_id: str) -> None:
+        self.kept.discard(key)
+
+    @override
+    async def restore(self, key: SnapshotKey, target: EngineContainer, progress: Progress) -> None:
+        if key not in self.kept:
+            raise SnapshotFailed(detail="it was not kept")
+
+    @override
+    async def mirror(
+        self, source: EngineContainer, target: EngineContainer, operation_id: str, *, still: bool, progress: Progress
+    ) -> None:
+        return
+
+    @override
+    async def remove(self, key: SnapshotKey) -> None:
+        self.kept.discard(key)
+
+    @override
+    async def remove_all(self, uid: str) -> None:
+        self.kept = {key for key in self.kept if key.uid != uid}
+
+    @override
+    async def find(self) -> tuple[SnapshotKey, ...]:
+        return tuple(self.kept)
+
+    @override
+    async def partials(self) -> tuple[tuple[SnapshotKey, str], ...]:
+        return ()
 
 
 @dataclass

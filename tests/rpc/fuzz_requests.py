@@ -73,6 +73,7 @@ _HINTS: Mapping[str, tuple[str, ...]] = {
     "etag": ("", "775baa82.1"),
     "owner": ("", "team@example.com"),
     "command": ("true", "", "-c"),
+    "paths": ("env", "image", "mounts", "*", "env.A", "gpus"),
 }
 _ODD = ("", "\0", "é" * 300, "/", "=", "\n", "'\"`$()", "a" * 70_000, "gpudock.uid", "NVIDIA_VISIBLE_DEVICES", "a b")
 _TEXT = st.sampled_from(_ODD) | st.text(max_size=8)

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from gpudock_server.errors import FieldViolation, InvalidArgument
 from gpudock_server.model import changes as change
 from gpudock_server.model.claims import ClaimKey, ClaimTable, Holder
-from gpudock_server.model.container import Container, ContainerRevision
+from gpudock_server.model.container import Container
 from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import Operation, RequestRecord
 from gpudock_server.ports import (
     ContainerView,
     Page,
+    RevisionView,
     Store,
     StoreConflict,
     T,
@@ -31,6 +32,7 @@ class MemoryStore(Store):
         self.held: dict[ClaimKey, Holder] = {}
         self.journal: dict[str, Versioned[Operation]] = {}
         self.calls: dict[str, RequestRecord] = {}
+        self.past: dict[tuple[str, int], RevisionView] = {}
         self.reads = 0
         self._moments: list[Sequence[object]] = []
 
@@ -89,8 +91,12 @@ class MemoryStore(Store):
                 self.journal[operation.id] = Versioned(operation, self.version)
             case change.PutRequest(request_id=request_id, record=record):
                 self.calls[request_id] = record
-            case change.PutRevision():
-                pass
+            case change.PutRevision(revision=revision):
+                self.past[revision.uid, revision.revision] = RevisionView(revision, None)
+            case change.PutSnapshot(uid=uid, revision=number, snapshot=snapshot):
+                self.past[uid, number] = RevisionView(self.past[uid, number].revision, snapshot)
+            case change.DeleteRevision(uid=uid, revision=number):
+                self.past.pop((uid, number), None)
 
     def put(self, container: Container) -> None:
         """A container that was made earlier."""
@@ -126,8 +132,16 @@ class MemoryStore(Store):
         return Page(tuple(items[first:last]), f"{moment}-{last}" if last < len(items) else "")
 
     @override
-    async def revisions(self, uid: str) -> tuple[ContainerRevision, ...]:
-        return ()
+    async def revisions(self, uid: str, *, page_size: int, page_token: str) -> Page[RevisionView]:
+        return self._page(await self.history(uid), page_size, page_token)
+
+    @override
+    async def history(self, uid: str) -> tuple[RevisionView, ...]:
+        return tuple(view for (owner, _), view in sorted(self.past.items()) if owner == uid)
+
+    @override
+    async def revision(self, uid: str, number: int) -> RevisionView | None:
+        return self.past.get((uid, number))
 
     @override
     async def claims(self, host: str) -> ClaimTable:

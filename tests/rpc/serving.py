@@ -31,6 +31,7 @@ from tests.rpc.fakes import (
     FakeInventory,
     FakeLayers,
     FakeProcesses,
+    FakeSnapshots,
     every_port_is_free,
 )
 from tests.rpc.memory_store import MemoryStore
@@ -68,6 +69,7 @@ async def serve(folder: Path) -> AsyncIterator[Served]:
         store=store,
         engine=engine,
         layers=FakeLayers(),
+        snapshots=FakeSnapshots(),
         allocator=Allocator(store=store, inventory=inventory, probe=every_port_is_free, host=HOST, port_range=PORTS),
         node=NODE,
         host=HOST,

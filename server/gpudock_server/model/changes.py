@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from gpudock_server.model.claims import ClaimKey, Holder
 from gpudock_server.model.container import Container, ContainerRevision
 from gpudock_server.model.operation import Operation, RequestRecord
+from gpudock_server.model.snapshot import Snapshot
 from gpudock_server.model.target import TargetKind
 
 
@@ -84,6 +85,23 @@ class PutRevision:
 
 
 @dataclass(frozen=True, slots=True)
+class PutSnapshot:
+    """Says that the files of a revision are kept."""
+
+    uid: str
+    revision: int
+    snapshot: Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteRevision:
+    """Takes a revision, and what is said of its snapshot, out of the history."""
+
+    uid: str
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
 class PutOperation:
     """Condition: the operation's version is `expect`; 0 is "there is none". An ended one expires by lease."""
 
@@ -101,5 +119,16 @@ class PutRequest:
 
 
 Change = (
-    Lock | Unlock | Claim | Keep | Release | PutContainer | DeleteContainer | PutRevision | PutOperation | PutRequest
+    Lock
+    | Unlock
+    | Claim
+    | Keep
+    | Release
+    | PutContainer
+    | DeleteContainer
+    | PutRevision
+    | PutSnapshot
+    | DeleteRevision
+    | PutOperation
+    | PutRequest
 )

@@ -54,10 +54,11 @@ class Placement(Record):
 class EngineBinding(Record):
     """The engine container that serves a container, and what it was made with.
 
-    `image_id` is what it runs on, which after a carry by commit is no longer the image the user named. A successor is
-    made from this id and not from the tag, which may have moved. `anonymous_volumes` (target -> engine volume) came
-    from the image's VOLUME lines: they hold the user's files, move along with every replacement, and are removed
-    only with the container. `layer_images` are the images that carries by commit made, by name, oldest first.
+    `image_id` is what it runs on, which after a carry by commit is no longer the image that the user named: that one's
+    id is `base_image_id`. A successor is made from these ids and not from the tag, which may have moved.
+    `anonymous_volumes` (target -> engine volume) came from the image's VOLUME lines: they hold the user's files, move
+    along with every replacement, and are removed only with the container. `layer_images` are the images that carries
+    by commit made, by name, oldest first.
     """
 
     engine_id: str
@@ -67,6 +68,12 @@ class EngineBinding(Record):
     fixed_digest: str
     anonymous_volumes: dict[str, str] = Field(default_factory=dict)
     layer_images: tuple[str, ...] = ()
+    base_image_id: str = ""
+
+    @property
+    def user_image_id(self) -> str:
+        """The id of the image that the user named."""
+        return self.base_image_id or self.image_id
 
     def fits(self, spec: ContainerSpec, placement: Placement) -> bool:
         """Whether this engine container can serve `spec` with `placement`, or a new one is needed."""
@@ -138,7 +145,7 @@ class RevisionCause(StrEnum):
 
 
 class ContainerRevision(Record):
-    """One immutable step of a container's history."""
+    """One immutable step of a container's history. `image_id` is that of the image that the user named."""
 
     container: str
     uid: str
@@ -146,5 +153,6 @@ class ContainerRevision(Record):
     spec: ContainerSpec
     cause: RevisionCause
     placement: Placement
+    image_id: str = ""
     create_time: datetime
     operation_id: str

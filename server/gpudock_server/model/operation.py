@@ -17,6 +17,7 @@ from pydantic import Field
 
 from gpudock_server.model.container import Container, Placement, PortBinding
 from gpudock_server.model.record import JsonObject, Record
+from gpudock_server.model.snapshot import SnapshotKind
 from gpudock_server.model.target import Target
 
 _TIME_BITS, _RANDOM_BITS = 60, 62
@@ -45,6 +46,9 @@ class OperationKind(StrEnum):
     UNPAUSE = "UNPAUSE"
     DELETE = "DELETE"
     SCALE = "SCALE"
+    UPDATE = "UPDATE"
+    ROLLBACK = "ROLLBACK"
+    DELETE_REVISION = "DELETE_REVISION"
 
 
 class OperationState(StrEnum):
@@ -109,6 +113,7 @@ class OperationPlan(Record):
     bytes_available: int = 0
     restarts_process: bool = False
     carry_method: CarryMethod = CarryMethod.NONE
+    snapshot: SnapshotKind | None = None
     warnings: tuple[str, ...] = ()
 
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from gpudock_server.model.record import Record
 
 # What the engine can change in a container that exists. Everything else needs a new engine container.
-CHANGES_IN_PLACE = frozenset({"gpus", "ports", "cpus", "memory_bytes", "labels"})
+CHANGES_IN_PLACE = frozenset({"gpus", "ports", "cpus", "memory_bytes", "labels", "restart_policy", "revision_policy"})
 
 
 class GpuRequest(Record):
@@ -90,6 +90,22 @@ class HealthCheck(Record):
     retries: int = 3
 
 
+class SnapshotPolicy(StrEnum):
+    """Whether the files of a revision are kept when the next one replaces it. CHEAP: where nothing is copied."""
+
+    ALWAYS = "ALWAYS"
+    CHEAP = "CHEAP"
+    NEVER = "NEVER"
+
+
+class RevisionPolicy(Record):
+    """How much of a container's history is kept. None and 0: as the node's settings say."""
+
+    snapshots: SnapshotPolicy | None = None
+    keep_revisions: int = 0
+    keep_for: timedelta | None = None
+
+
 class ContainerSpec(Record):
     """Everything a user can ask of a container. Zero and empty mean: the image's or the engine's default."""
 
@@ -113,6 +129,7 @@ class ContainerSpec(Record):
     stop_signal: str = ""
     stop_timeout: timedelta | None = None
     health_check: HealthCheck | None = None
+    revision_policy: RevisionPolicy = RevisionPolicy()
 
     def changed(self, **changes: object) -> ContainerSpec:
         """A copy with some fields replaced."""

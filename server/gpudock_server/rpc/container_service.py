@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Protocol, TypeVar
 
-from gpudock.v1 import container_pb2, container_service_pb2, exec_pb2, operation_pb2
+from gpudock.v1 import container_pb2, container_revision_pb2, container_service_pb2, exec_pb2, operation_pb2
 from gpudock.v1.container_service_pb2_grpc import ContainerServiceServicer
 from typing_extensions import override
 
@@ -14,9 +14,10 @@ from gpudock_server.core.containers import Containers
 from gpudock_server.core.containers.commands import Command
 from gpudock_server.core.exec_sessions import ExecSessions
 from gpudock_server.core.operations import Operations, RequestKey
-from gpudock_server.ports import ContainerView, Page
+from gpudock_server.ports import ContainerView, Page, RevisionView
 from gpudock_server.rpc import page, progress
 from gpudock_server.rpc.convert.container import container_message, view_message
+from gpudock_server.rpc.convert.revision import revision_message
 from gpudock_server.rpc.exec_call import serve_exec
 from gpudock_server.rpc.interception import Context
 from gpudock_server.rpc.request_key import Mutation, request_key
@@ -128,6 +129,51 @@ class ContainerService(ContainerServiceServicer):
     ) -> AsyncIterator[container_service_pb2.ScaleContainerResponse]:
         command = validation.scale(request)
         return self._operate("ScaleContainer", request, command, container_service_pb2.ScaleContainerResponse)
+
+    @override
+    def UpdateContainer(
+        self, request: container_service_pb2.UpdateContainerRequest, context: Context
+    ) -> AsyncIterator[container_service_pb2.UpdateContainerResponse]:
+        command = validation.update(request)
+        return self._operate("UpdateContainer", request, command, container_service_pb2.UpdateContainerResponse)
+
+    @override
+    def RollbackContainer(
+        self, request: container_service_pb2.RollbackContainerRequest, context: Context
+    ) -> AsyncIterator[container_service_pb2.RollbackContainerResponse]:
+        command = validation.rollback(request)
+        return self._operate("RollbackContainer", request, command, container_service_pb2.RollbackContainerResponse)
+
+    @override
+    async def GetContainerRevision(
+        self, request: container_service_pb2.GetContainerRevisionRequest, context: Context
+    ) -> container_service_pb2.GetContainerRevisionResponse:
+        name, number = validation.get_revision(request)
+        container, view = await self._containers.revision(name, number)
+        return container_service_pb2.GetContainerRevisionResponse(revision=revision_message(view, container.revision))
+
+    @override
+    async def ListContainerRevisions(
+        self, request: container_service_pb2.ListContainerRevisionsRequest, context: Context
+    ) -> container_service_pb2.ListContainerRevisionsResponse:
+        listed = listing.revisions(request)
+        container = (await self._containers.get(request.name)).container
+
+        async def read(page_size: int, page_token: str) -> Page[RevisionView]:
+            return await self._containers.revisions(container.uid, page_size=page_size, page_token=page_token)
+
+        def message(view: RevisionView) -> container_revision_pb2.ContainerRevision:
+            return revision_message(view, container.revision)
+
+        found, token = await page.from_store(listed, read, message)
+        return container_service_pb2.ListContainerRevisionsResponse(revisions=found, next_page_token=token)
+
+    @override
+    async def DeleteContainerRevision(
+        self, request: container_service_pb2.DeleteContainerRevisionRequest, context: Context
+    ) -> container_service_pb2.DeleteContainerRevisionResponse:
+        await self._containers.run(validation.delete_revision(request), _key("DeleteContainerRevision", request))
+        return container_service_pb2.DeleteContainerRevisionResponse()
 
     @override
     async def ExecContainer(  # type: ignore[override]  # it writes its responses: see serve_exec

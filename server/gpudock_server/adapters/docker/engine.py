@@ -28,6 +28,7 @@ from gpudock_server.model.engine import (
     ExecRequest,
     RegistryAuth,
 )
+from gpudock_server.model.spec import RestartPolicy
 from gpudock_server.ports import Progress
 
 # A hundred starts at once take the engine as long as four at a time, but then each of them as long as all together.
@@ -240,8 +241,10 @@ class DockerEngine:
             if found is None or found.state is not wanted:
                 raise
 
-    async def update(self, engine_id: str, *, cpus: float, memory_bytes: int) -> None:
-        """Change its limits in place; 0 is none, which the engine shows as all that its host has.
+    async def update(
+        self, engine_id: str, *, cpus: float, memory_bytes: int, restart_policy: RestartPolicy | None = None
+    ) -> None:
+        """Change its limits (0 is none, which the engine shows as all of its host) and restart policy (None: leave it).
 
         The kernel refuses a limit below the memory in use (EngineRejected), and then nothing has changed.
         """
@@ -252,6 +255,8 @@ class DockerEngine:
         changes = translate.limit_changes(
             container["HostConfig"], cpus=cpus, memory_bytes=memory_bytes, host=await self.info()
         )
+        if restart_policy is not None:
+            changes |= translate.policy_changes(container["HostConfig"], restart_policy)
         if changes:
             await self._connection.call(call, "POST", f"containers/{segment(engine_id)}/update", body=changes)
 

@@ -189,6 +189,13 @@ def limit_changes(host_config: Mapping[str, Any], *, cpus: float, memory_bytes: 
     return changes
 
 
+def policy_changes(host_config: Mapping[str, Any], policy: RestartPolicy) -> Json:
+    """The same for a restart policy."""
+    wants, has = _restart_policy(policy), host_config.get("RestartPolicy") or {}
+    same = (has.get("Name") or "no", has.get("MaximumRetryCount") or 0) == (wants["Name"], wants["MaximumRetryCount"])
+    return {} if same else {"RestartPolicy": wants}
+
+
 def container(inspected: Mapping[str, Any]) -> EngineContainer:
     """What `GET /containers/ID/json` shows."""
     state: Json = inspected.get("State") or {}

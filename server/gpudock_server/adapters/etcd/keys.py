@@ -16,7 +16,9 @@ uids and the UUIDs of cards that changes nothing.
     containers/<name>                        Container (head)     operations, and what     with the container
                                                                   was observed
     revisions/containers/<uid>/<number>      ContainerRevision    the operation that       with the container
-                                                                  commits it
+                                                                  commits it               or when it is pruned
+    snapshots/containers/<uid>/<number>      Snapshot of that     the operation that       with the revision
+                                             revision's files     replaces the revision
     operations/<id>                          Operation            the saga, every step     with a lease, once it ended
     locks/<kind>s/<name>                     the operation's id,  the transaction that     in the transaction that
                                              bare                 begins the operation     ends the operation
@@ -132,6 +134,14 @@ class Keys:
     def container_revisions(self, uid: str) -> KeyRange:
         """All revisions of a container, oldest first."""
         return self._below("revisions", "containers", uid)
+
+    def container_snapshot(self, uid: str, number: int) -> bytes:
+        """What is known of the files that were kept of a revision."""
+        return self._key("snapshots", "containers", uid, f"{number:010d}")
+
+    def container_snapshots(self, uid: str) -> KeyRange:
+        """All snapshots of a container, oldest first."""
+        return self._below("snapshots", "containers", uid)
 
     def operation(self, operation_id: str) -> bytes:
         """An operation."""

@@ -26,17 +26,20 @@ from gpudock_server.model.changes import (
     Change,
     Claim,
     DeleteContainer,
+    DeleteRevision,
     Keep,
     Lock,
     PutContainer,
     PutOperation,
     PutRequest,
     PutRevision,
+    PutSnapshot,
     Release,
     Unlock,
 )
 from gpudock_server.model.container import Container, ContainerRevision
 from gpudock_server.model.operation import Operation, RequestRecord
+from gpudock_server.model.snapshot import Snapshot
 from gpudock_server.ports import Versioned
 
 
@@ -44,8 +47,8 @@ from gpudock_server.ports import Versioned
 class Step:
     """A change as etcd does it.
 
-    `value` is what is put, None deletes the key; a deletion takes `dependents` along. `found` shows a refused caller
-    what stands at the key.
+    `value` is what is put, None deletes the key; a deletion takes all of `dependents` along. `found` shows a refused
+    caller what stands at the key.
     """
 
     change: Change
@@ -54,7 +57,7 @@ class Step:
     found: Callable[[Entry], object]
     value: bytes | None = None
     expires: bool = False
-    dependents: KeyRange | None = None
+    dependents: tuple[KeyRange, ...] = ()
 
     def does(self, entry: Entry | None, lease: int) -> list[wire.Do]:
         """What the transaction does for it, given what was read and the lease for what expires."""
@@ -62,7 +65,7 @@ class Step:
             return [wire.put(self.key, self.value, lease if self.expires else 0)]
         if isinstance(self.condition, PerhapsHeldBy) and not is_held_by(self.condition.uid, entry):
             return []
-        return [wire.delete(self.key), *([wire.delete_range(self.dependents)] if self.dependents else [])]
+        return [wire.delete(self.key), *(wire.delete_range(keys) for keys in self.dependents)]
 
 
 def step_of(change: Change, keys: Keys) -> Step:  # noqa: C901, PLR0911 - one case for each kind of change
@@ -82,11 +85,19 @@ def step_of(change: Change, keys: Keys) -> Step:  # noqa: C901, PLR0911 - one ca
             head = keys.container(container.name)
             return Step(change, head, VersionIs(expect), _versioned(Container), encode(container))
         case DeleteContainer(name, uid, expect):
-            history = keys.container_revisions(uid)
+            history = (keys.container_revisions(uid), keys.container_snapshots(uid))
             return Step(change, keys.container(name), VersionIs(expect), _versioned(Container), dependents=history)
         case PutRevision(revision):
             number = keys.container_revision(revision.uid, revision.revision)
             return Step(change, number, VersionIs(0), _versioned(ContainerRevision), encode(revision))
+        case PutSnapshot(uid, number, snapshot):
+            return Step(change, keys.container_snapshot(uid, number), Always(), _versioned(Snapshot), encode(snapshot))
+        case DeleteRevision(uid, number):
+            kept = keys.container_snapshot(uid, number)
+            # The key alone: everything from it up to, and without, the next one that there could be.
+            only = (KeyRange(kept, kept + b"\0"),)
+            revision_key = keys.container_revision(uid, number)
+            return Step(change, revision_key, Always(), _versioned(ContainerRevision), dependents=only)
         case PutOperation(operation, expect):
             value, ended = encode(operation), operation.state.ended
             return Step(change, keys.operation(operation.id), VersionIs(expect), _versioned(Operation), value, ended)

@@ -20,8 +20,9 @@ from gpudock_server.model.claims import ClaimTable, Holder
 from gpudock_server.model.container import Container, ContainerRevision
 from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import Operation, RequestRecord
+from gpudock_server.model.snapshot import Snapshot
 from gpudock_server.model.target import TargetKind
-from gpudock_server.ports import ContainerView, Page, Versioned
+from gpudock_server.ports import ContainerView, Page, RevisionView, Versioned
 from gpudock_server.startup import StartupError
 
 DEFAULT_RETENTION = timedelta(hours=24)
@@ -135,10 +136,42 @@ class EtcdStore:
             page.next_token,
         )
 
-    async def revisions(self, uid: str) -> tuple[ContainerRevision, ...]:
-        """A container's history, oldest first."""
-        found = await self._list(self._keys.container_revisions(uid))
-        return tuple(decode(ContainerRevision, entry.key, entry.value) for entry in found)
+    async def revisions(self, uid: str, *, page_size: int, page_token: str) -> Page[RevisionView]:
+        """A container's history, oldest first: see `ports.Store.revisions`."""
+        async with _mapped_errors():
+            page = await list_page(
+                self._connection,
+                self._keys.container_revisions(uid),
+                self._keys.container_snapshots(uid),
+                size=page_size,
+                token=page_token,
+                patience=self._deadline,
+            )
+        return Page(self._revision_views(uid, page.entries, page.beside), page.next_token)
+
+    async def history(self, uid: str) -> tuple[RevisionView, ...]:
+        """All of a container's history at one moment, oldest first."""
+        async with _mapped_errors():
+            answer = await self._connection.read(
+                wire.get_range(self._keys.container_revisions(uid)),
+                wire.get_range(self._keys.container_snapshots(uid)),
+                patience=self._deadline,
+            )
+        return self._revision_views(uid, *(found.entries for found in answer.ranges))
+
+    async def revision(self, uid: str, number: int) -> RevisionView | None:
+        """One revision with its snapshot."""
+        found = await self._get(self._keys.container_revision(uid, number), self._keys.container_snapshot(uid, number))
+        views = self._revision_views(uid, *([entry] if entry else [] for entry in found))
+        return views[0] if views else None
+
+    def _revision_views(
+        self, uid: str, revisions: Sequence[Entry], snapshots: Sequence[Entry]
+    ) -> tuple[RevisionView, ...]:
+        kept = {entry.key: decode(Snapshot, entry.key, entry.value) for entry in snapshots}
+        found = [decode(ContainerRevision, entry.key, entry.value) for entry in revisions]
+        # The number comes from the record, so that no key has to be taken apart.
+        return tuple(RevisionView(one, kept.get(self._keys.container_snapshot(uid, one.revision))) for one in found)
 
     async def claims(self, host: str) -> ClaimTable:
         """All claims of a host, at one moment."""

@@ -228,7 +228,7 @@ class OverlaySnapshotStore(SnapshotStore):
         """Whether a layer's files and snapshots can share extents; tried once, with real files."""
         root = self._places.root
         if self._clones is None:
-            root.mkdir(mode=0o700, exist_ok=True)
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
             with opened(root) as folder:
                 self._clones = can_clone(folder, f".probe-{os.getpid()}")
         return self._clones and layer.device == root.stat().st_dev

@@ -9,33 +9,37 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from gpudock_server.core.containers import create, delete, pause, stop, transition
+from gpudock_server.core.containers import create, delete, history, pause, rollback, stop, transition, update
 from gpudock_server.core.containers.change import ChangeSaga
 from gpudock_server.core.containers.commands import (
     Command,
     Create,
     Delete,
+    DeleteRevision,
     Pause,
     Restart,
+    Rollback,
     Scale,
     Start,
     Stop,
     Unpause,
+    Update,
 )
 from gpudock_server.core.containers.create import CreateSaga
 from gpudock_server.core.containers.delete import DeleteSaga
+from gpudock_server.core.containers.history import DeleteRevisionSaga, find_revision
 from gpudock_server.core.containers.pause import PauseSaga
 from gpudock_server.core.containers.stop import StopSaga
-from gpudock_server.core.containers.world import World
+from gpudock_server.core.containers.world import HistoryDefaults, World
 from gpudock_server.core.operations import Draft, Operations, RequestKey, stages_of
 from gpudock_server.core.saga import Saga
 from gpudock_server.errors import ContainerNotFound
 from gpudock_server.model.container import Container
 from gpudock_server.model.operation import Operation, OperationKind, OperationState
 from gpudock_server.model.record import now
-from gpudock_server.ports import ContainerView, Page
+from gpudock_server.ports import ContainerView, Page, RevisionView
 
-__all__ = ["Containers", "World", "saga_builder"]
+__all__ = ["Containers", "HistoryDefaults", "World", "saga_builder"]
 
 
 def saga_builder(world: World) -> Callable[[Operation], Saga[Any]]:
@@ -45,8 +49,16 @@ def saga_builder(world: World) -> Callable[[Operation], Saga[Any]]:
         match operation.kind:
             case OperationKind.CREATE:
                 return CreateSaga(world, operation)
-            case OperationKind.START | OperationKind.RESTART | OperationKind.SCALE:
+            case (
+                OperationKind.START
+                | OperationKind.RESTART
+                | OperationKind.SCALE
+                | OperationKind.UPDATE
+                | OperationKind.ROLLBACK
+            ):
                 return ChangeSaga(world, operation)
+            case OperationKind.DELETE_REVISION:
+                return DeleteRevisionSaga(world, operation)
             case OperationKind.STOP:
                 return StopSaga(world, operation)
             case OperationKind.PAUSE | OperationKind.UNPAUSE:
@@ -75,6 +87,15 @@ class Containers:
     async def list(self, *, page_size: int, page_token: str) -> Page[ContainerView]:
         """Containers of all nodes in the order of their names. Raises ResumeTokenExpired."""
         return await self._world.store.containers(page_size=page_size, page_token=page_token)
+
+    async def revision(self, name: str, number: int) -> tuple[Container, RevisionView]:
+        """A container and one of its revisions, 0 for the current one. Raises ContainerNotFound, RevisionNotFound."""
+        container = (await self.get(name)).container
+        return container, await find_revision(self._world, container, number or container.revision)
+
+    async def revisions(self, uid: str, *, page_size: int, page_token: str) -> Page[RevisionView]:
+        """A container's history, oldest first. Raises ResumeTokenExpired."""
+        return await self._world.store.revisions(uid, page_size=page_size, page_token=page_token)
 
     async def begin(self, command: Command, request: RequestKey | None) -> str:
         """Begin what is asked for; the id of its operation. Nothing has been done before this returns."""
@@ -110,6 +131,9 @@ _DRAFTERS: dict[type, Callable[[World, Any], Awaitable[Draft]]] = {
     Start: transition.draft_start,
     Restart: transition.draft_restart,
     Scale: transition.draft_scale,
+    Update: update.draft_update,
+    Rollback: rollback.draft_rollback,
+    DeleteRevision: history.draft,
     Stop: stop.draft,
     Pause: pause.draft,
     Unpause: pause.draft,

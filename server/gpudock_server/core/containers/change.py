@@ -1,13 +1,19 @@
-"""The saga behind start, restart and scale: bring a container from one placement and spec to another.
+"""The saga behind start, restart, scale, update and rollback: bring a container from one placement and spec to another.
 
 Where the engine container can serve what is wanted, it is updated, stopped and started as it is. Where it cannot (other
 cards, other ports, another /dev/shm), a successor takes over its writable layer:
 
     create successor -> locate layers -> stop old -> carry layer -> start successor -> verify | commit | retire old
 
-and, where files can only be carried as an image,
+or, where files can only be carried as an image,
 
     stop old -> snapshot to an image -> create successor -> start successor -> verify | commit | retire old
+
+or is given the files of a revision, before the old one stops,
+
+    create successor -> restore files -> stop old -> start successor -> verify | commit | retire old
+
+or none (another image). In between, the files of the revision that ends are kept (see `keeping`).
 
 The old engine container is kept, whole or to be made whole again, until the successor runs and the commit is durable.
 The bar marks the point of no return. New cards and ports are claimed in the transaction that begins the operation, and
@@ -18,16 +24,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from enum import StrEnum
 
 from typing_extensions import override
 
 from gpudock_server.core.containers.create import anonymous_volumes, labels_of, remove_with_volumes
+from gpudock_server.core.containers.history import prune
+from gpudock_server.core.containers.keeping import IMAGE_STAGE, KeepArguments, Keeping
 from gpudock_server.core.containers.observation import observed
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.saga import Outcome, Run, Step
-from gpudock_server.errors import LayerCarryFailed, StartFailed
-from gpudock_server.model.changes import Change, Keep, PutContainer, PutRevision, Release
+from gpudock_server.errors import ImageNotFound, LayerCarryFailed, StartFailed
+from gpudock_server.model.changes import Change, Keep, PutContainer, PutRevision, PutSnapshot, Release
 from gpudock_server.model.claims import keys_of
 from gpudock_server.model.container import (
     Container,
@@ -37,18 +46,44 @@ from gpudock_server.model.container import (
     Placement,
     RevisionCause,
 )
-from gpudock_server.model.engine import LABEL_OPERATION, LABEL_UID, Blueprint, EngineContainer
+from gpudock_server.model.engine import LABEL_OPERATION, LABEL_UID, Blueprint, EngineContainer, RegistryAuth
 from gpudock_server.model.operation import CarryMethod, Operation
 from gpudock_server.model.record import JsonObject, Record, now
+from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind
 from gpudock_server.model.spec import ContainerSpec
 from gpudock_server.ports import ContainerView, LayerPair
+
+
+class Files(StrEnum):
+    """What a successor's files are: those of the old one, those of a revision, or its image's alone."""
+
+    CARRY = "CARRY"
+    RESTORE = "RESTORE"
+    FRESH = "FRESH"
+
+
+class Source(Record):
+    """Where a successor and its files come from.
+
+    `image_id` is what it is made from; empty is the old one's, or, for FRESH, what is pulled first. `revision` is the
+    one whose files are brought back, and `snapshot` how they were kept.
+    """
+
+    files: Files = Files.CARRY
+    image_id: str = ""
+    base_image_id: str = ""
+    revision: int = 0
+    snapshot: Snapshot | None = None
+    bytes_to_move: int = 0
+    warnings: tuple[str, ...] = ()
 
 
 class ChangeArguments(Record):
     """What the saga needs to be built again.
 
     `old` and `was_running` are how things stood when the operation began. `cause` None makes no revision.
-    `frozen`: it was paused, and is thawed before it is stopped.
+    `frozen`: it was paused, and is thawed before it is stopped. `keep` says how the files of the revision that ends
+    are kept, `prunes` whether older ones go then.
     """
 
     old: EngineBinding
@@ -64,6 +99,9 @@ class ChangeArguments(Record):
     replace: bool = False
     limits: bool = False
     carry: CarryMethod = CarryMethod.NONE
+    source: Source = Source()
+    keep: KeepArguments = KeepArguments()
+    prunes: bool = False
     stop_timeout: float | None = None
     must_live: bool = False
     cause: RevisionCause | None = None
@@ -72,35 +110,74 @@ class ChangeArguments(Record):
 class ChangeSaga(ContainerSaga):
     """See the module's docstring."""
 
-    def __init__(self, world: World, operation: Operation) -> None:
-        """Builds the script from the operation's arguments."""
+    def __init__(self, world: World, operation: Operation, registry_auth: RegistryAuth | None = None) -> None:
+        """`registry_auth` is not recorded: a daemon that resumes a pull does so without it."""
         super().__init__(world)
+        self._auth = registry_auth
         self._arguments = ChangeArguments.model_validate(operation.arguments)
+        self._keeping = Keeping(world, self._arguments.keep)
 
     # -- the script --------------------------------------------------------------------------------------------------
 
     @property
     @override
     def steps(self) -> tuple[Step, ...]:
-        arguments = self._arguments
-        stop = [Step("stop", self._stop, self._start_old)] if arguments.stop else []
-        start = [Step("start", self._start, self._stop_successor)] if arguments.start else []
-        if not arguments.replace:
-            limits = [Step("limits", self._limits, self._old_limits)] if arguments.limits else []
-            return (*stop, *limits, *start)
+        return self._replacement() if self._arguments.replace else self._in_place()
+
+    def _in_place(self) -> tuple[Step, ...]:
+        arguments, keeping = self._arguments, self._keeping
+        kept = (*keeping.while_still, *self._committed_files())
+        if arguments.was_running and not arguments.frozen:
+            kept = keeping.frozen(*kept)
+        limits = [Step("limits", self._limits, self._old_limits)] if arguments.limits else []
+        return (*keeping.while_it_runs, *kept, *keeping.at_the_end, *self._stopping(), *limits, *self._starting())
+
+    def _replacement(self) -> tuple[Step, ...]:
+        arguments, keeping = self._arguments, self._keeping
+        pull = [Step("pull", self._pull)] if self._pulls else []
         create = Step("create", self._create, self._remove_successor)
-        verify = [Step("verify", self._verify)] if arguments.start else []
+        stop, start = self._stopping(), (*self._starting(), *self._verifying())
         if arguments.carry is CarryMethod.COMMIT:
-            snapshot = Step("snapshot", self._snapshot, self._remove_snapshot)
-            return (*stop, snapshot, create, *start, *verify)
-        locate = Step("locate", self._locate)
-        carry = Step("carry", self._carry, self._give_back)
-        return (create, locate, *stop, carry, *start, *verify)
+            return (*pull, *stop, self._image_step(), create, *start)
+        before, after = [create], []
+        if arguments.source.files is Files.CARRY:
+            before.append(Step("locate", self._locate))
+            after.append(Step("carry", self._carry, self._give_back))
+        elif self._restores_tree:
+            before.append(Step("restore", self._restore))
+        still = (*stop, *keeping.while_still, *self._committed_files())
+        return (*pull, *before, *keeping.while_it_runs, *still, *after, *start, *keeping.at_the_end)
+
+    def _stopping(self) -> tuple[Step, ...]:
+        return (Step("stop", self._stop, self._start_old),) if self._arguments.stop else ()
+
+    def _starting(self) -> tuple[Step, ...]:
+        return (Step("start", self._start, self._stop_successor),) if self._arguments.start else ()
+
+    def _verifying(self) -> tuple[Step, ...]:
+        return (Step("verify", self._verify),) if self._arguments.start else ()
+
+    def _committed_files(self) -> tuple[Step, ...]:
+        return (self._image_step(),) if self._keeping.as_image else ()
+
+    def _image_step(self) -> Step:
+        return Step(IMAGE_STAGE, self._snapshot, self._remove_snapshot)
+
+    @property
+    def _pulls(self) -> bool:
+        return self._arguments.source.files is Files.FRESH and not self._arguments.source.image_id
+
+    @property
+    def _restores_tree(self) -> bool:
+        snapshot = self._arguments.source.snapshot
+        return snapshot is not None and snapshot.kind is SnapshotKind.TREE
 
     @property
     @override
     def after(self) -> tuple[Step, ...]:
-        return (Step("retire", self._retire),) if self._arguments.replace else ()
+        retire = [Step("retire", self._retire)] if self._arguments.replace else []
+        prune = [Step("prune", self._prune)] if self._arguments.prunes else []
+        return (*retire, *prune)
 
     # -- stopping and starting what is there -------------------------------------------------------------------------
 
@@ -115,12 +192,18 @@ class ChangeSaga(ContainerSaga):
             await self._world.engine.start(self._arguments.old.engine_id)
 
     async def _limits(self, _run: Run) -> None:
-        spec = self._arguments.spec
-        await self._world.engine.update(self._arguments.old.engine_id, cpus=spec.cpus, memory_bytes=spec.memory_bytes)
+        await self._limit(self._arguments.spec)
 
     async def _old_limits(self, _run: Run) -> None:
-        spec = self._arguments.old_spec
-        await self._world.engine.update(self._arguments.old.engine_id, cpus=spec.cpus, memory_bytes=spec.memory_bytes)
+        await self._limit(self._arguments.old_spec)
+
+    async def _limit(self, spec: ContainerSpec) -> None:
+        await self._world.engine.update(
+            self._arguments.old.engine_id,
+            cpus=spec.cpus,
+            memory_bytes=spec.memory_bytes,
+            restart_policy=spec.restart_policy,
+        )
 
     async def _start(self, run: Run) -> None:
         await self._world.engine.start(await self._serving(run))
@@ -148,10 +231,26 @@ class ChangeSaga(ContainerSaga):
 
     # -- the successor -----------------------------------------------------------------------------------------------
 
+    async def _pull(self, run: Run) -> JsonObject:
+        image = self._arguments.spec.image
+        await self._world.engine.pull(image, self._auth, run.progress)
+        pulled = await self._world.engine.image(image)
+        if pulled is None:
+            raise ImageNotFound(image=image, available=())
+        return {"image_id": pulled.id}
+
+    def _successor_image(self, operation: Operation) -> str:
+        # Not the image's tag, which may have moved: the layer is only right on top of the very image it was made on.
+        arguments = self._arguments
+        if arguments.carry is CarryMethod.COMMIT:
+            return str(operation.facts(IMAGE_STAGE)["image_id"])
+        if self._pulls:
+            return str(operation.facts("pull")["image_id"])
+        return arguments.source.image_id or arguments.old.image_id
+
     async def _create(self, run: Run) -> JsonObject:
         world, arguments, operation = self._world, self._arguments, run.operation
-        # Not the image's tag, which may have moved: the layer is only right on top of the very image it was made on.
-        image_id = str(operation.facts("snapshot").get("image_id", arguments.old.image_id))
+        image_id = self._successor_image(operation)
         name = world.engine_name(operation.target.name, operation.id)
         engine_id = await world.engine.create(
             Blueprint(
@@ -169,6 +268,11 @@ class ChangeSaga(ContainerSaga):
     async def _remove_successor(self, run: Run) -> None:
         keep = frozenset(self._arguments.old.anonymous_volumes.values())
         await remove_with_volumes(self._world, run.operation, self._arguments.spec, keep)
+
+    async def _restore(self, run: Run) -> None:
+        source = self._arguments.source
+        key = SnapshotKey(uid=run.operation.target.uid, revision=source.revision)
+        await self._world.snapshots.restore(key, await self._seen(await self._serving(run)), run.progress)
 
     async def _locate(self, run: Run) -> JsonObject:
         old = await self._seen(self._arguments.old.engine_id)
@@ -239,6 +343,8 @@ class ChangeSaga(ContainerSaga):
         changes: list[Change] = [PutContainer(container, expect=view.version)]
         if arguments.cause is not None:
             changes.append(PutRevision(self._revision(run, container, arguments.cause)))
+            if (kept := self._keeping.made(run.operation)) is not None:
+                changes.append(PutSnapshot(container.uid, arguments.keep.revision, kept))
         wanted = keys_of(arguments.placement)
         holder = world.holder(container)
         changes += [Keep(world.host, key, holder) for key in wanted]
@@ -256,16 +362,22 @@ class ChangeSaga(ContainerSaga):
             return arguments.old
         facts = run.operation.facts("create")
         seen = await self._seen(str(facts["engine_id"]))
-        snapshot = run.operation.facts("snapshot").get("reference")
+        snapshot = run.operation.facts(IMAGE_STAGE).get("reference")
         return EngineBinding(
             engine_id=seen.id,
             engine_name=str(facts["engine_name"]),
             image_id=str(facts["image_id"]),
+            base_image_id=self._base_image(run.operation),
             placement=arguments.placement,
             fixed_digest=arguments.spec.fixed_digest,
             anonymous_volumes=anonymous_volumes(arguments.spec, seen.volumes),
             layer_images=(*arguments.old.layer_images, *((str(snapshot),) if snapshot else ())),
         )
+
+    def _base_image(self, operation: Operation) -> str:
+        if self._pulls:
+            return self._successor_image(operation)
+        return self._arguments.source.base_image_id or self._arguments.old.user_image_id
 
     def _revision(self, run: Run, container: Container, cause: RevisionCause) -> ContainerRevision:
         return ContainerRevision(
@@ -275,12 +387,16 @@ class ChangeSaga(ContainerSaga):
             spec=container.spec,
             cause=cause,
             placement=container.status.placement,
+            image_id=container.engine.user_image_id if container.engine else "",
             create_time=now(),
             operation_id=run.operation.id,
         )
 
     async def _retire(self, _run: Run) -> None:
         await self._world.engine.remove(self._arguments.old.engine_id)
+
+    async def _prune(self, run: Run) -> None:
+        await prune(self._world, run.operation.target.uid, self._arguments.spec)
 
     @override
     async def abandon(self, run: Run, view: ContainerView) -> Sequence[Change]:

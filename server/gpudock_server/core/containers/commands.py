@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 from gpudock_server.model.engine import RegistryAuth
-from gpudock_server.model.spec import ContainerSpec, GpuRequest
+from gpudock_server.model.spec import ContainerSpec, GpuRequest, SnapshotPolicy
 
 
 class PullPolicy(StrEnum):
@@ -43,6 +44,7 @@ class Start:
 
     name: str
     gpus: GpuRequest | None = None
+    snapshots: SnapshotPolicy | None = None
     etag: str = ""
 
 
@@ -62,6 +64,7 @@ class Restart:
 
     name: str
     timeout: float | None = None
+    snapshots: SnapshotPolicy | None = None
     etag: str = ""
 
 
@@ -100,7 +103,48 @@ class Scale:
     memory_bytes: int | None = None
     shm_size_bytes: int | None = None
     strategy: ScaleStrategy = ScaleStrategy.AUTO
+    snapshots: SnapshotPolicy | None = None
     etag: str = ""
 
 
-Command = Create | Start | Stop | Restart | Pause | Unpause | Delete | Scale
+class FilesPolicy(StrEnum):
+    """What becomes of a container's files when its image becomes another one."""
+
+    CARRY_COMMIT = "CARRY_COMMIT"
+    DISCARD = "DISCARD"
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """Give these fields of the spec these values. `files` None refuses another image."""
+
+    name: str
+    changes: Mapping[str, object]
+    files: FilesPolicy | None = None
+    pull_policy: PullPolicy = PullPolicy.MISSING
+    registry_auth: RegistryAuth | None = None
+    snapshots: SnapshotPolicy | None = None
+    etag: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """Return to a revision: its spec and its files, or, with `spec_only`, its spec and the files of today."""
+
+    name: str
+    revision: int
+    spec_only: bool = False
+    snapshots: SnapshotPolicy | None = None
+    etag: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteRevision:
+    """Take a revision, and what is kept of its files, out of the history."""
+
+    name: str
+    revision: int
+    etag: str = ""
+
+
+Command = Create | Start | Stop | Restart | Pause | Unpause | Delete | Scale | Update | Rollback | DeleteRevision

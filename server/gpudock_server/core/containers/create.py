@@ -111,11 +111,12 @@ async def _image_id(world: World, command: Create) -> str:
     if image is not None:
         return image.id
     if command.pull_policy is PullPolicy.NEVER:
-        raise await _image_not_found(world, command.spec.image)
+        raise await image_not_found(world, command.spec.image)
     return ""
 
 
-async def _image_not_found(world: World, image: str) -> ImageNotFound:
+async def image_not_found(world: World, image: str) -> ImageNotFound:
+    """The error that names the likeliest of the images that there are."""
     return ImageNotFound(image=image, available=nearest(image, await world.engine.image_names()))
 
 
@@ -205,7 +206,7 @@ class CreateSaga(ContainerSaga):
     async def _pulled_image(self) -> str:
         image = await self._world.engine.image(self._spec.image)
         if image is None:
-            raise await _image_not_found(self._world, self._spec.image)
+            raise await image_not_found(self._world, self._spec.image)
         return image.id
 
     async def _remove(self, run: Run) -> None:
@@ -237,6 +238,7 @@ class CreateSaga(ContainerSaga):
             spec=self._spec,
             cause=RevisionCause.CREATED,
             placement=arguments.placement,
+            image_id=binding.user_image_id,
             create_time=now(),
             operation_id=run.operation.id,
         )

@@ -18,6 +18,7 @@ from gpudock_server.model.claims import keys_of
 from gpudock_server.model.container import ContainerState, EngineBinding, Placement
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import Record, now
+from gpudock_server.model.snapshot import SnapshotKind
 from gpudock_server.ports import ContainerView
 
 
@@ -65,8 +66,13 @@ class DeleteSaga(ContainerSaga):
         if self._arguments.engine is not None:
             await self._world.engine.remove(self._arguments.engine.engine_id)
 
-    async def _clean(self, _run: Run) -> None:
-        """Anonymous volumes and carried layers belong to the container and go with it."""
+    async def _clean(self, run: Run) -> None:
+        """Anonymous volumes, carried layers and snapshots belong to the container and go with it."""
+        uid = run.operation.target.uid
+        for view in await self._world.store.history(uid):
+            if view.snapshot is not None and view.snapshot.kind is SnapshotKind.IMAGE:
+                await self._world.engine.remove_image(view.snapshot.reference)
+        await self._world.snapshots.remove_all(uid)
         if self._arguments.engine is None:
             return
         for volume in self._arguments.engine.anonymous_volumes.values():

@@ -9,8 +9,17 @@ from gpudock_server.core.allocation import Allocator
 from gpudock_server.errors import ContainerNotFound, StaleEtag, WrongNode
 from gpudock_server.model.claims import Holder
 from gpudock_server.model.container import Container
-from gpudock_server.model.spec import ContainerSpec
-from gpudock_server.ports import ContainerView, Engine, LayerStore, Store
+from gpudock_server.model.spec import ContainerSpec, SnapshotPolicy
+from gpudock_server.ports import ContainerView, Engine, LayerStore, SnapshotStore, Store
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryDefaults:
+    """How history is kept where neither a call nor a container says. `keep_seconds` 0 is for ever."""
+
+    snapshots: SnapshotPolicy = SnapshotPolicy.ALWAYS
+    keep_revisions: int = 20
+    keep_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +34,14 @@ class World:
     store: Store
     engine: Engine
     layers: LayerStore
+    snapshots: SnapshotStore
     allocator: Allocator
     node: str
     host: str
     settle_seconds: float
     stop_seconds: float
     allowed_host_paths: Sequence[str] = ()
+    history: HistoryDefaults = HistoryDefaults()
 
     async def lookup(self, name: str, etag: str = "") -> ContainerView:
         """A container of this node as the caller has seen it. Raises ContainerNotFound, WrongNode, StaleEtag."""

@@ -17,6 +17,7 @@ from gpudock_server.model.operation import (
 )
 from gpudock_server.model.target import TargetKind
 from gpudock_server.rpc.convert.port import binding_message
+from gpudock_server.rpc.convert.revision import SNAPSHOT_KINDS
 from gpudock_server.rpc.convert.times import timestamp
 
 KINDS = {kind: operation_pb2.OperationKind.Value(f"OPERATION_KIND_{kind.name}_CONTAINER") for kind in OperationKind}
@@ -124,6 +125,7 @@ def _plan(record: Operation) -> operation_pb2.OperationPlan:
         restarts_process=plan.restarts_process,
         carry_method=CARRY_METHODS[plan.carry_method],
         warnings=plan.warnings,
+        snapshot=SNAPSHOT_KINDS[plan.snapshot] if plan.snapshot is not None else None,
     )
 
 

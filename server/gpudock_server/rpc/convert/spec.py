@@ -18,6 +18,8 @@ from gpudock_server.model.spec import (
     PortRequest,
     RestartPolicy,
     RestartPolicyKind,
+    RevisionPolicy,
+    SnapshotPolicy,
     TmpfsMount,
 )
 from gpudock_server.rpc.convert.port import PROTOCOLS
@@ -26,7 +28,11 @@ from gpudock_server.rpc.convert.times import duration
 RESTART_POLICIES = {
     kind: container_pb2.RestartPolicyKind.Value(f"RESTART_POLICY_KIND_{kind.name}") for kind in RestartPolicyKind
 }
+SNAPSHOT_POLICIES = {
+    policy: container_pb2.SnapshotPolicy.Value(f"SNAPSHOT_POLICY_{policy.name}") for policy in SnapshotPolicy
+}
 
+_AS_NODE = container_pb2.SNAPSHOT_POLICY_UNSPECIFIED
 _DEFAULT_CHECK = HealthCheck(command=())
 _DEFAULT_MODE = TmpfsMount().mode
 
@@ -54,6 +60,7 @@ def spec_message(asked: ContainerSpec) -> container_pb2.ContainerSpec:
         stop_signal=asked.stop_signal,
         stop_timeout=duration(asked.stop_timeout),
         health_check=_health_check(asked.health_check) if asked.health_check is not None else None,
+        revision_policy=_revision_policy(asked.revision_policy) if asked.revision_policy != RevisionPolicy() else None,
     )
 
 
@@ -86,6 +93,14 @@ def _port(request: PortRequest) -> container_pb2.PortRequest:
 
 def _restart_policy(policy: RestartPolicy) -> container_pb2.RestartPolicy:
     return container_pb2.RestartPolicy(policy=RESTART_POLICIES[policy.kind], max_retry_count=policy.max_retry_count)
+
+
+def _revision_policy(policy: RevisionPolicy) -> container_pb2.RevisionPolicy:
+    return container_pb2.RevisionPolicy(
+        snapshots=SNAPSHOT_POLICIES[policy.snapshots] if policy.snapshots is not None else _AS_NODE,
+        keep_revisions=policy.keep_revisions,
+        keep_for=duration(policy.keep_for),
+    )
 
 
 def _health_check(check: HealthCheck) -> container_pb2.HealthCheck:

@@ -7,23 +7,27 @@ from collections.abc import Mapping
 from datetime import timedelta
 
 from google.protobuf.duration_pb2 import Duration
-from gpudock.v1 import container_service_pb2, registry_auth_pb2
+from gpudock.v1 import container_pb2, container_service_pb2, registry_auth_pb2
 
 from gpudock_server.core.containers.commands import (
     Create,
     Delete,
+    DeleteRevision,
+    FilesPolicy,
     Pause,
     PullPolicy,
     Restart,
+    Rollback,
     Scale,
     ScaleStrategy,
     Start,
     Stop,
     Unpause,
+    Update,
 )
 from gpudock_server.model.engine import RegistryAuth
 from gpudock_server.rpc.validation import fields
-from gpudock_server.rpc.validation.spec import MAX_STOP_TIMEOUT, cpus, gpus, memory, shm_size, spec
+from gpudock_server.rpc.validation.spec import MAX_STOP_TIMEOUT, cpus, gpus, memory, shm_size, snapshot_policy, spec
 from gpudock_server.rpc.validation.violations import Violations
 
 _PULL_POLICIES: Mapping[int, PullPolicy] = {
@@ -32,6 +36,12 @@ _PULL_POLICIES: Mapping[int, PullPolicy] = {
 _STRATEGIES: Mapping[int, ScaleStrategy] = {
     container_service_pb2.ScaleStrategy.Value(f"SCALE_STRATEGY_{strategy.name}"): strategy for strategy in ScaleStrategy
 }
+_FILES_POLICIES: Mapping[int, FilesPolicy | None] = {
+    container_service_pb2.FilesPolicy.Value(f"FILES_POLICY_{policy.name}"): policy for policy in FilesPolicy
+}
+# Keys in etcd have ten digits for it.
+_MAX_REVISION = 9_999_999_999
+_ANY_IMAGE = "image"
 _OWNER = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._@/-]{0,126}[A-Za-z0-9])?", re.ASCII)
 _SCALABLE = ("gpus", "cpus", "memory_bytes", "shm_size_bytes")
 
@@ -71,6 +81,7 @@ def start(request: container_service_pb2.StartContainerRequest) -> Start:
     command = Start(
         name=request.name,
         gpus=gpus(violations.at("gpus"), request.gpus) if request.HasField("gpus") else None,
+        snapshots=snapshot_policy(violations, "snapshots", request.snapshots),
         etag=request.etag,
     )
     violations.raise_any()
@@ -88,9 +99,14 @@ def stop(request: container_service_pb2.StopContainerRequest) -> Stop:
 def restart(request: container_service_pb2.RestartContainerRequest) -> Restart:
     """A container to be stopped and started."""
     violations = _common(request)
-    timeout = _timeout(violations, request.timeout) if request.HasField("timeout") else None
+    command = Restart(
+        name=request.name,
+        timeout=_timeout(violations, request.timeout) if request.HasField("timeout") else None,
+        snapshots=snapshot_policy(violations, "snapshots", request.snapshots),
+        etag=request.etag,
+    )
     violations.raise_any()
-    return Restart(name=request.name, timeout=timeout, etag=request.etag)
+    return command
 
 
 def pause(request: container_service_pb2.PauseContainerRequest) -> Pause:
@@ -124,10 +140,84 @@ def scale(request: container_service_pb2.ScaleContainerRequest) -> Scale:
         memory_bytes=memory(violations, request.memory_bytes) if "memory_bytes" in given else None,
         shm_size_bytes=shm_size(violations, request.shm_size_bytes) if "shm_size_bytes" in given else None,
         strategy=fields.choice(violations, "strategy", request.strategy, _STRATEGIES, ScaleStrategy.AUTO),
+        snapshots=snapshot_policy(violations, "snapshots", request.snapshots),
         etag=request.etag,
     )
     violations.raise_any()
     return command
+
+
+def update(request: container_service_pb2.UpdateContainerRequest) -> Update:
+    """Fields of a container's spec to be replaced."""
+    violations = _common(request)
+    masked = _masked(violations, request)
+    asked = container_pb2.ContainerSpec()
+    asked.CopyFrom(request.spec)
+    for field in set(container_pb2.ContainerSpec.DESCRIPTOR.fields_by_name) - masked:
+        asked.ClearField(field)  # type: ignore[arg-type]  # each is one of its literals
+    if "image" not in masked:
+        # Required of a whole spec, of which this is a part.
+        asked.image = _ANY_IMAGE
+    checked = spec(violations.at("spec"), asked)
+    command = Update(
+        name=request.name,
+        changes={field: getattr(checked, field) for field in sorted(masked)},
+        files=fields.choice(violations, "files", request.files, _FILES_POLICIES, None),
+        pull_policy=fields.choice(violations, "pull_policy", request.pull_policy, _PULL_POLICIES, PullPolicy.MISSING),
+        registry_auth=_registry_auth(violations.at("registry_auth"), request.registry_auth),
+        snapshots=snapshot_policy(violations, "snapshots", request.snapshots),
+        etag=request.etag,
+    )
+    violations.raise_any()
+    return command
+
+
+def _masked(violations: Violations, request: container_service_pb2.UpdateContainerRequest) -> set[str]:
+    """The names of the fields that change."""
+    known = [field.name for field in container_pb2.ContainerSpec.DESCRIPTOR.fields]
+    given = {field.name for field, _ in request.spec.ListFields()}
+    paths = set(request.update_mask.paths)
+    if paths == {"*"}:
+        return set(known)
+    unknown = sorted(paths - set(known))
+    if unknown:
+        # A few will do: a mask may have a million of them.
+        named = ", ".join(repr(path[:60]) for path in unknown[:5])
+        violations.add("update_mask", f"{named}: not a field of the spec; it has {', '.join(known)}, or `*` for all")
+    elif not paths and not given:
+        violations.add("update_mask", "is required where `spec` sets no field")
+    return paths & set(known) or given
+
+
+def rollback(request: container_service_pb2.RollbackContainerRequest) -> Rollback:
+    """A container to be returned to a revision."""
+    violations = _common(request)
+    command = Rollback(
+        name=request.name,
+        revision=fields.in_range(violations, "revision", request.revision, 1, _MAX_REVISION),
+        spec_only=request.spec_only,
+        snapshots=snapshot_policy(violations, "snapshots", request.snapshots),
+        etag=request.etag,
+    )
+    violations.raise_any()
+    return command
+
+
+def get_revision(request: container_service_pb2.GetContainerRevisionRequest) -> tuple[str, int]:
+    """A container's name and the number of a revision, 0 for the current one."""
+    violations = Violations()
+    name = fields.name(violations, "name", request.name)
+    revision = fields.in_range(violations, "revision", request.revision, 0, _MAX_REVISION)
+    violations.raise_any()
+    return name, revision
+
+
+def delete_revision(request: container_service_pb2.DeleteContainerRevisionRequest) -> DeleteRevision:
+    """A revision to be deleted."""
+    violations = _common(request)
+    revision = fields.in_range(violations, "revision", request.revision, 1, _MAX_REVISION)
+    violations.raise_any()
+    return DeleteRevision(name=request.name, revision=revision, etag=request.etag)
 
 
 _OnExisting = (
@@ -138,6 +228,9 @@ _OnExisting = (
     | container_service_pb2.UnpauseContainerRequest
     | container_service_pb2.DeleteContainerRequest
     | container_service_pb2.ScaleContainerRequest
+    | container_service_pb2.UpdateContainerRequest
+    | container_service_pb2.RollbackContainerRequest
+    | container_service_pb2.DeleteContainerRevisionRequest
 )
 
 

@@ -22,7 +22,7 @@ from gpudock_server.model.gpu import GpuHealth
 from gpudock_server.model.operation import Operation, OperationKind, OperationState
 from gpudock_server.model.spec import Protocol
 from gpudock_server.model.target import TargetKind
-from gpudock_server.ports import ContainerView
+from gpudock_server.ports import ContainerView, RevisionView
 from gpudock_server.rpc import page_token
 from gpudock_server.rpc.convert import container, gpu, operation
 from gpudock_server.rpc.validation import fields
@@ -85,6 +85,13 @@ def containers(request: container_service_pb2.ListContainersRequest) -> Listing[
     return _listing(violations, request, wanted)
 
 
+def revisions(request: container_service_pb2.ListContainerRevisionsRequest) -> Listing[RevisionView]:
+    """A page of a container's revisions."""
+    violations = Violations()
+    fields.name(violations, "name", request.name)
+    return _listing(violations, request, lambda _: True)
+
+
 def operations(request: operation_service_pb2.ListOperationsRequest) -> Listing[Operation]:
     """A page of operations."""
     violations = Violations()
@@ -140,6 +147,7 @@ def ports(request: node_service_pb2.ListPortsRequest) -> Listing[HeldPort]:
 
 _ListRequest = (
     container_service_pb2.ListContainersRequest
+    | container_service_pb2.ListContainerRevisionsRequest
     | operation_service_pb2.ListOperationsRequest
     | node_service_pb2.ListGpusRequest
     | node_service_pb2.ListPortsRequest

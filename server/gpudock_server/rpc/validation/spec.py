@@ -18,9 +18,11 @@ from gpudock_server.model.spec import (
     Protocol,
     RestartPolicy,
     RestartPolicyKind,
+    RevisionPolicy,
+    SnapshotPolicy,
 )
 from gpudock_server.rpc.convert.port import PROTOCOLS
-from gpudock_server.rpc.convert.spec import RESTART_POLICIES
+from gpudock_server.rpc.convert.spec import RESTART_POLICIES, SNAPSHOT_POLICIES
 from gpudock_server.rpc.validation import fields
 from gpudock_server.rpc.validation.image import is_image_reference
 from gpudock_server.rpc.validation.mounts import mounts
@@ -42,6 +44,8 @@ _MAX_LABELS = 64
 _MAX_LABEL_BYTES = 1024
 _MAX_IMAGE_BYTES = 512
 _MAX_HOSTNAME = 63
+_MAX_KEPT = 10_000
+_MIN_KEPT = timedelta(seconds=1)
 # A record is one value in etcd, and it takes 1.5 MiB: a head, its result in an operation, and the operation's own
 # arguments have to fit beside each other.
 _MAX_SPEC_BYTES = 256 * 1024
@@ -55,6 +59,7 @@ _HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A
 _LABEL_KEY = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?", re.ASCII)
 
 PROTOCOL_OF: Mapping[int, Protocol] = {value: protocol for protocol, value in PROTOCOLS.items()}
+_SNAPSHOT_POLICY_OF: Mapping[int, SnapshotPolicy | None] = {value: kind for kind, value in SNAPSHOT_POLICIES.items()}
 _POLICY_OF: Mapping[int, RestartPolicyKind] = {value: kind for kind, value in RESTART_POLICIES.items()}
 
 
@@ -86,6 +91,7 @@ def spec(violations: Violations, message: container_pb2.ContainerSpec) -> Contai
         health_check=_health_check(violations.at("health_check"), message.health_check)
         if message.HasField("health_check")
         else None,
+        revision_policy=_revision_policy(violations.at("revision_policy"), message.revision_policy),
     )
     if not violations.any and (length := len(found.model_dump_json().encode())) > _MAX_SPEC_BYTES:
         violations.add("", f"has {length} bytes as JSON; at most {_MAX_SPEC_BYTES} can be kept")
@@ -207,6 +213,21 @@ def _restart_policy(violations: Violations, message: container_pb2.RestartPolicy
     elif count and kind is not RestartPolicyKind.ON_FAILURE:
         violations.add("max_retry_count", "is only for RESTART_POLICY_KIND_ON_FAILURE")
     return RestartPolicy(kind=kind, max_retry_count=count)
+
+
+def snapshot_policy(violations: Violations, field: str, value: int) -> SnapshotPolicy | None:
+    """Check whether files are to be kept; None is "as the next in line says"."""
+    return fields.choice(violations, field, value, _SNAPSHOT_POLICY_OF, None)
+
+
+def _revision_policy(violations: Violations, message: container_pb2.RevisionPolicy) -> RevisionPolicy:
+    return RevisionPolicy(
+        snapshots=snapshot_policy(violations, "snapshots", message.snapshots),
+        keep_revisions=fields.in_range(violations, "keep_revisions", message.keep_revisions, 0, _MAX_KEPT),
+        keep_for=fields.duration(violations, "keep_for", message.keep_for, _MIN_KEPT, _MAX_CHECK)
+        if message.HasField("keep_for")
+        else None,
+    )
 
 
 def _health_check(violations: Violations, message: container_pb2.HealthCheck) -> HealthCheck:

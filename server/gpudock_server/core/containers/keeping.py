@@ -1,0 +1,173 @@
+"""Keeping the files of the revision that a change ends.
+
+The bulk is copied while the container runs, and what changed meanwhile once it is still; so a stop, or a freeze where
+nothing else has to stop it, is as short for a large layer as for a small one:
+
+    gather -> (stop or freeze) -> complete -> … -> seal
+
+Where the files are out of reach the engine commits them to an image, which is the same one that a carry by commit
+makes the successor from.
+"""
+
+from __future__ import annotations
+
+from gpudock_server.core.containers.world import World
+from gpudock_server.core.saga import Run, Step
+from gpudock_server.errors import SnapshotFailed
+from gpudock_server.model.container import Container
+from gpudock_server.model.engine import EngineContainer
+from gpudock_server.model.operation import Operation
+from gpudock_server.model.record import JsonObject, Record, now
+from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind, SnapshotMethod
+from gpudock_server.model.spec import SnapshotPolicy
+from gpudock_server.ports import RevisionView
+
+IMAGE_STAGE = "snapshot"
+_SEAL_STAGE = "seal"
+
+
+class KeepArguments(Record):
+    """What the steps need. `previous` is the revision whose snapshot it shares with; 0 is none."""
+
+    kind: SnapshotKind | None = None
+    engine_id: str = ""
+    revision: int = 0
+    image_id: str = ""
+    previous: int = 0
+    bytes_to_move: int = 0
+    bytes_available: int = 0
+    warnings: tuple[str, ...] = ()
+
+
+async def plan(
+    world: World, container: Container, wish: SnapshotPolicy | None, history: tuple[RevisionView, ...], *, commits: bool
+) -> KeepArguments:
+    """How the current revision's files are to be kept. `commits`: an image of them is made in any case.
+
+    Raises DiskFull where there is no room for what the policy asks for.
+    """
+    engine = container.engine
+    seen = await world.engine.inspect(engine.engine_id) if engine is not None else None
+    policy = wish or container.spec.revision_policy.snapshots or world.history.snapshots
+    nothing = KeepArguments(warnings=(_not_kept(container, f"the policy is {policy.value}"),))
+    if engine is None or seen is None:
+        return KeepArguments(warnings=(_not_kept(container, "its engine container is gone"),))
+    if policy is SnapshotPolicy.NEVER:
+        return nothing
+    arguments = KeepArguments(engine_id=seen.id, revision=container.revision, image_id=engine.image_id)
+    if commits:
+        return arguments.model_copy(update={"kind": SnapshotKind.IMAGE})
+    method, why_not = await world.snapshots.method(seen)
+    if policy is SnapshotPolicy.CHEAP and method is not SnapshotMethod.REFLINK:
+        return nothing
+    if method is None:
+        warning = f"its files are kept as an image, which does not keep everything: {why_not}"
+        return arguments.model_copy(update={"kind": SnapshotKind.IMAGE, "warnings": (warning,)})
+    previous = _latest_tree(history)
+    cost = await world.snapshots.plan(seen, _key(container.uid, previous))
+    return arguments.model_copy(
+        update={
+            "kind": SnapshotKind.TREE,
+            "previous": previous,
+            "bytes_to_move": cost.bytes_to_copy,
+            "bytes_available": cost.bytes_available,
+        }
+    )
+
+
+def _not_kept(container: Container, why: str) -> str:
+    return f"the files of revision {container.revision} are not kept ({why}); a rollback to it brings its spec alone"
+
+
+def _latest_tree(history: tuple[RevisionView, ...]) -> int:
+    kept = [one.revision.revision for one in history if one.snapshot and one.snapshot.kind is SnapshotKind.TREE]
+    return max(kept, default=0)
+
+
+def _key(uid: str, revision: int) -> SnapshotKey | None:
+    return SnapshotKey(uid=uid, revision=revision) if revision else None
+
+
+class Keeping:
+    """The steps of keeping one revision's files; none where they are not kept, or not as a tree."""
+
+    def __init__(self, world: World, arguments: KeepArguments) -> None:
+        self._world = world
+        self._arguments = arguments
+
+    @property
+    def _as_tree(self) -> bool:
+        return self._arguments.kind is SnapshotKind.TREE
+
+    @property
+    def as_image(self) -> bool:
+        """Whether the engine is to commit the files."""
+        return self._arguments.kind is SnapshotKind.IMAGE
+
+    @property
+    def while_it_runs(self) -> tuple[Step, ...]:
+        """Before the container is made still."""
+        return (Step("gather", self._gather, self._discard),) if self._as_tree else ()
+
+    @property
+    def while_still(self) -> tuple[Step, ...]:
+        """Between its stop, or its freeze, and the moment that its files may change again."""
+        return (Step("complete", self._complete),) if self._as_tree else ()
+
+    @property
+    def at_the_end(self) -> tuple[Step, ...]:
+        """When nothing is waiting for it any more."""
+        return (Step(_SEAL_STAGE, self._seal, self._discard),) if self._as_tree else ()
+
+    def frozen(self, *steps: Step) -> tuple[Step, ...]:
+        """`steps` with every process of the container frozen for their time."""
+        if not steps:
+            return ()
+        return (Step("freeze", self._freeze, self._thaw), *steps, Step("thaw", self._thaw, self._freeze))
+
+    async def _gather(self, run: Run) -> None:
+        key, previous = self._keys(run)
+        await self._world.snapshots.gather(await self._seen(), key, run.operation.id, previous, run.progress)
+
+    async def _complete(self, run: Run) -> None:
+        key, previous = self._keys(run)
+        await self._world.snapshots.complete(await self._seen(), key, run.operation.id, previous, run.progress)
+
+    async def _seal(self, run: Run) -> JsonObject:
+        key, _ = self._keys(run)
+        sealed = await self._world.snapshots.seal(key, run.operation.id, self._arguments.image_id)
+        return sealed.model_dump(mode="json")
+
+    async def _discard(self, run: Run) -> None:
+        key, _ = self._keys(run)
+        await self._world.snapshots.discard(key, run.operation.id)
+
+    async def _freeze(self, _run: Run) -> None:
+        await self._world.engine.pause(self._arguments.engine_id)
+
+    async def _thaw(self, _run: Run) -> None:
+        await self._world.engine.unpause(self._arguments.engine_id)
+
+    def _keys(self, run: Run) -> tuple[SnapshotKey, SnapshotKey | None]:
+        uid = run.operation.target.uid
+        return SnapshotKey(uid=uid, revision=self._arguments.revision), _key(uid, self._arguments.previous)
+
+    async def _seen(self) -> EngineContainer:
+        seen = await self._world.engine.inspect(self._arguments.engine_id)
+        if seen is None:
+            raise SnapshotFailed(detail=f"engine container {self._arguments.engine_id[:12]} is gone")
+        return seen
+
+    def made(self, operation: Operation) -> Snapshot | None:
+        """The snapshot that the steps made."""
+        if self._as_tree:
+            return Snapshot.model_validate(operation.facts(_SEAL_STAGE))
+        if self.as_image:
+            facts = operation.facts(IMAGE_STAGE)
+            return Snapshot(
+                kind=SnapshotKind.IMAGE,
+                image_id=str(facts["image_id"]),
+                reference=str(facts["reference"]),
+                create_time=now(),
+            )
+        return None

@@ -1,0 +1,169 @@
+"""What a change of a container takes: whether its engine container can serve what is wanted, and what it costs.
+
+Start, restart, scale, update and rollback each say what they want (`Wanted`); one draft is made of it here, and one
+saga (`change`) does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from gpudock_server.core.allocation import Wish
+from gpudock_server.core.containers import history, keeping
+from gpudock_server.core.containers.change import ChangeArguments, ChangeSaga, Files, Source
+from gpudock_server.core.containers.create import check_mounts
+from gpudock_server.core.containers.keeping import KeepArguments
+from gpudock_server.core.containers.world import World
+from gpudock_server.core.operations import Draft
+from gpudock_server.errors import ContainerNotRunning
+from gpudock_server.model.changes import Claim, PutContainer
+from gpudock_server.model.claims import ClaimKey
+from gpudock_server.model.container import Container, ContainerState, EngineBinding, Placement, RevisionCause
+from gpudock_server.model.engine import RegistryAuth
+from gpudock_server.model.operation import CarryMethod, OperationKind, OperationPlan
+from gpudock_server.model.spec import ContainerSpec, SnapshotPolicy
+from gpudock_server.ports import CarryPlan, ContainerView
+
+LIVES = (ContainerState.RUNNING, ContainerState.PAUSED)
+DOES_NOT_RUN = (ContainerState.STOPPED, ContainerState.EXITED)
+
+_CAUSES = {
+    OperationKind.RESTART: RevisionCause.RESTARTED,
+    OperationKind.UPDATE: RevisionCause.UPDATED,
+    OperationKind.ROLLBACK: RevisionCause.ROLLED_BACK,
+}
+_LIMITS = ("cpus", "memory_bytes", "restart_policy")
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """How a container is to be afterwards. `recreate`: by a new engine container in any case."""
+
+    kind: OperationKind
+    spec: ContainerSpec
+    runs: bool
+    restart: bool = False
+    recreate: bool = False
+    stop_timeout: float | None = None
+    must_live: bool = False
+    snapshots: SnapshotPolicy | None = None
+    source: Source = field(default_factory=Source)
+    registry_auth: RegistryAuth | None = None
+
+
+async def draft(world: World, view: ContainerView, wanted: Wanted) -> Draft:
+    """What it takes to bring a container there. Raises whatever speaks against it; nothing has been done then."""
+    container = view.container
+    engine, status = container.engine, container.status
+    if engine is None:
+        raise ContainerNotRunning(container=container.name, state=status.state.value)
+    placement, to_claim = await _placement(world, container, engine, wanted)
+    replace = _needs_successor(engine, wanted, placement)
+    carry = CarryPlan(method=CarryMethod.NONE)
+    if replace:
+        await check_mounts(world, wanted.spec.mounts)
+        if wanted.source.files is Files.CARRY:
+            carry = await _plan_carry(world, container, engine)
+    cause = _CAUSES.get(wanted.kind, RevisionCause.SCALED) if wanted.spec != container.spec or replace else None
+    keep, prunes = KeepArguments(), False
+    if cause is not None:
+        known = await world.store.history(container.uid)
+        commits = carry.method is CarryMethod.COMMIT
+        keep = await keeping.plan(world, container, wanted.snapshots, known, commits=commits)
+        # There will be one more.
+        limits = history.limits_of(world, wanted.spec)
+        prunes = len(known) >= limits.keep_revisions or bool(history.surplus(known, limits))
+    lives = status.state in LIVES
+    arguments = ChangeArguments(
+        old=engine,
+        old_spec=container.spec,
+        old_placement=status.placement,
+        spec=wanted.spec,
+        placement=placement,
+        revision=container.revision + (cause is not None),
+        was_running=lives,
+        frozen=status.state is ContainerState.PAUSED,
+        stop=lives and (replace or wanted.restart),
+        start=wanted.runs and (replace or wanted.restart or not lives),
+        replace=replace,
+        limits=_changes(container.spec, wanted.spec, _LIMITS),
+        carry=carry.method,
+        source=wanted.source,
+        keep=keep,
+        prunes=prunes,
+        stop_timeout=wanted.stop_timeout,
+        must_live=wanted.must_live,
+        cause=cause,
+    )
+    return Draft(
+        kind=wanted.kind,
+        target=container.target,
+        head=PutContainer(container, expect=view.version),
+        arguments=arguments.model_dump(mode="json"),
+        plan=_plan(arguments, carry, status.placement),
+        claims=[Claim(world.host, key, world.holder(container)) for key in to_claim],
+        build=lambda operation: ChangeSaga(world, operation, wanted.registry_auth),
+    )
+
+
+async def _placement(
+    world: World, container: Container, engine: EngineBinding, wanted: Wanted
+) -> tuple[Placement, tuple[ClaimKey, ...]]:
+    """What it holds afterwards, and what of that is to be claimed. What does not run keeps what it holds."""
+    if not wanted.runs:
+        return container.status.placement, ()
+    wish = Wish(
+        uid=container.uid,
+        gpus=wanted.spec.gpus,
+        ports=wanted.spec.ports,
+        held=container.status.placement,
+        had=engine.placement,
+    )
+    proposal = await world.allocator.propose(wish)
+    return proposal.placement, proposal.to_claim
+
+
+def _needs_successor(engine: EngineBinding, wanted: Wanted, placement: Placement) -> bool:
+    if wanted.recreate or wanted.source.files is not Files.CARRY:
+        return True
+    if wanted.runs:
+        return not engine.fits(wanted.spec, placement)
+    # Cards and ports are given when it starts; a successor is made then, if they are other ones.
+    return engine.fixed_digest != wanted.spec.fixed_digest
+
+
+def _changes(before: ContainerSpec, after: ContainerSpec, fields: Sequence[str]) -> bool:
+    return any(getattr(before, name) != getattr(after, name) for name in fields)
+
+
+async def _plan_carry(world: World, container: Container, engine: EngineBinding) -> CarryPlan:
+    seen = await world.engine.inspect(engine.engine_id)
+    if seen is None:
+        raise ContainerNotRunning(container=container.name, state=ContainerState.FAILED.value)
+    return await world.layers.plan(seen)
+
+
+def _plan(arguments: ChangeArguments, carry: CarryPlan, had: Placement) -> OperationPlan:
+    keep = arguments.keep
+    return OperationPlan(
+        placement=arguments.placement,
+        kept_gpu_uuids=_both(had.gpu_uuids, arguments.placement.gpu_uuids),
+        released_gpu_uuids=_without(had.gpu_uuids, arguments.placement.gpu_uuids),
+        claimed_gpu_uuids=_without(arguments.placement.gpu_uuids, had.gpu_uuids),
+        claimed_ports=tuple(port for port in arguments.placement.ports if port not in had.ports),
+        bytes_to_move=carry.bytes_to_move + keep.bytes_to_move + arguments.source.bytes_to_move,
+        bytes_available=carry.bytes_available or keep.bytes_available,
+        restarts_process=arguments.stop,
+        carry_method=carry.method,
+        snapshot=keep.kind,
+        warnings=(*carry.warnings, *keep.warnings, *arguments.source.warnings),
+    )
+
+
+def _both(before: Sequence[str], after: Sequence[str]) -> tuple[str, ...]:
+    return tuple(uuid for uuid in after if uuid in before)
+
+
+def _without(these: Sequence[str], those: Sequence[str]) -> tuple[str, ...]:
+    return tuple(uuid for uuid in these if uuid not in those)

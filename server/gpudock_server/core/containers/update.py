@@ -1,0 +1,60 @@
+"""UpdateContainer: other fields of the spec, in place where that can be."""
+
+from __future__ import annotations
+
+from gpudock_server.core.containers.change import Files, Source
+from gpudock_server.core.containers.commands import FilesPolicy, PullPolicy, Update
+from gpudock_server.core.containers.create import image_not_found
+from gpudock_server.core.containers.planning import DOES_NOT_RUN, Wanted, draft
+from gpudock_server.core.containers.world import World
+from gpudock_server.core.operations import Draft
+from gpudock_server.errors import ContainerNotRunning, ContainerPaused, ImageDiffers
+from gpudock_server.model.container import Container, ContainerState
+from gpudock_server.model.operation import OperationKind
+
+
+async def draft_update(world: World, command: Update) -> Draft:
+    """The same container, with some fields of its spec replaced."""
+    view = await world.lookup(command.name, command.etag)
+    container, state = view.container, view.container.status.state
+    if state is ContainerState.PAUSED:
+        raise ContainerPaused(container=command.name)
+    if state is not ContainerState.RUNNING and state not in DOES_NOT_RUN:
+        raise ContainerNotRunning(container=command.name, state=state.value)
+    wanted = Wanted(
+        OperationKind.UPDATE,
+        container.spec.changed(**command.changes),
+        runs=state is ContainerState.RUNNING,
+        snapshots=command.snapshots,
+        source=await _source(world, container, command),
+        registry_auth=command.registry_auth,
+    )
+    return await draft(world, view, wanted)
+
+
+async def _source(world: World, container: Container, command: Update) -> Source:
+    """The files of today on the image they were written on; on another one, what the caller says."""
+    if "image" not in command.changes:
+        return Source()
+    image = str(command.changes["image"])
+    image_id = await _image_id(world, image, command)
+    current = container.engine.user_image_id if container.engine else ""
+    if image_id == current and command.files is not FilesPolicy.DISCARD:
+        return Source()
+    match command.files:
+        case FilesPolicy.DISCARD:
+            return Source(files=Files.FRESH, image_id=image_id, base_image_id=image_id)
+        case _:
+            raise ImageDiffers(container=container.name, image=image, image_id=image_id, current_image_id=current)
+
+
+async def _image_id(world: World, image: str, command: Update) -> str:
+    """The image that the engine has; empty where it has to be pulled first."""
+    if command.pull_policy is PullPolicy.ALWAYS:
+        return ""
+    found = await world.engine.image(image)
+    if found is not None:
+        return found.id
+    if command.pull_policy is PullPolicy.NEVER or command.files is None:
+        raise await image_not_found(world, image)
+    return ""

@@ -1,0 +1,80 @@
+"""Lets go of history when its time has come, and of files that no container's history names any more.
+
+What a change ends is pruned by the change itself (`containers.history`). Here is what happens between changes:
+revisions grow too old, and a daemon that died leaves snapshots behind that nobody finishes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from gpudock_server.core.containers import Containers, World
+from gpudock_server.core.containers.commands import DeleteRevision
+from gpudock_server.core.containers.history import limits_of, surplus
+from gpudock_server.errors import ContainerBusy, ContainerNotFound, GpudockError, RevisionIsCurrent, RevisionNotFound
+from gpudock_server.ports import ContainerView
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+_PAGE = 500
+
+
+class Retention:
+    """Looks after the history of this node's containers."""
+
+    def __init__(self, world: World, containers: Containers, *, interval: float) -> None:
+        """`interval` in seconds between two looks."""
+        self._world = world
+        self._containers = containers
+        self._interval = interval
+
+    async def run(self) -> None:
+        """For ever."""
+        while True:
+            try:
+                await self.once()
+            except GpudockError as error:
+                log.warning("history was not looked after; it is tried again", detail=error.message)
+            await asyncio.sleep(self._interval)
+
+    async def once(self) -> None:
+        """Prune what is too old, and remove what belongs to nobody."""
+        # Before the containers: what is there now and belongs to none of those listed later is nobody's.
+        snapshots = await self._world.snapshots.find()
+        partials = await self._world.snapshots.partials()
+        views = await self._views()
+        uids = {view.container.uid for view in views}
+        for uid in {key.uid for key in (*snapshots, *(key for key, _ in partials))} - uids:
+            log.warning("files of a container that is no more are removed", uid=uid)
+            await self._world.snapshots.remove_all(uid)
+        for key, operation_id in partials:
+            stored = await self._world.store.operation(operation_id)
+            if key.uid in uids and (stored is None or stored.value.state.ended):
+                await self._world.snapshots.discard(key, operation_id)
+        for view in views:
+            await self._prune(view)
+
+    async def _views(self) -> list[ContainerView]:
+        views: list[ContainerView] = []
+        token = ""
+        while True:
+            page = await self._world.store.containers(page_size=_PAGE, page_token=token)
+            views += page.items
+            token = page.next_token
+            if not token:
+                return views
+
+    async def _prune(self, view: ContainerView) -> None:
+        """By the same operation as a caller's: it has the container to itself meanwhile."""
+        container = view.container
+        if container.node != self._world.node or view.operation_id:
+            return
+        for old in surplus(await self._world.store.history(container.uid), limits_of(self._world, container.spec)):
+            command = DeleteRevision(name=container.name, revision=old.revision.revision, etag=container.etag)
+            try:
+                await self._containers.run(command, None)
+            except (ContainerBusy, ContainerNotFound, RevisionIsCurrent, RevisionNotFound):
+                # Something else is at work on it; the next look finds it as it is then.
+                return
