@@ -20,6 +20,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--steps`: how long the random sequences are in all."""
+    parser.addoption("--steps", type=int, default=2000, help="steps of the random sequences (tests/stateful)")
+
+
 @pytest.fixture(scope="session")
 def shared_daemon(rig: Rig) -> Iterator[Daemon]:
     """One daemon for all tests that do not hurt it."""

@@ -1,0 +1,80 @@
+"""What must be true of each container: a model so simple that it can be believed by reading it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+
+class State(StrEnum):
+    """The states that a container rests in, by the names that the contract gives them."""
+
+    RUNNING = "RUNNING"
+    PAUSED = "PAUSED"
+    EXITED = "EXITED"
+    STOPPED = "STOPPED"
+    FAILED = "FAILED"
+
+
+# Names below /work with what is in them. GROUP is a file of the image, which a container can only delete.
+Files = dict[str, str]
+GROUP = "/etc/group"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Of the spec, what the test changes."""
+
+    gpus: int
+    port: bool = False
+    cpus: float = 0.0
+    env: tuple[tuple[str, str], ...] = ()
+    labels: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def in_place(self) -> tuple[float, tuple[tuple[str, str], ...]]:
+        """What changes without a new engine container."""
+        return (self.cpus, self.labels)
+
+
+@dataclass(frozen=True)
+class Past:
+    """A revision that was replaced; `files` None: they were not kept."""
+
+    spec: Spec
+    files: tuple[tuple[str, str], ...] | None
+
+
+@dataclass
+class Expected:
+    """One container, as it must be."""
+
+    name: str
+    uid: str
+    state: State
+    spec: Spec
+    revision: int = 1
+    files: Files = field(default_factory=dict)
+    past: dict[int, Past] = field(default_factory=dict)
+    holds: bool = True
+
+    @property
+    def runs(self) -> bool:
+        """Whether it has a process."""
+        return self.state in (State.RUNNING, State.PAUSED)
+
+    def copy(self) -> Expected:
+        """One that can be changed without changing this one."""
+        return replace(self, files=dict(self.files), past=dict(self.past))
+
+    def changed(self, spec: Spec, *, kept: bool = True, files: Files | None = None) -> Expected:
+        """After a change that made a revision; `files` are what it has then, if they are others than before."""
+        after = self.copy()
+        # What the engine lost has no files to keep.
+        known = tuple(sorted(self.files.items())) if kept and self.state is not State.FAILED else None
+        after.past[self.revision] = Past(self.spec, known)
+        after.revision += 1
+        after.spec = spec
+        if files is not None:
+            after.files = dict(files)
+        return after
