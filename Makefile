@@ -9,7 +9,9 @@ WORKERS ?= 2
 # In the VM, what is skipped has failed; all is slower; and what pytest would load besides takes seconds.
 VM_PYTEST := -p tests.vm.nothing_skipped --timeout 900 --durations 5 -p no:xdist -p no:hypothesispytest -p no:cacheprovider
 # What runs there: words for pytest.
-VM_TESTS ?= tests/vm/test_inside_quota.py tests/vm/test_inside_layers.py
+VM_TESTS ?= tests/vm/test_inside_quota.py tests/vm/test_inside_layers.py $(wildcard tests/engine/test_volume_quotas.py)
+# Options of `python -m tests.vm`, such as `--on xfs` or `--accel kvm`.
+VM_OPTIONS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-vm lint bench format clean
@@ -24,8 +26,8 @@ test: $(STAMP) ## all tests, on a real engine and a real etcd
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-vm: $(STAMP) .vm/.fetched ## what needs project quotas, in a VM with XFS and ext4 that have them
-	$(BIN)/python -m pytest -p tests.vm.nothing_skipped tests/vm/test_machine.py
-	$(BIN)/python -m tests.vm -- $(BIN)/python -m pytest $(VM_PYTEST) $(VM_TESTS)
+	$(BIN)/python -m pytest -p tests.vm.nothing_skipped tests/vm/test_machine.py tests/vm/test_nothing_skipped.py
+	$(BIN)/python -m tests.vm $(VM_OPTIONS) -- $(BIN)/python -m pytest $(VM_PYTEST) $(VM_TESTS)
 
 bench: $(STAMP) ## gpudock beside the docker command line, in one run
 	$(BIN)/python -m benchmarks

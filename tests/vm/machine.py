@@ -78,7 +78,8 @@ class Machine:
         Args:
             command: its words.
             filesystems: on which to run it, one after the other: GPUDOCK_VM_FILESYSTEM names it, its files' folder is
-                `mount_point(name)`, and GPUDOCK_RIG_BASE lies there, so that a rig's engine has its data there.
+                `mount_point(name)`, and GPUDOCK_RIG_BASE and TMPDIR lie there, so that a rig's engine has its data
+                there.
             output: told what the command prints, stdout and stderr as they come.
             timeout_s: until the whole of it has to be over.
 
@@ -112,6 +113,7 @@ class Machine:
                 "PATH": f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}",
                 "LANG": "C.UTF-8",
                 FILESYSTEM_VARIABLE: filesystem,
+                "TMPDIR": str(mount_point(filesystem) / "tmp"),
                 "GPUDOCK_RIG_BASE": str(mount_point(filesystem) / "rigs"),
                 "GPUDOCK_RIG_PATIENCE": _PATIENCE,
             }
