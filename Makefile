@@ -6,18 +6,28 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Each worker has a rig of its own; most of a test is waiting for the engine.
 WORKERS ?= 2
+# In the VM, what is skipped has failed; all is slower; and what pytest would load besides takes seconds.
+VM_PYTEST := -p tests.vm.nothing_skipped --timeout 900 --durations 5 -p no:xdist -p no:hypothesispytest -p no:cacheprovider
+# What runs there: words for pytest.
+VM_TESTS ?= tests/vm/test_inside_quota.py tests/vm/test_inside_layers.py $(wildcard tests/engine/test_volume_quotas.py)
+# Options of `python -m tests.vm`, such as `--on xfs` or `--accel kvm`.
+VM_OPTIONS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench format clean
+.PHONY: help demo test test-vm lint bench format clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## the main job on a real engine with eight simulated GPUs
 	$(BIN)/python -m tests.rig.demo
 
 test: $(STAMP) ## all tests, on a real engine and a real etcd
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+test-vm: $(STAMP) .vm/.fetched ## what needs project quotas, in a VM with XFS and ext4 that have them
+	$(BIN)/python -m pytest -p tests.vm.nothing_skipped tests/vm/test_machine.py tests/vm/test_nothing_skipped.py
+	$(BIN)/python -m tests.vm $(VM_OPTIONS) -- $(BIN)/python -m pytest $(VM_PYTEST) $(VM_TESTS)
 
 bench: $(STAMP) ## gpudock beside the docker command line, in one run
 	$(BIN)/python -m benchmarks
@@ -33,8 +43,13 @@ format: $(STAMP) ## put the code in its form
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+.vm/.fetched: scripts/install-prerequisites scripts/fetch-vm-kernel
+	./scripts/install-prerequisites --vm
+	./scripts/fetch-vm-kernel
+	touch $@
+
 clean: ## remove what was built
-	rm -rf $(VENV) dist client/gpudock/v1 .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .vm dist client/gpudock/v1 .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(STAMP): pyproject.toml hatch_build.py $(wildcard protos/gpudock/v1/*.proto) scripts/install-prerequisites
 	./scripts/install-prerequisites

@@ -24,6 +24,8 @@ from gpudock.v1 import (
     operation_service_pb2_grpc,
 )
 
+from tests.rig.patience import PATIENCE
+
 IMAGE = "gpudock/busybox:test"
 # Ends at once when asked to, unlike a bare sleep as PID 1.
 IDLE = ("sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 3600 & wait $!; done")
@@ -151,7 +153,7 @@ class Caller:
     async def settled(self) -> None:
         """Wait until no operation is under way."""
         request = operation_service_pb2.ListOperationsRequest(page_size=1000)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(60 * PATIENCE):
             while True:
                 listed = await self.operations.ListOperations(request)
                 if all(operation.state in _ENDED for operation in listed.operations):

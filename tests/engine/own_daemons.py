@@ -17,6 +17,7 @@ import pytest_asyncio
 from tests.calls import Caller, Failure, failure_of
 from tests.conftest import FAST
 from tests.rig import Daemon, Rig
+from tests.rig.patience import PATIENCE
 
 _POLL_SECONDS = 0.03
 
@@ -90,7 +91,7 @@ async def own(clean_engine: Rig) -> AsyncIterator[OwnDaemons]:
 
 async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 15.0) -> None:
     """Wait until it is so."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds * PATIENCE
     while not await condition():
         assert time.monotonic() < deadline, "it did not come to that in time"
         await asyncio.sleep(_POLL_SECONDS)

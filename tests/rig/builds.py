@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +44,13 @@ def build_nvml(folder: Path) -> Path:
 def build_hook(folder: Path) -> Path:
     """Puts the container hook's double into `folder`, which is then to be on dockerd's PATH."""
     return _build(folder / HOOK, ["container_hook.c"], [])
+
+
+def warm_cache() -> None:
+    """Compiles what is not compiled yet, for rigs on slower machines that share the cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        build_nvml(Path(folder))
+        build_hook(Path(folder))
 
 
 def _build(target: Path, sources: list[str], flags: list[str]) -> Path:

@@ -16,6 +16,8 @@ from .remains import start_ticks
 
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CONTAINERD_DEATH_S = 10.0
+_CONTAINERD_TRIES = 3
+_CONTAINERD_LATE = "timeout waiting for containerd to start"
 _POLL_S = 0.005
 
 
@@ -98,8 +100,19 @@ class Engine:
         )
 
     def await_ready(self, timeout_s: float = 60.0) -> None:
-        """Waits until it answers."""
-        self.process.wait_until(self.answers, timeout_s)
+        """Waits until it answers.
+
+        dockerd gives its containerd 15 s to start, which no option changes and a starved machine can miss; the next
+        try finds the programs in memory.
+        """
+        for _ in range(_CONTAINERD_TRIES - 1):
+            try:
+                return self.process.wait_until(self.answers, timeout_s)
+            except RigError:
+                if self.process.running or not self.log_text.rstrip().endswith(_CONTAINERD_LATE):
+                    raise
+            self.launch()
+        return self.process.wait_until(self.answers, timeout_s)
 
     def start(self) -> None:
         """Starts dockerd and waits until it answers."""

@@ -11,8 +11,9 @@ from urllib.parse import urlencode
 from typing_extensions import override
 
 from .errors import RigError
+from .patience import PATIENCE
 
-_TIMEOUT_S = 60.0
+_TIMEOUT_S = 60.0 * PATIENCE
 
 
 class HttpStatusError(RigError):

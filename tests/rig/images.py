@@ -21,6 +21,11 @@ CUDA_LIKE = "gpudock/cuda-like:test"
 
 _PATH = "ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _SHELL = 'CMD ["/bin/sh"]'
+_CHANGES = {
+    BUSYBOX: [_PATH, _SHELL],
+    GLIBC: [_PATH, 'CMD ["/bin/bash"]'],
+    CUDA_LIKE: [_PATH, _SHELL, "ENV NVIDIA_VISIBLE_DEVICES=all", "VOLUME /data"],
+}
 
 
 class Images:
@@ -31,15 +36,9 @@ class Images:
 
     def load(self, name: str) -> str:
         """Loads one of BUSYBOX, GLIBC and CUDA_LIKE; returns the image's id."""
-        if name == GLIBC:
-            tar = cached("glibc.tar", rootfs.glibc_key(), rootfs.write_glibc)
-            return self.import_tar(GLIBC, tar, [_PATH, 'CMD ["/bin/bash"]'])
-        if name == BUSYBOX:
-            return self.import_tar(BUSYBOX, _busybox_tar({}), [_PATH, _SHELL])
-        if name == CUDA_LIKE:
-            changes = [_PATH, _SHELL, "ENV NVIDIA_VISIBLE_DEVICES=all", "VOLUME /data"]
-            return self.import_tar(CUDA_LIKE, _busybox_tar({"data/from-image": b"from the image\n"}), changes)
-        raise RigError(f"no image {name!r}; derive() makes others")
+        if name not in _CHANGES:
+            raise RigError(f"no image {name!r}; derive() makes others")
+        return self.import_tar(name, tar_of(name), _CHANGES[name])
 
     def import_tar(self, name: str, tar: Path, changes: Sequence[str] = ()) -> str:
         """Makes an image of one layer from a root's tar, as `docker import --change` does; returns its id."""
@@ -86,6 +85,13 @@ class Images:
             raise RigError(f"cannot import {name}: {answer['error']}")
         image: str = answer["status"]
         return image
+
+
+def tar_of(name: str) -> Path:
+    """The cached tar of one of the test images' roots, made if it is not there."""
+    if name == GLIBC:
+        return cached("glibc.tar", rootfs.glibc_key(), rootfs.write_glibc)
+    return _busybox_tar({"data/from-image": b"from the image\n"} if name == CUDA_LIKE else {})
 
 
 def _busybox_tar(extra: Mapping[str, bytes]) -> Path:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from .errors import RigError
+from .patience import PATIENCE
 
 _POLL_S = 0.005
 _LOG_TAIL = 4000
@@ -119,7 +120,7 @@ class Process:
     def wait(self, timeout_s: float = 30.0) -> int:
         """Waits for its end; returns the exit code. Raises RigError after `timeout_s` seconds."""
         try:
-            return self._popen.wait(timeout_s)
+            return self._popen.wait(timeout_s * PATIENCE)
         except subprocess.TimeoutExpired:
             raise RigError(f"{self.name} has not ended after {timeout_s} s\n{self.log_text[-_LOG_TAIL:]}") from None
 
@@ -137,7 +138,7 @@ class Process:
         Raises:
             RigError: the program ended, or is not ready after `timeout_s` seconds; its log's end is in the message.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + timeout_s * PATIENCE
         while not ready():
             if not self.running or time.monotonic() > deadline:
                 state = "is not ready" if self.running else f"ended with {self.returncode}"

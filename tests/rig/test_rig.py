@@ -98,6 +98,19 @@ async def test_an_engine_that_was_killed_comes_back_with_its_containers(rig: Rig
     assert rig.engine.call("GET", f"/containers/{container.id}/json")["State"]["Status"] == "exited"
 
 
+def test_an_engine_that_gave_up_on_its_containerd_is_started_again(rig: Rig) -> None:
+    rig.engine.stop()
+    rig.engine.launch()
+    pidfile = rig.engine.folder / "exec/containerd/containerd.pid"
+    rig.engine.process.wait_until(lambda: pidfile.exists() and bool(pidfile.read_text()))
+    first = rig.engine.pid
+    os.kill(int(pidfile.read_text()), signal.SIGSTOP)
+    rig.engine.await_ready()
+    assert rig.engine.answers()
+    assert rig.engine.pid != first
+    assert "timeout waiting for containerd to start" in rig.engine.log_text
+
+
 async def test_etcd_keeps_its_data_when_it_is_killed(rig: Rig) -> None:
     async with aetcd.Client(host=rig.etcd.host, port=rig.etcd.port, timeout=5) as client:
         await client.put(b"/rig/key", b"value")

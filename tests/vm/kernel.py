@@ -1,0 +1,73 @@
+"""The VM's kernel, as scripts/fetch-vm-kernel left it, and the initial RAM disk that is made for it."""
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.rig import RigError
+from tests.rig.rig import REPOSITORY
+
+KERNEL_FOLDER = REPOSITORY / ".vm/kernel"
+INIT = Path(__file__).parent / "guest/init"
+# What it takes to reach the host's root; all others are loaded from there.
+_FIRST_MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
+# Distributions compress modules in different ways, which busybox's insmod does not know.
+_UNPACK = {".ko": ["cat"], ".xz": ["xz", "-dc"], ".zst": ["zstd", "-qdc"], ".gz": ["gzip", "-dc"]}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An unpacked kernel package.
+
+    Attributes:
+        image: what boots.
+        modules: the folder that belongs at /lib/modules.
+        version: names its folder in there.
+    """
+
+    image: Path
+    modules: Path
+    version: str
+
+    @classmethod
+    def find(cls, folder: Path = KERNEL_FOLDER) -> "Kernel":
+        """Raises RigError if it was not fetched."""
+        for image in sorted(folder.glob("boot/vmlinuz-*")):
+            return cls(image, folder / "lib/modules", image.name.removeprefix("vmlinuz-"))
+        raise RigError("the test VM has no kernel: run scripts/fetch-vm-kernel, or make test-vm")
+
+    def write_initramfs(self, target: Path) -> None:
+        """Writes a cpio archive with busybox, the first modules, and the script that is the first process."""
+        root = target.with_name(f"{target.name}.root")
+        (root / "bin").mkdir(parents=True)
+        busybox = shutil.which("busybox")
+        if busybox is None or shutil.which("cpio") is None:
+            raise RigError("there is no busybox or no cpio: run scripts/install-prerequisites --vm")
+        shutil.copy(busybox, root / "bin/busybox")
+        shutil.copy(INIT, root / "init")
+        (root / "init").chmod(0o755)
+        self._put_modules(root / "modules")
+        names = "\n".join(str(path.relative_to(root)) for path in sorted(root.rglob("*")))
+        pack = ["cpio", "--create", "--quiet", "--format", "newc", "--file", str(target)]
+        subprocess.run(pack, cwd=root, input=names, text=True, check=True)
+
+    def _put_modules(self, folder: Path) -> None:
+        folder.mkdir()
+        order = []
+        for module in self._in_order():
+            name = module.name[: module.name.index(".ko")]
+            with (folder / name).open("wb") as unpacked:
+                subprocess.run([*_UNPACK[module.suffix], str(module)], stdout=unpacked, check=True)
+            order.append(name)
+        (folder / "order").write_text("".join(f"{name}\n" for name in order))
+
+    def _in_order(self) -> list[Path]:
+        """The first modules and what they need, each after what it needs; none of what is built in."""
+        ask = ["modprobe", "--show-depends", "--all", "--dirname", str(self.modules.parents[1])]
+        ask += ["--set-version", self.version, *_FIRST_MODULES]
+        environment = os.environ | {"PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
+        lines = subprocess.run(ask, check=True, capture_output=True, text=True, env=environment).stdout.splitlines()
+        paths = [line.split()[1] for line in lines if line.startswith("insmod ")]
+        return [Path(path) for path in dict.fromkeys(paths)]

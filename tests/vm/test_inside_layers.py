@@ -1,0 +1,84 @@
+"""In the VM: a writable layer is carried also where the kernel does not let two layers change places."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gpudock_server.adapters.layers import OverlayLayerStore
+from gpudock_server.model.engine import EngineContainer, EngineState
+from gpudock_server.model.operation import CarryMethod
+
+from tests.calls import Caller
+from tests.conftest import FAST
+from tests.rig import Rig
+
+from . import quotas
+from .conftest import Place, Shell, run_container
+from .machine import XFS
+
+
+def _stopped(rig: Rig, container: str) -> EngineContainer:
+    rig.engine.call("POST", f"/containers/{container}/stop", query={"t": "0"})
+    shown = rig.engine.call("GET", f"/containers/{container}/json")
+    return EngineContainer(
+        id=container,
+        name=shown["Name"],
+        image_id=shown["Image"],
+        state=EngineState(shown["State"]["Status"]),
+        pid=0,
+        exit_code=0,
+        oom_killed=False,
+        error="",
+        labels={},
+        gpu_uuids=(),
+        upper_dir=shown["GraphDriver"]["Data"]["UpperDir"],
+        storage_driver=shown["GraphDriver"]["Name"],
+    )
+
+
+async def test_layers_of_different_projects_are_copied(clean_engine: Rig, place: Place) -> None:
+    first = run_container(clean_engine)
+    assert first("rm /etc/group; mkdir /kept; echo kept > /kept/file; ln /kept/file /kept/link") == "0\n"
+    old = _stopped(clean_engine, first.container)
+    new = _stopped(clean_engine, run_container(clean_engine).container)
+    if place.filesystem != XFS:  # where the engine gave each a project of its own
+        for number, layer in enumerate((old, new), 4001):
+            quotas.give_project(Path(layer.upper_dir).parent, number)
+
+    store = OverlayLayerStore(None, clean_engine.engine.call("GET", "/info")["DockerRootDir"], local=True)
+    assert (await store.plan(old)).method is CarryMethod.EXCHANGE
+    pair = await store.locate(old, new)
+    assert not await store.exchange(pair)
+    assert (_inode(old.upper_dir), _inode(new.upper_dir)) == (pair.old_inode, pair.new_inode)
+    await store.copy(pair, lambda _current, _total: None)
+
+    clean_engine.engine.call("POST", f"/containers/{new.id}/start")
+    second = Shell(clean_engine, new.id)
+    assert second("cat /kept/file; stat -c %h /kept/link; ls /etc/group") == (
+        "kept\n2\nls: /etc/group: No such file or directory\n1\n"
+    )
+
+
+async def test_a_scale_keeps_the_files_by_whichever_way_there_is(clean_engine: Rig, place: Place) -> None:
+    """The whole daemon: on XFS each layer has a quota and is copied; on ext4 it has none and changes places."""
+    daemon = await clean_engine.start_daemon(*FAST)
+    async with Caller(daemon.target) as caller:
+        container = await caller.create("kept", 1)
+        await caller.shell("kept", "echo kept > /root/file && rm /etc/group")
+        before = _layer_inode(clean_engine, container.status.engine_id)
+        container = await caller.scale("kept", 2)
+        seen = await caller.shell("kept", "cat /root/file; test ! -e /etc/group && echo gone; ls -1 /dev/nvidia[0-9]")
+        assert seen == "kept\ngone\n/dev/nvidia0\n/dev/nvidia1\n"
+        exchanged = _layer_inode(clean_engine, container.status.engine_id) == before
+        assert exchanged == (place.filesystem != XFS)
+        await caller.delete_all()
+    assert daemon.stop() == 0, daemon.log_text
+
+
+def _layer_inode(rig: Rig, container: str) -> int:
+    shown = rig.engine.call("GET", f"/containers/{container}/json")
+    return _inode(shown["GraphDriver"]["Data"]["UpperDir"])
+
+
+def _inode(path: str) -> int:
+    return Path(path).stat().st_ino

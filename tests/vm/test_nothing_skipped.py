@@ -1,0 +1,36 @@
+"""What `make test-vm` relies on: tests that are skipped, or are none, end with a code that is no success."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.rig.rig import REPOSITORY
+
+SOME = """
+import pytest
+
+
+def test_passed():
+    pass
+
+
+def test_skipped():
+    pytest.skip("it lacks something")
+"""
+
+
+@pytest.mark.parametrize(("chosen", "code"), [("passed", 0), ("test", 1), ("skipped", 1), ("nothing", 5)])
+def test_only_tests_that_ran_are_a_success(tmp_path: Path, chosen: str, code: int) -> None:
+    (tmp_path / "test_some.py").write_text(SOME)
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "tests.vm.nothing_skipped", "-p", "no:cacheprovider"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [*words, "-k", chosen], check=False, capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == code, done.stdout
+    assert ("1 skipped, where nothing may be" in done.stdout) == (code == 1)
