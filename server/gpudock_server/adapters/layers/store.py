@@ -128,7 +128,7 @@ class OverlayLayerStore(LayerStore):
         if found:
             raise LayerRefusedError(f"the copy is not equal: {'; '.join(found)}")
         # The original is removed soon after; a power failure then must not find the copy unwritten.
-        await run_to_end(_write_out, lock)
+        await run_to_end(write_out, lock)
         progress(total, total)
 
     async def _commit_plan(self, plan: CarryPlan, upper_dir: str) -> CarryPlan:
@@ -209,7 +209,7 @@ def _available(path: str) -> int:
     return filesystem.f_bavail * filesystem.f_frsize
 
 
-def _write_out(descriptor: int) -> None:
+def write_out(descriptor: int) -> None:
     """Have everything written that the filesystem of `descriptor` holds in memory (syncfs(2))."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.syncfs(descriptor) != 0:
