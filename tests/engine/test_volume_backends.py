@@ -470,6 +470,33 @@ async def test_a_copy_that_does_not_fit(root: Path) -> None:
         await loop.destroy(each)
 
 
+# ---- hosts without quotas ----
+
+
+async def test_what_a_host_without_quotas_needs(rig: Rig, root: Path) -> None:
+    quota = ProjectQuotaBackend(root, local=True)
+    image = rig.folder / "without-quotas"
+    with image.open("wb") as file:
+        file.truncate(SIZE)
+    subprocess.run(["mkfs.xfs", "-q", image], check=True)
+    root.mkdir()
+    for words in (["-t", "tmpfs", "-o", "size=4m", "none"], ["-o", "loop,noquota", str(image)]):
+        subprocess.run(["mount", *words, root], check=True)
+        try:
+            reason = await quota.unavailable()
+            with pytest.raises(SizeNotSupported) as refused:
+                await quota.create(_new_uid(), "data", SIZE)
+            assert refused.value.detail == reason
+            assert list(root.iterdir()) == []
+        finally:
+            subprocess.run(["umount", root], check=True)
+        if "tmpfs" in words:
+            assert reason == f"{root} lies on {root} (tmpfs), which has no project quotas; they take xfs or ext4"
+        else:
+            assert reason.startswith(f"{root} lies on {root} (xfs), which is mounted without project quotas: mount it")
+    image.unlink()
+
+
 # ---- the engine, and volumes without a size ----
 
 

@@ -21,7 +21,7 @@ from gpudock_server.adapters.volumes.failures import volume_errors
 from gpudock_server.adapters.volumes.folder import StoreDamaged, StoreFolder, backings, pool_usage
 from gpudock_server.adapters.volumes.programs import ProgramFailed, missing, run
 from gpudock_server.adapters.volumes.view import Reach
-from gpudock_server.errors import VolumeTooSmallForData
+from gpudock_server.errors import SizeNotSupported, VolumeTooSmallForData
 from gpudock_server.model.volume import PoolUsage, VolumeBackendKind, VolumeBacking, VolumeUsage
 from gpudock_server.ports import VolumeBackend
 
@@ -93,6 +93,8 @@ class ProjectQuotaBackend(VolumeBackend):
         with volume_errors("create", name, self._root):
             backing = await run_to_end(folder.read)
             if backing is None:
+                if reason := await self.unavailable():
+                    raise SizeNotSupported(volume=name, size_bytes=size_bytes, detail=reason)
                 async with self._numbering:
                     backing = VolumeBacking(
                         kind=self.kind,
