@@ -137,8 +137,8 @@ async def test_growing_under_a_writer(rig: Rig, engine: DockerEngine, loop: Loop
     volume = await _given(engine, backing)
     with box(rig, volume, "sh", "-c", WRITER) as one:
         pid = one.pid
-        for step in range(1, 6):
-            backing = await loop.grow(backing, SIZE + step * 50 * MIB)
+        for step in range(1, 21):
+            backing = await loop.grow(backing, SIZE + step * 20 * MIB)
             assert await loop.grow(backing, backing.size_bytes) == backing
             size, _ = one.df()
             assert backing.size_bytes <= size < backing.size_bytes * 1.05
@@ -202,8 +202,9 @@ async def test_deleted_files_give_their_room_back(rig: Rig, engine: DockerEngine
         full = await loop.pool()
         assert full.allocated_bytes >= empty.allocated_bytes + 95 * MIB
         one.run("rm", f"{TARGET}/file")
-        # What is deleted is discarded when the journal is written, with the unmount at the latest.
-        one.stop()
+        if backing.filesystem == "xfs":
+            # It discards when its journal is written: within half a minute, or when it is unmounted.
+            one.stop()
         deadline = time.monotonic() + 60
         while (await loop.pool()).allocated_bytes > full.allocated_bytes - 90 * MIB:
             assert time.monotonic() < deadline, "the image is as large as before"
@@ -339,7 +340,7 @@ async def _killed(what: str, root: Path, uid: str, seconds: float) -> None:
     await process.wait()
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3])
+@pytest.mark.parametrize("seconds", [0.0, 0.05, 0.1, 0.2, 0.3])
 async def test_killed_and_repeated(root: Path, seconds: float) -> None:
     loop = LoopBackend(root, local=True)
     uid = _new_uid()
@@ -395,6 +396,24 @@ async def test_an_opened_volume_is_closed_by_kill_9(root: Path) -> None:
     process.kill()
     await process.wait()
     await loop.destroy(backing)
+
+
+async def test_an_opened_volume_holds_no_other(rig: Rig, root: Path) -> None:
+    loop = LoopBackend(root, local=True)
+    opened, other = [await loop.create(_new_uid(), name, SIZE) for name in ("opened", "other")]
+    point = rig.folder / "a folder\twith odd characters"
+    point.mkdir()
+    subprocess.run(["mount", Path(other.folder, "device"), point], check=True)
+    try:
+        async with loop.opened(opened):
+            with pytest.raises(VolumeInUse):
+                await loop.destroy(other)
+            subprocess.run(["umount", point], check=True)
+            await loop.destroy(other)
+    finally:
+        subprocess.run(["umount", point], check=False)
+    await loop.destroy(opened)
+    point.rmdir()
 
 
 # ---- a full pool ----

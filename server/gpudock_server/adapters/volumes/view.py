@@ -8,6 +8,7 @@ and the child with the daemon: its standard input ends.
 from __future__ import annotations
 
 import asyncio
+import re
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -18,10 +19,16 @@ from typing import Final, Protocol
 from gpudock_server.adapters.volumes.programs import ProgramFailed, ended, environment, mortal, run
 from gpudock_server.model.volume import VolumeBackendKind, VolumeBacking
 
+_MOUNTS: Final = Path("/proc/self/mounts")
 _MOUNT_SECONDS: Final = 60.0
 _END_SECONDS: Final = 10.0
-# Fours of type, options, device and mount point.
+# Mount points to let go of, a dot, then fours of type, options, device and mount point.
 _HOLD: Final = """
+while [ "$1" != . ]; do
+    umount --lazy -- "$1"
+    shift
+done
+shift
 while [ $# -gt 0 ]; do
     mount -t "$1" -o "$2" -- "$3" "$4" || exit 1
     shift 4
@@ -88,7 +95,8 @@ class View:
 @asynccontextmanager
 async def mounted(mounts: Sequence[Mount]) -> AsyncIterator[View]:
     """Mount devices for as long as the context lasts. Raises ProgramFailed."""
-    words = [str(word) for one in mounts for word in (one.filesystem, one.options, one.device, one.point)]
+    words = await asyncio.to_thread(_other_volumes, [one.point for one in mounts])
+    words += [".", *(str(word) for one in mounts for word in (one.filesystem, one.options, one.device, one.point))]
     # Slave: what others unmount meanwhile is unmounted here too, and what is mounted here is seen by nobody.
     unshare = ["unshare", "--mount", "--propagation", "slave", "--"]
     process = await asyncio.create_subprocess_exec(
@@ -100,6 +108,22 @@ async def mounted(mounts: Sequence[Mount]) -> AsyncIterator[View]:
         yield View(pid=process.pid)
     finally:
         await _closed(process)
+
+
+def _other_volumes(points: Sequence[Path]) -> list[str]:
+    """Where else loop devices are mounted that nothing here needs.
+
+    A namespace begins with copies of all mounts. Where the originals are private, their unmounting is not seen in it,
+    and a volume that nobody uses any more would be in use for as long as another one is looked into.
+    """
+    mounts = [line.split(" ") for line in _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()]
+    where = [Path(_octal(point)) for source, point, *_ in mounts if source.startswith("/dev/loop")]
+    return [str(path) for path in where if not any(point.is_relative_to(path) for point in points)]
+
+
+def _octal(text: str) -> str:
+    """The text that proc(5) shows with octal escapes."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
 
 
 async def _ready(process: Process) -> None:
