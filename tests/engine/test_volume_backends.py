@@ -303,6 +303,21 @@ async def test_a_uid_that_is_none(root: Path) -> None:
     assert not root.exists()
 
 
+async def test_a_store_of_another_kind_is_left_alone(root: Path) -> None:
+    loop = LoopBackend(root, local=True)
+    folder = StoreFolder(root, _new_uid())
+    folder.write(
+        VolumeBacking(
+            kind=VolumeBackendKind.PROJECT_QUOTA, uid=folder.uid, name="data", engine_volume="data", filesystem="xfs"
+        )
+    )
+    with pytest.raises(VolumeFailed, match="is a store of kind PROJECT_QUOTA"):
+        await loop.create(folder.uid, "data", SIZE)
+    assert [path.name for path in folder.path.iterdir()] == ["volume.json"]
+    folder.remove()
+    assert list(root.iterdir()) == []
+
+
 async def test_what_the_engine_elsewhere_cannot_have(root: Path) -> None:
     assert await LoopBackend(root, local=False).unavailable() == "the engine runs on another host"
     assert await ProjectQuotaBackend(root, local=False).unavailable() == "the engine runs on another host"
@@ -398,20 +413,41 @@ async def test_an_opened_volume_is_closed_by_kill_9(root: Path) -> None:
     await loop.destroy(backing)
 
 
+_HOLDS_NO_OTHER = """
+import asyncio, subprocess, sys
+from pathlib import Path
+from gpudock_server.adapters.volumes import LoopBackend
+from gpudock_server.adapters.volumes.folder import StoreFolder
+from gpudock_server.errors import VolumeInUse
+
+async def main(root, opened, other, point):
+    loop = LoopBackend(Path(root), local=True)
+    first, second = (StoreFolder(Path(root), uid).read() for uid in (opened, other))
+    subprocess.run(["mount", Path(second.folder, "device"), point], check=True)
+    async with loop.opened(first):
+        try:
+            await loop.destroy(second)
+        except VolumeInUse:
+            print("in use", flush=True)
+        subprocess.run(["umount", point], check=True)
+        await loop.destroy(second)
+        print("gone", flush=True)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
 async def test_an_opened_volume_holds_no_other(rig: Rig, root: Path) -> None:
     loop = LoopBackend(root, local=True)
     opened, other = [await loop.create(_new_uid(), name, SIZE) for name in ("opened", "other")]
     point = rig.folder / "a folder\twith odd characters"
     point.mkdir()
-    subprocess.run(["mount", Path(other.folder, "device"), point], check=True)
-    try:
-        async with loop.opened(opened):
-            with pytest.raises(VolumeInUse):
-                await loop.destroy(other)
-            subprocess.run(["umount", point], check=True)
-            await loop.destroy(other)
-    finally:
-        subprocess.run(["umount", point], check=False)
+    # In a namespace of its own: in ours, any other that begins meanwhile would begin with a copy of the mount.
+    words = ["unshare", "--mount", "--propagation", "private", "--", sys.executable, "-c", _HOLDS_NO_OTHER]
+    done = subprocess.run(
+        [*words, str(root), opened.uid, other.uid, str(point)], check=False, capture_output=True, text=True
+    )
+    assert (done.stdout, done.returncode) == ("in use\ngone\n", 0), done.stderr
     await loop.destroy(opened)
     point.rmdir()
 

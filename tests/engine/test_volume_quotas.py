@@ -71,7 +71,9 @@ async def test_a_size_that_changes_in_use(rig: Rig, engine: DockerEngine, quota:
     volume = await _given(engine, backing)
     with box(rig, volume) as one:
         pid = one.pid
-        assert one.df() == (SIZE, 0)
+        size, used = one.df()
+        assert size == SIZE
+        assert used <= 4096
         said = one.fill()
         assert any(phrase in said for phrase in FULL)
         filled = int(one.run("stat", "-c", "%s", f"{TARGET}/fill").stdout)
@@ -134,7 +136,7 @@ async def test_project_ids_never_collide(quota: ProjectQuotaBackend) -> None:
     subprocess.run(["xfs_io", "-r", "-c", "chproj 7000002", str(strange / "file")], check=True)
     fourth = await quota.create(_new_uid(), "fourth", SIZE)
     assert fourth.project_id == 7_000_003
-    assert (await quota.usage(fourth)).used_bytes == 0
+    assert (await quota.usage(fourth)).used_bytes <= 4096
     for each in (second, third, fourth):
         await quota.destroy(each)
 
@@ -168,10 +170,10 @@ async def test_a_limit_that_was_lost_is_set_at_the_start(quota: ProjectQuotaBack
 async def test_a_copy_counts_for_the_new_store(quota: ProjectQuotaBackend) -> None:
     old, new = [await quota.create(_new_uid(), "data", 2 * SIZE) for _ in range(2)]
     async with quota.opened(old) as folder:
-        grow(folder, 300)
+        grow(folder, 1500)
     copier = RsyncCopier([quota])
     await copier.copy(old, new, lambda _current, _total: None)
-    assert (await copier.verify(old, new)).entries > 300
+    assert (await copier.verify(old, new)).entries > 1500
     assert abs((await quota.usage(new)).used_bytes - (await quota.usage(old)).used_bytes) < 2 * MIB
     for each in (old, new):
         await quota.destroy(each)

@@ -158,7 +158,7 @@ class Ext4(Filesystem):
     options = "discard"
     smallest_bytes = 16 * _MIB
     _JOURNAL_MIB: Final = 8
-    _FIXED_BYTES: Final = 16 * _MIB
+    _FIXED_BYTES: Final = 10 * _MIB
     _SHARE: Final = 50
     _BYTES_PER_INODE: Final = 16384
     _left_in_root = ("lost+found",)

@@ -72,6 +72,13 @@ class StoreFolder:
             raise StoreDamaged(f"{self.record} is of another volume, {backing.uid}")
         return backing
 
+    def read_own(self, kind: VolumeBackendKind) -> VolumeBacking | None:
+        """What was recorded here by a backend of this kind. Raises StoreDamaged, also where it was another."""
+        backing = self.read()
+        if backing is not None and backing.kind is not kind:
+            raise StoreDamaged(f"{self.path} is a store of kind {backing.kind}")
+        return backing
+
     def write(self, backing: VolumeBacking) -> None:
         """Record what this store is; on return it is on the disk."""
         self.root.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)

@@ -60,7 +60,7 @@ class LoopBackend(VolumeBackend):
         """See the protocol. The room that it is promised is not taken: the image is sparse."""
         folder = self._folder_of(uid, name)
         with volume_errors("create", name, self._root, size_bytes):
-            backing = await run_to_end(folder.read)
+            backing = await run_to_end(folder.read_own, self.kind)
             if backing is None:
                 filesystem = await self._filesystem_for(name, size_bytes)
                 backing = VolumeBacking(

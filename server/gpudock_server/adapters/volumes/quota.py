@@ -91,7 +91,7 @@ class ProjectQuotaBackend(VolumeBackend):
         """See the protocol."""
         folder = self._folder_of(uid, name)
         with volume_errors("create", name, self._root):
-            backing = await run_to_end(folder.read)
+            backing = await run_to_end(folder.read_own, self.kind)
             if backing is None:
                 if reason := await self.unavailable():
                     raise SizeNotSupported(volume=name, size_bytes=size_bytes, detail=reason)
