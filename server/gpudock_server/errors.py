@@ -409,6 +409,67 @@ class VolumeNotFound(GpudockError):
 
 
 @dataclass(eq=False)
+class VolumeExists(GpudockError):
+    """The name is taken, by a volume of ours or by one of the engine's that somebody else made."""
+
+    code = Code.ALREADY_EXISTS
+    reason = "VOLUME_EXISTS"
+    template = "volume {volume!r} exists already"
+    volume: str
+
+
+@dataclass(eq=False)
+class VolumeInUse(GpudockError):
+    """Something that only a volume that nobody has mounted can have done to it."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "VOLUME_IN_USE"
+    template = "volume {volume!r} is in use by {holders}"
+    volume: str
+    holders: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class VolumeTooSmallForData(GpudockError):
+    """Found out before anything was changed."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "VOLUME_TOO_SMALL_FOR_DATA"
+    template = (
+        "volume {volume!r} cannot shrink to {requested_bytes} bytes: {used_bytes} are in use, and with what the"
+        " filesystem needs it takes {minimum_bytes}"
+    )
+    volume: str
+    requested_bytes: int
+    used_bytes: int
+    minimum_bytes: int
+
+
+@dataclass(eq=False)
+class SizeNotSupported(GpudockError):
+    """No backend of this host, or not the one that was asked for, can keep a volume to that size."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "SIZE_NOT_SUPPORTED"
+    template = "volume {volume!r} cannot be held to {size_bytes} bytes here: {detail}"
+    volume: str
+    size_bytes: int
+    detail: str
+
+
+@dataclass(eq=False)
+class VolumeFailed(GpudockError):
+    """The host refused something that its volumes need; the volume and its data are as they were."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "VOLUME_FAILED"
+    template = "could not {call} volume {volume!r}: {detail}"
+    volume: str
+    call: str
+    detail: str
+
+
+@dataclass(eq=False)
 class HostPathForbidden(GpudockError):
     """A mount of a host path outside the allow-list."""
 

@@ -7,6 +7,7 @@ docstring, and no others that a caller should see. Every call is bounded in time
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -19,6 +20,7 @@ from gpudock_server.model.engine import (
     EngineEvent,
     EngineImage,
     EngineInfo,
+    EngineVolume,
     ExecRequest,
     ExecStatus,
     ExecStream,
@@ -30,6 +32,7 @@ from gpudock_server.model.operation import CarryMethod, Operation, RequestRecord
 from gpudock_server.model.record import Record
 from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotMethod
 from gpudock_server.model.spec import RestartPolicy
+from gpudock_server.model.volume import PoolUsage, TreeSummary, VolumeBackendKind, VolumeBacking, VolumeUsage
 
 T = TypeVar("T")
 
@@ -200,6 +203,19 @@ class Engine(Protocol):
 
     async def volume_names(self) -> tuple[str, ...]:
         """The names of all engine volumes."""
+        ...
+
+    async def create_volume(
+        self, name: str, *, labels: Mapping[str, str], driver_options: Mapping[str, str]
+    ) -> EngineVolume:
+        """Make a volume of the engine's `local` driver, or find the one with the same LABEL_UID.
+
+        Raises VolumeExists where the name is somebody else's.
+        """
+        ...
+
+    async def inspect_volume(self, name: str) -> EngineVolume | None:
+        """One volume; None when the engine says there is none."""
         ...
 
     async def remove_volume(self, name: str) -> None:
@@ -416,6 +432,88 @@ class SnapshotStore(Protocol):
 
     async def partials(self) -> tuple[tuple[SnapshotKey, str], ...]:
         """Every partial one with the operation that it belongs to."""
+        ...
+
+
+class ShrinkNeedsCopy(Exception):
+    """A store cannot become smaller where it is; its files have to move to a smaller one. Nothing was changed."""
+
+
+class VolumeBackend(Protocol):
+    """One way to keep volumes on this host. Raises VolumeFailed, DiskFull, and what the methods name.
+
+    Every method may be repeated: done twice is done once, also where the first time was cut off by `kill -9`. Calls
+    that change one volume must not overlap; `usage`, `opened` and `pool` may be called at any time.
+    """
+
+    @property
+    def kind(self) -> VolumeBackendKind:
+        """Which one it is."""
+        ...
+
+    async def unavailable(self) -> str:
+        """Why no volume can be made this way on this host; empty when one can."""
+        ...
+
+    async def create(self, uid: str, name: str, size_bytes: int) -> VolumeBacking:
+        """Make an empty store, ready for the engine. Raises SizeNotSupported.
+
+        The engine's volume is the caller's to make, from the backing's `engine_volume` and `driver_options`.
+        """
+        ...
+
+    async def attach(self, backing: VolumeBacking) -> None:
+        """Make it ready for the engine again, after a reboot say."""
+        ...
+
+    async def grow(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
+        """Make it larger where it is, under whatever uses it; the backing as it is then. Raises SizeNotSupported."""
+        ...
+
+    async def shrink(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
+        """Make it smaller where it is, under whatever uses it; the backing as it is then.
+
+        Raises VolumeTooSmallForData with nothing changed, and ShrinkNeedsCopy.
+        """
+        ...
+
+    async def usage(self, backing: VolumeBacking) -> VolumeUsage:
+        """How full it is, whether it is mounted or not."""
+        ...
+
+    def opened(self, backing: VolumeBacking) -> AbstractAsyncContextManager[str]:
+        """A folder in which the daemon sees the volume's files, whether the engine has it mounted or not.
+
+        For its own reading and writing: what a program makes of the path may lead it elsewhere. While it is open,
+        `destroy` says that it is in use.
+        """
+        ...
+
+    async def destroy(self, backing: VolumeBacking) -> None:
+        """Remove the store and all that is in it. Raises VolumeInUse while anything has it mounted."""
+        ...
+
+    async def pool(self) -> PoolUsage:
+        """The filesystem that the stores lie on, and what all of them have of it."""
+        ...
+
+
+class VolumeCopier(Protocol):
+    """Carries a volume's files to another store. Raises VolumeFailed, DiskFull."""
+
+    async def copy(
+        self, source: VolumeBacking, target: VolumeBacking, progress: Progress, *, thorough: bool = False
+    ) -> None:
+        """Make the target's files equal to the source's, moving only what differs by size or time of modification.
+
+        The source may be in use: call it again, once nothing writes any more, for what has changed meanwhile.
+        `thorough` reads everything on both sides instead of believing sizes and times, which a memory-mapped file can
+        outwit. `progress` counts bytes inside files.
+        """
+        ...
+
+    async def verify(self, source: VolumeBacking, target: VolumeBacking) -> TreeSummary:
+        """What both hold, read again in full, while neither is in use. Raises VolumeFailed where they differ."""
         ...
 
 

@@ -134,6 +134,7 @@ def _odd_ones(top: bytes) -> None:
     os.mkdir(top + b"/odd")
     for name in _ODD_NAMES:
         _write(top + b"/odd/" + name, name)
+    # XFS takes 1023 bytes for a link's target.
     for number, target in enumerate((b"../d0/f1", b"/nowhere", b"x" * 1000, b".", b"new\nline")):
         os.symlink(target, top + b"/odd/symlink%d" % number)
         os.chown(top + b"/odd/symlink%d" % number, 42, 43, follow_symlinks=False)

@@ -19,6 +19,7 @@ from gpudock_server.model.engine import (
     EngineImage,
     EngineInfo,
     EngineState,
+    EngineVolume,
     ExecRequest,
     ExecStatus,
     ExecStream,
@@ -147,6 +148,16 @@ class FakeEngine(Engine):
     @override
     async def has_volume(self, name: str) -> bool:
         return False
+
+    @override
+    async def create_volume(
+        self, name: str, *, labels: Mapping[str, str], driver_options: Mapping[str, str]
+    ) -> EngineVolume:
+        return EngineVolume(name=name, driver="local", labels=dict(labels), options=dict(driver_options))
+
+    @override
+    async def inspect_volume(self, name: str) -> EngineVolume | None:
+        return None
 
     @override
     async def remove_volume(self, name: str) -> None:

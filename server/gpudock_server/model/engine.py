@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
+from pydantic import Field
+
 from gpudock_server.model.container import Placement
 from gpudock_server.model.record import Record
 from gpudock_server.model.spec import ContainerSpec
@@ -39,6 +41,16 @@ class EngineImage(Record):
     size_bytes: int = 0
     env: tuple[str, ...] = ()
     volumes: tuple[str, ...] = ()
+
+
+class EngineVolume(Record):
+    """An engine volume. `mountpoint` is a path on the engine's host, with files in it only while it is mounted."""
+
+    name: str
+    driver: str
+    mountpoint: str = ""
+    labels: dict[str, str] = Field(default_factory=dict)
+    options: dict[str, str] = Field(default_factory=dict)
 
 
 class EngineState(StrEnum):

@@ -16,15 +16,17 @@ from gpudock_server.adapters.docker.events import events
 from gpudock_server.adapters.docker.exec_session import DockerExecSession
 from gpudock_server.adapters.docker.failures import BAD_REQUEST, CONFLICT, NOT_FOUND, engine_errors, start_failure
 from gpudock_server.adapters.docker.pull import pull, split_reference
-from gpudock_server.errors import EngineRejected, ImageNotFound
+from gpudock_server.errors import EngineRejected, ImageNotFound, VolumeExists
 from gpudock_server.model.engine import (
     LABEL_OPERATION,
+    LABEL_UID,
     Blueprint,
     EngineContainer,
     EngineEvent,
     EngineImage,
     EngineInfo,
     EngineState,
+    EngineVolume,
     ExecRequest,
     RegistryAuth,
 )
@@ -103,13 +105,7 @@ class DockerEngine:
 
     async def has_volume(self, name: str) -> bool:
         """Whether the engine has a volume of this name."""
-        try:
-            await self._connection.call("show a volume", "GET", f"volumes/{segment(name)}")
-        except EngineRejected as rejection:
-            if rejection.status == NOT_FOUND:
-                return False
-            raise
-        return True
+        return await self.inspect_volume(name) is not None
 
     async def volume_names(self) -> tuple[str, ...]:
         """The names of all volumes."""
@@ -124,6 +120,41 @@ class DockerEngine:
         images: list[JsonAnswer] = await self._connection.call(call, "GET", "images/json")
         with engine_errors(call):
             return tuple(str(tag) for image in images for tag in image["RepoTags"] or () if tag != "<none>:<none>")
+
+    async def create_volume(
+        self, name: str, *, labels: Mapping[str, str], driver_options: Mapping[str, str]
+    ) -> EngineVolume:
+        """Make a volume of the `local` driver, or find the one that carries the same LABEL_UID.
+
+        Raises VolumeExists where the name is somebody else's: an engine asked to make what it has gives that back,
+        whatever its options and labels are.
+        """
+        call = "create a volume"
+        body = {"Name": name, "Driver": "local", "DriverOpts": dict(driver_options), "Labels": dict(labels)}
+        try:
+            answer: JsonAnswer = await self._connection.call(call, "POST", "volumes/create", body=body)
+        except EngineRejected as rejection:
+            # A volume of that name that another driver keeps.
+            if rejection.status == CONFLICT or "already exists" in rejection.detail:
+                raise VolumeExists(volume=name) from rejection
+            raise
+        with engine_errors(call):
+            made = translate.volume(answer)
+        if made.labels.get(LABEL_UID, "") != labels[LABEL_UID] or made.options != dict(driver_options):
+            raise VolumeExists(volume=name)
+        return made
+
+    async def inspect_volume(self, name: str) -> EngineVolume | None:
+        """One volume; None when the engine says that there is none."""
+        call = "show a volume"
+        try:
+            answer: JsonAnswer = await self._connection.call(call, "GET", f"volumes/{segment(name)}")
+        except EngineRejected as rejection:
+            if rejection.status == NOT_FOUND:
+                return None
+            raise
+        with engine_errors(call):
+            return translate.volume(answer)
 
     async def remove_volume(self, name: str) -> None:
         """Remove a volume; one that is gone is no error, one in use is EngineRejected."""

@@ -14,6 +14,7 @@ from gpudock_server.model.engine import (
     EngineImage,
     EngineInfo,
     EngineState,
+    EngineVolume,
 )
 from gpudock_server.model.spec import ContainerSpec, HealthCheck, Mount, RestartPolicy, RestartPolicyKind
 
@@ -267,6 +268,17 @@ def image(inspected: Mapping[str, Any]) -> EngineImage:
         size_bytes=inspected.get("Size") or 0,
         env=tuple(config.get("Env") or ()),
         volumes=tuple(config.get("Volumes") or ()),
+    )
+
+
+def volume(inspected: Mapping[str, Any]) -> EngineVolume:
+    """What `GET /volumes/NAME` shows."""
+    return EngineVolume(
+        name=inspected["Name"],
+        driver=inspected["Driver"],
+        mountpoint=inspected.get("Mountpoint") or "",
+        labels=inspected.get("Labels") or {},
+        options=inspected.get("Options") or {},
     )
 
 

@@ -32,12 +32,13 @@ def why_no_copy() -> str:
     # In a user namespace of its own a process has every capability, and yet no trusted.* attributes.
     if Path("/proc/self/uid_map").read_text(encoding="ascii").split() != _INITIAL_MAP:
         return "the daemon runs in a user namespace, where trusted.* attributes cannot be read"
-    effective = _effective_capabilities()
+    effective = effective_capabilities()
     missing = [name for bit, name in _NEEDED.items() if not effective >> bit & 1]
     return f"the daemon lacks {', '.join(missing)}" if missing else ""
 
 
-def _effective_capabilities() -> int:
+def effective_capabilities() -> int:
+    """What this process may do, as a set of bits: capabilities(7)."""
     for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
         name, _, value = line.partition(":")
         if name == "CapEff":

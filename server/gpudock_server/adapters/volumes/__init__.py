@@ -1,0 +1,17 @@
+"""Volumes with a size on this host: by project quota, in loop images, or none; and the copy from one to another."""
+
+from gpudock_server.adapters.volumes.boot import AttachProblem, attach_all
+from gpudock_server.adapters.volumes.copying import RsyncCopier
+from gpudock_server.adapters.volumes.loop import LoopBackend
+from gpudock_server.adapters.volumes.plain import PlainBackend
+from gpudock_server.adapters.volumes.quota import PROJECT_IDS, ProjectQuotaBackend
+
+__all__ = [
+    "PROJECT_IDS",
+    "AttachProblem",
+    "LoopBackend",
+    "PlainBackend",
+    "ProjectQuotaBackend",
+    "RsyncCopier",
+    "attach_all",
+]

@@ -1,0 +1,42 @@
+"""The one place where what goes wrong with stores becomes a domain error."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gpudock_server.adapters.volumes.folder import StoreDamaged
+from gpudock_server.adapters.volumes.programs import ProgramFailed
+from gpudock_server.errors import DiskFull, VolumeFailed
+
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+@contextmanager
+def volume_errors(call: str, name: str, root: Path, needed_bytes: int = 0) -> Iterator[None]:
+    """Raise DiskFull for want of room on the filesystem of `root`, VolumeFailed for all else that the host refuses.
+
+    `call` completes the sentence "could not ... volume NAME".
+    """
+    try:
+        yield
+    except ProgramFailed as error:
+        if error.out_of_room:
+            raise _full(root, needed_bytes) from error
+        raise VolumeFailed(volume=name, call=call, detail=str(error)) from error
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise _full(root, needed_bytes) from error
+        raise VolumeFailed(volume=name, call=call, detail=f"{error.strerror} ({error.filename})") from error
+    except (StoreDamaged, ValueError) as error:
+        raise VolumeFailed(volume=name, call=call, detail=str(error)) from error
+
+
+def _full(root: Path, needed_bytes: int) -> DiskFull:
+    filesystem = os.statvfs(root)
+    return DiskFull(
+        path=str(root), needed_bytes=needed_bytes, available_bytes=filesystem.f_bavail * filesystem.f_frsize
+    )

@@ -1,0 +1,154 @@
+"""A store's folder, and the root that all of them lie in.
+
+    <root>/<uid>/volume.json     the VolumeBacking; written before anything else is made, replaced atomically
+    <root>/<uid>/image           LOOP: the filesystem, a sparse file
+    <root>/<uid>/image.new       LOOP: one that a killed daemon had not finished
+    <root>/<uid>/device          LOOP: a symbolic link to the /dev/loopN of today; what the engine mounts
+    <root>/<uid>/mount           LOOP: where the daemon mounts it, in namespaces that nobody else sees
+    <root>/<uid>/data            PROJECT_QUOTA: the files
+    <root>/.removed-<uid>        a store that is being deleted
+
+Everything needed to make volumes ready after a reboot is in here: no etcd and no engine has to answer for that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from pydantic import ValidationError
+
+from gpudock_server.model.volume import PoolUsage, VolumeBackendKind, VolumeBacking
+
+_PRIVATE: Final = 0o700
+_SCHEMA: Final = 1
+_BLOCK_BYTES: Final = 512
+_REMOVED: Final = ".removed-"
+
+
+class StoreDamaged(Exception):
+    """A store's folder does not hold what it must; the text says what."""
+
+
+class StoreFolder:
+    """The folder of one store. `uid` must be a UUID in its usual form: no other text becomes part of a path."""
+
+    def __init__(self, root: Path, uid: str) -> None:
+        if str(uuid.UUID(uid)) != uid:
+            raise ValueError(f"{uid!r} is not a UUID in its usual form")
+        if not root.is_absolute() or root == Path("/"):
+            raise ValueError(f"{root} cannot hold volumes")
+        self.root = root
+        self.uid = uid
+        self.path = root / uid
+        self.record = self.path / "volume.json"
+        self.image = self.path / "image"
+        self.unfinished = self.path / "image.new"
+        self.device = self.path / "device"
+        self.mount = self.path / "mount"
+        self.data = self.path / "data"
+        self._removed = root / f"{_REMOVED}{uid}"
+
+    def read(self) -> VolumeBacking | None:
+        """What was recorded here; None where nothing was. Raises StoreDamaged."""
+        try:
+            text = self.record.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        try:
+            recorded = json.loads(text)
+            if recorded["schema"] != _SCHEMA:
+                raise StoreDamaged(f"{self.record} was written by another version of this daemon")
+            backing = VolumeBacking.model_validate(recorded["backing"])
+        except (ValueError, KeyError, TypeError, ValidationError) as error:
+            raise StoreDamaged(f"{self.record} cannot be read") from error
+        if backing.uid != self.uid:
+            raise StoreDamaged(f"{self.record} is of another volume, {backing.uid}")
+        return backing
+
+    def read_own(self, kind: VolumeBackendKind) -> VolumeBacking | None:
+        """What was recorded here by a backend of this kind. Raises StoreDamaged, also where it was another."""
+        backing = self.read()
+        if backing is not None and backing.kind is not kind:
+            raise StoreDamaged(f"{self.path} is a store of kind {backing.kind}")
+        return backing
+
+    def write(self, backing: VolumeBacking) -> None:
+        """Record what this store is; on return it is on the disk."""
+        self.root.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
+        self.path.mkdir(mode=_PRIVATE, exist_ok=True)
+        text = json.dumps({"schema": _SCHEMA, "backing": backing.model_dump(mode="json")}, indent=2)
+        new = self.record.with_suffix(".new")
+        with new.open("w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(self.record)
+        sync_folder(self.path)
+        sync_folder(self.root)
+
+    def remove(self) -> None:
+        """Delete all of it: out of the way first, so that what a killed daemon leaves is seen to be rubbish."""
+        for _ in range(2):
+            # First what an earlier removal has left, which the rename would otherwise run into.
+            with suppress(FileNotFoundError):
+                shutil.rmtree(self._removed)
+            with suppress(FileNotFoundError):
+                self.path.rename(self._removed)
+                sync_folder(self.root)
+
+
+def stores(root: Path) -> Iterator[StoreFolder]:
+    """Every store in the root, also those without a readable record."""
+    with suppress(FileNotFoundError):
+        for path in sorted(root.iterdir()):
+            with suppress(ValueError):
+                yield StoreFolder(root, path.name)
+
+
+def backings(root: Path) -> Iterator[VolumeBacking]:
+    """What is recorded in the root; damaged stores are left out."""
+    for folder in stores(root):
+        with suppress(StoreDamaged):
+            if backing := folder.read():
+                yield backing
+
+
+def pool_usage(root: Path) -> PoolUsage:
+    """What the stores below the root have been promised and have taken. The root need not exist yet."""
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    filesystem = os.statvfs(existing)
+    promised = allocated = 0
+    for backing in backings(root):
+        promised += backing.size_bytes
+        allocated += _allocated(StoreFolder(root, backing.uid), backing)
+    return PoolUsage(
+        total_bytes=filesystem.f_blocks * filesystem.f_frsize,
+        free_bytes=filesystem.f_bfree * filesystem.f_frsize,
+        promised_bytes=promised,
+        allocated_bytes=allocated,
+    )
+
+
+def _allocated(folder: StoreFolder, backing: VolumeBacking) -> int:
+    with suppress(FileNotFoundError):
+        if backing.kind is VolumeBackendKind.LOOP:
+            return folder.image.stat().st_blocks * _BLOCK_BYTES
+        inside = os.statvfs(folder.data)
+        return (inside.f_blocks - inside.f_bfree) * inside.f_frsize
+    return 0
+
+
+def sync_folder(path: Path) -> None:
+    """Have a rename or a new name in a folder survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

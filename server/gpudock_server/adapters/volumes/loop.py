@@ -1,0 +1,276 @@
+"""Volumes in images: each a sparse file with a filesystem of its own, on a loop device that the engine mounts."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from gpudock_server.adapters.layers.threads import run_to_end
+from gpudock_server.adapters.volumes import loop_device
+from gpudock_server.adapters.volumes.failures import volume_errors
+from gpudock_server.adapters.volumes.filesystems import FILESYSTEMS, Filesystem
+from gpudock_server.adapters.volumes.folder import StoreDamaged, StoreFolder, pool_usage, stores, sync_folder
+from gpudock_server.adapters.volumes.programs import ProgramFailed, missing
+from gpudock_server.adapters.volumes.view import Mount, Reach, View, mounted
+from gpudock_server.errors import SizeNotSupported, VolumeInUse, VolumeTooSmallForData
+from gpudock_server.model.volume import PoolUsage, VolumeBackendKind, VolumeBacking, VolumeUsage
+from gpudock_server.ports import VolumeBackend
+
+_CONTROL: Final = Path("/dev/loop-control")
+
+
+class LoopBackend(VolumeBackend):
+    """Implements ports.VolumeBackend.
+
+    `root` is the folder of all stores; `local` whether the engine runs on this host, so that it sees our devices.
+    `filesystem` is the one for new volumes, empty the best that the host has. The engine is given the path of a
+    symbolic link: its volumes' options never change, and the numbers of loop devices do.
+    """
+
+    def __init__(self, root: Path, *, local: bool, filesystem: str = "") -> None:
+        self._root = root
+        self._local = local
+        self._offered = tuple(one for one in FILESYSTEMS if filesystem in ("", one.name))
+        # Which device a link leads to is found out and written by one at a time.
+        self._attaching = asyncio.Lock()
+
+    @property
+    def kind(self) -> VolumeBackendKind:
+        """See the protocol."""
+        return VolumeBackendKind.LOOP
+
+    async def unavailable(self) -> str:
+        """See the protocol."""
+        if not self._local:
+            return "the engine runs on another host"
+        if os.geteuid() != 0:
+            return "the daemon does not run as root"
+        if not _CONTROL.exists():
+            return "the kernel has no loop devices"
+        if lacking := missing("losetup", "mount", "unshare", "nsenter"):
+            return lacking
+        _, reasons = await self._usable()
+        return "" if len(reasons) < len(self._offered) else "; ".join(reasons)
+
+    async def create(self, uid: str, name: str, size_bytes: int) -> VolumeBacking:
+        """See the protocol. The room that it is promised is not taken: the image is sparse."""
+        folder = self._folder_of(uid, name)
+        with volume_errors("create", name, self._root, size_bytes):
+            backing = await run_to_end(folder.read_own, self.kind)
+            if backing is None:
+                filesystem = await self._filesystem_for(name, size_bytes)
+                backing = VolumeBacking(
+                    kind=self.kind,
+                    uid=uid,
+                    name=name,
+                    engine_volume=f"gpudock-{uid}",
+                    size_bytes=size_bytes,
+                    filesystem=filesystem.name,
+                    folder=str(folder.path),
+                    driver_options={"type": filesystem.name, "device": str(folder.device), "o": filesystem.options},
+                )
+                await run_to_end(folder.write, backing)
+            filesystem = _filesystem(backing)
+            if not await run_to_end(folder.image.exists):
+                await _make_image(folder, filesystem, filesystem.image_bytes(backing.size_bytes))
+            await self._attached(folder)
+            async with self._view(folder, filesystem) as (view, mount):
+                await run_to_end(filesystem.tidy, view.path(mount.point))
+        return backing
+
+    async def attach(self, backing: VolumeBacking) -> None:
+        """See the protocol."""
+        with volume_errors("attach", backing.name, self._root):
+            await self._attached(self._folder(backing))
+
+    async def grow(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
+        """See the protocol. The image becomes longer first, then the device, then the filesystem."""
+        folder, filesystem = self._folder(backing), _filesystem(backing)
+        with volume_errors("grow", backing.name, self._root, size_bytes - backing.size_bytes):
+            await run_to_end(_lengthen, folder.image, filesystem.image_bytes(size_bytes))
+            await self._attached(folder)
+            async with self._view(folder, filesystem) as (view, mount):
+                await filesystem.grow(view, mount)
+            return await _recorded(folder, backing, size_bytes)
+
+    async def shrink(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
+        """See the protocol. Once the filesystem has given up its end, and not before, the image loses it too."""
+        folder, filesystem = self._folder(backing), _filesystem(backing)
+        usage = await self.usage(backing)
+        if size_bytes < usage.minimum_bytes:
+            raise VolumeTooSmallForData(
+                volume=backing.name,
+                requested_bytes=size_bytes,
+                used_bytes=usage.used_bytes,
+                minimum_bytes=usage.minimum_bytes,
+            )
+        length = filesystem.image_bytes(size_bytes)
+        with volume_errors("shrink", backing.name, self._root):
+            async with self._view(folder, filesystem) as (view, mount):
+                await filesystem.shrink(view, mount, length)
+                left = (await run_to_end(filesystem.usage, view.path(mount.point))).size_bytes
+            if left > length:
+                raise ProgramFailed(f"{filesystem.name} still takes {left} bytes, so its image stays as it is")
+            await run_to_end(os.truncate, folder.image, length)
+            await self._attached(folder)
+            return await _recorded(folder, backing, size_bytes)
+
+    async def usage(self, backing: VolumeBacking) -> VolumeUsage:
+        """See the protocol."""
+        filesystem = _filesystem(backing)
+        with volume_errors("look into", backing.name, self._root):
+            async with self._view(self._folder(backing), filesystem) as (view, mount):
+                return await run_to_end(filesystem.usage, view.path(mount.point))
+
+    @asynccontextmanager
+    async def opened(self, backing: VolumeBacking) -> AsyncIterator[str]:
+        """See the protocol."""
+        async with AsyncExitStack() as stack:
+            # What goes wrong inside is the caller's; what goes wrong on the way there is ours.
+            with volume_errors("look into", backing.name, self._root):
+                looking = self._view(self._folder(backing), _filesystem(backing))
+                view, mount = await stack.enter_async_context(looking)
+            yield view.path(mount.point)
+
+    async def reach(self, backing: VolumeBacking) -> Reach:
+        """See view.Reachable."""
+        with volume_errors("look into", backing.name, self._root):
+            mount = await self._mount(self._folder(backing), _filesystem(backing))
+        return Reach(path=mount.point, mount=mount)
+
+    async def destroy(self, backing: VolumeBacking) -> None:
+        """See the protocol."""
+        folder = self._folder(backing)
+        with volume_errors("delete", backing.name, self._root):
+            if device := await loop_device.device_of(folder.image):
+                # Without the link nothing can mount it any more.
+                await run_to_end(_unlink, folder.device)
+                if not await loop_device.detach(device):
+                    await run_to_end(_link, folder, device)
+                    raise VolumeInUse(volume=backing.name, holders=(f"what has {device} mounted",))
+            await run_to_end(folder.remove)
+
+    async def pool(self) -> PoolUsage:
+        """See the protocol."""
+        return await run_to_end(pool_usage, self._root)
+
+    def _folder(self, backing: VolumeBacking) -> StoreFolder:
+        return self._folder_of(backing.uid, backing.name)
+
+    def _folder_of(self, uid: str, name: str) -> StoreFolder:
+        with volume_errors("find", name, self._root):
+            return StoreFolder(self._root, uid)
+
+    async def _usable(self) -> tuple[list[Filesystem], list[str]]:
+        """The filesystems that the host has, and why not the others."""
+        reasons = [(one, await one.unavailable()) for one in self._offered]
+        usable = [one for one, reason in reasons if not reason]
+        return usable, [f"{one.name}: {reason}" for one, reason in reasons if reason]
+
+    async def _filesystem_for(self, name: str, size_bytes: int) -> Filesystem:
+        usable, reasons = await self._usable()
+        for one in usable:
+            if size_bytes >= one.smallest_bytes:
+                return one
+        reasons += [f"{one.name} takes {one.smallest_bytes} bytes at the least" for one in usable]
+        raise SizeNotSupported(volume=name, size_bytes=size_bytes, detail="; ".join(reasons))
+
+    async def _attached(self, folder: StoreFolder) -> str:
+        """The device of a store, with its capacity and its link as they have to be."""
+        if not await run_to_end(folder.image.exists):
+            raise StoreDamaged(f"{folder.image} is gone")
+        async with self._attaching:
+            device = await loop_device.attach(folder.image)
+            await loop_device.resize(device)
+            await run_to_end(_unlink_strangers, folder, device)
+            await run_to_end(_link, folder, device)
+        return device
+
+    @asynccontextmanager
+    async def _view(self, folder: StoreFolder, filesystem: Filesystem) -> AsyncIterator[tuple[View, Mount]]:
+        """A store's filesystem, mounted for us alone."""
+        mount = await self._mount(folder, filesystem)
+        async with mounted([mount]) as view:
+            yield view, mount
+
+    async def _mount(self, folder: StoreFolder, filesystem: Filesystem) -> Mount:
+        """What there is to mount; an image that nobody attached is attached for it."""
+        device = await loop_device.device_of(folder.image) or await self._attached(folder)
+        await run_to_end(_mount_point, folder.mount)
+        return Mount(filesystem=filesystem.name, options=filesystem.options, device=device, point=folder.mount)
+
+
+def clear_links(folders: Sequence[StoreFolder]) -> None:
+    """Remove each link that leads to a device which is not its store's: after a reboot that may be anybody's."""
+    for folder in folders:
+        with suppress(FileNotFoundError):
+            if not loop_device.backs(folder.image, str(folder.device.readlink())):
+                _unlink(folder.device)
+
+
+def _filesystem(backing: VolumeBacking) -> Filesystem:
+    return next(one for one in FILESYSTEMS if one.name == backing.filesystem)
+
+
+async def _make_image(folder: StoreFolder, filesystem: Filesystem, length: int) -> None:
+    """Make the filesystem under another name, so that an image is whole or not there."""
+    await run_to_end(_sparse_file, folder.unfinished, length)
+    await filesystem.make(folder.unfinished, length)
+    await run_to_end(_finish, folder)
+
+
+def _sparse_file(path: Path, length: int) -> None:
+    path.unlink(missing_ok=True)
+    with path.open("xb") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.truncate(length)
+
+
+def _finish(folder: StoreFolder) -> None:
+    with folder.unfinished.open("rb") as file:
+        os.fsync(file.fileno())
+    folder.unfinished.rename(folder.image)
+    sync_folder(folder.path)
+
+
+def _lengthen(image: Path, length: int) -> None:
+    if image.stat().st_size < length:
+        os.truncate(image, length)
+
+
+async def _recorded(folder: StoreFolder, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
+    changed = backing.model_copy(update={"size_bytes": size_bytes})
+    await run_to_end(folder.write, changed)
+    return changed
+
+
+def _mount_point(path: Path) -> None:
+    # Nobody may leave a file here by mistake: what is written while nothing is mounted would be lost from sight.
+    path.mkdir(mode=0, exist_ok=True)
+
+
+def _unlink(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+def _unlink_strangers(folder: StoreFolder, device: str) -> None:
+    """Remove every other store's link to this device. The engine that followed it would mount this store for it."""
+    for other in stores(folder.root):
+        with suppress(FileNotFoundError):
+            if other.uid != folder.uid and str(other.device.readlink()) == device:
+                _unlink(other.device)
+
+
+def _link(folder: StoreFolder, device: str) -> None:
+    with suppress(FileNotFoundError):
+        if str(folder.device.readlink()) == device:
+            return
+    new = folder.device.with_name("device.new")
+    _unlink(new)
+    new.symlink_to(device)
+    new.rename(folder.device)
+    sync_folder(folder.path)

@@ -1,0 +1,93 @@
+"""Volumes as the engine makes them by itself: anywhere, and without a size."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+from gpudock_server.adapters.layers.copying import tree_bytes
+from gpudock_server.adapters.layers.threads import run_to_end
+from gpudock_server.adapters.volumes.failures import volume_errors
+from gpudock_server.adapters.volumes.folder import StoreDamaged, StoreFolder, pool_usage
+from gpudock_server.adapters.volumes.view import Reach
+from gpudock_server.errors import SizeNotSupported
+from gpudock_server.model.volume import PoolUsage, VolumeBackendKind, VolumeBacking, VolumeUsage
+from gpudock_server.ports import VolumeBackend
+
+_MEASURE_SECONDS: Final = 300.0
+
+
+class PlainBackend(VolumeBackend):
+    """Implements ports.VolumeBackend, for any engine, also one on another host.
+
+    The engine keeps the files and deletes them together with its volume. A backing's `folder` is empty when it is
+    made; whoever makes the engine's volume puts its mount point there. `engine_root` is the engine's data folder.
+    """
+
+    def __init__(self, engine_root: Path) -> None:
+        self._root = engine_root
+
+    @property
+    def kind(self) -> VolumeBackendKind:
+        """See the protocol."""
+        return VolumeBackendKind.PLAIN
+
+    async def unavailable(self) -> str:
+        """See the protocol."""
+        return ""
+
+    async def create(self, uid: str, name: str, size_bytes: int) -> VolumeBacking:
+        """See the protocol."""
+        if size_bytes:
+            raise _no_size(name, size_bytes)
+        with volume_errors("create", name, self._root):
+            StoreFolder(self._root, uid)
+        return VolumeBacking(kind=self.kind, uid=uid, name=name, engine_volume=f"gpudock-{uid}")
+
+    async def attach(self, backing: VolumeBacking) -> None:
+        """See the protocol: the engine does all that is needed."""
+
+    async def grow(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
+        """See the protocol. Raises SizeNotSupported."""
+        raise _no_size(backing.name, size_bytes)
+
+    async def shrink(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
+        """See the protocol. Raises SizeNotSupported."""
+        raise _no_size(backing.name, size_bytes)
+
+    async def usage(self, backing: VolumeBacking) -> VolumeUsage:
+        """See the protocol. Counted by du: it takes as long as there are files."""
+        async with self.opened(backing) as folder:
+            with volume_errors("look into", backing.name, self._root):
+                try:
+                    used = await tree_bytes(folder, apparent=False, timeout_seconds=_MEASURE_SECONDS)
+                except TimeoutError as error:
+                    raise StoreDamaged("its files could not be counted in time") from error
+        return VolumeUsage(used_bytes=used, size_bytes=0, minimum_bytes=used)
+
+    @asynccontextmanager
+    async def opened(self, backing: VolumeBacking) -> AsyncIterator[str]:
+        """See the protocol."""
+        with volume_errors("look into", backing.name, self._root):
+            folder = Path(backing.folder)
+            if not folder.is_absolute() or not await run_to_end(folder.is_dir):
+                raise StoreDamaged(f"its folder {backing.folder!r} is not to be seen from here")
+        yield backing.folder
+
+    async def reach(self, backing: VolumeBacking) -> Reach:
+        """See view.Reachable."""
+        async with self.opened(backing) as folder:
+            return Reach(path=Path(folder))
+
+    async def destroy(self, backing: VolumeBacking) -> None:
+        """See the protocol: nothing is left once the engine has removed its volume."""
+
+    async def pool(self) -> PoolUsage:
+        """See the protocol. Nothing is promised to anybody."""
+        return await run_to_end(pool_usage, self._root)
+
+
+def _no_size(name: str, size_bytes: int) -> SizeNotSupported:
+    return SizeNotSupported(volume=name, size_bytes=size_bytes, detail="a PLAIN volume has no size")

@@ -1,0 +1,90 @@
+"""Programs of the host, run to their end within a time, and never longer than the daemon lives."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+_SECONDS: Final = 60.0
+_COMPLAINT_CHARACTERS: Final = 500
+# Where Debian and its kin keep them; a service's PATH has them, a user's shell may not.
+_SYSTEM_PATH: Final = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
+_NO_ROOM: Final = ("No space left on device", "Disk quota exceeded")
+_FILESYSTEMS: Final = Path("/proc/filesystems")
+
+
+class ProgramFailed(Exception):
+    """A program said no. The text is its name and what it said on stderr."""
+
+    @property
+    def out_of_room(self) -> bool:
+        """Whether it failed because nothing more could be stored."""
+        return any(phrase in str(self) for phrase in _NO_ROOM)
+
+
+def environment() -> dict[str, str]:
+    """What every program is given: messages that can be read, and a PATH with the system's programs."""
+    return {"LC_ALL": "C", "PATH": f"{os.environ.get('PATH', '')}:{_SYSTEM_PATH}"}
+
+
+def missing(*names: str) -> str:
+    """Which of these programs the host lacks, in words; empty when it has them all."""
+    absent = [name for name in names if shutil.which(name, path=environment()["PATH"]) is None]
+    return f"there is no {' and no '.join(absent)} on the PATH" if absent else ""
+
+
+def mortal(command: Sequence[str]) -> list[str]:
+    """The command, killed when the daemon dies: a program must not go on changing what the next daemon looks at."""
+    guard = ["setpriv", "--pdeathsig", "KILL", "--"] if not missing("setpriv") else []
+    return [*guard, *command]
+
+
+async def run(*command: str, seconds: float = _SECONDS) -> str:
+    """Run a program and return what it printed. Raises ProgramFailed. Cancelling kills it and waits for its end."""
+    process = await asyncio.create_subprocess_exec(
+        *mortal(command), stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True, env=environment()
+    )
+    try:
+        async with asyncio.timeout(seconds):
+            printed, complaint = await process.communicate()
+    except TimeoutError as error:
+        raise ProgramFailed(f"{command[0]} had not ended after {seconds:.0f} s") from error
+    finally:
+        await ended(process)
+    if process.returncode != 0:
+        raise ProgramFailed(f"{command[0]}: {_shortened(complaint) or f'exit code {process.returncode}'}")
+    return printed.decode(errors="replace")
+
+
+async def ended(process: Process) -> None:
+    """Kill the process and its group if it still runs, and wait for it, also while being cancelled again."""
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    waiting = asyncio.ensure_future(process.wait())
+    while not waiting.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.shield(waiting)
+
+
+async def kernel_lacks(filesystem: str) -> str:
+    """Why the kernel cannot mount a filesystem; empty when it can, perhaps by loading a module first."""
+    if filesystem in await asyncio.to_thread(_FILESYSTEMS.read_text, encoding="ascii"):
+        return ""
+    if not missing("modprobe"):
+        with suppress(ProgramFailed):
+            await run("modprobe", "--dry-run", "--quiet", filesystem)
+            return ""
+    return f"the kernel has no {filesystem}"
+
+
+def _shortened(complaint: bytes) -> str:
+    lines = complaint.decode(errors="replace").split("\n")
+    return "; ".join(line.strip() for line in lines if line.strip())[:_COMPLAINT_CHARACTERS]

@@ -1,0 +1,256 @@
+"""Volumes as folders with a project quota, on XFS or ext4: a limit that changes in place, in both directions.
+
+Set by xfs_quota and xfs_io (package xfsprogs), which know the same of both filesystems. A project id belongs to one
+store; it is recorded before it is used, and free again once its limits are gone from the quota table.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from gpudock_server.adapters.layers.threads import run_to_end
+from gpudock_server.adapters.volumes.failures import volume_errors
+from gpudock_server.adapters.volumes.folder import StoreDamaged, StoreFolder, backings, pool_usage
+from gpudock_server.adapters.volumes.programs import ProgramFailed, missing, run
+from gpudock_server.adapters.volumes.view import Reach
+from gpudock_server.errors import SizeNotSupported, VolumeTooSmallForData
+from gpudock_server.model.volume import PoolUsage, VolumeBackendKind, VolumeBacking, VolumeUsage
+from gpudock_server.ports import VolumeBackend
+
+# Away from what people choose by hand and from dockerd, which counts up from the id of its own data folder.
+PROJECT_IDS: Final = range(0x6770_0000, 0x6778_0000)
+_FILESYSTEMS: Final = ("xfs", "ext4")
+_OPTIONS: Final = frozenset({"pquota", "prjquota"})
+# A limit is kept in these.
+_GRAIN: Final = 4096
+_REPORTED: Final = re.compile(r"^#(\d+)\s", re.MULTILINE)
+_HOW: Final = (
+    "mount it with the option prjquota (XFS on / : the kernel's rootflags=prjquota; ext4: after `tune2fs -O"
+    " quota,project -Q prjquota` while it is not mounted), on a kernel that has quotas for it"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Mount:
+    point: str
+    filesystem: str
+    options: frozenset[str]
+
+
+class ProjectQuotaBackend(VolumeBackend):
+    """Implements ports.VolumeBackend.
+
+    `root` is the folder of all stores, on a filesystem mounted with project quotas; `local` whether the engine runs on
+    this host; `project_ids` what may be handed out.
+    """
+
+    def __init__(self, root: Path, *, local: bool, project_ids: range = PROJECT_IDS) -> None:
+        self._root = root
+        self._local = local
+        self._project_ids = project_ids
+        # Choosing an id and recording it, or giving one back, is done by one at a time.
+        self._numbering = asyncio.Lock()
+
+    @property
+    def kind(self) -> VolumeBackendKind:
+        """See the protocol."""
+        return VolumeBackendKind.PROJECT_QUOTA
+
+    async def unavailable(self) -> str:
+        """See the protocol."""
+        if not self._local:
+            return "the engine runs on another host"
+        if os.geteuid() != 0:
+            return "the daemon does not run as root"
+        if lacking := missing("xfs_quota", "xfs_io", "findmnt"):
+            return lacking
+        try:
+            return await self._no_quotas()
+        except ProgramFailed as error:
+            return str(error)
+
+    async def _no_quotas(self) -> str:
+        mount = await self._mount()
+        where = f"{self._root} lies on {mount.point} ({mount.filesystem})"
+        if mount.filesystem not in _FILESYSTEMS:
+            return f"{where}, which has no project quotas; they take xfs or ext4"
+        if not mount.options & _OPTIONS:
+            return f"{where}, which is mounted without project quotas: {_HOW}"
+        enforced = "Enforcement: ON" in await _quota(mount, "state -p")
+        return "" if enforced else f"{where}, whose project quotas are not enforced"
+
+    async def create(self, uid: str, name: str, size_bytes: int) -> VolumeBacking:
+        """See the protocol."""
+        folder = self._folder_of(uid, name)
+        with volume_errors("create", name, self._root):
+            backing = await run_to_end(folder.read_own, self.kind)
+            if backing is None:
+                if reason := await self.unavailable():
+                    raise SizeNotSupported(volume=name, size_bytes=size_bytes, detail=reason)
+                async with self._numbering:
+                    backing = VolumeBacking(
+                        kind=self.kind,
+                        uid=uid,
+                        name=name,
+                        engine_volume=f"gpudock-{uid}",
+                        size_bytes=size_bytes,
+                        filesystem=(await self._mount()).filesystem,
+                        folder=str(folder.path),
+                        project_id=await self._free_id(),
+                        driver_options={"type": "none", "o": "bind", "device": str(folder.data)},
+                    )
+                    await run_to_end(folder.write, backing)
+            await run_to_end(_make_folder, folder.data)
+            await self._mark(folder, backing)
+            await self._limit(folder, backing, backing.size_bytes)
+        return backing
+
+    async def attach(self, backing: VolumeBacking) -> None:
+        """See the protocol. A folder without its limit would be one without a size, so the limit is set again."""
+        folder = self._folder(backing)
+        with volume_errors("attach", backing.name, self._root):
+            if reason := await self.unavailable():
+                raise StoreDamaged(reason)
+            if not await run_to_end(folder.data.is_dir):
+                raise StoreDamaged(f"{folder.data} is gone")
+            await self._limit(folder, backing, backing.size_bytes)
+
+    async def grow(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
+        """See the protocol."""
+        folder = self._folder(backing)
+        with volume_errors("grow", backing.name, self._root):
+            await self._limit(folder, backing, size_bytes)
+            return await _recorded(folder, backing, size_bytes)
+
+    async def shrink(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
+        """See the protocol. What was written between the look and the limit gives the old limit back."""
+        folder = self._folder(backing)
+        _check_fits(backing, await self.usage(backing), size_bytes)
+        with volume_errors("shrink", backing.name, self._root):
+            mount = await self._mount()
+            await _set_limit(mount, backing.project_id, size_bytes)
+            usage = await run_to_end(_usage, folder.data)
+            # One that is full to the limit may be fuller: statfs shows no more than the limit.
+            if usage.used_bytes >= _rounded(size_bytes):
+                await _set_limit(mount, backing.project_id, backing.size_bytes)
+                _check_fits(backing, await run_to_end(_usage, folder.data), size_bytes)
+                await _set_limit(mount, backing.project_id, size_bytes)
+            return await _recorded(folder, backing, size_bytes)
+
+    async def usage(self, backing: VolumeBacking) -> VolumeUsage:
+        """See the protocol."""
+        with volume_errors("look into", backing.name, self._root):
+            return await run_to_end(_usage, self._folder(backing).data)
+
+    @asynccontextmanager
+    async def opened(self, backing: VolumeBacking) -> AsyncIterator[str]:
+        """See the protocol. There is nothing to open, so nothing is in use by it either."""
+        yield str(self._folder(backing).data)
+
+    async def reach(self, backing: VolumeBacking) -> Reach:
+        """See view.Reachable."""
+        return Reach(path=self._folder(backing).data)
+
+    async def destroy(self, backing: VolumeBacking) -> None:
+        """See the protocol. The engine refuses to let go of a volume that a container has, so it is asked first."""
+        folder = self._folder(backing)
+        with volume_errors("delete", backing.name, self._root):
+            await run_to_end(folder.remove)
+            async with self._numbering:
+                # Repeated much later, the id may have become another store's.
+                if backing.project_id and backing.project_id not in await run_to_end(self._recorded_ids):
+                    await _set_limit(await self._mount(), backing.project_id, 0)
+
+    async def pool(self) -> PoolUsage:
+        """See the protocol."""
+        return await run_to_end(pool_usage, self._root)
+
+    def _folder(self, backing: VolumeBacking) -> StoreFolder:
+        return self._folder_of(backing.uid, backing.name)
+
+    def _folder_of(self, uid: str, name: str) -> StoreFolder:
+        with volume_errors("find", name, self._root):
+            return StoreFolder(self._root, uid)
+
+    async def _mount(self) -> _Mount:
+        existing = next(path for path in (self._root, *self._root.parents) if path.exists())
+        found = await run("findmnt", "--json", "--output", "TARGET,FSTYPE,OPTIONS", "--target", str(existing))
+        shown = json.loads(found)["filesystems"][-1]
+        return _Mount(point=shown["target"], filesystem=shown["fstype"], options=frozenset(shown["options"].split(",")))
+
+    async def _free_id(self) -> int:
+        """An id that no store has recorded and the quota table does not know. Raises ProgramFailed."""
+        report = await _quota(await self._mount(), "report -p -n -N -b")
+        taken = {int(number) for number in _REPORTED.findall(report)} | await run_to_end(self._recorded_ids)
+        for number in self._project_ids:
+            if number not in taken:
+                return number
+        raise ProgramFailed(f"all of {len(self._project_ids)} project ids are taken")
+
+    def _recorded_ids(self) -> set[int]:
+        return {backing.project_id for backing in backings(self._root)}
+
+    async def _mark(self, folder: StoreFolder, backing: VolumeBacking) -> None:
+        """Give the folder its id, and have all that is made in it inherit that."""
+        await run("xfs_io", "-r", "-c", f"chproj {backing.project_id}", "-c", "chattr +P", str(folder.data))
+        shown = await run("xfs_io", "-r", "-c", "lsproj", str(folder.data))
+        if shown.split() != ["projid", "=", str(backing.project_id)]:
+            raise ProgramFailed(f"xfs_io: {folder.data} shows {shown.strip()!r} instead of {backing.project_id}")
+
+    async def _limit(self, folder: StoreFolder, backing: VolumeBacking, size_bytes: int) -> None:
+        await _set_limit(await self._mount(), backing.project_id, size_bytes)
+        shown = await run_to_end(_usage, folder.data)
+        if shown.size_bytes != _rounded(size_bytes):
+            raise ProgramFailed(f"xfs_quota: {folder.data} shows {shown.size_bytes} bytes instead of {size_bytes}")
+
+
+async def _quota(mount: _Mount, command: str) -> str:
+    foreign = [] if mount.filesystem == "xfs" else ["-f"]
+    # Neither /etc/projects nor /etc/projid has a say: our ids are numbers.
+    files = ["-D", "/dev/null", "-P", "/dev/null"]
+    return await run("xfs_quota", "-x", *foreign, *files, "-c", command, mount.point)
+
+
+async def _set_limit(mount: _Mount, project_id: int, size_bytes: int) -> None:
+    """Both limits at once: statfs shows the soft one, and the hard one is what stops a writer."""
+    limit = _rounded(size_bytes)
+    await _quota(mount, f"limit -p bsoft={limit} bhard={limit} {project_id}")
+
+
+def _usage(data: Path) -> VolumeUsage:
+    shown = os.statvfs(data)
+    used = (shown.f_blocks - shown.f_bfree) * shown.f_frsize
+    return VolumeUsage(used_bytes=used, size_bytes=shown.f_blocks * shown.f_frsize, minimum_bytes=max(used, _GRAIN))
+
+
+def _check_fits(backing: VolumeBacking, usage: VolumeUsage, size_bytes: int) -> None:
+    if size_bytes < usage.minimum_bytes:
+        raise VolumeTooSmallForData(
+            volume=backing.name,
+            requested_bytes=size_bytes,
+            used_bytes=usage.used_bytes,
+            minimum_bytes=usage.minimum_bytes,
+        )
+
+
+async def _recorded(folder: StoreFolder, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
+    changed = backing.model_copy(update={"size_bytes": size_bytes})
+    await run_to_end(folder.write, changed)
+    return changed
+
+
+def _make_folder(data: Path) -> None:
+    data.mkdir(mode=0o755, exist_ok=True)
+    data.chmod(0o755)
+
+
+def _rounded(size_bytes: int) -> int:
+    return -(-size_bytes // _GRAIN) * _GRAIN
