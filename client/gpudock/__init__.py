@@ -12,6 +12,7 @@ from gpudock._client import Client, connect
 from gpudock._exec import Chunk, Completed, ExecExit, ExecSession
 from gpudock._operations import OperationCall
 from gpudock._pages import Pages
+from gpudock._watch import Watch, WatchEvent
 from gpudock.errors import (
     Aborted,
     AlreadyExists,
@@ -114,5 +115,7 @@ __all__ = [
     "Unavailable",
     "Unimplemented",
     "Violation",
+    "Watch",
+    "WatchEvent",
     "connect",
 ]

@@ -13,6 +13,7 @@ from gpudock._exec import Completed, ExecOptions, ExecSession, collect, start_of
 from gpudock._operations import OperationCall, Operations, Stream
 from gpudock._pages import Pages
 from gpudock._spec import Gpus, Seconds, SpecOptions, duration, gpu_request, spec_of
+from gpudock._watch import Watch
 from gpudock.v1 import container_service_pb2 as pb
 from gpudock.v1.container_pb2 import Container, ContainerSpec, ContainerState
 from gpudock.v1.container_service_pb2_grpc import ContainerServiceStub
@@ -80,9 +81,7 @@ class Containers:
         page_size: int = 0,
     ) -> Pages[Container]:
         """Containers by name: in any of `states` (such as `running`), with all of `labels` (`""` is any value)."""
-        filters = pb.ContainerFilter(
-            states=[value_of(ContainerState, state) for state in states], labels=labels or {}, owner=owner, node=node
-        )
+        filters = _filter(states, labels, owner, node)
 
         async def page(token: str) -> tuple[Iterable[Container], str]:
             request = pb.ListContainersRequest(page_size=page_size, page_token=token, filter=filters)
@@ -90,6 +89,29 @@ class Containers:
             return answer.containers, answer.next_page_token
 
         return Pages(page)
+
+    def watch(
+        self,
+        *,
+        states: Iterable[str] = (),
+        labels: Mapping[str, str] | None = None,
+        owner: str = "",
+        node: str = "",
+        resume_token: str = "",
+        changes_only: bool = False,
+        checkpoints: bool = False,
+    ) -> Watch[Container]:
+        """What happens to containers: first those that are there are `added`, unless `changes_only`, then each change.
+
+        The filter is that of `list`. With the `resume_token` of an event, and the same filter, it goes on behind that.
+        """
+        filters = _filter(states, labels, owner, node)
+
+        def begin(token: str) -> Stream:
+            request = pb.WatchContainersRequest(filter=filters, resume_token=token, changes_only=changes_only)
+            return self._calls.stream(self._stub.WatchContainers, request)
+
+        return Watch(self._calls, begin, resume_token, checkpoints=checkpoints)
 
     def start(
         self,
@@ -222,6 +244,12 @@ class Containers:
 
     def _operation(self, begin: Callable[[], Stream], *, validate_only: bool) -> OperationCall[Container]:
         return OperationCall(self._operations, begin=begin, validate_only=validate_only, resource=_made)
+
+
+def _filter(states: Iterable[str], labels: Mapping[str, str] | None, owner: str, node: str) -> pb.ContainerFilter:
+    return pb.ContainerFilter(
+        states=[value_of(ContainerState, state) for state in states], labels=labels or {}, owner=owner, node=node
+    )
 
 
 def _made(result: Any) -> Container:  # noqa: ANN401 - the result's type is that of the RPC's own message

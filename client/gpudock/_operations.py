@@ -26,7 +26,7 @@ T = TypeVar("T")
 Stream: TypeAlias = "grpc.aio.UnaryStreamCall[Any, Any]"
 
 # What an ended connection looks like, if it is not the server that says so.
-_LOST = frozenset(
+LOST = frozenset(
     {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
 )
 _ENDED_BADLY = frozenset({pb.OPERATION_STATE_FAILED, pb.OPERATION_STATE_CANCELLED})
@@ -194,7 +194,7 @@ class OperationCall(Generic[T]):
     def _is_lost(self, error: GpudockError) -> bool:
         """Whether it is the connection that ended, and not the operation."""
         if not error.answered:
-            return error.code in _LOST
+            return error.code in LOST
         if not isinstance(error, Unavailable):
             return False
         last = self.snapshot

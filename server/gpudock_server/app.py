@@ -42,6 +42,7 @@ from gpudock_server.core.nodes import Nodes
 from gpudock_server.core.operations import Operations
 from gpudock_server.core.reconcile import Reconciler
 from gpudock_server.core.retention import Retention
+from gpudock_server.core.watches import Watches
 from gpudock_server.errors import EngineRejected, EngineUnavailable, GpudockError, StoreUnavailable
 from gpudock_server.logs import configure
 from gpudock_server.model.claims import PortKey
@@ -203,12 +204,14 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
     operations = Operations(state, settings.node_name, saga_builder(world))
     containers = Containers(world, operations)
     execs = ExecSessions(world, LocalProcesses(), hangup_grace=settings.exec_hangup_grace, limit=settings.max_execs)
+    watches = Watches(state, checkpoint_seconds=settings.watch_checkpoint_interval)
     server = build_server(
         Services(
             containers=containers,
             operations=operations,
             execs=execs,
             nodes=Nodes(world, inventory, version=VERSION, start_time=start_time, port_range=port_range),
+            watches=watches,
         ),
         settings,
     )
@@ -217,6 +220,7 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
         world=world,
         operations=operations,
         execs=execs,
+        watches=watches,
         reconciler=Reconciler(
             world, operations, interval=settings.reconcile_interval, orphan_grace=settings.orphan_grace
         ),
@@ -270,6 +274,7 @@ async def _open_store(settings: Settings, connection: EtcdConnection) -> EtcdSto
         prefix=settings.etcd_prefix,
         retention=timedelta(seconds=settings.operation_retention),
         deadline=timedelta(seconds=settings.store_timeout),
+        idle=timedelta(seconds=settings.watch_checkpoint_interval / 2),
     )
     await store.open()
     return store
@@ -347,6 +352,7 @@ class _Daemon:
     world: World
     operations: Operations
     execs: ExecSessions
+    watches: Watches
     reconciler: Reconciler
     retention: Retention
     server: RpcServer
@@ -414,6 +420,7 @@ class _Daemon:
     async def _drain(self) -> None:
         log.info("draining", operations=len(self.operations.active))
         await self.server.set_serving(False)
+        self.watches.drain()
         loop = asyncio.get_running_loop()
         grace = self.settings.shutdown_grace
         deadline = loop.time() + grace

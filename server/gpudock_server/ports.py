@@ -6,7 +6,7 @@ docstring, and no others that a caller should see. Every call is bounded in time
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -67,10 +67,28 @@ class RevisionView:
 
 @dataclass(frozen=True, slots=True)
 class Page(Generic[T]):
-    """A part of a consistent listing. `next_token` is empty on the last."""
+    """A part of a consistent listing. `next_token` is empty on the last.
+
+    With `watch_token` a watch tells what happened since, where the listed can be watched.
+    """
 
     items: tuple[T, ...]
     next_token: str
+    watch_token: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen(Generic[T]):
+    """What a watch saw of one object: as it was before a change (None: not there) and after it (None: gone).
+
+    Both are None where nothing is to be told up to here. `token` goes on behind it. `list_complete`: everything that
+    was there when the watch began has been shown.
+    """
+
+    before: T | None
+    after: T | None
+    token: str
+    list_complete: bool = False
 
 
 class StoreConflict(Exception):
@@ -115,6 +133,16 @@ class Store(Protocol):
 
     async def revision(self, uid: str, number: int) -> RevisionView | None:
         """One revision with its snapshot."""
+        ...
+
+    def watch_containers(self, *, token: str, listing: bool) -> AsyncGenerator[Seen[ContainerView], None]:
+        """Heads and their locks as they change, every change once and in order: behind `token`, or from now on.
+
+        Without a token and with `listing` those that are there come first, then `list_complete`. With a token, the
+        first is one that only says that the watch has begun. Something comes at least every idle interval of the
+        store. Not asking for the next one holds the store back. Raises ResumeTokenExpired, InvalidArgument
+        (resume_token), StoreUnavailable when the store is away for longer than its timeout.
+        """
         ...
 
     async def claims(self, host: str) -> ClaimTable:

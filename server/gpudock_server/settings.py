@@ -197,6 +197,9 @@ class Settings(BaseSettings):
     operation_retention: Annotated[Seconds, Field(ge=60)] = Field(
         86400, description="how long an ended operation and its request_id are kept"
     )
+    watch_checkpoint_interval: Annotated[Seconds, Field(ge=0.1)] = Field(
+        20, description="how long a watch has nothing to tell before it says so, with a newer resume_token"
+    )
     reconcile_interval: PositiveSeconds = Field(
         300, description="time between two full comparisons of engine, claims and records"
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from google.protobuf.timestamp_pb2 import Timestamp
+from gpudock.v1 import container_service_pb2
 from gpudock.v1 import operation_pb2 as pb
 from gpudock.v1.container_pb2 import CONTAINER_STATE_RUNNING, Container, ContainerSpec, ContainerStatus
 from gpudock.v1.port_pb2 import PORT_PROTOCOL_TCP, PortBinding
@@ -55,3 +58,8 @@ def container(name: str = "train") -> Container:
         spec=ContainerSpec(image="busybox", memory_bytes=2**30),
         status=ContainerStatus(state=CONTAINER_STATE_RUNNING, gpu_uuids=["GPU-1"], ports=[binding]),
     )
+
+
+def watched(token: str, **event: Any) -> container_service_pb2.WatchContainersResponse:
+    """A message of a watch, behind which `token` goes on."""
+    return container_service_pb2.WatchContainersResponse(**event, resume_token=token)

@@ -26,6 +26,7 @@ from gpudock.v1.container_pb2 import RESTART_POLICY_KIND_ON_FAILURE, Mount, Rest
 from gpudock.v1.node_pb2 import Node
 from gpudock.v1.port_claim_pb2 import PortClaim
 from gpudock.v1.port_pb2 import PORT_PROTOCOL_TCP
+from gpudock.v1.watch_pb2 import WatchCheckpoint
 
 from tests.clients import messages
 from tests.clients.command import DEADLINE, Ended, read_until, run, set_size, spawn
@@ -46,6 +47,35 @@ async def created(_: Any, __: Context) -> AsyncIterator[Created]:
     yield Created(operation=messages.operation(STAGES[0], messages.stage("create", messages.WORKS)))
     yield Created(operation=messages.operation(*STAGES, state=operation_pb2.OPERATION_STATE_SUCCEEDED))
     yield Created(result=messages.container())
+
+
+async def changes(_: Any, context: Context) -> AsyncIterator[pb.WatchContainersResponse]:
+    yield messages.watched("t1", added=messages.container())
+    yield messages.watched("t2", checkpoint=WatchCheckpoint(list_complete=True))
+    yield messages.watched("t3", deleted=messages.container())
+    await abort(context, grpc.StatusCode.OUT_OF_RANGE, "RESUME_TOKEN_EXPIRED")
+
+
+async def test_watch_prints_a_line_for_each_event(server: ScriptedServer) -> None:
+    server.on("WatchContainers", changes)
+    ended = await run(server.address, "watch", "--state", "running", "--resume-token", "t0", "--changes-only")
+    assert ended.code == 1
+    assert "RESUME_TOKEN_EXPIRED" in ended.err
+    header, *lines = ended.out.splitlines()
+    assert header.split()[:4] == ["TIME", "EVENT", "NAME", "STATE"]
+    name = messages.container().name
+    assert [line.split()[1:3] for line in lines] == [["added", name], ["deleted", name]]
+    request = server.requests["WatchContainers"][0]
+    assert (request.resume_token, request.changes_only, len(request.filter.states)) == ("t0", True, 1)
+    ended = await run(server.address, "-o", "json", "watch")
+    shown = [json.loads(line) for line in ended.out.splitlines()]
+    assert [(one["event"], one["resume_token"]) for one in shown] == [
+        ("added", "t1"),
+        ("checkpoint", "t2"),
+        ("deleted", "t3"),
+    ]
+    assert shown[0]["container"]["name"] == name
+    assert shown[1]["list_complete"] is True
 
 
 async def test_create_sends_its_options_and_shows_stages_and_result(server: ScriptedServer) -> None:

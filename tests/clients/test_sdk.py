@@ -15,6 +15,7 @@ from gpudock import Client
 from gpudock._exec import ExecExit
 from gpudock.v1 import container_service_pb2 as pb
 from gpudock.v1 import exec_pb2, node_service_pb2, operation_pb2, operation_service_pb2
+from gpudock.v1.watch_pb2 import WatchCheckpoint
 
 from tests.clients import messages
 from tests.clients.scripted import Context, ScriptedServer, abort, lose, refusal, saying, unreadable_details
@@ -76,6 +77,45 @@ async def test_a_dropped_stream_is_attached_to_again(server: ScriptedServer, cli
     assert (await call).name == "train"
     assert [request.id for request in server.requests["WatchOperation"]] == [messages.OPERATION_ID]
     assert len(server.requests["CreateContainer"]) == 1
+
+
+async def test_a_watch_goes_on_behind_what_was_told(server: ScriptedServer, client: Client) -> None:
+    one, two = messages.container(), messages.container()
+    two.revision = 2
+
+    async def begins(_: Any, context: Context) -> AsyncIterator[pb.WatchContainersResponse]:
+        yield messages.watched("t1", added=one)
+        yield messages.watched("t2", checkpoint=WatchCheckpoint(list_complete=True))
+        await lose(context)
+
+    async def stops(_: Any, context: Context) -> AsyncIterator[pb.WatchContainersResponse]:
+        yield messages.watched("t3", modified=two)
+        await abort(context, grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+
+    async def expires(_: Any, context: Context) -> AsyncIterator[pb.WatchContainersResponse]:
+        yield messages.watched("t4", deleted=two)
+        await abort(context, grpc.StatusCode.OUT_OF_RANGE, "RESUME_TOKEN_EXPIRED")
+
+    server.on("WatchContainers", begins, stops, lost, expires)
+    watch = client.containers.watch(states=["running"], owner="me", changes_only=True)
+    told = [await anext(watch) for _ in range(3)]
+    assert [(event.kind, event.item and event.item.revision, event.resume_token) for event in told] == [
+        ("added", one.revision, "t1"),
+        ("modified", 2, "t3"),
+        ("deleted", 2, "t4"),
+    ]
+    with pytest.raises(gpudock.OutOfRange):
+        await anext(watch)
+    requests = server.requests["WatchContainers"]
+    assert [request.resume_token for request in requests] == ["", "t2", "t3", "t3"]
+    assert all(request.filter == requests[0].filter and request.changes_only for request in requests)
+    assert watch.resume_token == told[-1].resume_token
+
+    server.on("WatchContainers", begins)
+    patient = client.containers.watch(resume_token=told[0].resume_token, checkpoints=True)
+    assert [(await anext(patient)).kind for _ in range(2)] == ["added", "checkpoint"]
+    await patient.aclose()
+    assert server.requests["WatchContainers"][-1].resume_token == told[0].resume_token
 
 
 async def test_a_stream_lost_before_its_first_snapshot_is_begun_again_with_the_same_request_id(

@@ -40,10 +40,11 @@ class Grpcurl:
         flags = ("-emit-defaults", "-d", json.dumps(request or {}))
         done = await asyncio.to_thread(self.run, OURS + method, flags=flags)
         assert done.returncode == 0, (method, done.stdout, done.stderr)
-        return list(_documents(done.stdout))
+        return list(documents(done.stdout))
 
 
-def _documents(text: str) -> list[dict[str, Any]]:
+def documents(text: str) -> list[dict[str, Any]]:
+    """The JSON objects in what it prints."""
     decoder, found, at = json.JSONDecoder(), [], 0
     while (start := text.find("{", at)) >= 0:
         document, at = decoder.raw_decode(text, start)

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from tests.calls import IDLE, IMAGE, Caller
-from tests.engine.grpcurl import OURS, Grpcurl
+from tests.engine.grpcurl import OURS, Grpcurl, documents
 from tests.rig import Daemon
 
 STANDARD = {
@@ -63,6 +63,8 @@ async def test_every_method_is_called(grpcurl: Grpcurl, caller: Caller) -> None:
     assert got["container"]["spec"]["image"] == IMAGE
     (listed,) = await call("ContainerService/ListContainers", {"filter": {"states": ["CONTAINER_STATE_RUNNING"]}})
     assert [one["name"] for one in listed["containers"]] == ["curled"]
+
+    _watch(grpcurl, "curled")
 
     start = {"container": "curled", "command": ["sh", "-c", "echo out; echo err >&2; exit 3"]}
     said = await call("ContainerService/ExecContainer", {"start": start})
@@ -127,6 +129,17 @@ async def _revisions_are_called(grpcurl: Grpcurl, name: str) -> None:
     (revision,) = await call("ContainerService/GetContainerRevision", {**named, "revision": 3})
     assert revision["revision"]["snapshot"]["kind"] == "SNAPSHOT_KIND_TREE"
     await call("ContainerService/DeleteContainerRevision", {**named, "revision": 1})
+
+
+def _watch(grpcurl: Grpcurl, name: str) -> None:
+    # It has no end of its own, so it is given one.
+    following = grpcurl.run(OURS + "ContainerService/WatchContainers", flags=("-max-time", "1.5", "-emit-defaults"))
+    grpcurl.called.add("ContainerService/WatchContainers")
+    assert "DeadlineExceeded" in following.stderr
+    told = documents(following.stdout)
+    assert [one["added"]["name"] for one in told[:-1]] == [name]
+    assert told[-1]["checkpoint"] == {"list_complete": True}
+    assert all(one["resume_token"] for one in told)
 
 
 def test_a_mistake_is_told_with_its_fields(grpcurl: Grpcurl) -> None:

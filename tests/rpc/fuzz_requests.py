@@ -70,6 +70,7 @@ _HINTS: Mapping[str, tuple[str, ...]] = {
     "stop_signal": ("TERM", "SIGINT", "15", "NONE"),
     "volume": ("data", "..", "a/b"),
     "page_token": ("", "AAAA", "bm9wZQ", "é", "====", "A" * 4000),
+    "resume_token": ("", "AAAA", "bm9wZQ", "é", "====", "A" * 4000),
     "etag": ("", "775baa82.1"),
     "owner": ("", "team@example.com"),
     "command": ("true", "", "-c"),
@@ -174,6 +175,8 @@ def _scalar(field: FieldDescriptor) -> st.SearchStrategy[Any]:
 
 # Requests that are taken may have much to show; a few of it will do.
 _READ_AT_MOST = 20
+# These go on for ever, and their first message says that they were taken.
+_ENDLESS = ("/WatchContainers",)
 
 
 # grpc.aio's client gives a call that the server has ended an INTERNAL of its own, with this in its text, if it was just
@@ -195,7 +198,7 @@ async def outcome(
     for pause in _PAUSES:
         made = _made(channel, call, messages, pause, seconds + pause * len(messages))
         if call.server_streaming:
-            await _read(made)
+            await _read(made, 1 if call.path.endswith(_ENDLESS) else _READ_AT_MOST)
         code = await made.code()
         if code is not grpc.StatusCode.INTERNAL or _LOST_RACE not in (await made.details() or ""):
             break
@@ -218,12 +221,12 @@ async def _paced(messages: Sequence[Message], pause: float) -> AsyncIterator[Mes
         await asyncio.sleep(pause)
 
 
-async def _read(made: Any) -> None:
+async def _read(made: Any, at_most: int) -> None:
     try:
         count = 0
         async for _ in made:
             count += 1
-            if count == _READ_AT_MOST:
+            if count == at_most:
                 made.cancel()
     except (grpc.aio.AioRpcError, asyncio.CancelledError):
         # Its code says it.

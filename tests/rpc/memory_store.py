@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import replace
 
-from gpudock_server.errors import FieldViolation, InvalidArgument
+from gpudock_server.errors import FieldViolation, InvalidArgument, ResumeTokenExpired
 from gpudock_server.model import changes as change
 from gpudock_server.model.claims import ClaimKey, ClaimTable, Holder
 from gpudock_server.model.container import Container
@@ -14,6 +16,7 @@ from gpudock_server.ports import (
     ContainerView,
     Page,
     RevisionView,
+    Seen,
     Store,
     StoreConflict,
     T,
@@ -35,15 +38,35 @@ class MemoryStore(Store):
         self.past: dict[tuple[str, int], RevisionView] = {}
         self.reads = 0
         self._moments: list[Sequence[object]] = []
+        # What every change of heads and locks was for a watch; the first `forgotten` of them are no longer told.
+        self.told: list[tuple[ContainerView | None, ContainerView | None]] = []
+        self.forgotten = 0
+        self._happened = asyncio.Event()
 
     @override
     async def apply(self, changes: Sequence[change.Change]) -> int:
         for item in changes:
             self._check(item)
+        before = self._views()
         self.version += 1
         for item in changes:
             self._do(item)
+        self._record(before)
         return self.version
+
+    def _views(self) -> dict[str, ContainerView]:
+        return {
+            name: ContainerView(head.value, head.version, self.locks.get(name, ""))
+            for name, head in sorted(self.heads.items())
+        }
+
+    def _record(self, before: Mapping[str, ContainerView]) -> None:
+        after = self._views()
+        for name in sorted(before.keys() | after.keys()):
+            if before.get(name) != after.get(name):
+                self.told.append((before.get(name), after.get(name)))
+        self._happened.set()
+        self._happened = asyncio.Event()
 
     def _check(self, item: change.Change) -> None:
         found: object = None
@@ -100,8 +123,10 @@ class MemoryStore(Store):
 
     def put(self, container: Container) -> None:
         """A container that was made earlier."""
+        before = self._views()
         self.version += 1
         self.heads[container.name] = Versioned(container, self.version)
+        self._record(before)
 
     @override
     async def container(self, name: str) -> ContainerView | None:
@@ -110,11 +135,32 @@ class MemoryStore(Store):
 
     @override
     async def containers(self, *, page_size: int, page_token: str) -> Page[ContainerView]:
-        views = [
-            ContainerView(head.value, head.version, self.locks.get(name, ""))
-            for name, head in sorted(self.heads.items())
-        ]
-        return self._page(views, page_size, page_token)
+        page = self._page(list(self._views().values()), page_size, page_token)
+        return replace(page, watch_token=f"seen {len(self.told)}")
+
+    @override
+    async def watch_containers(self, *, token: str, listing: bool) -> AsyncGenerator[Seen[ContainerView], None]:
+        place = len(self.told)
+        if token:
+            word, _, number = token.partition(" ")
+            if word != "seen" or not number.isdecimal():
+                raise InvalidArgument((FieldViolation("resume_token", "is none of mine"),))
+            place = int(number)
+        elif listing:
+            # One that is broken off begins anew.
+            for view in self._views().values():
+                yield Seen(None, view, "seen 0")
+        yield Seen(None, None, f"seen {place}", list_complete=listing and not token)
+        while True:
+            if place < self.forgotten:
+                raise ResumeTokenExpired(token)
+            happened = self._happened
+            if place == len(self.told):
+                await happened.wait()
+                continue
+            before, after = self.told[place]
+            place += 1
+            yield Seen(before, after, f"seen {place}")
 
     def _page(self, items: Sequence[T], size: int, token: str) -> Page[T]:
         self.reads += 1

@@ -20,6 +20,7 @@ from gpudock_server.core.containers import Containers, World, saga_builder
 from gpudock_server.core.exec_sessions import ExecSessions
 from gpudock_server.core.nodes import Nodes
 from gpudock_server.core.operations import Operations
+from gpudock_server.core.watches import Watches
 from gpudock_server.rpc.server import RpcServer, Services, build_server
 from gpudock_server.settings import Settings
 from grpc_status import rpc_status
@@ -54,6 +55,7 @@ class Served:
     processes: FakeProcesses
     operations: Operations
     execs: ExecSessions
+    watches: Watches
     server: RpcServer
     channel: grpc.aio.Channel
     containers: ContainerServiceStub
@@ -80,7 +82,8 @@ async def serve(folder: Path) -> AsyncIterator[Served]:
     execs = ExecSessions(world, processes, hangup_grace=0.2, limit=4)
     containers = Containers(world, operations)
     nodes = Nodes(world, inventory, version="1", start_time=LONG_AGO, port_range=PORTS)
-    services = Services(containers=containers, operations=operations, execs=execs, nodes=nodes)
+    watches = Watches(store, checkpoint_seconds=60)
+    services = Services(containers=containers, operations=operations, execs=execs, nodes=nodes, watches=watches)
     server = build_server(services, Settings())
     address = f"unix:{folder / 'rpc.sock'}"
     server.grpc.add_insecure_port(address)
@@ -93,6 +96,7 @@ async def serve(folder: Path) -> AsyncIterator[Served]:
                 processes=processes,
                 operations=operations,
                 execs=execs,
+                watches=watches,
                 server=server,
                 channel=channel,
                 containers=ContainerServiceStub(channel),

@@ -74,6 +74,55 @@ async def test_hanging_up_only_stops_watching(served: Served) -> None:
     assert events[-1].result.container.name == "a"
 
 
+async def test_a_watch_tells_what_matches_and_how_it_goes_on(served: Served) -> None:
+    running = container_service_pb2.ContainerFilter(states=[container_pb2.CONTAINER_STATE_RUNNING])
+    await made(served)
+    call = served.containers.WatchContainers(container_service_pb2.WatchContainersRequest(filter=running))
+    told = aiter(call)
+    assert (await anext(told)).added.name == "a"
+    listed = await anext(told)
+    assert listed.checkpoint.list_complete
+    await served.containers.StopContainer(container_service_pb2.StopContainerRequest(name="a"))
+    while (gone := await anext(told)).WhichOneof("event") == "modified":
+        pass
+    assert gone.deleted.status.state == container_pb2.CONTAINER_STATE_RUNNING
+    call.cancel()
+    request = container_service_pb2.WatchContainersRequest(filter=running, resume_token=listed.resume_token)
+    again = aiter(served.containers.WatchContainers(request))
+    assert not (await anext(again)).checkpoint.list_complete
+    while (event := await anext(again)).WhichOneof("event") == "modified":
+        pass
+    assert event == gone
+    request.filter.owner = "alice"
+    _, refused = await to_the_end(served.containers.WatchContainers(request))
+    assert reason_of(refused) == "INVALID_ARGUMENT"
+    request.filter.owner = ""
+    served.store.forgotten = len(served.store.told)
+    _, expired = await to_the_end(served.containers.WatchContainers(request))
+    assert expired is not None
+    assert expired.code() is grpc.StatusCode.OUT_OF_RANGE
+    assert reason_of(expired) == "RESUME_TOKEN_EXPIRED"
+    # What is to come is told until the server stops.
+    served.watches.drain()
+    _, stopped = await to_the_end(again)
+    assert reason_of(stopped) == "SHUTTING_DOWN"
+    _, stopped = await to_the_end(served.containers.WatchContainers(container_service_pb2.WatchContainersRequest()))
+    assert reason_of(stopped) == "SHUTTING_DOWN"
+
+
+async def test_changes_only_begins_with_a_checkpoint(served: Served) -> None:
+    await made(served)
+    request = container_service_pb2.WatchContainersRequest(changes_only=True)
+    call = served.containers.WatchContainers(request)
+    told = aiter(call)
+    first = await anext(told)
+    assert first.WhichOneof("event") == "checkpoint"
+    assert not first.checkpoint.list_complete
+    await made(served, "b")
+    assert (await anext(told)).added.name == "b"
+    call.cancel()
+
+
 async def test_a_mutation_that_waits_goes_on_without_its_caller(served: Served) -> None:
     await made(served)
     gate = served.engine.gates["stop"] = asyncio.Event()

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from gpudock._channel import ADDRESS_VARIABLE, DEFAULT_ADDRESS, TOKEN_FILE_VARIABLE
-from gpudock.cli import _create, _exec, _inspect, _life, _operations, _scale
+from gpudock.cli import _create, _exec, _inspect, _life, _operations, _scale, _watch
 from gpudock.cli._exit_codes import EXIT_CODE_HELP
 from gpudock.cli._session import Session
 
@@ -79,6 +79,7 @@ for _command in (
     _create.create,
     _inspect.get,
     _inspect.list_containers,
+    _watch.watch,
     _life.start,
     _life.stop,
     _life.restart,

@@ -6,7 +6,14 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Protocol, TypeVar
 
-from gpudock.v1 import container_pb2, container_revision_pb2, container_service_pb2, exec_pb2, operation_pb2
+from gpudock.v1 import (
+    container_pb2,
+    container_revision_pb2,
+    container_service_pb2,
+    exec_pb2,
+    operation_pb2,
+    watch_pb2,
+)
 from gpudock.v1.container_service_pb2_grpc import ContainerServiceServicer
 from typing_extensions import override
 
@@ -14,15 +21,16 @@ from gpudock_server.core.containers import Containers
 from gpudock_server.core.containers.commands import Command
 from gpudock_server.core.exec_sessions import ExecSessions
 from gpudock_server.core.operations import Operations, RequestKey
+from gpudock_server.core.watches import Watches
 from gpudock_server.ports import ContainerView, Page, RevisionView
-from gpudock_server.rpc import page, progress
+from gpudock_server.rpc import page, page_token, progress
 from gpudock_server.rpc.convert.container import container_message, view_message
 from gpudock_server.rpc.convert.revision import revision_message
 from gpudock_server.rpc.exec_call import serve_exec
 from gpudock_server.rpc.interception import Context
 from gpudock_server.rpc.request_key import Mutation, request_key
 from gpudock_server.rpc.validation import containers as validation
-from gpudock_server.rpc.validation import listing
+from gpudock_server.rpc.validation import listing, watching
 
 SERVICE = container_service_pb2.DESCRIPTOR.services_by_name["ContainerService"].full_name
 
@@ -55,8 +63,9 @@ class ContainerService(ContainerServiceServicer):
     else. Only `interception.wrap`, which is around every method of this server, knows what to do with that.
     """
 
-    def __init__(self, containers: Containers, operations: Operations, execs: ExecSessions) -> None:
+    def __init__(self, containers: Containers, operations: Operations, execs: ExecSessions, watches: Watches) -> None:
         self._containers = containers
+        self._watches = watches
         self._operations = operations
         self._execs = execs
 
@@ -78,8 +87,26 @@ class ContainerService(ContainerServiceServicer):
     async def ListContainers(
         self, request: container_service_pb2.ListContainersRequest, context: Context
     ) -> container_service_pb2.ListContainersResponse:
-        found, token = await page.from_store(listing.containers(request), self._read, view_message)
-        return container_service_pb2.ListContainersResponse(containers=found, next_page_token=token)
+        moment = ""
+
+        async def read(page_size: int, page_token: str) -> Page[ContainerView]:
+            nonlocal moment
+            found = await self._containers.list(page_size=page_size, page_token=page_token)
+            moment = found.watch_token
+            return found
+
+        found, token = await page.from_store(listing.containers(request), read, view_message)
+        return container_service_pb2.ListContainersResponse(
+            containers=found,
+            next_page_token=token,
+            resume_token=page_token.sealed(watching.container_scope(request.filter), moment),
+        )
+
+    @override
+    def WatchContainers(
+        self, request: container_service_pb2.WatchContainersRequest, context: Context
+    ) -> AsyncIterator[container_service_pb2.WatchContainersResponse]:
+        return self._watch(watching.containers(request))
 
     @override
     def StartContainer(
@@ -181,8 +208,19 @@ class ContainerService(ContainerServiceServicer):
     ) -> None:
         await serve_exec(self._execs, request_iterator, context)
 
-    async def _read(self, page_size: int, page_token: str) -> Page[ContainerView]:
-        return await self._containers.list(page_size=page_size, page_token=page_token)
+    async def _watch(
+        self, asked: watching.Watching[ContainerView]
+    ) -> AsyncIterator[container_service_pb2.WatchContainersResponse]:
+        watch = self._watches.containers(asked.wanted, token=asked.resume, listing=asked.listing)
+        async with aclosing(watch) as told:
+            async for each in told:
+                response = container_service_pb2.WatchContainersResponse(resume_token=asked.token(each.token))
+                if each.tidings is None or each.item is None:
+                    response.checkpoint.CopyFrom(watch_pb2.WatchCheckpoint(list_complete=each.list_complete))
+                else:
+                    # The field of the event is named by what happened.
+                    getattr(response, each.tidings.value).CopyFrom(view_message(each.item))
+                yield response
 
     async def _operate(
         self, method: str, request: _Plannable, command: Command, event: _Event[R_co]

@@ -20,6 +20,7 @@ from gpudock_server.core.containers import Containers
 from gpudock_server.core.exec_sessions import ExecSessions
 from gpudock_server.core.nodes import Nodes
 from gpudock_server.core.operations import Operations
+from gpudock_server.core.watches import Watches
 from gpudock_server.rpc import container_service, node_service, operation_service
 from gpudock_server.rpc.audit import AuditInterceptor
 from gpudock_server.rpc.container_service import ContainerService
@@ -72,6 +73,7 @@ class Services:
     operations: Operations
     execs: ExecSessions
     nodes: Nodes
+    watches: Watches
 
 
 class RpcServer:
@@ -82,7 +84,7 @@ class RpcServer:
         self.grpc = grpc.aio.server(interceptors=interceptors, options=_OPTIONS)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in its stubs
         add_ContainerServiceServicer_to_server(
-            ContainerService(services.containers, services.operations, services.execs), self.grpc
+            ContainerService(services.containers, services.operations, services.execs, services.watches), self.grpc
         )
         add_OperationServiceServicer_to_server(OperationService(services.operations), self.grpc)
         add_NodeServiceServicer_to_server(NodeService(services.nodes, services.containers), self.grpc)

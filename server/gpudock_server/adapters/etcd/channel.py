@@ -83,6 +83,7 @@ class EtcdClient(aetcd.Client):  # type: ignore[misc] # aetcd ships no types
         self.auth_stub = rpc.AuthStub(self.channel)
         self.kvstub = rpc.KVStub(self.channel)
         self.leasestub = rpc.LeaseStub(self.channel)
+        self.watchstub = rpc.WatchStub(self.channel)
         self.maintenancestub = rpc.MaintenanceStub(self.channel)
         self._connected.set()
 

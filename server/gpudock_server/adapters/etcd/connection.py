@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -17,7 +17,18 @@ import grpc.aio
 from aetcd import rpc
 
 from gpudock_server.adapters.etcd.channel import EtcdAddress, EtcdClient
-from gpudock_server.adapters.etcd.wire import Compare, Do, Message, TxnAnswer, txn_answer, txn_request
+from gpudock_server.adapters.etcd.keys import KeyRange
+from gpudock_server.adapters.etcd.wire import (
+    Compare,
+    Do,
+    Message,
+    TxnAnswer,
+    WatchAnswer,
+    txn_answer,
+    txn_request,
+    watch_answer,
+    watch_request,
+)
 from gpudock_server.errors import StoreUnavailable
 
 T = TypeVar("T")
@@ -40,6 +51,8 @@ _UNANSWERED = frozenset(
 )
 # Refusals that pass: etcd has more to do than it can, or its users were changed while it looked at the call.
 _PASSING = ("too many requests", "revision of auth store is old")
+# A member that has lost its leader is to say so, instead of being silent for as long as that lasts.
+_HAS_LEADER = (("hasleader", "true"),)
 
 
 class CallFailed(Exception):
@@ -157,6 +170,31 @@ class EtcdConnection:
         """End a lease, and every key that it holds. Raises CallFailed."""
         await self._call(lambda: self._client.leasestub.LeaseRevoke, rpc.LeaseRevokeRequest(ID=lease))
 
+    async def watch(self, keys: KeyRange, start: int, *, timeout: float | None = None) -> WatchStream:
+        """Begin to watch a range from revision `start` on, which may be one that is to come.
+
+        Returns when etcd has said that it does, within `timeout` s. Raises CallFailed.
+        """
+        limit = self._timeout if timeout is None else min(timeout, self._timeout)
+
+        async def begin() -> WatchStream:
+            stream = WatchStream(
+                self._client.watchstub.Watch(metadata=(*(self._client.metadata or ()), *_HAS_LEADER)),
+                self._mapped_errors,
+            )
+            try:
+                async with asyncio.timeout(limit):
+                    await stream.begin(keys, start)
+            except TimeoutError:
+                stream.close()
+                raise CallFailed("DEADLINE_EXCEEDED", "etcd did not begin to watch", unanswered=True) from None
+            except BaseException:
+                stream.close()
+                raise
+            return stream
+
+        return await self._logged_in(begin)
+
     async def status(self) -> Status:
         """How the member that answers is. Raises CallFailed."""
         answer = await self._call(lambda: self._client.maintenancestub.Status, rpc.StatusRequest())
@@ -201,6 +239,38 @@ class EtcdConnection:
             if not self._usable.is_set() and task is not None and not task.cancelling():
                 raise CallFailed("CANCELLED", "this daemon has closed its connection", unanswered=True) from None
             raise
+
+
+class WatchStream:
+    """A watch of one range, which lasts until it is closed or fails.
+
+    What is not read stays with etcd, but for a few messages on the way.
+    """
+
+    def __init__(self, call: Message, mapped_errors: Callable[[], AbstractAsyncContextManager[None]]) -> None:
+        self._call = call
+        self._mapped_errors = mapped_errors
+
+    async def begin(self, keys: KeyRange, start: int) -> None:
+        """Ask for it. Raises CallFailed."""
+        async with self._mapped_errors():
+            await self._call.write(watch_request(keys, start))
+        # etcd confirms, also where it refuses; a refusal for what was compacted follows as a message of its own.
+        answer = await self.read()
+        if answer.refusal:
+            raise CallFailed("PERMISSION_DENIED", answer.refusal, unanswered=False)
+
+    async def read(self) -> WatchAnswer:
+        """The next message. Cancelling it ends the watch. Raises CallFailed."""
+        async with self._mapped_errors():
+            answer = await self._call.read()
+        if answer is grpc.aio.EOF:  # type: ignore[attr-defined]  # missing in its stubs
+            raise CallFailed("UNAVAILABLE", "etcd ended the watch", unanswered=True)
+        return watch_answer(answer)
+
+    def close(self) -> None:
+        """End it; may be repeated."""
+        self._call.cancel()
 
 
 class Pauses:

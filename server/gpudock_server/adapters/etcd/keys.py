@@ -24,6 +24,8 @@ uids and the UUIDs of cards that changes nothing.
                                              bare                 begins the operation     ends the operation
     requests/<request_id>                    RequestRecord        likewise                 with a lease, once the
                                                                                            operation ended
+    idle/<kind>s                             nothing              a daemon whose watch of  never
+                                                                  the kind hears nothing
 
 - A claim is keyed by host and not by node: two daemons on one host, whatever their nodes are called, can never hand
   out one card twice. It exists or it does not; every claim is made on the condition that it does not.
@@ -32,6 +34,9 @@ uids and the UUIDs of cards that changes nothing.
 - A lock's value is bare because it is compared as it stands: a daemon with a newer schema must be able to release
   what an older one locked.
 - A lock is on a name; an operation that works on several objects holds one on each.
+- A watch sees heads, locks and the idle key of a kind by one range of etcd's that spans all three, with what lies
+  between: only then do they come in the order in which they happened. What is put at the idle key is heard by every
+  watch of the kind and tells each how far it has come. (etcd's own progress requests overtake events before 3.5.8.)
 - The version that callers compare and set against is the mod_revision of the key; 0 is "there is none".
 """
 
@@ -64,6 +69,25 @@ class KeyRange:
     def holds(self, key: bytes) -> bool:
         """Whether `key` lies in it."""
         return self.start <= key < self.end
+
+    def rest(self, key: bytes) -> bytes:
+        """What tells `key` from the others in it; the same for an object's head and its lock."""
+        return key.removeprefix(self.start)
+
+
+@dataclass(frozen=True, slots=True)
+class WatchedKeys:
+    """What a watch of one kind of object looks at."""
+
+    heads: KeyRange
+    locks: KeyRange
+    idle: bytes
+
+    @property
+    def span(self) -> KeyRange:
+        """The one range that has all of it, and other things."""
+        starts, ends = (self.heads.start, self.locks.start, self.idle), (self.heads.end, self.locks.end)
+        return KeyRange(min(starts), max(*ends, self.idle + b"\0"))
 
 
 class Keys:
@@ -126,6 +150,10 @@ class Keys:
     def all_locks(self) -> KeyRange:
         """Every lock there is."""
         return self._below("locks")
+
+    def watched(self, kind: TargetKind, heads: KeyRange) -> WatchedKeys:
+        """What a watch of the objects of a kind looks at."""
+        return WatchedKeys(heads, self.locks(kind), self._key("idle", f"{kind.value}s"))
 
     def container_revision(self, uid: str, number: int) -> bytes:
         """One revision of a container."""

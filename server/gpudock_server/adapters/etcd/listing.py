@@ -23,11 +23,15 @@ _MAX_REVISION = 2**63 - 1
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A page: its entries, all of `beside` at the same moment, and the next page's token (empty: this was the last)."""
+    """A page: its entries, all of `beside` at the same moment, and the next page's token (empty: this was the last).
+
+    `revision` is that moment.
+    """
 
     entries: tuple[Entry, ...]
     beside: tuple[Entry, ...]
     next_token: str
+    revision: int
 
 
 async def list_page(
@@ -62,6 +66,7 @@ async def list_page(
         entries=page.entries,
         beside=answer.ranges[1].entries if beside else (),
         next_token=_token(revision or answer.revision, page.entries[-1].key) if page.more else "",
+        revision=revision or answer.revision,
     )
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from datetime import timedelta
+from functools import lru_cache
 
 from gpudock_server.adapters.etcd import wire
 from gpudock_server.adapters.etcd.connection import CallFailed, EtcdConnection
 from gpudock_server.adapters.etcd.expiry import ExpiryBuckets
-from gpudock_server.adapters.etcd.keys import DEFAULT_PREFIX, SCHEMA, KeyRange, Keys
+from gpudock_server.adapters.etcd.keys import DEFAULT_PREFIX, SCHEMA, KeyRange, Keys, WatchedKeys
 from gpudock_server.adapters.etcd.listing import list_page
 from gpudock_server.adapters.etcd.transactions import Transaction
 from gpudock_server.adapters.etcd.values import R, UnreadableValueError, decode, decode_number, encode_number
+from gpudock_server.adapters.etcd.watching import HeadWatch, Pulse, V, told_token
 from gpudock_server.adapters.etcd.wire import MAX_TXN_OPERATIONS, Entry, TxnAnswer
 from gpudock_server.errors import StoreUnavailable
 from gpudock_server.model.changes import Change
@@ -22,19 +24,24 @@ from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import Operation, RequestRecord
 from gpudock_server.model.snapshot import Snapshot
 from gpudock_server.model.target import TargetKind
-from gpudock_server.ports import ContainerView, Page, RevisionView, Versioned
+from gpudock_server.ports import ContainerView, Page, RevisionView, Seen, Versioned
 from gpudock_server.startup import StartupError
 
 DEFAULT_RETENTION = timedelta(hours=24)
 DEFAULT_DEADLINE = timedelta(seconds=5)
 DEFAULT_BUCKET = timedelta(hours=1)
+DEFAULT_IDLE = timedelta(seconds=10)
+# How many heads are kept decoded: watches of the same objects decode each change once between them. Large ones are not.
+_DECODED = 128
+_LARGEST_DECODED = 32 * 1024
 
 
 class EtcdStore:
     """gpudock's state below `prefix` in etcd: `ports.Store`.
 
     What has ended is kept for `retention`, and up to two `bucket` longer. A call that etcd does not answer is tried
-    again, and a transaction's outcome found out, until `deadline` has passed; then StoreUnavailable is raised.
+    again, and a transaction's outcome found out, until `deadline` has passed; then StoreUnavailable is raised. A watch
+    in which nothing happens says so, and moves on, every `idle`.
 
     The connection is the caller's: it is opened before and closed after.
     """
@@ -47,11 +54,16 @@ class EtcdStore:
         retention: timedelta = DEFAULT_RETENTION,
         bucket: timedelta = DEFAULT_BUCKET,
         deadline: timedelta = DEFAULT_DEADLINE,
+        idle: timedelta = DEFAULT_IDLE,
     ) -> None:
         self._connection = connection
         self._keys = Keys(prefix)
         self._expiry = ExpiryBuckets(connection, retention, bucket)
         self._deadline = deadline
+        self._idle = idle
+        self._watched_containers = self._keys.watched(TargetKind.CONTAINER, self._keys.containers())
+        self._pulses: dict[bytes, Pulse] = {}
+        self._decoded_head = lru_cache(_DECODED)(_decode_head)
 
     async def open(self) -> None:
         """Check that the state is in a schema that this daemon knows, or begin it.
@@ -134,6 +146,7 @@ class EtcdStore:
                 for view, lock in zip(views, lock_of, strict=True)
             ),
             page.next_token,
+            told_token(self._watched_containers, page.revision),
         )
 
     async def revisions(self, uid: str, *, page_size: int, page_token: str) -> Page[RevisionView]:
@@ -172,6 +185,26 @@ class EtcdStore:
         found = [decode(ContainerRevision, entry.key, entry.value) for entry in revisions]
         # The number comes from the record, so that no key has to be taken apart.
         return tuple(RevisionView(one, kept.get(self._keys.container_snapshot(uid, one.revision))) for one in found)
+
+    def watch_containers(self, *, token: str, listing: bool) -> AsyncGenerator[Seen[ContainerView], None]:
+        """Heads and their locks as they change: see `ports.Store.watch_containers`."""
+
+        def view(head: Entry, lock: Entry | None) -> ContainerView:
+            decoded = self._decoded_head if len(head.value) <= _LARGEST_DECODED else _decode_head
+            return ContainerView(decoded(head.key, head.value), head.version, _operation_id(lock))
+
+        return self._watch(self._watched_containers, view, token, listing=listing)
+
+    async def _watch(
+        self, keys: WatchedKeys, view: Callable[[Entry, Entry | None], V], token: str, *, listing: bool
+    ) -> AsyncGenerator[Seen[V], None]:
+        """A watch of any kind of object; `view` shows one that has this head and this lock."""
+        pulse = self._pulses.setdefault(keys.idle, Pulse(self._connection, keys.idle))
+        watch = HeadWatch(self._connection, keys, pulse, view, patience=self._deadline, idle=self._idle)
+        # Closed here and not by the garbage collector: a caller may leave at any yield.
+        async with _mapped_errors(), aclosing(watch.run(token, listing=listing)) as seen:
+            async for each in seen:
+                yield each
 
     async def claims(self, host: str) -> ClaimTable:
         """All claims of a host, at one moment."""
@@ -248,8 +281,16 @@ async def _mapped_errors() -> AsyncIterator[None]:
         raise StoreUnavailable(str(failure)) from None
 
 
+def _decode_head(key: bytes, value: bytes) -> Container:
+    return decode(Container, key, value)
+
+
 def _view(head: Entry, lock: Entry | None) -> ContainerView:
-    return ContainerView(decode(Container, head.key, head.value), head.version, lock.value.decode() if lock else "")
+    return ContainerView(decode(Container, head.key, head.value), head.version, _operation_id(lock))
+
+
+def _operation_id(lock: Entry | None) -> str:
+    return lock.value.decode() if lock else ""
 
 
 def _versioned(kind: type[R], entry: Entry | None) -> Versioned[R] | None:

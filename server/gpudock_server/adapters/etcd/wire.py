@@ -47,6 +47,31 @@ class RangeAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyChange:
+    """What became of a key: `after` is None where it was deleted, `before` where it was made or etcd forgot it."""
+
+    key: bytes
+    revision: int
+    before: Entry | None
+    after: Entry | None
+    made: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WatchAnswer:
+    """A message of a watch. `fragment`: the next one goes on with the same batch, perhaps in the same revision.
+
+    `compacted` is not 0 when the watch has ended because etcd no longer has what it asks for; it holds everything from
+    that revision on. `refusal` says why it ended otherwise.
+    """
+
+    changes: tuple[KeyChange, ...]
+    fragment: bool
+    compacted: int
+    refusal: str
+
+
+@dataclass(frozen=True, slots=True)
 class TxnAnswer:
     """How a transaction went. `ranges` are the answers of the reads in the branch that was taken, in their order."""
 
@@ -110,6 +135,40 @@ def txn_answer(response: Message) -> TxnAnswer:
     )
 
 
+def watch_request(keys: KeyRange, start: int) -> Message:
+    """Asks for every change in a range from revision `start` on, each with what was there before."""
+    # In fragments: a batch is a thousand revisions, and one message of them could be of any size.
+    create = rpc.WatchCreateRequest(
+        key=keys.start, range_end=keys.end, start_revision=start, prev_kv=True, fragment=True
+    )
+    return rpc.WatchRequest(create_request=create)
+
+
+def watch_answer(response: Message) -> WatchAnswer:
+    """A message of a watch."""
+    return WatchAnswer(
+        changes=tuple(_change(event) for event in response.events),
+        fragment=bool(response.fragment),
+        compacted=int(response.compact_revision) if response.canceled else 0,
+        refusal=str(response.cancel_reason or "no reason given") if response.canceled else "",
+    )
+
+
+def _change(event: Message) -> KeyChange:
+    kv = event.kv
+    deleted = event.type == rpc.Event.DELETE
+    return KeyChange(
+        key=bytes(kv.key),
+        revision=int(kv.mod_revision),
+        before=_entry(event.prev_kv) if event.HasField("prev_kv") else None,
+        after=None if deleted else _entry(kv),
+        made=not deleted and kv.create_revision == kv.mod_revision,
+    )
+
+
 def _entries(kvs: Iterable[Message]) -> Iterable[Entry]:
-    for kv in kvs:
-        yield Entry(key=bytes(kv.key), value=bytes(kv.value), version=int(kv.mod_revision), lease=int(kv.lease))
+    return map(_entry, kvs)
+
+
+def _entry(kv: Message) -> Entry:
+    return Entry(key=bytes(kv.key), value=bytes(kv.value), version=int(kv.mod_revision), lease=int(kv.lease))

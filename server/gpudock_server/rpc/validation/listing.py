@@ -69,7 +69,13 @@ class Listing(Generic[T]):
 def containers(request: container_service_pb2.ListContainersRequest) -> Listing[ContainerView]:
     """A page of containers."""
     violations = Violations()
-    asked = request.filter
+    return _listing(violations, request, container_filter(violations, request.filter))
+
+
+def container_filter(
+    violations: Violations, asked: container_service_pb2.ContainerFilter
+) -> Callable[[ContainerView], bool]:
+    """Whether a container is one of those asked for."""
     states = fields.choices_of(violations.at("filter"), "states", asked.states, _CONTAINER_STATES)
     labels = dict(asked.labels)
 
@@ -82,7 +88,7 @@ def containers(request: container_service_pb2.ListContainersRequest) -> Listing[
             and all(key in head.spec.labels and value in ("", head.spec.labels[key]) for key, value in labels.items())
         )
 
-    return _listing(violations, request, wanted)
+    return wanted
 
 
 def revisions(request: container_service_pb2.ListContainerRevisionsRequest) -> Listing[RevisionView]:

@@ -1,0 +1,103 @@
+"""Watches: what a caller is told of the changes that the store sees."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Generic
+
+from gpudock_server.errors import ShuttingDown
+from gpudock_server.ports import ContainerView, Seen, Store, T
+
+
+class Tidings(StrEnum):
+    """What is told of an object."""
+
+    ADDED = "added"
+    MODIFIED = "modified"
+    DELETED = "deleted"
+
+
+@dataclass(frozen=True, slots=True)
+class Told(Generic[T]):
+    """Something that happened, or a checkpoint, which has neither `tidings` nor `item`. `token` goes on behind it.
+
+    `item` is what the object became; of one that was deleted, or is no longer wanted, what it was.
+    """
+
+    token: str
+    tidings: Tidings | None = None
+    item: T | None = None
+    list_complete: bool = False
+
+
+class Watches:
+    """Watches of everything that can be watched.
+
+    Each says something at least every `checkpoint_seconds`; the store's idle interval has to be half of that.
+    """
+
+    def __init__(self, store: Store, *, checkpoint_seconds: float) -> None:
+        self._store = store
+        self._quiet_seconds = checkpoint_seconds / 2
+        self._draining = asyncio.Event()
+
+    def containers(
+        self, wanted: Callable[[ContainerView], bool], *, token: str, listing: bool
+    ) -> AsyncGenerator[Told[ContainerView], None]:
+        """Containers that are `wanted`, as they begin to be, change and cease to be, behind `token` or from now on.
+
+        `listing` shows first, without a token, those that are there. Raises ResumeTokenExpired, InvalidArgument
+        (resume_token), StoreUnavailable, ShuttingDown.
+        """
+        return self._tell(self._store.watch_containers(token=token, listing=listing), wanted)
+
+    def drain(self) -> None:
+        """End every watch, and begin none: with their tokens they go on elsewhere, or later."""
+        self._draining.set()
+
+    async def _tell(
+        self, seen: AsyncGenerator[Seen[T], None], wanted: Callable[[T], bool]
+    ) -> AsyncGenerator[Told[T], None]:
+        # So that the first one is told, which says that the watch has begun.
+        spoken = time.monotonic() - self._quiet_seconds
+        async with aclosing(seen):
+            while True:
+                told = _told(await self._next(seen), wanted)
+                if told.tidings or told.list_complete or time.monotonic() - spoken >= self._quiet_seconds:
+                    yield told
+                    spoken = time.monotonic()
+
+    async def _next(self, seen: AsyncGenerator[Seen[T], None]) -> Seen[T]:
+        """What the store sees next, unless this daemon shuts down first."""
+        if self._draining.is_set():
+            await seen.aclose()
+            raise ShuttingDown
+        following = asyncio.ensure_future(anext(seen))
+        draining = asyncio.create_task(self._draining.wait())
+        try:
+            await asyncio.wait((following, draining), return_when=asyncio.FIRST_COMPLETED)
+            if following.done():
+                return following.result()
+            raise ShuttingDown
+        finally:
+            draining.cancel()
+            if not following.done():
+                following.cancel()
+                # The generator cannot be closed before it has stopped.
+                await asyncio.wait((following,))
+
+
+def _told(seen: Seen[T], wanted: Callable[[T], bool]) -> Told[T]:
+    """What of it is told to a caller who wants only some."""
+    before = seen.before if seen.before is not None and wanted(seen.before) else None
+    after = seen.after if seen.after is not None and wanted(seen.after) else None
+    if after is not None:
+        return Told(seen.token, Tidings.MODIFIED if before is not None else Tidings.ADDED, after)
+    if before is not None:
+        return Told(seen.token, Tidings.DELETED, before)
+    return Told(seen.token, list_complete=seen.list_complete)
