@@ -40,27 +40,30 @@ async def executing(arena: Arena) -> list[Row]:
         # head writes so little at a time that it holds back both sides; dd does not.
         head = ["head", "-c", str(amount), "/dev/zero"]
         dd = ["dd", "if=/dev/zero", "bs=64k", f"count={amount >> 16}", "status=none"]
-        rows += [await _output(arena, daemon, engine_id, command, amount) for command in (head, dd)]
+        for command in (head, dd):
+            rows += await _output(arena, daemon, engine_id, command, amount)
     return rows
 
 
-async def _output(arena: Arena, daemon: Daemon, engine_id: str, command: list[str], amount: int) -> Row:
+async def _output(arena: Arena, daemon: Daemon, engine_id: str, command: list[str], amount: int) -> list[Row]:
     async def ours() -> float:
-        return amount / 1e3 / await _read_elsewhere(daemon.target, amount, command)
+        return amount / 1e3 / await _read_elsewhere("client", daemon.target, amount, command)
+
+    async def stubs() -> float:
+        return amount / 1e3 / await _read_elsewhere("stubs", daemon.target, amount, command)
 
     async def theirs() -> float:
         script = f"docker exec {engine_id} {shlex.join(command)} | cat >/dev/null"
         return amount / 1e3 / await arena.docker.time_shell(script)
 
-    samples = await compare(arena.rounds(12), {"gpudock": ours, "docker exec, piped to cat": theirs})
-    return versus(
-        samples,
-        "gpudock",
-        "docker exec, piped to cat",
-        name=f"exec output, {amount >> 20} MiB of {command[0]}",
-        unit=Unit.MB_PER_S,
-        target=Target(0.9, at_least=True),
-    )
+    pipe = "docker exec, piped to cat"
+    samples = await compare(arena.rounds(12), {"gpudock": ours, "gpudock, stubs": stubs, pipe: theirs})
+    name = f"exec output, {amount >> 20} MiB of {command[0]}"
+    target = Target(0.9, at_least=True)
+    return [
+        versus(samples, "gpudock", pipe, name=name, unit=Unit.MB_PER_S, target=target),
+        versus(samples, "gpudock, stubs", pipe, name=f"{name}, bare stubs", unit=Unit.MB_PER_S),
+    ]
 
 
 async def _first_byte(caller: Caller, *command: str) -> float:
@@ -75,9 +78,9 @@ async def _first_byte(caller: Caller, *command: str) -> float:
     return taken
 
 
-async def _read_elsewhere(target: str, amount: int, command: list[str]) -> float:
-    """Milliseconds that a client in a process of its own took to read all of it."""
-    words = ["-m", "benchmarks.reader", target, _NAME, str(amount), *command]
+async def _read_elsewhere(way: str, target: str, amount: int, command: list[str]) -> float:
+    """Milliseconds that a client in a process of its own took to read all of it, with what the reader calls `way`."""
+    words = ["-m", "benchmarks.reader", way, target, _NAME, str(amount), *command]
     process = await asyncio.create_subprocess_exec(sys.executable, *words, stdout=asyncio.subprocess.PIPE)
     said, _ = await process.communicate()
     if process.returncode:

@@ -9,7 +9,7 @@ import grpc.aio
 
 from gpudock._calls import Calls, fresh_id
 from gpudock._enums import value_of
-from gpudock._exec import Completed, ExecOptions, ExecSession, collect, start_of
+from gpudock._exec import Completed, ExecOptions, ExecSession, collect, exec_method, start_of
 from gpudock._operations import OperationCall, Operations, Stream
 from gpudock._pages import Pages
 from gpudock._spec import Gpus, Seconds, SpecOptions, duration, gpu_request, spec_of
@@ -34,6 +34,7 @@ class Containers:
     def __init__(self, calls: Calls, channel: grpc.aio.Channel, operations: Operations) -> None:
         self._calls = calls
         self._stub = ContainerServiceStub(channel)
+        self._exec = exec_method(channel)
         self._operations = operations
 
     def create(
@@ -224,7 +225,7 @@ class Containers:
 
     def exec(self, name: str, command: Sequence[str], **options: Unpack[ExecOptions]) -> ExecSession:
         """Run a command in a running container: `async with client.containers.exec("web", ["top"]) as session`."""
-        return ExecSession(lambda: self._calls.converse(self._stub.ExecContainer), start_of(name, command, options))
+        return ExecSession(lambda: self._calls.converse(self._exec), start_of(name, command, options))
 
     async def run(
         self,

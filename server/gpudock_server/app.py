@@ -45,6 +45,7 @@ from gpudock_server.core.retention import Retention
 from gpudock_server.core.watches import Watches
 from gpudock_server.errors import EngineRejected, EngineUnavailable, GpudockError, StoreUnavailable
 from gpudock_server.logs import configure
+from gpudock_server.memory import keep_freed_blocks
 from gpudock_server.model.claims import PortKey
 from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import CarryMethod
@@ -95,6 +96,7 @@ class Instruments:
 def run(settings: Settings, instruments: Instruments | None = None) -> int:
     """Serve until told to stop; the process's exit code. Raises StartupError for what an operator must mend."""
     configure(settings.log_format, settings.log_level)
+    keep_freed_blocks()
     return asyncio.run(_serve(settings, instruments or Instruments()))
 
 

@@ -206,6 +206,25 @@ async def test_a_scale_is_cancelled(behind: Caller, engine_proxy: EngineProxy, r
     assert (await cancel(behind, operation_id)).state == CANCELLED, "also when it is over"
 
 
+async def test_what_the_engine_stops_already_is_started_again_only_when_it_has_ended(caller: Caller, rig: Rig) -> None:
+    # As PID 1 it does not hear SIGTERM. A stop that has begun goes on in the engine, whoever hangs up.
+    spec = {"command": ["sleep", "infinity"], "stop_timeout": duration_pb2.Duration(seconds=2)}
+    before = await caller.create("deaf", 1, **spec)
+    stream = aiter(caller.containers.ScaleContainer(scale_request("deaf", 2)))
+    operation = (await anext(stream)).operation
+    while operation.stage != "stop":
+        operation = (await anext(stream)).operation
+    await cancel(caller, operation.id)
+    end = await failure(_drained(stream))
+    assert end.reason == "OPERATION_CANCELLED"
+    container = await caller.get("deaf")
+    assert container.status.state == RUNNING
+    assert container.status.engine_id == before.status.engine_id
+    state = rig.engine.call("GET", f"/containers/{container.status.engine_id}/json")["State"]
+    assert state["Running"]
+    assert state["StartedAt"] > state["FinishedAt"] > before.status.start_time.ToJsonString(), "nothing is to come"
+
+
 async def _drained(stream: AsyncIterator[Any]) -> None:
     async for _ in stream:
         pass

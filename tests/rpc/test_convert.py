@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from gpudock.v1 import container_pb2, gpu_pb2, node_pb2, operation_pb2, port_pb2
+from gpudock.v1 import container_pb2, exec_pb2, gpu_pb2, node_pb2, operation_pb2, port_pb2
 from gpudock_server.core.exec_sessions import Exited
 from gpudock_server.core.nodes import DiskUsage, HeldGpu, HeldPort, NodeView
 from gpudock_server.core.running import Snapshot
@@ -19,7 +19,7 @@ from gpudock_server.model.container import (
     Placement,
     PortBinding,
 )
-from gpudock_server.model.engine import EngineInfo
+from gpudock_server.model.engine import EngineInfo, ExecStream
 from gpudock_server.model.gpu import Gpu, GpuHealth, GpuProcess, GpuSnapshot, MigMode
 from gpudock_server.model.operation import (
     CarryMethod,
@@ -35,7 +35,7 @@ from gpudock_server.model.spec import ContainerSpec, GpuRequest, HealthCheck, Pr
 from gpudock_server.model.target import Target, TargetKind
 from gpudock_server.ports import ContainerView
 from gpudock_server.rpc.convert import container, gpu, operation, port
-from gpudock_server.rpc.convert.exec import exited_message
+from gpudock_server.rpc.convert.exec import encoded_output, exited_message
 from gpudock_server.rpc.convert.node import node_message
 from gpudock_server.rpc.convert.spec import RESTART_POLICIES, spec_message
 from gpudock_server.rpc.convert.times import duration, timestamp
@@ -411,3 +411,11 @@ def test_the_end_of_a_command() -> None:
     assert exited_message(Exited(code=0)).WhichOneof("result") == "code"
     killed = exited_message(Exited(code=137, signal="SIGKILL", timed_out=True))
     assert (killed.WhichOneof("result"), killed.signal, killed.timed_out) == ("signal", "SIGKILL", True)
+
+
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 16383, 16384, 524_288, 1 << 21])
+@pytest.mark.parametrize("stream", list(ExecStream))
+def test_output_is_encoded_as_protobuf_does(stream: ExecStream, size: int) -> None:
+    data = bytes(index % 251 for index in range(size))
+    message = exec_pb2.ExecContainerResponse(**{stream.value: data})  # type: ignore[arg-type]  # by the field's name
+    assert encoded_output(stream, data) == message.SerializeToString()

@@ -11,8 +11,8 @@ import pytest
 from gpudock_server.adapters.docker.wire import SocketWire
 
 KIB = 1024
-# Longer than a wire gathers what comes in a flow.
-LATER = 0.003
+# Longer than a wire gathers what comes in a flow, by a kernel whose clock ticks every 4 ms.
+LATER = 0.012
 
 
 @pytest.fixture
@@ -80,3 +80,58 @@ async def test_all_of_a_flow_arrives_in_order_at_any_pace(ends: tuple[socket.soc
     await sending
     assert got == sent
     wire.close()
+
+
+async def test_a_flow_comes_in_blocks_and_its_last_piece_at_once(ends: tuple[socket.socket, socket.socket]) -> None:
+    wire = SocketWire(ends[0])
+    sizes: list[int] = []
+    sending = asyncio.create_task(asyncio.to_thread(_send_pieces, ends[1], 10 * KIB, 800))
+    while sum(sizes) < 8000 * KIB:
+        sizes.append(len(await taken(wire)))
+    await sending
+    # Each by itself it would be 800.
+    assert len(sizes) < 200
+    assert max(sizes) <= 512 * KIB
+    # The other side still holds the wire, and has no more to say.
+    assert sum(sizes) == 8000 * KIB
+    wire.close()
+
+
+def _send_pieces(end: socket.socket, size: int, count: int) -> None:
+    for _ in range(count):
+        end.sendall(b"x" * size)
+
+
+async def test_closed_while_a_flow_is_gathered(ends: tuple[socket.socket, socket.socket]) -> None:
+    wire = SocketWire(ends[0])
+    ends[1].sendall(b"a" * 64 * KIB)
+    assert await taken(wire)
+    waiting = asyncio.create_task(taken(wire))
+    ends[1].sendall(b"b" * 64 * KIB)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    wire.close()
+    await waiting
+    assert ends[0].fileno() < 0
+    assert await taken(wire) == b""
+    wire.close()
+
+
+async def test_what_the_other_side_does_not_read_holds_the_sender_back_and_not_the_receiver(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
+    wire = SocketWire(ends[0])
+    sending = asyncio.create_task(wire.send(b"x" * 2048 * KIB))
+    await asyncio.sleep(LATER)
+    ends[1].sendall(b"answer")
+    assert await taken(wire) == b"answer"
+    assert not sending.done()
+    got = await asyncio.to_thread(_receive, ends[1], 2048 * KIB)
+    assert await sending
+    assert got == b"x" * 2048 * KIB
+    wire.close()
+
+
+def _receive(end: socket.socket, size: int) -> bytes:
+    end.setblocking(True)  # noqa: FBT003 - the library's signature
+    return end.recv(size, socket.MSG_WAITALL)

@@ -1,7 +1,8 @@
 """Bytes that are not the message they should be are the caller's mistake, and said to be one.
 
 grpc decodes a request before it calls anything of ours, and gives the text of the failure away. Here such bytes pass as
-a `_Malformed` through whatever is around the call, and end it with InvalidArgument.
+a `_Malformed` through whatever is around the call, and end it with InvalidArgument. The other way round, a response
+that is bytes already is taken for encoded.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class _Tolerant(_MethodHandler):
         self.unary_stream = handler.unary_stream
         self.stream_unary = handler.stream_unary
         self.stream_stream = handler.stream_stream
-        self.response_serializer = handler.response_serializer
+        self.response_serializer = _unless_encoded(handler.response_serializer)
         self.request_deserializer = _tolerant(handler.request_deserializer)
 
 
@@ -79,6 +80,16 @@ def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], A
             return _Malformed()
 
     return read
+
+
+def _unless_encoded(serialize: Callable[[Any], bytes] | None) -> Callable[[Any], bytes] | None:
+    if serialize is None:
+        return None
+
+    def write(message: Any) -> bytes:  # noqa: ANN401 - a message of any type, or its bytes
+        return message if isinstance(message, bytes) else serialize(message)
+
+    return write
 
 
 async def _checked(requests: Any) -> AsyncIterator[Any]:  # noqa: ANN401 - an iterator of any message

@@ -29,27 +29,24 @@ class Frames:
         Neighbouring frames of one stream become one chunk; order is kept. Payloads are copied, once.
         """
         chunks: list[tuple[ExecStream, bytes]] = []
-        pieces: list[memoryview] = []
-        stream, missing = self._stream, self._missing
-        position, end = 0, len(block)
-        while position < end:
-            if not missing:
-                if end - position < HEADER_BYTES:
-                    break
-                kind, missing = _HEADER.unpack_from(block, position)
-                position += HEADER_BYTES
-                # 2 is stderr; 3 is the engine's own error, which belongs there too.
-                speaker = ExecStream.STDOUT if kind <= _STDOUT else ExecStream.STDERR
-                if speaker is not stream and pieces:
-                    chunks.append((stream, b"".join(pieces)))
-                    pieces = []
-                stream = speaker
-                continue
-            piece = block[position : position + missing]
+        stream = self._stream
+        pieces = [block[: self._missing]]
+        position = len(pieces[0])
+        missing = self._missing - position
+        last = len(block) - HEADER_BYTES
+        # Short, for a gigabyte has a hundred thousand frames.
+        while position <= last and not missing:
+            kind, length = _HEADER.unpack_from(block, position)
+            # 2 is stderr; 3 is the engine's own error, which belongs there too.
+            speaker = ExecStream.STDOUT if kind <= _STDOUT else ExecStream.STDERR
+            if speaker is not stream:
+                chunks.append((stream, b"".join(pieces)))
+                stream, pieces = speaker, []
+            position += HEADER_BYTES
+            piece = block[position : position + length]
             pieces.append(piece)
             position += len(piece)
-            missing -= len(piece)
-        if pieces:
-            chunks.append((stream, b"".join(pieces)))
+            missing = length - len(piece)
+        chunks.append((stream, b"".join(pieces)))
         self._stream, self._missing = stream, missing
-        return chunks, position
+        return [chunk for chunk in chunks if chunk[1]], position

@@ -7,23 +7,27 @@ import contextlib
 import errno
 import socket
 import ssl
+import struct
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from gpudock_server.adapters.docker.address import Address
 
-# Read ahead at most, and given away at once at most: more than a unix socket holds (208 KiB by default).
+# Read ahead at most: more than a unix socket holds (208 KiB by default).
 _BLOCK = 512 * 1024
 # Sent at once at most. The kernel takes as much as the engine reads meanwhile, however long that holds up the loop.
 _SLICE = 256 * 1024
 # The engine passes output on as it gets it, 10 KiB at a time on a busy host, and whoever forwards each piece by itself
 # pays for a hundred thousand messages a gigabyte. So what closely follows (seconds) a piece of some size (bytes) is a
-# flow, and is gathered: until there is enough of it (bytes), or for a moment (seconds). What comes alone, or is as
-# small as what people and protocols say to each other, is given at once.
+# flow, and is gathered: until there is a block of it, or for a moment (seconds; the kernel rounds up to its clock). A
+# moment that was too short for a block ends the flow. What comes alone, or is as small as what people and protocols say
+# to each other, is given at once.
 _CLOSELY = 0.005
 _SOME_SIZE = 4 * 1024
-_ENOUGH = 128 * 1024
-_MOMENT = 0.001
+_MOMENT = 0.002
+# struct timeval
+_TIMEVAL = struct.Struct("@ll")
 
 
 class Wire(Protocol):
@@ -99,15 +103,25 @@ class SocketWire:
     A transport gives up both directions as soon as one write fails. But a process that ends without having read its
     stdin makes our writes fail while its last output still lies in the kernel: it would be lost. And unlike the
     loop's `sock_recv`, this stays registered between reads, which halves the CPU that small pieces cost.
+
+    A flow is gathered by the kernel, in a thread that asks for a whole block at once (MSG_WAITALL): neither the loop
+    nor the interpreter hears of its pieces. For that the socket is blocking, with a limit of time; the loop's own
+    reads and writes say each that they do not wait.
     """
 
     def __init__(self, connected: socket.socket) -> None:
+        """`connected` is this wire's from now on."""
+        connected.settimeout(None)
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(0, int(_MOMENT * 1e6)))
         self._socket = connected
         self._loop = asyncio.get_running_loop()
         self._space = memoryview(bytearray(_BLOCK))
         self._filled = 0
         self._ripe = False
-        self._gathering: asyncio.TimerHandle | None = None
+        # Of the first flow on.
+        self._thread: ThreadPoolExecutor | None = None
+        self._gathering = False
+        self._flowing = False
         self._flow_until = 0.0
         self._ended = False
         self._listening = False
@@ -117,9 +131,8 @@ class SocketWire:
 
     async def wait(self) -> memoryview:
         """See Wire. While this task is busy elsewhere up to 512 KiB are read ahead, and then no more."""
-        if not self._listening and not self._ended:
-            self._loop.add_reader(self._socket, self._receive)
-            self._listening = True
+        if not self._ripe:
+            self._go_on()
         while not self._ripe and not self._ended:
             self._waiter = self._loop.create_future()
             try:
@@ -137,34 +150,79 @@ class SocketWire:
         self._space[: self._filled] = rest
         self._ripe = count > 0 and self._filled > 0
         self._flow_until = self._loop.time() + _CLOSELY if count >= _SOME_SIZE else 0.0
+        if self._flowing and not self._ripe:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """See to it that what comes next is received."""
+        if self._ended or self._gathering or self._listening:
+            return
+        if self._flowing and self._filled < len(self._space):
+            self._gather()
+        else:
+            self._loop.add_reader(self._socket, self._receive)
+            self._listening = True
 
     def _receive(self) -> None:
         """Called by the loop when there is something to receive."""
         try:
-            count = self._socket.recv_into(self._space[self._filled :])
+            count = self._socket.recv_into(self._space[self._filled :], 0, socket.MSG_DONTWAIT)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
             # A reset is an end like any other: it is how an engine hangs up on input that nobody has read.
             count = 0
         self._filled += count
-        if count and self._filled < _ENOUGH and self._loop.time() < self._flow_until:
-            self._gathering = self._gathering or self._loop.call_later(_MOMENT, self._ripen)
-            return
-        self._ended = count == 0
-        if self._ended or self._filled == len(self._space):
+        full = self._filled == len(self._space)
+        if count == 0 or full:
             self._stop_listening()
-        if self._ended:
-            # The engine ends its side when the process is gone, but goes on holding the other. Wakes who sends.
-            self._shut_down(socket.SHUT_RDWR)
+        if count == 0:
+            self._end()
+        elif self._ripe or full or self._loop.time() >= self._flow_until:
+            self._ripen()
+        else:
+            self._stop_listening()
+            self._gather()
+
+    def _gather(self) -> None:
+        # Nothing else touches the space meanwhile: there is nothing ripe in it, so nobody takes any.
+        self._gathering = True
+        self._thread = self._thread or ThreadPoolExecutor(1, "flow")
+        gathering = self._loop.run_in_executor(self._thread, self._receive_block, self._space[self._filled :])
+        gathering.add_done_callback(self._gathered)
+
+    def _receive_block(self, space: memoryview) -> int | None:
+        """In the thread: how much of `space` was filled; 0 at the end, None if nothing came."""
+        try:
+            return self._socket.recv_into(space, 0, socket.MSG_WAITALL)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return 0
+
+    def _gathered(self, gathering: asyncio.Future[int | None]) -> None:
+        self._gathering = False
+        if self._closing or gathering.cancelled():
+            return
+        count = gathering.result()
+        self._filled += count or 0
+        self._flowing = self._filled == len(self._space)
+        if count == 0:
+            self._end()
+            return
+        if not self._flowing:
+            self._go_on()
+        if self._filled:
+            self._ripen()
+
+    def _end(self) -> None:
+        self._ended = True
+        # The engine ends its side when the process is gone, but goes on holding the other. Wakes who sends.
+        self._shut_down(socket.SHUT_RDWR)
         self._ripen()
 
     def _ripen(self) -> None:
         """What there is, is given away."""
-        if self._gathering is not None:
-            self._gathering.cancel()
-            self._gathering = None
-        # Nothing, where all was taken since the gathering began.
         self._ripe = self._filled > 0
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -181,7 +239,7 @@ class SocketWire:
         self._sending = True
         try:
             for piece in _slices(data):
-                await self._loop.sock_sendall(self._socket, piece)
+                await self._send_all(piece)
                 await asyncio.sleep(0)
         except ConnectionError:
             return False
@@ -190,6 +248,21 @@ class SocketWire:
             if self._closing:
                 self._socket.close()
         return True
+
+    async def _send_all(self, piece: memoryview) -> None:
+        while piece:
+            try:
+                piece = piece[self._socket.send(piece, socket.MSG_DONTWAIT) :]
+            except (BlockingIOError, InterruptedError):
+                await self._writable()
+
+    async def _writable(self) -> None:
+        room = self._loop.create_future()
+        self._loop.add_writer(self._socket, _settle, room)
+        try:
+            await room
+        finally:
+            self._loop.remove_writer(self._socket)
 
     async def end(self) -> bool:
         """See Wire. All that was sent is with the kernel already."""
@@ -202,9 +275,11 @@ class SocketWire:
         self._ended = True
         self._closing = True
         self._ripen()
-        # Ends a send that waits. The descriptor must outlive it: the loop knows it by its number, which the next
-        # socket of this process may be given as soon as this one is closed.
+        # Ends a send that waits, and a receive. The descriptor must outlive both: they know it by its number, which the
+        # next socket of this process may be given as soon as this one is closed.
         self._shut_down(socket.SHUT_RDWR)
+        if self._thread is not None:
+            self._thread.shutdown()
         if not self._sending:
             self._socket.close()
 
@@ -212,6 +287,11 @@ class SocketWire:
         # The other side may have gone first.
         with contextlib.suppress(OSError):
             self._socket.shutdown(how)
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 class TlsWire:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,9 @@ class HistoryDefaults:
     snapshots: SnapshotPolicy = SnapshotPolicy.ALWAYS
     keep_revisions: int = 20
     keep_seconds: float = 0.0
+
+# What an engine that answers needs, after a grace period, to kill a process and say so.
+_KILL_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +69,24 @@ class World:
         return f"gpudock-{container}-{operation_id[-8:]}"
 
     async def stop(self, engine_id: str, spec: ContainerSpec, asked_seconds: float | None, *, frozen: bool) -> None:
-        """Stop an engine container within what was asked for, else what its spec says, else this daemon's default."""
+        """Stop an engine container within what was asked for, else what its spec says, else this daemon's default.
+
+        Cancelled, it still waits for the end: the engine stops it all the same, and whoever starts it again before that
+        would see it killed a moment later.
+        """
         if frozen:
             await self.engine.unpause(engine_id)
         own = None if spec.stop_timeout is None else spec.stop_timeout.total_seconds()
         timeouts = (seconds for seconds in (asked_seconds, own, self.stop_seconds) if seconds is not None)
-        await self.engine.stop(engine_id, next(timeouts))
+        grace = next(timeouts)
+        stopping = asyncio.ensure_future(self.engine.stop(engine_id, grace))
+        try:
+            await asyncio.shield(stopping)
+        except asyncio.CancelledError:
+            # How it ended is for who starts it again to find.
+            stopping.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+            try:
+                await asyncio.wait((stopping,), timeout=grace + _KILL_SECONDS)
+            finally:
+                stopping.cancel()
+            raise

@@ -5,6 +5,28 @@ from __future__ import annotations
 from gpudock.v1 import exec_pb2
 
 from gpudock_server.core.exec_sessions import Exited
+from gpudock_server.model.engine import ExecStream
+
+# How a field of bytes begins: its number and wire type 2, https://protobuf.dev/programming-guides/encoding/#structure
+_FIELDS = exec_pb2.ExecContainerResponse.DESCRIPTOR.fields_by_name
+_TAGS = {stream: bytes([_FIELDS[stream.value].number << 3 | 2]) for stream in ExecStream}
+_SEVEN_BITS = 0x7F
+_MORE = 0x80
+
+
+def encoded_output(stream: ExecStream, data: bytes) -> bytes:
+    """ExecContainerResponse with `data` as it goes over the wire; by way of a message it would be copied twice more."""
+    return b"".join((_TAGS[stream], _varint(len(data)), data))
+
+
+def _varint(number: int) -> bytes:
+    """https://protobuf.dev/programming-guides/encoding/#varints."""
+    found = bytearray()
+    while number > _SEVEN_BITS:
+        found.append(number & _SEVEN_BITS | _MORE)
+        number >>= 7
+    found.append(number)
+    return bytes(found)
 
 
 def exited_message(end: Exited) -> exec_pb2.ExecExited:
