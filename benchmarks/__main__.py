@@ -19,6 +19,7 @@ from benchmarks.arena import Arena
 from benchmarks.creating import creating
 from benchmarks.docker_cli import DockerCli
 from benchmarks.executing import executing
+from benchmarks.history import history
 from benchmarks.reading import reading
 from benchmarks.report import Row
 from benchmarks.scaling import scaling
@@ -28,6 +29,7 @@ _BENCHMARKS: dict[str, Callable[[Arena], Coroutine[Any, Any, list[Row]]]] = {
     "create": creating,
     "exec": executing,
     "scale": scaling,
+    "history": history,
     "read": reading,
 }
 _RESULTS = Path(__file__).parent / "results"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import shlex
+from collections.abc import Sequence
 from datetime import datetime
 
 from gpudock.v1 import operation_pb2
@@ -20,9 +21,9 @@ from tests.calls import IDLE, IMAGE, Caller, scale_request
 from tests.rig import RigError
 
 _TARGET = Target(1.3)
-_FLAT = Target(1.2)
+FLAT = Target(1.2)
 _MB = 1_000_000
-_BY_HAND = "docker stop && create && start"
+BY_HAND = "docker stop && create && start"
 _FLOOR = "engine API, stop + start"
 _EMPTY, _MEDIUM, _LARGE = "empty layer", "100 MB", "1 GB"
 _LAYERS = {_EMPTY: 0, _MEDIUM: 100 * _MB, _LARGE: 1000 * _MB}
@@ -34,7 +35,7 @@ async def scaling(arena: Arena) -> list[Row]:
     The new container is given 1 card where the old one had 2, and the other way round. By hand, the files are lost.
     """
     rows: list[Row] = []
-    by_hand, floor = _ByHand(arena), _ByHand(arena)
+    by_hand, floor = ByHand(arena), ByHand(arena)
     async with arena.daemon() as (caller, _):
         ways = {}
         for what, size in _LAYERS.items():
@@ -42,11 +43,11 @@ async def scaling(arena: Arena) -> list[Row]:
             await ours.make(size)
             ways[what] = ours.downtime
         samples = await compare(
-            arena.rounds(18), {**ways, _BY_HAND: by_hand.by_command_line, _FLOOR: floor.by_engine_api}
+            arena.rounds(18), {**ways, BY_HAND: by_hand.by_command_line, _FLOOR: floor.by_engine_api}
         )
         for what in _LAYERS:
             name = f"scale downtime, {what}"
-            rows.append(versus(samples, what, _BY_HAND, name=name, unit=Unit.MS, target=_TARGET))
+            rows.append(versus(samples, what, BY_HAND, name=name, unit=Unit.MS, target=_TARGET))
         rows += [
             versus(
                 samples,
@@ -55,7 +56,7 @@ async def scaling(arena: Arena) -> list[Row]:
                 name="scale downtime, 1 GB",
                 unit=Unit.MS,
                 against="gpudock, empty layer",
-                target=_FLAT,
+                target=FLAT,
             ),
             versus(samples, _EMPTY, _FLOOR, name="scale downtime, empty layer", unit=Unit.MS),
         ]
@@ -70,13 +71,13 @@ async def _other_method(arena: Arena, method: str) -> list[Row]:
         for what, size in _LAYERS.items():
             if arena.quick and what == _LARGE:
                 continue
-            ours, by_hand = _Scaled(arena, caller, f"{method}-{size // _MB}"), _ByHand(arena)
+            ours, by_hand = _Scaled(arena, caller, f"{method}-{size // _MB}"), ByHand(arena)
             await ours.make(size)
             # What a commit has carried is in the image from then on: it has to be written again to be carried again.
-            ways = {method: ours.downtime_of_new_files, _BY_HAND: by_hand.by_command_line}
+            ways = {method: ours.downtime_of_new_files, BY_HAND: by_hand.by_command_line}
             samples = await compare(2 if arena.quick else 3, ways, warm_up=0)
             name = f"scale downtime by {method}, {what}"
-            rows.append(versus(samples, method, _BY_HAND, name=name, unit=Unit.MS))
+            rows.append(versus(samples, method, BY_HAND, name=name, unit=Unit.MS))
     return rows
 
 
@@ -113,44 +114,46 @@ class _Scaled:
         async for answer in self._caller.containers.ScaleContainer(scale_request(self._name, self._gpus)):
             if answer.WhichOneof("event") == "result":
                 new = answer.result.status.engine_id
-            elif finished is None and _has_started(answer.operation):
+            elif finished is None and has_started(answer.operation):
                 # The old one is removed once the new one has proved itself; until then it can be asked.
                 finished = await self._arena.moment(old, "FinishedAt")
         if finished is None or new in ("", old):
             raise RigError("the scale did not replace the container")
         if int(await self._caller.shell(self._name, "stat -c %s /data")) != self._layer_bytes:
             raise RigError("the scale lost the container's files")
-        return _ms_between(finished, await self._arena.moment(new, "StartedAt"))
+        return ms_between(finished, await self._arena.moment(new, "StartedAt"))
 
 
-def _has_started(operation: operation_pb2.Operation) -> bool:
+def has_started(operation: operation_pb2.Operation) -> bool:
+    """Whether the new engine container runs."""
     return any(
         stage.name == "start" and stage.state == operation_pb2.OPERATION_STAGE_STATE_SUCCEEDED
         for stage in operation.stages
     )
 
 
-class _ByHand:
+class ByHand:
     """A container that is replaced without gpudock."""
 
     _numbers = itertools.count()
 
-    def __init__(self, arena: Arena) -> None:
+    def __init__(self, arena: Arena, command: Sequence[str] = IDLE) -> None:
         self._arena = arena
+        self._command = command
         self._current = ""
         self._gpus = 1
 
     async def by_command_line(self) -> float:
         """Stop, create, start, as a script does it; milliseconds."""
         old, new, cards = await self._next()
-        create = ["docker", "create", "--name", new, *docker_gpus(cards), IMAGE, *IDLE]
+        create = ["docker", "create", "--name", new, *docker_gpus(cards), IMAGE, *self._command]
         await self._arena.docker.time_shell(f"docker stop {old} && {shlex.join(create)} && docker start {new}")
         return await self._downtime(old, new)
 
     async def by_engine_api(self) -> float:
         """The least there can be: the new one is created before the old one stops, and no call costs a process."""
         old, new, cards = await self._next()
-        request = {"Image": IMAGE, "Cmd": list(IDLE), "HostConfig": device_requests(cards)}
+        request = {"Image": IMAGE, "Cmd": list(self._command), "HostConfig": device_requests(cards)}
         await self._arena.engine("POST", "/containers/create", query={"name": new}, send=request)
         await self._arena.engine("POST", f"/containers/{old}/stop")
         await self._arena.engine("POST", f"/containers/{new}/start")
@@ -161,7 +164,7 @@ class _ByHand:
         if not self._current:
             self._current = f"by-hand-{next(self._numbers)}"
             cards = docker_gpus(self._cards())
-            await self._arena.docker.time("run", "-d", "--name", self._current, *cards, IMAGE, *IDLE)
+            await self._arena.docker.time("run", "-d", "--name", self._current, *cards, IMAGE, *self._command)
         self._gpus = 3 - self._gpus
         return self._current, f"by-hand-{next(self._numbers)}", self._cards()
 
@@ -169,11 +172,12 @@ class _ByHand:
         return self._arena.rig.gpus.uuids[-self._gpus :]
 
     async def _downtime(self, old: str, new: str) -> float:
-        taken = _ms_between(await self._arena.moment(old, "FinishedAt"), await self._arena.moment(new, "StartedAt"))
+        taken = ms_between(await self._arena.moment(old, "FinishedAt"), await self._arena.moment(new, "StartedAt"))
         await self._arena.discard(old)
         self._current = new
         return taken
 
 
-def _ms_between(earlier: datetime, later: datetime) -> float:
+def ms_between(earlier: datetime, later: datetime) -> float:
+    """Milliseconds from one moment to another."""
     return (later - earlier).total_seconds() * 1e3

@@ -22,6 +22,7 @@ class HistoryDefaults:
     keep_revisions: int = 20
     keep_seconds: float = 0.0
 
+
 # What an engine that answers needs, after a grace period, to kill a process and say so.
 _KILL_SECONDS = 5.0
 
