@@ -122,7 +122,7 @@ async def _revisions_are_called(grpcurl: Grpcurl, name: str) -> None:
     updated = await call("ContainerService/UpdateContainer", {**named, "spec": {"env": {"A": "1"}}})
     assert updated[-1]["result"]["spec"]["env"] == {"A": "1"}
     rolled_back = await call("ContainerService/RollbackContainer", {**named, "revision": 2})
-    assert "env" not in rolled_back[-1]["result"]["spec"]
+    assert rolled_back[-1]["result"]["spec"]["env"] == {}
     (revisions,) = await call("ContainerService/ListContainerRevisions", named)
     causes = ["CREATED", "SCALED", "UPDATED", "ROLLED_BACK"]
     assert [one["cause"] for one in revisions["revisions"]] == [f"REVISION_CAUSE_{cause}" for cause in causes]
