@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 from google.rpc import error_details_pb2, status_pb2
 from gpudock.v1 import (
+    committed_image_pb2,
     container_pb2,
     container_revision_pb2,
     container_service_pb2,
@@ -54,7 +55,7 @@ class Progress:
     """What an operation's stream said."""
 
     snapshots: list[operation_pb2.Operation] = field(default_factory=list)
-    result: container_pb2.Container | None = None
+    result: Any = None
 
     @property
     def stages(self) -> list[str]:
@@ -101,6 +102,13 @@ class Caller:
     async def scale(self, name: str, gpus: int | None = None, **fields: Any) -> container_pb2.Container:
         """Scale and wait."""
         return await result_of(self.containers.ScaleContainer(scale_request(name, gpus, **fields)))
+
+    async def commit(self, name: str, repository: str, **fields: Any) -> committed_image_pb2.CommittedImage:
+        """Make an image of its files and wait."""
+        request = container_service_pb2.CommitContainerRequest(name=name, repository=repository, **fields)
+        progress = await progress_of(self.containers.CommitContainer(request))
+        assert isinstance(progress.result, committed_image_pb2.CommittedImage)
+        return progress.result
 
     async def start(self, name: str, gpus: int | None = None) -> container_pb2.Container:
         """Start and wait."""
@@ -244,7 +252,7 @@ async def progress_of(stream: Any) -> Progress:
 async def result_of(stream: Any) -> container_pb2.Container:
     """The result that an operation's stream ends with."""
     progress = await progress_of(stream)
-    assert progress.result is not None
+    assert isinstance(progress.result, container_pb2.Container)
     return progress.result
 
 

@@ -32,6 +32,7 @@ from gpudock.errors import (
     Unimplemented,
     Violation,
 )
+from gpudock.v1.committed_image_pb2 import CommittedImage
 from gpudock.v1.container_pb2 import (
     Container,
     ContainerHealth,
@@ -69,6 +70,7 @@ __all__ = [
     "Cancelled",
     "Chunk",
     "Client",
+    "CommittedImage",
     "Completed",
     "Container",
     "ContainerHealth",

@@ -15,6 +15,7 @@ from gpudock._pages import Pages
 from gpudock._spec import Gpus, Seconds, SpecOptions, duration, gpu_request, spec_of
 from gpudock._watch import Watch
 from gpudock.v1 import container_service_pb2 as pb
+from gpudock.v1.committed_image_pb2 import CommittedImage
 from gpudock.v1.container_pb2 import Container, ContainerSpec, ContainerState
 from gpudock.v1.container_service_pb2_grpc import ContainerServiceStub
 from gpudock.v1.operation_service_pb2 import OperationResult
@@ -223,6 +224,44 @@ class Containers:
             lambda: self._calls.stream(self._stub.ScaleContainer, request), validate_only=validate_only
         )
 
+    def commit(
+        self,
+        name: str,
+        repository: str,
+        *,
+        tag: str = "",
+        author: str = "",
+        comment: str = "",
+        changes: Sequence[str] = (),
+        pause: bool = True,
+        validate_only: bool = False,
+        etag: str = "",
+        request_id: str | None = None,
+    ) -> OperationCall[CommittedImage]:
+        """Make an image `repository:tag` (`latest`) of a container's files; it is frozen meanwhile if it runs.
+
+        `changes` are lines of a Dockerfile that change how the image is run, such as `CMD ["serve"]`. An image that
+        has the name already loses it.
+        """
+        request = pb.CommitContainerRequest(
+            name=name,
+            repository=repository,
+            tag=tag,
+            author=author,
+            comment=comment,
+            changes=changes,
+            pause=pause,
+            request_id=fresh_id(request_id),
+            etag=etag,
+            validate_only=validate_only,
+        )
+        return OperationCall(
+            self._operations,
+            begin=lambda: self._calls.stream(self._stub.CommitContainer, request),
+            validate_only=validate_only,
+            resource=_committed,
+        )
+
     def exec(self, name: str, command: Sequence[str], **options: Unpack[ExecOptions]) -> ExecSession:
         """Run a command in a running container: `async with client.containers.exec("web", ["top"]) as session`."""
         return ExecSession(lambda: self._calls.converse(self._exec), start_of(name, command, options))
@@ -256,3 +295,8 @@ def _filter(states: Iterable[str], labels: Mapping[str, str] | None, owner: str,
 def _made(result: Any) -> Container:  # noqa: ANN401 - the result's type is that of the RPC's own message
     """The container in the result of the operation's own RPC, or of WatchOperation after a lost connection."""
     return result.container if isinstance(result, OperationResult) else cast("Container", result)
+
+
+def _committed(result: Any) -> CommittedImage:  # noqa: ANN401 - likewise
+    """The image in the result of CommitContainer, or of WatchOperation after a lost connection."""
+    return result.image if isinstance(result, OperationResult) else cast("CommittedImage", result)

@@ -17,6 +17,7 @@ from gpudock._pages import Pages
 from gpudock.errors import GpudockError, Unavailable, error_of
 from gpudock.v1 import operation_pb2 as pb
 from gpudock.v1 import operation_service_pb2 as service
+from gpudock.v1.committed_image_pb2 import CommittedImage
 from gpudock.v1.container_pb2 import Container
 from gpudock.v1.operation_service_pb2_grpc import OperationServiceStub
 
@@ -238,9 +239,9 @@ class Operations:
 
         return Pages(page)
 
-    def watch(self, operation_id: str) -> OperationCall[Container | None]:
-        """Attach to an operation as if its own RPC had been called; its result is None if it leaves no container."""
-        return OperationCall(self, operation_id=operation_id, resource=container_of)
+    def watch(self, operation_id: str) -> OperationCall[Container | CommittedImage | None]:
+        """Attach to an operation as if its own RPC had been called; its result is None if it leaves nothing."""
+        return OperationCall(self, operation_id=operation_id, resource=left_by)
 
     async def cancel(self, operation_id: str, *, request_id: str | None = None) -> pb.Operation:
         """Ask an operation to stop and to undo what it did; returns once that is recorded.
@@ -255,8 +256,7 @@ class Operations:
         return self.calls.stream(self._stub.WatchOperation, service.WatchOperationRequest(id=operation_id))
 
 
-def container_of(result: Container | service.OperationResult) -> Container | None:
-    """The container in a result: of the operation's own RPC, or of WatchOperation."""
-    if isinstance(result, Container):
-        return result
-    return result.container if result.HasField("container") else None
+def left_by(result: service.OperationResult) -> Container | CommittedImage | None:
+    """What is in the result of WatchOperation."""
+    kind = result.WhichOneof("resource")
+    return getattr(result, kind) if kind else None

@@ -296,7 +296,10 @@ def _no_etcd(settings: Settings, error: StoreUnavailable) -> StartupError:
 async def _open_engine(settings: Settings, stack: AsyncExitStack) -> DockerEngine:
     try:
         engine = await DockerEngine.connect(
-            settings.docker_host, tls=settings.docker_tls_dir, timeout=settings.engine_timeout
+            settings.docker_host,
+            tls=settings.docker_tls_dir,
+            timeout=settings.engine_timeout,
+            scratch=settings.state_dir,
         )
     except (EngineUnavailable, EngineRejected, ValueError) as error:
         raise StartupError(

@@ -292,8 +292,43 @@ class Engine(Protocol):
         """Remove it, killing what runs; its volumes stay."""
         ...
 
-    async def commit(self, engine_id: str, reference: str, labels: Mapping[str, str]) -> str:
-        """Make an image of its files, with the config it had, named `reference`; the id of the image."""
+    async def commit(
+        self,
+        engine_id: str,
+        reference: str,
+        labels: Mapping[str, str],
+        *,
+        author: str = "",
+        comment: str = "",
+        changes: Sequence[str] = (),
+    ) -> str:
+        """Make an image of its files, with the config it had, named `reference`; the id of the image.
+
+        `changes` are Dockerfile lines that change that config.
+        """
+        ...
+
+    async def tag(self, image: str, reference: str) -> None:
+        """Name an image; another one that had the name loses it."""
+        ...
+
+    async def with_config_of(self, image_id: str, other_id: str, reference: str) -> str:
+        """Make an image named `reference`, of the layers of one and the config of another; its id."""
+        ...
+
+    async def without_identity(self, image_id: str, base_id: str, reference: str) -> str:
+        """Make an image named `reference` out of one that a commit made, less what tells which container that was.
+
+        `base_id` is the image that the container was made from.
+        """
+        ...
+
+    async def flatten(self, image_id: str, base_layers: int, reference: str, *, config_of: str, onto: str = "") -> str:
+        """Make an image named `reference` whose layers above the lowest `base_layers` are one; its id.
+
+        Its config is that of image `config_of`. With `onto` that one layer lies on the layers of another image
+        instead. Raises LayerCarryFailed, DiskFull.
+        """
         ...
 
     async def remove_image(self, reference: str) -> None:
@@ -351,6 +386,19 @@ class LayerStore(Protocol):
 
     async def plan(self, old: EngineContainer) -> CarryPlan:
         """The best method for a container's layer on this host, and what it costs."""
+        ...
+
+    async def commit_plan(self, container: EngineContainer) -> CarryPlan:
+        """What an image of a container's files costs, and what is lost in it; 0 bytes where that cannot be seen."""
+        ...
+
+    def commit_watched(
+        self, container: EngineContainer, total: int, progress: Progress
+    ) -> AbstractAsyncContextManager[None]:
+        """While it is entered: tell how many bytes of `total` the engine has written of an image of its files.
+
+        Where that cannot be seen, nothing is told. Raises nothing.
+        """
         ...
 
     async def locate(self, old: EngineContainer, new: EngineContainer) -> LayerPair:

@@ -17,6 +17,7 @@ import click
 import grpc
 import pytest
 from click.testing import CliRunner
+from gpudock import CommittedImage
 from gpudock.cli import main
 from gpudock.cli._arguments import Bind, Parsed, Port, Restart, Size, Span, Tmpfs
 from gpudock.cli._progress import Progress
@@ -407,3 +408,30 @@ def test_every_command_has_help(command: str) -> None:
     result = CliRunner().invoke(main, [*command.split(), "--help"])
     assert result.exit_code == 0
     assert "Usage: " in result.output
+
+
+@pytest.mark.parametrize(
+    ("image", "sent"),
+    [
+        ("team/model", ("team/model", "")),
+        ("team/model:v1", ("team/model", "v1")),
+        ("reg:5000/model", ("reg:5000/model", "")),
+        ("reg:5000/model:v1", ("reg:5000/model", "v1")),
+    ],
+)
+async def test_commit(server: ScriptedServer, image: str, sent: tuple[str, str]) -> None:
+    async def committed(_: Any, __: Context) -> AsyncIterator[pb.CommitContainerResponse]:
+        yield pb.CommitContainerResponse(operation=messages.operation())
+        yield pb.CommitContainerResponse(
+            result=CommittedImage(id="sha256:1", name="n", size_bytes=2**20, container="train")
+        )
+
+    server.on("CommitContainer", committed)
+    ended = await run(
+        server.address, "commit", "train", image, "-m", "note", "-c", "CMD x", "-c", "USER 1", "--no-pause"
+    )
+    assert ended.out.splitlines()[1].split() == ["id:", "sha256:1"]
+    assert "1.0 MiB" in ended.out
+    [request] = server.requests["CommitContainer"]
+    assert (request.repository, request.tag) == sent
+    assert (request.comment, list(request.changes), request.pause) == ("note", ["CMD x", "USER 1"], False)

@@ -519,3 +519,29 @@ async def test_leaving_an_exec_hangs_up(server: ScriptedServer, client: Client) 
     async with client.containers.exec("train", ["sleep", "inf"]):
         pass
     await asyncio.wait_for(hung_up.wait(), 5)
+
+
+async def test_a_commit_gives_the_image(server: ScriptedServer, client: Client) -> None:
+    async def committed(_: Any, context: Context) -> AsyncIterator[pb.CommitContainerResponse]:
+        yield pb.CommitContainerResponse(operation=messages.operation())
+        if len(server.requests["CommitContainer"]) > 1:
+            await lose(context)
+        yield pb.CommitContainerResponse(result=gpudock.CommittedImage(id="sha256:1", name="team/model:v1"))
+
+    async def watched_image(_: Any, __: Context) -> AsyncIterator[Watched]:
+        image = gpudock.CommittedImage(id="sha256:2")
+        yield Watched(result=operation_service_pb2.OperationResult(image=image))
+
+    server.on("CommitContainer", committed)
+    server.on("WatchOperation", watched_image)
+    image = await client.containers.commit("train", "team/model", tag="v1", changes=["CMD true"], pause=False)
+    assert (image.id, image.name) == ("sha256:1", "team/model:v1")
+    [request] = server.requests["CommitContainer"]
+    assert (request.repository, request.tag, list(request.changes)) == ("team/model", "v1", ["CMD true"])
+    assert request.HasField("pause")
+    assert not request.pause
+    # Also where the connection broke, and by the operation alone.
+    assert (await client.containers.commit("train", "team/model")).id == "sha256:2"
+    assert server.requests["CommitContainer"][1].pause
+    left = await client.operations.watch(messages.OPERATION_ID)
+    assert isinstance(left, gpudock.CommittedImage)

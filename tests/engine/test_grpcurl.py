@@ -119,6 +119,7 @@ async def test_every_method_is_called(grpcurl: Grpcurl, caller: Caller) -> None:
 
 async def _revisions_are_called(grpcurl: Grpcurl, name: str) -> None:
     call, named = grpcurl.call, {"name": name}
+    assert "result" in (await call("ContainerService/CommitContainer", {**named, "repository": "gpudock/curled"}))[-1]
     updated = await call("ContainerService/UpdateContainer", {**named, "spec": {"env": {"A": "1"}}})
     assert updated[-1]["result"]["spec"]["env"] == {"A": "1"}
     rolled_back = await call("ContainerService/RollbackContainer", {**named, "revision": 2})

@@ -93,7 +93,7 @@ class MortalEngine:
 
     CHANGING = frozenset(
         {"pull", "create", "start", "stop", "pause", "unpause", "update", "remove", "commit", "remove_image",
-         "remove_volume"}
+         "remove_volume", "tag", "with_config_of", "without_identity", "flatten"}
     )  # fmt: skip
 
     def __init__(self, engine: Engine, countdown: Countdown) -> None:

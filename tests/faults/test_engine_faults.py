@@ -19,9 +19,9 @@ from tests.faults.invariants import LOOK, PLANT, absent, sound
 from tests.rig import Daemon, EngineProxy, Fault, Rig
 
 _PORT = container_pb2.PortRequest(container_port=80)
-_CALLS = r"/(containers|images|volumes)(/.*)?"
+_CALLS = r"/(commit|containers|images|volumes)(/.*)?"
 # A wait is not something that the engine does and could lose the answer to.
-_DEEDS = r"/(containers|images|volumes)(/(?!.*/wait$).*)?"
+_DEEDS = r"/(commit|containers|images|volumes)(/(?!.*/wait$).*)?"
 _MOST_CALLS = 60
 # What a caller may be told when the engine does any of this: that it is out of reach, that it refused, or what follows
 # from a refusal.
@@ -116,3 +116,34 @@ async def test_scale(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) ->
             assert container.spec.gpus.count == count, "it was told otherwise than what happened"
         assert any(outcomes)
         assert outcomes[-1] == ""
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["refused", "refused, but done", "dropped", "dropped, but done"])
+async def test_commit(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) -> None:
+    """The name is with the image before, or with the one that the call gave; no other image is left."""
+    rig = clean_engine
+    async with _behind(rig, engine_proxy, kind) as (_, caller):
+        await caller.create("victim", 2, ports=[_PORT])
+        before = (await caller.commit("victim", "gpudock/victim", tag="test")).id
+        outcomes = []
+        made = ""
+
+        async def commit() -> None:
+            nonlocal made
+            made = ""
+            made = (await caller.commit("victim", "gpudock/victim", tag="test")).id
+
+        async for reason in _each_in_turn(engine_proxy, FAULTS[kind], commit):
+            outcomes.append(reason)
+            await caller.settled()
+            await sound(caller, rig, "victim")
+            images = {
+                tag: image["Id"] for image in rig.engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()
+            }
+            assert images["gpudock/victim:test"] == (made or before), reason
+            assert not [tag for tag in images if tag.startswith(("gpudock/raw:", "gpudock/commit:"))], reason
+            before = made or before
+        assert any(outcomes)
+        assert outcomes[-1] == ""
+    rig.engine.call("DELETE", "/images/gpudock/victim:test")

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import grpc
 import pytest
-from gpudock.v1 import container_pb2
+from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2
 
 from tests.calls import Caller
 from tests.conftest import FAST, own_state
@@ -155,3 +155,43 @@ async def test_update(clean_engine: Rig, field: str) -> None:
         await sound(caller, rig, "phoenix", files)
 
     assert await _at_every_moment(rig, "UPDATE", update, check) >= 15
+
+
+@pytest.mark.timeout(1200)
+async def test_commit(clean_engine: Rig) -> None:
+    """The name is with the old image or the new one, as the operation says; nothing else is left, and it runs."""
+    rig = clean_engine
+    named = ""
+
+    async def commit(caller: Caller) -> None:
+        nonlocal named
+        if not named:
+            await caller.create("phoenix", 2, ports=[_PORT])
+            await caller.shell("phoenix", "echo kept > /kept")
+            named = "nothing"
+        await caller.commit("phoenix", "gpudock/phoenix", tag="test")
+
+    async def check(caller: Caller) -> None:
+        nonlocal named
+        await sound(caller, rig, "phoenix")
+        request = operation_service_pb2.ListOperationsRequest(page_size=1)
+        (last,) = (await caller.operations.ListOperations(request)).operations
+        images = {
+            tag: image["Id"] for image in rig.engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()
+        }
+        assert not [tag for tag in images if tag.startswith(("gpudock/raw:", "gpudock/commit:"))]
+        if last.kind != operation_pb2.OPERATION_KIND_COMMIT_CONTAINER:
+            return
+        # What was begun is finished by the next daemon.
+        assert last.state == operation_pb2.OPERATION_STATE_SUCCEEDED, last
+        watch = operation_service_pb2.WatchOperationRequest(id=last.id)
+        answers = [answer async for answer in caller.operations.WatchOperation(watch)]
+        assert images["gpudock/phoenix:test"] == answers[-1].result.image.id
+        if named != answers[-1].result.image.id:
+            named = answers[-1].result.image.id
+            config = rig.engine.call("GET", f"/images/{named}/json")["Config"]
+            assert not [key for key in config["Labels"] or () if key.startswith("gpudock.")]
+
+    assert await _at_every_moment(rig, "COMMIT", commit, check) >= 20
+    rig.engine.remove_all()
+    rig.engine.call("DELETE", "/images/gpudock/phoenix:test")

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -223,8 +224,34 @@ class FakeEngine(Engine):
         self.containers.pop(engine_id, None)
 
     @override
-    async def commit(self, engine_id: str, reference: str, labels: Mapping[str, str]) -> str:
+    async def commit(
+        self,
+        engine_id: str,
+        reference: str,
+        labels: Mapping[str, str],
+        *,
+        author: str = "",
+        comment: str = "",
+        changes: Sequence[str] = (),
+    ) -> str:
+        await self._call("commit")
         return "sha256:" + "b" * 64
+
+    @override
+    async def tag(self, image: str, reference: str) -> None:
+        await self._call("tag")
+
+    @override
+    async def with_config_of(self, image_id: str, other_id: str, reference: str) -> str:
+        return "sha256:" + "c" * 64
+
+    @override
+    async def without_identity(self, image_id: str, base_id: str, reference: str) -> str:
+        return "sha256:" + "d" * 64
+
+    @override
+    async def flatten(self, image_id: str, base_layers: int, reference: str, *, config_of: str, onto: str = "") -> str:
+        return "sha256:" + "e" * 64
 
     @override
     async def remove_image(self, reference: str) -> None:
@@ -265,6 +292,16 @@ class FakeLayers(LayerStore):
     @override
     async def plan(self, old: EngineContainer) -> CarryPlan:
         return CarryPlan(method=CarryMethod.EXCHANGE)
+
+    @override
+    async def commit_plan(self, container: EngineContainer) -> CarryPlan:
+        return CarryPlan(method=CarryMethod.COMMIT)
+
+    @override
+    def commit_watched(
+        self, container: EngineContainer, total: int, progress: Progress
+    ) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
 
     @override
     async def locate(self, old: EngineContainer, new: EngineContainer) -> LayerPair:

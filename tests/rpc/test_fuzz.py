@@ -14,7 +14,7 @@ from gpudock_server.core.containers.commands import Create
 from gpudock_server.errors import GpudockError, InvalidArgument
 from gpudock_server.rpc.convert.spec import spec_message
 from gpudock_server.rpc.request_key import request_key
-from gpudock_server.rpc.validation import containers, listing, operations, watching
+from gpudock_server.rpc.validation import commit, containers, listing, operations, watching
 from gpudock_server.rpc.validation import exec as execs
 from gpudock_server.rpc.validation.spec import spec
 from gpudock_server.rpc.validation.violations import Violations
@@ -40,6 +40,7 @@ VALIDATORS: Mapping[str, Callable[[Any], object]] = {
     "GetContainerRevision": containers.get_revision,
     "ListContainerRevisions": listing.revisions,
     "DeleteContainerRevision": containers.delete_revision,
+    "CommitContainer": commit.commit,
     "ExecContainer": execs.start,
     "ListGpus": listing.gpus,
     "ListPorts": listing.ports,

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from gpudock._channel import ADDRESS_VARIABLE, DEFAULT_ADDRESS, TOKEN_FILE_VARIABLE
-from gpudock.cli import _create, _exec, _inspect, _life, _operations, _scale, _watch
+from gpudock.cli import _commit, _create, _exec, _inspect, _life, _operations, _scale, _watch
 from gpudock.cli._exit_codes import EXIT_CODE_HELP
 from gpudock.cli._session import Session
 
@@ -87,6 +87,7 @@ for _command in (
     _life.unpause,
     _life.delete,
     _scale.scale,
+    _commit.commit,
     _exec.exec_command,
     _inspect.gpus,
     _inspect.ports,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from gpudock import Cancelled, Client, OperationKind, OperationState
+from gpudock import Cancelled, Client, CommittedImage, OperationKind, OperationState
 from gpudock._enums import words_of
 from gpudock.cli import _operation_views, _views
 from gpudock.cli._follow import follow
@@ -43,9 +43,11 @@ def get(session: Session, *, operation_id: str) -> None:
 @click.pass_obj
 def watch(session: Session, *, operation_id: str) -> None:
     """Show an operation's progress until it has ended."""
-    container = session.run(lambda client: follow(client.operations.watch(operation_id)))
-    if container is not None:
-        session.show(container, _views.one_container)
+    left = session.run(lambda client: follow(client.operations.watch(operation_id)))
+    if isinstance(left, CommittedImage):
+        session.show(left, _views.committed_image)
+    elif left is not None:
+        session.show(left, _views.one_container)
 
 
 @operations.command()

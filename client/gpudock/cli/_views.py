@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from gpudock._enums import word_of
 from gpudock.cli._text import age_text, bytes_text, fields, moment_text, table
+from gpudock.v1.committed_image_pb2 import CommittedImage
 from gpudock.v1.container_pb2 import Container, ContainerHealth, ContainerState, RestartPolicyKind
 from gpudock.v1.gpu_pb2 import Gpu, GpuHealth, MigMode
 from gpudock.v1.node_pb2 import LayerCarrySupport, Node, NodeComponent
@@ -45,6 +46,20 @@ def watched(cells: Sequence[str]) -> str:
 def one_container(item: Container) -> str:
     """The table with this one line."""
     return containers([item])
+
+
+def committed_image(item: CommittedImage) -> str:
+    """All there is to say of an image that was made of a container."""
+    return fields(
+        (
+            ("name", item.name),
+            ("id", item.id),
+            ("size", bytes_text(item.size_bytes)),
+            ("container", item.container),
+            ("revision", str(item.revision)),
+            ("created", moment_text(item.create_time)),
+        )
+    )
 
 
 def container(item: Container) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import structlog
 
+from gpudock_server.core.containers.leftovers import sweep_images
 from gpudock_server.core.containers.observation import observed
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Operations
@@ -99,6 +100,7 @@ class Reconciler:
         await self._release_ownerless(claims, {view.container.uid for view in views})
         known = {view.container.engine.engine_id for view in views if view.container.engine is not None}
         await self._remove_strays(seen, known, unfinished)
+        await sweep_images(self._world)
 
     async def _views(self) -> list[ContainerView]:
         views: list[ContainerView] = []

@@ -58,7 +58,8 @@ class EngineBinding(Record):
     id is `base_image_id`. A successor is made from these ids and not from the tag, which may have moved.
     `anonymous_volumes` (target -> engine volume) came from the image's VOLUME lines: they hold the user's files, move
     along with every replacement, and are removed only with the container. `layer_images` are the images that carries
-    by commit made, by name, oldest first.
+    by commit made, by name, oldest first; `base_depth` is how many of the layers below are those of the user's image,
+    0 until a carry by commit has counted them.
     """
 
     engine_id: str
@@ -69,6 +70,7 @@ class EngineBinding(Record):
     anonymous_volumes: dict[str, str] = Field(default_factory=dict)
     layer_images: tuple[str, ...] = ()
     base_image_id: str = ""
+    base_depth: int = 0
 
     @property
     def user_image_id(self) -> str:

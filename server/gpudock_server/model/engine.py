@@ -35,12 +35,16 @@ class EngineInfo(Record):
 
 
 class EngineImage(Record):
-    """An image that the engine has. `volumes` are the targets of its VOLUME lines."""
+    """An image that the engine has.
+
+    `volumes` are the targets of its VOLUME lines; `layers` the digests of its layers, the lowest first.
+    """
 
     id: str
     size_bytes: int = 0
     env: tuple[str, ...] = ()
     volumes: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
 
 
 class EngineVolume(Record):

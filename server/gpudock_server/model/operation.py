@@ -16,6 +16,7 @@ from typing import TypeAlias
 from pydantic import Field
 
 from gpudock_server.model.container import Container, Placement, PortBinding
+from gpudock_server.model.image import CommittedImage
 from gpudock_server.model.record import JsonObject, Record
 from gpudock_server.model.snapshot import SnapshotKind
 from gpudock_server.model.target import Target
@@ -49,6 +50,7 @@ class OperationKind(StrEnum):
     UPDATE = "UPDATE"
     ROLLBACK = "ROLLBACK"
     DELETE_REVISION = "DELETE_REVISION"
+    COMMIT = "COMMIT"
 
 
 class OperationState(StrEnum):
@@ -127,7 +129,7 @@ class RecordedError(Record):
 
 
 # What an operation leaves, and its caller is shown.
-Result: TypeAlias = Container
+Result: TypeAlias = Container | CommittedImage
 
 
 class Operation(Record):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from gpudock.v1 import (
-    container_pb2,
     container_revision_pb2,
     container_service_pb2,
     exec_pb2,
@@ -29,6 +28,7 @@ from gpudock_server.rpc.convert.revision import revision_message
 from gpudock_server.rpc.exec_call import serve_exec
 from gpudock_server.rpc.interception import Context
 from gpudock_server.rpc.request_key import Mutation, request_key
+from gpudock_server.rpc.validation import commit as commit_validation
 from gpudock_server.rpc.validation import containers as validation
 from gpudock_server.rpc.validation import listing, watching
 
@@ -50,7 +50,10 @@ class _Event(Protocol[R_co]):
     """The class of a response that holds a snapshot or the result."""
 
     def __call__(
-        self, *, operation: operation_pb2.Operation | None = None, result: container_pb2.Container | None = None
+        self,
+        *,
+        operation: operation_pb2.Operation | None = None,
+        result: Any = None,  # noqa: ANN401 - each takes that of its own RPC, and its operations leave no other
     ) -> R_co:
         """Make one."""
         ...
@@ -201,6 +204,13 @@ class ContainerService(ContainerServiceServicer):
     ) -> container_service_pb2.DeleteContainerRevisionResponse:
         await self._containers.run(validation.delete_revision(request), _key("DeleteContainerRevision", request))
         return container_service_pb2.DeleteContainerRevisionResponse()
+
+    @override
+    def CommitContainer(
+        self, request: container_service_pb2.CommitContainerRequest, context: Context
+    ) -> AsyncIterator[container_service_pb2.CommitContainerResponse]:
+        command = commit_validation.commit(request)
+        return self._operate("CommitContainer", request, command, container_service_pb2.CommitContainerResponse)
 
     @override
     async def ExecContainer(  # type: ignore[override]  # it writes its responses: see serve_exec

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
-from gpudock.v1 import operation_pb2, operation_service_pb2
+from gpudock.v1 import committed_image_pb2, operation_pb2, operation_service_pb2
 from gpudock.v1.operation_service_pb2_grpc import OperationServiceServicer
 from typing_extensions import override
 
@@ -63,5 +63,10 @@ class OperationService(OperationServiceServicer):
                 if isinstance(message, operation_pb2.Operation):
                     yield operation_service_pb2.WatchOperationResponse(operation=message)
                 else:
-                    result = operation_service_pb2.OperationResult(container=message)
-                    yield operation_service_pb2.WatchOperationResponse(result=result)
+                    yield operation_service_pb2.WatchOperationResponse(result=_result(message))
+
+
+def _result(message: progress.ResultMessage | None) -> operation_service_pb2.OperationResult:
+    if isinstance(message, committed_image_pb2.CommittedImage):
+        return operation_service_pb2.OperationResult(image=message)
+    return operation_service_pb2.OperationResult(container=message)

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import TypeAlias
 
-from gpudock.v1 import container_pb2, operation_pb2
+from gpudock.v1 import committed_image_pb2, container_pb2, operation_pb2
 
 from gpudock_server.core.operations import Operations, outcome_of
 from gpudock_server.core.running import Snapshot
 from gpudock_server.errors import WrongNode
+from gpudock_server.model.image import CommittedImage
 from gpudock_server.model.operation import Operation, OperationKind
 from gpudock_server.rpc.convert.container import container_message
+from gpudock_server.rpc.convert.image import committed_message
 from gpudock_server.rpc.convert.operation import operation_message
+
+# What an operation leaves, as it is shown.
+ResultMessage: TypeAlias = container_pb2.Container | committed_image_pb2.CommittedImage
 
 
 async def follow(
     operations: Operations, operation_id: str
-) -> AsyncGenerator[operation_pb2.Operation | container_pb2.Container | None, None]:
-    """Each snapshot as it is taken, then the container that was left; None for an operation that leaves none.
+) -> AsyncGenerator[operation_pb2.Operation | ResultMessage | None, None]:
+    """Each snapshot as it is taken, then what was left; None for an operation that leaves nothing.
 
     Whoever is slow to ask for the next gets what is then the latest. Leaving it does nothing to the operation. Raises
     OperationNotFound, ShuttingDown, and what the operation failed with.
@@ -33,12 +39,14 @@ async def follow(
         yield _result(last)
 
 
-def _result(operation: Operation) -> container_pb2.Container | None:
+def _result(operation: Operation) -> ResultMessage | None:
     if not operation.state.ended:
         # Only the daemon that runs it knows how it goes on.
         raise WrongNode(container=operation.target.name, node=operation.node, address="")
-    container = outcome_of(operation)
-    return None if operation.kind is OperationKind.DELETE else container_message(container)
+    left = outcome_of(operation)
+    if isinstance(left, CommittedImage):
+        return committed_message(left)
+    return None if operation.kind is OperationKind.DELETE else container_message(left)
 
 
 def recorded(operation: Operation) -> operation_pb2.Operation:

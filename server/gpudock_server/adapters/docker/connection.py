@@ -113,15 +113,17 @@ class Connection:
         *,
         params: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
+        content: AsyncIterator[bytes] | None = None,
         timeout: float | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """An answer whose body comes bit by bit; `timeout` is for its beginning alone.
 
+        `content` is sent bit by bit as well, and the engine may answer before it has it all.
         The connection is closed on leaving, which is how the engine learns that nobody listens any more.
         """
         with engine_errors(what):
             async with asyncio.timeout(self.timeout if timeout is None else timeout):
-                response = await _ask(self._streams, method, path, params, None, headers=headers)
+                response = await _ask(self._streams, method, path, params, None, headers=headers, content=content)
         try:
             yield response
         finally:
@@ -167,6 +169,7 @@ async def _ask(
     body: object,
     *,
     headers: Mapping[str, str] | None = None,
+    content: AsyncIterator[bytes] | None = None,
     versioned: bool = True,
 ) -> aiohttp.ClientResponse:
     # aiodocker's public calls lack what is needed here (update, commit's labels, deadlines) and leave responses open
@@ -175,7 +178,7 @@ async def _ask(
         path,
         method,
         params=params,
-        data=None if body is None else json.dumps(body),
+        data=content if body is None else json.dumps(body),
         headers=headers,
         timeout=None,
         versioned_api=versioned,

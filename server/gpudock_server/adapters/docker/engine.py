@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Self
 
@@ -15,6 +15,7 @@ from gpudock_server.adapters.docker.connection import Connection, JsonAnswer, se
 from gpudock_server.adapters.docker.events import events
 from gpudock_server.adapters.docker.exec_session import DockerExecSession
 from gpudock_server.adapters.docker.failures import BAD_REQUEST, CONFLICT, NOT_FOUND, engine_errors, start_failure
+from gpudock_server.adapters.docker.image_editor import ImageEditor
 from gpudock_server.adapters.docker.pull import pull, split_reference
 from gpudock_server.errors import EngineRejected, ImageNotFound, VolumeExists
 from gpudock_server.model.engine import (
@@ -47,21 +48,25 @@ class DockerEngine:
     """Implements ports.Engine. Made by `connect`; may be used by any number of tasks at once.
 
     Every call ends within the `timeout` it was connected with (a stop, its grace period later; a commit, thirty of
-    them), with EngineUnavailable at the latest. A start waits its turn before its time begins. One that was cancelled
-    leaves no connection behind, but the engine may go on doing it.
+    them, and so does each call that images are edited with), with EngineUnavailable at the latest. A start waits its
+    turn before its time begins. One that was cancelled leaves no connection behind, but the engine may go on doing it.
     """
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, scratch: Path | None = None) -> None:
         self._connection = connection
+        self._images = ImageEditor(connection, scratch)
         self._starts = asyncio.Semaphore(_STARTS_AT_ONCE)
         self._inspects = asyncio.Semaphore(_INSPECTS_AT_ONCE)
 
     @classmethod
-    async def connect(cls, url: str, *, tls: Path | None = None, timeout: float = 60.0) -> Self:
+    async def connect(
+        cls, url: str, *, tls: Path | None = None, timeout: float = 60.0, scratch: Path | None = None
+    ) -> Self:
         """Connect to `unix:///PATH` or `tcp://HOST:PORT` and agree on an API version.
 
-        `tls` is a folder with ca.pem, cert.pem and key.pem; `timeout` is in seconds. Raises ValueError for an address
-        or a certificate that cannot be used, EngineUnavailable, and EngineRejected where no API version fits.
+        `tls` is a folder with ca.pem, cert.pem and key.pem; `timeout` is in seconds; `scratch` is a folder with room
+        for image layers that are worked on (None: the system's). Raises ValueError for an address or a certificate
+        that cannot be used, EngineUnavailable, and EngineRejected where no API version fits.
         """
         connection = Connection(Address.parse(url, tls), timeout)
         try:
@@ -69,7 +74,7 @@ class DockerEngine:
         except BaseException:
             await connection.close()
             raise
-        return cls(connection)
+        return cls(connection, scratch)
 
     async def close(self) -> None:
         """Close all connections; exec sessions keep theirs. May be called again."""
@@ -332,25 +337,68 @@ class DockerEngine:
             return rejection.status == NOT_FOUND
         return await self._inspect(path.rpartition("/")[2]) is None
 
-    async def commit(self, engine_id: str, reference: str, labels: Mapping[str, str]) -> str:
+    async def commit(
+        self,
+        engine_id: str,
+        reference: str,
+        labels: Mapping[str, str],
+        *,
+        author: str = "",
+        comment: str = "",
+        changes: Sequence[str] = (),
+    ) -> str:
         """Make an image of its files, with the config it had and `labels` on top, named `reference`; its id.
 
         The container is not paused: the caller sees to it that nothing writes, or takes what there is. The image names
-        no cards, whatever the container had.
+        no cards, whatever the container had. `changes` are Dockerfile lines that the config is then changed by; one
+        that the engine does not understand is EngineRejected.
         """
         call = "commit a container"
         name, tag = split_reference(reference)
+        params = {"container": segment(engine_id), "repo": name, "tag": tag, "pause": "0"}
+        # Empty changes are a file without instructions, which is refused.
+        said = {"author": author, "comment": comment, "changes": "\n".join(changes)}
+        params |= {key: value for key, value in said.items() if value}
+        shown = await self._inspect(engine_id)
+        if shown is None:
+            raise EngineRejected(call=call, status=NOT_FOUND, detail=f"there is no container {engine_id}")
         answer: JsonAnswer = await self._connection.call(
             call,
             "POST",
             "commit",
-            params={"container": segment(engine_id), "repo": name, "tag": tag, "pause": "0"},
-            # What this config leaves out, the engine takes from the container's, each variable and label by itself.
-            body={"Labels": dict(labels), "Env": [translate.NO_CARDS]},
+            params=params,
+            body=translate.commit_request(shown.get("Config") or {}, labels),
             timeout=self._connection.timeout * _COMMIT_TIMEOUTS,
         )
         with engine_errors(call):
             return str(answer["Id"])
+
+    async def tag(self, image: str, reference: str) -> None:
+        """Name an image; another one that had the name loses it."""
+        name, tag = split_reference(reference)
+        if not _is_reference(image) or not _is_reference(reference):
+            raise EngineRejected(call="tag an image", status=BAD_REQUEST, detail=f"{reference!r} cannot name an image")
+        await self._connection.call("tag an image", "POST", f"images/{image}/tag", params={"repo": name, "tag": tag})
+
+    async def with_config_of(self, image_id: str, other_id: str, reference: str) -> str:
+        """Make an image named `reference`, of the layers of one and the config of another; its id."""
+        return await self._images.with_config_of(image_id, other_id, reference)
+
+    async def without_identity(self, image_id: str, base_id: str, reference: str) -> str:
+        """Make an image named `reference` out of one that a commit made, less what tells which container that was.
+
+        `base_id` is the image that the container was made from. What is left out: our labels, what we said of cards,
+        host name and streams.
+        """
+        return await self._images.without_identity(image_id, base_id, reference)
+
+    async def flatten(self, image_id: str, base_layers: int, reference: str, *, config_of: str, onto: str = "") -> str:
+        """Make an image named `reference` whose layers above the lowest `base_layers` are one; its id.
+
+        Its config is that of image `config_of`. With `onto` that one layer lies on the layers of another image
+        instead. Raises LayerCarryFailed where the layers make no sense, DiskFull.
+        """
+        return await self._images.flatten(image_id, base_layers, reference, config_of=config_of, onto=onto)
 
     async def remove_image(self, reference: str) -> None:
         """Remove an image by name or id; one that is still used stays, and that is no error.

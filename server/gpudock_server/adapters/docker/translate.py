@@ -197,6 +197,16 @@ def policy_changes(host_config: Mapping[str, Any], policy: RestartPolicy) -> Jso
     return {} if same else {"RestartPolicy": wants}
 
 
+def commit_request(config: Mapping[str, Any], labels: Mapping[str, str]) -> Json:
+    """The body of `POST /commit`, of a container's config: the same with these labels, and without its cards.
+
+    All of it is said, because changes (`ENV PATH=$PATH:/opt`) are made to what is said here. What is left out, the
+    engine takes from the container's own, each variable and label by itself.
+    """
+    environment = [line for line in config.get("Env") or () if line.partition("=")[0] != _VISIBLE_DEVICES]
+    return {**config, "Labels": {**(config.get("Labels") or {}), **labels}, "Env": [*environment, NO_CARDS]}
+
+
 def container(inspected: Mapping[str, Any]) -> EngineContainer:
     """What `GET /containers/ID/json` shows."""
     state: Json = inspected.get("State") or {}
@@ -268,6 +278,7 @@ def image(inspected: Mapping[str, Any]) -> EngineImage:
         size_bytes=inspected.get("Size") or 0,
         env=tuple(config.get("Env") or ()),
         volumes=tuple(config.get("Volumes") or ()),
+        layers=tuple((inspected.get("RootFS") or {}).get("Layers") or ()),
     )
 
 

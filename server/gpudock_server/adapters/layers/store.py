@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+from gpudock_server.adapters.layers.committing import watched
 from gpudock_server.adapters.layers.comparing import differences
 from gpudock_server.adapters.layers.copying import (
     StillCopyingError,
@@ -27,13 +28,13 @@ from gpudock_server.ports import CarryPlan, LayerPair, LayerStore, Progress
 
 _MEASURE_SECONDS = 300.0
 
-COMMIT_WARNINGS = (
+LOST_BY_COMMIT = (
     "extended attributes other than security.capability are lost (user.* ones among them)",
     "times of modification lose their fraction of a second, and those before 1970 become 1970",
     "sparse files are written out in full",
     "sockets, and the mode, owner and time of / itself, are not carried",
-    "the container's image grows by one layer; engines stop at 125",
 )
+COMMIT_WARNINGS = (*LOST_BY_COMMIT, "the container's image grows by one layer; before it has 100, they are made fewer")
 
 
 class OverlayLayerStore(LayerStore):
@@ -80,6 +81,23 @@ class OverlayLayerStore(LayerStore):
                 return await self._commit_plan(plan, "" if hidden else old.upper_dir)
             case _:
                 return plan.model_copy(update={"bytes_available": available(self._root)})
+
+    async def commit_plan(self, container: EngineContainer) -> CarryPlan:
+        """See the protocol. Raises LayerCarryFailed, DiskFull."""
+        layer = await run_to_end(self._seen, container)
+        upper = "" if isinstance(layer, str) else container.upper_dir
+        plan = await self._commit_plan(CarryPlan(method=CarryMethod.COMMIT), upper)
+        return plan.model_copy(update={"warnings": LOST_BY_COMMIT})
+
+    @asynccontextmanager
+    async def commit_watched(self, container: EngineContainer, total: int, progress: Progress) -> AsyncIterator[None]:
+        """See the protocol."""
+        layer = await run_to_end(self._seen, container)
+        if isinstance(layer, str) or not total:
+            yield
+            return
+        async with watched(self._root, layer.image_layers, total, progress):
+            yield
 
     async def locate(self, old: EngineContainer, new: EngineContainer) -> LayerPair:
         """See the protocol. Raises LayerCarryFailed; changes nothing."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from gpudock_server.core.containers import create, delete, history, pause, rollback, stop, transition, update
+from gpudock_server.core.containers import commit, create, delete, history, pause, rollback, stop, transition, update
 from gpudock_server.core.containers.change import ChangeSaga
 from gpudock_server.core.containers.commands import (
     Command,
+    Commit,
     Create,
     Delete,
     DeleteRevision,
@@ -25,6 +26,7 @@ from gpudock_server.core.containers.commands import (
     Unpause,
     Update,
 )
+from gpudock_server.core.containers.commit import CommitSaga
 from gpudock_server.core.containers.create import CreateSaga
 from gpudock_server.core.containers.delete import DeleteSaga
 from gpudock_server.core.containers.history import DeleteRevisionSaga, find_revision
@@ -45,7 +47,7 @@ __all__ = ["Containers", "HistoryDefaults", "World", "saga_builder"]
 def saga_builder(world: World) -> Callable[[Operation], Saga[Any]]:
     """Makes the saga of any recorded operation, for `Operations` to resume."""
 
-    def build(operation: Operation) -> Saga[Any]:
+    def build(operation: Operation) -> Saga[Any]:  # noqa: PLR0911 - one case for each kind of operation
         match operation.kind:
             case OperationKind.CREATE:
                 return CreateSaga(world, operation)
@@ -65,6 +67,8 @@ def saga_builder(world: World) -> Callable[[Operation], Saga[Any]]:
                 return PauseSaga(world, operation)
             case OperationKind.DELETE:
                 return DeleteSaga(world, operation)
+            case OperationKind.COMMIT:
+                return CommitSaga(world, operation)
 
     return build
 
@@ -103,7 +107,10 @@ class Containers:
 
     async def run(self, command: Command, request: RequestKey | None) -> Container:
         """Begin what is asked for and wait for its end, which it reaches even when the caller does not."""
-        return await self._operations.result(await self.begin(command, request))
+        result = await self._operations.result(await self.begin(command, request))
+        if not isinstance(result, Container):
+            raise TypeError(f"{type(command).__name__} leaves no container")
+        return result
 
     async def preview(self, command: Command) -> Operation:
         """What `begin` would do, with nothing done: an operation that is PLANNED and has no id."""
@@ -138,4 +145,5 @@ _DRAFTERS: dict[type, Callable[[World, Any], Awaitable[Draft]]] = {
     Pause: pause.draft,
     Unpause: pause.draft,
     Delete: delete.draft,
+    Commit: commit.draft,
 }

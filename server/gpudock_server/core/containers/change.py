@@ -29,6 +29,7 @@ from enum import StrEnum
 from typing_extensions import override
 
 from gpudock_server.core.containers.create import anonymous_volumes, labels_of, remove_with_volumes
+from gpudock_server.core.containers.depth import carry_image, remove_carried
 from gpudock_server.core.containers.history import prune
 from gpudock_server.core.containers.keeping import IMAGE_STAGE, KeepArguments, Keeping
 from gpudock_server.core.containers.observation import observed
@@ -46,7 +47,7 @@ from gpudock_server.model.container import (
     Placement,
     RevisionCause,
 )
-from gpudock_server.model.engine import LABEL_OPERATION, LABEL_UID, Blueprint, EngineContainer, RegistryAuth
+from gpudock_server.model.engine import Blueprint, EngineContainer, RegistryAuth
 from gpudock_server.model.operation import CarryMethod, Operation
 from gpudock_server.model.record import JsonObject, Record, now
 from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind
@@ -312,15 +313,10 @@ class ChangeSaga(ContainerSaga):
         return LayerPair.model_validate(run.operation.facts("locate"))
 
     async def _snapshot(self, run: Run) -> JsonObject:
-        engine, reference = self._world.engine, layer_image(run.operation)
-        if (made := await engine.image(reference)) is not None:
-            return {"image_id": made.id, "reference": reference}
-        labels = {LABEL_UID: run.operation.target.uid, LABEL_OPERATION: run.operation.id}
-        image_id = await engine.commit(self._arguments.old.engine_id, reference, labels)
-        return {"image_id": image_id, "reference": reference}
+        return (await carry_image(self._world, run, self._arguments.old)).facts
 
     async def _remove_snapshot(self, run: Run) -> None:
-        await self._world.engine.remove_image(layer_image(run.operation))
+        await remove_carried(self._world, run.operation)
 
     # -- the point of no return, and past it -------------------------------------------------------------------------
 
@@ -372,7 +368,14 @@ class ChangeSaga(ContainerSaga):
             fixed_digest=arguments.spec.fixed_digest,
             anonymous_volumes=anonymous_volumes(arguments.spec, seen.volumes),
             layer_images=(*arguments.old.layer_images, *((str(snapshot),) if snapshot else ())),
+            base_depth=self._base_depth(run.operation),
         )
+
+    def _base_depth(self, operation: Operation) -> int:
+        if self._base_image(operation) != self._arguments.old.user_image_id:
+            return 0
+        counted = operation.facts(IMAGE_STAGE).get("base_depth")
+        return counted if isinstance(counted, int) else self._arguments.old.base_depth
 
     def _base_image(self, operation: Operation) -> str:
         if self._pulls:
@@ -408,8 +411,3 @@ class ChangeSaga(ContainerSaga):
             PutContainer(container, expect=view.version),
             *(Release(self._world.host, key, container.uid) for key in keys_of(arguments.placement) if key not in kept),
         ]
-
-
-def layer_image(operation: Operation) -> str:
-    """The name of the image that an operation carries a layer in: unique to it, so that it can be found again."""
-    return f"gpudock/layer:{operation.id}"

@@ -147,4 +147,19 @@ class DeleteRevision:
     etag: str = ""
 
 
-Command = Create | Start | Stop | Restart | Pause | Unpause | Delete | Scale | Update | Rollback | DeleteRevision
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Make an image named `reference` of one's files; `pause` freezes what runs meanwhile."""
+
+    name: str
+    reference: str
+    author: str = ""
+    comment: str = ""
+    changes: tuple[str, ...] = ()
+    pause: bool = True
+    etag: str = ""
+
+
+Command = (
+    Create | Start | Stop | Restart | Pause | Unpause | Delete | Scale | Update | Rollback | DeleteRevision | Commit
+)

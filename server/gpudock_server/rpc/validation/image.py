@@ -14,6 +14,28 @@ _REFERENCE = re.compile(rf"(?:{_HOST}/)?{_PART}(?:/{_PART})*(?::{_TAG})?(?:@{_DI
 # grammar above, and the engine tries both.
 _ID = re.compile(r"(?:sha256:)?[0-9a-f]{4,64}", re.ASCII)
 
+_REPOSITORY = re.compile(rf"{_PART}(?:/{_PART})*", re.ASCII)
+_REGISTRY = re.compile(rf"(?:{_HOST})/(?P<rest>.+)", re.ASCII)
+_TAG_ALONE = re.compile(_TAG, re.ASCII)
+_LIKE_AN_ID = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
+def is_repository(text: str) -> bool:
+    """Whether `text` (of a bounded length) can be the name of an image that is to be made: without tag and digest.
+
+    What stands before the first slash is a registry if it looks like a host, with a dot, a port or as `localhost`;
+    only there is upper case allowed.
+    """
+    first, slash, rest = text.partition("/")
+    if slash and (first == "localhost" or "." in first or ":" in first):
+        return _REGISTRY.fullmatch(text) is not None and _REPOSITORY.fullmatch(rest) is not None
+    return _REPOSITORY.fullmatch(text) is not None and _LIKE_AN_ID.fullmatch(text) is None
+
+
+def is_tag(text: str) -> bool:
+    """Whether `text` can be an image's tag."""
+    return _TAG_ALONE.fullmatch(text) is not None
+
 
 def is_image_reference(text: str) -> bool:
     """Whether `text` (of a bounded length) can name an image."""

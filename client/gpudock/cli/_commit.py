@@ -1,0 +1,57 @@
+"""`gpudock commit`."""
+
+from __future__ import annotations
+
+import click
+
+from gpudock import Client, CommittedImage, OperationCall
+from gpudock.cli import _operation_views, _views
+from gpudock.cli._follow import follow
+from gpudock.cli._session import Session
+
+
+@click.command()
+@click.argument("name")
+@click.argument("image", metavar="REPOSITORY[:TAG]")
+@click.option("-a", "--author", default="", help="Who made it.")
+@click.option("-m", "--message", default="", help="What it is.")
+@click.option("-c", "--change", multiple=True, help="A line of a Dockerfile: CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, ...")
+@click.option("--no-pause", is_flag=True, help="Let the container run on while its files are read.")
+@click.option("--validate-only", is_flag=True, help="Show what would be done, and do nothing.")
+@click.pass_obj
+def commit(
+    session: Session,
+    *,
+    name: str,
+    image: str,
+    author: str,
+    message: str,
+    change: tuple[str, ...],
+    no_pause: bool,
+    validate_only: bool,
+) -> None:
+    """Make an image of a container's files as they are now."""
+    repository, tag = _split(image)
+
+    def begin(client: Client) -> OperationCall[CommittedImage]:
+        return client.containers.commit(
+            name,
+            repository,
+            tag=tag,
+            author=author,
+            comment=message,
+            changes=change,
+            pause=not no_pause,
+            validate_only=validate_only,
+        )
+
+    if validate_only:
+        session.show(session.run(lambda client: begin(client).plan()), _operation_views.plan)
+        return
+    session.show(session.run(lambda client: follow(begin(client), name)), _views.committed_image)
+
+
+def _split(image: str) -> tuple[str, str]:
+    """Repository and tag; a colon before a slash is that of a port."""
+    repository, colon, tag = image.rpartition(":")
+    return (repository, tag) if colon and "/" not in tag else (image, "")

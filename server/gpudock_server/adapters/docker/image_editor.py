@@ -1,0 +1,333 @@
+"""Images of other configs and fewer layers, by the engine's API alone: what is saved is changed, and loaded again.
+
+An image that is loaded may leave out the content of every layer that the engine has already, so an image with another
+config costs a few kilobytes, and one whose upper layers were made one costs those. This holds for engines that keep
+images in their graph drivers. One that keeps them in containerd wants every layer, and refuses (EngineRejected).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Final, cast
+
+import aiohttp
+
+from gpudock_server.adapters.docker.connection import Connection, JsonAnswer
+from gpudock_server.adapters.docker.failures import engine_errors
+from gpudock_server.adapters.docker.image_config import history_of, image_config, merged_line, without_identity
+from gpudock_server.adapters.docker.layer_merge import stacked, write_merged
+from gpudock_server.adapters.docker.layer_tar import BLOCK, END, BrokenTarError, LayerIndex, header, read_layer
+from gpudock_server.adapters.layers.threads import Interrupt, run_to_end
+from gpudock_server.errors import DiskFull, EngineRejected, LayerCarryFailed
+
+_CHUNK: Final = 1 << 20
+_GZIP: Final = b"\x1f\x8b"
+_METHOD: Final = "SQUASH"
+_REFUSED: Final = 500
+# A save or a load goes through all of an image before it says a word.
+_TIMEOUTS: Final = 30
+
+
+class ImageEditor:
+    """Makes images out of images of one engine. `scratch` is a folder for layers on their way; None is the system's."""
+
+    def __init__(self, connection: Connection, scratch: Path | None) -> None:
+        self._connection = connection
+        self._scratch = str(scratch) if scratch else tempfile.gettempdir()
+
+    async def with_config_of(self, image_id: str, other_id: str, reference: str) -> str:
+        """See ports.Engine."""
+        shown, other = await self._shown(image_id), await self._shown(other_id)
+        layers: list[str] = shown["RootFS"]["Layers"]
+        history = await self._history(image_id, len(layers))
+        config = image_config(other, other.get("Config") or {}, layers, history)
+        return await self._load(config, reference)
+
+    async def without_identity(self, image_id: str, base_id: str, reference: str) -> str:
+        """See ports.Engine."""
+        shown, base = await self._shown(image_id), await self._shown(base_id)
+        layers: list[str] = shown["RootFS"]["Layers"]
+        history = await self._history(image_id, len(layers))
+        run = without_identity(shown.get("Config") or {}, base.get("Config") or {})
+        return await self._load(image_config(shown, run, layers, history), reference)
+
+    async def flatten(self, image_id: str, base_layers: int, reference: str, *, config_of: str, onto: str) -> str:
+        """See ports.Engine."""
+        shown, other = await self._shown(image_id), await self._shown(config_of)
+        layers: list[str] = shown["RootFS"]["Layers"]
+        if not 0 < base_layers < len(layers):
+            detail = f"image {image_id} has {len(layers)} layers, and {base_layers} of them cannot be its base"
+            raise LayerCarryFailed(method=_METHOD, detail=detail)
+        upper = layers[base_layers:]
+        below: list[str] = (await self._shown(onto))["RootFS"]["Layers"] if onto else layers[:base_layers]
+        with ExitStack() as stack:
+            fetched = _Fetched(frozenset(upper), frozenset(below), self._scratch, stack)
+            await self._fetch(image_id, fetched, upper)
+            if onto:
+                await self._fetch(onto, _Fetched(frozenset(), frozenset(below), self._scratch, stack, fetched.indexes))
+            merged = stack.enter_context(_temporary(self._scratch))
+            with _local_errors(self._scratch):
+                digest = await run_to_end(_merge, merged, fetched, (upper, below), Interrupt())
+            source = (onto, len(below)) if onto else (image_id, len(layers))
+            history = [*_lowest(await self._history(*source), len(below)), merged_line(len(upper))]
+            config = image_config(other, other.get("Config") or {}, [*below, digest], history)
+            return await self._load(config, reference, merged)
+
+    async def _shown(self, image_id: str) -> JsonAnswer:
+        answer: JsonAnswer = await self._connection.call("show an image", "GET", f"images/{image_id}/json")
+        with engine_errors("show an image"):
+            if not answer["RootFS"]["Layers"]:
+                raise KeyError("Layers")
+        return answer
+
+    async def _history(self, image_id: str, layers: int) -> list[JsonAnswer]:
+        """The lines of an image's config about its history, the oldest first."""
+        return history_of(await self._shown_history(image_id), layers)
+
+    async def _shown_history(self, image_id: str) -> list[JsonAnswer]:
+        call = "show an image's history"
+        answer: list[JsonAnswer] = await self._connection.call(call, "GET", f"images/{image_id}/history")
+        return answer
+
+    # -- out of the engine -------------------------------------------------------------------------------------------
+
+    async def _fetch(self, image_id: str, fetched: _Fetched, kept: Sequence[str] = ()) -> None:
+        """Save an image, keeping the layers that are wanted and indexing those that are only to be known."""
+        call = "save an image"
+        await self._check_room(image_id, len(kept))
+        patience = self._connection.timeout * _TIMEOUTS
+        async with self._connection.stream(call, "GET", f"images/{image_id}/get", timeout=patience) as response:
+            incoming = _Incoming(response, asyncio.get_running_loop(), patience)
+            with engine_errors(call), _local_errors(self._scratch):
+                await run_to_end(_unpack, incoming, fetched, incoming.interrupt)
+        if missing := fetched.missing:
+            raise LayerCarryFailed(method=_METHOD, detail=f"the engine's tar of {image_id} lacks layer {missing}")
+
+    async def _check_room(self, image_id: str, kept: int) -> None:
+        """What is kept lies here twice, as it came and as one; every other layer once, for a moment."""
+        shown = await self._shown_history(image_id)
+        sizes = [size for line in shown if (size := int(line.get("Size") or 0))]
+        upper = sum(sizes[:kept])
+        needed = 2 * upper + max(sizes, default=0)
+        available = shutil.disk_usage(self._scratch).free
+        if needed > available:
+            raise DiskFull(path=self._scratch, needed_bytes=needed, available_bytes=available)
+
+    # -- and back into it --------------------------------------------------------------------------------------------
+
+    async def _load(self, config: JsonAnswer, reference: str, layer: IO[bytes] | None = None) -> str:
+        """Make the image; its id. `layer` is the content of its uppermost one, where the engine lacks that."""
+        call = "load an image"
+        async with self._connection.stream(
+            call,
+            "POST",
+            "images/load",
+            params={"quiet": "1"},
+            headers={"Content-Type": "application/x-tar"},
+            content=_archive(config, reference, layer),
+            timeout=self._connection.timeout * _TIMEOUTS,
+        ) as response:
+            async for document in self._connection.documents(call, response):
+                if "error" in document or "errorDetail" in document:
+                    detail = (document.get("errorDetail") or {}).get("message") or document.get("error")
+                    raise EngineRejected(call=call, status=_REFUSED, detail=str(detail))
+        answer: JsonAnswer = await self._connection.call("show an image", "GET", f"images/{reference}/json")
+        with engine_errors(call):
+            return str(answer["Id"])
+
+
+@dataclass
+class _Fetched:
+    """Layers by their digest: those to be `kept` as files, and the index of each that is kept or only `known`."""
+
+    kept: frozenset[str]
+    known: frozenset[str]
+    scratch: str
+    stack: ExitStack
+    indexes: dict[str, LayerIndex] = field(default_factory=dict)
+    files: dict[str, IO[bytes]] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> str:
+        """A kept layer that has not come; empty when all have."""
+        return next(iter(self.kept - self.files.keys()), "")
+
+    def take(self, content: IO[bytes]) -> None:
+        """One file out of a saved image: a layer, if its digest says so."""
+        file = _temporary(self.scratch)
+        try:
+            digest = _spool(content, file)
+            if digest in self.kept | self.known:
+                self.indexes[digest] = read_layer(file)
+            if digest in self.kept and digest not in self.files:
+                self.files[digest] = self.stack.enter_context(file)
+                return
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _temporary(folder: str) -> IO[bytes]:
+    """A file without a name, which a daemon that is killed does not leave behind."""
+    return tempfile.TemporaryFile(dir=folder)
+
+
+class _Incoming(io.RawIOBase):
+    """A response's body as a file, for a thread to read; the loop that it is received by must go on meanwhile."""
+
+    def __init__(self, response: aiohttp.ClientResponse, loop: asyncio.AbstractEventLoop, patience: float) -> None:
+        self._response = response
+        self._loop = loop
+        self._patience = patience
+        self._rest = b""
+        self.interrupt = Interrupt()
+
+    def read(self, size: int = -1) -> bytes:
+        """At most `size` bytes; none at the end. Raises Interrupted, and what the connection fails with."""
+        while not self._rest:
+            self.interrupt.check()
+            self._rest = asyncio.run_coroutine_threadsafe(self._more(), self._loop).result()
+            if not self._rest:
+                return b""
+        size = len(self._rest) if size < 0 else size
+        piece, self._rest = self._rest[:size], self._rest[size:]
+        return piece
+
+    async def _more(self) -> bytes:
+        deadline = self._loop.time() + self._patience
+        while True:
+            # In short turns: whoever waits for this thread has told it so by the interrupt alone.
+            self.interrupt.check()
+            try:
+                async with asyncio.timeout(1.0):
+                    return await self._response.content.readany()
+            except TimeoutError:
+                if self._loop.time() > deadline:
+                    raise
+
+
+def _unpack(incoming: _Incoming, fetched: _Fetched, interrupt: Interrupt) -> None:
+    """Go through a saved image. Raises BrokenTarError, and what reading raises."""
+    try:
+        with tarfile.open(fileobj=cast("IO[bytes]", incoming), mode="r|", bufsize=_CHUNK) as saved:
+            while (member := saved.next()) is not None:
+                interrupt.check()
+                content = saved.extractfile(member) if member.isreg() else None
+                if content is not None and _may_be_layer(member.name):
+                    fetched.take(content)
+                saved.members.clear()  # type: ignore[attr-defined]  # see layer_tar.read_layer
+    except tarfile.TarError as error:
+        raise BrokenTarError(f"the engine's tar is broken: {error}") from error
+
+
+def _may_be_layer(name: str) -> bool:
+    """Engines name them ID/layer.tar, or by their digest as in the layout of the image specification."""
+    return name.endswith("/layer.tar") or name.startswith("blobs/")
+
+
+def _spool(content: IO[bytes], file: IO[bytes]) -> str:
+    """Copy a layer, unpacking it if it is compressed; the digest of what was copied."""
+    begin = content.read(len(_GZIP))
+    source: IO[bytes] = cast("IO[bytes]", _Prefixed(begin, content))
+    if begin == _GZIP:
+        source = cast("IO[bytes]", gzip.GzipFile(fileobj=source))
+    digest = hashlib.sha256()
+    try:
+        while piece := source.read(_CHUNK):
+            digest.update(piece)
+            file.write(piece)
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise BrokenTarError(f"a compressed layer is broken: {error}") from error
+    return f"sha256:{digest.hexdigest()}"
+
+
+class _Prefixed(io.RawIOBase):
+    """A file of which the beginning has been read already."""
+
+    def __init__(self, begin: bytes, rest: IO[bytes]) -> None:
+        self._begin = begin
+        self._rest = rest
+
+    def read(self, size: int = -1) -> bytes:
+        """At most `size` bytes."""
+        if self._begin:
+            piece, self._begin = self._begin[:size], self._begin[size:] if size >= 0 else b""
+            return piece
+        return self._rest.read(size)
+
+
+def _merge(out: IO[bytes], fetched: _Fetched, layers: tuple[Sequence[str], Sequence[str]], interrupt: Interrupt) -> str:
+    """Write the layers of `layers[0]` as one that lies on those of `layers[1]`; its digest."""
+    upper, below = layers
+    known = stacked([fetched.indexes[digest] for digest in below])
+    write_merged(out, [(fetched.indexes[digest], fetched.files[digest]) for digest in upper], known, interrupt)
+    out.flush()
+    out.seek(0)
+    return f"sha256:{hashlib.file_digest(cast('io.BufferedRandom', out), 'sha256').hexdigest()}"
+
+
+def _lowest(history: Sequence[JsonAnswer], layers: int) -> list[JsonAnswer]:
+    """The lines of a history that are about the lowest `layers` layers."""
+    kept: list[JsonAnswer] = []
+    for line in history:
+        layers -= not line.get("empty_layer")
+        if layers < 0:
+            break
+        kept.append(line)
+    return kept
+
+
+async def _archive(config: JsonAnswer, reference: str, layer: IO[bytes] | None) -> AsyncIterator[bytes]:
+    """The tar of an image as `docker load` takes it, without the layers that the engine has."""
+    encoded = json.dumps(config).encode()
+    name = f"{hashlib.sha256(encoded).hexdigest()}.json"
+    layers = [f"{digest.partition(':')[2]}/layer.tar" for digest in config["rootfs"]["diff_ids"]]
+    manifest = json.dumps([{"Config": name, "RepoTags": [reference], "Layers": layers}]).encode()
+    for path, content in ((name, encoded), ("manifest.json", manifest)):
+        yield _file_header(path, len(content)) + content + _padding(len(content))
+    if layer is not None:
+        size = layer.seek(0, os.SEEK_END)
+        layer.seek(0)
+        yield _file_header(layers[-1], size)
+        while piece := await asyncio.to_thread(layer.read, _CHUNK):
+            yield piece
+        yield _padding(size)
+    yield END
+
+
+def _file_header(name: str, size: int) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.size = size
+    return header(member)
+
+
+def _padding(size: int) -> bytes:
+    return b"\0" * (-size % BLOCK)
+
+
+@contextmanager
+def _local_errors(folder: str) -> Iterator[None]:
+    """Give what fails here, and not in the engine, the name that core knows."""
+    try:
+        yield
+    except BrokenTarError as error:
+        raise LayerCarryFailed(method=_METHOD, detail=str(error)) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(folder).free
+        raise DiskFull(path=folder, needed_bytes=free + 1, available_bytes=free) from error

@@ -1,0 +1,117 @@
+"""A container's files as an image, and how deep the images get that are made so.
+
+Each carry by commit lays one more layer on the image that the user named, and engines stop at 125. Before that, and
+before a container's files are read through too many layers, those above the user's image are made one.
+
+What is carried keeps the config of the user's image: the engine's commit would write the container's own variables and
+command into it, and what a later change of the spec takes away would come back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpudock_server.core.containers.world import World
+from gpudock_server.core.saga import Run
+from gpudock_server.errors import DiskFull, EngineRejected, LayerCarryFailed
+from gpudock_server.model.container import EngineBinding
+from gpudock_server.model.engine import LABEL_OPERATION, LABEL_UID, EngineImage
+from gpudock_server.model.operation import Operation
+from gpudock_server.model.record import JsonObject
+
+# Layers in all, and layers above the user's image, from which on those above are made one. A squash writes all of them
+# again, so it is not done each time.
+MOST_LAYERS = 100
+MOST_CARRIED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class CarriedImage:
+    """An image of a container's files. `base_depth` is the number of its lowest layers that are the user's image's."""
+
+    image_id: str
+    reference: str
+    base_depth: int
+
+    @property
+    def facts(self) -> JsonObject:
+        """As a step's facts."""
+        return {"image_id": self.image_id, "reference": self.reference, "base_depth": self.base_depth}
+
+
+def layer_image(operation: Operation) -> str:
+    """The name of the image that an operation carries a layer in: unique to it, so that it can be found again."""
+    return f"gpudock/layer:{operation.id}"
+
+
+def raw_image(operation: Operation) -> str:
+    """The name of the image that the engine's commit makes, for as long as it is worked on."""
+    return f"gpudock/raw:{operation.id}"
+
+
+async def carry_image(world: World, run: Run, old: EngineBinding) -> CarriedImage:
+    """Make an image of the files of an engine container that does not run. Done twice is done once."""
+    engine, reference = world.engine, layer_image(run.operation)
+    depth = await base_depth(world, old)
+    made = await engine.image(reference)
+    if made is None:
+        raw = await _committed(world, run.operation, old.engine_id)
+        await _finished(world, run, raw, (old.image_id, depth))
+        await engine.remove_image(raw_image(run.operation))
+        made = await engine.image(reference)
+    if made is None:
+        raise LayerCarryFailed(method="COMMIT", detail=f"the engine made {reference}, and has none")
+    return CarriedImage(made.id, reference, depth)
+
+
+async def remove_carried(world: World, operation: Operation) -> None:
+    """Remove what `carry_image` made, or began to."""
+    for reference in (layer_image(operation), raw_image(operation)):
+        await world.engine.remove_image(reference)
+
+
+async def base_depth(world: World, binding: EngineBinding) -> int:
+    """How many of the layers that a container stands on are those of the image that the user named; 0: unknown."""
+    if binding.base_depth:
+        return binding.base_depth
+    base = await world.engine.image(binding.user_image_id)
+    current = await world.engine.image(binding.image_id)
+    if base is None or current is None or current.layers[: len(base.layers)] != base.layers:
+        return 0
+    return len(base.layers)
+
+
+async def _committed(world: World, operation: Operation, engine_id: str) -> EngineImage:
+    reference = raw_image(operation)
+    if (made := await world.engine.image(reference)) is not None:
+        return made
+    labels = {LABEL_UID: operation.target.uid, LABEL_OPERATION: operation.id}
+    await world.engine.commit(engine_id, reference, labels)
+    made = await world.engine.image(reference)
+    if made is None:
+        raise LayerCarryFailed(method="COMMIT", detail=f"the engine made {reference}, and has none")
+    return made
+
+
+async def _finished(world: World, run: Run, raw: EngineImage, old: tuple[str, int]) -> None:
+    """Give what was committed its name, the config of the image it came from, and fewer layers where it has many."""
+    (image_id, depth), reference = old, layer_image(run.operation)
+    if 0 < depth < len(raw.layers) and is_deep(len(raw.layers), depth):
+        try:
+            await world.engine.flatten(raw.id, depth, reference, config_of=image_id)
+        except (DiskFull, EngineRejected, LayerCarryFailed) as error:
+            # It can be as deep as it is for a while; the next carry tries again.
+            run.note(f"its {len(raw.layers)} layers were not made fewer: {error}")
+        else:
+            return
+    try:
+        await world.engine.with_config_of(raw.id, image_id, reference)
+    except EngineRejected as error:
+        # An engine that keeps its images in containerd does not take one without its layers.
+        run.note(f"the image of its files keeps the container's variables and command: {error}")
+        await world.engine.tag(raw.id, reference)
+
+
+def is_deep(layers: int, base: int) -> bool:
+    """Whether an image of so many layers, of which the lowest `base` are the user's, is to be squashed."""
+    return layers >= MOST_LAYERS or layers - base > MOST_CARRIED

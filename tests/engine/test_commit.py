@@ -1,0 +1,264 @@
+"""CommitContainer: what the image has, what it does not say, and what becomes of the name it is given."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+from gpudock.v1 import container_pb2, container_service_pb2, operation_pb2, operation_service_pb2
+
+from tests.calls import IDLE, IMAGE, Caller, failure, progress_of
+from tests.engine.own_daemons import OwnDaemons, own
+from tests.rig import Rig
+
+__all__ = ["own"]
+
+CUDA_LIKE = "gpudock/cuda-like:test"
+NAME = "gpudock/committed:test"
+REPOSITORY, TAG = NAME.split(":")
+RUNNING = container_pb2.CONTAINER_STATE_RUNNING
+PAUSED = container_pb2.CONTAINER_STATE_PAUSED
+STAGE_RUNNING = operation_pb2.OPERATION_STAGE_STATE_RUNNING
+
+
+@pytest.fixture(autouse=True)
+def images(rig: Rig) -> Iterator[None]:
+    """Takes the test's images away, and sees to it that no operation has left one of its own."""
+    yield
+    left = _tags(rig)
+    rig.engine.remove_all()
+    for tag in left:
+        if tag.startswith(f"{REPOSITORY}:"):
+            rig.engine.call("DELETE", f"/images/{tag}")
+    assert not [tag for tag in left if tag.startswith(("gpudock/raw:", "gpudock/commit:"))]
+
+
+def shown(rig: Rig, image: str) -> dict[str, Any]:
+    """An image, inspected."""
+    answer: dict[str, Any] = rig.engine.call("GET", f"/images/{image}/json")
+    return answer
+
+
+def request(**fields: Any) -> container_service_pb2.CommitContainerRequest:
+    """A request that is valid but for what is in `fields`."""
+    return container_service_pb2.CommitContainerRequest(
+        **{"name": "box", "repository": REPOSITORY, "tag": TAG, **fields}
+    )
+
+
+async def test_the_image_has_the_files_and_nothing_of_who_it_was(caller: Caller, rig: Rig) -> None:
+    before = await caller.create(
+        "box",
+        2,
+        image=CUDA_LIKE,
+        env={"A": "1"},
+        labels={"team": "x"},
+        ports=[container_pb2.PortRequest(container_port=80)],
+    )
+    await caller.shell("box", "echo kept > /kept; rm /etc/group")
+    progress = await progress_of(
+        caller.containers.CommitContainer(
+            request(author="me", comment="a note", changes=['CMD ["sh"]', "ENV B=2 PATH=$PATH:/opt", "LABEL v=1"])
+        )
+    )
+    image = progress.result
+    assert progress.stages == ["freeze", "commit-files", "thaw", "image", "tag", "commit", "clean"]
+    assert (image.name, image.container, image.revision) == (NAME, "box", 1)
+    made = shown(rig, NAME)
+    assert (made["Id"], made["Size"], made["Author"], made["Comment"]) == (image.id, image.size_bytes, "me", "a note")
+    config, base = made["Config"], shown(rig, CUDA_LIKE)["Config"]
+    assert config["Labels"] == {**(base["Labels"] or {}), "team": "x", "v": "1"}
+    path = next(line for line in base["Env"] if line.startswith("PATH="))
+    # What the image itself says of cards, and nothing of what the container had.
+    assert sorted(config["Env"]) == sorted(
+        ["A=1", "B=2", f"{path}:/opt", *(line for line in base["Env"] if line != path)]
+    )
+    assert "NVIDIA_VISIBLE_DEVICES=all" in config["Env"]
+    assert config["Cmd"] == ["sh"]
+    assert "80/tcp" in config["ExposedPorts"]
+    assert not config["Hostname"]
+    for said in ("gpudock.", before.uid, before.status.gpu_uuids[0]):
+        assert said not in str(config)
+
+    after = await caller.get("box")
+    assert (after.revision, after.etag, after.spec) == (before.revision, before.etag, before.spec)
+    assert after.status.state == RUNNING
+    assert after.status.engine_id == before.status.engine_id
+    assert list(after.status.gpu_uuids) == list(before.status.gpu_uuids)
+
+    # Whoever runs it gets the files, and no card, name or claim.
+    other = await caller.create("other", 0, image=NAME, command=IDLE)
+    assert await caller.shell("other", "cat /kept; ls /etc/group 2>/dev/null; ls /dev | grep -c nvidia || true") == (
+        "kept\n0\n"
+    )
+    engine = rig.engine.call("GET", f"/containers/{other.status.engine_id}/json")
+    assert engine["Config"]["Labels"]["gpudock.name"] == "other"
+    assert engine["Config"]["Labels"]["gpudock.uid"] == other.uid
+    bare = rig.engine.call("POST", "/containers/create", query={"name": "bare"}, send={"Image": NAME})["Id"]
+    labels = rig.engine.call("GET", f"/containers/{bare}/json")["Config"]["Labels"]
+    assert not [key for key in labels if key.startswith("gpudock.")]
+
+
+@pytest.mark.parametrize(
+    ("how", "stages"),
+    [
+        ("running", ["freeze", "commit-files", "thaw", "image", "tag", "commit", "clean"]),
+        ("not to be paused", ["commit-files", "image", "tag", "commit", "clean"]),
+        ("paused", ["commit-files", "image", "tag", "commit", "clean"]),
+        ("stopped", ["commit-files", "image", "tag", "commit", "clean"]),
+    ],
+)
+async def test_in_any_state_it_stays_as_it_is(caller: Caller, how: str, stages: list[str]) -> None:
+    await caller.create("box")
+    await caller.shell("box", "echo kept > /kept")
+    if how == "paused":
+        await caller.containers.PauseContainer(container_service_pb2.PauseContainerRequest(name="box"))
+    elif how == "stopped":
+        await caller.stop("box")
+    state = (await caller.get("box")).status.state
+    asked = request(pause=False) if how == "not to be paused" else request()
+    progress = await progress_of(caller.containers.CommitContainer(asked))
+    assert progress.stages == stages
+    assert (await caller.get("box")).status.state == state
+    await caller.create("other", image=NAME)
+    assert await caller.shell("other", "cat /kept") == "kept\n"
+
+
+async def test_a_name_moves_to_the_new_image_and_a_request_id_makes_one(caller: Caller, rig: Rig) -> None:
+    await caller.create("box")
+    first = await caller.commit("box", REPOSITORY, tag=TAG)
+    asked = {"tag": TAG, "request_id": "1b4e28ba-2fa1-41d2-883f-0016d3cca427"}
+    second = await caller.commit("box", REPOSITORY, **asked)
+    assert second.id != first.id
+    assert shown(rig, NAME)["Id"] == second.id
+    # The old one has lost its name and nothing else.
+    assert shown(rig, first.id)["RepoTags"] == []
+    assert await caller.commit("box", REPOSITORY, **asked) == second
+    listed = await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest())
+    newest = listed.operations[0]
+    assert newest.kind == operation_pb2.OPERATION_KIND_COMMIT_CONTAINER
+    stream = caller.operations.WatchOperation(operation_service_pb2.WatchOperationRequest(id=newest.id))
+    watched = [answer async for answer in stream]
+    assert watched[-1].result.image == second
+    rig.engine.call("DELETE", f"/images/{first.id}")
+
+
+async def test_a_cancel_leaves_the_name_with_the_old_one(own: OwnDaemons, rig: Rig) -> None:
+    daemon = await own.start("--reconcile-interval", "0.5")
+    async with Caller(daemon.target) as caller:
+        await caller.create("box")
+        old = await caller.commit("box", REPOSITORY, tag=TAG)
+        await caller.shell("box", "dd if=/dev/urandom of=/big bs=1M count=200 2>/dev/null")
+        stream = caller.containers.CommitContainer(request())
+        operation_id = ""
+        async for answer in stream:
+            operation_id = answer.operation.id
+            if answer.operation.stage == "commit-files" and answer.operation.current_bytes:
+                break
+        await caller.operations.CancelOperation(operation_service_pb2.CancelOperationRequest(id=operation_id))
+        cancelled = await failure(progress_of(stream))
+        assert (cancelled.code, cancelled.reason) == (grpc.StatusCode.CANCELLED, "OPERATION_CANCELLED")
+        assert shown(rig, NAME)["Id"] == old.id
+        assert (await caller.get("box")).status.state == RUNNING
+        # The engine does not stop what it has begun: its image appears later, and is taken away.
+        async with asyncio.timeout(120):
+            while f"gpudock/raw:{operation_id}" not in daemon.log_text:
+                await asyncio.sleep(0.1)
+            while f"gpudock/raw:{operation_id}" in _tags(rig):
+                await asyncio.sleep(0.1)
+        assert shown(rig, NAME)["Id"] == old.id
+
+
+def _tags(rig: Rig) -> list[str]:
+    return [tag for image in rig.engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()]
+
+
+async def test_progress_is_told_in_bytes(caller: Caller) -> None:
+    await caller.create("box")
+    await caller.shell("box", "for n in 1 2 3 4 5 6; do dd if=/dev/urandom of=/big$n bs=1M count=100 2>/dev/null; done")
+    progress = await progress_of(caller.containers.CommitContainer(request()))
+    at_work = [one for one in progress.snapshots if one.stage == "commit-files" and one.total_bytes]
+    moved = [one.current_bytes for one in at_work]
+    assert moved == sorted(moved)
+    assert {one.total_bytes for one in at_work} == {moved[-1]}
+    assert moved[-1] >= 600 << 20
+    assert [count for count in moved if 0 < count < moved[-1]], "something between nothing and all"
+
+
+async def test_all_that_is_wrong_is_told_at_once(caller: Caller) -> None:
+    wrong = await failure(
+        progress_of(
+            caller.containers.CommitContainer(
+                request(name="Box", repository="Upper", tag="-", changes=["RUN x", "CMD true"], request_id="x")
+            )
+        )
+    )
+    assert (wrong.code, wrong.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT")
+    assert set(wrong.violations) == {"name", "repository", "tag", "changes[0]", "request_id"}
+
+
+async def test_what_is_refused_changes_nothing(caller: Caller, rig: Rig) -> None:
+    missing = await failure(progress_of(caller.containers.CommitContainer(request())))
+    assert (missing.code, missing.reason) == (grpc.StatusCode.NOT_FOUND, "CONTAINER_NOT_FOUND")
+    await caller.create("box")
+    stale = await failure(progress_of(caller.containers.CommitContainer(request(etag="old"))))
+    assert (stale.code, stale.reason) == (grpc.StatusCode.ABORTED, "STALE_ETAG")
+    refused = await failure(progress_of(caller.containers.CommitContainer(request(changes=["ENV A='b"]))))
+    assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "ENGINE_REJECTED")
+    assert (await caller.get("box")).status.state == RUNNING
+    await caller.shell("box", "truncate -s $((8 << 40)) /huge")
+    full = await failure(progress_of(caller.containers.CommitContainer(request())))
+    assert (full.code, full.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DISK_FULL")
+    assert NAME not in _tags(rig)
+
+
+async def test_a_plan_says_what_it_costs_and_what_is_lost(caller: Caller, rig: Rig) -> None:
+    await caller.create("box")
+    await caller.shell("box", "dd if=/dev/zero of=/big bs=1M count=20 2>/dev/null")
+    planned = await progress_of(caller.containers.CommitContainer(request(validate_only=True)))
+    (operation,) = planned.snapshots
+    assert operation.plan.bytes_available > operation.plan.bytes_to_move > 20 << 20
+    assert not operation.plan.restarts_process
+    assert [line for line in operation.plan.warnings if "extended attributes" in line]
+    assert not [line for line in operation.plan.warnings if "grows" in line]
+    assert NAME not in _tags(rig)
+
+
+async def test_a_carry_by_commit_keeps_the_images_own_config(own: OwnDaemons, rig: Rig) -> None:
+    """Else what a later revision takes away would come back."""
+    rig.images.derive(
+        "gpudock/own:test", IMAGE, changes=["ENV A=image", 'CMD ["true"]', "LABEL l=image"], files={"f": b""}
+    )
+    daemon = await own.start("--layer-carry", "commit")
+    async with Caller(daemon.target) as caller:
+        await caller.create("box", 1, image="gpudock/own:test", env={"A": "1", "B": "2"}, labels={"m": "n"})
+        await caller.shell("box", "echo kept > /kept")
+        for gpus in (2, 0):
+            scaled = await caller.scale("box", gpus)
+            engine = rig.engine.call("GET", f"/containers/{scaled.status.engine_id}/json")
+            carried, base = shown(rig, engine["Image"]), shown(rig, "gpudock/own:test")
+            assert carried["Config"] == base["Config"]
+            assert carried["RootFS"]["Layers"][: len(base["RootFS"]["Layers"])] == base["RootFS"]["Layers"]
+            assert "A=1" in engine["Config"]["Env"]
+            assert await caller.shell("box", "cat /kept; echo $A$B") == "kept\n12\n"
+        await caller.delete("box")
+
+
+async def test_carries_by_commit_are_squashed_in_time(own: OwnDaemons, rig: Rig) -> None:
+    daemon = await own.start("--layer-carry", "commit")
+    base = len(shown(rig, IMAGE)["RootFS"]["Layers"])
+    depths, before = [], set(_tags(rig))
+    async with Caller(daemon.target) as caller:
+        await caller.create("box", 1)
+        for number in range(24):
+            await caller.shell("box", f"echo {number} > /n{number}; rm -f /n{number - 2}")
+            scaled = await caller.scale("box", 1 + number % 2, strategy=container_service_pb2.SCALE_STRATEGY_RECREATE)
+            engine = rig.engine.call("GET", f"/containers/{scaled.status.engine_id}/json")
+            depths.append(len(shown(rig, engine["Image"])["RootFS"]["Layers"]) - base)
+        assert depths == [*range(1, 21), 1, 2, 3, 4]
+        assert await caller.shell("box", "cd /; ls -d n*; cat n22 n23") == "n22\nn23\n22\n23\n"
+        await caller.delete("box")
+    assert set(_tags(rig)) == before

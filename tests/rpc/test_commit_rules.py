@@ -1,0 +1,123 @@
+"""What CommitContainer takes: the name of an image, and lines of a Dockerfile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from gpudock.v1 import container_service_pb2
+from gpudock_server.core.containers.commands import Commit
+from gpudock_server.rpc.validation.commit import commit
+
+from tests.rpc.request_examples import UUID, violations_of
+
+
+def request(**fields: Any) -> container_service_pb2.CommitContainerRequest:
+    """A request that is valid but for what is in `fields`."""
+    return container_service_pb2.CommitContainerRequest(**{"name": "train", "repository": "team/model", **fields})
+
+
+def test_a_request_becomes_a_command() -> None:
+    asked = request(
+        tag="v1", author="me", comment="note", changes=["CMD true "], pause=False, request_id=UUID, etag="e"
+    )
+    assert commit(asked) == Commit(
+        name="train",
+        reference="team/model:v1",
+        author="me",
+        comment="note",
+        changes=("CMD true",),
+        pause=False,
+        etag="e",
+    )
+    assert commit(request()) == Commit(name="train", reference="team/model:latest", pause=True)
+
+
+@pytest.mark.parametrize(
+    "repository",
+    [
+        "a",
+        "a/b/c",
+        "a.b_c__d-e--f",
+        "localhost/a",
+        "localhost:5000/a",
+        "Reg.example.com:80/a/b",
+        "[::1]:5000/a",
+        "0123",
+    ],
+)
+def test_a_repository(repository: str) -> None:
+    assert commit(request(repository=repository)).reference == f"{repository}:latest"
+
+
+@pytest.mark.parametrize(
+    "repository",
+    [
+        "", "Upper", "Upper/case", "a:tag", "reg:5000/a:tag", "a@sha256:" + "0" * 64, "f" * 64, "a//b", "/a", "a/",
+        "-a", "a..b", "../a", "a b", "a\n", "reg.io/", "reg.io/A", "é", "a" * 256, "gpudock/layer", "gpudock/raw",
+        "gpudock/commit",
+    ],
+)  # fmt: skip
+def test_what_is_no_repository(repository: str) -> None:
+    assert set(violations_of(commit, request(repository=repository))) == {"repository"}
+
+
+@pytest.mark.parametrize("tag", ["-a", ".a", "a/b", "a:b", "a b", "a\n", "é", "x" * 129])
+def test_what_is_no_tag(tag: str) -> None:
+    assert set(violations_of(commit, request(repository="Upper", tag=tag))) == {"repository", "tag"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "CMD true", 'cmd ["sh", "-c", "x"]', 'ENTRYPOINT ["a"]', "ENV A=1 B=2", "ENV A 1", "ENV PATH=$PATH:/opt",
+        "EXPOSE 80 53/udp 8000-8010/tcp", "LABEL a=b", 'LABEL "a b"="c"', "LABEL url=https://gpudock.example",
+        "USER 1:2", "VOLUME /a /b", 'VOLUME ["/a b"]', "WORKDIR /srv/app", "  WORKDIR /a  ",
+    ],
+)  # fmt: skip
+def test_a_change(line: str) -> None:
+    assert commit(request(changes=[line])).changes == (line.strip(),)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("", "must begin with one of"),
+        ("RUN rm -rf /", "must begin with one of"),
+        ("ONBUILD CMD x", "must begin with one of"),
+        ("CMD", "needs an argument"),
+        ("CMD [1]", "list of words"),
+        ('CMD ["a"', "list of words"),
+        ("CMD a\nRUN b", "one line"),
+        ("CMD a \\", "one line"),
+        ("ENV A", "NAME=VALUE"),
+        ("ENV 1A=2", "NAME=VALUE"),
+        ("EXPOSE 0", "is no port"),
+        ("EXPOSE 80/icmp", "is no port"),
+        ("EXPOSE 90-80", "is no port"),
+        ("EXPOSE 65536", "is no port"),
+        ("LABEL a", "KEY=VALUE"),
+        ("LABEL gpudock.uid=x", "are the server's"),
+        ('LABEL a=b "gpudock.name"=x', "are the server's"),
+        ("USER a b", "one word"),
+        ("VOLUME a", "absolute"),
+        ('VOLUME ["a"]', "absolute"),
+        ("VOLUME []", "absolute"),
+        ("VOLUME [", "list of paths"),
+        ("WORKDIR a", "absolute"),
+        ("CMD " + "x" * 5000, "at most"),
+    ],
+)
+def test_what_is_no_change(line: str, told: str) -> None:
+    found = violations_of(commit, request(changes=["USER 1", line]))
+    assert set(found) == {"changes[1]"}
+    assert told in found["changes[1]"]
+
+
+def test_all_of_it_at_once() -> None:
+    wrong = request(
+        name="A", repository="B", tag="-", author="a" * 300, comment="c" * 2000, changes=["x"], request_id="no"
+    )
+    fields = {"name", "repository", "tag", "author", "comment", "changes[0]", "request_id"}
+    assert set(violations_of(commit, wrong)) == fields
+    assert set(violations_of(commit, request(changes=["CMD true"] * 65))) == {"changes"}
