@@ -207,6 +207,27 @@ async def test_another_image_needs_a_word_about_the_files(caller: Caller, rig: R
     assert told.reason == "IMAGE_NOT_FOUND"
 
 
+async def test_files_go_along_to_another_image(caller: Caller, rig: Rig) -> None:
+    await caller.create("grafted", 1, env={"A": "1"})
+    await caller.shell("grafted", PLANT)
+    await caller.shell("grafted", "rm /bin/watch; rm -f /etc/passwd")
+    files = await _files(caller, "grafted")
+    now = await caller.update("grafted", image=GLIBC, files=container_service_pb2.FILES_POLICY_CARRY_COMMIT)
+    assert (now.spec.image, now.spec.gpus.count) == (GLIBC, 1)
+    assert await _files(caller, "grafted") == files
+    # What it had deleted is deleted there too, and what only the new image has is there.
+    assert await caller.shell("grafted", "ls /etc/passwd 2>/dev/null || echo gone; ls -d /lib64") == "gone\n/lib64\n"
+    await sound(caller, rig, "grafted", files)
+    await caller.shell("grafted", "echo more > /note")
+    await caller.scale("grafted", 2)
+    assert await caller.shell("grafted", "cat /note") == "more\n"
+    assert await _files(caller, "grafted") == files
+    back = await caller.rollback("grafted", 1)
+    assert back.spec.image == IMAGE
+    assert await _files(caller, "grafted") == files
+    assert await caller.shell("grafted", "ls /note /lib64 2>/dev/null || echo neither") == "neither\n"
+
+
 def _engine(rig: Rig, name: str) -> list[dict[str, Any]]:
     listed = rig.engine.call("GET", "/containers/json?all=1")
     found = [rig.engine.call("GET", f"/containers/{one['Id']}/json") for one in listed]

@@ -13,7 +13,11 @@ or is given the files of a revision, before the old one stops,
 
     create successor -> restore files -> stop old -> start successor -> verify | commit | retire old
 
-or none (another image). In between, the files of the revision that ends are kept (see `keeping`).
+or none (another image), or, on another image, what it has written as one more layer of that image:
+
+    stop old -> snapshot to an image -> graft -> create successor -> start successor -> verify | commit | retire old
+
+In between, the files of the revision that ends are kept (see `keeping`).
 
 The old engine container is kept, whole or to be made whole again, until the successor runs and the commit is durable.
 The bar marks the point of no return. New cards and ports are claimed in the transaction that begins the operation, and
@@ -29,7 +33,7 @@ from enum import StrEnum
 from typing_extensions import override
 
 from gpudock_server.core.containers.create import anonymous_volumes, labels_of, remove_with_volumes
-from gpudock_server.core.containers.depth import carry_image, remove_carried
+from gpudock_server.core.containers.depth import carry_image, graft_image, grafted_image, remove_carried
 from gpudock_server.core.containers.history import prune
 from gpudock_server.core.containers.keeping import IMAGE_STAGE, KeepArguments, Keeping
 from gpudock_server.core.containers.observation import observed
@@ -56,18 +60,19 @@ from gpudock_server.ports import ContainerView, LayerPair
 
 
 class Files(StrEnum):
-    """What a successor's files are: those of the old one, those of a revision, or its image's alone."""
+    """What a successor's files are. GRAFT: those of the old one, on another image."""
 
     CARRY = "CARRY"
     RESTORE = "RESTORE"
     FRESH = "FRESH"
+    GRAFT = "GRAFT"
 
 
 class Source(Record):
     """Where a successor and its files come from.
 
-    `image_id` is what it is made from; empty is the old one's, or, for FRESH, what is pulled first. `revision` is the
-    one whose files are brought back, and `snapshot` how they were kept.
+    `image_id` is what it is made from, or grafted on; empty is the old one's, or, for FRESH and GRAFT, what is pulled
+    first. `revision` is the one whose files are brought back, and `snapshot` how they were kept.
     """
 
     files: Files = Files.CARRY
@@ -139,7 +144,8 @@ class ChangeSaga(ContainerSaga):
         create = Step("create", self._create, self._remove_successor)
         stop, start = self._stopping(), (*self._starting(), *self._verifying())
         if arguments.carry is CarryMethod.COMMIT:
-            return (*pull, *stop, self._image_step(), create, *start)
+            graft = [Step("graft", self._graft, self._remove_graft)] if arguments.source.files is Files.GRAFT else []
+            return (*pull, *stop, self._image_step(), *graft, create, *start)
         before, after = [create], []
         if arguments.source.files is Files.CARRY:
             before.append(Step("locate", self._locate))
@@ -166,7 +172,11 @@ class ChangeSaga(ContainerSaga):
 
     @property
     def _pulls(self) -> bool:
-        return self._arguments.source.files is Files.FRESH and not self._arguments.source.image_id
+        return self._arguments.source.files in (Files.FRESH, Files.GRAFT) and not self._arguments.source.image_id
+
+    def _new_image(self, operation: Operation) -> str:
+        """The image that a user named instead of the one before."""
+        return str(operation.facts("pull")["image_id"]) if self._pulls else self._arguments.source.image_id
 
     @property
     def _restores_tree(self) -> bool:
@@ -242,12 +252,11 @@ class ChangeSaga(ContainerSaga):
 
     def _successor_image(self, operation: Operation) -> str:
         # Not the image's tag, which may have moved: the layer is only right on top of the very image it was made on.
-        arguments = self._arguments
-        if arguments.carry is CarryMethod.COMMIT:
+        if self._arguments.source.files is Files.GRAFT:
+            return str(operation.facts("graft")["image_id"])
+        if self._arguments.carry is CarryMethod.COMMIT:
             return str(operation.facts(IMAGE_STAGE)["image_id"])
-        if self._pulls:
-            return str(operation.facts("pull")["image_id"])
-        return arguments.source.image_id or arguments.old.image_id
+        return self._new_image(operation) or self._arguments.old.image_id
 
     async def _create(self, run: Run) -> JsonObject:
         world, arguments, operation = self._world, self._arguments, run.operation
@@ -318,6 +327,16 @@ class ChangeSaga(ContainerSaga):
     async def _remove_snapshot(self, run: Run) -> None:
         await remove_carried(self._world, run.operation)
 
+    async def _graft(self, run: Run) -> JsonObject:
+        carried = run.operation.facts(IMAGE_STAGE)
+        made = await graft_image(
+            self._world, run.operation, carried=str(carried["image_id"]), onto=self._new_image(run.operation)
+        )
+        return {"image_id": made, "reference": grafted_image(run.operation)}
+
+    async def _remove_graft(self, run: Run) -> None:
+        await self._world.engine.remove_image(grafted_image(run.operation))
+
     # -- the point of no return, and past it -------------------------------------------------------------------------
 
     @override
@@ -358,7 +377,7 @@ class ChangeSaga(ContainerSaga):
             return arguments.old
         facts = run.operation.facts("create")
         seen = await self._seen(str(facts["engine_id"]))
-        snapshot = run.operation.facts(IMAGE_STAGE).get("reference")
+        made = (run.operation.facts(stage).get("reference") for stage in (IMAGE_STAGE, "graft"))
         return EngineBinding(
             engine_id=seen.id,
             engine_name=str(facts["engine_name"]),
@@ -367,7 +386,7 @@ class ChangeSaga(ContainerSaga):
             placement=arguments.placement,
             fixed_digest=arguments.spec.fixed_digest,
             anonymous_volumes=anonymous_volumes(arguments.spec, seen.volumes),
-            layer_images=(*arguments.old.layer_images, *((str(snapshot),) if snapshot else ())),
+            layer_images=(*arguments.old.layer_images, *(str(reference) for reference in made if reference)),
             base_depth=self._base_depth(run.operation),
         )
 
@@ -379,7 +398,7 @@ class ChangeSaga(ContainerSaga):
 
     def _base_image(self, operation: Operation) -> str:
         if self._pulls:
-            return self._successor_image(operation)
+            return self._new_image(operation)
         return self._arguments.source.base_image_id or self._arguments.old.user_image_id
 
     def _revision(self, run: Run, container: Container, cause: RevisionCause) -> ContainerRevision:

@@ -64,6 +64,25 @@ async def carry_image(world: World, run: Run, old: EngineBinding) -> CarriedImag
     return CarriedImage(made.id, reference, depth)
 
 
+def grafted_image(operation: Operation) -> str:
+    """The name of the image that has a container's files on top of another image."""
+    return f"gpudock/layer:{operation.id}-graft"
+
+
+async def graft_image(world: World, operation: Operation, *, carried: str, onto: str) -> str:
+    """Lay what `carried` has above the user's image on another image, as one layer; the id of what comes of it.
+
+    Done twice is done once.
+    """
+    made = await world.engine.image(grafted_image(operation))
+    if made is not None:
+        return made.id
+    depth = operation.facts("snapshot").get("base_depth")
+    if not isinstance(depth, int) or not depth:
+        raise LayerCarryFailed(method="COMMIT", detail="the image that its files were written on is no longer there")
+    return await world.engine.flatten(carried, depth, grafted_image(operation), config_of=onto, onto=onto)
+
+
 async def remove_carried(world: World, operation: Operation) -> None:
     """Remove what `carry_image` made, or began to."""
     for reference in (layer_image(operation), raw_image(operation)):

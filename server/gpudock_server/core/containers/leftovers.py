@@ -28,7 +28,7 @@ async def sweep_images(world: World) -> None:
         repository, _, operation_id = name.rpartition(":")
         if repository not in _FOR_A_WHILE and repository != _LAYER:
             continue
-        stored = await world.store.operation(operation_id)
+        stored = await world.store.operation(operation_id.removesuffix("-graft"))
         if stored is not None and _is_left_over(repository, stored.value):
             log.info("an image that its operation has left is removed", image=name)
             await world.engine.remove_image(name)

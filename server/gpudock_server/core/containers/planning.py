@@ -63,8 +63,8 @@ async def draft(world: World, view: ContainerView, wanted: Wanted) -> Draft:
     carry = CarryPlan(method=CarryMethod.NONE)
     if replace:
         await check_mounts(world, wanted.spec.mounts)
-        if wanted.source.files is Files.CARRY:
-            carry = await _plan_carry(world, container, engine)
+        if wanted.source.files in (Files.CARRY, Files.GRAFT):
+            carry = await _plan_carry(world, container, engine, wanted.source.files)
     cause = _CAUSES.get(wanted.kind, RevisionCause.SCALED) if wanted.spec != container.spec or replace else None
     keep, prunes = KeepArguments(), False
     if cause is not None:
@@ -137,11 +137,12 @@ def _changes(before: ContainerSpec, after: ContainerSpec, fields: Sequence[str])
     return any(getattr(before, name) != getattr(after, name) for name in fields)
 
 
-async def _plan_carry(world: World, container: Container, engine: EngineBinding) -> CarryPlan:
+async def _plan_carry(world: World, container: Container, engine: EngineBinding, files: Files) -> CarryPlan:
     seen = await world.engine.inspect(engine.engine_id)
     if seen is None:
         raise ContainerNotRunning(container=container.name, state=ContainerState.FAILED.value)
-    return await world.layers.plan(seen)
+    # On another image only what the engine has committed can be laid.
+    return await (world.layers.commit_plan(seen) if files is Files.GRAFT else world.layers.plan(seen))
 
 
 def _plan(arguments: ChangeArguments, carry: CarryPlan, had: Placement) -> OperationPlan:

@@ -44,6 +44,8 @@ async def _source(world: World, container: Container, command: Update) -> Source
     match command.files:
         case FilesPolicy.DISCARD:
             return Source(files=Files.FRESH, image_id=image_id, base_image_id=image_id)
+        case FilesPolicy.CARRY_COMMIT:
+            return Source(files=Files.GRAFT, image_id=image_id, base_image_id=image_id)
         case _:
             raise ImageDiffers(container=container.name, image=image, image_id=image_id, current_image_id=current)
 
