@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import grpc
 import pytest
 from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2
 
-from tests.calls import Caller
+from tests.calls import IMAGE, Caller
 from tests.conftest import FAST, own_state
 from tests.faults.invariants import LOOK, PLANT, absent, sound
 from tests.faults.mortal import DIE_AT, KIND
-from tests.rig import Daemon, Rig
+from tests.rig import GLIBC, Daemon, Rig
 
 # More moments than any operation has: a saga that never ends must fail the test and not hang it.
 _MOST_MOMENTS = 200
@@ -136,11 +137,16 @@ async def test_rollback(clean_engine: Rig) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("field", ["env", "labels"])
+@pytest.mark.parametrize("field", ["env", "labels", "image"])
 async def test_update(clean_engine: Rig, field: str) -> None:
-    """By a successor, and in place, where it is frozen for a moment."""
+    """By a successor, in place, where it is frozen for a moment, and on another image."""
     rig = clean_engine
     files = ""
+    values: dict[str, tuple[Any, Any]] = {
+        "env": ({}, {"a": "b"}),
+        "labels": ({}, {"a": "b"}),
+        "image": (IMAGE, GLIBC),
+    }
 
     async def update(caller: Caller) -> None:
         nonlocal files
@@ -149,7 +155,9 @@ async def test_update(clean_engine: Rig, field: str) -> None:
             await caller.shell("phoenix", PLANT)
             files = await caller.shell("phoenix", LOOK + " || true")
         now = getattr((await caller.get("phoenix")).spec, field)
-        await caller.update("phoenix", **{field: {} if now else {"a": "b"}}, mask=field)
+        one, other = values[field]
+        value = other if now == one else one
+        await caller.update("phoenix", field, **{field: value}, files=container_service_pb2.FILES_POLICY_CARRY_COMMIT)
 
     async def check(caller: Caller) -> None:
         await sound(caller, rig, "phoenix", files)
