@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
-from gpudock.v1 import container_pb2, container_service_pb2
+from gpudock.v1 import container_pb2, container_service_pb2, operation_pb2, operation_service_pb2
 
 from tests.calls import IMAGE, Caller
 from tests.conftest import FAST, own_state
