@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpudock_server.core.allocation import Allocator
-from gpudock_server.errors import ContainerNotFound, StaleEtag, WrongNode
+from gpudock_server.errors import ContainerNotFound, EngineUnavailable, StaleEtag, WrongNode
 from gpudock_server.model.claims import Holder
 from gpudock_server.model.container import Container
 from gpudock_server.model.spec import ContainerSpec, SnapshotPolicy
@@ -80,7 +80,7 @@ class World:
         own = None if spec.stop_timeout is None else spec.stop_timeout.total_seconds()
         timeouts = (seconds for seconds in (asked_seconds, own, self.stop_seconds) if seconds is not None)
         grace = next(timeouts)
-        stopping = asyncio.ensure_future(self.engine.stop(engine_id, grace))
+        stopping = asyncio.ensure_future(self._stopped(engine_id, grace))
         try:
             await asyncio.shield(stopping)
         except asyncio.CancelledError:
@@ -91,3 +91,12 @@ class World:
             finally:
                 stopping.cancel()
             raise
+
+    async def _stopped(self, engine_id: str, grace: float) -> None:
+        try:
+            await self.engine.stop(engine_id, grace)
+        except EngineUnavailable:
+            # It may be stopping it all the same. Whoever started it again now would be told that it runs, and would see
+            # it killed a moment later.
+            if await self.engine.exited_within(engine_id, grace + _KILL_SECONDS) is None:
+                raise
