@@ -294,6 +294,38 @@ class Containers:
             lambda: self._calls.stream(self._stub.RollbackContainer, request), validate_only=validate_only
         )
 
+    def clone(
+        self,
+        source: str,
+        name: str,
+        *,
+        revision: int = 0,
+        owner: str = "",
+        create_only: bool = False,
+        validate_only: bool = False,
+        request_id: str | None = None,
+        **options: Unpack[SpecOptions],
+    ) -> OperationCall[Container]:
+        """Create `name` from a revision of `source`, 0 for what it is now, with a copy of its files.
+
+        `options` are what is to differ from the revision's spec, each as a whole; an empty value, or None, takes away
+        what it has there. If it fails or is cancelled, nothing is left of the clone, and the source is as it was.
+        """
+        request = pb.CloneContainerRequest(
+            name=name,
+            source=source,
+            revision=revision,
+            spec=spec_of("", options),
+            update_mask=FieldMask(paths=[*options]),
+            owner=owner,
+            create_only=create_only,
+            request_id=fresh_id(request_id),
+            validate_only=validate_only,
+        )
+        return self._operation(
+            lambda: self._calls.stream(self._stub.CloneContainer, request), validate_only=validate_only
+        )
+
     async def revision(self, name: str, revision: int = 0) -> ContainerRevision:
         """One revision of a container; 0 is the current one."""
         request = pb.GetContainerRevisionRequest(name=name, revision=revision)

@@ -105,6 +105,7 @@ async def test_every_command_does_what_it_says(commands: Commands) -> None:
     assert (await commands.ended("operations", "cancel", done[0]["id"])).code == 7
 
     await _tour_of_history(commands, container)
+    await _tour_of_watch(commands)
 
     for command, state in (("pause", "PAUSED"), ("unpause", "RUNNING"), ("restart", "RUNNING"), ("stop", "STOPPED")):
         assert (await commands.told(command, "tour"))["status"]["state"] == f"CONTAINER_STATE_{state}"
@@ -131,8 +132,23 @@ async def _tour_of_history(commands: Commands, container: Any) -> None:
     assert await commands.said("exec", "tour", "--", "sh", "-c", "ls /note || echo $A") == "b\n"
     assert (await commands.told("revision", "get", "tour", "3"))["snapshot"]["kind"] == "SNAPSHOT_KIND_TREE"
     assert (await commands.told("revision", "get", "tour"))["cause"] == "REVISION_CAUSE_ROLLED_BACK"
+    clone = await commands.told("clone", "tour", "twin", "--revision", "3", "--gpus", "1", "--memory", "32MiB")
+    assert (clone["spec"]["env"], len(clone["status"]["gpu_uuids"]), clone["owner"]) == ({"A": "c"}, 1, "me")
+    assert await commands.said("exec", "twin", "--", "cat", "/note") == "kept\n"
+    assert await commands.said("delete", "twin", "--force") == ""
     assert await commands.said("revision", "delete", "tour", "2") == ""
     assert [each["revision"] for each in await commands.told("revisions", "tour")] == ["1", "3", "4"]
+
+
+async def _tour_of_watch(commands: Commands) -> None:
+    """It shows what there is, and goes on until it is interrupted."""
+    commands.used.add("watch")
+    process = await spawn(commands.address, "watch")
+    assert process.stdout is not None
+    assert (await asyncio.wait_for(process.stdout.readline(), DEADLINE)).split()[:3] == [b"TIME", b"EVENT", b"NAME"]
+    assert (await asyncio.wait_for(process.stdout.readline(), DEADLINE)).split()[1:3] == [b"added", b"tour"]
+    process.send_signal(signal.SIGINT)
+    assert (await ended(process)).code == 130
 
 
 async def test_failures_have_their_exit_codes(commands: Commands) -> None:

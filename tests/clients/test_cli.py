@@ -197,6 +197,20 @@ async def test_update_sends_what_was_given_and_clears_what_is_named(server: Scri
     assert not request.spec.HasField("health_check")
 
 
+async def test_clone_sends_what_differs(server: ScriptedServer) -> None:
+    async def cloned(_: Any, __: Context) -> AsyncIterator[pb.CloneContainerResponse]:
+        yield pb.CloneContainerResponse(result=messages.container("other"))
+
+    server.on("CloneContainer", cloned)
+    options = ("--revision", "3", "--gpus", "1", "--clear", "ports", "--owner", "me", "--create-only")
+    ended = await run(server.address, "clone", "train", "other", *options, "--", "sleep", "9")
+    assert (ended.code, ended.out.splitlines()[1].split()[0]) == (0, "other"), ended.err
+    [request] = server.requests["CloneContainer"]
+    assert (request.source, request.name, request.revision, request.owner) == ("train", "other", 3, "me")
+    assert sorted(request.update_mask.paths) == ["command", "gpus", "ports"]
+    assert (request.spec.gpus.count, list(request.spec.command), request.create_only) == (1, ["sleep", "9"], True)
+
+
 async def test_history_is_a_table_that_marks_the_current_revision(server: ScriptedServer) -> None:
     one = ContainerRevision(container="train", revision=1, gpu_uuids=["GPU-1"], layer_bytes=3 * 2**20)
     one.spec.image, one.cause = "busybox", REVISION_CAUSE_CREATED
@@ -449,6 +463,7 @@ def test_bad_values_are_usage_errors(kind: Parsed[Any], text: str) -> None:
         ("update c -e A=1 --clear env", "which one?"),
         ("update c --clear image", "is not one of"),
         ("rollback c 0", "not in the range"),
+        ("clone c", "Missing argument"),
         ("exec c --", "no command"),
         ("exec c", "Missing argument"),
         ("--cert /dev/null ps", "together"),

@@ -85,6 +85,21 @@ async def test_an_update_names_what_it_changes_and_what_it_clears(server: Script
     assert second.snapshots == gpudock.SnapshotPolicy.SNAPSHOT_POLICY_NEVER
 
 
+async def test_a_clone_names_what_differs(server: ScriptedServer, client: Client) -> None:
+    async def cloned(_: Any, __: Context) -> AsyncIterator[pb.CloneContainerResponse]:
+        yield pb.CloneContainerResponse(result=messages.container("other"))
+
+    server.on("CloneContainer", cloned)
+    made = await client.containers.clone("train", "other", revision=3, owner="me", create_only=True, gpus=1, ports=[])
+    await client.containers.clone("train", "same")
+    assert made.name == "other"
+    first, second = server.requests["CloneContainer"]
+    assert (first.source, first.name, first.revision, first.owner) == ("train", "other", 3, "me")
+    assert sorted(first.update_mask.paths) == ["gpus", "ports"]
+    assert (first.spec.gpus.count, first.create_only, bool(first.request_id)) == (1, True, True)
+    assert (list(second.update_mask.paths), second.revision, second.spec) == ([], 0, gpudock.ContainerSpec())
+
+
 async def test_history_is_read_returned_to_and_pruned(server: ScriptedServer, client: Client) -> None:
     async def returned(_: Any, __: Context) -> AsyncIterator[pb.RollbackContainerResponse]:
         yield pb.RollbackContainerResponse(result=messages.container())

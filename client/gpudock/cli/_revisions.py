@@ -6,17 +6,15 @@ import click
 
 from gpudock import Client, Container, OperationCall
 from gpudock.cli import _operation_views, _revision_views, _views
+from gpudock.cli._arguments import REVISION_NUMBER
 from gpudock.cli._follow import follow, settled
 from gpudock.cli._session import Session
 from gpudock.cli._snapshot_options import snapshots_option
 
-_LAST_REVISION = 2**63 - 1
-_NUMBER = click.IntRange(1, _LAST_REVISION)
-
 
 @click.command()
 @click.argument("name")
-@click.argument("revision", type=_NUMBER)
+@click.argument("revision", type=REVISION_NUMBER)
 @click.option("--spec-only", is_flag=True, help="Leave the files as they are today.")
 @snapshots_option
 @click.option("--validate-only", is_flag=True, help="Show what would be done, and do nothing.")
@@ -53,7 +51,7 @@ def revision() -> None:
 
 @revision.command()
 @click.argument("name")
-@click.argument("number", metavar="REVISION", type=_NUMBER, required=False, default=None)
+@click.argument("number", metavar="REVISION", type=REVISION_NUMBER, required=False, default=None)
 @click.pass_obj
 def get(session: Session, *, name: str, number: int | None) -> None:
     """Show one revision; without its number the current one."""
@@ -63,7 +61,7 @@ def get(session: Session, *, name: str, number: int | None) -> None:
 
 @revision.command()
 @click.argument("name")
-@click.argument("number", metavar="REVISION", type=_NUMBER)
+@click.argument("number", metavar="REVISION", type=REVISION_NUMBER)
 @click.pass_obj
 def delete(session: Session, *, name: str, number: int) -> None:
     """Delete a revision with the files that were kept of it."""

@@ -74,6 +74,15 @@ _OPTIONS = (
     click.option("--keep-for", type=Span(), help="How long a revision is kept after it was replaced."),
 )
 
+_CLEARABLE = tuple(name.replace("_", "-") for name in ContainerSpec.DESCRIPTOR.fields_by_name if name != "image")
+clear_option = click.option(
+    "--clear",
+    type=click.Choice(_CLEARABLE),
+    multiple=True,
+    metavar="FIELD",
+    help="Take away what is there: env, mounts, ports, command ... Can be repeated.",
+)
+
 
 def spec_options(command: F) -> F:
     """Add the options for every field of a spec but its image, for `spec_of_flags`."""
@@ -107,6 +116,15 @@ def spec_of_flags(flags: SpecFlags) -> tuple[ContainerSpec, frozenset[str]]:
     }
     given = {name: value for name, value in values.items() if value is not None}
     return ContainerSpec(**given), frozenset(given)
+
+
+def changes_of_flags(flags: SpecFlags, clear: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of a spec that were given, with their values; those to clear have None."""
+    spec, given = spec_of_flags(flags)
+    cleared = {name.replace("-", "_") for name in clear}
+    if both := cleared & given:
+        raise click.UsageError(f"--clear {min(both).replace('_', '-')}, and a value for it: which one?")
+    return {name: getattr(spec, name) for name in sorted(given)} | dict.fromkeys(sorted(cleared))
 
 
 def _revision_policy(flags: SpecFlags) -> RevisionPolicy | None:

@@ -6,16 +6,14 @@ from typing import Any, Unpack
 
 import click
 
-from gpudock import Client, Container, ContainerSpec, OperationCall
+from gpudock import Client, Container, OperationCall
 from gpudock._enums import words_of
 from gpudock.cli import _operation_views, _views
 from gpudock.cli._follow import follow
 from gpudock.cli._session import Session
 from gpudock.cli._snapshot_options import snapshots_option
-from gpudock.cli._spec_options import SpecFlags, spec_of_flags, spec_options
+from gpudock.cli._spec_options import SpecFlags, changes_of_flags, clear_option, spec_options
 from gpudock.v1.container_service_pb2 import FilesPolicy, PullPolicy
-
-_CLEARABLE = tuple(name.replace("_", "-") for name in ContainerSpec.DESCRIPTOR.fields_by_name if name != "image")
 
 
 class _Flags(SpecFlags):
@@ -23,9 +21,9 @@ class _Flags(SpecFlags):
 
     name: str
     image: str | None
-    clear: tuple[str, ...]
     files: str | None
     pull: str
+    clear: tuple[str, ...]
     snapshots: str | None
     validate_only: bool
 
@@ -35,13 +33,7 @@ class _Flags(SpecFlags):
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @click.option("--image", help="Another image; what becomes of the files is for --files to say.")
 @spec_options
-@click.option(
-    "--clear",
-    type=click.Choice(_CLEARABLE),
-    multiple=True,
-    metavar="FIELD",
-    help="Take away what the container has there: env, mounts, ports, command ... Can be repeated.",
-)
+@clear_option
 @click.option(
     "--files",
     type=click.Choice(words_of(FilesPolicy)),
@@ -75,12 +67,8 @@ def update(session: Session, **flags: Unpack[_Flags]) -> None:
 
 
 def _changes(flags: _Flags) -> dict[str, Any]:
-    """The fields of the spec that change, with their values; those to clear have none."""
-    spec, given = spec_of_flags(flags)
-    cleared = {name.replace("-", "_") for name in flags["clear"]}
-    if both := cleared & given:
-        raise click.UsageError(f"--clear {min(both).replace('_', '-')}, and a value for it: which one?")
-    changes: dict[str, Any] = {name: getattr(spec, name) for name in sorted(given)} | dict.fromkeys(sorted(cleared))
+    """The fields of the spec that change, with their values."""
+    changes = changes_of_flags(flags, flags["clear"])
     return changes if flags["image"] is None else {"image": flags["image"], **changes}
 
 
