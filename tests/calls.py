@@ -126,6 +126,10 @@ class Caller:
         request = container_service_pb2.RollbackContainerRequest(name=name, revision=revision, **fields)
         return await result_of(self.containers.RollbackContainer(request))
 
+    async def clone(self, source: str, name: str, mask: str = "", **fields: Any) -> container_pb2.Container:
+        """Make a container of another one, with other values in fields of its spec, and wait."""
+        return await result_of(self.containers.CloneContainer(clone_request(source, name, mask, **fields)))
+
     async def revisions(self, name: str) -> list[container_revision_pb2.ContainerRevision]:
         """The history, oldest first."""
         request = container_service_pb2.ListContainerRevisionsRequest(name=name)
@@ -226,6 +230,19 @@ def update_request(name: str, mask: str = "", **fields: Any) -> container_servic
         spec=container_pb2.ContainerSpec(**{key: value for key, value in fields.items() if key not in own}),
         **{key: value for key, value in fields.items() if key in own},
     )
+    request.update_mask.paths.extend(mask.split(",") if mask else ())
+    return request
+
+
+def clone_request(source: str, name: str, mask: str = "", **fields: Any) -> container_service_pb2.CloneContainerRequest:
+    """What CloneContainer takes; what is not a field of the spec is one of the request."""
+    own = {field.name for field in container_service_pb2.CloneContainerRequest.DESCRIPTOR.fields}
+    request = container_service_pb2.CloneContainerRequest(
+        name=name, source=source, **{key: value for key, value in fields.items() if key in own}
+    )
+    asked = {key: value for key, value in fields.items() if key not in own}
+    if asked:
+        request.spec.CopyFrom(container_pb2.ContainerSpec(**asked))
     request.update_mask.paths.extend(mask.split(",") if mask else ())
     return request
 

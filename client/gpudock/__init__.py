@@ -45,8 +45,11 @@ from gpudock.v1.container_pb2 import (
     PortRequest,
     RestartPolicy,
     RestartPolicyKind,
+    RevisionPolicy,
+    SnapshotPolicy,
     TmpfsMount,
 )
+from gpudock.v1.container_revision_pb2 import ContainerRevision, RevisionCause, Snapshot, SnapshotKind
 from gpudock.v1.error_reason_pb2 import ErrorReason
 from gpudock.v1.gpu_pb2 import Gpu, GpuHealth, MigMode
 from gpudock.v1.node_pb2 import Node
@@ -74,6 +77,7 @@ __all__ = [
     "Completed",
     "Container",
     "ContainerHealth",
+    "ContainerRevision",
     "ContainerSpec",
     "ContainerState",
     "ContainerStatus",
@@ -112,6 +116,11 @@ __all__ = [
     "RegistryAuth",
     "RestartPolicy",
     "RestartPolicyKind",
+    "RevisionCause",
+    "RevisionPolicy",
+    "Snapshot",
+    "SnapshotKind",
+    "SnapshotPolicy",
     "TmpfsMount",
     "Unauthenticated",
     "Unavailable",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Unpack, cast
 
 import grpc.aio
+from google.protobuf.field_mask_pb2 import FieldMask
 
 from gpudock._calls import Calls, fresh_id
 from gpudock._enums import value_of
@@ -16,7 +17,8 @@ from gpudock._spec import Gpus, Seconds, SpecOptions, duration, gpu_request, spe
 from gpudock._watch import Watch
 from gpudock.v1 import container_service_pb2 as pb
 from gpudock.v1.committed_image_pb2 import CommittedImage
-from gpudock.v1.container_pb2 import Container, ContainerSpec, ContainerState
+from gpudock.v1.container_pb2 import Container, ContainerSpec, ContainerState, SnapshotPolicy
+from gpudock.v1.container_revision_pb2 import ContainerRevision
 from gpudock.v1.container_service_pb2_grpc import ContainerServiceStub
 from gpudock.v1.operation_service_pb2 import OperationResult
 from gpudock.v1.registry_auth_pb2 import RegistryAuth
@@ -29,7 +31,9 @@ class Containers:
 
     What changes one takes `request_id`: a UUID that names this change, so that it is made once however often it is
     asked for. Left out, each call has its own, and is repeated under it when the connection fails. `etag` makes a
-    change fail with Aborted (STALE_ETAG) if the container was changed since it was read.
+    change fail with Aborted (STALE_ETAG) if the container was changed since it was read. `snapshots` says whether the
+    files of the revision that the change ends are kept: `always`, `cheap` (where nothing is copied) or `never`; left
+    out, it is as the container, then the node, says.
     """
 
     def __init__(self, calls: Calls, channel: grpc.aio.Channel, operations: Operations) -> None:
@@ -120,6 +124,7 @@ class Containers:
         name: str,
         *,
         gpus: Gpus | None = None,
+        snapshots: str | None = None,
         validate_only: bool = False,
         etag: str = "",
         request_id: str | None = None,
@@ -130,6 +135,7 @@ class Containers:
             gpus=None if gpus is None else gpu_request(gpus),
             request_id=fresh_id(request_id),
             etag=etag,
+            snapshots=_snapshots(snapshots),
             validate_only=validate_only,
         )
         return self._operation(
@@ -160,6 +166,7 @@ class Containers:
         name: str,
         *,
         timeout: Seconds | None = None,
+        snapshots: str | None = None,
         validate_only: bool = False,
         etag: str = "",
         request_id: str | None = None,
@@ -170,6 +177,7 @@ class Containers:
             timeout=None if timeout is None else duration(timeout),
             request_id=fresh_id(request_id),
             etag=etag,
+            snapshots=_snapshots(snapshots),
             validate_only=validate_only,
         )
         return self._operation(
@@ -200,6 +208,7 @@ class Containers:
         memory_bytes: int | None = None,
         shm_size_bytes: int | None = None,
         strategy: str = "auto",
+        snapshots: str | None = None,
         validate_only: bool = False,
         etag: str = "",
         request_id: str | None = None,
@@ -218,11 +227,126 @@ class Containers:
             strategy=value_of(pb.ScaleStrategy, strategy),
             request_id=fresh_id(request_id),
             etag=etag,
+            snapshots=_snapshots(snapshots),
             validate_only=validate_only,
         )
         return self._operation(
             lambda: self._calls.stream(self._stub.ScaleContainer, request), validate_only=validate_only
         )
+
+    def update(
+        self,
+        name: str,
+        *,
+        image: str | None = None,
+        files: str | None = None,
+        pull: str = "missing",
+        registry_auth: RegistryAuth | None = None,
+        snapshots: str | None = None,
+        validate_only: bool = False,
+        etag: str = "",
+        request_id: str | None = None,
+        **options: Unpack[SpecOptions],
+    ) -> OperationCall[Container]:
+        """Change the image and the options that are given, each as a whole, to these values; the others stay.
+
+        An empty value, or None, takes away what was there. `files` is `carry-commit` or `discard`: what becomes of the
+        container's files on another image. If it fails or is cancelled, the container is put back as it was.
+        """
+        request = pb.UpdateContainerRequest(
+            name=name,
+            spec=spec_of(image or "", options),
+            update_mask=FieldMask(paths=[*options] if image is None else ["image", *options]),
+            files=pb.FILES_POLICY_UNSPECIFIED if files is None else value_of(pb.FilesPolicy, files),
+            pull_policy=value_of(pb.PullPolicy, pull),
+            registry_auth=registry_auth,
+            snapshots=_snapshots(snapshots),
+            request_id=fresh_id(request_id),
+            etag=etag,
+            validate_only=validate_only,
+        )
+        return self._operation(
+            lambda: self._calls.stream(self._stub.UpdateContainer, request), validate_only=validate_only
+        )
+
+    def rollback(
+        self,
+        name: str,
+        revision: int,
+        *,
+        spec_only: bool = False,
+        snapshots: str | None = None,
+        validate_only: bool = False,
+        etag: str = "",
+        request_id: str | None = None,
+    ) -> OperationCall[Container]:
+        """Return a container to a revision: its spec and, unless `spec_only`, its files, as a new revision."""
+        request = pb.RollbackContainerRequest(
+            name=name,
+            revision=revision,
+            spec_only=spec_only,
+            snapshots=_snapshots(snapshots),
+            request_id=fresh_id(request_id),
+            etag=etag,
+            validate_only=validate_only,
+        )
+        return self._operation(
+            lambda: self._calls.stream(self._stub.RollbackContainer, request), validate_only=validate_only
+        )
+
+    def clone(
+        self,
+        source: str,
+        name: str,
+        *,
+        revision: int = 0,
+        owner: str = "",
+        create_only: bool = False,
+        validate_only: bool = False,
+        request_id: str | None = None,
+        **options: Unpack[SpecOptions],
+    ) -> OperationCall[Container]:
+        """Create `name` from a revision of `source`, 0 for what it is now, with a copy of its files.
+
+        `options` are what is to differ from the revision's spec, each as a whole; an empty value, or None, takes away
+        what it has there. If it fails or is cancelled, nothing is left of the clone, and the source is as it was.
+        """
+        request = pb.CloneContainerRequest(
+            name=name,
+            source=source,
+            revision=revision,
+            spec=spec_of("", options),
+            update_mask=FieldMask(paths=[*options]),
+            owner=owner,
+            create_only=create_only,
+            request_id=fresh_id(request_id),
+            validate_only=validate_only,
+        )
+        return self._operation(
+            lambda: self._calls.stream(self._stub.CloneContainer, request), validate_only=validate_only
+        )
+
+    async def revision(self, name: str, revision: int = 0) -> ContainerRevision:
+        """One revision of a container; 0 is the current one."""
+        request = pb.GetContainerRevisionRequest(name=name, revision=revision)
+        return (await self._calls.read(self._stub.GetContainerRevision, request)).revision
+
+    def revisions(self, name: str, *, page_size: int = 0) -> Pages[ContainerRevision]:
+        """The revisions of a container, oldest first."""
+
+        async def page(token: str) -> tuple[Iterable[ContainerRevision], str]:
+            request = pb.ListContainerRevisionsRequest(name=name, page_size=page_size, page_token=token)
+            answer = await self._calls.read(self._stub.ListContainerRevisions, request)
+            return answer.revisions, answer.next_page_token
+
+        return Pages(page)
+
+    async def delete_revision(self, name: str, revision: int, *, etag: str = "", request_id: str | None = None) -> None:
+        """Delete a revision with the files that were kept of it."""
+        request = pb.DeleteContainerRevisionRequest(
+            name=name, revision=revision, request_id=fresh_id(request_id), etag=etag
+        )
+        await self._calls.change(self._stub.DeleteContainerRevision, request)
 
     def commit(
         self,
@@ -300,3 +424,7 @@ def _made(result: Any) -> Container:  # noqa: ANN401 - the result's type is that
 def _committed(result: Any) -> CommittedImage:  # noqa: ANN401 - likewise
     """The image in the result of CommitContainer, or of WatchOperation after a lost connection."""
     return result.image if isinstance(result, OperationResult) else cast("CommittedImage", result)
+
+
+def _snapshots(word: str | None) -> SnapshotPolicy.ValueType:
+    return SnapshotPolicy.SNAPSHOT_POLICY_UNSPECIFIED if word is None else value_of(SnapshotPolicy, word)

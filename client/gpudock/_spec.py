@@ -20,7 +20,10 @@ Seconds: TypeAlias = float | timedelta
 
 
 class SpecOptions(TypedDict, total=False):
-    """The fields of a ContainerSpec; those that are left out keep its defaults. protos/gpudock/v1 has the limits."""
+    """The fields of a ContainerSpec; those that are left out keep its defaults, and so do those that are None.
+
+    protos/gpudock/v1 has the limits.
+    """
 
     entrypoint: Sequence[str]
     command: Sequence[str]
@@ -31,16 +34,17 @@ class SpecOptions(TypedDict, total=False):
     tty: bool
     stdin: bool
     labels: Mapping[str, str]
-    gpus: Gpus
+    gpus: Gpus | None
     cpus: float
     memory_bytes: int
     shm_size_bytes: int
     mounts: Iterable[pb.Mount]
     ports: Iterable[Port]
-    restart_policy: str | pb.RestartPolicy
+    restart_policy: str | pb.RestartPolicy | None
     stop_signal: str
-    stop_timeout: Seconds
-    health_check: pb.HealthCheck
+    stop_timeout: Seconds | None
+    health_check: pb.HealthCheck | None
+    revision_policy: pb.RevisionPolicy | None
 
 
 def spec_of(image: str | pb.ContainerSpec, options: SpecOptions) -> pb.ContainerSpec:
@@ -52,7 +56,7 @@ def spec_of(image: str | pb.ContainerSpec, options: SpecOptions) -> pb.Container
         spec.image = image
     fields = cast("dict[str, Any]", dict(options))
     for name, convert in _CONVERSIONS.items():
-        if name in fields:
+        if fields.get(name) is not None:
             fields[name] = convert(fields[name])
     for name in fields:
         spec.ClearField(cast("Any", name))

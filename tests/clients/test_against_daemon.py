@@ -10,11 +10,11 @@ import signal
 from collections.abc import AsyncIterator
 from typing import Any
 
+import click
 import gpudock
 import pytest
 from gpudock import Client, OperationStageState, OperationState
 from gpudock.cli import main
-from gpudock.cli._operations import operations
 
 from tests.calls import IDLE, IMAGE, Caller
 from tests.clients.command import DEADLINE, Ended, ended, read_until, run, set_size, spawn
@@ -24,6 +24,7 @@ from tests.rig import Daemon, Rig
 # As PID 1 it does not hear SIGTERM: to stop it takes the whole of its grace period, in which a test can act.
 STUBBORN = ("sleep", "infinity")
 GRACE = 3
+_GROUPS = {name: group for name, group in main.commands.items() if isinstance(group, click.Group)}
 
 
 class Commands:
@@ -35,7 +36,7 @@ class Commands:
 
     async def ended(self, *words: str, given: bytes = b"") -> Ended:
         """How it ended."""
-        self.used.add(" ".join(words[: 2 if words[0] == "operations" else 1]))
+        self._remember(words)
         return await run(self.address, *words, given=given)
 
     async def said(self, *words: str) -> str:
@@ -46,10 +47,13 @@ class Commands:
 
     async def told(self, *words: str) -> Any:
         """What it wrote to stdout as JSON; it must succeed."""
-        self.used.add(" ".join(words[: 2 if words[0] == "operations" else 1]))
+        self._remember(words)
         result = await run(self.address, "--output", "json", *words)
         assert result.code == 0, (words, result)
         return json.loads(result.out)
+
+    def _remember(self, words: tuple[str, ...]) -> None:
+        self.used.add(" ".join(words[: 2 if words[0] in _GROUPS else 1]))
 
 
 @pytest.fixture
@@ -100,14 +104,51 @@ async def test_every_command_does_what_it_says(commands: Commands) -> None:
     assert (watched.code, watched.out.split()[8:11]) == (0, ["tour", "RUNNING", "4"]), watched
     assert (await commands.ended("operations", "cancel", done[0]["id"])).code == 7
 
+    await _tour_of_history(commands, container)
+    await _tour_of_watch(commands)
+
     for command, state in (("pause", "PAUSED"), ("unpause", "RUNNING"), ("restart", "RUNNING"), ("stop", "STOPPED")):
         assert (await commands.told(command, "tour"))["status"]["state"] == f"CONTAINER_STATE_{state}"
     assert await commands.told("gpus", "--held") == []
     assert len((await commands.told("start", "tour", "--gpus", "1"))["status"]["gpu_uuids"]) == 1
     assert await commands.said("delete", "tour", "--force") == ""
     assert await commands.told("ps") == []
-    every = {name for name in main.commands if name != "operations"} | {f"operations {n}" for n in operations.commands}
-    assert commands.used == every
+    within = {f"{name} {each}" for name, group in _GROUPS.items() for each in group.commands}
+    assert commands.used == {name for name in main.commands if name not in _GROUPS} | within
+
+
+async def _tour_of_history(commands: Commands, container: Any) -> None:
+    """`container` is as it was created; it is at revision 2 now."""
+    updated = await commands.told("update", "tour", "-e", "A=c", "--clear", "ports", "--", *IDLE)
+    assert (updated["spec"]["env"], updated["spec"]["ports"], updated["status"]["ports"]) == ({"A": "c"}, [], [])
+    assert len(updated["status"]["gpu_uuids"]) == 4
+    assert await commands.said("exec", "tour", "--", "sh", "-c", "echo $A; echo kept > /note") == "c\n"
+    history = (await commands.said("revisions", "tour")).splitlines()
+    assert [line.split()[:2] for line in history[1:]] == [["1", "CREATED"], ["2", "SCALED"], ["3", "*"]]
+    plan = await commands.told("rollback", "tour", "1", "--validate-only")
+    assert (plan["snapshot"], plan["restarts_process"]) == ("SNAPSHOT_KIND_TREE", True)
+    returned = await commands.told("rollback", "tour", "1")
+    assert (returned["revision"], returned["spec"]) == ("4", container["spec"])
+    assert await commands.said("exec", "tour", "--", "sh", "-c", "ls /note || echo $A") == "b\n"
+    assert (await commands.told("revision", "get", "tour", "3"))["snapshot"]["kind"] == "SNAPSHOT_KIND_TREE"
+    assert (await commands.told("revision", "get", "tour"))["cause"] == "REVISION_CAUSE_ROLLED_BACK"
+    clone = await commands.told("clone", "tour", "twin", "--revision", "3", "--gpus", "1", "--memory", "32MiB")
+    assert (clone["spec"]["env"], len(clone["status"]["gpu_uuids"]), clone["owner"]) == ({"A": "c"}, 1, "me")
+    assert await commands.said("exec", "twin", "--", "cat", "/note") == "kept\n"
+    assert await commands.said("delete", "twin", "--force") == ""
+    assert await commands.said("revision", "delete", "tour", "2") == ""
+    assert [each["revision"] for each in await commands.told("revisions", "tour")] == ["1", "3", "4"]
+
+
+async def _tour_of_watch(commands: Commands) -> None:
+    """It shows what there is, and goes on until it is interrupted."""
+    commands.used.add("watch")
+    process = await spawn(commands.address, "watch")
+    assert process.stdout is not None
+    assert (await asyncio.wait_for(process.stdout.readline(), DEADLINE)).split()[:3] == [b"TIME", b"EVENT", b"NAME"]
+    assert (await asyncio.wait_for(process.stdout.readline(), DEADLINE)).split()[1:3] == [b"added", b"tour"]
+    process.send_signal(signal.SIGINT)
+    assert (await ended(process)).code == 130
 
 
 async def test_failures_have_their_exit_codes(commands: Commands) -> None:
@@ -234,6 +275,17 @@ async def test_the_client_from_create_to_delete(real: Client) -> None:
     assert [each.target.name for each in await real.operations.list(kinds=["scale-container"], container="trip")] == [
         "trip"
     ]
+    updated = await real.containers.update("trip", ports=[], labels={"a": "b"}, snapshots="never")
+    assert (dict(updated.spec.labels), list(updated.status.ports), len(updated.status.gpu_uuids)) == ({"a": "b"}, [], 4)
+    await real.containers.run("trip", ["rm", "/root/file"])
+    one, two, three = await real.containers.revisions("trip", page_size=2)
+    assert [each.HasField("snapshot") for each in (one, two, three)] == [True, False, False]
+    assert await real.containers.revision("trip") == three
+    back = await real.containers.rollback("trip", 1)
+    assert len(back.status.gpu_uuids) == 2
+    assert (await real.containers.run("trip", ["cat", "/root/file"])).stdout == b"one\n"
+    await real.containers.delete_revision("trip", 2)
+    assert [each.revision async for each in real.containers.revisions("trip")] == [1, 3, 4]
     await real.containers.delete("trip", force=True)
     with pytest.raises(gpudock.NotFound):
         await real.containers.get("trip")

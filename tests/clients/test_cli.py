@@ -23,7 +23,19 @@ from gpudock.cli._arguments import Bind, Parsed, Port, Restart, Size, Span, Tmpf
 from gpudock.cli._progress import Progress
 from gpudock.v1 import container_service_pb2 as pb
 from gpudock.v1 import exec_pb2, gpu_pb2, node_service_pb2, operation_pb2, operation_service_pb2
-from gpudock.v1.container_pb2 import RESTART_POLICY_KIND_ON_FAILURE, Mount, RestartPolicy, TmpfsMount
+from gpudock.v1.container_pb2 import (
+    RESTART_POLICY_KIND_ON_FAILURE,
+    SNAPSHOT_POLICY_NEVER,
+    Mount,
+    RestartPolicy,
+    TmpfsMount,
+)
+from gpudock.v1.container_revision_pb2 import (
+    REVISION_CAUSE_CREATED,
+    REVISION_CAUSE_ROLLED_BACK,
+    SNAPSHOT_KIND_TREE,
+    ContainerRevision,
+)
 from gpudock.v1.node_pb2 import Node
 from gpudock.v1.port_claim_pb2 import PortClaim
 from gpudock.v1.port_pb2 import PORT_PROTOCOL_TCP
@@ -160,6 +172,62 @@ async def test_a_plan_is_shown_and_nothing_else(server: ScriptedServer) -> None:
     [request] = server.requests["ScaleContainer"]
     assert (request.validate_only, request.strategy) == (True, pb.SCALE_STRATEGY_LIVE)
     assert (request.HasField("memory_bytes"), request.HasField("cpus")) == (True, False)
+
+
+async def test_update_sends_what_was_given_and_clears_what_is_named(server: ScriptedServer) -> None:
+    async def updated(_: Any, __: Context) -> AsyncIterator[pb.UpdateContainerResponse]:
+        yield pb.UpdateContainerResponse(result=messages.container())
+
+    server.on("UpdateContainer", updated)
+    options = ("--image", "other", "-e", "A=1", "-v", "data:/data", "--no-tty", "--cpus", "0", "--keep-revisions", "3")
+    more = ("--clear", "ports", "--clear", "health-check", "--files", "discard", "--snapshots", "never")
+    ended = await run(server.address, "update", "train", *options, *more, "--", "sleep", "9")
+    assert ended.code == 0, ended.err
+    assert ended.out.splitlines()[1].startswith("train")
+    [request] = server.requests["UpdateContainer"]
+    changed = ["command", "cpus", "env", "health_check", "image", "mounts", "ports", "revision_policy", "tty"]
+    assert sorted(request.update_mask.paths) == changed
+    assert (request.files, request.snapshots) == (pb.FILES_POLICY_DISCARD, SNAPSHOT_POLICY_NEVER)
+    assert (list(request.spec.command), dict(request.spec.env), request.spec.image) == (
+        ["sleep", "9"],
+        {"A": "1"},
+        "other",
+    )
+    assert request.spec.revision_policy.keep_revisions == 3
+    assert not request.spec.HasField("health_check")
+
+
+async def test_clone_sends_what_differs(server: ScriptedServer) -> None:
+    async def cloned(_: Any, __: Context) -> AsyncIterator[pb.CloneContainerResponse]:
+        yield pb.CloneContainerResponse(result=messages.container("other"))
+
+    server.on("CloneContainer", cloned)
+    options = ("--revision", "3", "--gpus", "1", "--clear", "ports", "--owner", "me", "--create-only")
+    ended = await run(server.address, "clone", "train", "other", *options, "--", "sleep", "9")
+    assert (ended.code, ended.out.splitlines()[1].split()[0]) == (0, "other"), ended.err
+    [request] = server.requests["CloneContainer"]
+    assert (request.source, request.name, request.revision, request.owner) == ("train", "other", 3, "me")
+    assert sorted(request.update_mask.paths) == ["command", "gpus", "ports"]
+    assert (request.spec.gpus.count, list(request.spec.command), request.create_only) == (1, ["sleep", "9"], True)
+
+
+async def test_history_is_a_table_that_marks_the_current_revision(server: ScriptedServer) -> None:
+    one = ContainerRevision(container="train", revision=1, gpu_uuids=["GPU-1"], layer_bytes=3 * 2**20)
+    one.spec.image, one.cause = "busybox", REVISION_CAUSE_CREATED
+    one.snapshot.kind, one.snapshot.new_bytes = SNAPSHOT_KIND_TREE, 2**20
+    two = ContainerRevision(container="train", revision=2, cause=REVISION_CAUSE_ROLLED_BACK, current=True)
+    two.spec.image = "busybox"
+    server.on("ListContainerRevisions", saying(pb.ListContainerRevisionsResponse(revisions=[one, two])))
+    head, *rows = (await run(server.address, "revisions", "train")).out.splitlines()
+    assert head.split() == ["REVISION", "CAUSE", "GPUS", "IMAGE", "SIZE", "SNAPSHOT", "AGE"]
+    assert re.split(r"\s{2,}", rows[0]) == ["1", "CREATED", "1", "busybox", "3.0 MiB", "tree"]
+    assert re.split(r"\s{2,}", rows[1]) == ["2 *", "ROLLED_BACK", "0", "busybox", "-", "-"]
+    server.on("GetContainerRevision", saying(pb.GetContainerRevisionResponse(revision=one)))
+    shown = (await run(server.address, "revision", "get", "train", "1")).out
+    assert "on the disk:  1.0 MiB that no other one has" in shown
+    assert server.requests["GetContainerRevision"][0].revision == 1
+    server.on("DeleteContainerRevision", refusal(grpc.StatusCode.FAILED_PRECONDITION, "REVISION_IS_CURRENT"))
+    assert (await run(server.address, "revision", "delete", "train", "2")).code == 7
 
 
 @pytest.mark.parametrize(
@@ -391,6 +459,11 @@ def test_bad_values_are_usage_errors(kind: Parsed[Any], text: str) -> None:
         ("create c i -e A=\udcff", "not UTF-8"),
         ("delete \udcff", "not UTF-8"),
         ("scale c", "nothing to change"),
+        ("update c", "nothing to change"),
+        ("update c -e A=1 --clear env", "which one?"),
+        ("update c --clear image", "is not one of"),
+        ("rollback c 0", "not in the range"),
+        ("clone c", "Missing argument"),
         ("exec c --", "no command"),
         ("exec c", "Missing argument"),
         ("--cert /dev/null ps", "together"),
@@ -403,7 +476,9 @@ def test_wrong_usage_sends_nothing(arguments: str, said: str) -> None:
     assert said in result.output
 
 
-@pytest.mark.parametrize("command", ["", *main.commands, *(f"operations {name}" for name in ("list", "get", "watch"))])
+@pytest.mark.parametrize(
+    "command", ["", *main.commands, "operations list", "operations get", "revision get", "revision delete"]
+)
 def test_every_command_has_help(command: str) -> None:
     result = CliRunner().invoke(main, [*command.split(), "--help"])
     assert result.exit_code == 0

@@ -69,6 +69,63 @@ async def test_options_take_the_place_of_what_a_whole_spec_says(server: Scripted
     assert list(spec.command) == ["one"]
 
 
+async def test_an_update_names_what_it_changes_and_what_it_clears(server: ScriptedServer, client: Client) -> None:
+    async def updated(_: Any, __: Context) -> AsyncIterator[pb.UpdateContainerResponse]:
+        yield pb.UpdateContainerResponse(result=messages.container())
+
+    server.on("UpdateContainer", updated)
+    policy = gpudock.RevisionPolicy(keep_revisions=3)
+    await client.containers.update("train", ports=[], env={"A": "1"}, health_check=None, revision_policy=policy)
+    await client.containers.update("train", image="other", files="carry-commit", pull="always", snapshots="never")
+    first, second = server.requests["UpdateContainer"]
+    assert sorted(first.update_mask.paths) == ["env", "health_check", "ports", "revision_policy"]
+    assert first.spec == gpudock.ContainerSpec(env={"A": "1"}, revision_policy=policy)
+    assert (list(second.update_mask.paths), second.spec.image) == (["image"], "other")
+    assert (second.files, second.pull_policy) == (pb.FILES_POLICY_CARRY_COMMIT, pb.PULL_POLICY_ALWAYS)
+    assert second.snapshots == gpudock.SnapshotPolicy.SNAPSHOT_POLICY_NEVER
+
+
+async def test_a_clone_names_what_differs(server: ScriptedServer, client: Client) -> None:
+    async def cloned(_: Any, __: Context) -> AsyncIterator[pb.CloneContainerResponse]:
+        yield pb.CloneContainerResponse(result=messages.container("other"))
+
+    server.on("CloneContainer", cloned)
+    made = await client.containers.clone("train", "other", revision=3, owner="me", create_only=True, gpus=1, ports=[])
+    await client.containers.clone("train", "same")
+    assert made.name == "other"
+    first, second = server.requests["CloneContainer"]
+    assert (first.source, first.name, first.revision, first.owner) == ("train", "other", 3, "me")
+    assert sorted(first.update_mask.paths) == ["gpus", "ports"]
+    assert (first.spec.gpus.count, first.create_only, bool(first.request_id)) == (1, True, True)
+    assert (list(second.update_mask.paths), second.revision, second.spec) == ([], 0, gpudock.ContainerSpec())
+
+
+async def test_history_is_read_returned_to_and_pruned(server: ScriptedServer, client: Client) -> None:
+    async def returned(_: Any, __: Context) -> AsyncIterator[pb.RollbackContainerResponse]:
+        yield pb.RollbackContainerResponse(result=messages.container())
+
+    one, two = (gpudock.ContainerRevision(container="train", revision=number) for number in (1, 2))
+    server.on(
+        "ListContainerRevisions",
+        saying(pb.ListContainerRevisionsResponse(revisions=[one], next_page_token="next")),  # noqa: S106 - no secret
+        saying(pb.ListContainerRevisionsResponse(revisions=[two])),
+    )
+    assert await client.containers.revisions("train", page_size=1) == [one, two]
+    assert [each.page_token for each in server.requests["ListContainerRevisions"]] == ["", "next"]
+    server.on("GetContainerRevision", saying(pb.GetContainerRevisionResponse(revision=two)))
+    assert await client.containers.revision("train") == two
+    assert server.requests["GetContainerRevision"][0].revision == 0
+    server.on("RollbackContainer", returned)
+    assert (await client.containers.rollback("train", 1, spec_only=True, snapshots="cheap")).name == "train"
+    [request] = server.requests["RollbackContainer"]
+    assert (request.revision, request.spec_only, bool(request.request_id)) == (1, True, True)
+    assert request.snapshots == gpudock.SnapshotPolicy.SNAPSHOT_POLICY_CHEAP
+    server.on("DeleteContainerRevision", saying(pb.DeleteContainerRevisionResponse()))
+    await client.containers.delete_revision("train", 1, etag="e")
+    [deleted] = server.requests["DeleteContainerRevision"]
+    assert (deleted.name, deleted.revision, deleted.etag, bool(deleted.request_id)) == ("train", 1, "e", True)
+
+
 async def test_a_dropped_stream_is_attached_to_again(server: ScriptedServer, client: Client) -> None:
     server.on("CreateContainer", broken)
     server.on("WatchOperation", watched)

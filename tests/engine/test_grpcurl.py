@@ -124,6 +124,9 @@ async def _revisions_are_called(grpcurl: Grpcurl, name: str) -> None:
     assert updated[-1]["result"]["spec"]["env"] == {"A": "1"}
     rolled_back = await call("ContainerService/RollbackContainer", {**named, "revision": 2})
     assert rolled_back[-1]["result"]["spec"]["env"] == {}
+    clone = await call("ContainerService/CloneContainer", {"name": f"{name}-clone", "source": name, "revision": 3})
+    assert clone[-1]["result"]["spec"]["env"] == {"A": "1"}
+    await call("ContainerService/DeleteContainer", {"name": f"{name}-clone", "force": True})
     (revisions,) = await call("ContainerService/ListContainerRevisions", named)
     causes = ["CREATED", "SCALED", "UPDATED", "ROLLED_BACK"]
     assert [one["cause"] for one in revisions["revisions"]] == [f"REVISION_CAUSE_{cause}" for cause in causes]

@@ -147,3 +147,30 @@ async def test_commit(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) -
         assert any(outcomes)
         assert outcomes[-1] == ""
     rig.engine.call("DELETE", "/images/gpudock/victim:test")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", ["refused", "hangs, but done", "dropped"])
+async def test_clone(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) -> None:
+    rig = clean_engine
+    async with _behind(rig, engine_proxy, kind) as (_, caller):
+        await caller.create("source", 2, ports=[_PORT])
+        await caller.shell("source", PLANT)
+        files = await caller.shell("source", LOOK + " || true")
+        outcomes = []
+
+        async def clone() -> None:
+            await caller.clone("source", "victim")
+
+        async for reason in _each_in_turn(engine_proxy, FAULTS[kind], clone):
+            outcomes.append(reason)
+            await caller.settled()
+            await sound(caller, rig, "source", files)
+            if reason:
+                await absent(caller, rig, "victim")
+                assert await caller.free_gpus() == 6
+            else:
+                await sound(caller, rig, "victim", files)
+                await caller.delete("victim")
+        assert any(outcomes)
+        assert outcomes[-1] == ""

@@ -137,6 +137,74 @@ async def test_rollback(clean_engine: Rig) -> None:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("carry", ["copy", "commit"])
+async def test_clone(clean_engine: Rig, carry: str) -> None:
+    """Of what a running source has now; it is frozen meanwhile, and must never stay so."""
+    rig = clean_engine
+    files = ""
+
+    async def clone(caller: Caller) -> None:
+        nonlocal files
+        if not files:
+            await caller.create("source", 2, ports=[_PORT])
+            await caller.shell("source", PLANT)
+            files = await caller.shell("source", LOOK + " || true")
+        await caller.clone("source", "phoenix")
+
+    async def check(caller: Caller) -> None:
+        await sound(caller, rig, "source", files)
+        try:
+            await caller.get("phoenix")
+        except grpc.aio.AioRpcError:
+            await absent(caller, rig, "phoenix")
+            assert await caller.free_gpus() == 6
+        else:
+            await sound(caller, rig, "phoenix", files)
+            await caller.delete("phoenix")
+        assert not _layer_images(rig)
+
+    assert await _at_every_moment(rig, "CLONE", clone, check, "--layer-carry", carry) >= 15
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("carry", ["copy", "commit"])
+async def test_clone_of_a_revision(clean_engine: Rig, carry: str) -> None:
+    """Of what was kept as a tree, and as an image, which each gives a name of its own."""
+    rig = clean_engine
+    files = ""
+
+    async def clone(caller: Caller) -> None:
+        nonlocal files
+        if not files:
+            await caller.create("source", 1, ports=[_PORT])
+            await caller.shell("source", PLANT)
+            files = await caller.shell("source", LOOK + " || true")
+            await caller.scale("source", 2)
+            await caller.shell("source", "rm -r /work")
+        await caller.clone("source", "phoenix", revision=1)
+
+    async def check(caller: Caller) -> None:
+        assert (await caller.get("source")).revision == 2
+        await sound(caller, rig, "source")
+        try:
+            await caller.get("phoenix")
+        except grpc.aio.AioRpcError:
+            await absent(caller, rig, "phoenix")
+            assert await caller.free_gpus() == 6
+        else:
+            await sound(caller, rig, "phoenix", files)
+            await caller.delete("phoenix")
+        assert len(_layer_images(rig)) == (1 if carry == "commit" else 0)
+
+    assert await _at_every_moment(rig, "CLONE", clone, check, "--layer-carry", carry) >= 10
+
+
+def _layer_images(rig: Rig) -> list[str]:
+    tags = [tag for image in rig.engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()]
+    return [tag for tag in tags if tag.startswith("gpudock/layer")]
+
+
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("field", ["env", "labels", "image"])
 async def test_update(clean_engine: Rig, field: str) -> None:
     """By a successor, in place, where it is frozen for a moment, and on another image."""

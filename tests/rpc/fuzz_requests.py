@@ -56,6 +56,7 @@ _UUIDS = ("1b4e28ba-2fa1-41d2-883f-0016d3cca427", "1B4E28BA-2FA1-41D2-883F-0016D
 _HINTS: Mapping[str, tuple[str, ...]] = {
     "name": _NAMES,
     "container": _NAMES,
+    "source": _NAMES,
     "id": _UUIDS,
     "exec_id": _UUIDS,
     "request_id": _UUIDS,

@@ -37,6 +37,7 @@ VALIDATORS: Mapping[str, Callable[[Any], object]] = {
     "ScaleContainer": containers.scale,
     "UpdateContainer": containers.update,
     "RollbackContainer": containers.rollback,
+    "CloneContainer": containers.clone,
     "GetContainerRevision": containers.get_revision,
     "ListContainerRevisions": listing.revisions,
     "DeleteContainerRevision": containers.delete_revision,

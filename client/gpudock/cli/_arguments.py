@@ -14,6 +14,9 @@ from gpudock.v1.port_pb2 import PORT_PROTOCOL_TCP, PORT_PROTOCOL_UDP
 
 T = TypeVar("T")
 
+REVISION_NUMBER = click.IntRange(1, 2**63 - 1)
+"""The number of a revision; how far they go is for the server to say."""
+
 _SIZE = re.compile(r"(\d+)(?:\.(\d+))?([A-Za-z]*)", re.ASCII)
 _UNITS: dict[str, int] = {"": 1, "b": 1}
 _UNITS |= {suffix: 1024**power for power, unit in enumerate("kmgt", 1) for suffix in (unit, f"{unit}ib")}

@@ -6,11 +6,13 @@ from datetime import timedelta
 
 import click
 
+from gpudock import Client, Container, OperationCall
 from gpudock.cli import _operation_views, _views
 from gpudock.cli._arguments import Span
 from gpudock.cli._follow import follow, settled
 from gpudock.cli._gpu_options import gpu_options, gpu_request_of
 from gpudock.cli._session import Session
+from gpudock.cli._snapshot_options import snapshots_option
 
 _GRACE = "How long the process has from the stop signal to SIGKILL."
 
@@ -18,6 +20,7 @@ _GRACE = "How long the process has from the stop signal to SIGKILL."
 @click.command()
 @click.argument("name")
 @gpu_options
+@snapshots_option
 @click.option("--validate-only", is_flag=True, help="Show what would be done, and do nothing.")
 @click.pass_obj
 def start(
@@ -28,15 +31,19 @@ def start(
     gpu: tuple[str, ...],
     gpu_model: str,
     gpu_memory: int,
+    snapshots: str | None,
     validate_only: bool,
 ) -> None:
     """Start a stopped container, if need be with other GPUs than before."""
     request = gpu_request_of(gpus, gpu, gpu_model, gpu_memory)
+
+    def begin(client: Client) -> OperationCall[Container]:
+        return client.containers.start(name, gpus=request, snapshots=snapshots, validate_only=validate_only)
+
     if validate_only:
-        plan = session.run(lambda client: client.containers.start(name, gpus=request, validate_only=True).plan())
-        session.show(plan, _operation_views.plan)
+        session.show(session.run(lambda client: begin(client).plan()), _operation_views.plan)
         return
-    started = session.run(lambda client: follow(client.containers.start(name, gpus=request), name))
+    started = session.run(lambda client: follow(begin(client), name))
     session.show(started, _views.one_container)
 
 
@@ -56,10 +63,13 @@ def stop(session: Session, *, name: str, keep_resources: bool, timeout: timedelt
 @click.command()
 @click.argument("name")
 @click.option("--timeout", type=Span(), help=_GRACE)
+@snapshots_option
 @click.pass_obj
-def restart(session: Session, *, name: str, timeout: timedelta | None) -> None:
+def restart(session: Session, *, name: str, timeout: timedelta | None, snapshots: str | None) -> None:
     """Stop a container and start it, with the GPUs and ports that it has."""
-    restarted = session.run(lambda client: follow(client.containers.restart(name, timeout=timeout), name))
+    restarted = session.run(
+        lambda client: follow(client.containers.restart(name, timeout=timeout, snapshots=snapshots), name)
+    )
     session.show(restarted, _views.one_container)
 
 

@@ -7,7 +7,19 @@ from pathlib import Path
 import click
 
 from gpudock._channel import ADDRESS_VARIABLE, DEFAULT_ADDRESS, TOKEN_FILE_VARIABLE
-from gpudock.cli import _commit, _create, _exec, _inspect, _life, _operations, _scale, _watch
+from gpudock.cli import (
+    _clone,
+    _commit,
+    _create,
+    _exec,
+    _inspect,
+    _life,
+    _operations,
+    _revisions,
+    _scale,
+    _update,
+    _watch,
+)
 from gpudock.cli._exit_codes import EXIT_CODE_HELP
 from gpudock.cli._session import Session
 
@@ -88,6 +100,11 @@ for _command in (
     _life.delete,
     _scale.scale,
     _commit.commit,
+    _update.update,
+    _revisions.rollback,
+    _clone.clone,
+    _revisions.revisions,
+    _revisions.revision,
     _exec.exec_command,
     _inspect.gpus,
     _inspect.ports,

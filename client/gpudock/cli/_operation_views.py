@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from gpudock._enums import word_of
 from gpudock.cli._text import age_text, bytes_text, fields, moment_text, seconds_text, table
 from gpudock.cli._views import binding
+from gpudock.v1.container_revision_pb2 import SnapshotKind
 from gpudock.v1.operation_pb2 import (
     LayerCarryMethod,
     Operation,
@@ -68,6 +69,7 @@ def plan(item: OperationPlan) -> str:
             ("of now", ", ".join(item.candidate_gpu_uuids)),
             ("ports to claim", ", ".join(map(binding, item.ports_to_claim))),
             ("files are carried by", word_of(LayerCarryMethod, item.carry_method).lower() if item.carry_method else ""),
+            ("files are kept as", word_of(SnapshotKind, item.snapshot).lower() if item.snapshot else ""),
             (
                 "bytes to move",
                 f"{bytes_text(item.bytes_to_move)}, room for {bytes_text(item.bytes_available)}"

@@ -11,6 +11,7 @@ from gpudock.cli._arguments import Size
 from gpudock.cli._follow import follow
 from gpudock.cli._gpu_options import gpu_options, gpu_request_of
 from gpudock.cli._session import Session
+from gpudock.cli._snapshot_options import snapshots_option
 from gpudock.v1.container_service_pb2 import ScaleStrategy
 
 
@@ -27,6 +28,7 @@ from gpudock.v1.container_service_pb2 import ScaleStrategy
     show_default=True,
     help="In place if that can be, in place or not at all, or by a new process.",
 )
+@snapshots_option
 @click.option("--validate-only", is_flag=True, help="Show what would be done, and do nothing.")
 @click.pass_obj
 def scale(
@@ -41,6 +43,7 @@ def scale(
     memory: int | None,
     shm_size: int | None,
     strategy: str,
+    snapshots: str | None,
     validate_only: bool,
 ) -> None:
     """Change the GPUs, CPUs, memory or /dev/shm of a container to these values; its files stay."""
@@ -56,6 +59,7 @@ def scale(
             memory_bytes=memory,
             shm_size_bytes=shm_size,
             strategy=strategy,
+            snapshots=snapshots,
             validate_only=validate_only,
         )
 

@@ -51,6 +51,7 @@ class OperationKind(StrEnum):
     ROLLBACK = "ROLLBACK"
     DELETE_REVISION = "DELETE_REVISION"
     COMMIT = "COMMIT"
+    CLONE = "CLONE"
 
 
 class OperationState(StrEnum):

@@ -175,6 +175,13 @@ class ContainerService(ContainerServiceServicer):
         return self._operate("RollbackContainer", request, command, container_service_pb2.RollbackContainerResponse)
 
     @override
+    def CloneContainer(
+        self, request: container_service_pb2.CloneContainerRequest, context: Context
+    ) -> AsyncIterator[container_service_pb2.CloneContainerResponse]:
+        command = validation.clone(request)
+        return self._operate("CloneContainer", request, command, container_service_pb2.CloneContainerResponse)
+
+    @override
     async def GetContainerRevision(
         self, request: container_service_pb2.GetContainerRevisionRequest, context: Context
     ) -> container_service_pb2.GetContainerRevisionResponse:

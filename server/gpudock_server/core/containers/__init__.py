@@ -9,9 +9,22 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from gpudock_server.core.containers import commit, create, delete, history, pause, rollback, stop, transition, update
+from gpudock_server.core.containers import (
+    clone,
+    commit,
+    create,
+    delete,
+    history,
+    pause,
+    rollback,
+    stop,
+    transition,
+    update,
+)
 from gpudock_server.core.containers.change import ChangeSaga
+from gpudock_server.core.containers.clone import CloneSaga
 from gpudock_server.core.containers.commands import (
+    Clone,
     Command,
     Commit,
     Create,
@@ -59,6 +72,8 @@ def saga_builder(world: World) -> Callable[[Operation], Saga[Any]]:
                 | OperationKind.ROLLBACK
             ):
                 return ChangeSaga(world, operation)
+            case OperationKind.CLONE:
+                return CloneSaga(world, operation)
             case OperationKind.DELETE_REVISION:
                 return DeleteRevisionSaga(world, operation)
             case OperationKind.STOP:
@@ -140,6 +155,7 @@ _DRAFTERS: dict[type, Callable[[World, Any], Awaitable[Draft]]] = {
     Scale: transition.draft_scale,
     Update: update.draft_update,
     Rollback: rollback.draft_rollback,
+    Clone: clone.draft,
     DeleteRevision: history.draft,
     Stop: stop.draft,
     Pause: pause.draft,

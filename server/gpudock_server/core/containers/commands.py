@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from gpudock_server.model.engine import RegistryAuth
@@ -139,6 +139,18 @@ class Rollback:
 
 
 @dataclass(frozen=True, slots=True)
+class Clone:
+    """Make a container of a revision of another one (0: of what it is now), with these fields of its spec different."""
+
+    name: str
+    source: str
+    revision: int = 0
+    changes: Mapping[str, object] = field(default_factory=dict)
+    owner: str = ""
+    create_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class DeleteRevision:
     """Take a revision, and what is kept of its files, out of the history."""
 
@@ -161,5 +173,17 @@ class Commit:
 
 
 Command = (
-    Create | Start | Stop | Restart | Pause | Unpause | Delete | Scale | Update | Rollback | DeleteRevision | Commit
+    Create
+    | Start
+    | Stop
+    | Restart
+    | Pause
+    | Unpause
+    | Delete
+    | Scale
+    | Update
+    | Rollback
+    | Clone
+    | DeleteRevision
+    | Commit
 )

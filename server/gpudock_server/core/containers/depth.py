@@ -55,7 +55,7 @@ async def carry_image(world: World, run: Run, old: EngineBinding) -> CarriedImag
     depth = await base_depth(world, old)
     made = await engine.image(reference)
     if made is None:
-        raw = await _committed(world, run.operation, old.engine_id)
+        raw = await committed(world, run.operation, old.engine_id)
         await _finished(world, run, raw, (old.image_id, depth))
         await engine.remove_image(raw_image(run.operation))
         made = await engine.image(reference)
@@ -100,7 +100,8 @@ async def base_depth(world: World, binding: EngineBinding) -> int:
     return len(base.layers)
 
 
-async def _committed(world: World, operation: Operation, engine_id: str) -> EngineImage:
+async def committed(world: World, operation: Operation, engine_id: str) -> EngineImage:
+    """The first half of `carry_image`, and the only one for which an engine container has to be still."""
     reference = raw_image(operation)
     if (made := await world.engine.image(reference)) is not None:
         return made

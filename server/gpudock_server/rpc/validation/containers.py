@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import TypeAlias
 
 from google.protobuf.duration_pb2 import Duration
 from gpudock.v1 import container_pb2, container_service_pb2, registry_auth_pb2
 
 from gpudock_server.core.containers.commands import (
+    Clone,
     Create,
     Delete,
     DeleteRevision,
@@ -42,6 +44,9 @@ _FILES_POLICIES: Mapping[int, FilesPolicy | None] = {
 # Keys in etcd have ten digits for it.
 _MAX_REVISION = 9_999_999_999
 _ANY_IMAGE = "image"
+_SPEC_FIELDS = tuple(field.name for field in container_pb2.ContainerSpec.DESCRIPTOR.fields)
+_SPEC_FIELDS_OF_CLONES = tuple(name for name in _SPEC_FIELDS if name != "image")
+_Masked: TypeAlias = container_service_pb2.UpdateContainerRequest | container_service_pb2.CloneContainerRequest
 _OWNER = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._@/-]{0,126}[A-Za-z0-9])?", re.ASCII)
 _SCALABLE = ("gpus", "cpus", "memory_bytes", "shm_size_bytes")
 
@@ -57,8 +62,7 @@ def get(request: container_service_pb2.GetContainerRequest) -> str:
 def create(request: container_service_pb2.CreateContainerRequest) -> Create:
     """A container to be made."""
     violations = Violations()
-    if request.owner and not _OWNER.fullmatch(request.owner):
-        violations.add("owner", "must match ^[A-Za-z0-9]([A-Za-z0-9._@/-]{0,126}[A-Za-z0-9])?$")
+    _check_owner(violations, request.owner)
     if not request.HasField("spec"):
         violations.add("spec", "is required")
     fields.optional_uuid(violations, "request_id", request.request_id)
@@ -150,18 +154,12 @@ def scale(request: container_service_pb2.ScaleContainerRequest) -> Scale:
 def update(request: container_service_pb2.UpdateContainerRequest) -> Update:
     """Fields of a container's spec to be replaced."""
     violations = _common(request)
-    masked = _masked(violations, request)
-    asked = container_pb2.ContainerSpec()
-    asked.CopyFrom(request.spec)
-    for field in set(container_pb2.ContainerSpec.DESCRIPTOR.fields_by_name) - masked:
-        asked.ClearField(field)  # type: ignore[arg-type]  # each is one of its literals
-    if "image" not in masked:
-        # Required of a whole spec, of which this is a part.
-        asked.image = _ANY_IMAGE
-    checked = spec(violations.at("spec"), asked)
+    masked = _masked(violations, request, _SPEC_FIELDS)
+    if not request.update_mask.paths and not masked:
+        violations.add("update_mask", "is required where `spec` sets no field")
     command = Update(
         name=request.name,
-        changes={field: getattr(checked, field) for field in sorted(masked)},
+        changes=_changes(violations, request.spec, masked),
         files=fields.choice(violations, "files", request.files, _FILES_POLICIES, None),
         pull_policy=fields.choice(violations, "pull_policy", request.pull_policy, _PULL_POLICIES, PullPolicy.MISSING),
         registry_auth=_registry_auth(violations.at("registry_auth"), request.registry_auth),
@@ -172,10 +170,47 @@ def update(request: container_service_pb2.UpdateContainerRequest) -> Update:
     return command
 
 
-def _masked(violations: Violations, request: container_service_pb2.UpdateContainerRequest) -> set[str]:
+def clone(request: container_service_pb2.CloneContainerRequest) -> Clone:
+    """A container to be made of another one."""
+    violations = Violations()
+    _check_owner(violations, request.owner)
+    fields.optional_uuid(violations, "request_id", request.request_id)
+    if request.spec.image and not request.update_mask.paths:
+        violations.add("spec.image", "a clone is on the image of its source; UpdateContainer can change that")
+    masked = _masked(violations, request, _SPEC_FIELDS_OF_CLONES)
+    command = Clone(
+        name=fields.name(violations, "name", request.name),
+        source=fields.name(violations, "source", request.source),
+        revision=fields.in_range(violations, "revision", request.revision, 0, _MAX_REVISION),
+        changes=_changes(violations, request.spec, masked),
+        owner=request.owner,
+        create_only=request.create_only,
+    )
+    violations.raise_any()
+    return command
+
+
+def _changes(violations: Violations, asked: container_pb2.ContainerSpec, masked: set[str]) -> dict[str, object]:
+    """The values of these fields of a spec; nothing else in it is looked at."""
+    partial = container_pb2.ContainerSpec()
+    partial.CopyFrom(asked)
+    for field in set(_SPEC_FIELDS) - masked:
+        partial.ClearField(field)  # type: ignore[arg-type]  # each is one of its literals
+    if "image" not in masked:
+        # Required of a whole spec, of which this is a part.
+        partial.image = _ANY_IMAGE
+    checked = spec(violations.at("spec"), partial)
+    return {field: getattr(checked, field) for field in sorted(masked)}
+
+
+def _check_owner(violations: Violations, owner: str) -> None:
+    if owner and not _OWNER.fullmatch(owner):
+        violations.add("owner", "must match ^[A-Za-z0-9]([A-Za-z0-9._@/-]{0,126}[A-Za-z0-9])?$")
+
+
+def _masked(violations: Violations, request: _Masked, known: Sequence[str]) -> set[str]:
     """The names of the fields that change."""
-    known = [field.name for field in container_pb2.ContainerSpec.DESCRIPTOR.fields]
-    given = {field.name for field, _ in request.spec.ListFields()}
+    given = {field.name for field, _ in request.spec.ListFields()} & set(known)
     paths = set(request.update_mask.paths)
     if paths == {"*"}:
         return set(known)
@@ -184,8 +219,6 @@ def _masked(violations: Violations, request: container_service_pb2.UpdateContain
         # A few will do: a mask may have a million of them.
         named = ", ".join(repr(path[:60]) for path in unknown[:5])
         violations.add("update_mask", f"{named}: not a field of the spec; it has {', '.join(known)}, or `*` for all")
-    elif not paths and not given:
-        violations.add("update_mask", "is required where `spec` sets no field")
     return paths & set(known) or given
 
 

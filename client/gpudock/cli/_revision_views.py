@@ -1,0 +1,57 @@
+"""A container's history as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from gpudock._enums import word_of
+from gpudock.cli._text import age_text, bytes_text, fields, moment_text, table
+from gpudock.cli._views import binding
+from gpudock.v1.container_revision_pb2 import ContainerRevision, RevisionCause, SnapshotKind
+
+
+def revisions(items: Iterable[ContainerRevision]) -> str:
+    """One line for each; the current one has a mark."""
+    return table(
+        ("REVISION", "CAUSE", "GPUS", "IMAGE", "SIZE", "SNAPSHOT", "AGE"),
+        [
+            (
+                f"{item.revision}{' *' if item.current else ''}",
+                word_of(RevisionCause, item.cause),
+                str(len(item.gpu_uuids)),
+                item.spec.image,
+                bytes_text(item.layer_bytes) if item.layer_bytes else "-",
+                _snapshot(item),
+                age_text(item.create_time),
+            )
+            for item in items
+        ],
+    )
+
+
+def revision(item: ContainerRevision) -> str:
+    """All there is to say, a line for each thing."""
+    spec, snapshot = item.spec, item.snapshot
+    return fields(
+        (
+            ("container", item.container),
+            ("uid", item.uid),
+            ("revision", f"{item.revision}{' (current)' if item.current else ''}"),
+            ("cause", word_of(RevisionCause, item.cause)),
+            ("image", spec.image),
+            ("image id", item.image_id),
+            ("command", " ".join([*spec.entrypoint, *spec.command])),
+            ("GPUs", ", ".join(item.gpu_uuids) or "none"),
+            ("ports", ", ".join(map(binding, item.ports))),
+            ("files", bytes_text(item.layer_bytes) if item.layer_bytes else ""),
+            ("snapshot", _snapshot(item)),
+            ("on the disk", f"{bytes_text(snapshot.new_bytes)} that no other one has" if snapshot.new_bytes else ""),
+            ("created", moment_text(item.create_time)),
+            ("operation", item.operation_id),
+        )
+    )
+
+
+def _snapshot(item: ContainerRevision) -> str:
+    """In what form its files are kept; the current one's are the container's."""
+    return word_of(SnapshotKind, item.snapshot.kind).lower() if item.HasField("snapshot") else "-"

@@ -1,0 +1,138 @@
+"""The options that say what a container is to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypedDict, TypeVar
+
+import click
+
+from gpudock import ContainerSpec, HealthCheck, Mount, PortRequest, RestartPolicy, RevisionPolicy, SnapshotPolicy
+from gpudock._enums import value_of, words_of
+from gpudock._spec import duration
+from gpudock.cli._arguments import Bind, Pair, Port, Restart, Size, Span, Tmpfs
+from gpudock.cli._gpu_options import gpu_options, gpu_request_of
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_MOST_REVISIONS = 2**31 - 1
+
+
+class SpecFlags(TypedDict):
+    """The options as click hands them over; None and () are those that were not given."""
+
+    command: tuple[str, ...]
+    entrypoint: str | None
+    gpus: int | None
+    gpu: tuple[str, ...]
+    gpu_model: str
+    gpu_memory: int
+    publish: tuple[PortRequest, ...]
+    env: tuple[tuple[str, str], ...]
+    volume: tuple[Mount, ...]
+    tmpfs: tuple[Mount, ...]
+    label: tuple[tuple[str, str], ...]
+    cpus: float | None
+    memory: int | None
+    shm_size: int | None
+    restart: RestartPolicy | None
+    health_cmd: str | None
+    hostname: str | None
+    user: str | None
+    workdir: str | None
+    tty: bool | None
+    stdin: bool | None
+    keep_files: str | None
+    keep_revisions: int | None
+    keep_for: timedelta | None
+
+
+_OPTIONS = (
+    click.option("-p", "--publish", type=Port(), multiple=True, help="Publish a port, TCP unless it ends in /udp."),
+    click.option("-e", "--env", type=Pair(), multiple=True, help="Set an environment variable."),
+    click.option("-v", "--volume", type=Bind(), multiple=True, help="Mount a volume, or a path of the node."),
+    click.option("--tmpfs", type=Tmpfs(), multiple=True, help="Mount a file system in memory."),
+    click.option("--label", type=Pair(), multiple=True, help="Set a label."),
+    click.option("--cpus", type=float, help="How many CPUs' worth of time it may use."),
+    click.option("--memory", type=Size(), help="How much memory it may use, such as 8G."),
+    click.option("--shm-size", type=Size(), help="The size of /dev/shm."),
+    click.option("--restart", type=Restart(), help="When the engine starts the process again."),
+    click.option("--health-cmd", help="Command of the health check, run by /bin/sh."),
+    click.option("--hostname", help="The host name inside."),
+    click.option("--user", help="The user of the process, name or uid, with :group if need be."),
+    click.option("--workdir", help="The working directory of the process."),
+    click.option("--entrypoint", help="Replaces the image's entrypoint; empty clears it."),
+    click.option("--tty/--no-tty", default=None, help="Give the process a terminal."),
+    click.option("--stdin/--no-stdin", default=None, help="Keep the process's standard input open."),
+    click.option(
+        "--keep-files",
+        type=click.Choice(words_of(SnapshotPolicy)),
+        help="Whether the files of a revision are kept when the next one replaces it. cheap: where nothing is copied.",
+    ),
+    click.option("--keep-revisions", type=click.IntRange(1, _MOST_REVISIONS), help="How many revisions are kept."),
+    click.option("--keep-for", type=Span(), help="How long a revision is kept after it was replaced."),
+)
+
+_CLEARABLE = tuple(name.replace("_", "-") for name in ContainerSpec.DESCRIPTOR.fields_by_name if name != "image")
+clear_option = click.option(
+    "--clear",
+    type=click.Choice(_CLEARABLE),
+    multiple=True,
+    metavar="FIELD",
+    help="Take away what is there: env, mounts, ports, command ... Can be repeated.",
+)
+
+
+def spec_options(command: F) -> F:
+    """Add the options for every field of a spec but its image, for `spec_of_flags`."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return gpu_options(command)
+
+
+def spec_of_flags(flags: SpecFlags) -> tuple[ContainerSpec, frozenset[str]]:
+    """A spec with what was given, and the names of its fields that were."""
+    health = flags["health_cmd"]
+    values: dict[str, Any] = {
+        "entrypoint": None if flags["entrypoint"] is None else [flags["entrypoint"]],
+        "command": flags["command"] or None,
+        "env": dict(flags["env"]) or None,
+        "working_dir": flags["workdir"],
+        "user": flags["user"],
+        "hostname": flags["hostname"],
+        "tty": flags["tty"],
+        "stdin": flags["stdin"],
+        "labels": dict(flags["label"]) or None,
+        "gpus": gpu_request_of(flags["gpus"], flags["gpu"], flags["gpu_model"], flags["gpu_memory"]),
+        "cpus": flags["cpus"],
+        "memory_bytes": flags["memory"],
+        "shm_size_bytes": flags["shm_size"],
+        "mounts": [*flags["volume"], *flags["tmpfs"]] or None,
+        "ports": flags["publish"] or None,
+        "restart_policy": flags["restart"],
+        "health_check": None if health is None else HealthCheck(command=["/bin/sh", "-c", health]),
+        "revision_policy": _revision_policy(flags),
+    }
+    given = {name: value for name, value in values.items() if value is not None}
+    return ContainerSpec(**given), frozenset(given)
+
+
+def changes_of_flags(flags: SpecFlags, clear: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of a spec that were given, with their values; those to clear have None."""
+    spec, given = spec_of_flags(flags)
+    cleared = {name.replace("-", "_") for name in clear}
+    if both := cleared & given:
+        raise click.UsageError(f"--clear {min(both).replace('_', '-')}, and a value for it: which one?")
+    return {name: getattr(spec, name) for name in sorted(given)} | dict.fromkeys(sorted(cleared))
+
+
+def _revision_policy(flags: SpecFlags) -> RevisionPolicy | None:
+    files, revisions, span = flags["keep_files"], flags["keep_revisions"], flags["keep_for"]
+    if files is None and revisions is None and span is None:
+        return None
+    return RevisionPolicy(
+        snapshots=SnapshotPolicy.SNAPSHOT_POLICY_UNSPECIFIED if files is None else value_of(SnapshotPolicy, files),
+        keep_revisions=revisions or 0,
+        keep_for=None if span is None else duration(span),
+    )

@@ -1,0 +1,423 @@
+"""CloneContainer: a new container from a revision of another one, with a copy of its files.
+
+The clone is made on the very image that the files lie on. Then, of what the source has now,
+
+    create -> gather -> (freeze) complete (thaw) -> start | commit
+
+where the source is frozen only while what changed during `gather` is copied; or, where the layers are out of reach,
+
+    (freeze) snapshot to an image (thaw) -> create -> start | commit
+
+and of what was kept of an older revision,
+
+    create -> restore files -> start | commit        (a tree)
+    name the image -> create -> start | commit       (an image)
+
+The source is locked all the while, so that neither its files nor what is kept of them go away. An image that came of a
+carry or a snapshot belongs to the source and goes with it: the clone gives it a name of its own.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from enum import StrEnum
+
+from typing_extensions import override
+
+from gpudock_server.core.allocation import Wish
+from gpudock_server.core.containers.commands import Clone
+from gpudock_server.core.containers.create import anonymous_volumes, check_mounts, labels_of, remove_with_volumes
+from gpudock_server.core.containers.depth import carry_image, committed, layer_image, remove_carried
+from gpudock_server.core.containers.history import find_revision
+from gpudock_server.core.containers.keeping import IMAGE_STAGE
+from gpudock_server.core.containers.observation import observed
+from gpudock_server.core.containers.saga import ContainerSaga
+from gpudock_server.core.containers.world import World
+from gpudock_server.core.operations import Draft
+from gpudock_server.core.saga import Outcome, Run, Step
+from gpudock_server.errors import (
+    ContainerBusy,
+    ContainerExists,
+    ContainerNotRunning,
+    ImageNotFound,
+    SnapshotFailed,
+    SnapshotNotFound,
+)
+from gpudock_server.model.changes import Change, Claim, DeleteContainer, Keep, PutContainer, PutRevision, Release
+from gpudock_server.model.claims import keys_of
+from gpudock_server.model.container import (
+    Container,
+    ContainerRevision,
+    ContainerState,
+    ContainerStatus,
+    EngineBinding,
+    Placement,
+    RevisionCause,
+)
+from gpudock_server.model.engine import Blueprint, EngineContainer, EngineState
+from gpudock_server.model.operation import CarryMethod, Operation, OperationKind, OperationPlan
+from gpudock_server.model.record import JsonObject, Record, now
+from gpudock_server.model.snapshot import SnapshotKey, SnapshotKind
+from gpudock_server.model.spec import ContainerSpec
+from gpudock_server.model.target import Target
+from gpudock_server.ports import ContainerView
+
+
+class Origin(StrEnum):
+    """Where the files come from: the source as it is, by copy or as an image, or what was kept of a revision."""
+
+    MIRROR = "MIRROR"
+    COMMIT = "COMMIT"
+    TREE = "TREE"
+    IMAGE = "IMAGE"
+
+
+_CARRIED_BY = {
+    Origin.MIRROR: CarryMethod.COPY,
+    Origin.COMMIT: CarryMethod.COMMIT,
+    Origin.TREE: CarryMethod.COPY,
+    Origin.IMAGE: CarryMethod.NONE,
+}
+
+
+class Files(Record):
+    """The files of the clone. `image_id` is what they lie on, `base_image_id` the image that the source's user named.
+
+    `source` is what serves the source, where its files of now are taken, and is frozen while they must be still if
+    `freeze` says so; else `revision` is whose files were kept.
+    """
+
+    origin: Origin
+    image_id: str
+    base_image_id: str
+    source: EngineBinding | None = None
+    freeze: bool = False
+    revision: int = 0
+    bytes_to_move: int = 0
+    bytes_available: int = 0
+    warnings: tuple[str, ...] = ()
+
+
+class CloneArguments(Record):
+    """What the saga needs to be built again."""
+
+    source: Target
+    files: Files
+    spec: ContainerSpec
+    placement: Placement
+    start: bool
+
+
+async def draft(world: World, command: Clone) -> Draft:
+    """Check that it can be made, find its files, and pick what it would be given."""
+    if await world.store.container(command.name) is not None:
+        raise ContainerExists(container=command.name)
+    view = await world.lookup(command.source)
+    source = view.container
+    if view.operation_id:
+        raise ContainerBusy(container=source.name, operation_id=view.operation_id)
+    spec, files = await _found(world, source, command.revision)
+    spec = spec.changed(**command.changes)
+    await check_mounts(world, spec.mounts)
+    clone_uid = str(uuid.uuid4())
+    proposal = await world.allocator.propose(Wish(uid=clone_uid, gpus=spec.gpus, ports=spec.ports))
+    moment = now()
+    container = Container(
+        name=command.name,
+        uid=clone_uid,
+        node=world.node,
+        owner=command.owner or source.owner,
+        generation=1,
+        revision=0,
+        spec=spec,
+        status=ContainerStatus(state=ContainerState.CREATING, placement=proposal.placement, holds_resources=True),
+        create_time=moment,
+        update_time=moment,
+    )
+    arguments = CloneArguments(
+        source=source.target, files=files, spec=spec, placement=proposal.placement, start=not command.create_only
+    )
+    return Draft(
+        kind=OperationKind.CLONE,
+        target=container.target,
+        head=PutContainer(container, expect=0),
+        arguments=arguments.model_dump(mode="json"),
+        plan=OperationPlan(
+            placement=proposal.placement,
+            claimed_gpu_uuids=proposal.placement.gpu_uuids,
+            claimed_ports=proposal.placement.ports,
+            bytes_to_move=files.bytes_to_move,
+            bytes_available=files.bytes_available,
+            carry_method=_CARRIED_BY[files.origin],
+            warnings=(*files.warnings, *_left_behind(source, spec)),
+        ),
+        claims=[Claim(world.host, key, world.holder(container)) for key in proposal.to_claim],
+        locks=(source.target,),
+        # It must be as it was read: another operation may have come and gone before the lock is taken.
+        conditions=(PutContainer(source, expect=view.version),),
+        build=lambda operation: CloneSaga(world, operation),
+    )
+
+
+def _left_behind(source: Container, spec: ContainerSpec) -> tuple[str, ...]:
+    volumes = source.engine.anonymous_volumes if source.engine else {}
+    targets = anonymous_volumes(spec, volumes)
+    return tuple(
+        f"what {source.name} has at {target}, in a volume that its image asks for, does not come along"
+        for target in sorted(targets)
+    )
+
+
+async def _found(world: World, source: Container, revision: int) -> tuple[ContainerSpec, Files]:
+    """The spec and the files of a revision; 0 and the current one are the source as it is."""
+    if revision in (0, source.revision):
+        return source.spec, await _files_of_now(world, source)
+    found = await find_revision(world, source, revision)
+    if found.snapshot is None:
+        raise SnapshotNotFound(container=source.name, revision=revision)
+    if await world.engine.image(found.snapshot.image_id) is None:
+        raise ImageNotFound(image=f"{found.revision.spec.image} ({found.snapshot.image_id})", available=())
+    as_tree = found.snapshot.kind is SnapshotKind.TREE
+    return found.revision.spec, Files(
+        origin=Origin.TREE if as_tree else Origin.IMAGE,
+        image_id=found.snapshot.image_id,
+        base_image_id=found.revision.image_id,
+        revision=revision,
+        bytes_to_move=found.snapshot.layer_bytes,
+    )
+
+
+async def _files_of_now(world: World, source: Container) -> Files:
+    engine = source.engine
+    seen = await world.engine.inspect(engine.engine_id) if engine is not None else None
+    if engine is None or seen is None:
+        raise ContainerNotRunning(container=source.name, state=source.status.state.value)
+    files = Files(
+        origin=Origin.COMMIT,
+        image_id=engine.image_id,
+        base_image_id=engine.user_image_id,
+        source=engine,
+        freeze=seen.running and seen.state is not EngineState.PAUSED,
+    )
+    carry = await world.layers.plan(seen)
+    if carry.method is CarryMethod.COMMIT:
+        return files.model_copy(
+            update={
+                "bytes_to_move": carry.bytes_to_move,
+                "bytes_available": carry.bytes_available,
+                "warnings": carry.warnings,
+            }
+        )
+    method, why_not = await world.snapshots.method(seen)
+    if method is None:
+        warning = f"its files are taken as an image, which does not keep everything: {why_not}"
+        return files.model_copy(update={"warnings": (warning,)})
+    cost = await world.snapshots.plan(seen, None)
+    return files.model_copy(
+        update={
+            "origin": Origin.MIRROR,
+            "bytes_to_move": cost.bytes_to_copy,
+            "bytes_available": cost.bytes_available,
+        }
+    )
+
+
+class CloneSaga(ContainerSaga):
+    """See the module's docstring."""
+
+    def __init__(self, world: World, operation: Operation) -> None:
+        """Builds the script from the operation's arguments."""
+        super().__init__(world)
+        self._arguments = CloneArguments.model_validate(operation.arguments)
+        self._files = self._arguments.files
+
+    # -- the script --------------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def steps(self) -> tuple[Step, ...]:
+        create = Step("create", self._create, self._remove)
+        start = (Step("start", self._start),) if self._arguments.start else ()
+        if self._files.origin is Origin.COMMIT:
+            return (Step(IMAGE_STAGE, self._snapshot, self._thaw_and_drop), create, *start)
+        own_name = (Step("name", self._name, self._drop_name),) if self._needs_own_name else ()
+        return (*own_name, create, *self._bringing_files, *start)
+
+    @property
+    def _bringing_files(self) -> tuple[Step, ...]:
+        match self._files.origin:
+            case Origin.MIRROR:
+                return (Step("gather", self._gather), Step("complete", self._complete, self._thaw))
+            case Origin.TREE:
+                return (Step("restore", self._restore),)
+            case Origin.COMMIT | Origin.IMAGE:
+                return ()
+
+    @property
+    def _needs_own_name(self) -> bool:
+        """Whether the image is one that goes when its owner, the source, has no more use for it."""
+        return self._files.image_id != self._files.base_image_id
+
+    # -- the image ---------------------------------------------------------------------------------------------------
+
+    async def _snapshot(self, run: Run) -> JsonObject:
+        world, engine = self._world, self._engine_of_source()
+        if await world.engine.image(layer_image(run.operation)) is None:
+            async with self._still(run):
+                await committed(world, run.operation, engine.engine_id)
+        return (await carry_image(world, run, engine)).facts
+
+    async def _thaw_and_drop(self, run: Run) -> None:
+        await self._thaw(run)
+        await remove_carried(self._world, run.operation)
+
+    async def _name(self, run: Run) -> None:
+        await self._world.engine.tag(self._files.image_id, layer_image(run.operation))
+
+    async def _drop_name(self, run: Run) -> None:
+        await self._world.engine.remove_image(layer_image(run.operation))
+
+    # -- the clone ---------------------------------------------------------------------------------------------------
+
+    async def _create(self, run: Run) -> JsonObject:
+        world, spec, operation = self._world, self._arguments.spec, run.operation
+        image_id = str(operation.facts(IMAGE_STAGE).get("image_id", self._files.image_id))
+        name = world.engine_name(operation.target.name, operation.id)
+        engine_id = await world.engine.create(
+            Blueprint(
+                name=name,
+                image_id=image_id,
+                spec=spec,
+                placement=self._arguments.placement,
+                hostname=spec.hostname or operation.target.name,
+                labels=labels_of(operation, 1),
+            )
+        )
+        return {"engine_id": engine_id, "engine_name": name, "image_id": image_id}
+
+    async def _remove(self, run: Run) -> None:
+        await remove_with_volumes(self._world, run.operation, self._arguments.spec)
+
+    async def _start(self, run: Run) -> None:
+        await self._world.engine.start(_made(run))
+
+    # -- its files ---------------------------------------------------------------------------------------------------
+
+    async def _restore(self, run: Run) -> None:
+        key = SnapshotKey(uid=self._arguments.source.uid, revision=self._files.revision)
+        await self._world.snapshots.restore(key, await self._seen(_made(run)), run.progress)
+
+    async def _gather(self, run: Run) -> None:
+        await self._mirror(run, still=False)
+
+    async def _complete(self, run: Run) -> None:
+        async with self._still(run):
+            await self._mirror(run, still=True)
+
+    async def _mirror(self, run: Run, *, still: bool) -> None:
+        source, clone = await self._seen(self._engine_of_source().engine_id), await self._seen(_made(run))
+        await self._world.snapshots.mirror(source, clone, run.operation.id, still=still, progress=run.progress)
+
+    @asynccontextmanager
+    async def _still(self, run: Run) -> AsyncIterator[None]:
+        """The source frozen, if it has to be. All of it is one step, so that it waits for no record meanwhile."""
+        if self._files.freeze and (await self._seen(self._engine_of_source().engine_id)).state is EngineState.RUNNING:
+            await self._world.engine.pause(self._engine_of_source().engine_id)
+        try:
+            yield
+        finally:
+            await self._thaw(run)
+
+    async def _thaw(self, _run: Run) -> None:
+        if not self._files.freeze:
+            return
+        seen = await self._world.engine.inspect(self._engine_of_source().engine_id)
+        if seen is not None and seen.state is EngineState.PAUSED:
+            await self._world.engine.unpause(seen.id)
+
+    def _engine_of_source(self) -> EngineBinding:
+        if self._files.source is None:
+            raise SnapshotFailed(detail="the source has nothing that serves it")
+        return self._files.source
+
+    async def _seen(self, engine_id: str) -> EngineContainer:
+        seen = await self._world.engine.inspect(engine_id)
+        if seen is None:
+            raise SnapshotFailed(detail=f"engine container {engine_id[:12]} is gone")
+        return seen
+
+    # -- the point of no return --------------------------------------------------------------------------------------
+
+    @override
+    async def commit(self, run: Run, view: ContainerView) -> Outcome:
+        world, arguments = self._world, self._arguments
+        binding = await self._binding(run)
+        container = view.container.changed(engine=binding, revision=1, update_time=now())
+        container = container.changed(status=observed(container, await world.engine.inspect(binding.engine_id)))
+        revision = ContainerRevision(
+            container=container.name,
+            uid=container.uid,
+            revision=1,
+            spec=arguments.spec,
+            cause=RevisionCause.CLONED,
+            placement=arguments.placement,
+            image_id=binding.user_image_id,
+            create_time=now(),
+            operation_id=run.operation.id,
+        )
+        holder = world.holder(container)
+        changes: list[Change] = [
+            PutContainer(container, expect=view.version),
+            PutRevision(revision),
+            *(Keep(world.host, key, holder) for key in keys_of(arguments.placement)),
+            *await self._source_as_it_is(),
+        ]
+        return Outcome(changes, container)
+
+    async def _binding(self, run: Run) -> EngineBinding:
+        arguments, facts = self._arguments, run.operation.facts("create")
+        seen = await self._seen(str(facts["engine_id"]))
+        owns_image = self._needs_own_name or self._files.origin is Origin.COMMIT
+        return EngineBinding(
+            engine_id=seen.id,
+            engine_name=str(facts["engine_name"]),
+            image_id=str(facts["image_id"]),
+            base_image_id=self._files.base_image_id,
+            placement=arguments.placement,
+            fixed_digest=arguments.spec.fixed_digest,
+            anonymous_volumes=anonymous_volumes(arguments.spec, seen.volumes),
+            layer_images=(layer_image(run.operation),) if owns_image else (),
+            base_depth=self._base_depth(run.operation),
+        )
+
+    def _base_depth(self, operation: Operation) -> int:
+        counted = operation.facts(IMAGE_STAGE).get("base_depth")
+        if isinstance(counted, int):
+            return counted
+        return self._files.source.base_depth if self._files.source else 0
+
+    @override
+    async def abandon(self, run: Run, view: ContainerView) -> Sequence[Change]:
+        return [
+            DeleteContainer(view.container.name, view.container.uid, expect=view.version),
+            *(Release(self._world.host, key, view.container.uid) for key in keys_of(self._arguments.placement)),
+            *await self._source_as_it_is(),
+        ]
+
+    async def _source_as_it_is(self) -> list[Change]:
+        """What its engine container did meanwhile: nobody looks at one that is locked."""
+        view = await self._world.store.container(self._arguments.source.name)
+        if view is None or view.container.uid != self._arguments.source.uid or view.container.engine is None:
+            return []
+        source = view.container
+        seen = await self._world.engine.inspect(view.container.engine.engine_id)
+        status = observed(source, seen) if seen is not None else source.status
+        if status == source.status:
+            return []
+        return [PutContainer(source.changed(status=status, update_time=now()), expect=view.version)]
+
+
+def _made(run: Run) -> str:
+    return str(run.operation.facts("create")["engine_id"])

@@ -1,0 +1,290 @@
+"""Clones: a container of another one's files, of now or of a revision, and from then on nothing in common."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from gpudock.v1 import (
+    container_pb2,
+    container_revision_pb2,
+    container_service_pb2,
+    operation_pb2,
+    operation_service_pb2,
+)
+
+from tests.calls import IMAGE, Caller, clone_request, failure, progress_of, result_of
+from tests.conftest import FAST, own_state
+from tests.engine.trees import Entry, compare, grow_command, image_files, record
+from tests.faults.invariants import LOOK, PLANT, absent, sound
+from tests.rig import CUDA_LIKE, GLIBC, Rig
+
+_NEVER = container_pb2.SNAPSHOT_POLICY_NEVER
+_PORT = container_pb2.PortRequest(container_port=80)
+_STOPPED = container_pb2.CONTAINER_STATE_STOPPED
+_PAUSED = container_pb2.CONTAINER_STATE_PAUSED
+_TREES = "gpudock/cloned:test"
+# Writes for as long as it lives; each line is whole or absent, and its number is that of the line.
+_WRITER = "mkdir /busy; n=0; while :; do n=$((n+1)); echo $n >> /busy/log; echo $n > /busy/$((n % 50)); done"
+
+
+async def _files(caller: Caller, name: str) -> str:
+    return await caller.shell(name, LOOK + " || true")
+
+
+async def _inside(caller: Caller, rig: Rig, name: str) -> dict[bytes, Entry]:
+    container = await caller.get(name)
+    shown = rig.engine.call("GET", f"/containers/{container.status.engine_id}/json")
+    return record(f"/proc/{shown['State']['Pid']}/root")
+
+
+def _layer_images(rig: Rig) -> list[str]:
+    tags = [tag for image in rig.engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()]
+    return [tag for tag in tags if tag.startswith("gpudock/layer")]
+
+
+async def test_a_clone_has_the_spec_and_the_files_and_nothing_in_common(caller: Caller, rig: Rig) -> None:
+    made = await caller.create("origin", 2, ports=[_PORT], env={"A": "1"}, labels={"team": "ml"})
+    await caller.shell("origin", PLANT)
+    files = await _files(caller, "origin")
+    process = await caller.shell("origin", "cut -d' ' -f22 /proc/1/stat")
+    progress = await progress_of(caller.containers.CloneContainer(clone_request("origin", "twin")))
+    assert progress.stages == ["create", "gather", "complete", "start", "commit"]
+    twin = progress.result
+    assert twin is not None
+    assert (twin.spec, twin.revision, twin.owner) == (made.spec, 1, made.owner)
+    assert twin.uid != made.uid
+    assert not set(twin.status.gpu_uuids) & set(made.status.gpu_uuids)
+    assert twin.status.ports[0].host_port != made.status.ports[0].host_port
+    assert await caller.shell("twin", "hostname; echo $A") == "twin\n1\n"
+    await sound(caller, rig, "twin", files)
+    await sound(caller, rig, "origin", files)
+    assert await caller.shell("origin", "cut -d' ' -f22 /proc/1/stat") == process, "the source went on running"
+    (revision,) = await caller.revisions("twin")
+    assert revision.cause == container_revision_pb2.REVISION_CAUSE_CLONED
+    assert (await caller.get("origin")).etag == made.etag
+
+    await caller.shell("origin", "echo origin > /work/file")
+    await caller.shell("twin", "rm -r /work/deep")
+    assert await caller.shell("twin", "cat /work/file") == "kept\n"
+    assert await caller.shell("origin", "ls /work/deep") == "data\n"
+    await caller.delete("origin")
+    await caller.scale("twin", 1)
+    await caller.rollback("twin", 1)
+    assert await caller.shell("twin", "cat /work/file") == "kept\n"
+    await sound(caller, rig, "twin")
+
+
+async def test_what_differs_is_what_the_call_says(caller: Caller, rig: Rig) -> None:
+    pinned = container_pb2.PortRequest(container_port=80, host_port=45_123)
+    made = await caller.create("origin", 2, ports=[pinned], env={"A": "1", "B": "1"})
+    told = await failure(caller.clone("origin", "twin"))
+    assert told.reason == "PORT_IN_USE"
+    card = container_pb2.GpuRequest(uuids=made.status.gpu_uuids[:1])
+    assert (await failure(caller.clone("origin", "twin", "gpus,ports", gpus=card))).reason == "GPU_BUSY"
+    await absent(caller, rig, "twin")
+    gpus = container_pb2.GpuRequest(count=3)
+    twin = await caller.clone("origin", "twin", gpus=gpus, ports=[_PORT], env={"A": "2"}, owner="me")
+    assert (twin.spec.gpus.count, dict(twin.spec.env), twin.owner) == (3, {"A": "2"}, "me")
+    assert twin.spec.image == IMAGE
+    await sound(caller, rig, "twin")
+    # A mask without a value clears.
+    none = await caller.clone("origin", "none", "gpus,ports,env")
+    assert not none.status.gpu_uuids
+    assert not none.status.ports
+    assert await caller.shell("none", "echo [$A$B]") == "[]\n"
+    # The source no longer holds what it pins: the clone may.
+    await caller.stop("origin")
+    heir = await caller.clone("origin", "heir", gpus=container_pb2.GpuRequest(count=1))
+    assert [port.host_port for port in heir.status.ports] == [45_123]
+
+
+async def test_a_revision_is_cloned_with_its_files(caller: Caller, rig: Rig) -> None:
+    await caller.create("origin", 1, env={"A": "1"})
+    await caller.shell("origin", PLANT)
+    first = await _files(caller, "origin")
+    await caller.update("origin", env={"A": "2"})
+    await caller.shell("origin", "rm -r /work")
+    await caller.update("origin", env={"A": "3"}, snapshots=_NEVER)
+    twin = await caller.clone("origin", "twin", revision=1)
+    assert (dict(twin.spec.env), twin.revision) == ({"A": "1"}, 1)
+    await sound(caller, rig, "twin", first)
+    assert (await failure(caller.clone("origin", "other", revision=2))).reason == "SNAPSHOT_NOT_FOUND"
+    told = await failure(caller.clone("origin", "other", revision=9))
+    assert (told.reason, told.metadata["container"]) == ("REVISION_NOT_FOUND", "origin")
+    now = await caller.clone("origin", "now", revision=3)
+    assert dict(now.spec.env) == {"A": "3"}
+    assert await caller.shell("now", "ls -d /work 2>/dev/null || echo gone") == "gone\n"
+    await caller.delete("origin")
+    await sound(caller, rig, "twin", first)
+
+
+async def test_stopped_and_paused_ones_stay_as_they_are(caller: Caller, rig: Rig) -> None:
+    await caller.create("origin", 1)
+    await caller.shell("origin", PLANT)
+    files = await _files(caller, "origin")
+    await caller.containers.PauseContainer(container_service_pb2.PauseContainerRequest(name="origin"))
+    await caller.clone("origin", "of-paused")
+    assert (await caller.get("origin")).status.state == _PAUSED
+    await sound(caller, rig, "of-paused", files)
+    await caller.stop("origin")
+    waits = await caller.clone("origin", "of-stopped", create_only=True)
+    assert (waits.status.state, len(waits.status.gpu_uuids)) == (_STOPPED, 1)
+    assert (await caller.get("origin")).status.state == _STOPPED
+    await caller.start("of-stopped")
+    await sound(caller, rig, "of-stopped", files)
+
+
+@pytest.mark.parametrize("carry", ["exchange", "commit"])
+async def test_while_the_source_writes(rig: Rig, carry: str) -> None:
+    daemon = await rig.start_daemon(*FAST, *own_state(), "--layer-carry", carry)
+    try:
+        async with Caller(daemon.target) as caller:
+            await caller.create("origin", 1, command=("sh", "-c", _WRITER))
+            await caller.clone("origin", "twin", command=("sleep", "infinity"))
+            log = (await caller.shell("twin", "cat /busy/log")).split()
+            assert log == [str(number) for number in range(1, len(log) + 1)], "the files of one moment"
+            last = sorted(int(number) for number in (await caller.shell("twin", "cat /busy/[0-9]*")).split())
+            assert last[-1] in (len(log), len(log) - 1)
+            assert last == list(range(last[0], last[0] + len(last)))
+            before = int(await caller.shell("origin", "wc -l < /busy/log"))
+            assert before > len(log)
+            async with asyncio.timeout(10):
+                while int(await caller.shell("origin", "wc -l < /busy/log")) <= before:
+                    await asyncio.sleep(0.05)
+            await caller.delete_all()
+    finally:
+        await asyncio.to_thread(daemon.stop)
+
+
+async def test_everything_that_a_file_system_knows_comes_along(caller: Caller, rig: Rig) -> None:
+    rig.images.derive(_TREES, GLIBC, files=image_files())
+    await caller.create("origin", 0, image=_TREES)
+    assert (await caller.run("origin", *grow_command(files=2000))).code == 0
+    await caller.restart("origin")
+    seen = await _inside(caller, rig, "origin")
+    await caller.clone("origin", "twin")
+    assert compare(seen, await _inside(caller, rig, "twin")) == ""
+    await caller.update("origin", env={"A": "1"})
+    await caller.clone("origin", "older", revision=1)
+    assert compare(seen, await _inside(caller, rig, "older")) == ""
+
+
+@pytest.mark.parametrize("carry", ["copy", "commit"])
+async def test_images_of_the_source_outlive_it_for_its_clones(rig: Rig, carry: str) -> None:
+    daemon = await rig.start_daemon(*FAST, *own_state(), "--layer-carry", carry)
+    try:
+        async with Caller(daemon.target) as caller:
+            await caller.create("origin", 1)
+            await caller.shell("origin", PLANT)
+            first = await _files(caller, "origin")
+            await caller.scale("origin", 2)
+            await caller.shell("origin", "echo changed > /work/file")
+            second = await _files(caller, "origin")
+            progress = await progress_of(caller.containers.CloneContainer(clone_request("origin", "now")))
+            await caller.clone("origin", "old", revision=1)
+            await caller.delete("old")
+            back = await caller.rollback("origin", 1)
+            assert back.revision == 3, "what a clone leaves of the source's images is all of them"
+            await caller.clone("origin", "old", revision=1)
+            await caller.delete("origin")
+            await sound(caller, rig, "now", second)
+            await sound(caller, rig, "old", first)
+            await caller.scale("old", 3)
+            await sound(caller, rig, "old", first)
+            methods = {"copy": "COPY", "commit": "COMMIT"}
+            named = operation_pb2.LayerCarryMethod.Name(progress.snapshots[0].plan.carry_method)
+            assert named == f"LAYER_CARRY_METHOD_{methods[carry]}"
+            await caller.delete_all()
+            assert not _layer_images(rig)
+    finally:
+        await asyncio.to_thread(daemon.stop)
+
+
+async def test_two_at_once_wait_for_neither(caller: Caller, rig: Rig) -> None:
+    await caller.create("origin", 1, image=GLIBC)
+    await caller.shell("origin", "dd if=/dev/urandom of=/big bs=1M count=64 2>/dev/null")
+    calls = [caller.containers.CloneContainer(clone_request("origin", name)) for name in ("one", "two")]
+    ends = await asyncio.gather(*(result_of(call) for call in calls), return_exceptions=True)
+    made = [end for end in ends if isinstance(end, container_pb2.Container)]
+    assert made
+    for end in ends:
+        if not isinstance(end, container_pb2.Container):
+            told = await failure(_raised(end))
+            assert (told.reason, told.metadata["container"]) == ("CONTAINER_BUSY", "origin")
+    same = [caller.containers.CloneContainer(clone_request("origin", "three")) for _ in range(2)]
+    ends = await asyncio.gather(*(result_of(call) for call in same), return_exceptions=True)
+    assert sum(isinstance(end, container_pb2.Container) for end in ends) == 1
+    await sound(caller, rig, "three")
+    assert (await failure(caller.clone("origin", "three"))).reason == "CONTAINER_EXISTS"
+    assert (await failure(caller.clone("nobody", "four"))).reason == "CONTAINER_NOT_FOUND"
+
+
+async def _raised(error: object) -> None:
+    assert isinstance(error, Exception)
+    raise error
+
+
+async def test_a_cancelled_clone_leaves_nothing(caller: Caller, rig: Rig) -> None:
+    await caller.create("origin", 1, image=GLIBC)
+    await caller.shell("origin", "dd if=/dev/urandom of=/big bs=1M count=200 2>/dev/null")
+    stream = caller.containers.CloneContainer(clone_request("origin", "twin"))
+    async for answer in stream:
+        if answer.operation.stage == "gather":
+            await caller.operations.CancelOperation(
+                operation_service_pb2.CancelOperationRequest(id=answer.operation.id)
+            )
+            break
+    told = await failure(progress_of(stream))
+    assert told.reason == "OPERATION_CANCELLED"
+    await absent(caller, rig, "twin")
+    await sound(caller, rig, "origin")
+    assert await caller.free_gpus() == 7
+
+
+async def test_volumes_of_the_image_do_not_come_along_and_that_is_said(caller: Caller, rig: Rig) -> None:
+    await caller.create("origin", 0, image=CUDA_LIKE)
+    await caller.shell("origin", "echo mine > /data/mine")
+    request = clone_request("origin", "twin", validate_only=True)
+    plan = (await progress_of(caller.containers.CloneContainer(request))).snapshots[-1].plan
+    assert any("/data" in warning for warning in plan.warnings)
+    await absent(caller, rig, "twin")
+    await caller.clone("origin", "twin")
+    assert await caller.shell("twin", "ls /data") == "from-image\n"
+    assert await caller.shell("origin", "ls /data") == "from-image\nmine\n"
+    volumes = {one["Name"] for one in rig.engine.call("GET", "/volumes")["Volumes"]}
+    await caller.delete("twin")
+    left = {one["Name"] for one in rig.engine.call("GET", "/volumes")["Volumes"]}
+    assert len(volumes - left) == 1
+    assert await caller.shell("origin", "cat /data/mine") == "mine\n"
+
+
+async def test_a_source_that_the_engine_lost(caller: Caller, rig: Rig) -> None:
+    made = await caller.create("origin", 0)
+    await caller.shell("origin", PLANT)
+    files = await _files(caller, "origin")
+    made = await caller.update("origin", env={"A": "1"})
+    rig.engine.call("DELETE", f"/containers/{made.status.engine_id}?force=1")
+    async with asyncio.timeout(10):
+        while (await caller.get("origin")).status.state != container_pb2.CONTAINER_STATE_FAILED:
+            await asyncio.sleep(0.05)
+    assert (await failure(caller.clone("origin", "twin"))).reason == "CONTAINER_NOT_RUNNING"
+    await caller.clone("origin", "twin", revision=1)
+    assert await _files(caller, "twin") == files
+
+
+async def test_a_plan_counts_what_is_copied(caller: Caller) -> None:
+    await caller.create("origin", 0, image=GLIBC)
+    await caller.shell("origin", "dd if=/dev/zero of=/blocks bs=1M count=64 2>/dev/null")
+    request = clone_request("origin", "twin", validate_only=True)
+    plan = (await progress_of(caller.containers.CloneContainer(request))).snapshots[-1].plan
+    assert plan.bytes_to_move == 0 or 64 << 20 <= plan.bytes_to_move <= plan.bytes_available
+
+
+async def test_another_image_is_refused(caller: Caller) -> None:
+    await caller.create("origin", 0)
+    for mask in ("", "image", "env,image"):
+        told = await failure(caller.clone("origin", "twin", mask, image=GLIBC))
+        assert told.reason == "INVALID_ARGUMENT"
+    told = await failure(caller.clone("Origin", "Twin", owner="!", revision=-1))
+    assert set(told.violations) == {"name", "source", "owner", "revision"}
