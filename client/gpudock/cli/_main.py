@@ -91,6 +91,7 @@ for _command in (
     _exec.exec_command,
     _inspect.gpus,
     _inspect.ports,
+    _inspect.drift,
     _inspect.node,
     _operations.operations,
 ):
