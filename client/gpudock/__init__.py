@@ -10,6 +10,7 @@ The messages are those of the contract (`gpudock.v1`), whose comments say what e
 
 from gpudock._client import Client, connect
 from gpudock._exec import Chunk, Completed, ExecExit, ExecSession
+from gpudock._node import Comparison
 from gpudock._operations import OperationCall
 from gpudock._pages import Pages
 from gpudock._watch import Watch, WatchEvent
@@ -50,6 +51,7 @@ from gpudock.v1.container_pb2 import (
     TmpfsMount,
 )
 from gpudock.v1.container_revision_pb2 import ContainerRevision, RevisionCause, Snapshot, SnapshotKind
+from gpudock.v1.drift_pb2 import Drift, DriftKind, DriftRemedy, DriftSeverity
 from gpudock.v1.error_reason_pb2 import ErrorReason
 from gpudock.v1.gpu_pb2 import Gpu, GpuHealth, MigMode
 from gpudock.v1.node_pb2 import Node
@@ -74,6 +76,7 @@ __all__ = [
     "Chunk",
     "Client",
     "CommittedImage",
+    "Comparison",
     "Completed",
     "Container",
     "ContainerHealth",
@@ -82,6 +85,10 @@ __all__ = [
     "ContainerState",
     "ContainerStatus",
     "DeadlineExceeded",
+    "Drift",
+    "DriftKind",
+    "DriftRemedy",
+    "DriftSeverity",
     "ErrorReason",
     "ExecExit",
     "ExecSession",

@@ -1,8 +1,10 @@
-"""The node: what it has, its cards, and its ports."""
+"""The node: what it has, its cards, its ports, and what is not as it should be."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import grpc.aio
 
@@ -10,11 +12,20 @@ from gpudock._calls import Calls
 from gpudock._enums import value_of
 from gpudock._pages import Pages
 from gpudock.v1 import node_service_pb2 as pb
+from gpudock.v1.drift_pb2 import Drift, DriftKind, DriftSeverity
 from gpudock.v1.gpu_pb2 import Gpu, GpuHealth
 from gpudock.v1.node_pb2 import Node
 from gpudock.v1.node_service_pb2_grpc import NodeServiceStub
 from gpudock.v1.port_claim_pb2 import PortClaim
 from gpudock.v1.port_pb2 import PortProtocol
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """When everything was last compared (None: not yet), and why the latest attempt failed (empty: it did not)."""
+
+    compare_time: datetime | None
+    trouble: str
 
 
 class NodeView:
@@ -71,3 +82,37 @@ class NodeView:
             return answer.ports, answer.next_page_token
 
         return Pages(page)
+
+    def drift(
+        self,
+        *,
+        kinds: Iterable[str] = (),
+        severities: Iterable[str] = (),
+        container: str = "",
+        node: str = "",
+        page_size: int = 0,
+    ) -> Pages[Drift]:
+        """What the engine, the store and what runs do not agree on: what differs, since when, and what is done.
+
+        It is as of the last full comparison; `comparison` says when that was, and whether the latest one failed.
+        """
+        filters = pb.DriftFilter(
+            kinds=[value_of(DriftKind, kind) for kind in kinds],
+            severities=[value_of(DriftSeverity, severity) for severity in severities],
+            container=container,
+        )
+
+        async def page(token: str) -> tuple[Iterable[Drift], str]:
+            request = pb.ListDriftRequest(node=node, page_size=page_size, page_token=token, filter=filters)
+            answer = await self._calls.read(self._stub.ListDrift, request)
+            return answer.drift, answer.next_page_token
+
+        return Pages(page)
+
+    async def comparison(self, node: str = "") -> Comparison:
+        """When engine, store and records were last compared, and what kept the server from doing so since."""
+        answer = await self._calls.read(self._stub.ListDrift, pb.ListDriftRequest(node=node, page_size=1))
+        return Comparison(
+            compare_time=answer.compare_time.ToDatetime(UTC) if answer.HasField("compare_time") else None,
+            trouble=answer.trouble,
+        )

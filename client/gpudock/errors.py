@@ -145,6 +145,7 @@ _BY_CODE: Mapping[grpc.StatusCode, type[GpudockError]] = {
     grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
     grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
     grpc.StatusCode.UNIMPLEMENTED: Unimplemented,
+    grpc.StatusCode.DATA_LOSS: Internal,
 }
 # Where a reason has a class of its own below that of its code.
 _BY_REASON: Mapping[str, type[GpudockError]] = {"CONTAINER_BUSY": Busy}

@@ -40,7 +40,7 @@ from gpudock_server.core.containers import Containers, HistoryDefaults, World, s
 from gpudock_server.core.exec_sessions import ExecSessions
 from gpudock_server.core.nodes import Nodes
 from gpudock_server.core.operations import Operations
-from gpudock_server.core.reconcile import Reconciler
+from gpudock_server.core.reconcile import DriftBook, Reconciler
 from gpudock_server.core.retention import Retention
 from gpudock_server.core.watches import Watches
 from gpudock_server.errors import EngineRejected, EngineUnavailable, GpudockError, StoreUnavailable
@@ -207,6 +207,7 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
     containers = Containers(world, operations)
     execs = ExecSessions(world, LocalProcesses(), hangup_grace=settings.exec_hangup_grace, limit=settings.max_execs)
     watches = Watches(state, checkpoint_seconds=settings.watch_checkpoint_interval)
+    drift = DriftBook()
     server = build_server(
         Services(
             containers=containers,
@@ -214,6 +215,7 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
             execs=execs,
             nodes=Nodes(world, inventory, version=VERSION, start_time=start_time, port_range=port_range),
             watches=watches,
+            drift=drift,
         ),
         settings,
     )
@@ -224,7 +226,7 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
         execs=execs,
         watches=watches,
         reconciler=Reconciler(
-            world, operations, interval=settings.reconcile_interval, orphan_grace=settings.orphan_grace
+            world, operations, drift, interval=settings.reconcile_interval, orphan_grace=settings.orphan_grace
         ),
         retention=Retention(world, containers, interval=settings.reconcile_interval),
         server=server,
@@ -364,7 +366,7 @@ class _Daemon:
 
     async def recover(self) -> None:
         """Bring what the daemon before left to its end, then compare records and engine."""
-        resumed = await self.operations.resume()
+        resumed = await self.reconciler.recover()
         if resumed:
             try:
                 await asyncio.wait_for(self.operations.settle(resumed), _RECOVERY_SECONDS)

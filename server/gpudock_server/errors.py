@@ -30,6 +30,7 @@ class Code(IntEnum):
     OUT_OF_RANGE = 11
     INTERNAL = 13
     UNAVAILABLE = 14
+    DATA_LOSS = 15
     UNAUTHENTICATED = 16
 
 
@@ -237,6 +238,21 @@ class OperationNotCancellable(GpudockError):
     template = "operation {operation_id} is {state} and past the point where it could be undone"
     operation_id: str
     state: str
+
+
+@dataclass(eq=False)
+class OperationOvertaken(GpudockError):
+    """The store was put back to an earlier state, and what the engine has is newer than this operation."""
+
+    code = Code.ABORTED
+    reason = "OPERATION_OVERTAKEN"
+    template = (
+        "operation {operation_id} was overtaken: {container} is at revision {revision} in the engine, and the store"
+        " had been put back to before that"
+    )
+    operation_id: str
+    container: str
+    revision: int
 
 
 @dataclass(eq=False)
@@ -590,6 +606,17 @@ class StoreUnavailable(GpudockError):
     reason = "STORE_UNAVAILABLE"
     template = "etcd is out of reach ({detail}); try again with the same request_id"
     retry_after = timedelta(seconds=5)
+    detail: str
+
+
+@dataclass(eq=False)
+class RecordUnreadable(GpudockError):
+    """What stands at a key of ours is not what this version wrote, or can read."""
+
+    code = Code.DATA_LOSS
+    reason = "RECORD_UNREADABLE"
+    template = "what the store has at {key} cannot be read: {detail}; restore it from a backup, or delete the key"
+    key: str
     detail: str
 
 

@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from gpudock_server.model.changes import Change
+from gpudock_server.model.changes import Change, Lock
 from gpudock_server.model.claims import ClaimTable
 from gpudock_server.model.container import Container, ContainerRevision
 from gpudock_server.model.engine import (
@@ -66,15 +66,26 @@ class RevisionView:
 
 
 @dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Something in the store that cannot be read: where it is, whose it is by its key, and what is wrong with it."""
+
+    key: str
+    name: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class Page(Generic[T]):
     """A part of a consistent listing. `next_token` is empty on the last.
 
-    With `watch_token` a watch tells what happened since, where the listed can be watched.
+    With `watch_token` a watch tells what happened since, where the listed can be watched. What cannot be read is left
+    out of `items`.
     """
 
     items: tuple[T, ...]
     next_token: str
     watch_token: str = ""
+    unreadable: tuple[Unreadable, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +119,8 @@ class Store(Protocol):
     """The truth. Raises StoreUnavailable when it does not answer within its timeout.
 
     `apply` resolves what a timeout leaves open: while it has time it finds out, by reading back, whether the
-    transaction happened, and only then gives up with StoreUnavailable.
+    transaction happened, and only then gives up with StoreUnavailable. What cannot be read is left out of what is read
+    with others, and RecordUnreadable where it was asked for by itself; a claim that cannot be read is held.
     """
 
     async def apply(self, changes: Sequence[Change]) -> int:
@@ -158,7 +170,11 @@ class Store(Protocol):
         ...
 
     async def unfinished(self, node: str) -> tuple[Versioned[Operation], ...]:
-        """Operations of `node` that have not ended, found by the locks they hold."""
+        """Operations of `node` that have not ended and can be read, found by the locks they hold."""
+        ...
+
+    async def held_locks(self) -> tuple[Lock, ...]:
+        """Every lock there is, of any node."""
         ...
 
     async def request(self, request_id: str) -> RequestRecord | None:
@@ -282,6 +298,10 @@ class Engine(Protocol):
         self, engine_id: str, *, cpus: float, memory_bytes: int, restart_policy: RestartPolicy | None = None
     ) -> None:
         """Change its limits in place, 0 is none; and its restart policy, unless it is None."""
+        ...
+
+    async def rename(self, engine_id: str, name: str) -> None:
+        """Give it another name; EngineRejected where something else has that."""
         ...
 
     async def exited_within(self, engine_id: str, seconds: float) -> int | None:

@@ -18,8 +18,7 @@ from gpudock_server.adapters.etcd import (
 )
 from gpudock_server.adapters.etcd.keys import KeyRange, Keys
 from gpudock_server.adapters.etcd.listing import _token as list_token
-from gpudock_server.adapters.etcd.values import UnreadableValueError
-from gpudock_server.errors import InvalidArgument, ResumeTokenExpired
+from gpudock_server.errors import InvalidArgument, RecordUnreadable, ResumeTokenExpired
 from gpudock_server.model.changes import (
     Change,
     Claim,
@@ -362,10 +361,10 @@ async def test_a_newer_schema_is_refused_at_start_and_at_every_value(
     keys = Keys(prefix)
     await store.open()
     await connection.txn(success=[wire.put(keys.container("web"), b'{"schema":3,"record":{"new":1}}')])
-    with pytest.raises(UnreadableValueError, match=r"containers/web: written in schema 3.*newer gpudock"):
+    with pytest.raises(RecordUnreadable, match=r"containers/web cannot be read: written in schema 3.*newer gpudock"):
         await store.container("web")
     await connection.txn(success=[wire.put(keys.container("web"), b"hello")])
-    with pytest.raises(UnreadableValueError, match="not a value of gpudock's"):
+    with pytest.raises(RecordUnreadable, match="not a value of gpudock's"):
         await store.container("web")
     await connection.txn(success=[wire.put(keys.schema(), b"3")])
     with pytest.raises(StartupError, match="schema 3, and this gpudockd knows 2") as newer:

@@ -12,6 +12,7 @@ from aiodocker import Docker
 
 from .engine_proxy import EngineProxy
 from .gpus import FakeGpus
+from .images import BUSYBOX
 from .rig import Rig
 
 
@@ -19,6 +20,13 @@ from .rig import Rig
 def rig() -> Iterator[Rig]:
     """The session's rig: engine, etcd, 8 GPUs, test images."""
     with Rig() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def fragile_rig() -> Iterator[Rig]:
+    """A rig of the module's own, whose engine and etcd it may kill."""
+    with Rig(images=(BUSYBOX,)) as started:
         yield started
 
 

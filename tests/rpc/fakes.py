@@ -215,6 +215,10 @@ class FakeEngine(Engine):
         await self._call("update")
 
     @override
+    async def rename(self, engine_id: str, name: str) -> None:
+        await self._call("rename")
+
+    @override
     async def exited_within(self, engine_id: str, seconds: float) -> int | None:
         return None
 

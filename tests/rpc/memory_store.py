@@ -207,6 +207,10 @@ class MemoryStore(Store):
         return ()
 
     @override
+    async def held_locks(self) -> tuple[change.Lock, ...]:
+        return ()
+
+    @override
     async def request(self, request_id: str) -> RequestRecord | None:
         return self.calls.get(request_id)
 

@@ -20,6 +20,7 @@ from gpudock_server.core.containers import Containers, World, saga_builder
 from gpudock_server.core.exec_sessions import ExecSessions
 from gpudock_server.core.nodes import Nodes
 from gpudock_server.core.operations import Operations
+from gpudock_server.core.reconcile import DriftBook
 from gpudock_server.core.watches import Watches
 from gpudock_server.rpc.server import RpcServer, Services, build_server
 from gpudock_server.settings import Settings
@@ -56,6 +57,7 @@ class Served:
     operations: Operations
     execs: ExecSessions
     watches: Watches
+    drift: DriftBook
     server: RpcServer
     channel: grpc.aio.Channel
     containers: ContainerServiceStub
@@ -82,8 +84,10 @@ async def serve(folder: Path) -> AsyncIterator[Served]:
     execs = ExecSessions(world, processes, hangup_grace=0.2, limit=4)
     containers = Containers(world, operations)
     nodes = Nodes(world, inventory, version="1", start_time=LONG_AGO, port_range=PORTS)
-    watches = Watches(store, checkpoint_seconds=60)
-    services = Services(containers=containers, operations=operations, execs=execs, nodes=nodes, watches=watches)
+    watches, drift = Watches(store, checkpoint_seconds=60), DriftBook()
+    services = Services(
+        containers=containers, operations=operations, execs=execs, nodes=nodes, watches=watches, drift=drift
+    )
     server = build_server(services, Settings())
     address = f"unix:{folder / 'rpc.sock'}"
     server.grpc.add_insecure_port(address)
@@ -97,6 +101,7 @@ async def serve(folder: Path) -> AsyncIterator[Served]:
                 operations=operations,
                 execs=execs,
                 watches=watches,
+                drift=drift,
                 server=server,
                 channel=channel,
                 containers=ContainerServiceStub(channel),

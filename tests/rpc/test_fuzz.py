@@ -45,6 +45,7 @@ VALIDATORS: Mapping[str, Callable[[Any], object]] = {
     "ExecContainer": execs.start,
     "ListGpus": listing.gpus,
     "ListPorts": listing.ports,
+    "ListDrift": listing.drift,
     "GetOperation": operations.operation_id,
     "ListOperations": listing.operations,
     "WatchOperation": operations.operation_id,

@@ -142,6 +142,16 @@ def test_everything_a_spec_can_say() -> None:
         ),
     )
     host = request.pop("HostConfig")
+    labels = request.pop("Labels")
+    kept = translate.container(INSPECTED | {"Config": {"Labels": labels}, "HostConfig": host})
+    assert kept.spec is not None
+    assert (kept.spec.env, kept.spec.stop_timeout) == ({"A": "b=c"}, timedelta(seconds=1.2))
+    assert set(kept.ports) == {
+        PortBinding(container_port=80, host_port=8080),
+        PortBinding(container_port=80, host_port=8081),
+        PortBinding(container_port=53, protocol=Protocol.UDP, host_port=5353),
+    }
+    assert labels == {"team": "x", "gpudock.uid": "u1", "gpudock.spec": kept.spec.model_dump_json()}
     assert request == {
         "Image": "sha256:1",
         "Hostname": "web",
@@ -150,7 +160,6 @@ def test_everything_a_spec_can_say() -> None:
         "Env": ["A=b=c", "NVIDIA_VISIBLE_DEVICES=void"],
         "Tty": True,
         "OpenStdin": True,
-        "Labels": {"team": "x", "gpudock.uid": "u1"},
         "ExposedPorts": {"80/tcp": {}, "53/udp": {}},
         "Entrypoint": ["/init"],
         "Cmd": ["serve", "--all"],
@@ -274,6 +283,7 @@ def test_inspect() -> None:
     assert (seen.id, seen.name, seen.image_id) == ("c0ffee", "web-1", "sha256:1")
     assert (seen.state, seen.exit_code, seen.oom_killed) == (EngineState.EXITED, 137, True)
     assert seen.gpu_uuids == ("GPU-1",)
+    assert (seen.spec, seen.ports) == (None, ())
     assert seen.upper_dir == "/var/lib/docker/overlay2/x/diff"
     assert seen.volumes == {"/data": "v1"}
     assert (seen.cpus, seen.memory_bytes, seen.restart_count, seen.health) == (0.25, MIB, 2, "unhealthy")

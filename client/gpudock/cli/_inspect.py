@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from gpudock import ContainerState
+from gpudock import ContainerState, DriftSeverity
 from gpudock._enums import words_of
 from gpudock.cli import _views
 from gpudock.cli._arguments import LabelFilter
@@ -51,6 +51,19 @@ def gpus(session: Session, *, claimed: bool | None, model: str, container: str) 
 def ports(session: Session, *, container: str) -> None:
     """List the node's ports that containers hold."""
     session.show_all(session.run(lambda client: client.node.ports(container=container)), _views.ports)
+
+
+@click.command()
+@click.option("--severity", type=click.Choice(words_of(DriftSeverity)), multiple=True, help="Only those of this one.")
+@click.option("--container", default="", help="Only what is about this container.")
+@click.pass_obj
+def drift(session: Session, *, severity: tuple[str, ...], container: str) -> None:
+    """List what was changed outside gpudock, or does not agree, and what is done about it."""
+    comparison = session.run(lambda client: client.node.comparison())
+    if comparison.trouble:
+        click.echo(f"not up to date: {comparison.trouble}", err=True)
+    found = session.run(lambda client: client.node.drift(severities=severity, container=container))
+    session.show_all(found, _views.drift)
 
 
 @click.command()

@@ -108,6 +108,7 @@ for _command in (
     _exec.exec_command,
     _inspect.gpus,
     _inspect.ports,
+    _inspect.drift,
     _inspect.node,
     _operations.operations,
 ):

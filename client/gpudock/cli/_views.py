@@ -8,6 +8,7 @@ from gpudock._enums import word_of
 from gpudock.cli._text import age_text, bytes_text, fields, moment_text, table
 from gpudock.v1.committed_image_pb2 import CommittedImage
 from gpudock.v1.container_pb2 import Container, ContainerHealth, ContainerState, RestartPolicyKind
+from gpudock.v1.drift_pb2 import Drift, DriftKind, DriftRemedy, DriftSeverity
 from gpudock.v1.gpu_pb2 import Gpu, GpuHealth, MigMode
 from gpudock.v1.node_pb2 import LayerCarrySupport, Node, NodeComponent
 from gpudock.v1.operation_pb2 import LayerCarryMethod
@@ -130,6 +131,25 @@ def ports(items: Iterable[PortClaim]) -> str:
                 word_of(PortProtocol, item.protocol).lower(),
                 item.container,
                 str(item.container_port),
+            )
+            for item in items
+        ],
+    )
+
+
+def drift(items: Iterable[Drift]) -> str:
+    """One line for each finding."""
+    return table(
+        ("SEVERITY", "KIND", "CONTAINER", "SINCE", "REMEDY", "WHAT", "PLAN"),
+        [
+            (
+                word_of(DriftSeverity, item.severity),
+                word_of(DriftKind, item.kind).lower().replace("_", "-"),
+                item.container or "-",
+                age_text(item.since_time),
+                word_of(DriftRemedy, item.remedy).lower(),
+                item.message,
+                item.plan,
             )
             for item in items
         ],

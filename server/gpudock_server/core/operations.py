@@ -14,7 +14,7 @@ The rules, each of which a test breaks a naive version with:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -289,8 +289,8 @@ class Operations:
 
     # -- life --------------------------------------------------------------------------------------------------------
 
-    async def resume(self) -> tuple[str, ...]:
-        """Take up every unfinished operation of this node that no task here drives; their ids."""
+    async def resume(self, but: Collection[str] = ()) -> tuple[str, ...]:
+        """Take up every unfinished operation of this node, `but` some, that no task here drives; their ids."""
         taken = []
         for stored in await self._store.unfinished(self._node):
             operation_id = stored.value.id
@@ -298,7 +298,7 @@ class Operations:
             current = await self._store.operation(operation_id)
             if current is None or current.value.state.ended or self._draining.is_set():
                 continue
-            if operation_id in self._tasks or operation_id in self._beginning:
+            if operation_id in self.driven or operation_id in but:
                 continue
             log.info("operation resumed", operation_id=operation_id, kind=current.value.kind.value)
             self._launch(Running(current.value, current.version, self._build(current.value)))
@@ -315,6 +315,11 @@ class Operations:
     def active(self) -> frozenset[str]:
         """Ids of the operations that are driven here."""
         return frozenset(self._tasks)
+
+    @property
+    def driven(self) -> frozenset[str]:
+        """Ids of those that are driven here, or are just being begun."""
+        return frozenset((*self._tasks, *self._beginning))
 
     async def drain(self, grace_seconds: float) -> None:
         """Take no new work, bring what runs to a recorded step within `grace_seconds`, then let go of it."""

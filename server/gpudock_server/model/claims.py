@@ -23,6 +23,10 @@ class Holder(Record):
     operation_id: str = ""
 
 
+# Stands for the holder of a claim whose value cannot be read. It is held: it must not be given to anybody.
+UNREADABLE = Holder(container="(unreadable)", uid="", node="")
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class GpuKey:
     """A card of a host."""

@@ -136,7 +136,7 @@ class Container(Record):
 
 
 class RevisionCause(StrEnum):
-    """What made a revision."""
+    """What made a revision. ADOPTED: its record was lost, and written again from what the engine has."""
 
     CREATED = "CREATED"
     SCALED = "SCALED"
@@ -144,6 +144,7 @@ class RevisionCause(StrEnum):
     ROLLED_BACK = "ROLLED_BACK"
     RESTARTED = "RESTARTED"
     CLONED = "CLONED"
+    ADOPTED = "ADOPTED"
 
 
 class ContainerRevision(Record):

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from pydantic import Field
 
-from gpudock_server.model.container import Placement
+from gpudock_server.model.container import Placement, PortBinding
 from gpudock_server.model.record import Record
 from gpudock_server.model.spec import ContainerSpec
 
@@ -17,6 +17,8 @@ LABEL_NAME = "gpudock.name"
 LABEL_NODE = "gpudock.node"
 LABEL_REVISION = "gpudock.revision"
 LABEL_OPERATION = "gpudock.operation"
+LABEL_OWNER = "gpudock.owner"
+LABEL_SPEC = "gpudock.spec"
 RESERVED_LABEL_PREFIX = "gpudock."
 
 
@@ -75,7 +77,9 @@ class EngineContainer:
 
     `upper_dir` is the path of its writable layer on the engine's host; empty where the engine does not show one (the
     containerd image store, another storage driver than overlay2). `pid` is 0 unless it runs. `volumes` maps targets
-    to the names of engine volumes mounted there, anonymous ones included.
+    to the names of engine volumes mounted there, anonymous ones included. `ports` are those that it was made to
+    publish, whether or not it runs, in no order of meaning. `spec` is what its label says it was made from; None where
+    it has no such label, or one that this version cannot read.
     """
 
     id: str
@@ -90,11 +94,14 @@ class EngineContainer:
     gpu_uuids: tuple[str, ...]
     upper_dir: str = ""
     storage_driver: str = ""
+    ports: tuple[PortBinding, ...] = ()
+    spec: ContainerSpec | None = None
     volumes: dict[str, str] = field(default_factory=dict)
     cpus: float = 0.0
     memory_bytes: int = 0
     restart_count: int = 0
     health: str = ""
+    create_time: datetime | None = None
     start_time: datetime | None = None
     finish_time: datetime | None = None
 
@@ -108,6 +115,7 @@ class EngineContainer:
 class Blueprint:
     """Everything needed to create an engine container. `name` is unique to the operation that makes it.
 
+    `spec` is kept with it (LABEL_SPEC), so that a record that the store lost can be written again from the engine.
     `volumes` (target -> engine volume) are anonymous volumes taken over from a predecessor.
     """
 

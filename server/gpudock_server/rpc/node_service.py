@@ -1,4 +1,4 @@
-"""NodeService: the node, its cards and its ports."""
+"""NodeService: the node, its cards, its ports, and its drift."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing_extensions import override
 
 from gpudock_server.core.containers import Containers
 from gpudock_server.core.nodes import HeldPort, Nodes
-from gpudock_server.errors import ContainerNotFound
+from gpudock_server.core.reconcile import DriftBook
+from gpudock_server.errors import ContainerNotFound, RecordUnreadable
 from gpudock_server.model.claims import PortKey
 from gpudock_server.rpc import page
+from gpudock_server.rpc.convert.drift import drift_message
 from gpudock_server.rpc.convert.gpu import gpu_message
 from gpudock_server.rpc.convert.node import node_message
 from gpudock_server.rpc.convert.port import claim_message, port_range_message
+from gpudock_server.rpc.convert.times import timestamp
 from gpudock_server.rpc.interception import Context
 from gpudock_server.rpc.validation import listing
 
@@ -25,9 +28,10 @@ SERVICE = node_service_pb2.DESCRIPTOR.services_by_name["NodeService"].full_name
 class NodeService(NodeServiceServicer):
     """Serves gpudock.v1.NodeService."""
 
-    def __init__(self, nodes: Nodes, containers: Containers) -> None:
+    def __init__(self, nodes: Nodes, containers: Containers, drift: DriftBook) -> None:
         self._nodes = nodes
         self._containers = containers
+        self._drift = drift
 
     @override
     async def GetNode(
@@ -57,14 +61,30 @@ class NodeService(NodeServiceServicer):
             next_page_token=token,
         )
 
+    @override
+    async def ListDrift(
+        self, request: node_service_pb2.ListDriftRequest, context: Context
+    ) -> node_service_pb2.ListDriftResponse:
+        asked = listing.drift(request)
+        await self._nodes.check(request.node)
+        report = self._drift.report
+        found, token = page.from_memory(asked, report.items)
+        return node_service_pb2.ListDriftResponse(
+            drift=[drift_message(one) for one in found],
+            next_page_token=token,
+            compare_time=timestamp(report.pass_time),
+            trouble=report.trouble,
+            trouble_time=timestamp(report.trouble_time),
+        )
+
     async def _container_ports(self, held: Iterable[HeldPort]) -> dict[PortKey, int]:
         """Where the claimed ports lead, which their holders know and the claims do not."""
         found: dict[PortKey, int] = {}
         for name in {port.holder.container for port in held}:
             try:
                 view = await self._containers.get(name)
-            except ContainerNotFound:
-                # Deleted since the claims were read.
+            except (ContainerNotFound, RecordUnreadable):
+                # Deleted since the claims were read, or damaged.
                 continue
             for binding in view.container.status.placement.ports:
                 found[PortKey(binding.protocol, binding.host_port)] = binding.container_port

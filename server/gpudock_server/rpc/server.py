@@ -20,6 +20,7 @@ from gpudock_server.core.containers import Containers
 from gpudock_server.core.exec_sessions import ExecSessions
 from gpudock_server.core.nodes import Nodes
 from gpudock_server.core.operations import Operations
+from gpudock_server.core.reconcile import DriftBook
 from gpudock_server.core.watches import Watches
 from gpudock_server.rpc import container_service, node_service, operation_service
 from gpudock_server.rpc.audit import AuditInterceptor
@@ -74,6 +75,7 @@ class Services:
     execs: ExecSessions
     nodes: Nodes
     watches: Watches
+    drift: DriftBook
 
 
 class RpcServer:
@@ -87,7 +89,7 @@ class RpcServer:
             ContainerService(services.containers, services.operations, services.execs, services.watches), self.grpc
         )
         add_OperationServiceServicer_to_server(OperationService(services.operations), self.grpc)
-        add_NodeServiceServicer_to_server(NodeService(services.nodes, services.containers), self.grpc)
+        add_NodeServiceServicer_to_server(NodeService(services.nodes, services.containers, services.drift), self.grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         channelz.add_channelz_servicer(self.grpc)  # type: ignore[arg-type]  # its stubs know no asyncio
         reflection.enable_server_reflection((*OUR_SERVICES, *_STANDARD_SERVICES), self.grpc)

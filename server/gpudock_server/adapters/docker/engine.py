@@ -296,6 +296,16 @@ class DockerEngine:
         if changes:
             await self._connection.call(call, "POST", f"containers/{segment(engine_id)}/update", body=changes)
 
+    async def rename(self, engine_id: str, name: str) -> None:
+        """Give it another name; one that has it already is no error, and one that another has is EngineRejected."""
+        path = f"containers/{segment(engine_id)}/rename"
+        try:
+            await self._connection.call("rename a container", "POST", path, params={"name": segment(name)})
+        except EngineRejected:
+            found = await self.inspect(engine_id)
+            if found is None or found.name != name:
+                raise
+
     async def exited_within(self, engine_id: str, seconds: float) -> int | None:
         """Its exit code if it stops running within `seconds`; None if it still runs then.
 

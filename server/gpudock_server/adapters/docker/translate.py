@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from gpudock_server.model.container import Placement
+from pydantic import ValidationError
+
+from gpudock_server.model.container import Placement, PortBinding
 from gpudock_server.model.engine import (
+    LABEL_SPEC,
     Blueprint,
     EngineContainer,
     EngineImage,
@@ -16,7 +19,7 @@ from gpudock_server.model.engine import (
     EngineState,
     EngineVolume,
 )
-from gpudock_server.model.spec import ContainerSpec, HealthCheck, Mount, RestartPolicy, RestartPolicyKind
+from gpudock_server.model.spec import ContainerSpec, HealthCheck, Mount, Protocol, RestartPolicy, RestartPolicyKind
 
 Json = dict[str, Any]
 
@@ -52,7 +55,7 @@ def create_request(blueprint: Blueprint) -> Json:
         "Env": _environment(spec, blueprint.placement),
         "Tty": spec.tty,
         "OpenStdin": spec.stdin,
-        "Labels": {**spec.labels, **blueprint.labels},
+        "Labels": {**spec.labels, **blueprint.labels, LABEL_SPEC: spec.model_dump_json()},
         "ExposedPorts": {_port_key(port.container_port, port.protocol): {} for port in blueprint.placement.ports},
         "HostConfig": _host_config(blueprint),
     }
@@ -228,6 +231,8 @@ def container(inspected: Mapping[str, Any]) -> EngineContainer:
         error=state.get("Error") or "",
         labels=config.get("Labels") or {},
         gpu_uuids=_gpu_uuids(host.get("DeviceRequests") or ()),
+        ports=_ports(host.get("PortBindings") or {}),
+        spec=_spec((config.get("Labels") or {}).get(LABEL_SPEC, "")),
         upper_dir=upper,
         storage_driver=driver_name,
         volumes={
@@ -239,6 +244,7 @@ def container(inspected: Mapping[str, Any]) -> EngineContainer:
         memory_bytes=host.get("Memory") or 0,
         restart_count=inspected.get("RestartCount") or 0,
         health="" if health == "none" else health,
+        create_time=moment(inspected.get("Created")),
         start_time=moment(state.get("StartedAt")),
         finish_time=moment(state.get("FinishedAt")),
     )
@@ -260,6 +266,25 @@ def _gpu_uuids(requests: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
         if any("gpu" in alternative for alternative in request.get("Capabilities") or ())
         for device in request.get("DeviceIDs") or ()
     )
+
+
+def _ports(bindings: Mapping[str, Sequence[Mapping[str, str]] | None]) -> tuple[PortBinding, ...]:
+    """What it was made to publish: from HostConfig, which has it also while it does not run."""
+    return tuple(
+        PortBinding(container_port=int(port), protocol=Protocol(protocol), host_port=int(binding["HostPort"]))
+        for key, published in bindings.items()
+        for port, _, protocol in (key.partition("/"),)
+        if protocol in tuple(Protocol)
+        for binding in published or ()
+        if (binding.get("HostPort") or "").isdecimal()
+    )
+
+
+def _spec(text: str) -> ContainerSpec | None:
+    try:
+        return ContainerSpec.model_validate_json(text)
+    except ValidationError:
+        return None
 
 
 def moment(text: str | None) -> datetime | None:

@@ -15,7 +15,8 @@ from typing_extensions import override
 from gpudock_server.adapters.etcd import wire
 from gpudock_server.adapters.etcd.values import decode
 from gpudock_server.adapters.etcd.wire import Compare, Entry
-from gpudock_server.model.claims import Holder
+from gpudock_server.errors import RecordUnreadable
+from gpudock_server.model.claims import UNREADABLE, Holder
 
 
 class Condition(ABC):
@@ -114,5 +115,8 @@ def is_held_by(uid: str, entry: Entry | None) -> bool:
 
 
 def holder_of(entry: Entry) -> Holder:
-    """Who holds the claim that `entry` is. Raises UnreadableValueError."""
-    return decode(Holder, entry.key, entry.value)
+    """Who holds the claim that `entry` is. One that cannot be read is held all the same: by nobody that is known."""
+    try:
+        return decode(Holder, entry.key, entry.value)
+    except RecordUnreadable:
+        return UNREADABLE

@@ -131,6 +131,11 @@ class Keys:
                 return PortKey(Protocol(protocol), int(port))
         raise ValueError(f"{key!r} is no claim")
 
+    @staticmethod
+    def last_part(key: bytes) -> str:
+        """What the last part of a key says: a name, an id, a number."""
+        return unquote(key.decode("ascii", errors="replace").rpartition("/")[2])
+
     def container(self, name: str) -> bytes:
         """A container's head."""
         return self._key("containers", name)
@@ -154,6 +159,12 @@ class Keys:
     def watched(self, kind: TargetKind, heads: KeyRange) -> WatchedKeys:
         """What a watch of the objects of a kind looks at."""
         return WatchedKeys(heads, self.locks(kind), self._key("idle", f"{kind.value}s"))
+
+    def lock_of(self, key: bytes) -> tuple[TargetKind, str] | None:
+        """What a key of `all_locks` locks; None where that is of a kind that this version does not know."""
+        kind, _, name = key.removeprefix(self.all_locks().start).decode("ascii").partition("/")
+        known = {f"{one.value}s": one for one in TargetKind}
+        return (known[kind], unquote(name)) if kind in known else None
 
     def container_revision(self, uid: str, number: int) -> bytes:
         """One revision of a container."""
@@ -184,7 +195,9 @@ class Keys:
         return self._key("requests", request_id)
 
     def _key(self, *parts: str) -> bytes:
-        return (self._prefix + "/".join(quote(part, safe="") for part in parts)).encode("ascii")
+        # What is not UTF-8 comes from a value that somebody else wrote, and is looked for all the same.
+        quoted = (quote(part, safe="", errors="surrogateescape") for part in parts)
+        return (self._prefix + "/".join(quoted)).encode("ascii")
 
     def _below(self, *parts: str) -> KeyRange:
         start = self._key(*parts)

@@ -74,7 +74,8 @@ def step_of(change: Change, keys: Keys) -> Step:  # noqa: C901, PLR0911 - one ca
         case Lock(kind, name, operation_id):
             return Step(change, keys.lock(kind, name), VersionIs(0), _text, operation_id.encode())
         case Unlock(kind, name, operation_id):
-            return Step(change, keys.lock(kind, name), ValueIs(operation_id.encode()), _text)
+            value = operation_id.encode(errors="surrogateescape")
+            return Step(change, keys.lock(kind, name), ValueIs(value), _text)
         case Claim(host, key, holder):
             return Step(change, keys.claim(host, key), VersionIs(0), holder_of, encode(holder))
         case Keep(host, key, holder):
@@ -107,7 +108,7 @@ def step_of(change: Change, keys: Keys) -> Step:  # noqa: C901, PLR0911 - one ca
 
 
 def _text(entry: Entry) -> str:
-    return entry.value.decode()
+    return entry.value.decode(errors="replace")
 
 
 def _versioned(kind: type[R]) -> Callable[[Entry], Versioned[R]]:

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from datetime import timedelta
 from functools import lru_cache
 
+import structlog
+
 from gpudock_server.adapters.etcd import wire
+from gpudock_server.adapters.etcd.conditions import holder_of
 from gpudock_server.adapters.etcd.connection import CallFailed, EtcdConnection
 from gpudock_server.adapters.etcd.expiry import ExpiryBuckets
 from gpudock_server.adapters.etcd.keys import DEFAULT_PREFIX, SCHEMA, KeyRange, Keys, WatchedKeys
 from gpudock_server.adapters.etcd.listing import list_page
 from gpudock_server.adapters.etcd.transactions import Transaction
-from gpudock_server.adapters.etcd.values import R, UnreadableValueError, decode, decode_number, encode_number
+from gpudock_server.adapters.etcd.values import R, decode, decode_number, encode_number
 from gpudock_server.adapters.etcd.watching import HeadWatch, Pulse, V, told_token
 from gpudock_server.adapters.etcd.wire import MAX_TXN_OPERATIONS, Entry, TxnAnswer
-from gpudock_server.errors import StoreUnavailable
-from gpudock_server.model.changes import Change
-from gpudock_server.model.claims import ClaimTable, Holder
+from gpudock_server.errors import RecordUnreadable, StoreUnavailable
+from gpudock_server.model.changes import Change, Lock
+from gpudock_server.model.claims import ClaimTable
 from gpudock_server.model.container import Container, ContainerRevision
 from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import Operation, RequestRecord
 from gpudock_server.model.snapshot import Snapshot
 from gpudock_server.model.target import TargetKind
-from gpudock_server.ports import ContainerView, Page, RevisionView, Seen, Versioned
+from gpudock_server.ports import ContainerView, Page, RevisionView, Seen, T, Unreadable, Versioned
 from gpudock_server.startup import StartupError
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 DEFAULT_RETENTION = timedelta(hours=24)
 DEFAULT_DEADLINE = timedelta(seconds=5)
@@ -103,8 +108,10 @@ class EtcdStore:
             return 0
         try:
             schema = decode_number(key, entry.value)
-        except UnreadableValueError as error:
-            raise StartupError(str(error), "this prefix is something else's; choose another") from error
+        except RecordUnreadable as error:
+            raise StartupError(
+                f"{error.key}: {error.detail}", "this prefix is something else's; choose another"
+            ) from error
         if schema > SCHEMA:
             raise StartupError(
                 f"the state in etcd is written in schema {schema}, and this gpudockd knows {SCHEMA}",
@@ -137,17 +144,14 @@ class EtcdStore:
                 patience=self._deadline,
             )
         locks = {entry.key: entry for entry in page.beside}
-        views = [_view(head, None) for head in page.entries]
-        # The name comes from the record, so that no key has to be taken apart.
-        lock_of = [locks.get(self._keys.lock(TargetKind.CONTAINER, view.container.name)) for view in views]
-        return Page(
-            tuple(
-                ContainerView(view.container, view.version, lock.value.decode() if lock else "")
-                for view, lock in zip(views, lock_of, strict=True)
-            ),
-            page.next_token,
-            told_token(self._watched_containers, page.revision),
-        )
+
+        def read(head: Entry) -> ContainerView:
+            # The name comes from the record, so that no key has to be taken apart.
+            name = decode(Container, head.key, head.value).name
+            return _view(head, locks.get(self._keys.lock(TargetKind.CONTAINER, name)))
+
+        views, unreadable = _readable(page.entries, read)
+        return Page(views, page.next_token, told_token(self._watched_containers, page.revision), unreadable)
 
     async def revisions(self, uid: str, *, page_size: int, page_token: str) -> Page[RevisionView]:
         """A container's history, oldest first: see `ports.Store.revisions`."""
@@ -181,8 +185,9 @@ class EtcdStore:
     def _revision_views(
         self, uid: str, revisions: Sequence[Entry], snapshots: Sequence[Entry]
     ) -> tuple[RevisionView, ...]:
-        kept = {entry.key: decode(Snapshot, entry.key, entry.value) for entry in snapshots}
-        found = [decode(ContainerRevision, entry.key, entry.value) for entry in revisions]
+        readable, _ = _readable(snapshots, lambda entry: (entry.key, decode(Snapshot, entry.key, entry.value)))
+        kept = dict(readable)
+        found, _ = _readable(revisions, lambda entry: decode(ContainerRevision, entry.key, entry.value))
         # The number comes from the record, so that no key has to be taken apart.
         return tuple(RevisionView(one, kept.get(self._keys.container_snapshot(uid, one.revision))) for one in found)
 
@@ -209,9 +214,7 @@ class EtcdStore:
     async def claims(self, host: str) -> ClaimTable:
         """All claims of a host, at one moment."""
         found = await self._list(self._keys.claims(host))
-        return ClaimTable(
-            {self._keys.claim_of(host, entry.key): decode(Holder, entry.key, entry.value) for entry in found}
-        )
+        return ClaimTable({self._keys.claim_of(host, entry.key): holder_of(entry) for entry in found})
 
     async def operation(self, operation_id: str) -> Versioned[Operation] | None:
         """An operation that has not expired."""
@@ -228,21 +231,31 @@ class EtcdStore:
                 token=page_token,
                 patience=self._deadline,
             )
-        return Page(tuple(decode(Operation, entry.key, entry.value) for entry in page.entries), page.next_token)
+        operations, unreadable = _readable(page.entries, lambda entry: decode(Operation, entry.key, entry.value))
+        return Page(operations, page.next_token, unreadable=unreadable)
 
     async def unfinished(self, node: str) -> tuple[Versioned[Operation], ...]:
         """Operations of `node` that have not ended, found by the locks they hold."""
-        locks = await self._list(self._keys.all_locks())
         # One that works on several objects holds a lock on each.
-        keys = [self._keys.operation(one) for one in dict.fromkeys(lock.value.decode() for lock in locks)]
-        operations: list[Versioned[Operation]] = []
+        holders = dict.fromkeys(lock.operation_id for lock in await self.held_locks())
+        keys = [self._keys.operation(one) for one in holders]
+        entries: list[Entry] = []
         for first in range(0, len(keys), MAX_TXN_OPERATIONS):
-            for entry in await self._get(*keys[first : first + MAX_TXN_OPERATIONS]):
-                stored = _versioned(Operation, entry)
-                # One that ended since its lock was read has nothing left to do.
-                if stored and stored.value.node == node and not stored.value.state.ended:
-                    operations.append(stored)
-        return tuple(operations)
+            entries += filter(None, await self._get(*keys[first : first + MAX_TXN_OPERATIONS]))
+        operations, _ = _readable(
+            entries, lambda entry: Versioned(decode(Operation, entry.key, entry.value), entry.version)
+        )
+        # One that ended since its lock was read has nothing left to do.
+        return tuple(one for one in operations if one.value.node == node and not one.value.state.ended)
+
+    async def held_locks(self) -> tuple[Lock, ...]:
+        """Every lock there is, on objects of the kinds that this version knows; each can be given to `Unlock`."""
+        found = await self._list(self._keys.all_locks())
+        return tuple(
+            Lock(*locked, entry.value.decode(errors="surrogateescape"))
+            for entry in found
+            if (locked := self._keys.lock_of(entry.key))
+        )
 
     async def request(self, request_id: str) -> RequestRecord | None:
         """What a request id stood for."""
@@ -290,7 +303,20 @@ def _view(head: Entry, lock: Entry | None) -> ContainerView:
 
 
 def _operation_id(lock: Entry | None) -> str:
-    return lock.value.decode() if lock else ""
+    return lock.value.decode(errors="replace") if lock else ""
+
+
+def _readable(entries: Iterable[Entry], read: Callable[[Entry], T]) -> tuple[tuple[T, ...], tuple[Unreadable, ...]]:
+    """What can be read of `entries`, and what cannot: one damaged value must not hide all the others."""
+    items: list[T] = []
+    unreadable: list[Unreadable] = []
+    for entry in entries:
+        try:
+            items.append(read(entry))
+        except RecordUnreadable as error:
+            log.warning("left out what cannot be read", key=error.key, detail=error.detail)
+            unreadable.append(Unreadable(key=error.key, name=Keys.last_part(entry.key), detail=error.detail))
+    return tuple(items), tuple(unreadable)
 
 
 def _versioned(kind: type[R], entry: Entry | None) -> Versioned[R] | None:

@@ -12,15 +12,12 @@ from typing import Generic, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gpudock_server.adapters.etcd.keys import SCHEMA
+from gpudock_server.errors import RecordUnreadable
 from gpudock_server.model.operation import Operation
 from gpudock_server.model.record import JsonObject, Record
 from gpudock_server.model.target import Target, TargetKind
 
 R = TypeVar("R", bound=Record)
-
-
-class UnreadableValueError(Exception):
-    """Something under our prefix that this version of gpudock did not write, or cannot read any more."""
 
 
 class _Envelope(BaseModel, Generic[R]):
@@ -41,13 +38,13 @@ def encode(record: Record) -> bytes:
 
 
 def decode(kind: type[R], key: bytes, value: bytes) -> R:
-    """The record of type `kind` that `value` holds; `key` is for the error. Raises UnreadableValueError."""
+    """The record of type `kind` that `value` holds; `key` is for the error. Raises RecordUnreadable."""
     try:
         return _Envelope[kind].model_validate_json(value).record  # type: ignore[valid-type]
     except ValidationError as error:
         if (upgraded := _upgraded(kind, value)) is not None:
             return upgraded
-        raise UnreadableValueError(f"{key.decode(errors='replace')}: {_reason(value, error)}") from error
+        raise RecordUnreadable(key=key.decode(errors="replace"), detail=_reason(value, error)) from error
 
 
 def _upgraded(kind: type[R], value: bytes) -> R | None:
@@ -89,8 +86,8 @@ def encode_number(number: int) -> bytes:
 
 
 def decode_number(key: bytes, value: bytes) -> int:
-    """The bare number that `value` holds. Raises UnreadableValueError."""
+    """The bare number that `value` holds. Raises RecordUnreadable."""
     try:
         return int(value)
     except ValueError as error:
-        raise UnreadableValueError(f"{key.decode(errors='replace')}: {value[:40]!r} is not a number") from error
+        raise RecordUnreadable(key=key.decode(errors="replace"), detail=f"{value[:40]!r} is not a number") from error

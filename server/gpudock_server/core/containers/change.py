@@ -52,7 +52,7 @@ from gpudock_server.model.container import (
     RevisionCause,
 )
 from gpudock_server.model.engine import Blueprint, EngineContainer, RegistryAuth
-from gpudock_server.model.operation import CarryMethod, Operation
+from gpudock_server.model.operation import CarryMethod, Operation, StageState
 from gpudock_server.model.record import JsonObject, Record, now
 from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind
 from gpudock_server.model.spec import ContainerSpec
@@ -111,6 +111,7 @@ class ChangeArguments(Record):
     stop_timeout: float | None = None
     must_live: bool = False
     cause: RevisionCause | None = None
+    owner: str = ""
 
 
 class ChangeSaga(ContainerSaga):
@@ -269,13 +270,16 @@ class ChangeSaga(ContainerSaga):
                 spec=arguments.spec,
                 placement=arguments.placement,
                 hostname=arguments.spec.hostname or operation.target.name,
-                labels=labels_of(operation, arguments.revision),
+                labels=labels_of(operation, arguments.revision, arguments.owner),
                 volumes=arguments.old.anonymous_volumes,
             )
         )
         return {"engine_id": engine_id, "engine_name": name, "image_id": image_id}
 
     async def _remove_successor(self, run: Run) -> None:
+        if await self._is_all_there_is(run):
+            run.note("the old engine container is gone; its successor is kept, with whatever files it has")
+            return
         keep = frozenset(self._arguments.old.anonymous_volumes.values())
         await remove_with_volumes(self._world, run.operation, self._arguments.spec, keep)
 
@@ -283,6 +287,18 @@ class ChangeSaga(ContainerSaga):
         source = self._arguments.source
         key = SnapshotKey(uid=run.operation.target.uid, revision=source.revision)
         await self._world.snapshots.restore(key, await self._seen(await self._serving(run)), run.progress)
+
+    async def _is_all_there_is(self, run: Run) -> bool:
+        """Whether the old one was removed by somebody else, and files may have reached the successor by then."""
+        if await self._world.engine.inspect(self._arguments.old.engine_id) is not None:
+            return False
+        name = self._world.engine_name(run.operation.target.name, run.operation.id)
+        successor = await self._world.engine.inspect(name)
+        carried = any(
+            stage.name in ("carry", "snapshot") and stage.state is not StageState.PENDING
+            for stage in run.operation.stages
+        )
+        return carried or (successor is not None and successor.start_time is not None)
 
     async def _locate(self, run: Run) -> JsonObject:
         old = await self._seen(self._arguments.old.engine_id)
@@ -313,7 +329,7 @@ class ChangeSaga(ContainerSaga):
                 raise LayerCarryFailed(method=self._arguments.carry.value, detail=f"engine container {seen.name} runs")
 
     async def _give_back(self, run: Run) -> None:
-        if run.operation.facts("locate"):
+        if run.operation.facts("locate") and not await self._is_all_there_is(run):
             # The successor may hold the old one's files; it must not be written to while they go back.
             await self._stop_successor(run)
             await self._world.layers.exchange_back(self._pair(run))
@@ -325,6 +341,8 @@ class ChangeSaga(ContainerSaga):
         return (await carry_image(self._world, run, self._arguments.old)).facts
 
     async def _remove_snapshot(self, run: Run) -> None:
+        if await self._is_all_there_is(run):
+            return
         await remove_carried(self._world, run.operation)
 
     async def _graft(self, run: Run) -> JsonObject:

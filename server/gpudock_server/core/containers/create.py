@@ -41,6 +41,7 @@ from gpudock_server.model.engine import (
     LABEL_NAME,
     LABEL_NODE,
     LABEL_OPERATION,
+    LABEL_OWNER,
     LABEL_REVISION,
     LABEL_UID,
     Blueprint,
@@ -62,6 +63,7 @@ class CreateArguments(Record):
     placement: Placement
     image_id: str
     start: bool
+    owner: str = ""
 
 
 async def draft(world: World, command: Create) -> Draft:
@@ -86,7 +88,11 @@ async def draft(world: World, command: Create) -> Draft:
         update_time=moment,
     )
     arguments = CreateArguments(
-        spec=command.spec, placement=proposal.placement, image_id=image_id, start=not command.create_only
+        spec=command.spec,
+        placement=proposal.placement,
+        image_id=image_id,
+        start=not command.create_only,
+        owner=command.owner,
     )
     return Draft(
         kind=OperationKind.CREATE,
@@ -153,14 +159,15 @@ def _is_allowed(host_path: str, allowed_paths: Sequence[str]) -> bool:
     return any(real == allowed or real.startswith(allowed.rstrip("/") + "/") for allowed in allowed_paths)
 
 
-def labels_of(operation: Operation, revision: int) -> dict[str, str]:
-    """What marks an engine container as ours, made by `operation`."""
+def labels_of(operation: Operation, revision: int, owner: str = "") -> dict[str, str]:
+    """What marks an engine container as ours, made by `operation`; and, with its spec, what makes up its record."""
     return {
         LABEL_UID: operation.target.uid,
         LABEL_NAME: operation.target.name,
         LABEL_NODE: operation.node,
         LABEL_REVISION: str(revision),
         LABEL_OPERATION: operation.id,
+        LABEL_OWNER: owner,
     }
 
 
@@ -198,7 +205,7 @@ class CreateSaga(ContainerSaga):
                 spec=self._spec,
                 placement=self._arguments.placement,
                 hostname=self._spec.hostname or operation.target.name,
-                labels=labels_of(operation, 1),
+                labels=labels_of(operation, 1, self._arguments.owner),
             )
         )
         return {"engine_id": engine_id, "engine_name": name, "image_id": image_id}

@@ -41,7 +41,12 @@ class CarriedImage:
 
 def layer_image(operation: Operation) -> str:
     """The name of the image that an operation carries a layer in: unique to it, so that it can be found again."""
-    return f"gpudock/layer:{operation.id}"
+    return layer_image_of(operation.id)
+
+
+def layer_image_of(operation_id: str) -> str:
+    """`layer_image`, where only the id of the operation is left."""
+    return f"gpudock/layer:{operation_id}"
 
 
 def raw_image(operation: Operation) -> str:

@@ -20,13 +20,16 @@ def observed(container: Container, seen: EngineContainer | None) -> ContainerSta
                 "health": "",
             }
         )
+    state = _state(container, seen)
+    # Why it was stopped, where gpudock did that on its own, is true for as long as it is stopped.
+    told = status.message if state is status.state is ContainerState.STOPPED else ""
     return status.model_copy(
         update={
-            "state": _state(container, seen),
+            "state": state,
             "exit_code": None if seen.running or seen.start_time is None else seen.exit_code,
             "oom_killed": seen.oom_killed,
             "health": seen.health if seen.running else "",
-            "message": seen.error,
+            "message": seen.error or told,
             "restart_count": seen.restart_count,
             "start_time": seen.start_time,
             "finish_time": seen.finish_time,

@@ -95,6 +95,7 @@ async def draft(world: World, view: ContainerView, wanted: Wanted) -> Draft:
         stop_timeout=wanted.stop_timeout,
         must_live=wanted.must_live,
         cause=cause,
+        owner=container.owner,
     )
     return Draft(
         kind=wanted.kind,

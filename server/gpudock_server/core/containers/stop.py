@@ -16,6 +16,7 @@ from gpudock_server.errors import ContainerNotRunning
 from gpudock_server.model.changes import Change, PutContainer, Release
 from gpudock_server.model.claims import keys_of
 from gpudock_server.model.container import ContainerState, Placement
+from gpudock_server.model.engine import EngineContainer, EngineState
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import Record, now
 from gpudock_server.model.spec import ContainerSpec
@@ -23,7 +24,7 @@ from gpudock_server.ports import ContainerView
 
 
 class StopArguments(Record):
-    """What the saga needs to be built again."""
+    """What the saga needs to be built again. `reason` is why gpudock stops it on its own; empty where a user does."""
 
     engine_id: str
     spec: ContainerSpec
@@ -32,6 +33,7 @@ class StopArguments(Record):
     timeout: float | None
     keep_resources: bool
     placement: Placement
+    reason: str = ""
 
 
 async def draft(world: World, command: Stop) -> Draft:
@@ -50,14 +52,35 @@ async def draft(world: World, command: Stop) -> Draft:
         keep_resources=command.keep_resources,
         placement=container.status.placement,
     )
+    return _draft(world, view, arguments)
+
+
+def draft_against(world: World, view: ContainerView, shown: EngineContainer, reason: str) -> Draft:
+    """Stop what somebody else started, and leave `reason` in its status."""
+    container = view.container
+    arguments = StopArguments(
+        engine_id=shown.id,
+        spec=container.spec,
+        lives=True,
+        frozen=shown.state is EngineState.PAUSED,
+        timeout=None,
+        keep_resources=False,
+        placement=container.status.placement,
+        reason=reason,
+    )
+    return _draft(world, view, arguments)
+
+
+def _draft(world: World, view: ContainerView, arguments: StopArguments) -> Draft:
+    container = view.container
     return Draft(
         kind=OperationKind.STOP,
         target=container.target,
         head=PutContainer(container, expect=view.version),
         arguments=arguments.model_dump(mode="json"),
         plan=OperationPlan(
-            placement=container.status.placement if command.keep_resources else Placement(),
-            released_gpu_uuids=() if command.keep_resources else container.status.placement.gpu_uuids,
+            placement=container.status.placement if arguments.keep_resources else Placement(),
+            released_gpu_uuids=() if arguments.keep_resources else container.status.placement.gpu_uuids,
         ),
         build=lambda operation: StopSaga(world, operation),
     )
@@ -90,6 +113,8 @@ class StopSaga(ContainerSaga):
             container = container.with_status(state=ContainerState.STOPPED)
         seen = await self._world.engine.inspect(arguments.engine_id)
         container = container.changed(status=observed(container, seen))
+        if arguments.reason and seen is not None and not seen.running:
+            container = container.with_status(message=arguments.reason)
         if arguments.keep_resources:
             return Outcome([PutContainer(container, expect=view.version)], container)
         container = container.with_status(placement=Placement(), holds_resources=False)

@@ -18,6 +18,7 @@ from gpudock.v1 import (
 
 from gpudock_server.core.nodes import HeldGpu, HeldPort
 from gpudock_server.model.container import ContainerState
+from gpudock_server.model.drift import Drift, DriftKind, DriftSeverity
 from gpudock_server.model.gpu import GpuHealth
 from gpudock_server.model.operation import Operation, OperationKind, OperationState
 from gpudock_server.model.spec import Protocol
@@ -25,6 +26,7 @@ from gpudock_server.model.target import TargetKind
 from gpudock_server.ports import ContainerView, RevisionView
 from gpudock_server.rpc import page_token
 from gpudock_server.rpc.convert import container, gpu, operation
+from gpudock_server.rpc.convert import drift as drift_conversion
 from gpudock_server.rpc.validation import fields
 from gpudock_server.rpc.validation.spec import PROTOCOL_OF
 from gpudock_server.rpc.validation.violations import Violations
@@ -37,6 +39,8 @@ _LARGEST_PAGE = 1000
 _CONTAINER_STATES: Mapping[int, ContainerState] = {value: state for state, value in container.STATES.items()}
 _OPERATION_STATES: Mapping[int, OperationState] = {value: state for state, value in operation.STATES.items()}
 _OPERATION_KINDS: Mapping[int, OperationKind] = {value: kind for kind, value in operation.KINDS.items()}
+_DRIFT_KINDS: Mapping[int, DriftKind] = {value: kind for kind, value in drift_conversion.KINDS.items()}
+_SEVERITIES: Mapping[int, DriftSeverity] = {value: one for one, value in drift_conversion.SEVERITIES.items()}
 # In these filters the value 0 has a meaning of its own.
 _GPU_HEALTHS: Mapping[int, GpuHealth | None] = {
     gpu_pb2.GPU_HEALTH_UNSPECIFIED: None,
@@ -151,12 +155,31 @@ def ports(request: node_service_pb2.ListPortsRequest) -> Listing[HeldPort]:
     return _listing(violations, request, wanted)
 
 
+def drift(request: node_service_pb2.ListDriftRequest) -> Listing[Drift]:
+    """A page of findings."""
+    violations = Violations()
+    asked = request.filter
+    here = violations.at("filter")
+    kinds = fields.choices_of(here, "kinds", asked.kinds, _DRIFT_KINDS)
+    severities = fields.choices_of(here, "severities", asked.severities, _SEVERITIES)
+
+    def wanted(found: Drift) -> bool:
+        return (
+            (not kinds or found.kind in kinds)
+            and (not severities or found.severity in severities)
+            and asked.container in ("", found.container)
+        )
+
+    return _listing(violations, request, wanted)
+
+
 _ListRequest = (
     container_service_pb2.ListContainersRequest
     | container_service_pb2.ListContainerRevisionsRequest
     | operation_service_pb2.ListOperationsRequest
     | node_service_pb2.ListGpusRequest
     | node_service_pb2.ListPortsRequest
+    | node_service_pb2.ListDriftRequest
 )
 
 

@@ -1,0 +1,402 @@
+"""Engine containers that are ours and that no record binds: given their records again, removed, or reported."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from datetime import timedelta
+
+from gpudock_server.core.containers.create import anonymous_volumes
+from gpudock_server.core.containers.depth import layer_image_of
+from gpudock_server.core.containers.observation import observed
+from gpudock_server.core.containers.world import World
+from gpudock_server.core.driver import recorded_error
+from gpudock_server.core.journal import Journal
+from gpudock_server.core.operations import Operations
+from gpudock_server.core.reconcile.book import Note
+from gpudock_server.core.reconcile.scene import Heads, Labels, claim_text, made_by_us, placement_of
+from gpudock_server.core.reconcile.verdicts import Evidence, Fate, History, Verdict, deleted_by
+from gpudock_server.errors import (
+    ContainerNotFound,
+    EngineRejected,
+    GpudockError,
+    OperationOvertaken,
+    RecordUnreadable,
+)
+from gpudock_server.model.changes import Change, Claim, Keep, PutContainer, PutOperation, PutRevision, Release
+from gpudock_server.model.claims import ClaimKey, Holder, keys_of
+from gpudock_server.model.container import (
+    Container,
+    ContainerRevision,
+    ContainerState,
+    ContainerStatus,
+    EngineBinding,
+    Placement,
+    RevisionCause,
+)
+from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
+from gpudock_server.model.engine import LABEL_OWNER, EngineContainer
+from gpudock_server.model.operation import Operation, OperationKind, OperationState
+from gpudock_server.model.record import now
+from gpudock_server.model.spec import ContainerSpec
+from gpudock_server.model.target import TargetKind
+from gpudock_server.ports import ContainerView, StoreConflict, Versioned
+
+_PAGE = 500
+
+
+class _Taken(Exception):
+    """Something that it was given is held by another."""
+
+    def __init__(self, key: ClaimKey, holder: Holder) -> None:
+        super().__init__(f"{claim_text(key)} is held by {holder.container}")
+        self.key = key
+        self.holder = holder
+
+
+class Adoption:
+    """The rules for what no record binds."""
+
+    def __init__(self, world: World, operations: Operations, *, grace: float) -> None:
+        """`grace`: for how many seconds one that is to be removed is left alone."""
+        self._world = world
+        self._operations = operations
+        self._grace = grace
+        # When each was first found, by engine id.
+        self._strays: dict[str, float] = {}
+
+    # -- judging -----------------------------------------------------------------------------------------------------
+
+    async def verdicts(self, seen: Mapping[str, EngineContainer], heads: Heads) -> tuple[Verdict, ...]:
+        """What is to become of each; `seen` is older than `heads`."""
+        unbound = [one for one in made_by_us(self._world, seen) if one.id not in heads.bound]
+        if not unbound:
+            return ()
+        unfinished = {stored.value.id for stored in await self._world.store.unfinished(self._world.node)}
+        history = await self._history({Labels.of(one).uid for one in unbound})
+        return Evidence(heads, history, unfinished | self._operations.driven, seen).judge(unbound)
+
+    async def _history(self, uids: Collection[str]) -> History:
+        operations: dict[str, Operation] = {}
+        token = ""
+        while True:
+            page = await self._world.store.operations(page_size=_PAGE, page_token=token)
+            operations |= {one.id: one for one in page.items if one.target.uid in uids}
+            token = page.next_token
+            if not token:
+                break
+        return History(operations, frozenset(one.target.uid for one in operations.values() if deleted_by(one)))
+
+    # -- adopting ----------------------------------------------------------------------------------------------------
+
+    async def adopt(self, verdicts: Iterable[Verdict], heads: Heads, fate: Fate, note: Note) -> bool:
+        """Give records to those with that fate; whether any was given one."""
+        chosen = [verdict for verdict in verdicts if verdict.fate is fate]
+        return any([await self._adopt(verdict, heads.views.get(verdict.labels.name), note) for verdict in chosen])
+
+    async def _adopt(self, verdict: Verdict, view: ContainerView | None, note: Note) -> bool:
+        kind = DriftKind.CONTAINER_NEWER if view else DriftKind.RECORD_LOST
+        try:
+            adopted = await self._give_record(verdict.one, view)
+        except _Taken as taken:
+            held = f"{claim_text(taken.key)} is held by {taken.holder.container}"
+            note(
+                _drift(
+                    verdict,
+                    kind,
+                    DriftRemedy.REPORTED,
+                    f"nothing while {held}: stop or delete that",
+                    claim=claim_text(taken.key),
+                    other=taken.holder.container,
+                )
+            )
+            return False
+        if adopted:
+            plan = f"it has its record again, at revision {verdict.labels.revision}"
+            note(_drift(verdict, kind, DriftRemedy.REPAIRED, plan))
+        return adopted
+
+    async def _give_record(
+        self, one: EngineContainer, view: ContainerView | None, ending: Versioned[Operation] | None = None
+    ) -> bool:
+        """Write the records of an engine container, ending an operation with them; whether that was still right.
+
+        Raises _Taken.
+        """
+        # What was seen is older than the records. A container is removed from the engine first and forgotten last, so
+        # one that is still there was not deleted meanwhile.
+        fresh = await self._world.engine.inspect(one.id)
+        if fresh is None or fresh.spec is None:
+            return False
+        if view is not None and view.container.engine is not None:
+            bound = await self._world.engine.inspect(view.container.engine.engine_id)
+            if bound is not None:
+                return False
+        container, changes = await self._rebuilt(fresh, view)
+        if ending is not None:
+            changes = [*changes, *_ended(ending, container)]
+        try:
+            await self._world.store.apply(changes)
+        except StoreConflict:
+            # Somebody was quicker; the next pass sees what they did.
+            return False
+        return True
+
+    async def _rebuilt(self, one: EngineContainer, view: ContainerView | None) -> tuple[Container, list[Change]]:
+        world, labels = self._world, Labels.of(one)
+        if one.spec is None:
+            raise ValueError(f"{one.name} says nothing of its spec")
+        known = [each.revision for each in await world.store.history(labels.uid)]
+        number, spec = _latest(one.spec, labels.revision, known)
+        given = placement_of(spec, one)
+        # What does not run holds nothing, and takes what it needs when it is started.
+        placement = given if one.running else Placement()
+        head = view.container if view else _blank(one, labels, world.node)
+        container = head.changed(
+            spec=spec,
+            revision=number,
+            generation=max(head.generation, number) + 1,
+            update_time=now(),
+            engine=EngineBinding(
+                engine_id=one.id,
+                engine_name=one.name,
+                image_id=one.image_id,
+                placement=given,
+                fixed_digest=spec.fixed_digest,
+                anonymous_volumes=anonymous_volumes(spec, one.volumes),
+                layer_images=await self._layer_images(head, labels),
+            ),
+        ).with_status(state=ContainerState.STOPPED, placement=placement, holds_resources=one.running, message="")
+        container = container.changed(status=observed(container, one))
+        changes: list[Change] = [PutContainer(container, expect=view.version if view else 0)]
+        if number not in {each.revision for each in known}:
+            changes.append(PutRevision(_revision(container, given, labels)))
+        return container, [*changes, *await self._claims(container, head.status.placement)]
+
+    async def _layer_images(self, head: Container, labels: Labels) -> tuple[str, ...]:
+        before = head.engine.layer_images if head.engine else ()
+        its_own = layer_image_of(labels.operation_id)
+        if its_own in before or await self._world.engine.image(its_own) is None:
+            return before
+        return (*before, its_own)
+
+    async def _claims(self, container: Container, before: Placement) -> list[Change]:
+        host, holder = self._world.host, self._world.holder(container)
+        table = await self._world.store.claims(host)
+        changes: list[Change] = []
+        wanted = keys_of(container.status.placement)
+        for key in wanted:
+            found = table.holder(key)
+            if found is not None and found.uid != container.uid:
+                raise _Taken(key, found)
+            changes.append(Keep(host, key, holder) if found else Claim(host, key, holder))
+        mine = dict.fromkeys((*keys_of(before), *table.held_by(container.uid)))
+        return [*changes, *(Release(host, key, container.uid) for key in mine if key not in wanted)]
+
+    # -- operations that the world has moved past --------------------------------------------------------------------
+
+    async def overtake(self, seen: Mapping[str, EngineContainer], note: Note) -> frozenset[str]:
+        """End operations whose work was done, or made moot, in a time that the store has been put back from.
+
+        To drive one of these would stop and remove what runs. The ids of those that cannot be ended either, and must
+        not be resumed.
+        """
+        left: set[str] = set()
+        for stored in await self._world.store.unfinished(self._world.node):
+            operation = stored.value
+            if operation.id in self._operations.driven or operation.target.kind is not TargetKind.CONTAINER:
+                continue
+            try:
+                view = await self._world.store.container(operation.target.name)
+                if view is None or view.container.uid != operation.target.uid:
+                    await self._end_without_target(operation.id, note)
+                elif not operation.committed and not await self._overtaken(stored, view, seen, note):
+                    left.add(operation.id)
+            except RecordUnreadable:
+                left.add(operation.id)
+        return frozenset(left)
+
+    async def _end_without_target(self, operation_id: str, note: Note) -> None:
+        """Its head was deleted in the store alone. What it made is judged like everything that no record binds."""
+        stored = await self._world.store.operation(operation_id)
+        if stored is None or stored.value.state.ended:
+            return
+        operation = stored.value
+        failed = operation.changed(error=recorded_error(ContainerNotFound(container=operation.target.name)))
+        ended, changes = Journal.ended(failed, OperationState.FAILED, ())
+        try:
+            await self._world.store.apply([*changes, PutOperation(ended, expect=stored.version)])
+        except StoreConflict:
+            return
+        note(
+            _overtaken_drift(
+                operation, f"the record of {operation.target.name} is gone from the store", "the operation was ended"
+            )
+        )
+
+    async def _overtaken(
+        self, stored: Versioned[Operation], view: ContainerView, seen: Mapping[str, EngineContainer], note: Note
+    ) -> bool:
+        """Whether the operation was ended, or may be driven."""
+        operation, engine = stored.value, view.container.engine
+        if engine is not None and engine.engine_id in seen:
+            return True
+        candidates = [one async for one in self._newer(operation, view, seen)]
+        if not candidates:
+            return True
+        if len(candidates) > 1:
+            found = ", ".join(one.name for one in candidates)
+            note(
+                _overtaken_drift(operation, f"there are several newer: {found}", "nothing: remove all but one of them")
+            )
+            return False
+        (one,) = candidates
+        labels = Labels.of(one)
+        its_own = labels.operation_id == operation.id or operation.kind is OperationKind.CREATE
+        try:
+            ended = await self._give_record(one, view, stored if its_own else _failed(stored, labels))
+        except _Taken as taken:
+            held = f"{claim_text(taken.key)} is held by {taken.holder.container}"
+            note(_overtaken_drift(operation, held, "nothing while that is so: stop or delete it"))
+            return False
+        if ended:
+            plan = f"it was ended, and the container has the record of its revision {labels.revision}"
+            note(_overtaken_drift(operation, f"{one.name} is newer than what it works on", plan))
+        return ended
+
+    async def _newer(
+        self, operation: Operation, view: ContainerView, seen: Mapping[str, EngineContainer]
+    ) -> AsyncIterator[EngineContainer]:
+        for one in made_by_us(self._world, seen):
+            labels = Labels.of(one)
+            if labels.uid != operation.target.uid or one.spec is None or labels.revision <= view.container.revision:
+                continue
+            if labels.operation_id == operation.id:
+                # A create that is driven again finds what it made. A successor was started after it had the files.
+                if operation.kind is not OperationKind.CREATE and one.start_time is not None:
+                    yield one
+            elif await self._world.store.operation(labels.operation_id) is None:
+                yield one
+
+    # -- removing ----------------------------------------------------------------------------------------------------
+
+    async def remove(self, verdicts: Sequence[Verdict], note: Note) -> None:
+        """Remove those that are to be, once their grace is over; report those that no rule is certain about."""
+        strays = {verdict.one.id: verdict for verdict in verdicts if verdict.fate is Fate.REMOVED}
+        moment = time.monotonic()
+        self._strays = {engine_id: self._strays.get(engine_id, moment) for engine_id in strays}
+        for verdict in verdicts:
+            if verdict.fate is Fate.REPORTED:
+                note(_drift(verdict, DriftKind.CONTAINER_UNKNOWN, DriftRemedy.REPORTED, "nothing is done"))
+        for engine_id, verdict in strays.items():
+            left = self._grace - (moment - self._strays[engine_id])
+            if left > 0:
+                note(
+                    _drift(
+                        verdict,
+                        DriftKind.CONTAINER_UNKNOWN,
+                        DriftRemedy.PENDING,
+                        f"it is removed by the first pass after its grace of {self._grace:g} s",
+                    ).model_copy(update={"due_time": now() + timedelta(seconds=left)})
+                )
+            else:
+                await self._remove(verdict, note)
+
+    async def _remove(self, verdict: Verdict, note: Note) -> None:
+        try:
+            await self._world.engine.remove(verdict.one.id)
+        except EngineRejected as error:
+            plan = f"it is removed as soon as the engine lets it be: {error.detail}"
+            note(_drift(verdict, DriftKind.CONTAINER_UNKNOWN, DriftRemedy.RETRIED, plan))
+            return
+        del self._strays[verdict.one.id]
+        note(_drift(verdict, DriftKind.CONTAINER_UNKNOWN, DriftRemedy.REPAIRED, "it was removed"))
+
+
+def _latest(made_from: ContainerSpec, number: int, known: Sequence[ContainerRevision]) -> tuple[int, ContainerSpec]:
+    """The revision and spec of one that was made as `number`: what was changed in place since is in its history."""
+    last = max(known, key=lambda one: one.revision, default=None)
+    if last is None or last.revision <= number:
+        return number, made_from
+    return last.revision, last.spec if last.spec.fixed_digest == made_from.fixed_digest else made_from
+
+
+def _blank(one: EngineContainer, labels: Labels, node: str) -> Container:
+    """A head as it was before it had anything."""
+    if one.spec is None:
+        raise ValueError(f"{one.name} says nothing of its spec")
+    return Container(
+        name=labels.name,
+        uid=labels.uid,
+        node=node,
+        owner=one.labels.get(LABEL_OWNER, ""),
+        generation=0,
+        revision=0,
+        spec=one.spec,
+        status=ContainerStatus(state=ContainerState.CREATING),
+        create_time=one.create_time or now(),
+        update_time=now(),
+    )
+
+
+def _revision(container: Container, given: Placement, labels: Labels) -> ContainerRevision:
+    return ContainerRevision(
+        container=container.name,
+        uid=container.uid,
+        revision=container.revision,
+        spec=container.spec,
+        cause=RevisionCause.ADOPTED,
+        placement=given,
+        create_time=now(),
+        operation_id=labels.operation_id,
+    )
+
+
+def _failed(stored: Versioned[Operation], labels: Labels) -> Versioned[Operation]:
+    error: GpudockError = OperationOvertaken(
+        operation_id=stored.value.id, container=stored.value.target.name, revision=labels.revision
+    )
+    return Versioned(stored.value.changed(error=recorded_error(error)), stored.version)
+
+
+def _ended(stored: Versioned[Operation], container: Container) -> list[Change]:
+    """What ends an operation: well, unless it has an error."""
+    operation = stored.value
+    if operation.error is not None:
+        state = OperationState.FAILED
+    else:
+        state, operation = OperationState.SUCCEEDED, operation.changed(committed=True, result=container)
+    ended, changes = Journal.ended(operation.changed(update_time=now()), state, ())
+    return [*changes, PutOperation(ended, expect=stored.version)]
+
+
+def _drift(
+    verdict: Verdict, kind: DriftKind, remedy: DriftRemedy, plan: str, *, claim: str = "", other: str = ""
+) -> Drift:
+    one, labels = verdict.one, verdict.labels
+    return Drift(
+        kind=kind,
+        remedy=remedy,
+        container=labels.name,
+        uid=labels.uid,
+        engine_id=one.id,
+        engine_name=one.name,
+        operation_id=labels.operation_id,
+        claim=claim,
+        other=other,
+        actual=f"revision {labels.revision}, {one.state.value}",
+        message=f"no record binds the engine container {one.name}: {verdict.why}",
+        plan=plan,
+    )
+
+
+def _overtaken_drift(operation: Operation, why: str, plan: str) -> Drift:
+    return Drift(
+        kind=DriftKind.OPERATION_OVERTAKEN,
+        remedy=DriftRemedy.REPORTED if plan.startswith("nothing") else DriftRemedy.REPAIRED,
+        container=operation.target.name,
+        uid=operation.target.uid,
+        operation_id=operation.id,
+        message=f"operation {operation.id} on {operation.target.name} was overtaken: {why}",
+        plan=plan,
+    )

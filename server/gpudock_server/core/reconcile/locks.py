@@ -1,0 +1,126 @@
+"""Locks and the operations that hold them, which are begun and ended together: unless somebody edits the store."""
+
+from __future__ import annotations
+
+from gpudock_server.core.containers.world import World
+from gpudock_server.core.operations import Operations
+from gpudock_server.core.reconcile.book import Note
+from gpudock_server.errors import RecordUnreadable
+from gpudock_server.model.changes import Lock, PutOperation, Unlock
+from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
+from gpudock_server.model.operation import Operation
+from gpudock_server.model.target import TargetKind
+from gpudock_server.ports import StoreConflict, Versioned
+
+_PAGE = 500
+
+
+class LockRules:
+    """Releases locks that no operation will ever release, and gives operations back the locks that they lost."""
+
+    def __init__(self, world: World, operations: Operations) -> None:
+        self._world = world
+        self._operations = operations
+        # Every operation is read for this, so it is done once: a daemon that runs knows its own.
+        self._looked_for_lost = False
+
+    async def mend(self, note: Note) -> None:
+        """Before anything is resumed: what resumes is found by its locks. Raises StoreUnavailable."""
+        locks = await self._world.store.held_locks()
+        for lock in locks:
+            if lock.operation_id not in self._operations.driven:
+                await self._check(lock, note)
+        if not self._looked_for_lost:
+            await self._lock_again(locks, note)
+            self._looked_for_lost = True
+
+    async def _check(self, lock: Lock, note: Note) -> None:
+        # The lock was read first. Its operation was recorded with it, and stays long after it has ended.
+        try:
+            operation = await self._world.store.operation(lock.operation_id)
+        except RecordUnreadable as error:
+            note(
+                Drift(
+                    kind=DriftKind.RECORD_UNREADABLE,
+                    remedy=DriftRemedy.REPORTED,
+                    container=lock.name,
+                    operation_id=lock.operation_id,
+                    key=error.key,
+                    message=f"operation {lock.operation_id}, which has {lock.name} locked, cannot be read",
+                    plan="nothing: restore it from a backup, or delete its key; then the lock is released",
+                )
+            )
+            return
+        if (operation is not None and not operation.value.state.ended) or not await self._is_ours(lock):
+            return
+        shown = lock.operation_id.encode(errors="replace").decode()
+        try:
+            await self._world.store.apply([Unlock(lock.kind, lock.name, lock.operation_id)])
+        except StoreConflict:
+            return
+        note(
+            Drift(
+                kind=DriftKind.LOCK_STALE,
+                remedy=DriftRemedy.REPAIRED,
+                container=lock.name,
+                operation_id=shown,
+                message=f"{lock.name} was locked by operation {shown}, which "
+                + ("has ended" if operation else "does not exist"),
+                plan="the lock was released",
+            )
+        )
+
+    async def _is_ours(self, lock: Lock) -> bool:
+        """Whether what it locks is this node's, or nobody's."""
+        if lock.kind is not TargetKind.CONTAINER:
+            return True
+        try:
+            view = await self._world.store.container(lock.name)
+        except RecordUnreadable:
+            return False
+        return view is None or view.container.node == self._world.node
+
+    async def _lock_again(self, locks: tuple[Lock, ...], note: Note) -> None:
+        held = {(lock.kind, lock.name) for lock in locks if lock.operation_id}
+        token = ""
+        while True:
+            page = await self._world.store.operations(page_size=_PAGE, page_token=token)
+            for operation in page.items:
+                ours = operation.node == self._world.node and not operation.state.ended
+                if ours and operation.id not in self._operations.driven:
+                    await self._give_back(operation, held, {lock.operation_id for lock in locks}, note)
+            token = page.next_token
+            if not token:
+                return
+
+    async def _give_back(
+        self, listed: Operation, held: set[tuple[TargetKind, str]], holders: set[str], note: Note
+    ) -> None:
+        current = await self._world.store.operation(listed.id)
+        if listed.id in holders or current is None or current.value.state.ended:
+            return
+        taken = next((one.name for one in listed.locked if (one.kind, one.name) in held), "")
+        if not taken and await self._relocked(current):
+            remedy, plan = DriftRemedy.REPAIRED, "it has them again, and goes on"
+        else:
+            remedy, plan = DriftRemedy.REPORTED, f"nothing: another operation has {taken or 'one of them'} locked"
+        note(
+            Drift(
+                kind=DriftKind.LOCK_MISSING,
+                remedy=remedy,
+                container=listed.target.name,
+                uid=listed.target.uid,
+                operation_id=listed.id,
+                message=f"operation {listed.id} on {listed.target.name} has not ended and has lost its locks",
+                plan=plan,
+            )
+        )
+
+    async def _relocked(self, stored: Versioned[Operation]) -> bool:
+        operation = stored.value
+        locks = [Lock(one.kind, one.name, operation.id) for one in operation.locked]
+        try:
+            await self._world.store.apply([PutOperation(operation, expect=stored.version), *locks])
+        except StoreConflict:
+            return False
+        return True

@@ -1,0 +1,178 @@
+"""When things are compared: at every event of the engine, and all of them now and then."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import structlog
+
+from gpudock_server.core.containers.leftovers import sweep_images
+from gpudock_server.core.containers.world import World
+from gpudock_server.core.operations import Operations
+from gpudock_server.core.reconcile.adoption import Adoption
+from gpudock_server.core.reconcile.book import DriftBook, Note
+from gpudock_server.core.reconcile.claims import ClaimRules
+from gpudock_server.core.reconcile.locks import LockRules
+from gpudock_server.core.reconcile.scene import Heads, read_heads
+from gpudock_server.core.reconcile.upkeep import Upkeep
+from gpudock_server.core.reconcile.verdicts import Fate
+from gpudock_server.errors import EngineRejected, EngineUnavailable, GpudockError
+from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
+from gpudock_server.model.engine import LABEL_NAME, LABEL_NODE, LABEL_UID, EngineContainer
+from gpudock_server.ports import ContainerView
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+_RECONNECT_SECONDS = 1.0
+
+
+class Reconciler:
+    """Watches the engine of this node."""
+
+    def __init__(
+        self, world: World, operations: Operations, book: DriftBook, *, interval: float, orphan_grace: float
+    ) -> None:
+        """Seconds between full passes, and seconds that something unknown is left; what is found goes to `book`."""
+        self._world = world
+        self._operations = operations
+        self._book = book
+        self._interval = interval
+        self._locks = LockRules(world, operations)
+        self._adoption = Adoption(world, operations, grace=orphan_grace)
+        self._upkeep = Upkeep(world, operations)
+        self._claims = ClaimRules(world)
+        self._at_start: list[Drift] = []
+        # One pass at a time: what two of them find at once, both would repair.
+        self._turn = asyncio.Lock()
+        # Containers that an operation was at work on when they were to be looked at, with that operation.
+        self._busy: asyncio.Queue[ContainerView] = asyncio.Queue()
+        self._awaited: set[str] = set()
+        # Events before this moment are in what a full pass has seen.
+        self._since = time.time_ns()
+
+    async def run(self) -> None:
+        """Follow the engine's events for ever; a full pass whenever some may have been missed."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._follow())
+            tasks.create_task(self._pass_regularly())
+            while True:
+                tasks.create_task(self._come_back(await self._busy.get()))
+
+    def _later(self, view: ContainerView) -> None:
+        """Look again when the operation has ended: nothing that happens meanwhile is told twice."""
+        if view.operation_id in self._operations.driven and view.operation_id not in self._awaited:
+            self._awaited.add(view.operation_id)
+            self._busy.put_nowait(view)
+
+    async def _come_back(self, view: ContainerView) -> None:
+        await self._operations.settle((view.operation_id,))
+        self._awaited.discard(view.operation_id)
+        await self._attempt_refresh(view.container.name, view.container.uid)
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                async for event in self._world.engine.events(self._since):
+                    self._since = event.time_nanos + 1
+                    await self._attempt_refresh(event.labels.get(LABEL_NAME, ""), event.labels.get(LABEL_UID, ""))
+            except EngineUnavailable as error:
+                log.warning("the engine's events broke off", detail=error.message)
+            # An engine that was restarted has forgotten its events. Until a pass has seen all that it has, nothing that
+            # its stream tells later is enough.
+            seen = False
+            while not seen:
+                await asyncio.sleep(_RECONNECT_SECONDS)
+                seen = await self._attempt_pass()
+
+    async def _pass_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval)
+            await self._attempt_pass()
+
+    async def _attempt_refresh(self, name: str, uid: str) -> None:
+        try:
+            view = await self._world.store.container(name)
+            if view is not None and view.container.uid == uid:
+                self._later(view)
+                await self._upkeep.refresh(view, self._book.note)
+        except GpudockError as error:
+            log.warning("a status was not refreshed", container=name, detail=error.message)
+
+    async def _attempt_pass(self) -> bool:
+        try:
+            await self.full_pass()
+        except GpudockError as error:
+            log.warning("reconcile pass broken off; nothing was guessed", detail=error.message)
+            return False
+        return True
+
+    async def recover(self) -> tuple[str, ...]:
+        """Take up what the daemon before left, unless the world has moved past it; the ids of what is taken up.
+
+        Raises EngineUnavailable, StoreUnavailable.
+        """
+        async with self._turn:
+            return await self._resume(await self._seen(), self._at_start.append)
+
+    async def full_pass(self) -> None:
+        """Compare everything once. Raises EngineUnavailable, StoreUnavailable."""
+        async with self._turn:
+            with self._book.full_pass() as note:
+                await self._pass(note)
+                # They are told with what the first pass finds.
+                for found in self._at_start:
+                    note(found)
+                self._at_start.clear()
+
+    async def _pass(self, note: Note) -> None:
+        # The order matters. Whatever is older than the records that are read last is in them, or is nobody's.
+        seen = await self._seen()
+        claims = await self._world.store.claims(self._world.host)
+        await self._resume(seen, note)
+        heads = await read_heads(self._world.store)
+        _note_unreadable(heads, note)
+        verdicts = await self._adoption.verdicts(seen, heads)
+        # Before anything is found gone and fails: it may have a successor that its record does not know of.
+        if await self._adoption.adopt(verdicts, heads, Fate.NEWER, note):
+            heads = await read_heads(self._world.store)
+        for view in heads.of(self._world.node):
+            await self._keep(view, seen, note)
+        spared = {verdict.labels.uid for verdict in verdicts if verdict.fate is not Fate.REMOVED}
+        heads = await read_heads(self._world.store)
+        await self._claims.release_stale(claims, heads, spared, note)
+        await self._claims.restore_missing(heads, note)
+        await self._adoption.adopt(verdicts, heads, Fate.LOST, note)
+        await self._adoption.remove(verdicts, note)
+        await sweep_images(self._world)
+
+    async def _seen(self) -> dict[str, EngineContainer]:
+        return {one.id: one for one in await self._world.engine.find({LABEL_NODE: self._world.node})}
+
+    async def _resume(self, seen: dict[str, EngineContainer], note: Note) -> tuple[str, ...]:
+        await self._locks.mend(note)
+        left = await self._adoption.overtake(seen, note)
+        return await self._operations.resume(left)
+
+    async def _keep(self, view: ContainerView, seen: dict[str, EngineContainer], note: Note) -> None:
+        engine = view.container.engine
+        self._later(view)
+        try:
+            await self._upkeep.refresh(view, note, seen.get(engine.engine_id) if engine else None)
+        except EngineRejected as error:
+            # It answered; the next container may do better.
+            log.warning("a container was not put right", container=view.container.name, detail=error.message)
+
+
+def _note_unreadable(heads: Heads, note: Note) -> None:
+    for one in heads.unreadable:
+        note(
+            Drift(
+                kind=DriftKind.RECORD_UNREADABLE,
+                remedy=DriftRemedy.REPORTED,
+                container=one.name,
+                key=one.key,
+                message=f"the record of {one.name} cannot be read: {one.detail}",
+                plan="nothing: restore it from a backup, or delete its key; its engine container is then adopted",
+            )
+        )

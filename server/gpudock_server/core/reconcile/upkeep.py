@@ -1,0 +1,301 @@
+"""One container against its engine container: its status, its name, its limits, and whether it may run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import structlog
+
+from gpudock_server.core.containers import stop
+from gpudock_server.core.containers.observation import observed
+from gpudock_server.core.containers.world import World
+from gpudock_server.core.operations import Draft, Operations
+from gpudock_server.core.reconcile.book import Note
+from gpudock_server.core.reconcile.scene import claim_text, placement_of
+from gpudock_server.errors import EngineRejected
+from gpudock_server.model.changes import Change, Claim, Keep, PutContainer, Release
+from gpudock_server.model.claims import UNREADABLE, ClaimKey, Holder, keys_of
+from gpudock_server.model.container import Container, ContainerState, EngineBinding, Placement
+from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
+from gpudock_server.model.engine import EngineContainer
+from gpudock_server.model.record import now
+from gpudock_server.ports import ContainerView, StoreConflict
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+# A record that loses its race this often is left to the next event or pass.
+_TRIES = 5
+_NANO = 1_000_000_000
+
+
+class _Moved(Exception):
+    """The record changed since it was decided upon."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """A card or port that a container was given, and that another holds."""
+
+    key: ClaimKey
+    holder: Holder
+
+
+class Upkeep:
+    """The rules for containers that a record binds."""
+
+    def __init__(self, world: World, operations: Operations) -> None:
+        self._world = world
+        self._operations = operations
+
+    async def refresh(self, view: ContainerView, note: Note, shown: EngineContainer | None = None) -> None:
+        """Put right one container. One with an operation at work is that operation's.
+
+        `shown` is what the engine showed a while ago; what it leads to is never done without another look. Raises
+        EngineUnavailable, StoreUnavailable.
+        """
+        for _ in range(_TRIES):
+            container = view.container
+            if view.operation_id or container.node != self._world.node:
+                return
+            if shown is None or not self._agrees(container, shown):
+                shown = await self._look(container)
+            try:
+                await self._put_right(view, shown, note)
+            except (StoreConflict, _Moved):
+                again = await self._world.store.container(container.name)
+                if again is None or again.container.uid != container.uid:
+                    return
+                view, shown = again, None
+            else:
+                return
+
+    async def _look(self, container: Container) -> EngineContainer | None:
+        return await self._world.engine.inspect(container.engine.engine_id) if container.engine else None
+
+    def _agrees(self, container: Container, shown: EngineContainer) -> bool:
+        return (
+            observed(container, shown) == container.status
+            and container.engine is not None
+            and container.engine.engine_name == shown.name
+            and _has_limits(container, shown)
+            and not _runs_without_its_own(container, shown)
+        )
+
+    async def _put_right(self, view: ContainerView, shown: EngineContainer | None, note: Note) -> None:
+        container = view.container
+        if container.engine is None:
+            if container.status.state is not ContainerState.FAILED:
+                await self._fail_creation(view, note)
+        elif shown is None:
+            if observed(container, None) != container.status:
+                await self._fail(view, note)
+        elif _runs_without_its_own(container, shown):
+            await self._take_or_stop(view, shown, note)
+        else:
+            if (status := observed(container, shown)) != container.status:
+                await self._put(view, container.changed(status=status))
+            await self._name(view, container.engine, shown, note)
+            await self._limit(view, shown, note)
+
+    async def _put(self, view: ContainerView, container: Container, *more: Change) -> None:
+        changes = [PutContainer(container.changed(update_time=now()), expect=view.version), *more]
+        await self._world.store.apply(changes)
+
+    # -- what is gone ------------------------------------------------------------------------------------------------
+
+    async def _fail(self, view: ContainerView, note: Note) -> None:
+        await self._put_failed(view, view.container.changed(status=observed(view.container, None)))
+        note(
+            Drift(
+                kind=DriftKind.CONTAINER_GONE,
+                remedy=DriftRemedy.REPAIRED,
+                container=view.container.name,
+                uid=view.container.uid,
+                engine_id=view.container.engine.engine_id if view.container.engine else "",
+                message=f"the engine container of {view.container.name} was removed outside gpudock",
+                plan="it is FAILED, and what it held was released; delete it",
+            )
+        )
+
+    async def _fail_creation(self, view: ContainerView, note: Note) -> None:
+        message = "the operation that was creating it is lost; delete it and create it again"
+        failed = view.container.with_status(state=ContainerState.FAILED, message=message)
+        await self._put_failed(view, failed)
+        note(
+            Drift(
+                kind=DriftKind.CREATION_LOST,
+                remedy=DriftRemedy.REPAIRED,
+                container=view.container.name,
+                uid=view.container.uid,
+                message=f"{view.container.name} was being created, and no operation is at it any more",
+                plan="it is FAILED, and what it held was released; delete it and create it again",
+            )
+        )
+
+    async def _put_failed(self, view: ContainerView, failed: Container) -> None:
+        released = [Release(self._world.host, key, failed.uid) for key in keys_of(view.container.status.placement)]
+        await self._put(view, failed.with_status(placement=Placement(), holds_resources=False), *released)
+
+    # -- what runs and should not ------------------------------------------------------------------------------------
+
+    async def _take_or_stop(self, view: ContainerView, shown: EngineContainer, note: Note) -> None:
+        """It was started outside gpudock: with all that it was given, if that is free, or not at all."""
+        container, world = view.container, self._world
+        given = placement_of(container.spec, shown)
+        claims, holder = await world.store.claims(world.host), world.holder(container)
+        changes: list[Change] = []
+        for key in keys_of(given):
+            found = claims.holder(key)
+            if found is not None and found.uid != container.uid:
+                await self._stop(view, shown, _Taken(key, found), note)
+                return
+            changes.append(Keep(world.host, key, holder) if found else Claim(world.host, key, holder))
+        given_keys = keys_of(given)
+        changes += [
+            Release(world.host, key, container.uid)
+            for key in keys_of(container.status.placement)
+            if key not in given_keys
+        ]
+        taken = container.changed(status=observed(container, shown))
+        await self._put(view, taken.with_status(placement=given, holds_resources=True), *changes)
+        note(
+            self._started(
+                container, shown, remedy=DriftRemedy.REPAIRED, plan="what it was given was free, and is claimed for it"
+            )
+        )
+
+    async def _stop(self, view: ContainerView, shown: EngineContainer, taken: _Taken, note: Note) -> None:
+        container = view.container
+        by = "somebody unknown" if taken.holder == UNREADABLE else taken.holder.container
+        reason = f"it was started outside gpudock while {claim_text(taken.key)} was held by {by}, and was stopped again"
+
+        async def draft() -> Draft:
+            # Whatever began since may have started it for good reason.
+            current = await self._world.store.container(container.name)
+            if current is None or current.version != view.version or current.operation_id:
+                raise _Moved
+            return stop.draft_against(self._world, current, shown, reason)
+
+        operation_id = await self._operations.begin(draft, None)
+        note(
+            self._started(
+                container,
+                shown,
+                remedy=DriftRemedy.PENDING,
+                plan=f"it is being stopped by operation {operation_id}",
+                taken=taken,
+                operation_id=operation_id,
+            )
+        )
+
+    @staticmethod
+    def _started(
+        container: Container,
+        shown: EngineContainer,
+        *,
+        remedy: DriftRemedy,
+        plan: str,
+        taken: _Taken | None = None,
+        operation_id: str = "",
+    ) -> Drift:
+        held = f"; {claim_text(taken.key)} is held by {taken.holder.container}" if taken else ""
+        return Drift(
+            kind=DriftKind.CONTAINER_STARTED,
+            remedy=remedy,
+            container=container.name,
+            uid=container.uid,
+            engine_id=shown.id,
+            engine_name=shown.name,
+            claim=claim_text(taken.key) if taken else "",
+            operation_id=operation_id,
+            other=taken.holder.container if taken else "",
+            expected=container.status.state.value,
+            actual=shown.state.value,
+            message=f"{container.name} was started outside gpudock after it had released what it held{held}",
+            plan=plan,
+        )
+
+    # -- what was changed --------------------------------------------------------------------------------------------
+
+    async def _name(self, view: ContainerView, engine: EngineBinding, shown: EngineContainer, note: Note) -> None:
+        """An interrupted operation finds its things by their names."""
+        if shown.name == engine.engine_name:
+            return
+        await self._must_be_as(view)
+        remedy, plan = DriftRemedy.REPAIRED, "it was renamed back"
+        try:
+            await self._world.engine.rename(shown.id, engine.engine_name)
+        except EngineRejected as error:
+            remedy, plan = DriftRemedy.RETRIED, f"it is renamed back as soon as the engine lets it be: {error.detail}"
+        note(
+            Drift(
+                kind=DriftKind.CONTAINER_RENAMED,
+                remedy=remedy,
+                container=view.container.name,
+                uid=view.container.uid,
+                engine_id=shown.id,
+                engine_name=shown.name,
+                expected=engine.engine_name,
+                actual=shown.name,
+                message=f"the engine container {engine.engine_name} was renamed to {shown.name} outside gpudock",
+                plan=plan,
+            )
+        )
+
+    async def _limit(self, view: ContainerView, shown: EngineContainer, note: Note) -> None:
+        container = view.container
+        if _has_limits(container, shown):
+            return
+        host = await self._world.engine.info()
+        if _has_limits(container, shown, (host.cpus, host.memory_bytes)):
+            return
+        await self._must_be_as(view)
+        spec = container.spec
+        remedy, plan = DriftRemedy.REPAIRED, "they were set back"
+        try:
+            await self._world.engine.update(shown.id, cpus=spec.cpus, memory_bytes=spec.memory_bytes)
+        except EngineRejected as error:
+            remedy, plan = DriftRemedy.RETRIED, f"they are set back as soon as the engine lets it be: {error.detail}"
+        note(
+            Drift(
+                kind=DriftKind.LIMITS_CHANGED,
+                remedy=remedy,
+                container=container.name,
+                uid=container.uid,
+                engine_id=shown.id,
+                engine_name=shown.name,
+                expected=_limits_text(spec.cpus, spec.memory_bytes),
+                actual=_limits_text(shown.cpus, shown.memory_bytes),
+                message=f"the limits of {container.name} were changed outside gpudock",
+                plan=plan,
+            )
+        )
+
+    async def _must_be_as(self, view: ContainerView) -> None:
+        """Raises _Moved where an operation has begun since; one that begins now is met by the event of what is done."""
+        again = await self._world.store.container(view.container.name)
+        if again is None or again.operation_id:
+            raise _Moved
+        if (again.container.engine, again.container.spec) != (view.container.engine, view.container.spec):
+            raise _Moved
+
+
+def _runs_without_its_own(container: Container, shown: EngineContainer) -> bool:
+    """Whether it runs, and what it was given is not recorded as held by it."""
+    if not shown.running:
+        return False
+    status = container.status
+    given = keys_of(placement_of(container.spec, shown))
+    return not status.holds_resources or set(keys_of(status.placement)) != set(given)
+
+
+def _has_limits(container: Container, shown: EngineContainer, host: tuple[int, int] = (0, 0)) -> bool:
+    """Whether its limits are those of its spec. What a container cannot be freed of is all that the host has."""
+    spec = container.spec
+    cpus = (round(spec.cpus * _NANO),) if spec.cpus else (0, host[0] * _NANO)
+    memory = (spec.memory_bytes,) if spec.memory_bytes else (0, host[1])
+    return round(shown.cpus * _NANO) in cpus and shown.memory_bytes in memory
+
+
+def _limits_text(cpus: float, memory_bytes: int) -> str:
+    return f"cpus={cpus:g} memory_bytes={memory_bytes}"

@@ -1,0 +1,289 @@
+"""etcd put back to an earlier state, by its data folder: what the engine has is newer than what the store says."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import grpc
+import pytest
+from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2
+
+from tests.calls import Caller
+from tests.engine.drift import REPAIRED, drift, found, names, passed
+from tests.engine.own_daemons import OwnDaemons, own, until
+from tests.faults.invariants import LOOK, PLANT, absent, sound
+from tests.faults.mortal import DIE_AT, KIND
+from tests.rig import Daemon, Rig
+
+__all__ = ["own"]
+
+RUNNING = container_pb2.CONTAINER_STATE_RUNNING
+STOPPED = container_pb2.CONTAINER_STATE_STOPPED
+FAILED = container_pb2.CONTAINER_STATE_FAILED
+PORT = container_pb2.PortRequest(container_port=80)
+LOOKED = f"{LOOK} || true"
+QUICK = ("--orphan-grace", "0", "--reconcile-interval", "0.5")
+
+
+class Restorable:
+    """A daemon with an etcd of its own, whose state can be saved and put back while neither runs."""
+
+    def __init__(self, own: OwnDaemons, saved: Path) -> None:
+        self._own = own
+        self._saved = saved
+        self._daemon: Daemon | None = None
+
+    async def start(self, module: str = "gpudock_server", environment: Mapping[str, str] | None = None) -> Daemon:
+        """Start it, on the state that the one before left."""
+        self._daemon = await self._own.start(
+            *QUICK, after=self._daemon, etcd_endpoints="", module=module, environment=environment
+        )
+        return self._daemon
+
+    @property
+    def daemon(self) -> Daemon:
+        """The latest."""
+        assert self._daemon is not None
+        return self._daemon
+
+    async def stop(self) -> None:
+        """Stop it and its etcd."""
+        await asyncio.to_thread(self.daemon.stop)
+
+    def save(self) -> None:
+        """Make a backup; it must not run."""
+        shutil.copytree(self.daemon.state_dir, self._saved, ignore=shutil.ignore_patterns("*.sock*"))
+
+    def put_back(self) -> None:
+        """Restore the backup; it must not run."""
+        shutil.rmtree(self.daemon.state_dir)
+        shutil.copytree(self._saved, self.daemon.state_dir)
+
+    async def saved(self) -> None:
+        """Stop, make a backup, start."""
+        await self.stop()
+        self.save()
+        await self.start()
+
+    async def restored(self) -> None:
+        """Stop, restore the backup, start."""
+        await self.stop()
+        self.put_back()
+        await self.start()
+
+
+@pytest.fixture
+def restorable(own: OwnDaemons, tmp_path: Path) -> Restorable:
+    """A daemon whose state can be put back."""
+    return Restorable(own, tmp_path / "saved")
+
+
+@pytest.mark.timeout(180)
+async def test_what_has_changed_since_the_backup(restorable: Restorable, rig: Rig) -> None:
+    daemon = await restorable.start()
+    async with Caller(daemon.target) as caller:
+        await caller.create("scaled", 2, ports=[PORT])
+        await caller.shell("scaled", PLANT)
+        files = await caller.shell("scaled", LOOKED)
+        await caller.create("deleted", 1)
+        await caller.create("replaced", 1)
+        await caller.create("same", 1)
+    await restorable.saved()
+    async with Caller(restorable.daemon.target) as caller:
+        await caller.scale("scaled", 1)
+        scaled = await caller.scale("scaled", 3)
+        await caller.delete("deleted")
+        await caller.delete("replaced")
+        new = await caller.create("replaced", 1)
+        later = await caller.create("later", 1, ports=[PORT], env={"A": "b"})
+        await caller.create("idle", 1)
+        await caller.stop("idle")
+        same = await caller.get("same")
+    await restorable.restored()
+    async with Caller(restorable.daemon.target) as caller:
+        # All of this is so when it begins to serve, before anything can be given away.
+        seen = await sound(caller, rig, "scaled", files)
+        assert (seen.uid, seen.revision, seen.spec) == (scaled.uid, 3, scaled.spec)
+        assert (seen.status.gpu_uuids, seen.status.ports) == (scaled.status.gpu_uuids, scaled.status.ports)
+        assert seen.etag != scaled.etag
+        assert (await caller.get("later")).spec == later.spec
+        await sound(caller, rig, "later")
+        assert (await caller.get("same")).status == same.status
+        idle = await caller.get("idle")
+        assert (idle.status.state, idle.status.holds_resources) == (STOPPED, False)
+        # Deleted is deleted: what the backup knows of it has no engine container.
+        assert (await caller.get("deleted")).status.state == FAILED
+        # Its name is taken by what the backup has under it; nothing is removed, and deleting that gives it back.
+        assert (await caller.get("replaced")).status.state == FAILED
+        finding = await found(caller, "CONTAINER_UNKNOWN")
+        assert (finding.container, finding.container_uid) == ("replaced", new.uid)
+        await passed(caller)
+        await caller.delete("replaced")
+        await found(caller, "RECORD_LOST", REPAIRED, container="replaced")
+        await sound(caller, rig, "replaced")
+        assert (await caller.get("replaced")).uid == new.uid
+        # And everything goes on from there.
+        assert (await caller.scale("scaled", 2)).revision == 4
+        assert await caller.shell("scaled", LOOKED) == files
+        await caller.start("idle")
+        for name in ("scaled", "deleted", "replaced", "same", "later", "idle"):
+            await caller.delete(name)
+        await passed(caller)
+        assert await caller.free_gpus() == 8
+        assert not await drift(caller)
+        assert not [name for name in names(rig) if name.startswith("gpudock-")]
+        assert "Traceback" not in restorable.daemon.log_text, restorable.daemon.log_text
+
+
+async def _begun(restorable: Restorable, kind: str, die_at: int, prepare: object, act_on: object) -> bool:
+    """Kill the daemon at a moment of an operation and save what its store then has; whether it was killed."""
+    daemon = await restorable.start("tests.faults.mortal", {KIND: kind, DIE_AT: str(die_at)})
+    async with Caller(daemon.target) as caller:
+        await prepare(caller)  # type: ignore[operator]
+        try:
+            await act_on(caller)  # type: ignore[operator]
+        except grpc.aio.AioRpcError as error:
+            assert error.code() is grpc.StatusCode.UNAVAILABLE, error  # noqa: PT017 (any other code is the failure)
+        else:
+            return False
+    assert await asyncio.to_thread(daemon.wait) == -9, daemon.log_text
+
+    async def etcd_gone() -> bool:
+        return not _runs_in(daemon.state_dir)
+
+    # It ends in order when its daemon dies.
+    await until(etcd_gone)
+    restorable.save()
+    return True
+
+
+def _runs_in(folder: Path) -> bool:
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "cwd").readlink().is_relative_to(folder):
+                return True
+    return False
+
+
+async def _nothing(_: Caller) -> None:
+    return
+
+
+# Moments of the operation: before and after its records and its calls to the engine.
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("die_at", range(2, 22, 4))
+@pytest.mark.parametrize("then", ["ended", "scaled again", "deleted"])
+async def test_a_scale_that_the_backup_has_under_way(restorable: Restorable, rig: Rig, die_at: int, then: str) -> None:
+    files = ""
+
+    async def prepare(caller: Caller) -> None:
+        nonlocal files
+        await caller.create("victim", 2, ports=[PORT])
+        await caller.shell("victim", PLANT)
+        files = await caller.shell("victim", LOOKED)
+
+    assert await _begun(restorable, "SCALE", die_at, prepare, lambda caller: caller.scale("victim", 3))
+    await restorable.start()
+    async with Caller(restorable.daemon.target) as caller:
+        await caller.settled()
+        await sound(caller, rig, "victim", files)
+        if then == "scaled again":
+            await caller.scale("victim", 1)
+        elif then == "deleted":
+            await caller.delete("victim")
+    await restorable.restored()
+    async with Caller(restorable.daemon.target) as caller:
+        await caller.settled()
+        await passed(caller)
+        if then == "deleted":
+            assert (await caller.get("victim")).status.state == FAILED
+            await caller.delete("victim")
+            await absent(caller, rig, "victim")
+        else:
+            seen = await sound(caller, rig, "victim", files)
+            assert seen.spec.gpus.count == (1 if then == "scaled again" else 3)
+        assert "Traceback" not in restorable.daemon.log_text, restorable.daemon.log_text
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("die_at", range(2, 9, 3))
+@pytest.mark.parametrize("then", ["ended", "scaled", "stopped", "deleted"])
+async def test_a_create_that_the_backup_has_under_way(restorable: Restorable, rig: Rig, die_at: int, then: str) -> None:
+    assert await _begun(restorable, "CREATE", die_at, _nothing, lambda caller: caller.create("victim", 2, ports=[PORT]))
+    await restorable.start()
+    files = ""
+    async with Caller(restorable.daemon.target) as caller:
+        await caller.settled()
+        await caller.shell("victim", PLANT)
+        files = await caller.shell("victim", LOOKED)
+        steps: dict[str, Callable[[], object]] = {
+            "scaled": lambda: caller.scale("victim", 3),
+            "stopped": lambda: caller.stop("victim"),
+            "deleted": lambda: caller.delete("victim"),
+        }
+        if then in steps:
+            await steps[then]()  # type: ignore[misc]
+    await restorable.restored()
+    async with Caller(restorable.daemon.target) as caller:
+        await caller.settled()
+        await passed(caller)
+        # An interrupted operation goes forward: who asked for the container gets it, though it was deleted since.
+        if then == "deleted":
+            await sound(caller, rig, "victim")
+        elif then == "stopped":
+            assert (await caller.get("victim")).status.state in (RUNNING, STOPPED)
+            await caller.start("victim")
+            await sound(caller, rig, "victim", files)
+        else:
+            assert (await sound(caller, rig, "victim", files)).spec.gpus.count == (3 if then == "scaled" else 2)
+        assert "Traceback" not in restorable.daemon.log_text, restorable.daemon.log_text
+        listed = await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest())
+        create = [one for one in listed.operations if one.kind == operation_pb2.OPERATION_KIND_CREATE_CONTAINER]
+        assert [one.state for one in create] == [operation_pb2.OPERATION_STATE_SUCCEEDED]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("die_at", [2, 3, 5])
+async def test_a_delete_that_the_backup_has_under_way(restorable: Restorable, rig: Rig, die_at: int) -> None:
+    async def prepare(caller: Caller) -> None:
+        await caller.create("victim", 2, ports=[PORT])
+
+    assert await _begun(restorable, "DELETE", die_at, prepare, lambda caller: caller.delete("victim"))
+    await restorable.start()
+    async with Caller(restorable.daemon.target) as caller:
+        await caller.settled()
+        await absent(caller, rig, "victim")
+        new = await caller.create("victim", 1)
+    await restorable.restored()
+    async with Caller(restorable.daemon.target) as caller:
+        await caller.settled()
+        await passed(caller)
+        assert (await sound(caller, rig, "victim")).uid == new.uid
+
+
+@pytest.mark.timeout(120)
+async def test_a_stop_that_the_backup_has_under_way(restorable: Restorable, rig: Rig) -> None:
+    async def prepare(caller: Caller) -> None:
+        await caller.create("victim", 2)
+
+    assert await _begun(restorable, "STOP", 2, prepare, lambda caller: caller.stop("victim"))
+    await restorable.start()
+    async with Caller(restorable.daemon.target) as caller:
+        await caller.settled()
+        await caller.start("victim", 3)
+        await caller.shell("victim", PLANT)
+        files = await caller.shell("victim", LOOKED)
+    await restorable.restored()
+    async with Caller(restorable.daemon.target) as caller:
+        await caller.settled()
+        # It was made again with other cards since: the stop was of one that is no more.
+        stops = operation_service_pb2.OperationFilter(kinds=[operation_pb2.OPERATION_KIND_STOP_CONTAINER])
+        request = operation_service_pb2.ListOperationsRequest(filter=stops)
+        (stop,) = (await caller.operations.ListOperations(request)).operations
+        assert stop.state == operation_pb2.OPERATION_STATE_FAILED
+        assert "was overtaken" in stop.error.message
+        await sound(caller, rig, "victim", files)

@@ -1,0 +1,269 @@
+"""What is edited by hand in the store: claims, locks, operations and records, deleted, damaged or put elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest_asyncio
+from gpudock.v1 import container_pb2, container_service_pb2
+from gpudock_server.adapters.etcd.values import encode
+from gpudock_server.model.changes import Claim, Release
+from gpudock_server.model.claims import GpuKey, Holder
+from gpudock_server.model.target import TargetKind
+from gpudock_server.settings import default_host_id
+
+from tests.calls import Caller, failure
+from tests.engine.drift import REPAIRED, REPORTED, State, drift, found, passed, state_of
+from tests.engine.own_daemons import OwnDaemons, own, until, until_state
+from tests.faults.mortal import DIE_AT
+from tests.faults.mortal import KIND as KIND_VARIABLE
+from tests.rig import Rig
+
+__all__ = ["own"]
+
+RUNNING = container_pb2.CONTAINER_STATE_RUNNING
+FAILED = container_pb2.CONTAINER_STATE_FAILED
+HOST = default_host_id()
+QUICK = ("--orphan-grace", "0", "--reconcile-interval", "0.5")
+PORT = container_pb2.PortRequest(container_port=80)
+
+
+@pytest_asyncio.fixture
+async def quick(own: OwnDaemons) -> AsyncIterator[Caller]:
+    """Calls a daemon that compares everything every half second."""
+    daemon = await own.start(*QUICK)
+    async with Caller(daemon.target) as caller:
+        yield caller
+    assert daemon.running
+    assert "Traceback" not in daemon.log_text, daemon.log_text
+
+
+@pytest_asyncio.fixture
+async def state(own: OwnDaemons, rig: Rig) -> AsyncIterator[State]:
+    """What the daemon has in etcd."""
+    async with state_of(own, rig) as state:
+        yield state
+
+
+async def test_claims_that_were_deleted_are_made_again(quick: Caller, state: State) -> None:
+    made = await quick.create("keeps", 3, ports=[PORT])
+    claims = (await state.store.claims(HOST)).claims
+    assert len(claims) == 4
+    await state.delete(*(state.keys.claim(HOST, key) for key in claims))
+    for _ in range(4):
+        await found(quick, "CLAIM_MISSING", REPAIRED, container="keeps")
+
+    async def restored() -> bool:
+        return (await state.store.claims(HOST)).claims == claims
+
+    await until(restored)
+    assert (await quick.get("keeps")) == made
+    assert (await quick.scale("keeps", 4)).status.state == RUNNING
+
+
+async def test_a_claim_that_another_has_is_a_conflict(quick: Caller, state: State) -> None:
+    one = await quick.create("one", 1)
+    other = await quick.create("other", 1)
+    (card,), (another,) = one.status.gpu_uuids, other.status.gpu_uuids
+    thief = Holder(container="other", uid=other.uid, node=one.node)
+    # Its holder's record does not have it: released, and claimed again for whose record has.
+    await state.put(state.keys.claim(HOST, GpuKey(card)), encode(thief))
+
+    async def right() -> bool:
+        return (await quick.holders())[card] == "one"
+
+    await until(right)
+    assert (await quick.holders())[another] == "other"
+    # Its holder is of another node, of which nothing is known here.
+    await state.put(state.keys.claim(HOST, GpuKey(card)), encode(thief.model_copy(update={"node": "elsewhere"})))
+    finding = await found(quick, "CLAIM_CONFLICT", REPORTED)
+    assert (finding.container, finding.other_container, finding.claim) == ("one", "other", card)
+    await passed(quick)
+    assert (await quick.holders())[card] == "other", "nothing is guessed"
+    assert (await quick.get("one")).status.state == RUNNING
+    await state.delete(state.keys.claim(HOST, GpuKey(card)))
+    await until(right)
+
+
+async def test_a_claim_that_its_holder_does_not_have_is_released(quick: Caller, state: State) -> None:
+    made = await quick.create("some", 2)
+    free = next(uuid for uuid, holder in (await quick.holders()).items() if not holder)
+    await state.store.apply([Claim(HOST, GpuKey(free), Holder(container="some", uid=made.uid, node=made.node))])
+    finding = await found(quick, "CLAIM_STALE", REPAIRED)
+    assert (finding.container, finding.claim) == ("some", free)
+    assert await quick.free_gpus() == 6
+
+
+async def test_a_claim_that_cannot_be_read_is_held(quick: Caller, state: State, rig: Rig) -> None:
+    key = state.keys.claim(HOST, GpuKey(rig.gpus.uuids[0]))
+    await state.put(key, b"scribble")
+    finding = await found(quick, "RECORD_UNREADABLE", REPORTED)
+    assert finding.claim == rig.gpus.uuids[0]
+    made = await quick.create("rest", 7)
+    assert rig.gpus.uuids[0] not in made.status.gpu_uuids
+    assert (await failure(quick.create("more", 1))).reason == "GPU_EXHAUSTED"
+    await state.delete(key)
+    assert await quick.free_gpus() == 1
+
+
+async def test_a_record_that_cannot_be_read_hides_no_other(own: OwnDaemons, state: State) -> None:
+    daemon = await own.start(*QUICK)
+    async with Caller(daemon.target) as caller:
+        await caller.create("damaged", 2)
+        whole = await caller.create("whole", 1)
+        key = state.keys.container("damaged")
+        kept = await state.read(key)
+        await state.put(key, b'{"schema":2,"record":{"name":"damaged"}}')
+        finding = await found(caller, "RECORD_UNREADABLE", REPORTED)
+        assert finding.container == "damaged"
+        assert finding.key == key.decode()
+        await passed(caller)
+    # Nor does it keep a daemon from starting.
+    daemon.stop()
+    daemon = await own.start(*QUICK, after=daemon)
+    async with Caller(daemon.target) as caller:
+        listed = await caller.containers.ListContainers(container_service_pb2.ListContainersRequest())
+        assert list(listed.containers) == [whole]
+        for call in (caller.get("damaged"), caller.delete("damaged"), caller.create("damaged")):
+            refused = await failure(call)
+            assert (refused.code, refused.reason) == (grpc.StatusCode.DATA_LOSS, "RECORD_UNREADABLE")
+            assert refused.metadata["key"] == key.decode()
+        await passed(caller)
+        assert list((await caller.holders()).values()).count("damaged") == 2, "what it holds is not given away"
+        await state.put(key, kept)
+        await passed(caller)
+        assert (await caller.get("damaged")).status.state == RUNNING
+        assert (await caller.scale("damaged", 3)).status.state == RUNNING
+        assert "Traceback" not in daemon.log_text, daemon.log_text
+
+
+async def test_a_record_that_was_deleted_is_written_again(quick: Caller, state: State) -> None:
+    made = await quick.create("again", 2, ports=[PORT], env={"A": "b"}, cpus=0.5)
+    scaled = await quick.scale("again", 3)
+    await quick.shell("again", "echo kept > /file")
+    await state.delete(state.keys.container("again"))
+
+    async def back() -> bool:
+        listed = await quick.containers.ListContainers(container_service_pb2.ListContainersRequest())
+        return [one.name for one in listed.containers] == ["again"]
+
+    await until(back)
+    finding = await found(quick, "RECORD_LOST", REPAIRED)
+    assert finding.container == "again"
+    seen = await quick.get("again")
+    assert (seen.uid, seen.spec, seen.revision) == (made.uid, scaled.spec, 2)
+    assert (seen.status.gpu_uuids, seen.status.ports) == (scaled.status.gpu_uuids, scaled.status.ports)
+    assert list((await quick.holders()).values()).count("again") == 3
+    assert len(await state.store.history(made.uid)) == 2
+    assert (await quick.scale("again", 1)).revision == 3
+    assert await quick.shell("again", "cat /file") == "kept\n"
+    await quick.delete("again")
+    await passed(quick)
+    assert (await failure(quick.get("again"))).reason == "CONTAINER_NOT_FOUND"
+    assert await quick.free_gpus() == 8
+
+
+async def test_a_record_is_not_written_again_over_what_another_holds(quick: Caller, state: State) -> None:
+    await quick.create("lost", 1)
+    claims = (await state.store.claims(HOST)).claims
+    (key,) = claims
+    uid = claims[key].uid
+    other = Holder(container="other", uid="u", node="elsewhere")
+    await state.delete(state.keys.container("lost"))
+    await state.store.apply([Release(HOST, key, uid)])
+    await state.put(state.keys.claim(HOST, key), encode(other))
+    finding = await found(quick, "RECORD_LOST")
+    if finding.remedy == REPORTED:
+        assert finding.other_container == "other"
+        await state.delete(state.keys.claim(HOST, key))
+    await until_state_or_missing(quick, "lost")
+    assert (await state.store.claims(HOST)).claims[key].uid == uid
+
+
+async def until_state_or_missing(caller: Caller, name: str) -> None:
+    """Wait until there is a container of that name, and it runs."""
+
+    async def there() -> bool:
+        listed = await caller.containers.ListContainers(container_service_pb2.ListContainersRequest())
+        return [one.name for one in listed.containers if one.status.state == RUNNING] == [name]
+
+    await until(there)
+
+
+async def test_a_lock_of_no_operation_is_released(quick: Caller, state: State) -> None:
+    await quick.create("locked", 1)
+    await state.put(state.keys.lock(TargetKind.CONTAINER, "locked"), b"00000000-0000-8000-8000-000000000000")
+    await state.put(state.keys.lock(TargetKind.CONTAINER, "nothing"), b"\xff")
+    await found(quick, "LOCK_STALE", REPAIRED)
+
+    async def free() -> bool:
+        return not await state.store.held_locks()
+
+    await until(free)
+    assert (await quick.scale("locked", 2)).status.state == RUNNING
+
+
+async def _interrupted(own: OwnDaemons, kind: str, die_at: int) -> None:
+    """A daemon is killed in the middle of an operation on `victim`."""
+    daemon = await own.start(
+        *QUICK, module="tests.faults.mortal", environment={KIND_VARIABLE: kind, DIE_AT: str(die_at)}
+    )
+    async with Caller(daemon.target) as caller:
+        try:
+            await caller.create("victim", 1)
+            await caller.shell("victim", "echo kept > /file")
+            await caller.scale("victim", 2)
+        except grpc.aio.AioRpcError as error:
+            assert error.code() is grpc.StatusCode.UNAVAILABLE  # noqa: PT017 (any other code is the failure)
+    assert daemon.wait() == -9, daemon.log_text
+
+
+async def test_an_operation_that_lost_its_lock_is_taken_up_all_the_same(own: OwnDaemons, state: State) -> None:
+    await _interrupted(own, "SCALE", 8)
+    await state.delete(state.keys.lock(TargetKind.CONTAINER, "victim"))
+    daemon = await own.start(*QUICK)
+    async with Caller(daemon.target) as caller:
+        await caller.settled()
+        assert (await caller.get("victim")).spec.gpus.count == 2
+        assert await caller.shell("victim", "cat /file") == "kept\n"
+        assert "Traceback" not in daemon.log_text, daemon.log_text
+
+
+async def test_an_operation_that_was_deleted_loses_nothing(own: OwnDaemons, state: State) -> None:
+    await _interrupted(own, "SCALE", 8)
+    (operation,) = await state.store.unfinished(own.node)
+    await state.delete(state.keys.operation(operation.value.id))
+    daemon = await own.start(*QUICK)
+    async with Caller(daemon.target) as caller:
+        # Which of the two has the files cannot be told, so both are kept, and a person is told.
+        finding = await found(caller, "CONTAINER_UNKNOWN", REPORTED)
+        assert finding.container == "victim"
+        await passed(caller)
+        assert [one.plan for one in await drift(caller, container="victim")] == ["nothing is done"]
+        assert not await state.store.held_locks()
+        assert "Traceback" not in daemon.log_text, daemon.log_text
+
+
+async def test_a_create_whose_operation_was_deleted(own: OwnDaemons, state: State) -> None:
+    await _interrupted(own, "CREATE", 2)
+    (operation,) = await state.store.unfinished(own.node)
+    await state.delete(state.keys.operation(operation.value.id))
+    daemon = await own.start(*QUICK)
+    async with Caller(daemon.target) as caller:
+        await until_state(caller, "victim", FAILED)
+        assert await caller.free_gpus() == 8
+        await caller.delete("victim")
+        assert (await caller.create("victim", 1)).status.state == RUNNING
+
+
+async def test_a_head_that_was_deleted_under_its_operation(own: OwnDaemons, state: State) -> None:
+    await _interrupted(own, "SCALE", 8)
+    await state.delete(state.keys.container("victim"))
+    daemon = await own.start(*QUICK)
+    async with Caller(daemon.target) as caller:
+        await found(caller, "CONTAINER_UNKNOWN", REPORTED)
+        await caller.settled()
+        await passed(caller)
+        assert len(await drift(caller, container="victim")) == 2, "both engine containers are kept, and shown"
+        assert "Traceback" not in daemon.log_text, daemon.log_text

@@ -1,0 +1,134 @@
+"""Containers that are started, renamed and given other limits behind the daemon's back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest_asyncio
+from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2
+
+from tests.calls import Caller
+from tests.engine.drift import RETRIED, act, found, inspect, passed, update
+from tests.engine.own_daemons import OwnDaemons, own, until, until_state
+from tests.rig import Rig
+
+__all__ = ["own"]
+
+RUNNING = container_pb2.CONTAINER_STATE_RUNNING
+STOPPED = container_pb2.CONTAINER_STATE_STOPPED
+MIB = 1 << 20
+
+
+@pytest_asyncio.fixture
+async def quick(own: OwnDaemons) -> AsyncIterator[Caller]:
+    """Calls a daemon that compares everything every half second."""
+    daemon = await own.start("--orphan-grace", "0", "--reconcile-interval", "0.5")
+    async with Caller(daemon.target) as caller:
+        yield caller
+    assert daemon.running
+    assert "Traceback" not in daemon.log_text, daemon.log_text
+
+
+async def test_started_by_hand_while_what_it_had_is_free(caller: Caller, rig: Rig) -> None:
+    made = await caller.create("returns", 2, ports=[container_pb2.PortRequest(container_port=80)])
+    stopped = await caller.stop("returns")
+    assert not stopped.status.holds_resources
+    await asyncio.to_thread(act, rig, made.status.engine_id, "start")
+    await until_state(caller, "returns", RUNNING)
+    status = (await caller.get("returns")).status
+    assert status.holds_resources
+    assert (status.gpu_uuids, status.ports) == (made.status.gpu_uuids, made.status.ports)
+    assert list((await caller.holders()).values()).count("returns") == 2
+    assert (await found(caller, "CONTAINER_STARTED", container="returns")).claim == ""
+    await caller.stop("returns")
+    assert await caller.free_gpus() == 8
+
+
+async def test_started_by_hand_while_another_has_what_it_had(caller: Caller, rig: Rig) -> None:
+    made = await caller.create("loses", 8)
+    await caller.stop("loses")
+    winner = await caller.create("winner", 1)
+    await asyncio.to_thread(act, rig, made.status.engine_id, "start")
+
+    async def stopped() -> bool:
+        return not inspect(rig, made.status.engine_id)["State"]["Running"]
+
+    await until(stopped)
+    await until_state(caller, "loses", STOPPED)
+    await caller.settled()
+    status = (await caller.get("loses")).status
+    taken = winner.status.gpu_uuids[0]
+    assert status.message == f"it was started outside gpudock while {taken} was held by winner, and was stopped again"
+    assert not status.holds_resources
+    assert (await caller.holders())[taken] == "winner"
+    assert await caller.free_gpus() == 7
+    finding = await found(caller, "CONTAINER_STARTED", container="loses")
+    assert (finding.other_container, finding.claim) == ("winner", taken)
+    asked = operation_service_pb2.GetOperationRequest(id=finding.operation_id)
+    stop = (await caller.operations.GetOperation(asked)).operation
+    assert (stop.kind, stop.state) == (
+        operation_pb2.OPERATION_KIND_STOP_CONTAINER,
+        operation_pb2.OPERATION_STATE_SUCCEEDED,
+    )
+    # It stays so, and can be started as ever once there is room.
+    await caller.delete("winner")
+    assert (await caller.start("loses")).status.message == ""
+    assert await caller.free_gpus() == 0
+
+
+async def test_renamed(own: OwnDaemons, rig: Rig) -> None:
+    daemon = await own.start("--reconcile-interval", "0.5")
+    async with Caller(daemon.target) as caller:
+        made = await caller.create("known")
+        engine_id = made.status.engine_id
+        name = inspect(rig, engine_id)["Name"].removeprefix("/")
+
+        async def back() -> bool:
+            return bool(inspect(rig, engine_id)["Name"] == f"/{name}")
+
+        rig.engine.call("POST", f"/containers/{engine_id}/rename", query={"name": "renamed"})
+        await until(back)
+        # Where something else has the name by then, that is told, and nothing is removed for it.
+        daemon.process.pause()
+        rig.engine.call("POST", f"/containers/{engine_id}/rename", query={"name": "renamed"})
+        config = {"Image": made.spec.image, "Cmd": ["true"]}
+        squatter = rig.engine.call("POST", "/containers/create", query={"name": name}, send=config)["Id"]
+        daemon.process.resume()
+        finding = await found(caller, "CONTAINER_RENAMED", RETRIED)
+        assert (finding.expected, finding.actual) == (name, "renamed")
+        await passed(caller)
+        assert not inspect(rig, squatter)["State"]["Running"]
+        rig.engine.call("DELETE", f"/containers/{squatter}")
+        await until(back)
+        assert (await caller.scale("known", 1)).status.state == RUNNING
+
+
+async def test_limits_that_docker_update_changed(quick: Caller, rig: Rig) -> None:
+    limited = await quick.create("limited", cpus=0.5, memory_bytes=64 * MIB)
+    free = await quick.create("free")
+
+    def limits(container: container_pb2.Container) -> tuple[int, int]:
+        host = inspect(rig, container.status.engine_id)["HostConfig"]
+        return host["NanoCpus"], host["Memory"]
+
+    update(rig, limited.status.engine_id, NanoCpus=100_000_000, Memory=32 * MIB, MemorySwap=32 * MIB)
+
+    async def set_back() -> bool:
+        return limits(limited) == (500_000_000, 64 * MIB)
+
+    await until(set_back)
+    finding = await found(quick, "LIMITS_CHANGED")
+    assert (finding.container, finding.actual) == ("limited", f"cpus=0.1 memory_bytes={32 * MIB}")
+    update(rig, free.status.engine_id, NanoCpus=100_000_000)
+
+    async def as_much_as_there_is() -> bool:
+        return limits(free)[0] > 500_000_000
+
+    await until(as_much_as_there_is)
+    # What a container cannot be freed of is no drift.
+    await passed(quick, 3)
+    assert not [one for one in [await quick.get("free")] if one.status.state != RUNNING]
+    scaled = await quick.scale("limited", cpus=1.0)
+    await passed(quick)
+    assert limits(scaled) == (1_000_000_000, 64 * MIB)
