@@ -7,6 +7,7 @@ was harmed) the world is asked which of the possible ones came about; anything e
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from gpudock.v1 import container_pb2
 
 from tests.calls import Caller, failure_of
 from tests.conftest import FAST, own_state
-from tests.rig import Daemon, EngineProxy, Rig
+from tests.rig import Daemon, EngineProxy, HttpStatusError, Rig
 from tests.stateful.looking import EngineSide, files_of, upper_of
 from tests.stateful.model import GROUP, Expected, Past, Spec, State
 
@@ -28,6 +29,9 @@ _HARMED = {
     "ENGINE_UNAVAILABLE", "ENGINE_REJECTED", "START_FAILED", "LAYER_CARRY_FAILED", "SNAPSHOT_FAILED",
     "IMAGE_NOT_FOUND", "CONTAINER_NOT_RUNNING", "SHUTTING_DOWN", "STORE_UNAVAILABLE", "",
 }  # fmt: skip
+
+# Within so many seconds an event is noticed and, where a rule says so, repaired.
+_NOTICED_S = 20.0
 
 Act = Callable[[Caller], Awaitable[object]]
 
@@ -48,7 +52,18 @@ class Arena:
     @classmethod
     async def open(cls, rig: Rig, proxy: EngineProxy) -> Arena:
         """With a daemon that has a state of its own."""
-        flags = (*FAST, *own_state(), "--engine-timeout", "5", "--orphan-grace", "0", "--keep-revisions", "6")
+        flags = (
+            *FAST,
+            *own_state(),
+            "--engine-timeout",
+            "5",
+            "--orphan-grace",
+            "0",
+            "--reconcile-interval",
+            "1",
+            "--keep-revisions",
+            "6",
+        )
         daemon = await rig.start_daemon(*flags, docker_host=proxy.url)
         return cls(rig, proxy, Caller(daemon.target), daemon, flags)
 
@@ -209,13 +224,37 @@ class Arena:
                 self.rig.engine.call("POST", f"{where}/pause")
                 one.state = State.PAUSED
             case "start":
-                self.rig.engine.call("POST", f"{where}/start")
-                one.state = State.RUNNING
-        wanted = f"CONTAINER_STATE_{one.state}"
-        async with asyncio.timeout(20):
-            while container_pb2.ContainerState.Name((await self.caller.get(name)).status.state) != wanted:
+                return await self._started_outside(name, where)
+            case "rename":
+                self.rig.engine.call("POST", f"{where}/rename", query={"name": f"mine-{name}"})
+                await _until(lambda: self._inspected(name)["Name"] == inspected["Name"])
+            case "limit":
+                self.rig.engine.call("POST", f"{where}/update", send={"NanoCpus": 700_000_000})
+                wanted = round(one.spec.cpus * 1e9) or self.rig.engine.call("GET", "/info")["NCPU"] * 1_000_000_000
+                await _until(lambda: self._inspected(name)["HostConfig"]["NanoCpus"] == wanted)
+        wanted_state = f"CONTAINER_STATE_{one.state}"
+        async with asyncio.timeout(_NOTICED_S):
+            while container_pb2.ContainerState.Name((await self.caller.get(name)).status.state) != wanted_state:
                 await asyncio.sleep(0.02)
         self.known[name] = one
+        return None
+
+    def _inspected(self, name: str) -> Any:
+        return EngineSide.look(self.rig, self.node).by_name[name][0]
+
+    async def _started_outside(self, name: str, where: str) -> None:
+        """What it was given is claimed for it if it is free; else it is stopped again."""
+        try:
+            self.rig.engine.call("POST", f"{where}/start")
+        except HttpStatusError:
+            return None  # its port is another's by now
+        runs, stopped = self.known[name].copy(), self.known[name].copy()
+        runs.state, runs.holds = State.RUNNING, True
+        async with asyncio.timeout(_NOTICED_S):
+            while True:
+                with contextlib.suppress(AssertionError):
+                    return await self.settle(name, runs, stopped)
+                await asyncio.sleep(0.05)
 
     async def write(self, name: str, file: str, content: str | None) -> None:
         """Write a file, or (None) delete one."""
@@ -230,6 +269,12 @@ class Arena:
             script = f"mkdir -p /work && printf %s '{content}' > /work/{file}"
             one.files[file] = content
         await self.caller.shell(name, script)
+
+
+async def _until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(_NOTICED_S):
+        while not await asyncio.to_thread(holds):
+            await asyncio.sleep(0.05)
 
 
 async def _told(call: Awaitable[object]) -> bool:

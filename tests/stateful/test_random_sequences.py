@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -18,22 +19,30 @@ from hypothesis import HealthCheck, Phase, Verbosity, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from tests.calls import Caller, result_of, scale_request, update_request
-from tests.rig import EngineProxy, Rig
+from tests.calls import Caller, clone_request, result_of, scale_request, update_request
+from tests.rig import EngineProxy, Fault, Rig
 from tests.stateful.arena import Act, Arena, fields_of, pruned, restorable, snapshots
-from tests.stateful.model import GROUP, Expected, Spec, State
+from tests.stateful.model import GROUP, Expected, Past, Spec, State
 
 T = TypeVar("T")
+
+RUNNING, PAUSED, EXITED, STOPPED, FAILED = State
+_RESTING = (RUNNING, STOPPED, EXITED)
+# Of these troubles each must have been met, and so often; else the sequences were too tame to show anything.
+_TROUBLES = ("refuse", "drop", "drop after", "kill")
 
 # One sequence; each has a daemon and a state of its own.
 _SEQUENCE = 50
 _PARTS = 4
+# From so many steps on, all of it is met.
+_TELLING_STEPS = 1000
 _KEEP = 6
 _NAMES = ("ada", "bob", "cleo")
 _FILES = ("a", "b", "c", GROUP)
 _GPUS = st.integers(0, 3)
 _CONTENTS = st.sampled_from(("one", "two", "three", "", None))
 _CALLS = r"/(containers|images)(/(?!.*/wait$).*)?"
+_DEEDS = "POST|DELETE"
 
 
 class Loop:
@@ -60,6 +69,7 @@ class Host(RuleBasedStateMachine):
 
     rig: Rig
     loop: Loop
+    tally: Counter[str]
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,33 +101,48 @@ class Host(RuleBasedStateMachine):
 
     # -- drawing -------------------------------------------------------------------------------------------------------
 
-    def _one(self, data: st.DataObject, *states: State) -> Expected | None:
+    def has(self, *states: State) -> bool:
+        """Whether there is one in any of these states (none: in any at all)."""
+        known = self._arena.known if self._arena else {}
+        return any(not states or one.state in states for one in known.values())
+
+    def _one(self, data: st.DataObject, *states: State) -> Expected:
         names = sorted(name for name, one in self.arena.known.items() if not states or one.state in states)
-        return self.arena.known[data.draw(st.sampled_from(names), label="which")] if names else None
+        return self.arena.known[data.draw(st.sampled_from(names), label="which")]
 
     def _do(self, data: st.DataObject, name: str, act: Act, before: Expected | None, after: Expected | None) -> None:
-        """Mostly undisturbed; now and then the engine is harmed meanwhile, or the daemon killed."""
-        trouble = data.draw(st.sampled_from(("none",) * 6 + ("refuse", "drop", "drop after", "kill")), label="trouble")
+        """Undisturbed half the time; else the engine is harmed meanwhile, or the daemon killed."""
+        trouble = data.draw(st.sampled_from(("none",) * 4 + _TROUBLES), label="trouble")
         if trouble == "kill":
             self.loop.run(self.arena.kill_during(name, act, before=before, after=after))
+            self.tally[trouble] += 1
         else:
-            if trouble != "none":
-                nth = data.draw(st.integers(1, 12), label="nth call")
-                faults = self.arena.proxy.faults
-                if trouble == "refuse":
-                    faults.fail(".*", _CALLS, nth=nth)
-                else:
-                    faults.drop("POST|DELETE", _CALLS, nth=nth, after=trouble == "drop after")
+            fault = self._plant(data, trouble)
             self.loop.run(self.arena.act(name, act, before=before, after=after))
+            self.tally[trouble] += fault is None or fault.hit.is_set()
         self.loop.run(self.arena.check(name))
+
+    def _plant(self, data: st.DataObject, trouble: str) -> Fault | None:
+        faults = self.arena.proxy.faults
+        match trouble:
+            case "refuse":
+                # Questions are refused too; there are many of them between two deeds.
+                if data.draw(st.booleans(), label="a deed"):
+                    return faults.fail(_DEEDS, _CALLS, nth=data.draw(st.integers(1, 5), label="nth"))
+                return faults.fail(".*", _CALLS, nth=data.draw(st.integers(1, 15), label="nth"))
+            case "drop" | "drop after":
+                nth = data.draw(st.integers(1, 5), label="nth")
+                return faults.drop(_DEEDS, _CALLS, nth=nth, after=trouble == "drop after")
+        return None
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
+    @precondition(lambda self: any(name not in self.arena.known for name in _NAMES))
     @rule(data=st.data(), gpus=_GPUS, port=st.booleans())
     def create(self, data: st.DataObject, gpus: int, port: bool) -> None:  # noqa: FBT001 - drawn
         """A container more, if there are names and cards for it."""
         free = [name for name in _NAMES if name not in self.arena.known]
-        if not free or gpus > 8 - self._held():
+        if gpus > 8 - self._held():
             return
         name = data.draw(st.sampled_from(free), label="name")
         spec = Spec(gpus=gpus, port=port)
@@ -139,60 +164,66 @@ class Host(RuleBasedStateMachine):
     async def _learn_uid(self, name: str) -> None:
         self.arena.known[name].uid = (await self.arena.caller.get(name)).uid
 
+    @precondition(lambda self: self.has(RUNNING))
     @rule(data=st.data(), file=st.sampled_from(_FILES), content=_CONTENTS)
     def write(self, data: st.DataObject, file: str, content: str | None) -> None:
         """Files change in what runs."""
-        if one := self._one(data, State.RUNNING):
-            self.loop.run(self.arena.write(one.name, file, content))
+        self.loop.run(self.arena.write(self._one(data, RUNNING).name, file, content))
+        self.tally["write"] += 1
 
+    @precondition(lambda self: self.has(RUNNING))
     @rule(data=st.data(), file=st.sampled_from(_FILES), content=_CONTENTS)
     def write_more(self, data: st.DataObject, file: str, content: str | None) -> None:
         """Most of what happens to a container are its own doings."""
         self.write(data, file, content)
 
+    @precondition(lambda self: self.has(RUNNING))
     @rule(data=st.data(), gpus=_GPUS, keep=st.booleans())
     def scale(self, data: st.DataObject, gpus: int, keep: bool) -> None:  # noqa: FBT001 - drawn
         """Other cards, by a successor."""
-        one = self._one(data, State.RUNNING)
-        if one is None or gpus == one.spec.gpus or gpus - one.spec.gpus > 8 - self._held():
+        one = self._one(data, RUNNING)
+        if gpus == one.spec.gpus or gpus - one.spec.gpus > 8 - self._held():
             return
         request = scale_request(one.name, gpus, **snapshots(keep))
         after = pruned(one.changed(replace(one.spec, gpus=gpus), kept=keep), _KEEP)
         self._do(data, one.name, lambda caller: result_of(caller.containers.ScaleContainer(request)), one, after)
 
+    @precondition(lambda self: self.has(*_RESTING))
     @rule(data=st.data(), cpus=st.sampled_from((0.5, 1.0, 1.5)), keep=st.booleans())
     def limit(self, data: st.DataObject, cpus: float, keep: bool) -> None:  # noqa: FBT001 - drawn
         """Another limit, in place, also of what does not run."""
-        one = self._one(data, State.RUNNING, State.STOPPED, State.EXITED)
-        if one is None or cpus == one.spec.cpus:
+        one = self._one(data, RUNNING, STOPPED, EXITED)
+        if cpus == one.spec.cpus:
             return
         request = scale_request(one.name, cpus=cpus, **snapshots(keep))
         after = pruned(one.changed(replace(one.spec, cpus=cpus), kept=keep), _KEEP)
         self._do(data, one.name, lambda caller: result_of(caller.containers.ScaleContainer(request)), one, after)
 
+    @precondition(lambda self: self.has(*_RESTING))
     @rule(data=st.data(), field=st.sampled_from(("env", "labels")), value=st.sampled_from(("x", "y")))
     def update(self, data: st.DataObject, field: str, value: str) -> None:
         """Environment by a successor, labels in place."""
         other: Any = {field: (("k", value),)}
         fields: Any = {field: {"k": value}}
-        one = self._one(data, State.RUNNING, State.STOPPED, State.EXITED)
-        if one is None or getattr(one.spec, field) == (("k", value),):
+        one = self._one(data, RUNNING, STOPPED, EXITED)
+        if getattr(one.spec, field) == (("k", value),):
             return
         request = update_request(one.name, **fields)
         after = pruned(one.changed(replace(one.spec, **other)), _KEEP)
         self._do(data, one.name, lambda caller: result_of(caller.containers.UpdateContainer(request)), one, after)
 
+    @precondition(lambda self: self.has(*_RESTING, FAILED))
     @rule(data=st.data(), spec_only=st.booleans())
     def rollback(self, data: st.DataObject, spec_only: bool) -> None:  # noqa: FBT001 - drawn
         """To any revision that can be returned to."""
-        one = self._one(data, State.RUNNING, State.STOPPED, State.EXITED, State.FAILED)
-        if one is None or (spec_only and one.state is State.FAILED):
+        one = self._one(data, RUNNING, STOPPED, EXITED, FAILED)
+        if spec_only and one.state is FAILED:
             return
         choices = list(one.past.items()) if spec_only else list(restorable(one))
         if not choices:
             return
         number, past = data.draw(st.sampled_from(choices), label="revision")
-        runs = one.state is State.RUNNING
+        runs = one.state is RUNNING
         if spec_only and past.spec == one.spec:
             return  # nothing would change
         if runs and past.spec.gpus - one.spec.gpus > 8 - self._held():
@@ -200,9 +231,9 @@ class Host(RuleBasedStateMachine):
         request = container_service_pb2.RollbackContainerRequest(name=one.name, revision=number, spec_only=spec_only)
         files = None if spec_only else dict(past.files or ())
         after = one.changed(past.spec, files=files)
-        if one.state is State.FAILED or (one.state is State.EXITED and not spec_only):
+        if one.state is FAILED or (one.state is EXITED and not spec_only):
             # A successor that was never started.
-            after.state = State.STOPPED
+            after.state = STOPPED
         self._do(
             data,
             one.name,
@@ -211,22 +242,22 @@ class Host(RuleBasedStateMachine):
             pruned(after, _KEEP),
         )
 
+    @precondition(lambda self: self.has(RUNNING, PAUSED))
     @rule(data=st.data(), keep_resources=st.booleans())
     def stop(self, data: st.DataObject, keep_resources: bool) -> None:  # noqa: FBT001 - drawn
         """Stop what runs."""
-        one = self._one(data, State.RUNNING, State.PAUSED)
-        if one is None:
-            return
+        one = self._one(data, RUNNING, PAUSED)
         after = one.copy()
-        after.state, after.holds = State.STOPPED, keep_resources
+        after.state, after.holds = STOPPED, keep_resources
         name = one.name
         self._do(data, name, lambda caller: caller.stop(name, keep_resources=keep_resources), one, after)
 
+    @precondition(lambda self: self.has(STOPPED, EXITED))
     @rule(data=st.data())
     def start(self, data: st.DataObject) -> None:
         """Start what does not run; where it was given other cards meanwhile it gets a successor, and a revision."""
-        one = self._one(data, State.STOPPED, State.EXITED)
-        if one is None or (not one.holds and one.spec.gpus > 8 - self._held()):
+        one = self._one(data, STOPPED, EXITED)
+        if not one.holds and one.spec.gpus > 8 - self._held():
             return
         name = one.name
         self.loop.run(self._start(name))
@@ -236,64 +267,62 @@ class Host(RuleBasedStateMachine):
         one = self.arena.known[name]
         now = await self.arena.caller.start(name)
         after = one.copy() if now.revision == one.revision else pruned(one.changed(one.spec), _KEEP)
-        after.state, after.holds = State.RUNNING, True
+        after.state, after.holds = RUNNING, True
         await self.arena.settle(name, after)
 
+    @precondition(lambda self: self.has(RUNNING))
     @rule(data=st.data())
     def restart(self, data: st.DataObject) -> None:
         """Another process, the same everything."""
-        one = self._one(data, State.RUNNING)
-        if one is not None:
-            name = one.name
-            self._do(data, name, lambda caller: caller.restart(name), one, one.copy())
+        one = self._one(data, RUNNING)
+        name = one.name
+        self._do(data, name, lambda caller: caller.restart(name), one, one.copy())
 
+    @precondition(lambda self: self.has(RUNNING, PAUSED))
     @rule(data=st.data())
     def pause_or_thaw(self, data: st.DataObject) -> None:
         """Freeze what runs, thaw what is frozen."""
-        one = self._one(data, State.RUNNING, State.PAUSED)
-        if one is None:
-            return
+        one = self._one(data, RUNNING, PAUSED)
         after, name = one.copy(), one.name
-        after.state = State.PAUSED if one.state is State.RUNNING else State.RUNNING
-        if one.state is State.RUNNING:
+        after.state = PAUSED if one.state is RUNNING else RUNNING
+        if one.state is RUNNING:
             request = container_service_pb2.PauseContainerRequest(name=name)
             self._do(data, name, lambda caller: caller.containers.PauseContainer(request), one, after)
         else:
             thaw = container_service_pb2.UnpauseContainerRequest(name=name)
             self._do(data, name, lambda caller: caller.containers.UnpauseContainer(thaw), one, after)
 
+    @precondition(lambda self: self.has())
     @rule(data=st.data())
     def delete_revision(self, data: st.DataObject) -> None:
         """Others keep the files that they share with it."""
         one = self._one(data)
-        if one is None or not one.past:
+        if not one.past:
             return
         number = data.draw(st.sampled_from(sorted(one.past)), label="revision")
         after, name = one.copy(), one.name
         del after.past[number]
         self._do(data, name, lambda caller: caller.delete_revision(name, number), one, after)
 
+    @precondition(lambda self: self.has())
     @rule(data=st.data())
     def delete(self, data: st.DataObject) -> None:
         """With all that belongs to it."""
         one = self._one(data)
-        if one is None or not data.draw(st.booleans(), label="really"):
+        if not data.draw(st.booleans(), label="really"):
             return
         name = one.name
-        # What fails leaves the record, so that the same call finishes the work; until then it may be a lost one.
-        lost = one.copy()
-        lost.state, lost.holds = State.FAILED, False
         self.loop.run(self.arena.caller.delete(name))
         del self.arena.known[name]
         self.loop.run(self.arena.check())
 
+    @precondition(lambda self: self.has(RUNNING))
     @rule(data=st.data())
     def two_at_once(self, data: st.DataObject) -> None:
         """Of two changes at once each is done, or refused because of the other."""
-        one = self._one(data, State.RUNNING)
-        if one is not None:
-            self.loop.run(self._two_at_once(one))
-            self.loop.run(self.arena.check(one.name))
+        one = self._one(data, RUNNING)
+        self.loop.run(self._two_at_once(one))
+        self.loop.run(self.arena.check(one.name))
 
     async def _two_at_once(self, one: Expected) -> None:
         values = [value for value in ("x", "y", "z") if one.spec.env != (("k", value),)][:2]
@@ -317,16 +346,46 @@ class Host(RuleBasedStateMachine):
         self.loop.run(self.arena.restart(kill=kill))
         self.loop.run(self.arena.check())
 
-    @rule(data=st.data(), deed=st.sampled_from(("rm", "stop", "kill", "pause", "start")))
+    @precondition(lambda self: self.has(RUNNING) and len(self.arena.known) < len(_NAMES))
+    @rule(data=st.data())
+    def clone(self, data: st.DataObject) -> None:
+        """Another one with the files of now, or of a revision."""
+        one = self._one(data, RUNNING)
+        name = data.draw(st.sampled_from([name for name in _NAMES if name not in self.arena.known]), label="name")
+        number, past = data.draw(
+            st.sampled_from([(0, Past(one.spec, tuple(one.files.items()))), *restorable(one)]), label="revision"
+        )
+        if past.spec.gpus > 8 - self._held():
+            return
+        request = clone_request(one.name, name, revision=number)
+        after = _Unborn(name, past.spec)
+        after.files = dict(past.files or ())
+        self._do(data, name, lambda caller: result_of(caller.containers.CloneContainer(request)), None, after)
+        if name in self.arena.known:
+            self.loop.run(self._learn_uid(name))
+        self.loop.run(self.arena.check(one.name))
+
+    @precondition(lambda self: self.has(*_RESTING))
+    @rule(data=st.data())
+    def commit(self, data: st.DataObject) -> None:
+        """An image of its files; the container is as it was."""
+        one = self._one(data, *_RESTING)
+        self._do(data, one.name, lambda caller: caller.commit(one.name, "stateful/image"), one, one.copy())
+
+    @precondition(lambda self: self.has(*_RESTING))
+    @rule(data=st.data(), deed=st.sampled_from(("rm", "stop", "kill", "pause", "start", "rename", "limit")))
     def behind_its_back(self, data: st.DataObject, deed: str) -> None:
         """The docker command does something to one of its containers."""
-        states = {"rm": (State.RUNNING, State.EXITED), "start": (State.EXITED,)}.get(deed, (State.RUNNING,))
+        states = {"rm": (RUNNING, EXITED), "start": (EXITED, STOPPED), "rename": _RESTING}.get(deed, (RUNNING,))
+        if not self.has(*states):
+            return
         one = self._one(data, *states)
         # Not often: what is removed is lost for the rest of the sequence, unless it is rolled back.
-        if one is None or (deed == "rm" and not data.draw(st.booleans(), label="really")):
+        if deed == "rm" and not data.draw(st.booleans(), label="really"):
             return
         self.loop.run(self.arena.outside(one.name, deed))
         self.loop.run(self.arena.check(one.name))
+        self.tally[f"docker {deed}"] += 1
 
     @rule()
     def look_at_everything(self) -> None:
@@ -336,7 +395,7 @@ class Host(RuleBasedStateMachine):
 
 def _Unborn(name: str, spec: Spec) -> Expected:  # noqa: N802 - made like a record
     """A container whose uid the server has yet to choose."""
-    return Expected(name=name, uid="", state=State.RUNNING, spec=spec)
+    return Expected(name=name, uid="", state=RUNNING, spec=spec)
 
 
 @pytest.mark.timeout(1800)
@@ -344,7 +403,8 @@ def _Unborn(name: str, spec: Spec) -> Expected:  # noqa: N802 - made like a reco
 def test_the_model_holds(rig: Rig, request: pytest.FixtureRequest, part: int) -> None:
     steps = int(request.config.getoption("--steps"))
     loop = Loop()
-    kind = type(f"Host{part}", (Host,), {"rig": rig, "loop": loop})
+    tally: Counter[str] = Counter()
+    kind = type(f"Host{part}", (Host,), {"rig": rig, "loop": loop, "tally": tally})
     try:
         run_state_machine_as_test(
             kind,
@@ -361,3 +421,6 @@ def test_the_model_holds(rig: Rig, request: pytest.FixtureRequest, part: int) ->
         )
     finally:
         loop.close()
+        print(f"\nmet: {dict(sorted(tally.items()))}")  # noqa: T201 - shown where it fails, and with -s
+    if steps >= _TELLING_STEPS:
+        assert all(tally[trouble] for trouble in _TROUBLES), tally
