@@ -24,6 +24,7 @@ from tests.rig import Daemon, Rig
 # As PID 1 it does not hear SIGTERM: to stop it takes the whole of its grace period, in which a test can act.
 STUBBORN = ("sleep", "infinity")
 GRACE = 3
+_COMMITTED = "gpudock/tour"
 _GROUPS = {name: group for name, group in main.commands.items() if isinstance(group, click.Group)}
 
 
@@ -69,7 +70,7 @@ async def real(shared_daemon: Daemon, caller: Caller) -> AsyncIterator[Client]: 
         yield client
 
 
-async def test_every_command_does_what_it_says(commands: Commands) -> None:
+async def test_every_command_does_what_it_says(commands: Commands, rig: Rig) -> None:
     options = ("--gpus", "2", "-p", "8888", "-e", "A=b", "--label", "team=ml", "--memory", "64MiB", "--owner", "me")
     made = await commands.ended("create", "tour", IMAGE, *options, "--", *IDLE)
     assert made.code == 0, made
@@ -106,6 +107,10 @@ async def test_every_command_does_what_it_says(commands: Commands) -> None:
 
     await _tour_of_history(commands, container)
     await _tour_of_watch(commands)
+    assert await commands.told("drift", "--container", "tour") == []
+    committed = await commands.told("commit", "tour", f"{_COMMITTED}:v1", "-m", "a tour")
+    assert rig.engine.call("GET", f"/images/{_COMMITTED}:v1/json")["Id"] == committed["id"]
+    rig.engine.call("DELETE", f"/images/{_COMMITTED}:v1")
 
     for command, state in (("pause", "PAUSED"), ("unpause", "RUNNING"), ("restart", "RUNNING"), ("stop", "STOPPED")):
         assert (await commands.told(command, "tour"))["status"]["state"] == f"CONTAINER_STATE_{state}"

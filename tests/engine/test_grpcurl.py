@@ -83,12 +83,7 @@ async def test_every_method_is_called(grpcurl: Grpcurl, caller: Caller) -> None:
     restarted = await call("ContainerService/RestartContainer", named)
     assert restarted[-1]["result"]["status"]["state"] == "CONTAINER_STATE_RUNNING"
 
-    (node,) = await call("NodeService/GetNode")
-    assert node["node"]["claimed_gpus"] == 2
-    (gpus,) = await call("NodeService/ListGpus", {"filter": {"container": "curled"}})
-    assert len(gpus["gpus"]) == 2
-    (ports,) = await call("NodeService/ListPorts")
-    assert ports["ports"][0]["container"] == "curled"
+    await _the_node_is_called(grpcurl)
 
     (read,) = await call("OperationService/GetOperation", {"id": operation})
     assert read["operation"]["state"] == "OPERATION_STATE_SUCCEEDED"
@@ -115,6 +110,18 @@ async def test_every_method_is_called(grpcurl: Grpcurl, caller: Caller) -> None:
         for method in grpcurl.text("list", service).split()
     }
     assert methods == grpcurl.called, "a method of the contract is not called here"
+
+
+async def _the_node_is_called(grpcurl: Grpcurl) -> None:
+    call = grpcurl.call
+    (node,) = await call("NodeService/GetNode")
+    assert node["node"]["claimed_gpus"] == 2
+    (gpus,) = await call("NodeService/ListGpus", {"filter": {"container": "curled"}})
+    assert len(gpus["gpus"]) == 2
+    (drift,) = await call("NodeService/ListDrift", {"filter": {"container": "curled"}})
+    assert drift["drift"] == []
+    (ports,) = await call("NodeService/ListPorts")
+    assert ports["ports"][0]["container"] == "curled"
 
 
 async def _revisions_are_called(grpcurl: Grpcurl, name: str) -> None:
