@@ -18,6 +18,7 @@ from gpudock.v1 import container_pb2
 
 from tests.calls import Caller, failure_of
 from tests.conftest import FAST, own_state
+from tests.faults.invariants import cards_of
 from tests.rig import Daemon, EngineProxy, HttpStatusError, Rig
 from tests.stateful.looking import EngineSide, files_of, upper_of
 from tests.stateful.model import GROUP, Expected, Past, Spec, State
@@ -244,6 +245,10 @@ class Arena:
 
     async def _started_outside(self, name: str, where: str) -> None:
         """What it was given is claimed for it if it is free; else it is stopped again."""
+        inspected = self._inspected(name)
+        spec = self.known[name].spec
+        if len(cards_of(inspected)) != spec.gpus or bool(inspected["HostConfig"]["PortBindings"]) != spec.port:
+            return  # it was changed since it last ran, and what runs then is not what its spec says
         try:
             self.rig.engine.call("POST", f"{where}/start")
         except HttpStatusError:
