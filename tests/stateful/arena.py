@@ -248,7 +248,7 @@ class Arena:
         inspected = self._inspected(name)
         spec = self.known[name].spec
         if len(cards_of(inspected)) != spec.gpus or bool(inspected["HostConfig"]["PortBindings"]) != spec.port:
-            return  # it was changed since it last ran, and what runs then is not what its spec says
+            return None  # it was changed since it last ran, and what runs then is not what its spec says
         try:
             self.rig.engine.call("POST", f"{where}/start")
         except HttpStatusError:

@@ -108,6 +108,7 @@ class CloneArguments(Record):
     spec: ContainerSpec
     placement: Placement
     start: bool
+    owner: str = ""
 
 
 async def draft(world: World, command: Clone) -> Draft:
@@ -137,7 +138,12 @@ async def draft(world: World, command: Clone) -> Draft:
         update_time=moment,
     )
     arguments = CloneArguments(
-        source=source.target, files=files, spec=spec, placement=proposal.placement, start=not command.create_only
+        source=source.target,
+        files=files,
+        spec=spec,
+        placement=proposal.placement,
+        start=not command.create_only,
+        owner=container.owner,
     )
     return Draft(
         kind=OperationKind.CLONE,
@@ -292,7 +298,7 @@ class CloneSaga(ContainerSaga):
                 spec=spec,
                 placement=self._arguments.placement,
                 hostname=spec.hostname or operation.target.name,
-                labels=labels_of(operation, 1),
+                labels=labels_of(operation, 1, self._arguments.owner),
             )
         )
         return {"engine_id": engine_id, "engine_name": name, "image_id": image_id}
