@@ -239,7 +239,7 @@ async def test_validate_only_does_nothing(caller: Caller) -> None:
     assert planned.plan.restarts_process
     assert planned.plan.gpus_to_claim == 1
     assert list(planned.plan.stages) == [
-        "create", "locate", "stop", "carry", "start", "verify", "commit", "retire",
+        "create", "locate", "gather", "stop", "complete", "carry", "start", "verify", "seal", "commit", "retire",
     ]  # fmt: skip
     assert await caller.free_gpus() == 6
 

@@ -70,7 +70,7 @@ async def test_exchange_carries_everything(own: OwnDaemons, rig: Rig) -> None:
         assert len(before) > FILES
         plan = await plan_of(caller, 4)
         assert plan.carry_method == operation_pb2.LAYER_CARRY_METHOD_EXCHANGE
-        assert (plan.bytes_to_move, list(plan.warnings)) == (0, [])
+        assert list(plan.warnings) == []
         for gpus in (4, 0):
             await caller.scale(NAME, gpus)
             assert compare(before, await inside(caller, rig)) == ""

@@ -210,6 +210,8 @@ class Host(RuleBasedStateMachine):
             return
         request = update_request(one.name, **fields)
         after = pruned(one.changed(replace(one.spec, **other)), _KEEP)
+        if one.state is EXITED and field == "env":
+            after.state = STOPPED  # a successor that was never started
         self._do(data, one.name, lambda caller: result_of(caller.containers.UpdateContainer(request)), one, after)
 
     @precondition(lambda self: self.has(*_RESTING, FAILED))
@@ -231,7 +233,7 @@ class Host(RuleBasedStateMachine):
         request = container_service_pb2.RollbackContainerRequest(name=one.name, revision=number, spec_only=spec_only)
         files = None if spec_only else dict(past.files or ())
         after = one.changed(past.spec, files=files)
-        if one.state is FAILED or (one.state is EXITED and not spec_only):
+        if one.state is FAILED or (one.state is EXITED and (not spec_only or past.spec.env != one.spec.env)):
             # A successor that was never started.
             after.state = STOPPED
         self._do(

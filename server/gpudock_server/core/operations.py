@@ -64,6 +64,8 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 # How often a draft is made anew because another caller took what it had picked. Every loss means that someone else
 # won, so this bounds unfairness and not progress.
 _CONTENTION_TRIES = 64
+# How long an operation that is let go of has to put down what it holds.
+_LEAVING_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,6 +331,11 @@ class Operations:
             _, late = await asyncio.wait(tasks, timeout=grace_seconds)
             for task in late:
                 task.cancel()
+            if late:
+                # What waits for the end of something in the engine leaves it when it is told a second time.
+                _, waiting = await asyncio.wait(late, timeout=_LEAVING_SECONDS)
+                for task in waiting:
+                    task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
 
     def _launch(self, running: Running) -> None:

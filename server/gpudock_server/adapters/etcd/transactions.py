@@ -133,6 +133,8 @@ def _refuse_nonsense(steps: Sequence[Step]) -> None:
     keys = [step.key for step in steps]
     if len(set(keys)) != len(keys):
         raise ValueError(f"two changes touch one key: {[step.change for step in steps]}")
-    if len(steps) >= MAX_TXN_OPERATIONS:
-        what = f"it takes {len(steps)} changes in one transaction, and etcd takes {MAX_TXN_OPERATIONS - 1}"
+    # What a deletion takes along is an operation of etcd's each.
+    operations = sum(1 + len(step.dependents) for step in steps)
+    if operations > MAX_TXN_OPERATIONS:
+        what = f"it takes {operations} changes in one transaction, and etcd takes {MAX_TXN_OPERATIONS}"
         raise InvalidArgument((FieldViolation("spec", what),))
