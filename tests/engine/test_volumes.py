@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
+from collections.abc import Iterator
+
 import grpc
 import pytest
-from gpudock.v1 import container_pb2, operation_service_pb2, volume_pb2, volume_service_pb2
+from gpudock.v1 import container_pb2, node_service_pb2, operation_service_pb2, volume_pb2, volume_service_pb2
 
 from tests.calls import Caller, failure
+from tests.engine.loops import detach_below, loops_below
+from tests.engine.own_daemons import OwnDaemons
+from tests.engine.volume_boxes import box
+from tests.rig import Rig
 
-pytest_plugins: list[str] = []
+pytest_plugins = ["tests.engine.own_daemons"]
 
 MIB = 1 << 20
 SIZE = 320 * MIB
@@ -138,3 +146,83 @@ async def test_cancelling_a_shrink_leaves_the_old_one(caller: Caller) -> None:
     assert (await caller.get("one")).status.state == container_pb2.CONTAINER_STATE_RUNNING
     assert await caller.shell("one", LOOK) == files
     assert abs(await df_size(caller, "one") - 2 * SIZE) < SIZE // 50
+
+
+async def test_a_mount_of_what_is_not_a_volume_is_refused(caller: Caller, clean_engine: Rig) -> None:
+    await caller.create_volume("data")
+    missing = await failure(caller.create("one", mounts=[mount("dota")]))
+    assert (missing.reason, missing.metadata["available"]) == ("VOLUME_NOT_FOUND", "data")
+    clean_engine.engine.call("POST", "/volumes/create", send={"Name": "theirs"})
+    raw = await failure(caller.create("one", mounts=[mount("theirs")]))
+    assert raw.reason == "VOLUME_NOT_FOUND"
+    assert "AdoptVolume" in raw.message
+    assert (await failure(caller.create_volume("data"))).reason == "VOLUME_EXISTS"
+    assert (await failure(caller.resize_volume("data", SIZE))).reason == "SIZE_NOT_SUPPORTED"
+
+
+async def test_adopting_a_volume_of_the_engine(caller: Caller, clean_engine: Rig) -> None:
+    clean_engine.engine.call("POST", "/volumes/create", send={"Name": "theirs"})
+    with box(clean_engine, "theirs") as theirs:
+        theirs.run("sh", "-c", PLANT)
+        files = theirs.run("sh", "-c", LOOK).stdout
+        assert (await failure(caller.adopt_volume("sized", "theirs", SIZE))).reason == "VOLUME_IN_USE"
+    sized = await caller.adopt_volume("sized", "theirs", SIZE)
+    assert sized.size_bytes == SIZE
+    plain = await caller.adopt_volume("plain", "theirs")
+    assert (plain.backend, plain.size_bytes) == (volume_pb2.VOLUME_BACKEND_PLAIN, 0)
+    assert (await failure(caller.adopt_volume("again", "theirs"))).reason == "VOLUME_EXISTS"
+    assert (await failure(caller.adopt_volume("none", "nowhere"))).reason == "VOLUME_NOT_FOUND"
+    for name in ("sized", "plain"):
+        await caller.create(name, mounts=[mount(name)])
+        assert await caller.shell(name, LOOK) == files
+        assert [one.cause for one in await revisions_of(caller, name)] == [volume_pb2.VOLUME_REVISION_CAUSE_ADOPTED]
+    assert abs(await df_size(caller, "sized") - SIZE) < SIZE // 50
+
+
+@pytest.fixture
+def detached(own: OwnDaemons) -> Iterator[None]:
+    """Lets go of what is left to the volumes of daemons that are gone."""
+    yield
+    own.rig.engine.remove_all()
+    detach_below(own.rig.folder)
+
+
+async def test_a_full_pool_is_told_before_anything_is_made(own: OwnDaemons) -> None:
+    daemon = await own.start("--volume-overcommit", "0.0001")
+    async with Caller(daemon.target) as caller:
+        full = await failure(caller.create_volume("data", 1 << 50))
+        assert (full.code, full.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DISK_FULL")
+        assert int(full.metadata["available_bytes"]) < 1 << 50
+        node = (await caller.nodes.GetNode(node_service_pb2.GetNodeRequest())).node
+        assert node.volume_pool.overcommit == 0.0001
+        assert node.volume_pool.total_bytes > node.volume_pool.free_bytes > 0
+        listed = await caller.volumes.ListVolumes(volume_service_pb2.ListVolumesRequest())
+        assert not listed.volumes
+
+
+@pytest.mark.usefixtures("detached")
+async def test_loops_come_back_after_a_reboot(own: OwnDaemons) -> None:
+    daemon = await own.start("--volume-backend", "loop")
+    async with Caller(daemon.target) as caller:
+        await caller.create_volume("data", SIZE)
+        await caller.create("one", mounts=[mount("data")])
+        await caller.shell("one", PLANT)
+        files = await caller.shell("one", LOOK)
+        await caller.stop("one")
+    assert await asyncio.to_thread(daemon.stop) == 0, daemon.log_text
+    # What a reboot does to loop devices. The unit attaches them before the engine starts, without a daemon.
+    detach_below(own.rig.folder)
+    assert not loops_below(own.rig.folder)
+    words = [sys.executable, "-m", "gpudock_server", "--attach-volumes", "--state-dir", str(daemon.state_dir)]
+    attaching = await asyncio.create_subprocess_exec(*words)
+    assert await attaching.wait() == 0
+    assert len(loops_below(own.rig.folder)) == 1
+    # And so does a daemon that starts without that.
+    detach_below(own.rig.folder)
+    daemon = await own.start("--volume-backend", "loop", after=daemon)
+    async with Caller(daemon.target) as caller:
+        await caller.start("one")
+        assert await caller.shell("one", LOOK) == files
+        assert abs(await df_size(caller, "one") - SIZE) < SIZE // 50
+        await caller.delete_all()
+    assert not loops_below(own.rig.folder)
