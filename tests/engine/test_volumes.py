@@ -12,11 +12,11 @@ from gpudock.v1 import container_pb2, node_service_pb2, operation_service_pb2, v
 
 from tests.calls import Caller, failure
 from tests.engine.loops import detach_below, loops_below
-from tests.engine.own_daemons import OwnDaemons
+from tests.engine.own_daemons import OwnDaemons, own
 from tests.engine.volume_boxes import box
 from tests.rig import Rig
 
-pytest_plugins = ["tests.engine.own_daemons"]
+__all__ = ["own"]
 
 MIB = 1 << 20
 SIZE = 320 * MIB
