@@ -23,6 +23,9 @@ from gpudock.v1 import (
     operation_pb2,
     operation_service_pb2,
     operation_service_pb2_grpc,
+    volume_pb2,
+    volume_service_pb2,
+    volume_service_pb2_grpc,
 )
 
 from tests.rig.patience import PATIENCE
@@ -64,11 +67,12 @@ class Progress:
 
 
 class Caller:
-    """A channel with the three services."""
+    """A channel with the services."""
 
     def __init__(self, target: str) -> None:
         self.channel = grpc.aio.insecure_channel(target)
         self.containers = container_service_pb2_grpc.ContainerServiceStub(self.channel)
+        self.volumes = volume_service_pb2_grpc.VolumeServiceStub(self.channel)
         self.nodes = node_service_pb2_grpc.NodeServiceStub(self.channel)
         self.operations = operation_service_pb2_grpc.OperationServiceStub(self.channel)
 
@@ -156,11 +160,13 @@ class Caller:
         await self.containers.DeleteContainer(container_service_pb2.DeleteContainerRequest(name=name, force=force))
 
     async def delete_all(self) -> None:
-        """Delete every container there is."""
+        """Delete every container and every volume there is."""
         await self.settled()
         listed = await self.containers.ListContainers(container_service_pb2.ListContainersRequest(page_size=1000))
         for container in listed.containers:
             await self.delete(container.name)
+        for volume in (await self.volumes.ListVolumes(volume_service_pb2.ListVolumesRequest(page_size=1000))).volumes:
+            await self.delete_volume(volume.name)
 
     async def settled(self) -> None:
         """Wait until no operation is under way."""
@@ -171,6 +177,32 @@ class Caller:
                 if all(operation.state in _ENDED for operation in listed.operations):
                     return
                 await asyncio.sleep(0.05)
+
+    # -- volumes -----------------------------------------------------------------------------------------------------
+
+    async def create_volume(self, name: str, size_bytes: int = 0, **fields: Any) -> volume_pb2.Volume:
+        """Create a volume."""
+        request = volume_service_pb2.CreateVolumeRequest(name=name, size_bytes=size_bytes, **fields)
+        return (await self.volumes.CreateVolume(request)).volume
+
+    async def volume(self, name: str) -> volume_pb2.Volume:
+        """A volume as it is."""
+        return (await self.volumes.GetVolume(volume_service_pb2.GetVolumeRequest(name=name))).volume
+
+    async def resize_volume(self, name: str, size_bytes: int, **fields: Any) -> Progress:
+        """Resize and wait."""
+        request = volume_service_pb2.ResizeVolumeRequest(name=name, size_bytes=size_bytes, **fields)
+        return await progress_of(self.volumes.ResizeVolume(request))
+
+    async def adopt_volume(self, name: str, engine_volume: str = "", size_bytes: int = 0) -> volume_pb2.Volume:
+        """Take one in and wait."""
+        request = volume_service_pb2.AdoptVolumeRequest(name=name, engine_volume=engine_volume, size_bytes=size_bytes)
+        adopted: volume_pb2.Volume = (await progress_of(self.volumes.AdoptVolume(request))).result
+        return adopted
+
+    async def delete_volume(self, name: str) -> None:
+        """Delete a volume."""
+        await self.volumes.DeleteVolume(volume_service_pb2.DeleteVolumeRequest(name=name))
 
     # -- exec --------------------------------------------------------------------------------------------------------
 

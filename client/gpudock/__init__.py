@@ -67,6 +67,7 @@ from gpudock.v1.operation_pb2 import (
 from gpudock.v1.port_claim_pb2 import PortClaim
 from gpudock.v1.port_pb2 import PortBinding, PortProtocol
 from gpudock.v1.registry_auth_pb2 import RegistryAuth
+from gpudock.v1.volume_pb2 import Volume, VolumeBackend, VolumeRevision, VolumeRevisionCause, VolumeState
 
 __all__ = [
     "Aborted",
@@ -133,6 +134,11 @@ __all__ = [
     "Unavailable",
     "Unimplemented",
     "Violation",
+    "Volume",
+    "VolumeBackend",
+    "VolumeRevision",
+    "VolumeRevisionCause",
+    "VolumeState",
     "Watch",
     "WatchEvent",
     "connect",

@@ -16,6 +16,7 @@ from gpudock._channel import Endpoint
 from gpudock._containers import Containers
 from gpudock._node import NodeView
 from gpudock._operations import Operations
+from gpudock._volumes import Volumes
 from gpudock.errors import Unavailable
 
 
@@ -65,6 +66,7 @@ class Client:
         """The daemon's address, as gRPC takes it."""
         self.operations: Operations = Operations(calls, self._channel)
         self.containers: Containers = Containers(calls, self._channel, self.operations)
+        self.volumes: Volumes = Volumes(calls, self._channel, self.operations)
         self.node: NodeView = NodeView(calls, self._channel)
 
     async def ready(self, timeout: float = 5.0) -> None:

@@ -20,6 +20,7 @@ from gpudock.v1 import operation_service_pb2 as service
 from gpudock.v1.committed_image_pb2 import CommittedImage
 from gpudock.v1.container_pb2 import Container
 from gpudock.v1.operation_service_pb2_grpc import OperationServiceStub
+from gpudock.v1.volume_pb2 import Volume
 
 T = TypeVar("T")
 
@@ -239,7 +240,7 @@ class Operations:
 
         return Pages(page)
 
-    def watch(self, operation_id: str) -> OperationCall[Container | CommittedImage | None]:
+    def watch(self, operation_id: str) -> OperationCall[Container | CommittedImage | Volume | None]:
         """Attach to an operation as if its own RPC had been called; its result is None if it leaves nothing."""
         return OperationCall(self, operation_id=operation_id, resource=left_by)
 
@@ -256,7 +257,7 @@ class Operations:
         return self.calls.stream(self._stub.WatchOperation, service.WatchOperationRequest(id=operation_id))
 
 
-def left_by(result: service.OperationResult) -> Container | CommittedImage | None:
+def left_by(result: service.OperationResult) -> Container | CommittedImage | Volume | None:
     """What is in the result of WatchOperation."""
     kind = result.WhichOneof("resource")
     return getattr(result, kind) if kind else None

@@ -148,7 +148,7 @@ _BY_CODE: Mapping[grpc.StatusCode, type[GpudockError]] = {
     grpc.StatusCode.DATA_LOSS: Internal,
 }
 # Where a reason has a class of its own below that of its code.
-_BY_REASON: Mapping[str, type[GpudockError]] = {"CONTAINER_BUSY": Busy}
+_BY_REASON: Mapping[str, type[GpudockError]] = {"CONTAINER_BUSY": Busy, "VOLUME_BUSY": Busy}
 
 
 def error_of(failure: grpc.aio.AioRpcError) -> GpudockError:

@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from gpudock_server import app  # noqa: PLC0415 - see above
 
     try:
+        if loaded.attach_volumes:
+            return app.attach_volumes(loaded.settings)
         return app.run(loaded.settings)
     except StartupError as error:
         for line in str(error).splitlines():

@@ -35,13 +35,22 @@ from gpudock_server.adapters.host_ports import HostPorts
 from gpudock_server.adapters.layers import OverlayLayerStore, OverlaySnapshotStore
 from gpudock_server.adapters.nvml import NvmlInventory
 from gpudock_server.adapters.processes import LocalProcesses
+from gpudock_server.adapters.volumes import (
+    LoopBackend,
+    PlainBackend,
+    ProjectQuotaBackend,
+    RsyncCopier,
+    attach_all,
+)
 from gpudock_server.core.allocation import Allocator
-from gpudock_server.core.containers import Containers, HistoryDefaults, World, saga_builder
+from gpudock_server.core.containers import Containers, HistoryDefaults, World
 from gpudock_server.core.exec_sessions import ExecSessions
 from gpudock_server.core.nodes import Nodes
 from gpudock_server.core.operations import Operations
 from gpudock_server.core.reconcile import DriftBook, Reconciler
 from gpudock_server.core.retention import Retention
+from gpudock_server.core.sagas import saga_builder
+from gpudock_server.core.volumes import Storage, Volumes
 from gpudock_server.core.watches import Watches
 from gpudock_server.errors import EngineRejected, EngineUnavailable, GpudockError, StoreUnavailable
 from gpudock_server.logs import configure
@@ -51,10 +60,11 @@ from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import CarryMethod
 from gpudock_server.model.record import now
 from gpudock_server.model.spec import Protocol, SnapshotPolicy
-from gpudock_server.ports import Engine, SnapshotStore, Store
+from gpudock_server.model.volume import VolumeBackendKind
+from gpudock_server.ports import Engine, SnapshotStore, Store, VolumeBackend, VolumeCopier
 from gpudock_server.rpc.listeners import listen
 from gpudock_server.rpc.server import RpcServer, Services, build_server
-from gpudock_server.settings import LayerCarry, Settings
+from gpudock_server.settings import LayerCarry, Settings, VolumeBackendChoice, VolumeFilesystem
 from gpudock_server.startup import StartupError
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -84,6 +94,14 @@ def _same_snapshots(snapshots: SnapshotStore) -> SnapshotStore:
     return snapshots
 
 
+def _same_volumes(backend: VolumeBackend) -> VolumeBackend:
+    return backend
+
+
+def _same_copier(copier: VolumeCopier) -> VolumeCopier:
+    return copier
+
+
 @dataclass(frozen=True, slots=True)
 class Instruments:
     """What fault tests put between core and the ports. Production passes none."""
@@ -91,6 +109,8 @@ class Instruments:
     engine: Callable[[Engine], Engine] = _same_engine
     store: Callable[[Store], Store] = _same_store
     snapshots: Callable[[SnapshotStore], SnapshotStore] = _same_snapshots
+    volumes: Callable[[VolumeBackend], VolumeBackend] = _same_volumes
+    copier: Callable[[VolumeCopier], VolumeCopier] = _same_copier
 
 
 def run(settings: Settings, instruments: Instruments | None = None) -> int:
@@ -176,12 +196,12 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
     layers = OverlayLayerStore(
         None if settings.layer_carry is LayerCarry.AUTO else CarryMethod(settings.layer_carry.name),
         info.root_dir,
-        local=settings.docker_host.startswith("unix:"),
+        local=_engine_is_here(settings),
     )
     snapshots = OverlaySnapshotStore(
         str(settings.snapshot_dir or Path(info.root_dir, "gpudock", "snapshots")),
         info.root_dir,
-        local=settings.docker_host.startswith("unix:"),
+        local=_engine_is_here(settings),
     )
     state = instruments.store(store)
     world = World(
@@ -203,7 +223,9 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
             keep_seconds=settings.keep_revisions_for,
         ),
     )
-    operations = Operations(state, settings.node_name, saga_builder(world))
+    await _attach_volumes(settings)
+    storage = _storage(settings, world, info.root_dir, instruments)
+    operations = Operations(state, settings.node_name, saga_builder(world, storage))
     containers = Containers(world, operations)
     execs = ExecSessions(world, LocalProcesses(), hangup_grace=settings.exec_hangup_grace, limit=settings.max_execs)
     watches = Watches(state, checkpoint_seconds=settings.watch_checkpoint_interval)
@@ -211,9 +233,10 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
     server = build_server(
         Services(
             containers=containers,
+            volumes=Volumes(storage, operations),
             operations=operations,
             execs=execs,
-            nodes=Nodes(world, inventory, version=VERSION, start_time=start_time, port_range=port_range),
+            nodes=Nodes(world, storage, inventory, version=VERSION, start_time=start_time, port_range=port_range),
             watches=watches,
             drift=drift,
         ),
@@ -230,6 +253,45 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
         ),
         retention=Retention(world, containers, interval=settings.reconcile_interval),
         server=server,
+    )
+
+
+def attach_volumes(settings: Settings) -> int:
+    """Make every volume with a size ready for the engine, which need not run; the process's exit code."""
+    configure(settings.log_format, settings.log_level)
+    return 1 if asyncio.run(_attach_volumes(settings)) else 0
+
+
+async def _attach_volumes(settings: Settings) -> int:
+    """How many could not be made ready. What mounts one of those does not start, and all others do."""
+    if not _engine_is_here(settings):
+        return 0
+    problems = await attach_all(settings.volume_root)
+    for problem in problems:
+        log.error("a volume could not be made ready", uid=problem.uid, detail=problem.detail)
+    return len(problems)
+
+
+def _engine_is_here(settings: Settings) -> bool:
+    return settings.docker_host.startswith("unix:")
+
+
+def _storage(settings: Settings, world: World, engine_root: str, instruments: Instruments) -> Storage:
+    root, local = settings.volume_root, _engine_is_here(settings)
+    filesystem = "" if settings.volume_filesystem is VolumeFilesystem.AUTO else settings.volume_filesystem.value
+    backends = (
+        ProjectQuotaBackend(root, local=local),
+        LoopBackend(root, local=local, filesystem=filesystem),
+        PlainBackend(Path(engine_root)),
+    )
+    chosen = settings.volume_backend
+    return Storage(
+        world=world,
+        backends=[instruments.volumes(backend) for backend in backends],
+        copier=instruments.copier(RsyncCopier(backends)),
+        path=str(root),
+        forced=None if chosen is VolumeBackendChoice.AUTO else VolumeBackendKind(chosen.name),
+        overcommit=settings.volume_overcommit,
     )
 
 

@@ -191,6 +191,14 @@ class StaleEtag(GpudockError):
 
 
 @dataclass(eq=False)
+class StaleVolumeEtag(StaleEtag):
+    """The volume is not what the caller has seen."""
+
+    template = "volume {volume!r} has changed since etag {etag}; read it again"
+    volume: str
+
+
+@dataclass(eq=False)
 class WrongNode(GpudockError):
     """Only the daemon beside the engine can change a container."""
 
@@ -207,6 +215,14 @@ class NodeElsewhere(WrongNode):
     """A node is asked for that another daemon is; no container is involved."""
 
     template = "node {node!r} is another daemon ({address}); call that one"
+
+
+@dataclass(eq=False)
+class VolumeElsewhere(WrongNode):
+    """Only the daemon beside the engine can change a volume, and only containers beside it can mount it."""
+
+    template = "volume {volume!r} lives on node {node!r} ({address}); call that one"
+    volume: str
 
 
 @dataclass(eq=False)
@@ -415,13 +431,39 @@ class ImagePullFailed(GpudockError):
 
 @dataclass(eq=False)
 class VolumeNotFound(GpudockError):
-    """A mount names a volume that does not exist."""
+    """No volume has this name."""
 
     code = Code.NOT_FOUND
     reason = "VOLUME_NOT_FOUND"
-    template = "the engine has no volume {volume!r}, and none is made as a side effect of a mount; it has {available}"
+    template = "there is no volume {volume!r}, and none is made as a side effect of a mount; there is {available}"
     volume: str
     available: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class VolumeNotAdopted(VolumeNotFound):
+    """The engine has a volume of this name that somebody else made."""
+
+    template = "volume {volume!r} is the engine's and not gpudock's: take it in with AdoptVolume; there is {available}"
+
+
+@dataclass(eq=False)
+class EngineVolumeNotFound(VolumeNotFound):
+    """What is to be taken in is not there."""
+
+    template = "the engine has no volume {volume!r} to be taken in; it has {available}"
+
+
+@dataclass(eq=False)
+class VolumeBusy(GpudockError):
+    """Two operations on one volume never run together."""
+
+    code = Code.ABORTED
+    reason = "VOLUME_BUSY"
+    template = "operation {operation_id} is at work on volume {volume!r}; watch it, then try again"
+    retry_after = timedelta(seconds=1)
+    volume: str
+    operation_id: str
 
 
 @dataclass(eq=False)
@@ -572,6 +614,13 @@ class DiskFull(GpudockError):
     path: str
     needed_bytes: int
     available_bytes: int
+
+
+@dataclass(eq=False)
+class PoolFull(DiskFull):
+    """What the volumes would be promised together is more than their pool may be asked for."""
+
+    template = "the pool of {path} has {available_bytes} bytes left to promise and {needed_bytes} are asked for"
 
 
 @dataclass(eq=False)

@@ -32,7 +32,15 @@ from gpudock_server.model.operation import CarryMethod, Operation, RequestRecord
 from gpudock_server.model.record import Record
 from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotMethod
 from gpudock_server.model.spec import RestartPolicy
-from gpudock_server.model.volume import PoolUsage, TreeSummary, VolumeBackendKind, VolumeBacking, VolumeUsage
+from gpudock_server.model.volume import (
+    PoolUsage,
+    TreeSummary,
+    Volume,
+    VolumeBackendKind,
+    VolumeBacking,
+    VolumeRevision,
+    VolumeUsage,
+)
 
 T = TypeVar("T")
 
@@ -72,6 +80,15 @@ class Unreadable:
     key: str
     name: str
     detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeView:
+    """A volume's head together with the operation that has it locked (empty: none), read at one moment."""
+
+    volume: Volume
+    version: int
+    operation_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +172,18 @@ class Store(Protocol):
         store. Not asking for the next one holds the store back. Raises ResumeTokenExpired, InvalidArgument
         (resume_token), StoreUnavailable when the store is away for longer than its timeout.
         """
+        ...
+
+    async def volume(self, name: str) -> VolumeView | None:
+        """A volume's head and its lock, in one read."""
+        ...
+
+    async def volumes(self, *, page_size: int, page_token: str) -> Page[VolumeView]:
+        """Volumes' heads in the order of their names; pages as in `containers`."""
+        ...
+
+    async def volume_revisions(self, uid: str, *, page_size: int, page_token: str) -> Page[VolumeRevision]:
+        """A volume's history, oldest first; pages as in `containers`."""
         ...
 
     async def claims(self, host: str) -> ClaimTable:
@@ -264,6 +293,10 @@ class Engine(Protocol):
 
     async def remove_volume(self, name: str) -> None:
         """Remove an engine volume."""
+        ...
+
+    async def mounting(self, volume: str) -> tuple[EngineContainer, ...]:
+        """Containers in any state, of whomever, that have this engine volume among their mounts."""
         ...
 
     async def create(self, blueprint: Blueprint) -> str:
@@ -570,6 +603,30 @@ class VolumeBackend(Protocol):
         """Make it smaller where it is, under whatever uses it; the backing as it is then.
 
         Raises VolumeTooSmallForData with nothing changed, and ShrinkNeedsCopy.
+        """
+        ...
+
+    def needs_copy(self, backing: VolumeBacking, size_bytes: int) -> bool:
+        """Whether `shrink` to that size is known to raise ShrinkNeedsCopy. Where it is, `replacement` can be made."""
+        ...
+
+    async def replacement(self, backing: VolumeBacking, uid: str, size_bytes: int) -> VolumeBacking:
+        """Make an empty store of another size that `exchange` can put in the place of this one.
+
+        `destroy` needs no more of what this gives than its `kind` and `uid`. Raises SizeNotSupported.
+        """
+        ...
+
+    async def content(self, backing: VolumeBacking) -> str:
+        """Names what a store holds, wherever `exchange` brings it."""
+        ...
+
+    async def exchange(self, holder: VolumeBacking, other: VolumeBacking, content: str) -> None:
+        """Have `holder` hold `content`, which one of the two holds, and `other` what the other one holds.
+
+        Both are given as they are to be afterwards, with the sizes that go with their contents. The
+        engine volumes stay as they are and show it from their next mount on. Raises VolumeInUse, with nothing changed,
+        while anything has either mounted.
         """
         ...
 

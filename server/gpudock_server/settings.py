@@ -63,6 +63,23 @@ class LayerCarry(StrEnum):
     COMMIT = "commit"
 
 
+class VolumeBackendChoice(StrEnum):
+    """What new volumes with a size are made of; AUTO takes the best that the host has."""
+
+    AUTO = "auto"
+    PROJECT_QUOTA = "project-quota"
+    LOOP = "loop"
+
+
+class VolumeFilesystem(StrEnum):
+    """The filesystem inside new loop volumes; AUTO takes the best that the host has."""
+
+    AUTO = "auto"
+    XFS = "xfs"
+    BTRFS = "btrfs"
+    EXT4 = "ext4"
+
+
 def default_node_name() -> str:
     """The first label of the hostname, made into a name."""
     label = sockets.gethostname().split(".")[0].lower()
@@ -180,6 +197,21 @@ class Settings(BaseSettings):
     keep_revisions_for: Annotated[Seconds, Field(ge=0)] = Field(
         0, description="how long a replaced revision is kept where its container does not say; 0 is for ever"
     )
+    volume_dir: OptionalPath = Field(
+        None, description="folder of volumes with a size, on a disk with room for them; by default volumes in state_dir"
+    )
+    volume_backend: Annotated[VolumeBackendChoice, Shown("BACKEND")] = Field(
+        VolumeBackendChoice.AUTO,
+        description="what new volumes with a size are made of where nobody says: auto, project-quota or loop",
+    )
+    volume_filesystem: Annotated[VolumeFilesystem, Shown("NAME")] = Field(
+        VolumeFilesystem.AUTO, description="filesystem of new loop volumes: auto, xfs, btrfs or ext4"
+    )
+    volume_overcommit: Annotated[float, Field(gt=0, le=1000), Shown("RATIO")] = Field(
+        1.0,
+        description="how often the room for volumes may be promised: above 1, volumes that all fill up find no more "
+        "room before they have reached their sizes",
+    )
     stop_timeout: Annotated[Seconds, Field(ge=0)] = Field(
         10, description="how long a container that does not say has to stop before it is killed"
     )
@@ -229,6 +261,11 @@ class Settings(BaseSettings):
     def address(self) -> str:
         """Where this daemon says that it is: HOST:PORT, or unix:PATH where it serves this host alone."""
         return self.advertise_address or (self.listen[0] if self.listen else f"unix:{self.socket}")
+
+    @property
+    def volume_root(self) -> Path:
+        """Where volumes with a size lie. Known without the engine: they are attached before it starts."""
+        return self.volume_dir or self.state_dir / "volumes"
 
     @property
     def etcd_tls(self) -> bool:

@@ -56,6 +56,7 @@ class LoadedSettings:
     settings: Settings
     origins: Mapping[str, str]
     print_config: bool = False
+    attach_volumes: bool = False
 
     def to_toml(self) -> str:
         """The effective settings as a config file that gives the same ones again."""
@@ -86,7 +87,7 @@ def load(arguments: Sequence[str]) -> LoadedSettings:
         settings = Settings(**values)
     except ValidationError as error:
         raise SettingsInvalid([line for problem in error.errors() for line in _lines(problem, origins)]) from None
-    return LoadedSettings(settings, origins, print_config=parsed.print_config)
+    return LoadedSettings(settings, origins, print_config=parsed.print_config, attach_volumes=parsed.attach_volumes)
 
 
 def _config_file(named: str) -> Path | None:
@@ -155,6 +156,11 @@ def _parser() -> tuple[_Parser, CliSettingsSource[Any]]:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {_version()}")
     parser.add_argument("--config", metavar="PATH", help=f"TOML file with settings (default: {DEFAULT_CONFIG})")
     parser.add_argument("--print-config", action="store_true", help="print the effective settings and exit")
+    parser.add_argument(
+        "--attach-volumes",
+        action="store_true",
+        help="make the volumes with a size ready for the engine, which need not run, and exit",
+    )
     flags: CliSettingsSource[Any] = CliSettingsSource(
         Settings,
         root_parser=parser,

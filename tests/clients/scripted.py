@@ -12,12 +12,13 @@ import grpc
 import grpc.aio
 from google.protobuf import any_pb2, descriptor, duration_pb2, message_factory
 from google.rpc import error_details_pb2, status_pb2
-from gpudock.v1 import container_service_pb2, node_service_pb2, operation_service_pb2
+from gpudock.v1 import container_service_pb2, node_service_pb2, operation_service_pb2, volume_service_pb2
 
 _SERVICES: tuple[descriptor.ServiceDescriptor, ...] = tuple(
     file.DESCRIPTOR.services_by_name[name]
     for file, name in (
         (container_service_pb2, "ContainerService"),
+        (volume_service_pb2, "VolumeService"),
         (node_service_pb2, "NodeService"),
         (operation_service_pb2, "OperationService"),
     )

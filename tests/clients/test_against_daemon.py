@@ -107,6 +107,7 @@ async def test_every_command_does_what_it_says(commands: Commands, rig: Rig) -> 
 
     await _tour_of_history(commands, container)
     await _tour_of_watch(commands)
+    await _tour_of_volumes(commands, rig)
     assert await commands.told("drift", "--container", "tour") == []
     committed = await commands.told("commit", "tour", f"{_COMMITTED}:v1", "-m", "a tour")
     assert rig.engine.call("GET", f"/images/{_COMMITTED}:v1/json")["Id"] == committed["id"]
@@ -120,6 +121,18 @@ async def test_every_command_does_what_it_says(commands: Commands, rig: Rig) -> 
     assert await commands.told("ps") == []
     within = {f"{name} {each}" for name, group in _GROUPS.items() for each in group.commands}
     assert commands.used == {name for name in main.commands if name not in _GROUPS} | within
+
+
+async def _tour_of_volumes(commands: Commands, rig: Rig) -> None:
+    assert (await commands.told("volume", "create", "tour", "320M"))["size_bytes"] == str(320 << 20)
+    assert (await commands.told("volume", "resize", "tour", "330M"))["size_bytes"] == str(330 << 20)
+    rig.engine.call("POST", "/volumes/create", send={"Name": "theirs"})
+    assert (await commands.told("volume", "adopt", "mine", "theirs"))["backend"] == "VOLUME_BACKEND_PLAIN"
+    assert [each["name"] for each in await commands.told("volume", "list")] == ["mine", "tour"]
+    assert "330.0 MiB" in await commands.said("volume", "get", "tour")
+    assert [each["revision"] for each in await commands.told("volume", "revisions", "tour")] == ["1", "2"]
+    for name in ("mine", "tour"):
+        assert await commands.said("volume", "delete", name) == ""
 
 
 async def _tour_of_history(commands: Commands, container: Any) -> None:

@@ -477,7 +477,22 @@ def test_wrong_usage_sends_nothing(arguments: str, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", *main.commands, "operations list", "operations get", "revision get", "revision delete"]
+    "command",
+    [
+        "",
+        *main.commands,
+        "operations list",
+        "operations get",
+        "revision get",
+        "revision delete",
+        "volume create",
+        "volume list",
+        "volume get",
+        "volume resize",
+        "volume delete",
+        "volume adopt",
+        "volume revisions",
+    ],
 )
 def test_every_command_has_help(command: str) -> None:
     result = CliRunner().invoke(main, [*command.split(), "--help"])

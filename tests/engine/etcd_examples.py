@@ -21,6 +21,7 @@ from gpudock_server.model.container import (
 from gpudock_server.model.operation import Operation, OperationKind, OperationState
 from gpudock_server.model.spec import ContainerSpec, Protocol
 from gpudock_server.model.target import Target, TargetKind
+from gpudock_server.model.volume import Volume, VolumeCause, VolumeRevision, VolumeState
 
 THEN = datetime(2030, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 PATIENCE = timedelta(seconds=5)
@@ -52,6 +53,35 @@ def revision(name: str, number: int) -> ContainerRevision:
         spec=ContainerSpec(image="busybox"),
         cause=RevisionCause.SCALED,
         placement=Placement(),
+        create_time=THEN,
+        operation_id="op",
+    )
+
+
+def volume(name: str, **changes: object) -> Volume:
+    """One that is ready."""
+    return Volume(
+        name=name,
+        uid=f"uid-{name}",
+        node="n1",
+        owner="alice",
+        generation=1,
+        revision=1,
+        state=VolumeState.READY,
+        size_bytes=1 << 30,
+        create_time=THEN,
+        update_time=THEN,
+    ).changed(**changes)
+
+
+def volume_revision(name: str, number: int) -> VolumeRevision:
+    """One of its revisions."""
+    return VolumeRevision(
+        volume=name,
+        uid=f"uid-{name}",
+        revision=number,
+        size_bytes=number << 30,
+        cause=VolumeCause.GROWN,
         create_time=THEN,
         operation_id="op",
     )

@@ -23,20 +23,25 @@ from gpudock_server.model.changes import (
     Change,
     Claim,
     DeleteContainer,
+    DeleteVolume,
     Keep,
     Lock,
     PutContainer,
     PutOperation,
     PutRequest,
     PutRevision,
+    PutVolume,
+    PutVolumeRevision,
     Release,
     Unlock,
+    Unlocked,
+    VolumeIs,
 )
 from gpudock_server.model.claims import ClaimKey, GpuKey, PortKey
 from gpudock_server.model.operation import Operation, OperationState, RequestRecord
 from gpudock_server.model.spec import Protocol
 from gpudock_server.model.target import TargetKind
-from gpudock_server.ports import ContainerView, StoreConflict, Versioned
+from gpudock_server.ports import ContainerView, StoreConflict, Versioned, VolumeView
 from gpudock_server.startup import StartupError
 
 from tests.engine.etcd_examples import (
@@ -51,6 +56,8 @@ from tests.engine.etcd_examples import (
     operation,
     revision,
     until,
+    volume,
+    volume_revision,
 )
 from tests.rig import Rig
 
@@ -93,6 +100,41 @@ async def test_what_is_put_is_read(store: EtcdStore) -> None:
     for missing in (store.container("we"), store.operation("op"), store.request("r")):
         assert await missing is None
     assert await store.history("uid") == ()
+
+
+async def test_volumes(store: EtcdStore) -> None:
+    data, other = volume("data"), volume("other", node="n2")
+    lock = Lock(TargetKind.VOLUME, "data", "op1")
+    version = await store.apply([PutVolume(data, expect=0), PutVolume(other, expect=0), lock])
+    await store.apply([PutVolumeRevision(volume_revision("data", number)) for number in (1, 2, 11)])
+    assert await store.volume("data") == VolumeView(data, version, "op1")
+    assert await store.volume("none") is None
+    first = await store.volumes(page_size=1, page_token="")
+    rest = await store.volumes(page_size=9, page_token=first.next_token)
+    assert first.items == (VolumeView(data, version, "op1"),)
+    assert rest.items == (VolumeView(other, version, ""),)
+    past = await store.volume_revisions("uid-data", page_size=9, page_token="")
+    assert [one.revision for one in past.items] == [1, 2, 11]
+    # A container's lock of the same name is another one, and conditions alone change nothing.
+    await store.apply([Unlocked(TargetKind.CONTAINER, "data"), VolumeIs("data", version), PutRequest("r", _RECORD)])
+    for condition, found in (
+        (Unlocked(TargetKind.VOLUME, "data"), "op1"),
+        (VolumeIs("data", version - 1), Versioned(data, version)),
+        (VolumeIs("none", version), None),
+        (PutVolume(data, expect=0), Versioned(data, version)),
+        (PutVolumeRevision(volume_revision("data", 2)), None),
+    ):
+        with pytest.raises(StoreConflict) as conflict:
+            await store.apply([condition, PutRequest("never", _RECORD)])
+        assert conflict.value.change == condition
+        assert found is None or conflict.value.found == found
+    assert await store.request("never") is None
+    await store.apply([DeleteVolume("data", "uid-data", expect=version), Unlock(TargetKind.VOLUME, "data", "op1")])
+    assert await store.volume("data") is None
+    assert not (await store.volume_revisions("uid-data", page_size=9, page_token="")).items
+
+
+_RECORD = RequestRecord(operation_id="op1", digest="d")
 
 
 async def test_moving_on_and_removing(store: EtcdStore, connection: EtcdConnection, prefix: str) -> None:

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.calls import IDLE, IMAGE, Caller
+from tests.calls import IDLE, IMAGE, Caller, failure
 from tests.engine.grpcurl import OURS, Grpcurl, documents
 from tests.rig import Daemon
 
@@ -35,6 +35,7 @@ def test_everything_is_listed_and_described(grpcurl: Grpcurl) -> None:
         "ContainerService",
         "NodeService",
         "OperationService",
+        "VolumeService",
     }
     seen: set[str] = set()
     waiting = list(services)
@@ -49,6 +50,28 @@ def test_everything_is_listed_and_described(grpcurl: Grpcurl) -> None:
     assert {OURS + name for name in ("Container", "ContainerSpec", "Operation", "Gpu", "ExecContainerRequest")} <= seen
     assert "CONTAINER_STATE_RUNNING" in grpcurl.text("describe", OURS + "ContainerState")
     assert "GPU_EXHAUSTED" in grpcurl.text("describe", OURS + "ErrorReason")
+
+
+async def test_volumes_are_called(grpcurl: Grpcurl, caller: Caller) -> None:
+    call = grpcurl.call
+    named = {"name": "curled"}
+    (made,) = await call("VolumeService/CreateVolume", {"name": "curled", "size_bytes": str(320 << 20)})
+    assert made["volume"]["state"] == "VOLUME_STATE_READY"
+    (got,) = await call("VolumeService/GetVolume", named)
+    assert int(got["volume"]["used_bytes"]) < 320 << 20
+    (listed,) = await call("VolumeService/ListVolumes", {"filter": {"owner": ""}})
+    assert [one["name"] for one in listed["volumes"]] == ["curled"]
+    resized = await call("VolumeService/ResizeVolume", {**named, "size_bytes": str(330 << 20)})
+    assert resized[-1]["result"]["size_bytes"] == str(330 << 20)
+    (watched,) = (await call("OperationService/WatchOperation", {"id": resized[0]["operation"]["id"]}))[-1:]
+    assert watched["result"]["volume"]["name"] == "curled"
+    (history,) = await call("VolumeService/ListVolumeRevisions", named)
+    assert [one["cause"] for one in history["revisions"]] == [
+        "VOLUME_REVISION_CAUSE_CREATED",
+        "VOLUME_REVISION_CAUSE_GROWN",
+    ]
+    await call("VolumeService/DeleteVolume", named)
+    assert (await failure(caller.volume("curled"))).reason == "VOLUME_NOT_FOUND"
 
 
 async def test_every_method_is_called(grpcurl: Grpcurl, caller: Caller) -> None:

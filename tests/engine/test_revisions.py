@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from gpudock.v1 import container_pb2, container_revision_pb2, container_service_pb2
 
 from tests.calls import IMAGE, Caller, failure, progress_of, result_of, scale_request, update_request
@@ -176,14 +177,13 @@ async def test_update_changes_mounts_env_ports_and_command(caller: Caller, rig: 
     await sound(caller, rig, "many")
 
 
-@pytest.fixture
-def volumes(rig: Rig) -> Any:
-    """Two volumes of the engine's own."""
+@pytest_asyncio.fixture
+async def volumes(caller: Caller) -> tuple[str, str]:
+    """Two volumes without a size."""
     names = ("update-one", "update-other")
     for name in names:
-        rig.engine.call("POST", "/volumes/create", send={"Name": name})
-    yield names
-    rig.engine.remove_all()
+        await caller.create_volume(name)
+    return names
 
 
 async def test_another_image_needs_a_word_about_the_files(caller: Caller, rig: Rig) -> None:

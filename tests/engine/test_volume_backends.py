@@ -21,6 +21,7 @@ from gpudock_server.adapters.docker import DockerEngine
 from gpudock_server.adapters.volumes import LoopBackend, PlainBackend, ProjectQuotaBackend, RsyncCopier, attach_all
 from gpudock_server.adapters.volumes.filesystems import FILESYSTEMS
 from gpudock_server.adapters.volumes.folder import StoreFolder
+from gpudock_server.adapters.volumes.loop import _swap_images
 from gpudock_server.core.volumes import choose_backend
 from gpudock_server.errors import (
     DiskFull,
@@ -34,6 +35,7 @@ from gpudock_server.model.engine import LABEL_UID
 from gpudock_server.model.volume import VolumeBackendKind, VolumeBacking
 from gpudock_server.ports import ShrinkNeedsCopy
 
+from tests.engine.loops import loops_below
 from tests.engine.trees import grow
 from tests.engine.volume_boxes import TARGET, Box, box
 from tests.rig import HttpStatusError, Rig
@@ -177,6 +179,44 @@ async def test_shrinking(rig: Rig, engine: DockerEngine, loop: LoopBackend) -> N
             assert one.df()[0] >= 600 * MIB
         assert one.run("sha256sum", f"{TARGET}/kept").stdout == digest
     await _taken(engine, loop, backing)
+
+
+async def test_two_stores_change_their_places(rig: Rig, engine: DockerEngine, loop: LoopBackend, root: Path) -> None:
+    old = await loop.create(_new_uid(), "data", 600 * MIB)
+    new = await loop.replacement(old, _new_uid(), 400 * MIB)
+    assert await loop.replacement(old, new.uid, 400 * MIB) == new
+    volume, content = await _given(engine, old), await loop.content(old)
+    for backing, text in ((old, "old"), (new, "new")):
+        async with loop.opened(backing) as folder:
+            Path(folder, "which").write_text(text)
+    # What they are to be afterwards: the sizes go with the contents.
+    small, large = old.model_copy(update={"size_bytes": 400 * MIB}), new.model_copy(update={"size_bytes": 600 * MIB})
+    with box(rig, volume) as one:
+        with pytest.raises(VolumeInUse):
+            await loop.exchange(large, small, content)
+        assert one.run("cat", f"{TARGET}/which").stdout == "old"
+        one.stop()
+        for _ in range(2):
+            await loop.exchange(large, small, content)
+            one.start()
+            assert one.run("cat", f"{TARGET}/which").stdout == "new"
+            assert one.df()[0] < 440 * MIB
+            one.stop()
+        # A daemon that dies right after the rename leaves neither device nor link, and the next one goes on.
+        one_folder, other_folder = (StoreFolder(root, backing.uid) for backing in (old, new))
+        for device in loops_below(root):
+            subprocess.run(["losetup", "--detach", device], check=True)
+        one_folder.device.unlink()
+        _swap_images(one_folder, other_folder)
+        await loop.exchange(old, new, content)
+        assert (one_folder.read(), other_folder.read()) == (old, new)
+        one.start()
+        assert one.run("cat", f"{TARGET}/which").stdout == "old"
+        assert one.df()[0] > 560 * MIB
+    with pytest.raises(VolumeFailed, match="neither"):
+        await loop.exchange(old, new, "1")
+    await loop.destroy(new)
+    await _taken(engine, loop, old)
 
 
 async def test_what_is_mounted_is_not_destroyed(rig: Rig, engine: DockerEngine, loop: LoopBackend) -> None:

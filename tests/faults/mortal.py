@@ -2,9 +2,9 @@
 
 `python -m tests.faults.mortal FLAGS…` is gpudockd with instruments between core and its ports. They count the moments
 of the first operation of a kind that begins in this process: before and after each of its transactions on the store,
-and before and after each call to the engine or the snapshots that is made while it is under way. At the moment with the
-number in GPUDOCK_TEST_DIE_AT the process ends as `kill -9` ends it. Nothing here knows the steps: a new step has new
-moments, and a test that counts up until an operation survives has met them all.
+and before and after each call to the engine, the snapshots or the volumes that is made while it is under way. At the
+moment with the number in GPUDOCK_TEST_DIE_AT the process ends as `kill -9` ends it. Nothing here knows the steps: a new
+step has new moments, and a test that counts up until an operation survives has met them all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from gpudock_server.app import Instruments, run
 from gpudock_server.model.changes import Change, PutOperation
 from gpudock_server.model.operation import OperationKind
-from gpudock_server.ports import Engine, SnapshotStore, Store
+from gpudock_server.ports import Engine, SnapshotStore, Store, VolumeBackend, VolumeCopier
 from gpudock_server.settings_sources import load
 
 KIND = "GPUDOCK_TEST_KIND"
@@ -93,7 +93,7 @@ class MortalEngine:
 
     CHANGING = frozenset(
         {"pull", "create", "start", "stop", "pause", "unpause", "update", "remove", "commit", "remove_image",
-         "remove_volume", "tag", "with_config_of", "without_identity", "flatten"}
+         "create_volume", "remove_volume", "tag", "with_config_of", "without_identity", "flatten"}
     )  # fmt: skip
 
     def __init__(self, engine: Engine, countdown: Countdown) -> None:
@@ -119,6 +119,34 @@ class MortalSnapshots:
         return _watched(call, name, self._countdown) if name in self.CHANGING else call
 
 
+class MortalVolumes:
+    """A volume backend whose changing calls are moments."""
+
+    CHANGING = frozenset({"create", "grow", "shrink", "replacement", "exchange", "destroy"})
+
+    def __init__(self, backend: VolumeBackend, countdown: Countdown) -> None:
+        self._backend = backend
+        self._countdown = countdown
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._backend, name)
+        return _watched(call, name, self._countdown) if name in self.CHANGING else call
+
+
+class MortalCopier:
+    """A copier whose copies are moments."""
+
+    CHANGING = frozenset({"copy"})
+
+    def __init__(self, copier: VolumeCopier, countdown: Countdown) -> None:
+        self._copier = copier
+        self._countdown = countdown
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._copier, name)
+        return _watched(call, name, self._countdown) if name in self.CHANGING else call
+
+
 def _watched(call: Any, name: str, countdown: Countdown) -> Any:
     async def watched(*words: object, **named: object) -> object:
         countdown.moment(f"before {name}")
@@ -136,6 +164,8 @@ def main() -> int:
         engine=lambda engine: MortalEngine(engine, countdown),
         store=lambda store: MortalStore(store, countdown),
         snapshots=lambda snapshots: MortalSnapshots(snapshots, countdown),
+        volumes=lambda backend: MortalVolumes(backend, countdown),
+        copier=lambda copier: MortalCopier(copier, countdown),
     )
     return run(load(sys.argv[1:]).settings, instruments)
 

@@ -24,7 +24,7 @@ Act = Callable[[Caller], Awaitable[object]]
 Check = Callable[[Caller], Awaitable[None]]
 
 
-async def _at_every_moment(rig: Rig, kind: str, act: Act, check: Check, *flags: str) -> int:
+async def at_every_moment(rig: Rig, kind: str, act: Act, check: Check, *flags: str) -> int:
     """Kill the daemon at the first moment of `act`, then at the second …, until it survives; how many there were."""
     flags = (*flags, *own_state())
     daemon = await _start(rig, None, kind, 1, *flags)
@@ -84,7 +84,7 @@ async def test_create(clean_engine: Rig) -> None:
         await sound(caller, rig, "phoenix")
         await caller.delete("phoenix")
 
-    assert await _at_every_moment(rig, "CREATE", create, check) >= 10
+    assert await at_every_moment(rig, "CREATE", create, check) >= 10
 
 
 @pytest.mark.timeout(600)
@@ -105,7 +105,7 @@ async def test_scale(clean_engine: Rig, carry: str) -> None:
     async def check(caller: Caller) -> None:
         await sound(caller, rig, "phoenix", files)
 
-    assert await _at_every_moment(rig, "SCALE", scale, check, "--layer-carry", carry) >= 20
+    assert await at_every_moment(rig, "SCALE", scale, check, "--layer-carry", carry) >= 20
 
 
 @pytest.mark.timeout(600)
@@ -133,7 +133,7 @@ async def test_rollback(clean_engine: Rig) -> None:
         assert len(history) <= 4
         assert all(one.HasField("snapshot") != one.current for one in history)
 
-    assert await _at_every_moment(rig, "ROLLBACK", rollback, check, "--keep-revisions", "4") >= 25
+    assert await at_every_moment(rig, "ROLLBACK", rollback, check, "--keep-revisions", "4") >= 25
 
 
 @pytest.mark.timeout(600)
@@ -163,7 +163,7 @@ async def test_clone(clean_engine: Rig, carry: str) -> None:
             await caller.delete("phoenix")
         assert not _layer_images(rig)
 
-    assert await _at_every_moment(rig, "CLONE", clone, check, "--layer-carry", carry) >= 15
+    assert await at_every_moment(rig, "CLONE", clone, check, "--layer-carry", carry) >= 15
 
 
 @pytest.mark.timeout(600)
@@ -196,7 +196,7 @@ async def test_clone_of_a_revision(clean_engine: Rig, carry: str) -> None:
             await caller.delete("phoenix")
         assert len(_layer_images(rig)) == (1 if carry == "commit" else 0)
 
-    assert await _at_every_moment(rig, "CLONE", clone, check, "--layer-carry", carry) >= 10
+    assert await at_every_moment(rig, "CLONE", clone, check, "--layer-carry", carry) >= 10
 
 
 def _layer_images(rig: Rig) -> list[str]:
@@ -230,7 +230,7 @@ async def test_update(clean_engine: Rig, field: str) -> None:
     async def check(caller: Caller) -> None:
         await sound(caller, rig, "phoenix", files)
 
-    assert await _at_every_moment(rig, "UPDATE", update, check) >= 15
+    assert await at_every_moment(rig, "UPDATE", update, check) >= 15
 
 
 @pytest.mark.timeout(1200)
@@ -268,6 +268,6 @@ async def test_commit(clean_engine: Rig) -> None:
             config = rig.engine.call("GET", f"/images/{named}/json")["Config"]
             assert not [key for key in config["Labels"] or () if key.startswith("gpudock.")]
 
-    assert await _at_every_moment(rig, "COMMIT", commit, check) >= 20
+    assert await at_every_moment(rig, "COMMIT", commit, check) >= 20
     rig.engine.remove_all()
     rig.engine.call("DELETE", "/images/gpudock/phoenix:test")

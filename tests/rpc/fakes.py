@@ -151,6 +151,10 @@ class FakeEngine(Engine):
         return False
 
     @override
+    async def mounting(self, volume: str) -> tuple[EngineContainer, ...]:
+        return ()
+
+    @override
     async def create_volume(
         self, name: str, *, labels: Mapping[str, str], driver_options: Mapping[str, str]
     ) -> EngineVolume:

@@ -19,7 +19,7 @@ import grpc.aio
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
-from gpudock.v1 import container_service_pb2, node_service_pb2, operation_service_pb2
+from gpudock.v1 import container_service_pb2, node_service_pb2, operation_service_pb2, volume_service_pb2
 from hypothesis import strategies as st
 
 # How many requests a test draws in all; the acceptance run takes 100,000.
@@ -45,7 +45,7 @@ CALLS = tuple(
         client_streaming=method.client_streaming,
         server_streaming=method.server_streaming,
     )
-    for module in (container_service_pb2, node_service_pb2, operation_service_pb2)
+    for module in (container_service_pb2, volume_service_pb2, node_service_pb2, operation_service_pb2)
     for service in module.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 )

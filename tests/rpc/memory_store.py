@@ -12,6 +12,8 @@ from gpudock_server.model.claims import ClaimKey, ClaimTable, Holder
 from gpudock_server.model.container import Container
 from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import Operation, RequestRecord
+from gpudock_server.model.target import TargetKind
+from gpudock_server.model.volume import Volume, VolumeRevision
 from gpudock_server.ports import (
     ContainerView,
     Page,
@@ -21,6 +23,7 @@ from gpudock_server.ports import (
     StoreConflict,
     T,
     Versioned,
+    VolumeView,
 )
 from typing_extensions import override
 
@@ -31,7 +34,9 @@ class MemoryStore(Store):
     def __init__(self) -> None:
         self.version = 0
         self.heads: dict[str, Versioned[Container]] = {}
-        self.locks: dict[str, str] = {}
+        self.locks: dict[tuple[TargetKind, str], str] = {}
+        self.volume_heads: dict[str, Versioned[Volume]] = {}
+        self.volume_past: dict[tuple[str, int], VolumeRevision] = {}
         self.held: dict[ClaimKey, Holder] = {}
         self.journal: dict[str, Versioned[Operation]] = {}
         self.calls: dict[str, RequestRecord] = {}
@@ -56,7 +61,7 @@ class MemoryStore(Store):
 
     def _views(self) -> dict[str, ContainerView]:
         return {
-            name: ContainerView(head.value, head.version, self.locks.get(name, ""))
+            name: ContainerView(head.value, head.version, self.locks.get((TargetKind.CONTAINER, name), ""))
             for name, head in sorted(self.heads.items())
         }
 
@@ -71,11 +76,18 @@ class MemoryStore(Store):
     def _check(self, item: change.Change) -> None:
         found: object = None
         match item:
-            case change.Lock(name=name):
-                found, holds = self.locks.get(name), name not in self.locks
-            case change.Unlock(name=name, operation_id=operation_id):
-                found = self.locks.get(name)
+            case change.Lock(kind=kind, name=name) | change.Unlocked(kind=kind, name=name):
+                found, holds = self.locks.get((kind, name)), (kind, name) not in self.locks
+            case change.Unlock(kind=kind, name=name, operation_id=operation_id):
+                found = self.locks.get((kind, name))
                 holds = found == operation_id
+            case (
+                change.VolumeIs(name=name, expect=expect)
+                | change.PutVolume(volume=Volume(name=name), expect=expect)
+                | change.DeleteVolume(name=name, expect=expect)
+            ):
+                found = self.volume_heads.get(name)
+                holds = (found.version if isinstance(found, Versioned) else 0) == expect
             case change.Claim(key=key):
                 found, holds = self.held.get(key), key not in self.held
             case change.Keep(key=key, holder=holder):
@@ -95,12 +107,18 @@ class MemoryStore(Store):
         if not holds:
             raise StoreConflict(item, found)
 
-    def _do(self, item: change.Change) -> None:  # noqa: C901 - one line for each kind of change
+    def _do(self, item: change.Change) -> None:  # noqa: C901, PLR0912 - one line for each kind of change
         match item:
-            case change.Lock(name=name, operation_id=operation_id):
-                self.locks[name] = operation_id
-            case change.Unlock(name=name):
-                del self.locks[name]
+            case change.Lock(kind=kind, name=name, operation_id=operation_id):
+                self.locks[kind, name] = operation_id
+            case change.Unlock(kind=kind, name=name):
+                del self.locks[kind, name]
+            case change.PutVolume(volume=volume):
+                self.volume_heads[volume.name] = Versioned(volume, self.version)
+            case change.DeleteVolume(name=name):
+                self.volume_heads.pop(name, None)
+            case change.PutVolumeRevision(revision=volume_revision):
+                self.volume_past[volume_revision.uid, volume_revision.revision] = volume_revision
             case change.Claim(key=key, holder=holder) | change.Keep(key=key, holder=holder):
                 self.held[key] = holder
             case change.Release(key=key, uid=uid):
@@ -131,7 +149,27 @@ class MemoryStore(Store):
     @override
     async def container(self, name: str) -> ContainerView | None:
         head = self.heads.get(name)
-        return ContainerView(head.value, head.version, self.locks.get(name, "")) if head else None
+        lock = self.locks.get((TargetKind.CONTAINER, name), "")
+        return ContainerView(head.value, head.version, lock) if head else None
+
+    @override
+    async def volume(self, name: str) -> VolumeView | None:
+        head = self.volume_heads.get(name)
+        lock = self.locks.get((TargetKind.VOLUME, name), "")
+        return VolumeView(head.value, head.version, lock) if head else None
+
+    @override
+    async def volumes(self, *, page_size: int, page_token: str) -> Page[VolumeView]:
+        views = [
+            VolumeView(head.value, head.version, self.locks.get((TargetKind.VOLUME, name), ""))
+            for name, head in sorted(self.volume_heads.items())
+        ]
+        return self._page(views, page_size, page_token)
+
+    @override
+    async def volume_revisions(self, uid: str, *, page_size: int, page_token: str) -> Page[VolumeRevision]:
+        past = [revision for (owner, _), revision in sorted(self.volume_past.items()) if owner == uid]
+        return self._page(past, page_size, page_token)
 
     @override
     async def containers(self, *, page_size: int, page_token: str) -> Page[ContainerView]:

@@ -15,17 +15,21 @@ from gpudock.v1 import container_pb2, container_service_pb2
 from gpudock.v1.container_service_pb2_grpc import ContainerServiceStub
 from gpudock.v1.node_service_pb2_grpc import NodeServiceStub
 from gpudock.v1.operation_service_pb2_grpc import OperationServiceStub
+from gpudock.v1.volume_service_pb2_grpc import VolumeServiceStub
 from gpudock_server.core.allocation import Allocator
-from gpudock_server.core.containers import Containers, World, saga_builder
+from gpudock_server.core.containers import Containers, World
 from gpudock_server.core.exec_sessions import ExecSessions
 from gpudock_server.core.nodes import Nodes
 from gpudock_server.core.operations import Operations
 from gpudock_server.core.reconcile import DriftBook
+from gpudock_server.core.sagas import saga_builder
+from gpudock_server.core.volumes import Storage, Volumes
 from gpudock_server.core.watches import Watches
 from gpudock_server.rpc.server import RpcServer, Services, build_server
 from gpudock_server.settings import Settings
 from grpc_status import rpc_status
 
+from tests.rpc.fake_volumes import FakeCopier, FakePlain, FakeVolumes
 from tests.rpc.fakes import (
     IMAGE,
     LONG_AGO,
@@ -61,6 +65,7 @@ class Served:
     server: RpcServer
     channel: grpc.aio.Channel
     containers: ContainerServiceStub
+    volumes: VolumeServiceStub
     nodes: NodeServiceStub
     watching: OperationServiceStub
 
@@ -80,13 +85,20 @@ async def serve(folder: Path) -> AsyncIterator[Served]:
         settle_seconds=0,
         stop_seconds=10,
     )
-    operations = Operations(store, NODE, saga_builder(world))
+    storage = Storage(world=world, backends=[FakeVolumes(), FakePlain()], copier=FakeCopier(), path="/volumes")
+    operations = Operations(store, NODE, saga_builder(world, storage))
     execs = ExecSessions(world, processes, hangup_grace=0.2, limit=4)
     containers = Containers(world, operations)
-    nodes = Nodes(world, inventory, version="1", start_time=LONG_AGO, port_range=PORTS)
+    nodes = Nodes(world, storage, inventory, version="1", start_time=LONG_AGO, port_range=PORTS)
     watches, drift = Watches(store, checkpoint_seconds=60), DriftBook()
     services = Services(
-        containers=containers, operations=operations, execs=execs, nodes=nodes, watches=watches, drift=drift
+        containers=containers,
+        volumes=Volumes(storage, operations),
+        operations=operations,
+        execs=execs,
+        nodes=nodes,
+        watches=watches,
+        drift=drift,
     )
     server = build_server(services, Settings())
     address = f"unix:{folder / 'rpc.sock'}"
@@ -105,6 +117,7 @@ async def serve(folder: Path) -> AsyncIterator[Served]:
                 server=server,
                 channel=channel,
                 containers=ContainerServiceStub(channel),
+                volumes=VolumeServiceStub(channel),
                 nodes=NodeServiceStub(channel),
                 watching=OperationServiceStub(channel),
             )

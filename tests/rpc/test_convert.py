@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from gpudock.v1 import container_pb2, exec_pb2, gpu_pb2, node_pb2, operation_pb2, port_pb2
 from gpudock_server.core.exec_sessions import Exited
-from gpudock_server.core.nodes import DiskUsage, HeldGpu, HeldPort, NodeView
+from gpudock_server.core.nodes import DiskUsage, HeldGpu, HeldPort, NodeView, VolumePool
 from gpudock_server.core.running import Snapshot
 from gpudock_server.model.claims import ClaimTable, GpuKey, Holder, PortKey
 from gpudock_server.model.container import (
@@ -33,6 +33,7 @@ from gpudock_server.model.operation import (
 )
 from gpudock_server.model.spec import ContainerSpec, GpuRequest, HealthCheck, Protocol, TmpfsMount
 from gpudock_server.model.target import Target, TargetKind
+from gpudock_server.model.volume import PoolUsage
 from gpudock_server.ports import ContainerView
 from gpudock_server.rpc.convert import container, gpu, operation, port
 from gpudock_server.rpc.convert.exec import encoded_output, exited_message
@@ -375,6 +376,9 @@ def node_view(**changes: Any) -> NodeView:
         "port_range": (20000, 20009),
         "memory_available_bytes": 4,
         "disk": DiskUsage("/d", 10, 0),
+        "volume_pool": VolumePool(
+            "/v", PoolUsage(total_bytes=9, free_bytes=8, promised_bytes=7, allocated_bytes=6), 1.5
+        ),
         "carry_methods": ((CarryMethod.EXCHANGE, "no"), (CarryMethod.COPY, "")),
     }
     return NodeView(**{**fields, **changes})
@@ -385,6 +389,9 @@ def test_a_node() -> None:
     assert (shown.capacity.gpus, shown.free_gpus, shown.claimed_gpus) == (2, 1, 1)
     assert (shown.ports.free_tcp_ports, shown.ports.claimed_ports) == (9, 1)
     assert shown.disk.HasField("free_bytes")
+    pool = shown.volume_pool
+    assert (pool.total_bytes, pool.free_bytes, pool.promised_bytes, pool.allocated_bytes) == (9, 8, 7, 6)
+    assert (pool.path, pool.overcommit) == ("/v", 1.5)
     assert [(way.available, way.reason) for way in shown.layer_carry] == [(False, "no"), (True, "")]
     assert all(component.healthy for component in shown.components)
     assert len(shown.components) == len(node_pb2.NodeComponent.values()) - 1

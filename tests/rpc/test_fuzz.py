@@ -14,7 +14,7 @@ from gpudock_server.core.containers.commands import Create
 from gpudock_server.errors import GpudockError, InvalidArgument
 from gpudock_server.rpc.convert.spec import spec_message
 from gpudock_server.rpc.request_key import request_key
-from gpudock_server.rpc.validation import commit, containers, listing, operations, watching
+from gpudock_server.rpc.validation import commit, containers, listing, operations, volumes, watching
 from gpudock_server.rpc.validation import exec as execs
 from gpudock_server.rpc.validation.spec import spec
 from gpudock_server.rpc.validation.violations import Violations
@@ -43,6 +43,13 @@ VALIDATORS: Mapping[str, Callable[[Any], object]] = {
     "DeleteContainerRevision": containers.delete_revision,
     "CommitContainer": commit.commit,
     "ExecContainer": execs.start,
+    "CreateVolume": volumes.create,
+    "GetVolume": volumes.get,
+    "ListVolumes": listing.volumes,
+    "ResizeVolume": volumes.resize,
+    "DeleteVolume": volumes.delete,
+    "ListVolumeRevisions": listing.volume_revisions,
+    "AdoptVolume": volumes.adopt,
     "ListGpus": listing.gpus,
     "ListPorts": listing.ports,
     "ListDrift": listing.drift,

@@ -15,6 +15,7 @@ from gpudock.v1 import (
     operation_service_pb2,
 )
 from gpudock_server.errors import EngineRejected
+from gpudock_server.model.target import TargetKind
 from gpudock_server.rpc import page_token
 from gpudock_server.rpc.validation import listing
 
@@ -127,9 +128,9 @@ async def test_a_mutation_that_waits_goes_on_without_its_caller(served: Served) 
     await made(served)
     gate = served.engine.gates["stop"] = asyncio.Event()
     call = served.containers.StopContainer(container_service_pb2.StopContainerRequest(name="a"))
-    await until(lambda: "a" in served.store.locks)
+    await until(lambda: (TargetKind.CONTAINER, "a") in served.store.locks)
     busy = await served.containers.GetContainer(container_service_pb2.GetContainerRequest(name="a"))
-    assert busy.container.status.operation_id == served.store.locks["a"]
+    assert busy.container.status.operation_id == served.store.locks[TargetKind.CONTAINER, "a"]
     call.cancel()
     gate.set()
     await served.operations.settle(list(served.operations.active))

@@ -18,6 +18,7 @@ from gpudock.cli import (
     _revisions,
     _scale,
     _update,
+    _volumes,
     _watch,
 )
 from gpudock.cli._exit_codes import EXIT_CODE_HELP
@@ -106,6 +107,7 @@ for _command in (
     _revisions.revisions,
     _revisions.revision,
     _exec.exec_command,
+    _volumes.volume,
     _inspect.gpus,
     _inspect.ports,
     _inspect.drift,

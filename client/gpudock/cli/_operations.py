@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from gpudock import Cancelled, Client, CommittedImage, OperationKind, OperationState
+from gpudock import Cancelled, Client, CommittedImage, OperationKind, OperationState, Volume
 from gpudock._enums import words_of
-from gpudock.cli import _operation_views, _views
+from gpudock.cli import _operation_views, _views, _volume_views
 from gpudock.cli._follow import follow
 from gpudock.cli._session import Session
 
@@ -46,6 +46,8 @@ def watch(session: Session, *, operation_id: str) -> None:
     left = session.run(lambda client: follow(client.operations.watch(operation_id)))
     if isinstance(left, CommittedImage):
         session.show(left, _views.committed_image)
+    elif isinstance(left, Volume):
+        session.show(left, _volume_views.one_volume)
     elif left is not None:
         session.show(left, _views.one_container)
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from gpudock_server.core.containers.world import World
+from gpudock_server.core.volumes.storage import Storage
 from gpudock_server.errors import GpudockError, NodeElsewhere, NodeNotFound
 from gpudock_server.model.claims import ClaimTable, GpuKey, Holder, PortKey
 from gpudock_server.model.engine import EngineInfo
 from gpudock_server.model.gpu import Gpu, GpuSnapshot
 from gpudock_server.model.operation import CarryMethod
+from gpudock_server.model.volume import PoolUsage
 from gpudock_server.ports import GpuInventory
 
 T = TypeVar("T")
@@ -50,6 +52,15 @@ class DiskUsage:
 
 
 @dataclass(frozen=True, slots=True)
+class VolumePool:
+    """What volumes with a size share, and how often it may be promised."""
+
+    path: str
+    usage: PoolUsage
+    overcommit: float
+
+
+@dataclass(frozen=True, slots=True)
 class NodeView:
     """A node at one moment. A part that did not answer has an error; `engine` is what it said when it last did."""
 
@@ -65,6 +76,7 @@ class NodeView:
     port_range: tuple[int, int]
     memory_available_bytes: int
     disk: DiskUsage | None
+    volume_pool: VolumePool | None
     carry_methods: tuple[tuple[CarryMethod, str], ...]
 
     @property
@@ -86,6 +98,7 @@ class Nodes:
     def __init__(
         self,
         world: World,
+        storage: Storage,
         inventory: GpuInventory,
         *,
         version: str,
@@ -94,6 +107,7 @@ class Nodes:
     ) -> None:
         """`version` is the daemon's; `port_range` the first and last host port, both included."""
         self._world = world
+        self._storage = storage
         self._inventory = inventory
         self._version = version
         self._start_time = start_time
@@ -135,8 +149,14 @@ class Nodes:
             port_range=self._port_range,
             memory_available_bytes=await asyncio.to_thread(_memory_available),
             disk=await asyncio.to_thread(_disk, engine.root_dir) if engine else None,
+            volume_pool=await self._volume_pool(),
             carry_methods=await world.layers.methods(),
         )
+
+    async def _volume_pool(self) -> VolumePool | None:
+        storage = self._storage
+        usage, _ = await _or_error(storage.pool())
+        return VolumePool(storage.path, usage, storage.overcommit) if usage else None
 
     async def gpus(self, name: str) -> tuple[HeldGpu, ...]:
         """The cards of a node with their holders, by index. Raises as `check`, and StoreUnavailable."""

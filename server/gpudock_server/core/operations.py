@@ -35,6 +35,9 @@ from gpudock_server.errors import (
     RequestIdReused,
     ShuttingDown,
     StoreUnavailable,
+    VolumeBusy,
+    VolumeElsewhere,
+    VolumeExists,
     WrongNode,
 )
 from gpudock_server.model.changes import (
@@ -44,6 +47,8 @@ from gpudock_server.model.changes import (
     PutContainer,
     PutOperation,
     PutRequest,
+    PutVolume,
+    Unlocked,
 )
 from gpudock_server.model.operation import (
     Operation,
@@ -56,7 +61,7 @@ from gpudock_server.model.operation import (
     new_operation_id,
 )
 from gpudock_server.model.record import JsonObject, now
-from gpudock_server.model.target import Target
+from gpudock_server.model.target import Target, TargetKind
 from gpudock_server.ports import Page, Store, StoreConflict
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -82,7 +87,7 @@ class Draft:
 
     kind: OperationKind
     target: Target
-    head: PutContainer
+    head: PutContainer | PutVolume
     arguments: JsonObject
     plan: OperationPlan
     # May know what is not recorded (a registry's password) and what a later process goes without.
@@ -193,8 +198,12 @@ class Operations:
     def _explain(conflict: StoreConflict) -> None:
         """Raise what a caller can act on; return where the draft is merely out of date."""
         match conflict.change:
+            case Lock(kind=TargetKind.VOLUME, name=name) | Unlocked(kind=TargetKind.VOLUME, name=name):
+                raise VolumeBusy(volume=name, operation_id=str(conflict.found)) from None
             case Lock(name=name):
                 raise ContainerBusy(container=name, operation_id=str(conflict.found)) from None
+            case PutVolume(volume=volume, expect=0):
+                raise VolumeExists(volume=volume.name) from None
             case PutContainer(container=container, expect=0):
                 raise ContainerExists(container=container.name) from None
             case _:
@@ -287,7 +296,7 @@ class Operations:
             return
         nodes = await self._store.nodes()
         address = next((node.address for node in nodes if node.node == operation.node), "")
-        raise WrongNode(container=operation.target.name, node=operation.node, address=address)
+        raise elsewhere(operation, address)
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -348,6 +357,31 @@ class Operations:
     def _forget(self, operation_id: str) -> None:
         self._tasks.pop(operation_id, None)
         self._running.pop(operation_id, None)
+
+
+def elsewhere(operation: Operation, address: str) -> WrongNode:
+    """The error of an operation that another node runs."""
+    target, node = operation.target, operation.node
+    if target.kind is TargetKind.VOLUME:
+        return VolumeElsewhere(container="", node=node, address=address, volume=target.name)
+    return WrongNode(container=target.name, node=node, address=address)
+
+
+def planned(draft: Draft, node: str) -> Operation:
+    """What a draft would do, with nothing done: an operation that is PLANNED and has no id."""
+    moment = now()
+    operation = Operation(
+        id="",
+        kind=draft.kind,
+        target=draft.target.model_copy(update={"uid": ""}) if draft.makes else draft.target,
+        node=node,
+        state=OperationState.PLANNED,
+        arguments=draft.arguments,
+        plan=draft.plan,
+        create_time=moment,
+        update_time=moment,
+    )
+    return operation.changed(stages=stages_of(draft.build(operation)))
 
 
 def stages_of(saga: Saga[Any]) -> tuple[Stage, ...]:

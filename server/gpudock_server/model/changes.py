@@ -13,6 +13,7 @@ from gpudock_server.model.container import Container, ContainerRevision
 from gpudock_server.model.operation import Operation, RequestRecord
 from gpudock_server.model.snapshot import Snapshot
 from gpudock_server.model.target import TargetKind
+from gpudock_server.model.volume import Volume, VolumeRevision
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,22 @@ class Unlock:
     kind: TargetKind
     name: str
     operation_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unlocked:
+    """Condition, and nothing else: no operation has the name locked."""
+
+    kind: TargetKind
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeIs:
+    """Condition, and nothing else: the volume's version is `expect`."""
+
+    name: str
+    expect: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +119,30 @@ class DeleteRevision:
 
 
 @dataclass(frozen=True, slots=True)
+class PutVolume:
+    """Condition: the volume's version is `expect`; 0 is "there is none"."""
+
+    volume: Volume
+    expect: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteVolume:
+    """Removes a volume's head and all its revisions; condition: the head's version is `expect`."""
+
+    name: str
+    uid: str
+    expect: int
+
+
+@dataclass(frozen=True, slots=True)
+class PutVolumeRevision:
+    """Condition: this revision does not exist."""
+
+    revision: VolumeRevision
+
+
+@dataclass(frozen=True, slots=True)
 class PutOperation:
     """Condition: the operation's version is `expect`; 0 is "there is none". An ended one expires by lease."""
 
@@ -121,6 +162,8 @@ class PutRequest:
 Change = (
     Lock
     | Unlock
+    | Unlocked
+    | VolumeIs
     | Claim
     | Keep
     | Release
@@ -129,6 +172,9 @@ Change = (
     | PutRevision
     | PutSnapshot
     | DeleteRevision
+    | PutVolume
+    | DeleteVolume
+    | PutVolumeRevision
     | PutOperation
     | PutRequest
 )

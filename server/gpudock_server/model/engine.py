@@ -116,7 +116,8 @@ class Blueprint:
     """Everything needed to create an engine container. `name` is unique to the operation that makes it.
 
     `spec` is kept with it (LABEL_SPEC), so that a record that the store lost can be written again from the engine.
-    `volumes` (target -> engine volume) are anonymous volumes taken over from a predecessor.
+    `volumes` (target -> engine volume) are anonymous volumes taken over from a predecessor. `mounted` (volume -> engine
+    volume) says what the volumes of the spec are called by the engine; one that is missing there is called as it is.
     """
 
     name: str
@@ -126,6 +127,7 @@ class Blueprint:
     hostname: str
     labels: dict[str, str]
     volumes: dict[str, str] = field(default_factory=dict)
+    mounted: dict[str, str] = field(default_factory=dict)
 
 
 class EngineEventKind(StrEnum):

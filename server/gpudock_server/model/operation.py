@@ -20,6 +20,7 @@ from gpudock_server.model.image import CommittedImage
 from gpudock_server.model.record import JsonObject, Record
 from gpudock_server.model.snapshot import SnapshotKind
 from gpudock_server.model.target import Target
+from gpudock_server.model.volume import Volume
 
 _TIME_BITS, _RANDOM_BITS = 60, 62
 
@@ -52,6 +53,10 @@ class OperationKind(StrEnum):
     DELETE_REVISION = "DELETE_REVISION"
     COMMIT = "COMMIT"
     CLONE = "CLONE"
+    CREATE_VOLUME = "CREATE_VOLUME"
+    RESIZE_VOLUME = "RESIZE_VOLUME"
+    DELETE_VOLUME = "DELETE_VOLUME"
+    ADOPT_VOLUME = "ADOPT_VOLUME"
 
 
 class OperationState(StrEnum):
@@ -130,7 +135,7 @@ class RecordedError(Record):
 
 
 # What an operation leaves, and its caller is shown.
-Result: TypeAlias = Container | CommittedImage
+Result: TypeAlias = Container | CommittedImage | Volume
 
 
 class Operation(Record):

@@ -1,12 +1,14 @@
-"""Volumes as a backend sees them: what was made on the host, how full it is, and what all of them share."""
+"""Volumes: what was asked for, what was made on the host, how full it is, and what all of them share."""
 
 from __future__ import annotations
 
+from datetime import datetime
 from enum import StrEnum
 
 from pydantic import Field
 
 from gpudock_server.model.record import Record
+from gpudock_server.model.target import Target, TargetKind
 
 
 class VolumeBackendKind(StrEnum):
@@ -35,6 +37,74 @@ class VolumeBacking(Record):
     folder: str = ""
     project_id: int = 0
     driver_options: dict[str, str] = Field(default_factory=dict)
+
+
+class VolumeState(StrEnum):
+    """Where a volume is in its life. One that is DELETING can only be deleted: parts of it may be gone."""
+
+    CREATING = "CREATING"
+    READY = "READY"
+    DELETING = "DELETING"
+
+
+class Volume(Record):
+    """The head of a volume's history.
+
+    `size_bytes` 0 is no limit. `reserved_bytes` is what it may come to need of the pool: more than its size while it is
+    being grown. `backing` is None until it is made. `mountpoint` is where the engine mounts it, with files there only
+    while it does. `generation` counts the changes that users made. Which containers mount it is not recorded here:
+    their specs say so.
+    """
+
+    name: str
+    uid: str
+    node: str
+    owner: str
+    generation: int
+    revision: int
+    state: VolumeState
+    size_bytes: int
+    reserved_bytes: int = 0
+    labels: dict[str, str] = Field(default_factory=dict)
+    backing: VolumeBacking | None = None
+    mountpoint: str = ""
+    create_time: datetime
+    update_time: datetime
+
+    @property
+    def target(self) -> Target:
+        """Names it as what an operation works on."""
+        return Target(kind=TargetKind.VOLUME, name=self.name, uid=self.uid)
+
+    @property
+    def etag(self) -> str:
+        """Names this state of the user's intent; opaque to callers."""
+        return f"{self.uid[:8]}.{self.generation}"
+
+    def changed(self, **changes: object) -> Volume:
+        """A copy with some fields replaced."""
+        return self.model_copy(update=changes)
+
+
+class VolumeCause(StrEnum):
+    """What made a revision of a volume."""
+
+    CREATED = "CREATED"
+    GROWN = "GROWN"
+    SHRUNK = "SHRUNK"
+    ADOPTED = "ADOPTED"
+
+
+class VolumeRevision(Record):
+    """One immutable step of a volume's history: the size that it was given."""
+
+    volume: str
+    uid: str
+    revision: int
+    size_bytes: int
+    cause: VolumeCause
+    create_time: datetime
+    operation_id: str
 
 
 class VolumeUsage(Record):

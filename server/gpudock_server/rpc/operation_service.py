@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
-from gpudock.v1 import committed_image_pb2, operation_pb2, operation_service_pb2
+from gpudock.v1 import committed_image_pb2, operation_pb2, operation_service_pb2, volume_pb2
 from gpudock.v1.operation_service_pb2_grpc import OperationServiceServicer
 from typing_extensions import override
 
@@ -67,6 +67,10 @@ class OperationService(OperationServiceServicer):
 
 
 def _result(message: progress.ResultMessage | None) -> operation_service_pb2.OperationResult:
-    if isinstance(message, committed_image_pb2.CommittedImage):
-        return operation_service_pb2.OperationResult(image=message)
-    return operation_service_pb2.OperationResult(container=message)
+    match message:
+        case committed_image_pb2.CommittedImage():
+            return operation_service_pb2.OperationResult(image=message)
+        case volume_pb2.Volume():
+            return operation_service_pb2.OperationResult(volume=message)
+        case _:
+            return operation_service_pb2.OperationResult(container=message)

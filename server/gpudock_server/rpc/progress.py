@@ -6,19 +6,22 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TypeAlias
 
-from gpudock.v1 import committed_image_pb2, container_pb2, operation_pb2
+from gpudock.v1 import committed_image_pb2, container_pb2, operation_pb2, volume_pb2
 
-from gpudock_server.core.operations import Operations, outcome_of
+from gpudock_server.core.operations import Operations, elsewhere, outcome_of
 from gpudock_server.core.running import Snapshot
-from gpudock_server.errors import WrongNode
 from gpudock_server.model.image import CommittedImage
 from gpudock_server.model.operation import Operation, OperationKind
+from gpudock_server.model.volume import Volume
 from gpudock_server.rpc.convert.container import container_message
 from gpudock_server.rpc.convert.image import committed_message
 from gpudock_server.rpc.convert.operation import operation_message
+from gpudock_server.rpc.convert.volume import volume_message
 
 # What an operation leaves, as it is shown.
-ResultMessage: TypeAlias = container_pb2.Container | committed_image_pb2.CommittedImage
+ResultMessage: TypeAlias = container_pb2.Container | committed_image_pb2.CommittedImage | volume_pb2.Volume
+
+_LEAVES_NOTHING = (OperationKind.DELETE, OperationKind.DELETE_VOLUME)
 
 
 async def follow(
@@ -42,11 +45,17 @@ async def follow(
 def _result(operation: Operation) -> ResultMessage | None:
     if not operation.state.ended:
         # Only the daemon that runs it knows how it goes on.
-        raise WrongNode(container=operation.target.name, node=operation.node, address="")
+        raise elsewhere(operation, address="")
     left = outcome_of(operation)
-    if isinstance(left, CommittedImage):
-        return committed_message(left)
-    return None if operation.kind is OperationKind.DELETE else container_message(left)
+    if operation.kind in _LEAVES_NOTHING:
+        return None
+    match left:
+        case CommittedImage():
+            return committed_message(left)
+        case Volume():
+            return volume_message(left)
+        case container:
+            return container_message(container)
 
 
 def recorded(operation: Operation) -> operation_pb2.Operation:

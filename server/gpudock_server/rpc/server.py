@@ -12,6 +12,7 @@ from gpudock.v1 import error_reason_pb2
 from gpudock.v1.container_service_pb2_grpc import add_ContainerServiceServicer_to_server
 from gpudock.v1.node_service_pb2_grpc import add_NodeServiceServicer_to_server
 from gpudock.v1.operation_service_pb2_grpc import add_OperationServiceServicer_to_server
+from gpudock.v1.volume_service_pb2_grpc import add_VolumeServiceServicer_to_server
 from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -21,8 +22,9 @@ from gpudock_server.core.exec_sessions import ExecSessions
 from gpudock_server.core.nodes import Nodes
 from gpudock_server.core.operations import Operations
 from gpudock_server.core.reconcile import DriftBook
+from gpudock_server.core.volumes import Volumes
 from gpudock_server.core.watches import Watches
-from gpudock_server.rpc import container_service, node_service, operation_service
+from gpudock_server.rpc import container_service, node_service, operation_service, volume_service
 from gpudock_server.rpc.audit import AuditInterceptor
 from gpudock_server.rpc.container_service import ContainerService
 from gpudock_server.rpc.decoding import DecodingInterceptor
@@ -34,9 +36,15 @@ from gpudock_server.rpc.listeners import SERVER_OPTIONS
 from gpudock_server.rpc.node_service import NodeService
 from gpudock_server.rpc.operation_service import OperationService
 from gpudock_server.rpc.tokens import TokenFile
+from gpudock_server.rpc.volume_service import VolumeService
 from gpudock_server.settings import Settings
 
-OUR_SERVICES = (container_service.SERVICE, operation_service.SERVICE, node_service.SERVICE)
+OUR_SERVICES = (
+    container_service.SERVICE,
+    volume_service.SERVICE,
+    operation_service.SERVICE,
+    node_service.SERVICE,
+)
 _STANDARD_SERVICES = (
     health.SERVICE_NAME,
     reflection.SERVICE_NAME,
@@ -71,6 +79,7 @@ class Services:
     """What core offers, and the server serves."""
 
     containers: Containers
+    volumes: Volumes
     operations: Operations
     execs: ExecSessions
     nodes: Nodes
@@ -88,6 +97,7 @@ class RpcServer:
         add_ContainerServiceServicer_to_server(
             ContainerService(services.containers, services.operations, services.execs, services.watches), self.grpc
         )
+        add_VolumeServiceServicer_to_server(VolumeService(services.volumes, services.operations), self.grpc)
         add_OperationServiceServicer_to_server(OperationService(services.operations), self.grpc)
         add_NodeServiceServicer_to_server(NodeService(services.nodes, services.containers, services.drift), self.grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)

@@ -226,6 +226,17 @@ class DockerEngine:
         found = await asyncio.gather(*(self._inspect_in_turn(engine_id) for engine_id in ids))
         return tuple(one for one in found if one is not None)
 
+    async def mounting(self, volume: str) -> tuple[EngineContainer, ...]:
+        """Containers in any state that have this volume among their mounts."""
+        call = "list containers"
+        params = {"all": "1", "filters": json.dumps({"volume": [volume]})}
+        answer: list[JsonAnswer] = await self._connection.call(call, "GET", "containers/json", params=params)
+        with engine_errors(call):
+            ids = [str(item["Id"]) for item in answer]
+        found = await asyncio.gather(*(self._inspect_in_turn(engine_id) for engine_id in ids))
+        # The engine's filter also takes a target for a name.
+        return tuple(one for one in found if one is not None and volume in one.volumes.values())
+
     async def _inspect_in_turn(self, engine_id: str) -> EngineContainer | None:
         async with self._inspects:
             return await self.inspect(engine_id)

@@ -111,7 +111,7 @@ def _restart_policy(policy: RestartPolicy) -> Json:
 
 
 def _mounts(blueprint: Blueprint) -> list[Json]:
-    mounts = [_mount(mount) for mount in blueprint.spec.mounts]
+    mounts = [_mount(mount, blueprint.mounted) for mount in blueprint.spec.mounts]
     taken = {mount.target for mount in blueprint.spec.mounts}
     carried = (
         # NoCopy: the engine fills an empty volume with the image's files. This one may be empty because the user
@@ -123,14 +123,14 @@ def _mounts(blueprint: Blueprint) -> list[Json]:
     return [*mounts, *carried]
 
 
-def _mount(mount: Mount) -> Json:
+def _mount(mount: Mount, mounted: Mapping[str, str]) -> Json:
     shared = {"Target": mount.target, "ReadOnly": mount.read_only}
     if mount.tmpfs is not None:
         options = {"Mode": mount.tmpfs.mode} | ({"SizeBytes": mount.tmpfs.size_bytes} if mount.tmpfs.size_bytes else {})
         return {"Type": "tmpfs", "TmpfsOptions": options, **shared}
     if mount.host_path:
         return {"Type": "bind", "Source": mount.host_path, **shared}
-    return {"Type": "volume", "Source": mount.volume, **shared}
+    return {"Type": "volume", "Source": mounted.get(mount.volume, mount.volume), **shared}
 
 
 def _port_bindings(placement: Placement) -> Json:

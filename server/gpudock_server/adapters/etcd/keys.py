@@ -19,6 +19,9 @@ uids and the UUIDs of cards that changes nothing.
                                                                   commits it               or when it is pruned
     snapshots/containers/<uid>/<number>      Snapshot of that     the operation that       with the revision
                                              revision's files     replaces the revision
+    volumes/<name>                           Volume (head)        operations               with the volume
+    revisions/volumes/<uid>/<number>         VolumeRevision       the operation that       with the volume
+                                                                  commits it
     operations/<id>                          Operation            the saga, every step     with a lease, once it ended
     locks/<kind>s/<name>                     the operation's id,  the transaction that     in the transaction that
                                              bare                 begins the operation     ends the operation
@@ -181,6 +184,22 @@ class Keys:
     def container_snapshots(self, uid: str) -> KeyRange:
         """All snapshots of a container, oldest first."""
         return self._below("snapshots", "containers", uid)
+
+    def volume(self, name: str) -> bytes:
+        """A volume's head."""
+        return self._key("volumes", name)
+
+    def volumes(self) -> KeyRange:
+        """Every volume's head, in the order of their names."""
+        return self._below("volumes")
+
+    def volume_revision(self, uid: str, number: int) -> bytes:
+        """One revision of a volume."""
+        return self._key("revisions", "volumes", uid, f"{number:010d}")
+
+    def volume_revisions(self, uid: str) -> KeyRange:
+        """All revisions of a volume, oldest first."""
+        return self._below("revisions", "volumes", uid)
 
     def operation(self, operation_id: str) -> bytes:
         """An operation."""

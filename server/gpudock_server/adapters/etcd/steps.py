@@ -27,6 +27,7 @@ from gpudock_server.model.changes import (
     Claim,
     DeleteContainer,
     DeleteRevision,
+    DeleteVolume,
     Keep,
     Lock,
     PutContainer,
@@ -34,12 +35,17 @@ from gpudock_server.model.changes import (
     PutRequest,
     PutRevision,
     PutSnapshot,
+    PutVolume,
+    PutVolumeRevision,
     Release,
     Unlock,
+    Unlocked,
+    VolumeIs,
 )
 from gpudock_server.model.container import Container, ContainerRevision
 from gpudock_server.model.operation import Operation, RequestRecord
 from gpudock_server.model.snapshot import Snapshot
+from gpudock_server.model.volume import Volume, VolumeRevision
 from gpudock_server.ports import Versioned
 
 
@@ -47,8 +53,8 @@ from gpudock_server.ports import Versioned
 class Step:
     """A change as etcd does it.
 
-    `value` is what is put, None deletes the key; a deletion takes all of `dependents` along. `found` shows a refused
-    caller what stands at the key.
+    `value` is what is put, None deletes the key; a deletion takes all of `dependents` along. One that only `checks` has
+    its condition and does nothing. `found` shows a refused caller what stands at the key.
     """
 
     change: Change
@@ -57,10 +63,13 @@ class Step:
     found: Callable[[Entry], object]
     value: bytes | None = None
     expires: bool = False
+    checks: bool = False
     dependents: tuple[KeyRange, ...] = ()
 
     def does(self, entry: Entry | None, lease: int) -> list[wire.Do]:
         """What the transaction does for it, given what was read and the lease for what expires."""
+        if self.checks:
+            return []
         if self.value is not None:
             return [wire.put(self.key, self.value, lease if self.expires else 0)]
         if isinstance(self.condition, PerhapsHeldBy) and not is_held_by(self.condition.uid, entry):
@@ -68,7 +77,7 @@ class Step:
         return [wire.delete(self.key), *(wire.delete_range(keys) for keys in self.dependents)]
 
 
-def step_of(change: Change, keys: Keys) -> Step:  # noqa: C901, PLR0911 - one case for each kind of change
+def step_of(change: Change, keys: Keys) -> Step:  # noqa: C901, PLR0911, PLR0912 - one case for each kind of change
     """How a change is done."""
     match change:
         case Lock(kind, name, operation_id):
@@ -76,6 +85,10 @@ def step_of(change: Change, keys: Keys) -> Step:  # noqa: C901, PLR0911 - one ca
         case Unlock(kind, name, operation_id):
             value = operation_id.encode(errors="surrogateescape")
             return Step(change, keys.lock(kind, name), ValueIs(value), _text)
+        case Unlocked(kind, name):
+            return Step(change, keys.lock(kind, name), VersionIs(0), _text, checks=True)
+        case VolumeIs(name, expect):
+            return Step(change, keys.volume(name), VersionIs(expect), _versioned(Volume), checks=True)
         case Claim(host, key, holder):
             return Step(change, keys.claim(host, key), VersionIs(0), holder_of, encode(holder))
         case Keep(host, key, holder):
@@ -99,6 +112,14 @@ def step_of(change: Change, keys: Keys) -> Step:  # noqa: C901, PLR0911 - one ca
             only = (KeyRange(kept, kept + b"\0"),)
             revision_key = keys.container_revision(uid, number)
             return Step(change, revision_key, Always(), _versioned(ContainerRevision), dependents=only)
+        case PutVolume(volume, expect):
+            return Step(change, keys.volume(volume.name), VersionIs(expect), _versioned(Volume), encode(volume))
+        case DeleteVolume(name, uid, expect):
+            past = (keys.volume_revisions(uid),)
+            return Step(change, keys.volume(name), VersionIs(expect), _versioned(Volume), dependents=past)
+        case PutVolumeRevision(volume_revision):
+            at = keys.volume_revision(volume_revision.uid, volume_revision.revision)
+            return Step(change, at, VersionIs(0), _versioned(VolumeRevision), encode(volume_revision))
         case PutOperation(operation, expect):
             value, ended = encode(operation), operation.state.ended
             return Step(change, keys.operation(operation.id), VersionIs(expect), _versioned(Operation), value, ended)

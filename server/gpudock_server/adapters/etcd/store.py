@@ -27,7 +27,8 @@ from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import Operation, RequestRecord
 from gpudock_server.model.snapshot import Snapshot
 from gpudock_server.model.target import TargetKind
-from gpudock_server.ports import ContainerView, Page, RevisionView, Seen, T, Unreadable, Versioned
+from gpudock_server.model.volume import Volume, VolumeRevision
+from gpudock_server.ports import ContainerView, Page, RevisionView, Seen, T, Unreadable, Versioned, VolumeView
 from gpudock_server.startup import StartupError
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -211,6 +212,45 @@ class EtcdStore:
             async for each in seen:
                 yield each
 
+    async def volume(self, name: str) -> VolumeView | None:
+        """A volume's head and its lock, in one read."""
+        head, lock = await self._get(self._keys.volume(name), self._keys.lock(TargetKind.VOLUME, name))
+        return _volume_view(head, lock) if head else None
+
+    async def volumes(self, *, page_size: int, page_token: str) -> Page[VolumeView]:
+        """Volumes' heads in the order of their names: see `ports.Store.volumes`."""
+        async with _mapped_errors():
+            page = await list_page(
+                self._connection,
+                self._keys.volumes(),
+                self._keys.locks(TargetKind.VOLUME),
+                size=page_size,
+                token=page_token,
+                patience=self._deadline,
+            )
+        locks = {entry.key: entry for entry in page.beside}
+
+        def read(head: Entry) -> VolumeView:
+            # The name comes from the record, so that no key has to be taken apart.
+            name = decode(Volume, head.key, head.value).name
+            return _volume_view(head, locks.get(self._keys.lock(TargetKind.VOLUME, name)))
+
+        views, unreadable = _readable(page.entries, read)
+        return Page(views, page.next_token, unreadable=unreadable)
+
+    async def volume_revisions(self, uid: str, *, page_size: int, page_token: str) -> Page[VolumeRevision]:
+        """A volume's history, oldest first: see `ports.Store.volume_revisions`."""
+        async with _mapped_errors():
+            page = await list_page(
+                self._connection,
+                self._keys.volume_revisions(uid),
+                None,
+                size=page_size,
+                token=page_token,
+                patience=self._deadline,
+            )
+        return Page(tuple(decode(VolumeRevision, one.key, one.value) for one in page.entries), page.next_token)
+
     async def claims(self, host: str) -> ClaimTable:
         """All claims of a host, at one moment."""
         found = await self._list(self._keys.claims(host))
@@ -317,6 +357,10 @@ def _readable(entries: Iterable[Entry], read: Callable[[Entry], T]) -> tuple[tup
             log.warning("left out what cannot be read", key=error.key, detail=error.detail)
             unreadable.append(Unreadable(key=error.key, name=Keys.last_part(entry.key), detail=error.detail))
     return tuple(items), tuple(unreadable)
+
+
+def _volume_view(head: Entry, lock: Entry | None) -> VolumeView:
+    return VolumeView(decode(Volume, head.key, head.value), head.version, _operation_id(lock))
 
 
 def _versioned(kind: type[R], entry: Entry | None) -> Versioned[R] | None:

@@ -51,7 +51,7 @@ def bring_about(engine_root: str, pair: LayerPair, wanted: Arrangement) -> bool:
     """
     standing = arrangement_of(engine_root, pair)
     with _opened_parent(pair.old_path) as old, _opened_parent(pair.new_path) as new:
-        if standing is not wanted and not _swap(old, new):
+        if standing is not wanted and not swap(old, new, _LAYER_NAME):
             return False
         # Also where it stood so already: the daemon that swapped may have died before it came to this.
         os.fsync(old)
@@ -69,13 +69,14 @@ def _opened_parent(layer_path: str) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _swap(folder: int, other: int) -> bool:
+def swap(folder: int, other: int, name: bytes) -> bool:
+    """Let what two open folders have under one name change places. False, with nothing changed, where it cannot be."""
     libc = ctypes.CDLL(None, use_errno=True)
     try:
         renameat2 = libc.renameat2
     except AttributeError:  # a C library from before 2018
         return False
-    if renameat2(folder, _LAYER_NAME, other, _LAYER_NAME, ctypes.c_uint(_RENAME_EXCHANGE)) == 0:
+    if renameat2(folder, name, other, name, ctypes.c_uint(_RENAME_EXCHANGE)) == 0:
         return True
     code = ctypes.get_errno()
     if code in _CANNOT:

@@ -36,6 +36,8 @@ class Filesystem(ABC):
     # their room back to the pool.
     options: ClassVar[str]
     smallest_bytes: ClassVar[int]
+    # Whether it can become smaller while it is mounted.
+    shrinks: ClassVar[bool] = False
     _left_in_root: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
@@ -114,6 +116,7 @@ class Btrfs(Filesystem):
     """Grows and shrinks while it is mounted."""
 
     name = "btrfs"
+    shrinks = True
     options = "discard=async"
     # fs/btrfs/ioctl.c refuses to resize to less, in either direction.
     smallest_bytes = 256 * _MIB

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from gpudock_server.adapters.layers.exchange import swap
 from gpudock_server.adapters.layers.threads import run_to_end
 from gpudock_server.adapters.volumes import loop_device
 from gpudock_server.adapters.volumes.failures import volume_errors
@@ -63,24 +64,17 @@ class LoopBackend(VolumeBackend):
             backing = await run_to_end(folder.read_own, self.kind)
             if backing is None:
                 filesystem = await self._filesystem_for(name, size_bytes)
-                backing = VolumeBacking(
-                    kind=self.kind,
-                    uid=uid,
-                    name=name,
-                    engine_volume=f"gpudock-{uid}",
-                    size_bytes=size_bytes,
-                    filesystem=filesystem.name,
-                    folder=str(folder.path),
-                    driver_options={"type": filesystem.name, "device": str(folder.device), "o": filesystem.options},
-                )
-                await run_to_end(folder.write, backing)
-            filesystem = _filesystem(backing)
-            if not await run_to_end(folder.image.exists):
-                await _make_image(folder, filesystem, filesystem.image_bytes(backing.size_bytes))
-            await self._attached(folder)
-            async with self._view(folder, filesystem) as (view, mount):
-                await run_to_end(filesystem.tidy, view.path(mount.point))
+                backing = await _recorded_new(folder, filesystem, name, size_bytes)
+            await self._made(folder, backing)
         return backing
+
+    async def _made(self, folder: StoreFolder, backing: VolumeBacking) -> None:
+        filesystem = _filesystem(backing)
+        if not await run_to_end(folder.image.exists):
+            await _make_image(folder, filesystem, filesystem.image_bytes(backing.size_bytes))
+        await self._attached(folder)
+        async with self._view(folder, filesystem) as (view, mount):
+            await run_to_end(filesystem.tidy, view.path(mount.point))
 
     async def attach(self, backing: VolumeBacking) -> None:
         """See the protocol."""
@@ -118,6 +112,54 @@ class LoopBackend(VolumeBackend):
             await run_to_end(os.truncate, folder.image, length)
             await self._attached(folder)
             return await _recorded(folder, backing, size_bytes)
+
+    def needs_copy(self, backing: VolumeBacking, size_bytes: int) -> bool:
+        """See the protocol."""
+        filesystem = _filesystem(backing)
+        return not filesystem.shrinks or size_bytes < filesystem.smallest_bytes
+
+    async def replacement(self, backing: VolumeBacking, uid: str, size_bytes: int) -> VolumeBacking:
+        """See the protocol. On the same filesystem: the engine's volume says which one it mounts, and never changes."""
+        folder, filesystem = self._folder_of(uid, backing.name), _filesystem(backing)
+        if size_bytes < filesystem.smallest_bytes:
+            detail = f"it is on {filesystem.name}, which takes {filesystem.smallest_bytes} bytes at the least"
+            raise SizeNotSupported(volume=backing.name, size_bytes=size_bytes, detail=detail)
+        with volume_errors("create", backing.name, self._root, size_bytes):
+            made = await run_to_end(folder.read_own, self.kind)
+            if made is None:
+                made = await _recorded_new(folder, filesystem, backing.name, size_bytes)
+            await self._made(folder, made)
+        return made
+
+    async def content(self, backing: VolumeBacking) -> str:
+        """See the protocol: the image's inode, which a rename leaves as it is."""
+        with volume_errors("look into", backing.name, self._root):
+            return str((await run_to_end(self._folder(backing).image.stat)).st_ino)
+
+    async def exchange(self, holder: VolumeBacking, other: VolumeBacking, content: str) -> None:
+        """See the protocol. The images change their places in one rename, while no device has them."""
+        one, two = self._folder(holder), self._folder(other)
+        with volume_errors("exchange", holder.name, self._root):
+            standing = await self.content(holder)
+            if standing != content:
+                if await self.content(other) != content:
+                    raise StoreDamaged(f"neither {one.image} nor {two.image} is the image with inode {content}")
+                await self._let_go(holder.name, one, two)
+                await run_to_end(_swap_images, one, two)
+            for folder, backing in ((one, holder), (two, other)):
+                await self._attached(folder)
+                await run_to_end(folder.write, backing)
+
+    async def _let_go(self, name: str, *folders: StoreFolder) -> None:
+        """Detach the devices of all, or of none. Raises VolumeInUse."""
+        for folder in folders:
+            if device := await loop_device.device_of(folder.image):
+                # Without the link nothing can mount it any more.
+                await run_to_end(_unlink, folder.device)
+                if not await loop_device.detach(device):
+                    for each in folders:
+                        await self._attached(each)
+                    raise VolumeInUse(volume=name, holders=(f"what has {device} mounted",))
 
     async def usage(self, backing: VolumeBacking) -> VolumeUsage:
         """See the protocol."""
@@ -214,6 +256,39 @@ def clear_links(folders: Sequence[StoreFolder]) -> None:
 
 def _filesystem(backing: VolumeBacking) -> Filesystem:
     return next(one for one in FILESYSTEMS if one.name == backing.filesystem)
+
+
+def _swap_images(one: StoreFolder, other: StoreFolder) -> None:
+    with _opened(one.path) as here, _opened(other.path) as there:
+        if not swap(here, there, os.fsencode(one.image.name)):
+            raise ProgramFailed("the host's kernel or filesystem cannot exchange two files")
+        os.fsync(here)
+        os.fsync(there)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+async def _recorded_new(folder: StoreFolder, filesystem: Filesystem, name: str, size_bytes: int) -> VolumeBacking:
+    """Record a store that is about to be made."""
+    backing = VolumeBacking(
+        kind=VolumeBackendKind.LOOP,
+        uid=folder.uid,
+        name=name,
+        engine_volume=f"gpudock-{folder.uid}",
+        size_bytes=size_bytes,
+        filesystem=filesystem.name,
+        folder=str(folder.path),
+        driver_options={"type": filesystem.name, "device": str(folder.device), "o": filesystem.options},
+    )
+    await run_to_end(folder.write, backing)
+    return backing
 
 
 async def _make_image(folder: StoreFolder, filesystem: Filesystem, length: int) -> None:

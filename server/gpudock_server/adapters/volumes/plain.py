@@ -12,7 +12,7 @@ from gpudock_server.adapters.layers.threads import run_to_end
 from gpudock_server.adapters.volumes.failures import volume_errors
 from gpudock_server.adapters.volumes.folder import StoreDamaged, StoreFolder, pool_usage
 from gpudock_server.adapters.volumes.view import Reach
-from gpudock_server.errors import SizeNotSupported
+from gpudock_server.errors import SizeNotSupported, VolumeFailed
 from gpudock_server.model.volume import PoolUsage, VolumeBackendKind, VolumeBacking, VolumeUsage
 from gpudock_server.ports import VolumeBackend
 
@@ -57,6 +57,22 @@ class PlainBackend(VolumeBackend):
         """See the protocol. Raises SizeNotSupported."""
         raise _no_size(backing.name, size_bytes)
 
+    def needs_copy(self, backing: VolumeBacking, size_bytes: int) -> bool:  # noqa: ARG002 - as the protocol has it
+        """See the protocol: never."""
+        return False
+
+    async def replacement(self, backing: VolumeBacking, uid: str, size_bytes: int) -> VolumeBacking:  # noqa: ARG002
+        """See the protocol: nothing here needs one."""
+        raise _no_replacement(backing)
+
+    async def content(self, backing: VolumeBacking) -> str:
+        """See the protocol."""
+        raise _no_replacement(backing)
+
+    async def exchange(self, holder: VolumeBacking, other: VolumeBacking, content: str) -> None:  # noqa: ARG002
+        """See the protocol."""
+        raise _no_replacement(holder)
+
     async def usage(self, backing: VolumeBacking) -> VolumeUsage:
         """See the protocol. Counted by du: it takes as long as there are files."""
         async with self.opened(backing) as folder:
@@ -91,3 +107,8 @@ class PlainBackend(VolumeBackend):
 
 def _no_size(name: str, size_bytes: int) -> SizeNotSupported:
     return SizeNotSupported(volume=name, size_bytes=size_bytes, detail="a PLAIN volume has no size")
+
+
+def _no_replacement(backing: VolumeBacking) -> VolumeFailed:
+    detail = "a PLAIN volume is never replaced"
+    return VolumeFailed(volume=backing.name, call="replace", detail=detail)

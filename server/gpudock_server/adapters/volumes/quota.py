@@ -21,7 +21,7 @@ from gpudock_server.adapters.volumes.failures import volume_errors
 from gpudock_server.adapters.volumes.folder import StoreDamaged, StoreFolder, backings, pool_usage
 from gpudock_server.adapters.volumes.programs import ProgramFailed, missing, run
 from gpudock_server.adapters.volumes.view import Reach
-from gpudock_server.errors import SizeNotSupported, VolumeTooSmallForData
+from gpudock_server.errors import SizeNotSupported, VolumeFailed, VolumeTooSmallForData
 from gpudock_server.model.volume import PoolUsage, VolumeBackendKind, VolumeBacking, VolumeUsage
 from gpudock_server.ports import VolumeBackend
 
@@ -145,6 +145,22 @@ class ProjectQuotaBackend(VolumeBackend):
                 await _set_limit(mount, backing.project_id, size_bytes)
             return await _recorded(folder, backing, size_bytes)
 
+    def needs_copy(self, backing: VolumeBacking, size_bytes: int) -> bool:  # noqa: ARG002 - as the protocol has it
+        """See the protocol: never."""
+        return False
+
+    async def replacement(self, backing: VolumeBacking, uid: str, size_bytes: int) -> VolumeBacking:  # noqa: ARG002
+        """See the protocol: nothing here needs one."""
+        raise _no_replacement(backing)
+
+    async def content(self, backing: VolumeBacking) -> str:
+        """See the protocol."""
+        raise _no_replacement(backing)
+
+    async def exchange(self, holder: VolumeBacking, other: VolumeBacking, content: str) -> None:  # noqa: ARG002
+        """See the protocol."""
+        raise _no_replacement(holder)
+
     async def usage(self, backing: VolumeBacking) -> VolumeUsage:
         """See the protocol."""
         with volume_errors("look into", backing.name, self._root):
@@ -163,11 +179,14 @@ class ProjectQuotaBackend(VolumeBackend):
         """See the protocol. The engine refuses to let go of a volume that a container has, so it is asked first."""
         folder = self._folder(backing)
         with volume_errors("delete", backing.name, self._root):
+            # One whose making was cut off is known by its uid alone.
+            recorded = None if backing.project_id else await run_to_end(folder.read)
+            project_id = recorded.project_id if recorded else backing.project_id
             await run_to_end(folder.remove)
             async with self._numbering:
                 # Repeated much later, the id may have become another store's.
-                if backing.project_id and backing.project_id not in await run_to_end(self._recorded_ids):
-                    await _set_limit(await self._mount(), backing.project_id, 0)
+                if project_id and project_id not in await run_to_end(self._recorded_ids):
+                    await _set_limit(await self._mount(), project_id, 0)
 
     async def pool(self) -> PoolUsage:
         """See the protocol."""
@@ -254,3 +273,8 @@ def _make_folder(data: Path) -> None:
 
 def _rounded(size_bytes: int) -> int:
     return -(-size_bytes // _GRAIN) * _GRAIN
+
+
+def _no_replacement(backing: VolumeBacking) -> VolumeFailed:
+    detail = "a PROJECT_QUOTA volume is never replaced"
+    return VolumeFailed(volume=backing.name, call="replace", detail=detail)

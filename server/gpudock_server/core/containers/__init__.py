@@ -46,53 +46,50 @@ from gpudock_server.core.containers.history import DeleteRevisionSaga, find_revi
 from gpudock_server.core.containers.pause import PauseSaga
 from gpudock_server.core.containers.stop import StopSaga
 from gpudock_server.core.containers.world import HistoryDefaults, World
-from gpudock_server.core.operations import Draft, Operations, RequestKey, stages_of
+from gpudock_server.core.operations import Draft, Operations, RequestKey, planned
 from gpudock_server.core.saga import Saga
 from gpudock_server.errors import ContainerNotFound
 from gpudock_server.model.container import Container
-from gpudock_server.model.operation import Operation, OperationKind, OperationState
-from gpudock_server.model.record import now
+from gpudock_server.model.operation import Operation, OperationKind
 from gpudock_server.ports import ContainerView, Page, RevisionView
 
-__all__ = ["Containers", "HistoryDefaults", "World", "saga_builder"]
+__all__ = ["Containers", "HistoryDefaults", "World", "build_saga"]
 
 
-def saga_builder(world: World) -> Callable[[Operation], Saga[Any]]:
-    """Makes the saga of any recorded operation, for `Operations` to resume."""
-
-    def build(operation: Operation) -> Saga[Any]:  # noqa: PLR0911 - one case for each kind of operation
-        match operation.kind:
-            case OperationKind.CREATE:
-                return CreateSaga(world, operation)
-            case (
-                OperationKind.START
-                | OperationKind.RESTART
-                | OperationKind.SCALE
-                | OperationKind.UPDATE
-                | OperationKind.ROLLBACK
-            ):
-                return ChangeSaga(world, operation)
-            case OperationKind.CLONE:
-                return CloneSaga(world, operation)
-            case OperationKind.DELETE_REVISION:
-                return DeleteRevisionSaga(world, operation)
-            case OperationKind.STOP:
-                return StopSaga(world, operation)
-            case OperationKind.PAUSE | OperationKind.UNPAUSE:
-                return PauseSaga(world, operation)
-            case OperationKind.DELETE:
-                return DeleteSaga(world, operation)
-            case OperationKind.COMMIT:
-                return CommitSaga(world, operation)
-
-    return build
+def build_saga(world: World, operation: Operation) -> Saga[Any]:  # noqa: PLR0911 - one case for each kind of operation
+    """Makes the saga of a recorded operation on a container."""
+    match operation.kind:
+        case OperationKind.CREATE:
+            return CreateSaga(world, operation)
+        case (
+            OperationKind.START
+            | OperationKind.RESTART
+            | OperationKind.SCALE
+            | OperationKind.UPDATE
+            | OperationKind.ROLLBACK
+        ):
+            return ChangeSaga(world, operation)
+        case OperationKind.CLONE:
+            return CloneSaga(world, operation)
+        case OperationKind.DELETE_REVISION:
+            return DeleteRevisionSaga(world, operation)
+        case OperationKind.STOP:
+            return StopSaga(world, operation)
+        case OperationKind.PAUSE | OperationKind.UNPAUSE:
+            return PauseSaga(world, operation)
+        case OperationKind.DELETE:
+            return DeleteSaga(world, operation)
+        case OperationKind.COMMIT:
+            return CommitSaga(world, operation)
+        case kind:
+            raise ValueError(f"{kind} is not done to containers")
 
 
 class Containers:
     """Reads containers, and begins operations on them."""
 
     def __init__(self, world: World, operations: Operations) -> None:
-        """`operations` must have been built with `saga_builder(world)`."""
+        """`operations` must have been built with `saga_builder` (core/sagas.py)."""
         self._world = world
         self._operations = operations
 
@@ -129,20 +126,7 @@ class Containers:
 
     async def preview(self, command: Command) -> Operation:
         """What `begin` would do, with nothing done: an operation that is PLANNED and has no id."""
-        draft = await self._draft(command)
-        moment = now()
-        operation = Operation(
-            id="",
-            kind=draft.kind,
-            target=draft.target.model_copy(update={"uid": ""}) if draft.makes else draft.target,
-            node=self._world.node,
-            state=OperationState.PLANNED,
-            arguments=draft.arguments,
-            plan=draft.plan,
-            create_time=moment,
-            update_time=moment,
-        )
-        return operation.changed(stages=stages_of(draft.build(operation)))
+        return planned(await self._draft(command), self._world.node)
 
     async def _draft(self, command: Command) -> Draft:
         return await _DRAFTERS[type(command)](self._world, command)

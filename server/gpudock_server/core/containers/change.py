@@ -36,6 +36,7 @@ from gpudock_server.core.containers.create import anonymous_volumes, labels_of, 
 from gpudock_server.core.containers.depth import carry_image, graft_image, grafted_image, remove_carried
 from gpudock_server.core.containers.history import prune
 from gpudock_server.core.containers.keeping import IMAGE_STAGE, KeepArguments, Keeping
+from gpudock_server.core.containers.mounting import engine_volumes
 from gpudock_server.core.containers.observation import observed
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
@@ -272,6 +273,7 @@ class ChangeSaga(ContainerSaga):
                 hostname=arguments.spec.hostname or operation.target.name,
                 labels=labels_of(operation, arguments.revision, arguments.owner),
                 volumes=arguments.old.anonymous_volumes,
+                mounted=await engine_volumes(world, arguments.spec.mounts),
             )
         )
         return {"engine_id": engine_id, "engine_name": name, "image_id": image_id}

@@ -28,10 +28,11 @@ from typing_extensions import override
 
 from gpudock_server.core.allocation import Wish
 from gpudock_server.core.containers.commands import Clone
-from gpudock_server.core.containers.create import anonymous_volumes, check_mounts, labels_of, remove_with_volumes
+from gpudock_server.core.containers.create import anonymous_volumes, labels_of, remove_with_volumes
 from gpudock_server.core.containers.depth import carry_image, committed, layer_image, remove_carried
 from gpudock_server.core.containers.history import find_revision
 from gpudock_server.core.containers.keeping import IMAGE_STAGE
+from gpudock_server.core.containers.mounting import check_mounts, engine_volumes, stay
 from gpudock_server.core.containers.observation import observed
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
@@ -121,7 +122,7 @@ async def draft(world: World, command: Clone) -> Draft:
         raise ContainerBusy(container=source.name, operation_id=view.operation_id)
     spec, files = await _found(world, source, command.revision)
     spec = spec.changed(**command.changes)
-    await check_mounts(world, spec.mounts)
+    volumes = await check_mounts(world, spec.mounts)
     clone_uid = str(uuid.uuid4())
     proposal = await world.allocator.propose(Wish(uid=clone_uid, gpus=spec.gpus, ports=spec.ports))
     moment = now()
@@ -162,7 +163,7 @@ async def draft(world: World, command: Clone) -> Draft:
         claims=[Claim(world.host, key, world.holder(container)) for key in proposal.to_claim],
         locks=(source.target,),
         # It must be as it was read: another operation may have come and gone before the lock is taken.
-        conditions=(PutContainer(source, expect=view.version),),
+        conditions=(PutContainer(source, expect=view.version), *stay(volumes)),
         build=lambda operation: CloneSaga(world, operation),
     )
 
@@ -299,6 +300,7 @@ class CloneSaga(ContainerSaga):
                 placement=self._arguments.placement,
                 hostname=spec.hostname or operation.target.name,
                 labels=labels_of(operation, 1, self._arguments.owner),
+                mounted=await engine_volumes(world, spec.mounts),
             )
         )
         return {"engine_id": engine_id, "engine_name": name, "image_id": image_id}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import difflib
-import os.path
 import uuid
 from collections.abc import Sequence
 
@@ -12,12 +9,13 @@ from typing_extensions import override
 
 from gpudock_server.core.allocation import Wish
 from gpudock_server.core.containers.commands import Create, PullPolicy
+from gpudock_server.core.containers.mounting import check_mounts, engine_volumes, nearest, stay
 from gpudock_server.core.containers.observation import observed
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
 from gpudock_server.core.saga import Outcome, Run, Step
-from gpudock_server.errors import ContainerExists, HostPathForbidden, ImageNotFound, VolumeNotFound
+from gpudock_server.errors import ContainerExists, ImageNotFound
 from gpudock_server.model.changes import (
     Change,
     Claim,
@@ -49,11 +47,8 @@ from gpudock_server.model.engine import (
 )
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import JsonObject, Record, now
-from gpudock_server.model.spec import ContainerSpec, Mount
+from gpudock_server.model.spec import ContainerSpec
 from gpudock_server.ports import ContainerView
-
-# How many names an error lists of what there is instead.
-_NEAREST = 10
 
 
 class CreateArguments(Record):
@@ -70,7 +65,7 @@ async def draft(world: World, command: Create) -> Draft:
     """Check that it can be made, and pick what it would be given."""
     if await world.store.container(command.name) is not None:
         raise ContainerExists(container=command.name)
-    await check_mounts(world, command.spec.mounts)
+    volumes = await check_mounts(world, command.spec.mounts)
     image_id = await _image_id(world, command)
     uid = str(uuid.uuid4())
     proposal = await world.allocator.propose(Wish(uid=uid, gpus=command.spec.gpus, ports=command.spec.ports))
@@ -105,6 +100,7 @@ async def draft(world: World, command: Create) -> Draft:
             claimed_ports=proposal.placement.ports,
         ),
         claims=[Claim(world.host, key, world.holder(container)) for key in proposal.to_claim],
+        conditions=stay(volumes),
         build=lambda operation: CreateSaga(world, operation, command.registry_auth),
     )
 
@@ -124,39 +120,6 @@ async def _image_id(world: World, command: Create) -> str:
 async def image_not_found(world: World, image: str) -> ImageNotFound:
     """The error that names the likeliest of the images that there are."""
     return ImageNotFound(image=image, available=nearest(image, await world.engine.image_names()))
-
-
-def nearest(name: str, names: Sequence[str]) -> tuple[str, ...]:
-    """Those of `names` that someone who wrote `name` may have meant, the likeliest first; at most _NEAREST."""
-    return tuple(difflib.get_close_matches(name, names, n=_NEAREST, cutoff=0.0))
-
-
-async def check_mounts(world: World, mounts: Sequence[Mount]) -> None:
-    """Every volume must exist, and every host path must lead below the allow-list once its links are followed."""
-    for mount in mounts:
-        if mount.volume and not await world.engine.has_volume(mount.volume):
-            raise VolumeNotFound(
-                volume=mount.volume, available=nearest(mount.volume, await world.engine.volume_names())
-            )
-        if mount.host_path:
-            await _check_host_path(world, mount.host_path)
-
-
-async def _check_host_path(world: World, host_path: str) -> None:
-    if not await asyncio.to_thread(_is_allowed, host_path, world.allowed_host_paths):
-        raise HostPathForbidden(host_path=host_path, allowed=tuple(world.allowed_host_paths))
-
-
-def _is_allowed(host_path: str, allowed_paths: Sequence[str]) -> bool:
-    try:
-        real = os.path.realpath(host_path, strict=True)
-    except OSError:
-        return False
-    # The engine follows links once more when it mounts, and by then one could have been bent: a path with links in it
-    # is not taken at all.
-    if real != os.path.normpath(host_path):
-        return False
-    return any(real == allowed or real.startswith(allowed.rstrip("/") + "/") for allowed in allowed_paths)
 
 
 def labels_of(operation: Operation, revision: int, owner: str = "") -> dict[str, str]:
@@ -206,6 +169,7 @@ class CreateSaga(ContainerSaga):
                 placement=self._arguments.placement,
                 hostname=self._spec.hostname or operation.target.name,
                 labels=labels_of(operation, 1, self._arguments.owner),
+                mounted=await engine_volumes(world, self._spec.mounts),
             )
         )
         return {"engine_id": engine_id, "engine_name": name, "image_id": image_id}

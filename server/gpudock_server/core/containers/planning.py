@@ -12,18 +12,18 @@ from dataclasses import dataclass, field
 from gpudock_server.core.allocation import Wish
 from gpudock_server.core.containers import history, keeping
 from gpudock_server.core.containers.change import ChangeArguments, ChangeSaga, Files, Source
-from gpudock_server.core.containers.create import check_mounts
 from gpudock_server.core.containers.keeping import KeepArguments
+from gpudock_server.core.containers.mounting import check_mounts, mounts_it
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
 from gpudock_server.errors import ContainerNotRunning
-from gpudock_server.model.changes import Claim, PutContainer
+from gpudock_server.model.changes import Claim, PutContainer, VolumeIs
 from gpudock_server.model.claims import ClaimKey
 from gpudock_server.model.container import Container, ContainerState, EngineBinding, Placement, RevisionCause
 from gpudock_server.model.engine import RegistryAuth
 from gpudock_server.model.operation import CarryMethod, OperationKind, OperationPlan
 from gpudock_server.model.spec import ContainerSpec, SnapshotPolicy
-from gpudock_server.ports import CarryPlan, ContainerView
+from gpudock_server.ports import CarryPlan, ContainerView, VolumeView
 
 LIVES = (ContainerState.RUNNING, ContainerState.PAUSED)
 DOES_NOT_RUN = (ContainerState.STOPPED, ContainerState.EXITED)
@@ -61,8 +61,10 @@ async def draft(world: World, view: ContainerView, wanted: Wanted) -> Draft:
     placement, to_claim = await _placement(world, container, engine, wanted)
     replace = _needs_successor(engine, wanted, placement)
     carry = CarryPlan(method=CarryMethod.NONE)
+    joining: tuple[VolumeView, ...] = ()
     if replace:
-        await check_mounts(world, wanted.spec.mounts)
+        volumes = await check_mounts(world, wanted.spec.mounts, had=container.spec.mounts)
+        joining = tuple(one for one in volumes if not mounts_it(view, one.volume.name))
         if wanted.source.files in (Files.CARRY, Files.GRAFT):
             carry = await _plan_carry(world, container, engine, wanted.source.files)
     cause = _CAUSES.get(wanted.kind, RevisionCause.SCALED) if wanted.spec != container.spec or replace else None
@@ -104,6 +106,10 @@ async def draft(world: World, view: ContainerView, wanted: Wanted) -> Draft:
         arguments=arguments.model_dump(mode="json"),
         plan=_plan(arguments, carry, status.placement),
         claims=[Claim(world.host, key, world.holder(container)) for key in to_claim],
+        # What it mounts already stays while its head says so. What it is about to mount is not to be seen from its
+        # head before the commit, so nobody may delete that meanwhile.
+        locks=[one.volume.target for one in joining],
+        conditions=[VolumeIs(one.volume.name, one.version) for one in joining],
         build=lambda operation: ChangeSaga(world, operation, wanted.registry_auth),
     )
 

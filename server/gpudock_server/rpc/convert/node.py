@@ -47,6 +47,16 @@ def node_message(seen: NodeView) -> node_pb2.Node:
             node_pb2.LayerCarrySupport(method=CARRY_METHODS[method], available=not reason, reason=reason)
             for method, reason in seen.carry_methods
         ],
+        volume_pool=node_pb2.VolumePool(
+            path=seen.volume_pool.path,
+            total_bytes=seen.volume_pool.usage.total_bytes,
+            free_bytes=seen.volume_pool.usage.free_bytes,
+            promised_bytes=seen.volume_pool.usage.promised_bytes,
+            allocated_bytes=seen.volume_pool.usage.allocated_bytes,
+            overcommit=seen.volume_pool.overcommit,
+        )
+        if seen.volume_pool
+        else None,
         components=_components(seen),
         start_time=timestamp(seen.start_time),
     )

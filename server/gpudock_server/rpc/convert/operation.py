@@ -20,8 +20,22 @@ from gpudock_server.rpc.convert.port import binding_message
 from gpudock_server.rpc.convert.revision import SNAPSHOT_KINDS
 from gpudock_server.rpc.convert.times import timestamp
 
-KINDS = {kind: operation_pb2.OperationKind.Value(f"OPERATION_KIND_{kind.name}_CONTAINER") for kind in OperationKind}
-TARGET_KINDS = {TargetKind.CONTAINER: operation_pb2.RESOURCE_KIND_CONTAINER}
+_OF_VOLUMES = (
+    OperationKind.CREATE_VOLUME,
+    OperationKind.RESIZE_VOLUME,
+    OperationKind.DELETE_VOLUME,
+    OperationKind.ADOPT_VOLUME,
+)
+KINDS = {
+    kind: operation_pb2.OperationKind.Value(
+        f"OPERATION_KIND_{kind.name}" if kind in _OF_VOLUMES else f"OPERATION_KIND_{kind.name}_CONTAINER"
+    )
+    for kind in OperationKind
+}
+TARGET_KINDS = {
+    TargetKind.CONTAINER: operation_pb2.RESOURCE_KIND_CONTAINER,
+    TargetKind.VOLUME: operation_pb2.RESOURCE_KIND_VOLUME,
+}
 STATES = {state: operation_pb2.OperationState.Value(f"OPERATION_STATE_{state.name}") for state in OperationState}
 CARRY_METHODS = {
     method: operation_pb2.LayerCarryMethod.Value(f"LAYER_CARRY_METHOD_{method.name}") for method in CarryMethod

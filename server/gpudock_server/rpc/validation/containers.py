@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TypeAlias
@@ -47,7 +46,6 @@ _ANY_IMAGE = "image"
 _SPEC_FIELDS = tuple(field.name for field in container_pb2.ContainerSpec.DESCRIPTOR.fields)
 _SPEC_FIELDS_OF_CLONES = tuple(name for name in _SPEC_FIELDS if name != "image")
 _Masked: TypeAlias = container_service_pb2.UpdateContainerRequest | container_service_pb2.CloneContainerRequest
-_OWNER = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._@/-]{0,126}[A-Za-z0-9])?", re.ASCII)
 _SCALABLE = ("gpus", "cpus", "memory_bytes", "shm_size_bytes")
 
 
@@ -62,7 +60,7 @@ def get(request: container_service_pb2.GetContainerRequest) -> str:
 def create(request: container_service_pb2.CreateContainerRequest) -> Create:
     """A container to be made."""
     violations = Violations()
-    _check_owner(violations, request.owner)
+    fields.owner(violations, "owner", request.owner)
     if not request.HasField("spec"):
         violations.add("spec", "is required")
     fields.optional_uuid(violations, "request_id", request.request_id)
@@ -173,7 +171,7 @@ def update(request: container_service_pb2.UpdateContainerRequest) -> Update:
 def clone(request: container_service_pb2.CloneContainerRequest) -> Clone:
     """A container to be made of another one."""
     violations = Violations()
-    _check_owner(violations, request.owner)
+    fields.owner(violations, "owner", request.owner)
     fields.optional_uuid(violations, "request_id", request.request_id)
     if request.spec.image and not request.update_mask.paths:
         violations.add("spec.image", "a clone is on the image of its source; UpdateContainer can change that")
@@ -201,11 +199,6 @@ def _changes(violations: Violations, asked: container_pb2.ContainerSpec, masked:
         partial.image = _ANY_IMAGE
     checked = spec(violations.at("spec"), partial)
     return {field: getattr(checked, field) for field in sorted(masked)}
-
-
-def _check_owner(violations: Violations, owner: str) -> None:
-    if owner and not _OWNER.fullmatch(owner):
-        violations.add("owner", "must match ^[A-Za-z0-9]([A-Za-z0-9._@/-]{0,126}[A-Za-z0-9])?$")
 
 
 def _masked(violations: Violations, request: _Masked, known: Sequence[str]) -> set[str]:

@@ -33,16 +33,24 @@ _MAX_ENV = 1024
 _MAX_ENV_BYTES = 256 * _KIB
 _MAX_ENV_NAME_BYTES = 255
 
+_OWNER = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._@/-]{0,126}[A-Za-z0-9])?", re.ASCII)
 _USER_PART = re.compile(r"[^:\s\0-]([^:\s\0]{0,254})", re.ASCII)
 _MAX_ID = 2**31 - 1
 
 
 def name(violations: Violations, field: str, value: str) -> str:
-    """The name of a container."""
+    """The name of a container or a volume."""
     if not value:
         violations.add(field, "is required")
     elif not is_name(value):
         violations.add(field, f"must match {NAME_PATTERN}")
+    return value
+
+
+def owner(violations: Violations, field: str, value: str) -> str:
+    """Who something belongs to; may be empty."""
+    if value and not _OWNER.fullmatch(value):
+        violations.add(field, "must match ^[A-Za-z0-9]([A-Za-z0-9._@/-]{0,126}[A-Za-z0-9])?$")
     return value
 
 

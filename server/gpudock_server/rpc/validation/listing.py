@@ -14,15 +14,18 @@ from gpudock.v1 import (
     operation_pb2,
     operation_service_pb2,
     port_pb2,
+    volume_service_pb2,
 )
 
 from gpudock_server.core.nodes import HeldGpu, HeldPort
+from gpudock_server.core.volumes import VolumeSeen
 from gpudock_server.model.container import ContainerState
 from gpudock_server.model.drift import Drift, DriftKind, DriftSeverity
 from gpudock_server.model.gpu import GpuHealth
 from gpudock_server.model.operation import Operation, OperationKind, OperationState
 from gpudock_server.model.spec import Protocol
 from gpudock_server.model.target import TargetKind
+from gpudock_server.model.volume import VolumeRevision
 from gpudock_server.ports import ContainerView, RevisionView
 from gpudock_server.rpc import page_token
 from gpudock_server.rpc.convert import container, gpu, operation
@@ -97,6 +100,29 @@ def container_filter(
 
 def revisions(request: container_service_pb2.ListContainerRevisionsRequest) -> Listing[RevisionView]:
     """A page of a container's revisions."""
+    violations = Violations()
+    fields.name(violations, "name", request.name)
+    return _listing(violations, request, lambda _: True)
+
+
+def volumes(request: volume_service_pb2.ListVolumesRequest) -> Listing[VolumeSeen]:
+    """A page of volumes."""
+    asked = request.filter
+    labels = dict(asked.labels)
+
+    def wanted(seen: VolumeSeen) -> bool:
+        head = seen.view.volume
+        return (
+            asked.owner in ("", head.owner)
+            and asked.node in ("", head.node)
+            and all(key in head.labels and value in ("", head.labels[key]) for key, value in labels.items())
+        )
+
+    return _listing(Violations(), request, wanted)
+
+
+def volume_revisions(request: volume_service_pb2.ListVolumeRevisionsRequest) -> Listing[VolumeRevision]:
+    """A page of a volume's revisions."""
     violations = Violations()
     fields.name(violations, "name", request.name)
     return _listing(violations, request, lambda _: True)
@@ -180,6 +206,8 @@ _ListRequest = (
     | node_service_pb2.ListGpusRequest
     | node_service_pb2.ListPortsRequest
     | node_service_pb2.ListDriftRequest
+    | volume_service_pb2.ListVolumesRequest
+    | volume_service_pb2.ListVolumeRevisionsRequest
 )
 
 

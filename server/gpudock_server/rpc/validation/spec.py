@@ -76,7 +76,7 @@ def spec(violations: Violations, message: container_pb2.ContainerSpec) -> Contai
         hostname=_hostname(violations, message),
         tty=message.tty,
         stdin=message.stdin,
-        labels=_labels(violations, message.labels),
+        labels=labels(violations, message.labels),
         gpus=gpus(violations.at("gpus"), message.gpus),
         cpus=cpus(violations, message.cpus),
         memory_bytes=memory(violations, message.memory_bytes),
@@ -161,7 +161,8 @@ def _hostname(violations: Violations, message: container_pb2.ContainerSpec) -> s
     return value
 
 
-def _labels(violations: Violations, values: Mapping[str, str]) -> dict[str, str]:
+def labels(violations: Violations, values: Mapping[str, str]) -> dict[str, str]:
+    """What a caller attaches to a container or a volume."""
     found = dict(values)
     if len(found) > _MAX_LABELS:
         violations.add("labels", f"must have at most {_MAX_LABELS} entries")

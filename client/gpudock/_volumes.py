@@ -1,0 +1,147 @@
+"""Volumes: files that outlive containers, with sizes that change while they are in use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import grpc.aio
+
+from gpudock._calls import Calls, fresh_id
+from gpudock._enums import value_of
+from gpudock._operations import OperationCall, Operations
+from gpudock._pages import Pages
+from gpudock.v1 import volume_service_pb2 as pb
+from gpudock.v1.operation_service_pb2 import OperationResult
+from gpudock.v1.volume_pb2 import VOLUME_BACKEND_UNSPECIFIED, Volume, VolumeBackend, VolumeRevision
+from gpudock.v1.volume_service_pb2_grpc import VolumeServiceStub
+
+
+class Volumes:
+    """The volumes of the installation. `request_id` and `etag` are as in `Containers`."""
+
+    def __init__(self, calls: Calls, channel: grpc.aio.Channel, operations: Operations) -> None:
+        self._calls = calls
+        self._stub = VolumeServiceStub(channel)
+        self._operations = operations
+
+    async def create(
+        self,
+        name: str,
+        size_bytes: int = 0,
+        *,
+        owner: str = "",
+        backend: str = "",
+        labels: Mapping[str, str] | None = None,
+        request_id: str | None = None,
+    ) -> Volume:
+        """Create an empty volume; without a size it may grow as long as the node has room.
+
+        `backend` is `project-quota`, `loop` or `plain`; left out, the best that the node has.
+        """
+        request = pb.CreateVolumeRequest(
+            name=name,
+            owner=owner,
+            size_bytes=size_bytes,
+            backend=_backend(backend),
+            labels=labels or {},
+            request_id=fresh_id(request_id),
+        )
+        return (await self._calls.change(self._stub.CreateVolume, request)).volume
+
+    async def get(self, name: str) -> Volume:
+        """One volume."""
+        return (await self._calls.read(self._stub.GetVolume, pb.GetVolumeRequest(name=name))).volume
+
+    def list(
+        self, *, labels: Mapping[str, str] | None = None, owner: str = "", node: str = "", page_size: int = 0
+    ) -> Pages[Volume]:
+        """Volumes by name: with all of `labels` (`""` is any value)."""
+        filters = pb.VolumeFilter(labels=labels or {}, owner=owner, node=node)
+
+        async def page(token: str) -> tuple[Iterable[Volume], str]:
+            request = pb.ListVolumesRequest(page_size=page_size, page_token=token, filter=filters)
+            answer = await self._calls.read(self._stub.ListVolumes, request)
+            return answer.volumes, answer.next_page_token
+
+        return Pages(page)
+
+    def resize(
+        self,
+        name: str,
+        size_bytes: int,
+        *,
+        validate_only: bool = False,
+        etag: str = "",
+        request_id: str | None = None,
+    ) -> OperationCall[Volume]:
+        """Give a volume another size, also while containers use it.
+
+        Growing stops nothing. Shrinking may have to copy, and then stops the containers that use it for a moment.
+        """
+        request = pb.ResizeVolumeRequest(
+            name=name, size_bytes=size_bytes, request_id=fresh_id(request_id), etag=etag, validate_only=validate_only
+        )
+        return OperationCall(
+            self._operations,
+            begin=lambda: self._calls.stream(self._stub.ResizeVolume, request),
+            validate_only=validate_only,
+            resource=_made,
+        )
+
+    async def delete(self, name: str, *, etag: str = "", request_id: str | None = None) -> None:
+        """Delete a volume with its files; refused while a container mounts it."""
+        request = pb.DeleteVolumeRequest(name=name, request_id=fresh_id(request_id), etag=etag)
+        await self._calls.change(self._stub.DeleteVolume, request)
+
+    def revisions(self, name: str, *, page_size: int = 0) -> Pages[VolumeRevision]:
+        """The sizes that a volume was given, oldest first."""
+
+        async def page(token: str) -> tuple[Iterable[VolumeRevision], str]:
+            request = pb.ListVolumeRevisionsRequest(name=name, page_size=page_size, page_token=token)
+            answer = await self._calls.read(self._stub.ListVolumeRevisions, request)
+            return answer.revisions, answer.next_page_token
+
+        return Pages(page)
+
+    def adopt(
+        self,
+        name: str,
+        engine_volume: str = "",
+        *,
+        size_bytes: int = 0,
+        owner: str = "",
+        backend: str = "",
+        labels: Mapping[str, str] | None = None,
+        validate_only: bool = False,
+        request_id: str | None = None,
+    ) -> OperationCall[Volume]:
+        """Take in a volume of the engine, called `name` there as well unless `engine_volume` says otherwise.
+
+        Without a size it stays where it is; with one its files are copied into a new volume.
+        """
+        request = pb.AdoptVolumeRequest(
+            name=name,
+            engine_volume=engine_volume,
+            owner=owner,
+            size_bytes=size_bytes,
+            backend=_backend(backend),
+            labels=labels or {},
+            request_id=fresh_id(request_id),
+            validate_only=validate_only,
+        )
+        return OperationCall(
+            self._operations,
+            begin=lambda: self._calls.stream(self._stub.AdoptVolume, request),
+            validate_only=validate_only,
+            resource=_made,
+        )
+
+
+def _backend(word: str) -> VolumeBackend.ValueType:
+    return value_of(VolumeBackend, word) if word else VOLUME_BACKEND_UNSPECIFIED
+
+
+def _made(result: Any) -> Volume:  # noqa: ANN401 - the result's type is that of the RPC's own message
+    """The volume in the result of the operation's own RPC, or of WatchOperation after a lost connection."""
+    return result.volume if isinstance(result, OperationResult) else cast("Volume", result)

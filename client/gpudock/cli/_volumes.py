@@ -1,0 +1,139 @@
+"""The commands for volumes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import click
+
+from gpudock import Client, OperationCall, Volume, VolumeBackend
+from gpudock._enums import words_of
+from gpudock.cli import _operation_views, _volume_views
+from gpudock.cli._arguments import LabelFilter, Pair, Size
+from gpudock.cli._follow import follow, settled
+from gpudock.cli._session import Session
+
+_backend_option = click.option(
+    "--backend", type=click.Choice(words_of(VolumeBackend)), default=None, help="What it is made of."
+)
+_owner_option = click.option("--owner", default="", help="Who it belongs to.")
+_labels_option = click.option("--label", type=Pair(), multiple=True, help="To be attached to it.")
+_plan_option = click.option("--validate-only", is_flag=True, help="Show what would be done, and do nothing.")
+
+
+@click.group()
+def volume() -> None:
+    """Volumes: files that outlive containers, with sizes that change while they are in use."""
+
+
+@volume.command()
+@click.argument("name")
+@click.argument("size", type=Size(), required=False, default=None)
+@_backend_option
+@_owner_option
+@_labels_option
+@click.pass_obj
+def create(
+    session: Session,
+    *,
+    name: str,
+    size: int | None,
+    backend: str | None,
+    owner: str,
+    label: tuple[tuple[str, str], ...],
+) -> None:
+    """Create a volume; without a SIZE it may grow as long as the node has room."""
+    made = session.run(
+        lambda client: settled(
+            client.volumes.create(name, size or 0, backend=backend or "", owner=owner, labels=dict(label)), name
+        )
+    )
+    session.show(made, _volume_views.one_volume)
+
+
+@volume.command("list")
+@click.option("--label", type=LabelFilter(), multiple=True, help="Only those with this label.")
+@click.option("--owner", default="", help="Only those of this owner.")
+@click.option("--node", default="", help="Only those on this node.")
+@click.pass_obj
+def list_volumes(session: Session, *, label: tuple[tuple[str, str], ...], owner: str, node: str) -> None:
+    """List volumes."""
+    found = session.run(lambda client: client.volumes.list(labels=dict(label), owner=owner, node=node))
+    session.show_all(found, _volume_views.volumes)
+
+
+@volume.command()
+@click.argument("name")
+@click.pass_obj
+def get(session: Session, *, name: str) -> None:
+    """Show one volume."""
+    session.show(session.run(lambda client: client.volumes.get(name)), _volume_views.volume)
+
+
+@volume.command()
+@click.argument("name")
+@click.argument("size", type=Size())
+@_plan_option
+@click.pass_obj
+def resize(session: Session, *, name: str, size: int, validate_only: bool) -> None:
+    """Give a volume another SIZE, also while containers use it."""
+    _operate(session, lambda client: client.volumes.resize(name, size, validate_only=validate_only), validate_only)
+
+
+@volume.command()
+@click.argument("name")
+@click.pass_obj
+def delete(session: Session, *, name: str) -> None:
+    """Delete a volume with its files."""
+    session.run(lambda client: settled(client.volumes.delete(name), name))
+
+
+@volume.command()
+@click.argument("name")
+@click.argument("engine_volume", default="")
+@click.option("--size", type=Size(), default=None, help="Copy it into a volume of this size.")
+@_backend_option
+@_owner_option
+@_labels_option
+@_plan_option
+@click.pass_obj
+def adopt(
+    session: Session,
+    *,
+    name: str,
+    engine_volume: str,
+    size: int | None,
+    backend: str | None,
+    owner: str,
+    label: tuple[tuple[str, str], ...],
+    validate_only: bool,
+) -> None:
+    """Take in a volume that somebody made in the engine, as it is, or copied into one with a --size."""
+
+    def begin(client: Client) -> OperationCall[Volume]:
+        return client.volumes.adopt(
+            name,
+            engine_volume,
+            size_bytes=size or 0,
+            backend=backend or "",
+            owner=owner,
+            labels=dict(label),
+            validate_only=validate_only,
+        )
+
+    _operate(session, begin, validate_only)
+
+
+@volume.command()
+@click.argument("name")
+@click.pass_obj
+def revisions(session: Session, *, name: str) -> None:
+    """List the sizes that a volume was given, oldest first."""
+    session.show_all(session.run(lambda client: client.volumes.revisions(name)), _volume_views.revisions)
+
+
+def _operate(session: Session, begin: Callable[[Client], OperationCall[Volume]], validate_only: bool) -> None:  # noqa: FBT001 - as the option has it
+    if validate_only:
+        session.show(session.run(lambda client: begin(client).plan()), _operation_views.plan)
+        return
+    session.show(session.run(lambda client: follow(begin(client))), _volume_views.one_volume)

@@ -1,0 +1,142 @@
+"""What a container's spec mounts: volumes that must exist and stay, and host paths that must be allowed."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import os.path
+from collections.abc import AsyncIterator, Iterable, Sequence
+
+from gpudock_server.core.containers.world import World
+from gpudock_server.errors import (
+    HostPathForbidden,
+    VolumeBusy,
+    VolumeElsewhere,
+    VolumeFailed,
+    VolumeNotAdopted,
+    VolumeNotFound,
+)
+from gpudock_server.model.changes import Change, Unlocked, VolumeIs
+from gpudock_server.model.spec import Mount
+from gpudock_server.model.target import TargetKind
+from gpudock_server.model.volume import Volume, VolumeState
+from gpudock_server.ports import ContainerView, Store, VolumeView
+
+# How many names an error lists of what there is instead.
+_NEAREST = 10
+_PAGE = 500
+
+
+def nearest(name: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of `names` that someone who wrote `name` may have meant, the likeliest first; at most _NEAREST."""
+    return tuple(difflib.get_close_matches(name, names, n=_NEAREST, cutoff=0.0))
+
+
+async def check_mounts(world: World, mounts: Sequence[Mount], *, had: Sequence[Mount] = ()) -> tuple[VolumeView, ...]:
+    """The volumes that are mounted, each once.
+
+    Every one must exist on this node, and every host path must lead below the allow-list once its links are followed.
+    No operation may be at work on one, but for those that were mounted before (`had`), which nobody can delete.
+    """
+    before = _volumes_of(had)
+    for mount in mounts:
+        if mount.host_path:
+            await _check_host_path(world, mount.host_path)
+    return tuple([await _mountable(world, name, busy=name in before) for name in _volumes_of(mounts)])
+
+
+def stay(views: Iterable[VolumeView]) -> list[Change]:
+    """Conditions of a transaction: these volumes are as they were seen, and nobody is about to delete them."""
+    return [
+        change
+        for view in views
+        for change in (Unlocked(TargetKind.VOLUME, view.volume.name), VolumeIs(view.volume.name, view.version))
+    ]
+
+
+async def engine_volumes(world: World, mounts: Sequence[Mount]) -> dict[str, str]:
+    """Volume -> what it is called by the engine, as of now. Raises VolumeNotFound."""
+    found = {name: await _mountable(world, name, busy=True) for name in _volumes_of(mounts)}
+    return {name: view.volume.backing.engine_volume for name, view in found.items() if view.volume.backing}
+
+
+def _volumes_of(mounts: Sequence[Mount]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(mount.volume for mount in mounts if mount.volume))
+
+
+async def _mountable(world: World, name: str, *, busy: bool) -> VolumeView:
+    view = await world.store.volume(name)
+    if view is None:
+        raise await volume_not_found(world, name)
+    volume = view.volume
+    if volume.node != world.node:
+        raise VolumeElsewhere(container="", node=volume.node, address=await address_of(world, volume.node), volume=name)
+    if view.operation_id and not busy:
+        raise VolumeBusy(volume=name, operation_id=view.operation_id)
+    if volume.state is not VolumeState.READY:
+        detail = f"it is {volume.state}; one that is DELETING can only be deleted"
+        raise VolumeFailed(volume=name, call="mount", detail=detail)
+    return view
+
+
+async def address_of(world: World, node: str) -> str:
+    """Where a node's daemon is reached; empty where none is alive."""
+    return next((one.address for one in await world.store.nodes() if one.node == node), "")
+
+
+async def volume_not_found(world: World, name: str) -> VolumeNotFound:
+    """The error that names the likeliest of the volumes that there are, and says what can be done."""
+    known = nearest(name, [volume.name async for volume in all_volumes(world.store)])
+    kind = VolumeNotAdopted if await world.engine.has_volume(name) else VolumeNotFound
+    return kind(volume=name, available=known)
+
+
+async def all_volumes(store: Store) -> AsyncIterator[Volume]:
+    """Every volume of every node."""
+    token = ""
+    while True:
+        page = await store.volumes(page_size=_PAGE, page_token=token)
+        for view in page.items:
+            yield view.volume
+        token = page.next_token
+        if not token:
+            return
+
+
+async def all_containers(store: Store) -> AsyncIterator[ContainerView]:
+    """Every container of every node."""
+    token = ""
+    while True:
+        page = await store.containers(page_size=_PAGE, page_token=token)
+        for view in page.items:
+            yield view
+        token = page.next_token
+        if not token:
+            return
+
+
+async def attached(store: Store, volume: str) -> tuple[ContainerView, ...]:
+    """The containers whose specs mount a volume, by name: the one truth of what is attached."""
+    return tuple([view async for view in all_containers(store) if mounts_it(view, volume)])
+
+
+def mounts_it(view: ContainerView, volume: str) -> bool:
+    """Whether a container's spec mounts a volume."""
+    return any(mount.volume == volume for mount in view.container.spec.mounts)
+
+
+async def _check_host_path(world: World, host_path: str) -> None:
+    if not await asyncio.to_thread(_is_allowed, host_path, world.allowed_host_paths):
+        raise HostPathForbidden(host_path=host_path, allowed=tuple(world.allowed_host_paths))
+
+
+def _is_allowed(host_path: str, allowed_paths: Sequence[str]) -> bool:
+    try:
+        real = os.path.realpath(host_path, strict=True)
+    except OSError:
+        return False
+    # The engine follows links once more when it mounts, and by then one could have been bent: a path with links in it
+    # is not taken at all.
+    if real != os.path.normpath(host_path):
+        return False
+    return any(real == allowed or real.startswith(allowed.rstrip("/") + "/") for allowed in allowed_paths)

@@ -1,0 +1,126 @@
+"""AdoptVolume: an engine volume that somebody made becomes one of ours, as it is or copied into one with a size."""
+
+from __future__ import annotations
+
+import uuid
+
+from typing_extensions import override
+
+from gpudock_server.core.containers.mounting import all_volumes, nearest
+from gpudock_server.core.operations import Draft
+from gpudock_server.core.saga import Outcome, Run, Step
+from gpudock_server.core.volumes.commands import Adopt
+from gpudock_server.core.volumes.copying import carry
+from gpudock_server.core.volumes.create import MakingSaga, chosen, new_volume
+from gpudock_server.core.volumes.storage import Storage
+from gpudock_server.errors import EngineVolumeNotFound, SizeNotSupported, VolumeExists, VolumeFailed, VolumeInUse
+from gpudock_server.model.changes import PutVolume
+from gpudock_server.model.engine import LABEL_UID, EngineVolume
+from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
+from gpudock_server.model.record import Record
+from gpudock_server.model.volume import VolumeBackendKind, VolumeBacking, VolumeCause
+from gpudock_server.ports import VolumeView
+
+
+class AdoptArguments(Record):
+    """What the saga needs to be built again. `source` is the engine volume; of PLAIN, also the backing."""
+
+    kind: VolumeBackendKind
+    size_bytes: int
+    source: VolumeBacking
+
+
+async def draft(storage: Storage, command: Adopt) -> Draft:
+    """Check that it is there, is nobody's, and, where it is to be copied, that it can be."""
+    volume = await new_volume(storage, command.name, command.owner, command.labels, command.size_bytes)
+    found = await _found(storage, command.engine_volume)
+    backend = await chosen(storage, command.name, command.size_bytes, command.backend)
+    plan = OperationPlan()
+    # A store that is not ours gets a uid of its own; one that becomes ours has the volume's.
+    plain = backend.kind is VolumeBackendKind.PLAIN
+    source = VolumeBacking(
+        kind=VolumeBackendKind.PLAIN,
+        uid=volume.uid if plain else str(uuid.uuid4()),
+        name=command.name,
+        engine_volume=command.engine_volume,
+        folder=found.mountpoint,
+    )
+    if not plain:
+        plan = await _plan_copy(storage, command, found, source)
+        await storage.must_fit(backend.kind, volume.uid, command.size_bytes)
+    arguments = AdoptArguments(kind=backend.kind, size_bytes=command.size_bytes, source=source)
+    return Draft(
+        kind=OperationKind.ADOPT_VOLUME,
+        target=volume.target,
+        head=PutVolume(volume, expect=0),
+        arguments=arguments.model_dump(mode="json"),
+        plan=plan,
+        build=lambda operation: AdoptSaga(storage, operation),
+    )
+
+
+async def _found(storage: Storage, engine_volume: str) -> EngineVolume:
+    engine = storage.world.engine
+    found = await engine.inspect_volume(engine_volume)
+    if found is None:
+        raise EngineVolumeNotFound(volume=engine_volume, available=nearest(engine_volume, await engine.volume_names()))
+    owners = [
+        volume.name
+        async for volume in all_volumes(storage.world.store)
+        if volume.node == storage.world.node and volume.backing and volume.backing.engine_volume == engine_volume
+    ]
+    if owners or LABEL_UID in found.labels:
+        raise VolumeExists(volume=owners[0] if owners else engine_volume)
+    return found
+
+
+async def _plan_copy(storage: Storage, command: Adopt, found: EngineVolume, source: VolumeBacking) -> OperationPlan:
+    if found.driver != "local" or found.options:
+        detail = f"engine volume {found.name} has its files only while it is mounted; adopt it without a size"
+        raise VolumeFailed(volume=command.name, call="copy", detail=detail)
+    await _must_be_still(storage, command.name, found.name)
+    usage = await storage.backend(source.kind).usage(source)
+    if usage.used_bytes > command.size_bytes:
+        detail = f"engine volume {found.name} holds {usage.used_bytes} bytes"
+        raise SizeNotSupported(volume=command.name, size_bytes=command.size_bytes, detail=detail)
+    pool = await storage.pool()
+    return OperationPlan(bytes_to_move=usage.used_bytes, bytes_available=pool.free_bytes if pool else 0)
+
+
+async def _must_be_still(storage: Storage, name: str, engine_volume: str) -> None:
+    users = await storage.world.engine.mounting(engine_volume)
+    if running := tuple(one.name for one in users if one.running):
+        raise VolumeInUse(volume=name, holders=running)
+
+
+class AdoptSaga(MakingSaga):
+    """Nothing but the record; or store -> engine volume -> copy -> verify, then the record."""
+
+    def __init__(self, storage: Storage, operation: Operation) -> None:
+        """Builds the script from the operation's arguments."""
+        self._arguments = AdoptArguments.model_validate(operation.arguments)
+        super().__init__(storage, self._arguments.kind, self._arguments.size_bytes)
+
+    @property
+    def _copies(self) -> bool:
+        return self._arguments.kind is not VolumeBackendKind.PLAIN
+
+    @property
+    @override
+    def steps(self) -> tuple[Step, ...]:
+        return (*self._making, Step("copy", self._copy)) if self._copies else ()
+
+    async def _copy(self, run: Run) -> None:
+        source = self._arguments.source
+        await _must_be_still(self._storage, source.name, source.engine_volume)
+        await carry(self._storage.copier, source, self._made(run.operation), run.progress)
+
+    @override
+    async def commit(self, run: Run, view: VolumeView) -> Outcome:
+        source = self._arguments.source
+        finished = (
+            self._finished(run, view.volume)
+            if self._copies
+            else view.volume.changed(backing=source, mountpoint=source.folder)
+        )
+        return self._outcome(run, view, finished, VolumeCause.ADOPTED)

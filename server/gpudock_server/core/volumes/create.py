@@ -1,0 +1,164 @@
+"""CreateVolume: a store on the host, the engine's volume that leads to it, and only then a volume."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+
+from typing_extensions import override
+
+from gpudock_server.core.operations import Draft
+from gpudock_server.core.saga import Outcome, Run, Step
+from gpudock_server.core.volumes.choosing import choose_backend
+from gpudock_server.core.volumes.commands import Create
+from gpudock_server.core.volumes.saga import VolumeSaga, revision_of
+from gpudock_server.core.volumes.storage import Storage
+from gpudock_server.errors import VolumeExists
+from gpudock_server.model.changes import Change, DeleteVolume, PutVolume
+from gpudock_server.model.engine import LABEL_NAME, LABEL_NODE, LABEL_UID
+from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
+from gpudock_server.model.record import JsonObject, Record, now
+from gpudock_server.model.volume import (
+    Volume,
+    VolumeBackendKind,
+    VolumeBacking,
+    VolumeCause,
+    VolumeState,
+)
+from gpudock_server.ports import VolumeBackend, VolumeView
+
+STORE_STAGE = "store"
+ENGINE_STAGE = "engine-volume"
+
+
+class CreateArguments(Record):
+    """What the saga needs to be built again."""
+
+    kind: VolumeBackendKind
+    size_bytes: int
+
+
+async def draft(storage: Storage, command: Create) -> Draft:
+    """Check that it can be made, and choose what of."""
+    volume = await new_volume(storage, command.name, command.owner, command.labels, command.size_bytes)
+    backend = await chosen(storage, command.name, command.size_bytes, command.backend)
+    await storage.must_fit(backend.kind, volume.uid, command.size_bytes)
+    arguments = CreateArguments(kind=backend.kind, size_bytes=command.size_bytes)
+    return Draft(
+        kind=OperationKind.CREATE_VOLUME,
+        target=volume.target,
+        head=PutVolume(volume, expect=0),
+        arguments=arguments.model_dump(mode="json"),
+        plan=OperationPlan(),
+        build=lambda operation: CreateSaga(storage, operation),
+    )
+
+
+async def new_volume(storage: Storage, name: str, owner: str, labels: Mapping[str, str], size_bytes: int) -> Volume:
+    """A head that is still to be given its backing. Raises VolumeExists."""
+    if await storage.world.store.volume(name) is not None:
+        raise VolumeExists(volume=name)
+    moment = now()
+    return Volume(
+        name=name,
+        uid=str(uuid.uuid4()),
+        node=storage.world.node,
+        owner=owner,
+        generation=1,
+        revision=0,
+        state=VolumeState.CREATING,
+        size_bytes=size_bytes,
+        reserved_bytes=size_bytes,
+        labels=dict(labels),
+        create_time=moment,
+        update_time=moment,
+    )
+
+
+async def chosen(storage: Storage, name: str, size_bytes: int, asked: VolumeBackendKind | None) -> VolumeBackend:
+    """The caller's backend, else the settings', else the best. Raises SizeNotSupported."""
+    forced = asked or (storage.forced if size_bytes else None)
+    return await choose_backend(storage.backends, name=name, size_bytes=size_bytes, forced=forced)
+
+
+class MakingSaga(VolumeSaga):
+    """What makes a volume: a store, and the engine's volume that leads to it."""
+
+    def __init__(self, storage: Storage, kind: VolumeBackendKind, size_bytes: int) -> None:
+        super().__init__(storage)
+        self._kind = kind
+        self._size_bytes = size_bytes
+
+    @property
+    def _making(self) -> tuple[Step, ...]:
+        return (
+            Step(STORE_STAGE, self._make, self._destroy),
+            Step(ENGINE_STAGE, self._give, self._take_back),
+        )
+
+    async def _make(self, run: Run) -> JsonObject:
+        target = run.operation.target
+        await self._storage.must_fit(self._kind, target.uid, self._size_bytes)
+        backing = await self._storage.backend(self._kind).create(target.uid, target.name, self._size_bytes)
+        return backing.model_dump(mode="json")
+
+    async def _destroy(self, run: Run) -> None:
+        await self._storage.backend(self._kind).destroy(self._made(run.operation))
+
+    def _made(self, operation: Operation) -> VolumeBacking:
+        """What was made, as far as it is known: a store is found by its uid."""
+        target = operation.target
+        if facts := operation.facts(STORE_STAGE):
+            return VolumeBacking.model_validate(facts)
+        return VolumeBacking(kind=self._kind, uid=target.uid, name=target.name, engine_volume="")
+
+    async def _give(self, run: Run) -> JsonObject:
+        backing = self._made(run.operation)
+        labels = {LABEL_UID: backing.uid, LABEL_NAME: backing.name, LABEL_NODE: self._world.node}
+        made = await self._world.engine.create_volume(
+            backing.engine_volume, labels=labels, driver_options=backing.driver_options
+        )
+        return {"mountpoint": made.mountpoint}
+
+    async def _take_back(self, run: Run) -> None:
+        if run.operation.facts(STORE_STAGE):
+            await self._world.engine.remove_volume(self._made(run.operation).engine_volume)
+
+    def _finished(self, run: Run, volume: Volume) -> Volume:
+        """The volume with what was made for it."""
+        mountpoint = str(run.operation.facts(ENGINE_STAGE)["mountpoint"])
+        backing = self._made(run.operation)
+        if not backing.folder:
+            # The engine keeps it where it likes.
+            backing = backing.model_copy(update={"folder": mountpoint})
+        return volume.changed(backing=backing, mountpoint=mountpoint)
+
+    def _outcome(self, run: Run, view: VolumeView, finished: Volume, cause: VolumeCause) -> Outcome:
+        volume = finished.changed(state=VolumeState.READY, revision=1, update_time=now())
+        changes: list[Change] = [
+            PutVolume(volume, expect=view.version),
+            revision_of(volume, cause, run.operation.id),
+        ]
+        return Outcome(changes, volume)
+
+    @override
+    async def abandon(self, run: Run, view: VolumeView) -> Sequence[Change]:
+        return [DeleteVolume(view.volume.name, view.volume.uid, expect=view.version)]
+
+
+class CreateSaga(MakingSaga):
+    """Store -> engine volume, then the head and its first revision."""
+
+    def __init__(self, storage: Storage, operation: Operation) -> None:
+        """Builds the script from the operation's arguments."""
+        arguments = CreateArguments.model_validate(operation.arguments)
+        super().__init__(storage, arguments.kind, arguments.size_bytes)
+
+    @property
+    @override
+    def steps(self) -> tuple[Step, ...]:
+        return self._making
+
+    @override
+    async def commit(self, run: Run, view: VolumeView) -> Outcome:
+        return self._outcome(run, view, self._finished(run, view.volume), VolumeCause.CREATED)

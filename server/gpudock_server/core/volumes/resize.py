@@ -1,0 +1,337 @@
+"""ResizeVolume: in place wherever that can be, else by a smaller store that takes the old one's place.
+
+In place is one step that no container notices. Where a filesystem cannot shrink:
+
+    make -> copy -> stop what uses it -> copy the rest, verify -> exchange -> start | commit | remove the old store
+
+The bulk is copied while containers write. They are locked from the beginning and stopped for the difference alone. The
+exchange is one rename; the engine's volume stays the same one, so that their engine containers stay as well. Until the
+commit the old store is whole, and any failure or cancel puts it back in its place.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from enum import StrEnum
+
+from typing_extensions import override
+
+from gpudock_server.core.containers.mounting import attached
+from gpudock_server.core.containers.observation import observed
+from gpudock_server.core.containers.world import World
+from gpudock_server.core.operations import Draft
+from gpudock_server.core.saga import Outcome, Run, Saga, Step
+from gpudock_server.core.volumes.commands import Resize
+from gpudock_server.core.volumes.copying import carry
+from gpudock_server.core.volumes.saga import VolumeSaga, backing_of, revision_of
+from gpudock_server.core.volumes.storage import Storage
+from gpudock_server.errors import (
+    ContainerPaused,
+    DiskFull,
+    StartFailed,
+    VolumeBusy,
+    VolumeFailed,
+    VolumeInUse,
+    VolumeTooSmallForData,
+)
+from gpudock_server.model.changes import Change, PutContainer, PutVolume
+from gpudock_server.model.container import ContainerState
+from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
+from gpudock_server.model.record import JsonObject, Record, now
+from gpudock_server.model.target import Target
+from gpudock_server.model.volume import Volume, VolumeBacking, VolumeCause, VolumeState, VolumeUsage
+from gpudock_server.ports import ContainerView, ShrinkNeedsCopy, VolumeView
+
+_LOCATE_STAGE = "locate"
+
+
+class Method(StrEnum):
+    """How a volume comes to its size."""
+
+    NONE = "NONE"
+    GROW = "GROW"
+    SHRINK = "SHRINK"
+    COPY = "COPY"
+
+
+class User(Record):
+    """A container that has the volume mounted, as it was when the operation began."""
+
+    target: Target
+    engine_id: str
+    running: bool
+    stop_seconds: float
+
+
+class ResizeArguments(Record):
+    """What the saga needs to be built again. `copy_uid` is the new store's."""
+
+    old: VolumeBacking
+    size_bytes: int
+    method: Method
+    copy_uid: str = ""
+    users: tuple[User, ...] = ()
+
+
+async def draft(storage: Storage, command: Resize) -> Draft:
+    """Check that it can have that size, and how it gets there. Nothing has been changed when this raises."""
+    view = await storage.lookup(command.name, command.etag)
+    volume, size = view.volume, command.size_bytes
+    if view.operation_id:
+        raise VolumeBusy(volume=volume.name, operation_id=view.operation_id)
+    if volume.state is not VolumeState.READY:
+        raise VolumeFailed(volume=volume.name, call="resize", detail=f"it is {volume.state} and can only be deleted")
+    old = backing_of(volume)
+    backend = storage.sized(old.kind, volume.name, size)
+    arguments, plan = ResizeArguments(old=old, size_bytes=size, method=Method.NONE), OperationPlan()
+    if size > volume.size_bytes:
+        await storage.must_fit(old.kind, volume.uid, size)
+        arguments = arguments.model_copy(update={"method": Method.GROW})
+    elif size < volume.size_bytes:
+        usage = await backend.usage(old)
+        _must_hold(volume, usage, size)
+        arguments = arguments.model_copy(update={"method": Method.SHRINK})
+        if backend.needs_copy(old, size):
+            arguments, plan = await _plan_copy(storage, volume, arguments, usage)
+    reserved = volume.changed(reserved_bytes=max(size, volume.size_bytes))
+    return Draft(
+        kind=OperationKind.RESIZE_VOLUME,
+        target=volume.target,
+        head=PutVolume(reserved, expect=view.version),
+        arguments=arguments.model_dump(mode="json"),
+        plan=plan,
+        build=lambda operation: build(storage, operation),
+        locks=[user.target for user in arguments.users],
+    )
+
+
+def _must_hold(volume: Volume, usage: VolumeUsage, size_bytes: int) -> None:
+    if size_bytes < usage.minimum_bytes:
+        raise VolumeTooSmallForData(
+            volume=volume.name,
+            requested_bytes=size_bytes,
+            used_bytes=usage.used_bytes,
+            minimum_bytes=usage.minimum_bytes,
+        )
+
+
+async def _plan_copy(
+    storage: Storage, volume: Volume, arguments: ResizeArguments, usage: VolumeUsage
+) -> tuple[ResizeArguments, OperationPlan]:
+    views = await attached(storage.world.store, volume.name)
+    users = [_user(storage.world, view) for view in views]
+    ours = {user.engine_id for user in users}
+    mounting = await storage.world.engine.mounting(arguments.old.engine_volume)
+    if strangers := tuple(one.name for one in mounting if one.running and one.id not in ours):
+        raise VolumeInUse(volume=volume.name, holders=strangers)
+    pool = await storage.backend(arguments.old.kind).pool()
+    if pool.free_bytes < usage.minimum_bytes:
+        raise DiskFull(path=storage.path, needed_bytes=usage.minimum_bytes, available_bytes=pool.free_bytes)
+    arguments = arguments.model_copy(
+        update={"method": Method.COPY, "copy_uid": str(uuid.uuid4()), "users": tuple(users)}
+    )
+    plan = OperationPlan(
+        bytes_to_move=usage.used_bytes,
+        bytes_available=pool.free_bytes,
+        restarts_process=any(user.running for user in users),
+    )
+    return arguments, plan
+
+
+def _user(world: World, view: ContainerView) -> User:
+    container = view.container
+    if container.status.state is ContainerState.PAUSED:
+        raise ContainerPaused(container=container.name)
+    own = container.spec.stop_timeout
+    return User(
+        target=container.target,
+        engine_id=container.engine.engine_id if container.engine else "",
+        running=container.status.state is ContainerState.RUNNING,
+        stop_seconds=world.stop_seconds if own is None else own.total_seconds(),
+    )
+
+
+def build(storage: Storage, operation: Operation) -> Saga[VolumeView]:
+    """The saga of a resize: in place, or by a copy."""
+    arguments = ResizeArguments.model_validate(operation.arguments)
+    return CopySaga(storage, arguments) if arguments.method is Method.COPY else InPlaceSaga(storage, arguments)
+
+
+class ResizeSaga(VolumeSaga):
+    """What both ways have in common: how they end."""
+
+    def __init__(self, storage: Storage, arguments: ResizeArguments) -> None:
+        super().__init__(storage)
+        self._arguments = arguments
+        self._backend = storage.backend(arguments.old.kind)
+
+    @override
+    async def commit(self, run: Run, view: VolumeView) -> Outcome:
+        arguments, volume = self._arguments, view.volume
+        if arguments.method is Method.NONE:
+            return Outcome([PutVolume(volume, expect=view.version)], volume)
+        resized = volume.changed(
+            size_bytes=arguments.size_bytes,
+            reserved_bytes=arguments.size_bytes,
+            backing=arguments.old.model_copy(update={"size_bytes": arguments.size_bytes}),
+            revision=volume.revision + 1,
+            generation=volume.generation + 1,
+            update_time=now(),
+        )
+        cause = VolumeCause.GROWN if arguments.method is Method.GROW else VolumeCause.SHRUNK
+        changes: list[Change] = [
+            PutVolume(resized, expect=view.version),
+            revision_of(resized, cause, run.operation.id),
+            *await self._seen_users(),
+        ]
+        return Outcome(changes, resized)
+
+    @override
+    async def abandon(self, run: Run, view: VolumeView) -> Sequence[Change]:
+        volume = view.volume.changed(reserved_bytes=view.volume.size_bytes)
+        return [PutVolume(volume, expect=view.version), *await self._seen_users()]
+
+    async def _seen_users(self) -> list[Change]:
+        """The containers as the engine shows them now: while they were locked, nobody else looked."""
+        changes: list[Change] = []
+        for user in self._arguments.users:
+            view = await self._world.store.container(user.target.name)
+            if view is None or view.container.uid != user.target.uid or not user.engine_id:
+                continue
+            seen = await self._world.engine.inspect(user.engine_id)
+            container = view.container.changed(status=observed(view.container, seen), update_time=now())
+            changes.append(PutContainer(container, expect=view.version))
+        return changes
+
+
+class InPlaceSaga(ResizeSaga):
+    """One step of the backend. It takes less time than a cancel, and a filesystem that grew may not shrink again."""
+
+    cancellable = False
+
+    @property
+    @override
+    def steps(self) -> tuple[Step, ...]:
+        match self._arguments.method:
+            case Method.GROW:
+                return (Step("grow", self._grow),)
+            case Method.SHRINK:
+                return (Step("shrink", self._shrink),)
+            case _:
+                return ()
+
+    async def _grow(self, run: Run) -> None:
+        old, size = self._arguments.old, self._arguments.size_bytes
+        await self._storage.must_fit(old.kind, run.operation.target.uid, size)
+        await self._backend.grow(old, size)
+
+    async def _shrink(self, _run: Run) -> None:
+        old = self._arguments.old
+        try:
+            await self._backend.shrink(old, self._arguments.size_bytes)
+        except ShrinkNeedsCopy as reason:
+            raise VolumeFailed(volume=old.name, call="shrink", detail=str(reason)) from reason
+
+
+class CopySaga(ResizeSaga):
+    """See the module's docstring."""
+
+    def __init__(self, storage: Storage, arguments: ResizeArguments) -> None:
+        super().__init__(storage, arguments)
+        self._running = [user for user in arguments.users if user.running]
+
+    @property
+    @override
+    def steps(self) -> tuple[Step, ...]:
+        stop = [Step("stop", self._stop, self._start_again)] if self._running else []
+        start = [Step("start", self._start, self._stop_again), Step("verify", self._verify)] if self._running else []
+        return (
+            Step("make", self._make, self._remove),
+            Step("copy", self._copy),
+            *stop,
+            Step("difference", self._difference),
+            Step(_LOCATE_STAGE, self._locate),
+            Step("exchange", self._exchange, self._exchange_back),
+            *start,
+        )
+
+    @property
+    @override
+    def after(self) -> tuple[Step, ...]:
+        return (Step("retire", self._remove),)
+
+    @property
+    def _new(self) -> VolumeBacking:
+        """The new store, as far as it takes to find it."""
+        arguments = self._arguments
+        return arguments.old.model_copy(
+            update={
+                "uid": arguments.copy_uid,
+                "size_bytes": arguments.size_bytes,
+                "engine_volume": f"gpudock-{arguments.copy_uid}",
+            }
+        )
+
+    async def _make(self, _run: Run) -> JsonObject:
+        arguments = self._arguments
+        await self._nobody_new()
+        made = await self._backend.replacement(arguments.old, arguments.copy_uid, arguments.size_bytes)
+        return made.model_dump(mode="json")
+
+    async def _nobody_new(self) -> None:
+        """Whoever began to mount it before it was locked, and after it was looked at, is not among the users."""
+        known = {user.target for user in self._arguments.users}
+        views = await attached(self._world.store, self._arguments.old.name)
+        if strangers := tuple(view.container.name for view in views if view.container.target not in known):
+            raise VolumeInUse(volume=self._arguments.old.name, holders=strangers)
+
+    async def _remove(self, _run: Run) -> None:
+        await self._backend.destroy(self._new)
+
+    def _made(self, run: Run) -> VolumeBacking:
+        return VolumeBacking.model_validate(run.operation.facts("make"))
+
+    async def _copy(self, run: Run) -> None:
+        await self._storage.copier.copy(self._arguments.old, self._made(run), run.progress)
+
+    async def _stop(self, _run: Run) -> None:
+        for user in self._running:
+            await self._world.engine.stop(user.engine_id, user.stop_seconds)
+
+    async def _start_again(self, _run: Run) -> None:
+        for user in self._running:
+            await self._world.engine.start(user.engine_id)
+
+    async def _difference(self, run: Run) -> JsonObject:
+        return await carry(self._storage.copier, self._arguments.old, self._made(run), run.progress)
+
+    async def _locate(self, _run: Run) -> JsonObject:
+        return {"content": await self._backend.content(self._arguments.old)}
+
+    async def _exchange(self, run: Run) -> None:
+        old, made = self._arguments.old, self._made(run)
+        # The old store's folder is the one that the engine's volume leads to: it gets the smaller content.
+        await self._backend.exchange(
+            made.model_copy(update={"size_bytes": old.size_bytes}),
+            old.model_copy(update={"size_bytes": made.size_bytes}),
+            str(run.operation.facts(_LOCATE_STAGE)["content"]),
+        )
+
+    async def _exchange_back(self, run: Run) -> None:
+        if located := run.operation.facts(_LOCATE_STAGE):
+            await self._backend.exchange(self._arguments.old, self._made(run), str(located["content"]))
+
+    async def _start(self, _run: Run) -> None:
+        await self._start_again(_run)
+
+    async def _stop_again(self, _run: Run) -> None:
+        for user in self._running:
+            await self._world.engine.stop(user.engine_id, 0)
+
+    async def _verify(self, _run: Run) -> None:
+        for user in self._running:
+            code = await self._world.engine.exited_within(user.engine_id, self._world.settle_seconds)
+            if code is not None:
+                detail = f"its process ended with exit code {code} after it was started with the smaller volume"
+                raise StartFailed(container=user.target.name, detail=detail)

@@ -1,0 +1,49 @@
+"""What the sagas of volumes have in common: the storage that they act on, and how they see their volume."""
+
+from __future__ import annotations
+
+from typing_extensions import override
+
+from gpudock_server.core.saga import Run, Saga
+from gpudock_server.core.volumes.storage import Storage
+from gpudock_server.errors import VolumeInUse
+from gpudock_server.model.changes import PutVolumeRevision
+from gpudock_server.model.record import now
+from gpudock_server.model.volume import Volume, VolumeBacking, VolumeCause, VolumeRevision
+from gpudock_server.ports import VolumeView
+
+
+class VolumeSaga(Saga[VolumeView]):
+    """A saga whose target is a volume."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._world = storage.world
+
+    @override
+    async def look(self, run: Run) -> VolumeView | None:
+        target = run.operation.target
+        view = await self._world.store.volume(target.name)
+        return view if view is not None and view.volume.uid == target.uid else None
+
+
+def revision_of(volume: Volume, cause: VolumeCause, operation_id: str) -> PutVolumeRevision:
+    """The revision that a volume has come to."""
+    return PutVolumeRevision(
+        VolumeRevision(
+            volume=volume.name,
+            uid=volume.uid,
+            revision=volume.revision,
+            size_bytes=volume.size_bytes,
+            cause=cause,
+            create_time=now(),
+            operation_id=operation_id,
+        )
+    )
+
+
+def backing_of(volume: Volume) -> VolumeBacking:
+    """What it was made of. Raises VolumeInUse while it is still being made."""
+    if volume.backing is None:
+        raise VolumeInUse(volume=volume.name, holders=("the operation that makes it",))
+    return volume.backing

@@ -1,0 +1,140 @@
+"""`kill -9` at every moment of an operation on a volume: it is whole afterwards, or was never there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grpc
+import pytest
+from gpudock.v1 import container_pb2, volume_pb2
+
+from tests.calls import Caller
+from tests.engine.loops import detach_below, loops_below
+from tests.faults.test_kill import at_every_moment
+from tests.rig import Rig
+
+_MIB = 1 << 20
+_SIZE = 320 * _MIB
+_PLANT = "dd if=/dev/urandom of=/data/blob bs=64k count=16 2>/dev/null; ln /data/blob /data/link; chmod 4751 /data/blob"
+_LOOK = "cd /data && md5sum blob link && stat -c '%a %h %u %Y' blob"
+
+
+@pytest.fixture
+def volumes_rig(clean_engine: Rig) -> Iterator[Rig]:
+    """The rig; devices that are left to volumes of a daemon that is gone are let go of."""
+    yield clean_engine
+    clean_engine.engine.remove_all()
+    detach_below(clean_engine.folder)
+
+
+async def _volume(caller: Caller) -> volume_pb2.Volume | None:
+    try:
+        return await caller.volume("phoenix")
+    except grpc.aio.AioRpcError as error:
+        assert error.code() is grpc.StatusCode.NOT_FOUND  # noqa: PT017 (any other code is the failure)
+        return None
+
+
+def _nothing_left(rig: Rig) -> None:
+    assert not loops_below(rig.folder)
+    left = rig.engine.call("GET", "/volumes")["Volumes"] or []
+    assert not [one["Name"] for one in left if one["Name"].startswith("gpudock-")]
+
+
+async def _whole(caller: Caller, rig: Rig, *sizes: int) -> volume_pb2.Volume:
+    """It can be used, has one of these sizes, and what it is made of is there once."""
+    volume = await _volume(caller)
+    assert volume is not None
+    assert volume.state == volume_pb2.VOLUME_STATE_READY
+    assert volume.size_bytes in sizes
+    assert not volume.operation_id
+    assert len(loops_below(rig.folder)) <= 1
+    return volume
+
+
+async def test_create(volumes_rig: Rig) -> None:
+    rig = volumes_rig
+
+    async def create(caller: Caller) -> None:
+        await caller.create_volume("phoenix", _SIZE)
+
+    async def check(caller: Caller) -> None:
+        if await _volume(caller) is not None:
+            await _whole(caller, rig, _SIZE)
+            await caller.delete_volume("phoenix")
+        _nothing_left(rig)
+
+    assert await at_every_moment(rig, "CREATE_VOLUME", create, check) >= 8
+
+
+async def test_delete(volumes_rig: Rig) -> None:
+    rig = volumes_rig
+
+    async def delete(caller: Caller) -> None:
+        if await _volume(caller) is None:
+            await caller.create_volume("phoenix", _SIZE)
+        await caller.delete_volume("phoenix")
+
+    async def check(caller: Caller) -> None:
+        if await _volume(caller) is None:
+            _nothing_left(rig)
+        else:
+            await _whole(caller, rig, _SIZE)
+
+    assert await at_every_moment(rig, "DELETE_VOLUME", delete, check) >= 8
+
+
+def _mounting() -> container_pb2.Mount:
+    return container_pb2.Mount(volume="phoenix", target="/data")
+
+
+async def _df(caller: Caller) -> int:
+    return int((await caller.shell("phoenix", "df -P -k /data")).splitlines()[1].split()[1]) << 10
+
+
+async def test_grow(volumes_rig: Rig) -> None:
+    rig = volumes_rig
+    files = ""
+
+    async def grow(caller: Caller) -> None:
+        nonlocal files
+        if not files:
+            await caller.create_volume("phoenix", _SIZE)
+            await caller.create("phoenix", mounts=[_mounting()])
+            await caller.shell("phoenix", _PLANT)
+            files = await caller.shell("phoenix", _LOOK)
+        volume = await caller.volume("phoenix")
+        await caller.resize_volume("phoenix", volume.size_bytes + 4 * _MIB)
+
+    async def check(caller: Caller) -> None:
+        volume = await _whole(caller, rig, *range(_SIZE, 2 * _SIZE, 4 * _MIB))
+        assert abs(await _df(caller) - volume.size_bytes) < volume.size_bytes // 50
+        assert await caller.shell("phoenix", _LOOK) == files
+
+    assert await at_every_moment(rig, "RESIZE_VOLUME", grow, check) >= 6
+
+
+@pytest.mark.timeout(900)
+async def test_shrink_by_copy(volumes_rig: Rig) -> None:
+    rig = volumes_rig
+    files = ""
+
+    async def shrink(caller: Caller) -> None:
+        nonlocal files
+        await caller.create_volume("phoenix", _SIZE + 64 * _MIB)
+        await caller.create("phoenix", mounts=[_mounting()])
+        await caller.shell("phoenix", _PLANT)
+        files = await caller.shell("phoenix", _LOOK)
+        await caller.resize_volume("phoenix", _SIZE)
+
+    async def check(caller: Caller) -> None:
+        volume = await _whole(caller, rig, _SIZE, _SIZE + 64 * _MIB)
+        assert (await caller.get("phoenix")).status.state == container_pb2.CONTAINER_STATE_RUNNING
+        assert abs(await _df(caller) - volume.size_bytes) < volume.size_bytes // 50
+        assert await caller.shell("phoenix", _LOOK) == files
+        await caller.delete("phoenix")
+        await caller.delete_volume("phoenix")
+        _nothing_left(rig)
+
+    flags = ("--volume-backend", "loop", "--volume-filesystem", "xfs")
+    assert await at_every_moment(rig, "RESIZE_VOLUME", shrink, check, *flags) >= 25

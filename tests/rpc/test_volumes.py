@@ -1,0 +1,128 @@
+"""VolumeService over a real channel: what is refused, what a second call finds, and who waits for whom."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc.aio
+import pytest
+from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2, volume_pb2
+from gpudock.v1 import volume_service_pb2 as pb
+from gpudock_server.errors import InvalidArgument
+from gpudock_server.model.target import TargetKind
+from gpudock_server.model.volume import Volume
+from gpudock_server.ports import Versioned
+from gpudock_server.rpc.validation import volumes as validation
+
+from tests.rpc.serving import UUID, Served, create_request, reason_of, to_the_end
+
+MIB = 1 << 20
+
+
+async def created(served: Served, name: str = "data", size_bytes: int = 64 * MIB, **fields: Any) -> volume_pb2.Volume:
+    """Create a volume to the end."""
+    request = pb.CreateVolumeRequest(name=name, size_bytes=size_bytes, **fields)
+    return (await served.volumes.CreateVolume(request)).volume
+
+
+async def resize(served: Served, size_bytes: int, **fields: Any) -> tuple[list[Any], grpc.aio.AioRpcError | None]:
+    """Resize to the end."""
+    request = pb.ResizeVolumeRequest(name="data", size_bytes=size_bytes, **fields)
+    return await to_the_end(served.volumes.ResizeVolume(request))
+
+
+async def refused(call: Any) -> str:
+    """The reason of a unary call's error."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return reason_of(caught.value)
+
+
+async def test_a_volume_from_create_to_delete(served: Served) -> None:
+    made = await created(served, labels={"a": "b"}, owner="alice", request_id=UUID)
+    assert (made.state, made.revision, made.node) == (volume_pb2.VOLUME_STATE_READY, 1, "gpu1")
+    assert await created(served, labels={"a": "b"}, owner="alice", request_id=UUID) == made
+    assert await refused(served.volumes.CreateVolume(pb.CreateVolumeRequest(name="data"))) == "VOLUME_EXISTS"
+    events, error = await resize(served, 128 * MIB, etag=made.etag)
+    assert error is None
+    assert [stage.name for stage in events[-2].operation.stages] == ["grow", "commit"]
+    assert events[-2].operation.target.kind == operation_pb2.RESOURCE_KIND_VOLUME
+    assert (events[-1].result.size_bytes, events[-1].result.revision) == (128 * MIB, 2)
+    _, stale = await resize(served, 256 * MIB, etag=made.etag)
+    assert reason_of(stale) == "STALE_ETAG"
+    listed = (await served.volumes.ListVolumes(pb.ListVolumesRequest(filter=pb.VolumeFilter(owner="alice")))).volumes
+    assert [(one.name, one.used_bytes) for one in listed] == [("data", MIB)]
+    history = (await served.volumes.ListVolumeRevisions(pb.ListVolumeRevisionsRequest(name="data"))).revisions
+    assert [one.size_bytes for one in history] == [64 * MIB, 128 * MIB]
+    operations = await served.watching.ListOperations(operation_service_pb2.ListOperationsRequest())
+    assert {one.kind for one in operations.operations} == {
+        operation_pb2.OPERATION_KIND_CREATE_VOLUME,
+        operation_pb2.OPERATION_KIND_RESIZE_VOLUME,
+    }
+    await served.volumes.DeleteVolume(pb.DeleteVolumeRequest(name="data"))
+    assert await refused(served.volumes.GetVolume(pb.GetVolumeRequest(name="data"))) == "VOLUME_NOT_FOUND"
+
+
+async def test_to_the_size_that_it_has_changes_nothing(served: Served) -> None:
+    made = await created(served)
+    events, error = await resize(served, 64 * MIB)
+    assert error is None
+    assert (events[-1].result.etag, events[-1].result.revision) == (made.etag, 1)
+
+
+async def test_what_cannot_be_is_refused_and_leaves_nothing(served: Served) -> None:
+    await created(served)
+    _, error = await resize(served, MIB)
+    assert reason_of(error) == "VOLUME_TOO_SMALL_FOR_DATA"
+    _, error = await resize(served, 1 << 50)
+    assert reason_of(error) == "DISK_FULL"
+    full = pb.CreateVolumeRequest(name="more", size_bytes=1 << 50)
+    assert await refused(served.volumes.CreateVolume(full)) == "DISK_FULL"
+    # What fails while it is made is undone.
+    odd = pb.CreateVolumeRequest(name="odd", size_bytes=7 << 40)
+    assert await refused(served.volumes.CreateVolume(odd)) == "SIZE_NOT_SUPPORTED"
+    assert list(served.store.volume_heads) == ["data"]
+    assert not served.store.locks
+
+
+async def test_a_volume_of_another_node(served: Served) -> None:
+    await created(served)
+    head = served.store.volume_heads["data"].value
+    served.store.volume_heads["data"] = Versioned(head.changed(node="gpu2"), 1)
+    _, error = await resize(served, 128 * MIB)
+    assert reason_of(error) == "WRONG_NODE"
+    mounting = create_request(name="a")
+    mounting.spec.mounts.append(container_pb2.Mount(volume="data", target="/data"))
+    _, error = await to_the_end(served.containers.CreateContainer(mounting))
+    assert reason_of(error) == "WRONG_NODE"
+
+
+async def test_one_that_is_worked_on_is_not_mounted_and_one_that_is_mounted_not_deleted(served: Served) -> None:
+    await created(served)
+    mounting = create_request(name="a")
+    mounting.spec.mounts.append(container_pb2.Mount(volume="data", target="/data"))
+    served.store.locks[TargetKind.VOLUME, "data"] = "somebody"
+    _, error = await to_the_end(served.containers.CreateContainer(mounting))
+    assert reason_of(error) == "VOLUME_BUSY"
+    _, error = await resize(served, 128 * MIB)
+    assert reason_of(error) == "VOLUME_BUSY"
+    del served.store.locks[TargetKind.VOLUME, "data"]
+    _, error = await to_the_end(served.containers.CreateContainer(mounting))
+    assert error is None
+    assert await refused(served.volumes.DeleteVolume(pb.DeleteVolumeRequest(name="data"))) == "VOLUME_IN_USE"
+    seen = (await served.volumes.GetVolume(pb.GetVolumeRequest(name="data"))).volume
+    assert list(seen.attached_containers) == ["a"]
+    assert isinstance(served.store.volume_heads["data"].value, Volume)
+
+
+def test_every_rule_of_a_request_is_told_at_once() -> None:
+    request = pb.CreateVolumeRequest(
+        name="No", owner="-", size_bytes=1, backend=volume_pb2.VOLUME_BACKEND_PLAIN, request_id="x"
+    )
+    request.labels["gpudock.uid"] = "mine"
+    with pytest.raises(InvalidArgument) as caught:
+        validation.create(request)
+    told = {violation.field for violation in caught.value.violations}
+    assert told == {"name", "owner", "size_bytes", "backend", "request_id", 'labels["gpudock.uid"]'}
+    with pytest.raises(InvalidArgument):
+        validation.resize(pb.ResizeVolumeRequest(name="data"))
