@@ -106,8 +106,8 @@ class Arena:
         if (now.revision, _spec_of(now)) != (one.revision, one.spec):
             wrong.append(f"is at {now.revision} {_spec_of(now)}, not at {one.revision} {one.spec}")
         held = sorted(uuid for uuid, name in holders.items() if name == one.name)
-        if held != sorted(now.status.gpu_uuids) or (one.holds and len(held) != one.spec.gpus):
-            wrong.append(f"holds {held}, shows {list(now.status.gpu_uuids)}, is to have {one.spec.gpus}")
+        if held != sorted(now.status.gpu_uuids) or len(held) != one.cards or now.status.holds_resources != one.holds:
+            wrong.append(f"holds {held}, shows {list(now.status.gpu_uuids)}, is to have {one.cards} ({one.holds})")
         if one.state is State.FAILED:
             return wrong + (["holds something, and is lost"] if held else [])
         ours = engine.by_name.get(one.name, [])
@@ -217,7 +217,7 @@ class Arena:
         match deed:
             case "rm":
                 self.rig.engine.call("DELETE", where, query={"force": "1"})
-                one.state, one.holds = State.FAILED, False
+                one.state, one.holds, one.cards = State.FAILED, False, 0
             case "stop" | "kill":
                 self.rig.engine.call("POST", f"{where}/{deed}")
                 one.state = State.EXITED
@@ -254,7 +254,7 @@ class Arena:
         except HttpStatusError:
             return None  # its port is another's by now
         runs, stopped = self.known[name].copy(), self.known[name].copy()
-        runs.state, runs.holds = State.RUNNING, True
+        runs.state, runs.holds, runs.cards = State.RUNNING, True, spec.gpus
         async with asyncio.timeout(_NOTICED_S):
             while True:
                 with contextlib.suppress(AssertionError):

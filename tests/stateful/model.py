@@ -57,6 +57,7 @@ class Expected:
     files: Files = field(default_factory=dict)
     past: dict[int, Past] = field(default_factory=dict)
     holds: bool = True
+    cards: int = 0
 
     @property
     def runs(self) -> bool:
@@ -75,6 +76,11 @@ class Expected:
         after.past[self.revision] = Past(self.spec, known)
         after.revision += 1
         after.spec = spec
+        if self.runs:
+            after.cards = spec.gpus
+        else:
+            # What does not run keeps the cards that it holds, which may not be those that it asks for now.
+            after.holds = self.holds and (spec.gpus, spec.port) == (self.cards, self.spec.port)
         if files is not None:
             after.files = dict(files)
         return after

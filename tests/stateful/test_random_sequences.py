@@ -159,7 +159,7 @@ class Host(RuleBasedStateMachine):
             self.loop.run(self._learn_uid(name))
 
     def _held(self) -> int:
-        return sum(one.spec.gpus for one in self.arena.known.values() if one.holds)
+        return sum(one.cards for one in self.arena.known.values())
 
     async def _learn_uid(self, name: str) -> None:
         self.arena.known[name].uid = (await self.arena.caller.get(name)).uid
@@ -250,7 +250,9 @@ class Host(RuleBasedStateMachine):
         """Stop what runs."""
         one = self._one(data, RUNNING, PAUSED)
         after = one.copy()
-        after.state, after.holds = STOPPED, keep_resources
+        after.state = STOPPED
+        if not keep_resources:
+            after.holds, after.cards = False, 0
         name = one.name
         self._do(data, name, lambda caller: caller.stop(name, keep_resources=keep_resources), one, after)
 
@@ -259,7 +261,7 @@ class Host(RuleBasedStateMachine):
     def start(self, data: st.DataObject) -> None:
         """Start what does not run; where it was given other cards meanwhile it gets a successor, and a revision."""
         one = self._one(data, STOPPED, EXITED)
-        if not one.holds and one.spec.gpus > 8 - self._held():
+        if one.spec.gpus - one.cards > 8 - self._held():
             return
         name = one.name
         self.loop.run(self._start(name))
@@ -269,7 +271,7 @@ class Host(RuleBasedStateMachine):
         one = self.arena.known[name]
         now = await self.arena.caller.start(name)
         after = one.copy() if now.revision == one.revision else pruned(one.changed(one.spec), _KEEP)
-        after.state, after.holds = RUNNING, True
+        after.state, after.holds, after.cards = RUNNING, True, after.spec.gpus
         await self.arena.settle(name, after)
 
     @precondition(lambda self: self.has(RUNNING))
@@ -397,7 +399,7 @@ class Host(RuleBasedStateMachine):
 
 def _Unborn(name: str, spec: Spec) -> Expected:  # noqa: N802 - made like a record
     """A container whose uid the server has yet to choose."""
-    return Expected(name=name, uid="", state=RUNNING, spec=spec)
+    return Expected(name=name, uid="", state=RUNNING, spec=spec, cards=spec.gpus)
 
 
 @pytest.mark.timeout(1800)

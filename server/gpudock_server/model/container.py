@@ -50,6 +50,12 @@ class Placement(Record):
     gpu_uuids: tuple[str, ...] = ()
     ports: tuple[PortBinding, ...] = ()
 
+    def serves(self, spec: ContainerSpec) -> bool:
+        """Whether this is as many cards as `spec` asks for, and its ports."""
+        if (len(self.gpu_uuids), len(self.ports)) != (spec.gpus.size, len(spec.ports)):
+            return False
+        return all(any(binding.serves(request) for binding in self.ports) for request in spec.ports)
+
 
 class EngineBinding(Record):
     """The engine container that serves a container, and what it was made with.

@@ -123,8 +123,8 @@ class EtcdStore:
     async def apply(self, changes: Sequence[Change]) -> int:
         """Do all of `changes` or none: see `ports.Store.apply`.
 
-        At most 128 changes, each deletion of a head counting for three, no two of them to one key. Raises StoreConflict,
-        StoreUnavailable, and InvalidArgument where they are larger than etcd takes (1.5 MiB by default).
+        At most 128 changes, each deletion of a head counting for three, no two of them to one key. Raises
+        StoreConflict, StoreUnavailable, and InvalidArgument where they are larger than etcd takes (1.5 MiB by default).
         """
         return await Transaction(self._connection, self._keys, self._expiry, changes, self._deadline).run()
 

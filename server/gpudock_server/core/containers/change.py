@@ -389,7 +389,11 @@ class ChangeSaga(ContainerSaga):
         return Outcome(changes, container)
 
     def _holds(self, container: Container) -> bool:
-        return container.status.holds_resources or self._arguments.start
+        """Whether it holds what its spec asks for. What does not run keeps what it held, and may ask for other things."""
+        arguments = self._arguments
+        if arguments.start:
+            return True
+        return container.status.holds_resources and arguments.placement.serves(arguments.spec)
 
     async def _binding(self, run: Run) -> EngineBinding:
         arguments = self._arguments
