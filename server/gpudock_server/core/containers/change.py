@@ -389,7 +389,7 @@ class ChangeSaga(ContainerSaga):
         return Outcome(changes, container)
 
     def _holds(self, container: Container) -> bool:
-        """Whether it holds what its spec asks for. What does not run keeps what it held, whatever it asks for by now."""
+        """Whether it holds what its spec asks for. What does not run keeps what it held, whatever it asks for now."""
         arguments = self._arguments
         if arguments.start:
             return True
