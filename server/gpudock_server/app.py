@@ -199,7 +199,8 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
         local=_engine_is_here(settings),
     )
     snapshots = OverlaySnapshotStore(
-        str(settings.snapshot_dir or Path(info.root_dir, "gpudock", "snapshots")),
+        # One folder for each node: what no record of a node's names is removed from its own alone.
+        str((settings.snapshot_dir or Path(info.root_dir, "gpudock", "snapshots")) / settings.node_name),
         info.root_dir,
         local=_engine_is_here(settings),
     )

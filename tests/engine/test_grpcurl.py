@@ -52,7 +52,7 @@ def test_everything_is_listed_and_described(grpcurl: Grpcurl) -> None:
     assert "GPU_EXHAUSTED" in grpcurl.text("describe", OURS + "ErrorReason")
 
 
-async def test_volumes_are_called(grpcurl: Grpcurl, caller: Caller) -> None:
+async def _volumes_are_called(grpcurl: Grpcurl, caller: Caller) -> None:
     call = grpcurl.call
     named = {"name": "curled"}
     (made,) = await call("VolumeService/CreateVolume", {"name": "curled", "size_bytes": str(320 << 20)})
@@ -72,6 +72,10 @@ async def test_volumes_are_called(grpcurl: Grpcurl, caller: Caller) -> None:
     ]
     await call("VolumeService/DeleteVolume", named)
     assert (await failure(caller.volume("curled"))).reason == "VOLUME_NOT_FOUND"
+    adopt = json.dumps({"name": "adopted", "engine_volume": "nobodys"})
+    refused = grpcurl.run(OURS + "VolumeService/AdoptVolume", flags=("-d", adopt))
+    assert "VOLUME_NOT_FOUND" in refused.stderr, refused.stderr
+    grpcurl.called.add("VolumeService/AdoptVolume")
 
 
 async def test_every_method_is_called(grpcurl: Grpcurl, caller: Caller) -> None:
@@ -125,6 +129,7 @@ async def test_every_method_is_called(grpcurl: Grpcurl, caller: Caller) -> None:
     assert started[-1]["result"]["status"]["state"] == "CONTAINER_STATE_RUNNING"
     await call("ContainerService/DeleteContainer", {**named, "force": True})
     assert await caller.free_gpus() == 8
+    await _volumes_are_called(grpcurl, caller)
 
     methods = {
         method.removeprefix(OURS).replace("Service.", "Service/")

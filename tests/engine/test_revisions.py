@@ -273,7 +273,8 @@ async def test_what_the_engine_lost_can_be_brought_back(caller: Caller, rig: Rig
 
 async def test_deleting_a_revision_and_the_container(caller: Caller, rig: Rig) -> None:
     made = await caller.create("pruned", 1)
-    snapshots = Path(rig.engine.call("GET", "/info")["DockerRootDir"], "gpudock", "snapshots", made.uid)
+    root = rig.engine.call("GET", "/info")["DockerRootDir"]
+    snapshots = Path(root, "gpudock", "snapshots", made.node, made.uid)
     for count in (2, 3, 4):
         await caller.shell("pruned", f"echo {count} > /note{count}")
         await caller.scale("pruned", count)

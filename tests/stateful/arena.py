@@ -47,7 +47,8 @@ class Arena:
         self.daemon = daemon
         self.flags = flags
         self.node = flags[flags.index("--node-name") + 1]
-        self.snapshots = Path(rig.engine.call("GET", "/info")["DockerRootDir"], "gpudock", "snapshots")
+        root = rig.engine.call("GET", "/info")["DockerRootDir"]
+        self.snapshots = Path(root, "gpudock", "snapshots", self.node)
         self.known: dict[str, Expected] = {}
 
     @classmethod
@@ -179,6 +180,9 @@ class Arena:
         # A container that was stopped on the way, or could not be started again, is told as it is.
         candidates += [_with_state(one, State.EXITED) for one in candidates if failed and one and one.runs]
         candidates += [_with_state(one, State.STOPPED) for one in candidates if failed and one and one.runs]
+        if failed and before and before.state is State.PAUSED:
+            # What is frozen is thawed to be stopped.
+            candidates.append(_with_state(before, State.RUNNING))
         await self.settle(name, *candidates)
 
     @property
