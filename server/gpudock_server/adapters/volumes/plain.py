@@ -61,7 +61,7 @@ class PlainBackend(VolumeBackend):
         """See the protocol: never."""
         return False
 
-    async def replacement(self, backing: VolumeBacking, uid: str, size_bytes: int) -> VolumeBacking:  # noqa: ARG002
+    async def replacement(self, backing: VolumeBacking, uid: str, size_bytes: int) -> VolumeBacking:  # noqa: ARG002 - as the protocol has it
         """See the protocol: nothing here needs one."""
         raise _no_replacement(backing)
 
@@ -69,7 +69,7 @@ class PlainBackend(VolumeBackend):
         """See the protocol."""
         raise _no_replacement(backing)
 
-    async def exchange(self, holder: VolumeBacking, other: VolumeBacking, content: str) -> None:  # noqa: ARG002
+    async def exchange(self, holder: VolumeBacking, other: VolumeBacking, content: str) -> None:  # noqa: ARG002 - as the protocol has it
         """See the protocol."""
         raise _no_replacement(holder)
 

@@ -149,7 +149,7 @@ class ProjectQuotaBackend(VolumeBackend):
         """See the protocol: never."""
         return False
 
-    async def replacement(self, backing: VolumeBacking, uid: str, size_bytes: int) -> VolumeBacking:  # noqa: ARG002
+    async def replacement(self, backing: VolumeBacking, uid: str, size_bytes: int) -> VolumeBacking:  # noqa: ARG002 - as the protocol has it
         """See the protocol: nothing here needs one."""
         raise _no_replacement(backing)
 
@@ -157,7 +157,7 @@ class ProjectQuotaBackend(VolumeBackend):
         """See the protocol."""
         raise _no_replacement(backing)
 
-    async def exchange(self, holder: VolumeBacking, other: VolumeBacking, content: str) -> None:  # noqa: ARG002
+    async def exchange(self, holder: VolumeBacking, other: VolumeBacking, content: str) -> None:  # noqa: ARG002 - as the protocol has it
         """See the protocol."""
         raise _no_replacement(holder)
 
