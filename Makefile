@@ -13,6 +13,9 @@ VM_TESTS ?= tests/vm/test_inside_quota.py tests/vm/test_inside_layers.py $(wildc
 # Options of `python -m tests.vm`, such as `--on xfs` or `--accel kvm`.
 VM_OPTIONS ?=
 
+# A suite starts a thousand interpreters: none may compile all over again what one has compiled, whatever is set here.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-vm lint bench format clean
 

@@ -27,8 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def shared_daemon(rig: Rig) -> Iterator[Daemon]:
-    """One daemon for all tests that do not hurt it."""
-    daemon = rig.daemon(*FAST)
+    """One daemon for all tests that do not hurt it, started as an operator starts it."""
+    daemon = rig.daemon(*FAST, fresh=True)
     yield daemon
     assert daemon.running, daemon.log_text
     assert daemon.stop() == 0, daemon.log_text

@@ -47,6 +47,7 @@ class OwnDaemons:
         state_dir: Path | None = None,
         socket: Path | None = None,
         environment: Mapping[str, str] | None = None,
+        fresh: bool = False,
         serving: bool = True,
     ) -> Daemon:
         """Start one; with `after`, as that one's successor."""
@@ -60,6 +61,7 @@ class OwnDaemons:
             etcd_endpoints=etcd_endpoints,
             state_dir=state_dir or (after.state_dir if after else None),
             socket=socket or (after.socket if after else None),
+            fresh=fresh,
             serving=serving,
         )
         self._started.append(daemon)
@@ -67,7 +69,7 @@ class OwnDaemons:
 
     async def refused(self, *flags: str, code: int = 1, **where: object) -> str:
         """What one says that must not start: not a traceback, but what is wrong and what to do."""
-        daemon = await self.start(*flags, serving=False, **where)  # type: ignore[arg-type]  # as `start` takes them
+        daemon = await self.start(*flags, fresh=True, serving=False, **where)  # type: ignore[arg-type]  # as `start` takes them
         assert await asyncio.to_thread(daemon.wait) == code, daemon.log_text
         assert "Traceback" not in daemon.log_text, daemon.log_text
         complaints = [line for line in daemon.log_text.splitlines() if line.startswith("gpudockd: ")]

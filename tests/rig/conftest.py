@@ -10,5 +10,5 @@ from tests.rig import Rig
 @pytest.fixture(scope="package")
 def rig() -> Iterator[Rig]:
     """A rig that no other package's daemons live on."""
-    with Rig() as started:
+    with Rig(forks=True) as started:
         yield started

@@ -19,14 +19,14 @@ from .rig import Rig
 @pytest.fixture(scope="session")
 def rig() -> Iterator[Rig]:
     """The session's rig: engine, etcd, 8 GPUs, test images."""
-    with Rig() as started:
+    with Rig(forks=True) as started:
         yield started
 
 
 @pytest.fixture(scope="module")
 def fragile_rig() -> Iterator[Rig]:
     """A rig of the module's own, whose engine and etcd it may kill."""
-    with Rig(images=(BUSYBOX,)) as started:
+    with Rig(images=(BUSYBOX,), forks=True) as started:
         yield started
 
 

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from .errors import RigError
 from .patience import PATIENCE
@@ -55,7 +56,10 @@ class ProcessGroup:
                 env=None if environment is None else dict(environment),
                 start_new_session=True,
             )
-        process = Process(str(argv[0]), popen, log)
+        return self.adopt(Process(str(argv[0]), popen, log))
+
+    def adopt(self, process: "Process") -> "Process":
+        """Takes in what one of them has started, and what runs in the control group therefore."""
         self._started.append(process)
         return process
 
@@ -65,11 +69,25 @@ class ProcessGroup:
             process.wait()
 
 
+class Started(Protocol):
+    """What `Process` needs of subprocess.Popen."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+
+    def poll(self) -> int | None:
+        """The exit code, None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Waits for the exit code; raises subprocess.TimeoutExpired."""
+
+
 class Process:
     """A started program. `signal`, `terminate`, `pause` only send; `wait`, `stop`, `kill9` block the calling thread."""
 
-    def __init__(self, name: str, popen: "subprocess.Popen[bytes]", log: Path) -> None:
-        """Wraps what `ProcessGroup.start` started."""
+    def __init__(self, name: str, popen: Started, log: Path) -> None:
+        """Wraps what was started."""
         self.name = name
         self.log = log
         self._popen = popen

@@ -5,12 +5,13 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from . import remains
+from . import nursery, remains
 from .builds import build_hook, build_nvml
 from .daemon import Daemon
 from .engine import Engine
@@ -20,7 +21,7 @@ from .etcd import Etcd
 from .gpus import FakeGpus
 from .images import BUSYBOX, CUDA_LIKE, GLIBC, Images
 from .namespaces import Namespaces
-from .process import ProcessGroup
+from .process import Process, ProcessGroup
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -39,6 +40,7 @@ class Rig:
         images: Sequence[str] = (BUSYBOX, CUDA_LIKE, GLIBC),
         engine_options: Sequence[str] = (),
         etcd_fsync: bool = False,
+        forks: bool = False,
     ) -> None:
         """Starts nothing yet.
 
@@ -47,11 +49,15 @@ class Rig:
             images: the test images to load.
             engine_options: further words for dockerd's command line.
             etcd_fsync: whether etcd syncs its files, for benchmarks.
+            forks: whether its daemons are forked from a process that has imported their code already, for tests.
         """
         self._gpu_count = gpus
         self._image_names = images
         self._engine_options = engine_options
         self._etcd_fsync = etcd_fsync
+        self._forks = forks
+        self._nursery: Process | None = None
+        self._nursery_lock = threading.Lock()
         self._id: remains.RigId | None = None
         self._processes: ProcessGroup | None = None
         self._guardian: subprocess.Popen[bytes] | None = None
@@ -124,6 +130,7 @@ class Rig:
         etcd_endpoints: str | None = None,
         socket: Path | None = None,
         state_dir: Path | None = None,
+        fresh: bool = False,
         serving: bool = True,
         timeout_s: float = 30.0,
     ) -> Daemon:
@@ -137,6 +144,8 @@ class Rig:
             etcd_endpoints: its --etcd-endpoints: by default the rig's etcd, "" leaves the flag out.
             socket: its --socket, by default a fresh path; give an old one to a successor.
             state_dir: its --state-dir, likewise.
+            fresh: whether with an interpreter of its own where this rig forks; it has one anyway where `environment`
+                says anything to others than gpudockd and its tests.
             serving: whether to wait until its health service says SERVING.
             timeout_s: for how long.
 
@@ -153,15 +162,9 @@ class Rig:
             "--state-dir": str(state_dir),
         }
         words = [word for flag, value in flags.items() if value for word in (flag, value)]
-        if self._processes is None:
-            raise RigError("the rig was not started")
-        process = self._processes.start(
-            [sys.executable, "-m", module, *words, *arguments],
-            log=folder / "log",
-            cwd=REPOSITORY,
-            environment=os.environ | self.environment | dict(environment or {}),
-            inside=self.namespaces.enter(),
-        )
+        own = dict(environment or {})
+        start = self._started if fresh or not self._forks or not all(map(_ours, own)) else self._forked
+        process = start([module, *words, *arguments], folder / "log", os.environ | self.environment | own)
         daemon = Daemon(process, socket, state_dir)
         if serving:
             try:
@@ -170,6 +173,38 @@ class Rig:
                 daemon.kill9()
                 raise
         return daemon
+
+    def _started(self, argv: Sequence[str], log: Path, environment: Mapping[str, str]) -> Process:
+        """With an interpreter of its own."""
+        if self._processes is None:
+            raise RigError("the rig was not started")
+        words = [sys.executable, "-m", *argv]
+        inside = self.namespaces.enter()
+        return self._processes.start(words, log=log, cwd=REPOSITORY, environment=environment, inside=inside)
+
+    def _forked(self, argv: Sequence[str], log: Path, environment: Mapping[str, str]) -> Process:
+        """From one that has imported everything."""
+        if self._processes is None:
+            raise RigError("the rig was not started")
+        path = self._awaited_nursery(self._processes)
+        with log.open("ab") as output:
+            child = nursery.fork(path, argv, environment=environment, output=output.fileno())
+        return self._processes.adopt(Process(argv[0], child, log))
+
+    def _awaited_nursery(self, processes: ProcessGroup) -> Path:
+        """The socket of the nursery, which is started for the first that needs it."""
+        path = self.folder / "nursery.sock"
+        with self._nursery_lock:
+            if self._nursery is None:
+                self._nursery = processes.start(
+                    [sys.executable, nursery.__file__, path],
+                    log=self.folder / "nursery.log",
+                    cwd=REPOSITORY,
+                    environment=os.environ | self.environment,
+                    inside=self.namespaces.enter(),
+                )
+                self._nursery.wait_until(path.exists)
+        return path
 
     async def start_daemon(
         self,
@@ -180,6 +215,7 @@ class Rig:
         etcd_endpoints: str | None = None,
         socket: Path | None = None,
         state_dir: Path | None = None,
+        fresh: bool = False,
         serving: bool = True,
         timeout_s: float = 30.0,
     ) -> Daemon:
@@ -193,6 +229,7 @@ class Rig:
             etcd_endpoints=etcd_endpoints,
             socket=socket,
             state_dir=state_dir,
+            fresh=fresh,
             serving=serving,
             timeout_s=timeout_s,
         )
@@ -237,3 +274,8 @@ class Rig:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _ours(variable: str) -> bool:
+    """Whether a variable of the environment is read by gpudockd or a test's double, and not by Python or a library."""
+    return variable.startswith("GPUDOCK_")

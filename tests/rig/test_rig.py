@@ -1,5 +1,6 @@
 """The rig itself: what a container with GPUs sees, the namespaces, the daemon's launcher, and that nothing stays."""
 
+import json
 import os
 import select
 import signal
@@ -142,12 +143,42 @@ def test_a_daemon_that_does_not_come_up_is_reported_with_its_log(rig: Rig) -> No
         rig.daemon(module="no_such_module")
 
 
+def test_a_forked_daemon_is_like_one_with_an_interpreter_of_its_own(rig: Rig) -> None:
+    own, forked = _portrait(rig, fresh=True), _portrait(rig, fresh=False)
+    assert own["environment"]["GPUDOCK_TEST_SITTER"] == "yes"
+    assert forked == own
+
+
+def _portrait(rig: Rig, *, fresh: bool) -> Any:
+    """What a process says of itself that is then killed, without what is no other's."""
+    module, environment = "tests.rig.portrait", {"GPUDOCK_TEST_SITTER": "yes"}
+    sitter = rig.daemon("--flag", module=module, environment=environment, fresh=fresh, serving=False)
+    sitter.process.wait_until(lambda: sitter.log_text.endswith("\n"))
+    assert sitter.running
+    with pytest.raises(RigError, match=r"has not ended after 0\.1 s"):
+        sitter.wait(0.1)
+    assert sitter.kill9() == -signal.SIGKILL
+    assert sitter.returncode == -signal.SIGKILL
+    portrait = json.loads(sitter.log_text)
+    portrait["arguments"].remove(str(sitter.socket))
+    portrait["arguments"].remove(str(sitter.state_dir))
+    return portrait
+
+
+def test_the_end_of_a_forked_daemon_is_told(rig: Rig) -> None:
+    sitters = [rig.daemon("--end", module="tests.rig.portrait", serving=False) for _ in range(3)]
+    assert [sitter.wait() for sitter in sitters] == [3, 3, 3]
+    assert {json.loads(sitter.log_text)["leads its session"] for sitter in sitters} == {True}
+    assert len({sitter.pid for sitter in sitters}) == 3
+
+
 @pytest.mark.parametrize("guarded", [True, False])
 def test_nothing_stays_of_a_rig_whose_owner_was_killed(*, guarded: bool) -> None:
     script = f"""
 import os, signal
 from tests.rig import Rig
-rig = Rig(gpus=1, images=["{BUSYBOX}"]).start()
+rig = Rig(gpus=1, images=["{BUSYBOX}"], forks=True).start()
+rig.daemon()
 container = rig.engine.call("POST", "/containers/create", send={{"Image": "{BUSYBOX}", "Cmd": ["sleep", "9999"]}})["Id"]
 rig.engine.call("POST", f"/containers/{{container}}/start")
 rig.engine.call("POST", f"/containers/{{container}}/pause")
