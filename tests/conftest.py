@@ -8,11 +8,19 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import pytest_asyncio
+from hypothesis import settings
 
 from tests.calls import Caller
+from tests.order import dealt
 from tests.rig import Daemon, Rig
 
 pytest_plugins = ["tests.rig.fixtures"]
+
+# How long an example takes is a matter of what else the machine does.
+settings.register_profile("busy machine", deadline=None)
+settings.load_profile("busy machine")
+
+_LONG_SECONDS = 300.0
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell gives that to what it runs in the background, and all that tests start would inherit it: Ctrl-C, which
@@ -23,6 +31,23 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--steps`: how long the random sequences are in all."""
     parser.addoption("--steps", type=int, default=2000, help="steps of the random sequences (tests/stateful)")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Several workers begin with what takes long."""
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    if workers > 1:
+        items[:] = dealt(items, _long_seconds, workers)
+
+
+def _long_seconds(item: pytest.Item) -> float:
+    """The timeout of a test that was given more than most, by which it is known to be long; of others 0."""
+    marker = item.get_closest_marker("timeout")
+    seconds = float(marker.args[0]) if marker else 0.0
+    # A rig of a module's own would have to be started by each worker that gets one of its tests.
+    alone = "fragile_rig" not in getattr(item, "fixturenames", ())
+    return seconds if alone and seconds >= _LONG_SECONDS else 0.0
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from gpudock.v1 import container_pb2, container_service_pb2, operation_pb2, oper
 
 from tests.calls import IMAGE, Caller
 from tests.conftest import FAST, own_state
-from tests.faults.invariants import LOOK, PLANT, absent, sound
+from tests.faults.invariants import LOOK, PLANT, absent, engine_containers, sound
 from tests.faults.mortal import DIE_AT, KIND
 from tests.rig import GLIBC, Daemon, Rig
 
@@ -231,6 +231,35 @@ async def test_update(clean_engine: Rig, field: str) -> None:
         await sound(caller, rig, "phoenix", files)
 
     assert await at_every_moment(rig, "UPDATE", update, check) >= 15
+
+
+@pytest.mark.timeout(600)
+async def test_stop_of_what_is_frozen(clean_engine: Rig) -> None:
+    """It is thawed first, and by the next daemon perhaps when it has ended already."""
+    rig = clean_engine
+    frozen, stopped = container_pb2.CONTAINER_STATE_PAUSED, container_pb2.CONTAINER_STATE_STOPPED
+    made = False
+
+    async def stop(caller: Caller) -> None:
+        nonlocal made
+        if not made:
+            await caller.create("phoenix", 2, ports=[_PORT])
+            made = True
+        if (await caller.get("phoenix")).status.state == stopped:
+            await caller.start("phoenix")
+        if (await caller.get("phoenix")).status.state != frozen:
+            await caller.containers.PauseContainer(container_service_pb2.PauseContainerRequest(name="phoenix"))
+        await caller.stop("phoenix", keep_resources=True)
+
+    async def check(caller: Caller) -> None:
+        container = await caller.get("phoenix")
+        assert container.status.state in (frozen, stopped), container.status
+        (engine,) = engine_containers(rig)
+        assert engine["State"]["Paused"] == (container.status.state == frozen)
+        assert engine["State"]["Running"] == (container.status.state == frozen)
+        assert await caller.free_gpus() == 6
+
+    assert await at_every_moment(rig, "STOP", stop, check) >= 5
 
 
 @pytest.mark.timeout(1200)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gpudock_server.core.allocation import Allocator
-from gpudock_server.errors import ContainerNotFound, EngineUnavailable, StaleEtag, WrongNode
+from gpudock_server.errors import ContainerNotFound, EngineRejected, EngineUnavailable, StaleEtag, WrongNode
 from gpudock_server.model.claims import Holder
 from gpudock_server.model.container import Container
 from gpudock_server.model.spec import ContainerSpec, SnapshotPolicy
@@ -76,7 +76,7 @@ class World:
         would see it killed a moment later.
         """
         if frozen:
-            await self.engine.unpause(engine_id)
+            await self._thaw(engine_id)
         own = None if spec.stop_timeout is None else spec.stop_timeout.total_seconds()
         timeouts = (seconds for seconds in (asked_seconds, own, self.stop_seconds) if seconds is not None)
         grace = next(timeouts)
@@ -91,6 +91,15 @@ class World:
             finally:
                 stopping.cancel()
             raise
+
+    async def _thaw(self, engine_id: str) -> None:
+        try:
+            await self.engine.unpause(engine_id)
+        except EngineRejected:
+            # A daemon that was killed may have come as far as its end, where there is nothing to thaw.
+            seen = await self.engine.inspect(engine_id)
+            if seen is None or seen.running:
+                raise
 
     async def _stopped(self, engine_id: str, grace: float) -> None:
         try:
