@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Each worker has a rig of its own; most of a test is waiting for the engine.
-WORKERS ?= 2
+# Each worker has a rig of its own. One keeps little more than a core busy; three leave none of two cores idle.
+WORKERS ?= 3
 # In the VM, what is skipped has failed; all is slower; and what pytest would load besides takes seconds.
 VM_PYTEST := -p tests.vm.nothing_skipped --timeout 900 --durations 5 -p no:xdist -p no:hypothesispytest -p no:cacheprovider
 # What runs there: words for pytest.
