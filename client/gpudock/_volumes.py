@@ -9,8 +9,9 @@ import grpc.aio
 
 from gpudock._calls import Calls, fresh_id
 from gpudock._enums import value_of
-from gpudock._operations import OperationCall, Operations
+from gpudock._operations import OperationCall, Operations, Stream
 from gpudock._pages import Pages
+from gpudock._watch import Watch
 from gpudock.v1 import volume_service_pb2 as pb
 from gpudock.v1.operation_service_pb2 import OperationResult
 from gpudock.v1.volume_pb2 import VOLUME_BACKEND_UNSPECIFIED, Volume, VolumeBackend, VolumeRevision
@@ -65,6 +66,28 @@ class Volumes:
             return answer.volumes, answer.next_page_token
 
         return Pages(page)
+
+    def watch(
+        self,
+        *,
+        labels: Mapping[str, str] | None = None,
+        owner: str = "",
+        node: str = "",
+        resume_token: str = "",
+        changes_only: bool = False,
+        checkpoints: bool = False,
+    ) -> Watch[Volume]:
+        """What happens to volumes, and who mounts them, as `Containers.watch` tells it; without `used_bytes`.
+
+        The filter is that of `list`.
+        """
+        filters = pb.VolumeFilter(labels=labels or {}, owner=owner, node=node)
+
+        def begin(token: str) -> Stream:
+            request = pb.WatchVolumesRequest(filter=filters, resume_token=token, changes_only=changes_only)
+            return self._calls.stream(self._stub.WatchVolumes, request)
+
+        return Watch(self._calls, begin, resume_token, checkpoints=checkpoints)
 
     def resize(
         self,
