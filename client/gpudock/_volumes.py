@@ -13,6 +13,7 @@ from gpudock._operations import OperationCall, Operations, Stream
 from gpudock._pages import Pages
 from gpudock._watch import Watch
 from gpudock.v1 import volume_service_pb2 as pb
+from gpudock.v1.operation_pb2 import Operation
 from gpudock.v1.operation_service_pb2 import OperationResult
 from gpudock.v1.volume_pb2 import VOLUME_BACKEND_UNSPECIFIED, Volume, VolumeBackend, VolumeRevision
 from gpudock.v1.volume_service_pb2_grpc import VolumeServiceStub
@@ -112,10 +113,18 @@ class Volumes:
             resource=_made,
         )
 
-    async def delete(self, name: str, *, etag: str = "", request_id: str | None = None) -> None:
-        """Delete a volume with its files; refused while a container mounts it."""
-        request = pb.DeleteVolumeRequest(name=name, request_id=fresh_id(request_id), etag=etag)
+    async def delete(self, name: str, *, force: bool = False, etag: str = "", request_id: str | None = None) -> None:
+        """Delete a volume with its files; refused while a container mounts it.
+
+        With `force` only while one that runs does: of the others each gets a revision without the mount.
+        """
+        request = pb.DeleteVolumeRequest(name=name, request_id=fresh_id(request_id), etag=etag, force=force)
         await self._calls.change(self._stub.DeleteVolume, request)
+
+    async def plan_delete(self, name: str, *, force: bool = False) -> Operation:
+        """What `delete` would do; its `plan.warnings` name the containers that `force` would update."""
+        request = pb.DeleteVolumeRequest(name=name, force=force, validate_only=True)
+        return (await self._calls.read(self._stub.DeleteVolume, request)).plan
 
     def revisions(self, name: str, *, page_size: int = 0) -> Pages[VolumeRevision]:
         """The sizes that a volume was given, oldest first."""

@@ -118,10 +118,16 @@ def resize(session: Session, *, name: str, size: int, validate_only: bool) -> No
 
 @volume.command()
 @click.argument("name")
+@click.option("--force", is_flag=True, help="Take it out of the specs of containers that mount it and do not run.")
+@_plan_option
 @click.pass_obj
-def delete(session: Session, *, name: str) -> None:
+def delete(session: Session, *, name: str, force: bool, validate_only: bool) -> None:
     """Delete a volume with its files."""
-    session.run(lambda client: settled(client.volumes.delete(name), name))
+    if validate_only:
+        planned = session.run(lambda client: client.volumes.plan_delete(name, force=force))
+        session.show(planned, lambda operation: _operation_views.plan(operation.plan))
+        return
+    session.run(lambda client: settled(client.volumes.delete(name, force=force), name))
 
 
 @volume.command()

@@ -108,7 +108,11 @@ class VolumeService(VolumeServiceServicer):
     async def DeleteVolume(
         self, request: volume_service_pb2.DeleteVolumeRequest, context: Context
     ) -> volume_service_pb2.DeleteVolumeResponse:
-        await self._volumes.run(validation.delete(request), _key("DeleteVolume", request))
+        command = validation.delete(request)
+        if request.validate_only:
+            plan = progress.recorded(await self._volumes.preview(command))
+            return volume_service_pb2.DeleteVolumeResponse(plan=plan)
+        await self._volumes.run(command, _key("DeleteVolume", request))
         return volume_service_pb2.DeleteVolumeResponse()
 
     @override
