@@ -133,7 +133,8 @@ async def _tour_of_volumes(commands: Commands, rig: Rig) -> None:
     assert [each["revision"] for each in await commands.told("volume", "revisions", "tour")] == ["1", "2"]
     assert await commands.said("volume", "delete", "mine") == ""
     await _tour_of_watch(commands, "volume", "watch")
-    assert await commands.said("volume", "delete", "tour") == ""
+    assert "engine-volume" in await commands.said("volume", "delete", "tour", "--force", "--validate-only")
+    assert await commands.said("volume", "delete", "tour", "--force") == ""
 
 
 async def _tour_of_history(commands: Commands, container: Any) -> None:
