@@ -23,6 +23,7 @@ from benchmarks.history import history
 from benchmarks.reading import reading
 from benchmarks.report import Row
 from benchmarks.scaling import scaling
+from benchmarks.volumes import volumes
 from tests.rig import BUSYBOX, GLIBC, Rig, RigError
 
 _BENCHMARKS: dict[str, Callable[[Arena], Coroutine[Any, Any, list[Row]]]] = {
@@ -31,6 +32,7 @@ _BENCHMARKS: dict[str, Callable[[Arena], Coroutine[Any, Any, list[Row]]]] = {
     "scale": scaling,
     "history": history,
     "read": reading,
+    "volumes": volumes,
 }
 _RESULTS = Path(__file__).parent / "results"
 

@@ -200,9 +200,11 @@ class Caller:
         adopted: volume_pb2.Volume = (await progress_of(self.volumes.AdoptVolume(request))).result
         return adopted
 
-    async def delete_volume(self, name: str) -> None:
-        """Delete a volume."""
-        await self.volumes.DeleteVolume(volume_service_pb2.DeleteVolumeRequest(name=name))
+    async def delete_volume(self, name: str, **fields: Any) -> volume_service_pb2.DeleteVolumeResponse:
+        """Delete a volume; or, with `validate_only`, say what that would do."""
+        request = volume_service_pb2.DeleteVolumeRequest(name=name, **fields)
+        answer: volume_service_pb2.DeleteVolumeResponse = await self.volumes.DeleteVolume(request)
+        return answer
 
     # -- exec --------------------------------------------------------------------------------------------------------
 

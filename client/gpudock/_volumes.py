@@ -9,9 +9,11 @@ import grpc.aio
 
 from gpudock._calls import Calls, fresh_id
 from gpudock._enums import value_of
-from gpudock._operations import OperationCall, Operations
+from gpudock._operations import OperationCall, Operations, Stream
 from gpudock._pages import Pages
+from gpudock._watch import Watch
 from gpudock.v1 import volume_service_pb2 as pb
+from gpudock.v1.operation_pb2 import Operation
 from gpudock.v1.operation_service_pb2 import OperationResult
 from gpudock.v1.volume_pb2 import VOLUME_BACKEND_UNSPECIFIED, Volume, VolumeBackend, VolumeRevision
 from gpudock.v1.volume_service_pb2_grpc import VolumeServiceStub
@@ -66,6 +68,28 @@ class Volumes:
 
         return Pages(page)
 
+    def watch(
+        self,
+        *,
+        labels: Mapping[str, str] | None = None,
+        owner: str = "",
+        node: str = "",
+        resume_token: str = "",
+        changes_only: bool = False,
+        checkpoints: bool = False,
+    ) -> Watch[Volume]:
+        """What happens to volumes, and who mounts them, as `Containers.watch` tells it; without `used_bytes`.
+
+        The filter is that of `list`.
+        """
+        filters = pb.VolumeFilter(labels=labels or {}, owner=owner, node=node)
+
+        def begin(token: str) -> Stream:
+            request = pb.WatchVolumesRequest(filter=filters, resume_token=token, changes_only=changes_only)
+            return self._calls.stream(self._stub.WatchVolumes, request)
+
+        return Watch(self._calls, begin, resume_token, checkpoints=checkpoints)
+
     def resize(
         self,
         name: str,
@@ -89,10 +113,18 @@ class Volumes:
             resource=_made,
         )
 
-    async def delete(self, name: str, *, etag: str = "", request_id: str | None = None) -> None:
-        """Delete a volume with its files; refused while a container mounts it."""
-        request = pb.DeleteVolumeRequest(name=name, request_id=fresh_id(request_id), etag=etag)
+    async def delete(self, name: str, *, force: bool = False, etag: str = "", request_id: str | None = None) -> None:
+        """Delete a volume with its files; refused while a container mounts it.
+
+        With `force` only while one that runs does: of the others each gets a revision without the mount.
+        """
+        request = pb.DeleteVolumeRequest(name=name, request_id=fresh_id(request_id), etag=etag, force=force)
         await self._calls.change(self._stub.DeleteVolume, request)
+
+    async def plan_delete(self, name: str, *, force: bool = False) -> Operation:
+        """What `delete` would do; its `plan.warnings` name the containers that `force` would update."""
+        request = pb.DeleteVolumeRequest(name=name, force=force, validate_only=True)
+        return (await self._calls.read(self._stub.DeleteVolume, request)).plan
 
     def revisions(self, name: str, *, page_size: int = 0) -> Pages[VolumeRevision]:
         """The sizes that a volume was given, oldest first."""

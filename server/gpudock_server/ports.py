@@ -92,6 +92,15 @@ class VolumeView:
 
 
 @dataclass(frozen=True, slots=True)
+class VolumeSeen:
+    """A volume with what is derived: who mounts it, and the bytes in use where they were measured."""
+
+    view: VolumeView
+    containers: tuple[str, ...]
+    used_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Page(Generic[T]):
     """A part of a consistent listing. `next_token` is empty on the last.
 
@@ -180,6 +189,13 @@ class Store(Protocol):
 
     async def volumes(self, *, page_size: int, page_token: str) -> Page[VolumeView]:
         """Volumes' heads in the order of their names; pages as in `containers`."""
+        ...
+
+    def watch_volumes(self, *, token: str, listing: bool) -> AsyncGenerator[Seen[VolumeSeen], None]:
+        """Heads, their locks and the containers whose specs mount them, as they change; like `watch_containers`.
+
+        What is in use is not among it.
+        """
         ...
 
     async def volume_revisions(self, uid: str, *, page_size: int, page_token: str) -> Page[VolumeRevision]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
-from gpudock.v1 import container_service_pb2
+from gpudock.v1 import container_service_pb2, volume_service_pb2
 from gpudock.v1 import operation_pb2 as pb
 from gpudock.v1.container_pb2 import CONTAINER_STATE_RUNNING, Container, ContainerSpec, ContainerStatus
 from gpudock.v1.port_pb2 import PORT_PROTOCOL_TCP, PortBinding
+from gpudock.v1.volume_pb2 import VOLUME_STATE_READY, Volume
 
 OPERATION_ID = "6fa459ea-ee8a-4ca4-894e-db77e160355e"
 
@@ -58,6 +59,23 @@ def container(name: str = "train") -> Container:
         spec=ContainerSpec(image="busybox", memory_bytes=2**30),
         status=ContainerStatus(state=CONTAINER_STATE_RUNNING, gpu_uuids=["GPU-1"], ports=[binding]),
     )
+
+
+def volume(name: str = "data", *containers: str) -> Volume:
+    """One that these mount."""
+    return Volume(
+        name=name,
+        node="gpu1",
+        state=VOLUME_STATE_READY,
+        revision=1,
+        size_bytes=2**30,
+        attached_containers=containers,
+    )
+
+
+def volume_watched(token: str, **event: Any) -> volume_service_pb2.WatchVolumesResponse:
+    """As `watched`."""
+    return volume_service_pb2.WatchVolumesResponse(**event, resume_token=token)
 
 
 def watched(token: str, **event: Any) -> container_service_pb2.WatchContainersResponse:

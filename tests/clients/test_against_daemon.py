@@ -106,7 +106,7 @@ async def test_every_command_does_what_it_says(commands: Commands, rig: Rig) -> 
     assert (await commands.ended("operations", "cancel", done[0]["id"])).code == 7
 
     await _tour_of_history(commands, container)
-    await _tour_of_watch(commands)
+    await _tour_of_watch(commands, "watch")
     await _tour_of_volumes(commands, rig)
     assert await commands.told("drift", "--container", "tour") == []
     committed = await commands.told("commit", "tour", f"{_COMMITTED}:v1", "-m", "a tour")
@@ -131,8 +131,10 @@ async def _tour_of_volumes(commands: Commands, rig: Rig) -> None:
     assert [each["name"] for each in await commands.told("volume", "list")] == ["mine", "tour"]
     assert "330.0 MiB" in await commands.said("volume", "get", "tour")
     assert [each["revision"] for each in await commands.told("volume", "revisions", "tour")] == ["1", "2"]
-    for name in ("mine", "tour"):
-        assert await commands.said("volume", "delete", name) == ""
+    assert await commands.said("volume", "delete", "mine") == ""
+    await _tour_of_watch(commands, "volume", "watch")
+    assert "engine-volume" in await commands.said("volume", "delete", "tour", "--force", "--validate-only")
+    assert await commands.said("volume", "delete", "tour", "--force") == ""
 
 
 async def _tour_of_history(commands: Commands, container: Any) -> None:
@@ -158,10 +160,10 @@ async def _tour_of_history(commands: Commands, container: Any) -> None:
     assert [each["revision"] for each in await commands.told("revisions", "tour")] == ["1", "3", "4"]
 
 
-async def _tour_of_watch(commands: Commands) -> None:
+async def _tour_of_watch(commands: Commands, *words: str) -> None:
     """It shows what there is, and goes on until it is interrupted."""
-    commands.used.add("watch")
-    process = await spawn(commands.address, "watch")
+    commands.used.add(" ".join(words))
+    process = await spawn(commands.address, *words)
     assert process.stdout is not None
     assert (await asyncio.wait_for(process.stdout.readline(), DEADLINE)).split()[:3] == [b"TIME", b"EVENT", b"NAME"]
     assert (await asyncio.wait_for(process.stdout.readline(), DEADLINE)).split()[1:3] == [b"added", b"tour"]

@@ -22,7 +22,7 @@ from gpudock.cli import main
 from gpudock.cli._arguments import Bind, Parsed, Port, Restart, Size, Span, Tmpfs
 from gpudock.cli._progress import Progress
 from gpudock.v1 import container_service_pb2 as pb
-from gpudock.v1 import exec_pb2, gpu_pb2, node_service_pb2, operation_pb2, operation_service_pb2
+from gpudock.v1 import exec_pb2, gpu_pb2, node_service_pb2, operation_pb2, operation_service_pb2, volume_service_pb2
 from gpudock.v1.container_pb2 import (
     RESTART_POLICY_KIND_ON_FAILURE,
     SNAPSHOT_POLICY_NEVER,
@@ -88,6 +88,30 @@ async def test_watch_prints_a_line_for_each_event(server: ScriptedServer) -> Non
         ("deleted", "t3"),
     ]
     assert shown[0]["container"]["name"] == name
+
+
+async def test_a_watch_of_volumes_shows_who_mounts_them(server: ScriptedServer) -> None:
+    async def told(_: Any, context: Context) -> AsyncIterator[volume_service_pb2.WatchVolumesResponse]:
+        yield messages.volume_watched("t1", added=messages.volume())
+        yield messages.volume_watched("t2", checkpoint=WatchCheckpoint(list_complete=True))
+        yield messages.volume_watched("t3", modified=messages.volume("data", "train", "serve"))
+        await abort(context, grpc.StatusCode.OUT_OF_RANGE, "RESUME_TOKEN_EXPIRED")
+
+    server.on("WatchVolumes", told)
+    ended = await run(server.address, "volume", "watch", "--owner", "me", "--resume-token", "t0", "--changes-only")
+    assert "RESUME_TOKEN_EXPIRED" in ended.err
+    header, *lines = [line.split() for line in ended.out.splitlines()]
+    assert header[1:] == ["EVENT", "NAME", "STATE", "SIZE", "REVISION", "CONTAINERS", "OPERATION"]
+    assert [(line[1], line[2], line[-1]) for line in lines] == [
+        ("added", "data", "-"),
+        ("modified", "data", "train,serve"),
+    ]
+    request = server.requests["WatchVolumes"][0]
+    assert (request.resume_token, request.changes_only, request.filter.owner) == ("t0", True, "me")
+    ended = await run(server.address, "-o", "json", "volume", "watch")
+    shown = [json.loads(line) for line in ended.out.splitlines()]
+    assert [one["event"] for one in shown] == ["added", "checkpoint", "modified"]
+    assert shown[2]["volume"]["attached_containers"] == ["train", "serve"]
     assert shown[1]["list_complete"] is True
 
 

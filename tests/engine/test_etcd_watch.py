@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -14,11 +15,21 @@ from aetcd import rpc
 from gpudock_server.adapters.etcd import EmbeddedEtcd, EtcdConnection, EtcdStore, wire
 from gpudock_server.adapters.etcd.keys import Keys
 from gpudock_server.errors import InvalidArgument, ResumeTokenExpired, StoreUnavailable
-from gpudock_server.model.changes import Change, Claim, DeleteContainer, Lock, PutContainer, PutOperation, Unlock
+from gpudock_server.model.changes import (
+    Change,
+    Claim,
+    DeleteContainer,
+    Lock,
+    PutContainer,
+    PutOperation,
+    PutVolume,
+    Unlock,
+)
+from gpudock_server.model.spec import Mount
 from gpudock_server.model.target import TargetKind
-from gpudock_server.ports import ContainerView, Seen
+from gpudock_server.ports import ContainerView, Seen, VolumeSeen
 
-from tests.engine.etcd_examples import GPU, connected, container, holder, operation
+from tests.engine.etcd_examples import GPU, connected, container, holder, operation, volume
 from tests.rig import Rig
 
 pytest_plugins = ["tests.engine.etcd_fixtures"]
@@ -359,3 +370,50 @@ def test_one_range_spans_what_is_watched() -> None:
     # What is written often and is none of its business.
     assert not watched.span.holds(keys.operation("op"))
     assert watched.heads.rest(keys.container("a")) == watched.locks.rest(keys.lock(TargetKind.CONTAINER, "a")) == b"a"
+
+
+async def test_who_mounts_a_volume_is_told_from_any_token_on(store: EtcdStore) -> None:
+    chance = random.Random(7)  # noqa: S311 - the same every time, no secret
+    names = ("a", "b", "c")
+    for name in names[:2]:
+        await store.apply([PutVolume(volume(name), expect=0)])
+    before = await store.volumes(page_size=10, page_token="")
+    mounted: dict[str, tuple[str, ...]] = {}
+    for number in range(80):
+        name = chance.choice(("x", "y", "z"))
+        others: list[Change] = []
+        if number == 40:
+            others = [PutVolume(volume("c"), expect=0), Lock(TargetKind.VOLUME, "a", "op1")]
+        if name in mounted and chance.random() < 0.3:
+            del mounted[name]
+            await delete(store, name, *others)
+            continue
+        # Mostly other mounts, now and then the same ones.
+        mounted[name] = tuple(chance.sample(names, chance.randrange(4)))
+        mounts = tuple(Mount(volume=one, target=f"/{one}") for one in mounted[name])
+        await put(store, name, number + 1, *others, spec=container(name).spec.changed(mounts=mounts))
+    after = {one.volume.name for one in (await store.volumes(page_size=10, page_token="")).items}
+    expected = {name: tuple(sorted(one for one in mounted if name in mounted[one])) for name in after}
+
+    async def tail(token: str) -> tuple[list[Seen[VolumeSeen]], dict[str, tuple[str, ...]]]:
+        """What is told up to a change that is made now, and what it adds up to."""
+        await store.apply([Lock(TargetKind.VOLUME, "b", "op2")])
+        told, known = [], {}
+        async with aclosing(store.watch_volumes(token=token, listing=False)) as watch:
+            async with asyncio.timeout(SOON):
+                async for seen in watch:
+                    if seen.after is not None:
+                        assert seen.before != seen.after, "nothing is told that changes nothing"
+                        told.append(seen)
+                        known[seen.after.view.volume.name] = seen.after.containers
+                        if seen.after.view.operation_id == "op2":
+                            break
+        await store.apply([Unlock(TargetKind.VOLUME, "b", "op2")])
+        return told, known
+
+    whole, known = await tail(before.watch_token)
+    assert known == expected
+    changes = [(one.before, one.after) for one in whole]
+    for index in range(0, len(whole) - 1, 7):
+        rest, known = await tail(whole[index].token)
+        assert [(one.before, one.after) for one in rest][: len(changes) - index - 1] == changes[index + 1 :]

@@ -61,6 +61,7 @@ async def _volumes_are_called(grpcurl: Grpcurl, caller: Caller) -> None:
     assert int(got["volume"]["used_bytes"]) < 320 << 20
     (listed,) = await call("VolumeService/ListVolumes", {"filter": {"owner": ""}})
     assert [one["name"] for one in listed["volumes"]] == ["curled"]
+    _watch(grpcurl, "VolumeService/WatchVolumes", "curled")
     resized = await call("VolumeService/ResizeVolume", {**named, "size_bytes": str(330 << 20)})
     assert resized[-1]["result"]["size_bytes"] == str(330 << 20)
     (watched,) = (await call("OperationService/WatchOperation", {"id": resized[0]["operation"]["id"]}))[-1:]
@@ -91,7 +92,7 @@ async def test_every_method_is_called(grpcurl: Grpcurl, caller: Caller) -> None:
     (listed,) = await call("ContainerService/ListContainers", {"filter": {"states": ["CONTAINER_STATE_RUNNING"]}})
     assert [one["name"] for one in listed["containers"]] == ["curled"]
 
-    _watch(grpcurl, "curled")
+    _watch(grpcurl, "ContainerService/WatchContainers", "curled")
 
     start = {"container": "curled", "command": ["sh", "-c", "echo out; echo err >&2; exit 3"]}
     said = await call("ContainerService/ExecContainer", {"start": start})
@@ -170,10 +171,10 @@ async def _revisions_are_called(grpcurl: Grpcurl, name: str) -> None:
     await call("ContainerService/DeleteContainerRevision", {**named, "revision": 1})
 
 
-def _watch(grpcurl: Grpcurl, name: str) -> None:
+def _watch(grpcurl: Grpcurl, method: str, name: str) -> None:
     # It has no end of its own, so it is given one.
-    following = grpcurl.run(OURS + "ContainerService/WatchContainers", flags=("-max-time", "1.5", "-emit-defaults"))
-    grpcurl.called.add("ContainerService/WatchContainers")
+    following = grpcurl.run(OURS + method, flags=("-max-time", "1.5", "-emit-defaults"))
+    grpcurl.called.add(method)
     assert "DeadlineExceeded" in following.stderr
     told = documents(following.stdout)
     assert [one["added"]["name"] for one in told[:-1]] == [name]

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import sys
 from collections.abc import Iterator
 
 import grpc
 import pytest
-from gpudock.v1 import container_pb2, node_service_pb2, operation_service_pb2, volume_pb2, volume_service_pb2
+from gpudock.v1 import (
+    container_pb2,
+    container_revision_pb2,
+    container_service_pb2,
+    node_service_pb2,
+    operation_service_pb2,
+    volume_pb2,
+    volume_service_pb2,
+)
 
-from tests.calls import Caller, failure
+from tests.calls import Caller, Failure, failure, failure_of
 from tests.engine.loops import detach_below, loops_below
 from tests.engine.own_daemons import OwnDaemons, own
 from tests.engine.volume_boxes import box
@@ -177,6 +186,89 @@ async def test_adopting_a_volume_of_the_engine(caller: Caller, clean_engine: Rig
         assert await caller.shell(name, LOOK) == files
         assert [one.cause for one in await revisions_of(caller, name)] == [volume_pb2.VOLUME_REVISION_CAUSE_ADOPTED]
     assert abs(await df_size(caller, "sized") - SIZE) < SIZE // 50
+
+
+async def test_force_takes_it_out_of_containers_that_do_not_run(caller: Caller) -> None:
+    await caller.create_volume("data", SIZE)
+    await caller.create_volume("other")
+    mounts = [mount("data"), mount("data", "/again", read_only=True), mount("other", "/other")]
+    for name in ("one", "two"):
+        await caller.create(name, mounts=mounts)
+        await caller.shell(name, "echo kept > /root/file; echo kept > /other/file; echo gone > /data/file")
+    await caller.stop("one")
+    # Nothing is taken from a process.
+    running = await failure(caller.delete_volume("data", force=True))
+    assert (running.reason, running.metadata["holders"]) == ("VOLUME_IN_USE", "two")
+    await caller.stop("two")
+    assert (await failure(caller.delete_volume("data"))).metadata["holders"] == "one,two"
+    planned = (await caller.delete_volume("data", force=True, validate_only=True)).plan
+    assert [stage.name for stage in planned.stages] == ["detach", "check", "engine-volume", "destroy", "commit"]
+    assert [warning.split()[1] for warning in planned.plan.warnings[:2]] == ["one", "two"]
+    assert list((await caller.volume("data")).attached_containers) == ["one", "two"], "nothing was done"
+    assert not (await caller.delete_volume("data", force=True)).HasField("plan")
+    assert (await failure(caller.volume("data"))).reason == "VOLUME_NOT_FOUND"
+    for name in ("one", "two"):
+        container = await caller.get(name)
+        assert (list(container.spec.mounts), container.revision) == ([mount("other", "/other")], 2)
+        assert container.status.state == container_pb2.CONTAINER_STATE_STOPPED
+        await caller.start(name)
+        assert await caller.shell(name, "cat /root/file /other/file; find /data /again -type f") == "kept\nkept\n"
+        history = await caller.revisions(name)
+        assert history[-1].cause == container_revision_pb2.REVISION_CAUSE_UPDATED
+        gone = await failure(caller.rollback(name, 1))
+        assert (gone.reason, gone.metadata["volume"]) == ("VOLUME_NOT_FOUND", "data")
+        assert await caller.shell(name, "cat /root/file") == "kept\n"
+
+
+async def test_force_takes_nothing_from_strangers(caller: Caller, clean_engine: Rig) -> None:
+    made = await caller.create_volume("data")
+    await caller.create("one", mounts=[mount("data")])
+    await caller.stop("one")
+    engine_volume = made.mountpoint.split("/")[-2]
+    with box(clean_engine, engine_volume) as theirs:
+        theirs.stop()
+        refused = await failure(caller.delete_volume("data", force=True))
+        assert refused.reason == "VOLUME_IN_USE"
+        assert "one" not in refused.metadata["holders"].split(",")
+    assert list((await caller.get("one")).spec.mounts) == [mount("data")]
+    await caller.delete_volume("data", force=True)
+
+
+@pytest.mark.parametrize("force", [False, True])
+async def test_a_deletion_and_a_mount_at_once(caller: Caller, *, force: bool) -> None:
+    """One of them is refused; no container is ever without a volume that its spec names."""
+    await caller.create("joins")
+    refusals = {"VOLUME_NOT_FOUND", "VOLUME_BUSY", "VOLUME_IN_USE", "VOLUME_FAILED"}
+    won = collections.Counter[str]()
+    for number in range(24):
+        await caller.create_volume("data", SIZE if number % 8 == 0 else 0)
+        joining = number % 2 == 1
+        mounts = [mount("data")]
+        mounting = caller.update("joins", mounts=mounts) if joining else caller.create("made", mounts=mounts)
+
+        async def deletion(after: float) -> None:
+            await asyncio.sleep(after)
+            await caller.delete_volume("data", force=force)
+
+        ended = await asyncio.gather(mounting, deletion(number // 2 * 0.002), return_exceptions=True)
+        failures = [failure_of(one) if isinstance(one, grpc.aio.AioRpcError) else one for one in ended]
+        refused = [isinstance(one, Failure) for one in failures]
+        assert sum(refused) == 1, failures
+        assert {one.reason for one in failures if isinstance(one, Failure)} <= refusals, failures
+        name = "joins" if joining else "made"
+        won["mount" if refused[1] else "deletion"] += 1
+        if refused[1]:
+            seen = await caller.volume("data")
+            assert (seen.state, list(seen.attached_containers)) == (volume_pb2.VOLUME_STATE_READY, [name])
+            await caller.shell(name, "echo there > /data/file && cat /data/file")
+            await (caller.update("joins", "mounts") if joining else caller.delete("made"))
+            await caller.delete_volume("data")
+        else:
+            assert (await failure(caller.volume("data"))).reason == "VOLUME_NOT_FOUND"
+            listed = await caller.containers.ListContainers(container_service_pb2.ListContainersRequest())
+            there = [one.name for one in listed.containers if any(each.volume for each in one.spec.mounts)]
+            assert there == []
+    assert won["mount"], won
 
 
 @pytest.fixture

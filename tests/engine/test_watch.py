@@ -5,110 +5,26 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from aetcd import rpc
 from gpudock import Client
 from gpudock.v1 import container_pb2, container_service_pb2
-from gpudock_server.adapters.etcd import EmbeddedEtcd, EtcdConnection, EtcdStore, wire
-from gpudock_server.model.changes import DeleteContainer, PutContainer
+from gpudock_server.adapters.etcd import EmbeddedEtcd
 
-from tests.calls import Caller, Failure, failure_of
-from tests.engine.etcd_examples import connected, container
+from tests.calls import Caller
+from tests.engine.etcd_examples import container
 from tests.engine.own_daemons import OwnDaemons, own, until
+from tests.engine.watchers import OFTEN, SOON, Watcher, writing
 from tests.rig import Daemon, Rig
 
 pytest_plugins = ["tests.engine.etcd_fixtures"]
 
 __all__ = ["own"]
 
-SOON = 20.0
-OFTEN = ("--watch-checkpoint-interval", "0.5")
 RUNNING, STOPPED = container_pb2.CONTAINER_STATE_RUNNING, container_pb2.CONTAINER_STATE_STOPPED
-
-
-class Watcher:
-    """One call of WatchContainers."""
-
-    def __init__(self, caller: Caller, token: str = "", **asked: Any) -> None:
-        filters = container_service_pb2.ContainerFilter(**asked)
-        request = container_service_pb2.WatchContainersRequest(filter=filters, resume_token=token)
-        self.call: Any = caller.containers.WatchContainers(request)
-        self.token = token
-
-    async def event(self) -> tuple[str, Any]:
-        """What the next message says: its kind and what it holds."""
-        async with asyncio.timeout(SOON):
-            response = await self.call.read()
-        assert response is not grpc.aio.EOF, "a watch has no end"  # type: ignore[attr-defined]  # missing in its stubs
-        assert response.resume_token
-        self.token = response.resume_token
-        kind = response.WhichOneof("event")
-        return kind, getattr(response, kind)
-
-    async def change(self) -> tuple[str, container_pb2.Container]:
-        """The next that is no checkpoint."""
-        while (event := await self.event())[0] == "checkpoint":
-            pass
-        return event
-
-    async def listed(self) -> list[str]:
-        """The names of those that were there, up to the checkpoint that ends them."""
-        names = []
-        while (event := await self.event())[0] == "added":
-            names.append(event[1].name)
-        assert event[0] == "checkpoint"
-        assert event[1].list_complete
-        return names
-
-    async def changes(self, count: int) -> list[tuple[str, str]]:
-        """The next ones: kind, and name with revision, which the tests' own heads are told apart by."""
-        found = [await self.change() for _ in range(count)]
-        return [(kind, f"{item.name}.{item.revision}") for kind, item in found]
-
-    async def failure(self) -> Failure:
-        """The error that it ends with."""
-        try:
-            while True:
-                await self.event()
-        except grpc.aio.AioRpcError as error:
-            return failure_of(error)
-
-
-class Writer:
-    """Writes heads into a daemon's store, as a daemon of another node would."""
-
-    def __init__(self, connection: EtcdConnection, prefix: str) -> None:
-        self.connection = connection
-        self.store = EtcdStore(connection, prefix=prefix)
-        self.versions: dict[str, int] = {}
-
-    async def put(self, name: str, revision: int, **fields: Any) -> None:
-        """Write a head."""
-        head = container(name, revision=revision, node="elsewhere", **fields)
-        change = PutContainer(head, expect=self.versions.get(name, 0))
-        self.versions[name] = await self.store.apply([change])
-
-    async def delete(self, name: str) -> None:
-        """Delete it."""
-        await self.store.apply([DeleteContainer(name, f"uid-{name}", self.versions.pop(name))])
-
-    async def compact(self) -> None:
-        """Have etcd forget everything but what is there now."""
-        revision = (await self.connection.txn(success=[wire.get(b"nothing")])).revision
-        request = rpc.CompactionRequest(revision=revision, physical=True)
-        await self.connection._client.kvstub.Compact(request, timeout=5)
-
-
-@asynccontextmanager
-async def writing(endpoint: str, prefix: str) -> AsyncIterator[Writer]:
-    async with connected(endpoint) as connection:
-        yield Writer(connection, prefix)
 
 
 def large(number: int) -> dict[str, Any]:

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
-from gpudock.v1 import container_pb2, volume_pb2
+from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2, volume_pb2
 
 from tests.calls import Caller
 from tests.engine.loops import detach_below, loops_below
+from tests.engine.volume_boxes import box
 from tests.faults.test_kill import at_every_moment
 from tests.rig import Rig
 
@@ -82,6 +83,75 @@ async def test_delete(volumes_rig: Rig) -> None:
             await _whole(caller, rig, _SIZE)
 
     assert await at_every_moment(rig, "DELETE_VOLUME", delete, check) >= 8
+
+
+@pytest.mark.timeout(900)
+async def test_delete_with_force(volumes_rig: Rig) -> None:
+    """Two stopped containers are updated on the way; their other files stay, whatever happens to the volume."""
+    rig = volumes_rig
+    kept = ""
+
+    async def delete(caller: Caller) -> None:
+        nonlocal kept
+        if not kept:
+            for name in ("phoenix", "ash"):
+                await caller.create(name)
+                await caller.shell(name, _PLANT.replace("/data", "/root"))
+            kept = await caller.shell("phoenix", _LOOK.replace("/data", "/root"))
+        if await _volume(caller) is None:
+            await caller.create_volume("phoenix", _SIZE)
+        for name in ("phoenix", "ash"):
+            if not (await caller.get(name)).spec.mounts:
+                await caller.update(name, mounts=[_mounting()])
+            await caller.stop(name)
+        await caller.delete_volume("phoenix", force=True)
+
+    async def check(caller: Caller) -> None:
+        there = await _volume(caller)
+        if there is None:
+            _nothing_left(rig)
+        else:
+            await _whole(caller, rig, _SIZE)
+        listed = await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest())
+        failed = [one for one in listed.operations if one.state != operation_pb2.OPERATION_STATE_SUCCEEDED]
+        assert not [one.error for one in failed], "what was begun goes forward"
+        for name in ("phoenix", "ash"):
+            container = await caller.get(name)
+            assert not container.status.operation_id
+            assert container.spec.mounts == ([_mounting()] if there is not None else [])
+            await caller.start(name)
+        assert await caller.shell("phoenix", _LOOK.replace("/data", "/root")) == kept
+
+    assert await at_every_moment(rig, "DELETE_VOLUME", delete, check) >= 20
+
+
+@pytest.mark.timeout(900)
+async def test_adopt(volumes_rig: Rig) -> None:
+    """With a size: the engine's own volume stays as it was, whatever becomes of the copy."""
+    rig = volumes_rig
+    files = ""
+
+    async def adopt(caller: Caller) -> None:
+        nonlocal files
+        if not files:
+            rig.engine.call("POST", "/volumes/create", send={"Name": "theirs"})
+            with box(rig, "theirs") as theirs:
+                theirs.run("sh", "-c", _PLANT)
+                files = theirs.run("sh", "-c", _LOOK).stdout
+        await caller.adopt_volume("phoenix", "theirs", _SIZE)
+
+    async def check(caller: Caller) -> None:
+        if await _volume(caller) is not None:
+            await _whole(caller, rig, _SIZE)
+            await caller.create("phoenix", mounts=[_mounting()])
+            assert await caller.shell("phoenix", _LOOK) == files
+            await caller.delete("phoenix")
+            await caller.delete_volume("phoenix")
+        _nothing_left(rig)
+        with box(rig, "theirs") as theirs:
+            assert theirs.run("sh", "-c", _LOOK).stdout == files
+
+    assert await at_every_moment(rig, "ADOPT_VOLUME", adopt, check) >= 10
 
 
 def _mounting() -> container_pb2.Mount:

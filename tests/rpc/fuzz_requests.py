@@ -180,7 +180,7 @@ def _scalar(field: FieldDescriptor) -> st.SearchStrategy[Any]:
 # Requests that are taken may have much to show; a few of it will do.
 _READ_AT_MOST = 20
 # These go on for ever, and their first message says that they were taken.
-_ENDLESS = ("/WatchContainers",)
+_ENDLESS = ("/WatchContainers", "/WatchVolumes")
 
 
 # grpc.aio's client gives a call that the server has ended an INTERNAL of its own, with this in its text, if it was just

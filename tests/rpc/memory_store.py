@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 
 from gpudock_server.errors import FieldViolation, InvalidArgument, ResumeTokenExpired
@@ -23,6 +23,7 @@ from gpudock_server.ports import (
     StoreConflict,
     T,
     Versioned,
+    VolumeSeen,
     VolumeView,
 )
 from typing_extensions import override
@@ -43,8 +44,9 @@ class MemoryStore(Store):
         self.past: dict[tuple[str, int], RevisionView] = {}
         self.reads = 0
         self._moments: list[Sequence[object]] = []
-        # What every change of heads and locks was for a watch; the first `forgotten` of them are no longer told.
+        # What every change was for a watch of that kind; the first `forgotten` of the containers' are no longer told.
         self.told: list[tuple[ContainerView | None, ContainerView | None]] = []
+        self.volumes_told: list[tuple[VolumeSeen | None, VolumeSeen | None]] = []
         self.forgotten = 0
         self._happened = asyncio.Event()
 
@@ -52,10 +54,11 @@ class MemoryStore(Store):
     async def apply(self, changes: Sequence[change.Change]) -> int:
         for item in changes:
             self._check(item)
-        before = self._views()
+        before, volumes_before = self._views(), self._volumes_seen()
         self.version += 1
         for item in changes:
             self._do(item)
+        _differences(volumes_before, self._volumes_seen(), self.volumes_told)
         self._record(before)
         return self.version
 
@@ -66,12 +69,20 @@ class MemoryStore(Store):
         }
 
     def _record(self, before: Mapping[str, ContainerView]) -> None:
-        after = self._views()
-        for name in sorted(before.keys() | after.keys()):
-            if before.get(name) != after.get(name):
-                self.told.append((before.get(name), after.get(name)))
+        _differences(before, self._views(), self.told)
         self._happened.set()
         self._happened = asyncio.Event()
+
+    def _volumes_seen(self) -> dict[str, VolumeSeen]:
+        return {
+            name: VolumeSeen(
+                VolumeView(head.value, head.version, self.locks.get((TargetKind.VOLUME, name), "")),
+                tuple(
+                    one for one, view in self._views().items() if name in {m.volume for m in view.container.spec.mounts}
+                ),
+            )
+            for name, head in sorted(self.volume_heads.items())
+        }
 
     def _check(self, item: change.Change) -> None:
         found: object = None
@@ -164,7 +175,11 @@ class MemoryStore(Store):
             VolumeView(head.value, head.version, self.locks.get((TargetKind.VOLUME, name), ""))
             for name, head in sorted(self.volume_heads.items())
         ]
-        return self._page(views, page_size, page_token)
+        return replace(self._page(views, page_size, page_token), watch_token=f"seen {len(self.volumes_told)}")
+
+    @override
+    def watch_volumes(self, *, token: str, listing: bool) -> AsyncGenerator[Seen[VolumeSeen], None]:
+        return self._watch(self.volumes_told, self._volumes_seen, token, listing=listing)
 
     @override
     async def volume_revisions(self, uid: str, *, page_size: int, page_token: str) -> Page[VolumeRevision]:
@@ -177,8 +192,13 @@ class MemoryStore(Store):
         return replace(page, watch_token=f"seen {len(self.told)}")
 
     @override
-    async def watch_containers(self, *, token: str, listing: bool) -> AsyncGenerator[Seen[ContainerView], None]:
-        place = len(self.told)
+    def watch_containers(self, *, token: str, listing: bool) -> AsyncGenerator[Seen[ContainerView], None]:
+        return self._watch(self.told, self._views, token, listing=listing)
+
+    async def _watch(
+        self, told: list[tuple[T | None, T | None]], there: Callable[[], dict[str, T]], token: str, *, listing: bool
+    ) -> AsyncGenerator[Seen[T], None]:
+        place = len(told)
         if token:
             word, _, number = token.partition(" ")
             if word != "seen" or not number.isdecimal():
@@ -186,17 +206,17 @@ class MemoryStore(Store):
             place = int(number)
         elif listing:
             # One that is broken off begins anew.
-            for view in self._views().values():
+            for view in there().values():
                 yield Seen(None, view, "seen 0")
         yield Seen(None, None, f"seen {place}", list_complete=listing and not token)
         while True:
             if place < self.forgotten:
                 raise ResumeTokenExpired(token)
             happened = self._happened
-            if place == len(self.told):
+            if place == len(told):
                 await happened.wait()
                 continue
-            before, after = self.told[place]
+            before, after = told[place]
             place += 1
             yield Seen(before, after, f"seen {place}")
 
@@ -259,3 +279,11 @@ class MemoryStore(Store):
     @override
     async def ping(self) -> str:
         return "3.5.0"
+
+
+def _differences(before: Mapping[str, T], after: Mapping[str, T], told: list[tuple[T | None, T | None]]) -> None:
+    told += [
+        (before.get(name), after.get(name))
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]

@@ -46,6 +46,7 @@ VALIDATORS: Mapping[str, Callable[[Any], object]] = {
     "CreateVolume": volumes.create,
     "GetVolume": volumes.get,
     "ListVolumes": listing.volumes,
+    "WatchVolumes": watching.volumes,
     "ResizeVolume": volumes.resize,
     "DeleteVolume": volumes.delete,
     "ListVolumeRevisions": listing.volume_revisions,

@@ -6,7 +6,7 @@ from typing import Any
 
 import grpc.aio
 import pytest
-from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2, volume_pb2
+from gpudock.v1 import container_pb2, container_service_pb2, operation_pb2, operation_service_pb2, volume_pb2
 from gpudock.v1 import volume_service_pb2 as pb
 from gpudock_server.errors import InvalidArgument
 from gpudock_server.model.target import TargetKind
@@ -61,6 +61,34 @@ async def test_a_volume_from_create_to_delete(served: Served) -> None:
     }
     await served.volumes.DeleteVolume(pb.DeleteVolumeRequest(name="data"))
     assert await refused(served.volumes.GetVolume(pb.GetVolumeRequest(name="data"))) == "VOLUME_NOT_FOUND"
+
+
+async def test_a_watch_tells_of_volumes_and_of_who_mounts_them(served: Served) -> None:
+    await created(served)
+    call = served.volumes.WatchVolumes(pb.WatchVolumesRequest(filter=pb.VolumeFilter(node="gpu1")))
+    told = aiter(call)
+    first = await anext(told)
+    assert (first.added.name, first.added.HasField("used_bytes")) == ("data", False)
+    listed = await anext(told)
+    assert listed.checkpoint.list_complete
+    request = create_request()
+    request.spec.mounts.add(volume="data", target="/data")
+    await to_the_end(served.containers.CreateContainer(request))
+    mounted = await anext(told)
+    assert list(mounted.modified.attached_containers) == ["a"]
+    call.cancel()
+    # What the list says of the moment is where a watch of the same volumes goes on, and no other.
+    resuming = pb.WatchVolumesRequest(filter=pb.VolumeFilter(node="gpu1"), resume_token=listed.resume_token)
+    again = aiter(served.volumes.WatchVolumes(resuming))
+    assert (await anext(again)).WhichOneof("event") == "checkpoint"
+    assert await anext(again) == mounted
+    resuming.filter.node = ""
+    _, other = await to_the_end(served.volumes.WatchVolumes(resuming))
+    assert reason_of(other) == "INVALID_ARGUMENT"
+    moment = (await served.volumes.ListVolumes(pb.ListVolumesRequest())).resume_token
+    strange = container_service_pb2.WatchContainersRequest(resume_token=moment)
+    _, other = await to_the_end(served.containers.WatchContainers(strange))
+    assert reason_of(other) == "INVALID_ARGUMENT"
 
 
 async def test_to_the_size_that_it_has_changes_nothing(served: Served) -> None:

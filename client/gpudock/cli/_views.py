@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from gpudock._enums import word_of
 from gpudock.cli._text import age_text, bytes_text, fields, moment_text, table
@@ -14,9 +14,6 @@ from gpudock.v1.node_pb2 import LayerCarrySupport, Node, NodeComponent
 from gpudock.v1.operation_pb2 import LayerCarryMethod
 from gpudock.v1.port_claim_pb2 import PortClaim
 from gpudock.v1.port_pb2 import PortBinding, PortProtocol
-
-# Of `watched`: a time, an event, a name that is not of the longest, a state, cards, a revision, an operation's id.
-_WATCHED_WIDTHS = (8, 8, 24, 8, 4, 8, 36)
 
 
 def containers(items: Iterable[Container]) -> str:
@@ -37,11 +34,6 @@ def containers(items: Iterable[Container]) -> str:
             for item in items
         ],
     )
-
-
-def watched(cells: Sequence[str]) -> str:
-    """A line of a table that has no end, so that no column knows how wide it will be."""
-    return "  ".join(cell.ljust(width) for cell, width in zip(cells, _WATCHED_WIDTHS, strict=True)).rstrip()
 
 
 def one_container(item: Container) -> str:

@@ -74,6 +74,22 @@ def revisions(items: Iterable[VolumeRevision]) -> str:
     )
 
 
+# The columns of a watch, with their widths.
+WATCHED = {"NAME": 24, "STATE": 8, "SIZE": 10, "REVISION": 8, "CONTAINERS": 24, "OPERATION": 36}
+
+
+def watched(item: Volume) -> tuple[str, ...]:
+    """What a watch shows of one, below WATCHED."""
+    return (
+        item.name,
+        word_of(VolumeState, item.state),
+        _size(item.size_bytes),
+        str(item.revision),
+        ",".join(item.attached_containers) or "-",
+        item.operation_id,
+    )
+
+
 def _size(number: int) -> str:
     return bytes_text(number) if number else "unlimited"
 

@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import click
 
-from gpudock import Client, OperationCall, Volume, VolumeBackend
+from gpudock import Client, OperationCall, Volume, VolumeBackend, Watch
 from gpudock._enums import words_of
 from gpudock.cli import _operation_views, _volume_views
 from gpudock.cli._arguments import LabelFilter, Pair, Size
 from gpudock.cli._follow import follow, settled
 from gpudock.cli._session import Session
+from gpudock.cli._watch import Shown, changes_only_option, resume_token_option, show_changes
 
 _backend_option = click.option(
     "--backend", type=click.Choice(words_of(VolumeBackend)), default=None, help="What it is made of."
@@ -63,6 +64,41 @@ def list_volumes(session: Session, *, label: tuple[tuple[str, str], ...], owner:
 
 
 @volume.command()
+@click.option("--label", type=LabelFilter(), multiple=True, help="Only those with this label.")
+@click.option("--owner", default="", help="Only those of this owner.")
+@click.option("--node", default="", help="Only those on this node.")
+@resume_token_option
+@changes_only_option
+@click.pass_obj
+def watch(
+    session: Session,
+    *,
+    label: tuple[tuple[str, str], ...],
+    owner: str,
+    node: str,
+    resume_token: str,
+    changes_only: bool,
+) -> None:
+    """Show volumes as they come, change, are mounted and go, a line for each, until interrupted.
+
+    With -o json each line is an object, and checkpoints are shown as well: their resume_token is the one to keep when
+    nothing else happens.
+    """
+
+    def begin(client: Client) -> Watch[Volume]:
+        return client.volumes.watch(
+            labels=dict(label),
+            owner=owner,
+            node=node,
+            resume_token=resume_token,
+            changes_only=changes_only,
+            checkpoints=session.as_json,
+        )
+
+    show_changes(session, begin, Shown("volume", _volume_views.WATCHED, _volume_views.watched))
+
+
+@volume.command()
 @click.argument("name")
 @click.pass_obj
 def get(session: Session, *, name: str) -> None:
@@ -82,10 +118,16 @@ def resize(session: Session, *, name: str, size: int, validate_only: bool) -> No
 
 @volume.command()
 @click.argument("name")
+@click.option("--force", is_flag=True, help="Take it out of the specs of containers that mount it and do not run.")
+@_plan_option
 @click.pass_obj
-def delete(session: Session, *, name: str) -> None:
+def delete(session: Session, *, name: str, force: bool, validate_only: bool) -> None:
     """Delete a volume with its files."""
-    session.run(lambda client: settled(client.volumes.delete(name), name))
+    if validate_only:
+        planned = session.run(lambda client: client.volumes.plan_delete(name, force=force))
+        session.show(planned, lambda operation: _operation_views.plan(operation.plan))
+        return
+    session.run(lambda client: settled(client.volumes.delete(name, force=force), name))
 
 
 @volume.command()

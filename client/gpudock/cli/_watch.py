@@ -1,20 +1,45 @@
-"""`gpudock watch`."""
+"""`gpudock watch`, and how any watch is shown."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from datetime import datetime
+from typing import Generic, TypeVar
 
 import click
+from google.protobuf.message import Message
 
-from gpudock import Client, Container, ContainerState, WatchEvent
+from gpudock import Client, Container, ContainerState, Watch, WatchEvent
 from gpudock._enums import words_of
 from gpudock.cli._arguments import LabelFilter
 from gpudock.cli._session import Session, plain
-from gpudock.cli._views import watched
 
-_HEADERS = ("TIME", "EVENT", "NAME", "STATE", "GPUS", "REVISION", "OPERATION")
+T = TypeVar("T", bound=Message)
+
+# Of the time and the event.
+_WIDTHS = (8, 8)
+
+resume_token_option = click.option(
+    "--resume-token", default="", help="Go on behind the event that had this token (see -o json)."
+)
+changes_only_option = click.option("--changes-only", is_flag=True, help="Leave out what is there now.")
+
+
+@dataclass(frozen=True, slots=True)
+class Shown(Generic[T]):
+    """How the objects of a watch are shown: as a field of this name, and in a table with columns of these widths."""
+
+    field: str
+    columns: Mapping[str, int]
+    cells: Callable[[T], tuple[str, ...]]
+
+    def line(self, time: str, event: str, cells: Sequence[str]) -> str:
+        """A line of the table, which has no end, so that no column knows how wide it will be."""
+        widths = (*_WIDTHS, *self.columns.values())
+        return "  ".join(cell.ljust(width) for cell, width in zip((time, event, *cells), widths, strict=True)).rstrip()
 
 
 @click.command()
@@ -22,8 +47,8 @@ _HEADERS = ("TIME", "EVENT", "NAME", "STATE", "GPUS", "REVISION", "OPERATION")
 @click.option("--label", type=LabelFilter(), multiple=True, help="Only those with this label.")
 @click.option("--owner", default="", help="Only those of this owner.")
 @click.option("--node", default="", help="Only those on this node.")
-@click.option("--resume-token", default="", help="Go on behind the event that had this token (see -o json).")
-@click.option("--changes-only", is_flag=True, help="Leave out what is there now.")
+@resume_token_option
+@changes_only_option
 @click.pass_obj
 def watch(
     session: Session,
@@ -41,8 +66,8 @@ def watch(
     nothing else happens.
     """
 
-    async def follow(client: Client) -> None:
-        changes = client.containers.watch(
+    def begin(client: Client) -> Watch[Container]:
+        return client.containers.watch(
             states=state,
             labels=dict(label),
             owner=owner,
@@ -51,32 +76,46 @@ def watch(
             changes_only=changes_only,
             checkpoints=session.as_json,
         )
+
+    show_changes(session, begin, _CONTAINERS)
+
+
+def show_changes(session: Session, begin: Callable[[Client], Watch[T]], shown: Shown[T]) -> None:
+    """A line for each event, until interrupted; with -o json also for checkpoints, which `begin` then asks for."""
+
+    async def follow(client: Client) -> None:
+        changes = begin(client)
         if not session.as_json:
-            click.echo(watched(_HEADERS))
+            click.echo(shown.line("TIME", "EVENT", tuple(shown.columns)))
         async with aclosing(changes):
             async for event in changes:
-                click.echo(_line(event) if session.as_json else watched(_cells(event)))
+                click.echo(_json(event, shown) if session.as_json else _row(event, shown))
 
     session.run(follow)
 
 
-def _line(event: WatchEvent[Container]) -> str:
-    shown: dict[str, object] = {"event": event.kind, "resume_token": event.resume_token}
+def _json(event: WatchEvent[T], shown: Shown[T]) -> str:
+    line: dict[str, object] = {"event": event.kind, "resume_token": event.resume_token}
     if event.item is not None:
-        shown["container"] = plain(event.item)
+        line[shown.field] = plain(event.item)
     else:
-        shown["list_complete"] = event.list_complete
-    return json.dumps(shown)
+        line["list_complete"] = event.list_complete
+    return json.dumps(line)
 
 
-def _cells(event: WatchEvent[Container]) -> tuple[str, ...]:
-    item = event.item or Container()
+def _row(event: WatchEvent[T], shown: Shown[T]) -> str:
+    cells = shown.cells(event.item) if event.item is not None else ("",) * len(shown.columns)
+    return shown.line(datetime.now().astimezone().strftime("%H:%M:%S"), event.kind, cells)
+
+
+def _container_cells(item: Container) -> tuple[str, ...]:
     return (
-        datetime.now().astimezone().strftime("%H:%M:%S"),
-        event.kind,
         item.name,
         ContainerState.Name(item.status.state).removeprefix("CONTAINER_STATE_"),
         str(len(item.status.gpu_uuids)),
         str(item.revision),
         item.status.operation_id,
     )
+
+
+_CONTAINERS = Shown("container", {"NAME": 24, "STATE": 8, "GPUS": 4, "REVISION": 8, "OPERATION": 36}, _container_cells)

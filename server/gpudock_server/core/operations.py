@@ -14,6 +14,7 @@ The rules, each of which a test breaks a naive version with:
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import Any
 import structlog
 
 from gpudock_server.core.driver import Driver
-from gpudock_server.core.journal import Journal
+from gpudock_server.core.journal import Journal, Parked
 from gpudock_server.core.running import Running, Snapshot
 from gpudock_server.core.saga import COMMIT_STAGE, Saga
 from gpudock_server.errors import (
@@ -71,6 +72,8 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 _CONTENTION_TRIES = 64
 # How long an operation that is let go of has to put down what it holds.
 _LEAVING_SECONDS = 0.5
+# How often is looked for an operation that is still to be taken up.
+_TAKING_UP_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,10 +192,25 @@ class Operations:
         self._beginning.add(operation.id)
         try:
             version = await self._store.apply(changes)
-            self._launch(Running(operation, version, saga))
+            self._launch(Running(operation, version, saga, self._do_part))
         finally:
             self._beginning.discard(operation.id)
         return operation.id
+
+    async def _do_part(self, whole: Operation, name: str, draft: Callable[[], Awaitable[Draft]]) -> None:
+        """See `Run.part`. What is part of an operation is found again by a request id that is made of that one's."""
+        words = f"{whole.id}/{name}"
+        try:
+            part = await self.begin(draft, RequestKey(str(uuid.uuid5(uuid.NAMESPACE_OID, words)), words))
+        except ShuttingDown:
+            raise Parked from None
+        while not (snapshot := await self.get(part)).operation.state.ended:
+            # After a restart the whole may be taken up before its part is.
+            task = self._tasks.get(part) or asyncio.create_task(asyncio.sleep(_TAKING_UP_SECONDS))
+            await asyncio.wait((task,))
+            if self._draining.is_set():
+                raise Parked
+        outcome_of(snapshot.operation)
 
     @staticmethod
     def _explain(conflict: StoreConflict) -> None:
@@ -312,7 +330,7 @@ class Operations:
             if operation_id in self.driven or operation_id in but:
                 continue
             log.info("operation resumed", operation_id=operation_id, kind=current.value.kind.value)
-            self._launch(Running(current.value, current.version, self._build(current.value)))
+            self._launch(Running(current.value, current.version, self._build(current.value), self._do_part))
             taken.append(operation_id)
         return tuple(taken)
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
 from gpudock_server.core.saga import Run, Saga
 from gpudock_server.model.operation import Operation
 from gpudock_server.model.record import JsonObject
+
+if TYPE_CHECKING:
+    # What begins operations imports what they are made of.
+    from gpudock_server.core.operations import Draft
 
 # A quick reader is told of progress this often at most; a pull reports each of its chunks.
 _PROGRESS_SECONDS = 0.05
@@ -33,6 +38,8 @@ class Running(Run):
     record: Operation
     version: int
     saga: Saga[Any]
+    # Begins a part of it, or finds the one that was begun, and waits for its end.
+    do_part: Callable[[Operation, str, Callable[[], Awaitable[Draft]]], Awaitable[None]]
     current_bytes: int = 0
     total_bytes: int = 0
     notes: list[str] = field(default_factory=list)
@@ -57,6 +64,10 @@ class Running(Run):
     @override
     def note(self, message: str) -> None:
         self.notes.append(message)
+
+    @override
+    async def part(self, name: str, draft: Callable[[], Awaitable[Draft]]) -> None:
+        await self.do_part(self.record, name, draft)
 
     @property
     def snapshot(self) -> Snapshot:

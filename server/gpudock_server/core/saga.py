@@ -9,11 +9,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, TypeVar
 
 from gpudock_server.model.changes import Change
 from gpudock_server.model.operation import Operation, Result
 from gpudock_server.model.record import JsonObject
+
+if TYPE_CHECKING:
+    # What begins operations imports what they are made of.
+    from gpudock_server.core.operations import Draft
 
 # A head with the version to compare and set against: what the store shows of the operation's target.
 V = TypeVar("V")
@@ -35,6 +39,14 @@ class Run(Protocol):
 
     def note(self, message: str) -> None:
         """Add a sentence to the operation's message; kept with its next record."""
+        ...
+
+    async def part(self, name: str, draft: Callable[[], Awaitable[Draft]]) -> None:
+        """Bring another operation to its end, begun once however often this is repeated: the part of this `name`.
+
+        It is an operation like any other, with its own locks and record, and stays done when this one is undone.
+        Raises what `draft` raises, and what it ended with.
+        """
         ...
 
 

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Generic
 
 from gpudock_server.errors import ShuttingDown
-from gpudock_server.ports import ContainerView, Seen, Store, T
+from gpudock_server.ports import ContainerView, Seen, Store, T, VolumeSeen
 
 
 class Tidings(StrEnum):
@@ -55,6 +55,12 @@ class Watches:
         (resume_token), StoreUnavailable, ShuttingDown.
         """
         return self._tell(self._store.watch_containers(token=token, listing=listing), wanted)
+
+    def volumes(
+        self, wanted: Callable[[VolumeSeen], bool], *, token: str, listing: bool
+    ) -> AsyncGenerator[Told[VolumeSeen], None]:
+        """Volumes that are `wanted`, and who mounts them; otherwise like `containers`."""
+        return self._tell(self._store.watch_volumes(token=token, listing=listing), wanted)
 
     def drain(self) -> None:
         """End every watch, and begin none: with their tokens they go on elsewhere, or later."""

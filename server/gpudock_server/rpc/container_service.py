@@ -11,7 +11,6 @@ from gpudock.v1 import (
     container_service_pb2,
     exec_pb2,
     operation_pb2,
-    watch_pb2,
 )
 from gpudock.v1.container_service_pb2_grpc import ContainerServiceServicer
 from typing_extensions import override
@@ -28,6 +27,7 @@ from gpudock_server.rpc.convert.revision import revision_message
 from gpudock_server.rpc.exec_call import serve_exec
 from gpudock_server.rpc.interception import Context
 from gpudock_server.rpc.request_key import Mutation, request_key
+from gpudock_server.rpc.telling import telling
 from gpudock_server.rpc.validation import commit as commit_validation
 from gpudock_server.rpc.validation import containers as validation
 from gpudock_server.rpc.validation import listing, watching
@@ -109,7 +109,9 @@ class ContainerService(ContainerServiceServicer):
     def WatchContainers(
         self, request: container_service_pb2.WatchContainersRequest, context: Context
     ) -> AsyncIterator[container_service_pb2.WatchContainersResponse]:
-        return self._watch(watching.containers(request))
+        asked = watching.containers(request)
+        watch = self._watches.containers(asked.wanted, token=asked.resume, listing=asked.listing)
+        return telling(asked, watch, view_message, container_service_pb2.WatchContainersResponse)
 
     @override
     def StartContainer(
@@ -224,20 +226,6 @@ class ContainerService(ContainerServiceServicer):
         self, request_iterator: AsyncIterator[exec_pb2.ExecContainerRequest], context: Context
     ) -> None:
         await serve_exec(self._execs, request_iterator, context)
-
-    async def _watch(
-        self, asked: watching.Watching[ContainerView]
-    ) -> AsyncIterator[container_service_pb2.WatchContainersResponse]:
-        watch = self._watches.containers(asked.wanted, token=asked.resume, listing=asked.listing)
-        async with aclosing(watch) as told:
-            async for each in told:
-                response = container_service_pb2.WatchContainersResponse(resume_token=asked.token(each.token))
-                if each.tidings is None or each.item is None:
-                    response.checkpoint.CopyFrom(watch_pb2.WatchCheckpoint(list_complete=each.list_complete))
-                else:
-                    # The field of the event is named by what happened.
-                    getattr(response, each.tidings.value).CopyFrom(view_message(each.item))
-                yield response
 
     async def _operate(
         self, method: str, request: _Plannable, command: Command, event: _Event[R_co]

@@ -97,7 +97,9 @@ class RpcServer:
         add_ContainerServiceServicer_to_server(
             ContainerService(services.containers, services.operations, services.execs, services.watches), self.grpc
         )
-        add_VolumeServiceServicer_to_server(VolumeService(services.volumes, services.operations), self.grpc)
+        add_VolumeServiceServicer_to_server(
+            VolumeService(services.volumes, services.operations, services.watches), self.grpc
+        )
         add_OperationServiceServicer_to_server(OperationService(services.operations), self.grpc)
         add_NodeServiceServicer_to_server(NodeService(services.nodes, services.containers, services.drift), self.grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)

@@ -11,15 +11,17 @@ from gpudock.v1.volume_service_pb2_grpc import VolumeServiceServicer
 from typing_extensions import override
 
 from gpudock_server.core.operations import Operations, RequestKey
-from gpudock_server.core.volumes import Volumes, VolumeSeen
+from gpudock_server.core.volumes import Volumes
 from gpudock_server.core.volumes.commands import Command
+from gpudock_server.core.watches import Watches
 from gpudock_server.model.volume import VolumeRevision
-from gpudock_server.ports import Page
-from gpudock_server.rpc import page, progress
+from gpudock_server.ports import Page, VolumeSeen
+from gpudock_server.rpc import page, page_token, progress
 from gpudock_server.rpc.convert.volume import revision_message, seen_message
 from gpudock_server.rpc.interception import Context
 from gpudock_server.rpc.request_key import Mutation, request_key
-from gpudock_server.rpc.validation import listing
+from gpudock_server.rpc.telling import telling
+from gpudock_server.rpc.validation import listing, watching
 from gpudock_server.rpc.validation import volumes as validation
 
 SERVICE = volume_service_pb2.DESCRIPTOR.services_by_name["VolumeService"].full_name
@@ -49,8 +51,9 @@ class _Event(Protocol[R_co]):
 class VolumeService(VolumeServiceServicer):
     """Serves gpudock.v1.VolumeService. Its streaming methods return their generators: see ContainerService."""
 
-    def __init__(self, volumes: Volumes, operations: Operations) -> None:
+    def __init__(self, volumes: Volumes, operations: Operations, watches: Watches) -> None:
         self._volumes = volumes
+        self._watches = watches
         self._operations = operations
 
     @override
@@ -71,11 +74,28 @@ class VolumeService(VolumeServiceServicer):
     async def ListVolumes(
         self, request: volume_service_pb2.ListVolumesRequest, context: Context
     ) -> volume_service_pb2.ListVolumesResponse:
+        moment = ""
+
         async def read(page_size: int, page_token: str) -> Page[VolumeSeen]:
-            return await self._volumes.list(page_size=page_size, page_token=page_token)
+            nonlocal moment
+            found = await self._volumes.list(page_size=page_size, page_token=page_token)
+            moment = found.watch_token
+            return found
 
         found, token = await page.from_store(listing.volumes(request), read, seen_message)
-        return volume_service_pb2.ListVolumesResponse(volumes=found, next_page_token=token)
+        return volume_service_pb2.ListVolumesResponse(
+            volumes=found,
+            next_page_token=token,
+            resume_token=page_token.sealed(watching.volume_scope(request.filter), moment),
+        )
+
+    @override
+    def WatchVolumes(
+        self, request: volume_service_pb2.WatchVolumesRequest, context: Context
+    ) -> AsyncIterator[volume_service_pb2.WatchVolumesResponse]:
+        asked = watching.volumes(request)
+        watch = self._watches.volumes(asked.wanted, token=asked.resume, listing=asked.listing)
+        return telling(asked, watch, seen_message, volume_service_pb2.WatchVolumesResponse)
 
     @override
     def ResizeVolume(
@@ -88,7 +108,11 @@ class VolumeService(VolumeServiceServicer):
     async def DeleteVolume(
         self, request: volume_service_pb2.DeleteVolumeRequest, context: Context
     ) -> volume_service_pb2.DeleteVolumeResponse:
-        await self._volumes.run(validation.delete(request), _key("DeleteVolume", request))
+        command = validation.delete(request)
+        if request.validate_only:
+            plan = progress.recorded(await self._volumes.preview(command))
+            return volume_service_pb2.DeleteVolumeResponse(plan=plan)
+        await self._volumes.run(command, _key("DeleteVolume", request))
         return volume_service_pb2.DeleteVolumeResponse()
 
     @override

@@ -38,8 +38,9 @@ uids and the UUIDs of cards that changes nothing.
   what an older one locked.
 - A lock is on a name; an operation that works on several objects holds one on each.
 - A watch sees heads, locks and the idle key of a kind by one range of etcd's that spans all three, with what lies
-  between: only then do they come in the order in which they happened. What is put at the idle key is heard by every
-  watch of the kind and tells each how far it has come. (etcd's own progress requests overtake events before 3.5.8.)
+  between: only then do they come in the order in which they happened. That of volumes spans the heads of containers as
+  well, which say what they mount. What is put at the idle key is heard by every watch of the kind and tells each how
+  far it has come. (etcd's own progress requests overtake events before 3.5.8.)
 - The version that callers compare and set against is the mod_revision of the key; 0 is "there is none".
 """
 
@@ -80,17 +81,19 @@ class KeyRange:
 
 @dataclass(frozen=True, slots=True)
 class WatchedKeys:
-    """What a watch of one kind of object looks at."""
+    """What a watch of one kind of object looks at. `referring`: heads of another kind, which name these."""
 
     heads: KeyRange
     locks: KeyRange
     idle: bytes
+    referring: KeyRange | None = None
 
     @property
     def span(self) -> KeyRange:
         """The one range that has all of it, and other things."""
-        starts, ends = (self.heads.start, self.locks.start, self.idle), (self.heads.end, self.locks.end)
-        return KeyRange(min(starts), max(*ends, self.idle + b"\0"))
+        ranges = [self.heads, self.locks, *([self.referring] if self.referring else [])]
+        starts, ends = [one.start for one in ranges], [one.end for one in ranges]
+        return KeyRange(min(*starts, self.idle), max(*ends, self.idle + b"\0"))
 
 
 class Keys:
@@ -159,9 +162,9 @@ class Keys:
         """Every lock there is."""
         return self._below("locks")
 
-    def watched(self, kind: TargetKind, heads: KeyRange) -> WatchedKeys:
+    def watched(self, kind: TargetKind, heads: KeyRange, referring: KeyRange | None = None) -> WatchedKeys:
         """What a watch of the objects of a kind looks at."""
-        return WatchedKeys(heads, self.locks(kind), self._key("idle", f"{kind.value}s"))
+        return WatchedKeys(heads, self.locks(kind), self._key("idle", f"{kind.value}s"), referring)
 
     def lock_of(self, key: bytes) -> tuple[TargetKind, str] | None:
         """What a key of `all_locks` locks; None where that is of a kind that this version does not know."""

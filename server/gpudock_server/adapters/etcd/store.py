@@ -15,9 +15,10 @@ from gpudock_server.adapters.etcd.connection import CallFailed, EtcdConnection
 from gpudock_server.adapters.etcd.expiry import ExpiryBuckets
 from gpudock_server.adapters.etcd.keys import DEFAULT_PREFIX, SCHEMA, KeyRange, Keys, WatchedKeys
 from gpudock_server.adapters.etcd.listing import list_page
+from gpudock_server.adapters.etcd.referring import Reference, Referring
 from gpudock_server.adapters.etcd.transactions import Transaction
 from gpudock_server.adapters.etcd.values import R, decode, decode_number, encode_number
-from gpudock_server.adapters.etcd.watching import HeadWatch, Pulse, V, told_token
+from gpudock_server.adapters.etcd.watching import HeadWatch, Pulse, V, View, told_token
 from gpudock_server.adapters.etcd.wire import MAX_TXN_OPERATIONS, Entry, TxnAnswer
 from gpudock_server.errors import RecordUnreadable, StoreUnavailable
 from gpudock_server.model.changes import Change, Lock
@@ -28,7 +29,17 @@ from gpudock_server.model.operation import Operation, RequestRecord
 from gpudock_server.model.snapshot import Snapshot
 from gpudock_server.model.target import TargetKind
 from gpudock_server.model.volume import Volume, VolumeRevision
-from gpudock_server.ports import ContainerView, Page, RevisionView, Seen, T, Unreadable, Versioned, VolumeView
+from gpudock_server.ports import (
+    ContainerView,
+    Page,
+    RevisionView,
+    Seen,
+    T,
+    Unreadable,
+    Versioned,
+    VolumeSeen,
+    VolumeView,
+)
 from gpudock_server.startup import StartupError
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -68,6 +79,8 @@ class EtcdStore:
         self._deadline = deadline
         self._idle = idle
         self._watched_containers = self._keys.watched(TargetKind.CONTAINER, self._keys.containers())
+        self._mounting = Referring(self._keys.containers(), self._mounts_of)
+        self._watched_volumes = self._keys.watched(TargetKind.VOLUME, self._keys.volumes(), self._mounting.heads)
         self._pulses: dict[bytes, Pulse] = {}
         self._decoded_head = lru_cache(_DECODED)(_decode_head)
 
@@ -195,18 +208,42 @@ class EtcdStore:
     def watch_containers(self, *, token: str, listing: bool) -> AsyncGenerator[Seen[ContainerView], None]:
         """Heads and their locks as they change: see `ports.Store.watch_containers`."""
 
-        def view(head: Entry, lock: Entry | None) -> ContainerView:
-            decoded = self._decoded_head if len(head.value) <= _LARGEST_DECODED else _decode_head
-            return ContainerView(decoded(head.key, head.value), head.version, _operation_id(lock))
+        def view(head: Entry, lock: Entry | None, _: tuple[str, ...]) -> ContainerView:
+            return ContainerView(self._decoded(head), head.version, _operation_id(lock))
 
         return self._watch(self._watched_containers, view, token, listing=listing)
 
+    def _decoded(self, head: Entry) -> Container:
+        decode_head = self._decoded_head if len(head.value) <= _LARGEST_DECODED else _decode_head
+        return decode_head(head.key, head.value)
+
+    def watch_volumes(self, *, token: str, listing: bool) -> AsyncGenerator[Seen[VolumeSeen], None]:
+        """Heads, their locks and who mounts them, as they change: see `ports.Store.watch_volumes`."""
+
+        def view(head: Entry, lock: Entry | None, containers: tuple[str, ...]) -> VolumeSeen:
+            return VolumeSeen(_volume_view(head, lock), containers)
+
+        return self._watch(self._watched_volumes, view, token, listing=listing, referring=self._mounting)
+
+    def _mounts_of(self, head: Entry) -> Reference:
+        """The volumes that a container mounts; of one that cannot be read, none."""
+        try:
+            container = self._decoded(head)
+        except RecordUnreadable as error:
+            log.warning("left out what cannot be read", key=error.key, detail=error.detail)
+            return Reference("")
+        volumes = self._keys.volumes()
+        mounted = (volumes.rest(self._keys.volume(mount.volume)) for mount in container.spec.mounts if mount.volume)
+        return Reference(container.name, frozenset(mounted))
+
     async def _watch(
-        self, keys: WatchedKeys, view: Callable[[Entry, Entry | None], V], token: str, *, listing: bool
+        self, keys: WatchedKeys, view: View[V], token: str, *, listing: bool, referring: Referring | None = None
     ) -> AsyncGenerator[Seen[V], None]:
-        """A watch of any kind of object; `view` shows one that has this head and this lock."""
+        """A watch of any kind of object; `view` shows one that has this head, this lock and these referrers."""
         pulse = self._pulses.setdefault(keys.idle, Pulse(self._connection, keys.idle))
-        watch = HeadWatch(self._connection, keys, pulse, view, patience=self._deadline, idle=self._idle)
+        watch = HeadWatch(
+            self._connection, keys, pulse, view, referring=referring, patience=self._deadline, idle=self._idle
+        )
         # Closed here and not by the garbage collector: a caller may leave at any yield.
         async with _mapped_errors(), aclosing(watch.run(token, listing=listing)) as seen:
             async for each in seen:
@@ -236,7 +273,7 @@ class EtcdStore:
             return _volume_view(head, locks.get(self._keys.lock(TargetKind.VOLUME, name)))
 
         views, unreadable = _readable(page.entries, read)
-        return Page(views, page.next_token, unreadable=unreadable)
+        return Page(views, page.next_token, told_token(self._watched_volumes, page.revision), unreadable)
 
     async def volume_revisions(self, uid: str, *, page_size: int, page_token: str) -> Page[VolumeRevision]:
         """A volume's history, oldest first: see `ports.Store.volume_revisions`."""

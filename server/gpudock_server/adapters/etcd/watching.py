@@ -7,8 +7,10 @@ within the list that a watch begins with and those behind it, so that either can
     ["told", 125, ".../containers/b"]     what revision 125 changed, behind b
     ["told", 125, ".../containers/"]      all of it was told: what comes behind revision 125
 
-What is kept for a watch are the locks that are held, which are as many as there are operations at work. What an object
-was before comes from etcd with every change, and where only its lock has changed the head is read at that revision.
+What is kept for a watch are the locks that are held, which are as many as there are operations at work, and, where
+objects of another kind refer to those that are watched, who refers to what: a change of that is told as a change of the
+object. What an object was before comes from etcd with every change, and where only its lock or its referrers have
+changed the head is read at that revision.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ import structlog
 
 from gpudock_server.adapters.etcd import wire
 from gpudock_server.adapters.etcd.connection import CallFailed, EtcdConnection
-from gpudock_server.adapters.etcd.keys import WatchedKeys
+from gpudock_server.adapters.etcd.keys import KeyRange, WatchedKeys
 from gpudock_server.adapters.etcd.range_watch import HistoryLost, RangeWatch, Step, lost_or
+from gpudock_server.adapters.etcd.referring import Referrers, Referring
 from gpudock_server.adapters.etcd.wire import Entry, KeyChange, RangeAnswer
 from gpudock_server.errors import FieldViolation, InvalidArgument, ResumeTokenExpired
 from gpudock_server.ports import Seen
@@ -41,6 +44,9 @@ V = TypeVar("V")
 _MAX_REVISION = 2**63 - 1
 # How many heads of the first list are held at a time.
 _LIST_PAGE = 50
+
+# What is shown of an object: its head, its lock, and who refers to it.
+View = Callable[[Entry, Entry | None, tuple[str, ...]], V]
 
 
 class _Sort(StrEnum):
@@ -55,6 +61,12 @@ class _Place:
     sort: _Sort
     revision: int
     key: bytes
+
+    def base(self, heads: KeyRange) -> int:
+        """The revision of which all was told, and on which what comes next is built."""
+        # Of a revision that was told in part the rest comes with all of it, and what was told is left out.
+        partly = self.sort is _Sort.TOLD and self.key != heads.start
+        return self.revision - 1 if partly else self.revision
 
     def token(self) -> str:
         """As a caller keeps it."""
@@ -86,15 +98,16 @@ class Pulse:
 
 
 class HeadWatch(Generic[V]):
-    """One watch. `view` makes what is shown of a head and its lock; something is said at least every `idle`."""
+    """One watch. `view` makes what is shown of an object; something is said at least every `idle`."""
 
     def __init__(
         self,
         connection: EtcdConnection,
         keys: WatchedKeys,
         pulse: Pulse,
-        view: Callable[[Entry, Entry | None], V],
+        view: View[V],
         *,
+        referring: Referring | None = None,
         patience: timedelta,
         idle: timedelta,
     ) -> None:
@@ -106,6 +119,8 @@ class HeadWatch(Generic[V]):
         self._idle_seconds = idle.total_seconds()
         # Those that are held at the place that was told last, by the name that they share with the head.
         self._locks: dict[bytes, Entry] = {}
+        self._referring = referring
+        self._referrers = Referrers(referring)
         self._beaten = 0
 
     async def run(self, token: str, *, listing: bool) -> AsyncGenerator[Seen[V], None]:
@@ -113,6 +128,7 @@ class HeadWatch(Generic[V]):
         place = _opened(token, self._keys) if token else await self._here(listing=listing)
         lists = place.sort is _Sort.LIST
         try:
+            await self._learn_referrers(place.base(self._keys.heads))
             while place.sort is _Sort.LIST:
                 for told in await self._page(place):
                     place = told.place
@@ -135,6 +151,17 @@ class HeadWatch(Generic[V]):
         answer = await self._connection.read(wire.get(self._keys.idle), patience=self._patience)
         return _Place(_Sort.LIST if listing else _Sort.TOLD, answer.revision, self._keys.heads.start)
 
+    async def _learn_referrers(self, revision: int) -> None:
+        if self._referring is None:
+            return
+        self._referrers.clear()
+        keys, more = self._referring.heads, True
+        while more:
+            (found,) = await self._read_at(revision, wire.get_range(keys, limit=_LIST_PAGE, revision=revision))
+            self._referrers.take(found.entries)
+            more = found.more
+            keys = keys.after(found.entries[-1].key) if found.entries else keys
+
     async def _page(self, place: _Place) -> Iterator[_Told[V]]:
         """What comes next in the list, and last that it is complete."""
         heads, locks = await self._read_at(
@@ -144,17 +171,16 @@ class HeadWatch(Generic[V]):
         )
         held = self._by_name(locks)
         told = [
-            _Told(replace(place, key=head.key), None, self._view(head, held.get(self._keys.heads.rest(head.key))))
+            _Told(replace(place, key=head.key), None, self._view(head, held.get(rest), self._referrers.of(rest)))
             for head in heads.entries
+            for rest in [self._keys.heads.rest(head.key)]
         ]
         if not heads.more:
             told.append(_Told(_Place(_Sort.TOLD, place.revision, self._keys.heads.start), list_complete=True))
         return iter(told)
 
     async def _begin(self, place: _Place) -> RangeWatch:
-        # Of a revision that was told in part the rest comes with all of it, and what was told is left out.
-        whole = place.key == self._keys.heads.start
-        revision = place.revision if whole else place.revision - 1
+        revision = place.base(self._keys.heads)
         (locks,) = await self._read_at(revision, wire.get_range(self._keys.locks, revision=revision))
         self._locks = self._by_name(locks)
         watch = RangeWatch(self._connection, self._keys.span, revision, self._patience)
@@ -181,19 +207,21 @@ class HeadWatch(Generic[V]):
     async def _told(self, step: Step, place: _Place) -> list[_Told[V]]:
         heads = {self._keys.heads.rest(one.key): one for one in step.changes if self._keys.heads.holds(one.key)}
         locks = {self._keys.locks.rest(one.key): one for one in step.changes if self._keys.locks.holds(one.key)}
+        referred = self._referrers.follow(step.changes)
         told: list[_Told[V]] = []
-        for name in sorted(heads.keys() | locks.keys()):
+        for name in sorted(heads.keys() | locks.keys() | referred.keys()):
             lock_before, lock_after = self._locks.get(name), self._lock_after(name, locks.get(name))
             here = _Place(_Sort.TOLD, step.revision, self._keys.heads.start + name)
             if step.revision == place.revision and here.key <= place.key:
                 continue
             before, after = await self._heads(here, heads.get(name))
+            referrers = self._referrers.of(name)
             if before is not None or after is not None:
                 told.append(
                     _Told(
                         here,
-                        self._view(before, lock_before) if before else None,
-                        self._view(after, lock_after) if after else None,
+                        self._view(before, lock_before, referred.get(name, referrers)) if before else None,
+                        self._view(after, lock_after, referrers) if after else None,
                     )
                 )
         all_of_it = _Place(_Sort.TOLD, step.revision, self._keys.heads.start)
@@ -209,7 +237,7 @@ class HeadWatch(Generic[V]):
         return change.after
 
     async def _heads(self, here: _Place, change: KeyChange | None) -> tuple[Entry | None, Entry | None]:
-        """The head before and after; the same where only its lock has changed. Raises HistoryLost."""
+        """The head before and after; the same where only what is beside it has changed. Raises HistoryLost."""
         if change is None:
             (found,) = await self._read_at(here.revision, wire.get(here.key, here.revision))
             return found.only, found.only

@@ -56,7 +56,7 @@ def stay(views: Iterable[VolumeView]) -> list[Change]:
 
 async def engine_volumes(world: World, mounts: Sequence[Mount]) -> dict[str, str]:
     """Volume -> what it is called by the engine, as of now. Raises VolumeNotFound."""
-    found = {name: await _mountable(world, name, busy=True) for name in _volumes_of(mounts)}
+    found = {name: await _mountable(world, name, busy=True, held=True) for name in _volumes_of(mounts)}
     return {name: view.volume.backing.engine_volume for name, view in found.items() if view.volume.backing}
 
 
@@ -64,7 +64,8 @@ def _volumes_of(mounts: Sequence[Mount]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(mount.volume for mount in mounts if mount.volume))
 
 
-async def _mountable(world: World, name: str, *, busy: bool) -> VolumeView:
+async def _mountable(world: World, name: str, *, busy: bool, held: bool = False) -> VolumeView:
+    """A volume of this node that can be mounted. `held`: a spec on record names it already."""
     view = await world.store.volume(name)
     if view is None:
         raise await volume_not_found(world, name)
@@ -73,7 +74,9 @@ async def _mountable(world: World, name: str, *, busy: bool) -> VolumeView:
         raise VolumeElsewhere(container="", node=volume.node, address=await address_of(world, volume.node), volume=name)
     if view.operation_id and not busy:
         raise VolumeBusy(volume=name, operation_id=view.operation_id)
-    if volume.state is not VolumeState.READY:
+    # A deletion that began behind such a spec was recorded sees it, and gives up before it has done anything.
+    gives_up = held and volume.state is VolumeState.DELETING and view.operation_id
+    if volume.state is not VolumeState.READY and not gives_up:
         detail = f"it is {volume.state}; one that is DELETING can only be deleted"
         raise VolumeFailed(volume=name, call="mount", detail=detail)
     return view

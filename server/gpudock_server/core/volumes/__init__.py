@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from gpudock_server.core.containers.mounting import all_containers, attached, volume_not_found
@@ -25,23 +24,14 @@ from gpudock_server.core.volumes.storage import Storage
 from gpudock_server.errors import GpudockError
 from gpudock_server.model.operation import Operation, OperationKind
 from gpudock_server.model.volume import Volume, VolumeRevision, VolumeState
-from gpudock_server.ports import Page, VolumeView
+from gpudock_server.ports import Page, VolumeSeen, VolumeView
 
-__all__ = ["Storage", "VolumeSeen", "Volumes", "build_saga", "choose_backend"]
+__all__ = ["Storage", "Volumes", "build_saga", "choose_backend"]
 
 # What has not been measured by then is not told: a volume without a size is counted file by file.
 _LOOK_SECONDS = 10.0
 # Looks into volumes at one time; each is a child process for a moment.
 _LOOKS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class VolumeSeen:
-    """A volume with what is derived: who mounts it, and the bytes in use where they could be told."""
-
-    view: VolumeView
-    containers: tuple[str, ...]
-    used_bytes: int | None = None
 
 
 def build_saga(storage: Storage, operation: Operation) -> Saga[Any]:
@@ -95,7 +85,7 @@ class Volumes:
             VolumeSeen(view, tuple(holders.get(view.volume.name, ())), bytes_used)
             for view, bytes_used in zip(page.items, used, strict=True)
         ]
-        return Page(tuple(seen), page.next_token)
+        return Page(tuple(seen), page.next_token, page.watch_token)
 
     async def _holders(self) -> Mapping[str, Sequence[str]]:
         found: defaultdict[str, deque[str]] = defaultdict(deque)

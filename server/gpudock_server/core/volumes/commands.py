@@ -30,10 +30,11 @@ class Resize:
 
 @dataclass(frozen=True, slots=True)
 class Delete:
-    """Remove one with its files."""
+    """Remove one with its files; with `force` it is taken out of the specs of containers that do not run."""
 
     name: str
     etag: str = ""
+    force: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,21 +1,35 @@
-"""DeleteVolume: what the engine has, what the host has, and the record last."""
+"""DeleteVolume: what the engine has, what the host has, and the record last.
+
+With force, containers that mount it and do not run are first given specs without it:
+
+    detach -> check -> remove the engine's volume -> remove the store | the record
+
+The engine keeps a volume that any container refers to, and an engine container never forgets one: so each is given a
+successor, by an update like a user's, with a revision that says so. These stay when the deletion fails.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from typing_extensions import override
 
+from gpudock_server.core.containers.commands import Update
 from gpudock_server.core.containers.mounting import attached
+from gpudock_server.core.containers.planning import DOES_NOT_RUN
+from gpudock_server.core.containers.update import draft_update
+from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
 from gpudock_server.core.saga import Outcome, Run, Step
 from gpudock_server.core.volumes.commands import Delete
 from gpudock_server.core.volumes.saga import VolumeSaga
 from gpudock_server.core.volumes.storage import Storage
-from gpudock_server.errors import VolumeInUse
+from gpudock_server.errors import ContainerBusy, VolumeInUse
 from gpudock_server.model.changes import Change, DeleteVolume, PutVolume
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan, StageState
 from gpudock_server.model.record import Record
+from gpudock_server.model.target import Target
 from gpudock_server.model.volume import VolumeBacking, VolumeState
 from gpudock_server.ports import VolumeView
 
@@ -26,19 +40,24 @@ class DeleteArguments(Record):
     """What the saga needs to be built again."""
 
     backing: VolumeBacking | None
+    detach: tuple[Target, ...] = ()
 
 
 async def draft(storage: Storage, command: Delete) -> Draft:
     """One that nothing mounts can be deleted; what is left of one that was half deleted, too."""
     view = await storage.lookup(command.name, command.etag)
     volume = view.volume
-    await _must_be_free(storage, volume.name, volume.backing)
+    arguments, plan = DeleteArguments(backing=volume.backing), OperationPlan()
+    if command.force:
+        arguments, plan = await _plan_detaching(storage, volume.name, arguments)
+    else:
+        await _must_be_free(storage, volume.name, volume.backing)
     return Draft(
         kind=OperationKind.DELETE_VOLUME,
         target=volume.target,
         head=PutVolume(volume.changed(state=VolumeState.DELETING), expect=view.version),
-        arguments=DeleteArguments(backing=volume.backing).model_dump(mode="json"),
-        plan=OperationPlan(),
+        arguments=arguments.model_dump(mode="json"),
+        plan=plan,
         build=lambda operation: DeleteSaga(storage, operation),
     )
 
@@ -52,6 +71,39 @@ async def _must_be_free(storage: Storage, name: str, backing: VolumeBacking | No
         raise VolumeInUse(volume=name, holders=tuple(holders))
 
 
+async def _plan_detaching(
+    storage: Storage, name: str, arguments: DeleteArguments
+) -> tuple[DeleteArguments, OperationPlan]:
+    """Who is to forget it, and what that takes. Raises VolumeInUse where somebody has it who cannot."""
+    world = storage.world
+    views = await attached(world.store, name)
+    if others := [view.container.name for view in views if view.container.status.state not in DOES_NOT_RUN]:
+        raise VolumeInUse(volume=name, holders=tuple(others))
+    ours = {view.container.engine.engine_id for view in views if view.container.engine}
+    mounting = await world.engine.mounting(arguments.backing.engine_volume) if arguments.backing else ()
+    if strangers := [one.name for one in mounting if one.id not in ours]:
+        raise VolumeInUse(volume=name, holders=tuple(strangers))
+    plans = [(await draft_without(world, view.container.target, name)).plan for view in views]
+    warnings = [f"container {view.container.name} gets a revision without the mount of volume {name}" for view in views]
+    plan = OperationPlan(
+        bytes_to_move=sum(one.bytes_to_move for one in plans),
+        bytes_available=max((one.bytes_available for one in plans), default=0),
+        warnings=(*warnings, *(warning for one in plans for warning in one.warnings)),
+    )
+    return arguments.model_copy(update={"detach": tuple(view.container.target for view in views)}), plan
+
+
+async def draft_without(world: World, target: Target, volume: str) -> Draft:
+    """An update of a container that does not run, to a spec without a volume. Raises VolumeInUse where it runs."""
+    view = await world.lookup(target.name)
+    if view.operation_id:
+        raise ContainerBusy(container=target.name, operation_id=view.operation_id)
+    if view.container.status.state not in DOES_NOT_RUN:
+        raise VolumeInUse(volume=volume, holders=(target.name,))
+    mounts = tuple(mount for mount in view.container.spec.mounts if mount.volume != volume)
+    return await draft_update(world, Update(name=target.name, changes={"mounts": mounts}))
+
+
 class DeleteSaga(VolumeSaga):
     """Removal cannot be undone; what fails leaves the record, so that the same call finishes the work."""
 
@@ -60,16 +112,27 @@ class DeleteSaga(VolumeSaga):
     def __init__(self, storage: Storage, operation: Operation) -> None:
         """Builds the script from the operation's arguments."""
         super().__init__(storage)
-        self._backing = DeleteArguments.model_validate(operation.arguments).backing
+        self._arguments = DeleteArguments.model_validate(operation.arguments)
+        self._backing = self._arguments.backing
 
     @property
     @override
     def steps(self) -> tuple[Step, ...]:
+        detach = [Step("detach", self._detach)] if self._arguments.detach else []
         return (
+            *detach,
             Step("check", self._check),
             Step("engine-volume", self._take),
             Step(_DESTROY_STAGE, self._destroy),
         )
+
+    async def _detach(self, run: Run) -> None:
+        volume = run.operation.target.name
+        for target in self._arguments.detach:
+            view = await self._world.store.container(target.name)
+            # Also of one that no longer mounts it: to remove the old engine container may be left of its update.
+            if view is not None and view.container.target == target:
+                await run.part(target.name, partial(draft_without, self._world, target, volume))
 
     async def _check(self, run: Run) -> None:
         # Whoever wants to mount it from now on meets our lock; whoever came before is seen.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from gpudock.v1 import volume_pb2
 
-from gpudock_server.core.volumes import VolumeSeen
 from gpudock_server.model.volume import Volume, VolumeBackendKind, VolumeCause, VolumeRevision, VolumeState
+from gpudock_server.ports import VolumeSeen
 from gpudock_server.rpc.convert.times import timestamp
 
 STATES = {state: volume_pb2.VolumeState.Value(f"VOLUME_STATE_{state.name}") for state in VolumeState}

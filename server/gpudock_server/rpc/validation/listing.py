@@ -18,7 +18,6 @@ from gpudock.v1 import (
 )
 
 from gpudock_server.core.nodes import HeldGpu, HeldPort
-from gpudock_server.core.volumes import VolumeSeen
 from gpudock_server.model.container import ContainerState
 from gpudock_server.model.drift import Drift, DriftKind, DriftSeverity
 from gpudock_server.model.gpu import GpuHealth
@@ -26,7 +25,7 @@ from gpudock_server.model.operation import Operation, OperationKind, OperationSt
 from gpudock_server.model.spec import Protocol
 from gpudock_server.model.target import TargetKind
 from gpudock_server.model.volume import VolumeRevision
-from gpudock_server.ports import ContainerView, RevisionView
+from gpudock_server.ports import ContainerView, RevisionView, VolumeSeen
 from gpudock_server.rpc import page_token
 from gpudock_server.rpc.convert import container, gpu, operation
 from gpudock_server.rpc.convert import drift as drift_conversion
@@ -107,7 +106,11 @@ def revisions(request: container_service_pb2.ListContainerRevisionsRequest) -> L
 
 def volumes(request: volume_service_pb2.ListVolumesRequest) -> Listing[VolumeSeen]:
     """A page of volumes."""
-    asked = request.filter
+    return _listing(Violations(), request, volume_filter(request.filter))
+
+
+def volume_filter(asked: volume_service_pb2.VolumeFilter) -> Callable[[VolumeSeen], bool]:
+    """Whether a volume is one of those asked for."""
     labels = dict(asked.labels)
 
     def wanted(seen: VolumeSeen) -> bool:
@@ -118,7 +121,7 @@ def volumes(request: volume_service_pb2.ListVolumesRequest) -> Listing[VolumeSee
             and all(key in head.labels and value in ("", head.labels[key]) for key, value in labels.items())
         )
 
-    return _listing(Violations(), request, wanted)
+    return wanted
 
 
 def volume_revisions(request: volume_service_pb2.ListVolumeRevisionsRequest) -> Listing[VolumeRevision]:

@@ -76,7 +76,7 @@ def resize(request: volume_service_pb2.ResizeVolumeRequest) -> Resize:
 def delete(request: volume_service_pb2.DeleteVolumeRequest) -> Delete:
     """A volume to be removed."""
     _common(request).raise_any()
-    return Delete(name=request.name, etag=request.etag)
+    return Delete(name=request.name, etag=request.etag, force=request.force)
 
 
 def _making(request: volume_service_pb2.CreateVolumeRequest | volume_service_pb2.AdoptVolumeRequest) -> Violations:

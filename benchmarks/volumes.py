@@ -1,0 +1,156 @@
+"""Volumes with a size: how long a change of it takes, and what writing to one costs beside an engine volume without."""
+
+from __future__ import annotations
+
+import itertools
+
+from gpudock.v1 import container_pb2
+
+from benchmarks.arena import Arena, Stopwatch
+from benchmarks.report import Row, Target, Unit, versus
+from benchmarks.rounds import Measure, compare
+from tests.calls import IDLE, IMAGE, Caller
+
+_MIB = 1 << 20
+_MB = 1_000_000
+_GROWTH = Target(300, unit="ms")
+_FLAT = Target(1.5)
+_WRITES = Target(0.9, at_least=True)
+_STEP_BYTES = 16 * _MIB
+# Beside the data, so that it can shrink by as much and grow in many steps.
+_SPARE_BYTES = 1024 * _MIB
+_DATA = {"empty": 0, "0.3 GB": 300, "1 GB": 1000, "5 GB": 5000}
+_QUICK = ("empty", "0.3 GB")
+_SIZE = 512 * _MIB
+
+
+async def volumes(arena: Arena) -> list[Row]:
+    """Grow under a container with more and more data in it, shrink, create, and write inside."""
+    async with arena.daemon() as (caller, _):
+        rows = await _growing(arena, caller)
+        await caller.delete_all()
+        rows += await _shrinking(arena, caller)
+        await caller.delete_all()
+        rows += await _creating(arena, caller)
+        await caller.delete_all()
+        return rows + await _writing(arena, caller)
+
+
+async def _filled(caller: Caller, name: str, megabytes: int, size_bytes: int) -> None:
+    """A volume and a container that mounts it, with so much in it."""
+    await caller.create_volume(name, size_bytes)
+    await caller.create(name, mounts=[container_pb2.Mount(volume=name, target="/data")])
+    # In files of at most 100 MB, and of no zeros, so that it all has to be copied.
+    for number, left in enumerate(range(megabytes, 0, -100)):
+        script = f"head -c {min(left, 100) * _MB} /dev/urandom > /data/{number} && sync"
+        await caller.shell(name, script)
+
+
+async def _growing(arena: Arena, caller: Caller) -> list[Row]:
+    data = {what: size for what, size in _DATA.items() if not arena.quick or what in _QUICK}
+    ways: dict[str, Measure] = {}
+    for what, megabytes in data.items():
+        name = f"grows-{megabytes}"
+        size = megabytes * _MB + _SPARE_BYTES
+        await _filled(caller, name, megabytes, size)
+        sizes = itertools.count(size + _STEP_BYTES, _STEP_BYTES)
+
+        async def grow(name: str = name, sizes: itertools.count[int] = sizes) -> float:
+            watch = Stopwatch()
+            await caller.resize_volume(name, next(sizes))
+            return watch.ms
+
+        ways[what] = grow
+    samples = await compare(arena.rounds(18), ways)
+    rows = [
+        Row(
+            name=f"grow a volume in use, {what}",
+            unit=Unit.MS,
+            ours=samples.median(what),
+            target=_GROWTH,
+            samples={what: list(samples.by_name[what])},
+        )
+        for what in data
+    ]
+    smallest, largest = next(iter(data)), list(data)[-1]
+    name, against = f"grow a volume in use, {largest}", f"gpudock, {smallest}"
+    return [*rows, versus(samples, largest, smallest, name=name, unit=Unit.MS, against=against, target=_FLAT)]
+
+
+async def _shrinking(arena: Arena, caller: Caller) -> list[Row]:
+    """Megabytes of data a second, from the call until the container runs on the smaller one."""
+    megabytes = 300 if arena.quick else 1000
+    size = megabytes * _MB + _SPARE_BYTES
+    await _filled(caller, "shrinks", megabytes, size)
+    volume = await caller.volume("shrinks")
+
+    async def shrink() -> float:
+        watch = Stopwatch()
+        await caller.resize_volume("shrinks", size - _SPARE_BYTES // 2)
+        seconds = watch.ms / 1e3
+        await caller.resize_volume("shrinks", size)
+        return megabytes / seconds
+
+    samples = await compare(arena.rounds(6), {"shrink": shrink})
+    return [
+        Row(
+            name=f"shrink a volume in use, {megabytes / 1000:g} GB on {volume.filesystem}",
+            unit=Unit.MB_PER_S,
+            ours=samples.median("shrink"),
+            samples={"shrink": list(samples.by_name["shrink"])},
+        )
+    ]
+
+
+async def _creating(arena: Arena, caller: Caller) -> list[Row]:
+    numbers = itertools.count()
+
+    def ours(size_bytes: int) -> Measure:
+        async def create() -> float:
+            name = f"made-{next(numbers)}"
+            watch = Stopwatch()
+            await caller.create_volume(name, size_bytes)
+            taken = watch.ms
+            await caller.delete_volume(name)
+            return taken
+
+        return create
+
+    async def theirs() -> float:
+        name = f"theirs-{next(numbers)}"
+        taken = await arena.docker.time("volume", "create", name)
+        await arena.engine("DELETE", f"/volumes/{name}")
+        return taken
+
+    ways = {"with a size": ours(_SIZE), "without": ours(0), "docker volume create": theirs}
+    samples = await compare(arena.rounds(18), ways)
+    return [
+        versus(samples, "with a size", "docker volume create", name="create a volume of 512 MiB", unit=Unit.MS),
+        versus(samples, "without", "docker volume create", name="create a volume without a size", unit=Unit.MS),
+    ]
+
+
+async def _writing(arena: Arena, caller: Caller) -> list[Row]:
+    """By `docker exec` on both sides: what differs is where it is written to."""
+    megabytes = 100 if arena.quick else 300
+    await _filled(caller, "writes", 0, _SIZE)
+    sized = (await caller.get("writes")).status.engine_id
+    host = {"Binds": ["bench-plain:/data"]}
+    made = await arena.engine(
+        "POST", "/containers/create", send={"Image": IMAGE, "Cmd": list(IDLE), "HostConfig": host}
+    )
+    await arena.engine("POST", f"/containers/{made['Id']}/start")
+
+    def writing(container: str) -> Measure:
+        script = f"rm -f /data/file && dd if=/dev/zero of=/data/file bs=1M count={megabytes} conv=fsync"
+
+        async def write() -> float:
+            taken = await arena.docker.time("exec", container, "sh", "-c", script)
+            return megabytes * _MIB / _MB / (taken / 1e3)
+
+        return write
+
+    samples = await compare(arena.rounds(12), {"volume": writing(sized), "engine volume": writing(made["Id"])})
+    await arena.discard(made["Id"])
+    name, against = f"write {megabytes} MiB inside, synced", "engine volume without a size"
+    return [versus(samples, "volume", "engine volume", name=name, unit=Unit.MB_PER_S, against=against, target=_WRITES)]

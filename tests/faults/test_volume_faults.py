@@ -1,0 +1,269 @@
+"""Volumes when the engine dies under them, and when the disk below them is full: what was written stays."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import grpc
+import pytest
+import pytest_asyncio
+from gpudock import Client
+from gpudock.v1 import container_pb2, volume_pb2, volume_service_pb2
+
+from tests.calls import Caller, failure
+from tests.clients.command import run
+from tests.conftest import FAST, own_state
+from tests.engine.loops import detach_below, loops_below
+from tests.engine.own_daemons import OwnDaemons, own, until, until_state
+from tests.rig import Rig
+
+__all__ = ["own"]
+
+MIB = 1 << 20
+SIZE = 320 * MIB
+RUNNING = container_pb2.CONTAINER_STATE_RUNNING
+ALWAYS = container_pb2.RestartPolicy(policy=container_pb2.RESTART_POLICY_KIND_ALWAYS)
+PLANT = (
+    "dd if=/dev/urandom of=/data/blob bs=64k count=256 conv=fsync 2>/dev/null && ln /data/blob /data/link &&"
+    " chmod 4751 /data/blob && sync"
+)
+LOOK = "cd /data && sha256sum blob link && stat -c '%a %h %u %Y' blob"
+
+
+def mount(name: str) -> container_pb2.Mount:
+    """A volume at /data."""
+    return container_pb2.Mount(volume=name, target="/data")
+
+
+async def df_size(caller: Caller, container: str) -> int:
+    """What `df` inside says."""
+    return int((await caller.shell(container, "df -P -k /data")).splitlines()[1].split()[1]) << 10
+
+
+async def _shows(caller: Caller, container: str, files: str) -> bool:
+    """Whether it runs, as the engine and not an older record has it, with these files."""
+    try:
+        assert await caller.shell(container, LOOK) == files
+    except grpc.aio.AioRpcError:
+        # One that was killed ends what ran, and does not always start it again; its record says so.
+        if (await caller.get(container)).status.state == container_pb2.CONTAINER_STATE_EXITED:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await caller.start(container)
+        return False
+    return True
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("how", ["killed", "restarted"])
+async def test_the_engine_goes_and_comes_back_under_volumes(fragile_rig: Rig, how: str) -> None:
+    rig = fragile_rig
+    daemon = await rig.start_daemon(*FAST, *own_state(), "--volume-backend", "loop")
+    try:
+        async with Caller(daemon.target) as caller:
+            await caller.create_volume("data", SIZE)
+            for name in ("one", "two"):
+                await caller.create(name, mounts=[mount("data")], restart_policy=ALWAYS)
+            await caller.shell("one", PLANT)
+            files = await caller.shell("one", LOOK)
+            if how == "killed":
+                await asyncio.to_thread(rig.engine.kill9)
+                await asyncio.to_thread(rig.engine.start)
+            else:
+                await asyncio.to_thread(rig.engine.restart)
+            for name in ("one", "two"):
+                await until(partial(_shows, caller, name, files), 60)
+                await until_state(caller, name, RUNNING, 60)
+                assert abs(await df_size(caller, name) - SIZE) < SIZE // 50
+            assert len(loops_below(rig.folder)) == 1
+            # The daemon goes on, and so do the volumes.
+            await caller.resize_volume("data", SIZE + 64 * MIB)
+            assert abs(await df_size(caller, "two") - (SIZE + 64 * MIB)) < SIZE // 50
+            assert await caller.shell("two", LOOK) == files
+            assert (await failure(caller.delete_volume("data"))).metadata["holders"] == "one,two"
+            for name in ("one", "two"):
+                await caller.delete(name)
+            await caller.delete_volume("data")
+            assert not loops_below(rig.folder)
+            assert "Traceback" not in daemon.log_text, daemon.log_text
+    finally:
+        await asyncio.to_thread(daemon.stop)
+        rig.engine.remove_all()
+        detach_below(rig.folder)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A filesystem of its own for volumes, seen by the daemon and the engine, which others can fill."""
+
+    rig: Rig
+    path: Path
+
+    def inside(self, *words: object) -> str:
+        """Run a program where it is mounted."""
+        command = [*self.rig.namespaces.enter(), *map(str, words)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    @property
+    def free_bytes(self) -> int:
+        """What can still be written."""
+        return int(self.inside("stat", "--file-system", "--format", "%a", self.path)) * 4096
+
+    def fill(self, leaving: int = 0) -> None:
+        """Somebody else takes all the room but some."""
+        # What is left beside that is for the ballast's own blocks of extents.
+        self.inside("fallocate", "--length", self.free_bytes - leaving - 2 * MIB, self.path / "ballast")
+        if not leaving:
+            words = ("dd", "if=/dev/zero", f"of={self.path}/crumbs", "bs=4k", "conv=fsync")
+            filled = subprocess.run([*self.rig.namespaces.enter(), *words], check=False, capture_output=True, text=True)
+            assert "No space left" in filled.stderr, filled.stderr
+
+    def empty(self) -> None:
+        """And gives it back."""
+        self.inside("rm", "--force", self.path / "ballast", self.path / "crumbs")
+
+
+@pytest.fixture
+def pool(own: OwnDaemons, tmp_path: Path) -> Iterator[Pool]:
+    """1000 MiB of ext4, without reserved blocks."""
+    rig = own.rig
+    image, path = tmp_path / "pool.image", rig.folder / f"pool-{own.id}"
+    path.mkdir()
+    with image.open("wb") as file:
+        file.truncate(1000 * MIB)
+    subprocess.run(["mkfs.ext4", "-q", "-b", "4096", "-m", "0", image], check=True)
+    made = Pool(rig, path)
+    made.inside("mount", "-o", "loop", image, path)
+    try:
+        yield made
+    finally:
+        made.empty()
+        rig.engine.remove_all()
+        detach_below(path)
+        made.inside("umount", "--lazy", path)
+
+
+@pytest_asyncio.fixture
+async def crowded(own: OwnDaemons, pool: Pool) -> AsyncIterator[Caller]:
+    """A daemon that promises more than its pool has."""
+    flags = ("--volume-dir", str(pool.path), "--volume-backend", "loop", "--volume-overcommit", "10")
+    daemon = await own.start(*flags)
+    async with Caller(daemon.target) as caller:
+        yield caller
+        await caller.settled()
+        assert "Traceback" not in daemon.log_text, daemon.log_text
+
+
+async def test_what_a_full_pool_refuses_leaves_nothing_and_loses_nothing(crowded: Caller, pool: Pool) -> None:
+    caller = crowded
+    await caller.create_volume("data", SIZE)
+    await caller.create("one", mounts=[mount("data")])
+    await caller.shell("one", PLANT)
+    files = await caller.shell("one", LOOK)
+    pool.fill()
+    full = await failure(caller.create_volume("more", SIZE))
+    assert (full.code, full.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DISK_FULL")
+    assert full.metadata["path"] == str(pool.path)
+    assert (await failure(caller.volume("more"))).reason == "VOLUME_NOT_FOUND"
+    # No room for a copy, which is said before anything is made.
+    full = await failure(caller.resize_volume("data", SIZE - 10 * MIB))
+    assert full.reason == "DISK_FULL"
+    grown = await failure(caller.resize_volume("data", SIZE * 2))
+    assert grown.reason == "DISK_FULL"
+    seen = await caller.volume("data")
+    assert (seen.size_bytes, seen.revision, seen.operation_id) == (SIZE, 1, "")
+    assert (await caller.get("one")).status.state == RUNNING
+    assert await caller.shell("one", LOOK) == files
+    assert len(loops_below(pool.path)) == 1
+    pool.empty()
+    # The same calls, with room.
+    await caller.resize_volume("data", SIZE * 2)
+    await caller.shell("one", "dd if=/dev/zero of=/data/more bs=1M count=32 conv=fsync 2>/dev/null")
+    assert (await caller.resize_volume("data", SIZE)).result.size_bytes == SIZE
+    assert await caller.shell("one", LOOK) == files
+
+
+async def test_a_pool_that_fills_up_under_a_writer(crowded: Caller, pool: Pool) -> None:
+    """Promised more than there is, it is told that by an error; what it had written and synced before stays."""
+    caller = crowded
+    await caller.create_volume("data", SIZE)
+    await caller.create("one", mounts=[mount("data")])
+    await caller.shell("one", PLANT)
+    files = await caller.shell("one", LOOK)
+    pool.fill(leaving=40 * MIB)
+    wrote = await caller.run("one", "dd", "if=/dev/zero", "of=/data/fill", "bs=1M", "count=200", "conv=fsync")
+    assert wrote.code == 1, "it is not told that all was well"
+    assert b"No space left" in wrote.stderr or b"I/O error" in wrote.stderr, wrote.stderr
+    seen = await caller.volume("data")
+    assert (seen.size_bytes, seen.state) == (SIZE, volume_pb2.VOLUME_STATE_READY)
+    pool.empty()
+    # The filesystem may have shut itself down over writes that failed; a start mounts it anew.
+    await caller.restart("one")
+    assert await caller.shell("one", LOOK) == files
+    await caller.shell("one", "rm /data/fill && dd if=/dev/zero of=/data/fill bs=1M count=100 conv=fsync 2>/dev/null")
+    assert await caller.shell("one", LOOK) == files
+
+
+async def test_a_shrink_that_runs_out_of_room_while_it_copies(crowded: Caller, pool: Pool) -> None:
+    caller = crowded
+    await caller.create_volume("data", 2 * SIZE)
+    await caller.create("one", mounts=[mount("data")])
+    await caller.shell("one", PLANT)
+    await caller.shell("one", "dd if=/dev/urandom of=/data/bulk bs=1M count=200 conv=fsync 2>/dev/null")
+    files = await caller.shell("one", f"{LOOK} && sha256sum bulk")
+    request = volume_service_pb2.ResizeVolumeRequest(name="data", size_bytes=SIZE)
+    stages: set[str] = set()
+
+    async def shrink() -> None:
+        async for event in caller.volumes.ResizeVolume(request):
+            if "copy" not in stages and event.operation.stage == "copy":
+                stages.add("copy")
+                await asyncio.to_thread(pool.fill, 8 * MIB)
+
+    failed = await failure(shrink())
+    assert stages == {"copy"}
+    assert failed.reason in {"DISK_FULL", "VOLUME_FAILED"}, failed
+    await caller.settled()
+    seen = await caller.volume("data")
+    assert (seen.size_bytes, seen.revision, seen.operation_id) == (2 * SIZE, 1, "")
+    assert len(loops_below(pool.path)) == 1, "the smaller store is gone"
+    assert (await caller.get("one")).status.state == RUNNING
+    pool.empty()
+    assert await caller.shell("one", f"{LOOK} && sha256sum bulk") == files
+    assert (await caller.resize_volume("data", SIZE)).result.size_bytes == SIZE
+    assert await caller.shell("one", f"{LOOK} && sha256sum bulk") == files
+
+
+async def test_btrfs_shrinks_in_place_under_a_container(own: OwnDaemons) -> None:
+    """By the client and the command line: neither stops anything."""
+    daemon = await own.start("--volume-backend", "loop", "--volume-filesystem", "btrfs")
+    try:
+        async with Caller(daemon.target) as caller, Client(daemon.target) as client:
+            made = await client.volumes.create("data", 2 * SIZE)
+            assert made.filesystem == "btrfs"
+            await caller.create("one", mounts=[mount("data")])
+            await caller.shell("one", PLANT)
+            files = await caller.shell("one", LOOK)
+            before = await caller.get("one")
+            plan = await client.volumes.resize("data", SIZE, validate_only=True).plan()
+            assert (plan.restarts_process, plan.bytes_to_move) == (False, 0)
+            assert (await client.volumes.resize("data", SIZE + 64 * MIB)).size_bytes == SIZE + 64 * MIB
+            shrunk = await run(daemon.target, "volume", "resize", "data", "320M")
+            assert shrunk.code == 0, shrunk
+            assert abs(await df_size(caller, "one") - SIZE) < SIZE // 50
+            after = await caller.get("one")
+            assert after.status.engine_id == before.status.engine_id
+            assert after.status.start_time == before.status.start_time
+            assert await caller.shell("one", LOOK) == files
+            too_small = await run(daemon.target, "volume", "resize", "data", "16M")
+            assert too_small.code != 0
+            assert "VOLUME_TOO_SMALL_FOR_DATA" in too_small.err or "SIZE_NOT_SUPPORTED" in too_small.err, too_small.err
+            assert await caller.shell("one", LOOK) == files
+    finally:
+        own.rig.engine.remove_all()
+        detach_below(own.rig.folder)
