@@ -93,7 +93,7 @@ def act(rig: Rig, engine_id: str, verb: str) -> None:
     rig.engine.call("POST", f"/containers/{engine_id}/{verb}")
 
 
-def update(rig: Rig, engine_id: str, **limits: int) -> None:
+def update(rig: Rig, engine_id: str, **limits: Any) -> None:
     """`docker update`."""
     rig.engine.call("POST", f"/containers/{engine_id}/update", send=limits)
 

@@ -18,7 +18,8 @@ from gpudock_server.adapters.etcd import (
 )
 from gpudock_server.adapters.etcd.keys import KeyRange, Keys
 from gpudock_server.adapters.etcd.listing import _token as list_token
-from gpudock_server.errors import InvalidArgument, RecordUnreadable, ResumeTokenExpired
+from gpudock_server.core.listings import everything
+from gpudock_server.errors import InvalidArgument, RecordUnreadable, ResumeTokenExpired, StoreUnavailable
 from gpudock_server.model.changes import (
     Change,
     Claim,
@@ -41,7 +42,7 @@ from gpudock_server.model.claims import ClaimKey, GpuKey, PortKey
 from gpudock_server.model.operation import Operation, OperationState, RequestRecord
 from gpudock_server.model.spec import Protocol
 from gpudock_server.model.target import TargetKind
-from gpudock_server.ports import ContainerView, StoreConflict, Versioned, VolumeView
+from gpudock_server.ports import ContainerView, Page, StoreConflict, Versioned, VolumeView
 from gpudock_server.startup import StartupError
 
 from tests.engine.etcd_examples import (
@@ -348,6 +349,34 @@ async def test_page_tokens_that_are_old_or_wrong(store: EtcdStore, connection: E
     await connection._client.compact(version, physical=True)
     with pytest.raises(ResumeTokenExpired):
         await store.containers(page_size=1, page_token=token)
+
+
+async def test_a_listing_that_is_read_whole_while_etcd_is_compacted(
+    store: EtcdStore, connection: EtcdConnection
+) -> None:
+    names = ["a", "b", "c"]
+    for name in names:
+        await store.apply([PutContainer(container(name), expect=0), PutOperation(operation(name), expect=0)])
+    firsts = 0
+    compactions = 2
+
+    async def compacted_behind_its_first_page(*, page_size: int, page_token: str) -> Page[ContainerView]:
+        nonlocal firsts
+        page = await store.containers(page_size=min(page_size, 2), page_token=page_token)
+        if not page_token:
+            firsts += 1
+            if firsts <= compactions:
+                head = await store.container("a")
+                assert head is not None
+                version = await store.apply([PutContainer(head.container, expect=head.version)])
+                await connection._client.compact(version, physical=True)
+        return page
+
+    assert [view.container.name for view in (await everything(compacted_behind_its_first_page)).items] == names
+    assert firsts == compactions + 1
+    compactions = 1000
+    with pytest.raises(StoreUnavailable, match="compacted"):
+        await everything(compacted_behind_its_first_page)
 
 
 # ---- expiry ----

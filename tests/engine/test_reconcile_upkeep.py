@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
+import pytest
 import pytest_asyncio
 from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2
 
 from tests.calls import Caller
-from tests.engine.drift import RETRIED, act, found, inspect, passed, update
+from tests.engine.drift import KIND, RETRIED, act, drift, found, inspect, passed, update
 from tests.engine.own_daemons import OwnDaemons, own, until, until_state
 from tests.rig import Rig
 
@@ -102,6 +103,31 @@ async def test_renamed(own: OwnDaemons, rig: Rig) -> None:
         rig.engine.call("DELETE", f"/containers/{squatter}")
         await until(back)
         assert (await caller.scale("known", 1)).status.state == RUNNING
+
+
+@pytest.mark.parametrize("to", ["always", "no"])
+async def test_a_restart_policy_that_docker_update_changed(quick: Caller, rig: Rig, to: str) -> None:
+    """Of one that runs, and of one that does not: the engine would bring back either with cards that others have."""
+    kept = container_pb2.RestartPolicy(policy=container_pb2.RESTART_POLICY_KIND_ALWAYS)
+    name = f"kept-{to}"
+    runs = await quick.create(name, 1, restart_policy=kept)
+    stops = await quick.create(f"{name}-stopped", 1)
+    await quick.stop(f"{name}-stopped")
+    other = "always" if to == "always" else "on-failure"
+    for container, policy in ((runs, to), (stops, other)):
+        update(rig, container.status.engine_id, RestartPolicy={"Name": policy, "MaximumRetryCount": 0})
+
+    async def set_back() -> bool:
+        policies = [inspect(rig, one.status.engine_id)["HostConfig"]["RestartPolicy"]["Name"] for one in (runs, stops)]
+        return policies == ["unless-stopped", "no"]
+
+    await until(set_back)
+    finding = await found(quick, "RESTART_POLICY_CHANGED", container=name)
+    assert (finding.expected, finding.actual) == ("unless-stopped", to)
+    # What was put right is no drift at the comparison after the next.
+    await passed(quick, 3)
+    assert not await drift(quick, kinds=[KIND("DRIFT_KIND_RESTART_POLICY_CHANGED")])
+    assert (await quick.get(name)).status.state == RUNNING
 
 
 async def test_limits_that_docker_update_changed(quick: Caller, rig: Rig) -> None:

@@ -13,12 +13,11 @@ import structlog
 from gpudock_server.core.containers import Containers, World
 from gpudock_server.core.containers.commands import DeleteRevision
 from gpudock_server.core.containers.history import limits_of, surplus
+from gpudock_server.core.listings import everything
 from gpudock_server.errors import ContainerBusy, ContainerNotFound, GpudockError, RevisionIsCurrent, RevisionNotFound
 from gpudock_server.ports import ContainerView
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
-
-_PAGE = 500
 
 
 class Retention:
@@ -44,7 +43,7 @@ class Retention:
         # Before the containers: what is there now and belongs to none of those listed later is nobody's.
         snapshots = await self._world.snapshots.find()
         partials = await self._world.snapshots.partials()
-        views = await self._views()
+        views = (await everything(self._world.store.containers)).items
         uids = {view.container.uid for view in views}
         for uid in {key.uid for key in (*snapshots, *(key for key, _ in partials))} - uids:
             log.warning("files of a container that is no more are removed", uid=uid)
@@ -55,16 +54,6 @@ class Retention:
                 await self._world.snapshots.discard(key, operation_id)
         for view in views:
             await self._prune(view)
-
-    async def _views(self) -> list[ContainerView]:
-        views: list[ContainerView] = []
-        token = ""
-        while True:
-            page = await self._world.store.containers(page_size=_PAGE, page_token=token)
-            views += page.items
-            token = page.next_token
-            if not token:
-                return views
 
     async def _prune(self, view: ContainerView) -> None:
         """By the same operation as a caller's: it has the container to itself meanwhile."""

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from gpudock_server.model.container import Placement, PortBinding
 from gpudock_server.model.record import Record
-from gpudock_server.model.spec import ContainerSpec
+from gpudock_server.model.spec import ContainerSpec, RestartPolicy
 
 LABEL_UID = "gpudock.uid"
 LABEL_NAME = "gpudock.name"
@@ -99,6 +99,7 @@ class EngineContainer:
     volumes: dict[str, str] = field(default_factory=dict)
     cpus: float = 0.0
     memory_bytes: int = 0
+    restart_policy: RestartPolicy = field(default_factory=RestartPolicy)
     restart_count: int = 0
     health: str = ""
     create_time: datetime | None = None

@@ -79,6 +79,23 @@ class RestartPolicy(Record):
     kind: RestartPolicyKind = RestartPolicyKind.NO
     max_retry_count: int = 0
 
+    @property
+    def in_engine(self) -> RestartPolicy:
+        """What the engine is told.
+
+        An engine that restarts brings back everything whose policy is ALWAYS, also what a user had stopped. Here a
+        stopped container has released its cards and ports, and another may hold them by then: UNLESS_STOPPED brings
+        back the rest. A count beside any policy but ON_FAILURE is refused.
+        """
+        kind = RestartPolicyKind.UNLESS_STOPPED if self.kind is RestartPolicyKind.ALWAYS else self.kind
+        return RestartPolicy(
+            kind=kind, max_retry_count=self.max_retry_count if kind is RestartPolicyKind.ON_FAILURE else 0
+        )
+
+    def __str__(self) -> str:
+        """As `docker run --restart` takes it."""
+        return f"{self.kind.value}:{self.max_retry_count}" if self.max_retry_count else self.kind.value
+
 
 class HealthCheck(Record):
     """A command (exec form) that tells whether the container is well; exit code 0 is healthy."""

@@ -34,15 +34,6 @@ _NANO = 1_000_000_000
 # named because its logs can be read back, whatever driver the host prefers.
 _LOG_CONFIG = {"Type": "json-file", "Config": {"max-size": "64m", "max-file": "2"}}
 
-# An engine that restarts brings back everything whose policy is "always", also what a user had stopped. Here a stopped
-# container has released its cards and ports, and another may hold them by then: "unless-stopped" brings back the rest.
-_RESTART_POLICY = {
-    RestartPolicyKind.NO: "no",
-    RestartPolicyKind.ALWAYS: "unless-stopped",
-    RestartPolicyKind.UNLESS_STOPPED: "unless-stopped",
-    RestartPolicyKind.ON_FAILURE: "on-failure",
-}
-
 
 def create_request(blueprint: Blueprint) -> Json:
     """The body of `POST /containers/create`."""
@@ -105,9 +96,8 @@ def _host_config(blueprint: Blueprint) -> Json:
 
 
 def _restart_policy(policy: RestartPolicy) -> Json:
-    # The engine refuses a count beside any other policy.
-    retries = policy.max_retry_count if policy.kind is RestartPolicyKind.ON_FAILURE else 0
-    return {"Name": _RESTART_POLICY[policy.kind], "MaximumRetryCount": retries}
+    told = policy.in_engine
+    return {"Name": told.kind.value, "MaximumRetryCount": told.max_retry_count}
 
 
 def _mounts(blueprint: Blueprint) -> list[Json]:
@@ -195,9 +185,8 @@ def limit_changes(host_config: Mapping[str, Any], *, cpus: float, memory_bytes: 
 
 def policy_changes(host_config: Mapping[str, Any], policy: RestartPolicy) -> Json:
     """The same for a restart policy."""
-    wants, has = _restart_policy(policy), host_config.get("RestartPolicy") or {}
-    same = (has.get("Name") or "no", has.get("MaximumRetryCount") or 0) == (wants["Name"], wants["MaximumRetryCount"])
-    return {} if same else {"RestartPolicy": wants}
+    same = _restart_policy_of(host_config) == policy.in_engine
+    return {} if same else {"RestartPolicy": _restart_policy(policy)}
 
 
 def commit_request(config: Mapping[str, Any], labels: Mapping[str, str]) -> Json:
@@ -242,6 +231,7 @@ def container(inspected: Mapping[str, Any]) -> EngineContainer:
         },
         cpus=(host.get("NanoCpus") or 0) / _NANO,
         memory_bytes=host.get("Memory") or 0,
+        restart_policy=_restart_policy_of(host),
         restart_count=inspected.get("RestartCount") or 0,
         health="" if health == "none" else health,
         create_time=moment(inspected.get("Created")),
@@ -256,6 +246,12 @@ def _state(state: Mapping[str, Any]) -> EngineState:
     except ValueError:
         # A newer engine's new word. Whether it runs is what matters, and every engine says that.
         return EngineState.RUNNING if state.get("Running") else EngineState.EXITED
+
+
+def _restart_policy_of(host_config: Mapping[str, Any]) -> RestartPolicy:
+    shown: Json = host_config.get("RestartPolicy") or {}
+    kind = RestartPolicyKind(shown.get("Name") or "no")
+    return RestartPolicy(kind=kind, max_retry_count=shown.get("MaximumRetryCount") or 0)
 
 
 def _gpu_uuids(requests: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import difflib
 import os.path
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from gpudock_server.core.containers.world import World
+from gpudock_server.core.listings import everything
 from gpudock_server.errors import (
     HostPathForbidden,
     VolumeBusy,
@@ -24,7 +25,6 @@ from gpudock_server.ports import ContainerView, Store, VolumeView
 
 # How many names an error lists of what there is instead.
 _NEAREST = 10
-_PAGE = 500
 
 
 def nearest(name: str, names: Sequence[str]) -> tuple[str, ...]:
@@ -89,38 +89,24 @@ async def address_of(world: World, node: str) -> str:
 
 async def volume_not_found(world: World, name: str) -> VolumeNotFound:
     """The error that names the likeliest of the volumes that there are, and says what can be done."""
-    known = nearest(name, [volume.name async for volume in all_volumes(world.store)])
+    known = nearest(name, [volume.name for volume in await all_volumes(world.store)])
     kind = VolumeNotAdopted if await world.engine.has_volume(name) else VolumeNotFound
     return kind(volume=name, available=known)
 
 
-async def all_volumes(store: Store) -> AsyncIterator[Volume]:
+async def all_volumes(store: Store) -> tuple[Volume, ...]:
     """Every volume of every node."""
-    token = ""
-    while True:
-        page = await store.volumes(page_size=_PAGE, page_token=token)
-        for view in page.items:
-            yield view.volume
-        token = page.next_token
-        if not token:
-            return
+    return tuple(view.volume for view in (await everything(store.volumes)).items)
 
 
-async def all_containers(store: Store) -> AsyncIterator[ContainerView]:
+async def all_containers(store: Store) -> tuple[ContainerView, ...]:
     """Every container of every node."""
-    token = ""
-    while True:
-        page = await store.containers(page_size=_PAGE, page_token=token)
-        for view in page.items:
-            yield view
-        token = page.next_token
-        if not token:
-            return
+    return (await everything(store.containers)).items
 
 
 async def attached(store: Store, volume: str) -> tuple[ContainerView, ...]:
     """The containers whose specs mount a volume, by name: the one truth of what is attached."""
-    return tuple([view async for view in all_containers(store) if mounts_it(view, volume)])
+    return tuple(view for view in await all_containers(store) if mounts_it(view, volume))
 
 
 def mounts_it(view: ContainerView, volume: str) -> bool:

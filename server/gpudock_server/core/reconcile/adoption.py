@@ -12,6 +12,7 @@ from gpudock_server.core.containers.observation import observed
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.driver import recorded_error
 from gpudock_server.core.journal import Journal
+from gpudock_server.core.listings import everything
 from gpudock_server.core.operations import Operations
 from gpudock_server.core.reconcile.book import Note
 from gpudock_server.core.reconcile.scene import Heads, Labels, claim_text, made_by_us, placement_of
@@ -41,8 +42,6 @@ from gpudock_server.model.record import now
 from gpudock_server.model.spec import ContainerSpec
 from gpudock_server.model.target import TargetKind
 from gpudock_server.ports import ContainerView, StoreConflict, Versioned
-
-_PAGE = 500
 
 
 class _Taken(Exception):
@@ -77,14 +76,8 @@ class Adoption:
         return Evidence(heads, history, unfinished | self._operations.driven, seen).judge(unbound)
 
     async def _history(self, uids: Collection[str]) -> History:
-        operations: dict[str, Operation] = {}
-        token = ""
-        while True:
-            page = await self._world.store.operations(page_size=_PAGE, page_token=token)
-            operations |= {one.id: one for one in page.items if one.target.uid in uids}
-            token = page.next_token
-            if not token:
-                break
+        listed = await everything(self._world.store.operations)
+        operations = {one.id: one for one in listed.items if one.target.uid in uids}
         return History(operations, frozenset(one.target.uid for one in operations.values() if deleted_by(one)))
 
     # -- adopting ----------------------------------------------------------------------------------------------------

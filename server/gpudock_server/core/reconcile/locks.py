@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gpudock_server.core.containers.world import World
+from gpudock_server.core.listings import everything
 from gpudock_server.core.operations import Operations
 from gpudock_server.core.reconcile.book import Note
 from gpudock_server.errors import RecordUnreadable
@@ -11,8 +12,6 @@ from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
 from gpudock_server.model.operation import Operation
 from gpudock_server.model.target import TargetKind
 from gpudock_server.ports import StoreConflict, Versioned
-
-_PAGE = 500
 
 
 class LockRules:
@@ -82,16 +81,10 @@ class LockRules:
 
     async def _lock_again(self, locks: tuple[Lock, ...], note: Note) -> None:
         held = {(lock.kind, lock.name) for lock in locks if lock.operation_id}
-        token = ""
-        while True:
-            page = await self._world.store.operations(page_size=_PAGE, page_token=token)
-            for operation in page.items:
-                ours = operation.node == self._world.node and not operation.state.ended
-                if ours and operation.id not in self._operations.driven:
-                    await self._give_back(operation, held, {lock.operation_id for lock in locks}, note)
-            token = page.next_token
-            if not token:
-                return
+        for operation in (await everything(self._world.store.operations)).items:
+            ours = operation.node == self._world.node and not operation.state.ended
+            if ours and operation.id not in self._operations.driven:
+                await self._give_back(operation, held, {lock.operation_id for lock in locks}, note)
 
     async def _give_back(
         self, listed: Operation, held: set[tuple[TargetKind, str]], holders: set[str], note: Note

@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from gpudock_server.core.containers.world import World
+from gpudock_server.core.listings import everything
 from gpudock_server.model.claims import ClaimKey, GpuKey
 from gpudock_server.model.container import Placement, PortBinding
 from gpudock_server.model.engine import LABEL_NAME, LABEL_OPERATION, LABEL_REVISION, LABEL_UID, EngineContainer
 from gpudock_server.model.spec import ContainerSpec
 from gpudock_server.ports import ContainerView, Store, Unreadable
-
-_PAGE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +43,8 @@ class Heads:
 
 async def read_heads(store: Store) -> Heads:
     """All of them, as of one moment."""
-    views: dict[str, ContainerView] = {}
-    unreadable: list[Unreadable] = []
-    token = ""
-    while True:
-        page = await store.containers(page_size=_PAGE, page_token=token)
-        views |= {view.container.name: view for view in page.items}
-        unreadable += page.unreadable
-        token = page.next_token
-        if not token:
-            return Heads(views, tuple(unreadable))
+    listed = await everything(store.containers)
+    return Heads({view.container.name: view for view in listed.items}, listed.unreadable)
 
 
 @dataclass(frozen=True, slots=True)

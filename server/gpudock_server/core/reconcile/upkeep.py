@@ -78,6 +78,7 @@ class Upkeep:
             and container.engine is not None
             and container.engine.engine_name == shown.name
             and _has_limits(container, shown)
+            and _has_policy(container, shown)
             and not _runs_without_its_own(container, shown)
         )
 
@@ -96,6 +97,7 @@ class Upkeep:
                 await self._put(view, container.changed(status=status))
             await self._name(view, container.engine, shown, note)
             await self._limit(view, shown, note)
+            await self._set_policy(view, shown, note)
 
     async def _put(self, view: ContainerView, container: Container, *more: Change) -> None:
         changes = [PutContainer(container.changed(update_time=now()), expect=view.version), *more]
@@ -249,13 +251,7 @@ class Upkeep:
         host = await self._world.engine.info()
         if _has_limits(container, shown, (host.cpus, host.memory_bytes)):
             return
-        await self._must_be_as(view)
-        spec = container.spec
-        remedy, plan = DriftRemedy.REPAIRED, "they were set back"
-        try:
-            await self._world.engine.update(shown.id, cpus=spec.cpus, memory_bytes=spec.memory_bytes)
-        except EngineRejected as error:
-            remedy, plan = DriftRemedy.RETRIED, f"they are set back as soon as the engine lets it be: {error.detail}"
+        remedy, plan = await self._set_back(view, shown)
         note(
             Drift(
                 kind=DriftKind.LIMITS_CHANGED,
@@ -264,12 +260,45 @@ class Upkeep:
                 uid=container.uid,
                 engine_id=shown.id,
                 engine_name=shown.name,
-                expected=_limits_text(spec.cpus, spec.memory_bytes),
+                expected=_limits_text(container.spec.cpus, container.spec.memory_bytes),
                 actual=_limits_text(shown.cpus, shown.memory_bytes),
                 message=f"the limits of {container.name} were changed outside gpudock",
                 plan=plan,
             )
         )
+
+    async def _set_policy(self, view: ContainerView, shown: EngineContainer, note: Note) -> None:
+        """What an engine that restarts brings back must be what holds its cards."""
+        container = view.container
+        if _has_policy(container, shown):
+            return
+        remedy, plan = await self._set_back(view, shown)
+        note(
+            Drift(
+                kind=DriftKind.RESTART_POLICY_CHANGED,
+                remedy=remedy,
+                container=container.name,
+                uid=container.uid,
+                engine_id=shown.id,
+                engine_name=shown.name,
+                expected=str(container.spec.restart_policy.in_engine),
+                actual=str(shown.restart_policy),
+                message=f"the restart policy of {container.name} was changed outside gpudock",
+                plan=plan,
+            )
+        )
+
+    async def _set_back(self, view: ContainerView, shown: EngineContainer) -> tuple[DriftRemedy, str]:
+        """Give it the limits and the restart policy of its spec; what came of it, and how to say that."""
+        await self._must_be_as(view)
+        spec = view.container.spec
+        try:
+            await self._world.engine.update(
+                shown.id, cpus=spec.cpus, memory_bytes=spec.memory_bytes, restart_policy=spec.restart_policy
+            )
+        except EngineRejected as error:
+            return DriftRemedy.RETRIED, f"it is set back as soon as the engine lets it be: {error.detail}"
+        return DriftRemedy.REPAIRED, "it was set back"
 
     async def _must_be_as(self, view: ContainerView) -> None:
         """Raises _Moved where an operation has begun since; one that begins now is met by the event of what is done."""
@@ -287,6 +316,10 @@ def _runs_without_its_own(container: Container, shown: EngineContainer) -> bool:
     status = container.status
     given = keys_of(placement_of(container.spec, shown))
     return not status.holds_resources or set(keys_of(status.placement)) != set(given)
+
+
+def _has_policy(container: Container, shown: EngineContainer) -> bool:
+    return shown.restart_policy == container.spec.restart_policy.in_engine
 
 
 def _has_limits(container: Container, shown: EngineContainer, host: tuple[int, int] = (0, 0)) -> bool:

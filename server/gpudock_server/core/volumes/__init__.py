@@ -89,7 +89,7 @@ class Volumes:
 
     async def _holders(self) -> Mapping[str, Sequence[str]]:
         found: defaultdict[str, deque[str]] = defaultdict(deque)
-        async for view in all_containers(self._store):
+        for view in await all_containers(self._store):
             for volume in dict.fromkeys(mount.volume for mount in view.container.spec.mounts if mount.volume):
                 found[volume].append(view.container.name)
         return found

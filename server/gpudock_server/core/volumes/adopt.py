@@ -66,7 +66,7 @@ async def _found(storage: Storage, engine_volume: str) -> EngineVolume:
         raise EngineVolumeNotFound(volume=engine_volume, available=nearest(engine_volume, await engine.volume_names()))
     owners = [
         volume.name
-        async for volume in all_volumes(storage.world.store)
+        for volume in await all_volumes(storage.world.store)
         if volume.node == storage.world.node and volume.backing and volume.backing.engine_volume == engine_volume
     ]
     if owners or LABEL_UID in found.labels:

@@ -66,7 +66,7 @@ class Storage:
         others = sum(
             [
                 volume.reserved_bytes
-                async for volume in all_volumes(self.world.store)
+                for volume in await all_volumes(self.world.store)
                 if volume.node == self.world.node and volume.uid != uid
             ]
         )

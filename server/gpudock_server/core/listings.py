@@ -1,0 +1,52 @@
+"""All of a listing that comes in pages, as of one moment."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol, TypeVar
+
+from gpudock_server.errors import ResumeTokenExpired, StoreUnavailable
+from gpudock_server.ports import Page
+
+T = TypeVar("T")
+
+_PAGE = 500
+# Somebody who compacts the store more often than this within one reading does nothing else.
+_TRIES = 10
+
+
+class Listing(Protocol[T]):
+    """One of the store's listings."""
+
+    async def __call__(self, *, page_size: int, page_token: str) -> Page[T]:
+        """A page of it."""
+        ...
+
+
+async def everything(listing: Listing[T]) -> Page[T]:
+    """The whole listing as one page.
+
+    etcd may be compacted between two pages, and then no longer has the moment of the first: the listing is read again
+    from its beginning. Raises StoreUnavailable.
+    """
+    for _ in range(_TRIES):
+        try:
+            pages = [page async for page in _pages(listing)]
+        except ResumeTokenExpired:
+            continue
+        return Page(
+            items=tuple(item for page in pages for item in page.items),
+            next_token="",
+            unreadable=tuple(one for page in pages for one in page.unreadable),
+        )
+    raise StoreUnavailable(detail=f"it was compacted {_TRIES} times in a row while a listing was read")
+
+
+async def _pages(listing: Listing[T]) -> AsyncIterator[Page[T]]:
+    token = ""
+    while True:
+        page = await listing(page_size=_PAGE, page_token=token)
+        yield page
+        token = page.next_token
+        if not token:
+            return

@@ -1,0 +1,109 @@
+"""ListDrift over a real channel: what it shows, what it leaves out, and its pages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc.aio
+import pytest
+from gpudock.v1 import drift_pb2, node_service_pb2
+from gpudock_server.errors import EngineUnavailable
+from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
+
+from tests.rpc.serving import Served
+
+
+def _finding(kind: DriftKind, container: str, remedy: DriftRemedy) -> Drift:
+    return Drift(kind=kind, remedy=remedy, container=container, message=f"{container} differs", plan="what is done")
+
+
+FINDINGS = (
+    _finding(DriftKind.CONTAINER_GONE, "a", DriftRemedy.REPAIRED),
+    _finding(DriftKind.CLAIM_CONFLICT, "b", DriftRemedy.REPORTED),
+    _finding(DriftKind.CONTAINER_RENAMED, "b", DriftRemedy.RETRIED),
+    _finding(DriftKind.RESTART_POLICY_CHANGED, "c", DriftRemedy.REPAIRED),
+)
+
+
+def compared(served: Served) -> None:
+    """A full comparison has found all of FINDINGS."""
+    with served.drift.full_pass() as note:
+        for finding in FINDINGS:
+            note(finding)
+
+
+def _broken_off(served: Served) -> None:
+    with served.drift.full_pass() as note:
+        note(_finding(DriftKind.CONTAINER_GONE, "d", DriftRemedy.REPAIRED))
+        raise EngineUnavailable(call="list containers", detail="it does not answer")
+
+
+async def listed(served: Served, page_size: int = 0, **filters: Any) -> list[list[tuple[str, str]]]:
+    """The pages of a listing: container and kind of each finding."""
+    request = node_service_pb2.ListDriftRequest(page_size=page_size, filter=node_service_pb2.DriftFilter(**filters))
+    pages = []
+    while True:
+        answer = await served.nodes.ListDrift(request)
+        kind = drift_pb2.DriftKind.Name
+        pages.append([(one.container, kind(one.kind).removeprefix("DRIFT_KIND_")) for one in answer.drift])
+        if not answer.next_page_token:
+            return pages
+        request.page_token = answer.next_page_token
+
+
+async def test_all_that_was_found_by_container_and_kind(served: Served) -> None:
+    before = await served.nodes.ListDrift(node_service_pb2.ListDriftRequest())
+    assert not before.HasField("compare_time"), "nothing has been compared yet"
+    compared(served)
+    answer = await served.nodes.ListDrift(node_service_pb2.ListDriftRequest())
+    assert answer.HasField("compare_time")
+    assert [(one.container, one.message, one.plan) for one in answer.drift] == [
+        (name, f"{name} differs", "what is done") for name in "abbc"
+    ]
+    assert all(one.HasField("since_time") for one in answer.drift)
+
+
+async def test_filters(served: Served) -> None:
+    compared(served)
+    assert await listed(served, container="b") == [[("b", "CLAIM_CONFLICT"), ("b", "CONTAINER_RENAMED")]]
+    kinds = [drift_pb2.DRIFT_KIND_CONTAINER_GONE, drift_pb2.DRIFT_KIND_RESTART_POLICY_CHANGED]
+    assert await listed(served, kinds=kinds) == [[("a", "CONTAINER_GONE"), ("c", "RESTART_POLICY_CHANGED")]]
+    for severity, found in (
+        (drift_pb2.DRIFT_SEVERITY_INFO, ["a", "c"]),
+        (drift_pb2.DRIFT_SEVERITY_WARNING, ["b"]),
+        (drift_pb2.DRIFT_SEVERITY_ERROR, ["b"]),
+    ):
+        assert [name for name, _ in (await listed(served, severities=[severity]))[0]] == found
+    assert await listed(served, container="b", kinds=kinds) == [[]]
+
+
+async def test_pages_are_filled_past_what_is_filtered_out(served: Served) -> None:
+    compared(served)
+    assert [len(page) for page in await listed(served, page_size=3)] == [3, 1]
+    two = await listed(served, page_size=1, severities=[drift_pb2.DRIFT_SEVERITY_INFO])
+    assert two == [[("a", "CONTAINER_GONE")], [("c", "RESTART_POLICY_CHANGED")]]
+
+
+async def test_a_comparison_that_was_broken_off_leaves_the_list_and_says_why(served: Served) -> None:
+    compared(served)
+    with pytest.raises(EngineUnavailable):
+        _broken_off(served)
+    answer = await served.nodes.ListDrift(node_service_pb2.ListDriftRequest())
+    assert [one.container for one in answer.drift] == list("abbc")
+    assert "it does not answer" in answer.trouble
+    assert answer.HasField("trouble_time")
+
+
+async def test_what_is_no_choice_is_said(served: Served) -> None:
+    filters = node_service_pb2.DriftFilter(kinds=[0, 99], severities=[0])  # type: ignore[list-item]  # on purpose
+    request = node_service_pb2.ListDriftRequest(filter=filters, page_size=-1, page_token="nonsense")  # noqa: S106 - of a page
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await served.nodes.ListDrift(request)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    for said in (
+        "filter.kinds: 0, 99 can not",
+        "filter.severities: 0 can not",
+        "page_token: is not",
+        "page_size: must",
+    ):
+        assert said in str(refused.value.details())
