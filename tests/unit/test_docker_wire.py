@@ -82,6 +82,27 @@ async def test_all_of_a_flow_arrives_in_order_at_any_pace(ends: tuple[socket.soc
     wire.close()
 
 
+async def test_whoever_takes_nothing_sees_it_all_again_with_what_follows(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
+    """Past the size of a block, from the loop's block and from a flow's alike."""
+    wire = SocketWire(ends[0])
+    sent = random.Random(5).randbytes(1700 * KIB)  # noqa: S311 - the same bytes every time
+    ends[1].sendall(sent[: 64 * KIB])
+    assert await taken(wire) == sent[: 64 * KIB]
+    sending = asyncio.create_task(asyncio.to_thread(ends[1].sendall, sent[64 * KIB :]))
+    seen = b""
+    while len(seen) < len(sent) - 64 * KIB:
+        block = bytes(await wire.wait())
+        assert len(block) > len(seen)
+        assert block.startswith(seen)
+        seen = block
+        wire.taken(0)
+    await sending
+    assert seen == sent[64 * KIB :]
+    wire.close()
+
+
 async def test_a_flow_comes_in_blocks_and_its_last_piece_at_once(ends: tuple[socket.socket, socket.socket]) -> None:
     wire = SocketWire(ends[0])
     sizes: list[int] = []

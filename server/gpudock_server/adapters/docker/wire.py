@@ -8,14 +8,17 @@ import errno
 import socket
 import ssl
 import struct
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from gpudock_server.adapters.docker.address import Address
+from gpudock_server.adapters.docker.flow import Flow
 
 # Read ahead at most: more than a unix socket holds (208 KiB by default).
 _BLOCK = 512 * 1024
+# Before it there is space for what was left of the block before: in practice the beginning of a frame's header.
+_MARGIN = 64
 # Sent at once at most. The kernel takes as much as the engine reads meanwhile, however long that holds up the loop.
 _SLICE = 256 * 1024
 # The engine passes output on as it gets it, 10 KiB at a time on a busy host, and whoever forwards each piece by itself
@@ -97,6 +100,42 @@ def _slices(data: bytes) -> Iterator[memoryview]:
     return (view[start : start + _SLICE] for start in range(0, len(view), _SLICE))
 
 
+class _Block:
+    """Space for what comes, and where in it lies what has come and was not taken."""
+
+    def __init__(self) -> None:
+        # Touched only as far as it is used.
+        self._space = memoryview(bytearray(_MARGIN + _BLOCK))
+        self.start = self.end = _MARGIN
+
+    @property
+    def content(self) -> memoryview:
+        """What has come and was not taken."""
+        return self._space[self.start : self.end]
+
+    @property
+    def room(self) -> memoryview:
+        """Where the next goes."""
+        return self._space[self.end :]
+
+    def put_before(self, rest: bytes) -> None:
+        """Put what was left elsewhere before what has come here."""
+        if len(rest) > self.start:
+            content = bytes(self.content)
+            self._space = memoryview(bytearray(_MARGIN + len(rest) + len(content) + _BLOCK))
+            self.start = _MARGIN + len(rest)
+            self.end = self.start + len(content)
+            self.content[:] = content
+        self.start -= len(rest)
+        self._space[self.start : self.start + len(rest)] = rest
+
+    def tidy(self) -> None:
+        """Make room behind what is left."""
+        rest = bytes(self.content)
+        self.start = self.end = _MARGIN
+        self.put_before(rest)
+
+
 class SocketWire:
     """A plain socket without a transport.
 
@@ -104,9 +143,9 @@ class SocketWire:
     stdin makes our writes fail while its last output still lies in the kernel: it would be lost. And unlike the
     loop's `sock_recv`, this stays registered between reads, which halves the CPU that small pieces cost.
 
-    A flow is gathered by the kernel, in a thread that asks for a whole block at once (MSG_WAITALL): neither the loop
-    nor the interpreter hears of its pieces. For that the socket is blocking, with a limit of time; the loop's own
-    reads and writes say each that they do not wait.
+    What comes is received by the loop into one block, or, in a flow, by a thread into two in turn: one fills while the
+    other is given away. For the thread the socket is blocking; the loop's own reads and writes say each that they do
+    not wait.
     """
 
     def __init__(self, connected: socket.socket) -> None:
@@ -115,14 +154,15 @@ class SocketWire:
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(0, int(_MOMENT * 1e6)))
         self._socket = connected
         self._loop = asyncio.get_running_loop()
-        self._space = memoryview(bytearray(_BLOCK))
-        self._filled = 0
-        self._ripe = False
-        # Of the first flow on.
-        self._thread: ThreadPoolExecutor | None = None
-        self._gathering = False
+        self._flow = Flow(connected, self._flowed)
+        # What is given away, now or when it has come; and another for a flow, if neither of the next two has it.
+        self._block = _Block()
+        self._spare: _Block | None = None
+        self._filling: deque[_Block] = deque()
+        self._filled: deque[_Block] = deque()
         self._flowing = False
         self._flow_until = 0.0
+        self._ripe = False
         self._ended = False
         self._listening = False
         self._waiter: asyncio.Future[None] | None = None
@@ -130,7 +170,7 @@ class SocketWire:
         self._closing = False
 
     async def wait(self) -> memoryview:
-        """See Wire. While this task is busy elsewhere up to 512 KiB are read ahead, and then no more."""
+        """See Wire. While this task is busy elsewhere up to 512 KiB are read ahead, twice that in a flow."""
         if not self._ripe:
             self._go_on()
         while not self._ripe and not self._ended:
@@ -139,41 +179,40 @@ class SocketWire:
                 await self._waiter
             finally:
                 self._waiter = None
-        seen = self._filled if self._ripe else 0
+        content = self._block.content
+        if not self._ripe:
+            return content[:0]
         self._ripe = False
-        return self._space[:seen]
+        return content
 
     def taken(self, count: int) -> None:
         """See Wire."""
-        rest = bytes(self._space[count : self._filled])
-        self._filled = len(rest)
-        self._space[: self._filled] = rest
-        self._ripe = count > 0 and self._filled > 0
+        self._block.start += count
         self._flow_until = self._loop.time() + _CLOSELY if count >= _SOME_SIZE else 0.0
+        self._ripe = count > 0 and self._block.start < self._block.end
         if self._flowing and not self._ripe:
             self._go_on()
 
     def _go_on(self) -> None:
-        """See to it that what comes next is received."""
-        if self._ended or self._gathering or self._listening:
-            return
-        if self._flowing and self._filled < len(self._space):
-            self._gather()
-        else:
+        """See to it that something comes."""
+        if self._filled:
+            self._turn_over()
+        elif not (self._ended or self._filling or self._listening):
+            self._block.tidy()
             self._loop.add_reader(self._socket, self._receive)
             self._listening = True
 
     def _receive(self) -> None:
         """Called by the loop when there is something to receive."""
         try:
-            count = self._socket.recv_into(self._space[self._filled :], 0, socket.MSG_DONTWAIT)
+            count = self._socket.recv_into(self._block.room, 0, socket.MSG_DONTWAIT)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
             # A reset is an end like any other: it is how an engine hangs up on input that nobody has read.
             count = 0
-        self._filled += count
-        full = self._filled == len(self._space)
+        self._block.end += count
+        full = not self._block.room
         if count == 0 or full:
             self._stop_listening()
         if count == 0:
@@ -182,38 +221,44 @@ class SocketWire:
             self._ripen()
         else:
             self._stop_listening()
-            self._gather()
+            self._fill(self._block)
+            self._fill(self._spare or _Block())
+            self._spare = None
 
-    def _gather(self) -> None:
-        # Nothing else touches the space meanwhile: there is nothing ripe in it, so nobody takes any.
-        self._gathering = True
-        self._thread = self._thread or ThreadPoolExecutor(1, "flow")
-        gathering = self._loop.run_in_executor(self._thread, self._receive_block, self._space[self._filled :])
-        gathering.add_done_callback(self._gathered)
+    def _fill(self, block: _Block) -> None:
+        # Nothing else touches it until it is filled.
+        self._filling.append(block)
+        self._flow.fill(block.room)
 
-    def _receive_block(self, space: memoryview) -> int | None:
-        """In the thread: how much of `space` was filled; 0 at the end, None if nothing came."""
-        try:
-            return self._socket.recv_into(space, 0, socket.MSG_WAITALL)
-        except BlockingIOError:
-            return None
-        except OSError:
-            return 0
-
-    def _gathered(self, gathering: asyncio.Future[int | None]) -> None:
-        self._gathering = False
-        if self._closing or gathering.cancelled():
+    def _flowed(self, count: int | None) -> None:
+        """Called by the loop when the first of those that are being filled is done."""
+        block = self._filling.popleft()
+        if self._closing:
             return
-        count = gathering.result()
-        self._filled += count or 0
-        self._flowing = self._filled == len(self._space)
+        block.end += count or 0
+        self._flowing = not block.room
+        if block is self._block:
+            self._ripen()
+        elif count:
+            self._filled.append(block)
+        else:
+            self._spare = block
         if count == 0:
             self._end()
-            return
-        if not self._flowing:
+        elif not self._ripe and self._waiter is not None:
             self._go_on()
-        if self._filled:
-            self._ripen()
+
+    def _turn_over(self) -> None:
+        """Go on with the next filled block, what was left of this one before it."""
+        spent, self._block = self._block, self._filled.popleft()
+        self._block.put_before(bytes(spent.content))
+        spent.start = spent.end
+        spent.tidy()
+        if self._flowing:
+            self._fill(spent)
+        else:
+            self._spare = spent
+        self._ripen()
 
     def _end(self) -> None:
         self._ended = True
@@ -223,8 +268,8 @@ class SocketWire:
 
     def _ripen(self) -> None:
         """What there is, is given away."""
-        self._ripe = self._filled > 0
-        if self._waiter is not None and not self._waiter.done():
+        self._ripe = self._block.start < self._block.end
+        if self._waiter is not None and not self._waiter.done() and (self._ripe or self._ended):
             self._waiter.set_result(None)
 
     def _stop_listening(self) -> None:
@@ -278,8 +323,7 @@ class SocketWire:
         # Ends a send that waits, and a receive. The descriptor must outlive both: they know it by its number, which the
         # next socket of this process may be given as soon as this one is closed.
         self._shut_down(socket.SHUT_RDWR)
-        if self._thread is not None:
-            self._thread.shutdown()
+        self._flow.close()
         if not self._sending:
             self._socket.close()
 
