@@ -173,9 +173,9 @@ async def _nothing(_: Caller) -> None:
     return
 
 
-# Moments of the operation: before and after its records and its calls to the engine.
+# Moments of the operation: before its records and its calls to the engine.
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("die_at", range(2, 22, 4))
+@pytest.mark.parametrize("die_at", range(2, 12, 2))
 @pytest.mark.parametrize("then", ["ended", "scaled again", "deleted"])
 async def test_a_scale_that_the_backup_has_under_way(restorable: Restorable, rig: Rig, die_at: int, then: str) -> None:
     files = ""
@@ -210,11 +210,11 @@ async def test_a_scale_that_the_backup_has_under_way(restorable: Restorable, rig
 
 
 # The moment at which a create has recorded the engine container that it made.
-_MADE = 8
+_MADE = 5
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("die_at", range(2, 9, 3))
+@pytest.mark.parametrize("die_at", [2, 3, _MADE])
 @pytest.mark.parametrize("then", ["ended", "scaled", "stopped", "deleted"])
 async def test_a_create_that_the_backup_has_under_way(restorable: Restorable, rig: Rig, die_at: int, then: str) -> None:
     assert await _begun(restorable, "CREATE", die_at, _nothing, lambda caller: caller.create("victim", 2, ports=[PORT]))
@@ -256,7 +256,7 @@ async def test_a_create_that_the_backup_has_under_way(restorable: Restorable, ri
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("die_at", [2, 3, 5])
+@pytest.mark.parametrize("die_at", [2, 3])
 async def test_a_delete_that_the_backup_has_under_way(restorable: Restorable, rig: Rig, die_at: int) -> None:
     async def prepare(caller: Caller) -> None:
         await caller.create("victim", 2, ports=[PORT])

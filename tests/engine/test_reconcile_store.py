@@ -220,7 +220,7 @@ async def _interrupted(own: OwnDaemons, kind: str, die_at: int) -> None:
 
 
 async def test_an_operation_that_lost_its_lock_is_taken_up_all_the_same(own: OwnDaemons, state: State) -> None:
-    await _interrupted(own, "SCALE", 8)
+    await _interrupted(own, "SCALE", 5)
     await state.delete(state.keys.lock(TargetKind.CONTAINER, "victim"))
     daemon = await own.start(*QUICK)
     async with Caller(daemon.target) as caller:
@@ -231,7 +231,7 @@ async def test_an_operation_that_lost_its_lock_is_taken_up_all_the_same(own: Own
 
 
 async def test_an_operation_that_was_deleted_loses_nothing(own: OwnDaemons, state: State) -> None:
-    await _interrupted(own, "SCALE", 8)
+    await _interrupted(own, "SCALE", 5)
     (operation,) = await state.store.unfinished(own.node)
     await state.delete(state.keys.operation(operation.value.id))
     daemon = await own.start(*QUICK)
@@ -258,7 +258,7 @@ async def test_a_create_whose_operation_was_deleted(own: OwnDaemons, state: Stat
 
 
 async def test_a_head_that_was_deleted_under_its_operation(own: OwnDaemons, state: State) -> None:
-    await _interrupted(own, "SCALE", 8)
+    await _interrupted(own, "SCALE", 5)
     await state.delete(state.keys.container("victim"))
     daemon = await own.start(*QUICK)
     async with Caller(daemon.target) as caller:

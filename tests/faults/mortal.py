@@ -1,10 +1,13 @@
 """A gpudockd that kills itself, with SIGKILL, at a chosen moment of an operation.
 
 `python -m tests.faults.mortal FLAGS…` is gpudockd with instruments between core and its ports. They count the moments
-of the first operation of a kind that begins in this process: before and after each of its transactions on the store,
-and before and after each call to the engine, the snapshots or the volumes that is made while it is under way. At the
-moment with the number in GPUDOCK_TEST_DIE_AT the process ends as `kill -9` ends it. Nothing here knows the steps: a new
-step has new moments, and a test that counts up until an operation survives has met them all.
+of the first operation of a kind that begins in this process: before each of its transactions on the store and before
+each call to the engine, the snapshots or the volumes that is made while it is under way, and after its last
+transaction. At the moment with the number in GPUDOCK_TEST_DIE_AT the process ends as `kill -9` ends it. Nothing here
+knows the steps: a new step has new moments, and a test that counts up until an operation survives has met them all.
+
+After one of these and before the next is one moment, not two: nothing that outlives the daemon happens between them,
+and what survives a `kill -9` is all that the next daemon can go by.
 """
 
 from __future__ import annotations
@@ -56,14 +59,18 @@ class Countdown:
                     return f"record of {change.operation.state.value} after {done[-1] if done else 'nothing'}"
         return ""
 
-    def ended(self, changes: Sequence[Change]) -> None:
-        """Stop counting once the operation's end is recorded."""
-        self._over = self._over or any(
+    def ends(self, changes: Sequence[Change]) -> bool:
+        """Whether this transaction records the operation's end."""
+        return any(
             isinstance(change, PutOperation)
             and change.operation.id == self._operation_id
             and change.operation.state.ended
             for change in changes
         )
+
+    def stop(self) -> None:
+        """Count no more."""
+        self._over = True
 
 
 class MortalStore:
@@ -77,14 +84,15 @@ class MortalStore:
         return getattr(self._store, name)
 
     async def apply(self, changes: Sequence[Change]) -> int:
-        """The store's own, between two moments."""
+        """The store's own, at a moment; the last has one behind it too."""
         name = self._countdown.sees(changes)
         if not name:
             return await self._store.apply(changes)
         self._countdown.moment(f"before {name}")
         version = await self._store.apply(changes)
-        self._countdown.moment(f"after {name}")
-        self._countdown.ended(changes)
+        if self._countdown.ends(changes):
+            self._countdown.moment(f"after {name}")
+            self._countdown.stop()
         return version
 
 
@@ -150,9 +158,7 @@ class MortalCopier:
 def _watched(call: Any, name: str, countdown: Countdown) -> Any:
     async def watched(*words: object, **named: object) -> object:
         countdown.moment(f"before {name}")
-        result = await call(*words, **named)
-        countdown.moment(f"after {name}")
-        return result
+        return await call(*words, **named)
 
     return watched
 
