@@ -106,8 +106,9 @@ async def _until_sound(caller: Caller, rig: Rig, files: str) -> None:
         try:
             await caller.settled()
             await sound(caller, rig, "victim", files)
-        except (AssertionError, grpc.aio.AioRpcError):
+        except (AssertionError, grpc.aio.AioRpcError) as error:
             if time.monotonic() > deadline:
+                error.add_note(f"etcd said last:\n{rig.etcd.log_text[-4000:]}")
                 raise
             await asyncio.sleep(0.2)
         else:
