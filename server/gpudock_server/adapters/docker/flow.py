@@ -6,15 +6,20 @@ import asyncio
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable
 from queue import SimpleQueue
+
+# Seconds. In so much time a socket's buffer (208 KiB) is far from full at any pace that an engine has been seen at.
+_NAP = 0.0002
 
 
 class Flow:
     """Fills blocks from a socket, in the order in which they are given.
 
-    The kernel gathers each of them (MSG_WAITALL): neither the loop nor the interpreter hears of its pieces. The socket
-    must be blocking, with a limit of time (SO_RCVTIMEO), which is how long the thread waits for what is to come.
+    The loop hears of whole blocks only, and the thread takes what has gathered in the kernel now and then: to be woken
+    for each piece costs both sides more than the piece. The socket must be blocking, with a limit of time
+    (SO_RCVTIMEO), which is how long the thread waits for what is to come.
     """
 
     def __init__(self, source: socket.socket, filled: Callable[[int | None], None]) -> None:
@@ -52,10 +57,18 @@ class Flow:
                 self._loop.call_soon_threadsafe(self._filled, count)
 
     def _receive(self, block: memoryview) -> int | None:
-        try:
-            return self._source.recv_into(block, 0, socket.MSG_WAITALL)
-        except BlockingIOError:
-            return None
-        except OSError:
-            # A reset is an end like any other: it is how an engine hangs up on input that nobody has read.
-            return 0
+        came = 0
+        while came < len(block):
+            try:
+                count = self._source.recv_into(block[came:])
+            except BlockingIOError:
+                return came or None
+            except OSError:
+                # A reset is an end like any other: it is how an engine hangs up on input that nobody has read.
+                count = 0
+            if not count:
+                break
+            came += count
+            if came < len(block):
+                time.sleep(_NAP)
+        return came
