@@ -70,5 +70,6 @@ class Flow:
                 break
             came += count
             if came < len(block):
+                # Not to wait for anything, but to let more come: whoever sleeps in the receive is woken for each piece.
                 time.sleep(_NAP)
         return came

@@ -40,6 +40,16 @@ class _Taken:
     holder: Holder
 
 
+@dataclass(frozen=True, slots=True)
+class _Difference:
+    """What of a container the engine has otherwise than its spec; `what` names it in a sentence."""
+
+    kind: DriftKind
+    what: str
+    expected: str
+    actual: str
+
+
 class Upkeep:
     """The rules for containers that a record binds."""
 
@@ -251,54 +261,43 @@ class Upkeep:
         host = await self._world.engine.info()
         if _has_limits(container, shown, (host.cpus, host.memory_bytes)):
             return
-        remedy, plan = await self._set_back(view, shown)
-        note(
-            Drift(
-                kind=DriftKind.LIMITS_CHANGED,
-                remedy=remedy,
-                container=container.name,
-                uid=container.uid,
-                engine_id=shown.id,
-                engine_name=shown.name,
-                expected=_limits_text(container.spec.cpus, container.spec.memory_bytes),
-                actual=_limits_text(shown.cpus, shown.memory_bytes),
-                message=f"the limits of {container.name} were changed outside gpudock",
-                plan=plan,
-            )
-        )
+        spec = container.spec
+        expected = _limits_text(spec.cpus, spec.memory_bytes)
+        actual = _limits_text(shown.cpus, shown.memory_bytes)
+        note(await self._set_back(view, shown, _Difference(DriftKind.LIMITS_CHANGED, "the limits", expected, actual)))
 
     async def _set_policy(self, view: ContainerView, shown: EngineContainer, note: Note) -> None:
         """What an engine that restarts brings back must be what holds its cards."""
         container = view.container
         if _has_policy(container, shown):
             return
-        remedy, plan = await self._set_back(view, shown)
-        note(
-            Drift(
-                kind=DriftKind.RESTART_POLICY_CHANGED,
-                remedy=remedy,
-                container=container.name,
-                uid=container.uid,
-                engine_id=shown.id,
-                engine_name=shown.name,
-                expected=str(container.spec.restart_policy.in_engine),
-                actual=str(shown.restart_policy),
-                message=f"the restart policy of {container.name} was changed outside gpudock",
-                plan=plan,
-            )
-        )
+        expected, actual = str(container.spec.restart_policy.in_engine), str(shown.restart_policy)
+        found = _Difference(DriftKind.RESTART_POLICY_CHANGED, "the restart policy", expected, actual)
+        note(await self._set_back(view, shown, found))
 
-    async def _set_back(self, view: ContainerView, shown: EngineContainer) -> tuple[DriftRemedy, str]:
-        """Give it the limits and the restart policy of its spec; what came of it, and how to say that."""
+    async def _set_back(self, view: ContainerView, shown: EngineContainer, found: _Difference) -> Drift:
+        """Give it the limits and the restart policy of its spec; the finding, with what came of it."""
         await self._must_be_as(view)
-        spec = view.container.spec
+        container, spec = view.container, view.container.spec
+        remedy, plan = DriftRemedy.REPAIRED, "it was set back"
         try:
             await self._world.engine.update(
                 shown.id, cpus=spec.cpus, memory_bytes=spec.memory_bytes, restart_policy=spec.restart_policy
             )
         except EngineRejected as error:
-            return DriftRemedy.RETRIED, f"it is set back as soon as the engine lets it be: {error.detail}"
-        return DriftRemedy.REPAIRED, "it was set back"
+            remedy, plan = DriftRemedy.RETRIED, f"it is set back as soon as the engine lets it be: {error.detail}"
+        return Drift(
+            kind=found.kind,
+            remedy=remedy,
+            container=container.name,
+            uid=container.uid,
+            engine_id=shown.id,
+            engine_name=shown.name,
+            expected=found.expected,
+            actual=found.actual,
+            message=f"{found.what} of {container.name} changed outside gpudock",
+            plan=plan,
+        )
 
     async def _must_be_as(self, view: ContainerView) -> None:
         """Raises _Moved where an operation has begun since; one that begins now is met by the event of what is done."""
