@@ -2,7 +2,7 @@
 
 Components are opened in the order in which they need each other and closed in the reverse, by one exit stack. SIGTERM
 and SIGINT drain: nothing new begins, operations reach a recorded step, streams end with SHUTTING_DOWN. A second signal
-ends the process at once; whatever it was doing is taken up by the next start.
+ends the process at once; whatever it was doing is taken up by the next start. SIGUSR1 shows where everything stands.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ from gpudock_server.ports import Engine, SnapshotStore, Store, VolumeBackend, Vo
 from gpudock_server.rpc.listeners import listen
 from gpudock_server.rpc.server import RpcServer, Services, build_server
 from gpudock_server.settings import LayerCarry, Settings, VolumeBackendChoice, VolumeFilesystem
+from gpudock_server.stacks import dump_on_sigusr1
 from gpudock_server.startup import StartupError
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -123,6 +124,7 @@ def run(settings: Settings, instruments: Instruments | None = None) -> int:
 async def _serve(settings: Settings, instruments: Instruments) -> int:
     stop = _Stop()
     stop.listen()
+    dump_on_sigusr1()
     async with AsyncExitStack() as stack:
         try:
             daemon = await stop.unless_told(_assemble(settings, instruments, stack, stop))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import stat
@@ -15,6 +16,7 @@ from pathlib import Path
 import grpc
 from google.protobuf import duration_pb2
 from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2
+from gpudock.v1.container_service_pb2 import PauseContainerRequest
 from gpudock_server.adapters.etcd import EtcdAddress, EtcdConnection, wire
 from gpudock_server.adapters.etcd.keys import SCHEMA, Keys
 from gpudock_server.adapters.etcd.values import encode_number
@@ -216,6 +218,30 @@ async def test_a_second_sigterm_is_at_once(own: OwnDaemons) -> None:
         assert await asyncio.to_thread(daemon.wait, 10) == 1
         assert time.monotonic() - began < 1
     await finished_by(await own.start(after=daemon), operation_id)
+
+
+async def test_sigusr1_shows_where_everything_stands(own: OwnDaemons, engine_proxy: EngineProxy) -> None:
+    daemon = await own.start(docker_host=engine_proxy.url)
+    async with Caller(daemon.target) as caller:
+        await caller.create("one")
+        hang = engine_proxy.faults.hang("POST", "/containers/[^/]+/pause")
+        pausing = asyncio.ensure_future(caller.containers.PauseContainer(PauseContainerRequest(name="one")))
+        await asyncio.wait_for(hang.hit.wait(), 10)
+        daemon.signal(signal.SIGUSR1)
+
+        async def shown() -> bool:
+            return "that is every task" in daemon.log_text
+
+        await until(shown)
+        # Who waits for the engine, all the way in; and the threads, which the loop need not be alive for.
+        waits = [line for line in daemon.log_text.splitlines() if "a task waits" in line]
+        assert any(
+            re.search(r"core/.* in .*adapters/docker/engine.py:\d+ in DockerEngine.pause", line) for line in waits
+        )
+        assert "most recent call first" in daemon.log_text
+        engine_proxy.faults.clear()
+        await pausing
+        assert (await caller.get("one")).status.state == container_pb2.CONTAINER_STATE_PAUSED
 
 
 async def test_told_to_stop_while_it_starts(own: OwnDaemons, engine_proxy: EngineProxy) -> None:

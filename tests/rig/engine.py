@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import re
 import shutil
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CONTAINERD_DEATH_S = 10.0
 _CONTAINERD_TRIES = 3
 _CONTAINERD_LATE = "timeout waiting for containerd to start"
+_WRITTEN_STACKS = re.compile(r'goroutine stacks written to ([^"\s]+)')
 _POLL_S = 0.005
 
 
@@ -154,6 +157,17 @@ class Engine:
     def resume(self) -> None:
         """Undoes `pause`."""
         self.process.resume()
+
+    def stacks(self, timeout_s: float = 5.0) -> str:
+        """Where each of dockerd's goroutines stands; it is told to write that down, and goes on."""
+        before = _WRITTEN_STACKS.findall(self.log_text)
+        self.process.signal(signal.SIGUSR1)
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if (written := _WRITTEN_STACKS.findall(self.log_text)) != before:
+                return Path(written[-1]).read_text()
+            time.sleep(_POLL_S)
+        return f"dockerd has not written where it stands within {timeout_s:g} s"
 
     def call(
         self,

@@ -110,6 +110,11 @@ class Rig:
         return str(self._id)
 
     @property
+    def control_groups(self) -> list[Path]:
+        """Those of its programs and containers, in all hierarchies."""
+        return remains.groups_of(self._id) if self._id else []
+
+    @property
     def guardian_pid(self) -> int:
         """Pid of the process that cleans up if this one cannot."""
         if self._guardian is None:

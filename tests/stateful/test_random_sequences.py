@@ -9,7 +9,7 @@ import asyncio
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from tests.calls import Caller, clone_request, result_of, scale_request, update_request
+from tests.conftest import FAST, own_state
 from tests.rig import EngineProxy, Fault, Rig
 from tests.stateful.arena import Act, Arena, fields_of, pruned, restorable, snapshots
+from tests.stateful.hanging import standing
 from tests.stateful.model import GROUP, Expected, Past, Spec, State
 
 T = TypeVar("T")
@@ -48,20 +50,39 @@ _DEEDS = "POST|DELETE"
 class Loop:
     """An event loop in a thread of its own, for rules that hypothesis calls without one."""
 
-    def __init__(self) -> None:
+    def __init__(self, hangs_s: float = 120.0) -> None:
+        """Nothing that is run takes longer than `hangs_s` unless it hangs."""
+        self._hangs_s = hangs_s
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
+        self.standing: Callable[[asyncio.AbstractEventLoop], str] = repr
+        """Says where everything stands, should something not return."""
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Its result."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=120)
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(self._hangs_s)
+        except TimeoutError:
+            if future.done():
+                raise
+            pytest.fail(f"it has not returned within {self._hangs_s:g} s\n{self.standing(self._loop)}")
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, and what it has not brought to its end."""
+        asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result(self._hangs_s)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    if others:
+        await asyncio.wait(others, timeout=1)
 
 
 class Host(RuleBasedStateMachine):
@@ -82,6 +103,7 @@ class Host(RuleBasedStateMachine):
         self._proxy = self.rig.engine_proxy()
         self.loop.run(self._proxy.__aenter__())
         self._arena = self.loop.run(Arena.open(self.rig, self._proxy))
+        self.loop.standing = lambda loop: standing(loop, self.arena.daemon, self.rig)
 
     def teardown(self) -> None:
         """Whatever it was, all of it can be deleted."""
@@ -428,3 +450,22 @@ def test_the_model_holds(rig: Rig, request: pytest.FixtureRequest, part: int) ->
         print(f"\nmet: {dict(sorted(tally.items()))}")  # noqa: T201 - shown where it fails, and with -s
     if steps >= _TELLING_STEPS:
         assert all(tally[trouble] for trouble in _TROUBLES), tally
+
+
+def test_what_hangs_is_shown(rig: Rig) -> None:
+    loop = Loop(hangs_s=0.2)
+    daemon = rig.daemon(*FAST, *own_state())
+    loop.standing = lambda running: standing(running, daemon, rig)
+    try:
+        with pytest.raises(pytest.fail.Exception) as failure:
+            loop.run(_never())
+    finally:
+        loop.close()
+        daemon.stop()
+    shown = str(failure.value)
+    for part in ("in _never", "that is every task", "goroutine 1 ", rig.id, " dockerd S "):
+        assert part in shown
+
+
+async def _never() -> None:
+    await asyncio.Event().wait()

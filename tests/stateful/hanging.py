@@ -1,0 +1,64 @@
+"""What is shown of a step that does not return: where the test, the daemon, the engine and the containers stand."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from gpudock_server.stacks import waiting_at
+
+from tests.rig import Daemon, Rig
+
+_LOG_TAIL = 60_000
+_SHOWN_WITHIN_S = 5.0
+
+
+def standing(loop: asyncio.AbstractEventLoop, daemon: Daemon, rig: Rig) -> str:
+    """All of it, as text. Called from outside of `loop`, which the test's own calls wait in."""
+    parts = {
+        "the test": lambda: "\n".join(
+            f"{task.get_name()}: {waiting_at(task.get_coro())}" for task in asyncio.all_tasks(loop)
+        ),
+        "the daemon": lambda: _stacks_of(daemon),
+        "the engine": rig.engine.stacks,
+        "the containers": lambda: "\n".join(_processes(rig)),
+    }
+    return "\n".join(f"===== {name}\n{_tried(part)}" for name, part in parts.items())
+
+
+def _tried(part: Callable[[], str]) -> str:
+    try:
+        return part()
+    except Exception as error:  # noqa: BLE001 - one that cannot be had must not hide the others
+        return repr(error)
+
+
+def _stacks_of(daemon: Daemon) -> str:
+    before = len(daemon.log_text)
+    daemon.signal(signal.SIGUSR1)
+    deadline = time.monotonic() + _SHOWN_WITHIN_S
+    while "that is every task" not in daemon.log_text[before:] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return daemon.log_text[-_LOG_TAIL:]
+
+
+def _processes(rig: Rig) -> Iterator[str]:
+    """Each control group that can be frozen, and where in the kernel its processes wait."""
+    # Of control groups v1 and v2.
+    for group, name in itertools.product(rig.control_groups, ("freezer.state", "cgroup.freeze")):
+        if not (group / name).exists():
+            continue
+        yield f"{group}: {(group / name).read_text().strip()}"
+        for pid in (group / "cgroup.procs").read_text().split():
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                yield f"  {pid} {_state(Path('/proc', pid))}"
+
+
+def _state(process: Path) -> str:
+    state = process.joinpath("stat").read_text().rpartition(")")[2].split()[0]
+    return f"{process.joinpath('comm').read_text().strip()} {state} {process.joinpath('wchan').read_text()}"
