@@ -183,9 +183,9 @@ _READ_AT_MOST = 20
 _ENDLESS = ("/WatchContainers", "/WatchVolumes")
 
 
-# grpc.aio's client gives a call that the server has ended an INTERNAL of its own, with this in its text, if it was just
-# about to send more (StreamStreamCall._write in grpc/aio/_call.py). With a pause after each message it hears of the end
-# first; how long that takes, only the machine knows.
+# grpc.aio's client gives a call that the server has ended an INTERNAL of its own, with this in its debug string, if it
+# was just about to send more (StreamStreamCall._write in grpc/aio/_call.py). With a pause after each message it hears
+# of the end first; how long that takes, only the machine knows.
 _LOST_RACE = "execute_batch"
 _PAUSES = (0.01, 0.1, 1.0, 5.0)
 
@@ -204,7 +204,7 @@ async def outcome(
         if call.server_streaming:
             await _read(made, 1 if call.path.endswith(_ENDLESS) else _READ_AT_MOST)
         code = await made.code()
-        if code is not grpc.StatusCode.INTERNAL or _LOST_RACE not in (await made.details() or ""):
+        if code is not grpc.StatusCode.INTERNAL or _LOST_RACE not in (await made.debug_error_string() or ""):
             break
     return code
 
