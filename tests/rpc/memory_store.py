@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from gpudock_server.errors import FieldViolation, InvalidArgument, ResumeTokenExpired
 from gpudock_server.model import changes as change
@@ -21,12 +22,13 @@ from gpudock_server.ports import (
     Seen,
     Store,
     StoreConflict,
-    T,
     Versioned,
     VolumeSeen,
     VolumeView,
 )
 from typing_extensions import override
+
+T = TypeVar("T")
 
 
 class MemoryStore(Store):

@@ -8,10 +8,12 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Generic
+from typing import Generic, TypeVar
 
 from gpudock_server.errors import ShuttingDown
-from gpudock_server.ports import ContainerView, Seen, Store, T, VolumeSeen
+from gpudock_server.ports import ContainerView, Seen, Store, VolumeSeen
+
+T = TypeVar("T")
 
 
 class Tidings(StrEnum):

@@ -10,9 +10,9 @@ from google.protobuf.message import Message
 from gpudock.v1 import container_service_pb2, volume_service_pb2, watch_pb2
 
 from gpudock_server.core.watches import Told
-from gpudock_server.ports import T
 from gpudock_server.rpc.validation.watching import Watching
 
+T = TypeVar("T")
 R = TypeVar("R", container_service_pb2.WatchContainersResponse, volume_service_pb2.WatchVolumesResponse)
 
 

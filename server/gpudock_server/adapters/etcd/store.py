@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, S
 from contextlib import aclosing, asynccontextmanager
 from datetime import timedelta
 from functools import lru_cache
+from typing import TypeVar
 
 import structlog
 
@@ -34,7 +35,6 @@ from gpudock_server.ports import (
     Page,
     RevisionView,
     Seen,
-    T,
     Unreadable,
     Versioned,
     VolumeSeen,
@@ -43,6 +43,7 @@ from gpudock_server.ports import (
 from gpudock_server.startup import StartupError
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+T = TypeVar("T")
 
 DEFAULT_RETENTION = timedelta(hours=24)
 DEFAULT_DEADLINE = timedelta(seconds=5)

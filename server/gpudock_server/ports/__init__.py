@@ -1,0 +1,51 @@
+"""What core needs of the world: an engine, a store, cards, and ways to carry, keep and size files.
+
+Adapters implement these; core speaks nothing else. Every method may raise the errors named in its protocol's
+docstring, and no others that a caller should see. Every call is bounded in time by its adapter.
+"""
+
+from gpudock_server.ports.engine import Engine, ExecSession
+from gpudock_server.ports.host import GpuInventory, PortProbe, ProcessControl
+from gpudock_server.ports.layers import CarryPlan, LayerPair, LayerStore
+from gpudock_server.ports.progress import Progress
+from gpudock_server.ports.snapshots import SnapshotPlan, SnapshotStore
+from gpudock_server.ports.store import (
+    ContainerView,
+    Page,
+    RevisionView,
+    Seen,
+    Store,
+    StoreConflict,
+    Unreadable,
+    Versioned,
+    VolumeSeen,
+    VolumeView,
+)
+from gpudock_server.ports.volumes import ShrinkNeedsCopy, VolumeBackend, VolumeCopier
+
+__all__ = [
+    "CarryPlan",
+    "ContainerView",
+    "Engine",
+    "ExecSession",
+    "GpuInventory",
+    "LayerPair",
+    "LayerStore",
+    "Page",
+    "PortProbe",
+    "ProcessControl",
+    "Progress",
+    "RevisionView",
+    "Seen",
+    "ShrinkNeedsCopy",
+    "SnapshotPlan",
+    "SnapshotStore",
+    "Store",
+    "StoreConflict",
+    "Unreadable",
+    "Versioned",
+    "VolumeBackend",
+    "VolumeCopier",
+    "VolumeSeen",
+    "VolumeView",
+]

@@ -1,0 +1,80 @@
+"""Carrying a writable layer from a container to its successor."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+from gpudock_server.model.engine import EngineContainer
+from gpudock_server.model.operation import CarryMethod
+from gpudock_server.model.record import Record
+from gpudock_server.ports.progress import Progress
+
+
+class CarryPlan(Record):
+    """How a layer would be carried: see OperationPlan. `bytes_to_move` is 0 where nothing is copied."""
+
+    method: CarryMethod
+    bytes_to_move: int = 0
+    bytes_available: int = 0
+    warnings: tuple[str, ...] = ()
+
+
+class LayerPair(Record):
+    """The writable layers of a container and its successor, as they were before anything moved.
+
+    Both paths were checked to be what the engine says they are. The inode numbers tell afterwards which of the two
+    trees stands where: an exchange that may or may not have happened is found out, never guessed.
+    """
+
+    old_path: str
+    old_inode: int
+    new_path: str
+    new_inode: int
+
+
+class LayerStore(Protocol):
+    """Carries a writable layer between two containers that do not run. Raises LayerCarryFailed, DiskFull.
+
+    `exchange`, `exchange_back` and `copy` may be repeated: done twice is done once.
+    """
+
+    async def methods(self) -> tuple[tuple[CarryMethod, str], ...]:
+        """Each method with the reason why it is not available here; an empty reason means that it is."""
+        ...
+
+    async def plan(self, old: EngineContainer) -> CarryPlan:
+        """The best method for a container's layer on this host, and what it costs."""
+        ...
+
+    async def commit_plan(self, container: EngineContainer) -> CarryPlan:
+        """What an image of a container's files costs, and what is lost in it; 0 bytes where that cannot be seen."""
+        ...
+
+    def commit_watched(
+        self, container: EngineContainer, total: int, progress: Progress
+    ) -> AbstractAsyncContextManager[None]:
+        """While it is entered: tell how many bytes of `total` the engine has written of an image of its files.
+
+        Where that cannot be seen, nothing is told. Raises nothing.
+        """
+        ...
+
+    async def locate(self, old: EngineContainer, new: EngineContainer) -> LayerPair:
+        """The two layers, checked: same image, known storage driver, paths that exist and are the engine's.
+
+        Nothing is moved, so the old one may still run.
+        """
+        ...
+
+    async def exchange(self, pair: LayerPair) -> bool:
+        """Swap the two trees. False, with nothing changed, where the kernel refuses across quota boundaries."""
+        ...
+
+    async def exchange_back(self, pair: LayerPair) -> None:
+        """Undo an exchange if one happened."""
+        ...
+
+    async def copy(self, pair: LayerPair, progress: Progress) -> None:
+        """Make the new tree equal to the old one and verify that it is."""
+        ...
