@@ -34,11 +34,7 @@ IMAGE = "gpudock/busybox:test"
 # Ends at once when asked to, unlike a bare sleep as PID 1.
 IDLE = ("sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 3600 & wait $!; done")
 
-_ENDED = (
-    operation_pb2.OPERATION_STATE_SUCCEEDED,
-    operation_pb2.OPERATION_STATE_FAILED,
-    operation_pb2.OPERATION_STATE_CANCELLED,
-)
+_AT_WORK = (operation_pb2.OPERATION_STATE_RUNNING, operation_pb2.OPERATION_STATE_UNDOING)
 
 
 @dataclass
@@ -170,12 +166,10 @@ class Caller:
 
     async def settled(self) -> None:
         """Wait until no operation is under way."""
-        request = operation_service_pb2.ListOperationsRequest(page_size=1000)
+        wanted = operation_service_pb2.OperationFilter(states=_AT_WORK)
+        request = operation_service_pb2.ListOperationsRequest(page_size=1, filter=wanted)
         async with asyncio.timeout(60 * PATIENCE):
-            while True:
-                listed = await self.operations.ListOperations(request)
-                if all(operation.state in _ENDED for operation in listed.operations):
-                    return
+            while (await self.operations.ListOperations(request)).operations:
                 await asyncio.sleep(0.05)
 
     # -- volumes -----------------------------------------------------------------------------------------------------

@@ -7,34 +7,51 @@ was harmed) the world is asked which of the possible ones came about; anything e
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grpc
-from gpudock.v1 import container_pb2
+from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2, volume_pb2
 
-from tests.calls import Caller, failure_of
+from tests.calls import Caller, Failure, failure, failure_of
 from tests.conftest import FAST, own_state
-from tests.faults.invariants import cards_of
-from tests.rig import Daemon, EngineProxy, HttpStatusError, Rig
-from tests.stateful.looking import EngineSide, files_of, upper_of
-from tests.stateful.model import GROUP, Expected, Past, Spec, State
+from tests.engine.loops import loops_below
+from tests.rig import Daemon, EngineProxy, Rig
+from tests.stateful.looking import EngineSide, Sight, files_of, upper_of
+from tests.stateful.model import GROUP, Expected, ExpectedVolume, State, attached
+from tests.stateful.requests import spec_of
 
-_PORT = container_pb2.PortRequest(container_port=80)
-_NEVER = container_pb2.SNAPSHOT_POLICY_NEVER
 # What a caller may be told when the engine refuses or drops a call, or the daemon dies.
 _HARMED = {
     "ENGINE_UNAVAILABLE", "ENGINE_REJECTED", "START_FAILED", "LAYER_CARRY_FAILED", "SNAPSHOT_FAILED",
     "IMAGE_NOT_FOUND", "CONTAINER_NOT_RUNNING", "SHUTTING_DOWN", "STORE_UNAVAILABLE", "",
 }  # fmt: skip
 
-# Within so many seconds an event is noticed and, where a rule says so, repaired.
-_NOTICED_S = 20.0
+_MIB = 1 << 20
+# `df` may differ that much from the size, by what the filesystem takes for itself.
+_SIZE_TOLERANCE = 0.02
 
 Act = Callable[[Caller], Awaitable[object]]
+Thing = Expected | ExpectedVolume | None
+
+
+@dataclass(frozen=True)
+class Deed:
+    """A request, and the two ends that it can come to. None: what it names is not there."""
+
+    name: str
+    act: Act
+    before: Thing
+    after: Thing
+    # Other containers that it changes on the way, as they are then.
+    also: tuple[Expected, ...] = ()
+
+    @property
+    def of_a_volume(self) -> bool:
+        """Whether what it names is one."""
+        return isinstance(self.before, ExpectedVolume) or isinstance(self.after, ExpectedVolume)
 
 
 class Arena:
@@ -50,6 +67,9 @@ class Arena:
         root = rig.engine.call("GET", "/info")["DockerRootDir"]
         self.snapshots = Path(root, "gpudock", "snapshots", self.node)
         self.known: dict[str, Expected] = {}
+        self.volumes: dict[str, ExpectedVolume] = {}
+        # What was seen last, once nothing was under way.
+        self._sight = Sight.of_nothing()
 
     @classmethod
     async def open(cls, rig: Rig, proxy: EngineProxy) -> Arena:
@@ -65,6 +85,11 @@ class Arena:
             "1",
             "--keep-revisions",
             "6",
+            # One that can only shrink by a copy.
+            "--volume-backend",
+            "loop",
+            "--volume-filesystem",
+            "xfs",
         )
         daemon = await rig.start_daemon(*flags, docker_host=proxy.url)
         return cls(rig, proxy, Caller(daemon.target), daemon, flags)
@@ -76,6 +101,8 @@ class Arena:
             await self.caller.delete_all()
             assert await self.caller.free_gpus() == 8
             assert not EngineSide.look(self.rig, self.node).by_name
+            assert not self._engine_volumes()
+            assert not loops_below(self.daemon.state_dir)
             for one in self.known.values():
                 assert not (self.snapshots / one.uid).exists()
         finally:
@@ -85,39 +112,91 @@ class Arena:
     # -- what must be true ---------------------------------------------------------------------------------------------
 
     async def check(self, *names: str) -> None:
-        """Of these containers, or of all: records, files, snapshots, engine and claims agree."""
-        engine = await asyncio.to_thread(EngineSide.look, self.rig, self.node)
-        for uuid, users in engine.running_cards.items():
-            assert len(users) == 1, f"card {uuid} runs in {users}"
-        holders = {uuid: name for uuid, name in (await self.caller.holders()).items() if name}
+        """Of these containers and volumes, or of all: records, files, snapshots, engine and claims agree."""
+        self._sight = await self._look()
         for name in names or tuple(self.known):
             if name in self.known:
-                wrong = await self._differences(self.known[name], engine, holders)
+                wrong = await self._differences(self.known[name], self._sight)
                 assert not wrong, f"{name}: {wrong}"
-        assert set(holders.values()) <= set(self.known), holders
-        assert set(engine.by_name) <= set(self.known), f"nobody's: {sorted(set(engine.by_name) - set(self.known))}"
+        await self.check_settled(*(names or (*self.known, *self.volumes)))
+        if not names:
+            await asyncio.to_thread(self._check_host, self._sight)
 
-    async def _differences(self, one: Expected, engine: EngineSide, holders: dict[str, str]) -> list[str]:
+    async def check_settled(self, *names: str) -> None:
+        """What was just settled agrees with all else, as it was seen then."""
+        sight = self._sight
+        for uuid, users in sight.engine.running_cards.items():
+            assert len(users) == 1, f"card {uuid} runs in {users}"
+        assert sight.containers.keys() == self.known.keys()
+        assert sight.volumes.keys() == self.volumes.keys()
+        assert set(sight.holders.values()) <= self.known.keys(), sight.holders
+        assert sight.engine.by_name.keys() <= self.known.keys(), sight.engine.by_name.keys() - self.known.keys()
+        mounted = {volume for name in names if name in self.known for volume in self.known[name].spec.volumes}
+        for name in mounted | (self.volumes.keys() & set(names)):
+            wrong = await asyncio.to_thread(self._wrong_volume, self.volumes[name], sight)
+            shown, users = list(sight.volumes[name].attached_containers), attached(self.known.values(), name)
+            assert (wrong, shown) == ([], users), name
+
+    def _check_host(self, sight: Sight) -> None:
+        """What volumes are made of is there once, and nothing else is."""
+        made = {seen.mountpoint for name, seen in sight.volumes.items() if not self.volumes[name].adopted}
+        assert self._engine_volumes() == made
+        sized = [one.name for one in self.volumes.values() if one.size_mib]
+        loops = loops_below(self.daemon.state_dir)
+        assert len(loops) == len(sized), f"{loops} for {sized}"
+
+    def _engine_volumes(self) -> set[str]:
+        query = {"filters": f'{{"label":["gpudock.node={self.node}"]}}'}
+        return {one["Mountpoint"] for one in self.rig.engine.call("GET", "/volumes", query=query)["Volumes"] or []}
+
+    async def _look(self) -> Sight:
+        return await Sight.take(self.rig, self.node, self.caller)
+
+    async def _differences(self, one: Expected, sight: Sight) -> list[str]:
         """What is not as expected, in words."""
-        now = await self.caller.get(one.name)
+        now = sight.containers[one.name]
         state = container_pb2.ContainerState.Name(now.status.state).removeprefix("CONTAINER_STATE_")
         wrong = []
         if state != one.state:
             wrong.append(f"is {state}, not {one.state}: {now.status.message}")
-        if (now.revision, _spec_of(now)) != (one.revision, one.spec):
-            wrong.append(f"is at {now.revision} {_spec_of(now)}, not at {one.revision} {one.spec}")
-        held = sorted(uuid for uuid, name in holders.items() if name == one.name)
+        if (now.revision, spec_of(now)) != (one.revision, one.spec):
+            wrong.append(f"is at {now.revision} {spec_of(now)}, not at {one.revision} {one.spec}")
+        held = sorted(uuid for uuid, name in sight.holders.items() if name == one.name)
         if held != sorted(now.status.gpu_uuids) or len(held) != one.cards or now.status.holds_resources != one.holds:
             wrong.append(f"holds {held}, shows {list(now.status.gpu_uuids)}, is to have {one.cards} ({one.holds})")
         if one.state is State.FAILED:
             return wrong + (["holds something, and is lost"] if held else [])
-        ours = engine.by_name.get(one.name, [])
+        ours = sight.engine.by_name.get(one.name, [])
         if [found["Id"] for found in ours] != [now.status.engine_id]:
             return [*wrong, f"has the engine containers {[found['Name'] for found in ours]}"]
+        if ours[0]["State"]["Running"] != one.runs:
+            # Else a record that has not yet followed would be believed.
+            wrong.append(f"is {ours[0]['State']['Status']} in the engine")
         found = files_of(upper_of(ours[0]))
         if found != one.files:
             wrong.append(f"has the files {found}, not {one.files}")
+        if (mounted := sight.mounts_of(ours[0])) != dict(one.spec.mounts):
+            wrong.append(f"has {mounted} mounted, not {one.spec.mounts}")
         return wrong + await self._wrong_history(one)
+
+    def _wrong_volume(self, one: ExpectedVolume, sight: Sight) -> list[str]:
+        """What of a volume is not as expected, in words."""
+        seen = sight.volumes[one.name]
+        if seen.state != volume_pb2.VOLUME_STATE_READY or seen.operation_id:
+            return [f"is {volume_pb2.VolumeState.Name(seen.state)}, with the operation {seen.operation_id!r}"]
+        wrong = []
+        size, backend = one.size_mib * _MIB, volume_pb2.VOLUME_BACKEND_LOOP
+        if seen.backend != (backend if size else volume_pb2.VOLUME_BACKEND_PLAIN):
+            wrong.append(f"is made of {volume_pb2.VolumeBackend.Name(seen.backend)}")
+        if (seen.size_bytes, seen.revision) != (size, len(one.sizes)):
+            wrong.append(f"has {seen.size_bytes} bytes at revision {seen.revision}, not {one.sizes} MiB")
+        shown = sight.size_in(seen) if size else None
+        if shown is not None and abs(shown - size) > size * _SIZE_TOLERANCE:
+            wrong.append(f"shows a size of {shown}, not {size}")
+        found = sight.files_in(seen, self.daemon.state_dir / "volumes" / seen.uid / "device")
+        if found != one.files:
+            wrong.append(f"has the files {found}, not {one.files}")
+        return wrong
 
     async def _wrong_history(self, one: Expected) -> list[str]:
         wrong = []
@@ -135,15 +214,14 @@ class Arena:
         """Find out which of the candidates came about (None: the container is not there), and believe that one."""
         await self.caller.settled()
         self.proxy.faults.clear()
-        engine = await asyncio.to_thread(EngineSide.look, self.rig, self.node)
-        holders = {uuid: holder for uuid, holder in (await self.caller.holders()).items() if holder}
-        there = await self._there(name)
+        self._sight = sight = await self._look()
+        there = name in sight.containers
         found: list[object] = []
         for candidate in candidates:
             if candidate is None or not there:
                 wrong = [] if (candidate is None) == (not there) else ["it is there" if there else "it is not there"]
             else:
-                wrong = await self._differences(candidate, engine, holders)
+                wrong = await self._differences(candidate, sight)
             if not wrong:
                 if candidate is None:
                     self.known.pop(name, None)
@@ -153,52 +231,99 @@ class Arena:
             found.append(wrong)
         raise AssertionError(f"{name} is none of what it could be: {found}")
 
-    async def _there(self, name: str) -> bool:
-        try:
-            await self.caller.get(name)
-        except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.NOT_FOUND:
-                return False
-            raise
-        return True
+    async def settle_volume(self, name: str, *candidates: ExpectedVolume | None) -> None:
+        """The same of a volume. One whose deletion was broken off in the middle is deleted by the same call again."""
+        await self.caller.settled()
+        self.proxy.faults.clear()
+        self._sight = sight = await self._look()
+        seen = sight.volumes.get(name)
+        if None in candidates and seen is not None and seen.state == volume_pb2.VOLUME_STATE_DELETING:
+            await self.caller.delete_volume(name)
+            self._sight = sight = await self._look()
+            seen = sight.volumes.get(name)
+        found: list[object] = []
+        for candidate in candidates:
+            if candidate is None or seen is None:
+                wrong = [] if (candidate is None) == (seen is None) else ["it is there" if seen else "it is not there"]
+            else:
+                wrong = await asyncio.to_thread(self._wrong_volume, candidate, sight)
+            if not wrong:
+                if candidate is None:
+                    self.volumes.pop(name, None)
+                else:
+                    self.volumes[name] = candidate
+                return
+            found.append(wrong)
+        raise AssertionError(f"{name} is none of what it could be: {found}")
 
     # -- what is done --------------------------------------------------------------------------------------------------
 
-    async def act(self, name: str, act: Act, *, before: Expected | None, after: Expected | None) -> None:
+    async def act(self, deed: Deed) -> None:
         """Do something that must succeed, or, where something was harmed, be undone; and be told which."""
-        failed = ""
-        try:
-            await act(self.caller)
-        except grpc.aio.AioRpcError as error:
-            told = failure_of(error)
-            assert told.reason in _HARMED, told
-            failed = told.message or "the connection broke"
-        harmed = self.harmed
-        assert not failed or harmed, f"it failed with nothing harmed: {failed}"
-        open_ended = failed and error_leaves_it_open(failed)
-        candidates = [after] if not failed else [before, after] if open_ended else [before]
-        # A container that was stopped on the way, or could not be started again, is told as it is.
-        candidates += [_with_state(one, State.EXITED) for one in candidates if failed and one and one.runs]
-        candidates += [_with_state(one, State.STOPPED) for one in candidates if failed and one and one.runs]
-        if failed and before and before.state is State.PAUSED:
-            # What is frozen is thawed to be stopped.
-            candidates.append(_with_state(before, State.RUNNING))
-        await self.settle(name, *candidates)
+        told = await _told(deed.act(self.caller))
+        assert told is None or told.reason in _HARMED, told
+        assert told is None or self.harmed, f"it failed with nothing harmed: {told}"
+        if told is None:
+            await self._settle(deed, deed.after)
+        elif _leaves_it_open(told):
+            await self._settle(deed, deed.before, deed.after, failed=True)
+        else:
+            await self._settle(deed, deed.before, failed=True)
 
     @property
     def harmed(self) -> bool:
         """Whether a fault lies in wait, or has been met."""
         return bool(self.proxy.faults._faults)
 
-    async def kill_during(self, name: str, act: Act, *, before: Expected | None, after: Expected | None) -> None:
+    async def _settle(self, deed: Deed, *ends: Thing, failed: bool = False) -> None:
+        """Find out to which of these ends it came. With `failed` what ran may have been left stopped."""
+        for one in deed.also:
+            # It may have been changed before the rest failed, whatever was told.
+            others = (one,) if ends == (deed.after,) else (self.known[one.name], one)
+            await self.settle(one.name, *others, *(_as_left(others, None) if failed else ()))
+        if deed.of_a_volume:
+            await self.settle_volume(deed.name, *(one for one in ends if not isinstance(one, Expected)))
+            return
+        containers = [one for one in ends if not isinstance(one, ExpectedVolume)]
+        await self.settle(deed.name, *containers, *(_as_left(containers, deed.before) if failed else ()))
+
+    async def kill_during(self, deed: Deed) -> None:
         """`kill -9` at a random moment of it; the next daemon brings it to one of its two ends."""
         # What the caller is told is that the connection broke, or the outcome, where it was quicker.
-        going = asyncio.ensure_future(_told(act(self.caller)))
+        going = asyncio.ensure_future(_told(deed.act(self.caller)))
         await asyncio.sleep(random.uniform(0.0, 0.6))  # noqa: S311 - a moment, not a secret
-        succeeded = going.done() and going.result()
+        succeeded = going.done() and going.result() is None
         await self.restart(kill=True)
         await going
-        await self.settle(name, *([after] if succeeded else [before, after]))
+        await self._settle(deed, *([deed.after] if succeeded else [deed.before, deed.after]))
+
+    async def cancel_during(self, deed: Deed) -> bool:
+        """CancelOperation at a random moment of it: it is undone, or says that it cannot be. Whether it was undone."""
+        going = asyncio.ensure_future(_told(deed.act(self.caller)))
+        await asyncio.sleep(random.uniform(0.0, 0.3))  # noqa: S311 - a moment, not a secret
+        while not going.done():
+            if under_way := await self._under_way():
+                request = operation_service_pb2.CancelOperationRequest(id=under_way[0].id)
+                refused = await _told(self.caller.operations.CancelOperation(request))
+                assert refused is None or refused.reason == "OPERATION_NOT_CANCELLABLE", refused
+                break
+            await asyncio.sleep(0.01)
+        told = await going
+        assert told is None or told.reason == "OPERATION_CANCELLED", told
+        await self._settle(deed, deed.after if told is None else deed.before)
+        return told is not None
+
+    async def _under_way(self) -> list[operation_pb2.Operation]:
+        wanted = operation_service_pb2.OperationFilter(states=[operation_pb2.OPERATION_STATE_RUNNING])
+        listed = await self.caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest(filter=wanted))
+        return list(listed.operations)
+
+    async def refused(self, act: Act, reason: str, holders: Collection[str] = ()) -> None:
+        """Do something that must be refused, for that reason; nothing is changed."""
+        told = await failure(act(self.caller))
+        assert told.reason == reason, told
+        if holders:
+            assert told.metadata["holders"].split(",") == sorted(holders), told
 
     async def restart(self, *, kill: bool) -> None:
         """Another daemon in the place of this one."""
@@ -210,60 +335,6 @@ class Arena:
         )
         await self.caller.channel.close(None)
         self.caller = Caller(self.daemon.target)
-
-    # -- behind its back -----------------------------------------------------------------------------------------------
-
-    async def outside(self, name: str, deed: str) -> None:
-        """What a person with the docker command does; the daemon notices."""
-        one = self.known[name].copy()
-        (inspected,) = EngineSide.look(self.rig, self.node).by_name[name]
-        where = f"/containers/{inspected['Id']}"
-        match deed:
-            case "rm":
-                self.rig.engine.call("DELETE", where, query={"force": "1"})
-                one.state, one.holds, one.cards = State.FAILED, False, 0
-            case "stop" | "kill":
-                self.rig.engine.call("POST", f"{where}/{deed}")
-                one.state = State.EXITED
-            case "pause":
-                self.rig.engine.call("POST", f"{where}/pause")
-                one.state = State.PAUSED
-            case "start":
-                return await self._started_outside(name, where)
-            case "rename":
-                self.rig.engine.call("POST", f"{where}/rename", query={"name": f"mine-{name}"})
-                await _until(lambda: self._inspected(name)["Name"] == inspected["Name"])
-            case "limit":
-                self.rig.engine.call("POST", f"{where}/update", send={"NanoCpus": 700_000_000})
-                wanted = round(one.spec.cpus * 1e9) or self.rig.engine.call("GET", "/info")["NCPU"] * 1_000_000_000
-                await _until(lambda: self._inspected(name)["HostConfig"]["NanoCpus"] == wanted)
-        wanted_state = f"CONTAINER_STATE_{one.state}"
-        async with asyncio.timeout(_NOTICED_S):
-            while container_pb2.ContainerState.Name((await self.caller.get(name)).status.state) != wanted_state:
-                await asyncio.sleep(0.02)
-        self.known[name] = one
-        return None
-
-    def _inspected(self, name: str) -> Any:
-        return EngineSide.look(self.rig, self.node).by_name[name][0]
-
-    async def _started_outside(self, name: str, where: str) -> None:
-        """What it was given is claimed for it if it is free; else it is stopped again."""
-        inspected = self._inspected(name)
-        spec = self.known[name].spec
-        if len(cards_of(inspected)) != spec.gpus or bool(inspected["HostConfig"]["PortBindings"]) != spec.port:
-            return None  # it was changed since it last ran, and what runs then is not what its spec says
-        try:
-            self.rig.engine.call("POST", f"{where}/start")
-        except HttpStatusError:
-            return None  # its port is another's by now
-        runs, stopped = self.known[name].copy(), self.known[name].copy()
-        runs.state, runs.holds, runs.cards = State.RUNNING, True, spec.gpus
-        async with asyncio.timeout(_NOTICED_S):
-            while True:
-                with contextlib.suppress(AssertionError):
-                    return await self.settle(name, runs, stopped)
-                await asyncio.sleep(0.05)
 
     async def write(self, name: str, file: str, content: str | None) -> None:
         """Write a file, or (None) delete one."""
@@ -279,66 +350,45 @@ class Arena:
             one.files[file] = content
         await self.caller.shell(name, script)
 
+    async def write_in_volume(self, name: str, target: str, file: str, content: str | None) -> None:
+        """The same with a file of a volume that it mounts."""
+        files = self.volumes[dict(self.known[name].spec.mounts)[target]].files
+        if content is None:
+            files.pop(file, None)
+            script = f"rm -f {target}/{file}"
+        else:
+            files[file] = content
+            script = f"printf %s '{content}' > {target}/{file}"
+        await self.caller.shell(name, script)
 
-async def _until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(_NOTICED_S):
-        while not await asyncio.to_thread(holds):
-            await asyncio.sleep(0.05)
 
-
-async def _told(call: Awaitable[object]) -> bool:
+async def _told(call: Awaitable[object]) -> Failure | None:
+    """How it failed; None: it did not."""
     try:
         await call
-    except grpc.aio.AioRpcError:
-        return False
-    return True
+    except grpc.aio.AioRpcError as error:
+        return failure_of(error)
+    return None
 
 
-def error_leaves_it_open(message: str) -> bool:
+def _leaves_it_open(told: Failure) -> bool:
     """Whether what a caller is told says neither that it was done nor that it was not."""
+    message = told.message or "the connection broke"
     return "out of reach" in message or "shutting down" in message or "connection" in message.lower()
+
+
+def _as_left(ends: Iterable[Expected | None], before: Thing) -> list[Expected]:
+    """How else what has failed may be left, and be told to be."""
+    ran = [one for one in ends if one and one.runs]
+    # A container that was stopped on the way, or could not be started again, is told as it is.
+    left = [_with_state(one, state) for state in (State.EXITED, State.STOPPED) for one in ran]
+    if ran and isinstance(before, Expected) and before.state is State.PAUSED:
+        # What is frozen is thawed to be stopped.
+        left.append(_with_state(before, State.RUNNING))
+    return left
 
 
 def _with_state(one: Expected, state: State) -> Expected:
     other = one.copy()
     other.state = state
     return other
-
-
-def _spec_of(container: container_pb2.Container) -> Spec:
-    spec = container.spec
-    return Spec(
-        gpus=spec.gpus.count,
-        port=bool(spec.ports),
-        cpus=spec.cpus,
-        env=tuple(sorted(spec.env.items())),
-        labels=tuple(sorted(spec.labels.items())),
-    )
-
-
-def fields_of(spec: Spec) -> dict[str, Any]:
-    """A spec as the contract's fields."""
-    return {
-        "ports": [_PORT] if spec.port else [],
-        "cpus": spec.cpus,
-        "env": dict(spec.env),
-        "labels": dict(spec.labels),
-    }
-
-
-def snapshots(keep: bool) -> dict[str, Any]:  # noqa: FBT001 - drawn
-    """The word for whether files are kept, as a call has it."""
-    return {} if keep else {"snapshots": _NEVER}
-
-
-def pruned(one: Expected, keep: int) -> Expected:
-    """With no more than `keep` revisions, the current one among them."""
-    after = one.copy()
-    for number in sorted(after.past)[: max(0, len(after.past) - keep + 1)]:
-        del after.past[number]
-    return after
-
-
-def restorable(one: Expected) -> Sequence[tuple[int, Past]]:
-    """The revisions that can be returned to with their files."""
-    return [(number, past) for number, past in sorted(one.past.items()) if past.files is not None]

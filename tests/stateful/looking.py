@@ -1,13 +1,20 @@
-"""What there really is: files read from the layers themselves, cards from the engine, claims and records by the API."""
+"""What there really is: files read from where they lie, cards and mounts from the engine, the rest by the API."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
+import subprocess
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from gpudock.v1 import container_pb2, container_service_pb2, volume_pb2, volume_service_pb2
+
+from tests.calls import Caller
 from tests.faults.invariants import cards_of
 from tests.rig import Rig
 from tests.stateful.model import GROUP, Files
@@ -15,11 +22,8 @@ from tests.stateful.model import GROUP, Files
 
 def files_of(layer: Path) -> Files:
     """What a writable layer, or a snapshot of one, says of the files that the test plays with."""
-    found: Files = {}
     work = layer / "work"
-    if work.is_dir():
-        for entry in os.scandir(work):
-            found[entry.name] = Path(entry.path).read_text()
+    found = _texts_in(work) if work.is_dir() else {}
     group = layer / GROUP.lstrip("/")
     if group.is_symlink() or group.exists():
         status = group.lstat()
@@ -27,6 +31,15 @@ def files_of(layer: Path) -> Files:
         assert status.st_rdev == 0
         found[GROUP] = "deleted"
     return found
+
+
+def _texts_in(folder: Path) -> Files:
+    return {entry.name: Path(entry.path).read_text() for entry in os.scandir(folder)}
+
+
+def upper_of(inspected: dict[str, Any]) -> Path:
+    """The writable layer of an engine container."""
+    return Path(inspected["GraphDriver"]["Data"]["UpperDir"])
 
 
 @dataclass(frozen=True)
@@ -56,7 +69,79 @@ class EngineSide:
                         users.setdefault(uuid, []).append(name)
         return users
 
+    def mounted_at(self, mountpoint: str) -> Iterator[Path]:
+        """Where a volume is seen: once for each mount of it in what runs."""
+        for one in (each for ones in self.by_name.values() for each in ones if each["State"]["Running"]):
+            for mount in one["Mounts"]:
+                if mount["Source"] == mountpoint:
+                    yield Path(f"/proc/{one['State']['Pid']}/root{mount['Destination']}")
 
-def upper_of(inspected: dict[str, Any]) -> Path:
-    """The writable layer of an engine container."""
-    return Path(inspected["GraphDriver"]["Data"]["UpperDir"])
+
+@dataclass(frozen=True)
+class Sight:
+    """What there is at one moment: containers, volumes, and the engine's containers by name; who holds each card."""
+
+    containers: dict[str, container_pb2.Container]
+    engine: EngineSide
+    holders: dict[str, str]
+    volumes: dict[str, volume_pb2.Volume]
+
+    @classmethod
+    async def take(cls, rig: Rig, node: str, caller: Caller) -> Self:
+        """As of now."""
+        listed, engine, holders, volumes = await asyncio.gather(
+            caller.containers.ListContainers(container_service_pb2.ListContainersRequest()),
+            asyncio.to_thread(EngineSide.look, rig, node),
+            caller.holders(),
+            volumes_of(caller),
+        )
+        containers = {one.name: one for one in listed.containers}
+        return cls(containers, engine, {uuid: name for uuid, name in holders.items() if name}, volumes)
+
+    @classmethod
+    def of_nothing(cls) -> Self:
+        """Before anything is there."""
+        return cls({}, EngineSide({}), {}, {})
+
+    def mounts_of(self, inspected: dict[str, Any]) -> dict[str, str]:
+        """Target -> volume, of an engine container; what is none of ours is called as the engine calls it."""
+        names = {volume.mountpoint: name for name, volume in self.volumes.items()}
+        return {mount["Destination"]: names.get(mount["Source"], mount["Source"]) for mount in inspected["Mounts"]}
+
+    def files_in(self, volume: volume_pb2.Volume, device: Path) -> Files:
+        """What a volume holds, each user having it as all others; `device` is what one with a size is mounted from."""
+        seen = [_texts_in(place) for place in self.engine.mounted_at(volume.mountpoint)]
+        assert all(one == seen[0] for one in seen), f"{volume.name} has different files in its users: {seen}"
+        if seen:
+            return seen[0]
+        return _texts_inside(device) if volume.size_bytes else _texts_in(Path(volume.mountpoint))
+
+    def size_in(self, volume: volume_pb2.Volume) -> int | None:
+        """The size that those who run see, in bytes; None where none does."""
+        for place in self.engine.mounted_at(volume.mountpoint):
+            shown = os.statvfs(place)
+            return shown.f_blocks * shown.f_frsize
+        return None
+
+
+async def volumes_of(caller: Caller) -> dict[str, volume_pb2.Volume]:
+    """All that there are, as a watch lists them: unlike ListVolumes it does not measure them, which costs a process."""
+    found = {}
+    watch = caller.volumes.WatchVolumes(volume_service_pb2.WatchVolumesRequest())
+    async for answer in watch:
+        if answer.WhichOneof("event") != "added":
+            break
+        found[answer.added.name] = answer.added
+    watch.cancel()
+    return found
+
+
+def _texts_inside(device: Path) -> Files:
+    """The files of a device that nothing has mounted: copied from where nobody else sees it mounted."""
+    with tempfile.TemporaryDirectory() as folder:
+        place, copies = Path(folder, "place"), Path(folder, "copies")
+        place.mkdir()
+        script = 'mount -o ro "$1" "$2" && cp -R "$2" "$3"'
+        words = ["unshare", "--mount", "--propagation", "private", "sh", "-euc", script, "sh"]
+        subprocess.run([*words, str(device.resolve()), str(place), str(copies)], check=True, timeout=60)
+        return _texts_in(copies)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -30,11 +31,22 @@ class Spec:
     cpus: float = 0.0
     env: tuple[tuple[str, str], ...] = ()
     labels: tuple[tuple[str, str], ...] = ()
+    # Target -> volume, in the order of the targets.
+    mounts: tuple[tuple[str, str], ...] = ()
 
     @property
-    def in_place(self) -> tuple[float, tuple[tuple[str, str], ...]]:
-        """What changes without a new engine container."""
-        return (self.cpus, self.labels)
+    def fixed(self) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
+        """What takes a new engine container, also of what does not run."""
+        return (self.env, self.mounts)
+
+    @property
+    def volumes(self) -> frozenset[str]:
+        """The names of those that it mounts."""
+        return frozenset(volume for _, volume in self.mounts)
+
+    def without(self, volume: str) -> Spec:
+        """The same, but that volume is mounted nowhere."""
+        return replace(self, mounts=tuple(mount for mount in self.mounts if mount[1] != volume))
 
 
 @dataclass(frozen=True)
@@ -84,3 +96,29 @@ class Expected:
         if files is not None:
             after.files = dict(files)
         return after
+
+
+@dataclass
+class ExpectedVolume:
+    """One volume, as it must be. Its files are not part of any revision of a container: they are as they were left."""
+
+    name: str
+    # What it was given at first and by each change, in MiB; 0: it is a plain one.
+    sizes: tuple[int, ...] = (0,)
+    files: Files = field(default_factory=dict)
+    # What the engine calls it, where somebody made it in the engine.
+    adopted: str = ""
+
+    @property
+    def size_mib(self) -> int:
+        """The size of now."""
+        return self.sizes[-1]
+
+    def resized(self, size_mib: int) -> ExpectedVolume:
+        """After a change of size that made a revision."""
+        return replace(self, sizes=(*self.sizes, size_mib), files=dict(self.files))
+
+
+def attached(known: Iterable[Expected], volume: str) -> list[str]:
+    """Who mounts a volume, whether it runs or not."""
+    return sorted(one.name for one in known if volume in one.spec.volumes)

@@ -1,0 +1,270 @@
+"""The rules of containers: every request that changes one, disturbed half the time."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from dataclasses import replace
+from typing import Any
+
+from gpudock.v1 import container_service_pb2
+from hypothesis import strategies as st
+from hypothesis.stateful import precondition, rule
+
+from tests.calls import Caller, clone_request, result_of, scale_request, update_request
+from tests.stateful.drawing import EXITED, FAILED, GPUS, KEEP, NAMES, PAUSED, RESTING, RUNNING, STOPPED, Drawing
+from tests.stateful.model import GROUP, Expected, Past, Spec
+from tests.stateful.requests import fields_of, mounts_of, pruned, restorable, snapshots, unborn
+
+_FILES = ("a", "b", "c", GROUP)
+_CONTENTS = st.sampled_from(("one", "two", "three", "", None))
+
+
+class ContainerRules(Drawing):
+    """See the module's docstring."""
+
+    @precondition(lambda self: len(self.arena.known) < len(NAMES))
+    @rule(data=st.data(), gpus=GPUS, port=st.booleans(), create_only=st.booleans())
+    def create(self, data: st.DataObject, gpus: int, port: bool, create_only: bool) -> None:  # noqa: FBT001 - drawn
+        """A container more, if there are names and cards for it."""
+        if not self.can_have(gpus):
+            return self.idle()
+        name = self.free_name(data)
+        after = unborn(name, Spec(gpus=gpus, port=port, mounts=self.mounts(data)))
+        if create_only:
+            after.state = STOPPED
+        request = container_service_pb2.CreateContainerRequest(
+            name=name,
+            spec=Caller.spec(gpus, **fields_of(after.spec)),
+            create_only=create_only,
+            request_id=str(uuid.uuid4()),
+        )
+        self.do(data, name, lambda caller: result_of(caller.containers.CreateContainer(request)), None, after)
+        return self._born(name)
+
+    def _born(self, name: str) -> None:
+        if name in self.arena.known:
+            self.loop.run(self._learn_uid(name))
+
+    async def _learn_uid(self, name: str) -> None:
+        self.arena.known[name].uid = (await self.arena.caller.get(name)).uid
+
+    @precondition(lambda self: self.has(RUNNING))
+    @rule(data=st.data(), file=st.sampled_from(_FILES), content=_CONTENTS)
+    def write(self, data: st.DataObject, file: str, content: str | None) -> None:
+        """Files change in what runs."""
+        self.loop.run(self.arena.write(self.one(data, RUNNING).name, file, content))
+        self.tally["write"] += 1
+
+    @precondition(lambda self: self.has(RUNNING))
+    @rule(data=st.data(), file=st.sampled_from(_FILES), content=_CONTENTS)
+    def write_more(self, data: st.DataObject, file: str, content: str | None) -> None:
+        """Most of what happens to a container are its own doings."""
+        self.write(data, file, content)
+
+    @precondition(lambda self: self.has(RUNNING))
+    @rule(data=st.data(), gpus=GPUS, keep=st.booleans())
+    def scale(self, data: st.DataObject, gpus: int, keep: bool) -> None:  # noqa: FBT001 - drawn
+        """Other cards, by a successor."""
+        one = self.one(data, RUNNING)
+        if gpus == one.spec.gpus or not self.can_have(gpus, instead_of=one.spec.gpus):
+            return self.idle()
+        request = scale_request(one.name, gpus, **snapshots(keep))
+        after = pruned(one.changed(replace(one.spec, gpus=gpus), kept=keep), KEEP)
+        return self.do(data, one.name, lambda caller: result_of(caller.containers.ScaleContainer(request)), one, after)
+
+    @precondition(lambda self: self.has(*RESTING))
+    @rule(data=st.data(), cpus=st.sampled_from((0.5, 1.0, 1.5)), keep=st.booleans())
+    def limit(self, data: st.DataObject, cpus: float, keep: bool) -> None:  # noqa: FBT001 - drawn
+        """Another limit, in place, also of what does not run."""
+        one = self.one(data, RUNNING, STOPPED, EXITED)
+        if cpus == one.spec.cpus:
+            return self.idle()
+        request = scale_request(one.name, cpus=cpus, **snapshots(keep))
+        after = pruned(one.changed(replace(one.spec, cpus=cpus), kept=keep), KEEP)
+        return self.do(data, one.name, lambda caller: result_of(caller.containers.ScaleContainer(request)), one, after)
+
+    @precondition(lambda self: self.has(*RESTING))
+    @rule(data=st.data(), field=st.sampled_from(("env", "labels")), value=st.sampled_from(("x", "y")))
+    def update(self, data: st.DataObject, field: str, value: str) -> None:
+        """Environment by a successor, labels in place."""
+        other: Any = {field: (("k", value),)}
+        fields: Any = {field: {"k": value}}
+        one = self.one(data, RUNNING, STOPPED, EXITED)
+        if getattr(one.spec, field) == (("k", value),):
+            return self.idle()
+        return self._update(data, one, replace(one.spec, **other), update_request(one.name, **fields))
+
+    @precondition(lambda self: self.has_volumes and self.has(*RESTING))
+    @rule(data=st.data())
+    def mount(self, data: st.DataObject) -> None:
+        """Other volumes, or the same ones elsewhere, or none."""
+        one = self.one(data, *RESTING)
+        spec = replace(one.spec, mounts=self.mounts(data))
+        if spec == one.spec:
+            return self.idle()
+        return self._update(data, one, spec, update_request(one.name, "mounts", mounts=mounts_of(spec)))
+
+    def _update(self, data: st.DataObject, one: Expected, spec: Spec, request: Any) -> None:
+        after = pruned(one.changed(spec), KEEP)
+        if one.state is EXITED and spec.fixed != one.spec.fixed:
+            after.state = STOPPED  # a successor that was never started
+        self.do(data, one.name, lambda caller: result_of(caller.containers.UpdateContainer(request)), one, after)
+
+    @precondition(lambda self: self.has(*RESTING, FAILED))
+    @rule(data=st.data(), spec_only=st.booleans())
+    def rollback(self, data: st.DataObject, spec_only: bool) -> None:  # noqa: FBT001 - drawn
+        """To any revision that can be returned to."""
+        one = self.one(data, *RESTING, *(() if spec_only else (FAILED,)))
+        # With nothing but another spec to return to, nothing would change.
+        others = [(number, past) for number, past in one.past.items() if past.spec != one.spec]
+        choices = others if spec_only else list(restorable(one))
+        if not choices:
+            return self.idle()
+        number, past = data.draw(st.sampled_from(choices), label="revision")
+        if one.state is RUNNING and not self.can_have(past.spec.gpus, instead_of=one.spec.gpus):
+            return self.idle()
+        request = container_service_pb2.RollbackContainerRequest(name=one.name, revision=number, spec_only=spec_only)
+
+        async def act(caller: Caller) -> None:
+            await result_of(caller.containers.RollbackContainer(request))
+
+        if self.lacks_volume(past.spec):
+            # What was on it is gone, and another one of its name is not there yet.
+            return self.refused(act, "VOLUME_NOT_FOUND", one.name)
+        after = one.changed(past.spec, files=None if spec_only else dict(past.files or ()))
+        if one.state is FAILED or (one.state is EXITED and (not spec_only or past.spec.fixed != one.spec.fixed)):
+            # A successor that was never started.
+            after.state = STOPPED
+        return self.do(data, one.name, act, one, pruned(after, KEEP))
+
+    @precondition(lambda self: self.has(RUNNING, PAUSED))
+    @rule(data=st.data(), keep_resources=st.booleans())
+    def stop(self, data: st.DataObject, keep_resources: bool) -> None:  # noqa: FBT001 - drawn
+        """Stop what runs."""
+        one = self.one(data, RUNNING, PAUSED)
+        after = one.copy()
+        after.state = STOPPED
+        if not keep_resources:
+            after.holds, after.cards = False, 0
+        name = one.name
+        self.do(data, name, lambda caller: caller.stop(name, keep_resources=keep_resources), one, after)
+
+    @precondition(lambda self: self.has(STOPPED, EXITED))
+    @rule(data=st.data())
+    def start(self, data: st.DataObject) -> None:
+        """Start what does not run; where it was given other cards meanwhile it gets a successor, and a revision."""
+        one = self.one(data, STOPPED, EXITED)
+        if not self.can_have(one.spec.gpus, instead_of=one.cards):
+            return self.idle()
+        self.loop.run(self._start(one.name))
+        return self.loop.run(self.arena.check(one.name))
+
+    async def _start(self, name: str) -> None:
+        one = self.arena.known[name]
+        now = await self.arena.caller.start(name)
+        after = one.copy() if now.revision == one.revision else pruned(one.changed(one.spec), KEEP)
+        after.state, after.holds, after.cards = RUNNING, True, after.spec.gpus
+        await self.arena.settle(name, after)
+
+    @precondition(lambda self: self.has(RUNNING))
+    @rule(data=st.data())
+    def restart(self, data: st.DataObject) -> None:
+        """Another process, the same everything."""
+        one = self.one(data, RUNNING)
+        name = one.name
+        self.do(data, name, lambda caller: caller.restart(name), one, one.copy())
+
+    @precondition(lambda self: self.has(RUNNING, PAUSED))
+    @rule(data=st.data())
+    def pause_or_thaw(self, data: st.DataObject) -> None:
+        """Freeze what runs, thaw what is frozen."""
+        one = self.one(data, RUNNING, PAUSED)
+        after, name = one.copy(), one.name
+        after.state = PAUSED if one.state is RUNNING else RUNNING
+        if one.state is RUNNING:
+            request = container_service_pb2.PauseContainerRequest(name=name)
+            self.do(data, name, lambda caller: caller.containers.PauseContainer(request), one, after)
+        else:
+            thaw = container_service_pb2.UnpauseContainerRequest(name=name)
+            self.do(data, name, lambda caller: caller.containers.UnpauseContainer(thaw), one, after)
+
+    @precondition(lambda self: self.has())
+    @rule(data=st.data())
+    def delete_revision(self, data: st.DataObject) -> None:
+        """Others keep the files that they share with it."""
+        one = self.one(data)
+        if not one.past:
+            return self.idle()
+        number = data.draw(st.sampled_from(sorted(one.past)), label="revision")
+        after, name = one.copy(), one.name
+        del after.past[number]
+        return self.do(data, name, lambda caller: caller.delete_revision(name, number), one, after)
+
+    @precondition(lambda self: self.has())
+    @rule(data=st.data())
+    def delete(self, data: st.DataObject) -> None:
+        """With all that belongs to it; without `force` only what does not run."""
+        one = self.one(data)
+        name = one.name
+        match data.draw(st.sampled_from(("no", "politely", "by force")), label="really"):
+            case "no":
+                return self.idle()
+            case "politely" if one.runs:
+                return self.refused(lambda caller: caller.delete(name, force=False), "CONTAINER_RUNNING", name)
+            case how:
+                self.loop.run(self.arena.caller.delete(name, force=how == "by force"))
+                del self.arena.known[name]
+                return self.loop.run(self.arena.check())
+
+    @precondition(lambda self: self.has(RUNNING) and len(self.arena.known) < len(NAMES))
+    @rule(data=st.data())
+    def clone(self, data: st.DataObject) -> None:
+        """Another one with the files of now, or of a revision."""
+        one = self.one(data, RUNNING)
+        name = self.free_name(data)
+        number, past = data.draw(
+            st.sampled_from([(0, Past(one.spec, tuple(one.files.items()))), *restorable(one)]), label="revision"
+        )
+        if not self.can_have(past.spec.gpus):
+            return self.idle()
+        request = clone_request(one.name, name, revision=number)
+
+        async def act(caller: Caller) -> None:
+            await result_of(caller.containers.CloneContainer(request))
+
+        if self.lacks_volume(past.spec):
+            return self.refused(act, "VOLUME_NOT_FOUND", one.name)
+        after = unborn(name, past.spec)
+        after.files = dict(past.files or ())
+        self.do(data, name, act, None, after)
+        self._born(name)
+        return self.loop.run(self.arena.check(one.name))
+
+    @precondition(lambda self: self.has(*RESTING))
+    @rule(data=st.data())
+    def commit(self, data: st.DataObject) -> None:
+        """An image of its files; the container is as it was."""
+        one = self.one(data, *RESTING)
+        self.do(data, one.name, lambda caller: caller.commit(one.name, "stateful/image"), one, one.copy())
+
+    @precondition(lambda self: self.has(RUNNING))
+    @rule(data=st.data())
+    def two_at_once(self, data: st.DataObject) -> None:
+        """Of two changes at once each is done, or refused because of the other."""
+        one = self.one(data, RUNNING)
+        self.loop.run(self._two_at_once(one))
+        self.loop.run(self.arena.check(one.name))
+
+    async def _two_at_once(self, one: Expected) -> None:
+        values = [value for value in ("x", "y", "z") if one.spec.env != (("k", value),)][:2]
+        requests = [update_request(one.name, env={"k": value}) for value in values]
+        calls = [result_of(self.arena.caller.containers.UpdateContainer(request)) for request in requests]
+        done = await asyncio.gather(*calls, return_exceptions=True)
+        specs = [replace(one.spec, env=(("k", value),)) for value in values]
+        first, second = (one.changed(spec) for spec in specs)
+        both = [first.changed(specs[1]), second.changed(specs[0])]
+        succeeded = [not isinstance(outcome, BaseException) for outcome in done]
+        assert any(succeeded), done
+        candidates = both if all(succeeded) else [first if succeeded[0] else second]
+        await self.arena.settle(one.name, *(pruned(candidate, KEEP) for candidate in candidates))

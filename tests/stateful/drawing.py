@@ -1,0 +1,149 @@
+"""What all rules draw from: what there is, and what goes wrong meanwhile."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Coroutine, Mapping
+from typing import Any, Protocol, TypeVar
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant
+
+from tests.rig import EngineProxy, Fault, Rig
+from tests.stateful.arena import Act, Arena, Deed
+from tests.stateful.model import Expected, Spec, State
+
+T = TypeVar("T")
+
+RUNNING, PAUSED, EXITED, STOPPED, FAILED = State
+RESTING = (RUNNING, STOPPED, EXITED)
+# Of these troubles each must have been met, and so often; else the sequences were too tame to show anything.
+TROUBLES = ("refuse", "drop", "drop after", "kill", "cancel")
+
+KEEP = 6
+CARDS = 8
+GPUS = st.integers(0, 3)
+NAMES = ("ada", "bob", "cleo")
+VOLUMES = ("hall", "isle")
+TARGETS = ("/data", "/more")
+
+_CALLS = r"/(containers|images|volumes)(/(?!.*/wait$).*)?"
+_DEEDS = "POST|DELETE"
+
+
+class Runs(Protocol):
+    """An event loop elsewhere."""
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Its result."""
+
+
+class Drawing(RuleBasedStateMachine):
+    """The base of all rules."""
+
+    rig: Rig
+    loop: Runs
+    tally: Counter[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._arena: Arena | None = None
+        self._proxy: EngineProxy | None = None
+        # Whether anything has been done since everything was looked at.
+        self.news = False
+
+    @property
+    def arena(self) -> Arena:
+        """The one that was begun."""
+        assert self._arena is not None
+        return self._arena
+
+    @invariant()
+    def count(self) -> None:
+        """How many steps there were."""
+        self.tally["steps"] += 1
+
+    def has(self, *states: State) -> bool:
+        """Whether there is one in any of these states (none: in any at all)."""
+        known = self._arena.known if self._arena else {}
+        return any(not states or one.state in states for one in known.values())
+
+    @property
+    def has_volumes(self) -> bool:
+        """Whether there is any."""
+        return bool(self._arena and self._arena.volumes)
+
+    def one(self, data: st.DataObject, *states: State) -> Expected:
+        """A container in any of these states."""
+        self.news = True
+        names = sorted(name for name, one in self.arena.known.items() if not states or one.state in states)
+        return self.arena.known[data.draw(st.sampled_from(names), label="which")]
+
+    def free_name(self, data: st.DataObject) -> str:
+        """One that no container has."""
+        return data.draw(st.sampled_from([name for name in NAMES if name not in self.arena.known]), label="name")
+
+    def mounts(self, data: st.DataObject) -> tuple[tuple[str, str], ...]:
+        """Some of the volumes that there are, or none, at some of the targets."""
+        choices = (None, *sorted(self.arena.volumes))
+        drawn = [(target, data.draw(st.sampled_from(choices), label=target)) for target in TARGETS]
+        return tuple((target, volume) for target, volume in drawn if volume is not None)
+
+    def can_have(self, gpus: int, *, instead_of: int = 0) -> bool:
+        """Whether that many cards are free, once others are given back."""
+        return gpus - instead_of <= CARDS - sum(one.cards for one in self.arena.known.values())
+
+    def lacks_volume(self, spec: Spec) -> bool:
+        """Whether it names one that was deleted."""
+        return not spec.volumes <= self.arena.volumes.keys()
+
+    def idle(self) -> None:
+        """Nothing is done in this step: what was drawn does not fit."""
+        self.tally["idle"] += 1
+
+    def refused(self, act: Act, reason: str, *names: str, holders: Collection[str] = ()) -> None:
+        """It must be, for that reason, and change nothing."""
+        self.loop.run(self.arena.refused(act, reason, holders))
+        self.loop.run(self.arena.check(*names))
+        self.tally[f"refused: {reason}"] += 1
+
+    def do(
+        self,
+        data: st.DataObject,
+        name: str,
+        act: Act,
+        before: Any,
+        after: Any,
+        *,
+        also: Mapping[str, Expected] | None = None,
+    ) -> None:
+        """Undisturbed half the time; else the engine is harmed meanwhile, the daemon killed, or it is cancelled."""
+        deed = Deed(name, act, before, after, tuple((also or {}).values()))
+        trouble = data.draw(st.sampled_from(("none",) * len(TROUBLES) + TROUBLES), label="trouble")
+        met = True
+        match trouble:
+            case "kill":
+                self.loop.run(self.arena.kill_during(deed))
+            case "cancel":
+                met = self.loop.run(self.arena.cancel_during(deed))
+            case _:
+                fault = self._plant(data, trouble, st.integers(1, 2 if deed.of_a_volume else 5))
+                self.loop.run(self.arena.act(deed))
+                met = fault is None or fault.hit.is_set()
+        self.tally[trouble] += met
+        self.news = True
+        self.loop.run(self.arena.check_settled(name, *(also or {})))
+
+    def _plant(self, data: st.DataObject, trouble: str, nths: st.SearchStrategy[int]) -> Fault | None:
+        """`nths`: which of the engine's deeds it hits. A volume takes one or two of them."""
+        faults = self.arena.proxy.faults
+        match trouble:
+            case "refuse":
+                # Questions are refused too; there are many of them between two deeds.
+                if data.draw(st.booleans(), label="a deed"):
+                    return faults.fail(_DEEDS, _CALLS, nth=data.draw(nths, label="nth"))
+                return faults.fail(".*", _CALLS, nth=data.draw(st.integers(1, 15), label="nth"))
+            case "drop" | "drop after":
+                nth = data.draw(nths, label="nth")
+                return faults.drop(_DEEDS, _CALLS, nth=nth, after=trouble == "drop after")
+        return None

@@ -1,0 +1,46 @@
+"""The rules of what else happens to a host: other daemons, the docker command, and who reads everything."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+from hypothesis.stateful import precondition, rule
+
+from tests.stateful.drawing import EXITED, RESTING, RUNNING, STOPPED, Drawing
+from tests.stateful.outside import do_outside
+from tests.stateful.reading import read_everything
+
+
+class OtherRules(Drawing):
+    """See the module's docstring."""
+
+    @precondition(lambda self: self.news and bool(self.arena.known))
+    @rule(kill=st.booleans())
+    def another_daemon(self, kill: bool) -> None:  # noqa: FBT001 - drawn
+        """Killed or stopped, with nothing under way."""
+        self.loop.run(self.arena.restart(kill=kill))
+        self.loop.run(self.arena.check())
+        self.news = False
+
+    @precondition(lambda self: self.has(*RESTING))
+    @rule(data=st.data(), deed=st.sampled_from(("rm", "stop", "kill", "pause", "start", "rename", "limit")))
+    def behind_its_back(self, data: st.DataObject, deed: str) -> None:
+        """The docker command does something to one of its containers."""
+        states = {"rm": (RUNNING, EXITED), "start": (EXITED, STOPPED), "rename": RESTING}.get(deed, (RUNNING,))
+        if not self.has(*states):
+            return self.idle()
+        one = self.one(data, *states)
+        # Not often: what is removed is lost for the rest of the sequence, unless it is rolled back.
+        if deed == "rm" and not data.draw(st.booleans(), label="really"):
+            return self.idle()
+        self.loop.run(do_outside(self.arena, one.name, deed))
+        self.tally[f"docker {deed}"] += 1
+        return self.loop.run(self.arena.check(one.name))
+
+    # Once is enough: what was looked at is not looked at again before anything else has happened.
+    @precondition(lambda self: self.news)
+    @rule()
+    def look_at_everything(self) -> None:
+        """Everything agrees, by whichever call it is asked for."""
+        self.loop.run(self.arena.check())
+        self.loop.run(read_everything(self.arena))
+        self.news = False

@@ -1,0 +1,93 @@
+"""What a person with the docker command does behind the daemon's back; the daemon notices."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from gpudock.v1 import container_pb2
+
+from tests.calls import IMAGE
+from tests.faults.invariants import cards_of
+from tests.rig import HttpStatusError, Rig
+from tests.stateful.arena import Arena
+from tests.stateful.looking import EngineSide
+from tests.stateful.model import State
+
+# Within so many seconds an event is noticed and, where a rule says so, repaired.
+_NOTICED_S = 20.0
+
+
+async def do_outside(arena: Arena, name: str, deed: str) -> None:
+    """Do something to a container of the daemon, and wait until that is known."""
+    one, engine = arena.known[name].copy(), arena.rig.engine
+    inspected = _inspected(arena, name)
+    where = f"/containers/{inspected['Id']}"
+    match deed:
+        case "rm":
+            engine.call("DELETE", where, query={"force": "1"})
+            one.state, one.holds, one.cards = State.FAILED, False, 0
+        case "stop" | "kill":
+            engine.call("POST", f"{where}/{deed}")
+            one.state = State.EXITED
+        case "pause":
+            engine.call("POST", f"{where}/pause")
+            one.state = State.PAUSED
+        case "start":
+            return await _start(arena, name, where)
+        case "rename":
+            engine.call("POST", f"{where}/rename", query={"name": f"mine-{name}"})
+            await _until(lambda: _inspected(arena, name)["Name"] == inspected["Name"])
+        case "limit":
+            engine.call("POST", f"{where}/update", send={"NanoCpus": 700_000_000})
+            wanted = round(one.spec.cpus * 1e9) or engine.call("GET", "/info")["NCPU"] * 1_000_000_000
+            await _until(lambda: _inspected(arena, name)["HostConfig"]["NanoCpus"] == wanted)
+    wanted_state = f"CONTAINER_STATE_{one.state}"
+    async with asyncio.timeout(_NOTICED_S):
+        while container_pb2.ContainerState.Name((await arena.caller.get(name)).status.state) != wanted_state:
+            await asyncio.sleep(0.02)
+    arena.known[name] = one
+    return None
+
+
+def _inspected(arena: Arena, name: str) -> Any:
+    return EngineSide.look(arena.rig, arena.node).by_name[name][0]
+
+
+async def _start(arena: Arena, name: str, where: str) -> None:
+    """What it was given is claimed for it if it is free; else it is stopped again."""
+    inspected = _inspected(arena, name)
+    spec = arena.known[name].spec
+    if len(cards_of(inspected)) != spec.gpus or bool(inspected["HostConfig"]["PortBindings"]) != spec.port:
+        return None  # it was changed since it last ran, and what runs then is not what its spec says
+    try:
+        arena.rig.engine.call("POST", f"{where}/start")
+    except HttpStatusError:
+        return None  # its port is another's by now
+    runs, stopped = arena.known[name].copy(), arena.known[name].copy()
+    runs.state, runs.holds, runs.cards = State.RUNNING, True, spec.gpus
+    async with asyncio.timeout(_NOTICED_S):
+        while True:
+            with contextlib.suppress(AssertionError):
+                return await arena.settle(name, runs, stopped)
+            await asyncio.sleep(0.05)
+
+
+async def _until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(_NOTICED_S):
+        while not await asyncio.to_thread(holds):
+            await asyncio.sleep(0.05)
+
+
+@contextlib.contextmanager
+def stranger(rig: Rig, engine_volume: str) -> Iterator[str]:
+    """A container that is none of the daemon's refers to a volume; its name in the engine."""
+    name = f"stranger-of-{engine_volume}"
+    send = {"Image": IMAGE, "HostConfig": {"Binds": [f"{engine_volume}:/theirs"]}}
+    rig.engine.call("POST", "/containers/create", query={"name": name}, send=send)
+    try:
+        yield name
+    finally:
+        rig.engine.call("DELETE", f"/containers/{name}", query={"force": "1"})

@@ -1,0 +1,118 @@
+"""Every call that only reads, once each: they tell of one world, and it is the model's."""
+
+from __future__ import annotations
+
+import asyncio
+
+from gpudock.v1 import (
+    container_pb2,
+    container_service_pb2,
+    node_service_pb2,
+    operation_pb2,
+    operation_service_pb2,
+    volume_service_pb2,
+)
+
+from tests.calls import Caller
+from tests.stateful.arena import Arena
+from tests.stateful.model import Expected, ExpectedVolume
+
+_MIB = 1 << 20
+# Within so many seconds a comparison goes through that was broken off by an engine which was harmed.
+_COMPARED_S = 20.0
+
+
+async def read_everything(arena: Arena) -> None:
+    """While nothing is under way."""
+    await _node(arena)
+    await _containers(arena)
+    for one in arena.known.values():
+        await _revision(arena.caller, one)
+    await _volumes(arena)
+    await _operations(arena.caller)
+    await _drift(arena)
+
+
+async def _node(arena: Arena) -> None:
+    nodes = arena.caller.nodes
+    node = (await nodes.GetNode(node_service_pb2.GetNodeRequest())).node
+    held = sum(one.cards for one in arena.known.values())
+    assert (node.name, node.claimed_gpus) == (arena.node, held)
+    promised = sum(one.size_mib for one in arena.volumes.values())
+    assert node.volume_pool.promised_bytes == promised * _MIB
+    ports = (await nodes.ListPorts(node_service_pb2.ListPortsRequest())).ports
+    assert len({port.host_port for port in ports}) == len(ports), "no port is held twice"
+    shown: dict[str, set[int]] = {}
+    for port in ports:
+        shown.setdefault(port.container, set()).add(port.host_port)
+    for name in arena.known:
+        status = (await arena.caller.get(name)).status
+        assert {port.host_port for port in status.ports} == shown.pop(name, set()), name
+    assert not shown, f"ports that are held by nobody: {shown}"
+    assert all(one.healthy for one in node.components), node.components
+
+
+async def _containers(arena: Arena) -> None:
+    containers = arena.caller.containers
+    listed = (await containers.ListContainers(container_service_pb2.ListContainersRequest())).containers
+    states = {
+        one.name: container_pb2.ContainerState.Name(one.status.state).removeprefix("CONTAINER_STATE_") for one in listed
+    }
+    assert states == {name: one.state.value for name, one in arena.known.items()}
+    watch = containers.WatchContainers(container_service_pb2.WatchContainersRequest())
+    watched = []
+    async for answer in watch:
+        if answer.WhichOneof("event") != "added":
+            break
+        watched.append(answer.added)
+    watch.cancel()
+    assert watched == list(listed)
+
+
+async def _revision(caller: Caller, one: Expected) -> None:
+    request = container_service_pb2.GetContainerRevisionRequest(name=one.name, revision=one.revision)
+    current = (await caller.containers.GetContainerRevision(request)).revision
+    assert current.current
+    assert current.spec == (await caller.get(one.name)).spec
+
+
+async def _volumes(arena: Arena) -> None:
+    caller = arena.caller
+    listed = (await caller.volumes.ListVolumes(volume_service_pb2.ListVolumesRequest())).volumes
+    assert [one.name for one in listed] == sorted(arena.volumes)
+    for shown in listed:
+        one = arena.volumes[shown.name]
+        if one.size_mib:
+            # The files are few: most of that is the filesystem's own.
+            assert shown.used_bytes < one.size_mib * _MIB // 4
+        alone = await caller.volume(one.name)
+        assert (alone.size_bytes, alone.etag, alone.used_bytes >= 0) == (shown.size_bytes, shown.etag, True)
+        await _volume_history(caller, one)
+
+
+async def _volume_history(caller: Caller, one: ExpectedVolume) -> None:
+    request = volume_service_pb2.ListVolumeRevisionsRequest(name=one.name)
+    history = (await caller.volumes.ListVolumeRevisions(request)).revisions
+    assert [(kept.revision, kept.size_bytes) for kept in history] == [
+        (number, size * _MIB) for number, size in enumerate(one.sizes, 1)
+    ]
+
+
+async def _operations(caller: Caller) -> None:
+    operations = caller.operations
+    listed = (await operations.ListOperations(operation_service_pb2.ListOperationsRequest(page_size=1))).operations
+    for shown in listed:
+        assert shown.state not in (operation_pb2.OPERATION_STATE_RUNNING, operation_pb2.OPERATION_STATE_UNDOING)
+        read = await operations.GetOperation(operation_service_pb2.GetOperationRequest(id=shown.id))
+        assert read.operation == shown
+        watch = operations.WatchOperation(operation_service_pb2.WatchOperationRequest(id=shown.id))
+        assert (await anext(aiter(watch))).operation == shown
+        watch.cancel()
+
+
+async def _drift(arena: Arena) -> None:
+    """What differs is known by name, and the last comparison went through."""
+    async with asyncio.timeout(_COMPARED_S):
+        while (seen := await arena.caller.nodes.ListDrift(node_service_pb2.ListDriftRequest())).trouble:
+            await asyncio.sleep(0.05)
+    assert all(one.container for one in seen.drift), seen.drift

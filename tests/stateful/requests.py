@@ -1,0 +1,65 @@
+"""What the rules ask for, as the contract has it, and what it makes of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gpudock.v1 import container_pb2
+
+from tests.stateful.model import Expected, Past, Spec, State
+
+_PORT = container_pb2.PortRequest(container_port=80)
+_NEVER = container_pb2.SNAPSHOT_POLICY_NEVER
+
+
+def mounts_of(spec: Spec) -> list[container_pb2.Mount]:
+    """What a spec mounts, as the contract has it."""
+    return [container_pb2.Mount(volume=volume, target=target) for target, volume in spec.mounts]
+
+
+def fields_of(spec: Spec) -> dict[str, Any]:
+    """A spec as the contract's fields."""
+    return {
+        "ports": [_PORT] if spec.port else [],
+        "cpus": spec.cpus,
+        "env": dict(spec.env),
+        "labels": dict(spec.labels),
+        "mounts": mounts_of(spec),
+    }
+
+
+def spec_of(container: container_pb2.Container) -> Spec:
+    """Of a container's spec, what the test changes."""
+    spec = container.spec
+    return Spec(
+        gpus=spec.gpus.count,
+        port=bool(spec.ports),
+        cpus=spec.cpus,
+        env=tuple(sorted(spec.env.items())),
+        labels=tuple(sorted(spec.labels.items())),
+        mounts=tuple(sorted((mount.target, mount.volume) for mount in spec.mounts)),
+    )
+
+
+def snapshots(keep: bool) -> dict[str, Any]:  # noqa: FBT001 - drawn
+    """The word for whether files are kept, as a call has it."""
+    return {} if keep else {"snapshots": _NEVER}
+
+
+def unborn(name: str, spec: Spec) -> Expected:
+    """A container whose uid the server has yet to choose."""
+    return Expected(name=name, uid="", state=State.RUNNING, spec=spec, cards=spec.gpus)
+
+
+def pruned(one: Expected, keep: int) -> Expected:
+    """With no more than `keep` revisions, the current one among them."""
+    after = one.copy()
+    for number in sorted(after.past)[: max(0, len(after.past) - keep + 1)]:
+        del after.past[number]
+    return after
+
+
+def restorable(one: Expected) -> Sequence[tuple[int, Past]]:
+    """The revisions that can be returned to with their files."""
+    return [(number, past) for number, past in sorted(one.past.items()) if past.files is not None]

@@ -1,0 +1,123 @@
+"""The rules of volumes: what changes them, what they refuse, and what is written in them."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+from gpudock.v1 import volume_service_pb2
+from hypothesis import strategies as st
+from hypothesis.stateful import precondition, rule
+
+from tests.calls import Caller, progress_of
+from tests.stateful.drawing import EXITED, KEEP, PAUSED, RUNNING, STOPPED, VOLUMES, Drawing
+from tests.stateful.model import Expected, ExpectedVolume, attached
+from tests.stateful.outside import stranger
+from tests.stateful.requests import pruned
+
+_MIB = 1 << 20
+_FILES = st.sampled_from(("a", "b"))
+_CONTENTS = st.sampled_from(("red", "green", "", None))
+# In these steps; XFS takes no less than 236 MiB.
+_SMALLEST_MIB = 240
+_STEP_MIB = 16
+_SIZES = st.sampled_from((0, _SMALLEST_MIB))
+
+
+class VolumeRules(Drawing):
+    """See the module's docstring."""
+
+    def _volume(self, data: st.DataObject) -> ExpectedVolume:
+        return self.arena.volumes[data.draw(st.sampled_from(sorted(self.arena.volumes)), label="volume")]
+
+    def _users(self, volume: str) -> list[Expected]:
+        return [self.arena.known[name] for name in attached(self.arena.known.values(), volume)]
+
+    def _free_volume(self, data: st.DataObject) -> str:
+        free = [name for name in VOLUMES if name not in self.arena.volumes]
+        return data.draw(st.sampled_from(free), label="volume")
+
+    @precondition(lambda self: len(self.arena.volumes) < len(VOLUMES))
+    @rule(data=st.data(), size_mib=_SIZES)
+    def create_volume(self, data: st.DataObject, size_mib: int) -> None:
+        """With a size or without."""
+        name = self._free_volume(data)
+        request = volume_service_pb2.CreateVolumeRequest(
+            name=name, size_bytes=size_mib * _MIB, request_id=str(uuid.uuid4())
+        )
+        after = ExpectedVolume(name, (size_mib,))
+        self.do(data, name, lambda caller: caller.volumes.CreateVolume(request), None, after)
+
+    @precondition(lambda self: len(self.arena.volumes) < len(VOLUMES))
+    @rule(data=st.data(), size_mib=_SIZES)
+    def adopt_volume(self, data: st.DataObject, size_mib: int) -> None:
+        """What somebody made in the engine: as it is, or copied into one with a size."""
+        name, theirs, engine = self._free_volume(data), f"theirs-{uuid.uuid4()}", self.arena.rig.engine
+        made = engine.call("POST", "/volumes/create", send={"Name": theirs})
+        Path(made["Mountpoint"], "theirs").write_text(name)
+        request = volume_service_pb2.AdoptVolumeRequest(name=name, engine_volume=theirs, size_bytes=size_mib * _MIB)
+        after = ExpectedVolume(name, (size_mib,), {"theirs": name}, adopted="" if size_mib else theirs)
+        self.do(data, name, lambda caller: progress_of(caller.volumes.AdoptVolume(request)), None, after)
+        if size_mib or name not in self.arena.volumes:
+            # It is theirs as before.
+            assert Path(made["Mountpoint"], "theirs").read_text() == name
+            engine.call("DELETE", f"/volumes/{theirs}")
+
+    @precondition(lambda self: any(self.arena.known[name].spec.mounts for name in self._names(RUNNING)))
+    @rule(data=st.data(), file=_FILES, content=_CONTENTS)
+    def write_in_volume(self, data: st.DataObject, file: str, content: str | None) -> None:
+        """By one of those that mount it; all others see it, too."""
+        places = [(name, place) for name in self._names(RUNNING) for place, _ in self.arena.known[name].spec.mounts]
+        name, target = data.draw(st.sampled_from(places), label="where")
+        self.loop.run(self.arena.write_in_volume(name, target, file, content))
+        self.tally["write in volume"] += 1
+
+    @precondition(lambda self: any(one.size_mib for one in self.arena.volumes.values()))
+    @rule(data=st.data(), shrink=st.sampled_from((False,) * 4 + (True,)))
+    def resize_volume(self, data: st.DataObject, shrink: bool) -> None:  # noqa: FBT001 - drawn
+        """Grown in place under who uses it; made smaller by a copy, for which those are stopped and started."""
+        volume = self._volume(data)
+        name, users = volume.name, self._users(volume.name)
+        size_mib = (volume.size_mib or _SMALLEST_MIB) + (-_STEP_MIB if shrink else _STEP_MIB)
+        request = volume_service_pb2.ResizeVolumeRequest(name=name, size_bytes=size_mib * _MIB)
+
+        async def act(caller: Caller) -> None:
+            await progress_of(caller.volumes.ResizeVolume(request))
+
+        if not volume.size_mib or size_mib < _SMALLEST_MIB:
+            self.refused(act, "SIZE_NOT_SUPPORTED", name)
+        elif not shrink:
+            self.do(data, name, act, volume, volume.resized(size_mib))
+        elif any(one.state is PAUSED for one in users):
+            self.refused(act, "CONTAINER_PAUSED", name)
+        else:
+            self.do(data, name, act, volume, volume.resized(size_mib), also={one.name: one.copy() for one in users})
+
+    @precondition(lambda self: self.has_volumes)
+    @rule(data=st.data(), force=st.booleans(), theirs=st.sampled_from((False,) * 4 + (True,)))
+    def delete_volume(self, data: st.DataObject, force: bool, theirs: bool) -> None:  # noqa: FBT001 - drawn
+        """Not while anything mounts it, and by force not while what mounts it runs; what does not is updated first."""
+        volume = self._volume(data)
+        name, users = volume.name, self._users(volume.name)
+        keep_it = [one.name for one in users if not force or one.state not in (STOPPED, EXITED)]
+
+        async def act(caller: Caller) -> None:
+            await caller.delete_volume(name, force=force)
+
+        if theirs:
+            # Nor while somebody's own container refers to it.
+            with stranger(self.arena.rig, self.loop.run(self._engine_volume(name))) as other:
+                return self.refused(act, "VOLUME_IN_USE", name, *keep_it, holders=keep_it or [other])
+        if keep_it:
+            return self.refused(act, "VOLUME_IN_USE", name, *keep_it, holders=keep_it)
+        also = {one.name: pruned(one.changed(one.spec.without(name)), KEEP) for one in users}
+        for one in also.values():
+            one.state = STOPPED
+        return self.do(data, name, act, volume, None, also=also)
+
+    async def _engine_volume(self, name: str) -> str:
+        return Path((await self.arena.caller.volume(name)).mountpoint).parent.name
+
+    def _names(self, state: object) -> list[str]:
+        known = self._arena.known if self._arena else {}
+        return sorted(name for name, one in known.items() if one.state is state)
