@@ -398,6 +398,22 @@ async def test_starts_take_turns(engine_proxy: EngineProxy) -> None:
         await asyncio.gather(*starting[1:])
 
 
+async def test_what_is_created_for_who_was_cancelled_is_found(patient: DockerEngine, engine_proxy: EngineProxy) -> None:
+    async with connected_to(engine_proxy.url, timeout=20) as engine:
+        made = await blueprint(patient)
+        hang = engine_proxy.faults.hang("POST", ".*/create")
+        creating = asyncio.create_task(engine.create(made))
+        await hang.hit.wait()
+        creating.cancel()
+        await asyncio.wait((creating,), timeout=0.2)
+        assert not creating.done(), "the engine is at it"
+        hang.release()
+        with pytest.raises(asyncio.CancelledError):
+            await creating
+        assert await patient.inspect(made.name) is not None
+        assert in_use(engine) == 0
+
+
 # ---- stop, pause, wait, remove ----
 
 

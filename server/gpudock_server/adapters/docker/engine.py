@@ -37,6 +37,9 @@ from gpudock_server.ports import Progress
 # A hundred starts at once take the engine as long as four at a time, but then each of them as long as all together.
 _STARTS_AT_ONCE: Final = 4
 _INSPECTS_AT_ONCE: Final = 8
+# What is being created when its caller is cancelled is waited for that long. An engine that takes longer leaves it to
+# reconcile.
+_CREATES_WITHIN: Final = 5.0
 # A commit writes the whole layer to the disk and says nothing meanwhile.
 _COMMIT_TIMEOUTS: Final = 30
 
@@ -168,8 +171,22 @@ class DockerEngine:
     async def create(self, blueprint: Blueprint) -> str:
         """Create a container, or find the one that the same operation has created; its id.
 
-        Raises ImageNotFound too: the image may have been removed since it was looked up.
+        The engine goes on with it when the caller is gone: one that is cancelled waits for it for a while, so that who
+        undoes it finds it. Raises ImageNotFound too: the image may have been removed since it was looked up.
         """
+        creating = asyncio.ensure_future(self._create(blueprint))
+        try:
+            return await asyncio.shield(creating)
+        except asyncio.CancelledError:
+            await asyncio.wait((creating,), timeout=_CREATES_WITHIN)
+            creating.cancel()
+            # Whatever came of it, nobody asks any more.
+            await asyncio.gather(creating, return_exceptions=True)
+            raise
+        finally:
+            creating.cancel()
+
+    async def _create(self, blueprint: Blueprint) -> str:
         call = "create a container"
         request = translate.create_request(blueprint)
         params = {"name": segment(blueprint.name)}
