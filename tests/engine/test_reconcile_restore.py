@@ -129,6 +129,8 @@ async def test_what_has_changed_since_the_backup(restorable: Restorable, rig: Ri
         # And everything goes on from there.
         assert (await caller.scale("scaled", 2)).revision == 4
         assert await caller.shell("scaled", LOOKED) == files
+        assert (await caller.rollback("scaled", 3, spec_only=True)).spec == scaled.spec
+        assert await caller.shell("scaled", LOOKED) == files
         await caller.start("idle")
         for name in ("scaled", "deleted", "replaced", "same", "later", "idle"):
             await caller.delete(name)

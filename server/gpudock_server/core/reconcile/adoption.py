@@ -340,6 +340,7 @@ def _revision(container: Container, given: Placement, labels: Labels) -> Contain
         spec=container.spec,
         cause=RevisionCause.ADOPTED,
         placement=given,
+        image_id=container.engine.user_image_id if container.engine else "",
         create_time=now(),
         operation_id=labels.operation_id,
     )
