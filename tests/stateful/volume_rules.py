@@ -84,12 +84,12 @@ class VolumeRules(Drawing):
         async def act(caller: Caller) -> None:
             await progress_of(caller.volumes.ResizeVolume(request))
 
-        if not volume.size_mib or size_mib < _SMALLEST_MIB:
+        if volume.size_mib and shrink and any(one.state is PAUSED for one in users):
+            self.refused(act, "CONTAINER_PAUSED", name)
+        elif not volume.size_mib or size_mib < _SMALLEST_MIB:
             self.refused(act, "SIZE_NOT_SUPPORTED", name)
         elif not shrink:
             self.do(data, name, act, volume, volume.resized(size_mib))
-        elif any(one.state is PAUSED for one in users):
-            self.refused(act, "CONTAINER_PAUSED", name)
         else:
             self.do(data, name, act, volume, volume.resized(size_mib), also={one.name: one.copy() for one in users})
 
