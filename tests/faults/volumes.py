@@ -37,13 +37,16 @@ async def df_size(caller: Caller, container: str) -> int:
 async def shows(caller: Caller, container: str, files: str) -> bool:
     """Whether it runs, as the engine and not an older record has it, with these files."""
     try:
-        assert await caller.shell(container, LOOK) == files
+        looked = await caller.run(container, "sh", "-c", LOOK)
     except grpc.aio.AioRpcError:
         # One that was killed ends what ran, and does not always start it again; its record says so.
         if (await caller.get(container)).status.state == container_pb2.CONTAINER_STATE_EXITED:
             with contextlib.suppress(grpc.aio.AioRpcError):
                 await caller.start(container)
         return False
+    if looked.code != 0:  # it was ended under the look
+        return False
+    assert looked.stdout.decode() == files
     return True
 
 

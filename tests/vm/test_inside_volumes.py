@@ -117,11 +117,12 @@ async def test_a_full_pool_and_a_killed_engine_lose_nothing(caller: Caller, pool
     assert _is_full(await _written(caller, "fill", 40), "No space left"), "promised more than there is, it is told"
     for call in (caller.create_volume("more", size), caller.resize_volume("data", 2 * size)):
         full = await failure(call)
-        assert (full.code, full.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DISK_FULL")
+        assert (full.code, full.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DISK_FULL"), full
         assert full.metadata["path"] == str(pool.path / "volumes")
     assert (await failure(caller.volume("more"))).reason == "VOLUME_NOT_FOUND"
     seen = await caller.volume("data")
     assert (seen.size_bytes, seen.revision, seen.state) == (size, 1, volume_pb2.VOLUME_STATE_READY)
+    assert seen.used_bytes < 40 * MIB, "what it takes, and not what the pool lacks"
     assert await caller.shell("one", LOOK) == files
     pool.empty()
     assert (await _written(caller, "fill", 40)).code == 0
