@@ -10,7 +10,8 @@ WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
 # In the VM, what is skipped has failed; all is slower; and what pytest would load besides takes seconds.
 VM_PYTEST := -p tests.vm.nothing_skipped --timeout 900 --durations 5 -p no:xdist -p no:hypothesispytest -p no:cacheprovider
 # What runs there: words for pytest.
-VM_TESTS ?= tests/vm/test_inside_quota.py tests/vm/test_inside_layers.py $(wildcard tests/engine/test_volume_quotas.py)
+VM_TESTS ?= $(wildcard tests/vm/test_inside_*.py) tests/engine/test_volume_quotas.py \
+	$(addprefix tests/faults/test_kill_volumes.py::,test_create test_delete test_resize_in_place)
 # Options of `python -m tests.vm`, such as `--on xfs` or `--accel kvm`.
 VM_OPTIONS ?=
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import subprocess
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from tests.clients.command import run
 from tests.conftest import FAST, own_state
 from tests.engine.loops import detach_below, loops_below
 from tests.engine.own_daemons import OwnDaemons, own, until, until_state
+from tests.faults.volumes import LOOK, PLANT, Pool, df_size, mount, mounted_pool, shows
 from tests.rig import Rig
 
 __all__ = ["own"]
@@ -29,34 +27,6 @@ MIB = 1 << 20
 SIZE = 320 * MIB
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING
 ALWAYS = container_pb2.RestartPolicy(policy=container_pb2.RESTART_POLICY_KIND_ALWAYS)
-PLANT = (
-    "dd if=/dev/urandom of=/data/blob bs=64k count=256 conv=fsync 2>/dev/null && ln /data/blob /data/link &&"
-    " chmod 4751 /data/blob && sync"
-)
-LOOK = "cd /data && sha256sum blob link && stat -c '%a %h %u %Y' blob"
-
-
-def mount(name: str) -> container_pb2.Mount:
-    """A volume at /data."""
-    return container_pb2.Mount(volume=name, target="/data")
-
-
-async def df_size(caller: Caller, container: str) -> int:
-    """What `df` inside says."""
-    return int((await caller.shell(container, "df -P -k /data")).splitlines()[1].split()[1]) << 10
-
-
-async def _shows(caller: Caller, container: str, files: str) -> bool:
-    """Whether it runs, as the engine and not an older record has it, with these files."""
-    try:
-        assert await caller.shell(container, LOOK) == files
-    except grpc.aio.AioRpcError:
-        # One that was killed ends what ran, and does not always start it again; its record says so.
-        if (await caller.get(container)).status.state == container_pb2.CONTAINER_STATE_EXITED:
-            with contextlib.suppress(grpc.aio.AioRpcError):
-                await caller.start(container)
-        return False
-    return True
 
 
 @pytest.mark.timeout(300)
@@ -77,7 +47,7 @@ async def test_the_engine_goes_and_comes_back_under_volumes(fragile_rig: Rig, ho
             else:
                 await asyncio.to_thread(rig.engine.restart)
             for name in ("one", "two"):
-                await until(partial(_shows, caller, name, files), 60)
+                await until(partial(shows, caller, name, files), 60)
                 await until_state(caller, name, RUNNING, 60)
                 assert abs(await df_size(caller, name) - SIZE) < SIZE // 50
             assert len(loops_below(rig.folder)) == 1
@@ -97,55 +67,13 @@ async def test_the_engine_goes_and_comes_back_under_volumes(fragile_rig: Rig, ho
         detach_below(rig.folder)
 
 
-@dataclass(frozen=True)
-class Pool:
-    """A filesystem of its own for volumes, seen by the daemon and the engine, which others can fill."""
-
-    rig: Rig
-    path: Path
-
-    def inside(self, *words: object) -> str:
-        """Run a program where it is mounted."""
-        command = [*self.rig.namespaces.enter(), *map(str, words)]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    @property
-    def free_bytes(self) -> int:
-        """What can still be written."""
-        return int(self.inside("stat", "--file-system", "--format", "%a", self.path)) * 4096
-
-    def fill(self, leaving: int = 0) -> None:
-        """Somebody else takes all the room but some."""
-        # What is left beside that is for the ballast's own blocks of extents.
-        self.inside("fallocate", "--length", self.free_bytes - leaving - 2 * MIB, self.path / "ballast")
-        if not leaving:
-            words = ("dd", "if=/dev/zero", f"of={self.path}/crumbs", "bs=4k", "conv=fsync")
-            filled = subprocess.run([*self.rig.namespaces.enter(), *words], check=False, capture_output=True, text=True)
-            assert "No space left" in filled.stderr, filled.stderr
-
-    def empty(self) -> None:
-        """And gives it back."""
-        self.inside("rm", "--force", self.path / "ballast", self.path / "crumbs")
-
-
 @pytest.fixture
 def pool(own: OwnDaemons, tmp_path: Path) -> Iterator[Pool]:
     """1000 MiB of ext4, without reserved blocks."""
-    rig = own.rig
-    image, path = tmp_path / "pool.image", rig.folder / f"pool-{own.id}"
-    path.mkdir()
-    with image.open("wb") as file:
-        file.truncate(1000 * MIB)
-    subprocess.run(["mkfs.ext4", "-q", "-b", "4096", "-m", "0", image], check=True)
-    made = Pool(rig, path)
-    made.inside("mount", "-o", "loop", image, path)
-    try:
+    rig, make = own.rig, ("mkfs.ext4", "-q", "-b", "4096", "-m", "0")
+    image = tmp_path / "pool.image"
+    with mounted_pool(rig, rig.folder / f"pool-{own.id}", image=image, size=1000 * MIB, make=make) as made:
         yield made
-    finally:
-        made.empty()
-        rig.engine.remove_all()
-        detach_below(path)
-        made.inside("umount", "--lazy", path)
 
 
 @pytest_asyncio.fixture

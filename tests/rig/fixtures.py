@@ -4,6 +4,8 @@ The rig is started and stopped without an event loop, so tests may use loops of 
 is made per test, in the test's own loop.
 """
 
+import os
+import shlex
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -12,14 +14,22 @@ from aiodocker import Docker
 
 from .engine_proxy import EngineProxy
 from .gpus import FakeGpus
-from .images import BUSYBOX
+from .images import BUSYBOX, CUDA_LIKE, GLIBC
 from .rig import Rig
+
+IMAGES_VARIABLE = "GPUDOCK_RIG_IMAGES"
+"""Names the images that the session's rig has, if not all."""
+
+ENGINE_OPTIONS_VARIABLE = "GPUDOCK_RIG_ENGINE_OPTIONS"
+"""Further words for its dockerd's command line."""
 
 
 @pytest.fixture(scope="session")
 def rig() -> Iterator[Rig]:
     """The session's rig: engine, etcd, 8 GPUs, test images."""
-    with Rig(forks=True) as started:
+    images = os.environ.get(IMAGES_VARIABLE, "").split() or (BUSYBOX, CUDA_LIKE, GLIBC)
+    options = shlex.split(os.environ.get(ENGINE_OPTIONS_VARIABLE, ""))
+    with Rig(images=images, engine_options=options, forks=True) as started:
         yield started
 
 

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
 from tests.rig import BUSYBOX, Rig
 
-from . import quotas
-from .machine import FILESYSTEM_VARIABLE, XFS, mount_point
-
-_PROJECTS = itertools.count(5_000_000)
+from .machine import FILESYSTEM_VARIABLE, XFS
 
 
 @dataclass(frozen=True)
@@ -26,27 +19,9 @@ class Place:
     filesystem: str
 
     @property
-    def mount_point(self) -> Path:
-        """Where it is."""
-        return mount_point(self.filesystem)
-
-    @property
     def full(self) -> str:
         """What a program is told that writes past its project's limit."""
         return "No space left on device" if self.filesystem == XFS else "Disk quota exceeded"
-
-
-@dataclass(frozen=True)
-class Folder:
-    """A folder that may hold only so much."""
-
-    path: Path
-    project: int
-    place: Place
-
-    def resize(self, size: int) -> None:
-        """Let it hold this many bytes."""
-        quotas.limit(self.place.mount_point, self.project, size)
 
 
 class Shell:
@@ -72,25 +47,6 @@ def place() -> Place:
     if filesystem is None:
         pytest.skip("needs project quotas: `make test-vm` runs it in a VM that has them")
     return Place(filesystem)
-
-
-@pytest.fixture(scope="package")
-def rig(place: Place) -> Iterator[Rig]:
-    """A rig that has a quota on every container's layer, where the engine can do that."""
-    options = ["--storage-opt", "overlay2.size=512M"] if place.filesystem == XFS else []
-    with Rig(images=[BUSYBOX], engine_options=options) as started:
-        yield started
-
-
-@pytest.fixture
-def folder(place: Place) -> Iterator[Folder]:
-    """An empty folder that may hold 16 MiB."""
-    made = Folder(place.mount_point / "limited", next(_PROJECTS), place)
-    made.path.mkdir()
-    quotas.give_project(made.path, made.project)
-    made.resize(16 * quotas.MIB)
-    yield made
-    shutil.rmtree(made.path)
 
 
 def run_container(rig: Rig, **host_config: object) -> Shell:

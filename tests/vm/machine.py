@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.rig import Process, RigError, remains
+from tests.rig import BUSYBOX, Process, RigError, remains
 from tests.rig.engine import SYSTEM_PATH
 from tests.rig.process import ProcessGroup
 from tests.rig.rig import REPOSITORY
@@ -33,10 +33,14 @@ FILESYSTEM_VARIABLE = "GPUDOCK_VM_FILESYSTEM"
 """Inside, names the filesystem that the rig's files are on; unset outside."""
 
 USERLAND = Path(__file__).parent / "guest/userland"
-_MAKE = {
+MAKE = {
     XFS: ["mkfs.xfs", "-q"],
-    EXT4: ["mkfs.ext4", "-q", "-O", "quota,project", "-E", "quotatype=prjquota"],
+    # Root may fill it to the last block, as it may XFS.
+    EXT4: ["mkfs.ext4", "-q", "-m", "0", "-O", "quota,project", "-E", "quotatype=prjquota"],
 }
+MOUNT_OPTIONS = {XFS: "pquota", EXT4: "prjquota"}
+"""What gives each its project quotas."""
+
 _DISK_BYTES = 8 << 30
 _POLL_S = 0.02
 _CONSOLE_TAIL = 3000
@@ -103,6 +107,7 @@ class Machine:
         settings = {
             "MODULES": str(Kernel.find().modules),
             "FILESYSTEMS": " ".join(FILESYSTEMS),
+            **{f"OPTIONS_{name}": options for name, options in MOUNT_OPTIONS.items()},
             "RUNS": " ".join(filesystems),
         }
         (exchange / "settings").write_text("".join(_assignments(settings)))
@@ -116,6 +121,12 @@ class Machine:
                 "TMPDIR": str(mount_point(filesystem) / "tmp"),
                 "GPUDOCK_RIG_BASE": str(mount_point(filesystem) / "rigs"),
                 "GPUDOCK_RIG_PATIENCE": _PATIENCE,
+                # And what gpudockd calls may take as much longer than its settings have it.
+                "GPUDOCK_ENGINE_TIMEOUT": "300",
+                "GPUDOCK_STORE_TIMEOUT": "50",
+                "GPUDOCK_RIG_IMAGES": BUSYBOX,
+                # On one that can, a quota on every container's layer too, as an operator may have set it.
+                "GPUDOCK_RIG_ENGINE_OPTIONS": "--storage-opt overlay2.size=512M" if filesystem == XFS else "",
             }
             lines = [f"export {line}" for line in _assignments(variables)]
             lines += [f"cd {shlex.quote(str(REPOSITORY))}\n", f"exec {shlex.join(command)}\n"]
@@ -153,7 +164,7 @@ class Machine:
             guard = [sys.executable, "-I", "-S", remains.__file__, str(self._id)]
             self._guardian = subprocess.Popen(guard, cwd="/", stdin=subprocess.DEVNULL, start_new_session=True)
             self._processes = ProcessGroup(remains.tracking_hierarchy() / self._id.group / "processes")
-            for filesystem, make in _MAKE.items():
+            for filesystem, make in MAKE.items():
                 disk = self.folder / f"{filesystem}.disk"
                 with disk.open("wb") as image:
                     image.truncate(_DISK_BYTES)

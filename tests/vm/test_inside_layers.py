@@ -1,16 +1,18 @@
-"""In the VM: a writable layer is carried also where the kernel does not let two layers change places."""
+"""In the VM: writable layers with quotas, and how they are carried where the kernel does not let two change places."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import pytest
 from gpudock_server.adapters.layers import OverlayLayerStore
 from gpudock_server.model.engine import EngineContainer, EngineState
 from gpudock_server.model.operation import CarryMethod
 
 from tests.calls import Caller
 from tests.conftest import FAST
-from tests.rig import Rig
+from tests.rig import HttpStatusError, Rig
 
 from . import quotas
 from .conftest import Place, Shell, run_container
@@ -82,3 +84,15 @@ def _layer_inode(rig: Rig, container: str) -> int:
 
 def _inode(path: str) -> int:
     return Path(path).stat().st_ino
+
+
+def test_the_engine_limits_layers_on_xfs_and_says_that_it_cannot_elsewhere(clean_engine: Rig, place: Place) -> None:
+    options = {"size": "32M"}
+    if place.filesystem != XFS:
+        with pytest.raises(HttpStatusError, match=re.escape("--storage-opt is supported only for overlay over xfs")):
+            run_container(clean_engine, StorageOpt=options)
+        return
+    shell = run_container(clean_engine, StorageOpt=options)
+    assert shell("df -P -k / | tail -n 1").split()[1] == "32768"
+    assert place.full in shell("dd if=/dev/zero of=/file bs=64k count=640 conv=fsync 2>&1")
+    assert shell("stat -c %s /file | grep -c '^3[0-9]\\{7\\}$'") == "1\n0\n"

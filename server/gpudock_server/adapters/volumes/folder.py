@@ -17,9 +17,10 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from pydantic import ValidationError
@@ -120,14 +121,20 @@ def backings(root: Path) -> Iterator[VolumeBacking]:
                 yield backing
 
 
-def pool_usage(root: Path) -> PoolUsage:
-    """What the stores below the root have been promised and have taken. The root need not exist yet."""
+def pool_usage(root: Path, counted: Mapping[int, int] = MappingProxyType({})) -> PoolUsage:
+    """What the stores below the root have been promised and have taken. The root need not exist yet.
+
+    `counted` has the bytes of project ids, where the quota table was asked: statfs in a folder shows them as well, but
+    in a pool that is nearly full, newer kernels show there what the pool has left.
+    """
     existing = next(path for path in (root, *root.parents) if path.exists())
     filesystem = os.statvfs(existing)
     promised = allocated = 0
     for backing in backings(root):
         promised += backing.size_bytes
-        allocated += _allocated(StoreFolder(root, backing.uid), backing)
+        # Kinds without projects have the id 0, which is that of all files without one.
+        taken = counted.get(backing.project_id) if backing.project_id else None
+        allocated += _allocated(StoreFolder(root, backing.uid), backing) if taken is None else taken
     return PoolUsage(
         total_bytes=filesystem.f_blocks * filesystem.f_frsize,
         free_bytes=filesystem.f_bfree * filesystem.f_frsize,

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -31,7 +31,8 @@ _FILESYSTEMS: Final = ("xfs", "ext4")
 _OPTIONS: Final = frozenset({"pquota", "prjquota"})
 # A limit is kept in these.
 _GRAIN: Final = 4096
-_REPORTED: Final = re.compile(r"^#(\d+)\s", re.MULTILINE)
+_REPORTED: Final = re.compile(r"^#(\d+)\s+(\d+)\s", re.MULTILINE)
+_REPORTED_UNIT: Final = 1024
 _HOW: Final = (
     "mount it with the option prjquota (XFS on / : the kernel's rootflags=prjquota; ext4: after `tune2fs -O"
     " quota,project -Q prjquota` while it is not mounted), on a kernel that has quotas for it"
@@ -137,11 +138,11 @@ class ProjectQuotaBackend(VolumeBackend):
         with volume_errors("shrink", backing.name, self._root):
             mount = await self._mount()
             await _set_limit(mount, backing.project_id, size_bytes)
-            usage = await run_to_end(_usage, folder.data)
+            usage = await self._usage(folder, backing)
             # One that is full to the limit may be fuller: statfs shows no more than the limit.
             if usage.used_bytes >= _rounded(size_bytes):
                 await _set_limit(mount, backing.project_id, backing.size_bytes)
-                _check_fits(backing, await run_to_end(_usage, folder.data), size_bytes)
+                _check_fits(backing, await self._usage(folder, backing), size_bytes)
                 await _set_limit(mount, backing.project_id, size_bytes)
             return await _recorded(folder, backing, size_bytes)
 
@@ -164,7 +165,7 @@ class ProjectQuotaBackend(VolumeBackend):
     async def usage(self, backing: VolumeBacking) -> VolumeUsage:
         """See the protocol."""
         with volume_errors("look into", backing.name, self._root):
-            return await run_to_end(_usage, self._folder(backing).data)
+            return await self._usage(self._folder(backing), backing)
 
     @asynccontextmanager
     async def opened(self, backing: VolumeBacking) -> AsyncIterator[str]:
@@ -190,7 +191,10 @@ class ProjectQuotaBackend(VolumeBackend):
 
     async def pool(self) -> PoolUsage:
         """See the protocol."""
-        return await run_to_end(pool_usage, self._root)
+        counted: dict[int, int] = {}
+        with suppress(ProgramFailed):
+            counted = await self._counted()
+        return await run_to_end(pool_usage, self._root, counted)
 
     def _folder(self, backing: VolumeBacking) -> StoreFolder:
         return self._folder_of(backing.uid, backing.name)
@@ -207,12 +211,24 @@ class ProjectQuotaBackend(VolumeBackend):
 
     async def _free_id(self) -> int:
         """An id that no store has recorded and the quota table does not know. Raises ProgramFailed."""
-        report = await _quota(await self._mount(), "report -p -n -N -b")
-        taken = {int(number) for number in _REPORTED.findall(report)} | await run_to_end(self._recorded_ids)
+        taken = set(await self._counted()) | await run_to_end(self._recorded_ids)
         for number in self._project_ids:
             if number not in taken:
                 return number
         raise ProgramFailed(f"all of {len(self._project_ids)} project ids are taken")
+
+    async def _counted(self) -> dict[int, int]:
+        """The bytes that each project id of the quota table takes. Raises ProgramFailed."""
+        report = await _quota(await self._mount(), "report -p -n -N -b")
+        return {int(number): int(used) * _REPORTED_UNIT for number, used in _REPORTED.findall(report)}
+
+    async def _usage(self, folder: StoreFolder, backing: VolumeBacking) -> VolumeUsage:
+        """What statfs shows, unless that is about the pool: newer kernels show no more room than it has left."""
+        shown, pool = await run_to_end(_room, folder.data, self._root)
+        used = (shown.f_blocks - shown.f_bfree) * shown.f_frsize
+        if shown.f_bfree >= pool.f_bfree:
+            used = (await self._counted()).get(backing.project_id, 0)
+        return VolumeUsage(used_bytes=used, size_bytes=shown.f_blocks * shown.f_frsize, minimum_bytes=max(used, _GRAIN))
 
     def _recorded_ids(self) -> set[int]:
         return {backing.project_id for backing in backings(self._root)}
@@ -226,9 +242,9 @@ class ProjectQuotaBackend(VolumeBackend):
 
     async def _limit(self, folder: StoreFolder, backing: VolumeBacking, size_bytes: int) -> None:
         await _set_limit(await self._mount(), backing.project_id, size_bytes)
-        shown = await run_to_end(_usage, folder.data)
-        if shown.size_bytes != _rounded(size_bytes):
-            raise ProgramFailed(f"xfs_quota: {folder.data} shows {shown.size_bytes} bytes instead of {size_bytes}")
+        shown = await run_to_end(os.statvfs, folder.data)
+        if (shows := shown.f_blocks * shown.f_frsize) != _rounded(size_bytes):
+            raise ProgramFailed(f"xfs_quota: {folder.data} shows {shows} bytes instead of {size_bytes}")
 
 
 async def _quota(mount: _Mount, command: str) -> str:
@@ -244,10 +260,8 @@ async def _set_limit(mount: _Mount, project_id: int, size_bytes: int) -> None:
     await _quota(mount, f"limit -p bsoft={limit} bhard={limit} {project_id}")
 
 
-def _usage(data: Path) -> VolumeUsage:
-    shown = os.statvfs(data)
-    used = (shown.f_blocks - shown.f_bfree) * shown.f_frsize
-    return VolumeUsage(used_bytes=used, size_bytes=shown.f_blocks * shown.f_frsize, minimum_bytes=max(used, _GRAIN))
+def _room(data: Path, root: Path) -> tuple[os.statvfs_result, os.statvfs_result]:
+    return os.statvfs(data), os.statvfs(root)
 
 
 def _check_fits(backing: VolumeBacking, usage: VolumeUsage, size_bytes: int) -> None:
