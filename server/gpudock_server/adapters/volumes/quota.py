@@ -192,8 +192,10 @@ class ProjectQuotaBackend(VolumeBackend):
     async def pool(self) -> PoolUsage:
         """See the protocol."""
         counted: dict[int, int] = {}
-        with suppress(ProgramFailed):
-            counted = await self._counted()
+        # A host without quotas has no store with an id, and need not have the programs.
+        if any(await run_to_end(self._recorded_ids)):
+            with suppress(ProgramFailed, OSError):
+                counted = await self._counted()
         return await run_to_end(pool_usage, self._root, counted)
 
     def _folder(self, backing: VolumeBacking) -> StoreFolder:
