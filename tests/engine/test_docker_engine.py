@@ -444,6 +444,26 @@ async def test_stop_of_what_will_not_stop_and_of_what_is_paused(engine: DockerEn
     assert not (await seen(engine, frozen)).running
 
 
+@pytest.mark.parametrize("times", [3, None])
+async def test_what_cannot_be_frozen_at_once_is_tried_again(
+    patient: DockerEngine, engine_proxy: EngineProxy, times: int | None
+) -> None:
+    message = "Cannot pause container: OCI runtime pause failed: unable to freeze: unknown"
+    box = await running(patient)
+    async with connected_to(engine_proxy.url, timeout=20) as engine:
+        engine_proxy.faults.fail("POST", ".*/pause", message=message, times=times)
+        if times is None:
+            with pytest.raises(EngineRejected, match="unable to freeze"):
+                await engine.pause(box)
+        else:
+            await engine.pause(box)
+    paused = sum(request.path.endswith("/pause") for request in engine_proxy.requests)
+    assert (paused, (await seen(patient, box)).state) == (
+        4,
+        EngineState.RUNNING if times is None else EngineState.PAUSED,
+    )
+
+
 async def test_pause(engine: DockerEngine) -> None:
     box = await running(engine)
     for _ in range(2):

@@ -40,6 +40,10 @@ _INSPECTS_AT_ONCE: Final = 8
 # What is being created when its caller is cancelled is waited for that long. An engine that takes longer leaves it to
 # reconcile.
 _CREATES_WITHIN: Final = 5.0
+# On cgroup v1 runc gives up freezing, and thaws, where processes of a busy host do not come to rest in time (its
+# libcontainer/cgroups/fs/freezer.go); a moment later they do. Seconds between the tries.
+_UNABLE_TO_FREEZE: Final = "unable to freeze"
+_FREEZES_AFTER: Final = (0.1, 0.3, 1.0)
 # A commit writes the whole layer to the disk and says nothing meanwhile.
 _COMMIT_TIMEOUTS: Final = 30
 
@@ -297,13 +301,20 @@ class DockerEngine:
         await self._until_state("unpause", engine_id, EngineState.RUNNING)
 
     async def _until_state(self, verb: str, engine_id: str, wanted: EngineState) -> None:
-        try:
-            await self._connection.call(f"{verb} a container", "POST", f"containers/{segment(engine_id)}/{verb}")
-        except EngineRejected:
-            # "Already done" has another status and another message in every version; the state has not.
-            found = await self.inspect(engine_id)
-            if found is None or found.state is not wanted:
-                raise
+        call, path = f"{verb} a container", f"containers/{segment(engine_id)}/{verb}"
+        for later in (*_FREEZES_AFTER, None):
+            try:
+                await self._connection.call(call, "POST", path)
+            except EngineRejected as rejection:
+                # "Already done" has another status and another message in every version; the state has not.
+                found = await self.inspect(engine_id)
+                if found is not None and found.state is wanted:
+                    return
+                if later is None or _UNABLE_TO_FREEZE not in rejection.detail:
+                    raise
+                await asyncio.sleep(later)
+            else:
+                return
 
     async def update(
         self, engine_id: str, *, cpus: float, memory_bytes: int, restart_policy: RestartPolicy | None = None
