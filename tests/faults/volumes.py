@@ -69,6 +69,8 @@ class Pool:
 
     def fill(self, leaving: int = 0) -> None:
         """Somebody else takes all the room but some."""
+        # Were it not mounted, this would fill the host's disk.
+        self.inside("mountpoint", "--quiet", self.path)
         # What is left beside that is for the ballast's own blocks of extents.
         self.inside("fallocate", "--length", self.free_bytes - leaving - 2 * _MIB, self.path / "ballast")
         if not leaving:
