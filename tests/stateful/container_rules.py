@@ -25,7 +25,7 @@ class ContainerRules(Drawing):
 
     @precondition(lambda self: len(self.arena.known) < len(NAMES))
     @rule(data=st.data(), gpus=GPUS, port=st.booleans(), create_only=st.booleans())
-    def create(self, data: st.DataObject, gpus: int, port: bool, create_only: bool) -> None:  # noqa: FBT001 - drawn
+    def create(self, data: st.DataObject, gpus: int, port: bool, create_only: bool) -> None:
         """A container more, if there are names and cards for it."""
         if not self.can_have(gpus):
             return self.idle()
@@ -64,7 +64,7 @@ class ContainerRules(Drawing):
 
     @precondition(lambda self: self.has(RUNNING))
     @rule(data=st.data(), gpus=GPUS, keep=st.booleans())
-    def scale(self, data: st.DataObject, gpus: int, keep: bool) -> None:  # noqa: FBT001 - drawn
+    def scale(self, data: st.DataObject, gpus: int, keep: bool) -> None:
         """Other cards, by a successor."""
         one = self.one(data, RUNNING)
         if gpus == one.spec.gpus or not self.can_have(gpus, instead_of=one.spec.gpus):
@@ -75,7 +75,7 @@ class ContainerRules(Drawing):
 
     @precondition(lambda self: self.has(*RESTING))
     @rule(data=st.data(), cpus=st.sampled_from((0.5, 1.0, 1.5)), keep=st.booleans())
-    def limit(self, data: st.DataObject, cpus: float, keep: bool) -> None:  # noqa: FBT001 - drawn
+    def limit(self, data: st.DataObject, cpus: float, keep: bool) -> None:
         """Another limit, in place, also of what does not run."""
         one = self.one(data, RUNNING, STOPPED, EXITED)
         if cpus == one.spec.cpus:
@@ -113,7 +113,7 @@ class ContainerRules(Drawing):
 
     @precondition(lambda self: self.has(*RESTING, FAILED))
     @rule(data=st.data(), spec_only=st.booleans())
-    def rollback(self, data: st.DataObject, spec_only: bool) -> None:  # noqa: FBT001 - drawn
+    def rollback(self, data: st.DataObject, spec_only: bool) -> None:
         """To any revision that can be returned to."""
         one = self.one(data, *RESTING, *(() if spec_only else (FAILED,)))
         # With nothing but another spec to return to, nothing would change.
@@ -140,7 +140,7 @@ class ContainerRules(Drawing):
 
     @precondition(lambda self: self.has(RUNNING, PAUSED))
     @rule(data=st.data(), keep_resources=st.booleans())
-    def stop(self, data: st.DataObject, keep_resources: bool) -> None:  # noqa: FBT001 - drawn
+    def stop(self, data: st.DataObject, keep_resources: bool) -> None:
         """Stop what runs."""
         one = self.one(data, RUNNING, PAUSED)
         after = one.copy()

@@ -16,6 +16,8 @@ from tests.rig import Daemon, Rig
 
 _LOG_TAIL = 60_000
 _SHOWN_WITHIN_S = 5.0
+# A log has no event for a new line.
+_POLL_S = 0.05
 
 
 def standing(loop: asyncio.AbstractEventLoop, daemon: Daemon, rig: Rig) -> str:
@@ -43,7 +45,7 @@ def _stacks_of(daemon: Daemon) -> str:
     daemon.signal(signal.SIGUSR1)
     deadline = time.monotonic() + _SHOWN_WITHIN_S
     while "that is every task" not in daemon.log_text[before:] and time.monotonic() < deadline:
-        time.sleep(0.05)
+        time.sleep(_POLL_S)
     return daemon.log_text[-_LOG_TAIL:]
 
 

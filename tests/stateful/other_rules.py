@@ -15,7 +15,7 @@ class OtherRules(Drawing):
 
     @precondition(lambda self: self.news and bool(self.arena.known))
     @rule(kill=st.booleans())
-    def another_daemon(self, kill: bool) -> None:  # noqa: FBT001 - drawn
+    def another_daemon(self, kill: bool) -> None:
         """Killed or stopped, with nothing under way."""
         self.loop.run(self.arena.restart(kill=kill))
         self.loop.run(self.arena.check())

@@ -42,7 +42,7 @@ def spec_of(container: container_pb2.Container) -> Spec:
     )
 
 
-def snapshots(keep: bool) -> dict[str, Any]:  # noqa: FBT001 - drawn
+def snapshots(keep: bool) -> dict[str, Any]:
     """The word for whether files are kept, as a call has it."""
     return {} if keep else {"snapshots": _NEVER}
 

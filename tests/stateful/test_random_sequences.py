@@ -82,9 +82,8 @@ class Host(ContainerRules, VolumeRules, OtherRules):
     # What comes of a kill is not drawn, and decides which rules there are to draw from. No two sequences may begin with
     # the same draws, or they are found to be inconsistent: evenly spread, unlike larger integers.
     @initialize(number=st.integers(0, (1 << 24) - 1))
-    def begin(self, number: int) -> None:
+    def begin(self, number: int) -> None:  # noqa: ARG002 - drawn to tell sequences apart, see above
         """A daemon with nothing in it."""
-        assert number >= 0
         self._proxy = self.rig.engine_proxy()
         self.loop.run(self._proxy.__aenter__())
         self._arena = self.loop.run(Arena.open(self.rig, self._proxy))

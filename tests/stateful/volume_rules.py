@@ -74,7 +74,7 @@ class VolumeRules(Drawing):
 
     @precondition(lambda self: any(one.size_mib for one in self.arena.volumes.values()))
     @rule(data=st.data(), shrink=st.sampled_from((False,) * 4 + (True,)))
-    def resize_volume(self, data: st.DataObject, shrink: bool) -> None:  # noqa: FBT001 - drawn
+    def resize_volume(self, data: st.DataObject, shrink: bool) -> None:
         """Grown in place under who uses it; made smaller by a copy, for which those are stopped and started."""
         volume = self._volume(data)
         name, users = volume.name, self._users(volume.name)
@@ -95,7 +95,7 @@ class VolumeRules(Drawing):
 
     @precondition(lambda self: self.has_volumes)
     @rule(data=st.data(), force=st.booleans(), theirs=st.sampled_from((False,) * 4 + (True,)))
-    def delete_volume(self, data: st.DataObject, force: bool, theirs: bool) -> None:  # noqa: FBT001 - drawn
+    def delete_volume(self, data: st.DataObject, force: bool, theirs: bool) -> None:
         """Not while anything mounts it, and by force not while what mounts it runs; what does not is updated first."""
         volume = self._volume(data)
         name, users = volume.name, self._users(volume.name)
