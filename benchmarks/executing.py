@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shlex
 import sys
 
@@ -15,13 +16,15 @@ from tests.calls import Caller, iterate
 from tests.rig import GLIBC, Daemon, RigError
 
 _NAME = "bench"
+_LEAN = {"GRPC_EXPERIMENTS": "-event_engine_client"}
 
 
 async def executing(arena: Arena) -> list[Row]:
     """Both sides run the same command in the same container.
 
     For the first byte gpudock's client holds an open connection and `docker exec` is a new process, as in use. For the
-    output gpudock's client is a process of its own, timed from before it connects, its interpreter's start left out.
+    output gpudock's client is a process of its own, timed from before it connects, its interpreter's start left out,
+    with what README.md advises for much output in its environment; and once without.
     """
     async with arena.daemon() as (caller, daemon):
         container = await caller.create(_NAME, image=GLIBC)
@@ -47,6 +50,9 @@ async def executing(arena: Arena) -> list[Row]:
 
 async def _output(arena: Arena, daemon: Daemon, engine_id: str, command: list[str], amount: int) -> list[Row]:
     async def ours() -> float:
+        return amount / 1e3 / await _read_elsewhere("client", daemon.target, amount, command, **_LEAN)
+
+    async def as_it_comes() -> float:
         return amount / 1e3 / await _read_elsewhere("client", daemon.target, amount, command)
 
     async def stubs() -> float:
@@ -57,11 +63,13 @@ async def _output(arena: Arena, daemon: Daemon, engine_id: str, command: list[st
         return amount / 1e3 / await arena.docker.time_shell(script)
 
     pipe = "docker exec, piped to cat"
-    samples = await compare(arena.rounds(12), {"gpudock": ours, "gpudock, stubs": stubs, pipe: theirs})
+    sides = {"gpudock": ours, "gpudock, as it comes": as_it_comes, "gpudock, stubs": stubs, pipe: theirs}
+    samples = await compare(arena.rounds(12), sides)
     name = f"exec output, {amount >> 20} MiB of {command[0]}"
     target = Target(0.9, at_least=True)
     return [
         versus(samples, "gpudock", pipe, name=name, unit=Unit.MB_PER_S, target=target),
+        versus(samples, "gpudock, as it comes", pipe, name=f"{name}, gRPC as it comes", unit=Unit.MB_PER_S),
         versus(samples, "gpudock, stubs", pipe, name=f"{name}, bare stubs", unit=Unit.MB_PER_S),
     ]
 
@@ -78,10 +86,12 @@ async def _first_byte(caller: Caller, *command: str) -> float:
     return taken
 
 
-async def _read_elsewhere(way: str, target: str, amount: int, command: list[str]) -> float:
+async def _read_elsewhere(way: str, target: str, amount: int, command: list[str], **environment: str) -> float:
     """Milliseconds that a client in a process of its own took to read all of it, with what the reader calls `way`."""
     words = ["-m", "benchmarks.reader", way, target, _NAME, str(amount), *command]
-    process = await asyncio.create_subprocess_exec(sys.executable, *words, stdout=asyncio.subprocess.PIPE)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, *words, stdout=asyncio.subprocess.PIPE, env=os.environ | environment
+    )
     said, _ = await process.communicate()
     if process.returncode:
         raise RigError(f"the reader ended with {process.returncode}")

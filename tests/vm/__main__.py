@@ -7,6 +7,7 @@ failed. See docs/testing.md.
 
 import argparse
 import compileall
+import os
 import queue
 import resource
 import sys
@@ -78,7 +79,7 @@ def main() -> int:
     parser.add_argument("--on", action="append", choices=FILESYSTEMS, help="this filesystem alone (default: on each)")
     parser.add_argument("--in-turn", action="store_true", help="in one VM, one after the other, where memory is short")
     parser.add_argument("--memory", type=int, default=2048, help="MiB of each VM (default: %(default)s)")
-    parser.add_argument("--cpus", type=int, default=2, help="of each VM, how many (default: %(default)s)")
+    parser.add_argument("--cpus", type=int, help="of each VM, how many (default: its share of the host's)")
     parser.add_argument("--accel", default="tcg,thread=multi", help="qemu's -accel (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for all of it (default: %(default)s)")
     parser.add_argument("command", nargs="+", help="what to run")
@@ -86,6 +87,8 @@ def main() -> int:
     began = time.monotonic()
     filesystems = tuple(options.on or FILESYSTEMS)
     together = [filesystems] if options.in_turn else [(filesystem,) for filesystem in filesystems]
+    # An emulated processor that waits for one of the host's makes the others of its machine wait, too.
+    options.cpus = options.cpus or max(len(os.sched_getaffinity(0)) // len(together), 1)
     try:
         _prepare()
         runs = [_Run(options, group) for group in together]
