@@ -576,11 +576,11 @@ async def test_nothing_leaks(own: OwnDaemons) -> None:
         for kind in ("ends", "cannot be run", "left in silence", "left while it talks", "left unborn"):
             for _ in range(5):
                 await _eight_at_once(caller, kind)
-            # Its pool may hold a few connections more or less; each of forty would be one too many.
-            assert await _descriptors_of_idle(caller, daemon, limit) < before + 12, kind
+            # On a busy machine its pool holds some 15 connections more than before, for 15 seconds; a leak has 40.
+            assert await _descriptors_of_idle(caller, daemon, limit) < before + 24, kind
     assert await asyncio.to_thread(daemon.stop) == 0
     assert "never retrieved" not in daemon.log_text
-    assert "Traceback" not in daemon.log_text
+    assert "Traceback" not in daemon.log_text, daemon.log_text
 
 
 async def _eight_at_once(caller: Caller, kind: str) -> None:

@@ -65,14 +65,21 @@ async def test_a_container_that_is_stopped_started_killed_and_paused_by_hand(cal
     assert await caller.shell("handled", "echo here") == "here\n"
 
 
-async def test_a_container_that_ran_out_of_memory(caller: Caller) -> None:
+async def test_a_container_that_ran_out_of_memory(caller: Caller, rig: Rig) -> None:
     hungry = ("sh", "-c", "exec tail -c 200000000 /dev/zero")
-    await caller.create("hungry", 1, command=hungry, memory_bytes=16 << 20)
-    await until_state(caller, "hungry", EXITED)
-    status = (await caller.get("hungry")).status
-    assert status.oom_killed
-    assert status.exit_code == 137
-    assert status.holds_resources
+    for number in range(8):
+        name = f"hungry-{number}"
+        await caller.create(name, 1, command=hungry, memory_bytes=16 << 20)
+        await until_state(caller, name, EXITED)
+        status = (await caller.get(name)).status
+        assert status.exit_code == 137
+        assert status.holds_resources
+        told = rig.engine.call("GET", f"/containers/{status.engine_id}/json")["State"]["OOMKilled"]
+        assert status.oom_killed == told
+        if told:
+            return
+        # With control groups v1 the engine hears of it beside the end of the process, on a busy host after it.
+    raise AssertionError("the engine never noticed")
 
 
 async def test_a_container_that_was_removed_by_hand(caller: Caller, rig: Rig) -> None:

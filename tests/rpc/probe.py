@@ -10,11 +10,9 @@ from typing import Any
 import grpc
 import grpc.aio
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from gpudock_server.rpc.audit import AuditInterceptor
-from gpudock_server.rpc.errors import ErrorInterceptor
-from gpudock_server.rpc.identity import IdentityInterceptor
 from gpudock_server.rpc.interception import Context
 from gpudock_server.rpc.listeners import SERVER_OPTIONS, listen
+from gpudock_server.rpc.server import interceptors
 from gpudock_server.rpc.tokens import TokenFile
 from gpudock_server.settings import Settings
 
@@ -100,9 +98,7 @@ class Probe:
 async def serving(probe: Probe, settings: Settings) -> AsyncIterator[tuple[str, ...]]:
     """A server as the daemon has it; gives the addresses that it listens on."""
     tokens = TokenFile(settings.token_file) if settings.token_file else None
-    server = grpc.aio.server(
-        interceptors=[ErrorInterceptor(), AuditInterceptor(), IdentityInterceptor(tokens)], options=SERVER_OPTIONS
-    )
+    server = grpc.aio.server(interceptors=interceptors(tokens), options=SERVER_OPTIONS)
     server.add_generic_rpc_handlers((probe.handlers(SERVICE), probe.handlers("grpc.health.v1.Health")))
     listeners = listen(server, settings)
     await server.start()

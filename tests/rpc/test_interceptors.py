@@ -236,8 +236,41 @@ async def test_writing_to_a_caller_who_has_gone_is_no_error(probe: Probe, tmp_pa
                 if round_number % 2:
                     begun.cancel()
         async with asyncio.timeout(10):
-            while len(probe.ended) < 20:
+            while len(outcomes := [line["outcome"] for line in logged if line["event"] == "call"]) < 20:
                 await asyncio.sleep(0.001)
+        assert len(probe.ended) == 20
+    assert set(outcomes) == {"CANCELLED"}
+    assert "unexpected error" not in [line["event"] for line in logged]
+
+
+async def test_a_hang_up_that_a_failed_task_group_keeps_to_itself(channel: grpc.aio.Channel, probe: Probe) -> None:
+    """Grpc's two pieces of news, in the order in which they come on a busy machine."""
+    failing = asyncio.Event()
+
+    async def slow_to_end() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            failing.set()
+            # Until the call is cancelled, and the group has heard of it.
+            await asyncio.sleep(0.1)
+
+    async def act(_context: Context) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(slow_to_end())
+            await asyncio.sleep(0)
+            raise grpc.aio.InternalError
+
+    probe.act = act
+    with capture_logs() as logged:
+        begun = begin(channel, "OneToMany")
+        await begun.read()
+        await asyncio.wait_for(failing.wait(), 10)
+        begun.cancel()
+        async with asyncio.timeout(10):
+            while not (outcomes := [line["outcome"] for line in logged if line["event"] == "call"]):
+                await asyncio.sleep(0.001)
+    assert outcomes == ["CANCELLED"]
     assert "unexpected error" not in [line["event"] for line in logged]
 
 

@@ -115,7 +115,10 @@ class ContainerRules(Drawing):
     @rule(data=st.data(), spec_only=st.booleans())
     def rollback(self, data: st.DataObject, spec_only: bool) -> None:
         """To any revision that can be returned to."""
-        one = self.one(data, *RESTING, *(() if spec_only else (FAILED,)))
+        states = RESTING if spec_only else (*RESTING, FAILED)
+        if not self.has(*states):
+            return self.idle()
+        one = self.one(data, *states)
         # With nothing but another spec to return to, nothing would change.
         others = [(number, past) for number, past in one.past.items() if past.spec != one.spec]
         choices = others if spec_only else list(restorable(one))

@@ -29,8 +29,16 @@ class HangUpInterceptor(Interceptor):
             yield
         except Exception as error:
             if _could_not_send(error):
+                if _was_cancelled():
+                    # While a task group that had failed waited for its tasks: it keeps that to itself.
+                    raise asyncio.CancelledError from error
                 await asyncio.sleep(_CANCELLED_WITHIN)
             raise
+
+
+def _was_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _could_not_send(error: Exception) -> bool:

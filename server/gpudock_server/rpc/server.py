@@ -90,9 +90,9 @@ class Services:
 class RpcServer:
     """A server that is ready to be given listeners and started."""
 
-    def __init__(self, services: Services, interceptors: tuple[Interceptor, ...]) -> None:
-        """`interceptors`: the first is around all others, the last next to the services."""
-        self.grpc = grpc.aio.server(interceptors=interceptors, options=_OPTIONS)
+    def __init__(self, services: Services, around: tuple[Interceptor, ...]) -> None:
+        """`around` is what is around every call, as `interceptors` gives it."""
+        self.grpc = grpc.aio.server(interceptors=around, options=_OPTIONS)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in its stubs
         add_ContainerServiceServicer_to_server(
             ContainerService(services.containers, services.operations, services.execs, services.watches), self.grpc
@@ -117,16 +117,18 @@ class RpcServer:
             await self._health.set(service, status)
 
 
+def interceptors(tokens: TokenFile | None) -> tuple[Interceptor, ...]:
+    """What is around every call: the first around all others, the last next to the services."""
+    return (
+        ErrorInterceptor(),
+        AuditInterceptor(),
+        IdentityInterceptor(tokens),
+        HangUpInterceptor(),
+        DecodingInterceptor(),
+    )
+
+
 def build_server(services: Services, settings: Settings) -> RpcServer:
     """The server as it is in production. Raises StartupError for a token file that cannot be read."""
     tokens = TokenFile(settings.token_file) if settings.token_file is not None else None
-    return RpcServer(
-        services,
-        (
-            ErrorInterceptor(),
-            AuditInterceptor(),
-            IdentityInterceptor(tokens),
-            HangUpInterceptor(),
-            DecodingInterceptor(),
-        ),
-    )
+    return RpcServer(services, interceptors(tokens))
