@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from gpudock_server.adapters.docker import DockerEngine
-from gpudock_server.adapters.volumes import ProjectQuotaBackend, RsyncCopier, attach_all
+from gpudock_server.adapters.volumes import LoopBackend, ProjectQuotaBackend, RsyncCopier, attach_all
 from gpudock_server.adapters.volumes.folder import StoreFolder
 from gpudock_server.errors import VolumeFailed, VolumeTooSmallForData
 from gpudock_server.model.engine import LABEL_UID
@@ -116,6 +116,7 @@ async def test_what_is_used_to_the_last_byte_does_not_shrink(quota: ProjectQuota
     assert (await quota.usage(backing)).size_bytes == usage.used_bytes
     pool = await quota.pool()
     assert (pool.promised_bytes, pool.allocated_bytes) == (usage.used_bytes, usage.used_bytes)
+    assert await LoopBackend(_root(backing), local=True).pool() == pool, "of whatever kind the others are"
     await quota.destroy(backing)
 
 

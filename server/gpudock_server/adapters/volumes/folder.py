@@ -17,19 +17,17 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final
 
 from pydantic import ValidationError
 
-from gpudock_server.model.volume import PoolUsage, VolumeBackendKind, VolumeBacking
+from gpudock_server.model.volume import VolumeBackendKind, VolumeBacking
 
 _PRIVATE: Final = 0o700
 _SCHEMA: Final = 1
-_BLOCK_BYTES: Final = 512
 _REMOVED: Final = ".removed-"
 
 
@@ -119,37 +117,6 @@ def backings(root: Path) -> Iterator[VolumeBacking]:
         with suppress(StoreDamaged):
             if backing := folder.read():
                 yield backing
-
-
-def pool_usage(root: Path, counted: Mapping[int, int] = MappingProxyType({})) -> PoolUsage:
-    """What the stores below the root have been promised and have taken. The root need not exist yet.
-
-    `counted` has the bytes of project ids, where the quota table was asked: statfs in a folder shows them as well, but
-    in a pool that is nearly full, newer kernels show there what the pool has left.
-    """
-    existing = next(path for path in (root, *root.parents) if path.exists())
-    filesystem = os.statvfs(existing)
-    promised = allocated = 0
-    for backing in backings(root):
-        promised += backing.size_bytes
-        # Kinds without projects have the id 0, which is that of all files without one.
-        taken = counted.get(backing.project_id) if backing.project_id else None
-        allocated += _allocated(StoreFolder(root, backing.uid), backing) if taken is None else taken
-    return PoolUsage(
-        total_bytes=filesystem.f_blocks * filesystem.f_frsize,
-        free_bytes=filesystem.f_bfree * filesystem.f_frsize,
-        promised_bytes=promised,
-        allocated_bytes=allocated,
-    )
-
-
-def _allocated(folder: StoreFolder, backing: VolumeBacking) -> int:
-    with suppress(FileNotFoundError):
-        if backing.kind is VolumeBackendKind.LOOP:
-            return folder.image.stat().st_blocks * _BLOCK_BYTES
-        inside = os.statvfs(folder.data)
-        return (inside.f_blocks - inside.f_bfree) * inside.f_frsize
-    return 0
 
 
 def sync_folder(path: Path) -> None:

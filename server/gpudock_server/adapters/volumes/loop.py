@@ -14,7 +14,8 @@ from gpudock_server.adapters.layers.threads import run_to_end
 from gpudock_server.adapters.volumes import loop_device
 from gpudock_server.adapters.volumes.failures import volume_errors
 from gpudock_server.adapters.volumes.filesystems import FILESYSTEMS, Filesystem
-from gpudock_server.adapters.volumes.folder import StoreDamaged, StoreFolder, pool_usage, stores, sync_folder
+from gpudock_server.adapters.volumes.folder import StoreDamaged, StoreFolder, stores, sync_folder
+from gpudock_server.adapters.volumes.pool import pool_usage
 from gpudock_server.adapters.volumes.programs import ProgramFailed, missing
 from gpudock_server.adapters.volumes.view import Mount, Reach, View, mounted
 from gpudock_server.errors import SizeNotSupported, VolumeInUse, VolumeTooSmallForData
@@ -198,7 +199,7 @@ class LoopBackend(VolumeBackend):
 
     async def pool(self) -> PoolUsage:
         """See the protocol."""
-        return await run_to_end(pool_usage, self._root)
+        return await pool_usage(self._root)
 
     def _folder(self, backing: VolumeBacking) -> StoreFolder:
         return self._folder_of(backing.uid, backing.name)

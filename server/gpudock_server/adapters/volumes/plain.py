@@ -10,7 +10,8 @@ from typing import Final
 from gpudock_server.adapters.layers.copying import tree_bytes
 from gpudock_server.adapters.layers.threads import run_to_end
 from gpudock_server.adapters.volumes.failures import volume_errors
-from gpudock_server.adapters.volumes.folder import StoreDamaged, StoreFolder, pool_usage
+from gpudock_server.adapters.volumes.folder import StoreDamaged, StoreFolder
+from gpudock_server.adapters.volumes.pool import pool_usage
 from gpudock_server.adapters.volumes.view import Reach
 from gpudock_server.errors import SizeNotSupported, VolumeFailed
 from gpudock_server.model.volume import PoolUsage, VolumeBackendKind, VolumeBacking, VolumeUsage
@@ -102,7 +103,7 @@ class PlainBackend(VolumeBackend):
 
     async def pool(self) -> PoolUsage:
         """See the protocol. Nothing is promised to anybody."""
-        return await run_to_end(pool_usage, self._root)
+        return await pool_usage(self._root)
 
 
 def _no_size(name: str, size_bytes: int) -> SizeNotSupported:

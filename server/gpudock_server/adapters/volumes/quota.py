@@ -7,19 +7,18 @@ store; it is recorded before it is used, and free again once its limits are gone
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import re
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
 from gpudock_server.adapters.layers.threads import run_to_end
 from gpudock_server.adapters.volumes.failures import volume_errors
-from gpudock_server.adapters.volumes.folder import StoreDamaged, StoreFolder, backings, pool_usage
+from gpudock_server.adapters.volumes.folder import StoreDamaged, StoreFolder
+from gpudock_server.adapters.volumes.pool import pool_usage, recorded_ids
 from gpudock_server.adapters.volumes.programs import ProgramFailed, missing, run
+from gpudock_server.adapters.volumes.quota_table import GRAIN, Mount, counted, enforced, mount_of, rounded, set_limit
 from gpudock_server.adapters.volumes.view import Reach
 from gpudock_server.errors import SizeNotSupported, VolumeFailed, VolumeTooSmallForData
 from gpudock_server.model.volume import PoolUsage, VolumeBackendKind, VolumeBacking, VolumeUsage
@@ -29,21 +28,10 @@ from gpudock_server.ports import VolumeBackend
 PROJECT_IDS: Final = range(0x6770_0000, 0x6778_0000)
 _FILESYSTEMS: Final = ("xfs", "ext4")
 _OPTIONS: Final = frozenset({"pquota", "prjquota"})
-# A limit is kept in these.
-_GRAIN: Final = 4096
-_REPORTED: Final = re.compile(r"^#(\d+)\s+(\d+)\s", re.MULTILINE)
-_REPORTED_UNIT: Final = 1024
 _HOW: Final = (
     "mount it with the option prjquota (XFS on / : the kernel's rootflags=prjquota; ext4: after `tune2fs -O"
     " quota,project -Q prjquota` while it is not mounted), on a kernel that has quotas for it"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class _Mount:
-    point: str
-    filesystem: str
-    options: frozenset[str]
 
 
 class ProjectQuotaBackend(VolumeBackend):
@@ -85,8 +73,7 @@ class ProjectQuotaBackend(VolumeBackend):
             return f"{where}, which has no project quotas; they take xfs or ext4"
         if not mount.options & _OPTIONS:
             return f"{where}, which is mounted without project quotas: {_HOW}"
-        enforced = "Enforcement: ON" in await _quota(mount, "state -p")
-        return "" if enforced else f"{where}, whose project quotas are not enforced"
+        return "" if await enforced(mount) else f"{where}, whose project quotas are not enforced"
 
     async def create(self, uid: str, name: str, size_bytes: int) -> VolumeBacking:
         """See the protocol."""
@@ -137,13 +124,13 @@ class ProjectQuotaBackend(VolumeBackend):
         _check_fits(backing, await self.usage(backing), size_bytes)
         with volume_errors("shrink", backing.name, self._root):
             mount = await self._mount()
-            await _set_limit(mount, backing.project_id, size_bytes)
+            await set_limit(mount, backing.project_id, size_bytes)
             usage = await self._usage(folder, backing)
             # One that is full to the limit may be fuller: statfs shows no more than the limit.
-            if usage.used_bytes >= _rounded(size_bytes):
-                await _set_limit(mount, backing.project_id, backing.size_bytes)
+            if usage.used_bytes >= rounded(size_bytes):
+                await set_limit(mount, backing.project_id, backing.size_bytes)
                 _check_fits(backing, await self._usage(folder, backing), size_bytes)
-                await _set_limit(mount, backing.project_id, size_bytes)
+                await set_limit(mount, backing.project_id, size_bytes)
             return await _recorded(folder, backing, size_bytes)
 
     def needs_copy(self, backing: VolumeBacking, size_bytes: int) -> bool:  # noqa: ARG002 - as the protocol has it
@@ -186,17 +173,12 @@ class ProjectQuotaBackend(VolumeBackend):
             await run_to_end(folder.remove)
             async with self._numbering:
                 # Repeated much later, the id may have become another store's.
-                if project_id and project_id not in await run_to_end(self._recorded_ids):
-                    await _set_limit(await self._mount(), project_id, 0)
+                if project_id and project_id not in await run_to_end(recorded_ids, self._root):
+                    await set_limit(await self._mount(), project_id, 0)
 
     async def pool(self) -> PoolUsage:
         """See the protocol."""
-        counted: dict[int, int] = {}
-        # A host without quotas has no store with an id, and need not have the programs.
-        if any(await run_to_end(self._recorded_ids)):
-            with suppress(ProgramFailed, OSError):
-                counted = await self._counted()
-        return await run_to_end(pool_usage, self._root, counted)
+        return await pool_usage(self._root)
 
     def _folder(self, backing: VolumeBacking) -> StoreFolder:
         return self._folder_of(backing.uid, backing.name)
@@ -205,35 +187,24 @@ class ProjectQuotaBackend(VolumeBackend):
         with volume_errors("find", name, self._root):
             return StoreFolder(self._root, uid)
 
-    async def _mount(self) -> _Mount:
-        existing = next(path for path in (self._root, *self._root.parents) if path.exists())
-        found = await run("findmnt", "--json", "--output", "TARGET,FSTYPE,OPTIONS", "--target", str(existing))
-        shown = json.loads(found)["filesystems"][-1]
-        return _Mount(point=shown["target"], filesystem=shown["fstype"], options=frozenset(shown["options"].split(",")))
+    async def _mount(self) -> Mount:
+        return await mount_of(self._root)
 
     async def _free_id(self) -> int:
         """An id that no store has recorded and the quota table does not know. Raises ProgramFailed."""
-        taken = set(await self._counted()) | await run_to_end(self._recorded_ids)
+        taken = set(await counted(await self._mount())) | await run_to_end(recorded_ids, self._root)
         for number in self._project_ids:
             if number not in taken:
                 return number
         raise ProgramFailed(f"all of {len(self._project_ids)} project ids are taken")
-
-    async def _counted(self) -> dict[int, int]:
-        """The bytes that each project id of the quota table takes. Raises ProgramFailed."""
-        report = await _quota(await self._mount(), "report -p -n -N -b")
-        return {int(number): int(used) * _REPORTED_UNIT for number, used in _REPORTED.findall(report)}
 
     async def _usage(self, folder: StoreFolder, backing: VolumeBacking) -> VolumeUsage:
         """What statfs shows, unless that is about the pool: newer kernels show no more room than it has left."""
         shown, pool = await run_to_end(_room, folder.data, self._root)
         used = (shown.f_blocks - shown.f_bfree) * shown.f_frsize
         if shown.f_bfree >= pool.f_bfree:
-            used = (await self._counted()).get(backing.project_id, 0)
-        return VolumeUsage(used_bytes=used, size_bytes=shown.f_blocks * shown.f_frsize, minimum_bytes=max(used, _GRAIN))
-
-    def _recorded_ids(self) -> set[int]:
-        return {backing.project_id for backing in backings(self._root)}
+            used = (await counted(await self._mount())).get(backing.project_id, 0)
+        return VolumeUsage(used_bytes=used, size_bytes=shown.f_blocks * shown.f_frsize, minimum_bytes=max(used, GRAIN))
 
     async def _mark(self, folder: StoreFolder, backing: VolumeBacking) -> None:
         """Give the folder its id, and have all that is made in it inherit that."""
@@ -243,23 +214,10 @@ class ProjectQuotaBackend(VolumeBackend):
             raise ProgramFailed(f"xfs_io: {folder.data} shows {shown.strip()!r} instead of {backing.project_id}")
 
     async def _limit(self, folder: StoreFolder, backing: VolumeBacking, size_bytes: int) -> None:
-        await _set_limit(await self._mount(), backing.project_id, size_bytes)
+        await set_limit(await self._mount(), backing.project_id, size_bytes)
         shown = await run_to_end(os.statvfs, folder.data)
-        if (shows := shown.f_blocks * shown.f_frsize) != _rounded(size_bytes):
+        if (shows := shown.f_blocks * shown.f_frsize) != rounded(size_bytes):
             raise ProgramFailed(f"xfs_quota: {folder.data} shows {shows} bytes instead of {size_bytes}")
-
-
-async def _quota(mount: _Mount, command: str) -> str:
-    foreign = [] if mount.filesystem == "xfs" else ["-f"]
-    # Neither /etc/projects nor /etc/projid has a say: our ids are numbers.
-    files = ["-D", "/dev/null", "-P", "/dev/null"]
-    return await run("xfs_quota", "-x", *foreign, *files, "-c", command, mount.point)
-
-
-async def _set_limit(mount: _Mount, project_id: int, size_bytes: int) -> None:
-    """Both limits at once: statfs shows the soft one, and the hard one is what stops a writer."""
-    limit = _rounded(size_bytes)
-    await _quota(mount, f"limit -p bsoft={limit} bhard={limit} {project_id}")
 
 
 def _room(data: Path, root: Path) -> tuple[os.statvfs_result, os.statvfs_result]:
@@ -285,10 +243,6 @@ async def _recorded(folder: StoreFolder, backing: VolumeBacking, size_bytes: int
 def _make_folder(data: Path) -> None:
     data.mkdir(mode=0o755, exist_ok=True)
     data.chmod(0o755)
-
-
-def _rounded(size_bytes: int) -> int:
-    return -(-size_bytes // _GRAIN) * _GRAIN
 
 
 def _no_replacement(backing: VolumeBacking) -> VolumeFailed:

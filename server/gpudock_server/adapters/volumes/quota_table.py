@@ -1,0 +1,62 @@
+"""The kernel's table of project quotas, by xfs_quota (package xfsprogs), which knows it for XFS and ext4 alike."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from gpudock_server.adapters.volumes.programs import run
+
+# A limit is kept in these.
+GRAIN: Final = 4096
+_REPORTED: Final = re.compile(r"^#(\d+)\s+(\d+)\s", re.MULTILINE)
+_REPORTED_UNIT: Final = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A mounted filesystem."""
+
+    point: str
+    filesystem: str
+    options: frozenset[str]
+
+
+async def mount_of(root: Path) -> Mount:
+    """What `root` lies on, or will when it is made. Raises ProgramFailed."""
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    found = await run("findmnt", "--json", "--output", "TARGET,FSTYPE,OPTIONS", "--target", str(existing))
+    shown = json.loads(found)["filesystems"][-1]
+    return Mount(point=shown["target"], filesystem=shown["fstype"], options=frozenset(shown["options"].split(",")))
+
+
+async def enforced(mount: Mount) -> bool:
+    """Whether project quotas stop a writer there. Raises ProgramFailed."""
+    return "Enforcement: ON" in await _ask(mount, "state -p")
+
+
+async def counted(mount: Mount) -> dict[int, int]:
+    """The bytes that each project id of the table takes. Raises ProgramFailed."""
+    report = await _ask(mount, "report -p -n -N -b")
+    return {int(number): int(used) * _REPORTED_UNIT for number, used in _REPORTED.findall(report)}
+
+
+async def set_limit(mount: Mount, project_id: int, size_bytes: int) -> None:
+    """Both limits at once: statfs shows the soft one, and the hard one is what stops a writer. Raises ProgramFailed."""
+    limit = rounded(size_bytes)
+    await _ask(mount, f"limit -p bsoft={limit} bhard={limit} {project_id}")
+
+
+def rounded(size_bytes: int) -> int:
+    """The limit that a size becomes."""
+    return -(-size_bytes // GRAIN) * GRAIN
+
+
+async def _ask(mount: Mount, command: str) -> str:
+    foreign = [] if mount.filesystem == "xfs" else ["-f"]
+    # Neither /etc/projects nor /etc/projid has a say: our ids are numbers.
+    files = ["-D", "/dev/null", "-P", "/dev/null"]
+    return await run("xfs_quota", "-x", *foreign, *files, "-c", command, mount.point)
