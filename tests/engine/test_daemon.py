@@ -186,7 +186,8 @@ async def _refusal(caller: Caller) -> Failure | None:
 
 
 async def test_what_takes_longer_than_the_grace_is_left_where_it_is(own: OwnDaemons) -> None:
-    daemon = await own.start("--shutdown-grace", "1", "--exec-hangup-grace", "30")
+    # A quarter of it is left to tell the callers, which on a busy machine takes a while.
+    daemon = await own.start("--shutdown-grace", "3", "--exec-hangup-grace", "30")
     async with Caller(daemon.target) as caller:
         stream, operation_id = await scaling(caller, 4)
         await caller.create("other")
@@ -198,7 +199,7 @@ async def test_what_takes_longer_than_the_grace_is_left_where_it_is(own: OwnDaem
         assert (end.code, end.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
         assert (await failure(command)).code is grpc.StatusCode.UNAVAILABLE
     assert await asyncio.to_thread(daemon.wait, 10) == 0, daemon.log_text
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 9, "neither the command nor the operation was waited for"
     assert "Traceback" not in daemon.log_text, daemon.log_text
     await finished_by(await own.start(after=daemon), operation_id)
 

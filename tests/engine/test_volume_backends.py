@@ -242,8 +242,9 @@ async def test_deleted_files_give_their_room_back(rig: Rig, engine: DockerEngine
         full = await loop.pool()
         assert full.allocated_bytes >= empty.allocated_bytes + 95 * MIB
         one.run("rm", f"{TARGET}/file")
+        # Discarded when the journal is written, which each does now and then by itself, or when it is unmounted.
+        one.run("sync")
         if backing.filesystem == "xfs":
-            # It discards when its journal is written: within half a minute, or when it is unmounted.
             one.stop()
         deadline = time.monotonic() + 60
         while (await loop.pool()).allocated_bytes > full.allocated_bytes - 90 * MIB:

@@ -7,7 +7,6 @@ was harmed) the world is asked which of the possible ones came about; anything e
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -287,20 +286,20 @@ class Arena:
         containers = [one for one in ends if not isinstance(one, ExpectedVolume)]
         await self.settle(deed.name, *containers, *(_as_left(containers, deed.before) if failed else ()))
 
-    async def kill_during(self, deed: Deed) -> None:
-        """`kill -9` at a random moment of it; the next daemon brings it to one of its two ends."""
+    async def kill_during(self, deed: Deed, seconds: float) -> None:
+        """`kill -9` so many seconds after it has begun; the next daemon brings it to one of its two ends."""
         # What the caller is told is that the connection broke, or the outcome, where it was quicker.
         going = asyncio.ensure_future(_told(deed.act(self.caller)))
-        await asyncio.sleep(random.uniform(0.0, 0.6))  # noqa: S311 - a moment, not a secret
+        await asyncio.sleep(seconds)
         succeeded = going.done() and going.result() is None
         await self.restart(kill=True)
         await going
         await self._settle(deed, *([deed.after] if succeeded else [deed.before, deed.after]))
 
-    async def cancel_during(self, deed: Deed) -> bool:
-        """CancelOperation at a random moment of it: it is undone, or says that it cannot be. Whether it was undone."""
+    async def cancel_during(self, deed: Deed, seconds: float) -> bool:
+        """CancelOperation so long after it began: it is undone, or says that it cannot be. Whether it was undone."""
         going = asyncio.ensure_future(_told(deed.act(self.caller)))
-        await asyncio.sleep(random.uniform(0.0, 0.3))  # noqa: S311 - a moment, not a secret
+        await asyncio.sleep(seconds)
         while not going.done():
             if under_way := await self._under_way():
                 request = operation_service_pb2.CancelOperationRequest(id=under_way[0].id)

@@ -123,9 +123,9 @@ class Drawing(RuleBasedStateMachine):
         met = True
         match trouble:
             case "kill":
-                self.loop.run(self.arena.kill_during(deed))
+                self.loop.run(self.arena.kill_during(deed, self._moment(data, 600)))
             case "cancel":
-                met = self.loop.run(self.arena.cancel_during(deed))
+                met = self.loop.run(self.arena.cancel_during(deed, self._moment(data, 300)))
             case _:
                 fault = self._plant(data, trouble, st.integers(1, 2 if deed.of_a_volume else 5))
                 self.loop.run(self.arena.act(deed))
@@ -133,6 +133,11 @@ class Drawing(RuleBasedStateMachine):
         self.tally[trouble] += met
         self.news = True
         self.loop.run(self.arena.check_settled(name, *(also or {})))
+
+    @staticmethod
+    def _moment(data: st.DataObject, most_ms: int) -> float:
+        """In seconds; drawn, so that a failing example shows it."""
+        return data.draw(st.integers(0, most_ms), label="after ms") / 1000
 
     def _plant(self, data: st.DataObject, trouble: str, nths: st.SearchStrategy[int]) -> Fault | None:
         """`nths`: which of the engine's deeds it hits. A volume takes one or two of them."""
