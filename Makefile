@@ -4,9 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Each worker has a rig of its own, and now and then waits for what lasts as long as it lasts: so one more than there are
+# Each worker has a rig of its own, and often waits for what lasts as long as it lasts: so twice as many as there are
 # cores. More than eight and they wait for the disk.
-WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? 2 * n : 8)))
 # In the VM, what is skipped has failed; all is slower; and what pytest would load besides takes seconds.
 VM_PYTEST := -p tests.vm.nothing_skipped --timeout 900 --durations 5 -p no:xdist -p no:hypothesispytest -p no:cacheprovider
 # What runs there: words for pytest.
