@@ -16,7 +16,7 @@ from gpudock.v1 import (
 from tests.calls import IMAGE, Caller, clone_request, failure, progress_of, result_of
 from tests.conftest import FAST, own_state
 from tests.engine.trees import Entry, compare, grow_command, image_files, record
-from tests.faults.invariants import LOOK, PLANT, absent, sound
+from tests.faults.invariants import LOOK, PLANT, absent, layer_images, sound
 from tests.rig import CUDA_LIKE, GLIBC, Rig
 
 _NEVER = container_pb2.SNAPSHOT_POLICY_NEVER
@@ -36,11 +36,6 @@ async def _inside(caller: Caller, rig: Rig, name: str) -> dict[bytes, Entry]:
     container = await caller.get(name)
     shown = rig.engine.call("GET", f"/containers/{container.status.engine_id}/json")
     return record(f"/proc/{shown['State']['Pid']}/root")
-
-
-def _layer_images(rig: Rig) -> list[str]:
-    tags = [tag for image in rig.engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()]
-    return [tag for tag in tags if tag.startswith("gpudock/layer")]
 
 
 async def test_a_clone_has_the_spec_and_the_files_and_nothing_in_common(caller: Caller, rig: Rig) -> None:
@@ -172,7 +167,7 @@ async def test_everything_that_a_file_system_knows_comes_along(caller: Caller, r
 
 @pytest.mark.parametrize("carry", ["copy", "commit"])
 async def test_images_of_the_source_outlive_it_for_its_clones(rig: Rig, carry: str) -> None:
-    others = _layer_images(rig)
+    others = layer_images(rig)
     daemon = await rig.start_daemon(*FAST, *own_state(), "--layer-carry", carry)
     try:
         async with Caller(daemon.target) as caller:
@@ -197,7 +192,7 @@ async def test_images_of_the_source_outlive_it_for_its_clones(rig: Rig, carry: s
             named = operation_pb2.LayerCarryMethod.Name(progress.snapshots[0].plan.carry_method)
             assert named == f"LAYER_CARRY_METHOD_{methods[carry]}"
             await caller.delete_all()
-            assert _layer_images(rig) == others
+            assert layer_images(rig) == others
     finally:
         await asyncio.to_thread(daemon.stop)
 

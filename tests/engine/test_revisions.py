@@ -13,7 +13,7 @@ from gpudock.v1 import container_pb2, container_revision_pb2, container_service_
 
 from tests.calls import IMAGE, Caller, failure, progress_of, result_of, scale_request, update_request
 from tests.conftest import FAST, own_state
-from tests.faults.invariants import LOOK, PLANT, sound
+from tests.faults.invariants import LOOK, PLANT, layer_images, sound
 from tests.rig import GLIBC, Rig
 
 _NEVER = container_pb2.SNAPSHOT_POLICY_NEVER
@@ -323,6 +323,7 @@ async def test_the_plan_counts_what_is_copied_and_the_room_for_it(caller: Caller
 
 @pytest.mark.parametrize("carry", ["copy", "commit"])
 async def test_history_with_other_ways_of_carrying(rig: Rig, carry: str) -> None:
+    others = layer_images(rig)
     daemon = await rig.start_daemon(*FAST, *own_state(), "--layer-carry", carry)
     try:
         async with Caller(daemon.target) as caller:
@@ -342,8 +343,7 @@ async def test_history_with_other_ways_of_carrying(rig: Rig, carry: str) -> None
             kind = _TREE if carry == "copy" else container_revision_pb2.SNAPSHOT_KIND_IMAGE
             assert one.snapshot.kind == kind
             await caller.delete_all()
-            images = rig.engine.call("GET", "/images/json")
-            assert not [tag for image in images for tag in image["RepoTags"] or () if tag.startswith("gpudock/layer")]
+            assert layer_images(rig) == others
     finally:
         await asyncio.to_thread(daemon.stop)
 

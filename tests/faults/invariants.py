@@ -23,6 +23,12 @@ def engine_containers(rig: Rig) -> list[dict[str, Any]]:
     return [rig.engine.call("GET", f"/containers/{one['Id']}/json") for one in listed]
 
 
+def layer_images(rig: Rig) -> set[str]:
+    """The names of images that hold what containers wrote; those too that dead daemons of other tests have left."""
+    tags = [tag for image in rig.engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()]
+    return {tag for tag in tags if tag.startswith("gpudock/layer")}
+
+
 def cards_of(inspected: dict[str, Any]) -> list[str]:
     """The cards that an engine container was given."""
     requests = inspected["HostConfig"]["DeviceRequests"] or []

@@ -12,7 +12,7 @@ from gpudock.v1 import container_pb2, container_service_pb2, operation_pb2, oper
 
 from tests.calls import IMAGE, Caller
 from tests.conftest import FAST, own_state
-from tests.faults.invariants import LOOK, PLANT, absent, engine_containers, sound
+from tests.faults.invariants import LOOK, PLANT, absent, engine_containers, layer_images, sound
 from tests.faults.mortal import DIE_AT, KIND
 from tests.rig import GLIBC, Daemon, Rig
 
@@ -141,7 +141,7 @@ async def test_rollback(clean_engine: Rig) -> None:
 async def test_clone(clean_engine: Rig, carry: str) -> None:
     """Of what a running source has now; it is frozen meanwhile, and must never stay so."""
     rig = clean_engine
-    others = _layer_images(rig)
+    others = layer_images(rig)
     files = ""
 
     async def clone(caller: Caller) -> None:
@@ -162,7 +162,7 @@ async def test_clone(clean_engine: Rig, carry: str) -> None:
         else:
             await sound(caller, rig, "phoenix", files)
             await caller.delete("phoenix")
-        assert _layer_images(rig) == others
+        assert layer_images(rig) == others
 
     assert await at_every_moment(rig, "CLONE", clone, check, "--layer-carry", carry) >= 8
 
@@ -172,7 +172,7 @@ async def test_clone(clean_engine: Rig, carry: str) -> None:
 async def test_clone_of_a_revision(clean_engine: Rig, carry: str) -> None:
     """Of what was kept as a tree, and as an image, which each gives a name of its own."""
     rig = clean_engine
-    others = _layer_images(rig)
+    others = layer_images(rig)
     files = ""
 
     async def clone(caller: Caller) -> None:
@@ -196,15 +196,9 @@ async def test_clone_of_a_revision(clean_engine: Rig, carry: str) -> None:
         else:
             await sound(caller, rig, "phoenix", files)
             await caller.delete("phoenix")
-        assert len(_layer_images(rig) - others) == (1 if carry == "commit" else 0)
+        assert len(layer_images(rig) - others) == (1 if carry == "commit" else 0)
 
     assert await at_every_moment(rig, "CLONE", clone, check, "--layer-carry", carry) >= 5
-
-
-def _layer_images(rig: Rig) -> set[str]:
-    """Also those that the daemons of other tests have left to this engine."""
-    tags = [tag for image in rig.engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()]
-    return {tag for tag in tags if tag.startswith("gpudock/layer")}
 
 
 @pytest.mark.timeout(600)

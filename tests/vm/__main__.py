@@ -81,7 +81,7 @@ def main() -> int:
     parser.add_argument("--memory", type=int, default=2048, help="MiB of each VM (default: %(default)s)")
     parser.add_argument("--cpus", type=int, help="of each VM, how many (default: its share of the host's)")
     parser.add_argument("--accel", default="tcg,thread=multi", help="qemu's -accel (default: %(default)s)")
-    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for all of it (default: %(default)s)")
+    parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for all of it (default: %(default)s)")
     parser.add_argument("command", nargs="+", help="what to run")
     options = parser.parse_args()
     began = time.monotonic()
