@@ -232,7 +232,8 @@ async def test_exec_at_a_terminal(commands: Commands) -> None:
         process.send_signal(signal.SIGWINCH)
         os.write(ours, b"until stty size | grep '50 120'; do sleep 0.1; done\r")
         await read_until(ours, b"\n50 120\r\n")
-        os.write(ours, b"echo begun; sleep 600\r")
+        # Said by the one that is to be interrupted: between two commands, the shell would keep Ctrl-C to itself.
+        os.write(ours, b"sh -c 'echo begun; exec sleep 600'\r")
         await read_until(ours, b"\nbegun\r\n")
         os.write(ours, b"\x03exit 6\r")
         assert await asyncio.wait_for(process.wait(), DEADLINE) == 6
