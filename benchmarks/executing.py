@@ -16,7 +16,9 @@ from tests.calls import Caller, iterate
 from tests.rig import GLIBC, Daemon, RigError
 
 _NAME = "bench"
-_LEAN = {"GRPC_EXPERIMENTS": "-event_engine_client"}
+# Of gRPC, as README.md advises for much output; and none, whatever this process was told.
+_LEAN = "-event_engine_client"
+_NONE = ""
 
 
 async def executing(arena: Arena) -> list[Row]:
@@ -50,13 +52,13 @@ async def executing(arena: Arena) -> list[Row]:
 
 async def _output(arena: Arena, daemon: Daemon, engine_id: str, command: list[str], amount: int) -> list[Row]:
     async def ours() -> float:
-        return amount / 1e3 / await _read_elsewhere("client", daemon.target, amount, command, **_LEAN)
+        return amount / 1e3 / await _read_elsewhere("client", daemon.target, amount, command, experiments=_LEAN)
 
     async def as_it_comes() -> float:
-        return amount / 1e3 / await _read_elsewhere("client", daemon.target, amount, command)
+        return amount / 1e3 / await _read_elsewhere("client", daemon.target, amount, command, experiments=_NONE)
 
     async def stubs() -> float:
-        return amount / 1e3 / await _read_elsewhere("stubs", daemon.target, amount, command)
+        return amount / 1e3 / await _read_elsewhere("stubs", daemon.target, amount, command, experiments=_NONE)
 
     async def theirs() -> float:
         script = f"docker exec {engine_id} {shlex.join(command)} | cat >/dev/null"
@@ -86,11 +88,12 @@ async def _first_byte(caller: Caller, *command: str) -> float:
     return taken
 
 
-async def _read_elsewhere(way: str, target: str, amount: int, command: list[str], **environment: str) -> float:
+async def _read_elsewhere(way: str, target: str, amount: int, command: list[str], *, experiments: str) -> float:
     """Milliseconds that a client in a process of its own took to read all of it, with what the reader calls `way`."""
     words = ["-m", "benchmarks.reader", way, target, _NAME, str(amount), *command]
+    environment = os.environ | {"GRPC_EXPERIMENTS": experiments}
     process = await asyncio.create_subprocess_exec(
-        sys.executable, *words, stdout=asyncio.subprocess.PIPE, env=os.environ | environment
+        sys.executable, *words, stdout=asyncio.subprocess.PIPE, env=environment
     )
     said, _ = await process.communicate()
     if process.returncode:

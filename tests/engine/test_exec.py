@@ -576,8 +576,10 @@ async def test_nothing_leaks(own: OwnDaemons) -> None:
         for kind in ("ends", "cannot be run", "left in silence", "left while it talks", "left unborn"):
             for _ in range(5):
                 await _eight_at_once(caller, kind)
-            # On a busy machine its pool holds some 15 connections more than before, for 15 seconds; a leak has 40.
-            assert await _descriptors_of_idle(caller, daemon, limit) < before + 24, kind
+            # Its pool may hold a few connections more or less, on a busy machine many more until they have been idle
+            # for 15 s; each of forty would be one too many.
+            await _descriptors_of_idle(caller, daemon, limit)
+            await until(lambda: _descriptors(daemon) < before + 12, kind)
     assert await asyncio.to_thread(daemon.stop) == 0
     assert "never retrieved" not in daemon.log_text
     assert "Traceback" not in daemon.log_text, daemon.log_text
@@ -624,7 +626,11 @@ async def _descriptors_of_idle(caller: Caller, daemon: Daemon, limit: int) -> in
     for talk in talks:
         await talk.call.done_writing()
         await talk.ended()
-    return len(os.listdir(f"/proc/{daemon.pid}/fd"))  # noqa: PTH208 - ASYNC240 does not like the other way
+    return _descriptors(daemon)
+
+
+def _descriptors(daemon: Daemon) -> int:
+    return len(list(Path(f"/proc/{daemon.pid}/fd").iterdir()))
 
 
 async def test_an_engine_that_dies_is_no_end_and_its_process_is_ended_when_it_is_back(

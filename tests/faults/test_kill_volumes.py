@@ -96,24 +96,23 @@ async def test_delete(volumes_rig: Rig) -> None:
 
 @pytest.mark.timeout(900)
 async def test_delete_with_force(volumes_rig: Rig) -> None:
-    """Two stopped containers are updated on the way; the files of one that runs again stay, whatever happens."""
+    """Two stopped containers are updated on the way; their other files stay, whatever happens to the volume."""
     rig = volumes_rig
     kept = ""
 
     async def delete(caller: Caller) -> None:
         nonlocal kept
         if not kept:
-            await caller.create("phoenix")
-            await caller.shell("phoenix", _PLANT.replace("/data", "/root"))
-            await caller.create("ash")
-            await caller.stop("ash")
+            for name in ("phoenix", "ash"):
+                await caller.create(name)
+                await caller.shell(name, _PLANT.replace("/data", "/root"))
             kept = await caller.shell("phoenix", _LOOK.replace("/data", "/root"))
         if await _volume(caller) is None:
             await caller.create_volume("phoenix", _SIZE)
         for name in ("phoenix", "ash"):
             if not (await caller.get(name)).spec.mounts:
                 await caller.update(name, mounts=[_mounting()])
-        await caller.stop("phoenix")
+            await caller.stop(name)
         await caller.delete_volume("phoenix", force=True)
 
     async def check(caller: Caller) -> None:
@@ -129,7 +128,7 @@ async def test_delete_with_force(volumes_rig: Rig) -> None:
             container = await caller.get(name)
             assert not container.status.operation_id
             assert container.spec.mounts == ([_mounting()] if there is not None else [])
-        await caller.start("phoenix")
+            await caller.start(name)
         assert await caller.shell("phoenix", _LOOK.replace("/data", "/root")) == kept
 
     assert await at_every_moment(rig, "DELETE_VOLUME", delete, check) >= 10
