@@ -14,14 +14,17 @@ from gpudock.v1.port_pb2 import PORT_PROTOCOL_TCP, PORT_PROTOCOL_UDP
 
 T = TypeVar("T")
 
-REVISION_NUMBER = click.IntRange(1, 2**63 - 1)
-"""The number of a revision; how far they go is for the server to say."""
+_WHOLE = re.compile(r"\d+", re.ASCII)
+_DECIMAL = re.compile(r"\d+(\.\d+)?|\.\d+", re.ASCII)
+_SIGNS = ("+", "-")
+# What an int32 and an int64 of a message have room for.
+MOST_32 = 2**31 - 1
+MOST_64 = 2**63 - 1
 
-_SIZE = re.compile(r"(\d+)(?:\.(\d+))?([A-Za-z]*)", re.ASCII)
+# As docker's units.RAMInBytes: a unit is a power of 1024, with or without `b` or `ib`.
+_SIZE = re.compile(r"(\d+)(?:\.(\d+))? ?([A-Za-z]*)", re.ASCII)
 _UNITS: dict[str, int] = {"": 1, "b": 1}
-_UNITS |= {suffix: 1024**power for power, unit in enumerate("kmgt", 1) for suffix in (unit, f"{unit}ib")}
-_UNITS |= {f"{unit}b": 1000**power for power, unit in enumerate("kmgt", 1)}
-_LARGEST = 2**63 - 1
+_UNITS |= {suffix: 1024**power for power, unit in enumerate("kmgtp", 1) for suffix in (unit, f"{unit}b", f"{unit}ib")}
 
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", re.ASCII)
 _SPAN_SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -49,23 +52,68 @@ class Parsed(click.ParamType, Generic[T]):  # type: ignore[type-arg] # click 8.1
             self.fail(str(error), param, ctx)
 
 
+def refuse_sign(text: str) -> None:
+    """Raise ValueError for a number with a sign: it would look like a change by that much, and is taken as none."""
+    if text.startswith(_SIGNS):
+        raise ValueError(f"{text!r} has a sign; give the value that should result, without one")
+
+
+class Whole(Parsed[int]):
+    """A whole number from `least` to `most`, both included."""
+
+    name = "NUMBER"
+
+    def __init__(self, least: int = 0, most: int = MOST_32) -> None:
+        """`most` is what the message has room for; a smaller limit is the server's to state."""
+        self._least, self._most = least, most
+
+    def parse(self, text: str) -> int:
+        """The number."""
+        refuse_sign(text)
+        if not _WHOLE.fullmatch(text):
+            raise ValueError(f"{text!r} is not a whole number such as {max(self._least, 2)}")
+        digits = text.lstrip("0") or "0"
+        if len(digits) > len(str(self._most)) or not self._least <= int(digits) <= self._most:
+            raise ValueError(f"{digits[:24]} is out of range: the number must be {self._least} to {self._most}")
+        return int(digits)
+
+
+REVISION_NUMBER = Whole(1, MOST_64)
+"""The number of a revision; how far they go is for the server to say."""
+
+
+class Decimal(Parsed[float]):
+    """A number with or without decimals, such as `1.5`."""
+
+    name = "NUMBER"
+
+    def parse(self, text: str) -> float:
+        """The number."""
+        refuse_sign(text)
+        if not _DECIMAL.fullmatch(text):
+            raise ValueError(f"{text!r} is not a number such as 2 or 1.5")
+        return float(text)
+
+
 class Size(Parsed[int]):
-    """A number of bytes: `8G` and `8GiB` are powers of 1024, `8GB` of 1000."""
+    """A number of bytes, as docker reads it: `8G`, `8GB` and `8GiB` are all 8 * 1024**3."""
 
     name = "SIZE"
 
     def parse(self, text: str) -> int:
         """The number of bytes."""
+        refuse_sign(text)
         match = _SIZE.fullmatch(text)
         unit = _UNITS.get(match[3].lower()) if match else None
         if match is None or unit is None:
-            raise ValueError(f"{text!r} is no size such as 512MiB, 8G or 1.5GB")
+            raise ValueError(f"{text!r} is not a size; use 512m, 8g, 1.5GiB or a number of bytes")
         whole, fraction = match[1], match[2] or ""
         size, rest = divmod(int(whole + fraction) * unit, int("1" + "0" * len(fraction)))
-        if rest:
-            raise ValueError(f"{text!r} is no whole number of bytes")
-        if size > _LARGEST:
-            raise ValueError(f"{text!r} is more than any machine has")
+        if rest and not size:
+            # 0 means something else: no limit.
+            raise ValueError(f"{text!r} is less than a byte")
+        if size > MOST_64:
+            raise ValueError(f"{text!r} is more than {MOST_64} bytes, the largest size there is")
         return size
 
 
@@ -76,9 +124,10 @@ class Span(Parsed[timedelta]):
 
     def parse(self, text: str) -> timedelta:
         """The span."""
+        refuse_sign(text)
         match = _SPAN.fullmatch(text)
         if match is None:
-            raise ValueError(f"{text!r} is no time such as 30s, 500ms, 5m or 2h")
+            raise ValueError(f"{text!r} is not a time; use 30s, 500ms, 5m, 2h or a number of seconds")
         seconds = float(match[1]) * _SPAN_SECONDS[match[2] or ""]
         if seconds > _LONGEST_SPAN_SECONDS:
             raise ValueError(f"{text!r} is more than a year")

@@ -7,19 +7,16 @@ from typing import Any, TypeVar
 
 import click
 
-from gpudock.cli._arguments import Size
+from gpudock.cli._arguments import Size, Whole
 from gpudock.v1.container_pb2 import GpuRequest
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-# What the message has room for; how many there may be is for the server to say.
-_MOST_GPUS = 2**31 - 1
 
 
 def gpu_options(command: F) -> F:
     """Add --gpus, --gpu, --gpu-model and --gpu-memory, for `gpu_request_of`."""
     options = (
-        click.option("--gpus", type=click.IntRange(0, _MOST_GPUS), help="How many cards; 0 for none."),
+        click.option("--gpus", type=Whole(), help="How many cards; 0 for none."),
         click.option("--gpu", multiple=True, metavar="UUID", help="This card. Can be repeated."),
         click.option("--gpu-model", default="", metavar="TEXT", help="With --gpus: cards with this in their name."),
         click.option("--gpu-memory", type=Size(), default=0, help="With --gpus: cards with at least this memory."),

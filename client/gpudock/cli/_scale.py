@@ -7,7 +7,7 @@ import click
 from gpudock import Client, Container, OperationCall
 from gpudock._enums import words_of
 from gpudock.cli import _operation_views, _views
-from gpudock.cli._arguments import Size
+from gpudock.cli._arguments import Decimal, Size
 from gpudock.cli._follow import follow
 from gpudock.cli._gpu_options import gpu_options, gpu_request_of
 from gpudock.cli._session import Session
@@ -18,7 +18,7 @@ from gpudock.v1.container_service_pb2 import ScaleStrategy
 @click.command()
 @click.argument("name")
 @gpu_options
-@click.option("--cpus", type=float, help="How many CPUs' worth of time; 0 for no limit.")
+@click.option("--cpus", type=Decimal(), help="How many CPUs' worth of time; 0 for no limit.")
 @click.option("--memory", type=Size(), help="How much memory, such as 8G; 0 for no limit.")
 @click.option("--shm-size", type=Size(), help="The size of /dev/shm; 0 for the engine's default.")
 @click.option(

@@ -11,12 +11,10 @@ import click
 from gpudock import ContainerSpec, HealthCheck, Mount, PortRequest, RestartPolicy, RevisionPolicy, SnapshotPolicy
 from gpudock._enums import value_of, words_of
 from gpudock._spec import duration
-from gpudock.cli._arguments import Bind, Pair, Port, Restart, Size, Span, Tmpfs
+from gpudock.cli._arguments import Bind, Decimal, Pair, Port, Restart, Size, Span, Tmpfs, Whole
 from gpudock.cli._gpu_options import gpu_options, gpu_request_of
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-_MOST_REVISIONS = 2**31 - 1
 
 
 class SpecFlags(TypedDict):
@@ -54,7 +52,7 @@ _OPTIONS = (
     click.option("-v", "--volume", type=Bind(), multiple=True, help="Mount a volume, or a path of the node."),
     click.option("--tmpfs", type=Tmpfs(), multiple=True, help="Mount a file system in memory."),
     click.option("--label", type=Pair(), multiple=True, help="Set a label."),
-    click.option("--cpus", type=float, help="How many CPUs' worth of time it may use."),
+    click.option("--cpus", type=Decimal(), help="How many CPUs' worth of time it may use."),
     click.option("--memory", type=Size(), help="How much memory it may use, such as 8G."),
     click.option("--shm-size", type=Size(), help="The size of /dev/shm."),
     click.option("--restart", type=Restart(), help="When the engine starts the process again."),
@@ -70,7 +68,7 @@ _OPTIONS = (
         type=click.Choice(words_of(SnapshotPolicy)),
         help="Whether the files of a revision are kept when the next one replaces it. cheap: where nothing is copied.",
     ),
-    click.option("--keep-revisions", type=click.IntRange(1, _MOST_REVISIONS), help="How many revisions are kept."),
+    click.option("--keep-revisions", type=Whole(1), help="How many revisions are kept."),
     click.option("--keep-for", type=Span(), help="How long a revision is kept after it was replaced."),
 )
 

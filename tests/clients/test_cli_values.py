@@ -1,0 +1,118 @@
+"""Numbers, sizes, times, ports and mounts as the command reads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+from gpudock.cli import main
+from gpudock.cli._arguments import (
+    REVISION_NUMBER,
+    Bind,
+    Decimal,
+    Parsed,
+    Port,
+    Restart,
+    Size,
+    Span,
+    Tmpfs,
+    Whole,
+)
+
+GOOD: list[tuple[Parsed[Any], str, Any]] = [
+    (Size(), "8G", 8 * 2**30),
+    (Size(), "512MiB", 512 * 2**20),
+    (Size(), "1.5k", 1536),
+    (Size(), "8GB", 8 * 2**30),
+    (Size(), "64mb", 67_108_864),
+    (Size(), "64MiB", 67_108_864),
+    (Size(), "64m", 67_108_864),
+    (Size(), "2kb", 2048),
+    (Size(), "1t", 2**40),
+    (Size(), "1PiB", 2**50),
+    (Size(), "8 G", 8 * 2**30),
+    (Size(), "0.3k", 307),
+    (Size(), "0", 0),
+    (Size(), "100b", 100),
+    (Whole(), "0", 0),
+    (Whole(), "007", 7),
+    (Whole(), "2147483647", 2**31 - 1),
+    (REVISION_NUMBER, "9223372036854775807", 2**63 - 1),
+    (Decimal(), "1.5", 1.5),
+    (Decimal(), ".5", 0.5),
+    (Decimal(), "2", 2.0),
+    (Span(), "1.5m", 90.0),
+    (Span(), "500ms", 0.5),
+    (Span(), "0", 0.0),
+]
+BAD: list[tuple[Parsed[Any], str]] = [
+    *(
+        (Size(), text)
+        for text in ("", "G", "8  G", " 8G", "-1G", "8Gi", "8GG", "1e9", "0x10", "0.3", "٨G", "99999999T", "1.", "+1")
+    ),
+    *((Span(), text) for text in ("", "s", "-1s", "+1s", "1w", "1s2", "1e9", "999999d", "9" * 400)),
+    *((Whole(), text) for text in ("", "+1", "-1", "1.0", "1e3", "1_000", "٣", "3000000000", "9" * 5000, "all")),
+    *((REVISION_NUMBER, text) for text in ("0", "-1", "+1", "9223372036854775808")),
+    *((Decimal(), text) for text in ("", "+1", "-0.5", "nan", "inf", "1e3", "1_0", ".", "1.")),
+    *((Port(), text) for text in ("", "0", "0:80", "80:0", "65536", "80:80:80", "80/sctp", "a", "80/", ":80", "-80")),
+    *((Bind(), text) for text in ("", "data", ":/data", "data:", "data:/data:rx", "a:b:c:d")),
+    *((Tmpfs(), text) for text in ("/x:", "/x:big")),
+    *((Restart(), text) for text in ("", "sometimes", "always:3", "on-failure:", "on-failure:-1", "on-failure:x")),
+]
+
+
+@pytest.mark.parametrize(("kind", "text", "value"), GOOD)
+def test_values_are_read(kind: Parsed[Any], text: str, value: object) -> None:
+    read = kind.convert(text, None, None)
+    assert (read.total_seconds() if isinstance(kind, Span) else read) == value
+
+
+@pytest.mark.parametrize(("kind", "text"), BAD)
+def test_bad_values_are_usage_errors(kind: Parsed[Any], text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        kind.convert(text, None, None)
+
+
+SIGNED = (
+    "scale c --gpus",
+    "scale c --cpus",
+    "scale c --memory",
+    "scale c --shm-size",
+    "start c --gpus",
+    "create c i --gpus",
+    "create c i --cpus",
+    "create c i --memory",
+    "create c i --gpus 1 --gpu-memory",
+    "create c i --keep-revisions",
+    "create c i --keep-for",
+    "update c --gpus",
+    "update c --cpus",
+    "clone c d --revision",
+    "rollback c",
+    "revision get c",
+    "revision delete c",
+    "volume create v",
+    "volume resize v",
+    "stop c --timeout",
+    "exec --timeout",
+)
+
+
+@pytest.mark.parametrize("words", SIGNED)
+@pytest.mark.parametrize("number", ["+1", "-1"])
+def test_a_number_with_a_sign_is_refused_and_not_taken_as_the_result(words: str, number: str) -> None:
+    """`scale --gpus +1` set one GPU: it took a card away from a container that had two."""
+    # Behind `--`, so that -1 of a positional value is not read as an option.
+    value = ["--", number] if words.rsplit(maxsplit=1)[-1] in {"c", "v"} else [number]
+    result = CliRunner().invoke(main, ["--address", "/nowhere", *words.split(), *value])
+    assert result.exit_code == 2, result.output
+    assert f"'{number}' has a sign; give the value that should result" in result.output
+
+
+def test_what_is_out_of_range_says_which_range() -> None:
+    result = CliRunner().invoke(main, ["create", "c", "i", "--gpus", "3000000000"])
+    assert "3000000000 is out of range: the number must be 0 to 2147483647" in result.output
+    assert "the number must be 1 to" in CliRunner().invoke(main, ["rollback", "c", "0"]).output
+    assert "2147483647" not in CliRunner().invoke(main, ["create", "--help"]).output
