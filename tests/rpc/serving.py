@@ -71,8 +71,10 @@ class Served:
 
 
 @asynccontextmanager
-async def serve(folder: Path) -> AsyncIterator[Served]:
-    """Serve on a socket in `folder`; nothing of it is left afterwards."""
+async def serve(
+    folder: Path, volumes: FakeVolumes | None = None, copier: FakeCopier | None = None
+) -> AsyncIterator[Served]:
+    """Serve on a socket in `folder`, with these volumes and this copier; nothing of it is left afterwards."""
     store, engine, inventory, processes = MemoryStore(), FakeEngine(), FakeInventory(), FakeProcesses()
     world = World(
         store=store,
@@ -85,7 +87,8 @@ async def serve(folder: Path) -> AsyncIterator[Served]:
         settle_seconds=0,
         stop_seconds=10,
     )
-    storage = Storage(world=world, backends=[FakeVolumes(), FakePlain()], copier=FakeCopier(), path="/volumes")
+    backends = [volumes or FakeVolumes(), FakePlain()]
+    storage = Storage(world=world, backends=backends, copier=copier or FakeCopier(), path="/volumes")
     operations = Operations(store, NODE, saga_builder(world, storage))
     execs = ExecSessions(world, processes, hangup_grace=0.2, limit=4)
     containers = Containers(world, operations)

@@ -1,0 +1,221 @@
+"""Settings of where the daemon finds things and what it keeps: each one has its effect in a daemon that runs.
+
+What they refuse is in tests/unit/test_settings.py; that `app.py` hands each of them on shows only here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from datetime import timedelta
+from pathlib import Path
+
+from gpudock.v1 import container_pb2, operation_service_pb2
+from gpudock_server.adapters.etcd import wire
+from gpudock_server.adapters.etcd.keys import Keys
+
+from tests.calls import Caller
+from tests.engine.etcd_examples import connected
+from tests.engine.own_daemons import OwnDaemons, own, until
+from tests.rig import BUSYBOX, Rig
+from tests.rig.etcd import find_etcd
+from tests.rpc.certificates import Authority
+
+__all__ = ["own"]
+
+_ALWAYS = container_pb2.SNAPSHOT_POLICY_ALWAYS
+
+
+# -- what is kept, and where -------------------------------------------------------------------------------------------
+
+
+async def test_operation_retention_is_the_least_time_that_an_ended_operation_is_kept(own: OwnDaemons) -> None:
+    retention = 100_000
+    daemon = await own.start("--operation-retention", str(retention))
+    async with Caller(daemon.target) as caller, connected(own.rig.etcd.endpoint) as connection:
+        await caller.create("kept")
+        (operation,) = (
+            await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest())
+        ).operations
+        read = await connection.read(wire.get(Keys(own.prefix).operation(operation.id)), patience=timedelta(seconds=5))
+        found = read.ranges[0].only
+        assert found is not None
+        remaining = (await connection._client.get_lease_info(found.lease)).TTL
+        # Operations that end within the same hour share a lease, so that some are kept for two hours longer.
+        assert retention - 60 <= remaining <= retention + 2 * 3600
+        await caller.delete("kept")
+
+
+async def test_snapshot_dir_and_snapshot_policy(own: OwnDaemons) -> None:
+    folder = own.rig.folder / f"snapshots-{own.id}"
+    daemon = await own.start("--snapshot-dir", str(folder))
+    async with Caller(daemon.target) as caller:
+        await caller.create("past")
+        await caller.shell("past", "echo kept > /file")
+        await caller.update("past", hostname="second")
+        kept = [path for path in folder.rglob("file") if path.read_text() == "kept\n"]
+        assert kept, "the files of revision 1 lie in snapshot_dir"
+        assert (await caller.revisions("past"))[0].snapshot.kind
+    await asyncio.to_thread(daemon.stop)
+    successor = await own.start("--snapshot-dir", str(folder), "--snapshot-policy", "never", after=daemon)
+    async with Caller(successor.target) as caller:
+        await caller.update("past", hostname="third")
+        first, second, _ = await caller.revisions("past")
+        assert first.snapshot.kind, "what was kept stays"
+        assert not second.snapshot.kind, "the daemon's policy is to keep no files"
+        # A container's own policy counts more than the daemon's.
+        await caller.update("past", revision_policy=container_pb2.RevisionPolicy(snapshots=_ALWAYS))
+        await caller.update("past", hostname="fourth")
+        assert (await caller.revisions("past"))[3].snapshot.kind
+        await caller.delete("past")
+    assert not [path for path in folder.rglob("*") if path.is_file()], "deleted with the container"
+
+
+async def test_keep_revisions_for_prunes_what_was_replaced_long_enough_ago(own: OwnDaemons) -> None:
+    daemon = await own.start("--keep-revisions-for", "1", "--reconcile-interval", "0.5")
+    async with Caller(daemon.target) as caller:
+        await caller.create("past")
+        await caller.update("past", hostname="second")
+
+        async def pruned() -> bool:
+            return [one.revision for one in await caller.revisions("past")] == [2]
+
+        await until(pruned)
+        # The container's own time counts more than the daemon's.
+        policy = container_pb2.RevisionPolicy()
+        policy.keep_for.seconds = 3600
+        await caller.update("past", revision_policy=policy)
+        await caller.update("past", hostname="fourth")
+        # A pass that prunes this one has looked at the other one too.
+        await caller.create("sentinel")
+        await caller.update("sentinel", hostname="second")
+
+        async def passed() -> bool:
+            return [one.revision for one in await caller.revisions("sentinel")] == [2]
+
+        await until(passed)
+        assert [one.revision for one in await caller.revisions("past")] == [2, 3, 4]
+        await caller.delete("past")
+        await caller.delete("sentinel")
+
+
+# -- etcd by TLS, with a client's certificate and a password -----------------------------------------------------------
+
+
+class SecureEtcd:
+    """An etcd on the rig's loopback that demands a client's certificate and, once `login` is called, a password."""
+
+    endpoint = "127.0.0.1:23790"
+
+    def __init__(self, rig: Rig, folder: Path) -> None:
+        self.authority = Authority(folder)
+        self.server = self.authority.sign("server", "IP:127.0.0.1")
+        self.client = self.authority.sign("client")
+        self._rig = rig
+        client, peer = f"https://{self.endpoint}", "http://127.0.0.1:23800"
+        self._words = [
+            *[str(find_etcd()), "--name", "one", "--data-dir", str(folder / "data"), "--unsafe-no-fsync"],
+            *["--listen-client-urls", client, "--advertise-client-urls", client],
+            *["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", f"one={peer}"],
+            *["--cert-file", str(self.server.certificate), "--key-file", str(self.server.key)],
+            *["--client-cert-auth", "--trusted-ca-file", str(self.authority.own.certificate)],
+        ]
+        self._log = folder / "log"
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        processes = self._rig._processes
+        assert processes is not None
+        self._process = processes.start(self._words, log=self._log, inside=self._rig.namespaces.enter())
+        self._process.wait_until(lambda: self.ctl("endpoint", "health", check=False) == 0)
+
+    def stop(self) -> None:
+        """End it."""
+        self._process.kill9()
+
+    def ctl(self, *words: str, check: bool = True) -> int:
+        """Run etcdctl."""
+        command = [str(find_etcd().with_name("etcdctl")), "--endpoints", f"https://{self.endpoint}", *self.flags_of_ctl]
+        return self._rig.run(*command, *words, check=check).returncode
+
+    @property
+    def flags_of_ctl(self) -> tuple[str, ...]:
+        """How etcdctl proves who calls."""
+        files = {
+            "--cacert": self.authority.own.certificate,
+            "--cert": self.client.certificate,
+            "--key": self.client.key,
+        }
+        return tuple(str(word) for pair in files.items() for word in pair)
+
+    def flags(self, *, certificate: bool = True) -> tuple[str, ...]:
+        """Those of gpudockd."""
+        trust = ("--etcd-ca", str(self.authority.own.certificate))
+        if not certificate:
+            return trust
+        return (*trust, "--etcd-cert", str(self.client.certificate), "--etcd-key", str(self.client.key))
+
+    def login(self, password: str) -> None:
+        """Demand a password from now on."""
+        self.ctl("user", "add", f"root:{password}")
+        self.ctl("user", "grant-role", "root", "root")
+        self.ctl("auth", "enable")
+
+
+async def test_etcd_is_reached_with_a_certificate_and_a_password(own: OwnDaemons, tmp_path: Path) -> None:
+    etcd = SecureEtcd(own.rig, tmp_path)
+    await asyncio.to_thread(etcd.start)
+    try:
+        complaint = await own.refused(*etcd.flags(certificate=False), etcd_endpoints=etcd.endpoint)
+        assert f"etcd at {etcd.endpoint} does not answer" in complaint
+        daemon = await own.start(*etcd.flags(), etcd_endpoints=etcd.endpoint)
+        async with Caller(daemon.target) as caller:
+            await caller.create("secure")
+            assert [one.cause for one in await caller.revisions("secure")]
+        await asyncio.to_thread(daemon.stop)
+
+        await asyncio.to_thread(etcd.login, "opensesame")
+        password = tmp_path / "password"
+        password.write_text("wrong\n")
+        password.chmod(0o600)
+        user = ("--etcd-user", "root", "--etcd-password-file", str(password))
+        complaint = await own.refused(*etcd.flags(), *user, etcd_endpoints=etcd.endpoint)
+        assert "opensesame" not in complaint
+        password.write_text("opensesame\n")
+        successor = await own.start(*etcd.flags(), *user, etcd_endpoints=etcd.endpoint, after=daemon)
+        async with Caller(successor.target) as caller:
+            assert (await caller.get("secure")).spec.command
+            await caller.delete("secure")
+    finally:
+        etcd.stop()
+
+
+# -- the engine by TLS -------------------------------------------------------------------------------------------------
+
+
+async def test_the_engine_is_reached_by_tls(tmp_path: Path) -> None:
+    """Dockerd's own TLS, on a rig of its own whose engine listens on TCP besides."""
+    authority, address = Authority(tmp_path), "tcp://127.0.0.1:2376"
+    server, client = authority.sign("server", "IP:127.0.0.1"), authority.sign("client")
+    options = (
+        *("-H", address, "--tlsverify", "--tlscacert", str(authority.own.certificate)),
+        *("--tlscert", str(server.certificate), "--tlskey", str(server.key)),
+    )
+    folder = tmp_path / "tls"
+    folder.mkdir(mode=0o700)
+    for name, path in {"ca": authority.own.certificate, "cert": client.certificate, "key": client.key}.items():
+        shutil.copy(path, folder / f"{name}.pem")
+        (folder / f"{name}.pem").chmod(0o600)
+    with Rig(gpus=1, images=(BUSYBOX,), engine_options=options) as rig:
+        own = OwnDaemons(rig)
+        daemon = await own.start("--docker-tls-dir", str(folder), docker_host=address)
+        async with Caller(daemon.target) as caller:
+            await caller.create("far", 1)
+            assert await caller.shell("far", "echo here") == "here\n"
+            await caller.delete("far")
+        await asyncio.to_thread(daemon.stop)
+        # A certificate of somebody else's authority opens nothing.
+        other = Authority(tmp_path, "other").sign("stranger")
+        for name, path in {"cert": other.certificate, "key": other.key}.items():
+            shutil.copy(path, folder / f"{name}.pem")
+        assert address in await own.refused("--docker-tls-dir", str(folder), docker_host=address)

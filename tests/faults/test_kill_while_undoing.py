@@ -1,0 +1,94 @@
+"""`kill -9` while an operation is being undone: the next daemon goes on undoing it, and reports the first failure."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+from gpudock.v1 import container_pb2, container_service_pb2, operation_pb2, operation_service_pb2
+
+from tests.calls import Caller, failure
+from tests.engine.own_daemons import OwnDaemons, own, until
+from tests.faults.invariants import LOOK, PLANT, absent, sound
+from tests.rig import Daemon, EngineProxy
+
+__all__ = ["own"]
+
+_TIMEOUT = ("--engine-timeout", "2")
+
+
+async def _killed_while_undoing(caller: Caller, daemon: Daemon, call: asyncio.Task[object]) -> str:
+    """Kill the daemon once an operation is UNDOING; the operation's id."""
+    undoing = operation_service_pb2.OperationFilter(states=[operation_pb2.OPERATION_STATE_UNDOING])
+    request = operation_service_pb2.ListOperationsRequest(filter=undoing)
+    found: list[str] = []
+
+    async def begun() -> bool:
+        found[:] = [one.id for one in (await caller.operations.ListOperations(request)).operations]
+        return bool(found)
+
+    await until(begun)
+    await asyncio.to_thread(daemon.kill9)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    return found[0]
+
+
+async def _ended(caller: Caller, operation_id: str) -> operation_pb2.Operation:
+    await caller.settled()
+    answer = await caller.operations.GetOperation(operation_service_pb2.GetOperationRequest(id=operation_id))
+    return answer.operation
+
+
+async def test_of_a_create(own: OwnDaemons, engine_proxy: EngineProxy) -> None:
+    daemon = await own.start(*_TIMEOUT, docker_host=engine_proxy.url)
+    engine_proxy.faults.fail("POST", "/containers/[^/]+/start")
+    engine_proxy.faults.hang("DELETE", "/containers/.*", times=None)
+    async with Caller(daemon.target) as caller:
+        create = asyncio.create_task(caller.create("undone", 2, ports=[container_pb2.PortRequest(container_port=80)]))
+        operation_id = await _killed_while_undoing(caller, daemon, create)
+    engine_proxy.faults.clear()
+    successor = await own.start(after=daemon)
+    async with Caller(successor.target) as caller:
+        ended = await _ended(caller, operation_id)
+        assert ended.state == operation_pb2.OPERATION_STATE_FAILED
+        assert ended.error.reason == "START_FAILED"
+        await absent(caller, own.rig, "undone")
+        assert await caller.free_gpus() == 8
+        # Nothing holds the name.
+        await caller.create("undone", 8)
+        await caller.delete("undone")
+
+
+@pytest.mark.parametrize("carry", ["exchange", "copy"])
+async def test_of_a_scale(own: OwnDaemons, engine_proxy: EngineProxy, carry: str) -> None:
+    flags = (*_TIMEOUT, "--layer-carry", carry)
+    daemon = await own.start(*flags, docker_host=engine_proxy.url)
+    async with Caller(daemon.target) as caller:
+        await caller.create("kept", 2)
+        await caller.shell("kept", PLANT)
+        files = await caller.shell("kept", LOOK + " || true")
+        # The successor does not start; then nothing of it can be removed, so that the undo stands still.
+        engine_proxy.faults.fail("POST", "/containers/[^/]+/start")
+        engine_proxy.faults.hang("DELETE", "/containers/.*", times=None)
+        scale = asyncio.create_task(caller.scale("kept", 3))
+        operation_id = await _killed_while_undoing(caller, daemon, scale)
+    engine_proxy.faults.clear()
+    successor = await own.start(*flags, after=daemon)
+    async with Caller(successor.target) as caller:
+        ended = await _ended(caller, operation_id)
+        assert ended.state == operation_pb2.OPERATION_STATE_FAILED
+        container = await sound(caller, own.rig, "kept", files)
+        assert (container.revision, container.spec.gpus.count) == (1, 2)
+        assert await caller.free_gpus() == 6
+        again = await failure(caller.containers.GetContainerRevision(_revision("kept", 2)))
+        assert again.reason == "REVISION_NOT_FOUND"
+        assert (await caller.scale("kept", 3)).revision == 2
+        await sound(caller, own.rig, "kept", files)
+        await caller.delete("kept")
+
+
+def _revision(name: str, number: int) -> container_service_pb2.GetContainerRevisionRequest:
+    return container_service_pb2.GetContainerRevisionRequest(name=name, revision=number)

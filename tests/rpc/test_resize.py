@@ -1,0 +1,155 @@
+"""ResizeVolume at the moments that a real filesystem is too fast to show: what is reserved, and what is verified."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gpudock.v1 import container_pb2
+from gpudock.v1 import volume_service_pb2 as pb
+from gpudock_server.errors import VolumeFailed
+from gpudock_server.model.volume import PoolUsage, TreeSummary, VolumeBacking
+from gpudock_server.ports import Progress
+from typing_extensions import override
+
+from tests.rpc.fake_volumes import FakeCopier, FakeVolumes
+from tests.rpc.serving import SOON, Served, create_request, reason_of, serve, to_the_end
+from tests.rpc.test_volumes import created, refused, resize
+
+MIB = 1 << 20
+TIB = 1 << 40
+
+
+@dataclass(eq=False)
+class GatedVolumes(FakeVolumes):
+    """Volumes that grow when the test says so."""
+
+    growing: asyncio.Event = field(default_factory=asyncio.Event)
+    may_grow: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @override
+    async def grow(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
+        self.growing.set()
+        await self.may_grow.wait()
+        return await super().grow(backing, size_bytes)
+
+
+async def test_a_resize_reserves_its_bytes_when_it_begins(tmp_path: Path) -> None:
+    volumes = GatedVolumes()
+    async with serve(tmp_path, volumes) as served:
+        await created(served)
+        growing = asyncio.create_task(resize(served, 5 * TIB))
+        async with asyncio.timeout(SOON):
+            await volumes.growing.wait()
+        # The pool has 8 TiB: the second volume fits beside what the first one has, and not beside what it will have.
+        second = pb.CreateVolumeRequest(name="second", size_bytes=4 * TIB)
+        assert await refused(served.volumes.CreateVolume(second)) == "DISK_FULL"
+        volumes.may_grow.set()
+        _, error = await growing
+        assert error is None
+        await created(served, "third", 3 * TIB - 64 * MIB)
+
+
+@dataclass(eq=False)
+class CopyingVolumes(FakeVolumes):
+    """Volumes that shrink by a copy; `before_locks` runs after a plan has looked at who mounts the volume."""
+
+    before_locks: Callable[[], Awaitable[None]] | None = None
+    replacements: set[str] = field(default_factory=set)
+    exchanged: list[tuple[str, str]] = field(default_factory=list)
+
+    @override
+    def needs_copy(self, backing: VolumeBacking, size_bytes: int) -> bool:
+        return True
+
+    @override
+    async def replacement(self, backing: VolumeBacking, uid: str, size_bytes: int) -> VolumeBacking:
+        self.replacements.add(uid)
+        return backing.model_copy(update={"uid": uid, "size_bytes": size_bytes, "engine_volume": f"gpudock-{uid}"})
+
+    @override
+    async def content(self, backing: VolumeBacking) -> str:
+        return "content"
+
+    @override
+    async def exchange(self, holder: VolumeBacking, other: VolumeBacking, content: str) -> None:
+        self.exchanged.append((holder.uid, other.uid))
+
+    @override
+    async def destroy(self, backing: VolumeBacking) -> None:
+        self.replacements.discard(backing.uid)
+
+    @override
+    async def pool(self) -> PoolUsage:
+        if self.before_locks is not None:
+            hook, self.before_locks = self.before_locks, None
+            await hook()
+        return await super().pool()
+
+
+@dataclass
+class DoubtfulCopier(FakeCopier):
+    """A copier whose copies are not equal for the first `unequal` times that anybody looks."""
+
+    unequal: int
+    copies: list[bool] = field(default_factory=list)
+
+    @override
+    async def copy(
+        self, source: VolumeBacking, target: VolumeBacking, progress: Progress, *, thorough: bool = False
+    ) -> None:
+        self.copies.append(thorough)
+
+    @override
+    async def verify(self, source: VolumeBacking, target: VolumeBacking) -> TreeSummary:
+        if self.unequal:
+            self.unequal -= 1
+            raise VolumeFailed(volume=source.name, call="verify the copy of", detail="the copy is not equal")
+        return await super().verify(source, target)
+
+
+async def test_a_copy_that_is_not_equal_never_takes_the_place_of_its_source(tmp_path: Path) -> None:
+    volumes, copier = CopyingVolumes(), DoubtfulCopier(unequal=2)
+    async with serve(tmp_path, volumes, copier) as served:
+        await created(served)
+        _, error = await resize(served, 32 * MIB)
+        assert reason_of(error) == "VOLUME_FAILED"
+        assert not volumes.exchanged
+        assert not volumes.replacements, "the copy is removed"
+        seen = (await served.volumes.GetVolume(pb.GetVolumeRequest(name="data"))).volume
+        assert (seen.size_bytes, seen.revision) == (64 * MIB, 1)
+
+
+async def test_a_copy_that_is_not_equal_is_made_once_more_by_comparing_contents(tmp_path: Path) -> None:
+    volumes, copier = CopyingVolumes(), DoubtfulCopier(unequal=1)
+    async with serve(tmp_path, volumes, copier) as served:
+        await created(served)
+        events, error = await resize(served, 32 * MIB)
+        assert error is None
+        assert copier.copies == [False, False, True]
+        assert events[-1].result.size_bytes == 32 * MIB
+        assert len(volumes.exchanged) == 1
+
+
+async def test_a_shrink_by_copy_is_refused_for_a_container_that_mounted_the_volume_meanwhile(tmp_path: Path) -> None:
+    volumes = CopyingVolumes()
+    async with serve(tmp_path, volumes) as served:
+        await created(served)
+        volumes.before_locks = lambda: _mount(served)
+        _, error = await resize(served, 32 * MIB)
+        assert reason_of(error) == "VOLUME_IN_USE"
+        assert not volumes.exchanged
+        assert not volumes.replacements
+        # A second call sees the container, and takes it into account.
+        events, error = await resize(served, 32 * MIB)
+        assert error is None
+        assert "stop" in [stage.name for stage in events[-2].operation.stages]
+
+
+async def _mount(served: Served) -> None:
+    request = create_request()
+    request.spec.mounts.append(container_pb2.Mount(volume="data", target="/data"))
+    _, error = await to_the_end(served.containers.CreateContainer(request))
+    assert error is None
