@@ -21,7 +21,7 @@ from gpudock.v1 import (
     port_pb2,
 )
 
-from tests.calls import Caller, failure, result_of
+from tests.calls import Caller, failure, progress_of, result_of, scale_request
 from tests.engine.own_daemons import OwnDaemons, bound, own, until
 from tests.rig import EngineProxy, FakeGpus, Rig
 
@@ -222,6 +222,47 @@ async def test_a_held_card_that_fails_is_replaced_by_the_next_scale(sick: Caller
     assert made.status.gpu_uuids[0] not in after.status.gpu_uuids
     assert made.status.gpu_uuids[1] in after.status.gpu_uuids
     assert len(after.status.gpu_uuids) == 2
+
+
+@pytest.mark.parametrize("lost", [True, False], ids=["lost", "unhealthy"])
+async def test_what_needs_no_new_process_leaves_a_failed_card_where_it_is(
+    sick: Caller, ailing: FakeGpus, *, lost: bool
+) -> None:
+    caller = sick
+    made = await caller.create("lives", 2, memory_bytes=64 << 20)
+    began = await caller.shell("lives", "cut -d' ' -f22 /proc/1/stat")
+    if lost:
+        ailing.lose(made.status.gpu_uuids[0], xid=79)
+    else:
+        ailing.raise_xid(made.status.gpu_uuids[0], 79)
+
+    async def noticed() -> bool:
+        return any(card.health != gpu_pb2.GPU_HEALTH_HEALTHY for card in await gpus_of(caller))
+
+    await until(noticed)
+    live = container_service_pb2.SCALE_STRATEGY_LIVE
+    plan = await progress_of(
+        caller.containers.ScaleContainer(scale_request("lives", memory_bytes=128 << 20, validate_only=True))
+    )
+    assert not plan.snapshots[0].plan.restarts_process
+    changes = (
+        caller.scale("lives", memory_bytes=128 << 20),
+        caller.scale("lives", cpus=0.5, strategy=live),
+        caller.scale("lives", memory_bytes=128 << 20, strategy=live),
+        caller.update("lives", labels={"team": "vision"}),
+        caller.start("lives"),
+        caller.rollback("lives", 4),
+    )
+    for change in changes:
+        after = await change
+        assert after.status.engine_id == made.status.engine_id
+        assert after.status.gpu_uuids == made.status.gpu_uuids
+    assert await caller.shell("lives", "cut -d' ' -f22 /proc/1/stat") == began, "its process lived on"
+    refused = await failure(caller.scale("lives", 2, strategy=live))
+    assert (refused.reason, refused.metadata["changes"]) == ("RESTART_REQUIRED", "gpus")
+    exchanged = await caller.restart("lives")
+    assert made.status.gpu_uuids[0] not in exchanged.status.gpu_uuids
+    assert len(exchanged.status.gpu_uuids) == 2
 
 
 async def test_a_node_without_a_driver_does_everything_else(own: OwnDaemons) -> None:

@@ -118,6 +118,7 @@ def choose_gpus(gpus: Sequence[Gpu], table: ClaimTable, wish: Wish) -> tuple[str
     """Pick cards: those it holds first, in their order, then those it had, then free ones by index.
 
     A card that it holds but that is no longer healthy is left out, so that scaling to the same number replaces it.
+    A change that needs no new process chooses no cards at all (core/containers/planning.py).
     """
     if wish.gpus.uuids:
         return _pinned_gpus(gpus, table, wish)

@@ -16,7 +16,7 @@ from gpudock_server.core.containers.keeping import KeepArguments
 from gpudock_server.core.containers.mounting import check_mounts, mounts_it
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
-from gpudock_server.errors import ContainerNotRunning
+from gpudock_server.errors import ContainerNotRunning, RestartRequired
 from gpudock_server.model.changes import Claim, PutContainer, VolumeIs
 from gpudock_server.model.claims import ClaimKey
 from gpudock_server.model.container import Container, ContainerState, EngineBinding, Placement, RevisionCause
@@ -38,13 +38,19 @@ _LIMITS = ("cpus", "memory_bytes", "restart_policy")
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """How a container is to be afterwards. `recreate`: by a new engine container in any case."""
+    """How a container is to be afterwards.
+
+    `recreate`: by a new engine container in any case. `live`: by the same process, or not at all. `chooses_gpus`: the
+    caller named the GPUs, so that a card that is no longer healthy is exchanged although the request is the same.
+    """
 
     kind: OperationKind
     spec: ContainerSpec
     runs: bool
     restart: bool = False
     recreate: bool = False
+    live: bool = False
+    chooses_gpus: bool = False
     stop_timeout: float | None = None
     must_live: bool = False
     snapshots: SnapshotPolicy | None = None
@@ -59,7 +65,9 @@ async def draft(world: World, view: ContainerView, wanted: Wanted) -> Draft:
     if engine is None:
         raise ContainerNotRunning(container=container.name, state=status.state.value)
     placement, to_claim = await _placement(world, container, engine, wanted)
-    replace = _needs_successor(engine, wanted, placement)
+    replace = not _process_goes_on(container, engine, wanted) and _needs_successor(engine, wanted, placement)
+    if replace and wanted.live:
+        raise RestartRequired(container=container.name, changes=("gpus",))
     carry = CarryPlan(method=CarryMethod.NONE)
     joining: tuple[VolumeView, ...] = ()
     if replace:
@@ -118,7 +126,7 @@ async def _placement(
     world: World, container: Container, engine: EngineBinding, wanted: Wanted
 ) -> tuple[Placement, tuple[ClaimKey, ...]]:
     """What it holds afterwards, and what of that is to be claimed. What does not run keeps what it holds."""
-    if not wanted.runs:
+    if not wanted.runs or _process_goes_on(container, engine, wanted):
         return container.status.placement, ()
     wish = Wish(
         uid=container.uid,
@@ -129,6 +137,23 @@ async def _placement(
     )
     proposal = await world.allocator.propose(wish)
     return proposal.placement, proposal.to_claim
+
+
+def _process_goes_on(container: Container, engine: EngineBinding, wanted: Wanted) -> bool:
+    """Whether the container runs and nothing in the request needs another process.
+
+    It then keeps its cards, whatever their health: to exchange a card is to restart the process, and that is only done
+    where the request names the GPUs or restarts the process anyway.
+    """
+    before, after = container.spec, wanted.spec
+    return (
+        wanted.runs
+        and container.status.state in LIVES
+        and not (wanted.restart or wanted.recreate or wanted.chooses_gpus)
+        and wanted.source.files is Files.CARRY
+        and (before.gpus, before.ports) == (after.gpus, after.ports)
+        and engine.fixed_digest == after.fixed_digest
+    )
 
 
 def _needs_successor(engine: EngineBinding, wanted: Wanted, placement: Placement) -> bool:

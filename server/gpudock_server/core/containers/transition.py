@@ -66,6 +66,8 @@ async def draft_scale(world: World, command: Scale) -> Draft:
         spec,
         runs=state is ContainerState.RUNNING,
         recreate=recreate,
+        live=command.strategy is ScaleStrategy.LIVE,
+        chooses_gpus=command.gpus is not None,
         must_live=True,
         snapshots=command.snapshots,
     )
