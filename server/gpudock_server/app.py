@@ -56,6 +56,7 @@ from gpudock_server.errors import EngineRejected, EngineUnavailable, GpudockErro
 from gpudock_server.logs import configure
 from gpudock_server.memory import keep_freed_blocks
 from gpudock_server.model.claims import PortKey
+from gpudock_server.model.engine import ContainerDefaults
 from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import CarryMethod
 from gpudock_server.model.record import now
@@ -367,6 +368,7 @@ async def _open_engine(settings: Settings, stack: AsyncExitStack) -> DockerEngin
             tls=settings.docker_tls_dir,
             timeout=settings.engine_timeout,
             scratch=settings.state_dir,
+            defaults=ContainerDefaults(allowed_nvidia_switches=frozenset(settings.allowed_nvidia_switches)),
         )
     except (EngineUnavailable, EngineRejected, ValueError) as error:
         raise StartupError(

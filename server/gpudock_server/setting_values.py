@@ -129,12 +129,12 @@ def _list_of(check: Callable[[Any], Any]) -> Callable[[tuple[Any, ...]], tuple[A
     return lambda values: tuple(check(value) for value in values)
 
 
-_COMMAS = (NoDecode, BeforeValidator(_split))
+COMMAS = (NoDecode, BeforeValidator(_split))
 
 AbsolutePath: TypeAlias = Annotated[Path, AfterValidator(_absolute), Shown("PATH")]
 OptionalPath: TypeAlias = Annotated[AbsolutePath | None, BeforeValidator(_empty_is_none), Shown("PATH")]
-Paths: TypeAlias = Annotated[tuple[AbsolutePath, ...], *_COMMAS, Shown("PATH,…")]
-Addresses: TypeAlias = Annotated[tuple[str, ...], *_COMMAS, AfterValidator(_list_of(_address)), Shown("HOST:PORT,…")]
-Texts: TypeAlias = Annotated[tuple[str, ...], *_COMMAS]
+Paths: TypeAlias = Annotated[tuple[AbsolutePath, ...], *COMMAS, Shown("PATH,…")]
+Addresses: TypeAlias = Annotated[tuple[str, ...], *COMMAS, AfterValidator(_list_of(_address)), Shown("HOST:PORT,…")]
+Texts: TypeAlias = Annotated[tuple[str, ...], *COMMAS]
 Seconds: TypeAlias = Annotated[float, BeforeValidator(_seconds), Shown("SECONDS")]
 Mode: TypeAlias = Annotated[int, BeforeValidator(_mode), PlainSerializer(lambda mode: f"{mode:04o}"), Shown("MODE")]

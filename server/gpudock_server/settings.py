@@ -22,8 +22,10 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from typing_extensions import override
 
 from gpudock_server.logs import LogFormat, LogLevel
+from gpudock_server.model.engine import NvidiaSwitch
 from gpudock_server.model.names import is_name
 from gpudock_server.setting_values import (
+    COMMAS,
     AbsolutePath,
     Addresses,
     Mode,
@@ -176,6 +178,11 @@ class Settings(BaseSettings):
     )
     allowed_host_paths: Paths = Field(
         (), description="host folders that containers may mount, with all that is below them; empty for none"
+    )
+    allowed_nvidia_switches: Annotated[tuple[NvidiaSwitch, ...], *COMMAS, Shown("NAME,…")] = Field(
+        (),
+        description="variables of NVIDIA's container toolkit that specs and images may set, as in NVIDIA_GDS; the "
+        "others are off, because they add devices of the host that nobody claimed",
     )
     layer_carry: Annotated[LayerCarry, Shown("METHOD")] = Field(
         LayerCarry.AUTO,

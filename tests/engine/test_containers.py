@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 
 import grpc
@@ -10,7 +11,7 @@ import pytest
 from gpudock.v1 import container_pb2, container_service_pb2, operation_service_pb2
 
 from tests.calls import IMAGE, Caller, failure, progress_of, result_of, scale_request
-from tests.rig import Rig
+from tests.rig import HttpStatusError, Rig
 
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING
 STOPPED = container_pb2.CONTAINER_STATE_STOPPED
@@ -179,6 +180,33 @@ async def test_nobody_widens_what_was_claimed(caller: Caller, gpus: int) -> None
     made = await caller.run("sly", "mknod", "/dev/nvidia7", "c", "195", "7")
     assert made.code != 0
     assert await nodes_of(caller, "sly") == gpus
+
+
+async def test_no_switch_of_the_toolkit_is_on(caller: Caller, rig: Rig) -> None:
+    switches = ("GDS", "MOFED", "GDRCOPY", "NVSWITCH", "IMEX_CHANNELS", "MIG_CONFIG_DEVICES", "MIG_MONITOR_DEVICES")
+    values = {f"NVIDIA_{name}": "all" if "_" in name else "enabled" for name in switches}
+    image = "gpudock/switches:test"
+    rig.images.derive(image, changes=[f"ENV {name}={value}" for name, value in values.items()])
+    asked = {name: value for name, value in values.items() if name not in {"NVIDIA_GDS", "NVIDIA_IMEX_CHANNELS"}}
+    try:
+        await caller.create("sly", 1, image=image, env=asked)
+        said = await caller.shell("sly", "env | grep ^NVIDIA_")
+        found = dict(line.split("=", 1) for line in said.splitlines())
+        assert found.pop("NVIDIA_VISIBLE_DEVICES").startswith("GPU-")
+        assert found == {name: "disabled" if value == "enabled" else "" for name, value in values.items()}
+        # An image made of it says what the image says, and a container of that one has them off again.
+        made = container_service_pb2.CommitContainerRequest(name="sly", repository="gpudock/switches", tag="made")
+        await progress_of(caller.containers.CommitContainer(made))
+        config = rig.engine.call("GET", "/images/gpudock/switches:made/json")["Config"]
+        assert dict(line.split("=", 1) for line in config["Env"] if line.startswith("NVIDIA_")) == values
+        await caller.create("again", image="gpudock/switches:made")
+        assert "enabled" not in await caller.shell("again", "env | grep ^NVIDIA_")
+        assert "all" not in await caller.shell("again", "env | grep ^NVIDIA_")
+    finally:
+        await caller.delete_all()
+        for tag in ("made", "test"):
+            with contextlib.suppress(HttpStatusError):
+                rig.engine.call("DELETE", f"/images/gpudock/switches:{tag}")
 
 
 async def test_a_hundred_creates_of_one_card_each(caller: Caller) -> None:

@@ -68,6 +68,14 @@ BAD_SPECS: Mapping[str, tuple[dict[str, Any], str]] = {
     "target with ..": ({"mounts": [mount(target="/a/../b")]}, "spec.mounts[0].target"),
     "target with //": ({"mounts": [mount(target="/a//b")]}, "spec.mounts[0].target"),
     "target that is relative": ({"mounts": [mount(target="a")]}, "spec.mounts[0].target"),
+    "target that requests a device": (
+        {"mounts": [mount(target="/var/run/nvidia-container-devices/all")]},
+        "spec.mounts[0].target",
+    ),
+    "target that requests a device by its beginning": (
+        {"mounts": [mount(target="/run/nvidia-container-devicesall")]},
+        "spec.mounts[0].target",
+    ),
     "target too long": ({"mounts": [mount(target="/" + "a" * 4095)]}, "spec.mounts[0].target"),
     "volume's name": ({"mounts": [mount(volume="a/b")]}, "spec.mounts[0].volume"),
     "host path that is relative": (

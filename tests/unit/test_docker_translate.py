@@ -22,9 +22,11 @@ from gpudock_server.errors import EngineRejected, EngineUnavailable, PortInUse, 
 from gpudock_server.model.container import Placement, PortBinding
 from gpudock_server.model.engine import (
     Blueprint,
+    ContainerDefaults,
     EngineEventKind,
     EngineInfo,
     EngineState,
+    NvidiaSwitch,
     RegistryAuth,
 )
 from gpudock_server.model.spec import (
@@ -71,8 +73,8 @@ def blueprint(
     )
 
 
-def created(**fields: Any) -> dict[str, Any]:
-    return translate.create_request(blueprint(**fields))
+def created(*, defaults: ContainerDefaults | None = None, **fields: Any) -> dict[str, Any]:
+    return translate.create_request(blueprint(**fields), defaults or ContainerDefaults())
 
 
 def visible(request: Mapping[str, Any]) -> list[str]:
@@ -102,16 +104,41 @@ def test_what_a_spec_asks_for_is_not_what_is_requested() -> None:
 
 
 _names = st.text(st.characters(codec="ascii", exclude_characters="=\0"), min_size=1)
+# Variables of NVIDIA's toolkit that add devices, each with the value that adds none.
+SWITCHES = {
+    "NVIDIA_GDS": "disabled",
+    "NVIDIA_MOFED": "disabled",
+    "NVIDIA_GDRCOPY": "disabled",
+    "NVIDIA_NVSWITCH": "disabled",
+    "NVIDIA_IMEX_CHANNELS": "",
+    "NVIDIA_MIG_CONFIG_DEVICES": "",
+    "NVIDIA_MIG_MONITOR_DEVICES": "",
+}
+
+
+@pytest.mark.parametrize("env", [{}, dict.fromkeys(SWITCHES, "enabled"), dict.fromkeys(SWITCHES, "all")])
+def test_switches_of_the_toolkit_are_off_whatever_the_spec_says(env: dict[str, str]) -> None:
+    said = dict(line.split("=", 1) for line in created(env=env, gpus=("GPU-1",))["Env"])
+    assert said == {**SWITCHES, "NVIDIA_VISIBLE_DEVICES": "GPU-1"}
+
+
+def test_an_allowed_switch_is_the_users() -> None:
+    defaults = ContainerDefaults(allowed_nvidia_switches=frozenset({NvidiaSwitch.GDS, NvidiaSwitch.MOFED}))
+    env = {"NVIDIA_GDS": "enabled", "NVIDIA_NVSWITCH": "enabled"}
+    said = dict(line.split("=", 1) for line in created(env=env, defaults=defaults)["Env"])
+    assert said["NVIDIA_GDS"] == "enabled"
+    assert "NVIDIA_MOFED" not in said, "the image's own value counts"
+    assert said["NVIDIA_NVSWITCH"] == "disabled"
 
 
 @given(
-    env=st.dictionaries(_names | st.just("NVIDIA_VISIBLE_DEVICES"), st.text(max_size=8)),
+    env=st.dictionaries(_names | st.sampled_from(["NVIDIA_VISIBLE_DEVICES", *SWITCHES]), st.text(max_size=8)),
     gpus=st.lists(st.uuids().map(lambda uuid: f"GPU-{uuid}"), unique=True, max_size=8).map(tuple),
 )
 def test_no_environment_widens_what_was_claimed(env: dict[str, str], gpus: tuple[str, ...]) -> None:
     request = created(env=env, gpus=gpus)
     assert visible(request) == [f"NVIDIA_VISIBLE_DEVICES={','.join(gpus) or 'void'}"]
-    others = {name: value for name, value in env.items() if name != "NVIDIA_VISIBLE_DEVICES"}
+    others = {name: value for name, value in env.items() if name not in {"NVIDIA_VISIBLE_DEVICES", *SWITCHES}}
     assert {f"{name}={value}" for name, value in others.items()} <= set(request["Env"])
     host = request["HostConfig"]
     assert host["CapDrop"] == ["MKNOD"]
@@ -157,7 +184,7 @@ def test_everything_a_spec_can_say() -> None:
         "Hostname": "web",
         "User": "1000:100",
         "WorkingDir": "/srv",
-        "Env": ["A=b=c", "NVIDIA_VISIBLE_DEVICES=void"],
+        "Env": ["A=b=c", *(f"{name}={value}" for name, value in SWITCHES.items()), "NVIDIA_VISIBLE_DEVICES=void"],
         "Tty": True,
         "OpenStdin": True,
         "ExposedPorts": {"80/tcp": {}, "53/udp": {}},

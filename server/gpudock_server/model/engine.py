@@ -131,6 +131,28 @@ class Blueprint:
     mounted: dict[str, str] = field(default_factory=dict)
 
 
+class NvidiaSwitch(StrEnum):
+    """Variables by which NVIDIA's container toolkit adds devices beside the cards of NVIDIA_VISIBLE_DEVICES."""
+
+    GDS = "NVIDIA_GDS"
+    MOFED = "NVIDIA_MOFED"
+    GDRCOPY = "NVIDIA_GDRCOPY"
+    NVSWITCH = "NVIDIA_NVSWITCH"
+    IMEX_CHANNELS = "NVIDIA_IMEX_CHANNELS"
+    MIG_CONFIG_DEVICES = "NVIDIA_MIG_CONFIG_DEVICES"
+    MIG_MONITOR_DEVICES = "NVIDIA_MIG_MONITOR_DEVICES"
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerDefaults:
+    """What every engine container is created with, whatever its spec says; an operator's choice for the node.
+
+    A spec or an image may set `allowed_nvidia_switches`; all others are off.
+    """
+
+    allowed_nvidia_switches: frozenset[NvidiaSwitch] = frozenset()
+
+
 class EngineEventKind(StrEnum):
     """The events that change what we know of a container."""
 

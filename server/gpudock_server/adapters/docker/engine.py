@@ -22,6 +22,7 @@ from gpudock_server.model.engine import (
     LABEL_OPERATION,
     LABEL_UID,
     Blueprint,
+    ContainerDefaults,
     EngineContainer,
     EngineEvent,
     EngineImage,
@@ -59,21 +60,31 @@ class DockerEngine:
     turn before its time begins. One that was cancelled leaves no connection behind, but the engine may go on doing it.
     """
 
-    def __init__(self, connection: Connection, scratch: Path | None = None) -> None:
+    def __init__(
+        self, connection: Connection, scratch: Path | None = None, defaults: ContainerDefaults | None = None
+    ) -> None:
         self._connection = connection
+        self._defaults = defaults or ContainerDefaults()
         self._images = ImageEditor(connection, scratch)
         self._starts = asyncio.Semaphore(_STARTS_AT_ONCE)
         self._inspects = asyncio.Semaphore(_INSPECTS_AT_ONCE)
 
     @classmethod
     async def connect(
-        cls, url: str, *, tls: Path | None = None, timeout: float = 60.0, scratch: Path | None = None
+        cls,
+        url: str,
+        *,
+        tls: Path | None = None,
+        timeout: float = 60.0,
+        scratch: Path | None = None,
+        defaults: ContainerDefaults | None = None,
     ) -> Self:
         """Connect to `unix:///PATH` or `tcp://HOST:PORT` and agree on an API version.
 
         `tls` is a folder with ca.pem, cert.pem and key.pem; `timeout` is in seconds; `scratch` is a folder with room
-        for image layers that are worked on (None: the system's). Raises ValueError for an address or a certificate
-        that cannot be used, EngineUnavailable, and EngineRejected where no API version fits.
+        for image layers that are worked on (None: the system's); `defaults` is what containers are created with.
+        Raises ValueError for an address or a certificate that cannot be used, EngineUnavailable, and EngineRejected
+        where no API version fits.
         """
         connection = Connection(Address.parse(url, tls), timeout)
         try:
@@ -81,7 +92,7 @@ class DockerEngine:
         except BaseException:
             await connection.close()
             raise
-        return cls(connection, scratch)
+        return cls(connection, scratch, defaults)
 
     async def close(self) -> None:
         """Close all connections; exec sessions keep theirs. May be called again."""
@@ -192,7 +203,7 @@ class DockerEngine:
 
     async def _create(self, blueprint: Blueprint) -> str:
         call = "create a container"
-        request = translate.create_request(blueprint)
+        request = translate.create_request(blueprint, self._defaults)
         params = {"name": segment(blueprint.name)}
         try:
             answer: JsonAnswer = await self._connection.call(

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from gpudock_server.adapters.docker.translate import NO_CARDS, Json
+from gpudock_server.adapters.docker.nvidia_env import restored_environment
+from gpudock_server.adapters.docker.translate import Json
 from gpudock_server.model.engine import RESERVED_LABEL_PREFIX
 from gpudock_server.model.record import now
 
@@ -72,13 +73,10 @@ def merged_line(count: int) -> Json:
 def without_identity(run: Mapping[str, Any], base: Mapping[str, Any]) -> Json:
     """A container's config, with nothing in it of which container that was; `base` is its image's.
 
-    What gpudockd says of cards is taken back to what the image said, or away.
+    What gpudockd set for NVIDIA's toolkit is taken back to what the image said, or away.
     """
     cleaned = {key: run[key] for key in _OF_IMAGES if key in run}
-    name = NO_CARDS.partition("=")[0]
-    said = [line for line in base.get("Env") or () if line.partition("=")[0] == name]
-    environment = run.get("Env") or ()
-    cleaned["Env"] = [line for line in environment if line != NO_CARDS] + (said if NO_CARDS in environment else [])
+    cleaned["Env"] = restored_environment(run.get("Env") or (), base.get("Env") or ())
     labels = run.get("Labels") or {}
     cleaned["Labels"] = {key: value for key, value in labels.items() if not key.startswith(RESERVED_LABEL_PREFIX)}
     return cleaned

@@ -9,10 +9,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from gpudock_server.adapters.docker.nvidia_env import NO_DEVICES, VISIBLE_DEVICES, forced_environment
 from gpudock_server.model.container import Placement, PortBinding
 from gpudock_server.model.engine import (
     LABEL_SPEC,
     Blueprint,
+    ContainerDefaults,
     EngineContainer,
     EngineImage,
     EngineInfo,
@@ -23,11 +25,6 @@ from gpudock_server.model.spec import ContainerSpec, HealthCheck, Mount, Protoco
 
 Json = dict[str, Any]
 
-_VISIBLE_DEVICES = "NVIDIA_VISIBLE_DEVICES"
-# NVIDIA's word for "the runtime has nothing to do here"; an empty value would fall back to the image's own.
-_NO_DEVICES = "void"
-NO_CARDS = f"{_VISIBLE_DEVICES}={_NO_DEVICES}"
-
 _NANO = 1_000_000_000
 
 # A container that talks without end must not fill the disk that all share; 128 MB of it are kept. And json-file is
@@ -35,7 +32,7 @@ _NANO = 1_000_000_000
 _LOG_CONFIG = {"Type": "json-file", "Config": {"max-size": "64m", "max-file": "2"}}
 
 
-def create_request(blueprint: Blueprint) -> Json:
+def create_request(blueprint: Blueprint, defaults: ContainerDefaults) -> Json:
     """The body of `POST /containers/create`."""
     spec = blueprint.spec
     request: Json = {
@@ -43,7 +40,7 @@ def create_request(blueprint: Blueprint) -> Json:
         "Hostname": blueprint.hostname,
         "User": spec.user,
         "WorkingDir": spec.working_dir,
-        "Env": _environment(spec, blueprint.placement),
+        "Env": _environment(spec, blueprint.placement, defaults),
         "Tty": spec.tty,
         "OpenStdin": spec.stdin,
         "Labels": {**spec.labels, **blueprint.labels, LABEL_SPEC: spec.model_dump_json()},
@@ -64,11 +61,11 @@ def create_request(blueprint: Blueprint) -> Json:
     return request
 
 
-def _environment(spec: ContainerSpec, placement: Placement) -> list[str]:
+def _environment(spec: ContainerSpec, placement: Placement, defaults: ContainerDefaults) -> list[str]:
     # Always set and always ours, and a container's word beats its image's: so neither a user nor an image that says
     # "all" sees more cards than were claimed, whatever runtime the engine defaults to.
-    visible = ",".join(placement.gpu_uuids) or _NO_DEVICES
-    return [f"{name}={value}" for name, value in {**spec.env, _VISIBLE_DEVICES: visible}.items()]
+    forced = forced_environment(placement.gpu_uuids, defaults.allowed_nvidia_switches)
+    return [f"{name}={value}" for name, value in {**spec.env, **forced}.items()]
 
 
 def _host_config(blueprint: Blueprint) -> Json:
@@ -195,8 +192,9 @@ def commit_request(config: Mapping[str, Any], labels: Mapping[str, str]) -> Json
     All of it is said, because changes (`ENV PATH=$PATH:/opt`) are made to what is said here. What is left out, the
     engine takes from the container's own, each variable and label by itself.
     """
-    environment = [line for line in config.get("Env") or () if line.partition("=")[0] != _VISIBLE_DEVICES]
-    return {**config, "Labels": {**(config.get("Labels") or {}), **labels}, "Env": [*environment, NO_CARDS]}
+    environment = [line for line in config.get("Env") or () if line.partition("=")[0] != VISIBLE_DEVICES]
+    no_cards = f"{VISIBLE_DEVICES}={NO_DEVICES}"
+    return {**config, "Labels": {**(config.get("Labels") or {}), **labels}, "Env": [*environment, no_cards]}
 
 
 def container(inspected: Mapping[str, Any]) -> EngineContainer:

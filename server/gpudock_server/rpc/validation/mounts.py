@@ -13,6 +13,9 @@ from gpudock_server.rpc.validation.violations import Violations
 
 _MAX_MOUNTS = 64
 _MAX_MODE = 0o7777
+# NVIDIA's container toolkit can be configured to read a mount of /dev/null below this folder as a device request.
+# The toolkit compares text, so `…-devicesall` counts as well.
+_DEVICE_REQUESTS = ("/var/run/nvidia-container-devices", "/run/nvidia-container-devices")
 _VOLUME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,254}", re.ASCII)
 
 
@@ -66,4 +69,8 @@ def _tmpfs(violations: Violations, message: container_pb2.TmpfsMount) -> TmpfsMo
 def _target(violations: Violations, value: str) -> str:
     if not value.startswith("/") or any(part in ("", ".", "..") for part in value[1:].split("/")):
         violations.add("target", "must be an absolute path other than `/`, without `.`, `..` or empty parts")
+    elif value.startswith(_DEVICE_REQUESTS):
+        violations.add(
+            "target", f"must not begin with {_DEVICE_REQUESTS[0]}: gpudock alone gives devices to containers"
+        )
     return fields.text(violations, "target", value, most_bytes=fields.MAX_PATH_BYTES)
