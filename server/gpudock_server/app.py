@@ -253,7 +253,7 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
         execs=execs,
         watches=watches,
         reconciler=Reconciler(
-            world, operations, drift, interval=settings.reconcile_interval, orphan_grace=settings.orphan_grace
+            storage, operations, drift, interval=settings.reconcile_interval, orphan_grace=settings.orphan_grace
         ),
         retention=Retention(world, containers, interval=settings.reconcile_interval),
         server=server,

@@ -477,6 +477,34 @@ class VolumeExists(GpudockError):
 
 
 @dataclass(eq=False)
+class VolumeRecordLost(VolumeExists):
+    """No record has the name, and an engine volume with the files of a volume of that name is still there."""
+
+    template = (
+        "volume {volume!r} has no record, but engine volume {engine_volume} with its files is still there; `gpudock"
+        " drift` says why it was not adopted"
+    )
+    engine_volume: str
+
+
+@dataclass(eq=False)
+class VolumeDiffers(GpudockError):
+    """A change would mount other files than the container has at the same place now."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "VOLUME_DIFFERS"
+    template = (
+        "container {container!r} has engine volume {engine_volume} mounted for volume {volume!r}, and the record of"
+        " that volume names {recorded_engine_volume}: this change would replace its files; take the mount out of the"
+        " spec first, or give the volume another name"
+    )
+    container: str
+    volume: str
+    engine_volume: str
+    recorded_engine_volume: str
+
+
+@dataclass(eq=False)
 class VolumeInUse(GpudockError):
     """Something that only a volume that nobody has mounted can have done to it."""
 

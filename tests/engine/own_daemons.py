@@ -91,6 +91,15 @@ async def own(clean_engine: Rig) -> AsyncIterator[OwnDaemons]:
     await daemons.kill_all()
 
 
+def runs_in(folder: Path) -> bool:
+    """Whether any process works in a folder, as an embedded etcd does in its own."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "cwd").readlink().is_relative_to(folder):
+                return True
+    return False
+
+
 async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 15.0) -> None:
     """Wait until it is so."""
     deadline = time.monotonic() + seconds * PATIENCE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2
 
 from tests.calls import Caller
 from tests.engine.drift import REPAIRED, drift, found, names, passed
-from tests.engine.own_daemons import OwnDaemons, own, until
+from tests.engine.own_daemons import OwnDaemons, own, runs_in, until
 from tests.faults.invariants import LOOK, PLANT, absent, sound
 from tests.faults.mortal import DIE_AT, KIND
 from tests.rig import Daemon, Rig
@@ -155,20 +154,12 @@ async def _begun(restorable: Restorable, kind: str, die_at: int, prepare: object
     assert await asyncio.to_thread(daemon.wait) == -9, daemon.log_text
 
     async def etcd_gone() -> bool:
-        return not _runs_in(daemon.state_dir)
+        return not runs_in(daemon.state_dir)
 
     # It ends in order when its daemon dies.
     await until(etcd_gone)
     restorable.save()
     return True
-
-
-def _runs_in(folder: Path) -> bool:
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if (process / "cwd").readlink().is_relative_to(folder):
-                return True
-    return False
 
 
 async def _nothing(_: Caller) -> None:

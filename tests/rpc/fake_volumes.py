@@ -7,7 +7,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from gpudock_server.errors import SizeNotSupported
-from gpudock_server.model.volume import PoolUsage, TreeSummary, VolumeBackendKind, VolumeBacking, VolumeUsage
+from gpudock_server.model.volume import (
+    PoolUsage,
+    StoredVolume,
+    TreeSummary,
+    VolumeBackendKind,
+    VolumeBacking,
+    VolumeIdentity,
+    VolumeUsage,
+)
 from gpudock_server.ports import Progress, VolumeBackend, VolumeCopier
 from typing_extensions import override
 
@@ -30,10 +38,16 @@ class FakeVolumes(VolumeBackend):
         return ""
 
     @override
-    async def create(self, uid: str, name: str, size_bytes: int) -> VolumeBacking:
+    async def create(
+        self, uid: str, name: str, size_bytes: int, identity: VolumeIdentity | None = None
+    ) -> VolumeBacking:
         if size_bytes == self.UNSUPPORTED:
             raise SizeNotSupported(volume=name, size_bytes=size_bytes, detail="too large")
         return VolumeBacking(kind=self.kind, uid=uid, name=name, engine_volume=f"gpudock-{uid}", size_bytes=size_bytes)
+
+    @override
+    async def stored(self) -> tuple[StoredVolume, ...]:
+        return ()
 
     @override
     async def attach(self, backing: VolumeBacking) -> None:

@@ -106,6 +106,7 @@ class FakeEngine(Engine):
     gates: dict[str, asyncio.Event] = field(default_factory=dict)
     failures: dict[str, GpudockError] = field(default_factory=dict)
     containers: dict[str, EngineContainer] = field(default_factory=dict)
+    volumes: dict[str, EngineVolume] = field(default_factory=dict)
     sessions: asyncio.Queue[FakeSession] = field(default_factory=asyncio.Queue)
     pull_progress: list[tuple[int, int]] = field(default_factory=list)
     has_image: bool = True
@@ -158,15 +159,20 @@ class FakeEngine(Engine):
     async def create_volume(
         self, name: str, *, labels: Mapping[str, str], driver_options: Mapping[str, str]
     ) -> EngineVolume:
-        return EngineVolume(name=name, driver="local", labels=dict(labels), options=dict(driver_options))
+        self.volumes[name] = EngineVolume(name=name, driver="local", labels=dict(labels), options=dict(driver_options))
+        return self.volumes[name]
+
+    @override
+    async def find_volumes(self, labels: Mapping[str, str]) -> tuple[EngineVolume, ...]:
+        return tuple(one for one in self.volumes.values() if labels.items() <= one.labels.items())
 
     @override
     async def inspect_volume(self, name: str) -> EngineVolume | None:
-        return None
+        return self.volumes.get(name)
 
     @override
     async def remove_volume(self, name: str) -> None:
-        return
+        self.volumes.pop(name, None)
 
     @override
     async def create(self, blueprint: Blueprint) -> str:

@@ -27,6 +27,8 @@ class DriftKind(StrEnum):
     LOCK_STALE = "LOCK_STALE"
     LOCK_MISSING = "LOCK_MISSING"
     OPERATION_OVERTAKEN = "OPERATION_OVERTAKEN"
+    VOLUME_RECORD_LOST = "VOLUME_RECORD_LOST"
+    VOLUME_UNKNOWN = "VOLUME_UNKNOWN"
 
 
 class DriftSeverity(StrEnum):
@@ -61,9 +63,10 @@ _SEVERITY = {
 class Drift(Record):
     """One thing that does not agree.
 
-    `container` and `uid` are whose it is, `claim` is a card's UUID or a port as `tcp/8080`, `other` names another
-    container that is part of it, `key` a key of the store. `expected` and `actual` are the two sides in a few words,
-    `message` is the whole in a sentence, `plan` what is done and when. `due_time` is when, where it is not at once.
+    `container` and `uid` are whose it is, or `volume` and `uid`. `claim` is a card's UUID or a port as `tcp/8080`,
+    `other` names another container that is part of it, `key` a key of the store. `expected` and `actual` are the two
+    sides in a few words, `message` is the whole in a sentence, `plan` what is done and when. `due_time` is when, where
+    it is not at once.
     """
 
     kind: DriftKind
@@ -82,6 +85,7 @@ class Drift(Record):
     plan: str
     since: datetime | None = None
     due_time: datetime | None = None
+    volume: str = ""
 
     @property
     def severity(self) -> DriftSeverity:
@@ -91,7 +95,16 @@ class Drift(Record):
     @property
     def identity(self) -> tuple[str, ...]:
         """Names the finding: the same one, found again, has the same identity."""
-        return (self.kind, self.container, self.uid, self.engine_id, self.claim, self.operation_id, self.key)
+        return (
+            self.kind,
+            self.container,
+            self.uid,
+            self.engine_id,
+            self.claim,
+            self.operation_id,
+            self.key,
+            self.volume,
+        )
 
 
 class DriftReport(Record):

@@ -19,6 +19,7 @@ LABEL_REVISION = "gpudock.revision"
 LABEL_OPERATION = "gpudock.operation"
 LABEL_OWNER = "gpudock.owner"
 LABEL_SPEC = "gpudock.spec"
+LABEL_VOLUME = "gpudock.volume"
 RESERVED_LABEL_PREFIX = "gpudock."
 
 

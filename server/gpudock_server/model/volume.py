@@ -39,6 +39,33 @@ class VolumeBacking(Record):
     driver_options: dict[str, str] = Field(default_factory=dict)
 
 
+class VolumeIdentity(Record):
+    """What a volume's record says that its backing does not, and that never changes.
+
+    Kept beside the files (`volume.json`) and on the engine volume (LABEL_VOLUME), so that a record that the store lost
+    can be written again. `node` is empty and `create_time` None where a version wrote it that did not keep them.
+    """
+
+    node: str = ""
+    owner: str = ""
+    labels: dict[str, str] = Field(default_factory=dict)
+    create_time: datetime | None = None
+
+
+class StoredVolume(Record):
+    """A store that is on this host's disk.
+
+    `identity` is None where the store was made by a version that did not keep it, or is no volume's own: a copy that
+    a resize was making. `damage` says why `backing` is None.
+    """
+
+    uid: str
+    folder: str
+    backing: VolumeBacking | None = None
+    identity: VolumeIdentity | None = None
+    damage: str = ""
+
+
 class VolumeState(StrEnum):
     """Where a volume is in its life. One that is DELETING can only be deleted: parts of it may be gone."""
 
@@ -75,6 +102,11 @@ class Volume(Record):
     def target(self) -> Target:
         """Names it as what an operation works on."""
         return Target(kind=TargetKind.VOLUME, name=self.name, uid=self.uid)
+
+    @property
+    def identity(self) -> VolumeIdentity:
+        """What is kept beside the files."""
+        return VolumeIdentity(node=self.node, owner=self.owner, labels=self.labels, create_time=self.create_time)
 
     @property
     def etag(self) -> str:

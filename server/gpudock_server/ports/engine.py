@@ -80,6 +80,10 @@ class Engine(Protocol):
         """The names of all engine volumes."""
         ...
 
+    async def find_volumes(self, labels: Mapping[str, str]) -> tuple[EngineVolume, ...]:
+        """The engine volumes that have all these labels."""
+        ...
+
     async def create_volume(
         self, name: str, *, labels: Mapping[str, str], driver_options: Mapping[str, str]
     ) -> EngineVolume:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
-from gpudock_server.model.volume import PoolUsage, TreeSummary, VolumeBackendKind, VolumeBacking, VolumeUsage
+from gpudock_server.model.volume import (
+    PoolUsage,
+    StoredVolume,
+    TreeSummary,
+    VolumeBackendKind,
+    VolumeBacking,
+    VolumeIdentity,
+    VolumeUsage,
+)
 from gpudock_server.ports.progress import Progress
 
 
@@ -29,11 +37,18 @@ class VolumeBackend(Protocol):
         """Why no volume can be made this way on this host; empty when one can."""
         ...
 
-    async def create(self, uid: str, name: str, size_bytes: int) -> VolumeBacking:
+    async def create(
+        self, uid: str, name: str, size_bytes: int, identity: VolumeIdentity | None = None
+    ) -> VolumeBacking:
         """Make an empty store, ready for the engine. Raises SizeNotSupported.
 
-        The engine's volume is the caller's to make, from the backing's `engine_volume` and `driver_options`.
+        `identity` is kept with it. The engine's volume is the caller's to make, from the backing's `engine_volume` and
+        `driver_options`.
         """
+        ...
+
+    async def stored(self) -> tuple[StoredVolume, ...]:
+        """The stores of this kind that are on this host's disk, whoever's they are, damaged ones too."""
         ...
 
     async def attach(self, backing: VolumeBacking) -> None:

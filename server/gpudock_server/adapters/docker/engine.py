@@ -137,6 +137,15 @@ class DockerEngine:
         with engine_errors(call):
             return tuple(str(volume["Name"]) for volume in answer["Volumes"] or ())
 
+    async def find_volumes(self, labels: Mapping[str, str]) -> tuple[EngineVolume, ...]:
+        """The volumes that have all these labels."""
+        call = "list volumes"
+        wanted = {"label": [f"{key}={value}" for key, value in labels.items()]}
+        params = {"filters": json.dumps(wanted)}
+        answer: JsonAnswer = await self._connection.call(call, "GET", "volumes", params=params)
+        with engine_errors(call):
+            return tuple(translate.volume(volume) for volume in answer["Volumes"] or ())
+
     async def image_names(self) -> tuple[str, ...]:
         """The names (`repository:tag`) of all images that have one."""
         call = "list images"

@@ -1,6 +1,7 @@
 """A store's folder, and the root that all of them lie in.
 
-    <root>/<uid>/volume.json     the VolumeBacking; written before anything else is made, replaced atomically
+    <root>/<uid>/volume.json     the VolumeBacking, and the VolumeIdentity of the volume whose own store it is; written
+                                 before anything else is made, replaced atomically
     <root>/<uid>/image           LOOP: the filesystem, a sparse file
     <root>/<uid>/image.new       LOOP: one that a killed daemon had not finished
     <root>/<uid>/device          LOOP: a symbolic link to the /dev/loopN of today; what the engine mounts
@@ -24,7 +25,7 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from gpudock_server.model.volume import VolumeBackendKind, VolumeBacking
+from gpudock_server.model.volume import StoredVolume, VolumeBackendKind, VolumeBacking, VolumeIdentity
 
 _PRIVATE: Final = 0o700
 _SCHEMA: Final = 1
@@ -56,6 +57,11 @@ class StoreFolder:
 
     def read(self) -> VolumeBacking | None:
         """What was recorded here; None where nothing was. Raises StoreDamaged."""
+        recorded = self.recorded()
+        return recorded[0] if recorded else None
+
+    def recorded(self) -> tuple[VolumeBacking, VolumeIdentity | None] | None:
+        """As `read`, with the volume whose own store it is; None for that where it was not recorded."""
         try:
             text = self.record.read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError):
@@ -65,11 +71,13 @@ class StoreFolder:
             if recorded["schema"] != _SCHEMA:
                 raise StoreDamaged(f"{self.record} was written by another version of this daemon")
             backing = VolumeBacking.model_validate(recorded["backing"])
+            kept = recorded.get("volume")
+            identity = None if kept is None else VolumeIdentity.model_validate(kept)
         except (ValueError, KeyError, TypeError, ValidationError) as error:
             raise StoreDamaged(f"{self.record} cannot be read") from error
         if backing.uid != self.uid:
             raise StoreDamaged(f"{self.record} is of another volume, {backing.uid}")
-        return backing
+        return backing, identity
 
     def read_own(self, kind: VolumeBackendKind) -> VolumeBacking | None:
         """What was recorded here by a backend of this kind. Raises StoreDamaged, also where it was another."""
@@ -78,11 +86,18 @@ class StoreFolder:
             raise StoreDamaged(f"{self.path} is a store of kind {backing.kind}")
         return backing
 
-    def write(self, backing: VolumeBacking) -> None:
-        """Record what this store is; on return it is on the disk."""
+    def write(self, backing: VolumeBacking, identity: VolumeIdentity | None = None) -> None:
+        """Record what this store is; on return it is on the disk. Without an identity, the recorded one stays."""
         self.root.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
         self.path.mkdir(mode=_PRIVATE, exist_ok=True)
-        text = json.dumps({"schema": _SCHEMA, "backing": backing.model_dump(mode="json")}, indent=2)
+        if identity is None:
+            with suppress(StoreDamaged):
+                before = self.recorded()
+                identity = before[1] if before else None
+        recorded = {"schema": _SCHEMA, "backing": backing.model_dump(mode="json")}
+        if identity is not None:
+            recorded["volume"] = identity.model_dump(mode="json")
+        text = json.dumps(recorded, indent=2)
         new = self.record.with_suffix(".new")
         with new.open("w", encoding="utf-8") as file:
             file.write(text + "\n")
@@ -117,6 +132,31 @@ def backings(root: Path) -> Iterator[VolumeBacking]:
         with suppress(StoreDamaged):
             if backing := folder.read():
                 yield backing
+
+
+def stored(root: Path, kind: VolumeBackendKind) -> tuple[StoredVolume, ...]:
+    """The stores of one kind; one whose record is damaged is of the kind that its content shows."""
+    return tuple(one for folder in stores(root) if (one := _stored(folder, kind)) is not None)
+
+
+def _stored(folder: StoreFolder, kind: VolumeBackendKind) -> StoredVolume | None:
+    try:
+        recorded = folder.recorded()
+    except StoreDamaged as error:
+        shown = VolumeBackendKind.PROJECT_QUOTA if folder.data.exists() else VolumeBackendKind.LOOP
+        return StoredVolume(uid=folder.uid, folder=str(folder.path), damage=str(error)) if shown is kind else None
+    if recorded is None or recorded[0].kind is not kind:
+        return None
+    backing, identity = recorded
+    content = folder.image if kind is VolumeBackendKind.LOOP else folder.data
+    damage = "" if content.exists() else f"{content} is gone"
+    return StoredVolume(
+        uid=folder.uid,
+        folder=str(folder.path),
+        backing=None if damage else backing,
+        identity=identity,
+        damage=damage,
+    )
 
 
 def sync_folder(path: Path) -> None:

@@ -14,12 +14,19 @@ from gpudock_server.adapters.layers.threads import run_to_end
 from gpudock_server.adapters.volumes import loop_device
 from gpudock_server.adapters.volumes.failures import volume_errors
 from gpudock_server.adapters.volumes.filesystems import FILESYSTEMS, Filesystem
-from gpudock_server.adapters.volumes.folder import StoreDamaged, StoreFolder, stores, sync_folder
+from gpudock_server.adapters.volumes.folder import StoreDamaged, StoreFolder, stored, stores, sync_folder
 from gpudock_server.adapters.volumes.pool import pool_usage
 from gpudock_server.adapters.volumes.programs import ProgramFailed, missing
 from gpudock_server.adapters.volumes.view import Mount, Reach, View, mounted
 from gpudock_server.errors import SizeNotSupported, VolumeInUse, VolumeTooSmallForData
-from gpudock_server.model.volume import PoolUsage, VolumeBackendKind, VolumeBacking, VolumeUsage
+from gpudock_server.model.volume import (
+    PoolUsage,
+    StoredVolume,
+    VolumeBackendKind,
+    VolumeBacking,
+    VolumeIdentity,
+    VolumeUsage,
+)
 from gpudock_server.ports import VolumeBackend
 
 _CONTROL: Final = Path("/dev/loop-control")
@@ -58,16 +65,23 @@ class LoopBackend(VolumeBackend):
         _, reasons = await self._usable()
         return "" if len(reasons) < len(self._offered) else "; ".join(reasons)
 
-    async def create(self, uid: str, name: str, size_bytes: int) -> VolumeBacking:
+    async def create(
+        self, uid: str, name: str, size_bytes: int, identity: VolumeIdentity | None = None
+    ) -> VolumeBacking:
         """See the protocol. The room that it is promised is not taken: the image is sparse."""
         folder = self._folder_of(uid, name)
         with volume_errors("create", name, self._root, size_bytes):
             backing = await run_to_end(folder.read_own, self.kind)
             if backing is None:
                 filesystem = await self._filesystem_for(name, size_bytes)
-                backing = await _recorded_new(folder, filesystem, name, size_bytes)
+                backing = await _recorded_new(folder, filesystem, name, size_bytes, identity)
             await self._made(folder, backing)
         return backing
+
+    async def stored(self) -> tuple[StoredVolume, ...]:
+        """See the protocol."""
+        with volume_errors("look for", "", self._root):
+            return await run_to_end(stored, self._root, self.kind) if self._local else ()
 
     async def _made(self, folder: StoreFolder, backing: VolumeBacking) -> None:
         filesystem = _filesystem(backing)
@@ -276,7 +290,13 @@ def _opened(folder: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-async def _recorded_new(folder: StoreFolder, filesystem: Filesystem, name: str, size_bytes: int) -> VolumeBacking:
+async def _recorded_new(
+    folder: StoreFolder,
+    filesystem: Filesystem,
+    name: str,
+    size_bytes: int,
+    identity: VolumeIdentity | None = None,
+) -> VolumeBacking:
     """Record a store that is about to be made."""
     backing = VolumeBacking(
         kind=VolumeBackendKind.LOOP,
@@ -288,7 +308,7 @@ async def _recorded_new(folder: StoreFolder, filesystem: Filesystem, name: str, 
         folder=str(folder.path),
         driver_options={"type": filesystem.name, "device": str(folder.device), "o": filesystem.options},
     )
-    await run_to_end(folder.write, backing)
+    await run_to_end(folder.write, backing, identity)
     return backing
 
 

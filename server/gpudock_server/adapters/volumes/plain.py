@@ -14,7 +14,14 @@ from gpudock_server.adapters.volumes.folder import StoreDamaged, StoreFolder
 from gpudock_server.adapters.volumes.pool import pool_usage
 from gpudock_server.adapters.volumes.view import Reach
 from gpudock_server.errors import SizeNotSupported, VolumeFailed
-from gpudock_server.model.volume import PoolUsage, VolumeBackendKind, VolumeBacking, VolumeUsage
+from gpudock_server.model.volume import (
+    PoolUsage,
+    StoredVolume,
+    VolumeBackendKind,
+    VolumeBacking,
+    VolumeIdentity,
+    VolumeUsage,
+)
 from gpudock_server.ports import VolumeBackend
 
 _MEASURE_SECONDS: Final = 300.0
@@ -39,13 +46,23 @@ class PlainBackend(VolumeBackend):
         """See the protocol."""
         return ""
 
-    async def create(self, uid: str, name: str, size_bytes: int) -> VolumeBacking:
-        """See the protocol."""
+    async def create(
+        self,
+        uid: str,
+        name: str,
+        size_bytes: int,
+        identity: VolumeIdentity | None = None,  # noqa: ARG002 - as the protocol has it
+    ) -> VolumeBacking:
+        """See the protocol. The identity is on the engine's volume alone."""
         if size_bytes:
             raise _no_size(name, size_bytes)
         with volume_errors("create", name, self._root):
             StoreFolder(self._root, uid)
         return VolumeBacking(kind=self.kind, uid=uid, name=name, engine_volume=f"gpudock-{uid}")
+
+    async def stored(self) -> tuple[StoredVolume, ...]:
+        """See the protocol: the engine has them."""
+        return ()
 
     async def attach(self, backing: VolumeBacking) -> None:
         """See the protocol: the engine does all that is needed."""

@@ -15,13 +15,20 @@ from typing import Final
 
 from gpudock_server.adapters.layers.threads import run_to_end
 from gpudock_server.adapters.volumes.failures import volume_errors
-from gpudock_server.adapters.volumes.folder import StoreDamaged, StoreFolder
+from gpudock_server.adapters.volumes.folder import StoreDamaged, StoreFolder, stored
 from gpudock_server.adapters.volumes.pool import pool_usage, recorded_ids
 from gpudock_server.adapters.volumes.programs import ProgramFailed, missing, run
 from gpudock_server.adapters.volumes.quota_table import GRAIN, Mount, counted, enforced, mount_of, rounded, set_limit
 from gpudock_server.adapters.volumes.view import Reach
 from gpudock_server.errors import SizeNotSupported, VolumeFailed, VolumeTooSmallForData
-from gpudock_server.model.volume import PoolUsage, VolumeBackendKind, VolumeBacking, VolumeUsage
+from gpudock_server.model.volume import (
+    PoolUsage,
+    StoredVolume,
+    VolumeBackendKind,
+    VolumeBacking,
+    VolumeIdentity,
+    VolumeUsage,
+)
 from gpudock_server.ports import VolumeBackend
 
 # Away from what people choose by hand and from dockerd, which counts up from the id of its own data folder.
@@ -75,7 +82,9 @@ class ProjectQuotaBackend(VolumeBackend):
             return f"{where}, which is mounted without project quotas: {_HOW}"
         return "" if await enforced(mount) else f"{where}, whose project quotas are not enforced"
 
-    async def create(self, uid: str, name: str, size_bytes: int) -> VolumeBacking:
+    async def create(
+        self, uid: str, name: str, size_bytes: int, identity: VolumeIdentity | None = None
+    ) -> VolumeBacking:
         """See the protocol."""
         folder = self._folder_of(uid, name)
         with volume_errors("create", name, self._root):
@@ -95,7 +104,7 @@ class ProjectQuotaBackend(VolumeBackend):
                         project_id=await self._free_id(),
                         driver_options={"type": "none", "o": "bind", "device": str(folder.data)},
                     )
-                    await run_to_end(folder.write, backing)
+                    await run_to_end(folder.write, backing, identity)
             await run_to_end(_make_folder, folder.data)
             await self._mark(folder, backing)
             await self._limit(folder, backing, backing.size_bytes)
@@ -110,6 +119,11 @@ class ProjectQuotaBackend(VolumeBackend):
             if not await run_to_end(folder.data.is_dir):
                 raise StoreDamaged(f"{folder.data} is gone")
             await self._limit(folder, backing, backing.size_bytes)
+
+    async def stored(self) -> tuple[StoredVolume, ...]:
+        """See the protocol."""
+        with volume_errors("look for", "", self._root):
+            return await run_to_end(stored, self._root, self.kind) if self._local else ()
 
     async def grow(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
         """See the protocol."""

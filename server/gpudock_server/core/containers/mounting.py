@@ -7,6 +7,7 @@ import difflib
 import os.path
 from collections.abc import Iterable, Sequence
 
+from gpudock_server.core.containers.engine_volumes import ensure, mounted_as
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.listings import everything
 from gpudock_server.errors import (
@@ -18,6 +19,7 @@ from gpudock_server.errors import (
     VolumeNotFound,
 )
 from gpudock_server.model.changes import Change, Unlocked, VolumeIs
+from gpudock_server.model.engine import LABEL_NAME, LABEL_NODE
 from gpudock_server.model.spec import Mount
 from gpudock_server.model.target import TargetKind
 from gpudock_server.model.volume import Volume, VolumeState
@@ -55,9 +57,9 @@ def stay(views: Iterable[VolumeView]) -> list[Change]:
 
 
 async def engine_volumes(world: World, mounts: Sequence[Mount]) -> dict[str, str]:
-    """Volume -> what it is called by the engine, as of now. Raises VolumeNotFound."""
+    """Volume -> what it is called by the engine, which has it by then. Raises VolumeNotFound, VolumeFailed."""
     found = {name: await _mountable(world, name, busy=True, held=True) for name in _volumes_of(mounts)}
-    return {name: view.volume.backing.engine_volume for name, view in found.items() if view.volume.backing}
+    return {name: await ensure(world, view.volume) for name, view in found.items()}
 
 
 def _volumes_of(mounts: Sequence[Mount]) -> tuple[str, ...]:
@@ -97,6 +99,20 @@ async def volume_not_found(world: World, name: str) -> VolumeNotFound:
 async def all_volumes(store: Store) -> tuple[Volume, ...]:
     """Every volume of every node."""
     return tuple(view.volume for view in (await everything(store.volumes)).items)
+
+
+async def engine_volume_without_record(world: World, name: str) -> str:
+    """An engine volume that has the files of a volume of this name, which no record has; empty where there is none."""
+    labelled = await world.engine.find_volumes({LABEL_NAME: name, LABEL_NODE: world.node})
+    if labelled:
+        return labelled[0].name
+    for view in await attached(world.store, name):
+        container = view.container
+        if container.node == world.node and container.engine is not None:
+            seen = await world.engine.inspect(container.engine.engine_id)
+            if seen is not None and (used := mounted_as(seen, container.spec.mounts).get(name)):
+                return used
+    return ""
 
 
 async def all_containers(store: Store) -> tuple[ContainerView, ...]:

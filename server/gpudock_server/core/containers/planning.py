@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from gpudock_server.core.allocation import Wish
 from gpudock_server.core.containers import history, keeping
 from gpudock_server.core.containers.change import ChangeArguments, ChangeSaga, Files, Source
+from gpudock_server.core.containers.engine_volumes import check_same
 from gpudock_server.core.containers.keeping import KeepArguments
 from gpudock_server.core.containers.mounting import check_mounts, mounts_it
 from gpudock_server.core.containers.world import World
@@ -72,6 +73,7 @@ async def draft(world: World, view: ContainerView, wanted: Wanted) -> Draft:
     joining: tuple[VolumeView, ...] = ()
     if replace:
         volumes = await check_mounts(world, wanted.spec.mounts, had=container.spec.mounts)
+        await _check_same_files(world, container, engine, wanted.spec, volumes)
         joining = tuple(one for one in volumes if not mounts_it(view, one.volume.name))
         if wanted.source.files in (Files.CARRY, Files.GRAFT):
             carry = await _plan_carry(world, container, engine, wanted.source.files)
@@ -120,6 +122,17 @@ async def draft(world: World, view: ContainerView, wanted: Wanted) -> Draft:
         conditions=[VolumeIs(one.volume.name, one.version) for one in joining],
         build=lambda operation: ChangeSaga(world, operation, wanted.registry_auth),
     )
+
+
+async def _check_same_files(
+    world: World, container: Container, engine: EngineBinding, spec: ContainerSpec, volumes: Sequence[VolumeView]
+) -> None:
+    """Raises VolumeDiffers where a successor would see other files in a volume than its predecessor does."""
+    if any(mount.volume for mount in container.spec.mounts):
+        seen = await world.engine.inspect(engine.engine_id)
+        if seen is not None:
+            mounts = container.spec.mounts
+            check_same(container.name, seen, mounts, spec.mounts, [one.volume for one in volumes])
 
 
 async def _placement(

@@ -8,7 +8,6 @@ import time
 import structlog
 
 from gpudock_server.core.containers.leftovers import sweep_images
-from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Operations
 from gpudock_server.core.reconcile.adoption import Adoption
 from gpudock_server.core.reconcile.book import DriftBook, Note
@@ -17,6 +16,8 @@ from gpudock_server.core.reconcile.locks import LockRules
 from gpudock_server.core.reconcile.scene import Heads, read_heads
 from gpudock_server.core.reconcile.upkeep import Upkeep
 from gpudock_server.core.reconcile.verdicts import Fate
+from gpudock_server.core.reconcile.volumes import VolumeAdoption
+from gpudock_server.core.volumes.storage import Storage
 from gpudock_server.errors import EngineRejected, EngineUnavailable, GpudockError
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
 from gpudock_server.model.engine import LABEL_NAME, LABEL_NODE, LABEL_UID, EngineContainer
@@ -31,10 +32,10 @@ class Reconciler:
     """Watches the engine of this node."""
 
     def __init__(
-        self, world: World, operations: Operations, book: DriftBook, *, interval: float, orphan_grace: float
+        self, storage: Storage, operations: Operations, book: DriftBook, *, interval: float, orphan_grace: float
     ) -> None:
         """Seconds between full passes, and seconds that something unknown is left; what is found goes to `book`."""
-        self._world = world
+        self._world = world = storage.world
         self._operations = operations
         self._book = book
         self._interval = interval
@@ -42,6 +43,7 @@ class Reconciler:
         self._adoption = Adoption(world, operations, grace=orphan_grace)
         self._upkeep = Upkeep(world, operations)
         self._claims = ClaimRules(world)
+        self._volumes = VolumeAdoption(storage)
         self._at_start: list[Drift] = []
         # One pass at a time: what two of them find at once, both would repair.
         self._turn = asyncio.Lock()
@@ -130,6 +132,8 @@ class Reconciler:
         seen = await self._seen()
         claims = await self._world.store.claims(self._world.host)
         await self._resume(seen, note)
+        # Before containers: what changes one that was adopted has to find its volumes.
+        await self._volumes.adopt(seen, note)
         heads = await read_heads(self._world.store)
         _note_unreadable(heads, note)
         verdicts = await self._adoption.verdicts(seen, heads)

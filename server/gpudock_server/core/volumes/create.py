@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 
 from typing_extensions import override
 
+from gpudock_server.core.containers.engine_volumes import engine_labels
+from gpudock_server.core.containers.mounting import engine_volume_without_record
 from gpudock_server.core.operations import Draft
 from gpudock_server.core.saga import Outcome, Run, Step
 from gpudock_server.core.volumes.choosing import choose_backend
 from gpudock_server.core.volumes.commands import Create
 from gpudock_server.core.volumes.saga import VolumeSaga, revision_of
 from gpudock_server.core.volumes.storage import Storage
-from gpudock_server.errors import VolumeExists
+from gpudock_server.errors import VolumeExists, VolumeRecordLost
 from gpudock_server.model.changes import Change, DeleteVolume, PutVolume
-from gpudock_server.model.engine import LABEL_NAME, LABEL_NODE, LABEL_UID
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import JsonObject, Record, now
 from gpudock_server.model.volume import (
@@ -23,6 +24,7 @@ from gpudock_server.model.volume import (
     VolumeBackendKind,
     VolumeBacking,
     VolumeCause,
+    VolumeIdentity,
     VolumeState,
 )
 from gpudock_server.ports import VolumeBackend, VolumeView
@@ -58,6 +60,9 @@ async def new_volume(storage: Storage, name: str, owner: str, labels: Mapping[st
     """A head that is still to be given its backing. Raises VolumeExists."""
     if await storage.world.store.volume(name) is not None:
         raise VolumeExists(volume=name)
+    # Its files would be taken for those of the new one.
+    if engine_volume := await engine_volume_without_record(storage.world, name):
+        raise VolumeRecordLost(volume=name, engine_volume=engine_volume)
     moment = now()
     return Volume(
         name=name,
@@ -99,7 +104,9 @@ class MakingSaga(VolumeSaga):
     async def _make(self, run: Run) -> JsonObject:
         target = run.operation.target
         await self._storage.must_fit(self._kind, target.uid, self._size_bytes)
-        backing = await self._storage.backend(self._kind).create(target.uid, target.name, self._size_bytes)
+        identity = await self._identity(run)
+        backend = self._storage.backend(self._kind)
+        backing = await backend.create(target.uid, target.name, self._size_bytes, identity)
         return backing.model_dump(mode="json")
 
     async def _destroy(self, run: Run) -> None:
@@ -114,11 +121,16 @@ class MakingSaga(VolumeSaga):
 
     async def _give(self, run: Run) -> JsonObject:
         backing = self._made(run.operation)
-        labels = {LABEL_UID: backing.uid, LABEL_NAME: backing.name, LABEL_NODE: self._world.node}
         made = await self._world.engine.create_volume(
-            backing.engine_volume, labels=labels, driver_options=backing.driver_options
+            backing.engine_volume,
+            labels=engine_labels(self._world.node, backing, await self._identity(run)),
+            driver_options=backing.driver_options,
         )
         return {"mountpoint": made.mountpoint}
+
+    async def _identity(self, run: Run) -> VolumeIdentity | None:
+        view = await self.look(run)
+        return view.volume.identity if view is not None else None
 
     async def _take_back(self, run: Run) -> None:
         if run.operation.facts(STORE_STAGE):

@@ -32,4 +32,5 @@ def drift_message(found: Drift) -> drift_pb2.Drift:
         actual=found.actual,
         since_time=timestamp(found.since),
         due_time=timestamp(found.due_time),
+        volume=found.volume,
     )
