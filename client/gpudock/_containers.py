@@ -358,6 +358,7 @@ class Containers:
         comment: str = "",
         changes: Sequence[str] = (),
         pause: bool = True,
+        replace: bool = False,
         validate_only: bool = False,
         etag: str = "",
         request_id: str | None = None,
@@ -365,7 +366,8 @@ class Containers:
         """Make an image `repository:tag` (`latest`) of a container's files; it is frozen meanwhile if it runs.
 
         `changes` are lines of a Dockerfile that change how the image is run, such as `CMD ["serve"]`. An image that
-        has the name already loses it.
+        has the name already loses it if gpudock committed it for the same owner. Any other image loses it with
+        `replace` alone, where the node allows that; else the call ends with IMAGE_EXISTS.
         """
         request = pb.CommitContainerRequest(
             name=name,
@@ -375,6 +377,7 @@ class Containers:
             comment=comment,
             changes=changes,
             pause=pause,
+            replace=replace,
             request_id=fresh_id(request_id),
             etag=etag,
             validate_only=validate_only,

@@ -43,7 +43,7 @@ from gpudock_server.adapters.volumes import (
     attach_all,
 )
 from gpudock_server.core.allocation import Allocator
-from gpudock_server.core.containers import Containers, HistoryDefaults, World
+from gpudock_server.core.containers import Containers, HistoryDefaults, ImageRules, World
 from gpudock_server.core.exec_sessions import ExecSessions
 from gpudock_server.core.nodes import Nodes
 from gpudock_server.core.operations import Operations
@@ -65,7 +65,7 @@ from gpudock_server.model.volume import VolumeBackendKind
 from gpudock_server.ports import Engine, SnapshotStore, Store, VolumeBackend, VolumeCopier
 from gpudock_server.rpc.listeners import listen
 from gpudock_server.rpc.server import RpcServer, Services, build_server
-from gpudock_server.settings import LayerCarry, Settings, VolumeBackendChoice, VolumeFilesystem
+from gpudock_server.settings import CommitReplace, LayerCarry, Settings, VolumeBackendChoice, VolumeFilesystem
 from gpudock_server.stacks import dump_on_sigusr1
 from gpudock_server.startup import StartupError
 
@@ -221,6 +221,11 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
         settle_seconds=settings.settle_period,
         stop_seconds=settings.stop_timeout,
         allowed_host_paths=[str(path) for path in settings.allowed_host_paths],
+        images=ImageRules(
+            replace_any=settings.commit_replace is CommitReplace.ANY,
+            repositories=settings.commit_repositories,
+            verify_access=settings.verify_image_access,
+        ),
         history=HistoryDefaults(
             snapshots=SnapshotPolicy(settings.snapshot_policy.name),
             keep_revisions=settings.keep_revisions,

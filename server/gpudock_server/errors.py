@@ -359,13 +359,34 @@ class PortInUse(GpudockError):
 
 @dataclass(eq=False)
 class ImageNotFound(GpudockError):
-    """The image is not on this host."""
+    """The image is not on this host, or not for this owner. Names of other images would be told to other tenants."""
 
     code = Code.NOT_FOUND
     reason = "IMAGE_NOT_FOUND"
-    template = "the engine has no image {image!r}; it has {available}"
+    template = "this node has no image {image!r}; correct the name, or have it pulled"
     image: str
-    available: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class ImageExists(GpudockError):
+    """A commit may not take this name from the image that has it."""
+
+    code = Code.ALREADY_EXISTS
+    reason = "IMAGE_EXISTS"
+    template = "image {image!r} exists and cannot be replaced: {detail}"
+    image: str
+    detail: str
+
+
+@dataclass(eq=False)
+class ImageNameForbidden(GpudockError):
+    """The operator does not let this owner's commits have this name."""
+
+    code = Code.PERMISSION_DENIED
+    reason = "IMAGE_NAME_FORBIDDEN"
+    template = "images cannot be committed as {repository!r} on this node; allowed is {allowed}"
+    repository: str
+    allowed: tuple[str, ...]
 
 
 @dataclass(eq=False)

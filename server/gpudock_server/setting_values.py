@@ -20,6 +20,8 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", re.ASCII)
 _MODE = re.compile(r"(?:0o?)?[0-7]{3}", re.ASCII)
 _PORTS = re.compile(r"(\d{1,5})-(\d{1,5})", re.ASCII)
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%a-z]+\]|[^\s:/\[\]@]+):(\d{1,5})", re.ASCII)
+# The last part has no colon: that would be a tag.
+_REPOSITORY = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._:-]*/)*[a-z0-9][a-z0-9._-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,12 @@ def _list_of(check: Callable[[Any], Any]) -> Callable[[tuple[Any, ...]], tuple[A
     return lambda values: tuple(check(value) for value in values)
 
 
+def _repository(value: str) -> str:
+    if not _REPOSITORY.fullmatch(value.replace("{owner}", "owner")):
+        raise ValueError("must be repositories without a tag, such as team/models or tenants/{owner}")
+    return value
+
+
 COMMAS = (NoDecode, BeforeValidator(_split))
 
 AbsolutePath: TypeAlias = Annotated[Path, AfterValidator(_absolute), Shown("PATH")]
@@ -136,5 +144,6 @@ OptionalPath: TypeAlias = Annotated[AbsolutePath | None, BeforeValidator(_empty_
 Paths: TypeAlias = Annotated[tuple[AbsolutePath, ...], *COMMAS, Shown("PATH,…")]
 Addresses: TypeAlias = Annotated[tuple[str, ...], *COMMAS, AfterValidator(_list_of(_address)), Shown("HOST:PORT,…")]
 Texts: TypeAlias = Annotated[tuple[str, ...], *COMMAS]
+Repositories: TypeAlias = Annotated[tuple[str, ...], *COMMAS, AfterValidator(_list_of(_repository))]
 Seconds: TypeAlias = Annotated[float, BeforeValidator(_seconds), Shown("SECONDS")]
 Mode: TypeAlias = Annotated[int, BeforeValidator(_mode), PlainSerializer(lambda mode: f"{mode:04o}"), Shown("MODE")]

@@ -32,6 +32,7 @@ from gpudock_server.setting_values import (
     OptionalPath,
     Paths,
     PortRange,
+    Repositories,
     Seconds,
     Shown,
     Texts,
@@ -54,6 +55,13 @@ class SnapshotWhen(StrEnum):
     ALWAYS = "always"
     CHEAP = "cheap"
     NEVER = "never"
+
+
+class CommitReplace(StrEnum):
+    """Which images lose their names to a commit; ANY still takes `replace` in the call."""
+
+    OWN = "own"
+    ANY = "any"
 
 
 class LayerCarry(StrEnum):
@@ -203,6 +211,21 @@ class Settings(BaseSettings):
     )
     keep_revisions_for: Annotated[Seconds, Field(ge=0)] = Field(
         0, description="how long a replaced revision is kept where its container does not say; 0 is for ever"
+    )
+    commit_replace: Annotated[CommitReplace, Shown("WHOSE")] = Field(
+        CommitReplace.OWN,
+        description="images whose name a commit may take: own (those that gpudock committed for the container's owner) "
+        "or any (with `replace` in the call)",
+    )
+    commit_repositories: Annotated[Repositories, Shown("NAME,…")] = Field(
+        (),
+        description="repositories that containers may be committed as, with all below them; {owner} is the owner of "
+        "the container; empty for any name that no image has",
+    )
+    verify_image_access: Annotated[bool, Shown("true|false")] = Field(
+        default=False,
+        description="pull an image again, with the caller's credentials, where it was pulled with credentials or "
+        "committed for another owner",
     )
     volume_dir: OptionalPath = Field(
         None, description="folder of volumes with a size, on a disk with room for them; by default volumes in state_dir"

@@ -502,10 +502,11 @@ async def test_commit(server: ScriptedServer, image: str, sent: tuple[str, str])
 
     server.on("CommitContainer", committed)
     ended = await run(
-        server.address, "commit", "train", image, "-m", "note", "-c", "CMD x", "-c", "USER 1", "--no-pause"
+        server.address, "commit", "train", image, "-m", "note", "-c", "CMD x", "-c", "USER 1", "--no-pause", "--replace"
     )
     assert ended.out.splitlines()[1].split() == ["id:", "sha256:1"]
     assert "1.0 MiB" in ended.out
     [request] = server.requests["CommitContainer"]
     assert (request.repository, request.tag) == sent
     assert (request.comment, list(request.changes), request.pause) == ("note", ["CMD x", "USER 1"], False)
+    assert request.replace

@@ -10,7 +10,7 @@ import grpc
 import pytest
 from gpudock.v1 import container_pb2, container_service_pb2, operation_pb2, operation_service_pb2
 
-from tests.calls import IDLE, IMAGE, Caller, failure, progress_of
+from tests.calls import IDLE, IMAGE, Caller, failure, progress_of, result_of
 from tests.engine.own_daemons import OwnDaemons, own
 from tests.rig import Rig
 
@@ -262,3 +262,95 @@ async def test_carries_by_commit_are_squashed_in_time(own: OwnDaemons, rig: Rig)
         assert await caller.shell("box", "cd /; ls -d n*; cat n22 n23") == "n22\nn23\n22\n23\n"
         await caller.delete("box")
     assert set(_tags(rig)) == before
+
+
+# -- names of images ---------------------------------------------------------------------------------------------------
+
+BASE = "gpudock/committed:base"
+
+
+@pytest.fixture
+def base(rig: Rig) -> str:
+    """An image that gpudock did not commit, as an operator or a pull leaves it."""
+    rig.images.derive(BASE, IMAGE, changes=[], files={"base": b"base"})
+    return str(shown(rig, BASE)["Id"])
+
+
+async def owned(caller: Caller, name: str, owner: str, **fields: Any) -> container_pb2.Container:
+    """Create a container that belongs to `owner`."""
+    request = container_service_pb2.CreateContainerRequest(name=name, owner=owner, spec=caller.spec(**fields))
+    return await result_of(caller.containers.CreateContainer(request))
+
+
+async def test_the_name_of_a_base_image_cannot_be_taken_over(caller: Caller, rig: Rig, base: str) -> None:
+    await caller.create("box", image=BASE)
+    await caller.shell("box", "echo planted > /planted")
+    for replace in (False, True):
+        for spelling in (REPOSITORY, f"docker.io/{REPOSITORY}"):
+            for only_planned in (True, False):
+                refused = await failure(
+                    progress_of(
+                        caller.containers.CommitContainer(
+                            request(repository=spelling, tag="base", replace=replace, validate_only=only_planned)
+                        )
+                    )
+                )
+                assert (refused.code, refused.reason) == (grpc.StatusCode.ALREADY_EXISTS, "IMAGE_EXISTS")
+                assert ("commit_replace" in refused.message) == replace
+    assert shown(rig, BASE)["Id"] == base
+    await caller.create("other", image=BASE)
+    assert await caller.shell("other", "ls /planted 2>/dev/null || true") == ""
+
+
+async def test_a_name_is_replaced_for_the_same_owner_alone(caller: Caller, rig: Rig) -> None:
+    await owned(caller, "box", "alice")
+    first = await caller.commit("box", REPOSITORY, tag=TAG)
+    await owned(caller, "theirs", "mallory")
+    refused = await failure(progress_of(caller.containers.CommitContainer(request(name="theirs"))))
+    assert refused.reason == "IMAGE_EXISTS"
+    assert "alice" not in refused.message + str(refused.metadata)
+    assert shown(rig, NAME)["Id"] == first.id
+    second = await caller.commit("box", REPOSITORY, tag=TAG)
+    assert shown(rig, NAME)["Id"] == second.id != first.id
+    # The operator gives alice's image another name: gpudock did not commit it as that.
+    rig.engine.call("POST", f"/images/{second.id}/tag", query={"repo": REPOSITORY, "tag": "base"})
+    refused = await failure(progress_of(caller.containers.CommitContainer(request(tag="base"))))
+    assert refused.reason == "IMAGE_EXISTS"
+    rig.engine.call("DELETE", f"/images/{first.id}")
+
+
+async def test_an_operator_allows_replacing_and_limits_names(own: OwnDaemons, rig: Rig, base: str) -> None:
+    daemon = await own.start(
+        "--commit-replace", "any", "--commit-repositories", f"gpudock/committed/{{owner}},{REPOSITORY}"
+    )
+    async with Caller(daemon.target) as caller:
+        await owned(caller, "box", "alice")
+        refused = await failure(progress_of(caller.containers.CommitContainer(request(tag="base"))))
+        assert refused.reason == "IMAGE_EXISTS"
+        assert shown(rig, BASE)["Id"] == base
+        made = await caller.commit("box", REPOSITORY, tag="base", replace=True)
+        assert shown(rig, BASE)["Id"] == made.id
+        for repository in ("gpudock/committed-other", "gpudock", "docker.io/other"):
+            forbidden = await failure(
+                progress_of(caller.containers.CommitContainer(request(repository=repository, validate_only=True)))
+            )
+            assert (forbidden.code, forbidden.reason) == (grpc.StatusCode.PERMISSION_DENIED, "IMAGE_NAME_FORBIDDEN")
+            assert forbidden.metadata["allowed"] == "gpudock/committed/alice,gpudock/committed"
+        await caller.delete_all()
+    rig.engine.call("DELETE", f"/images/{base}")
+
+
+async def test_a_name_that_another_image_gets_during_a_commit_stays_with_that(
+    caller: Caller, rig: Rig, base: str
+) -> None:
+    """As when an operator, or a pull, is quicker: the commit is undone, and the other image keeps the name."""
+    await caller.create("box")
+    await caller.shell("box", "dd if=/dev/urandom of=/big bs=1M count=100 2>/dev/null")
+    stream = caller.containers.CommitContainer(request())
+    async for answer in stream:
+        if answer.operation.stage == "commit-files":
+            rig.engine.call("POST", f"/images/{base}/tag", query={"repo": REPOSITORY, "tag": TAG})
+            break
+    refused = await failure(progress_of(stream))
+    assert refused.reason == "IMAGE_EXISTS"
+    assert shown(rig, NAME)["Id"] == base

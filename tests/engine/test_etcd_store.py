@@ -24,10 +24,12 @@ from gpudock_server.model.changes import (
     Change,
     Claim,
     DeleteContainer,
+    DeleteImageOrigin,
     DeleteVolume,
     Keep,
     Lock,
     PutContainer,
+    PutImageOrigin,
     PutOperation,
     PutRequest,
     PutRevision,
@@ -39,7 +41,9 @@ from gpudock_server.model.changes import (
     VolumeIs,
 )
 from gpudock_server.model.claims import ClaimKey, GpuKey, PortKey
+from gpudock_server.model.image import ImageOrigin
 from gpudock_server.model.operation import Operation, OperationState, RequestRecord
+from gpudock_server.model.record import now
 from gpudock_server.model.spec import Protocol
 from gpudock_server.model.target import TargetKind
 from gpudock_server.ports import ContainerView, Page, StoreConflict, Versioned, VolumeView
@@ -136,6 +140,18 @@ async def test_volumes(store: EtcdStore) -> None:
 
 
 _RECORD = RequestRecord(operation_id="op1", digest="d")
+
+
+async def test_origins_of_images(store: EtcdStore) -> None:
+    one = ImageOrigin(node="n", image_id="sha256:1", restricted=True, owners=("a",), update_time=now())
+    other = ImageOrigin(node="n/m", image_id="sha256:1", committed_as="a:1", committed_for="b", update_time=now())
+    await store.apply([PutImageOrigin(one), PutImageOrigin(other)])
+    assert await store.image_origin("n", "sha256:1") == one
+    assert await store.image_origin("n", "sha256:2") is None
+    assert await store.image_origins("n") == (one,)
+    await store.apply([DeleteImageOrigin("n", "sha256:1"), DeleteImageOrigin("n", "sha256:2")])
+    assert await store.image_origins("n") == ()
+    assert await store.image_origins("n/m") == (other,)
 
 
 async def test_moving_on_and_removing(store: EtcdStore, connection: EtcdConnection, prefix: str) -> None:

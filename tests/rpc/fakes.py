@@ -132,6 +132,10 @@ class FakeEngine(Engine):
         return EngineImage(id="sha256:" + "a" * 64) if reference == IMAGE and self.has_image else None
 
     @override
+    async def image_ids(self) -> tuple[str, ...]:
+        return ()
+
+    @override
     async def pull(self, reference: str, auth: RegistryAuth | None, progress: Progress) -> None:
         for current, total in self.pull_progress:
             progress(current, total)

@@ -11,6 +11,7 @@ from gpudock_server.errors import FieldViolation, InvalidArgument, ResumeTokenEx
 from gpudock_server.model import changes as change
 from gpudock_server.model.claims import ClaimKey, ClaimTable, Holder
 from gpudock_server.model.container import Container
+from gpudock_server.model.image import ImageOrigin
 from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import Operation, RequestRecord
 from gpudock_server.model.target import TargetKind
@@ -44,6 +45,7 @@ class MemoryStore(Store):
         self.journal: dict[str, Versioned[Operation]] = {}
         self.calls: dict[str, RequestRecord] = {}
         self.past: dict[tuple[str, int], RevisionView] = {}
+        self.origins: dict[tuple[str, str], ImageOrigin] = {}
         self.reads = 0
         self._moments: list[Sequence[object]] = []
         # What every change was for a watch of that kind; the first `forgotten` of the containers' are no longer told.
@@ -151,6 +153,10 @@ class MemoryStore(Store):
                 self.past[uid, number] = RevisionView(self.past[uid, number].revision, snapshot)
             case change.DeleteRevision(uid=uid, revision=number):
                 self.past.pop((uid, number), None)
+            case change.PutImageOrigin(origin=origin):
+                self.origins[origin.node, origin.image_id] = origin
+            case change.DeleteImageOrigin(node=node, image_id=image_id):
+                self.origins.pop((node, image_id), None)
 
     def put(self, container: Container) -> None:
         """A container that was made earlier."""
@@ -273,6 +279,14 @@ class MemoryStore(Store):
     @override
     async def request(self, request_id: str) -> RequestRecord | None:
         return self.calls.get(request_id)
+
+    @override
+    async def image_origin(self, node: str, image_id: str) -> ImageOrigin | None:
+        return self.origins.get((node, image_id))
+
+    @override
+    async def image_origins(self, node: str) -> tuple[ImageOrigin, ...]:
+        return tuple(origin for (where, _), origin in self.origins.items() if where == node)
 
     @override
     async def nodes(self) -> tuple[NodeRecord, ...]:

@@ -19,7 +19,14 @@ def request(**fields: Any) -> container_service_pb2.CommitContainerRequest:
 
 def test_a_request_becomes_a_command() -> None:
     asked = request(
-        tag="v1", author="me", comment="note", changes=["CMD true "], pause=False, request_id=UUID, etag="e"
+        tag="v1",
+        author="me",
+        comment="note",
+        changes=["CMD true "],
+        pause=False,
+        replace=True,
+        request_id=UUID,
+        etag="e",
     )
     assert commit(asked) == Commit(
         name="train",
@@ -28,6 +35,7 @@ def test_a_request_becomes_a_command() -> None:
         comment="note",
         changes=("CMD true",),
         pause=False,
+        replace=True,
         etag="e",
     )
     assert commit(request()) == Commit(name="train", reference="team/model:latest", pause=True)

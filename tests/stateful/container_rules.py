@@ -249,7 +249,9 @@ class ContainerRules(Drawing):
     def commit(self, data: st.DataObject) -> None:
         """An image of its files; the container is as it was."""
         one = self.one(data, *RESTING)
-        self.do(data, one.name, lambda caller: caller.commit(one.name, "stateful/image"), one, one.copy())
+        # A name is its owner's and its store's: what an earlier daemon left is not replaced.
+        repository = f"stateful/{self.arena.node}"
+        self.do(data, one.name, lambda caller: caller.commit(one.name, repository, tag=one.name), one, one.copy())
 
     @precondition(lambda self: self.has(RUNNING))
     @rule(data=st.data())

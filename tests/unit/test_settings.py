@@ -129,6 +129,9 @@ def test_modes_that_let_others_in_or_nobody_are_refused(mode: object) -> None:
         ({"host_id": "a\n"}, "match pattern"),
         ({"advertise_address": "gpu1"}, "must be HOST:PORT"),
         ({"max_execs": 0}, "greater than or equal to 1"),
+        ({"commit_replace": "all"}, "'own' or 'any'"),
+        ({"commit_repositories": "a:tag"}, "repositories without a tag"),
+        ({"commit_repositories": "tenants/{name}"}, "repositories without a tag"),
         ({"layer_carry": "magic"}, "'auto', 'exchange', 'copy' or 'commit'"),
         ({"allowed_nvidia_switches": "NVIDIA_VISIBLE_DEVICES"}, "'NVIDIA_GDS'"),
         ({"prot_range": "1-2"}, "Extra inputs"),
@@ -156,6 +159,7 @@ def test_all_that_does_not_go_together_is_said_at_once() -> None:
         {"etcd_endpoints": "10.0.0.1:2379", "etcd_ca": "/ca", "etcd_user": "a", "etcd_password_file": "/p"},
         {"layer_carry": LayerCarry.COPY, "socket_mode": 0o600},
         {"allowed_nvidia_switches": "NVIDIA_GDS,NVIDIA_MOFED"},
+        {"commit_repositories": "team,tenants/{owner},reg.example.com:5000/{owner}-models"},
     ],
 )
 def test_what_can_work_is_taken(values: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from gpudock.cli._session import Session
 @click.option("-m", "--message", default="", help="What it is.")
 @click.option("-c", "--change", multiple=True, help="A line of a Dockerfile: CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, ...")
 @click.option("--no-pause", is_flag=True, help="Let the container run on while its files are read.")
+@click.option("--replace", is_flag=True, help="Also replace an image that gpudock did not commit for the owner.")
 @click.option("--validate-only", is_flag=True, help="Show what would be done, and do nothing.")
 @click.pass_obj
 def commit(
@@ -28,6 +29,7 @@ def commit(
     message: str,
     change: tuple[str, ...],
     no_pause: bool,
+    replace: bool,
     validate_only: bool,
 ) -> None:
     """Make an image of a container's files as they are now."""
@@ -42,6 +44,7 @@ def commit(
             comment=message,
             changes=change,
             pause=not no_pause,
+            replace=replace,
             validate_only=validate_only,
         )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from gpudock_server.model.claims import ClaimKey, Holder
 from gpudock_server.model.container import Container, ContainerRevision
+from gpudock_server.model.image import ImageOrigin
 from gpudock_server.model.operation import Operation, RequestRecord
 from gpudock_server.model.snapshot import Snapshot
 from gpudock_server.model.target import TargetKind
@@ -159,6 +160,21 @@ class PutRequest:
     ended: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class PutImageOrigin:
+    """Says where an image of a node's engine came from."""
+
+    origin: ImageOrigin
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteImageOrigin:
+    """Forgets where an image came from, which the engine no longer has."""
+
+    node: str
+    image_id: str
+
+
 Change = (
     Lock
     | Unlock
@@ -177,4 +193,6 @@ Change = (
     | PutVolumeRevision
     | PutOperation
     | PutRequest
+    | PutImageOrigin
+    | DeleteImageOrigin
 )

@@ -68,6 +68,10 @@ class Engine(Protocol):
         """The names (`repository:tag`) of all images that have one."""
         ...
 
+    async def image_ids(self) -> tuple[str, ...]:
+        """The ids of all images, also of those without a name."""
+        ...
+
     async def pull(self, reference: str, auth: RegistryAuth | None, progress: Progress) -> None:
         """Fetch an image. Raises ImagePullFailed."""
         ...

@@ -9,6 +9,7 @@ from typing import Generic, Protocol, TypeVar
 from gpudock_server.model.changes import Change, Lock
 from gpudock_server.model.claims import ClaimTable
 from gpudock_server.model.container import Container, ContainerRevision
+from gpudock_server.model.image import ImageOrigin
 from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import Operation, RequestRecord
 from gpudock_server.model.snapshot import Snapshot
@@ -193,6 +194,14 @@ class Store(Protocol):
 
     async def request(self, request_id: str) -> RequestRecord | None:
         """What a request id stood for."""
+        ...
+
+    async def image_origin(self, node: str, image_id: str) -> ImageOrigin | None:
+        """Where an image of a node's engine came from; None where gpudock does not know."""
+        ...
+
+    async def image_origins(self, node: str) -> tuple[ImageOrigin, ...]:
+        """The origins of a node's images, as far as gpudock knows them."""
         ...
 
     async def nodes(self) -> tuple[NodeRecord, ...]:

@@ -153,6 +153,13 @@ class DockerEngine:
         with engine_errors(call):
             return tuple(str(tag) for image in images for tag in image["RepoTags"] or () if tag != "<none>:<none>")
 
+    async def image_ids(self) -> tuple[str, ...]:
+        """The ids of all images, also of those without a name."""
+        call = "list images"
+        images: list[JsonAnswer] = await self._connection.call(call, "GET", "images/json", params={"all": "1"})
+        with engine_errors(call):
+            return tuple(str(image["Id"]) for image in images)
+
     async def create_volume(
         self, name: str, *, labels: Mapping[str, str], driver_options: Mapping[str, str]
     ) -> EngineVolume:
@@ -220,7 +227,7 @@ class DockerEngine:
             )
         except EngineRejected as rejection:
             if rejection.status == NOT_FOUND:
-                raise ImageNotFound(image=blueprint.spec.image, available=()) from rejection
+                raise ImageNotFound(image=blueprint.spec.image) from rejection
             if rejection.status == CONFLICT and (found := await self._made_before(blueprint)):
                 return found
             raise

@@ -27,6 +27,8 @@ uids and the UUIDs of cards that changes nothing.
                                              bare                 begins the operation     ends the operation
     requests/<request_id>                    RequestRecord        likewise                 with a lease, once the
                                                                                            operation ended
+    images/<node>/<image id>                 ImageOrigin          the operation that       when the engine no longer
+                                                                  commits or pulls it      has the image
     idle/<kind>s                             nothing              a daemon whose watch of  never
                                                                   the kind hears nothing
 
@@ -215,6 +217,14 @@ class Keys:
     def request(self, request_id: str) -> bytes:
         """What a caller's request id stood for."""
         return self._key("requests", request_id)
+
+    def image_origin(self, node: str, image_id: str) -> bytes:
+        """Where an image of a node's engine came from."""
+        return self._key("images", node, image_id)
+
+    def image_origins(self, node: str) -> KeyRange:
+        """The origins of all images of a node's engine."""
+        return self._below("images", node)
 
     def _key(self, *parts: str) -> bytes:
         # What is not UTF-8 comes from a value that somebody else wrote, and is looked for all the same.

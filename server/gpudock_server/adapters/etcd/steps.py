@@ -26,11 +26,13 @@ from gpudock_server.model.changes import (
     Change,
     Claim,
     DeleteContainer,
+    DeleteImageOrigin,
     DeleteRevision,
     DeleteVolume,
     Keep,
     Lock,
     PutContainer,
+    PutImageOrigin,
     PutOperation,
     PutRequest,
     PutRevision,
@@ -43,6 +45,7 @@ from gpudock_server.model.changes import (
     VolumeIs,
 )
 from gpudock_server.model.container import Container, ContainerRevision
+from gpudock_server.model.image import ImageOrigin
 from gpudock_server.model.operation import Operation, RequestRecord
 from gpudock_server.model.snapshot import Snapshot
 from gpudock_server.model.volume import Volume, VolumeRevision
@@ -126,6 +129,11 @@ def step_of(change: Change, keys: Keys) -> Step:  # noqa: C901, PLR0911, PLR0912
         case PutRequest(request_id, record, ended):
             unused = Always() if ended else VersionIs(0)
             return Step(change, keys.request(request_id), unused, _versioned(RequestRecord), encode(record), ended)
+        case PutImageOrigin(origin):
+            at = keys.image_origin(origin.node, origin.image_id)
+            return Step(change, at, Always(), _versioned(ImageOrigin), encode(origin))
+        case DeleteImageOrigin(node, image_id):
+            return Step(change, keys.image_origin(node, image_id), Always(), _versioned(ImageOrigin))
 
 
 def _text(entry: Entry) -> str:

@@ -25,6 +25,7 @@ from gpudock_server.errors import RecordUnreadable, StoreUnavailable
 from gpudock_server.model.changes import Change, Lock
 from gpudock_server.model.claims import ClaimTable
 from gpudock_server.model.container import Container, ContainerRevision
+from gpudock_server.model.image import ImageOrigin
 from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import Operation, RequestRecord
 from gpudock_server.model.snapshot import Snapshot
@@ -339,6 +340,17 @@ class EtcdStore:
         """What a request id stood for."""
         stored = _versioned(RequestRecord, *await self._get(self._keys.request(request_id)))
         return stored.value if stored else None
+
+    async def image_origin(self, node: str, image_id: str) -> ImageOrigin | None:
+        """Where an image of a node's engine came from; None where gpudock does not know."""
+        (entry,) = await self._get(self._keys.image_origin(node, image_id))
+        return decode(ImageOrigin, entry.key, entry.value) if entry else None
+
+    async def image_origins(self, node: str) -> tuple[ImageOrigin, ...]:
+        """The origins of a node's images, as far as gpudock knows them."""
+        entries = await self._list(self._keys.image_origins(node))
+        found, _ = _readable(entries, lambda entry: decode(ImageOrigin, entry.key, entry.value))
+        return found
 
     async def nodes(self) -> tuple[NodeRecord, ...]:
         """Every daemon that is alive, and those that died within the time of their lease."""

@@ -43,6 +43,7 @@ from gpudock_server.core.containers.commit import CommitSaga
 from gpudock_server.core.containers.create import CreateSaga
 from gpudock_server.core.containers.delete import DeleteSaga
 from gpudock_server.core.containers.history import DeleteRevisionSaga, find_revision
+from gpudock_server.core.containers.images import ImageRules
 from gpudock_server.core.containers.pause import PauseSaga
 from gpudock_server.core.containers.stop import StopSaga
 from gpudock_server.core.containers.world import HistoryDefaults, World
@@ -53,7 +54,7 @@ from gpudock_server.model.container import Container
 from gpudock_server.model.operation import Operation, OperationKind
 from gpudock_server.ports import ContainerView, Page, RevisionView
 
-__all__ = ["Containers", "HistoryDefaults", "World", "build_saga"]
+__all__ = ["Containers", "HistoryDefaults", "ImageRules", "World", "build_saga"]
 
 
 def build_saga(world: World, operation: Operation) -> Saga[Any]:  # noqa: PLR0911 - one case for each kind of operation

@@ -35,13 +35,14 @@ from typing_extensions import override
 from gpudock_server.core.containers.create import anonymous_volumes, labels_of, remove_with_volumes
 from gpudock_server.core.containers.depth import carry_image, graft_image, grafted_image, remove_carried
 from gpudock_server.core.containers.history import prune
+from gpudock_server.core.containers.images import Pull, pull_image, restrict_after_failed_pull
 from gpudock_server.core.containers.keeping import IMAGE_STAGE, KeepArguments, Keeping
 from gpudock_server.core.containers.mounting import engine_volumes
 from gpudock_server.core.containers.observation import observed
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.saga import Outcome, Run, Step
-from gpudock_server.errors import ImageNotFound, LayerCarryFailed, StartFailed
+from gpudock_server.errors import LayerCarryFailed, StartFailed
 from gpudock_server.model.changes import Change, Keep, PutContainer, PutRevision, PutSnapshot, Release
 from gpudock_server.model.claims import keys_of
 from gpudock_server.model.container import (
@@ -73,11 +74,13 @@ class Source(Record):
     """Where a successor and its files come from.
 
     `image_id` is what it is made from, or grafted on; empty is the old one's, or, for FRESH and GRAFT, what is pulled
-    first. `revision` is the one whose files are brought back, and `snapshot` how they were kept.
+    first, while the engine has `present_id` under that name. `revision` is the one whose files are brought back, and
+    `snapshot` how they were kept.
     """
 
     files: Files = Files.CARRY
     image_id: str = ""
+    present_id: str = ""
     base_image_id: str = ""
     revision: int = 0
     snapshot: Snapshot | None = None
@@ -113,6 +116,7 @@ class ChangeArguments(Record):
     must_live: bool = False
     cause: RevisionCause | None = None
     owner: str = ""
+    authenticated: bool = False
 
 
 class ChangeSaga(ContainerSaga):
@@ -142,7 +146,7 @@ class ChangeSaga(ContainerSaga):
 
     def _replacement(self) -> tuple[Step, ...]:
         arguments, keeping = self._arguments, self._keeping
-        pull = [Step("pull", self._pull)] if self._pulls else []
+        pull = [Step("pull", self._pull, self._restrict)] if self._pulls else []
         create = Step("create", self._create, self._remove_successor)
         stop, start = self._stopping(), (*self._starting(), *self._verifying())
         if arguments.carry is CarryMethod.COMMIT:
@@ -244,13 +248,21 @@ class ChangeSaga(ContainerSaga):
 
     # -- the successor -----------------------------------------------------------------------------------------------
 
+    @property
+    def _to_pull(self) -> Pull:
+        return Pull(
+            self._arguments.spec.image,
+            self._arguments.owner,
+            self._auth,
+            authenticated=self._arguments.authenticated,
+            present_id=self._arguments.source.present_id,
+        )
+
     async def _pull(self, run: Run) -> JsonObject:
-        image = self._arguments.spec.image
-        await self._world.engine.pull(image, self._auth, run.progress)
-        pulled = await self._world.engine.image(image)
-        if pulled is None:
-            raise ImageNotFound(image=image, available=())
-        return {"image_id": pulled.id}
+        return {"image_id": (await pull_image(self._world, run, self._to_pull)).id}
+
+    async def _restrict(self, _run: Run) -> None:
+        await restrict_after_failed_pull(self._world, self._to_pull)
 
     def _successor_image(self, operation: Operation) -> str:
         # Not the image's tag, which may have moved: the layer is only right on top of the very image it was made on.

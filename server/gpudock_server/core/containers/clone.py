@@ -185,7 +185,7 @@ async def _found(world: World, source: Container, revision: int) -> tuple[Contai
     if found.snapshot is None:
         raise SnapshotNotFound(container=source.name, revision=revision)
     if await world.engine.image(found.snapshot.image_id) is None:
-        raise ImageNotFound(image=f"{found.revision.spec.image} ({found.snapshot.image_id})", available=())
+        raise ImageNotFound(image=f"{found.revision.spec.image} ({found.snapshot.image_id})")
     as_tree = found.snapshot.kind is SnapshotKind.TREE
     return found.revision.spec, Files(
         origin=Origin.TREE if as_tree else Origin.IMAGE,

@@ -161,7 +161,10 @@ class DeleteRevision:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Make an image named `reference` of one's files; `pause` freezes what runs meanwhile."""
+    """Make an image named `reference` of one's files; `pause` freezes what runs meanwhile.
+
+    `replace` takes the name also from an image that gpudock did not commit for the container's owner.
+    """
 
     name: str
     reference: str
@@ -169,6 +172,7 @@ class Commit:
     comment: str = ""
     changes: tuple[str, ...] = ()
     pause: bool = True
+    replace: bool = False
     etag: str = ""
 
 

@@ -15,12 +15,13 @@ from typing_extensions import override
 
 from gpudock_server.core.containers.commands import Commit
 from gpudock_server.core.containers.depth import raw_image
+from gpudock_server.core.containers.images import CommitName, committed_origin, replaceable
 from gpudock_server.core.containers.observation import observed
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
 from gpudock_server.core.saga import Outcome, Run, Step
-from gpudock_server.errors import ContainerNotRunning, EngineRejected
+from gpudock_server.errors import ContainerNotRunning, EngineRejected, ImageExists
 from gpudock_server.model.changes import Change, PutContainer
 from gpudock_server.model.container import ContainerState
 from gpudock_server.model.engine import LABEL_OPERATION, EngineContainer, EngineImage, EngineState
@@ -44,6 +45,8 @@ class CommitArguments(Record):
     freeze: bool
     total_bytes: int
     revision: int
+    owner: str = ""
+    replace: bool = False
 
 
 async def draft(world: World, command: Commit) -> Draft:
@@ -54,6 +57,8 @@ async def draft(world: World, command: Commit) -> Draft:
     seen = await world.engine.inspect(container.engine.engine_id) if container.engine else None
     if seen is None or state in (ContainerState.CREATING, ContainerState.DELETING):
         raise ContainerNotRunning(container=command.name, state=state.value)
+    world.images.require_allowed(command.reference.rpartition(":")[0], container.owner)
+    await replaceable(world, CommitName(command.reference, container.owner, command.replace))
     cost = await world.layers.commit_plan(seen)
     arguments = CommitArguments(
         engine_id=seen.id,
@@ -65,6 +70,8 @@ async def draft(world: World, command: Commit) -> Draft:
         freeze=command.pause and state is ContainerState.RUNNING,
         total_bytes=cost.bytes_to_move,
         revision=container.revision,
+        owner=container.owner,
+        replace=command.replace,
     )
     return Draft(
         kind=OperationKind.COMMIT,
@@ -161,8 +168,12 @@ class CommitSaga(ContainerSaga):
             committed = str(run.operation.facts("commit-files")["image_id"])
             await engine.without_identity(committed, self._arguments.base_id, reference)
         image = await self._made(reference)
-        before = await engine.image(self._arguments.reference)
-        return {"image_id": image.id, "size_bytes": image.size_bytes, "replaced": before.id if before else ""}
+        replaced = await replaceable(self._world, self._name)
+        return {"image_id": image.id, "size_bytes": image.size_bytes, "replaced": replaced}
+
+    @property
+    def _name(self) -> CommitName:
+        return CommitName(self._arguments.reference, self._arguments.owner, self._arguments.replace)
 
     async def _made(self, reference: str) -> EngineImage:
         image = await self._world.engine.image(reference)
@@ -174,7 +185,14 @@ class CommitSaga(ContainerSaga):
         await self._world.engine.remove_image(commit_image(run.operation))
 
     async def _tag(self, run: Run) -> None:
-        await self._world.engine.tag(str(run.operation.facts("image")["image_id"]), self._arguments.reference)
+        engine, reference, facts = self._world.engine, self._arguments.reference, run.operation.facts("image")
+        image_id = str(facts["image_id"])
+        async with self._world.images.names.naming(reference):
+            named = await engine.image(reference)
+            # An undo gives the name back to what is recorded here, so nothing else may lose it.
+            if (named.id if named else "") not in (facts["replaced"], image_id):
+                raise ImageExists(image=reference, detail="another image was given the name meanwhile")
+            await engine.tag(image_id, reference)
 
     async def _give_tag_back(self, run: Run) -> None:
         engine, reference = self._world.engine, self._arguments.reference
@@ -205,7 +223,8 @@ class CommitSaga(ContainerSaga):
             revision=self._arguments.revision,
             create_time=now(),
         )
-        return Outcome(await self._as_seen(view), image)
+        origin = committed_origin(self._world, image.image_id, self._name)
+        return Outcome([*await self._as_seen(view), origin], image)
 
     @override
     async def abandon(self, run: Run, view: ContainerView) -> Sequence[Change]:

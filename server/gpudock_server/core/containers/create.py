@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing_extensions import override
 
 from gpudock_server.core.allocation import Wish
-from gpudock_server.core.containers.commands import Create, PullPolicy
-from gpudock_server.core.containers.mounting import check_mounts, engine_volumes, nearest, stay
+from gpudock_server.core.containers.commands import Create
+from gpudock_server.core.containers.images import Pull, choose_image, pull_image, restrict_after_failed_pull
+from gpudock_server.core.containers.mounting import check_mounts, engine_volumes, stay
 from gpudock_server.core.containers.observation import observed
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
@@ -52,13 +53,19 @@ from gpudock_server.ports import ContainerView
 
 
 class CreateArguments(Record):
-    """What the saga needs to be built again. `image_id` is empty where the image has to be pulled first."""
+    """What the saga needs to be built again.
+
+    `image_id` is empty where the image has to be pulled first; `authenticated`: with credentials, which are not
+    recorded. `present_id` is the image that has the name until then.
+    """
 
     spec: ContainerSpec
     placement: Placement
     image_id: str
     start: bool
     owner: str = ""
+    authenticated: bool = False
+    present_id: str = ""
 
 
 async def draft(world: World, command: Create) -> Draft:
@@ -66,7 +73,7 @@ async def draft(world: World, command: Create) -> Draft:
     if await world.store.container(command.name) is not None:
         raise ContainerExists(container=command.name)
     volumes = await check_mounts(world, command.spec.mounts)
-    image_id = await _image_id(world, command)
+    choice = await choose_image(world, command.spec.image, command.pull_policy, command.owner)
     uid = str(uuid.uuid4())
     proposal = await world.allocator.propose(Wish(uid=uid, gpus=command.spec.gpus, ports=command.spec.ports))
     moment = now()
@@ -85,9 +92,11 @@ async def draft(world: World, command: Create) -> Draft:
     arguments = CreateArguments(
         spec=command.spec,
         placement=proposal.placement,
-        image_id=image_id,
+        image_id=choice.image_id,
         start=not command.create_only,
         owner=command.owner,
+        authenticated=command.registry_auth is not None,
+        present_id=choice.present_id,
     )
     return Draft(
         kind=OperationKind.CREATE,
@@ -103,23 +112,6 @@ async def draft(world: World, command: Create) -> Draft:
         conditions=stay(volumes),
         build=lambda operation: CreateSaga(world, operation, command.registry_auth),
     )
-
-
-async def _image_id(world: World, command: Create) -> str:
-    """The image that the engine has; empty where it has to be pulled first."""
-    if command.pull_policy is PullPolicy.ALWAYS:
-        return ""
-    image = await world.engine.image(command.spec.image)
-    if image is not None:
-        return image.id
-    if command.pull_policy is PullPolicy.NEVER:
-        raise await image_not_found(world, command.spec.image)
-    return ""
-
-
-async def image_not_found(world: World, image: str) -> ImageNotFound:
-    """The error that names the likeliest of the images that there are."""
-    return ImageNotFound(image=image, available=nearest(image, await world.engine.image_names()))
 
 
 def labels_of(operation: Operation, revision: int, owner: str = "") -> dict[str, str]:
@@ -149,17 +141,30 @@ class CreateSaga(ContainerSaga):
     def steps(self) -> tuple[Step, ...]:
         steps = [Step("create", self._create, self._remove)]
         if not self._arguments.image_id:
-            steps.insert(0, Step("pull", self._pull))
+            steps.insert(0, Step("pull", self._pull, self._restrict))
         if self._arguments.start:
             steps.append(Step("start", self._start))
         return tuple(steps)
 
-    async def _pull(self, run: Run) -> None:
-        await self._world.engine.pull(self._spec.image, self._auth, run.progress)
+    @property
+    def _to_pull(self) -> Pull:
+        return Pull(
+            self._spec.image,
+            self._arguments.owner,
+            self._auth,
+            authenticated=self._arguments.authenticated,
+            present_id=self._arguments.present_id,
+        )
+
+    async def _pull(self, run: Run) -> JsonObject:
+        return {"image_id": (await pull_image(self._world, run, self._to_pull)).id}
+
+    async def _restrict(self, _run: Run) -> None:
+        await restrict_after_failed_pull(self._world, self._to_pull)
 
     async def _create(self, run: Run) -> JsonObject:
         world, operation = self._world, run.operation
-        image_id = self._arguments.image_id or await self._pulled_image()
+        image_id = self._arguments.image_id or await self._pulled_image(operation)
         name = world.engine_name(operation.target.name, operation.id)
         engine_id = await world.engine.create(
             Blueprint(
@@ -174,10 +179,13 @@ class CreateSaga(ContainerSaga):
         )
         return {"engine_id": engine_id, "engine_name": name, "image_id": image_id}
 
-    async def _pulled_image(self) -> str:
+    async def _pulled_image(self, operation: Operation) -> str:
+        if image_id := operation.facts("pull").get("image_id"):
+            return str(image_id)
+        # An older daemon pulled it, and did not record what came.
         image = await self._world.engine.image(self._spec.image)
         if image is None:
-            raise await image_not_found(self._world, self._spec.image)
+            raise ImageNotFound(image=self._spec.image)
         return image.id
 
     async def _remove(self, run: Run) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import structlog
 
+from gpudock_server.core.containers.images import forget_removed_images
 from gpudock_server.core.containers.world import World
 from gpudock_server.model.operation import Operation, OperationState
 
@@ -24,6 +25,7 @@ async def sweep_images(world: World) -> None:
 
     An operation that is not on record may be another installation's on the same engine: its images are left alone.
     """
+    await forget_removed_images(world)
     for name in await world.engine.image_names():
         repository, _, operation_id = name.rpartition(":")
         if repository not in _FOR_A_WHILE and repository != _LAYER:

@@ -108,6 +108,7 @@ async def draft(world: World, view: ContainerView, wanted: Wanted) -> Draft:
         must_live=wanted.must_live,
         cause=cause,
         owner=container.owner,
+        authenticated=wanted.registry_auth is not None,
     )
     return Draft(
         kind=wanted.kind,

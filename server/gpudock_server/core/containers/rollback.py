@@ -77,4 +77,4 @@ def _must_be_on_one_image(container: Container, revision: ContainerRevision) -> 
 
 async def _must_have_image(world: World, revision: ContainerRevision, snapshot: Snapshot) -> None:
     if await world.engine.image(snapshot.image_id) is None:
-        raise ImageNotFound(image=f"{revision.spec.image} ({snapshot.image_id})", available=())
+        raise ImageNotFound(image=f"{revision.spec.image} ({snapshot.image_id})")

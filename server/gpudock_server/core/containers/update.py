@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gpudock_server.core.containers.change import Files, Source
 from gpudock_server.core.containers.commands import FilesPolicy, PullPolicy, Update
-from gpudock_server.core.containers.create import image_not_found
+from gpudock_server.core.containers.images import ImageChoice, choose_image
 from gpudock_server.core.containers.planning import DOES_NOT_RUN, Wanted, draft
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
@@ -37,26 +37,21 @@ async def _source(world: World, container: Container, command: Update) -> Source
     if "image" not in command.changes:
         return Source()
     image = str(command.changes["image"])
-    image_id = await _image_id(world, image, command)
+    choice = await _choice(world, image, command, container.owner)
+    image_id = choice.image_id
     current = container.engine.user_image_id if container.engine else ""
     if image_id == current and command.files is not FilesPolicy.DISCARD:
         return Source()
     match command.files:
         case FilesPolicy.DISCARD:
-            return Source(files=Files.FRESH, image_id=image_id, base_image_id=image_id)
+            return Source(files=Files.FRESH, image_id=image_id, present_id=choice.present_id, base_image_id=image_id)
         case FilesPolicy.CARRY_COMMIT:
-            return Source(files=Files.GRAFT, image_id=image_id, base_image_id=image_id)
+            return Source(files=Files.GRAFT, image_id=image_id, present_id=choice.present_id, base_image_id=image_id)
         case _:
             raise ImageDiffers(container=container.name, image=image, image_id=image_id, current_image_id=current)
 
 
-async def _image_id(world: World, image: str, command: Update) -> str:
-    """The image that the engine has; empty where it has to be pulled first."""
-    if command.pull_policy is PullPolicy.ALWAYS:
-        return ""
-    found = await world.engine.image(image)
-    if found is not None:
-        return found.id
-    if command.pull_policy is PullPolicy.NEVER or command.files is None:
-        raise await image_not_found(world, image)
-    return ""
+async def _choice(world: World, image: str, command: Update, owner: str) -> ImageChoice:
+    # Without a word on its files it is refused in any case, and not pulled for that.
+    policy = PullPolicy.NEVER if command.files is None and command.pull_policy is PullPolicy.MISSING else None
+    return await choose_image(world, image, policy or command.pull_policy, owner)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gpudock_server.core.allocation import Allocator
+from gpudock_server.core.containers.images import ImageRules
 from gpudock_server.errors import ContainerNotFound, EngineRejected, EngineUnavailable, StaleEtag, WrongNode
 from gpudock_server.model.claims import Holder
 from gpudock_server.model.container import Container
@@ -47,6 +48,7 @@ class World:
     stop_seconds: float
     allowed_host_paths: Sequence[str] = ()
     history: HistoryDefaults = HistoryDefaults()
+    images: ImageRules = field(default_factory=ImageRules)
 
     async def lookup(self, name: str, etag: str = "") -> ContainerView:
         """A container of this node as the caller has seen it. Raises ContainerNotFound, WrongNode, StaleEtag."""

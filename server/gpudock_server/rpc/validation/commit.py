@@ -43,6 +43,7 @@ def commit(request: container_service_pb2.CommitContainerRequest) -> Commit:
         comment=request.comment,
         changes=_changes(violations, request.changes),
         pause=request.pause if request.HasField("pause") else True,
+        replace=request.replace,
         etag=request.etag,
     )
     violations.raise_any()

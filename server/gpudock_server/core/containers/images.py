@@ -1,0 +1,245 @@
+"""Who may use and who may replace an image of a node's engine.
+
+The engine knows neither owners nor where an image came from, so gpudock keeps that itself: an `ImageOrigin` in the
+store for each image that gpudock committed, or pulled with credentials. A record in the store and not a label: the
+author of an image chooses its labels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from gpudock_server.core.containers.commands import PullPolicy
+from gpudock_server.core.saga import Run
+from gpudock_server.errors import ImageExists, ImageNameForbidden, ImageNotFound
+from gpudock_server.model.changes import DeleteImageOrigin, PutImageOrigin
+from gpudock_server.model.engine import EngineImage, RegistryAuth
+from gpudock_server.model.image import ImageOrigin, familiar_reference, familiar_repository
+from gpudock_server.model.record import now
+
+if TYPE_CHECKING:
+    # The world holds the rules.
+    from gpudock_server.core.containers.world import World
+
+OWNER_PLACEHOLDER: Final = "{owner}"
+_OWNER_IN_REPOSITORY: Final = frozenset("abcdefghijklmnopqrstuvwxyz0123456789._-")
+
+
+class ImageNames:
+    """Keeps a commit from taking a name that a pull is about to give to another image.
+
+    The engine has no compare-and-set for names. All pulls and commits of an engine go through one daemon, so it is
+    enough that this process does not let the two overlap.
+    """
+
+    def __init__(self) -> None:
+        self._pulls: dict[str, int] = {}
+        self._naming = asyncio.Lock()
+
+    @asynccontextmanager
+    async def pulling(self, reference: str) -> AsyncIterator[None]:
+        """While entered, nothing is committed under this name."""
+        name = familiar_reference(reference)
+        async with self._naming:
+            self._pulls[name] = self._pulls.get(name, 0) + 1
+        try:
+            yield
+        finally:
+            self._pulls[name] -= 1
+            if not self._pulls[name]:
+                del self._pulls[name]
+
+    @asynccontextmanager
+    async def naming(self, reference: str) -> AsyncIterator[None]:
+        """While entered, no pull begins and no other commit takes a name. Raises ImageExists while it is pulled."""
+        async with self._naming:
+            self.require_not_pulled(reference)
+            yield
+
+    def require_not_pulled(self, reference: str) -> None:
+        """Raises ImageExists while a pull of this name is under way."""
+        if familiar_reference(reference) in self._pulls:
+            raise ImageExists(image=reference, detail="it is being pulled")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRules:
+    """What the operator allows.
+
+    `replace_any`: a caller may replace images that gpudock did not commit for the container's owner. `repositories`:
+    the names, with all below them, that can be committed; empty is any. `verify_access`: restricted images are pulled
+    again for other owners.
+    """
+
+    replace_any: bool = False
+    repositories: tuple[str, ...] = ()
+    verify_access: bool = False
+    names: ImageNames = field(default_factory=ImageNames)
+
+    def require_allowed(self, repository: str, owner: str) -> None:
+        """Raises ImageNameForbidden where an owner's container may not be committed as this repository."""
+        if not self.repositories:
+            return
+        allowed = tuple(name for prefix in self.repositories if (name := _for_owner(prefix, owner)))
+        wanted = familiar_repository(repository)
+        if not any(wanted == name or wanted.startswith(f"{name}/") for name in allowed):
+            raise ImageNameForbidden(repository=repository, allowed=allowed)
+
+
+def _for_owner(prefix: str, owner: str) -> str:
+    """A prefix with the owner filled in; empty where this owner has no such name.
+
+    An owner with a slash would reach below another owner's prefix, and one with capitals cannot be part of a name.
+    """
+    if OWNER_PLACEHOLDER in prefix:
+        if not owner or not _OWNER_IN_REPOSITORY.issuperset(owner):
+            return ""
+        prefix = prefix.replace(OWNER_PLACEHOLDER, owner)
+    return familiar_repository(prefix)
+
+
+@dataclass(frozen=True, slots=True)
+class CommitName:
+    """The name that a commit is to give its image. `replace`: the caller wants to replace what is not the owner's."""
+
+    reference: str
+    owner: str
+    replace: bool
+
+
+async def replaceable(world: World, name: CommitName) -> str:
+    """The id of the image that has the name now and may lose it; empty where there is none. Raises ImageExists."""
+    reference = name.reference
+    world.images.names.require_not_pulled(reference)
+    repository, _, tag = reference.rpartition(":")
+    found = await world.engine.image(reference)
+    if found is None:
+        # `docker run 0a1b2c3d4e5f` finds a name before an image's id.
+        if tag == "latest" and await world.engine.image(repository) is not None:
+            raise ImageExists(image=repository, detail="it is the id of an image; choose another repository")
+        return ""
+    origin = await world.store.image_origin(world.node, found.id)
+    committed = origin is not None and origin.committed_as == familiar_reference(reference)
+    if committed and origin is not None and origin.committed_for == name.owner:
+        return found.id
+    if name.replace and world.images.replace_any:
+        return found.id
+    owner = f"owner {name.owner!r}" if name.owner else "a container without an owner"
+    rest = (
+        "this node allows `replace` for such images alone (setting commit_replace)"
+        if name.replace
+        else "choose another name, or set `replace`, which the node has to allow"
+    )
+    raise ImageExists(image=reference, detail=f"gpudock did not commit it for {owner}; {rest}")
+
+
+def committed_origin(world: World, image_id: str, name: CommitName) -> PutImageOrigin:
+    """What is recorded of an image that was committed."""
+    return PutImageOrigin(
+        ImageOrigin(
+            node=world.node,
+            image_id=image_id,
+            committed_as=familiar_reference(name.reference),
+            committed_for=name.owner,
+            restricted=bool(name.owner),
+            owners=(name.owner,) if name.owner else (),
+            update_time=now(),
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ImageChoice:
+    """`image_id` is to be used; empty: the image has to be pulled first. `present_id` is what has the name by then."""
+
+    image_id: str
+    present_id: str = ""
+
+
+async def choose_image(world: World, reference: str, policy: PullPolicy, owner: str) -> ImageChoice:
+    """Whether the image that the engine has can be used. Raises ImageNotFound."""
+    found = await world.engine.image(reference)
+    present = found.id if found else ""
+    if policy is PullPolicy.ALWAYS:
+        return ImageChoice("", present)
+    if found is not None and await _may_use(world, found.id, owner):
+        return ImageChoice(found.id, present)
+    if policy is PullPolicy.NEVER:
+        # The same words for what is there and what is not: another owner's images are not told.
+        raise ImageNotFound(image=reference)
+    return ImageChoice("", present)
+
+
+async def _may_use(world: World, image_id: str, owner: str) -> bool:
+    if not world.images.verify_access:
+        return True
+    origin = await world.store.image_origin(world.node, image_id)
+    return origin is None or not origin.restricted or owner in origin.owners
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """An image to be pulled for an owner. `auth` None: without credentials, or resumed, when they are lost.
+
+    `authenticated`: the caller gave credentials. `present_id` is the image that had the name before: it was not pulled
+    with these credentials, so that a pull with needless or wrong ones does not take it from all others.
+    """
+
+    reference: str
+    owner: str
+    auth: RegistryAuth | None
+    authenticated: bool
+    present_id: str
+
+
+async def pull_image(world: World, run: Run, pull: Pull) -> EngineImage:
+    """Pull, and record who has shown that they may use it. Raises ImagePullFailed, ImageNotFound."""
+    async with world.images.names.pulling(pull.reference):
+        await world.engine.pull(pull.reference, pull.auth, run.progress)
+        image = await world.engine.image(pull.reference)
+    if image is None:
+        raise ImageNotFound(image=pull.reference)
+    await _record_pull(world, image.id, (pull.owner,), restricted=pull.authenticated and image.id != pull.present_id)
+    return image
+
+
+async def restrict_after_failed_pull(world: World, pull: Pull) -> None:
+    """Undo a pull with credentials: an image that came stays, and may be used by nobody until it is pulled again.
+
+    A daemon that was killed may have left behind an image that it did not record, and a resumed pull has no
+    credentials to show.
+    """
+    image = await world.engine.image(pull.reference) if pull.authenticated else None
+    if image is not None and image.id != pull.present_id:
+        await _record_pull(world, image.id, (), restricted=True)
+
+
+async def _record_pull(world: World, image_id: str, owners: tuple[str, ...], *, restricted: bool) -> None:
+    before = await world.store.image_origin(world.node, image_id)
+    if before is None and not restricted:
+        return
+    origin = before or ImageOrigin(node=world.node, image_id=image_id, update_time=now())
+    changed = origin.model_copy(
+        update={
+            "restricted": origin.restricted or restricted,
+            "owners": (*origin.owners, *(owner for owner in owners if owner not in origin.owners)),
+        }
+    )
+    if changed != before:
+        await world.store.apply([PutImageOrigin(changed.model_copy(update={"update_time": now()}))])
+
+
+async def forget_removed_images(world: World) -> None:
+    """Drop the records of images that the engine no longer has."""
+    # The records first: what is recorded later is in the engine, and not in this list.
+    recorded = [origin.image_id for origin in await world.store.image_origins(world.node)]
+    if not recorded:
+        return
+    there = frozenset(await world.engine.image_ids())
+    for image_id in recorded:
+        if image_id not in there:
+            await world.store.apply([DeleteImageOrigin(world.node, image_id)])

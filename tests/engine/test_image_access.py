@@ -1,0 +1,122 @@
+"""An image that was pulled with credentials, or committed for an owner, and other owners on the same node."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest_asyncio
+from gpudock.v1 import container_pb2, container_service_pb2, registry_auth_pb2
+
+from tests.calls import IMAGE, Caller, failure, result_of
+from tests.engine.docker_registry import SECRET, USER, registry
+from tests.engine.own_daemons import OwnDaemons, own
+from tests.rig import Rig
+
+__all__ = ["own"]
+
+NEVER = container_service_pb2.PULL_POLICY_NEVER
+ALWAYS = container_service_pb2.PULL_POLICY_ALWAYS
+GOOD = registry_auth_pb2.RegistryAuth(username=USER, password=SECRET)
+BAD = registry_auth_pb2.RegistryAuth(username=USER, password="wrong")  # noqa: S106 - it is wrong
+
+
+@pytest_asyncio.fixture
+async def private(rig: Rig, tmp_path: Path) -> AsyncIterator[str]:
+    """A private image's name, in a registry that asks for credentials."""
+    async with registry(rig, tmp_path, locked=True) as host:
+        image = f"{host}/whole:latest"
+        yield image
+        rig.engine.remove_all()
+        if image in {tag for one in rig.engine.call("GET", "/images/json") for tag in one["RepoTags"] or ()}:
+            rig.engine.call("DELETE", f"/images/{image}")
+
+
+async def made(caller: Caller, owner: str, image: str, **fields: Any) -> container_pb2.Container:
+    """A container of an owner that does not run."""
+    request = container_service_pb2.CreateContainerRequest(
+        name=owner or "nobody", owner=owner, spec=caller.spec(image=image), create_only=True, **fields
+    )
+    container = await result_of(caller.containers.CreateContainer(request))
+    await caller.delete(container.name)
+    return container
+
+
+async def test_without_the_setting_an_image_on_the_node_serves_all(own: OwnDaemons, private: str) -> None:
+    async with Caller((await own.start()).target) as caller:
+        assert (await failure(made(caller, "bob", private))).reason == "IMAGE_PULL_FAILED"
+        await made(caller, "alice", private, registry_auth=GOOD)
+        await made(caller, "bob", private)
+
+
+async def test_the_registry_is_asked_again_for_another_owner(own: OwnDaemons, rig: Rig, private: str) -> None:
+    daemon = await own.start("--verify-image-access", "true")
+    async with Caller(daemon.target) as caller:
+        await made(caller, "alice", private, registry_auth=GOOD)
+        await made(caller, "alice", private)
+        image_id = rig.engine.call("GET", f"/images/{private}/json")["Id"]
+        for reference in (private, image_id, image_id.removeprefix("sha256:")[:12]):
+            for owner in ("bob", ""):
+                assert (await failure(made(caller, owner, reference))).reason == "IMAGE_PULL_FAILED"
+                absent = await failure(made(caller, owner, reference, pull_policy=NEVER))
+                assert absent.reason == "IMAGE_NOT_FOUND"
+                assert set(absent.metadata) == {"image"}
+        assert (await failure(made(caller, "bob", private, registry_auth=BAD))).reason == "IMAGE_PULL_FAILED"
+        await made(caller, "bob", private, registry_auth=GOOD)
+        await made(caller, "bob", private, pull_policy=NEVER)
+        # A failed pull adds nobody, and takes nothing from those who may use it.
+        assert (await failure(made(caller, "carol", private, pull_policy=ALWAYS))).reason == "IMAGE_PULL_FAILED"
+        assert (await failure(made(caller, "carol", private, pull_policy=NEVER))).reason == "IMAGE_NOT_FOUND"
+        await made(caller, "alice", private, pull_policy=NEVER)
+
+        # An update to it is a use like any other.
+        await result_of(
+            caller.containers.CreateContainer(
+                container_service_pb2.CreateContainerRequest(name="carol", owner="carol", spec=caller.spec())
+            )
+        )
+        for policy, reason in ((NEVER, "IMAGE_NOT_FOUND"), (0, "IMAGE_PULL_FAILED")):
+            refused = await failure(
+                caller.update(
+                    "carol", image=private, files=container_service_pb2.FILES_POLICY_DISCARD, pull_policy=policy
+                )
+            )
+            assert refused.reason == reason
+
+    # What is on record outlives the daemon.
+    await asyncio.to_thread(daemon.kill9)
+    after = await own.start("--verify-image-access", "true", after=daemon)
+    async with Caller(after.target) as caller:
+        assert (await failure(made(caller, "dave", private, pull_policy=NEVER))).reason == "IMAGE_NOT_FOUND"
+        await made(caller, "alice", private, pull_policy=NEVER)
+
+
+async def test_wrong_credentials_do_not_take_an_image_from_others(own: OwnDaemons) -> None:
+    daemon = await own.start("--verify-image-access", "true")
+    async with Caller(daemon.target) as caller:
+        refused = await failure(made(caller, "mallory", IMAGE, pull_policy=ALWAYS, registry_auth=BAD))
+        assert refused.reason == "IMAGE_PULL_FAILED"
+        await made(caller, "alice", IMAGE, pull_policy=NEVER)
+
+
+async def test_a_committed_image_is_its_owners(own: OwnDaemons, rig: Rig) -> None:
+    daemon = await own.start("--verify-image-access", "true", "--reconcile-interval", "0.3")
+    name = "gpudock/accessed:test"
+    async with Caller(daemon.target) as caller:
+        request = container_service_pb2.CreateContainerRequest(name="box", owner="alice", spec=caller.spec())
+        await result_of(caller.containers.CreateContainer(request))
+        await caller.commit("box", "gpudock/accessed", tag="test")
+        await made(caller, "alice", name, pull_policy=NEVER)
+        assert (await failure(made(caller, "bob", name, pull_policy=NEVER))).reason == "IMAGE_NOT_FOUND"
+    rig.engine.call("DELETE", f"/images/{name}")
+
+
+async def test_an_error_tells_no_other_image(caller: Caller) -> None:
+    request = container_service_pb2.CreateContainerRequest(
+        name="none", spec=caller.spec(image="gpudock/busybux:test"), pull_policy=NEVER
+    )
+    missing = await failure(result_of(caller.containers.CreateContainer(request)))
+    assert missing.metadata == {"image": "gpudock/busybux:test"}
+    assert IMAGE not in missing.message
