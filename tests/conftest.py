@@ -21,6 +21,8 @@ settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
 
 _LONG_SECONDS = 300.0
+# A test's property with how often its calls ended in which status; the run's summary shows them as a table.
+OUTCOMES = "outcomes"
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell gives that to what it runs in the background, and all that tests start would inherit it: Ctrl-C, which
@@ -39,6 +41,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
     if workers > 1:
         items[:] = dealt(items, _long_seconds, workers)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The table of outcomes."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    rows = {
+        report.nodeid.rpartition("[")[2].rstrip("]"): value
+        for report in reports
+        for name, value in getattr(report, "user_properties", ())
+        if name == OUTCOMES
+    }
+    if rows:
+        terminalreporter.section("how calls ended")
+    for row, counts in sorted(rows.items()):
+        words = (f"{status} {count}" for status, count in sorted(counts.items(), key=lambda item: -item[1]))
+        terminalreporter.line(f"{row:26} {', '.join(words)}")
 
 
 def _long_seconds(item: pytest.Item) -> float:

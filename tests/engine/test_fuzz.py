@@ -1,12 +1,18 @@
 """Random messages, to every RPC, through a real channel to a real daemon: never INTERNAL, never UNKNOWN.
 
+Every second request is valid and refers to a pool of containers, volumes and operations (tests/engine/fuzz_pool.py);
+validation must not refuse it. Of the others, most differ from a valid one in one field, and the rest are anything. The
+run's summary shows how they ended: requests that never reach a container prove nothing of it.
+
 `GPUDOCK_FUZZ_EXAMPLES=100000 make test PYTEST_ARGS=tests/engine/test_fuzz.py` is the acceptance run.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 import grpc
 import grpc.aio
@@ -16,13 +22,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.calls import Caller
-from tests.conftest import FAST, own_state
+from tests.conftest import FAST, OUTCOMES, own_state
+from tests.engine.fuzz_pool import FOREIGN_VOLUME, VALID, Pool
 from tests.rig import Daemon, Rig
-from tests.rpc.fuzz_requests import CALLS, EXAMPLES, Call, damaged, outcome, requests
+from tests.rpc.fuzz_requests import CALLS, EXAMPLES, Call, changes, damaged, outcome, requests
 
-_EACH = max(1, EXAMPLES // len(CALLS))
+# Each example is two requests.
+_EACH = max(1, EXAMPLES // len(CALLS) // 2)
+# A request that changes something costs as much as what it changes, and the pool has to be restored after it.
+_EACH_MUTATION = max(8, _EACH // 8)
+_READING = ("Get", "List", "Watch")
 _SECONDS = 10.0
 _NEVER = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+_AT_THE_DOOR = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +44,7 @@ def victim(rig: Rig) -> Iterator[Daemon]:
     assert daemon.running, daemon.log_text
     _, _, trace = daemon.log_text.partition("Traceback")
     assert not trace, trace[:4000]
-    daemon.stop()
+    assert daemon.stop() == 0, daemon.log_text
     rig.engine.remove_all()
 
 
@@ -43,36 +55,67 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
     loop.close()
 
 
+def test_there_are_valid_requests_for_every_rpc() -> None:
+    assert {_method(call) for call in CALLS} == VALID.keys()
+
+
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.path.rpartition("/")[2])
-def test_any_message(victim: Daemon, loop: asyncio.AbstractEventLoop, call: Call) -> None:
-    channel = loop.run_until_complete(_open(victim.target))
-    message = requests(call.request) | damaged(call.request)
-    many = st.lists(message, min_size=1, max_size=3 if call.client_streaming else 1)
+def test_any_message(
+    rig: Rig,
+    victim: Daemon,
+    loop: asyncio.AbstractEventLoop,
+    call: Call,
+    request: pytest.FixtureRequest,
+) -> None:
+    caller = loop.run_until_complete(_open(victim.target))
+    pool, reads = Pool(caller, rig), _method(call).startswith(_READING)
+    valid = itertools.cycle(VALID[_method(call)])
+    known = loop.run_until_complete(pool.restore())
+    anything = st.lists(
+        requests(call.request) | damaged(call.request), min_size=1, max_size=3 if call.client_streaming else 1
+    )
+    drawn = changes(call.request) | changes(call.request) | anything
+    outcomes: Counter[str] = Counter()
 
+    def send(messages: list[Message]) -> grpc.StatusCode:
+        nonlocal known
+        code = loop.run_until_complete(outcome(caller.channel, call, messages, _SECONDS))
+        outcomes[code.name] += 1
+        if not reads:
+            known = loop.run_until_complete(pool.restore())
+        assert code not in _NEVER
+        return code
+
+    # A failing example is kept in the database and printed as a blob, so that it can be repeated.
     @settings(
-        max_examples=_EACH,
+        max_examples=_EACH if reads else _EACH_MUTATION,
         deadline=None,
-        database=None,
-        derandomize=True,
+        print_blob=True,
         suppress_health_check=list(HealthCheck),
     )
-    @given(many)
-    def fuzz(messages: list[Message]) -> None:
-        code = loop.run_until_complete(outcome(channel, call, messages, _SECONDS))
-        assert code not in _NEVER
+    @given(drawn)
+    def fuzz(example: list[Message] | Callable[[Message], None]) -> None:
+        assert send([next(valid)(known)]) not in _AT_THE_DOOR
+        if isinstance(example, list):
+            send(example)
+        else:
+            changed = next(valid)(known)
+            example(changed)
+            send([changed])
 
     try:
         fuzz()
     finally:
-        loop.run_until_complete(channel.close(None))
-        loop.run_until_complete(_empty(victim.target))
+        request.node.user_properties.append((OUTCOMES, dict(outcomes)))
+        loop.run_until_complete(caller.delete_all())
+        rig.engine.call("DELETE", f"/volumes/{FOREIGN_VOLUME}")
+        loop.run_until_complete(caller.channel.close(None))
 
 
-async def _open(target: str) -> grpc.aio.Channel:
-    return grpc.aio.insecure_channel(target)
+def _method(call: Call) -> str:
+    return call.path.rpartition("/")[2]
 
 
-async def _empty(target: str) -> None:
-    async with Caller(target) as caller:
-        await caller.delete_all()
+async def _open(target: str) -> Caller:
+    return Caller(target)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -101,6 +101,29 @@ def damaged(message: type[Message]) -> st.SearchStrategy[Any]:
     return st.tuples(requests(message), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=8)).map(
         lambda drawn: _damage(*drawn)
     )
+
+
+def changes(message: type[Message]) -> st.SearchStrategy[Callable[[Message], None]]:
+    """Changes of one field of a message of this type, or of one field of a message in it, to anything."""
+    fields = [_change_of(field) for field in message.DESCRIPTOR.fields]  # type: ignore[arg-type]  # two names of one type
+    return st.one_of(fields)
+
+
+def _change_of(field: FieldDescriptor) -> st.SearchStrategy[Callable[[Message], None]]:
+    def change(value: Any) -> Callable[[Message], None]:
+        def apply(message: Message) -> None:
+            message.ClearField(field.name)
+            _set(message, field, value)
+
+        return apply
+
+    def within(inner: Callable[[Message], None]) -> Callable[[Message], None]:
+        return lambda message: inner(getattr(message, field.name))
+
+    whole = _field(field).map(change)
+    if field.message_type is None or field.is_repeated or not field.message_type.fields:
+        return whole
+    return whole | changes(GetMessageClass(field.message_type)).map(within)
 
 
 def _damage(message: Message, changes: list[tuple[int, int]]) -> Message:
