@@ -38,6 +38,7 @@ class SpecOptions(TypedDict, total=False):
     cpus: float
     memory_bytes: int
     shm_size_bytes: int
+    pids_limit: int
     mounts: Iterable[pb.Mount]
     ports: Iterable[Port]
     restart_policy: str | pb.RestartPolicy | None

@@ -56,7 +56,7 @@ from gpudock_server.errors import EngineRejected, EngineUnavailable, GpudockErro
 from gpudock_server.logs import configure
 from gpudock_server.memory import keep_freed_blocks
 from gpudock_server.model.claims import PortKey
-from gpudock_server.model.engine import ContainerDefaults
+from gpudock_server.model.engine import ContainerDefaults, NodeLimits
 from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import CarryMethod
 from gpudock_server.model.record import now
@@ -231,6 +231,7 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
             keep_revisions=settings.keep_revisions,
             keep_seconds=settings.keep_revisions_for,
         ),
+        limits=_node_limits(settings),
     )
     await _attach_volumes(settings)
     storage = _storage(settings, world, info.root_dir, instruments)
@@ -279,6 +280,14 @@ async def _attach_volumes(settings: Settings) -> int:
     for problem in problems:
         log.error("a volume could not be made ready", uid=problem.uid, detail=problem.detail)
     return len(problems)
+
+
+def _node_limits(settings: Settings) -> NodeLimits:
+    return NodeLimits(
+        max_memory_bytes=settings.max_memory,
+        max_pids=settings.max_pids_limit,
+        default_pids=settings.default_pids_limit,
+    )
 
 
 def _engine_is_here(settings: Settings) -> bool:
@@ -373,7 +382,12 @@ async def _open_engine(settings: Settings, stack: AsyncExitStack) -> DockerEngin
             tls=settings.docker_tls_dir,
             timeout=settings.engine_timeout,
             scratch=settings.state_dir,
-            defaults=ContainerDefaults(allowed_nvidia_switches=frozenset(settings.allowed_nvidia_switches)),
+            defaults=ContainerDefaults(
+                limits=_node_limits(settings),
+                drop_net_raw=settings.drop_net_raw,
+                no_new_privileges=settings.no_new_privileges,
+                allowed_nvidia_switches=frozenset(settings.allowed_nvidia_switches),
+            ),
         )
     except (EngineUnavailable, EngineRejected, ValueError) as error:
         raise StartupError(

@@ -591,6 +591,19 @@ class HostPathForbidden(GpudockError):
 
 
 @dataclass(eq=False)
+class LimitForbidden(GpudockError):
+    """A limit above what the node's operator allows for one container."""
+
+    code = Code.PERMISSION_DENIED
+    reason = "LIMIT_FORBIDDEN"
+    template = "{field} is {requested}; this node allows one container at most {maximum} (its setting {setting})"
+    field: str
+    requested: int
+    maximum: int
+    setting: str
+
+
+@dataclass(eq=False)
 class RestartRequired(GpudockError):
     """LIVE was asked of a change that needs a new engine container."""
 

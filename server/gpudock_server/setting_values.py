@@ -17,6 +17,8 @@ from pydantic_settings import NoDecode
 LAST_PORT = 65535
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", re.ASCII)
+_UNIT_BYTES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SIZE = re.compile(r"(\d{1,18})(?:([KMGT])(?:i?B)?)?", re.ASCII | re.IGNORECASE)
 _MODE = re.compile(r"(?:0o?)?[0-7]{3}", re.ASCII)
 _PORTS = re.compile(r"(\d{1,5})-(\d{1,5})", re.ASCII)
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%a-z]+\]|[^\s:/\[\]@]+):(\d{1,5})", re.ASCII)
@@ -99,6 +101,23 @@ def _seconds(value: object) -> float:
     return float(found[1]) * _UNITS[found[2] or "s"]
 
 
+def _size(value: object) -> int:
+    found = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if found is not None:
+        return int(found[1]) * _UNIT_BYTES[(found[2] or "").upper()]
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ValueError("must be a number of bytes, or one with a unit: K, M, G, T (powers of 1024)")
+
+
+def _flag(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    if value in ("true", "false"):
+        return value == "true"
+    raise ValueError("must be true or false")
+
+
 def _mode(value: object) -> int:
     mode = int(value.removeprefix("0o"), 8) if isinstance(value, str) and _MODE.fullmatch(value) else value
     # Connecting takes the right to write and nothing else counts. This also catches a bare 660 in TOML, which is
@@ -146,4 +165,6 @@ Addresses: TypeAlias = Annotated[tuple[str, ...], *COMMAS, AfterValidator(_list_
 Texts: TypeAlias = Annotated[tuple[str, ...], *COMMAS]
 Repositories: TypeAlias = Annotated[tuple[str, ...], *COMMAS, AfterValidator(_list_of(_repository))]
 Seconds: TypeAlias = Annotated[float, BeforeValidator(_seconds), Shown("SECONDS")]
+Size: TypeAlias = Annotated[int, BeforeValidator(_size), Shown("SIZE")]
+Flag: TypeAlias = Annotated[bool, BeforeValidator(_flag), Shown("true|false")]
 Mode: TypeAlias = Annotated[int, BeforeValidator(_mode), PlainSerializer(lambda mode: f"{mode:04o}"), Shown("MODE")]

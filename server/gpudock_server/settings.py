@@ -28,6 +28,7 @@ from gpudock_server.setting_values import (
     COMMAS,
     AbsolutePath,
     Addresses,
+    Flag,
     Mode,
     OptionalPath,
     Paths,
@@ -35,6 +36,7 @@ from gpudock_server.setting_values import (
     Repositories,
     Seconds,
     Shown,
+    Size,
     Texts,
     is_loopback,
     split_address,
@@ -45,6 +47,7 @@ _APPLICATION_ID = uuid.UUID("0d3e3b5e-6d9b-4c1e-9a53-5f0f6d2f7c11")
 _MACHINE_ID = Path("/etc/machine-id")
 _LONGEST_SOCKET_PATH = 107  # sockaddr_un(7), less its final zero
 _FIRST_UNPRIVILEGED_PORT = 1024
+_LEAST_MEMORY = 6 * 1024 * 1024  # the engine's own
 
 PositiveSeconds = Annotated[Seconds, Field(gt=0)]
 
@@ -186,6 +189,27 @@ class Settings(BaseSettings):
     )
     allowed_host_paths: Paths = Field(
         (), description="host folders that containers may mount, with all that is below them; empty for none"
+    )
+    default_pids_limit: Annotated[int, Field(ge=0, le=4_194_304), Shown("N")] = Field(
+        4096, description="processes and threads of a container whose spec does not say; 0 is without a limit"
+    )
+    max_pids_limit: Annotated[int, Field(ge=0, le=4_194_304), Shown("N")] = Field(
+        32768, description="processes and threads that a spec may ask for at most; 0 is without a limit"
+    )
+    max_memory: Size = Field(
+        0,
+        description="memory that a spec may ask for at most, as in 64G, and that a container gets whose spec does not "
+        "say; 0 is without a limit",
+    )
+    drop_net_raw: Flag = Field(
+        True,  # noqa: FBT003 - a setting's default
+        description="whether containers do without CAP_NET_RAW, by which root inside can pass for another container "
+        "of the same bridge; ping works without it",
+    )
+    no_new_privileges: Flag = Field(
+        False,  # noqa: FBT003 - a setting's default
+        description="whether setuid programs inside containers gain nothing; off, because it breaks sudo and su in "
+        "tenants' images",
     )
     allowed_nvidia_switches: Annotated[tuple[NvidiaSwitch, ...], *COMMAS, Shown("NAME,…")] = Field(
         (),
@@ -370,6 +394,13 @@ class Settings(BaseSettings):
                 yield f"listen: port {port} lies in port_range {self.port_range}, which belongs to containers"
 
     def _problems_of_others(self) -> Iterator[str]:
+        if self.max_pids_limit and not 0 < self.default_pids_limit <= self.max_pids_limit:
+            yield (
+                f"default_pids_limit, max_pids_limit: the default is {self.default_pids_limit or 'without a limit'}; "
+                f"it must be at most the maximum, {self.max_pids_limit}"
+            )
+        if 0 < self.max_memory < _LEAST_MEMORY:
+            yield f"max_memory: is {self.max_memory} bytes; no container runs with less than {_LEAST_MEMORY}"
         if self.port_range.first < _FIRST_UNPRIVILEGED_PORT:
             yield f"port_range: begins below {_FIRST_UNPRIVILEGED_PORT}, among the ports of the host's own services"
         engine = urlsplit(self.docker_host)

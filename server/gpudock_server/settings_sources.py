@@ -181,7 +181,8 @@ def _add_argument(
     field = Settings.model_fields[options["dest"]]
     default = defaults[options["dest"]]
     options["metavar"] = next(item.metavar for item in field.metadata if isinstance(item, Shown))
-    options["help"] = f"{field.description} (default: {default})" if default or default == 0 else field.description
+    shown = str(default).lower() if isinstance(default, bool) else default
+    options["help"] = f"{field.description} (default: {shown})" if shown or shown == 0 else field.description
     return parser.add_argument(*names, **options)
 
 

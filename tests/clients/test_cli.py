@@ -118,6 +118,7 @@ async def test_create_sends_its_options_and_shows_stages_and_result(server: Scri
     options = (
         *("--gpus", "2", "--gpu-model", "a100", "-p", "8080:80", "-p", "53/udp", "-e", "A=b=c", "-v", "data:/data"),
         *("-v", "/srv/x:/x:ro", "--tmpfs", "/scratch:1G", "--label", "team=ml", "--cpus", "1.5", "--memory", "8G"),
+        *("--pids-limit", "64"),
         *("--shm-size", "512MiB", "--restart", "on-failure:3", "--health-cmd", "true", "--hostname", "h"),
         *("--user", "1000", "--workdir", "/w", "--tty", "--pull", "never", "--create-only"),
     )
@@ -142,6 +143,7 @@ async def test_create_sends_its_options_and_shows_stages_and_result(server: Scri
     ]
     assert (dict(spec.env), dict(spec.labels)) == ({"A": "b=c"}, {"team": "ml"})
     assert (spec.cpus, spec.memory_bytes, spec.shm_size_bytes) == (1.5, 8 * 2**30, 512 * 2**20)
+    assert spec.pids_limit == 64
     assert spec.restart_policy == RestartPolicy(policy=RESTART_POLICY_KIND_ON_FAILURE, max_retry_count=3)
     assert list(spec.health_check.command) == ["/bin/sh", "-c", "true"]
 

@@ -224,7 +224,13 @@ class FakeEngine(Engine):
 
     @override
     async def update(
-        self, engine_id: str, *, cpus: float, memory_bytes: int, restart_policy: RestartPolicy | None = None
+        self,
+        engine_id: str,
+        *,
+        cpus: float,
+        memory_bytes: int,
+        pids_limit: int = 0,
+        restart_policy: RestartPolicy | None = None,
     ) -> None:
         await self._call("update")
 

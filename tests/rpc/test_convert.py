@@ -101,6 +101,7 @@ SPECS = st.builds(
     cpus=st.sampled_from([0.0, 0.01, 1.5]),
     memory_bytes=st.sampled_from([0, 1 << 40]),
     shm_size_bytes=st.sampled_from([0, 1 << 20]),
+    pids_limit=st.sampled_from([0, 64]),
     mounts=st.sampled_from(
         [
             [],

@@ -86,6 +86,7 @@ def test_a_full_request_becomes_a_command() -> None:
         cpus=1.5,
         memory_bytes=1 << 30,
         shm_size_bytes=1 << 20,
+        pids_limit=64,
         mounts=[
             mount(read_only=True),
             container_pb2.Mount(host_path="/srv/../srv", target="/b"),
@@ -125,6 +126,7 @@ def test_a_full_request_becomes_a_command() -> None:
             cpus=1.5,
             memory_bytes=1 << 30,
             shm_size_bytes=1 << 20,
+            pids_limit=64,
             mounts=(
                 Mount(volume="data", target="/data", read_only=True),
                 Mount(host_path="/srv/../srv", target="/b"),

@@ -26,6 +26,7 @@ from gpudock_server.model.engine import (
     EngineEventKind,
     EngineInfo,
     EngineState,
+    NodeLimits,
     NvidiaSwitch,
     RegistryAuth,
 )
@@ -141,7 +142,7 @@ def test_no_environment_widens_what_was_claimed(env: dict[str, str], gpus: tuple
     others = {name: value for name, value in env.items() if name not in {"NVIDIA_VISIBLE_DEVICES", *SWITCHES}}
     assert {f"{name}={value}" for name, value in others.items()} <= set(request["Env"])
     host = request["HostConfig"]
-    assert host["CapDrop"] == ["MKNOD"]
+    assert host["CapDrop"] == ["MKNOD", "NET_RAW"]
     assert not {"Privileged", "CapAdd", "Devices", "DeviceCgroupRules"} & host.keys()
     assert [ids for entry in host.get("DeviceRequests", ()) for ids in entry["DeviceIDs"]] == list(gpus)
 
@@ -270,7 +271,50 @@ def test_no_policy_brings_back_what_was_stopped(kind: RestartPolicyKind, name: s
     ],
 )
 def test_limits(has: dict[str, int], cpus: float, memory_bytes: int, changes: dict[str, int]) -> None:
-    assert translate.limit_changes(has, cpus=cpus, memory_bytes=memory_bytes, host=HOST) == changes
+    changed = translate.limit_changes(
+        has, cpus=cpus, memory_bytes=memory_bytes, pids_limit=0, host=HOST, limits=NodeLimits()
+    )
+    assert changed == changes
+
+
+@pytest.mark.parametrize(
+    ("has", "asked", "default", "changes"),
+    [
+        (None, 0, 4096, {}),
+        (-1, 0, 4096, {}),
+        (None, 64, 4096, {"PidsLimit": 64}),
+        (64, 64, 4096, {}),
+        (64, 128, 4096, {"PidsLimit": 128}),
+        (64, 0, 4096, {"PidsLimit": 4096}),
+        (64, 0, 0, {"PidsLimit": -1}),
+    ],
+)
+def test_limits_of_processes(has: int | None, asked: int, default: int, changes: dict[str, int]) -> None:
+    limits = NodeLimits(default_pids=default)
+    config = {"PidsLimit": has}
+    changed = translate.limit_changes(config, cpus=0, memory_bytes=0, pids_limit=asked, host=HOST, limits=limits)
+    assert changed == changes
+
+
+def test_a_nodes_maximum_of_memory_is_the_default_too() -> None:
+    limits = NodeLimits(max_memory_bytes=MIB)
+    has = {"Memory": 2 * MIB}
+    changed = translate.limit_changes(has, cpus=0, memory_bytes=0, pids_limit=0, host=HOST, limits=limits)
+    assert changed == {"Memory": MIB, "MemorySwap": MIB}
+    host = created(defaults=ContainerDefaults(limits=limits))["HostConfig"]
+    assert (host["Memory"], host["MemorySwap"], host["PidsLimit"]) == (MIB, MIB, 4096)
+    assert created(defaults=ContainerDefaults(limits=limits), memory_bytes=7)["HostConfig"]["Memory"] == 7
+
+
+def test_defaults_of_the_node() -> None:
+    host = created()["HostConfig"]
+    assert (host["CapDrop"], host["PidsLimit"]) == (["MKNOD", "NET_RAW"], 4096)
+    assert not {"Memory", "SecurityOpt"} & host.keys()
+    assert created(pids_limit=64)["HostConfig"]["PidsLimit"] == 64
+    other = ContainerDefaults(limits=NodeLimits(default_pids=0), drop_net_raw=False, no_new_privileges=True)
+    host = created(defaults=other)["HostConfig"]
+    assert (host["CapDrop"], host["SecurityOpt"]) == (["MKNOD"], ["no-new-privileges"])
+    assert "PidsLimit" not in host
 
 
 # ---- what the engine shows ----

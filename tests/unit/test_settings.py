@@ -61,6 +61,14 @@ def test_times_that_are_none_are_refused(text: object) -> None:
     assert problems(engine_timeout=text)
 
 
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("64G", 64 << 30), ("64GiB", 64 << 30), ("64gb", 64 << 30), ("6291456", 6 << 20), (6 << 20, 6 << 20)],
+)
+def test_sizes_have_units(text: object, size: int) -> None:
+    assert make(max_memory=text).max_memory == size
+
+
 def test_lists_are_written_with_commas() -> None:
     settings = make(allowed_host_paths="/data, /srv/models", etcd_endpoints="a:2379,b:2379")
     assert settings.allowed_host_paths == (Path("/data"), Path("/srv/models"))
@@ -133,6 +141,14 @@ def test_modes_that_let_others_in_or_nobody_are_refused(mode: object) -> None:
         ({"commit_repositories": "a:tag"}, "repositories without a tag"),
         ({"commit_repositories": "tenants/{name}"}, "repositories without a tag"),
         ({"layer_carry": "magic"}, "'auto', 'exchange', 'copy' or 'commit'"),
+        ({"default_pids_limit": 100, "max_pids_limit": 99}, "the default is 100; it must be at most the maximum, 99"),
+        ({"default_pids_limit": 0}, "the default is without a limit"),
+        ({"max_pids_limit": -1}, "greater than or equal to 0"),
+        ({"max_memory": "6M5"}, "must be a number of bytes"),
+        ({"max_memory": -1}, "must be a number of bytes"),
+        ({"max_memory": "5M"}, "no container runs with less than 6291456"),
+        ({"drop_net_raw": "yes"}, "must be true or false"),
+        ({"no_new_privileges": 1}, "must be true or false"),
         ({"allowed_nvidia_switches": "NVIDIA_VISIBLE_DEVICES"}, "'NVIDIA_GDS'"),
         ({"prot_range": "1-2"}, "Extra inputs"),
     ],
@@ -160,6 +176,7 @@ def test_all_that_does_not_go_together_is_said_at_once() -> None:
         {"layer_carry": LayerCarry.COPY, "socket_mode": 0o600},
         {"allowed_nvidia_switches": "NVIDIA_GDS,NVIDIA_MOFED"},
         {"commit_repositories": "team,tenants/{owner},reg.example.com:5000/{owner}-models"},
+        {"default_pids_limit": 0, "max_pids_limit": 0, "drop_net_raw": "false", "no_new_privileges": True},
     ],
 )
 def test_what_can_work_is_taken(values: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ class SpecFlags(TypedDict):
     cpus: float | None
     memory: int | None
     shm_size: int | None
+    pids_limit: int | None
     restart: RestartPolicy | None
     health_cmd: str | None
     hostname: str | None
@@ -55,6 +56,7 @@ _OPTIONS = (
     click.option("--cpus", type=Decimal(), help="How many CPUs' worth of time it may use."),
     click.option("--memory", type=Size(), help="How much memory it may use, such as 8G."),
     click.option("--shm-size", type=Size(), help="The size of /dev/shm."),
+    click.option("--pids-limit", type=Whole(16), help="How many processes and threads it may have."),
     click.option("--restart", type=Restart(), help="When the engine starts the process again."),
     click.option("--health-cmd", help="Command of the health check, run by /bin/sh."),
     click.option("--hostname", help="The host name inside."),
@@ -106,6 +108,7 @@ def spec_of_flags(flags: SpecFlags) -> tuple[ContainerSpec, frozenset[str]]:
         "cpus": flags["cpus"],
         "memory_bytes": flags["memory"],
         "shm_size_bytes": flags["shm_size"],
+        "pids_limit": flags["pids_limit"],
         "mounts": [*flags["volume"], *flags["tmpfs"]] or None,
         "ports": flags["publish"] or None,
         "restart_policy": flags["restart"],

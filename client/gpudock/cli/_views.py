@@ -77,6 +77,7 @@ def container(item: Container) -> str:
             ("CPUs", f"{spec.cpus:g}" if spec.cpus else ""),
             ("memory", bytes_text(spec.memory_bytes) if spec.memory_bytes else ""),
             ("shm", bytes_text(spec.shm_size_bytes) if spec.shm_size_bytes else ""),
+            ("pids limit", str(spec.pids_limit) if spec.pids_limit else ""),
             ("mounts", ", ".join(f"{each.volume or each.host_path or 'tmpfs'}:{each.target}" for each in spec.mounts)),
             ("labels", ", ".join(f"{key}={value}" for key, value in sorted(spec.labels.items()))),
             ("restart", restart if spec.HasField("restart_policy") else ""),

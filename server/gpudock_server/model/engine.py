@@ -100,6 +100,7 @@ class EngineContainer:
     volumes: dict[str, str] = field(default_factory=dict)
     cpus: float = 0.0
     memory_bytes: int = 0
+    pids_limit: int = 0
     restart_policy: RestartPolicy = field(default_factory=RestartPolicy)
     restart_count: int = 0
     health: str = ""
@@ -145,12 +146,27 @@ class NvidiaSwitch(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class NodeLimits:
+    """What one container may use at most, and what it may use where its spec says nothing. 0 is without a limit.
+
+    A container whose spec has no memory limit gets `max_memory_bytes`.
+    """
+
+    max_memory_bytes: int = 0
+    max_pids: int = 32768
+    default_pids: int = 4096
+
+
+@dataclass(frozen=True, slots=True)
 class ContainerDefaults:
     """What every engine container is created with, whatever its spec says; an operator's choice for the node.
 
     A spec or an image may set `allowed_nvidia_switches`; all others are off.
     """
 
+    limits: NodeLimits = NodeLimits()
+    drop_net_raw: bool = True
+    no_new_privileges: bool = False
     allowed_nvidia_switches: frozenset[NvidiaSwitch] = frozenset()
 
 

@@ -11,7 +11,9 @@ from pydantic import Field
 from gpudock_server.model.record import Record
 
 # What the engine can change in a container that exists. Everything else needs a new engine container.
-CHANGES_IN_PLACE = frozenset({"gpus", "ports", "cpus", "memory_bytes", "labels", "restart_policy", "revision_policy"})
+CHANGES_IN_PLACE = frozenset(
+    {"gpus", "ports", "cpus", "memory_bytes", "pids_limit", "labels", "restart_policy", "revision_policy"}
+)
 
 
 class GpuRequest(Record):
@@ -140,6 +142,7 @@ class ContainerSpec(Record):
     cpus: float = 0.0
     memory_bytes: int = 0
     shm_size_bytes: int = 0
+    pids_limit: int = 0
     mounts: tuple[Mount, ...] = ()
     ports: tuple[PortRequest, ...] = ()
     restart_policy: RestartPolicy = RestartPolicy()

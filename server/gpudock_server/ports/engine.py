@@ -138,9 +138,15 @@ class Engine(Protocol):
         ...
 
     async def update(
-        self, engine_id: str, *, cpus: float, memory_bytes: int, restart_policy: RestartPolicy | None = None
+        self,
+        engine_id: str,
+        *,
+        cpus: float,
+        memory_bytes: int,
+        pids_limit: int = 0,
+        restart_policy: RestartPolicy | None = None,
     ) -> None:
-        """Change its limits in place, 0 is none; and its restart policy, unless it is None."""
+        """Change its limits in place, 0 is the node's default; and its restart policy, unless it is None."""
         ...
 
     async def rename(self, engine_id: str, name: str) -> None:

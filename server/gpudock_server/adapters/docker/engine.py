@@ -344,10 +344,17 @@ class DockerEngine:
                 return
 
     async def update(
-        self, engine_id: str, *, cpus: float, memory_bytes: int, restart_policy: RestartPolicy | None = None
+        self,
+        engine_id: str,
+        *,
+        cpus: float,
+        memory_bytes: int,
+        pids_limit: int = 0,
+        restart_policy: RestartPolicy | None = None,
     ) -> None:
-        """Change its limits (0 is none, which the engine shows as all of its host) and restart policy (None: leave it).
+        """Change its limits and restart policy (None: leave it).
 
+        A limit of 0 is the node's default; where there is none, the engine shows all of its host for CPUs and memory.
         The kernel refuses a limit below the memory in use (EngineRejected), and then nothing has changed.
         """
         call = "update a container"
@@ -355,7 +362,12 @@ class DockerEngine:
         if container is None:
             raise EngineRejected(call=call, status=NOT_FOUND, detail=f"there is no container {engine_id}")
         changes = translate.limit_changes(
-            container["HostConfig"], cpus=cpus, memory_bytes=memory_bytes, host=await self.info()
+            container["HostConfig"],
+            cpus=cpus,
+            memory_bytes=memory_bytes,
+            pids_limit=pids_limit,
+            host=await self.info(),
+            limits=self._defaults.limits,
         )
         if restart_policy is not None:
             changes |= translate.policy_changes(container["HostConfig"], restart_policy)

@@ -20,12 +20,14 @@ from gpudock_server.model.engine import (
     EngineInfo,
     EngineState,
     EngineVolume,
+    NodeLimits,
 )
 from gpudock_server.model.spec import ContainerSpec, HealthCheck, Mount, Protocol, RestartPolicy, RestartPolicyKind
 
 Json = dict[str, Any]
 
 _NANO = 1_000_000_000
+_UNLIMITED = -1
 
 # A container that talks without end must not fill the disk that all share; 128 MB of it are kept. And json-file is
 # named because its logs can be read back, whatever driver the host prefers.
@@ -45,7 +47,7 @@ def create_request(blueprint: Blueprint, defaults: ContainerDefaults) -> Json:
         "OpenStdin": spec.stdin,
         "Labels": {**spec.labels, **blueprint.labels, LABEL_SPEC: spec.model_dump_json()},
         "ExposedPorts": {_port_key(port.container_port, port.protocol): {} for port in blueprint.placement.ports},
-        "HostConfig": _host_config(blueprint),
+        "HostConfig": _host_config(blueprint, defaults),
     }
     # Absent is the image's; an empty list would mean "none at all".
     if spec.entrypoint:
@@ -68,12 +70,13 @@ def _environment(spec: ContainerSpec, placement: Placement, defaults: ContainerD
     return [f"{name}={value}" for name, value in {**spec.env, **forced}.items()]
 
 
-def _host_config(blueprint: Blueprint) -> Json:
-    spec, placement = blueprint.spec, blueprint.placement
+def _host_config(blueprint: Blueprint, defaults: ContainerDefaults) -> Json:
+    spec, placement, limits = blueprint.spec, blueprint.placement, defaults.limits
     config: Json = {
         "NetworkMode": "default",
-        # Without it nobody inside can make a device node, for another tenant's card for example.
-        "CapDrop": ["MKNOD"],
+        # Without MKNOD nobody inside can make a device node, for another tenant's card for example. With NET_RAW root
+        # inside could answer ARP requests for the address of another tenant's container on the same bridge.
+        "CapDrop": ["MKNOD", "NET_RAW"] if defaults.drop_net_raw else ["MKNOD"],
         "RestartPolicy": _restart_policy(spec.restart_policy),
         "LogConfig": _LOG_CONFIG,
         "Mounts": _mounts(blueprint),
@@ -85,8 +88,12 @@ def _host_config(blueprint: Blueprint) -> Json:
         config["DeviceRequests"] = [gpus]
     if spec.cpus:
         config["NanoCpus"] = nano_cpus(spec.cpus)
-    if spec.memory_bytes:
-        config |= memory_limit(spec.memory_bytes)
+    if memory_bytes := spec.memory_bytes or limits.max_memory_bytes:
+        config |= memory_limit(memory_bytes)
+    if pids := spec.pids_limit or limits.default_pids:
+        config["PidsLimit"] = pids
+    if defaults.no_new_privileges:
+        config["SecurityOpt"] = ["no-new-privileges"]
     if spec.shm_size_bytes:
         config["ShmSize"] = spec.shm_size_bytes
     return config
@@ -162,22 +169,41 @@ def memory_limit(memory_bytes: int) -> Json:
     return {"Memory": memory_bytes, "MemorySwap": memory_bytes}
 
 
-def limit_changes(host_config: Mapping[str, Any], *, cpus: float, memory_bytes: int, host: EngineInfo) -> Json:
+def limit_changes(
+    host_config: Mapping[str, Any],
+    *,
+    cpus: float,
+    memory_bytes: int,
+    pids_limit: int,
+    host: EngineInfo,
+    limits: NodeLimits,
+) -> Json:
     """The body of `POST /containers/ID/update` that gives a container these limits; empty when it has them.
 
-    The engine cannot take a limit away from a container that has one (to it 0 is "leave it alone"). 0, our "no
-    limit", is therefore all that the host has: there is no difference that a process could notice.
+    The engine cannot take a limit of CPU or memory away from a container that has one (to it 0 is "leave it alone"). 0,
+    our "no limit", is therefore all that the host has: there is no difference that a process could notice. A container
+    without a limit that is to have the node's default, because an older version made it, is left without one: it may
+    already use more.
     """
     has_cpus = host_config.get("NanoCpus") or 0
     has_memory = host_config.get("Memory") or 0
     wants_cpus = nano_cpus(cpus) or (host.cpus * _NANO if has_cpus else 0)
-    wants_memory = memory_bytes or (host.memory_bytes if has_memory else 0)
+    wants_memory = memory_bytes or (limits.max_memory_bytes or host.memory_bytes if has_memory else 0)
+    has_pids = _pids_limit(host_config)
+    wants_pids = pids_limit or (limits.default_pids if has_pids else 0)
     changes: Json = {}
     if wants_cpus != has_cpus:
         changes["NanoCpus"] = wants_cpus
     if wants_memory != has_memory:
         changes |= memory_limit(wants_memory)
+    if wants_pids != has_pids:
+        changes["PidsLimit"] = wants_pids or _UNLIMITED
     return changes
+
+
+def _pids_limit(host_config: Mapping[str, Any]) -> int:
+    """The limit of processes; 0 for none, which engines write as null, 0 or a negative number."""
+    return max(host_config.get("PidsLimit") or 0, 0)
 
 
 def policy_changes(host_config: Mapping[str, Any], policy: RestartPolicy) -> Json:
@@ -229,6 +255,7 @@ def container(inspected: Mapping[str, Any]) -> EngineContainer:
         },
         cpus=(host.get("NanoCpus") or 0) / _NANO,
         memory_bytes=host.get("Memory") or 0,
+        pids_limit=_pids_limit(host),
         restart_policy=_restart_policy_of(host),
         restart_count=inspected.get("RestartCount") or 0,
         health="" if health == "none" else health,

@@ -219,6 +219,7 @@ class ChangeSaga(ContainerSaga):
             self._arguments.old.engine_id,
             cpus=spec.cpus,
             memory_bytes=spec.memory_bytes,
+            pids_limit=spec.pids_limit,
             restart_policy=spec.restart_policy,
         )
 

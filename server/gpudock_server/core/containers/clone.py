@@ -32,6 +32,7 @@ from gpudock_server.core.containers.create import anonymous_volumes, labels_of, 
 from gpudock_server.core.containers.depth import carry_image, committed, layer_image, remove_carried
 from gpudock_server.core.containers.history import find_revision
 from gpudock_server.core.containers.keeping import IMAGE_STAGE
+from gpudock_server.core.containers.limits import check_limits
 from gpudock_server.core.containers.mounting import check_mounts, engine_volumes, stay
 from gpudock_server.core.containers.observation import observed
 from gpudock_server.core.containers.saga import ContainerSaga
@@ -122,6 +123,7 @@ async def draft(world: World, command: Clone) -> Draft:
         raise ContainerBusy(container=source.name, operation_id=view.operation_id)
     spec, files = await _found(world, source, command.revision)
     spec = spec.changed(**command.changes)
+    check_limits(world.limits, spec)
     volumes = await check_mounts(world, spec.mounts)
     clone_uid = str(uuid.uuid4())
     proposal = await world.allocator.propose(Wish(uid=clone_uid, gpus=spec.gpus, ports=spec.ports))

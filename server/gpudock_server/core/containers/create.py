@@ -10,6 +10,7 @@ from typing_extensions import override
 from gpudock_server.core.allocation import Wish
 from gpudock_server.core.containers.commands import Create
 from gpudock_server.core.containers.images import Pull, choose_image, pull_image, restrict_after_failed_pull
+from gpudock_server.core.containers.limits import check_limits
 from gpudock_server.core.containers.mounting import check_mounts, engine_volumes, stay
 from gpudock_server.core.containers.observation import observed
 from gpudock_server.core.containers.saga import ContainerSaga
@@ -72,6 +73,7 @@ async def draft(world: World, command: Create) -> Draft:
     """Check that it can be made, and pick what it would be given."""
     if await world.store.container(command.name) is not None:
         raise ContainerExists(container=command.name)
+    check_limits(world.limits, command.spec)
     volumes = await check_mounts(world, command.spec.mounts)
     choice = await choose_image(world, command.spec.image, command.pull_policy, command.owner)
     uid = str(uuid.uuid4())

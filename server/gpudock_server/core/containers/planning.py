@@ -14,6 +14,7 @@ from gpudock_server.core.containers import history, keeping
 from gpudock_server.core.containers.change import ChangeArguments, ChangeSaga, Files, Source
 from gpudock_server.core.containers.engine_volumes import check_same
 from gpudock_server.core.containers.keeping import KeepArguments
+from gpudock_server.core.containers.limits import check_limits
 from gpudock_server.core.containers.mounting import check_mounts, mounts_it
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
@@ -34,7 +35,7 @@ _CAUSES = {
     OperationKind.UPDATE: RevisionCause.UPDATED,
     OperationKind.ROLLBACK: RevisionCause.ROLLED_BACK,
 }
-_LIMITS = ("cpus", "memory_bytes", "restart_policy")
+_LIMITS = ("cpus", "memory_bytes", "pids_limit", "restart_policy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ async def draft(world: World, view: ContainerView, wanted: Wanted) -> Draft:
     engine, status = container.engine, container.status
     if engine is None:
         raise ContainerNotRunning(container=container.name, state=status.state.value)
+    check_limits(world.limits, wanted.spec, had=container.spec)
     placement, to_claim = await _placement(world, container, engine, wanted)
     replace = not _process_goes_on(container, engine, wanted) and _needs_successor(engine, wanted, placement)
     if replace and wanted.live:

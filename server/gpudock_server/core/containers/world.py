@@ -11,6 +11,7 @@ from gpudock_server.core.containers.images import ImageRules
 from gpudock_server.errors import ContainerNotFound, EngineRejected, EngineUnavailable, StaleEtag, WrongNode
 from gpudock_server.model.claims import Holder
 from gpudock_server.model.container import Container
+from gpudock_server.model.engine import NodeLimits
 from gpudock_server.model.spec import ContainerSpec, SnapshotPolicy
 from gpudock_server.ports import ContainerView, Engine, LayerStore, SnapshotStore, Store
 
@@ -49,6 +50,7 @@ class World:
     allowed_host_paths: Sequence[str] = ()
     history: HistoryDefaults = HistoryDefaults()
     images: ImageRules = field(default_factory=ImageRules)
+    limits: NodeLimits = field(default_factory=NodeLimits)
 
     async def lookup(self, name: str, etag: str = "") -> ContainerView:
         """A container of this node as the caller has seen it. Raises ContainerNotFound, WrongNode, StaleEtag."""

@@ -17,7 +17,7 @@ from gpudock_server.model.changes import Change, Claim, Keep, PutContainer, Rele
 from gpudock_server.model.claims import UNREADABLE, ClaimKey, Holder, keys_of
 from gpudock_server.model.container import Container, ContainerState, EngineBinding, Placement
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
-from gpudock_server.model.engine import EngineContainer
+from gpudock_server.model.engine import EngineContainer, NodeLimits
 from gpudock_server.model.record import now
 from gpudock_server.ports import ContainerView, StoreConflict
 
@@ -87,7 +87,7 @@ class Upkeep:
             observed(container, shown) == container.status
             and container.engine is not None
             and container.engine.engine_name == shown.name
-            and _has_limits(container, shown)
+            and _has_limits(container, shown, self._world.limits)
             and _has_policy(container, shown)
             and not _runs_without_its_own(container, shown)
         )
@@ -255,15 +255,16 @@ class Upkeep:
         )
 
     async def _limit(self, view: ContainerView, shown: EngineContainer, note: Note) -> None:
-        container = view.container
-        if _has_limits(container, shown):
+        container, of_node = view.container, self._world.limits
+        if _has_limits(container, shown, of_node):
             return
         host = await self._world.engine.info()
-        if _has_limits(container, shown, (host.cpus, host.memory_bytes)):
+        if _has_limits(container, shown, of_node, (host.cpus, host.memory_bytes)):
             return
         spec = container.spec
-        expected = _limits_text(spec.cpus, spec.memory_bytes)
-        actual = _limits_text(shown.cpus, shown.memory_bytes)
+        expected = _limits_text(spec.cpus, spec.memory_bytes, spec.pids_limit)
+        # Where the spec leaves the number of processes to the node, any is as it should be.
+        actual = _limits_text(shown.cpus, shown.memory_bytes, shown.pids_limit if spec.pids_limit else 0)
         note(await self._set_back(view, shown, _Difference(DriftKind.LIMITS_CHANGED, "the limits", expected, actual)))
 
     async def _set_policy(self, view: ContainerView, shown: EngineContainer, note: Note) -> None:
@@ -282,7 +283,11 @@ class Upkeep:
         remedy, plan = DriftRemedy.REPAIRED, "it was set back"
         try:
             await self._world.engine.update(
-                shown.id, cpus=spec.cpus, memory_bytes=spec.memory_bytes, restart_policy=spec.restart_policy
+                shown.id,
+                cpus=spec.cpus,
+                memory_bytes=spec.memory_bytes,
+                pids_limit=spec.pids_limit,
+                restart_policy=spec.restart_policy,
             )
         except EngineRejected as error:
             remedy, plan = DriftRemedy.RETRIED, f"it is set back as soon as the engine lets it be: {error.detail}"
@@ -321,13 +326,22 @@ def _has_policy(container: Container, shown: EngineContainer) -> bool:
     return shown.restart_policy == container.spec.restart_policy.in_engine
 
 
-def _has_limits(container: Container, shown: EngineContainer, host: tuple[int, int] = (0, 0)) -> bool:
-    """Whether its limits are those of its spec. What a container cannot be freed of is all that the host has."""
+def _has_limits(
+    container: Container, shown: EngineContainer, of_node: NodeLimits, host: tuple[int, int] = (0, 0)
+) -> bool:
+    """Whether its limits are those of its spec. What a container cannot be freed of is all that the host has.
+
+    Where the spec leaves a limit to the node, the node's setting at the time of creation counts. That setting is not on
+    record and may have changed since, or did not exist: any value is then as it should be.
+    """
     spec = container.spec
     cpus = (round(spec.cpus * _NANO),) if spec.cpus else (0, host[0] * _NANO)
     memory = (spec.memory_bytes,) if spec.memory_bytes else (0, host[1])
-    return round(shown.cpus * _NANO) in cpus and shown.memory_bytes in memory
+    has_memory = shown.memory_bytes in memory or (not spec.memory_bytes and of_node.max_memory_bytes > 0)
+    has_pids = spec.pids_limit in (0, shown.pids_limit)
+    return round(shown.cpus * _NANO) in cpus and has_memory and has_pids
 
 
-def _limits_text(cpus: float, memory_bytes: int) -> str:
-    return f"cpus={cpus:g} memory_bytes={memory_bytes}"
+def _limits_text(cpus: float, memory_bytes: int, pids_limit: int) -> str:
+    pids = f" pids_limit={pids_limit}" if pids_limit else ""
+    return f"cpus={cpus:g} memory_bytes={memory_bytes}{pids}"

@@ -54,6 +54,7 @@ def spec_message(asked: ContainerSpec) -> container_pb2.ContainerSpec:
         cpus=asked.cpus,
         memory_bytes=asked.memory_bytes,
         shm_size_bytes=asked.shm_size_bytes,
+        pids_limit=asked.pids_limit,
         mounts=[_mount(mount) for mount in asked.mounts],
         ports=[_port(port) for port in asked.ports],
         restart_policy=_restart_policy(asked.restart_policy) if asked.restart_policy != RestartPolicy() else None,

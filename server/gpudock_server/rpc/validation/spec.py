@@ -33,6 +33,10 @@ MAX_STOP_TIMEOUT = timedelta(hours=24)
 _MIB = 1024 * 1024
 _MIN_MEMORY_BYTES = 6 * _MIB
 _MIN_SHM_BYTES = 4096
+# A shell and what it runs; with less even a command by exec cannot start.
+_MIN_PIDS = 16
+# PID_MAX_LIMIT of the kernel.
+_MAX_PIDS = 4_194_304
 _MIN_CPUS = 0.01
 # More than Linux can be built for; how many the node has, the engine checks.
 _MAX_CPUS = 8192
@@ -81,6 +85,7 @@ def spec(violations: Violations, message: container_pb2.ContainerSpec) -> Contai
         cpus=cpus(violations, message.cpus),
         memory_bytes=memory(violations, message.memory_bytes),
         shm_size_bytes=shm_size(violations, message.shm_size_bytes),
+        pids_limit=_pids_limit(violations, message.pids_limit),
         mounts=mounts(violations, message.mounts),
         ports=_ports(violations, message.ports),
         restart_policy=_restart_policy(violations.at("restart_policy"), message.restart_policy),
@@ -142,6 +147,12 @@ def memory(violations: Violations, value: int) -> int:
 def shm_size(violations: Violations, value: int) -> int:
     """Check the size of /dev/shm; 0 is the engine's default."""
     return fields.size(violations, "shm_size_bytes", value, least=_MIN_SHM_BYTES)
+
+
+def _pids_limit(violations: Violations, value: int) -> int:
+    if value and not _MIN_PIDS <= value <= _MAX_PIDS:
+        violations.add("pids_limit", f"must be 0 or {_MIN_PIDS} to {_MAX_PIDS}")
+    return value
 
 
 def _image(violations: Violations, value: str) -> str:

@@ -1,0 +1,109 @@
+"""What a container may do at most: processes, memory, capabilities."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+from gpudock.v1 import container_pb2
+
+from tests.calls import Caller, failure, progress_of, update_request
+from tests.engine.drift import drift, found, inspect, passed, update
+from tests.engine.own_daemons import OwnDaemons, own, until
+from tests.rig import GLIBC, Rig
+
+__all__ = ["own"]
+
+MIB = 1 << 20
+# As many children as are asked for; what the shell says of those that it could not start comes on stderr.
+FORKS = "n=0; while [ $n -lt {0} ]; do sleep 30 & n=$((n+1)); done; echo started"
+
+
+def host_config(rig: Rig, container: container_pb2.Container) -> dict[str, object]:
+    """What the engine was told for a container."""
+    shown: dict[str, object] = inspect(rig, container.status.engine_id)["HostConfig"]
+    return shown
+
+
+async def test_a_container_has_the_nodes_defaults(caller: Caller, rig: Rig) -> None:
+    container = await caller.create("plain", image=GLIBC)
+    host = host_config(rig, container)
+    assert (host["PidsLimit"], host["CapDrop"]) == (4096, ["MKNOD", "NET_RAW"])
+    assert not host["SecurityOpt"]
+    assert container.spec.pids_limit == 0
+    # The socket by which one could answer ARP requests for another container's address.
+    script = "import socket; socket.socket(socket.AF_PACKET, socket.SOCK_RAW)"
+    done = await caller.run("plain", "python3", "-c", script)
+    assert done.code == 1
+    assert b"PermissionError" in done.stderr
+
+
+async def test_a_fork_bomb_stays_in_its_container(caller: Caller, rig: Rig) -> None:
+    limited = await caller.create("bomb", pids_limit=32)
+    await caller.create("beside")
+    done = await caller.run("bomb", "sh", "-c", FORKS.format(500))
+    assert b"can't fork" in done.stderr
+    processes = rig.engine.call("GET", f"/containers/{limited.status.engine_id}/top")["Processes"]
+    assert 16 <= len(processes) <= 32
+    assert await caller.shell("beside", FORKS.format(64)) == "started\n"
+
+
+async def test_the_limit_changes_in_place_and_goes_with_a_successor(caller: Caller, rig: Rig) -> None:
+    first = await caller.create("grows", 1, pids_limit=32)
+    after = await caller.update("grows", pids_limit=64)
+    assert (after.spec.pids_limit, after.status.engine_id) == (64, first.status.engine_id)
+    assert host_config(rig, after)["PidsLimit"] == 64
+    assert (after.revision, after.status.start_time) == (2, first.status.start_time)
+    plan = await progress_of(
+        caller.containers.UpdateContainer(update_request("grows", "pids_limit", validate_only=True))
+    )
+    assert not plan.snapshots[-1].plan.restarts_process
+    assert host_config(rig, await caller.scale("grows", 2))["PidsLimit"] == 64
+    default = await caller.update("grows", "pids_limit")
+    assert (default.spec.pids_limit, host_config(rig, default)["PidsLimit"]) == (0, 4096)
+
+
+async def test_limits_above_the_nodes_maximum(own: OwnDaemons, rig: Rig) -> None:
+    before = await own.start("--max-pids-limit", "0", "--default-pids-limit", "0", "--drop-net-raw", "false")
+    async with Caller(before.target) as caller:
+        had = await caller.create("had", memory_bytes=256 * MIB, pids_limit=512)
+        free = await caller.create("free")
+        host = host_config(rig, free)
+        assert (host["PidsLimit"], host["CapDrop"]) == (None, ["MKNOD"])
+    await asyncio.to_thread(before.stop)
+    flags = ("--max-memory", "128MiB", "--max-pids-limit", "256", "--default-pids-limit", "128")
+    daemon = await own.start(*flags, "--no-new-privileges", "true", "--reconcile-interval", "0.5", after=before)
+    async with Caller(daemon.target) as caller:
+        for name, value, maximum in (("memory_bytes", 129 * MIB, 128 * MIB), ("pids_limit", 257, 256)):
+            refused = await failure(caller.create("greedy", **{name: value}))
+            assert (refused.code, refused.reason) == (grpc.StatusCode.PERMISSION_DENIED, "LIMIT_FORBIDDEN")
+            assert (refused.metadata["field"], refused.metadata["maximum"]) == (name, str(maximum))
+            assert (await failure(caller.update("free", mask="", **{name: value}))).reason == "LIMIT_FORBIDDEN"
+        assert (await failure(caller.scale("free", memory_bytes=1 << 40))).reason == "LIMIT_FORBIDDEN"
+        modest = host_config(rig, await caller.create("modest"))
+        assert (modest["Memory"], modest["PidsLimit"], modest["SecurityOpt"]) == (
+            128 * MIB,
+            128,
+            ["no-new-privileges"],
+        )
+        # What was made under other settings is no drift, keeps what it has, and takes other changes.
+        await passed(caller, 3)
+        assert not await drift(caller)
+        assert host_config(rig, free)["PidsLimit"] is None
+        changed = await caller.scale("had", cpus=0.5)
+        assert changed.status.engine_id == had.status.engine_id
+        assert (host_config(rig, changed)["Memory"], host_config(rig, changed)["PidsLimit"]) == (256 * MIB, 512)
+        assert host_config(rig, await caller.scale("free", cpus=0.5))["PidsLimit"] is None
+        # A successor has the defaults of today.
+        replaced = host_config(rig, await caller.scale("free", shm_size_bytes=MIB))
+        assert (replaced["Memory"], replaced["PidsLimit"]) == (128 * MIB, 128)
+        # What a spec says is what the container has: docker update is undone.
+        update(rig, changed.status.engine_id, PidsLimit=1000)
+
+        async def set_back() -> bool:
+            return host_config(rig, changed)["PidsLimit"] == 512
+
+        await until(set_back)
+        finding = await found(caller, "LIMITS_CHANGED")
+        assert (finding.container, finding.actual) == ("had", f"cpus=0.5 memory_bytes={256 * MIB} pids_limit=1000")
+        await caller.delete_all()
