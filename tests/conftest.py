@@ -14,15 +14,14 @@ from tests.calls import Caller
 from tests.order import dealt
 from tests.rig import Daemon, Rig
 
-pytest_plugins = ["tests.rig.fixtures"]
+pytest_plugins = ["tests.rig.fixtures", "tests.run_report"]
 
 # How long an example takes is a matter of what else the machine does.
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
 
 _LONG_SECONDS = 300.0
-# A test's property with how often its calls ended in which status; the run's summary shows them as a table.
-OUTCOMES = "outcomes"
+_LOG_TAIL = 4000
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell gives that to what it runs in the background, and all that tests start would inherit it: Ctrl-C, which
@@ -43,22 +42,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = dealt(items, _long_seconds, workers)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The table of outcomes."""
-    reports = [report for reports in terminalreporter.stats.values() for report in reports]
-    rows = {
-        report.nodeid.rpartition("[")[2].rstrip("]"): value
-        for report in reports
-        for name, value in getattr(report, "user_properties", ())
-        if name == OUTCOMES
-    }
-    if rows:
-        terminalreporter.section("how calls ended")
-    for row, counts in sorted(rows.items()):
-        words = (f"{status} {count}" for status, count in sorted(counts.items(), key=lambda item: -item[1]))
-        terminalreporter.line(f"{row:26} {', '.join(words)}")
-
-
 def _long_seconds(item: pytest.Item) -> float:
     """The timeout of a test that was given more than most, by which it is known to be long; of others 0."""
     marker = item.get_closest_marker("timeout")
@@ -69,12 +52,25 @@ def _long_seconds(item: pytest.Item) -> float:
 
 
 @pytest.fixture(scope="session")
-def shared_daemon(rig: Rig) -> Iterator[Daemon]:
+def shared_daemon(rig: Rig, run_problems: list[str]) -> Iterator[Daemon]:
     """One daemon for all tests that do not hurt it, started as an operator starts it."""
     daemon = rig.daemon(*FAST, fresh=True)
     yield daemon
-    assert daemon.running, daemon.log_text
-    assert daemon.stop() == 0, daemon.log_text
+    run_problems += problems_at_end(daemon)
+
+
+def problems_at_end(daemon: Daemon) -> list[str]:
+    """Stop a daemon that many tests have used; what is wrong with how it ends, and with what it has logged."""
+    died = not daemon.running
+    code = daemon.stop()
+    log = daemon.log_text
+    problems = []
+    if died or code:
+        problems.append(f"a shared daemon {'died' if died else 'ended'} with exit code {code}:\n{log[-_LOG_TAIL:]}")
+    if "Traceback" in log:
+        where = log.index("Traceback")
+        problems.append(f"a traceback in a shared daemon's log:\n{log[max(0, where - 1000) : where + _LOG_TAIL]}")
+    return problems
 
 
 @pytest_asyncio.fixture
