@@ -31,6 +31,7 @@ from gpudock_server.adapters.etcd import (
     NodeTaken,
     this_process,
 )
+from gpudock_server.adapters.host_paths import HostPathBinder, MountNamespace
 from gpudock_server.adapters.host_ports import HostPorts
 from gpudock_server.adapters.layers import OverlayLayerStore, OverlaySnapshotStore
 from gpudock_server.adapters.nvml import NvmlInventory
@@ -62,7 +63,7 @@ from gpudock_server.model.operation import CarryMethod
 from gpudock_server.model.record import now
 from gpudock_server.model.spec import Protocol, SnapshotPolicy
 from gpudock_server.model.volume import VolumeBackendKind
-from gpudock_server.ports import Engine, SnapshotStore, Store, VolumeBackend, VolumeCopier
+from gpudock_server.ports import Engine, HostPaths, SnapshotStore, Store, VolumeBackend, VolumeCopier
 from gpudock_server.rpc.listeners import listen
 from gpudock_server.rpc.server import RpcServer, Services, build_server
 from gpudock_server.settings import CommitReplace, LayerCarry, Settings, VolumeBackendChoice, VolumeFilesystem
@@ -96,6 +97,10 @@ def _same_snapshots(snapshots: SnapshotStore) -> SnapshotStore:
     return snapshots
 
 
+def _same_host_paths(host_paths: HostPaths) -> HostPaths:
+    return host_paths
+
+
 def _same_volumes(backend: VolumeBackend) -> VolumeBackend:
     return backend
 
@@ -111,6 +116,7 @@ class Instruments:
     engine: Callable[[Engine], Engine] = _same_engine
     store: Callable[[Store], Store] = _same_store
     snapshots: Callable[[SnapshotStore], SnapshotStore] = _same_snapshots
+    host_paths: Callable[[HostPaths], HostPaths] = _same_host_paths
     volumes: Callable[[VolumeBackend], VolumeBackend] = _same_volumes
     copier: Callable[[VolumeCopier], VolumeCopier] = _same_copier
 
@@ -207,12 +213,15 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
         info.root_dir,
         local=_engine_is_here(settings),
     )
+    host_paths = _host_paths(settings, _engine_namespace(settings))
+    await _restore_host_paths(host_paths)
     state = instruments.store(store)
     world = World(
         store=state,
         engine=instruments.engine(docker),
         layers=layers,
         snapshots=instruments.snapshots(snapshots),
+        host_paths=instruments.host_paths(host_paths),
         allocator=Allocator(
             store=state, inventory=inventory, probe=HostPorts(), host=settings.host_id, port_range=port_range
         ),
@@ -220,7 +229,6 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
         host=settings.host_id,
         settle_seconds=settings.settle_period,
         stop_seconds=settings.stop_timeout,
-        allowed_host_paths=[str(path) for path in settings.allowed_host_paths],
         images=ImageRules(
             replace_any=settings.commit_replace is CommitReplace.ANY,
             repositories=settings.commit_repositories,
@@ -267,9 +275,17 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
 
 
 def attach_volumes(settings: Settings) -> int:
-    """Make every volume with a size ready for the engine, which need not run; the process's exit code."""
+    """Make ready for the engine, which need not run, volumes with a size and host paths; the process's exit code."""
     configure(settings.log_format, settings.log_level)
-    return 1 if asyncio.run(_attach_volumes(settings)) else 0
+    return asyncio.run(_attach(settings))
+
+
+async def _attach(settings: Settings) -> int:
+    problems = await _attach_volumes(settings)
+    if _engine_is_here(settings):
+        # In this process's own mount namespace: the engine, by which another one would be found, does not run yet.
+        problems += await _restore_host_paths(_host_paths(settings, MountNamespace()))
+    return 1 if problems else 0
 
 
 async def _attach_volumes(settings: Settings) -> int:
@@ -288,6 +304,27 @@ def _node_limits(settings: Settings) -> NodeLimits:
         max_pids=settings.max_pids_limit,
         default_pids=settings.default_pids_limit,
     )
+
+
+def _host_paths(settings: Settings, namespace: MountNamespace | None) -> HostPathBinder:
+    return HostPathBinder(settings.state_dir, [str(path) for path in settings.allowed_host_paths], namespace)
+
+
+def _engine_namespace(settings: Settings) -> MountNamespace | None:
+    return MountNamespace(settings.docker_host.removeprefix("unix://")) if _engine_is_here(settings) else None
+
+
+async def _restore_host_paths(host_paths: HostPathBinder) -> int:
+    """How many could not be bound again. The engine containers that mount one of those do not start."""
+    problems = await host_paths.restore()
+    for problem in problems:
+        log.error(
+            "a host path could not be bound",
+            engine_container=problem.engine_container,
+            host_path=problem.host_path,
+            detail=problem.detail,
+        )
+    return len(problems)
 
 
 def _engine_is_here(settings: Settings) -> bool:

@@ -578,16 +578,28 @@ class VolumeFailed(GpudockError):
 
 @dataclass(eq=False)
 class HostPathForbidden(GpudockError):
-    """A mount of a host path outside the allow-list."""
+    """A mount of a host path outside the allow-list, or of one that has a symbolic link in it, or does not exist."""
 
     code = Code.PERMISSION_DENIED
     reason = "HOST_PATH_FORBIDDEN"
     template = (
-        "{host_path!r} is not a path without links below what this daemon may mount ({allowed}); its operator sets"
-        " allowed_host_paths"
+        "host path {host_path!r} cannot be mounted: {detail}; it must exist, lie below one of allowed_host_paths"
+        " ({allowed}), and have no symbolic link in it"
     )
     host_path: str
     allowed: tuple[str, ...]
+    detail: str
+
+
+@dataclass(eq=False)
+class HostPathFailed(GpudockError):
+    """The host cannot bind a host path for a container."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "HOST_PATH_FAILED"
+    template = "host path {host_path!r} could not be bound for the container: {detail}"
+    host_path: str
+    detail: str
 
 
 @dataclass(eq=False)

@@ -188,7 +188,9 @@ class Settings(BaseSettings):
         PortRange(20000, 29999), description="host ports that containers are given"
     )
     allowed_host_paths: Paths = Field(
-        (), description="host folders that containers may mount, with all that is below them; empty for none"
+        (),
+        description="host folders that containers may mount, with all that is below them; empty for none. No part of "
+        "a path may be a symbolic link",
     )
     default_pids_limit: Annotated[int, Field(ge=0, le=4_194_304), Shown("N")] = Field(
         4096, description="processes and threads of a container whose spec does not say; 0 is without a limit"

@@ -159,7 +159,7 @@ def _parser() -> tuple[_Parser, CliSettingsSource[Any]]:
     parser.add_argument(
         "--attach-volumes",
         action="store_true",
-        help="make the volumes with a size ready for the engine, which need not run, and exit",
+        help="make volumes with a size and host paths ready for the engine, which need not run, and exit",
     )
     flags: CliSettingsSource[Any] = CliSettingsSource(
         Settings,

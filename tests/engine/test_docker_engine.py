@@ -98,6 +98,7 @@ async def blueprint(
     gpus: tuple[str, ...] = (),
     ports: tuple[PortBinding, ...] = (),
     volumes: dict[str, str] | None = None,
+    bound: dict[str, str] | None = None,
     **spec: Any,
 ) -> Blueprint:
     asked = ContainerSpec(**{"image": IMAGE, "command": IDLE, **spec})
@@ -111,6 +112,7 @@ async def blueprint(
         hostname=name,
         labels={"gpudock.uid": f"uid-{name}", "gpudock.name": name, "gpudock.operation": operation},
         volumes=volumes or {},
+        bound=bound or {},
     )
 
 
@@ -241,9 +243,10 @@ async def test_a_container_is_what_was_asked(engine: DockerEngine, rig: Rig, tmp
         shm_size_bytes=32 * MIB,
         mounts=(
             Mount(volume="v1", target="/v"),
-            Mount(host_path=str(tmp_path), target="/h", read_only=True),
+            Mount(host_path="/srv/h", target="/h", read_only=True),
             Mount(tmpfs=TmpfsMount(size_bytes=MIB), target="/t"),
         ),
+        bound={"/srv/h": str(tmp_path)},
         labels={"team": "x"},
         restart_policy=RestartPolicy(kind=RestartPolicyKind.ALWAYS),
         stop_timeout=timedelta(seconds=3),
@@ -262,6 +265,7 @@ async def test_a_container_is_what_was_asked(engine: DockerEngine, rig: Rig, tmp
     }
     assert container.volumes["/v"] == "v1"
     assert set(container.volumes) == {"/v", "/data"}
+    assert container.binds == {"/h": str(tmp_path)}
     assert (container.cpus, container.memory_bytes) == (0.5, 64 * MIB)
     assert await asyncio.to_thread(Path(container.upper_dir).is_dir)
     assert container.storage_driver == "overlay2"

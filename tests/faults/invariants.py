@@ -29,6 +29,12 @@ def layer_images(rig: Rig) -> set[str]:
     return {tag for tag in tags if tag.startswith("gpudock/layer")}
 
 
+def bound_host_paths(rig: Rig) -> list[str]:
+    """Where host paths are bound for engine containers."""
+    points = [line.split()[1] for line in rig.run("cat", "/proc/self/mounts").stdout.splitlines()]
+    return [point for point in points if point.startswith("/run/gpudock-host-paths/")]
+
+
 def cards_of(inspected: dict[str, Any]) -> list[str]:
     """The cards that an engine container was given."""
     requests = inspected["HostConfig"]["DeviceRequests"] or []

@@ -21,7 +21,7 @@ from typing import Any
 from gpudock_server.app import Instruments, run
 from gpudock_server.model.changes import Change, PutOperation
 from gpudock_server.model.operation import OperationKind
-from gpudock_server.ports import Engine, SnapshotStore, Store, VolumeBackend, VolumeCopier
+from gpudock_server.ports import Engine, HostPaths, SnapshotStore, Store, VolumeBackend, VolumeCopier
 from gpudock_server.settings_sources import load
 
 KIND = "GPUDOCK_TEST_KIND"
@@ -127,6 +127,20 @@ class MortalSnapshots:
         return _watched(call, name, self._countdown) if name in self.CHANGING else call
 
 
+class MortalHostPaths:
+    """Host paths whose binds and releases are moments."""
+
+    CHANGING = frozenset({"bind", "release"})
+
+    def __init__(self, host_paths: HostPaths, countdown: Countdown) -> None:
+        self._host_paths = host_paths
+        self._countdown = countdown
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._host_paths, name)
+        return _watched(call, name, self._countdown) if name in self.CHANGING else call
+
+
 class MortalVolumes:
     """A volume backend whose changing calls are moments."""
 
@@ -170,6 +184,7 @@ def main() -> int:
         engine=lambda engine: MortalEngine(engine, countdown),
         store=lambda store: MortalStore(store, countdown),
         snapshots=lambda snapshots: MortalSnapshots(snapshots, countdown),
+        host_paths=lambda host_paths: MortalHostPaths(host_paths, countdown),
         volumes=lambda backend: MortalVolumes(backend, countdown),
         copier=lambda copier: MortalCopier(copier, countdown),
     )

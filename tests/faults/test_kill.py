@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -12,7 +13,15 @@ from gpudock.v1 import container_pb2, container_service_pb2, operation_pb2, oper
 
 from tests.calls import IMAGE, Caller
 from tests.conftest import FAST, own_state
-from tests.faults.invariants import LOOK, PLANT, absent, engine_containers, layer_images, sound
+from tests.faults.invariants import (
+    LOOK,
+    PLANT,
+    absent,
+    bound_host_paths,
+    engine_containers,
+    layer_images,
+    sound,
+)
 from tests.faults.mortal import DIE_AT, KIND
 from tests.rig import GLIBC, Daemon, Rig
 
@@ -68,11 +77,12 @@ async def _survives(daemon: Daemon, act: Awaitable[object]) -> bool:
 
 
 @pytest.mark.timeout(600)
-async def test_create(clean_engine: Rig) -> None:
+async def test_create(clean_engine: Rig, tmp_path: Path) -> None:
     rig = clean_engine
+    mount = container_pb2.Mount(host_path=str(tmp_path), target="/host")
 
     async def create(caller: Caller) -> None:
-        await caller.create("phoenix", 2, ports=[_PORT])
+        await caller.create("phoenix", 2, ports=[_PORT], mounts=[mount])
 
     async def check(caller: Caller) -> None:
         try:
@@ -80,23 +90,27 @@ async def test_create(clean_engine: Rig) -> None:
         except grpc.aio.AioRpcError:
             await absent(caller, rig, "phoenix")
             assert await caller.free_gpus() == 8
+            assert bound_host_paths(rig) == []
             return
         await sound(caller, rig, "phoenix")
+        assert len(bound_host_paths(rig)) == 1
         await caller.delete("phoenix")
+        assert bound_host_paths(rig) == []
 
-    assert await at_every_moment(rig, "CREATE", create, check) >= 5
+    assert await at_every_moment(rig, "CREATE", create, check, "--allowed-host-paths", str(tmp_path)) >= 7
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("carry", ["exchange", "copy", "commit"])
-async def test_scale(clean_engine: Rig, carry: str) -> None:
+async def test_scale(clean_engine: Rig, tmp_path: Path, carry: str) -> None:
     rig = clean_engine
     files = ""
+    mounts = [container_pb2.Mount(host_path=str(tmp_path), target="/host")] if carry == "exchange" else []
 
     async def scale(caller: Caller) -> None:
         nonlocal files
         if not files:
-            await caller.create("phoenix", 2, ports=[_PORT])
+            await caller.create("phoenix", 2, ports=[_PORT], mounts=mounts)
             await caller.shell("phoenix", PLANT)
             files = await caller.shell("phoenix", LOOK + " || true")
         now = (await caller.get("phoenix")).spec.gpus.count
@@ -104,8 +118,10 @@ async def test_scale(clean_engine: Rig, carry: str) -> None:
 
     async def check(caller: Caller) -> None:
         await sound(caller, rig, "phoenix", files)
+        assert len(bound_host_paths(rig)) == len(mounts)
 
-    assert await at_every_moment(rig, "SCALE", scale, check, "--layer-carry", carry) >= 10
+    flags = ("--layer-carry", carry, "--allowed-host-paths", str(tmp_path))
+    assert await at_every_moment(rig, "SCALE", scale, check, *flags) >= 10
 
 
 @pytest.mark.timeout(600)

@@ -16,6 +16,7 @@ from gpudock.v1.container_service_pb2_grpc import ContainerServiceStub
 from gpudock.v1.node_service_pb2_grpc import NodeServiceStub
 from gpudock.v1.operation_service_pb2_grpc import OperationServiceStub
 from gpudock.v1.volume_service_pb2_grpc import VolumeServiceStub
+from gpudock_server.adapters.host_paths import HostPathBinder
 from gpudock_server.core.allocation import Allocator
 from gpudock_server.core.containers import Containers, World
 from gpudock_server.core.exec_sessions import ExecSessions
@@ -81,6 +82,7 @@ async def serve(
         engine=engine,
         layers=FakeLayers(),
         snapshots=FakeSnapshots(),
+        host_paths=HostPathBinder(folder, allowed=(), namespace=None),
         allocator=Allocator(store=store, inventory=inventory, probe=every_port_is_free, host=HOST, port_range=PORTS),
         node=NODE,
         host=HOST,

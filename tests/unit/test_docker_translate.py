@@ -61,6 +61,7 @@ def blueprint(
     spec_gpus: GpuRequest | None = None,
     ports: tuple[PortBinding, ...] = (),
     volumes: dict[str, str] | None = None,
+    bound: dict[str, str] | None = None,
     **spec: Any,
 ) -> Blueprint:
     return Blueprint(
@@ -70,6 +71,7 @@ def blueprint(
         placement=Placement(gpu_uuids=gpus, ports=ports),
         hostname="web",
         labels={"gpudock.uid": "u1"},
+        bound=bound or {},
         volumes=volumes or {},
     )
 
@@ -226,10 +228,11 @@ def test_mounts_and_the_volumes_of_a_predecessor() -> None:
             Mount(tmpfs=TmpfsMount(), target="/tmp"),
         ),
         volumes={"/var/lib/db": "anonymous", "/data": "shadowed by the user's own"},
+        bound={"/srv/models": "/run/bound"},
     )
     assert request["HostConfig"]["Mounts"] == [
         {"Type": "volume", "Source": "data", "Target": "/data", "ReadOnly": True},
-        {"Type": "bind", "Source": "/srv/models", "Target": "/models", "ReadOnly": False},
+        {"Type": "bind", "Source": "/run/bound", "Target": "/models", "ReadOnly": False},
         {
             "Type": "tmpfs",
             "TmpfsOptions": {"Mode": 0o700, "SizeBytes": MIB},
@@ -239,6 +242,11 @@ def test_mounts_and_the_volumes_of_a_predecessor() -> None:
         {"Type": "tmpfs", "TmpfsOptions": {"Mode": 0o1777}, "Target": "/tmp", "ReadOnly": False},
         {"Type": "volume", "Source": "anonymous", "Target": "/var/lib/db", "VolumeOptions": {"NoCopy": True}},
     ]
+
+
+def test_a_host_path_that_is_not_bound_is_never_given_to_the_engine() -> None:
+    with pytest.raises(KeyError):
+        created(mounts=(Mount(host_path="/srv/models", target="/models"),))
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,8 @@ class EngineContainer:
 
     `upper_dir` is the path of its writable layer on the engine's host; empty where the engine does not show one (the
     containerd image store, another storage driver than overlay2). `pid` is 0 unless it runs. `volumes` maps targets
-    to the names of engine volumes mounted there, anonymous ones included. `ports` are those that it was made to
+    to the names of engine volumes mounted there, anonymous ones included; `binds` maps targets to paths of the engine's
+    host. `ports` are those that it was made to
     publish, whether or not it runs, in no order of meaning. `spec` is what its label says it was made from; None where
     it has no such label, or one that this version cannot read.
     """
@@ -98,6 +99,7 @@ class EngineContainer:
     ports: tuple[PortBinding, ...] = ()
     spec: ContainerSpec | None = None
     volumes: dict[str, str] = field(default_factory=dict)
+    binds: dict[str, str] = field(default_factory=dict)
     cpus: float = 0.0
     memory_bytes: int = 0
     pids_limit: int = 0
@@ -121,6 +123,7 @@ class Blueprint:
     `spec` is kept with it (LABEL_SPEC), so that a record that the store lost can be written again from the engine.
     `volumes` (target -> engine volume) are anonymous volumes taken over from a predecessor. `mounted` (volume -> engine
     volume) says what the volumes of the spec are called by the engine; one that is missing there is called as it is.
+    `bound` (host path -> path) says what the engine mounts for the host paths of the spec (ports.HostPaths).
     """
 
     name: str
@@ -131,6 +134,7 @@ class Blueprint:
     labels: dict[str, str]
     volumes: dict[str, str] = field(default_factory=dict)
     mounted: dict[str, str] = field(default_factory=dict)
+    bound: dict[str, str] = field(default_factory=dict)
 
 
 class NvidiaSwitch(StrEnum):

@@ -156,6 +156,11 @@ class ContainerSpec(Record):
         return self.model_copy(update=changes)
 
     @property
+    def host_paths(self) -> tuple[str, ...]:
+        """The host paths that it mounts, each once."""
+        return tuple(dict.fromkeys(mount.host_path for mount in self.mounts if mount.host_path))
+
+    @property
     def fixed_digest(self) -> str:
         """Names everything in the spec that an engine container keeps for life (hex SHA-256).
 

@@ -6,6 +6,7 @@ docstring, and no others that a caller should see. Every call is bounded in time
 
 from gpudock_server.ports.engine import Engine, ExecSession
 from gpudock_server.ports.host import GpuInventory, PortProbe, ProcessControl
+from gpudock_server.ports.host_paths import HostPaths
 from gpudock_server.ports.layers import CarryPlan, LayerPair, LayerStore
 from gpudock_server.ports.progress import Progress
 from gpudock_server.ports.snapshots import SnapshotPlan, SnapshotStore
@@ -29,6 +30,7 @@ __all__ = [
     "Engine",
     "ExecSession",
     "GpuInventory",
+    "HostPaths",
     "LayerPair",
     "LayerStore",
     "Page",

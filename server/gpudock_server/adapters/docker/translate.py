@@ -105,7 +105,7 @@ def _restart_policy(policy: RestartPolicy) -> Json:
 
 
 def _mounts(blueprint: Blueprint) -> list[Json]:
-    mounts = [_mount(mount, blueprint.mounted) for mount in blueprint.spec.mounts]
+    mounts = [_mount(mount, blueprint) for mount in blueprint.spec.mounts]
     taken = {mount.target for mount in blueprint.spec.mounts}
     carried = (
         # NoCopy: the engine fills an empty volume with the image's files. This one may be empty because the user
@@ -117,14 +117,15 @@ def _mounts(blueprint: Blueprint) -> list[Json]:
     return [*mounts, *carried]
 
 
-def _mount(mount: Mount, mounted: Mapping[str, str]) -> Json:
+def _mount(mount: Mount, blueprint: Blueprint) -> Json:
     shared = {"Target": mount.target, "ReadOnly": mount.read_only}
     if mount.tmpfs is not None:
         options = {"Mode": mount.tmpfs.mode} | ({"SizeBytes": mount.tmpfs.size_bytes} if mount.tmpfs.size_bytes else {})
         return {"Type": "tmpfs", "TmpfsOptions": options, **shared}
     if mount.host_path:
-        return {"Type": "bind", "Source": mount.host_path, **shared}
-    return {"Type": "volume", "Source": mounted.get(mount.volume, mount.volume), **shared}
+        # Never the host path itself: the engine would resolve it again at every start.
+        return {"Type": "bind", "Source": blueprint.bound[mount.host_path], **shared}
+    return {"Type": "volume", "Source": blueprint.mounted.get(mount.volume, mount.volume), **shared}
 
 
 def _port_bindings(placement: Placement) -> Json:
@@ -252,6 +253,11 @@ def container(inspected: Mapping[str, Any]) -> EngineContainer:
             mount["Destination"]: mount["Name"]
             for mount in inspected.get("Mounts") or ()
             if mount.get("Type") == "volume"
+        },
+        binds={
+            mount["Destination"]: mount.get("Source") or ""
+            for mount in inspected.get("Mounts") or ()
+            if mount.get("Type") == "bind"
         },
         cpus=(host.get("NanoCpus") or 0) / _NANO,
         memory_bytes=host.get("Memory") or 0,

@@ -206,7 +206,7 @@ class ChangeSaga(ContainerSaga):
 
     async def _start_old(self, _run: Run) -> None:
         if self._arguments.was_running:
-            await self._world.engine.start(self._arguments.old.engine_id)
+            await self._world.start(self._arguments.old.engine_id, self._arguments.old_spec, renew=False)
 
     async def _limits(self, _run: Run) -> None:
         await self._limit(self._arguments.spec)
@@ -224,7 +224,7 @@ class ChangeSaga(ContainerSaga):
         )
 
     async def _start(self, run: Run) -> None:
-        await self._world.engine.start(await self._serving(run))
+        await self._world.start(await self._serving(run), self._arguments.spec)
 
     async def _stop_successor(self, run: Run) -> None:
         # Also where nothing is replaced: a start that was undone leaves it as stopped as it was.
@@ -277,7 +277,7 @@ class ChangeSaga(ContainerSaga):
         world, arguments, operation = self._world, self._arguments, run.operation
         image_id = self._successor_image(operation)
         name = world.engine_name(operation.target.name, operation.id)
-        engine_id = await world.engine.create(
+        engine_id = await world.create(
             Blueprint(
                 name=name,
                 image_id=image_id,
@@ -452,7 +452,7 @@ class ChangeSaga(ContainerSaga):
         )
 
     async def _retire(self, _run: Run) -> None:
-        await self._world.engine.remove(self._arguments.old.engine_id)
+        await self._world.remove(self._arguments.old.engine_id, self._arguments.old.engine_name)
 
     async def _prune(self, run: Run) -> None:
         await prune(self._world, run.operation.target.uid, self._arguments.spec)

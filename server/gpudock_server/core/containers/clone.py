@@ -294,7 +294,7 @@ class CloneSaga(ContainerSaga):
         world, spec, operation = self._world, self._arguments.spec, run.operation
         image_id = str(operation.facts(IMAGE_STAGE).get("image_id", self._files.image_id))
         name = world.engine_name(operation.target.name, operation.id)
-        engine_id = await world.engine.create(
+        engine_id = await world.create(
             Blueprint(
                 name=name,
                 image_id=image_id,
@@ -311,7 +311,7 @@ class CloneSaga(ContainerSaga):
         await remove_with_volumes(self._world, run.operation, self._arguments.spec)
 
     async def _start(self, run: Run) -> None:
-        await self._world.engine.start(_made(run))
+        await self._world.start(_made(run), self._arguments.spec)
 
     # -- its files ---------------------------------------------------------------------------------------------------
 

@@ -168,7 +168,7 @@ class CreateSaga(ContainerSaga):
         world, operation = self._world, run.operation
         image_id = self._arguments.image_id or await self._pulled_image(operation)
         name = world.engine_name(operation.target.name, operation.id)
-        engine_id = await world.engine.create(
+        engine_id = await world.create(
             Blueprint(
                 name=name,
                 image_id=image_id,
@@ -194,7 +194,7 @@ class CreateSaga(ContainerSaga):
         await remove_with_volumes(self._world, run.operation, self._spec)
 
     async def _start(self, run: Run) -> None:
-        await self._world.engine.start(str(run.operation.facts("create")["engine_id"]))
+        await self._world.start(str(run.operation.facts("create")["engine_id"]), self._spec)
 
     @override
     async def commit(self, run: Run, view: ContainerView) -> Outcome:
@@ -249,10 +249,12 @@ async def remove_with_volumes(
     world: World, operation: Operation, spec: ContainerSpec, keep: frozenset[str] = frozenset()
 ) -> None:
     """Remove what an operation created in the engine, found by its name, and the anonymous volumes made with it."""
-    seen = await world.engine.inspect(world.engine_name(operation.target.name, operation.id))
+    name = world.engine_name(operation.target.name, operation.id)
+    seen = await world.engine.inspect(name)
     if seen is None or seen.labels.get(LABEL_OPERATION) != operation.id:
+        await world.host_paths.release(name)
         return
-    await world.engine.remove(seen.id)
+    await world.remove(seen.id, name)
     for volume in anonymous_volumes(spec, seen.volumes).values():
         if volume not in keep:
             await world.engine.remove_volume(volume)

@@ -64,7 +64,7 @@ class DeleteSaga(ContainerSaga):
 
     async def _remove(self, _run: Run) -> None:
         if self._arguments.engine is not None:
-            await self._world.engine.remove(self._arguments.engine.engine_id)
+            await self._world.remove(self._arguments.engine.engine_id, self._arguments.engine.engine_name)
 
     async def _clean(self, run: Run) -> None:
         """Anonymous volumes, carried layers and snapshots belong to the container and go with it."""

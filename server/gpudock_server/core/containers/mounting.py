@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import difflib
-import os.path
 from collections.abc import Iterable, Sequence
 
 from gpudock_server.core.containers.engine_volumes import ensure, mounted_as
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.listings import everything
 from gpudock_server.errors import (
-    HostPathForbidden,
     VolumeBusy,
     VolumeElsewhere,
     VolumeFailed,
@@ -37,13 +34,11 @@ def nearest(name: str, names: Sequence[str]) -> tuple[str, ...]:
 async def check_mounts(world: World, mounts: Sequence[Mount], *, had: Sequence[Mount] = ()) -> tuple[VolumeView, ...]:
     """The volumes that are mounted, each once.
 
-    Every one must exist on this node, and every host path must lead below the allow-list once its links are followed.
-    No operation may be at work on one, but for those that were mounted before (`had`), which nobody can delete.
+    Every volume must exist on this node, and every host path below the allow-list, without a symbolic link in it. No
+    operation may be at work on a volume, but for those that were mounted before (`had`), which nobody can delete.
     """
     before = _volumes_of(had)
-    for mount in mounts:
-        if mount.host_path:
-            await _check_host_path(world, mount.host_path)
+    await world.host_paths.check([mount.host_path for mount in mounts if mount.host_path])
     return tuple([await _mountable(world, name, busy=name in before) for name in _volumes_of(mounts)])
 
 
@@ -128,20 +123,3 @@ async def attached(store: Store, volume: str) -> tuple[ContainerView, ...]:
 def mounts_it(view: ContainerView, volume: str) -> bool:
     """Whether a container's spec mounts a volume."""
     return any(mount.volume == volume for mount in view.container.spec.mounts)
-
-
-async def _check_host_path(world: World, host_path: str) -> None:
-    if not await asyncio.to_thread(_is_allowed, host_path, world.allowed_host_paths):
-        raise HostPathForbidden(host_path=host_path, allowed=tuple(world.allowed_host_paths))
-
-
-def _is_allowed(host_path: str, allowed_paths: Sequence[str]) -> bool:
-    try:
-        real = os.path.realpath(host_path, strict=True)
-    except OSError:
-        return False
-    # The engine follows links once more when it mounts, and by then one could have been bent: a path with links in it
-    # is not taken at all.
-    if real != os.path.normpath(host_path):
-        return False
-    return any(real == allowed or real.startswith(allowed.rstrip("/") + "/") for allowed in allowed_paths)

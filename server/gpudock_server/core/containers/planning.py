@@ -68,9 +68,13 @@ async def draft(world: World, view: ContainerView, wanted: Wanted) -> Draft:
         raise ContainerNotRunning(container=container.name, state=status.state.value)
     check_limits(world.limits, wanted.spec, had=container.spec)
     placement, to_claim = await _placement(world, container, engine, wanted)
+    lives = status.state in LIVES
+    starts = wanted.runs and (wanted.restart or not lives)
     replace = not _process_goes_on(container, engine, wanted) and _needs_successor(engine, wanted, placement)
     if replace and wanted.live:
         raise RestartRequired(container=container.name, changes=("gpus",))
+    # The engine would resolve the host paths of one that an older version made at this start and all others.
+    replace = replace or (starts and await world.mounts_unbound(container))
     carry = CarryPlan(method=CarryMethod.NONE)
     joining: tuple[VolumeView, ...] = ()
     if replace:
@@ -79,6 +83,9 @@ async def draft(world: World, view: ContainerView, wanted: Wanted) -> Draft:
         joining = tuple(one for one in volumes if not mounts_it(view, one.volume.name))
         if wanted.source.files in (Files.CARRY, Files.GRAFT):
             carry = await _plan_carry(world, container, engine, wanted.source.files)
+    elif starts:
+        # Before anything is stopped.
+        await world.host_paths.check(wanted.spec.host_paths)
     cause = _CAUSES.get(wanted.kind, RevisionCause.SCALED) if wanted.spec != container.spec or replace else None
     keep, prunes = KeepArguments(), False
     if cause is not None:
@@ -88,7 +95,6 @@ async def draft(world: World, view: ContainerView, wanted: Wanted) -> Draft:
         # There will be one more.
         limits = history.limits_of(world, wanted.spec)
         prunes = len(known) >= limits.keep_revisions or bool(history.surplus(known, limits))
-    lives = status.state in LIVES
     arguments = ChangeArguments(
         old=engine,
         old_spec=container.spec,
@@ -99,7 +105,7 @@ async def draft(world: World, view: ContainerView, wanted: Wanted) -> Draft:
         was_running=lives,
         frozen=status.state is ContainerState.PAUSED,
         stop=lives and (replace or wanted.restart),
-        start=wanted.runs and (replace or wanted.restart or not lives),
+        start=starts or (wanted.runs and replace),
         replace=replace,
         limits=_changes(container.spec, wanted.spec, _LIMITS),
         carry=carry.method,

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gpudock_server.core.allocation import Allocator
 from gpudock_server.core.containers.images import ImageRules
 from gpudock_server.errors import ContainerNotFound, EngineRejected, EngineUnavailable, StaleEtag, WrongNode
 from gpudock_server.model.claims import Holder
 from gpudock_server.model.container import Container
-from gpudock_server.model.engine import NodeLimits
+from gpudock_server.model.engine import LABEL_NAME, LABEL_OPERATION, Blueprint, EngineContainer, NodeLimits
 from gpudock_server.model.spec import ContainerSpec, SnapshotPolicy
-from gpudock_server.ports import ContainerView, Engine, LayerStore, SnapshotStore, Store
+from gpudock_server.ports import ContainerView, Engine, HostPaths, LayerStore, SnapshotStore, Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +34,20 @@ class World:
 
     `settle_seconds` is how long the process of a replacement must live before it counts as running; `stop_seconds` how
     long a container that does not say has from its stop signal to SIGKILL.
-    `allowed_host_paths` are absolute and resolved.
+    Engine containers are created, started and removed through here and never by the engine alone, so that their host
+    paths are bound before, checked again, and released after.
     """
 
     store: Store
     engine: Engine
     layers: LayerStore
     snapshots: SnapshotStore
+    host_paths: HostPaths
     allocator: Allocator
     node: str
     host: str
     settle_seconds: float
     stop_seconds: float
-    allowed_host_paths: Sequence[str] = ()
     history: HistoryDefaults = HistoryDefaults()
     images: ImageRules = field(default_factory=ImageRules)
     limits: NodeLimits = field(default_factory=NodeLimits)
@@ -72,6 +72,60 @@ class World:
     def engine_name(self, container: str, operation_id: str) -> str:
         """The engine's name for what an operation makes: unique to it, so that making it twice is making it once."""
         return f"gpudock-{container}-{operation_id[-8:]}"
+
+    async def create(self, blueprint: Blueprint) -> str:
+        """Create an engine container, its host paths bound; its engine id. Raises HostPathForbidden, HostPathFailed."""
+        bound = await self.host_paths.bind(blueprint.name, blueprint.spec.host_paths)
+        return await self.engine.create(replace(blueprint, bound=bound))
+
+    async def start(self, engine_id: str, spec: ContainerSpec | None = None, *, renew: bool = True) -> None:
+        """Start an engine container, whose host paths are resolved and bound again before.
+
+        `spec` is what it was made from; None is what its labels say. With `renew` False what is bound stays as it is:
+        the container is to run again as it did before. Raises HostPathForbidden, HostPathFailed.
+        """
+        if spec is None or spec.host_paths:
+            seen = await self.engine.inspect(engine_id)
+            if seen is not None:
+                await self.bind_again(seen, renew=renew)
+        await self.engine.start(engine_id)
+
+    async def remove(self, engine_id: str, engine_name: str) -> None:
+        """Remove an engine container, killing what runs, and what was bound for it; its volumes stay."""
+        await self.engine.remove(engine_id)
+        await self.host_paths.release(engine_name)
+
+    async def mounts_unbound(self, container: Container) -> bool:
+        """Whether the engine resolves host paths of this container itself: an older version made it."""
+        if not container.spec.host_paths or container.engine is None:
+            return False
+        seen = await self.engine.inspect(container.engine.engine_id)
+        return seen is not None and bool(self.unbound_paths(seen))
+
+    def unbound_paths(self, seen: EngineContainer) -> tuple[str, ...]:
+        """The host paths that an engine container mounts by their own names."""
+        spec, name = seen.spec, self.made_as(seen)
+        if spec is None:
+            return ()
+        mounts = [mount for mount in spec.mounts if mount.host_path]
+        return tuple(
+            mount.host_path
+            for mount in mounts
+            if seen.binds.get(mount.target, "") != self.host_paths.source(name, mount.host_path)
+        )
+
+    async def bind_again(self, seen: EngineContainer, *, renew: bool) -> None:
+        """Have the host paths of an engine container bound, or, of one that mounts them by their names, checked."""
+        if seen.spec is None or not seen.spec.host_paths:
+            return
+        unbound = self.unbound_paths(seen)
+        await self.host_paths.check(unbound)
+        bound = [path for path in seen.spec.host_paths if path not in unbound]
+        await self.host_paths.bind(self.made_as(seen), bound, renew=renew)
+
+    def made_as(self, seen: EngineContainer) -> str:
+        """The name that an engine container was made with; somebody may have given it another one."""
+        return self.engine_name(seen.labels.get(LABEL_NAME, ""), seen.labels.get(LABEL_OPERATION, ""))
 
     async def stop(self, engine_id: str, spec: ContainerSpec, asked_seconds: float | None, *, frozen: bool) -> None:
         """Stop an engine container within what was asked for, else what its spec says, else this daemon's default.

@@ -297,7 +297,7 @@ class Adoption:
 
     async def _remove(self, verdict: Verdict, note: Note) -> None:
         try:
-            await self._world.engine.remove(verdict.one.id)
+            await self._world.remove(verdict.one.id, verdict.one.name)
         except EngineRejected as error:
             plan = f"it is removed as soon as the engine lets it be: {error.detail}"
             note(_drift(verdict, DriftKind.CONTAINER_UNKNOWN, DriftRemedy.RETRIED, plan))

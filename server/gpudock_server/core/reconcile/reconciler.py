@@ -12,6 +12,7 @@ from gpudock_server.core.operations import Operations
 from gpudock_server.core.reconcile.adoption import Adoption
 from gpudock_server.core.reconcile.book import DriftBook, Note
 from gpudock_server.core.reconcile.claims import ClaimRules
+from gpudock_server.core.reconcile.host_paths import keep_host_paths, sweep_host_paths
 from gpudock_server.core.reconcile.locks import LockRules
 from gpudock_server.core.reconcile.scene import Heads, read_heads
 from gpudock_server.core.reconcile.upkeep import Upkeep
@@ -149,6 +150,7 @@ class Reconciler:
         await self._adoption.adopt(verdicts, heads, Fate.LOST, note)
         await self._adoption.remove(verdicts, note)
         await sweep_images(self._world)
+        await sweep_host_paths(self._world)
 
     async def _seen(self) -> dict[str, EngineContainer]:
         return {one.id: one for one in await self._world.engine.find({LABEL_NODE: self._world.node})}
@@ -162,7 +164,10 @@ class Reconciler:
         engine = view.container.engine
         self._later(view)
         try:
-            await self._upkeep.refresh(view, note, seen.get(engine.engine_id) if engine else None)
+            shown = seen.get(engine.engine_id) if engine else None
+            await self._upkeep.refresh(view, note, shown)
+            if shown is not None:
+                await keep_host_paths(self._world, view, shown, note)
         except EngineRejected as error:
             # It answered; the next container may do better.
             log.warning("a container was not put right", container=view.container.name, detail=error.message)

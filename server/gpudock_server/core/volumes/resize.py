@@ -301,7 +301,7 @@ class CopySaga(ResizeSaga):
 
     async def _start_again(self, _run: Run) -> None:
         for user in self._running:
-            await self._world.engine.start(user.engine_id)
+            await self._world.start(user.engine_id, renew=False)
 
     async def _difference(self, run: Run) -> JsonObject:
         return await carry(self._storage.copier, self._arguments.old, self._made(run), run.progress)

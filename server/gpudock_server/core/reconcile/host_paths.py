@@ -1,0 +1,78 @@
+"""What is bound for host paths, against the engine containers that mount it."""
+
+from __future__ import annotations
+
+import structlog
+
+from gpudock_server.core.containers.world import World
+from gpudock_server.core.reconcile.book import Note
+from gpudock_server.errors import HostPathFailed, HostPathForbidden
+from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
+from gpudock_server.model.engine import LABEL_UID, EngineContainer
+from gpudock_server.model.target import TargetKind
+from gpudock_server.ports import ContainerView
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+
+async def keep_host_paths(world: World, view: ContainerView, shown: EngineContainer, note: Note) -> None:
+    """Bind again what a container mounts and somebody has unmounted, and report what cannot be bound.
+
+    Also one that an older version made, whose host paths the engine resolves itself.
+    """
+    container = view.container
+    if view.operation_id or not container.spec.host_paths:
+        return
+
+    def report(kind: DriftKind, path: str, message: str, plan: str) -> None:
+        note(
+            Drift(
+                kind=kind,
+                remedy=DriftRemedy.REPORTED,
+                container=container.name,
+                uid=container.uid,
+                engine_id=shown.id,
+                engine_name=shown.name,
+                actual=path,
+                message=message,
+                plan=plan,
+            )
+        )
+
+    if unbound := world.unbound_paths(shown):
+        report(
+            DriftKind.HOST_PATH_UNBOUND,
+            ",".join(unbound),
+            f"an older version made {container.name}, and the engine resolves its host paths again at every start",
+            f"nothing while it runs: restart or scale {container.name} to have it replaced",
+        )
+        return
+    try:
+        await world.bind_again(shown, renew=False)
+    except (HostPathForbidden, HostPathFailed) as error:
+        report(
+            DriftKind.HOST_PATH_REFUSED,
+            error.host_path,
+            f"{container.name} mounts {error.host_path}, which cannot be bound: {error.detail}",
+            "nothing: the engine cannot start it again until the path is allowed and has no symbolic link in it",
+        )
+
+
+async def sweep_host_paths(world: World) -> None:
+    """Release what is bound for engine containers that do not exist and that no operation is about to make."""
+    # First: what is bound after this has an operation that is read next.
+    names = await world.host_paths.names()
+    if not names:
+        return
+    unfinished = [stored.value for stored in await world.store.unfinished(world.node)]
+    kept = {
+        world.engine_name(operation.target.name, operation.id)
+        for operation in unfinished
+        if operation.target.kind is TargetKind.CONTAINER
+    }
+    # Of every node: one that was given another name has the same state folder.
+    for one in await world.engine.find({LABEL_UID: ""}):
+        kept.add(world.made_as(one))
+    for name in sorted(names - kept):
+        log.info("host paths of an engine container that is gone are released", engine_container=name)
+        await world.host_paths.release(name)
