@@ -171,8 +171,8 @@ class Settings(BaseSettings):
 
     etcd_endpoints: Annotated[Texts, Shown("HOST:PORT,…")] = Field(
         (),
-        description="members of an etcd cluster as HOST:PORT, or one unix:/FOLDER/NAME.sock:0; empty to run an etcd of "
-        "its own in state_dir",
+        description="members of an etcd cluster as HOST:PORT, with TLS beyond loopback, or one unix:/FOLDER/NAME.sock:0; "
+        "empty to run an etcd of its own in state_dir. Whoever writes there is root on all nodes",
     )
     etcd_prefix: Annotated[str, Shown("/…/")] = Field(
         "/gpudock/v1/", pattern=r"^/([A-Za-z0-9._-]+/)+$", description="prefix of all keys of this installation"
@@ -410,9 +410,22 @@ class Settings(BaseSettings):
             yield "docker_tls_dir: is for a docker_host of tcp://HOST:PORT"
         if engine.scheme == "tcp" and not self.docker_tls_dir and not is_loopback(engine.hostname or ""):
             yield "docker_host: an engine beyond loopback needs docker_tls_dir"
+        yield from self._problems_of_plain_etcd()
         if bool(self.etcd_cert) != bool(self.etcd_key):
             yield "etcd_cert, etcd_key: one needs the other"
         if bool(self.etcd_user) != bool(self.etcd_password_file):
             yield "etcd_user, etcd_password_file: one needs the other"
         if not self.etcd_endpoints and (self.etcd_tls or self.etcd_user):
             yield "etcd_endpoints: is empty, and an etcd of its own takes no TLS and no user"
+
+    def _problems_of_plain_etcd(self) -> Iterator[str]:
+        """Whoever can change a record on its way to or from etcd has root on every node."""
+        if self.etcd_tls:
+            return
+        for endpoint in self.etcd_endpoints:
+            if not endpoint.startswith("unix:") and not is_loopback(split_address(endpoint)[0]):
+                password = "; it would be sent the password of etcd_user in plain" if self.etcd_user else ""
+                yield (
+                    f"etcd_endpoints: {endpoint} can be reached from other hosts{password}; set etcd_ca, and etcd_cert "
+                    "with etcd_key where the cluster asks for a client certificate"
+                )

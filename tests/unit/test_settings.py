@@ -70,7 +70,7 @@ def test_sizes_have_units(text: object, size: int) -> None:
 
 
 def test_lists_are_written_with_commas() -> None:
-    settings = make(allowed_host_paths="/data, /srv/models", etcd_endpoints="a:2379,b:2379")
+    settings = make(allowed_host_paths="/data, /srv/models", etcd_endpoints="a:2379,b:2379", etcd_ca="/ca.pem")
     assert settings.allowed_host_paths == (Path("/data"), Path("/srv/models"))
     assert settings.etcd_endpoints == ("a:2379", "b:2379")
 
@@ -124,6 +124,12 @@ def test_modes_that_let_others_in_or_nobody_are_refused(mode: object) -> None:
         ({"docker_host": "tcp://host"}, "must be HOST:PORT"),
         ({"docker_host": "tcp://10.0.0.1:2375"}, "beyond loopback needs docker_tls_dir"),
         ({"docker_tls_dir": "/tls"}, "docker_tls_dir: is for a docker_host of tcp"),
+        ({"etcd_endpoints": "10.0.0.1:2379"}, "10.0.0.1:2379 can be reached from other hosts; set etcd_ca"),
+        ({"etcd_endpoints": "127.0.0.1:2379,etcd2.example:2379"}, "etcd2.example:2379 can be reached"),
+        (
+            {"etcd_endpoints": "[fd00::1]:1", "etcd_user": "a", "etcd_password_file": "/p"},
+            "it would be sent the password of etcd_user in plain",
+        ),
         ({"etcd_cert": "/a", "etcd_endpoints": "a:1"}, "etcd_cert, etcd_key: one needs the other"),
         ({"etcd_user": "a", "etcd_endpoints": "a:1"}, "etcd_user, etcd_password_file: one needs the other"),
         ({"etcd_ca": "/a"}, "etcd_endpoints: is empty"),
@@ -172,6 +178,8 @@ def test_all_that_does_not_go_together_is_said_at_once() -> None:
         {"docker_host": "tcp://127.0.0.1:2375"},
         {"docker_host": "tcp://[fd00::1]:2376", "docker_tls_dir": "/tls"},
         {"etcd_endpoints": "unix:/run/etcd/c.sock:0"},
+        {"etcd_endpoints": "127.0.0.1:2379,[::1]:2379,localhost:2379", "etcd_user": "a", "etcd_password_file": "/p"},
+        {"etcd_endpoints": "10.0.0.1:2379", "etcd_cert": "/cert", "etcd_key": "/key"},
         {"etcd_endpoints": "10.0.0.1:2379", "etcd_ca": "/ca", "etcd_user": "a", "etcd_password_file": "/p"},
         {"layer_carry": LayerCarry.COPY, "socket_mode": 0o600},
         {"allowed_nvidia_switches": "NVIDIA_GDS,NVIDIA_MOFED"},
