@@ -223,7 +223,12 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
         snapshots=instruments.snapshots(snapshots),
         host_paths=instruments.host_paths(host_paths),
         allocator=Allocator(
-            store=state, inventory=inventory, probe=HostPorts(), host=settings.host_id, port_range=port_range
+            store=state,
+            inventory=inventory,
+            probe=HostPorts(),
+            host=settings.host_id,
+            port_range=port_range,
+            pinned_ranges=[(ports.first, ports.last) for ports in settings.pinned_port_ranges],
         ),
         node=settings.node_name,
         host=settings.host_id,

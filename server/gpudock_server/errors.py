@@ -358,6 +358,21 @@ class PortInUse(GpudockError):
 
 
 @dataclass(eq=False)
+class PortForbidden(GpudockError):
+    """A port that was asked for by number and that containers may not have."""
+
+    code = Code.PERMISSION_DENIED
+    reason = "PORT_FORBIDDEN"
+    template = (
+        "host port {host_port}/{protocol} is not for containers, which may pin {allowed}; the operator adds ports with"
+        " pinned_port_ranges"
+    )
+    host_port: int
+    protocol: str
+    allowed: tuple[str, ...]
+
+
+@dataclass(eq=False)
 class ImageNotFound(GpudockError):
     """The image is not on this host, or not for this owner. Names of other images would be told to other tenants."""
 

@@ -171,8 +171,9 @@ class Settings(BaseSettings):
 
     etcd_endpoints: Annotated[Texts, Shown("HOST:PORT,…")] = Field(
         (),
-        description="members of an etcd cluster as HOST:PORT, with TLS beyond loopback, or one unix:/FOLDER/NAME.sock:0; "
-        "empty to run an etcd of its own in state_dir. Whoever writes there is root on all nodes",
+        description="members of an etcd cluster as HOST:PORT, with TLS beyond loopback, or one "
+        "unix:/FOLDER/NAME.sock:0; empty to run an etcd of its own in state_dir. Whoever writes there is root on all "
+        "nodes",
     )
     etcd_prefix: Annotated[str, Shown("/…/")] = Field(
         "/gpudock/v1/", pattern=r"^/([A-Za-z0-9._-]+/)+$", description="prefix of all keys of this installation"
@@ -186,6 +187,11 @@ class Settings(BaseSettings):
 
     port_range: Annotated[PortRange, Shown("FIRST-LAST")] = Field(
         PortRange(20000, 29999), description="host ports that containers are given"
+    )
+    pinned_port_ranges: Annotated[tuple[PortRange, ...], *COMMAS, Shown("FIRST-LAST,…")] = Field(
+        (),
+        description="host ports beside port_range that a container may ask for by number, as in 443-443,8080-8090; a "
+        "service of the host that starts later cannot bind what a container has",
     )
     allowed_host_paths: Paths = Field(
         (),
@@ -394,6 +400,9 @@ class Settings(BaseSettings):
                 yield f"listen: {address} can be reached from other hosts; set tls_cert and tls_key, or take 127.0.0.1"
             if port in self.port_range:
                 yield f"listen: port {port} lies in port_range {self.port_range}, which belongs to containers"
+            for pinned in self.pinned_port_ranges:
+                if port in pinned:
+                    yield f"listen: port {port} lies in {pinned} of pinned_port_ranges, which containers may take"
 
     def _problems_of_others(self) -> Iterator[str]:
         if self.max_pids_limit and not 0 < self.default_pids_limit <= self.max_pids_limit:

@@ -71,7 +71,7 @@ async def test_a_clone_has_the_spec_and_the_files_and_nothing_in_common(caller: 
 
 
 async def test_what_differs_is_what_the_call_says(caller: Caller, rig: Rig) -> None:
-    pinned = container_pb2.PortRequest(container_port=80, host_port=45_123)
+    pinned = container_pb2.PortRequest(container_port=80, host_port=25_123)
     made = await caller.create("origin", 2, ports=[pinned], env={"A": "1", "B": "1"})
     told = await failure(caller.clone("origin", "twin"))
     assert told.reason == "PORT_IN_USE"
@@ -91,7 +91,7 @@ async def test_what_differs_is_what_the_call_says(caller: Caller, rig: Rig) -> N
     # The source no longer holds what it pins: the clone may.
     await caller.stop("origin")
     heir = await caller.clone("origin", "heir", gpus=container_pb2.GpuRequest(count=1))
-    assert [port.host_port for port in heir.status.ports] == [45_123]
+    assert [port.host_port for port in heir.status.ports] == [25_123]
 
 
 async def test_a_revision_is_cloned_with_its_files(caller: Caller, rig: Rig) -> None:

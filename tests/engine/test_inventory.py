@@ -320,6 +320,34 @@ async def _reaches(rig: Rig, port: int) -> None:
     assert answer.stdout == "hello\n"
 
 
+async def test_only_ports_that_the_operator_allows_can_be_pinned(own: OwnDaemons) -> None:
+    def pinned(port: int) -> list[container_pb2.PortRequest]:
+        return [container_pb2.PortRequest(container_port=80, host_port=port)]
+
+    first = await own.start("--port-range", "28301-28303", "--pinned-port-ranges", "443-443,8080-8081")
+    async with Caller(first.target) as caller:
+        for name, port in (("tls", 443), ("web", 8081), ("own", 28302)):
+            assert (await caller.create(name, ports=pinned(port))).status.ports[0].host_port == port
+        for port in (444, 22, 8079, 8082, 28304):
+            refused = await failure(caller.create("other", ports=pinned(port)))
+            assert (refused.code, refused.reason) == (grpc.StatusCode.PERMISSION_DENIED, "PORT_FORBIDDEN")
+            assert refused.metadata["host_port"] == str(port)
+            assert refused.metadata["allowed"] == "28301-28303,443-443,8080-8081"
+        assert (await failure(caller.update("web", ports=pinned(80)))).reason == "PORT_FORBIDDEN"
+    await asyncio.to_thread(first.stop)
+    # An operator who takes a port back takes it from nobody who holds it.
+    second = await own.start("--port-range", "28301-28303", after=first)
+    async with Caller(second.target) as caller:
+        kept = await caller.scale("tls", shm_size_bytes=1 << 20)
+        assert kept.status.ports[0].host_port == 443
+        await caller.stop("tls")
+        assert (await failure(caller.start("tls"))).reason == "PORT_FORBIDDEN"
+        # Nor does the container get it back by no longer asking for its number.
+        await caller.update("tls", ports=[container_pb2.PortRequest(container_port=80)])
+        assert (await caller.start("tls")).status.ports[0].host_port == 28301
+        await caller.delete_all()
+
+
 async def test_a_port_that_another_program_has_is_passed_by(own: OwnDaemons, rig: Rig) -> None:
     daemon = await own.start("--port-range", "28201-28203")
     port = container_pb2.PortRequest(container_port=80)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from gpudock_server.errors import GpuBusy, GpuExhausted, GpuNotFound, GpuUnhealthy, PortExhausted, PortInUse
+from gpudock_server.errors import (
+    GpuBusy,
+    GpuExhausted,
+    GpuNotFound,
+    GpuUnhealthy,
+    PortExhausted,
+    PortForbidden,
+    PortInUse,
+)
 from gpudock_server.model.claims import ClaimKey, ClaimTable, GpuKey, PortKey, keys_of
 from gpudock_server.model.container import Placement, PortBinding
 from gpudock_server.model.gpu import Gpu, GpuHealth
@@ -43,16 +51,24 @@ class Allocator:
         probe: PortProbe,
         host: str,
         port_range: tuple[int, int],
+        pinned_ranges: Sequence[tuple[int, int]] = (),
     ) -> None:
-        """`port_range` is the first and the last port, both included, that unnumbered ones come from."""
+        """`port_range` is the first and the last port, both included, that unnumbered ones come from.
+
+        A request may pin a port of that range, or of `pinned_ranges`.
+        """
         self._store = store
         self._inventory = inventory
         self._probe = probe
         self._host = host
         self._first_port, self._last_port = port_range
+        self._may_pin = (port_range, *pinned_ranges)
 
     async def propose(self, wish: Wish) -> Proposal:
-        """Pick, or say what is missing: GpuExhausted, GpuNotFound, GpuUnhealthy, GpuBusy, PortInUse, PortExhausted."""
+        """Pick, or say what is missing.
+
+        Raises GpuExhausted, GpuNotFound, GpuUnhealthy, GpuBusy, PortForbidden, PortInUse, PortExhausted.
+        """
         if not wish.gpus.size and not wish.ports:
             return Proposal(Placement(), ())
         table = await self._store.claims(self._host)
@@ -81,7 +97,7 @@ class Allocator:
                 return binding
         if request.host_port:
             return await self._pinned_port(table, wish, request)
-        liked = [b.host_port for b in wish.had.ports if b.serves(request)]
+        liked = [b.host_port for b in wish.had.ports if b.serves(request) and self._is_allowed(b.host_port)]
         # A port that the spec pins elsewhere is not for its unnumbered ones.
         pinned = {other.host_port for other in wish.ports if other.protocol == request.protocol}
         for port in (*liked, *range(self._first_port, self._last_port + 1)):
@@ -96,7 +112,16 @@ class Allocator:
         )
         raise PortExhausted(requested=len(wish.ports), free=free, first=self._first_port, last=self._last_port)
 
+    def _is_allowed(self, port: int) -> bool:
+        return any(first <= port <= last for first, last in self._may_pin)
+
     async def _pinned_port(self, table: ClaimTable, wish: Wish, request: PortRequest) -> PortBinding:
+        if not self._is_allowed(request.host_port):
+            raise PortForbidden(
+                host_port=request.host_port,
+                protocol=request.protocol.value,
+                allowed=tuple(f"{first}-{last}" for first, last in self._may_pin),
+            )
         key = PortKey(request.protocol, request.host_port)
         holder = table.holder(key)
         if holder is not None and holder.uid != wish.uid:
