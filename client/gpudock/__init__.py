@@ -51,6 +51,7 @@ from gpudock.v1.container_pb2 import (
     TmpfsMount,
 )
 from gpudock.v1.container_revision_pb2 import ContainerRevision, RevisionCause, Snapshot, SnapshotKind
+from gpudock.v1.container_service_pb2 import ContainerPort, ContainerSpecEdits
 from gpudock.v1.drift_pb2 import Drift, DriftKind, DriftRemedy, DriftSeverity
 from gpudock.v1.error_reason_pb2 import ErrorReason
 from gpudock.v1.gpu_pb2 import Gpu, GpuHealth, MigMode
@@ -63,6 +64,7 @@ from gpudock.v1.operation_pb2 import (
     OperationStage,
     OperationStageState,
     OperationState,
+    SpecChange,
 )
 from gpudock.v1.port_claim_pb2 import PortClaim
 from gpudock.v1.port_pb2 import PortBinding, PortProtocol
@@ -81,8 +83,10 @@ __all__ = [
     "Completed",
     "Container",
     "ContainerHealth",
+    "ContainerPort",
     "ContainerRevision",
     "ContainerSpec",
+    "ContainerSpecEdits",
     "ContainerState",
     "ContainerStatus",
     "DeadlineExceeded",
@@ -129,6 +133,7 @@ __all__ = [
     "Snapshot",
     "SnapshotKind",
     "SnapshotPolicy",
+    "SpecChange",
     "TmpfsMount",
     "Unauthenticated",
     "Unavailable",

@@ -13,7 +13,7 @@ from gpudock._enums import value_of
 from gpudock._exec import Completed, ExecOptions, ExecSession, collect, exec_method, start_of
 from gpudock._operations import OperationCall, Operations, Stream
 from gpudock._pages import Pages
-from gpudock._spec import Gpus, Seconds, SpecOptions, duration, gpu_request, spec_of
+from gpudock._spec import ChangeOptions, Gpus, Seconds, SpecOptions, duration, gpu_request, spec_of, split_changes
 from gpudock._watch import Watch
 from gpudock.v1 import container_service_pb2 as pb
 from gpudock.v1.committed_image_pb2 import CommittedImage
@@ -246,17 +246,23 @@ class Containers:
         validate_only: bool = False,
         etag: str = "",
         request_id: str | None = None,
-        **options: Unpack[SpecOptions],
+        update_mask: Iterable[str] | None = None,
+        **options: Unpack[ChangeOptions],
     ) -> OperationCall[Container]:
         """Change the image and the options that are given, each as a whole, to these values; the others stay.
 
-        An empty value, or None, takes away what was there. `files` is `carry-commit` or `discard`: what becomes of the
-        container's files on another image. If it fails or is cancelled, the container is put back as it was.
+        An empty value, or None, takes away what was there. `set_env`, `remove_env` and the other edits change single
+        entries, and so does an `update_mask` that names parts of the options, such as `gpus.count`. `files` is
+        `carry-commit` or `discard`: what becomes of the container's files on another image. If the update fails or is
+        cancelled, the container is put back as it was.
         """
+        whole, edits = split_changes(options)
+        paths = [*whole] if image is None else ["image", *whole]
         request = pb.UpdateContainerRequest(
             name=name,
-            spec=spec_of(image or "", options),
-            update_mask=FieldMask(paths=[*options] if image is None else ["image", *options]),
+            spec=spec_of(image or "", whole),
+            update_mask=FieldMask(paths=paths if update_mask is None else update_mask),
+            edits=edits,
             files=pb.FILES_POLICY_UNSPECIFIED if files is None else value_of(pb.FilesPolicy, files),
             pull_policy=value_of(pb.PullPolicy, pull),
             registry_auth=registry_auth,
@@ -304,19 +310,22 @@ class Containers:
         create_only: bool = False,
         validate_only: bool = False,
         request_id: str | None = None,
-        **options: Unpack[SpecOptions],
+        update_mask: Iterable[str] | None = None,
+        **options: Unpack[ChangeOptions],
     ) -> OperationCall[Container]:
         """Create `name` from a revision of `source`, 0 for what it is now, with a copy of its files.
 
-        `options` are what is to differ from the revision's spec, each as a whole; an empty value, or None, takes away
-        what it has there. If it fails or is cancelled, nothing is left of the clone, and the source is as it was.
+        `options` and `update_mask` say what is to differ from the revision's spec, as in `update`. If the clone fails
+        or is cancelled, nothing is left of it, and the source is as it was.
         """
+        whole, edits = split_changes(options)
         request = pb.CloneContainerRequest(
             name=name,
             source=source,
             revision=revision,
-            spec=spec_of("", options),
-            update_mask=FieldMask(paths=[*options]),
+            spec=spec_of("", whole),
+            update_mask=FieldMask(paths=[*whole] if update_mask is None else update_mask),
+            edits=edits,
             owner=owner,
             create_only=create_only,
             request_id=fresh_id(request_id),

@@ -10,6 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from gpudock._enums import value_of
 from gpudock.v1 import container_pb2 as pb
+from gpudock.v1.container_service_pb2 import ContainerPort, ContainerSpecEdits
 from gpudock.v1.port_pb2 import PORT_PROTOCOL_TCP
 
 Gpus: TypeAlias = int | Sequence[str] | pb.GpuRequest
@@ -46,6 +47,40 @@ class SpecOptions(TypedDict, total=False):
     stop_timeout: Seconds | None
     health_check: pb.HealthCheck | None
     revision_policy: pb.RevisionPolicy | None
+
+
+class EditOptions(TypedDict, total=False):
+    """Single entries of a spec to add and to remove; the other entries stay.
+
+    A mount is known by its target and a port by its number and protocol: one that is there already is replaced.
+    """
+
+    set_env: Mapping[str, str]
+    remove_env: Iterable[str]
+    set_labels: Mapping[str, str]
+    remove_labels: Iterable[str]
+    add_mounts: Iterable[pb.Mount]
+    remove_mounts: Iterable[str]
+    add_ports: Iterable[Port]
+    remove_ports: Iterable[int | ContainerPort]
+
+
+class ChangeOptions(SpecOptions, EditOptions, total=False):
+    """Fields of a spec as a whole, and entries to add and to remove."""
+
+
+def split_changes(options: ChangeOptions) -> tuple[SpecOptions, ContainerSpecEdits | None]:
+    """The whole fields, and the edits as a message if there are any."""
+    given = cast("dict[str, Any]", dict(options))
+    edits = {name: given.pop(name) for name in EditOptions.__annotations__ if name in given}
+    if "add_ports" in edits:
+        edits["add_ports"] = _ports(edits["add_ports"])
+    if "remove_ports" in edits:
+        edits["remove_ports"] = [
+            ContainerPort(container_port=port, protocol=PORT_PROTOCOL_TCP) if isinstance(port, int) else port
+            for port in edits["remove_ports"]
+        ]
+    return cast("SpecOptions", given), ContainerSpecEdits(**edits) if edits else None
 
 
 def spec_of(image: str | pb.ContainerSpec, options: SpecOptions) -> pb.ContainerSpec:

@@ -113,14 +113,28 @@ async def test_every_command_does_what_it_says(commands: Commands, rig: Rig) -> 
     assert rig.engine.call("GET", f"/images/{_COMMITTED}:v1/json")["Id"] == committed["id"]
     rig.engine.call("DELETE", f"/images/{_COMMITTED}:v1")
 
-    for command, state in (("pause", "PAUSED"), ("unpause", "RUNNING"), ("restart", "RUNNING"), ("stop", "STOPPED")):
+    for command, state in (
+        *(("pause", "PAUSED"), ("unpause", "RUNNING"), ("restart", "RUNNING"), ("stop", "STOPPED")),
+        *(("start", "RUNNING"), ("kill", "STOPPED")),
+    ):
         assert (await commands.told(command, "tour"))["status"]["state"] == f"CONTAINER_STATE_{state}"
+    assert json.loads(await commands.said("inspect", "tour"))["status"]["exit_code"] == 128 + signal.SIGKILL
     assert await commands.told("gpus", "--held") == []
     assert len((await commands.told("start", "tour", "--gpus", "1"))["status"]["gpu_uuids"]) == 1
     assert await commands.said("delete", "tour", "--force") == ""
     assert await commands.told("ps") == []
+    await _tour_of_docker_habits(commands)
     within = {f"{name} {each}" for name, group in _GROUPS.items() for each in group.commands}
     assert commands.used == {name for name in main.commands if name not in _GROUPS} | within
+
+
+async def _tour_of_docker_habits(commands: Commands) -> None:
+    words = ("run", "-d", "--name", "tour", "--gpus", "all", "-m", "64m", "--stop-signal", "KILL", "-e", "PATH", "-t")
+    assert (await commands.said(*words, IMAGE, *IDLE)).splitlines()[1].split()[:3] == ["tour", "RUNNING", "8"]
+    made = await commands.told("get", "tour")
+    assert (made["spec"]["command"], made["spec"]["stop_signal"], made["spec"]["tty"]) == ([*IDLE], "KILL", True)
+    assert made["spec"]["env"] == {"PATH": os.environ["PATH"]}
+    assert await commands.said("rm", "-f", "tour") == ""
 
 
 async def _tour_of_volumes(commands: Commands, rig: Rig) -> None:
@@ -169,6 +183,44 @@ async def _tour_of_watch(commands: Commands, *words: str) -> None:
     assert (await asyncio.wait_for(process.stdout.readline(), DEADLINE)).split()[1:3] == [b"added", b"tour"]
     process.send_signal(signal.SIGINT)
     assert (await ended(process)).code == 130
+
+
+async def test_an_update_leaves_what_it_does_not_name(commands: Commands) -> None:
+    """-e C=3 removed A and B, -v took the other mount away, -p 9999 unpublished 8888, and the plan did not say so."""
+    for volume in ("data", "second"):
+        await commands.said("volume", "create", volume)
+    options = ("-e", "A=1", "-e", "B=2", "-v", "data:/data", "-p", "8888", "--gpus", "1", "--keep-for", "1h")
+    before = (await commands.told("create", "train", IMAGE, *options, "--", *IDLE))["spec"]
+    more = ("-e", "C=3", "--env-rm", "A", "-v", "second:/s", "-p", "9999", "--keep-revisions", "4")
+    plan = await commands.told("update", "train", *more, "--validate-only")
+    assert {change["path"]: (change.get("old_value"), change.get("new_value")) for change in plan["spec_changes"]} == {
+        "env.A": ("1", None),
+        "env.C": (None, "3"),
+        'mounts["/s"]': (None, '{"volume": "second", "target": "/s"}'),
+        'ports["9999/tcp"]': (None, '{"container_port": 9999, "protocol": "PORT_PROTOCOL_TCP"}'),
+        "revision_policy.keep_revisions": (None, "4"),
+    }
+    after = (await commands.told("update", "train", *more))["spec"]
+    assert after["env"] == {"B": "2", "C": "3"}
+    assert [mount["target"] for mount in after["mounts"]] == ["/data", "/s"]
+    assert [port["container_port"] for port in after["ports"]] == [8888, 9999]
+    assert (after["revision_policy"]["keep_revisions"], after["revision_policy"]["keep_for"]) == (4, "3600s")
+    assert (
+        await commands.said("exec", "train", "--", "sh", "-c", "echo $A-$B-$C; ls -d /data /s") == "-2-3\n/data\n/s\n"
+    )
+    assert "spec" not in await commands.said("update", "train", *more, "--validate-only"), "it is so already"
+    shown = await commands.said("get", "train")
+    assert all(text in shown for text in ("B=2\n", "C=3\n", "second:/s", "9999/tcp", "4 revisions, for 3600s"))
+    # Without a number, to the revision before the current one: the first.
+    assert (await commands.told("rollback", "train"))["spec"] == before
+    twin = await commands.told(
+        "clone", "train", "twin", "-e", "C=3", "--port-rm", "8888", "--gpus", "all", "-o", "json"
+    )
+    assert (twin["spec"]["env"], twin["spec"]["ports"]) == ({"A": "1", "B": "2", "C": "3"}, [])
+    assert len(twin["status"]["gpu_uuids"]) == 7
+    refused = await commands.ended("update", "train", "-p", "1:9", "-p", "1:10", "--volume-rm", "data")
+    assert "edits.remove_mounts[0]" in refused.err
+    assert "edits.add_ports[1].host_port" in refused.err
 
 
 async def test_failures_have_their_exit_codes(commands: Commands) -> None:

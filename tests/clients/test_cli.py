@@ -188,6 +188,7 @@ async def test_a_plan_is_shown_and_nothing_else(server: ScriptedServer) -> None:
         yield pb.ScaleContainerResponse(operation=operation_pb2.Operation(plan=plan))
 
     server.on("ScaleContainer", planned)
+    server.on("GetContainer", saying(pb.GetContainerResponse(container=messages.container())))
     ended = await run(
         server.address, "scale", "train", "--gpus", "4", "--memory", "0", "--strategy", "live", "--validate-only"
     )
@@ -209,14 +210,11 @@ async def test_update_sends_what_was_given_and_clears_what_is_named(server: Scri
     assert ended.code == 0, ended.err
     assert ended.out.splitlines()[1].startswith("train")
     [request] = server.requests["UpdateContainer"]
-    changed = ["command", "cpus", "env", "health_check", "image", "mounts", "ports", "revision_policy", "tty"]
+    changed = ["command", "cpus", "health_check", "image", "ports", "revision_policy.keep_revisions", "tty"]
     assert sorted(request.update_mask.paths) == changed
+    assert request.edits == pb.ContainerSpecEdits(set_env={"A": "1"}, add_mounts=[Mount(volume="data", target="/data")])
     assert (request.files, request.snapshots) == (pb.FILES_POLICY_DISCARD, SNAPSHOT_POLICY_NEVER)
-    assert (list(request.spec.command), dict(request.spec.env), request.spec.image) == (
-        ["sleep", "9"],
-        {"A": "1"},
-        "other",
-    )
+    assert (list(request.spec.command), dict(request.spec.env), request.spec.image) == (["sleep", "9"], {}, "other")
     assert request.spec.revision_policy.keep_revisions == 3
     assert not request.spec.HasField("health_check")
 
@@ -225,6 +223,9 @@ async def test_clone_sends_what_differs(server: ScriptedServer) -> None:
     async def cloned(_: Any, __: Context) -> AsyncIterator[pb.CloneContainerResponse]:
         yield pb.CloneContainerResponse(result=messages.container("other"))
 
+    source = ContainerRevision(container="train", revision=3)
+    source.spec.gpus.model = "a100"
+    server.on("GetContainerRevision", saying(pb.GetContainerRevisionResponse(revision=source)))
     server.on("CloneContainer", cloned)
     options = ("--revision", "3", "--gpus", "1", "--clear", "ports", "--owner", "me", "--create-only")
     ended = await run(server.address, "clone", "train", "other", *options, "--", "sleep", "9")
@@ -233,6 +234,8 @@ async def test_clone_sends_what_differs(server: ScriptedServer) -> None:
     assert (request.source, request.name, request.revision, request.owner) == ("train", "other", 3, "me")
     assert sorted(request.update_mask.paths) == ["command", "gpus", "ports"]
     assert (request.spec.gpus.count, list(request.spec.command), request.create_only) == (1, ["sleep", "9"], True)
+    assert request.spec.gpus.model == "a100", "a number alone leaves the kind of GPUs as it is"
+    assert server.requests["GetContainerRevision"][0].revision == 3
 
 
 async def test_history_is_a_table_that_marks_the_current_revision(server: ScriptedServer) -> None:
@@ -439,15 +442,15 @@ def test_progress_at_a_terminal_redraws_one_line(monkeypatch: pytest.MonkeyPatch
     ("arguments", "said"),
     [
         ("create c i --memory lots", "is not a size; use"),
-        ("create c i --gpus 1 --gpu GPU-1", "names the cards"),
+        ("create c i --gpus 1 --gpu GPU-1", "names the GPUs"),
         ("create c i --gpu-model a100", "need --gpus"),
-        ("create c i -e A", "KEY=VALUE"),
+        ("create c i -e NOT_SET_ANYWHERE", "is not set in the environment"),
+        ("create c i --label A", "KEY=VALUE"),
         ("create c i --pull perhaps", "'perhaps' is not one of"),
         ("create c i -e A=\udcff", "not UTF-8"),
         ("delete \udcff", "not UTF-8"),
         ("scale c", "nothing to change"),
         ("update c", "nothing to change"),
-        ("update c -e A=1 --clear env", "which one?"),
         ("update c --clear image", "is not one of"),
         ("clone c", "Missing argument"),
         ("exec c --", "no command"),

@@ -431,6 +431,15 @@ async def test_stop(engine: DockerEngine) -> None:
     await engine.stop("nonesuch", 10)
 
 
+async def test_stop_in_no_time_kills(engine: DockerEngine) -> None:
+    """The stop signal was sent all the same, and what hears it ended by it instead."""
+    box = await running(engine)
+    await engine.stop(box, 0)
+    assert (await seen(engine, box)).exit_code == 137
+    await engine.stop(box, 0)
+    await engine.stop("nonesuch", 0)
+
+
 async def test_stop_of_what_will_not_stop_and_of_what_is_paused(engine: DockerEngine) -> None:
     stubborn = await running(engine, "stubborn", command=("sleep", "1000"))
     begun = time.monotonic()

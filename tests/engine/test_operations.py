@@ -31,7 +31,7 @@ CREATE = operation_pb2.OPERATION_KIND_CREATE_CONTAINER
 # The engine call that a stage of a replacement begins with; `nth` tells which of several.
 STAGES = {
     "create": ("POST", "/containers/create"),
-    "stop": ("POST", "/containers/[^/]+/stop"),
+    "stop": ("POST", "/containers/[^/]+/(stop|kill)"),
     "start": ("POST", "/containers/[^/]+/start"),
     "verify": ("POST", "/containers/[^/]+/wait"),
     "retire": ("DELETE", "/containers/[^/]+"),

@@ -78,7 +78,7 @@ _HINTS: Mapping[str, tuple[str, ...]] = {
     "changes": ("CMD true", 'ENTRYPOINT ["sh", "-c"]', "ENV A=$PATH", "EXPOSE 80/tcp 1-2", "RUN rm -rf /", "LABEL a"),
     "owner": ("", "team@example.com"),
     "command": ("true", "", "-c"),
-    "paths": ("env", "image", "mounts", "*", "env.A", "gpus"),
+    "paths": ("env", "image", "mounts", "*", "env.A", "labels.`a.b`", "spec.gpus.count", "gpus"),
 }
 _ODD = ("", "\0", "é" * 300, "/", "=", "\n", "'\"`$()", "a" * 70_000, "gpudock.uid", "NVIDIA_VISIBLE_DEVICES", "a b")
 _TEXT = st.sampled_from(_ODD) | st.text(max_size=8)

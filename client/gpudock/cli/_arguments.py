@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from datetime import timedelta
 from typing import Generic, TypeVar, cast
@@ -10,6 +11,7 @@ import click
 
 from gpudock._spec import restart_policy
 from gpudock.v1.container_pb2 import Mount, PortRequest, RestartPolicy, TmpfsMount
+from gpudock.v1.container_service_pb2 import ContainerPort
 from gpudock.v1.port_pb2 import PORT_PROTOCOL_TCP, PORT_PROTOCOL_UDP
 
 T = TypeVar("T")
@@ -41,6 +43,10 @@ class Parsed(click.ParamType, Generic[T]):  # type: ignore[type-arg] # click 8.1
     def parse(self, text: str) -> T:
         """The value in `text`."""
         raise NotImplementedError
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:  # noqa: ARG002 - click's
+        """How help shows the value: with its lower-case words as they are typed."""
+        return self.name
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> T:
         """Read it, or end with a usage error. click may hand over a value that it has converted before."""
@@ -80,6 +86,20 @@ class Whole(Parsed[int]):
 
 REVISION_NUMBER = Whole(1, MOST_64)
 """The number of a revision; how far they go is for the server to say."""
+
+
+ALL_GPUS = -1
+"""As a number of cards: all that are free."""
+
+
+class GpuCount(Whole):
+    """How many cards: a number, or `all`."""
+
+    name = "NUMBER|all"
+
+    def parse(self, text: str) -> int:
+        """The number, or ALL_GPUS."""
+        return ALL_GPUS if text == "all" else super().parse(text)
 
 
 class Decimal(Parsed[float]):
@@ -143,15 +163,28 @@ class Port(Parsed[PortRequest]):
         """The request; without a host port the server takes one of its range."""
         match = _PORT.fullmatch(text)
         if match is None:
-            raise ValueError(f"{text!r} is no port such as 80, 8080:80 or 53/udp")
+            raise ValueError(f"{text!r} is not a port; use 80, 8080:80 or 53/udp")
         host, container = int(match[1] or 0), int(match[2])
         if not 0 < container <= _LAST_PORT or not 0 <= host <= _LAST_PORT or (match[1] and not host):
-            raise ValueError(f"{text!r}: ports are from 1 to {_LAST_PORT}")
+            raise ValueError(f"{text!r}: a port is 1 to {_LAST_PORT}")
         return PortRequest(container_port=container, host_port=host, protocol=_PROTOCOLS[match[3] or ""])
 
 
+class InnerPort(Parsed[ContainerPort]):
+    """A port inside a container: `80`, `53/udp`."""
+
+    name = "CONTAINER[/udp]"
+
+    def parse(self, text: str) -> ContainerPort:
+        """The port; TCP unless it says otherwise."""
+        request = Port().parse(text)
+        if request.host_port:
+            raise ValueError(f"{text!r}: give the container's port alone, such as {request.container_port}")
+        return ContainerPort(container_port=request.container_port, protocol=request.protocol)
+
+
 class Bind(Parsed[Mount]):
-    """A volume or a path of the node: `data:/data`, `/srv/data:/data:ro`."""
+    """A volume or a path on the node: `data:/data`, `/srv/data:/data:ro`."""
 
     name = "SOURCE:TARGET[:ro]"
 
@@ -160,7 +193,7 @@ class Bind(Parsed[Mount]):
         source, colon, rest = text.partition(":")
         target, _, mode = rest.partition(":")
         if not colon or not source or not target or mode not in {"", "ro", "rw"}:
-            raise ValueError(f"{text!r} is no mount such as data:/data or /srv/data:/data:ro")
+            raise ValueError(f"{text!r} is not a mount; use data:/data or /srv/data:/data:ro")
         if source.startswith("/"):
             return Mount(host_path=source, target=target, read_only=mode == "ro")
         return Mount(volume=source, target=target, read_only=mode == "ro")
@@ -188,6 +221,23 @@ class Pair(Parsed[tuple[str, str]]):
         if not sign or not key:
             raise ValueError(f"{text!r} is not KEY=VALUE")
         return key, value
+
+
+class Variable(Parsed[tuple[str, str]]):
+    """`NAME=VALUE`, or `NAME` for the value that it has where the command runs."""
+
+    name = "NAME[=VALUE]"
+
+    def parse(self, text: str) -> tuple[str, str]:
+        """Name and value."""
+        name, sign, value = text.partition("=")
+        if not name:
+            raise ValueError(f"{text!r} has no name before the =")
+        if sign:
+            return name, value
+        if name not in os.environ:
+            raise ValueError(f"{name!r} is not set in the environment of this command; give {name}=VALUE")
+        return name, os.environ[name]
 
 
 class LabelFilter(Parsed[tuple[str, str]]):

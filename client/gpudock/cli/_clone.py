@@ -6,21 +6,23 @@ from typing import Any, Unpack
 
 import click
 
-from gpudock import Client, Container, OperationCall
+from gpudock import Client, Container, OperationCall, OperationPlan
 from gpudock.cli import _operation_views, _views
 from gpudock.cli._arguments import REVISION_NUMBER
+from gpudock.cli._change import validate_only_option
+from gpudock.cli._edit_options import EditFlags, changes_of, edit_options
 from gpudock.cli._follow import follow
+from gpudock.cli._gpu_options import gpu_choice_of
 from gpudock.cli._session import Session
-from gpudock.cli._spec_options import SpecFlags, changes_of_flags, clear_option, spec_options
+from gpudock.cli._spec_options import SpecFlags, fields_of_flags, parts_of_flags, spec_options
 
 
-class _Flags(SpecFlags):
+class _Flags(SpecFlags, EditFlags):
     """The options as click hands them over."""
 
     source: str
     name: str
     revision: int | None
-    clear: tuple[str, ...]
     owner: str
     create_only: bool
     validate_only: bool
@@ -30,25 +32,39 @@ class _Flags(SpecFlags):
 @click.argument("source")
 @click.argument("name")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
-@click.option("--revision", type=REVISION_NUMBER, help="As it was then; without it as it is now.")
+@click.option("--revision", type=REVISION_NUMBER, help="Clone this revision; default: the container as it is now.")
 @spec_options
-@clear_option
-@click.option("--owner", default="", help="Who it belongs to; without it the owner of the source.")
+@edit_options
+@click.option("--owner", default="", help="Who it belongs to; default: the owner of the source.")
 @click.option("--create-only", is_flag=True, help="Do not start it.")
-@click.option("--validate-only", is_flag=True, help="Show what would be done, and do nothing.")
+@validate_only_option
 @click.pass_obj
 def clone(session: Session, **flags: Unpack[_Flags]) -> None:
     """Create a container NAME from SOURCE, with its spec and a copy of its files.
 
-    Each option takes the place of all that the source has of its kind. COMMAND stands after `--`.
+    The options change the spec as those of `gpudock update` do. COMMAND stands after `--`.
     """
-    changes = changes_of_flags(flags, flags["clear"])
+    given, parts, choice = fields_of_flags(flags), parts_of_flags(flags), gpu_choice_of(flags)
+    # Wrong usage shows before anything is sent.
+    changes_of(given, parts, flags)
+
+    async def begin(client: Client) -> OperationCall[Container]:
+        if choice is None:
+            return _begin(client, flags, changes_of(given, parts, flags))
+        source = await client.containers.revision(flags["source"], flags["revision"] or 0)
+        gpus = await choice.request(client, present=source.spec.gpus)
+        return _begin(client, flags, changes_of({**given, "gpus": gpus}, parts, flags))
+
+    async def planned(client: Client) -> OperationPlan:
+        return await (await begin(client)).plan()
+
+    async def made(client: Client) -> Container:
+        return await follow(await begin(client), flags["name"])
+
     if flags["validate_only"]:
-        plan = session.run(lambda client: _begin(client, flags, changes).plan())
-        session.show(plan, _operation_views.plan)
+        session.show(session.run(planned), _operation_views.plan)
         return
-    made = session.run(lambda client: follow(_begin(client, flags, changes), flags["name"]))
-    session.show(made, _views.one_container)
+    session.show(session.run(made), _views.one_container)
 
 
 def _begin(client: Client, flags: _Flags, changes: dict[str, Any]) -> OperationCall[Container]:

@@ -1,29 +1,58 @@
-"""`gpudock create`."""
+"""`gpudock create` and `gpudock run`."""
 
 from __future__ import annotations
 
-from typing import Unpack
+from collections.abc import Callable
+from typing import Any, TypeVar, Unpack
 
 import click
 
-from gpudock import Client, Container, ContainerSpec, OperationCall
+from gpudock import Client, Container, OperationCall, OperationPlan
 from gpudock._enums import words_of
+from gpudock._spec import spec_of
 from gpudock.cli import _operation_views, _views
+from gpudock.cli._change import validate_only_option
 from gpudock.cli._follow import follow
+from gpudock.cli._gpu_options import gpu_choice_of
 from gpudock.cli._session import Session
-from gpudock.cli._spec_options import SpecFlags, spec_of_flags, spec_options
+from gpudock.cli._spec_options import SpecFlags, fields_of_flags, spec_options
 from gpudock.v1.container_service_pb2 import PullPolicy
 
+F = TypeVar("F", bound=Callable[..., Any])
 
-class _Flags(SpecFlags):
-    """The options as click hands them over."""
 
-    name: str
+class _CommonFlags(SpecFlags):
+    """The options of both commands as click hands them over."""
+
     image: str
     owner: str
     pull: str
-    create_only: bool
     validate_only: bool
+
+
+class _CreateFlags(_CommonFlags):
+    """The options of `create`."""
+
+    name: str
+    create_only: bool
+
+
+class _RunFlags(_CommonFlags):
+    """The options of `run`."""
+
+    name: str | None
+    detach: bool
+    remove: bool
+
+
+_owner_option = click.option("--owner", default="", help="Who it belongs to, for lists to filter by.")
+_pull_option = click.option(
+    "--pull",
+    type=click.Choice(words_of(PullPolicy)),
+    default="missing",
+    show_default=True,
+    help="Whether the image is pulled first.",
+)
 
 
 @click.command()
@@ -31,38 +60,72 @@ class _Flags(SpecFlags):
 @click.argument("image")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @spec_options
-@click.option("--owner", default="", help="Who it belongs to, for lists to filter by.")
-@click.option(
-    "--pull",
-    type=click.Choice(words_of(PullPolicy)),
-    default="missing",
-    show_default=True,
-    help="Whether the image is pulled first.",
-)
+@_owner_option
+@_pull_option
 @click.option("--create-only", is_flag=True, help="Do not start it.")
-@click.option("--validate-only", is_flag=True, help="Show what would be done, and do nothing.")
+@validate_only_option
 @click.pass_obj
-def create(session: Session, **flags: Unpack[_Flags]) -> None:
+def create(session: Session, **flags: Unpack[_CreateFlags]) -> None:
     """Create a container NAME from IMAGE and start it.
 
     COMMAND stands after `--`: gpudock create train pytorch/pytorch --gpus 2 -- python train.py --epochs 3
     """
-    spec, _ = spec_of_flags(flags)
-    spec.image = flags["image"]
+    _create(session, flags["name"], flags, create_only=flags["create_only"])
+
+
+@click.command(context_settings={"allow_interspersed_args": False})
+@click.argument("image")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@click.option("--name", help="The name of the container. Required.")
+@click.option("-d", "--detach", is_flag=True, help="Let it run in the background. Required.")
+@click.option("--rm", "remove", is_flag=True, help="Not supported: a container stays until `gpudock rm`.")
+@spec_options
+@_owner_option
+@_pull_option
+@validate_only_option
+@click.pass_obj
+def run(session: Session, **flags: Unpack[_RunFlags]) -> None:
+    """Create a container from IMAGE and start it, in the words of `docker run`.
+
+    gpudock run -d --name train --gpus 2 pytorch/pytorch python train.py
+    """
+    if flags["remove"]:
+        raise click.UsageError(
+            "--rm is not supported: a container and its files stay when its process ends; `gpudock rm` deletes them"
+        )
+    if not flags["detach"]:
+        raise click.UsageError(
+            "gpudock cannot show the output of a container's process yet: give -d to let it run in the background, and"
+            " `gpudock exec -it NAME -- sh` to work inside it"
+        )
+    if not flags["name"]:
+        raise click.UsageError("--name is required: gpudock makes no names up")
+    _create(session, flags["name"], flags, create_only=False)
+
+
+def _create(session: Session, name: str, flags: _CommonFlags, *, create_only: bool) -> None:
+    choice = gpu_choice_of(flags)
+    spec = spec_of(flags["image"], fields_of_flags(flags))  # type: ignore[arg-type] # fields of a spec, by name
+
+    async def begin(client: Client) -> OperationCall[Container]:
+        if choice is not None:
+            spec.gpus.CopyFrom(await choice.request(client))
+        return client.containers.create(
+            name,
+            spec,
+            owner=flags["owner"],
+            pull=flags["pull"],
+            create_only=create_only,
+            validate_only=flags["validate_only"],
+        )
+
+    async def planned(client: Client) -> OperationPlan:
+        return await (await begin(client)).plan()
+
+    async def made(client: Client) -> Container:
+        return await follow(await begin(client), name)
+
     if flags["validate_only"]:
-        plan = session.run(lambda client: _begin(client, flags, spec).plan())
-        session.show(plan, _operation_views.plan)
+        session.show(session.run(planned), _operation_views.plan)
         return
-    made = session.run(lambda client: follow(_begin(client, flags, spec), flags["name"]))
-    session.show(made, _views.one_container)
-
-
-def _begin(client: Client, flags: _Flags, spec: ContainerSpec) -> OperationCall[Container]:
-    return client.containers.create(
-        flags["name"],
-        spec,
-        owner=flags["owner"],
-        pull=flags["pull"],
-        create_only=flags["create_only"],
-        validate_only=flags["validate_only"],
-    )
+    session.show(session.run(made), _views.one_container)

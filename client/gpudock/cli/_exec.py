@@ -16,7 +16,7 @@ import click
 
 from gpudock import Client, ExecSession
 from gpudock._exec import ExecOptions
-from gpudock.cli._arguments import Pair, Span
+from gpudock.cli._arguments import Span, Variable
 from gpudock.cli._exit_codes import EXEC_FAILED
 from gpudock.cli._session import Session
 from gpudock.cli._terminal import StdinPump, raw_mode, terminal_size, write_all
@@ -28,7 +28,7 @@ _STDIN, _STDOUT, _STDERR = 0, 1, 2
 @click.command("exec", context_settings={"allow_interspersed_args": False})
 @click.option("-i", "--interactive", is_flag=True, help="Send this command's input to it.")
 @click.option("-t", "--tty", is_flag=True, help="Give it a terminal.")
-@click.option("-e", "--env", type=Pair(), multiple=True, help="Set an environment variable.")
+@click.option("-e", "--env", type=Variable(), multiple=True, help="Set an environment variable.")
 @click.option("-w", "--workdir", default="", help="Its working directory.")
 @click.option("-u", "--user", default="", help="Its user, name or uid, with :group if need be.")
 @click.option("--timeout", type=Span(), help="End it after this time.")

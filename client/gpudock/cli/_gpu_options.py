@@ -2,38 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypedDict, TypeVar
 
 import click
+import grpc
 
-from gpudock.cli._arguments import Size, Whole
+from gpudock import Client, Exhausted, Gpu
+from gpudock.cli._arguments import ALL_GPUS, GpuCount, Size
 from gpudock.v1.container_pb2 import GpuRequest
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+class GpuFlags(TypedDict):
+    """The options as click hands them over; None and () are those that were not given."""
+
+    gpus: int | None
+    gpu: tuple[str, ...]
+    gpu_model: str | None
+    gpu_memory: int | None
+
+
 def gpu_options(command: F) -> F:
-    """Add --gpus, --gpu, --gpu-model and --gpu-memory, for `gpu_request_of`."""
+    """Add --gpus, --gpu, --gpu-model and --gpu-memory, for `gpu_choice_of`."""
     options = (
-        click.option("--gpus", type=Whole(), help="How many cards; 0 for none."),
-        click.option("--gpu", multiple=True, metavar="UUID", help="This card. Can be repeated."),
-        click.option("--gpu-model", default="", metavar="TEXT", help="With --gpus: cards with this in their name."),
-        click.option("--gpu-memory", type=Size(), default=0, help="With --gpus: cards with at least this memory."),
+        click.option("--gpus", type=GpuCount(), help="How many GPUs: 0 for none, all for every free one."),
+        click.option("--gpu", multiple=True, metavar="UUID", help="This GPU. Can be repeated."),
+        click.option("--gpu-model", metavar="TEXT", help="With --gpus: only GPUs with this in their name."),
+        click.option("--gpu-memory", type=Size(), help="With --gpus: only GPUs with at least this much memory."),
     )
     for option in reversed(options):
         command = option(command)
     return command
 
 
-def gpu_request_of(gpus: int | None, gpu: tuple[str, ...], gpu_model: str, gpu_memory: int) -> GpuRequest | None:
+@dataclass(frozen=True, slots=True)
+class GpuChoice:
+    """What the options ask for. `model` and `memory` None: as the container has it."""
+
+    count: int = 0
+    uuids: tuple[str, ...] = ()
+    model: str | None = None
+    memory: int | None = None
+
+    async def request(self, client: Client, name: str = "", present: GpuRequest | None = None) -> GpuRequest:
+        """The request for the container `name`, whose spec has the request `present`.
+
+        A number alone leaves the kind of GPUs as it is. `all` is every GPU that is free or that the container holds.
+        Raises Exhausted if `all` is none.
+        """
+        if self.uuids:
+            return GpuRequest(uuids=self.uuids)
+        present = present or GpuRequest()
+        asked = GpuRequest(
+            count=max(self.count, 0),
+            model=present.model if self.model is None else self.model,
+            min_memory_bytes=present.min_memory_bytes if self.memory is None else self.memory,
+        )
+        if self.count == ALL_GPUS:
+            asked.count = _matching(await client.node.gpus(), name, asked)
+            click.echo(f"--gpus all: {asked.count}", err=True)
+        return asked
+
+
+async def chosen_gpus(client: Client, name: str, choice: GpuChoice | None) -> tuple[GpuRequest | None, str]:
+    """What a change of the container `name` asks for, and the etag that it was worked out for; None for no change."""
+    if choice is None:
+        return None, ""
+    container = await client.containers.get(name)
+    return await choice.request(client, name, container.spec.gpus), container.etag
+
+
+def _matching(gpus: Iterable[Gpu], name: str, asked: GpuRequest) -> int:
+    count = sum(
+        gpu.schedulable
+        and gpu.container in {"", name}
+        and asked.model.lower() in gpu.name.lower()
+        and gpu.memory_total_bytes >= asked.min_memory_bytes
+        for gpu in gpus
+    )
+    if not count:
+        raise Exhausted(
+            "--gpus all: no GPU that matches is free; `gpudock gpus` lists them",
+            code=grpc.StatusCode.RESOURCE_EXHAUSTED,
+        )
+    return count
+
+
+def gpu_choice_of(flags: GpuFlags) -> GpuChoice | None:
     """What these options ask for; None if none was given."""
-    if gpu and (gpus is not None or gpu_model or gpu_memory):
-        raise click.UsageError("--gpu names the cards; --gpus, --gpu-model and --gpu-memory then do not apply")
+    gpus, gpu, model, memory = flags["gpus"], flags["gpu"], flags["gpu_model"], flags["gpu_memory"]
+    narrowed = model is not None or memory is not None
+    if gpu and (gpus is not None or narrowed):
+        raise click.UsageError("--gpu names the GPUs; --gpus, --gpu-model and --gpu-memory do not go with it")
     if gpu:
-        return GpuRequest(uuids=gpu)
+        return GpuChoice(uuids=gpu)
     if gpus is None:
-        if gpu_model or gpu_memory:
-            raise click.UsageError("--gpu-model and --gpu-memory need --gpus, the number of cards")
+        if narrowed:
+            raise click.UsageError("--gpu-model and --gpu-memory need --gpus, the number of GPUs")
         return None
-    return GpuRequest(count=gpus, model=gpu_model, min_memory_bytes=gpu_memory)
+    return GpuChoice(count=gpus, model=model, memory=memory)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import click
 
 from gpudock import ContainerState, DriftSeverity
@@ -19,6 +21,15 @@ def get(session: Session, *, name: str) -> None:
     session.show(session.run(lambda client: client.containers.get(name)), _views.container)
 
 
+@click.command()
+@click.argument("name")
+@click.pass_obj
+def inspect(session: Session, *, name: str) -> None:
+    """Show one container as JSON."""
+    container = session.run(lambda client: client.containers.get(name))
+    replace(session, as_json=True).show(container, _views.container)
+
+
 @click.command("list")
 @click.option("--state", type=click.Choice(words_of(ContainerState)), multiple=True, help="Only those in this state.")
 @click.option("--label", type=LabelFilter(), multiple=True, help="Only those with this label.")
@@ -28,7 +39,7 @@ def get(session: Session, *, name: str) -> None:
 def list_containers(
     session: Session, *, state: tuple[str, ...], label: tuple[tuple[str, str], ...], owner: str, node: str
 ) -> None:
-    """List containers (also: ps)."""
+    """List containers."""
     found = session.run(lambda client: client.containers.list(states=state, labels=dict(label), owner=owner, node=node))
     session.show_all(found, _views.containers)
 

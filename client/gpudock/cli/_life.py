@@ -2,55 +2,57 @@
 
 from __future__ import annotations
 
+import signal as signals
 from datetime import timedelta
+from typing import Unpack
 
 import click
 
 from gpudock import Client, Container, OperationCall
-from gpudock.cli import _operation_views, _views
+from gpudock.cli import _views
 from gpudock.cli._arguments import Span
+from gpudock.cli._change import change, validate_only_option
 from gpudock.cli._follow import follow, settled
-from gpudock.cli._gpu_options import gpu_options, gpu_request_of
+from gpudock.cli._gpu_options import GpuFlags, chosen_gpus, gpu_choice_of, gpu_options
 from gpudock.cli._session import Session
 from gpudock.cli._snapshot_options import snapshots_option
 
 _GRACE = "How long the process has from the stop signal to SIGKILL."
+_KILL = ("KILL", "SIGKILL", str(int(signals.SIGKILL)))
+
+
+class _StartFlags(GpuFlags):
+    """The options as click hands them over."""
+
+    name: str
+    snapshots: str | None
+    validate_only: bool
 
 
 @click.command()
 @click.argument("name")
 @gpu_options
 @snapshots_option
-@click.option("--validate-only", is_flag=True, help="Show what would be done, and do nothing.")
+@validate_only_option
 @click.pass_obj
-def start(
-    session: Session,
-    *,
-    name: str,
-    gpus: int | None,
-    gpu: tuple[str, ...],
-    gpu_model: str,
-    gpu_memory: int,
-    snapshots: str | None,
-    validate_only: bool,
-) -> None:
-    """Start a stopped container, if need be with other GPUs than before."""
-    request = gpu_request_of(gpus, gpu, gpu_model, gpu_memory)
+def start(session: Session, **flags: Unpack[_StartFlags]) -> None:
+    """Start a stopped container, with other GPUs than before if --gpus says so."""
+    choice = gpu_choice_of(flags)
+    gpus, etag = session.run(lambda client: chosen_gpus(client, flags["name"], choice))
 
-    def begin(client: Client) -> OperationCall[Container]:
-        return client.containers.start(name, gpus=request, snapshots=snapshots, validate_only=validate_only)
+    def begin(client: Client, validate_only: bool, etag: str) -> OperationCall[Container]:  # noqa: FBT001 - as Begin has it
+        return client.containers.start(
+            flags["name"], gpus=gpus, snapshots=flags["snapshots"], validate_only=validate_only, etag=etag
+        )
 
-    if validate_only:
-        session.show(session.run(lambda client: begin(client).plan()), _operation_views.plan)
-        return
-    started = session.run(lambda client: follow(begin(client), name))
-    session.show(started, _views.one_container)
+    # To start what is stopped ends no process.
+    change(session, flags["name"], begin, etag=etag, validate_only=flags["validate_only"], yes=True)
 
 
 @click.command()
 @click.argument("name")
 @click.option("--keep-resources", is_flag=True, help="Keep its GPUs and ports while it is stopped.")
-@click.option("--timeout", type=Span(), help=_GRACE)
+@click.option("-t", "--timeout", type=Span(), help=_GRACE)
 @click.pass_obj
 def stop(session: Session, *, name: str, keep_resources: bool, timeout: timedelta | None) -> None:
     """Stop a container; its GPUs and ports are free then, its files stay."""
@@ -62,7 +64,28 @@ def stop(session: Session, *, name: str, keep_resources: bool, timeout: timedelt
 
 @click.command()
 @click.argument("name")
-@click.option("--timeout", type=Span(), help=_GRACE)
+@click.option("--keep-resources", is_flag=True, help="Keep its GPUs and ports while it is stopped.")
+@click.option("-s", "--signal", default="KILL", show_default=True, help="Only KILL; see below for others.")
+@click.pass_obj
+def kill(session: Session, *, name: str, keep_resources: bool, signal: str) -> None:
+    """Stop a container at once with SIGKILL; its GPUs and ports are free then, its files stay.
+
+    For another signal to its main process: gpudock exec NAME -- kill -s HUP 1
+    """
+    if signal.upper() not in _KILL:
+        raise click.UsageError(
+            f"kill sends SIGKILL only, not {signal}; to send it to the main process: gpudock exec {name} -- kill -s"
+            f" {signal.upper().removeprefix('SIG')} 1"
+        )
+    killed = session.run(
+        lambda client: settled(client.containers.stop(name, keep_resources=keep_resources, timeout=0), name)
+    )
+    session.show(killed, _views.one_container)
+
+
+@click.command()
+@click.argument("name")
+@click.option("-t", "--timeout", type=Span(), help=_GRACE)
 @snapshots_option
 @click.pass_obj
 def restart(session: Session, *, name: str, timeout: timedelta | None, snapshots: str | None) -> None:
@@ -93,7 +116,7 @@ def unpause(session: Session, *, name: str) -> None:
 
 @click.command()
 @click.argument("name")
-@click.option("--force", is_flag=True, help="Also one that runs.")
+@click.option("-f", "--force", is_flag=True, help="Delete it even if it is running.")
 @click.pass_obj
 def delete(session: Session, *, name: str, force: bool) -> None:
     """Delete a container with its files; its GPUs and ports are free then."""

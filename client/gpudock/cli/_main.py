@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -28,6 +30,12 @@ from gpudock.cli._session import Session
 class _Commands(click.Group):
     """The commands; what no message can carry is wrong usage for all of them."""
 
+    def add_alias(self, command: click.Command, name: str) -> None:
+        """Add a command under another name as well."""
+        alias = copy.copy(command)
+        alias.short_help = f"Same as {command.name}."
+        self.add_command(alias, name)
+
     def invoke(self, ctx: click.Context) -> object:
         """Run the command that was asked for."""
         try:
@@ -36,6 +44,7 @@ class _Commands(click.Group):
             raise click.UsageError(f"{error.object!r} is not UTF-8") from error
 
 
+_FORMATS = click.Choice(["table", "json"])
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -63,7 +72,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "-o",
     "--output",
-    type=click.Choice(["table", "json"]),
+    type=_FORMATS,
     default="table",
     show_default=True,
     help="How results are written to stdout. Progress and errors go to stderr.",
@@ -80,7 +89,7 @@ def main(
     key: Path | None,
     output: str,
 ) -> None:
-    """Give people GPU containers, and change them while they live."""
+    """Manage GPU containers, and change them while they run."""
     if (cert is None) != (key is None):
         raise click.UsageError("--cert and --key go together")
     context.obj = Session(
@@ -90,11 +99,14 @@ def main(
 
 for _command in (
     _create.create,
+    _create.run,
     _inspect.get,
+    _inspect.inspect,
     _inspect.list_containers,
     _watch.watch,
     _life.start,
     _life.stop,
+    _life.kill,
     _life.restart,
     _life.pause,
     _life.unpause,
@@ -115,4 +127,30 @@ for _command in (
     _operations.operations,
 ):
     main.add_command(_command)
-main.add_command(_inspect.list_containers, "ps")
+main.add_alias(_inspect.list_containers, "ps")
+main.add_alias(_life.delete, "rm")
+
+
+def _choose_output(context: click.Context, _option: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        context.obj = replace(context.obj, as_json=value == "json")
+
+
+def _take_output(group: click.Group) -> None:
+    """Let every command take -o as well, where most people write it."""
+    for command in group.commands.values():
+        if isinstance(command, click.Group):
+            _take_output(command)
+        elif not any("--output" in option.opts for option in command.params):
+            command.params.append(
+                click.Option(
+                    ["-o", "--output"],
+                    type=_FORMATS,
+                    expose_value=False,
+                    callback=_choose_output,
+                    help="As before the command.",
+                )
+            )
+
+
+_take_output(main)

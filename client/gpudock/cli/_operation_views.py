@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gpudock._enums import word_of
-from gpudock.cli._text import age_text, bytes_text, fields, moment_text, seconds_text, table
+from gpudock.cli._text import age_text, bytes_text, fields, moment_text, printable, seconds_text, table
 from gpudock.cli._views import binding
 from gpudock.v1.container_revision_pb2 import SnapshotKind
 from gpudock.v1.operation_pb2 import (
@@ -16,6 +16,7 @@ from gpudock.v1.operation_pb2 import (
     OperationStage,
     OperationStageState,
     OperationState,
+    SpecChange,
 )
 
 
@@ -77,8 +78,26 @@ def plan(item: OperationPlan) -> str:
                 else "",
             ),
             *(("warning", warning) for warning in item.warnings),
+            ("spec", spec_changes(item.spec_changes)),
         )
     )
+
+
+def spec_changes(items: Iterable[SpecChange]) -> str:
+    """What changes in a spec: what is there now with a minus, what comes with a plus."""
+    lines = []
+    for item in items:
+        if item.HasField("old_value"):
+            lines.append(f"- {printable(item.path)}: {_value(item.path, item.old_value)}")
+        if item.HasField("new_value"):
+            lines.append(f"+ {printable(item.path)}: {_value(item.path, item.new_value)}")
+    return "\n".join(lines)
+
+
+def _value(path: str, value: str) -> str:
+    if path.endswith("_bytes") and value.isdecimal():
+        return f"{value} ({bytes_text(int(value))})"
+    return printable(value)
 
 
 def stage_seconds(stage: OperationStage) -> float:

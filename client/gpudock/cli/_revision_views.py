@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gpudock._enums import word_of
+from gpudock.cli._spec_views import spec_rows
 from gpudock.cli._text import age_text, bytes_text, fields, moment_text, table
 from gpudock.cli._views import binding
 from gpudock.v1.container_revision_pb2 import ContainerRevision, RevisionCause, SnapshotKind
@@ -31,16 +32,15 @@ def revisions(items: Iterable[ContainerRevision]) -> str:
 
 def revision(item: ContainerRevision) -> str:
     """All there is to say, a line for each thing."""
-    spec, snapshot = item.spec, item.snapshot
+    snapshot = item.snapshot
     return fields(
         (
             ("container", item.container),
             ("uid", item.uid),
             ("revision", f"{item.revision}{' (current)' if item.current else ''}"),
             ("cause", word_of(RevisionCause, item.cause)),
-            ("image", spec.image),
+            *spec_rows(item.spec),
             ("image id", item.image_id),
-            ("command", " ".join([*spec.entrypoint, *spec.command])),
             ("GPUs", ", ".join(item.gpu_uuids) or "none"),
             ("ports", ", ".join(map(binding, item.ports))),
             ("files", bytes_text(item.layer_bytes) if item.layer_bytes else ""),

@@ -3,36 +3,61 @@
 from __future__ import annotations
 
 import click
+import grpc
 
-from gpudock import Client, Container, OperationCall
-from gpudock.cli import _operation_views, _revision_views, _views
+from gpudock import Client, Container, NotFound, OperationCall
+from gpudock.cli import _revision_views
 from gpudock.cli._arguments import REVISION_NUMBER
-from gpudock.cli._follow import follow, settled
+from gpudock.cli._change import change, validate_only_option, yes_option
+from gpudock.cli._follow import settled
 from gpudock.cli._session import Session
 from gpudock.cli._snapshot_options import snapshots_option
 
 
 @click.command()
 @click.argument("name")
-@click.argument("revision", type=REVISION_NUMBER)
+@click.argument("revision", type=REVISION_NUMBER, required=False, default=None)
 @click.option("--spec-only", is_flag=True, help="Leave the files as they are today.")
 @snapshots_option
-@click.option("--validate-only", is_flag=True, help="Show what would be done, and do nothing.")
+@validate_only_option
+@yes_option
 @click.pass_obj
 def rollback(
-    session: Session, *, name: str, revision: int, spec_only: bool, snapshots: str | None, validate_only: bool
+    session: Session,
+    *,
+    name: str,
+    revision: int | None,
+    spec_only: bool,
+    snapshots: str | None,
+    validate_only: bool,
+    yes: bool,
 ) -> None:
-    """Return a container to one of its revisions: its spec, and its files as they were then."""
+    """Return a container to one of its revisions: its spec, and its files as they were then.
 
-    def begin(client: Client) -> OperationCall[Container]:
+    Without REVISION to the one before the current one.
+    """
+    number, etag = session.run(lambda client: _target(client, name, revision))
+
+    def begin(client: Client, validate_only: bool, etag: str) -> OperationCall[Container]:  # noqa: FBT001 - as Begin has it
         return client.containers.rollback(
-            name, revision, spec_only=spec_only, snapshots=snapshots, validate_only=validate_only
+            name, number, spec_only=spec_only, snapshots=snapshots, validate_only=validate_only, etag=etag
         )
 
-    if validate_only:
-        session.show(session.run(lambda client: begin(client).plan()), _operation_views.plan)
-        return
-    session.show(session.run(lambda client: follow(begin(client), name)), _views.one_container)
+    change(session, name, begin, etag=etag, validate_only=validate_only, yes=yes)
+
+
+async def _target(client: Client, name: str, revision: int | None) -> tuple[int, str]:
+    """The revision to return to, and the etag of the container that it was chosen for."""
+    if revision is not None:
+        return revision, ""
+    container = await client.containers.get(name)
+    earlier = [one.revision for one in await client.containers.revisions(name) if one.revision < container.revision]
+    if not earlier:
+        raise NotFound(
+            f"container {name!r} has no revision before the current one ({container.revision})",
+            code=grpc.StatusCode.NOT_FOUND,
+        )
+    return max(earlier), container.etag
 
 
 @click.command()

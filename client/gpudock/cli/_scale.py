@@ -2,68 +2,68 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import click
 
 from gpudock import Client, Container, OperationCall
 from gpudock._enums import words_of
-from gpudock.cli import _operation_views, _views
 from gpudock.cli._arguments import Decimal, Size
-from gpudock.cli._follow import follow
-from gpudock.cli._gpu_options import gpu_options, gpu_request_of
+from gpudock.cli._change import change, validate_only_option, yes_option
+from gpudock.cli._gpu_options import GpuFlags, chosen_gpus, gpu_choice_of, gpu_options
 from gpudock.cli._session import Session
 from gpudock.cli._snapshot_options import snapshots_option
 from gpudock.v1.container_service_pb2 import ScaleStrategy
+
+
+class _Flags(GpuFlags):
+    """The options as click hands them over."""
+
+    name: str
+    cpus: float | None
+    memory: int | None
+    shm_size: int | None
+    strategy: str
+    snapshots: str | None
+    validate_only: bool
+    yes: bool
 
 
 @click.command()
 @click.argument("name")
 @gpu_options
 @click.option("--cpus", type=Decimal(), help="How many CPUs' worth of time; 0 for no limit.")
-@click.option("--memory", type=Size(), help="How much memory, such as 8G; 0 for no limit.")
+@click.option("-m", "--memory", type=Size(), help="How much memory, such as 8g; 0 for no limit.")
 @click.option("--shm-size", type=Size(), help="The size of /dev/shm; 0 for the engine's default.")
 @click.option(
     "--strategy",
     type=click.Choice(words_of(ScaleStrategy)),
     default="auto",
     show_default=True,
-    help="In place if that can be, in place or not at all, or by a new process.",
+    help="auto: in place if possible. live: in place or not at all. recreate: by a new process.",
 )
 @snapshots_option
-@click.option("--validate-only", is_flag=True, help="Show what would be done, and do nothing.")
+@validate_only_option
+@yes_option
 @click.pass_obj
-def scale(
-    session: Session,
-    *,
-    name: str,
-    gpus: int | None,
-    gpu: tuple[str, ...],
-    gpu_model: str,
-    gpu_memory: int,
-    cpus: float | None,
-    memory: int | None,
-    shm_size: int | None,
-    strategy: str,
-    snapshots: str | None,
-    validate_only: bool,
-) -> None:
-    """Change the GPUs, CPUs, memory or /dev/shm of a container to these values; its files stay."""
-    request = gpu_request_of(gpus, gpu, gpu_model, gpu_memory)
-    if request is None and cpus is None and memory is None and shm_size is None:
+def scale(session: Session, **flags: Unpack[_Flags]) -> None:
+    """Set the GPUs, CPUs, memory or /dev/shm of a container to these values; its files stay."""
+    choice = gpu_choice_of(flags)
+    if choice is None and flags["cpus"] is None and flags["memory"] is None and flags["shm_size"] is None:
         raise click.UsageError("nothing to change: give --gpus, --gpu, --cpus, --memory or --shm-size")
+    gpus, etag = session.run(lambda client: chosen_gpus(client, flags["name"], choice))
 
-    def begin(client: Client) -> OperationCall[Container]:
+    def begin(client: Client, validate_only: bool, etag: str) -> OperationCall[Container]:  # noqa: FBT001 - as Begin has it
         return client.containers.scale(
-            name,
-            gpus=request,
-            cpus=cpus,
-            memory_bytes=memory,
-            shm_size_bytes=shm_size,
-            strategy=strategy,
-            snapshots=snapshots,
+            flags["name"],
+            gpus=gpus,
+            cpus=flags["cpus"],
+            memory_bytes=flags["memory"],
+            shm_size_bytes=flags["shm_size"],
+            strategy=flags["strategy"],
+            snapshots=flags["snapshots"],
             validate_only=validate_only,
+            etag=etag,
         )
 
-    if validate_only:
-        session.show(session.run(lambda client: begin(client).plan()), _operation_views.plan)
-        return
-    session.show(session.run(lambda client: follow(begin(client), name)), _views.one_container)
+    change(session, flags["name"], begin, etag=etag, validate_only=flags["validate_only"], yes=flags["yes"])

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypeVar
 
 import click
 
-from gpudock import ContainerSpec, HealthCheck, Mount, PortRequest, RestartPolicy, RevisionPolicy, SnapshotPolicy
+from gpudock import HealthCheck, Mount, PortRequest, RestartPolicy, RevisionPolicy, SnapshotPolicy
 from gpudock._enums import value_of, words_of
 from gpudock._spec import duration
-from gpudock.cli._arguments import Bind, Decimal, Pair, Port, Restart, Size, Span, Tmpfs, Whole
-from gpudock.cli._gpu_options import gpu_options, gpu_request_of
+from gpudock.cli._arguments import Bind, Decimal, Pair, Port, Restart, Size, Span, Tmpfs, Variable, Whole
+from gpudock.cli._gpu_options import GpuFlags, gpu_options
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class SpecFlags(TypedDict):
+class SpecFlags(GpuFlags):
     """The options as click hands them over; None and () are those that were not given."""
 
     command: tuple[str, ...]
     entrypoint: str | None
-    gpus: int | None
-    gpu: tuple[str, ...]
-    gpu_model: str
-    gpu_memory: int
     publish: tuple[PortRequest, ...]
     env: tuple[tuple[str, str], ...]
     volume: tuple[Mount, ...]
@@ -36,6 +32,8 @@ class SpecFlags(TypedDict):
     shm_size: int | None
     pids_limit: int | None
     restart: RestartPolicy | None
+    stop_signal: str | None
+    stop_timeout: timedelta | None
     health_cmd: str | None
     hostname: str | None
     user: str | None
@@ -49,22 +47,30 @@ class SpecFlags(TypedDict):
 
 _OPTIONS = (
     click.option("-p", "--publish", type=Port(), multiple=True, help="Publish a port, TCP unless it ends in /udp."),
-    click.option("-e", "--env", type=Pair(), multiple=True, help="Set an environment variable."),
-    click.option("-v", "--volume", type=Bind(), multiple=True, help="Mount a volume, or a path of the node."),
+    click.option(
+        "-e",
+        "--env",
+        type=Variable(),
+        multiple=True,
+        help="Set an environment variable; without a value, to the one it has here.",
+    ),
+    click.option("-v", "--volume", type=Bind(), multiple=True, help="Mount a volume, or a path on the node."),
     click.option("--tmpfs", type=Tmpfs(), multiple=True, help="Mount a file system in memory."),
-    click.option("--label", type=Pair(), multiple=True, help="Set a label."),
+    click.option("-l", "--label", type=Pair(), multiple=True, help="Set a label."),
     click.option("--cpus", type=Decimal(), help="How many CPUs' worth of time it may use."),
-    click.option("--memory", type=Size(), help="How much memory it may use, such as 8G."),
+    click.option("-m", "--memory", type=Size(), help="How much memory it may use, such as 8g."),
     click.option("--shm-size", type=Size(), help="The size of /dev/shm."),
     click.option("--pids-limit", type=Whole(16), help="How many processes and threads it may have."),
     click.option("--restart", type=Restart(), help="When the engine starts the process again."),
+    click.option("--stop-signal", metavar="SIGNAL", help="The signal that asks the process to end, such as SIGINT."),
+    click.option("--stop-timeout", type=Span(), help="How long the process has from that signal to SIGKILL."),
     click.option("--health-cmd", help="Command of the health check, run by /bin/sh."),
     click.option("--hostname", help="The host name inside."),
-    click.option("--user", help="The user of the process, name or uid, with :group if need be."),
-    click.option("--workdir", help="The working directory of the process."),
+    click.option("-u", "--user", help="The user of the process, name or uid, with :group if need be."),
+    click.option("-w", "--workdir", help="The working directory of the process."),
     click.option("--entrypoint", help="Replaces the image's entrypoint; empty clears it."),
-    click.option("--tty/--no-tty", default=None, help="Give the process a terminal."),
-    click.option("--stdin/--no-stdin", default=None, help="Keep the process's standard input open."),
+    click.option("-t", "--tty/--no-tty", default=None, help="Give the process a terminal."),
+    click.option("-i", "--stdin/--no-stdin", default=None, help="Keep the process's standard input open."),
     click.option(
         "--keep-files",
         type=click.Choice(words_of(SnapshotPolicy)),
@@ -74,25 +80,16 @@ _OPTIONS = (
     click.option("--keep-for", type=Span(), help="How long a revision is kept after it was replaced."),
 )
 
-_CLEARABLE = tuple(name.replace("_", "-") for name in ContainerSpec.DESCRIPTOR.fields_by_name if name != "image")
-clear_option = click.option(
-    "--clear",
-    type=click.Choice(_CLEARABLE),
-    multiple=True,
-    metavar="FIELD",
-    help="Take away what is there: env, mounts, ports, command ... Can be repeated.",
-)
-
 
 def spec_options(command: F) -> F:
-    """Add the options for every field of a spec but its image, for `spec_of_flags`."""
+    """Add the options for every field of a spec but its image."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return gpu_options(command)
 
 
-def spec_of_flags(flags: SpecFlags) -> tuple[ContainerSpec, frozenset[str]]:
-    """A spec with what was given, and the names of its fields that were."""
+def fields_of_flags(flags: SpecFlags) -> dict[str, Any]:
+    """The fields of a spec that were given, with their values. GPUs are for `gpu_choice_of`."""
     health = flags["health_cmd"]
     values: dict[str, Any] = {
         "entrypoint": None if flags["entrypoint"] is None else [flags["entrypoint"]],
@@ -104,7 +101,6 @@ def spec_of_flags(flags: SpecFlags) -> tuple[ContainerSpec, frozenset[str]]:
         "tty": flags["tty"],
         "stdin": flags["stdin"],
         "labels": dict(flags["label"]) or None,
-        "gpus": gpu_request_of(flags["gpus"], flags["gpu"], flags["gpu_model"], flags["gpu_memory"]),
         "cpus": flags["cpus"],
         "memory_bytes": flags["memory"],
         "shm_size_bytes": flags["shm_size"],
@@ -112,20 +108,20 @@ def spec_of_flags(flags: SpecFlags) -> tuple[ContainerSpec, frozenset[str]]:
         "mounts": [*flags["volume"], *flags["tmpfs"]] or None,
         "ports": flags["publish"] or None,
         "restart_policy": flags["restart"],
+        "stop_signal": flags["stop_signal"],
+        "stop_timeout": flags["stop_timeout"],
         "health_check": None if health is None else HealthCheck(command=["/bin/sh", "-c", health]),
         "revision_policy": _revision_policy(flags),
     }
-    given = {name: value for name, value in values.items() if value is not None}
-    return ContainerSpec(**given), frozenset(given)
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def changes_of_flags(flags: SpecFlags, clear: tuple[str, ...]) -> dict[str, Any]:
-    """The fields of a spec that were given, with their values; those to clear have None."""
-    spec, given = spec_of_flags(flags)
-    cleared = {name.replace("-", "_") for name in clear}
-    if both := cleared & given:
-        raise click.UsageError(f"--clear {min(both).replace('_', '-')}, and a value for it: which one?")
-    return {name: getattr(spec, name) for name in sorted(given)} | dict.fromkeys(sorted(cleared))
+def parts_of_flags(flags: SpecFlags) -> dict[str, tuple[str, ...]]:
+    """Which parts of its messages were given: the others stay as they are when a container is changed."""
+    policy = {"snapshots": "keep_files", "keep_revisions": "keep_revisions", "keep_for": "keep_for"}
+    given = tuple(part for part, flag in policy.items() if flags[flag] is not None)  # type: ignore[literal-required] # keys of SpecFlags
+    parts = {"revision_policy": given} if given else {}
+    return parts if flags["health_cmd"] is None else parts | {"health_check": ("command",)}
 
 
 def _revision_policy(flags: SpecFlags) -> RevisionPolicy | None:

@@ -21,10 +21,19 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def fields(pairs: Iterable[tuple[str, str]]) -> str:
-    """A line for each name with a value; those without one are left out."""
+    """A line for each name with a value; those without one are left out. Further lines of a value stand below it."""
     kept = [(name, value) for name, value in pairs if value]
     width = max((len(name) for name, _ in kept), default=0) + 1
-    return "\n".join(f"{name + ':':{width}}  {value}" for name, value in kept)
+    return "\n".join(
+        f"{name + ':':{width}}  {value.replace(chr(10), chr(10) + ' ' * (width + 2))}" for name, value in kept
+    )
+
+
+def printable(text: str) -> str:
+    """Text of any origin on one line: what would move the cursor is escaped."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
 
 
 def bytes_text(number: int) -> str:

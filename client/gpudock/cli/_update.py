@@ -8,32 +8,33 @@ import click
 
 from gpudock import Client, Container, OperationCall
 from gpudock._enums import words_of
-from gpudock.cli import _operation_views, _views
-from gpudock.cli._follow import follow
+from gpudock.cli._change import change, validate_only_option, yes_option
+from gpudock.cli._edit_options import EditFlags, changes_of, edit_options
+from gpudock.cli._gpu_options import chosen_gpus, gpu_choice_of
 from gpudock.cli._session import Session
 from gpudock.cli._snapshot_options import snapshots_option
-from gpudock.cli._spec_options import SpecFlags, changes_of_flags, clear_option, spec_options
+from gpudock.cli._spec_options import SpecFlags, fields_of_flags, parts_of_flags, spec_options
 from gpudock.v1.container_service_pb2 import FilesPolicy, PullPolicy
 
 
-class _Flags(SpecFlags):
+class _Flags(SpecFlags, EditFlags):
     """The options as click hands them over."""
 
     name: str
     image: str | None
     files: str | None
     pull: str
-    clear: tuple[str, ...]
     snapshots: str | None
     validate_only: bool
+    yes: bool
 
 
 @click.command()
 @click.argument("name")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
-@click.option("--image", help="Another image; what becomes of the files is for --files to say.")
+@click.option("--image", help="Another image; --files says what becomes of the files.")
 @spec_options
-@clear_option
+@edit_options
 @click.option(
     "--files",
     type=click.Choice(words_of(FilesPolicy)),
@@ -47,37 +48,40 @@ class _Flags(SpecFlags):
     help="Whether the image is pulled first.",
 )
 @snapshots_option
-@click.option("--validate-only", is_flag=True, help="Show what would be done, and do nothing.")
+@validate_only_option
+@yes_option
 @click.pass_obj
 def update(session: Session, **flags: Unpack[_Flags]) -> None:
-    """Change what a container is to be; its files stay.
+    """Change the spec of a container; its files stay.
 
-    Each option takes the place of all that the container has of its kind: with -e A=1 that is its one variable.
-    COMMAND stands after `--`: gpudock update train -e LR=0.1 -- python train.py
+    -e, -v, --tmpfs, -p and --label add to what the container has, or replace the entry of that name; --env-rm,
+    --volume-rm, --port-rm and --label-rm remove one. COMMAND stands after `--`.
+
+    For instance: gpudock update train -e LR=0.1 --env-rm DEBUG -- python train.py
     """
-    changes = _changes(flags)
-    if not changes:
+    given, parts, choice = fields_of_flags(flags), parts_of_flags(flags), gpu_choice_of(flags)
+    if flags["image"] is not None:
+        given = {"image": flags["image"], **given}
+    if choice is None and not changes_of(given, parts, flags):
         raise click.UsageError("nothing to change: give --image, --env, --publish, --clear or another option")
-    if flags["validate_only"]:
-        plan = session.run(lambda client: _begin(client, flags, changes).plan())
-        session.show(plan, _operation_views.plan)
-        return
-    updated = session.run(lambda client: follow(_begin(client, flags, changes), flags["name"]))
-    session.show(updated, _views.one_container)
+    gpus, etag = session.run(lambda client: chosen_gpus(client, flags["name"], choice))
+    changes = changes_of(given if gpus is None else {**given, "gpus": gpus}, parts, flags)
+
+    def begin(client: Client, validate_only: bool, etag: str) -> OperationCall[Container]:  # noqa: FBT001 - as Begin has it
+        return _begin(client, flags, changes, etag, validate_only=validate_only)
+
+    change(session, flags["name"], begin, etag=etag, validate_only=flags["validate_only"], yes=flags["yes"])
 
 
-def _changes(flags: _Flags) -> dict[str, Any]:
-    """The fields of the spec that change, with their values."""
-    changes = changes_of_flags(flags, flags["clear"])
-    return changes if flags["image"] is None else {"image": flags["image"], **changes}
-
-
-def _begin(client: Client, flags: _Flags, changes: dict[str, Any]) -> OperationCall[Container]:
+def _begin(
+    client: Client, flags: _Flags, changes: dict[str, Any], etag: str, *, validate_only: bool
+) -> OperationCall[Container]:
     return client.containers.update(
         flags["name"],
         files=flags["files"],
         pull=flags["pull"],
         snapshots=flags["snapshots"],
-        validate_only=flags["validate_only"],
+        validate_only=validate_only,
+        etag=etag,
         **changes,
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gpudock._enums import word_of
+from gpudock.cli._spec_views import spec_rows
 from gpudock.cli._text import age_text, bytes_text, fields, moment_text, table
 from gpudock.v1.committed_image_pb2 import CommittedImage
-from gpudock.v1.container_pb2 import Container, ContainerHealth, ContainerState, RestartPolicyKind
+from gpudock.v1.container_pb2 import Container, ContainerHealth, ContainerState
 from gpudock.v1.drift_pb2 import Drift, DriftKind, DriftRemedy, DriftSeverity
 from gpudock.v1.gpu_pb2 import Gpu, GpuHealth, MigMode
 from gpudock.v1.node_pb2 import LayerCarrySupport, Node, NodeComponent
@@ -57,8 +58,7 @@ def committed_image(item: CommittedImage) -> str:
 
 def container(item: Container) -> str:
     """All there is to say, a line for each thing."""
-    spec, status = item.spec, item.status
-    restart = word_of(RestartPolicyKind, spec.restart_policy.policy).lower().replace("_", "-")
+    status = item.status
     return fields(
         (
             ("name", item.name),
@@ -69,20 +69,13 @@ def container(item: Container) -> str:
             ("message", status.message),
             ("exit code", str(status.exit_code) if status.HasField("exit_code") else ""),
             ("revision", str(item.revision)),
-            ("image", spec.image),
-            ("command", " ".join([*spec.entrypoint, *spec.command])),
+            *spec_rows(item.spec),
             ("GPUs", ", ".join(status.gpu_uuids) or "none"),
             ("ports", ", ".join(map(binding, status.ports))),
             ("holds resources", "yes" if status.holds_resources else "no"),
-            ("CPUs", f"{spec.cpus:g}" if spec.cpus else ""),
-            ("memory", bytes_text(spec.memory_bytes) if spec.memory_bytes else ""),
-            ("shm", bytes_text(spec.shm_size_bytes) if spec.shm_size_bytes else ""),
-            ("pids limit", str(spec.pids_limit) if spec.pids_limit else ""),
-            ("mounts", ", ".join(f"{each.volume or each.host_path or 'tmpfs'}:{each.target}" for each in spec.mounts)),
-            ("labels", ", ".join(f"{key}={value}" for key, value in sorted(spec.labels.items()))),
-            ("restart", restart if spec.HasField("restart_policy") else ""),
             ("restarts", str(status.restart_count) if status.restart_count else ""),
             ("operation", status.operation_id),
+            ("image id", status.image_id),
             ("engine id", status.engine_id),
             ("created", moment_text(item.create_time)),
             ("started", moment_text(status.start_time)),

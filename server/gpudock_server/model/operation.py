@@ -19,6 +19,7 @@ from gpudock_server.model.container import Container, Placement, PortBinding
 from gpudock_server.model.image import CommittedImage
 from gpudock_server.model.record import JsonObject, Record
 from gpudock_server.model.snapshot import SnapshotKind
+from gpudock_server.model.spec import ContainerSpec
 from gpudock_server.model.target import Target
 from gpudock_server.model.volume import Volume
 
@@ -123,6 +124,9 @@ class OperationPlan(Record):
     carry_method: CarryMethod = CarryMethod.NONE
     snapshot: SnapshotKind | None = None
     warnings: tuple[str, ...] = ()
+    # What the spec is before and afterwards, where it can change. Of a plan alone: a record has no room for two specs.
+    old_spec: ContainerSpec | None = Field(default=None, exclude=True)
+    new_spec: ContainerSpec | None = Field(default=None, exclude=True)
 
 
 class RecordedError(Record):

@@ -121,8 +121,8 @@ async def draft(world: World, command: Clone) -> Draft:
     source = view.container
     if view.operation_id:
         raise ContainerBusy(container=source.name, operation_id=view.operation_id)
-    spec, files = await _found(world, source, command.revision)
-    spec = spec.changed(**command.changes)
+    found, files = await _found(world, source, command.revision)
+    spec = command.change.apply(found)
     check_limits(world.limits, spec)
     volumes = await check_mounts(world, spec.mounts)
     clone_uid = str(uuid.uuid4())
@@ -160,6 +160,8 @@ async def draft(world: World, command: Clone) -> Draft:
             bytes_to_move=files.bytes_to_move,
             bytes_available=files.bytes_available,
             carry_method=_CARRIED_BY[files.origin],
+            old_spec=found,
+            new_spec=spec,
             warnings=(*files.warnings, *_left_behind(source, spec)),
         ),
         claims=[Claim(world.host, key, world.holder(container)) for key in proposal.to_claim],

@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 from gpudock_server.model.engine import RegistryAuth
 from gpudock_server.model.spec import ContainerSpec, GpuRequest, SnapshotPolicy
+
+
+class SpecChange(Protocol):
+    """A change of a spec, whole fields of it or single entries, whose new values are valid by themselves."""
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """The fields of the spec that it can change."""
+        ...
+
+    def apply(self, before: ContainerSpec) -> ContainerSpec:
+        """The changed spec. Raises InvalidArgument if the result is not valid."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FieldChange:
+    """One field of a spec gets another value, which is valid."""
+
+    field: str
+    value: object
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """That field."""
+        return frozenset({self.field})
+
+    def apply(self, before: ContainerSpec) -> ContainerSpec:
+        """The changed spec."""
+        return before.changed(**{self.field: self.value})
 
 
 class PullPolicy(StrEnum):
@@ -116,10 +146,10 @@ class FilesPolicy(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """Give these fields of the spec these values. `files` None refuses another image."""
+    """Change the spec. `files` None refuses another image."""
 
     name: str
-    changes: Mapping[str, object]
+    change: SpecChange
     files: FilesPolicy | None = None
     pull_policy: PullPolicy = PullPolicy.MISSING
     registry_auth: RegistryAuth | None = None
@@ -140,12 +170,12 @@ class Rollback:
 
 @dataclass(frozen=True, slots=True)
 class Clone:
-    """Make a container of a revision of another one (0: of what it is now), with these fields of its spec different."""
+    """Make a container of a revision of another one (0: of what it is now), with `change` made to its spec."""
 
     name: str
     source: str
+    change: SpecChange
     revision: int = 0
-    changes: Mapping[str, object] = field(default_factory=dict)
     owner: str = ""
     create_only: bool = False
 

@@ -213,6 +213,8 @@ def _plan(arguments: ChangeArguments, carry: CarryPlan, had: Placement) -> Opera
         carry_method=carry.method,
         snapshot=keep.kind,
         warnings=(*carry.warnings, *keep.warnings, *arguments.source.warnings),
+        old_spec=arguments.old_spec,
+        new_spec=arguments.spec,
     )
 
 

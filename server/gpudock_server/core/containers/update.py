@@ -14,29 +14,29 @@ from gpudock_server.model.operation import OperationKind
 
 
 async def draft_update(world: World, command: Update) -> Draft:
-    """The same container, with some fields of its spec replaced."""
+    """The same container, with another spec."""
     view = await world.lookup(command.name, command.etag)
     container, state = view.container, view.container.status.state
     if state is ContainerState.PAUSED:
         raise ContainerPaused(container=command.name)
     if state is not ContainerState.RUNNING and state not in DOES_NOT_RUN:
         raise ContainerNotRunning(container=command.name, state=state.value)
+    spec = command.change.apply(container.spec)
     wanted = Wanted(
         OperationKind.UPDATE,
-        container.spec.changed(**command.changes),
+        spec,
         runs=state is ContainerState.RUNNING,
         snapshots=command.snapshots,
-        source=await _source(world, container, command),
+        source=await _source(world, container, command, spec.image),
         registry_auth=command.registry_auth,
     )
     return await draft(world, view, wanted)
 
 
-async def _source(world: World, container: Container, command: Update) -> Source:
+async def _source(world: World, container: Container, command: Update, image: str) -> Source:
     """The files of today on the image they were written on; on another one, what the caller says."""
-    if "image" not in command.changes:
+    if "image" not in command.change.fields:
         return Source()
-    image = str(command.changes["image"])
     choice = await _choice(world, image, command, container.owner)
     image_id = choice.image_id
     current = container.engine.user_image_id if container.engine else ""

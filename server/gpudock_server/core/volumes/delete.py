@@ -15,7 +15,7 @@ from functools import partial
 
 from typing_extensions import override
 
-from gpudock_server.core.containers.commands import Update
+from gpudock_server.core.containers.commands import FieldChange, Update
 from gpudock_server.core.containers.mounting import attached
 from gpudock_server.core.containers.planning import DOES_NOT_RUN
 from gpudock_server.core.containers.update import draft_update
@@ -101,7 +101,7 @@ async def draft_without(world: World, target: Target, volume: str) -> Draft:
     if view.container.status.state not in DOES_NOT_RUN:
         raise VolumeInUse(volume=volume, holders=(target.name,))
     mounts = tuple(mount for mount in view.container.spec.mounts if mount.volume != volume)
-    return await draft_update(world, Update(name=target.name, changes={"mounts": mounts}))
+    return await draft_update(world, Update(name=target.name, change=FieldChange("mounts", mounts)))
 
 
 class DeleteSaga(VolumeSaga):

@@ -18,6 +18,8 @@ from gpudock_server.model.operation import (
 from gpudock_server.model.target import TargetKind
 from gpudock_server.rpc.convert.port import binding_message
 from gpudock_server.rpc.convert.revision import SNAPSHOT_KINDS
+from gpudock_server.rpc.convert.spec import spec_message
+from gpudock_server.rpc.convert.spec_changes import spec_changes
 from gpudock_server.rpc.convert.times import timestamp
 
 _OF_VOLUMES = (
@@ -140,7 +142,16 @@ def _plan(record: Operation) -> operation_pb2.OperationPlan:
         carry_method=CARRY_METHODS[plan.carry_method],
         warnings=plan.warnings,
         snapshot=SNAPSHOT_KINDS[plan.snapshot] if plan.snapshot is not None else None,
+        spec_changes=_spec_changes(record),
     )
+
+
+def _spec_changes(record: Operation) -> list[operation_pb2.SpecChange]:
+    before, after = record.plan.old_spec, record.plan.new_spec
+    # Of an operation that runs, only the daemon that began it would know them, and each snapshot would repeat them.
+    if record.state is not OperationState.PLANNED or before is None or after is None:
+        return []
+    return spec_changes(spec_message(before), spec_message(after))
 
 
 def _error(error: RecordedError) -> operation_pb2.OperationError:

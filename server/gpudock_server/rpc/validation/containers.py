@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import timedelta
-from typing import TypeAlias
 
 from google.protobuf.duration_pb2 import Duration
-from gpudock.v1 import container_pb2, container_service_pb2, registry_auth_pb2
+from gpudock.v1 import container_service_pb2, registry_auth_pb2
 
 from gpudock_server.core.containers.commands import (
     Clone,
@@ -29,6 +28,7 @@ from gpudock_server.core.containers.commands import (
 from gpudock_server.model.engine import RegistryAuth
 from gpudock_server.rpc.validation import fields
 from gpudock_server.rpc.validation.spec import MAX_STOP_TIMEOUT, cpus, gpus, memory, shm_size, snapshot_policy, spec
+from gpudock_server.rpc.validation.spec_change import SPEC_FIELDS, spec_change
 from gpudock_server.rpc.validation.violations import Violations
 
 _PULL_POLICIES: Mapping[int, PullPolicy] = {
@@ -42,10 +42,7 @@ _FILES_POLICIES: Mapping[int, FilesPolicy | None] = {
 }
 # Keys in etcd have ten digits for it.
 _MAX_REVISION = 9_999_999_999
-_ANY_IMAGE = "image"
-_SPEC_FIELDS = tuple(field.name for field in container_pb2.ContainerSpec.DESCRIPTOR.fields)
-_SPEC_FIELDS_OF_CLONES = tuple(name for name in _SPEC_FIELDS if name != "image")
-_Masked: TypeAlias = container_service_pb2.UpdateContainerRequest | container_service_pb2.CloneContainerRequest
+_FIELDS_OF_CLONES = tuple(name for name in SPEC_FIELDS if name != "image")
 _SCALABLE = ("gpus", "cpus", "memory_bytes", "shm_size_bytes")
 
 
@@ -150,14 +147,14 @@ def scale(request: container_service_pb2.ScaleContainerRequest) -> Scale:
 
 
 def update(request: container_service_pb2.UpdateContainerRequest) -> Update:
-    """Fields of a container's spec to be replaced."""
+    """A container's spec to be changed."""
     violations = _common(request)
-    masked = _masked(violations, request, _SPEC_FIELDS)
-    if not request.update_mask.paths and not masked:
-        violations.add("update_mask", "is required where `spec` sets no field")
+    change = spec_change(violations, request, SPEC_FIELDS)
+    if not request.update_mask.paths and not change.fields:
+        violations.add("update_mask", "is required where `spec` sets no field and `edits` nothing")
     command = Update(
         name=request.name,
-        changes=_changes(violations, request.spec, masked),
+        change=change,
         files=fields.choice(violations, "files", request.files, _FILES_POLICIES, None),
         pull_policy=fields.choice(violations, "pull_policy", request.pull_policy, _PULL_POLICIES, PullPolicy.MISSING),
         registry_auth=_registry_auth(violations.at("registry_auth"), request.registry_auth),
@@ -175,44 +172,16 @@ def clone(request: container_service_pb2.CloneContainerRequest) -> Clone:
     fields.optional_uuid(violations, "request_id", request.request_id)
     if request.spec.image and not request.update_mask.paths:
         violations.add("spec.image", "a clone is on the image of its source; UpdateContainer can change that")
-    masked = _masked(violations, request, _SPEC_FIELDS_OF_CLONES)
     command = Clone(
         name=fields.name(violations, "name", request.name),
         source=fields.name(violations, "source", request.source),
         revision=fields.in_range(violations, "revision", request.revision, 0, _MAX_REVISION),
-        changes=_changes(violations, request.spec, masked),
+        change=spec_change(violations, request, _FIELDS_OF_CLONES),
         owner=request.owner,
         create_only=request.create_only,
     )
     violations.raise_any()
     return command
-
-
-def _changes(violations: Violations, asked: container_pb2.ContainerSpec, masked: set[str]) -> dict[str, object]:
-    """The values of these fields of a spec; nothing else in it is looked at."""
-    partial = container_pb2.ContainerSpec()
-    partial.CopyFrom(asked)
-    for field in set(_SPEC_FIELDS) - masked:
-        partial.ClearField(field)  # type: ignore[arg-type]  # each is one of its literals
-    if "image" not in masked:
-        # Required of a whole spec, of which this is a part.
-        partial.image = _ANY_IMAGE
-    checked = spec(violations.at("spec"), partial)
-    return {field: getattr(checked, field) for field in sorted(masked)}
-
-
-def _masked(violations: Violations, request: _Masked, known: Sequence[str]) -> set[str]:
-    """The names of the fields that change."""
-    given = {field.name for field, _ in request.spec.ListFields()} & set(known)
-    paths = set(request.update_mask.paths)
-    if paths == {"*"}:
-        return set(known)
-    unknown = sorted(paths - set(known))
-    if unknown:
-        # A few will do: a mask may have a million of them.
-        named = ", ".join(repr(path[:60]) for path in unknown[:5])
-        violations.add("update_mask", f"{named}: not a field of the spec; it has {', '.join(known)}, or `*` for all")
-    return paths & set(known) or given
 
 
 def rollback(request: container_service_pb2.RollbackContainerRequest) -> Rollback:

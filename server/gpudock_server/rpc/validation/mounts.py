@@ -19,18 +19,18 @@ _DEVICE_REQUESTS = ("/var/run/nvidia-container-devices", "/run/nvidia-container-
 _VOLUME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,254}", re.ASCII)
 
 
-def mounts(violations: Violations, messages: Iterable[container_pb2.Mount]) -> tuple[Mount, ...]:
-    """Check all mounts of a spec, each at another target."""
+def mounts(violations: Violations, messages: Iterable[container_pb2.Mount], field: str = "mounts") -> tuple[Mount, ...]:
+    """Check the mounts of a spec, or those that `field` adds to it, each at another target."""
     asked = tuple(messages)
     if len(asked) > _MAX_MOUNTS:
-        violations.add("mounts", f"must have at most {_MAX_MOUNTS} entries")
+        violations.add(field, f"must have at most {_MAX_MOUNTS} entries")
         return ()
     targets: dict[str, int] = {}
     for index, message in enumerate(asked):
         first = targets.setdefault(message.target, index)
         if first != index:
-            violations.at("mounts", index).add("target", f"is mounted twice, first in mounts[{first}]")
-    return tuple(_mount(violations.at("mounts", index), message) for index, message in enumerate(asked))
+            violations.at(field, index).add("target", f"is mounted twice, first in {field}[{first}]")
+    return tuple(_mount(violations.at(field, index), message) for index, message in enumerate(asked))
 
 
 def _mount(violations: Violations, message: container_pb2.Mount) -> Mount:

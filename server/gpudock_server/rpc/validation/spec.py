@@ -87,7 +87,7 @@ def spec(violations: Violations, message: container_pb2.ContainerSpec) -> Contai
         shm_size_bytes=shm_size(violations, message.shm_size_bytes),
         pids_limit=_pids_limit(violations, message.pids_limit),
         mounts=mounts(violations, message.mounts),
-        ports=_ports(violations, message.ports),
+        ports=ports(violations, message.ports),
         restart_policy=_restart_policy(violations.at("restart_policy"), message.restart_policy),
         stop_signal=fields.signal(violations, "stop_signal", message.stop_signal) if message.stop_signal else "",
         stop_timeout=fields.duration(violations, "stop_timeout", message.stop_timeout, timedelta(0), MAX_STOP_TIMEOUT)
@@ -172,39 +172,42 @@ def _hostname(violations: Violations, message: container_pb2.ContainerSpec) -> s
     return value
 
 
-def labels(violations: Violations, values: Mapping[str, str]) -> dict[str, str]:
+def labels(violations: Violations, values: Mapping[str, str], field: str = "labels") -> dict[str, str]:
     """What a caller attaches to a container or a volume."""
     found = dict(values)
     if len(found) > _MAX_LABELS:
-        violations.add("labels", f"must have at most {_MAX_LABELS} entries")
+        violations.add(field, f"must have at most {_MAX_LABELS} entries")
         return found
     for key, value in found.items():
         if not _LABEL_KEY.fullmatch(key):
-            violations.add("labels", "a key must match ^[A-Za-z0-9]([A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?$", key)
+            violations.add(field, "a key must match ^[A-Za-z0-9]([A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?$", key)
         elif key.startswith(RESERVED_LABEL_PREFIX):
-            violations.add("labels", f"keys that begin with {RESERVED_LABEL_PREFIX} are the server's", key)
+            violations.add(field, f"keys that begin with {RESERVED_LABEL_PREFIX} are the server's", key)
         if fields.NUL in value or len(value.encode()) > _MAX_LABEL_BYTES:
-            violations.add("labels", f"a value must have at most {_MAX_LABEL_BYTES} bytes and no NUL", key)
+            violations.add(field, f"a value must have at most {_MAX_LABEL_BYTES} bytes and no NUL", key)
     return found
 
 
-def _ports(violations: Violations, messages: Iterable[container_pb2.PortRequest]) -> tuple[PortRequest, ...]:
+def ports(
+    violations: Violations, messages: Iterable[container_pb2.PortRequest], field: str = "ports"
+) -> tuple[PortRequest, ...]:
+    """Check the ports of a spec, or those that `field` adds to it."""
     asked = tuple(messages)
     if len(asked) > _MAX_PORTS:
-        violations.add("ports", f"must have at most {_MAX_PORTS} entries")
+        violations.add(field, f"must have at most {_MAX_PORTS} entries")
         return ()
     inside: dict[tuple[int, Protocol], int] = {}
     outside: dict[tuple[int, Protocol], int] = {}
     found = []
     for index, message in enumerate(asked):
-        here = violations.at("ports", index)
+        here = violations.at(field, index)
         port = _port(here, message)
         first = inside.setdefault((port.container_port, port.protocol), index)
         if first != index:
-            here.add("container_port", f"is asked for twice, first in ports[{first}]")
+            here.add("container_port", f"is asked for twice, first in {field}[{first}]")
         first = outside.setdefault((port.host_port, port.protocol), index)
         if port.host_port and first != index:
-            here.add("host_port", f"is asked for twice, first in ports[{first}]")
+            here.add("host_port", f"is asked for twice, first in {field}[{first}]")
         found.append(port)
     return tuple(found)
 

@@ -27,6 +27,11 @@ class Violations:
         self._found.append(FieldViolation(self._join(field, key), description))
 
     @property
+    def found(self) -> tuple[FieldViolation, ...]:
+        """All of it."""
+        return tuple(self._found)
+
+    @property
     def any(self) -> bool:
         """Whether something is wrong."""
         return bool(self._found)

@@ -1,0 +1,55 @@
+"""A change of a container: its plan alone, or the change itself, after a question where it restarts the process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TypeAlias, TypeVar
+
+import click
+
+from gpudock import Client, Container, OperationCall, OperationPlan
+from gpudock.cli import _operation_views, _views
+from gpudock.cli._follow import follow
+from gpudock.cli._session import Session
+
+F = TypeVar("F", bound=Callable[..., object])
+
+# What begins the change, with `validate_only` and `etag`.
+Begin: TypeAlias = Callable[[Client, bool, str], OperationCall[Container]]
+
+validate_only_option = click.option(
+    "--validate-only", is_flag=True, help="Show what would be done and what would change, and do nothing."
+)
+yes_option = click.option(
+    "-y", "--yes", is_flag=True, help="Do not ask before the process is restarted. Nothing is asked without a terminal."
+)
+
+
+def change(session: Session, name: str, begin: Begin, *, etag: str = "", validate_only: bool, yes: bool) -> None:
+    """Make the change of the container `name` and show the container, or show the plan alone."""
+    if validate_only:
+        plan = session.run(lambda client: begin(client, True, etag).plan())  # noqa: FBT003 - as Begin has it
+        session.show(plan, _operation_views.plan)
+        return
+    if not yes and sys.stdin.isatty() and sys.stderr.isatty():
+        etag = _confirmed(session, name, begin, etag)
+    changed = session.run(lambda client: follow(begin(client, False, etag), name))  # noqa: FBT003 - likewise
+    session.show(changed, _views.one_container)
+
+
+def _confirmed(session: Session, name: str, begin: Begin, etag: str) -> str:
+    """Ask if the process is to be restarted; returns the etag that the shown plan was made for."""
+
+    async def planned(client: Client) -> tuple[OperationPlan, str]:
+        current = etag or (await client.containers.get(name)).etag
+        return await begin(client, True, current).plan(), current  # noqa: FBT003 - as Begin has it
+
+    plan, current = session.run(planned)
+    if plan.restarts_process:
+        changes = _operation_views.spec_changes(plan.spec_changes)
+        click.echo(f"{changes}\n" if changes else "", nl=False, err=True)
+        if not click.confirm(f"This stops and restarts the process of {name}. Go on?", err=True):
+            click.echo("nothing was changed", err=True)
+            sys.exit(1)
+    return current

@@ -1,0 +1,267 @@
+"""Changing a container's spec by the command: what is sent, what is shown, and what is asked at a terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pty
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from google.protobuf.duration_pb2 import Duration
+from gpudock import Container, ContainerSpec, Mount
+from gpudock.cli import main
+from gpudock.cli._views import container as container_view
+from gpudock.v1 import container_pb2, gpu_pb2, node_service_pb2, operation_pb2
+from gpudock.v1 import container_service_pb2 as pb
+
+from tests.clients import messages
+from tests.clients.command import DEADLINE, read_until, run, spawn
+from tests.clients.scripted import Context, ScriptedServer, saying
+
+CHANGES = (
+    operation_pb2.SpecChange(path="env.C", new_value="3"),
+    operation_pb2.SpecChange(path="env.A", old_value="a\x1b[2Jb"),
+    operation_pb2.SpecChange(path="memory_bytes", old_value="1073741824", new_value="1073741825"),
+)
+
+
+@pytest.fixture
+def changing(server: ScriptedServer) -> ScriptedServer:
+    """Has a container with the etag `e1`; its changes restart the process."""
+
+    def answering(response: Any) -> Any:
+        async def answer(request: Any, _: Context) -> AsyncIterator[Any]:
+            if request.validate_only:
+                plan = operation_pb2.OperationPlan(stages=["stop"], restarts_process=True, spec_changes=CHANGES)
+                yield response(operation=operation_pb2.Operation(plan=plan))
+            else:
+                yield response(result=messages.container())
+
+        return answer
+
+    container = messages.container()
+    container.etag = "e1"
+    container.spec.gpus.CopyFrom(container_pb2.GpuRequest(count=1, model="a100", min_memory_bytes=7))
+    server.on("GetContainer", saying(pb.GetContainerResponse(container=container)))
+    for name in ("Update", "Scale", "Rollback", "Start"):
+        server.on(f"{name}Container", answering(getattr(pb, f"{name}ContainerResponse")))
+    return server
+
+
+async def test_update_adds_and_removes_entries(changing: ScriptedServer) -> None:
+    """All but the entries that were named was removed: -e C=3 left C alone in the environment."""
+    options = (
+        *("-e", "C=3", "--env-rm", "A", "-v", "second:/s", "--tmpfs", "/t", "--volume-rm", "/data"),
+        *("-p", "9999", "--port-rm", "8888", "--port-rm", "53/udp", "--label", "a=b", "--label-rm", "team"),
+    )
+    ended = await run(changing.address, "update", "train", *options)
+    assert ended.code == 0, ended
+    [request] = changing.requests["UpdateContainer"]
+    assert (list(request.update_mask.paths), request.spec) == ([], ContainerSpec())
+    assert request.edits == pb.ContainerSpecEdits(
+        set_env={"C": "3"},
+        remove_env=["A"],
+        add_mounts=[Mount(volume="second", target="/s"), Mount(tmpfs=container_pb2.TmpfsMount(), target="/t")],
+        remove_mounts=["/data"],
+        add_ports=[container_pb2.PortRequest(container_port=9999, protocol=1)],  # type: ignore[arg-type]
+        remove_ports=[
+            pb.ContainerPort(container_port=8888, protocol=1),  # type: ignore[arg-type]
+            pb.ContainerPort(container_port=53, protocol=2),  # type: ignore[arg-type]
+        ],
+        set_labels={"a": "b"},
+        remove_labels=["team"],
+    )
+
+
+async def test_replacing_all_is_said(changing: ScriptedServer) -> None:
+    options = ("-e", "C=3", "--replace-env", "-p", "80", "--replace-ports", "--label-rm", "x", "--clear", "mounts")
+    assert (await run(changing.address, "update", "train", *options)).code == 0
+    [request] = changing.requests["UpdateContainer"]
+    assert sorted(request.update_mask.paths) == ["env", "mounts", "ports"]
+    assert dict(request.spec.env) == {"C": "3"}
+    assert request.edits == pb.ContainerSpecEdits(remove_labels=["x"])
+
+
+async def test_parts_of_a_message_leave_its_other_parts(changing: ScriptedServer) -> None:
+    options = ("--keep-for", "2h", "--keep-files", "cheap", "--health-cmd", "true")
+    assert (await run(changing.address, "update", "train", *options)).code == 0
+    [request] = changing.requests["UpdateContainer"]
+    assert sorted(request.update_mask.paths) == [
+        "health_check.command",
+        "revision_policy.keep_for",
+        "revision_policy.snapshots",
+    ]
+
+
+@pytest.mark.parametrize("command", ["update", "scale", "start"])
+async def test_a_number_of_gpus_leaves_their_kind_as_it_is(changing: ScriptedServer, command: str) -> None:
+    assert (await run(changing.address, command, "train", "--gpus", "2")).code == 0
+    assert (
+        await run(changing.address, command, "train", "--gpus", "2", "--gpu-model", "", "--gpu-memory", "8")
+    ).code == 0
+    first, second = changing.requests[f"{command.title()}Container"]
+    asked = [request.spec.gpus if command == "update" else request.gpus for request in (first, second)]
+    assert asked[0] == container_pb2.GpuRequest(count=2, model="a100", min_memory_bytes=7)
+    assert asked[1] == container_pb2.GpuRequest(count=2, min_memory_bytes=8)
+    assert first.etag == "e1", "what the kind was read from"
+
+
+async def test_all_gpus_are_those_that_are_free_or_its_own(changing: ScriptedServer) -> None:
+    def card(number: int, **fields: Any) -> gpu_pb2.Gpu:
+        return gpu_pb2.Gpu(
+            **{"uuid": f"GPU-{number}", "name": "NVIDIA A100", "memory_total_bytes": 80, "schedulable": True, **fields}
+        )
+
+    cards = [
+        card(0),
+        card(1, container="train"),
+        card(2, container="other"),
+        card(3, schedulable=False),
+        card(4, name="T4"),
+        card(5, memory_total_bytes=6),
+    ]
+    changing.on("ListGpus", saying(node_service_pb2.ListGpusResponse(gpus=cards)))
+    ended = await run(changing.address, "scale", "train", "--gpus", "all")
+    assert (ended.code, ended.err) == (0, "--gpus all: 2\n"), ended
+    assert changing.requests["ScaleContainer"][0].gpus.count == 2
+    changing.on("ListGpus", saying(node_service_pb2.ListGpusResponse(gpus=cards[2:])))
+    refused = await run(
+        changing.address, "create", "train", "busybox", "--gpus", "all", "--gpu-model", "a100", "--gpu-memory", "9"
+    )
+    assert (refused.code, refused.out) == (4, "")
+    assert "no GPU that matches is free" in refused.err
+    assert not changing.requests["CreateContainer"]
+
+
+DIFFERENCE = [
+    "+ env.C: 3",
+    r"- env.A: a\x1b[2Jb",
+    "- memory_bytes: 1073741824 (1.0 GiB)",
+    "+ memory_bytes: 1073741825 (1.0 GiB)",
+]
+
+
+async def test_a_plan_shows_what_changes_in_the_spec(changing: ScriptedServer) -> None:
+    ended = await run(changing.address, "update", "train", "-e", "C=3", "--validate-only")
+    assert [line.removeprefix("spec:").strip() for line in ended.out.splitlines()[-4:]] == DIFFERENCE
+    [request] = changing.requests["UpdateContainer"]
+    assert request.validate_only
+
+
+@pytest.mark.parametrize(
+    ("words", "rpc"),
+    [
+        ("update train -e C=3", "UpdateContainer"),
+        ("scale train --memory 1g", "ScaleContainer"),
+        ("rollback train 1", "RollbackContainer"),
+    ],
+)
+@pytest.mark.parametrize("answer", ["y", "n"])
+async def test_a_restart_is_asked_for_at_a_terminal(
+    changing: ScriptedServer, words: str, rpc: str, answer: str
+) -> None:
+    ours, theirs = pty.openpty()
+    process = await spawn(changing.address, *words.split(), stdin=theirs, stdout=theirs, stderr=theirs)
+    try:
+        shown = (await read_until(ours, b"[y/N]: ")).decode().replace("\r\n", "\n")
+        assert shown.startswith("\n".join(DIFFERENCE) + "\nThis stops and restarts the process of train. Go on?")
+        os.write(ours, f"{answer}\n".encode())
+        assert await asyncio.wait_for(process.wait(), DEADLINE) == (0 if answer == "y" else 1)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    planned, *made = changing.requests[rpc]
+    assert (planned.validate_only, planned.etag) == (True, "e1")
+    assert [(request.validate_only, request.etag) for request in made] == ([(False, "e1")] if answer == "y" else [])
+
+
+async def test_yes_goes_on_without_a_question(changing: ScriptedServer) -> None:
+    ours, theirs = pty.openpty()
+    words = ("update", "train", "-e", "C=3", "-y")
+    process = await spawn(changing.address, *words, stdin=theirs, stdout=theirs, stderr=theirs)
+    try:
+        assert await asyncio.wait_for(process.wait(), DEADLINE) == 0
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    [request] = changing.requests["UpdateContainer"]
+    assert not request.validate_only
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("update c -e A=1 --clear env", "--clear env does not go with a value for it; to replace all, --replace-env"),
+        ("update c --user a --clear user", "--clear user does not go with a value for it"),
+        ("update c --env-rm A --clear env", "--clear env removes all; --env-rm does not go with it"),
+        ("update c --replace-env", "--replace-env needs -e; to remove all: --clear env"),
+        ("update c --replace-ports -p 80 --port-rm 81", "--replace-ports does not go with --port-rm"),
+        ("update c --port-rm 8080:80", "give the container's port alone, such as 80"),
+        ("clone c d --replace-volumes", "--replace-volumes needs -v or --tmpfs"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(arguments: str, said: str) -> None:
+    result = CliRunner().invoke(main, ["--address", "/nowhere", *arguments.split()])
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.split())
+
+
+WHOLE = ContainerSpec(
+    image="busybox",
+    entrypoint=["/bin/sh", "-c"],
+    command=["sleep 9"],
+    env={"LR": "0.1", "TWO": "a\nb"},
+    working_dir="/work",
+    user="1000:1000",
+    hostname="box",
+    tty=True,
+    stdin=True,
+    labels={"team": "ml"},
+    gpus=container_pb2.GpuRequest(count=2, model="a100", min_memory_bytes=1 << 30),
+    cpus=1.5,
+    memory_bytes=3 << 30,
+    shm_size_bytes=5 << 20,
+    pids_limit=77,
+    mounts=[Mount(volume="data", target="/data", read_only=True)],
+    ports=[container_pb2.PortRequest(container_port=80, host_port=8080)],
+    restart_policy=container_pb2.RestartPolicy(policy=container_pb2.RESTART_POLICY_KIND_ON_FAILURE, max_retry_count=3),
+    stop_signal="SIGINT",
+    stop_timeout=Duration(seconds=7),
+    health_check=container_pb2.HealthCheck(command=["true"], interval=Duration(seconds=9), retries=4),
+    revision_policy=container_pb2.RevisionPolicy(
+        snapshots=container_pb2.SNAPSHOT_POLICY_CHEAP, keep_revisions=6, keep_for=Duration(seconds=90)
+    ),
+)
+
+
+def test_get_shows_all_that_was_set() -> None:
+    """The environment, the user, the health check and most other fields were not shown."""
+    shown = container_view(Container(spec=WHOLE))
+    for field in ContainerSpec.DESCRIPTOR.fields:
+        assert getattr(WHOLE, field.name), f"{field.name} is not set here"
+        rest = ContainerSpec()
+        rest.CopyFrom(WHOLE)
+        rest.ClearField(field.name)  # type: ignore[arg-type] # by name
+        assert container_view(Container(spec=rest)) != shown, f"{field.name} is not shown"
+    for text in ("LR=0.1\n", r"TWO=a\nb", "data:/data:ro", '2 of model "a100" with 1.0 GiB or more', "8080:80/tcp"):
+        assert text in shown
+    for text in (
+        "on-failure:3",
+        "SIGINT",
+        "7s",
+        "true; every 9s; 4 failures",
+        "files kept: cheap, 6 revisions, for 90s",
+    ):
+        assert text in shown
+
+
+async def test_inspect_shows_json_and_output_is_taken_after_the_command(changing: ScriptedServer) -> None:
+    inspected = json.loads((await run(changing.address, "inspect", "train")).out)
+    assert inspected["name"] == "train"
+    assert json.loads((await run(changing.address, "get", "train", "-o", "json")).out) == inspected
+    assert json.loads((await run(changing.address, "get", "-o", "json", "train")).out) == inspected
+    assert (await run(changing.address, "-o", "json", "get", "train", "-o", "table")).out.startswith("name:")
