@@ -33,7 +33,7 @@ from gpudock_server.adapters.etcd import (
 )
 from gpudock_server.adapters.host_paths import HostPathBinder, MountNamespace
 from gpudock_server.adapters.host_ports import HostPorts
-from gpudock_server.adapters.layers import OverlayLayerStore, OverlaySnapshotStore
+from gpudock_server.adapters.layers import FolderLedger, OverlayLayerStore, OverlaySnapshotStore
 from gpudock_server.adapters.nvml import NvmlInventory
 from gpudock_server.adapters.processes import LocalProcesses
 from gpudock_server.adapters.volumes import (
@@ -63,7 +63,7 @@ from gpudock_server.model.operation import CarryMethod
 from gpudock_server.model.record import now
 from gpudock_server.model.spec import Protocol, SnapshotPolicy
 from gpudock_server.model.volume import VolumeBackendKind
-from gpudock_server.ports import Engine, HostPaths, SnapshotStore, Store, VolumeBackend, VolumeCopier
+from gpudock_server.ports import Engine, HostPaths, Ledger, SnapshotStore, Store, VolumeBackend, VolumeCopier
 from gpudock_server.rpc.listeners import listen
 from gpudock_server.rpc.server import RpcServer, Services, build_server
 from gpudock_server.settings import CommitReplace, LayerCarry, Settings, VolumeBackendChoice, VolumeFilesystem
@@ -101,6 +101,10 @@ def _same_host_paths(host_paths: HostPaths) -> HostPaths:
     return host_paths
 
 
+def _same_ledger(ledger: Ledger) -> Ledger:
+    return ledger
+
+
 def _same_volumes(backend: VolumeBackend) -> VolumeBackend:
     return backend
 
@@ -117,6 +121,7 @@ class Instruments:
     store: Callable[[Store], Store] = _same_store
     snapshots: Callable[[SnapshotStore], SnapshotStore] = _same_snapshots
     host_paths: Callable[[HostPaths], HostPaths] = _same_host_paths
+    ledger: Callable[[Ledger], Ledger] = _same_ledger
     volumes: Callable[[VolumeBackend], VolumeBackend] = _same_volumes
     copier: Callable[[VolumeCopier], VolumeCopier] = _same_copier
 
@@ -207,11 +212,12 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
         info.root_dir,
         local=_engine_is_here(settings),
     )
-    snapshots = OverlaySnapshotStore(
-        # One folder for each node: what no record of a node's names is removed from its own alone.
-        str((settings.snapshot_dir or Path(info.root_dir, "gpudock", "snapshots")) / settings.node_name),
-        info.root_dir,
-        local=_engine_is_here(settings),
+    # One folder for each node: what no record of a node's names is judged by its own daemon alone.
+    kept_files = (settings.snapshot_dir or Path(info.root_dir, "gpudock", "snapshots")) / settings.node_name
+    snapshots = OverlaySnapshotStore(str(kept_files), info.root_dir, local=_engine_is_here(settings))
+    # Of an engine on another host, no snapshot is kept here.
+    ledger = FolderLedger(
+        kept_files if _engine_is_here(settings) else settings.state_dir / "history" / settings.node_name
     )
     host_paths = _host_paths(settings, _engine_namespace(settings))
     await _restore_host_paths(host_paths)
@@ -222,6 +228,7 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
         layers=layers,
         snapshots=instruments.snapshots(snapshots),
         host_paths=instruments.host_paths(host_paths),
+        ledger=instruments.ledger(ledger),
         allocator=Allocator(
             store=state,
             inventory=inventory,

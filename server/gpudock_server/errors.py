@@ -510,6 +510,7 @@ class VolumeExists(GpudockError):
     reason = "VOLUME_EXISTS"
     template = "volume {volume!r} exists already"
     volume: str
+    engine_volume: str = ""
 
 
 @dataclass(eq=False)
@@ -520,7 +521,6 @@ class VolumeRecordLost(VolumeExists):
         "volume {volume!r} has no record, but engine volume {engine_volume} with its files is still there; `gpudock"
         " drift` says why it was not adopted"
     )
-    engine_volume: str
 
 
 @dataclass(eq=False)

@@ -217,10 +217,19 @@ async def test_every_step_may_be_repeated_and_resumed_by_another_daemon(place: P
         await store.complete(place.old, key, operation_id, None, _no_progress)
         assert await store.seal(key, operation_id, IMAGE_ID) == sealed
     _equal(place.layers[0], place.tree(3))
-    with pytest.raises(SnapshotFailed, match="already"):
+    with pytest.raises(SnapshotFailed):
         await place.store.seal(key, new_operation_id(), IMAGE_ID)
     await place.store.discard(key, new_operation_id())
     assert await place.store.find() == (key,)
+    # A store that was put back knows nothing of it, and the revision's files are kept once more.
+    again = new_operation_id()
+    await place.store.gather(place.running, key, again, key, _no_progress)
+    await place.store.complete(place.old, key, again, key, _no_progress)
+    assert await place.store.seal(key, again, IMAGE_ID) != sealed
+    _equal(place.layers[0], place.tree(3))
+    await place.store.discard(key, operation_id)
+    assert await place.store.find() == (key,)
+    operation_id = again
     await place.store.discard(key, operation_id)
     await place.store.discard(key, operation_id)
     assert (await place.store.find(), await place.store.partials()) == ((), ())

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import shutil
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
-import pytest_asyncio
 from gpudock.v1 import container_pb2, volume_pb2
 from gpudock_server.adapters.etcd.values import encode
 from gpudock_server.model.volume import VolumeBacking
 
 from tests.calls import Caller, failure
 from tests.engine.drift import REPAIRED, REPORTED, drift, found, passed, state_of
-from tests.engine.own_daemons import OwnDaemons, own, runs_in, until
-from tests.rig import Daemon, Rig
+from tests.engine.losing import QUICK, Losing, lasting, losing
+from tests.engine.own_daemons import OwnDaemons, own
+from tests.rig import Rig
 
-__all__ = ["own"]
+__all__ = ["losing", "own"]
 
 MIB = 1 << 20
 SIZE = 320 * MIB
-QUICK = ("--orphan-grace", "0", "--reconcile-interval", "0.5")
 LOOP = volume_pb2.VOLUME_BACKEND_LOOP
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING
 
@@ -31,60 +27,6 @@ RUNNING = container_pb2.CONTAINER_STATE_RUNNING
 def mount(volume: str, target: str = "/data") -> container_pb2.Mount:
     """A volume, mounted."""
     return container_pb2.Mount(volume=volume, target=target)
-
-
-class Losing:
-    """A daemon with an etcd of its own, which can be lost."""
-
-    def __init__(self, own: OwnDaemons) -> None:
-        self._own = own
-        self._daemon: Daemon | None = None
-
-    @property
-    def daemon(self) -> Daemon:
-        """The latest."""
-        assert self._daemon is not None
-        return self._daemon
-
-    @property
-    def node(self) -> str:
-        """What the daemon is called."""
-        return self._own.node
-
-    async def start(self) -> None:
-        """Start it on what is there."""
-        self._daemon = await self._own.start(*QUICK, after=self._daemon, etcd_endpoints="")
-
-    async def lose(self) -> None:
-        """End it as `kill -9` does, remove its etcd's folder, start it."""
-        daemon = self.daemon
-        await asyncio.to_thread(daemon.kill9)
-
-        async def etcd_gone() -> bool:
-            return not runs_in(daemon.state_dir)
-
-        await until(etcd_gone)
-        shutil.rmtree(daemon.state_dir / "etcd")
-        await self.start()
-
-
-@pytest_asyncio.fixture
-async def losing(own: OwnDaemons) -> AsyncIterator[Losing]:
-    """A daemon whose store can be lost."""
-    losing = Losing(own)
-    await losing.start()
-    yield losing
-    assert losing.daemon.running
-    assert "Traceback" not in losing.daemon.log_text, losing.daemon.log_text
-
-
-def lasting(volume: volume_pb2.Volume) -> volume_pb2.Volume:
-    """What of a volume comes back: all but when it changed last, in which revision, and what names its state."""
-    kept = volume_pb2.Volume()
-    kept.CopyFrom(volume)
-    for field in ("update_time", "used_bytes", "etag", "revision"):
-        kept.ClearField(field)
-    return kept
 
 
 def pruned(rig: Rig, engine_volume: str) -> None:

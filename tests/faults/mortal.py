@@ -21,7 +21,7 @@ from typing import Any
 from gpudock_server.app import Instruments, run
 from gpudock_server.model.changes import Change, PutOperation
 from gpudock_server.model.operation import OperationKind
-from gpudock_server.ports import Engine, HostPaths, SnapshotStore, Store, VolumeBackend, VolumeCopier
+from gpudock_server.ports import Engine, HostPaths, Ledger, SnapshotStore, Store, VolumeBackend, VolumeCopier
 from gpudock_server.settings_sources import load
 
 KIND = "GPUDOCK_TEST_KIND"
@@ -141,6 +141,20 @@ class MortalHostPaths:
         return _watched(call, name, self._countdown) if name in self.CHANGING else call
 
 
+class MortalLedger:
+    """A ledger whose changes are moments."""
+
+    CHANGING = frozenset({"write", "forget", "forget_all"})
+
+    def __init__(self, ledger: Ledger, countdown: Countdown) -> None:
+        self._ledger = ledger
+        self._countdown = countdown
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._ledger, name)
+        return _watched(call, name, self._countdown) if name in self.CHANGING else call
+
+
 class MortalVolumes:
     """A volume backend whose changing calls are moments."""
 
@@ -185,6 +199,7 @@ def main() -> int:
         store=lambda store: MortalStore(store, countdown),
         snapshots=lambda snapshots: MortalSnapshots(snapshots, countdown),
         host_paths=lambda host_paths: MortalHostPaths(host_paths, countdown),
+        ledger=lambda ledger: MortalLedger(ledger, countdown),
         volumes=lambda backend: MortalVolumes(backend, countdown),
         copier=lambda copier: MortalCopier(copier, countdown),
     )

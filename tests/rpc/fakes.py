@@ -27,6 +27,7 @@ from gpudock_server.model.engine import (
     RegistryAuth,
 )
 from gpudock_server.model.gpu import Gpu, GpuSnapshot
+from gpudock_server.model.ledger import LedgerEntry
 from gpudock_server.model.operation import CarryMethod
 from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind, SnapshotMethod
 from gpudock_server.model.spec import RestartPolicy
@@ -37,6 +38,7 @@ from gpudock_server.ports import (
     GpuInventory,
     LayerPair,
     LayerStore,
+    Ledger,
     ProcessControl,
     Progress,
     SnapshotPlan,
@@ -344,6 +346,33 @@ class FakeLayers(LayerStore):
         return
 
 
+class FakeLedger(Ledger):
+    """Remembers entries, and nothing beside them."""
+
+    def __init__(self) -> None:
+        self.entries: dict[tuple[str, int], LedgerEntry] = {}
+
+    @override
+    async def write(self, entry: LedgerEntry) -> None:
+        self.entries[entry.key.uid, entry.number] = entry
+
+    @override
+    async def read(self, uid: str) -> tuple[LedgerEntry, ...]:
+        return tuple(entry for (owner, _), entry in sorted(self.entries.items()) if owner == uid)
+
+    @override
+    async def forget(self, key: SnapshotKey) -> None:
+        self.entries.pop((key.uid, key.revision), None)
+
+    @override
+    async def forget_all(self, uid: str) -> None:
+        self.entries = {key: entry for key, entry in self.entries.items() if key[0] != uid}
+
+    @override
+    async def uids(self) -> tuple[str, ...]:
+        return tuple({uid for uid, _ in self.entries})
+
+
 class FakeSnapshots(SnapshotStore):
     """Keeps nothing, and remembers of what."""
 
@@ -407,6 +436,10 @@ class FakeSnapshots(SnapshotStore):
     @override
     async def remove_all(self, uid: str) -> None:
         self.kept = {key for key in self.kept if key.uid != uid}
+
+    @override
+    async def sealed(self, key: SnapshotKey) -> Snapshot | None:
+        return None
 
     @override
     async def find(self) -> tuple[SnapshotKey, ...]:

@@ -7,6 +7,7 @@ revisions grow too old, and a daemon that died leaves snapshots behind that nobo
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 
 import structlog
 
@@ -14,6 +15,7 @@ from gpudock_server.core.containers import Containers, World
 from gpudock_server.core.containers.commands import DeleteRevision
 from gpudock_server.core.containers.history import limits_of, surplus
 from gpudock_server.core.listings import everything
+from gpudock_server.core.reconcile.verdicts import history_of
 from gpudock_server.errors import ContainerBusy, ContainerNotFound, GpudockError, RevisionIsCurrent, RevisionNotFound
 from gpudock_server.ports import ContainerView
 
@@ -41,19 +43,32 @@ class Retention:
     async def once(self) -> None:
         """Prune what is too old, and remove what belongs to nobody."""
         # Before the containers: what is there now and belongs to none of those listed later is nobody's.
+        on_disk = await self._world.ledger.uids()
         snapshots = await self._world.snapshots.find()
         partials = await self._world.snapshots.partials()
         views = (await everything(self._world.store.containers)).items
         uids = {view.container.uid for view in views}
-        for uid in {key.uid for key in (*snapshots, *(key for key, _ in partials))} - uids:
-            log.warning("files of a container that is no more are removed", uid=uid)
-            await self._world.snapshots.remove_all(uid)
+        await self._remove_deleted(set(on_disk) - uids, {key.uid for key in snapshots})
         for key, operation_id in partials:
             stored = await self._world.store.operation(operation_id)
             if key.uid in uids and (stored is None or stored.value.state.ended):
                 await self._world.snapshots.discard(key, operation_id)
         for view in views:
             await self._prune(view)
+
+    async def _remove_deleted(self, unknown: Collection[str], with_files: Collection[str]) -> None:
+        """Remove what is left of containers that are known to be gone.
+
+        Of others the store may have lost the record: reconcile gives it back, or says what is there.
+        """
+        if not unknown:
+            return
+        history = await history_of(self._world.store, unknown)
+        for uid in unknown:
+            if uid in history.deleted or (history.is_over(uid) and uid not in with_files):
+                log.warning("files of a container that is no more are removed", uid=uid)
+                await self._world.snapshots.remove_all(uid)
+                await self._world.ledger.forget_all(uid)
 
     async def _prune(self, view: ContainerView) -> None:
         """By the same operation as a caller's: it has the container to itself meanwhile."""

@@ -8,6 +8,7 @@ from gpudock_server.ports.engine import Engine, ExecSession
 from gpudock_server.ports.host import GpuInventory, PortProbe, ProcessControl
 from gpudock_server.ports.host_paths import HostPaths
 from gpudock_server.ports.layers import CarryPlan, LayerPair, LayerStore
+from gpudock_server.ports.ledger import Ledger
 from gpudock_server.ports.progress import Progress
 from gpudock_server.ports.snapshots import SnapshotPlan, SnapshotStore
 from gpudock_server.ports.store import (
@@ -33,6 +34,7 @@ __all__ = [
     "HostPaths",
     "LayerPair",
     "LayerStore",
+    "Ledger",
     "Page",
     "PortProbe",
     "ProcessControl",

@@ -91,6 +91,10 @@ class SnapshotStore(Protocol):
         """Remove everything of a container, partial ones too."""
         ...
 
+    async def sealed(self, key: SnapshotKey) -> Snapshot | None:
+        """What is known of a sealed snapshot; None where there is none, or it cannot be read."""
+        ...
+
     async def find(self) -> tuple[SnapshotKey, ...]:
         """Every sealed snapshot."""
         ...

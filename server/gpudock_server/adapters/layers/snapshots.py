@@ -204,6 +204,15 @@ class OverlaySnapshotStore(SnapshotStore):
         with self._failures():
             await run_to_end(self._places.drop_all, uid, Interrupt())
 
+    async def sealed(self, key: SnapshotKey) -> Snapshot | None:
+        """See the protocol."""
+        with self._failures():
+            try:
+                meta = await run_to_end(self._places.meta, key)
+            except ValueError:
+                return None
+        return meta.snapshot if meta else None
+
     async def find(self) -> tuple[SnapshotKey, ...]:
         """See the protocol."""
         with self._failures():
@@ -328,10 +337,9 @@ class OverlaySnapshotStore(SnapshotStore):
             remove_entry(work.target, name, work.interrupt)
 
     def _seal(self, key: SnapshotKey, operation_id: str, image_id: str, interrupt: Interrupt) -> Snapshot:
-        if meta := self._places.meta(key):
-            if meta.operation_id != operation_id:
-                raise LayerRefusedError(f"revision {key.revision} has a snapshot already")
-            return meta.snapshot
+        before = self._places.meta(key)
+        if before and before.operation_id == operation_id:
+            return before.snapshot
         if not image_id:
             raise LayerRefusedError("it is not known on which image the files lie")
         folder = self._places.partial(key, operation_id)
@@ -346,6 +354,9 @@ class OverlaySnapshotStore(SnapshotStore):
             kind=SnapshotKind.TREE, image_id=image_id, method=method, layer_bytes=size, entries=len(index) - 1,
             new_bytes=new, create_time=now(),
         )  # fmt: skip
+        if before:
+            # Of an operation that the store does not know any more. Cut off here, this one is still there as a partial.
+            self._places.drop(self._places.sealed(key), interrupt)
         self._places.seal(folder, Meta(key=key, operation_id=operation_id, snapshot=snapshot))
         self._remembered.pop(operation_id, None)
         return snapshot

@@ -39,6 +39,7 @@ from gpudock_server.core.containers.images import Pull, pull_image, restrict_aft
 from gpudock_server.core.containers.keeping import IMAGE_STAGE, KeepArguments, Keeping
 from gpudock_server.core.containers.mounting import engine_volumes
 from gpudock_server.core.containers.observation import observed
+from gpudock_server.core.containers.remembering import remember
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.saga import Outcome, Run, Step
@@ -390,9 +391,13 @@ class ChangeSaga(ContainerSaga):
         container = container.changed(status=observed(container, seen))
         changes: list[Change] = [PutContainer(container, expect=view.version)]
         if arguments.cause is not None:
-            changes.append(PutRevision(self._revision(run, container, arguments.cause)))
+            revision = self._revision(run, container, arguments.cause)
+            changes.append(PutRevision(revision))
             if (kept := self._keeping.made(run.operation)) is not None:
                 changes.append(PutSnapshot(container.uid, arguments.keep.revision, kept))
+            # A snapshot on the disk says itself what it is, an image does not.
+            image = kept if kept is not None and kept.kind is SnapshotKind.IMAGE else None
+            await remember(world, container, revision, (arguments.keep.revision, image) if image else None)
         wanted = keys_of(arguments.placement)
         holder = world.holder(container)
         changes += [Keep(world.host, key, holder) for key in wanted]

@@ -35,6 +35,7 @@ from gpudock_server.core.containers.keeping import IMAGE_STAGE
 from gpudock_server.core.containers.limits import check_limits
 from gpudock_server.core.containers.mounting import check_mounts, engine_volumes, stay
 from gpudock_server.core.containers.observation import observed
+from gpudock_server.core.containers.remembering import remember
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
@@ -379,6 +380,7 @@ class CloneSaga(ContainerSaga):
             create_time=now(),
             operation_id=run.operation.id,
         )
+        await remember(world, container, revision)
         holder = world.holder(container)
         changes: list[Change] = [
             PutContainer(container, expect=view.version),

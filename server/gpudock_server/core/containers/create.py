@@ -13,6 +13,7 @@ from gpudock_server.core.containers.images import Pull, choose_image, pull_image
 from gpudock_server.core.containers.limits import check_limits
 from gpudock_server.core.containers.mounting import check_mounts, engine_volumes, stay
 from gpudock_server.core.containers.observation import observed
+from gpudock_server.core.containers.remembering import remember
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
@@ -223,6 +224,7 @@ class CreateSaga(ContainerSaga):
             create_time=now(),
             operation_id=run.operation.id,
         )
+        await remember(world, container, revision)
         holder = world.holder(container)
         changes: list[Change] = [
             PutContainer(container, expect=view.version),

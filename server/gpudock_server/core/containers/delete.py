@@ -73,6 +73,7 @@ class DeleteSaga(ContainerSaga):
             if view.snapshot is not None and view.snapshot.kind is SnapshotKind.IMAGE:
                 await self._world.engine.remove_image(view.snapshot.reference)
         await self._world.snapshots.remove_all(uid)
+        await self._world.ledger.forget_all(uid)
         if self._arguments.engine is None:
             return
         for volume in self._arguments.engine.anonymous_volumes.values():

@@ -71,11 +71,13 @@ async def prune(world: World, uid: str, spec: ContainerSpec) -> None:
 
 
 async def drop_files(world: World, uid: str, revision: int, snapshot: Snapshot | None) -> None:
-    """Remove what was kept of a revision's files. May be repeated."""
+    """Remove what was kept of a revision on the disk or in the engine. May be repeated."""
     if snapshot is not None and snapshot.kind is SnapshotKind.IMAGE:
         await world.engine.remove_image(snapshot.reference)
     else:
         await world.snapshots.remove(SnapshotKey(uid=uid, revision=revision))
+    # Before the store's own record: what is only on the disk is taken for what the store has lost.
+    await world.ledger.forget(SnapshotKey(uid=uid, revision=revision))
 
 
 class DeleteRevisionArguments(Record):

@@ -12,7 +12,7 @@ from gpudock_server.model.claims import Holder
 from gpudock_server.model.container import Container
 from gpudock_server.model.engine import LABEL_NAME, LABEL_OPERATION, Blueprint, EngineContainer, NodeLimits
 from gpudock_server.model.spec import ContainerSpec, SnapshotPolicy
-from gpudock_server.ports import ContainerView, Engine, HostPaths, LayerStore, SnapshotStore, Store
+from gpudock_server.ports import ContainerView, Engine, HostPaths, LayerStore, Ledger, SnapshotStore, Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,7 @@ class World:
     layers: LayerStore
     snapshots: SnapshotStore
     host_paths: HostPaths
+    ledger: Ledger
     allocator: Allocator
     node: str
     host: str

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from datetime import timedelta
+
+import structlog
 
 from gpudock_server.core.containers.create import anonymous_volumes
 from gpudock_server.core.containers.depth import layer_image_of
@@ -12,11 +14,10 @@ from gpudock_server.core.containers.observation import observed
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.driver import recorded_error
 from gpudock_server.core.journal import Journal
-from gpudock_server.core.listings import everything
 from gpudock_server.core.operations import Operations
 from gpudock_server.core.reconcile.book import Note
 from gpudock_server.core.reconcile.scene import Heads, Labels, claim_text, made_by_us, placement_of
-from gpudock_server.core.reconcile.verdicts import Evidence, Fate, History, Verdict, deleted_by
+from gpudock_server.core.reconcile.verdicts import Evidence, Fate, Verdict, history_of
 from gpudock_server.errors import (
     ContainerNotFound,
     EngineRejected,
@@ -37,11 +38,14 @@ from gpudock_server.model.container import (
 )
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
 from gpudock_server.model.engine import LABEL_OWNER, EngineContainer
+from gpudock_server.model.ledger import LedgerEntry
 from gpudock_server.model.operation import Operation, OperationKind, OperationState
 from gpudock_server.model.record import now
 from gpudock_server.model.spec import ContainerSpec
 from gpudock_server.model.target import TargetKind
 from gpudock_server.ports import ContainerView, StoreConflict, Versioned
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 class _Taken(Exception):
@@ -72,13 +76,8 @@ class Adoption:
         if not unbound:
             return ()
         unfinished = {stored.value.id for stored in await self._world.store.unfinished(self._world.node)}
-        history = await self._history({Labels.of(one).uid for one in unbound})
+        history = await history_of(self._world.store, {Labels.of(one).uid for one in unbound})
         return Evidence(heads, history, unfinished | self._operations.driven, seen).judge(unbound)
-
-    async def _history(self, uids: Collection[str]) -> History:
-        listed = await everything(self._world.store.operations)
-        operations = {one.id: one for one in listed.items if one.target.uid in uids}
-        return History(operations, frozenset(one.target.uid for one in operations.values() if deleted_by(one)))
 
     # -- adopting ----------------------------------------------------------------------------------------------------
 
@@ -140,31 +139,53 @@ class Adoption:
         if one.spec is None:
             raise ValueError(f"{one.name} says nothing of its spec")
         known = [each.revision for each in await world.store.history(labels.uid)]
-        number, spec = _latest(one.spec, labels.revision, known)
+        entries = await self._entries(labels.uid)
+        its_own = _last_of(one, labels.revision, entries)
+        if its_own is not None:
+            number, spec = its_own.number, its_own.revision.spec
+        else:
+            number, spec = _latest(one.spec, labels.revision, [*known, *(each.revision for each in entries)])
         given = placement_of(spec, one)
         # What does not run holds nothing, and takes what it needs when it is started.
         placement = given if one.running else Placement()
-        head = view.container if view else _blank(one, labels, world.node)
+        head = view.container if view else _blank(one, labels, world.node, entries)
+        binding = EngineBinding(
+            engine_id=one.id,
+            engine_name=one.name,
+            image_id=one.image_id,
+            placement=given,
+            fixed_digest=spec.fixed_digest,
+            anonymous_volumes=anonymous_volumes(spec, one.volumes),
+            layer_images=await self._layer_images(head, labels),
+        )
+        if its_own is not None and its_own.engine is not None:
+            kept = its_own.engine
+            binding = binding.model_copy(
+                update={
+                    "layer_images": kept.layer_images,
+                    "base_image_id": kept.base_image_id,
+                    "base_depth": kept.base_depth,
+                }
+            )
         container = head.changed(
             spec=spec,
             revision=number,
             generation=max(head.generation, number) + 1,
             update_time=now(),
-            engine=EngineBinding(
-                engine_id=one.id,
-                engine_name=one.name,
-                image_id=one.image_id,
-                placement=given,
-                fixed_digest=spec.fixed_digest,
-                anonymous_volumes=anonymous_volumes(spec, one.volumes),
-                layer_images=await self._layer_images(head, labels),
-            ),
+            engine=binding,
         ).with_status(state=ContainerState.STOPPED, placement=placement, holds_resources=one.running, message="")
         container = container.changed(status=observed(container, one))
         changes: list[Change] = [PutContainer(container, expect=view.version if view else 0)]
         if number not in {each.revision for each in known}:
-            changes.append(PutRevision(_revision(container, given, labels)))
+            changes.append(PutRevision(its_own.revision if its_own else _revision(container, given, labels)))
         return container, [*changes, *await self._claims(container, head.status.placement)]
+
+    async def _entries(self, uid: str) -> tuple[LedgerEntry, ...]:
+        try:
+            return await self._world.ledger.read(uid)
+        except GpudockError as error:
+            log.warning("the ledger was not read", uid=uid, detail=error.message)
+            return ()
 
     async def _layer_images(self, head: Container, labels: Labels) -> tuple[str, ...]:
         before = head.engine.layer_images if head.engine else ()
@@ -314,10 +335,20 @@ def _latest(made_from: ContainerSpec, number: int, known: Sequence[ContainerRevi
     return last.revision, last.spec if last.spec.fixed_digest == made_from.fixed_digest else made_from
 
 
-def _blank(one: EngineContainer, labels: Labels, node: str) -> Container:
+def _last_of(one: EngineContainer, number: int, entries: Sequence[LedgerEntry]) -> LedgerEntry | None:
+    """The last revision that this engine container served: after the one it was made as, it was changed in place."""
+    mine = [each for each in entries if each.engine is not None and each.engine.engine_id == one.id]
+    last = max(mine, key=lambda each: each.number, default=None)
+    if last is None or last.number < number or any(each.number > last.number for each in entries):
+        return None
+    return last
+
+
+def _blank(one: EngineContainer, labels: Labels, node: str, entries: Sequence[LedgerEntry]) -> Container:
     """A head as it was before it had anything."""
     if one.spec is None:
         raise ValueError(f"{one.name} says nothing of its spec")
+    last = entries[-1] if entries else None
     return Container(
         name=labels.name,
         uid=labels.uid,
@@ -327,7 +358,7 @@ def _blank(one: EngineContainer, labels: Labels, node: str) -> Container:
         revision=0,
         spec=one.spec,
         status=ContainerStatus(state=ContainerState.CREATING),
-        create_time=one.create_time or now(),
+        create_time=(last.create_time if last else one.create_time) or now(),
         update_time=now(),
     )
 

@@ -13,6 +13,7 @@ from gpudock_server.core.reconcile.adoption import Adoption
 from gpudock_server.core.reconcile.book import DriftBook, Note
 from gpudock_server.core.reconcile.claims import ClaimRules
 from gpudock_server.core.reconcile.host_paths import keep_host_paths, sweep_host_paths
+from gpudock_server.core.reconcile.ledger import LedgerRules
 from gpudock_server.core.reconcile.locks import LockRules
 from gpudock_server.core.reconcile.scene import Heads, read_heads
 from gpudock_server.core.reconcile.upkeep import Upkeep
@@ -45,6 +46,7 @@ class Reconciler:
         self._upkeep = Upkeep(world, operations)
         self._claims = ClaimRules(world)
         self._volumes = VolumeAdoption(storage)
+        self._ledger = LedgerRules(world)
         self._at_start: list[Drift] = []
         # One pass at a time: what two of them find at once, both would repair.
         self._turn = asyncio.Lock()
@@ -148,6 +150,8 @@ class Reconciler:
         await self._claims.release_stale(claims, heads, spared, note)
         await self._claims.restore_missing(heads, note)
         await self._adoption.adopt(verdicts, heads, Fate.LOST, note)
+        await self._ledger.adopt(heads, seen, note)
+        await self._ledger.compare(await read_heads(self._world.store), note)
         await self._adoption.remove(verdicts, note)
         await sweep_images(self._world)
         await sweep_host_paths(self._world)

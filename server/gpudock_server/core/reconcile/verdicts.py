@@ -13,13 +13,23 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from gpudock_server.core.listings import everything
 from gpudock_server.core.reconcile.scene import Heads, Labels
 from gpudock_server.model.container import Container
 from gpudock_server.model.engine import LABEL_SPEC, EngineContainer
 from gpudock_server.model.names import is_name
 from gpudock_server.model.operation import Operation, OperationKind, OperationState
+from gpudock_server.ports import Store
 
+_MAKING = (OperationKind.CREATE, OperationKind.CLONE)
 _UNDONE = (OperationState.FAILED, OperationState.CANCELLED)
+
+
+async def history_of(store: Store, uids: Collection[str]) -> History:
+    """What the store knows of operations on these."""
+    listed = await everything(store.operations)
+    operations = {one.id: one for one in listed.items if one.target.uid in uids}
+    return History(operations, frozenset(one.target.uid for one in operations.values() if deleted_by(one)))
 
 
 class Fate(Enum):
@@ -48,6 +58,11 @@ class History:
 
     operations: Mapping[str, Operation]
     deleted: frozenset[str]
+
+    def is_over(self, uid: str) -> bool:
+        """Whether a container is known to have been deleted, or never to have come to be."""
+        made = (one for one in self.operations.values() if one.target.uid == uid and one.kind in _MAKING)
+        return uid in self.deleted or any(one.state in _UNDONE for one in made)
 
     def undone(self, operation_id: str) -> bool:
         """Whether an operation is known to have been undone."""

@@ -1,0 +1,195 @@
+"""The store lost with every kind of object in it: the world before and after, field by field."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+from gpudock.v1 import container_pb2, container_revision_pb2, container_service_pb2, drift_pb2, volume_pb2
+
+from tests.calls import Caller, failure, result_of
+from tests.engine.drift import REPAIRED, drift, passed
+from tests.engine.losing import Losing, lasting, lasting_container, losing
+from tests.engine.own_daemons import own, until_state
+from tests.faults.mortal import DIE_AT, KIND
+from tests.rig import Rig
+from tests.rig.errors import RigError
+
+__all__ = ["losing", "own"]
+
+SIZE = 320 << 20
+LOOP = volume_pb2.VOLUME_BACKEND_LOOP
+FAILED = container_pb2.CONTAINER_STATE_FAILED
+PORT = container_pb2.PortRequest(container_port=80)
+CONTAINERS = ("running", "stopped", "paused", "failed", "clone", "plain")
+VOLUMES = ("sized", "unsized")
+
+
+@dataclass(frozen=True)
+class World:
+    """What is compared."""
+
+    containers: list[container_pb2.Container]
+    revisions: list[list[container_revision_pb2.ContainerRevision]]
+    volumes: list[volume_pb2.Volume]
+    holders: dict[str, str]
+    files: list[str]
+
+
+async def world(caller: Caller) -> World:
+    """All of it."""
+    return World(
+        containers=[lasting_container(await caller.get(name)) for name in CONTAINERS],
+        revisions=[await caller.revisions(name) for name in CONTAINERS],
+        volumes=[lasting(await caller.volume(name)) for name in VOLUMES],
+        holders=await caller.holders(),
+        files=[await caller.shell(name, "cat /note /v/note") for name in ("running", "clone")],
+    )
+
+
+async def build(caller: Caller, rig: Rig) -> None:
+    """Every kind of object."""
+    await caller.create_volume("sized", SIZE, backend=LOOP, owner="alice", labels={"a": "b"})
+    await caller.create_volume("unsized", labels={"c": "d"})
+    mounts = [container_pb2.Mount(volume="sized", target="/v"), container_pb2.Mount(volume="unsized", target="/u")]
+    spec = caller.spec(2, ports=[PORT], mounts=mounts, env={"A": "1"}, labels={"x": "y"})
+    request = container_service_pb2.CreateContainerRequest(name="running", spec=spec, owner="alice")
+    await result_of(caller.containers.CreateContainer(request))
+    await caller.shell("running", "echo one | tee /note > /v/note")
+    await caller.scale("running", 1)
+    await caller.shell("running", "echo two > /note")
+    # In place: the engine container says nothing of it.
+    await caller.scale("running", cpus=0.5)
+    await caller.clone("running", "clone")
+    policy = container_pb2.RevisionPolicy(snapshots=container_pb2.SNAPSHOT_POLICY_NEVER)
+    for name in ("stopped", "paused", "failed", "plain"):
+        await caller.create(name, 1, **({"revision_policy": policy} if name == "plain" else {}))
+        await caller.shell(name, f"echo {name} > /note")
+        await caller.update(name, "env", env={"B": name})
+    await caller.scale("plain", cpus=0.5)
+    await caller.stop("stopped")
+    await caller.containers.PauseContainer(container_service_pb2.PauseContainerRequest(name="paused"))
+    rig.engine.call("DELETE", f"/containers/{(await caller.get('failed')).status.engine_id}?force=1")
+    await until_state(caller, "failed", FAILED)
+
+
+@pytest.mark.timeout(240)
+async def test_the_world_before_and_after(losing: Losing, rig: Rig) -> None:
+    async with Caller(losing.daemon.target) as caller:
+        await build(caller, rig)
+        await caller.create("victim", 1)
+        await caller.shell("victim", "echo victim > /note")
+        before = await world(caller)
+    # An operation is half done: it has stopped the container for what comes next.
+    await losing.kill()
+    await losing.start(module="tests.faults.mortal", environment={KIND: "SCALE", DIE_AT: "9"})
+    async with Caller(losing.daemon.target) as caller:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await caller.scale("victim", 2)
+    assert await asyncio.to_thread(losing.daemon.wait) == -9, losing.daemon.log_text
+    await losing.ended()
+    losing.forget()
+    await losing.start()
+    async with Caller(losing.daemon.target) as caller:
+        after = await world(caller)
+        assert after.containers == before.containers
+        assert after.revisions == before.revisions
+        assert after.volumes == before.volumes
+        assert after.files == before.files
+        # Two engine containers may have the files of the one that was at work: a person decides.
+        assert after.holders == {uuid: name.replace("victim", "") for uuid, name in before.holders.items()}
+        findings = await drift(caller)
+        assert {one.container for one in findings if one.remedy != REPAIRED} == {"victim"}
+        await passed(caller)
+        assert {one.container for one in await drift(caller)} == {"victim"}, "what was put right is found once"
+        await goes_on(caller)
+        await passed(caller)
+
+
+async def goes_on(caller: Caller) -> None:
+    """Everything can be used as before, and the numbers go on from where they were."""
+    assert (await caller.rollback("running", 1)).revision == 4
+    assert await caller.shell("running", "cat /note /v/note") == "one\none\n"
+    await caller.rollback("running", 3)
+    assert await caller.shell("running", "cat /note") == "two\n"
+    await caller.start("stopped")
+    assert await caller.shell("stopped", "cat /note") == "stopped\n"
+    assert (await failure(caller.rollback("plain", 1))).reason == "SNAPSHOT_NOT_FOUND"
+    assert (await caller.rollback("plain", 1, spec_only=True)).revision == 4
+    # Of the failed one, the history is there, with files.
+    assert (await caller.rollback("failed", 1)).revision == 3
+    await caller.start("failed")
+    assert await caller.shell("failed", "cat /note") == "failed\n"
+
+
+@pytest.mark.timeout(240)
+async def test_killed_at_any_moment_of_adopting(losing: Losing, rig: Rig) -> None:
+    async with Caller(losing.daemon.target) as caller:
+        await caller.create_volume("data")
+        for name in ("one", "gone"):
+            await caller.create(name, 1, mounts=[container_pb2.Mount(volume="data", target="/v")])
+            await caller.scale(name, cpus=0.5)
+        rig.engine.call("DELETE", f"/containers/{(await caller.get('gone')).status.engine_id}?force=1")
+        await until_state(caller, "gone", FAILED)
+        before = [lasting_container(await caller.get(name)) for name in ("one", "gone")]
+        revisions = [await caller.revisions(name) for name in ("one", "gone")]
+    await losing.kill()
+    losing.forget()
+    # Each life writes one record and dies before the next; the last has only one to write.
+    lives = 0
+    while True:
+        await losing.start(module="tests.faults.mortal_start", environment={DIE_AT: "2"}, serving=False)
+        lives += 1
+        if await asyncio.to_thread(_serves, losing):
+            break
+        await losing.ended()
+    assert lives == len(("the volume", "one", "gone", "a revision of one", "a revision of gone"))
+    await losing.kill()
+    await losing.start()
+    async with Caller(losing.daemon.target) as caller:
+        assert [lasting_container(await caller.get(name)) for name in ("one", "gone")] == before
+        assert [await caller.revisions(name) for name in ("one", "gone")] == revisions
+        assert (await caller.volume("data")).attached_containers == ["gone", "one"]
+
+
+def _serves(losing: Losing) -> bool:
+    """Whether it comes to serve, or has ended before."""
+    try:
+        losing.daemon.await_serving(30)
+    except RigError:
+        assert losing.daemon.wait() == -9, losing.daemon.log_text
+        return False
+    return True
+
+
+async def test_files_that_nothing_explains_are_named_and_kept(losing: Losing, rig: Rig) -> None:
+    async with Caller(losing.daemon.target) as caller:
+        for name in ("one", "gone"):
+            await caller.create(name, 1)
+            await caller.update(name, "env", env={"A": "b"})
+        one, gone = await caller.get("one"), await caller.get("gone")
+    root = rig.engine.call("GET", "/info")["DockerRootDir"]
+    folders = {each.uid: Path(root, "gpudock", "snapshots", losing.node, each.uid) for each in (one, gone)}
+    await losing.kill()
+    rig.engine.call("DELETE", f"/containers/{gone.status.engine_id}?force=1")
+    for folder in folders.values():
+        for entry in folder.glob("*.json"):
+            entry.unlink()
+    losing.forget()
+    await losing.start()
+    async with Caller(losing.daemon.target) as caller:
+        await passed(caller)
+        findings = {
+            one.container_uid: one for one in await drift(caller, kinds=[drift_pb2.DRIFT_KIND_SNAPSHOT_UNKNOWN])
+        }
+        assert set(findings) == {one.uid, gone.uid}
+        assert (findings[one.uid].container, findings[one.uid].actual) == ("one", "revision 1")
+        assert all((folder / "1" / "tree").is_dir() for folder in folders.values())
+        assert (await failure(caller.rollback("one", 1))).reason == "REVISION_NOT_FOUND"
+        # It goes on from where it was, and what is deleted is deleted with all that was kept of it.
+        assert (await caller.update("one", "env", env={"A": "c"})).revision == 3
+        await caller.delete("one")
+        assert not folders[one.uid].exists()

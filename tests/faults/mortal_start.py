@@ -1,0 +1,47 @@
+"""A gpudockd that kills itself, with SIGKILL, before the transaction on its store with a given number.
+
+As `mortal`, for what a daemon writes without an operation: what it finds when it starts.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from gpudock_server.app import Instruments, run
+from gpudock_server.model.changes import Change
+from gpudock_server.ports import Store
+from gpudock_server.settings_sources import load
+
+from tests.faults.mortal import DIE_AT
+
+
+class MortalStore:
+    """A store before whose transaction of a number the process ends."""
+
+    def __init__(self, store: Store, die_at: int) -> None:
+        self._store = store
+        self._left = die_at
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def apply(self, changes: Sequence[Change]) -> int:
+        """The store's own."""
+        self._left -= 1
+        if not self._left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return await self._store.apply(changes)
+
+
+def main() -> int:
+    """Runs the daemon."""
+    instruments = Instruments(store=lambda store: MortalStore(store, int(os.environ[DIE_AT])))
+    return run(load(sys.argv[1:]).settings, instruments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
