@@ -64,6 +64,7 @@ from gpudock_server.model.record import now
 from gpudock_server.model.spec import Protocol, SnapshotPolicy
 from gpudock_server.model.volume import VolumeBackendKind
 from gpudock_server.ports import Engine, HostPaths, Ledger, SnapshotStore, Store, VolumeBackend, VolumeCopier
+from gpudock_server.private_files import make_private_folder, read_private, require_private
 from gpudock_server.rpc.listeners import listen
 from gpudock_server.rpc.server import RpcServer, Services, build_server
 from gpudock_server.settings import CommitReplace, LayerCarry, Settings, VolumeBackendChoice, VolumeFilesystem
@@ -194,7 +195,7 @@ class _Stop:
 
 
 async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncExitStack, stop: _Stop) -> _Daemon:
-    _make_state_dir(settings)
+    make_private_folder(settings.state_dir)
     start_time = now()
     port_range = (settings.port_range.first, settings.port_range.last)
     docker = await _open_engine(settings, stack)
@@ -362,16 +363,6 @@ def _storage(settings: Settings, world: World, engine_root: str, instruments: In
     )
 
 
-def _make_state_dir(settings: Settings) -> None:
-    try:
-        settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise StartupError(
-            f"the state folder {settings.state_dir} cannot be made: {error.strerror}",
-            "run as root, or choose a --state-dir that you may write to",
-        ) from error
-
-
 async def _open_etcd(settings: Settings, stack: AsyncExitStack) -> EtcdConnection:
     if settings.etcd_endpoints:
         address = _etcd_address(settings)
@@ -392,12 +383,17 @@ def _etcd_address(settings: Settings) -> EtcdAddress:
         if settings.etcd_tls
         else None
     )
-    try:
-        password = settings.etcd_password_file.read_text().strip() if settings.etcd_password_file else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartupError(
-            f"etcd_password_file {settings.etcd_password_file} cannot be read: {error}", "change etcd_password_file"
-        ) from error
+    if settings.etcd_key is not None:
+        require_private(settings.etcd_key, "etcd_key")
+    password = ""
+    if settings.etcd_password_file is not None:
+        content, _ = read_private(settings.etcd_password_file, "etcd_password_file")
+        try:
+            password = content.decode().strip()
+        except UnicodeDecodeError as error:
+            raise StartupError(
+                f"etcd_password_file {settings.etcd_password_file} cannot be read: {error}", "change etcd_password_file"
+            ) from error
     return EtcdAddress(tuple(settings.etcd_endpoints), tls=tls, user=settings.etcd_user, password=password)
 
 

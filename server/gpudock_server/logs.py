@@ -1,9 +1,10 @@
 """Logging: one line per event, on stderr, as JSON or for a terminal, with what the event belongs to.
 
-Bind what the lines of a task have in common with `structlog.contextvars.bind_contextvars`: `rpc`, `caller`,
-`container`, `operation_id`; tasks that it starts inherit them. Secrets should never get this far: settings hold their
-paths only, and records that carry one keep it out of their repr. `without_secrets` is the net below that, for what a
-library or a hurried line hands over. Tracebacks are printed without the values of local variables for the same reason.
+Bind what the lines of a task have in common with `structlog.contextvars.bind_contextvars`: `rpc`, `caller_kind`,
+`caller`, `container`, `operation_id`; tasks that it starts inherit them. Secrets should never get this far:
+settings hold their paths only, and records that carry one keep it out of their repr. `without_secrets` is the net below
+that, for what a library or a hurried line hands over. Tracebacks are printed without the values of local variables for
+the same reason.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 LogFormat = Literal["auto", "console", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
+_LONGEST_TEXT = 256
+# Names from the token file or a certificate: never secret, and what the audit is for.
+_NEVER_SECRET = frozenset({"caller", "caller_kind"})
 _REDACTED = "[redacted]"
 _SECRET_WORDS = r"authorization|passw(?:or)?d|secret|token|registry[-_]auth|private[-_]key"  # noqa: S105 - what they are called
 _SECRET_KEY = re.compile(rf"(?:{_SECRET_WORDS})$", re.IGNORECASE)
@@ -35,6 +39,12 @@ _URL_PASSWORD = re.compile(r"(?P<before>://[^/\s:@]*:)[^/\s@]+(?=@)")
 
 # They report every connection and every retry at INFO, which is our DEBUG.
 _TALKATIVE = ("aiohttp", "asyncio", "grpc")
+
+
+def cut(text: str) -> str:
+    """At most 256 bytes of what a caller sent, which may be long and is logged before it is validated."""
+    encoded = text.encode(errors="replace")
+    return text if len(encoded) <= _LONGEST_TEXT else f"{encoded[:_LONGEST_TEXT].decode(errors='ignore')}…"
 
 
 def new_error_id() -> str:
@@ -91,7 +101,7 @@ def configure(log_format: LogFormat, level: LogLevel, stream: TextIO | None = No
 
 def without_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     """A structlog processor that takes out values whose key or whose text gives them away."""
-    return {key: _redacted(key, value) for key, value in event.items()}
+    return {key: value if key in _NEVER_SECRET else _redacted(key, value) for key, value in event.items()}
 
 
 def _console_renderer(stream: TextIO) -> Processor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -92,6 +93,41 @@ async def test_a_state_folder_that_cannot_be(own: OwnDaemons, tmp_path: Path) ->
     said = await own.refused("--state-dir", str(tmp_path / "file" / "state"))
     assert "state folder" in said
     assert "--state-dir" in said
+
+
+async def test_a_state_folder_of_another_user(own: OwnDaemons, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir(mode=0o700)
+    os.chown(state, NOBODY, NOBODY)
+    said = await own.refused(state_dir=state)
+    assert f"the state folder {state} belongs to the user {NOBODY}" in said
+    assert f"chown root {state}" in said
+
+
+async def test_a_state_folder_that_others_can_enter_is_closed(own: OwnDaemons, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    state.chmod(0o775)
+    daemon = await own.start(state_dir=state)
+    assert stat.S_IMODE(state.stat().st_mode) == 0o700
+    assert "state folder closed to other users" in daemon.log_text
+    assert "0775" in daemon.log_text
+
+
+async def test_secrets_that_others_can_read(own: OwnDaemons, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("alice:0123456789abcdef0123456789abcdef\n")
+    secret.chmod(0o644)
+    by_token, by_password, by_key = await asyncio.gather(
+        own.refused("--listen", "127.0.0.1:0", "--token-file", str(secret)),
+        own.refused("--etcd-user", "a", "--etcd-password-file", str(secret), etcd_endpoints="127.0.0.1:1"),
+        own.refused("--etcd-cert", str(secret), "--etcd-key", str(secret), etcd_endpoints="127.0.0.1:1"),
+    )
+    for said, setting in ((by_token, "token_file"), (by_password, "etcd_password_file"), (by_key, "etcd_key")):
+        assert said.splitlines() == [
+            f"{setting} {secret} is open to every user of this host (mode 0644)",
+            f"chown root {secret} && chmod 600 {secret}",
+        ]
 
 
 async def test_a_port_range_that_others_have(own: OwnDaemons, rig: Rig) -> None:
@@ -395,6 +431,38 @@ async def test_a_token_on_loopback(own: OwnDaemons, rig: Rig, tmp_path: Path) ->
         grpcurl, rig, "-plaintext", *right, address, "grpc.health.v1.Health/Check"
     )
     assert daemon.running
+
+
+async def test_the_audit_says_who_called(own: OwnDaemons, rig: Rig, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    secrets = {"alice": "0123456789abcdef0123456789abcdef", "bob": "fedcba9876543210fedcba9876543210"}
+    tokens.write_text("".join(f"{name}:{token}\n" for name, token in secrets.items()))
+    tokens.chmod(0o600)
+    flags = ("--listen", "127.0.0.1:38053", "--token-file", str(tokens))
+    daemon = await own.start(*flags, "--log-format", "json")
+    proto = ("-import-path", "protos", "-proto", "gpudock/v1/container_service.proto")
+    for token in (*secrets.values(), "nobody's"):
+        for name in ("none", "x" * 100_000):
+            words = ("-H", f"authorization: Bearer {token}", "-d", json.dumps({"name": name}), "127.0.0.1:38053")
+            await asyncio.to_thread(
+                grpcurl, rig, "-plaintext", *proto, *words, "gpudock.v1.ContainerService/PauseContainer"
+            )
+    async with Caller(daemon.target) as caller:
+        await failure(caller.containers.PauseContainer(PauseContainerRequest(name="none")))
+    logged = [json.loads(line) for line in daemon.log_text.splitlines() if line.startswith("{")]
+    audit = [line for line in logged if line["logger"] == "gpudock.audit"]
+    assert [(line["caller_kind"], line["caller"], line["outcome"]) for line in audit] == [
+        ("token", "alice", "NOT_FOUND"),
+        ("token", "alice", "INVALID_ARGUMENT"),
+        ("token", "bob", "NOT_FOUND"),
+        ("token", "bob", "INVALID_ARGUMENT"),
+        ("nobody", "", "UNAUTHENTICATED"),
+        ("nobody", "", "UNAUTHENTICATED"),
+        ("unix", "", "NOT_FOUND"),
+    ]
+    assert {line["method"] for line in audit} == {"PauseContainer"}
+    assert max(map(len, daemon.log_text.splitlines())) < 2000
+    assert not [token for token in secrets.values() if token in daemon.log_text]
 
 
 async def test_tls_with_certificates_of_clients(own: OwnDaemons, rig: Rig, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ BEARER = (("authorization", f"Bearer {TOKEN}"),)
 def token_file(tmp_path: Path) -> Path:
     path = tmp_path / "tokens"
     path.write_text(f"# who calls\n\nci:{TOKEN}\n")
-    path.chmod(0o640)
+    path.chmod(0o600)
     return path
 
 
@@ -104,8 +104,8 @@ async def test_a_refused_call_is_audited_and_no_token_is_logged(token_file: Path
         with capture_logs() as logged:
             await refused(channel, header=f"Bearer {OTHER}")
             await call(channel, "OneToOne", metadata=BEARER)
-    lines = [(line["caller"], line["outcome"]) for line in logged if line["event"] == "call"]
-    assert lines == [("nobody", "UNAUTHENTICATED"), ("token:ci", "OK")]
+    lines = [(line["caller_kind"], line["caller"], line["outcome"]) for line in logged if line["event"] == "call"]
+    assert lines == [("nobody", "", "UNAUTHENTICATED"), ("token", "ci", "OK")]
     assert OTHER not in str(logged)
     assert TOKEN not in str(logged)
 
@@ -144,7 +144,8 @@ def test_a_token_file_that_goes_away_takes_its_tokens_along(token_file: Path) ->
 @pytest.mark.parametrize(
     ("text", "mode", "message"),
     [
-        (f"ci:{TOKEN}", 0o644, "can be read by everyone"),
+        (f"ci:{TOKEN}", 0o644, "is open to every user of this host (mode 0644)"),
+        (f"ci:{TOKEN}", 0o602, "is open to every user of this host (mode 0602)"),
         (f"ci {TOKEN}", 0o600, "line 1 is not NAME:TOKEN"),
         ("\nci:short", 0o600, "line 2 has a token of fewer than 16 characters"),
         (f"\nci:{TOKEN} {TOKEN}", 0o600, "line 2 is not NAME:TOKEN"),
@@ -158,6 +159,38 @@ def test_a_bad_token_file_is_refused_at_start(tmp_path: Path, text: str, mode: i
         TokenFile(path)
     assert message in raised.value.message
     assert TOKEN not in str(raised.value)
+
+
+def test_a_token_file_of_another_user_or_group_is_refused_at_start(token_file: Path) -> None:
+    token_file.chmod(0o640)
+    os.chown(token_file, 0, 0)
+    assert TokenFile(token_file).name_of(TOKEN) == "ci", "root's own group is let in"
+    os.chown(token_file, 0, 12345)
+    with pytest.raises(StartupError, match=r"is open to the group 12345 \(mode 0640\)\n.*chmod 600"):
+        TokenFile(token_file)
+    token_file.chmod(0o600)
+    os.chown(token_file, 12345, 0)
+    with pytest.raises(StartupError, match="belongs to the user 12345, who may change it"):
+        TokenFile(token_file)
+
+
+def test_a_file_that_others_may_read_adds_no_token_and_still_takes_some_away(token_file: Path) -> None:
+    added = "a" * 32
+    token_file.write_text(f"ci:{TOKEN}\nops:{OTHER}\n")
+    tokens = TokenFile(token_file)
+    token_file.chmod(0o644)
+    rewrite(token_file, f"ci:{TOKEN}\nadded:{added}\n", later=1)
+    with capture_logs() as logged:
+        assert [tokens.name_of(token) for token in (TOKEN, OTHER, added)] == ["ci", None, None]
+        assert tokens.name_of(TOKEN) == "ci"
+    (complaint,) = [line for line in logged if line["log_level"] == "error"]
+    assert f"chmod 600 {token_file}" in complaint["mistakes"][0]
+    # The mode alone counts as a change.
+    token_file.chmod(0o600)
+    assert [tokens.name_of(token) for token in (TOKEN, OTHER, added)] == ["ci", None, "added"]
+    token_file.chmod(0o604)
+    assert tokens.name_of(TOKEN) == "ci"
+    token_file.chmod(0o600)
 
 
 def test_a_missing_token_file_is_refused_at_start(tmp_path: Path) -> None:
@@ -180,7 +213,7 @@ async def test_a_verified_client_certificate_names_its_caller(authority: Authori
     async with reached(probe, settings, credentials) as channel:
         await call(channel, "OneToOne")
         assert probe.seen == [Caller(CallerKind.CERTIFICATE, "alice")]
-        assert str(probe.seen[0]) == "certificate:alice"
+        assert probe.seen[0].log_fields() == {"caller_kind": "certificate", "caller": "alice"}
         # Who sends a token means it: a wrong one is not made good by the certificate.
         await refused(channel, header=f"Bearer {TOKEN}")
 

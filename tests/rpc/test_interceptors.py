@@ -300,7 +300,7 @@ async def test_a_call_by_the_unix_socket_is_known_and_its_logs_say_so(channel: g
 
     probe.act = act
     await call(channel, "OneToOne")
-    assert seen == [UNIX, {"rpc": "/gpudock.probe.Probe/OneToOne", "caller": "unix"}]
+    assert seen == [UNIX, {"rpc": "/gpudock.probe.Probe/OneToOne", "caller_kind": "unix", "caller": ""}]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -311,8 +311,22 @@ async def test_a_mutation_leaves_one_audit_line(channel: grpc.aio.Channel, probe
     lines = [line for line in logged if line["event"] == "call"]
     assert len(lines) == 1
     assert lines[0]["duration_seconds"] >= 0
-    expected = {"method": kind, "caller": "unix", "target": "train", "request_id": "7", "outcome": "NOT_FOUND"}
+    expected = {
+        "method": kind,
+        "caller_kind": "unix",
+        "caller": "",
+        "target": "train",
+        "request_id": "7",
+        "outcome": "NOT_FOUND",
+    }
     assert expected.items() <= lines[0].items()
+
+
+async def test_an_audit_line_is_short_whatever_the_request_is(channel: grpc.aio.Channel) -> None:
+    with capture_logs() as logged:
+        await call(channel, "OneToOne", requests=[Message(name="é" * 500_000, request_id="7" * 500_000)])
+    (line,) = [line for line in logged if line["event"] == "call"]
+    assert (line["target"], line["request_id"]) == ("é" * 128 + "…", "7" * 256 + "…")
 
 
 async def test_the_first_message_of_an_exec_names_its_container(channel: grpc.aio.Channel) -> None:

@@ -181,5 +181,10 @@ async def test_bad_certificates_are_refused_at_start(tmp_path: Path, token_file:
     assert f"tls_cert {garbage}" in await message(garbage, one.key)
     assert f"tls_key {locked}" in await message(one.certificate, locked)
     assert f"tls_client_ca {garbage}" in await message(one.certificate, one.key, garbage)
+    one.key.chmod(0o644)
+    assert await message(one.certificate, one.key) == (
+        f"tls_key {one.key} is open to every user of this host (mode 0644)"
+    )
+    one.key.chmod(0o600)
     missing = tmp_path / "missing"
     assert await message(missing, one.key) == f"tls_cert {missing} cannot be read: No such file or directory"

@@ -513,6 +513,11 @@ def test_an_incomplete_tls_folder(tmp_path: Path) -> None:
         Address.parse("tcp://host", tmp_path)
     with pytest.raises(ValueError, match="no TLS"):
         Address.parse("unix:///x", tmp_path)
+    for name in ("cert.pem", "key.pem"):
+        (tmp_path / name).touch()
+    (tmp_path / "key.pem").chmod(0o644)
+    with pytest.raises(ValueError, match=r"key\.pem is open to every user of this host \(mode 0644\); .*chmod 600"):
+        Address.parse("tcp://host", tmp_path)
 
 
 @given(st.text(max_size=8))

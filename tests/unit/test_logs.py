@@ -65,6 +65,14 @@ def test_a_line_is_json_with_what_its_task_works_for() -> None:
     }
 
 
+def test_who_called_is_never_taken_for_a_secret() -> None:
+    stream = configured()
+    structlog.contextvars.bind_contextvars(caller_kind="token", caller="deploy-token:prod")
+    structlog.stdlib.get_logger("gpudock.audit").info("call", note="token:0123456789")
+    (line,) = lines(stream)
+    assert (line["caller_kind"], line["caller"], line["note"]) == ("token", "deploy-token:prod", "token:[redacted]")
+
+
 def test_the_standard_library_comes_out_the_same_way() -> None:
     stream = configured()
     structlog.contextvars.bind_contextvars(container="train")

@@ -12,6 +12,7 @@ import structlog
 from google.protobuf.message import Message
 from typing_extensions import override
 
+from gpudock_server.logs import cut
 from gpudock_server.rpc.errors import code_of
 from gpudock_server.rpc.identity import caller
 from gpudock_server.rpc.interception import Call, Interceptor
@@ -52,7 +53,7 @@ class AuditInterceptor(Interceptor):
             _log.info(
                 "call",
                 method=method,
-                caller=str(caller()),
+                **caller().log_fields(),
                 peer=call.context.peer(),
                 outcome=outcome,
                 duration_seconds=round(time.monotonic() - begin, 3),
@@ -84,6 +85,6 @@ def _target(request: object) -> dict[str, str]:
     fields = request.DESCRIPTOR.fields_by_name
     if _BEGINNING in fields and fields[_BEGINNING].message_type is not None and request.HasField(_BEGINNING):
         return _target(getattr(request, _BEGINNING))
-    found = {field: str(getattr(request, field)) for field in (*_TARGETS, "request_id") if field in fields}
+    found = {field: cut(str(getattr(request, field))) for field in (*_TARGETS, "request_id") if field in fields}
     target = next((found[field] for field in _TARGETS if found.get(field)), "")
     return {key: value for key, value in (("target", target), ("request_id", found.get("request_id"))) if value}

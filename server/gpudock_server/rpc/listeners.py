@@ -21,6 +21,7 @@ from urllib.parse import quote
 import grpc
 import grpc.aio
 
+from gpudock_server.private_files import read_private
 from gpudock_server.setting_values import split_address
 from gpudock_server.settings import Settings
 from gpudock_server.startup import StartupError
@@ -181,7 +182,8 @@ def _tls_credentials(settings: Settings) -> grpc.ServerCredentials | None:
     """None where there is no certificate: settings allow that on loopback alone."""
     if settings.tls_cert is None or settings.tls_key is None:
         return None
-    certificate, key = _read(settings.tls_cert, "tls_cert"), _read(settings.tls_key, "tls_key")
+    certificate = _read(settings.tls_cert, "tls_cert")
+    key, _ = read_private(settings.tls_key, "tls_key")
     client_ca = _read(settings.tls_client_ca, "tls_client_ca") if settings.tls_client_ca else None
     # Python's ssl says what is wrong with them; grpc would listen, and fail at every handshake.
     check = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -6,11 +6,11 @@ import hashlib
 import hmac
 import os
 import re
-import stat
 from pathlib import Path
 
 import structlog
 
+from gpudock_server.private_files import exposure, read_private, remedy
 from gpudock_server.startup import StartupError
 
 _SHORTEST = 16
@@ -25,20 +25,19 @@ class TokenFile:
     """The tokens that are good now. A name may have several, so that one can be replaced without a gap.
 
     The file is read again when it has changed. Lines that went wrong then, or a file that went away, count for nothing
-    and are logged: what an operator took out must not stay good because of a slip elsewhere.
+    and are logged: what an operator took out must not stay good because of a slip elsewhere. A file that other users of
+    the host may read or write adds no token: of those that were good before, the ones that are still in it stay good.
     """
 
     def __init__(self, path: Path) -> None:
         """Read it for the first time, when every mistake is refused. Raises StartupError."""
         self._path = path
+        content, found = read_private(path, "token_file")
+        self._version: tuple[int, ...] | None = _version(found)
         try:
-            found = path.stat()
-            self._version: tuple[int, int, int] | None = _version(found)
-            self._names, mistakes = _parse(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+            self._names, mistakes = _parse(content.decode())
+        except UnicodeDecodeError as error:
             raise StartupError(f"token_file {path} cannot be read: {error}", "change token_file") from error
-        if found.st_mode & stat.S_IROTH:
-            raise StartupError(f"token_file {path} can be read by everyone on this host", f"chmod 0640 {path}")
         if mistakes:
             raise StartupError(f"token_file {path}: {'; '.join(mistakes)}", _HINT)
 
@@ -55,7 +54,13 @@ class TokenFile:
             version = _version(self._path.stat())
             if version == self._version:
                 return
-            names, mistakes = _parse(self._path.read_text(encoding="utf-8"))
+            with self._path.open(encoding="utf-8") as file:
+                found = os.fstat(file.fileno())
+                version = _version(found)
+                names, mistakes = _parse(file.read())
+            if exposed := exposure(found):
+                names = {digest: name for digest, name in names.items() if self._names.get(digest) == name}
+                mistakes = [f"the file {exposed}, so nothing is added: {remedy(self._path)}", *mistakes]
         except (OSError, UnicodeDecodeError) as error:
             version, names, mistakes = None, {}, [str(error)]
         if version != self._version:
@@ -65,8 +70,8 @@ class TokenFile:
         self._version, self._names = version, names
 
 
-def _version(found: os.stat_result) -> tuple[int, int, int]:
-    return found.st_mtime_ns, found.st_size, found.st_ino
+def _version(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode, found.st_uid, found.st_gid
 
 
 def _parse(text: str) -> tuple[dict[bytes, str], list[str]]:
