@@ -280,7 +280,12 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
         execs=execs,
         watches=watches,
         reconciler=Reconciler(
-            storage, operations, drift, interval=settings.reconcile_interval, orphan_grace=settings.orphan_grace
+            storage,
+            operations,
+            drift,
+            interval=settings.reconcile_interval,
+            orphan_grace=settings.orphan_grace,
+            start_retry_pauses=(settings.start_retry_pause, settings.start_retry_pause_max),
         ),
         retention=Retention(world, containers, interval=settings.reconcile_interval),
         server=server,

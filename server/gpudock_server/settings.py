@@ -278,8 +278,16 @@ class Settings(BaseSettings):
         10, description="how long a container that does not say has to stop before it is killed"
     )
     settle_period: Annotated[Seconds, Field(ge=0)] = Field(
-        0.5, description="how long a replaced container must run before its predecessor is given up"
+        0.5,
+        description="how long a process is watched after its start: one that ends by then is reported at once, and one "
+        "that was to replace another is given up",
     )
+    start_retry_pause: PositiveSeconds = Field(
+        5,
+        description="how long after a failed start a container is started again that its restart policy keeps running; "
+        "twice as long after each further failure",
+    )
+    start_retry_pause_max: PositiveSeconds = Field(300, description="the longest pause between two such starts")
     exec_hangup_grace: Annotated[Seconds, Field(ge=0)] = Field(
         5, description="how long a process has to end after its caller hung up: SIGHUP first, SIGKILL then"
     )

@@ -179,6 +179,8 @@ def binding(item: PortBinding) -> str:
 
 def _state(item: Container) -> str:
     state = word_of(ContainerState, item.status.state)
+    if item.status.state == ContainerState.CONTAINER_STATE_RESTARTING and item.status.HasField("exit_code"):
+        return f"{state} ({item.status.exit_code})"
     if item.status.health:
         return f"{state} ({word_of(ContainerHealth, item.status.health).lower()})"
     return state

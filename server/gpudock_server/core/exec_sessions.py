@@ -197,7 +197,7 @@ class ExecSessions:
         except EngineRejected:
             # Not asked before, so that the way that mostly succeeds costs one call less.
             seen = await self._world.engine.inspect(engine_id)
-            if seen is None or not seen.running:
+            if seen is None or not seen.alive:
                 state = "gone" if seen is None else seen.state.value.upper()
                 raise ContainerNotRunning(container=container, state=state) from None
             if seen.state.value == "paused":
@@ -259,7 +259,7 @@ class ExecSessions:
             if not status.running:
                 return status
             seen = await self._world.engine.inspect(running.engine_id)
-            if seen is None or not seen.running:
+            if seen is None or not seen.alive:
                 return await running.session.status()
             await asyncio.sleep(pause)
             pause = min(pause * 2, _LONGEST_PAUSE)

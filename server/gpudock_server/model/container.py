@@ -15,8 +15,9 @@ from gpudock_server.model.target import Target, TargetKind
 class ContainerState(StrEnum):
     """Where a container is in its life.
 
-    EXITED: its process ended by itself, its claims are kept. STOPPED: a user stopped it. FAILED: its engine container
-    is gone without our doing.
+    EXITED: its process ended by itself, its claims are kept. RESTARTING: the same, and the engine is about to start it
+    again, or has just done so, as its restart policy says. STOPPED: a user stopped it. FAILED: its engine container is
+    gone without our doing.
     """
 
     CREATING = "CREATING"
@@ -26,6 +27,14 @@ class ContainerState(StrEnum):
     STOPPED = "STOPPED"
     FAILED = "FAILED"
     DELETING = "DELETING"
+    RESTARTING = "RESTARTING"
+
+
+# States in which the engine sees to it that a process runs, now or in a moment.
+RUNS = frozenset({ContainerState.RUNNING, ContainerState.RESTARTING})
+# The same, and those whose processes are frozen: what has to be stopped before anything of it may be replaced.
+LIVES = RUNS | {ContainerState.PAUSED}
+DOES_NOT_RUN = frozenset({ContainerState.STOPPED, ContainerState.EXITED})
 
 
 class PortBinding(Record):

@@ -81,7 +81,8 @@ class EngineContainer:
     to the names of engine volumes mounted there, anonymous ones included; `binds` maps targets to paths of the engine's
     host. `ports` are those that it was made to
     publish, whether or not it runs, in no order of meaning. `spec` is what its label says it was made from; None where
-    it has no such label, or one that this version cannot read.
+    it has no such label, or one that this version cannot read. `oom_killed`: the kernel killed its main process, in the
+    run that ended last, for memory; None where some process of that run was killed and nobody knows which.
     """
 
     id: str
@@ -90,7 +91,7 @@ class EngineContainer:
     state: EngineState
     pid: int
     exit_code: int
-    oom_killed: bool
+    oom_killed: bool | None
     error: str
     labels: dict[str, str]
     gpu_uuids: tuple[str, ...]
@@ -112,8 +113,13 @@ class EngineContainer:
 
     @property
     def running(self) -> bool:
-        """Whether a process of it lives (a paused one does, and one that the engine is about to restart may)."""
-        return self.state in (EngineState.RUNNING, EngineState.PAUSED, EngineState.RESTARTING)
+        """Whether a process of it lives, now or in a moment: also where the engine is about to start it again."""
+        return self.alive or self.state is EngineState.RESTARTING
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has processes now; those of a paused one are frozen."""
+        return self.state in (EngineState.RUNNING, EngineState.PAUSED)
 
 
 @dataclass(frozen=True, slots=True)

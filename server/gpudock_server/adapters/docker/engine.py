@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, Self
 
@@ -16,6 +17,7 @@ from gpudock_server.adapters.docker.events import events
 from gpudock_server.adapters.docker.exec_session import DockerExecSession
 from gpudock_server.adapters.docker.failures import BAD_REQUEST, CONFLICT, NOT_FOUND, engine_errors, start_failure
 from gpudock_server.adapters.docker.image_editor import ImageEditor
+from gpudock_server.adapters.docker.memory_kills import main_process_killed
 from gpudock_server.adapters.docker.pull import pull, split_reference
 from gpudock_server.errors import EngineRejected, ImageNotFound, VolumeExists
 from gpudock_server.model.engine import (
@@ -246,7 +248,10 @@ class DockerEngine:
         if answer is None:
             return None
         with engine_errors("show a container"):
-            return translate.container(answer)
+            shown = translate.container(answer)
+        if not shown.oom_killed:
+            return shown
+        return replace(shown, oom_killed=await main_process_killed(self._connection, shown))
 
     async def _inspect(self, engine_id: str) -> JsonAnswer | None:
         try:

@@ -32,7 +32,13 @@ from enum import StrEnum
 
 from typing_extensions import override
 
-from gpudock_server.core.containers.create import anonymous_volumes, labels_of, remove_with_volumes
+from gpudock_server.core.containers.create import (
+    VERIFY_STAGE,
+    anonymous_volumes,
+    exit_code_of_start,
+    labels_of,
+    remove_with_volumes,
+)
 from gpudock_server.core.containers.depth import carry_image, graft_image, grafted_image, remove_carried
 from gpudock_server.core.containers.history import prune
 from gpudock_server.core.containers.images import Pull, pull_image, restrict_after_failed_pull
@@ -94,7 +100,9 @@ class ChangeArguments(Record):
 
     `old` and `was_running` are how things stood when the operation began. `cause` None makes no revision.
     `frozen`: it was paused, and is thawed before it is stopped. `keep` says how the files of the revision that ends
-    are kept, `prunes` whether older ones go then.
+    are kept, `prunes` whether older ones go then. `verify`: the process is watched for the settle period also where
+    nothing is replaced; operations of older versions do not have that stage. A process that ends in that time with
+    another code than 0 is a failed start; with `must_live`, with any code; with `may_end`, with none.
     """
 
     old: EngineBinding
@@ -115,6 +123,8 @@ class ChangeArguments(Record):
     prunes: bool = False
     stop_timeout: float | None = None
     must_live: bool = False
+    may_end: bool = False
+    verify: bool = False
     cause: RevisionCause | None = None
     owner: str = ""
     authenticated: bool = False
@@ -143,7 +153,8 @@ class ChangeSaga(ContainerSaga):
         if arguments.was_running and not arguments.frozen:
             kept = keeping.frozen(*kept)
         limits = [Step("limits", self._limits, self._old_limits)] if arguments.limits else []
-        return (*keeping.while_it_runs, *kept, *keeping.at_the_end, *self._stopping(), *limits, *self._starting())
+        start = (*self._starting(), *(self._verifying() if arguments.verify else ()))
+        return (*keeping.while_it_runs, *kept, *keeping.at_the_end, *self._stopping(), *limits, *start)
 
     def _replacement(self) -> tuple[Step, ...]:
         arguments, keeping = self._arguments, self._keeping
@@ -169,7 +180,7 @@ class ChangeSaga(ContainerSaga):
         return (Step("start", self._start, self._stop_successor),) if self._arguments.start else ()
 
     def _verifying(self) -> tuple[Step, ...]:
-        return (Step("verify", self._verify),) if self._arguments.start else ()
+        return (Step(VERIFY_STAGE, self._verify),) if self._arguments.start else ()
 
     def _committed_files(self) -> tuple[Step, ...]:
         return (self._image_step(),) if self._keeping.as_image else ()
@@ -239,14 +250,14 @@ class ChangeSaga(ContainerSaga):
             return self._arguments.old.engine_id
         return str(run.operation.facts("create").get("engine_id", ""))
 
-    async def _verify(self, run: Run) -> None:
-        serving = await self._serving(run)
-        code = await self._world.engine.exited_within(serving, self._world.settle_seconds)
-        if code is not None and (code != 0 or self._arguments.must_live):
+    async def _verify(self, run: Run) -> JsonObject:
+        code = await self._world.end_of_start(await self._serving(run))
+        if code is not None and (code != 0 or self._arguments.must_live) and not self._arguments.may_end:
             raise StartFailed(
                 container=run.operation.target.name,
                 detail=f"its process ended with exit code {code} within {self._world.settle_seconds} s of its start",
             )
+        return {"exit_code": code}
 
     # -- the successor -----------------------------------------------------------------------------------------------
 
@@ -387,7 +398,7 @@ class ChangeSaga(ContainerSaga):
             update_time=moment,
         ).with_status(placement=arguments.placement, holds_resources=self._holds(view.container))
         if arguments.start:
-            container = container.with_status(state=ContainerState.EXITED)
+            container = container.with_status(state=ContainerState.EXITED, exit_code=exit_code_of_start(run.operation))
         container = container.changed(status=observed(container, seen))
         changes: list[Change] = [PutContainer(container, expect=view.version)]
         if arguments.cause is not None:

@@ -2,16 +2,16 @@
 
 The clone is made on the very image that the files lie on. Then, of what the source has now,
 
-    create -> gather -> (freeze) complete (thaw) -> start | commit
+    create -> gather -> (freeze) complete (thaw) -> start -> verify | commit
 
 where the source is frozen only while what changed during `gather` is copied; or, where the layers are out of reach,
 
-    (freeze) snapshot to an image (thaw) -> create -> start | commit
+    (freeze) snapshot to an image (thaw) -> create -> start -> verify | commit
 
 and of what was kept of an older revision,
 
-    create -> restore files -> start | commit        (a tree)
-    name the image -> create -> start | commit       (an image)
+    create -> restore files -> start -> verify | commit        (a tree)
+    name the image -> create -> start -> verify | commit       (an image)
 
 The source is locked all the while, so that neither its files nor what is kept of them go away. An image that came of a
 carry or a snapshot belongs to the source and goes with it: the clone gives it a name of its own.
@@ -28,7 +28,13 @@ from typing_extensions import override
 
 from gpudock_server.core.allocation import Wish
 from gpudock_server.core.containers.commands import Clone
-from gpudock_server.core.containers.create import anonymous_volumes, labels_of, remove_with_volumes
+from gpudock_server.core.containers.create import (
+    VERIFY_STAGE,
+    anonymous_volumes,
+    exit_code_of_start,
+    labels_of,
+    remove_with_volumes,
+)
 from gpudock_server.core.containers.depth import carry_image, committed, layer_image, remove_carried
 from gpudock_server.core.containers.history import find_revision
 from gpudock_server.core.containers.keeping import IMAGE_STAGE
@@ -104,13 +110,14 @@ class Files(Record):
 
 
 class CloneArguments(Record):
-    """What the saga needs to be built again."""
+    """What the saga needs to be built again. `verify` is as in CreateArguments."""
 
     source: Target
     files: Files
     spec: ContainerSpec
     placement: Placement
     start: bool
+    verify: bool = False
     owner: str = ""
 
 
@@ -147,6 +154,7 @@ async def draft(world: World, command: Clone) -> Draft:
         spec=spec,
         placement=proposal.placement,
         start=not command.create_only,
+        verify=not command.create_only,
         owner=container.owner,
     )
     return Draft(
@@ -252,6 +260,8 @@ class CloneSaga(ContainerSaga):
     def steps(self) -> tuple[Step, ...]:
         create = Step("create", self._create, self._remove)
         start = (Step("start", self._start),) if self._arguments.start else ()
+        if self._arguments.verify:
+            start = (*start, Step(VERIFY_STAGE, self._verify))
         if self._files.origin is Origin.COMMIT:
             return (Step(IMAGE_STAGE, self._snapshot, self._thaw_and_drop), create, *start)
         own_name = (Step("name", self._name, self._drop_name),) if self._needs_own_name else ()
@@ -316,6 +326,9 @@ class CloneSaga(ContainerSaga):
     async def _start(self, run: Run) -> None:
         await self._world.start(_made(run), self._arguments.spec)
 
+    async def _verify(self, run: Run) -> JsonObject:
+        return {"exit_code": await self._world.end_of_start(_made(run))}
+
     # -- its files ---------------------------------------------------------------------------------------------------
 
     async def _restore(self, run: Run) -> None:
@@ -336,8 +349,8 @@ class CloneSaga(ContainerSaga):
     @asynccontextmanager
     async def _still(self, run: Run) -> AsyncIterator[None]:
         """The source frozen, if it has to be. All of it is one step, so that it waits for no record meanwhile."""
-        if self._files.freeze and (await self._seen(self._engine_of_source().engine_id)).state is EngineState.RUNNING:
-            await self._world.engine.pause(self._engine_of_source().engine_id)
+        if self._files.freeze:
+            await self._world.freeze((await self._seen(self._engine_of_source().engine_id)).id)
         try:
             yield
         finally:
@@ -368,6 +381,7 @@ class CloneSaga(ContainerSaga):
         world, arguments = self._world, self._arguments
         binding = await self._binding(run)
         container = view.container.changed(engine=binding, revision=1, update_time=now())
+        container = container.with_status(exit_code=exit_code_of_start(run.operation))
         container = container.changed(status=observed(container, await world.engine.inspect(binding.engine_id)))
         revision = ContainerRevision(
             container=container.name,

@@ -23,7 +23,7 @@ from gpudock_server.core.operations import Draft
 from gpudock_server.core.saga import Outcome, Run, Step
 from gpudock_server.errors import ContainerNotRunning, EngineRejected, ImageExists
 from gpudock_server.model.changes import Change, PutContainer
-from gpudock_server.model.container import ContainerState
+from gpudock_server.model.container import RUNS, ContainerState
 from gpudock_server.model.engine import LABEL_OPERATION, EngineContainer, EngineImage, EngineState
 from gpudock_server.model.image import CommittedImage
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
@@ -67,7 +67,7 @@ async def draft(world: World, command: Commit) -> Draft:
         author=command.author,
         comment=command.comment,
         changes=command.changes,
-        freeze=command.pause and state is ContainerState.RUNNING,
+        freeze=command.pause and state in RUNS,
         total_bytes=cost.bytes_to_move,
         revision=container.revision,
         owner=container.owner,
@@ -123,9 +123,7 @@ class CommitSaga(ContainerSaga):
     # -- the container's files ---------------------------------------------------------------------------------------
 
     async def _freeze(self, _run: Run) -> None:
-        # Its process may have ended since; then nothing writes any more.
-        if (seen := await self._seen()) and seen.state is EngineState.RUNNING:
-            await self._world.engine.pause(self._arguments.engine_id)
+        await self._world.freeze(self._arguments.engine_id)
 
     async def _thaw(self, _run: Run) -> None:
         # It ran when this began, and nobody else may freeze it while this is at work.

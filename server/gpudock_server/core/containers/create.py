@@ -53,18 +53,22 @@ from gpudock_server.model.record import JsonObject, Record, now
 from gpudock_server.model.spec import ContainerSpec
 from gpudock_server.ports import ContainerView
 
+VERIFY_STAGE = "verify"
+
 
 class CreateArguments(Record):
     """What the saga needs to be built again.
 
     `image_id` is empty where the image has to be pulled first; `authenticated`: with credentials, which are not
-    recorded. `present_id` is the image that has the name until then.
+    recorded. `present_id` is the image that has the name until then. `verify`: the process is watched for the settle
+    period; operations of older versions do not have that stage.
     """
 
     spec: ContainerSpec
     placement: Placement
     image_id: str
     start: bool
+    verify: bool = False
     owner: str = ""
     authenticated: bool = False
     present_id: str = ""
@@ -97,6 +101,7 @@ async def draft(world: World, command: Create) -> Draft:
         placement=proposal.placement,
         image_id=choice.image_id,
         start=not command.create_only,
+        verify=not command.create_only,
         owner=command.owner,
         authenticated=command.registry_auth is not None,
         present_id=choice.present_id,
@@ -117,6 +122,12 @@ async def draft(world: World, command: Create) -> Draft:
     )
 
 
+def exit_code_of_start(operation: Operation) -> int | None:
+    """With what the process that an operation started has ended since; None if it has not."""
+    code = operation.facts(VERIFY_STAGE).get("exit_code")
+    return code if isinstance(code, int) else None
+
+
 def labels_of(operation: Operation, revision: int, owner: str = "") -> dict[str, str]:
     """What marks an engine container as ours, made by `operation`; and, with its spec, what makes up its record."""
     return {
@@ -130,7 +141,7 @@ def labels_of(operation: Operation, revision: int, owner: str = "") -> dict[str,
 
 
 class CreateSaga(ContainerSaga):
-    """pull -> create -> start, then the head and its first revision."""
+    """pull -> create -> start -> verify, then the head and its first revision."""
 
     def __init__(self, world: World, operation: Operation, registry_auth: RegistryAuth | None = None) -> None:
         """`registry_auth` is not recorded: a daemon that resumes a pull does so without it."""
@@ -147,6 +158,8 @@ class CreateSaga(ContainerSaga):
             steps.insert(0, Step("pull", self._pull, self._restrict))
         if self._arguments.start:
             steps.append(Step("start", self._start))
+        if self._arguments.verify:
+            steps.append(Step(VERIFY_STAGE, self._verify))
         return tuple(steps)
 
     @property
@@ -197,6 +210,10 @@ class CreateSaga(ContainerSaga):
     async def _start(self, run: Run) -> None:
         await self._world.start(str(run.operation.facts("create")["engine_id"]), self._spec)
 
+    async def _verify(self, run: Run) -> JsonObject:
+        """A process that ends at once is no failure; its exit code is for the status."""
+        return {"exit_code": await self._world.end_of_start(str(run.operation.facts("create")["engine_id"]))}
+
     @override
     async def commit(self, run: Run, view: ContainerView) -> Outcome:
         world, arguments = self._world, self._arguments
@@ -212,6 +229,7 @@ class CreateSaga(ContainerSaga):
             anonymous_volumes=anonymous_volumes(self._spec, seen.volumes if seen else {}),
         )
         container = view.container.changed(engine=binding, revision=1, update_time=now())
+        container = container.with_status(exit_code=exit_code_of_start(run.operation))
         container = container.changed(status=observed(container, seen))
         revision = ContainerRevision(
             container=container.name,

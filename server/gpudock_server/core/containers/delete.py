@@ -15,7 +15,7 @@ from gpudock_server.core.saga import Outcome, Run, Step
 from gpudock_server.errors import ContainerRunning
 from gpudock_server.model.changes import Change, DeleteContainer, PutContainer, Release
 from gpudock_server.model.claims import keys_of
-from gpudock_server.model.container import ContainerState, EngineBinding, Placement
+from gpudock_server.model.container import LIVES, ContainerState, EngineBinding, Placement
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import Record, now
 from gpudock_server.model.snapshot import SnapshotKind
@@ -34,7 +34,7 @@ async def draft(world: World, command: Delete) -> Draft:
     view = await world.lookup(command.name, command.etag)
     container = view.container
     state = container.status.state
-    if state in (ContainerState.RUNNING, ContainerState.PAUSED) and not command.force:
+    if state in LIVES and not command.force:
         raise ContainerRunning(container=command.name, state=state.value)
     arguments = DeleteArguments(engine=container.engine, placement=container.status.placement)
     return Draft(

@@ -15,7 +15,7 @@ from gpudock_server.core.containers.world import World
 from gpudock_server.core.saga import Run, Step
 from gpudock_server.errors import SnapshotFailed
 from gpudock_server.model.container import Container
-from gpudock_server.model.engine import EngineContainer
+from gpudock_server.model.engine import EngineContainer, EngineState
 from gpudock_server.model.operation import Operation
 from gpudock_server.model.record import JsonObject, Record, now
 from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind, SnapshotMethod
@@ -143,10 +143,12 @@ class Keeping:
         await self._world.snapshots.discard(key, run.operation.id)
 
     async def _freeze(self, _run: Run) -> None:
-        await self._world.engine.pause(self._arguments.engine_id)
+        await self._world.freeze(self._arguments.engine_id)
 
     async def _thaw(self, _run: Run) -> None:
-        await self._world.engine.unpause(self._arguments.engine_id)
+        seen = await self._world.engine.inspect(self._arguments.engine_id)
+        if seen is not None and seen.state is EngineState.PAUSED:
+            await self._world.engine.unpause(self._arguments.engine_id)
 
     def _keys(self, run: Run) -> tuple[SnapshotKey, SnapshotKey | None]:
         uid = run.operation.target.uid

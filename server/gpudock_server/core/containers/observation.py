@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 from gpudock_server.model.container import Container, ContainerState, ContainerStatus
 from gpudock_server.model.engine import EngineContainer, EngineState
+from gpudock_server.model.record import now
+
+# A process that the restart policy started less than this ago may be the next one of a crash loop. Until then the
+# container stays RESTARTING, so that a loop of short runs is not shown as RUNNING for an instant at each turn.
+RESTART_SETTLES = timedelta(seconds=1)
 
 
 def observed(container: Container, seen: EngineContainer | None) -> ContainerStatus:
@@ -21,15 +28,14 @@ def observed(container: Container, seen: EngineContainer | None) -> ContainerSta
             }
         )
     state = _state(container, seen)
-    # Why it was stopped, where gpudock did that on its own, is true for as long as it is stopped.
-    told = status.message if state is status.state is ContainerState.STOPPED else ""
+    exit_code = _exit_code(status, seen, state)
     return status.model_copy(
         update={
             "state": state,
-            "exit_code": None if seen.running or seen.start_time is None else seen.exit_code,
-            "oom_killed": seen.oom_killed,
+            "exit_code": exit_code,
+            "oom_killed": _oom_killed(status, seen, state),
             "health": seen.health if seen.running else "",
-            "message": seen.error or told,
+            "message": seen.error or _message(status, seen, state, exit_code),
             "restart_count": seen.restart_count,
             "start_time": seen.start_time,
             "finish_time": seen.finish_time,
@@ -40,8 +46,56 @@ def observed(container: Container, seen: EngineContainer | None) -> ContainerSta
 def _state(container: Container, seen: EngineContainer) -> ContainerState:
     if seen.state is EngineState.PAUSED:
         return ContainerState.PAUSED
+    if seen.state is EngineState.RESTARTING or has_just_restarted(seen):
+        return ContainerState.RESTARTING
     if seen.running:
         return ContainerState.RUNNING
     if container.status.state is ContainerState.STOPPED or seen.state is EngineState.CREATED:
         return ContainerState.STOPPED
     return ContainerState.EXITED
+
+
+def has_just_restarted(seen: EngineContainer) -> bool:
+    """Whether its restart policy started it so short a time ago that it may be about to end again."""
+    if seen.state is not EngineState.RUNNING or not seen.restart_count or seen.start_time is None:
+        return False
+    # The absolute value: where the engine's clock is ahead of this one's, the time since the start is negative.
+    return abs(now() - seen.start_time) < RESTART_SETTLES
+
+
+def _exit_code(status: ContainerStatus, seen: EngineContainer, state: ContainerState) -> int | None:
+    """That of the run that ended last, while no other one counts as running."""
+    if state in (ContainerState.RUNNING, ContainerState.PAUSED) or seen.start_time is None:
+        return None
+    # The engine forgets the exit code when it starts the process again.
+    return status.exit_code if seen.alive else seen.exit_code
+
+
+def _oom_killed(status: ContainerStatus, seen: EngineContainer, state: ContainerState) -> bool:
+    """Whether the run that ended last was ended for memory, while no other one counts as running."""
+    if state in (ContainerState.RUNNING, ContainerState.PAUSED) or seen.start_time is None:
+        return False
+    if seen.alive:
+        return status.oom_killed
+    if seen.oom_killed is None:
+        # The engine has forgotten which process it was. What was found out when it still knew stands.
+        return status.oom_killed if status.finish_time == seen.finish_time else True
+    return seen.oom_killed
+
+
+def _message(status: ContainerStatus, seen: EngineContainer, state: ContainerState, exit_code: int | None) -> str:
+    """For people; where the engine itself has no error to show."""
+    ended = "" if exit_code is None else f"its process ended with exit code {exit_code}; "
+    match state:
+        case ContainerState.RESTARTING:
+            return f"{ended}the restart policy starts it again (restarts so far: {seen.restart_count})"
+        case ContainerState.RUNNING if seen.restart_count:
+            if status.exit_code is None and status.restart_count == seen.restart_count:
+                return status.message
+            before = "" if status.exit_code is None else f"; the run before ended with exit code {status.exit_code}"
+            return f"started again by its restart policy (restarts so far: {seen.restart_count}){before}"
+        case ContainerState.STOPPED if status.state is ContainerState.STOPPED:
+            # Why it was stopped, where gpudock did that without being asked, is true for as long as it is stopped.
+            return status.message
+        case _:
+            return ""

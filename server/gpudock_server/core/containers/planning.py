@@ -21,20 +21,26 @@ from gpudock_server.core.operations import Draft
 from gpudock_server.errors import ContainerNotRunning, RestartRequired
 from gpudock_server.model.changes import Claim, PutContainer, VolumeIs
 from gpudock_server.model.claims import ClaimKey
-from gpudock_server.model.container import Container, ContainerState, EngineBinding, Placement, RevisionCause
+from gpudock_server.model.container import (
+    LIVES,
+    Container,
+    ContainerState,
+    EngineBinding,
+    Placement,
+    RevisionCause,
+)
 from gpudock_server.model.engine import RegistryAuth
 from gpudock_server.model.operation import CarryMethod, OperationKind, OperationPlan
 from gpudock_server.model.spec import ContainerSpec, SnapshotPolicy
 from gpudock_server.ports import CarryPlan, ContainerView, VolumeView
-
-LIVES = (ContainerState.RUNNING, ContainerState.PAUSED)
-DOES_NOT_RUN = (ContainerState.STOPPED, ContainerState.EXITED)
 
 _CAUSES = {
     OperationKind.RESTART: RevisionCause.RESTARTED,
     OperationKind.UPDATE: RevisionCause.UPDATED,
     OperationKind.ROLLBACK: RevisionCause.ROLLED_BACK,
 }
+# What only starts a process, and does not replace one that ran: how it ends is for the caller to judge.
+_MAY_END = (OperationKind.START, OperationKind.RESTART)
 _LIMITS = ("cpus", "memory_bytes", "pids_limit", "restart_policy")
 
 
@@ -114,6 +120,8 @@ async def draft(world: World, view: ContainerView, wanted: Wanted) -> Draft:
         prunes=prunes,
         stop_timeout=wanted.stop_timeout,
         must_live=wanted.must_live,
+        may_end=wanted.kind in _MAY_END,
+        verify=True,
         cause=cause,
         owner=container.owner,
         authenticated=wanted.registry_auth is not None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from gpudock_server.core.containers.change import Files, Source
 from gpudock_server.core.containers.commands import Rollback
 from gpudock_server.core.containers.history import find_revision
-from gpudock_server.core.containers.planning import DOES_NOT_RUN, Wanted, draft
+from gpudock_server.core.containers.planning import Wanted, draft
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
 from gpudock_server.errors import (
@@ -18,7 +18,7 @@ from gpudock_server.errors import (
     ImageNotFound,
     SnapshotNotFound,
 )
-from gpudock_server.model.container import Container, ContainerRevision, ContainerState
+from gpudock_server.model.container import DOES_NOT_RUN, RUNS, Container, ContainerRevision, ContainerState
 from gpudock_server.model.operation import OperationKind
 from gpudock_server.model.snapshot import Snapshot
 from gpudock_server.ports import RevisionView
@@ -31,13 +31,13 @@ async def draft_rollback(world: World, command: Rollback) -> Draft:
     if state is ContainerState.PAUSED:
         raise ContainerPaused(container=command.name)
     lost = state is ContainerState.FAILED and not command.spec_only
-    if state is not ContainerState.RUNNING and state not in DOES_NOT_RUN and not lost:
+    if state not in RUNS and state not in DOES_NOT_RUN and not lost:
         raise ContainerNotRunning(container=command.name, state=state.value)
     found = await find_revision(world, container, command.revision)
     wanted = Wanted(
         OperationKind.ROLLBACK,
         found.revision.spec,
-        runs=state is ContainerState.RUNNING,
+        runs=state in RUNS,
         snapshots=command.snapshots,
         source=await _source(world, container, found, command),
     )

@@ -15,7 +15,7 @@ from gpudock_server.core.saga import Outcome, Run, Step
 from gpudock_server.errors import ContainerNotRunning
 from gpudock_server.model.changes import Change, PutContainer, Release
 from gpudock_server.model.claims import keys_of
-from gpudock_server.model.container import ContainerState, Placement
+from gpudock_server.model.container import LIVES, ContainerState, Placement
 from gpudock_server.model.engine import EngineContainer, EngineState
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import Record, now
@@ -46,7 +46,7 @@ async def draft(world: World, command: Stop) -> Draft:
     arguments = StopArguments(
         engine_id=container.engine.engine_id,
         spec=container.spec,
-        lives=state in (ContainerState.RUNNING, ContainerState.PAUSED),
+        lives=state in LIVES,
         frozen=state is ContainerState.PAUSED,
         timeout=command.timeout,
         keep_resources=command.keep_resources,
@@ -109,9 +109,10 @@ class StopSaga(ContainerSaga):
     async def commit(self, run: Run, view: ContainerView) -> Outcome:
         arguments = self._arguments
         container = view.container.changed(generation=view.container.generation + 1, update_time=now())
-        if arguments.lives:
-            container = container.with_status(state=ContainerState.STOPPED)
         seen = await self._world.engine.inspect(arguments.engine_id)
+        # Where its last start failed it would else be started again, as its restart policy says.
+        if arguments.lives or (seen is not None and not seen.running and seen.error):
+            container = container.with_status(state=ContainerState.STOPPED)
         container = container.changed(status=observed(container, seen))
         if arguments.reason and seen is not None and not seen.running:
             container = container.with_status(message=arguments.reason)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from gpudock_server.core.containers.commands import Restart, Scale, ScaleStrategy, Start
-from gpudock_server.core.containers.planning import DOES_NOT_RUN, LIVES, Wanted, draft
+from gpudock_server.core.containers.planning import Wanted, draft
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
 from gpudock_server.errors import ContainerNotRunning, ContainerPaused, ContainerRunning, RestartRequired
-from gpudock_server.model.container import ContainerState
+from gpudock_server.model.container import DOES_NOT_RUN, LIVES, RUNS, ContainerState
 from gpudock_server.model.operation import OperationKind
 from gpudock_server.model.spec import ContainerSpec
 
@@ -20,7 +20,7 @@ async def draft_start(world: World, command: Start) -> Draft:
     match container.status.state:
         case ContainerState.PAUSED:
             raise ContainerPaused(container=command.name)
-        case ContainerState.RUNNING:
+        case ContainerState.RUNNING | ContainerState.RESTARTING:
             if spec.gpus != container.spec.gpus:
                 raise ContainerRunning(container=command.name, state=container.status.state.value)
         case state if state not in DOES_NOT_RUN:
@@ -57,14 +57,14 @@ async def draft_scale(world: World, command: Scale) -> Draft:
         field for field in ("gpus", "shm_size_bytes") if getattr(spec, field) != getattr(container.spec, field)
     )
     recreate = command.strategy is ScaleStrategy.RECREATE
-    if state is not ContainerState.RUNNING and (fixed or recreate or state not in DOES_NOT_RUN):
+    if state not in RUNS and (fixed or recreate or state not in DOES_NOT_RUN):
         raise ContainerNotRunning(container=command.name, state=state.value)
     if command.strategy is ScaleStrategy.LIVE and fixed:
         raise RestartRequired(container=command.name, changes=fixed)
     wanted = Wanted(
         OperationKind.SCALE,
         spec,
-        runs=state is ContainerState.RUNNING,
+        runs=state in RUNS,
         recreate=recreate,
         live=command.strategy is ScaleStrategy.LIVE,
         chooses_gpus=command.gpus is not None,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from gpudock_server.core.containers.change import Files, Source
 from gpudock_server.core.containers.commands import FilesPolicy, PullPolicy, Update
 from gpudock_server.core.containers.images import ImageChoice, choose_image
-from gpudock_server.core.containers.planning import DOES_NOT_RUN, Wanted, draft
+from gpudock_server.core.containers.planning import Wanted, draft
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
 from gpudock_server.errors import ContainerNotRunning, ContainerPaused, ImageDiffers
-from gpudock_server.model.container import Container, ContainerState
+from gpudock_server.model.container import DOES_NOT_RUN, RUNS, Container, ContainerState
 from gpudock_server.model.operation import OperationKind
 
 
@@ -19,13 +19,13 @@ async def draft_update(world: World, command: Update) -> Draft:
     container, state = view.container, view.container.status.state
     if state is ContainerState.PAUSED:
         raise ContainerPaused(container=command.name)
-    if state is not ContainerState.RUNNING and state not in DOES_NOT_RUN:
+    if state not in RUNS and state not in DOES_NOT_RUN:
         raise ContainerNotRunning(container=command.name, state=state.value)
     spec = command.change.apply(container.spec)
     wanted = Wanted(
         OperationKind.UPDATE,
         spec,
-        runs=state is ContainerState.RUNNING,
+        runs=state in RUNS,
         snapshots=command.snapshots,
         source=await _source(world, container, command, spec.image),
         registry_auth=command.registry_auth,

@@ -7,10 +7,18 @@ from dataclasses import dataclass, field, replace
 
 from gpudock_server.core.allocation import Allocator
 from gpudock_server.core.containers.images import ImageRules
+from gpudock_server.core.containers.observation import has_just_restarted
 from gpudock_server.errors import ContainerNotFound, EngineRejected, EngineUnavailable, StaleEtag, WrongNode
 from gpudock_server.model.claims import Holder
 from gpudock_server.model.container import Container
-from gpudock_server.model.engine import LABEL_NAME, LABEL_OPERATION, Blueprint, EngineContainer, NodeLimits
+from gpudock_server.model.engine import (
+    LABEL_NAME,
+    LABEL_OPERATION,
+    Blueprint,
+    EngineContainer,
+    EngineState,
+    NodeLimits,
+)
 from gpudock_server.model.spec import ContainerSpec, SnapshotPolicy
 from gpudock_server.ports import ContainerView, Engine, HostPaths, LayerStore, Ledger, SnapshotStore, Store
 
@@ -26,6 +34,7 @@ class HistoryDefaults:
 
 # What an engine that answers needs, after a grace period, to kill a process and say so.
 _KILL_SECONDS = 5.0
+_LOOK_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +159,32 @@ class World:
             finally:
                 stopping.cancel()
             raise
+
+    async def end_of_start(self, engine_id: str) -> int | None:
+        """The exit code of the process that was just started, if it ends within the settle period; else None.
+
+        One that its restart policy has started again by then has ended too; the engine shows with which exit code only
+        until the next run begins, so that of one of the next runs is taken.
+        """
+        code = await self.engine.exited_within(engine_id, self.settle_seconds)
+        seen = await self.engine.inspect(engine_id)
+        while seen is not None and has_just_restarted(seen):
+            await asyncio.sleep(_LOOK_SECONDS)
+            seen = await self.engine.inspect(engine_id)
+        return seen.exit_code if seen is not None and seen.state is EngineState.RESTARTING else code
+
+    async def freeze(self, engine_id: str) -> None:
+        """Freeze every process of an engine container. One that runs none, now or between two restarts, is left."""
+        seen = await self.engine.inspect(engine_id)
+        if seen is None or seen.state is not EngineState.RUNNING:
+            return
+        try:
+            await self.engine.pause(engine_id)
+        except EngineRejected:
+            # Its process may have ended since.
+            seen = await self.engine.inspect(engine_id)
+            if seen is None or seen.state is EngineState.RUNNING:
+                raise
 
     async def _thaw(self, engine_id: str) -> None:
         try:

@@ -15,6 +15,7 @@ from gpudock_server.core.reconcile.claims import ClaimRules
 from gpudock_server.core.reconcile.host_paths import keep_host_paths, sweep_host_paths
 from gpudock_server.core.reconcile.ledger import LedgerRules
 from gpudock_server.core.reconcile.locks import LockRules
+from gpudock_server.core.reconcile.restarts import Restarts
 from gpudock_server.core.reconcile.scene import Heads, read_heads
 from gpudock_server.core.reconcile.upkeep import Upkeep
 from gpudock_server.core.reconcile.verdicts import Fate
@@ -34,16 +35,29 @@ class Reconciler:
     """Watches the engine of this node."""
 
     def __init__(
-        self, storage: Storage, operations: Operations, book: DriftBook, *, interval: float, orphan_grace: float
+        self,
+        storage: Storage,
+        operations: Operations,
+        book: DriftBook,
+        *,
+        interval: float,
+        orphan_grace: float,
+        start_retry_pauses: tuple[float, float],
     ) -> None:
-        """Seconds between full passes, and seconds that something unknown is left; what is found goes to `book`."""
+        """What is found goes to `book`.
+
+        Seconds between full passes, seconds that something unknown is left, and seconds until a failed start is tried
+        again, at first and at most.
+        """
         self._world = world = storage.world
         self._operations = operations
         self._book = book
         self._interval = interval
         self._locks = LockRules(world, operations)
         self._adoption = Adoption(world, operations, grace=orphan_grace)
-        self._upkeep = Upkeep(world, operations)
+        first, longest = start_retry_pauses
+        self._restarts = Restarts(world, operations, first_pause=first, longest_pause=longest)
+        self._upkeep = Upkeep(world, operations, self._restarts)
         self._claims = ClaimRules(world)
         self._volumes = VolumeAdoption(storage)
         self._ledger = LedgerRules(world)
@@ -61,6 +75,7 @@ class Reconciler:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._follow())
             tasks.create_task(self._pass_regularly())
+            tasks.create_task(self._restarts.run(self._attempt_refresh))
             while True:
                 tasks.create_task(self._come_back(await self._busy.get()))
 

@@ -11,6 +11,7 @@ from gpudock_server.core.containers.observation import observed
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft, Operations
 from gpudock_server.core.reconcile.book import Note
+from gpudock_server.core.reconcile.restarts import Restarts
 from gpudock_server.core.reconcile.scene import claim_text, placement_of
 from gpudock_server.errors import EngineRejected
 from gpudock_server.model.changes import Change, Claim, Keep, PutContainer, Release
@@ -53,9 +54,10 @@ class _Difference:
 class Upkeep:
     """The rules for containers that a record binds."""
 
-    def __init__(self, world: World, operations: Operations) -> None:
+    def __init__(self, world: World, operations: Operations, restarts: Restarts) -> None:
         self._world = world
         self._operations = operations
+        self._restarts = restarts
 
     async def refresh(self, view: ContainerView, note: Note, shown: EngineContainer | None = None) -> None:
         """Put right one container. One with an operation at work is that operation's.
@@ -98,13 +100,16 @@ class Upkeep:
             if container.status.state is not ContainerState.FAILED:
                 await self._fail_creation(view, note)
         elif shown is None:
+            self._restarts.forget(container)
             if observed(container, None) != container.status:
                 await self._fail(view, note)
         elif _runs_without_its_own(container, shown):
+            self._restarts.forget(container)
             await self._take_or_stop(view, shown, note)
         else:
             if (status := observed(container, shown)) != container.status:
                 await self._put(view, container.changed(status=status))
+            self._restarts.consider(container.changed(status=status), shown, note)
             await self._name(view, container.engine, shown, note)
             await self._limit(view, shown, note)
             await self._set_policy(view, shown, note)

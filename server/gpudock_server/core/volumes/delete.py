@@ -17,7 +17,6 @@ from typing_extensions import override
 
 from gpudock_server.core.containers.commands import FieldChange, Update
 from gpudock_server.core.containers.mounting import attached
-from gpudock_server.core.containers.planning import DOES_NOT_RUN
 from gpudock_server.core.containers.update import draft_update
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
@@ -27,6 +26,7 @@ from gpudock_server.core.volumes.saga import VolumeSaga
 from gpudock_server.core.volumes.storage import Storage
 from gpudock_server.errors import ContainerBusy, VolumeInUse
 from gpudock_server.model.changes import Change, DeleteVolume, PutVolume
+from gpudock_server.model.container import DOES_NOT_RUN
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan, StageState
 from gpudock_server.model.record import Record
 from gpudock_server.model.target import Target

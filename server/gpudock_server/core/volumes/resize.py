@@ -36,7 +36,7 @@ from gpudock_server.errors import (
     VolumeTooSmallForData,
 )
 from gpudock_server.model.changes import Change, PutContainer, PutVolume
-from gpudock_server.model.container import ContainerState
+from gpudock_server.model.container import RUNS, ContainerState
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import JsonObject, Record, now
 from gpudock_server.model.target import Target
@@ -147,7 +147,7 @@ def _user(world: World, view: ContainerView) -> User:
     return User(
         target=container.target,
         engine_id=container.engine.engine_id if container.engine else "",
-        running=container.status.state is ContainerState.RUNNING,
+        running=container.status.state in RUNS,
         stop_seconds=world.stop_seconds if own is None else own.total_seconds(),
     )
 

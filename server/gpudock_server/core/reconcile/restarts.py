@@ -1,0 +1,236 @@
+"""Containers that the engine is starting again, and those whose start it gave up.
+
+An engine that fails to start a container by itself (a driver that is loaded late at boot, a card that is gone) never
+tries again, and tells nobody: there is no event. So a container that is RESTARTING is looked at again after a while,
+and one whose start failed is started by an operation, after a pause that grows with each try.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import structlog
+
+from gpudock_server.core.containers.commands import Start
+from gpudock_server.core.containers.observation import RESTART_SETTLES, observed
+from gpudock_server.core.containers.transition import draft_start
+from gpudock_server.core.containers.world import World
+from gpudock_server.core.operations import Draft, Operations
+from gpudock_server.core.reconcile.book import Note
+from gpudock_server.errors import GpudockError
+from gpudock_server.model.container import LIVES, Container, ContainerState
+from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
+from gpudock_server.model.engine import EngineContainer
+from gpudock_server.model.record import now
+from gpudock_server.model.spec import RestartPolicy, RestartPolicyKind
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+# Seconds until a RESTARTING container is looked at again, at first and at most. The engine's own pause between two
+# runs grows from 0.1 seconds to a minute.
+_FIRST_LOOK = 1.0
+_LATEST_LOOK = 60.0
+# A run that has just begun counts as RUNNING this many seconds later.
+_SETTLED = RESTART_SETTLES.total_seconds() + 0.05
+
+
+class _Moved(Exception):
+    """The container is no longer one that has to be started."""
+
+
+@dataclass(slots=True)
+class _Watched:
+    """A container that is looked at again when it is `due` (in the event loop's seconds).
+
+    `failed`: its start failed, and it is started then; else it is RESTARTING. `last` is why the last try failed.
+    """
+
+    name: str
+    uid: str
+    failed: bool
+    pause: float
+    due: float
+    due_time: datetime
+    tries: int = 0
+    last: str = ""
+    busy: bool = False
+
+    def schedule(self, pause: float) -> None:
+        """Look again in `pause` seconds."""
+        self.pause = pause
+        self.due = asyncio.get_running_loop().time() + pause
+        self.due_time = now() + timedelta(seconds=pause)
+
+
+class Restarts:
+    """Knows what has to be looked at again, and when."""
+
+    def __init__(self, world: World, operations: Operations, *, first_pause: float, longest_pause: float) -> None:
+        """Seconds until a container whose start failed is started again, at first and at most."""
+        self._world = world
+        self._operations = operations
+        self._first_pause = first_pause
+        self._longest_pause = max(first_pause, longest_pause)
+        self._watched: dict[str, _Watched] = {}
+        self._changed = asyncio.Event()
+
+    def consider(self, container: Container, shown: EngineContainer, note: Note) -> None:
+        """Decide whether a container, whose status is up to date, is to be looked at again."""
+        watched = self._watched.get(container.uid)
+        if start_failed(container, shown):
+            if watched is None or not watched.failed:
+                watched = self._watch(container, failed=True, pause=self._first_pause)
+            if not _tries_left(container.spec.restart_policy, watched.tries):
+                watched.due = float("inf")
+            note(_finding(watched, container, shown))
+            return
+        if watched is not None and watched.failed:
+            note(_ended(container, shown))
+            self.forget(container)
+            watched = None
+        if container.status.state is not ContainerState.RESTARTING:
+            self.forget(container)
+            return
+        if watched is None:
+            watched = self._watch(container, failed=False, pause=_FIRST_LOOK)
+        if shown.alive:
+            watched.schedule(min(watched.pause, _SETTLED))
+            self._changed.set()
+
+    def forget(self, container: Container) -> None:
+        """Stop watching it: its engine container is gone, or an operation stops it."""
+        self._watched.pop(container.uid, None)
+
+    def _watch(self, container: Container, *, failed: bool, pause: float) -> _Watched:
+        watched = _Watched(container.name, container.uid, failed, pause, 0.0, now())
+        watched.schedule(pause)
+        self._watched[container.uid] = watched
+        self._changed.set()
+        return watched
+
+    async def run(self, look: Callable[[str, str], Awaitable[None]]) -> None:
+        """Look again, and start again, for ever. `look` brings the status of a container (name, uid) up to date."""
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                time = asyncio.get_running_loop().time()
+                for watched in [one for one in self._watched.values() if one.due <= time and not one.busy]:
+                    watched.busy = True
+                    tasks.create_task(self._turn(watched, look))
+                await self._next()
+
+    async def _next(self) -> None:
+        """Wait until something is due, or what is watched has changed."""
+        self._changed.clear()
+        due = min((one.due for one in self._watched.values() if not one.busy), default=None)
+        pause = None if due is None else max(0.0, due - asyncio.get_running_loop().time())
+        try:
+            async with asyncio.timeout(pause):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+
+    async def _turn(self, watched: _Watched, look: Callable[[str, str], Awaitable[None]]) -> None:
+        try:
+            if watched.failed:
+                await self._try(watched)
+            watched.schedule(min(watched.pause * 2, self._longest_pause if watched.failed else _LATEST_LOOK))
+            await look(watched.name, watched.uid)
+            if await self._is_gone(watched) and self._watched.get(watched.uid) is watched:
+                del self._watched[watched.uid]
+        finally:
+            watched.busy = False
+            self._changed.set()
+
+    async def _is_gone(self, watched: _Watched) -> bool:
+        try:
+            view = await self._world.store.container(watched.name)
+        except GpudockError:
+            return False
+        return view is None or view.container.uid != watched.uid
+
+    async def _try(self, watched: _Watched) -> None:
+        """Start it by an operation, and wait for the end of that."""
+
+        async def draft() -> Draft:
+            view = await self._world.store.container(watched.name)
+            if view is None or view.container.uid != watched.uid or view.operation_id or view.container.engine is None:
+                raise _Moved
+            shown = await self._world.engine.inspect(view.container.engine.engine_id)
+            current = view.container.changed(status=observed(view.container, shown))
+            if shown is None or not start_failed(current, shown):
+                raise _Moved
+            made = await draft_start(self._world, Start(watched.name))
+            if made.head.expect != view.version:
+                raise _Moved
+            return made
+
+        try:
+            operation_id = await self._operations.begin(draft, None)
+            log.info("start retried", container=watched.name, operation_id=operation_id, tries=watched.tries + 1)
+            await self._operations.settle((operation_id,))
+            error = (await self._operations.get(operation_id)).operation.error
+            watched.last = error.message if error is not None else ""
+        except _Moved:
+            return
+        except GpudockError as error:
+            watched.last = error.message
+        watched.tries += 1
+
+
+def start_failed(container: Container, shown: EngineContainer) -> bool:
+    """Whether a container should run, by its restart policy, and does not because its last start failed.
+
+    One that ran and ended, or that somebody stopped, has no error to show: the engine keeps one for failed starts only,
+    until the next start. What StopContainer stopped is STOPPED.
+    """
+    return (
+        container.status.state is ContainerState.EXITED
+        and container.status.holds_resources
+        and bool(shown.error)
+        and container.spec.restart_policy.kind is not RestartPolicyKind.NO
+    )
+
+
+def _tries_left(policy: RestartPolicy, tries: int) -> bool:
+    limited = policy.kind is RestartPolicyKind.ON_FAILURE and policy.max_retry_count
+    return not limited or tries < policy.max_retry_count
+
+
+def _finding(watched: _Watched, container: Container, shown: EngineContainer) -> Drift:
+    tried = f"tried {watched.tries} times" if watched.tries else "not tried yet"
+    last = f"; the last try failed: {watched.last}" if watched.last and watched.last != shown.error else ""
+    remedy, plan = DriftRemedy.PENDING, f"it is started again at the due time ({tried}{last}); StopContainer ends that"
+    if not _tries_left(container.spec.restart_policy, watched.tries):
+        remedy, plan = DriftRemedy.REPORTED, f"nothing more, as its restart policy says ({tried}{last}); start it"
+    return Drift(
+        kind=DriftKind.START_FAILED,
+        remedy=remedy,
+        container=container.name,
+        uid=container.uid,
+        engine_id=shown.id,
+        engine_name=shown.name,
+        expected=ContainerState.RUNNING.value,
+        actual=container.status.state.value,
+        message=f"{container.name} could not be started: {shown.error}",
+        plan=plan,
+        due_time=watched.due_time if remedy is DriftRemedy.PENDING else None,
+    )
+
+
+def _ended(container: Container, shown: EngineContainer) -> Drift:
+    state = container.status.state
+    return Drift(
+        kind=DriftKind.START_FAILED,
+        remedy=DriftRemedy.REPAIRED,
+        container=container.name,
+        uid=container.uid,
+        engine_id=shown.id,
+        engine_name=shown.name,
+        expected=ContainerState.RUNNING.value if state in LIVES else "",
+        actual=state.value,
+        message=f"{container.name} could not be started",
+        plan=f"it is {state.value} now",
+    )

@@ -1,0 +1,128 @@
+"""Processes that end at once, and crash loops."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from functools import partial
+
+import pytest
+import pytest_asyncio
+from gpudock.v1 import container_pb2, container_service_pb2
+
+from tests.calls import Caller, failure
+from tests.engine.drift import inspect
+from tests.engine.own_daemons import OwnDaemons, own, until
+from tests.rig import Rig
+
+__all__ = ["own"]
+
+RUNNING = container_pb2.CONTAINER_STATE_RUNNING
+EXITED = container_pb2.CONTAINER_STATE_EXITED
+STOPPED = container_pb2.CONTAINER_STATE_STOPPED
+RESTARTING = container_pb2.CONTAINER_STATE_RESTARTING
+UNLESS_STOPPED = container_pb2.RestartPolicy(policy=container_pb2.RESTART_POLICY_KIND_UNLESS_STOPPED)
+
+
+def sh(script: str) -> tuple[str, ...]:
+    """A command that is a shell's."""
+    return ("sh", "-c", script)
+
+
+@pytest_asyncio.fixture
+async def attentive(own: OwnDaemons) -> AsyncIterator[Caller]:
+    """Calls a daemon that watches each process for so long that none that ends at once is missed."""
+    daemon = await own.start("--settle-period", "3")
+    async with Caller(daemon.target) as caller:
+        yield caller
+        await caller.delete_all()
+    assert "Traceback" not in daemon.log_text, daemon.log_text
+
+
+# -- processes that end at once --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("delay", ["", "sleep 0.03;", "sleep 0.1;"])
+@pytest.mark.parametrize("code", [0, 3])
+async def test_one_that_ends_at_once_is_exited_whatever_started_it(attentive: Caller, delay: str, code: int) -> None:
+    command = sh(f"{delay} exit {code}")
+    made = await attentive.create("brief", 1, command=command)
+    again = await attentive.start("brief")
+    restarted = await attentive.restart("brief")
+    moved = await attentive.start("brief", 2)
+    cloned = await attentive.clone("brief", "copy")
+    for one in (made, again, restarted, moved, cloned):
+        assert one.status.state == EXITED
+        assert one.status.exit_code == code
+        assert one.status.HasField("exit_code")
+        assert one.status.holds_resources
+    assert len(moved.status.gpu_uuids) == 2
+
+
+@pytest.mark.parametrize("delay", ["", "sleep 0.1;"])
+async def test_one_that_ends_at_once_does_not_take_the_place_of_one_that_runs(attentive: Caller, delay: str) -> None:
+    # It ends at once with two cards or with `BAD`, and else runs.
+    idle = "trap 'exit 0' TERM; while :; do sleep 0.1; done"
+    command = sh(f'case "$NVIDIA_VISIBLE_DEVICES$BAD" in *,*|*bad) {delay} exit 3;; esac; {idle}')
+    await attentive.create("steady", 1, command=command, env={"BAD": "bad"})
+    await attentive.update("steady", "env")
+    before = await attentive.start("steady")
+    assert before.status.state == RUNNING
+    changes = (
+        partial(attentive.update, "steady", env={"BAD": "bad"}),
+        partial(attentive.scale, "steady", 2),
+        partial(attentive.rollback, "steady", 1, spec_only=True),
+        partial(attentive.rollback, "steady", 1),
+    )
+    for change in changes:
+        refused = await failure(change())
+        assert refused.reason == "START_FAILED"
+        assert "exit code 3" in refused.message
+        after = await attentive.get("steady")
+        assert after.status.state == RUNNING
+        assert after.status.engine_id == before.status.engine_id
+        assert after.spec == before.spec
+
+
+# -- crash loops -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_crash_loop_is_restarting_and_says_how_it_ended(caller: Caller) -> None:
+    made = await caller.create("loop", 1, command=sh("exit 3"), restart_policy=UNLESS_STOPPED)
+    assert made.status.state == RESTARTING
+    for _ in range(40):
+        status = (await caller.get("loop")).status
+        assert status.state == RESTARTING
+        assert status.exit_code == 3
+        assert "exit code 3" in status.message
+        assert status.HasField("finish_time")
+        assert len(status.gpu_uuids) == 1
+        await asyncio.sleep(0.05)
+    assert (await caller.get("loop")).status.restart_count > 1
+    listed = await caller.containers.ListContainers(
+        container_service_pb2.ListContainersRequest(
+            filter=container_service_pb2.ContainerFilter(states=[RESTARTING, STOPPED])
+        )
+    )
+    assert [one.name for one in listed.containers] == ["loop"]
+    assert (await caller.restart("loop")).status.state == RESTARTING
+    stopped = await caller.stop("loop")
+    assert stopped.status.state == STOPPED
+    assert stopped.status.exit_code == 3
+    assert (await caller.start("loop")).status.state == RESTARTING
+
+
+async def test_one_that_its_policy_started_again_runs_in_the_end(caller: Caller, rig: Rig) -> None:
+    once = sh("test -e /ran || { touch /ran; sleep 0.3; exit 4; }; trap 'exit 0' TERM; while :; do sleep 0.1; done")
+    made = await caller.create("second", 1, command=once, restart_policy=UNLESS_STOPPED)
+
+    async def settled() -> bool:
+        status = (await caller.get("second")).status
+        return status.state == RUNNING and status.restart_count == 1
+
+    await until(settled)
+    status = (await caller.get("second")).status
+    assert not status.HasField("exit_code")
+    assert "the run before ended with exit code 4" in status.message
+    assert status.engine_id == made.status.engine_id
+    assert inspect(rig, status.engine_id)["RestartCount"] == 1

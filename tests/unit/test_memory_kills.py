@@ -1,0 +1,44 @@
+"""Which process was killed for memory, as the engine's events have it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from gpudock_server.adapters.docker.memory_kills import judge
+
+SECOND = 1_000_000_000
+
+
+def event(action: str, seconds: float, **attributes: str) -> dict[str, Any]:
+    """One of the engine's."""
+    return {"Action": action, "timeNano": round(seconds * SECOND), "Actor": {"Attributes": attributes}}
+
+
+START, DIE = event("start", 1), event("die", 10.05)
+OOM = event("oom", 9.95)
+
+
+@pytest.mark.parametrize(
+    ("events", "killed"),
+    [
+        ([START, OOM, DIE], True),
+        ([START, DIE], False),
+        ([START, OOM, event("kill", 9.97, signal="9"), DIE], False),
+        ([START, OOM, event("kill", 9.97, signal="15"), DIE], True),
+        ([START, event("kill", 9.9, signal="9"), OOM, DIE], True),
+        ([START, event("oom", 7), DIE], False),
+        ([START, event("oom", 7), OOM, DIE], True),
+        ([event("oom", 9.5), event("die", 9.6), event("start", 9.7), DIE], False),
+        ([START, DIE, event("start", 10.2), event("oom", 10.3), event("die", 10.4)], False),
+        ([START, OOM], None),
+        ([], None),
+    ],
+)
+def test_only_an_end_that_follows_at_once_counts(events: list[dict[str, Any]], killed: bool | None) -> None:  # noqa: FBT001 - pytest gives it by name
+    assert judge(events, 10 * SECOND, SECOND) is killed
+
+
+def test_a_large_process_takes_longer_to_end() -> None:
+    events = [START, event("oom", 7), DIE]
+    assert judge(events, 10 * SECOND, 5 * SECOND) is True
