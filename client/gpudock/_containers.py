@@ -52,12 +52,14 @@ class Containers:
         create_only: bool = False,
         validate_only: bool = False,
         registry_auth: RegistryAuth | None = None,
+        pull_stall_timeout: Seconds | None = None,
         request_id: str | None = None,
         **options: Unpack[SpecOptions],
     ) -> OperationCall[Container]:
         """Create a container from an image, or a whole spec, and `options`; start it unless `create_only`.
 
-        `pull` is `missing`, `always` or `never`. If it fails or is cancelled, nothing is left of it.
+        `pull` is `missing`, `always` or `never`; a pull without progress for `pull_stall_timeout` seconds (None: the
+        node's own) fails. If it fails or is cancelled, nothing is left of it.
         """
         request = pb.CreateContainerRequest(
             name=name,
@@ -68,6 +70,7 @@ class Containers:
             request_id=fresh_id(request_id),
             validate_only=validate_only,
             registry_auth=registry_auth,
+            pull_stall_timeout=None if pull_stall_timeout is None else duration(pull_stall_timeout),
         )
         return self._operation(
             lambda: self._calls.stream(self._stub.CreateContainer, request), validate_only=validate_only
@@ -242,6 +245,7 @@ class Containers:
         files: str | None = None,
         pull: str = "missing",
         registry_auth: RegistryAuth | None = None,
+        pull_stall_timeout: Seconds | None = None,
         snapshots: str | None = None,
         validate_only: bool = False,
         etag: str = "",
@@ -266,6 +270,7 @@ class Containers:
             files=pb.FILES_POLICY_UNSPECIFIED if files is None else value_of(pb.FilesPolicy, files),
             pull_policy=value_of(pb.PullPolicy, pull),
             registry_auth=registry_auth,
+            pull_stall_timeout=None if pull_stall_timeout is None else duration(pull_stall_timeout),
             snapshots=_snapshots(snapshots),
             request_id=fresh_id(request_id),
             etag=etag,

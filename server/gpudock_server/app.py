@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -81,8 +81,9 @@ _HEALTH_SECONDS = 2.0
 _HEALTH_LIMIT_SECONDS = 3.0
 # Of the time to shut down, what is kept for telling those who watch; a quarter of it where it is short.
 _FAREWELL_SECONDS = 1.0
-# How long a start waits for what the daemon before left, before it serves while the rest goes on under its locks.
-_RECOVERY_SECONDS = 30.0
+# How long changes wait for operations of the daemon before that take time, such as a stop. After that these go on under
+# their locks.
+_RECOVERY_SECONDS = 5.0
 _NODE_LEASE = timedelta(seconds=10)
 
 
@@ -246,6 +247,7 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
             replace_any=settings.commit_replace is CommitReplace.ANY,
             repositories=settings.commit_repositories,
             verify_access=settings.verify_image_access,
+            pull_stall_seconds=settings.pull_stall_timeout,
         ),
         history=HistoryDefaults(
             snapshots=SnapshotPolicy(settings.snapshot_policy.name),
@@ -256,7 +258,7 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
     )
     await _attach_volumes(settings)
     storage = _storage(settings, world, info.root_dir, instruments)
-    operations = Operations(state, settings.node_name, saga_builder(world, storage))
+    operations = Operations(state, settings.node_name, saga_builder(world, storage), recovering=True)
     containers = Containers(world, operations)
     execs = ExecSessions(world, LocalProcesses(), hangup_grace=settings.exec_hangup_grace, limit=settings.max_execs)
     watches = Watches(state, checkpoint_seconds=settings.watch_checkpoint_interval)
@@ -500,37 +502,43 @@ class _Daemon:
     retention: Retention
     server: RpcServer
 
-    async def recover(self) -> None:
-        """Bring what the daemon before left to its end, then compare records and engine."""
+    async def recover(self) -> tuple[str, ...]:
+        """Resume what the daemon before left, compare records and engine, then take changes.
+
+        Returns the operations that go on meanwhile, such as one whose image is being pulled.
+        """
         resumed = await self.reconciler.recover()
-        if resumed:
-            try:
-                await asyncio.wait_for(self.operations.settle(resumed), _RECOVERY_SECONDS)
-            except TimeoutError:
-                log.warning("recovery goes on while serving", operations=sorted(self.operations.active))
+        try:
+            async with asyncio.timeout(_RECOVERY_SECONDS):
+                await self.operations.settle_short(resumed)
+        except TimeoutError:
+            log.warning("recovery goes on while serving", operations=sorted(self.operations.active))
         await self.reconciler.full_pass()
+        self.operations.open()
+        return tuple(operation_id for operation_id in resumed if operation_id in self.operations.active)
 
     async def serve(self, stop: _Stop) -> None:
-        """Recover, take calls until told to stop, then drain.
+        """Answer reads, recover, take all calls until told to stop, then drain.
 
         Raises StartupError for a socket or an address that cannot be had, EngineUnavailable and StoreUnavailable where
-        these go away before anything was served.
+        these go away before the recovery has ended.
         """
         # Before anything is driven: two daemons that were given one socket are a mistake in their settings.
         listeners = listen(self.server.grpc, self.settings)
         try:
-            await stop.unless_told(self.recover())
-            if not stop.told.is_set():
-                await self.server.set_serving(False)
-                await self.server.grpc.start()
+            # A recovery may wait for an engine, and reads need not: they are answered while health is NOT_SERVING.
+            await self.server.set_serving(False)
+            await self.server.grpc.start()
+            left = await stop.unless_told(self.recover())
+            if left is not None and not stop.told.is_set():
                 log.info("serving", node=self.settings.node_name, version=VERSION, addresses=listeners.addresses)
-                await self._watch_until(stop)
+                await self._watch_until(stop, left)
         finally:
             await self._drain()
             listeners.close()
 
-    async def _watch_until(self, stop: _Stop) -> None:
-        watch = asyncio.create_task(self._watch(), name="watch engine and store")
+    async def _watch_until(self, stop: _Stop, left: Sequence[str]) -> None:
+        watch = asyncio.create_task(self._watch(left), name="watch engine and store")
         try:
             await stop.unless_told(watch)
         except Exception:
@@ -538,8 +546,9 @@ class _Daemon:
             log.exception("no longer watching engine and store; stopping")
             stop.fail()
 
-    async def _watch(self) -> None:
+    async def _watch(self, left: Sequence[str]) -> None:
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.reconciler.pass_after(left))
             tasks.create_task(self.reconciler.run())
             tasks.create_task(self.retention.run())
             tasks.create_task(self._tell_health())

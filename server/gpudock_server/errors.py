@@ -769,6 +769,16 @@ class ResumeTokenExpired(GpudockError):
 
 
 @dataclass(eq=False)
+class Recovering(GpudockError):
+    """The daemon has not compared records, claims and engine yet, and so changes nothing."""
+
+    code = Code.UNAVAILABLE
+    reason = "RECOVERING"
+    template = "this daemon has just started and is comparing its records with the engine; it takes no changes yet"
+    retry_after = timedelta(seconds=1)
+
+
+@dataclass(eq=False)
 class ShuttingDown(GpudockError):
     """The daemon takes no new work."""
 

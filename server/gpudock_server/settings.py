@@ -254,6 +254,9 @@ class Settings(BaseSettings):
         description="repositories that containers may be committed as, with all below them; {owner} is the owner of "
         "the container; empty for any name that no image has",
     )
+    pull_stall_timeout: PositiveSeconds = Field(
+        300, description="how long a pull may make no progress before it fails, where the call does not say"
+    )
     verify_image_access: Annotated[bool, Shown("true|false")] = Field(
         default=False,
         description="pull an image again, with the caller's credentials, where it was pulled with credentials or "

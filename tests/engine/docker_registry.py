@@ -22,11 +22,13 @@ from tests.rig import Rig
 
 USER, SECRET = "me", "secret"
 LAYER_BYTES = 3 << 20
+STALL_BYTES = 1 << 20
 _DOCKER = "application/vnd.docker"
 
 _SERVER = """
-import http.server, json, pathlib, sys, base64
+import http.server, json, pathlib, sys, base64, time
 files = json.loads(pathlib.Path(sys.argv[1]).read_text())
+released = pathlib.Path(sys.argv[1] + ".released")
 class Registry(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     def do_GET(self):
@@ -43,7 +45,11 @@ class Registry(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content)
+            self.wfile.write(content[:files["stalls_after"]])
+            self.wfile.flush()
+            while len(content) > files["stalls_after"] and not released.exists():
+                time.sleep(0.05)
+            self.wfile.write(content[files["stalls_after"]:])
     do_HEAD = do_GET
     def log_message(self, *_): pass
 server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Registry)
@@ -53,11 +59,15 @@ server.serve_forever()
 
 
 @asynccontextmanager
-async def registry(rig: Rig, folder: Path, *, locked: bool) -> AsyncIterator[str]:
-    """Runs it, with a password if it is `locked`; yields HOST:PORT. `folder` takes its files."""
+async def registry(rig: Rig, folder: Path, *, locked: bool = False, stalls: bool = False) -> AsyncIterator[str]:
+    """Runs it, with a password if it is `locked`; yields HOST:PORT. `folder` takes its files.
+
+    One that `stalls` stops sending in the middle of a layer, with the connection open, until `release` is called.
+    """
     files = {"/v2/": ("application/json", b"{}")} | _image("whole") | _without_layer(_image("broken"))
     content = {
         "authorization": "Basic " + base64.b64encode(f"{USER}:{SECRET}".encode()).decode() if locked else "",
+        "stalls_after": STALL_BYTES if stalls else sys.maxsize,
         "paths": {path: (kind, base64.b64encode(body).decode()) for path, (kind, body) in files.items()},
     }
     (folder / "files").write_text(json.dumps(content))
@@ -69,6 +79,11 @@ async def registry(rig: Rig, folder: Path, *, locked: bool) -> AsyncIterator[str
     finally:
         server.kill()
         await server.wait()
+
+
+def release(folder: Path) -> None:
+    """Let a registry that stalls send the rest."""
+    (folder / "files.released").touch()
 
 
 _Files = dict[str, tuple[str, bytes]]

@@ -563,12 +563,17 @@ def test_layers_become_one_progress() -> None:
         changed = layers.take({"id": layer, "status": status, "progressDetail": detail})
         return changed, layers.current, layers.total
 
-    assert take("", "Pulling from x") == (False, 0, 0)
-    assert take("a", "Pulling fs layer") == (False, 0, 0)
+    assert take("", "Pulling from x") == (True, 0, 0)
+    assert take("a", "Pulling fs layer") == (True, 0, 0)
+    # Neither a countdown nor a repetition is progress.
+    assert take("a", "Waiting") == (False, 0, 0)
+    assert take("a", "Retrying in 5 seconds") == (False, 0, 0)
+    assert take("a", "Retrying in 4 seconds") == (False, 0, 0)
     assert take("a", "Downloading", 10, 100) == (True, 10, 100)
+    assert take("a", "Downloading", 10, 100) == (False, 10, 100)
     assert take("b", "Downloading", 5, 50) == (True, 15, 150)
-    assert take("a", "Downloading", 3, 100) == (False, 15, 150)
+    assert take("a", "Downloading", 3, 100) == (True, 15, 150)
     assert take("a", "Download complete") == (True, 105, 150)
-    assert take("a", "Extracting", 1, 100) == (False, 105, 150)
+    assert take("a", "Extracting", 1, 100) == (True, 105, 150)
     assert take("b", "Pull complete") == (True, 150, 150)
-    assert take("c", "Already exists") == (False, 150, 150)
+    assert take("c", "Already exists") == (True, 150, 150)

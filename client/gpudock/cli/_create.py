@@ -27,6 +27,7 @@ class _CommonFlags(SpecFlags):
     image: str
     owner: str
     pull: str
+    pull_stall_timeout: float | None
     validate_only: bool
 
 
@@ -46,6 +47,12 @@ class _RunFlags(_CommonFlags):
 
 
 _owner_option = click.option("--owner", default="", help="Who it belongs to, for lists to filter by.")
+_pull_stall_option = click.option(
+    "--pull-stall-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Give up a pull that makes no progress for so long.",
+)
 _pull_option = click.option(
     "--pull",
     type=click.Choice(words_of(PullPolicy)),
@@ -62,6 +69,7 @@ _pull_option = click.option(
 @spec_options
 @_owner_option
 @_pull_option
+@_pull_stall_option
 @click.option("--create-only", is_flag=True, help="Do not start it.")
 @validate_only_option
 @click.pass_obj
@@ -82,6 +90,7 @@ def create(session: Session, **flags: Unpack[_CreateFlags]) -> None:
 @spec_options
 @_owner_option
 @_pull_option
+@_pull_stall_option
 @validate_only_option
 @click.pass_obj
 def run(session: Session, **flags: Unpack[_RunFlags]) -> None:
@@ -115,6 +124,7 @@ def _create(session: Session, name: str, flags: _CommonFlags, *, create_only: bo
             spec,
             owner=flags["owner"],
             pull=flags["pull"],
+            pull_stall_timeout=flags["pull_stall_timeout"],
             create_only=create_only,
             validate_only=flags["validate_only"],
         )

@@ -24,6 +24,7 @@ class _Flags(SpecFlags, EditFlags):
     image: str | None
     files: str | None
     pull: str
+    pull_stall_timeout: float | None
     snapshots: str | None
     validate_only: bool
     yes: bool
@@ -46,6 +47,12 @@ class _Flags(SpecFlags, EditFlags):
     default="missing",
     show_default=True,
     help="Whether the image is pulled first.",
+)
+@click.option(
+    "--pull-stall-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Give up a pull that makes no progress for so long.",
 )
 @snapshots_option
 @validate_only_option
@@ -80,6 +87,7 @@ def _begin(
         flags["name"],
         files=flags["files"],
         pull=flags["pull"],
+        pull_stall_timeout=flags["pull_stall_timeout"],
         snapshots=flags["snapshots"],
         validate_only=validate_only,
         etag=etag,

@@ -67,6 +67,7 @@ class Driver:
         self._stop_here_if_told(running)
         running.record = running.record.with_stage(index, state=StageState.RUNNING, start_time=now())
         running.current_bytes = running.total_bytes = 0
+        running.step = step
         running.tell()
         running.step_task = asyncio.ensure_future(step.do(running))
         try:
@@ -74,10 +75,13 @@ class Driver:
         except asyncio.CancelledError:
             if running.cancel_requested and running.step_task.cancelled():
                 raise OperationCancelled(operation_id=running.record.id) from None
+            if step.interruptible:
+                self._journal.stop_if_draining()
             raise
         finally:
             running.step_task.cancel()
-            running.step_task = None
+            running.step = running.step_task = None
+            running.describe("")
         done = running.record.with_stage(
             index,
             state=StageState.DONE,

@@ -33,6 +33,7 @@ from gpudock_server.errors import (
     OperationNotCancellable,
     OperationNotFound,
     Recorded,
+    Recovering,
     RequestIdReused,
     ShuttingDown,
     StoreUnavailable,
@@ -109,8 +110,13 @@ class Draft:
 class Operations:
     """Begins, drives, shows and cancels operations of one node."""
 
-    def __init__(self, store: Store, node: str, build: Callable[[Operation], Saga[Any]]) -> None:
-        """`build` makes the saga of a recorded operation, by its kind."""
+    def __init__(
+        self, store: Store, node: str, build: Callable[[Operation], Saga[Any]], *, recovering: bool = False
+    ) -> None:
+        """`build` makes the saga of a recorded operation, by its kind.
+
+        `recovering`: nothing begins until `open` is called, because claims and records may not be as the engine has it.
+        """
         self._store = store
         self._node = node
         self._build = build
@@ -123,15 +129,30 @@ class Operations:
         self._turn = asyncio.Lock()
         # Ids whose first transaction may be in the store while they have no task yet.
         self._beginning: set[str] = set()
+        self._recovering = recovering
+        # Set, and replaced by another, when an operation is resumed, when operations may begin, and when none may.
+        self._turning = asyncio.Event()
+
+    def open(self) -> None:
+        """Let operations begin."""
+        self._recovering = False
+        self._turn_over()
+
+    def _turn_over(self) -> None:
+        self._turning.set()
+        self._turning = asyncio.Event()
 
     # -- beginning ---------------------------------------------------------------------------------------------------
 
-    async def begin(self, draft: Callable[[], Awaitable[Draft]], request: RequestKey | None) -> str:
+    async def begin(
+        self, draft: Callable[[], Awaitable[Draft]], request: RequestKey | None, *, recovers: bool = False
+    ) -> str:
         """Make one durable operation of a draft and start it; its id.
 
         `draft` is asked again when what it picked was taken by someone else. With a `request` that was seen before,
         nothing begins and the first call's operation is named. Raises whatever `draft` raises, RequestIdReused,
-        ContainerBusy, ContainerExists, StoreUnavailable, ShuttingDown.
+        ContainerBusy, ContainerExists, StoreUnavailable, ShuttingDown; and Recovering, unless it `recovers`: is part of
+        an operation that was resumed, or puts right what the first full pass has found.
         """
         for attempt in range(_CONTENTION_TRIES):
             async with self._turn if attempt else nullcontext():
@@ -139,6 +160,8 @@ class Operations:
                     raise ShuttingDown
                 if (first := await self._first_call(request)) is not None:
                     return first
+                if self._recovering and not recovers:
+                    raise Recovering
                 try:
                     return await self._begin(await draft(), request)
                 except StoreConflict as conflict:
@@ -201,7 +224,8 @@ class Operations:
         """See `Run.part`. What is part of an operation is found again by a request id that is made of that one's."""
         words = f"{whole.id}/{name}"
         try:
-            part = await self.begin(draft, RequestKey(str(uuid.uuid5(uuid.NAMESPACE_OID, words)), words))
+            key = RequestKey(str(uuid.uuid5(uuid.NAMESPACE_OID, words)), words)
+            part = await self.begin(draft, key, recovers=True)
         except ShuttingDown:
             raise Parked from None
         while not (snapshot := await self.get(part)).operation.state.ended:
@@ -248,19 +272,29 @@ class Operations:
         A slow reader is given the latest and misses what is between. Raises ShuttingDown when this daemon stops first:
         the operation then goes on with the next one.
         """
-        while (running := self._running.get(operation_id)) is not None:
-            changed = running.changed
-            snapshot = running.snapshot
+        while True:
+            while (running := self._running.get(operation_id)) is not None:
+                changed = running.changed
+                snapshot = running.snapshot
+                yield snapshot
+                if snapshot.operation.state.ended:
+                    return
+                await self._changed_or_parked(operation_id, changed)
+            recovering = self._recovering
+            snapshot = await self.get(operation_id)
             yield snapshot
-            if snapshot.operation.state.ended:
+            if snapshot.operation.state.ended or snapshot.operation.node != self._node:
                 return
-            await self._changed_or_parked(operation_id, changed)
-        snapshot = await self.get(operation_id)
-        yield snapshot
-        if not snapshot.operation.state.ended and snapshot.operation.node == self._node:
             if self._draining.is_set():
                 raise ShuttingDown
-            raise RuntimeError(f"operation {operation_id} is stuck; its log says why")
+            if not recovering:
+                raise RuntimeError(f"operation {operation_id} is stuck; its log says why")
+            await self._resumed(operation_id)
+
+    async def _resumed(self, operation_id: str) -> None:
+        """Return when an operation is driven here, or would be if it was not over."""
+        while self._recovering and operation_id not in self._running and not self._draining.is_set():
+            await self._turning.wait()
 
     async def _changed_or_parked(self, operation_id: str, changed: asyncio.Event) -> None:
         task = self._tasks.get(operation_id)
@@ -286,7 +320,7 @@ class Operations:
     async def cancel(self, operation_id: str) -> Snapshot:
         """Ask for an operation to be undone; returns once that is recorded, while the undoing goes on.
 
-        Raises OperationNotFound, OperationNotCancellable, WrongNode.
+        Raises OperationNotFound, OperationNotCancellable, WrongNode, Recovering.
         """
         running = self._running.get(operation_id)
         if running is None:
@@ -294,6 +328,8 @@ class Operations:
             if snapshot.operation.cancel_requested:
                 return snapshot
             await self._must_be_here(snapshot.operation)
+            if self._recovering and not snapshot.operation.state.ended:
+                raise Recovering
             raise OperationNotCancellable(operation_id=operation_id, state=snapshot.operation.state.value)
         if not running.saga.cancellable:
             raise OperationNotCancellable(operation_id=operation_id, state=running.record.state.value)
@@ -340,6 +376,15 @@ class Operations:
         if tasks:
             await asyncio.wait(tasks)
 
+    async def settle_short(self, operation_ids: Sequence[str]) -> None:
+        """Wait until each of these operations has ended, was left, or is in an interruptible step."""
+        while tasks := [
+            self._tasks[operation_id]
+            for operation_id in operation_ids
+            if operation_id in self._tasks and not self._running[operation_id].in_interruptible_step
+        ]:
+            await asyncio.wait(tasks, timeout=_TAKING_UP_SECONDS)
+
     @property
     def active(self) -> frozenset[str]:
         """Ids of the operations that are driven here."""
@@ -351,8 +396,14 @@ class Operations:
         return frozenset((*self._tasks, *self._beginning))
 
     async def drain(self, grace_seconds: float) -> None:
-        """Take no new work, bring what runs to a recorded step within `grace_seconds`, then let go of it."""
+        """Take no new work, bring what runs to a recorded step within `grace_seconds`, then let go of it.
+
+        Interruptible steps are left at once.
+        """
         self._draining.set()
+        self._turn_over()
+        for running in self._running.values():
+            running.leave_interruptible_step()
         tasks = list(self._tasks.values())
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=grace_seconds)
@@ -371,6 +422,7 @@ class Operations:
         task = asyncio.create_task(self._driver.run(running), name=f"operation {operation_id}")
         self._tasks[operation_id] = task
         task.add_done_callback(lambda _: self._forget(operation_id))
+        self._turn_over()
 
     def _forget(self, operation_id: str) -> None:
         self._tasks.pop(operation_id, None)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from gpudock_server.core.saga import Run, Saga
+from gpudock_server.core.saga import Run, Saga, Step
 from gpudock_server.model.operation import Operation
 from gpudock_server.model.record import JsonObject
 
@@ -24,11 +24,12 @@ _PROGRESS_SECONDS = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """An operation as a watcher sees it, with the progress of its current stage."""
+    """An operation as a watcher sees it, with the progress of its current stage. `message` is about that stage."""
 
     operation: Operation
     current_bytes: int = 0
     total_bytes: int = 0
+    message: str = ""
 
 
 @dataclass(eq=False)
@@ -44,7 +45,9 @@ class Running(Run):
     total_bytes: int = 0
     notes: list[str] = field(default_factory=list)
     cancel_requested: bool = False
+    step: Step | None = None
     step_task: asyncio.Task[JsonObject | None] | None = None
+    _description: str = ""
     _told: float = 0.0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -62,6 +65,22 @@ class Running(Run):
             self.tell()
 
     @override
+    def describe(self, message: str) -> None:
+        if message != self._description:
+            self._description = message
+            self.tell()
+
+    @property
+    def in_interruptible_step(self) -> bool:
+        """Whether it is in a step that a stop leaves, and that a start does not wait for."""
+        return self.step is not None and self.step.interruptible
+
+    def leave_interruptible_step(self) -> None:
+        """Break off a step that the next daemon does again."""
+        if self.in_interruptible_step and self.step_task is not None:
+            self.step_task.cancel()
+
+    @override
     def note(self, message: str) -> None:
         self.notes.append(message)
 
@@ -72,7 +91,7 @@ class Running(Run):
     @property
     def snapshot(self) -> Snapshot:
         """The operation as it is now."""
-        return Snapshot(self.record, self.current_bytes, self.total_bytes)
+        return Snapshot(self.record, self.current_bytes, self.total_bytes, self._description)
 
     @property
     def changed(self) -> asyncio.Event:

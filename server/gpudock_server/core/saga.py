@@ -41,6 +41,10 @@ class Run(Protocol):
         """Add a sentence to the operation's message; kept with its next record."""
         ...
 
+    def describe(self, message: str) -> None:
+        """Show a sentence while this stage is at work, in place of the one before; empty takes it away."""
+        ...
+
     async def part(self, name: str, draft: Callable[[], Awaitable[Draft]]) -> None:
         """Bring another operation to its end, begun once however often this is repeated: the part of this `name`.
 
@@ -62,6 +66,9 @@ class Step:
     name: str
     do: Callable[[Run], Awaitable[JsonObject | None]]
     undo: Callable[[Run], Awaitable[None]] | None = None
+    # Long, and nothing is down while it is at work: a daemon that is told to stop leaves it at once, and the next one
+    # does it again. A start does not wait for it.
+    interruptible: bool = False
 
 
 @dataclass(frozen=True, slots=True)

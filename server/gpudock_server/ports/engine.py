@@ -73,7 +73,10 @@ class Engine(Protocol):
         ...
 
     async def pull(self, reference: str, auth: RegistryAuth | None, progress: Progress) -> None:
-        """Fetch an image. Raises ImagePullFailed."""
+        """Fetch an image. Raises ImagePullFailed.
+
+        `progress` is called at every sign that the pull moves; it may never move again, and then does not end.
+        """
         ...
 
     async def has_volume(self, name: str) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from gpudock_server.adapters.docker.connection import Connection
-from gpudock_server.errors import EngineRejected, ImagePullFailed
+from gpudock_server.errors import EngineRejected, EngineUnavailable, ImagePullFailed
 from gpudock_server.model.engine import RegistryAuth
 from gpudock_server.ports import Progress
 
@@ -16,24 +16,26 @@ from gpudock_server.ports import Progress
 _REGISTRY_TIMEOUTS: Final = 4
 
 _FETCHING = "Downloading"
+# The engine counts down to its next try of a layer, or tells that a layer has to wait for others.
+_WAITING = ("Retrying", "Waiting")
 _FETCHED = frozenset({"Verifying Checksum", "Download complete", "Extracting", "Pull complete"})
 
 
 async def pull(connection: Connection, reference: str, auth: RegistryAuth | None, progress: Progress) -> None:
-    """Fetch `reference`; leaving early makes the engine stop. Raises ImagePullFailed, EngineUnavailable."""
+    """Fetch `reference`; leaving early makes the engine stop. Raises ImagePullFailed, EngineUnavailable.
+
+    `progress` is called at every sign that the pull moves, also where no byte count changes. The engine itself waits
+    for a silent registry without end.
+    """
     call = "pull an image"
     name, tag = split_reference(reference)
     headers = {"X-Registry-Auth": auth_header(auth)} if auth else None
-    layers = LayerBytes()
+    layers, answered, patience = LayerBytes(), False, connection.timeout * _REGISTRY_TIMEOUTS
     try:
         async with connection.stream(
-            call,
-            "POST",
-            "images/create",
-            params={"fromImage": name, "tag": tag},
-            headers=headers,
-            timeout=connection.timeout * _REGISTRY_TIMEOUTS,
+            call, "POST", "images/create", params={"fromImage": name, "tag": tag}, headers=headers, timeout=patience
         ) as response:
+            answered = True
             async for document in connection.documents(call, response):
                 # The answer was 200 long before this: a failure is one more document.
                 if "error" in document or "errorDetail" in document:
@@ -42,6 +44,12 @@ async def pull(connection: Connection, reference: str, auth: RegistryAuth | None
                     progress(layers.current, layers.total)
     except EngineRejected as rejection:
         raise ImagePullFailed(image=reference, detail=rejection.detail) from rejection
+    except EngineUnavailable as error:
+        if answered:
+            raise
+        # The engine answers when the registry has. Raises EngineUnavailable where it is the engine that is away.
+        await connection.ping()
+        raise ImagePullFailed(image=reference, detail=f"the registry did not answer within {patience:g} s") from error
 
 
 def _failure(document: Mapping[str, Any]) -> str:
@@ -57,6 +65,7 @@ class LayerBytes:
 
     def __init__(self) -> None:
         self._layers: dict[str, tuple[int, int]] = {}
+        self._marks: dict[str, tuple[object, object]] = {}
 
     @property
     def current(self) -> int:
@@ -69,23 +78,23 @@ class LayerBytes:
         return sum(total for _, total in self._layers.values())
 
     def take(self, document: Mapping[str, Any]) -> bool:
-        """Heed one document of the stream; whether it changed a sum."""
+        """Count one document of the stream; whether it shows that the pull moves."""
         layer, status = str(document.get("id", "")), document.get("status")
+        detail = document.get("progressDetail") or {}
+        before, self._marks[layer] = self._marks.get(layer), (status, detail.get("current"))
+        self._count(layer, status, detail)
+        waits = str(status).startswith(_WAITING)
+        return not waits and self._marks[layer] != before
+
+    def _count(self, layer: str, status: object, detail: Mapping[str, Any]) -> None:
         current, total = self._layers.get(layer, (0, 0))
         if status == _FETCHING:
-            detail = document.get("progressDetail") or {}
             # A layer whose fetch is begun again starts over; what was once counted stays counted.
             fetched = max(current, int(detail.get("current") or 0))
-            after = (fetched, max(fetched, total, int(detail.get("total") or 0)))
+            self._layers[layer] = (fetched, max(fetched, total, int(detail.get("total") or 0)))
         elif status in _FETCHED:
             # Extracting has a count of its own, of other bytes: for ours, the layer is here.
-            after = (total, total)
-        else:
-            return False
-        if after == (current, total):
-            return False
-        self._layers[layer] = after
-        return True
+            self._layers[layer] = (total, total)
 
 
 def split_reference(reference: str) -> tuple[str, str]:

@@ -88,6 +88,7 @@ class Source(Record):
     files: Files = Files.CARRY
     image_id: str = ""
     present_id: str = ""
+    pull_stall_seconds: float | None = None
     base_image_id: str = ""
     revision: int = 0
     snapshot: Snapshot | None = None
@@ -158,7 +159,7 @@ class ChangeSaga(ContainerSaga):
 
     def _replacement(self) -> tuple[Step, ...]:
         arguments, keeping = self._arguments, self._keeping
-        pull = [Step("pull", self._pull, self._restrict)] if self._pulls else []
+        pull = [Step("pull", self._pull, self._restrict, interruptible=True)] if self._pulls else []
         create = Step("create", self._create, self._remove_successor)
         stop, start = self._stopping(), (*self._starting(), *self._verifying())
         if arguments.carry is CarryMethod.COMMIT:
@@ -169,7 +170,7 @@ class ChangeSaga(ContainerSaga):
             before.append(Step("locate", self._locate))
             after.append(Step("carry", self._carry, self._give_back))
         elif self._restores_tree:
-            before.append(Step("restore", self._restore))
+            before.append(Step("restore", self._restore, interruptible=True))
         still = (*stop, *keeping.while_still, *self._committed_files())
         return (*pull, *before, *keeping.while_it_runs, *still, *after, *start, *keeping.at_the_end)
 
@@ -269,6 +270,7 @@ class ChangeSaga(ContainerSaga):
             self._auth,
             authenticated=self._arguments.authenticated,
             present_id=self._arguments.source.present_id,
+            stall_seconds=self._arguments.source.pull_stall_seconds,
         )
 
     async def _pull(self, run: Run) -> JsonObject:

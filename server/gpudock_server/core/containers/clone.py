@@ -271,9 +271,9 @@ class CloneSaga(ContainerSaga):
     def _bringing_files(self) -> tuple[Step, ...]:
         match self._files.origin:
             case Origin.MIRROR:
-                return (Step("gather", self._gather), Step("complete", self._complete, self._thaw))
+                return (Step("gather", self._gather, interruptible=True), Step("complete", self._complete, self._thaw))
             case Origin.TREE:
-                return (Step("restore", self._restore),)
+                return (Step("restore", self._restore, interruptible=True),)
             case Origin.COMMIT | Origin.IMAGE:
                 return ()
 

@@ -66,6 +66,7 @@ class Create:
     pull_policy: PullPolicy = PullPolicy.MISSING
     create_only: bool = False
     registry_auth: RegistryAuth | None = None
+    pull_stall_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +154,7 @@ class Update:
     files: FilesPolicy | None = None
     pull_policy: PullPolicy = PullPolicy.MISSING
     registry_auth: RegistryAuth | None = None
+    pull_stall_seconds: float | None = None
     snapshots: SnapshotPolicy | None = None
     etag: str = ""
 

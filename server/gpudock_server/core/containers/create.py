@@ -72,6 +72,7 @@ class CreateArguments(Record):
     owner: str = ""
     authenticated: bool = False
     present_id: str = ""
+    pull_stall_seconds: float | None = None
 
 
 async def draft(world: World, command: Create) -> Draft:
@@ -105,6 +106,7 @@ async def draft(world: World, command: Create) -> Draft:
         owner=command.owner,
         authenticated=command.registry_auth is not None,
         present_id=choice.present_id,
+        pull_stall_seconds=command.pull_stall_seconds,
     )
     return Draft(
         kind=OperationKind.CREATE,
@@ -155,7 +157,7 @@ class CreateSaga(ContainerSaga):
     def steps(self) -> tuple[Step, ...]:
         steps = [Step("create", self._create, self._remove)]
         if not self._arguments.image_id:
-            steps.insert(0, Step("pull", self._pull, self._restrict))
+            steps.insert(0, Step("pull", self._pull, self._restrict, interruptible=True))
         if self._arguments.start:
             steps.append(Step("start", self._start))
         if self._arguments.verify:
@@ -170,6 +172,7 @@ class CreateSaga(ContainerSaga):
             self._auth,
             authenticated=self._arguments.authenticated,
             present_id=self._arguments.present_id,
+            stall_seconds=self._arguments.pull_stall_seconds,
         )
 
     async def _pull(self, run: Run) -> JsonObject:

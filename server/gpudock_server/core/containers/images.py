@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from gpudock_server.core.containers.commands import PullPolicy
 from gpudock_server.core.saga import Run
-from gpudock_server.errors import ImageExists, ImageNameForbidden, ImageNotFound
+from gpudock_server.errors import ImageExists, ImageNameForbidden, ImageNotFound, ImagePullFailed
 from gpudock_server.model.changes import DeleteImageOrigin, PutImageOrigin
 from gpudock_server.model.engine import EngineImage, RegistryAuth
 from gpudock_server.model.image import ImageOrigin, familiar_reference, familiar_repository
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     # The world holds the rules.
     from gpudock_server.core.containers.world import World
 
+# A pull that has been silent for so long says so.
+_QUIET_SECONDS: Final = 5.0
 OWNER_PLACEHOLDER: Final = "{owner}"
 _OWNER_IN_REPOSITORY: Final = frozenset("abcdefghijklmnopqrstuvwxyz0123456789._-")
 
@@ -72,12 +74,13 @@ class ImageRules:
 
     `replace_any`: a caller may replace images that gpudock did not commit for the container's owner. `repositories`:
     the names, with all below them, that can be committed; empty is any. `verify_access`: restricted images are pulled
-    again for other owners.
+    again for other owners. `pull_stall_seconds`: how long a pull may make no progress.
     """
 
     replace_any: bool = False
     repositories: tuple[str, ...] = ()
     verify_access: bool = False
+    pull_stall_seconds: float = 300.0
     names: ImageNames = field(default_factory=ImageNames)
 
     def require_allowed(self, repository: str, owner: str) -> None:
@@ -187,6 +190,7 @@ class Pull:
 
     `authenticated`: the caller gave credentials. `present_id` is the image that had the name before: it was not pulled
     with these credentials, so that a pull with needless or wrong ones does not take it from all others.
+    `stall_seconds` None is the node's own.
     """
 
     reference: str
@@ -194,17 +198,68 @@ class Pull:
     auth: RegistryAuth | None
     authenticated: bool
     present_id: str
+    stall_seconds: float | None = None
 
 
 async def pull_image(world: World, run: Run, pull: Pull) -> EngineImage:
     """Pull, and record who has shown that they may use it. Raises ImagePullFailed, ImageNotFound."""
     async with world.images.names.pulling(pull.reference):
-        await world.engine.pull(pull.reference, pull.auth, run.progress)
+        await _pull_while_it_moves(world, run, pull)
         image = await world.engine.image(pull.reference)
     if image is None:
         raise ImageNotFound(image=pull.reference)
     await _record_pull(world, image.id, (pull.owner,), restricted=pull.authenticated and image.id != pull.present_id)
     return image
+
+
+async def _pull_while_it_moves(world: World, run: Run, pull: Pull) -> None:
+    seconds = pull.stall_seconds or world.images.pull_stall_seconds
+    movement = _Movement(run, seconds)
+    watching = asyncio.create_task(movement.describe_stalls())
+    try:
+        async with movement.patience:
+            await world.engine.pull(pull.reference, pull.auth, movement.moved)
+    except TimeoutError:
+        if not movement.patience.expired():
+            raise
+        detail = f"no progress for {seconds:g} s, since {movement.last_time}"
+        raise ImagePullFailed(image=pull.reference, detail=detail) from None
+    finally:
+        watching.cancel()
+
+
+class _Movement:
+    """When a pull last moved: tells it to watchers, and ends the pull after `seconds` without."""
+
+    def __init__(self, run: Run, seconds: float) -> None:
+        self._run = run
+        self._seconds = seconds
+        self._loop = asyncio.get_running_loop()
+        self._last = self._loop.time()
+        self.patience = asyncio.timeout(seconds)
+        self.last_time = _shown_now()
+
+    def moved(self, current_bytes: int, total_bytes: int) -> None:
+        """Called at every sign of progress."""
+        self._last, self.last_time = self._loop.time(), _shown_now()
+        self.patience.reschedule(self._last + self._seconds)
+        self._run.describe("")
+        self._run.progress(current_bytes, total_bytes)
+
+    async def describe_stalls(self) -> None:
+        """Say since when there is no progress, where that is worth a word."""
+        quiet = min(_QUIET_SECONDS, self._seconds / 2)
+        while True:
+            left = self._last + quiet - self._loop.time()
+            if left <= 0:
+                self._run.describe(
+                    f"no progress of the pull since {self.last_time}; it fails {self._seconds:g} s after that"
+                )
+            await asyncio.sleep(max(left, _QUIET_SECONDS / 10))
+
+
+def _shown_now() -> str:
+    return now().isoformat(timespec="seconds")
 
 
 async def restrict_after_failed_pull(world: World, pull: Pull) -> None:

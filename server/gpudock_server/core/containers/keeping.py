@@ -107,7 +107,7 @@ class Keeping:
     @property
     def while_it_runs(self) -> tuple[Step, ...]:
         """Before the container is made still."""
-        return (Step("gather", self._gather, self._discard),) if self._as_tree else ()
+        return (Step("gather", self._gather, self._discard, interruptible=True),) if self._as_tree else ()
 
     @property
     def while_still(self) -> tuple[Step, ...]:

@@ -42,11 +42,17 @@ async def _source(world: World, container: Container, command: Update, image: st
     current = container.engine.user_image_id if container.engine else ""
     if image_id == current and command.files is not FilesPolicy.DISCARD:
         return Source()
+    pulled = Source(
+        image_id=image_id,
+        present_id=choice.present_id,
+        pull_stall_seconds=command.pull_stall_seconds,
+        base_image_id=image_id,
+    )
     match command.files:
         case FilesPolicy.DISCARD:
-            return Source(files=Files.FRESH, image_id=image_id, present_id=choice.present_id, base_image_id=image_id)
+            return pulled.model_copy(update={"files": Files.FRESH})
         case FilesPolicy.CARRY_COMMIT:
-            return Source(files=Files.GRAFT, image_id=image_id, present_id=choice.present_id, base_image_id=image_id)
+            return pulled.model_copy(update={"files": Files.GRAFT})
         case _:
             raise ImageDiffers(container=container.name, image=image, image_id=image_id, current_image_id=current)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 import structlog
 
@@ -134,6 +135,12 @@ class Reconciler:
         """
         async with self._turn:
             return await self._resume(await self._seen(), self._at_start.append)
+
+    async def pass_after(self, operation_ids: Sequence[str]) -> None:
+        """Compare everything again when operations that were resumed have ended, for what their daemon left behind."""
+        if operation_ids:
+            await self._operations.settle(operation_ids)
+            await self._attempt_pass()
 
     async def full_pass(self) -> None:
         """Compare everything once. Raises EngineUnavailable, StoreUnavailable."""

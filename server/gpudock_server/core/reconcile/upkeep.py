@@ -193,7 +193,7 @@ class Upkeep:
                 raise _Moved
             return stop.draft_against(self._world, current, shown, reason)
 
-        operation_id = await self._operations.begin(draft, None)
+        operation_id = await self._operations.begin(draft, None, recovers=True)
         note(
             self._started(
                 container,

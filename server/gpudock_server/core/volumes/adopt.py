@@ -108,7 +108,7 @@ class AdoptSaga(MakingSaga):
     @property
     @override
     def steps(self) -> tuple[Step, ...]:
-        return (*self._making, Step("copy", self._copy)) if self._copies else ()
+        return (*self._making, Step("copy", self._copy, interruptible=True)) if self._copies else ()
 
     async def _copy(self, run: Run) -> None:
         source = self._arguments.source

@@ -248,7 +248,7 @@ class CopySaga(ResizeSaga):
         start = [Step("start", self._start, self._stop_again), Step("verify", self._verify)] if self._running else []
         return (
             Step("make", self._make, self._remove),
-            Step("copy", self._copy),
+            Step("copy", self._copy, interruptible=True),
             *stop,
             Step("difference", self._difference),
             Step(_LOCATE_STAGE, self._locate),

@@ -71,7 +71,7 @@ def operation_message(snapshot: Snapshot) -> operation_pb2.Operation:
         current_bytes=snapshot.current_bytes,
         total_bytes=snapshot.total_bytes,
         stages=_stages(snapshot, current),
-        message=record.message,
+        message="; ".join(filter(None, (record.message, snapshot.message))),
         error=_error(record.error) if record.error is not None and failed else None,
         cancel_requested=record.cancel_requested,
         request_id=record.request_id,

@@ -43,6 +43,8 @@ _FILES_POLICIES: Mapping[int, FilesPolicy | None] = {
 # Keys in etcd have ten digits for it.
 _MAX_REVISION = 9_999_999_999
 _FIELDS_OF_CLONES = tuple(name for name in SPEC_FIELDS if name != "image")
+_LEAST_STALL_TIMEOUT = timedelta(milliseconds=1)
+_MOST_STALL_TIMEOUT = timedelta(days=1)
 _SCALABLE = ("gpus", "cpus", "memory_bytes", "shm_size_bytes")
 
 
@@ -69,6 +71,7 @@ def create(request: container_service_pb2.CreateContainerRequest) -> Create:
         pull_policy=fields.choice(violations, "pull_policy", request.pull_policy, _PULL_POLICIES, PullPolicy.MISSING),
         create_only=request.create_only,
         registry_auth=_registry_auth(violations.at("registry_auth"), request.registry_auth),
+        pull_stall_seconds=_pull_stall_timeout(violations, request),
     )
     violations.raise_any()
     return command
@@ -158,6 +161,7 @@ def update(request: container_service_pb2.UpdateContainerRequest) -> Update:
         files=fields.choice(violations, "files", request.files, _FILES_POLICIES, None),
         pull_policy=fields.choice(violations, "pull_policy", request.pull_policy, _PULL_POLICIES, PullPolicy.MISSING),
         registry_auth=_registry_auth(violations.at("registry_auth"), request.registry_auth),
+        pull_stall_seconds=_pull_stall_timeout(violations, request),
         snapshots=snapshot_policy(violations, "snapshots", request.snapshots),
         etag=request.etag,
     )
@@ -240,6 +244,18 @@ def _common(request: _OnExisting) -> Violations:
 def _timeout(violations: Violations, message: Duration) -> float | None:
     span = fields.duration(violations, "timeout", message, timedelta(0), MAX_STOP_TIMEOUT)
     return fields.whole_seconds(span)
+
+
+def _pull_stall_timeout(
+    violations: Violations,
+    request: container_service_pb2.CreateContainerRequest | container_service_pb2.UpdateContainerRequest,
+) -> float | None:
+    if not request.HasField("pull_stall_timeout"):
+        return None
+    span = fields.duration(
+        violations, "pull_stall_timeout", request.pull_stall_timeout, _LEAST_STALL_TIMEOUT, _MOST_STALL_TIMEOUT
+    )
+    return None if span is None else span.total_seconds()
 
 
 def _registry_auth(violations: Violations, message: registry_auth_pb2.RegistryAuth) -> RegistryAuth | None:
