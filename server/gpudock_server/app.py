@@ -36,12 +36,14 @@ from gpudock_server.adapters.host_ports import HostPorts
 from gpudock_server.adapters.layers import FolderLedger, OverlayLayerStore, OverlaySnapshotStore
 from gpudock_server.adapters.nvml import NvmlInventory
 from gpudock_server.adapters.processes import LocalProcesses
+from gpudock_server.adapters.trees.limits import Limits
 from gpudock_server.adapters.volumes import (
     LoopBackend,
     PlainBackend,
     ProjectQuotaBackend,
     RsyncCopier,
     attach_all,
+    check_versions,
 )
 from gpudock_server.core.allocation import Allocator
 from gpudock_server.core.containers import Containers, HistoryDefaults, ImageRules, World
@@ -213,10 +215,18 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
         None if settings.layer_carry is LayerCarry.AUTO else CarryMethod(settings.layer_carry.name),
         info.root_dir,
         local=_engine_is_here(settings),
+        stall_seconds=settings.stall_timeout,
     )
     # One folder for each node: what no record of a node's names is judged by its own daemon alone.
     kept_files = (settings.snapshot_dir or Path(info.root_dir, "gpudock", "snapshots")) / settings.node_name
-    snapshots = OverlaySnapshotStore(str(kept_files), info.root_dir, local=_engine_is_here(settings))
+    snapshots = OverlaySnapshotStore(
+        str(kept_files),
+        info.root_dir,
+        local=_engine_is_here(settings),
+        limits=Limits(settings.snapshot_max_entries),
+        stall_seconds=settings.stall_timeout,
+    )
+    stack.push_async_callback(snapshots.close)
     # Of an engine on another host, no snapshot is kept here.
     ledger = FolderLedger(
         kept_files if _engine_is_here(settings) else settings.state_dir / "history" / settings.node_name
@@ -257,6 +267,7 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
         limits=_node_limits(settings),
     )
     await _attach_volumes(settings)
+    await check_versions()
     storage = _storage(settings, world, info.root_dir, instruments)
     operations = Operations(state, settings.node_name, saga_builder(world, storage), recovering=True)
     containers = Containers(world, operations)
@@ -363,7 +374,7 @@ def _storage(settings: Settings, world: World, engine_root: str, instruments: In
     return Storage(
         world=world,
         backends=[instruments.volumes(backend) for backend in backends],
-        copier=instruments.copier(RsyncCopier(backends)),
+        copier=instruments.copier(RsyncCopier(backends, settings.stall_timeout)),
         path=str(root),
         forced=None if chosen is VolumeBackendChoice.AUTO else VolumeBackendKind(chosen.name),
         overcommit=settings.volume_overcommit,

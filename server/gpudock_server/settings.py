@@ -238,6 +238,16 @@ class Settings(BaseSettings):
         description="folder of the files of earlier revisions; should be on the engine's filesystem, so that they can "
         "be shared; by default gpudock/snapshots in the engine's data folder",
     )
+    snapshot_max_entries: Annotated[int, Field(ge=1000, le=10_000_000), Shown("N")] = Field(
+        1_000_000,
+        description="files and folders in a container's layer beyond which no snapshot is made of it; the memory that "
+        "a snapshot may take grows with it, 2 KiB for each",
+    )
+    stall_timeout: Annotated[Seconds, Field(ge=10)] = Field(
+        120,
+        description="how long a program that works on files (a snapshot, a copy, rsync) may make no progress before it "
+        "is killed and the operation undone",
+    )
     keep_revisions: Annotated[int, Field(ge=1, le=10000), Shown("N")] = Field(
         20, description="revisions of a container that are kept, the current one among them, where it does not say"
     )

@@ -11,15 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gpudock_server.adapters.layers import OverlayLayerStore
-from gpudock_server.adapters.layers.comparing import differences
 from gpudock_server.adapters.layers.copying import tree_bytes
-from gpudock_server.adapters.layers.threads import Interrupt
+from gpudock_server.adapters.trees.comparing import differences
+from gpudock_server.adapters.trees.interrupt import Interrupt
 from gpudock_server.errors import DiskFull, LayerCarryFailed
 from gpudock_server.model.engine import EngineContainer, EngineState
 from gpudock_server.model.operation import CarryMethod
@@ -371,14 +371,15 @@ async def test_nothing_is_put_back_when_nothing_moved(tmp_path: Path, pair: Laye
 
 
 def _copiers(pair: LayerPair) -> list[int]:
-    """Processes that have the new tree among their arguments."""
+    """Child processes that have the new tree open."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.fsencode(pair.new_path) in (process / "cmdline").read_bytes() and process.name != str(os.getpid()):
+        with suppress(OSError):
+            if b"trees.child" not in (process / "cmdline").read_bytes():
+                continue
+            opened = [link.readlink() for link in (process / "fd").iterdir()]
+            if Path(pair.new_path) in opened:
                 found.append(int(process.name))
-        except OSError:
-            continue
     return found
 
 
@@ -388,22 +389,15 @@ def _grow_heavy(pair: LayerPair) -> None:
 
 
 async def _copying(store: OverlayLayerStore, pair: LayerPair) -> asyncio.Task[None]:
-    """A copy whose cp has begun, and stands still: however quick the disk, it does not end by itself."""
+    """A copy that has begun, and whose process stands still: however quick the disk, it does not end by itself."""
     task = asyncio.create_task(store.copy(pair, _no_progress))
     async with asyncio.timeout(60):
-        while not (copiers := [pid for pid in _copiers(pair) if _is_cp(pid)]):
+        while not (copiers := _copiers(pair)):
             assert not task.done()
             await asyncio.sleep(0.001)
     for pid in copiers:
         os.kill(pid, signal.SIGSTOP)
     return task
-
-
-def _is_cp(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/comm").read_text(encoding="ascii") == "cp\n"
-    except OSError:
-        return False
 
 
 async def test_a_cancelled_copy_leaves_no_process_and_can_be_repeated(tmp_path: Path, pair: LayerPair) -> None:
@@ -424,7 +418,7 @@ async def test_a_copy_of_a_killed_daemon_ends_with_it_and_can_be_repeated(tmp_pa
     daemon = _elsewhere(_copies_and_says_so, tmp_path, pair)
     assert daemon.stdout is not None
     assert daemon.stdout.readline() == b"copying\n"
-    (copier,) = set(_copiers(pair)) - {daemon.pid}
+    (copier,) = _copiers(pair)
     os.kill(daemon.pid, signal.SIGKILL)
     daemon.wait()
     daemon.stdout.close()

@@ -14,7 +14,7 @@ from gpudock.v1 import container_pb2, operation_service_pb2
 from gpudock_server.adapters.etcd import wire
 from gpudock_server.adapters.etcd.keys import Keys
 
-from tests.calls import Caller
+from tests.calls import Caller, failure
 from tests.engine.etcd_examples import connected
 from tests.engine.own_daemons import OwnDaemons, own, until
 from tests.rig import BUSYBOX, Rig
@@ -69,6 +69,25 @@ async def test_snapshot_dir_and_snapshot_policy(own: OwnDaemons) -> None:
         assert (await caller.revisions("past"))[3].snapshot.kind
         await caller.delete("past")
     assert not [path for path in folder.rglob("*") if path.is_file()], "deleted with the container"
+
+
+async def test_snapshot_max_entries_lets_a_change_of_a_larger_layer_go_on_without_a_snapshot(own: OwnDaemons) -> None:
+    daemon = await own.start("--snapshot-max-entries", "1000")
+    async with Caller(daemon.target) as caller:
+        await caller.create("large")
+        await caller.shell("large", "mkdir /many; i=0; while [ $i -lt 1000 ]; do : > /many/$i; i=$((i+1)); done")
+        assert (await failure(caller.update("large", hostname="second", snapshots=_ALWAYS))).reason == "SNAPSHOT_FAILED"
+        await caller.update("large", hostname="second")
+        first, second = await caller.revisions("large")
+        assert "more than 1000 files and folders" in first.snapshot_warning
+        assert not first.HasField("snapshot")
+        assert second.snapshot_warning == ""
+        refused = await failure(caller.rollback("large", 1))
+        assert refused.reason == "SNAPSHOT_NOT_FOUND"
+        await caller.shell("large", "rm -r /many")
+        await caller.update("large", hostname="third")
+        assert (await caller.revisions("large"))[1].snapshot.kind
+        await caller.delete("large")
 
 
 async def test_keep_revisions_for_prunes_what_was_replaced_long_enough_ago(own: OwnDaemons) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from gpudock_server.adapters.layers import OverlaySnapshotStore
-from gpudock_server.adapters.layers.comparing import differences
-from gpudock_server.adapters.layers.threads import Interrupt
+from gpudock_server.adapters.trees.comparing import differences
+from gpudock_server.adapters.trees.interrupt import Interrupt
 from gpudock_server.errors import DiskFull, SnapshotFailed
 from gpudock_server.model.engine import EngineContainer, EngineState
 from gpudock_server.model.operation import new_operation_id

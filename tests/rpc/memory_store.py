@@ -14,6 +14,7 @@ from gpudock_server.model.container import Container
 from gpudock_server.model.image import ImageOrigin
 from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import Operation, RequestRecord
+from gpudock_server.model.snapshot import SnapshotSkipped
 from gpudock_server.model.target import TargetKind
 from gpudock_server.model.volume import Volume, VolumeRevision
 from gpudock_server.ports import (
@@ -150,7 +151,12 @@ class MemoryStore(Store):
             case change.PutRevision(revision=revision):
                 self.past[revision.uid, revision.revision] = RevisionView(revision, None)
             case change.PutSnapshot(uid=uid, revision=number, snapshot=snapshot):
-                self.past[uid, number] = RevisionView(self.past[uid, number].revision, snapshot)
+                revision = self.past[uid, number].revision
+                self.past[uid, number] = (
+                    RevisionView(revision, None, snapshot.reason)
+                    if isinstance(snapshot, SnapshotSkipped)
+                    else RevisionView(revision, snapshot)
+                )
             case change.DeleteRevision(uid=uid, revision=number):
                 self.past.pop((uid, number), None)
             case change.PutImageOrigin(origin=origin):

@@ -74,15 +74,18 @@ class Served:
 
 @asynccontextmanager
 async def serve(
-    folder: Path, volumes: FakeVolumes | None = None, copier: FakeCopier | None = None
+    folder: Path,
+    volumes: FakeVolumes | None = None,
+    copier: FakeCopier | None = None,
+    snapshots: FakeSnapshots | None = None,
 ) -> AsyncIterator[Served]:
-    """Serve on a socket in `folder`, with these volumes and this copier; nothing of it is left afterwards."""
+    """Serve on a socket in `folder`, with these volumes, copier and snapshots; nothing of it is left afterwards."""
     store, engine, inventory, processes = MemoryStore(), FakeEngine(), FakeInventory(), FakeProcesses()
     world = World(
         store=store,
         engine=engine,
         layers=FakeLayers(),
-        snapshots=FakeSnapshots(),
+        snapshots=snapshots or FakeSnapshots(),
         host_paths=HostPathBinder(folder, allowed=(), namespace=None),
         ledger=FakeLedger(),
         allocator=Allocator(store=store, inventory=inventory, probe=every_port_is_free, host=HOST, port_range=PORTS),

@@ -11,13 +11,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from gpudock_server.adapters.layers.comparing import differences
-from gpudock_server.adapters.layers.duplicating import Duplicator
-from gpudock_server.adapters.layers.mirroring import Copies, Mirror
-from gpudock_server.adapters.layers.snapshot_index import Index, load_index, save_index
 from gpudock_server.adapters.layers.snapshot_places import opened
-from gpudock_server.adapters.layers.threads import Interrupt, Interrupted
-from gpudock_server.adapters.layers.trail import empty_folder
+from gpudock_server.adapters.trees.comparing import differences
+from gpudock_server.adapters.trees.duplicating import Duplicator
+from gpudock_server.adapters.trees.folders import empty_folder
+from gpudock_server.adapters.trees.interrupt import Interrupt, Interrupted
+from gpudock_server.adapters.trees.mirroring import Copies, Mirror
+from gpudock_server.adapters.trees.snapshot_index import Index, load_index, save_index
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -44,6 +44,7 @@ def revision(item: ContainerRevision) -> str:
             ("GPUs", ", ".join(item.gpu_uuids) or "none"),
             ("ports", ", ".join(map(binding, item.ports))),
             ("files", bytes_text(item.layer_bytes) if item.layer_bytes else ""),
+            ("files not kept", item.snapshot_warning),
             ("snapshot", _snapshot(item)),
             ("on the disk", f"{bytes_text(snapshot.new_bytes)} that no other one has" if snapshot.new_bytes else ""),
             ("created", moment_text(item.create_time)),

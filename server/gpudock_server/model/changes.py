@@ -12,7 +12,7 @@ from gpudock_server.model.claims import ClaimKey, Holder
 from gpudock_server.model.container import Container, ContainerRevision
 from gpudock_server.model.image import ImageOrigin
 from gpudock_server.model.operation import Operation, RequestRecord
-from gpudock_server.model.snapshot import Snapshot
+from gpudock_server.model.snapshot import Snapshot, SnapshotSkipped
 from gpudock_server.model.target import TargetKind
 from gpudock_server.model.volume import Volume, VolumeRevision
 
@@ -104,11 +104,11 @@ class PutRevision:
 
 @dataclass(frozen=True, slots=True)
 class PutSnapshot:
-    """Says that the files of a revision are kept."""
+    """Says that the files of a revision are kept, or why they could not be."""
 
     uid: str
     revision: int
-    snapshot: Snapshot
+    snapshot: Snapshot | SnapshotSkipped
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,3 +54,9 @@ class Snapshot(Record):
     entries: int = 0
     new_bytes: int = 0
     create_time: datetime
+
+
+class SnapshotSkipped(Record):
+    """Why no snapshot was made of a revision for which the policy asked for one."""
+
+    reason: str

@@ -10,7 +10,7 @@ from gpudock_server.ports.host_paths import HostPaths
 from gpudock_server.ports.layers import CarryPlan, LayerPair, LayerStore
 from gpudock_server.ports.ledger import Ledger
 from gpudock_server.ports.progress import Progress
-from gpudock_server.ports.snapshots import SnapshotPlan, SnapshotStore
+from gpudock_server.ports.snapshots import LayerTooLarge, SnapshotPlan, SnapshotStore
 from gpudock_server.ports.store import (
     ContainerView,
     Page,
@@ -34,6 +34,7 @@ __all__ = [
     "HostPaths",
     "LayerPair",
     "LayerStore",
+    "LayerTooLarge",
     "Ledger",
     "Page",
     "PortProbe",

@@ -10,12 +10,20 @@ from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotMethod
 from gpudock_server.ports.progress import Progress
 
 
+class LayerTooLarge(Exception):
+    """No snapshot is made of a layer with so many, or so deeply nested, files; the text says what is too much."""
+
+
 class SnapshotPlan(Record):
-    """What keeping a layer takes: the bytes that are copied at most (0 where extents are shared), and the room."""
+    """What keeping a layer takes: the bytes that are copied at most (0 where extents are shared), and the room.
+
+    `too_large` says why no snapshot is made of this layer, whatever the room; otherwise it is empty.
+    """
 
     method: SnapshotMethod
     bytes_to_copy: int = 0
     bytes_available: int = 0
+    too_large: str = ""
 
 
 class SnapshotStore(Protocol):
@@ -24,7 +32,7 @@ class SnapshotStore(Protocol):
     A snapshot is made in three steps, each of which may be repeated, also by another daemon: `gather`, `complete` and
     `seal`; until the last it is partial and belongs to its operation. `gather` may be left out. `previous` is an
     earlier snapshot of the same container, whose unchanged files are shared; it may be gone, or be of any age.
-    After DiskFull nothing is left of the partial one.
+    After DiskFull nothing is left of the partial one, nor after LayerTooLarge, which `gather` and `complete` raise.
     """
 
     async def method(self, old: EngineContainer) -> tuple[SnapshotMethod | None, str]:

@@ -37,10 +37,14 @@ class ContainerView:
 
 @dataclass(frozen=True, slots=True)
 class RevisionView:
-    """A revision and its snapshot, read at one moment; None: its files were not kept."""
+    """A revision and its snapshot, read at one moment; None: its files were not kept.
+
+    `snapshot_warning` says why they were not although the policy asked for it; otherwise it is empty.
+    """
 
     revision: ContainerRevision
     snapshot: Snapshot | None
+    snapshot_warning: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from gpudock_server.adapters.etcd.conditions import (
     is_held_by,
 )
 from gpudock_server.adapters.etcd.keys import KeyRange, Keys
-from gpudock_server.adapters.etcd.values import R, decode, encode
+from gpudock_server.adapters.etcd.values import R, decode, decode_snapshot, encode
 from gpudock_server.adapters.etcd.wire import Entry
 from gpudock_server.model.changes import (
     Change,
@@ -47,7 +47,7 @@ from gpudock_server.model.changes import (
 from gpudock_server.model.container import Container, ContainerRevision
 from gpudock_server.model.image import ImageOrigin
 from gpudock_server.model.operation import Operation, RequestRecord
-from gpudock_server.model.snapshot import Snapshot
+from gpudock_server.model.snapshot import Snapshot, SnapshotSkipped
 from gpudock_server.model.volume import Volume, VolumeRevision
 from gpudock_server.ports import Versioned
 
@@ -108,7 +108,7 @@ def step_of(change: Change, keys: Keys) -> Step:  # noqa: C901, PLR0911, PLR0912
             number = keys.container_revision(revision.uid, revision.revision)
             return Step(change, number, VersionIs(0), _versioned(ContainerRevision), encode(revision))
         case PutSnapshot(uid, number, snapshot):
-            return Step(change, keys.container_snapshot(uid, number), Always(), _versioned(Snapshot), encode(snapshot))
+            return Step(change, keys.container_snapshot(uid, number), Always(), _versioned_snapshot, encode(snapshot))
         case DeleteRevision(uid, number):
             kept = keys.container_snapshot(uid, number)
             # The key alone: everything from it up to, and without, the next one that there could be.
@@ -138,6 +138,10 @@ def step_of(change: Change, keys: Keys) -> Step:  # noqa: C901, PLR0911, PLR0912
 
 def _text(entry: Entry) -> str:
     return entry.value.decode(errors="replace")
+
+
+def _versioned_snapshot(entry: Entry) -> Versioned[Snapshot | SnapshotSkipped]:
+    return Versioned(decode_snapshot(entry.key, entry.value), entry.version)
 
 
 def _versioned(kind: type[R]) -> Callable[[Entry], Versioned[R]]:

@@ -18,7 +18,7 @@ from gpudock_server.adapters.etcd.keys import DEFAULT_PREFIX, SCHEMA, KeyRange, 
 from gpudock_server.adapters.etcd.listing import list_page
 from gpudock_server.adapters.etcd.referring import Reference, Referring
 from gpudock_server.adapters.etcd.transactions import Transaction
-from gpudock_server.adapters.etcd.values import R, decode, decode_number, encode_number
+from gpudock_server.adapters.etcd.values import R, decode, decode_number, decode_snapshot, encode_number
 from gpudock_server.adapters.etcd.watching import HeadWatch, Pulse, V, View, told_token
 from gpudock_server.adapters.etcd.wire import MAX_TXN_OPERATIONS, Entry, TxnAnswer
 from gpudock_server.errors import RecordUnreadable, StoreUnavailable
@@ -28,7 +28,7 @@ from gpudock_server.model.container import Container, ContainerRevision
 from gpudock_server.model.image import ImageOrigin
 from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import Operation, RequestRecord
-from gpudock_server.model.snapshot import Snapshot
+from gpudock_server.model.snapshot import Snapshot, SnapshotSkipped
 from gpudock_server.model.target import TargetKind
 from gpudock_server.model.volume import Volume, VolumeRevision
 from gpudock_server.ports import (
@@ -201,11 +201,11 @@ class EtcdStore:
     def _revision_views(
         self, uid: str, revisions: Sequence[Entry], snapshots: Sequence[Entry]
     ) -> tuple[RevisionView, ...]:
-        readable, _ = _readable(snapshots, lambda entry: (entry.key, decode(Snapshot, entry.key, entry.value)))
+        readable, _ = _readable(snapshots, lambda entry: (entry.key, decode_snapshot(entry.key, entry.value)))
         kept = dict(readable)
         found, _ = _readable(revisions, lambda entry: decode(ContainerRevision, entry.key, entry.value))
         # The number comes from the record, so that no key has to be taken apart.
-        return tuple(RevisionView(one, kept.get(self._keys.container_snapshot(uid, one.revision))) for one in found)
+        return tuple(_revision_view(one, kept.get(self._keys.container_snapshot(uid, one.revision))) for one in found)
 
     def watch_containers(self, *, token: str, listing: bool) -> AsyncGenerator[Seen[ContainerView], None]:
         """Heads and their locks as they change: see `ports.Store.watch_containers`."""
@@ -415,3 +415,9 @@ def _volume_view(head: Entry, lock: Entry | None) -> VolumeView:
 
 def _versioned(kind: type[R], entry: Entry | None) -> Versioned[R] | None:
     return Versioned(decode(kind, entry.key, entry.value), entry.version) if entry else None
+
+
+def _revision_view(revision: ContainerRevision, kept: Snapshot | SnapshotSkipped | None) -> RevisionView:
+    if isinstance(kept, SnapshotSkipped):
+        return RevisionView(revision, None, kept.reason)
+    return RevisionView(revision, kept)

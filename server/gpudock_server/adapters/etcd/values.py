@@ -15,6 +15,7 @@ from gpudock_server.adapters.etcd.keys import SCHEMA
 from gpudock_server.errors import RecordUnreadable
 from gpudock_server.model.operation import Operation
 from gpudock_server.model.record import JsonObject, Record
+from gpudock_server.model.snapshot import Snapshot, SnapshotSkipped
 from gpudock_server.model.target import Target, TargetKind
 
 R = TypeVar("R", bound=Record)
@@ -45,6 +46,14 @@ def decode(kind: type[R], key: bytes, value: bytes) -> R:
         if (upgraded := _upgraded(kind, value)) is not None:
             return upgraded
         raise RecordUnreadable(key=key.decode(errors="replace"), detail=_reason(value, error)) from error
+
+
+def decode_snapshot(key: bytes, value: bytes) -> Snapshot | SnapshotSkipped:
+    """What `value` says of a revision's files. Raises RecordUnreadable."""
+    try:
+        return decode(SnapshotSkipped, key, value)
+    except RecordUnreadable:
+        return decode(Snapshot, key, value)
 
 
 def _upgraded(kind: type[R], value: bytes) -> R | None:

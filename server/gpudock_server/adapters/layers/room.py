@@ -1,8 +1,7 @@
-"""Room on a filesystem, and having what was written there on the disk."""
+"""Room on a filesystem."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 
 from gpudock_server.errors import DiskFull
@@ -24,11 +23,3 @@ def require_room(path: str, needed: int) -> int:
     if needed + max(_MARGIN_BYTES, int(needed * _MARGIN_SHARE)) > free:
         raise DiskFull(path=path, needed_bytes=needed, available_bytes=free)
     return free
-
-
-def write_out(descriptor: int) -> None:
-    """Have everything written that the filesystem of `descriptor` holds in memory (syncfs(2))."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.syncfs(descriptor) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))

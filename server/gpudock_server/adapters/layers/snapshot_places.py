@@ -21,13 +21,12 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from gpudock_server.adapters.layers.snapshot_index import forget_index
-from gpudock_server.adapters.layers.threads import Interrupt
-from gpudock_server.adapters.layers.trail import FOLDER_FLAGS, remove_entry
+from gpudock_server.adapters.trees.folders import FOLDER_FLAGS
+from gpudock_server.adapters.trees.jobs import TREE_NAME
+from gpudock_server.adapters.trees.snapshot_index import forget_index
 from gpudock_server.model.record import Record
 from gpudock_server.model.snapshot import Snapshot, SnapshotKey
 
-TREE_NAME = "tree"
 META_NAME = "meta.json"
 _UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 _NUMBER = r"[1-9][0-9]{0,17}"
@@ -88,26 +87,32 @@ class SnapshotPlaces:
         folder.rename(self.sealed(meta.key))
         sync_folder(folder.parent)
 
-    def drop_partial(self, folder: Path, interrupt: Interrupt) -> None:
-        """Remove a partial's folder. Its index goes first: it is no partial that could be resumed any more."""
-        with suppress(FileNotFoundError):
+    def distrust(self, folder: Path) -> bool:
+        """Remove the index of a partial's folder: it cannot be resumed any more. False when there is no such folder."""
+        try:
             with opened(folder) as descriptor:
                 forget_index(descriptor)
-            self._drop(folder, interrupt)
+        except FileNotFoundError:
+            return False
+        return True
 
-    def drop(self, folder: Path, interrupt: Interrupt) -> None:
-        """Rename a folder away, so that nobody takes it for whole, then remove it, and what is left of its like."""
+    def set_aside(self, folder: Path) -> list[Path]:
+        """Rename a folder away, so that nobody takes it for whole; the folders to be removed then."""
         parent, name = folder.parent, folder.name
         with suppress(FileNotFoundError):
             folder.rename(parent / f"{name}.removed-{secrets.token_hex(8)}")
             sync_folder(parent)
-        with suppress(FileNotFoundError):
-            for leftover in sorted(parent.glob(f"{name}.removed-*")):
-                self._drop(leftover, interrupt)
+        return sorted(parent.glob(f"{name}.removed-*"))
 
-    def drop_all(self, uid: str, interrupt: Interrupt) -> None:
-        """Remove everything of a container."""
-        self.drop(self._of(uid), interrupt)
+    def of_container(self, uid: str) -> Path:
+        """The folder with everything of a container."""
+        return self._of(uid)
+
+    def tidy(self, folder: Path) -> None:
+        """Remove the container's folder that `folder` was in, if that was the last."""
+        with suppress(OSError):
+            if folder.parent != self.root:
+                folder.parent.rmdir()
 
     def found(self) -> Iterator[tuple[SnapshotKey, str]]:
         """Every key with a folder, and the operation that it is partial for (empty: it is sealed)."""
@@ -125,13 +130,6 @@ class SnapshotPlaces:
 
     def _of(self, uid: str) -> Path:
         return self.root / checked_uuid(uid)
-
-    def _drop(self, folder: Path, interrupt: Interrupt) -> None:
-        with opened(folder.parent) as parent:
-            remove_entry(parent, folder.name, interrupt)
-        with suppress(OSError):  # it is the last of its container, or it is not
-            if folder.parent != self.root:
-                folder.parent.rmdir()
 
 
 @contextmanager

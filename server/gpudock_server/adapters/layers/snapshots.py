@@ -5,64 +5,49 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import time
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any, Final
 
-from gpudock_server.adapters.layers.comparing import differences
-from gpudock_server.adapters.layers.copying import (
-    StillCopyingError,
-    copy_tree,
-    empty_tree,
-    missing_program,
-    sole_writer,
-)
-from gpudock_server.adapters.layers.duplicating import Duplicator, can_clone
-from gpudock_server.adapters.layers.mirroring import Copies, Mirror, Moved, bytes_to_copy
 from gpudock_server.adapters.layers.paths import Layer, LayerRefusedError, seen_layer
 from gpudock_server.adapters.layers.privilege import why_no_copy
-from gpudock_server.adapters.layers.room import available, require_room, write_out
-from gpudock_server.adapters.layers.snapshot_index import Index, forget_index, load_index, save_index
-from gpudock_server.adapters.layers.snapshot_places import TREE_NAME, Meta, SnapshotPlaces, checked_uuid, opened
-from gpudock_server.adapters.layers.threads import Interrupt, run_to_end
-from gpudock_server.adapters.layers.trail import Trail, remove_entry
+from gpudock_server.adapters.layers.room import available, require_room
+from gpudock_server.adapters.layers.snapshot_places import Meta, SnapshotPlaces, checked_uuid, opened
+from gpudock_server.adapters.layers.threads import run_to_end
+from gpudock_server.adapters.trees.duplicating import can_clone
+from gpudock_server.adapters.trees.jobs import TREE_NAME, JobRefusedError
+from gpudock_server.adapters.trees.limits import Limits, TreeTooLargeError
+from gpudock_server.adapters.trees.stalls import DEFAULT_STALL_SECONDS, StalledError
+from gpudock_server.adapters.trees.worker import TreeWorker
 from gpudock_server.errors import DiskFull, SnapshotFailed
 from gpudock_server.model.engine import EngineContainer
+from gpudock_server.model.operation import new_operation_id
 from gpudock_server.model.record import now
 from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind, SnapshotMethod
-from gpudock_server.ports import Progress, SnapshotPlan, SnapshotStore
+from gpudock_server.ports import LayerTooLarge, Progress, SnapshotPlan, SnapshotStore
 
-_MOST_PASSES = 4
-# A pass that moved no more than this leaves little to the one that finds the container still.
-_LITTLE_BYTES = 8 << 20
-_LITTLE_ENTRIES = 200
-_PROGRESS_SECONDS = 0.25
-_BLOCK_BYTES = 512
-# Operations whose indices stay in memory between their calls; those of others are read back from the disk.
-_REMEMBERED = 8
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+# Child processes kept between the calls of their operations, with the indices in their memory; those of others read the
+# indices back from the disk.
+_KEPT_WORKERS: Final = 8
+# Walks that are not part of a container's downtime, at a time.
+_BULK_AT_ONCE: Final = 4
+_DEFAULT_LIMITS: Final = Limits()
+_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
-class _Report:
-    """Tells progress to the event loop from a thread, about four times a second. `total` 0 is not known."""
+class _Bytes:
+    """The latest progress of a job."""
 
     def __init__(self, progress: Progress) -> None:
         self._tell = progress
-        self._loop = asyncio.get_running_loop()
-        self._next = 0.0
-        self.current = 0
-        self.total = 0
+        self.known = 0
 
-    def add(self, count: int) -> None:
-        """So many bytes more were copied or shared."""
-        self.current += count
-        if (moment := time.monotonic()) >= self._next:
-            self._next = moment + _PROGRESS_SECONDS
-            shown = min(self.current, self.total) if self.total else self.current
-            self._loop.call_soon_threadsafe(self._tell, shown, self.total)
+    def __call__(self, current: int, total: int) -> None:
+        self.known = total or current
+        self._tell(current, total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,43 +58,6 @@ class _Making:
     key: SnapshotKey
     operation_id: str
     previous: SnapshotKey | None
-    report: _Report
-
-
-@dataclass(frozen=True, slots=True)
-class _Mirroring:
-    """What is mirrored where, and for whom."""
-
-    source: EngineContainer
-    target: EngineContainer
-    operation_id: str
-    report: _Report
-    still: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """What a pass works on, all folders open. `state` holds the index; `hidden` is its name if it is in the target."""
-
-    source: int
-    target: int
-    state: int
-    operation_id: str
-    previous: Copies | None
-    clones: bool
-    quiet: bool
-    report: _Report
-    interrupt: Interrupt
-    hidden: str = ""
-
-
-@dataclass
-class _Memory:
-    """What an operation's next call would otherwise read from the disk, while the container waits."""
-
-    index: Index | None = None
-    previous: Index | None = None
-    previous_key: SnapshotKey | None = None
 
 
 class OverlaySnapshotStore(SnapshotStore):
@@ -118,14 +66,29 @@ class OverlaySnapshotStore(SnapshotStore):
     `engine_root` is the engine's data folder, as the engine names it; `local` whether the engine runs on this host.
     `root` is made when the first snapshot is; the folder above it must be there. Different containers may be at work
     at once; the calls for one operation come one after the other.
+
+    The trees are a tenant's. Every walk through one is done by a child process (`TreeWorker`) with limited memory,
+    which is killed when it makes no progress for `stall_seconds`. No snapshot is made of a tree beyond
+    `limits`.
     """
 
-    def __init__(self, root: str, engine_root: str, *, local: bool) -> None:
+    def __init__(
+        self,
+        root: str,
+        engine_root: str,
+        *,
+        local: bool,
+        limits: Limits = _DEFAULT_LIMITS,
+        stall_seconds: float = DEFAULT_STALL_SECONDS,
+    ) -> None:
         self._places = SnapshotPlaces(root)
         self._engine_root = engine_root
         self._local = local
+        self._limits = limits
+        self._stall_seconds = stall_seconds
         self._clones: bool | None = None
-        self._remembered: OrderedDict[str, _Memory] = OrderedDict()
+        self._workers: OrderedDict[str, TreeWorker] = OrderedDict()
+        self._bulk = asyncio.Semaphore(_BULK_AT_ONCE)
 
     async def method(self, old: EngineContainer) -> tuple[SnapshotMethod | None, str]:
         """See the protocol. The first call tries whether extents can be shared, for which it makes the root."""
@@ -138,7 +101,16 @@ class OverlaySnapshotStore(SnapshotStore):
         if method is None:
             raise SnapshotFailed(detail=reason)
         with self._failures():
-            return await run_to_end(self._plan, old, previous, method, Interrupt())
+            source = await run_to_end(self._source, old)
+            shared = await run_to_end(self._shared_with, previous) if method is SnapshotMethod.LINK else ""
+            try:
+                async with self._bulk, self._single() as worker:
+                    found = await worker.call("measure", source=source, previous=shared, limits=self._limit_values)
+            except TreeTooLargeError as error:
+                return SnapshotPlan(method=method, too_large=str(error))
+            needed = int(found["bytes"]) if method is SnapshotMethod.LINK else 0
+            free = await run_to_end(require_room, str(self._places.root), needed)
+        return SnapshotPlan(method=method, bytes_to_copy=needed, bytes_available=free)
 
     async def gather(
         self,
@@ -149,9 +121,8 @@ class OverlaySnapshotStore(SnapshotStore):
         progress: Progress,
     ) -> None:
         """See the protocol."""
-        with self._failures():
-            making = _Making(old, key, operation_id, previous, _Report(progress))
-            await run_to_end(self._gather, making, Interrupt())
+        async with self._bulk:
+            await self._make("gather", _Making(old, key, operation_id, previous), progress)
 
     async def complete(
         self,
@@ -162,47 +133,97 @@ class OverlaySnapshotStore(SnapshotStore):
         progress: Progress,
     ) -> None:
         """See the protocol."""
-        with self._failures():
-            making = _Making(old, key, operation_id, previous, _Report(progress))
-            await run_to_end(self._complete, making, Interrupt())
+        await self._make("complete", _Making(old, key, operation_id, previous), progress)
 
     async def seal(self, key: SnapshotKey, operation_id: str, image_id: str) -> Snapshot:
         """See the protocol."""
         with self._failures():
-            return await run_to_end(self._seal, key, operation_id, image_id, Interrupt())
+            before = await run_to_end(self._places.meta, key)
+            if before and before.operation_id == operation_id:
+                return before.snapshot
+            if not image_id:
+                raise LayerRefusedError("it is not known on which image the files lie")
+            folder = self._places.partial(key, operation_id)
+            try:
+                found = await self._worker(operation_id).call("check", partial=str(folder))
+            finally:
+                await self._close(operation_id)
+            snapshot = Snapshot(
+                kind=SnapshotKind.TREE,
+                image_id=image_id,
+                method=SnapshotMethod.REFLINK if found["cloned"] else SnapshotMethod.LINK,
+                layer_bytes=found["bytes"],
+                entries=found["entries"],
+                new_bytes=found["new_bytes"],
+                create_time=now(),
+            )
+            if before:
+                # Of an operation that the store does not know any more. Cut off here, this one is still there as a
+                # partial.
+                await self._drop(self._places.sealed(key))
+            meta = Meta(key=key, operation_id=operation_id, snapshot=snapshot)
+            await run_to_end(self._places.seal, folder, meta)
+            return snapshot
 
     async def discard(self, key: SnapshotKey, operation_id: str) -> None:
         """See the protocol."""
         with self._failures():
-            await run_to_end(self._discard, key, operation_id, Interrupt())
+            await self._close(operation_id)
+            await self._drop_partial(self._places.partial(key, operation_id))
+            if await run_to_end(self._sealed_by, key, operation_id):
+                await self._drop(self._places.sealed(key))
 
     async def restore(self, key: SnapshotKey, target: EngineContainer, progress: Progress) -> None:
         """See the protocol. On return the copy is on the disk, not only in memory."""
         with self._failures():
             meta = await run_to_end(self._restorable, key, target)
             layer = await run_to_end(self._fillable, target)
-            async with sole_writer(layer.path) as lock:
-                await self._restore(meta, layer.path, lock, progress)
+            total = meta.snapshot.layer_bytes
+            clones = meta.snapshot.method is SnapshotMethod.REFLINK
+            if not clones:
+                await run_to_end(require_room, layer.path, total)
+            progress(0, total)
+            try:
+                async with self._bulk, self._single() as worker:
+                    await worker.call(
+                        "fill", progress, source=[str(self._places.sealed(key) / TREE_NAME)], target=_place(layer),
+                        hidden=f".gpudock-{new_operation_id()}", total=total, clones=True,
+                    )  # fmt: skip
+            except OSError as error:
+                if error.errno not in _NO_ROOM:
+                    raise
+                free = available(layer.path)
+                raise DiskFull(path=layer.path, needed_bytes=total, available_bytes=free) from error
+            progress(total, total)
 
     async def mirror(
         self, source: EngineContainer, target: EngineContainer, operation_id: str, *, still: bool, progress: Progress
     ) -> None:
         """See the protocol. What has been done so far is told by a folder in the target's own tree until the end."""
         with self._failures():
-            layer = await run_to_end(self._fillable, target)
-            async with sole_writer(layer.path):
-                making = _Mirroring(source, target, operation_id, _Report(progress), still=still)
-                await run_to_end(self._mirror, making, Interrupt())
+            layers = await run_to_end(self._mirrored, source, target)
+            worker = self._worker(operation_id)
+            try:
+                await worker.call(
+                    "mirror", progress, source=_place(layers[0]), target=_place(layers[1]),
+                    hidden=f".gpudock-{checked_uuid(operation_id)}", still=still, quiet=not source.running,
+                    limits=self._limit_values,
+                )  # fmt: skip
+            except BaseException:
+                await self._close(operation_id)
+                raise
+            if still:
+                await self._close(operation_id)
 
     async def remove(self, key: SnapshotKey) -> None:
         """See the protocol."""
         with self._failures():
-            await run_to_end(self._places.drop, self._places.sealed(key), Interrupt())
+            await self._drop(self._places.sealed(key))
 
     async def remove_all(self, uid: str) -> None:
         """See the protocol."""
         with self._failures():
-            await run_to_end(self._places.drop_all, uid, Interrupt())
+            await self._drop(self._places.of_container(uid))
 
     async def sealed(self, key: SnapshotKey) -> Snapshot | None:
         """See the protocol."""
@@ -225,7 +246,81 @@ class OverlaySnapshotStore(SnapshotStore):
             found = await run_to_end(lambda: list(self._places.found()))
         return tuple((key, operation_id) for key, operation_id in found if operation_id)
 
-    # ---- everything below runs in threads ----
+    async def close(self) -> None:
+        """End every child process that waits for the next call of its operation."""
+        for operation_id in list(self._workers):
+            await self._close(operation_id)
+
+    # -- child processes ---------------------------------------------------------------------------------------------
+
+    @property
+    def _limit_values(self) -> list[int]:
+        return list(astuple(self._limits))
+
+    @asynccontextmanager
+    async def _single(self) -> AsyncIterator[TreeWorker]:
+        """A child for one job."""
+        worker = TreeWorker(self._limits.memory_bytes, self._stall_seconds)
+        try:
+            yield worker
+        finally:
+            await worker.close()
+
+    def _worker(self, operation_id: str) -> TreeWorker:
+        """The child of an operation, which remembers between its calls what is otherwise read while a container waits.
+
+        One whose operation was forgotten ends when `_KEPT_WORKERS` younger ones are idle.
+        """
+        if operation_id not in self._workers:
+            self._workers[operation_id] = TreeWorker(self._limits.memory_bytes, self._stall_seconds)
+        self._workers.move_to_end(operation_id)
+        return self._workers[operation_id]
+
+    async def _close(self, operation_id: str) -> None:
+        if worker := self._workers.pop(operation_id, None):
+            await worker.close()
+
+    async def _close_surplus(self) -> None:
+        idle = [each for each, worker in self._workers.items() if not worker.busy]
+        for operation_id in idle[: max(0, len(idle) - _KEPT_WORKERS)]:
+            await self._close(operation_id)
+
+    async def _make(self, job: str, making: _Making, progress: Progress) -> None:
+        """Run a pass of a snapshot. A full disk, and a tree that is too large, leave nothing of the partial."""
+        told = _Bytes(progress)
+        with self._failures():
+            arguments = await run_to_end(self._pass_arguments, making)
+            if arguments is None:
+                return
+            try:
+                await self._worker(making.operation_id).call(job, told, **arguments)
+            except (OSError, TreeTooLargeError) as error:
+                if isinstance(error, OSError) and error.errno not in _NO_ROOM:
+                    raise
+                full = self._full(told.known)
+                await self._close(making.operation_id)
+                await self._drop_partial(self._places.partial(making.key, making.operation_id))
+                if isinstance(error, TreeTooLargeError):
+                    raise LayerTooLarge(str(error)) from error
+                raise full from error
+            finally:
+                await self._close_surplus()
+
+    async def _drop(self, folder: Path) -> None:
+        """Rename a folder away, so that nobody takes it for whole, then remove it, and what is left of its like."""
+        for each in await run_to_end(self._places.set_aside, folder):
+            await self._remove(each)
+
+    async def _drop_partial(self, folder: Path) -> None:
+        if await run_to_end(self._places.distrust, folder):
+            await self._remove(folder)
+
+    async def _remove(self, folder: Path) -> None:
+        async with self._single() as worker:
+            await worker.call("remove", parent=str(folder.parent), name=folder.name)
+        await run_to_end(self._places.tidy, folder)
+
+    # -- what runs in threads ----------------------------------------------------------------------------------------
 
     def _method(self, old: EngineContainer) -> tuple[SnapshotMethod | None, str]:
         layer = seen_layer(self._engine_root, old, local=self._local)
@@ -242,130 +337,26 @@ class OverlaySnapshotStore(SnapshotStore):
                 self._clones = can_clone(folder, f".probe-{os.getpid()}")
         return self._clones and layer.device == root.stat().st_dev
 
-    def _plan(
-        self, old: EngineContainer, previous: SnapshotKey | None, method: SnapshotMethod, interrupt: Interrupt
-    ) -> SnapshotPlan:
-        needed = 0
-        if method is SnapshotMethod.LINK:
-            with self._source(old) as source:
-                needed = bytes_to_copy(source, self._index_of(previous), interrupt)
-        free = require_room(str(self._places.root), needed)
-        return SnapshotPlan(method=method, bytes_to_copy=needed, bytes_available=free)
-
-    def _gather(self, making: _Making, interrupt: Interrupt) -> None:
+    def _pass_arguments(self, making: _Making) -> dict[str, Any] | None:
+        """The arguments of a pass, with the partial's folder made; None when the snapshot is sealed already."""
         if self._sealed_by(making.key, making.operation_id):
-            return
-        with self._snapshot_work(making, interrupt) as work:
-            self._gather_into(work)
-
-    def _gather_into(self, work: _Work) -> None:
-        """Pass after pass, until one finds little, or the source changes as fast as it is copied."""
-        work.report.total = bytes_to_copy(work.source, None, work.interrupt)
-        write_out(work.source)  # in one go, which is quicker than each file by itself (see Duplicator.write_back)
-        before: Moved | None = None
-        for _ in range(_MOST_PASSES):
-            moved = self._pass(work, still=False)
-            if moved.bytes <= _LITTLE_BYTES and moved.entries <= _LITTLE_ENTRIES:
-                return
-            if before and moved.bytes > before.bytes // 2 and moved.entries > before.entries // 2:
-                return
-            before = moved
-
-    def _complete(self, making: _Making, interrupt: Interrupt) -> None:
-        if self._sealed_by(making.key, making.operation_id):
-            return
-        with self._snapshot_work(making, interrupt) as work:
-            self._pass(work, still=True)
-
-    @contextmanager
-    def _snapshot_work(self, making: _Making, interrupt: Interrupt) -> Iterator[_Work]:
-        """Everything that a pass needs, opened. A full disk leaves nothing of the partial."""
+            return None
         if making.previous is not None and making.previous.uid != making.key.uid:
             raise LayerRefusedError("a snapshot shares files with none of another container")
         if reason := why_no_copy():
             raise LayerRefusedError(reason)
-        clones = self._can_clone(self._layer(making.old))
+        layer = self._layer(making.old)
+        clones = self._can_clone(layer)
         folder = self._places.partial(making.key, making.operation_id)
         self._places.make(folder)
-        try:
-            with ExitStack() as stack:
-                source = stack.enter_context(self._source(making.old))
-                yield _Work(
-                    source=source,
-                    target=stack.enter_context(opened(folder / TREE_NAME)),
-                    state=stack.enter_context(opened(folder)),
-                    operation_id=making.operation_id,
-                    previous=None if clones else self._copies_of(making, source, stack),
-                    clones=clones,
-                    quiet=not making.old.running,
-                    report=making.report,
-                    interrupt=interrupt,
-                )
-        except OSError as error:
-            if error.errno not in _NO_ROOM:
-                raise
-            self._remembered.pop(making.operation_id, None)
-            full = self._full(making.report.total or making.report.current)
-            self._places.drop_partial(folder, interrupt)
-            raise full from error
-
-    def _pass(self, work: _Work, *, still: bool) -> Moved:
-        """Bring what changed since the last pass. While it works there is no index, so a torn tree is never trusted."""
-        memory = self._memory(work.operation_id)
-        index, memory.index = memory.index or load_index(work.state, same_boot=True), None
-        forget_index(work.state)
-        device = os.fstat(work.source).st_dev
-        if index is None or index.device != device:
-            self._start_over(work)
-            index = Index(device)
-        duplicator = Duplicator(work.interrupt, work.report.add, clones=work.clones)
-        mirror = Mirror(
-            work.source, work.target, work.state, duplicator, work.interrupt, previous=work.previous, live=not still,
-            quiet=work.quiet, handled=work.report.add, hidden=work.hidden,
-        )  # fmt: skip
-        fresh = mirror.run(index)
-        fresh.complete, fresh.cloned = still, duplicator.clones
-        save_index(fresh, work.state)
-        memory.index = fresh
-        return mirror.moved
-
-    def _start_over(self, work: _Work) -> None:
-        """Empty the target, all but the state that may lie in it."""
-        with os.scandir(work.target) as entries:
-            names = [entry.name for entry in entries if entry.name != work.hidden]
-        for name in names:
-            remove_entry(work.target, name, work.interrupt)
-
-    def _seal(self, key: SnapshotKey, operation_id: str, image_id: str, interrupt: Interrupt) -> Snapshot:
-        before = self._places.meta(key)
-        if before and before.operation_id == operation_id:
-            return before.snapshot
-        if not image_id:
-            raise LayerRefusedError("it is not known on which image the files lie")
-        folder = self._places.partial(key, operation_id)
-        with opened(folder) as state, opened(folder / TREE_NAME) as tree:
-            index = load_index(state, same_boot=True)
-            if index is None or not index.complete:
-                raise LayerRefusedError("it was not completed, or the machine has been started anew since")
-            write_out(tree)
-            size, new = _sizes(tree, index, interrupt)
-        method = SnapshotMethod.REFLINK if index.cloned else SnapshotMethod.LINK
-        snapshot = Snapshot(
-            kind=SnapshotKind.TREE, image_id=image_id, method=method, layer_bytes=size, entries=len(index) - 1,
-            new_bytes=new, create_time=now(),
-        )  # fmt: skip
-        if before:
-            # Of an operation that the store does not know any more. Cut off here, this one is still there as a partial.
-            self._places.drop(self._places.sealed(key), interrupt)
-        self._places.seal(folder, Meta(key=key, operation_id=operation_id, snapshot=snapshot))
-        self._remembered.pop(operation_id, None)
-        return snapshot
-
-    def _discard(self, key: SnapshotKey, operation_id: str, interrupt: Interrupt) -> None:
-        self._remembered.pop(operation_id, None)
-        self._places.drop_partial(self._places.partial(key, operation_id), interrupt)
-        if self._sealed_by(key, operation_id):
-            self._places.drop(self._places.sealed(key), interrupt)
+        return {
+            "source": _place(layer),
+            "partial": str(folder),
+            "previous": "" if clones else self._shared_with(making.previous),
+            "clones": clones,
+            "quiet": not making.old.running,
+            "limits": self._limit_values,
+        }
 
     def _restorable(self, key: SnapshotKey, target: EngineContainer) -> Meta:
         meta = self._places.meta(key)
@@ -373,64 +364,24 @@ class OverlaySnapshotStore(SnapshotStore):
             raise LayerRefusedError(f"revision {key.revision} has no snapshot here")
         if meta.snapshot.image_id != target.image_id:
             raise LayerRefusedError(f"its files lie on {meta.snapshot.image_id}, the container on {target.image_id}")
-        if reason := missing_program():
-            raise LayerRefusedError(reason)
         return meta
 
-    async def _restore(self, meta: Meta, path: str, lock: int, progress: Progress) -> None:
-        tree = str(self._places.sealed(meta.key) / TREE_NAME)
-        interrupt, total = Interrupt(), meta.snapshot.layer_bytes
-        await run_to_end(empty_tree, path, interrupt)
-        if meta.snapshot.method is not SnapshotMethod.REFLINK:
-            await run_to_end(require_room, path, total)
-        progress(0, total)
-        ended = await copy_tree(tree, path, lock, total, progress)
-        if ended.out_of_room:
-            raise DiskFull(path=path, needed_bytes=total, available_bytes=available(path))
-        if ended.exit_code != 0:
-            raise LayerRefusedError(f"cp ended with {ended.exit_code}: {ended.complaint}")
-        if found := await run_to_end(differences, tree, path, interrupt):
-            raise LayerRefusedError(f"what was restored is not equal: {'; '.join(found)}")
-        await run_to_end(write_out, lock)
-        progress(total, total)
-
-    def _mirror(self, making: _Mirroring, interrupt: Interrupt) -> None:
-        source, target = making.source, making.target
+    def _mirrored(self, source: EngineContainer, target: EngineContainer) -> tuple[Layer, Layer]:
         if not source.image_id or source.image_id != target.image_id:
             raise LayerRefusedError(f"the images differ: {source.image_id or 'unknown'} and {target.image_id}")
-        layer = self._fillable(target)
-        if self._layer(source).inode == layer.inode:
+        layers = (self._layer(source), self._fillable(target))
+        if layers[0].inode == layers[1].inode:
             raise LayerRefusedError("source and target are one and the same layer")
-        hidden = f".gpudock-{checked_uuid(making.operation_id)}"
-        state = Path(layer.path, hidden)
-        state.mkdir(mode=0o700, exist_ok=True)
-        with self._source(source) as from_, opened(Path(layer.path)) as into, opened(state) as folder:
-            work = _Work(
-                source=from_,
-                target=into,
-                state=folder,
-                operation_id=making.operation_id,
-                previous=None,
-                clones=True,
-                quiet=not source.running,
-                report=making.report,
-                interrupt=interrupt,
-                hidden=hidden,
-            )
-            if not making.still:
-                self._gather_into(work)
-                return
-            self._pass(work, still=True)
-            self._remembered.pop(making.operation_id, None)
-            times = os.fstat(into)
-            remove_entry(into, hidden, interrupt)
-            os.utime(into, ns=(times.st_atime_ns, times.st_mtime_ns))
+        return layers
 
     def _layer(self, container: EngineContainer) -> Layer:
         layer = seen_layer(self._engine_root, container, local=self._local)
         if isinstance(layer, str):
             raise LayerRefusedError(layer)
         return layer
+
+    def _source(self, container: EngineContainer) -> list[Any]:
+        return _place(self._layer(container))
 
     def _fillable(self, target: EngineContainer) -> Layer:
         if target.running:
@@ -439,46 +390,9 @@ class OverlaySnapshotStore(SnapshotStore):
             raise LayerRefusedError(reason)
         return self._layer(target)
 
-    @contextmanager
-    def _source(self, container: EngineContainer) -> Iterator[int]:
-        """The root of a container's layer, which is still the folder that was checked."""
-        layer = self._layer(container)
-        with opened(Path(layer.path)) as descriptor:
-            found = os.fstat(descriptor)
-            if (found.st_dev, found.st_ino) != (layer.device, layer.inode):
-                raise LayerRefusedError(f"{layer.path} changed while it was looked at")
-            yield descriptor
-
-    def _copies_of(self, making: _Making, source: int, stack: ExitStack) -> Copies | None:
-        memory = self._memory(making.operation_id)
-        if memory.previous is None or memory.previous_key != making.previous:
-            memory.previous, memory.previous_key = self._index_of(making.previous), making.previous
-        if making.previous is None or memory.previous is None:
-            return None
-        try:
-            tree = stack.enter_context(opened(self._places.sealed(making.previous) / TREE_NAME))
-        except FileNotFoundError:  # removed since: then there is nothing to share
-            return None
-        copies = Copies(memory.previous, tree, os.fstat(source).st_dev)
-        stack.callback(copies.trail.leave)
-        return copies
-
-    def _index_of(self, previous: SnapshotKey | None) -> Index | None:
-        """The index of a sealed snapshot; None where there is nothing to share with."""
-        if previous is None or self._places.meta(previous) is None:
-            return None
-        try:
-            with opened(self._places.sealed(previous)) as descriptor:
-                return load_index(descriptor, same_boot=False)
-        except FileNotFoundError:
-            return None
-
-    def _memory(self, operation_id: str) -> _Memory:
-        memory = self._remembered.setdefault(operation_id, _Memory())
-        self._remembered.move_to_end(operation_id)
-        while len(self._remembered) > _REMEMBERED:
-            self._remembered.popitem(last=False)
-        return memory
+    def _shared_with(self, previous: SnapshotKey | None) -> str:
+        """The folder of a sealed snapshot; empty where there is nothing to share with."""
+        return str(self._places.sealed(previous)) if previous and self._places.meta(previous) else ""
 
     def _sealed_by(self, key: SnapshotKey, operation_id: str) -> bool:
         meta = self._places.meta(key)
@@ -493,7 +407,7 @@ class OverlaySnapshotStore(SnapshotStore):
         """Give what is refused or fails below the names that core knows."""
         try:
             yield
-        except (LayerRefusedError, StillCopyingError, ValueError) as error:
+        except (LayerRefusedError, JobRefusedError, TreeTooLargeError, StalledError, ValueError) as error:
             raise SnapshotFailed(detail=str(error)) from error
         except OSError as error:
             if error.errno in _NO_ROOM:
@@ -501,14 +415,6 @@ class OverlaySnapshotStore(SnapshotStore):
             raise SnapshotFailed(detail=f"{error.strerror} ({error.filename})") from error
 
 
-def _sizes(tree: int, index: Index, interrupt: Interrupt) -> tuple[int, int]:
-    """Bytes of disk that a tree takes, every inode once, and those of them that it shares with nothing older."""
-    found: dict[int, tuple[int, bool]] = {}
-    with Trail(tree) as trail:
-        for folder, name, entry in index.walk():
-            interrupt.check()
-            status = os.stat(name, dir_fd=trail.enter(folder), follow_symlinks=False) if name else os.fstat(tree)
-            if status.st_ino != entry.copy:
-                raise LayerRefusedError(f"{folder}/{name} is not what was copied")
-            found[status.st_ino] = (status.st_blocks * _BLOCK_BYTES, entry.shared)
-    return sum(size for size, _ in found.values()), sum(size for size, shared in found.values() if not shared)
+def _place(layer: Layer) -> list[Any]:
+    """A layer as the jobs take it: the folder that was checked, and no other in its place."""
+    return [layer.path, layer.device, layer.inode]

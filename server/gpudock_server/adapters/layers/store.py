@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+import errno
+import secrets
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from gpudock_server.adapters.layers.committing import watched
-from gpudock_server.adapters.layers.comparing import differences
-from gpudock_server.adapters.layers.copying import (
-    StillCopyingError,
-    copy_tree,
-    empty_tree,
-    missing_program,
-    sole_writer,
-    tree_bytes,
-)
+from gpudock_server.adapters.layers.copying import missing_program, tree_bytes
 from gpudock_server.adapters.layers.exchange import Arrangement, arrangement_of, bring_about
 from gpudock_server.adapters.layers.paths import Layer, LayerRefusedError, find_layer, seen_layer
 from gpudock_server.adapters.layers.privilege import why_no_copy, why_no_exchange
-from gpudock_server.adapters.layers.room import available, require_room, write_out
-from gpudock_server.adapters.layers.threads import Interrupt, run_to_end
+from gpudock_server.adapters.layers.room import available, require_room
+from gpudock_server.adapters.layers.threads import run_to_end
+from gpudock_server.adapters.trees.jobs import JobRefusedError
+from gpudock_server.adapters.trees.limits import Limits, TreeTooLargeError
+from gpudock_server.adapters.trees.stalls import DEFAULT_STALL_SECONDS, StalledError
+from gpudock_server.adapters.trees.worker import run_job
 from gpudock_server.errors import DiskFull, LayerCarryFailed
 from gpudock_server.model.engine import EngineContainer
 from gpudock_server.model.operation import CarryMethod
 from gpudock_server.ports import CarryPlan, LayerPair, LayerStore, Progress
 
 _MEASURE_SECONDS = 300.0
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 LOST_BY_COMMIT = (
     "extended attributes other than security.capability are lost (user.* ones among them)",
@@ -42,13 +41,21 @@ class OverlayLayerStore(LayerStore):
 
     `forced` is the one method to use, None the best there is. `engine_root` is the engine's data folder, as the engine
     names it; `local` whether the engine runs on this host, so that its paths are ours. Nothing is kept open, and any
-    number of carries may run at once.
+    number of carries may run at once. A copy that makes no progress for `stall_seconds` is ended and fails.
     """
 
-    def __init__(self, forced: CarryMethod | None, engine_root: str, *, local: bool) -> None:
+    def __init__(
+        self,
+        forced: CarryMethod | None,
+        engine_root: str,
+        *,
+        local: bool,
+        stall_seconds: float = DEFAULT_STALL_SECONDS,
+    ) -> None:
         self._forced: CarryMethod | None = None if forced is CarryMethod.NONE else forced
         self._root = engine_root
         self._local = local
+        self._stall_seconds = stall_seconds
 
     async def methods(self) -> tuple[tuple[CarryMethod, str], ...]:
         """Each method, and why it cannot be used on this host (empty: it can)."""
@@ -124,25 +131,30 @@ class OverlayLayerStore(LayerStore):
                 raise LayerRefusedError("the layers are exchanged, and what would be emptied is the old one")
             if reason := why_no_copy() or missing_program():
                 raise LayerRefusedError(reason)
-            async with sole_writer(pair.new_path) as lock:
-                await self._copy(pair, lock, progress)
+            await self._copy(pair, progress)
 
-    async def _copy(self, pair: LayerPair, lock: int, progress: Progress) -> None:
-        interrupt = Interrupt()
-        await run_to_end(empty_tree, pair.new_path, interrupt)
+    async def _copy(self, pair: LayerPair, progress: Progress) -> None:
         plan = await self._measured(CarryPlan(method=CarryMethod.COPY), pair.old_path, apparent=False)
         total = plan.bytes_to_move
         progress(0, total)
-        ended = await copy_tree(pair.old_path, pair.new_path, lock, total, progress)
-        if ended.out_of_room:
-            raise DiskFull(path=pair.new_path, needed_bytes=total, available_bytes=available(pair.new_path))
-        if ended.exit_code != 0:
-            raise LayerRefusedError(f"cp ended with {ended.exit_code}: {ended.complaint}")
-        found = await run_to_end(differences, pair.old_path, pair.new_path, interrupt)
-        if found:
-            raise LayerRefusedError(f"the copy is not equal: {'; '.join(found)}")
-        # The original is removed soon after; a power failure then must not find the copy unwritten.
-        await run_to_end(write_out, lock)
+        device = find_layer(self._root, pair.new_path).device
+        try:
+            await run_job(
+                "fill",
+                progress,
+                memory_bytes=Limits().memory_bytes,
+                stall_seconds=self._stall_seconds,
+                source=[pair.old_path, device, pair.old_inode],
+                target=[pair.new_path, device, pair.new_inode],
+                hidden=f".gpudock-{secrets.token_hex(16)}",
+                total=total,
+                clones=True,
+            )
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            free = available(pair.new_path)
+            raise DiskFull(path=pair.new_path, needed_bytes=total, available_bytes=free) from error
         progress(total, total)
 
     async def _commit_plan(self, plan: CarryPlan, upper_dir: str) -> CarryPlan:
@@ -211,7 +223,7 @@ def _refusals(method: CarryMethod) -> Iterator[None]:
     """Give what is refused or fails below the name that core knows."""
     try:
         yield
-    except (LayerRefusedError, StillCopyingError, ValueError) as error:
+    except (LayerRefusedError, JobRefusedError, TreeTooLargeError, StalledError, ValueError) as error:
         raise LayerCarryFailed(method=method, detail=str(error)) from error
     except TimeoutError as error:
         raise LayerCarryFailed(method=method, detail="the layer could not be measured in time") from error

@@ -7,28 +7,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
+from gpudock_server.adapters.trees.interrupt import Interrupt, Interrupted
+
+__all__ = ["Interrupt", "Interrupted", "run_to_end"]
+
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-class Interrupted(Exception):
-    """A walk was told to stop; its caller is being cancelled and never sees this."""
-
-
-class Interrupt:
-    """A flag that long walks look at between two entries."""
-
-    def __init__(self) -> None:
-        self._raised = False
-
-    def set(self) -> None:
-        """Ask the walk to end."""
-        self._raised = True
-
-    def check(self) -> None:
-        """Raise Interrupted if the walk was asked to end."""
-        if self._raised:
-            raise Interrupted
 
 
 async def run_to_end(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -5,6 +5,7 @@ from gpudock_server.adapters.volumes.copying import RsyncCopier
 from gpudock_server.adapters.volumes.loop import LoopBackend
 from gpudock_server.adapters.volumes.plain import PlainBackend
 from gpudock_server.adapters.volumes.quota import PROJECT_IDS, ProjectQuotaBackend
+from gpudock_server.adapters.volumes.versions import check_versions
 
 __all__ = [
     "PROJECT_IDS",
@@ -14,4 +15,5 @@ __all__ = [
     "ProjectQuotaBackend",
     "RsyncCopier",
     "attach_all",
+    "check_versions",
 ]

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from gpudock_server.adapters.layers.comparing import differences
 from gpudock_server.adapters.layers.copying import StillCopyingError, sole_writer, tree_bytes
 from gpudock_server.adapters.layers.privilege import why_no_copy
-from gpudock_server.adapters.layers.room import write_out
-from gpudock_server.adapters.layers.threads import Interrupt, run_to_end
-from gpudock_server.adapters.volumes import digest
+from gpudock_server.adapters.layers.threads import run_to_end
+from gpudock_server.adapters.trees.jobs import JobRefusedError
+from gpudock_server.adapters.trees.limits import Limits, TreeTooLargeError
+from gpudock_server.adapters.trees.stalls import DEFAULT_STALL_SECONDS, StalledError, unless_stalled
+from gpudock_server.adapters.trees.syncing import write_out
+from gpudock_server.adapters.trees.worker import TreeWorker, ended
 from gpudock_server.adapters.volumes.failures import volume_errors
-from gpudock_server.adapters.volumes.programs import ProgramFailed, ended, environment, missing, mortal
+from gpudock_server.adapters.volumes.programs import ProgramFailed, environment, missing, mortal
 from gpudock_server.adapters.volumes.view import Reachable, View, mounted
 from gpudock_server.errors import VolumeFailed
 from gpudock_server.model.volume import TreeSummary, VolumeBacking
@@ -57,8 +59,10 @@ class _Pair:
 class RsyncCopier(VolumeCopier):
     """Implements ports.VolumeCopier between stores of any of `backends`, whether they are mounted or not."""
 
-    def __init__(self, backends: Iterable[Reachable]) -> None:
+    def __init__(self, backends: Iterable[Reachable], stall_seconds: float = DEFAULT_STALL_SECONDS) -> None:
+        """A copy or a comparison that makes no progress for `stall_seconds` is ended and fails."""
         self._backends = {backend.kind: backend for backend in backends}
+        self._stall_seconds = stall_seconds
 
     async def copy(
         self, source: VolumeBacking, target: VolumeBacking, progress: Progress, *, thorough: bool = False
@@ -71,8 +75,8 @@ class RsyncCopier(VolumeCopier):
                 try:
                     total = await tree_bytes(pair.old, apparent=True, timeout_seconds=_MEASURE_SECONDS)
                     async with sole_writer(pair.new) as lock:
-                        await _rsync(pair, lock, total, progress, thorough=thorough)
-                except StillCopyingError as error:
+                        await _rsync(pair, lock, total, progress, self._stall_seconds, thorough=thorough)
+                except (StillCopyingError, StalledError) as error:
                     raise ProgramFailed(str(error)) from error
                 except TimeoutError as error:
                     raise ProgramFailed("its files could not be counted in time") from error
@@ -81,13 +85,18 @@ class RsyncCopier(VolumeCopier):
         """See the protocol."""
         async with self._both("verify the copy of", source, target) as pair:
             with volume_errors("verify the copy of", source.name, Path(pair.new)):
-                interrupt = Interrupt()
-                # One after the other: the two share a disk.
-                before = await run_to_end(digest.summary, pair.old, interrupt)
-                after = await run_to_end(digest.summary, pair.new, interrupt)
-                if before == after:
-                    return before
-                found = await run_to_end(differences, pair.old, pair.new, interrupt)
+                worker = TreeWorker(Limits().memory_bytes, self._stall_seconds)
+                try:
+                    # One after the other: the two share a disk.
+                    before = TreeSummary(**await worker.call("digest", root=pair.old))
+                    after = TreeSummary(**await worker.call("digest", root=pair.new))
+                    if before == after:
+                        return before
+                    found = (await worker.call("differences", old=pair.old, new=pair.new))["found"]
+                except (JobRefusedError, StalledError, TreeTooLargeError) as error:
+                    raise ProgramFailed(str(error)) from error
+                finally:
+                    await worker.close()
         detail = f"the copy is not equal: {'; '.join(found) or 'the content of a file differs'}"
         raise VolumeFailed(volume=source.name, call="verify the copy of", detail=detail)
 
@@ -104,7 +113,9 @@ class RsyncCopier(VolumeCopier):
             yield _Pair(view=view, source=old.path, target=new.path)
 
 
-async def _rsync(pair: _Pair, lock: int, total: int, progress: Progress, *, thorough: bool) -> None:
+async def _rsync(
+    pair: _Pair, lock: int, total: int, progress: Progress, stall_seconds: float, *, thorough: bool
+) -> None:
     checking = ["--checksum"] if thorough else []
     told = ["--info=progress2", "--no-human-readable"]
     command = ["rsync", *_OPTIONS, *checking, *told, "--", f"{pair.source}/", f"{pair.target}/"]
@@ -114,7 +125,7 @@ async def _rsync(pair: _Pair, lock: int, total: int, progress: Progress, *, thor
     )  # fmt: skip
     try:
         progress(0, total)
-        complaint, _ = await asyncio.gather(_complaint(process), _reported(process, total, progress))
+        complaint = await unless_stalled(_heard(process, total, progress), process.pid, "rsync", stall_seconds)
         code = await process.wait()
     finally:
         await ended(process)
@@ -122,6 +133,12 @@ async def _rsync(pair: _Pair, lock: int, total: int, progress: Progress, *, thor
         raise ProgramFailed(f"rsync ended with {code}: {complaint}")
     await run_to_end(write_out, lock)
     progress(total, total)
+
+
+async def _heard(process: Process, total: int, progress: Progress) -> str:
+    """Pass on progress until the process closes its outputs; what it said on stderr."""
+    complaint, _ = await asyncio.gather(_complaint(process), _reported(process, total, progress))
+    return complaint
 
 
 async def _reported(process: Process, total: int, progress: Progress) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import signal
-from asyncio.subprocess import DEVNULL, PIPE, Process
+from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
+
+from gpudock_server.adapters.trees.stalls import DEFAULT_STALL_SECONDS, StalledError, unless_stalled
+from gpudock_server.adapters.trees.worker import ended
 
 _SECONDS: Final = 60.0
 _COMPLAINT_CHARACTERS: Final = 500
@@ -18,6 +20,8 @@ _COMPLAINT_CHARACTERS: Final = 500
 _SYSTEM_PATH: Final = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 _NO_ROOM: Final = ("No space left on device", "Disk quota exceeded")
 _FILESYSTEMS: Final = Path("/proc/filesystems")
+# Program -> why it is not used.
+_REFUSED: Final[dict[str, str]] = {}
 
 
 class ProgramFailed(Exception):
@@ -35,9 +39,16 @@ def environment() -> dict[str, str]:
 
 
 def missing(*names: str) -> str:
-    """Which of these programs the host lacks, in words; empty when it has them all."""
+    """Which of these programs the host lacks, or has in a version that is too old, in words; empty for none."""
     absent = [name for name in names if shutil.which(name, path=environment()["PATH"]) is None]
-    return f"there is no {' and no '.join(absent)} on the PATH" if absent else ""
+    if absent:
+        return f"there is no {' and no '.join(absent)} on the PATH"
+    return "; ".join(_REFUSED[name] for name in names if name in _REFUSED)
+
+
+def refuse(name: str, reason: str) -> None:
+    """Have a program count as missing until the process ends; see `versions`."""
+    _REFUSED[name] = reason
 
 
 def mortal(command: Sequence[str]) -> list[str]:
@@ -46,32 +57,28 @@ def mortal(command: Sequence[str]) -> list[str]:
     return [*guard, *command]
 
 
-async def run(*command: str, seconds: float = _SECONDS) -> str:
-    """Run a program and return what it printed. Raises ProgramFailed. Cancelling kills it and waits for its end."""
+async def run(*command: str, seconds: float = _SECONDS, errors_too: bool = False) -> str:
+    """Run a program and return what it printed. Raises ProgramFailed. Cancelling kills it and waits for its end.
+
+    It is killed after `seconds`, and when it makes no progress for DEFAULT_STALL_SECONDS. `errors_too`: what it printed
+    on stderr follows what it printed on stdout.
+    """
     process = await asyncio.create_subprocess_exec(
         *mortal(command), stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True, env=environment()
     )
     try:
         async with asyncio.timeout(seconds):
-            printed, complaint = await process.communicate()
+            talking = process.communicate()
+            printed, complaint = await unless_stalled(talking, process.pid, command[0], DEFAULT_STALL_SECONDS)
     except TimeoutError as error:
         raise ProgramFailed(f"{command[0]} had not ended after {seconds:.0f} s") from error
+    except StalledError as error:
+        raise ProgramFailed(str(error)) from error
     finally:
         await ended(process)
     if process.returncode != 0:
         raise ProgramFailed(f"{command[0]}: {_shortened(complaint) or f'exit code {process.returncode}'}")
-    return printed.decode(errors="replace")
-
-
-async def ended(process: Process) -> None:
-    """Kill the process and its group if it still runs, and wait for it, also while being cancelled again."""
-    if process.returncode is None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    waiting = asyncio.ensure_future(process.wait())
-    while not waiting.done():
-        with suppress(asyncio.CancelledError):
-            await asyncio.shield(waiting)
+    return (printed + complaint if errors_too else printed).decode(errors="replace")
 
 
 async def kernel_lacks(filesystem: str) -> str:

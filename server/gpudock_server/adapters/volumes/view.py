@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from gpudock_server.adapters.volumes.programs import ProgramFailed, ended, environment, mortal, run
+from gpudock_server.adapters.trees.worker import ended
+from gpudock_server.adapters.volumes.programs import ProgramFailed, environment, mortal, run
 from gpudock_server.model.volume import VolumeBackendKind, VolumeBacking
 
 _MOUNTS: Final = Path("/proc/self/mounts")

@@ -409,7 +409,7 @@ class ChangeSaga(ContainerSaga):
             if (kept := self._keeping.made(run.operation)) is not None:
                 changes.append(PutSnapshot(container.uid, arguments.keep.revision, kept))
             # A snapshot on the disk says itself what it is, an image does not.
-            image = kept if kept is not None and kept.kind is SnapshotKind.IMAGE else None
+            image = kept if isinstance(kept, Snapshot) and kept.kind is SnapshotKind.IMAGE else None
             await remember(world, container, revision, (arguments.keep.revision, image) if image else None)
         wanted = keys_of(arguments.placement)
         holder = world.holder(container)

@@ -235,6 +235,8 @@ async def _files_of_now(world: World, source: Container) -> Files:
         warning = f"its files are taken as an image, which does not keep everything: {why_not}"
         return files.model_copy(update={"warnings": (warning,)})
     cost = await world.snapshots.plan(seen, None)
+    if cost.too_large:
+        raise SnapshotFailed(detail=f"the source's layer is too large to be copied: {cost.too_large}")
     return files.model_copy(
         update={
             "origin": Origin.MIRROR,

@@ -18,16 +18,22 @@ from gpudock_server.model.container import Container
 from gpudock_server.model.engine import EngineContainer, EngineState
 from gpudock_server.model.operation import Operation
 from gpudock_server.model.record import JsonObject, Record, now
-from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind, SnapshotMethod
+from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind, SnapshotMethod, SnapshotSkipped
 from gpudock_server.model.spec import SnapshotPolicy
-from gpudock_server.ports import RevisionView
+from gpudock_server.ports import LayerTooLarge, RevisionView
 
 IMAGE_STAGE = "snapshot"
 _SEAL_STAGE = "seal"
+# What a step records when the layer turned out to be too large.
+_SKIPPED = "skipped"
 
 
 class KeepArguments(Record):
-    """What the steps need. `previous` is the revision whose snapshot it shares with; 0 is none."""
+    """What the steps need. `previous` is the revision whose snapshot it shares with; 0 is none.
+
+    `skipped` says why no snapshot is made of a layer that is too large. `required`: the call itself asks for a
+    snapshot, and fails without one.
+    """
 
     kind: SnapshotKind | None = None
     engine_id: str = ""
@@ -36,6 +42,8 @@ class KeepArguments(Record):
     previous: int = 0
     bytes_to_move: int = 0
     bytes_available: int = 0
+    skipped: str = ""
+    required: bool = False
     warnings: tuple[str, ...] = ()
 
 
@@ -44,7 +52,8 @@ async def plan(
 ) -> KeepArguments:
     """How the current revision's files are to be kept. `commits`: an image of them is made in any case.
 
-    Raises DiskFull where there is no room for what the policy asks for.
+    Raises DiskFull where there is no room for what the policy asks for. Raises SnapshotFailed where the layer is too
+    large for a snapshot and `wish`, which is the call's own, is ALWAYS; under any other policy there is a warning.
     """
     engine = container.engine
     seen = await world.engine.inspect(engine.engine_id) if engine is not None else None
@@ -63,12 +72,24 @@ async def plan(
     if method is None:
         warning = f"its files are kept as an image, which does not keep everything: {why_not}"
         return arguments.model_copy(update={"kind": SnapshotKind.IMAGE, "warnings": (warning,)})
-    previous = _latest_tree(history)
-    cost = await world.snapshots.plan(seen, _key(container.uid, previous))
+    arguments = arguments.model_copy(
+        update={"previous": _latest_tree(history), "required": wish is SnapshotPolicy.ALWAYS}
+    )
+    return await _plan_tree(world, container, seen, arguments)
+
+
+async def _plan_tree(
+    world: World, container: Container, seen: EngineContainer, arguments: KeepArguments
+) -> KeepArguments:
+    cost = await world.snapshots.plan(seen, _key(container.uid, arguments.previous))
+    if cost.too_large and arguments.required:
+        raise SnapshotFailed(detail=_too_large(cost.too_large))
+    if cost.too_large:
+        warning = _not_kept(container, f"the layer is too large for a snapshot: {cost.too_large}")
+        return arguments.model_copy(update={"skipped": cost.too_large, "warnings": (warning,)})
     return arguments.model_copy(
         update={
             "kind": SnapshotKind.TREE,
-            "previous": previous,
             "bytes_to_move": cost.bytes_to_copy,
             "bytes_available": cost.bytes_available,
         }
@@ -77,6 +98,10 @@ async def plan(
 
 def _not_kept(container: Container, why: str) -> str:
     return f"the files of revision {container.revision} are not kept ({why}); a rollback to it brings its spec alone"
+
+
+def _too_large(reason: str) -> str:
+    return f"the layer is too large for a snapshot: {reason}; with another snapshot policy than ALWAYS none is made"
 
 
 def _latest_tree(history: tuple[RevisionView, ...]) -> int:
@@ -125,15 +150,34 @@ class Keeping:
             return ()
         return (Step("freeze", self._freeze, self._thaw), *steps, Step("thaw", self._thaw, self._freeze))
 
-    async def _gather(self, run: Run) -> None:
+    async def _gather(self, run: Run) -> JsonObject | None:
         key, previous = self._keys(run)
-        await self._world.snapshots.gather(await self._seen(), key, run.operation.id, previous, run.progress)
+        try:
+            await self._world.snapshots.gather(await self._seen(), key, run.operation.id, previous, run.progress)
+        except LayerTooLarge as error:
+            return self._skip(run, error)
+        return None
 
-    async def _complete(self, run: Run) -> None:
+    async def _complete(self, run: Run) -> JsonObject | None:
+        if _skipped(run.operation):
+            return None
         key, previous = self._keys(run)
-        await self._world.snapshots.complete(await self._seen(), key, run.operation.id, previous, run.progress)
+        try:
+            await self._world.snapshots.complete(await self._seen(), key, run.operation.id, previous, run.progress)
+        except LayerTooLarge as error:
+            return self._skip(run, error)
+        return None
 
-    async def _seal(self, run: Run) -> JsonObject:
+    def _skip(self, run: Run, error: LayerTooLarge) -> JsonObject:
+        """Go on without a snapshot: the container wrote too much since the plan was made."""
+        if self._arguments.required:
+            raise SnapshotFailed(detail=_too_large(str(error))) from error
+        run.note(f"no snapshot is made, the layer is too large for it: {error}")
+        return {_SKIPPED: str(error)}
+
+    async def _seal(self, run: Run) -> JsonObject | None:
+        if _skipped(run.operation):
+            return None
         key, _ = self._keys(run)
         sealed = await self._world.snapshots.seal(key, run.operation.id, self._arguments.image_id)
         return sealed.model_dump(mode="json")
@@ -160,8 +204,10 @@ class Keeping:
             raise SnapshotFailed(detail=f"engine container {self._arguments.engine_id[:12]} is gone")
         return seen
 
-    def made(self, operation: Operation) -> Snapshot | None:
-        """The snapshot that the steps made."""
+    def made(self, operation: Operation) -> Snapshot | SnapshotSkipped | None:
+        """The snapshot that the steps made, or why they made none although the policy asked for one."""
+        if reason := self._arguments.skipped or _skipped(operation):
+            return SnapshotSkipped(reason=f"the layer was too large for a snapshot: {reason}")
         if self._as_tree:
             return Snapshot.model_validate(operation.facts(_SEAL_STAGE))
         if self.as_image:
@@ -173,3 +219,9 @@ class Keeping:
                 create_time=now(),
             )
         return None
+
+
+def _skipped(operation: Operation) -> str:
+    """Why the steps went on without a snapshot; empty when they did not."""
+    facts = {**operation.facts("gather"), **operation.facts("complete")}
+    return str(facts.get(_SKIPPED, ""))

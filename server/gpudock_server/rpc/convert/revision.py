@@ -33,6 +33,7 @@ def revision_message(seen: RevisionView, current: int) -> pb2.ContainerRevision:
         create_time=timestamp(revision.create_time),
         operation_id=revision.operation_id,
         current=revision.revision == current,
+        snapshot_warning=seen.snapshot_warning,
     )
 
 

@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from gpudock_server.adapters.layers.duplicating import Duplicator, match_xattrs
-from gpudock_server.adapters.layers.snapshot_index import Entry, Index, Key, is_whiteout, key_of
-from gpudock_server.adapters.layers.threads import Interrupt
-from gpudock_server.adapters.layers.trail import Trail, below, remove_entry
+from gpudock_server.adapters.trees.duplicating import Duplicator, match_xattrs
+from gpudock_server.adapters.trees.folders import ROOT, FolderTree, Trail, remove_entry
+from gpudock_server.adapters.trees.interrupt import Interrupt
+from gpudock_server.adapters.trees.limits import Limits, Tally
+from gpudock_server.adapters.trees.snapshot_index import OPAQUE_XATTR, Entry, Index, Key, is_whiteout, key_of
 
 # Two changes within one tick of the kernel's clock have one ctime. Ticks are 10 ms at most; this is far beyond, and
 # covers direct writes too, whose ctime is that of their beginning.
@@ -31,12 +32,11 @@ _CANNOT_LINK = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EMLINK
 _HANDLE_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOATIME | os.O_CLOEXEC
 _STAGED = "new"
-_ROOT_PARENT = "/"
 _UNKNOWN = Entry((0, 0, 0, 0, stat.S_IFDIR, 0, 0, 0), copy=0, settled=False, shared=False)
 
 
 class Copies:
-    """A tree of copies, with the index that says of what. Entries are found by their path, or by the inode.
+    """A tree of copies, with the index that says of what. Entries are found by folder and name, or by the inode.
 
     `device` is the filesystem of what is to be copied; the inodes of another one say nothing.
     """
@@ -44,16 +44,17 @@ class Copies:
     def __init__(self, index: Index, root: int, device: int) -> None:
         self.index = index
         self._inodes_tell = index.device == device
-        self.trail = Trail(root)
-        self._places: dict[int, tuple[str, str]] | None = None
+        self.trail = Trail(root, index.places)
+        self._places: dict[int, tuple[int, str]] | None = None
 
-    def link(self, folder: str, name: str, key: Key, names: int, staging: int) -> Entry | None:
+    def link(self, folder: int | None, name: str, key: Key, names: int, staging: int) -> Entry | None:
         """Link a copy of the state `key` to the staging folder; None where there is none.
 
-        `names` more names than it has will be given to it.
+        `folder` is the number in this index of the folder where it is expected first. `names` more names than the copy
+        has will be given to it.
         """
         for where, called in self._candidates(folder, name, key) if self._inodes_tell else ():
-            entry = self.index.folders[where][called]
+            entry = self.index.entries[where][called]
             if not entry.settled or entry.key != key:
                 continue
             try:
@@ -70,10 +71,10 @@ class Copies:
             os.unlink(_STAGED, dir_fd=staging)
         return None
 
-    def open_like(self, folder: str, name: str, key: Key) -> tuple[int, Entry] | None:
-        """Open the copy at a path when all but inode and ctime are as in `key`; it may have the same contents."""
-        entry = self.index.folders.get(folder, {}).get(name)
-        if entry is None or entry.key[2:] != key[2:] or not stat.S_ISREG(key[4]):
+    def open_like(self, folder: int | None, name: str, key: Key) -> tuple[int, Entry] | None:
+        """Open the copy in a folder when all but inode and ctime are as in `key`; it may have the same contents."""
+        entry = self.index.entry(folder, name)
+        if folder is None or entry is None or entry.key[2:] != key[2:] or not stat.S_ISREG(key[4]):
             return None
         try:
             file = os.open(name, _READ_FLAGS | os.O_NOFOLLOW, dir_fd=self.trail.enter(folder))
@@ -87,8 +88,8 @@ class Copies:
             return None
         return file, entry
 
-    def _candidates(self, folder: str, name: str, key: Key) -> Iterator[tuple[str, str]]:
-        if name in self.index.folders.get(folder, {}):
+    def _candidates(self, folder: int | None, name: str, key: Key) -> Iterator[tuple[int, str]]:
+        if folder is not None and name in self.index.entries[folder]:
             yield folder, name
         if self._places is None:
             self._places = {
@@ -110,17 +111,26 @@ class _Twin(NamedTuple):
     """The first of several names of one inode, in this pass."""
 
     entry: Entry
-    folder: str
+    folder: int
     name: str
 
 
 class _Visit(NamedTuple):
-    """A folder to be walked; `siblings` hold its entry as `name`."""
+    """A folder to be walked. `parent` is a number of the new index; the others are its own in the two earlier ones."""
 
-    folder: str
-    siblings: dict[str, Entry]
+    parent: int
     name: str
+    old: int | None
+    previous: int | None
     changed: bool
+
+
+class _Place(NamedTuple):
+    """A folder that is walked: its number in the new index, in the one before, in that of an earlier snapshot."""
+
+    folder: int
+    old: int | None
+    previous: int | None
 
 
 class Mirror:
@@ -130,7 +140,7 @@ class Mirror:
     it inherits nothing from its parent, and in its place it is never seen half made. `previous` are copies of an
     earlier state, which may be linked to. `hidden` is a name in the target's root that is not the source's business.
     `live`: processes may write to the source now; `quiet`: none has any of its files open or mapped. Two changes within
-    `tick_ns` may have the same ctime.
+    `tick_ns` may have the same ctime. With `limits`, a larger tree raises TreeTooLargeError.
     """
 
     def __init__(
@@ -147,17 +157,18 @@ class Mirror:
         handled: Callable[[int], None],
         hidden: str = "",
         tick_ns: int = TICK_NS,
+        limits: Limits | None = None,
     ) -> None:
         self._source, self._target, self._staging = source, target, staging
         self._duplicator, self._interrupt, self._previous = duplicator, interrupt, previous
         self._live, self._quiet, self._hidden, self._handled = live, quiet, hidden, handled
-        self._tick_ns = tick_ns
+        self._tick_ns, self._tally = tick_ns, Tally(limits)
         self._device = os.fstat(source).st_dev
         self._shows_stores = duplicator.shows_stores(source)
         self._twins: dict[int, _Twin] = {}
         self._claims: dict[int, int] | None = None
-        self._gone: list[tuple[str, str]] = []
-        self._touched: set[str] = set()
+        self._gone: list[tuple[int, str]] = []
+        self._touched: set[int] = set()
         self.moved = Moved()
 
     def run(self, index: Index) -> Index:
@@ -168,49 +179,58 @@ class Mirror:
         remove_entry(self._staging, _STAGED, self._interrupt)
         self._own = Copies(index, self._target, self._device)
         self._old, self._fresh = index, Index(self._device)
-        with Trail(self._source) as source, Trail(self._target) as target, self._own.trail:
-            self._walk(source, target)
+        places = self._fresh.places
+        self._twin_trail = Trail(self._target, places)
+        with Trail(self._source, places) as source, Trail(self._target, places) as target:
+            with self._own.trail, self._twin_trail:
+                self._walk(source, target)
             self._remove_gone(target)
             self._set_times(target)
         return self._fresh
 
     def _walk(self, source: Trail, target: Trail) -> None:
-        known = self._old.folders.get(_ROOT_PARENT, {}).get("")
-        top = self._fresh.folders[_ROOT_PARENT] = {"": known or _UNKNOWN}
-        same = _is_same(known, key_of(os.fstat(self._source)))
-        waiting = [_Visit("", top, "", changed=not same)]
+        fresh, previous = self._fresh, self._previous
+        fresh.root = self._old.root
+        if not _is_same(fresh.root, key_of(os.fstat(self._source))):
+            fresh.root = self._dressed(ROOT, self._source, self._target)
+        waiting = self._scan(_Place(ROOT, ROOT, ROOT if previous else None), self._source, self._target)
         while waiting:
             visit = waiting.pop()
+            folder = fresh.add_folder(visit.parent, visit.name)
+            self._tally.folder(fresh.places.depths[folder])
             try:
-                here = source.enter(visit.folder)
+                here = source.enter(folder)
             except OSError as error:
                 if error.errno not in _VANISHED:
                     raise
-                del visit.siblings[visit.name]
-                self._gone.append(_split(visit.folder))
+                fresh.drop_last_folder()
+                self._gone.append((visit.parent, visit.name))
                 continue
-            there = target.enter(visit.folder)
+            there = target.enter(folder)
             if visit.changed:
-                visit.siblings[visit.name] = self._dressed(visit.folder, here, there)
-            waiting += self._scan(visit.folder, here, there)
+                fresh.entries[visit.parent][visit.name] = self._dressed(folder, here, there)
+            waiting += self._scan(_Place(folder, visit.old, visit.previous), here, there)
 
-    def _dressed(self, folder: str, here: int, there: int) -> Entry:
+    def _dressed(self, folder: int, here: int, there: int) -> Entry:
         """Give a folder the attributes of its source; its times come last of all."""
         looked = time.time_ns()
         status = os.fstat(here)
         os.fchown(there, status.st_uid, status.st_gid)
-        match_xattrs(here, there)
+        opaque = match_xattrs(here, there).get(OPAQUE_XATTR) == b"y"
         os.fchmod(there, stat.S_IMODE(status.st_mode))
         self._touched.add(folder)
         self.moved.entries += 1
-        return Entry(key_of(status), os.fstat(there).st_ino, self._is_past(status, looked), shared=False)
+        settled = self._is_past(status, looked)
+        return Entry(key_of(status), os.fstat(there).st_ino, settled, shared=False, opaque=opaque)
 
-    def _scan(self, folder: str, here: int, there: int) -> list[_Visit]:
+    def _scan(self, place: _Place, here: int, there: int) -> list[_Visit]:
         """Bring everything in one folder that changed; the folders in it that are to be walked."""
-        old = self._old.folders.get(folder, {})
-        fresh = self._fresh.folders[folder] = {}
+        old = self._old.entries[place.old] if place.old is not None else {}
+        fresh = self._fresh.entries[place.folder]
+        earlier = self._previous.index if self._previous else None
         found: list[_Visit] = []
-        check, device, hidden = self._interrupt.check, self._device, "" if folder else self._hidden
+        check, device, hidden = self._interrupt.check, self._device, self._hidden if place.folder == ROOT else ""
+        count = self._tally.entry
         with os.scandir(here) as entries:
             for item in entries:
                 check()
@@ -221,33 +241,42 @@ class Mirror:
                     continue
                 if status.st_dev != device or name == hidden:
                     continue
+                count(name)
                 known, key = old.get(name), key_of(status)
                 same = _is_same(known, key)
                 if stat.S_ISDIR(status.st_mode):
                     if known is None or not known.is_folder:
-                        self._make_folder(folder, name, there, known)
+                        self._make_folder(place, name, there, known)
                         known = None
                     fresh[name] = known or _UNKNOWN
-                    found.append(_Visit(below(folder, name), fresh, name, changed=not same))
-                elif known and same and self._agrees(status, known, folder, name):
+                    found.append(
+                        _Visit(
+                            parent=place.folder,
+                            name=name,
+                            old=self._old.subfolder(place.old, name) if known else None,
+                            previous=earlier.subfolder(place.previous, name) if earlier else None,
+                            changed=not same,
+                        )
+                    )
+                elif known and same and self._agrees(status, known, place, name):
                     fresh[name] = known
-                elif brought := self._bring(folder, name, here, there, known):
+                elif brought := self._bring(place, name, here, there, known):
                     fresh[name] = brought
-        self._gone += [(folder, name) for name in old.keys() - fresh.keys()]
+        self._gone += [(place.folder, name) for name in old.keys() - fresh.keys()]
         return found
 
-    def _agrees(self, status: os.stat_result, known: Entry, folder: str, name: str) -> bool:
+    def _agrees(self, status: os.stat_result, known: Entry, place: _Place, name: str) -> bool:
         """Whether all names of an inode that were met so far have the same copy."""
         if status.st_nlink == 1 or is_whiteout(status):
             return True
-        twin = self._twins.setdefault(status.st_ino, _Twin(known, folder, name))
+        twin = self._twins.setdefault(status.st_ino, _Twin(known, place.folder, name))
         return twin.entry.copy == known.copy and twin.entry.key == known.key
 
-    def _make_folder(self, folder: str, name: str, there: int, known: Entry | None) -> None:
+    def _make_folder(self, place: _Place, name: str, there: int, known: Entry | None) -> None:
         os.mkdir(_STAGED, 0o700, dir_fd=self._staging)
-        self._put(folder, name, there, known)
+        self._put(place, name, there, known)
 
-    def _bring(self, folder: str, name: str, here: int, there: int, known: Entry | None) -> Entry | None:
+    def _bring(self, place: _Place, name: str, here: int, there: int, known: Entry | None) -> Entry | None:
         """Bring one entry that is no folder; None when it is not there any more, or has become a folder."""
         try:
             handle = os.open(name, _HANDLE_FLAGS, dir_fd=here)
@@ -260,25 +289,25 @@ class Mirror:
             status = os.fstat(handle)
             if stat.S_ISDIR(status.st_mode):
                 return None
-            entry = self._staged(folder, name, handle, status, looked)
+            entry = self._staged(place, name, handle, status, looked)
         finally:
             os.close(handle)
-        self._put(folder, name, there, known)
+        self._put(place, name, there, known)
         if status.st_nlink > 1 and not is_whiteout(status):
-            self._twins[status.st_ino] = _Twin(entry, folder, name)
+            self._twins[status.st_ino] = _Twin(entry, place.folder, name)
         self.moved.entries += 1
         return entry
 
-    def _staged(self, folder: str, name: str, handle: int, status: os.stat_result, looked: int) -> Entry:
+    def _staged(self, place: _Place, name: str, handle: int, status: os.stat_result, looked: int) -> Entry:
         """Have the entry in the staging folder: linked where that is the same, else made."""
         key, names = key_of(status), status.st_nlink
         size = status.st_blocks * _BLOCK_BYTES
         twin = self._twins.get(status.st_ino)
         if twin and twin.entry.key == key and self._linked_twin(twin):
             return twin.entry
-        if entry := self._own.link(folder, name, key, 0, self._staging):
+        if entry := self._own.link(place.old, name, key, 0, self._staging):
             return entry
-        if self._previous and (entry := self._previous.link(folder, name, key, names, self._staging)):
+        if self._previous and (entry := self._previous.link(place.previous, name, key, names, self._staging)):
             if is_whiteout(status) or self._is_free(entry.copy, status.st_ino):
                 self._handled(size)
                 return entry._replace(shared=True)
@@ -289,13 +318,13 @@ class Mirror:
         # Opened this way because a name can become a device, whose very opening may do something.
         file = os.open(f"/proc/self/fd/{handle}", _READ_FLAGS)
         try:
-            return self._file(folder, name, file, status, looked)
+            return self._file(place, name, file, status, looked)
         finally:
             os.close(file)
 
     def _linked_twin(self, twin: _Twin) -> bool:
         try:
-            at = self._own.trail.enter(twin.folder)
+            at = self._twin_trail.enter(twin.folder)
             os.link(twin.name, _STAGED, src_dir_fd=at, dst_dir_fd=self._staging, follow_symlinks=False)
         except OSError as error:
             if error.errno in _CANNOT_LINK:
@@ -303,13 +332,13 @@ class Mirror:
             raise
         return True
 
-    def _file(self, folder: str, name: str, file: int, status: os.stat_result, looked: int) -> Entry:
+    def _file(self, place: _Place, name: str, file: int, status: os.stat_result, looked: int) -> Entry:
         key, size = key_of(status), status.st_blocks * _BLOCK_BYTES
         # Looked at, written back, copied: in this order nothing can change unseen. See Duplicator.write_back. Sharing
         # extents does it in itself: the filesystem locks the file and writes it out first.
         written = self._live and not self._duplicator.clones and self._duplicator.write_back(file)
         settled = self._is_past(status, looked) and (self._quiet or (written and self._shows_stores))
-        if entry := self._same_as_before(folder, name, file, key):
+        if entry := self._same_as_before(place, name, file, key):
             self._handled(size)
             return entry._replace(key=key, settled=settled, shared=True)
         cloned = self._duplicator.file(file, status, self._staging, _STAGED)
@@ -320,9 +349,9 @@ class Mirror:
             self.moved.bytes += size
         return self._entry(key, settled=settled, shared=cloned)
 
-    def _same_as_before(self, folder: str, name: str, file: int, key: Key) -> Entry | None:
+    def _same_as_before(self, place: _Place, name: str, file: int, key: Key) -> Entry | None:
         """Link an earlier copy of which only the contents tell that it is the same."""
-        found = self._previous.open_like(folder, name, key) if self._previous else None
+        found = self._previous.open_like(place.previous, name, key) if self._previous else None
         if found is None:
             return None
         other, entry = found
@@ -349,13 +378,13 @@ class Mirror:
         made = os.stat(_STAGED, dir_fd=self._staging, follow_symlinks=False)
         return Entry(key, made.st_ino, settled, shared)
 
-    def _put(self, folder: str, name: str, there: int, known: Entry | None) -> None:
+    def _put(self, place: _Place, name: str, there: int, known: Entry | None) -> None:
         """Give what is staged its place."""
         if known is not None:
             # Renaming one of two names of an inode to the other would do nothing at all.
             remove_entry(there, name, self._interrupt)
         os.rename(_STAGED, name, src_dir_fd=self._staging, dst_dir_fd=there)
-        self._touched.add(folder)
+        self._touched.add(place.folder)
 
     def _is_past(self, status: os.stat_result, looked: int) -> bool:
         """Whether every later change has a later ctime."""
@@ -375,27 +404,44 @@ class Mirror:
             self.moved.entries += 1
 
     def _set_times(self, target: Trail) -> None:
+        places = self._fresh.places
+        # In the order of their numbers, which is that of the walk: few folders have to be opened twice.
         for folder in sorted(self._touched):
-            parent, name = _split(folder)
-            entry = self._fresh.folders.get(parent, {}).get(name)
-            if entry is not None and folder in self._fresh.folders:
+            parent, name = places.parents[folder], places.names[folder]
+            entry = self._fresh.root if folder == ROOT else self._fresh.entry(parent, name)
+            if entry is not None:
                 os.utime(target.enter(folder), ns=(entry.key[2], entry.key[2]))
 
 
-def bytes_to_copy(source: int, previous: Index | None, interrupt: Interrupt) -> int:
-    """About the bytes of disk that copies of a tree take, of those entries that `previous` does not have."""
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a walk through a tree found. `bytes` are those of disk that a copy takes."""
+
+    bytes: int
+    entries: int
+
+
+def measure(source: int, previous: Index | None, interrupt: Interrupt, limits: Limits | None = None) -> Measured:
+    """About the bytes of disk that copies of a tree take, of those entries that `previous` does not have.
+
+    Raises TreeTooLargeError.
+    """
     device, total = os.fstat(source).st_dev, 0
     known = previous.walk() if previous and previous.device == device else ()
     states = {entry.key for _, _, entry in known if entry.settled}
     linked: set[int] = set()
-    waiting = [""]
-    with Trail(source) as trail:
+    places, tally = FolderTree(), Tally(limits)
+    waiting: list[tuple[int, str]] = [(ROOT, "")]
+    with Trail(source, places) as trail:
         while waiting:
-            folder = waiting.pop()
+            parent, name = waiting.pop()
+            folder = places.add(parent, name) if name else ROOT
+            tally.folder(places.depths[folder])
             try:
                 here = trail.enter(folder)
             except OSError as error:
                 if error.errno in _VANISHED:
+                    places.drop_last()
                     continue
                 raise
             with os.scandir(here) as entries:
@@ -407,23 +453,16 @@ def bytes_to_copy(source: int, previous: Index | None, interrupt: Interrupt) -> 
                         continue
                     if status.st_dev != device:
                         continue
+                    tally.entry(item.name)
                     if stat.S_ISDIR(status.st_mode):
-                        waiting.append(below(folder, item.name))
+                        waiting.append((folder, item.name))
                     elif key_of(status) in states or status.st_ino in linked:
                         continue
                     elif status.st_nlink > 1:
                         linked.add(status.st_ino)
                     total += status.st_blocks * _BLOCK_BYTES
-    return total
+    return Measured(bytes=total, entries=tally.entries)
 
 
 def _is_same(known: Entry | None, key: Key) -> bool:
     return known is not None and known.settled and known.key == key
-
-
-def _split(folder: str) -> tuple[str, str]:
-    """Where in an index the entry of a folder is."""
-    if not folder:
-        return _ROOT_PARENT, ""
-    parent, _, name = folder.rpartition("/")
-    return parent, name

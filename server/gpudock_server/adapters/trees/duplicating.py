@@ -9,7 +9,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 
-from gpudock_server.adapters.layers.threads import Interrupt
+from gpudock_server.adapters.trees.interrupt import Interrupt
 
 # ioctl_ficlone(2): share the other file's extents.
 _FICLONE = 0x40049409
@@ -167,8 +167,8 @@ def data_ranges(file: int, status: os.stat_result) -> Iterator[tuple[int, int]]:
         yield begin, at
 
 
-def match_xattrs(source: int | str, target: int | str) -> None:
-    """Give one entry the extended attributes of another.
+def match_xattrs(source: int | str, target: int | str) -> dict[str, bytes]:
+    """Give one entry the extended attributes of another, and return these.
 
     The source's path is /proc/self/fd/<number>, which leads to the very entry that was opened and no further; a
     target's path is not followed where it ends in a link.
@@ -181,6 +181,7 @@ def match_xattrs(source: int | str, target: int | str) -> None:
     for name, value in wanted.items():
         if found.get(name) != value:
             os.setxattr(target, name, value, follow_symlinks=follow)
+    return wanted
 
 
 def _xattrs(entry: int | str, *, follow: bool) -> dict[str, bytes]:

@@ -1,0 +1,124 @@
+"""A container whose files are too many for a snapshot: its changes are made without one, and say so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gpudock.v1 import container_pb2, container_service_pb2
+from gpudock_server.model.engine import EngineContainer
+from gpudock_server.model.snapshot import SnapshotKey
+from gpudock_server.ports import LayerTooLarge, Progress, SnapshotPlan
+from typing_extensions import override
+
+from tests.rpc.fakes import FakeSnapshots
+from tests.rpc.serving import Served, made, reason_of, serve, to_the_end
+
+REASON = "there are more than 1000 files and folders"
+_ALWAYS = container_pb2.SNAPSHOT_POLICY_ALWAYS
+_UNSPECIFIED = container_pb2.SNAPSHOT_POLICY_UNSPECIFIED
+
+
+@dataclass(eq=False)
+class LargeLayers(FakeSnapshots):
+    """Snapshots of a layer that is found to be too large at one moment: plan, gather or complete."""
+
+    moment: str
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    @override
+    async def plan(self, old: EngineContainer, previous: SnapshotKey | None) -> SnapshotPlan:
+        plan = await super().plan(old, previous)
+        return plan.model_copy(update={"too_large": REASON}) if self.moment == "plan" else plan
+
+    @override
+    async def gather(
+        self,
+        old: EngineContainer,
+        key: SnapshotKey,
+        operation_id: str,
+        previous: SnapshotKey | None,
+        progress: Progress,
+    ) -> None:
+        if self.moment == "gather":
+            raise LayerTooLarge(REASON)
+
+    @override
+    async def complete(
+        self,
+        old: EngineContainer,
+        key: SnapshotKey,
+        operation_id: str,
+        previous: SnapshotKey | None,
+        progress: Progress,
+    ) -> None:
+        if self.moment == "complete":
+            raise LayerTooLarge(REASON)
+
+
+def _rename(
+    served: Served, policy: container_pb2.SnapshotPolicy.ValueType = _UNSPECIFIED, *, validate_only: bool = False
+) -> Any:
+    request = container_service_pb2.UpdateContainerRequest(
+        name="a", spec=container_pb2.ContainerSpec(hostname="second"), snapshots=policy, validate_only=validate_only
+    )
+    request.update_mask.paths.append("hostname")
+    return served.containers.UpdateContainer(request)
+
+
+async def _revisions(served: Served) -> list[Any]:
+    request = container_service_pb2.ListContainerRevisionsRequest(name="a")
+    return list((await served.containers.ListContainerRevisions(request)).revisions)
+
+
+@pytest.mark.parametrize("moment", ["plan", "gather", "complete"])
+async def test_a_change_is_made_without_a_snapshot_and_its_revision_says_why(tmp_path: Path, moment: str) -> None:
+    snapshots = LargeLayers(moment)
+    async with serve(tmp_path, snapshots=snapshots) as served:
+        await made(served)
+        events, error = await to_the_end(_rename(served))
+        assert error is None
+        assert events[-1].result.spec.hostname == "second"
+        operation = events[-2].operation
+        warned = any(REASON in warning for warning in operation.plan.warnings)
+        assert warned if moment == "plan" else REASON in operation.message
+        old, new = await _revisions(served)
+        assert REASON in old.snapshot_warning
+        assert not old.HasField("snapshot")
+        assert new.snapshot_warning == ""
+        assert snapshots.kept == set()
+
+
+async def test_the_plan_alone_warns_too(tmp_path: Path) -> None:
+    async with serve(tmp_path, snapshots=LargeLayers("plan")) as served:
+        await made(served)
+        events, error = await to_the_end(_rename(served, validate_only=True))
+        assert error is None
+        assert any(REASON in warning for warning in events[-1].operation.plan.warnings)
+
+
+@pytest.mark.parametrize("moment", ["plan", "gather", "complete"])
+async def test_a_call_that_demands_a_snapshot_fails_and_leaves_the_container_as_it_was(
+    tmp_path: Path, moment: str
+) -> None:
+    async with serve(tmp_path, snapshots=LargeLayers(moment)) as served:
+        before = await made(served)
+        _, error = await to_the_end(_rename(served, _ALWAYS))
+        assert reason_of(error) == "SNAPSHOT_FAILED"
+        assert error is not None
+        assert REASON in str(error.details())
+        after = await served.containers.GetContainer(container_service_pb2.GetContainerRequest(name="a"))
+        assert after.container.spec == before.spec
+        assert [one.revision for one in await _revisions(served)] == [1]
+
+
+async def test_a_clone_of_such_a_layer_is_refused_at_once(tmp_path: Path) -> None:
+    async with serve(tmp_path, snapshots=LargeLayers("plan")) as served:
+        await made(served)
+        request = container_service_pb2.CloneContainerRequest(source="a", name="b")
+        _, error = await to_the_end(served.containers.CloneContainer(request))
+        assert reason_of(error) == "SNAPSHOT_FAILED"

@@ -1,0 +1,59 @@
+"""Programs of the host that are too old count as missing, and say why."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from gpudock_server.adapters.volumes import check_versions, programs
+from gpudock_server.adapters.volumes.programs import missing, mortal
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose programs go before the host's; afterwards none is refused."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(programs, "_REFUSED", {})
+    return tmp_path
+
+
+def _plant(folder: Path, name: str, prints: str, *, to: str = "1") -> None:
+    (folder / name).write_text(f"#!/bin/sh\necho '{prints}' >&{to}\n")
+    (folder / name).chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("name", "prints", "expected"),
+    [
+        ("rsync", "rsync  version 3.1.2  protocol version 31", "rsync 3.1.2 is too old, 3.1.3 or later is needed"),
+        ("mkfs.btrfs", "mkfs.btrfs, part of btrfs-progs v4.3", "mkfs.btrfs 4.3 is too old, 4.4 or later is needed"),
+    ],
+)
+async def test_a_program_that_is_too_old_counts_as_missing(folder: Path, name: str, prints: str, expected: str) -> None:
+    _plant(folder, name, prints)
+    assert missing(name) == ""
+    assert any(expected in text for text in await check_versions())
+    assert expected in missing(name)
+
+
+async def test_versions_are_numbers_and_may_be_printed_as_errors(folder: Path) -> None:
+    _plant(folder, "rsync", "rsync  version 3.10.0  protocol version 31")
+    _plant(folder, "mkfs.ext4", "mke2fs 1.42.9 (28-Dec-2013)", to="2")
+    await check_versions()
+    assert missing("rsync") == ""
+    assert "mkfs.ext4 1.42.9 is too old" in missing("rsync", "mkfs.ext4")
+
+
+async def test_a_program_that_tells_no_version_is_taken_as_it_is(folder: Path) -> None:
+    _plant(folder, "rsync", "BusyBox")
+    _plant(folder, "setpriv", "BusyBox")
+    await check_versions()
+    assert missing("rsync", "setpriv") == ""
+
+
+async def test_a_setpriv_without_the_option_is_not_used(folder: Path) -> None:
+    _plant(folder, "setpriv", "setpriv from util-linux 2.32.1")
+    assert mortal(["true"])[0] == "setpriv"
+    await check_versions()
+    assert mortal(["true"]) == ["true"]
