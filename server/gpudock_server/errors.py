@@ -14,6 +14,8 @@ from typing import ClassVar
 
 from typing_extensions import override
 
+from gpudock_server.sizes import Rounding, size_text
+
 
 class Code(IntEnum):
     """google.rpc.Code, as far as it is used here."""
@@ -49,7 +51,9 @@ class GpudockError(Exception):
     @property
     def message(self) -> str:
         """The sentence for people."""
-        return self.template.format_map({name: value or "none" for name, value in self.metadata.items()})
+        return self.template.format_map(
+            {field.name: _shown(field.name, getattr(self, field.name)) for field in fields(self)}
+        )
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -58,6 +62,24 @@ class GpudockError(Exception):
 
     def __str__(self) -> str:
         return self.message
+
+
+def _shown(name: str, value: object) -> str:
+    """A value in a sentence: sizes with a unit, lists with spaces, and what is empty as `none`."""
+    if name.endswith("_bytes") and isinstance(value, int):
+        return size_text(value, _ROUNDING.get(name, Rounding.NEAREST))
+    if isinstance(value, tuple | list):
+        return ", ".join(map(str, value)) or "none"
+    return str(value) or "none"
+
+
+# What a caller may ask for instead must not be refused because it was rounded.
+_ROUNDING = {
+    "minimum_bytes": Rounding.UP,
+    "needed_bytes": Rounding.UP,
+    "used_bytes": Rounding.UP,
+    "available_bytes": Rounding.DOWN,
+}
 
 
 def _text(value: object) -> str:
@@ -129,7 +151,7 @@ class ContainerNotRunning(GpudockError):
 
     code = Code.FAILED_PRECONDITION
     reason = "CONTAINER_NOT_RUNNING"
-    template = "container {container!r} is {state}, and this needs it running"
+    template = "container {container!r} is {state}; it must be RUNNING for this"
     container: str
     state: str
 
@@ -140,9 +162,19 @@ class ContainerRunning(GpudockError):
 
     code = Code.FAILED_PRECONDITION
     reason = "CONTAINER_RUNNING"
-    template = "container {container!r} is {state}; stop it first, or force"
+    template = "container {container!r} is {state}; stop it first, or delete it with force"
     container: str
     state: str
+
+
+@dataclass(eq=False)
+class GpusOfRunningContainer(ContainerRunning):
+    """StartContainer with other GPUs than those that a running container has."""
+
+    template = (
+        "container {container!r} is {state}; StartContainer gives other GPUs to a stopped container only, use"
+        " ScaleContainer (`gpudock scale`)"
+    )
 
 
 @dataclass(eq=False)
@@ -204,24 +236,34 @@ class WrongNode(GpudockError):
 
     code = Code.FAILED_PRECONDITION
     reason = "WRONG_NODE"
-    template = "container {container!r} lives on node {node!r} ({address}); call that one"
+    template = "container {container!r} is on node {node!r}; {advice}"
     container: str
     node: str
     address: str
+
+    @property
+    @override
+    def message(self) -> str:
+        advice = (
+            f"call the daemon there, at {self.address}"
+            if self.address
+            else "the daemon there does not run, or listens on a unix socket alone"
+        )
+        return self.template.format_map({**vars(self), "advice": advice})
 
 
 @dataclass(eq=False)
 class NodeElsewhere(WrongNode):
     """A node is asked for that another daemon is; no container is involved."""
 
-    template = "node {node!r} is another daemon ({address}); call that one"
+    template = "node {node!r} is not this one; {advice}"
 
 
 @dataclass(eq=False)
 class VolumeElsewhere(WrongNode):
     """Only the daemon beside the engine can change a volume, and only containers beside it can mount it."""
 
-    template = "volume {volume!r} lives on node {node!r} ({address}); call that one"
+    template = "volume {volume!r} is on node {node!r}; {advice}"
     volume: str
 
 
@@ -241,7 +283,7 @@ class OperationNotFound(GpudockError):
 
     code = Code.NOT_FOUND
     reason = "OPERATION_NOT_FOUND"
-    template = "there is no operation {operation_id!r}; ended ones are kept for 24 hours"
+    template = "there is no operation {operation_id!r}; it may have ended too long ago to be kept"
     operation_id: str
 
 
@@ -288,8 +330,8 @@ class GpuExhausted(GpudockError):
     code = Code.RESOURCE_EXHAUSTED
     reason = "GPU_EXHAUSTED"
     template = (
-        "{requested} GPUs were asked for; {matching} that match are free ({free} free in all, of {total};"
-        " not handed out: {unhealthy})"
+        "{requested} GPUs requested, {matching} of that kind free (the node has {total} in all, {free} free; unhealthy:"
+        " {unhealthy})"
     )
     requested: int
     free: int
@@ -338,7 +380,7 @@ class PortExhausted(GpudockError):
 
     code = Code.RESOURCE_EXHAUSTED
     reason = "PORT_EXHAUSTED"
-    template = "{requested} host ports were asked for; {free} are free in {first}-{last}"
+    template = "{requested} host ports requested, {free} free in {first}-{last}"
     requested: int
     free: int
     first: int
@@ -471,23 +513,32 @@ class VolumeNotFound(GpudockError):
 
     code = Code.NOT_FOUND
     reason = "VOLUME_NOT_FOUND"
-    template = "there is no volume {volume!r}, and none is made as a side effect of a mount; there is {available}"
+    template = "there is no volume {volume!r}; existing volumes: {available}"
     volume: str
     available: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class MountedVolumeNotFound(VolumeNotFound):
+    """A mount names a volume that does not exist."""
+
+    template = "there is no volume {volume!r} to mount; create it first, or mount one of these: {available}"
 
 
 @dataclass(eq=False)
 class VolumeNotAdopted(VolumeNotFound):
     """The engine has a volume of this name that somebody else made."""
 
-    template = "volume {volume!r} is the engine's and not gpudock's: take it in with AdoptVolume; there is {available}"
+    template = (
+        "volume {volume!r} exists in the engine only; adopt it first with AdoptVolume (`gpudock volume adopt {volume}`)"
+    )
 
 
 @dataclass(eq=False)
 class EngineVolumeNotFound(VolumeNotFound):
     """What is to be taken in is not there."""
 
-    template = "the engine has no volume {volume!r} to be taken in; it has {available}"
+    template = "the engine has no volume {volume!r} to adopt; it has {available}"
 
 
 @dataclass(eq=False)
@@ -552,14 +603,34 @@ class VolumeInUse(GpudockError):
 
 
 @dataclass(eq=False)
+class VolumeMounted(VolumeInUse):
+    """A volume is to be deleted that containers have in their specs."""
+
+    template = (
+        "volume {volume!r} is mounted by {holders}; remove the mount from the spec first, or delete the volume with"
+        " force, which removes it from the specs of stopped containers"
+    )
+
+
+@dataclass(eq=False)
+class VolumeMountedByRunning(VolumeInUse):
+    """A volume is to be deleted with force that containers have which are not stopped."""
+
+    template = (
+        "volume {volume!r} is mounted by {holders}; force removes a mount from stopped containers only, so stop"
+        " {holders} first"
+    )
+
+
+@dataclass(eq=False)
 class VolumeTooSmallForData(GpudockError):
     """Found out before anything was changed."""
 
     code = Code.FAILED_PRECONDITION
     reason = "VOLUME_TOO_SMALL_FOR_DATA"
     template = (
-        "volume {volume!r} cannot shrink to {requested_bytes} bytes: {used_bytes} are in use, and with what the"
-        " filesystem needs it takes {minimum_bytes}"
+        "volume {volume!r} cannot shrink to {requested_bytes}; the smallest size that it can have now is"
+        " {minimum_bytes} ({used_bytes} in use)"
     )
     volume: str
     requested_bytes: int
@@ -573,7 +644,7 @@ class SizeNotSupported(GpudockError):
 
     code = Code.FAILED_PRECONDITION
     reason = "SIZE_NOT_SUPPORTED"
-    template = "volume {volume!r} cannot be held to {size_bytes} bytes here: {detail}"
+    template = "volume {volume!r} cannot have a size of {size_bytes} on this node: {detail}"
     volume: str
     size_bytes: int
     detail: str
@@ -699,7 +770,7 @@ class DiskFull(GpudockError):
 
     code = Code.RESOURCE_EXHAUSTED
     reason = "DISK_FULL"
-    template = "{path} has {available_bytes} bytes left and {needed_bytes} are needed"
+    template = "{path} has {available_bytes} free; {needed_bytes} are needed"
     path: str
     needed_bytes: int
     available_bytes: int
@@ -709,7 +780,7 @@ class DiskFull(GpudockError):
 class PoolFull(DiskFull):
     """What the volumes would be promised together is more than their pool may be asked for."""
 
-    template = "the pool of {path} has {available_bytes} bytes left to promise and {needed_bytes} are asked for"
+    template = "{path} has {available_bytes} left for this volume; {needed_bytes} requested"
 
 
 @dataclass(eq=False)

@@ -274,9 +274,18 @@ async def test_an_error_is_one_line_and_an_exit_code(
     metadata = {"operation_id": "17"} if exit_code == 6 else {}
     server.on("DeleteContainer", refusal(code, reason, "so it is", violations=violations, metadata=metadata))
     ended = await run(server.address, "delete", "train")
-    lines = [f"error: {reason}: so it is", *(f"  {field}: {rule}" for field, rule in violations)]
+    lines = [f"error: {reason}: so it is"]
+    if violations:
+        lines = [f"error: {reason}: 2 fields are not valid", "  name: too long", "  force: no"]
     hint = ["wait for it with: gpudock operations watch 17"] if metadata else []
     assert (ended.code, ended.out, ended.err.splitlines()) == (exit_code, "", lines + hint)
+
+
+async def test_one_field_that_is_not_valid_is_named_once(server: ScriptedServer) -> None:
+    """The message is made of the violations, and both were printed."""
+    wrong = refusal(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT", "a: b", violations=[("a", "b")])
+    server.on("DeleteContainer", wrong)
+    assert (await run(server.address, "rm", "train")).err == "error: INVALID_ARGUMENT: a: b\n"
 
 
 async def test_an_operation_that_fails_shows_where(server: ScriptedServer) -> None:

@@ -157,6 +157,16 @@ async def test_cancelling_a_shrink_leaves_the_old_one(caller: Caller) -> None:
     assert abs(await df_size(caller, "one") - 2 * SIZE) < SIZE // 50
 
 
+async def test_a_refusal_to_shrink_names_the_smallest_size_that_works(caller: Caller) -> None:
+    """It named what the files take, and the filesystem then refused that size and named another one."""
+    await caller.create_volume("data", 2 * SIZE)
+    refused = await failure(caller.resize_volume("data", 10 * MIB))
+    least = int(refused.metadata["minimum_bytes"])
+    assert f"the smallest size that it can have now is {least // MIB} MiB" in refused.message
+    await caller.resize_volume("data", least)
+    assert (await caller.volume("data")).size_bytes == least
+
+
 async def test_a_mount_of_what_is_not_a_volume_is_refused(caller: Caller, clean_engine: Rig) -> None:
     await caller.create_volume("data")
     missing = await failure(caller.create("one", mounts=[mount("dota")]))

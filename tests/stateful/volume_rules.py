@@ -84,10 +84,12 @@ class VolumeRules(Drawing):
         async def act(caller: Caller) -> None:
             await progress_of(caller.volumes.ResizeVolume(request))
 
-        if volume.size_mib and shrink and any(one.state is PAUSED for one in users):
-            self.refused(act, "CONTAINER_PAUSED", name)
-        elif not volume.size_mib or size_mib < _SMALLEST_MIB:
+        if not volume.size_mib:
             self.refused(act, "SIZE_NOT_SUPPORTED", name)
+        elif size_mib < _SMALLEST_MIB:
+            self.refused(act, "VOLUME_TOO_SMALL_FOR_DATA", name)
+        elif shrink and any(one.state is PAUSED for one in users):
+            self.refused(act, "CONTAINER_PAUSED", name)
         elif not shrink:
             self.do(data, name, act, volume, volume.resized(size_mib))
         else:

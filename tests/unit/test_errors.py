@@ -20,6 +20,8 @@ _EXAMPLES: dict[object, object] = {
     dict[str, str]: {"key": "value"},
 }
 KINDS = sorted(GpudockError.__subclasses__(), key=lambda kind: kind.__name__)
+# With those below them, which have sentences of their own.
+ALL_KINDS = (*KINDS, *(special for kind in KINDS for special in kind.__subclasses__()))
 
 
 def example(kind: type[GpudockError]) -> GpudockError:
@@ -27,7 +29,7 @@ def example(kind: type[GpudockError]) -> GpudockError:
     return kind(**{field.name: _EXAMPLES[hints[field.name]] for field in fields(kind)})
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", ALL_KINDS, ids=lambda kind: kind.__name__)
 def test_error(kind: type[GpudockError]) -> None:
     error = example(kind)
     assert error.message == str(error)
@@ -54,3 +56,46 @@ def test_the_contract_names_every_key_of_the_metadata() -> None:
     for kind in KINDS:
         if kind is not errors.Recorded:
             assert set(example(kind).metadata) == promised[kind.reason], kind.reason
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            errors.VolumeTooSmallForData("data", 10 << 20, 65_576_960, 247_463_936),
+            (
+                "volume 'data' cannot shrink to 10 MiB; the smallest size that it can have now is 236 MiB"
+                " (62.6 MiB in use)"
+            ),
+        ),
+        (
+            errors.DiskFull("/d", needed_bytes=1_100_000, available_bytes=1_099_999),
+            "/d has 1 MiB free; 1.1 MiB are needed",
+        ),
+        (
+            errors.WrongNode(container="train", node="gpu2", address=""),
+            "container 'train' is on node 'gpu2'; the daemon there does not run, or listens on a unix socket alone",
+        ),
+        (
+            errors.VolumeElsewhere(container="", node="gpu2", address="gpu2:50051", volume="data"),
+            "volume 'data' is on node 'gpu2'; call the daemon there, at gpu2:50051",
+        ),
+        (
+            errors.GpusOfRunningContainer(container="train", state="RUNNING"),
+            (
+                "container 'train' is RUNNING; StartContainer gives other GPUs to a stopped container only, use"
+                " ScaleContainer (`gpudock scale`)"
+            ),
+        ),
+        (errors.VolumeNotFound("nope", ("plain", "data")), "there is no volume 'nope'; existing volumes: plain, data"),
+        (
+            errors.VolumeMountedByRunning("data", ("train",)),
+            (
+                "volume 'data' is mounted by train; force removes a mount from stopped containers only, so stop"
+                " train first"
+            ),
+        ),
+    ],
+)
+def test_a_sentence_says_what_would_be_right(error: GpudockError, message: str) -> None:
+    assert str(error) == message

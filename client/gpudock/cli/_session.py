@@ -77,9 +77,12 @@ class Session:
             asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)
 
     def _fail(self, error: GpudockError, failure_code: int | None) -> NoReturn:
-        click.echo(f"error: {error.reason}: {error.message}", err=True)
-        for violation in error.violations:
-            click.echo(f"  {violation}", err=True)
+        # With violations, the message is the same sentences once more.
+        said = [str(violation) for violation in error.violations] or [error.message]
+        first, *rest = said if len(said) == 1 else (f"{len(said)} fields are not valid", *said)
+        click.echo(f"error: {error.reason}: {first}", err=True)
+        for line in rest:
+            click.echo(f"  {line}", err=True)
         if isinstance(error, Busy) and error.operation_id:
             click.echo(f"wait for it with: gpudock operations watch {error.operation_id}", err=True)
         if isinstance(error, Unavailable) and not error.answered:

@@ -40,9 +40,10 @@ class Session:
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError as error:
-            # pynvml keeps the library that it loaded, and a process cannot load its successor beside it.
+            # Mostly the library is new and the kernel's module old, and the next try shows when that is over. A process
+            # that has loaded the old library has to be restarted: it cannot load the new one beside it.
             updated = error.value == pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH
-            advice = " Reload the NVIDIA driver or reboot, then restart the daemon." if updated else ""
+            advice = " Reload the NVIDIA driver or reboot; restart the daemon only if this stays." if updated else ""
             raise DriverGoneError(f"NVML cannot be used: {error}{advice}") from error
         self.changes = 0
         self._versions = machine_versions()

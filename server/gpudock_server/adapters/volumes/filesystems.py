@@ -74,7 +74,7 @@ class Filesystem(ABC):
         return VolumeUsage(
             used_bytes=used,
             size_bytes=shown.f_blocks * shown.f_frsize,
-            minimum_bytes=used + max(_MARGIN_BYTES, used // _MARGIN_SHARE),
+            minimum_bytes=max(used + max(_MARGIN_BYTES, used // _MARGIN_SHARE), self.smallest_bytes),
         )
 
 

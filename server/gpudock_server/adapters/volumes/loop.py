@@ -28,6 +28,7 @@ from gpudock_server.model.volume import (
     VolumeUsage,
 )
 from gpudock_server.ports import VolumeBackend
+from gpudock_server.sizes import size_text
 
 _CONTROL: Final = Path("/dev/loop-control")
 
@@ -137,7 +138,7 @@ class LoopBackend(VolumeBackend):
         """See the protocol. On the same filesystem: the engine's volume says which one it mounts, and never changes."""
         folder, filesystem = self._folder_of(uid, backing.name), _filesystem(backing)
         if size_bytes < filesystem.smallest_bytes:
-            detail = f"it is on {filesystem.name}, which takes {filesystem.smallest_bytes} bytes at the least"
+            detail = f"it is on {filesystem.name}, whose smallest size is {size_text(filesystem.smallest_bytes)}"
             raise SizeNotSupported(volume=backing.name, size_bytes=size_bytes, detail=detail)
         with volume_errors("create", backing.name, self._root, size_bytes):
             made = await run_to_end(folder.read_own, self.kind)
@@ -233,7 +234,7 @@ class LoopBackend(VolumeBackend):
         for one in usable:
             if size_bytes >= one.smallest_bytes:
                 return one
-        reasons += [f"{one.name} takes {one.smallest_bytes} bytes at the least" for one in usable]
+        reasons += [f"the smallest size on {one.name} is {size_text(one.smallest_bytes)}" for one in usable]
         raise SizeNotSupported(volume=name, size_bytes=size_bytes, detail="; ".join(reasons))
 
     async def _attached(self, folder: StoreFolder) -> str:

@@ -9,6 +9,7 @@ from gpudock_server.core.containers.engine_volumes import ensure, mounted_as
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.listings import everything
 from gpudock_server.errors import (
+    MountedVolumeNotFound,
     VolumeBusy,
     VolumeElsewhere,
     VolumeFailed,
@@ -65,7 +66,7 @@ async def _mountable(world: World, name: str, *, busy: bool, held: bool = False)
     """A volume of this node that can be mounted. `held`: a spec on record names it already."""
     view = await world.store.volume(name)
     if view is None:
-        raise await volume_not_found(world, name)
+        raise await volume_not_found(world, name, MountedVolumeNotFound)
     volume = view.volume
     if volume.node != world.node:
         raise VolumeElsewhere(container="", node=volume.node, address=await address_of(world, volume.node), volume=name)
@@ -84,10 +85,10 @@ async def address_of(world: World, node: str) -> str:
     return next((one.address for one in await world.store.nodes() if one.node == node), "")
 
 
-async def volume_not_found(world: World, name: str) -> VolumeNotFound:
+async def volume_not_found(world: World, name: str, kind: type[VolumeNotFound] = VolumeNotFound) -> VolumeNotFound:
     """The error that names the likeliest of the volumes that there are, and says what can be done."""
     known = nearest(name, [volume.name for volume in await all_volumes(world.store)])
-    kind = VolumeNotAdopted if await world.engine.has_volume(name) else VolumeNotFound
+    kind = VolumeNotAdopted if await world.engine.has_volume(name) else kind
     return kind(volume=name, available=known)
 
 

@@ -6,7 +6,7 @@ from gpudock_server.core.containers.commands import Restart, Scale, ScaleStrateg
 from gpudock_server.core.containers.planning import Wanted, draft
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
-from gpudock_server.errors import ContainerNotRunning, ContainerPaused, ContainerRunning, RestartRequired
+from gpudock_server.errors import ContainerNotRunning, ContainerPaused, GpusOfRunningContainer, RestartRequired
 from gpudock_server.model.container import DOES_NOT_RUN, LIVES, RUNS, ContainerState
 from gpudock_server.model.operation import OperationKind
 from gpudock_server.model.spec import ContainerSpec
@@ -22,7 +22,7 @@ async def draft_start(world: World, command: Start) -> Draft:
             raise ContainerPaused(container=command.name)
         case ContainerState.RUNNING | ContainerState.RESTARTING:
             if spec.gpus != container.spec.gpus:
-                raise ContainerRunning(container=command.name, state=container.status.state.value)
+                raise GpusOfRunningContainer(container=command.name, state=container.status.state.value)
         case state if state not in DOES_NOT_RUN:
             raise ContainerNotRunning(container=command.name, state=state.value)
     return await draft(world, view, Wanted(OperationKind.START, spec, runs=True, snapshots=command.snapshots))

@@ -20,6 +20,7 @@ from gpudock_server.model.operation import Operation, OperationKind, OperationPl
 from gpudock_server.model.record import Record
 from gpudock_server.model.volume import VolumeBackendKind, VolumeBacking, VolumeCause
 from gpudock_server.ports import VolumeView
+from gpudock_server.sizes import size_text
 
 
 class AdoptArguments(Record):
@@ -81,7 +82,7 @@ async def _plan_copy(storage: Storage, command: Adopt, found: EngineVolume, sour
     await _must_be_still(storage, command.name, found.name)
     usage = await storage.backend(source.kind).usage(source)
     if usage.used_bytes > command.size_bytes:
-        detail = f"engine volume {found.name} holds {usage.used_bytes} bytes"
+        detail = f"engine volume {found.name} holds {size_text(usage.used_bytes)}"
         raise SizeNotSupported(volume=command.name, size_bytes=command.size_bytes, detail=detail)
     pool = await storage.pool()
     return OperationPlan(bytes_to_move=usage.used_bytes, bytes_available=pool.free_bytes if pool else 0)

@@ -24,7 +24,7 @@ from gpudock_server.core.saga import Outcome, Run, Step
 from gpudock_server.core.volumes.commands import Delete
 from gpudock_server.core.volumes.saga import VolumeSaga
 from gpudock_server.core.volumes.storage import Storage
-from gpudock_server.errors import ContainerBusy, VolumeInUse
+from gpudock_server.errors import ContainerBusy, VolumeInUse, VolumeMounted, VolumeMountedByRunning
 from gpudock_server.model.changes import Change, DeleteVolume, PutVolume
 from gpudock_server.model.container import DOES_NOT_RUN
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan, StageState
@@ -64,11 +64,10 @@ async def draft(storage: Storage, command: Delete) -> Draft:
 
 async def _must_be_free(storage: Storage, name: str, backing: VolumeBacking | None) -> None:
     """Neither a container of ours, running or not, has it, nor one that somebody made in the engine."""
-    holders = [view.container.name for view in await attached(storage.world.store, name)]
-    if backing is not None and not holders:
-        holders = [one.name for one in await storage.world.engine.mounting(backing.engine_volume)]
-    if holders:
-        raise VolumeInUse(volume=name, holders=tuple(holders))
+    if ours := [view.container.name for view in await attached(storage.world.store, name)]:
+        raise VolumeMounted(volume=name, holders=tuple(ours))
+    if backing is not None and (theirs := await storage.world.engine.mounting(backing.engine_volume)):
+        raise VolumeInUse(volume=name, holders=tuple(one.name for one in theirs))
 
 
 async def _plan_detaching(
@@ -78,7 +77,7 @@ async def _plan_detaching(
     world = storage.world
     views = await attached(world.store, name)
     if others := [view.container.name for view in views if view.container.status.state not in DOES_NOT_RUN]:
-        raise VolumeInUse(volume=name, holders=tuple(others))
+        raise VolumeMountedByRunning(volume=name, holders=tuple(others))
     ours = {view.container.engine.engine_id for view in views if view.container.engine}
     mounting = await world.engine.mounting(arguments.backing.engine_volume) if arguments.backing else ()
     if strangers := [one.name for one in mounting if one.id not in ours]:
@@ -99,7 +98,7 @@ async def draft_without(world: World, target: Target, volume: str) -> Draft:
     if view.operation_id:
         raise ContainerBusy(container=target.name, operation_id=view.operation_id)
     if view.container.status.state not in DOES_NOT_RUN:
-        raise VolumeInUse(volume=volume, holders=(target.name,))
+        raise VolumeMountedByRunning(volume=volume, holders=(target.name,))
     mounts = tuple(mount for mount in view.container.spec.mounts if mount.volume != volume)
     return await draft_update(world, Update(name=target.name, change=FieldChange("mounts", mounts)))
 

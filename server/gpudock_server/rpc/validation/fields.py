@@ -13,6 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 from gpudock_server.core.exec_sessions import signal_number
 from gpudock_server.model.names import NAME_PATTERN, is_name
 from gpudock_server.rpc.validation.violations import Violations
+from gpudock_server.sizes import size_text
 
 T = TypeVar("T")
 
@@ -71,7 +72,7 @@ def size(violations: Violations, field: str, value: int, *, least: int = 0) -> i
     if value < 0:
         violations.add(field, "must not be negative")
     elif 0 < value < least:
-        violations.add(field, f"must be 0 or at least {least}")
+        violations.add(field, f"must be 0 or at least {size_text(least)}")
     return value
 
 
