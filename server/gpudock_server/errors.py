@@ -157,6 +157,21 @@ class ContainerNotRunning(GpudockError):
 
 
 @dataclass(eq=False)
+class ContainerGone(GpudockError):
+    """Something that only an engine container can have done to it, and it was removed outside gpudock."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "CONTAINER_GONE"
+    template = (
+        "the engine container of container {container!r} was removed outside gpudock, and with it the files that were"
+        " not kept; revisions with files: {revisions}. Roll back to one of these or clone it; roll back with spec_only"
+        " to begin with the files of the image; or delete the container"
+    )
+    container: str
+    revisions: tuple[str, ...]
+
+
+@dataclass(eq=False)
 class ContainerRunning(GpudockError):
     """Something that only a stopped container can have done to it."""
 
@@ -460,6 +475,17 @@ class ImageDiffers(GpudockError):
     image: str
     image_id: str
     current_image_id: str
+
+
+@dataclass(eq=False)
+class PulledImageDiffers(ImageDiffers):
+    """The image of a revision is gone from the engine, and its name leads to another one by now."""
+
+    template = (
+        "the files of that revision of container {container!r} lie on image {current_image_id}, which the engine no"
+        " longer has, and {image!r} is {image_id} by now; bring that image back (`docker pull` by its digest, or"
+        " `docker load`), or begin with other files: UpdateContainer with `files`"
+    )
 
 
 @dataclass(eq=False)

@@ -27,11 +27,11 @@ _DOCKER = "application/vnd.docker"
 
 _SERVER = """
 import http.server, json, pathlib, sys, base64, time
-files = json.loads(pathlib.Path(sys.argv[1]).read_text())
 released = pathlib.Path(sys.argv[1] + ".released")
 class Registry(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     def do_GET(self):
+        files = json.loads(pathlib.Path(sys.argv[1]).read_text())
         if files["authorization"] and self.headers.get("Authorization") != files["authorization"]:
             self.send_response(401)
             self.send_header("WWW-Authenticate", 'Basic realm="x"')
@@ -64,13 +64,7 @@ async def registry(rig: Rig, folder: Path, *, locked: bool = False, stalls: bool
 
     One that `stalls` stops sending in the middle of a layer, with the connection open, until `release` is called.
     """
-    files = {"/v2/": ("application/json", b"{}")} | _image("whole") | _without_layer(_image("broken"))
-    content = {
-        "authorization": "Basic " + base64.b64encode(f"{USER}:{SECRET}".encode()).decode() if locked else "",
-        "stalls_after": STALL_BYTES if stalls else sys.maxsize,
-        "paths": {path: (kind, base64.b64encode(body).decode()) for path, (kind, body) in files.items()},
-    }
-    (folder / "files").write_text(json.dumps(content))
+    publish(folder, locked=locked, stalls=stalls)
     words = [*rig.namespaces.enter(), sys.executable, "-c", _SERVER, str(folder / "files")]
     server = await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE)
     try:
@@ -86,12 +80,23 @@ def release(folder: Path) -> None:
     (folder / "files.released").touch()
 
 
+def publish(folder: Path, *, locked: bool = False, stalls: bool = False, seed: str = "whole") -> None:
+    """Write what is served from now on; with another `seed`, `whole` is another image."""
+    files = {"/v2/": ("application/json", b"{}")} | _image("whole", seed) | _without_layer(_image("broken", "broken"))
+    content = {
+        "authorization": "Basic " + base64.b64encode(f"{USER}:{SECRET}".encode()).decode() if locked else "",
+        "stalls_after": STALL_BYTES if stalls else sys.maxsize,
+        "paths": {path: (kind, base64.b64encode(body).decode()) for path, (kind, body) in files.items()},
+    }
+    (folder / "files").write_text(json.dumps(content))
+
+
 _Files = dict[str, tuple[str, bytes]]
 
 
-def _image(repository: str) -> _Files:
+def _image(repository: str, seed: str) -> _Files:
     """An image of one layer, by the paths under which a registry shows its parts."""
-    tar = _tar(repository)
+    tar = _tar(seed)
     layer = gzip.compress(tar, compresslevel=1)
     root = {"type": "layers", "diff_ids": [_digest(tar)]}
     config = json.dumps({"architecture": "amd64", "os": "linux", "config": {}, "rootfs": root}).encode()

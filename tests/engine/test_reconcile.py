@@ -92,8 +92,8 @@ async def test_a_container_that_was_removed_by_hand(caller: Caller, rig: Rig) ->
     assert not status.gpu_uuids
     assert not status.ports
     assert await caller.free_gpus() == 8
-    assert (await failure(caller.start("gone"))).reason == "CONTAINER_NOT_RUNNING"
-    assert (await failure(caller.scale("gone", 1))).reason == "CONTAINER_NOT_RUNNING"
+    assert (await failure(caller.start("gone"))).reason == "CONTAINER_GONE"
+    assert (await failure(caller.scale("gone", 1))).reason == "CONTAINER_GONE"
     await caller.delete("gone", force=False)
     assert (await caller.create("gone", 3)).status.state == RUNNING
 

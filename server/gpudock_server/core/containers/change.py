@@ -49,7 +49,7 @@ from gpudock_server.core.containers.remembering import remember
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.saga import Outcome, Run, Step
-from gpudock_server.errors import LayerCarryFailed, StartFailed
+from gpudock_server.errors import LayerCarryFailed, PulledImageDiffers, StartFailed
 from gpudock_server.model.changes import Change, Keep, PutContainer, PutRevision, PutSnapshot, Release
 from gpudock_server.model.claims import keys_of
 from gpudock_server.model.container import (
@@ -82,7 +82,8 @@ class Source(Record):
 
     `image_id` is what it is made from, or grafted on; empty is the old one's, or, for FRESH and GRAFT, what is pulled
     first, while the engine has `present_id` under that name. `revision` is the one whose files are brought back, and
-    `snapshot` how they were kept.
+    `snapshot` how they were kept. `fetch`: the engine does not have `image_id`, which the spec's image was when the
+    revision was made, and it is pulled first.
     """
 
     files: Files = Files.CARRY
@@ -92,6 +93,7 @@ class Source(Record):
     base_image_id: str = ""
     revision: int = 0
     snapshot: Snapshot | None = None
+    fetch: bool = False
     bytes_to_move: int = 0
     warnings: tuple[str, ...] = ()
 
@@ -160,6 +162,8 @@ class ChangeSaga(ContainerSaga):
     def _replacement(self) -> tuple[Step, ...]:
         arguments, keeping = self._arguments, self._keeping
         pull = [Step("pull", self._pull, self._restrict, interruptible=True)] if self._pulls else []
+        if arguments.source.fetch:
+            pull = [Step("pull", self._fetch, interruptible=True)]
         create = Step("create", self._create, self._remove_successor)
         stop, start = self._stopping(), (*self._starting(), *self._verifying())
         if arguments.carry is CarryMethod.COMMIT:
@@ -275,6 +279,20 @@ class ChangeSaga(ContainerSaga):
 
     async def _pull(self, run: Run) -> JsonObject:
         return {"image_id": (await pull_image(self._world, run, self._to_pull)).id}
+
+    async def _fetch(self, run: Run) -> JsonObject:
+        """Pull the image of a revision again. Its name may lead to another one by now, which does not go with files."""
+        source, world = self._arguments.source, self._world
+        if await world.engine.image(source.image_id) is None:
+            pulled = await pull_image(world, run, self._to_pull)
+            if await world.engine.image(source.image_id) is None:
+                raise PulledImageDiffers(
+                    container=run.operation.target.name,
+                    image=self._arguments.spec.image,
+                    image_id=pulled.id,
+                    current_image_id=source.image_id,
+                )
+        return {"image_id": source.image_id}
 
     async def _restrict(self, _run: Run) -> None:
         await restrict_after_failed_pull(self._world, self._to_pull)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from gpudock_server.core.containers.change import Files, Source
 from gpudock_server.core.containers.commands import Rollback
+from gpudock_server.core.containers.gone import is_gone
 from gpudock_server.core.containers.history import find_revision
 from gpudock_server.core.containers.planning import Wanted, draft
 from gpudock_server.core.containers.world import World
@@ -20,18 +21,17 @@ from gpudock_server.errors import (
 )
 from gpudock_server.model.container import DOES_NOT_RUN, RUNS, Container, ContainerRevision, ContainerState
 from gpudock_server.model.operation import OperationKind
-from gpudock_server.model.snapshot import Snapshot
 from gpudock_server.ports import RevisionView
 
 
 async def draft_rollback(world: World, command: Rollback) -> Draft:
-    """Its spec with its files, or with those of today. A FAILED one, whose files are lost, can be brought back."""
+    """Its spec with its files, or with those of today. One whose engine container is gone can be brought back."""
     view = await world.lookup(command.name, command.etag)
     container, state = view.container, view.container.status.state
     if state is ContainerState.PAUSED:
         raise ContainerPaused(container=command.name)
-    lost = state is ContainerState.FAILED and not command.spec_only
-    if state not in RUNS and state not in DOES_NOT_RUN and not lost:
+    gone = state is ContainerState.FAILED and await is_gone(world, container)
+    if state not in RUNS and state not in DOES_NOT_RUN and state is not ContainerState.FAILED:
         raise ContainerNotRunning(container=command.name, state=state.value)
     found = await find_revision(world, container, command.revision)
     wanted = Wanted(
@@ -39,29 +39,61 @@ async def draft_rollback(world: World, command: Rollback) -> Draft:
         found.revision.spec,
         runs=state in RUNS,
         snapshots=command.snapshots,
-        source=await _source(world, container, found, command),
+        source=await _source(world, container, found, command, gone=gone),
     )
     return await draft(world, view, wanted)
 
 
-async def _source(world: World, container: Container, found: RevisionView, command: Rollback) -> Source:
-    if command.revision == container.revision:
+async def _source(world: World, container: Container, found: RevisionView, command: Rollback, *, gone: bool) -> Source:
+    if command.spec_only and gone:
+        return await _fresh(world, container, found.revision)
+    if command.revision == container.revision and not gone:
         # What it is already: its files are those of today.
         return Source()
     if command.spec_only:
         _must_be_on_one_image(container, found.revision)
         return Source()
-    if found.snapshot is None:
+    snapshot = found.snapshot
+    if snapshot is None:
         raise SnapshotNotFound(container=container.name, revision=command.revision)
-    await _must_have_image(world, found.revision, found.snapshot)
+    fetched = await _fetched(world, found.revision, snapshot.image_id)
     return Source(
         files=Files.RESTORE,
-        image_id=found.snapshot.image_id,
+        image_id=snapshot.image_id,
         base_image_id=found.revision.image_id,
         revision=command.revision,
-        snapshot=found.snapshot,
-        bytes_to_move=found.snapshot.layer_bytes,
+        snapshot=snapshot,
+        bytes_to_move=snapshot.layer_bytes,
+        fetch=bool(fetched),
+        warnings=fetched,
     )
+
+
+async def _fresh(world: World, container: Container, revision: ContainerRevision) -> Source:
+    """The image's own files, where those of today are lost."""
+    fetched = await _fetched(world, revision, revision.image_id)
+    lost = f"the files of container {container.name} are lost; it begins with those of image {revision.spec.image}"
+    return Source(
+        files=Files.FRESH,
+        image_id=revision.image_id,
+        base_image_id=revision.image_id,
+        fetch=bool(fetched),
+        warnings=(lost, *fetched),
+    )
+
+
+async def _fetched(world: World, revision: ContainerRevision, image_id: str) -> tuple[str, ...]:
+    """What a plan says where the image has to be pulled again; nothing where the engine has it.
+
+    Raises ImageNotFound.
+    """
+    if await world.engine.image(image_id) is not None:
+        return ()
+    image = revision.spec.image
+    if image_id != revision.image_id:
+        # The engine's commit made it, and no registry has it.
+        raise ImageNotFound(image=f"{image} ({image_id})")
+    return (f"image {image} ({image_id}) is no longer in the engine, and is pulled again first",)
 
 
 def _must_be_on_one_image(container: Container, revision: ContainerRevision) -> None:
@@ -73,8 +105,3 @@ def _must_be_on_one_image(container: Container, revision: ContainerRevision) -> 
             image_id=revision.image_id,
             current_image_id=current,
         )
-
-
-async def _must_have_image(world: World, revision: ContainerRevision, snapshot: Snapshot) -> None:
-    if await world.engine.image(snapshot.image_id) is None:
-        raise ImageNotFound(image=f"{revision.spec.image} ({snapshot.image_id})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gpudock_server.core.containers.commands import Restart, Scale, ScaleStrategy, Start
+from gpudock_server.core.containers.gone import refuse_if_gone
 from gpudock_server.core.containers.planning import Wanted, draft
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
@@ -17,6 +18,7 @@ async def draft_start(world: World, command: Start) -> Draft:
     view = await world.lookup(command.name, command.etag)
     container = view.container
     spec = container.spec if command.gpus is None else container.spec.changed(gpus=command.gpus)
+    await refuse_if_gone(world, container)
     match container.status.state:
         case ContainerState.PAUSED:
             raise ContainerPaused(container=command.name)
@@ -32,6 +34,7 @@ async def draft_restart(world: World, command: Restart) -> Draft:
     """Stop what runs, and start it."""
     view = await world.lookup(command.name, command.etag)
     state = view.container.status.state
+    await refuse_if_gone(world, view.container)
     if state not in (*LIVES, *DOES_NOT_RUN):
         raise ContainerNotRunning(container=command.name, state=state.value)
     wanted = Wanted(
@@ -51,6 +54,7 @@ async def draft_scale(world: World, command: Scale) -> Draft:
     container = view.container
     spec = _scaled(container.spec, command)
     state = container.status.state
+    await refuse_if_gone(world, container)
     if state is ContainerState.PAUSED:
         raise ContainerPaused(container=command.name)
     fixed = tuple(

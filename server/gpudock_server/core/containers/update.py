@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gpudock_server.core.containers.change import Files, Source
 from gpudock_server.core.containers.commands import FilesPolicy, PullPolicy, Update
+from gpudock_server.core.containers.gone import refuse_if_gone
 from gpudock_server.core.containers.images import ImageChoice, choose_image
 from gpudock_server.core.containers.planning import Wanted, draft
 from gpudock_server.core.containers.world import World
@@ -17,6 +18,7 @@ async def draft_update(world: World, command: Update) -> Draft:
     """The same container, with another spec."""
     view = await world.lookup(command.name, command.etag)
     container, state = view.container, view.container.status.state
+    await refuse_if_gone(world, container)
     if state is ContainerState.PAUSED:
         raise ContainerPaused(container=command.name)
     if state not in RUNS and state not in DOES_NOT_RUN:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import structlog
 
 from gpudock_server.core.containers import stop
+from gpudock_server.core.containers.gone import with_files
 from gpudock_server.core.containers.observation import observed
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft, Operations
@@ -122,6 +123,12 @@ class Upkeep:
 
     async def _fail(self, view: ContainerView, note: Note) -> None:
         await self._put_failed(view, view.container.changed(status=observed(view.container, None)))
+        kept = [
+            f"revision {one.revision.revision} (files of {one.snapshot.create_time:%Y-%m-%d %H:%M:%S} UTC)"
+            for one in await with_files(self._world, view.container.uid)
+            if one.snapshot is not None
+        ]
+        back = f"roll it back to, or clone, {' or '.join(kept)}; " if kept else "none of its files were kept; "
         note(
             Drift(
                 kind=DriftKind.CONTAINER_GONE,
@@ -129,8 +136,10 @@ class Upkeep:
                 container=view.container.name,
                 uid=view.container.uid,
                 engine_id=view.container.engine.engine_id if view.container.engine else "",
-                message=f"the engine container of {view.container.name} was removed outside gpudock",
-                plan="it is FAILED, and what it held was released; delete it",
+                message=f"the engine container of {view.container.name} was removed outside gpudock, and with it the"
+                " files that were not kept",
+                plan=f"it is FAILED, and what it held was released; {back}roll it back with spec_only to begin with the"
+                " files of its image; or delete it",
             )
         )
 
