@@ -5,24 +5,57 @@ whichever test happened to be the last. The fixture `run_problems` takes such pr
 
 Outcomes: a test's property `OUTCOMES` says how often its calls ended in which status. The summary has them as a table.
 
-Both work with pytest-xdist, whose workers pass problems on when they end.
+Requirements: the property `REQUIRED` of a test that is one of several `parts` has `counts` of what must occur. What
+occurs in none of the parts is a problem, if all parts have run.
+
+All of it works with pytest-xdist, whose workers pass problems on when they end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 OUTCOMES = "outcomes"
+REQUIRED = "required"
 
 _PROBLEMS = pytest.StashKey[list[str]]()
+_COUNTS = pytest.StashKey[dict[str, list[dict[str, Any]]]]()
 _OUTPUT_KEY = "gpudock_run_problems"
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Begin without problems."""
     config.stash[_PROBLEMS] = []
+    config.stash[_COUNTS] = {}
+    config.pluginmanager.register(_Counting(config), "gpudock run report")
+
+
+class _Counting:
+    """Collects the required counts, of all workers."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._counts = config.stash[_COUNTS]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Keep the counts of a test that has run."""
+        if report.when != "call":
+            return
+        for name, value in report.user_properties:
+            if name == REQUIRED and isinstance(value, dict):
+                self._counts.setdefault(report.nodeid.partition("[")[0], []).append(value)
+
+
+def _missing(counts: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """What has not occurred in any part."""
+    for test, parts in counts.items():
+        if len(parts) < parts[0]["parts"]:
+            continue
+        for what in parts[0]["counts"]:
+            if not any(part["counts"][what] for part in parts):
+                yield f"{test}: {what!r} has not occurred once"
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +70,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
         output[_OUTPUT_KEY] = problems
-    elif problems and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        return
+    problems += _missing(session.config.stash[_COUNTS])
+    if problems and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

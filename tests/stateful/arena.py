@@ -286,15 +286,20 @@ class Arena:
         containers = [one for one in ends if not isinstance(one, ExpectedVolume)]
         await self.settle(deed.name, *containers, *(_as_left(containers, deed.before) if failed else ()))
 
-    async def kill_during(self, deed: Deed, seconds: float) -> None:
-        """`kill -9` so many seconds after it has begun; the next daemon brings it to one of its two ends."""
+    async def kill_during(self, deed: Deed, seconds: float) -> bool:
+        """`kill -9` so many seconds after it has begun; the next daemon brings it to one of its two ends.
+
+        Whether the daemon was killed before it had ended.
+        """
         # What the caller is told is that the connection broke, or the outcome, where it was quicker.
         going = asyncio.ensure_future(_told(deed.act(self.caller)))
         await asyncio.sleep(seconds)
-        succeeded = going.done() and going.result() is None
+        ended = going.done()
+        succeeded = ended and going.result() is None
         await self.restart(kill=True)
         await going
         await self._settle(deed, *([deed.after] if succeeded else [deed.before, deed.after]))
+        return not ended
 
     async def cancel_during(self, deed: Deed, seconds: float) -> bool:
         """CancelOperation so long after it began: it is undone, or says that it cannot be. Whether it was undone."""

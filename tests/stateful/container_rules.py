@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
 from tests.calls import Caller, clone_request, result_of, scale_request, update_request
-from tests.stateful.drawing import EXITED, FAILED, GPUS, KEEP, NAMES, PAUSED, RESTING, RUNNING, STOPPED, Drawing
+from tests.stateful.drawing import (
+    EXITED,
+    FAILED,
+    GPUS,
+    KEEP,
+    NAMES,
+    PAUSED,
+    RESTING,
+    RUNNING,
+    STOPPED,
+    Drawing,
+    counted,
+)
 from tests.stateful.model import GROUP, Expected, Past, Spec
 from tests.stateful.requests import fields_of, mounts_of, pruned, restorable, snapshots, unborn
 
@@ -25,6 +37,7 @@ class ContainerRules(Drawing):
 
     @precondition(lambda self: len(self.arena.known) < len(NAMES))
     @rule(data=st.data(), gpus=GPUS, port=st.booleans(), create_only=st.booleans())
+    @counted
     def create(self, data: st.DataObject, gpus: int, port: bool, create_only: bool) -> None:
         """A container more, if there are names and cards for it."""
         if not self.can_have(gpus):
@@ -51,6 +64,7 @@ class ContainerRules(Drawing):
 
     @precondition(lambda self: self.has(RUNNING))
     @rule(data=st.data(), file=st.sampled_from(_FILES), content=_CONTENTS)
+    @counted
     def write(self, data: st.DataObject, file: str, content: str | None) -> None:
         """Files change in what runs."""
         self.loop.run(self.arena.write(self.one(data, RUNNING).name, file, content))
@@ -58,12 +72,14 @@ class ContainerRules(Drawing):
 
     @precondition(lambda self: self.has(RUNNING))
     @rule(data=st.data(), file=st.sampled_from(_FILES), content=_CONTENTS)
+    @counted
     def write_more(self, data: st.DataObject, file: str, content: str | None) -> None:
         """Most of what happens to a container are its own doings."""
         self.write(data, file, content)
 
     @precondition(lambda self: self.has(RUNNING))
     @rule(data=st.data(), gpus=GPUS, keep=st.booleans())
+    @counted
     def scale(self, data: st.DataObject, gpus: int, keep: bool) -> None:
         """Other cards, by a successor."""
         one = self.one(data, RUNNING)
@@ -75,6 +91,7 @@ class ContainerRules(Drawing):
 
     @precondition(lambda self: self.has(*RESTING))
     @rule(data=st.data(), cpus=st.sampled_from((0.5, 1.0, 1.5)), keep=st.booleans())
+    @counted
     def limit(self, data: st.DataObject, cpus: float, keep: bool) -> None:
         """Another limit, in place, also of what does not run."""
         one = self.one(data, RUNNING, STOPPED, EXITED)
@@ -86,6 +103,7 @@ class ContainerRules(Drawing):
 
     @precondition(lambda self: self.has(*RESTING))
     @rule(data=st.data(), field=st.sampled_from(("env", "labels")), value=st.sampled_from(("x", "y")))
+    @counted
     def update(self, data: st.DataObject, field: str, value: str) -> None:
         """Environment by a successor, labels in place."""
         other: Any = {field: (("k", value),)}
@@ -97,6 +115,7 @@ class ContainerRules(Drawing):
 
     @precondition(lambda self: self.has_volumes and self.has(*RESTING))
     @rule(data=st.data())
+    @counted
     def mount(self, data: st.DataObject) -> None:
         """Other volumes, or the same ones elsewhere, or none."""
         one = self.one(data, *RESTING)
@@ -113,6 +132,7 @@ class ContainerRules(Drawing):
 
     @precondition(lambda self: self.has(*RESTING, FAILED))
     @rule(data=st.data(), spec_only=st.booleans())
+    @counted
     def rollback(self, data: st.DataObject, spec_only: bool) -> None:
         """To any revision that can be returned to."""
         states = RESTING if spec_only else (*RESTING, FAILED)
@@ -143,6 +163,7 @@ class ContainerRules(Drawing):
 
     @precondition(lambda self: self.has(RUNNING, PAUSED))
     @rule(data=st.data(), keep_resources=st.booleans())
+    @counted
     def stop(self, data: st.DataObject, keep_resources: bool) -> None:
         """Stop what runs."""
         one = self.one(data, RUNNING, PAUSED)
@@ -155,6 +176,7 @@ class ContainerRules(Drawing):
 
     @precondition(lambda self: self.has(STOPPED, EXITED))
     @rule(data=st.data())
+    @counted
     def start(self, data: st.DataObject) -> None:
         """Start what does not run; where it was given other cards meanwhile it gets a successor, and a revision."""
         one = self.one(data, STOPPED, EXITED)
@@ -172,6 +194,7 @@ class ContainerRules(Drawing):
 
     @precondition(lambda self: self.has(RUNNING))
     @rule(data=st.data())
+    @counted
     def restart(self, data: st.DataObject) -> None:
         """Another process, the same everything."""
         one = self.one(data, RUNNING)
@@ -180,6 +203,7 @@ class ContainerRules(Drawing):
 
     @precondition(lambda self: self.has(RUNNING, PAUSED))
     @rule(data=st.data())
+    @counted
     def pause_or_thaw(self, data: st.DataObject) -> None:
         """Freeze what runs, thaw what is frozen."""
         one = self.one(data, RUNNING, PAUSED)
@@ -194,6 +218,7 @@ class ContainerRules(Drawing):
 
     @precondition(lambda self: self.has())
     @rule(data=st.data())
+    @counted
     def delete_revision(self, data: st.DataObject) -> None:
         """Others keep the files that they share with it."""
         one = self.one(data)
@@ -206,6 +231,7 @@ class ContainerRules(Drawing):
 
     @precondition(lambda self: self.has())
     @rule(data=st.data())
+    @counted
     def delete(self, data: st.DataObject) -> None:
         """With all that belongs to it; without `force` only what does not run."""
         one = self.one(data)
@@ -222,6 +248,7 @@ class ContainerRules(Drawing):
 
     @precondition(lambda self: self.has(RUNNING) and len(self.arena.known) < len(NAMES))
     @rule(data=st.data())
+    @counted
     def clone(self, data: st.DataObject) -> None:
         """Another one with the files of now, or of a revision."""
         one = self.one(data, RUNNING)
@@ -246,6 +273,7 @@ class ContainerRules(Drawing):
 
     @precondition(lambda self: self.has(*RESTING))
     @rule(data=st.data())
+    @counted
     def commit(self, data: st.DataObject) -> None:
         """An image of its files; the container is as it was."""
         one = self.one(data, *RESTING)
@@ -255,6 +283,7 @@ class ContainerRules(Drawing):
 
     @precondition(lambda self: self.has(RUNNING))
     @rule(data=st.data())
+    @counted
     def two_at_once(self, data: st.DataObject) -> None:
         """Of two changes at once each is done, or refused because of the other."""
         one = self.one(data, RUNNING)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Collection, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from typing import Any, Protocol, TypeVar
 
 from hypothesis import strategies as st
@@ -29,6 +30,23 @@ TARGETS = ("/data", "/more")
 
 _CALLS = r"/(containers|images|volumes)(/(?!.*/wait$).*)?"
 _DEEDS = "POST|DELETE"
+
+
+# The names of all rules that count.
+COUNTED: list[str] = []
+
+
+def counted(rule: Callable[..., None]) -> Callable[..., None]:
+    """Count how often a rule did something, and did not find that nothing fits what it drew (`idle`)."""
+    COUNTED.append(rule.__name__)
+
+    @functools.wraps(rule)
+    def counting(self: Drawing, *words: object, **named: object) -> None:
+        idle = self.tally["idle"]
+        rule(self, *words, **named)
+        self.tally[f"rule {rule.__name__}"] += self.tally["idle"] == idle
+
+    return counting
 
 
 class Runs(Protocol):
@@ -120,10 +138,9 @@ class Drawing(RuleBasedStateMachine):
         """Undisturbed half the time; else the engine is harmed meanwhile, the daemon killed, or it is cancelled."""
         deed = Deed(name, act, before, after, tuple((also or {}).values()))
         trouble = data.draw(st.sampled_from(("none",) * len(TROUBLES) + TROUBLES), label="trouble")
-        met = True
         match trouble:
             case "kill":
-                self.loop.run(self.arena.kill_during(deed, self._moment(data, 600)))
+                met = self.loop.run(self.arena.kill_during(deed, self._moment(data, 600)))
             case "cancel":
                 met = self.loop.run(self.arena.cancel_during(deed, self._moment(data, 300)))
             case _:

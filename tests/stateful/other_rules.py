@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
-from tests.stateful.drawing import EXITED, RESTING, RUNNING, STOPPED, Drawing
+from tests.stateful.drawing import EXITED, RESTING, RUNNING, STOPPED, Drawing, counted
 from tests.stateful.outside import do_outside
 from tests.stateful.reading import read_everything
 
@@ -15,6 +15,7 @@ class OtherRules(Drawing):
 
     @precondition(lambda self: self.news and bool(self.arena.known))
     @rule(kill=st.booleans())
+    @counted
     def another_daemon(self, kill: bool) -> None:
         """Killed or stopped, with nothing under way."""
         self.loop.run(self.arena.restart(kill=kill))
@@ -23,6 +24,7 @@ class OtherRules(Drawing):
 
     @precondition(lambda self: self.has(*RESTING))
     @rule(data=st.data(), deed=st.sampled_from(("rm", "stop", "kill", "pause", "start", "rename", "limit")))
+    @counted
     def behind_its_back(self, data: st.DataObject, deed: str) -> None:
         """The docker command does something to one of its containers."""
         states = {"rm": (RUNNING, EXITED), "start": (EXITED, STOPPED), "rename": RESTING}.get(deed, (RUNNING,))
@@ -39,6 +41,7 @@ class OtherRules(Drawing):
     # Once is enough: what was looked at is not looked at again before anything else has happened.
     @precondition(lambda self: self.news)
     @rule()
+    @counted
     def look_at_everything(self) -> None:
         """Everything agrees, by whichever call it is asked for."""
         self.loop.run(self.arena.check())

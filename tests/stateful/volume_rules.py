@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
 from tests.calls import Caller, progress_of
-from tests.stateful.drawing import EXITED, KEEP, PAUSED, RUNNING, STOPPED, VOLUMES, Drawing
+from tests.stateful.drawing import EXITED, KEEP, PAUSED, RUNNING, STOPPED, VOLUMES, Drawing, counted
 from tests.stateful.model import Expected, ExpectedVolume, attached
 from tests.stateful.outside import stranger
 from tests.stateful.requests import pruned
@@ -39,6 +39,7 @@ class VolumeRules(Drawing):
 
     @precondition(lambda self: len(self.arena.volumes) < len(VOLUMES))
     @rule(data=st.data(), size_mib=_SIZES)
+    @counted
     def create_volume(self, data: st.DataObject, size_mib: int) -> None:
         """With a size or without."""
         name = self._free_volume(data)
@@ -50,6 +51,7 @@ class VolumeRules(Drawing):
 
     @precondition(lambda self: len(self.arena.volumes) < len(VOLUMES))
     @rule(data=st.data(), size_mib=_SIZES)
+    @counted
     def adopt_volume(self, data: st.DataObject, size_mib: int) -> None:
         """What somebody made in the engine: as it is, or copied into one with a size."""
         name, theirs, engine = self._free_volume(data), f"theirs-{uuid.uuid4()}", self.arena.rig.engine
@@ -65,6 +67,7 @@ class VolumeRules(Drawing):
 
     @precondition(lambda self: any(self.arena.known[name].spec.mounts for name in self._names(RUNNING)))
     @rule(data=st.data(), file=_FILES, content=_CONTENTS)
+    @counted
     def write_in_volume(self, data: st.DataObject, file: str, content: str | None) -> None:
         """By one of those that mount it; all others see it, too."""
         places = [(name, place) for name in self._names(RUNNING) for place, _ in self.arena.known[name].spec.mounts]
@@ -74,6 +77,7 @@ class VolumeRules(Drawing):
 
     @precondition(lambda self: any(one.size_mib for one in self.arena.volumes.values()))
     @rule(data=st.data(), shrink=st.sampled_from((False,) * 4 + (True,)))
+    @counted
     def resize_volume(self, data: st.DataObject, shrink: bool) -> None:
         """Grown in place under who uses it; made smaller by a copy, for which those are stopped and started."""
         volume = self._volume(data)
@@ -97,6 +101,7 @@ class VolumeRules(Drawing):
 
     @precondition(lambda self: self.has_volumes)
     @rule(data=st.data(), force=st.booleans(), theirs=st.sampled_from((False,) * 4 + (True,)))
+    @counted
     def delete_volume(self, data: st.DataObject, force: bool, theirs: bool) -> None:
         """Not while anything mounts it, and by force not while what mounts it runs; what does not is updated first."""
         volume = self._volume(data)

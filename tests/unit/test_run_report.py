@@ -52,3 +52,23 @@ def test_a_run_without_problems_passes_and_shows_how_calls_ended(tmp_path: Path,
     assert ended.returncode == pytest.ExitCode.OK, ended.stdout
     assert "OK 2, NOT_FOUND 1" in ended.stdout
     assert "problem of the run" not in ended.stdout
+
+
+@_WORKERS
+@pytest.mark.parametrize(
+    ("counts", "code"), [("{'kill': part, 'drop': 1 - part}", 0), ("{'kill': part, 'drop': 0}", 1)]
+)
+def test_what_is_required_must_occur_in_some_part(
+    tmp_path: Path, workers: tuple[str, ...], counts: str, code: int
+) -> None:
+    ended = _run(
+        tmp_path,
+        "import pytest\n"
+        "@pytest.mark.parametrize('part', [0, 1])\n"
+        "def test_one(request, part):\n"
+        f"    value = {{'parts': 2, 'counts': {counts}}}\n"
+        "    request.node.user_properties.append(('required', value))\n",
+        *workers,
+    )
+    assert ended.returncode == code, ended.stdout
+    assert ("'drop' has not occurred once" in ended.stdout) == bool(code)
