@@ -238,21 +238,23 @@ class StaleEtag(GpudockError):
 
 
 @dataclass(eq=False)
-class StaleVolumeEtag(StaleEtag):
+class StaleVolumeEtag(GpudockError):
     """The volume is not what the caller has seen."""
 
+    code = Code.ABORTED
+    reason = "STALE_ETAG"
     template = "volume {volume!r} has changed since etag {etag}; read it again"
     volume: str
+    etag: str
+    current_etag: str
 
 
 @dataclass(eq=False)
-class WrongNode(GpudockError):
-    """Only the daemon beside the engine can change a container."""
+class _OfAnotherNode(GpudockError):
+    """Only the daemon of another node can do what was asked."""
 
     code = Code.FAILED_PRECONDITION
     reason = "WRONG_NODE"
-    template = "container {container!r} is on node {node!r}; {advice}"
-    container: str
     node: str
     address: str
 
@@ -268,14 +270,22 @@ class WrongNode(GpudockError):
 
 
 @dataclass(eq=False)
-class NodeElsewhere(WrongNode):
-    """A node is asked for that another daemon is; no container is involved."""
+class WrongNode(_OfAnotherNode):
+    """Only the daemon beside the engine can change a container."""
+
+    template = "container {container!r} is on node {node!r}; {advice}"
+    container: str
+
+
+@dataclass(eq=False)
+class NodeElsewhere(_OfAnotherNode):
+    """The request names a node that another daemon serves."""
 
     template = "node {node!r} is not this one; {advice}"
 
 
 @dataclass(eq=False)
-class VolumeElsewhere(WrongNode):
+class VolumeElsewhere(_OfAnotherNode):
     """Only the daemon beside the engine can change a volume, and only containers beside it can mount it."""
 
     template = "volume {volume!r} is on node {node!r}; {advice}"

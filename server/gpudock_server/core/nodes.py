@@ -120,7 +120,7 @@ class Nodes:
             return
         for node in await self._world.store.nodes():
             if node.node == name:
-                raise NodeElsewhere(container="", node=name, address=node.address)
+                raise NodeElsewhere(node=name, address=node.address)
         raise NodeNotFound(node=name)
 
     @property

@@ -429,11 +429,11 @@ class Operations:
         self._running.pop(operation_id, None)
 
 
-def elsewhere(operation: Operation, address: str) -> WrongNode:
+def elsewhere(operation: Operation, address: str) -> WrongNode | VolumeElsewhere:
     """The error of an operation that another node runs."""
     target, node = operation.target, operation.node
     if target.kind is TargetKind.VOLUME:
-        return VolumeElsewhere(container="", node=node, address=address, volume=target.name)
+        return VolumeElsewhere(volume=target.name, node=node, address=address)
     return WrongNode(container=target.name, node=node, address=address)
 
 

@@ -69,7 +69,7 @@ async def _mountable(world: World, name: str, *, busy: bool, held: bool = False)
         raise await volume_not_found(world, name, MountedVolumeNotFound)
     volume = view.volume
     if volume.node != world.node:
-        raise VolumeElsewhere(container="", node=volume.node, address=await address_of(world, volume.node), volume=name)
+        raise VolumeElsewhere(volume=name, node=volume.node, address=await address_of(world, volume.node))
     if view.operation_id and not busy:
         raise VolumeBusy(volume=name, operation_id=view.operation_id)
     # A deletion that began behind such a spec was recorded sees it, and gives up before it has done anything.

@@ -42,9 +42,9 @@ class Storage:
         volume = view.volume
         if volume.node != self.world.node:
             address = await address_of(self.world, volume.node)
-            raise VolumeElsewhere(container="", node=volume.node, address=address, volume=name)
+            raise VolumeElsewhere(volume=name, node=volume.node, address=address)
         if etag and etag != volume.etag:
-            raise StaleVolumeEtag(container="", etag=etag, current_etag=volume.etag, volume=name)
+            raise StaleVolumeEtag(volume=name, etag=etag, current_etag=volume.etag)
         return view
 
     async def pool(self) -> PoolUsage | None:
