@@ -45,6 +45,7 @@ from gpudock_server.adapters.volumes import (
     attach_all,
     check_versions,
 )
+from gpudock_server.core.adoption_rules import AdoptionRules
 from gpudock_server.core.allocation import Allocator
 from gpudock_server.core.containers import Containers, HistoryDefaults, ImageRules, World
 from gpudock_server.core.exec_sessions import ExecSessions
@@ -241,6 +242,7 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
         snapshots=instruments.snapshots(snapshots),
         host_paths=instruments.host_paths(host_paths),
         ledger=instruments.ledger(ledger),
+        adoption=AdoptionRules(settings.adoptable_volumes),
         allocator=Allocator(
             store=state,
             inventory=inventory,

@@ -572,9 +572,24 @@ class VolumeNotAdopted(VolumeNotFound):
 
 @dataclass(eq=False)
 class EngineVolumeNotFound(VolumeNotFound):
-    """What is to be taken in is not there."""
+    """What is to be adopted is not there, or its operator has not allowed it to be adopted: callers cannot tell."""
 
-    template = "the engine has no volume {volume!r} to adopt; it has {available}"
+    template = (
+        "the engine has no volume {volume!r} that may be adopted; an operator allows one with the engine label"
+        " gpudock.adopt=true, or by its name in the setting adoptable_volumes"
+    )
+
+
+@dataclass(eq=False)
+class AdoptionForbidden(GpudockError):
+    """An engine volume that nobody may adopt, whoever allows it."""
+
+    code = Code.PERMISSION_DENIED
+    reason = "ADOPTION_FORBIDDEN"
+    template = "engine volume {engine_volume!r} cannot be adopted as {volume!r}: {detail}"
+    volume: str
+    engine_volume: str
+    detail: str
 
 
 @dataclass(eq=False)

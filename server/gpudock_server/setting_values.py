@@ -23,6 +23,7 @@ _MODE = re.compile(r"(?:0o?)?[0-7]{3}", re.ASCII)
 _PORTS = re.compile(r"(\d{1,5})-(\d{1,5})", re.ASCII)
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%a-z]+\]|[^\s:/\[\]@]+):(\d{1,5})", re.ASCII)
 # The last part has no colon: that would be a tag.
+_VOLUME_PATTERN = re.compile(r"[A-Za-z0-9_.*-]{1,255}")
 _REPOSITORY = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._:-]*/)*[a-z0-9][a-z0-9._-]*", re.ASCII)
 
 
@@ -156,6 +157,14 @@ def _repository(value: str) -> str:
     return value
 
 
+def _volume_pattern(value: str) -> str:
+    if not _VOLUME_PATTERN.fullmatch(value):
+        raise ValueError(
+            "must be names of engine volumes, in which * stands for any characters, such as models or team-*"
+        )
+    return value
+
+
 COMMAS = (NoDecode, BeforeValidator(_split))
 
 AbsolutePath: TypeAlias = Annotated[Path, AfterValidator(_absolute), Shown("PATH")]
@@ -164,6 +173,7 @@ Paths: TypeAlias = Annotated[tuple[AbsolutePath, ...], *COMMAS, Shown("PATH,…"
 Addresses: TypeAlias = Annotated[tuple[str, ...], *COMMAS, AfterValidator(_list_of(_address)), Shown("HOST:PORT,…")]
 Texts: TypeAlias = Annotated[tuple[str, ...], *COMMAS]
 Repositories: TypeAlias = Annotated[tuple[str, ...], *COMMAS, AfterValidator(_list_of(_repository))]
+VolumePatterns: TypeAlias = Annotated[tuple[str, ...], *COMMAS, AfterValidator(_list_of(_volume_pattern))]
 Seconds: TypeAlias = Annotated[float, BeforeValidator(_seconds), Shown("SECONDS")]
 Size: TypeAlias = Annotated[int, BeforeValidator(_size), Shown("SIZE")]
 Flag: TypeAlias = Annotated[bool, BeforeValidator(_flag), Shown("true|false")]

@@ -38,6 +38,7 @@ from gpudock_server.setting_values import (
     Shown,
     Size,
     Texts,
+    VolumePatterns,
     is_loopback,
     split_address,
 )
@@ -281,6 +282,11 @@ class Settings(BaseSettings):
     )
     volume_filesystem: Annotated[VolumeFilesystem, Shown("NAME")] = Field(
         VolumeFilesystem.AUTO, description="filesystem of new loop volumes: auto, xfs, btrfs or ext4"
+    )
+    adoptable_volumes: Annotated[VolumePatterns, Shown("NAME,…")] = Field(
+        (),
+        description="volumes of the engine that callers may adopt though they have no engine label gpudock.adopt=true; "
+        "* stands for any characters",
     )
     volume_overcommit: Annotated[float, Field(gt=0, le=1000), Shown("RATIO")] = Field(
         1.0,

@@ -141,7 +141,7 @@ async def _tour_of_docker_habits(commands: Commands) -> None:
 async def _tour_of_volumes(commands: Commands, rig: Rig) -> None:
     assert (await commands.told("volume", "create", "tour", "320M"))["size_bytes"] == str(320 << 20)
     assert (await commands.told("volume", "resize", "tour", "330M"))["size_bytes"] == str(330 << 20)
-    rig.engine.call("POST", "/volumes/create", send={"Name": "theirs"})
+    rig.engine.call("POST", "/volumes/create", send={"Name": "theirs", "Labels": {"gpudock.adopt": "true"}})
     assert (await commands.told("volume", "adopt", "mine", "theirs"))["backend"] == "VOLUME_BACKEND_PLAIN"
     assert [each["name"] for each in await commands.told("volume", "list")] == ["mine", "tour"]
     assert "330.0 MiB" in await commands.said("volume", "get", "tour")

@@ -73,7 +73,9 @@ class Pool:
         for name in made.keys() - {USED_VOLUME, FREE_VOLUME}:
             await caller.delete_volume(name)
         # Does nothing where there is one.
-        self._rig.engine.call("POST", "/volumes/create", send={"Name": FOREIGN_VOLUME})
+        self._rig.engine.call(
+            "POST", "/volumes/create", send={"Name": FOREIGN_VOLUME, "Labels": {"gpudock.adopt": "true"}}
+        )
         for name, size in ((USED_VOLUME, 0), (FREE_VOLUME, FREE_BYTES)):
             if name not in made:
                 await caller.create_volume(name, size)

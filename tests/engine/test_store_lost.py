@@ -36,7 +36,7 @@ def pruned(rig: Rig, engine_volume: str) -> None:
 
 async def test_volumes_of_every_kind_come_back(losing: Losing, rig: Rig) -> None:
     names = ("mounted", "idle", "plain", "theirs", "pruned")
-    rig.engine.call("POST", "/volumes/create", send={"Name": "theirs-in-engine"})
+    rig.engine.call("POST", "/volumes/create", send={"Name": "theirs-in-engine", "Labels": {"gpudock.adopt": "true"}})
     async with Caller(losing.daemon.target) as caller:
         await caller.create_volume("mounted", SIZE, backend=LOOP, owner="alice", labels={"a": "b"})
         await caller.create_volume("idle", SIZE, backend=LOOP)

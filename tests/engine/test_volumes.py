@@ -171,7 +171,7 @@ async def test_a_mount_of_what_is_not_a_volume_is_refused(caller: Caller, clean_
     await caller.create_volume("data")
     missing = await failure(caller.create("one", mounts=[mount("dota")]))
     assert (missing.reason, missing.metadata["available"]) == ("VOLUME_NOT_FOUND", "data")
-    clean_engine.engine.call("POST", "/volumes/create", send={"Name": "theirs"})
+    clean_engine.engine.call("POST", "/volumes/create", send={"Name": "theirs", "Labels": {"gpudock.adopt": "true"}})
     raw = await failure(caller.create("one", mounts=[mount("theirs")]))
     assert raw.reason == "VOLUME_NOT_FOUND"
     assert "AdoptVolume" in raw.message
@@ -180,7 +180,7 @@ async def test_a_mount_of_what_is_not_a_volume_is_refused(caller: Caller, clean_
 
 
 async def test_adopting_a_volume_of_the_engine(caller: Caller, clean_engine: Rig) -> None:
-    clean_engine.engine.call("POST", "/volumes/create", send={"Name": "theirs"})
+    clean_engine.engine.call("POST", "/volumes/create", send={"Name": "theirs", "Labels": {"gpudock.adopt": "true"}})
     with box(clean_engine, "theirs") as theirs:
         theirs.run("sh", "-c", PLANT)
         files = theirs.run("sh", "-c", LOOK).stdout

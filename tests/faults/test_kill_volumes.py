@@ -143,7 +143,7 @@ async def test_adopt(volumes_rig: Rig) -> None:
     async def adopt(caller: Caller) -> None:
         nonlocal files
         if not files:
-            rig.engine.call("POST", "/volumes/create", send={"Name": "theirs"})
+            rig.engine.call("POST", "/volumes/create", send={"Name": "theirs", "Labels": {"gpudock.adopt": "true"}})
             with box(rig, "theirs") as theirs:
                 theirs.run("sh", "-c", _PLANT)
                 files = theirs.run("sh", "-c", _LOOK).stdout

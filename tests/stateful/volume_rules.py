@@ -55,7 +55,7 @@ class VolumeRules(Drawing):
     def adopt_volume(self, data: st.DataObject, size_mib: int) -> None:
         """What somebody made in the engine: as it is, or copied into one with a size."""
         name, theirs, engine = self._free_volume(data), f"theirs-{uuid.uuid4()}", self.arena.rig.engine
-        made = engine.call("POST", "/volumes/create", send={"Name": theirs})
+        made = engine.call("POST", "/volumes/create", send={"Name": theirs, "Labels": {"gpudock.adopt": "true"}})
         Path(made["Mountpoint"], "theirs").write_text(name)
         request = volume_service_pb2.AdoptVolumeRequest(name=name, engine_volume=theirs, size_bytes=size_mib * _MIB)
         after = ExpectedVolume(name, (size_mib,), {"theirs": name}, adopted="" if size_mib else theirs)

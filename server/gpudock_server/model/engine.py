@@ -20,6 +20,8 @@ LABEL_OPERATION = "gpudock.operation"
 LABEL_OWNER = "gpudock.owner"
 LABEL_SPEC = "gpudock.spec"
 LABEL_VOLUME = "gpudock.volume"
+# An operator's consent to adopt an engine volume: `true`.
+LABEL_ADOPT = "gpudock.adopt"
 RESERVED_LABEL_PREFIX = "gpudock."
 
 
@@ -51,13 +53,19 @@ class EngineImage(Record):
 
 
 class EngineVolume(Record):
-    """An engine volume. `mountpoint` is a path on the engine's host, with files in it only while it is mounted."""
+    """An engine volume. `mountpoint` is a path on the engine's host, with files in it only while it is mounted.
+
+    `hazard` says what of the host its options mount, which no tenant may reach by it; empty where they mount nothing of
+    the host. `anonymous`: the engine made it for one container, by itself.
+    """
 
     name: str
     driver: str
     mountpoint: str = ""
     labels: dict[str, str] = Field(default_factory=dict)
     options: dict[str, str] = Field(default_factory=dict)
+    hazard: str = ""
+    anonymous: bool = False
 
 
 class EngineState(StrEnum):

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from gpudock_server.adapters.docker.nvidia_env import NO_DEVICES, VISIBLE_DEVICES, forced_environment
+from gpudock_server.adapters.docker.volume_options import hazard, is_anonymous
 from gpudock_server.model.container import Placement, PortBinding
 from gpudock_server.model.engine import (
     LABEL_SPEC,
@@ -336,12 +337,16 @@ def image(inspected: Mapping[str, Any]) -> EngineImage:
 
 def volume(inspected: Mapping[str, Any]) -> EngineVolume:
     """What `GET /volumes/NAME` shows."""
+    name, driver = inspected["Name"], inspected["Driver"]
+    labels, options = inspected.get("Labels") or {}, inspected.get("Options") or {}
     return EngineVolume(
-        name=inspected["Name"],
-        driver=inspected["Driver"],
+        name=name,
+        driver=driver,
         mountpoint=inspected.get("Mountpoint") or "",
-        labels=inspected.get("Labels") or {},
-        options=inspected.get("Options") or {},
+        labels=labels,
+        options=options,
+        hazard=hazard(driver, options),
+        anonymous=is_anonymous(name, labels),
     )
 
 

@@ -47,7 +47,9 @@ async def ensure(world: World, volume: Volume) -> str:
     backing = volume.backing
     if backing is None:
         raise VolumeFailed(volume=volume.name, call="mount", detail=f"it is {volume.state}")
-    if await world.engine.inspect_volume(backing.engine_volume) is not None:
+    found = await world.engine.inspect_volume(backing.engine_volume)
+    if found is not None:
+        _require_harmless(volume, found)
         return backing.engine_volume
     if backing.kind is VolumeBackendKind.PLAIN:
         detail = (
@@ -61,6 +63,22 @@ async def ensure(world: World, volume: Volume) -> str:
         driver_options=backing.driver_options,
     )
     return backing.engine_volume
+
+
+async def require_all_harmless(world: World, volumes: Iterable[Volume]) -> None:
+    """Raises VolumeFailed where one of them is a part of the host: an older version let such be adopted."""
+    for volume in volumes:
+        if volume.backing is not None and volume.backing.kind is VolumeBackendKind.PLAIN:
+            found = await world.engine.inspect_volume(volume.backing.engine_volume)
+            if found is not None:
+                _require_harmless(volume, found)
+
+
+def _require_harmless(volume: Volume, found: EngineVolume) -> None:
+    # Of the other kinds the options are gpudock's own.
+    if found.hazard and volume.backing is not None and volume.backing.kind is VolumeBackendKind.PLAIN:
+        detail = f"engine volume {found.name}: {found.hazard}; mount it as a host path below allowed_host_paths"
+        raise VolumeFailed(volume=volume.name, call="mount", detail=detail)
 
 
 def check_same(

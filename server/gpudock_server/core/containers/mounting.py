@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-from gpudock_server.core.containers.engine_volumes import ensure, mounted_as
+from gpudock_server.core.containers.engine_volumes import ensure, mounted_as, require_all_harmless
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.listings import everything
 from gpudock_server.errors import (
@@ -40,7 +40,9 @@ async def check_mounts(world: World, mounts: Sequence[Mount], *, had: Sequence[M
     """
     before = _volumes_of(had)
     await world.host_paths.check([mount.host_path for mount in mounts if mount.host_path])
-    return tuple([await _mountable(world, name, busy=name in before) for name in _volumes_of(mounts)])
+    views = tuple([await _mountable(world, name, busy=name in before) for name in _volumes_of(mounts)])
+    await require_all_harmless(world, [view.volume for view in views])
+    return views
 
 
 def stay(views: Iterable[VolumeView]) -> list[Change]:
@@ -56,6 +58,16 @@ async def engine_volumes(world: World, mounts: Sequence[Mount]) -> dict[str, str
     """Volume -> what it is called by the engine, which has it by then. Raises VolumeNotFound, VolumeFailed."""
     found = {name: await _mountable(world, name, busy=True, held=True) for name in _volumes_of(mounts)}
     return {name: await ensure(world, view.volume) for name, view in found.items()}
+
+
+async def check_before_start(world: World, mounts: Sequence[Mount]) -> None:
+    """What an engine container that exists mounts is still what may be mounted, as far as the engine resolves it anew.
+
+    Raises HostPathForbidden, HostPathFailed, VolumeFailed.
+    """
+    await world.host_paths.check([mount.host_path for mount in mounts if mount.host_path])
+    views = [await world.store.volume(name) for name in _volumes_of(mounts)]
+    await require_all_harmless(world, [view.volume for view in views if view is not None])
 
 
 def _volumes_of(mounts: Sequence[Mount]) -> tuple[str, ...]:
@@ -88,7 +100,8 @@ async def address_of(world: World, node: str) -> str:
 async def volume_not_found(world: World, name: str, kind: type[VolumeNotFound] = VolumeNotFound) -> VolumeNotFound:
     """The error that names the likeliest of the volumes that there are, and says what can be done."""
     known = nearest(name, [volume.name for volume in await all_volumes(world.store)])
-    kind = VolumeNotAdopted if await world.engine.has_volume(name) else kind
+    found = await world.engine.inspect_volume(name)
+    kind = VolumeNotAdopted if found is not None and world.adoption.allow(found) else kind
     return kind(volume=name, available=known)
 
 

@@ -15,7 +15,7 @@ from gpudock_server.core.containers.change import ChangeArguments, ChangeSaga, F
 from gpudock_server.core.containers.engine_volumes import check_same
 from gpudock_server.core.containers.keeping import KeepArguments
 from gpudock_server.core.containers.limits import check_limits
-from gpudock_server.core.containers.mounting import check_mounts, mounts_it
+from gpudock_server.core.containers.mounting import check_before_start, check_mounts, mounts_it
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
 from gpudock_server.errors import ContainerNotRunning, RestartRequired
@@ -91,7 +91,7 @@ async def draft(world: World, view: ContainerView, wanted: Wanted) -> Draft:
             carry = await _plan_carry(world, container, engine, wanted.source.files)
     elif starts:
         # Before anything is stopped.
-        await world.host_paths.check(wanted.spec.host_paths)
+        await check_before_start(world, wanted.spec.mounts)
     cause = _CAUSES.get(wanted.kind, RevisionCause.SCALED) if wanted.spec != container.spec or replace else None
     keep, prunes = KeepArguments(), False
     if cause is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field, replace
 
+from gpudock_server.core.adoption_rules import AdoptionRules
 from gpudock_server.core.allocation import Allocator
 from gpudock_server.core.containers.images import ImageRules
 from gpudock_server.core.containers.observation import has_just_restarted
@@ -59,6 +60,7 @@ class World:
     settle_seconds: float
     stop_seconds: float
     history: HistoryDefaults = HistoryDefaults()
+    adoption: AdoptionRules = field(default_factory=AdoptionRules)
     images: ImageRules = field(default_factory=ImageRules)
     limits: NodeLimits = field(default_factory=NodeLimits)
 

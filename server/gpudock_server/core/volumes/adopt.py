@@ -6,14 +6,21 @@ import uuid
 
 from typing_extensions import override
 
-from gpudock_server.core.containers.mounting import all_volumes, nearest
+from gpudock_server.core.containers.mounting import all_containers, all_volumes
 from gpudock_server.core.operations import Draft
 from gpudock_server.core.saga import Outcome, Run, Step
 from gpudock_server.core.volumes.commands import Adopt
 from gpudock_server.core.volumes.copying import carry
 from gpudock_server.core.volumes.create import MakingSaga, chosen, new_volume
 from gpudock_server.core.volumes.storage import Storage
-from gpudock_server.errors import EngineVolumeNotFound, SizeNotSupported, VolumeExists, VolumeFailed, VolumeInUse
+from gpudock_server.errors import (
+    AdoptionForbidden,
+    EngineVolumeNotFound,
+    SizeNotSupported,
+    VolumeExists,
+    VolumeFailed,
+    VolumeInUse,
+)
 from gpudock_server.model.changes import PutVolume
 from gpudock_server.model.engine import LABEL_UID, EngineVolume
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
@@ -32,9 +39,9 @@ class AdoptArguments(Record):
 
 
 async def draft(storage: Storage, command: Adopt) -> Draft:
-    """Check that it is there, is nobody's, and, where it is to be copied, that it can be."""
+    """Check that it is there, may be adopted and is nobody's, and, where it is to be copied, that it can be."""
     volume = await new_volume(storage, command.name, command.owner, command.labels, command.size_bytes)
-    found = await _found(storage, command.engine_volume)
+    found = await _found(storage, command)
     backend = await chosen(storage, command.name, command.size_bytes, command.backend)
     plan = OperationPlan()
     # A store that is not ours gets a uid of its own; one that becomes ours has the volume's.
@@ -46,7 +53,9 @@ async def draft(storage: Storage, command: Adopt) -> Draft:
         engine_volume=command.engine_volume,
         folder=found.mountpoint,
     )
-    if not plain:
+    if plain:
+        await _must_be_unused(storage, command.name, found.name)
+    else:
         plan = await _plan_copy(storage, command, found, source)
         await storage.must_fit(backend.kind, volume.uid, command.size_bytes)
     arguments = AdoptArguments(kind=backend.kind, size_bytes=command.size_bytes, source=source)
@@ -60,19 +69,39 @@ async def draft(storage: Storage, command: Adopt) -> Draft:
     )
 
 
-async def _found(storage: Storage, engine_volume: str) -> EngineVolume:
-    engine = storage.world.engine
-    found = await engine.inspect_volume(engine_volume)
-    if found is None:
-        raise EngineVolumeNotFound(volume=engine_volume, available=nearest(engine_volume, await engine.volume_names()))
-    owners = [
-        volume.name
-        for volume in await all_volumes(storage.world.store)
-        if volume.node == storage.world.node and volume.backing and volume.backing.engine_volume == engine_volume
-    ]
-    if owners or LABEL_UID in found.labels:
-        raise VolumeExists(volume=owners[0] if owners else engine_volume)
+async def _found(storage: Storage, command: Adopt) -> EngineVolume:
+    """The engine volume, which its operator allows to be adopted and nobody else has."""
+    world, name = storage.world, command.engine_volume
+    found = await world.engine.inspect_volume(name)
+    if found is not None:
+        owners = [
+            volume.name
+            for volume in await all_volumes(world.store)
+            if volume.node == world.node and volume.backing and volume.backing.engine_volume == name
+        ]
+        # With the label it may be another installation's.
+        if owners or LABEL_UID in found.labels:
+            raise VolumeExists(volume=owners[0] if owners else name)
+    # One and the same answer, or callers could find out what else the engine has.
+    if found is None or not world.adoption.allow(found):
+        raise EngineVolumeNotFound(volume=name, available=())
+    if found.anonymous:
+        detail = "it is anonymous: the engine made it for one container"
+        raise AdoptionForbidden(volume=command.name, engine_volume=name, detail=detail)
+    if found.hazard:
+        detail = f"{found.hazard}; mount it as a host path below allowed_host_paths"
+        raise AdoptionForbidden(volume=command.name, engine_volume=name, detail=detail)
     return found
+
+
+async def _must_be_unused(storage: Storage, name: str, engine_volume: str) -> None:
+    """Raises VolumeInUse where a container that is not of this installation has it, running or not."""
+    world = storage.world
+    users = await world.engine.mounting(engine_volume)
+    uids = {view.container.uid for view in await all_containers(world.store)} if users else set()
+    others = tuple(one.name for one in users if one.labels.get(LABEL_UID) not in uids or one.name != world.made_as(one))
+    if others:
+        raise VolumeInUse(volume=name, holders=others)
 
 
 async def _plan_copy(storage: Storage, command: Adopt, found: EngineVolume, source: VolumeBacking) -> OperationPlan:

@@ -1,0 +1,45 @@
+"""What the options of an engine volume mount of the host."""
+
+from __future__ import annotations
+
+import pytest
+from gpudock_server.adapters.docker.volume_options import hazard, is_anonymous
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"type": "none", "o": "bind", "device": "/etc"}, "bind mount of '/etc'"),
+        ({"type": "tmpfs", "o": "size=1m, BIND", "device": "/etc"}, "bind mount of '/etc'"),
+        ({"type": "nfs", "o": "addr=192.0.2.1,rbind", "device": "/"}, "bind mount of '/'"),
+        ({"type": "tmpfs", "o": "remount", "device": "/"}, "bind mount of '/'"),
+        ({"type": "ext4", "device": "/dev/sda1"}, "'/dev/sda1' of the host with filesystem type 'ext4'"),
+        ({"type": "overlay", "device": "overlay", "o": "lowerdir=/etc"}, "filesystem type 'overlay'"),
+        ({"type": "proc", "device": "proc"}, "filesystem type 'proc'"),
+        ({"device": "/srv"}, "'/srv' of the host"),
+        ({"mountpoint": "/etc"}, "'mountpoint' is not known to be harmless"),
+    ],
+)
+def test_hazards(options: dict[str, str], told: str) -> None:
+    assert told in hazard("local", options)
+
+
+@pytest.mark.parametrize(
+    ("driver", "options"),
+    [
+        ("local", {}),
+        ("local", {"size": "10G"}),
+        ("local", {"type": "tmpfs", "device": "tmpfs", "o": "size=1m,uid=7"}),
+        ("local", {"type": "nfs4", "device": ":/export", "o": "addr=192.0.2.1,rw"}),
+        ("local", {"type": "cifs", "device": "//server/share", "o": "addr=server,username=a"}),
+        ("plugin", {"type": "none", "o": "bind", "device": "/etc"}),
+    ],
+)
+def test_nothing_of_the_host(driver: str, options: dict[str, str]) -> None:
+    assert hazard(driver, options) == ""
+
+
+def test_anonymous() -> None:
+    assert is_anonymous("0" * 64, {})
+    assert is_anonymous("a", {"com.docker.volume.anonymous": ""})
+    assert not is_anonymous("0" * 63, {"a": "b"})
