@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +14,15 @@ from pathlib import Path
 import pytest
 from gpudock_server.adapters.layers import OverlayLayerStore, OverlaySnapshotStore
 from gpudock_server.adapters.trees.limits import Limits
-from gpudock_server.errors import SnapshotFailed
+from gpudock_server.adapters.volumes import RsyncCopier
+from gpudock_server.adapters.volumes.folder import StoreFolder
+from gpudock_server.errors import SnapshotFailed, VolumeFailed
 from gpudock_server.model.operation import CarryMethod, new_operation_id
 from gpudock_server.ports import LayerTooLarge
 
 from tests.engine.hostile_trees import ZOO, fingerprint, nested, remove_tree
 from tests.engine.test_snapshots import IMAGE_ID, UID, Place, _container, _key, _no_progress
+from tests.engine.test_stalls import Folders
 from tests.engine.trees import plant_layers
 
 # The address space of the child is limited in proportion; with the paths of all folders in memory, "deep" took 4 GB.
@@ -46,6 +50,26 @@ def place(tmp_path: Path) -> Iterator[HostilePlace]:
     root = tmp_path / "engine"
     yield HostilePlace(root)
     remove_tree(str(root))
+
+
+async def test_the_store_of_a_volume_with_deep_folders_is_deleted_and_a_copy_of_it_fails_in_words(
+    place: HostilePlace,
+) -> None:
+    folders, uid = Folders(place.root), str(uuid.uuid4())
+    source, target = folders.store("source"), folders.store("target")
+    with _opened(place.root / "source") as root:
+        nested(root, 30, "n" * 199)
+    with pytest.raises(VolumeFailed, match="rsync ended with 23") as refused:
+        await RsyncCopier([folders]).copy(source, target, _no_progress)
+    assert len(refused.value.message) < 1000
+    with _opened(place.root / "source") as root:
+        nested(root, 1200, "d")  # deeper than Python calls itself, as shutil.rmtree does for each folder
+    store = StoreFolder(place.root / "volumes", uid)
+    store.root.mkdir()
+    (place.root / "source").rename(store.path)
+    await store.remove()
+    await store.remove()
+    assert list(store.root.iterdir()) == []
 
 
 @contextmanager

@@ -310,7 +310,7 @@ async def test_one_that_cannot_be_attached_does_not_keep_others_from_it(root: Pa
     assert _loops(root) == [f"{backing.folder}/image"]
     with pytest.raises(VolumeFailed, match="is gone"):
         await loop.attach(broken)
-    damaged.remove()
+    await damaged.remove()
     for each in (backing, broken):
         await loop.destroy(each)
 
@@ -355,7 +355,7 @@ async def test_a_store_of_another_kind_is_left_alone(root: Path) -> None:
     with pytest.raises(VolumeFailed, match="is a store of kind PROJECT_QUOTA"):
         await loop.create(folder.uid, "data", SIZE)
     assert [path.name for path in folder.path.iterdir()] == ["volume.json"]
-    folder.remove()
+    await folder.remove()
     assert list(root.iterdir()) == []
 
 

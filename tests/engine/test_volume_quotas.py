@@ -151,7 +151,7 @@ async def test_what_a_killed_daemon_leaves_is_finished(quota: ProjectQuotaBacken
     assert await quota.create(backing.uid, "data", SIZE) == backing
     assert (await quota.usage(backing)).size_bytes == SIZE
     # A removal that was cut off between the files and the limit.
-    folder.remove()
+    await folder.remove()
     again = await quota.create(_new_uid(), "data", SIZE)
     assert again.project_id != backing.project_id
     await quota.destroy(backing)

@@ -32,8 +32,8 @@ from gpudock_server.ports import LayerTooLarge, Progress, SnapshotPlan, Snapshot
 # Child processes kept between the calls of their operations, with the indices in their memory; those of others read the
 # indices back from the disk.
 _KEPT_WORKERS: Final = 8
-# Walks that are not part of a container's downtime, at a time.
-_BULK_AT_ONCE: Final = 4
+# Snapshots and restores that are not part of a container's downtime, at a time; each may take the memory of the limits.
+_BULK_AT_ONCE: Final = 8
 _DEFAULT_LIMITS: Final = Limits()
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -104,7 +104,7 @@ class OverlaySnapshotStore(SnapshotStore):
             source = await run_to_end(self._source, old)
             shared = await run_to_end(self._shared_with, previous) if method is SnapshotMethod.LINK else ""
             try:
-                async with self._bulk, self._single() as worker:
+                async with self._single() as worker:
                     found = await worker.call("measure", source=source, previous=shared, limits=self._limit_values)
             except TreeTooLargeError as error:
                 return SnapshotPlan(method=method, too_large=str(error))

@@ -29,6 +29,7 @@ from gpudock_server.ports import Progress, VolumeCopier
 
 _MEASURE_SECONDS: Final = 300.0
 _COMPLAINT_BYTES: Final = 16384
+_SHOWN_CHARACTERS: Final = 600
 # rsync(1): some files vanished before they could be read; whoever uses the source may delete.
 _VANISHED: Final = 24
 _BYTES_SO_FAR: Final = re.compile(rb"\s*(\d+)\s")
@@ -130,9 +131,16 @@ async def _rsync(
     finally:
         await ended(process)
     if code not in (0, _VANISHED):
-        raise ProgramFailed(f"rsync ended with {code}: {complaint}")
+        raise ProgramFailed(f"rsync ended with {code}: {_without_middle(complaint)}")
     await run_to_end(write_out, lock)
     progress(total, total)
+
+
+def _without_middle(text: str) -> str:
+    """The text; of a long one, which is mostly a long path, the beginning and the end."""
+    if len(text) <= _SHOWN_CHARACTERS:
+        return text
+    return f"{text[: _SHOWN_CHARACTERS // 3]}...{text[-_SHOWN_CHARACTERS * 2 // 3 :]}"
 
 
 async def _heard(process: Process, total: int, progress: Progress) -> str:

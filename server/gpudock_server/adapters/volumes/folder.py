@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
@@ -25,10 +24,17 @@ from typing import Final
 
 from pydantic import ValidationError
 
+from gpudock_server.adapters.layers.threads import run_to_end
+from gpudock_server.adapters.trees.jobs import JobRefusedError
+from gpudock_server.adapters.trees.limits import Limits, TreeTooLargeError
+from gpudock_server.adapters.trees.stalls import StalledError
+from gpudock_server.adapters.trees.worker import run_job
+from gpudock_server.adapters.volumes.programs import ProgramFailed
 from gpudock_server.model.volume import StoredVolume, VolumeBackendKind, VolumeBacking, VolumeIdentity
 
 _PRIVATE: Final = 0o700
 _SCHEMA: Final = 1
+_LIMITS: Final = Limits()
 _REMOVED: Final = ".removed-"
 
 
@@ -107,15 +113,27 @@ class StoreFolder:
         sync_folder(self.path)
         sync_folder(self.root)
 
-    def remove(self) -> None:
-        """Delete all of it: out of the way first, so that what a killed daemon leaves is seen to be rubbish."""
+    async def remove(self) -> None:
+        """Delete all of it: out of the way first, so that what a killed daemon leaves is seen to be rubbish.
+
+        A child process does the deleting: a tenant may have nested folders deeper than a path can be. Raises
+        ProgramFailed when it fails.
+        """
         for _ in range(2):
             # First what an earlier removal has left, which the rename would otherwise run into.
-            with suppress(FileNotFoundError):
-                shutil.rmtree(self._removed)
-            with suppress(FileNotFoundError):
-                self.path.rename(self._removed)
-                sync_folder(self.root)
+            if await run_to_end(self._removed.is_dir):
+                try:
+                    await run_job(
+                        "remove", memory_bytes=_LIMITS.memory_bytes, parent=str(self.root), name=self._removed.name
+                    )
+                except (JobRefusedError, StalledError, TreeTooLargeError) as error:
+                    raise ProgramFailed(f"{self._removed} could not be deleted: {error}") from error
+            await run_to_end(self._set_aside)
+
+    def _set_aside(self) -> None:
+        with suppress(FileNotFoundError):
+            self.path.rename(self._removed)
+            sync_folder(self.root)
 
 
 def stores(root: Path) -> Iterator[StoreFolder]:

@@ -210,7 +210,7 @@ class LoopBackend(VolumeBackend):
                 if not await loop_device.detach(device):
                     await run_to_end(_link, folder, device)
                     raise VolumeInUse(volume=backing.name, holders=(f"what has {device} mounted",))
-            await run_to_end(folder.remove)
+            await folder.remove()
 
     async def pool(self) -> PoolUsage:
         """See the protocol."""

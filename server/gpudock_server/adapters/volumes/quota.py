@@ -184,7 +184,7 @@ class ProjectQuotaBackend(VolumeBackend):
             # One whose making was cut off is known by its uid alone.
             recorded = None if backing.project_id else await run_to_end(folder.read)
             project_id = recorded.project_id if recorded else backing.project_id
-            await run_to_end(folder.remove)
+            await folder.remove()
             async with self._numbering:
                 # Repeated much later, the id may have become another store's.
                 if project_id and project_id not in await run_to_end(recorded_ids, self._root):
