@@ -440,6 +440,16 @@ class PortForbidden(GpudockError):
 
 
 @dataclass(eq=False)
+class HealthWatchLimit(GpudockError):
+    """Callers without an identity watch the server's health as often as they may."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "HEALTH_WATCH_LIMIT"
+    template = "{limit} callers without an identity watch health already; send a token, use the unix socket, or Check"
+    limit: int
+
+
+@dataclass(eq=False)
 class ImageNotFound(GpudockError):
     """The image is not on this host, or not for this owner. Names of other images would be told to other tenants."""
 

@@ -7,8 +7,10 @@ that is bytes already is taken for encoded.
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -17,13 +19,18 @@ from google.protobuf.message import DecodeError
 from typing_extensions import override
 
 from gpudock_server.errors import FieldViolation, InvalidArgument
-from gpudock_server.rpc.interception import Call, Handler, Interceptor
+from gpudock_server.rpc.identity import OPEN_TO_ALL
+from gpudock_server.rpc.interception import Call, Context, Handler, Interceptor
 
 if TYPE_CHECKING:
     _MethodHandler = grpc.RpcMethodHandler[Any, Any]
 else:
     # Generic in its stubs only.
     _MethodHandler = grpc.RpcMethodHandler
+
+
+# A request of these says the name of a service; more, from a caller who needs no identity, is not even decoded.
+_HEALTH_BYTES = 1024
 
 
 class _Malformed:
@@ -41,7 +48,9 @@ class DecodingInterceptor(Interceptor):
     ) -> Handler:
         async def tolerant(details: grpc.HandlerCallDetails) -> Handler:
             handler: Handler | None = await continuation(details)
-            return _Tolerant(handler) if handler is not None else handler  # type: ignore[return-value]  # UNIMPLEMENTED
+            if handler is None:
+                return handler  # type: ignore[return-value]  # UNIMPLEMENTED
+            return _Tolerant(handler, _HEALTH_BYTES if details.method.startswith(OPEN_TO_ALL) else sys.maxsize)
 
         return await super().intercept_service(tolerant, handler_call_details)
 
@@ -56,24 +65,66 @@ class DecodingInterceptor(Interceptor):
 
 
 class _Tolerant(_MethodHandler):
-    """A handler whose deserializer raises nothing."""
+    """A handler whose deserializer raises nothing, and that reads its only request itself where there is one.
 
-    def __init__(self, handler: Handler) -> None:
-        self.request_streaming = handler.request_streaming
+    grpc reads the request of a unary call before it calls anything of ours: megabytes from a caller who is refused a
+    moment later. A stream of requests is read when it is asked for the first, and looks the same to the caller.
+    """
+
+    def __init__(self, handler: Handler, limit: int) -> None:
+        self.request_streaming = True
         self.response_streaming = handler.response_streaming
-        self.unary_unary = handler.unary_unary
-        self.unary_stream = handler.unary_stream
+        self.unary_unary = self.unary_stream = None
         self.stream_unary = handler.stream_unary
         self.stream_stream = handler.stream_stream
+        if handler.unary_unary is not None:
+            self.stream_unary = _reading(handler.unary_unary)
+        elif handler.unary_stream is not None:
+            self.stream_stream = _reading_stream(handler.unary_stream)
         self.response_serializer = _unless_encoded(handler.response_serializer)
-        self.request_deserializer = _tolerant(handler.request_deserializer)
+        self.request_deserializer = _tolerant(handler.request_deserializer, limit)
 
 
-def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+def _reading(behaviour: Any) -> Any:  # noqa: ANN401 - grpc's behaviours have no common type
+    async def answer(requests: AsyncIterator[Any], context: Context) -> Any:  # noqa: ANN401 - a message of any type
+        return await _awaited(behaviour, behaviour(await _only(requests), context))
+
+    return answer
+
+
+def _reading_stream(behaviour: Any) -> Any:  # noqa: ANN401 - grpc's behaviours have no common type
+    async def stream(requests: AsyncIterator[Any], context: Context) -> None:
+        responses = behaviour(await _only(requests), context)
+        if not inspect.isasyncgen(responses):
+            await _awaited(behaviour, responses)
+            return
+        async with aclosing(responses):
+            async for response in responses:
+                await context.write(response)
+
+    return stream
+
+
+async def _awaited(behaviour: object, result: Any) -> Any:  # noqa: ANN401 - a message of any type
+    if not inspect.isawaitable(result):
+        # grpc.aio would run a plain function in a thread pool, outside of everything that is around the call.
+        raise TypeError(f"{behaviour!r} is neither a coroutine nor a generator")
+    return await result
+
+
+async def _only(requests: AsyncIterator[Any]) -> Any:  # noqa: ANN401 - a message of any type
+    async for request in requests:
+        return request
+    raise InvalidArgument((FieldViolation("request", "is missing"),))
+
+
+def _tolerant(deserialize: Callable[[bytes], Any] | None, limit: int) -> Callable[[bytes], Any] | None:
     if deserialize is None:
         return None
 
     def read(raw: bytes) -> Any:  # noqa: ANN401 - a message of any type
+        if len(raw) > limit:
+            return _Malformed()
         try:
             return deserialize(raw)
         except DecodeError:

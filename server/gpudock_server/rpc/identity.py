@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
+import grpc.aio
 import structlog
 from typing_extensions import override
 
@@ -17,7 +20,10 @@ from gpudock_server.rpc.interception import Call, Context, Interceptor
 from gpudock_server.rpc.tokens import TokenFile
 
 # Load balancers and systemd's watchdogs have no identity; health tells them nothing that a closed port would not.
-_OPEN_TO_ALL = "/grpc.health.v1.Health/"
+OPEN_TO_ALL = "/grpc.health.v1.Health/"
+# Requests of callers without an identity that are in memory at one time, and how long each may take to arrive.
+_ANONYMOUS_READS = 16
+_ANONYMOUS_READ_SECONDS = 5.0
 _BEARER = "bearer "
 # What TLS calls the peer, the most specific first. These are there only if the certificate was verified.
 _CERTIFICATE_NAMES = ("x509_common_name", "x509_subject_alternative_name")
@@ -65,11 +71,17 @@ class IdentityInterceptor(Interceptor):
 
     def __init__(self, tokens: TokenFile | None) -> None:
         self._tokens = tokens
+        self._anonymous_reads = asyncio.Semaphore(_ANONYMOUS_READS)
 
     @override
     @asynccontextmanager
     async def around(self, call: Call) -> AsyncIterator[None]:
-        if not call.method.startswith(_OPEN_TO_ALL):
+        if call.method.startswith(OPEN_TO_ALL):
+            try:
+                _caller.set(self._identify(call.context))
+            except Unauthenticated:
+                call.request = self._promptly(aiter(call.request), call.context)
+        else:
             try:
                 found = self._identify(call.context)
             except Unauthenticated as error:
@@ -79,6 +91,17 @@ class IdentityInterceptor(Interceptor):
             _caller.set(found)
             structlog.contextvars.bind_contextvars(**found.log_fields())
         yield
+
+    async def _promptly(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+        """The requests of a caller without an identity: few are read at one time, and none is waited for long."""
+        async with self._anonymous_reads:
+            try:
+                async with asyncio.timeout(_ANONYMOUS_READ_SECONDS):
+                    first = await anext(requests, None)
+            except TimeoutError:
+                await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the request did not come in time")
+        if first is not None:
+            yield first
 
     def _identify(self, context: Context) -> Caller:
         if context.peer().startswith("unix:"):

@@ -30,6 +30,7 @@ from gpudock_server.rpc.container_service import ContainerService
 from gpudock_server.rpc.decoding import DecodingInterceptor
 from gpudock_server.rpc.errors import ErrorInterceptor
 from gpudock_server.rpc.hang_up import HangUpInterceptor
+from gpudock_server.rpc.health import HealthService
 from gpudock_server.rpc.identity import IdentityInterceptor
 from gpudock_server.rpc.interception import Interceptor
 from gpudock_server.rpc.listeners import SERVER_OPTIONS
@@ -58,8 +59,8 @@ _SECOND_MS = 1000
 
 _OPTIONS = (
     *SERVER_OPTIONS,
-    # Stdin comes in messages of 1 MiB, specs are smaller.
-    ("grpc.max_receive_message_length", 4 * _MIB),
+    # Stdin comes in messages of at most 1 MiB, specs are smaller. What is longer is refused by its header.
+    ("grpc.max_receive_message_length", _MIB + _MIB // 4),
     # In frames of up to this size instead of 16 KiB: an eighth more of it in the same time.
     ("grpc.http2.max_frame_size", _MIB),
     # A watcher can be silent for hours, and a firewall between us forgets it sooner. A caller that does not answer for
@@ -71,6 +72,11 @@ _OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10 * _SECOND_MS),
     ("grpc.enable_channelz", 1),
+    # More than max_execs, so that one caller with one connection can use all of them.
+    ("grpc.max_concurrent_streams", 1024),
+    # Of connections without a call. There is no limit of age: it could only end what is in use, an exec or a watch.
+    ("grpc.max_connection_idle_ms", 300 * _SECOND_MS),
+    ("grpc.server_handshake_timeout_ms", 20 * _SECOND_MS),
 )
 
 
@@ -93,7 +99,7 @@ class RpcServer:
     def __init__(self, services: Services, around: tuple[Interceptor, ...]) -> None:
         """`around` is what is around every call, as `interceptors` gives it."""
         self.grpc = grpc.aio.server(interceptors=around, options=_OPTIONS)
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in its stubs
+        self._health = HealthService()
         add_ContainerServiceServicer_to_server(
             ContainerService(services.containers, services.operations, services.execs, services.watches), self.grpc
         )
@@ -114,7 +120,7 @@ class RpcServer:
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         # The whole comes last: whoever waits for it finds the others as well.
         for service in (*services, ""):
-            await self._health.set(service, status)
+            self._health.set(service, status)
 
 
 def interceptors(tokens: TokenFile | None) -> tuple[Interceptor, ...]:

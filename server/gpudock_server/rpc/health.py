@@ -1,0 +1,75 @@
+"""grpc.health.v1.Health: whether each service is served, for callers who need no identity.
+
+The servicer of grpcio-health-checking holds a lock while it writes to a watcher, so that one who stops reading keeps
+every status from changing, and it takes any number of watchers and names of any length.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from typing_extensions import override
+
+from gpudock_server.errors import FieldViolation, HealthWatchLimit, InvalidArgument
+from gpudock_server.rpc.identity import CallerKind, caller
+from gpudock_server.rpc.interception import Context
+
+# Watches of callers without an identity, all connections together. Each holds some 30 kB; a load balancer needs one.
+ANONYMOUS_WATCHES = 256
+_LONGEST_NAME = 256
+
+_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+
+
+class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # its package ships no types
+    """Serves the statuses that `set` has given; the server as a whole is the service named ""."""
+
+    def __init__(self) -> None:
+        self._statuses: dict[str, int] = {"": health_pb2.HealthCheckResponse.SERVING}
+        self._changed = asyncio.Event()
+        self._anonymous = 0
+
+    def set(self, service: str, status: int) -> None:
+        """Change the status of a service; watchers are told as soon as each of them reads."""
+        self._statuses[service] = status
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    @override
+    async def Check(self, request: Any, context: Context) -> Any:
+        """See health.proto."""
+        status = self._statuses.get(request.service)
+        if status is None:
+            # What the protocol says of an unknown service, without details that ours would have.
+            await context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
+        return health_pb2.HealthCheckResponse(status=status)
+
+    @override
+    async def Watch(self, request: Any, context: Context) -> None:
+        """See health.proto."""
+        if len(request.service) > _LONGEST_NAME:
+            raise InvalidArgument((FieldViolation("service", f"must have at most {_LONGEST_NAME} characters"),))
+        if caller().kind is not CallerKind.NOBODY:
+            await self._watch(request.service, context)
+            return
+        if self._anonymous >= ANONYMOUS_WATCHES:
+            raise HealthWatchLimit(limit=ANONYMOUS_WATCHES)
+        self._anonymous += 1
+        try:
+            await self._watch(request.service, context)
+        finally:
+            self._anonymous -= 1
+
+    async def _watch(self, service: str, context: Context) -> None:
+        told: int | None = None
+        while True:
+            # Before the status is read: a change that comes while the watcher is told is then not missed.
+            changed = self._changed
+            status = self._statuses.get(service, _UNKNOWN)
+            if status != told:
+                await context.write(health_pb2.HealthCheckResponse(status=status))
+                told = status
+            await changed.wait()

@@ -1,0 +1,141 @@
+"""What callers without an identity may take of the server: little memory, and nobody else's service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from gpudock_server.rpc import identity
+from gpudock_server.rpc.health import ANONYMOUS_WATCHES, HealthService
+from gpudock_server.rpc.listeners import listen
+from gpudock_server.rpc.server import interceptors
+from gpudock_server.rpc.tokens import TokenFile
+from gpudock_server.settings import Settings
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.calls import failure_of
+from tests.rpc.probe import Message, Probe, serving
+
+TOKEN = "0123456789abcdef0123456789abcdef"  # noqa: S105 - an example
+BEARER = (("authorization", f"Bearer {TOKEN}"),)
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    tokens = tmp_path / "tokens"
+    tokens.write_text(f"ci:{TOKEN}\n")
+    tokens.chmod(0o600)
+    return Settings(socket=tmp_path / "socket", listen=("127.0.0.1:0",), token_file=tokens)
+
+
+@asynccontextmanager
+async def health_at(settings: Settings, health: HealthService) -> AsyncIterator[tuple[str, ...]]:
+    """A server of `health`, behind the interceptors of the daemon; its addresses, the unix socket first."""
+    assert settings.token_file is not None
+    server = grpc.aio.server(interceptors=interceptors(TokenFile(settings.token_file)))
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    listeners = listen(server, settings)
+    await server.start()
+    try:
+        yield listeners.addresses
+    finally:
+        await server.stop(0)
+        listeners.close()
+
+
+async def opened(watch: Any) -> str:
+    """What the first answer of a watch is, or the reason of its end."""
+    try:
+        return str(health_pb2.HealthCheckResponse.ServingStatus.Name((await watch.read()).status))
+    except grpc.aio.AioRpcError as error:
+        return failure_of(error).reason
+
+
+async def test_watches_without_an_identity_are_limited_and_others_are_not(settings: Settings) -> None:
+    async with (
+        health_at(settings, HealthService()) as (unix, tcp),
+        grpc.aio.insecure_channel(tcp) as channel,
+        grpc.aio.insecure_channel(unix) as local,
+    ):
+        stranger, known = health_pb2_grpc.HealthStub(channel), health_pb2_grpc.HealthStub(local)
+        request = health_pb2.HealthCheckRequest()
+        watches = [stranger.Watch(request) for _ in range(500)]
+        ends = Counter(await asyncio.gather(*map(opened, watches)))
+        assert ends == {"SERVING": ANONYMOUS_WATCHES, "HEALTH_WATCH_LIMIT": 500 - ANONYMOUS_WATCHES}
+        # Nobody else pays for it.
+        assert (await stranger.Check(request)).status == SERVING
+        assert await opened(stranger.Watch(request, metadata=BEARER)) == "SERVING"
+        assert await opened(known.Watch(request)) == "SERVING"
+        for watch in watches:
+            watch.cancel()
+        while await opened(stranger.Watch(request)) != "SERVING":
+            await asyncio.sleep(0.02)
+
+
+async def test_a_service_is_not_watched_under_a_name_of_any_length(settings: Settings) -> None:
+    async with health_at(settings, HealthService()) as (_unix, tcp), grpc.aio.insecure_channel(tcp) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        assert await opened(stub.Watch(health_pb2.HealthCheckRequest(service="x" * 256))) == "SERVICE_UNKNOWN"
+        for length in (257, 1 << 20):
+            assert await opened(stub.Watch(health_pb2.HealthCheckRequest(service="x" * length))) == "INVALID_ARGUMENT"
+
+
+async def test_a_watcher_that_stops_reading_holds_up_nobody() -> None:
+    class Deaf:
+        async def write(self, _answer: object) -> None:
+            await asyncio.Event().wait()
+
+    class Hearing:
+        def __init__(self) -> None:
+            self.heard: asyncio.Queue[int] = asyncio.Queue()
+
+        async def write(self, answer: Any) -> None:
+            await self.heard.put(answer.status)
+
+    health, hearing = HealthService(), Hearing()
+    request = health_pb2.HealthCheckRequest()
+    watches = [asyncio.create_task(health.Watch(request, context)) for context in (Deaf(), hearing)]  # type: ignore[arg-type]  # all that it uses
+    assert await hearing.heard.get() == SERVING
+    health.set("", NOT_SERVING)
+    assert await asyncio.wait_for(hearing.heard.get(), 10) == NOT_SERVING
+    for watch in watches:
+        watch.cancel()
+    await asyncio.gather(*watches, return_exceptions=True)
+
+
+@pytest.mark.parametrize(("kind", "make"), [("OneToOne", "stream_unary"), ("OneToMany", "stream_stream")])
+async def test_a_call_is_refused_before_its_request_is_read(settings: Settings, kind: str, make: str) -> None:
+    async with serving(Probe(), settings) as (_unix, tcp), grpc.aio.insecure_channel(tcp) as channel:
+        # As a stream, whose client may send its headers and then nothing.
+        method = getattr(channel, make)(
+            f"/gpudock.probe.Probe/{kind}",
+            request_serializer=Message.SerializeToString,
+            response_deserializer=Message.FromString,
+        )
+        call = method(timeout=20)
+        assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_a_request_of_nobody_is_not_waited_for(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "_ANONYMOUS_READ_SECONDS", 0.2)
+    async with health_at(settings, HealthService()) as (_unix, tcp), grpc.aio.insecure_channel(tcp) as channel:
+        check: Any = channel.stream_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+        silent = [check(timeout=20) for _ in range(identity._ANONYMOUS_READS + 1)]
+        assert {await call.code() for call in silent} == {grpc.StatusCode.DEADLINE_EXCEEDED}
+        # By the server, and not by the deadline of these calls.
+        assert {await call.details() for call in silent} == {"the request did not come in time"}
+        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
+        assert answer.status == SERVING
