@@ -56,11 +56,11 @@ from gpudock_server.core.retention import Retention
 from gpudock_server.core.sagas import saga_builder
 from gpudock_server.core.volumes import Storage, Volumes
 from gpudock_server.core.watches import Watches
-from gpudock_server.errors import EngineRejected, EngineUnavailable, GpudockError, StoreUnavailable
+from gpudock_server.errors import EngineRejected, EngineUnavailable, GpudockError, StoreFull, StoreUnavailable
 from gpudock_server.logs import configure
 from gpudock_server.memory import keep_freed_blocks
 from gpudock_server.model.claims import PortKey
-from gpudock_server.model.engine import ContainerDefaults, NodeLimits
+from gpudock_server.model.engine import ContainerDefaults, HostCapacity, NodeLimits
 from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import CarryMethod
 from gpudock_server.model.record import now
@@ -182,6 +182,11 @@ class _Stop:
         self.exit_code = 1
         self.told.set()
 
+    def taken_over(self, taken: NodeTaken) -> None:
+        """Stop: two daemons must never drive one node's operations. They are left at their recorded steps."""
+        log.critical("the node was taken over; stopping", detail=str(taken))
+        self.fail()
+
     async def unless_told(self, work: Awaitable[T]) -> T | None:
         """What `work` gives; it is cancelled, and None given, once the daemon is to stop."""
         working = asyncio.ensure_future(work)
@@ -205,9 +210,9 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
     docker = await _open_engine(settings, stack)
     info = await docker.info()
     connection = await _open_etcd(settings, stack)
-    store = await _open_store(settings, connection)
+    store = await _open_store(settings, connection, stack)
     await _check_port_range(settings, store)
-    await _register(settings, connection, info.id, stack, stop)
+    lease = await _register(settings, connection, store, info.id, stack, lost=stop.taken_over)
 
     inventory = NvmlInventory()
     stack.push_async_callback(inventory.close)
@@ -253,6 +258,7 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
         ),
         node=settings.node_name,
         host=settings.host_id,
+        capacity=HostCapacity(cpus=info.cpus, memory_bytes=info.memory_bytes),
         settle_seconds=settings.settle_period,
         stop_seconds=settings.stop_timeout,
         images=ImageRules(
@@ -304,6 +310,7 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
         ),
         retention=Retention(world, containers, interval=settings.reconcile_interval),
         server=server,
+        registered=lease.registered,
     )
 
 
@@ -387,7 +394,7 @@ async def _open_etcd(settings: Settings, stack: AsyncExitStack) -> EtcdConnectio
     if settings.etcd_endpoints:
         address = _etcd_address(settings)
     else:
-        embedded = EmbeddedEtcd(settings.state_dir)
+        embedded = EmbeddedEtcd(settings.state_dir, quota_bytes=settings.etcd_quota)
         await embedded.start()
         stack.push_async_callback(embedded.close)
         address = embedded.address
@@ -417,14 +424,17 @@ def _etcd_address(settings: Settings) -> EtcdAddress:
     return EtcdAddress(tuple(settings.etcd_endpoints), tls=tls, user=settings.etcd_user, password=password)
 
 
-async def _open_store(settings: Settings, connection: EtcdConnection) -> EtcdStore:
+async def _open_store(settings: Settings, connection: EtcdConnection, stack: AsyncExitStack) -> EtcdStore:
     store = EtcdStore(
         connection,
         prefix=settings.etcd_prefix,
         retention=timedelta(seconds=settings.operation_retention),
         deadline=timedelta(seconds=settings.store_timeout),
         idle=timedelta(seconds=settings.watch_checkpoint_interval / 2),
+        quota_bytes=0 if settings.etcd_endpoints else settings.etcd_quota,
     )
+    stack.push_async_callback(store.close)
+    await store.keep()
     await store.open()
     return store
 
@@ -477,8 +487,14 @@ async def _check_port_range(settings: Settings, store: Store) -> None:
 
 
 async def _register(
-    settings: Settings, connection: EtcdConnection, engine_id: str, stack: AsyncExitStack, stop: _Stop
-) -> None:
+    settings: Settings,
+    connection: EtcdConnection,
+    store: EtcdStore,
+    engine_id: str,
+    stack: AsyncExitStack,
+    *,
+    lost: Callable[[NodeTaken], None],
+) -> NodeLease:
     process = this_process()
     record = NodeRecord(
         node=settings.node_name,
@@ -491,15 +507,10 @@ async def _register(
         start_ticks=process.start_ticks,
         start_time=now(),
     )
-
-    def lost(taken: NodeTaken) -> None:
-        # Two daemons must never drive one node's operations: this one lets go of them at their recorded steps.
-        log.critical("the node was taken over; stopping", detail=str(taken))
-        stop.fail()
-
-    lease = NodeLease(connection, record, on_lost=lost, ttl=_NODE_LEASE, prefix=settings.etcd_prefix)
+    lease = NodeLease(connection, record, on_lost=lost, ttl=_NODE_LEASE, prefix=settings.etcd_prefix, room=store.room)
     stack.push_async_callback(lease.close)
     await lease.register()
+    return lease
 
 
 @dataclass(frozen=True, slots=True)
@@ -514,6 +525,7 @@ class _Daemon:
     reconciler: Reconciler
     retention: Retention
     server: RpcServer
+    registered: asyncio.Event
 
     async def recover(self) -> tuple[str, ...]:
         """Resume what the daemon before left, compare records and engine, then take changes.
@@ -527,8 +539,25 @@ class _Daemon:
         except TimeoutError:
             log.warning("recovery goes on while serving", operations=sorted(self.operations.active))
         await self.reconciler.full_pass()
+        self.operations.recovery_waits(None)
         self.operations.open()
         return tuple(operation_id for operation_id in resumed if operation_id in self.operations.active)
+
+    async def _recover_with_room(self) -> tuple[str, ...] | None:
+        """`recover`; None where the store has no room for it: it is to be repeated, and reads are served."""
+        if not self.registered.is_set():
+            full = (await self.world.store.usage()).full
+            self._wait_for_room(StoreFull(full or "it had no room for the name of this node"))
+            return None
+        try:
+            return await self.recover()
+        except StoreFull as error:
+            self._wait_for_room(error)
+            return None
+
+    def _wait_for_room(self, error: StoreFull) -> None:
+        log.warning("recovery waits for room in the store", detail=error.detail)
+        self.operations.recovery_waits(error)
 
     async def serve(self, stop: _Stop) -> None:
         """Answer reads, recover, take all calls until told to stop, then drain.
@@ -542,15 +571,15 @@ class _Daemon:
             # A recovery may wait for an engine, and reads need not: they are answered while health is NOT_SERVING.
             await self.server.set_serving(False)
             await self.server.grpc.start()
-            left = await stop.unless_told(self.recover())
-            if left is not None and not stop.told.is_set():
+            left = await stop.unless_told(self._recover_with_room())
+            if not stop.told.is_set():
                 log.info("serving", node=self.settings.node_name, version=VERSION, addresses=listeners.addresses)
                 await self._watch_until(stop, left)
         finally:
             await self._drain()
             listeners.close()
 
-    async def _watch_until(self, stop: _Stop, left: Sequence[str]) -> None:
+    async def _watch_until(self, stop: _Stop, left: Sequence[str] | None) -> None:
         watch = asyncio.create_task(self._watch(left), name="watch engine and store")
         try:
             await stop.unless_told(watch)
@@ -559,12 +588,22 @@ class _Daemon:
             log.exception("no longer watching engine and store; stopping")
             stop.fail()
 
-    async def _watch(self, left: Sequence[str]) -> None:
+    async def _watch(self, left: Sequence[str] | None) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._reconcile(left))
+            tasks.create_task(self._tell_health())
+
+    async def _reconcile(self, left: Sequence[str] | None) -> None:
+        while left is None:
+            await asyncio.sleep(_HEALTH_SECONDS)
+            try:
+                left = await self._recover_with_room()
+            except GpudockError as error:
+                log.warning("recovery was broken off; it is tried again", detail=error.message)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.reconciler.pass_after(left))
             tasks.create_task(self.reconciler.run())
             tasks.create_task(self.retention.run())
-            tasks.create_task(self._tell_health())
 
     async def _tell_health(self) -> None:
         trouble: str | None = None

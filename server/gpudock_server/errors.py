@@ -313,6 +313,13 @@ class OperationNotFound(GpudockError):
 
 
 @dataclass(eq=False)
+class OperationResultGone(OperationNotFound):
+    """It ended well, what it left is no longer kept, and its object is gone or another."""
+
+    template = "operation {operation_id!r} ended well; its result is no longer kept, and its object has gone"
+
+
+@dataclass(eq=False)
 class OperationNotCancellable(GpudockError):
     """It is too late to undo."""
 
@@ -875,8 +882,18 @@ class StoreUnavailable(GpudockError):
     code = Code.UNAVAILABLE
     reason = "STORE_UNAVAILABLE"
     template = "etcd is out of reach ({detail}); try again with the same request_id"
-    retry_after = timedelta(seconds=5)
+    retry_after: ClassVar[timedelta | None] = timedelta(seconds=5)
     detail: str
+
+
+@dataclass(eq=False)
+class StoreFull(StoreUnavailable):
+    """The store answers, and takes nothing that needs room. Nothing was written."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "STORE_FULL"
+    template = "the store is full: {detail}"
+    retry_after = None
 
 
 @dataclass(eq=False)

@@ -447,14 +447,14 @@ async def test_a_newer_schema_is_refused_at_start_and_at_every_value(
 ) -> None:
     keys = Keys(prefix)
     await store.open()
-    await connection.txn(success=[wire.put(keys.container("web"), b'{"schema":3,"record":{"new":1}}')])
-    with pytest.raises(RecordUnreadable, match=r"containers/web cannot be read: written in schema 3.*newer gpudock"):
+    await connection.txn(success=[wire.put(keys.container("web"), b'{"schema":4,"record":{"new":1}}')])
+    with pytest.raises(RecordUnreadable, match=r"containers/web cannot be read: written in schema 4.*newer gpudock"):
         await store.container("web")
     await connection.txn(success=[wire.put(keys.container("web"), b"hello")])
     with pytest.raises(RecordUnreadable, match="not a value of gpudock's"):
         await store.container("web")
-    await connection.txn(success=[wire.put(keys.schema(), b"3")])
-    with pytest.raises(StartupError, match="schema 3, and this gpudockd knows 2") as newer:
+    await connection.txn(success=[wire.put(keys.schema(), b"4")])
+    with pytest.raises(StartupError, match="schema 4, and this gpudockd knows 3") as newer:
         await store.open()
     assert "install the gpudock that wrote it" in newer.value.hint
     await connection.txn(success=[wire.put(keys.schema(), b"{}")])
@@ -481,4 +481,31 @@ async def test_state_of_schema_1_is_taken_over(store: EtcdStore, connection: Etc
     # A daemon of before must not write into what it no longer understands.
     read = await connection.read(wire.get(keys.schema()), patience=PATIENCE)
     assert read.ranges[0].only is not None
-    assert read.ranges[0].only.value == b"2"
+    assert read.ranges[0].only.value == b"3"
+
+
+async def test_an_operation_of_schema_2_goes_on_in_the_new_form(
+    store: EtcdStore, connection: EtcdConnection, prefix: str
+) -> None:
+    keys = Keys(prefix)
+    begun = operation("op1", arguments={"spec": {"image": "x"}}, result=container("web"))
+    await connection.txn(
+        success=[wire.put(keys.operation("op1"), b'{"schema":2,"record":%s}' % begun.model_dump_json().encode())]
+    )
+    stored = await store.operation("op1")
+    assert stored is not None
+    assert stored.value == begun
+    step = begun.changed(message="a step further")
+    await store.apply([PutOperation(step, expect=stored.version)])
+    # Whoever takes it up next, another daemon as a rule, has all of it.
+    heir = EtcdStore(connection, prefix=prefix)
+    taken = await heir.operation("op1")
+    assert taken is not None
+    assert taken.value == step
+    small = (await connection.read(wire.get(keys.operation("op1")), patience=PATIENCE)).ranges[0].only
+    assert small is not None
+    assert b"image" not in small.value
+    await heir.apply([PutOperation(step.changed(state=OperationState.SUCCEEDED), expect=taken.version)])
+    ended = await store.operation("op1")
+    assert ended is not None
+    assert (ended.value.arguments, ended.value.result) == ({}, container("web"))

@@ -34,13 +34,16 @@ class Etcd:
     host = "unix"
     """With `port`, what aetcd.Client takes."""
 
-    def __init__(self, folder: Path, processes: ProcessGroup, *, fsync: bool = False) -> None:
+    def __init__(
+        self, folder: Path, processes: ProcessGroup, *, fsync: bool = False, quota_bytes: int | None = None
+    ) -> None:
         """Prepares it; `launch` and `await_ready`, or `start`, run it.
 
         Args:
             folder: made with mode 0700; holds its sockets, its data and its log.
             processes: those of the rig.
             fsync: whether to sync its files; without, it survives its own death, but not the machine's.
+            quota_bytes: how large its database may become; by default etcd's 2 GiB.
         """
         folder.mkdir(mode=0o700)
         self.folder = folder
@@ -55,6 +58,7 @@ class Etcd:
             *["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", f"rig={peer}"],
             *_FAST_ELECTION,
             *([] if fsync else ["--unsafe-no-fsync"]),
+            *([] if quota_bytes is None else ["--quota-backend-bytes", str(quota_bytes)]),
         ]
 
     @property

@@ -63,6 +63,7 @@ class Rig:
         self._guardian: subprocess.Popen[bytes] | None = None
         self._daemon_numbers = itertools.count(1)
         self._proxy_numbers = itertools.count(1)
+        self._etcd_numbers = itertools.count(1)
 
     def start(self) -> Self:
         """Brings it up, in about a second and a half; whatever fails, nothing is left."""
@@ -238,6 +239,14 @@ class Rig:
             serving=serving,
             timeout_s=timeout_s,
         )
+
+    def small_etcd(self, quota_bytes: int) -> Etcd:
+        """Another etcd, started, whose database may become this large."""
+        if self._processes is None:
+            raise RigError("the rig was not started")
+        etcd = Etcd(self._made("etcds") / str(next(self._etcd_numbers)), self._processes, quota_bytes=quota_bytes)
+        etcd.start()
+        return etcd
 
     def engine_proxy(self) -> EngineProxy:
         """A fault-injecting proxy in front of the engine, for `async with`, in the caller's event loop."""

@@ -24,6 +24,7 @@ from gpudock_server.ports import (
     Seen,
     Store,
     StoreConflict,
+    StoreUsage,
     Versioned,
     VolumeSeen,
     VolumeView,
@@ -48,6 +49,8 @@ class MemoryStore(Store):
         self.past: dict[tuple[str, int], RevisionView] = {}
         self.origins: dict[tuple[str, str], ImageOrigin] = {}
         self.reads = 0
+        # Why there is no room.
+        self.full = ""
         self._moments: list[Sequence[object]] = []
         # What every change was for a watch of that kind; the first `forgotten` of the containers' are no longer told.
         self.told: list[tuple[ContainerView | None, ContainerView | None]] = []
@@ -297,6 +300,10 @@ class MemoryStore(Store):
     @override
     async def nodes(self) -> tuple[NodeRecord, ...]:
         return ()
+
+    @override
+    async def usage(self) -> StoreUsage:
+        return StoreUsage(size_bytes=3 << 20, in_use_bytes=1 << 20, quota_bytes=2 << 30, full=self.full)
 
     @override
     async def ping(self) -> str:

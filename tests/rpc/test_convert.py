@@ -34,7 +34,7 @@ from gpudock_server.model.operation import (
 from gpudock_server.model.spec import ContainerSpec, GpuRequest, HealthCheck, Protocol, TmpfsMount
 from gpudock_server.model.target import Target, TargetKind
 from gpudock_server.model.volume import PoolUsage
-from gpudock_server.ports import ContainerView
+from gpudock_server.ports import ContainerView, StoreUsage
 from gpudock_server.rpc.convert import container, gpu, operation, port
 from gpudock_server.rpc.convert.exec import encoded_output, exited_message
 from gpudock_server.rpc.convert.node import node_message
@@ -372,6 +372,7 @@ def node_view(**changes: Any) -> NodeView:
         "engine_error": "",
         "store_version": "3.5",
         "store_error": "",
+        "store_usage": StoreUsage(size_bytes=9, in_use_bytes=7, quota_bytes=8, full=""),
         "gpus": GpuSnapshot(gpus=(Gpu(uuid="GPU-1", index=0), Gpu(uuid="GPU-2", index=1)), driver_version="550"),
         "claims": ClaimTable({GpuKey("GPU-1"): HOLDER, PortKey(Protocol.TCP, 20001): HOLDER}),
         "port_range": (20000, 20009),
@@ -396,6 +397,19 @@ def test_a_node() -> None:
     assert [(way.available, way.reason) for way in shown.layer_carry] == [(False, "no"), (True, "")]
     assert all(component.healthy for component in shown.components)
     assert len(shown.components) == len(node_pb2.NodeComponent.values()) - 1
+
+
+def test_a_node_whose_store_is_full() -> None:
+    usage = StoreUsage(size_bytes=9, in_use_bytes=7, quota_bytes=0, full="buy a disk")
+    shown = node_message(node_view(store_usage=usage))
+    assert (shown.store.size_bytes, shown.store.in_use_bytes, shown.store.full) == (9, 7, True)
+    assert not shown.store.HasField("quota_bytes")
+    assert [(part.healthy, part.message) for part in shown.components] == [
+        (True, ""),
+        (False, "the store is full: buy a disk"),
+        (True, ""),
+    ]
+    assert shown.free_gpus == 1, "they are free all the same"
 
 
 def test_a_node_whose_parts_do_not_answer() -> None:

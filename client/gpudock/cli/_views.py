@@ -11,7 +11,7 @@ from gpudock.v1.committed_image_pb2 import CommittedImage
 from gpudock.v1.container_pb2 import Container, ContainerHealth, ContainerState
 from gpudock.v1.drift_pb2 import Drift, DriftKind, DriftRemedy, DriftSeverity
 from gpudock.v1.gpu_pb2 import Gpu, GpuHealth, MigMode
-from gpudock.v1.node_pb2 import LayerCarrySupport, Node, NodeComponent
+from gpudock.v1.node_pb2 import LayerCarrySupport, Node, NodeComponent, StoreUsage
 from gpudock.v1.operation_pb2 import LayerCarryMethod
 from gpudock.v1.port_claim_pb2 import PortClaim
 from gpudock.v1.port_pb2 import PortBinding, PortProtocol
@@ -152,6 +152,7 @@ def node(item: Node) -> str:
             ("gpudockd", item.daemon_version),
             ("engine", " ".join(filter(None, (engine.version, engine.storage_driver)))),
             ("etcd", item.etcd_version),
+            ("store size", _store_size(item.store) if item.HasField("store") else "?"),
             ("driver", item.driver_version),
             ("CUDA", item.cuda_driver_version),
             ("GPUs", f"{capacity.gpus}: {item.free_gpus} free, {item.claimed_gpus} held"),
@@ -163,7 +164,11 @@ def node(item: Node) -> str:
             *(
                 (
                     word_of(NodeComponent, each.component).lower().replace("_", " "),
-                    _component(each.healthy, each.message),
+                    _component(
+                        each.healthy,
+                        each.message,
+                        full=item.store.full and each.component == NodeComponent.NODE_COMPONENT_STORE,
+                    ),
                 )
                 for each in item.components
             ),
@@ -197,5 +202,11 @@ def _carry(item: LayerCarrySupport) -> str:
     return word if item.available else f"not {word} ({item.reason})"
 
 
-def _component(healthy: bool, message: str) -> str:  # noqa: FBT001 - as the message has it
-    return ("answers" if healthy else "DOES NOT ANSWER") + (f": {message}" if message else "")
+def _store_size(usage: StoreUsage) -> str:
+    quota = f", quota {bytes_text(usage.quota_bytes)}" if usage.HasField("quota_bytes") else ""
+    return f"{bytes_text(usage.in_use_bytes)} in use of {bytes_text(usage.size_bytes)}{quota}"
+
+
+def _component(healthy: bool, message: str, *, full: bool) -> str:  # noqa: FBT001 - as the message has it
+    trouble = "FULL" if full else "DOES NOT ANSWER"
+    return ("answers" if healthy else trouble) + (f": {message}" if message else "")

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 import structlog
 
 from gpudock_server.core.running import Running
-from gpudock_server.errors import GpuBusy, GpudockError, PortInUse, StoreUnavailable
+from gpudock_server.errors import GpuBusy, GpudockError, PortInUse, StoreFull, StoreUnavailable
 from gpudock_server.model.changes import Change, Claim, Keep, PutOperation, PutRequest, Unlock
 from gpudock_server.model.claims import GpuKey, Holder, PortKey
 from gpudock_server.model.operation import Operation, OperationState, RequestRecord
@@ -73,6 +73,9 @@ class Journal:
             try:
                 version = await self._store.apply([*changes, PutOperation(operation, expect=running.version)])
             except StoreUnavailable as error:
+                # A store that is away comes back, or its callers have a deadline. One that is full waits for an
+                # operator: callers are told, and the operation goes on when there is room.
+                running.block(error if isinstance(error, StoreFull) else None)
                 await self.pause(tries, error)
                 tries += 1
             except StoreConflict as conflict:
@@ -81,6 +84,7 @@ class Journal:
                 raise
             else:
                 running.record, running.version = operation, version
+                running.blocked = None
                 running.tell()
                 return
 

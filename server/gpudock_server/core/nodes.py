@@ -18,7 +18,7 @@ from gpudock_server.model.engine import EngineInfo
 from gpudock_server.model.gpu import Gpu, GpuSnapshot
 from gpudock_server.model.operation import CarryMethod
 from gpudock_server.model.volume import PoolUsage
-from gpudock_server.ports import GpuInventory
+from gpudock_server.ports import GpuInventory, StoreUsage
 
 T = TypeVar("T")
 
@@ -71,6 +71,7 @@ class NodeView:
     engine_error: str
     store_version: str
     store_error: str
+    store_usage: StoreUsage | None
     gpus: GpuSnapshot
     claims: ClaimTable
     port_range: tuple[int, int]
@@ -132,8 +133,11 @@ class Nodes:
         """The node, also where its engine or its store is out of reach. Raises as `check`."""
         await self.check(name)
         world = self._world
-        (engine, engine_error), (store_version, store_error), (claims, claims_error) = await asyncio.gather(
-            _or_error(world.engine.info()), _or_error(world.store.ping()), _or_error(world.store.claims(world.host))
+        (engine, engine_error), (store_version, store_error), (claims, claims_error), (usage, _) = await asyncio.gather(
+            _or_error(world.engine.info()),
+            _or_error(world.store.ping()),
+            _or_error(world.store.claims(world.host)),
+            _or_error(world.store.usage()),
         )
         engine = self._engine = engine or self._engine
         return NodeView(
@@ -144,6 +148,7 @@ class Nodes:
             engine_error=engine_error,
             store_version=store_version or "",
             store_error=store_error or claims_error,
+            store_usage=usage,
             gpus=await self._inventory.snapshot(),
             claims=claims or ClaimTable(),
             port_range=self._port_range,

@@ -32,10 +32,12 @@ from gpudock_server.errors import (
     GpudockError,
     OperationNotCancellable,
     OperationNotFound,
+    OperationResultGone,
     Recorded,
     Recovering,
     RequestIdReused,
     ShuttingDown,
+    StoreFull,
     StoreUnavailable,
     VolumeBusy,
     VolumeElsewhere,
@@ -52,6 +54,7 @@ from gpudock_server.model.changes import (
     PutVolume,
     Unlocked,
 )
+from gpudock_server.model.container import Container
 from gpudock_server.model.operation import (
     Operation,
     OperationKind,
@@ -64,6 +67,7 @@ from gpudock_server.model.operation import (
 )
 from gpudock_server.model.record import JsonObject, now
 from gpudock_server.model.target import Target, TargetKind
+from gpudock_server.model.volume import Volume
 from gpudock_server.ports import Page, Store, StoreConflict
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -130,6 +134,7 @@ class Operations:
         # Ids whose first transaction may be in the store while they have no task yet.
         self._beginning: set[str] = set()
         self._recovering = recovering
+        self._no_room: StoreFull | None = None
         # Set, and replaced by another, when an operation is resumed, when operations may begin, and when none may.
         self._turning = asyncio.Event()
 
@@ -142,6 +147,13 @@ class Operations:
         self._turning.set()
         self._turning = asyncio.Event()
 
+    def recovery_waits(self, error: StoreFull | None) -> None:
+        """The recovery waits for room in the store, for as long as that takes; None: no longer."""
+        self._no_room = error
+
+    def _why_not_recovered(self) -> GpudockError:
+        return StoreFull(self._no_room.detail) if self._no_room is not None else Recovering()
+
     # -- beginning ---------------------------------------------------------------------------------------------------
 
     async def begin(
@@ -151,7 +163,8 @@ class Operations:
 
         `draft` is asked again when what it picked was taken by someone else. With a `request` that was seen before,
         nothing begins and the first call's operation is named. Raises whatever `draft` raises, RequestIdReused,
-        ContainerBusy, ContainerExists, StoreUnavailable, ShuttingDown; and Recovering, unless it `recovers`: is part of
+        ContainerBusy, ContainerExists, StoreUnavailable, ShuttingDown; and Recovering, or StoreFull where the recovery
+        waits for room, unless it `recovers`: is part of
         an operation that was resumed, or puts right what the first full pass has found.
         """
         for attempt in range(_CONTENTION_TRIES):
@@ -161,7 +174,7 @@ class Operations:
                 if (first := await self._first_call(request)) is not None:
                     return first
                 if self._recovering and not recovers:
-                    raise Recovering
+                    raise self._why_not_recovered()
                 try:
                     return await self._begin(await draft(), request)
                 except StoreConflict as conflict:
@@ -229,12 +242,17 @@ class Operations:
         except ShuttingDown:
             raise Parked from None
         while not (snapshot := await self.get(part)).operation.state.ended:
-            # After a restart the whole may be taken up before its part is.
-            task = self._tasks.get(part) or asyncio.create_task(asyncio.sleep(_TAKING_UP_SECONDS))
-            await asyncio.wait((task,))
-            if self._draining.is_set():
+            if (running := self._running.get(part)) is not None:
+                changed = running.changed
+                self._running[whole.id].block(running.blocked)
+                await self._changed_or_parked(part, changed)
+            else:
+                # After a restart the whole may be taken up before its part is.
+                await asyncio.sleep(_TAKING_UP_SECONDS)
+            if self._draining.is_set() and part not in self._tasks:
                 raise Parked
-        outcome_of(snapshot.operation)
+        self._running[whole.id].block(None)
+        raise_failure_of(snapshot.operation)
 
     @staticmethod
     def _explain(conflict: StoreConflict) -> None:
@@ -270,7 +288,8 @@ class Operations:
         """Full snapshots until the operation has ended; the last one is the ended one.
 
         A slow reader is given the latest and misses what is between. Raises ShuttingDown when this daemon stops first:
-        the operation then goes on with the next one.
+        the operation then goes on with the next one; StoreFull when it cannot be recorded: it goes on when there is
+        room.
         """
         while True:
             while (running := self._running.get(operation_id)) is not None:
@@ -279,6 +298,8 @@ class Operations:
                 yield snapshot
                 if snapshot.operation.state.ended:
                     return
+                if running.blocked is not None:
+                    raise StoreFull(running.blocked.detail)
                 await self._changed_or_parked(operation_id, changed)
             recovering = self._recovering
             snapshot = await self.get(operation_id)
@@ -307,20 +328,46 @@ class Operations:
             waiter.cancel()
 
     async def result(self, operation_id: str) -> Result:
-        """Wait for the end; what it left, or the error it ended with."""
+        """Wait for the end; what it left. Raises the error that it ended with, and what `watch` raises."""
+        return await self.outcome(await self._ended(operation_id))
+
+    async def done(self, operation_id: str) -> None:
+        """Wait for the end of what leaves nothing. Raises as `result`."""
+        raise_failure_of(await self._ended(operation_id))
+
+    async def _ended(self, operation_id: str) -> Operation:
         final: Snapshot | None = None
         async for snapshot in self.watch(operation_id):
             final = snapshot
         if final is None:
             raise OperationNotFound(operation_id=operation_id)
-        return outcome_of(final.operation)
+        return final.operation
+
+    async def outcome(self, operation: Operation) -> Result:
+        """What an ended operation left. Raises the error that it ended with, OperationResultGone.
+
+        Of what is no longer kept for want of room, the object as it is now is shown, as AIP-155 has it.
+        """
+        raise_failure_of(operation)
+        if operation.result is not None:
+            return operation.result
+        current: Container | Volume | None = None
+        if operation.target.kind is TargetKind.CONTAINER:
+            view = await self._store.container(operation.target.name)
+            current = view.container if view is not None else None
+        else:
+            seen = await self._store.volume(operation.target.name)
+            current = seen.volume if seen is not None else None
+        if operation.kind is OperationKind.COMMIT or current is None or current.uid != operation.target.uid:
+            raise OperationResultGone(operation_id=operation.id)
+        return current
 
     # -- cancelling --------------------------------------------------------------------------------------------------
 
     async def cancel(self, operation_id: str) -> Snapshot:
         """Ask for an operation to be undone; returns once that is recorded, while the undoing goes on.
 
-        Raises OperationNotFound, OperationNotCancellable, WrongNode, Recovering.
+        Raises OperationNotFound, OperationNotCancellable, WrongNode, Recovering, StoreFull.
         """
         running = self._running.get(operation_id)
         if running is None:
@@ -329,7 +376,7 @@ class Operations:
                 return snapshot
             await self._must_be_here(snapshot.operation)
             if self._recovering and not snapshot.operation.state.ended:
-                raise Recovering
+                raise self._why_not_recovered()
             raise OperationNotCancellable(operation_id=operation_id, state=snapshot.operation.state.value)
         if not running.saga.cancellable:
             raise OperationNotCancellable(operation_id=operation_id, state=running.record.state.value)
@@ -341,6 +388,9 @@ class Operations:
             await self._changed_or_parked(operation_id, changed)
             if operation_id not in self._tasks and not running.record.state.ended:
                 raise ShuttingDown
+            if running.blocked is not None:
+                # The wish is kept, and looked at before the next step.
+                raise StoreFull(running.blocked.detail)
         if not running.record.cancel_requested:
             raise OperationNotCancellable(operation_id=operation_id, state=running.record.state.value)
         return running.snapshot
@@ -460,8 +510,8 @@ def stages_of(saga: Saga[Any]) -> tuple[Stage, ...]:
     return tuple(Stage(name=name) for name in names)
 
 
-def outcome_of(operation: Operation) -> Result:
-    """What an ended operation left. Raises the error that it ended with."""
+def raise_failure_of(operation: Operation) -> None:
+    """Raise the error that an ended operation ended with, if any."""
     if operation.error is not None:
         raise Recorded(
             recorded_code=operation.error.code,
@@ -469,6 +519,3 @@ def outcome_of(operation: Operation) -> Result:
             recorded_message=operation.error.message,
             recorded_metadata=operation.error.metadata,
         )
-    if operation.result is None:
-        raise OperationNotFound(operation_id=operation.id)
-    return operation.result

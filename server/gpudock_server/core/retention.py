@@ -78,7 +78,7 @@ class Retention:
         for old in surplus(await self._world.store.history(container.uid), limits_of(self._world, container.spec)):
             command = DeleteRevision(name=container.name, revision=old.revision.revision, etag=container.etag)
             try:
-                await self._containers.run(command, None)
+                await self._containers.run_to_end(command, None)
             except (ContainerBusy, ContainerNotFound, RevisionIsCurrent, RevisionNotFound):
                 # Something else is at work on it; the next look finds it as it is then.
                 return

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from gpudock_server.core.saga import Run, Saga, Step
+from gpudock_server.errors import StoreFull
 from gpudock_server.model.operation import Operation
 from gpudock_server.model.record import JsonObject
 
@@ -46,6 +47,8 @@ class Running(Run):
     notes: list[str] = field(default_factory=list)
     cancel_requested: bool = False
     step: Step | None = None
+    # Why it waits, where its callers are not to wait with it.
+    blocked: StoreFull | None = None
     step_task: asyncio.Task[JsonObject | None] | None = None
     _description: str = ""
     _told: float = 0.0
@@ -97,6 +100,12 @@ class Running(Run):
     def changed(self) -> asyncio.Event:
         """Set at the next change; take it before looking."""
         return self._changed
+
+    def block(self, error: StoreFull | None) -> None:
+        """It waits for something that nobody can tell the end of; None: no longer."""
+        changed, self.blocked = self.blocked != error, error
+        if changed:
+            self.tell()
 
     def tell(self) -> None:
         """Wake every watcher. Each looks at what is then current: what a slow one missed costs nothing."""

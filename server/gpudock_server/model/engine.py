@@ -39,6 +39,13 @@ class EngineInfo(Record):
     gpu_runtime: bool = True
 
 
+class HostCapacity(Record):
+    """What the engine's host has: no container can be given more. 0 is not known."""
+
+    cpus: int = 0
+    memory_bytes: int = 0
+
+
 class EngineImage(Record):
     """An image that the engine has.
 

@@ -66,6 +66,20 @@ class VolumeView:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreUsage:
+    """How large the store's database is.
+
+    `size_bytes` is its file, `in_use_bytes` what of that holds data, `quota_bytes` what it may grow to (0: not known).
+    `full` says why the store takes no changes that need room, and what helps; empty where it does.
+    """
+
+    size_bytes: int
+    in_use_bytes: int
+    quota_bytes: int
+    full: str
+
+
+@dataclass(frozen=True, slots=True)
 class VolumeSeen:
     """A volume with what is derived: who mounts it, and the bytes in use where they were measured."""
 
@@ -117,6 +131,8 @@ class StoreConflict(Exception):
 
 class Store(Protocol):
     """The truth. Raises StoreUnavailable when it does not answer within its timeout.
+
+    Where a change needs room that the store does not have, that is its subclass StoreFull.
 
     `apply` resolves what a timeout leaves open: while it has time it finds out, by reading back, whether the
     transaction happened, and only then gives up with StoreUnavailable. What cannot be read is left out of what is read
@@ -213,5 +229,9 @@ class Store(Protocol):
         ...
 
     async def ping(self) -> str:
-        """The store's version; raises StoreUnavailable."""
+        """The store's version; raises StoreUnavailable. One that is full answers."""
+        ...
+
+    async def usage(self) -> StoreUsage:
+        """How full it is. Raises StoreUnavailable."""
         ...

@@ -76,7 +76,7 @@ class ContainerService(ContainerServiceServicer):
     def CreateContainer(
         self, request: container_service_pb2.CreateContainerRequest, context: Context
     ) -> AsyncIterator[container_service_pb2.CreateContainerResponse]:
-        command = validation.create(request)
+        command = validation.create(request, self._containers.host)
         return self._operate("CreateContainer", request, command, container_service_pb2.CreateContainerResponse)
 
     @override
@@ -152,21 +152,21 @@ class ContainerService(ContainerServiceServicer):
     async def DeleteContainer(
         self, request: container_service_pb2.DeleteContainerRequest, context: Context
     ) -> container_service_pb2.DeleteContainerResponse:
-        await self._containers.run(validation.delete(request), _key("DeleteContainer", request))
+        await self._containers.run_to_end(validation.delete(request), _key("DeleteContainer", request))
         return container_service_pb2.DeleteContainerResponse()
 
     @override
     def ScaleContainer(
         self, request: container_service_pb2.ScaleContainerRequest, context: Context
     ) -> AsyncIterator[container_service_pb2.ScaleContainerResponse]:
-        command = validation.scale(request)
+        command = validation.scale(request, self._containers.host)
         return self._operate("ScaleContainer", request, command, container_service_pb2.ScaleContainerResponse)
 
     @override
     def UpdateContainer(
         self, request: container_service_pb2.UpdateContainerRequest, context: Context
     ) -> AsyncIterator[container_service_pb2.UpdateContainerResponse]:
-        command = validation.update(request)
+        command = validation.update(request, self._containers.host)
         return self._operate("UpdateContainer", request, command, container_service_pb2.UpdateContainerResponse)
 
     @override
@@ -180,7 +180,7 @@ class ContainerService(ContainerServiceServicer):
     def CloneContainer(
         self, request: container_service_pb2.CloneContainerRequest, context: Context
     ) -> AsyncIterator[container_service_pb2.CloneContainerResponse]:
-        command = validation.clone(request)
+        command = validation.clone(request, self._containers.host)
         return self._operate("CloneContainer", request, command, container_service_pb2.CloneContainerResponse)
 
     @override
@@ -211,7 +211,7 @@ class ContainerService(ContainerServiceServicer):
     async def DeleteContainerRevision(
         self, request: container_service_pb2.DeleteContainerRevisionRequest, context: Context
     ) -> container_service_pb2.DeleteContainerRevisionResponse:
-        await self._containers.run(validation.delete_revision(request), _key("DeleteContainerRevision", request))
+        await self._containers.run_to_end(validation.delete_revision(request), _key("DeleteContainerRevision", request))
         return container_service_pb2.DeleteContainerRevisionResponse()
 
     @override

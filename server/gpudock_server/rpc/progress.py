@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from gpudock.v1 import committed_image_pb2, container_pb2, operation_pb2, volume_pb2
 
-from gpudock_server.core.operations import Operations, elsewhere, outcome_of
+from gpudock_server.core.operations import Operations, elsewhere, raise_failure_of
 from gpudock_server.core.running import Snapshot
 from gpudock_server.model.image import CommittedImage
 from gpudock_server.model.operation import Operation, OperationKind
@@ -39,16 +39,17 @@ async def follow(
             last = snapshot.operation
             yield operation_message(snapshot)
     if last is not None:
-        yield _result(last)
+        yield await _result(operations, last)
 
 
-def _result(operation: Operation) -> ResultMessage | None:
+async def _result(operations: Operations, operation: Operation) -> ResultMessage | None:
     if not operation.state.ended:
         # Only the daemon that runs it knows how it goes on.
         raise elsewhere(operation, address="")
-    left = outcome_of(operation)
     if operation.kind in _LEAVES_NOTHING:
+        raise_failure_of(operation)
         return None
+    left = await operations.outcome(operation)
     match left:
         case CommittedImage():
             return committed_message(left)

@@ -112,7 +112,7 @@ class VolumeService(VolumeServiceServicer):
         if request.validate_only:
             plan = progress.recorded(await self._volumes.preview(command))
             return volume_service_pb2.DeleteVolumeResponse(plan=plan)
-        await self._volumes.run(command, _key("DeleteVolume", request))
+        await self._volumes.run_to_end(command, _key("DeleteVolume", request))
         return volume_service_pb2.DeleteVolumeResponse()
 
     @override

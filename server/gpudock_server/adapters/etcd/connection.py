@@ -24,12 +24,15 @@ from gpudock_server.adapters.etcd.wire import (
     Message,
     TxnAnswer,
     WatchAnswer,
+    is_read,
+    range_answer,
+    range_request,
     txn_answer,
     txn_request,
     watch_answer,
     watch_request,
 )
-from gpudock_server.errors import StoreUnavailable
+from gpudock_server.errors import StoreFull, StoreUnavailable
 
 T = TypeVar("T")
 
@@ -51,8 +54,19 @@ _UNANSWERED = frozenset(
 )
 # Refusals that pass: etcd has more to do than it can, or its users were changed while it looked at the call.
 _PASSING = ("too many requests", "revision of auth store is old")
+# What etcd says of a put when its database is as large as it may become, and of its alarm for that.
+_NO_SPACE = "database space exceeded"
+_NO_SPACE_ALARM = "NOSPACE"
+# Compaction and defragmentation go through all that there is.
+_MAINTENANCE_SECONDS = 120.0
 # A member that has lost its leader is to say so, instead of being silent for as long as that lasts.
 _HAS_LEADER = (("hasleader", "true"),)
+
+
+CLUSTER_IS_FULL = (
+    "etcd has raised its alarm NOSPACE; compact and defragment it and disarm the alarm (etcdctl compact, defrag,"
+    " alarm disarm), or give it a larger --quota-backend-bytes"
+)
 
 
 class CallFailed(Exception):
@@ -70,13 +84,29 @@ class CallFailed(Exception):
         """Whether the same call may succeed in a moment."""
         return self.unanswered or any(phrase in self.detail for phrase in _PASSING)
 
+    @property
+    def no_space(self) -> bool:
+        """Whether etcd refused to store more."""
+        return _NO_SPACE in self.detail
+
+    def for_core(self) -> StoreUnavailable:
+        """The error that core is given."""
+        return StoreFull(CLUSTER_IS_FULL) if self.no_space else StoreUnavailable(str(self))
+
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The state of the member that answered. `trouble` is empty when it takes writes."""
+    """The state of the member that answered, and the size of its database.
+
+    `trouble` is empty when it serves. `no_space`: its alarm for that is raised, and it takes only reads and deletions.
+    """
 
     version: str
     trouble: str
+    no_space: bool
+    revision: int
+    size_bytes: int
+    in_use_bytes: int
 
 
 class EtcdConnection:
@@ -103,7 +133,7 @@ class EtcdConnection:
             async with self._mapped_errors():
                 await self._client.connect()
         except CallFailed as failure:
-            raise StoreUnavailable(str(failure)) from None
+            raise failure.for_core() from None
 
     async def close(self) -> None:
         """Let go of the channel; calls that are on their way fail."""
@@ -123,9 +153,32 @@ class EtcdConnection:
         Raises CallFailed.
         """
         request = txn_request(compare, success, failure)
-        answer = txn_answer(await self._call(lambda: self._client.kvstub.Txn, request, timeout))
+        try:
+            answer = txn_answer(await self._call(lambda: self._client.kvstub.Txn, request, timeout))
+        except CallFailed as error:
+            if not (error.no_space and success and not compare and all(is_read(do) for do in success)):
+                raise
+            answer = await self._ranges(success, timeout)
         self.revision = max(self.revision, answer.revision)
         return answer
+
+    async def _ranges(self, reads: Sequence[Do], timeout: float | None) -> TxnAnswer:
+        """The reads by themselves: an etcd that is full refuses every transaction, also one that only reads."""
+        revision, answers = 0, []
+        for read in reads:
+            # All at the moment of the first.
+            answer = await self._call(self._range, range_request(read, at=revision), timeout)
+            revision = revision or int(answer.header.revision)
+            answers.append(range_answer(answer))
+        return TxnAnswer(succeeded=True, revision=revision, ranges=tuple(answers))
+
+    def _range(self) -> Message:
+        return self._client.kvstub.Range
+
+    async def delete(self, keys: KeyRange) -> None:
+        """Remove every key of a range, whatever they hold; a full etcd takes this as well. Raises CallFailed."""
+        request = rpc.DeleteRangeRequest(key=keys.start, range_end=keys.end)
+        await self._call(lambda: self._client.kvstub.DeleteRange, request)
 
     async def read(self, *reads: Do, patience: timedelta) -> TxnAnswer:
         """Do `reads` at one moment; tries again while there is `patience`. Raises CallFailed."""
@@ -198,11 +251,49 @@ class EtcdConnection:
     async def status(self) -> Status:
         """How the member that answers is. Raises CallFailed."""
         answer = await self._call(lambda: self._client.maintenancestub.Status, rpc.StatusRequest())
-        trouble = [str(error) for error in answer.errors] or ([] if answer.leader else ["etcd has no leader"])
-        return Status(version=str(answer.version), trouble="; ".join(trouble))
+        errors = [str(error) for error in answer.errors]
+        others = [error for error in errors if _NO_SPACE_ALARM not in error]
+        return Status(
+            version=str(answer.version),
+            trouble="; ".join(others or ([] if answer.leader else ["etcd has no leader"])),
+            no_space=len(others) < len(errors),
+            revision=int(answer.header.revision),
+            size_bytes=int(answer.dbSize),
+            in_use_bytes=int(answer.dbSizeInUse),
+        )
 
-    async def _call(self, method: Callable[[], Message], request: Message, timeout: float | None = None) -> Message:
-        limit = self._timeout if timeout is None else min(timeout, self._timeout)
+    async def compact(self, revision: int) -> None:
+        """Forget what was overwritten or deleted before `revision`; returns when it is done. Raises CallFailed."""
+        request = rpc.CompactionRequest(revision=revision, physical=True)
+        await self._call(lambda: self._client.kvstub.Compact, request, longest=_MAINTENANCE_SECONDS)
+
+    async def defragment(self) -> None:
+        """Give what is free in the member's file back; it answers nothing meanwhile. Raises CallFailed."""
+        request = rpc.DefragmentRequest()
+        await self._call(lambda: self._client.maintenancestub.Defragment, request, longest=_MAINTENANCE_SECONDS)
+
+    async def disarm(self) -> None:
+        """Take back every NOSPACE alarm that is raised. Raises CallFailed."""
+        raised = await self._call(
+            lambda: self._client.maintenancestub.Alarm, rpc.AlarmRequest(action=rpc.AlarmRequest.GET)
+        )
+        for alarm in raised.alarms:
+            if alarm.alarm == rpc.NOSPACE:
+                taken_back = rpc.AlarmRequest(
+                    action=rpc.AlarmRequest.DEACTIVATE, memberID=alarm.memberID, alarm=alarm.alarm
+                )
+                await self._call(lambda: self._client.maintenancestub.Alarm, taken_back)
+
+    async def _call(
+        self,
+        method: Callable[[], Message],
+        request: Message,
+        timeout: float | None = None,
+        *,
+        longest: float | None = None,
+    ) -> Message:
+        """`timeout` can only shorten the limit of a call, which is `longest`, else the connection's."""
+        limit = min(one for one in (timeout, longest or self._timeout) if one is not None)
 
         async def once() -> Message:
             return await method()(request, timeout=limit, metadata=self._client.metadata)

@@ -19,9 +19,11 @@ from gpudock_server.adapters.etcd.channel import EtcdAddress
 from gpudock_server.adapters.etcd.connection import CallFailed, EtcdConnection
 from gpudock_server.adapters.etcd.etcd_folder import CLIENT_SOCKET, PEER_SOCKET, EtcdFolder
 from gpudock_server.adapters.etcd.etcd_program import EtcdProgram, find_program
+from gpudock_server.adapters.etcd.keeper import hard_quota
 from gpudock_server.startup import StartupError
 
 DEFAULT_START_TIMEOUT = timedelta(seconds=60)
+DEFAULT_QUOTA = 2 << 30
 
 _STOP_SECONDS = 10.0
 _LOOK_SECONDS = 0.02
@@ -47,7 +49,6 @@ _FLAGS = (
     # Page tokens live for an hour; what was overwritten before that is given back.
     "--auto-compaction-mode=periodic",
     "--auto-compaction-retention=1h",
-    "--quota-backend-bytes=2147483648",
     # So many entries etcd keeps in memory; its default of 100,000 would be hundreds of MB of operations.
     "--snapshot-count=10000",
     "--logger=zap",
@@ -68,10 +69,18 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 class EmbeddedEtcd:
     """etcd in `state_dir`/etcd, started, watched, started again when it dies, and stopped with the daemon.
 
-    It dies with the daemon, however that ends. `start_timeout` is how long it may take to read its data.
+    It dies with the daemon, however that ends. `start_timeout` is how long it may take to read its data, `quota_bytes`
+    how much it may hold; a reserve comes on top.
     """
 
-    def __init__(self, state_dir: Path, *, start_timeout: timedelta = DEFAULT_START_TIMEOUT) -> None:
+    def __init__(
+        self,
+        state_dir: Path,
+        *,
+        start_timeout: timedelta = DEFAULT_START_TIMEOUT,
+        quota_bytes: int = DEFAULT_QUOTA,
+    ) -> None:
+        self._quota_flag = f"--quota-backend-bytes={hard_quota(quota_bytes)}"
         self._folder = EtcdFolder(state_dir / "etcd")
         self._start_timeout = start_timeout.total_seconds()
         self._last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
@@ -140,6 +149,7 @@ class EmbeddedEtcd:
             "--",
             str(program.path),
             *_FLAGS,
+            self._quota_flag,
             cwd=self._folder.path,
             env=_environment(),
             stdin=DEVNULL,

@@ -22,7 +22,13 @@ uids and the UUIDs of cards that changes nothing.
     volumes/<name>                           Volume (head)        operations               with the volume
     revisions/volumes/<uid>/<number>         VolumeRevision       the operation that       with the volume
                                                                   commits it
-    operations/<id>                          Operation            the saga, every step     with a lease, once it ended
+    operations/<id>                          Operation without    the saga, every step     with a lease, once it ended,
+                                             what the next two                             or when there are too many
+                                             keys hold
+    arguments/<id>                           OperationArguments   the transaction that     in the transaction that
+                                                                  begins the operation     ends the operation
+    results/<id>/<size>                      OperationResult      the transaction that     with a lease, or when newer
+                                                                  commits the operation    ones need the room
     locks/<kind>s/<name>                     the operation's id,  the transaction that     in the transaction that
                                              bare                 begins the operation     ends the operation
     requests/<request_id>                    RequestRecord        likewise                 with a lease, once the
@@ -31,11 +37,17 @@ uids and the UUIDs of cards that changes nothing.
                                                                   commits or pulls it      has the image
     idle/<kind>s                             nothing              a daemon whose watch of  never
                                                                   the kind hears nothing
+    idle/keeper                              nothing              a daemon that has        never
+                                                                  compacted its own etcd
 
 - A claim is keyed by host and not by node: two daemons on one host, whatever their nodes are called, can never hand
   out one card twice. It exists or it does not; every claim is made on the condition that it does not.
 - A revision's number has ten digits, so that the order of keys is the order of revisions. History is made of keys of
   its own and never of etcd's revisions, which compaction erases.
+- An operation's record is written at every step. What is large and does not change, a spec as a rule, is therefore
+  kept beside it and written once. A result's key says how large its value is (bytes, ten digits), so that those that
+  take too much together are found without reading them. An operation of schema 2 holds both itself; what continues it
+  writes it in the new form.
 - A lock's value is bare because it is compared as it stands: a daemon with a newer schema must be able to release
   what an older one locked.
 - A lock is on a name; an operation that works on several objects holds one on each.
@@ -56,7 +68,7 @@ from gpudock_server.model.spec import Protocol
 from gpudock_server.model.target import TargetKind
 
 # Raised when an older daemon could no longer read, or would damage, what a newer one writes.
-SCHEMA = 2
+SCHEMA = 3
 
 DEFAULT_PREFIX = "/gpudock/v1/"
 
@@ -213,6 +225,26 @@ class Keys:
     def operations(self) -> KeyRange:
         """Every operation, in the order of their ids."""
         return self._below("operations")
+
+    def arguments(self, operation_id: str) -> bytes:
+        """What an operation was begun with."""
+        return self._key("arguments", operation_id)
+
+    def result(self, operation_id: str, size: int) -> bytes:
+        """What an operation left, in so many bytes."""
+        return self._key("results", operation_id, f"{size:010d}")
+
+    def results_of(self, operation_id: str) -> KeyRange:
+        """What one operation left, whatever its size."""
+        return self._below("results", operation_id)
+
+    def results(self) -> KeyRange:
+        """What all operations left, in the order of their ids: the newest first."""
+        return self._below("results")
+
+    def keeper(self) -> bytes:
+        """What is put where etcd is to take notice of what it has freed; empty."""
+        return self._key("idle", "keeper")
 
     def request(self, request_id: str) -> bytes:
         """What a caller's request id stood for."""

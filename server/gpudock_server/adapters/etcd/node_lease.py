@@ -18,9 +18,10 @@ from gpudock_server.adapters.etcd import wire
 from gpudock_server.adapters.etcd.connection import CallFailed, EtcdConnection
 from gpudock_server.adapters.etcd.keys import DEFAULT_PREFIX, Keys
 from gpudock_server.adapters.etcd.process_identity import ProcessIdentity
+from gpudock_server.adapters.etcd.room import Room
 from gpudock_server.adapters.etcd.values import decode, encode
 from gpudock_server.adapters.etcd.wire import Entry, TxnAnswer
-from gpudock_server.errors import StoreUnavailable
+from gpudock_server.errors import StoreFull
 from gpudock_server.model.node import NodeRecord
 from gpudock_server.startup import StartupError
 
@@ -54,7 +55,8 @@ class NodeLease:
     """Keeps `nodes/<node>` as long as this daemon lives, and for at most `ttl` after it.
 
     While etcd is out of reach it is tried again and again; a lease that ended meanwhile is replaced. `on_lost` is
-    called once if by then another daemon has the node: this one must stop working for it.
+    called once if by then another daemon has the node: this one must stop working for it. A store that is full does not
+    take the key: `registered` is set once it is there, and until then `room` lets no operation begin.
     """
 
     def __init__(
@@ -65,7 +67,11 @@ class NodeLease:
         on_lost: Callable[[NodeTaken], None],
         ttl: timedelta = DEFAULT_TTL,
         prefix: str = DEFAULT_PREFIX,
+        room: Room | None = None,
     ) -> None:
+        self.registered = asyncio.Event()
+        self._room = room or Room()
+        self._room.registered = False
         self._connection = connection
         self._record = record
         self._value = encode(record)
@@ -77,13 +83,19 @@ class NodeLease:
         self._keeper: asyncio.Task[None] | None = None
 
     async def register(self) -> None:
-        """Take the node. Raises NodeTaken after waiting for one lease's time, StoreUnavailable."""
+        """Take the node, or, where the store is full, go on trying. See `registered`.
+
+        Raises NodeTaken after waiting for one lease's time, StoreUnavailable.
+        """
         loop = asyncio.get_running_loop()
         until = loop.time() + self._ttl_seconds + _EXPIRY_LAG_SECONDS
-        while holder := await self._patiently_take():
-            if loop.time() >= until:
-                raise NodeTaken(self._record.node, holder)
-            await asyncio.sleep(_LOOK_SECONDS)
+        try:
+            while holder := await self._patiently_take():
+                if loop.time() >= until:
+                    raise NodeTaken(self._record.node, holder)
+                await asyncio.sleep(_LOOK_SECONDS)
+        except StoreFull as error:
+            log.warning("the node is not registered until the store has room", detail=error.detail)
         self._keeper = asyncio.create_task(self._keep(), name=f"lease of node {self._record.node}")
 
     async def close(self) -> None:
@@ -105,7 +117,7 @@ class NodeLease:
         try:
             return await self._connection.patiently(lambda _: self._take(), _PATIENCE)
         except CallFailed as failure:
-            raise StoreUnavailable(str(failure)) from None
+            raise failure.for_core() from None
 
     async def _take(self) -> NodeRecord | None:
         """Take the node if nobody has it, or nobody who lives; else who has it. May be repeated."""
@@ -114,6 +126,8 @@ class NodeLease:
             answer = await self._put(entry.version if entry else 0)
             if answer.succeeded:
                 self._version = answer.revision
+                self._room.registered = True
+                self.registered.set()
                 return None
             entry = answer.ranges[0].only
         return decode(NodeRecord, entry.key, entry.value)
@@ -150,7 +164,8 @@ class NodeLease:
             except CallFailed as failure:
                 if not silent:
                     log.warning("the node's lease could not be kept alive", reason=str(failure))
-                silent = True
+                # One that is full answers, and is not asked more often for that.
+                silent = not failure.no_space
             else:
                 silent = False
 
@@ -162,7 +177,8 @@ class NodeLease:
         entry = await self._read() if alive else None
         if entry is not None and entry.version == self._version:
             return True
-        log.warning("the node's key was gone; taking the node again", node=self._record.node)
+        if self._version:
+            log.warning("the node's key was gone; taking the node again", node=self._record.node)
         holder = await self._take()
         if holder is None:
             return True

@@ -20,6 +20,7 @@ from gpudock_server.adapters.etcd.conditions import (
     is_held_by,
 )
 from gpudock_server.adapters.etcd.keys import KeyRange, Keys
+from gpudock_server.adapters.etcd.operation_parts import NO_PARTS, OperationParts, Parts
 from gpudock_server.adapters.etcd.values import R, decode, decode_snapshot, encode
 from gpudock_server.adapters.etcd.wire import Entry
 from gpudock_server.model.changes import (
@@ -56,8 +57,8 @@ from gpudock_server.ports import Versioned
 class Step:
     """A change as etcd does it.
 
-    `value` is what is put, None deletes the key; a deletion takes all of `dependents` along. One that only `checks` has
-    its condition and does nothing. `found` shows a refused caller what stands at the key.
+    `value` is what is put, None deletes the key; a deletion takes all of `dependents` along, a put comes with `parts`.
+    One that only `checks` has its condition and does nothing. `found` shows a refused caller what stands at the key.
     """
 
     change: Change
@@ -68,19 +69,34 @@ class Step:
     expires: bool = False
     checks: bool = False
     dependents: tuple[KeyRange, ...] = ()
+    parts: Parts = NO_PARTS
+
+    @property
+    def needs_lease(self) -> bool:
+        """Whether something of it expires."""
+        return self.expires or any(part.expires for part in self.parts.puts)
+
+    @property
+    def operations(self) -> int:
+        """How many operations of etcd's it takes at most."""
+        return 1 + len(self.dependents) + len(self.parts.puts) + len(self.parts.deletes)
 
     def does(self, entry: Entry | None, lease: int) -> list[wire.Do]:
         """What the transaction does for it, given what was read and the lease for what expires."""
         if self.checks:
             return []
         if self.value is not None:
-            return [wire.put(self.key, self.value, lease if self.expires else 0)]
+            return [
+                wire.put(self.key, self.value, lease if self.expires else 0),
+                *(wire.put(part.key, part.value, lease if part.expires else 0) for part in self.parts.puts),
+                *(wire.delete(key) for key in self.parts.deletes),
+            ]
         if isinstance(self.condition, PerhapsHeldBy) and not is_held_by(self.condition.uid, entry):
             return []
         return [wire.delete(self.key), *(wire.delete_range(keys) for keys in self.dependents)]
 
 
-def step_of(change: Change, keys: Keys) -> Step:  # noqa: C901, PLR0911, PLR0912 - one case for each kind of change
+def step_of(change: Change, keys: Keys, operations: OperationParts) -> Step:  # noqa: C901, PLR0911, PLR0912 - one case for each kind of change
     """How a change is done."""
     match change:
         case Lock(kind, name, operation_id):
@@ -124,8 +140,15 @@ def step_of(change: Change, keys: Keys) -> Step:  # noqa: C901, PLR0911, PLR0912
             at = keys.volume_revision(volume_revision.uid, volume_revision.revision)
             return Step(change, at, VersionIs(0), _versioned(VolumeRevision), encode(volume_revision))
         case PutOperation(operation, expect):
-            value, ended = encode(operation), operation.state.ended
-            return Step(change, keys.operation(operation.id), VersionIs(expect), _versioned(Operation), value, ended)
+            return Step(
+                change,
+                keys.operation(operation.id),
+                VersionIs(expect),
+                _versioned(Operation),
+                operations.record(operation),
+                operation.state.ended,
+                parts=operations.beside(operation),
+            )
         case PutRequest(request_id, record, ended):
             unused = Always() if ended else VersionIs(0)
             return Step(change, keys.request(request_id), unused, _versioned(RequestRecord), encode(record), ended)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from datetime import timedelta
 from functools import lru_cache
@@ -12,15 +12,19 @@ import structlog
 
 from gpudock_server.adapters.etcd import wire
 from gpudock_server.adapters.etcd.conditions import holder_of
-from gpudock_server.adapters.etcd.connection import CallFailed, EtcdConnection
+from gpudock_server.adapters.etcd.connection import CLUSTER_IS_FULL, CallFailed, EtcdConnection
 from gpudock_server.adapters.etcd.expiry import ExpiryBuckets
+from gpudock_server.adapters.etcd.keeper import StoreKeeper
 from gpudock_server.adapters.etcd.keys import DEFAULT_PREFIX, SCHEMA, KeyRange, Keys, WatchedKeys
 from gpudock_server.adapters.etcd.listing import list_page
+from gpudock_server.adapters.etcd.operation_parts import READS_OF_ONE, OperationParts
 from gpudock_server.adapters.etcd.referring import Reference, Referring
+from gpudock_server.adapters.etcd.room import Room
 from gpudock_server.adapters.etcd.transactions import Transaction
+from gpudock_server.adapters.etcd.trimmer import Trimmer
 from gpudock_server.adapters.etcd.values import R, decode, decode_number, decode_snapshot, encode_number
 from gpudock_server.adapters.etcd.watching import HeadWatch, Pulse, V, View, told_token
-from gpudock_server.adapters.etcd.wire import MAX_TXN_OPERATIONS, Entry, TxnAnswer
+from gpudock_server.adapters.etcd.wire import MAX_TXN_OPERATIONS, Entry, RangeAnswer, TxnAnswer
 from gpudock_server.errors import RecordUnreadable, StoreUnavailable
 from gpudock_server.model.changes import Change, Lock
 from gpudock_server.model.claims import ClaimTable
@@ -36,6 +40,7 @@ from gpudock_server.ports import (
     Page,
     RevisionView,
     Seen,
+    StoreUsage,
     Unreadable,
     Versioned,
     VolumeSeen,
@@ -74,10 +79,16 @@ class EtcdStore:
         bucket: timedelta = DEFAULT_BUCKET,
         deadline: timedelta = DEFAULT_DEADLINE,
         idle: timedelta = DEFAULT_IDLE,
+        quota_bytes: int = 0,
     ) -> None:
         self._connection = connection
+        self._quota = quota_bytes
+        self._room = Room()
         self._keys = Keys(prefix)
         self._expiry = ExpiryBuckets(connection, retention, bucket)
+        self._parts = OperationParts(self._keys)
+        trimmer = Trimmer(connection, self._parts)
+        self._keeper = StoreKeeper(connection, self._room, trimmer, self._keys.keeper(), quota_bytes=quota_bytes)
         self._deadline = deadline
         self._idle = idle
         self._watched_containers = self._keys.watched(TargetKind.CONTAINER, self._keys.containers())
@@ -85,6 +96,23 @@ class EtcdStore:
         self._watched_volumes = self._keys.watched(TargetKind.VOLUME, self._keys.volumes(), self._mounting.heads)
         self._pulses: dict[bytes, Pulse] = {}
         self._decoded_head = lru_cache(_DECODED)(_decode_head)
+
+    @property
+    def room(self) -> Room:
+        """Whether it has room."""
+        return self._room
+
+    async def keep(self) -> None:
+        """Make room in an etcd of our own if it has none, and see to it from now on until `close`.
+
+        Raises StoreUnavailable.
+        """
+        async with _mapped_errors():
+            await self._keeper.start()
+
+    async def close(self) -> None:
+        """No longer see to the room."""
+        await self._keeper.close()
 
     async def open(self) -> None:
         """Check that the state is in a schema that this daemon knows, or begin it.
@@ -94,15 +122,13 @@ class EtcdStore:
         something else, has written here.
         """
         key = self._keys.schema()
-        version = 0
-        while True:
-            answer = await self._put_schema(key, version)
+        # A store that is full lets nothing be put, not even what would turn out to be there.
+        (entry,) = await self._get(key)
+        while self._schema_of(key, entry) != SCHEMA:
+            answer = await self._put_schema(key, entry.version if entry else 0)
             if answer.succeeded:
                 return
             entry = answer.ranges[0].only
-            if self._schema_of(key, entry) == SCHEMA:
-                return
-            version = entry.version if entry else 0
 
     async def _put_schema(self, key: bytes, version: int) -> TxnAnswer:
         async with _mapped_errors():
@@ -138,10 +164,23 @@ class EtcdStore:
     async def apply(self, changes: Sequence[Change]) -> int:
         """Do all of `changes` or none: see `ports.Store.apply`.
 
-        At most 128 changes, each deletion of a head counting for three, no two of them to one key. Raises
-        StoreConflict, StoreUnavailable, and InvalidArgument where they are larger than etcd takes (1.5 MiB by default).
+        At most 128 changes, each deletion of a head counting for three and an operation for up to four, no two of them
+        to one key. Raises StoreConflict, StoreUnavailable, StoreFull, and InvalidArgument where they are larger than
+        etcd takes (1.5 MiB by default).
         """
-        return await Transaction(self._connection, self._keys, self._expiry, changes, self._deadline).run()
+        transaction = Transaction(
+            self._connection,
+            self._keys,
+            self._expiry,
+            changes,
+            self._deadline,
+            operations=self._parts,
+            room=self._room,
+        )
+        version = await transaction.run()
+        self._parts.stored(changes)
+        self._room.used()
+        return version
 
     async def container(self, name: str) -> ContainerView | None:
         """A head and its lock, in one read."""
@@ -297,7 +336,7 @@ class EtcdStore:
 
     async def operation(self, operation_id: str) -> Versioned[Operation] | None:
         """An operation that has not expired."""
-        return _versioned(Operation, *await self._get(self._keys.operation(operation_id)))
+        return self._parts.joined(await self._read(*self._parts.reads(operation_id)))
 
     async def operations(self, *, page_size: int, page_token: str) -> Page[Operation]:
         """Operations in the order of their ids: see `ports.Store.operations`."""
@@ -317,13 +356,13 @@ class EtcdStore:
         """Operations of `node` that have not ended, found by the locks they hold."""
         # One that works on several objects holds a lock on each.
         holders = dict.fromkeys(lock.operation_id for lock in await self.held_locks())
-        keys = [self._keys.operation(one) for one in holders]
-        entries: list[Entry] = []
-        for first in range(0, len(keys), MAX_TXN_OPERATIONS):
-            entries += filter(None, await self._get(*keys[first : first + MAX_TXN_OPERATIONS]))
-        operations, _ = _readable(
-            entries, lambda entry: Versioned(decode(Operation, entry.key, entry.value), entry.version)
-        )
+        ids = list(holders)
+        found: list[Sequence[RangeAnswer]] = []
+        for first in range(0, len(ids), MAX_TXN_OPERATIONS // READS_OF_ONE):
+            some = ids[first : first + MAX_TXN_OPERATIONS // READS_OF_ONE]
+            answers = await self._read(*(read for one in some for read in self._parts.reads(one)))
+            found += [answers[at : at + READS_OF_ONE] for at in range(0, len(answers), READS_OF_ONE)]
+        operations = _operations(self._parts, found)
         # One that ended since its lock was read has nothing left to do.
         return tuple(one for one in operations if one.value.node == node and not one.value.state.ended)
 
@@ -357,18 +396,33 @@ class EtcdStore:
         return tuple(decode(NodeRecord, entry.key, entry.value) for entry in await self._list(self._keys.nodes()))
 
     async def ping(self) -> str:
-        """The version of etcd. Raises StoreUnavailable, also where it answers but has no leader or no space."""
+        """The version of etcd. Raises StoreUnavailable, also where it answers but has no leader."""
         async with _mapped_errors():
             status = await self._connection.status()
         if status.trouble:
             raise StoreUnavailable(status.trouble)
         return status.version
 
+    async def usage(self) -> StoreUsage:
+        """How full the database of the member that answers is. Raises StoreUnavailable."""
+        async with _mapped_errors():
+            status = await self._connection.status()
+        full = self._room.full or self._room.reserved
+        return StoreUsage(
+            size_bytes=status.size_bytes,
+            in_use_bytes=status.in_use_bytes,
+            quota_bytes=self._quota,
+            full=full or (CLUSTER_IS_FULL if status.no_space and not self._quota else ""),
+        )
+
     async def _get(self, *keys: bytes) -> list[Entry | None]:
         """Single keys, at one moment."""
+        return [found.only for found in await self._read(*(wire.get(key) for key in keys))]
+
+    async def _read(self, *reads: wire.Do) -> tuple[RangeAnswer, ...]:
+        """Several reads, at one moment."""
         async with _mapped_errors():
-            answer = await self._connection.read(*(wire.get(key) for key in keys), patience=self._deadline)
-        return [found.only for found in answer.ranges]
+            return (await self._connection.read(*reads, patience=self._deadline)).ranges
 
     async def _list(self, keys: KeyRange) -> tuple[Entry, ...]:
         async with _mapped_errors():
@@ -381,7 +435,7 @@ async def _mapped_errors() -> AsyncIterator[None]:
     try:
         yield
     except CallFailed as failure:
-        raise StoreUnavailable(str(failure)) from None
+        raise failure.for_core() from None
 
 
 def _decode_head(key: bytes, value: bytes) -> Container:
@@ -407,6 +461,18 @@ def _readable(entries: Iterable[Entry], read: Callable[[Entry], T]) -> tuple[tup
             log.warning("left out what cannot be read", key=error.key, detail=error.detail)
             unreadable.append(Unreadable(key=error.key, name=Keys.last_part(entry.key), detail=error.detail))
     return tuple(items), tuple(unreadable)
+
+
+def _operations(parts: OperationParts, found: Iterable[Sequence[RangeAnswer]]) -> Iterator[Versioned[Operation]]:
+    """What can be read of operations that exist."""
+    for answers in found:
+        try:
+            operation = parts.joined(answers)
+        except RecordUnreadable as error:
+            log.warning("left out what cannot be read", key=error.key, detail=error.detail)
+        else:
+            if operation is not None:
+                yield operation
 
 
 def _volume_view(head: Entry, lock: Entry | None) -> VolumeView:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NewType, TypeAlias
+from typing import Any, NewType, TypeAlias, cast
 
 from aetcd import rpc
 
@@ -111,10 +111,28 @@ def get(key: bytes, revision: int = 0) -> Do:
     return Do(rpc.RequestOp(request_range=rpc.RangeRequest(key=key, revision=revision)))
 
 
-def get_range(keys: KeyRange, *, limit: int = 0, revision: int = 0) -> Do:
+def get_range(keys: KeyRange, *, limit: int = 0, revision: int = 0, keys_only: bool = False) -> Do:
     """Read a range in the order of its keys, at most `limit` (0: all), at `revision` (0: now)."""
-    request = rpc.RangeRequest(key=keys.start, range_end=keys.end, limit=limit, revision=revision)
+    request = rpc.RangeRequest(key=keys.start, range_end=keys.end, limit=limit, revision=revision, keys_only=keys_only)
     return Do(rpc.RequestOp(request_range=request))
+
+
+def is_read(do: Do) -> bool:
+    """Whether it is a read and nothing else."""
+    return bool(cast("Message", do).HasField("request_range"))
+
+
+def range_request(do: Do, *, at: int) -> Message:
+    """The message of a read by itself, at revision `at` unless it names one or `at` is 0."""
+    request = rpc.RangeRequest()
+    request.CopyFrom(cast("Message", do).request_range)
+    request.revision = request.revision or at
+    return request
+
+
+def range_answer(response: Message) -> RangeAnswer:
+    """The answer to a read by itself."""
+    return RangeAnswer(tuple(_entries(response.kvs)), more=bool(response.more))
 
 
 def txn_request(compare: Sequence[Compare], success: Sequence[Do], failure: Sequence[Do]) -> Message:
@@ -128,9 +146,7 @@ def txn_answer(response: Message) -> TxnAnswer:
         succeeded=bool(response.succeeded),
         revision=int(response.header.revision),
         ranges=tuple(
-            RangeAnswer(tuple(_entries(part.response_range.kvs)), more=bool(part.response_range.more))
-            for part in response.responses
-            if part.HasField("response_range")
+            range_answer(part.response_range) for part in response.responses if part.HasField("response_range")
         ),
     )
 

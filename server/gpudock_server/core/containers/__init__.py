@@ -51,6 +51,7 @@ from gpudock_server.core.operations import Draft, Operations, RequestKey, planne
 from gpudock_server.core.saga import Saga
 from gpudock_server.errors import ContainerNotFound
 from gpudock_server.model.container import Container
+from gpudock_server.model.engine import HostCapacity
 from gpudock_server.model.operation import Operation, OperationKind
 from gpudock_server.ports import ContainerView, Page, RevisionView
 
@@ -105,6 +106,11 @@ class Containers:
         """Containers of all nodes in the order of their names. Raises ResumeTokenExpired."""
         return await self._world.store.containers(page_size=page_size, page_token=page_token)
 
+    @property
+    def host(self) -> HostCapacity:
+        """What a container can be given at most."""
+        return self._world.capacity
+
     async def revision(self, name: str, number: int) -> tuple[Container, RevisionView]:
         """A container and one of its revisions, 0 for the current one. Raises ContainerNotFound, RevisionNotFound."""
         container = (await self.get(name)).container
@@ -124,6 +130,10 @@ class Containers:
         if not isinstance(result, Container):
             raise TypeError(f"{type(command).__name__} leaves no container")
         return result
+
+    async def run_to_end(self, command: Command, request: RequestKey | None) -> None:
+        """`run` for what leaves nothing, such as a deletion."""
+        await self._operations.done(await self.begin(command, request))
 
     async def preview(self, command: Command) -> Operation:
         """What `begin` would do, with nothing done: an operation that is PLANNED and has no id."""

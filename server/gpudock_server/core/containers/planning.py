@@ -103,7 +103,8 @@ async def draft(world: World, view: ContainerView, wanted: Wanted) -> Draft:
         prunes = len(known) >= limits.keep_revisions or bool(history.surplus(known, limits))
     arguments = ChangeArguments(
         old=engine,
-        old_spec=container.spec,
+        # Of the old spec only what stops it and its limits are needed; what may be large is not written again.
+        old_spec=container.spec.changed(labels={}, env={}),
         old_placement=status.placement,
         spec=wanted.spec,
         placement=placement,
@@ -131,7 +132,7 @@ async def draft(world: World, view: ContainerView, wanted: Wanted) -> Draft:
         target=container.target,
         head=PutContainer(container, expect=view.version),
         arguments=arguments.model_dump(mode="json"),
-        plan=_plan(arguments, carry, status.placement),
+        plan=_plan(arguments, carry, container),
         claims=[Claim(world.host, key, world.holder(container)) for key in to_claim],
         # What it mounts already stays while its head says so. What it is about to mount is not to be seen from its
         # head before the commit, so nobody may delete that meanwhile.
@@ -207,8 +208,8 @@ async def _plan_carry(world: World, container: Container, engine: EngineBinding,
     return await (world.layers.commit_plan(seen) if files is Files.GRAFT else world.layers.plan(seen))
 
 
-def _plan(arguments: ChangeArguments, carry: CarryPlan, had: Placement) -> OperationPlan:
-    keep = arguments.keep
+def _plan(arguments: ChangeArguments, carry: CarryPlan, container: Container) -> OperationPlan:
+    keep, had = arguments.keep, container.status.placement
     return OperationPlan(
         placement=arguments.placement,
         kept_gpu_uuids=_both(had.gpu_uuids, arguments.placement.gpu_uuids),
@@ -221,7 +222,7 @@ def _plan(arguments: ChangeArguments, carry: CarryPlan, had: Placement) -> Opera
         carry_method=carry.method,
         snapshot=keep.kind,
         warnings=(*carry.warnings, *keep.warnings, *arguments.source.warnings),
-        old_spec=arguments.old_spec,
+        old_spec=container.spec,
         new_spec=arguments.spec,
     )
 

@@ -18,6 +18,7 @@ from gpudock_server.model.engine import (
     Blueprint,
     EngineContainer,
     EngineState,
+    HostCapacity,
     NodeLimits,
 )
 from gpudock_server.model.spec import ContainerSpec, SnapshotPolicy
@@ -63,6 +64,7 @@ class World:
     adoption: AdoptionRules = field(default_factory=AdoptionRules)
     images: ImageRules = field(default_factory=ImageRules)
     limits: NodeLimits = field(default_factory=NodeLimits)
+    capacity: HostCapacity = field(default_factory=HostCapacity)
 
     async def lookup(self, name: str, etag: str = "") -> ContainerView:
         """A container of this node as the caller has seen it. Raises ContainerNotFound, WrongNode, StaleEtag."""

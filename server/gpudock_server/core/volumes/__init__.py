@@ -122,6 +122,10 @@ class Volumes:
             raise TypeError(f"{command} left {left}")
         return VolumeSeen(VolumeView(left, 0, ""), ())
 
+    async def run_to_end(self, command: Command, request: RequestKey | None) -> None:
+        """`run` for what leaves nothing: a deletion."""
+        await self._operations.done(await self.begin(command, request))
+
     async def preview(self, command: Command) -> Operation:
         """What `begin` would do, with nothing done: an operation that is PLANNED and has no id."""
         return planned(await self._draft(command), self._storage.world.node)

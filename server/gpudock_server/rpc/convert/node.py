@@ -59,6 +59,14 @@ def node_message(seen: NodeView) -> node_pb2.Node:
         else None,
         components=_components(seen),
         start_time=timestamp(seen.start_time),
+        store=node_pb2.StoreUsage(
+            size_bytes=seen.store_usage.size_bytes,
+            in_use_bytes=seen.store_usage.in_use_bytes,
+            quota_bytes=seen.store_usage.quota_bytes or None,
+            full=bool(seen.store_usage.full),
+        )
+        if seen.store_usage
+        else None,
     )
 
 
@@ -66,9 +74,9 @@ def _components(seen: NodeView) -> Iterator[node_pb2.ComponentHealth]:
     yield node_pb2.ComponentHealth(
         component=node_pb2.NODE_COMPONENT_ENGINE, healthy=not seen.engine_error, message=seen.engine_error
     )
-    yield node_pb2.ComponentHealth(
-        component=node_pb2.NODE_COMPONENT_STORE, healthy=not seen.store_error, message=seen.store_error
-    )
+    full = seen.store_usage.full if seen.store_usage else ""
+    trouble = seen.store_error or (full and f"the store is full: {full}")
+    yield node_pb2.ComponentHealth(component=node_pb2.NODE_COMPONENT_STORE, healthy=not trouble, message=trouble)
     yield node_pb2.ComponentHealth(
         component=node_pb2.NODE_COMPONENT_GPU_DRIVER,
         # A node without a driver is well. A driver that was there and has something to report is not.

@@ -25,8 +25,9 @@ from gpudock_server.core.containers.commands import (
     Unpause,
     Update,
 )
-from gpudock_server.model.engine import RegistryAuth
+from gpudock_server.model.engine import HostCapacity, RegistryAuth
 from gpudock_server.rpc.validation import fields
+from gpudock_server.rpc.validation.fields import UNKNOWN_HOST
 from gpudock_server.rpc.validation.spec import MAX_STOP_TIMEOUT, cpus, gpus, memory, shm_size, snapshot_policy, spec
 from gpudock_server.rpc.validation.spec_change import SPEC_FIELDS, spec_change
 from gpudock_server.rpc.validation.violations import Violations
@@ -56,8 +57,8 @@ def get(request: container_service_pb2.GetContainerRequest) -> str:
     return name
 
 
-def create(request: container_service_pb2.CreateContainerRequest) -> Create:
-    """A container to be made."""
+def create(request: container_service_pb2.CreateContainerRequest, host: HostCapacity = UNKNOWN_HOST) -> Create:
+    """A container to be made on a host."""
     violations = Violations()
     fields.owner(violations, "owner", request.owner)
     if not request.HasField("spec"):
@@ -66,7 +67,7 @@ def create(request: container_service_pb2.CreateContainerRequest) -> Create:
     command = Create(
         name=fields.name(violations, "name", request.name),
         # An absent one has no fields to name: that it is missing says it all.
-        spec=spec(violations.at("spec") if request.HasField("spec") else Violations(), request.spec),
+        spec=spec(violations.at("spec") if request.HasField("spec") else Violations(), request.spec, host),
         owner=request.owner,
         pull_policy=fields.choice(violations, "pull_policy", request.pull_policy, _PULL_POLICIES, PullPolicy.MISSING),
         create_only=request.create_only,
@@ -129,7 +130,7 @@ def delete(request: container_service_pb2.DeleteContainerRequest) -> Delete:
     return Delete(name=request.name, force=request.force, etag=request.etag)
 
 
-def scale(request: container_service_pb2.ScaleContainerRequest) -> Scale:
+def scale(request: container_service_pb2.ScaleContainerRequest, host: HostCapacity = UNKNOWN_HOST) -> Scale:
     """A container to be given other resources."""
     violations = _common(request)
     given = {field for field in _SCALABLE if request.HasField(field)}  # type: ignore[arg-type]  # literals, by name
@@ -138,9 +139,11 @@ def scale(request: container_service_pb2.ScaleContainerRequest) -> Scale:
     command = Scale(
         name=request.name,
         gpus=gpus(violations.at("gpus"), request.gpus) if "gpus" in given else None,
-        cpus=cpus(violations, request.cpus) if "cpus" in given else None,
-        memory_bytes=memory(violations, request.memory_bytes) if "memory_bytes" in given else None,
-        shm_size_bytes=shm_size(violations, request.shm_size_bytes) if "shm_size_bytes" in given else None,
+        cpus=cpus(violations, request.cpus, host) if "cpus" in given else None,
+        memory_bytes=memory(violations, request.memory_bytes, host) if "memory_bytes" in given else None,
+        shm_size_bytes=shm_size(violations, request.shm_size_bytes, host, memory_bytes=request.memory_bytes)
+        if "shm_size_bytes" in given
+        else None,
         strategy=fields.choice(violations, "strategy", request.strategy, _STRATEGIES, ScaleStrategy.AUTO),
         snapshots=snapshot_policy(violations, "snapshots", request.snapshots),
         etag=request.etag,
@@ -149,10 +152,10 @@ def scale(request: container_service_pb2.ScaleContainerRequest) -> Scale:
     return command
 
 
-def update(request: container_service_pb2.UpdateContainerRequest) -> Update:
+def update(request: container_service_pb2.UpdateContainerRequest, host: HostCapacity = UNKNOWN_HOST) -> Update:
     """A container's spec to be changed."""
     violations = _common(request)
-    change = spec_change(violations, request, SPEC_FIELDS)
+    change = spec_change(violations, request, SPEC_FIELDS, host)
     if not request.update_mask.paths and not change.fields:
         violations.add("update_mask", "is required where `spec` sets no field and `edits` nothing")
     command = Update(
@@ -169,7 +172,7 @@ def update(request: container_service_pb2.UpdateContainerRequest) -> Update:
     return command
 
 
-def clone(request: container_service_pb2.CloneContainerRequest) -> Clone:
+def clone(request: container_service_pb2.CloneContainerRequest, host: HostCapacity = UNKNOWN_HOST) -> Clone:
     """A container to be made of another one."""
     violations = Violations()
     fields.owner(violations, "owner", request.owner)
@@ -180,7 +183,7 @@ def clone(request: container_service_pb2.CloneContainerRequest) -> Clone:
         name=fields.name(violations, "name", request.name),
         source=fields.name(violations, "source", request.source),
         revision=fields.in_range(violations, "revision", request.revision, 0, _MAX_REVISION),
-        change=spec_change(violations, request, _FIELDS_OF_CLONES),
+        change=spec_change(violations, request, _FIELDS_OF_CLONES, host),
         owner=request.owner,
         create_only=request.create_only,
     )

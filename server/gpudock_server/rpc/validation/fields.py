@@ -11,12 +11,14 @@ from typing import TypeVar
 from google.protobuf.duration_pb2 import Duration
 
 from gpudock_server.core.exec_sessions import signal_number
+from gpudock_server.model.engine import HostCapacity
 from gpudock_server.model.names import NAME_PATTERN, is_name
 from gpudock_server.rpc.validation.violations import Violations
 from gpudock_server.sizes import size_text
 
 T = TypeVar("T")
 
+UNKNOWN_HOST = HostCapacity()
 NUL = "\0"
 MAX_PORT = 65535
 MAX_PATH_BYTES = 4095
@@ -74,6 +76,14 @@ def size(violations: Violations, field: str, value: int, *, least: int = 0) -> i
     elif 0 < value < least:
         violations.add(field, f"must be 0 or at least {size_text(least)}")
     return value
+
+
+def host_memory(violations: Violations, field: str, value: int, host: HostCapacity, *, least: int = 0) -> int:
+    """A number of bytes of the host's memory: 0, or `least` to what the host has."""
+    if host.memory_bytes and value > host.memory_bytes:
+        violations.add(field, f"must be at most {host.memory_bytes}, the memory of this node; {value} is not")
+        return value
+    return size(violations, field, value, least=least)
 
 
 def in_range(violations: Violations, field: str, value: int, first: int, last: int) -> int:

@@ -9,7 +9,9 @@ _HOST = rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[0-9A-Fa-f:]+\])(?::[0-9]{{1,5}})?"
 _PART = r"[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*"
 _TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 _DIGEST = r"[A-Za-z][A-Za-z0-9]*(?:[-_+.][A-Za-z][A-Za-z0-9]*)*:[0-9a-fA-F]{32,}"
-_REFERENCE = re.compile(rf"(?:{_HOST}/)?{_PART}(?:/{_PART})*(?::{_TAG})?(?:@{_DIGEST})?", re.ASCII)
+_LOCAL = rf"{_PART}(?:/{_PART})*(?::{_TAG})?(?:@{_DIGEST})?"
+_LOCAL_REFERENCE = re.compile(_LOCAL, re.ASCII)
+_REFERENCE = re.compile(rf"(?:{_HOST}/)?{_LOCAL}", re.ASCII)
 # An id in full, or as much of it as tells it from others. Without the prefix a short one is a repository to the
 # grammar above, and the engine tries both.
 _ID = re.compile(r"(?:sha256:)?[0-9a-f]{4,64}", re.ASCII)
@@ -26,8 +28,8 @@ def is_repository(text: str) -> bool:
     What stands before the first slash is a registry if it looks like a host, with a dot, a port or as `localhost`;
     only there is upper case allowed.
     """
-    first, slash, rest = text.partition("/")
-    if slash and (first == "localhost" or "." in first or ":" in first):
+    if _begins_with_registry(text):
+        rest = text.partition("/")[2]
         return _REGISTRY.fullmatch(text) is not None and _REPOSITORY.fullmatch(rest) is not None
     return _REPOSITORY.fullmatch(text) is not None and _LIKE_AN_ID.fullmatch(text) is None
 
@@ -38,5 +40,15 @@ def is_tag(text: str) -> bool:
 
 
 def is_image_reference(text: str) -> bool:
-    """Whether `text` (of a bounded length) can name an image."""
-    return _REFERENCE.fullmatch(text) is not None or _ID.fullmatch(text) is not None
+    """Whether `text` (of a bounded length) can name an image. Upper case is allowed only in a registry's name."""
+    if _ID.fullmatch(text) is not None:
+        return True
+    if not _begins_with_registry(text):
+        return _LOCAL_REFERENCE.fullmatch(text) is not None
+    return _REFERENCE.fullmatch(text) is not None
+
+
+def _begins_with_registry(text: str) -> bool:
+    """Whether what stands before the first slash looks like a host: with a dot or a port, or as `localhost`."""
+    first, slash, _ = text.partition("/")
+    return bool(slash) and (first == "localhost" or "." in first or ":" in first)

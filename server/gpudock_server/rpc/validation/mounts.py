@@ -7,8 +7,10 @@ from collections.abc import Iterable
 
 from gpudock.v1 import container_pb2
 
+from gpudock_server.model.engine import HostCapacity
 from gpudock_server.model.spec import Mount, TmpfsMount
 from gpudock_server.rpc.validation import fields
+from gpudock_server.rpc.validation.fields import UNKNOWN_HOST
 from gpudock_server.rpc.validation.violations import Violations
 
 _MAX_MOUNTS = 64
@@ -16,10 +18,24 @@ _MAX_MODE = 0o7777
 # NVIDIA's container toolkit can be configured to read a mount of /dev/null below this folder as a device request.
 # The toolkit compares text, so `…-devicesall` counts as well.
 _DEVICE_REQUESTS = ("/var/run/nvidia-container-devices", "/run/nvidia-container-devices")
+# What the kernel shows in a container, and what it shows there.
+_KERNELS = {"/proc": "its processes", "/sys": "devices and control groups", "/dev": "devices; mount at /dev/shm"}
+_SHM = "/dev/shm"  # noqa: S108 - a folder in the container
+_ENGINES_FILES = frozenset({"/etc/hosts", "/etc/hostname", "/etc/resolv.conf"})
+# Where runc lets a file of the host's be mounted, so that a container sees its own limits (lxcfs).
+_PROC_FILES = frozenset(
+    f"/proc/{name}"
+    for name in ("cpuinfo", "diskstats", "loadavg", "meminfo", "slabinfo", "stat", "swaps", "uptime", "net/dev")
+)
 _VOLUME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,254}", re.ASCII)
 
 
-def mounts(violations: Violations, messages: Iterable[container_pb2.Mount], field: str = "mounts") -> tuple[Mount, ...]:
+def mounts(
+    violations: Violations,
+    messages: Iterable[container_pb2.Mount],
+    host: HostCapacity = UNKNOWN_HOST,
+    field: str = "mounts",
+) -> tuple[Mount, ...]:
     """Check the mounts of a spec, or those that `field` adds to it, each at another target."""
     asked = tuple(messages)
     if len(asked) > _MAX_MOUNTS:
@@ -30,10 +46,10 @@ def mounts(violations: Violations, messages: Iterable[container_pb2.Mount], fiel
         first = targets.setdefault(message.target, index)
         if first != index:
             violations.at(field, index).add("target", f"is mounted twice, first in {field}[{first}]")
-    return tuple(_mount(violations.at(field, index), message) for index, message in enumerate(asked))
+    return tuple(_mount(violations.at(field, index), message, host) for index, message in enumerate(asked))
 
 
-def _mount(violations: Violations, message: container_pb2.Mount) -> Mount:
+def _mount(violations: Violations, message: container_pb2.Mount, host: HostCapacity) -> Mount:
     tmpfs: TmpfsMount | None = None
     match message.WhichOneof("source"):
         case "volume" if not _VOLUME.fullmatch(message.volume):
@@ -41,7 +57,7 @@ def _mount(violations: Violations, message: container_pb2.Mount) -> Mount:
         case "host_path":
             fields.absolute_path(violations, "host_path", message.host_path)
         case "tmpfs":
-            tmpfs = _tmpfs(violations.at("tmpfs"), message.tmpfs)
+            tmpfs = _tmpfs(violations.at("tmpfs"), message.tmpfs, host)
             if message.read_only:
                 violations.add("read_only", "is not for tmpfs")
         case None:
@@ -52,13 +68,13 @@ def _mount(violations: Violations, message: container_pb2.Mount) -> Mount:
         volume=message.volume,
         host_path=message.host_path,
         tmpfs=tmpfs,
-        target=_target(violations, message.target),
+        target=_target(violations, message.target, from_host=message.WhichOneof("source") == "host_path"),
         read_only=message.read_only,
     )
 
 
-def _tmpfs(violations: Violations, message: container_pb2.TmpfsMount) -> TmpfsMount:
-    fields.size(violations, "size_bytes", message.size_bytes)
+def _tmpfs(violations: Violations, message: container_pb2.TmpfsMount, host: HostCapacity) -> TmpfsMount:
+    fields.host_memory(violations, "size_bytes", message.size_bytes, host)
     if not message.HasField("mode"):
         return TmpfsMount(size_bytes=message.size_bytes)
     if not 0 <= message.mode <= _MAX_MODE:
@@ -66,11 +82,28 @@ def _tmpfs(violations: Violations, message: container_pb2.TmpfsMount) -> TmpfsMo
     return TmpfsMount(size_bytes=message.size_bytes, mode=message.mode)
 
 
-def _target(violations: Violations, value: str) -> str:
+def _target(violations: Violations, value: str, *, from_host: bool) -> str:
     if not value.startswith("/") or any(part in ("", ".", "..") for part in value[1:].split("/")):
         violations.add("target", "must be an absolute path other than `/`, without `.`, `..` or empty parts")
     elif value.startswith(_DEVICE_REQUESTS):
         violations.add(
             "target", f"must not begin with {_DEVICE_REQUESTS[0]}: gpudock alone gives devices to containers"
         )
+    elif reason := _hidden_by(value, from_host=from_host):
+        violations.add("target", f"must not be {value}, {reason}")
     return fields.text(violations, "target", value, most_bytes=fields.MAX_PATH_BYTES)
+
+
+def _hidden_by(target: str, *, from_host: bool) -> str:
+    """What a mount there would hide that a container needs; empty where it hides nothing of that."""
+    if target in _ENGINES_FILES:
+        # A folder cannot be mounted on a file. A file of the host's can, and is meant to.
+        return "" if from_host else "a file that the engine makes for each container"
+    if target == "/etc":
+        return "which holds files that the engine makes for each container; mount below it"
+    if from_host and target in _PROC_FILES:
+        return ""
+    root = "/" + target.split("/")[1]
+    if root not in _KERNELS or target == _SHM or target.startswith(f"{_SHM}/"):
+        return ""
+    return f"{'where' if target == root else f'below {root}, where'} the kernel shows {_KERNELS[root]}"

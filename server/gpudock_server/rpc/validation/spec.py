@@ -9,7 +9,7 @@ from datetime import timedelta
 
 from gpudock.v1 import container_pb2
 
-from gpudock_server.model.engine import RESERVED_LABEL_PREFIX
+from gpudock_server.model.engine import RESERVED_LABEL_PREFIX, HostCapacity
 from gpudock_server.model.spec import (
     ContainerSpec,
     GpuRequest,
@@ -24,6 +24,7 @@ from gpudock_server.model.spec import (
 from gpudock_server.rpc.convert.port import PROTOCOLS
 from gpudock_server.rpc.convert.spec import RESTART_POLICIES, SNAPSHOT_POLICIES
 from gpudock_server.rpc.validation import fields
+from gpudock_server.rpc.validation.fields import UNKNOWN_HOST
 from gpudock_server.rpc.validation.image import is_image_reference
 from gpudock_server.rpc.validation.mounts import mounts
 from gpudock_server.rpc.validation.violations import Violations
@@ -67,8 +68,10 @@ _SNAPSHOT_POLICY_OF: Mapping[int, SnapshotPolicy | None] = {value: kind for kind
 _POLICY_OF: Mapping[int, RestartPolicyKind] = {value: kind for kind, value in RESTART_POLICIES.items()}
 
 
-def spec(violations: Violations, message: container_pb2.ContainerSpec) -> ContainerSpec:
-    """Check a whole spec. What is returned is of use only if nothing was found."""
+def spec(
+    violations: Violations, message: container_pb2.ContainerSpec, host: HostCapacity = UNKNOWN_HOST
+) -> ContainerSpec:
+    """Check a whole spec for a host. What is returned is of use only if nothing was found."""
     entrypoint, command = fields.arguments(violations, ("entrypoint", message.entrypoint), ("command", message.command))
     found = ContainerSpec(
         image=_image(violations, message.image),
@@ -82,11 +85,11 @@ def spec(violations: Violations, message: container_pb2.ContainerSpec) -> Contai
         stdin=message.stdin,
         labels=labels(violations, message.labels),
         gpus=gpus(violations.at("gpus"), message.gpus),
-        cpus=cpus(violations, message.cpus),
-        memory_bytes=memory(violations, message.memory_bytes),
-        shm_size_bytes=shm_size(violations, message.shm_size_bytes),
+        cpus=cpus(violations, message.cpus, host),
+        memory_bytes=memory(violations, message.memory_bytes, host),
+        shm_size_bytes=shm_size(violations, message.shm_size_bytes, host, memory_bytes=message.memory_bytes),
         pids_limit=_pids_limit(violations, message.pids_limit),
-        mounts=mounts(violations, message.mounts),
+        mounts=mounts(violations, message.mounts, host),
         ports=ports(violations, message.ports),
         restart_policy=_restart_policy(violations.at("restart_policy"), message.restart_policy),
         stop_signal=fields.signal(violations, "stop_signal", message.stop_signal) if message.stop_signal else "",
@@ -131,22 +134,27 @@ def _pinned_gpus(violations: Violations, message: container_pb2.GpuRequest, uuid
             violations.add("uuids", f"is named twice, first in uuids[{uuids.index(uuid)}]", index)
 
 
-def cpus(violations: Violations, value: float) -> float:
+def cpus(violations: Violations, value: float, host: HostCapacity = UNKNOWN_HOST) -> float:
     """Check a limit of CPU time; 0 is none."""
-    if not math.isfinite(value) or value < 0 or 0 < value < _MIN_CPUS or value > _MAX_CPUS:
-        violations.add("cpus", f"must be 0 or {_MIN_CPUS} to {_MAX_CPUS}")
+    most = host.cpus or _MAX_CPUS
+    if not math.isfinite(value) or value < 0 or 0 < value < _MIN_CPUS or value > most:
+        known = f", the number of CPUs of this node; {value:g} is not" if host.cpus else ""
+        violations.add("cpus", f"must be 0 or {_MIN_CPUS} to {most}{known}")
     # -0.0 is 0, and is not shown as -0.
     return value or 0.0
 
 
-def memory(violations: Violations, value: int) -> int:
+def memory(violations: Violations, value: int, host: HostCapacity = UNKNOWN_HOST) -> int:
     """Check a limit of memory; 0 is none."""
-    return fields.size(violations, "memory_bytes", value, least=_MIN_MEMORY_BYTES)
+    return fields.host_memory(violations, "memory_bytes", value, host, least=_MIN_MEMORY_BYTES)
 
 
-def shm_size(violations: Violations, value: int) -> int:
-    """Check the size of /dev/shm; 0 is the engine's default."""
-    return fields.size(violations, "shm_size_bytes", value, least=_MIN_SHM_BYTES)
+def shm_size(violations: Violations, value: int, host: HostCapacity = UNKNOWN_HOST, *, memory_bytes: int = 0) -> int:
+    """Check the size of /dev/shm; 0 is the engine's default. It counts for a limit of memory that is asked for."""
+    if 0 < memory_bytes < value:
+        violations.add("shm_size_bytes", f"must be at most memory_bytes ({memory_bytes}), which it counts for")
+        return value
+    return fields.host_memory(violations, "shm_size_bytes", value, host, least=_MIN_SHM_BYTES)
 
 
 def _pids_limit(violations: Violations, value: int) -> int:

@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 from gpudock.v1 import container_pb2, container_service_pb2, port_pb2
 
 from gpudock_server.errors import InvalidArgument
+from gpudock_server.model.engine import HostCapacity
 from gpudock_server.model.spec import ContainerSpec
 from gpudock_server.rpc.convert.spec import spec_message
 from gpudock_server.rpc.validation import fields
@@ -63,6 +64,7 @@ class RequestedChange:
     asked: container_pb2.ContainerSpec
     paths: tuple[_Path, ...]
     edits: container_service_pb2.ContainerSpecEdits
+    host: HostCapacity
 
     def apply(self, before: ContainerSpec) -> ContainerSpec:
         """The changed spec. Raises InvalidArgument if a field that changes breaks a rule afterwards."""
@@ -71,7 +73,7 @@ class RequestedChange:
             _merge(merged, self.asked, path)
         _edit(merged, self.edits)
         violations = Violations()
-        after = spec(violations.at("spec"), merged)
+        after = spec(violations.at("spec"), merged, self.host)
         found = tuple(one for one in violations.found if self._is_ours(one.field))
         if found:
             raise InvalidArgument(found)
@@ -85,14 +87,14 @@ class RequestedChange:
         return not field or field in self.fields or (field == "command" and "entrypoint" in self.fields)
 
 
-def spec_change(violations: Violations, request: Request, known: Sequence[str]) -> RequestedChange:
-    """What a request changes of a spec. `known` are the fields that it may change."""
+def spec_change(violations: Violations, request: Request, known: Sequence[str], host: HostCapacity) -> RequestedChange:
+    """What a request changes of a spec on a host. `known` are the fields that it may change."""
     paths = _paths(violations, request, known)
-    _check_values(violations.at("spec"), request.spec, paths)
+    _check_values(violations.at("spec"), request.spec, paths, host)
     masked = frozenset(path.field for path in paths)
-    _check_edits(violations.at("edits"), request.edits, masked)
+    _check_edits(violations.at("edits"), request.edits, masked, host)
     edited = {field for field in _EDITS if _edited(request.edits, field)}
-    return RequestedChange(fields=masked | edited, asked=request.spec, paths=paths, edits=request.edits)
+    return RequestedChange(fields=masked | edited, asked=request.spec, paths=paths, edits=request.edits, host=host)
 
 
 def _paths(violations: Violations, request: Request, known: Sequence[str]) -> tuple[_Path, ...]:
@@ -146,7 +148,9 @@ def _parts(field: str) -> Sequence[str]:
     return tuple(value.DESCRIPTOR.fields_by_name)
 
 
-def _check_values(violations: Violations, asked: container_pb2.ContainerSpec, paths: Iterable[_Path]) -> None:
+def _check_values(
+    violations: Violations, asked: container_pb2.ContainerSpec, paths: Iterable[_Path], host: HostCapacity
+) -> None:
     """Check the new values by themselves."""
     partial = container_pb2.ContainerSpec(image=_ANY_IMAGE)
     for path in paths:
@@ -154,15 +158,18 @@ def _check_values(violations: Violations, asked: container_pb2.ContainerSpec, pa
         if path == _Path("restart_policy", "max_retry_count"):
             # Whether the policy takes a count shows in the container's spec.
             partial.restart_policy.policy = container_pb2.RESTART_POLICY_KIND_ON_FAILURE
-    spec(violations, partial)
+    spec(violations, partial, host)
 
 
 def _check_edits(
-    violations: Violations, edits: container_service_pb2.ContainerSpecEdits, masked: frozenset[str]
+    violations: Violations,
+    edits: container_service_pb2.ContainerSpecEdits,
+    masked: frozenset[str],
+    host: HostCapacity,
 ) -> None:
     fields.environment(violations, "set_env", edits.set_env)
     labels(violations, edits.set_labels, "set_labels")
-    mounts(violations, edits.add_mounts, "add_mounts")
+    mounts(violations, edits.add_mounts, host, "add_mounts")
     ports(violations, edits.add_ports, "add_ports")
     for index, target in enumerate(edits.remove_mounts):
         if not target.startswith("/"):

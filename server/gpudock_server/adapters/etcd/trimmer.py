@@ -1,0 +1,117 @@
+"""Bounds what ended operations take: the records by their number, what they left by its bytes.
+
+The ids of operations are in the order of time, newest first, so what is over a bound is what comes behind a place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import timedelta
+
+import structlog
+
+from gpudock_server.adapters.etcd import wire
+from gpudock_server.adapters.etcd.connection import EtcdConnection
+from gpudock_server.adapters.etcd.keys import KeyRange
+from gpudock_server.adapters.etcd.operation_parts import OperationParts
+from gpudock_server.adapters.etcd.values import decode
+from gpudock_server.adapters.etcd.wire import Entry
+from gpudock_server.errors import RecordUnreadable
+from gpudock_server.model.operation import Operation
+
+DEFAULT_OPERATIONS = 10_000
+DEFAULT_RESULT_BYTES = 64 << 20
+# With a quota, no more than these parts of it.
+_BYTES_OF_QUOTA_PER_OPERATION = 32 << 10
+_RESULTS_PART_OF_QUOTA = 16
+
+_PATIENCE = timedelta(seconds=10)
+_PAGE = 1000
+_RECORDS_PAGE = 100
+# How much may come on top before it is trimmed again.
+_SLACK = 8
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+
+class Trimmer:
+    """Keeps the newest `operations` records, and of what operations left the newest `result_bytes`."""
+
+    def __init__(
+        self,
+        connection: EtcdConnection,
+        parts: OperationParts,
+        *,
+        operations: int = DEFAULT_OPERATIONS,
+        result_bytes: int = DEFAULT_RESULT_BYTES,
+    ) -> None:
+        self._connection = connection
+        self._parts = parts
+        self._operations = operations
+        self._result_bytes = result_bytes
+        # The daemon before may have died with something left to trim.
+        self._due = True
+
+    def limit_to(self, quota_bytes: int) -> None:
+        """Keep no more than fits a database of this size."""
+        self._operations = min(self._operations, quota_bytes // _BYTES_OF_QUOTA_PER_OPERATION)
+        self._result_bytes = min(self._result_bytes, quota_bytes // _RESULTS_PART_OF_QUOTA)
+
+    @property
+    def due(self) -> bool:
+        """Whether enough was written since the last time."""
+        parts = self._parts
+        return (
+            self._due or parts.ended > self._operations // _SLACK or parts.result_bytes > self._result_bytes // _SLACK
+        )
+
+    async def trim(self) -> None:
+        """Remove what is over the bounds. Raises CallFailed."""
+        self._due = False
+        self._parts.ended = self._parts.result_bytes = 0
+        await self._trim_results()
+        await self._trim_records()
+
+    async def _trim_results(self) -> None:
+        keys, total = self._parts.keys, 0
+        async for entry in self._all(keys.results(), _PAGE, keys_only=True):
+            total += int(keys.last_part(entry.key))
+            if total > self._result_bytes:
+                older = KeyRange(entry.key, keys.results().end)
+                log.info("what the oldest operations left is no longer kept", kept_bytes=self._result_bytes)
+                await self._connection.delete(older)
+                return
+
+    async def _trim_records(self) -> None:
+        """Those that have not ended stay, however old they are."""
+        keys, place, count = self._parts.keys, b"", 0
+        async for entry in self._all(keys.operations(), _PAGE, keys_only=True):
+            count += 1
+            if count == self._operations:
+                place = entry.key
+        if count <= self._operations:
+            return
+        log.info("the oldest operations are no longer kept", kept=self._operations)
+        async for entry in self._all(keys.operations().after(place), _RECORDS_PAGE, keys_only=False):
+            if _has_ended(entry):
+                # What has ended is not written again.
+                await self._connection.delete(keys.results_of(keys.last_part(entry.key)))
+                await self._connection.delete(KeyRange(entry.key, entry.key + b"\0"))
+
+    async def _all(self, keys: KeyRange, page: int, *, keys_only: bool) -> AsyncIterator[Entry]:
+        more = True
+        while more:
+            read = wire.get_range(keys, limit=page, keys_only=keys_only)
+            answer = (await self._connection.read(read, patience=_PATIENCE)).ranges[0]
+            for entry in answer.entries:
+                yield entry
+            more = answer.more
+            if answer.entries:
+                keys = keys.after(answer.entries[-1].key)
+
+
+def _has_ended(entry: Entry) -> bool:
+    try:
+        return decode(Operation, entry.key, entry.value).state.ended
+    except RecordUnreadable:
+        return False

@@ -1,0 +1,167 @@
+"""A store that fills: what a change costs in it, and what becomes of the daemon and its callers when it is full."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+from gpudock.v1 import node_pb2, node_service_pb2, operation_pb2, operation_service_pb2
+
+from tests.calls import Caller, Failure, failure_of, progress_of, scale_request, update_request
+from tests.engine.own_daemons import OwnDaemons, own, until
+from tests.rig import Rig
+from tests.rig.ballast import Ballast
+from tests.rig.etcd import Etcd
+
+__all__ = ["own"]
+
+_QUOTA = 16 << 20
+_LABELS_BYTES = 60 << 10
+_ANSWER_SECONDS = 40.0
+
+
+def _labels(number: int) -> dict[str, str]:
+    """60 KiB of them, other ones for each number."""
+    return {f"label-{one}": f"{number:08}" * 128 for one in range(_LABELS_BYTES >> 10)}
+
+
+@pytest.fixture
+def small_etcd(rig: Rig) -> Iterator[Etcd]:
+    etcd = rig.small_etcd(_QUOTA)
+    yield etcd
+    etcd.stop()
+
+
+@pytest_asyncio.fixture
+async def ballast(small_etcd: Etcd) -> AsyncIterator[Ballast]:
+    async with Ballast(small_etcd.endpoint) as ballast:
+        yield ballast
+
+
+async def _refusal(stream: Any) -> Failure:
+    """How an operation's stream ends that must not end well, within a time that its caller would wait."""
+    async with asyncio.timeout(_ANSWER_SECONDS):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await progress_of(stream)
+    return failure_of(refused.value)
+
+
+async def _done(call: Awaitable[object]) -> bool:
+    """Whether it was done; else there was no room for it."""
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        if failure_of(error).reason != "STORE_FULL":
+            raise
+        return False
+    return True
+
+
+async def test_what_a_change_writes(own: OwnDaemons, ballast: Ballast, small_etcd: Etcd) -> None:
+    daemon = await own.start("--keep-revisions", "2", etcd_endpoints=small_etcd.endpoint)
+    async with Caller(daemon.target) as caller:
+        await caller.create("big", labels=_labels(0))
+        # The second and later ones prune as well.
+        for number in range(1, 3):
+            await caller.update("big", "labels", labels=_labels(number))
+        before = (await ballast.status()).header.revision
+        request = update_request("big", "labels", labels=_labels(3), request_id=str(uuid.uuid4()))
+        first = await progress_of(caller.containers.UpdateContainer(request))
+        written = await ballast.bytes_put_since(before)
+        assert written < 6 * _LABELS_BYTES, f"{written / _LABELS_BYTES:.1f} times the labels"
+        assert len(await caller.revisions("big")) == 2
+        # The same call has the same answer; where that was given up for want of room, the container as it is now.
+        assert (await progress_of(caller.containers.UpdateContainer(request))).result == first.result
+        await ballast.lose(f"{own.prefix}results/")
+        again = await progress_of(caller.containers.UpdateContainer(request))
+        assert again.result == await caller.get("big")
+        assert again.snapshots[-1].state == operation_pb2.OPERATION_STATE_SUCCEEDED
+
+
+async def test_a_caller_in_flight_when_it_fills(own: OwnDaemons, ballast: Ballast, small_etcd: Etcd) -> None:
+    async with own.rig.engine_proxy() as proxy:
+        daemon = await own.start(etcd_endpoints=small_etcd.endpoint, docker_host=proxy.url)
+        async with Caller(daemon.target) as caller:
+            await caller.create("victim", 1)
+            held = proxy.faults.hang("POST", r"/containers/.*/stop.*")
+            telling = asyncio.create_task(_refusal(caller.containers.ScaleContainer(scale_request("victim", 2))))
+            await asyncio.wait_for(held.hit.wait(), _ANSWER_SECONDS)
+            await ballast.fill()
+            held.release()
+            told = await telling
+            assert (told.code, told.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL"), told
+            # What is asked of it, and what begins, is answered as well.
+            (operation,) = (
+                await caller.operations.ListOperations(
+                    operation_service_pb2.ListOperationsRequest(
+                        filter=operation_service_pb2.OperationFilter(states=[operation_pb2.OPERATION_STATE_RUNNING])
+                    )
+                )
+            ).operations
+            watch = operation_service_pb2.WatchOperationRequest(id=operation.id)
+            assert (await _refusal(caller.operations.WatchOperation(watch))).reason == "STORE_FULL"
+            assert (await caller.get("victim")).name == "victim"
+            await ballast.remove()
+            await caller.settled()
+            assert len((await caller.get("victim")).status.gpu_uuids) == 2
+            await caller.delete("victim")
+        assert "Traceback" not in daemon.log_text, daemon.log_text
+
+
+async def test_a_daemon_starts_on_a_full_cluster(own: OwnDaemons, ballast: Ballast, small_etcd: Etcd) -> None:
+    daemon = await own.start(etcd_endpoints=small_etcd.endpoint)
+    async with Caller(daemon.target) as caller:
+        await caller.create("kept", 1)
+    await asyncio.to_thread(daemon.kill9)
+    await ballast.fill()
+    daemon = await own.start(etcd_endpoints=small_etcd.endpoint, after=daemon)
+    async with Caller(daemon.target) as caller:
+        assert (await caller.get("kept")).name == "kept"
+        told = await _refusal(caller.containers.UpdateContainer(update_request("kept", "labels", labels={"a": "b"})))
+        assert (told.code, told.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL"), told
+        node = (await caller.nodes.GetNode(node_service_pb2.GetNodeRequest())).node
+        health = {one.component: one for one in node.components}[node_pb2.NODE_COMPONENT_STORE]
+        assert not health.healthy
+        assert "full" in health.message
+        await ballast.remove()
+        await until(lambda: _done(caller.update("kept", "labels", labels={"a": "b"})))
+        await caller.delete("kept")
+    assert "Traceback" not in daemon.log_text, daemon.log_text
+
+
+async def test_a_full_store_of_its_own_mends_itself(own: OwnDaemons) -> None:
+    # Room is made while the call waits, which on a busy machine takes a while.
+    flags = ("--etcd-quota", str(_QUOTA), "--store-timeout", "15")
+    daemon = await own.start(*flags, etcd_endpoints="")
+    endpoint = f"unix:{daemon.state_dir}/etcd/c.sock:0"
+    async with Caller(daemon.target) as caller, Ballast(endpoint) as ballast:
+        await caller.create("kept")
+        # History: what compaction gives back.
+        await ballast.overwrite(4 * _QUOTA)
+        request_id = str(uuid.uuid4())
+        request = update_request("kept", "labels", labels=_labels(1), request_id=request_id)
+        first = await progress_of(caller.containers.UpdateContainer(request))
+        again = await progress_of(caller.containers.UpdateContainer(request))
+        assert again.result == first.result
+        await ballast.overwrite(4 * _QUOTA)
+        await asyncio.to_thread(daemon.kill9)
+    daemon = await own.start(*flags, after=daemon, etcd_endpoints="")
+    async with Caller(daemon.target) as caller, Ballast(endpoint) as ballast:
+        await caller.update("kept", "labels", labels=_labels(2))
+        status = await ballast.status()
+        assert not status.errors
+        assert status.dbSize < _QUOTA
+        # Data: what nothing gives back but a deletion. The first time, the file may have been full of other things.
+        refusals = 0
+        for number in range(3, 8):
+            await ballast.fill()
+            refusals += not await _done(caller.update("kept", "labels", labels=_labels(number)))
+        assert refusals, daemon.log_text[-9000:]
+        await ballast.remove()
+        await caller.delete("kept")
+    assert "Traceback" not in daemon.log_text, daemon.log_text

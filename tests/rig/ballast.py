@@ -1,0 +1,91 @@
+"""Fills the database of an etcd with data of nobody's, and gives the space back as its operator would."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+from aetcd import rpc
+
+_KEYS = b"/ballast/"
+_SECONDS = 30.0
+_PIECES = (1 << 20, 64 << 10, 1 << 10)
+
+
+class Ballast:
+    """Use it with `async with`; what it put stays until `remove`."""
+
+    def __init__(self, endpoint: str) -> None:
+        """`endpoint` is as grpc dials it."""
+        self._endpoint = endpoint
+        self._count = 0
+
+    async def __aenter__(self) -> Self:
+        self._channel = rpc.insecure_channel(self._endpoint)
+        self._kv = rpc.KVStub(self._channel)
+        self._maintenance = rpc.MaintenanceStub(self._channel)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._channel.close()
+
+    async def fill(self) -> None:
+        """Put until etcd takes not even a little: from then on its alarm is raised."""
+        for size in _PIECES:
+            while await self._put(size):
+                pass
+
+    async def overwrite(self, size_bytes: int) -> None:
+        """Put so much at one key, over and over: history that compaction gives back."""
+        for _ in range(size_bytes >> 20):
+            if not await self._put(1 << 20, _KEYS + b"history"):
+                return
+
+    async def _put(self, size: int, key: bytes = b"") -> bool:
+        self._count += 1
+        key = key or _KEYS + str(self._count).encode()
+        try:
+            await self._kv.Put(rpc.PutRequest(key=key, value=b"x" * size), timeout=_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+                raise
+            return False
+        return True
+
+    async def remove(self) -> None:
+        """Delete it, compact, defragment and disarm the alarm."""
+        end = rpc.DeleteRangeRequest(key=_KEYS, range_end=_KEYS[:-1] + b"0")
+        deleted = await self._kv.DeleteRange(end, timeout=_SECONDS)
+        compaction = rpc.CompactionRequest(revision=deleted.header.revision, physical=True)
+        await self._kv.Compact(compaction, timeout=_SECONDS)
+        await self._maintenance.Defragment(rpc.DefragmentRequest(), timeout=_SECONDS)
+        alarms = await self._maintenance.Alarm(rpc.AlarmRequest(action=rpc.AlarmRequest.GET), timeout=_SECONDS)
+        for alarm in alarms.alarms:
+            disarm = rpc.AlarmRequest(action=rpc.AlarmRequest.DEACTIVATE, memberID=alarm.memberID, alarm=alarm.alarm)
+            await self._maintenance.Alarm(disarm, timeout=_SECONDS)
+
+    async def lose(self, prefix: str) -> None:
+        """Delete every key that begins so."""
+        keys = rpc.DeleteRangeRequest(key=prefix.encode(), range_end=prefix[:-1].encode() + b"0")
+        await self._kv.DeleteRange(keys, timeout=_SECONDS)
+
+    async def status(self) -> Any:
+        """What etcd says of its database."""
+        return await self._maintenance.Status(rpc.StatusRequest(), timeout=_SECONDS)
+
+    async def bytes_put_since(self, revision: int) -> int:
+        """The size of all keys and values that were put after a revision."""
+        watch = rpc.WatchStub(self._channel).Watch(timeout=_SECONDS)
+        here = (await self.status()).header.revision
+        create = rpc.WatchCreateRequest(key=b"\0", range_end=b"\0", start_revision=revision + 1)
+        await watch.write(rpc.WatchRequest(create_request=create))
+        total, seen = 0, revision
+        while seen < here:
+            for event in (await watch.read()).events:
+                total += len(event.kv.key) + len(event.kv.value)
+                seen = event.kv.mod_revision
+        watch.cancel()
+        return total
