@@ -11,7 +11,7 @@ class HostPaths(Protocol):
 
     The engine resolves a path again at every start, and a container can exchange what lies in a folder that it may
     write to. Raises HostPathForbidden for a path that may not be mounted, or leads through a symbolic link, or is not
-    there; HostPathFailed where the host refuses.
+    there; HostPathFailed where the host refuses; EngineUnavailable, since it is asked where it sees the host's files.
     """
 
     async def check(self, paths: Sequence[str]) -> None:

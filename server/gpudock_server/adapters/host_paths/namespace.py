@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from gpudock_server.adapters.host_paths.kernel import enter_mount_namespace
+from gpudock_server.errors import EngineUnavailable
 
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ class MountNamespace:
         self._seconds = seconds
 
     async def run(self, work: Callable[[], T]) -> T:
-        """What `work` returns. Raises what it raises, and NamespaceUnavailable.
+        """What `work` returns. Raises what it raises, EngineUnavailable, and NamespaceUnavailable.
 
         When the caller is cancelled, this still waits for the end of the work: an undo must not run beside it.
         """
@@ -87,7 +88,8 @@ class MountNamespace:
             try:
                 connection.connect(self._socket)
             except OSError as error:
-                raise NamespaceUnavailable(f"the engine does not answer on {self._socket}: {error}") from error
+                # Nothing is wrong with the path: an undo waits for the engine to be back.
+                raise EngineUnavailable(call="connect", detail=f"{self._socket}: {error}") from error
             found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         pid: int = _CREDENTIALS.unpack(found)[0]
         if pid <= 0:
