@@ -172,6 +172,16 @@ class ContainerGone(GpudockError):
 
 
 @dataclass(eq=False)
+class ScaledContainerNotRunning(ContainerNotRunning):
+    """ScaleContainer changes of a stopped container what needs a new process."""
+
+    template = (
+        "container {container!r} is {state}; GPUs, /dev/shm and the strategy RECREATE need it RUNNING. To start it with"
+        " other GPUs, use StartContainer with `gpus` (`gpudock start --gpus`)"
+    )
+
+
+@dataclass(eq=False)
 class ContainerRunning(GpudockError):
     """Something that only a stopped container can have done to it."""
 

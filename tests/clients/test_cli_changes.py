@@ -210,6 +210,25 @@ def test_what_contradicts_itself_is_refused(arguments: str, said: str) -> None:
     assert said in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("run busybox true", "give -d to let it run in the background, and `gpudock exec -it NAME -- sh`"),
+        ("run -it --name c busybox", "give -d to let it run in the background"),
+        ("run -d busybox true", "--name is required"),
+        ("run -d --rm --name c busybox", "--rm is not supported"),
+        (
+            "kill c -s HUP",
+            "kill sends SIGKILL only, not HUP; to send it to the main process: gpudock exec c -- kill -s HUP 1",
+        ),
+    ],
+)
+def test_what_docker_can_and_gpudock_cannot_is_refused_with_what_to_do(arguments: str, said: str) -> None:
+    result = CliRunner().invoke(main, ["--address", "/nowhere", *arguments.split()])
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.split())
+
+
 WHOLE = ContainerSpec(
     image="busybox",
     entrypoint=["/bin/sh", "-c"],

@@ -26,12 +26,12 @@ _STDIN, _STDOUT, _STDERR = 0, 1, 2
 
 
 @click.command("exec", context_settings={"allow_interspersed_args": False})
-@click.option("-i", "--interactive", is_flag=True, help="Send this command's input to it.")
-@click.option("-t", "--tty", is_flag=True, help="Give it a terminal.")
+@click.option("-i", "--interactive", is_flag=True, help="Send standard input to the command.")
+@click.option("-t", "--tty", is_flag=True, help="Give the command a terminal.")
 @click.option("-e", "--env", type=Variable(), multiple=True, help="Set an environment variable.")
 @click.option("-w", "--workdir", default="", help="Its working directory.")
 @click.option("-u", "--user", default="", help="Its user, name or uid, with :group if need be.")
-@click.option("--timeout", type=Span(), help="End it after this time.")
+@click.option("--timeout", type=Span(), help="Kill the command after this time.")
 @click.argument("name")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_obj

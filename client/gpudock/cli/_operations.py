@@ -13,7 +13,7 @@ from gpudock.cli._session import Session
 
 @click.group()
 def operations() -> None:
-    """Look at the work that is going on, and cancel it."""
+    """Show operations, and cancel them."""
 
 
 @operations.command("list")
@@ -54,7 +54,7 @@ def watch(session: Session, *, operation_id: str) -> None:
 
 @operations.command()
 @click.argument("operation_id", metavar="ID")
-@click.option("--wait", is_flag=True, help="Until what it did is undone.")
+@click.option("--wait", is_flag=True, help="Wait until its work is undone.")
 @click.pass_obj
 def cancel(session: Session, *, operation_id: str, wait: bool) -> None:
     """Stop an operation, and undo what it did."""

@@ -57,6 +57,7 @@ async def _target(client: Client, name: str, revision: int | None) -> tuple[int,
             f"container {name!r} has no revision before the current one ({container.revision})",
             code=grpc.StatusCode.NOT_FOUND,
         )
+    click.echo(f"to revision {max(earlier)}", err=True)
     return max(earlier), container.etag
 
 

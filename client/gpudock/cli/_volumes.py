@@ -15,10 +15,10 @@ from gpudock.cli._session import Session
 from gpudock.cli._watch import Shown, changes_only_option, resume_token_option, show_changes
 
 _backend_option = click.option(
-    "--backend", type=click.Choice(words_of(VolumeBackend)), default=None, help="What it is made of."
+    "--backend", type=click.Choice(words_of(VolumeBackend)), default=None, help="How it is stored."
 )
 _owner_option = click.option("--owner", default="", help="Who it belongs to.")
-_labels_option = click.option("--label", type=Pair(), multiple=True, help="To be attached to it.")
+_labels_option = click.option("--label", type=Pair(), multiple=True, help="Set a label.")
 _plan_option = click.option("--validate-only", is_flag=True, help="Show what would be done, and do nothing.")
 
 
@@ -118,7 +118,7 @@ def resize(session: Session, *, name: str, size: int, validate_only: bool) -> No
 
 @volume.command()
 @click.argument("name")
-@click.option("--force", is_flag=True, help="Take it out of the specs of containers that mount it and do not run.")
+@click.option("--force", is_flag=True, help="Remove it from the specs of stopped containers that mount it.")
 @_plan_option
 @click.pass_obj
 def delete(session: Session, *, name: str, force: bool, validate_only: bool) -> None:

@@ -7,7 +7,13 @@ from gpudock_server.core.containers.gone import refuse_if_gone
 from gpudock_server.core.containers.planning import Wanted, draft
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
-from gpudock_server.errors import ContainerNotRunning, ContainerPaused, GpusOfRunningContainer, RestartRequired
+from gpudock_server.errors import (
+    ContainerNotRunning,
+    ContainerPaused,
+    GpusOfRunningContainer,
+    RestartRequired,
+    ScaledContainerNotRunning,
+)
 from gpudock_server.model.container import DOES_NOT_RUN, LIVES, RUNS, ContainerState
 from gpudock_server.model.operation import OperationKind
 from gpudock_server.model.spec import ContainerSpec
@@ -61,7 +67,9 @@ async def draft_scale(world: World, command: Scale) -> Draft:
         field for field in ("gpus", "shm_size_bytes") if getattr(spec, field) != getattr(container.spec, field)
     )
     recreate = command.strategy is ScaleStrategy.RECREATE
-    if state not in RUNS and (fixed or recreate or state not in DOES_NOT_RUN):
+    if state in DOES_NOT_RUN and (fixed or recreate):
+        raise ScaledContainerNotRunning(container=command.name, state=state.value)
+    if state not in (*RUNS, *DOES_NOT_RUN):
         raise ContainerNotRunning(container=command.name, state=state.value)
     if command.strategy is ScaleStrategy.LIVE and fixed:
         raise RestartRequired(container=command.name, changes=fixed)
