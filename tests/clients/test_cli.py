@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 import pytest
 from click.testing import CliRunner
+from google.protobuf.duration_pb2 import Duration
 from gpudock import CommittedImage
 from gpudock.cli import main
 from gpudock.cli._progress import Progress
@@ -184,7 +185,14 @@ async def test_tables(server: ScriptedServer) -> None:
 
 async def test_a_plan_is_shown_and_nothing_else(server: ScriptedServer) -> None:
     async def planned(_: Any, __: Context) -> AsyncIterator[pb.ScaleContainerResponse]:
-        plan = operation_pb2.OperationPlan(stages=["stop", "carry"], gpus_to_claim=2, warnings=["sockets are lost"])
+        plan = operation_pb2.OperationPlan(
+            stages=["stop", "carry"],
+            gpus_to_claim=2,
+            warnings=["sockets are lost"],
+            apparent_bytes=3 << 30,
+            allocated_bytes=1 << 20,
+            expected_freeze=Duration(nanos=300_000_000),
+        )
         yield pb.ScaleContainerResponse(operation=operation_pb2.Operation(plan=plan))
 
     server.on("ScaleContainer", planned)
@@ -194,6 +202,8 @@ async def test_a_plan_is_shown_and_nothing_else(server: ScriptedServer) -> None:
     )
     assert ended.out.splitlines()[0].split() == ["stages:", "stop,", "carry"]
     assert "sockets are lost" in ended.out
+    assert "3.0 GiB, 1.0 MiB on the disk" in ended.out
+    assert "frozen for about:" in ended.out
     [request] = server.requests["ScaleContainer"]
     assert (request.validate_only, request.strategy) == (True, pb.SCALE_STRATEGY_LIVE)
     assert (request.HasField("memory_bytes"), request.HasField("cpus")) == (True, False)

@@ -65,7 +65,7 @@ async def test_the_image_has_the_files_and_nothing_of_who_it_was(caller: Caller,
         )
     )
     image = progress.result
-    assert progress.stages == ["freeze", "commit-files", "thaw", "image", "tag", "commit", "clean"]
+    assert progress.stages == ["copy-files", "difference", "commit-files", "image", "tag", "commit", "clean"]
     assert (image.name, image.container, image.revision) == (NAME, "box", 1)
     made = shown(rig, NAME)
     assert (made["Id"], made["Size"], made["Author"], made["Comment"]) == (image.id, image.size_bytes, "me", "a note")
@@ -105,7 +105,7 @@ async def test_the_image_has_the_files_and_nothing_of_who_it_was(caller: Caller,
 @pytest.mark.parametrize(
     ("how", "stages"),
     [
-        ("running", ["freeze", "commit-files", "thaw", "image", "tag", "commit", "clean"]),
+        ("running", ["copy-files", "difference", "commit-files", "image", "tag", "commit", "clean"]),
         ("not to be paused", ["commit-files", "image", "tag", "commit", "clean"]),
         ("paused", ["commit-files", "image", "tag", "commit", "clean"]),
         ("stopped", ["commit-files", "image", "tag", "commit", "clean"]),
@@ -262,6 +262,47 @@ async def test_carries_by_commit_are_squashed_in_time(own: OwnDaemons, rig: Rig)
         assert await caller.shell("box", "cd /; ls -d n*; cat n22 n23") == "n22\nn23\n22\n23\n"
         await caller.delete("box")
     assert set(_tags(rig)) == before
+
+
+# -- how long a container is frozen --------------------------------------------------------------------------------
+
+
+async def test_the_container_runs_while_the_engine_writes_its_image(caller: Caller, rig: Rig) -> None:
+    container = await caller.create("box")
+    await caller.shell("box", "dd if=/dev/urandom of=/big bs=1M count=200 2>/dev/null; cp /big /other; rm /etc/group")
+    frozen: set[bool] = set()
+    stream = caller.containers.CommitContainer(request())
+    async for answer in stream:
+        # Some bytes are written, and some are still to come.
+        current, total = answer.operation.current_bytes, answer.operation.total_bytes
+        if answer.operation.stage == "commit-files" and 0 < current < total:
+            state = rig.engine.call("GET", f"/containers/{container.status.engine_id}/json")["State"]
+            frozen.add(state["Paused"])
+    assert frozen == {False}
+    assert len(rig.engine.call("GET", "/containers/json", query={"all": "1"})) == 1
+    await caller.create("other", image=NAME)
+    assert await caller.shell("other", "cmp /big /other && ls /etc/group 2>/dev/null || echo same") == "same\n"
+
+
+async def test_holes_are_told_before_they_are_written_out(caller: Caller, rig: Rig) -> None:
+    await caller.create("box")
+    plans = []
+    for command in ("true", "truncate -s 100M /sparse; echo end >> /sparse"):
+        await caller.shell("box", command)
+        planned = await progress_of(caller.containers.CommitContainer(request(validate_only=True)))
+        plans.append(planned.snapshots[0].plan)
+    empty, sparse = plans
+    assert sparse.apparent_bytes >= 100 << 20
+    assert sparse.allocated_bytes < 10 << 20
+    assert [line for line in sparse.warnings if "holes" in line and str(sparse.apparent_bytes) in line]
+    assert not [line for line in empty.warnings if "holes" in line]
+    # One file more, whatever its size.
+    assert sparse.expected_freeze.ToMilliseconds() - empty.expected_freeze.ToMilliseconds() < 10
+    assert empty.expected_freeze.ToMilliseconds() > 0
+    await caller.commit("box", REPOSITORY, tag=TAG)
+    assert shown(rig, NAME)["Size"] - shown(rig, IMAGE)["Size"] >= 100 << 20
+    await caller.create("other", image=NAME)
+    assert await caller.shell("other", "tail -c 4 /sparse; stat -c %s /sparse") == f"end\n{(100 << 20) + 4}\n"
 
 
 # -- names of images ---------------------------------------------------------------------------------------------------

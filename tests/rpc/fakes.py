@@ -33,6 +33,7 @@ from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind, S
 from gpudock_server.model.spec import RestartPolicy
 from gpudock_server.ports import (
     CarryPlan,
+    CommitCost,
     Engine,
     ExecSession,
     GpuInventory,
@@ -259,9 +260,14 @@ class FakeEngine(Engine):
         author: str = "",
         comment: str = "",
         changes: Sequence[str] = (),
+        config_of: str = "",
     ) -> str:
         await self._call("commit")
         return "sha256:" + "b" * 64
+
+    @override
+    async def create_shadow(self, of: str, name: str, labels: Mapping[str, str]) -> str:
+        return "shadow"
 
     @override
     async def tag(self, image: str, reference: str) -> None:
@@ -322,6 +328,10 @@ class FakeLayers(LayerStore):
     @override
     async def commit_plan(self, container: EngineContainer) -> CarryPlan:
         return CarryPlan(method=CarryMethod.COMMIT)
+
+    @override
+    async def commit_cost(self, container: EngineContainer) -> CommitCost:
+        return CommitCost()
 
     @override
     def commit_watched(

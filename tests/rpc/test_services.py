@@ -40,6 +40,16 @@ async def test_a_plan_is_one_message_and_changes_nothing(served: Served) -> None
     assert not served.store.calls
 
 
+async def test_a_commit_whose_files_cannot_be_seen_says_that_its_freeze_is_not_known(served: Served) -> None:
+    await made(served)
+    request = container_service_pb2.CommitContainerRequest(name="a", repository="team/model", validate_only=True)
+    (event,) = [event async for event in served.containers.CommitContainer(request)]
+    plan = event.operation.plan
+    assert plan.stages[0] == "freeze"
+    assert not plan.HasField("expected_freeze")
+    assert [line for line in plan.warnings if "frozen while the engine writes the image, for a time" in line]
+
+
 async def test_a_failed_operation_ends_with_its_status_after_a_snapshot_that_is_failed(served: Served) -> None:
     served.engine.failures["start"] = EngineRejected(call="start a container", status=400, detail="no such file")
     events, error = await to_the_end(served.containers.CreateContainer(create_request(request_id=UUID)))

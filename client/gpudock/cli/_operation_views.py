@@ -77,6 +77,16 @@ def plan(item: OperationPlan) -> str:
                 if item.bytes_to_move
                 else "",
             ),
+            (
+                "size of the files",
+                f"{bytes_text(item.apparent_bytes)}, {bytes_text(item.allocated_bytes)} on the disk"
+                if item.apparent_bytes
+                else "",
+            ),
+            (
+                "frozen for about",
+                seconds_text(item.expected_freeze.ToMilliseconds() / 1000) if item.HasField("expected_freeze") else "",
+            ),
             *(("warning", warning) for warning in item.warnings),
             ("spec", spec_changes(item.spec_changes)),
         )

@@ -110,6 +110,7 @@ class OperationPlan(Record):
     """What an operation will do, known before it begins.
 
     `placement` is what the container has afterwards; on `validate_only`, what it would have been given just now.
+    `apparent_bytes` and `allocated_bytes` are those of the files that are read: without and with regard to their holes.
     """
 
     stages: tuple[str, ...] = ()
@@ -124,6 +125,9 @@ class OperationPlan(Record):
     carry_method: CarryMethod = CarryMethod.NONE
     snapshot: SnapshotKind | None = None
     warnings: tuple[str, ...] = ()
+    apparent_bytes: int = 0
+    allocated_bytes: int = 0
+    expected_freeze_seconds: float | None = None
     # What the spec is before and afterwards, where it can change. Of a plan alone: a record has no room for two specs.
     old_spec: ContainerSpec | None = Field(default=None, exclude=True)
     new_spec: ContainerSpec | None = Field(default=None, exclude=True)

@@ -7,7 +7,7 @@ docstring, and no others that a caller should see. Every call is bounded in time
 from gpudock_server.ports.engine import Engine, ExecSession
 from gpudock_server.ports.host import GpuInventory, PortProbe, ProcessControl
 from gpudock_server.ports.host_paths import HostPaths
-from gpudock_server.ports.layers import CarryPlan, LayerPair, LayerStore
+from gpudock_server.ports.layers import CarryPlan, CommitCost, LayerPair, LayerStore
 from gpudock_server.ports.ledger import Ledger
 from gpudock_server.ports.progress import Progress
 from gpudock_server.ports.snapshots import LayerTooLarge, SnapshotPlan, SnapshotStore
@@ -28,6 +28,7 @@ from gpudock_server.ports.volumes import ShrinkNeedsCopy, VolumeBackend, VolumeC
 
 __all__ = [
     "CarryPlan",
+    "CommitCost",
     "ContainerView",
     "Engine",
     "ExecSession",

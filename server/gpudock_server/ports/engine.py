@@ -173,10 +173,18 @@ class Engine(Protocol):
         author: str = "",
         comment: str = "",
         changes: Sequence[str] = (),
+        config_of: str = "",
     ) -> str:
         """Make an image of its files, with the config it had, named `reference`; the id of the image.
 
-        `changes` are Dockerfile lines that change that config.
+        `changes` are Dockerfile lines that change that config, which is that of another container with `config_of`.
+        """
+        ...
+
+    async def create_shadow(self, of: str, name: str, labels: Mapping[str, str]) -> str:
+        """Create a container with the image and the config of container `of`, which holds files and never runs; its id.
+
+        It has `labels`, and no cards, ports, limits or volumes.
         """
         ...
 

@@ -20,6 +20,21 @@ class CarryPlan(Record):
     warnings: tuple[str, ...] = ()
 
 
+class CommitCost(Record):
+    """What an image of a container's files costs. `measured` False: the layer is out of reach, and nothing is known.
+
+    `apparent_bytes` is what the engine writes, `allocated_bytes` what the layer takes on the disk: less, where files
+    have holes. `warnings` say what is lost in the image.
+    """
+
+    measured: bool = False
+    apparent_bytes: int = 0
+    allocated_bytes: int = 0
+    entries: int = 0
+    bytes_available: int = 0
+    warnings: tuple[str, ...] = ()
+
+
 class LayerPair(Record):
     """The writable layers of a container and its successor, as they were before anything moved.
 
@@ -49,6 +64,10 @@ class LayerStore(Protocol):
 
     async def commit_plan(self, container: EngineContainer) -> CarryPlan:
         """What an image of a container's files costs, and what is lost in it; 0 bytes where that cannot be seen."""
+        ...
+
+    async def commit_cost(self, container: EngineContainer) -> CommitCost:
+        """What an image of a container's files costs, in full. Raises DiskFull, LayerCarryFailed."""
         ...
 
     def commit_watched(

@@ -442,6 +442,7 @@ class DockerEngine:
         author: str = "",
         comment: str = "",
         changes: Sequence[str] = (),
+        config_of: str = "",
     ) -> str:
         """Make an image of its files, with the config it had and `labels` on top, named `reference`; its id.
 
@@ -455,9 +456,10 @@ class DockerEngine:
         # Empty changes are a file without instructions, which is refused.
         said = {"author": author, "comment": comment, "changes": "\n".join(changes)}
         params |= {key: value for key, value in said.items() if value}
-        shown = await self._inspect(engine_id)
+        shown = await self._inspect(config_of or engine_id)
         if shown is None:
-            raise EngineRejected(call=call, status=NOT_FOUND, detail=f"there is no container {engine_id}")
+            detail = f"there is no container {config_of or engine_id}"
+            raise EngineRejected(call=call, status=NOT_FOUND, detail=detail)
         answer: JsonAnswer = await self._connection.call(
             call,
             "POST",
@@ -466,6 +468,28 @@ class DockerEngine:
             body=translate.commit_request(shown.get("Config") or {}, labels),
             timeout=self._connection.timeout * _COMMIT_TIMEOUTS,
         )
+        with engine_errors(call):
+            return str(answer["Id"])
+
+    async def create_shadow(self, of: str, name: str, labels: Mapping[str, str]) -> str:
+        """Create a container like `of` that holds files and never runs, or find the one that was made; its id."""
+        call = "create a container"
+        shown = await self._inspect(of)
+        if shown is None:
+            raise EngineRejected(call=call, status=NOT_FOUND, detail=f"there is no container {of}")
+        try:
+            answer: JsonAnswer = await self._connection.call(
+                call,
+                "POST",
+                "containers/create",
+                params={"name": segment(name)},
+                body=translate.shadow_request(shown, labels),
+            )
+        except EngineRejected as rejection:
+            found = await self.inspect(name) if rejection.status == CONFLICT else None
+            if found is None or found.labels.get(LABEL_OPERATION) != labels[LABEL_OPERATION]:
+                raise
+            return found.id
         with engine_errors(call):
             return str(answer["Id"])
 

@@ -225,6 +225,22 @@ def commit_request(config: Mapping[str, Any], labels: Mapping[str, str]) -> Json
     return {**config, "Labels": {**(config.get("Labels") or {}), **labels}, "Env": [*environment, no_cards]}
 
 
+def shadow_request(shown: Mapping[str, Any], labels: Mapping[str, str]) -> Json:
+    """The body of `POST /containers/create` for a container like the one `shown`, which never runs.
+
+    A tmpfs where the config has a volume keeps the engine from making an anonymous one, and from filling that with what
+    the image has there.
+    """
+    config = shown.get("Config") or {}
+    tmpfs = [{"Type": "tmpfs", "Target": target} for target in config.get("Volumes") or ()]
+    return {
+        **config,
+        "Image": shown["Image"],
+        "Labels": dict(labels),
+        "HostConfig": {"NetworkMode": "none", "Mounts": tmpfs, "LogConfig": _LOG_CONFIG},
+    }
+
+
 def container(inspected: Mapping[str, Any]) -> EngineContainer:
     """What `GET /containers/ID/json` shows."""
     state: Json = inspected.get("State") or {}

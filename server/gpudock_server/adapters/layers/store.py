@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import secrets
 from collections.abc import AsyncIterator, Iterator
@@ -9,7 +10,7 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from gpudock_server.adapters.layers.committing import watched
-from gpudock_server.adapters.layers.copying import missing_program, tree_bytes
+from gpudock_server.adapters.layers.copying import missing_program, tree_bytes, tree_entries
 from gpudock_server.adapters.layers.exchange import Arrangement, arrangement_of, bring_about
 from gpudock_server.adapters.layers.paths import Layer, LayerRefusedError, find_layer, seen_layer
 from gpudock_server.adapters.layers.privilege import why_no_copy, why_no_exchange
@@ -22,7 +23,7 @@ from gpudock_server.adapters.trees.worker import run_job
 from gpudock_server.errors import DiskFull, LayerCarryFailed
 from gpudock_server.model.engine import EngineContainer
 from gpudock_server.model.operation import CarryMethod
-from gpudock_server.ports import CarryPlan, LayerPair, LayerStore, Progress
+from gpudock_server.ports import CarryPlan, CommitCost, LayerPair, LayerStore, Progress
 
 _MEASURE_SECONDS = 300.0
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -95,6 +96,27 @@ class OverlayLayerStore(LayerStore):
         upper = "" if isinstance(layer, str) else container.upper_dir
         plan = await self._commit_plan(CarryPlan(method=CarryMethod.COMMIT), upper)
         return plan.model_copy(update={"warnings": LOST_BY_COMMIT})
+
+    async def commit_cost(self, container: EngineContainer) -> CommitCost:
+        """See the protocol."""
+        layer = await run_to_end(self._seen, container)
+        if isinstance(layer, str) or missing_program():
+            return CommitCost(warnings=LOST_BY_COMMIT)
+        with _refusals(CarryMethod.COMMIT):
+            apparent, allocated, entries = await asyncio.gather(
+                tree_bytes(container.upper_dir, apparent=True, timeout_seconds=_MEASURE_SECONDS),
+                tree_bytes(container.upper_dir, apparent=False, timeout_seconds=_MEASURE_SECONDS),
+                tree_entries(container.upper_dir, timeout_seconds=_MEASURE_SECONDS),
+            )
+            free = await run_to_end(require_room, container.upper_dir, apparent)
+        return CommitCost(
+            measured=True,
+            apparent_bytes=apparent,
+            allocated_bytes=allocated,
+            entries=entries,
+            bytes_available=free,
+            warnings=LOST_BY_COMMIT,
+        )
 
     @asynccontextmanager
     async def commit_watched(self, container: EngineContainer, total: int, progress: Progress) -> AsyncIterator[None]:

@@ -1,6 +1,14 @@
 """CommitContainer: the files as they are, as an image that anybody may run.
 
-    freeze -> commit -> thaw -> image -> tag | clean
+The files of a container that runs are copied into a container that never does, its shadow, and the engine commits
+that: the container is frozen for the last difference alone, however much there is to write.
+
+    copy-files -> difference (frozen) -> commit-files -> image -> tag | clean
+
+What is not to be frozen, or does not run, needs no shadow; and where the layers are out of reach, or there is no room
+for a copy, the engine commits the container itself:
+
+    freeze -> commit-files -> thaw -> image -> tag | clean
 
 What the engine commits carries the container's labels and says which cards it had, and no option takes that away. So it
 is committed under a name of ours, made an image that says nothing of the container (`image`), and only that is given
@@ -21,20 +29,38 @@ from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
 from gpudock_server.core.saga import Outcome, Run, Step
-from gpudock_server.errors import ContainerNotRunning, EngineRejected, ImageExists
+from gpudock_server.errors import ContainerNotRunning, DiskFull, EngineRejected, ImageExists, SnapshotFailed
 from gpudock_server.model.changes import Change, PutContainer
-from gpudock_server.model.container import RUNS, ContainerState
-from gpudock_server.model.engine import LABEL_OPERATION, EngineContainer, EngineImage, EngineState
+from gpudock_server.model.container import ContainerState
+from gpudock_server.model.engine import (
+    LABEL_NAME,
+    LABEL_NODE,
+    LABEL_OPERATION,
+    LABEL_UID,
+    EngineContainer,
+    EngineImage,
+    EngineState,
+)
 from gpudock_server.model.image import CommittedImage
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import JsonObject, Record, now
-from gpudock_server.ports import ContainerView
+from gpudock_server.ports import CommitCost, ContainerView, LayerTooLarge
 
 _NOT_FOUND = 404
+# Image files of so many bytes more than the layer has are not worth a warning.
+_FEW_BYTES = 16 << 20
+# Seconds that a freeze and a thaw take and that the last pass of a copy takes for each file, and how fast an engine
+# writes an image; measured on a machine with two slow cores.
+_LEAST_FREEZE = 0.1
+_FREEZE_PER_ENTRY = 20e-6
+_ENGINE_BYTES_PER_SECOND = 60e6
 
 
 class CommitArguments(Record):
-    """What the saga needs to be built again. `base_id` is the image that the engine container was made from."""
+    """What the saga needs to be built again. `base_id` is the image that the engine container was made from.
+
+    `shadow`: the files are copied into a container that never runs, and that is committed.
+    """
 
     engine_id: str
     base_id: str
@@ -47,6 +73,8 @@ class CommitArguments(Record):
     revision: int
     owner: str = ""
     replace: bool = False
+    shadow: bool = False
+    allocated_bytes: int = 0
 
 
 async def draft(world: World, command: Commit) -> Draft:
@@ -59,7 +87,9 @@ async def draft(world: World, command: Commit) -> Draft:
         raise ContainerNotRunning(container=command.name, state=state.value)
     world.images.require_allowed(command.reference.rpartition(":")[0], container.owner)
     await replaceable(world, CommitName(command.reference, container.owner, command.replace))
-    cost = await world.layers.commit_plan(seen)
+    cost = await world.layers.commit_cost(seen)
+    freeze = command.pause and state is ContainerState.RUNNING
+    copy = await _copy_plan(world, seen, cost) if freeze else _CopyPlan(shadow=False)
     arguments = CommitArguments(
         engine_id=seen.id,
         base_id=seen.image_id,
@@ -67,11 +97,13 @@ async def draft(world: World, command: Commit) -> Draft:
         author=command.author,
         comment=command.comment,
         changes=command.changes,
-        freeze=command.pause and state in RUNS,
-        total_bytes=cost.bytes_to_move,
+        freeze=freeze,
+        total_bytes=cost.apparent_bytes,
         revision=container.revision,
         owner=container.owner,
         replace=command.replace,
+        shadow=copy.shadow,
+        allocated_bytes=cost.allocated_bytes,
     )
     return Draft(
         kind=OperationKind.COMMIT,
@@ -81,12 +113,61 @@ async def draft(world: World, command: Commit) -> Draft:
         plan=OperationPlan(
             placement=container.status.placement,
             kept_gpu_uuids=container.status.placement.gpu_uuids,
-            bytes_to_move=cost.bytes_to_move,
+            bytes_to_move=cost.apparent_bytes + copy.bytes_to_copy,
             bytes_available=cost.bytes_available,
-            warnings=cost.warnings,
+            warnings=(*cost.warnings, *_holes(cost), *copy.warnings),
+            apparent_bytes=cost.apparent_bytes,
+            allocated_bytes=cost.allocated_bytes,
+            expected_freeze_seconds=_freeze_seconds(cost, shadow=copy.shadow) if freeze else None,
         ),
         build=lambda operation: CommitSaga(world, operation),
     )
+
+
+class _CopyPlan(Record):
+    """Whether the files of a running container are copied first, and why not."""
+
+    shadow: bool
+    bytes_to_copy: int = 0
+    warnings: tuple[str, ...] = ()
+
+
+async def _copy_plan(world: World, seen: EngineContainer, cost: CommitCost) -> _CopyPlan:
+    method, reason = await world.snapshots.method(seen)
+    if method is not None and cost.measured:
+        try:
+            plan = await world.snapshots.plan(seen, None)
+        except (DiskFull, SnapshotFailed) as error:
+            plan, reason = None, error.message
+        if plan is not None and plan.too_large:
+            reason = f"it is too large to be copied: {plan.too_large}"
+        elif plan is not None:
+            needed = plan.bytes_to_copy
+            if needed + cost.apparent_bytes <= cost.bytes_available:
+                return _CopyPlan(shadow=True, bytes_to_copy=needed)
+            total = needed + cost.apparent_bytes
+            reason = f"a copy and the image take {total} bytes, and {cost.bytes_available} are free"
+    how_long = "" if cost.measured else ", for a time that is not known"
+    why = reason or "its files cannot be measured"
+    warning = f"the container is frozen while the engine writes the image{how_long}: {why}"
+    return _CopyPlan(shadow=False, warnings=(warning,))
+
+
+def _holes(cost: CommitCost) -> tuple[str, ...]:
+    if cost.apparent_bytes - cost.allocated_bytes <= max(_FEW_BYTES, cost.allocated_bytes // 10):
+        return ()
+    sizes = f"{cost.allocated_bytes} bytes on the disk and {cost.apparent_bytes} in the image"
+    return (f"files with holes take {sizes}: the engine writes holes out as zeros",)
+
+
+def _freeze_seconds(cost: CommitCost, *, shadow: bool) -> float | None:
+    if shadow:
+        return _LEAST_FREEZE + cost.entries * _FREEZE_PER_ENTRY
+    return _LEAST_FREEZE + cost.apparent_bytes / _ENGINE_BYTES_PER_SECOND if cost.measured else None
+
+
+def _shadow_name(operation: Operation) -> str:
+    return f"commit-{operation.target.uid[:8]}"
 
 
 def commit_image(operation: Operation) -> str:
@@ -105,10 +186,16 @@ class CommitSaga(ContainerSaga):
     @property
     @override
     def steps(self) -> tuple[Step, ...]:
-        freeze = [Step("freeze", self._freeze, self._thaw)] if self._arguments.freeze else []
-        thaw = [Step("thaw", self._thaw)] if self._arguments.freeze else []
+        if self._arguments.shadow:
+            before: tuple[Step, ...] = (
+                Step("copy-files", self._copy, self._remove_shadow, interruptible=True),
+                Step("difference", self._difference, self._thaw),
+            )
+        else:
+            before = (Step("freeze", self._freeze, self._thaw),) if self._arguments.freeze else ()
+        thaw = (Step("thaw", self._thaw),) if self._arguments.freeze and not self._arguments.shadow else ()
         return (
-            *freeze,
+            *before,
             Step("commit-files", self._commit, self._remove_raw),
             *thaw,
             Step("image", self._image, self._remove_image),
@@ -121,6 +208,45 @@ class CommitSaga(ContainerSaga):
         return (Step("clean", self._clean),)
 
     # -- the container's files ---------------------------------------------------------------------------------------
+
+    async def _copy(self, run: Run) -> JsonObject:
+        """While the container runs, so that little is left for the time that it is frozen."""
+        operation = run.operation
+        labels = {
+            # Of no container: what is found without its operation is removed, and never taken for a container.
+            LABEL_UID: operation.id,
+            LABEL_NAME: _shadow_name(operation),
+            LABEL_NODE: operation.node,
+            LABEL_OPERATION: operation.id,
+        }
+        name = self._world.engine_name(_shadow_name(operation), operation.id)
+        shadow_id = await self._world.engine.create_shadow(self._arguments.engine_id, name, labels)
+        await self._mirror(run, shadow_id, still=False)
+        return {"shadow_id": shadow_id}
+
+    async def _difference(self, run: Run) -> None:
+        """Frozen for what has changed since. All of it is one step, so that it waits for no record meanwhile."""
+        await self._freeze(run)
+        try:
+            await self._mirror(run, str(run.operation.facts("copy-files")["shadow_id"]), still=True)
+        finally:
+            await self._thaw(run)
+
+    async def _mirror(self, run: Run, shadow_id: str, *, still: bool) -> None:
+        source, shadow = await self._seen(), await self._world.engine.inspect(shadow_id)
+        if source is None or shadow is None:
+            gone = self._arguments.engine_id if source is None else shadow_id
+            raise SnapshotFailed(detail=f"engine container {gone[:12]} is gone")
+        try:
+            await self._world.snapshots.mirror(source, shadow, run.operation.id, still=still, progress=run.progress)
+        except LayerTooLarge as error:
+            raise SnapshotFailed(detail=f"the layer is too large to be copied: {error}") from error
+
+    async def _remove_shadow(self, run: Run) -> None:
+        name = self._world.engine_name(_shadow_name(run.operation), run.operation.id)
+        found = await self._world.engine.inspect(name)
+        if found is not None and found.labels.get(LABEL_OPERATION) == run.operation.id:
+            await self._world.engine.remove(found.id)
 
     async def _freeze(self, _run: Run) -> None:
         await self._world.freeze(self._arguments.engine_id)
@@ -138,19 +264,21 @@ class CommitSaga(ContainerSaga):
         if (made := await world.engine.image(reference)) is not None:
             return {"image_id": made.id}
         total = arguments.total_bytes
-        seen = await self._seen()
+        committed_id = str(run.operation.facts("copy-files").get("shadow_id", arguments.engine_id))
+        seen = await world.engine.inspect(committed_id)
         if seen is None:
-            detail = f"there is no container {arguments.engine_id[:12]}; it was removed outside gpudock"
+            detail = f"there is no container {committed_id[:12]}; it was removed outside gpudock"
             raise EngineRejected(call="commit a container", status=_NOT_FOUND, detail=detail)
         run.progress(0, total)
         async with world.layers.commit_watched(seen, total, run.progress):
             image_id = await world.engine.commit(
-                arguments.engine_id,
+                committed_id,
                 reference,
                 {LABEL_OPERATION: run.operation.id},
                 author=arguments.author,
                 comment=arguments.comment,
                 changes=arguments.changes,
+                config_of=arguments.engine_id,
             )
         run.progress(total, total)
         return {"image_id": image_id}
@@ -205,6 +333,7 @@ class CommitSaga(ContainerSaga):
             await engine.remove_image(reference)
 
     async def _clean(self, run: Run) -> None:
+        await self._remove_shadow(run)
         await self._remove_raw(run)
         await self._remove_image(run)
 

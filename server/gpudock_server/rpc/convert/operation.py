@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
+from google.protobuf.duration_pb2 import Duration
 from gpudock.v1 import operation_pb2
 
 from gpudock_server.core.running import Snapshot
@@ -141,6 +144,9 @@ def _plan(record: Operation) -> operation_pb2.OperationPlan:
         restarts_process=plan.restarts_process,
         carry_method=CARRY_METHODS[plan.carry_method],
         warnings=plan.warnings,
+        apparent_bytes=plan.apparent_bytes,
+        allocated_bytes=plan.allocated_bytes,
+        expected_freeze=_duration(plan.expected_freeze_seconds),
         snapshot=SNAPSHOT_KINDS[plan.snapshot] if plan.snapshot is not None else None,
         spec_changes=_spec_changes(record),
     )
@@ -152,6 +158,14 @@ def _spec_changes(record: Operation) -> list[operation_pb2.SpecChange]:
     if record.state is not OperationState.PLANNED or before is None or after is None:
         return []
     return spec_changes(spec_message(before), spec_message(after))
+
+
+def _duration(seconds: float | None) -> Duration | None:
+    if seconds is None:
+        return None
+    span = Duration()
+    span.FromTimedelta(timedelta(seconds=seconds))
+    return span
 
 
 def _error(error: RecordedError) -> operation_pb2.OperationError:
