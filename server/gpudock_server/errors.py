@@ -147,13 +147,14 @@ class ContainerExists(GpudockError):
 
 @dataclass(eq=False)
 class ContainerNotRunning(GpudockError):
-    """Something that only a running container can have done to it."""
+    """Something that a container in this state cannot have done to it; `needs` says which state it would take."""
 
     code = Code.FAILED_PRECONDITION
     reason = "CONTAINER_NOT_RUNNING"
-    template = "container {container!r} is {state}; it must be RUNNING for this"
+    template = "container {container!r} is {state}; {needs}"
     container: str
     state: str
+    needs: str = "it must be RUNNING for this"
 
 
 @dataclass(eq=False)
@@ -179,6 +180,7 @@ class ScaledContainerNotRunning(ContainerNotRunning):
         "container {container!r} is {state}; GPUs, /dev/shm and the strategy RECREATE need it RUNNING. To start it with"
         " other GPUs, use StartContainer with `gpus` (`gpudock start --gpus`)"
     )
+    needs: str = "to change more than its CPUs and memory, it must be RUNNING"
 
 
 @dataclass(eq=False)

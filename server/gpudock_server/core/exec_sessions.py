@@ -48,6 +48,7 @@ _SAYS_NOT_FOUND = re.compile(
     r"executable file (?:`.*` )?not found|exec: \".*\": (?:stat .*: )?no such file or directory", re.DOTALL
 )
 
+_NEEDS = "to run a command in it, it must be RUNNING"
 # An engine that does not answer when a process is to be ended is asked again after so many seconds each.
 _ENDING_RETRIES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 # Between two looks at something that the engine or the kernel brings about soon: seconds, at first and at most.
@@ -184,9 +185,9 @@ class ExecSessions:
             begun.set_result(running)
 
     async def _started(self, container: str, request: ExecRequest, exec_id: str, timeout: float | None) -> RunningExec:
-        head = (await self._world.lookup(container)).container
+        head = (await self._world.find(container)).container
         if head.engine is None or head.status.state in (ContainerState.CREATING, ContainerState.DELETING):
-            raise ContainerNotRunning(container=container, state=head.status.state.value)
+            raise ContainerNotRunning(container=container, state=head.status.state.value, needs=_NEEDS)
         engine_id = head.engine.engine_id
         session = await self._open(container, engine_id, request)
         return RunningExec(exec_id=exec_id, container=container, engine_id=engine_id, session=session, timeout=timeout)
@@ -199,7 +200,7 @@ class ExecSessions:
             seen = await self._world.engine.inspect(engine_id)
             if seen is None or not seen.alive:
                 state = "gone" if seen is None else seen.state.value.upper()
-                raise ContainerNotRunning(container=container, state=state) from None
+                raise ContainerNotRunning(container=container, state=state, needs=_NEEDS) from None
             if seen.state.value == "paused":
                 raise ContainerPaused(container=container) from None
             raise

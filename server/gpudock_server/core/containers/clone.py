@@ -47,7 +47,6 @@ from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
 from gpudock_server.core.saga import Outcome, Run, Step
 from gpudock_server.errors import (
-    ContainerBusy,
     ContainerExists,
     ContainerNotRunning,
     ImageNotFound,
@@ -127,8 +126,6 @@ async def draft(world: World, command: Clone) -> Draft:
         raise ContainerExists(container=command.name)
     view = await world.lookup(command.source)
     source = view.container
-    if view.operation_id:
-        raise ContainerBusy(container=source.name, operation_id=view.operation_id)
     found, files = await _found(world, source, command.revision)
     spec = command.change.apply(found)
     check_limits(world.limits, spec)
@@ -213,7 +210,11 @@ async def _files_of_now(world: World, source: Container) -> Files:
     engine = source.engine
     seen = await world.engine.inspect(engine.engine_id) if engine is not None else None
     if engine is None or seen is None:
-        raise ContainerNotRunning(container=source.name, state=source.status.state.value)
+        raise ContainerNotRunning(
+            container=source.name,
+            state=source.status.state.value,
+            needs="its files of now are lost; clone one of its revisions",
+        )
     files = Files(
         origin=Origin.COMMIT,
         image_id=engine.image_id,

@@ -84,7 +84,8 @@ async def draft(world: World, command: Commit) -> Draft:
     state = container.status.state
     seen = await world.engine.inspect(container.engine.engine_id) if container.engine else None
     if seen is None or state in (ContainerState.CREATING, ContainerState.DELETING):
-        raise ContainerNotRunning(container=command.name, state=state.value)
+        needs = "its files of now are lost; commit a clone of one of its revisions"
+        raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
     world.images.require_allowed(command.reference.rpartition(":")[0], container.owner)
     await replaceable(world, CommitName(command.reference, container.owner, command.replace))
     cost = await world.layers.commit_cost(seen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from gpudock_server.model.container import Container, ContainerState, ContainerStatus
+from gpudock_server.model.container import DOES_NOT_RUN, Container, ContainerState, ContainerStatus
 from gpudock_server.model.engine import EngineContainer, EngineState
 from gpudock_server.model.record import now
 
@@ -37,8 +37,8 @@ def observed(container: Container, seen: EngineContainer | None) -> ContainerSta
             "health": seen.health if seen.running else "",
             "message": seen.error or _message(status, seen, state, exit_code),
             "restart_count": seen.restart_count,
-            "start_time": seen.start_time,
-            "finish_time": seen.finish_time,
+            "start_time": seen.start_time or status.start_time,
+            "finish_time": seen.finish_time or (None if seen.start_time else status.finish_time),
         }
     )
 
@@ -50,9 +50,10 @@ def _state(container: Container, seen: EngineContainer) -> ContainerState:
         return ContainerState.RESTARTING
     if seen.running:
         return ContainerState.RUNNING
-    if container.status.state is ContainerState.STOPPED or seen.state is EngineState.CREATED:
-        return ContainerState.STOPPED
-    return ContainerState.EXITED
+    if container.status.state in DOES_NOT_RUN:
+        return container.status.state
+    # One that was never started has not ended either.
+    return ContainerState.STOPPED if seen.state is EngineState.CREATED else ContainerState.EXITED
 
 
 def has_just_restarted(seen: EngineContainer) -> bool:
@@ -65,17 +66,17 @@ def has_just_restarted(seen: EngineContainer) -> bool:
 
 def _exit_code(status: ContainerStatus, seen: EngineContainer, state: ContainerState) -> int | None:
     """That of the run that ended last, while no other one counts as running."""
-    if state in (ContainerState.RUNNING, ContainerState.PAUSED) or seen.start_time is None:
+    if state in (ContainerState.RUNNING, ContainerState.PAUSED):
         return None
-    # The engine forgets the exit code when it starts the process again.
-    return status.exit_code if seen.alive else seen.exit_code
+    # The engine forgets the exit code when it starts the process again, and a successor that was not started has none.
+    return status.exit_code if seen.alive or seen.start_time is None else seen.exit_code
 
 
 def _oom_killed(status: ContainerStatus, seen: EngineContainer, state: ContainerState) -> bool:
     """Whether the run that ended last was ended for memory, while no other one counts as running."""
-    if state in (ContainerState.RUNNING, ContainerState.PAUSED) or seen.start_time is None:
+    if state in (ContainerState.RUNNING, ContainerState.PAUSED):
         return False
-    if seen.alive:
+    if seen.alive or seen.start_time is None:
         return status.oom_killed
     if seen.oom_killed is None:
         # The engine has forgotten which process it was. What was found out when it still knew stands.

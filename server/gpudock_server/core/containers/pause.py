@@ -36,7 +36,8 @@ async def draft(world: World, command: Pause | Unpause) -> Draft:
     if freeze and state is ContainerState.PAUSED:
         raise ContainerPaused(container=command.name)
     if freeze and state is not ContainerState.RUNNING:
-        raise ContainerNotRunning(container=command.name, state=state.value)
+        needs = "to pause it, it must be RUNNING"
+        raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
     if not freeze and state is not ContainerState.PAUSED:
         raise ContainerNotPaused(container=command.name, state=state.value)
     if container.engine is None:

@@ -32,7 +32,8 @@ async def draft_rollback(world: World, command: Rollback) -> Draft:
         raise ContainerPaused(container=command.name)
     gone = state is ContainerState.FAILED and await is_gone(world, container)
     if state not in RUNS and state not in DOES_NOT_RUN and state is not ContainerState.FAILED:
-        raise ContainerNotRunning(container=command.name, state=state.value)
+        needs = "to return it to a revision, it must be RUNNING, STOPPED, EXITED or FAILED"
+        raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
     found = await find_revision(world, container, command.revision)
     wanted = Wanted(
         OperationKind.ROLLBACK,

@@ -42,7 +42,8 @@ async def draft(world: World, command: Stop) -> Draft:
     container = view.container
     state = container.status.state
     if container.engine is None or state in (ContainerState.CREATING, ContainerState.DELETING):
-        raise ContainerNotRunning(container=command.name, state=state.value)
+        needs = "there is nothing to stop; it can be deleted"
+        raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
     arguments = StopArguments(
         engine_id=container.engine.engine_id,
         spec=container.spec,

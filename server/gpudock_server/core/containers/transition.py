@@ -32,7 +32,8 @@ async def draft_start(world: World, command: Start) -> Draft:
             if spec.gpus != container.spec.gpus:
                 raise GpusOfRunningContainer(container=command.name, state=container.status.state.value)
         case state if state not in DOES_NOT_RUN:
-            raise ContainerNotRunning(container=command.name, state=state.value)
+            needs = "to start it, it must be STOPPED or EXITED"
+            raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
     return await draft(world, view, Wanted(OperationKind.START, spec, runs=True, snapshots=command.snapshots))
 
 
@@ -42,7 +43,8 @@ async def draft_restart(world: World, command: Restart) -> Draft:
     state = view.container.status.state
     await refuse_if_gone(world, view.container)
     if state not in (*LIVES, *DOES_NOT_RUN):
-        raise ContainerNotRunning(container=command.name, state=state.value)
+        needs = "to restart it, it must be RUNNING, PAUSED, STOPPED or EXITED"
+        raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
     wanted = Wanted(
         OperationKind.RESTART,
         view.container.spec,
@@ -70,7 +72,8 @@ async def draft_scale(world: World, command: Scale) -> Draft:
     if state in DOES_NOT_RUN and (fixed or recreate):
         raise ScaledContainerNotRunning(container=command.name, state=state.value)
     if state not in (*RUNS, *DOES_NOT_RUN):
-        raise ContainerNotRunning(container=command.name, state=state.value)
+        needs = "to scale it, it must be RUNNING, STOPPED or EXITED"
+        raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
     if command.strategy is ScaleStrategy.LIVE and fixed:
         raise RestartRequired(container=command.name, changes=fixed)
     wanted = Wanted(

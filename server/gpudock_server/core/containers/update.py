@@ -22,7 +22,8 @@ async def draft_update(world: World, command: Update) -> Draft:
     if state is ContainerState.PAUSED:
         raise ContainerPaused(container=command.name)
     if state not in RUNS and state not in DOES_NOT_RUN:
-        raise ContainerNotRunning(container=command.name, state=state.value)
+        needs = "to change it, it must be RUNNING, STOPPED or EXITED"
+        raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
     spec = command.change.apply(container.spec)
     wanted = Wanted(
         OperationKind.UPDATE,

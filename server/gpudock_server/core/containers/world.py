@@ -8,10 +8,17 @@ from dataclasses import dataclass, field, replace
 from gpudock_server.core.adoption_rules import AdoptionRules
 from gpudock_server.core.allocation import Allocator
 from gpudock_server.core.containers.images import ImageRules
-from gpudock_server.core.containers.observation import has_just_restarted
-from gpudock_server.errors import ContainerNotFound, EngineRejected, EngineUnavailable, StaleEtag, WrongNode
+from gpudock_server.core.containers.observation import has_just_restarted, observed
+from gpudock_server.errors import (
+    ContainerBusy,
+    ContainerNotFound,
+    EngineRejected,
+    EngineUnavailable,
+    StaleEtag,
+    WrongNode,
+)
 from gpudock_server.model.claims import Holder
-from gpudock_server.model.container import Container
+from gpudock_server.model.container import Container, ContainerState
 from gpudock_server.model.engine import (
     LABEL_NAME,
     LABEL_OPERATION,
@@ -67,7 +74,24 @@ class World:
     capacity: HostCapacity = field(default_factory=HostCapacity)
 
     async def lookup(self, name: str, etag: str = "") -> ContainerView:
-        """A container of this node as the caller has seen it. Raises ContainerNotFound, WrongNode, StaleEtag."""
+        """A container of this node, as the caller has seen it, that no operation is at work on.
+
+        One that is recorded as FAILED and that the engine has again is as the engine shows it, which a full comparison
+        would record a moment later. Raises ContainerNotFound, WrongNode, StaleEtag, ContainerBusy.
+        """
+        view = await self.find(name)
+        container = view.container
+        if etag and etag != container.etag:
+            raise StaleEtag(container=name, etag=etag, current_etag=container.etag)
+        if view.operation_id:
+            raise ContainerBusy(container=name, operation_id=view.operation_id)
+        if container.status.state is ContainerState.FAILED and container.engine is not None:
+            seen = await self.engine.inspect(container.engine.engine_id)
+            return replace(view, container=container.changed(status=observed(container, seen)))
+        return view
+
+    async def find(self, name: str) -> ContainerView:
+        """A container of this node, whatever is done to it. Raises ContainerNotFound, WrongNode."""
         view = await self.store.container(name)
         if view is None:
             raise ContainerNotFound(container=name)
@@ -75,8 +99,6 @@ class World:
         if container.node != self.node:
             address = next((node.address for node in await self.store.nodes() if node.node == container.node), "")
             raise WrongNode(container=name, node=container.node, address=address)
-        if etag and etag != container.etag:
-            raise StaleEtag(container=name, etag=etag, current_etag=container.etag)
         return view
 
     def holder(self, container: Container) -> Holder:

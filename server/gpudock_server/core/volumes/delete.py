@@ -24,7 +24,7 @@ from gpudock_server.core.saga import Outcome, Run, Step
 from gpudock_server.core.volumes.commands import Delete
 from gpudock_server.core.volumes.saga import VolumeSaga
 from gpudock_server.core.volumes.storage import Storage
-from gpudock_server.errors import ContainerBusy, VolumeInUse, VolumeMounted, VolumeMountedByRunning
+from gpudock_server.errors import VolumeInUse, VolumeMounted, VolumeMountedByRunning
 from gpudock_server.model.changes import Change, DeleteVolume, PutVolume
 from gpudock_server.model.container import DOES_NOT_RUN
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan, StageState
@@ -95,8 +95,6 @@ async def _plan_detaching(
 async def draft_without(world: World, target: Target, volume: str) -> Draft:
     """An update of a container that does not run, to a spec without a volume. Raises VolumeInUse where it runs."""
     view = await world.lookup(target.name)
-    if view.operation_id:
-        raise ContainerBusy(container=target.name, operation_id=view.operation_id)
     if view.container.status.state not in DOES_NOT_RUN:
         raise VolumeMountedByRunning(volume=volume, holders=(target.name,))
     mounts = tuple(mount for mount in view.container.spec.mounts if mount.volume != volume)
