@@ -260,6 +260,12 @@ class Mirror:
                     )
                 elif known and same and self._agrees(status, known, place, name):
                     fresh[name] = known
+                elif (
+                    known is None
+                    and status.st_nlink > 1
+                    and (twin := self._link_in_place(place, name, there, status, key))
+                ):
+                    fresh[name] = twin
                 elif brought := self._bring(place, name, here, there, known):
                     fresh[name] = brought
         self._gone += [(place.folder, name) for name in old.keys() - fresh.keys()]
@@ -331,6 +337,25 @@ class Mirror:
                 return False
             raise
         return True
+
+    def _link_in_place(self, place: _Place, name: str, there: int, status: os.stat_result, key: Key) -> Entry | None:
+        """Link a new name of an inode that was brought before in this pass; half as much work as in the staging folder.
+
+        A tree may have hundreds of thousands of names for one inode.
+        """
+        twin = self._twins.get(status.st_ino)
+        if twin is None or twin.entry.key != key:
+            return None
+        try:
+            at = self._twin_trail.enter(twin.folder)
+            os.link(twin.name, name, src_dir_fd=at, dst_dir_fd=there, follow_symlinks=False)
+        except OSError as error:
+            if error.errno in _CANNOT_LINK or error.errno == errno.EEXIST:
+                return None
+            raise
+        self._touched.add(place.folder)
+        self.moved.entries += 1
+        return twin.entry
 
     def _file(self, place: _Place, name: str, file: int, status: os.stat_result, looked: int) -> Entry:
         key, size = key_of(status), status.st_blocks * _BLOCK_BYTES
