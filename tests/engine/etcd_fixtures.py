@@ -35,7 +35,7 @@ async def store(connection: EtcdConnection, prefix: str) -> EtcdStore:
 @pytest_asyncio.fixture
 async def own_etcd(tmp_path: Path) -> AsyncIterator[EmbeddedEtcd]:
     """One that a test may freeze and kill."""
-    etcd = EmbeddedEtcd(tmp_path)
+    etcd = EmbeddedEtcd(tmp_path, allow_inconsistent=True)
     await etcd.start()
     yield etcd
     await etcd.close()

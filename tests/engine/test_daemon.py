@@ -130,6 +130,12 @@ async def test_secrets_that_others_can_read(own: OwnDaemons, tmp_path: Path) -> 
         ]
 
 
+async def test_an_etcd_that_can_lose_its_consistency(own: OwnDaemons) -> None:
+    said = await own.refused("--etcd-endpoints", "", "--allow-inconsistent-etcd", "false", etcd_endpoints="")
+    assert "is etcd 3.5.1, and etcd 3.5.0 to 3.5.2 can lose its consistency" in said
+    assert "allow_inconsistent_etcd" in said.splitlines()[-1]
+
+
 async def test_a_port_range_that_others_have(own: OwnDaemons, rig: Rig) -> None:
     with bound(rig, 28101, 28102):
         said = await own.refused("--port-range", "28101-28102")

