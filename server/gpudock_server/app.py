@@ -271,6 +271,7 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
             snapshots=SnapshotPolicy(settings.snapshot_policy.name),
             keep_revisions=settings.keep_revisions,
             keep_seconds=settings.keep_revisions_for,
+            on_stop=settings.snapshot_on_stop,
         ),
         limits=_node_limits(settings),
     )

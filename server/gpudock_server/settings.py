@@ -244,6 +244,11 @@ class Settings(BaseSettings):
         description="whether a revision's files are kept when it is replaced and nobody says: always, cheap (where "
         "nothing has to be copied) or never",
     )
+    snapshot_on_stop: Annotated[bool, Shown("true|false")] = Field(
+        default=False,
+        description="whether the files of a container are also kept when it is stopped, by its snapshot policy: prune "
+        "removes a stopped container; its cards are then released only when the files are on the disk",
+    )
     snapshot_dir: OptionalPath = Field(
         None,
         description="folder of the files of earlier revisions; should be on the engine's filesystem, so that they can "

@@ -264,7 +264,7 @@ async def test_a_source_that_the_engine_lost(caller: Caller, rig: Rig) -> None:
     async with asyncio.timeout(10):
         while (await caller.get("origin")).status.state != container_pb2.CONTAINER_STATE_FAILED:
             await asyncio.sleep(0.05)
-    assert (await failure(caller.clone("origin", "twin"))).reason == "CONTAINER_NOT_RUNNING"
+    assert (await failure(caller.clone("origin", "twin"))).reason == "CONTAINER_GONE"
     await caller.clone("origin", "twin", revision=1)
     assert await _files(caller, "twin") == files
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,52 @@ async def test_the_image_is_pulled_again_and_must_be_the_same(own: OwnDaemons, r
         assert (await caller.rollback("one", 1)).revision == 4
         await caller.delete_all()
         rig.engine.call("DELETE", f"/images/{image}?force=1")
+
+
+async def test_files_are_kept_when_a_container_is_stopped(own: OwnDaemons, rig: Rig) -> None:
+    daemon = await own.start("--snapshot-on-stop", "true")
+    async with Caller(daemon.target) as caller:
+        await caller.create("one", 1)
+        await caller.shell("one", "echo first > /note")
+        await caller.stop("one")
+        assert (await caller.revisions("one"))[0].snapshot.kind
+        await caller.start("one")
+        await caller.shell("one", "echo second > /note")
+        await caller.stop("one")
+        never = container_pb2.RevisionPolicy(snapshots=container_pb2.SNAPSHOT_POLICY_NEVER)
+        await caller.create("bare", 1, revision_policy=never)
+        await caller.stop("bare")
+        assert not (await caller.revisions("bare"))[0].HasField("snapshot")
+        await prune(caller, rig, "one", "bare")
+        refused = await failure(caller.start("one"))
+        assert (refused.reason, refused.metadata["revisions"]) == ("CONTAINER_GONE", "1")
+        await caller.clone("one", "clone")
+        back = await caller.rollback("one", 1)
+        assert (back.status.state, back.revision) == (STOPPED, 2)
+        await caller.start("one")
+        for name in ("one", "clone"):
+            assert await caller.shell(name, "cat /note") == "second\n"
+        # What the next change keeps of a revision takes the place of what its stop kept.
+        await caller.shell("one", "echo third > /note")
+        await caller.stop("one")
+        await caller.start("one")
+        await caller.shell("one", "echo fourth > /note")
+        ended = (await caller.get("one")).revision
+        await caller.update("one", "env", env={"A": "1"})
+        await caller.rollback("one", ended)
+        assert await caller.shell("one", "cat /note") == "fourth\n"
+        await caller.delete_all()
+
+
+async def test_a_stop_does_not_wait_for_room_to_keep_files(own: OwnDaemons, rig: Rig) -> None:
+    # No folder can be made below a file.
+    root = rig.engine.call("GET", "/info")["DockerRootDir"]
+    blocked = Path(root, f"blocked-{own.id}")
+    await asyncio.to_thread(blocked.touch)
+    daemon = await own.start("--snapshot-on-stop", "true", "--snapshot-dir", str(blocked))
+    async with Caller(daemon.target) as caller:
+        await caller.create("one", 1)
+        assert (await caller.stop("one")).status.state == STOPPED
+        assert not (await caller.revisions("one"))[0].HasField("snapshot")
+        await asyncio.to_thread(blocked.unlink)
+        await caller.delete_all()

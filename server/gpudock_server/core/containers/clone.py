@@ -36,6 +36,7 @@ from gpudock_server.core.containers.create import (
     remove_with_volumes,
 )
 from gpudock_server.core.containers.depth import carry_image, committed, layer_image, remove_carried
+from gpudock_server.core.containers.gone import is_gone, refuse_if_gone
 from gpudock_server.core.containers.history import find_revision
 from gpudock_server.core.containers.keeping import IMAGE_STAGE
 from gpudock_server.core.containers.limits import check_limits
@@ -189,10 +190,14 @@ def _left_behind(source: Container, spec: ContainerSpec) -> tuple[str, ...]:
 
 async def _found(world: World, source: Container, revision: int) -> tuple[ContainerSpec, Files]:
     """The spec and the files of a revision; 0 and the current one are the source as it is."""
-    if revision in (0, source.revision):
+    gone = source.status.state is ContainerState.FAILED and await is_gone(world, source)
+    revision = revision or source.revision
+    if revision == source.revision and not gone:
         return source.spec, await _files_of_now(world, source)
     found = await find_revision(world, source, revision)
     if found.snapshot is None:
+        if revision == source.revision:
+            await refuse_if_gone(world, source)
         raise SnapshotNotFound(container=source.name, revision=revision)
     if await world.engine.image(found.snapshot.image_id) is None:
         raise ImageNotFound(image=f"{found.revision.spec.image} ({found.snapshot.image_id})")

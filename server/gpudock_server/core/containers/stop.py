@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from typing_extensions import override
 
+from gpudock_server.core.containers import keeping
 from gpudock_server.core.containers.commands import Stop
+from gpudock_server.core.containers.keeping import KeepArguments, Keeping
 from gpudock_server.core.containers.observation import observed
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
 from gpudock_server.core.saga import Outcome, Run, Step
-from gpudock_server.errors import ContainerNotRunning
-from gpudock_server.model.changes import Change, PutContainer, Release
+from gpudock_server.errors import ContainerNotRunning, DiskFull, SnapshotFailed
+from gpudock_server.model.changes import Change, PutContainer, PutSnapshot, Release
 from gpudock_server.model.claims import keys_of
-from gpudock_server.model.container import LIVES, ContainerState, Placement
+from gpudock_server.model.container import LIVES, Container, ContainerState, Placement
 from gpudock_server.model.engine import EngineContainer, EngineState
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
-from gpudock_server.model.record import Record, now
+from gpudock_server.model.record import JsonObject, Record, now
+from gpudock_server.model.snapshot import Snapshot, SnapshotKind
 from gpudock_server.model.spec import ContainerSpec
 from gpudock_server.ports import ContainerView
+
+# Among the facts of a step: why the files are not kept.
+_NOT_KEPT = "not_kept"
 
 
 class StopArguments(Record):
@@ -34,6 +41,7 @@ class StopArguments(Record):
     keep_resources: bool
     placement: Placement
     reason: str = ""
+    keep: KeepArguments = KeepArguments()
 
 
 async def draft(world: World, command: Stop) -> Draft:
@@ -52,6 +60,7 @@ async def draft(world: World, command: Stop) -> Draft:
         timeout=command.timeout,
         keep_resources=command.keep_resources,
         placement=container.status.placement,
+        keep=await _keep(world, container) if state in LIVES else KeepArguments(),
     )
     return _draft(world, view, arguments)
 
@@ -72,6 +81,19 @@ def draft_against(world: World, view: ContainerView, shown: EngineContainer, rea
     return _draft(world, view, arguments)
 
 
+async def _keep(world: World, container: Container) -> KeepArguments:
+    """How its files are kept, where the node keeps those of a stopped container. They never stand against its stop."""
+    if not world.history.on_stop:
+        return KeepArguments()
+    try:
+        known = await world.store.history(container.uid)
+        kept = await keeping.plan(world, container, None, known, commits=False)
+    except (DiskFull, SnapshotFailed) as error:
+        return KeepArguments(warnings=(f"its files are not kept: {error}",))
+    # The engine's commit would hold up the stop for as long as it takes to write all of them.
+    return kept if kept.kind is SnapshotKind.TREE else KeepArguments(warnings=kept.warnings)
+
+
 def _draft(world: World, view: ContainerView, arguments: StopArguments) -> Draft:
     container = view.container
     return Draft(
@@ -82,13 +104,21 @@ def _draft(world: World, view: ContainerView, arguments: StopArguments) -> Draft
         plan=OperationPlan(
             placement=container.status.placement if arguments.keep_resources else Placement(),
             released_gpu_uuids=() if arguments.keep_resources else container.status.placement.gpu_uuids,
+            bytes_to_move=arguments.keep.bytes_to_move,
+            bytes_available=arguments.keep.bytes_available,
+            snapshot=arguments.keep.kind,
+            warnings=arguments.keep.warnings,
         ),
         build=lambda operation: StopSaga(world, operation),
     )
 
 
 class StopSaga(ContainerSaga):
-    """One step; there is no undo, since starting again what a user wanted stopped helps nobody."""
+    """Gather -> stop -> complete -> seal, or the stop alone.
+
+    What keeps the files may fail, and the container is stopped all the same. There is no undo of a stop, since starting
+    again what a user wanted stopped helps nobody.
+    """
 
     cancellable = False
 
@@ -96,11 +126,29 @@ class StopSaga(ContainerSaga):
         """Builds the script from the operation's arguments."""
         super().__init__(world)
         self._arguments = StopArguments.model_validate(operation.arguments)
+        self._keeping = Keeping(world, self._arguments.keep)
 
     @property
     @override
     def steps(self) -> tuple[Step, ...]:
-        return (Step("stop", self._stop),)
+        keep = self._keeping
+        return (
+            *map(self._may_fail, keep.while_it_runs),
+            Step("stop", self._stop),
+            *map(self._may_fail, (*keep.while_still, *keep.at_the_end)),
+        )
+
+    def _may_fail(self, step: Step) -> Step:
+        async def do(run: Run) -> JsonObject | None:
+            if any(_NOT_KEPT in run.operation.facts(stage.name) for stage in run.operation.stages):
+                return None
+            try:
+                return await step.do(run)
+            except (DiskFull, SnapshotFailed) as error:
+                run.note(f"its files are not kept: {error}")
+                return {_NOT_KEPT: str(error)}
+
+        return replace(step, do=do)
 
     async def _stop(self, _run: Run) -> None:
         arguments = self._arguments
@@ -117,14 +165,23 @@ class StopSaga(ContainerSaga):
         container = container.changed(status=observed(container, seen))
         if arguments.reason and seen is not None and not seen.running:
             container = container.with_status(message=arguments.reason)
+        kept = self._kept(run.operation, container.uid)
         if arguments.keep_resources:
-            return Outcome([PutContainer(container, expect=view.version)], container)
+            return Outcome([PutContainer(container, expect=view.version), *kept], container)
         container = container.with_status(placement=Placement(), holds_resources=False)
         changes: list[Change] = [
             PutContainer(container, expect=view.version),
+            *kept,
             *(Release(self._world.host, key, container.uid) for key in keys_of(arguments.placement)),
         ]
         return Outcome(changes, container)
+
+    def _kept(self, operation: Operation, uid: str) -> list[Change]:
+        """What is said of the current revision's files. They are those of this stop until the next one."""
+        if any(_NOT_KEPT in operation.facts(stage.name) for stage in operation.stages):
+            return []
+        made = self._keeping.made(operation)
+        return [PutSnapshot(uid, self._arguments.keep.revision, made)] if isinstance(made, Snapshot) else []
 
     @override
     async def abandon(self, run: Run, view: ContainerView) -> Sequence[Change]:

@@ -34,11 +34,15 @@ from gpudock_server.ports import ContainerView, Engine, HostPaths, LayerStore, L
 
 @dataclass(frozen=True, slots=True)
 class HistoryDefaults:
-    """How history is kept where neither a call nor a container says. `keep_seconds` 0 is for ever."""
+    """How history is kept where neither a call nor a container says. `keep_seconds` 0 is for ever.
+
+    `on_stop`: the files of a container are kept when a user stops it, too.
+    """
 
     snapshots: SnapshotPolicy = SnapshotPolicy.ALWAYS
     keep_revisions: int = 20
     keep_seconds: float = 0.0
+    on_stop: bool = False
 
 
 # What an engine that answers needs, after a grace period, to kill a process and say so.
