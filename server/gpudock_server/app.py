@@ -260,6 +260,7 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
         host=settings.host_id,
         capacity=HostCapacity(cpus=info.cpus, memory_bytes=info.memory_bytes),
         settle_seconds=settings.settle_period,
+        start_watch_seconds=settings.start_watch_period,
         stop_seconds=settings.stop_timeout,
         images=ImageRules(
             replace_any=settings.commit_replace is CommitReplace.ANY,

@@ -313,8 +313,12 @@ class Settings(BaseSettings):
     )
     settle_period: Annotated[Seconds, Field(ge=0)] = Field(
         0.5,
-        description="how long a process is watched after its start: one that ends by then is reported at once, and one "
-        "that was to replace another is given up",
+        description="how long the process of a replaced container must run before its predecessor is given up",
+    )
+    start_watch_period: Annotated[Seconds, Field(ge=0)] = Field(
+        0,
+        description="how long a process that replaces none is watched before its start is reported, so that the answer "
+        "shows how one ended that ends at once; 0 reports the start without waiting",
     )
     start_retry_pause: PositiveSeconds = Field(
         5,

@@ -32,7 +32,7 @@ def sh(script: str) -> tuple[str, ...]:
 @pytest_asyncio.fixture
 async def attentive(own: OwnDaemons) -> AsyncIterator[Caller]:
     """Calls a daemon that watches each process for so long that none that ends at once is missed."""
-    daemon = await own.start("--settle-period", "3")
+    daemon = await own.start("--settle-period", "3", "--start-watch-period", "3")
     async with Caller(daemon.target) as caller:
         yield caller
         await caller.delete_all()
@@ -87,29 +87,29 @@ async def test_one_that_ends_at_once_does_not_take_the_place_of_one_that_runs(at
 # -- crash loops -----------------------------------------------------------------------------------------------------
 
 
-async def test_a_crash_loop_is_restarting_and_says_how_it_ended(caller: Caller) -> None:
-    made = await caller.create("loop", 1, command=sh("exit 3"), restart_policy=UNLESS_STOPPED)
+async def test_a_crash_loop_is_restarting_and_says_how_it_ended(attentive: Caller) -> None:
+    made = await attentive.create("loop", 1, command=sh("exit 3"), restart_policy=UNLESS_STOPPED)
     assert made.status.state == RESTARTING
     for _ in range(40):
-        status = (await caller.get("loop")).status
+        status = (await attentive.get("loop")).status
         assert status.state == RESTARTING
         assert status.exit_code == 3
         assert "exit code 3" in status.message
         assert status.HasField("finish_time")
         assert len(status.gpu_uuids) == 1
         await asyncio.sleep(0.05)
-    assert (await caller.get("loop")).status.restart_count > 1
-    listed = await caller.containers.ListContainers(
+    assert (await attentive.get("loop")).status.restart_count > 1
+    listed = await attentive.containers.ListContainers(
         container_service_pb2.ListContainersRequest(
             filter=container_service_pb2.ContainerFilter(states=[RESTARTING, STOPPED])
         )
     )
     assert [one.name for one in listed.containers] == ["loop"]
-    assert (await caller.restart("loop")).status.state == RESTARTING
-    stopped = await caller.stop("loop")
+    assert (await attentive.restart("loop")).status.state == RESTARTING
+    stopped = await attentive.stop("loop")
     assert stopped.status.state == STOPPED
     assert stopped.status.exit_code == 3
-    assert (await caller.start("loop")).status.state == RESTARTING
+    assert (await attentive.start("loop")).status.state == RESTARTING
 
 
 async def test_one_that_its_policy_started_again_runs_in_the_end(caller: Caller, rig: Rig) -> None:

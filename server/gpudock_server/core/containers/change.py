@@ -103,9 +103,9 @@ class ChangeArguments(Record):
 
     `old` and `was_running` are how things stood when the operation began. `cause` None makes no revision.
     `frozen`: it was paused, and is thawed before it is stopped. `keep` says how the files of the revision that ends
-    are kept, `prunes` whether older ones go then. `verify`: the process is watched for the settle period also where
-    nothing is replaced; operations of older versions do not have that stage. A process that ends in that time with
-    another code than 0 is a failed start; with `must_live`, with any code; with `may_end`, with none.
+    are kept, `prunes` whether older ones go then. `verify`: the process is watched also where nothing is
+    replaced, for `start_watch_seconds`. A process that ends while it is watched with another code than 0 is a
+    failed start; with `must_live`, with any code; with `may_end`, with none.
     """
 
     old: EngineBinding
@@ -256,11 +256,13 @@ class ChangeSaga(ContainerSaga):
         return str(run.operation.facts("create").get("engine_id", ""))
 
     async def _verify(self, run: Run) -> JsonObject:
-        code = await self._world.end_of_start(await self._serving(run))
+        world = self._world
+        seconds = world.settle_seconds if self._arguments.replace else world.start_watch_seconds
+        code = await world.end_of_start(await self._serving(run), seconds)
         if code is not None and (code != 0 or self._arguments.must_live) and not self._arguments.may_end:
             raise StartFailed(
                 container=run.operation.target.name,
-                detail=f"its process ended with exit code {code} within {self._world.settle_seconds} s of its start",
+                detail=f"its process ended with exit code {code} within {seconds:g} s of its start",
             )
         return {"exit_code": code}
 

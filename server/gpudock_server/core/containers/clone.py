@@ -152,7 +152,7 @@ async def draft(world: World, command: Clone) -> Draft:
         spec=spec,
         placement=proposal.placement,
         start=not command.create_only,
-        verify=not command.create_only,
+        verify=not command.create_only and world.watches_starts,
         owner=container.owner,
     )
     return Draft(
@@ -335,7 +335,7 @@ class CloneSaga(ContainerSaga):
         await self._world.start(_made(run), self._arguments.spec)
 
     async def _verify(self, run: Run) -> JsonObject:
-        return {"exit_code": await self._world.end_of_start(_made(run))}
+        return {"exit_code": await self._world.end_of_start(_made(run), self._world.start_watch_seconds)}
 
     # -- its files ---------------------------------------------------------------------------------------------------
 

@@ -60,8 +60,8 @@ class CreateArguments(Record):
     """What the saga needs to be built again.
 
     `image_id` is empty where the image has to be pulled first; `authenticated`: with credentials, which are not
-    recorded. `present_id` is the image that has the name until then. `verify`: the process is watched for the settle
-    period; operations of older versions do not have that stage.
+    recorded. `present_id` is the image that has the name until then. `verify`: the process is watched for a while
+    (`start_watch_seconds`) before the start is reported.
     """
 
     spec: ContainerSpec
@@ -102,7 +102,7 @@ async def draft(world: World, command: Create) -> Draft:
         placement=proposal.placement,
         image_id=choice.image_id,
         start=not command.create_only,
-        verify=not command.create_only,
+        verify=not command.create_only and world.watches_starts,
         owner=command.owner,
         authenticated=command.registry_auth is not None,
         present_id=choice.present_id,
@@ -215,7 +215,8 @@ class CreateSaga(ContainerSaga):
 
     async def _verify(self, run: Run) -> JsonObject:
         """A process that ends at once is no failure; its exit code is for the status."""
-        return {"exit_code": await self._world.end_of_start(str(run.operation.facts("create")["engine_id"]))}
+        engine_id = str(run.operation.facts("create")["engine_id"])
+        return {"exit_code": await self._world.end_of_start(engine_id, self._world.start_watch_seconds)}
 
     @override
     async def commit(self, run: Run, view: ContainerView) -> Outcome:

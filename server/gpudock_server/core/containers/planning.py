@@ -122,7 +122,7 @@ async def draft(world: World, view: ContainerView, wanted: Wanted) -> Draft:
         stop_timeout=wanted.stop_timeout,
         must_live=wanted.must_live,
         may_end=wanted.kind in _MAY_END,
-        verify=True,
+        verify=world.watches_starts,
         cause=cause,
         owner=container.owner,
         authenticated=wanted.registry_auth is not None,

@@ -54,8 +54,9 @@ _LOOK_SECONDS = 0.05
 class World:
     """Handed to every use case and every saga.
 
-    `settle_seconds` is how long the process of a replacement must live before it counts as running; `stop_seconds` how
-    long a container that does not say has from its stop signal to SIGKILL.
+    `settle_seconds` is how long the process of a replacement must live before it counts as running;
+    `start_watch_seconds` how long one that replaces none is watched before its start is reported, 0 for not at all;
+    `stop_seconds` how long a container that does not say has from its stop signal to SIGKILL.
     Engine containers are created, started and removed through here and never by the engine alone, so that their host
     paths are bound before, checked again, and released after.
     """
@@ -71,6 +72,7 @@ class World:
     host: str
     settle_seconds: float
     stop_seconds: float
+    start_watch_seconds: float = 0
     history: HistoryDefaults = HistoryDefaults()
     adoption: AdoptionRules = field(default_factory=AdoptionRules)
     images: ImageRules = field(default_factory=ImageRules)
@@ -190,13 +192,18 @@ class World:
                 stopping.cancel()
             raise
 
-    async def end_of_start(self, engine_id: str) -> int | None:
-        """The exit code of the process that was just started, if it ends within the settle period; else None.
+    @property
+    def watches_starts(self) -> bool:
+        """Whether a process that replaces none is watched before its start is reported."""
+        return self.start_watch_seconds > 0
+
+    async def end_of_start(self, engine_id: str, seconds: float) -> int | None:
+        """The exit code of the process that was just started, if it ends within `seconds`; else None.
 
         One that its restart policy has started again by then has ended too; the engine shows with which exit code only
         until the next run begins, so that of one of the next runs is taken.
         """
-        code = await self.engine.exited_within(engine_id, self.settle_seconds)
+        code = await self.engine.exited_within(engine_id, seconds)
         seen = await self.engine.inspect(engine_id)
         while seen is not None and has_just_restarted(seen):
             await asyncio.sleep(_LOOK_SECONDS)
