@@ -179,7 +179,10 @@ def _walk(top: bytes) -> Iterator[bytes]:
 
 @dataclass(frozen=True)
 class Entry:
-    """What is compared of one name. `links` is the first name of those that share the inode, empty for a folder."""
+    """What is compared of one name.
+
+    `links` is the first name of those that share the inode, empty for a folder or a whiteout.
+    """
 
     kind: str
     mode: str
@@ -216,15 +219,16 @@ def record(root: str) -> dict[bytes, Entry]:
 
 
 def _entry(place: bytes, path: bytes, status: os.stat_result, first_names: dict[int, bytes]) -> Entry:
-    folder = stat.S_ISDIR(status.st_mode)
+    # The kernel hard-links whiteouts to each other as it likes (since 5.8); they mean the same either way.
+    unlinked = stat.S_ISDIR(status.st_mode) or (stat.S_ISCHR(status.st_mode) and status.st_rdev == 0)
     return Entry(
         kind=stat.filemode(status.st_mode)[0],
         mode=oct(stat.S_IMODE(status.st_mode)),
         owner=f"{status.st_uid}:{status.st_gid}",
-        size=0 if folder else status.st_size,
+        size=0 if stat.S_ISDIR(status.st_mode) else status.st_size,
         mtime_ns=status.st_mtime_ns,
-        nlink=0 if folder else status.st_nlink,
-        links=b"" if folder else first_names.setdefault(status.st_ino, path),
+        nlink=0 if unlinked else status.st_nlink,
+        links=b"" if unlinked else first_names.setdefault(status.st_ino, path),
         xattrs={
             name: os.getxattr(place, name, follow_symlinks=False) for name in os.listxattr(place, follow_symlinks=False)
         },
