@@ -402,11 +402,16 @@ async def test_starts_take_turns(engine_proxy: EngineProxy) -> None:
         await asyncio.gather(*starting[1:])
 
 
-async def test_what_is_created_for_who_was_cancelled_is_found(patient: DockerEngine, engine_proxy: EngineProxy) -> None:
+@pytest.mark.parametrize("kind", ["container", "shadow"])
+async def test_what_is_created_for_who_was_cancelled_is_found(
+    patient: DockerEngine, engine_proxy: EngineProxy, kind: str
+) -> None:
     async with connected_to(engine_proxy.url, timeout=20) as engine:
         made = await blueprint(patient)
+        of, name = (await patient.create(made), f"{made.name}-shadow") if kind == "shadow" else ("", made.name)
         hang = engine_proxy.faults.hang("POST", ".*/create")
-        creating = asyncio.create_task(engine.create(made))
+        work = engine.create_shadow(of, name, made.labels) if kind == "shadow" else engine.create(made)
+        creating = asyncio.create_task(work)
         await hang.hit.wait()
         creating.cancel()
         await asyncio.wait((creating,), timeout=0.2)
@@ -414,7 +419,7 @@ async def test_what_is_created_for_who_was_cancelled_is_found(patient: DockerEng
         hang.release()
         with pytest.raises(asyncio.CancelledError):
             await creating
-        assert await patient.inspect(made.name) is not None
+        assert await patient.inspect(name) is not None
         assert in_use(engine) == 0
 
 

@@ -126,8 +126,6 @@ class ContainerRules(Drawing):
 
     def _update(self, data: st.DataObject, one: Expected, spec: Spec, request: Any) -> None:
         after = pruned(one.changed(spec), KEEP)
-        if one.state is EXITED and spec.fixed != one.spec.fixed:
-            after.state = STOPPED  # a successor that was never started
         self.do(data, one.name, lambda caller: result_of(caller.containers.UpdateContainer(request)), one, after)
 
     @precondition(lambda self: self.has(*RESTING, FAILED))
@@ -156,7 +154,7 @@ class ContainerRules(Drawing):
             # What was on it is gone, and another one of its name is not there yet.
             return self.refused(act, "VOLUME_NOT_FOUND", one.name)
         after = one.changed(past.spec, files=None if spec_only else dict(past.files or ()))
-        if one.state is FAILED or (one.state is EXITED and (not spec_only or past.spec.fixed != one.spec.fixed)):
+        if one.state is FAILED:
             # A successor that was never started.
             after.state = STOPPED
         return self.do(data, one.name, act, one, pruned(after, KEEP))

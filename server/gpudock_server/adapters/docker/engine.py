@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from gpudock_server.adapters.docker import translate
 from gpudock_server.adapters.docker.address import Address
@@ -204,20 +204,10 @@ class DockerEngine:
     async def create(self, blueprint: Blueprint) -> str:
         """Create a container, or find the one that the same operation has created; its id.
 
-        The engine goes on with it when the caller is gone: one that is cancelled waits for it for a while, so that who
-        undoes it finds it. Raises ImageNotFound too: the image may have been removed since it was looked up.
+        A caller that is cancelled waits for it for a while (see `_creation`). Raises ImageNotFound too: the image may
+        have been removed since it was looked up.
         """
-        creating = asyncio.ensure_future(self._create(blueprint))
-        try:
-            return await asyncio.shield(creating)
-        except asyncio.CancelledError:
-            await asyncio.wait((creating,), timeout=_CREATES_WITHIN)
-            creating.cancel()
-            # Whatever came of it, nobody asks any more.
-            await asyncio.gather(creating, return_exceptions=True)
-            raise
-        finally:
-            creating.cancel()
+        return await _creation(self._create(blueprint))
 
     async def _create(self, blueprint: Blueprint) -> str:
         call = "create a container"
@@ -472,7 +462,13 @@ class DockerEngine:
             return str(answer["Id"])
 
     async def create_shadow(self, of: str, name: str, labels: Mapping[str, str]) -> str:
-        """Create a container like `of` that holds files and never runs, or find the one that was made; its id."""
+        """Create a container like `of` that holds files and never runs, or find the one that was made; its id.
+
+        A caller that is cancelled waits for it for a while (see `_creation`).
+        """
+        return await _creation(self._create_shadow(of, name, labels))
+
+    async def _create_shadow(self, of: str, name: str, labels: Mapping[str, str]) -> str:
         call = "create a container"
         shown = await self._inspect(of)
         if shown is None:
@@ -562,3 +558,22 @@ class DockerEngine:
 
 def _is_reference(text: str) -> bool:
     return _REFERENCE.fullmatch(text) is not None and not any(part in ("", ".", "..") for part in text.split("/"))
+
+
+async def _creation(work: Coroutine[Any, Any, str]) -> str:
+    """The id of a container that is being created.
+
+    The engine goes on with it when the caller is gone. So a caller that is cancelled waits for the end for a while, and
+    the undo that follows finds the container.
+    """
+    creating = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(creating)
+    except asyncio.CancelledError:
+        await asyncio.wait((creating,), timeout=_CREATES_WITHIN)
+        creating.cancel()
+        # Whatever came of it, nobody asks for it any more.
+        await asyncio.gather(creating, return_exceptions=True)
+        raise
+    finally:
+        creating.cancel()
