@@ -1,0 +1,63 @@
+"""A hostile layer in a container that runs, against every call that moves its files: right, or refused in words."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from gpudock.v1 import container_pb2, container_service_pb2
+
+from tests.calls import Caller, failure, progress_of
+from tests.engine.drift import inspect
+from tests.engine.hostile_trees import ZOO, fingerprint
+from tests.engine.own_daemons import OwnDaemons, own
+
+__all__ = ["own"]
+
+# The engine writes holes out as zeros, three terabytes of them.
+_REFUSED_COMMITS = {"sparse": "DISK_FULL"}
+
+
+def _inside(own: OwnDaemons, container: container_pb2.Container, path: str) -> Path:
+    """A path inside a running container, from outside."""
+    return Path("/proc", str(inspect(own.rig, container.status.engine_id)["State"]["Pid"]), "root", path)
+
+
+@pytest.mark.parametrize("shape", ["deep", "long names", "many links", "sparse"])
+async def test_whatever_is_in_a_layer_it_moves_whole_or_is_refused(own: OwnDaemons, shape: str) -> None:
+    daemon = await own.start("--settle-period", "0")
+    async with Caller(daemon.target) as caller:
+        first = await caller.create("hostile", 1)
+        await caller.create("neighbour", 1)
+        await caller.shell("hostile", "mkdir /zoo")
+        zoo = os.open(_inside(own, first, "zoo"), os.O_RDONLY | os.O_DIRECTORY)
+        ZOO[shape](zoo)
+        os.close(zoo)
+        planted = fingerprint(str(_inside(own, first, "zoo")))
+
+        scaled = await caller.scale("hostile", 2)
+        assert fingerprint(str(_inside(own, scaled, "zoo"))) == planted
+        cloned = await caller.clone("hostile", "twin")
+        assert fingerprint(str(_inside(own, cloned, "zoo"))) == planted
+        await caller.delete("twin")
+        await caller.shell("hostile", "mv /zoo /moved")
+        back = await caller.rollback("hostile", 1)
+        assert fingerprint(str(_inside(own, back, "zoo"))) == planted
+
+        request = container_service_pb2.CommitContainerRequest(name="hostile", repository=f"zoo/{own.id}", tag="v1")
+        commit = progress_of(caller.containers.CommitContainer(request))
+        if shape in _REFUSED_COMMITS:
+            assert (await failure(commit)).reason == _REFUSED_COMMITS[shape]
+        else:
+            await commit
+        assert (await caller.get("hostile")).status.state == container_pb2.CONTAINER_STATE_RUNNING
+        assert fingerprint(str(_inside(own, await caller.get("hostile"), "zoo"))) == planted
+        left = [tag for image in own.rig.engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()]
+        assert (f"zoo/{own.id}:v1" in left) == (shape not in _REFUSED_COMMITS)
+        assert not [tag for tag in left if tag.startswith(("gpudock/raw", "gpudock/commit"))]
+
+        assert await caller.shell("neighbour", "echo well") == "well\n"
+        for name in ("hostile", "neighbour"):
+            await caller.delete(name)
+    assert "Traceback" not in daemon.log_text, daemon.log_text
