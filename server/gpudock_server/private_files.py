@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -14,6 +15,8 @@ _ROOT = 0
 _OF_OTHERS = 0o007
 _OF_GROUP = 0o070
 _OWNER_ONLY = 0o700
+# Ten thousand tokens, and far more than any key.
+_MOST_BYTES = 1 << 20
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -38,17 +41,31 @@ def remedy(path: Path) -> str:
     return f"chown root {path} && chmod 600 {path}"
 
 
+def read_regular(path: Path) -> tuple[bytes, os.stat_result]:
+    """Read a small regular file, and its status. Raises OSError.
+
+    Anything else is refused without waiting for it: to open a FIFO waits until another process writes to it.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        # Of the file that is read, which may not be what the path names a moment later.
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise OSError(errno.EFBIG, f"it is larger than {_MOST_BYTES} bytes", str(path))
+    return content, found
+
+
 def read_private(path: Path, setting: str) -> tuple[bytes, os.stat_result]:
     """Read a file that holds a secret, and its status. Raises StartupError where others may use it."""
     try:
-        with path.open("rb") as file:
-            # Of the file that is read, which may not be what the path names a moment later.
-            found = os.fstat(file.fileno())
-            if exposed := exposure(found):
-                raise StartupError(f"{setting} {path} {exposed}", remedy(path))
-            return file.read(), found
+        content, found = read_regular(path)
     except OSError as error:
         raise StartupError(f"{setting} {path} cannot be read: {error.strerror}", f"change {setting}") from error
+    if exposed := exposure(found):
+        raise StartupError(f"{setting} {path} {exposed}", remedy(path))
+    return content, found
 
 
 def require_private(path: Path, setting: str) -> None:

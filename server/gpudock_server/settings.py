@@ -218,7 +218,7 @@ class Settings(BaseSettings):
     max_memory: Size = Field(
         0,
         description="memory that a spec may ask for at most, as in 64G, and that a container gets whose spec does not "
-        "say; 0 is without a limit",
+        "say, from its next replacement on if it exists already; 0 is without a limit",
     )
     drop_net_raw: Flag = Field(
         True,  # noqa: FBT003 - a setting's default

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gpudock.v1 import container_pb2, container_service_pb2
@@ -12,11 +13,12 @@ from tests.calls import Caller, failure, progress_of
 from tests.engine.drift import inspect
 from tests.engine.hostile_trees import ZOO, fingerprint
 from tests.engine.own_daemons import OwnDaemons, own
+from tests.rig import CUDA_LIKE
 
 __all__ = ["own"]
 
-# The engine writes holes out as zeros, three terabytes of them.
-_REFUSED_COMMITS = {"sparse": "DISK_FULL"}
+# The engine writes holes out as zeros, three terabytes of them, and leaves out what it cannot reach by path.
+_REFUSED_COMMITS = {"sparse": "DISK_FULL", "deep": "LAYER_CARRY_FAILED", "long names": "LAYER_CARRY_FAILED"}
 
 
 def _inside(own: OwnDaemons, container: container_pb2.Container, path: str) -> Path:
@@ -46,6 +48,13 @@ async def test_whatever_is_in_a_layer_it_moves_whole_or_is_refused(own: OwnDaemo
         assert fingerprint(str(_inside(own, back, "zoo"))) == planted
 
         request = container_service_pb2.CommitContainerRequest(name="hostile", repository=f"zoo/{own.id}", tag="v1")
+        if shape in _REFUSED_COMMITS:
+            # Onto another image the files go by commit too.
+            other: dict[str, Any] = {"image": CUDA_LIKE, "files": container_service_pb2.FILES_POLICY_CARRY_COMMIT}
+            for validate_only in (True, False):
+                moved = await failure(caller.update("hostile", validate_only=validate_only, **other))
+                assert moved.reason == _REFUSED_COMMITS[shape], moved
+            assert (await caller.get("hostile")).revision == back.revision
         commit = progress_of(caller.containers.CommitContainer(request))
         if shape in _REFUSED_COMMITS:
             assert (await failure(commit)).reason == _REFUSED_COMMITS[shape]

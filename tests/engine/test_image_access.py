@@ -110,6 +110,14 @@ async def test_a_committed_image_is_its_owners(own: OwnDaemons, rig: Rig) -> Non
         await caller.commit("box", "gpudock/accessed", tag="test")
         await made(caller, "alice", name, pull_policy=NEVER)
         assert (await failure(made(caller, "bob", name, pull_policy=NEVER))).reason == "IMAGE_NOT_FOUND"
+        # Nor does a clone give it to another owner.
+        of_alice = container_service_pb2.CreateContainerRequest(
+            name="hers", owner="alice", spec=caller.spec(image=name)
+        )
+        await result_of(caller.containers.CreateContainer(of_alice))
+        assert (await failure(caller.clone("hers", "his", owner="bob"))).reason == "IMAGE_NOT_FOUND"
+        await caller.clone("hers", "hers-too")
+        await caller.delete_all()
     rig.engine.call("DELETE", f"/images/{name}")
 
 

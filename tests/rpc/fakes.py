@@ -334,6 +334,10 @@ class FakeLayers(LayerStore):
         return CommitCost()
 
     @override
+    async def require_committable(self, container: EngineContainer) -> None:
+        return
+
+    @override
     def commit_watched(
         self, container: EngineContainer, total: int, progress: Progress
     ) -> AbstractAsyncContextManager[None]:

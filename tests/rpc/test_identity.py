@@ -193,6 +193,25 @@ def test_a_file_that_others_may_read_adds_no_token_and_still_takes_some_away(tok
     token_file.chmod(0o600)
 
 
+@pytest.mark.timeout(20)
+def test_nothing_waits_for_a_token_file_that_is_a_fifo(token_file: Path) -> None:
+    token_file.write_text(f"ci:{TOKEN}\n")
+    tokens = TokenFile(token_file)
+    token_file.unlink()
+    os.mkfifo(token_file, 0o600)
+    with capture_logs() as logged:
+        assert tokens.name_of(TOKEN) is None
+    assert any("not a regular file" in str(line.get("mistakes")) for line in logged)
+    with pytest.raises(StartupError, match="it is not a regular file"):
+        TokenFile(token_file)
+
+
+def test_a_token_file_without_end_is_refused(token_file: Path) -> None:
+    token_file.write_text("#" * (1 << 20) + "\n")
+    with pytest.raises(StartupError, match="larger than"):
+        TokenFile(token_file)
+
+
 def test_a_missing_token_file_is_refused_at_start(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="cannot be read"):
         TokenFile(tmp_path / "missing")

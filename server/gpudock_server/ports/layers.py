@@ -70,6 +70,14 @@ class LayerStore(Protocol):
         """What an image of a container's files costs, in full. Raises DiskFull, LayerCarryFailed."""
         ...
 
+    async def require_committable(self, container: EngineContainer) -> None:
+        """Raises LayerCarryFailed where the engine would leave files out of an image of a container's files.
+
+        Asked again right before a commit, when the files stay as they are. Where the layer is out of reach, nobody can
+        tell, and this raises nothing.
+        """
+        ...
+
     def commit_watched(
         self, container: EngineContainer, total: int, progress: Progress
     ) -> AbstractAsyncContextManager[None]:

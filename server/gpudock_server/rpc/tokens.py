@@ -10,7 +10,7 @@ from pathlib import Path
 
 import structlog
 
-from gpudock_server.private_files import exposure, read_private, remedy
+from gpudock_server.private_files import exposure, read_private, read_regular, remedy
 from gpudock_server.startup import StartupError
 
 _SHORTEST = 16
@@ -54,10 +54,9 @@ class TokenFile:
             version = _version(self._path.stat())
             if version == self._version:
                 return
-            with self._path.open(encoding="utf-8") as file:
-                found = os.fstat(file.fileno())
-                version = _version(found)
-                names, mistakes = _parse(file.read())
+            content, found = read_regular(self._path)
+            version = _version(found)
+            names, mistakes = _parse(content.decode())
             if exposed := exposure(found):
                 names = {digest: name for digest, name in names.items() if self._names.get(digest) == name}
                 mistakes = [f"the file {exposed}, so nothing is added: {remedy(self._path)}", *mistakes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -34,6 +35,12 @@ LOST_BY_COMMIT = (
     "sparse files are written out in full",
     "sockets, and the mode, owner and time of / itself, are not carried",
 )
+# Where the layer is out of reach, so that nobody can tell whether there are any.
+LONG_PATHS_LOST = "files whose paths are longer than some 3900 bytes are left out of the image by the engine"
+# limits.h, with the final zero.
+_PATH_MAX = 4096
+# The engine may reach the same files by a name of the layer that is a little longer, such as merged for diff.
+_PATH_MARGIN = 16
 COMMIT_WARNINGS = (*LOST_BY_COMMIT, "the container's image grows by one layer; before it has 100, they are made fewer")
 
 
@@ -102,6 +109,7 @@ class OverlayLayerStore(LayerStore):
         layer = await run_to_end(self._seen, container)
         if isinstance(layer, str) or missing_program():
             return CommitCost(warnings=LOST_BY_COMMIT)
+        await self.require_committable(container)
         with _refusals(CarryMethod.COMMIT):
             apparent, allocated, entries = await asyncio.gather(
                 tree_bytes(container.upper_dir, apparent=True, timeout_seconds=_MEASURE_SECONDS),
@@ -117,6 +125,28 @@ class OverlayLayerStore(LayerStore):
             bytes_available=free,
             warnings=LOST_BY_COMMIT,
         )
+
+    async def require_committable(self, container: EngineContainer) -> None:
+        """See the protocol."""
+        layer = await run_to_end(self._seen, container)
+        if not isinstance(layer, str):
+            await self._require_short_paths(container.upper_dir)
+
+    async def _require_short_paths(self, upper_dir: str) -> None:
+        """The engine reaches the files of a layer by path, and leaves out what it cannot reach without an error."""
+        with _refusals(CarryMethod.COMMIT):
+            found = await run_job(
+                "longest_path",
+                memory_bytes=Limits().memory_bytes,
+                stall_seconds=self._stall_seconds,
+                source=[upper_dir, 0, 0],
+            )
+            longest, most = int(found["bytes"]), _PATH_MAX - len(os.fsencode(upper_dir)) - _PATH_MARGIN
+            if longest > most:
+                raise LayerRefusedError(
+                    f"a path in the container's files is {longest} bytes long; the engine would leave out of an image"
+                    f" what lies beyond {most} bytes"
+                )
 
     @asynccontextmanager
     async def commit_watched(self, container: EngineContainer, total: int, progress: Progress) -> AsyncIterator[None]:
@@ -182,7 +212,10 @@ class OverlayLayerStore(LayerStore):
     async def _commit_plan(self, plan: CarryPlan, upper_dir: str) -> CarryPlan:
         """What the engine will write is what reading the layer gives; unknown where the layer is not ours to see."""
         plan = plan.model_copy(update={"warnings": (*plan.warnings, *COMMIT_WARNINGS)})
-        if not upper_dir or missing_program():
+        if not upper_dir:
+            return plan.model_copy(update={"warnings": (*plan.warnings, LONG_PATHS_LOST)})
+        await self._require_short_paths(upper_dir)
+        if missing_program():
             return plan
         return await self._measured(plan, upper_dir, apparent=True)
 

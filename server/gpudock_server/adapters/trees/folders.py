@@ -7,6 +7,7 @@ memory would grow with the square of the depth.
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -21,6 +22,9 @@ _OPEN_FOLDERS = 64
 _SHOWN_CHARACTERS = 200
 # Names of subfolders that a removal holds at a time, for each level of the tree.
 _BATCH = 1000
+
+# What opening a folder of a tree that changes meanwhile may end with.
+VANISHED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE})
 
 
 @dataclass

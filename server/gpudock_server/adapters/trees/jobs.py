@@ -22,6 +22,7 @@ from gpudock_server.adapters.trees.folders import FOLDER_FLAGS, Trail, empty_fol
 from gpudock_server.adapters.trees.interrupt import Interrupt
 from gpudock_server.adapters.trees.limits import Limits
 from gpudock_server.adapters.trees.mirroring import Copies, Mirror, Moved, measure
+from gpudock_server.adapters.trees.paths import longest_path
 from gpudock_server.adapters.trees.snapshot_index import (
     OPAQUE_XATTR,
     Entry,
@@ -115,6 +116,7 @@ class Jobs:
         """Run one job to its end. Raises what goes wrong."""
         jobs: dict[str, Callable[..., dict[str, Any]]] = {
             "measure": self.measure,
+            "longest_path": self.longest_path,
             "gather": self.gather,
             "complete": self.complete,
             "check": self.check,
@@ -131,6 +133,11 @@ class Jobs:
         with Place(*source).opened() as folder:
             found = measure(folder, self._load(previous), self.interrupt, _limits(limits))
         return {"bytes": found.bytes, "entries": found.entries}
+
+    def longest_path(self, *, source: list[Any]) -> dict[str, Any]:
+        """The length in bytes of the longest path in a tree."""
+        with Place(*source).opened() as folder:
+            return {"bytes": longest_path(folder, self.interrupt)}
 
     def gather(self, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401 - as `_snapshot_work` takes them
         """Bring a snapshot close to a source that may change meanwhile."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from gpudock_server.adapters.trees.duplicating import Duplicator, match_xattrs
-from gpudock_server.adapters.trees.folders import ROOT, FolderTree, Trail, remove_entry
+from gpudock_server.adapters.trees.folders import ROOT, VANISHED, FolderTree, Trail, remove_entry
 from gpudock_server.adapters.trees.interrupt import Interrupt
 from gpudock_server.adapters.trees.limits import Limits, Tally
 from gpudock_server.adapters.trees.snapshot_index import OPAQUE_XATTR, Entry, Index, Key, is_whiteout, key_of
@@ -27,7 +27,6 @@ TICK_NS = 1_000_000_000
 # Of ext4's 65,000; beyond, a file is copied.
 _MAX_LINKS = 60_000
 _BLOCK_BYTES = 512
-_VANISHED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE})
 _CANNOT_LINK = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EMLINK, errno.EXDEV})
 _HANDLE_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOATIME | os.O_CLOEXEC
@@ -79,7 +78,7 @@ class Copies:
         try:
             file = os.open(name, _READ_FLAGS | os.O_NOFOLLOW, dir_fd=self.trail.enter(folder))
         except OSError as error:
-            if error.errno in _VANISHED:
+            if error.errno in VANISHED:
                 return None
             raise
         found = os.fstat(file)
@@ -201,7 +200,7 @@ class Mirror:
             try:
                 here = source.enter(folder)
             except OSError as error:
-                if error.errno not in _VANISHED:
+                if error.errno not in VANISHED:
                     raise
                 fresh.drop_last_folder()
                 self._gone.append((visit.parent, visit.name))
@@ -287,7 +286,7 @@ class Mirror:
         try:
             handle = os.open(name, _HANDLE_FLAGS, dir_fd=here)
         except OSError as error:
-            if error.errno in _VANISHED:
+            if error.errno in VANISHED:
                 return None
             raise
         try:
@@ -421,7 +420,7 @@ class Mirror:
             try:
                 there = target.enter(folder)
             except OSError as error:
-                if error.errno in _VANISHED:  # a folder above it went before
+                if error.errno in VANISHED:  # a folder above it went before
                     continue
                 raise
             remove_entry(there, name, self._interrupt)
@@ -465,7 +464,7 @@ def measure(source: int, previous: Index | None, interrupt: Interrupt, limits: L
             try:
                 here = trail.enter(folder)
             except OSError as error:
-                if error.errno in _VANISHED:
+                if error.errno in VANISHED:
                     places.drop_last()
                     continue
                 raise

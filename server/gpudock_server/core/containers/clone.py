@@ -38,6 +38,7 @@ from gpudock_server.core.containers.create import (
 from gpudock_server.core.containers.depth import carry_image, committed, layer_image, remove_carried
 from gpudock_server.core.containers.gone import is_gone, refuse_if_gone
 from gpudock_server.core.containers.history import find_revision
+from gpudock_server.core.containers.images import may_use
 from gpudock_server.core.containers.keeping import IMAGE_STAGE
 from gpudock_server.core.containers.limits import check_limits
 from gpudock_server.core.containers.mounting import check_mounts, engine_volumes, stay
@@ -128,6 +129,10 @@ async def draft(world: World, command: Clone) -> Draft:
     view = await world.lookup(command.source)
     source = view.container
     found, files = await _found(world, source, command.revision)
+    owner = command.owner or source.owner
+    if owner != source.owner and not await may_use(world, files.base_image_id, owner):
+        # The same words as for an image that is not there: another owner's images are not told.
+        raise ImageNotFound(image=found.image)
     spec = command.change.apply(found)
     check_limits(world.limits, spec)
     volumes = await check_mounts(world, spec.mounts)
@@ -138,7 +143,7 @@ async def draft(world: World, command: Clone) -> Draft:
         name=command.name,
         uid=clone_uid,
         node=world.node,
-        owner=command.owner or source.owner,
+        owner=owner,
         generation=1,
         revision=0,
         spec=spec,

@@ -270,6 +270,7 @@ class CommitSaga(ContainerSaga):
         if seen is None:
             detail = f"there is no container {committed_id[:12]}; it was removed outside gpudock"
             raise EngineRejected(call="commit a container", status=_NOT_FOUND, detail=detail)
+        await world.layers.require_committable(seen)
         run.progress(0, total)
         async with world.layers.commit_watched(seen, total, run.progress):
             image_id = await world.engine.commit(

@@ -110,6 +110,8 @@ async def committed(world: World, operation: Operation, engine_id: str) -> Engin
     reference = raw_image(operation)
     if (made := await world.engine.image(reference)) is not None:
         return made
+    if (seen := await world.engine.inspect(engine_id)) is not None:
+        await world.layers.require_committable(seen)
     labels = {LABEL_UID: operation.target.uid, LABEL_OPERATION: operation.id}
     await world.engine.commit(engine_id, reference, labels)
     made = await world.engine.image(reference)

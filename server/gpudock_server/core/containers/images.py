@@ -169,7 +169,7 @@ async def choose_image(world: World, reference: str, policy: PullPolicy, owner: 
     present = found.id if found else ""
     if policy is PullPolicy.ALWAYS:
         return ImageChoice("", present)
-    if found is not None and await _may_use(world, found.id, owner):
+    if found is not None and await may_use(world, found.id, owner):
         return ImageChoice(found.id, present)
     if policy is PullPolicy.NEVER:
         # The same words for what is there and what is not: another owner's images are not told.
@@ -177,7 +177,8 @@ async def choose_image(world: World, reference: str, policy: PullPolicy, owner: 
     return ImageChoice("", present)
 
 
-async def _may_use(world: World, image_id: str, owner: str) -> bool:
+async def may_use(world: World, image_id: str, owner: str) -> bool:
+    """Whether an owner may make containers of an image that the engine has, without showing it to the registry."""
     if not world.images.verify_access:
         return True
     origin = await world.store.image_origin(world.node, image_id)
