@@ -79,7 +79,7 @@ async def test_limits_above_the_nodes_maximum(own: OwnDaemons, rig: Rig) -> None
             assert (refused.code, refused.reason) == (grpc.StatusCode.PERMISSION_DENIED, "LIMIT_FORBIDDEN")
             assert (refused.metadata["field"], refused.metadata["maximum"]) == (name, str(maximum))
             assert (await failure(caller.update("free", mask="", **{name: value}))).reason == "LIMIT_FORBIDDEN"
-        assert (await failure(caller.scale("free", memory_bytes=1 << 40))).reason == "LIMIT_FORBIDDEN"
+        assert (await failure(caller.scale("free", memory_bytes=1 << 30))).reason == "LIMIT_FORBIDDEN"
         modest = host_config(rig, await caller.create("modest"))
         assert (modest["Memory"], modest["PidsLimit"], modest["SecurityOpt"]) == (
             128 * MIB,

@@ -38,6 +38,7 @@ class Host:
     daemon: Daemon
     allowed: Path
     secret: Path
+    left: frozenset[str]
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -49,8 +50,8 @@ class Host:
         return container_pb2.Mount(host_path=str(self.allowed / path), target=target, read_only=read_only)
 
     def binds(self) -> list[str]:
-        """Where host paths are bound now."""
-        return bound_host_paths(self.rig)
+        """Where host paths are bound now, but for what killed daemons of other tests left on the same rig."""
+        return [place for place in bound_host_paths(self.rig) if place not in self.left]
 
 
 @pytest.fixture
@@ -67,8 +68,9 @@ def folders() -> Iterator[Path]:
 @pytest_asyncio.fixture
 async def host(own: OwnDaemons, folders: Path) -> Host:
     """A daemon that lets these folders be mounted."""
+    left = frozenset(bound_host_paths(own.rig))
     daemon = await own.start("--allowed-host-paths", str(folders / "srv"), "--orphan-grace", "0")
-    return Host(own.rig, own, daemon, folders / "srv", folders / "srv-secret")
+    return Host(own.rig, own, daemon, folders / "srv", folders / "srv-secret", left)
 
 
 @pytest_asyncio.fixture

@@ -18,7 +18,7 @@ from gpudock_server.adapters.trees.folders import empty_folder
 from gpudock_server.adapters.trees.interrupt import Interrupt, Interrupted
 from gpudock_server.adapters.trees.mirroring import Copies, Mirror
 from gpudock_server.adapters.trees.snapshot_index import Index, load_index, save_index
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.engine.tree_edits import EDITS, EditedTree
@@ -90,6 +90,9 @@ def workplace() -> Iterator[Path]:
         yield Path(folder)
 
 
+# A whiteout and a folder change places; whiteouts that are links of one inode.
+@example(batches=[[], [], [], [(0, 0, 0), (0, 0, 1), (16, 2, 0), (17, 0, 0)], [(10, 0, 2)]])
+@example(batches=[[], [(16, 1, 0)], [(8, 0, 0), (12, 0, 0)], []])
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(batches=st.lists(edits, min_size=4, max_size=8))
 def test_random_edits_between_passes_and_snapshots(batches: list[list[tuple[int, int, int]]]) -> None:

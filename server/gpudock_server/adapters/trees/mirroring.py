@@ -27,7 +27,8 @@ TICK_NS = 1_000_000_000
 # Of ext4's 65,000; beyond, a file is copied.
 _MAX_LINKS = 60_000
 _BLOCK_BYTES = 512
-_CANNOT_LINK = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EMLINK, errno.EXDEV})
+# EPERM: what has the name by now is a folder.
+_CANNOT_LINK = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EMLINK, errno.EXDEV, errno.EPERM})
 _HANDLE_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOATIME | os.O_CLOEXEC
 _STAGED = "new"

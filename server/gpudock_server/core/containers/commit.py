@@ -247,7 +247,7 @@ class CommitSaga(ContainerSaga):
         name = self._world.engine_name(_shadow_name(run.operation), run.operation.id)
         found = await self._world.engine.inspect(name)
         if found is not None and found.labels.get(LABEL_OPERATION) == run.operation.id:
-            await self._world.engine.remove(found.id)
+            await self._world.remove(found.id, name)
 
     async def _freeze(self, _run: Run) -> None:
         await self._world.freeze(self._arguments.engine_id)
