@@ -55,6 +55,15 @@ class Ballast:
             return False
         return True
 
+    async def put(self, pieces: int, size: int) -> None:
+        """Put so many keys of a size each. They must fit."""
+        for _ in range(pieces):
+            assert await self._put(size)
+
+    async def delete(self) -> None:
+        """Delete all, as somebody would who leaves the compaction to others."""
+        await self._kv.DeleteRange(rpc.DeleteRangeRequest(key=_KEYS, range_end=_KEYS[:-1] + b"0"), timeout=_SECONDS)
+
     async def remove(self) -> None:
         """Delete it, compact, defragment and disarm the alarm."""
         end = rpc.DeleteRangeRequest(key=_KEYS, range_end=_KEYS[:-1] + b"0")

@@ -18,6 +18,7 @@ from gpudock_server.adapters.etcd import wire
 from gpudock_server.adapters.etcd.connection import CLUSTER_IS_FULL, CallFailed, EtcdConnection, Status
 from gpudock_server.adapters.etcd.room import Room
 from gpudock_server.adapters.etcd.trimmer import Trimmer
+from gpudock_server.sizes import Rounding, size_text
 
 LOOK_SECONDS = 10.0
 
@@ -102,8 +103,11 @@ class StoreKeeper:
             self._say(CLUSTER_IS_FULL if status.no_space else "", reserved="")
 
     async def _keep(self, status: Status, *, wanted: bool) -> None:
-        pressed = wanted or status.no_space
-        if pressed:
+        # Deletions by others, or of a lease that ended, make history without growth. While the quota is exceeded, these
+        # are the way out, so each look that finds something written compacts.
+        over = status.in_use_bytes > self._quota
+        pressed = wanted or status.no_space or over
+        if wanted or status.no_space:
             # Deletes alone, which are taken also from a full store.
             await self._trimmer.trim()
             status = await self._connection.status()
@@ -114,11 +118,11 @@ class StoreKeeper:
             status = await self._defragment(status)
         if status.no_space and status.size_bytes < hard_quota(self._quota) - self._quota // _FREE:
             await self._connection.disarm()
-            log.info("the store has room again", size_bytes=status.size_bytes, quota_bytes=self._quota)
+            log.info("etcd takes writes again", size_bytes=status.size_bytes, quota_bytes=self._quota)
             status = await self._connection.status()
         advice = (
-            f"its data take {status.in_use_bytes} bytes, and etcd_quota is {self._quota}; delete containers, volumes or"
-            " revisions that are not needed, or raise etcd_quota"
+            f"its data take {size_text(status.in_use_bytes, Rounding.UP)}, and etcd_quota is {size_text(self._quota)};"
+            " delete containers, volumes or revisions that are not needed, or raise etcd_quota"
         )
         self._say(advice if status.no_space else "", reserved=advice if status.in_use_bytes > self._quota else "")
 
@@ -172,6 +176,8 @@ class StoreKeeper:
     def _say(self, full: str, *, reserved: str) -> None:
         if full and not self._room.full:
             log.error("the store is full", detail=full)
+        if (self._room.full or self._room.reserved) and not (full or reserved):
+            log.info("the store has room again")
         self._room.full, self._room.reserved = full, reserved
         self._room.look()
 
