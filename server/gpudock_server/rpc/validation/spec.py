@@ -72,7 +72,7 @@ def spec(
     violations: Violations, message: container_pb2.ContainerSpec, host: HostCapacity = UNKNOWN_HOST
 ) -> ContainerSpec:
     """Check a whole spec for a host. What is returned is of use only if nothing was found."""
-    entrypoint, command = fields.arguments(violations, ("entrypoint", message.entrypoint), ("command", message.command))
+    entrypoint, command = _program(violations, message)
     found = ContainerSpec(
         image=_image(violations, message.image),
         entrypoint=entrypoint,
@@ -104,6 +104,17 @@ def spec(
     if not violations.any and (length := len(found.model_dump_json().encode())) > _MAX_SPEC_BYTES:
         violations.add("", f"has {length} bytes as JSON; at most {_MAX_SPEC_BYTES} can be kept")
     return found
+
+
+def _program(violations: Violations, message: container_pb2.ContainerSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The entrypoint and the command. One empty string alone clears the image's entrypoint."""
+    entrypoint, command = fields.arguments(violations, ("entrypoint", message.entrypoint), ("command", message.command))
+    if len(entrypoint) > 1 and not entrypoint[0]:
+        violations.add("entrypoint", "must name a program; one empty string alone clears the image's entrypoint", 0)
+    # Behind an entrypoint of the image it would be an argument, but whether the image has one is not known here.
+    if not any(entrypoint) and command and not command[0]:
+        violations.add("command", "must name a program; to pass an empty argument first, set `entrypoint`", 0)
+    return entrypoint, command
 
 
 def gpus(violations: Violations, message: container_pb2.GpuRequest) -> GpuRequest:
