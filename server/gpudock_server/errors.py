@@ -683,6 +683,14 @@ class VolumeInUse(GpudockError):
 
 
 @dataclass(eq=False)
+class EngineVolumeInUse(VolumeInUse):
+    """An engine volume that containers of others have mounted is to become a volume."""
+
+    template = "engine volume {engine_volume!r} is in use by {holders}, so it cannot be adopted as {volume!r}"
+    engine_volume: str
+
+
+@dataclass(eq=False)
 class VolumeMounted(VolumeInUse):
     """A volume is to be deleted that containers have in their specs."""
 

@@ -184,7 +184,7 @@ class Settings(BaseSettings):
     etcd_key: OptionalPath = Field(None, description="private key (PEM) of etcd_cert")
     etcd_user: Annotated[str, Shown("NAME")] = Field("", description="etcd user")
     etcd_password_file: OptionalPath = Field(None, description="file with the etcd user's password")
-    etcd_quota: Annotated[int, Field(ge=16 << 20, le=8 << 30), Shown("BYTES")] = Field(
+    etcd_quota: Annotated[Size, Field(ge=16 << 20, le=8 << 30)] = Field(
         2 << 30,
         description="how many bytes an etcd of its own may hold: beyond, only deletions are taken; a quarter more on "
         "disk is kept for those. A cluster has limits of its own",

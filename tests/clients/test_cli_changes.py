@@ -14,8 +14,10 @@ from click.testing import CliRunner
 from google.protobuf.duration_pb2 import Duration
 from gpudock import Container, ContainerSpec, Mount
 from gpudock.cli import main
+from gpudock.cli._operation_views import plan as plan_view
 from gpudock.cli._views import container as container_view
-from gpudock.v1 import container_pb2, gpu_pb2, node_service_pb2, operation_pb2
+from gpudock.cli._views import node as node_view
+from gpudock.v1 import container_pb2, gpu_pb2, node_pb2, node_service_pb2, operation_pb2
 from gpudock.v1 import container_service_pb2 as pb
 
 from tests.clients import messages
@@ -276,6 +278,27 @@ def test_get_shows_all_that_was_set() -> None:
         "files kept: cheap, 6 revisions, for 90s",
     ):
         assert text in shown
+
+
+def test_get_says_that_a_process_was_killed_for_memory() -> None:
+    for killed in (True, False):
+        shown = container_view(Container(status=container_pb2.ContainerStatus(oom_killed=killed)))
+        assert ("killed for memory" in shown) == killed
+
+
+def test_a_driver_that_is_not_loaded_does_not_answer() -> None:
+    """A node without a driver is healthy, but no driver answers there."""
+    driver = node_pb2.NODE_COMPONENT_GPU_DRIVER
+    component = node_pb2.ComponentHealth(component=driver, healthy=True, message="NVML cannot be used")
+    shown = node_view(node_pb2.Node(components=[component]))
+    assert "does not answer: NVML cannot be used" in shown
+    loaded = node_view(node_pb2.Node(driver_version="570.1", components=[component]))
+    assert "answers: NVML cannot be used" in loaded
+
+
+def test_a_plan_leaves_out_room_that_was_not_measured() -> None:
+    assert "room for 4.0 KiB" in plan_view(operation_pb2.OperationPlan(bytes_to_move=1, bytes_available=4096))
+    assert "room" not in plan_view(operation_pb2.OperationPlan(bytes_to_move=1))
 
 
 async def test_inspect_shows_json_and_output_is_taken_after_the_command(changing: ScriptedServer) -> None:

@@ -6,6 +6,7 @@ import re
 
 import pytest
 from gpudock import Client
+from gpudock.cli._text import moment_text
 from gpudock.v1 import drift_pb2, node_service_pb2
 
 from tests.clients.command import run
@@ -47,10 +48,17 @@ async def test_a_line_for_each_finding(server: ScriptedServer) -> None:
     shown = await run(server.address, "drift", "--severity", "warning", "--container", "train")
     row = re.split(r"\s{2,}", shown.out.splitlines()[1])
     assert row[:3] == ["WARNING", "restart-policy-changed", "train"]
-    assert row[-3:] == ["retried", "the restart policy of train was changed outside gpudock", "it is tried again"]
+    assert row[-4:] == ["retried", "-", "the restart policy of train was changed outside gpudock", "it is tried again"]
     assert shown.err == ""
     asked = server.requests["ListDrift"][-1].filter
     assert (list(asked.severities), asked.container) == ([drift_pb2.DRIFT_SEVERITY_WARNING], "train")
+
+
+async def test_a_finding_that_is_acted_on_later_shows_when(server: ScriptedServer) -> None:
+    found = finding("train")
+    found.due_time.FromSeconds(1_700_000_000)
+    server.on("ListDrift", saying(node_service_pb2.ListDriftResponse(drift=[found])))
+    assert moment_text(found.due_time) in (await run(server.address, "drift")).out
 
 
 async def test_a_comparison_that_failed_is_said_beside_the_list(server: ScriptedServer) -> None:

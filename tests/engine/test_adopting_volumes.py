@@ -106,6 +106,8 @@ async def test_what_others_use_is_refused(tenant: Caller, own: OwnDaemons, rig: 
         with user(rig, "pgdata", runs=runs) as name:
             refused = await failure(tenant.adopt_volume("mine", "pgdata"))
             assert (refused.reason, refused.metadata["holders"]) == ("VOLUME_IN_USE", name)
+            assert refused.metadata["engine_volume"] == "pgdata"
+            assert "engine volume 'pgdata' is in use" in refused.message
     # A container that says it is one of gpudock's: another installation's, or of an image that was committed from one.
     labels = {"gpudock.uid": str(uuid.uuid4()), "gpudock.name": "other", "gpudock.operation": str(uuid.uuid4())}
     with user(rig, "pgdata", labels):
@@ -128,6 +130,8 @@ async def test_anonymous_volumes_are_refused(tenant: Caller, rig: Rig) -> None:
     for name in ("0123456789abcdef" * 4, "named"):
         refused = await failure(tenant.adopt_volume("mine", name))
         assert (refused.reason, "anonymous" in refused.metadata["detail"]) == ("ADOPTION_FORBIDDEN", True)
+        mounts = [container_pb2.Mount(volume=name, target="/data")]
+        assert "adopt" not in (await failure(tenant.create("mine", mounts=mounts))).message
 
 
 async def test_what_an_older_version_let_be_adopted_is_not_mounted(

@@ -439,6 +439,7 @@ async def test_containers_where_nothing_can_be_run(box: Caller) -> None:
     await box.stop(BOX)
     stopped = await failure(box.run(BOX, "true"))
     assert (stopped.code, stopped.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "CONTAINER_NOT_RUNNING")
+    assert stopped.metadata["state"] == "STOPPED"
 
 
 async def test_an_id_in_use_is_refused_and_free_afterwards(box: Caller) -> None:

@@ -8,10 +8,13 @@ import logging
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import structlog
+from gpudock_server.errors import Unauthenticated
 from gpudock_server.logs import LogFormat, LogLevel, configure, new_error_id
+from gpudock_server.rpc.identity import IdentityInterceptor
 from typing_extensions import override
 
 SECRET = "hunter2-hunter2"  # noqa: S105 - what must not get out
@@ -143,6 +146,20 @@ def test_what_looks_like_a_secret_is_taken_out(log_format: LogFormat) -> None:
     assert SECRET not in text
     assert "registry:5000/v2" in text
     assert "username" in text
+
+
+def test_what_a_refused_call_may_send_instead_is_not_taken_out() -> None:
+    """The example of a token that the message had was taken for one."""
+    caller = Mock(**{"peer.return_value": "ipv4:127.0.0.1:1", "auth_context.return_value": {}})
+    for header in ((), (("authorization", "Basic YTpi"),)):
+        caller.invocation_metadata.return_value = header
+        with pytest.raises(Unauthenticated) as refused:
+            IdentityInterceptor(None)._identify(caller)
+        stream = configured()
+        structlog.stdlib.get_logger().warning("call refused", reason=refused.value.message)
+        (line,) = lines(stream)
+        assert line["reason"] == refused.value.message
+        assert "`Bearer` and a token" in refused.value.message
 
 
 def test_paths_of_secrets_are_not_secrets() -> None:

@@ -69,6 +69,11 @@ def test_sizes_have_units(text: object, size: int) -> None:
     assert make(max_memory=text).max_memory == size
 
 
+def test_the_quota_of_etcd_is_a_size_with_bounds() -> None:
+    assert make(etcd_quota="64MiB").etcd_quota == 64 << 20
+    assert "greater than or equal to 16777216" in str(problems(etcd_quota="15M"))
+
+
 def test_lists_are_written_with_commas() -> None:
     settings = make(allowed_host_paths="/data, /srv/models", etcd_endpoints="a:2379,b:2379", etcd_ca="/ca.pem")
     assert settings.allowed_host_paths == (Path("/data"), Path("/srv/models"))

@@ -73,7 +73,8 @@ def plan(item: OperationPlan) -> str:
             ("files are kept as", word_of(SnapshotKind, item.snapshot).lower() if item.snapshot else ""),
             (
                 "bytes to move",
-                f"{bytes_text(item.bytes_to_move)}, room for {bytes_text(item.bytes_available)}"
+                bytes_text(item.bytes_to_move)
+                + (f", room for {bytes_text(item.bytes_available)}" if item.bytes_available else "")
                 if item.bytes_to_move
                 else "",
             ),

@@ -68,6 +68,7 @@ def container(item: Container) -> str:
             ("state", _state(item)),
             ("message", status.message),
             ("exit code", str(status.exit_code) if status.HasField("exit_code") else ""),
+            ("killed for memory", "yes" if status.oom_killed else ""),
             ("revision", str(item.revision)),
             *spec_rows(item.spec),
             ("GPUs", ", ".join(status.gpu_uuids) or "none"),
@@ -126,7 +127,7 @@ def ports(items: Iterable[PortClaim]) -> str:
 def drift(items: Iterable[Drift]) -> str:
     """One line for each finding."""
     return table(
-        ("SEVERITY", "KIND", "CONTAINER", "SINCE", "REMEDY", "WHAT", "PLAN"),
+        ("SEVERITY", "KIND", "CONTAINER", "SINCE", "REMEDY", "DUE", "WHAT", "PLAN"),
         [
             (
                 word_of(DriftSeverity, item.severity),
@@ -134,6 +135,7 @@ def drift(items: Iterable[Drift]) -> str:
                 item.container or "-",
                 age_text(item.since_time),
                 word_of(DriftRemedy, item.remedy).lower(),
+                moment_text(item.due_time) if item.HasField("due_time") else "-",
                 item.message,
                 item.plan,
             )
@@ -168,6 +170,7 @@ def node(item: Node) -> str:
                         each.healthy,
                         each.message,
                         full=item.store.full and each.component == NodeComponent.NODE_COMPONENT_STORE,
+                        missing=not item.driver_version and each.component == NodeComponent.NODE_COMPONENT_GPU_DRIVER,
                     ),
                 )
                 for each in item.components
@@ -207,6 +210,8 @@ def _store_size(usage: StoreUsage) -> str:
     return f"{bytes_text(usage.in_use_bytes)} in use of {bytes_text(usage.size_bytes)}{quota}"
 
 
-def _component(healthy: bool, message: str, *, full: bool) -> str:  # noqa: FBT001 - as the message has it
+def _component(healthy: bool, message: str, *, full: bool, missing: bool) -> str:  # noqa: FBT001 - as the message has it
+    """`missing`: a driver of which no version is known. A node without one is healthy, but nothing answers there."""
     trouble = "FULL" if full else "DOES NOT ANSWER"
-    return ("answers" if healthy else trouble) + (f": {message}" if message else "")
+    well = "does not answer" if missing and message else "answers"
+    return (well if healthy else trouble) + (f": {message}" if message else "")

@@ -28,7 +28,7 @@ from gpudock_server.errors import (
     GpudockError,
     ShuttingDown,
 )
-from gpudock_server.model.container import ContainerState
+from gpudock_server.model.container import DOES_NOT_RUN, Container, ContainerState
 from gpudock_server.model.engine import ExecRequest, ExecStatus, ExecStream
 from gpudock_server.ports import ExecSession, ProcessControl
 
@@ -189,20 +189,23 @@ class ExecSessions:
         if head.engine is None or head.status.state in (ContainerState.CREATING, ContainerState.DELETING):
             raise ContainerNotRunning(container=container, state=head.status.state.value, needs=_NEEDS)
         engine_id = head.engine.engine_id
-        session = await self._open(container, engine_id, request)
+        session = await self._open(head, engine_id, request)
         return RunningExec(exec_id=exec_id, container=container, engine_id=engine_id, session=session, timeout=timeout)
 
-    async def _open(self, container: str, engine_id: str, request: ExecRequest) -> ExecSession:
+    async def _open(self, head: Container, engine_id: str, request: ExecRequest) -> ExecSession:
         try:
             return await self._world.engine.exec(engine_id, request)
         except EngineRejected:
             # Not asked before, so that the way that mostly succeeds costs one call less.
             seen = await self._world.engine.inspect(engine_id)
             if seen is None or not seen.alive:
-                state = "gone" if seen is None else seen.state.value.upper()
-                raise ContainerNotRunning(container=container, state=state, needs=_NEEDS) from None
+                # The recorded state is what other calls show; it may still be RUNNING where the process just ended.
+                recorded = head.status.state
+                ended = seen.state.value.upper() if seen and recorded not in DOES_NOT_RUN else recorded.value
+                state = "gone" if seen is None else ended
+                raise ContainerNotRunning(container=head.name, state=state, needs=_NEEDS) from None
             if seen.state.value == "paused":
-                raise ContainerPaused(container=container) from None
+                raise ContainerPaused(container=head.name) from None
             raise
 
     def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:

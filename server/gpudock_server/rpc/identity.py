@@ -112,11 +112,14 @@ class IdentityInterceptor(Interceptor):
         certificate = _certificate_name(context.auth_context())
         if certificate:
             return Caller(CallerKind.CERTIFICATE, certificate)
-        raise Unauthenticated("this address needs to know who calls: send `authorization: Bearer TOKEN`")
+        raise Unauthenticated(
+            "this address takes no anonymous calls; send the metadata `authorization` with the scheme `Bearer` and a"
+            " token"
+        )
 
     def _by_token(self, credentials: str) -> Caller:
         if not credentials.lower().startswith(_BEARER):
-            raise Unauthenticated("`authorization` must be `Bearer TOKEN`")
+            raise Unauthenticated("the metadata `authorization` must have the scheme `Bearer` and a token")
         name = self._tokens.name_of(credentials[len(_BEARER) :].strip()) if self._tokens else None
         if name is None:
             raise Unauthenticated("the token is not, or no longer, known here")

@@ -28,7 +28,7 @@ from typing_extensions import override
 from gpudock_server.adapters.host_paths import kernel
 from gpudock_server.adapters.host_paths.namespace import MountNamespace, NamespaceUnavailable
 from gpudock_server.adapters.host_paths.records import RecordDamaged, Records, checked
-from gpudock_server.adapters.host_paths.resolving import PathRefused, below, opened
+from gpudock_server.adapters.host_paths.resolving import PathRefused, below, opened, why_not_below
 from gpudock_server.errors import HostPathFailed, HostPathForbidden
 from gpudock_server.ports import HostPaths
 
@@ -68,8 +68,8 @@ class HostPathBinder(HostPaths):
     async def check(self, paths: Sequence[str]) -> None:
         for path in paths:
             # Also before the engine is asked where it sees them: what is not allowed is not looked at.
-            if not below(path, self._allowed):
-                raise self._forbidden(path, "it does not lie below allowed_host_paths")
+            if why := why_not_below(path, self._allowed):
+                raise self._forbidden(path, why)
         for path in paths:
             await self._run(path, lambda path=path: self._check(path))  # type: ignore[misc]  # mypy infers no lambda with a default
 

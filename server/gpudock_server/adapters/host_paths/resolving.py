@@ -12,10 +12,25 @@ class PathRefused(Exception):
     """A host path may not be mounted; the text says why."""
 
 
+def why_not_below(path: str, allowed: Sequence[str]) -> str:
+    """Why a path, as it is written, is none of the allowed folders and does not lie below one; empty if it does."""
+    if not path.startswith("/"):
+        return "it is not absolute"
+    # normpath leaves two slashes at the front.
+    plain = os.path.normpath(path.replace("//", "/", 1) if path.startswith("//") else path)
+    if plain != path:
+        # With `..` in it, what it comes to depends on what lies there, so it is not named.
+        instead = "" if ".." in path.split("/") else f"; write {plain}"
+        return f"its spelling is not plain: no `//`, `.`, `..` or `/` at the end{instead}"
+    return "" if _below(path, allowed) else "it does not lie below allowed_host_paths"
+
+
 def below(path: str, allowed: Sequence[str]) -> bool:
     """Whether a path, as it is written, is one of the allowed folders or lies below one."""
-    if not path.startswith("/") or path.startswith("//") or os.path.normpath(path) != path:
-        return False
+    return not why_not_below(path, allowed)
+
+
+def _below(path: str, allowed: Sequence[str]) -> bool:
     return any(path == root or path.startswith(root.rstrip("/") + "/") for root in allowed)
 
 
@@ -27,8 +42,8 @@ def opened(path: str, allowed: Sequence[str]) -> Iterator[int]:
     RESOLVE_NO_SYMLINKS, on kernels before 5.6 as well. What the descriptor refers to stays the same file or folder
     whatever is renamed afterwards.
     """
-    if not below(path, allowed):
-        raise PathRefused("it does not lie below allowed_host_paths")
+    if why := why_not_below(path, allowed):
+        raise PathRefused(why)
     flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open("/", flags | os.O_DIRECTORY)
     try:

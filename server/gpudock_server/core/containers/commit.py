@@ -45,6 +45,7 @@ from gpudock_server.model.image import CommittedImage
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import JsonObject, Record, now
 from gpudock_server.ports import CommitCost, ContainerView, LayerTooLarge
+from gpudock_server.sizes import size_text
 
 _NOT_FOUND = 404
 # Image files of so many bytes more than the layer has are not worth a warning.
@@ -147,7 +148,7 @@ async def _copy_plan(world: World, seen: EngineContainer, cost: CommitCost) -> _
             if needed + cost.apparent_bytes <= cost.bytes_available:
                 return _CopyPlan(shadow=True, bytes_to_copy=needed)
             total = needed + cost.apparent_bytes
-            reason = f"a copy and the image take {total} bytes, and {cost.bytes_available} are free"
+            reason = f"a copy and the image take {size_text(total)}, and {size_text(cost.bytes_available)} are free"
     how_long = "" if cost.measured else ", for a time that is not known"
     why = reason or "its files cannot be measured"
     warning = f"the container is frozen while the engine writes the image{how_long}: {why}"
@@ -157,7 +158,7 @@ async def _copy_plan(world: World, seen: EngineContainer, cost: CommitCost) -> _
 def _holes(cost: CommitCost) -> tuple[str, ...]:
     if cost.apparent_bytes - cost.allocated_bytes <= max(_FEW_BYTES, cost.allocated_bytes // 10):
         return ()
-    sizes = f"{cost.allocated_bytes} bytes on the disk and {cost.apparent_bytes} in the image"
+    sizes = f"{size_text(cost.allocated_bytes)} on the disk and {size_text(cost.apparent_bytes)} in the image"
     return (f"files with holes take {sizes}: the engine writes holes out as zeros",)
 
 

@@ -131,13 +131,14 @@ async def replaceable(world: World, name: CommitName) -> str:
         return found.id
     if name.replace and world.images.replace_any:
         return found.id
-    owner = f"owner {name.owner!r}" if name.owner else "a container without an owner"
+    owner = f"a container of owner {name.owner!r}" if name.owner else "a container without an owner"
+    own = f"a commit of {owner} may replace only an image that such a commit made under this name"
     rest = (
-        "this node allows `replace` for such images alone (setting commit_replace)"
+        "; `replace` does not change that on this node (setting commit_replace)"
         if name.replace
-        else "choose another name, or set `replace`, which the node has to allow"
+        else "; choose another name, or set `replace`, which the setting commit_replace has to allow"
     )
-    raise ImageExists(image=reference, detail=f"gpudock did not commit it for {owner}; {rest}")
+    raise ImageExists(image=reference, detail=f"{own}{rest}")
 
 
 def committed_origin(world: World, image_id: str, name: CommitName) -> PutImageOrigin:

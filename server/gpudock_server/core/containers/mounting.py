@@ -101,7 +101,8 @@ async def volume_not_found(world: World, name: str, kind: type[VolumeNotFound] =
     """The error that names the likeliest of the volumes that there are, and says what can be done."""
     known = nearest(name, [volume.name for volume in await all_volumes(world.store)])
     found = await world.engine.inspect_volume(name)
-    kind = VolumeNotAdopted if found is not None and world.adoption.allow(found) else kind
+    if found is not None and world.adoption.allow(found) and not (found.anonymous or found.hazard):
+        kind = VolumeNotAdopted
     return kind(volume=name, available=known)
 
 

@@ -104,7 +104,7 @@ class Adoption:
             )
             return False
         if adopted:
-            plan = f"it has its record again, at revision {verdict.labels.revision}"
+            plan = "it has its record again"
             note(_drift(verdict, kind, DriftRemedy.REPAIRED, plan))
         return adopted
 

@@ -37,6 +37,7 @@ from gpudock_server.model.volume import (
     VolumeState,
 )
 from gpudock_server.ports import StoreConflict, VolumeView
+from gpudock_server.sizes import size_text
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -325,7 +326,7 @@ def _doubt(name: str, uid: str, records: _Records) -> str:
 
 
 def _size(backing: VolumeBacking) -> str:
-    return f"{backing.size_bytes} bytes" if backing.size_bytes else "no size"
+    return size_text(backing.size_bytes) if backing.size_bytes else "no size"
 
 
 def _lost(name: str, uid: str, engine_volume: str, plan: str) -> Drift:

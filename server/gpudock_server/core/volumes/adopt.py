@@ -15,11 +15,11 @@ from gpudock_server.core.volumes.create import MakingSaga, chosen, new_volume
 from gpudock_server.core.volumes.storage import Storage
 from gpudock_server.errors import (
     AdoptionForbidden,
+    EngineVolumeInUse,
     EngineVolumeNotFound,
     SizeNotSupported,
     VolumeExists,
     VolumeFailed,
-    VolumeInUse,
 )
 from gpudock_server.model.changes import PutVolume
 from gpudock_server.model.engine import LABEL_UID, EngineVolume
@@ -101,7 +101,7 @@ async def _must_be_unused(storage: Storage, name: str, engine_volume: str) -> No
     uids = {view.container.uid for view in await all_containers(world.store)} if users else set()
     others = tuple(one.name for one in users if one.labels.get(LABEL_UID) not in uids or one.name != world.made_as(one))
     if others:
-        raise VolumeInUse(volume=name, holders=others)
+        raise EngineVolumeInUse(volume=name, engine_volume=engine_volume, holders=others)
 
 
 async def _plan_copy(storage: Storage, command: Adopt, found: EngineVolume, source: VolumeBacking) -> OperationPlan:
@@ -120,7 +120,7 @@ async def _plan_copy(storage: Storage, command: Adopt, found: EngineVolume, sour
 async def _must_be_still(storage: Storage, name: str, engine_volume: str) -> None:
     users = await storage.world.engine.mounting(engine_volume)
     if running := tuple(one.name for one in users if one.running):
-        raise VolumeInUse(volume=name, holders=running)
+        raise EngineVolumeInUse(volume=name, engine_volume=engine_volume, holders=running)
 
 
 class AdoptSaga(MakingSaga):
