@@ -146,6 +146,16 @@ class ContainerExists(GpudockError):
 
 
 @dataclass(eq=False)
+class ContainerRecordLost(ContainerExists):
+    """No record has the name, and engine containers of a container of that name are still there."""
+
+    template = (
+        "container {container!r} has no record, but the engine still has one or more engine containers of that name;"
+        " `gpudock drift` says what to do about them"
+    )
+
+
+@dataclass(eq=False)
 class ContainerNotRunning(GpudockError):
     """Something that a container in this state cannot have done to it; `needs` says which state it would take."""
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import pytest
+from gpudock_server.core.containers.past import History
 from gpudock_server.core.reconcile.scene import Heads
-from gpudock_server.core.reconcile.verdicts import Evidence, Fate, History
+from gpudock_server.core.reconcile.verdicts import Evidence, Fate
 from gpudock_server.model.container import Container, ContainerState, ContainerStatus, EngineBinding, Placement
 from gpudock_server.model.engine import EngineContainer, EngineState
 from gpudock_server.model.operation import Operation, OperationKind, OperationState

@@ -14,8 +14,8 @@ import structlog
 from gpudock_server.core.containers import Containers, World
 from gpudock_server.core.containers.commands import DeleteRevision
 from gpudock_server.core.containers.history import limits_of, surplus
+from gpudock_server.core.containers.past import history_of
 from gpudock_server.core.listings import everything
-from gpudock_server.core.reconcile.verdicts import history_of
 from gpudock_server.errors import ContainerBusy, ContainerNotFound, GpudockError, RevisionIsCurrent, RevisionNotFound
 from gpudock_server.ports import ContainerView
 

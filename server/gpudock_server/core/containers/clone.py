@@ -43,6 +43,7 @@ from gpudock_server.core.containers.keeping import IMAGE_STAGE
 from gpudock_server.core.containers.limits import check_limits
 from gpudock_server.core.containers.mounting import check_mounts, engine_volumes, stay
 from gpudock_server.core.containers.observation import observed
+from gpudock_server.core.containers.past import refuse_if_unrecorded
 from gpudock_server.core.containers.remembering import remember
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
@@ -126,6 +127,7 @@ async def draft(world: World, command: Clone) -> Draft:
     """Check that it can be made, find its files, and pick what it would be given."""
     if await world.store.container(command.name) is not None:
         raise ContainerExists(container=command.name)
+    await refuse_if_unrecorded(world, command.name)
     view = await world.lookup(command.source)
     source = view.container
     found, files = await _found(world, source, command.revision)

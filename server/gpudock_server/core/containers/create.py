@@ -13,6 +13,7 @@ from gpudock_server.core.containers.images import Pull, choose_image, pull_image
 from gpudock_server.core.containers.limits import check_limits
 from gpudock_server.core.containers.mounting import check_mounts, engine_volumes, stay
 from gpudock_server.core.containers.observation import observed
+from gpudock_server.core.containers.past import refuse_if_unrecorded
 from gpudock_server.core.containers.remembering import remember
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
@@ -79,6 +80,7 @@ async def draft(world: World, command: Create) -> Draft:
     """Check that it can be made, and pick what it would be given."""
     if await world.store.container(command.name) is not None:
         raise ContainerExists(container=command.name)
+    await refuse_if_unrecorded(world, command.name)
     check_limits(world.limits, command.spec)
     volumes = await check_mounts(world, command.spec.mounts)
     choice = await choose_image(world, command.spec.image, command.pull_policy, command.owner)

@@ -11,13 +11,14 @@ import structlog
 from gpudock_server.core.containers.create import anonymous_volumes
 from gpudock_server.core.containers.depth import layer_image_of
 from gpudock_server.core.containers.observation import observed
+from gpudock_server.core.containers.past import history_of
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.driver import recorded_error
 from gpudock_server.core.journal import Journal
 from gpudock_server.core.operations import Operations
 from gpudock_server.core.reconcile.book import Note
 from gpudock_server.core.reconcile.scene import Heads, Labels, claim_text, made_by_us, placement_of
-from gpudock_server.core.reconcile.verdicts import Evidence, Fate, Verdict, history_of
+from gpudock_server.core.reconcile.verdicts import Evidence, Fate, Verdict
 from gpudock_server.errors import (
     ContainerNotFound,
     EngineRejected,

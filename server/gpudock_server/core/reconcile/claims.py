@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.reconcile.book import Note
-from gpudock_server.core.reconcile.scene import Heads, claim_text
+from gpudock_server.core.reconcile.scene import Heads, claim_text, read_heads
+from gpudock_server.core.reconcile.verdicts import Fate, Verdict
 from gpudock_server.model.changes import Change, Claim, PutContainer, Release
 from gpudock_server.model.claims import UNREADABLE, ClaimKey, ClaimTable, Holder, keys_of
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
@@ -19,16 +22,23 @@ class ClaimRules:
     def __init__(self, world: World) -> None:
         self._world = world
 
-    async def release_stale(self, claims: ClaimTable, heads: Heads, spared: Collection[str], note: Note) -> None:
+    async def release_stale(self, claims: ClaimTable, heads: Heads, unbound: Sequence[Verdict], note: Note) -> None:
         """Release what no record has. `claims` were read before `heads`, so whoever holds one has a head by then.
 
-        `spared` are uids of containers that have no head and may be given one.
+        `unbound` are the engine containers that no record binds. What one of them uses stays claimed; so does all that
+        is claimed for a container that has no head and may be given one.
         """
+        spared = {verdict.labels.uid for verdict in unbound if verdict.fate not in (Fate.REMOVED, Fate.REPORTED)}
+        used: defaultdict[str, set[ClaimKey]] = defaultdict(set)
+        for verdict in unbound:
+            used[verdict.labels.uid].update(verdict.uses)
         by_uid = {view.container.uid: view for view in heads.of(self._world.node)}
         for key, holder in claims.claims.items():
             if holder == UNREADABLE:
                 note(self._unreadable(key))
             if holder.node != self._world.node or holder.container in heads.unreadable_names:
+                continue
+            if key in used[holder.uid]:
                 continue
             view = by_uid.get(holder.uid)
             if view is None and holder.uid not in spared:
@@ -85,6 +95,56 @@ class ClaimRules:
             )
         )
         return ContainerView(container, version, view.operation_id)
+
+    async def hold_unbound(self, unbound: Sequence[Verdict], note: Note) -> None:
+        """Claim what an engine container uses that runs and has not been given a record: nobody else may have it.
+
+        Each card and port alone, since others may hold some of them.
+        """
+        running = [verdict for verdict in unbound if verdict.uses and verdict.fate is not Fate.LEFT]
+        if not running:
+            return
+        heads = await read_heads(self._world.store)
+        for verdict in running:
+            view = heads.views.get(verdict.labels.name)
+            if verdict.one.id in heads.bound or (view is not None and view.operation_id):
+                continue
+            fresh = await self._world.engine.inspect(verdict.one.id)
+            if fresh is not None and fresh.running:
+                await self._hold(verdict, note)
+
+    async def _hold(self, verdict: Verdict, note: Note) -> None:
+        labels, store, host = verdict.labels, self._world.store, self._world.host
+        holder = Holder(container=labels.name, uid=labels.uid, node=self._world.node)
+        claims = await store.claims(host)
+        for key in verdict.uses:
+            other = claims.holder(key)
+            if other is None:
+                with suppress(StoreConflict):
+                    await store.apply([Claim(host, key, holder)])
+            elif other.uid != labels.uid and verdict.fate is Fate.REPORTED:
+                note(self._used_by_two(verdict, key, other))
+
+    @staticmethod
+    def _used_by_two(verdict: Verdict, key: ClaimKey, other: Holder) -> Drift:
+        one, labels = verdict.one, verdict.labels
+        return Drift(
+            kind=DriftKind.CLAIM_CONFLICT,
+            remedy=DriftRemedy.REPORTED,
+            container=labels.name,
+            uid=labels.uid,
+            engine_id=one.id,
+            engine_name=one.name,
+            claim=claim_text(key),
+            other=other.container,
+            expected=f"held by {labels.name}",
+            actual=f"held by {other.container}",
+            message=(
+                f"the engine container {one.name}, which no record binds, runs with {claim_text(key)}, and that is"
+                f" claimed for {other.container}"
+            ),
+            plan=f"nothing: stop {one.name}, or stop or delete {other.container}",
+        )
 
     @staticmethod
     def _conflict(view: ContainerView, key: ClaimKey, other: Holder) -> Drift:

@@ -7,11 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 
 import structlog
 
+from gpudock_server.core.containers.past import History, history_of
 from gpudock_server.core.containers.remembering import entry_of
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.reconcile.book import Note
 from gpudock_server.core.reconcile.scene import Heads, Labels
-from gpudock_server.core.reconcile.verdicts import History, history_of
 from gpudock_server.errors import GpudockError, StoreUnavailable
 from gpudock_server.model.changes import Change, PutContainer, PutRevision, PutSnapshot
 from gpudock_server.model.container import Container, ContainerState, ContainerStatus

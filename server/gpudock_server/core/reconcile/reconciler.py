@@ -167,11 +167,12 @@ class Reconciler:
             heads = await read_heads(self._world.store)
         for view in heads.of(self._world.node):
             await self._keep(view, seen, note)
-        spared = {verdict.labels.uid for verdict in verdicts if verdict.fate is not Fate.REMOVED}
         heads = await read_heads(self._world.store)
-        await self._claims.release_stale(claims, heads, spared, note)
+        await self._claims.release_stale(claims, heads, verdicts, note)
         await self._claims.restore_missing(heads, note)
         await self._adoption.adopt(verdicts, heads, Fate.LOST, note)
+        # After those that have records: what both use is theirs.
+        await self._claims.hold_unbound(verdicts, note)
         await self._ledger.adopt(heads, seen, note)
         await self._ledger.compare(await read_heads(self._world.store), note)
         await self._adoption.remove(verdicts, note)

@@ -9,27 +9,16 @@ made. Anything else is shown, and left alone.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 
-from gpudock_server.core.listings import everything
+from gpudock_server.core.containers.past import History
 from gpudock_server.core.reconcile.scene import Heads, Labels
-from gpudock_server.model.container import Container
+from gpudock_server.model.claims import ClaimKey, keys_of
+from gpudock_server.model.container import Container, Placement
 from gpudock_server.model.engine import LABEL_SPEC, EngineContainer
 from gpudock_server.model.names import is_name
-from gpudock_server.model.operation import Operation, OperationKind, OperationState
-from gpudock_server.ports import Store
-
-_MAKING = (OperationKind.CREATE, OperationKind.CLONE)
-_UNDONE = (OperationState.FAILED, OperationState.CANCELLED)
-
-
-async def history_of(store: Store, uids: Collection[str]) -> History:
-    """What the store knows of operations on these."""
-    listed = await everything(store.operations)
-    operations = {one.id: one for one in listed.items if one.target.uid in uids}
-    return History(operations, frozenset(one.target.uid for one in operations.values() if deleted_by(one)))
 
 
 class Fate(Enum):
@@ -51,28 +40,12 @@ class Verdict:
     fate: Fate
     why: str
 
-
-@dataclass(frozen=True, slots=True)
-class History:
-    """What the store still knows of operations: those that are asked for, and which uids were deleted."""
-
-    operations: Mapping[str, Operation]
-    deleted: frozenset[str]
-
-    def is_over(self, uid: str) -> bool:
-        """Whether a container is known to have been deleted, or never to have come to be."""
-        made = (one for one in self.operations.values() if one.target.uid == uid and one.kind in _MAKING)
-        return uid in self.deleted or any(one.state in _UNDONE for one in made)
-
-    def undone(self, operation_id: str) -> bool:
-        """Whether an operation is known to have been undone."""
-        known = self.operations.get(operation_id)
-        return known is not None and known.state in _UNDONE
-
-
-def deleted_by(operation: Operation) -> bool:
-    """Whether it deleted its target."""
-    return operation.kind is OperationKind.DELETE and operation.state is OperationState.SUCCEEDED
+    @property
+    def uses(self) -> tuple[ClaimKey, ...]:
+        """The cards and ports that it has in use as long as it runs and is not removed."""
+        if self.fate is Fate.REMOVED or not self.one.running:
+            return ()
+        return keys_of(Placement(gpu_uuids=self.one.gpu_uuids, ports=self.one.ports))
 
 
 @dataclass(frozen=True, slots=True)
