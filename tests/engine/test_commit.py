@@ -337,7 +337,8 @@ async def test_the_name_of_a_base_image_cannot_be_taken_over(caller: Caller, rig
                     )
                 )
                 assert (refused.code, refused.reason) == (grpc.StatusCode.ALREADY_EXISTS, "IMAGE_EXISTS")
-                assert ("commit_replace" in refused.message) == replace
+                assert ("does not change that on this node" in refused.message) == replace
+                assert "commit_replace" in refused.message
     assert shown(rig, BASE)["Id"] == base
     await caller.create("other", image=BASE)
     assert await caller.shell("other", "ls /planted 2>/dev/null || true") == ""

@@ -313,17 +313,19 @@ async def test_a_boot_binds_again_what_is_still_allowed(host: Host) -> None:
         await caller.create("forbidden", restart_policy=ALWAYS, mounts=[other])
         await caller.shell("fine", "rmdir /m/linked && ln -s / /m/linked")
     await stopped(both)
-    await asyncio.to_thread(host.rig.engine.stop)
-    # Nothing of memory survives it.
-    for place in host.binds():
-        host.rig.run("umount", place)
-    host.rig.run("rm", "-r", "--one-file-system", "/run/gpudock-host-paths")
-    state = ("--state-dir", str(host.daemon.state_dir))
-    attach = host.rig.run(sys.executable, "-m", "gpudock_server", "--attach-volumes", *state, *host.flags, check=False)
-    assert attach.returncode == 1
-    assert attach.stdout.count("a host path could not be bound") + attach.stderr.count("could not be bound") == 2
-    assert len(host.binds()) == 2
-    await asyncio.to_thread(host.rig.engine.start)
+    # These programs are awaited in this thread: nothing else of the test runs meanwhile.
+    with host.rig.engine.stopped():
+        # Nothing of memory survives a boot, what others left there neither.
+        for place in bound_host_paths(host.rig):
+            host.rig.run("umount", place)
+        host.rig.run("rm", "-r", "--one-file-system", "/run/gpudock-host-paths")
+        state = ("--state-dir", str(host.daemon.state_dir))
+        attach = host.rig.run(
+            sys.executable, "-m", "gpudock_server", "--attach-volumes", *state, *host.flags, check=False
+        )
+        assert attach.returncode == 1
+        assert attach.stdout.count("a host path could not be bound") + attach.stderr.count("could not be bound") == 2
+        assert len(bound_host_paths(host.rig)) == 2
     daemon = await host.own.start(*host.flags, after=both)
     async with Caller(daemon.target) as caller:
         await until_state(caller, "fine", RUNNING)

@@ -6,7 +6,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -149,6 +149,24 @@ class Engine:
         """Stops it and starts it again."""
         self.stop()
         self.start()
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Stops it for the block, and starts it again however the block ends: other tests share it."""
+        try:
+            self.stop()
+            yield
+        finally:
+            self.start()
+
+    @contextlib.contextmanager
+    def killed(self) -> Iterator[None]:
+        """Kills it for the block, and starts it again however the block ends: other tests share it."""
+        try:
+            self.kill9()
+            yield
+        finally:
+            self.start()
 
     def pause(self) -> None:
         """Freezes dockerd: it accepts connections and answers nothing."""

@@ -23,6 +23,8 @@ IMAGES_VARIABLE = "GPUDOCK_RIG_IMAGES"
 ENGINE_OPTIONS_VARIABLE = "GPUDOCK_RIG_ENGINE_OPTIONS"
 """Further words for its dockerd's command line."""
 
+_LOG_TAIL = 4000
+
 
 @pytest.fixture(scope="session")
 def rig() -> Iterator[Rig]:
@@ -31,6 +33,18 @@ def rig() -> Iterator[Rig]:
     options = shlex.split(os.environ.get(ENGINE_OPTIONS_VARIABLE, ""))
     with Rig(images=images, engine_options=options, forks=True) as started:
         yield started
+
+
+@pytest.fixture(autouse=True)
+def engine_runs(request: pytest.FixtureRequest) -> None:
+    """A test that leaves the session's engine dead fails the run, once, and not hundreds of tests after it."""
+    if "rig" not in request.fixturenames:
+        return
+    rig: Rig = request.getfixturevalue("rig")
+    if not rig.engine.process.running:
+        problems: list[str] = request.getfixturevalue("run_problems")
+        problems.append(f"the engine was dead before {request.node.nodeid}:\n{rig.engine.log_text[-_LOG_TAIL:]}")
+        rig.engine.start()
 
 
 @pytest.fixture(scope="module")
