@@ -1,6 +1,7 @@
 """`python -m benchmarks.reader WITH TARGET CONTAINER BYTES COMMAND…`: print the milliseconds of reading it.
 
-WITH is `client`, gpudock's own, or `stubs`, which is what the generator makes of the contract and nothing else.
+WITH is `client`, gpudock's own, or `stubs`, which is what the generator makes of the contract and nothing else. The
+bytes are counted: it fails where fewer or more come than BYTES. What they are is not compared.
 """
 
 from __future__ import annotations

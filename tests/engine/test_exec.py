@@ -8,6 +8,7 @@ import itertools
 import os
 import random
 import signal
+import string
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -224,22 +225,26 @@ async def test_what_looks_like_the_engine_and_is_the_program(box: Caller) -> Non
 
 
 async def test_every_byte_arrives_in_order_at_any_pace(box: Caller) -> None:
-    """Numbered lines of 16 bytes each, to a reader who sometimes looks away for a moment."""
-    lines = 1_000_000
-    dice = random.Random(5)  # noqa: S311 - the same paces every time
-    script = f'BEGIN {{ for (i = 0; i < {lines}; i++) printf "%015d\\n", i }}'
+    """More than 300 MB, each byte compared with what was written; the reader sometimes looks away for a moment.
+
+    Every line has a number and the same random text, so that no line is like another and no part of one like another
+    part: what is lost, repeated or moved, by a byte or by a block, differs somewhere.
+    """
+    lines = 80_000
+    dice = random.Random(5)  # noqa: S311 - the same text and paces every time
+    text = "".join(dice.choices(string.ascii_letters, k=4_000))
+    script = f'BEGIN {{ for (i = 0; i < {lines}; i++) printf "%015d {text}\\n", i }}'
+    written = (f"{number:015d} {text}\n".encode() for number in range(lines))
     talk = await Talk(box, "awk", script).begun()
-    line, rest = 0, b""
+    ahead, read = b"", 0
     while await talk.read():
-        rest += talk.result.stdout
-        talk.result.stdout = b""
-        whole = len(rest) // 16
-        if whole:
-            assert (int(rest[:16]), int(rest[whole * 16 - 16 : whole * 16])) == (line, line + whole - 1)
-        line, rest = line + whole, rest[whole * 16 :]
+        came, talk.result.stdout = talk.result.stdout, b""
+        ahead += b"".join(itertools.islice(written, max(0, len(came) - len(ahead)) // (len(text) + 17) + 1))
+        assert ahead.startswith(came), f"something else was written than the {len(came)} bytes from {read} on"
+        ahead, read = ahead[len(came) :], read + len(came)
         if dice.random() < 0.1:
             await asyncio.sleep(dice.random() * 0.005)
-    assert (line, rest, talk.result.code) == (lines, b"", 0)
+    assert (read, ahead, talk.result.code) == (lines * (len(text) + 17), b"", 0)
 
 
 async def test_environment_working_dir_and_user(box: Caller) -> None:

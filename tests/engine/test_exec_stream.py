@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import resource
 import signal
 import socket
@@ -155,14 +156,25 @@ async def test_outputs_apart_and_the_exit_code(engine: DockerEngine, box: str) -
 
 
 async def test_much_output_arrives_whole(engine: DockerEngine, box: str) -> None:
-    request = shell("head -c 100000000 /dev/zero; head -c 1000000 /dev/zero >&2; exit 7")
-    async with session_of(engine, box, request) as session:
-        sizes = {OUT: 0, ERR: 0}
+    """All bytes of both outputs, compared by their hashes."""
+    numbers = {OUT: range(10_000_000, 13_000_000), ERR: range(100_000, 250_000)}
+    printing = {stream: f"seq {one.start} {one.stop - 1}" for stream, one in numbers.items()}
+    expected = {stream: _hash_of_lines(one) for stream, one in numbers.items()}
+    async with session_of(engine, box, shell(f"{printing[OUT]}; {printing[ERR]} >&2; exit 7")) as session:
+        found = {stream: hashlib.sha256() for stream in numbers}
         async for stream, chunk in session.read():
             assert len(chunk) <= 512 * 1024
-            sizes[stream] += len(chunk)
-        assert sizes == {OUT: 100_000_000, ERR: 1_000_000}
+            found[stream].update(chunk)
+        assert {stream: one.hexdigest() for stream, one in found.items()} == expected
         assert (await session.status()).exit_code == 7
+
+
+def _hash_of_lines(numbers: range) -> str:
+    """Of what `seq` prints."""
+    digest = hashlib.sha256()
+    for one in range(numbers.start, numbers.stop, 10_000):
+        digest.update("".join(f"{number}\n" for number in range(one, min(one + 10_000, numbers.stop))).encode())
+    return digest.hexdigest()
 
 
 async def test_a_reader_that_waits_holds_the_process_back(engine: DockerEngine, box: str) -> None:
