@@ -111,6 +111,11 @@ class Faults:
             fault.release()
         self._faults.clear()
 
+    @property
+    def met(self) -> bool:
+        """Whether a request has met one of the faults in force."""
+        return any(fault.hit.is_set() for fault in self._faults)
+
     def meet(self, request: Request) -> Fault | None:
         """The fault that this request meets, if any."""
         return next((fault for fault in self._faults if fault.takes(request)), None)

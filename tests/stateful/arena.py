@@ -271,8 +271,8 @@ class Arena:
 
     @property
     def harmed(self) -> bool:
-        """Whether a fault lies in wait, or has been met."""
-        return bool(self.proxy.faults._faults)
+        """Whether a request has met a fault since faults were cleared; one that lies in wait has harmed nothing."""
+        return self.proxy.faults.met
 
     async def _settle(self, deed: Deed, *ends: Thing, failed: bool = False) -> None:
         """Find out to which of these ends it came. With `failed` what ran may have been left stopped."""
