@@ -9,11 +9,12 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import grpc
 import pytest
 import pytest_asyncio
 from gpudock.v1 import container_pb2
 
-from tests.calls import Caller
+from tests.calls import Caller, failure_of
 from tests.conftest import FAST, own_state
 from tests.engine.drift import PENDING, REPAIRED, REPORTED, act, drift, found, inspect, passed
 from tests.engine.own_daemons import until, until_state
@@ -111,7 +112,19 @@ async def test_what_a_user_stopped_or_never_wanted_is_not_started_again(comparin
     for name in ("halted", "single", "by-hand"):
         await until_state(comparing, name, EXITED)
     await found(comparing, "START_FAILED", PENDING, "halted")
-    assert (await comparing.stop("halted")).status.state == STOPPED
+
+    async def stopped() -> bool:
+        try:
+            state = (await comparing.stop("halted")).status.state
+        except grpc.aio.AioRpcError as error:
+            if failure_of(error).reason != "CONTAINER_BUSY":
+                raise
+            # The daemon is trying to start it at this moment.
+            return False
+        assert state == STOPPED
+        return True
+
+    await until(stopped)
     for card in (*halted.status.gpu_uuids, *single.status.gpu_uuids):
         rig.gpus.find_again(card)
     # A try that was still to come would come before the third of these, which are further apart than tries.
