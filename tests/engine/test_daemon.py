@@ -541,7 +541,7 @@ async def test_an_engine_that_is_restarted_under_it(own: OwnDaemons, rig: Rig) -
     daemon = await own.start("--engine-timeout", "5")
     async with Caller(daemon.target) as caller:
         await caller.create("plain", 2)
-        with rig.engine.killed():
+        with rig.engine.down(killed=True):
             assert (await failure(caller.create("none"))).reason == "ENGINE_UNAVAILABLE"
         await until_state(caller, "plain", EXITED, 30)
         assert sum(holder == "plain" for holder in (await caller.holders()).values()) == 2, "it can be started again"

@@ -314,7 +314,7 @@ async def test_a_boot_binds_again_what_is_still_allowed(host: Host) -> None:
         await caller.shell("fine", "rmdir /m/linked && ln -s / /m/linked")
     await stopped(both)
     # These programs are awaited in this thread: nothing else of the test runs meanwhile.
-    with host.rig.engine.stopped():
+    with host.rig.engine.down():
         # Nothing of memory survives a boot, what others left there neither.
         for place in bound_host_paths(host.rig):
             host.rig.run("umount", place)

@@ -156,7 +156,7 @@ async def test_a_driver_that_is_late_at_boot(rig: Rig) -> None:
         stopped = await caller.create("stopped", 1, restart_policy=UNLESS_STOPPED)
         await caller.stop("stopped", keep_resources=True)
     await asyncio.to_thread(daemon.stop)
-    with rig.engine.stopped():
+    with rig.engine.down():
         state = rig.gpus.path.read_text()
         rig.gpus.unload_driver()
     daemon = await rig.start_daemon(*flags, state_dir=daemon.state_dir, socket=daemon.socket)

@@ -151,19 +151,13 @@ class Engine:
         self.start()
 
     @contextlib.contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Stops it for the block, and starts it again however the block ends: other tests share it."""
+    def down(self, *, killed: bool = False) -> Iterator[None]:
+        """Stops or kills it for the block, and starts it again however the block ends: other tests share it."""
         try:
-            self.stop()
-            yield
-        finally:
-            self.start()
-
-    @contextlib.contextmanager
-    def killed(self) -> Iterator[None]:
-        """Kills it for the block, and starts it again however the block ends: other tests share it."""
-        try:
-            self.kill9()
+            if killed:
+                self.kill9()
+            else:
+                self.stop()
             yield
         finally:
             self.start()
