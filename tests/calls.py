@@ -47,6 +47,8 @@ class ExecResult:
     signal: str = ""
     message: str = ""
     timed_out: bool = False
+    ended: bool = False
+    """Whether the end of the command was told."""
 
 
 @dataclass
@@ -211,7 +213,19 @@ class Caller:
                 exec_pb2.ExecContainerRequest(stdin=stdin[at : at + 65536]) for at in range(0, len(stdin), 65536)
             ]
         result = ExecResult()
-        async for answer in self.containers.ExecContainer(iterate(requests)):
+        try:
+            await self._read_exec(self.containers.ExecContainer(iterate(requests)), result)
+        except grpc.aio.AioRpcError as error:
+            # Where the call ends while input is still being written, grpc.aio puts this status in the place of the
+            # server's. How the command ended has arrived; a daemon's own INTERNAL would have come instead of that.
+            written = stdin is not None and result.ended
+            if not (written and error.code() is grpc.StatusCode.INTERNAL):
+                raise
+        return result
+
+    async def _read_exec(self, call: Any, result: ExecResult) -> None:
+        """Add up what a session sends until it ends."""
+        async for answer in call:
             match answer.WhichOneof("event"):
                 case "stdout":
                     result.stdout += answer.stdout
@@ -221,7 +235,7 @@ class Caller:
                     exited = answer.exited
                     result.code = exited.code if exited.WhichOneof("result") == "code" else None
                     result.signal, result.message, result.timed_out = exited.signal, exited.message, exited.timed_out
-        return result
+                    result.ended = True
 
     async def shell(self, container: str, script: str) -> str:
         """The output of a script that must succeed."""

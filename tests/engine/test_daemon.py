@@ -26,7 +26,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.calls import Caller, Failure, failure, failure_of, scale_request
 from tests.engine.grpcurl import GRPCURL
 from tests.engine.own_daemons import OwnDaemons, bound, end_of, own, until, until_state
-from tests.rig import Daemon, EngineProxy, Rig
+from tests.rig import Daemon, EngineProxy, Rig, freeze
 from tests.rpc.certificates import Authority
 
 __all__ = ["own"]
@@ -391,7 +391,7 @@ async def test_health_follows_etcd_and_engine(own: OwnDaemons, engine_proxy: Eng
             return await all_are(NOT_SERVING)
 
         await until(serving)
-        os.kill(etcd, signal.SIGSTOP)
+        freeze(etcd)
         await until(not_serving)
         assert (await failure(caller.create("none"))).reason == "STORE_UNAVAILABLE"
         os.kill(etcd, signal.SIGCONT)

@@ -20,6 +20,7 @@ from gpudock_server.startup import StartupError
 from structlog.testing import capture_logs
 
 from tests.engine.etcd_examples import begin, connected, until
+from tests.rig import freeze
 
 pytest_plugins = ["tests.engine.etcd_fixtures"]
 
@@ -120,7 +121,7 @@ async def test_one_that_outlived_its_daemon_is_ended_first(tmp_path: Path) -> No
     daemon, pid = await _daemon(tmp_path)
     process = identify(pid)
     # A frozen process does not notice that it is told to end.
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
     daemon.kill()
     await daemon.wait()
     assert not process.is_gone()
@@ -160,7 +161,7 @@ async def test_any_path_will_do(tmp_path: Path, name: str) -> None:
 async def test_it_is_stopped_even_when_frozen(own_etcd: EmbeddedEtcd, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpudock_server.adapters.etcd.embedded._STOP_SECONDS", 0.2)
     process = identify(own_etcd.pid)
-    os.kill(own_etcd.pid, signal.SIGSTOP)
+    freeze(own_etcd.pid)
     await own_etcd.close()
     assert process.is_gone()
 

@@ -35,7 +35,7 @@ from gpudock_server.ports import StoreConflict, Versioned
 from gpudock_server.startup import StartupError
 
 from tests.engine.etcd_examples import GPU, connected, holder, operation
-from tests.rig import Rig
+from tests.rig import Rig, freeze
 
 # Of an etcd that lives as long as one test.
 SECRET = uuid.uuid4().hex
@@ -128,7 +128,7 @@ async def test_an_etcd_that_stands_still(own_etcd: EmbeddedEtcd) -> None:
         store = EtcdStore(connection, deadline=timedelta(seconds=4))
         await store.open()
         first = await store.apply([PutOperation(operation("op1"), expect=0)])
-        os.kill(own_etcd.pid, signal.SIGSTOP)
+        freeze(own_etcd.pid)
         changes: list[Change] = [
             Claim("h1", GPU, holder("web")),
             PutOperation(operation("op1", message="2"), expect=first),
@@ -144,7 +144,7 @@ async def test_an_etcd_that_stands_still(own_etcd: EmbeddedEtcd) -> None:
         assert dict((await store.claims("h1")).claims) == {GPU: holder("web")}
 
         hasty = EtcdStore(connection, deadline=timedelta(seconds=1))
-        os.kill(own_etcd.pid, signal.SIGSTOP)
+        freeze(own_etcd.pid)
         for call in (hasty.apply([Release("h1", GPU, "uid-web")]), hasty.claims("h1"), hasty.ping()):
             async with asyncio.timeout(3):
                 with pytest.raises(StoreUnavailable):

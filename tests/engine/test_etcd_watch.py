@@ -30,7 +30,7 @@ from gpudock_server.model.target import TargetKind
 from gpudock_server.ports import ContainerView, Seen, VolumeSeen
 
 from tests.engine.etcd_examples import GPU, connected, container, holder, operation, volume
-from tests.rig import Rig
+from tests.rig import Rig, freeze
 
 pytest_plugins = ["tests.engine.etcd_fixtures"]
 
@@ -324,7 +324,7 @@ async def test_an_etcd_that_dies_and_stands_still_in_the_middle(own_etcd: Embedd
             pid = own_etcd.pid
             following = asyncio.create_task(reader.told(1))
             await asyncio.sleep(0)
-            os.kill(pid, signal.SIGSTOP)
+            freeze(pid)
             await asyncio.sleep(1)
             os.kill(pid, signal.SIGCONT)
             await put(store, "a", 5)
@@ -337,7 +337,7 @@ async def test_an_etcd_that_stays_away(own_etcd: EmbeddedEtcd) -> None:
         await store.open()
         async with watching(store, listing=False) as reader:
             await reader.seen()
-            os.kill(own_etcd.pid, signal.SIGSTOP)
+            freeze(own_etcd.pid)
             try:
                 # A connection that is silent is found out within seconds; then the store's own patience counts.
                 async with asyncio.timeout(30):

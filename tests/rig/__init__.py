@@ -9,7 +9,7 @@ from .etcd import Etcd
 from .gpus import FakeGpus
 from .http_unix import HttpStatusError
 from .images import BUSYBOX, CUDA_LIKE, GLIBC, Images
-from .process import Process
+from .process import Process, freeze
 from .rig import Rig
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "Request",
     "Rig",
     "RigError",
+    "freeze",
 ]

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,8 +14,27 @@ from .patience import PATIENCE
 
 _POLL_S = 0.005
 _LOG_TAIL = 4000
+_FREEZE_S = 10.0
 # Enrols itself, so that not even its first child escapes, and becomes the program: the pid stays the same throughout.
 _PRELUDE = 'echo $$ > "$1"; cd "$2"; shift 2; exec "$@"'
+
+
+def freeze(pid: int) -> None:
+    """Stops a process (SIGSTOP) and waits until each of its threads has stopped: until then it may still answer."""
+    os.kill(pid, signal.SIGSTOP)
+    deadline = time.monotonic() + _FREEZE_S * PATIENCE
+    while not all(state == "T" for state in _thread_states(pid)):
+        if time.monotonic() > deadline:
+            raise RigError(f"process {pid} was sent SIGSTOP and has not stopped within {_FREEZE_S:g} s")
+        time.sleep(_POLL_S)
+
+
+def _thread_states(pid: int) -> Iterator[str]:
+    """The state of each thread, as the kernel's letter for it (proc(5)); nothing for threads that have ended."""
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            # The name, in parentheses, may hold anything.
+            yield (thread / "stat").read_text().rpartition(")")[2].split()[0]
 
 
 class ProcessGroup:
@@ -129,7 +148,8 @@ class Process:
 
     def pause(self) -> None:
         """Freezes it (SIGSTOP): it keeps its connections and answers nothing."""
-        self.signal(signal.SIGSTOP)
+        if self.running:
+            freeze(self.pid)
 
     def resume(self) -> None:
         """Undoes `pause`."""
