@@ -15,12 +15,16 @@ VM_TESTS ?= $(wildcard tests/vm/test_inside_*.py) tests/engine/test_volume_quota
 	$(addprefix tests/faults/test_kill_volumes.py::,test_create test_delete test_resize_in_place)
 # Options of `python -m tests.vm`, such as `--on xfs` or `--accel kvm`.
 VM_OPTIONS ?=
+# Rooms of tests/mutants/rooms.toml (all, if empty), how many mutants of each (0: all), and which ones these are.
+ROOM ?=
+SAMPLE ?= 0
+SEED ?= 1
 
 # A suite starts a thousand interpreters: none may compile all over again what one has compiled, whatever is set here.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vm lint bench format clean
+.PHONY: help demo test test-vm mutants lint bench format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
@@ -34,6 +38,9 @@ test: $(STAMP) ## all tests, on a real engine and a real etcd
 test-vm: $(STAMP) .vm/.fetched ## what needs project quotas, in a VM with XFS and ext4 that have them
 	$(BIN)/python -m pytest -p tests.vm.nothing_skipped tests/vm/test_machine.py tests/vm/test_nothing_skipped.py
 	$(BIN)/python -m tests.vm $(VM_OPTIONS) -- $(BIN)/python -m pytest $(VM_PYTEST) $(VM_TESTS)
+
+mutants: $(STAMP) ## what the fast tests notice of changed lines, by room; ROOM=core/operations SAMPLE=300 SEED=1
+	$(BIN)/python -m tests.mutants $(ROOM) --sample $(SAMPLE) --seed $(SEED) $(MUTANTS_ARGS)
 
 bench: $(STAMP) ## gpudock beside the docker command line, in one run
 	$(BIN)/python -m benchmarks
@@ -55,7 +62,7 @@ format: $(STAMP) ## put the code in its form
 	touch $@
 
 clean: ## remove what was built
-	rm -rf $(VENV) .vm dist client/gpudock/v1 .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .vm .mutants dist client/gpudock/v1 .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(STAMP): pyproject.toml hatch_build.py $(wildcard protos/gpudock/v1/*.proto) scripts/install-prerequisites
 	./scripts/install-prerequisites

@@ -1,0 +1,43 @@
+"""Rewrite source code so that mutmut, which leaves decorated functions alone, changes these as well."""
+
+from __future__ import annotations
+
+import ast
+
+# Decorators that are calls like any other, and are made so below the function.
+_CALLED = {"property", "asynccontextmanager", "contextmanager"}
+# Decorators that do nothing when the program runs.
+_IDLE = {"override"}
+
+
+def without_decorators(code: str) -> str:
+    """Module `code` in which `@property def f` is `def f` and `f = property(f)`, and `@override` is gone.
+
+    Functions with other decorators, or with several of which one is called, stay as they are. Line numbers change.
+    """
+    lines = code.splitlines()
+    drop: set[int] = set()
+    # What comes after a line, by its number from 1.
+    after: dict[int, str] = {}
+    for node in ast.walk(ast.parse(code)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        names = [one.id if isinstance(one, ast.Name) else "" for one in node.decorator_list]
+        called = [name for name in names if name in _CALLED]
+        if not set(names) <= _CALLED | _IDLE | {"staticmethod", "classmethod"} or len(called) > 1:
+            continue
+        if called and len(called) + sum(name in _IDLE for name in names) < len(names):
+            continue
+        drop |= {
+            one.lineno for one, name in zip(node.decorator_list, names, strict=True) if name in _CALLED or name in _IDLE
+        }
+        if called:
+            assert node.end_lineno is not None
+            after[node.end_lineno] = f"{' ' * node.col_offset}{node.name} = {called[0]}({node.name})"
+    written: list[str] = []
+    for number, line in enumerate(lines, 1):
+        if number not in drop:
+            written.append(line)
+        if number in after:
+            written.append(after[number])
+    return "\n".join(written) + "\n"
