@@ -7,20 +7,26 @@ import hashlib
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tests.mutants.report import Mutant, Verdict, read_mutants, write_report
+from tests.mutants.report import Mutant, Verdict, forget, read_mutants, write_report
 from tests.mutants.source import without_decorators
 
 ROOT = Path(__file__).resolve().parents[2]
 # Ignored by git; a folder for each room.
 WORK = ROOT / ".mutants"
 _SERVER = ROOT / "server" / "gpudock_server"
+# A test that takes longer has failed: the longest of them needs one or two.
+_TEST_SECONDS = 20
+# What mutmut has to end in.
+_END_SECONDS = 10.0
 _ADJUSTED = Path(__file__).with_name("adjusted.py")
 
 
@@ -41,22 +47,36 @@ def main() -> int:
         folder = WORK / name.replace("/", "-")
         if options.fresh:
             shutil.rmtree(folder, ignore_errors=True)
-        if not options.report:
-            _prepare(folder, rooms[name])
-            _run(folder, "generate")
-        chosen = _choose(read_mutants(folder), options.sample, options.seed)
-        if not options.report:
-            _try(folder, chosen)
+        try:
+            chosen = _examine(folder, rooms[name], options)
+        except Interrupted:
+            print("\ninterrupted; verdicts until now are kept, and the same call goes on from here", file=sys.stderr)  # noqa: T201
+            return 130
         mutants = read_mutants(folder)
-        names = {mutant.name for mutant in chosen}
         text, wrong = write_report(
-            name, mutants, [one for one in mutants if one.name in names], rooms[name].get("minimum", 0)
+            name, mutants, [one for one in mutants if one.name in chosen], rooms[name].get("minimum", 0)
         )
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.txt").write_text(text)
         print(text.splitlines()[0], f"survivors: {folder / 'report.txt'}", sep="\n", flush=True)  # noqa: T201
         problems += wrong
     print(*problems, sep="\n", file=sys.stderr)  # noqa: T201
     return 1 if problems else 0
+
+
+class Interrupted(Exception):
+    """The run was asked to stop."""
+
+
+def _examine(folder: Path, room: dict[str, Any], options: argparse.Namespace) -> set[str]:
+    """Try mutants of a room, unless only a report is asked for; the names of those chosen. Raises Interrupted."""
+    if options.report:
+        return {mutant.name for mutant in _choose(read_mutants(folder), options.sample, options.seed)}
+    _prepare(folder, room)
+    run(folder, "generate")
+    chosen = _choose(read_mutants(folder), options.sample, options.seed)
+    _try(folder, chosen)
+    return {mutant.name for mutant in chosen}
 
 
 def _choose(mutants: Sequence[Mutant], sample: int, seed: int) -> list[Mutant]:
@@ -92,10 +112,10 @@ source_paths = ["src"]
 only_mutate = [{listed}]
 do_not_mutate_patterns = ['\\blog\\.']
 pytest_add_cli_args_test_selection = {tests}
-pytest_add_cli_args = ["-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore"]
+pytest_add_cli_args = ["-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore", "--timeout", "{_TEST_SECONDS}"]
 process_isolation = "forkserver"
-timeout_constant = 3.0
-timeout_multiplier = 5.0
+timeout_constant = 10.0
+timeout_multiplier = 2.0
 use_git_change_detection = false
 on_dependency_change = "ignore"
 """
@@ -117,31 +137,50 @@ def _try(folder: Path, chosen: Sequence[Mutant]) -> None:
     for path in sorted((folder / "tests").rglob("*.py")):
         digest.update(path.read_bytes())
     seen = folder / "tests.sha256"
-    changed = not seen.exists() or seen.read_text() != digest.hexdigest()
-    again = {Verdict.OPEN}
-    if changed:
+    if not seen.exists() or seen.read_text() != digest.hexdigest():
         # Which tests run which function is asked for anew.
         (folder / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)
-        again |= {Verdict.SURVIVED, Verdict.UNSEEN, Verdict.CRASHED}
-    todo = folder / "todo.txt"
-    left = set(todo.read_text().split()) if todo.exists() and not changed else set()
-    names = [mutant.name for mutant in chosen if mutant.verdict in again or mutant.name in left]
-    if names:
-        todo.write_text("\n".join(names))
+        again = {Verdict.SURVIVED, Verdict.UNSEEN, Verdict.CRASHED}
+        forget(folder, {mutant.name for mutant in read_mutants(folder) if mutant.verdict in again})
         seen.write_text(digest.hexdigest())
-        _run(folder, "run", todo.name)
-    todo.unlink(missing_ok=True)
+    known = {mutant.name: mutant.verdict for mutant in read_mutants(folder)}
+    if names := [mutant.name for mutant in chosen if known[mutant.name] is Verdict.OPEN]:
+        todo = folder / "todo.txt"
+        todo.write_text("\n".join(names))
+        run(folder, "run", todo.name)
 
 
-def _run(folder: Path, *arguments: str) -> None:
+def run(folder: Path, *arguments: str) -> None:
+    """Run mutmut in a process group of its own, so that Ctrl-C reaches this process alone. Raises Interrupted."""
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": "1"}
     with (folder / "mutmut.log").open("a") as output:
-        done = subprocess.run(
-            [sys.executable, str(_ADJUSTED), *arguments], cwd=folder, env=environment, stdout=output, check=False
+        program = subprocess.Popen(
+            [sys.executable, str(_ADJUSTED), *arguments],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            process_group=0,
         )
-    if done.returncode:
-        raise SystemExit(f"mutmut ended with exit code {done.returncode}; see {output.name}")
+    try:
+        code = program.wait()
+    except KeyboardInterrupt:
+        # It ends with a record of what it has tried.
+        program.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            program.wait(_END_SECONDS)
+        raise Interrupted from None
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(program.pid, signal.SIGKILL)
+        program.wait()
+    if code:
+        raise SystemExit(f"mutmut ended with exit code {code}; see {output.name}")
 
 
 if __name__ == "__main__":
+    # What a shell runs in the background ignores SIGINT, and so would all that this starts.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main())

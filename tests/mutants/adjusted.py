@@ -7,12 +7,18 @@
 - The wording of messages (strings with a space in them, and formatted strings) is not mutated, neither as such nor as
   an argument. Nor are calls of a logger.
 - The quickest tests of a mutant run first.
+- Tests that hang are killed when their time is over, and with every mutant what its tests leave running.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
 import sys
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +27,14 @@ from mutmut import __main__ as mutmut_main
 from mutmut.mutation import mutators
 from mutmut.state import state
 from mutmut.utils.file_utils import copy_also_copy_files, copy_src_dir, setup_source_paths
+from mutmut.workers import isolation
 from mutmut.workers.isolation import ForkServerRunner
+
+# From linux/prctl.h.
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+# What a process has to end in by itself, in seconds, once SIGXCPU says that its time is over.
+_GRACE_SECONDS = 2.0
 
 
 def _is_wording(node: cst.BaseExpression) -> bool:
@@ -87,11 +100,75 @@ def _adjust() -> None:
         submit(self, mutant_name, sorted(tests, key=lambda test: (durations.get(test, 0), test)), *args)
 
     ForkServerRunner.submit = quickest_first  # type: ignore[method-assign, assignment]
+    _kill_what_hangs()
 
 
-def main() -> None:
-    """What the module's docstring says."""
+def _kill_what_hangs() -> None:
+    """Have the server that forks a process per mutant watch their time, and kill what they leave running.
+
+    mutmut does it in a thread, which sends one SIGXCPU to a process id that may be another's by then, and which leaves
+    children of that process alone.
+    """
+    deadlines: dict[int, float] = {}
+    serve, reap = ForkServerRunner._forkserver_main, ForkServerRunner._reap_children
+
+    def serve_and_adopt(self: Any, work_fd: int, result_fd: int) -> None:
+        prctl = ctypes.CDLL(None, use_errno=True).prctl
+        signal.signal(signal.SIGUSR1, end)
+        prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1)
+        # What the tests of a mutant leave becomes a child of the server.
+        prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        serve(self, work_fd, result_fd)
+
+    def end(*_: object) -> None:
+        kill_children()
+        os._exit(0)
+
+    def stop(self: Any) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.forkserver_pid, signal.SIGUSR1)
+
+    def watch(pid: int, timeout_s: float) -> None:
+        deadlines[pid] = time.monotonic() + timeout_s
+
+    # The server calls this once a second while a mutant is tried, and when one has ended.
+    def reap_and_kill(self: Any, running: dict[int, Any], *args: Any, **kwargs: Any) -> None:
+        reap(self, running, *args, **kwargs)
+        now = time.monotonic()
+        for pid in deadlines.keys() - running.keys():
+            del deadlines[pid]
+        for pid, deadline in deadlines.items():
+            if now > deadline:
+                os.kill(pid, signal.SIGKILL if now > deadline + _GRACE_SECONDS else signal.SIGXCPU)
+        if not running:
+            kill_children()
+
+    ForkServerRunner._forkserver_main = serve_and_adopt  # type: ignore[method-assign]
+    ForkServerRunner.stop_all_workers = stop  # type: ignore[method-assign]
+    ForkServerRunner._reap_children = reap_and_kill  # type: ignore[method-assign]
+    isolation.register_timeout = watch  # type: ignore[attr-defined]
+
+
+def kill_children() -> None:
+    """Kill and wait for all children of this process, and theirs, which it inherits if it is a subreaper."""
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+    while pids := [int(pid) for pid in children.read_text().split()]:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def main() -> int:
+    """What the module's docstring says. Returns 130 if interrupted."""
     _adjust()
+    try:
+        _act()
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _act() -> None:
     if sys.argv[1] == "generate":
         Path("mutants").mkdir(exist_ok=True)
         copy_src_dir()
@@ -103,4 +180,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,7 +6,7 @@ import difflib
 import json
 import tomllib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -26,7 +26,8 @@ class Verdict(StrEnum):
     OPEN = "open"
 
 
-# pytest's exit codes, mutmut's own, and signals; what is not here ended in no foreseen way.
+# pytest's exit codes, mutmut's own, and signals: SIGXCPU when its time is over, SIGKILL where that was no end.
+# Others were not foreseen.
 _VERDICTS: dict[int | None, Verdict] = {
     None: Verdict.OPEN,
     2: Verdict.OPEN,
@@ -38,6 +39,7 @@ _VERDICTS: dict[int | None, Verdict] = {
     36: Verdict.TIMED_OUT,
     24: Verdict.TIMED_OUT,
     -24: Verdict.TIMED_OUT,
+    -9: Verdict.TIMED_OUT,
     152: Verdict.TIMED_OUT,
     255: Verdict.TIMED_OUT,
 }
@@ -90,6 +92,16 @@ def read_mutants(folder: Path) -> list[Mutant]:
     return found
 
 
+def forget(folder: Path, names: Container[str]) -> None:
+    """Have no verdict on the mutants of these `names`."""
+    for meta in (folder / "mutants").rglob("*.py.meta"):
+        content = json.loads(meta.read_text())
+        codes: dict[str, int | None] = content["exit_code_by_key"]
+        content["exit_code_by_key"] = {name: None if name in names else code for name, code in codes.items()}
+        if content["exit_code_by_key"] != codes:
+            meta.write_text(json.dumps(content, indent=4))
+
+
 def write_report(room: str, mutants: Sequence[Mutant], chosen: Sequence[Mutant], minimum: int) -> tuple[str, list[str]]:
     """A report on a room, of which those `chosen` were tried, and what is wrong.
 
@@ -110,14 +122,15 @@ def write_report(room: str, mutants: Sequence[Mutant], chosen: Sequence[Mutant],
     survivors = [mutant for mutant in tried if mutant.verdict not in _NOTICED]
     explained = [mutant for mutant in survivors if mutant.key in reasons]
     counted = len(tried) - len(explained)
-    percent = 100 * sum(numbers[one] for one in _NOTICED) / counted if counted else 0.0
-    if percent < minimum:
-        problems.append(f"{room}: {percent:.1f} % of the mutants are caught; at least {minimum} % must be")
+    percent = 100 * sum(numbers[one] for one in _NOTICED) / counted if counted else 100.0
+    share = f"{percent:.1f} % caught" if tried else "nothing tried"
+    if percent < minimum or (minimum and not tried):
+        problems.append(f"{room}: {share}; at least {minimum} % of the mutants must be caught")
     head = (
         f"{room}: {len(mutants)} mutants, {len(tried)} of {len(chosen)} chosen ones tried: {numbers[Verdict.CAUGHT]} "
         f"caught, {numbers[Verdict.TIMED_OUT]} timed out, {numbers[Verdict.SURVIVED]} survived, "
         f"{numbers[Verdict.UNSEEN]} run by no test, {numbers[Verdict.CRASHED]} crashed; {len(explained)} of these "
-        f"explained and left out; {percent:.1f} % caught"
+        f"explained and left out; {share}"
     )
     parts = [head, ""]
     for mutant in sorted(survivors, key=lambda one: (one.key in reasons, one.function)):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.mutants import report
-from tests.mutants.report import Verdict, read_mutants, write_report
+from tests.mutants.__main__ import ROOT
+from tests.mutants.report import Verdict, forget, read_mutants, write_report
 from tests.mutants.source import without_decorators
 
 CODE = """
@@ -81,7 +86,21 @@ def test_survivors_are_shown_and_count(folder: Path) -> None:
     assert "1 caught, 0 timed out, 1 survived" in text
     assert "+    return a + 2" in text
     assert "-    return a - 1" not in text
-    assert problems == ["r: 50.0 % of the mutants are caught; at least 85 % must be"]
+    assert problems == ["r: 50.0 % caught; at least 85 % of the mutants must be caught"]
+
+
+def test_a_room_of_which_nothing_was_tried_says_so(folder: Path) -> None:
+    forget(folder, {"m.x_f__mutmut_1", "m.x_f__mutmut_2"})
+    mutants = read_mutants(folder)
+    text, problems = write_report("r", mutants, mutants, 85)
+    assert text.splitlines()[0].endswith("; nothing tried")
+    assert problems == ["r: nothing tried; at least 85 % of the mutants must be caught"]
+    assert not write_report("r", mutants, mutants, 0)[1]
+
+
+def test_what_is_forgotten_has_no_verdict(folder: Path) -> None:
+    forget(folder, {"m.x_f__mutmut_2"})
+    assert [mutant.verdict for mutant in read_mutants(folder)] == [Verdict.CAUGHT, Verdict.OPEN]
 
 
 def test_an_explained_survivor_is_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,3 +117,104 @@ def test_an_explanation_without_a_mutant_is_a_problem(folder: Path, monkeypatch:
     _, problems = write_report("r", mutants, mutants, 0)
     assert len(problems) == 1
     assert "does not exist" in problems[0]
+
+
+# A mutant of `countdown` counts upwards. The test leaves a process in a session of its own with each mutant, and says
+# which.
+PROJECT = {
+    "pyproject.toml": """
+[tool.mutmut]
+source_paths = ["src"]
+only_mutate = ["src/counting/down.py"]
+pytest_add_cli_args_test_selection = ["tests/test_down.py"]
+pytest_add_cli_args = ["-p", "no:cacheprovider"]
+process_isolation = "forkserver"
+timeout_constant = 1.0
+timeout_multiplier = 1.0
+use_git_change_detection = false
+""",
+    "src/counting/__init__.py": "",
+    "src/counting/down.py": """
+def countdown(number):
+    while number > 0:
+        number -= 1
+    return number
+""",
+    "tests/__init__.py": "",
+    "tests/test_down.py": """
+import os
+import subprocess
+from pathlib import Path
+from counting.down import countdown
+
+FOLDER = Path(__file__).resolve().parents[2]
+
+def test_countdown():
+    if "__mutmut_" in os.environ.get("MUTANT_UNDER_TEST", ""):
+        left = subprocess.Popen(["sleep", "3600"], start_new_session=True)
+        with (FOLDER / "left").open("a") as file:
+            print(left.pid, file=file)
+    assert countdown(2) == 0
+""",
+}
+PROGRAM = """
+import sys
+from pathlib import Path
+from tests.mutants.__main__ import Interrupted, run
+try:
+    run(Path(sys.argv[1]), *sys.argv[2:])
+except Interrupted:
+    sys.exit(130)
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A room whose mutants are generated, with all of them to be tried."""
+    for name, content in PROJECT.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    with run(tmp_path, "generate") as generating:
+        assert generating.wait() == 0, (tmp_path / "mutmut.log").read_text()
+    (tmp_path / "todo.txt").write_text("\n".join(mutant.name for mutant in read_mutants(tmp_path)))
+    return tmp_path
+
+
+def run(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Run mutmut in `folder` as `make mutants` does."""
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, folder, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+
+
+def still_running(folder: Path) -> list[str]:
+    """The process ids of what the tests of mutants have started and left, and what still runs."""
+    left = (folder / "left").read_text().split()
+    assert left
+    names = {pid: Path(f"/proc/{pid}/comm") for pid in left}
+    return [pid for pid, name in names.items() if name.exists() and name.read_text().strip() == "sleep"]
+
+
+def test_a_mutant_that_hangs_is_killed_with_what_it_has_started_and_is_caught(project: Path) -> None:
+    with run(project, "run", "todo.txt") as running:
+        assert running.wait() == 0, (project / "mutmut.log").read_text()
+    verdicts = {mutant.added: mutant.verdict for mutant in read_mutants(project)}
+    assert verdicts["number += 1"] is Verdict.TIMED_OUT
+    assert verdicts["while number > 1:"] is Verdict.CAUGHT
+    assert not still_running(project)
+
+
+def test_a_run_that_is_interrupted_keeps_what_it_has_tried_and_leaves_nothing_running(project: Path) -> None:
+    with run(project, "run", "todo.txt") as interrupted:
+        deadline = time.monotonic() + 60
+        while Verdict.CAUGHT not in {mutant.verdict for mutant in read_mutants(project)}:
+            assert time.monotonic() < deadline, (project / "mutmut.log").read_text()
+            assert interrupted.poll() is None, (project / "mutmut.log").read_text()
+            time.sleep(0.05)
+        interrupted.send_signal(signal.SIGINT)
+        _, errors = interrupted.communicate(timeout=60)
+    assert interrupted.returncode == 130
+    assert not errors
+    verdicts = {mutant.verdict for mutant in read_mutants(project)}
+    assert verdicts >= {Verdict.CAUGHT, Verdict.OPEN}
+    assert not still_running(project)
