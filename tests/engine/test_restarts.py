@@ -59,6 +59,42 @@ async def test_one_that_ends_at_once_is_exited_whatever_started_it(attentive: Ca
     assert len(moved.status.gpu_uuids) == 2
 
 
+async def test_without_a_watch_each_start_is_reported_as_running_and_its_end_after_it(caller: Caller) -> None:
+    async def ended() -> bool:
+        status = (await caller.get("brief")).status
+        return status.state == EXITED and status.exit_code == 3
+
+    shown = [await caller.create("brief", 1, command=sh("exit 3"))]
+    for _ in range(6):
+        await until(ended)
+        shown.append(await caller.start("brief"))
+        shown.append(await caller.restart("brief"))
+        await until(ended)
+        await caller.stop("brief")
+        shown.append(await caller.start("brief"))
+    shown += [await caller.clone("brief", f"copy-{number}") for number in range(6)]
+    await until(ended)
+    for one in shown:
+        assert one.status.state == RUNNING
+        assert not one.status.HasField("exit_code")
+        assert not one.status.message
+        assert one.status.holds_resources
+
+
+async def test_without_a_watch_a_crash_loop_is_reported_as_running_and_restarting_after_it(caller: Caller) -> None:
+    async def restarting() -> bool:
+        return (await caller.get("loop")).status.state == RESTARTING
+
+    made = await caller.create("loop", 1, command=sh("exit 3"), restart_policy=UNLESS_STOPPED)
+    await until(restarting)
+    again = await caller.restart("loop")
+    await until(restarting)
+    for one in (made, again):
+        assert one.status.state == RUNNING
+        assert one.status.restart_count == 0
+        assert not one.status.HasField("exit_code")
+
+
 @pytest.mark.parametrize("delay", ["", "sleep 0.1;"])
 async def test_one_that_ends_at_once_does_not_take_the_place_of_one_that_runs(attentive: Caller, delay: str) -> None:
     # It ends at once with two cards or with `BAD`, and else runs.

@@ -44,7 +44,7 @@ from gpudock_server.core.containers.history import prune
 from gpudock_server.core.containers.images import Pull, pull_image, restrict_after_failed_pull
 from gpudock_server.core.containers.keeping import IMAGE_STAGE, KeepArguments, Keeping
 from gpudock_server.core.containers.mounting import engine_volumes
-from gpudock_server.core.containers.observation import observed
+from gpudock_server.core.containers.observation import after_start, observed
 from gpudock_server.core.containers.remembering import remember
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
@@ -55,7 +55,6 @@ from gpudock_server.model.claims import keys_of
 from gpudock_server.model.container import (
     Container,
     ContainerRevision,
-    ContainerState,
     EngineBinding,
     Placement,
     RevisionCause,
@@ -420,8 +419,10 @@ class ChangeSaga(ContainerSaga):
             update_time=moment,
         ).with_status(placement=arguments.placement, holds_resources=self._holds(view.container))
         if arguments.start:
-            container = container.with_status(state=ContainerState.EXITED, exit_code=exit_code_of_start(run.operation))
-        container = container.changed(status=observed(container, seen))
+            status = after_start(container, seen, exit_code_of_start(run.operation))
+        else:
+            status = observed(container, seen)
+        container = container.changed(status=status)
         changes: list[Change] = [PutContainer(container, expect=view.version)]
         if arguments.cause is not None:
             revision = self._revision(run, container, arguments.cause)

@@ -42,7 +42,7 @@ from gpudock_server.core.containers.images import may_use
 from gpudock_server.core.containers.keeping import IMAGE_STAGE
 from gpudock_server.core.containers.limits import check_limits
 from gpudock_server.core.containers.mounting import check_mounts, engine_volumes, stay
-from gpudock_server.core.containers.observation import observed
+from gpudock_server.core.containers.observation import after_start, observed
 from gpudock_server.core.containers.past import refuse_if_unrecorded
 from gpudock_server.core.containers.remembering import remember
 from gpudock_server.core.containers.saga import ContainerSaga
@@ -396,8 +396,12 @@ class CloneSaga(ContainerSaga):
         world, arguments = self._world, self._arguments
         binding = await self._binding(run)
         container = view.container.changed(engine=binding, revision=1, update_time=now())
-        container = container.with_status(exit_code=exit_code_of_start(run.operation))
-        container = container.changed(status=observed(container, await world.engine.inspect(binding.engine_id)))
+        seen = await world.engine.inspect(binding.engine_id)
+        if arguments.start:
+            status = after_start(container, seen, exit_code_of_start(run.operation))
+        else:
+            status = observed(container, seen)
+        container = container.changed(status=status)
         revision = ContainerRevision(
             container=container.name,
             uid=container.uid,

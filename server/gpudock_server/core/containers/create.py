@@ -12,7 +12,7 @@ from gpudock_server.core.containers.commands import Create
 from gpudock_server.core.containers.images import Pull, choose_image, pull_image, restrict_after_failed_pull
 from gpudock_server.core.containers.limits import check_limits
 from gpudock_server.core.containers.mounting import check_mounts, engine_volumes, stay
-from gpudock_server.core.containers.observation import observed
+from gpudock_server.core.containers.observation import after_start, observed
 from gpudock_server.core.containers.past import refuse_if_unrecorded
 from gpudock_server.core.containers.remembering import remember
 from gpudock_server.core.containers.saga import ContainerSaga
@@ -235,8 +235,11 @@ class CreateSaga(ContainerSaga):
             anonymous_volumes=anonymous_volumes(self._spec, seen.volumes if seen else {}),
         )
         container = view.container.changed(engine=binding, revision=1, update_time=now())
-        container = container.with_status(exit_code=exit_code_of_start(run.operation))
-        container = container.changed(status=observed(container, seen))
+        if arguments.start:
+            status = after_start(container, seen, exit_code_of_start(run.operation))
+        else:
+            status = observed(container, seen)
+        container = container.changed(status=status)
         revision = ContainerRevision(
             container=container.name,
             uid=container.uid,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
 from gpudock_server.model.container import DOES_NOT_RUN, Container, ContainerState, ContainerStatus
@@ -41,6 +42,21 @@ def observed(container: Container, seen: EngineContainer | None) -> ContainerSta
             "finish_time": seen.finish_time or (None if seen.start_time else status.finish_time),
         }
     )
+
+
+def after_start(container: Container, seen: EngineContainer | None, exit_code: int | None) -> ContainerStatus:
+    """The status of `container` whose process an operation has started.
+
+    `exit_code` is with what the process ended while the operation watched it. None is "it was not watched, or did not
+    end": then the container is RUNNING, also if the process has ended since. The engine tells of that end in an event,
+    which is recorded after the operation, so what the operation reports does not depend on how quick the process was.
+    """
+    if exit_code is not None:
+        return observed(container.with_status(state=ContainerState.EXITED, exit_code=exit_code), seen)
+    if seen is None or (seen.alive and not seen.restart_count):
+        return observed(container, seen)
+    first_run = replace(seen, state=EngineState.RUNNING, restart_count=0, error="", finish_time=None)
+    return observed(container, first_run)
 
 
 def _state(container: Container, seen: EngineContainer) -> ContainerState:

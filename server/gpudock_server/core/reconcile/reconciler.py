@@ -114,6 +114,9 @@ class Reconciler:
     async def _attempt_refresh(self, name: str, uid: str) -> None:
         try:
             view = await self._world.store.container(name)
+            if view is not None and view.operation_id and view.operation_id not in self._operations.driven:
+                # It may have ended since the record was read, and nobody would look again.
+                view = await self._world.store.container(name)
             if view is not None and view.container.uid == uid:
                 self._later(view)
                 await self._upkeep.refresh(view, self._book.note)
