@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from gpudock_server.adapters.etcd.keys import Keys
 
 from tests.calls import Caller
 from tests.engine.own_daemons import OwnDaemons, until
-from tests.rig import Rig
+from tests.rig import Daemon, Rig
 
 KIND = drift_pb2.DriftKind.Value
 REPAIRED = drift_pb2.DRIFT_REMEDY_REPAIRED
@@ -41,6 +42,22 @@ async def found(caller: Caller, kind: str, remedy: int | None = None, container:
 
     await until(there)
     return findings[0]
+
+
+async def logged(daemon: Daemon, kind: str, about: str) -> str:
+    """Wait until a daemon has logged a finding of a kind about something; the line.
+
+    What was put right is listed until the next comparison, which may be over before a test can ask.
+    """
+    lines: list[str] = []
+
+    async def there() -> bool:
+        found = (line for line in daemon.log_text.splitlines() if re.search(rf"\bdrift\b.* found={kind}\b", line))
+        lines[:] = [line for line in found if re.search(rf"\b{re.escape(about)}\b", line)]
+        return bool(lines)
+
+    await until(there)
+    return lines[0]
 
 
 async def passed(caller: Caller, times: int = 2) -> None:

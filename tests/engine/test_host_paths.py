@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
-from gpudock.v1 import container_pb2, operation_service_pb2
+from gpudock.v1 import container_pb2, container_revision_pb2, operation_service_pb2
 
 from tests.calls import Caller, failure
 from tests.engine.drift import REPORTED, found, inspect
@@ -361,6 +361,7 @@ async def test_one_that_an_older_version_made_is_reported_and_replaced(host: Hos
         (mount,) = inspect(host.rig, now.status.engine_id)["Mounts"]
         assert mount["Source"] in host.binds()
         assert await caller.shell("old", "cat /s/name") == "sub"
+        assert (await caller.revisions("old"))[-1].cause == container_revision_pb2.REVISION_CAUSE_RESTARTED
         await caller.delete_all()
 
 

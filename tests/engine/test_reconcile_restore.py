@@ -12,7 +12,7 @@ import pytest
 from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2
 
 from tests.calls import Caller
-from tests.engine.drift import REPAIRED, drift, found, names, passed
+from tests.engine.drift import REPAIRED, drift, found, logged, names, passed
 from tests.engine.own_daemons import OwnDaemons, own, runs_in, until
 from tests.faults.invariants import LOOK, PLANT, absent, sound
 from tests.faults.mortal import DIE_AT, KIND
@@ -105,9 +105,11 @@ async def test_what_has_changed_since_the_backup(restorable: Restorable, rig: Ri
     await restorable.restored()
     async with Caller(restorable.daemon.target) as caller:
         # All of this is so when it begins to serve, before anything can be given away.
+        await logged(restorable.daemon, "CONTAINER_NEWER", "scaled")
         seen = await sound(caller, rig, "scaled", files)
-        assert (seen.uid, seen.revision, seen.spec) == (scaled.uid, 3, scaled.spec)
-        assert (seen.status.gpu_uuids, seen.status.ports) == (scaled.status.gpu_uuids, scaled.status.ports)
+        assert (seen.uid, seen.revision, seen.spec, seen.status.gpu_uuids, seen.status.ports) == (
+            *(scaled.uid, 3, scaled.spec, scaled.status.gpu_uuids, scaled.status.ports),
+        )
         assert seen.etag != scaled.etag
         assert (await caller.get("later")).spec == later.spec
         await sound(caller, rig, "later")
@@ -287,5 +289,7 @@ async def test_a_stop_that_the_backup_has_under_way(restorable: Restorable, rig:
         request = operation_service_pb2.ListOperationsRequest(filter=stops)
         (stop,) = (await caller.operations.ListOperations(request)).operations
         assert stop.state == operation_pb2.OPERATION_STATE_FAILED
+        assert stop.error.reason == "OPERATION_OVERTAKEN"
         assert "was overtaken" in stop.error.message
+        assert "it was ended" in await logged(restorable.daemon, "OPERATION_OVERTAKEN", "victim")
         await sound(caller, rig, "victim", files)

@@ -14,7 +14,7 @@ from gpudock_server.model.target import TargetKind
 from gpudock_server.settings import default_host_id
 
 from tests.calls import Caller, failure
-from tests.engine.drift import REPAIRED, REPORTED, State, drift, found, passed, state_of
+from tests.engine.drift import REPAIRED, REPORTED, State, drift, found, logged, passed, state_of
 from tests.engine.own_daemons import OwnDaemons, own, until, until_state
 from tests.faults.mortal import DIE_AT
 from tests.faults.mortal import KIND as KIND_VARIABLE
@@ -164,6 +164,28 @@ async def test_a_record_that_was_deleted_is_written_again(quick: Caller, state: 
     assert await quick.free_gpus() == 8
 
 
+async def test_a_revision_whose_record_was_deleted_is_recorded_again(own: OwnDaemons, state: State) -> None:
+    daemon = await own.start(*QUICK)
+    async with Caller(daemon.target) as caller:
+        made = await caller.create("past", 1)
+        await caller.shell("past", "echo kept > /file")
+        await caller.scale("past", 2)
+        before, _ = await caller.revisions("past")
+        await passed(caller)
+        await state.delete(state.keys.container_revision(made.uid, 1), state.keys.container_snapshot(made.uid, 1))
+        assert [one.revision for one in await caller.revisions("past")] == [2]
+        # A history is compared with the ledger when its container has changed.
+        await caller.scale("past", cpus=0.5)
+        await logged(daemon, "REVISION_RECORD_LOST", "past")
+
+        async def back() -> bool:
+            return (await caller.revisions("past"))[0] == before
+
+        await until(back)
+        await caller.rollback("past", 1)
+        assert await caller.shell("past", "cat /file") == "kept\n"
+
+
 async def test_a_record_is_not_written_again_over_what_another_holds(quick: Caller, state: State) -> None:
     await quick.create("lost", 1)
     claims = (await state.store.claims(HOST)).claims
@@ -224,6 +246,7 @@ async def test_an_operation_that_lost_its_lock_is_taken_up_all_the_same(own: Own
     await state.delete(state.keys.lock(TargetKind.CONTAINER, "victim"))
     daemon = await own.start(*QUICK)
     async with Caller(daemon.target) as caller:
+        assert "it has them again, and goes on" in await logged(daemon, "LOCK_MISSING", "victim")
         await caller.settled()
         assert (await caller.get("victim")).spec.gpus.count == 2
         assert await caller.shell("victim", "cat /file") == "kept\n"
@@ -251,6 +274,7 @@ async def test_a_create_whose_operation_was_deleted(own: OwnDaemons, state: Stat
     await state.delete(state.keys.operation(operation.value.id))
     daemon = await own.start(*QUICK)
     async with Caller(daemon.target) as caller:
+        assert "no operation is at it any more" in await logged(daemon, "CREATION_LOST", "victim")
         await until_state(caller, "victim", FAILED)
         assert await caller.free_gpus() == 8
         await caller.delete("victim")

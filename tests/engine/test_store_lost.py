@@ -11,7 +11,7 @@ from gpudock_server.adapters.etcd.values import encode
 from gpudock_server.model.volume import VolumeBacking
 
 from tests.calls import Caller, failure
-from tests.engine.drift import REPAIRED, REPORTED, drift, found, passed, state_of
+from tests.engine.drift import KIND, REPAIRED, REPORTED, drift, found, passed, state_of
 from tests.engine.losing import QUICK, Losing, lasting, losing
 from tests.engine.own_daemons import OwnDaemons, own
 from tests.rig import Rig
@@ -90,7 +90,7 @@ async def test_what_cannot_be_adopted_is_named_and_its_name_is_kept(losing: Losi
     record.write_text("scribble")
     await losing.lose()
     async with Caller(losing.daemon.target) as caller:
-        findings = [one for one in await drift(caller) if one.volume in ("data", "damaged")]
+        findings = await drift(caller, kinds=[KIND("DRIFT_KIND_VOLUME_UNKNOWN")])
         assert {(one.volume, one.container_uid, one.remedy) for one in findings} == {
             ("data", made.uid, REPORTED),
             ("data", other, REPORTED),

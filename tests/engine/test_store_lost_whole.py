@@ -189,6 +189,9 @@ async def test_files_that_nothing_explains_are_named_and_kept(losing: Losing, ri
         assert (findings[one.uid].container, findings[one.uid].actual) == ("one", "revision 1")
         assert all((folder / "1" / "tree").is_dir() for folder in folders.values())
         assert (await failure(caller.rollback("one", 1))).reason == "REVISION_NOT_FOUND"
+        adopted, *more = await caller.revisions("one")
+        assert (adopted.revision, adopted.cause) == (2, container_revision_pb2.REVISION_CAUSE_ADOPTED)
+        assert not more
         # It goes on from where it was, and what is deleted is deleted with all that was kept of it.
         assert (await caller.update("one", "env", env={"A": "c"})).revision == 3
         await caller.delete("one")

@@ -164,7 +164,8 @@ async def test_an_unexpected_exception_shows_an_id_and_not_its_text(
     assert found.code() is grpc.StatusCode.INTERNAL
     assert found.details() == f"internal error, id {error_id}"
     status = rich_status(found)
-    assert detail(status, error_details_pb2.ErrorInfo).metadata["error_id"] == error_id
+    info = detail(status, error_details_pb2.ErrorInfo)
+    assert (info.reason, info.metadata["error_id"]) == ("INTERNAL", error_id)
     assert SECRET not in str(status)
 
 
