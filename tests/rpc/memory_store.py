@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -43,7 +44,8 @@ class MemoryStore(Store):
         self.locks: dict[tuple[TargetKind, str], str] = {}
         self.volume_heads: dict[str, Versioned[Volume]] = {}
         self.volume_past: dict[tuple[str, int], VolumeRevision] = {}
-        self.held: dict[ClaimKey, Holder] = {}
+        # By host.
+        self.held: defaultdict[str, dict[ClaimKey, Holder]] = defaultdict(dict)
         self.journal: dict[str, Versioned[Operation]] = {}
         self.calls: dict[str, RequestRecord] = {}
         self.past: dict[tuple[str, int], RevisionView] = {}
@@ -107,10 +109,10 @@ class MemoryStore(Store):
             ):
                 found = self.volume_heads.get(name)
                 holds = (found.version if isinstance(found, Versioned) else 0) == expect
-            case change.Claim(key=key):
-                found, holds = self.held.get(key), key not in self.held
-            case change.Keep(key=key, holder=holder):
-                found = self.held.get(key)
+            case change.Claim(host=host, key=key):
+                found, holds = self.held[host].get(key), key not in self.held[host]
+            case change.Keep(host=host, key=key, holder=holder):
+                found = self.held[host].get(key)
                 holds = isinstance(found, Holder) and found.uid == holder.uid
             case change.PutContainer(container=container, expect=expect):
                 found = self.heads.get(container.name)
@@ -138,11 +140,11 @@ class MemoryStore(Store):
                 self.volume_heads.pop(name, None)
             case change.PutVolumeRevision(revision=volume_revision):
                 self.volume_past[volume_revision.uid, volume_revision.revision] = volume_revision
-            case change.Claim(key=key, holder=holder) | change.Keep(key=key, holder=holder):
-                self.held[key] = holder
-            case change.Release(key=key, uid=uid):
-                if key in self.held and self.held[key].uid == uid:
-                    del self.held[key]
+            case change.Claim(host=host, key=key, holder=holder) | change.Keep(host=host, key=key, holder=holder):
+                self.held[host][key] = holder
+            case change.Release(host=host, key=key, uid=uid):
+                if key in self.held[host] and self.held[host][key].uid == uid:
+                    del self.held[host][key]
             case change.PutContainer(container=container):
                 self.heads[container.name] = Versioned(container, self.version)
             case change.DeleteContainer(name=name):
@@ -266,7 +268,7 @@ class MemoryStore(Store):
 
     @override
     async def claims(self, host: str) -> ClaimTable:
-        return ClaimTable(dict(self.held))
+        return ClaimTable(dict(self.held[host]))
 
     @override
     async def operation(self, operation_id: str) -> Versioned[Operation] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from gpudock_server.core.allocation import Wish, choose_gpus
+from gpudock_server.core.allocation import Wish, choose_gpus, why_not
 from gpudock_server.errors import GpuBusy, GpuExhausted, GpuNotFound, GpuUnhealthy
 from gpudock_server.model.claims import ClaimKey, ClaimTable, GpuKey, Holder
 from gpudock_server.model.container import Placement
@@ -58,9 +58,38 @@ def test_says_how_many_are_free() -> None:
     sick = [*EIGHT[:6], gpu(6, health=GpuHealth.LOST, health_message="XID 79"), gpu(7, mig_mode=MigMode.ENABLED)]
     with pytest.raises(GpuExhausted) as refused:
         chosen(held({0: "other"}), wish(6), sick)
-    assert refused.value.metadata["free"] == "5"
+    assert refused.value.metadata == {
+        "requested": "6",
+        "free": "5",
+        "matching": "5",
+        "total": "8",
+        "unhealthy": "GPU-6 (XID 79),GPU-7 (it is in MIG mode, and whole cards are handed out)",
+    }
     assert "GPU-6 (XID 79)" in refused.value.message
     assert "GPU-7 (it is in MIG mode" in refused.value.message
+
+
+def test_says_how_many_of_the_free_ones_match_and_counts_those_that_it_holds() -> None:
+    mixed = [*(gpu(index, name="Tesla T4") for index in range(3)), *EIGHT[3:]]
+    with pytest.raises(GpuExhausted) as refused:
+        chosen(held({0: MINE, 1: "other"}), wish(3, has=(0,), model="t4"), mixed)
+    numbers = refused.value.metadata
+    assert (numbers["requested"], numbers["matching"], numbers["free"], numbers["total"]) == ("3", "2", "6", "8")
+    assert refused.value.unhealthy == ()
+
+
+@pytest.mark.parametrize(
+    ("card", "why"),
+    [
+        (gpu(0), ""),
+        (gpu(0, health=GpuHealth.LOST), "LOST"),
+        (gpu(0, health=GpuHealth.UNHEALTHY, health_message="XID 48"), "XID 48"),
+        (gpu(0, mig_mode=MigMode.DISABLED), ""),
+        (gpu(0, mig_mode=MigMode.ENABLED), "it is in MIG mode, and whole cards are handed out"),
+    ],
+)
+def test_says_why_a_card_is_not_handed_out(card: Gpu, why: str) -> None:
+    assert why_not(card) == why
 
 
 def test_a_card_that_became_unhealthy_is_replaced() -> None:
@@ -72,6 +101,9 @@ def test_model_and_memory_narrow() -> None:
     mixed = [gpu(0, name="Tesla T4", memory_total_bytes=16 << 30), *EIGHT[1:]]
     assert chosen(held({}), wish(1, model="t4"), mixed) == [0]
     assert chosen(held({}), wish(1, min_memory_bytes=40 << 30), mixed) == [1]
+    # A card's total is enough for a request of just that, and one byte more is not.
+    assert chosen(held({}), wish(1, min_memory_bytes=16 << 30), mixed) == [0]
+    assert chosen(held({}), wish(1, min_memory_bytes=(16 << 30) + 1), mixed) == [1]
     with pytest.raises(GpuExhausted):
         chosen(held({}), wish(2, model="t4"), mixed)
 
@@ -79,14 +111,36 @@ def test_model_and_memory_narrow() -> None:
 def test_pins() -> None:
     table = held({3: "other"})
     assert chosen(table, wish(uuids=("GPU-4", "GPU-1"))) == [4, 1]
+    # What it holds itself may be pinned.
+    assert chosen(held({3: MINE}), wish(uuids=("GPU-3",))) == [3]
+
+
+def test_a_pinned_card_that_another_holds_says_who() -> None:
+    table = ClaimTable({GpuKey("GPU-3"): Holder(container="train", uid="other", node="n")})
     with pytest.raises(GpuBusy) as busy:
-        chosen(table, wish(uuids=("GPU-3",)))
-    assert busy.value.container == "other"
+        chosen(table, wish(uuids=("GPU-4", "GPU-3")))
+    assert busy.value.metadata == {"uuid": "GPU-3", "container": "train"}
+
+
+def test_pinned_cards_that_do_not_exist_are_named_beside_those_that_do() -> None:
     with pytest.raises(GpuNotFound) as unknown:
-        chosen(table, wish(uuids=("GPU-9",)))
-    assert "GPU-0" in unknown.value.metadata["available"]
-    with pytest.raises(GpuUnhealthy):
-        chosen(table, wish(uuids=("GPU-0",)), [gpu(0, health=GpuHealth.LOST), *EIGHT[1:]])
+        chosen(held({}), wish(uuids=("GPU-9", "GPU-1", "GPU-8")), EIGHT[:2])
+    assert unknown.value.metadata == {"uuids": "GPU-9,GPU-8", "available": "GPU-0,GPU-1"}
+
+
+def test_a_pinned_card_of_another_model_is_not_found_beside_those_of_that_model() -> None:
+    mixed = [*EIGHT[:2], gpu(2, name="Tesla T4"), gpu(3, name="Tesla T4")]
+    with pytest.raises(GpuNotFound) as unknown:
+        chosen(held({}), wish(uuids=("GPU-2", "GPU-0"), model="T4"), mixed)
+    assert unknown.value.metadata == {"uuids": "GPU-0", "available": "GPU-2,GPU-3"}
+    assert chosen(held({}), wish(uuids=("GPU-3",), model="T4"), mixed) == [3]
+
+
+def test_a_pinned_card_that_is_unhealthy_says_what_is_wrong() -> None:
+    sick = [gpu(0, health=GpuHealth.LOST, health_message="fell off the bus"), *EIGHT[1:]]
+    with pytest.raises(GpuUnhealthy) as refused:
+        chosen(held({}), wish(uuids=("GPU-0",)), sick)
+    assert refused.value.metadata == {"uuid": "GPU-0", "health": "LOST", "detail": "fell off the bus"}
 
 
 @given(
