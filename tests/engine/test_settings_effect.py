@@ -6,24 +6,44 @@ What they refuse is in tests/unit/test_settings.py; that `app.py` hands each of 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import grp
+import os
 import shutil
+import signal
+import stat
+import time
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 from gpudock.v1 import container_pb2, operation_service_pb2
 from gpudock_server.adapters.etcd import wire
 from gpudock_server.adapters.etcd.keys import Keys
+from gpudock_server.settings import default_host_id
 
 from tests.calls import Caller, failure
+from tests.engine.drift import inspect, state_of
 from tests.engine.etcd_examples import connected
 from tests.engine.own_daemons import OwnDaemons, own, until
-from tests.rig import BUSYBOX, Rig
+from tests.rig import BUSYBOX, Daemon, Rig
 from tests.rig.etcd import find_etcd
+from tests.rig.patience import PATIENCE
 from tests.rpc.certificates import Authority
 
 __all__ = ["own"]
 
 _ALWAYS = container_pb2.SNAPSHOT_POLICY_ALWAYS
+_NEVER = container_pb2.SNAPSHOT_POLICY_NEVER
+_VOLUME_SIZE = 320 << 20
+# In the command line of the child process that works on the files of layers.
+_TREES = b"adapters.trees.child"
+# Ends by itself two seconds after it was asked to.
+_SAID_GOODBYE = 7
+_SLOW_TO_STOP = (
+    *("sh", "-c"),
+    f"trap 'sleep 2; exit {_SAID_GOODBYE}' TERM; : > /ready; while :; do sleep 0.1; done",
+)
 
 
 # -- what is kept, and where -------------------------------------------------------------------------------------------
@@ -116,6 +136,110 @@ async def test_keep_revisions_for_prunes_what_was_replaced_long_enough_ago(own: 
         assert [one.revision for one in await caller.revisions("past")] == [2, 3, 4]
         await caller.delete("past")
         await caller.delete("sentinel")
+
+
+# -- who may call, what is logged, what containers get -----------------------------------------------------------------
+
+
+async def test_settings_of_the_host_the_socket_the_log_and_of_what_containers_get(own: OwnDaemons) -> None:
+    """One daemon for all of these, since each effect is seen by itself."""
+    daemon = await own.start(
+        *("--host-id", "another.machine", "--socket-mode", "0600", "--log-level", "warning"),
+        *("--allowed-nvidia-switches", "NVIDIA_GDS", "--stop-timeout", "0"),
+    )
+    assert stat.S_IMODE(daemon.socket.stat().st_mode) == 0o600
+    # It writes what it counts as information when it begins to serve, and for each call.
+    assert "[info" not in daemon.log_text
+    async with Caller(daemon.target) as caller, state_of(own, own.rig) as state:
+        switches = {"NVIDIA_GDS": "enabled", "NVIDIA_MOFED": "enabled"}
+        made = await caller.create("one", 1, env=switches, command=_SLOW_TO_STOP)
+        # Where cards are looked for, claimed and shown is one place.
+        other = await caller.create("other", 7)
+        assert not set(made.status.gpu_uuids) & set(other.status.gpu_uuids)
+        assert await caller.free_gpus() == 0
+        assert [one.host for one in await state.store.nodes()] == ["another.machine"]
+        claimed = {"another.machine": 8, default_host_id(): 0}
+        for host, count in claimed.items():
+            assert len((await state.store.claims(host)).claims) == count, host
+        environment = inspect(own.rig, made.status.engine_id)["Config"]["Env"]
+        assert "NVIDIA_GDS=enabled" in environment
+        assert "NVIDIA_MOFED=disabled" in environment
+
+        async def ready() -> bool:
+            return (await caller.run("one", "test", "-e", "/ready")).code == 0
+
+        await until(ready)
+        assert (await caller.stop("one")).status.exit_code == 128 + signal.SIGKILL
+        await caller.delete("one")
+        await caller.delete("other")
+    await asyncio.to_thread(daemon.stop)
+    assert "[info" not in daemon.log_text
+
+    group = next(one for one in grp.getgrall() if one.gr_gid not in (0, os.getegid()))
+    successor = await own.start(
+        *("--socket-group", group.gr_name, "--log-level", "debug", "--stop-timeout", "60"), after=daemon
+    )
+    assert successor.socket.stat().st_gid == group.gr_gid
+    assert stat.S_IMODE(successor.socket.stat().st_mode) == 0o660
+    assert "[debug" in successor.log_text
+    async with Caller(successor.target) as caller:
+        await caller.create("one", command=_SLOW_TO_STOP)
+
+        async def ready_again() -> bool:
+            return (await caller.run("one", "test", "-e", "/ready")).code == 0
+
+        await until(ready_again)
+        assert (await caller.stop("one")).status.exit_code == _SAID_GOODBYE
+        await caller.delete("one")
+
+
+# -- how long programs that work on files may do nothing ---------------------------------------------------------------
+
+
+def _children(pid: int) -> list[int]:
+    """The processes that a process has started and that have not been waited for."""
+    found: list[int] = []
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found += map(int, (thread / "children").read_text().split())
+    return found
+
+
+def _freeze_child(daemon: Daemon, word: bytes, seconds: float = 60) -> None:
+    """Wait until a daemon has a child with this in its command line, and stop it as SIGSTOP does."""
+    deadline = time.monotonic() + seconds * PATIENCE
+    while time.monotonic() < deadline:
+        for pid in _children(daemon.process.pid):
+            with contextlib.suppress(OSError):
+                if word in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGSTOP)
+                    return
+        time.sleep(0.001)
+    raise AssertionError(f"no child of the daemon has {word!r} in its command line")
+
+
+@pytest.mark.timeout(300)
+async def test_stall_timeout_ends_what_makes_no_progress(own: OwnDaemons) -> None:
+    """Of a snapshot, of a layer that is copied, and of a volume that is copied. By default it would be 120 s."""
+    daemon = await own.start("--stall-timeout", "10", "--layer-carry", "copy", "--volume-backend", "loop")
+    stalled = "made no progress for 10 s"
+    async with Caller(daemon.target) as caller:
+        for policy, reason in {_ALWAYS: "SNAPSHOT_FAILED", _NEVER: "LAYER_CARRY_FAILED"}.items():
+            await caller.create("one", revision_policy=container_pb2.RevisionPolicy(snapshots=policy))
+            frozen = asyncio.create_task(asyncio.to_thread(_freeze_child, daemon, _TREES))
+            refused = await failure(caller.update("one", hostname="second"))
+            await frozen
+            assert refused.reason == reason
+            assert stalled in refused.message
+            await caller.delete("one")
+
+        await caller.create_volume("data", 2 * _VOLUME_SIZE)
+        frozen = asyncio.create_task(asyncio.to_thread(_freeze_child, daemon, b"rsync"))
+        refused = await failure(caller.resize_volume("data", _VOLUME_SIZE))
+        await frozen
+        assert refused.reason == "VOLUME_FAILED"
+        assert stalled in refused.message
+        await caller.delete_volume("data")
 
 
 # -- etcd by TLS, with a client's certificate and a password -----------------------------------------------------------
