@@ -104,6 +104,8 @@ def _prepare(folder: Path, room: dict[str, Any]) -> None:
     tests = [f"tests/{name}" for name in room["tests"]]
     if missing := [name for name in tests if not (ROOT / name).exists()]:
         raise SystemExit(f"rooms.toml names tests that do not exist: {', '.join(missing)}")
+    arguments = ["-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore", "--timeout", str(_TEST_SECONDS)]
+    arguments += ["-k", room.get("keyword", "")]
     wanted[Path("pyproject.toml")] = (
         (ROOT / "pyproject.toml").read_text()
         + f"""
@@ -112,7 +114,7 @@ source_paths = ["src"]
 only_mutate = [{listed}]
 do_not_mutate_patterns = ['\\blog\\.']
 pytest_add_cli_args_test_selection = {tests}
-pytest_add_cli_args = ["-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore", "--timeout", "{_TEST_SECONDS}"]
+pytest_add_cli_args = {arguments}
 process_isolation = "forkserver"
 timeout_constant = 10.0
 timeout_multiplier = 2.0

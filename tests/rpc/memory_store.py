@@ -281,11 +281,13 @@ class MemoryStore(Store):
 
     @override
     async def unfinished(self, node: str) -> tuple[Versioned[Operation], ...]:
-        return ()
+        return tuple(
+            stored for stored in self.journal.values() if stored.value.node == node and not stored.value.state.ended
+        )
 
     @override
     async def held_locks(self) -> tuple[change.Lock, ...]:
-        return ()
+        return tuple(change.Lock(kind, name, operation_id) for (kind, name), operation_id in self.locks.items())
 
     @override
     async def request(self, request_id: str) -> RequestRecord | None:

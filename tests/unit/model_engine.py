@@ -1,0 +1,422 @@
+"""An engine in memory, with containers, images and volumes that keep what they are given.
+
+Unlike `tests/rpc/fakes.py` these hold files, so that a test can ask where they are after an operation, and refuse what
+the real ones refuse: two containers of one name, a start of what is frozen, a copy of files that are being written.
+Every call can be made to fail, before it has done anything or afterwards (`Faults`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from gpudock_server.errors import EngineRejected
+from gpudock_server.model.engine import (
+    LABEL_OPERATION,
+    LABEL_UID,
+    Blueprint,
+    EngineContainer,
+    EngineImage,
+    EngineState,
+    EngineVolume,
+    RegistryAuth,
+)
+from gpudock_server.model.spec import RestartPolicy
+from gpudock_server.ports import Progress
+from typing_extensions import override
+
+from tests.rpc.fakes import FakeEngine
+from tests.unit.faults import Faults
+
+IMAGE, OTHER_IMAGE, REMOTE_IMAGE = "busybox:latest", "debian:12", "registry.example/cuda:12"
+_START = datetime(2024, 1, 1, tzinfo=UTC)
+Files = frozenset[str]
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image: its layers, the lowest first, each with the files that it adds; and whose config it has."""
+
+    id: str
+    layers: tuple[tuple[str, Files], ...]
+    config: str
+    volumes: tuple[str, ...] = ()
+    # Whether it still has the labels and variables of the container that it was made of.
+    identity: bool = False
+
+    @property
+    def files(self) -> Files:
+        """All of them."""
+        return frozenset().union(*(files for _, files in self.layers))
+
+
+class ModelEngine(FakeEngine):
+    """Containers, images and volumes. `ends` is the exit code with which processes end at once; None: they live on."""
+
+    def __init__(self, faults: Faults) -> None:
+        super().__init__()
+        self.faults = faults
+        self.ends: int | None = None
+        self.images: dict[str, Image] = {}
+        self.tags: dict[str, str] = {}
+        # What a pull brings.
+        self.registry: dict[str, Image] = {}
+        # Writable layers by number, and which one a container has.
+        self.layers: dict[int, Files] = {}
+        self.layer_of: dict[str, int] = {}
+        self.made: dict[str, Blueprint] = {}
+        self.stopped_within: list[float] = []
+        self._numbers = itertools.count(1)
+        for name, volumes in ((IMAGE, ("/cache",)), (OTHER_IMAGE, ())):
+            self._add(Image(f"sha256:{name}", ((f"{name}#1", frozenset({name})),), name, volumes), name)
+        self.registry[REMOTE_IMAGE] = Image("sha256:remote", (("remote#1", frozenset({"remote"})),), REMOTE_IMAGE)
+
+    def _add(self, image: Image, reference: str) -> str:
+        self.images[image.id] = image
+        self.tags[reference] = image.id
+        return image.id
+
+    def files(self, engine_id: str) -> Files:
+        """What a process in it sees."""
+        return self.images[self.containers[engine_id].image_id].files | self.layers[self.layer_of[engine_id]]
+
+    def write(self, engine_id: str, file: str) -> None:
+        """A process in it writes a file."""
+        self.layers[self.layer_of[engine_id]] |= {file}
+
+    def _rejected(self, call: str, detail: str, status: int = 409) -> EngineRejected:
+        return EngineRejected(call=call, status=status, detail=detail)
+
+    def _there(self, engine_id: str, call: str) -> EngineContainer:
+        if engine_id not in self.containers:
+            raise self._rejected(call, f"no such container: {engine_id}", 404)
+        return self.containers[engine_id]
+
+    # -- images ------------------------------------------------------------------------------------------------------
+
+    def _image(self, reference: str) -> Image | None:
+        return self.images.get(self.tags.get(reference, reference))
+
+    @override
+    async def image(self, reference: str) -> EngineImage | None:
+        async with self.faults.call("image"):
+            found = self._image(reference)
+            if found is None:
+                return None
+            layers = tuple(name for name, _ in found.layers)
+            return EngineImage(id=found.id, size_bytes=len(found.files), volumes=found.volumes, layers=layers)
+
+    @override
+    async def image_ids(self) -> tuple[str, ...]:
+        return tuple(self.images)
+
+    @override
+    async def image_names(self) -> tuple[str, ...]:
+        return tuple(self.tags)
+
+    @override
+    async def pull(self, reference: str, auth: RegistryAuth | None, progress: Progress) -> None:
+        async with self.faults.call("pull"):
+            progress(1, 2)
+            self._add(self.registry[reference], reference)
+
+    def _layer(self, files: Files) -> tuple[str, Files]:
+        return f"layer {next(self._numbers)}", files
+
+    @override
+    async def commit(
+        self,
+        engine_id: str,
+        reference: str,
+        labels: Mapping[str, str],
+        *,
+        author: str = "",
+        comment: str = "",
+        changes: Sequence[str] = (),
+        config_of: str = "",
+    ) -> str:
+        async with self.faults.call("commit"):
+            seen = self._there(engine_id, "commit")
+            assert seen.state is not EngineState.RUNNING, "its files are written to while it is committed"
+            base = self.images[seen.image_id]
+            made = Image(
+                f"sha256:{next(self._numbers)}",
+                (*base.layers, self._layer(self.layers[self.layer_of[engine_id]])),
+                f"container {config_of or engine_id}",
+                base.volumes,
+                identity=True,
+            )
+            return self._add(made, reference)
+
+    @override
+    async def tag(self, image: str, reference: str) -> None:
+        async with self.faults.call("tag"):
+            found = self._image(image)
+            if found is None:
+                raise self._rejected("tag", f"no such image: {image}", 404)
+            self.tags[reference] = found.id
+
+    def _derived(self, image_id: str, reference: str, **changes: object) -> str:
+        made = replace(self.images[image_id], id=f"sha256:{next(self._numbers)}", **changes)  # type: ignore[arg-type]
+        return self._add(made, reference)
+
+    @override
+    async def with_config_of(self, image_id: str, other_id: str, reference: str) -> str:
+        async with self.faults.call("with_config_of"):
+            other = self.images[other_id]
+            return self._derived(image_id, reference, config=other.config, volumes=other.volumes, identity=False)
+
+    @override
+    async def without_identity(self, image_id: str, base_id: str, reference: str) -> str:
+        async with self.faults.call("without_identity"):
+            assert base_id in self.images
+            return self._derived(image_id, reference, identity=False)
+
+    @override
+    async def flatten(self, image_id: str, base_layers: int, reference: str, *, config_of: str, onto: str = "") -> str:
+        async with self.faults.call("flatten"):
+            image, other = self.images[image_id], self.images[config_of]
+            upper = self._layer(frozenset().union(*(files for _, files in image.layers[base_layers:])))
+            below = self.images[onto].layers if onto else image.layers[:base_layers]
+            return self._derived(
+                image_id, reference, layers=(*below, upper), config=other.config, volumes=other.volumes, identity=False
+            )
+
+    @override
+    async def remove_image(self, reference: str) -> None:
+        async with self.faults.call("remove_image"):
+            found = self._image(reference)
+            if found is None:
+                return
+            names = [name for name, image_id in self.tags.items() if image_id == found.id]
+            used = any(one.image_id == found.id for one in self.containers.values())
+            if used and len(names) < 2:
+                return
+            self.tags.pop(reference, None)
+            if len(names) < 2:
+                del self.images[found.id]
+
+    # -- volumes -----------------------------------------------------------------------------------------------------
+
+    @override
+    async def volume_names(self) -> tuple[str, ...]:
+        return tuple(self.volumes)
+
+    @override
+    async def has_volume(self, name: str) -> bool:
+        return name in self.volumes
+
+    @override
+    async def mounting(self, volume: str) -> tuple[EngineContainer, ...]:
+        async with self.faults.call("mounting"):
+            return tuple(one for one in self.containers.values() if volume in one.volumes.values())
+
+    @override
+    async def create_volume(
+        self, name: str, *, labels: Mapping[str, str], driver_options: Mapping[str, str]
+    ) -> EngineVolume:
+        async with self.faults.call("create_volume"):
+            found = self.volumes.get(name)
+            if found is not None and found.labels.get(LABEL_UID) == labels.get(LABEL_UID):
+                return found
+            assert found is None
+            self.volumes[name] = EngineVolume(
+                name=name,
+                driver="local",
+                mountpoint=f"/engine/{name}",
+                labels=dict(labels),
+                options=dict(driver_options),
+            )
+            return self.volumes[name]
+
+    @override
+    async def find_volumes(self, labels: Mapping[str, str]) -> tuple[EngineVolume, ...]:
+        async with self.faults.call("find_volumes"):
+            return await super().find_volumes(labels)
+
+    @override
+    async def inspect_volume(self, name: str) -> EngineVolume | None:
+        async with self.faults.call("inspect_volume"):
+            return self.volumes.get(name)
+
+    @override
+    async def remove_volume(self, name: str) -> None:
+        async with self.faults.call("remove_volume"):
+            if any(name in one.volumes.values() for one in self.containers.values()):
+                raise self._rejected("remove a volume", f"volume {name} is in use")
+            self.volumes.pop(name, None)
+
+    # -- containers --------------------------------------------------------------------------------------------------
+
+    @override
+    async def create(self, blueprint: Blueprint) -> str:
+        async with self.faults.call("create"):
+            for one in self.containers.values():
+                if one.name == blueprint.name:
+                    if one.labels[LABEL_OPERATION] == blueprint.labels[LABEL_OPERATION]:
+                        return one.id
+                    raise self._rejected("create a container", f"the name {blueprint.name} is in use")
+            image = self.images.get(blueprint.image_id)
+            if image is None:
+                raise self._rejected("create a container", f"no such image: {blueprint.image_id}", 404)
+            spec = blueprint.spec
+            named = {mount.target: blueprint.mounted[mount.volume] for mount in spec.mounts if mount.volume}
+            volumes = blueprint.volumes | named
+            number = next(self._numbers)
+            for target in image.volumes:
+                if target not in volumes:
+                    volumes[target] = f"anonymous{number}{target.replace('/', '-')}"
+                    self.volumes[volumes[target]] = EngineVolume(name=volumes[target], driver="local", anonymous=True)
+            engine_id = f"engine{number}"
+            self._own(
+                engine_id,
+                EngineContainer(
+                    id=engine_id,
+                    name=blueprint.name,
+                    image_id=image.id,
+                    state=EngineState.CREATED,
+                    pid=0,
+                    exit_code=0,
+                    oom_killed=False,
+                    error="",
+                    labels=blueprint.labels,
+                    gpu_uuids=blueprint.placement.gpu_uuids,
+                    ports=blueprint.placement.ports,
+                    spec=spec,
+                    volumes=volumes,
+                    binds={mount.target: blueprint.bound[mount.host_path] for mount in spec.mounts if mount.host_path},
+                    cpus=spec.cpus,
+                    memory_bytes=spec.memory_bytes,
+                    pids_limit=spec.pids_limit,
+                    restart_policy=spec.restart_policy,
+                    create_time=_START,
+                ),
+            )
+            self.made[engine_id] = blueprint
+            return engine_id
+
+    def _own(self, engine_id: str, container: EngineContainer) -> None:
+        self.containers[engine_id] = container
+        number = next(self._numbers)
+        self.layers[number], self.layer_of[engine_id] = frozenset(), number
+
+    @override
+    async def create_shadow(self, of: str, name: str, labels: Mapping[str, str]) -> str:
+        async with self.faults.call("create_shadow"):
+            for one in self.containers.values():
+                if one.name == name:
+                    return one.id
+            source = self._there(of, "create a container")
+            engine_id = f"engine{next(self._numbers)}"
+            shadow = EngineContainer(
+                id=engine_id,
+                name=name,
+                image_id=source.image_id,
+                state=EngineState.CREATED,
+                pid=0,
+                exit_code=0,
+                oom_killed=False,
+                error="",
+                labels=dict(labels),
+                gpu_uuids=(),
+            )
+            self._own(engine_id, shadow)
+            return engine_id
+
+    @override
+    async def inspect(self, engine_id: str) -> EngineContainer | None:
+        async with self.faults.call("inspect"):
+            return await super().inspect(engine_id)
+
+    @override
+    async def find(self, labels: Mapping[str, str]) -> tuple[EngineContainer, ...]:
+        async with self.faults.call("find"):
+            return tuple(
+                one
+                for one in self.containers.values()
+                if all(key in one.labels and value in ("", one.labels[key]) for key, value in labels.items())
+            )
+
+    @override
+    async def start(self, engine_id: str) -> None:
+        async with self.faults.call("start"):
+            seen = self._there(engine_id, "start")
+            if seen.state is EngineState.PAUSED:
+                raise self._rejected("start", "cannot start a paused container, try unpause instead")
+            if seen.state is EngineState.RUNNING:
+                return
+            for other in self.containers.values():
+                if other.alive:
+                    assert not set(other.gpu_uuids) & set(seen.gpu_uuids), "two containers run with one card"
+                    assert not set(other.ports) & set(seen.ports), "two containers publish one port"
+            ended = self.ends is not None
+            self.containers[engine_id] = replace(
+                seen,
+                state=EngineState.EXITED if ended else EngineState.RUNNING,
+                exit_code=self.ends or 0,
+                start_time=_START,
+                finish_time=_START if ended else None,
+                pid=0 if ended else next(self._numbers),
+            )
+
+    @override
+    async def stop(self, engine_id: str, timeout: float | None) -> None:
+        async with self.faults.call("stop"):
+            seen = self.containers.get(engine_id)
+            if seen is None:
+                return
+            if seen.state is EngineState.PAUSED:
+                raise self._rejected("stop", "container is paused; unpause it before it is stopped")
+            if seen.state is EngineState.RUNNING:
+                self.stopped_within.append(-1 if timeout is None else timeout)
+                self.containers[engine_id] = replace(
+                    seen, state=EngineState.EXITED, exit_code=143, finish_time=_START, pid=0
+                )
+
+    @override
+    async def pause(self, engine_id: str) -> None:
+        async with self.faults.call("pause"):
+            if self._there(engine_id, "pause").state not in (EngineState.RUNNING, EngineState.PAUSED):
+                raise self._rejected("pause", "container is not running")
+            self._set(engine_id, EngineState.PAUSED)
+
+    @override
+    async def unpause(self, engine_id: str) -> None:
+        async with self.faults.call("unpause"):
+            if self._there(engine_id, "unpause").state not in (EngineState.RUNNING, EngineState.PAUSED):
+                raise self._rejected("unpause", "container is not paused")
+            self._set(engine_id, EngineState.RUNNING)
+
+    @override
+    async def update(
+        self,
+        engine_id: str,
+        *,
+        cpus: float,
+        memory_bytes: int,
+        pids_limit: int = 0,
+        restart_policy: RestartPolicy | None = None,
+    ) -> None:
+        async with self.faults.call("update"):
+            seen = self._there(engine_id, "update")
+            self.containers[engine_id] = replace(
+                seen,
+                cpus=cpus,
+                memory_bytes=memory_bytes,
+                pids_limit=pids_limit,
+                restart_policy=restart_policy or seen.restart_policy,
+            )
+
+    @override
+    async def exited_within(self, engine_id: str, seconds: float) -> int | None:
+        async with self.faults.call("exited_within"):
+            seen = self._there(engine_id, "wait")
+            return None if seen.alive else seen.exit_code
+
+    @override
+    async def remove(self, engine_id: str) -> None:
+        async with self.faults.call("remove"):
+            if self.containers.pop(engine_id, None) is not None:
+                del self.layers[self.layer_of.pop(engine_id)]

@@ -1,0 +1,224 @@
+"""Every operation to its end, and with every call to the host failing in turn: it is done, or as if never begun.
+
+The host is in memory (`desk.py`), so that all moments of all operations are tried in seconds; tests/faults does the
+same to a real engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+from gpudock_server.core import journal, operations
+from gpudock_server.errors import EngineRejected, EngineUnavailable, GpudockError, OperationNotCancellable
+from gpudock_server.model.operation import Operation, OperationState
+
+from tests.unit.desk import LONG, Desk
+from tests.unit.faults import give_way, raising
+from tests.unit.scenarios import SCENARIOS, Scenario
+
+# No operation makes so many calls.
+MOST_CALLS = 200
+REFUSED = raising(lambda name: EngineRejected(call=name, status=500, detail="planted"))
+UNANSWERED = raising(lambda name: EngineUnavailable(call=name, detail="planted"))
+
+every_scenario = pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "_BACKOFF_SECONDS", (0.0,))
+    monkeypatch.setattr(operations, "_LEAVING_SECONDS", 0.0)
+    monkeypatch.setattr(operations, "_TAKING_UP_SECONDS", 0.001)
+
+
+async def desk_of(scenario: Scenario) -> Desk:
+    desk = Desk()
+    await scenario.setup(desk)
+    desk.whole()
+    desk.engine.stopped_within.clear()
+    return desk
+
+
+async def undone(scenario: Scenario) -> list[dict[str, object]]:
+    """What there may be after it has failed."""
+    pictures = [(await desk_of(scenario)).picture()]
+    if scenario.or_as is not None:
+        desk = Desk()
+        await scenario.or_as(desk)
+        pictures.append(desk.picture())
+    return pictures
+
+
+async def done(scenario: Scenario) -> Desk:
+    """The scenario without any fault."""
+    desk = await desk_of(scenario)
+    operation = await desk.must(scenario.command)
+    assert operation.state is OperationState.SUCCEEDED
+    return desk
+
+
+@every_scenario
+async def test_it_is_done(scenario: Scenario) -> None:
+    desk = await done(scenario)
+    desk.whole()
+    scenario.check(desk)
+
+
+@every_scenario
+@pytest.mark.parametrize("act", [REFUSED, UNANSWERED], ids=["refused", "unanswered"])
+@pytest.mark.parametrize("after", [False, True], ids=["", "but done"])
+async def test_whatever_fails_is_undone(
+    scenario: Scenario, act: Callable[[str], Awaitable[None]], *, after: bool
+) -> None:
+    good, bad = (await done(scenario)).picture(), await undone(scenario)
+    failures = 0
+    for at in range(1, MOST_CALLS):
+        desk = await desk_of(scenario)
+        desk.faults.plant(at, act, after=after)
+        try:
+            operation = await desk.do(scenario.command)
+        except GpudockError:
+            # Before it began.
+            assert desk.picture() == bad[0], desk.faults.met
+            continue
+        finally:
+            desk.whole()
+        if not desk.faults.met:
+            break
+        if operation.state is OperationState.FAILED:
+            failures += 1
+        await check_end(desk, scenario, operation, bad, good)
+    else:
+        raise AssertionError("there is always one call more")
+    assert failures or scenario.name == "adopt a volume", "no call of it can fail"
+
+
+async def check_end(
+    desk: Desk, scenario: Scenario, operation: Operation, bad: list[dict[str, object]], good: dict[str, object]
+) -> None:
+    met = f"{desk.faults.met}, call {len(desk.faults.calls)}: {operation.error or operation.message}"
+    desk.whole()
+    if operation.state is OperationState.SUCCEEDED:
+        # What was noted is what is not as it should be.
+        assert operation.message or desk.picture() == good, met
+        return
+    assert operation.error is not None
+    assert operation.error.reason != "INTERNAL", met
+    if scenario.undone:
+        assert desk.picture() in bad, met
+        return
+    again = await desk.do(scenario.command)
+    assert again.state is OperationState.SUCCEEDED, met
+    desk.whole()
+    if scenario.rest is not None:
+        scenario.rest(desk)
+    else:
+        assert desk.picture() == good, met
+
+
+@every_scenario
+async def test_what_is_cancelled_is_undone_or_done(scenario: Scenario) -> None:
+    good, bad = (await done(scenario)).picture(), await undone(scenario)
+    for at in range(1, MOST_CALLS):
+        desk = await desk_of(scenario)
+        cancelling: list[asyncio.Task[object]] = []
+
+        async def cancel(name: str, desk: Desk = desk, cancelling: list[asyncio.Task[object]] = cancelling) -> None:
+            # What another operation does as its part is not the caller's.
+            asked = [one for one in desk.operations.active if not desk.store.journal[one].value.request_id]
+            cancelling += [asyncio.create_task(desk.operations.cancel(one)) for one in asked]
+            await give_way(name)
+
+        desk.faults.plant(at, cancel, after=False)
+        operation = await desk.do(scenario.command)
+        results = await asyncio.gather(*cancelling, return_exceptions=True)
+        desk.whole()
+        if not desk.faults.met:
+            break
+        if operation.state is OperationState.CANCELLED:
+            assert operation.cancel_requested
+            assert operation.error is not None
+            assert operation.error.reason == "OPERATION_CANCELLED"
+            assert desk.picture() in bad, desk.faults.met
+        else:
+            assert operation.state is OperationState.SUCCEEDED
+            assert all(isinstance(one, OperationNotCancellable) for one in results), results
+            assert desk.picture() == good, desk.faults.met
+    else:
+        raise AssertionError("there is always one call more")
+
+
+async def left_at(desk: Desk, scenario: Scenario) -> str:
+    """Begin it, and wait until it has met a fault that never returns, or its end; its id, empty if it never began."""
+    beginning = asyncio.create_task(desk.start(scenario.command))
+    async with asyncio.timeout(LONG):
+        while not desk.faults.blocked and not (beginning.done() and not desk.operations.active):
+            await asyncio.sleep(0)
+    if beginning.done():
+        return beginning.result()
+    beginning.cancel()
+    return ""
+
+
+@every_scenario
+@pytest.mark.parametrize("after", [False, True], ids=["", "but done"])
+async def test_another_process_does_the_rest(scenario: Scenario, *, after: bool) -> None:
+    good = (await done(scenario)).picture()
+    for at in range(1, MOST_CALLS):
+        desk = await desk_of(scenario)
+        before = desk.picture()
+        desk.faults.plant(at, desk.faults.block, after=after)
+        operation_id = await left_at(desk, scenario)
+        if not desk.faults.met:
+            break
+        await desk.restart()
+        desk.whole()
+        if not operation_id:
+            assert desk.picture() == before
+            continue
+        assert desk.store.journal[operation_id].value.state is OperationState.SUCCEEDED, desk.faults.met
+        assert desk.picture() == good, desk.faults.met
+    else:
+        raise AssertionError("there is always one call more")
+
+
+def but_for_anonymous_volumes(picture: dict[str, object]) -> dict[str, object]:
+    """Those of a container that is gone are known to nobody: one that was being removed with it may be left."""
+    volumes = picture["engine volumes"]
+    assert isinstance(volumes, list)
+    return {**picture, "engine volumes": [name for name in volumes if not name.startswith("<new>")]}
+
+
+@every_scenario
+async def test_another_process_undoes_the_rest(scenario: Scenario) -> None:
+    bad = [but_for_anonymous_volumes(one) for one in await undone(scenario)]
+    for at in range(1, MOST_CALLS):
+        desk = await desk_of(scenario)
+
+        async def refuse(name: str, desk: Desk = desk, at: int = at) -> None:
+            # The first call of the undoing, or the second …, is the last one of this process.
+            desk.faults.plant(1 + at % 4, desk.faults.block, after=False)
+            await REFUSED(name)
+
+        desk.faults.plant(at, refuse, after=True)
+        try:
+            operation_id = await left_at(desk, scenario)
+        except GpudockError:
+            continue
+        if desk.faults.never_met:
+            break
+        await desk.restart()
+        desk.whole()
+        if not operation_id:
+            continue
+        operation = desk.store.journal[operation_id].value
+        if operation.state is OperationState.SUCCEEDED:
+            continue
+        assert operation.error is not None
+        assert operation.error.reason != "INTERNAL"
+        if scenario.undone:
+            assert but_for_anonymous_volumes(desk.picture()) in bad, desk.faults.met
+    else:
+        raise AssertionError("there is always one call more")
