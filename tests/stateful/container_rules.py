@@ -27,9 +27,14 @@ from tests.stateful.drawing import (
 )
 from tests.stateful.model import GROUP, Expected, Past, Spec
 from tests.stateful.requests import fields_of, mounts_of, pruned, restorable, snapshots, unborn
+from tests.stateful.shrinking import Draws
 
 _FILES = ("a", "b", "c", GROUP)
 _CONTENTS = st.sampled_from(("one", "two", "three", "", None))
+
+
+def _number(choice: tuple[int, Past]) -> int:
+    return choice[0]
 
 
 class ContainerRules(Drawing):
@@ -38,7 +43,7 @@ class ContainerRules(Drawing):
     @precondition(lambda self: len(self.arena.known) < len(NAMES))
     @rule(data=st.data(), gpus=GPUS, port=st.booleans(), create_only=st.booleans())
     @counted
-    def create(self, data: st.DataObject, gpus: int, port: bool, create_only: bool) -> None:
+    def create(self, data: Draws, gpus: int, port: bool, create_only: bool) -> None:
         """A container more, if there are names and cards for it."""
         if not self.can_have(gpus):
             return self.idle()
@@ -65,7 +70,7 @@ class ContainerRules(Drawing):
     @precondition(lambda self: self.has(RUNNING))
     @rule(data=st.data(), file=st.sampled_from(_FILES), content=_CONTENTS)
     @counted
-    def write(self, data: st.DataObject, file: str, content: str | None) -> None:
+    def write(self, data: Draws, file: str, content: str | None) -> None:
         """Files change in what runs."""
         self.loop.run(self.arena.write(self.one(data, RUNNING).name, file, content))
         self.tally["write"] += 1
@@ -73,14 +78,14 @@ class ContainerRules(Drawing):
     @precondition(lambda self: self.has(RUNNING))
     @rule(data=st.data(), file=st.sampled_from(_FILES), content=_CONTENTS)
     @counted
-    def write_more(self, data: st.DataObject, file: str, content: str | None) -> None:
+    def write_more(self, data: Draws, file: str, content: str | None) -> None:
         """Most of what happens to a container are its own doings."""
         self.write(data, file, content)
 
     @precondition(lambda self: self.has(RUNNING))
     @rule(data=st.data(), gpus=GPUS, keep=st.booleans())
     @counted
-    def scale(self, data: st.DataObject, gpus: int, keep: bool) -> None:
+    def scale(self, data: Draws, gpus: int, keep: bool) -> None:
         """Other cards, by a successor."""
         one = self.one(data, RUNNING)
         if gpus == one.spec.gpus or not self.can_have(gpus, instead_of=one.spec.gpus):
@@ -92,7 +97,7 @@ class ContainerRules(Drawing):
     @precondition(lambda self: self.has(*RESTING))
     @rule(data=st.data(), cpus=st.sampled_from((0.5, 1.0, 1.5)), keep=st.booleans())
     @counted
-    def limit(self, data: st.DataObject, cpus: float, keep: bool) -> None:
+    def limit(self, data: Draws, cpus: float, keep: bool) -> None:
         """Another limit, in place, also of what does not run."""
         one = self.one(data, RUNNING, STOPPED, EXITED)
         if cpus == one.spec.cpus:
@@ -104,7 +109,7 @@ class ContainerRules(Drawing):
     @precondition(lambda self: self.has(*RESTING))
     @rule(data=st.data(), field=st.sampled_from(("env", "labels")), value=st.sampled_from(("x", "y")))
     @counted
-    def update(self, data: st.DataObject, field: str, value: str) -> None:
+    def update(self, data: Draws, field: str, value: str) -> None:
         """Environment by a successor, labels in place."""
         other: Any = {field: (("k", value),)}
         fields: Any = {field: {"k": value}}
@@ -116,7 +121,7 @@ class ContainerRules(Drawing):
     @precondition(lambda self: self.has_volumes and self.has(*RESTING))
     @rule(data=st.data())
     @counted
-    def mount(self, data: st.DataObject) -> None:
+    def mount(self, data: Draws) -> None:
         """Other volumes, or the same ones elsewhere, or none."""
         one = self.one(data, *RESTING)
         spec = replace(one.spec, mounts=self.mounts(data))
@@ -124,14 +129,14 @@ class ContainerRules(Drawing):
             return self.idle()
         return self._update(data, one, spec, update_request(one.name, "mounts", mounts=mounts_of(spec)))
 
-    def _update(self, data: st.DataObject, one: Expected, spec: Spec, request: Any) -> None:
+    def _update(self, data: Draws, one: Expected, spec: Spec, request: Any) -> None:
         after = pruned(one.changed(spec), KEEP)
         self.do(data, one.name, lambda caller: result_of(caller.containers.UpdateContainer(request)), one, after)
 
     @precondition(lambda self: self.has(*RESTING, FAILED))
     @rule(data=st.data(), spec_only=st.booleans())
     @counted
-    def rollback(self, data: st.DataObject, spec_only: bool) -> None:
+    def rollback(self, data: Draws, spec_only: bool) -> None:
         """To any revision that can be returned to."""
         states = RESTING if spec_only else (*RESTING, FAILED)
         if not self.has(*states):
@@ -142,7 +147,7 @@ class ContainerRules(Drawing):
         choices = others if spec_only else list(restorable(one))
         if not choices:
             return self.idle()
-        number, past = data.draw(st.sampled_from(choices), label="revision")
+        number, past = data.choose(choices, "revision", _number)
         if one.state is RUNNING and not self.can_have(past.spec.gpus, instead_of=one.spec.gpus):
             return self.idle()
         request = container_service_pb2.RollbackContainerRequest(name=one.name, revision=number, spec_only=spec_only)
@@ -162,7 +167,7 @@ class ContainerRules(Drawing):
     @precondition(lambda self: self.has(RUNNING, PAUSED))
     @rule(data=st.data(), keep_resources=st.booleans())
     @counted
-    def stop(self, data: st.DataObject, keep_resources: bool) -> None:
+    def stop(self, data: Draws, keep_resources: bool) -> None:
         """Stop what runs."""
         one = self.one(data, RUNNING, PAUSED)
         after = one.copy()
@@ -175,7 +180,7 @@ class ContainerRules(Drawing):
     @precondition(lambda self: self.has(STOPPED, EXITED))
     @rule(data=st.data())
     @counted
-    def start(self, data: st.DataObject) -> None:
+    def start(self, data: Draws) -> None:
         """Start what does not run; where it was given other cards meanwhile it gets a successor, and a revision."""
         one = self.one(data, STOPPED, EXITED)
         if not self.can_have(one.spec.gpus, instead_of=one.cards):
@@ -193,7 +198,7 @@ class ContainerRules(Drawing):
     @precondition(lambda self: self.has(RUNNING))
     @rule(data=st.data())
     @counted
-    def restart(self, data: st.DataObject) -> None:
+    def restart(self, data: Draws) -> None:
         """Another process, the same everything."""
         one = self.one(data, RUNNING)
         name = one.name
@@ -202,7 +207,7 @@ class ContainerRules(Drawing):
     @precondition(lambda self: self.has(RUNNING, PAUSED))
     @rule(data=st.data())
     @counted
-    def pause_or_thaw(self, data: st.DataObject) -> None:
+    def pause_or_thaw(self, data: Draws) -> None:
         """Freeze what runs, thaw what is frozen."""
         one = self.one(data, RUNNING, PAUSED)
         after, name = one.copy(), one.name
@@ -217,12 +222,12 @@ class ContainerRules(Drawing):
     @precondition(lambda self: self.has())
     @rule(data=st.data())
     @counted
-    def delete_revision(self, data: st.DataObject) -> None:
+    def delete_revision(self, data: Draws) -> None:
         """Others keep the files that they share with it."""
         one = self.one(data)
         if not one.past:
             return self.idle()
-        number = data.draw(st.sampled_from(sorted(one.past)), label="revision")
+        number = data.choose(sorted(one.past), "revision")
         after, name = one.copy(), one.name
         del after.past[number]
         return self.do(data, name, lambda caller: caller.delete_revision(name, number), one, after)
@@ -230,11 +235,11 @@ class ContainerRules(Drawing):
     @precondition(lambda self: self.has())
     @rule(data=st.data())
     @counted
-    def delete(self, data: st.DataObject) -> None:
+    def delete(self, data: Draws) -> None:
         """With all that belongs to it; without `force` only what does not run."""
         one = self.one(data)
         name = one.name
-        match data.draw(st.sampled_from(("no", "politely", "by force")), label="really"):
+        match data.choose(("no", "politely", "by force"), "really"):
             case "no":
                 return self.idle()
             case "politely" if one.runs:
@@ -247,13 +252,12 @@ class ContainerRules(Drawing):
     @precondition(lambda self: self.has(RUNNING) and len(self.arena.known) < len(NAMES))
     @rule(data=st.data())
     @counted
-    def clone(self, data: st.DataObject) -> None:
+    def clone(self, data: Draws) -> None:
         """Another one with the files of now, or of a revision."""
         one = self.one(data, RUNNING)
         name = self.free_name(data)
-        number, past = data.draw(
-            st.sampled_from([(0, Past(one.spec, tuple(one.files.items()))), *restorable(one)]), label="revision"
-        )
+        choices = [(0, Past(one.spec, tuple(one.files.items()))), *restorable(one)]
+        number, past = data.choose(choices, "revision", _number)
         if not self.can_have(past.spec.gpus):
             return self.idle()
         request = clone_request(one.name, name, revision=number)
@@ -272,7 +276,7 @@ class ContainerRules(Drawing):
     @precondition(lambda self: self.has(*RESTING))
     @rule(data=st.data())
     @counted
-    def commit(self, data: st.DataObject) -> None:
+    def commit(self, data: Draws) -> None:
         """An image of its files; the container is as it was."""
         one = self.one(data, *RESTING)
         # A name is its owner's and its store's: what an earlier daemon left is not replaced.
@@ -282,7 +286,7 @@ class ContainerRules(Drawing):
     @precondition(lambda self: self.has(RUNNING))
     @rule(data=st.data())
     @counted
-    def two_at_once(self, data: st.DataObject) -> None:
+    def two_at_once(self, data: Draws) -> None:
         """Of two changes at once each is done, or refused because of the other."""
         one = self.one(data, RUNNING)
         self.loop.run(self._two_at_once(one))

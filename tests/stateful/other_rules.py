@@ -8,6 +8,7 @@ from hypothesis.stateful import precondition, rule
 from tests.stateful.drawing import EXITED, RESTING, RUNNING, STOPPED, Drawing, counted
 from tests.stateful.outside import do_outside
 from tests.stateful.reading import read_everything
+from tests.stateful.shrinking import Draws
 
 
 class OtherRules(Drawing):
@@ -25,14 +26,14 @@ class OtherRules(Drawing):
     @precondition(lambda self: self.has(*RESTING))
     @rule(data=st.data(), deed=st.sampled_from(("rm", "stop", "kill", "pause", "start", "rename", "limit")))
     @counted
-    def behind_its_back(self, data: st.DataObject, deed: str) -> None:
+    def behind_its_back(self, data: Draws, deed: str) -> None:
         """The docker command does something to one of its containers."""
         states = {"rm": (RUNNING, EXITED), "start": (EXITED, STOPPED), "rename": RESTING}.get(deed, (RUNNING,))
         if not self.has(*states):
             return self.idle()
         one = self.one(data, *states)
         # Not often: what is removed is lost for the rest of the sequence, unless it is rolled back.
-        if deed == "rm" and not data.draw(st.booleans(), label="really"):
+        if deed == "rm" and not data.flag("really"):
             return self.idle()
         self.loop.run(do_outside(self.arena, one.name, deed))
         self.tally[f"docker {deed}"] += 1

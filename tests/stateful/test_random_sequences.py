@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import pytest
@@ -24,6 +25,7 @@ from tests.stateful.container_rules import ContainerRules
 from tests.stateful.drawing import COUNTED, TROUBLES
 from tests.stateful.hanging import standing
 from tests.stateful.other_rules import OtherRules
+from tests.stateful.shrinking import Failure, Step, place, shrink
 from tests.stateful.volume_rules import VolumeRules
 
 T = TypeVar("T")
@@ -33,6 +35,8 @@ _SEQUENCE = 50
 _PARTS = 4
 # Of more, hypothesis plays parts of one in another, where they would go otherwise.
 _AT_ONCE = 10
+# How long parts of a sequence that has failed are played, to find a shorter one.
+_SHRINK_SECONDS = 300
 # From so many steps on, every rule must have done something and every trouble must have been met, in some part.
 _TELLING_STEPS = 2000
 
@@ -95,6 +99,9 @@ class Host(ContainerRules, VolumeRules, OtherRules):
         try:
             if self._arena is not None:
                 self.loop.run(self._arena.close())
+        except Exception as error:
+            self.failures.append(Failure(tuple(self.steps), error))
+            raise
         finally:
             if self._proxy is not None:
                 self.loop.run(self._proxy.__aexit__(None, None, None))
@@ -107,7 +114,8 @@ def test_the_model_holds(rig: Rig, request: pytest.FixtureRequest, part: int) ->
     steps = int(request.config.getoption("--steps"))
     loop = Loop()
     tally: Counter[str] = Counter()
-    kind = type(f"Host{part}", (Host,), {"rig": rig, "loop": loop, "tally": tally})
+    failures: list[Failure] = []
+    kind = type(f"Host{part}", (Host,), {"rig": rig, "loop": loop, "tally": tally, "failures": failures})
     sequences = max(1, -(-steps // _PARTS // _SEQUENCE))
     try:
         for done in range(0, sequences, _AT_ONCE):
@@ -116,7 +124,7 @@ def test_the_model_holds(rig: Rig, request: pytest.FixtureRequest, part: int) ->
                 settings=settings(
                     max_examples=min(_AT_ONCE, sequences - done),
                     stateful_step_count=_SEQUENCE,
-                    # A failing sequence is shown as it was: played again it would go otherwise.
+                    # Hypothesis cannot make these sequences shorter; see `shrinking`.
                     phases=[Phase.generate],
                     deadline=None,
                     database=None,
@@ -124,12 +132,46 @@ def test_the_model_holds(rig: Rig, request: pytest.FixtureRequest, part: int) ->
                     verbosity=Verbosity.normal,
                 ),
             )
+    except Exception:
+        # Hypothesis plays a sequence that has failed once more, and then raises what comes of that.
+        if not failures:
+            raise
+        first = failures[0]
+        first.error.add_note(_told(first, kind))
+        raise first.error from None
     finally:
         loop.close()
         print(f"\nmet: {dict(sorted(tally.items()))}")  # noqa: T201 - shown where it fails, and with -s
     if steps >= _TELLING_STEPS:
         occurrences = {name: tally[name] for name in (*TROUBLES, *(f"rule {name}" for name in COUNTED))}
         request.node.user_properties.append((REQUIRED, {"parts": _PARTS, "counts": occurrences}))
+
+
+def _told(failure: Failure, kind: type[Host]) -> str:
+    """The steps of a failure; and the shortest part of them with which it comes again, if it does."""
+    steps = "\n".join(f"  {step}" for step in failure.steps)
+    where = place(failure.error)
+
+    def fails(part: Sequence[Step]) -> bool:
+        again = _play(part, kind)
+        return again is not None and place(again.error) == where
+
+    shrunk = shrink(failure.steps, fails, _SHRINK_SECONDS)
+    return f"the sequence that failed has these steps:\n{steps}\n{shrunk}"
+
+
+def _play(steps: Sequence[Step], kind: type[Host]) -> Failure | None:
+    """Follow the rules of these steps once more, on a host of their own; what failed first. See `Drawing.follow`."""
+    host, earlier = kind(), len(kind.failures)
+    # Whatever fails is among the host's failures.
+    with contextlib.suppress(Exception):
+        try:
+            host.begin(number=0)
+            for step in steps:
+                host.follow(step)
+        finally:
+            host.teardown()
+    return next(iter(kind.failures[earlier:]), None)
 
 
 def test_what_hangs_is_shown(rig: Rig) -> None:

@@ -14,6 +14,7 @@ from tests.stateful.drawing import EXITED, KEEP, PAUSED, RUNNING, STOPPED, VOLUM
 from tests.stateful.model import Expected, ExpectedVolume, attached
 from tests.stateful.outside import stranger
 from tests.stateful.requests import pruned
+from tests.stateful.shrinking import Draws
 
 _MIB = 1 << 20
 _FILES = st.sampled_from(("a", "b"))
@@ -27,20 +28,20 @@ _SIZES = st.sampled_from((0, _SMALLEST_MIB))
 class VolumeRules(Drawing):
     """See the module's docstring."""
 
-    def _volume(self, data: st.DataObject) -> ExpectedVolume:
-        return self.arena.volumes[data.draw(st.sampled_from(sorted(self.arena.volumes)), label="volume")]
+    def _volume(self, data: Draws) -> ExpectedVolume:
+        return self.arena.volumes[data.choose(sorted(self.arena.volumes), "volume")]
 
     def _users(self, volume: str) -> list[Expected]:
         return [self.arena.known[name] for name in attached(self.arena.known.values(), volume)]
 
-    def _free_volume(self, data: st.DataObject) -> str:
+    def _free_volume(self, data: Draws) -> str:
         free = [name for name in VOLUMES if name not in self.arena.volumes]
-        return data.draw(st.sampled_from(free), label="volume")
+        return data.choose(free, "volume")
 
     @precondition(lambda self: len(self.arena.volumes) < len(VOLUMES))
     @rule(data=st.data(), size_mib=_SIZES)
     @counted
-    def create_volume(self, data: st.DataObject, size_mib: int) -> None:
+    def create_volume(self, data: Draws, size_mib: int) -> None:
         """With a size or without."""
         name = self._free_volume(data)
         request = volume_service_pb2.CreateVolumeRequest(
@@ -52,7 +53,7 @@ class VolumeRules(Drawing):
     @precondition(lambda self: len(self.arena.volumes) < len(VOLUMES))
     @rule(data=st.data(), size_mib=_SIZES)
     @counted
-    def adopt_volume(self, data: st.DataObject, size_mib: int) -> None:
+    def adopt_volume(self, data: Draws, size_mib: int) -> None:
         """What somebody made in the engine: as it is, or copied into one with a size."""
         name, theirs, engine = self._free_volume(data), f"theirs-{uuid.uuid4()}", self.arena.rig.engine
         made = engine.call("POST", "/volumes/create", send={"Name": theirs, "Labels": {"gpudock.adopt": "true"}})
@@ -68,17 +69,17 @@ class VolumeRules(Drawing):
     @precondition(lambda self: any(self.arena.known[name].spec.mounts for name in self._names(RUNNING)))
     @rule(data=st.data(), file=_FILES, content=_CONTENTS)
     @counted
-    def write_in_volume(self, data: st.DataObject, file: str, content: str | None) -> None:
+    def write_in_volume(self, data: Draws, file: str, content: str | None) -> None:
         """By one of those that mount it; all others see it, too."""
         places = [(name, place) for name in self._names(RUNNING) for place, _ in self.arena.known[name].spec.mounts]
-        name, target = data.draw(st.sampled_from(places), label="where")
+        name, target = data.choose(places, "where")
         self.loop.run(self.arena.write_in_volume(name, target, file, content))
         self.tally["write in volume"] += 1
 
     @precondition(lambda self: any(one.size_mib for one in self.arena.volumes.values()))
     @rule(data=st.data(), shrink=st.sampled_from((False,) * 4 + (True,)))
     @counted
-    def resize_volume(self, data: st.DataObject, shrink: bool) -> None:
+    def resize_volume(self, data: Draws, shrink: bool) -> None:
         """Grown in place under who uses it; made smaller by a copy, for which those are stopped and started."""
         volume = self._volume(data)
         name, users = volume.name, self._users(volume.name)
@@ -102,7 +103,7 @@ class VolumeRules(Drawing):
     @precondition(lambda self: self.has_volumes)
     @rule(data=st.data(), force=st.booleans(), theirs=st.sampled_from((False,) * 4 + (True,)))
     @counted
-    def delete_volume(self, data: st.DataObject, force: bool, theirs: bool) -> None:
+    def delete_volume(self, data: Draws, force: bool, theirs: bool) -> None:
         """Not while anything mounts it, and by force not while what mounts it runs; what does not is updated first."""
         volume = self._volume(data)
         name, users = volume.name, self._users(volume.name)
