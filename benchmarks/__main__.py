@@ -1,20 +1,23 @@
-"""`python -m benchmarks [--quick] [--check] [NAME…]`: measure, print the table, save it with every sample."""
+"""`python -m benchmarks [--quick] [--check] [--save NAME] [BENCHMARK…]`: measure, and print and keep the table.
+
+`python -m benchmarks --render`: write the tables of docs/benchmarks.md from the samples that are kept.
+"""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import grpc
 
-from benchmarks import machine, report
+from benchmarks import document, machine, report
 from benchmarks.arena import Arena
 from benchmarks.creating import creating
 from benchmarks.docker_cli import DockerCli
@@ -34,20 +37,32 @@ _BENCHMARKS: dict[str, Callable[[Arena], Coroutine[Any, Any, list[Row]]]] = {
     "read": reading,
     "volumes": volumes,
 }
-_RESULTS = Path(__file__).parent / "results"
+_SAVED = re.compile(r"[a-z][a-z0-9-]*")
 
 
 def main() -> int:
     """Returns the exit code: 0 also where a target is missed, unless `--check` is given; 1 where one could not run."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(_BENCHMARKS)} (default: all)")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Measure gpudock beside the docker command line."
+    )
+    parser.add_argument("names", nargs="*", metavar="BENCHMARK", help=f"of {', '.join(_BENCHMARKS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="few rounds and less data: shows that it works, no more")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
+    parser.add_argument(
+        "--save",
+        metavar="NAME",
+        help="keep the samples as results/NAME.json, to be committed (default: under the time, which git ignores)",
+    )
+    parser.add_argument("--render", action="store_true", help="only write the tables of docs/benchmarks.md anew")
     options = parser.parse_args()
+    if options.render:
+        return _render()
+    if options.save is not None and not _SAVED.fullmatch(options.save):
+        parser.error(f"--save {options.save}: must be letters a-z, digits and dashes, a letter first")
     if unknown := [name for name in options.names if name not in _BENCHMARKS]:
         parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(_BENCHMARKS)}")
     try:
-        rows, failed = _run(options.names or list(_BENCHMARKS), quick=options.quick)
+        rows, failed = _run(options.names, quick=options.quick, save=options.save)
     except RigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -57,7 +72,17 @@ def main() -> int:
     return int(bool(failed) or missed)
 
 
-def _run(names: Sequence[str], *, quick: bool) -> tuple[list[Row], list[str]]:
+def _render() -> int:
+    try:
+        text = document.rendered(document.DOCUMENT.read_text(encoding="utf-8"))
+    except document.MarkerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    document.DOCUMENT.write_text(text, encoding="utf-8")
+    return 0
+
+
+def _run(names: Sequence[str], *, quick: bool, save: str | None) -> tuple[list[Row], list[str]]:
     """The rows, and the names of the benchmarks that failed."""
     began = datetime.now(UTC)
     rows: list[Row] = []
@@ -65,9 +90,10 @@ def _run(names: Sequence[str], *, quick: bool) -> tuple[list[Row], list[str]]:
     # As in production: what etcd says it has is on the disk.
     with Rig(gpus=8, images=(BUSYBOX, GLIBC), etcd_fsync=True) as rig:
         docker = DockerCli(rig)
-        facts = machine.facts(rig, docker.version) | {"quick": quick}
+        words = ["python", "-m", "benchmarks", *(["--quick"] if quick else []), *names]
+        facts = machine.facts(rig, docker.version) | {"command": " ".join(words), "quick": quick}
         arena = Arena(rig, docker, quick)
-        for name in names:
+        for name in names or _BENCHMARKS:
             before = time.monotonic()
             try:
                 rows += asyncio.run(_BENCHMARKS[name](arena))
@@ -78,7 +104,7 @@ def _run(names: Sequence[str], *, quick: bool) -> tuple[list[Row], list[str]]:
             print(f"{name}: {time.monotonic() - before:.0f} s", file=sys.stderr, flush=True)
     facts |= {"load_after": machine.load(), "failed": failed}
     print(machine.heading(facts), report.table(rows), sep="\n\n")
-    saved = _RESULTS / f"{began:%Y-%m-%dT%H%M%S}.json"
+    saved = document.RESULTS / f"{save or format(began, '%Y-%m-%dT%H%M%S')}.json"
     report.save(saved, facts, rows)
     print(f"\nevery sample: {saved}")
     return rows, failed

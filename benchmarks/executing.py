@@ -6,12 +6,13 @@ import asyncio
 import os
 import shlex
 import sys
+from functools import partial
 
 from gpudock.v1 import exec_pb2
 
 from benchmarks.arena import Arena, Stopwatch
 from benchmarks.report import Row, Target, Unit, versus
-from benchmarks.rounds import compare
+from benchmarks.rounds import Measure, compare
 from tests.calls import Caller, iterate
 from tests.rig import GLIBC, Daemon, RigError
 
@@ -26,7 +27,8 @@ async def executing(arena: Arena) -> list[Row]:
 
     For the first byte gpudock's client holds an open connection and `docker exec` is a new process, as in use. For the
     output gpudock's client is a process of its own, timed from before it connects, its interpreter's start left out,
-    with what README.md advises for much output in its environment; and once without.
+    with what README.md advises for much output in its environment; and once without. The `gpudock` command is timed
+    with the start of its interpreter, as `docker exec` is, with that advice and without it.
     """
     async with arena.daemon() as (caller, daemon):
         container = await caller.create(_NAME, image=GLIBC)
@@ -60,12 +62,24 @@ async def _output(arena: Arena, daemon: Daemon, engine_id: str, command: list[st
     async def stubs() -> float:
         return amount / 1e3 / await _read_elsewhere("stubs", daemon.target, amount, command, experiments=_NONE)
 
+    async def command_line(experiments: str) -> float:
+        program = shlex.join([sys.executable, "-m", "gpudock.cli", "--address", daemon.target, "exec", _NAME, "--"])
+        script = f"GRPC_EXPERIMENTS={experiments} {program} {shlex.join(command)} | cat >/dev/null"
+        return amount / 1e3 / await arena.docker.time_shell(script)
+
     async def theirs() -> float:
         script = f"docker exec {engine_id} {shlex.join(command)} | cat >/dev/null"
         return amount / 1e3 / await arena.docker.time_shell(script)
 
     pipe = "docker exec, piped to cat"
-    sides = {"gpudock": ours, "gpudock, as it comes": as_it_comes, "gpudock, stubs": stubs, pipe: theirs}
+    sides: dict[str, Measure] = {
+        "gpudock": ours,
+        "gpudock, as it comes": as_it_comes,
+        "gpudock, stubs": stubs,
+        "command": partial(command_line, _LEAN),
+        "command, as it comes": partial(command_line, _NONE),
+        pipe: theirs,
+    }
     samples = await compare(arena.rounds(12), sides)
     name = f"exec output, {amount >> 20} MiB of {command[0]}"
     target = Target(0.9, at_least=True)
@@ -73,6 +87,13 @@ async def _output(arena: Arena, daemon: Daemon, engine_id: str, command: list[st
         versus(samples, "gpudock", pipe, name=name, unit=Unit.MB_PER_S, target=target),
         versus(samples, "gpudock, as it comes", pipe, name=f"{name}, gRPC as it comes", unit=Unit.MB_PER_S),
         versus(samples, "gpudock, stubs", pipe, name=f"{name}, bare stubs", unit=Unit.MB_PER_S),
+        versus(samples, "command", pipe, name=f"{name}, gpudock exec", unit=Unit.MB_PER_S),
+        versus(
+            *(samples, "command", "command, as it comes"),
+            name=f"{name}, gpudock exec",
+            unit=Unit.MB_PER_S,
+            against="gpudock exec, gRPC as it comes",
+        ),
     ]
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +17,15 @@ from tests.rig.remains import BASE
 
 
 def facts(rig: Rig, docker: str) -> dict[str, Any]:
-    """Hardware, versions, and how busy the machine was at the start; `docker` is the version of the command line."""
+    """Hardware, versions, the commit of the code, and how busy the machine was at the start.
+
+    `docker` is the version of the command line.
+    """
     engine = rig.engine.call("GET", "/version")
     info = rig.engine.call("GET", "/info")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "memory_bytes": info["MemTotal"],
@@ -44,15 +49,31 @@ def load() -> tuple[float, float, float]:
     return os.getloadavg()
 
 
-def heading(machine: dict[str, Any]) -> str:
-    """The facts in two lines."""
+def heading(machine: Mapping[str, Any]) -> str:
+    """The facts in a few lines."""
+    failed = "".join(f"\n{name} could not be measured." for name in machine["failed"])
     return (
-        f"{machine['date']}; {machine['cores']} cores ({machine['cpu']}), {machine['memory_bytes'] / 1e9:.0f} GB,"
-        f" kernel {machine['kernel']}, {machine['filesystem']}, cgroup v{machine['cgroup_version']}\n"
+        f"{machine['date']}, `{machine['command']}`, commit {machine['commit']}:\n"
+        f"{machine['cores']} cores ({machine['cpu']}), {machine['memory_bytes'] / 1e9:.0f} GB,"
+        f" kernel {machine['kernel']}, {machine['filesystem']}, cgroup v{machine['cgroup_version']},\n"
         f"engine {machine['engine']}, docker CLI {machine['docker_cli']}, etcd {machine['etcd']}"
         f" (fsync {'on' if machine['etcd_fsync'] else 'off'}), Python {machine['python']};"
-        f" load {machine['load_before'][0]:.1f} before and {machine['load_after'][0]:.1f} after"
+        f" load {machine['load_before'][0]:.1f} before and {machine['load_after'][0]:.1f} after.{failed}"
     )
+
+
+def _commit() -> str:
+    """Of the code that is measured; `unknown` outside of a repository."""
+    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(folder), *words], check=False, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    # Samples of the run before are no change of the code.
+    changed = git("status", "--porcelain", "--", ":(top)", ":(top,exclude)benchmarks/results")
+    return commit + (" with changes that are not committed" if changed else "") or "unknown"
 
 
 def _cpu() -> str:

@@ -41,15 +41,6 @@ class Samples:
 
     by_name: Mapping[str, Sequence[float]]
 
-    def median(self, name: str) -> float:
-        """The typical sample of a way."""
-        return statistics.median(self.by_name[name])
-
-    def ratio(self, name: str, other: str) -> Ratio:
-        """`name` divided by `other`, within each round."""
-        pairs = zip(self.by_name[name], self.by_name[other], strict=True)
-        return Ratio.of([one / two for one, two in pairs])
-
 
 async def compare(rounds: int, ways: Mapping[str, Measure], *, warm_up: int = 1) -> Samples:
     """Measure every way `rounds` times, after `warm_up` rounds that do not count."""
