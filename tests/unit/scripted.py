@@ -1,0 +1,128 @@
+"""Operations whose steps a test writes itself, over a store that a test can make fail."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+
+from gpudock_server.core.operations import Draft
+from gpudock_server.core.saga import Outcome, Run, Saga, Step
+from gpudock_server.model.changes import Change, Claim, PutContainer
+from gpudock_server.model.container import Container
+from gpudock_server.model.node import NodeRecord
+from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
+from gpudock_server.model.record import JsonObject
+from gpudock_server.ports import ContainerView
+from typing_extensions import override
+
+from tests.rpc.fakes import LONG_AGO
+from tests.rpc.memory_store import MemoryStore
+from tests.unit.desk import Desk
+
+
+class UnsteadyStore(MemoryStore):
+    """A store whose next transactions fail with `failures` (None: one that does not), and `daemons` that are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failures: deque[Exception | None] = deque()
+        self.before: Callable[[Sequence[Change]], None] = lambda _: None
+        self.daemons: list[NodeRecord] = []
+
+    @override
+    async def apply(self, changes: Sequence[Change]) -> int:
+        self.before(changes)
+        failure = self.failures.popleft() if self.failures else None
+        if failure is not None:
+            raise failure
+        return await super().apply(changes)
+
+    @override
+    async def nodes(self) -> tuple[NodeRecord, ...]:
+        return tuple(self.daemons)
+
+
+def daemon(node: str, address: str) -> NodeRecord:
+    """A daemon that is alive."""
+    return NodeRecord(
+        node=node,
+        host="host1",
+        address=address,
+        version="1",
+        engine_id="E",
+        boot_id="b",
+        pid=1,
+        start_ticks=1,
+        start_time=LONG_AGO,
+    )
+
+
+Do = Callable[[Run], Awaitable[JsonObject | None]]
+
+
+class Script(Saga[ContainerView]):
+    """A saga of these steps; its commit makes `changes` besides, and the head one generation older."""
+
+    def __init__(self, desk: Desk, steps: Sequence[Step], after: Sequence[Step] = ()) -> None:
+        self.desk = desk
+        self._steps, self._after = tuple(steps), tuple(after)
+        self.changes: Callable[[Container], Sequence[Change]] = lambda _: ()
+
+    @property
+    @override
+    def steps(self) -> tuple[Step, ...]:
+        return self._steps
+
+    @property
+    @override
+    def after(self) -> tuple[Step, ...]:
+        return self._after
+
+    @override
+    async def look(self, run: Run) -> ContainerView | None:
+        return await self.desk.store.container(run.operation.target.name)
+
+    @override
+    async def commit(self, run: Run, view: ContainerView) -> Outcome:
+        container = view.container.changed(generation=view.container.generation + 1)
+        return Outcome([PutContainer(container, expect=view.version), *self.changes(container)], container)
+
+    @override
+    async def abandon(self, run: Run, view: ContainerView) -> Sequence[Change]:
+        return [PutContainer(view.container, expect=view.version)]
+
+
+class Held(Script):
+    """One that nobody may cancel."""
+
+    cancellable = False
+
+
+async def draft_of(
+    desk: Desk,
+    saga: Callable[[Operation], Script],
+    *,
+    claims: Sequence[Claim] = (),
+    kind: OperationKind = OperationKind.RESTART,
+) -> Draft:
+    """A draft of an operation on container `a`."""
+    view = await desk.store.container("a")
+    assert view is not None
+    return Draft(
+        kind=kind,
+        target=view.container.target,
+        head=PutContainer(view.container, expect=view.version),
+        arguments={},
+        plan=OperationPlan(),
+        build=saga,
+        claims=claims,
+    )
+
+
+async def begun(desk: Desk, script: Script, *, claims: Sequence[Claim] = ()) -> str:
+    """Begin it; its id."""
+    return await desk.operations.begin(lambda: draft_of(desk, lambda _: script, claims=claims), None)
+
+
+async def nothing(_: Run) -> None:
+    """A step that does nothing."""

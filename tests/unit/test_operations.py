@@ -1,0 +1,540 @@
+"""What begins, and what does not; what is seen of an operation, cancelled, taken up and left."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from gpudock_server.core import operations as operations_module
+from gpudock_server.core.containers import stop
+from gpudock_server.core.containers.commands import Create, Restart, Stop
+from gpudock_server.core.operations import Draft, Operations, RequestKey, elsewhere, planned
+from gpudock_server.core.running import Snapshot
+from gpudock_server.core.saga import Run, Step
+from gpudock_server.core.sagas import saga_builder
+from gpudock_server.core.volumes import commands as volume_commands
+from gpudock_server.core.volumes import create as create_volume
+from gpudock_server.errors import (
+    ContainerBusy,
+    ContainerExists,
+    GpudockError,
+    OperationNotCancellable,
+    OperationNotFound,
+    OperationResultGone,
+    Recorded,
+    Recovering,
+    RequestIdReused,
+    ShuttingDown,
+    StoreFull,
+    StoreUnavailable,
+    VolumeBusy,
+    VolumeElsewhere,
+    VolumeExists,
+    WrongNode,
+)
+from gpudock_server.model.changes import Unlocked
+from gpudock_server.model.operation import Operation, OperationKind, OperationState, RecordedError, Stage, StageState
+from gpudock_server.model.target import Target, TargetKind
+from gpudock_server.ports import Versioned
+
+from tests.rpc.fakes import LONG_AGO
+from tests.unit.desk import LONG, NODE, SPEC, Desk
+from tests.unit.scripted import Held, Script, UnsteadyStore, begun, daemon, draft_of, nothing
+
+ID = "1b4e28ba-2fa1-41d2-883f-0016d3cca427"
+
+
+@pytest.fixture
+async def desk() -> Desk:
+    """A node with container `a`."""
+    made = Desk(store=UnsteadyStore())
+    await made.made()
+    return made
+
+
+def store_of(desk: Desk) -> UnsteadyStore:
+    assert isinstance(desk.store, UnsteadyStore)
+    return desk.store
+
+
+def recovering(desk: Desk) -> Operations:
+    """A process that has just begun."""
+    desk.operations = Operations(desk.store, NODE, saga_builder(desk.world, desk.storage), recovering=True)
+    return desk.operations
+
+
+def record(desk: Desk, **changes: object) -> Operation:
+    """An operation on container `a` that no process drives."""
+    operation = Operation(
+        id=ID,
+        kind=OperationKind.STOP,
+        target=desk.head().target,
+        node=NODE,
+        state=OperationState.RUNNING,
+        create_time=LONG_AGO,
+        update_time=LONG_AGO,
+    ).changed(**changes)
+    desk.store.journal[operation.id] = Versioned(operation, 1)
+    return operation
+
+
+# -- beginning -------------------------------------------------------------------------------------------------------
+
+
+async def test_what_another_operation_has_locked_names_that_operation(desk: Desk) -> None:
+    draft = await stop.draft(desk.world, Stop("a"))
+
+    async def drafted() -> Draft:
+        return draft
+
+    desk.store.locks[TargetKind.CONTAINER, "a"] = "other"
+    with pytest.raises(ContainerBusy) as busy:
+        await desk.operations.begin(drafted, None)
+    assert busy.value.metadata == {"container": "a", "operation_id": "other"}
+    assert not desk.operations.driven
+
+
+async def test_what_another_operation_does_to_a_volume_names_that_operation(desk: Desk) -> None:
+    await desk.must(volume_commands.Create("data", size_bytes=1 << 20))
+    resize = volume_commands.Resize("data", 2 << 20)
+    draft = await desk.volumes._draft(resize)
+    create = await draft_of(desk, lambda _: Script(desk, ()))
+    conditioned = Draft(
+        kind=create.kind,
+        target=create.target,
+        head=create.head,
+        arguments={},
+        plan=create.plan,
+        build=create.build,
+        conditions=[Unlocked(TargetKind.VOLUME, "data")],
+    )
+    desk.store.locks[TargetKind.VOLUME, "data"] = "other"
+    for one in (draft, conditioned):
+
+        async def drafted(one: Draft = one) -> Draft:
+            return one
+
+        with pytest.raises(VolumeBusy) as busy:
+            await desk.operations.begin(drafted, None)
+        assert busy.value.metadata == {"volume": "data", "operation_id": "other"}
+
+
+async def test_of_two_that_make_one_name_one_is_told_so(desk: Desk) -> None:
+    both = await asyncio.gather(*(desk.start(Create("b", SPEC)) for _ in range(2)), return_exceptions=True)
+    (refused,) = [one for one in both if isinstance(one, ContainerExists)]
+    assert refused.container == "b"
+    command = volume_commands.Create("data", size_bytes=1 << 20)
+    drafts = [await create_volume.draft(desk.storage, command) for _ in range(2)]
+
+    async def drafted() -> Draft:
+        return drafts.pop()
+
+    await desk.operations.begin(drafted, None)
+    with pytest.raises(VolumeExists) as exists:
+        await desk.operations.begin(drafted, None)
+    assert exists.value.volume == "data"
+
+
+async def test_a_draft_that_is_out_of_date_is_made_anew_but_not_for_ever(desk: Desk) -> None:
+    tries = 0
+    stale = await draft_of(desk, lambda _: Script(desk, ()))
+    desk.store.put(desk.head())
+
+    async def drafted() -> Draft:
+        nonlocal tries
+        tries += 1
+        return stale if tries < 64 else await draft_of(desk, lambda _: Script(desk, ()))
+
+    await desk.ended(await desk.operations.begin(drafted, None))
+    assert tries == 64
+    tries = -10
+    with pytest.raises(StoreUnavailable) as refused:
+        await desk.operations.begin(drafted, None)
+    assert refused.value.detail == "too many others take what this call picks"
+    assert tries == 54
+
+
+async def test_a_call_that_is_made_again_is_the_same_operation(desk: Desk) -> None:
+    first = await desk.start(Restart("a"), RequestKey(ID, "digest"))
+    assert await desk.start(Restart("a"), RequestKey(ID, "digest")) == first
+    with pytest.raises(RequestIdReused) as reused:
+        await desk.start(Stop("a"), RequestKey(ID, "other"))
+    assert reused.value.request_id == ID
+    operation = await desk.ended(first)
+    assert (operation.request_id, operation.request_digest) == (ID, "digest")
+    assert await desk.start(Restart("a"), RequestKey(ID, "digest")) == first
+
+
+async def test_a_call_that_fails_because_it_has_just_been_done_is_that_operation(desk: Desk) -> None:
+    done = await desk.start(Restart("a"), RequestKey(ID, "digest"))
+    known = desk.store.calls.pop(ID)
+
+    async def drafted() -> Draft:
+        desk.store.calls[ID] = known
+        raise ContainerBusy(container="a", operation_id=done)
+
+    assert await desk.operations.begin(drafted, RequestKey(ID, "digest")) == done
+    await desk.ended(done)
+
+
+async def test_nothing_begins_before_the_recovery_is_over_but_what_is_part_of_it(desk: Desk) -> None:
+    operations = recovering(desk)
+
+    async def begin(*, recovers: bool = False) -> str:
+        return await operations.begin(lambda: draft_of(desk, lambda _: Script(desk, ())), None, recovers=recovers)
+
+    with pytest.raises(Recovering):
+        await begin()
+    operations.recovery_waits(StoreFull("no room"))
+    with pytest.raises(StoreFull) as full:
+        await begin()
+    assert full.value.detail == "no room"
+    operations.recovery_waits(None)
+    with pytest.raises(Recovering):
+        await begin()
+    await desk.ended(await begin(recovers=True))
+    operations.open()
+    await desk.ended(await begin())
+
+
+async def test_nothing_begins_when_the_process_is_to_stop(desk: Desk) -> None:
+    await desk.operations.drain(0)
+    with pytest.raises(ShuttingDown):
+        await desk.start(Stop("a"))
+
+
+async def test_a_plan_is_of_no_operation(desk: Desk) -> None:
+    operation = await desk.containers.preview(Create("b", SPEC))
+    assert operation.id == ""
+    assert operation.target == Target(kind=TargetKind.CONTAINER, name="b", uid="")
+    assert (operation.state, operation.kind, operation.node) == (OperationState.PLANNED, OperationKind.CREATE, NODE)
+    assert [stage.name for stage in operation.stages] == ["create", "start", "verify", "commit"]
+    assert {stage.state for stage in operation.stages} == {StageState.PENDING}
+    assert operation.create_time == operation.update_time
+    assert operation.arguments["start"] is True
+    draft = await stop.draft(desk.world, Stop("a"))
+    of_a = planned(draft, "n")
+    assert (of_a.target, of_a.node, of_a.plan) == (desk.head().target, "n", draft.plan)
+
+
+async def test_the_record_of_an_operation(desk: Desk) -> None:
+    operation = await desk.must(Restart("a"))
+    assert operation.kind is OperationKind.RESTART
+    assert (operation.target, operation.node) == (desk.head().target, NODE)
+    assert operation.committed
+    assert operation.result == desk.head()
+    assert [(stage.name, stage.state) for stage in operation.stages] == [
+        (name, StageState.DONE) for name in ("stop", "start", "verify", "commit")
+    ]
+    assert operation.facts("verify") == {"exit_code": None}
+    assert operation.current_stage == ""
+    assert operation.end_time is not None
+    assert operation.create_time <= operation.end_time
+    for stage in operation.stages:
+        assert stage.start_time is not None
+        assert stage.end_time is not None
+
+
+# -- watching --------------------------------------------------------------------------------------------------------
+
+
+async def collected(desk: Desk, operation_id: str) -> list[Snapshot]:
+    async with asyncio.timeout(LONG):
+        return [snapshot async for snapshot in desk.operations.watch(operation_id)]
+
+
+async def test_a_watcher_sees_the_operation_until_its_end(desk: Desk) -> None:
+    async def work(run: Run) -> None:
+        run.describe("at work")
+        run.progress(1, 3)
+        await asyncio.sleep(0)
+        run.progress(3, 3)
+        await asyncio.sleep(0)
+
+    async def rest(_: Run) -> None:
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    seen = await collected(desk, await begun(desk, Script(desk, [Step("work", work), Step("rest", rest)])))
+    shown = {(one.operation.current_stage, one.current_bytes, one.total_bytes, one.message) for one in seen}
+    assert ("work", 3, 3, "at work") in shown
+    assert ("rest", 0, 0, "") in shown
+    assert seen[-1].operation.state is OperationState.SUCCEEDED
+    assert seen[-1].operation.stages[0].current_bytes == seen[-1].operation.stages[0].total_bytes == 3
+
+
+async def test_what_has_ended_is_shown_once(desk: Desk) -> None:
+    operation = await desk.must(Stop("a"))
+    assert [one.operation for one in await collected(desk, operation.id)] == [operation]
+    assert (await desk.operations.get(operation.id)).operation == operation
+    with pytest.raises(OperationNotFound) as unknown:
+        await desk.operations.get(ID)
+    assert unknown.value.operation_id == ID
+
+
+async def test_what_another_node_does_is_shown_as_it_is(desk: Desk) -> None:
+    operation = record(desk, node="other")
+    assert [one.operation for one in await collected(desk, ID)] == [operation]
+
+
+async def test_what_nobody_drives_is_no_answer(desk: Desk) -> None:
+    record(desk)
+    with pytest.raises(RuntimeError, match=ID):
+        await collected(desk, ID)
+    desk.operations._draining.set()
+    with pytest.raises(ShuttingDown):
+        await collected(desk, ID)
+
+
+async def test_a_watch_waits_for_an_operation_that_is_to_be_taken_up(desk: Desk) -> None:
+    operation_id = await desk.start(Restart("a"))
+    await desk.operations.drain(0)
+    operations = recovering(desk)
+    watching = asyncio.create_task(collected(desk, operation_id))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not watching.done()
+    assert await operations.resume() == (operation_id,)
+    assert (await watching)[-1].operation.state is OperationState.SUCCEEDED
+
+
+@pytest.mark.parametrize("turn", ["open", "drain"])
+async def test_a_watch_that_waits_in_vain_ends(desk: Desk, turn: str) -> None:
+    record(desk)
+    operations = recovering(desk)
+    watching = asyncio.create_task(collected(desk, ID))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not watching.done()
+    if turn == "open":
+        desk.store.journal[ID] = Versioned(record(desk).changed(state=OperationState.FAILED), 2)
+        operations.open()
+        assert (await watching)[-1].operation.state is OperationState.FAILED
+    else:
+        await operations.drain(0)
+        with pytest.raises(ShuttingDown):
+            await watching
+
+
+async def test_a_page_of_operations(desk: Desk) -> None:
+    await desk.must(Restart("a"))
+    first = await desk.operations.list(page_size=1, page_token="")
+    second = await desk.operations.list(page_size=1, page_token=first.next_token)
+    assert [one.kind for one in (*first.items, *second.items)] == [OperationKind.RESTART, OperationKind.CREATE]
+
+
+# -- results ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_result_that_is_no_longer_kept_is_the_object_as_it_is_now(desk: Desk) -> None:
+    await desk.must(volume_commands.Create("data", size_bytes=1 << 20))
+    operations, over = desk.operations, {"state": OperationState.SUCCEEDED, "result": None}
+    assert await operations.outcome(record(desk, **over)) == desk.head()
+    assert await operations.outcome(record(desk, target=desk.volume().target, **over)) == desk.volume()
+    assert await operations.result(ID) == desk.volume()
+    gone: list[dict[str, object]] = [
+        {"kind": OperationKind.COMMIT},
+        {"target": desk.head().target.model_copy(update={"uid": ID})},
+        {"target": desk.volume().target.model_copy(update={"name": "other"})},
+        {"target": desk.head().target.model_copy(update={"name": "data"})},
+    ]
+    for changes in gone:
+        with pytest.raises(OperationResultGone) as refused:
+            await operations.outcome(record(desk, **over, **changes))
+        assert refused.value.operation_id == ID
+
+
+async def test_the_result_of_what_failed_is_its_error(desk: Desk) -> None:
+    error = RecordedError(code=5, reason="R", message="m", metadata={"k": "v"})
+    failed = record(desk, state=OperationState.FAILED, error=error)
+    for call in (desk.operations.outcome(failed), desk.operations.result(ID), desk.operations.done(ID)):
+        with pytest.raises(Recorded) as raised:
+            await call
+        found = raised.value
+        assert (found.recorded_code, found.recorded_reason, found.recorded_message) == (5, "R", "m")
+        assert found.recorded_metadata == {"k": "v"}
+
+
+# -- cancelling ------------------------------------------------------------------------------------------------------
+
+
+async def refusal(desk: Desk, operation_id: str = ID) -> GpudockError:
+    with pytest.raises(GpudockError) as refused:
+        await desk.operations.cancel(operation_id)
+    return refused.value
+
+
+async def test_what_cannot_be_cancelled(desk: Desk) -> None:
+    assert isinstance(await refusal(desk), OperationNotFound)
+    record(desk, state=OperationState.SUCCEEDED, node="other")
+    ended = await refusal(desk)
+    assert isinstance(ended, OperationNotCancellable)
+    assert ended.metadata == {"operation_id": ID, "state": "SUCCEEDED"}
+    record(desk, node="other")
+    elsewhere_now = await refusal(desk)
+    assert isinstance(elsewhere_now, WrongNode)
+    assert (elsewhere_now.container, elsewhere_now.node, elsewhere_now.address) == ("a", "other", "")
+    store_of(desk).daemons = [daemon("third", "t:1"), daemon("other", "o:1")]
+    elsewhere_now = await refusal(desk)
+    assert isinstance(elsewhere_now, WrongNode)
+    assert elsewhere_now.address == "o:1"
+    record(desk)
+    recovering(desk)
+    assert isinstance(await refusal(desk), Recovering)
+    desk.operations.recovery_waits(StoreFull("no room"))
+    assert isinstance(await refusal(desk), StoreFull)
+    record(desk, state=OperationState.FAILED)
+    assert isinstance(await refusal(desk), OperationNotCancellable)
+
+
+async def test_what_was_cancelled_may_be_cancelled_again(desk: Desk) -> None:
+    operation = record(desk, cancel_requested=True, node="other")
+    assert (await desk.operations.cancel(ID)).operation == operation
+
+
+def test_an_operation_of_another_node_is_told_by_its_target(desk: Desk) -> None:
+    target = Target(kind=TargetKind.VOLUME, name="data", uid=ID)
+    error = elsewhere(record(desk, target=target, node="other"), "o:1")
+    assert isinstance(error, VolumeElsewhere)
+    assert (error.volume, error.node, error.address) == ("data", "other", "o:1")
+
+
+async def test_what_nobody_may_cancel_goes_on(desk: Desk) -> None:
+    gate = asyncio.Event()
+
+    async def work(_: Run) -> None:
+        await gate.wait()
+
+    operation_id = await begun(desk, Held(desk, [Step("work", work)]))
+    await asyncio.sleep(0)
+    refused = await refusal(desk, operation_id)
+    assert isinstance(refused, OperationNotCancellable)
+    assert refused.metadata == {"operation_id": operation_id, "state": "RUNNING"}
+    gate.set()
+    assert (await desk.ended(operation_id)).state is OperationState.SUCCEEDED
+
+
+async def test_a_cancel_is_recorded_before_the_undo(desk: Desk) -> None:
+    undoing, may_undo = asyncio.Event(), asyncio.Event()
+
+    async def work(_: Run) -> None:
+        await asyncio.Event().wait()
+
+    async def undo(_: Run) -> None:
+        undoing.set()
+        await may_undo.wait()
+
+    operation_id = await begun(desk, Script(desk, [Step("work", work, undo)]))
+    await asyncio.sleep(0)
+    snapshot = await desk.operations.cancel(operation_id)
+    assert snapshot.operation.cancel_requested
+    assert snapshot.operation.state is OperationState.UNDOING
+    await undoing.wait()
+    assert (await desk.operations.cancel(operation_id)).operation.cancel_requested
+    may_undo.set()
+    operation = await desk.ended(operation_id)
+    assert operation.state is OperationState.CANCELLED
+    assert [stage.state for stage in operation.stages] == [StageState.UNDONE, StageState.PENDING]
+
+
+async def test_a_cancel_of_what_cannot_be_recorded_says_so_and_is_not_forgotten(desk: Desk) -> None:
+    started = asyncio.Event()
+
+    async def work(_: Run) -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    operation_id = await begun(desk, Script(desk, [Step("work", work)]))
+    await started.wait()
+    store_of(desk).failures.append(StoreFull("no room"))
+    refused = await refusal(desk, operation_id)
+    assert isinstance(refused, StoreFull)
+    assert refused.detail == "no room"
+    assert (await desk.ended(operation_id)).state is OperationState.CANCELLED
+
+
+# -- a process' life -------------------------------------------------------------------------------------------------
+
+
+async def test_only_what_is_unfinished_here_is_taken_up(desk: Desk) -> None:
+    left = [f"{number}{ID[1:]}" for number in range(4)]
+    record(desk, node="other")
+    for one in left:
+        record(
+            desk,
+            id=one,
+            stages=[Stage(name="pause"), Stage(name="commit")],
+            kind=OperationKind.PAUSE,
+            arguments={"engine_id": desk.engine_id(), "freeze": True},
+        )
+    ended = desk.store.journal[left[0]]
+    unfinished = desk.store.unfinished
+
+    async def while_two_end(node: str) -> tuple[Versioned[Operation], ...]:
+        found = await unfinished(node)
+        desk.store.journal[left[0]] = Versioned(ended.value.changed(state=OperationState.SUCCEEDED), ended.version)
+        desk.store.journal.pop(left[1], None)
+        return found
+
+    desk.store.unfinished = while_two_end  # type: ignore[method-assign]
+    assert await desk.operations.resume([left[2]]) == (left[3],)
+    assert desk.operations.active == desk.operations.driven == {left[3]}
+    assert await desk.operations.resume([left[2]]) == ()
+    assert (await desk.ended(left[3])).state is OperationState.SUCCEEDED
+    assert await desk.operations.resume() == (left[2],)
+    await desk.operations.settle([left[2], ID])
+    assert desk.store.journal[left[2]].value.state is OperationState.SUCCEEDED
+    assert not desk.operations.active
+    await desk.operations.drain(0)
+    desk.store.journal[left[3]] = Versioned(ended.value.changed(id=left[3]), 1)
+    assert await desk.operations.resume() == ()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations_module, "_TAKING_UP_SECONDS", 0.001)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_start_waits_for_all_but_what_is_interruptible(desk: Desk) -> None:
+    short, long = asyncio.Event(), asyncio.Event()
+
+    def wait(event: asyncio.Event) -> Callable[[Run], asyncio.Future[None]]:
+        async def work(_: Run) -> None:
+            await event.wait()
+
+        return work  # type: ignore[return-value]  # an awaitable, as a step's has to be
+
+    script = Script(desk, [Step("short", wait(short)), Step("long", wait(long), interruptible=True)])
+    operation_id = await begun(desk, script)
+    settling = asyncio.create_task(desk.operations.settle_short([operation_id, ID]))
+    for _ in range(20):
+        await asyncio.sleep(0.001)
+    assert not settling.done()
+    short.set()
+    async with asyncio.timeout(LONG):
+        await settling
+    assert operation_id in desk.operations.active
+    assert desk.store.journal[operation_id].value.stages[0].state is StageState.DONE
+    await desk.operations.drain(LONG)
+    stages = desk.store.journal[operation_id].value.stages
+    assert [stage.state for stage in stages] == [StageState.DONE, StageState.PENDING, StageState.PENDING]
+    assert not long.is_set()
+
+
+async def test_a_stop_gives_what_runs_its_time(desk: Desk) -> None:
+    gate = asyncio.Event()
+
+    async def work(_: Run) -> None:
+        await gate.wait()
+
+    operation_id = await begun(desk, Script(desk, [Step("work", work), Step("rest", nothing)]))
+    draining = asyncio.create_task(desk.operations.drain(LONG))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not draining.done()
+    gate.set()
+    await draining
+    stages = desk.store.journal[operation_id].value.stages
+    assert [stage.state for stage in stages] == [StageState.DONE, StageState.PENDING, StageState.PENDING]
