@@ -41,7 +41,7 @@ from gpudock_server.adapters.volumes import (
     LoopBackend,
     PlainBackend,
     ProjectQuotaBackend,
-    RsyncCopier,
+    TreeCopier,
     attach_all,
     check_versions,
 )
@@ -385,7 +385,7 @@ def _storage(settings: Settings, world: World, engine_root: str, instruments: In
     return Storage(
         world=world,
         backends=[instruments.volumes(backend) for backend in backends],
-        copier=instruments.copier(RsyncCopier(backends, settings.stall_timeout)),
+        copier=instruments.copier(TreeCopier(backends, settings.stall_timeout)),
         path=str(root),
         forced=None if chosen is VolumeBackendChoice.AUTO else VolumeBackendKind(chosen.name),
         overcommit=settings.volume_overcommit,

@@ -261,7 +261,7 @@ class Settings(BaseSettings):
     )
     stall_timeout: Annotated[Seconds, Field(ge=10)] = Field(
         120,
-        description="how long a program that works on files (a snapshot, a copy, rsync) may make no progress before it "
+        description="how long a program that works on files (a snapshot, a copy) may make no progress before it "
         "is killed and the operation undone",
     )
     keep_revisions: Annotated[int, Field(ge=1, le=10000), Shown("N")] = Field(

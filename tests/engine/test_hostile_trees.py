@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from gpudock_server.adapters.layers import OverlayLayerStore, OverlaySnapshotStore
 from gpudock_server.adapters.trees.limits import Limits
-from gpudock_server.adapters.volumes import RsyncCopier
+from gpudock_server.adapters.volumes import TreeCopier
 from gpudock_server.adapters.volumes.folder import StoreFolder
 from gpudock_server.errors import SnapshotFailed, VolumeFailed
 from gpudock_server.model.operation import CarryMethod, new_operation_id
@@ -52,16 +52,34 @@ def place(tmp_path: Path) -> Iterator[HostilePlace]:
     remove_tree(str(root))
 
 
-async def test_the_store_of_a_volume_with_deep_folders_is_deleted_and_a_copy_of_it_fails_in_words(
-    place: HostilePlace,
-) -> None:
-    folders, uid = Folders(place.root), str(uuid.uuid4())
+@pytest.mark.parametrize("shape", ZOO)
+async def test_a_hostile_volume_is_copied_while_it_changes_and_then_equal(place: HostilePlace, shape: str) -> None:
+    folders = Folders(place.root)
     source, target = folders.store("source"), folders.store("target")
-    with _opened(place.root / "source") as root:
-        nested(root, 30, "n" * 199)
-    with pytest.raises(VolumeFailed, match="rsync ended with 23") as refused:
-        await RsyncCopier([folders]).copy(source, target, _no_progress)
-    assert len(refused.value.message) < 1000
+    copier, root = TreeCopier([folders]), place.root / "source"
+    with _opened(root) as opened:
+        ZOO[shape](opened)
+    (root / "gone later").write_text("x")
+    (root / "other content").write_text("before")
+    times = (root / "other content").stat()
+    await copier.copy(source, target, _no_progress, final=False)
+    (root / "gone later").unlink()
+    (root / "other content").write_text("behind")
+    os.utime(root / "other content", ns=(times.st_atime_ns, times.st_mtime_ns))
+    await copier.copy(source, target, _no_progress, final=True)
+    assert fingerprint(str(place.root / "target")) == fingerprint(str(root))
+    assert (await copier.verify(source, target)).entries > 0
+    (place.root / "target/other content").write_text("BEHIND")
+    os.utime(place.root / "target/other content", ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(VolumeFailed, match="the content of a file differs"):
+        await copier.verify(source, target)
+    await copier.copy(source, target, _no_progress, final=True)
+    await copier.verify(source, target)
+
+
+async def test_the_store_of_a_volume_with_deep_folders_is_deleted(place: HostilePlace) -> None:
+    folders, uid = Folders(place.root), str(uuid.uuid4())
+    folders.store("source")
     with _opened(place.root / "source") as root:
         nested(root, 1200, "d")  # deeper than Python calls itself, as shutil.rmtree does for each folder
     store = StoreFolder(place.root / "volumes", uid)

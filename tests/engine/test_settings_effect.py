@@ -36,7 +36,7 @@ __all__ = ["own"]
 _ALWAYS = container_pb2.SNAPSHOT_POLICY_ALWAYS
 _NEVER = container_pb2.SNAPSHOT_POLICY_NEVER
 _VOLUME_SIZE = 320 << 20
-# In the command line of the child process that works on the files of layers.
+# In the command line of the child process that works on the files of layers and volumes.
 _TREES = b"adapters.trees.child"
 # Ends by itself two seconds after it was asked to.
 _SAID_GOODBYE = 7
@@ -234,7 +234,7 @@ async def test_stall_timeout_ends_what_makes_no_progress(own: OwnDaemons) -> Non
             await caller.delete("one")
 
         await caller.create_volume("data", 2 * _VOLUME_SIZE)
-        frozen = asyncio.create_task(asyncio.to_thread(_freeze_child, daemon, b"rsync"))
+        frozen = asyncio.create_task(asyncio.to_thread(_freeze_child, daemon, _TREES))
         refused = await failure(caller.resize_volume("data", _VOLUME_SIZE))
         await frozen
         assert refused.reason == "VOLUME_FAILED"

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
+import threading
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from gpudock_server.adapters.trees.stalls import StalledError, unless_stalled
-from gpudock_server.adapters.volumes import RsyncCopier
+from gpudock_server.adapters.volumes import TreeCopier
 from gpudock_server.adapters.volumes.view import Reach
 from gpudock_server.errors import VolumeFailed
 from gpudock_server.model.volume import VolumeBackendKind, VolumeBacking
+
+from tests.rig.patience import PATIENCE
 
 MIB = 1 << 20
 
@@ -37,35 +40,68 @@ class Folders:
         return VolumeBacking(kind=self.kind, uid=str(uuid.uuid4()), name=name, size_bytes=0, engine_volume=name)
 
 
-def _sessions(target: Path) -> set[int]:
-    """The process groups of rsync that write to a folder."""
-    found = subprocess.run(["pgrep", "--full", f"^rsync .*{target}/$"], capture_output=True, text=True, check=False)
-    return {os.getpgid(int(pid)) for pid in found.stdout.split()}
+def _child() -> int:
+    """The process that works on trees for this one; 0 for none."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            fields = (process / "stat").read_bytes().rpartition(b")")[2].split()
+            if int(fields[1]) == os.getpid() and b"trees.child" in (process / "cmdline").read_bytes():
+                return int(process.name)
+    return 0
 
 
-async def test_an_rsync_that_opens_a_fifo_is_ended_and_the_copy_fails(tmp_path: Path) -> None:
-    """The file was a file when rsync listed it; opening what it is by now waits for a writer that never comes."""
+async def test_a_copy_whose_process_stands_still_is_ended_and_fails(tmp_path: Path) -> None:
     folders = Folders(tmp_path)
     source, target = folders.store("source"), folders.store("target")
     (tmp_path / "source/a").write_bytes(os.urandom(MIB) * 256)
-    (tmp_path / "source/z").write_bytes(b"z" * 10)
-    copying = asyncio.create_task(
-        RsyncCopier([folders], stall_seconds=2).copy(source, target, lambda _current, _total: None)
-    )
-    async with asyncio.timeout(60):
-        # While the first file is sent, the list is made and the second file is not opened yet.
-        while not list((tmp_path / "target").glob(".a.*")):
+    copying = asyncio.create_task(TreeCopier([folders], stall_seconds=2).copy(source, target, _nobody, final=True))
+    async with asyncio.timeout(60 * PATIENCE):
+        while not list((tmp_path / "target").iterdir()):
             assert not copying.done()
             await asyncio.sleep(0.001)
-        (session,) = _sessions(tmp_path / "target")
-        os.killpg(session, signal.SIGSTOP)
-        assert not (tmp_path / "target/z").exists()
-        (tmp_path / "source/z").unlink()
-        os.mkfifo(tmp_path / "source/z")
-        os.killpg(session, signal.SIGCONT)
-        with pytest.raises(VolumeFailed, match="rsync made no progress for 2 s"):
+        os.kill(_child(), signal.SIGSTOP)
+        with pytest.raises(VolumeFailed, match="the job 'mirror' on a tree made no progress for 2 s"):
             await copying
-    assert _sessions(tmp_path / "target") == set()
+    assert _child() == 0
+    await TreeCopier([folders]).copy(source, target, _nobody, final=True)
+    assert (tmp_path / "target/a").read_bytes() == (tmp_path / "source/a").read_bytes()
+
+
+async def test_files_that_become_fifos_while_they_are_copied_hold_nothing_up(tmp_path: Path) -> None:
+    """What was a file when it was listed may be a FIFO when it is opened, whose writer never comes."""
+    folders = Folders(tmp_path)
+    source, target = folders.store("source"), folders.store("target")
+    # So many that one of them is exchanged between a look at it and its opening.
+    names = [tmp_path / f"source/{number}" for number in range(500)]
+    ending = threading.Event()
+    rounds = 0
+
+    def exchange() -> None:
+        nonlocal rounds
+        made = tmp_path / "made"
+        while not ending.is_set():
+            for make in (Path.touch, os.mkfifo):
+                for name in names:
+                    make(made)
+                    made.rename(name)
+            rounds += 1
+
+    thread = threading.Thread(target=exchange)
+    thread.start()
+    copier = TreeCopier([folders], stall_seconds=10)
+    try:
+        for _ in range(6):
+            await copier.copy(source, target, _nobody, final=False)
+    finally:
+        ending.set()
+        thread.join()
+    assert rounds > 0
+    await copier.copy(source, target, _nobody, final=True)
+    await copier.verify(source, target)
+
+
+def _nobody(_current: int, _total: int) -> None:
+    """Is told of progress."""
 
 
 async def test_what_goes_on_is_not_stalled_however_long_it_takes() -> None:
@@ -85,7 +121,7 @@ async def test_what_sleeps_is_stalled() -> None:
 
 
 async def test_a_child_of_what_waits_counts_too() -> None:
-    """Like rsync, whose first process waits for two others."""
+    """A program may leave all work to others and wait for them."""
     script = "i=0; while [ $i -lt 10 ]; do sleep 0.2; i=$((i+1)); done & wait"
     process = await asyncio.create_subprocess_exec("sh", "-c", script, start_new_session=True)
     assert await unless_stalled(process.wait(), process.pid, "sh", 1.0) == 0

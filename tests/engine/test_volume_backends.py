@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from gpudock_server.adapters.docker import DockerEngine
-from gpudock_server.adapters.volumes import LoopBackend, PlainBackend, ProjectQuotaBackend, RsyncCopier, attach_all
+from gpudock_server.adapters.volumes import LoopBackend, PlainBackend, ProjectQuotaBackend, TreeCopier, attach_all
 from gpudock_server.adapters.volumes.filesystems import FILESYSTEMS
 from gpudock_server.adapters.volumes.folder import StoreFolder
 from gpudock_server.adapters.volumes.loop import _swap_images
@@ -517,7 +517,7 @@ async def test_no_room_for_the_image(root: Path) -> None:
 
 async def test_copy_and_verify(root: Path) -> None:
     loop = LoopBackend(root, local=True)
-    copier = RsyncCopier([loop])
+    copier = TreeCopier([loop])
     old = await loop.create(_new_uid(), "data", 2 * SIZE)
     new = await loop.create(_new_uid(), "data", SIZE)
     told: list[tuple[int, int]] = []
@@ -525,11 +525,8 @@ async def test_copy_and_verify(root: Path) -> None:
         await asyncio.to_thread(grow, source, 1500)
         block = os.urandom(20 * MIB)
         Path(source, "block").write_bytes(block)
-        await copier.copy(old, new, lambda current, total: told.append((current, total)))
-        found = await copier.verify(old, new)
+        await copier.copy(old, new, lambda current, total: told.append((current, total)), final=False)
         assert told[-1][0] == told[-1][1] > 20 * MIB
-        assert found.entries > 1500
-        assert found.content_bytes > 20 * MIB
 
         # What the times do not show: a byte that changes behind them.
         before = Path(source, "block").stat()
@@ -537,14 +534,24 @@ async def test_copy_and_verify(root: Path) -> None:
         Path(source, "block").write_bytes(changed)
         os.utime(Path(source, "block"), ns=(before.st_atime_ns, before.st_mtime_ns))
         Path(source, "grown/odd/fifo").unlink()
-        await copier.copy(old, new, lambda _current, _total: None)
-        with pytest.raises(VolumeFailed, match="the content of a file differs"):
+        with pytest.raises(VolumeFailed, match="the copy is not equal"):
             await copier.verify(old, new)
-        await copier.copy(old, new, lambda _current, _total: None, thorough=True)
-        assert (await copier.verify(old, new)).entries == found.entries - 1
+        await copier.copy(old, new, _no_progress, final=True)
+        found = await copier.verify(old, new)
+        assert found.entries > 1500
+        assert found.content_bytes > 20 * MIB
+
+        # A copy that is spoiled is found, by content alone too, and made anew.
         async with loop.opened(new) as target:
-            assert hashlib.sha256(Path(target, "block").read_bytes()).digest() == hashlib.sha256(changed).digest()
-            Path(target, "block").chmod(0o600)
+            copied = Path(target, "block")
+            assert hashlib.sha256(copied.read_bytes()).digest() == hashlib.sha256(changed).digest()
+            copied.write_bytes(block)
+            os.utime(copied, ns=(before.st_atime_ns, before.st_mtime_ns))
+            with pytest.raises(VolumeFailed, match="the content of a file differs"):
+                await copier.verify(old, new)
+            await copier.copy(old, new, _no_progress, final=True)
+            assert await copier.verify(old, new) == found
+            copied.chmod(0o600)
             with pytest.raises(VolumeFailed, match="/block differs in mode"):
                 await copier.verify(old, new)
     for each in (old, new):
@@ -553,17 +560,39 @@ async def test_copy_and_verify(root: Path) -> None:
 
 async def test_a_copy_that_does_not_fit(root: Path) -> None:
     loop = LoopBackend(root, local=True)
-    copier = RsyncCopier([loop])
+    copier = TreeCopier([loop])
     old = await loop.create(_new_uid(), "data", 2 * SIZE)
     new = await loop.create(_new_uid(), "data", SIZE)
     async with loop.opened(old) as source:
         Path(source, "block").write_bytes(os.urandom(SIZE))
-        with pytest.raises(DiskFull):
-            await copier.copy(old, new, lambda _current, _total: None)
+        for final in (False, True):
+            with pytest.raises(DiskFull):
+                await copier.copy(old, new, _no_progress, final=final)
     with pytest.raises(VolumeFailed, match="same store"):
-        await copier.copy(old, old, lambda _current, _total: None)
+        await copier.copy(old, old, _no_progress, final=True)
     for each in (old, new):
         await loop.destroy(each)
+
+
+async def test_a_copy_that_has_no_room_for_what_was_deleted_since(root: Path) -> None:
+    """The target takes what the source has now, though not together with what it had at the copy before."""
+    loop = LoopBackend(root, local=True)
+    copier = TreeCopier([loop])
+    old = await loop.create(_new_uid(), "data", 2 * SIZE)
+    new = await loop.create(_new_uid(), "data", SIZE)
+    async with loop.opened(old) as source:
+        Path(source, "before").write_bytes(os.urandom(SIZE * 2 // 3))
+        await copier.copy(old, new, _no_progress, final=False)
+        Path(source, "before").unlink()
+        Path(source, "after").write_bytes(os.urandom(SIZE * 2 // 3))
+        await copier.copy(old, new, _no_progress, final=True)
+        assert (await copier.verify(old, new)).entries == sum(1 for _ in Path(source).iterdir()) + 1
+    for each in (old, new):
+        await loop.destroy(each)
+
+
+def _no_progress(_current: int, _total: int) -> None:
+    """Tell nobody."""
 
 
 # ---- hosts without quotas ----

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from gpudock_server.adapters.docker import DockerEngine
-from gpudock_server.adapters.volumes import LoopBackend, ProjectQuotaBackend, RsyncCopier, attach_all
+from gpudock_server.adapters.volumes import LoopBackend, ProjectQuotaBackend, TreeCopier, attach_all
 from gpudock_server.adapters.volumes.folder import StoreFolder
 from gpudock_server.errors import VolumeFailed, VolumeTooSmallForData
 from gpudock_server.model.engine import LABEL_UID
@@ -172,8 +172,8 @@ async def test_a_copy_counts_for_the_new_store(quota: ProjectQuotaBackend) -> No
     old, new = [await quota.create(_new_uid(), "data", 2 * SIZE) for _ in range(2)]
     async with quota.opened(old) as folder:
         grow(folder, 1500)
-    copier = RsyncCopier([quota])
-    await copier.copy(old, new, lambda _current, _total: None)
+    copier = TreeCopier([quota])
+    await copier.copy(old, new, lambda _current, _total: None, final=True)
     assert (await copier.verify(old, new)).entries > 1500
     assert abs((await quota.usage(new)).used_bytes - (await quota.usage(old)).used_bytes) < 2 * MIB
     for each in (old, new):

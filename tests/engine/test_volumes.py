@@ -23,7 +23,7 @@ from tests.calls import Caller, Failure, failure, failure_of
 from tests.engine.loops import detach_below, loops_below
 from tests.engine.own_daemons import OwnDaemons, own
 from tests.engine.volume_boxes import box
-from tests.rig import Rig
+from tests.rig import GLIBC, Rig
 
 __all__ = ["own"]
 
@@ -300,6 +300,44 @@ async def test_a_full_pool_is_told_before_anything_is_made(own: OwnDaemons) -> N
         assert node.volume_pool.total_bytes > node.volume_pool.free_bytes > 0
         listed = await caller.volumes.ListVolumes(volume_service_pb2.ListVolumesRequest())
         assert not listed.volumes
+
+
+NAME = "n" * 199
+# With the folder of a store before it, the path of the file is longer than PATH_MAX.
+PLANT_DEEP = f"""
+import os
+os.chdir("/data")
+for number in range(20):
+    os.mkdir("{NAME}")
+    os.chdir("{NAME}")
+    os.utime(".", (number, number))
+open("file", "w").write("at the bottom")
+"""
+LOOK_DEEP = f"""
+import os
+os.chdir("/data")
+for _ in range(20):
+    os.chdir("{NAME}")
+    print(os.stat(".").st_mtime_ns, os.listdir("."))
+print(open("file").read())
+"""
+
+
+@pytest.mark.usefixtures("detached")
+async def test_a_volume_with_deep_folders_is_shrunk_by_copy(own: OwnDaemons) -> None:
+    daemon = await own.start("--volume-backend", "loop", "--volume-filesystem", "xfs")
+    async with Caller(daemon.target) as caller:
+        await caller.create_volume("data", 2 * SIZE)
+        await caller.create("one", image=GLIBC, mounts=[mount("data")])
+        await caller.shell("one", f"python3 -c '{PLANT_DEEP}'")
+        files = await caller.shell("one", f"python3 -c '{LOOK_DEEP}'")
+        assert files.count(NAME) == 19
+        assert files.endswith("at the bottom\n")
+        shrunk = await caller.resize_volume("data", SIZE)
+        assert "exchange" in shrunk.snapshots[-1].plan.stages, "it was shrunk in place"
+        assert abs(await df_size(caller, "one") - SIZE) < SIZE // 50
+        assert await caller.shell("one", f"python3 -c '{LOOK_DEEP}'") == files
+        await caller.delete_all()
 
 
 @pytest.mark.usefixtures("detached")

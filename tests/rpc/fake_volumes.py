@@ -110,9 +110,7 @@ class FakeCopier(VolumeCopier):
     """Copies nothing."""
 
     @override
-    async def copy(
-        self, source: VolumeBacking, target: VolumeBacking, progress: Progress, *, thorough: bool = False
-    ) -> None:
+    async def copy(self, source: VolumeBacking, target: VolumeBacking, progress: Progress, *, final: bool) -> None:
         progress(0, 0)
 
     @override

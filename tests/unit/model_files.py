@@ -340,9 +340,7 @@ class ModelCopier(FakeCopier):
         self.volumes = volumes
 
     @override
-    async def copy(
-        self, source: VolumeBacking, target: VolumeBacking, progress: Progress, *, thorough: bool = False
-    ) -> None:
+    async def copy(self, source: VolumeBacking, target: VolumeBacking, progress: Progress, *, final: bool) -> None:
         async with self.volumes.faults.call("copier.copy"):
             size, _ = self.volumes.stores[target.uid]
             _, content = self.volumes.stores.get(source.uid, (0, f"of {source.engine_volume}"))

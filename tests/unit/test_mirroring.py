@@ -44,7 +44,7 @@ class Generation:
         self.index = Index(source.stat().st_dev)
         self.moved = 0
 
-    def run(self, *, live: bool, quiet: bool = False, interrupt: Interrupt | None = None) -> None:
+    def run(self, *, live: bool, quiet: bool = False, clones: bool = False, interrupt: Interrupt | None = None) -> None:
         """One pass."""
         interrupt = interrupt or Interrupt()
         with ExitStack() as stack:
@@ -56,7 +56,7 @@ class Generation:
                 tree = stack.enter_context(opened(self.before.tree))
                 previous = Copies(self.before.index, tree, self.index.device)
                 stack.callback(previous.trail.leave)
-            duplicator = Duplicator(interrupt, lambda _count: None, clones=False)
+            duplicator = Duplicator(interrupt, lambda _count: None, clones=clones)
             mirror = Mirror(
                 source, target, state, duplicator, interrupt, previous=previous, live=live, quiet=quiet,
                 handled=lambda _count: None, tick_ns=TICK_NS,
@@ -151,6 +151,18 @@ def test_what_did_not_change_is_not_touched(folder: Path) -> None:
     mirror.run(live=False)
     assert mirror.moved == 1
     mirror.check()
+
+
+def test_the_file_that_shows_that_extents_cannot_be_shared_is_copied_once(folder: Path) -> None:
+    """Whether they can is known when it was tried, with the first file; that one was copied again by every pass."""
+    (folder / "source/file").write_text("content")
+    let_the_clock_tick(folder)
+    mirrored = Generation(folder / "source", folder / "1", None)
+    mirrored.run(live=True, clones=True)
+    assert mirrored.moved == 2
+    mirrored.run(live=True, clones=True)
+    assert mirrored.moved == 0
+    mirrored.check()
 
 
 def test_the_next_snapshot_links_what_did_not_change_and_compares_what_was_copied_elsewhere(folder: Path) -> None:

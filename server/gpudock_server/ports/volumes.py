@@ -114,14 +114,12 @@ class VolumeBackend(Protocol):
 class VolumeCopier(Protocol):
     """Carries a volume's files to another store. Raises VolumeFailed, DiskFull."""
 
-    async def copy(
-        self, source: VolumeBacking, target: VolumeBacking, progress: Progress, *, thorough: bool = False
-    ) -> None:
-        """Make the target's files equal to the source's, moving only what differs by size or time of modification.
+    async def copy(self, source: VolumeBacking, target: VolumeBacking, progress: Progress, *, final: bool) -> None:
+        """Make the target's files equal to the source's, moving only what has changed since the copy before.
 
-        The source may be in use: call it again, once nothing writes any more, for what has changed meanwhile.
-        `thorough` reads everything on both sides instead of believing sizes and times, which a memory-mapped file can
-        outwit. `progress` counts bytes inside files.
+        The source may be in use; the `final` copy is made once nothing writes any more, and what was known of earlier
+        copies is forgotten with it: one that follows copies everything anew. Until the final one, the target has more
+        in it than the files. `progress` counts the bytes of disk that the source's files take.
         """
         ...
 

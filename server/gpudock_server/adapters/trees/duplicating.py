@@ -8,6 +8,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from gpudock_server.adapters.trees.interrupt import Interrupt
 
@@ -15,14 +16,23 @@ from gpudock_server.adapters.trees.interrupt import Interrupt
 _FICLONE = 0x40049409
 _CLONES_NOWHERE = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EXDEV})
 _CLONES_NOT_THIS = frozenset({errno.EINVAL, errno.ETXTBSY, errno.EPERM})
-_COPIES_NOT_ITSELF = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+_COPIES_NOWHERE = frozenset({errno.EXDEV, errno.ENOSYS})
+_COPIES_NOT_ITSELF = _COPIES_NOWHERE | {errno.EINVAL, errno.EOPNOTSUPP}
 _NO_XATTRS = frozenset({errno.ENOTSUP, errno.ENODATA})
 # sync_file_range(2): WAIT_BEFORE | WRITE | WAIT_AFTER
-_WRITE_AND_WAIT = 7
+_WRITE_AND_WAIT, _WRITE = 7, 2
 _TMPFS, _RAMFS = 0x01021994, 0x858458F6
 _STATFS_BYTES = 512
 _CHUNK_BYTES = 8 << 20
 _READ_BYTES = 1 << 20
+_BUFFER_BYTES = 1 << 20
+
+
+class Made(NamedTuple):
+    """How a file was copied: whether it shares its extents, and whether it was written back before."""
+
+    cloned: bool
+    written: bool
 
 
 class Duplicator:
@@ -35,14 +45,17 @@ class Duplicator:
         self._interrupt = interrupt
         self._moved = moved
         self._libc = ctypes.CDLL(None, use_errno=True)
+        self._kernel_copies = True
+        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
         self.clones = clones
 
-    def file(self, source: int, status: os.stat_result, folder: int, name: str) -> bool:
-        """Make `name` in `folder` equal to an open regular file; True when it shares its extents."""
+    def file(self, source: int, status: os.stat_result, folder: int, name: str, *, write_back: bool = False) -> Made:
+        """Make `name` in `folder` equal to an open regular file; `write_back` it before it is copied byte by byte."""
         target = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
         try:
-            cloned = self._cloned(source, target)
+            cloned, written = self._cloned(source, target), False
             if not cloned:
+                written = write_back and self.write_back(source)
                 self._fill(source, target, status)
             os.fchown(target, status.st_uid, status.st_gid)
             match_xattrs(source, target)
@@ -50,7 +63,7 @@ class Duplicator:
             os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
         finally:
             os.close(target)
-        return cloned
+        return Made(cloned, written)
 
     def special(self, handle: int, status: os.stat_result, folder: int, name: str) -> None:
         """Make `name` in `folder` equal to a link, a device, a whiteout, a fifo or a socket (an O_PATH descriptor)."""
@@ -102,7 +115,7 @@ class Duplicator:
         at = 0
         while at < size:
             self._interrupt.check()
-            begin = min(_next_data(one, at, size), _next_data(other, at, size))
+            begin = min(next_data(one, at, size), next_data(other, at, size))
             if os.pread(one, _READ_BYTES, begin) != os.pread(other, _READ_BYTES, begin):
                 return False
             at = begin + _READ_BYTES
@@ -122,18 +135,44 @@ class Duplicator:
         return True
 
     def _fill(self, source: int, target: int, status: os.stat_result) -> None:
+        length = 0
         for begin, end in data_ranges(source, status):
-            self._copy_range(source, target, begin, end)
-        os.ftruncate(target, status.st_size)
+            length = self._copy_range(source, target, begin, end)
+        # Not where it would change nothing: XFS then writes the file out and waits for the disk.
+        if length != status.st_size:
+            os.ftruncate(target, status.st_size)
 
-    def _copy_range(self, source: int, target: int, begin: int, end: int) -> None:
+    def _copy_range(self, source: int, target: int, begin: int, end: int) -> int:
+        """Copy a part; where it ended. It ends early when the source was truncated, so it will be copied again."""
+        unwritten = begin
         while begin < end:
             self._interrupt.check()
-            count = _copied_at(source, target, begin, min(end - begin, _CHUNK_BYTES))
-            if count == 0:  # it was truncated, so it will be copied again
-                return
+            count = self._copied_at(source, target, begin, min(end - begin, _CHUNK_BYTES))
+            if count == 0:
+                break
             begin += count
             self._moved(count)
+            if begin - unwritten >= _CHUNK_BYTES:
+                self._begin_to_write(target, unwritten, begin - unwritten)
+                unwritten = begin
+        return begin
+
+    def _begin_to_write(self, file: int, at: int, count: int) -> None:
+        """Have the disk write while more is copied. All is written in the end, where an error is told."""
+        self._libc.sync_file_range(file, ctypes.c_longlong(at), ctypes.c_longlong(count), ctypes.c_uint(_WRITE))
+
+    def _copied_at(self, source: int, target: int, at: int, count: int) -> int:
+        if self._kernel_copies:
+            try:
+                return os.copy_file_range(source, target, count, at, at)
+            except OSError as error:
+                if error.errno not in _COPIES_NOT_ITSELF:
+                    raise
+                self._kernel_copies = error.errno not in _COPIES_NOWHERE
+        found, written = os.preadv(source, [self._buffer[:count]], at), 0
+        while written < found:
+            written += os.pwrite(target, self._buffer[written:found], at + written)
+        return written
 
 
 def can_clone(folder: int, name: str) -> bool:
@@ -162,7 +201,7 @@ def data_ranges(file: int, status: os.stat_result) -> Iterator[tuple[int, int]]:
         yield 0, size
         return
     at = 0
-    while (begin := _next_data(file, at, size)) < size:
+    while (begin := next_data(file, at, size)) < size:
         at = min(os.lseek(file, begin, os.SEEK_HOLE), size)
         yield begin, at
 
@@ -194,7 +233,7 @@ def _xattrs(entry: int | str, *, follow: bool) -> dict[str, bytes]:
         raise
 
 
-def _next_data(file: int, at: int, size: int) -> int:
+def next_data(file: int, at: int, size: int) -> int:
     """Where the next data begins; `size` when only a hole follows."""
     try:
         return min(os.lseek(file, at, os.SEEK_DATA), size)
@@ -202,16 +241,3 @@ def _next_data(file: int, at: int, size: int) -> int:
         if error.errno == errno.ENXIO:
             return size
         raise
-
-
-def _copied_at(source: int, target: int, at: int, count: int) -> int:
-    try:
-        return os.copy_file_range(source, target, count, at, at)
-    except OSError as error:
-        if error.errno not in _COPIES_NOT_ITSELF:
-            raise
-    data = os.pread(source, min(count, _READ_BYTES), at)
-    written = 0
-    while written < len(data):
-        written += os.pwrite(target, data[written:], at + written)
-    return written

@@ -6,6 +6,7 @@ device and inode that the path has to lead to.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -43,6 +44,7 @@ _LITTLE_ENTRIES = 200
 _PROGRESS_SECONDS = 0.25
 _LOCK_SECONDS = 10.0
 _BLOCK_BYTES = 512
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class JobRefusedError(Exception):
@@ -170,8 +172,15 @@ class Jobs:
         still: bool,
         quiet: bool,
         limits: list[int] | None,
+        total: int = 0,
+        durable: bool = False,
     ) -> dict[str, Any]:
-        """Make one tree equal to another. What was done so far is kept in the folder `hidden` of the target."""
+        """Make one tree equal to another. What was done so far is kept in the folder `hidden` of the target.
+
+        `still`: the source does not change, and this is the last pass; the folder is removed. `total`: the bytes of
+        disk that the source takes, where they were measured already. `durable`: what was copied is on the disk at the
+        end.
+        """
         with Place(*source).opened() as from_, Place(*target).opened() as into:
             _lock(into, Place(*target).path)
             with suppress(FileExistsError):
@@ -179,18 +188,22 @@ class Jobs:
             state = os.open(hidden, FOLDER_FLAGS, dir_fd=into)
             try:
                 report = Report(self.send)
+                report.total = total
                 work = Work(
                     from_, into, state, None, clones=True, quiet=quiet, report=report, limits=_limits(limits),
                     hidden=hidden,
                 )  # fmt: skip
-                if not still:
+                if still:
+                    self._pass(work, still=True)
+                else:
                     self._gather_into(work)
-                    return {}
-                self._pass(work, still=True)
             finally:
                 os.close(state)
-            self.index = None
-            _remove_hidden(into, hidden, self.interrupt)
+            if still:
+                self.index = None
+                _remove_hidden(into, hidden, self.interrupt)
+            if durable:
+                write_out(into)
         return {}
 
     def fill(self, *, source: list[Any], target: list[Any], hidden: str, total: int, clones: bool) -> dict[str, Any]:
@@ -254,7 +267,8 @@ class Jobs:
 
     def _gather_into(self, work: Work) -> None:
         """Pass after pass, until one finds little, or the source changes as fast as it is copied."""
-        work.report.total = measure(work.source, None, self.interrupt, work.limits).bytes
+        if not work.report.total:
+            work.report.total = measure(work.source, None, self.interrupt, work.limits).bytes
         write_out(work.source)  # in one go, which is quicker than each file by itself (see Duplicator.write_back)
         before: Moved | None = None
         for _ in range(_MOST_PASSES):
@@ -269,10 +283,22 @@ class Jobs:
         """Bring what changed since the last pass. While it works there is no index, so a torn tree is never trusted."""
         index, self.index = self.index or load_index(work.state, same_boot=True), None
         forget_index(work.state)
-        device = os.fstat(work.source).st_dev
-        if index is None or index.device != device:
-            self._start_over(work)
-            index = Index(device)
+        if index is None or index.device != os.fstat(work.source).st_dev:
+            return self._pass_anew(work, still=still)
+        try:
+            return self._pass_from(index, work, still=still)
+        except OSError as error:
+            # What is gone from the source goes last from the target, which may have no room for both.
+            if not work.hidden or error.errno not in _NO_ROOM:
+                raise
+        return self._pass_anew(work, still=still)
+
+    def _pass_anew(self, work: Work, *, still: bool) -> Moved:
+        """Bring everything to a target that is emptied first."""
+        self._start_over(work)
+        return self._pass_from(Index(os.fstat(work.source).st_dev), work, still=still)
+
+    def _pass_from(self, index: Index, work: Work, *, still: bool) -> Moved:
         duplicator = Duplicator(self.interrupt, work.report.add, clones=work.clones)
         mirror = Mirror(
             work.source, work.target, work.state, duplicator, self.interrupt, previous=work.previous, live=not still,
@@ -280,9 +306,25 @@ class Jobs:
         )  # fmt: skip
         fresh = mirror.run(index)
         fresh.complete, fresh.cloned = still, duplicator.clones
-        save_index(fresh, work.state)
+        self._save(fresh, work)
         self.index = fresh
         return mirror.moved
+
+    def _save(self, index: Index, work: Work) -> None:
+        """Write the index down for the next pass.
+
+        In the target's own tree nothing needs it after the last pass; and where there is no room for it beside the
+        files, the next pass begins anew.
+        """
+        if not work.hidden:
+            save_index(index, work.state)
+        elif not index.complete:
+            try:
+                save_index(index, work.state)
+            except OSError as error:
+                if error.errno not in _NO_ROOM:
+                    raise
+                empty_folder(work.state, self.interrupt)
 
     def _start_over(self, work: Work) -> None:
         """Empty the target, all but the state that may lie in it."""

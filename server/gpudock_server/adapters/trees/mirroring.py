@@ -366,12 +366,14 @@ class Mirror:
         if entry := self._same_as_before(place, name, file, key):
             self._handled(size)
             return entry._replace(key=key, settled=settled, shared=True)
-        cloned = self._duplicator.file(file, status, self._staging, _STAGED)
+        write_back = self._live and not written
+        cloned, copied_written = self._duplicator.file(file, status, self._staging, _STAGED, write_back=write_back)
         if cloned:
             self._handled(size)
-            settled = settled or self._is_past(status, looked)
         else:
             self.moved.bytes += size
+        if cloned or (copied_written and self._shows_stores):
+            settled = settled or self._is_past(status, looked)
         return self._entry(key, settled=settled, shared=cloned)
 
     def _same_as_before(self, place: _Place, name: str, file: int, key: Key) -> Entry | None:

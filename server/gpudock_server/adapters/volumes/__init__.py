@@ -1,7 +1,7 @@
 """Volumes with a size on this host: by project quota, in loop images, or none; and the copy from one to another."""
 
 from gpudock_server.adapters.volumes.boot import AttachProblem, attach_all
-from gpudock_server.adapters.volumes.copying import RsyncCopier
+from gpudock_server.adapters.volumes.copying import TreeCopier
 from gpudock_server.adapters.volumes.loop import LoopBackend
 from gpudock_server.adapters.volumes.plain import PlainBackend
 from gpudock_server.adapters.volumes.quota import PROJECT_IDS, ProjectQuotaBackend
@@ -13,7 +13,7 @@ __all__ = [
     "LoopBackend",
     "PlainBackend",
     "ProjectQuotaBackend",
-    "RsyncCopier",
+    "TreeCopier",
     "attach_all",
     "check_versions",
 ]

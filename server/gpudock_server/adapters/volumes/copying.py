@@ -1,41 +1,24 @@
-"""ports.VolumeCopier by rsync: the bulk while the source is in use, then the difference, then a reading of both."""
+"""ports.VolumeCopier by the mirror of trees: the bulk while the source is in use, the difference, a reading of both."""
 
 from __future__ import annotations
 
-import asyncio
-import re
-from asyncio import StreamReader
-from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import AsyncIterator, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager
+import os
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
-from gpudock_server.adapters.layers.copying import StillCopyingError, sole_writer, tree_bytes
 from gpudock_server.adapters.layers.privilege import why_no_copy
-from gpudock_server.adapters.layers.threads import run_to_end
 from gpudock_server.adapters.trees.jobs import JobRefusedError
-from gpudock_server.adapters.trees.limits import Limits, TreeTooLargeError
-from gpudock_server.adapters.trees.stalls import DEFAULT_STALL_SECONDS, StalledError, unless_stalled
-from gpudock_server.adapters.trees.syncing import write_out
-from gpudock_server.adapters.trees.worker import TreeWorker, ended
+from gpudock_server.adapters.trees.limits import DEFAULT_MAX_ENTRIES, MAX_NAME_BYTES, Limits, TreeTooLargeError
+from gpudock_server.adapters.trees.stalls import DEFAULT_STALL_SECONDS, StalledError
+from gpudock_server.adapters.trees.worker import TreeWorker, run_job
 from gpudock_server.adapters.volumes.failures import volume_errors
-from gpudock_server.adapters.volumes.programs import ProgramFailed, environment, missing, mortal
+from gpudock_server.adapters.volumes.programs import ProgramFailed
 from gpudock_server.adapters.volumes.view import Reachable, View, mounted
 from gpudock_server.errors import VolumeFailed
 from gpudock_server.model.volume import TreeSummary, VolumeBacking
 from gpudock_server.ports import Progress, VolumeCopier
-
-_MEASURE_SECONDS: Final = 300.0
-_COMPLAINT_BYTES: Final = 16384
-_SHOWN_CHARACTERS: Final = 600
-# rsync(1): some files vanished before they could be read; whoever uses the source may delete.
-_VANISHED: Final = 24
-_BYTES_SO_FAR: Final = re.compile(rb"\s*(\d+)\s")
-# a: all metadata, H: hard links, A: ACLs, X: extended attributes, S: holes stay holes. Times are compared to the
-# nanosecond: what is written twice within a second would otherwise look the same.
-_OPTIONS: Final = ("-aHAXS", "--numeric-ids", "--delete", "--modify-window=-1", "--one-file-system")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,35 +40,42 @@ class _Pair:
         return self.view.path(self.target)
 
 
-class RsyncCopier(VolumeCopier):
-    """Implements ports.VolumeCopier between stores of any of `backends`, whether they are mounted or not."""
+class TreeCopier(VolumeCopier):
+    """Implements ports.VolumeCopier between stores of any of `backends`, whether they are mounted or not.
+
+    Both trees are walked by a child process, relative to directory descriptors (`trees.mirroring`). What a copy knows
+    of the source lies in a folder of the target until the final copy.
+    """
 
     def __init__(self, backends: Iterable[Reachable], stall_seconds: float = DEFAULT_STALL_SECONDS) -> None:
         """A copy or a comparison that makes no progress for `stall_seconds` is ended and fails."""
         self._backends = {backend.kind: backend for backend in backends}
         self._stall_seconds = stall_seconds
 
-    async def copy(
-        self, source: VolumeBacking, target: VolumeBacking, progress: Progress, *, thorough: bool = False
-    ) -> None:
+    async def copy(self, source: VolumeBacking, target: VolumeBacking, progress: Progress, *, final: bool) -> None:
         """See the protocol. What is in the target and not in the source is deleted there."""
         async with self._both("copy", source, target) as pair:
-            with volume_errors("copy", source.name, Path(pair.new), source.size_bytes):
-                if reason := missing("rsync") or why_no_copy():
+            with volume_errors("copy", source.name, Path(pair.new), source.size_bytes), _failures():
+                if reason := why_no_copy():
                     raise ProgramFailed(reason)
-                try:
-                    total = await tree_bytes(pair.old, apparent=True, timeout_seconds=_MEASURE_SECONDS)
-                    async with sole_writer(pair.new) as lock:
-                        await _rsync(pair, lock, total, progress, self._stall_seconds, thorough=thorough)
-                except (StillCopyingError, StalledError) as error:
-                    raise ProgramFailed(str(error)) from error
-                except TimeoutError as error:
-                    raise ProgramFailed("its files could not be counted in time") from error
+                measured = await run_job(
+                    "measure", memory_bytes=Limits().memory_bytes, stall_seconds=self._stall_seconds,
+                    source=[pair.old], previous="", limits=None,
+                )  # fmt: skip
+                total = int(measured["bytes"])
+                progress(0, total)
+                await run_job(
+                    "mirror", lambda current, _: progress(min(current, total), total),
+                    memory_bytes=_index_memory(int(measured["entries"])), stall_seconds=self._stall_seconds,
+                    source=[pair.old], target=[pair.new], hidden=f".gpudock-{target.uid}", still=final, quiet=final,
+                    limits=None, total=total, durable=True,
+                )  # fmt: skip
+                progress(total, total)
 
     async def verify(self, source: VolumeBacking, target: VolumeBacking) -> TreeSummary:
         """See the protocol."""
         async with self._both("verify the copy of", source, target) as pair:
-            with volume_errors("verify the copy of", source.name, Path(pair.new)):
+            with volume_errors("verify the copy of", source.name, Path(pair.new)), _failures():
                 worker = TreeWorker(Limits().memory_bytes, self._stall_seconds)
                 try:
                     # One after the other: the two share a disk.
@@ -94,8 +84,6 @@ class RsyncCopier(VolumeCopier):
                     if before == after:
                         return before
                     found = (await worker.call("differences", old=pair.old, new=pair.new))["found"]
-                except (JobRefusedError, StalledError, TreeTooLargeError) as error:
-                    raise ProgramFailed(str(error)) from error
                 finally:
                     await worker.close()
         detail = f"the copy is not equal: {'; '.join(found) or 'the content of a file differs'}"
@@ -114,58 +102,23 @@ class RsyncCopier(VolumeCopier):
             yield _Pair(view=view, source=old.path, target=new.path)
 
 
-async def _rsync(
-    pair: _Pair, lock: int, total: int, progress: Progress, stall_seconds: float, *, thorough: bool
-) -> None:
-    checking = ["--checksum"] if thorough else []
-    told = ["--info=progress2", "--no-human-readable"]
-    command = ["rsync", *_OPTIONS, *checking, *told, "--", f"{pair.source}/", f"{pair.target}/"]
-    process = await asyncio.create_subprocess_exec(
-        *mortal(pair.view.entered(*command)),
-        stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True, pass_fds=(lock,), env=environment(),
-    )  # fmt: skip
+@contextmanager
+def _failures() -> Iterator[None]:
+    """Raise what a job on a tree ends with as ProgramFailed, which `volume_errors` knows."""
     try:
-        progress(0, total)
-        complaint = await unless_stalled(_heard(process, total, progress), process.pid, "rsync", stall_seconds)
-        code = await process.wait()
-    finally:
-        await ended(process)
-    if code not in (0, _VANISHED):
-        raise ProgramFailed(f"rsync ended with {code}: {_without_middle(complaint)}")
-    await run_to_end(write_out, lock)
-    progress(total, total)
+        yield
+    except (JobRefusedError, StalledError, TreeTooLargeError) as error:
+        raise ProgramFailed(str(error)) from error
 
 
-def _without_middle(text: str) -> str:
-    """The text; of a long one, which is mostly a long path, the beginning and the end."""
-    if len(text) <= _SHOWN_CHARACTERS:
-        return text
-    return f"{text[: _SHOWN_CHARACTERS // 3]}...{text[-_SHOWN_CHARACTERS * 2 // 3 :]}"
+def _index_memory(entries: int) -> int:
+    """The address space (bytes) for the index of a tree that may grow to twice as many entries.
 
-
-async def _heard(process: Process, total: int, progress: Progress) -> str:
-    """Pass on progress until the process closes its outputs; what it said on stderr."""
-    complaint, _ = await asyncio.gather(_complaint(process), _reported(process, total, progress))
-    return complaint
-
-
-async def _reported(process: Process, total: int, progress: Progress) -> None:
-    """Pass on what rsync prints about once a second: the bytes so far, in lines that end with a carriage return."""
-    stdout = _stream(process.stdout)
-    while chunk := await stdout.read(_COMPLAINT_BYTES):
-        if found := _BYTES_SO_FAR.match(chunk.rpartition(b"\r")[2]):
-            progress(min(int(found[1]), total), total)
-
-
-async def _complaint(process: Process) -> str:
-    """The beginning of stderr; the rest is read and dropped, so that rsync never waits for a reader."""
-    stderr = _stream(process.stderr)
-    kept = bytearray()
-    while chunk := await stderr.read(_COMPLAINT_BYTES):
-        kept += chunk[: _COMPLAINT_BYTES - len(kept)]
-    return kept.decode(errors="replace").strip()
-
-
-def _stream(stream: StreamReader | None) -> StreamReader:
-    assert stream is not None  # noqa: S101 - a pipe was asked for
-    return stream
+    The owner of a volume decides how many files are in it: there is no more than half of the machine's memory, and no
+    less than for a container's layer.
+    """
+    least = Limits().memory_bytes
+    expected = max(DEFAULT_MAX_ENTRIES, 2 * entries)
+    names = MAX_NAME_BYTES * expected // DEFAULT_MAX_ENTRIES
+    half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return max(least, min(half, Limits(entries=expected, name_characters=names).memory_bytes))

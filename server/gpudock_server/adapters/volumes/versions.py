@@ -27,7 +27,6 @@ class Requirement:
 
 
 REQUIREMENTS: Final = (
-    Requirement("rsync", "--version", (3, 1, 3), "--modify-window=-1"),
     Requirement("setpriv", "--version", (2, 33), "--pdeathsig"),
     Requirement("unshare", "--version", (2, 26), "--propagation"),
     Requirement("losetup", "--version", (2, 29), "--nooverlap"),

@@ -79,7 +79,7 @@ class View:
     def path(self, inside: Path) -> str:
         """A path in the namespace as it leads there from our own.
 
-        For system calls, and programs that make nothing but system calls of it. One that asks where it is (rsync, df)
+        For system calls, and programs that make nothing but system calls of it. One that asks where it is (df)
         gets an answer that means something else here, and follows it: those are for `run`.
         """
         return f"/proc/{self.pid}/root{inside}"

@@ -10,11 +10,11 @@ from gpudock_server.ports import Progress, VolumeCopier
 
 async def carry(copier: VolumeCopier, source: VolumeBacking, target: VolumeBacking, progress: Progress) -> JsonObject:
     """Copy what differs, and read both sides in full: what they hold. Raises VolumeFailed where they stay different."""
-    await copier.copy(source, target, progress)
+    await copier.copy(source, target, progress, final=True)
     try:
         summary = await copier.verify(source, target)
     except VolumeFailed:
-        # Sizes and times can hide a change, by a mapped file say: once more, believing nothing.
-        await copier.copy(source, target, progress, thorough=True)
+        # Whatever hid a change from the copies before: once more, and everything anew.
+        await copier.copy(source, target, progress, final=True)
         summary = await copier.verify(source, target)
     return summary.model_dump(mode="json")

@@ -293,7 +293,7 @@ class CopySaga(ResizeSaga):
         return VolumeBacking.model_validate(run.operation.facts("make"))
 
     async def _copy(self, run: Run) -> None:
-        await self._storage.copier.copy(self._arguments.old, self._made(run), run.progress)
+        await self._storage.copier.copy(self._arguments.old, self._made(run), run.progress, final=False)
 
     async def _stop(self, _run: Run) -> None:
         for user in self._running:

@@ -1,0 +1,77 @@
+"""The digest of a tree is of what its files hold, however the filesystem keeps them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from gpudock_server.adapters.trees.digest import summary
+from gpudock_server.adapters.trees.interrupt import Interrupt
+
+MIB = 1 << 20
+# Two pieces of data, the second across the border of two blocks, and zeros at the end.
+SIZE = 5 * MIB + 7
+PIECES = {3 * 4096: b"first", 3 * MIB - 2: b"second"}
+
+
+def _digest(folder: Path) -> str:
+    for each in (*folder.iterdir(), folder):
+        os.utime(each, ns=(0, 0))
+    return summary(str(folder), Interrupt()).sha256
+
+
+def _sparse(file: Path, pieces: dict[int, bytes], size: int = SIZE) -> None:
+    with file.open("wb") as opened:
+        for at, data in pieces.items():
+            opened.seek(at)
+            opened.write(data)
+        opened.truncate(size)
+
+
+def test_holes_and_zeros_that_were_written_are_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    _sparse(file, PIECES)
+    assert file.stat().st_blocks * 512 < SIZE
+    digest = _digest(tmp_path)
+    content = file.read_bytes()
+    file.write_bytes(content)
+    assert file.stat().st_blocks * 512 >= SIZE
+    assert _digest(tmp_path) == digest
+    half = content[: 2 * MIB]
+    file.write_bytes(half)
+    os.truncate(file, 3 * MIB - 2)
+    with file.open("ab") as opened:
+        opened.write(content[3 * MIB - 2 :])
+    assert _digest(tmp_path) == digest
+
+
+@pytest.mark.parametrize(
+    ("pieces", "size"),
+    [
+        ({3 * 4096: b"firsT", 3 * MIB - 2: b"second"}, SIZE),
+        ({3 * 4096 + 1: b"first", 3 * MIB - 2: b"second"}, SIZE),
+        ({4 * 4096: b"first", 3 * MIB - 2: b"second"}, SIZE),
+        ({3 * 4096: b"first", 3 * MIB - 3: b"second"}, SIZE),
+        ({3 * 4096: b"first", 4 * MIB - 2: b"second"}, SIZE),
+        ({MIB + 3 * 4096: b"first", 3 * MIB - 2: b"second"}, SIZE),
+        ({3 * 4096: b"first"}, SIZE),
+        ({**PIECES, SIZE - 1: b"x"}, SIZE),
+        (PIECES, SIZE - 1),
+        (PIECES, SIZE + MIB),
+    ],
+)
+def test_another_content_is_another_digest(tmp_path: Path, pieces: dict[int, bytes], size: int) -> None:
+    file = tmp_path / "file"
+    _sparse(file, PIECES)
+    digest = _digest(tmp_path)
+    assert _digest(tmp_path) == digest
+    _sparse(file, pieces, size)
+    assert _digest(tmp_path) != digest
+
+
+def test_a_hole_of_terabytes_takes_no_time(tmp_path: Path) -> None:
+    """Read as zeros, these 8 TiB would take longer than any test may."""
+    _sparse(tmp_path / "file", {1 << 42: b"data"}, 1 << 43)
+    found = summary(str(tmp_path), Interrupt())
+    assert found.content_bytes == 1 << 43
