@@ -41,7 +41,8 @@ _VERDICTS: dict[int | None, Verdict] = {
     -24: Verdict.TIMED_OUT,
     -9: Verdict.TIMED_OUT,
     152: Verdict.TIMED_OUT,
-    255: Verdict.TIMED_OUT,
+    # Its tests could not even be collected.
+    255: Verdict.CAUGHT,
 }
 _NOTICED = (Verdict.CAUGHT, Verdict.TIMED_OUT)
 

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from gpudock_server.errors import EngineRejected
 from gpudock_server.model.engine import (
     LABEL_OPERATION,
+    LABEL_SPEC,
     LABEL_UID,
     Blueprint,
     EngineContainer,
@@ -281,7 +282,7 @@ class ModelEngine(FakeEngine):
                     exit_code=0,
                     oom_killed=False,
                     error="",
-                    labels=blueprint.labels,
+                    labels=blueprint.labels | {LABEL_SPEC: spec.model_dump_json()},
                     gpu_uuids=blueprint.placement.gpu_uuids,
                     ports=blueprint.placement.ports,
                     spec=spec,

@@ -1,0 +1,634 @@
+"""What is refused before anything is done, and what a plan says of what would be done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from gpudock_server.core.containers.commands import (
+    Clone,
+    Command,
+    Commit,
+    Create,
+    Delete,
+    DeleteRevision,
+    FieldChange,
+    FilesPolicy,
+    Pause,
+    PullPolicy,
+    Restart,
+    Rollback,
+    Scale,
+    ScaleStrategy,
+    Start,
+    Stop,
+    Unpause,
+    Update,
+)
+from gpudock_server.core.containers.images import ImageRules
+from gpudock_server.core.containers.world import HistoryDefaults
+from gpudock_server.core.volumes import commands as volume_commands
+from gpudock_server.errors import ContainerRecordLost, GpudockError
+from gpudock_server.model.container import ContainerState
+from gpudock_server.model.engine import NodeLimits
+from gpudock_server.model.image import ImageOrigin
+from gpudock_server.model.operation import CarryMethod, Operation, OperationState
+from gpudock_server.model.snapshot import SnapshotKind, SnapshotMethod
+from gpudock_server.model.spec import ContainerSpec, GpuRequest, Mount, RevisionPolicy, SnapshotPolicy
+from gpudock_server.model.target import TargetKind
+from gpudock_server.model.volume import VolumeState
+from gpudock_server.ports import CommitCost, SnapshotPlan, Versioned
+
+from tests.rpc.fakes import LONG_AGO
+from tests.unit.desk import SPEC, Desk
+from tests.unit.model_engine import IMAGE, OTHER_IMAGE, REMOTE_IMAGE
+from tests.unit.scenarios import DATA, LABELLED, MIB, MOUNTING, THREE, mounted, scaled, scaled_as_image
+from tests.unit.scripted import UnsteadyStore, daemon
+
+S = ContainerState
+BUSY, GONE, PAUSED = "CONTAINER_RUNNING", "CONTAINER_GONE", "CONTAINER_PAUSED"
+NOT_RUNNING, NOT_PAUSED = "CONTAINER_NOT_RUNNING", "CONTAINER_NOT_PAUSED"
+NEITHER = {S.CREATING: NOT_RUNNING, S.DELETING: NOT_RUNNING}
+LOST = {**NEITHER, S.FAILED: GONE}
+
+# What each is refused with, by the state that the container is in; a FAILED one's engine container is gone.
+REFUSALS: list[tuple[Command, dict[ContainerState, str]]] = [
+    (Start("a"), {**LOST, S.PAUSED: PAUSED}),
+    (Start("a", gpus=THREE), {**LOST, S.PAUSED: PAUSED, S.RUNNING: BUSY, S.RESTARTING: BUSY}),
+    (Restart("a"), LOST),
+    (Scale("a", gpus=THREE), {**LOST, S.PAUSED: PAUSED, S.EXITED: NOT_RUNNING, S.STOPPED: NOT_RUNNING}),
+    (Scale("a", shm_size_bytes=MIB), {**LOST, S.PAUSED: PAUSED, S.EXITED: NOT_RUNNING, S.STOPPED: NOT_RUNNING}),
+    (Scale("a", cpus=1.5), {**LOST, S.PAUSED: PAUSED}),
+    (
+        Scale("a", cpus=1.5, strategy=ScaleStrategy.RECREATE),
+        {**LOST, S.PAUSED: PAUSED, S.EXITED: NOT_RUNNING, S.STOPPED: NOT_RUNNING},
+    ),
+    (Update("a", FieldChange("env", {"A": "1"})), {**LOST, S.PAUSED: PAUSED}),
+    (Rollback("a", 1), {**NEITHER, S.PAUSED: PAUSED, S.FAILED: "SNAPSHOT_NOT_FOUND"}),
+    (Stop("a"), NEITHER),
+    (Pause("a"), {state: PAUSED if state is S.PAUSED else NOT_RUNNING for state in S if state is not S.RUNNING}),
+    (Unpause("a"), {state: NOT_PAUSED for state in S if state is not S.PAUSED}),
+    (Delete("a"), {S.RUNNING: BUSY, S.RESTARTING: BUSY, S.PAUSED: BUSY}),
+    (Delete("a", force=True), {}),
+    (Commit("a", "x:y"), {**NEITHER, S.FAILED: NOT_RUNNING}),
+    (Clone("b", "a", LABELLED), {S.FAILED: GONE}),
+]
+
+
+@pytest.fixture
+async def desk() -> Desk:
+    """A node with container `a`."""
+    made = Desk(store=UnsteadyStore())
+    await made.made()
+    return made
+
+
+async def refusal(desk: Desk, command: Command | volume_commands.Command) -> GpudockError:
+    """What is said of what is refused; nothing of it has been done."""
+    before = desk.picture()
+    with pytest.raises(GpudockError) as refused:
+        await desk.start(command)
+    assert desk.picture() == before
+    return refused.value
+
+
+async def preview(desk: Desk, command: Command) -> Operation:
+    """What would be done; nothing is."""
+    before = desk.picture()
+    operation = await desk.containers.preview(command)
+    assert desk.picture() == before
+    assert operation.state is OperationState.PLANNED
+    return operation
+
+
+@pytest.mark.parametrize(("command", "refused"), REFUSALS, ids=lambda one: str(one)[:40])
+async def test_what_a_state_does_not_allow(desk: Desk, command: Command, refused: dict[ContainerState, str]) -> None:
+    for state in ContainerState:
+        if state is S.FAILED:
+            desk.engine.containers.clear()
+        desk.store.put(desk.head().with_status(state=state))
+        if reason := refused.get(state):
+            error = await refusal(desk, command)
+            assert error.reason == reason, state
+            assert error.metadata["container"] == "a"
+            assert error.metadata.get("state", state.value) == state.value
+        else:
+            await preview(desk, command)
+        if state is S.FAILED:
+            desk = Desk(store=UnsteadyStore())
+            await desk.made()
+
+
+NAMED: Sequence[Command] = [command for command, _ in REFUSALS if not isinstance(command, Clone)] + [
+    DeleteRevision("a", 1)
+]
+
+
+@pytest.mark.parametrize("command", NAMED, ids=lambda one: type(one).__name__)
+async def test_what_is_not_there_or_not_as_it_was_seen(desk: Desk, command: Any) -> None:
+    unknown = await refusal(desk, replace(command, name="nobody"))
+    assert (unknown.reason, unknown.metadata) == ("CONTAINER_NOT_FOUND", {"container": "nobody"})
+    stale = await refusal(desk, replace(command, etag="old"))
+    assert stale.reason == "STALE_ETAG"
+    assert stale.metadata == {"container": "a", "etag": "old", "current_etag": desk.head().etag}
+    desk.store.locks[TargetKind.CONTAINER, "a"] = "other"
+    busy = await refusal(desk, replace(command, etag=desk.head().etag))
+    assert (busy.reason, busy.metadata) == ("CONTAINER_BUSY", {"container": "a", "operation_id": "other"})
+    desk.store.locks.clear()
+    desk.store.put(desk.head().changed(node="far"))
+    assert isinstance(desk.store, UnsteadyStore)
+    desk.store.daemons = [daemon("near", "n:1"), daemon("far", "f:1")]
+    elsewhere = await refusal(desk, command)
+    assert elsewhere.reason == "WRONG_NODE"
+    assert (elsewhere.metadata["node"], elsewhere.metadata["address"]) == ("far", "f:1")
+
+
+async def test_a_failed_one_that_the_engine_has_again_is_as_the_engine_shows_it(desk: Desk) -> None:
+    desk.store.put(desk.head().with_status(state=S.FAILED, message="its engine container is gone"))
+    await desk.must(Restart("a"))
+    assert desk.head().status.state is S.RUNNING
+    assert desk.head().status.message == ""
+
+
+async def test_one_that_is_gone_names_the_revisions_that_it_can_be_brought_back_to(desk: Desk) -> None:
+    await desk.must(Scale("a", gpus=THREE))
+    await desk.must(Scale("a", gpus=GpuRequest(count=1)))
+    desk.engine.containers.clear()
+    desk.store.put(desk.head().with_status(state=S.FAILED))
+    gone = await refusal(desk, Start("a"))
+    assert gone.metadata == {"container": "a", "revisions": "1,2"}
+    assert (await refusal(desk, Clone("b", "a", LABELLED))).metadata["revisions"] == "1,2"
+    await desk.must(Rollback("a", 2))
+    assert desk.head().status.state is S.STOPPED
+    assert desk.head().revision == 4
+
+
+async def test_what_is_made_anew_must_not_be_there(desk: Desk) -> None:
+    for command in (Create("a", SPEC), Clone("a", "a", LABELLED)):
+        refused = await refusal(desk, command)
+        assert (refused.reason, refused.metadata) == ("CONTAINER_EXISTS", {"container": "a"})
+    await desk.made("b")
+    # A record that the store lost is found again, and a new container would take its place.
+    del desk.store.heads["a"]
+    for command in (Create("a", SPEC), Clone("a", "b", LABELLED)):
+        lost = await refusal(desk, command)
+        assert isinstance(lost, ContainerRecordLost)
+        assert lost.container == "a"
+
+
+@pytest.mark.parametrize(
+    ("limits", "spec", "metadata"),
+    [
+        (
+            NodeLimits(max_memory_bytes=100),
+            {"memory_bytes": 101},
+            {"field": "memory_bytes", "requested": "101", "maximum": "100", "setting": "max_memory"},
+        ),
+        (
+            NodeLimits(max_pids=100),
+            {"pids_limit": 101},
+            {"field": "pids_limit", "requested": "101", "maximum": "100", "setting": "max_pids_limit"},
+        ),
+    ],
+)
+async def test_a_limit_above_the_nodes_is_refused_unless_it_was_there_before(
+    desk: Desk, limits: NodeLimits, spec: dict[str, int], metadata: dict[str, str]
+) -> None:
+    ((field, value),) = spec.items()
+    await desk.must(Update("a", FieldChange(field, value)))
+    desk.configure(limits=limits)
+    for command in (
+        Create("b", SPEC.changed(**spec)),
+        Update("a", FieldChange(field, value + 1)),
+        Clone("b", "a", FieldChange(field, value)),
+    ):
+        refused = await refusal(desk, command)
+        assert refused.reason == "LIMIT_FORBIDDEN"
+        assert refused.metadata == metadata | {"requested": refused.metadata["requested"]}
+    await preview(desk, Scale("a", cpus=1.5))
+    await preview(desk, Create("b", SPEC.changed(gpus=THREE, **{field: value - 1})))
+
+
+async def test_the_plan_of_a_scale(desk: Desk) -> None:
+    operation = await preview(desk, Scale("a", gpus=THREE))
+    plan, old = operation.plan, desk.head()
+    assert plan.placement.gpu_uuids == ("GPU-0", "GPU-1", "GPU-2")
+    assert plan.kept_gpu_uuids == ("GPU-0", "GPU-1")
+    assert plan.claimed_gpu_uuids == ("GPU-2",)
+    assert plan.released_gpu_uuids == ()
+    assert plan.claimed_ports == ()
+    assert (plan.bytes_to_move, plan.bytes_available) == (5 + 7, 50)
+    assert plan.restarts_process
+    assert plan.carry_method is CarryMethod.EXCHANGE
+    assert plan.snapshot is SnapshotKind.TREE
+    assert plan.warnings == ("it is a test",)
+    assert (plan.old_spec, plan.new_spec) == (old.spec, old.spec.changed(gpus=THREE))
+    assert [stage.name for stage in operation.stages] == [
+        *("create", "locate", "gather", "stop", "complete", "carry", "start", "verify", "seal", "commit", "retire")
+    ]
+    down = await preview(desk, Scale("a", gpus=GpuRequest(count=1)))
+    assert (down.plan.kept_gpu_uuids, down.plan.released_gpu_uuids) == (("GPU-0",), ("GPU-1",))
+    assert down.plan.claimed_gpu_uuids == ()
+
+
+async def test_the_plan_of_limits(desk: Desk) -> None:
+    operation = await preview(desk, Scale("a", memory_bytes=1 << 30, strategy=ScaleStrategy.LIVE))
+    assert not operation.plan.restarts_process
+    assert operation.plan.carry_method is CarryMethod.NONE
+    assert [stage.name for stage in operation.stages] == [
+        *("gather", "freeze", "complete", "thaw", "seal", "limits", "commit")
+    ]
+    live = await refusal(desk, Scale("a", gpus=THREE, shm_size_bytes=MIB, strategy=ScaleStrategy.LIVE))
+    assert live.reason == "RESTART_REQUIRED"
+    assert live.metadata == {"container": "a", "changes": "gpus,shm_size_bytes"}
+    recreate = await preview(desk, Scale("a", cpus=1.5, strategy=ScaleStrategy.RECREATE))
+    assert recreate.plan.restarts_process
+
+
+async def test_a_live_scale_does_not_exchange_a_card_that_is_not_well(desk: Desk) -> None:
+    other = desk.head().status.placement.model_copy(update={"gpu_uuids": ("GPU-0", "GPU-9")})
+    desk.store.put(desk.head().with_status(placement=other))
+    refused = await refusal(desk, Scale("a", gpus=desk.head().spec.gpus, strategy=ScaleStrategy.LIVE))
+    assert refused.metadata == {"container": "a", "changes": "gpus"}
+    # Where the request names no cards, the process goes on with those that it has.
+    assert not (await preview(desk, Scale("a", cpus=1.5))).plan.restarts_process
+
+
+async def test_the_plan_of_a_create_and_of_a_stop(desk: Desk) -> None:
+    plan = (await preview(desk, Create("b", SPEC))).plan
+    assert plan.claimed_gpu_uuids == plan.placement.gpu_uuids == ("GPU-2", "GPU-3")
+    assert plan.claimed_ports == plan.placement.ports
+    assert [port.host_port for port in plan.claimed_ports] == [20001]
+    stop = (await preview(desk, Stop("a"))).plan
+    assert (stop.placement.gpu_uuids, stop.released_gpu_uuids) == ((), ("GPU-0", "GPU-1"))
+    kept = (await preview(desk, Stop("a", keep_resources=True))).plan
+    assert (kept.placement.gpu_uuids, kept.released_gpu_uuids) == (("GPU-0", "GPU-1"), ())
+    desk.keep(on_stop=True)
+    files = (await preview(desk, Stop("a"))).plan
+    assert (files.bytes_to_move, files.bytes_available, files.snapshot) == (7, 70, SnapshotKind.TREE)
+    pause = (await preview(desk, Pause("a"))).plan
+    assert pause.placement == desk.head().status.placement
+
+
+@pytest.mark.parametrize(
+    ("node", "container", "call", "method", "kept", "warned"),
+    [
+        (SnapshotPolicy.ALWAYS, None, None, SnapshotMethod.LINK, SnapshotKind.TREE, ""),
+        (SnapshotPolicy.NEVER, None, None, SnapshotMethod.LINK, None, "the policy is NEVER"),
+        (SnapshotPolicy.NEVER, SnapshotPolicy.ALWAYS, None, SnapshotMethod.LINK, SnapshotKind.TREE, ""),
+        (SnapshotPolicy.ALWAYS, SnapshotPolicy.NEVER, None, SnapshotMethod.LINK, None, "the policy is NEVER"),
+        (
+            SnapshotPolicy.NEVER,
+            SnapshotPolicy.NEVER,
+            SnapshotPolicy.ALWAYS,
+            SnapshotMethod.LINK,
+            SnapshotKind.TREE,
+            "",
+        ),
+        (SnapshotPolicy.CHEAP, None, None, SnapshotMethod.LINK, None, "the policy is CHEAP"),
+        (SnapshotPolicy.CHEAP, None, None, SnapshotMethod.REFLINK, SnapshotKind.TREE, ""),
+        (SnapshotPolicy.CHEAP, None, None, None, None, "the policy is CHEAP"),
+        (
+            SnapshotPolicy.ALWAYS,
+            None,
+            None,
+            None,
+            SnapshotKind.IMAGE,
+            "as an image, which does not keep everything: no",
+        ),
+    ],
+)
+async def test_whether_files_are_kept_is_said_by_the_call_then_the_container_then_the_node(  # noqa: PLR0917
+    desk: Desk,
+    node: SnapshotPolicy,
+    container: SnapshotPolicy | None,
+    call: SnapshotPolicy | None,
+    method: SnapshotMethod | None,
+    kept: SnapshotKind | None,
+    warned: str,
+) -> None:
+    desk.keep(snapshots=node)
+    desk.snapshots.how = (method, "no")
+    spec = desk.head().spec.changed(revision_policy=RevisionPolicy(snapshots=container))
+    desk.store.put(desk.head().changed(spec=spec))
+    operation = await preview(desk, Scale("a", cpus=1.5, snapshots=call))
+    assert operation.plan.snapshot is kept
+    assert [warned in warning for warning in operation.plan.warnings] == [True] * bool(warned)
+
+
+async def test_a_layer_that_is_too_large_is_not_kept_unless_the_call_asks_for_it(desk: Desk) -> None:
+    desk.snapshots.cost = SnapshotPlan(method=SnapshotMethod.LINK, too_large="10 files")
+    operation = await preview(desk, Scale("a", cpus=1.5))
+    assert operation.plan.snapshot is None
+    (warning,) = operation.plan.warnings
+    assert "too large for a snapshot: 10 files" in warning
+    refused = await refusal(desk, Scale("a", cpus=1.5, snapshots=SnapshotPolicy.ALWAYS))
+    assert refused.reason == "SNAPSHOT_FAILED"
+    assert refused.metadata["detail"].startswith("the layer is too large for a snapshot: 10 files")
+    done = await desk.must(Scale("a", cpus=1.5))
+    assert done.state is OperationState.SUCCEEDED
+    view = desk.store.past[desk.head().uid, 1]
+    assert view.snapshot is None
+    assert view.snapshot_warning == "the layer was too large for a snapshot: 10 files"
+
+
+async def test_history_is_pruned_by_number_and_by_age(desk: Desk) -> None:
+    def revisions() -> list[int]:
+        return sorted(number for _, number in desk.store.past)
+
+    desk.keep(keep_revisions=3)
+    for cpus in (1.0, 2.0):
+        await desk.must(Scale("a", cpus=cpus))
+    assert revisions() == [1, 2, 3]
+    operation = await desk.must(Scale("a", cpus=3.0))
+    assert operation.stages[-1].name == "prune"
+    assert revisions() == [2, 3, 4]
+    # The container's own word comes first.
+    await desk.must(Update("a", FieldChange("revision_policy", RevisionPolicy(keep_revisions=2))))
+    assert revisions() == [4, 5]
+    desk.keep(keep_revisions=100, keep_seconds=3600.0)
+    await desk.must(Update("a", FieldChange("revision_policy", RevisionPolicy())))
+    assert revisions() == [4, 5, 6]
+    view = desk.store.past[desk.head().uid, 5]
+    aged = replace(view, revision=view.revision.model_copy(update={"create_time": LONG_AGO}))
+    desk.store.past[desk.head().uid, 5] = aged
+    await desk.must(Scale("a", cpus=4.0))
+    # What replaced the fourth is old; what replaced the fifth is not.
+    assert revisions() == [5, 6, 7]
+    for_ever = RevisionPolicy(keep_for=timedelta(days=365_00))
+    await desk.must(Update("a", FieldChange("revision_policy", for_ever)))
+    assert revisions() == [5, 6, 7, 8]
+
+
+async def test_revisions_that_there_are_not_and_that_are_current(desk: Desk) -> None:
+    await scaled(Desk())
+    for cpus in range(1, 13):
+        await desk.must(Scale("a", cpus=float(cpus)))
+    for command in (Rollback("a", 99), DeleteRevision("a", 99), Clone("b", "a", LABELLED, revision=99)):
+        refused = await refusal(desk, command)
+        assert refused.reason == "REVISION_NOT_FOUND"
+        assert refused.metadata == {
+            "container": "a",
+            "revision": "99",
+            "available": "13,12,11,10,9,8,7,6,5,4",
+        }
+    current = await refusal(desk, DeleteRevision("a", 13))
+    assert (current.reason, current.metadata) == ("REVISION_IS_CURRENT", {"container": "a", "revision": "13"})
+    container, view = await desk.containers.revision("a", 0)
+    assert (container, view.revision.revision) == (desk.head(), 13)
+    assert (await desk.containers.revision("a", 2))[1].revision.spec.cpus == 1.0
+    page = await desk.containers.revisions(container.uid, page_size=2, page_token="")
+    assert [one.revision.revision for one in page.items] == [1, 2]
+
+
+async def test_files_that_were_not_kept_cannot_be_brought_back(desk: Desk) -> None:
+    await desk.must(Scale("a", gpus=THREE, snapshots=SnapshotPolicy.NEVER))
+    for command in (Rollback("a", 1), Clone("b", "a", LABELLED, revision=1)):
+        refused = await refusal(desk, command)
+        assert (refused.reason, refused.metadata) == ("SNAPSHOT_NOT_FOUND", {"container": "a", "revision": "1"})
+    await preview(desk, Rollback("a", 1, spec_only=True))
+
+
+async def test_an_image_that_the_engine_has_no_more_is_pulled_again_where_it_can_be() -> None:
+    desk = Desk()
+    await desk.made(spec=SPEC.changed(image=REMOTE_IMAGE))
+    await desk.must(Update("a", FieldChange("image", OTHER_IMAGE), files=FilesPolicy.DISCARD))
+    image_id = desk.engine.tags.pop(REMOTE_IMAGE)
+    image = desk.engine.images.pop(image_id)
+    operation = await preview(desk, Rollback("a", 1))
+    assert operation.stages[0].name == "pull"
+    (warning,) = [one for one in operation.plan.warnings if "pulled again" in one]
+    assert image_id in warning
+    assert (await refusal(desk, Clone("b", "a", LABELLED, revision=1))).reason == "IMAGE_NOT_FOUND"
+    done = await desk.must(Rollback("a", 1))
+    assert done.facts("pull") == {"image_id": image.id}
+    # The name leads to another image by now.
+    await desk.must(Update("a", FieldChange("image", OTHER_IMAGE), files=FilesPolicy.DISCARD))
+    desk.engine.tags.pop(REMOTE_IMAGE)
+    desk.engine.images.pop(image_id)
+    desk.engine.registry[REMOTE_IMAGE] = replace(image, id="sha256:moved")
+    failed = await desk.do(Rollback("a", 1))
+    assert failed.error is not None
+    assert failed.error.reason == "IMAGE_DIFFERS"
+    assert failed.error.metadata == {
+        "container": "a",
+        "image": REMOTE_IMAGE,
+        "image_id": "sha256:moved",
+        "current_image_id": image_id,
+    }
+
+
+async def test_an_image_of_carried_files_is_in_no_registry() -> None:
+    desk = Desk()
+    await scaled_as_image(desk)
+    await desk.must(Update("a", FieldChange("image", OTHER_IMAGE), files=FilesPolicy.DISCARD))
+    kept = desk.store.past[desk.head().uid, 1].snapshot
+    assert kept is not None
+    del desk.engine.tags[kept.reference], desk.engine.images[kept.image_id]
+    refused = await refusal(desk, Rollback("a", 1))
+    assert (refused.reason, refused.metadata) == ("IMAGE_NOT_FOUND", {"image": f"{IMAGE} ({kept.image_id})"})
+
+
+async def test_another_image_needs_a_word_on_the_files(desk: Desk) -> None:
+    refused = await refusal(desk, Update("a", FieldChange("image", OTHER_IMAGE)))
+    assert refused.reason == "IMAGE_DIFFERS"
+    assert refused.metadata == {
+        "container": "a",
+        "image": OTHER_IMAGE,
+        "image_id": desk.engine.tags[OTHER_IMAGE],
+        "current_image_id": desk.engine.tags[IMAGE],
+    }
+    # It is not pulled for that.
+    assert (await refusal(desk, Update("a", FieldChange("image", REMOTE_IMAGE)))).reason == "IMAGE_NOT_FOUND"
+    # Another name of the same image is none.
+    desk.engine.tags["busybox:1"] = desk.engine.tags[IMAGE]
+    assert (await preview(desk, Update("a", FieldChange("image", "busybox:1")))).plan.snapshot is not None
+    await desk.must(Update("a", FieldChange("image", OTHER_IMAGE), files=FilesPolicy.DISCARD))
+    back = await refusal(desk, Rollback("a", 1, spec_only=True))
+    assert back.reason == "IMAGE_DIFFERS"
+    assert back.metadata["image_id"] == desk.engine.tags[IMAGE]
+
+
+@pytest.mark.parametrize("policy", PullPolicy)
+@pytest.mark.parametrize("there", [True, False])
+async def test_when_an_image_is_pulled(policy: PullPolicy, *, there: bool) -> None:
+    desk = Desk()
+    command = Create("a", ContainerSpec(image=IMAGE if there else REMOTE_IMAGE), pull_policy=policy)
+    if policy is PullPolicy.NEVER and not there:
+        assert (await refusal(desk, command)).metadata == {"image": REMOTE_IMAGE}
+        return
+    names = [stage.name for stage in (await preview(desk, command)).stages]
+    assert ("pull" in names) is (policy is PullPolicy.ALWAYS or not there)
+
+
+async def test_an_image_that_was_pulled_with_credentials_is_for_those_who_showed_some() -> None:
+    desk = Desk()
+    desk.configure(images=ImageRules(verify_access=True))
+    image_id = desk.engine.tags[IMAGE]
+    desk.store.origins["gpu1", image_id] = ImageOrigin(
+        node="gpu1", image_id=image_id, restricted=True, owners=("alice",), update_time=LONG_AGO
+    )
+    spec = ContainerSpec(image=IMAGE)
+    await desk.must(Create("a", spec, owner="alice", pull_policy=PullPolicy.NEVER))
+    never = Create("b", spec, owner="bob", pull_policy=PullPolicy.NEVER)
+    assert (await refusal(desk, never)).reason == "IMAGE_NOT_FOUND"
+    assert (await preview(desk, Create("b", spec, owner="bob"))).stages[0].name == "pull"
+    clone = Clone("b", "a", LABELLED, owner="bob")
+    assert (await refusal(desk, clone)).metadata == {"image": IMAGE}
+    await preview(desk, Clone("b", "a", LABELLED))
+    desk.configure(images=ImageRules())
+    await preview(desk, never)
+
+
+async def test_what_a_clone_leaves_behind(desk: Desk) -> None:
+    plan = (await preview(desk, Clone("b", "a", LABELLED))).plan
+    assert plan.warnings == ("what a has at /cache, in a volume that its image asks for, does not come along",)
+    assert plan.claimed_gpu_uuids == ("GPU-2", "GPU-3")
+    assert (plan.bytes_to_move, plan.bytes_available, plan.carry_method) == (7, 70, CarryMethod.COPY)
+    desk.snapshots.cost = SnapshotPlan(method=SnapshotMethod.LINK, too_large="10 files")
+    assert "too large to be copied: 10 files" in (await refusal(desk, Clone("b", "a", LABELLED))).message
+    desk.snapshots.how = (None, "no")
+    plan = (await preview(desk, Clone("b", "a", LABELLED))).plan
+    assert plan.carry_method is CarryMethod.COMMIT
+    assert "does not keep everything: no" in plan.warnings[0]
+    desk.layers.method = CarryMethod.COMMIT
+    plan = (await preview(desk, Clone("b", "a", LABELLED))).plan
+    assert (plan.bytes_to_move, plan.bytes_available, plan.warnings[0]) == (5, 50, "it is a test")
+
+
+async def test_the_plan_of_a_commit(desk: Desk) -> None:
+    plan = (await preview(desk, Commit("a", "x:y"))).plan
+    assert (plan.bytes_to_move, plan.bytes_available) == (17, 1 << 30)
+    assert (plan.apparent_bytes, plan.allocated_bytes) == (10, 10)
+    assert plan.warnings == ()
+    assert plan.expected_freeze_seconds == pytest.approx(0.1 + 20e-6)
+    assert plan.kept_gpu_uuids == plan.placement.gpu_uuids == ("GPU-0", "GPU-1")
+    still = await preview(desk, Commit("a", "x:y", pause=False))
+    assert still.plan.expected_freeze_seconds is None
+    assert [stage.name for stage in still.stages] == ["commit-files", "image", "tag", "commit", "clean"]
+    huge = 60_000_000
+    desk.layers.cost = CommitCost(
+        measured=True, apparent_bytes=huge, allocated_bytes=1, entries=1, bytes_available=huge + 6, warnings=("w",)
+    )
+    plan = (await preview(desk, Commit("a", "x:y"))).plan
+    assert plan.expected_freeze_seconds == pytest.approx(1.1)
+    assert plan.bytes_to_move == huge
+    assert plan.warnings[0] == "w"
+    assert "holes" in plan.warnings[1]
+    assert "frozen while the engine writes the image: a copy and the image take" in plan.warnings[2]
+    desk.layers.cost = desk.layers.cost.model_copy(update={"bytes_available": huge + 7})
+    assert (await preview(desk, Commit("a", "x:y"))).stages[0].name == "copy-files"
+    desk.snapshots.cost = SnapshotPlan(method=SnapshotMethod.LINK, too_large="10 files")
+    plan = (await preview(desk, Commit("a", "x:y"))).plan
+    assert plan.warnings[-1].endswith("it is too large to be copied: 10 files")
+    desk.layers.cost = CommitCost()
+    plan = (await preview(desk, Commit("a", "x:y"))).plan
+    assert plan.expected_freeze_seconds is None
+    assert "for a time that is not known: its files cannot be measured" in plan.warnings[-1]
+
+
+async def test_a_commit_takes_no_name_that_is_somebody_elses(desk: Desk) -> None:
+    desk.configure(images=ImageRules(repositories=("team",)))
+    assert (await refusal(desk, Commit("a", "other:v1"))).reason == "IMAGE_NAME_FORBIDDEN"
+    desk.configure(images=ImageRules())
+    taken = await refusal(desk, Commit("a", OTHER_IMAGE))
+    assert taken.reason == "IMAGE_EXISTS"
+    assert taken.metadata["image"] == OTHER_IMAGE
+    assert (await refusal(desk, Commit("a", OTHER_IMAGE, replace=True))).reason == "IMAGE_EXISTS"
+    await desk.must(Commit("a", "team/model:v1"))
+    first = desk.engine.tags["team/model:v1"]
+    desk.engine.write(desk.engine_id(), "more")
+    await desk.must(Commit("a", "team/model:v1"))
+    assert desk.engine.tags["team/model:v1"] != first
+    desk.store.put(desk.head().changed(owner="bob"))
+    assert (await refusal(desk, Commit("a", "team/model:v1"))).reason == "IMAGE_EXISTS"
+    desk.configure(images=ImageRules(replace_any=True))
+    assert (await refusal(desk, Commit("a", "team/model:v1"))).reason == "IMAGE_EXISTS"
+    await preview(desk, Commit("a", "team/model:v1", replace=True))
+
+
+async def test_volumes_that_cannot_be_mounted(desk: Desk) -> None:
+    missing = await refusal(desk, Create("b", MOUNTING))
+    assert missing.metadata == {"volume": "data", "available": ""}
+    await desk.must(volume_commands.Create("date", size_bytes=MIB))
+    assert (await refusal(desk, Create("b", MOUNTING))).metadata["available"] == "date"
+    await desk.must(volume_commands.Create("data", size_bytes=MIB))
+    desk.store.locks[TargetKind.VOLUME, "data"] = "other"
+    busy = await refusal(desk, Create("b", MOUNTING))
+    assert (busy.reason, busy.metadata) == ("VOLUME_BUSY", {"volume": "data", "operation_id": "other"})
+    desk.store.locks.clear()
+    head = desk.store.volume_heads["data"]
+    desk.store.volume_heads["data"] = Versioned(head.value.changed(state=VolumeState.DELETING), head.version)
+    assert (await refusal(desk, Create("b", MOUNTING))).reason == "VOLUME_FAILED"
+    desk.store.volume_heads["data"] = Versioned(head.value.changed(node="far"), head.version)
+    assert isinstance(desk.store, UnsteadyStore)
+    desk.store.daemons = [daemon("far", "f:1")]
+    elsewhere = await refusal(desk, Create("b", MOUNTING))
+    assert (elsewhere.metadata["node"], elsewhere.metadata["address"]) == ("far", "f:1")
+
+
+async def test_a_volume_that_is_another_one_than_before_is_not_mounted_in_its_place() -> None:
+    desk = Desk()
+    await mounted(desk)
+    head = desk.store.volume_heads["data"]
+    backing = head.value.backing
+    assert backing is not None
+    other = head.value.changed(backing=backing.model_copy(update={"engine_volume": "another"}))
+    desk.store.volume_heads["data"] = Versioned(other, head.version)
+    refused = await refusal(desk, Scale("a", gpus=THREE))
+    assert refused.reason == "VOLUME_DIFFERS"
+    assert refused.metadata == {
+        "container": "a",
+        "volume": "data",
+        "engine_volume": backing.engine_volume,
+        "recorded_engine_volume": "another",
+    }
+    await preview(desk, Update("a", FieldChange("mounts", ())))
+    await preview(desk, Scale("a", cpus=1.0))
+
+
+async def test_a_volume_that_is_to_be_mounted_is_locked_by_an_update(desk: Desk) -> None:
+    await desk.must(volume_commands.Create("data", size_bytes=MIB))
+    operation = await desk.must(Update("a", FieldChange("mounts", (DATA,))))
+    assert operation.locks == (desk.volume().target,)
+    again = await desk.must(Update("a", FieldChange("env", {"A": "1"})))
+    assert again.locks == ()
+    assert desk.seen().volumes["/data"] == desk.engine.made[desk.engine_id()].mounted["data"]
+
+
+async def test_an_engine_volume_that_was_removed_is_made_again_where_its_files_are_gpudocks() -> None:
+    desk = Desk()
+    await mounted(desk)
+    await desk.must(Stop("a"))
+    backing = desk.volume().backing
+    assert backing is not None
+    removed = desk.engine.volumes.pop(backing.engine_volume)
+    await desk.must(Start("a", gpus=THREE))
+    assert desk.engine.volumes[backing.engine_volume] == removed
+
+
+async def test_what_mounts_a_host_path() -> None:
+    desk = Desk()
+    spec = SPEC.changed(mounts=(Mount(host_path="/data/x", target="/x"),))
+    await desk.made(spec=spec)
+    name = desk.seen().name
+    assert desk.seen().binds == {"/x": f"/bound/{name}/data/x"}
+    assert desk.host_paths.renewed == [True, True]
+    desk.host_paths.renewed.clear()
+    await desk.must(Stop("a"))
+    await desk.must(Start("a"))
+    assert desk.host_paths.renewed == [True]
+    # One that an older version made mounts it by its own name, and is given a successor at its next start.
+    await desk.must(Stop("a"))
+    engine_id = desk.engine_id()
+    desk.engine.containers[engine_id] = replace(desk.engine.containers[engine_id], binds={"/x": "/data/x"})
+    assert (await preview(desk, Start("a"))).plan.carry_method is CarryMethod.EXCHANGE
+    await desk.must(Start("a"))
+    assert desk.seen().binds == {"/x": f"/bound/{desk.seen().name}/data/x"}
+
+
+def test_defaults_of_the_history() -> None:
+    assert HistoryDefaults() == HistoryDefaults(SnapshotPolicy.ALWAYS, 20, 0.0, on_stop=False)
