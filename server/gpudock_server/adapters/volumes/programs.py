@@ -19,6 +19,8 @@ _COMPLAINT_CHARACTERS: Final = 500
 # Where Debian and its kin keep them; a service's PATH has them, a user's shell may not.
 _SYSTEM_PATH: Final = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 _NO_ROOM: Final = ("No space left on device", "Disk quota exceeded")
+# The shell's $0 is the process id of the daemon.
+_UNLESS_ORPHANED: Final = '[ "$PPID" = "$0" ] && exec "$@"'
 _FILESYSTEMS: Final = Path("/proc/filesystems")
 # Program -> why it is not used.
 _REFUSED: Final[dict[str, str]] = {}
@@ -52,9 +54,14 @@ def refuse(name: str, reason: str) -> None:
 
 
 def mortal(command: Sequence[str]) -> list[str]:
-    """The command, killed when the daemon dies: a program must not go on changing what the next daemon looks at."""
-    guard = ["setpriv", "--pdeathsig", "KILL", "--"] if not missing("setpriv") else []
-    return [*guard, *command]
+    """The command, killed when the daemon dies: a program must not go on changing what the next daemon looks at.
+
+    Of a daemon that died before the program had asked to be killed with it, nobody would tell the program. So it looks
+    at its parent after that, and does not begin if that is another one.
+    """
+    if missing("setpriv"):
+        return list(command)
+    return ["setpriv", "--pdeathsig", "KILL", "--", "/bin/sh", "-c", _UNLESS_ORPHANED, str(os.getpid()), *command]
 
 
 async def run(*command: str, seconds: float = _SECONDS, errors_too: bool = False) -> str:
