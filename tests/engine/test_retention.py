@@ -1,0 +1,78 @@
+"""What is left on the disk of containers and operations that are no more is removed; what may still be needed stays."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import uuid
+from pathlib import Path
+
+from gpudock_server.model.operation import new_operation_id
+
+from tests.calls import Caller
+from tests.engine.own_daemons import OwnDaemons, own, until
+from tests.rig import EngineProxy
+
+__all__ = ["own"]
+
+_QUICK = ("--reconcile-interval", "0.3")
+
+
+def _folder(own: OwnDaemons) -> Path:
+    """Where the node's daemon keeps files of containers."""
+    return own.rig.engine.data_root / "gpudock/snapshots" / own.node
+
+
+def _put_dead_partial(container: Path) -> Path:
+    """A snapshot that an operation which nobody knows has begun."""
+    partial = container / f"1.partial-{new_operation_id()}"
+    (partial / "tree").mkdir(parents=True)
+    (partial / "tree/file").write_text("half")
+    return partial
+
+
+async def _until_gone(path: Path) -> None:
+    async def gone() -> bool:
+        return not path.exists()
+
+    await until(gone)
+
+
+async def test_snapshots_of_a_deleted_container_that_came_back_are_removed(own: OwnDaemons, tmp_path: Path) -> None:
+    """As after a backup of the disk alone was put back; those of a container that nobody knows of stay."""
+    daemon = await own.start(*_QUICK)
+    async with Caller(daemon.target) as caller:
+        uid = (await caller.create("vanishes", 1)).uid
+        await caller.scale("vanishes", 2)
+        folder = _folder(own) / uid
+        assert (folder / "1/meta.json").is_file()
+        await asyncio.to_thread(shutil.copytree, folder, tmp_path / "saved", symlinks=True)
+        await caller.delete("vanishes")
+        assert not folder.exists()
+        unknown = _folder(own) / str(uuid.uuid4())
+        await asyncio.to_thread(shutil.copytree, tmp_path / "saved", unknown, symlinks=True)
+        await asyncio.to_thread(shutil.copytree, tmp_path / "saved", folder, symlinks=True)
+        await _until_gone(folder)
+        # Another look, which would have removed that one as well.
+        partial = _put_dead_partial(_folder(own) / (await caller.create("lives")).uid)
+        await _until_gone(partial)
+        assert (unknown / "1/meta.json").is_file()
+
+
+async def test_a_snapshot_that_nobody_finishes_is_removed(own: OwnDaemons, engine_proxy: EngineProxy) -> None:
+    """And one that an operation is at work on is not."""
+    daemon = await own.start(*_QUICK, docker_host=engine_proxy.url)
+    async with Caller(daemon.target) as caller:
+        uid = (await caller.create("half", 1)).uid
+        stop = engine_proxy.faults.hang("POST", "/containers/[^/]+/stop")
+        scale = asyncio.create_task(caller.scale("half", 2))
+        await asyncio.wait_for(stop.hit.wait(), 60)
+        (living,) = (_folder(own) / uid).glob("1.partial-*")
+        dead = _put_dead_partial(_folder(own) / uid)
+        await _until_gone(dead)
+        assert (living / "tree").is_dir()
+        engine_proxy.faults.clear()
+        await scale
+        first, _ = await caller.revisions("half")
+        assert first.HasField("snapshot")
+        assert not living.exists()
