@@ -5,6 +5,9 @@ whichever test happened to be the last. The fixture `run_problems` takes such pr
 
 Outcomes: a test's property `OUTCOMES` says how often its calls ended in which status. The summary has them as a table.
 
+Moments: a test's property `MOMENTS` says at which moments of an operation it has killed a daemon. The summary counts
+them; `--moments FILE` has all of them written to a file.
+
 Requirements: the property `REQUIRED` of a test that is one of several `parts` has `counts` of what must occur. What
 occurs in none of the parts is a problem, if all parts have run.
 
@@ -14,16 +17,23 @@ All of it works with pytest-xdist, whose workers pass problems on when they end.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 OUTCOMES = "outcomes"
+MOMENTS = "moments"
 REQUIRED = "required"
 
 _PROBLEMS = pytest.StashKey[list[str]]()
 _COUNTS = pytest.StashKey[dict[str, list[dict[str, Any]]]]()
 _OUTPUT_KEY = "gpudock_run_problems"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--moments`: where to write at which moments daemons were killed."""
+    parser.addoption("--moments", type=Path, default=None, help="a file for the list of moments at which daemons died")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -83,19 +93,48 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Show the table of outcomes, and the problems last."""
-    rows = {
-        report.nodeid.rpartition("[")[2].rstrip("]"): value
-        for reports in terminalreporter.stats.values()
-        for report in reports
-        for name, value in getattr(report, "user_properties", ())
-        if name == OUTCOMES
-    }
+    """Show the tables of outcomes and of moments, and the problems last."""
+    rows = {nodeid.rpartition("[")[2].rstrip("]"): value for nodeid, value in _values(terminalreporter, OUTCOMES)}
     if rows:
         terminalreporter.section("how calls ended")
     for row, counts in sorted(rows.items()):
         words = (f"{status} {count}" for status, count in sorted(counts.items(), key=lambda item: -item[1]))
         terminalreporter.line(f"{row:26} {', '.join(words)}")
+    _show_moments(terminalreporter)
     for problem in terminalreporter.config.stash[_PROBLEMS]:
         terminalreporter.section("problem of the run", red=True)
         terminalreporter.line(problem)
+
+
+def _values(terminalreporter: pytest.TerminalReporter, wanted: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each test that has a property, with its value."""
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, value in getattr(report, "user_properties", ()):
+                if name == wanted and getattr(report, "when", "") == "call":
+                    yield report.nodeid, value
+
+
+def _show_moments(terminalreporter: pytest.TerminalReporter) -> None:
+    """Count the moments that were tried of those that there are, by test; all of them go to a file, if one is named."""
+    rows = sorted((node, value) for node, value in _values(terminalreporter, MOMENTS) if "kind" in value)
+    if not rows:
+        return
+    lines, listed = [], []
+    for nodeid, value in rows:
+        test = nodeid.rpartition("/")[2]
+        counts = f"{len(value['tried'])} of {len(value['known'])} moments, {value['seconds']} s"
+        lines.append(f"{value['kind']:16} {test:70} {counts}")
+        listed.append(f"{lines[-1]} (at least {value['least']}, GPUDOCK_MOMENTS_SEED={value['seed']})")
+        known = [*value["known"], *(one for one in value["tried"] if one not in value["known"])]
+        listed += [f"    {'tried' if one in value['tried'] else '     '}  {one}" for one in known]
+    terminalreporter.section(f"moments at which daemons were killed (seeds: {', '.join(_seeds(rows))})")
+    for line in lines:
+        terminalreporter.line(line)
+    if (path := terminalreporter.config.getoption("--moments")) is not None:
+        path.write_text("\n".join(listed) + "\n", encoding="utf-8")
+
+
+def _seeds(rows: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """The seeds of all workers."""
+    return sorted({value["seed"] for _, value in rows})

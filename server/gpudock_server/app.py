@@ -66,7 +66,16 @@ from gpudock_server.model.operation import CarryMethod
 from gpudock_server.model.record import now
 from gpudock_server.model.spec import Protocol, SnapshotPolicy
 from gpudock_server.model.volume import VolumeBackendKind
-from gpudock_server.ports import Engine, HostPaths, Ledger, SnapshotStore, Store, VolumeBackend, VolumeCopier
+from gpudock_server.ports import (
+    Engine,
+    HostPaths,
+    LayerStore,
+    Ledger,
+    SnapshotStore,
+    Store,
+    VolumeBackend,
+    VolumeCopier,
+)
 from gpudock_server.private_files import make_private_folder, read_private, require_private
 from gpudock_server.rpc.listeners import listen
 from gpudock_server.rpc.server import RpcServer, Services, build_server
@@ -98,6 +107,10 @@ def _same_store(store: Store) -> Store:
     return store
 
 
+def _same_layers(layers: LayerStore) -> LayerStore:
+    return layers
+
+
 def _same_snapshots(snapshots: SnapshotStore) -> SnapshotStore:
     return snapshots
 
@@ -124,6 +137,7 @@ class Instruments:
 
     engine: Callable[[Engine], Engine] = _same_engine
     store: Callable[[Store], Store] = _same_store
+    layers: Callable[[LayerStore], LayerStore] = _same_layers
     snapshots: Callable[[SnapshotStore], SnapshotStore] = _same_snapshots
     host_paths: Callable[[HostPaths], HostPaths] = _same_host_paths
     ledger: Callable[[Ledger], Ledger] = _same_ledger
@@ -243,7 +257,7 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
     world = World(
         store=state,
         engine=instruments.engine(docker),
-        layers=layers,
+        layers=instruments.layers(layers),
         snapshots=instruments.snapshots(snapshots),
         host_paths=instruments.host_paths(host_paths),
         ledger=instruments.ledger(ledger),

@@ -33,7 +33,7 @@ def _put_dead_partial(container: Path) -> Path:
 
 async def _until_gone(path: Path) -> None:
     async def gone() -> bool:
-        return not path.exists()
+        return not await asyncio.to_thread(path.exists)
 
     await until(gone)
 

@@ -1,207 +1,321 @@
 """A gpudockd that kills itself, with SIGKILL, at a chosen moment of an operation.
 
-`python -m tests.faults.mortal FLAGS…` is gpudockd with instruments between core and its ports. They count the moments
-of the first operation of a kind that begins in this process: before each of its transactions on the store and before
-each call to the engine, the snapshots or the volumes that is made while it is under way, and after its last
-transaction. At the moment with the number in GPUDOCK_TEST_DIE_AT the process ends as `kill -9` ends it. Nothing here
-knows the steps: a new step has new moments, and a test that counts up until an operation survives has met them all.
+`python -m tests.faults.mortal FLAGS…` is gpudockd with instruments between core and its ports, and around the child
+processes that its adapters start. They count moments, in two groups:
 
-After one of these and before the next is one moment, not two: nothing that outlives the daemon happens between them,
-and what survives a `kill -9` is all that the next daemon can go by.
+- before each transaction on the store, before each call to a port that changes something, and after the operation's
+  last record. After one of these and before the next is one moment, not two: nothing that outlives the daemon happens
+  between them, and what survives a `kill -9` is all that the next daemon can go by.
+- during what takes its time: in a call to the engine or to the layers, as a child process starts, and while one works.
+  The daemon dies GPUDOCK_TEST_DELAY_MS after that began, or when it ends.
+
+GPUDOCK_TEST_PHASE says which moments count: those of the first operation of the kind GPUDOCK_TEST_KIND that begins in
+this process (BEGUN); those of its undoing, for which its commit is refused (UNDOING); or all from the start of the
+daemon on (RESUMED). Each is printed when it comes. At the one in GPUDOCK_TEST_DIE_AT, by number (`7`, `during 3`) or by
+name, the process gets GPUDOCK_TEST_SIGNAL: SIGKILL unless it says SIGSTOP.
+
+Nothing here knows the steps: a new step has new moments, and a test that counts up until an operation survives has met
+them all. Which calls of a port change something says `CALLS`, and a test that it names every call.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeVar
 
+from gpudock_server.adapters.trees.worker import TreeWorker
 from gpudock_server.app import Instruments, run
+from gpudock_server.errors import EngineRejected
 from gpudock_server.model.changes import Change, PutOperation
-from gpudock_server.model.operation import OperationKind
-from gpudock_server.ports import Engine, HostPaths, Ledger, SnapshotStore, Store, VolumeBackend, VolumeCopier
+from gpudock_server.model.operation import Operation, OperationKind, OperationState, StageState
+from gpudock_server.ports import (
+    Engine,
+    HostPaths,
+    LayerStore,
+    Ledger,
+    SnapshotStore,
+    Store,
+    VolumeBackend,
+    VolumeCopier,
+)
 from gpudock_server.settings_sources import load
 
+T = TypeVar("T")
+
 KIND = "GPUDOCK_TEST_KIND"
+PHASE = "GPUDOCK_TEST_PHASE"
 DIE_AT = "GPUDOCK_TEST_DIE_AT"
+DELAY_MS = "GPUDOCK_TEST_DELAY_MS"
+SIGNAL = "GPUDOCK_TEST_SIGNAL"
+
+DURING = "during "
+REFUSAL = "a test refuses the commit"
+
+# Of each port: the calls that change something outside of the daemon, and those that do not.
+CALLS: dict[type, tuple[frozenset[str], frozenset[str]]] = {
+    Engine: (
+        frozenset(
+            {"pull", "create", "create_shadow", "start", "stop", "pause", "unpause", "update", "rename", "remove",
+             "commit", "tag", "with_config_of", "without_identity", "flatten", "remove_image", "create_volume",
+             "remove_volume", "exec"}
+        ),
+        frozenset(
+            {"info", "image", "image_names", "image_ids", "has_volume", "volume_names", "find_volumes",
+             "inspect_volume", "mounting", "inspect", "find", "exited_within", "events"}
+        ),
+    ),
+    LayerStore: (
+        frozenset({"exchange", "exchange_back", "copy"}),
+        frozenset({"methods", "plan", "commit_plan", "commit_cost", "require_committable", "commit_watched", "locate"}),
+    ),
+    SnapshotStore: (
+        frozenset({"gather", "complete", "seal", "discard", "restore", "mirror", "remove", "remove_all"}),
+        frozenset({"method", "plan", "sealed", "find", "partials"}),
+    ),
+    HostPaths: (frozenset({"bind", "release"}), frozenset({"check", "source", "names"})),
+    Ledger: (frozenset({"write", "forget", "forget_all"}), frozenset({"read", "uids"})),
+    VolumeBackend: (
+        frozenset({"create", "attach", "grow", "shrink", "replacement", "exchange", "destroy"}),
+        frozenset({"kind", "unavailable", "stored", "needs_copy", "content", "usage", "opened", "pool"}),
+    ),
+    VolumeCopier: (frozenset({"copy"}), frozenset({"verify"})),
+}  # fmt: skip
+# What works by child processes, which have moments of their own, has none more for the whole call.
+_LASTING = frozenset({Engine, LayerStore})
+# Programs of the host that only look.
+_LOOKING = frozenset({"du", "findmnt", "python", "--json", "--version", "-V"})
+_PROGRAMS = ("losetup", "mkfs.xfs", "mkfs.btrfs", "mkfs.ext4", "xfs_growfs", "xfs_io", "xfs_quota", "btrfs",
+             "resize2fs", "rsync", "unshare")  # fmt: skip
+# Jobs of a child process that change something.
+_CHANGING_JOBS = frozenset({"gather", "complete", "fill", "mirror", "remove"})
 
 
-class Countdown:
-    """Counts the moments of one operation."""
+class Phase(StrEnum):
+    """Which moments count; see the module's docstring."""
 
-    def __init__(self, kind: OperationKind, die_at: int) -> None:
+    BEGUN = "BEGUN"
+    UNDOING = "UNDOING"
+    RESUMED = "RESUMED"
+
+
+class Moments:
+    """Counts the moments of one operation, and ends the process at one of them."""
+
+    def __init__(self, kind: OperationKind, phase: Phase, die_at: str, delay_seconds: float, number: int) -> None:
+        """`number` is the signal that the process gets then."""
         self._kind = kind
+        self._phase = phase
         self._die_at = die_at
-        self._moments = 0
+        self._delay_seconds = delay_seconds
+        self._signal = number
+        self._counts = {"": 0, DURING: 0}
         self._operation_id = ""
+        self._stage = "recovery"
+        self._counting = phase is Phase.RESUMED
         self._over = False
+        # The chosen moment has come, and the process has a little longer to live.
+        self._doomed = False
 
-    def moment(self, name: str) -> None:
+    def now(self, name: str, group: str = "") -> None:
         """A moment has come; perhaps the last."""
-        if not self._operation_id or self._over:
-            return
-        self._moments += 1
-        if self._moments == self._die_at:
-            sys.stderr.write(f"dying at moment {self._moments}: {name}\n")
-            sys.stderr.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self._comes(name, group):
+            self._die()
+
+    async def during(self, name: str, work: Awaitable[T]) -> T:
+        """Await `work`, during which is a moment."""
+        if not self._comes(name, DURING):
+            return await work
+        self._doomed = True
+        asyncio.get_running_loop().call_later(self._delay_seconds, self._die)
+        try:
+            return await work
+        finally:
+            self._die()
+
+    def _comes(self, name: str, group: str) -> bool:
+        if self._doomed:
+            self._die()
+        if not self._counting:
+            return False
+        self._counts[group] += 1
+        number = f"{group}{self._counts[group]}"
+        _say(f"moment {number} [{self._stage}]: {name}")
+        if self._die_at not in (number, name):
+            return False
+        _say(f"dying at moment {number} [{self._stage}]: {name}")
+        return True
+
+    def _die(self) -> None:
+        _say(f"children: {' '.join(_children())}")
+        self._doomed = False
+        os.kill(os.getpid(), self._signal)
+
+    # -- the operation's records -------------------------------------------------------------------------------------
 
     def sees(self, changes: Sequence[Change]) -> str:
-        """What to call a transaction of the operation; empty if it is another's."""
-        for change in changes:
-            if isinstance(change, PutOperation) and change.operation.kind is self._kind:
-                if not self._operation_id and change.expect == 0:
-                    self._operation_id = change.operation.id
-                if change.operation.id == self._operation_id:
-                    done = [stage.name for stage in change.operation.stages if stage.state.value == "DONE"]
-                    return f"record of {change.operation.state.value} after {done[-1] if done else 'nothing'}"
-        return ""
+        """What to call a transaction; moments may count from here on."""
+        own = self._own(changes)
+        if own is None:
+            return f"a transaction with {', '.join(sorted({type(one).__name__ for one in changes}))}"
+        if self._phase is Phase.BEGUN or own.state is OperationState.UNDOING:
+            self._counting = self._counting or not self._over
+        done = [stage.name for stage in own.stages if stage.state is StageState.DONE]
+        return f"record of {own.state.value} after {done[-1] if done else 'nothing'}"
 
-    def ends(self, changes: Sequence[Change]) -> bool:
-        """Whether this transaction records the operation's end."""
-        return any(
-            isinstance(change, PutOperation)
-            and change.operation.id == self._operation_id
-            and change.operation.state.ended
-            for change in changes
-        )
+    def refuses(self, changes: Sequence[Change]) -> bool:
+        """Whether a transaction must fail, so that the operation is undone from its last step on."""
+        own = self._own(changes)
+        if own is None or self._phase is not Phase.UNDOING or self._counting or self._over:
+            return False
+        return own.committed
+
+    def recorded(self, changes: Sequence[Change]) -> bool:
+        """Take note of a transaction; whether it ends the operation, and with it the moments."""
+        own = self._own(changes)
+        if own is None:
+            return False
+        standing = [stage.name for stage in own.stages if stage.state in (StageState.DONE, StageState.RUNNING)]
+        waiting = [stage.name for stage in own.stages if stage.state is not StageState.DONE]
+        if own.state is OperationState.UNDOING:
+            self._stage = f"undo of {standing[-1]}" if standing else "abandon"
+        else:
+            self._stage = waiting[0] if waiting else "end"
+        return own.state.ended and self._phase is not Phase.RESUMED
 
     def stop(self) -> None:
         """Count no more."""
-        self._over = True
+        self._counting, self._over = False, True
+
+    def _own(self, changes: Sequence[Change]) -> Operation | None:
+        """The operation, if it is in this transaction; the first of its kind that is begun, or resumed, is the one."""
+        for change in changes:
+            if isinstance(change, PutOperation) and change.operation.kind is self._kind:
+                if not self._operation_id and (change.expect == 0 or self._phase is Phase.RESUMED):
+                    self._operation_id = change.operation.id
+                    self._stage = change.operation.stages[0].name if change.operation.stages else "end"
+                    _say(f"stages: {' '.join(stage.name for stage in change.operation.stages)}")
+                if change.operation.id == self._operation_id:
+                    return change.operation
+        return None
 
 
 class MortalStore:
     """A store whose transactions are moments."""
 
-    def __init__(self, store: Store, countdown: Countdown) -> None:
+    def __init__(self, store: Store, moments: Moments) -> None:
         self._store = store
-        self._countdown = countdown
+        self._moments = moments
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
     async def apply(self, changes: Sequence[Change]) -> int:
-        """The store's own, at a moment; the last has one behind it too."""
-        name = self._countdown.sees(changes)
-        if not name:
-            return await self._store.apply(changes)
-        self._countdown.moment(f"before {name}")
+        """The store's own, at a moment; the operation's last has one behind it too."""
+        name = self._moments.sees(changes)
+        self._moments.now(f"before {name}")
+        if self._moments.refuses(changes):
+            raise EngineRejected(call="commit", status=500, detail=REFUSAL)
         version = await self._store.apply(changes)
-        if self._countdown.ends(changes):
-            self._countdown.moment(f"after {name}")
-            self._countdown.stop()
+        if self._moments.recorded(changes):
+            self._moments.now(f"after {name}")
+            self._moments.stop()
         return version
 
 
-class MortalEngine:
-    """An engine whose changing calls are moments."""
+class MortalPort:
+    """A port whose changing calls are moments."""
 
-    CHANGING = frozenset(
-        {"pull", "create", "start", "stop", "pause", "unpause", "update", "remove", "commit", "remove_image",
-         "create_volume", "remove_volume", "tag", "with_config_of", "without_identity", "flatten"}
-    )  # fmt: skip
-
-    def __init__(self, engine: Engine, countdown: Countdown) -> None:
-        self._engine = engine
-        self._countdown = countdown
+    def __init__(self, port: type, adapter: object, moments: Moments) -> None:
+        self._changing, _ = CALLS[port]
+        self._lasting = port in _LASTING
+        self._adapter = adapter
+        self._moments = moments
 
     def __getattr__(self, name: str) -> Any:
-        call = getattr(self._engine, name)
-        return _watched(call, name, self._countdown) if name in self.CHANGING else call
+        call = getattr(self._adapter, name)
+        return self._watched(call, name) if name in self._changing else call
+
+    def _watched(self, call: Callable[..., Awaitable[Any]], name: str) -> Any:
+        async def watched(*words: object, **named: object) -> object:
+            self._moments.now(f"before {name}")
+            work = call(*words, **named)
+            return await (self._moments.during(f"in {name}", work) if self._lasting else work)
+
+        return watched
 
 
-class MortalSnapshots:
-    """A snapshot store whose changing calls are moments."""
+def watch_children(moments: Moments) -> None:
+    """Have moments as each child process starts, and while it works."""
+    start, call = asyncio.create_subprocess_exec, TreeWorker.call
 
-    CHANGING = frozenset({"gather", "complete", "seal", "discard", "restore", "mirror", "remove", "remove_all"})
+    async def started(*words: Any, **named: Any) -> asyncio.subprocess.Process:
+        process = await start(*words, **named)
+        if name := _program(words):
+            moments.now(f"as {name} starts", DURING)
+            if name != _WORKER:
+                asyncio.ensure_future(moments.during(f"while {name} runs", process.wait()))  # noqa: RUF006
+        return process
 
-    def __init__(self, snapshots: SnapshotStore, countdown: Countdown) -> None:
-        self._snapshots = snapshots
-        self._countdown = countdown
+    async def called(worker: TreeWorker, job: str, *words: Any, **named: Any) -> Any:
+        work = call(worker, job, *words, **named)
+        return await (moments.during(f"while job {job} runs", work) if job in _CHANGING_JOBS else work)
 
-    def __getattr__(self, name: str) -> Any:
-        call = getattr(self._snapshots, name)
-        return _watched(call, name, self._countdown) if name in self.CHANGING else call
-
-
-class MortalHostPaths:
-    """Host paths whose binds and releases are moments."""
-
-    CHANGING = frozenset({"bind", "release"})
-
-    def __init__(self, host_paths: HostPaths, countdown: Countdown) -> None:
-        self._host_paths = host_paths
-        self._countdown = countdown
-
-    def __getattr__(self, name: str) -> Any:
-        call = getattr(self._host_paths, name)
-        return _watched(call, name, self._countdown) if name in self.CHANGING else call
+    asyncio.create_subprocess_exec = started
+    TreeWorker.call = called  # type: ignore[method-assign,assignment]  # it takes what that takes
 
 
-class MortalLedger:
-    """A ledger whose changes are moments."""
-
-    CHANGING = frozenset({"write", "forget", "forget_all"})
-
-    def __init__(self, ledger: Ledger, countdown: Countdown) -> None:
-        self._ledger = ledger
-        self._countdown = countdown
-
-    def __getattr__(self, name: str) -> Any:
-        call = getattr(self._ledger, name)
-        return _watched(call, name, self._countdown) if name in self.CHANGING else call
+_WORKER = "a worker on trees"
 
 
-class MortalVolumes:
-    """A volume backend whose changing calls are moments."""
-
-    CHANGING = frozenset({"create", "grow", "shrink", "replacement", "exchange", "destroy"})
-
-    def __init__(self, backend: VolumeBackend, countdown: Countdown) -> None:
-        self._backend = backend
-        self._countdown = countdown
-
-    def __getattr__(self, name: str) -> Any:
-        call = getattr(self._backend, name)
-        return _watched(call, name, self._countdown) if name in self.CHANGING else call
+def _program(words: Sequence[object]) -> str:
+    """What to call a child process; empty if it only looks."""
+    said = [str(word) for word in words]
+    if said[0] == sys.executable:
+        return _WORKER
+    if _LOOKING & set(said):
+        return ""
+    return next((word for word in said if word in _PROGRAMS), Path(said[0]).name)
 
 
-class MortalCopier:
-    """A copier whose copies are moments."""
-
-    CHANGING = frozenset({"copy"})
-
-    def __init__(self, copier: VolumeCopier, countdown: Countdown) -> None:
-        self._copier = copier
-        self._countdown = countdown
-
-    def __getattr__(self, name: str) -> Any:
-        call = getattr(self._copier, name)
-        return _watched(call, name, self._countdown) if name in self.CHANGING else call
+def _children() -> list[str]:
+    """The processes that this one has started and that have not ended: pid:name."""
+    pids = [pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
+    return [f"{pid}:{Path('/proc', pid, 'comm').read_text().strip().replace(' ', '-')}" for pid in pids]
 
 
-def _watched(call: Any, name: str, countdown: Countdown) -> Any:
-    async def watched(*words: object, **named: object) -> object:
-        countdown.moment(f"before {name}")
-        return await call(*words, **named)
-
-    return watched
+def _say(line: str) -> None:
+    os.write(2, f"{line}\n".encode())
 
 
 def main() -> int:
     """Runs the daemon."""
-    countdown = Countdown(OperationKind(os.environ[KIND]), int(os.environ[DIE_AT]))
+    moments = Moments(
+        OperationKind(os.environ[KIND]),
+        Phase(os.environ.get(PHASE, Phase.BEGUN)),
+        os.environ.get(DIE_AT, ""),
+        float(os.environ.get(DELAY_MS, "0")) / 1000,
+        signal.Signals[os.environ.get(SIGNAL, "SIGKILL")],
+    )
+    watch_children(moments)
+
+    def mortal(port: type) -> Any:
+        return lambda adapter: MortalPort(port, adapter, moments)
+
     instruments = Instruments(
-        engine=lambda engine: MortalEngine(engine, countdown),
-        store=lambda store: MortalStore(store, countdown),
-        snapshots=lambda snapshots: MortalSnapshots(snapshots, countdown),
-        host_paths=lambda host_paths: MortalHostPaths(host_paths, countdown),
-        ledger=lambda ledger: MortalLedger(ledger, countdown),
-        volumes=lambda backend: MortalVolumes(backend, countdown),
-        copier=lambda copier: MortalCopier(copier, countdown),
+        engine=mortal(Engine),
+        store=lambda store: MortalStore(store, moments),
+        layers=mortal(LayerStore),
+        snapshots=mortal(SnapshotStore),
+        host_paths=mortal(HostPaths),
+        ledger=mortal(Ledger),
+        volumes=mortal(VolumeBackend),
+        copier=mortal(VolumeCopier),
     )
     return run(load(sys.argv[1:]).settings, instruments)
 

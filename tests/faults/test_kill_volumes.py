@@ -1,4 +1,4 @@
-"""`kill -9` at every moment of an operation on a volume: it is whole afterwards, or was never there.
+"""`kill -9` at moments of an operation on a volume: it is whole afterwards, or was never there.
 
 What volumes are made of is what the machine can best: project quotas in the VM (tests/vm), mostly loop devices outside.
 """
@@ -6,7 +6,8 @@ What volumes are made of is what the machine can best: project quotas in the VM 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import grpc
 import pytest
@@ -15,7 +16,7 @@ from gpudock.v1 import container_pb2, node_service_pb2, operation_pb2, operation
 from tests.calls import Caller
 from tests.engine.loops import detach_below, loops_below
 from tests.engine.volume_boxes import box
-from tests.faults.test_kill import at_every_moment
+from tests.faults.killing import Killing, Saga
 from tests.rig import Rig
 from tests.vm.machine import FILESYSTEM_VARIABLE
 
@@ -62,9 +63,7 @@ async def _whole(caller: Caller, rig: Rig, *sizes: int) -> volume_pb2.Volume:
     return volume
 
 
-async def test_create(volumes_rig: Rig) -> None:
-    rig = volumes_rig
-
+def _create(rig: Rig) -> Saga:
     async def create(caller: Caller) -> None:
         await caller.create_volume("phoenix", _SIZE)
 
@@ -74,12 +73,10 @@ async def test_create(volumes_rig: Rig) -> None:
             await caller.delete_volume("phoenix")
         await _nothing_left(caller, rig)
 
-    assert await at_every_moment(rig, "CREATE_VOLUME", create, check) >= 4
+    return Saga("CREATE_VOLUME", create, check)
 
 
-async def test_delete(volumes_rig: Rig) -> None:
-    rig = volumes_rig
-
+def _delete(rig: Rig) -> Saga:
     async def delete(caller: Caller) -> None:
         if await _volume(caller) is None:
             await caller.create_volume("phoenix", _SIZE)
@@ -91,13 +88,11 @@ async def test_delete(volumes_rig: Rig) -> None:
         else:
             await _whole(caller, rig, _SIZE)
 
-    assert await at_every_moment(rig, "DELETE_VOLUME", delete, check) >= 4
+    return Saga("DELETE_VOLUME", delete, check)
 
 
-@pytest.mark.timeout(900)
-async def test_delete_with_force(volumes_rig: Rig) -> None:
+def _delete_with_force(rig: Rig) -> Saga:
     """Two stopped containers are updated on the way; their other files stay, whatever happens to the volume."""
-    rig = volumes_rig
     kept = ""
 
     async def delete(caller: Caller) -> None:
@@ -131,13 +126,11 @@ async def test_delete_with_force(volumes_rig: Rig) -> None:
             await caller.start(name)
         assert await caller.shell("phoenix", _LOOK.replace("/data", "/root")) == kept
 
-    assert await at_every_moment(rig, "DELETE_VOLUME", delete, check) >= 10
+    return Saga("DELETE_VOLUME", delete, check)
 
 
-@pytest.mark.timeout(900)
-async def test_adopt(volumes_rig: Rig) -> None:
+def _adopt(rig: Rig) -> Saga:
     """With a size: the engine's own volume stays as it was, whatever becomes of the copy."""
-    rig = volumes_rig
     files = ""
 
     async def adopt(caller: Caller) -> None:
@@ -160,7 +153,7 @@ async def test_adopt(volumes_rig: Rig) -> None:
         with box(rig, "theirs") as theirs:
             assert theirs.run("sh", "-c", _LOOK).stdout == files
 
-    assert await at_every_moment(rig, "ADOPT_VOLUME", adopt, check) >= 5
+    return Saga("ADOPT_VOLUME", adopt, check)
 
 
 def _mounting() -> container_pb2.Mount:
@@ -171,9 +164,7 @@ async def _df(caller: Caller) -> int:
     return int((await caller.shell("phoenix", "df -P -k /data")).splitlines()[1].split()[1]) << 10
 
 
-@pytest.mark.parametrize("step", [pytest.param(4 * _MIB, id="grow"), pytest.param(-4 * _MIB, id="shrink")])
-async def test_resize_in_place(volumes_rig: Rig, step: int) -> None:
-    rig = volumes_rig
+def _resize_in_place(rig: Rig, *, step: int) -> Saga:
     files = ""
 
     async def resize(caller: Caller) -> None:
@@ -192,12 +183,10 @@ async def test_resize_in_place(volumes_rig: Rig, step: int) -> None:
         assert await caller.shell("phoenix", _LOOK) == files
 
     # Of what loop devices can carry, that is what can do both.
-    assert await at_every_moment(rig, "RESIZE_VOLUME", resize, check, "--volume-filesystem", "btrfs") >= 4
+    return Saga("RESIZE_VOLUME", resize, check, ("--volume-filesystem", "btrfs"))
 
 
-@pytest.mark.timeout(900)
-async def test_shrink_by_copy(volumes_rig: Rig) -> None:
-    rig = volumes_rig
+def _shrink_by_copy(rig: Rig) -> Saga:
     files = ""
 
     async def shrink(caller: Caller) -> None:
@@ -218,4 +207,48 @@ async def test_shrink_by_copy(volumes_rig: Rig) -> None:
         await _nothing_left(caller, rig)
 
     flags = ("--volume-backend", "loop", "--volume-filesystem", "xfs")
-    assert await at_every_moment(rig, "RESIZE_VOLUME", shrink, check, *flags) >= 13
+    return Saga("RESIZE_VOLUME", shrink, check, flags)
+
+
+_SAGAS: dict[str, Callable[[Rig], Saga]] = {
+    "create": _create,
+    "delete": _delete,
+    "delete-with-force": _delete_with_force,
+    "adopt": _adopt,
+    "grow": partial(_resize_in_place, step=4 * _MIB),
+    "shrink": partial(_resize_in_place, step=-4 * _MIB),
+    "shrink-by-copy": _shrink_by_copy,
+}
+# What cannot be cancelled has no way back once its one step is done.
+_UNDONE = ("create", "adopt", "shrink-by-copy")
+
+
+async def test_create(volumes_rig: Rig, killing: Killing) -> None:
+    await killing.every_moment(_create(volumes_rig))
+
+
+async def test_delete(volumes_rig: Rig, killing: Killing) -> None:
+    await killing.every_moment(_delete(volumes_rig))
+
+
+@pytest.mark.parametrize("step", [pytest.param(4 * _MIB, id="grow"), pytest.param(-4 * _MIB, id="shrink")])
+async def test_resize_in_place(volumes_rig: Rig, killing: Killing, step: int) -> None:
+    await killing.every_moment(_resize_in_place(volumes_rig, step=step))
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("saga", ["delete-with-force", "adopt", "shrink-by-copy"])
+async def test_every_moment(volumes_rig: Rig, killing: Killing, saga: str) -> None:
+    await killing.every_moment(_SAGAS[saga](volumes_rig))
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("saga", _UNDONE)
+async def test_while_undoing(volumes_rig: Rig, killing: Killing, saga: str) -> None:
+    await killing.undoing(_SAGAS[saga](volumes_rig))
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("saga", _SAGAS)
+async def test_while_recovering(volumes_rig: Rig, killing: Killing, saga: str) -> None:
+    await killing.recovering(_SAGAS[saga](volumes_rig))

@@ -72,3 +72,29 @@ def test_what_is_required_must_occur_in_some_part(
     )
     assert ended.returncode == code, ended.stdout
     assert ("'drop' has not occurred once" in ended.stdout) == bool(code)
+
+
+@_WORKERS
+def test_the_moments_at_which_daemons_were_killed_are_counted_and_listed(
+    tmp_path: Path, workers: tuple[str, ...]
+) -> None:
+    ended = _run(
+        tmp_path,
+        "import pytest\n"
+        "@pytest.mark.parametrize('saga', ['pause', 'broken'])\n"
+        "def test_it(request, saga):\n"
+        "    report = {'seed': 'abc'}\n"
+        "    request.node.user_properties.append(('moments', report))\n"
+        "    if saga == 'pause':\n"
+        "        report.update(kind='PAUSE', known=['one', 'two'], tried=['two'], least=1, seconds=1.5)\n",
+        *workers,
+        "--moments",
+        str(tmp_path / "moments.txt"),
+    )
+    assert ended.returncode == pytest.ExitCode.OK, ended.stdout
+    assert "(seeds: abc)" in ended.stdout
+    assert "1 of 2 moments, 1.5 s" in ended.stdout
+    first, *listed = (tmp_path / "moments.txt").read_text().splitlines()
+    assert first.startswith("PAUSE")
+    assert "test_it[pause]" in first
+    assert listed == ["           one", "    tried  two"]

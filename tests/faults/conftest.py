@@ -1,0 +1,26 @@
+"""What tests that kill daemons can ask for."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from tests.faults.killing import SEED, Killing
+from tests.faults.sagas import COMMITTED
+from tests.rig import Rig
+from tests.run_report import MOMENTS
+
+
+@pytest_asyncio.fixture
+async def killing(clean_engine: Rig, request: pytest.FixtureRequest) -> AsyncIterator[Killing]:
+    """Kills daemons of the test's own, and reports at which moments."""
+    print(f"GPUDOCK_MOMENTS_SEED={SEED}")  # noqa: T201 - shown with a failure
+    killing = Killing(clean_engine, f"{SEED}/{request.node.name}")
+    request.node.user_properties.append((MOMENTS, killing.report))
+    yield killing
+    await killing.end()
+    clean_engine.engine.remove_all()
+    if COMMITTED in {tag for one in clean_engine.engine.call("GET", "/images/json") for tag in one["RepoTags"] or ()}:
+        clean_engine.engine.call("DELETE", f"/images/{COMMITTED}")

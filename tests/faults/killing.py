@@ -1,0 +1,326 @@
+"""Kills daemons at the moments of operations (see `mortal`), and says which there were and which were tried.
+
+What is to be done, and what must be true afterwards, is a `Saga`. How it is killed is a method of `Killing`: at every
+moment of its way forward, at those of its undoing, and a second time while the next daemon recovers.
+
+Every daemon that survives prints all the moments that there were. Of these some are drawn, by a seed that the run's
+report shows and GPUDOCK_MOMENTS_SEED sets; GPUDOCK_ALL_MOMENTS=1 has every one tried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+
+from tests.calls import Caller
+from tests.conftest import FAST, own_state
+from tests.faults.mortal import DELAY_MS, DIE_AT, DURING, KIND, PHASE, REFUSAL, Phase
+from tests.rig import Daemon, Rig
+from tests.rig.patience import PATIENCE
+
+ALL = os.environ.get("GPUDOCK_ALL_MOMENTS", "") not in ("", "0")
+SEED = os.environ.get("GPUDOCK_MOMENTS_SEED") or uuid.uuid4().hex[:8]
+# How many are drawn of a saga's moments between calls, of those during calls, of those of its undoing, and of those
+# that a recovery follows.
+_DRAWN_BETWEEN, _DRAWN_DURING, _DRAWN_UNDOING, _DRAWN_RECOVERING = 8, 3, 2, 1
+# More moments than any operation has: a saga that never ends must fail the test and not hang it.
+_MOST_MOMENTS = 200
+_DELAYS_MS = (0, 2, 5, 10, 20, 50, 100)
+_CHILDREN_SECONDS = 15.0
+_SERVING_SECONDS = 60.0
+# Stages that only look, or may find that there is nothing to do.
+_QUIET = frozenset({"locate", "verify", "check", "prune", "commit"})
+_COMMIT = "commit"
+# What ends in its own time when its daemon dies.
+_LEFT_ALONE = frozenset({"etcd"})
+
+Act = Callable[[Caller], Awaitable[object]]
+Check = Callable[[Caller], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Saga:
+    """An operation that can be asked for again and again.
+
+    `act` asks for one operation of `kind`, whatever state the one before was left in; it prepares what that needs.
+    `check` asserts all that must be true once nothing is under way, and begins no operation of `kind`.
+    """
+
+    kind: str
+    act: Act
+    check: Check
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A moment, as a daemon has printed it. `number` begins with `during ` if it is in the midst of something."""
+
+    number: str
+    stage: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.name}"
+
+
+@dataclass
+class Log:
+    """What a daemon has printed of an operation."""
+
+    text: str
+    stages: tuple[str, ...] = field(init=False)
+    moments: list[Moment] = field(init=False)
+
+    def __post_init__(self) -> None:
+        stages = re.search(r"^stages: (.*)$", self.text, re.MULTILINE)
+        self.stages = tuple(stages[1].split()) if stages else ()
+        found = re.findall(r"^moment ((?:during )?\d+) \[(.*?)\]: (.*)$", self.text, re.MULTILINE)
+        self.moments = [Moment(*one) for one in found]
+
+    @property
+    def between(self) -> list[Moment]:
+        """Those between two calls."""
+        return [one for one in self.moments if not one.number.startswith(DURING)]
+
+    @property
+    def during(self) -> list[Moment]:
+        """Those in the midst of something."""
+        return [one for one in self.moments if one.number.startswith(DURING)]
+
+    @property
+    def died_at(self) -> Moment | None:
+        """The one that was its last."""
+        found = re.search(r"^dying at moment ((?:during )?\d+) \[(.*?)\]: (.*)$", self.text, re.MULTILINE)
+        return Moment(*found.groups()) if found else None
+
+    @property
+    def children(self) -> dict[int, str]:
+        """The processes that it had started and that lived when it died."""
+        lines = re.findall(r"^children: (.*)$", self.text, re.MULTILINE)
+        pairs = (one.partition(":") for one in (lines[-1].split() if lines else ()))
+        return {int(pid): name for pid, _, name in pairs if name not in _LEFT_ALONE}
+
+
+def missing(stages: Sequence[str], moments: Sequence[Moment]) -> list[str]:
+    """What a saga with these stages must have moments of, and has none of.
+
+    That is a record of its begin, of each stage and of its end, and a change in each stage that changes anything.
+    """
+    names, changed = {one.name for one in moments}, {one.stage for one in moments if "record of" not in one.name}
+    wanted = [f"before record of RUNNING after {stage}" for stage in ("nothing", *_recorded(stages))]
+    wanted += [f"{when} record of SUCCEEDED after {stages[-1]}" for when in ("before", "after")]
+    lacking = [name for name in wanted if name not in names]
+    return lacking + [f"a change in {stage}" for stage in stages if stage not in _QUIET and stage not in changed]
+
+
+def least(stages: Sequence[str]) -> int:
+    """How many moments between calls a saga with these stages has at least: see `missing`."""
+    return len(_recorded(stages)) + 3 + len([stage for stage in stages if stage not in _QUIET])
+
+
+def _recorded(stages: Sequence[str]) -> Sequence[str]:
+    """The stages with a record that does not end the operation; a commit with nothing after it ends it."""
+    return stages[:-1] if stages[-1] == _COMMIT else stages
+
+
+def missing_of_undo(stages: Sequence[str], moments: Sequence[Moment]) -> list[str]:
+    """As `missing`, of an undo of all steps: a record of its begin, of each step, and of its end."""
+    steps = stages[: stages.index(_COMMIT)]
+    undone = [one for one in moments if one.name.startswith("before record of UNDOING")]
+    ends = [one for one in moments if re.match("(before|after) record of (FAILED|CANCELLED)", one.name)]
+    lacking = [] if len(undone) == len(steps) + 1 else [f"{len(steps) + 1} records of UNDOING, but {len(undone)}"]
+    return lacking + ([] if len(ends) == 2 else ["the records of its end"])
+
+
+class Killing:
+    """Kills daemons that have a state of their own, and starts others in their place."""
+
+    def __init__(self, rig: Rig, seed: str) -> None:
+        self._rig = rig
+        self._random = random.Random(seed)  # noqa: S311 - to be drawn again is what it is for
+        self._own = own_state()
+        self._daemon: Daemon | None = None
+        self.report: dict[str, object] = {"seed": SEED, "known": [], "tried": [], "seconds": 0.0}
+        self._begun = time.monotonic()
+
+    # -- ways to be killed -------------------------------------------------------------------------------------------
+
+    async def every_moment(self, saga: Saga) -> None:
+        """At moments of its way forward, between calls and during them."""
+        assert await self._once(saga, "") is None
+        log, tried = self._log, []
+        assert not missing(log.stages, log.between), (missing(log.stages, log.between), log.stages, log.between)
+        for moment in (*self._drawn(log.between, _DRAWN_BETWEEN), *self._drawn(log.during, _DRAWN_DURING)):
+            died = await self._once(saga, moment.number)
+            tried += [died] if died else []
+        # Where it sometimes has more to do than at first.
+        number = len(log.between) + 1
+        while ALL and (died := await self._once(saga, str(number))) is not None:
+            tried.append(died)
+            number += 1
+            assert number < _MOST_MOMENTS, "the operation never ends"
+        assert tried
+        await self._checked(saga, "")
+        self._tell(saga.kind, log.moments, tried, least(log.stages))
+
+    async def undoing(self, saga: Saga) -> None:
+        """At moments of its undoing, which begins when everything but its commit is done."""
+        assert await self._once(saga, "", Phase.UNDOING) is None
+        log, tried = self._log, []
+        assert not missing_of_undo(log.stages, log.between), (log.stages, log.between)
+        await self._checked(saga, "")
+        for moment in self._drawn(log.moments, _DRAWN_UNDOING):
+            await self._start(saga, moment.number, Phase.UNDOING)
+            died = await self._acted(saga)
+            tried += [died] if died else []
+            await self._checked(saga, "")
+        assert tried
+        self._tell(saga.kind, log.moments, tried, log.stages.index(_COMMIT) + 3)
+
+    async def recovering(self, saga: Saga) -> None:
+        """At a moment of its way forward, and then at one of the recovery by the next daemon."""
+        assert await self._once(saga, "") is None
+        forward, tried = self._log.between, []
+        known: dict[str, Moment] = {}
+        # What comes after the last record needs no recovery.
+        for first in self._drawn(forward[1:-1], _DRAWN_RECOVERING):
+            second = 1 if ALL else self._random.randint(1, len(forward))
+            while True:
+                assert await self._once(saga, first.number) is not None, f"it did not come to {first}"
+                died = await self._recovered(saga, str(second))
+                known |= {str(one): one for one in self._log.between}
+                tried += [died] if died else []
+                if died is None and not ALL and second > 1:
+                    # It had fewer than that.
+                    second = self._random.randint(1, second - 1)
+                elif died is None or not ALL:
+                    break
+                else:
+                    second += 1
+        await self._checked(saga, "")
+        assert tried
+        self._tell(saga.kind, list(known.values()), tried, 1)
+
+    # -- one life ----------------------------------------------------------------------------------------------------
+
+    async def _once(self, saga: Saga, die_at: str, phase: Phase = Phase.BEGUN) -> Moment | None:
+        """Have a daemon put right what the one before left, act, and die at a moment; None if it survives."""
+        await self._checked(saga, die_at, phase)
+        return await self._acted(saga)
+
+    async def _checked(self, saga: Saga, die_at: str, phase: Phase = Phase.BEGUN) -> None:
+        """The next daemon puts right what this one left, and everything is as it must be."""
+        before = self._daemon is not None
+        await self._start(saga, die_at, phase)
+        if before:
+            async with Caller(self._running.target) as caller:
+                await caller.settled()
+                await saga.check(caller)
+
+    async def _acted(self, saga: Saga) -> Moment | None:
+        """Act; the moment at which the daemon died."""
+        async with Caller(self._running.target) as caller:
+            try:
+                await saga.act(caller)
+            except grpc.aio.AioRpcError as error:
+                if REFUSAL in (error.details() or ""):
+                    return None
+                assert error.code() is grpc.StatusCode.UNAVAILABLE, error  # noqa: PT017 (any other is the failure)
+                return await self._died()
+        return None
+
+    async def _died(self) -> Moment:
+        assert await asyncio.to_thread(self._running.wait) == -9, self._running.log_text
+        moment = self._log.died_at
+        assert moment is not None, self._running.log_text
+        print(f"killed at {moment}")  # noqa: T201 - shown with a failure
+        await _all_gone(self._log.children)
+        return moment
+
+    async def _recovered(self, saga: Saga, die_at: str) -> Moment | None:
+        """Have the next daemon recover, and perhaps die of it; the moment at which it did."""
+        await self._start(saga, die_at, Phase.RESUMED, serving=False)
+        deadline = time.monotonic() + _SERVING_SECONDS * PATIENCE
+        while self._running.running and not await asyncio.to_thread(self._running.serving):
+            assert time.monotonic() < deadline, self._running.log_text
+            await asyncio.sleep(0.02)
+        try:
+            async with Caller(self._running.target) as caller:
+                await caller.settled()
+        except grpc.aio.AioRpcError as error:
+            assert error.code() is grpc.StatusCode.UNAVAILABLE, error  # noqa: PT017 (any other is the failure)
+            return await self._died()
+        return None if self._running.running else await self._died()
+
+    async def _start(self, saga: Saga, die_at: str, phase: Phase = Phase.BEGUN, *, serving: bool = True) -> None:
+        before = self._daemon
+        if before is not None and before.running:
+            await asyncio.to_thread(before.stop)
+        delay = self._random.choice(_DELAYS_MS)
+        self._daemon = await self._rig.start_daemon(
+            *FAST,
+            *saga.flags,
+            *self._own,
+            module="tests.faults.mortal",
+            environment={KIND: saga.kind, DIE_AT: die_at, PHASE: phase, DELAY_MS: str(delay)},
+            state_dir=before.state_dir if before else None,
+            socket=before.socket if before else None,
+            serving=serving,
+        )
+
+    async def end(self) -> None:
+        """Stop what runs."""
+        if self._daemon is not None:
+            await asyncio.to_thread(self._daemon.stop)
+
+    @property
+    def _running(self) -> Daemon:
+        assert self._daemon is not None
+        return self._daemon
+
+    @property
+    def _log(self) -> Log:
+        return Log(self._running.log_text)
+
+    # -- what is tried -----------------------------------------------------------------------------------------------
+
+    def _drawn(self, moments: Sequence[Moment], most: int) -> list[Moment]:
+        """Some of them, in their order; all if that is asked for."""
+        chosen = set(self._random.sample(range(len(moments)), min(most, len(moments))))
+        return [one for index, one in enumerate(moments) if ALL or index in chosen]
+
+    def _tell(self, kind: str, known: Collection[Moment], tried: Collection[Moment], minimum: int) -> None:
+        assert len(known) >= minimum
+        self.report |= {
+            "kind": kind,
+            "known": [str(one) for one in known],
+            "tried": [str(one) for one in tried],
+            "least": minimum,
+            "seconds": round(time.monotonic() - self._begun, 1),
+        }
+
+
+async def _all_gone(children: dict[int, str]) -> None:
+    """No child process works on what the next daemon uses: each ends with its daemon."""
+    deadline = time.monotonic() + _CHILDREN_SECONDS * PATIENCE
+    while living := [f"{pid} {name}" for pid, name in children.items() if _lives(pid)]:
+        assert time.monotonic() < deadline, f"children outlive their daemon: {living}"
+        await asyncio.sleep(0.01)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in (b"Z", b"X")

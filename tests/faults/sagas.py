@@ -1,0 +1,437 @@
+"""Every operation on containers that daemons are killed in the midst of, and what must be true afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+from gpudock.v1 import container_pb2, container_service_pb2, operation_pb2, operation_service_pb2
+
+from tests.calls import IMAGE, Caller
+from tests.faults.invariants import (
+    LOOK,
+    PLANT,
+    absent,
+    bound_host_paths,
+    engine_containers,
+    layer_images,
+    sound,
+)
+from tests.faults.killing import Saga
+from tests.rig import GLIBC, Rig
+
+RUNNING = container_pb2.CONTAINER_STATE_RUNNING
+PAUSED = container_pb2.CONTAINER_STATE_PAUSED
+STOPPED = container_pb2.CONTAINER_STATE_STOPPED
+EXITED = container_pb2.CONTAINER_STATE_EXITED
+FAILED = container_pb2.CONTAINER_STATE_FAILED
+# The image that a commit makes.
+COMMITTED = "gpudock/phoenix:test"
+_PORT = container_pb2.PortRequest(container_port=80)
+
+Make = Callable[[Rig, Path], Saga]
+
+
+async def _found(caller: Caller, name: str = "phoenix") -> container_pb2.Container | None:
+    try:
+        return await caller.get(name)
+    except grpc.aio.AioRpcError as error:
+        assert error.code() is grpc.StatusCode.NOT_FOUND, error  # noqa: PT017 (any other code is the failure)
+        return None
+
+
+async def _planted(caller: Caller, name: str = "phoenix", gpus: int = 2, **fields: Any) -> str:
+    """Make a container with files; how they look."""
+    await caller.create(name, gpus, ports=[_PORT], **fields)
+    await caller.shell(name, PLANT)
+    return await caller.shell(name, LOOK + " || true")
+
+
+async def _until_free(caller: Caller, rig: Rig, count: int) -> None:
+    await absent(caller, rig, "phoenix")
+    assert await caller.free_gpus() == count
+
+
+async def _stopped_or_sound(caller: Caller, rig: Rig, files: str) -> int:
+    """It is as it was asked to be, or as it was before: it runs with all that is its own, or it does not run at all."""
+    container = await caller.get("phoenix")
+    if container.status.state == RUNNING:
+        await sound(caller, rig, "phoenix", files)
+    else:
+        assert container.status.state in (STOPPED, EXITED), container.status
+        (engine,) = engine_containers(rig)
+        assert not engine["State"]["Running"]
+        held = list((await caller.holders()).values()).count("phoenix")
+        assert held == (container.spec.gpus.count if container.status.holds_resources else 0)
+    return container.status.state
+
+
+def create(rig: Rig, folder: Path) -> Saga:
+    """With cards, a port and a host path."""
+    left = bound_host_paths(rig)  # by daemons of other tests
+    mount = container_pb2.Mount(host_path=str(folder), target="/host")
+
+    async def act(caller: Caller) -> None:
+        await caller.create("phoenix", 2, ports=[_PORT], mounts=[mount])
+
+    async def check(caller: Caller) -> None:
+        if await _found(caller) is None:
+            await _until_free(caller, rig, 8)
+        else:
+            await sound(caller, rig, "phoenix")
+            assert len(bound_host_paths(rig)) == len(left) + 1
+            await caller.delete("phoenix")
+        assert bound_host_paths(rig) == left
+
+    return Saga("CREATE", act, check, ("--allowed-host-paths", str(folder)))
+
+
+def scale(rig: Rig, folder: Path, *, carry: str) -> Saga:
+    """To other cards and back, with its files."""
+    files, left = "", bound_host_paths(rig)
+    mounts = [container_pb2.Mount(host_path=str(folder), target="/host")] if carry == "exchange" else []
+
+    async def act(caller: Caller) -> None:
+        nonlocal files
+        files = files or await _planted(caller, mounts=mounts)
+        now = (await caller.get("phoenix")).spec.gpus.count
+        await caller.scale("phoenix", 3 if now == 2 else 2)
+
+    async def check(caller: Caller) -> None:
+        await sound(caller, rig, "phoenix", files)
+        assert len(bound_host_paths(rig)) == len(left) + len(mounts)
+
+    return Saga("SCALE", act, check, ("--layer-carry", carry, "--allowed-host-paths", str(folder)))
+
+
+def rollback(rig: Rig, _folder: Path) -> Saga:
+    """Back and forth between two revisions whose files differ; older ones are pruned meanwhile."""
+    files: dict[int, str] = {}
+
+    async def act(caller: Caller) -> None:
+        if not files:
+            files[2] = await _planted(caller)
+            await caller.scale("phoenix", 3)
+            await caller.shell("phoenix", "echo other > /work/file; rm /work/deep/data; touch /work/deep/data")
+            files[3] = await caller.shell("phoenix", LOOK + " || true")
+        now = (await caller.get("phoenix")).spec.gpus.count
+        other = [one for one in await caller.revisions("phoenix") if one.spec.gpus.count != now]
+        await caller.rollback("phoenix", max(one.revision for one in other if one.HasField("snapshot")))
+
+    async def check(caller: Caller) -> None:
+        count = (await caller.get("phoenix")).spec.gpus.count
+        await sound(caller, rig, "phoenix", files[count])
+        history = await caller.revisions("phoenix")
+        assert len(history) <= 4
+        assert all(one.HasField("snapshot") != one.current for one in history)
+
+    return Saga("ROLLBACK", act, check, ("--keep-revisions", "4"))
+
+
+def clone(rig: Rig, _folder: Path, *, carry: str) -> Saga:
+    """Of what a running source has now; it is frozen meanwhile, and must never stay so."""
+    others = layer_images(rig)
+    files = ""
+
+    async def act(caller: Caller) -> None:
+        nonlocal files
+        files = files or await _planted(caller, "source")
+        await caller.clone("source", "phoenix")
+
+    async def check(caller: Caller) -> None:
+        await sound(caller, rig, "source", files)
+        if await _found(caller) is None:
+            await _until_free(caller, rig, 6)
+        else:
+            await sound(caller, rig, "phoenix", files)
+            await caller.delete("phoenix")
+        assert layer_images(rig) == others
+
+    return Saga("CLONE", act, check, ("--layer-carry", carry))
+
+
+def clone_of_revision(rig: Rig, _folder: Path, *, carry: str) -> Saga:
+    """Of what was kept as a tree, and as an image, which each gives a name of its own."""
+    others = layer_images(rig)
+    files = ""
+
+    async def act(caller: Caller) -> None:
+        nonlocal files
+        if not files:
+            files = await _planted(caller, "source", 1)
+            await caller.scale("source", 2)
+            await caller.shell("source", "rm -r /work")
+        await caller.clone("source", "phoenix", revision=1)
+
+    async def check(caller: Caller) -> None:
+        assert (await caller.get("source")).revision == 2
+        await sound(caller, rig, "source")
+        if await _found(caller) is None:
+            await _until_free(caller, rig, 6)
+        else:
+            await sound(caller, rig, "phoenix", files)
+            await caller.delete("phoenix")
+        assert len(layer_images(rig) - others) == (1 if carry == "commit" else 0)
+
+    return Saga("CLONE", act, check, ("--layer-carry", carry))
+
+
+def update(rig: Rig, _folder: Path, *, field: str) -> Saga:
+    """By a successor, in place, where it is frozen for a moment, and on another image."""
+    files = ""
+    values: dict[str, tuple[Any, Any]] = {
+        "env": ({}, {"a": "b"}),
+        "labels": ({}, {"a": "b"}),
+        "image": (IMAGE, GLIBC),
+    }
+
+    async def act(caller: Caller) -> None:
+        nonlocal files
+        files = files or await _planted(caller, gpus=1)
+        now = getattr((await caller.get("phoenix")).spec, field)
+        one, other = values[field]
+        value = other if now == one else one
+        await caller.update("phoenix", field, **{field: value}, files=container_service_pb2.FILES_POLICY_CARRY_COMMIT)
+
+    async def check(caller: Caller) -> None:
+        await sound(caller, rig, "phoenix", files)
+
+    return Saga("UPDATE", act, check)
+
+
+def stop(rig: Rig, _folder: Path) -> Saga:
+    """With its files kept."""
+    files = ""
+
+    async def act(caller: Caller) -> None:
+        nonlocal files
+        files = files or await _planted(caller)
+        await caller.stop("phoenix")
+
+    async def check(caller: Caller) -> None:
+        if await _stopped_or_sound(caller, rig, files) != RUNNING:
+            await caller.start("phoenix")
+            await sound(caller, rig, "phoenix", files)
+
+    return Saga("STOP", act, check, ("--snapshot-on-stop", "true"))
+
+
+def stop_of_what_is_frozen(rig: Rig, _folder: Path) -> Saga:
+    """It is thawed first, and by the next daemon perhaps when it has ended already."""
+    made = False
+
+    async def act(caller: Caller) -> None:
+        nonlocal made
+        if not made:
+            await caller.create("phoenix", 2, ports=[_PORT])
+            made = True
+        if (await caller.get("phoenix")).status.state in (STOPPED, EXITED):
+            await caller.start("phoenix")
+        if (await caller.get("phoenix")).status.state != PAUSED:
+            await caller.containers.PauseContainer(container_service_pb2.PauseContainerRequest(name="phoenix"))
+        await caller.stop("phoenix", keep_resources=True)
+
+    async def check(caller: Caller) -> None:
+        state = (await caller.get("phoenix")).status.state
+        # EXITED where its undo found it ended.
+        assert state in (PAUSED, STOPPED, EXITED), state
+        (engine,) = engine_containers(rig)
+        assert engine["State"]["Paused"] == (state == PAUSED)
+        assert engine["State"]["Running"] == (state == PAUSED)
+        assert await caller.free_gpus() == 6
+
+    return Saga("STOP", act, check)
+
+
+def start(rig: Rig, _folder: Path, *, cards: str) -> Saga:
+    """With the cards that it had, or with others, for which it is replaced."""
+    files = ""
+
+    async def act(caller: Caller) -> None:
+        nonlocal files
+        files = files or await _planted(caller)
+        container = await caller.get("phoenix")
+        if container.status.state == RUNNING:
+            await caller.stop("phoenix")
+        now = container.spec.gpus.count
+        await caller.start("phoenix", None if cards == "same" else 5 - now)
+
+    async def check(caller: Caller) -> None:
+        await _stopped_or_sound(caller, rig, files)
+
+    return Saga("START", act, check)
+
+
+def restart(rig: Rig, _folder: Path) -> Saga:
+    """Whatever happens in between, it runs in the end."""
+    files = ""
+
+    async def act(caller: Caller) -> None:
+        nonlocal files
+        files = files or await _planted(caller)
+        await caller.restart("phoenix")
+
+    async def check(caller: Caller) -> None:
+        await sound(caller, rig, "phoenix", files)
+
+    return Saga("RESTART", act, check)
+
+
+async def _set_frozen(caller: Caller, *, frozen: bool) -> None:
+    """Freeze or thaw `phoenix`, if it is not so."""
+    container = await _found(caller)
+    if container is None:
+        container = await caller.create("phoenix", 2, ports=[_PORT])
+    if (container.status.state == PAUSED) == frozen:
+        return
+    if frozen:
+        await caller.containers.PauseContainer(container_service_pb2.PauseContainerRequest(name="phoenix"))
+    else:
+        await caller.containers.UnpauseContainer(container_service_pb2.UnpauseContainerRequest(name="phoenix"))
+
+
+def _freezing(rig: Rig, _folder: Path, *, kind: str) -> Saga:
+    freezes = kind == "PAUSE"
+
+    async def act(caller: Caller) -> None:
+        await _set_frozen(caller, frozen=not freezes)
+        await _set_frozen(caller, frozen=freezes)
+
+    async def check(caller: Caller) -> None:
+        state = (await caller.get("phoenix")).status.state
+        assert state in (RUNNING, PAUSED), state
+        (engine,) = engine_containers(rig)
+        assert engine["State"]["Running"]
+        assert engine["State"]["Paused"] == (state == PAUSED), "it is not as the record has it"
+        assert list((await caller.holders()).values()).count("phoenix") == 2
+
+    return Saga(kind, act, check)
+
+
+def delete(rig: Rig, _folder: Path) -> Saga:
+    """With a history, in trees and in images; of one whose deletion failed, the same call finishes the work."""
+    others, uid = layer_images(rig), ""
+
+    async def act(caller: Caller) -> None:
+        nonlocal uid
+        container = await _found(caller)
+        if container is None:
+            container = await caller.create("phoenix", 2, ports=[_PORT])
+            await caller.shell("phoenix", PLANT)
+            await caller.scale("phoenix", 3)
+        uid = container.uid
+        await caller.delete("phoenix")
+
+    async def check(caller: Caller) -> None:
+        container = await _found(caller)
+        if container is None:
+            await _until_free(caller, rig, 8)
+            assert not list(_snapshots(rig).glob(f"*/{uid}/*")), "its files are kept"
+            assert layer_images(rig) == others
+        elif container.status.state == RUNNING:
+            await sound(caller, rig, "phoenix")
+        else:
+            assert container.status.state == FAILED, container.status
+            assert not container.status.operation_id
+            assert not [one for one in engine_containers(rig) if one["Id"] == container.status.engine_id]
+
+    return Saga("DELETE", act, check)
+
+
+def delete_revision(rig: Rig, _folder: Path, *, carry: str) -> Saga:
+    """What the history names is kept, and nothing else; the container itself notices nothing."""
+    others, files = layer_images(rig), ""
+
+    async def act(caller: Caller) -> None:
+        nonlocal files
+        files = files or await _planted(caller)
+        old = [one for one in await caller.revisions("phoenix") if not one.current]
+        if not old:
+            now = (await caller.get("phoenix")).spec.gpus.count
+            await caller.scale("phoenix", 5 - now)
+            old = [one for one in await caller.revisions("phoenix") if not one.current]
+        await caller.delete_revision("phoenix", old[0].revision)
+
+    async def check(caller: Caller) -> None:
+        container = await sound(caller, rig, "phoenix", files)
+        old = {one.revision for one in await caller.revisions("phoenix") if not one.current}
+        on_disk = {path.parent.name for path in _snapshots(rig).glob(f"*/{container.uid}/*/meta.json")}
+        assert {int(number) for number in on_disk} <= old
+        if carry == "commit":
+            # The current one stands on images of its own.
+            assert len(layer_images(rig) - others) >= len(old)
+
+    return Saga("DELETE_REVISION", act, check, ("--layer-carry", carry))
+
+
+def _snapshots(rig: Rig) -> Path:
+    """The folder with one for each node; in it one for each container."""
+    return rig.engine.data_root / "gpudock/snapshots"
+
+
+def commit(rig: Rig, _folder: Path) -> Saga:
+    """The name is with the old image or the new one, as the operation says; nothing else is left, and it runs."""
+    named = ""
+
+    async def act(caller: Caller) -> None:
+        if await _found(caller) is None:
+            await caller.create("phoenix", 2, ports=[_PORT])
+            await caller.shell("phoenix", "echo kept > /kept")
+        await caller.commit("phoenix", "gpudock/phoenix", tag="test")
+
+    async def check(caller: Caller) -> None:
+        nonlocal named
+        await sound(caller, rig, "phoenix")
+        request = operation_service_pb2.ListOperationsRequest(page_size=1)
+        (last,) = (await caller.operations.ListOperations(request)).operations
+        images = {
+            tag: image["Id"] for image in rig.engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()
+        }
+        assert not [tag for tag in images if tag.startswith(("gpudock/raw:", "gpudock/commit:"))]
+        if last.kind != operation_pb2.OPERATION_KIND_COMMIT_CONTAINER:
+            return
+        if last.state == operation_pb2.OPERATION_STATE_FAILED:
+            assert last.error.reason == "ENGINE_REJECTED", last
+            assert images.get(COMMITTED, "") == named
+            return
+        # What was begun is finished by the next daemon.
+        assert last.state == operation_pb2.OPERATION_STATE_SUCCEEDED, last
+        watch = operation_service_pb2.WatchOperationRequest(id=last.id)
+        answers = [answer async for answer in caller.operations.WatchOperation(watch)]
+        assert images[COMMITTED] == answers[-1].result.image.id
+        if named != answers[-1].result.image.id:
+            named = answers[-1].result.image.id
+            config = rig.engine.call("GET", f"/images/{named}/json")["Config"]
+            assert not [key for key in config["Labels"] or () if key.startswith("gpudock.")]
+
+    return Saga("COMMIT", act, check)
+
+
+SAGAS: dict[str, Make] = {
+    "create": create,
+    "scale-exchange": partial(scale, carry="exchange"),
+    "scale-copy": partial(scale, carry="copy"),
+    "scale-commit": partial(scale, carry="commit"),
+    "rollback": rollback,
+    "clone-copy": partial(clone, carry="copy"),
+    "clone-commit": partial(clone, carry="commit"),
+    "clone-of-a-revision-copy": partial(clone_of_revision, carry="copy"),
+    "clone-of-a-revision-commit": partial(clone_of_revision, carry="commit"),
+    "update-env": partial(update, field="env"),
+    "update-labels": partial(update, field="labels"),
+    "update-image": partial(update, field="image"),
+    "stop": stop,
+    "stop-frozen": stop_of_what_is_frozen,
+    "start": partial(start, cards="same"),
+    "start-with-other-cards": partial(start, cards="other"),
+    "restart": restart,
+    "pause": partial(_freezing, kind="PAUSE"),
+    "unpause": partial(_freezing, kind="UNPAUSE"),
+    "delete": delete,
+    "delete-revision": partial(delete_revision, carry="copy"),
+    "delete-revision-image": partial(delete_revision, carry="commit"),
+    "commit": commit,
+}

@@ -1,0 +1,40 @@
+"""Somebody starts a container behind the daemon's back, in the midst of an operation on it."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+from tests.calls import Caller, failure
+from tests.engine.drift import act
+from tests.engine.own_daemons import OwnDaemons, own, until
+from tests.faults.invariants import LOOK, PLANT, sound
+from tests.faults.mortal import DIE_AT, KIND, SIGNAL
+
+__all__ = ["own"]
+
+_STOPPED = "before record of RUNNING after stop"
+
+
+async def test_no_layer_is_carried_while_its_container_runs(own: OwnDaemons) -> None:
+    """The daemon is frozen when it has stopped the container, and goes on when somebody has started it again."""
+    environment = {KIND: "SCALE", DIE_AT: _STOPPED, SIGNAL: signal.SIGSTOP.name}
+    daemon = await own.start("--layer-carry", "exchange", module="tests.faults.mortal", environment=environment)
+    async with Caller(daemon.target) as caller:
+        made = await caller.create("touched", 1)
+        await caller.shell("touched", PLANT)
+        files = await caller.shell("touched", LOOK + " || true")
+        scale = asyncio.create_task(failure(caller.scale("touched", 2)))
+
+        async def frozen() -> bool:
+            return f"]: {_STOPPED}\nchildren:" in daemon.log_text
+
+        await until(frozen)
+        await asyncio.to_thread(act, own.rig, made.status.engine_id, "start")
+        daemon.signal(signal.SIGCONT)
+        refused = await scale
+        assert refused.reason == "LAYER_CARRY_FAILED"
+        assert "runs" in refused.message
+        assert (await sound(caller, own.rig, "touched", files)).status.engine_id == made.status.engine_id
+        assert (await caller.scale("touched", 2)).spec.gpus.count == 2
+        await sound(caller, own.rig, "touched", files)
