@@ -1,4 +1,4 @@
-"""Programs of the host end with their daemon, whenever that dies."""
+"""Programs of the host, and the child process that works on trees, end with their daemon, whenever that dies."""
 
 from __future__ import annotations
 
@@ -25,6 +25,27 @@ async def started(*words, **named):
     os.kill(os.getpid(), signal.SIGKILL)
 asyncio.create_subprocess_exec = started
 asyncio.run(run("sleep", sys.argv[1]))
+"""
+# Has a child process read a file that takes hours, and dies when it does.
+_PARENT_OF_JOB = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from gpudock_server.adapters.trees.worker import run_job
+start = asyncio.create_subprocess_exec
+def reads(pid):
+    counts = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
+    return int(counts["rchar"]) > 1 << 28
+async def dies(pid):
+    while not reads(pid):
+        await asyncio.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+async def started(*words, **named):
+    process = await start(*words, **named)
+    print(process.pid, flush=True)
+    asyncio.ensure_future(dies(process.pid))
+    return process
+asyncio.create_subprocess_exec = started
+asyncio.run(run_job("digest", memory_bytes=1 << 30, root=sys.argv[1]))
 """
 _LOOK_SECONDS = 0.05
 
@@ -60,3 +81,26 @@ def test_a_program_whose_daemon_dies_as_it_is_started_does_not_run(tmp_path: Pat
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert not left, "it runs on, and changes what the next daemon looks at"
+
+
+def test_a_job_on_a_tree_ends_with_its_daemon(tmp_path: Path) -> None:
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(1 << 40)
+    words = [sys.executable, "-c", _PARENT_OF_JOB, str(tmp_path)]
+    died = subprocess.run(words, check=False, cwd=_REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    child = int(died.stdout)
+    deadline = time.monotonic() + 10 * PATIENCE
+    while (left := _lives(child)) and time.monotonic() < deadline:
+        time.sleep(_LOOK_SECONDS)
+    if left:
+        os.kill(child, signal.SIGKILL)
+    assert not left, "it works on, and changes what the next daemon looks at"
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process has not ended; a zombie has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z"
+    except OSError:
+        return False
