@@ -26,7 +26,7 @@ async def started(*words, **named):
 asyncio.create_subprocess_exec = started
 asyncio.run(run("sleep", sys.argv[1]))
 """
-# Has a child process read a file that takes hours, and dies when it does.
+# Has a child process read a large file, and dies in the midst of that; the child is stopped, lest it end by itself.
 _PARENT_OF_JOB = """
 import asyncio, os, signal, sys
 from pathlib import Path
@@ -34,10 +34,11 @@ from gpudock_server.adapters.trees.worker import run_job
 start = asyncio.create_subprocess_exec
 def reads(pid):
     counts = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
-    return int(counts["rchar"]) > 1 << 28
+    return int(counts["rchar"]) > 1 << 25
 async def dies(pid):
     while not reads(pid):
         await asyncio.sleep(0.01)
+    os.kill(pid, signal.SIGSTOP)
     os.kill(os.getpid(), signal.SIGKILL)
 async def started(*words, **named):
     process = await start(*words, **named)
@@ -47,6 +48,8 @@ async def started(*words, **named):
 asyncio.create_subprocess_exec = started
 asyncio.run(run_job("digest", memory_bytes=1 << 30, root=sys.argv[1]))
 """
+# Not sparse, since holes are not read; read for a good part of a second, and looked at every hundredth.
+_LARGE_MIB = 768
 _LOOK_SECONDS = 0.05
 
 
@@ -84,10 +87,13 @@ def test_a_program_whose_daemon_dies_as_it_is_started_does_not_run(tmp_path: Pat
 
 
 def test_a_job_on_a_tree_ends_with_its_daemon(tmp_path: Path) -> None:
-    with (tmp_path / "large").open("wb") as file:
-        file.truncate(1 << 40)
+    large = tmp_path / "large"
+    with large.open("wb") as file:
+        for _ in range(_LARGE_MIB):
+            file.write(bytes(1 << 20))
     words = [sys.executable, "-c", _PARENT_OF_JOB, str(tmp_path)]
     died = subprocess.run(words, check=False, cwd=_REPOSITORY, capture_output=True, text=True, timeout=60)
+    large.unlink()
     assert died.returncode == -signal.SIGKILL, died.stderr
     child = int(died.stdout)
     deadline = time.monotonic() + 10 * PATIENCE

@@ -12,6 +12,7 @@ from gpudock_server.model.operation import new_operation_id
 from tests.calls import Caller
 from tests.engine.own_daemons import OwnDaemons, own, until
 from tests.rig import EngineProxy
+from tests.rig.patience import in_time
 
 __all__ = ["own"]
 
@@ -66,13 +67,15 @@ async def test_a_snapshot_that_nobody_finishes_is_removed(own: OwnDaemons, engin
         uid = (await caller.create("half", 1)).uid
         stop = engine_proxy.faults.hang("POST", "/containers/[^/]+/stop")
         scale = asyncio.create_task(caller.scale("half", 2))
-        await asyncio.wait_for(stop.hit.wait(), 60)
+        async with in_time("the scale did not come to its stop"):
+            await stop.hit.wait()
         (living,) = (_folder(own) / uid).glob("1.partial-*")
         dead = _put_dead_partial(_folder(own) / uid)
         await _until_gone(dead)
         assert (living / "tree").is_dir()
         engine_proxy.faults.clear()
-        await scale
+        async with in_time("the scale went on and did not end"):
+            await scale
         first, _ = await caller.revisions("half")
         assert first.HasField("snapshot")
         assert not living.exists()

@@ -16,6 +16,7 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,20 +24,22 @@ import grpc
 
 from tests.calls import Caller
 from tests.conftest import FAST, own_state
-from tests.faults.mortal import DELAY_MS, DIE_AT, DURING, KIND, PHASE, REFUSAL, Phase
+from tests.faults.mortal import BY_CHILDREN, DELAY_MS, DIE_AT, DURING, KIND, LASTING, PHASE, REFUSAL, Phase
 from tests.rig import Daemon, Rig
-from tests.rig.patience import PATIENCE
+from tests.rig.patience import PATIENCE, in_time
 
 ALL = os.environ.get("GPUDOCK_ALL_MOMENTS", "") not in ("", "0")
 SEED = os.environ.get("GPUDOCK_MOMENTS_SEED") or uuid.uuid4().hex[:8]
 # How many are drawn of a saga's moments between calls, of those during calls, of those of its undoing, and of those
 # that a recovery follows.
-_DRAWN_BETWEEN, _DRAWN_DURING, _DRAWN_UNDOING, _DRAWN_RECOVERING = 8, 3, 2, 1
+_DRAWN_BETWEEN, _DRAWN_DURING, _DRAWN_UNDOING, _DRAWN_RECOVERING = 4, 2 if PATIENCE == 1 else 1, 1, 1
 # More moments than any operation has: a saga that never ends must fail the test and not hang it.
 _MOST_MOMENTS = 200
+_MOST_DRAWN_AGAIN = 5
 _DELAYS_MS = (0, 2, 5, 10, 20, 50, 100)
 _CHILDREN_SECONDS = 15.0
 _SERVING_SECONDS = 60.0
+_OPERATION_SECONDS = 120.0
 # Stages that only look, or may find that there is nothing to do.
 _QUIET = frozenset({"locate", "verify", "check", "prune", "commit"})
 _COMMIT = "commit"
@@ -71,6 +74,10 @@ class Moment:
 
     def __str__(self) -> str:
         return f"{self.stage}: {self.name}"
+
+    def after(self, first: Moment) -> Moment:
+        """The same moment, of the recovery from a death at `first`."""
+        return Moment(self.number, self.stage, f"{self.name} (after a death at {first})")
 
 
 @dataclass
@@ -123,6 +130,18 @@ def missing(stages: Sequence[str], moments: Sequence[Moment]) -> list[str]:
     return lacking + [f"a change in {stage}" for stage in stages if stage not in _QUIET and stage not in changed]
 
 
+def missing_in_the_midst(moments: Sequence[Moment]) -> list[str]:
+    """Which of the calls that take their time have no moment in their midst."""
+    lasting = {port.__name__ for port in LASTING}
+    lacking = []
+    for one, following in zip(moments, (*moments[1:], None), strict=True):
+        call = one.name.removeprefix("before ")
+        within = following is not None and following.number.startswith(DURING)
+        if (call.partition(".")[0] in lasting or call in BY_CHILDREN) and call != one.name and not within:
+            lacking.append(f"a moment in the midst of {call}")
+    return lacking
+
+
 def least(stages: Sequence[str]) -> int:
     """How many moments between calls a saga with these stages has at least: see `missing`."""
     return len(_recorded(stages)) + 3 + len([stage for stage in stages if stage not in _QUIET])
@@ -159,7 +178,9 @@ class Killing:
         """At moments of its way forward, between calls and during them."""
         assert await self._once(saga, "") is None
         log, tried = self._log, []
-        assert not missing(log.stages, log.between), (missing(log.stages, log.between), log.stages, log.between)
+        known = list(log.moments)
+        lacking = missing(log.stages, log.between) + missing_in_the_midst(log.moments)
+        assert not lacking, (lacking, log.stages, log.moments)
         for moment in (*self._drawn(log.between, _DRAWN_BETWEEN), *self._drawn(log.during, _DRAWN_DURING)):
             died = await self._once(saga, moment.number)
             tried += [died] if died else []
@@ -167,23 +188,23 @@ class Killing:
         number = len(log.between) + 1
         while ALL and (died := await self._once(saga, str(number))) is not None:
             tried.append(died)
+            known.append(died)
             number += 1
-            assert number < _MOST_MOMENTS, "the operation never ends"
+            assert number < _MOST_MOMENTS, f"the operation has not ended after {number} moments"
         assert tried
         await self._checked(saga, "")
-        self._tell(saga.kind, log.moments, tried, least(log.stages))
+        self._tell(saga.kind, known, tried, least(log.stages))
 
     async def undoing(self, saga: Saga) -> None:
         """At moments of its undoing, which begins when everything but its commit is done."""
         assert await self._once(saga, "", Phase.UNDOING) is None
         log, tried = self._log, []
-        assert not missing_of_undo(log.stages, log.between), (log.stages, log.between)
-        await self._checked(saga, "")
+        lacking = missing_of_undo(log.stages, log.between) + missing_in_the_midst(log.moments)
+        assert not lacking, (lacking, log.stages, log.moments)
         for moment in self._drawn(log.moments, _DRAWN_UNDOING):
-            await self._start(saga, moment.number, Phase.UNDOING)
-            died = await self._acted(saga)
+            died = await self._once(saga, moment.number, Phase.UNDOING)
             tried += [died] if died else []
-            await self._checked(saga, "")
+        await self._checked(saga, "")
         assert tried
         self._tell(saga.kind, log.moments, tried, log.stages.index(_COMMIT) + 3)
 
@@ -191,22 +212,30 @@ class Killing:
         """At a moment of its way forward, and then at one of the recovery by the next daemon."""
         assert await self._once(saga, "") is None
         forward, tried = self._log.between, []
-        known: dict[str, Moment] = {}
+        known: dict[tuple[str, str], Moment] = {}
+
+        async def twice(first: Moment, second: str) -> Moment | None:
+            assert await self._once(saga, first.number) is not None, f"it did not come to {first}"
+            died = await self._recovered(saga, second)
+            known.update({(first.number, one.number): one.after(first) for one in self._log.moments})
+            tried.extend([died.after(first)] if died else [])
+            return died
+
         # What comes after the last record needs no recovery.
         for first in self._drawn(forward[1:-1], _DRAWN_RECOVERING):
-            second = 1 if ALL else self._random.randint(1, len(forward))
-            while True:
-                assert await self._once(saga, first.number) is not None, f"it did not come to {first}"
-                died = await self._recovered(saga, str(second))
-                known |= {str(one): one for one in self._log.between}
-                tried += [died] if died else []
-                if died is None and not ALL and second > 1:
-                    # It had fewer than that.
-                    second = self._random.randint(1, second - 1)
-                elif died is None or not ALL:
-                    break
-                else:
-                    second += 1
+            if not ALL:
+                second = self._random.choice(("", DURING)) + str(self._random.randint(1, len(forward)))
+                for _ in range(_MOST_DRAWN_AGAIN):
+                    if await twice(first, second) is not None:
+                        break
+                    # It had fewer; these it had.
+                    second = self._random.choice(self._log.moments).number
+                continue
+            for group in ("", DURING):
+                number = 1
+                while await twice(first, f"{group}{number}") is not None:
+                    number += 1
+                    assert number < _MOST_MOMENTS, f"the recovery has not ended after {number} moments"
         await self._checked(saga, "")
         assert tried
         self._tell(saga.kind, list(known.values()), tried, 1)
@@ -223,13 +252,13 @@ class Killing:
         before = self._daemon is not None
         await self._start(saga, die_at, phase)
         if before:
-            async with Caller(self._running.target) as caller:
+            async with Caller(self._running.target) as caller, self._in_time("what was under way did not end"):
                 await caller.settled()
                 await saga.check(caller)
 
     async def _acted(self, saga: Saga) -> Moment | None:
         """Act; the moment at which the daemon died."""
-        async with Caller(self._running.target) as caller:
+        async with Caller(self._running.target) as caller, self._in_time("the operation neither ended nor died"):
             try:
                 await saga.act(caller)
             except grpc.aio.AioRpcError as error:
@@ -244,7 +273,7 @@ class Killing:
         moment = self._log.died_at
         assert moment is not None, self._running.log_text
         print(f"killed at {moment}")  # noqa: T201 - shown with a failure
-        await _all_gone(self._log.children)
+        await all_gone(self._log.children)
         return moment
 
     async def _recovered(self, saga: Saga, die_at: str) -> Moment | None:
@@ -252,10 +281,10 @@ class Killing:
         await self._start(saga, die_at, Phase.RESUMED, serving=False)
         deadline = time.monotonic() + _SERVING_SECONDS * PATIENCE
         while self._running.running and not await asyncio.to_thread(self._running.serving):
-            assert time.monotonic() < deadline, self._running.log_text
+            assert time.monotonic() < deadline, f"it neither serves nor died: {self._running.log_text}"
             await asyncio.sleep(0.02)
         try:
-            async with Caller(self._running.target) as caller:
+            async with Caller(self._running.target) as caller, self._in_time("the recovery neither ended nor died"):
                 await caller.settled()
         except grpc.aio.AioRpcError as error:
             assert error.code() is grpc.StatusCode.UNAVAILABLE, error  # noqa: PT017 (any other is the failure)
@@ -282,6 +311,10 @@ class Killing:
         """Stop what runs."""
         if self._daemon is not None:
             await asyncio.to_thread(self._daemon.stop)
+
+    def _in_time(self, otherwise: str) -> AbstractAsyncContextManager[None]:
+        """Fail if a block takes longer than any operation."""
+        return in_time(otherwise, _OPERATION_SECONDS, lambda: self._running.log_text)
 
     @property
     def _running(self) -> Daemon:
@@ -310,9 +343,9 @@ class Killing:
         }
 
 
-async def _all_gone(children: dict[int, str]) -> None:
+async def all_gone(children: dict[int, str], seconds: float = _CHILDREN_SECONDS) -> None:
     """No child process works on what the next daemon uses: each ends with its daemon."""
-    deadline = time.monotonic() + _CHILDREN_SECONDS * PATIENCE
+    deadline = time.monotonic() + seconds * PATIENCE
     while living := [f"{pid} {name}" for pid, name in children.items() if _lives(pid)]:
         assert time.monotonic() < deadline, f"children outlive their daemon: {living}"
         await asyncio.sleep(0.01)

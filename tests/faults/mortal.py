@@ -25,6 +25,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,14 +87,21 @@ CALLS: dict[type, tuple[frozenset[str], frozenset[str]]] = {
     ),
     VolumeCopier: (frozenset({"copy"}), frozenset({"verify"})),
 }  # fmt: skip
-# What works by child processes, which have moments of their own, has none more for the whole call.
-_LASTING = frozenset({Engine, LayerStore})
-# Programs of the host that only look.
-_LOOKING = frozenset({"du", "findmnt", "python", "--json", "--version", "-V"})
-_PROGRAMS = ("losetup", "mkfs.xfs", "mkfs.btrfs", "mkfs.ext4", "xfs_growfs", "xfs_io", "xfs_quota", "btrfs",
-             "resize2fs", "rsync", "unshare")  # fmt: skip
-# Jobs of a child process that change something.
-_CHANGING_JOBS = frozenset({"gather", "complete", "fill", "mirror", "remove"})
+# Ports in whose changing calls there is a moment. Others work by child processes, which have moments of their own.
+LASTING = frozenset({Engine, LayerStore})
+# Calls of other ports that never do without a child process.
+BY_CHILDREN = frozenset(
+    {"SnapshotStore.gather", "SnapshotStore.complete", "SnapshotStore.mirror", "SnapshotStore.restore",
+     "VolumeCopier.copy"}
+)  # fmt: skip
+# Programs of the host that only look, and options with which others do.
+_LOOKING = frozenset({"du", "findmnt", "modprobe"})
+_LOOKING_OPTIONS = frozenset({"--json", "--version", "-V"})
+# The jobs of the child process that works on trees: those that change something, and those that do not.
+JOBS: tuple[frozenset[str], frozenset[str]] = (
+    frozenset({"gather", "complete", "fill", "mirror", "remove"}),
+    frozenset({"measure", "longest_path", "check", "differences", "digest"}),
+)
 
 
 class Phase(StrEnum):
@@ -152,7 +160,7 @@ class Moments:
         return True
 
     def _die(self) -> None:
-        _say(f"children: {' '.join(_children())}")
+        _say(f"children: {' '.join(children())}")
         self._doomed = False
         os.kill(os.getpid(), self._signal)
 
@@ -180,12 +188,12 @@ class Moments:
         own = self._own(changes)
         if own is None:
             return False
-        standing = [stage.name for stage in own.stages if stage.state in (StageState.DONE, StageState.RUNNING)]
+        done = [stage.name for stage in own.stages if stage.state is StageState.DONE]
         waiting = [stage.name for stage in own.stages if stage.state is not StageState.DONE]
         if own.state is OperationState.UNDOING:
-            self._stage = f"undo of {standing[-1]}" if standing else "abandon"
+            self._stage = f"undo of {done[-1]}" if done else "abandon"
         else:
-            self._stage = waiting[0] if waiting else "end"
+            self._stage = waiting[0] if waiting and not own.state.ended else "end"
         return own.state.ended and self._phase is not Phase.RESUMED
 
     def stop(self) -> None:
@@ -233,7 +241,7 @@ class MortalPort:
 
     def __init__(self, port: type, adapter: object, moments: Moments) -> None:
         self._changing, _ = CALLS[port]
-        self._lasting = port in _LASTING
+        self._port = port
         self._adapter = adapter
         self._moments = moments
 
@@ -243,9 +251,10 @@ class MortalPort:
 
     def _watched(self, call: Callable[..., Awaitable[Any]], name: str) -> Any:
         async def watched(*words: object, **named: object) -> object:
-            self._moments.now(f"before {name}")
+            whole = f"{self._port.__name__}.{name}"
+            self._moments.now(f"before {whole}")
             work = call(*words, **named)
-            return await (self._moments.during(f"in {name}", work) if self._lasting else work)
+            return await (self._moments.during(f"in {whole}", work) if self._port in LASTING else work)
 
         return watched
 
@@ -256,7 +265,7 @@ def watch_children(moments: Moments) -> None:
 
     async def started(*words: Any, **named: Any) -> asyncio.subprocess.Process:
         process = await start(*words, **named)
-        if name := _program(words):
+        if name := program(words):
             moments.now(f"as {name} starts", DURING)
             if name != _WORKER:
                 asyncio.ensure_future(moments.during(f"while {name} runs", process.wait()))  # noqa: RUF006
@@ -264,7 +273,7 @@ def watch_children(moments: Moments) -> None:
 
     async def called(worker: TreeWorker, job: str, *words: Any, **named: Any) -> Any:
         work = call(worker, job, *words, **named)
-        return await (moments.during(f"while job {job} runs", work) if job in _CHANGING_JOBS else work)
+        return await (moments.during(f"while job {job} runs", work) if job in JOBS[0] else work)
 
     asyncio.create_subprocess_exec = started
     TreeWorker.call = called  # type: ignore[method-assign,assignment]  # it takes what that takes
@@ -273,20 +282,30 @@ def watch_children(moments: Moments) -> None:
 _WORKER = "a worker on trees"
 
 
-def _program(words: Sequence[object]) -> str:
-    """What to call a child process; empty if it only looks."""
-    said = [str(word) for word in words]
-    if said[0] == sys.executable:
+def program(words: Sequence[object]) -> str:
+    """The name of the program that a command runs; empty if it only looks.
+
+    What `programs.mortal` and `View.entered` put before a command is left out.
+    """
+    command = [str(word) for word in words]
+    if command[0] == sys.executable:
         return _WORKER
-    if _LOOKING & set(said):
-        return ""
-    return next((word for word in said if word in _PROGRAMS), Path(said[0]).name)
+    if command[0] == "setpriv" and str(os.getpid()) in command:
+        command = command[command.index(str(os.getpid())) + 1 :]
+    if command[0] == "nsenter":
+        command = command[command.index("--") + 1 :]
+    name = Path(command[0]).name
+    return "" if name in _LOOKING or _LOOKING_OPTIONS & set(command) else name
 
 
-def _children() -> list[str]:
-    """The processes that this one has started and that have not ended: pid:name."""
-    pids = [pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
-    return [f"{pid}:{Path('/proc', pid, 'comm').read_text().strip().replace(' ', '-')}" for pid in pids]
+def children() -> list[str]:
+    """The child processes of this process that have not been waited for, each as `pid:name`."""
+    found = []
+    for path in Path("/proc/self/task").glob("*/children"):
+        for pid in path.read_text().split():
+            with suppress(OSError):  # another thread has just waited for it
+                found.append(f"{pid}:{Path('/proc', pid, 'comm').read_text().strip().replace(' ', '-')}")
+    return found
 
 
 def _say(line: str) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from gpudock_server.adapters.trees.jobs import Jobs
 from gpudock_server.model.operation import OperationKind
 
 from tests.faults.killing import Killing
-from tests.faults.mortal import CALLS
+from tests.faults.mortal import CALLS, JOBS
 from tests.faults.sagas import SAGAS
 from tests.rig import Rig
 
@@ -41,4 +42,11 @@ def test_every_call_of_a_port_is_known_to_change_something_or_not(port: type) ->
     changing, looking = CALLS[port]
     declared = {name for name in vars(port) if not name.startswith("_")}
     assert declared == changing | looking
+    assert not changing & looking
+
+
+def test_every_job_on_a_tree_is_known_to_change_something_or_not() -> None:
+    changing, looking = JOBS
+    declared = {name for name, job in vars(Jobs).items() if callable(job) and not name.startswith("_")}
+    assert declared - {"run"} == changing | looking
     assert not changing & looking

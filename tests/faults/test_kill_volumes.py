@@ -12,6 +12,7 @@ from functools import partial
 import grpc
 import pytest
 from gpudock.v1 import container_pb2, node_service_pb2, operation_pb2, operation_service_pb2, volume_pb2
+from gpudock_server.model.operation import OperationKind
 
 from tests.calls import Caller
 from tests.engine.loops import detach_below, loops_below
@@ -165,20 +166,25 @@ async def _df(caller: Caller) -> int:
 
 
 def _resize_in_place(rig: Rig, *, step: int) -> Saga:
-    files = ""
+    """By one step each time; after the last one, of a new volume."""
+    files, sizes = "", range(2 * _SIZE, 2 * _SIZE + 33 * step, step)
 
     async def resize(caller: Caller) -> None:
         nonlocal files
-        if not files:
-            await caller.create_volume("phoenix", 2 * _SIZE)
+        volume = await _volume(caller)
+        if volume is not None and volume.size_bytes == sizes[-1]:
+            await caller.delete("phoenix")
+            await caller.delete_volume("phoenix")
+            volume = None
+        if volume is None:
+            volume = await caller.create_volume("phoenix", 2 * _SIZE)
             await caller.create("phoenix", mounts=[_mounting()])
             await caller.shell("phoenix", _PLANT)
             files = await caller.shell("phoenix", _LOOK)
-        volume = await caller.volume("phoenix")
         await caller.resize_volume("phoenix", volume.size_bytes + step)
 
     async def check(caller: Caller) -> None:
-        volume = await _whole(caller, rig, *range(2 * _SIZE, 2 * _SIZE + 40 * step, step))
+        volume = await _whole(caller, rig, *sizes)
         assert abs(await _df(caller) - volume.size_bytes) < volume.size_bytes // 50
         assert await caller.shell("phoenix", _LOOK) == files
 
@@ -252,3 +258,8 @@ async def test_while_undoing(volumes_rig: Rig, killing: Killing, saga: str) -> N
 @pytest.mark.parametrize("saga", _SAGAS)
 async def test_while_recovering(volumes_rig: Rig, killing: Killing, saga: str) -> None:
     await killing.recovering(_SAGAS[saga](volumes_rig))
+
+
+def test_every_kind_of_operation_on_volumes_is_killed(rig: Rig) -> None:
+    kinds = {make(rig).kind for make in _SAGAS.values()}
+    assert kinds == {kind.value for kind in OperationKind if kind.value.endswith("_VOLUME")}

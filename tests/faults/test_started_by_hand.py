@@ -10,6 +10,7 @@ from tests.engine.drift import act
 from tests.engine.own_daemons import OwnDaemons, own, until
 from tests.faults.invariants import LOOK, PLANT, sound
 from tests.faults.mortal import DIE_AT, KIND, SIGNAL
+from tests.rig.patience import in_time
 
 __all__ = ["own"]
 
@@ -32,7 +33,8 @@ async def test_no_layer_is_carried_while_its_container_runs(own: OwnDaemons) -> 
         await until(frozen)
         await asyncio.to_thread(act, own.rig, made.status.engine_id, "start")
         daemon.signal(signal.SIGCONT)
-        refused = await scale
+        async with in_time("the scale went on and did not end"):
+            refused = await scale
         assert refused.reason == "LAYER_CARRY_FAILED"
         assert "runs" in refused.message
         assert (await sound(caller, own.rig, "touched", files)).status.engine_id == made.status.engine_id

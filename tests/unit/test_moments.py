@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import pytest
+import asyncio
+import os
+import subprocess
+import sys
 
-from tests.faults.killing import Log, Moment, least, missing, missing_of_undo
+import pytest
+from gpudock_server.adapters.volumes.programs import mortal
+from gpudock_server.adapters.volumes.view import View
+
+from tests.faults.killing import Log, Moment, all_gone, least, missing, missing_in_the_midst, missing_of_undo
+from tests.faults.mortal import BY_CHILDREN, CALLS, children, program
+from tests.rig.patience import PATIENCE, in_time
 
 _STAGES = ("create", "verify", "commit", "retire")
 _FORWARD = """
 stages: create verify commit retire
 moment 1 [create]: before record of RUNNING after nothing
-moment 2 [create]: before create
-moment during 1 [create]: in create
+moment 2 [create]: before Engine.create
+moment during 1 [create]: in Engine.create
 moment 3 [create]: before record of RUNNING after create
 moment 4 [verify]: before record of RUNNING after verify
 moment 5 [commit]: before record of RUNNING after commit
-moment 6 [retire]: before remove
+moment 6 [retire]: before SnapshotStore.seal
 moment 7 [retire]: before record of RUNNING after retire
 moment 8 [end]: before record of SUCCEEDED after retire
 moment 9 [end]: after record of SUCCEEDED after retire
@@ -23,10 +32,10 @@ moment 9 [end]: after record of SUCCEEDED after retire
 
 
 def test_a_log_shows_the_stages_and_the_moments() -> None:
-    log = Log(f"{_FORWARD}dying at moment during 1 [create]: in create\nchildren: 7:cp 8:etcd\n")
+    log = Log(f"{_FORWARD}dying at moment during 1 [create]: in Engine.create\nchildren: 7:cp 8:etcd\n")
     assert log.stages == _STAGES
     assert [one.number for one in log.between] == [str(number) for number in range(1, 10)]
-    assert log.during == [Moment("during 1", "create", "in create")] == [log.died_at]
+    assert log.during == [Moment("during 1", "create", "in Engine.create")] == [log.died_at]
     assert log.children == {7: "cp"}, "etcd ends in its own time"
     assert Log("").died_at is None
 
@@ -48,7 +57,7 @@ def test_a_moment_that_does_not_come_is_missing(number: int) -> None:
 
 
 def test_without_a_stage_after_the_commit_its_record_is_the_last() -> None:
-    names = ["before record of RUNNING after nothing", "before pause", "before record of RUNNING after pause",
+    names = ["before record of RUNNING after nothing", "before Engine.pause", "before record of RUNNING after pause",
              "before record of SUCCEEDED after commit", "after record of SUCCEEDED after commit"]  # fmt: skip
     moments = [Moment(str(number), "pause", name) for number, name in enumerate(names, 1)]
     assert missing(("pause", "commit"), moments) == []
@@ -66,3 +75,60 @@ def test_an_undo_has_a_record_of_each_step() -> None:
     assert lacks(*begin, *records, *ends) == []
     assert lacks(*begin, records[0], *ends) == ["3 records of UNDOING, but 2"]
     assert lacks(*begin, *records, ends[0]) == ["the records of its end"]
+
+
+@pytest.mark.parametrize("call", ["Engine.create", "LayerStore.exchange", *sorted(BY_CHILDREN)])
+def test_a_call_that_takes_its_time_has_a_moment_in_its_midst(call: str) -> None:
+    before, after = Moment("1", "", f"before {call}"), Moment("2", "", "before record of RUNNING after it")
+    within = Moment("during 1", "", "while it works")
+    assert missing_in_the_midst([before, within, after]) == []
+    assert missing_in_the_midst([before, after, within]) == [f"a moment in the midst of {call}"]
+    assert missing_in_the_midst([before]) == [f"a moment in the midst of {call}"]
+
+
+def test_other_calls_need_none() -> None:
+    assert missing_in_the_midst([Moment("1", "", "before Ledger.write"), Moment("2", "", "before record of it")]) == []
+
+
+def test_calls_that_work_by_children_are_calls() -> None:
+    assert {f"{port.__name__}.{call}" for port, (changing, _) in CALLS.items() for call in changing} >= BY_CHILDREN
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["/sbin/mkfs.xfs", "-q", "image"], "mkfs.xfs"),
+        (["losetup", "--json", "--associated", "image"], ""),
+        (["du", "--summarize"], ""),
+        (View(pid=17).entered("xfs_growfs", "-d", "/mnt"), "xfs_growfs"),
+        (["unshare", "--mount", "--", "/bin/sh"], "unshare"),
+    ],
+)
+def test_a_program_is_named_and_not_what_guards_it(command: list[str], name: str) -> None:
+    guarded = mortal(command)
+    assert guarded[0] == "setpriv"
+    assert program(guarded) == program(command) == name
+
+
+def test_a_child_process_is_listed_until_it_is_waited_for_and_missed_until_it_ends() -> None:
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; print(1, flush=True); time.sleep(600)"],
+                               stdout=subprocess.PIPE)  # fmt: skip
+    try:
+        assert sleeper.stdout is not None
+        assert sleeper.stdout.readline() == b"1\n"
+        named = dict(one.split(":") for one in children())
+        assert named[str(sleeper.pid)].startswith("python")
+        with pytest.raises(AssertionError, match=f"children outlive their daemon: .*{sleeper.pid} sleeper"):
+            asyncio.run(all_gone({os.getpid(): "this", sleeper.pid: "sleeper"}, seconds=0.1))
+    finally:
+        sleeper.kill()
+    # A process that nobody has waited for has ended as well.
+    asyncio.run(all_gone({sleeper.pid: "sleeper"}))
+    sleeper.communicate()
+    assert str(sleeper.pid) not in dict(one.split(":") for one in children())
+
+
+async def test_what_takes_too_long_fails_with_a_message() -> None:
+    with pytest.raises(AssertionError, match=r"it did not end within 0.01 s: the log"):
+        async with in_time("it did not end", 0.01 / PATIENCE, lambda: "the log"):
+            await asyncio.Event().wait()
