@@ -78,7 +78,8 @@ class ModelLayers(FakeLayers):
     @override
     async def exchange_back(self, pair: LayerPair) -> None:
         async with self.engine.faults.call("layers.exchange_back"):
-            self._swap(pair, pair.old_inode, pair.new_inode)
+            if self.engine.layer_of[pair.old_path] != pair.old_inode:
+                self._swap(pair, pair.old_inode, pair.new_inode)
 
     @override
     async def copy(self, pair: LayerPair, progress: Progress) -> None:

@@ -254,6 +254,9 @@ async def test_who_stands_against_a_shrink_by_a_copy(desk: Desk) -> None:
     assert [stage.name for stage in operation.stages] == [
         *("make", "copy", "stop", "difference", "locate", "exchange", "start", "verify", "commit", "retire")
     ]
+    done = await desk.must(Resize("data", 32 * MIB))
+    assert done.locks == (desk.head().target,), "nobody changes it meanwhile"
+    await desk.must(Resize("data", 64 * MIB))
     await desk.must(Pause("a"))
     paused = await refusal(desk, Resize("data", 32 * MIB))
     assert (paused.reason, paused.metadata) == ("CONTAINER_PAUSED", {"container": "a"})
@@ -266,6 +269,16 @@ async def test_who_stands_against_a_shrink_by_a_copy(desk: Desk) -> None:
     desk.engine.containers["stranger"] = replace(stranger, state=type(stranger.state).RUNNING)
     used = await refusal(desk, Resize("data", 32 * MIB))
     assert (used.reason, used.metadata) == ("VOLUME_IN_USE", {"volume": "data", "holders": "theirs"})
+
+
+async def test_a_store_that_does_not_shrink_after_all_says_so(desk: Desk) -> None:
+    before = desk.picture()
+    desk.sized.copies = True
+    desk.sized.needs_copy = lambda backing, size_bytes: False  # type: ignore[method-assign]  # noqa: ARG005
+    operation = await desk.do(Resize("data", 32 * MIB))
+    assert operation.error is not None
+    assert operation.error.metadata == {"volume": "data", "call": "shrink", "detail": "it cannot shrink where it is"}
+    assert desk.picture() == before
 
 
 async def test_a_container_that_does_not_bear_the_smaller_volume_gets_the_old_one_back(desk: Desk) -> None:

@@ -1,0 +1,468 @@
+"""What an operation on a container makes of what happens meanwhile: ends, surprises, and somebody else's hands."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+from gpudock_server.core import journal
+from gpudock_server.core.containers import images
+from gpudock_server.core.containers.commands import (
+    Clone,
+    Command,
+    Commit,
+    Create,
+    Delete,
+    FieldChange,
+    FilesPolicy,
+    Pause,
+    PullPolicy,
+    Restart,
+    Rollback,
+    Scale,
+    Start,
+    Stop,
+    Update,
+)
+from gpudock_server.core.containers.depth import MOST_CARRIED, MOST_LAYERS, is_deep
+from gpudock_server.errors import DiskFull, EngineRejected, SnapshotFailed
+from gpudock_server.model.container import ContainerState
+from gpudock_server.model.engine import EngineState, RegistryAuth
+from gpudock_server.model.operation import CarryMethod, Operation, OperationState
+from gpudock_server.model.spec import ContainerSpec, GpuRequest, SnapshotPolicy
+from gpudock_server.ports import LayerTooLarge, Progress
+
+from tests.unit.desk import SPEC, Desk
+from tests.unit.model_engine import IMAGE, OTHER_IMAGE, REMOTE_IMAGE
+from tests.unit.scenarios import LABELLED, OF_A, THREE, returned, scaled
+from tests.unit.scripted import UnsteadyStore
+
+REJECTED = EngineRejected(call="work", status=500, detail="no")
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "_BACKOFF_SECONDS", (0.0,))
+
+
+@pytest.fixture
+async def desk() -> Desk:
+    """A node with container `a`."""
+    made = Desk(store=UnsteadyStore())
+    await made.made()
+    return made
+
+
+def reason(operation: Operation) -> str:
+    return operation.error.reason if operation.error else ""
+
+
+# -- processes that end ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [0, 3])
+async def test_a_new_container_whose_process_ends_is_made_and_says_so(code: int) -> None:
+    desk = Desk()
+    desk.engine.ends = code
+    await desk.must(Create("a", SPEC))
+    status = desk.head().status
+    assert (status.state, status.exit_code) == (ContainerState.EXITED, code)
+    assert len(desk.holds()) == 3
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "fails"),
+    [
+        (Scale("a", gpus=THREE), 0, True),
+        (Scale("a", gpus=THREE), 3, True),
+        (Update("a", FieldChange("env", {"A": "1"})), 0, False),
+        (Update("a", FieldChange("env", {"A": "1"})), 3, True),
+        (Restart("a"), 3, False),
+    ],
+)
+async def test_a_successor_whose_process_ends(desk: Desk, command: Command, code: int, *, fails: bool) -> None:
+    before = desk.picture()
+    start, engine_id = desk.engine.start, desk.engine_id()
+
+    async def ends(one: str) -> None:
+        desk.engine.ends = None if one == engine_id and not isinstance(command, Restart) else code
+        await start(one)
+
+    desk.engine.start = ends  # type: ignore[method-assign, assignment]
+    operation = await desk.do(command)
+    if not fails:
+        assert operation.facts("verify") == {"exit_code": code}
+        assert (desk.head().status.state, desk.head().status.exit_code) == (ContainerState.EXITED, code)
+        return
+    assert operation.error is not None
+    assert operation.error.reason == "START_FAILED"
+    assert operation.error.metadata == {
+        "container": "a",
+        "detail": f"its process ended with exit code {code} within 3 s of its start",
+    }
+    assert desk.picture() == before
+
+
+# -- somebody else's hands -------------------------------------------------------------------------------------------
+
+
+async def test_a_layer_that_is_written_to_is_not_carried(desk: Desk) -> None:
+    complete, old = desk.snapshots.complete, desk.engine_id()
+
+    async def and_start_it(*args: object) -> None:
+        await complete(*args)  # type: ignore[arg-type]
+        desk.engine._set(old, EngineState.RUNNING)
+
+    desk.snapshots.complete = and_start_it  # type: ignore[method-assign, assignment]
+    operation = await desk.do(Scale("a", gpus=THREE))
+    assert operation.error is not None
+    assert operation.error.reason == "LAYER_CARRY_FAILED"
+    assert operation.error.metadata["detail"].endswith("runs")
+    assert operation.error.metadata["method"] == "EXCHANGE"
+    assert desk.files() == OF_A
+    assert len(desk.engine.containers) == 1
+
+
+async def test_a_successor_that_has_the_files_is_kept_where_the_old_one_is_gone(desk: Desk) -> None:
+    start, old = desk.engine.start, desk.engine_id()
+
+    async def lose_the_old(engine_id: str) -> None:
+        desk.engine.containers.pop(old, None)
+        await start(engine_id)
+        raise REJECTED
+
+    desk.engine.start = lose_the_old  # type: ignore[method-assign]
+    operation = await desk.do(Scale("a", gpus=THREE))
+    assert operation.state is OperationState.FAILED
+    assert "its successor is kept, with whatever files it has" in operation.message
+    (left,) = desk.engine.containers
+    assert desk.engine.files(left) == OF_A
+    assert desk.head().status.state is ContainerState.FAILED
+
+
+async def test_a_container_that_vanishes_while_it_is_changed(desk: Desk) -> None:
+    locate = desk.layers.locate
+
+    async def lose_it(*args: object) -> object:
+        del desk.engine.containers[desk.engine_id()]
+        return await locate(*args)  # type: ignore[arg-type]
+
+    desk.layers.locate = lose_it  # type: ignore[method-assign, assignment]
+    operation = await desk.do(Scale("a", gpus=THREE))
+    assert operation.error is not None
+    assert operation.error.reason == "SNAPSHOT_FAILED"
+    assert operation.error.metadata["detail"] == f"engine container {desk.engine_id()[:12]} is gone"
+    assert not desk.engine.containers
+    assert desk.head().status.state is ContainerState.FAILED
+    desk.whole()
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["gather", "complete"])
+async def test_a_layer_that_grows_too_large_is_not_kept(desk: Desk, step: str) -> None:
+    desk.snapshots.surprises[step] = LayerTooLarge("10 files")
+    operation = await desk.do(Scale("a", cpus=1.5))
+    assert operation.state is OperationState.SUCCEEDED
+    assert operation.message == "no snapshot is made, the layer is too large for it: 10 files"
+    view = desk.store.past[desk.head().uid, 1]
+    assert (view.snapshot, view.snapshot_warning) == (None, "the layer was too large for a snapshot: 10 files")
+    before = desk.picture()
+    operation = await desk.do(Scale("a", cpus=2.5, snapshots=SnapshotPolicy.ALWAYS))
+    assert operation.error is not None
+    assert operation.error.reason == "SNAPSHOT_FAILED"
+    assert "10 files" in operation.error.message
+    assert desk.picture() == before
+
+
+@pytest.mark.parametrize("step", ["gather", "complete"])
+@pytest.mark.parametrize(
+    "error",
+    [SnapshotFailed(detail="no"), DiskFull(path="/", needed_bytes=2, available_bytes=1)],
+    ids=lambda error: type(error).__name__,
+)
+async def test_what_keeps_files_never_stands_against_a_stop(desk: Desk, step: str, error: Exception) -> None:
+    desk.keep(on_stop=True)
+    desk.snapshots.surprises[step] = error
+    operation = await desk.do(Stop("a"))
+    assert operation.state is OperationState.SUCCEEDED
+    assert operation.message == f"its files are not kept: {error}"
+    assert desk.head().status.state is ContainerState.STOPPED
+    assert desk.store.past[desk.head().uid, 1].snapshot is None
+    assert not desk.snapshots.sealed_files
+
+
+async def test_a_stop_that_cannot_plan_to_keep_files_stops(desk: Desk) -> None:
+    desk.keep(on_stop=True)
+
+    async def refused(*_: object) -> None:
+        raise SnapshotFailed(detail="no")
+
+    desk.snapshots.plan = refused  # type: ignore[method-assign, assignment]
+    plan = (await desk.containers.preview(Stop("a"))).plan
+    assert plan.warnings == (f"its files are not kept: {SnapshotFailed(detail='no')}",)
+    await desk.must(Stop("a"))
+    await desk.must(Start("a"))
+    desk.snapshots.how = (None, "no")
+    plan = (await desk.containers.preview(Stop("a"))).plan
+    # An image would hold up the stop.
+    assert plan.snapshot is None
+    assert plan.warnings
+
+
+async def test_what_is_written_while_files_are_copied_comes_along(desk: Desk) -> None:
+    desk.engine.write(desk.engine_id(), "late")
+    await desk.must(Clone("b", "a", LABELLED))
+    assert desk.files("b") == OF_A | {"late"}
+    await desk.must(Commit("a", "team/model:v1"))
+    assert desk.engine.images[desk.engine.tags["team/model:v1"]].files == OF_A | {"late"}
+
+
+async def test_a_commit_of_a_layer_that_grows_too_large_fails_and_leaves_nothing(desk: Desk) -> None:
+    before = desk.picture()
+    desk.snapshots.surprises["mirror"] = LayerTooLarge("10 files")
+    operation = await desk.do(Commit("a", "team/model:v1"))
+    assert operation.error is not None
+    assert operation.error.metadata == {"detail": "the layer is too large to be copied: 10 files"}
+    assert desk.picture() == before
+
+
+async def test_a_commit_does_not_take_a_name_that_another_image_was_given_meanwhile(desk: Desk) -> None:
+    image = desk.engine.image
+
+    async def looked(reference: str) -> object:
+        if reference == "team/model:v1" and any(name.startswith("gpudock/commit") for name in desk.engine.tags):
+            looks.append(reference)
+            if len(looks) == 2:
+                desk.engine.tags[reference] = desk.engine.tags[OTHER_IMAGE]
+        return await image(reference)
+
+    looks: list[str] = []
+    desk.engine.image = looked  # type: ignore[method-assign, assignment]
+    operation = await desk.do(Commit("a", "team/model:v1"))
+    assert operation.error is not None
+    assert operation.error.reason == "IMAGE_EXISTS"
+    assert desk.engine.tags["team/model:v1"] == desk.engine.tags[OTHER_IMAGE]
+    assert not [name for name in desk.engine.tags if name.startswith("gpudock/")]
+
+
+async def test_a_stopped_and_a_frozen_container_are_committed_as_they_are(desk: Desk) -> None:
+    await desk.must(Pause("a"))
+    operation = await desk.must(Commit("a", "team/model:v1", author="me", changes=("USER a",)))
+    assert "freeze" not in [stage.name for stage in operation.stages]
+    assert desk.seen().state is EngineState.PAUSED
+    await desk.must(Stop("a"))
+    image = (await desk.must(Commit("a", "team/model:v2"))).result
+    assert image is not None
+    assert image.name == "team/model:v2"
+    assert desk.store.origins["gpu1", desk.engine.tags["team/model:v2"]].restricted is False
+
+
+async def test_a_rollback_brings_back_deleted_files_and_forgets_later_ones() -> None:
+    desk = Desk()
+    await scaled(desk)
+    await desk.must(Rollback("a", 1))
+    returned(desk)
+    await desk.must(Rollback("a", 2))
+    assert desk.files() == OF_A | {"later"}
+    assert desk.head().revision == 4
+    assert desk.head().spec.gpus.count == 3
+
+
+async def test_one_whose_engine_container_is_gone_is_brought_back_or_begins_anew() -> None:
+    desk = Desk()
+    await scaled(desk)
+    desk.engine.containers.clear()
+    desk.store.put(desk.head().with_status(state=ContainerState.FAILED))
+    plan = (await desk.containers.preview(Rollback("a", 2, spec_only=True))).plan
+    assert "the files of container a are lost" in plan.warnings[-1]
+    await desk.must(Rollback("a", 1))
+    assert desk.files() == OF_A
+    desk.engine.containers.clear()
+    desk.store.put(desk.head().with_status(state=ContainerState.FAILED))
+    await desk.must(Rollback("a", 3, spec_only=True))
+    assert desk.files() == {IMAGE}
+
+
+# -- images ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layers", "base", "deep"),
+    [
+        (MOST_LAYERS - 1, MOST_LAYERS - 2, False),
+        (MOST_LAYERS, MOST_LAYERS - 1, True),
+        (MOST_CARRIED + 1, 1, False),
+        (MOST_CARRIED + 2, 1, True),
+    ],
+)
+def test_when_an_image_is_squashed(layers: int, base: int, *, deep: bool) -> None:
+    assert is_deep(layers, base) is deep
+
+
+async def carried_often(desk: Desk, times: int) -> int:
+    """Carry by commit so often; the number of layers then."""
+    desk.layers.method = CarryMethod.COMMIT
+    for number in range(times):
+        desk.engine.write(desk.engine_id(), f"file {number}")
+        await desk.must(Update("a", FieldChange("env", {"A": str(number)})))
+    return len(desk.engine.images[desk.seen().image_id].layers)
+
+
+async def test_an_image_that_gets_too_deep_is_squashed_onto_the_users(desk: Desk) -> None:
+    desk.keep(keep_revisions=2)
+    assert await carried_often(desk, MOST_CARRIED) == MOST_CARRIED + 1
+    await desk.must(Update("a", FieldChange("env", {"B": ""})))
+    image = desk.engine.images[desk.seen().image_id]
+    assert len(image.layers) == 2
+    assert image.layers[0] == desk.engine.images[desk.engine.tags[IMAGE]].layers[0]
+    assert image.config == IMAGE
+    assert desk.files() == OF_A | {f"file {number}" for number in range(MOST_CARRIED)}
+    assert desk.head().engine.base_depth == 1  # type: ignore[union-attr]
+
+
+async def test_one_that_cannot_be_squashed_stays_deep(desk: Desk) -> None:
+    await carried_often(desk, MOST_CARRIED)
+
+    async def refused(*_: object, **__: object) -> str:
+        raise DiskFull(path="/", needed_bytes=2, available_bytes=1)
+
+    desk.engine.flatten = refused  # type: ignore[method-assign]
+    operation = await desk.do(Update("a", FieldChange("env", {"B": ""})))
+    assert operation.state is OperationState.SUCCEEDED
+    assert operation.message.startswith(f"its {MOST_CARRIED + 2} layers were not made fewer: ")
+    assert len(desk.engine.images[desk.seen().image_id].layers) == MOST_CARRIED + 2
+
+
+async def test_an_engine_that_gives_no_other_config_carries_with_its_own(desk: Desk) -> None:
+    desk.layers.method = CarryMethod.COMMIT
+
+    async def refused(*_: object) -> str:
+        raise REJECTED
+
+    desk.engine.with_config_of = refused  # type: ignore[method-assign, assignment]
+    operation = await desk.do(Scale("a", gpus=THREE))
+    assert operation.state is OperationState.SUCCEEDED
+    assert "keeps the container's variables and command" in operation.message
+    assert desk.files() == OF_A
+    assert not [name for name in desk.engine.tags if name.startswith("gpudock/raw")]
+
+
+async def test_files_cannot_be_grafted_from_an_image_that_is_not_there(desk: Desk) -> None:
+    head = desk.head()
+    assert head.engine is not None
+    desk.store.put(head.changed(engine=head.engine.model_copy(update={"base_image_id": "sha256:gone"})))
+    operation = await desk.do(Update("a", FieldChange("image", OTHER_IMAGE), files=FilesPolicy.CARRY_COMMIT))
+    assert operation.error is not None
+    assert operation.error.metadata["detail"] == "the image that its files were written on is no longer there"
+
+
+async def test_a_pull_that_does_not_move_fails_and_says_since_when(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_QUIET_SECONDS", 0.02)
+    desk = Desk()
+
+    async def stuck(_name: str, _auth: RegistryAuth | None, progress: Progress) -> None:
+        progress(1, 2)
+        await asyncio.Event().wait()
+
+    desk.engine.pull = stuck  # type: ignore[method-assign, assignment]
+    command = Create("a", ContainerSpec(image=REMOTE_IMAGE), pull_stall_seconds=0.2)
+    operation_id = await desk.start(command)
+    messages = {snapshot.message async for snapshot in desk.operations.watch(operation_id)}
+    assert [one for one in messages if one.startswith("no progress of the pull since") and "it fails 0.2 s" in one]
+    operation = await desk.ended(operation_id)
+    assert operation.error is not None
+    assert operation.error.reason == "IMAGE_PULL_FAILED"
+    assert operation.error.metadata["image"] == REMOTE_IMAGE
+    assert operation.error.metadata["detail"].startswith("no progress for 0.2 s, since ")
+    assert operation.stages[0].name == "pull"
+
+
+async def test_an_image_that_does_not_come_is_not_found() -> None:
+    desk = Desk()
+
+    async def empty(*_: object) -> None:
+        return
+
+    desk.engine.pull = empty  # type: ignore[method-assign, assignment]
+    operation = await desk.do(Create("a", ContainerSpec(image=REMOTE_IMAGE)))
+    assert operation.error is not None
+    assert (operation.error.reason, operation.error.metadata) == ("IMAGE_NOT_FOUND", {"image": REMOTE_IMAGE})
+
+
+async def test_what_is_pulled_with_credentials_is_for_who_showed_them() -> None:
+    desk, auth = Desk(), RegistryAuth(username="u", password="p")  # noqa: S106 - of nothing
+    spec = ContainerSpec(image=REMOTE_IMAGE)
+    given: list[RegistryAuth | None] = []
+    pull = desk.engine.pull
+
+    async def noted(reference: str, auth: RegistryAuth | None, progress: Progress) -> None:
+        given.append(auth)
+        await pull(reference, auth, progress)
+
+    desk.engine.pull = noted  # type: ignore[method-assign]
+    await desk.must(Create("a", spec, owner="alice", registry_auth=auth))
+    origin = desk.store.origins["gpu1", "sha256:remote"]
+    assert (origin.restricted, origin.owners) == (True, ("alice",))
+    await desk.must(Create("b", spec, owner="bob", pull_policy=PullPolicy.ALWAYS))
+    origin = desk.store.origins["gpu1", "sha256:remote"]
+    assert (origin.restricted, origin.owners) == (True, ("alice", "bob"))
+    await desk.must(Create("c", spec, owner="bob", registry_auth=auth, pull_policy=PullPolicy.ALWAYS))
+    assert desk.store.origins["gpu1", "sha256:remote"] == origin
+    assert given == [auth, None, auth]
+
+
+async def test_an_image_that_came_with_a_pull_that_was_undone_is_for_nobody() -> None:
+    desk, auth = Desk(), RegistryAuth(identity_token="t")  # noqa: S106 - of nothing
+
+    async def refused(_: object) -> str:
+        raise REJECTED
+
+    desk.engine.create = refused  # type: ignore[method-assign, assignment]
+    spec = ContainerSpec(image=REMOTE_IMAGE)
+    assert reason(await desk.do(Create("a", spec, owner="alice", registry_auth=auth))) == "ENGINE_REJECTED"
+    origin = desk.store.origins["gpu1", "sha256:remote"]
+    assert origin.restricted
+    desk.store.origins.clear()
+    # Without credentials, and of what was there before, nothing is restricted.
+    for image in (REMOTE_IMAGE, IMAGE):
+        command = Create("a", ContainerSpec(image=image), pull_policy=PullPolicy.ALWAYS, registry_auth=None)
+        desk.engine.registry[IMAGE] = desk.engine.images[desk.engine.tags[IMAGE]]
+        assert reason(await desk.do(command)) == "ENGINE_REJECTED"
+        assert reason(await desk.do(replace(command, registry_auth=auth))) == "ENGINE_REJECTED"
+    assert not desk.store.origins
+
+
+# -- what goes with a container --------------------------------------------------------------------------------------
+
+
+async def test_with_a_container_goes_all_that_was_made_for_it(desk: Desk) -> None:
+    await carried_often(desk, 2)
+    await desk.must(Scale("a", gpus=GpuRequest(count=1)))
+    uid = desk.head().uid
+    assert await desk.world.ledger.read(uid)
+    await desk.must(Delete("a", force=True))
+    assert not [name for name in desk.engine.tags if name.startswith("gpudock/")]
+    assert not desk.engine.volumes
+    assert not await desk.world.ledger.read(uid)
+    assert not desk.store.held["host1"]
+
+
+async def test_the_history_is_written_beside_the_store(desk: Desk) -> None:
+    desk.layers.method = CarryMethod.COMMIT
+    await desk.must(Scale("a", gpus=THREE))
+    first, second = await desk.world.ledger.read(desk.head().uid)
+    assert (first.number, second.number) == (1, 2)
+    assert first.snapshot is not None
+    assert first.snapshot.image_id == desk.seen().image_id
+    assert second.revision.spec == desk.head().spec
+    assert second.engine == desk.head().engine
+    assert (second.owner, second.create_time, second.snapshot) == (desk.head().owner, desk.head().create_time, None)
+
+    async def refused(_: object) -> None:
+        raise SnapshotFailed(detail="no")
+
+    desk.world.ledger.write = refused  # type: ignore[method-assign, assignment]
+    await desk.must(Scale("a", gpus=GpuRequest(count=1)))

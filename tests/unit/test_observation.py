@@ -1,0 +1,165 @@
+"""What a container's status is, given what was known and what the engine shows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from gpudock_server.core.containers.observation import after_start, has_just_restarted, observed
+from gpudock_server.model.container import Container, ContainerState, ContainerStatus, Placement
+from gpudock_server.model.engine import EngineContainer, EngineState
+from gpudock_server.model.record import now
+from gpudock_server.model.spec import ContainerSpec
+
+BEGAN, ENDED = datetime(2024, 1, 1, tzinfo=UTC), datetime(2024, 1, 2, tzinfo=UTC)
+C, E = ContainerState, EngineState
+HELD = Placement(gpu_uuids=("GPU-0",))
+
+
+def known(state: ContainerState, **status: Any) -> Container:
+    """A container that was last seen so."""
+    return Container(
+        name="a",
+        uid="u",
+        node="n",
+        owner="",
+        generation=1,
+        revision=1,
+        spec=ContainerSpec(image="i"),
+        status=ContainerStatus(state=state, placement=HELD, holds_resources=True, **status),
+        create_time=BEGAN,
+        update_time=BEGAN,
+    )
+
+
+def shown(state: EngineState, **fields: Any) -> EngineContainer:
+    """An engine container that has run, or runs."""
+    base = EngineContainer(
+        id="e",
+        name="e",
+        image_id="i",
+        state=state,
+        pid=0,
+        exit_code=0,
+        oom_killed=False,
+        error="",
+        labels={},
+        gpu_uuids=(),
+        start_time=None if state is E.CREATED else BEGAN,
+        finish_time=ENDED if state in (E.EXITED, E.DEAD) else None,
+    )
+    return replace(base, **fields)
+
+
+@pytest.mark.parametrize(
+    ("before", "engine", "after"),
+    [
+        (C.RUNNING, E.RUNNING, C.RUNNING),
+        (C.STOPPED, E.RUNNING, C.RUNNING),
+        (C.RUNNING, E.PAUSED, C.PAUSED),
+        (C.RUNNING, E.RESTARTING, C.RESTARTING),
+        (C.RUNNING, E.EXITED, C.EXITED),
+        (C.PAUSED, E.EXITED, C.EXITED),
+        (C.RUNNING, E.DEAD, C.EXITED),
+        (C.STOPPED, E.EXITED, C.STOPPED),
+        (C.EXITED, E.EXITED, C.EXITED),
+        (C.CREATING, E.CREATED, C.STOPPED),
+        (C.EXITED, E.CREATED, C.EXITED),
+        (C.FAILED, E.EXITED, C.EXITED),
+    ],
+)
+def test_states(before: ContainerState, engine: EngineState, after: ContainerState) -> None:
+    status = observed(known(before), shown(engine))
+    assert status.state is after
+    # What it holds is recorded and not seen.
+    assert (status.placement, status.holds_resources) == (HELD, True)
+
+
+def test_one_that_the_engine_has_no_more() -> None:
+    status = observed(known(C.RUNNING, health="healthy", exit_code=3), None)
+    assert (status.state, status.health, status.exit_code) == (C.FAILED, "", 3)
+    assert status.message == "its engine container is gone; it was removed outside gpudock"
+    assert (status.placement, status.holds_resources) == (HELD, True)
+
+
+@pytest.mark.parametrize(
+    ("before", "seen", "exit_code", "oom_killed"),
+    [
+        (known(C.RUNNING), shown(E.EXITED, exit_code=3), 3, False),
+        (known(C.RUNNING), shown(E.EXITED, exit_code=137, oom_killed=True), 137, True),
+        # While a run counts, none has ended.
+        (known(C.EXITED, exit_code=3, oom_killed=True), shown(E.RUNNING, exit_code=0), None, False),
+        (known(C.EXITED, exit_code=3, oom_killed=True), shown(E.PAUSED), None, False),
+        # Between two runs the last one's end is that of the engine, which forgets it in the next.
+        (known(C.RUNNING), shown(E.RESTARTING, exit_code=4, oom_killed=True), 4, True),
+        # One that was never started has no end of its own.
+        (known(C.STOPPED, exit_code=5, oom_killed=True), shown(E.CREATED), 5, True),
+        # The engine forgot which process it was.
+        (known(C.RUNNING), shown(E.EXITED, oom_killed=None), 0, True),
+        (known(C.EXITED, oom_killed=False, finish_time=ENDED), shown(E.EXITED, oom_killed=None), 0, False),
+        (known(C.EXITED, oom_killed=False, finish_time=BEGAN), shown(E.EXITED, oom_killed=None), 0, True),
+    ],
+)
+def test_how_the_last_run_ended(
+    before: Container, seen: EngineContainer, exit_code: int | None, *, oom_killed: bool
+) -> None:
+    status = observed(before, seen)
+    assert (status.exit_code, status.oom_killed) == (exit_code, oom_killed)
+
+
+def test_what_is_shown_beside_the_state() -> None:
+    running = observed(known(C.STOPPED, finish_time=ENDED), shown(E.RUNNING, health="healthy", restart_count=0))
+    assert (running.health, running.start_time, running.finish_time, running.restart_count) == (
+        "healthy",
+        BEGAN,
+        None,
+        0,
+    )
+    ended = observed(known(C.RUNNING), shown(E.EXITED, health="healthy", restart_count=2, error="no such file"))
+    assert (ended.health, ended.finish_time, ended.restart_count) == ("", ENDED, 2)
+    assert ended.message == "no such file"
+    fresh = observed(known(C.STOPPED, start_time=BEGAN, finish_time=ENDED), shown(E.CREATED))
+    assert (fresh.start_time, fresh.finish_time) == (BEGAN, ENDED)
+
+
+@pytest.mark.parametrize(
+    ("state", "count", "ago", "just"),
+    [
+        (E.RUNNING, 1, 0.2, True),
+        (E.RUNNING, 1, -0.2, True),
+        (E.RUNNING, 1, 60, False),
+        (E.RUNNING, 1, -60, False),
+        (E.RUNNING, 0, 0.2, False),
+        (E.EXITED, 1, 0.2, False),
+    ],
+)
+def test_a_process_that_was_started_again_just_now_may_end_again(
+    state: EngineState, count: int, ago: float, *, just: bool
+) -> None:
+    seen = shown(state, restart_count=count, start_time=now() - timedelta(seconds=ago))
+    assert has_just_restarted(seen) is just
+    if just:
+        status = observed(known(C.RUNNING, exit_code=7), seen)
+        assert (status.state, status.exit_code) == (C.RESTARTING, 7)
+    assert not has_just_restarted(replace(seen, start_time=None))
+
+
+def test_after_a_start() -> None:
+    container = known(C.STOPPED)
+    watched = after_start(container, shown(E.EXITED, exit_code=3), 3)
+    assert (watched.state, watched.exit_code) == (C.EXITED, 3)
+    running = after_start(container, shown(E.RUNNING), None)
+    assert running.state is C.RUNNING
+    # How quick it was is told by an event, afterwards.
+    for seen in (
+        shown(E.EXITED, exit_code=3, error="e"),
+        shown(E.RESTARTING, restart_count=2, error="e"),
+        shown(E.RUNNING, restart_count=1, start_time=now()),
+    ):
+        status = after_start(container, seen, None)
+        assert (status.state, status.exit_code, status.restart_count) == (C.RUNNING, None, 0)
+        assert (status.message, status.finish_time) == ("", None)
+    assert after_start(container, shown(E.PAUSED), None).state is C.PAUSED
+    assert after_start(container, None, None).state is C.FAILED
