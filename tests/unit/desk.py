@@ -41,6 +41,8 @@ class Desk:
     store: MemoryStore = field(default_factory=MemoryStore)
 
     def __post_init__(self) -> None:
+        # The operation that was asked for last.
+        self.last = ""
         self.engine = ModelEngine(self.faults)
         self.layers = ModelLayers(self.engine)
         self.snapshots = ModelSnapshots(self.engine)
@@ -101,7 +103,8 @@ class Desk:
 
     async def do(self, command: Command | volume_commands.Command) -> Operation:
         """Bring what is asked for to its end, whatever that is; the record of its operation."""
-        return await self.ended(await self.start(command))
+        self.last = await self.start(command)
+        return await self.ended(self.last)
 
     async def ended(self, operation_id: str) -> Operation:
         """Wait for the end of an operation; its record."""

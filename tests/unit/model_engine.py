@@ -46,6 +46,8 @@ class Image:
     volumes: tuple[str, ...] = ()
     # Whether it still has the labels and variables of the container that it was made of.
     identity: bool = False
+    # Author, comment and Dockerfile lines of a commit.
+    words: tuple[str, ...] = ()
 
     @property
     def files(self) -> Files:
@@ -121,6 +123,7 @@ class ModelEngine(FakeEngine):
     async def pull(self, reference: str, auth: RegistryAuth | None, progress: Progress) -> None:
         async with self.faults.call("pull"):
             progress(1, 2)
+            progress(2, 2)
             self._add(self.registry[reference], reference)
 
     def _layer(self, files: Files) -> tuple[str, Files]:
@@ -148,6 +151,7 @@ class ModelEngine(FakeEngine):
                 f"container {config_of or engine_id}",
                 base.volumes,
                 identity=True,
+                words=(author, comment, *changes),
             )
             return self._add(made, reference)
 

@@ -26,16 +26,27 @@ from gpudock_server.core.containers.commands import (
     Update,
 )
 from gpudock_server.core.containers.depth import MOST_CARRIED, MOST_LAYERS, is_deep
-from gpudock_server.errors import DiskFull, EngineRejected, SnapshotFailed
+from gpudock_server.core.volumes import commands as volume_commands
+from gpudock_server.errors import (
+    ContainerNotRunning,
+    DiskFull,
+    EngineRejected,
+    ImageExists,
+    SnapshotFailed,
+    VolumeFailed,
+    VolumeNotAdopted,
+    VolumeNotFound,
+)
 from gpudock_server.model.container import ContainerState
 from gpudock_server.model.engine import EngineState, RegistryAuth
+from gpudock_server.model.image import CommittedImage
 from gpudock_server.model.operation import CarryMethod, Operation, OperationState
 from gpudock_server.model.spec import ContainerSpec, GpuRequest, SnapshotPolicy
 from gpudock_server.ports import LayerTooLarge, Progress
 
 from tests.unit.desk import SPEC, Desk
 from tests.unit.model_engine import IMAGE, OTHER_IMAGE, REMOTE_IMAGE
-from tests.unit.scenarios import LABELLED, OF_A, THREE, returned, scaled
+from tests.unit.scenarios import DATA, LABELLED, OF_A, THREE, returned, scaled
 from tests.unit.scripted import UnsteadyStore
 
 REJECTED = EngineRejected(call="work", status=500, detail="no")
@@ -250,7 +261,11 @@ async def test_a_commit_does_not_take_a_name_that_another_image_was_given_meanwh
 
 async def test_a_stopped_and_a_frozen_container_are_committed_as_they_are(desk: Desk) -> None:
     await desk.must(Pause("a"))
-    operation = await desk.must(Commit("a", "team/model:v1", author="me", changes=("USER a",)))
+    commit = Commit("a", "team/model:v1", author="me", comment="note", changes=("USER a",))
+    operation = await desk.must(commit)
+    made = desk.engine.images[desk.engine.tags["team/model:v1"]]
+    assert made.words == ("me", "note", "USER a")
+    assert made.config == f"container {desk.engine_id()}"
     assert "freeze" not in [stage.name for stage in operation.stages]
     assert desk.seen().state is EngineState.PAUSED
     await desk.must(Stop("a"))
@@ -258,6 +273,101 @@ async def test_a_stopped_and_a_frozen_container_are_committed_as_they_are(desk: 
     assert image is not None
     assert image.name == "team/model:v2"
     assert desk.store.origins["gpu1", desk.engine.tags["team/model:v2"]].restricted is False
+
+
+async def test_an_image_that_was_committed_is_its_owners(desk: Desk) -> None:
+    desk.store.put(desk.head().changed(owner="alice"))
+    operation = await desk.must(Commit("a", "docker.io/library/model:v1", comment="note"))
+    image_id = desk.engine.tags["docker.io/library/model:v1"]
+    made = desk.engine.images[image_id]
+    # A shadow was committed, with the config of the container itself.
+    assert (made.words, made.config) == (("", "note"), f"container {desk.engine_id()}")
+    origin = desk.store.origins["gpu1", image_id]
+    assert (origin.node, origin.committed_as, origin.committed_for) == ("gpu1", "model:v1", "alice")
+    assert (origin.restricted, origin.owners) == (True, ("alice",))
+    result = operation.result
+    assert isinstance(result, CommittedImage)
+    assert (result.image_id, result.size_bytes) == (image_id, len(made.files))
+    assert (result.container, result.revision) == ("a", 1)
+    # What its own commit gave a name may be replaced by the next, and nobody else's.
+    desk.store.put(desk.head().changed(owner="bob"))
+    with pytest.raises(ImageExists):
+        await desk.start(Commit("a", "docker.io/library/model:v1"))
+
+
+async def test_an_older_versions_volume_that_is_a_part_of_the_host_is_not_mounted(desk: Desk) -> None:
+    await desk.must(volume_commands.Create("data"))
+    await desk.must(Update("a", FieldChange("mounts", (DATA,))))
+    backing = desk.volume().backing
+    assert backing is not None
+    found = desk.engine.volumes[backing.engine_volume]
+    desk.engine.volumes[backing.engine_volume] = found.model_copy(update={"hazard": "it mounts /etc"})
+    for command in (Restart("a"), Scale("a", gpus=THREE), Create("b", SPEC.changed(mounts=(DATA,)))):
+        with pytest.raises(VolumeFailed) as refused:
+            await desk.start(command)
+        assert (refused.value.volume, refused.value.call) == ("data", "mount")
+        assert "it mounts /etc" in refused.value.detail
+    await desk.must(Stop("a"))
+    del desk.engine.volumes[backing.engine_volume]
+    operation = await desk.do(Start("a", gpus=THREE))
+    assert operation.error is not None
+    assert "was removed outside gpudock, and its files with it" in operation.error.metadata["detail"]
+
+
+async def test_a_volume_that_is_the_engines_is_to_be_adopted_before_it_is_mounted(desk: Desk) -> None:
+    await desk.engine.create_volume("data", labels={"gpudock.adopt": "true"}, driver_options={})
+    with pytest.raises(VolumeNotAdopted):
+        await desk.start(Update("a", FieldChange("mounts", (DATA,))))
+    others: list[dict[str, object]] = [{"anonymous": True}, {"hazard": "it mounts /"}, {"labels": {}}]
+    for changes in others:
+        theirs = desk.engine.volumes["data"]
+        desk.engine.volumes["data"] = theirs.model_copy(update=changes)
+        with pytest.raises(VolumeNotFound) as missing:
+            await desk.start(Update("a", FieldChange("mounts", (DATA,))))
+        assert not isinstance(missing.value, VolumeNotAdopted)
+        desk.engine.volumes["data"] = theirs
+
+
+@pytest.mark.parametrize(
+    ("command", "needs"),
+    [
+        (Start("a"), "to start it, it must be STOPPED or EXITED"),
+        (Restart("a"), "to restart it, it must be RUNNING, PAUSED, STOPPED or EXITED"),
+        (Scale("a", cpus=1.0), "to scale it, it must be RUNNING, STOPPED or EXITED"),
+        (Update("a", FieldChange("env", {})), "to change it, it must be RUNNING, STOPPED or EXITED"),
+        (Rollback("a", 1), "to return it to a revision, it must be RUNNING, STOPPED, EXITED or FAILED"),
+        (Stop("a"), "there is nothing to stop; it can be deleted"),
+        (Pause("a"), "to pause it, it must be RUNNING"),
+        (Commit("a", "x:y"), "its files of now are lost; commit a clone of one of its revisions"),
+    ],
+)
+async def test_what_a_state_would_have_to_be(desk: Desk, command: Command, needs: str) -> None:
+    desk.store.put(desk.head().with_status(state=ContainerState.CREATING))
+    with pytest.raises(ContainerNotRunning) as refused:
+        await desk.start(command)
+    assert refused.value.metadata == {"container": "a", "state": "CREATING", "needs": needs}
+
+
+async def test_a_clone_of_what_is_gone_and_not_known_to_be(desk: Desk) -> None:
+    desk.engine.containers.clear()
+    with pytest.raises(ContainerNotRunning) as refused:
+        await desk.start(Clone("b", "a", LABELLED))
+    assert refused.value.needs == "its files of now are lost; clone one of its revisions"
+    with pytest.raises(ContainerNotRunning) as refused:
+        await desk.start(Scale("a", gpus=THREE))
+    assert refused.value.metadata["state"] == "FAILED"
+
+
+async def test_an_image_that_is_gone_is_pulled_for_one_that_begins_anew() -> None:
+    desk = Desk()
+    await desk.made(spec=SPEC.changed(image=REMOTE_IMAGE))
+    desk.engine.containers.clear()
+    del desk.engine.images[desk.engine.tags.pop(REMOTE_IMAGE)]
+    desk.store.put(desk.head().with_status(state=ContainerState.FAILED))
+    operation = await desk.must(Rollback("a", 1, spec_only=True))
+    assert operation.stages[0].name == "pull"
+    assert desk.files() == {"remote"}
+    assert "pulled again first" in operation.plan.warnings[-1]
 
 
 async def test_a_rollback_brings_back_deleted_files_and_forgets_later_ones() -> None:

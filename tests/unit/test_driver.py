@@ -396,6 +396,45 @@ async def test_whoever_waits_for_a_whole_is_told_that_its_part_waits_for_room(de
     assert await desk.operations.result(operation_id) == desk.head("b")
 
 
+async def test_parts_of_one_whole_are_different_operations(desk: Desk) -> None:
+    whole = await whole_of(desk, Script(desk, []))
+    (step,) = whole.steps
+
+    async def both(run: Run) -> None:
+        await step.do(run)
+        await run.part("other", lambda: draft_of(desk, lambda _: Script(desk, [])))
+
+    whole._steps = (Step("work", both),)
+    assert (await desk.ended(await begun_on_b(desk, whole))).state is OperationState.SUCCEEDED
+    assert len([one for one in desk.store.journal.values() if one.value.request_id]) == 2
+
+
+async def test_a_whole_whose_part_waited_for_room_is_waited_for_again(desk: Desk) -> None:
+    whole, gate = await whole_of(desk, Script(desk, [Step("its own", nothing)])), asyncio.Event()
+
+    async def last(_: Run) -> None:
+        await gate.wait()
+
+    whole._steps = (*whole.steps, Step("last", last))
+    full = [StoreFull("no room")]
+
+    def before(changes: Sequence[Change]) -> None:
+        for one in changes:
+            if full and isinstance(one, PutOperation) and one.expect and one.operation.target.name == "a":
+                raise full.pop()
+
+    store_of(desk).before = before
+    operation_id = await begun_on_b(desk, whole)
+    async with asyncio.timeout(LONG):
+        while desk.store.journal[operation_id].value.stages[0].state is not StageState.DONE:
+            await asyncio.sleep(0)
+    assert desk.operations._running[operation_id].blocked is None
+    waiting = asyncio.create_task(desk.operations.result(operation_id))
+    await asyncio.sleep(0)
+    gate.set()
+    assert await waiting == desk.head("b")
+
+
 async def test_a_part_that_begins_when_the_process_is_to_stop_is_left_with_its_whole(desk: Desk) -> None:
     part = Script(desk, [])
     script = await whole_of(desk, part)

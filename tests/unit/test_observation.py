@@ -163,3 +163,33 @@ def test_after_a_start() -> None:
         assert (status.message, status.finish_time) == ("", None)
     assert after_start(container, shown(E.PAUSED), None).state is C.PAUSED
     assert after_start(container, None, None).state is C.FAILED
+
+
+@pytest.mark.parametrize(
+    ("before", "seen", "message"),
+    [
+        (known(C.RUNNING), shown(E.EXITED, exit_code=3), ""),
+        (
+            known(C.RUNNING),
+            shown(E.RESTARTING, exit_code=3, restart_count=2),
+            "its process ended with exit code 3; the restart policy starts it again (restarts so far: 2)",
+        ),
+        (
+            known(C.RESTARTING, exit_code=3),
+            shown(E.RUNNING, restart_count=2),
+            "started again by its restart policy (restarts so far: 2); the run before ended with exit code 3",
+        ),
+        (
+            known(C.RESTARTING),
+            shown(E.RUNNING, restart_count=2),
+            "started again by its restart policy (restarts so far: 2)",
+        ),
+        (known(C.RUNNING, restart_count=2, message="as it was"), shown(E.RUNNING, restart_count=2), "as it was"),
+        (known(C.RUNNING, message="old"), shown(E.RUNNING), ""),
+        (known(C.STOPPED, message="why"), shown(E.EXITED), "why"),
+        (known(C.EXITED, message="old"), shown(E.EXITED), ""),
+        (known(C.CREATING, message="old"), shown(E.CREATED), ""),
+    ],
+)
+def test_words_for_people(before: Container, seen: EngineContainer, message: str) -> None:
+    assert observed(before, seen).message == message

@@ -538,3 +538,19 @@ async def test_a_stop_gives_what_runs_its_time(desk: Desk) -> None:
     await draining
     stages = desk.store.journal[operation_id].value.stages
     assert [stage.state for stage in stages] == [StageState.DONE, StageState.PENDING, StageState.PENDING]
+
+
+async def test_a_stop_lets_go_of_what_does_not_end_in_its_time(desk: Desk) -> None:
+    async def work(_: Run) -> None:
+        await asyncio.Event().wait()
+
+    operation_id = await begun(desk, Script(desk, [Step("work", work)]))
+    await asyncio.sleep(0)
+    async with asyncio.timeout(LONG):
+        await desk.operations.drain(0)
+    assert not desk.operations.active
+    operation = desk.store.journal[operation_id].value
+    assert operation.state is OperationState.RUNNING
+    assert {stage.state for stage in operation.stages} == {StageState.PENDING}
+    with pytest.raises(ShuttingDown):
+        await desk.operations.result(operation_id)

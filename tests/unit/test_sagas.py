@@ -23,6 +23,52 @@ MOST_CALLS = 200
 REFUSED = raising(lambda name: EngineRejected(call=name, status=500, detail="planted"))
 UNANSWERED = raising(lambda name: EngineUnavailable(call=name, detail="planted"))
 
+# What each goes through. A record of an older version is driven by these names.
+STAGES = {
+    "create": "pull create start verify commit",
+    "create only": "create commit",
+    "scale": "create locate gather stop complete carry start verify seal commit retire",
+    "scale by copy": "create locate gather stop complete carry start verify seal commit retire",
+    "scale by commit": "stop snapshot create start verify commit retire",
+    "scale by commit again": "stop snapshot create start verify commit retire",
+    "limits": "gather freeze complete thaw seal limits commit",
+    "limits, kept as image": "freeze snapshot thaw limits commit",
+    "update": "create locate gather stop complete carry start verify seal commit retire",
+    "update to a fresh image": "pull create gather stop complete start verify seal commit retire",
+    "update to another image": "stop snapshot graft create start verify commit retire",
+    "rollback": "create restore gather stop complete start verify seal commit retire",
+    "rollback to an image": "create gather stop complete start verify seal commit retire",
+    "rollback of the spec": "create locate gather stop complete carry start verify seal commit retire",
+    "restart": "stop start verify commit",
+    "restart of what is frozen": "stop start verify commit",
+    "stop": "stop commit",
+    "stop of what is frozen": "stop commit",
+    "stop with resources": "stop commit",
+    "stop with files": "gather stop complete seal commit",
+    "start": "start verify commit",
+    "start with other cards": "create locate gather complete carry start verify seal commit retire",
+    "pause": "pause commit",
+    "unpause": "unpause commit",
+    "delete": "remove clean commit",
+    "delete with images": "remove clean commit",
+    "delete a revision": "remove commit",
+    "prune": "create locate gather stop complete carry start verify seal commit retire prune",
+    "clone": "create gather complete start verify commit",
+    "clone by commit": "snapshot create start verify commit",
+    "clone of a revision": "create restore start verify commit",
+    "clone of an image": "name create start verify commit",
+    "commit": "copy-files difference commit-files image tag commit clean",
+    "commit, frozen": "freeze commit-files thaw image tag commit clean",
+    "create a volume": "store engine-volume commit",
+    "grow a volume": "grow commit",
+    "shrink a volume": "shrink commit",
+    "shrink a volume by a copy": "make copy stop difference locate exchange start verify commit retire",
+    "delete a volume": "check engine-volume destroy commit",
+    "delete a volume that is mounted": "detach check engine-volume destroy commit",
+    "adopt a volume": "commit",
+    "adopt a copy of a volume": "store engine-volume copy commit",
+}
+
 every_scenario = pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 
 
@@ -64,6 +110,10 @@ async def test_it_is_done(scenario: Scenario) -> None:
     desk = await done(scenario)
     desk.whole()
     scenario.check(desk)
+    (operation,) = [one.value for one in desk.store.journal.values() if one.value.id == desk.last]
+    assert " ".join(stage.name for stage in operation.stages) == STAGES[scenario.name]
+    for stage in operation.stages:
+        assert stage.current_bytes == stage.total_bytes
 
 
 @every_scenario
