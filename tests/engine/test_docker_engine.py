@@ -520,6 +520,24 @@ async def test_remove_by_many_at_once(engine: DockerEngine, rig: Rig) -> None:
     assert rig.engine.call("GET", "/containers/json", query={"all": "1"}) == []
 
 
+async def test_remove_with_the_volumes_that_were_made_with_it(engine: DockerEngine) -> None:
+    first = await running(engine, image=CUDA_LIKE)
+    made = (await seen(engine, first)).volumes["/data"]
+    heir = await running(engine, "heir", image=CUDA_LIKE, volumes={"/data": made})
+    await engine.remove(heir, own_volumes=True)
+    assert await engine.has_volume(made), "it was given to that one by its name"
+    await engine.remove(first)
+    heir = await running(engine, "heir", image=CUDA_LIKE, volumes={"/data": made})
+    await engine.remove(heir, own_volumes=True)
+    assert await engine.has_volume(made), "also after the container that it was made with"
+    third = await running(engine, image=CUDA_LIKE)
+    own = (await seen(engine, third)).volumes["/data"]
+    await engine.remove(third, own_volumes=True)
+    assert not await engine.has_volume(own)
+    await engine.remove(third, own_volumes=True)
+    await engine.remove_volume(made)
+
+
 async def test_a_removal_that_another_has_begun(patient: DockerEngine, engine_proxy: EngineProxy, rig: Rig) -> None:
     async with connected_to(engine_proxy.url, timeout=3) as engine:
         box = await running(patient)

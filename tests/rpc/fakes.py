@@ -246,7 +246,7 @@ class FakeEngine(Engine):
         return None
 
     @override
-    async def remove(self, engine_id: str) -> None:
+    async def remove(self, engine_id: str, *, own_volumes: bool = False) -> None:
         await self._call("remove")
         self.containers.pop(engine_id, None)
 

@@ -272,7 +272,7 @@ class ModelEngine(FakeEngine):
             number = next(self._numbers)
             for target in image.volumes:
                 if target not in volumes:
-                    volumes[target] = f"anonymous{number}{target.replace('/', '-')}"
+                    volumes[target] = f"anonymous{number}-{target.strip('/').replace('/', '-')}"
                     self.volumes[volumes[target]] = EngineVolume(name=volumes[target], driver="local", anonymous=True)
             engine_id = f"engine{number}"
             self._own(
@@ -421,7 +421,10 @@ class ModelEngine(FakeEngine):
             return None if seen.alive else seen.exit_code
 
     @override
-    async def remove(self, engine_id: str) -> None:
+    async def remove(self, engine_id: str, *, own_volumes: bool = False) -> None:
         async with self.faults.call("remove"):
             if self.containers.pop(engine_id, None) is not None:
                 del self.layers[self.layer_of.pop(engine_id)]
+                if own_volumes:
+                    made = f"anonymous{engine_id.removeprefix('engine')}-"
+                    self.volumes = {name: one for name, one in self.volumes.items() if not name.startswith(made)}

@@ -160,8 +160,8 @@ class Engine(Protocol):
         """Its exit code if it stops running within `seconds`; None if it still runs then."""
         ...
 
-    async def remove(self, engine_id: str) -> None:
-        """Remove it, killing what runs; its volumes stay."""
+    async def remove(self, engine_id: str, *, own_volumes: bool = False) -> None:
+        """Remove it, killing what runs; with `own_volumes` the anonymous volumes that were made with it, too."""
         ...
 
     async def commit(

@@ -402,13 +402,16 @@ class DockerEngine:
                 # An engine that shuts down ends the answer without a word.
                 return int(json.loads(payload)["StatusCode"])
 
-    async def remove(self, engine_id: str) -> None:
-        """Remove it, killing what runs; its volumes stay. Returns when it is gone; one that is gone is no error."""
-        path = f"containers/{segment(engine_id)}"
+    async def remove(self, engine_id: str, *, own_volumes: bool = False) -> None:
+        """Remove it, killing what runs. Returns when it is gone; one that is gone is no error.
+
+        `own_volumes`: the engine removes the anonymous volumes that it made with it; those that it was given by their
+        names stay, also if they were made with another container.
+        """
+        path, call = f"containers/{segment(engine_id)}", "remove a container"
         try:
-            await self._done(
-                "remove a container", "DELETE", path, params={"force": "1", "v": "0"}, already=(NOT_FOUND,)
-            )
+            params = {"force": "1", "v": "1" if own_volumes else "0"}
+            await self._done(call, "DELETE", path, params=params, already=(NOT_FOUND,))
         except EngineRejected as rejection:
             # Somebody else is removing it. Wait for that; if it failed, the refusal stands.
             if rejection.status != CONFLICT or not await self._removed(path):

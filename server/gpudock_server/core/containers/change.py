@@ -328,8 +328,7 @@ class ChangeSaga(ContainerSaga):
         if await self._is_all_there_is(run):
             run.note("the old engine container is gone; its successor is kept, with whatever files it has")
             return
-        keep = frozenset(self._arguments.old.anonymous_volumes.values())
-        await remove_with_volumes(self._world, run.operation, self._arguments.spec, keep)
+        await remove_with_volumes(self._world, run.operation)
 
     async def _restore(self, run: Run) -> None:
         source = self._arguments.source

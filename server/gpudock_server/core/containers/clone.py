@@ -336,7 +336,7 @@ class CloneSaga(ContainerSaga):
         return {"engine_id": engine_id, "engine_name": name, "image_id": image_id}
 
     async def _remove(self, run: Run) -> None:
-        await remove_with_volumes(self._world, run.operation, self._arguments.spec)
+        await remove_with_volumes(self._world, run.operation)
 
     async def _start(self, run: Run) -> None:
         await self._world.start(_made(run), self._arguments.spec)

@@ -210,7 +210,7 @@ class CreateSaga(ContainerSaga):
         return image.id
 
     async def _remove(self, run: Run) -> None:
-        await remove_with_volumes(self._world, run.operation, self._spec)
+        await remove_with_volumes(self._world, run.operation)
 
     async def _start(self, run: Run) -> None:
         await self._world.start(str(run.operation.facts("create")["engine_id"]), self._spec)
@@ -274,16 +274,14 @@ def anonymous_volumes(spec: ContainerSpec, volumes: dict[str, str]) -> dict[str,
     return {target: name for target, name in volumes.items() if target not in named}
 
 
-async def remove_with_volumes(
-    world: World, operation: Operation, spec: ContainerSpec, keep: frozenset[str] = frozenset()
-) -> None:
-    """Remove what an operation created in the engine, found by its name, and the anonymous volumes made with it."""
+async def remove_with_volumes(world: World, operation: Operation) -> None:
+    """Remove what an operation created in the engine, found by its name, and the anonymous volumes made with it.
+
+    The engine removes both in one call: were it killed between two, nobody would know of the volumes any more.
+    """
     name = world.engine_name(operation.target.name, operation.id)
     seen = await world.engine.inspect(name)
     if seen is None or seen.labels.get(LABEL_OPERATION) != operation.id:
         await world.host_paths.release(name)
         return
-    await world.remove(seen.id, name)
-    for volume in anonymous_volumes(spec, seen.volumes).values():
-        if volume not in keep:
-            await world.engine.remove_volume(volume)
+    await world.remove(seen.id, name, own_volumes=True)

@@ -132,9 +132,12 @@ class World:
                 await self.bind_again(seen, renew=renew)
         await self.engine.start(engine_id)
 
-    async def remove(self, engine_id: str, engine_name: str) -> None:
-        """Remove an engine container, killing what runs, and what was bound for it; its volumes stay."""
-        await self.engine.remove(engine_id)
+    async def remove(self, engine_id: str, engine_name: str, *, own_volumes: bool = False) -> None:
+        """Remove an engine container, killing what runs, and what was bound for it.
+
+        `own_volumes`: with the anonymous volumes that the engine made with it; else its volumes stay.
+        """
+        await self.engine.remove(engine_id, own_volumes=own_volumes)
         await self.host_paths.release(engine_name)
 
     async def mounts_unbound(self, container: Container) -> bool:
