@@ -250,7 +250,7 @@ async def test_an_operation_that_is_taken_up_checks_what_it_recorded(host: Host,
     async with Caller(mortal.target) as caller:
         assert (await failure(caller.create("evil", mounts=[host.mount("u/sub", "/s")]))).reason == ""
     assert await asyncio.to_thread(mortal.wait) == -9
-    assert "before bind" in mortal.log_text
+    assert "before HostPaths.bind" in mortal.log_text
     (host.allowed / "u/sub").rename(host.allowed / "u/moved")
     (host.allowed / "u/sub").symlink_to("/")
     daemon = await host.own.start(*host.flags, after=mortal)
