@@ -113,8 +113,10 @@ def restart_policy(policy: str | pb.RestartPolicy) -> pb.RestartPolicy:
         return policy
     word, colon, count = policy.partition(":")
     kind = value_of(pb.RestartPolicyKind, word)
-    if colon and (kind != pb.RESTART_POLICY_KIND_ON_FAILURE or not (count.isascii() and count.isdecimal())):
+    if colon and kind != pb.RESTART_POLICY_KIND_ON_FAILURE:
         raise ValueError(f"{policy!r}: only on-failure takes a count, as in on-failure:3")
+    if colon and not (count.isascii() and count.isdecimal()):
+        raise ValueError(f"{policy!r}: {count!r} is not a count; give digits alone, as in on-failure:3")
     return pb.RestartPolicy(policy=kind, max_retry_count=int(count) if colon else 0)
 
 

@@ -712,11 +712,11 @@ class VolumeMounted(VolumeInUse):
 
 @dataclass(eq=False)
 class VolumeMountedByRunning(VolumeInUse):
-    """A volume is to be deleted with force that containers have which are not stopped."""
+    """A volume is to be deleted with force, and containers mount it that are neither STOPPED nor EXITED."""
 
     template = (
-        "volume {volume!r} is mounted by {holders}; force removes a mount from stopped containers only, so stop"
-        " {holders} first"
+        "volume {volume!r} is mounted by {holders}; force removes a mount only from containers that are STOPPED or"
+        " EXITED, so stop {holders} first; one that is FAILED is to be rolled back or deleted"
     )
 
 

@@ -168,6 +168,14 @@ async def test_tables(server: ScriptedServer) -> None:
     row = (await run(server.address, "gpus", "--held")).out.splitlines()[1]
     assert re.split(r"\s{2,}", row) == ["0", "GPU-1", "A100", "80.0 GiB", "-", "0%", "-", "-", "HEALTHY", "train"]
     assert server.requests["ListGpus"][0].filter.claimed is True
+    lost = gpu_pb2.Gpu(
+        uuid="GPU-2", health=gpu_pb2.GPU_HEALTH_LOST, health_message="XID 79", unschedulable_reason="XID 79"
+    )
+    divided = gpu_pb2.Gpu(uuid="GPU-3", health=gpu_pb2.GPU_HEALTH_HEALTHY, unschedulable_reason="its MIG mode is on")
+    server.on("ListGpus", saying(node_service_pb2.ListGpusResponse(gpus=[lost, divided])))
+    rows = (await run(server.address, "gpus")).out.splitlines()[1:]
+    shown = [re.split(r"\s{2,}", row)[-2:] for row in rows]
+    assert shown == [["LOST (XID 79)", "-"], ["HEALTHY (its MIG mode is on)", "-"]]
     claim = PortClaim(host_port=40001, protocol=PORT_PROTOCOL_TCP, container="train", container_port=80)
     server.on("ListPorts", saying(node_service_pb2.ListPortsResponse(ports=[claim])))
     assert (await run(server.address, "ports")).out.splitlines()[1].split() == ["40001", "tcp", "train", "80"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -87,6 +88,8 @@ SIGNED = (
     "create c i --gpus 1 --gpu-memory",
     "create c i --keep-revisions",
     "create c i --keep-for",
+    "create c i --pull-stall-timeout",
+    "update c --pull-stall-timeout",
     "update c --gpus",
     "update c --cpus",
     "clone c d --revision",
@@ -109,6 +112,39 @@ def test_a_number_with_a_sign_is_refused_and_not_taken_as_the_result(words: str,
     result = CliRunner().invoke(main, ["--address", "/nowhere", *words.split(), *value])
     assert result.exit_code == 2, result.output
     assert f"'{number}' has a sign; give the value that should result" in result.output
+
+
+def _options(command: click.Command, path: str = "") -> Iterator[tuple[str, click.Parameter]]:
+    """All options and arguments of a command and of those below it."""
+    for parameter in command.params:
+        yield f"{path} {parameter.opts[0]}", parameter
+    if isinstance(command, click.Group):
+        for name, one in command.commands.items():
+            yield from _options(one, f"{path} {name}")
+
+
+def test_no_number_is_read_by_click_which_takes_a_sign() -> None:
+    numbers = (click.types.IntParamType, click.types.FloatParamType, click.IntRange, click.FloatRange)
+    options = list(_options(main))
+    assert len(options) > 100
+    assert [name for name, one in options if isinstance(one.type, numbers)] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["create", "c", "i", "--pull-stall-timeout", "0"], "'0' is not above 0"),
+        (["create", "c", "i", "--restart", "on-failure:+3"], "'+3' is not a count; give digits alone"),
+        (["create", "c", "i", "--restart", "always:3"], "only on-failure takes a count"),
+        (["update", "c", "--env-rm", "B=2"], "'B=2' is not a name; give the name alone"),
+        (["update", "c", "--env-rm", ""], "'' is not a name"),
+        (["update", "c", "--label-rm", "team=x"], "'team=x' is not a name"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_is_sent(words: list[str], told: str) -> None:
+    result = CliRunner().invoke(main, ["--address", "/nowhere", *words])
+    assert result.exit_code == 2, result.output
+    assert told in " ".join(result.output.split())
 
 
 def test_what_is_out_of_range_says_which_range() -> None:

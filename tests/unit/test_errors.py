@@ -140,8 +140,8 @@ def _promise(key: str) -> tuple[set[str], bool]:
         (
             errors.VolumeMountedByRunning("data", ("train",)),
             (
-                "volume 'data' is mounted by train; force removes a mount from stopped containers only, so stop"
-                " train first"
+                "volume 'data' is mounted by train; force removes a mount only from containers that are STOPPED or"
+                " EXITED, so stop train first; one that is FAILED is to be rolled back or deleted"
             ),
         ),
     ],

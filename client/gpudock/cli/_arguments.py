@@ -115,6 +115,29 @@ class Decimal(Parsed[float]):
         return float(text)
 
 
+class Positive(Decimal):
+    """A number above 0."""
+
+    def parse(self, text: str) -> float:
+        """The number."""
+        number = super().parse(text)
+        if not number:
+            raise ValueError(f"{text!r} is not above 0")
+        return number
+
+
+class Key(Parsed[str]):
+    """The name of a variable or a label, without its value."""
+
+    name = "NAME"
+
+    def parse(self, text: str) -> str:
+        """The name as it is."""
+        if not text or "=" in text:
+            raise ValueError(f"{text!r} is not a name; give the name alone, without a value")
+        return text
+
+
 class Size(Parsed[int]):
     """A number of bytes, as docker reads it: `8G`, `8GB` and `8GiB` are all 8 * 1024**3."""
 

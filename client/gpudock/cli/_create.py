@@ -11,6 +11,7 @@ from gpudock import Client, Container, OperationCall, OperationPlan
 from gpudock._enums import words_of
 from gpudock._spec import spec_of
 from gpudock.cli import _operation_views, _views
+from gpudock.cli._arguments import Positive
 from gpudock.cli._change import validate_only_option
 from gpudock.cli._follow import follow
 from gpudock.cli._gpu_options import gpu_choice_of
@@ -49,7 +50,7 @@ class _RunFlags(_CommonFlags):
 _owner_option = click.option("--owner", default="", help="Who it belongs to, for lists to filter by.")
 _pull_stall_option = click.option(
     "--pull-stall-timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Positive(),
     metavar="SECONDS",
     help="Give up a pull that makes no progress for so long.",
 )

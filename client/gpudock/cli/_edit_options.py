@@ -8,7 +8,7 @@ from typing import Any, TypedDict, TypeVar
 import click
 
 from gpudock import ContainerPort, ContainerSpec
-from gpudock.cli._arguments import InnerPort
+from gpudock.cli._arguments import InnerPort, Key
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -29,10 +29,10 @@ class EditFlags(TypedDict):
 
 _CLEARABLE = tuple(name.replace("_", "-") for name in ContainerSpec.DESCRIPTOR.fields_by_name if name != "image")
 _OPTIONS = (
-    click.option("--env-rm", multiple=True, metavar="NAME", help="Remove an environment variable."),
+    click.option("--env-rm", type=Key(), multiple=True, help="Remove an environment variable."),
     click.option("--volume-rm", multiple=True, metavar="TARGET", help="Remove the mount at this path, also a tmpfs."),
     click.option("--port-rm", type=InnerPort(), multiple=True, help="Do not publish this port any more."),
-    click.option("--label-rm", multiple=True, metavar="KEY", help="Remove a label."),
+    click.option("--label-rm", type=Key(), multiple=True, help="Remove a label."),
     click.option("--replace-env", is_flag=True, help="With -e: remove every other variable."),
     click.option("--replace-volumes", is_flag=True, help="With -v or --tmpfs: remove every other mount."),
     click.option("--replace-ports", is_flag=True, help="With -p: publish no other port."),

@@ -8,6 +8,7 @@ import click
 
 from gpudock import Client, Container, OperationCall
 from gpudock._enums import words_of
+from gpudock.cli._arguments import Positive
 from gpudock.cli._change import change, validate_only_option, yes_option
 from gpudock.cli._edit_options import EditFlags, changes_of, edit_options
 from gpudock.cli._gpu_options import chosen_gpus, gpu_choice_of
@@ -50,7 +51,7 @@ class _Flags(SpecFlags, EditFlags):
 )
 @click.option(
     "--pull-stall-timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Positive(),
     metavar="SECONDS",
     help="Give up a pull that makes no progress for so long.",
 )

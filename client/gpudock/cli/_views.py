@@ -101,7 +101,7 @@ def gpus(items: Iterable[Gpu]) -> str:
                 f"{item.temperature_celsius}C" if item.HasField("temperature_celsius") else "-",
                 f"{item.power_milliwatts // 1000}W" if item.HasField("power_milliwatts") else "-",
                 _health(item),
-                item.container or ("-" if item.schedulable else f"({item.unschedulable_reason})"),
+                item.container or "-",
             )
             for item in items
         ],
@@ -197,7 +197,9 @@ def _state(item: Container) -> str:
 def _health(item: Gpu) -> str:
     health = word_of(GpuHealth, item.health)
     mig = " MIG" if item.mig_mode == MigMode.MIG_MODE_ENABLED else ""
-    return f"{health}{mig}" + (f" ({item.health_message})" if item.health_message else "")
+    # A card that cannot be had may be healthy: its MIG mode is on, or the node lacks it.
+    why = item.health_message or ("" if item.schedulable else item.unschedulable_reason)
+    return f"{health}{mig}" + (f" ({why})" if why else "")
 
 
 def _carry(item: LayerCarrySupport) -> str:
