@@ -53,7 +53,7 @@ def main() -> int:
         metavar="NAME",
         help="keep the samples as results/NAME.json, to be committed (default: under the time, which git ignores)",
     )
-    parser.add_argument("--render", action="store_true", help="only write the tables of docs/benchmarks.md anew")
+    parser.add_argument("--render", action="store_true", help="only rewrite the tables of docs/benchmarks.md")
     options = parser.parse_args()
     if options.render:
         return _render()

@@ -25,7 +25,7 @@ class MarkerError(Exception):
 
 
 def rendered(text: str, results: Path = RESULTS) -> str:
-    """The document with what stands between its markers made anew. Raises MarkerError."""
+    """The document with the tables between its markers rendered again from their samples. Raises MarkerError."""
     found = list(MARKED.finditer(text))
     if any(len(found) != text.count(f"\n{mark}") for mark in (_BEGIN, _END)):
         raise MarkerError(f"each {_BEGIN} NAME --> needs one {_END} after it, each on a line of its own")

@@ -80,6 +80,7 @@ def test_a_program_whose_daemon_dies_as_it_is_started_does_not_run(tmp_path: Pat
     assert died.returncode == -signal.SIGKILL
     deadline = time.monotonic() + 10 * PATIENCE
     while (left := _running(mark)) and time.monotonic() < deadline:
+        # The kernel tells nobody but its parent of the end of a process, and the parent is dead.
         time.sleep(_LOOK_SECONDS)
     for pid in left:
         os.kill(pid, signal.SIGKILL)
@@ -98,6 +99,7 @@ def test_a_job_on_a_tree_ends_with_its_daemon(tmp_path: Path) -> None:
     child = int(died.stdout)
     deadline = time.monotonic() + 10 * PATIENCE
     while (left := _lives(child)) and time.monotonic() < deadline:
+        # The kernel tells nobody but its parent of the end of a process, and the parent is dead.
         time.sleep(_LOOK_SECONDS)
     if left:
         os.kill(child, signal.SIGKILL)

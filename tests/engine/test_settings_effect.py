@@ -214,6 +214,7 @@ def _freeze_child(daemon: Daemon, word: bytes, seconds: float = 60) -> None:
                 if word in Path(f"/proc/{pid}/cmdline").read_bytes():
                     os.kill(pid, signal.SIGSTOP)
                     return
+        # No event tells that a process has a child; it must be stopped before it is done.
         time.sleep(0.001)
     raise AssertionError(f"no child of the daemon has {word!r} in its command line")
 

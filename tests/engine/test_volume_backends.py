@@ -541,7 +541,7 @@ async def test_copy_and_verify(root: Path) -> None:
         assert found.entries > 1500
         assert found.content_bytes > 20 * MIB
 
-        # A copy that is spoiled is found, by content alone too, and made anew.
+        # Verification finds a damaged copy, also if only the content differs, and the next copy repairs it.
         async with loop.opened(new) as target:
             copied = Path(target, "block")
             assert hashlib.sha256(copied.read_bytes()).digest() == hashlib.sha256(changed).digest()

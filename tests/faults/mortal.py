@@ -262,13 +262,17 @@ class MortalPort:
 def watch_children(moments: Moments) -> None:
     """Have moments as each child process starts, and while it works."""
     start, call = asyncio.create_subprocess_exec, TreeWorker.call
+    # The event loop itself keeps no task alive.
+    watches: set[asyncio.Future[int]] = set()
 
     async def started(*words: Any, **named: Any) -> asyncio.subprocess.Process:
         process = await start(*words, **named)
         if name := program(words):
             moments.now(f"as {name} starts", DURING)
             if name != _WORKER:
-                asyncio.ensure_future(moments.during(f"while {name} runs", process.wait()))  # noqa: RUF006
+                watch = asyncio.ensure_future(moments.during(f"while {name} runs", process.wait()))
+                watches.add(watch)
+                watch.add_done_callback(watches.discard)
         return process
 
     async def called(worker: TreeWorker, job: str, *words: Any, **named: Any) -> Any:

@@ -18,7 +18,7 @@ _STOPPED = "before record of RUNNING after stop"
 
 
 async def test_no_layer_is_carried_while_its_container_runs(own: OwnDaemons) -> None:
-    """The daemon is frozen when it has stopped the container, and goes on when somebody has started it again."""
+    """The daemon is frozen after it has stopped the container, and resumed after somebody has started the container."""
     environment = {KIND: "SCALE", DIE_AT: _STOPPED, SIGNAL: signal.SIGSTOP.name}
     daemon = await own.start("--layer-carry", "exchange", module="tests.faults.mortal", environment=environment)
     async with Caller(daemon.target) as caller:

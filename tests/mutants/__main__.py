@@ -50,7 +50,8 @@ def main() -> int:
         try:
             chosen = _examine(folder, rooms[name], options)
         except Interrupted:
-            print("\ninterrupted; verdicts until now are kept, and the same call goes on from here", file=sys.stderr)  # noqa: T201
+            told = "\ninterrupted; the verdicts so far are kept, and the same command continues from here"
+            print(told, file=sys.stderr)  # noqa: T201 - a command line program
             return 130
         mutants = read_mutants(folder)
         text, wrong = write_report(
@@ -58,9 +59,9 @@ def main() -> int:
         )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.txt").write_text(text)
-        print(text.splitlines()[0], f"survivors: {folder / 'report.txt'}", sep="\n", flush=True)  # noqa: T201
+        print(text.splitlines()[0], f"survivors: {folder / 'report.txt'}", sep="\n", flush=True)  # noqa: T201 - its result
         problems += wrong
-    print(*problems, sep="\n", file=sys.stderr)  # noqa: T201
+    print(*problems, sep="\n", file=sys.stderr)  # noqa: T201 - a command line program
     return 1 if problems else 0
 
 
@@ -140,7 +141,7 @@ def _try(folder: Path, chosen: Sequence[Mutant]) -> None:
         digest.update(path.read_bytes())
     seen = folder / "tests.sha256"
     if not seen.exists() or seen.read_text() != digest.hexdigest():
-        # Which tests run which function is asked for anew.
+        # mutmut finds out again which tests run which function.
         (folder / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)
         again = {Verdict.SURVIVED, Verdict.UNSEEN, Verdict.CRASHED}
         forget(folder, {mutant.name for mutant in read_mutants(folder) if mutant.verdict in again})

@@ -88,18 +88,18 @@ def _without_statement(node: cst.Expr | cst.Raise) -> Iterable[cst.CSTNode]:
 
 def _adjust() -> None:
     instead: dict[Any, Any] = {mutators.operator_string: _strings, mutators.operator_arg_removal: _arguments}
-    mutators.mutation_operators[:] = [  # type: ignore[index]
-        (kind, instead.get(operator, operator)) for kind, operator in mutators.mutation_operators
-    ]
-    mutators.mutation_operators.append((cst.Expr, _without_statement))  # type: ignore[attr-defined]
-    mutators.mutation_operators.append((cst.Raise, _without_statement))  # type: ignore[attr-defined]
-    submit = ForkServerRunner.submit
+    # mutmut declares a sequence; it is a list, which other modules of mutmut have imported by then.
+    operators: Any = mutators.mutation_operators
+    operators[:] = [(kind, instead.get(operator, operator)) for kind, operator in operators]
+    operators += [(cst.Expr, _without_statement), (cst.Raise, _without_statement)]
+    runner: Any = ForkServerRunner
+    submit = runner.submit
 
     def quickest_first(self: Any, mutant_name: str, tests: list[str], *args: Any) -> None:
         durations = state().duration_by_test
         submit(self, mutant_name, sorted(tests, key=lambda test: (durations.get(test, 0), test)), *args)
 
-    ForkServerRunner.submit = quickest_first  # type: ignore[method-assign, assignment]
+    runner.submit = quickest_first
     _kill_what_hangs()
 
 
@@ -110,7 +110,9 @@ def _kill_what_hangs() -> None:
     children of that process alone.
     """
     deadlines: dict[int, float] = {}
-    serve, reap = ForkServerRunner._forkserver_main, ForkServerRunner._reap_children
+    runner: Any = ForkServerRunner
+    timing: Any = isolation
+    serve, reap = runner._forkserver_main, runner._reap_children
 
     def serve_and_adopt(self: Any, work_fd: int, result_fd: int) -> None:
         prctl = ctypes.CDLL(None, use_errno=True).prctl
@@ -143,10 +145,10 @@ def _kill_what_hangs() -> None:
         if not running:
             kill_children()
 
-    ForkServerRunner._forkserver_main = serve_and_adopt  # type: ignore[method-assign]
-    ForkServerRunner.stop_all_workers = stop  # type: ignore[method-assign]
-    ForkServerRunner._reap_children = reap_and_kill  # type: ignore[method-assign]
-    isolation.register_timeout = watch  # type: ignore[attr-defined]
+    runner._forkserver_main = serve_and_adopt
+    runner.stop_all_workers = stop
+    runner._reap_children = reap_and_kill
+    timing.register_timeout = watch
 
 
 def kill_children() -> None:

@@ -118,7 +118,7 @@ class VolumeCopier(Protocol):
         """Make the target's files equal to the source's, moving only what has changed since the copy before.
 
         The source may be in use; the `final` copy is made once nothing writes any more, and what was known of earlier
-        copies is forgotten with it: one that follows copies everything anew. Until the final one, the target has more
+        copies is forgotten with it: a copy after it starts from the beginning. Until the final one, the target has more
         in it than the files. `progress` counts the bytes of disk that the source's files take.
         """
         ...

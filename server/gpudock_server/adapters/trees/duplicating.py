@@ -158,7 +158,7 @@ class Duplicator:
         return begin
 
     def _begin_to_write(self, file: int, at: int, count: int) -> None:
-        """Have the disk write while more is copied. All is written in the end, where an error is told."""
+        """Start writing a range to the disk while more is copied. Errors show in the sync at the end of the copy."""
         self._libc.sync_file_range(file, ctypes.c_longlong(at), ctypes.c_longlong(count), ctypes.c_uint(_WRITE))
 
     def _copied_at(self, source: int, target: int, at: int, count: int) -> int:

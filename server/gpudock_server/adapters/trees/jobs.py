@@ -314,7 +314,7 @@ class Jobs:
         """Write the index down for the next pass.
 
         In the target's own tree nothing needs it after the last pass; and where there is no room for it beside the
-        files, the next pass begins anew.
+        files, the next pass copies everything again.
         """
         if not work.hidden:
             save_index(index, work.state)

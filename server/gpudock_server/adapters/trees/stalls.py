@@ -1,6 +1,6 @@
 """Ending child processes that hang: no progress for some time.
 
-A tenant can make a program wait for ever, for example by replacing a file with a FIFO just before it is opened. How
+A tenant can make a program wait forever, for example by replacing a file with a FIFO just before it is opened. How
 long work may take in all nobody can say; that it goes on can be seen.
 """
 

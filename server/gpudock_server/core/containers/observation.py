@@ -48,7 +48,7 @@ def after_start(container: Container, seen: EngineContainer | None, exit_code: i
     """The status of `container` whose process an operation has started.
 
     `exit_code` is with what the process ended while the operation watched it. None is "it was not watched, or did not
-    end": then the container is RUNNING, also if the process has ended since. The engine tells of that end in an event,
+    end": then the container is RUNNING, also if the process has ended since. The engine reports that end in an event,
     which is recorded after the operation, so what the operation reports does not depend on how quick the process was.
     """
     if exit_code is not None:

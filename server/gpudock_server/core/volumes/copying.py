@@ -14,7 +14,7 @@ async def carry(copier: VolumeCopier, source: VolumeBacking, target: VolumeBacki
     try:
         summary = await copier.verify(source, target)
     except VolumeFailed:
-        # Whatever hid a change from the copies before: once more, and everything anew.
+        # The copies before missed a change, for whatever reason. Copy once more, from the beginning.
         await copier.copy(source, target, progress, final=True)
         summary = await copier.verify(source, target)
     return summary.model_dump(mode="json")
