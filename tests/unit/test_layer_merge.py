@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import IO
 
 import pytest
-from gpudock_server.adapters.docker.layer_merge import stacked, write_merged
-from gpudock_server.adapters.docker.layer_tar import BrokenTarError, read_layer
-from gpudock_server.adapters.layers.threads import Interrupt
+from gpudock_server.adapters.trees.interrupt import Interrupt
+from gpudock_server.adapters.trees.layer_merge import stacked, write_merged
+from gpudock_server.adapters.trees.layer_tar import BrokenTarError, read_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

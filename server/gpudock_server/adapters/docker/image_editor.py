@@ -8,6 +8,7 @@ images in their graph drivers. One that keeps them in containerd wants every lay
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import errno
 import gzip
 import hashlib
@@ -17,8 +18,8 @@ import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Final, cast
@@ -28,9 +29,12 @@ import aiohttp
 from gpudock_server.adapters.docker.connection import Connection, JsonAnswer
 from gpudock_server.adapters.docker.failures import engine_errors
 from gpudock_server.adapters.docker.image_config import history_of, image_config, merged_line, without_identity
-from gpudock_server.adapters.docker.layer_merge import stacked, write_merged
-from gpudock_server.adapters.docker.layer_tar import BLOCK, END, BrokenTarError, LayerIndex, header, read_layer
-from gpudock_server.adapters.layers.threads import Interrupt, run_to_end
+from gpudock_server.adapters.layers.threads import Interrupt, Interrupted, run_to_end
+from gpudock_server.adapters.trees.jobs import JobRefusedError
+from gpudock_server.adapters.trees.layer_tar import BLOCK, END, BrokenTarError, header
+from gpudock_server.adapters.trees.limits import Limits, TreeTooLargeError
+from gpudock_server.adapters.trees.stalls import StalledError
+from gpudock_server.adapters.trees.worker import TreeWorker
 from gpudock_server.errors import DiskFull, EngineRejected, LayerCarryFailed
 
 _CHUNK: Final = 1 << 20
@@ -39,6 +43,8 @@ _METHOD: Final = "SQUASH"
 _REFUSED: Final = 500
 # A save or a load goes through all of an image before it says a word.
 _TIMEOUTS: Final = 30
+# How long a thread waits for the event loop before it looks whether it is to end.
+_TURN_SECONDS: Final = 1.0
 
 
 class ImageEditor:
@@ -73,14 +79,19 @@ class ImageEditor:
             raise LayerCarryFailed(method=_METHOD, detail=detail)
         upper = layers[base_layers:]
         below: list[str] = (await self._shown(onto))["RootFS"]["Layers"] if onto else layers[:base_layers]
-        with ExitStack() as stack:
+        async with AsyncExitStack() as stack:
+            # The layers are a tenant's: how much memory their paths take, nobody knows before they are read.
+            worker = TreeWorker(Limits().memory_bytes)
+            stack.push_async_callback(worker.close)
             fetched = _Fetched(frozenset(upper), frozenset(below), self._scratch, stack)
-            await self._fetch(image_id, fetched, upper)
+            await self._fetch(image_id, fetched, worker, upper)
             if onto:
-                await self._fetch(onto, _Fetched(frozenset(), frozenset(below), self._scratch, stack, fetched.indexes))
+                await self._fetch(onto, _Fetched(frozenset(), frozenset(below), self._scratch, stack), worker)
             merged = stack.enter_context(_temporary(self._scratch))
+            files = [[digest, _seen_by_others(fetched.files[digest])] for digest in upper]
             with _local_errors(self._scratch):
-                digest = await run_to_end(_merge, merged, fetched, (upper, below), Interrupt())
+                made = await worker.call("merge_layers", upper=files, below=below, target=_seen_by_others(merged))
+            digest = str(made["digest"])
             source = (onto, len(below)) if onto else (image_id, len(layers))
             history = [*_lowest(await self._history(*source), len(below)), merged_line(len(upper))]
             config = image_config(other, other.get("Config") or {}, [*below, digest], history)
@@ -104,15 +115,16 @@ class ImageEditor:
 
     # -- out of the engine -------------------------------------------------------------------------------------------
 
-    async def _fetch(self, image_id: str, fetched: _Fetched, kept: Sequence[str] = ()) -> None:
-        """Save an image, keeping the layers that are wanted and indexing those that are only to be known."""
+    async def _fetch(self, image_id: str, fetched: _Fetched, worker: TreeWorker, kept: Sequence[str] = ()) -> None:
+        """Save an image, keeping the layers that are wanted; `worker` indexes them, and those only to be known."""
         call = "save an image"
         await self._check_room(image_id, len(kept))
         patience = self._connection.timeout * _TIMEOUTS
         async with self._connection.stream(call, "GET", f"images/{image_id}/get", timeout=patience) as response:
             incoming = _Incoming(response, asyncio.get_running_loop(), patience)
+            index = _Indexer(worker, asyncio.get_running_loop(), incoming.interrupt)
             with engine_errors(call), _local_errors(self._scratch):
-                await run_to_end(_unpack, incoming, fetched, incoming.interrupt)
+                await run_to_end(_unpack, incoming, fetched, index, incoming.interrupt)
         if missing := fetched.missing:
             raise LayerCarryFailed(method=_METHOD, detail=f"the engine's tar of {image_id} lacks layer {missing}")
 
@@ -151,13 +163,12 @@ class ImageEditor:
 
 @dataclass
 class _Fetched:
-    """Layers by their digest: those to be `kept` as files, and the index of each that is kept or only `known`."""
+    """Layers by their digest: those to be `kept` as files, and those that are only to be `known`."""
 
     kept: frozenset[str]
     known: frozenset[str]
     scratch: str
-    stack: ExitStack
-    indexes: dict[str, LayerIndex] = field(default_factory=dict)
+    stack: AsyncExitStack
     files: dict[str, IO[bytes]] = field(default_factory=dict)
 
     @property
@@ -165,13 +176,13 @@ class _Fetched:
         """A kept layer that has not come; empty when all have."""
         return next(iter(self.kept - self.files.keys()), "")
 
-    def take(self, content: IO[bytes]) -> None:
-        """One file out of a saved image: a layer, if its digest says so."""
+    def take(self, content: IO[bytes], index: Callable[[str, IO[bytes]], None]) -> None:
+        """One file out of a saved image: a layer, if its digest says so; then `index` is told of it."""
         file = _temporary(self.scratch)
         try:
             digest = _spool(content, file)
             if digest in self.kept | self.known:
-                self.indexes[digest] = read_layer(file)
+                index(digest, file)
             if digest in self.kept and digest not in self.files:
                 self.files[digest] = self.stack.enter_context(file)
                 return
@@ -184,6 +195,34 @@ class _Fetched:
 def _temporary(folder: str) -> IO[bytes]:
     """A file without a name, which a daemon that is killed does not leave behind."""
     return tempfile.TemporaryFile(dir=folder)
+
+
+def _seen_by_others(file: IO[bytes]) -> str:
+    """A path by which a child process opens a file without a name; all that was written is in it."""
+    file.flush()
+    return f"/proc/{os.getpid()}/fd/{file.fileno()}"
+
+
+class _Indexer:
+    """Has the child process index layers, for the thread that goes through a saved image."""
+
+    def __init__(self, worker: TreeWorker, loop: asyncio.AbstractEventLoop, interrupt: Interrupt) -> None:
+        self._worker = worker
+        self._loop = loop
+        self._interrupt = interrupt
+
+    def __call__(self, digest: str, file: IO[bytes]) -> None:
+        """Wait for it. Raises Interrupted, and what `TreeWorker.call` raises."""
+        job = self._worker.call("index_layer", digest=digest, path=_seen_by_others(file))
+        running = asyncio.run_coroutine_threadsafe(job, self._loop)
+        # In short turns, as for _Incoming.
+        while not concurrent.futures.wait([running], timeout=_TURN_SECONDS).done:
+            try:
+                self._interrupt.check()
+            except Interrupted:
+                running.cancel()
+                raise
+        running.result()
 
 
 class _Incoming(io.RawIOBase):
@@ -213,14 +252,14 @@ class _Incoming(io.RawIOBase):
             # In short turns: whoever waits for this thread has told it so by the interrupt alone.
             self.interrupt.check()
             try:
-                async with asyncio.timeout(1.0):
+                async with asyncio.timeout(_TURN_SECONDS):
                     return await self._response.content.readany()
             except TimeoutError:
                 if self._loop.time() > deadline:
                     raise
 
 
-def _unpack(incoming: _Incoming, fetched: _Fetched, interrupt: Interrupt) -> None:
+def _unpack(incoming: _Incoming, fetched: _Fetched, index: _Indexer, interrupt: Interrupt) -> None:
     """Go through a saved image. Raises BrokenTarError, and what reading raises."""
     try:
         with tarfile.open(fileobj=cast("IO[bytes]", incoming), mode="r|", bufsize=_CHUNK) as saved:
@@ -228,7 +267,7 @@ def _unpack(incoming: _Incoming, fetched: _Fetched, interrupt: Interrupt) -> Non
                 interrupt.check()
                 content = saved.extractfile(member) if member.isreg() else None
                 if content is not None and _may_be_layer(member.name):
-                    fetched.take(content)
+                    fetched.take(content, index)
                 saved.members.clear()  # type: ignore[attr-defined]  # see layer_tar.read_layer
     except tarfile.TarError as error:
         raise BrokenTarError(f"the engine's tar is broken: {error}") from error
@@ -268,16 +307,6 @@ class _Prefixed(io.RawIOBase):
             piece, self._begin = self._begin[:size], self._begin[size:] if size >= 0 else b""
             return piece
         return self._rest.read(size)
-
-
-def _merge(out: IO[bytes], fetched: _Fetched, layers: tuple[Sequence[str], Sequence[str]], interrupt: Interrupt) -> str:
-    """Write the layers of `layers[0]` as one that lies on those of `layers[1]`; its digest."""
-    upper, below = layers
-    known = stacked([fetched.indexes[digest] for digest in below])
-    write_merged(out, [(fetched.indexes[digest], fetched.files[digest]) for digest in upper], known, interrupt)
-    out.flush()
-    out.seek(0)
-    return f"sha256:{hashlib.file_digest(cast('io.BufferedRandom', out), 'sha256').hexdigest()}"
 
 
 def _lowest(history: Sequence[JsonAnswer], layers: int) -> list[JsonAnswer]:
@@ -324,7 +353,7 @@ def _local_errors(folder: str) -> Iterator[None]:
     """Give what fails here, and not in the engine, the name that core knows."""
     try:
         yield
-    except BrokenTarError as error:
+    except (BrokenTarError, JobRefusedError, StalledError, TreeTooLargeError) as error:
         raise LayerCarryFailed(method=_METHOD, detail=str(error)) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpudock_server.adapters.trees.comparing import differences
 from gpudock_server.adapters.trees.digest import summary
@@ -35,6 +35,9 @@ from gpudock_server.adapters.trees.snapshot_index import (
     save_index,
 )
 from gpudock_server.adapters.trees.syncing import write_out
+
+if TYPE_CHECKING:
+    from gpudock_server.adapters.trees.layer_jobs import LayerJobs
 
 TREE_NAME = "tree"
 _MOST_PASSES = 4
@@ -113,6 +116,7 @@ class Jobs:
     index: Index | None = None
     previous: Index | None = None
     previous_path: str = ""
+    layers: LayerJobs | None = None
 
     def run(self, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """Run one job to its end. Raises what goes wrong."""
@@ -127,6 +131,8 @@ class Jobs:
             "remove": self.remove,
             "differences": self.differences,
             "digest": self.digest,
+            "index_layer": self.index_layer,
+            "merge_layers": self.merge_layers,
         }
         return jobs[name](**arguments)
 
@@ -245,6 +251,23 @@ class Jobs:
         """All that a tree holds, as one number."""
         found = summary(root, self.interrupt)
         return {"entries": found.entries, "content_bytes": found.content_bytes, "sha256": found.sha256}
+
+    # -- layers of images --------------------------------------------------------------------------------------------
+
+    def index_layer(self, *, digest: str, path: str) -> dict[str, Any]:
+        """Remember what the tar of an image's layer says."""
+        return self._layer_jobs().index(digest=digest, path=path)
+
+    def merge_layers(self, *, upper: list[list[str]], below: list[str], target: str) -> dict[str, Any]:
+        """Several layers as one. See `LayerJobs.merge`."""
+        return self._layer_jobs().merge(upper=upper, below=below, target=target)
+
+    def _layer_jobs(self) -> LayerJobs:
+        if self.layers is None:
+            from gpudock_server.adapters.trees.layer_jobs import LayerJobs  # noqa: PLC0415 - tarfile takes long to load
+
+            self.layers = LayerJobs(self.interrupt)
+        return self.layers
 
     # -- passes ------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import IO, Final
 
-from gpudock_server.adapters.docker.layer_tar import (
+from gpudock_server.adapters.trees.interrupt import Interrupt
+from gpudock_server.adapters.trees.layer_tar import (
     END,
     BrokenTarError,
     Entry,
@@ -23,7 +24,6 @@ from gpudock_server.adapters.docker.layer_tar import (
     opened,
     whiteout,
 )
-from gpudock_server.adapters.layers.threads import Interrupt
 
 _BLOCK: Final = 1 << 20
 # Records of the extended header that say what a rewritten header says anew.
@@ -66,6 +66,9 @@ class _Stack:
         self.nodes: dict[str, Node] = {}
         # Below these paths nothing of a lower layer shows.
         self._sealed: set[str] = set()
+        # Whether a folder is one of those, or lies below one: all that is in a folder has the same answer, and a path
+        # may have thousands of folders above it.
+        self._sealed_folders: dict[str, bool] = {}
 
     def put_below(self, number: int, layer: LayerIndex) -> None:
         """Add the next lower layer. What it hides, it hides of layers lower than itself."""
@@ -81,6 +84,7 @@ class _Stack:
             if not self._hidden(path) and path not in self._sealed:
                 self._gone(path, to_seal)
         self._sealed |= to_seal
+        self._sealed_folders.clear()
 
     def _entry(self, path: str, entry: Entry, number: int, to_seal: set[str]) -> None:
         if path in self._sealed:
@@ -119,7 +123,17 @@ class _Stack:
             self.nodes[parent] = Node(Kind.FOLDER)
 
     def _hidden(self, path: str) -> bool:
-        return any(parent in self._sealed for parent in _parents(path))
+        known, unknown, hidden = self._sealed_folders, [], False
+        for folder in _parents(path):
+            if folder in known:
+                hidden = known[folder]
+                break
+            unknown.append(folder)
+            if folder in self._sealed:
+                hidden = True
+                break
+        known.update(dict.fromkeys(unknown, hidden))
+        return hidden
 
 
 def _parents(path: str) -> Iterator[str]:
@@ -162,8 +176,9 @@ def _shows(below: Mapping[str, Node], path: str) -> bool:
     return path in below and below[path].kind is not Kind.GONE
 
 
-def _order(path: str) -> list[str]:
-    return path.split("/")
+def _order(path: str) -> str:
+    """Sorts as the list of its parts would, which takes fifty times as much memory: no name has a NUL in it."""
+    return path.replace("/", "\0")
 
 
 def _rewound(file: IO[bytes]) -> IO[bytes]:

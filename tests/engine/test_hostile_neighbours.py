@@ -1,0 +1,133 @@
+"""What a hostile layer costs the daemon, and the callers of others, while the container that has it is changed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gpudock.v1 import container_pb2, container_service_pb2
+
+from tests.calls import Caller
+from tests.engine.drift import inspect
+from tests.engine.hostile_trees import nested
+from tests.engine.own_daemons import OwnDaemons, own
+from tests.rig import CUDA_LIKE
+from tests.rig.patience import PATIENCE
+
+__all__ = ["own"]
+
+MIB = 1 << 20
+# With the paths of all folders in it, the daemon grew by 4 GiB at its peak, and others waited for 5.4 s.
+_MOST_GROWTH = 150 * MIB
+_MOST_SECONDS = 2.0
+
+
+def _nested(root: int) -> None:
+    """The paths of these folders take 600 MB."""
+    nested(root, 2200, "d" * 250)
+
+
+def _long_paths(root: int) -> None:
+    """Each path is as long as the engine reaches, and has more than a thousand parts."""
+    nested(root, 1200, "dd")
+    here = os.dup(root)
+    for _ in range(1200):
+        below = os.open("dd", os.O_RDONLY | os.O_DIRECTORY, dir_fd=here)
+        os.close(here)
+        here = below
+    for number in range(10_000):
+        os.close(os.open(f"{number}", os.O_CREAT | os.O_WRONLY, dir_fd=here))
+    os.close(here)
+
+
+async def _kept_and_restored(caller: Caller) -> None:
+    """A change that keeps a snapshot, and one that restores it."""
+    await caller.scale("hostile", 2)
+    assert (await caller.revisions("hostile"))[0].snapshot_warning == ""
+    await caller.rollback("hostile", 1)
+
+
+async def _onto_another_image(caller: Caller) -> None:
+    """By a commit, whose layers the daemon makes one."""
+    changed: dict[str, Any] = {"image": CUDA_LIKE, "files": container_service_pb2.FILES_POLICY_CARRY_COMMIT}
+    await caller.update("hostile", **changed)
+
+
+@dataclass
+class _Cost:
+    """What was seen meanwhile: the daemon's growth in bytes, the slowest answer to another caller in seconds."""
+
+    growth: int = 0
+    slowest: float = 0.0
+    answers: int = 0
+
+
+def _status(pid: int, field: str) -> int:
+    """Bytes of a field of /proc/PID/status."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def _reset_peak(pid: int) -> int:
+    """Have the peak of a process begin anew (proc(5), clear_refs); its size now in bytes."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")
+    return _status(pid, "VmRSS")
+
+
+@asynccontextmanager
+async def _watched(caller: Caller, pid: int) -> AsyncIterator[_Cost]:
+    """Ask for another container all the time, and see how large the daemon gets."""
+    cost, ending = _Cost(), asyncio.Event()
+
+    async def ask() -> None:
+        while not ending.is_set():
+            begin = time.monotonic()
+            await caller.get("neighbour")
+            cost.slowest = max(cost.slowest, time.monotonic() - begin)
+            cost.answers += 1
+            await asyncio.sleep(0.01)
+
+    before = _reset_peak(pid)
+    asking = asyncio.create_task(ask())
+    try:
+        yield cost
+    finally:
+        ending.set()
+        await asking
+    cost.growth = _status(pid, "VmHWM") - before
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("plant", "change"),
+    [
+        pytest.param(_nested, _kept_and_restored, id="nested-folders-in-snapshots"),
+        pytest.param(_long_paths, _onto_another_image, id="long-paths-in-images"),
+    ],
+)
+async def test_the_daemon_stays_small_and_answers_others(
+    own: OwnDaemons, plant: Callable[[int], None], change: Callable[[Caller], Awaitable[None]]
+) -> None:
+    daemon = await own.start("--settle-period", "0")
+    async with Caller(daemon.target) as caller, Caller(daemon.target) as other:
+        hostile: container_pb2.Container = await caller.create("hostile", 1)
+        await caller.create("neighbour")
+        await caller.shell("hostile", "mkdir /zoo")
+        pid = inspect(own.rig, hostile.status.engine_id)["State"]["Pid"]
+        zoo = os.open(f"/proc/{pid}/root/zoo", os.O_RDONLY | os.O_DIRECTORY)
+        plant(zoo)
+        os.close(zoo)
+        async with _watched(other, daemon.pid) as cost:
+            await change(caller)
+        assert cost.answers > 0
+        assert cost.growth < _MOST_GROWTH, cost
+        assert cost.slowest < _MOST_SECONDS * PATIENCE, cost
+        for name in ("hostile", "neighbour"):
+            await caller.delete(name)
