@@ -7,8 +7,9 @@ import os
 import signal
 import threading
 import uuid
-from contextlib import suppress
+from asyncio.subprocess import Process
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gpudock_server.adapters.trees.stalls import StalledError, unless_stalled
@@ -40,30 +41,32 @@ class Folders:
         return VolumeBacking(kind=self.kind, uid=str(uuid.uuid4()), name=name, size_bytes=0, engine_volume=name)
 
 
-def _child() -> int:
-    """The process that works on trees for this one; 0 for none."""
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            fields = (process / "stat").read_bytes().rpartition(b")")[2].split()
-            if int(fields[1]) == os.getpid() and b"trees.child" in (process / "cmdline").read_bytes():
-                return int(process.name)
-    return 0
-
-
-async def test_a_copy_whose_process_stands_still_is_ended_and_fails(tmp_path: Path) -> None:
+async def test_a_copy_whose_process_stands_still_is_ended_and_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folders = Folders(tmp_path)
     source, target = folders.store("source"), folders.store("target")
-    (tmp_path / "source/a").write_bytes(os.urandom(MIB) * 256)
-    copying = asyncio.create_task(TreeCopier([folders], stall_seconds=2).copy(source, target, _nobody, final=True))
-    async with asyncio.timeout(60 * PATIENCE):
-        # As soon as it is there: on a busy machine it may be done before this looks at its files.
-        while not (child := _child()):
-            assert not copying.done()
-            await asyncio.sleep(0.001)
-        os.kill(child, signal.SIGSTOP)
-        with pytest.raises(VolumeFailed, match=r"the job '\w+' on a tree made no progress for 2 s"):
-            await copying
-    assert _child() == 0
+    (tmp_path / "source/a").write_bytes(os.urandom(MIB))
+    start = asyncio.create_subprocess_exec
+    children: list[Process] = []
+
+    async def start_stopped(*args: Any, **kwargs: Any) -> Process:
+        process = await start(*args, **kwargs)
+        if any("trees.child" in str(argument) for argument in args):
+            children.append(process)
+            # The first one measures, the second one copies. It is stopped before it is given its job: any later, and
+            # it could have copied everything by then.
+            if len(children) > 1:
+                process.send_signal(signal.SIGSTOP)
+        return process
+
+    with monkeypatch.context() as patched:
+        patched.setattr(asyncio, "create_subprocess_exec", start_stopped)
+        async with asyncio.timeout(60 * PATIENCE):
+            with pytest.raises(VolumeFailed, match="the job 'mirror' on a tree made no progress for 2 s"):
+                await TreeCopier([folders], stall_seconds=2).copy(source, target, _nobody, final=True)
+    assert [process.returncode for process in children] == [-signal.SIGKILL] * 2
+    assert not (tmp_path / "target/a").exists()
     await TreeCopier([folders]).copy(source, target, _nobody, final=True)
     assert (tmp_path / "target/a").read_bytes() == (tmp_path / "source/a").read_bytes()
 

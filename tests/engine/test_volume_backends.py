@@ -82,6 +82,19 @@ def _loops(folder: Path) -> list[str]:
     return [line.strip() for line in shown.stdout.decode().splitlines() if line.strip().startswith(f"{folder}/")]
 
 
+def _attached_where_a_link_leads(store: VolumeBacking, *, link_of: VolumeBacking) -> Path:
+    """Attach a store's image to some device, which the link of another store leads to, as after a reboot; the device.
+
+    The link is changed, and no number is asked for: between a test's detaching and attaching, others attach theirs.
+    """
+    command = ["losetup", "--find", "--show", f"{store.folder}/image"]
+    device = Path(subprocess.run(command, check=True, capture_output=True).stdout.decode().strip())
+    link = Path(link_of.folder, "device")
+    link.unlink()
+    link.symlink_to(device)
+    return device
+
+
 def _new_uid() -> str:
     return str(uuid.uuid4())
 
@@ -266,13 +279,12 @@ async def test_after_a_reboot(rig: Rig, engine: DockerEngine, root: Path) -> Non
             subprocess.run(["losetup", "--detach", device], check=True)
         with pytest.raises(HttpStatusError):
             one.start()
-        # The numbers are given out in another order now, so the first link leads to the other's device.
-        subprocess.run(["losetup", str(devices[0]), Path(other.folder, "image")], check=True)
+        device = _attached_where_a_link_leads(other, link_of=backing)
         assert await attach_all(root) == ()
         assert await attach_all(root) == ()
         assert sorted(_loops(root)) == sorted(f"{each.folder}/image" for each in (backing, other))
-        assert Path(other.folder, "device").readlink() == devices[0]
-        assert Path(backing.folder, "device").readlink() != devices[0]
+        assert Path(other.folder, "device").readlink() == device
+        assert Path(backing.folder, "device").readlink() != device
         one.start()
         assert one.run("cat", f"{TARGET}/file").stdout == "kept\n"
     await _taken(engine, loop, backing)
@@ -287,7 +299,7 @@ async def test_a_stale_link_leads_nowhere(rig: Rig, engine: DockerEngine, root: 
     other_device = Path(other.folder, "device").readlink()
     for each in (device, other_device):
         subprocess.run(["losetup", "--detach", each], check=True)
-    subprocess.run(["losetup", device, Path(other.folder, "image")], check=True)
+    _attached_where_a_link_leads(other, link_of=backing)
     await loop.attach(other)
     with pytest.raises(HttpStatusError), box(rig, volume):
         pass
