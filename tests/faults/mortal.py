@@ -73,7 +73,10 @@ CALLS: dict[type, tuple[frozenset[str], frozenset[str]]] = {
     ),
     LayerStore: (
         frozenset({"exchange", "exchange_back", "copy"}),
-        frozenset({"methods", "plan", "commit_plan", "commit_cost", "require_committable", "commit_watched", "locate"}),
+        frozenset(
+            {"accounts", "methods", "plan", "commit_plan", "commit_cost", "require_committable",
+             "commit_watched", "locate"}
+        ),
     ),
     SnapshotStore: (
         frozenset({"gather", "complete", "seal", "discard", "restore", "mirror", "remove", "remove_all"}),

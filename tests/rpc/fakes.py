@@ -24,6 +24,7 @@ from gpudock_server.model.engine import (
     ExecRequest,
     ExecStatus,
     ExecStream,
+    ImageAccounts,
     RegistryAuth,
 )
 from gpudock_server.model.gpu import Gpu, GpuSnapshot
@@ -317,6 +318,8 @@ class FakeInventory(GpuInventory):
 class FakeLayers(LayerStore):
     """Exchanges what it never sees."""
 
+    image_accounts: ImageAccounts | None = None
+
     @override
     async def methods(self) -> tuple[tuple[CarryMethod, str], ...]:
         return ((CarryMethod.EXCHANGE, ""), (CarryMethod.COPY, ""), (CarryMethod.COMMIT, "not today"))
@@ -324,6 +327,10 @@ class FakeLayers(LayerStore):
     @override
     async def plan(self, old: EngineContainer) -> CarryPlan:
         return CarryPlan(method=CarryMethod.EXCHANGE)
+
+    @override
+    async def accounts(self, image: EngineImage) -> ImageAccounts | None:
+        return self.image_accounts
 
     @override
     async def commit_plan(self, container: EngineContainer) -> CarryPlan:

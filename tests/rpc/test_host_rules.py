@@ -27,6 +27,7 @@ def _host(target: str) -> container_pb2.Mount:
 
 
 NOWHERE = ("/proc", "/sys", "/sys/fs/cgroup", "/dev", "/etc", "/proc/1", "/sys/kernel", "/dev/pts", "/dev/nvidia0")
+PROGRAMS = ("/bin", "/sbin", "/lib", "/lib64", "/usr", "/usr/bin", "/usr/sbin", "/usr/lib", "/usr/lib32", "/usr/libx32")
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "CPUs": ({"cpus": 100.0}, "cpus"),
     "CPUs by a little": ({"cpus": 2.01}, "cpus"),
@@ -39,6 +40,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "image with upper case in its first part": ({"image": "UPPER/x"}, "image"),
     "image with upper case and a tag": ({"image": "UPPER/x:1"}, "image"),
     **{f"tmpfs over {target}": ({"mounts": [_tmpfs(target)]}, "mounts[0].target") for target in NOWHERE},
+    **{f"tmpfs over {target}": ({"mounts": [_tmpfs(target)]}, "mounts[0].target") for target in PROGRAMS},
     **{f"volume over {target}": ({"mounts": [mount(target=target)]}, "mounts[0].target") for target in NOWHERE},
     **{f"host path over {target}": ({"mounts": [_host(target)]}, "mounts[0].target") for target in NOWHERE},
     "tmpfs over /etc/hosts": ({"mounts": [_tmpfs("/etc/hosts")]}, "mounts[0].target"),
@@ -50,6 +52,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "all of the host": {"cpus": 2.0, "memory_bytes": 8 * GIB, "shm_size_bytes": 8 * GIB},
     "least": {"cpus": 0.01, "memory_bytes": 6 << 20, "shm_size_bytes": 4096},
     "below /etc": {"mounts": [mount(target="/etc/foo"), _tmpfs("/etc/ssh")]},
+    "below folders of programs": {"mounts": [_tmpfs("/usr/local"), _tmpfs("/usr/bin/x"), _tmpfs("/libexec")]},
+    "a volume with programs": {"mounts": [mount(target="/usr"), _host("/lib64")]},
     "/dev/shm": {"mounts": [_tmpfs("/dev/shm", GIB)]},
     "below /dev/shm": {"mounts": [mount(target="/dev/shm/x")]},
     "the host's files over the engine's": {"mounts": [_host("/etc/hosts"), _host("/etc/resolv.conf")]},
@@ -103,9 +107,10 @@ def test_every_field_at_once() -> None:
 
 def test_the_words_say_what_would_be_right() -> None:
     with pytest.raises(InvalidArgument) as refused:
-        containers.create(create_request(cpus=100.0, mounts=[_tmpfs("/sys/fs/cgroup")]), HOST)
+        containers.create(create_request(cpus=100.0, mounts=[_tmpfs("/sys/fs/cgroup"), _tmpfs("/usr")]), HOST)
     said = [violation.description for violation in refused.value.violations]
     assert said == [
         "must be 0 or 0.01 to 2, the number of CPUs of this node; 100 is not",
         "must not be /sys/fs/cgroup, below /sys, where the kernel shows devices and control groups",
+        "must not be /usr, which holds the image's programs or libraries; an empty file system there hides them",
     ]

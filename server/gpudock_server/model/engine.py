@@ -49,7 +49,9 @@ class HostCapacity(Record):
 class EngineImage(Record):
     """An image that the engine has.
 
-    `volumes` are the targets of its VOLUME lines; `layers` the digests of its layers, the lowest first.
+    `volumes` are the targets of its VOLUME lines; `layers` the digests of its layers, the lowest first. `layer_paths`
+    are the folders with their files on the engine's host, the highest first; empty where the engine does not show them
+    (the containerd image store, another storage driver than overlay2).
     """
 
     id: str
@@ -57,6 +59,25 @@ class EngineImage(Record):
     env: tuple[str, ...] = ()
     volumes: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
+    layer_paths: tuple[str, ...] = ()
+
+
+class ImageAccounts(Record):
+    """The names of the users and groups of an image."""
+
+    users: frozenset[str]
+    groups: frozenset[str]
+
+    def missing(self, user: str) -> str:
+        """What of `user` or `user:group` is a name that the image lacks, such as "user 'x'"; empty for nothing.
+
+        A number needs no entry. See libcontainer's user.GetExecUser, which the engine starts processes by.
+        """
+        name, _, group = user.partition(":")
+        for kind, wanted, names in (("user", name, self.users), ("group", group, self.groups)):
+            if wanted and not wanted.isdigit() and wanted not in names:
+                return f"{kind} {wanted!r}"
+        return ""
 
 
 class EngineVolume(Record):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
-from gpudock_server.model.engine import EngineContainer
+from gpudock_server.model.engine import EngineContainer, EngineImage, ImageAccounts
 from gpudock_server.model.operation import CarryMethod
 from gpudock_server.model.record import Record
 from gpudock_server.ports.progress import Progress
@@ -60,6 +60,10 @@ class LayerStore(Protocol):
 
     async def plan(self, old: EngineContainer) -> CarryPlan:
         """The best method for a container's layer on this host, and what it costs."""
+        ...
+
+    async def accounts(self, image: EngineImage) -> ImageAccounts | None:
+        """The users and groups in an image's /etc/passwd and /etc/group; None where its files are out of reach."""
         ...
 
     async def commit_plan(self, container: EngineContainer) -> CarryPlan:

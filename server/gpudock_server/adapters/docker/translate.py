@@ -348,7 +348,17 @@ def image(inspected: Mapping[str, Any]) -> EngineImage:
         env=tuple(config.get("Env") or ()),
         volumes=tuple(config.get("Volumes") or ()),
         layers=tuple((inspected.get("RootFS") or {}).get("Layers") or ()),
+        layer_paths=_layer_paths(inspected.get("GraphDriver") or {}),
     )
+
+
+def _layer_paths(driver: Mapping[str, Any]) -> tuple[str, ...]:
+    """The folders of an image's layers, the highest first; none for another driver than overlay2."""
+    data: Json = driver.get("Data") or {}
+    if driver.get("Name") != "overlay2" or not data.get("UpperDir"):
+        return ()
+    lower: str = data.get("LowerDir") or ""
+    return (data["UpperDir"], *(lower.split(":") if lower else ()))
 
 
 def volume(inspected: Mapping[str, Any]) -> EngineVolume:

@@ -81,6 +81,22 @@ def _name_in_root(engine_root: str, path: str) -> str:
 
 
 @contextmanager
+def opened_layer(engine_root: str, path: str) -> Iterator[int]:
+    """A descriptor of the files of any layer, an image's too, at a path that the engine named.
+
+    Raises LayerRefusedError for a path that is none of a layer, and OSError.
+    """
+    name = _name_in_root(engine_root, path)
+    with (
+        _opened(engine_root) as root,
+        _opened("overlay2", root) as overlay,
+        _opened(name, overlay) as folder,
+        _opened("diff", folder) as files,
+    ):
+        yield files
+
+
+@contextmanager
 def _opened(name: str, parent: int | None = None) -> Iterator[int]:
     """A folder's descriptor; below the engine's root no symbolic link is followed."""
     nofollow = 0 if parent is None else os.O_NOFOLLOW

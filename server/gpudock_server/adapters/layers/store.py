@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+from gpudock_server.adapters.layers.accounts import read_accounts
 from gpudock_server.adapters.layers.committing import watched
 from gpudock_server.adapters.layers.copying import missing_program, tree_bytes, tree_entries
 from gpudock_server.adapters.layers.exchange import Arrangement, arrangement_of, bring_about
@@ -22,7 +23,7 @@ from gpudock_server.adapters.trees.limits import Limits, TreeTooLargeError
 from gpudock_server.adapters.trees.stalls import DEFAULT_STALL_SECONDS, StalledError
 from gpudock_server.adapters.trees.worker import run_job
 from gpudock_server.errors import DiskFull, LayerCarryFailed
-from gpudock_server.model.engine import EngineContainer
+from gpudock_server.model.engine import EngineContainer, EngineImage, ImageAccounts
 from gpudock_server.model.operation import CarryMethod
 from gpudock_server.ports import CarryPlan, CommitCost, LayerPair, LayerStore, Progress
 
@@ -96,6 +97,10 @@ class OverlayLayerStore(LayerStore):
                 return await self._commit_plan(plan, "" if hidden else old.upper_dir)
             case _:
                 return plan.model_copy(update={"bytes_available": available(self._root)})
+
+    async def accounts(self, image: EngineImage) -> ImageAccounts | None:
+        """See the protocol."""
+        return await run_to_end(read_accounts, self._root, image.layer_paths) if self._local else None
 
     async def commit_plan(self, container: EngineContainer) -> CarryPlan:
         """See the protocol. Raises LayerCarryFailed, DiskFull."""

@@ -9,7 +9,13 @@ from typing_extensions import override
 
 from gpudock_server.core.allocation import Wish
 from gpudock_server.core.containers.commands import Create
-from gpudock_server.core.containers.images import Pull, choose_image, pull_image, restrict_after_failed_pull
+from gpudock_server.core.containers.images import (
+    Pull,
+    choose_image,
+    pull_image,
+    require_user,
+    restrict_after_failed_pull,
+)
 from gpudock_server.core.containers.limits import check_limits
 from gpudock_server.core.containers.mounting import check_mounts, engine_volumes, stay
 from gpudock_server.core.containers.observation import after_start, observed
@@ -84,6 +90,7 @@ async def draft(world: World, command: Create) -> Draft:
     check_limits(world.limits, command.spec)
     volumes = await check_mounts(world, command.spec.mounts)
     choice = await choose_image(world, command.spec.image, command.pull_policy, command.owner)
+    await require_user(world, choice.image_id, command.spec.image, command.spec.user)
     uid = str(uuid.uuid4())
     proposal = await world.allocator.propose(Wish(uid=uid, gpus=command.spec.gpus, ports=command.spec.ports))
     moment = now()

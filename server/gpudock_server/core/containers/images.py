@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Final
 
 from gpudock_server.core.containers.commands import PullPolicy
 from gpudock_server.core.saga import Run
-from gpudock_server.errors import ImageExists, ImageNameForbidden, ImageNotFound, ImagePullFailed
+from gpudock_server.errors import (
+    FieldViolation,
+    ImageExists,
+    ImageNameForbidden,
+    ImageNotFound,
+    ImagePullFailed,
+    InvalidArgument,
+)
 from gpudock_server.model.changes import DeleteImageOrigin, PutImageOrigin
 from gpudock_server.model.engine import EngineImage, RegistryAuth
 from gpudock_server.model.image import ImageOrigin, familiar_reference, familiar_repository
@@ -176,6 +183,26 @@ async def choose_image(world: World, reference: str, policy: PullPolicy, owner: 
         # The same words for what is there and what is not: another owner's images are not told.
         raise ImageNotFound(image=reference)
     return ImageChoice("", present)
+
+
+async def require_user(world: World, image_id: str, reference: str, user: str) -> None:
+    """Raise InvalidArgument where an image that the engine has lacks the user, or the group, that a spec names.
+
+    What cannot be known passes: an image still to be pulled, and layers that this daemon does not reach.
+    """
+    if not user or not image_id:
+        return
+    image = await world.engine.image(image_id)
+    accounts = await world.layers.accounts(image) if image else None
+    if accounts is not None and (missing := accounts.missing(user)):
+        raise InvalidArgument(
+            violations=(
+                FieldViolation(
+                    field="spec.user",
+                    description=f"image {reference!r} has no {missing}; use a name that it has, or a number",
+                ),
+            )
+        )
 
 
 async def may_use(world: World, image_id: str, owner: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gpudock_server.core.containers.change import Files, Source
 from gpudock_server.core.containers.commands import FilesPolicy, PullPolicy, Update
 from gpudock_server.core.containers.gone import refuse_if_gone
-from gpudock_server.core.containers.images import ImageChoice, choose_image
+from gpudock_server.core.containers.images import ImageChoice, choose_image, require_user
 from gpudock_server.core.containers.planning import Wanted, draft
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
@@ -53,6 +53,7 @@ async def _source(world: World, container: Container, command: Update, image: st
     )
     match command.files:
         case FilesPolicy.DISCARD:
+            await require_user(world, image_id, image, container.spec.user)
             return pulled.model_copy(update={"files": Files.FRESH})
         case FilesPolicy.CARRY_COMMIT:
             return pulled.model_copy(update={"files": Files.GRAFT})

@@ -20,6 +20,10 @@ _MAX_MODE = 0o7777
 _DEVICE_REQUESTS = ("/var/run/nvidia-container-devices", "/run/nvidia-container-devices")
 # What the kernel shows in a container, and what it shows there.
 _KERNELS = {"/proc": "its processes", "/sys": "devices and control groups", "/dev": "devices; mount at /dev/shm"}
+# What an image's programs are run from. Empty, nothing in the container starts.
+_PROGRAMS = frozenset(
+    f"{above}{name}" for above in ("/", "/usr/") for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
+) | {"/usr"}
 _SHM = "/dev/shm"  # noqa: S108 - a folder in the container
 _ENGINES_FILES = frozenset({"/etc/hosts", "/etc/hostname", "/etc/resolv.conf"})
 # Where runc lets a file of the host's be mounted, so that a container sees its own limits (lxcfs).
@@ -68,7 +72,7 @@ def _mount(violations: Violations, message: container_pb2.Mount, host: HostCapac
         volume=message.volume,
         host_path=message.host_path,
         tmpfs=tmpfs,
-        target=_target(violations, message.target, from_host=message.WhichOneof("source") == "host_path"),
+        target=_target(violations, message.target, message.WhichOneof("source")),
         read_only=message.read_only,
     )
 
@@ -82,20 +86,23 @@ def _tmpfs(violations: Violations, message: container_pb2.TmpfsMount, host: Host
     return TmpfsMount(size_bytes=message.size_bytes, mode=message.mode)
 
 
-def _target(violations: Violations, value: str, *, from_host: bool) -> str:
+def _target(violations: Violations, value: str, source: str | None) -> str:
     if not value.startswith("/") or any(part in ("", ".", "..") for part in value[1:].split("/")):
         violations.add("target", "must be an absolute path other than `/`, without `.`, `..` or empty parts")
     elif value.startswith(_DEVICE_REQUESTS):
         violations.add(
             "target", f"must not begin with {_DEVICE_REQUESTS[0]}: gpudock alone gives devices to containers"
         )
-    elif reason := _hidden_by(value, from_host=from_host):
+    elif reason := _hidden_by(value, source):
         violations.add("target", f"must not be {value}, {reason}")
     return fields.text(violations, "target", value, most_bytes=fields.MAX_PATH_BYTES)
 
 
-def _hidden_by(target: str, *, from_host: bool) -> str:
+def _hidden_by(target: str, source: str | None) -> str:
     """What a mount there would hide that a container needs; empty where it hides nothing of that."""
+    from_host = source == "host_path"
+    if source == "tmpfs" and target in _PROGRAMS:
+        return "which holds the image's programs or libraries; an empty file system there hides them"
     if target in _ENGINES_FILES:
         # A folder cannot be mounted on a file. A file of the host's can, and is meant to.
         return "" if from_host else "a file that the engine makes for each container"

@@ -1,0 +1,188 @@
+"""A user that an image does not have is refused before anything is made, as the engine would refuse it at the start."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+import uuid
+from collections.abc import AsyncIterator, Iterator
+
+import grpc
+import pytest
+import pytest_asyncio
+from gpudock.v1 import container_service_pb2
+from gpudock_server.adapters.docker.engine import DockerEngine
+from gpudock_server.adapters.layers.store import OverlayLayerStore
+
+from tests.calls import IMAGE, Caller, failure, progress_of, update_request
+from tests.rig import HttpStatusError, Rig
+from tests.rig.images import tar_of
+
+MORE = b"more:x:7:7::/:/bin/sh\n"
+# The files of a layer above the image's own. A `.wh.` file deletes what lies below it, `.wh..wh..opq` all of a folder.
+LAYERS: dict[str, dict[str, bytes]] = {
+    "nothing changed": {"tmp/x": b""},
+    "files replaced": {"etc/passwd": b"root:x:0:0::/:\n" + MORE, "etc/group": b"most:x:8:\n"},
+    "passwd deleted": {"etc/.wh.passwd": b""},
+    "etc deleted": {".wh.etc": b""},
+    "etc replaced": {"etc/.wh..wh..opq": b"", "etc/passwd": MORE},
+    "etc emptied": {"etc/.wh..wh..opq": b"", "etc/x": b""},
+    "odd lines": {"etc/passwd": b"\n  more:x:7:7::/:\n#root\n:::\nuser"},
+}
+LINKS = {
+    "passwd is a link": "mv /etc/passwd /etc/there; ln -s there /etc/passwd",
+    "passwd is a FIFO": "rm /etc/passwd; mkfifo /etc/passwd",
+    "passwd is large": "dd if=/dev/zero bs=1M count=2 >> /etc/passwd",
+}
+USERS = ("root", "user", "more", "nobody-such", "0", "1000", "12345", "root:most", "0:most", "more:7", "root:root")
+
+
+@pytest_asyncio.fixture
+async def engine(rig: Rig) -> AsyncIterator[DockerEngine]:
+    rig.images.load(IMAGE)
+    client = await DockerEngine.connect(rig.engine.url)
+    yield client
+    await client.close()
+
+
+@pytest.fixture
+def layers(rig: Rig) -> OverlayLayerStore:
+    return OverlayLayerStore(None, rig.engine.call("GET", "/info")["DockerRootDir"], local=True)
+
+
+@pytest.fixture
+def made(rig: Rig) -> Iterator[list[str]]:
+    """Images that are removed in the end."""
+    names: list[str] = []
+    yield names
+    for name in names:
+        rig.engine.call("DELETE", f"/images/{name}")
+
+
+def _layered(rig: Rig, made: list[str], files: dict[str, bytes]) -> str:
+    """The name of an image with a layer of these files above another image's, as `docker load` makes one."""
+    name = f"gpudock-test/accounts-{uuid.uuid4().hex[:12]}"
+    layers = (tar_of(IMAGE).read_bytes(), _tar(files))
+    digests = [f"sha256:{hashlib.sha256(layer).hexdigest()}" for layer in layers]
+    config = {
+        "architecture": "amd64",
+        "os": "linux",
+        "config": {"Env": ["PATH=/bin"]},
+        "rootfs": {"type": "layers", "diff_ids": digests},
+    }
+    manifest = [{"Config": "config.json", "RepoTags": [f"{name}:latest"], "Layers": ["0.tar", "1.tar"]}]
+    archive = _tar(
+        {
+            "config.json": json.dumps(config).encode(),
+            "manifest.json": json.dumps(manifest).encode(),
+            "0.tar": layers[0],
+            "1.tar": layers[1],
+        }
+    )
+    rig.engine.call("POST", "/images/load", query={"quiet": "1"}, body=io.BytesIO(archive))
+    made.append(name)
+    return name
+
+
+def _tar(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mode = len(content), 0o644
+            tar.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def _changed(rig: Rig, made: list[str], script: str) -> str:
+    """The name of an image in which a shell script was run."""
+    name = f"gpudock-test/accounts-{uuid.uuid4().hex[:12]}"
+    body = {"Image": IMAGE, "Cmd": ["sh", "-ec", script]}
+    container = rig.engine.call("POST", "/containers/create", send=body)["Id"]
+    try:
+        rig.engine.call("POST", f"/containers/{container}/start")
+        assert rig.engine.call("POST", f"/containers/{container}/wait")["StatusCode"] == 0
+        rig.engine.call("POST", "/commit", query={"container": container, "repo": name, "tag": "latest"}, send={})
+    finally:
+        rig.engine.call("DELETE", f"/containers/{container}")
+    made.append(name)
+    return name
+
+
+def _starts(rig: Rig, image: str, user: str) -> bool:
+    """Whether the engine starts a container as this user."""
+    body = {"Image": image, "User": user, "Cmd": ["sleep", "0"]}
+    container = rig.engine.call("POST", "/containers/create", send=body)["Id"]
+    try:
+        rig.engine.call("POST", f"/containers/{container}/start")
+    except HttpStatusError as refused:
+        if "unable to find" not in str(refused):
+            raise
+        return False
+    else:
+        return True
+    finally:
+        rig.engine.call("DELETE", f"/containers/{container}", query={"force": "1"})
+
+
+@pytest.mark.parametrize("files", LAYERS.values(), ids=LAYERS.keys())
+async def test_the_verdict_is_the_engines(
+    rig: Rig, engine: DockerEngine, layers: OverlayLayerStore, made: list[str], files: dict[str, bytes]
+) -> None:
+    name = _layered(rig, made, files)
+    image = await engine.image(name)
+    assert image
+    accounts = await layers.accounts(image)
+    assert accounts
+    assert {user: not accounts.missing(user) for user in USERS} == {user: _starts(rig, name, user) for user in USERS}
+
+
+@pytest.mark.parametrize("script", LINKS.values(), ids=LINKS.keys())
+async def test_what_only_the_kernel_resolves_is_left_to_the_engine(
+    rig: Rig, engine: DockerEngine, layers: OverlayLayerStore, made: list[str], script: str
+) -> None:
+    image = await engine.image(_changed(rig, made, script))
+    assert image
+    assert await layers.accounts(image) is None
+
+
+async def test_layers_out_of_reach_tell_nothing(rig: Rig, engine: DockerEngine, layers: OverlayLayerStore) -> None:
+    image = await engine.image(IMAGE)
+    assert image
+    assert await layers.accounts(image)
+    root = rig.engine.call("GET", "/info")["DockerRootDir"]
+    assert await OverlayLayerStore(None, root, local=False).accounts(image) is None
+    assert await OverlayLayerStore(None, "/nowhere", local=True).accounts(image) is None
+    assert await layers.accounts(image.model_copy(update={"layer_paths": ()})) is None
+    assert await layers.accounts(image.model_copy(update={"layer_paths": ("/etc", *image.layer_paths)})) is None
+
+
+@pytest.mark.parametrize("validate_only", [True, False])
+async def test_a_creation_is_refused(caller: Caller, rig: Rig, *, validate_only: bool) -> None:
+    rig.images.load(IMAGE)
+    before = rig.engine.call("GET", "/containers/json?all=1")
+
+    def request(user: str) -> container_service_pb2.CreateContainerRequest:
+        return container_service_pb2.CreateContainerRequest(
+            name="someone", spec=caller.spec(1, user=user), validate_only=validate_only
+        )
+
+    for user, lacking in (("nobody-such", "user 'nobody-such'"), ("user:no-group", "group 'no-group'")):
+        refused = await failure(progress_of(caller.containers.CreateContainer(request(user))))
+        assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT")
+        assert refused.metadata["fields"] == "spec.user"
+        assert f"has no {lacking}; use a name that it has, or a number" in refused.message
+    assert rig.engine.call("GET", "/containers/json?all=1") == before
+    assert await caller.free_gpus() == 8
+    assert (await progress_of(caller.containers.CreateContainer(request("user")))).stages
+
+
+async def test_an_update_to_an_image_without_the_user_is_refused(caller: Caller, rig: Rig, made: list[str]) -> None:
+    await caller.create("moved", user="user")
+    without = _layered(rig, made, LAYERS["files replaced"])
+    request = update_request("moved", "image", image=without, files=container_service_pb2.FILES_POLICY_DISCARD)
+    refused = await failure(progress_of(caller.containers.UpdateContainer(request)))
+    assert (refused.reason, refused.metadata["fields"]) == ("INVALID_ARGUMENT", "spec.user")
+    assert await caller.shell("moved", "id -un") == "user\n"
