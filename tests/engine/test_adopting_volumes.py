@@ -104,10 +104,12 @@ async def test_what_others_use_is_refused(tenant: Caller, own: OwnDaemons, rig: 
     made(rig, "pgdata")
     for runs in (True, False):
         with user(rig, "pgdata", runs=runs) as name:
-            refused = await failure(tenant.adopt_volume("mine", "pgdata"))
-            assert (refused.reason, refused.metadata["holders"]) == ("VOLUME_IN_USE", name)
-            assert refused.metadata["engine_volume"] == "pgdata"
-            assert "engine volume 'pgdata' is in use" in refused.message
+            # Nor is a copy made of its files, though a container that does not run has it.
+            for size in (0, 320 << 20):
+                refused = await failure(tenant.adopt_volume("mine", "pgdata", size))
+                assert (refused.reason, refused.metadata["holders"]) == ("VOLUME_IN_USE", name)
+                assert refused.metadata["engine_volume"] == "pgdata"
+                assert "engine volume 'pgdata' is in use" in refused.message
     # A container that says it is one of gpudock's: another installation's, or of an image that was committed from one.
     labels = {"gpudock.uid": str(uuid.uuid4()), "gpudock.name": "other", "gpudock.operation": str(uuid.uuid4())}
     with user(rig, "pgdata", labels):

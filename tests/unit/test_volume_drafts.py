@@ -366,7 +366,14 @@ async def test_what_is_used_is_not_adopted(desk: Desk) -> None:
         assert isinstance(used, EngineVolumeInUse)
         assert used.metadata == {"volume": "new", "engine_volume": "theirs", "holders": "somebody"}
     desk.engine.containers["stranger"] = replace(stranger, state=type(stranger.state).EXITED)
-    assert isinstance(await refusal(desk, Adopt("new", "theirs")), EngineVolumeInUse)
+    for command in (Adopt("new", "theirs"), Adopt("new", "theirs", size_bytes=64 * MIB)):
+        assert isinstance(await refusal(desk, command), EngineVolumeInUse)
+    # One of ours, whose volume lost its record: its files are copied while it does not run.
+    mine = replace(desk.seen(), volumes={"/x": "theirs"})
+    del desk.engine.containers["stranger"]
+    desk.engine.containers[mine.id] = mine
+    assert isinstance(await refusal(desk, Adopt("new", "theirs", size_bytes=64 * MIB)), EngineVolumeInUse)
+    desk.engine.containers[mine.id] = replace(mine, state=type(mine.state).EXITED)
     plan = (await preview(desk, Adopt("new", "theirs", size_bytes=64 * MIB))).plan
     assert (plan.bytes_to_move, plan.bytes_available) == (USED, 8 * TIB)
     small = await refusal(desk, Adopt("new", "theirs", size_bytes=USED - 1))

@@ -53,9 +53,8 @@ async def draft(storage: Storage, command: Adopt) -> Draft:
         engine_volume=command.engine_volume,
         folder=found.mountpoint,
     )
-    if plain:
-        await _must_be_unused(storage, command.name, found.name)
-    else:
+    await _must_be_unused(storage, command.name, found.name)
+    if not plain:
         plan = await _plan_copy(storage, command, found, source)
         await storage.must_fit(backend.kind, volume.uid, command.size_bytes)
     arguments = AdoptArguments(kind=backend.kind, size_bytes=command.size_bytes, source=source)
@@ -142,6 +141,7 @@ class AdoptSaga(MakingSaga):
 
     async def _copy(self, run: Run) -> None:
         source = self._arguments.source
+        await _must_be_unused(self._storage, source.name, source.engine_volume)
         await _must_be_still(self._storage, source.name, source.engine_volume)
         await carry(self._storage.copier, source, self._made(run.operation), run.progress)
 
