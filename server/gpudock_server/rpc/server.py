@@ -56,6 +56,8 @@ _REASONS = error_reason_pb2.DESCRIPTOR
 
 _MIB = 1024 * 1024
 _SECOND_MS = 1000
+_MOST_AGE_SECONDS = 3600.0
+_MOST_IDLE_SECONDS = 300.0
 
 _OPTIONS = (
     *SERVER_OPTIONS,
@@ -74,10 +76,24 @@ _OPTIONS = (
     ("grpc.enable_channelz", 1),
     # More than max_execs, so that one caller with one connection can use all of them.
     ("grpc.max_concurrent_streams", 1024),
-    # Of connections without a call. There is no limit of age: it could only end what is in use, an exec or a watch.
-    ("grpc.max_connection_idle_ms", 300 * _SECOND_MS),
     ("grpc.server_handshake_timeout_ms", 20 * _SECOND_MS),
 )
+
+
+def connection_options(
+    *, age_seconds: float = _MOST_AGE_SECONDS, idle_seconds: float = _MOST_IDLE_SECONDS
+) -> tuple[tuple[str, int], ...]:
+    """How the server deals with connections, for grpc.aio.server(options=…).
+
+    A connection of `age_seconds` takes no new calls, so that its caller makes another and shows its certificate again;
+    the calls in it go on to their ends, however long those take. One is closed after `idle_seconds` without a call.
+    """
+    return (
+        *_OPTIONS,
+        # Without grpc.max_connection_age_grace_ms, what runs in an old connection has all the time it needs.
+        ("grpc.max_connection_age_ms", round(age_seconds * _SECOND_MS)),
+        ("grpc.max_connection_idle_ms", round(idle_seconds * _SECOND_MS)),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +114,7 @@ class RpcServer:
 
     def __init__(self, services: Services, around: tuple[Interceptor, ...]) -> None:
         """`around` is what is around every call, as `interceptors` gives it."""
-        self.grpc = grpc.aio.server(interceptors=around, options=_OPTIONS)
+        self.grpc = grpc.aio.server(interceptors=around, options=connection_options())
         self._health = HealthService()
         add_ContainerServiceServicer_to_server(
             ContainerService(services.containers, services.operations, services.execs, services.watches), self.grpc
