@@ -72,17 +72,24 @@ def _attributes(root: int) -> None:
     os.setxattr(f"/proc/self/fd/{root}/link", "trusted.of-a-link", b"1", follow_symlinks=False)
 
 
-def _odd_files(root: int) -> None:
-    for number in range(20):
-        os.mkfifo(f"fifo{number}", 0o640, dir_fd=root)
+def _devices(root: int) -> None:
+    """No container can make them: it has no CAP_MKNOD, and a whiteout is made by the kernel where a file is deleted."""
     os.mknod("null", stat.S_IFCHR | 0o666, os.makedev(1, 3), dir_fd=root)
     os.mknod("block", stat.S_IFBLK | 0o600, os.makedev(240, 250), dir_fd=root)
     os.mknod("whiteout", stat.S_IFCHR, 0, dir_fd=root)
+
+
+def _odd_files(root: int) -> None:
+    for number in range(20):
+        os.mkfifo(f"fifo{number}", 0o640, dir_fd=root)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"/proc/self/fd/{root}/socket")
     listener.close()
     _write(root, os.fsdecode(b"not-utf8-\xff\n"), b"x")
     _write(root, "locked", b"x", 0o000)
+    _write(root, "noted", b"x")
+    os.setxattr(f"/proc/self/fd/{root}/noted", "user.note", b"1" * 1000)
+    os.chmod("noted", 0o4700, dir_fd=root)
 
 
 ZOO: dict[str, Callable[[int], None]] = {
@@ -93,6 +100,7 @@ ZOO: dict[str, Callable[[int], None]] = {
     "sparse": _sparse,
     "attributes": _attributes,
     "odd files": _odd_files,
+    "devices": _devices,
 }
 
 

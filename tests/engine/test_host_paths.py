@@ -213,6 +213,10 @@ async def test_files_read_only_mounts_and_the_allowed_folder_itself(host: Host, 
     for path in ("/same", "/ro/sub/name", "/ro/created"):
         assert (await tenant.run("user", "sh", "-c", f"echo x > {path}")).code != 0
     assert len(host.binds()) == 3
+    modes = await asyncio.to_thread(host.rig.run, "find", "/run/gpudock-host-paths", "-maxdepth", "2", "-printf", "%m ")
+    # Root's, the installation's and the container's folder.
+    assert len(modes.stdout.split()) >= 3
+    assert set(modes.stdout.split()) == {"700"}
     await tenant.scale("user", 1)
     assert await tenant.shell("user", "cat /file") == "new\n"
     # The predecessor's are gone with it.

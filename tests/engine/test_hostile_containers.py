@@ -26,7 +26,7 @@ def _inside(own: OwnDaemons, container: container_pb2.Container, path: str) -> P
     return Path("/proc", str(inspect(own.rig, container.status.engine_id)["State"]["Pid"]), "root", path)
 
 
-@pytest.mark.parametrize("shape", ["deep", "long names", "many links", "sparse"])
+@pytest.mark.parametrize("shape", ["deep", "long names", "many links", "sparse", "odd files"])
 async def test_whatever_is_in_a_layer_it_moves_whole_or_is_refused(own: OwnDaemons, shape: str) -> None:
     daemon = await own.start("--settle-period", "0")
     async with Caller(daemon.target) as caller:

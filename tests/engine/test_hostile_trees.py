@@ -26,7 +26,7 @@ from tests.engine.test_stalls import Folders
 from tests.engine.trees import plant_layers
 
 # The address space of the child is limited in proportion; with the paths of all folders in memory, "deep" took 4 GB.
-LIMITS = Limits(entries=2000, depth=1500)
+LIMITS = Limits(entries=2000, depth=1500, name_characters=300_000)
 
 
 class HostilePlace(Place):
@@ -148,6 +148,7 @@ def _but_the_roots_time(tree: str, like: Path) -> str:
     [
         ("nested more than", lambda root: nested(root, LIMITS.depth + 1, "d")),
         (f"more than {LIMITS.entries} files", lambda root: _many_files(root, LIMITS.entries + 1)),
+        (f"more than {LIMITS.name_characters} characters", lambda root: _many_files(root, 1900, "n" * 200)),
     ],
 )
 async def test_a_layer_beyond_the_limits_has_no_snapshot_and_leaves_nothing(
@@ -166,9 +167,9 @@ async def test_a_layer_beyond_the_limits_has_no_snapshot_and_leaves_nothing(
         await place.store.mirror(place.old, place.new, operation_id, still=True, progress=_no_progress)
 
 
-def _many_files(root: int, count: int) -> None:
+def _many_files(root: int, count: int, name: str = "") -> None:
     for number in range(count):
-        os.close(os.open(f"{number}", os.O_CREAT | os.O_WRONLY, dir_fd=root))
+        os.close(os.open(f"{name}{number}", os.O_CREAT | os.O_WRONLY, dir_fd=root))
 
 
 async def test_folders_that_come_and_go_while_they_are_copied(place: HostilePlace) -> None:
@@ -236,6 +237,7 @@ async def test_snapshots_with_an_index_of_the_first_format_can_be_restored_and_f
     layer = place.layers[0]
     with _opened(layer) as root:
         ZOO["odd files"](root)
+        ZOO["devices"](root)
     await place.make(1)
     (place.tree(1).parent / "index").write_bytes(
         b'{"format": 1, "device": 1, "complete": true, "cloned": false, "boot": "x", "folders": 0, "checksum": 0}\n'
