@@ -71,6 +71,8 @@ class ModelEngine(FakeEngine):
         self.layer_of: dict[str, int] = {}
         self.made: dict[str, Blueprint] = {}
         self.stopped_within: list[float] = []
+        # For how many seconds each process was watched that was just started.
+        self.watched_for: list[float] = []
         self._numbers = itertools.count(1)
         for name, volumes in ((IMAGE, ("/cache",)), (OTHER_IMAGE, ())):
             self._add(Image(f"sha256:{name}", ((f"{name}#1", frozenset({name})),), name, volumes), name)
@@ -418,6 +420,7 @@ class ModelEngine(FakeEngine):
     async def exited_within(self, engine_id: str, seconds: float) -> int | None:
         async with self.faults.call("exited_within"):
             seen = self._there(engine_id, "wait")
+            self.watched_for.append(seconds)
             return None if seen.alive else seen.exit_code
 
     @override

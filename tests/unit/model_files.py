@@ -10,7 +10,7 @@ from gpudock_server.errors import LayerCarryFailed, SnapshotFailed
 from gpudock_server.model.engine import EngineContainer, EngineState
 from gpudock_server.model.operation import CarryMethod
 from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind, SnapshotMethod
-from gpudock_server.model.volume import VolumeBackendKind, VolumeBacking, VolumeIdentity, VolumeUsage
+from gpudock_server.model.volume import TreeSummary, VolumeBackendKind, VolumeBacking, VolumeIdentity, VolumeUsage
 from gpudock_server.ports import CarryPlan, CommitCost, LayerPair, Progress, ShrinkNeedsCopy, SnapshotPlan
 from typing_extensions import override
 
@@ -339,11 +339,21 @@ class ModelCopier(FakeCopier):
 
     def __init__(self, volumes: ModelVolumes) -> None:
         self.volumes = volumes
+        # Of each copy, whether it was the last one.
+        self.passes: list[bool] = []
+
+    def _content(self, source: VolumeBacking) -> str:
+        return self.volumes.stores.get(source.uid, (0, f"of {source.engine_volume}"))[1]
 
     @override
     async def copy(self, source: VolumeBacking, target: VolumeBacking, progress: Progress, *, final: bool) -> None:
         async with self.volumes.faults.call("copier.copy"):
             size, _ = self.volumes.stores[target.uid]
-            _, content = self.volumes.stores.get(source.uid, (0, f"of {source.engine_volume}"))
-            self.volumes.stores[target.uid] = (size, f"copy of {content}")
+            self.volumes.stores[target.uid] = (size, f"copy of {self._content(source)}")
+            self.passes.append(final)
             progress(1, 1)
+
+    @override
+    async def verify(self, source: VolumeBacking, target: VolumeBacking) -> TreeSummary:
+        assert self.volumes.stores[target.uid][1] == f"copy of {self._content(source)}"
+        return await super().verify(source, target)

@@ -24,7 +24,7 @@ from gpudock_server.core.containers.commands import (
     Update,
 )
 from gpudock_server.core.volumes import commands as volume_commands
-from gpudock_server.model.container import Container, ContainerState
+from gpudock_server.model.container import Container, ContainerState, RevisionCause
 from gpudock_server.model.engine import EngineState
 from gpudock_server.model.operation import CarryMethod
 from gpudock_server.model.snapshot import SnapshotKind
@@ -57,8 +57,16 @@ class Scenario:
     rest: Callable[[Desk], None] | None = None
 
 
-def running(desk: Desk, *, revision: int, cards: int = 2, name: str = "a", files: frozenset[str]) -> Container:
-    """Check what a container is after an operation that left it running."""
+def running(
+    desk: Desk,
+    *,
+    revision: int,
+    cards: int = 2,
+    name: str = "a",
+    files: frozenset[str],
+    cause: RevisionCause | None = None,
+) -> Container:
+    """Check what a container is after an operation that left it running; with a `cause`, one that made a revision."""
     head, seen = desk.head(name), desk.seen(name)
     assert (head.status.state, seen.state) == (ContainerState.RUNNING, EngineState.RUNNING)
     assert head.revision == revision
@@ -70,7 +78,17 @@ def running(desk: Desk, *, revision: int, cards: int = 2, name: str = "a", files
     assert desk.files(name) == files
     assert set(desk.engine.containers) == {desk.engine_id(one) for one in desk.store.heads}
     assert desk.store.past[head.uid, revision].revision.spec == head.spec
+    if cause is not None:
+        assert desk.store.past[head.uid, revision].revision.cause is cause
+        assert desk.store.past[head.uid, revision].revision.operation_id == desk.last
     return head
+
+
+def made_for(desk: Desk, name: str, *, revision: int, owner: str) -> None:
+    """Check what marks an engine container, and makes up a record that the store lost."""
+    labels, head = desk.engine.made[desk.engine_id(name)].labels, desk.head(name)
+    assert (labels["gpudock.uid"], labels["gpudock.name"]) == (head.uid, name)
+    assert (labels["gpudock.revision"], labels["gpudock.owner"]) == (str(revision), owner)
 
 
 def then_runs(*, revision: int, files: frozenset[str], cards: int = 2) -> Callable[[Desk], None]:
@@ -185,12 +203,12 @@ async def foreign_volume(desk: Desk) -> None:
 
 def created(desk: Desk) -> None:
     """It has what it asked for."""
-    head = running(desk, revision=1, files=frozenset({"remote"}))
+    head = running(desk, revision=1, files=frozenset({"remote"}), cause=RevisionCause.CREATED)
     blueprint = desk.engine.made[desk.engine_id()]
     assert blueprint.hostname == "a"
     assert blueprint.spec == head.spec
-    assert blueprint.labels["gpudock.uid"] == head.uid
-    assert blueprint.labels["gpudock.owner"] == head.owner == "alice"
+    assert head.owner == "alice"
+    made_for(desk, "a", revision=1, owner="alice")
     assert head.engine is not None
     assert head.engine.engine_name == blueprint.name
     assert head.engine.image_id == desk.engine.tags[REMOTE_IMAGE]
@@ -210,9 +228,10 @@ def not_started(desk: Desk) -> None:
     assert list(head.engine.anonymous_volumes) == ["/cache"]
 
 
-def replaced(desk: Desk, cards: int = 3, stops: int = 1) -> None:
+def replaced(desk: Desk, cards: int = 3, stops: int = 1, cause: RevisionCause = RevisionCause.SCALED) -> None:
     """Its successor has its files and its anonymous volume, and the files of the revision before are kept."""
-    head = running(desk, revision=2, cards=cards, files=OF_A)
+    head = running(desk, revision=2, cards=cards, files=OF_A, cause=cause)
+    made_for(desk, "a", revision=2, owner="")
     assert list(head.status.placement.gpu_uuids) == [f"GPU-{number}" for number in range(cards)]
     assert len(desk.engine.volumes) == 1
     assert head.engine is not None
@@ -257,14 +276,15 @@ def limited_with_image(desk: Desk) -> None:
 
 def changed_env(desk: Desk) -> None:
     """Another process, with its files and another variable."""
-    replaced(desk, cards=2)
+    replaced(desk, cards=2, cause=RevisionCause.UPDATED)
     assert desk.engine.made[desk.engine_id()].spec.env == {"A": "1"}
 
 
 def on_remote(desk: Desk) -> None:
     """It begins anew with the files of another image, and keeps those in the volume of the first one."""
-    head = running(desk, revision=2, files=frozenset({"remote"}))
+    head = running(desk, revision=2, files=frozenset({"remote"}), cause=RevisionCause.UPDATED)
     assert head.engine is not None
+    assert head.engine.base_depth == 0, "it is not known how many layers this image has"
     assert head.engine.image_id == head.engine.user_image_id == desk.engine.tags[REMOTE_IMAGE]
     assert desk.store.past[head.uid, 1].snapshot is not None
 
@@ -277,12 +297,13 @@ def on_other(desk: Desk) -> None:
     assert image.config == OTHER_IMAGE
     assert len(image.layers) == 2
     assert head.engine.base_image_id == desk.engine.tags[OTHER_IMAGE]
+    assert head.engine.base_depth == 0, "it is not known how many layers this image has"
     assert len(head.engine.layer_images) == 2
 
 
 def returned(desk: Desk, files: frozenset[str] = OF_A) -> None:
     """It is as it was in its first revision, as its third."""
-    running(desk, revision=3, cards=2, files=files)
+    running(desk, revision=3, cards=2, files=files, cause=RevisionCause.ROLLED_BACK)
     assert desk.store.past[desk.head().uid, 2].snapshot is not None
 
 
@@ -351,8 +372,11 @@ def cloned(desk: Desk, files: frozenset[str] = OF_A, source_revision: int = 1, s
     """The clone has its source's files and cards of its own; the source runs."""
     source = OF_A if source_revision == 1 else OF_A | {"later"}
     running(desk, revision=source_revision, cards=source_cards, files=source)
-    head = running(desk, revision=1, cards=2, name="b", files=files)
+    head = running(desk, revision=1, cards=2, name="b", files=files, cause=RevisionCause.CLONED)
     assert head.owner == "bob"
+    made_for(desk, "b", revision=1, owner="bob")
+    assert head.engine is not None
+    assert set(head.engine.layer_images) <= desk.engine.tags.keys(), "its own images are there"
     assert head.spec.labels == {"of": "a"}
     assert desk.engine.made[desk.engine_id("b")].hostname == "b"
 
@@ -396,6 +420,7 @@ def has_shrunk(desk: Desk) -> None:
     has_volume(desk, 32 * MIB, 2)
     running(desk, revision=1, files=OF_A)
     assert desk.engine.stopped_within == [10]
+    assert desk.copier.passes == [False, True], "what can be copied while it runs is not copied while it is stopped"
 
 
 def has_no_volume(desk: Desk) -> None:

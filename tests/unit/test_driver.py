@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import SupportsIndex
 
 import pytest
+import structlog
 from gpudock_server.core import journal, operations
 from gpudock_server.core.operations import Draft
 from gpudock_server.core.saga import Run, Step
@@ -78,6 +79,17 @@ def failing(*errors: Exception) -> tuple[Callable[[Run], Awaitable[None]], list[
             raise left.pop(0)
 
     return work, left
+
+
+async def test_what_a_step_logs_names_its_operation(desk: Desk) -> None:
+    seen: list[dict[str, object]] = []
+
+    async def work(_: Run) -> None:
+        seen.append(structlog.contextvars.get_contextvars())
+
+    operation_id = await begun(desk, Script(desk, [Step("work", work)]))
+    await desk.ended(operation_id)
+    assert seen == [{"operation_id": operation_id, "kind": "RESTART", "target": "a"}]
 
 
 async def test_a_defect_is_undone_and_told_by_an_id(desk: Desk) -> None:
@@ -192,10 +204,14 @@ async def test_what_is_left_is_told_once_the_engine_shows_it(desk: Desk, pauses:
 async def test_a_store_that_is_away_is_waited_for(desk: Desk, pauses: list[SupportsIndex | slice]) -> None:
     script, store = Script(desk, [Step("work", nothing)]), store_of(desk)
     store.failures.extend([None, *[StoreUnavailable("away")] * 6, None, StoreUnavailable("away"), None])
-    operation = await desk.ended(await begun(desk, script))
+    operation_id = await begun(desk, script)
+    waiting = asyncio.create_task(desk.operations.result(operation_id))
+    operation = await desk.ended(operation_id)
     assert operation.state is OperationState.SUCCEEDED
     assert pauses == [0, 1, 2, 3, 4, 4, 0]
     assert not store.failures
+    # Unlike with one that is full, its callers wait, too.
+    assert await waiting == desk.head()
 
 
 async def test_a_look_at_a_store_that_is_away_is_tried_again(desk: Desk, pauses: list[SupportsIndex | slice]) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import pytest
 from gpudock_server.core import operations as operations_module
+from gpudock_server.core import running as running_module
+from gpudock_server.core.containers import create as create_container
 from gpudock_server.core.containers import stop
 from gpudock_server.core.containers.commands import Create, Restart, Stop
 from gpudock_server.core.operations import Draft, Operations, RequestKey, elsewhere, planned
@@ -124,8 +126,9 @@ async def test_of_two_that_make_one_name_one_is_told_so(desk: Desk) -> None:
     both = await asyncio.gather(*(desk.start(Create("b", SPEC)) for _ in range(2)), return_exceptions=True)
     (refused,) = [one for one in both if isinstance(one, ContainerExists)]
     assert refused.container == "b"
+    drafts = [await create_container.draft(desk.world, Create("c", SPEC)) for _ in range(2)]
     command = volume_commands.Create("data", size_bytes=1 << 20)
-    drafts = [await create_volume.draft(desk.storage, command) for _ in range(2)]
+    drafts += [await create_volume.draft(desk.storage, command) for _ in range(2)]
 
     async def drafted() -> Draft:
         return drafts.pop()
@@ -134,6 +137,11 @@ async def test_of_two_that_make_one_name_one_is_told_so(desk: Desk) -> None:
     with pytest.raises(VolumeExists) as exists:
         await desk.operations.begin(drafted, None)
     assert exists.value.volume == "data"
+    await desk.operations.begin(drafted, None)
+    # Its draft is not made anew, which would find out by itself.
+    with pytest.raises(ContainerExists) as there:
+        await desk.operations.begin(drafted, None)
+    assert there.value.container == "c"
 
 
 async def test_a_draft_that_is_out_of_date_is_made_anew_but_not_for_ever(desk: Desk) -> None:
@@ -198,6 +206,17 @@ async def test_nothing_begins_before_the_recovery_is_over_but_what_is_part_of_it
     await desk.ended(await begin())
 
 
+async def test_what_is_about_to_begin_is_driven_already(desk: Desk) -> None:
+    seen: list[frozenset[str]] = []
+    store_of(desk).before = lambda _: seen.append(desk.operations.driven)
+    operation_id = await desk.start(Restart("a"))
+    # What looks for operations that nobody drives may find it in the store before it has a task.
+    assert seen[0] == {operation_id}
+    await desk.ended(operation_id)
+    assert not desk.operations.driven
+    assert not desk.operations._running, "what has ended is not kept in memory"
+
+
 async def test_nothing_begins_when_the_process_is_to_stop(desk: Desk) -> None:
     await desk.operations.drain(0)
     with pytest.raises(ShuttingDown):
@@ -230,6 +249,7 @@ async def test_the_record_of_an_operation(desk: Desk) -> None:
     assert operation.facts("verify") == {"exit_code": None}
     assert operation.current_stage == ""
     assert operation.end_time is not None
+    assert operation.create_time < operation.update_time
     assert operation.create_time <= operation.end_time
     for stage in operation.stages:
         assert stage.start_time is not None
@@ -262,6 +282,27 @@ async def test_a_watcher_sees_the_operation_until_its_end(desk: Desk) -> None:
     assert ("rest", 0, 0, "") in shown
     assert seen[-1].operation.state is OperationState.SUCCEEDED
     assert seen[-1].operation.stages[0].current_bytes == seen[-1].operation.stages[0].total_bytes == 3
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(0.0, {(1, 3), (2, 3), (3, 3)}), (1e12, {(3, 3)})], ids=["slowly", "quickly"]
+)
+async def test_progress_is_told_now_and_then_and_at_its_end(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, seconds: float, told: set[tuple[int, int]]
+) -> None:
+    monkeypatch.setattr(running_module, "_PROGRESS_SECONDS", seconds)
+
+    async def work(run: Run) -> None:
+        # First nothing, so that the watcher is there.
+        for done in (0, 1, 2, 3):
+            if done:
+                run.progress(done, 3)
+            for _ in range(10):
+                await asyncio.sleep(0)
+
+    seen = await collected(desk, await begun(desk, Script(desk, [Step("work", work)])))
+    shown = {(one.current_bytes, one.total_bytes) for one in seen if one.operation.current_stage == "work"}
+    assert shown - {(0, 0)} == told
 
 
 async def test_what_has_ended_is_shown_once(desk: Desk) -> None:
@@ -380,6 +421,9 @@ async def test_what_cannot_be_cancelled(desk: Desk) -> None:
     assert isinstance(elsewhere_now, WrongNode)
     assert elsewhere_now.address == "o:1"
     record(desk)
+    stuck = await refusal(desk)
+    assert isinstance(stuck, OperationNotCancellable)
+    assert stuck.metadata == {"operation_id": ID, "state": "RUNNING"}
     recovering(desk)
     assert isinstance(await refusal(desk), Recovering)
     desk.operations.recovery_waits(StoreFull("no room"))

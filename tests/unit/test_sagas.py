@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 from gpudock_server.core import journal, operations
+from gpudock_server.core.sagas import saga_builder
 from gpudock_server.errors import EngineRejected, EngineUnavailable, GpudockError, OperationNotCancellable
 from gpudock_server.model.operation import Operation, OperationState
 
@@ -69,6 +70,9 @@ STAGES = {
     "adopt a copy of a volume": "store engine-volume copy commit",
 }
 
+# What a daemon that is told to stop leaves at once, and a start does not wait for.
+INTERRUPTIBLE = {"pull", "copy-files", "gather", "restore", "copy"}
+
 every_scenario = pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 
 
@@ -84,6 +88,7 @@ async def desk_of(scenario: Scenario) -> Desk:
     await scenario.setup(desk)
     desk.whole()
     desk.engine.stopped_within.clear()
+    desk.engine.watched_for.clear()
     return desk
 
 
@@ -111,9 +116,20 @@ async def test_it_is_done(scenario: Scenario) -> None:
     desk.whole()
     scenario.check(desk)
     (operation,) = [one.value for one in desk.store.journal.values() if one.value.id == desk.last]
-    assert " ".join(stage.name for stage in operation.stages) == STAGES[scenario.name]
+    names = [stage.name for stage in operation.stages]
+    assert " ".join(names) == STAGES[scenario.name]
     for stage in operation.stages:
         assert stage.current_bytes == stage.total_bytes
+    if "verify" in names:
+        # A replacement for longer than what replaces nothing.
+        assert desk.engine.watched_for == [3 if "retire" in names else 2]
+    if "carry" in names:
+        assert operation.facts("carry") == {"method": "COPY" if scenario.name == "scale by copy" else "EXCHANGE"}
+    # Another process makes the same of the record.
+    saga = saga_builder(desk.world, desk.storage)(operation)
+    assert [*(step.name for step in saga.steps), "commit", *(step.name for step in saga.after)] == names
+    for step in (*saga.steps, *saga.after):
+        assert step.interruptible is (step.name in INTERRUPTIBLE), step.name
 
 
 @every_scenario

@@ -12,6 +12,7 @@ from gpudock_server.core.containers.commands import Pause, Stop
 from gpudock_server.core.volumes import choose_backend
 from gpudock_server.core.volumes.commands import Adopt, Command, Create, Delete, Resize
 from gpudock_server.errors import (
+    EngineRejected,
     EngineVolumeInUse,
     EngineVolumeNotFound,
     GpudockError,
@@ -23,7 +24,8 @@ from gpudock_server.errors import (
     VolumeNotAdopted,
     VolumeRecordLost,
 )
-from gpudock_server.model.engine import EngineVolume
+from gpudock_server.model.container import ContainerState
+from gpudock_server.model.engine import EngineState, EngineVolume
 from gpudock_server.model.operation import Operation, OperationState
 from gpudock_server.model.target import TargetKind
 from gpudock_server.model.volume import (
@@ -94,8 +96,10 @@ async def test_the_record_of_a_volume(desk: Desk) -> None:
     assert '"owner":"o"' in labels["gpudock.volume"]
     for size, cause in ((96 * MIB, VolumeCause.GROWN), (32 * MIB, VolumeCause.SHRUNK)):
         before = desk.volume()
-        await desk.must(Resize("data", size))
+        operation = await desk.must(Resize("data", size))
         head = desk.volume()
+        assert operation.result == head
+        assert head.update_time > before.update_time
         assert head.revision == before.revision + 1
         assert head.generation == before.generation + 1
         revision = desk.store.volume_past[head.uid, head.revision]
@@ -116,7 +120,7 @@ async def test_what_is_not_there_or_not_as_it_was_seen(desk: Desk, command: Any)
     assert isinstance(desk.store, UnsteadyStore)
     desk.store.daemons = [daemon("near", "n:1"), daemon("far", "f:1")]
     elsewhere = await refusal(desk, command)
-    assert (elsewhere.metadata["node"], elsewhere.metadata["address"]) == ("far", "f:1")
+    assert elsewhere.metadata == {"volume": "data", "node": "far", "address": "f:1"}
 
 
 async def test_a_volume_that_the_engine_has_may_be_adopted_under_its_name(desk: Desk) -> None:
@@ -135,7 +139,7 @@ async def test_a_volume_is_made_once(desk: Desk) -> None:
     del desk.store.volume_heads["data"]
     lost = await refusal(desk, Create("data"))
     assert isinstance(lost, VolumeRecordLost)
-    assert lost.engine_volume == backing.engine_volume
+    assert (lost.volume, lost.engine_volume) == ("data", backing.engine_volume)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +176,8 @@ async def test_which_backend_a_volume_is_made_on(
 async def test_the_setting_chooses_for_volumes_with_a_size_and_the_caller_for_all(desk: Desk) -> None:
     desk.storage = replace(desk.storage, forced=VolumeBackendKind.PROJECT_QUOTA)
     desk.volumes = type(desk.volumes)(desk.storage, desk.operations)
-    assert (await refusal(desk, Create("b", size_bytes=MIB))).reason == "SIZE_NOT_SUPPORTED"
+    refused = await refusal(desk, Create("b", size_bytes=MIB))
+    assert (refused.reason, refused.metadata["volume"]) == ("SIZE_NOT_SUPPORTED", "b")
     await preview(desk, Create("b", size_bytes=MIB, backend=VolumeBackendKind.LOOP))
     await preview(desk, Create("b"))
 
@@ -301,6 +306,56 @@ async def test_a_container_that_does_not_bear_the_smaller_volume_gets_the_old_on
     assert desk.picture() == before
 
 
+async def test_a_failed_shrink_leaves_its_containers_as_the_engine_shows_them(desk: Desk) -> None:
+    desk.sized.copies = True
+    await desk.made("a", MOUNTING)
+    await desk.made("b", MOUNTING)
+    await desk.must(Stop("a"))
+    # Made by a process that was killed before it had an engine container.
+    del desk.engine.containers[desk.engine_id("a")]
+    desk.store.put(desk.head().changed(engine=None))
+    before, ended = desk.head(), desk.engine_id("b")
+
+    async def ends_meanwhile(*_: object, **__: object) -> None:
+        desk.engine.containers[ended] = replace(desk.engine.containers[ended], state=EngineState.EXITED, exit_code=7)
+        raise VolumeFailed(volume="data", call="copy", detail="no")
+
+    desk.copier.copy = ends_meanwhile  # type: ignore[method-assign]
+    operation = await desk.do(Resize("data", 32 * MIB))
+    assert operation.error is not None
+    assert operation.error.metadata == {"volume": "data", "call": "copy", "detail": "no"}
+    assert (desk.head("b").status.state, desk.head("b").status.exit_code) == (ContainerState.EXITED, 7)
+    assert desk.head() == before
+
+
+async def test_a_container_that_was_started_with_the_smaller_volume_is_killed_before_it_gets_the_old_one(
+    desk: Desk,
+) -> None:
+    desk.sized.copies = True
+    await desk.made(spec=MOUNTING)
+    before = desk.picture()
+    desk.engine.stopped_within.clear()
+
+    async def refused(_engine_id: str, _seconds: float) -> int | None:
+        raise EngineRejected(call="wait", status=500, detail="no")
+
+    desk.engine.exited_within = refused  # type: ignore[method-assign, assignment]
+    operation = await desk.do(Resize("data", 32 * MIB))
+    assert operation.error is not None
+    assert operation.error.reason == "ENGINE_REJECTED"
+    # Nothing that it has written since is kept, so it is given no time.
+    assert desk.engine.stopped_within == [10, 0]
+    assert desk.picture() == before
+
+
+async def test_a_volume_whose_making_was_broken_off_is_deleted(desk: Desk) -> None:
+    change_head(desk, state=VolumeState.DELETING, backing=None)
+    for force in (False, True):
+        assert (await preview(desk, Delete("data", force=force))).plan.warnings == ()
+    await desk.must(Delete("data", force=True))
+    assert not desk.store.volume_heads
+
+
 async def test_who_stands_against_a_deletion(desk: Desk) -> None:
     await desk.made(spec=MOUNTING)
     mounted = await refusal(desk, Delete("data"))
@@ -382,7 +437,9 @@ async def test_what_is_used_is_not_adopted(desk: Desk) -> None:
     theirs = desk.engine.volumes["theirs"]
     for changes in ({"driver": "nfs"}, {"options": {"type": "nfs"}}):
         desk.engine.volumes["theirs"] = theirs.model_copy(update=changes)
-        assert isinstance(await refusal(desk, Adopt("new", "theirs", size_bytes=64 * MIB)), VolumeFailed)
+        failed = await refusal(desk, Adopt("new", "theirs", size_bytes=64 * MIB))
+        assert isinstance(failed, VolumeFailed)
+        assert (failed.volume, failed.call) == ("new", "copy")
 
 
 async def test_what_is_read_of_volumes(desk: Desk) -> None:

@@ -1,0 +1,286 @@
+"""Cases of operations on a container that no scenario has: what is created only, left behind, or ends meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from gpudock_server.core import journal
+from gpudock_server.core.containers import observation, stop, world
+from gpudock_server.core.containers.commands import (
+    Clone,
+    Command,
+    Commit,
+    Create,
+    Delete,
+    Pause,
+    Restart,
+    Scale,
+    Stop,
+)
+from gpudock_server.core.operations import Draft
+from gpudock_server.errors import ContainerExists, ContainerNotRunning, EngineRejected, ImageExists
+from gpudock_server.model.container import ContainerState
+from gpudock_server.model.engine import EngineState
+from gpudock_server.model.operation import OperationState
+from gpudock_server.model.record import now
+from gpudock_server.model.snapshot import SnapshotKey, SnapshotMethod
+
+from tests.unit.desk import LONG, SPEC, Desk
+from tests.unit.model_engine import OTHER_IMAGE
+from tests.unit.scenarios import LABELLED, OF_A, THREE
+
+REJECTED = EngineRejected(call="work", status=500, detail="no")
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "_BACKOFF_SECONDS", (0.0,))
+
+
+@pytest.fixture
+async def desk() -> Desk:
+    """A node with container `a`."""
+    made = Desk()
+    await made.made()
+    return made
+
+
+# -- clones and commits ----------------------------------------------------------------------------------------------
+
+
+async def test_a_clone_that_is_created_only_does_not_run(desk: Desk) -> None:
+    operation = await desk.must(Clone("b", "a", LABELLED, create_only=True))
+    assert [stage.name for stage in operation.stages] == ["create", "gather", "complete", "commit"]
+    assert desk.head("b").status.state is ContainerState.STOPPED
+    assert desk.seen("b").state is EngineState.CREATED
+    assert desk.files("b") == OF_A
+    assert len(desk.holds("b")) == 3
+
+
+async def test_a_plan_for_a_name_that_is_taken_is_refused(desk: Desk) -> None:
+    await desk.made("b")
+    for command in (Clone("b", "a", LABELLED), Create("b", SPEC)):
+        with pytest.raises(ContainerExists) as refused:
+            await desk.containers.preview(command)
+        assert refused.value.container == "b"
+
+
+async def test_a_clone_of_what_is_gone_names_what_it_would_be_made_of(desk: Desk) -> None:
+    desk.engine.containers.clear()
+    with pytest.raises(ContainerNotRunning) as refused:
+        await desk.start(Clone("b", "a", LABELLED))
+    assert refused.value.metadata == {
+        "container": "a",
+        "state": "RUNNING",
+        "needs": "its files of now are lost; clone one of its revisions",
+    }
+
+
+@pytest.mark.parametrize("lost", ["source", "shadow"])
+async def test_a_commit_whose_containers_vanish_says_which(desk: Desk, lost: str) -> None:
+    create_shadow = desk.engine.create_shadow
+    gone: list[str] = []
+
+    async def and_lose_one(of: str, name: str, labels: Any) -> str:
+        shadow_id = await create_shadow(of, name, labels)
+        gone.append(of if lost == "source" else shadow_id)
+        del desk.engine.containers[gone[0]]
+        return shadow_id
+
+    desk.engine.create_shadow = and_lose_one  # type: ignore[method-assign]
+    operation = await desk.do(Commit("a", "team/model:v1"))
+    assert operation.error is not None
+    assert operation.error.reason == "SNAPSHOT_FAILED"
+    assert operation.error.metadata == {"detail": f"engine container {gone[0][:12]} is gone"}
+
+
+async def test_a_commit_tells_how_much_it_writes(desk: Desk) -> None:
+    operation = await desk.must(Commit("a", "team/model:v1"))
+    stages = {stage.name: stage for stage in operation.stages}
+    # What ModelLayers says that it is.
+    assert (stages["commit-files"].current_bytes, stages["commit-files"].total_bytes) == (10, 10)
+
+
+async def test_a_name_that_is_taken_is_refused_with_what_can_be_done(desk: Desk) -> None:
+    own = "a commit of a container without an owner may replace only an image that such a commit made under this name"
+    for command, rest in (
+        (Commit("a", OTHER_IMAGE), "; choose another name, or set `replace`, which the setting commit_replace has to"),
+        (Commit("a", OTHER_IMAGE, replace=True), "; `replace` does not change that on this node"),
+    ):
+        with pytest.raises(ImageExists) as refused:
+            await desk.start(command)
+        assert refused.value.detail.startswith(own + rest)
+
+
+# -- what is kept of files -------------------------------------------------------------------------------------------
+
+
+async def test_files_are_shared_with_the_latest_revision_of_which_a_tree_was_kept(desk: Desk) -> None:
+    gather, shared = desk.snapshots.gather, list[int]()
+
+    async def noted(old: Any, key: Any, operation_id: str, previous: SnapshotKey | None, progress: Any) -> None:
+        shared.append(previous.revision if previous else 0)
+        await gather(old, key, operation_id, previous, progress)
+
+    desk.snapshots.gather = noted  # type: ignore[method-assign]
+    for cpus in (1.0, 2.0):
+        await desk.must(Scale("a", cpus=cpus))
+    assert shared == [0, 1]
+    desk.snapshots.how = (None, "no")
+    await desk.must(Scale("a", cpus=3.0))
+    desk.snapshots.how = (SnapshotMethod.LINK, "")
+    # An image was kept of the third.
+    await desk.must(Scale("a", cpus=4.0))
+    assert shared == [0, 1, 2]
+    desk.keep(on_stop=True)
+    await desk.must(Stop("a"))
+    assert shared == [0, 1, 2, 4]
+
+
+async def test_images_that_were_kept_of_revisions_go_with_their_container(desk: Desk) -> None:
+    desk.snapshots.how = (None, "no such filesystem")
+    await desk.must(Scale("a", cpus=1.5))
+    assert [name for name in desk.engine.tags if name.startswith("gpudock/")]
+    await desk.must(Delete("a", force=True))
+    assert not [name for name in desk.engine.tags if name.startswith("gpudock/")]
+
+
+async def test_files_go_back_from_a_successor_that_somebody_has_started_meanwhile(desk: Desk) -> None:
+    before, old = desk.picture(), desk.engine_id()
+    halt = desk.engine.stop
+
+    async def refused(*_: object) -> int | None:
+        raise REJECTED
+
+    async def and_start_it_again(engine_id: str, timeout: float | None) -> None:
+        await halt(engine_id, timeout)
+        if engine_id != old and desk.engine.stop is not halt:
+            desk.engine.stop = halt  # type: ignore[method-assign]
+            desk.engine._set(engine_id, EngineState.RUNNING)
+
+    desk.engine.exited_within = refused  # type: ignore[method-assign, assignment]
+    desk.engine.stop = and_start_it_again  # type: ignore[method-assign]
+    operation = await desk.do(Scale("a", gpus=THREE))
+    assert desk.engine.stop is halt
+    assert operation.state is OperationState.FAILED
+    assert desk.picture() == before
+
+
+# -- what happens meanwhile ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "call"),
+    [(Scale("a", gpus=THREE), "create"), (Pause("a"), "pause"), (Restart("a"), "stop"), (Stop("a"), "stop")],
+    ids=lambda one: str(one)[:10],
+)
+async def test_what_has_failed_was_looked_at_when_it_did(desk: Desk, command: Command, call: str) -> None:
+    async def refused(*_: object, **__: object) -> None:
+        raise REJECTED
+
+    before = desk.head()
+    setattr(desk.engine, call, refused)
+    operation = await desk.do(command)
+    assert operation.state is OperationState.FAILED
+    assert desk.head().status == before.status
+    assert desk.head().update_time > before.update_time
+
+
+@pytest.mark.parametrize("settles", [False, True], ids=["at once", "in a moment"])
+async def test_a_process_that_its_restart_policy_has_started_again_has_ended(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, *, settles: bool
+) -> None:
+    monkeypatch.setattr(world, "_LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(observation, "RESTART_SETTLES", timedelta(seconds=LONG))
+    looks = 0
+    start, inspect = desk.engine.start, desk.engine.inspect
+
+    async def in_a_loop(engine_id: str) -> None:
+        await start(engine_id)
+        seen = desk.engine.containers[engine_id]
+        desk.engine.containers[engine_id] = replace(
+            seen,
+            state=EngineState.RUNNING if settles else EngineState.RESTARTING,
+            exit_code=0 if settles else 3,
+            restart_count=1,
+            start_time=now(),
+        )
+
+    async def has_not_ended(_engine_id: str, _seconds: float) -> int | None:
+        return None
+
+    async def which_ends(engine_id: str) -> object:
+        nonlocal looks
+        seen = desk.engine.containers.get(engine_id)
+        if seen is not None and seen.state is EngineState.RUNNING and seen.restart_count:
+            looks += 1
+            if looks == 3:
+                desk.engine.containers[engine_id] = replace(seen, state=EngineState.RESTARTING, exit_code=3)
+        return await inspect(engine_id)
+
+    desk.engine.start = in_a_loop  # type: ignore[method-assign]
+    desk.engine.exited_within = has_not_ended  # type: ignore[method-assign, assignment]
+    if settles:
+        desk.engine.inspect = which_ends  # type: ignore[method-assign, assignment]
+    operation = await desk.must(Restart("a"))
+    assert operation.facts("verify") == {"exit_code": 3}
+    assert looks == (3 if settles else 0)
+    assert desk.head().status.state is ContainerState.RESTARTING
+
+
+async def test_what_somebody_else_has_started_is_stopped_and_says_why(desk: Desk) -> None:
+    await desk.must(Stop("a"))
+    view = await desk.world.store.container("a")
+    assert view is not None
+    desk.engine._set(desk.engine_id(), EngineState.RUNNING)
+    draft = stop.draft_against(desk.world, view, desk.seen(), "its cards are others' by now")
+
+    async def drafted() -> Draft:
+        return draft
+
+    operation = await desk.ended(await desk.operations.begin(drafted, None))
+    assert operation.state is OperationState.SUCCEEDED
+    assert desk.seen().state is EngineState.EXITED
+    status = desk.head().status
+    assert (status.state, status.message) == (ContainerState.STOPPED, "its cards are others' by now")
+    assert not desk.holds()
+
+
+async def test_what_is_left_of_a_deleted_container_does_not_keep_its_name(desk: Desk) -> None:
+    left = desk.seen()
+    await desk.must(Delete("a", force=True))
+    desk.engine.containers[left.id] = replace(left, state=EngineState.EXITED)
+    desk.engine.layer_of[left.id] = 0
+    desk.engine.layers[0] = frozenset()
+    await desk.must(Create("a", SPEC))
+    assert desk.engine_id() != left.id
+
+
+async def test_a_stop_that_is_left_and_fails_afterwards_is_no_error_of_the_daemons(desk: Desk) -> None:
+    stopping, gate = asyncio.Event(), asyncio.Event()
+    unheard: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
+
+    async def slow(*_: object) -> None:
+        stopping.set()
+        await gate.wait()
+        raise REJECTED
+
+    desk.engine.stop = slow  # type: ignore[method-assign, assignment]
+    task = asyncio.create_task(desk.world.stop(desk.engine_id(), SPEC, None, frozen=False))
+    async with asyncio.timeout(LONG):
+        await stopping.wait()
+        task.cancel()
+        await asyncio.sleep(0)
+        assert not task.done(), "it waits for the end, which comes all the same"
+        gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    del task
+    gc.collect()
+    assert not unheard
