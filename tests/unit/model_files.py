@@ -108,11 +108,13 @@ class ModelSnapshots(FakeSnapshots):
     @override
     async def method(self, old: EngineContainer) -> tuple[SnapshotMethod | None, str]:
         async with self.engine.faults.call("snapshots.method"):
+            assert old.id in self.engine.containers
             return self.how
 
     @override
     async def plan(self, old: EngineContainer, previous: SnapshotKey | None) -> SnapshotPlan:
         async with self.engine.faults.call("snapshots.plan"):
+            assert old.id in self.engine.containers
             return self.cost
 
     def _surprise(self, name: str) -> None:
@@ -147,6 +149,7 @@ class ModelSnapshots(FakeSnapshots):
             self._surprise("complete")
             assert self.engine.containers[old.id].state is not EngineState.RUNNING, "its files are written to"
             self.partial[key, operation_id] = self._layer(old)
+            progress(4, 4)
 
     @override
     async def seal(self, key: SnapshotKey, operation_id: str, image_id: str) -> Snapshot:
@@ -178,6 +181,7 @@ class ModelSnapshots(FakeSnapshots):
             assert self.engine.containers[target.id].start_time is None, "it has run"
             assert made.image_id == target.image_id
             self.engine.layers[self.engine.layer_of[target.id]] = files
+            progress(6, 6)
 
     @override
     async def mirror(
@@ -191,6 +195,7 @@ class ModelSnapshots(FakeSnapshots):
             # What is written while it runs comes with the last pass alone.
             seen = self._layer(source)
             self.engine.layers[self.engine.layer_of[target.id]] = seen if still else seen - {"late"}
+            progress(8, 8)
 
     @override
     async def remove(self, key: SnapshotKey) -> None:

@@ -17,21 +17,29 @@ from gpudock_server.core.containers.commands import (
     Commit,
     Create,
     Delete,
+    FieldChange,
+    FilesPolicy,
     Pause,
     Restart,
     Scale,
     Stop,
+    Update,
 )
+from gpudock_server.core.containers.engine_volumes import identity_of
+from gpudock_server.core.containers.images import ImageRules
 from gpudock_server.core.operations import Draft
-from gpudock_server.errors import ContainerExists, ContainerNotRunning, EngineRejected, ImageExists
+from gpudock_server.errors import ContainerExists, ContainerNotRunning, EngineRejected, ImageExists, ImageNameForbidden
 from gpudock_server.model.container import ContainerState
-from gpudock_server.model.engine import EngineState
+from gpudock_server.model.engine import LABEL_VOLUME, EngineState, EngineVolume, RegistryAuth
 from gpudock_server.model.operation import OperationState
 from gpudock_server.model.record import now
 from gpudock_server.model.snapshot import SnapshotKey, SnapshotMethod
+from gpudock_server.model.spec import ContainerSpec, GpuRequest, Mount
+from gpudock_server.model.volume import VolumeIdentity
+from gpudock_server.ports import CommitCost, Progress
 
 from tests.unit.desk import LONG, SPEC, Desk
-from tests.unit.model_engine import OTHER_IMAGE
+from tests.unit.model_engine import OTHER_IMAGE, REMOTE_IMAGE
 from tests.unit.scenarios import LABELLED, OF_A, THREE
 
 REJECTED = EngineRejected(call="work", status=500, detail="no")
@@ -117,6 +125,73 @@ async def test_a_name_that_is_taken_is_refused_with_what_can_be_done(desk: Desk)
         assert refused.value.detail.startswith(own + rest)
 
 
+async def test_an_image_that_a_commit_replaced_has_its_name_again_when_the_commit_is_undone(desk: Desk) -> None:
+    desk.configure(images=ImageRules(replace_any=True))
+    command = Commit("a", OTHER_IMAGE, replace=True)
+    before, tag = desk.picture(), desk.engine.tag
+
+    async def and_fail(image: str, reference: str) -> None:
+        await tag(image, reference)
+        desk.engine.tag = tag  # type: ignore[method-assign]
+        raise REJECTED
+
+    desk.engine.tag = and_fail  # type: ignore[method-assign]
+    operation = await desk.do(command)
+    assert operation.state is OperationState.FAILED
+    assert desk.picture() == before
+    await desk.must(command)
+    assert desk.engine.images[desk.engine.tags[OTHER_IMAGE]].files == OF_A
+
+
+async def test_a_repository_of_a_registry_with_a_port_can_be_allowed(desk: Desk) -> None:
+    desk.configure(images=ImageRules(repositories=("registry.example:5000/team",)))
+    await desk.must(Commit("a", "registry.example:5000/team/model:v1"))
+    for other in ("registry.example:5000/other:v1", "registry.example:v1"):
+        with pytest.raises(ImageNameForbidden) as refused:
+            await desk.start(Commit("a", other))
+        assert refused.value.repository == other.rpartition(":")[0]
+
+
+async def test_holes_of_which_an_image_takes_little_are_not_worth_a_word(desk: Desk) -> None:
+    few = 16 << 20
+    for holes, warnings in ((few, 0), (few + 1, 1)):
+        desk.layers.cost = CommitCost(
+            measured=True, apparent_bytes=100 + holes, allocated_bytes=100, entries=1, bytes_available=1 << 30
+        )
+        assert len((await desk.containers.preview(Commit("a", "team/model:v1"))).plan.warnings) == warnings
+
+
+# -- pulls -----------------------------------------------------------------------------------------------------------
+
+
+async def test_an_update_says_itself_how_long_its_pull_may_stand_still(desk: Desk) -> None:
+    async def stuck(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    desk.engine.pull = stuck  # type: ignore[method-assign, assignment]
+    change = FieldChange("image", REMOTE_IMAGE)
+    operation = await desk.do(Update("a", change, files=FilesPolicy.DISCARD, pull_stall_seconds=0.1))
+    assert operation.error is not None
+    assert operation.error.reason == "IMAGE_PULL_FAILED"
+    assert operation.error.metadata["detail"].startswith("no progress for 0.1 s")
+
+
+async def test_an_image_that_came_with_a_pull_that_failed_at_its_end_is_for_nobody() -> None:
+    desk = Desk()
+    pull = desk.engine.pull
+
+    async def and_fail(reference: str, auth: RegistryAuth | None, progress: Progress) -> None:
+        await pull(reference, auth, progress)
+        raise REJECTED
+
+    desk.engine.pull = and_fail  # type: ignore[method-assign]
+    auth = RegistryAuth(identity_token="t")  # noqa: S106 - of nothing
+    operation = await desk.do(Create("a", ContainerSpec(image=REMOTE_IMAGE), owner="alice", registry_auth=auth))
+    assert operation.state is OperationState.FAILED
+    origin = desk.store.origins["gpu1", "sha256:remote"]
+    assert (origin.restricted, origin.owners) == (True, ())
+
+
 # -- what is kept of files -------------------------------------------------------------------------------------------
 
 
@@ -169,6 +244,30 @@ async def test_files_go_back_from_a_successor_that_somebody_has_started_meanwhil
     assert desk.engine.stop is halt
     assert operation.state is OperationState.FAILED
     assert desk.picture() == before
+
+
+# -- mounts ----------------------------------------------------------------------------------------------------------
+
+
+async def test_what_runs_again_after_a_failure_has_the_host_paths_that_it_had(desk: Desk) -> None:
+    await desk.made("b", SPEC.changed(mounts=(Mount(host_path="/data/x", target="/x"),)))
+
+    async def refused(*_: object) -> int | None:
+        raise REJECTED
+
+    desk.engine.exited_within = refused  # type: ignore[method-assign, assignment]
+    desk.host_paths.renewed.clear()
+    assert (await desk.do(Scale("b", gpus=GpuRequest(count=1)))).state is OperationState.FAILED
+    # Those of the successor at its creation and its start; and then those of the old one as they were.
+    assert desk.host_paths.renewed == [True, True, False]
+
+
+def test_what_an_engine_volume_says_of_its_volume() -> None:
+    identity = VolumeIdentity(node="gpu1", owner="o", labels={"k": "v"}, create_time=now())
+    found = EngineVolume(name="x", driver="local", labels={LABEL_VOLUME: identity.model_dump_json()})
+    assert identity_of(found) == identity
+    for labels in ({}, {LABEL_VOLUME: ""}, {LABEL_VOLUME: "what is this"}):
+        assert identity_of(found.model_copy(update={"labels": labels})) is None
 
 
 # -- what happens meanwhile ------------------------------------------------------------------------------------------
