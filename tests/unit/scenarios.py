@@ -77,7 +77,9 @@ def running(
     assert len(desk.holds(name)) == cards + 1
     assert desk.files(name) == files
     assert set(desk.engine.containers) == {desk.engine_id(one) for one in desk.store.heads}
+    assert head.engine is not None
     assert desk.store.past[head.uid, revision].revision.spec == head.spec
+    assert desk.store.past[head.uid, revision].revision.image_id == head.engine.user_image_id
     if cause is not None:
         assert desk.store.past[head.uid, revision].revision.cause is cause
         assert desk.store.past[head.uid, revision].revision.operation_id == desk.last

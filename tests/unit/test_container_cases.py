@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from gpudock_server.core import journal
-from gpudock_server.core.containers import observation, stop, world
+from gpudock_server.core.containers import clone, images, observation, stop, world
 from gpudock_server.core.containers.commands import (
     Clone,
     Command,
@@ -22,6 +22,7 @@ from gpudock_server.core.containers.commands import (
     Pause,
     Restart,
     Scale,
+    Start,
     Stop,
     Update,
 )
@@ -68,6 +69,38 @@ async def test_a_clone_that_is_created_only_does_not_run(desk: Desk) -> None:
     assert desk.seen("b").state is EngineState.CREATED
     assert desk.files("b") == OF_A
     assert len(desk.holds("b")) == 3
+
+
+async def test_a_clone_of_what_another_operation_has_changed_meanwhile_is_planned_anew(desk: Desk) -> None:
+    drafts = 0
+
+    async def drafted() -> Draft:
+        nonlocal drafts
+        drafts += 1
+        draft = await clone.draft(desk.world, Clone("b", "a", LABELLED))
+        if drafts == 1:
+            desk.store.put(desk.head())
+        return draft
+
+    await desk.ended(await desk.operations.begin(drafted, None))
+    assert drafts == 2
+    assert desk.files("b") == OF_A
+
+
+async def test_a_source_that_ends_while_it_is_cloned_is_shown_as_ended(desk: Desk) -> None:
+    start, source = desk.engine.start, desk.engine_id()
+
+    async def and_end_the_source(engine_id: str) -> None:
+        await start(engine_id)
+        desk.engine.containers[source] = replace(
+            desk.engine.containers[source], state=EngineState.EXITED, exit_code=7, pid=0
+        )
+
+    desk.engine.start = and_end_the_source  # type: ignore[method-assign]
+    before = desk.head()
+    await desk.must(Clone("b", "a", LABELLED))
+    assert (desk.head().status.state, desk.head().status.exit_code) == (ContainerState.EXITED, 7)
+    assert desk.head().update_time > before.update_time
 
 
 async def test_a_plan_for_a_name_that_is_taken_is_refused(desk: Desk) -> None:
@@ -174,6 +207,30 @@ async def test_an_update_says_itself_how_long_its_pull_may_stand_still(desk: Des
     assert operation.error is not None
     assert operation.error.reason == "IMAGE_PULL_FAILED"
     assert operation.error.metadata["detail"].startswith("no progress for 0.1 s")
+
+
+async def test_a_pull_that_moves_again_says_no_more_that_it_stood_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_QUIET_SECONDS", 0.02)
+    desk = Desk()
+    pull, messages = desk.engine.pull, list[str]()
+
+    def message() -> str:
+        (running,) = desk.operations._running.values()
+        return running.snapshot.message
+
+    async def slow(reference: str, auth: RegistryAuth | None, progress: Progress) -> None:
+        while not message():
+            await asyncio.sleep(0.001)
+        messages.append(message())
+        progress(1, 2)
+        messages.append(message())
+        await pull(reference, auth, progress)
+
+    desk.engine.pull = slow  # type: ignore[method-assign]
+    await desk.must(Create("a", ContainerSpec(image=REMOTE_IMAGE), pull_stall_seconds=LONG))
+    stalled, moving = messages
+    assert stalled.startswith("no progress of the pull since")
+    assert moving == ""
 
 
 async def test_an_image_that_came_with_a_pull_that_failed_at_its_end_is_for_nobody() -> None:
@@ -288,6 +345,27 @@ async def test_what_has_failed_was_looked_at_when_it_did(desk: Desk, command: Co
     assert operation.state is OperationState.FAILED
     assert desk.head().status == before.status
     assert desk.head().update_time > before.update_time
+
+
+async def test_a_restart_that_fails_leaves_the_process_that_it_started(desk: Desk) -> None:
+    async def refused(*_: object) -> int | None:
+        raise REJECTED
+
+    desk.engine.exited_within = refused  # type: ignore[method-assign, assignment]
+    assert (await desk.do(Restart("a"))).state is OperationState.FAILED
+    assert desk.seen().state is EngineState.RUNNING
+    assert desk.engine.stopped_within == [10]
+
+
+async def test_how_long_a_stop_waits_is_said_by_the_call_then_the_container_then_the_node(desk: Desk) -> None:
+    await desk.must(Stop("a"))
+    await desk.must(Start("a"))
+    spec = desk.head().spec.changed(stop_timeout=timedelta(seconds=6))
+    desk.store.put(desk.head().changed(spec=spec))
+    await desk.must(Stop("a"))
+    await desk.must(Start("a"))
+    await desk.must(Stop("a", timeout=4))
+    assert desk.engine.stopped_within == [10, 6, 4]
 
 
 @pytest.mark.parametrize("settles", [False, True], ids=["at once", "in a moment"])

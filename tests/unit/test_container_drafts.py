@@ -562,7 +562,8 @@ async def test_volumes_that_cannot_be_mounted(desk: Desk) -> None:
     desk.store.locks.clear()
     head = desk.store.volume_heads["data"]
     desk.store.volume_heads["data"] = Versioned(head.value.changed(state=VolumeState.DELETING), head.version)
-    assert (await refusal(desk, Create("b", MOUNTING))).reason == "VOLUME_FAILED"
+    failed = await refusal(desk, Create("b", MOUNTING))
+    assert (failed.reason, failed.metadata["volume"], failed.metadata["call"]) == ("VOLUME_FAILED", "data", "mount")
     desk.store.volume_heads["data"] = Versioned(head.value.changed(node="far"), head.version)
     assert isinstance(desk.store, UnsteadyStore)
     desk.store.daemons = [daemon("far", "f:1")]
