@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from gpudock_server.core import journal
-from gpudock_server.core.containers import images
+from gpudock_server.core.containers import build_saga, images
 from gpudock_server.core.containers.commands import (
     Clone,
     Command,
@@ -366,6 +366,8 @@ async def test_an_image_that_is_gone_is_pulled_for_one_that_begins_anew() -> Non
     desk.store.put(desk.head().with_status(state=ContainerState.FAILED))
     operation = await desk.must(Rollback("a", 1, spec_only=True))
     assert operation.stages[0].name == "pull"
+    # A pull may take long: a stop leaves it, and a start does not wait for it.
+    assert build_saga(desk.world, operation).steps[0].interruptible is True
     assert desk.files() == {"remote"}
     assert "pulled again first" in operation.plan.warnings[-1]
 

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from gpudock_server.core.containers import observation
 from gpudock_server.core.containers.observation import after_start, has_just_restarted, observed
 from gpudock_server.model.container import Container, ContainerState, ContainerStatus, Placement
 from gpudock_server.model.engine import EngineContainer, EngineState
@@ -127,18 +128,20 @@ def test_what_is_shown_beside_the_state() -> None:
 @pytest.mark.parametrize(
     ("state", "count", "ago", "just"),
     [
-        (E.RUNNING, 1, 0.2, True),
-        (E.RUNNING, 1, -0.2, True),
-        (E.RUNNING, 1, 60, False),
-        (E.RUNNING, 1, -60, False),
+        (E.RUNNING, 1, 0.999, True),
+        (E.RUNNING, 1, -0.999, True),
+        (E.RUNNING, 1, 1, False),
+        (E.RUNNING, 1, -1, False),
         (E.RUNNING, 0, 0.2, False),
         (E.EXITED, 1, 0.2, False),
     ],
 )
 def test_a_process_that_was_started_again_just_now_may_end_again(
-    state: EngineState, count: int, ago: float, *, just: bool
+    monkeypatch: pytest.MonkeyPatch, state: EngineState, count: int, ago: float, *, just: bool
 ) -> None:
-    seen = shown(state, restart_count=count, start_time=now() - timedelta(seconds=ago))
+    moment = now()
+    monkeypatch.setattr(observation, "now", lambda: moment)
+    seen = shown(state, restart_count=count, start_time=moment - timedelta(seconds=ago))
     assert has_just_restarted(seen) is just
     if just:
         status = observed(known(C.RUNNING, exit_code=7), seen)
