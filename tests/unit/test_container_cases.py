@@ -438,6 +438,28 @@ async def test_what_is_left_of_a_deleted_container_does_not_keep_its_name(desk: 
     assert desk.engine_id() != left.id
 
 
+async def test_what_is_left_of_a_creation_that_was_undone_does_not_keep_its_name(desk: Desk) -> None:
+    left, made = desk.seen(), desk.store.journal[desk.last]
+    desk.store.journal[desk.last] = replace(made, value=made.value.changed(state=OperationState.FAILED))
+    del desk.store.heads["a"]
+    desk.engine.containers[left.id] = replace(left, state=EngineState.EXITED)
+    await desk.must(Create("a", SPEC))
+    assert desk.engine_id() != left.id
+
+
+async def test_another_container_of_the_name_is_none_of_an_operations(desk: Desk) -> None:
+    pause, other = desk.engine.pause, desk.head().changed(uid="1b4e28ba-2fa1-41d2-883f-0016d3cca427")
+
+    async def meanwhile(engine_id: str) -> None:
+        await pause(engine_id)
+        desk.store.put(other)
+
+    desk.engine.pause = meanwhile  # type: ignore[method-assign]
+    operation = await desk.do(Pause("a"))
+    assert (operation.state, operation.committed) == (OperationState.RUNNING, False)
+    assert desk.head() == other
+
+
 async def test_a_stop_that_is_left_and_fails_afterwards_is_no_error_of_the_daemons(desk: Desk) -> None:
     stopping, gate = asyncio.Event(), asyncio.Event()
     unheard: list[object] = []

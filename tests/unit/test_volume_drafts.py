@@ -31,6 +31,7 @@ from gpudock_server.model.target import TargetKind
 from gpudock_server.model.volume import (
     PoolUsage,
     VolumeBackendKind,
+    VolumeBacking,
     VolumeCause,
     VolumeState,
     VolumeUsage,
@@ -284,6 +285,19 @@ async def test_a_store_that_does_not_shrink_after_all_says_so(desk: Desk) -> Non
     assert operation.error is not None
     assert operation.error.metadata == {"volume": "data", "call": "shrink", "detail": "it cannot shrink where it is"}
     assert desk.picture() == before
+
+
+async def test_another_volume_of_the_name_is_none_of_an_operations(desk: Desk) -> None:
+    grow = desk.sized.grow
+
+    async def meanwhile(backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
+        change_head(desk, uid="1b4e28ba-2fa1-41d2-883f-0016d3cca427")
+        return await grow(backing, size_bytes)
+
+    desk.sized.grow = meanwhile  # type: ignore[method-assign]
+    operation = await desk.do(Resize("data", 96 * MIB))
+    assert (operation.state, operation.committed) == (OperationState.RUNNING, False)
+    assert desk.volume().size_bytes == 64 * MIB
 
 
 async def test_a_container_that_does_not_bear_the_smaller_volume_gets_the_old_one_back(desk: Desk) -> None:
