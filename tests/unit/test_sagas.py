@@ -110,6 +110,15 @@ async def done(scenario: Scenario) -> Desk:
     return desk
 
 
+def is_plain(value: object) -> bool:
+    """Whether it is what JSON has, as another process reads it, and not only equal to that."""
+    if isinstance(value, dict):
+        return type(value) is dict and all(type(key) is str and is_plain(one) for key, one in value.items())
+    if isinstance(value, list):
+        return all(is_plain(one) for one in value)
+    return value is None or type(value) in {str, int, float, bool}
+
+
 @every_scenario
 async def test_it_is_done(scenario: Scenario) -> None:
     desk = await done(scenario)
@@ -126,6 +135,8 @@ async def test_it_is_done(scenario: Scenario) -> None:
     if "carry" in names:
         assert operation.facts("carry") == {"method": "COPY" if scenario.name == "scale by copy" else "EXCHANGE"}
     # Another process makes the same of the record.
+    assert is_plain(operation.arguments)
+    assert is_plain([stage.facts for stage in operation.stages])
     saga = saga_builder(desk.world, desk.storage)(operation)
     assert [*(step.name for step in saga.steps), "commit", *(step.name for step in saga.after)] == names
     for step in (*saga.steps, *saga.after):
