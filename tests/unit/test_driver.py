@@ -426,25 +426,31 @@ async def test_parts_of_one_whole_are_different_operations(desk: Desk) -> None:
 
 
 async def test_a_whole_whose_part_waited_for_room_is_waited_for_again(desk: Desk) -> None:
-    whole, gate = await whole_of(desk, Script(desk, [Step("its own", nothing)])), asyncio.Event()
+    whole, over, gate = await whole_of(desk, Script(desk, [])), asyncio.Event(), asyncio.Event()
+    (step,) = whole.steps
 
-    async def last(_: Run) -> None:
+    async def and_more(run: Run) -> None:
+        await step.do(run)
+        over.set()
         await gate.wait()
 
-    whole._steps = (*whole.steps, Step("last", last))
-    full = [StoreFull("no room")]
+    whole._steps = (Step("work", and_more),)
+
+    def waits() -> bool:
+        return any(one.record.target.name == "b" and one.blocked for one in desk.operations._running.values())
 
     def before(changes: Sequence[Change]) -> None:
         for one in changes:
-            if full and isinstance(one, PutOperation) and one.expect and one.operation.target.name == "a":
-                raise full.pop()
+            ends = isinstance(one, PutOperation) and one.expect and one.operation.target.name == "a"
+            if ends and not waits():
+                raise StoreFull("no room")
 
     store_of(desk).before = before
     operation_id = await begun_on_b(desk, whole)
     async with asyncio.timeout(LONG):
-        while desk.store.journal[operation_id].value.stages[0].state is not StageState.DONE:
-            await asyncio.sleep(0)
-    assert desk.operations._running[operation_id].blocked is None
+        await over.wait()
+    # The part's last record is the one that had to wait.
+    assert not waits()
     waiting = asyncio.create_task(desk.operations.result(operation_id))
     await asyncio.sleep(0)
     gate.set()
