@@ -28,7 +28,7 @@ from gpudock_server.model.spec import Protocol
 from gpudock_server.model.target import TargetKind
 from gpudock_server.ports import Versioned
 
-from tests.unit.desk import HOST, LONG, Desk
+from tests.unit.desk import HOST, LONG, NODE, Desk
 from tests.unit.scripted import Script, UnsteadyStore, begun, draft_of, nothing
 
 REFUSED = EngineRejected(call="work", status=500, detail="no")
@@ -342,6 +342,50 @@ async def test_a_claim_that_another_has_by_now_is_lost(
     assert operation.error is not None
     assert (operation.error.reason, operation.error.metadata) == (reason, metadata)
     assert desk.store.held[HOST][key] == thief
+
+
+async def left_and_taken_up(desk: Desk, operation_id: str, script: Script, *, at_work: asyncio.Event) -> None:
+    """Have this process left once it is `at_work`, and another one do the rest."""
+    async with asyncio.timeout(LONG):
+        await at_work.wait()
+        await desk.operations.drain(0)
+        desk.operations = operations.Operations(desk.store, NODE, lambda _: script)
+        assert await desk.operations.resume() == (operation_id,)
+        await desk.operations.settle([operation_id])
+
+
+async def test_another_process_that_takes_up_an_undo_does_no_step_again(desk: Desk) -> None:
+    at_work, done = asyncio.Event(), list[str]()
+
+    async def first(_: Run) -> None:
+        done.append("first")
+
+    async def undo(_: Run) -> None:
+        done.append("undo")
+        if not at_work.is_set():
+            at_work.set()
+            await asyncio.Event().wait()
+
+    script = Script(desk, [Step("first", first, undo), Step("work", failing(REFUSED)[0])])
+    operation_id = await begun(desk, script)
+    await left_and_taken_up(desk, operation_id, script, at_work=at_work)
+    assert done == ["first", "undo", "undo"]
+    assert desk.store.journal[operation_id].value.state is OperationState.FAILED
+
+
+async def test_another_process_that_takes_up_what_is_committed_does_not_commit_it_again(desk: Desk) -> None:
+    at_work, before = asyncio.Event(), desk.head().generation
+
+    async def tidy(_: Run) -> None:
+        if not at_work.is_set():
+            at_work.set()
+            await asyncio.Event().wait()
+
+    script = Script(desk, [Step("work", nothing)], [Step("tidy", tidy)])
+    operation_id = await begun(desk, script)
+    await left_and_taken_up(desk, operation_id, script, at_work=at_work)
+    assert desk.store.journal[operation_id].value.state is OperationState.SUCCEEDED
+    assert desk.head().generation == before + 1
 
 
 async def test_notes_are_kept_with_the_record(desk: Desk) -> None:

@@ -35,8 +35,16 @@ from gpudock_server.errors import (
     VolumeExists,
     WrongNode,
 )
-from gpudock_server.model.changes import Unlocked
-from gpudock_server.model.operation import Operation, OperationKind, OperationState, RecordedError, Stage, StageState
+from gpudock_server.model.changes import Change, PutRequest, Unlocked
+from gpudock_server.model.operation import (
+    Operation,
+    OperationKind,
+    OperationState,
+    RecordedError,
+    RequestRecord,
+    Stage,
+    StageState,
+)
 from gpudock_server.model.target import Target, TargetKind
 from gpudock_server.ports import Versioned
 
@@ -164,6 +172,8 @@ async def test_a_draft_that_is_out_of_date_is_made_anew_but_not_for_ever(desk: D
 
 
 async def test_a_call_that_is_made_again_is_the_same_operation(desk: Desk) -> None:
+    written: list[Change] = []
+    store_of(desk).before = written.extend
     first = await desk.start(Restart("a"), RequestKey(ID, "digest"))
     assert await desk.start(Restart("a"), RequestKey(ID, "digest")) == first
     with pytest.raises(RequestIdReused) as reused:
@@ -171,6 +181,12 @@ async def test_a_call_that_is_made_again_is_the_same_operation(desk: Desk) -> No
     assert reused.value.request_id == ID
     operation = await desk.ended(first)
     assert (operation.request_id, operation.request_digest) == (ID, "digest")
+    # From its end on the id is kept for a time only.
+    known = RequestRecord(operation_id=first, digest="digest")
+    assert [one for one in written if isinstance(one, PutRequest)] == [
+        PutRequest(ID, known),
+        PutRequest(ID, known, ended=True),
+    ]
     assert await desk.start(Restart("a"), RequestKey(ID, "digest")) == first
 
 
@@ -242,6 +258,7 @@ async def test_the_record_of_an_operation(desk: Desk) -> None:
     assert operation.kind is OperationKind.RESTART
     assert (operation.target, operation.node) == (desk.head().target, NODE)
     assert operation.committed
+    assert (operation.request_id, operation.request_digest) == ("", "")
     assert operation.result == desk.head()
     assert [(stage.name, stage.state) for stage in operation.stages] == [
         (name, StageState.DONE) for name in ("stop", "start", "verify", "commit")
