@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tarfile
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -14,9 +15,10 @@ import pytest
 import pytest_asyncio
 from gpudock.v1 import container_service_pb2
 from gpudock_server.adapters.docker.engine import DockerEngine
+from gpudock_server.adapters.layers.accounts import read_accounts
 from gpudock_server.adapters.layers.store import OverlayLayerStore
 
-from tests.calls import IMAGE, Caller, failure, progress_of, update_request
+from tests.calls import IMAGE, Caller, clone_request, failure, progress_of, update_request
 from tests.rig import HttpStatusError, Rig
 from tests.rig.images import tar_of
 
@@ -173,7 +175,7 @@ async def test_a_creation_is_refused(caller: Caller, rig: Rig, *, validate_only:
         refused = await failure(progress_of(caller.containers.CreateContainer(request(user))))
         assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT")
         assert refused.metadata["fields"] == "spec.user"
-        assert f"has no {lacking}; use a name that it has, or a number" in refused.message
+        assert f"has no {lacking}; use a name of its /etc/passwd and /etc/group, or a number" in refused.message
     assert rig.engine.call("GET", "/containers/json?all=1") == before
     assert await caller.free_gpus() == 8
     assert (await progress_of(caller.containers.CreateContainer(request("user")))).stages
@@ -186,3 +188,44 @@ async def test_an_update_to_an_image_without_the_user_is_refused(caller: Caller,
     refused = await failure(progress_of(caller.containers.UpdateContainer(request)))
     assert (refused.reason, refused.metadata["fields"]) == ("INVALID_ARGUMENT", "spec.user")
     assert await caller.shell("moved", "id -un") == "user\n"
+    # The user that the same update names is the one that counts.
+    discard = {"image": without, "files": container_service_pb2.FILES_POLICY_DISCARD}
+    request = update_request("moved", "image,user", user="nobody-such", **discard)
+    refused = await failure(progress_of(caller.containers.UpdateContainer(request)))
+    assert "has no user 'nobody-such'" in refused.message
+    await caller.update("moved", "image,user", user="more", **discard)
+    assert await caller.shell("moved", "id -un") == "more\n"
+    await caller.delete("moved")
+
+
+async def test_a_user_that_the_files_lack_is_refused_while_the_process_runs_on(caller: Caller) -> None:
+    began = (await caller.create("subject")).status.start_time
+    for validate_only in (True, False):
+        update = update_request("subject", "user", user="more", validate_only=validate_only)
+        refused = await failure(progress_of(caller.containers.UpdateContainer(update)))
+        assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT")
+        assert refused.metadata["fields"] == "spec.user"
+        assert "container 'subject' has no user 'more'" in refused.message
+        clone = clone_request("subject", "twin", "user", user="more", validate_only=validate_only)
+        refused = await failure(progress_of(caller.containers.CloneContainer(clone)))
+        assert (refused.reason, refused.metadata["fields"]) == ("INVALID_ARGUMENT", "spec.user")
+    assert (await caller.get("subject")).status.start_time == began
+    await caller.shell("subject", f"printf '{MORE.decode().strip()}\n' >> /etc/passwd")
+    await caller.clone("subject", "twin", "user", user="more")
+    await caller.update("subject", "user", user="more")
+    for name in ("subject", "twin"):
+        assert await caller.shell(name, "id -un") == "more\n"
+
+
+def test_a_folder_that_shows_another_one_tells_nothing(rig: Rig) -> None:
+    """So the kernel marks what was moved, and a file without its content (redirect_dir and metacopy of overlayfs)."""
+    for mark, marked in (("trusted.overlay.redirect", "etc"), ("trusted.overlay.metacopy", "etc/passwd")):
+        root = rig.folder / uuid.uuid4().hex
+        files = root / "overlay2" / ("0" * 64) / "diff"
+        (files / "etc").mkdir(parents=True)
+        (files / "etc" / "passwd").write_bytes(MORE)
+        known = read_accounts(str(root), [str(files)])
+        assert known
+        assert known.users == {"more"}
+        os.setxattr(files / marked, mark, b"/other")
+        assert read_accounts(str(root), [str(files)]) is None

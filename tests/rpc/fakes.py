@@ -329,7 +329,7 @@ class FakeLayers(LayerStore):
         return CarryPlan(method=CarryMethod.EXCHANGE)
 
     @override
-    async def accounts(self, image: EngineImage) -> ImageAccounts | None:
+    async def accounts(self, image: EngineImage, upper_dir: str = "") -> ImageAccounts | None:
         return self.image_accounts
 
     @override

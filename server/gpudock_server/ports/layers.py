@@ -62,8 +62,11 @@ class LayerStore(Protocol):
         """The best method for a container's layer on this host, and what it costs."""
         ...
 
-    async def accounts(self, image: EngineImage) -> ImageAccounts | None:
-        """The users and groups in an image's /etc/passwd and /etc/group; None where its files are out of reach."""
+    async def accounts(self, image: EngineImage, upper_dir: str = "") -> ImageAccounts | None:
+        """The users and groups in an image's /etc/passwd and /etc/group; None where its files are out of reach.
+
+        With `upper_dir`, as a container has them whose writable layer is at that path, on top of the image.
+        """
         ...
 
     async def commit_plan(self, container: EngineContainer) -> CarryPlan:

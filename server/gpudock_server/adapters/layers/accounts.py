@@ -13,6 +13,8 @@ from gpudock_server.model.engine import ImageAccounts
 
 _MOST_BYTES: Final = 1 << 20
 _OPAQUE: Final = "trusted.overlay.opaque"
+# On a folder or a file of a writable layer: what it shows lies elsewhere, in a layer below.
+_ELSEWHERE: Final = ("trusted.overlay.redirect", "trusted.overlay.metacopy")
 # The device number of a character device that stands for a deleted file (kernel documentation of overlayfs).
 _WHITEOUT: Final = os.makedev(0, 0)
 
@@ -69,6 +71,8 @@ def _entry(folder: int, name: str) -> Iterator[int | None]:
         raise _UnknownError
     descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     try:
+        if any(_attribute(descriptor, name) is not None for name in _ELSEWHERE):
+            raise _UnknownError
         yield descriptor
     finally:
         os.close(descriptor)
@@ -76,10 +80,14 @@ def _entry(folder: int, name: str) -> Iterator[int | None]:
 
 def _is_opaque(folder: int) -> bool:
     """Whether nothing of the layers below shows through a folder."""
+    return _attribute(folder, _OPAQUE) == b"y"
+
+
+def _attribute(descriptor: int, name: str) -> bytes | None:
     try:
-        return os.getxattr(folder, _OPAQUE) == b"y"
+        return os.getxattr(descriptor, name)
     except OSError:
-        return False
+        return None
 
 
 def _first_fields(file: int) -> frozenset[str]:

@@ -98,9 +98,12 @@ class OverlayLayerStore(LayerStore):
             case _:
                 return plan.model_copy(update={"bytes_available": available(self._root)})
 
-    async def accounts(self, image: EngineImage) -> ImageAccounts | None:
+    async def accounts(self, image: EngineImage, upper_dir: str = "") -> ImageAccounts | None:
         """See the protocol."""
-        return await run_to_end(read_accounts, self._root, image.layer_paths) if self._local else None
+        if not self._local or not image.layer_paths:
+            return None
+        upper = (upper_dir,) if upper_dir else ()
+        return await run_to_end(read_accounts, self._root, (*upper, *image.layer_paths))
 
     async def commit_plan(self, container: EngineContainer) -> CarryPlan:
         """See the protocol. Raises LayerCarryFailed, DiskFull."""

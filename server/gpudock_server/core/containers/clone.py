@@ -38,7 +38,7 @@ from gpudock_server.core.containers.create import (
 from gpudock_server.core.containers.depth import carry_image, committed, layer_image, remove_carried
 from gpudock_server.core.containers.gone import is_gone, refuse_if_gone
 from gpudock_server.core.containers.history import find_revision
-from gpudock_server.core.containers.images import may_use
+from gpudock_server.core.containers.images import may_use, require_user_in_files
 from gpudock_server.core.containers.keeping import IMAGE_STAGE
 from gpudock_server.core.containers.limits import check_limits
 from gpudock_server.core.containers.mounting import check_mounts, engine_volumes, stay
@@ -136,6 +136,8 @@ async def draft(world: World, command: Clone) -> Draft:
         # The same words as for an image that is not there: another owner's images are not told.
         raise ImageNotFound(image=found.image)
     spec = command.change.apply(found)
+    if files.source is not None and spec.user != found.user:
+        await require_user_in_files(world, source, spec.user)
     check_limits(world.limits, spec)
     volumes = await check_mounts(world, spec.mounts)
     clone_uid = str(uuid.uuid4())

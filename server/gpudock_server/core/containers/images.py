@@ -24,13 +24,14 @@ from gpudock_server.errors import (
     InvalidArgument,
 )
 from gpudock_server.model.changes import DeleteImageOrigin, PutImageOrigin
-from gpudock_server.model.engine import EngineImage, RegistryAuth
+from gpudock_server.model.engine import EngineImage, ImageAccounts, RegistryAuth
 from gpudock_server.model.image import ImageOrigin, familiar_reference, familiar_repository
 from gpudock_server.model.record import now
 
 if TYPE_CHECKING:
     # The world holds the rules.
     from gpudock_server.core.containers.world import World
+    from gpudock_server.model.container import Container
 
 # A pull that has been silent for so long says so.
 _QUIET_SECONDS: Final = 5.0
@@ -193,16 +194,30 @@ async def require_user(world: World, image_id: str, reference: str, user: str) -
     if not user or not image_id:
         return
     image = await world.engine.image(image_id)
-    accounts = await world.layers.accounts(image) if image else None
+    if image is not None:
+        _require(await world.layers.accounts(image), user, f"image {reference!r}")
+
+
+async def require_user_in_files(world: World, container: Container, user: str) -> None:
+    """Raise InvalidArgument where the files of a container, as they are now, lack the user, or the group, of a spec.
+
+    What cannot be known passes, as with `require_user`.
+    """
+    if not user or container.engine is None:
+        return
+    seen = await world.engine.inspect(container.engine.engine_id)
+    if seen is None or not seen.upper_dir:
+        return
+    image = await world.engine.image(seen.image_id)
+    if image is not None:
+        accounts = await world.layers.accounts(image, seen.upper_dir)
+        _require(accounts, user, f"container {container.name!r}")
+
+
+def _require(accounts: ImageAccounts | None, user: str, what: str) -> None:
     if accounts is not None and (missing := accounts.missing(user)):
-        raise InvalidArgument(
-            violations=(
-                FieldViolation(
-                    field="spec.user",
-                    description=f"image {reference!r} has no {missing}; use a name that it has, or a number",
-                ),
-            )
-        )
+        description = f"{what} has no {missing}; use a name of its /etc/passwd and /etc/group, or a number"
+        raise InvalidArgument(violations=(FieldViolation(field="spec.user", description=description),))
 
 
 async def may_use(world: World, image_id: str, owner: str) -> bool:

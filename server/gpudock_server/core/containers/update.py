@@ -5,13 +5,14 @@ from __future__ import annotations
 from gpudock_server.core.containers.change import Files, Source
 from gpudock_server.core.containers.commands import FilesPolicy, PullPolicy, Update
 from gpudock_server.core.containers.gone import refuse_if_gone
-from gpudock_server.core.containers.images import ImageChoice, choose_image, require_user
+from gpudock_server.core.containers.images import ImageChoice, choose_image, require_user, require_user_in_files
 from gpudock_server.core.containers.planning import Wanted, draft
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
 from gpudock_server.errors import ContainerNotRunning, ContainerPaused, ImageDiffers
 from gpudock_server.model.container import DOES_NOT_RUN, RUNS, Container, ContainerState
 from gpudock_server.model.operation import OperationKind
+from gpudock_server.model.spec import ContainerSpec
 
 
 async def draft_update(world: World, command: Update) -> Draft:
@@ -30,21 +31,22 @@ async def draft_update(world: World, command: Update) -> Draft:
         spec,
         runs=state in RUNS,
         snapshots=command.snapshots,
-        source=await _source(world, container, command, spec.image),
+        source=await _source(world, container, command, spec),
         registry_auth=command.registry_auth,
     )
     return await draft(world, view, wanted)
 
 
-async def _source(world: World, container: Container, command: Update, image: str) -> Source:
+async def _source(world: World, container: Container, command: Update, spec: ContainerSpec) -> Source:
     """The files of today on the image they were written on; on another one, what the caller says."""
+    image = spec.image
     if "image" not in command.change.fields:
-        return Source()
+        return await _files_of_now(world, container, spec)
     choice = await _choice(world, image, command, container.owner)
     image_id = choice.image_id
     current = container.engine.user_image_id if container.engine else ""
     if image_id == current and command.files is not FilesPolicy.DISCARD:
-        return Source()
+        return await _files_of_now(world, container, spec)
     pulled = Source(
         image_id=image_id,
         present_id=choice.present_id,
@@ -53,12 +55,19 @@ async def _source(world: World, container: Container, command: Update, image: st
     )
     match command.files:
         case FilesPolicy.DISCARD:
-            await require_user(world, image_id, image, container.spec.user)
+            await require_user(world, image_id, image, spec.user)
             return pulled.model_copy(update={"files": Files.FRESH})
         case FilesPolicy.CARRY_COMMIT:
             return pulled.model_copy(update={"files": Files.GRAFT})
         case _:
             raise ImageDiffers(container=container.name, image=image, image_id=image_id, current_image_id=current)
+
+
+async def _files_of_now(world: World, container: Container, spec: ContainerSpec) -> Source:
+    # A user that it has already is not looked for: the process may have been started before its name was removed.
+    if spec.user != container.spec.user:
+        await require_user_in_files(world, container, spec.user)
+    return Source()
 
 
 async def _choice(world: World, image: str, command: Update, owner: str) -> ImageChoice:
