@@ -228,6 +228,19 @@ async def test_files_go_along_to_another_image(caller: Caller, rig: Rig) -> None
     assert await caller.shell("grafted", "ls /note /lib64 2>/dev/null || echo neither") == "neither\n"
 
 
+async def test_one_that_has_written_nothing_goes_to_another_image(caller: Caller, rig: Rig) -> None:
+    await caller.create("unwritten", 1)
+    now = await caller.update("unwritten", image=GLIBC, files=container_service_pb2.FILES_POLICY_CARRY_COMMIT)
+    assert now.spec.image == GLIBC
+    assert await caller.shell("unwritten", "ls -d /lib64") == "/lib64\n"
+    await caller.shell("unwritten", "echo mine > /note")
+    await caller.update("unwritten", image=IMAGE, files=container_service_pb2.FILES_POLICY_CARRY_COMMIT)
+    assert await caller.shell("unwritten", "cat /note; ls /lib64 2>/dev/null || echo none") == "mine\nnone\n"
+    await caller.rollback("unwritten", 2)
+    assert await caller.shell("unwritten", "ls -d /lib64 /note") == "/lib64\n/note\n"
+    await sound(caller, rig, "unwritten", await _files(caller, "unwritten"))
+
+
 def _engine(rig: Rig, name: str) -> list[dict[str, Any]]:
     listed = rig.engine.call("GET", "/containers/json?all=1")
     found = [rig.engine.call("GET", f"/containers/{one['Id']}/json") for one in listed]

@@ -77,7 +77,7 @@ def grafted_image(operation: Operation) -> str:
 async def graft_image(world: World, operation: Operation, *, carried: str, onto: str) -> str:
     """Lay what `carried` has above the user's image on another image, as one layer; the id of what comes of it.
 
-    Done twice is done once.
+    `onto` is that image's id, which is the result where `carried` has nothing above. Done twice is done once.
     """
     made = await world.engine.image(grafted_image(operation))
     if made is not None:
@@ -85,6 +85,11 @@ async def graft_image(world: World, operation: Operation, *, carried: str, onto:
     depth = operation.facts("snapshot").get("base_depth")
     if not isinstance(depth, int) or not depth:
         raise LayerCarryFailed(method="COMMIT", detail="the image that its files were written on is no longer there")
+    above = await world.engine.image(carried)
+    if above is not None and len(above.layers) == depth:
+        # The engine's commit makes no layer of a container that has written nothing.
+        await world.engine.tag(onto, grafted_image(operation))
+        return onto
     return await world.engine.flatten(carried, depth, grafted_image(operation), config_of=onto, onto=onto)
 
 
