@@ -81,6 +81,17 @@ async def test_without_a_watch_each_start_is_reported_as_running_and_its_end_aft
         assert one.status.holds_resources
 
 
+async def test_a_crash_loop_that_was_stopped_is_not_said_to_be_started_again(caller: Caller) -> None:
+    async def restarting() -> bool:
+        status = (await caller.get("ended")).status
+        return status.state == RESTARTING and "starts it again" in status.message
+
+    await caller.create("ended", 1, command=sh("exit 3"), restart_policy=UNLESS_STOPPED)
+    await until(restarting)
+    for status in ((await caller.stop("ended")).status, (await caller.get("ended")).status):
+        assert (status.state, status.exit_code, status.message) == (STOPPED, 3, "")
+
+
 async def test_without_a_watch_a_crash_loop_is_reported_as_running_and_restarting_after_it(caller: Caller) -> None:
     async def restarting() -> bool:
         return (await caller.get("loop")).status.state == RESTARTING

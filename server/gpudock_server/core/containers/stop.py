@@ -161,7 +161,8 @@ class StopSaga(ContainerSaga):
         seen = await self._world.engine.inspect(arguments.engine_id)
         # Where its last start failed it would else be started again, as its restart policy says.
         if arguments.lives or (seen is not None and not seen.running and seen.error):
-            container = container.with_status(state=ContainerState.STOPPED)
+            # What was said of it while it ran, such as that its restart policy starts it again, has ended with it.
+            container = container.with_status(state=ContainerState.STOPPED, message="")
         container = container.changed(status=observed(container, seen))
         if arguments.reason and seen is not None and not seen.running:
             container = container.with_status(message=arguments.reason)
