@@ -531,9 +531,9 @@ class PulledImageDiffers(ImageDiffers):
     """The image of a revision is gone from the engine, and its name leads to another one by now."""
 
     template = (
-        "the files of that revision of container {container!r} lie on image {current_image_id}, which the engine no"
-        " longer has, and {image!r} is {image_id} by now; bring that image back (`docker pull` by its digest, or"
-        " `docker load`), or begin with other files: UpdateContainer with `files`"
+        "that revision of container {container!r} stands on image {current_image_id}, which the engine no longer has,"
+        " and {image!r} is {image_id} by now; bring that image back (`docker pull` by its digest, or `docker load`),"
+        " and call this again"
     )
 
 
@@ -924,6 +924,17 @@ class StoreFull(StoreUnavailable):
     reason = "STORE_FULL"
     template = "the store is full: {detail}"
     retry_after = None
+
+
+@dataclass(eq=False)
+class OperationWaitsForRoom(StoreFull):
+    """An operation that was under way when the store became full. It is not at its end."""
+
+    template = (
+        "the store is full: {detail}; operation {operation_id} waits at its last recorded step, and goes on"
+        " when there is room"
+    )
+    operation_id: str
 
 
 @dataclass(eq=False)

@@ -33,6 +33,7 @@ from gpudock_server.errors import (
     OperationNotCancellable,
     OperationNotFound,
     OperationResultGone,
+    OperationWaitsForRoom,
     Recorded,
     Recovering,
     RequestIdReused,
@@ -288,8 +289,8 @@ class Operations:
         """Full snapshots until the operation has ended; the last one is the ended one.
 
         A slow reader is given the latest and misses what is between. Raises ShuttingDown when this daemon stops first:
-        the operation then goes on with the next one; StoreFull when it cannot be recorded: it goes on when there is
-        room.
+        the operation then goes on with the next one; OperationWaitsForRoom when it cannot be recorded: it
+        goes on when there is room.
         """
         while True:
             while (running := self._running.get(operation_id)) is not None:
@@ -299,7 +300,7 @@ class Operations:
                 if snapshot.operation.state.ended:
                     return
                 if running.blocked is not None:
-                    raise StoreFull(running.blocked.detail)
+                    raise OperationWaitsForRoom(running.blocked.detail, operation_id)
                 await self._changed_or_parked(operation_id, changed)
             recovering = self._recovering
             snapshot = await self.get(operation_id)
@@ -367,7 +368,7 @@ class Operations:
     async def cancel(self, operation_id: str) -> Snapshot:
         """Ask for an operation to be undone; returns once that is recorded, while the undoing goes on.
 
-        Raises OperationNotFound, OperationNotCancellable, WrongNode, Recovering, StoreFull.
+        Raises OperationNotFound, OperationNotCancellable, WrongNode, Recovering, OperationWaitsForRoom, StoreFull.
         """
         running = self._running.get(operation_id)
         if running is None:
@@ -390,7 +391,7 @@ class Operations:
                 raise ShuttingDown
             if running.blocked is not None:
                 # The wish is kept, and looked at before the next step.
-                raise StoreFull(running.blocked.detail)
+                raise OperationWaitsForRoom(running.blocked.detail, operation_id)
         if not running.record.cancel_requested:
             raise OperationNotCancellable(operation_id=operation_id, state=running.record.state.value)
         return running.snapshot
