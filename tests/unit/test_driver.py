@@ -187,7 +187,7 @@ async def test_an_undo_is_tried_again(
 async def test_what_is_left_is_told_once_the_engine_shows_it(desk: Desk, pauses: list[SupportsIndex | slice]) -> None:
     script, (work, _) = Script(desk, []), failing(REFUSED)
     script._steps = (Step("work", work),)
-    errors = [AWAY, AWAY]
+    errors = [AWAY] * 3
     abandon = script.abandon
 
     async def abandoned(*args: object) -> Sequence[Change]:
@@ -198,7 +198,7 @@ async def test_what_is_left_is_told_once_the_engine_shows_it(desk: Desk, pauses:
     script.abandon = abandoned  # type: ignore[method-assign, assignment]
     operation = await desk.ended(await begun(desk, script))
     assert operation.state is OperationState.FAILED
-    assert pauses == [0, 1]
+    assert pauses == [0, 1, 2]
 
 
 async def test_a_store_that_is_away_is_waited_for(desk: Desk, pauses: list[SupportsIndex | slice]) -> None:
@@ -216,7 +216,7 @@ async def test_a_store_that_is_away_is_waited_for(desk: Desk, pauses: list[Suppo
 
 async def test_a_look_at_a_store_that_is_away_is_tried_again(desk: Desk, pauses: list[SupportsIndex | slice]) -> None:
     script = Script(desk, [])
-    errors = [StoreUnavailable("away"), StoreUnavailable("away")]
+    errors = [StoreUnavailable("away")] * 3
     look = script.look
 
     async def looked(run: Run) -> object:
@@ -226,7 +226,7 @@ async def test_a_look_at_a_store_that_is_away_is_tried_again(desk: Desk, pauses:
 
     script.look = looked  # type: ignore[method-assign, assignment]
     assert (await desk.ended(await begun(desk, script))).state is OperationState.SUCCEEDED
-    assert pauses == [0, 1]
+    assert pauses == [0, 1, 2]
 
 
 async def test_callers_do_not_wait_for_room_in_the_store_and_the_operation_does(desk: Desk) -> None:
