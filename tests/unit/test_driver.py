@@ -357,7 +357,7 @@ async def left_and_taken_up(desk: Desk, operation_id: str, script: Script, *, at
         await desk.operations.settle([operation_id])
 
 
-async def test_another_process_that_takes_up_an_undo_does_no_step_again(desk: Desk) -> None:
+async def test_whoever_takes_up_an_undo_does_no_step_again(desk: Desk) -> None:
     at_work, done = asyncio.Event(), list[str]()
 
     async def first(_: Run) -> None:
@@ -376,7 +376,7 @@ async def test_another_process_that_takes_up_an_undo_does_no_step_again(desk: De
     assert desk.store.journal[operation_id].value.state is OperationState.FAILED
 
 
-async def test_another_process_that_takes_up_what_is_committed_does_not_commit_it_again(desk: Desk) -> None:
+async def test_whoever_takes_up_what_is_committed_does_not_commit_it_again(desk: Desk) -> None:
     at_work, before = asyncio.Event(), desk.head().generation
 
     async def tidy(_: Run) -> None:
