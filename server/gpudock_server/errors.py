@@ -395,6 +395,14 @@ class GpuExhausted(GpudockError):
 
 
 @dataclass(eq=False)
+class NoGpusShown(GpuExhausted):
+    """The driver shows no card at all. `detail` says why, such as that it does not answer."""
+
+    template = "{requested} GPUs requested, and this node shows none: {detail}"
+    detail: str = ""
+
+
+@dataclass(eq=False)
 class GpuNotFound(GpudockError):
     """Cards that the driver does not show."""
 
@@ -403,6 +411,14 @@ class GpuNotFound(GpudockError):
     template = "this node has no GPU {uuids}; it has {available}"
     uuids: tuple[str, ...]
     available: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class GpuNotShown(GpuNotFound):
+    """As NoGpusShown, for cards that were named."""
+
+    template = "this node has no GPU {uuids}; it shows none: {detail}"
+    detail: str
 
 
 @dataclass(eq=False)

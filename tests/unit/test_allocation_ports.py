@@ -6,10 +6,13 @@ from collections.abc import Sequence
 
 import pytest
 from gpudock_server.core.allocation import Allocator, Proposal, Wish
-from gpudock_server.errors import PortExhausted, PortForbidden, PortInUse
+from gpudock_server.errors import GpuExhausted, GpuNotFound, PortExhausted, PortForbidden, PortInUse
 from gpudock_server.model.claims import ClaimKey, GpuKey, Holder, PortKey
 from gpudock_server.model.container import Placement, PortBinding
+from gpudock_server.model.gpu import GpuSnapshot
 from gpudock_server.model.spec import GpuRequest, PortRequest, Protocol
+from gpudock_server.ports import GpuInventory
+from typing_extensions import override
 
 from tests.rpc.fakes import FakeInventory
 from tests.rpc.memory_store import MemoryStore
@@ -28,6 +31,7 @@ class Host:
         self.busy: set[tuple[str, int]] = set()
         self.probed: list[tuple[str, int]] = []
         self.store = MemoryStore()
+        self.inventory: GpuInventory = FakeInventory()
         # The same ports of another machine are another matter.
         for port in range(FIRST, LAST + 1):
             self.store.held["there"][PortKey(TCP, port)] = Holder(container="far", uid="far", node="n")
@@ -49,11 +53,12 @@ class Host:
         had: Sequence[PortBinding] = (),
         gpus: int = 0,
         held_gpus: tuple[str, ...] = (),
+        pinned_gpus: tuple[str, ...] = (),
     ) -> Proposal:
         """Ask for ports and cards."""
         allocator = Allocator(
             store=self.store,
-            inventory=FakeInventory(),
+            inventory=self.inventory,
             probe=self.probe,
             host=HOST,
             port_range=(FIRST, LAST),
@@ -61,7 +66,7 @@ class Host:
         )
         wish = Wish(
             uid=MINE,
-            gpus=GpuRequest(count=gpus),
+            gpus=GpuRequest(count=gpus, uuids=pinned_gpus),
             ports=ports,
             held=Placement(gpu_uuids=held_gpus, ports=tuple(held)),
             had=Placement(ports=tuple(had)),
@@ -207,6 +212,28 @@ async def test_only_what_it_does_not_hold_is_claimed(host: Host) -> None:
 
 async def test_asking_for_nothing_claims_nothing(host: Host) -> None:
     assert await host.propose() == Proposal(Placement(), ())
+
+
+class WithoutDriver(GpuInventory):
+    """A node whose driver does not answer."""
+
+    @override
+    async def snapshot(self) -> GpuSnapshot:
+        return GpuSnapshot(message="the NVIDIA driver is gone")
+
+
+async def test_where_the_driver_shows_no_cards_it_says_why(host: Host) -> None:
+    host.inventory = WithoutDriver()
+    with pytest.raises(
+        GpuExhausted, match="2 GPUs requested, and this node shows none: the NVIDIA driver is gone"
+    ) as few:
+        await host.propose(gpus=2)
+    assert (few.value.requested, few.value.total) == (2, 0)
+    with pytest.raises(GpuNotFound, match="no GPU GPU-1; it shows none: the NVIDIA driver is gone") as missing:
+        await host.propose(pinned_gpus=("GPU-1",))
+    for refused in (few.value, missing.value):
+        assert refused.metadata["detail"] == "the NVIDIA driver is gone"
+    assert (await host.propose(ask())).to_claim == (PortKey(TCP, 100),)
 
 
 async def test_cards_alone_and_ports_alone(host: Host) -> None:

@@ -9,7 +9,9 @@ from gpudock_server.errors import (
     GpuBusy,
     GpuExhausted,
     GpuNotFound,
+    GpuNotShown,
     GpuUnhealthy,
+    NoGpusShown,
     PortExhausted,
     PortForbidden,
     PortInUse,
@@ -75,6 +77,8 @@ class Allocator:
         gpus: tuple[str, ...] = ()
         if wish.gpus.size:
             inventory = await self._inventory.snapshot()
+            if not inventory.gpus and inventory.message:
+                raise _none_shown(wish.gpus, inventory.message)
             gpus = choose_gpus(inventory.gpus, table, wish)
         placement = Placement(gpu_uuids=gpus, ports=await self._choose_ports(table, wish))
         mine = set(table.held_by(wish.uid))
@@ -137,6 +141,13 @@ class Allocator:
 
 def _bound(request: PortRequest, host_port: int) -> PortBinding:
     return PortBinding(container_port=request.container_port, protocol=request.protocol, host_port=host_port)
+
+
+def _none_shown(request: GpuRequest, why: str) -> GpuExhausted | GpuNotFound:
+    """What a request for cards ends with where the driver shows none: a number would not say what to look at."""
+    if request.uuids:
+        return GpuNotShown(uuids=request.uuids, available=(), detail=why)
+    return NoGpusShown(requested=request.count, free=0, matching=0, total=0, detail=why)
 
 
 def choose_gpus(gpus: Sequence[Gpu], table: ClaimTable, wish: Wish) -> tuple[str, ...]:
