@@ -102,8 +102,8 @@ _LOOKING = frozenset({"du", "findmnt", "modprobe"})
 _LOOKING_OPTIONS = frozenset({"--json", "--version", "-V"})
 # The jobs of the child process that works on trees: those that change something, and those that do not.
 JOBS: tuple[frozenset[str], frozenset[str]] = (
-    frozenset({"gather", "complete", "fill", "mirror", "remove"}),
-    frozenset({"measure", "longest_path", "check", "differences", "digest"}),
+    frozenset({"gather", "complete", "fill", "merge_layers", "mirror", "remove"}),
+    frozenset({"measure", "longest_path", "check", "differences", "digest", "index_layer"}),
 )
 
 

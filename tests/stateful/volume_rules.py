@@ -119,8 +119,6 @@ class VolumeRules(Drawing):
         if keep_it:
             return self.refused(act, "VOLUME_IN_USE", name, *keep_it, holders=keep_it)
         also = {one.name: pruned(one.changed(one.spec.without(name)), KEEP) for one in users}
-        for one in also.values():
-            one.state = STOPPED
         return self.do(data, name, act, volume, None, also=also)
 
     async def _engine_volume(self, name: str) -> str:
