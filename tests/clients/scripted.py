@@ -76,7 +76,7 @@ class ScriptedServer:
                 if method.client_streaming
                 else grpc.unary_stream_rpc_method_handler
             )
-            behaviour = stream  # type: ignore[assignment]
+            behaviour = stream  # type: ignore[assignment]  # one name for both kinds
         request_class = message_factory.GetMessageClass(method.input_type)
         return make(behaviour, request_class.FromString, lambda message: message.SerializeToString())
 

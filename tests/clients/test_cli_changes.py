@@ -69,10 +69,10 @@ async def test_update_adds_and_removes_entries(changing: ScriptedServer) -> None
         remove_env=["A"],
         add_mounts=[Mount(volume="second", target="/s"), Mount(tmpfs=container_pb2.TmpfsMount(), target="/t")],
         remove_mounts=["/data"],
-        add_ports=[container_pb2.PortRequest(container_port=9999, protocol=1)],  # type: ignore[arg-type]
+        add_ports=[container_pb2.PortRequest(container_port=9999, protocol=1)],  # type: ignore[arg-type]  # a value of the enum
         remove_ports=[
-            pb.ContainerPort(container_port=8888, protocol=1),  # type: ignore[arg-type]
-            pb.ContainerPort(container_port=53, protocol=2),  # type: ignore[arg-type]
+            pb.ContainerPort(container_port=8888, protocol=1),  # type: ignore[arg-type]  # a value of the enum
+            pb.ContainerPort(container_port=53, protocol=2),  # type: ignore[arg-type]  # a value of the enum
         ],
         set_labels={"a": "b"},
         remove_labels=["team"],

@@ -170,7 +170,7 @@ async def test_a_node_and_a_socket_that_another_daemon_has(own: OwnDaemons) -> N
 async def at_stage(stream: AsyncIterator[object], stage: str) -> operation_pb2.Operation:
     """Read an operation's stream until it is in a stage."""
     async for answer in stream:
-        operation: operation_pb2.Operation = answer.operation  # type: ignore[attr-defined]
+        operation: operation_pb2.Operation = answer.operation  # type: ignore[attr-defined]  # each answer has it
         if operation.stage == stage:
             return operation
     raise AssertionError(f"it never came to {stage}")

@@ -522,7 +522,7 @@ async def test_its_container_is_stopped_meanwhile(box: Caller, how: str) -> None
     try:
         assert (await talk.ended()).signal == "SIGKILL"
     except grpc.aio.AioRpcError as error:
-        assert failure_of(error).reason == "CONTAINER_NOT_RUNNING"  # noqa: PT017
+        assert failure_of(error).reason == "CONTAINER_NOT_RUNNING"  # noqa: PT017 (either end is right)
 
 
 # ---- daemons that are hurt ----

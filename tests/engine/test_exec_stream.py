@@ -418,7 +418,7 @@ async def test_signals(engine: DockerEngine, box: str, rig: Rig) -> None:
         assert not processes.alive(status.pid, box)
         assert not processes.signal(status.pid, box, signal.SIGKILL)
         assert not processes.signal(status.pid, box, signal.SIGKILL, session=True)
-    assert (await engine.inspect(box)).running  # type: ignore[union-attr]
+    assert (await engine.inspect(box)).running  # type: ignore[union-attr]  # it exists
     for absurd in (0, -1, 1 << 40):
         assert not processes.alive(absurd, box)
         assert not processes.signal(absurd, box, signal.SIGKILL, session=True)

@@ -76,7 +76,7 @@ def _status(pid: int, field: str) -> int:
 
 
 def _reset_peak(pid: int) -> int:
-    """Have the peak of a process begin anew (proc(5), clear_refs); its size now in bytes."""
+    """Reset the peak memory of a process (proc(5), clear_refs); its current size in bytes."""
     Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")
     return _status(pid, "VmRSS")
 

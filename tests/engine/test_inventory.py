@@ -38,7 +38,7 @@ async def node_of(caller: Caller) -> node_pb2.Node:
 
 async def gpus_of(caller: Caller, **fields: object) -> list[gpu_pb2.Gpu]:
     """Cards, on one page."""
-    request = node_service_pb2.ListGpusRequest(**fields)  # type: ignore[arg-type]
+    request = node_service_pb2.ListGpusRequest(**fields)  # type: ignore[arg-type]  # fields by name
     return list((await caller.nodes.ListGpus(request)).gpus)
 
 

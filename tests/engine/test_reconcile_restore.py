@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import grpc
 import pytest
@@ -142,13 +143,16 @@ async def test_what_has_changed_since_the_backup(restorable: Restorable, rig: Ri
         assert "Traceback" not in restorable.daemon.log_text, restorable.daemon.log_text
 
 
-async def _begun(restorable: Restorable, kind: str, die_at: int, prepare: object, act_on: object) -> bool:
+_Call: TypeAlias = Callable[[Caller], Awaitable[object]]
+
+
+async def _begun(restorable: Restorable, kind: str, die_at: int, prepare: _Call, act_on: _Call) -> bool:
     """Kill the daemon at a moment of an operation and save what its store then has; whether it was killed."""
     daemon = await restorable.start("tests.faults.mortal", {KIND: kind, DIE_AT: str(die_at)})
     async with Caller(daemon.target) as caller:
-        await prepare(caller)  # type: ignore[operator]
+        await prepare(caller)
         try:
-            await act_on(caller)  # type: ignore[operator]
+            await act_on(caller)
         except grpc.aio.AioRpcError as error:
             assert error.code() is grpc.StatusCode.UNAVAILABLE, error  # noqa: PT017 (any other code is the failure)
         else:
@@ -219,13 +223,13 @@ async def test_a_create_that_the_backup_has_under_way(restorable: Restorable, ri
         await caller.settled()
         await caller.shell("victim", PLANT)
         files = await caller.shell("victim", LOOKED)
-        steps: dict[str, Callable[[], object]] = {
+        steps: dict[str, Callable[[], Awaitable[object]]] = {
             "scaled": lambda: caller.scale("victim", 3),
             "stopped": lambda: caller.stop("victim"),
             "deleted": lambda: caller.delete("victim"),
         }
         if then in steps:
-            await steps[then]()  # type: ignore[misc]
+            await steps[then]()
     await restorable.restored()
     async with Caller(restorable.daemon.target) as caller:
         await caller.settled()

@@ -105,7 +105,7 @@ async def test_a_caller_in_flight_when_it_fills(own: OwnDaemons, ballast: Ballas
             ).operations
             watch = operation_service_pb2.WatchOperationRequest(id=operation.id)
             assert (await _refusal(caller.operations.WatchOperation(watch))).reason == "STORE_FULL"
-            # Whoever is told that it is full must not take that for an end.
+            # The error must say that the operation has not ended: a caller would otherwise repeat the request.
             assert f"operation {operation.id} waits" in told.message
             assert told.metadata["operation_id"] == operation.id
             assert (await caller.get("victim")).name == "victim"

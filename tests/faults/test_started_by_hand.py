@@ -18,7 +18,7 @@ _STOPPED = "before record of RUNNING after stop"
 
 
 async def test_no_layer_is_carried_while_its_container_runs(own: OwnDaemons) -> None:
-    """The daemon is frozen after it has stopped the container, and resumed after somebody has started the container."""
+    """The daemon is frozen after it has stopped a container; `docker start` starts it, and the daemon is resumed."""
     environment = {KIND: "SCALE", DIE_AT: _STOPPED, SIGNAL: signal.SIGSTOP.name}
     daemon = await own.start("--layer-carry", "exchange", module="tests.faults.mortal", environment=environment)
     async with Caller(daemon.target) as caller:

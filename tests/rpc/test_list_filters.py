@@ -190,10 +190,10 @@ def test_ports(fields: dict[str, Any], *, tcp: bool, udp: bool) -> None:
 
 def test_a_wrong_filter_says_where() -> None:
     nine: Any = [9]
-    drift = node_service_pb2.ListDriftRequest(filter=node_service_pb2.DriftFilter(kinds=[999], severities=nine))  # type: ignore[list-item]
+    drift = node_service_pb2.ListDriftRequest(filter=node_service_pb2.DriftFilter(kinds=[999], severities=nine))  # type: ignore[list-item]  # no such value: refused
     assert set(violations_of(listing.drift, drift)) == {"filter.kinds", "filter.severities"}
     watch = container_service_pb2.WatchContainersRequest(
-        filter=container_service_pb2.ContainerFilter(states=[99]),  # type: ignore[list-item]
+        filter=container_service_pb2.ContainerFilter(states=[99]),  # type: ignore[list-item]  # no such value: refused
         resume_token="x",  # noqa: S106 - none at all
     )
     assert set(violations_of(watching.containers, watch)) == {"filter.states", "resume_token"}

@@ -107,8 +107,8 @@ CASES = [
                 shm_size_bytes=-1,
                 pids_limit=-1,
                 mounts=[container_pb2.Mount(target="x")],
-                ports=[container_pb2.PortRequest(container_port=0, host_port=-1, protocol=9)],  # type: ignore[arg-type]
-                restart_policy=container_pb2.RestartPolicy(policy=9, max_retry_count=-1),  # type: ignore[arg-type]
+                ports=[container_pb2.PortRequest(container_port=0, host_port=-1, protocol=9)],  # type: ignore[arg-type]  # no such value: refused
+                restart_policy=container_pb2.RestartPolicy(policy=9, max_retry_count=-1),  # type: ignore[arg-type]  # no such value: refused
                 stop_signal="x",
                 stop_timeout=LONG_DAY,
                 health_check=container_pb2.HealthCheck(
@@ -119,12 +119,12 @@ CASES = [
                     retries=-1,
                 ),
                 revision_policy=container_pb2.RevisionPolicy(
-                    snapshots=9,  # type: ignore[arg-type]
+                    snapshots=9,  # type: ignore[arg-type]  # no such value: refused
                     keep_revisions=10_001,
                     keep_for=Duration(),
                 ),
             ),
-            pull_policy=9,  # type: ignore[arg-type]
+            pull_policy=9,  # type: ignore[arg-type]  # no such value: refused
             request_id="x",
             registry_auth=BAD_AUTH,
             pull_stall_timeout=LONG_DAY,
@@ -176,7 +176,7 @@ CASES = [
         Start(name="a", gpus=GpuRequest(count=1), snapshots=SnapshotPolicy.NEVER, etag="e"),
         container_service_pb2.StartContainerRequest(
             gpus=container_pb2.GpuRequest(count=-1),
-            snapshots=9,  # type: ignore[arg-type]
+            snapshots=9,  # type: ignore[arg-type]  # no such value: refused
             **BAD_ON,
         ),
         {"gpus.count", "snapshots"},
@@ -194,7 +194,7 @@ CASES = [
         Restart(name="a", timeout=3.0, snapshots=SnapshotPolicy.NEVER, etag="e"),
         container_service_pb2.RestartContainerRequest(
             timeout=Duration(seconds=-1),
-            snapshots=9,  # type: ignore[arg-type]
+            snapshots=9,  # type: ignore[arg-type]  # no such value: refused
             **BAD_ON,
         ),
         {"timeout", "snapshots"},
@@ -246,8 +246,8 @@ CASES = [
             cpus=-1,
             memory_bytes=-1,
             shm_size_bytes=-1,
-            strategy=9,  # type: ignore[arg-type]
-            snapshots=9,  # type: ignore[arg-type]
+            strategy=9,  # type: ignore[arg-type]  # no such value: refused
+            snapshots=9,  # type: ignore[arg-type]  # no such value: refused
             **BAD_ON,
         ),
         {"gpus.count", "cpus", "memory_bytes", "shm_size_bytes", "strategy", "snapshots"},
@@ -256,7 +256,7 @@ CASES = [
         containers.rollback,
         container_service_pb2.RollbackContainerRequest(revision=MANY - 1, spec_only=True, snapshots=NEVER, **ON),
         Rollback(name="a", revision=MANY - 1, spec_only=True, snapshots=SnapshotPolicy.NEVER, etag="e"),
-        container_service_pb2.RollbackContainerRequest(revision=MANY, snapshots=9, **BAD_ON),  # type: ignore[arg-type]
+        container_service_pb2.RollbackContainerRequest(revision=MANY, snapshots=9, **BAD_ON),  # type: ignore[arg-type]  # no such value: refused
         {"revision", "snapshots"},
     ),
     Case(
@@ -283,7 +283,7 @@ CASES = [
             size_bytes=-1,
             owner="-",
             labels={"-": ""},
-            backend=9,  # type: ignore[arg-type]
+            backend=9,  # type: ignore[arg-type]  # no such value: refused
             **BAD_ON,
         ),
         {"size_bytes", "owner", 'labels["-"]', "backend"},
@@ -312,7 +312,7 @@ CASES = [
             size_bytes=1,
             owner="-",
             labels={"-": ""},
-            backend=9,  # type: ignore[arg-type]
+            backend=9,  # type: ignore[arg-type]  # no such value: refused
             **BAD_ON,
         ),
         {"engine_volume", "size_bytes", "owner", 'labels["-"]', "backend"},
@@ -369,11 +369,11 @@ def test_an_update() -> None:
     )
     bad = container_service_pb2.UpdateContainerRequest(
         spec=container_pb2.ContainerSpec(image="B"),
-        files=9,  # type: ignore[arg-type]
-        pull_policy=9,  # type: ignore[arg-type]
+        files=9,  # type: ignore[arg-type]  # no such value: refused
+        pull_policy=9,  # type: ignore[arg-type]  # no such value: refused
         registry_auth=BAD_AUTH,
         pull_stall_timeout=Duration(),
-        snapshots=9,  # type: ignore[arg-type]
+        snapshots=9,  # type: ignore[arg-type]  # no such value: refused
         **BAD_ON,
     )
     assert set(violations_of(containers.update, bad)) == {

@@ -131,8 +131,8 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
             remove_mounts=["data:/data", "/data"],
             add_ports=[port(0), port(80)],
             remove_ports=[
-                container_service_pb2.ContainerPort(container_port=80, protocol=1),  # type: ignore[arg-type]
-                container_service_pb2.ContainerPort(container_port=70000, protocol=9),  # type: ignore[arg-type]
+                container_service_pb2.ContainerPort(container_port=80, protocol=1),  # type: ignore[arg-type]  # a value of the enum
+                container_service_pb2.ContainerPort(container_port=70000, protocol=9),  # type: ignore[arg-type]  # no such value: refused
             ],
         ),
     )

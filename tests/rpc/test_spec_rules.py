@@ -107,7 +107,7 @@ BAD_SPECS: Mapping[str, tuple[dict[str, Any], str]] = {
     "container port twice": ({"ports": [port(80), port(80, 1)]}, "spec.ports[1].container_port"),
     "host port twice": ({"ports": [port(80, 8080), port(81, 8080)]}, "spec.ports[1].host_port"),
     "unknown protocol": ({"ports": [port(80, 0, 9)]}, "spec.ports[0].protocol"),
-    "unknown policy": ({"restart_policy": container_pb2.RestartPolicy(policy=9)}, "spec.restart_policy.policy"),  # type: ignore[arg-type]
+    "unknown policy": ({"restart_policy": container_pb2.RestartPolicy(policy=9)}, "spec.restart_policy.policy"),  # type: ignore[arg-type]  # no such value: refused
     "retries without on-failure": (
         {"restart_policy": container_pb2.RestartPolicy(max_retry_count=1)},
         "spec.restart_policy.max_retry_count",

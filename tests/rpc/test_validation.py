@@ -46,7 +46,7 @@ def test_all_violations_come_at_once() -> None:
         name="Train",
         owner="-",
         request_id="no",
-        pull_policy=9,  # type: ignore[arg-type]
+        pull_policy=9,  # type: ignore[arg-type]  # no such value: refused
         registry_auth=registry_auth_pb2.RegistryAuth(username="u", identity_token=SECRET),
         spec=container_pb2.ContainerSpec(cpus=-1, ports=[port(0, -1), port(80)], mounts=[mount(target="x")]),
     )
@@ -195,7 +195,7 @@ def test_start_with_cards() -> None:
 def test_scale() -> None:
     request = container_service_pb2.ScaleContainerRequest
     assert set(violations_of(containers.scale, request(name="a"))) == {"gpus"}
-    bad = request(name="a", cpus=0.001, memory_bytes=1, shm_size_bytes=-1, strategy=9, request_id="1")  # type: ignore[arg-type]
+    bad = request(name="a", cpus=0.001, memory_bytes=1, shm_size_bytes=-1, strategy=9, request_id="1")  # type: ignore[arg-type]  # no such value: refused
     assert set(violations_of(containers.scale, bad)) == {
         "cpus",
         "memory_bytes",
@@ -212,22 +212,22 @@ def test_scale() -> None:
 
 def test_lists() -> None:
     request = container_service_pb2.ListContainersRequest
-    filtered = container_service_pb2.ContainerFilter(states=[9, 0])  # type: ignore[list-item]
+    filtered = container_service_pb2.ContainerFilter(states=[9, 0])  # type: ignore[list-item]  # no such value: refused
     bad = request(page_size=-1, page_token=SECRET, filter=filtered)
     assert set(violations_of(listing.containers, bad)) == {"page_size", "page_token", "filter.states"}
     assert listing.containers(request()).size == 100
     assert listing.containers(request(page_size=7)).size == 7
     assert listing.containers(request(page_size=1001)).size == 1000
     kinds = operation_service_pb2.OperationFilter(
-        states=[99],  # type: ignore[list-item]
-        kinds=[99],  # type: ignore[list-item]
-        target=operation_pb2.ResourceRef(kind=9),  # type: ignore[arg-type]
+        states=[99],  # type: ignore[list-item]  # no such value: refused
+        kinds=[99],  # type: ignore[list-item]  # no such value: refused
+        target=operation_pb2.ResourceRef(kind=9),  # type: ignore[arg-type]  # no such value: refused
     )
     found = violations_of(listing.operations, operation_service_pb2.ListOperationsRequest(filter=kinds))
     assert set(found) == {"filter.states", "filter.kinds", "filter.target.kind"}
-    healths = node_service_pb2.GpuFilter(healths=[9])  # type: ignore[list-item]
+    healths = node_service_pb2.GpuFilter(healths=[9])  # type: ignore[list-item]  # no such value: refused
     assert set(violations_of(listing.gpus, node_service_pb2.ListGpusRequest(filter=healths))) == {"filter.healths"}
-    protocols = node_service_pb2.PortFilter(protocols=[9])  # type: ignore[list-item]
+    protocols = node_service_pb2.PortFilter(protocols=[9])  # type: ignore[list-item]  # no such value: refused
     assert set(violations_of(listing.ports, node_service_pb2.ListPortsRequest(filter=protocols))) == {
         "filter.protocols"
     }

@@ -16,7 +16,7 @@ class Faults:
         self.calls: list[str] = []
         self.met = ""
         self.never_met = True
-        # Whether a call waits for ever.
+        # Whether a call waits without end.
         self.blocked = False
         self._at = 0
         self._after = False

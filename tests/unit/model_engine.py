@@ -166,7 +166,7 @@ class ModelEngine(FakeEngine):
             self.tags[reference] = found.id
 
     def _derived(self, image_id: str, reference: str, **changes: object) -> str:
-        made = replace(self.images[image_id], id=f"sha256:{next(self._numbers)}", **changes)  # type: ignore[arg-type]
+        made = replace(self.images[image_id], id=f"sha256:{next(self._numbers)}", **changes)  # type: ignore[arg-type]  # fields by name
         return self._add(made, reference)
 
     @override

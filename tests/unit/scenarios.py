@@ -254,7 +254,9 @@ def replaced_by_commit(desk: Desk) -> None:
     assert head.engine is not None
     assert head.engine.layer_images == (kept.reference,)
     assert head.engine.image_id == kept.image_id == desk.engine.tags[kept.reference]
-    assert desk.engine.images[kept.image_id].config == IMAGE, "the container's own variables would stay for ever"
+    assert desk.engine.images[kept.image_id].config == IMAGE, (
+        "the variables of this container would be in the image, and a later update could not remove them"
+    )
     assert head.engine.base_image_id == desk.engine.tags[IMAGE]
     assert head.engine.base_depth == 1
     assert not [name for name in desk.engine.tags if name.startswith("gpudock/raw")]
@@ -283,7 +285,7 @@ def changed_env(desk: Desk) -> None:
 
 
 def on_remote(desk: Desk) -> None:
-    """It begins anew with the files of another image, and keeps those in the volume of the first one."""
+    """The container has the files of another image, and the anonymous volume of the first one with its files."""
     head = running(desk, revision=2, files=frozenset({"remote"}), cause=RevisionCause.UPDATED)
     assert head.engine is not None
     assert head.engine.base_depth == 0, "it is not known how many layers this image has"

@@ -96,7 +96,7 @@ async def test_a_source_that_ends_while_it_is_cloned_is_shown_as_ended(desk: Des
             desk.engine.containers[source], state=EngineState.EXITED, exit_code=7, pid=0
         )
 
-    desk.engine.start = and_end_the_source  # type: ignore[method-assign]
+    desk.engine.start = and_end_the_source  # type: ignore[method-assign]  # this call alone differs
     before = desk.head()
     await desk.must(Clone("b", "a", LABELLED))
     assert (desk.head().status.state, desk.head().status.exit_code) == (ContainerState.EXITED, 7)
@@ -133,7 +133,7 @@ async def test_a_commit_whose_containers_vanish_says_which(desk: Desk, lost: str
         del desk.engine.containers[gone[0]]
         return shadow_id
 
-    desk.engine.create_shadow = and_lose_one  # type: ignore[method-assign]
+    desk.engine.create_shadow = and_lose_one  # type: ignore[method-assign]  # this call alone differs
     operation = await desk.do(Commit("a", "team/model:v1"))
     assert operation.error is not None
     assert operation.error.reason == "SNAPSHOT_FAILED"
@@ -165,10 +165,10 @@ async def test_an_image_that_a_commit_replaced_has_its_name_again_when_the_commi
 
     async def and_fail(image: str, reference: str) -> None:
         await tag(image, reference)
-        desk.engine.tag = tag  # type: ignore[method-assign]
+        desk.engine.tag = tag  # type: ignore[method-assign]  # this call alone differs
         raise REJECTED
 
-    desk.engine.tag = and_fail  # type: ignore[method-assign]
+    desk.engine.tag = and_fail  # type: ignore[method-assign]  # this call alone differs
     operation = await desk.do(command)
     assert operation.state is OperationState.FAILED
     assert desk.picture() == before
@@ -226,7 +226,7 @@ async def test_a_pull_that_moves_again_says_no_more_that_it_stood_still(monkeypa
         messages.append(message())
         await pull(reference, auth, progress)
 
-    desk.engine.pull = slow  # type: ignore[method-assign]
+    desk.engine.pull = slow  # type: ignore[method-assign]  # this call alone differs
     await desk.must(Create("a", ContainerSpec(image=REMOTE_IMAGE), pull_stall_seconds=LONG))
     stalled, moving = messages
     assert stalled.startswith("no progress of the pull since")
@@ -241,7 +241,7 @@ async def test_an_image_that_came_with_a_pull_that_failed_at_its_end_is_for_nobo
         await pull(reference, auth, progress)
         raise REJECTED
 
-    desk.engine.pull = and_fail  # type: ignore[method-assign]
+    desk.engine.pull = and_fail  # type: ignore[method-assign]  # this call alone differs
     auth = RegistryAuth(identity_token="t")  # noqa: S106 - of nothing
     operation = await desk.do(Create("a", ContainerSpec(image=REMOTE_IMAGE), owner="alice", registry_auth=auth))
     assert operation.state is OperationState.FAILED
@@ -259,7 +259,7 @@ async def test_files_are_shared_with_the_latest_revision_of_which_a_tree_was_kep
         shared.append(previous.revision if previous else 0)
         await gather(old, key, operation_id, previous, progress)
 
-    desk.snapshots.gather = noted  # type: ignore[method-assign]
+    desk.snapshots.gather = noted  # type: ignore[method-assign]  # this call alone differs
     for cpus in (1.0, 2.0):
         await desk.must(Scale("a", cpus=cpus))
     assert shared == [0, 1]
@@ -292,11 +292,11 @@ async def test_files_go_back_from_a_successor_that_somebody_has_started_meanwhil
     async def and_start_it_again(engine_id: str, timeout: float | None) -> None:
         await halt(engine_id, timeout)
         if engine_id != old and desk.engine.stop is not halt:
-            desk.engine.stop = halt  # type: ignore[method-assign]
+            desk.engine.stop = halt  # type: ignore[method-assign]  # this call alone differs
             desk.engine._set(engine_id, EngineState.RUNNING)
 
     desk.engine.exited_within = refused  # type: ignore[method-assign, assignment]
-    desk.engine.stop = and_start_it_again  # type: ignore[method-assign]
+    desk.engine.stop = and_start_it_again  # type: ignore[method-assign]  # this call alone differs
     operation = await desk.do(Scale("a", gpus=THREE))
     assert desk.engine.stop is halt
     assert operation.state is OperationState.FAILED
@@ -400,7 +400,7 @@ async def test_a_process_that_its_restart_policy_has_started_again_has_ended(
                 desk.engine.containers[engine_id] = replace(seen, state=EngineState.RESTARTING, exit_code=3)
         return await inspect(engine_id)
 
-    desk.engine.start = in_a_loop  # type: ignore[method-assign]
+    desk.engine.start = in_a_loop  # type: ignore[method-assign]  # this call alone differs
     desk.engine.exited_within = has_not_ended  # type: ignore[method-assign, assignment]
     if settles:
         desk.engine.inspect = which_ends  # type: ignore[method-assign, assignment]
@@ -454,7 +454,7 @@ async def test_another_container_of_the_name_is_none_of_an_operations(desk: Desk
         await pause(engine_id)
         desk.store.put(other)
 
-    desk.engine.pause = meanwhile  # type: ignore[method-assign]
+    desk.engine.pause = meanwhile  # type: ignore[method-assign]  # this call alone differs
     operation = await desk.do(Pause("a"))
     assert (operation.state, operation.committed) == (OperationState.RUNNING, False)
     assert desk.head() == other

@@ -301,7 +301,7 @@ async def test_the_plan_of_a_create_and_of_a_stop(desk: Desk) -> None:
         ),
     ],
 )
-async def test_whether_files_are_kept_is_said_by_the_call_then_the_container_then_the_node(  # noqa: PLR0917
+async def test_whether_files_are_kept_is_said_by_the_call_then_the_container_then_the_node(  # noqa: PLR0917 - a row of the table
     desk: Desk,
     node: SnapshotPolicy,
     container: SnapshotPolicy | None,

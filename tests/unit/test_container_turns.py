@@ -1,4 +1,4 @@
-"""What an operation on a container makes of what happens meanwhile: ends, surprises, and somebody else's hands."""
+"""Operations on a container whose state changes while they run: its process ends, or the docker command changes it."""
 
 from __future__ import annotations
 
@@ -115,14 +115,14 @@ async def test_a_successor_whose_process_ends(desk: Desk, command: Command, code
     assert desk.picture() == before
 
 
-# -- somebody else's hands -------------------------------------------------------------------------------------------
+# -- changed by the docker command -------------------------------------------------------------------------------------
 
 
 async def test_a_layer_that_is_written_to_is_not_carried(desk: Desk) -> None:
     complete, old = desk.snapshots.complete, desk.engine_id()
 
     async def and_start_it(*args: object) -> None:
-        await complete(*args)  # type: ignore[arg-type]
+        await complete(*args)  # type: ignore[arg-type]  # what it was given
         desk.engine._set(old, EngineState.RUNNING)
 
     desk.snapshots.complete = and_start_it  # type: ignore[method-assign, assignment]
@@ -143,7 +143,7 @@ async def test_a_successor_that_has_the_files_is_kept_where_the_old_one_is_gone(
         await start(engine_id)
         raise REJECTED
 
-    desk.engine.start = lose_the_old  # type: ignore[method-assign]
+    desk.engine.start = lose_the_old  # type: ignore[method-assign]  # this call alone differs
     operation = await desk.do(Scale("a", gpus=THREE))
     assert operation.state is OperationState.FAILED
     assert "its successor is kept, with whatever files it has" in operation.message
@@ -157,7 +157,7 @@ async def test_a_container_that_vanishes_while_it_is_changed(desk: Desk) -> None
 
     async def lose_it(*args: object) -> object:
         del desk.engine.containers[desk.engine_id()]
-        return await locate(*args)  # type: ignore[arg-type]
+        return await locate(*args)  # type: ignore[arg-type]  # what it was given
 
     desk.layers.locate = lose_it  # type: ignore[method-assign, assignment]
     operation = await desk.do(Scale("a", gpus=THREE))
@@ -432,7 +432,7 @@ async def test_an_image_that_gets_too_deep_is_squashed_onto_the_users(desk: Desk
     assert image.layers[0] == desk.engine.images[desk.engine.tags[IMAGE]].layers[0]
     assert image.config == IMAGE
     assert desk.files() == OF_A | {f"file {number}" for number in range(MOST_CARRIED)}
-    assert desk.head().engine.base_depth == 1  # type: ignore[union-attr]
+    assert desk.head().engine.base_depth == 1  # type: ignore[union-attr]  # it exists
 
 
 async def test_one_that_cannot_be_squashed_stays_deep(desk: Desk) -> None:
@@ -441,7 +441,7 @@ async def test_one_that_cannot_be_squashed_stays_deep(desk: Desk) -> None:
     async def refused(*_: object, **__: object) -> str:
         raise DiskFull(path="/", needed_bytes=2, available_bytes=1)
 
-    desk.engine.flatten = refused  # type: ignore[method-assign]
+    desk.engine.flatten = refused  # type: ignore[method-assign]  # this call alone differs
     operation = await desk.do(Update("a", FieldChange("env", {"B": ""})))
     assert operation.state is OperationState.SUCCEEDED
     assert operation.message.startswith(f"its {MOST_CARRIED + 2} layers were not made fewer: ")
@@ -514,7 +514,7 @@ async def test_what_is_pulled_with_credentials_is_for_who_showed_them() -> None:
         given.append(auth)
         await pull(reference, auth, progress)
 
-    desk.engine.pull = noted  # type: ignore[method-assign]
+    desk.engine.pull = noted  # type: ignore[method-assign]  # this call alone differs
     await desk.must(Create("a", spec, owner="alice", registry_auth=auth))
     origin = desk.store.origins["gpu1", "sha256:remote"]
     assert (origin.restricted, origin.owners) == (True, ("alice",))

@@ -43,7 +43,7 @@ class Pauses(list[float]):
         super().__init__([0.0] * 5)
         self.taken: list[SupportsIndex | slice] = []
 
-    def __getitem__(self, index: SupportsIndex | slice) -> float:  # type: ignore[override]
+    def __getitem__(self, index: SupportsIndex | slice) -> float:  # type: ignore[override]  # an index past the end is the last
         self.taken.append(index)
         return 0.0
 
@@ -193,7 +193,7 @@ async def test_what_is_left_is_told_once_the_engine_shows_it(desk: Desk, pauses:
     async def abandoned(*args: object) -> Sequence[Change]:
         if errors:
             raise errors.pop()
-        return await abandon(*args)  # type: ignore[arg-type]
+        return await abandon(*args)  # type: ignore[arg-type]  # what it was given
 
     script.abandon = abandoned  # type: ignore[method-assign, assignment]
     operation = await desk.ended(await begun(desk, script))

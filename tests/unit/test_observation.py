@@ -155,7 +155,7 @@ def test_after_a_start() -> None:
     assert (watched.state, watched.exit_code) == (C.EXITED, 3)
     running = after_start(container, shown(E.RUNNING), None)
     assert running.state is C.RUNNING
-    # How quick it was is told by an event, afterwards.
+    # That the process has ended already is recorded later, from the event of its end.
     for seen in (
         shown(E.EXITED, exit_code=3, error="e"),
         shown(E.RESTARTING, restart_count=2, error="e"),

@@ -146,7 +146,7 @@ async def test_of_two_that_make_one_name_one_is_told_so(desk: Desk) -> None:
         await desk.operations.begin(drafted, None)
     assert exists.value.volume == "data"
     await desk.operations.begin(drafted, None)
-    # Its draft is not made anew, which would find out by itself.
+    # `drafted` returns the same draft again: a new one would fail by itself.
     with pytest.raises(ContainerExists) as there:
         await desk.operations.begin(drafted, None)
     assert there.value.container == "c"
@@ -538,7 +538,7 @@ async def test_only_what_is_unfinished_here_is_taken_up(desk: Desk) -> None:
         desk.store.journal.pop(left[1], None)
         return found
 
-    desk.store.unfinished = while_two_end  # type: ignore[method-assign]
+    desk.store.unfinished = while_two_end  # type: ignore[method-assign]  # this call alone differs
     assert await desk.operations.resume([left[2]]) == (left[3],)
     assert desk.operations.active == desk.operations.driven == {left[3]}
     assert await desk.operations.resume([left[2]]) == ()

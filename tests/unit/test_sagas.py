@@ -70,7 +70,7 @@ STAGES = {
     "adopt a copy of a volume": "store engine-volume copy commit",
 }
 
-# What a daemon that is told to stop leaves at once, and a start does not wait for.
+# Steps that a shutdown cancels at once, and whose end a starting daemon does not wait for.
 INTERRUPTIBLE = {"pull", "copy-files", "gather", "restore", "copy"}
 
 every_scenario = pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)

@@ -164,7 +164,7 @@ async def test_which_backend_a_volume_is_made_on(
     async def unavailable() -> str:
         return sized
 
-    loop.unavailable = unavailable  # type: ignore[method-assign]
+    loop.unavailable = unavailable  # type: ignore[method-assign]  # this call alone differs
     asked = choose_backend([loop, ModelPlain()], name="data", size_bytes=size_bytes, forced=forced)
     if isinstance(chosen, VolumeBackendKind):
         assert (await asked).kind is chosen
@@ -189,7 +189,7 @@ async def test_what_the_pool_can_be_promised(desk: Desk) -> None:
     async def pool() -> PoolUsage:
         return usage
 
-    desk.sized.pool = pool  # type: ignore[method-assign]
+    desk.sized.pool = pool  # type: ignore[method-assign]  # this call alone differs
     # 60 and 10 MiB, of which 64 are promised.
     await preview(desk, Create("b", size_bytes=6 * MIB))
     full = await refusal(desk, Create("b", size_bytes=6 * MIB + 1))
@@ -220,7 +220,7 @@ async def test_which_pool_there_is(desk: Desk) -> None:
     async def unavailable() -> str:
         return "no loop devices"
 
-    desk.sized.unavailable = unavailable  # type: ignore[method-assign]
+    desk.sized.unavailable = unavailable  # type: ignore[method-assign]  # this call alone differs
     assert await desk.storage.pool() is None
     assert await replace(desk.storage, backends=[desk.plain]).pool() is None
     assert desk.storage.backend(VolumeBackendKind.PLAIN) is desk.plain
@@ -280,7 +280,7 @@ async def test_who_stands_against_a_shrink_by_a_copy(desk: Desk) -> None:
 async def test_a_store_that_does_not_shrink_after_all_says_so(desk: Desk) -> None:
     before = desk.picture()
     desk.sized.copies = True
-    desk.sized.needs_copy = lambda backing, size_bytes: False  # type: ignore[method-assign]  # noqa: ARG005
+    desk.sized.needs_copy = lambda backing, size_bytes: False  # type: ignore[method-assign]  # noqa: ARG005 - the names are the protocol's
     operation = await desk.do(Resize("data", 32 * MIB))
     assert operation.error is not None
     assert operation.error.metadata == {"volume": "data", "call": "shrink", "detail": "it cannot shrink where it is"}
@@ -294,7 +294,7 @@ async def test_another_volume_of_the_name_is_none_of_an_operations(desk: Desk) -
         change_head(desk, uid="1b4e28ba-2fa1-41d2-883f-0016d3cca427")
         return await grow(backing, size_bytes)
 
-    desk.sized.grow = meanwhile  # type: ignore[method-assign]
+    desk.sized.grow = meanwhile  # type: ignore[method-assign]  # this call alone differs
     operation = await desk.do(Resize("data", 96 * MIB))
     assert (operation.state, operation.committed) == (OperationState.RUNNING, False)
     assert desk.volume().size_bytes == 64 * MIB
@@ -311,7 +311,7 @@ async def test_a_container_that_does_not_bear_the_smaller_volume_gets_the_old_on
         desk.engine.ends = 7 if size == 32 * MIB else None
         await start(engine_id)
 
-    desk.engine.start = dies_with_the_smaller  # type: ignore[method-assign]
+    desk.engine.start = dies_with_the_smaller  # type: ignore[method-assign]  # this call alone differs
     operation = await desk.do(Resize("data", 32 * MIB))
     assert operation.error is not None
     assert operation.error.reason == "START_FAILED"
@@ -334,7 +334,7 @@ async def test_a_failed_shrink_leaves_its_containers_as_the_engine_shows_them(de
         desk.engine.containers[ended] = replace(desk.engine.containers[ended], state=EngineState.EXITED, exit_code=7)
         raise VolumeFailed(volume="data", call="copy", detail="no")
 
-    desk.copier.copy = ends_meanwhile  # type: ignore[method-assign]
+    desk.copier.copy = ends_meanwhile  # type: ignore[method-assign]  # this call alone differs
     operation = await desk.do(Resize("data", 32 * MIB))
     assert operation.error is not None
     assert operation.error.metadata == {"volume": "data", "call": "copy", "detail": "no"}

@@ -66,8 +66,8 @@ class Step:
     name: str
     do: Callable[[Run], Awaitable[JsonObject | None]]
     undo: Callable[[Run], Awaitable[None]] | None = None
-    # Long, and nothing is down while it is at work: a daemon that is told to stop leaves it at once, and the next one
-    # does it again. A start does not wait for it.
+    # The step may take long, and no container is down meanwhile. A daemon that shuts down cancels it at once, and the
+    # next daemon repeats it. A daemon that starts does not wait for its end.
     interruptible: bool = False
 
 

@@ -131,7 +131,7 @@ class RpcServer:
         channelz.add_channelz_servicer(self.grpc)  # type: ignore[arg-type]  # its stubs know no asyncio
         reflection.enable_server_reflection((*OUR_SERVICES, *_STANDARD_SERVICES), self.grpc)
 
-    async def set_serving(self, serving: bool, *, services: tuple[str, ...] = OUR_SERVICES) -> None:  # noqa: FBT001
+    async def set_serving(self, serving: bool, *, services: tuple[str, ...] = OUR_SERVICES) -> None:  # noqa: FBT001 - one of two states, named by the method
         """Tell whoever asks for our health, or watches it; the server as a whole (named "") is as well as `services`.
 
         Call it before the server is started: until then the whole is said to be serving.

@@ -177,7 +177,7 @@ class _Fetched:
         return next(iter(self.kept - self.files.keys()), "")
 
     def take(self, content: IO[bytes], index: Callable[[str, IO[bytes]], None]) -> None:
-        """One file out of a saved image: a layer, if its digest says so; then `index` is told of it."""
+        """Take one file of a saved image; `index` is called with its digest and content if it is a layer."""
         file = _temporary(self.scratch)
         try:
             digest = _spool(content, file)

@@ -41,7 +41,7 @@ def encode(record: Record) -> bytes:
 def decode(kind: type[R], key: bytes, value: bytes) -> R:
     """The record of type `kind` that `value` holds; `key` is for the error. Raises RecordUnreadable."""
     try:
-        return _Envelope[kind].model_validate_json(value).record  # type: ignore[valid-type]
+        return _Envelope[kind].model_validate_json(value).record  # type: ignore[valid-type]  # the type is made at run time
     except ValidationError as error:
         if (upgraded := _upgraded(kind, value)) is not None:
             return upgraded
