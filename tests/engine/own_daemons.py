@@ -13,6 +13,7 @@ from pathlib import Path
 
 import grpc
 import pytest_asyncio
+from gpudock.v1 import container_pb2
 
 from tests.calls import Caller, Failure, failure_of
 from tests.conftest import FAST
@@ -100,21 +101,25 @@ def runs_in(folder: Path) -> bool:
     return False
 
 
-async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 15.0) -> None:
-    """Wait until it is so."""
+async def until(
+    condition: Callable[[], Awaitable[bool]], seconds: float = 15.0, *, seen: Callable[[], object] = lambda: ""
+) -> None:
+    """Wait until a condition holds; what was `seen` last is told if it never does."""
     deadline = time.monotonic() + seconds * PATIENCE
     while not await condition():
-        assert time.monotonic() < deadline, "it did not come to that in time"
+        assert time.monotonic() < deadline, f"it did not come to that in time: {seen()}"
         await asyncio.sleep(_POLL_SECONDS)
 
 
 async def until_state(caller: Caller, name: str, state: int, seconds: float = 15.0) -> None:
     """Wait until a container is in a state."""
+    container = container_pb2.Container()
 
     async def there() -> bool:
-        return (await caller.get(name)).status.state == state
+        container.CopyFrom(await caller.get(name))
+        return container.status.state == state
 
-    await until(there, seconds)
+    await until(there, seconds, seen=lambda: container)
 
 
 async def end_of(stream: AsyncIterator[object]) -> Failure | None:
