@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 
 import pytest
 from gpudock.v1 import container_pb2
 
-from tests.calls import Caller
+from tests.calls import IDLE, Caller
 from tests.conftest import FAST, own_state
-from tests.engine.drift import drift, inspect
+from tests.engine.drift import act, drift, inspect, logged
 from tests.engine.own_daemons import until, until_state
 from tests.rig import Daemon, Rig
 
@@ -21,6 +22,8 @@ EXITED = container_pb2.CONTAINER_STATE_EXITED
 STOPPED = container_pb2.CONTAINER_STATE_STOPPED
 ALWAYS = container_pb2.RestartPolicy(policy=container_pb2.RESTART_POLICY_KIND_ALWAYS)
 ON_FAILURE = container_pb2.RestartPolicy(policy=container_pb2.RESTART_POLICY_KIND_ON_FAILURE)
+UNLESS_STOPPED = container_pb2.RestartPolicy(policy=container_pb2.RESTART_POLICY_KIND_UNLESS_STOPPED)
+NEVER = container_pb2.RestartPolicy(policy=container_pb2.RESTART_POLICY_KIND_NO)
 # Ends with a failure when it is asked to end, so that the engine starts it again whenever it gets the chance.
 SULKS = ("sh", "-c", "trap 'exit 3' TERM INT; while :; do sleep 3600 & wait $!; done")
 
@@ -80,6 +83,53 @@ async def test_an_engine_that_is_killed_and_comes_back(fragile_rig: Rig) -> None
             await _as_they_should_be(caller, fragile_rig, before)
             assert "Traceback" not in daemon.log_text, daemon.log_text
             await caller.delete_all()
+    finally:
+        await asyncio.to_thread(daemon.stop)
+
+
+def _set_policy_on_disk(rig: Rig, container: container_pb2.Container, policy: str) -> None:
+    """Change what an engine that is down will read when it starts."""
+    file = rig.engine.data_root / "containers" / container.status.engine_id / "hostconfig.json"
+    config = json.loads(file.read_text())
+    config["RestartPolicy"] = {"Name": policy, "MaximumRetryCount": 0}
+    file.write_text(json.dumps(config))
+
+
+@pytest.mark.timeout(240)
+async def test_what_a_killed_engine_forgets_to_start_is_started(fragile_rig: Rig) -> None:
+    """Docker 20.10.24 does so now and then, when it is busy; here it is made to, by the policy that it reads."""
+    flags = ("--start-retry-pause", "1", *FAST, *own_state())
+    daemon = await fragile_rig.start_daemon(*flags)
+    made = {
+        "always": (ALWAYS, IDLE),
+        "unless-stopped": (UNLESS_STOPPED, IDLE),
+        "failed": (ON_FAILURE, SULKS),
+        "succeeded": (ON_FAILURE, IDLE),
+        "no-policy": (NEVER, IDLE),
+        "by-hand": (UNLESS_STOPPED, IDLE),
+    }
+    try:
+        async with Caller(daemon.target) as caller:
+            before = {
+                name: await caller.create(name, 1, restart_policy=policy, command=command)
+                for name, (policy, command) in made.items()
+            }
+            await asyncio.to_thread(act, fragile_rig, before["by-hand"].status.engine_id, "stop?t=1")
+            await until_state(caller, "by-hand", EXITED)
+            with fragile_rig.engine.down(killed=True):
+                for container in before.values():
+                    _set_policy_on_disk(fragile_rig, container, "no")
+            for name in ("always", "unless-stopped", "failed"):
+                assert "has not started it again" in await logged(daemon, "START_FAILED", name)
+                await until_state(caller, name, RUNNING, 60)
+                after = (await caller.get(name)).status
+                assert after.gpu_uuids == before[name].status.gpu_uuids
+                assert after.engine_id == before[name].status.engine_id
+            for name in ("succeeded", "no-policy", "by-hand"):
+                assert (await caller.get(name)).status.state == EXITED
+                assert f"{name} does not run" not in daemon.log_text
+            await caller.delete_all()
+        assert "Traceback" not in daemon.log_text, daemon.log_text
     finally:
         await asyncio.to_thread(daemon.stop)
 

@@ -68,6 +68,8 @@ class Reconciler:
         # Containers that an operation was at work on when they were to be looked at, with that operation.
         self._busy: asyncio.Queue[ContainerView] = asyncio.Queue()
         self._awaited: set[str] = set()
+        # The engine's events have broken off, and no pass has seen since then what it has.
+        self._engine_was_away = False
         # Events before this moment are in what a full pass has seen.
         self._since = time.time_ns()
 
@@ -99,6 +101,7 @@ class Reconciler:
                     await self._attempt_refresh(event.labels.get(LABEL_NAME, ""), event.labels.get(LABEL_UID, ""))
             except EngineUnavailable as error:
                 log.warning("the engine's events broke off", detail=error.message)
+            self._engine_was_away = True
             # An engine that was restarted has forgotten its events. Until a pass has seen all that it has, nothing that
             # its stream tells later is enough.
             seen = False
@@ -119,7 +122,7 @@ class Reconciler:
                 view = await self._world.store.container(name)
             if view is not None and view.container.uid == uid:
                 self._later(view)
-                await self._upkeep.refresh(view, self._book.note)
+                await self._upkeep.refresh(view, self._book.note, engine_was_away=self._engine_was_away)
         except GpudockError as error:
             log.warning("a status was not refreshed", container=name, detail=error.message)
 
@@ -150,6 +153,7 @@ class Reconciler:
         async with self._turn:
             with self._book.full_pass() as note:
                 await self._pass(note)
+                self._engine_was_away = False
                 # They are told with what the first pass finds.
                 for found in self._at_start:
                     note(found)
@@ -195,7 +199,7 @@ class Reconciler:
         self._later(view)
         try:
             shown = seen.get(engine.engine_id) if engine else None
-            await self._upkeep.refresh(view, note, shown)
+            await self._upkeep.refresh(view, note, shown, engine_was_away=self._engine_was_away)
             if shown is not None:
                 await keep_host_paths(self._world, view, shown, note)
         except EngineRejected as error:

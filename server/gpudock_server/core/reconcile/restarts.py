@@ -1,8 +1,11 @@
-"""Containers that the engine is starting again, and those whose start it gave up.
+"""Containers that the engine is starting again, and those whose start it gave up or forgot.
 
 An engine that fails to start a container by itself (a driver that is loaded late at boot, a card that is gone) never
-tries again, and tells nobody: there is no event. So a container that is RESTARTING is looked at again after a while,
-and one whose start failed is started by an operation, after a pause that grows with each try.
+tries again, and tells nobody: there is no event. An engine that was killed stops the containers that have outlived it
+when it starts, and now and then forgets to start one of them again, although its restart policy says so (seen with
+Docker 20.10.24 on a busy host, after one kill in ten). So a container that is RESTARTING is looked at again after a
+while, and one that its policy keeps running and that the engine leaves stopped is started by an operation, after a
+pause that grows with each try.
 """
 
 from __future__ import annotations
@@ -75,17 +78,26 @@ class Restarts:
         self._first_pause = first_pause
         self._longest_pause = max(first_pause, longest_pause)
         self._watched: dict[str, _Watched] = {}
+        # By uid: when a container ended that ran before the engine went away, and had ended when it was back.
+        self._ended_with_engine: dict[str, datetime] = {}
         self._changed = asyncio.Event()
 
-    def consider(self, container: Container, shown: EngineContainer, note: Note) -> None:
-        """Decide whether a container, whose status is up to date, is to be looked at again."""
+    def consider(
+        self, container: Container, shown: EngineContainer, note: Note, *, ended_with_engine: bool = False
+    ) -> None:
+        """Decide whether a container, whose status is up to date, is to be looked at again.
+
+        `ended_with_engine`: it ran before the engine went away, and did not when the engine was back.
+        """
+        if ended_with_engine and shown.finish_time is not None:
+            self._ended_with_engine[container.uid] = shown.finish_time
         watched = self._watched.get(container.uid)
-        if start_failed(container, shown):
+        if cause := self._cause(container, shown):
             if watched is None or not watched.failed:
                 watched = self._watch(container, failed=True, pause=self._first_pause)
             if not _tries_left(container.spec.restart_policy, watched.tries):
                 watched.due = float("inf")
-            note(_finding(watched, container, shown))
+            note(_finding(watched, container, shown, cause))
             return
         if watched is not None and watched.failed:
             note(_ended(container, shown))
@@ -103,6 +115,27 @@ class Restarts:
     def forget(self, container: Container) -> None:
         """Stop watching it: its engine container is gone, or an operation stops it."""
         self._watched.pop(container.uid, None)
+        self._ended_with_engine.pop(container.uid, None)
+
+    def _cause(self, container: Container, shown: EngineContainer) -> str:
+        """Why a container should run, by its restart policy, and is left stopped by the engine; empty if it is not.
+
+        One that ran and ended, or that somebody stopped, has no error to show: the engine keeps one for failed starts
+        only, until the next start. What StopContainer stopped is STOPPED.
+        """
+        policy = container.spec.restart_policy
+        if (
+            container.status.state is not ContainerState.EXITED
+            or not container.status.holds_resources
+            or policy.kind is RestartPolicyKind.NO
+        ):
+            return ""
+        if shown.error:
+            return shown.error
+        forgotten = shown.finish_time is not None and shown.finish_time == self._ended_with_engine.get(container.uid)
+        if forgotten and (policy.kind is not RestartPolicyKind.ON_FAILURE or container.status.exit_code):
+            return "it ended when the engine was restarted, and the engine has not started it again"
+        return ""
 
     def _watch(self, container: Container, *, failed: bool, pause: float) -> _Watched:
         watched = _Watched(container.name, container.uid, failed, pause, 0.0, now())
@@ -160,7 +193,7 @@ class Restarts:
                 raise _Moved
             shown = await self._world.engine.inspect(view.container.engine.engine_id)
             current = view.container.changed(status=observed(view.container, shown))
-            if shown is None or not start_failed(current, shown):
+            if shown is None or not self._cause(current, shown):
                 raise _Moved
             made = await draft_start(self._world, Start(watched.name))
             if made.head.expect != view.version:
@@ -180,28 +213,14 @@ class Restarts:
         watched.tries += 1
 
 
-def start_failed(container: Container, shown: EngineContainer) -> bool:
-    """Whether a container should run, by its restart policy, and does not because its last start failed.
-
-    One that ran and ended, or that somebody stopped, has no error to show: the engine keeps one for failed starts only,
-    until the next start. What StopContainer stopped is STOPPED.
-    """
-    return (
-        container.status.state is ContainerState.EXITED
-        and container.status.holds_resources
-        and bool(shown.error)
-        and container.spec.restart_policy.kind is not RestartPolicyKind.NO
-    )
-
-
 def _tries_left(policy: RestartPolicy, tries: int) -> bool:
     limited = policy.kind is RestartPolicyKind.ON_FAILURE and policy.max_retry_count
     return not limited or tries < policy.max_retry_count
 
 
-def _finding(watched: _Watched, container: Container, shown: EngineContainer) -> Drift:
+def _finding(watched: _Watched, container: Container, shown: EngineContainer, cause: str) -> Drift:
     tried = f"tried {watched.tries} times" if watched.tries else "not tried yet"
-    last = f"; the last try failed: {watched.last}" if watched.last and watched.last != shown.error else ""
+    last = f"; the last try failed: {watched.last}" if watched.last and watched.last != cause else ""
     remedy, plan = DriftRemedy.PENDING, f"it is started again at the due time ({tried}{last}); StopContainer ends that"
     if not _tries_left(container.spec.restart_policy, watched.tries):
         remedy, plan = DriftRemedy.REPORTED, f"nothing more, as its restart policy says ({tried}{last}); start it"
@@ -214,7 +233,7 @@ def _finding(watched: _Watched, container: Container, shown: EngineContainer) ->
         engine_name=shown.name,
         expected=ContainerState.RUNNING.value,
         actual=container.status.state.value,
-        message=f"{container.name} could not be started: {shown.error}",
+        message=f"{container.name} does not run: {cause}",
         plan=plan,
         due_time=watched.due_time if remedy is DriftRemedy.PENDING else None,
     )
@@ -231,6 +250,6 @@ def _ended(container: Container, shown: EngineContainer) -> Drift:
         engine_name=shown.name,
         expected=ContainerState.RUNNING.value if state in LIVES else "",
         actual=state.value,
-        message=f"{container.name} could not be started",
+        message=f"{container.name} did not run, although its restart policy keeps it running",
         plan=f"it is {state.value} now",
     )

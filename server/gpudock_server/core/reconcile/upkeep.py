@@ -17,7 +17,7 @@ from gpudock_server.core.reconcile.scene import claim_text, placement_of
 from gpudock_server.errors import EngineRejected
 from gpudock_server.model.changes import Change, Claim, Keep, PutContainer, Release
 from gpudock_server.model.claims import UNREADABLE, ClaimKey, Holder, keys_of
-from gpudock_server.model.container import Container, ContainerState, EngineBinding, Placement
+from gpudock_server.model.container import LIVES, Container, ContainerState, EngineBinding, Placement
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
 from gpudock_server.model.engine import EngineContainer, NodeLimits
 from gpudock_server.model.record import now
@@ -60,12 +60,16 @@ class Upkeep:
         self._operations = operations
         self._restarts = restarts
 
-    async def refresh(self, view: ContainerView, note: Note, shown: EngineContainer | None = None) -> None:
+    async def refresh(
+        self, view: ContainerView, note: Note, shown: EngineContainer | None = None, *, engine_was_away: bool = False
+    ) -> None:
         """Put right one container. One with an operation at work is that operation's.
 
-        `shown` is what the engine showed a while ago; what it leads to is never done without another look. Raises
+        `shown` is what the engine showed a while ago; what it leads to is never done without another look.
+        `engine_was_away`: events of the engine may have been missed since `view` was up to date. Raises
         EngineUnavailable, StoreUnavailable.
         """
+        ran = view.container.status.state in LIVES
         for _ in range(_TRIES):
             container = view.container
             if view.operation_id or container.node != self._world.node:
@@ -73,7 +77,7 @@ class Upkeep:
             if shown is None or not self._agrees(container, shown):
                 shown = await self._look(container)
             try:
-                await self._put_right(view, shown, note)
+                await self._put_right(view, shown, note, ended_with_engine=engine_was_away and ran)
             except (StoreConflict, _Moved):
                 again = await self._world.store.container(container.name)
                 if again is None or again.container.uid != container.uid:
@@ -95,7 +99,9 @@ class Upkeep:
             and not _runs_without_its_own(container, shown)
         )
 
-    async def _put_right(self, view: ContainerView, shown: EngineContainer | None, note: Note) -> None:
+    async def _put_right(
+        self, view: ContainerView, shown: EngineContainer | None, note: Note, *, ended_with_engine: bool
+    ) -> None:
         container = view.container
         if container.engine is None:
             if container.status.state is not ContainerState.FAILED:
@@ -110,7 +116,8 @@ class Upkeep:
         else:
             if (status := observed(container, shown)) != container.status:
                 await self._put(view, container.changed(status=status))
-            self._restarts.consider(container.changed(status=status), shown, note)
+            ended_with_engine &= not shown.alive
+            self._restarts.consider(container.changed(status=status), shown, note, ended_with_engine=ended_with_engine)
             await self._name(view, container.engine, shown, note)
             await self._limit(view, shown, note)
             await self._set_policy(view, shown, note)
