@@ -476,7 +476,7 @@ async def _open_engine(settings: Settings, stack: AsyncExitStack) -> DockerEngin
             settings.docker_host,
             tls=settings.docker_tls_dir,
             timeout=settings.engine_timeout,
-            scratch=settings.state_dir,
+            scratch_dir=settings.state_dir,
             defaults=ContainerDefaults(
                 limits=_node_limits(settings),
                 drop_net_raw=settings.drop_net_raw,

@@ -732,7 +732,7 @@ async def test_events_end_when_the_engine_does(engine_proxy: EngineProxy) -> Non
 async def test_a_silent_engine_is_asked_for_a_sign_of_life(
     engine_proxy: EngineProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpudock_server.adapters.docker.connection._SILENCE", 0.1)
+    monkeypatch.setattr("gpudock_server.adapters.docker.connection._SILENCE_SECONDS", 0.1)
     async with connected_to(engine_proxy.url, timeout=1) as engine:
         listening = asyncio.create_task(next_of(engine.events(0)))
         await until(lambda: sum(request.path == "/version" for request in engine_proxy.requests) >= 4)

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from gpudock_server.adapters.docker import DockerEngine
-from gpudock_server.adapters.docker.multiplex import HEADER_BYTES, Frames
-from gpudock_server.adapters.docker.wire import SocketWire
+from gpudock_server.adapters.docker.exec_session import HEADER_BYTES, FrameDecoder
+from gpudock_server.adapters.docker.raw_stream import SocketRawStream
 from gpudock_server.adapters.processes import LocalProcesses
 from gpudock_server.errors import EngineRejected, EngineUnavailable
 from gpudock_server.model.container import Placement
@@ -121,7 +121,7 @@ def frame(kind: int, payload: bytes) -> bytes:
 @given(_frames, st.integers(1, 30))
 def test_frames_cut_anywhere(frames: list[tuple[int, bytes]], cut: int) -> None:
     wire = b"".join(frame(kind, payload) for kind, payload in frames)
-    parser, said, held = Frames(), [], b""
+    parser, said, held = FrameDecoder(), [], b""
     for position in range(0, len(wire), cut):
         held += wire[position : position + cut]
         chunks, used = parser.take(memoryview(held))
@@ -139,7 +139,7 @@ def test_frames_cut_anywhere(frames: list[tuple[int, bytes]], cut: int) -> None:
 
 def test_neighbours_become_one_chunk() -> None:
     wire = b"".join(frame(*each) for each in [(1, b"a"), (1, b"b"), (2, b"c"), (3, b"d"), (1, b""), (1, b"e")])
-    assert Frames().take(memoryview(wire))[0] == [(OUT, b"ab"), (ERR, b"cd"), (OUT, b"e")]
+    assert FrameDecoder().take(memoryview(wire))[0] == [(OUT, b"ab"), (ERR, b"cd"), (OUT, b"e")]
 
 
 # ---- output ----
@@ -215,10 +215,10 @@ async def test_reading_costs_no_more_than_a_block(engine: DockerEngine, box: str
 async def test_small_talk_is_given_at_once_and_floods_are_gathered() -> None:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)  # noqa: FBT003 - the library's signature
-    wire = SocketWire(ours)
+    wire = SocketRawStream(ours)
     theirs.sendall(b"x" * 5000)
     assert len(await wire.wait()) == 5000
-    wire.taken(5000)
+    wire.consume(5000)
     # Right behind a piece of some size: what comes within the moment comes as one.
     theirs.sendall(b"a" * 10)
     gathering = asyncio.create_task(_length(wire))
@@ -226,17 +226,17 @@ async def test_small_talk_is_given_at_once_and_floods_are_gathered() -> None:
     assert not gathering.done()
     theirs.sendall(b"b" * 10)
     assert await gathering == 20
-    wire.taken(20)
+    wire.consume(20)
     # Behind a small one: at once.
     theirs.sendall(b"c")
     assert await _length(wire) == 1
-    wire.taken(1)
+    wire.consume(1)
     theirs.close()
     assert await _length(wire) == 0
     wire.close()
 
 
-async def _length(wire: SocketWire) -> int:
+async def _length(wire: SocketRawStream) -> int:
     return len(await wire.wait())
 
 

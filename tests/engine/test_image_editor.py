@@ -252,7 +252,7 @@ async def test_a_cancelled_squash_ends_at_once_and_leaves_nothing(
     rig = clean_engine
     rig.images.derive(BASE, IMAGE, files={"f": b"1"})
     held = engine_proxy.faults.hang("POST", "/images/load")
-    engine = await DockerEngine.connect(engine_proxy.url, scratch=tmp_path)
+    engine = await DockerEngine.connect(engine_proxy.url, scratch_dir=tmp_path)
     image = await shown(engine, BASE)
     squash = asyncio.ensure_future(
         engine.flatten(image.id, len(image.layers) - 1, "gpudock/cancelled:test", config_of=BASE)

@@ -13,11 +13,11 @@ import aiohttp
 import pytest
 from aiodocker import DockerError
 from gpudock_server.adapters.docker import translate
-from gpudock_server.adapters.docker.address import Address
-from gpudock_server.adapters.docker.connection import segment
-from gpudock_server.adapters.docker.events import translate as translate_event
+from gpudock_server.adapters.docker.address import EngineAddress
+from gpudock_server.adapters.docker.connection import path_segment
+from gpudock_server.adapters.docker.events import engine_event
 from gpudock_server.adapters.docker.failures import engine_errors, start_failure
-from gpudock_server.adapters.docker.pull import LayerBytes, auth_header, split_reference
+from gpudock_server.adapters.docker.pull import PullProgress, auth_header, split_reference
 from gpudock_server.errors import EngineRejected, EngineUnavailable, PortInUse, StartFailed
 from gpudock_server.model.container import Placement, PortBinding
 from gpudock_server.model.engine import (
@@ -388,7 +388,7 @@ def test_inspect_of_an_engine_that_leaves_out_what_it_can() -> None:
 
 @pytest.mark.parametrize("text", ["0001-01-01T00:00:00Z", "0001-01-01T00:00:00+05:00", "", None])
 def test_zero_time_is_none(text: str | None) -> None:
-    assert translate.moment(text) is None
+    assert translate.parse_time(text) is None
 
 
 @given(st.datetimes(min_value=datetime(1970, 1, 1), timezones=st.timezones()), st.integers(0, 999))  # noqa: DTZ001 - hypothesis wants its bounds naive
@@ -398,14 +398,14 @@ def test_any_time_survives(moment: datetime, nanos: int) -> None:
         return
     text = moment.isoformat(timespec="microseconds")
     with_nanos = f"{text[:26]}{nanos:03}{text[26:]}"
-    assert translate.moment(with_nanos) == moment.astimezone(UTC)
+    assert translate.parse_time(with_nanos) == moment.astimezone(UTC)
 
 
 # ---- events ----
 
 
 def test_event() -> None:
-    event = translate_event(
+    event = engine_event(
         {
             "Action": "health_status: healthy",
             "Actor": {"ID": "c1", "Attributes": {"gpudock.uid": "u", "name": "n", "exitCode": "1"}},
@@ -419,7 +419,7 @@ def test_event() -> None:
 
 @pytest.mark.parametrize("document", [{}, {"Action": "exec_create: sh", "Actor": {"ID": "c1"}}, {"Action": "start"}])
 def test_events_that_mean_nothing(document: dict[str, Any]) -> None:
-    assert translate_event(document) is None
+    assert engine_event(document) is None
 
 
 # ---- what goes wrong ----
@@ -498,32 +498,32 @@ def test_any_other_failed_start(container: dict[str, Any], name: str) -> None:
     ],
 )
 def test_addresses(url: str, http_url: str) -> None:
-    assert Address.parse(url, None).http_url == http_url
+    assert EngineAddress.parse(url, None).http_url == http_url
 
 
 @pytest.mark.parametrize("url", ["", "/run/docker.sock", "unix://run/docker.sock", "unix:x", "ssh://host", "tcp://"])
 def test_what_is_no_address(url: str) -> None:
     with pytest.raises(ValueError, match="is no engine address"):
-        Address.parse(url, None)
+        EngineAddress.parse(url, None)
 
 
 def test_an_incomplete_tls_folder(tmp_path: Path) -> None:
     (tmp_path / "ca.pem").touch()
     with pytest.raises(ValueError, match=r"lacks cert\.pem, key\.pem"):
-        Address.parse("tcp://host", tmp_path)
+        EngineAddress.parse("tcp://host", tmp_path)
     with pytest.raises(ValueError, match="no TLS"):
-        Address.parse("unix:///x", tmp_path)
+        EngineAddress.parse("unix:///x", tmp_path)
     for name in ("cert.pem", "key.pem"):
         (tmp_path / name).touch()
     (tmp_path / "key.pem").chmod(0o644)
     with pytest.raises(ValueError, match=r"key\.pem is open to every user of this host \(mode 0644\); .*chmod 600"):
-        Address.parse("tcp://host", tmp_path)
+        EngineAddress.parse("tcp://host", tmp_path)
 
 
 @given(st.text(max_size=8))
 def test_a_name_never_leaves_its_segment(text: str) -> None:
     try:
-        assert not set(segment(text)) & set("/?#%\\ \n")
+        assert not set(path_segment(text)) & set("/?#%\\ \n")
         assert text not in (".", "..")
     except EngineRejected:
         pass
@@ -556,7 +556,7 @@ def test_credentials() -> None:
 
 
 def test_layers_become_one_progress() -> None:
-    layers = LayerBytes()
+    layers = PullProgress()
 
     def take(layer: str, status: str, current: int = 0, total: int = 0) -> tuple[bool, int, int]:
         detail = {"current": current, "total": total} if total else {}

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterator
 
 import pytest
-from gpudock_server.adapters.docker.wire import SocketWire
+from gpudock_server.adapters.docker.raw_stream import SocketRawStream
 
 KIB = 1024
 # Longer than a wire gathers what comes in a flow, by a kernel whose clock ticks every 4 ms.
@@ -24,15 +24,15 @@ def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield ours, theirs
 
 
-async def taken(wire: SocketWire) -> bytes:
+async def taken(wire: SocketRawStream) -> bytes:
     """What it has."""
     block = bytes(await wire.wait())
-    wire.taken(len(block))
+    wire.consume(len(block))
     return block
 
 
 async def test_a_flow_that_pauses_has_not_ended(ends: tuple[socket.socket, socket.socket]) -> None:
-    wire = SocketWire(ends[0])
+    wire = SocketRawStream(ends[0])
     ends[1].sendall(b"a" * 64 * KIB)
     assert await taken(wire)
     ends[1].sendall(b"b" * KIB)
@@ -53,7 +53,7 @@ async def test_a_flow_that_pauses_has_not_ended(ends: tuple[socket.socket, socke
 
 
 async def test_all_of_a_flow_arrives_in_order_at_any_pace(ends: tuple[socket.socket, socket.socket]) -> None:
-    wire = SocketWire(ends[0])
+    wire = SocketRawStream(ends[0])
     dice = random.Random(3)  # noqa: S311 - the same paces every time
     sent = dice.randbytes(8 * KIB * KIB)
 
@@ -70,7 +70,7 @@ async def test_all_of_a_flow_arrives_in_order_at_any_pace(ends: tuple[socket.soc
     while block := await wire.wait():
         count = dice.randrange(len(block) + 1)
         got += block[:count]
-        wire.taken(count)
+        wire.consume(count)
         if not count or dice.random() < 0.3:
             await asyncio.sleep(dice.random() * LATER)
         if not count and len(got) + len(block) == len(sent):
@@ -86,7 +86,7 @@ async def test_whoever_takes_nothing_sees_it_all_again_with_what_follows(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
     """Past the size of a block, from the loop's block and from a flow's alike."""
-    wire = SocketWire(ends[0])
+    wire = SocketRawStream(ends[0])
     sent = random.Random(5).randbytes(1700 * KIB)  # noqa: S311 - the same bytes every time
     ends[1].sendall(sent[: 64 * KIB])
     assert await taken(wire) == sent[: 64 * KIB]
@@ -97,14 +97,14 @@ async def test_whoever_takes_nothing_sees_it_all_again_with_what_follows(
         assert len(block) > len(seen)
         assert block.startswith(seen)
         seen = block
-        wire.taken(0)
+        wire.consume(0)
     await sending
     assert seen == sent[64 * KIB :]
     wire.close()
 
 
 async def test_a_flow_comes_in_blocks_and_its_last_piece_at_once(ends: tuple[socket.socket, socket.socket]) -> None:
-    wire = SocketWire(ends[0])
+    wire = SocketRawStream(ends[0])
     sizes: list[int] = []
     sending = asyncio.create_task(asyncio.to_thread(_send_pieces, ends[1], 10 * KIB, 800))
     while sum(sizes) < 8000 * KIB:
@@ -124,7 +124,7 @@ def _send_pieces(end: socket.socket, size: int, count: int) -> None:
 
 
 async def test_closed_while_a_flow_is_gathered(ends: tuple[socket.socket, socket.socket]) -> None:
-    wire = SocketWire(ends[0])
+    wire = SocketRawStream(ends[0])
     ends[1].sendall(b"a" * 64 * KIB)
     assert await taken(wire)
     waiting = asyncio.create_task(taken(wire))
@@ -141,7 +141,7 @@ async def test_closed_while_a_flow_is_gathered(ends: tuple[socket.socket, socket
 async def test_what_the_other_side_does_not_read_holds_the_sender_back_and_not_the_receiver(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
-    wire = SocketWire(ends[0])
+    wire = SocketRawStream(ends[0])
     sending = asyncio.create_task(wire.send(b"x" * 2048 * KIB))
     await asyncio.sleep(LATER)
     ends[1].sendall(b"answer")

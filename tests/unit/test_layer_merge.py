@@ -10,7 +10,7 @@ from typing import IO
 
 import pytest
 from gpudock_server.adapters.trees.interrupt import Interrupt
-from gpudock_server.adapters.trees.layer_merge import stacked, write_merged
+from gpudock_server.adapters.trees.layer_merge import merge_layers, write_merged
 from gpudock_server.adapters.trees.layer_tar import BrokenTarError, read_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,7 +96,7 @@ def _remove(tree: Tree, paths: set[str]) -> None:
 def merged(layers: Sequence[IO[bytes]], base: Sequence[IO[bytes]] = ()) -> IO[bytes]:
     """One layer for `layers`, to lie on `base`."""
     out = io.BytesIO()
-    below = stacked([read_layer(layer) for layer in base])
+    below = merge_layers([read_layer(layer) for layer in base])
     write_merged(out, [(read_layer(layer), layer) for layer in layers], below, Interrupt())
     return out
 

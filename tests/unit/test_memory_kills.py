@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from gpudock_server.adapters.docker.memory_kills import judge
+from gpudock_server.adapters.docker.oom_kills import killed_by_oom
 
 SECOND = 1_000_000_000
 
@@ -36,9 +36,9 @@ OOM = event("oom", 9.95)
     ],
 )
 def test_only_an_end_that_follows_at_once_counts(events: list[dict[str, Any]], killed: bool | None) -> None:  # noqa: FBT001 - pytest gives it by name
-    assert judge(events, 10 * SECOND, SECOND) is killed
+    assert killed_by_oom(events, 10 * SECOND, SECOND) is killed
 
 
 def test_a_large_process_takes_longer_to_end() -> None:
     events = [START, event("oom", 7), DIE]
-    assert judge(events, 10 * SECOND, 5 * SECOND) is True
+    assert killed_by_oom(events, 10 * SECOND, 5 * SECOND) is True

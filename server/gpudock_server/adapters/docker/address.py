@@ -17,7 +17,7 @@ _TLS_FILES = ("ca.pem", "cert.pem", "key.pem")
 
 
 @dataclass(frozen=True, slots=True)
-class Address:
+class EngineAddress:
     """A unix socket (`path`) or a TCP endpoint (`host`, `port`); `tls` is set where the wire is encrypted."""
 
     path: str = ""
@@ -26,7 +26,7 @@ class Address:
     tls: ssl.SSLContext | None = None
 
     @classmethod
-    def parse(cls, url: str, tls_folder: Path | None) -> Address:
+    def parse(cls, url: str, tls_folder: Path | None) -> EngineAddress:
         """Read `unix:///PATH`, `tcp://HOST:PORT` or `https://HOST:PORT`.
 
         `tls_folder` holds ca.pem, cert.pem and key.pem, as `docker --tlsverify` wants them; it makes tcp:// encrypted.

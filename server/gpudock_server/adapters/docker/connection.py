@@ -12,24 +12,24 @@ from typing import Any, Final
 import aiodocker
 import aiohttp
 
-from gpudock_server.adapters.docker.address import Address
+from gpudock_server.adapters.docker.address import EngineAddress
 from gpudock_server.adapters.docker.failures import BAD_REQUEST, engine_errors
 from gpudock_server.errors import EngineRejected
 
 JsonAnswer = dict[str, Any]
 
 # The newest API version whose answers were read with care, and the oldest that knows DeviceRequests (Docker 19.03).
-_NEWEST: Final = (1, 47)
-_OLDEST: Final = (1, 40)
+_NEWEST_API_VERSION: Final = (1, 47)
+_OLDEST_API_VERSION: Final = (1, 40)
 
-_POOL: Final = 64
+_MAX_CALL_CONNECTIONS: Final = 64
 # A stream that says nothing for so long (seconds) is no proof that the engine lives: it is asked.
-_SILENCE: Final = 30.0
+_SILENCE_SECONDS: Final = 30.0
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*", re.ASCII)
 
 
-def segment(name: str) -> str:
+def path_segment(name: str) -> str:
     """`name` (an id or name that the engine knows things by) as one segment of a URL's path.
 
     What could lead out of the segment ('/', '..', '?', '%') is refused with EngineRejected, as the engine would if it
@@ -47,15 +47,15 @@ class Connection:
     `timeout` is in seconds, for a call that the engine answers at once.
     """
 
-    def __init__(self, address: Address, timeout: float) -> None:
+    def __init__(self, address: EngineAddress, timeout: float) -> None:
         self.address = address
         self.timeout = timeout
-        self.version = _OLDEST
-        self._connectors = (address.connector(_POOL), address.connector(0))
+        self.version = _OLDEST_API_VERSION
+        self._connectors = (address.connector(_MAX_CALL_CONNECTIONS), address.connector(0))
         # `url` is always given: aiodocker would otherwise let a docker context decide. And so is `api_version`: its
         # "auto" takes the engine's newest, which nobody has read.
         self._calls, self._streams = (
-            aiodocker.Docker(url=address.http_url, connector=connector, api_version=_text(self.version))
+            aiodocker.Docker(url=address.http_url, connector=connector, api_version=_format_version(self.version))
             for connector in self._connectors
         )
 
@@ -69,14 +69,15 @@ class Connection:
         """Agree on an API version; the engine's `version` answer. Raises EngineRejected where there is none."""
         answer: JsonAnswer = await self.call("tell its version", "GET", "version", versioned=False)
         with engine_errors("tell its version"):
-            newest = _parse(answer["ApiVersion"])
-            oldest = _parse(answer.get("MinAPIVersion") or "1.0")
-        if newest < _OLDEST or oldest > _NEWEST:
-            ours = f"{_text(_OLDEST)} to {_text(_NEWEST)}"
-            detail = f"it speaks API {_text(oldest)} to {_text(newest)}, gpudock {ours}: update the older of the two"
+            newest = _parse_version(answer["ApiVersion"])
+            oldest = _parse_version(answer.get("MinAPIVersion") or "1.0")
+        if newest < _OLDEST_API_VERSION or oldest > _NEWEST_API_VERSION:
+            ours = f"{_format_version(_OLDEST_API_VERSION)} to {_format_version(_NEWEST_API_VERSION)}"
+            theirs = f"{_format_version(oldest)} to {_format_version(newest)}"
+            detail = f"it speaks API {theirs}, gpudock {ours}: update the older of the two"
             raise EngineRejected(call="agree on an API version", status=BAD_REQUEST, detail=detail)
-        self.version = min(newest, _NEWEST)
-        self._calls.api_version = self._streams.api_version = _text(self.version)
+        self.version = min(newest, _NEWEST_API_VERSION)
+        self._calls.api_version = self._streams.api_version = _format_version(self.version)
         return answer
 
     async def call(
@@ -96,7 +97,7 @@ class Connection:
         """
         with engine_errors(what):
             async with asyncio.timeout(self.timeout if timeout is None else timeout):
-                response = await _ask(self._calls, method, path, params, body, versioned=versioned)
+                response = await _query(self._calls, method, path, params, body, versioned=versioned)
                 try:
                     payload = await response.read()
                 finally:
@@ -123,7 +124,7 @@ class Connection:
         """
         with engine_errors(what):
             async with asyncio.timeout(self.timeout if timeout is None else timeout):
-                response = await _ask(self._streams, method, path, params, None, headers=headers, content=content)
+                response = await _query(self._streams, method, path, params, None, headers=headers, content=content)
         try:
             yield response
         finally:
@@ -138,7 +139,7 @@ class Connection:
         rest = b""
         while True:
             with engine_errors(what):
-                silence = asyncio.timeout(_SILENCE)
+                silence = asyncio.timeout(_SILENCE_SECONDS)
                 try:
                     async with silence:
                         block = await response.content.readany()
@@ -161,7 +162,7 @@ class Connection:
         await self.call("answer a ping", "GET", "version", versioned=False)
 
 
-async def _ask(
+async def _query(
     client: aiodocker.Docker,
     method: str,
     path: str,
@@ -185,10 +186,10 @@ async def _ask(
     )
 
 
-def _parse(version: str) -> tuple[int, int]:
+def _parse_version(version: str) -> tuple[int, int]:
     major, _, minor = version.partition(".")
     return int(major), int(minor)
 
 
-def _text(version: tuple[int, int]) -> str:
+def _format_version(version: tuple[int, int]) -> str:
     return f"v{version[0]}.{version[1]}"

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from gpudock_server.adapters.docker import translate
-from gpudock_server.adapters.docker.address import Address
-from gpudock_server.adapters.docker.connection import Connection, JsonAnswer, segment
+from gpudock_server.adapters.docker.address import EngineAddress
+from gpudock_server.adapters.docker.connection import Connection, JsonAnswer, path_segment
 from gpudock_server.adapters.docker.events import events
 from gpudock_server.adapters.docker.exec_session import DockerExecSession
 from gpudock_server.adapters.docker.failures import BAD_REQUEST, CONFLICT, NOT_FOUND, engine_errors, start_failure
 from gpudock_server.adapters.docker.image_editor import ImageEditor
-from gpudock_server.adapters.docker.memory_kills import main_process_killed
+from gpudock_server.adapters.docker.oom_kills import main_process_oom_killed
 from gpudock_server.adapters.docker.pull import pull, split_reference
 from gpudock_server.errors import EngineRejected, ImageNotFound, VolumeExists
 from gpudock_server.model.engine import (
@@ -38,17 +38,17 @@ from gpudock_server.model.spec import RestartPolicy
 from gpudock_server.ports import Progress
 
 # A hundred starts at once take the engine as long as four at a time, but then each of them as long as all together.
-_STARTS_AT_ONCE: Final = 4
-_INSPECTS_AT_ONCE: Final = 8
+_MAX_CONCURRENT_STARTS: Final = 4
+_MAX_CONCURRENT_INSPECTS: Final = 8
 # What is being created when its caller is cancelled is waited for that long. An engine that takes longer leaves it to
 # reconcile.
-_CREATES_WITHIN: Final = 5.0
+_CREATE_GRACE_SECONDS: Final = 5.0
 # On cgroup v1 runc gives up freezing, and thaws, where processes of a busy host do not come to rest in time (its
 # libcontainer/cgroups/fs/freezer.go); a moment later they do. Seconds between the tries.
-_UNABLE_TO_FREEZE: Final = "unable to freeze"
-_FREEZES_AFTER: Final = (0.1, 0.3, 1.0)
+_FREEZE_FAILED: Final = "unable to freeze"
+_FREEZE_RETRY_SECONDS: Final = (0.1, 0.3, 1.0)
 # A commit writes the whole layer to the disk and says nothing meanwhile.
-_COMMIT_TIMEOUTS: Final = 30
+_COMMIT_TIMEOUT_FACTOR: Final = 30
 
 # What a reference may consist of. Anything else, and ".." between slashes, could reach another part of the API.
 _REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/-]*", re.ASCII)
@@ -63,13 +63,13 @@ class DockerEngine:
     """
 
     def __init__(
-        self, connection: Connection, scratch: Path | None = None, defaults: ContainerDefaults | None = None
+        self, connection: Connection, scratch_dir: Path | None = None, defaults: ContainerDefaults | None = None
     ) -> None:
         self._connection = connection
         self._defaults = defaults or ContainerDefaults()
-        self._images = ImageEditor(connection, scratch)
-        self._starts = asyncio.Semaphore(_STARTS_AT_ONCE)
-        self._inspects = asyncio.Semaphore(_INSPECTS_AT_ONCE)
+        self._images = ImageEditor(connection, scratch_dir)
+        self._starts = asyncio.Semaphore(_MAX_CONCURRENT_STARTS)
+        self._inspects = asyncio.Semaphore(_MAX_CONCURRENT_INSPECTS)
 
     @classmethod
     async def connect(
@@ -78,23 +78,23 @@ class DockerEngine:
         *,
         tls: Path | None = None,
         timeout: float = 60.0,
-        scratch: Path | None = None,
+        scratch_dir: Path | None = None,
         defaults: ContainerDefaults | None = None,
     ) -> Self:
         """Connect to `unix:///PATH` or `tcp://HOST:PORT` and agree on an API version.
 
-        `tls` is a folder with ca.pem, cert.pem and key.pem; `timeout` is in seconds; `scratch` is a folder with room
-        for image layers that are worked on (None: the system's); `defaults` is what containers are created with.
+        `tls` is a folder with ca.pem, cert.pem and key.pem; `timeout` is in seconds; `scratch_dir` is a folder with
+        room for image layers that are worked on (None: the system's); `defaults` is what containers are created with.
         Raises ValueError for an address or a certificate that cannot be used, EngineUnavailable, and EngineRejected
         where no API version fits.
         """
-        connection = Connection(Address.parse(url, tls), timeout)
+        connection = Connection(EngineAddress.parse(url, tls), timeout)
         try:
             await connection.negotiate()
         except BaseException:
             await connection.close()
             raise
-        return cls(connection, scratch, defaults)
+        return cls(connection, scratch_dir, defaults)
 
     async def close(self) -> None:
         """Close all connections; exec sessions keep theirs. May be called again."""
@@ -189,7 +189,7 @@ class DockerEngine:
         """One volume; None when the engine says that there is none."""
         call = "show a volume"
         try:
-            answer: JsonAnswer = await self._connection.call(call, "GET", f"volumes/{segment(name)}")
+            answer: JsonAnswer = await self._connection.call(call, "GET", f"volumes/{path_segment(name)}")
         except EngineRejected as rejection:
             if rejection.status == NOT_FOUND:
                 return None
@@ -199,20 +199,22 @@ class DockerEngine:
 
     async def remove_volume(self, name: str) -> None:
         """Remove a volume; one that is gone is no error, one in use is EngineRejected."""
-        await self._done("remove a volume", "DELETE", f"volumes/{segment(name)}", already=(NOT_FOUND,))
+        await self._call_idempotent(
+            "remove a volume", "DELETE", f"volumes/{path_segment(name)}", done_statuses=(NOT_FOUND,)
+        )
 
     async def create(self, blueprint: Blueprint) -> str:
         """Create a container, or find the one that the same operation has created; its id.
 
-        A caller that is cancelled waits for it for a while (see `_creation`). Raises ImageNotFound too: the image may
-        have been removed since it was looked up.
+        A caller that is cancelled waits for it for a while (see `_finish_creation`). Raises ImageNotFound too: the
+        image may have been removed since it was looked up.
         """
-        return await _creation(self._create(blueprint))
+        return await _finish_creation(self._create(blueprint))
 
     async def _create(self, blueprint: Blueprint) -> str:
         call = "create a container"
         request = translate.create_request(blueprint, self._defaults)
-        params = {"name": segment(blueprint.name)}
+        params = {"name": path_segment(blueprint.name)}
         try:
             answer: JsonAnswer = await self._connection.call(
                 call, "POST", "containers/create", params=params, body=request
@@ -220,13 +222,13 @@ class DockerEngine:
         except EngineRejected as rejection:
             if rejection.status == NOT_FOUND:
                 raise ImageNotFound(image=blueprint.spec.image) from rejection
-            if rejection.status == CONFLICT and (found := await self._made_before(blueprint)):
+            if rejection.status == CONFLICT and (found := await self._created_by_same_operation(blueprint)):
                 return found
             raise
         with engine_errors(call):
             return str(answer["Id"])
 
-    async def _made_before(self, blueprint: Blueprint) -> str | None:
+    async def _created_by_same_operation(self, blueprint: Blueprint) -> str | None:
         """The id of the container that has the blueprint's name, if the same operation made it."""
         found = await self.inspect(blueprint.name)
         operation = blueprint.labels.get(LABEL_OPERATION)
@@ -241,12 +243,12 @@ class DockerEngine:
             shown = translate.container(answer)
         if not shown.oom_killed:
             return shown
-        return replace(shown, oom_killed=await main_process_killed(self._connection, shown))
+        return replace(shown, oom_killed=await main_process_oom_killed(self._connection, shown))
 
     async def _inspect(self, engine_id: str) -> JsonAnswer | None:
         try:
             answer: JsonAnswer = await self._connection.call(
-                "show a container", "GET", f"containers/{segment(engine_id)}/json"
+                "show a container", "GET", f"containers/{path_segment(engine_id)}/json"
             )
         except EngineRejected as rejection:
             if rejection.status == NOT_FOUND:
@@ -266,7 +268,7 @@ class DockerEngine:
         answer: list[JsonAnswer] = await self._connection.call(call, "GET", "containers/json", params=params)
         with engine_errors(call):
             ids = [str(item["Id"]) for item in answer]
-        found = await asyncio.gather(*(self._inspect_in_turn(engine_id) for engine_id in ids))
+        found = await asyncio.gather(*(self._inspect_bounded(engine_id) for engine_id in ids))
         return tuple(one for one in found if one is not None)
 
     async def mounting(self, volume: str) -> tuple[EngineContainer, ...]:
@@ -276,11 +278,11 @@ class DockerEngine:
         answer: list[JsonAnswer] = await self._connection.call(call, "GET", "containers/json", params=params)
         with engine_errors(call):
             ids = [str(item["Id"]) for item in answer]
-        found = await asyncio.gather(*(self._inspect_in_turn(engine_id) for engine_id in ids))
+        found = await asyncio.gather(*(self._inspect_bounded(engine_id) for engine_id in ids))
         # The engine's filter also takes a target for a name.
         return tuple(one for one in found if one is not None and volume in one.volumes.values())
 
-    async def _inspect_in_turn(self, engine_id: str) -> EngineContainer | None:
+    async def _inspect_bounded(self, engine_id: str) -> EngineContainer | None:
         async with self._inspects:
             return await self.inspect(engine_id)
 
@@ -292,7 +294,7 @@ class DockerEngine:
         async with self._starts:
             try:
                 # 304, "already started", is no error status and comes back like success.
-                await self._connection.call("start a container", "POST", f"containers/{segment(engine_id)}/start")
+                await self._connection.call("start a container", "POST", f"containers/{path_segment(engine_id)}/start")
             except EngineRejected as rejection:
                 # Gone, paused, or being removed: a state that forbids it, and no failed start.
                 if rejection.status == CONFLICT or (container := await self._inspect(engine_id)) is None:
@@ -307,27 +309,27 @@ class DockerEngine:
         grace = translate.whole_seconds(timeout)
         # The engine's `stop` sends the stop signal first, also where it leaves the process no time for it.
         call, params = ("stop", {"t": str(grace)}) if grace else ("kill", {"signal": "SIGKILL"})
-        await self._done(
+        await self._call_idempotent(
             f"{call} a container",
             "POST",
-            f"containers/{segment(engine_id)}/{call}",
+            f"containers/{path_segment(engine_id)}/{call}",
             params=params,
             timeout=self._connection.timeout + grace,
             # One that does not run: of `stop` that is a success, of `kill` a conflict.
-            already=(NOT_FOUND,) if grace else (NOT_FOUND, CONFLICT),
+            done_statuses=(NOT_FOUND,) if grace else (NOT_FOUND, CONFLICT),
         )
 
     async def pause(self, engine_id: str) -> None:
         """Freeze every process; one that is frozen is no error."""
-        await self._until_state("pause", engine_id, EngineState.PAUSED)
+        await self._retry_until_state("pause", engine_id, EngineState.PAUSED)
 
     async def unpause(self, engine_id: str) -> None:
         """Thaw every process; one that runs is no error."""
-        await self._until_state("unpause", engine_id, EngineState.RUNNING)
+        await self._retry_until_state("unpause", engine_id, EngineState.RUNNING)
 
-    async def _until_state(self, verb: str, engine_id: str, wanted: EngineState) -> None:
-        call, path = f"{verb} a container", f"containers/{segment(engine_id)}/{verb}"
-        for later in (*_FREEZES_AFTER, None):
+    async def _retry_until_state(self, verb: str, engine_id: str, wanted: EngineState) -> None:
+        call, path = f"{verb} a container", f"containers/{path_segment(engine_id)}/{verb}"
+        for later in (*_FREEZE_RETRY_SECONDS, None):
             try:
                 await self._connection.call(call, "POST", path)
             except EngineRejected as rejection:
@@ -335,7 +337,7 @@ class DockerEngine:
                 found = await self.inspect(engine_id)
                 if found is not None and found.state is wanted:
                     return
-                if later is None or _UNABLE_TO_FREEZE not in rejection.detail:
+                if later is None or _FREEZE_FAILED not in rejection.detail:
                     raise
                 await asyncio.sleep(later)
             else:
@@ -370,13 +372,13 @@ class DockerEngine:
         if restart_policy is not None:
             changes |= translate.policy_changes(container["HostConfig"], restart_policy)
         if changes:
-            await self._connection.call(call, "POST", f"containers/{segment(engine_id)}/update", body=changes)
+            await self._connection.call(call, "POST", f"containers/{path_segment(engine_id)}/update", body=changes)
 
     async def rename(self, engine_id: str, name: str) -> None:
         """Give it another name; one that has it already is no error, and one that another has is EngineRejected."""
-        path = f"containers/{segment(engine_id)}/rename"
+        path = f"containers/{path_segment(engine_id)}/rename"
         try:
-            await self._connection.call("rename a container", "POST", path, params={"name": segment(name)})
+            await self._connection.call("rename a container", "POST", path, params={"name": path_segment(name)})
         except EngineRejected:
             found = await self.inspect(engine_id)
             if found is None or found.name != name:
@@ -388,15 +390,15 @@ class DockerEngine:
         One that was never started has the exit code 0; one with a restart policy counts as stopped at every exit.
         """
         call = "wait for a container"
-        path = f"containers/{segment(engine_id)}/wait"
+        path = f"containers/{path_segment(engine_id)}/wait"
         async with self._connection.stream(call, "POST", path, params={"condition": "not-running"}) as response:
             with engine_errors(call):
-                patience = asyncio.timeout(max(seconds, 0.0))
+                timeout = asyncio.timeout(max(seconds, 0.0))
                 try:
-                    async with patience:
+                    async with timeout:
                         payload = await response.read()
                 except TimeoutError:
-                    if patience.expired():
+                    if timeout.expired():
                         return None
                     raise
                 # An engine that shuts down ends the answer without a word.
@@ -408,10 +410,10 @@ class DockerEngine:
         `own_volumes`: the engine removes the anonymous volumes that it made with it; those that it was given by their
         names stay, also if they were made with another container.
         """
-        path, call = f"containers/{segment(engine_id)}", "remove a container"
+        path, call = f"containers/{path_segment(engine_id)}", "remove a container"
         try:
             params = {"force": "1", "v": "1" if own_volumes else "0"}
-            await self._done(call, "DELETE", path, params=params, already=(NOT_FOUND,))
+            await self._call_idempotent(call, "DELETE", path, params=params, done_statuses=(NOT_FOUND,))
         except EngineRejected as rejection:
             # Somebody else is removing it. Wait for that; if it failed, the refusal stands.
             if rejection.status != CONFLICT or not await self._removed(path):
@@ -445,7 +447,7 @@ class DockerEngine:
         """
         call = "commit a container"
         name, tag = split_reference(reference)
-        params = {"container": segment(engine_id), "repo": name, "tag": tag, "pause": "0"}
+        params = {"container": path_segment(engine_id), "repo": name, "tag": tag, "pause": "0"}
         # Empty changes are a file without instructions, which is refused.
         said = {"author": author, "comment": comment, "changes": "\n".join(changes)}
         params |= {key: value for key, value in said.items() if value}
@@ -459,7 +461,7 @@ class DockerEngine:
             "commit",
             params=params,
             body=translate.commit_request(shown.get("Config") or {}, labels),
-            timeout=self._connection.timeout * _COMMIT_TIMEOUTS,
+            timeout=self._connection.timeout * _COMMIT_TIMEOUT_FACTOR,
         )
         with engine_errors(call):
             return str(answer["Id"])
@@ -467,9 +469,9 @@ class DockerEngine:
     async def create_shadow(self, of: str, name: str, labels: Mapping[str, str]) -> str:
         """Create a container like `of` that holds files and never runs, or find the one that was made; its id.
 
-        A caller that is cancelled waits for it for a while (see `_creation`).
+        A caller that is cancelled waits for it for a while (see `_finish_creation`).
         """
-        return await _creation(self._create_shadow(of, name, labels))
+        return await _finish_creation(self._create_shadow(of, name, labels))
 
     async def _create_shadow(self, of: str, name: str, labels: Mapping[str, str]) -> str:
         call = "create a container"
@@ -481,7 +483,7 @@ class DockerEngine:
                 call,
                 "POST",
                 "containers/create",
-                params={"name": segment(name)},
+                params={"name": path_segment(name)},
                 body=translate.shadow_request(shown, labels),
             )
         except EngineRejected as rejection:
@@ -527,7 +529,9 @@ class DockerEngine:
         if not _is_reference(reference):
             return
         path = f"images/{reference}"
-        await self._done("remove an image", "DELETE", path, params={"noprune": "1"}, already=(NOT_FOUND, CONFLICT))
+        await self._call_idempotent(
+            "remove an image", "DELETE", path, params={"noprune": "1"}, done_statuses=(NOT_FOUND, CONFLICT)
+        )
 
     def events(self, since_nanos: int) -> AsyncIterator[EngineEvent]:
         """Events of our containers, those at `since_nanos` included (0: from now on); ends by EngineUnavailable."""
@@ -539,23 +543,23 @@ class DockerEngine:
         A command that cannot be started is no error here: the engine says why on its standard output, and its exit
         code is 126 or 127.
         """
-        return await DockerExecSession.start(self._connection, segment(engine_id), request)
+        return await DockerExecSession.start(self._connection, path_segment(engine_id), request)
 
-    async def _done(
+    async def _call_idempotent(
         self,
         call: str,
         method: str,
         path: str,
         *,
-        already: tuple[int, ...],
+        done_statuses: tuple[int, ...],
         params: Mapping[str, str] | None = None,
         timeout: float | None = None,
     ) -> None:
-        """A call for which the statuses in `already` mean that there is nothing left to do."""
+        """A call for which the statuses in `done_statuses` mean that there is nothing left to do."""
         try:
             await self._connection.call(call, method, path, params=params, timeout=timeout)
         except EngineRejected as rejection:
-            if rejection.status not in already:
+            if rejection.status not in done_statuses:
                 raise
 
 
@@ -563,7 +567,7 @@ def _is_reference(text: str) -> bool:
     return _REFERENCE.fullmatch(text) is not None and not any(part in ("", ".", "..") for part in text.split("/"))
 
 
-async def _creation(work: Coroutine[Any, Any, str]) -> str:
+async def _finish_creation(work: Coroutine[Any, Any, str]) -> str:
     """The id of a container that is being created.
 
     The engine goes on with it when the caller is gone. So a caller that is cancelled waits for the end for a while, and
@@ -573,7 +577,7 @@ async def _creation(work: Coroutine[Any, Any, str]) -> str:
     try:
         return await asyncio.shield(creating)
     except asyncio.CancelledError:
-        await asyncio.wait((creating,), timeout=_CREATES_WITHIN)
+        await asyncio.wait((creating,), timeout=_CREATE_GRACE_SECONDS)
         creating.cancel()
         # Whatever came of it, nobody asks for it any more.
         await asyncio.gather(creating, return_exceptions=True)

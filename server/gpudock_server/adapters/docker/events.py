@@ -26,12 +26,12 @@ async def events(connection: Connection, since_nanos: int) -> AsyncIterator[Engi
         params["since"] = f"{since_nanos // _NANO}.{since_nanos % _NANO:09}"
     async with connection.stream(_CALL, "GET", "events", params=params) as response:
         async for document in connection.documents(_CALL, response):
-            if (event := translate(document)) is not None:
+            if (event := engine_event(document)) is not None:
                 yield event
     raise EngineUnavailable(call=_CALL, detail="the stream of events ended")
 
 
-def translate(document: Mapping[str, Any]) -> EngineEvent | None:
+def engine_event(document: Mapping[str, Any]) -> EngineEvent | None:
     """One event, or None where it is of a kind that changes nothing for us."""
     # "health_status: healthy" and its like: the kind stands before the colon.
     kind = _KINDS.get(str(document.get("Action", "")).partition(":")[0])

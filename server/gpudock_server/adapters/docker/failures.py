@@ -18,20 +18,20 @@ CONFLICT = 409
 BAD_REQUEST = 400
 
 # What aiodocker itself puts in place of an HTTP status when it could not connect.
-_NO_CONNECTION = 900
+_CONNECT_FAILED_STATUS = 900
 # What a proxy answers when the engine behind it is gone.
-_GATEWAY = frozenset({502, 504})
+_GATEWAY_STATUSES = frozenset({502, 504})
 # What an engine answers, with status 500, when its own containerd does not: nobody knows what was done.
-_ENGINE_IS_DEAD = re.compile(
+_CONTAINERD_UNAVAILABLE = re.compile(
     r"containerd\.sock|transport is closing|error reading from server|connection error: desc|"
     r"code = Unavailable|: unavailable$|ttrpc: closed|context canceled"
 )
 
-_PORT_TAKEN = re.compile(r"port is already allocated|address already in use")
+_PORT_IN_USE = re.compile(r"port is already allocated|address already in use")
 # An address and a port as messages write them: after 0.0.0.0, [::] or a bare :: comes the colon.
 _ADDRESS = re.compile(r"(?:\d{1,3}(?:\.\d{1,3}){3}|\[[0-9a-fA-F:]*\]|::):(?P<port>\d{1,5})(?!\d)")
 _TRANSPORT = re.compile(r"\b(?P<protocol>tcp|udp)[46]?\b")
-_STRANGER = "a process outside gpudock"
+_FOREIGN_HOLDER = "a process outside gpudock"
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def engine_errors(call: str) -> Iterator[None]:
     try:
         yield
     except DockerError as error:
-        raise _from_answer(call, error) from error
+        raise _engine_error(call, error) from error
     except TimeoutError as error:
         raise EngineUnavailable(call=call, detail=str(error) or "no answer in time") from error
     except (aiohttp.ClientError, OSError) as error:
@@ -53,11 +53,15 @@ def engine_errors(call: str) -> Iterator[None]:
         raise EngineUnavailable(call=call, detail=f"an answer that makes no sense: {error!r}") from error
 
 
-def _from_answer(call: str, error: DockerError) -> GpudockError:
+def _engine_error(call: str, error: DockerError) -> GpudockError:
     # Of a failed connection aiodocker's own message names only the URL, which on a unix socket is made up.
-    told = error.__context__ if error.status == _NO_CONNECTION else None
+    told = error.__context__ if error.status == _CONNECT_FAILED_STATUS else None
     detail = str(told or error.message).strip()
-    if error.status == _NO_CONNECTION or error.status in _GATEWAY or _ENGINE_IS_DEAD.search(detail):
+    if (
+        error.status == _CONNECT_FAILED_STATUS
+        or error.status in _GATEWAY_STATUSES
+        or _CONTAINERD_UNAVAILABLE.search(detail)
+    ):
         return EngineUnavailable(call=call, detail=detail)
     return EngineRejected(call=call, status=error.status, detail=detail)
 
@@ -68,10 +72,10 @@ def start_failure(rejection: EngineRejected, container: Mapping[str, Any]) -> Gp
     `container` is its inspect JSON, empty when it could not be read.
     """
     message = rejection.detail
-    if _PORT_TAKEN.search(message):
+    if _PORT_IN_USE.search(message):
         address = _ADDRESS.search(message)
         port = int(address["port"]) if address else 0
-        return PortInUse(host_port=port, protocol=_protocol(message, port, container), holder=_STRANGER)
+        return PortInUse(host_port=port, protocol=_protocol(message, port, container), holder=_FOREIGN_HOLDER)
     labels = (container.get("Config") or {}).get("Labels") or {}
     name = labels.get(LABEL_NAME) or container.get("Name", "").lstrip("/") or container.get("Id", "")
     return StartFailed(container=name, detail=message)

@@ -14,25 +14,25 @@ from aiodocker import DockerError
 
 from gpudock_server.adapters.docker.connection import Connection
 from gpudock_server.adapters.docker.failures import engine_errors
-from gpudock_server.adapters.docker.wire import Wire, open_wire
+from gpudock_server.adapters.docker.raw_stream import RawStream, open_raw_stream
 
-_UPGRADED: Final = (101, 200)  # 200: an engine that does not heed the Upgrade header, and hijacks all the same
-_LONGEST_HEAD: Final = 64 * 1024
+_UPGRADE_STATUSES: Final = (101, 200)  # 200: an engine that does not heed the Upgrade header, and hijacks all the same
+_MAX_HEAD_BYTES: Final = 64 * 1024
 _END_OF_HEAD: Final = b"\r\n\r\n"
 
 
-async def hijack(connection: Connection, call: str, path: str, body: object) -> Wire:
+async def hijack(connection: Connection, call: str, path: str, body: object) -> RawStream:
     """POST `body` to `path`; the wire that comes of it. Raises EngineUnavailable, EngineRejected."""
     with engine_errors(call):
         async with asyncio.timeout(connection.timeout):
-            wire = await open_wire(connection.address)
+            stream = await open_raw_stream(connection.address)
             try:
-                await wire.send(_request(connection, path, body))
-                await _upgraded(wire)
+                await stream.send(_request(connection, path, body))
+                await _await_upgrade(stream)
             except BaseException:
-                wire.close()
+                stream.close()
                 raise
-            return wire
+            return stream
 
 
 def _request(connection: Connection, path: str, body: object) -> bytes:
@@ -49,37 +49,37 @@ def _request(connection: Connection, path: str, body: object) -> bytes:
     return head.encode() + payload
 
 
-async def _upgraded(wire: Wire) -> None:
+async def _await_upgrade(stream: RawStream) -> None:
     """Return when the engine has said yes, its answer's head taken off the wire; raises DockerError for a no."""
-    head = await _take_head(wire)
+    head = await _read_head(stream)
     # "HTTP/1.1 101 UPGRADED"
     status = int(head.split(maxsplit=2)[1])
-    if status not in _UPGRADED:
-        raise DockerError(status, _message(await _take_body(wire, head)))
+    if status not in _UPGRADE_STATUSES:
+        raise DockerError(status, _message(await _read_body(stream, head)))
 
 
-async def _take_head(wire: Wire) -> bytes:
+async def _read_head(stream: RawStream) -> bytes:
     while True:
-        block = await wire.wait()
+        block = await stream.wait()
         if not block:
             raise ConnectionResetError("the engine hung up")
-        head, end, _ = bytes(block[:_LONGEST_HEAD]).partition(_END_OF_HEAD)
+        head, end, _ = bytes(block[:_MAX_HEAD_BYTES]).partition(_END_OF_HEAD)
         if end:
-            wire.taken(len(head) + len(end))
+            stream.consume(len(head) + len(end))
             return head
-        if len(block) > _LONGEST_HEAD:
+        if len(block) > _MAX_HEAD_BYTES:
             raise ValueError("a head without an end")
-        wire.taken(0)
+        stream.consume(0)
 
 
-async def _take_body(wire: Wire, head: bytes) -> bytes:
+async def _read_body(stream: RawStream, head: bytes) -> bytes:
     """The body of a refusal: one short JSON document, whose length the engine always tells."""
     fields = dict(line.lower().split(b":", 1) for line in head.split(b"\r\n")[1:])
-    length = min(int(fields.get(b"content-length", b"0")), _LONGEST_HEAD)
+    length = min(int(fields.get(b"content-length", b"0")), _MAX_HEAD_BYTES)
     body = b""
-    while len(body) < length and (block := await wire.wait()):
+    while len(body) < length and (block := await stream.wait()):
         body += block
-        wire.taken(len(block))
+        stream.consume(len(block))
     return body
 
 

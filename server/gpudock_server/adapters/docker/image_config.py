@@ -16,7 +16,7 @@ from gpudock_server.model.engine import RESERVED_LABEL_PREFIX
 from gpudock_server.model.record import now
 
 # What of a container's config says how to run its image. The rest is that one container's: its host name, its streams.
-_OF_IMAGES: Final = (
+_IMAGE_CONFIG_KEYS: Final = (
     "User", "ExposedPorts", "Env", "Cmd", "Healthcheck", "ArgsEscaped", "Volumes", "WorkingDir", "Entrypoint",
     "OnBuild", "Labels", "StopSignal", "StopTimeout", "Shell",
 )  # fmt: skip
@@ -65,7 +65,7 @@ def history_of(shown: Sequence[Mapping[str, Any]], layers: int) -> list[Json]:
     return history
 
 
-def merged_line(count: int) -> Json:
+def merged_history_entry(count: int) -> Json:
     """The line of a history that stands for `count` layers made one."""
     return {"created": now().isoformat(), "created_by": "gpudockd", "comment": f"{count} layers made one"}
 
@@ -75,7 +75,7 @@ def without_identity(run: Mapping[str, Any], base: Mapping[str, Any]) -> Json:
 
     What gpudockd set for NVIDIA's toolkit is taken back to what the image said, or away.
     """
-    cleaned = {key: run[key] for key in _OF_IMAGES if key in run}
+    cleaned = {key: run[key] for key in _IMAGE_CONFIG_KEYS if key in run}
     cleaned["Env"] = restored_environment(run.get("Env") or (), base.get("Env") or ())
     labels = run.get("Labels") or {}
     cleaned["Labels"] = {key: value for key, value in labels.items() if not key.startswith(RESERVED_LABEL_PREFIX)}

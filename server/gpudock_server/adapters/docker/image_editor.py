@@ -28,7 +28,7 @@ import aiohttp
 
 from gpudock_server.adapters.docker.connection import Connection, JsonAnswer
 from gpudock_server.adapters.docker.failures import engine_errors
-from gpudock_server.adapters.docker.image_config import history_of, image_config, merged_line, without_identity
+from gpudock_server.adapters.docker.image_config import history_of, image_config, merged_history_entry, without_identity
 from gpudock_server.adapters.layers.threads import Interrupt, Interrupted, run_to_end
 from gpudock_server.adapters.trees.jobs import JobRefusedError
 from gpudock_server.adapters.trees.layer_tar import BLOCK, END, BrokenTarError, header
@@ -40,23 +40,23 @@ from gpudock_server.errors import DiskFull, EngineRejected, LayerCarryFailed
 _CHUNK: Final = 1 << 20
 _GZIP: Final = b"\x1f\x8b"
 _METHOD: Final = "SQUASH"
-_REFUSED: Final = 500
+_LOAD_REFUSED_STATUS: Final = 500
 # A save or a load goes through all of an image before it says a word.
-_TIMEOUTS: Final = 30
+_TIMEOUT_FACTOR: Final = 30
 # How long a thread waits for the event loop before it looks whether it is to end.
 _TURN_SECONDS: Final = 1.0
 
 
 class ImageEditor:
-    """Makes images out of images of one engine. `scratch` is a folder for layers on their way; None is the system's."""
+    """Makes images from an engine's images. `scratch_dir` is the folder of its temporary files; None: the system's."""
 
-    def __init__(self, connection: Connection, scratch: Path | None) -> None:
+    def __init__(self, connection: Connection, scratch_dir: Path | None) -> None:
         self._connection = connection
-        self._scratch = str(scratch) if scratch else tempfile.gettempdir()
+        self._scratch = str(scratch_dir) if scratch_dir else tempfile.gettempdir()
 
     async def with_config_of(self, image_id: str, other_id: str, reference: str) -> str:
         """See ports.Engine."""
-        shown, other = await self._shown(image_id), await self._shown(other_id)
+        shown, other = await self._inspect_image(image_id), await self._inspect_image(other_id)
         layers: list[str] = shown["RootFS"]["Layers"]
         history = await self._history(image_id, len(layers))
         config = image_config(other, other.get("Config") or {}, layers, history)
@@ -64,7 +64,7 @@ class ImageEditor:
 
     async def without_identity(self, image_id: str, base_id: str, reference: str) -> str:
         """See ports.Engine."""
-        shown, base = await self._shown(image_id), await self._shown(base_id)
+        shown, base = await self._inspect_image(image_id), await self._inspect_image(base_id)
         layers: list[str] = shown["RootFS"]["Layers"]
         history = await self._history(image_id, len(layers))
         run = without_identity(shown.get("Config") or {}, base.get("Config") or {})
@@ -72,32 +72,32 @@ class ImageEditor:
 
     async def flatten(self, image_id: str, base_layers: int, reference: str, *, config_of: str, onto: str) -> str:
         """See ports.Engine."""
-        shown, other = await self._shown(image_id), await self._shown(config_of)
+        shown, other = await self._inspect_image(image_id), await self._inspect_image(config_of)
         layers: list[str] = shown["RootFS"]["Layers"]
         if not 0 < base_layers < len(layers):
             detail = f"image {image_id} has {len(layers)} layers, and {base_layers} of them cannot be its base"
             raise LayerCarryFailed(method=_METHOD, detail=detail)
         upper = layers[base_layers:]
-        below: list[str] = (await self._shown(onto))["RootFS"]["Layers"] if onto else layers[:base_layers]
+        below: list[str] = (await self._inspect_image(onto))["RootFS"]["Layers"] if onto else layers[:base_layers]
         async with AsyncExitStack() as stack:
             # The layers are a tenant's: how much memory their paths take, nobody knows before they are read.
             worker = TreeWorker(Limits().memory_bytes)
             stack.push_async_callback(worker.close)
-            fetched = _Fetched(frozenset(upper), frozenset(below), self._scratch, stack)
+            fetched = _FetchedLayers(frozenset(upper), frozenset(below), self._scratch, stack)
             await self._fetch(image_id, fetched, worker, upper)
             if onto:
-                await self._fetch(onto, _Fetched(frozenset(), frozenset(below), self._scratch, stack), worker)
-            merged = stack.enter_context(_temporary(self._scratch))
+                await self._fetch(onto, _FetchedLayers(frozenset(), frozenset(below), self._scratch, stack), worker)
+            merged = stack.enter_context(_temporary_file(self._scratch))
             files = [[digest, _seen_by_others(fetched.files[digest])] for digest in upper]
             with _local_errors(self._scratch):
                 made = await worker.call("merge_layers", upper=files, below=below, target=_seen_by_others(merged))
             digest = str(made["digest"])
             source = (onto, len(below)) if onto else (image_id, len(layers))
-            history = [*_lowest(await self._history(*source), len(below)), merged_line(len(upper))]
+            history = [*_history_of_lowest(await self._history(*source), len(below)), merged_history_entry(len(upper))]
             config = image_config(other, other.get("Config") or {}, [*below, digest], history)
             return await self._load(config, reference, merged)
 
-    async def _shown(self, image_id: str) -> JsonAnswer:
+    async def _inspect_image(self, image_id: str) -> JsonAnswer:
         answer: JsonAnswer = await self._connection.call("show an image", "GET", f"images/{image_id}/json")
         with engine_errors("show an image"):
             if not answer["RootFS"]["Layers"]:
@@ -106,31 +106,33 @@ class ImageEditor:
 
     async def _history(self, image_id: str, layers: int) -> list[JsonAnswer]:
         """The lines of an image's config about its history, the oldest first."""
-        return history_of(await self._shown_history(image_id), layers)
+        return history_of(await self._inspect_history(image_id), layers)
 
-    async def _shown_history(self, image_id: str) -> list[JsonAnswer]:
+    async def _inspect_history(self, image_id: str) -> list[JsonAnswer]:
         call = "show an image's history"
         answer: list[JsonAnswer] = await self._connection.call(call, "GET", f"images/{image_id}/history")
         return answer
 
     # -- out of the engine -------------------------------------------------------------------------------------------
 
-    async def _fetch(self, image_id: str, fetched: _Fetched, worker: TreeWorker, kept: Sequence[str] = ()) -> None:
+    async def _fetch(
+        self, image_id: str, fetched: _FetchedLayers, worker: TreeWorker, kept: Sequence[str] = ()
+    ) -> None:
         """Save an image, keeping the layers that are wanted; `worker` indexes them, and those only to be known."""
         call = "save an image"
-        await self._check_room(image_id, len(kept))
-        patience = self._connection.timeout * _TIMEOUTS
-        async with self._connection.stream(call, "GET", f"images/{image_id}/get", timeout=patience) as response:
-            incoming = _Incoming(response, asyncio.get_running_loop(), patience)
-            index = _Indexer(worker, asyncio.get_running_loop(), incoming.interrupt)
+        await self._require_disk_space(image_id, len(kept))
+        timeout = self._connection.timeout * _TIMEOUT_FACTOR
+        async with self._connection.stream(call, "GET", f"images/{image_id}/get", timeout=timeout) as response:
+            reader = _ResponseReader(response, asyncio.get_running_loop(), timeout)
+            index = _Indexer(worker, asyncio.get_running_loop(), reader.interrupt)
             with engine_errors(call), _local_errors(self._scratch):
-                await run_to_end(_unpack, incoming, fetched, index, incoming.interrupt)
+                await run_to_end(_unpack, reader, fetched, index, reader.interrupt)
         if missing := fetched.missing:
             raise LayerCarryFailed(method=_METHOD, detail=f"the engine's tar of {image_id} lacks layer {missing}")
 
-    async def _check_room(self, image_id: str, kept: int) -> None:
+    async def _require_disk_space(self, image_id: str, kept: int) -> None:
         """What is kept lies here twice, as it came and as one; every other layer once, for a moment."""
-        shown = await self._shown_history(image_id)
+        shown = await self._inspect_history(image_id)
         sizes = [size for line in shown if (size := int(line.get("Size") or 0))]
         upper = sum(sizes[:kept])
         needed = 2 * upper + max(sizes, default=0)
@@ -150,24 +152,24 @@ class ImageEditor:
             params={"quiet": "1"},
             headers={"Content-Type": "application/x-tar"},
             content=_archive(config, reference, layer),
-            timeout=self._connection.timeout * _TIMEOUTS,
+            timeout=self._connection.timeout * _TIMEOUT_FACTOR,
         ) as response:
             async for document in self._connection.documents(call, response):
                 if "error" in document or "errorDetail" in document:
                     detail = (document.get("errorDetail") or {}).get("message") or document.get("error")
-                    raise EngineRejected(call=call, status=_REFUSED, detail=str(detail))
+                    raise EngineRejected(call=call, status=_LOAD_REFUSED_STATUS, detail=str(detail))
         answer: JsonAnswer = await self._connection.call("show an image", "GET", f"images/{reference}/json")
         with engine_errors(call):
             return str(answer["Id"])
 
 
 @dataclass
-class _Fetched:
+class _FetchedLayers:
     """Layers by their digest: those to be `kept` as files, and those that are only to be `known`."""
 
     kept: frozenset[str]
     known: frozenset[str]
-    scratch: str
+    scratch_dir: str
     stack: AsyncExitStack
     files: dict[str, IO[bytes]] = field(default_factory=dict)
 
@@ -178,7 +180,7 @@ class _Fetched:
 
     def take(self, content: IO[bytes], index: Callable[[str, IO[bytes]], None]) -> None:
         """Take one file of a saved image; `index` is called with its digest and content if it is a layer."""
-        file = _temporary(self.scratch)
+        file = _temporary_file(self.scratch_dir)
         try:
             digest = _spool(content, file)
             if digest in self.kept | self.known:
@@ -192,7 +194,7 @@ class _Fetched:
         file.close()
 
 
-def _temporary(folder: str) -> IO[bytes]:
+def _temporary_file(folder: str) -> IO[bytes]:
     """A file without a name, which a daemon that is killed does not leave behind."""
     return tempfile.TemporaryFile(dir=folder)
 
@@ -215,7 +217,7 @@ class _Indexer:
         """Wait for it. Raises Interrupted, and what `TreeWorker.call` raises."""
         job = self._worker.call("index_layer", digest=digest, path=_seen_by_others(file))
         running = asyncio.run_coroutine_threadsafe(job, self._loop)
-        # In short turns, as for _Incoming.
+        # In short turns, as for _ResponseReader.
         while not concurrent.futures.wait([running], timeout=_TURN_SECONDS).done:
             try:
                 self._interrupt.check()
@@ -225,13 +227,13 @@ class _Indexer:
         running.result()
 
 
-class _Incoming(io.RawIOBase):
+class _ResponseReader(io.RawIOBase):
     """A response's body as a file, for a thread to read; the loop that it is received by must go on meanwhile."""
 
-    def __init__(self, response: aiohttp.ClientResponse, loop: asyncio.AbstractEventLoop, patience: float) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, loop: asyncio.AbstractEventLoop, timeout: float) -> None:
         self._response = response
         self._loop = loop
-        self._patience = patience
+        self._timeout = timeout
         self._rest = b""
         self.interrupt = Interrupt()
 
@@ -247,7 +249,7 @@ class _Incoming(io.RawIOBase):
         return piece
 
     async def _more(self) -> bytes:
-        deadline = self._loop.time() + self._patience
+        deadline = self._loop.time() + self._timeout
         while True:
             # In short turns: whoever waits for this thread has told it so by the interrupt alone.
             self.interrupt.check()
@@ -259,10 +261,10 @@ class _Incoming(io.RawIOBase):
                     raise
 
 
-def _unpack(incoming: _Incoming, fetched: _Fetched, index: _Indexer, interrupt: Interrupt) -> None:
+def _unpack(reader: _ResponseReader, fetched: _FetchedLayers, index: _Indexer, interrupt: Interrupt) -> None:
     """Go through a saved image. Raises BrokenTarError, and what reading raises."""
     try:
-        with tarfile.open(fileobj=cast("IO[bytes]", incoming), mode="r|", bufsize=_CHUNK) as saved:
+        with tarfile.open(fileobj=cast("IO[bytes]", reader), mode="r|", bufsize=_CHUNK) as saved:
             while (member := saved.next()) is not None:
                 interrupt.check()
                 content = saved.extractfile(member) if member.isreg() else None
@@ -309,7 +311,7 @@ class _Prefixed(io.RawIOBase):
         return self._rest.read(size)
 
 
-def _lowest(history: Sequence[JsonAnswer], layers: int) -> list[JsonAnswer]:
+def _history_of_lowest(history: Sequence[JsonAnswer], layers: int) -> list[JsonAnswer]:
     """The lines of a history that are about the lowest `layers` layers."""
     kept: list[JsonAnswer] = []
     for line in history:

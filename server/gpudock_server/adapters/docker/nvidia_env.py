@@ -20,7 +20,7 @@ NO_DEVICES: Final = "void"
 # Switch -> the value that asks for nothing. The first four count only when they are `enabled`. The others are lists of
 # devices: empty is none to every version of the toolkit, while an unset NVIDIA_IMEX_CHANNELS is "all" for an old CUDA
 # image (CUDA_VERSION without NVIDIA_REQUIRE_CUDA), and some versions pass `void` on as the name of a channel.
-_OFF: Final = MappingProxyType(
+_DISABLED_VALUES: Final = MappingProxyType(
     {
         NvidiaSwitch.GDS: "disabled",
         NvidiaSwitch.MOFED: "disabled",
@@ -33,15 +33,15 @@ _OFF: Final = MappingProxyType(
 )
 
 
-def forced_environment(gpu_uuids: Sequence[str], allowed: Collection[NvidiaSwitch]) -> dict[str, str]:
+def enforced_environment(gpu_uuids: Sequence[str], allowed: Collection[NvidiaSwitch]) -> dict[str, str]:
     """The variables that gpudock sets in every container: its cards, and each switch that is not `allowed`, off."""
-    switches = {switch.value: value for switch, value in _OFF.items() if switch not in allowed}
+    switches = {switch.value: value for switch, value in _DISABLED_VALUES.items() if switch not in allowed}
     return {**switches, VISIBLE_DEVICES: ",".join(gpu_uuids) or NO_DEVICES}
 
 
 def restored_environment(environment: Sequence[str], image_environment: Sequence[str]) -> list[str]:
     """A committed container's environment with the forced values replaced by what its image says, or removed."""
-    forced = {f"{name}={value}" for name, value in forced_environment((), ()).items()}
+    forced = {f"{name}={value}" for name, value in enforced_environment((), ()).items()}
     names = {line.partition("=")[0] for line in environment if line in forced}
     of_image = [line for line in image_environment if line.partition("=")[0] in names]
     return [line for line in environment if line not in forced] + of_image

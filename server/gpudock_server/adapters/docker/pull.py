@@ -13,12 +13,12 @@ from gpudock_server.model.engine import RegistryAuth
 from gpudock_server.ports import Progress
 
 # The engine answers when the registry has: names to look up, redirects, a token to fetch.
-_REGISTRY_TIMEOUTS: Final = 4
+_REGISTRY_TIMEOUT_FACTOR: Final = 4
 
-_FETCHING = "Downloading"
+_DOWNLOADING_STATUS = "Downloading"
 # The engine counts down to its next try of a layer, or tells that a layer has to wait for others.
-_WAITING = ("Retrying", "Waiting")
-_FETCHED = frozenset({"Verifying Checksum", "Download complete", "Extracting", "Pull complete"})
+_WAITING_STATUSES = ("Retrying", "Waiting")
+_DOWNLOADED_STATUSES = frozenset({"Verifying Checksum", "Download complete", "Extracting", "Pull complete"})
 
 
 async def pull(connection: Connection, reference: str, auth: RegistryAuth | None, progress: Progress) -> None:
@@ -30,10 +30,10 @@ async def pull(connection: Connection, reference: str, auth: RegistryAuth | None
     call = "pull an image"
     name, tag = split_reference(reference)
     headers = {"X-Registry-Auth": auth_header(auth)} if auth else None
-    layers, answered, patience = LayerBytes(), False, connection.timeout * _REGISTRY_TIMEOUTS
+    layers, answered, timeout = PullProgress(), False, connection.timeout * _REGISTRY_TIMEOUT_FACTOR
     try:
         async with connection.stream(
-            call, "POST", "images/create", params={"fromImage": name, "tag": tag}, headers=headers, timeout=patience
+            call, "POST", "images/create", params={"fromImage": name, "tag": tag}, headers=headers, timeout=timeout
         ) as response:
             answered = True
             async for document in connection.documents(call, response):
@@ -49,7 +49,7 @@ async def pull(connection: Connection, reference: str, auth: RegistryAuth | None
             raise
         # The engine answers when the registry has. Raises EngineUnavailable where it is the engine that is away.
         await connection.ping()
-        raise ImagePullFailed(image=reference, detail=f"the registry did not answer within {patience:g} s") from error
+        raise ImagePullFailed(image=reference, detail=f"the registry did not answer within {timeout:g} s") from error
 
 
 def _failure(document: Mapping[str, Any]) -> str:
@@ -57,7 +57,7 @@ def _failure(document: Mapping[str, Any]) -> str:
     return str(detail.get("message") or document.get("error") or "no reason given")
 
 
-class LayerBytes:
+class PullProgress:
     """Sums what a pull says of each layer: bytes fetched and to fetch, in all the layers heard of so far.
 
     `current` never shrinks; `total` is 0 until the first size is known, and grows with every layer that starts.
@@ -65,7 +65,7 @@ class LayerBytes:
 
     def __init__(self) -> None:
         self._layers: dict[str, tuple[int, int]] = {}
-        self._marks: dict[str, tuple[object, object]] = {}
+        self._last_seen: dict[str, tuple[object, object]] = {}
 
     @property
     def current(self) -> int:
@@ -81,18 +81,18 @@ class LayerBytes:
         """Count one document of the stream; whether it shows that the pull moves."""
         layer, status = str(document.get("id", "")), document.get("status")
         detail = document.get("progressDetail") or {}
-        before, self._marks[layer] = self._marks.get(layer), (status, detail.get("current"))
+        before, self._last_seen[layer] = self._last_seen.get(layer), (status, detail.get("current"))
         self._count(layer, status, detail)
-        waits = str(status).startswith(_WAITING)
-        return not waits and self._marks[layer] != before
+        waits = str(status).startswith(_WAITING_STATUSES)
+        return not waits and self._last_seen[layer] != before
 
     def _count(self, layer: str, status: object, detail: Mapping[str, Any]) -> None:
         current, total = self._layers.get(layer, (0, 0))
-        if status == _FETCHING:
+        if status == _DOWNLOADING_STATUS:
             # A layer whose fetch is begun again starts over; what was once counted stays counted.
             fetched = max(current, int(detail.get("current") or 0))
             self._layers[layer] = (fetched, max(fetched, total, int(detail.get("total") or 0)))
-        elif status in _FETCHED:
+        elif status in _DOWNLOADED_STATUSES:
             # Extracting has a count of its own, of other bytes: for ours, the layer is here.
             self._layers[layer] = (total, total)
 

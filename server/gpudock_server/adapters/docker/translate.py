@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gpudock_server.adapters.docker.nvidia_env import NO_DEVICES, VISIBLE_DEVICES, forced_environment
+from gpudock_server.adapters.docker.nvidia_env import NO_DEVICES, VISIBLE_DEVICES, enforced_environment
 from gpudock_server.adapters.docker.volume_options import hazard, is_anonymous
 from gpudock_server.model.container import Placement, PortBinding
 from gpudock_server.model.engine import (
@@ -67,7 +67,7 @@ def create_request(blueprint: Blueprint, defaults: ContainerDefaults) -> Json:
 def _environment(spec: ContainerSpec, placement: Placement, defaults: ContainerDefaults) -> list[str]:
     # Always set and always ours, and a container's word beats its image's: so neither a user nor an image that says
     # "all" sees more cards than were claimed, whatever runtime the engine defaults to.
-    forced = forced_environment(placement.gpu_uuids, defaults.allowed_nvidia_switches)
+    forced = enforced_environment(placement.gpu_uuids, defaults.allowed_nvidia_switches)
     return [f"{name}={value}" for name, value in {**spec.env, **forced}.items()]
 
 
@@ -101,21 +101,21 @@ def _host_config(blueprint: Blueprint, defaults: ContainerDefaults) -> Json:
 
 
 def _restart_policy(policy: RestartPolicy) -> Json:
-    told = policy.in_engine
-    return {"Name": told.kind.value, "MaximumRetryCount": told.max_retry_count}
+    engine_policy = policy.in_engine
+    return {"Name": engine_policy.kind.value, "MaximumRetryCount": engine_policy.max_retry_count}
 
 
 def _mounts(blueprint: Blueprint) -> list[Json]:
     mounts = [_mount(mount, blueprint) for mount in blueprint.spec.mounts]
     taken = {mount.target for mount in blueprint.spec.mounts}
-    carried = (
+    kept_volumes = (
         # NoCopy: the engine fills an empty volume with the image's files. This one may be empty because the user
         # deleted them.
         {"Type": "volume", "Source": volume, "Target": target, "VolumeOptions": {"NoCopy": True}}
         for target, volume in blueprint.volumes.items()
         if target not in taken
     )
-    return [*mounts, *carried]
+    return [*mounts, *kept_volumes]
 
 
 def _mount(mount: Mount, blueprint: Blueprint) -> Json:
@@ -282,9 +282,9 @@ def container(inspected: Mapping[str, Any]) -> EngineContainer:
         restart_policy=_restart_policy_of(host),
         restart_count=inspected.get("RestartCount") or 0,
         health="" if health == "none" else health,
-        create_time=moment(inspected.get("Created")),
-        start_time=moment(state.get("StartedAt")),
-        finish_time=moment(state.get("FinishedAt")),
+        create_time=parse_time(inspected.get("Created")),
+        start_time=parse_time(state.get("StartedAt")),
+        finish_time=parse_time(state.get("FinishedAt")),
     )
 
 
@@ -331,7 +331,7 @@ def _spec(text: str) -> ContainerSpec | None:
         return None
 
 
-def moment(text: str | None) -> datetime | None:
+def parse_time(text: str | None) -> datetime | None:
     """An RFC 3339 time of up to nine decimals, cut to microseconds, in UTC; None for the engine's zero time."""
     # Year 1 is Go's zero time; converting it to UTC could leave the calendar.
     if not text or text.startswith("0001-"):

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from typing import Final
 
 _LOCAL: Final = "local"
-_KNOWN: Final = frozenset({"type", "device", "o", "size"})
+_KNOWN_OPTIONS: Final = frozenset({"type", "device", "o", "size"})
 # Filesystems that have nothing of this host in them.
-_HARMLESS: Final = frozenset({"tmpfs", "nfs", "nfs4", "cifs", "smb3"})
+_HARMLESS_FILESYSTEMS: Final = frozenset({"tmpfs", "nfs", "nfs4", "cifs", "smb3"})
 # With one of these mount(2) ignores the type, and takes the device for a folder of the host.
-_FLAGS: Final = frozenset({"bind", "rbind", "move", "remount"})
-_GENERATED: Final = re.compile(r"[0-9a-f]{64}")
+_BIND_FLAGS: Final = frozenset({"bind", "rbind", "move", "remount"})
+_GENERATED_NAME: Final = re.compile(r"[0-9a-f]{64}")
 _ANONYMOUS_LABEL: Final = "com.docker.volume.anonymous"
 
 
@@ -27,16 +27,16 @@ def hazard(driver: str, options: Mapping[str, str]) -> str:
     """
     if driver != _LOCAL or not options:
         return ""
-    if unknown := sorted(options.keys() - _KNOWN):
+    if unknown := sorted(options.keys() - _KNOWN_OPTIONS):
         return f"its option {unknown[0]!r} is not known to be harmless"
     kind, device = options.get("type", ""), options.get("device", "")
-    if _FLAGS & {flag.strip().lower() for flag in options.get("o", "").split(",")}:
+    if _BIND_FLAGS & {flag.strip().lower() for flag in options.get("o", "").split(",")}:
         return f"it is a bind mount of {device!r} on the host"
-    if kind in _HARMLESS or not (kind or device):
+    if kind in _HARMLESS_FILESYSTEMS or not (kind or device):
         return ""
     return f"it mounts {device!r} of the host with filesystem type {kind!r}"
 
 
 def is_anonymous(name: str, labels: Mapping[str, str]) -> bool:
     """Whether the engine made a volume for one container, by itself."""
-    return _GENERATED.fullmatch(name) is not None or _ANONYMOUS_LABEL in labels
+    return _GENERATED_NAME.fullmatch(name) is not None or _ANONYMOUS_LABEL in labels

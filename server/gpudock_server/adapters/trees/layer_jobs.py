@@ -14,7 +14,7 @@ from typing import Any
 
 from gpudock_server.adapters.trees.interrupt import Interrupt
 from gpudock_server.adapters.trees.jobs import JobRefusedError
-from gpudock_server.adapters.trees.layer_merge import stacked, write_merged
+from gpudock_server.adapters.trees.layer_merge import merge_layers, write_merged
 from gpudock_server.adapters.trees.layer_tar import BrokenTarError, LayerIndex, read_layer
 
 
@@ -38,7 +38,7 @@ class LayerJobs:
         JobRefusedError.
         """
         with _refusals(), ExitStack() as stack:
-            seen = stacked([self.indexes[digest] for digest in below])
+            seen = merge_layers([self.indexes[digest] for digest in below])
             layers = [(self.indexes[digest], stack.enter_context(Path(path).open("rb"))) for digest, path in upper]
             out = stack.enter_context(Path(target).open("r+b"))
             write_merged(out, layers, seen, self.interrupt)

@@ -16,7 +16,7 @@ END: Final = b"\0" * (2 * BLOCK)
 _WHITEOUT: Final = ".wh."
 _OPAQUE: Final = ".wh..wh..opq"
 # Of the aufs driver, which is long gone: its own notes, and no files of anybody's.
-_NOTES: Final = ".wh..wh."
+_AUFS_METADATA: Final = ".wh..wh."
 
 
 class BrokenTarError(Exception):
@@ -24,7 +24,7 @@ class BrokenTarError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TarEntry:
     """One entry: its headers begin at `start`, its content at `data`, and what follows it at `end`.
 
     `link` is the path of what it is a hard link to, None for everything else.
@@ -45,12 +45,12 @@ class LayerIndex:
     file names.
     """
 
-    entries: dict[str, Entry] = field(default_factory=dict)
-    gone: set[str] = field(default_factory=set)
+    entries: dict[str, TarEntry] = field(default_factory=dict)
+    whiteouts: set[str] = field(default_factory=set)
     opaque: set[str] = field(default_factory=set)
 
 
-def opened(file: IO[bytes]) -> tarfile.TarFile:
+def open_tar(file: IO[bytes]) -> tarfile.TarFile:
     """A layer's tar, uncompressed and seekable. Raises BrokenTarError."""
     try:
         return tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")
@@ -62,10 +62,10 @@ def read_layer(file: IO[bytes]) -> LayerIndex:
     """Index a layer. Only headers are read. Raises BrokenTarError."""
     index = LayerIndex()
     file.seek(0)
-    tar = opened(file)
+    tar = open_tar(file)
     try:
         while (member := tar.next()) is not None:
-            _take(index, member, tar.offset)
+            _index_member(index, member, tar.offset)
             # tarfile remembers every member it has met, for lookups that are not made here.
             tar.members.clear()  # type: ignore[attr-defined]  # what its documentation calls the list of members
     except (tarfile.TarError, ValueError) as error:
@@ -74,29 +74,29 @@ def read_layer(file: IO[bytes]) -> LayerIndex:
     file.seek(tar.offset)
     if file.read(BLOCK).strip(b"\0"):
         raise BrokenTarError(f"broken at byte {tar.offset}: no header where one should be")
-    _settle_both(index)
+    _resolve_whiteouts(index)
     return index
 
 
-def _take(index: LayerIndex, member: tarfile.TarInfo, end: int) -> None:
+def _index_member(index: LayerIndex, member: tarfile.TarInfo, end: int) -> None:
     path = _normal(member.name)
     parent, _, name = path.rpartition("/")
     if name == _OPAQUE:
         index.opaque.add(parent)
-    elif name.startswith(_NOTES):
+    elif name.startswith(_AUFS_METADATA):
         return
     elif name.startswith(_WHITEOUT):
-        index.gone.add(joined(parent, name.removeprefix(_WHITEOUT)))
+        index.whiteouts.add(joined(parent, name.removeprefix(_WHITEOUT)))
     else:
         link = _normal(member.linkname) if member.islnk() else None
         # Of two with one name the later wins, as when it is unpacked.
-        index.entries[path] = Entry(member.isdir(), member.offset, member.offset_data, end, link)
+        index.entries[path] = TarEntry(member.isdir(), member.offset, member.offset_data, end, link)
 
 
-def _settle_both(index: LayerIndex) -> None:
+def _resolve_whiteouts(index: LayerIndex) -> None:
     """A whiteout is about lower layers only: beside a folder of its own layer it empties what is below that."""
-    for path in [path for path in index.gone if path in index.entries]:
-        index.gone.discard(path)
+    for path in [path for path in index.whiteouts if path in index.entries]:
+        index.whiteouts.discard(path)
         if index.entries[path].folder:
             index.opaque.add(path)
 
@@ -119,7 +119,7 @@ def whiteout(path: str) -> bytes:
     return _marker(joined(parent, _WHITEOUT + name))
 
 
-def opaque_mark(path: str) -> bytes:
+def opaque_marker(path: str) -> bytes:
     """The entry that takes away what the layers below have in the folder `path`."""
     return _marker(joined(path, _OPAQUE))
 

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from queue import SimpleQueue
 
 # Seconds. In so much time a socket's buffer (208 KiB) is far from full at any pace that an engine has been seen at.
-_NAP = 0.0002
+_GATHER_SLEEP_SECONDS = 0.0002
 
 
-class Flow:
+class ReceiveThread:
     """Fills blocks from a socket, in the order in which they are given.
 
     The loop hears of whole blocks only, and the thread takes what has gathered in the kernel now and then: to be woken
@@ -71,5 +71,5 @@ class Flow:
             came += count
             if came < len(block):
                 # Not to wait for anything, but to let more come: whoever sleeps in the receive is woken for each piece.
-                time.sleep(_NAP)
+                time.sleep(_GATHER_SLEEP_SECONDS)
         return came

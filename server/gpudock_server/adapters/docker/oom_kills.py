@@ -23,27 +23,27 @@ from gpudock_server.model.engine import EngineContainer
 _CALL = "tell its events"
 _NANO = 1_000_000_000
 # How a shell, and the engine, show an end by SIGKILL.
-_KILLED = 137
+_SIGKILL_EXIT_CODE = 137
 _SIGKILL = ("9", "KILL", "SIGKILL")
 # How long the kernel may take to end a process that it has chosen: it has to take back its memory first.
-_END_NANOS = _NANO
-_BYTES_A_SECOND = 1 << 30
+_KILL_NANOS = _NANO
+_RECLAIM_BYTES_PER_SECOND = 1 << 30
 # The engine tells of an end a little after it; on a busy host, later.
-_TOLD_WITHIN_SECONDS = 5.0
+_EVENT_DELAY_SECONDS = 5.0
 # The events that are asked for are past ones, so that the answer is complete at once.
 _TIMEOUT_SECONDS = 2.0
 
 
-async def main_process_killed(connection: Connection, shown: EngineContainer) -> bool | None:
+async def main_process_oom_killed(connection: Connection, shown: EngineContainer) -> bool | None:
     """Whether the run that ended last ended so; None where the engine no longer has the events of that time."""
-    if not shown.oom_killed or shown.alive or shown.exit_code != _KILLED or shown.finish_time is None:
+    if not shown.oom_killed or shown.alive or shown.exit_code != _SIGKILL_EXIT_CODE or shown.finish_time is None:
         return False
     finish = shown.finish_time.timestamp()
-    reach = _reach_nanos(shown.memory_bytes)
+    window = _oom_window_nanos(shown.memory_bytes)
     filters = {"type": ["container"], "container": [shown.id], "event": ["start", "oom", "kill", "die"]}
     params = {
-        "since": f"{finish - reach / _NANO - 1:.9f}",
-        "until": f"{min(time.time(), finish + _TOLD_WITHIN_SECONDS):.9f}",
+        "since": f"{finish - window / _NANO - 1:.9f}",
+        "until": f"{min(time.time(), finish + _EVENT_DELAY_SECONDS):.9f}",
         "filters": json.dumps(filters),
     }
     try:
@@ -54,15 +54,15 @@ async def main_process_killed(connection: Connection, shown: EngineContainer) ->
                 events = [json.loads(line) for line in payload.splitlines() if line.strip()]
     except (EngineRejected, EngineUnavailable):
         return None
-    return judge(events, round(finish * _NANO), reach)
+    return killed_by_oom(events, round(finish * _NANO), window)
 
 
-def _reach_nanos(memory_bytes: int) -> int:
-    return _END_NANOS + memory_bytes * _NANO // _BYTES_A_SECOND
+def _oom_window_nanos(memory_bytes: int) -> int:
+    return _KILL_NANOS + memory_bytes * _NANO // _RECLAIM_BYTES_PER_SECOND
 
 
-def judge(events: Iterable[Mapping[str, Any]], finish_nanos: int, reach_nanos: int) -> bool | None:
-    """Whether the end at `finish_nanos` is an `oom` that began at most `reach_nanos` before; None: no such end."""
+def killed_by_oom(events: Iterable[Mapping[str, Any]], finish_nanos: int, window_nanos: int) -> bool | None:
+    """Whether the end at `finish_nanos` is an `oom` that began at most `window_nanos` before; None: no such end."""
     oom: int | None = None
     for event in events:
         moment = int(event.get("timeNano") or 0)
@@ -75,7 +75,7 @@ def judge(events: Iterable[Mapping[str, Any]], finish_nanos: int, reach_nanos: i
                 oom = None
             # Microseconds are lost on the way to a finish time.
             case "die" if moment >= finish_nanos - 1000:
-                return oom is not None and finish_nanos - oom <= reach_nanos
+                return oom is not None and finish_nanos - oom <= window_nanos
             case _:
                 pass
     return None

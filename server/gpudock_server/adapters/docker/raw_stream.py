@@ -12,28 +12,28 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Protocol
 
-from gpudock_server.adapters.docker.address import Address
-from gpudock_server.adapters.docker.flow import Flow
+from gpudock_server.adapters.docker.address import EngineAddress
+from gpudock_server.adapters.docker.receive_thread import ReceiveThread
 
 # Read ahead at most: more than a unix socket holds (208 KiB by default).
-_BLOCK = 512 * 1024
+_BLOCK_BYTES = 512 * 1024
 # Before it there is space for what was left of the block before: in practice the beginning of a frame's header.
-_MARGIN = 64
+_MARGIN_BYTES = 64
 # Sent at once at most. The kernel takes as much as the engine reads meanwhile, however long that holds up the loop.
-_SLICE = 256 * 1024
+_SEND_BYTES = 256 * 1024
 # The engine passes output on as it gets it, 10 KiB at a time on a busy host, and whoever forwards each piece by itself
 # pays for a hundred thousand messages a gigabyte. So what closely follows (seconds) a piece of some size (bytes) is a
 # flow, and is gathered: until there is a block of it, or for a moment (seconds; the kernel rounds up to its clock). A
 # moment that was too short for a block ends the flow. What comes alone, or is as small as what people and protocols say
 # to each other, is given at once.
-_CLOSELY = 0.005
-_SOME_SIZE = 4 * 1024
-_MOMENT = 0.002
+_BULK_GAP_SECONDS = 0.005
+_BULK_BYTES = 4 * 1024
+_GATHER_SECONDS = 0.002
 # struct timeval
 _TIMEVAL = struct.Struct("@ll")
 
 
-class Wire(Protocol):
+class RawStream(Protocol):
     """A connection whose two directions end separately. One task receives and one sends; both may wait at once."""
 
     async def wait(self) -> memoryview:
@@ -43,7 +43,7 @@ class Wire(Protocol):
         """
         ...
 
-    def taken(self, count: int) -> None:
+    def consume(self, count: int) -> None:
         """The first `count` bytes of what `wait` gave are done with; the rest comes again.
 
         It comes at once if any were taken. 0 says that it is too little to make sense of: it comes with what follows.
@@ -63,13 +63,13 @@ class Wire(Protocol):
         ...
 
 
-async def open_wire(address: Address) -> Wire:
+async def open_raw_stream(address: EngineAddress) -> RawStream:
     """Connect. Raises OSError."""
     if address.tls is not None:
         reader, writer = await asyncio.open_connection(address.host, address.port, ssl=address.tls)
-        return TlsWire(reader, writer)
+        return TlsRawStream(reader, writer)
     if address.path:
-        return SocketWire(await _connected(socket.AF_UNIX, address.path))
+        return SocketRawStream(await _connected(socket.AF_UNIX, address.path))
     loop = asyncio.get_running_loop()
     found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     for index, (family, _, _, _, where) in enumerate(found):
@@ -80,7 +80,7 @@ async def open_wire(address: Address) -> Wire:
                 raise
             continue
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return SocketWire(connected)
+        return SocketRawStream(connected)
     raise OSError(errno.EADDRNOTAVAIL, f"{address.host} has no address")
 
 
@@ -97,7 +97,7 @@ async def _connected(family: int, where: object) -> socket.socket:
 
 def _slices(data: bytes) -> Iterator[memoryview]:
     view = memoryview(data)
-    return (view[start : start + _SLICE] for start in range(0, len(view), _SLICE))
+    return (view[start : start + _SEND_BYTES] for start in range(0, len(view), _SEND_BYTES))
 
 
 class _Block:
@@ -105,8 +105,8 @@ class _Block:
 
     def __init__(self) -> None:
         # Touched only as far as it is used.
-        self._space = memoryview(bytearray(_MARGIN + _BLOCK))
-        self.start = self.end = _MARGIN
+        self._space = memoryview(bytearray(_MARGIN_BYTES + _BLOCK_BYTES))
+        self.start = self.end = _MARGIN_BYTES
 
     @property
     def content(self) -> memoryview:
@@ -118,25 +118,25 @@ class _Block:
         """Where the next goes."""
         return self._space[self.end :]
 
-    def put_before(self, rest: bytes) -> None:
+    def prepend(self, rest: bytes) -> None:
         """Put what was left elsewhere before what has come here."""
         if len(rest) > self.start:
             content = bytes(self.content)
-            self._space = memoryview(bytearray(_MARGIN + len(rest) + len(content) + _BLOCK))
-            self.start = _MARGIN + len(rest)
+            self._space = memoryview(bytearray(_MARGIN_BYTES + len(rest) + len(content) + _BLOCK_BYTES))
+            self.start = _MARGIN_BYTES + len(rest)
             self.end = self.start + len(content)
             self.content[:] = content
         self.start -= len(rest)
         self._space[self.start : self.start + len(rest)] = rest
 
-    def tidy(self) -> None:
+    def compact(self) -> None:
         """Make room behind what is left."""
         rest = bytes(self.content)
-        self.start = self.end = _MARGIN
-        self.put_before(rest)
+        self.start = self.end = _MARGIN_BYTES
+        self.prepend(rest)
 
 
-class SocketWire:
+class SocketRawStream:
     """A plain socket without a transport.
 
     A transport gives up both directions as soon as one write fails. But a process that ends without having read its
@@ -151,18 +151,18 @@ class SocketWire:
     def __init__(self, connected: socket.socket) -> None:
         """`connected` is this wire's from now on."""
         connected.settimeout(None)
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(0, int(_MOMENT * 1e6)))
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(0, int(_GATHER_SECONDS * 1e6)))
         self._socket = connected
         self._loop = asyncio.get_running_loop()
-        self._flow = Flow(connected, self._flowed)
+        self._receiver = ReceiveThread(connected, self._block_filled)
         # What is given away, now or when it has come; and another for a flow, if neither of the next two has it.
         self._block = _Block()
-        self._spare: _Block | None = None
+        self._spare_block: _Block | None = None
         self._filling: deque[_Block] = deque()
         self._filled: deque[_Block] = deque()
-        self._flowing = False
-        self._flow_until = 0.0
-        self._ripe = False
+        self._receiving_in_thread = False
+        self._bulk_until = 0.0
+        self._deliverable = False
         self._ended = False
         self._listening = False
         self._waiter: asyncio.Future[None] | None = None
@@ -170,35 +170,35 @@ class SocketWire:
         self._closing = False
 
     async def wait(self) -> memoryview:
-        """See Wire. While this task is busy elsewhere up to 512 KiB are read ahead, twice that in a flow."""
-        if not self._ripe:
-            self._go_on()
-        while not self._ripe and not self._ended:
+        """See RawStream. While this task is busy elsewhere up to 512 KiB are read ahead, twice that in a flow."""
+        if not self._deliverable:
+            self._ensure_receiving()
+        while not self._deliverable and not self._ended:
             self._waiter = self._loop.create_future()
             try:
                 await self._waiter
             finally:
                 self._waiter = None
         content = self._block.content
-        if not self._ripe:
+        if not self._deliverable:
             return content[:0]
-        self._ripe = False
+        self._deliverable = False
         return content
 
-    def taken(self, count: int) -> None:
-        """See Wire."""
+    def consume(self, count: int) -> None:
+        """See RawStream."""
         self._block.start += count
-        self._flow_until = self._loop.time() + _CLOSELY if count >= _SOME_SIZE else 0.0
-        self._ripe = count > 0 and self._block.start < self._block.end
-        if self._flowing and not self._ripe:
-            self._go_on()
+        self._bulk_until = self._loop.time() + _BULK_GAP_SECONDS if count >= _BULK_BYTES else 0.0
+        self._deliverable = count > 0 and self._block.start < self._block.end
+        if self._receiving_in_thread and not self._deliverable:
+            self._ensure_receiving()
 
-    def _go_on(self) -> None:
+    def _ensure_receiving(self) -> None:
         """See to it that something comes."""
         if self._filled:
-            self._turn_over()
+            self._switch_block()
         elif not (self._ended or self._filling or self._listening):
-            self._block.tidy()
+            self._block.compact()
             self._loop.add_reader(self._socket, self._receive)
             self._listening = True
 
@@ -217,59 +217,59 @@ class SocketWire:
             self._stop_listening()
         if count == 0:
             self._end()
-        elif self._ripe or full or self._loop.time() >= self._flow_until:
-            self._ripen()
+        elif self._deliverable or full or self._loop.time() >= self._bulk_until:
+            self._deliver()
         else:
             self._stop_listening()
             self._fill(self._block)
-            self._fill(self._spare or _Block())
-            self._spare = None
+            self._fill(self._spare_block or _Block())
+            self._spare_block = None
 
     def _fill(self, block: _Block) -> None:
         # Nothing else touches it until it is filled.
         self._filling.append(block)
-        self._flow.fill(block.room)
+        self._receiver.fill(block.room)
 
-    def _flowed(self, count: int | None) -> None:
+    def _block_filled(self, count: int | None) -> None:
         """Called by the loop when the first of those that are being filled is done."""
         block = self._filling.popleft()
         if self._closing:
             return
         block.end += count or 0
-        self._flowing = not block.room
+        self._receiving_in_thread = not block.room
         if block is self._block:
-            self._ripen()
+            self._deliver()
         elif count:
             self._filled.append(block)
         else:
-            self._spare = block
+            self._spare_block = block
         if count == 0:
             self._end()
-        elif not self._ripe and self._waiter is not None:
-            self._go_on()
+        elif not self._deliverable and self._waiter is not None:
+            self._ensure_receiving()
 
-    def _turn_over(self) -> None:
+    def _switch_block(self) -> None:
         """Go on with the next filled block, what was left of this one before it."""
         spent, self._block = self._block, self._filled.popleft()
-        self._block.put_before(bytes(spent.content))
+        self._block.prepend(bytes(spent.content))
         spent.start = spent.end
-        spent.tidy()
-        if self._flowing:
+        spent.compact()
+        if self._receiving_in_thread:
             self._fill(spent)
         else:
-            self._spare = spent
-        self._ripen()
+            self._spare_block = spent
+        self._deliver()
 
     def _end(self) -> None:
         self._ended = True
         # The engine ends its side when the process is gone, but goes on holding the other. Wakes who sends.
         self._shut_down(socket.SHUT_RDWR)
-        self._ripen()
+        self._deliver()
 
-    def _ripen(self) -> None:
+    def _deliver(self) -> None:
         """What there is, is given away."""
-        self._ripe = self._block.start < self._block.end
-        if self._waiter is not None and not self._waiter.done() and (self._ripe or self._ended):
+        self._deliverable = self._block.start < self._block.end
+        if self._waiter is not None and not self._waiter.done() and (self._deliverable or self._ended):
             self._waiter.set_result(None)
 
     def _stop_listening(self) -> None:
@@ -278,7 +278,7 @@ class SocketWire:
             self._listening = False
 
     async def send(self, data: bytes) -> bool:
-        """See Wire."""
+        """See RawStream."""
         if self._socket.fileno() < 0:
             return False
         self._sending = True
@@ -303,27 +303,27 @@ class SocketWire:
 
     async def _writable(self) -> None:
         room = self._loop.create_future()
-        self._loop.add_writer(self._socket, _settle, room)
+        self._loop.add_writer(self._socket, _resolve, room)
         try:
             await room
         finally:
             self._loop.remove_writer(self._socket)
 
     async def end(self) -> bool:
-        """See Wire. All that was sent is with the kernel already."""
+        """See RawStream. All that was sent is with the kernel already."""
         self._shut_down(socket.SHUT_WR)
         return True
 
     def close(self) -> None:
-        """See Wire."""
+        """See RawStream."""
         self._stop_listening()
         self._ended = True
         self._closing = True
-        self._ripen()
+        self._deliver()
         # Ends a send that waits, and a receive. The descriptor must outlive both: they know it by its number, which the
         # next socket of this process may be given as soon as this one is closed.
         self._shut_down(socket.SHUT_RDWR)
-        self._flow.close()
+        self._receiver.close()
         if not self._sending:
             self._socket.close()
 
@@ -333,39 +333,39 @@ class SocketWire:
             self._socket.shutdown(how)
 
 
-def _settle(future: asyncio.Future[None]) -> None:
+def _resolve(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
 
 
-class TlsWire:
+class TlsRawStream:
     """A TLS connection. It has no half-close: Python's ssl ends both directions or none."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
         self._rest = b""
-        self._news = False
-        writer.transport.set_write_buffer_limits(high=_SLICE)
+        self._has_unread = False
+        writer.transport.set_write_buffer_limits(high=_SEND_BYTES)
 
     async def wait(self) -> memoryview:
-        """See Wire."""
-        if not self._news:
+        """See RawStream."""
+        if not self._has_unread:
             try:
-                data = await self._reader.read(_BLOCK)
+                data = await self._reader.read(_BLOCK_BYTES)
             except (ConnectionError, ssl.SSLError):
                 data = b""
             self._rest = self._rest + data if data else b""
-        self._news = False
+        self._has_unread = False
         return memoryview(self._rest)
 
-    def taken(self, count: int) -> None:
-        """See Wire."""
+    def consume(self, count: int) -> None:
+        """See RawStream."""
         self._rest = self._rest[count:]
-        self._news = count > 0 and len(self._rest) > 0
+        self._has_unread = count > 0 and len(self._rest) > 0
 
     async def send(self, data: bytes) -> bool:
-        """See Wire."""
+        """See RawStream."""
         try:
             for piece in _slices(data):
                 self._writer.write(piece)
@@ -375,9 +375,9 @@ class TlsWire:
         return True
 
     async def end(self) -> bool:
-        """See Wire: it cannot."""
+        """See RawStream: it cannot."""
         return False
 
     def close(self) -> None:
-        """See Wire."""
+        """See RawStream."""
         self._writer.transport.abort()
