@@ -454,7 +454,7 @@ async def _open_store(settings: Settings, connection: EtcdConnection, stack: Asy
         quota_bytes=0 if settings.etcd_endpoints else settings.etcd_quota,
     )
     stack.push_async_callback(store.close)
-    await store.keep()
+    await store.start_maintenance()
     await store.open()
     return store
 
@@ -527,7 +527,9 @@ async def _register(
         start_ticks=process.start_ticks,
         start_time=now(),
     )
-    lease = NodeLease(connection, record, on_lost=lost, ttl=_NODE_LEASE, prefix=settings.etcd_prefix, room=store.room)
+    lease = NodeLease(
+        connection, record, on_lost=lost, ttl=_NODE_LEASE, prefix=settings.etcd_prefix, capacity=store.capacity
+    )
     stack.push_async_callback(lease.close)
     await lease.register()
     return lease

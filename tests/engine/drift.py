@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from gpudock.v1 import drift_pb2, node_service_pb2
-from gpudock_server.adapters.etcd import EtcdAddress, EtcdConnection, EtcdStore, wire
+from gpudock_server.adapters.etcd import EtcdAddress, EtcdConnection, EtcdStore, messages
 from gpudock_server.adapters.etcd.keys import Keys
 
 from tests.calls import Caller
@@ -81,15 +81,15 @@ class State:
 
     async def put(self, key: bytes, value: bytes) -> None:
         """Write one key."""
-        await self._connection.txn(success=[wire.put(key, value)])
+        await self._connection.txn(success=[messages.put(key, value)])
 
     async def delete(self, *keys: bytes) -> None:
         """Delete keys."""
-        await self._connection.txn(success=[wire.delete(key) for key in keys])
+        await self._connection.txn(success=[messages.delete(key) for key in keys])
 
     async def read(self, key: bytes) -> bytes:
         """What a key that exists has."""
-        entry = (await self._connection.txn(success=[wire.get(key)])).ranges[0].only
+        entry = (await self._connection.txn(success=[messages.get(key)])).ranges[0].only
         assert entry is not None
         return entry.value
 

@@ -18,7 +18,7 @@ import grpc
 from google.protobuf import duration_pb2
 from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2
 from gpudock.v1.container_service_pb2 import PauseContainerRequest
-from gpudock_server.adapters.etcd import EtcdAddress, EtcdConnection, wire
+from gpudock_server.adapters.etcd import EtcdAddress, EtcdConnection, messages
 from gpudock_server.adapters.etcd.keys import SCHEMA, Keys
 from gpudock_server.adapters.etcd.values import encode_number
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -75,7 +75,7 @@ async def test_state_of_a_newer_schema(own: OwnDaemons, rig: Rig) -> None:
     connection = EtcdConnection(EtcdAddress((rig.etcd.endpoint,)))
     await connection.open()
     key = Keys(own.prefix).schema()
-    await connection.txn(success=[wire.put(key, encode_number(SCHEMA + 1))])
+    await connection.txn(success=[messages.put(key, encode_number(SCHEMA + 1))])
     await connection.close()
     said = await own.refused()
     assert f"schema {SCHEMA + 1}, and this gpudockd knows {SCHEMA}" in said

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from gpudock_server.adapters.etcd import EmbeddedEtcd, EtcdConnection, EtcdStore, identify
-from gpudock_server.adapters.etcd.etcd_program import EtcdProgram, find_program
+from gpudock_server.adapters.etcd.embedded_program import EtcdProgram, find_program
 from gpudock_server.model.changes import Lock
 from gpudock_server.model.target import TargetKind
 from gpudock_server.startup import StartupError
@@ -225,7 +225,7 @@ async def test_programs_that_are_no_etcd_are_passed_by(tmp_path: Path) -> None:
 
 async def test_without_any_etcd_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr("gpudock_server.adapters.etcd.etcd_program.find_spec", lambda _: None)
+    monkeypatch.setattr("gpudock_server.adapters.etcd.embedded_program.find_spec", lambda _: None)
     with pytest.raises(StartupError) as missing:
         await EmbeddedEtcd(tmp_path, allow_inconsistent=True).start()
     assert "etcd_endpoints" in missing.value.hint
@@ -241,9 +241,9 @@ async def test_the_versions_that_lose_their_consistency_are_warned_of(
         return EtcdProgram(path, versions[str(path)])
 
     def installed(*paths: str) -> None:
-        monkeypatch.setattr("gpudock_server.adapters.etcd.etcd_program._candidates", lambda _: map(Path, paths))
+        monkeypatch.setattr("gpudock_server.adapters.etcd.embedded_program._candidates", lambda _: map(Path, paths))
 
-    monkeypatch.setattr("gpudock_server.adapters.etcd.etcd_program._examine", examine)
+    monkeypatch.setattr("gpudock_server.adapters.etcd.embedded_program._probe_version", examine)
     with capture_logs() as said:
         installed("/a/etcd")
         assert (await find_program((0, 0, 0), allow_inconsistent=True)).version == (3, 5, 1)

@@ -20,7 +20,7 @@ from gpudock_server.adapters.etcd import (
     EtcdStore,
     EtcdTls,
 )
-from gpudock_server.adapters.etcd.channel import _target
+from gpudock_server.adapters.etcd.client import _dial_target
 from gpudock_server.errors import StoreUnavailable
 from gpudock_server.model.changes import (
     Change,
@@ -202,10 +202,10 @@ async def test_a_store_that_is_out_of_reach(tmp_path: Path) -> None:
 
 async def test_several_endpoints_and_certificates(tmp_path: Path) -> None:
     several = EtcdAddress(("127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:1"))
-    assert await _target(several.endpoints) == "ipv4:127.0.0.1:1,127.0.0.1:2"
-    assert await _target(("[::1]:1", "[::1]:2")) == "ipv6:[::1]:1,[::1]:2"
+    assert await _dial_target(several.endpoints) == "ipv4:127.0.0.1:1,127.0.0.1:2"
+    assert await _dial_target(("[::1]:1", "[::1]:2")) == "ipv6:[::1]:1,[::1]:2"
     with pytest.raises(StartupError, match="has no address"):
-        await _target(("127.0.0.1:1", "nowhere.invalid:2"))
+        await _dial_target(("127.0.0.1:1", "nowhere.invalid:2"))
     garbage = tmp_path / "garbage.pem"
     await asyncio.to_thread(garbage.write_text, "no certificate")
     # grpc itself aborts the process over a certificate without its key, and says nothing of the others.

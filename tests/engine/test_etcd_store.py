@@ -14,7 +14,7 @@ import pytest
 from gpudock_server.adapters.etcd import (
     EtcdConnection,
     EtcdStore,
-    wire,
+    messages,
 )
 from gpudock_server.adapters.etcd.keys import KeyRange, Keys
 from gpudock_server.adapters.etcd.listing import _token as list_token
@@ -72,7 +72,7 @@ pytest_plugins = ["tests.engine.etcd_fixtures"]
 async def _everything(connection: EtcdConnection, prefix: str) -> dict[bytes, bytes]:
     """All that is below the prefix."""
     keys = KeyRange(prefix.encode(), prefix[:-1].encode() + b"0")
-    answer = await connection.read(wire.get_range(keys), patience=PATIENCE)
+    answer = await connection.read(messages.get_range(keys), retry_for=PATIENCE)
     return {entry.key: entry.value for entry in answer.ranges[0].entries}
 
 
@@ -426,7 +426,7 @@ async def test_a_day_of_ended_operations_shares_a_lease(
 
     await asyncio.gather(*(end(number) for number in range(20)))
     keys = [Keys(prefix).operation(f"op{number}") for number in range(22)]
-    read = await connection.read(*map(wire.get, keys), patience=PATIENCE)
+    read = await connection.read(*map(messages.get, keys), retry_for=PATIENCE)
     leases = {found.only.lease for found in read.ranges if found.only}
     assert len(leases) == 1
     (lease,) = leases
@@ -447,17 +447,17 @@ async def test_a_newer_schema_is_refused_at_start_and_at_every_value(
 ) -> None:
     keys = Keys(prefix)
     await store.open()
-    await connection.txn(success=[wire.put(keys.container("web"), b'{"schema":4,"record":{"new":1}}')])
+    await connection.txn(success=[messages.put(keys.container("web"), b'{"schema":4,"record":{"new":1}}')])
     with pytest.raises(RecordUnreadable, match=r"containers/web cannot be read: written in schema 4.*newer gpudock"):
         await store.container("web")
-    await connection.txn(success=[wire.put(keys.container("web"), b"hello")])
+    await connection.txn(success=[messages.put(keys.container("web"), b"hello")])
     with pytest.raises(RecordUnreadable, match="not a value of gpudock's"):
         await store.container("web")
-    await connection.txn(success=[wire.put(keys.schema(), b"4")])
+    await connection.txn(success=[messages.put(keys.schema(), b"4")])
     with pytest.raises(StartupError, match="schema 4, and this gpudockd knows 3") as newer:
         await store.open()
     assert "install the gpudock that wrote it" in newer.value.hint
-    await connection.txn(success=[wire.put(keys.schema(), b"{}")])
+    await connection.txn(success=[messages.put(keys.schema(), b"{}")])
     with pytest.raises(StartupError, match="not a number"):
         await store.open()
 
@@ -470,16 +470,16 @@ async def test_state_of_schema_1_is_taken_over(store: EtcdStore, connection: Etc
     old = json.dumps({"schema": 1, "record": record}).encode()
     await connection.txn(
         success=[
-            wire.put(keys.schema(), b"1"),
-            wire.put(keys.operation("op1"), old),
-            wire.put(keys.lock(TargetKind.CONTAINER, "web"), b"op1"),
+            messages.put(keys.schema(), b"1"),
+            messages.put(keys.operation("op1"), old),
+            messages.put(keys.lock(TargetKind.CONTAINER, "web"), b"op1"),
         ]
     )
     await store.open()
     (unfinished,) = await store.unfinished("n1")
     assert unfinished.value == operation("op1")
     # A daemon of before must not write into what it no longer understands.
-    read = await connection.read(wire.get(keys.schema()), patience=PATIENCE)
+    read = await connection.read(messages.get(keys.schema()), retry_for=PATIENCE)
     assert read.ranges[0].only is not None
     assert read.ranges[0].only.value == b"3"
 
@@ -490,7 +490,7 @@ async def test_an_operation_of_schema_2_goes_on_in_the_new_form(
     keys = Keys(prefix)
     begun = operation("op1", arguments={"spec": {"image": "x"}}, result=container("web"))
     await connection.txn(
-        success=[wire.put(keys.operation("op1"), b'{"schema":2,"record":%s}' % begun.model_dump_json().encode())]
+        success=[messages.put(keys.operation("op1"), b'{"schema":2,"record":%s}' % begun.model_dump_json().encode())]
     )
     stored = await store.operation("op1")
     assert stored is not None
@@ -502,7 +502,7 @@ async def test_an_operation_of_schema_2_goes_on_in_the_new_form(
     taken = await heir.operation("op1")
     assert taken is not None
     assert taken.value == step
-    small = (await connection.read(wire.get(keys.operation("op1")), patience=PATIENCE)).ranges[0].only
+    small = (await connection.read(messages.get(keys.operation("op1")), retry_for=PATIENCE)).ranges[0].only
     assert small is not None
     assert b"image" not in small.value
     await heir.apply([PutOperation(step.changed(state=OperationState.SUCCEEDED), expect=taken.version)])

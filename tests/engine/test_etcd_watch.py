@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import pytest
 from aetcd import rpc
-from gpudock_server.adapters.etcd import EmbeddedEtcd, EtcdConnection, EtcdStore, wire
+from gpudock_server.adapters.etcd import EmbeddedEtcd, EtcdConnection, EtcdStore, messages
 from gpudock_server.adapters.etcd.keys import Keys
 from gpudock_server.errors import InvalidArgument, ResumeTokenExpired, StoreUnavailable
 from gpudock_server.model.changes import (
@@ -98,7 +98,7 @@ async def delete(store: EtcdStore, name: str, *others: Change) -> int:
 
 async def compact(connection: EtcdConnection) -> None:
     """Forget everything but what is there now."""
-    revision = (await connection.txn(success=[wire.get(b"nothing")])).revision
+    revision = (await connection.txn(success=[messages.get(b"nothing")])).revision
     await connection._client.kvstub.Compact(rpc.CompactionRequest(revision=revision, physical=True), timeout=5)
 
 

@@ -13,12 +13,12 @@ from gpudock_server.adapters.etcd import (
     EtcdStore,
     NodeLease,
     NodeTaken,
+    messages,
     this_process,
-    wire,
 )
 from gpudock_server.adapters.etcd.keys import Keys
-from gpudock_server.adapters.etcd.process_identity import ProcessIdentity, identify
 from gpudock_server.adapters.etcd.values import encode
+from gpudock_server.adapters.host.process_identity import ProcessIdentity, identify
 from gpudock_server.model.node import NodeRecord
 
 from tests.engine.etcd_examples import THEN, until
@@ -60,7 +60,7 @@ async def test_a_node_is_there_while_its_daemon_lives(
         await asyncio.sleep(0.5)
         assert await store.nodes() == (_this_node(),)
     # An operator's slip, and a lease that an outage ended: it comes back by itself.
-    for spoil in (connection.txn(success=[wire.delete(Keys(prefix).node("n1"))]), connection.revoke(lease._lease)):
+    for spoil in (connection.txn(success=[messages.delete(Keys(prefix).node("n1"))]), connection.revoke(lease._lease)):
         await spoil
         await until(store.nodes, seconds=3)
     await lease.close()
@@ -110,8 +110,8 @@ async def _wait_for(connection: EtcdConnection, prefix: str, process: ProcessIde
     assert asyncio.get_running_loop().time() - began > 2
     assert taken.value.record.pid == process.pid
     # Now it falls silent, and its node is free when its lease has ended.
-    assert other._keeper is not None
-    other._keeper.cancel()
+    assert other._heartbeat is not None
+    other._heartbeat.cancel()
     lease = _lease(connection, prefix, _this_node(), ttl=2)
     await lease.register()
     await lease.close()
@@ -124,7 +124,7 @@ async def test_a_daemon_that_lost_its_node_in_an_outage_is_told(connection: Etcd
     lease = NodeLease(connection, _this_node(), on_lost=lost.put_nowait, ttl=brief, prefix=prefix)
     await lease.register()
     other = _node(ProcessIdentity("another boot", pid=1, start_ticks=1))
-    await connection.txn(success=[wire.put(Keys(prefix).node("n1"), encode(other))])
+    await connection.txn(success=[messages.put(Keys(prefix).node("n1"), encode(other))])
     async with asyncio.timeout(3):
         assert (await lost.get()).record == other
     await lease.close()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from gpudock.v1 import container_pb2, operation_service_pb2
-from gpudock_server.adapters.etcd import wire
+from gpudock_server.adapters.etcd import messages
 from gpudock_server.adapters.etcd.keys import Keys
 from gpudock_server.settings import default_host_id
 
@@ -57,7 +57,9 @@ async def test_operation_retention_is_the_least_time_that_an_ended_operation_is_
         (operation,) = (
             await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest())
         ).operations
-        read = await connection.read(wire.get(Keys(own.prefix).operation(operation.id)), patience=timedelta(seconds=5))
+        read = await connection.read(
+            messages.get(Keys(own.prefix).operation(operation.id)), retry_for=timedelta(seconds=5)
+        )
         found = read.ranges[0].only
         assert found is not None
         remaining = (await connection._client.get_lease_info(found.lease)).TTL

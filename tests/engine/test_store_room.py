@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from gpudock_server.adapters.etcd import EmbeddedEtcd, EtcdConnection, EtcdStore, keeper
+from gpudock_server.adapters.etcd import EmbeddedEtcd, EtcdConnection, EtcdStore, maintenance
 from gpudock_server.adapters.etcd.keys import Keys
 from gpudock_server.adapters.etcd.operation_parts import OperationParts
-from gpudock_server.adapters.etcd.trimmer import Trimmer
+from gpudock_server.adapters.etcd.trimmer import OperationTrimmer
 from gpudock_server.errors import StoreFull
 from gpudock_server.model.changes import Change, DeleteContainer, PutContainer, PutOperation
 from gpudock_server.model.operation import OperationKind, OperationState
@@ -46,7 +46,7 @@ async def test_what_has_ended_is_bounded(store: EtcdStore, connection: EtcdConne
     for number in range(6):
         await _end(store, number)
     size = len(container("c0").model_dump_json())
-    trimmer = Trimmer(connection, OperationParts(Keys(prefix)), operations=4, result_bytes=int(2.5 * size))
+    trimmer = OperationTrimmer(connection, OperationParts(Keys(prefix)), operations=4, result_bytes=int(2.5 * size))
     due = trimmer.due
     assert due, "the daemon before may have left something"
     await trimmer.trim()
@@ -65,13 +65,13 @@ async def test_what_has_ended_is_bounded(store: EtcdStore, connection: EtcdConne
 @pytest_asyncio.fixture
 async def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[EtcdStore, Ballast]]:
     """A store in an etcd of its own with a small quota, which is looked at often."""
-    monkeypatch.setattr(keeper, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(maintenance, "CHECK_SECONDS", 0.05)
     etcd = EmbeddedEtcd(tmp_path, quota_bytes=_QUOTA, allow_inconsistent=True)
     await etcd.start()
     endpoint = etcd.address.endpoints[0]
     async with connected(endpoint) as connection, Ballast(endpoint) as ballast:
         store = EtcdStore(connection, quota_bytes=_QUOTA)
-        await store.keep()
+        await store.start_maintenance()
         await store.open()
         yield store, ballast
         await store.close()

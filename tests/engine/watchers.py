@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import grpc
 from aetcd import rpc
 from gpudock.v1 import container_pb2, container_service_pb2, volume_pb2, volume_service_pb2
-from gpudock_server.adapters.etcd import EtcdConnection, EtcdStore, wire
+from gpudock_server.adapters.etcd import EtcdConnection, EtcdStore, messages
 from gpudock_server.model.changes import DeleteContainer, DeleteVolume, PutContainer, PutVolume
 
 from tests.calls import Caller, Failure, failure_of
@@ -121,7 +121,7 @@ class Writer:
 
     async def compact(self) -> None:
         """Have etcd forget everything but what is there now."""
-        revision = (await self.connection.txn(success=[wire.get(b"nothing")])).revision
+        revision = (await self.connection.txn(success=[messages.get(b"nothing")])).revision
         request = rpc.CompactionRequest(revision=revision, physical=True)
         await self.connection._client.kvstub.Compact(request, timeout=5)
 

@@ -12,9 +12,9 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from gpudock_server.adapters.etcd import wire
+from gpudock_server.adapters.etcd import messages
+from gpudock_server.adapters.etcd.messages import Compare, KeyValue
 from gpudock_server.adapters.etcd.values import decode
-from gpudock_server.adapters.etcd.wire import Compare, Entry
 from gpudock_server.errors import RecordUnreadable
 from gpudock_server.model.claims import UNREADABLE, Holder
 
@@ -23,14 +23,14 @@ class Condition(ABC):
     """What must hold of a key."""
 
     # Whether the comparison is made from what the key was read to be.
-    reads_first: ClassVar[bool] = False
+    needs_read: ClassVar[bool] = False
 
     @abstractmethod
-    def holds(self, entry: Entry | None) -> bool:
+    def holds(self, entry: KeyValue | None) -> bool:
         """Whether it holds of what was read; None is "there is none"."""
 
     @abstractmethod
-    def compare(self, key: bytes, entry: Entry | None) -> Compare | None:
+    def compare(self, key: bytes, entry: KeyValue | None) -> Compare | None:
         """The comparison that guards a transaction built on `entry`; None where nothing needs a guard."""
 
 
@@ -41,12 +41,12 @@ class VersionIs(Condition):
     version: int
 
     @override
-    def holds(self, entry: Entry | None) -> bool:
+    def holds(self, entry: KeyValue | None) -> bool:
         return (entry.version if entry else 0) == self.version
 
     @override
-    def compare(self, key: bytes, entry: Entry | None) -> Compare | None:
-        return wire.version_is(key, self.version)
+    def compare(self, key: bytes, entry: KeyValue | None) -> Compare | None:
+        return messages.version_is(key, self.version)
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class ValueIs(Condition):
     value: bytes
 
     @override
-    def holds(self, entry: Entry | None) -> bool:
+    def holds(self, entry: KeyValue | None) -> bool:
         return entry is not None and entry.value == self.value
 
     @override
-    def compare(self, key: bytes, entry: Entry | None) -> Compare | None:
-        return wire.value_is(key, self.value)
+    def compare(self, key: bytes, entry: KeyValue | None) -> Compare | None:
+        return messages.value_is(key, self.value)
 
 
 @dataclass(frozen=True)
@@ -69,31 +69,31 @@ class HeldBy(Condition):
     """The claim is held by this container, whatever else its holder says."""
 
     uid: str
-    reads_first = True
+    needs_read = True
 
     @override
-    def holds(self, entry: Entry | None) -> bool:
-        return is_held_by(self.uid, entry)
+    def holds(self, entry: KeyValue | None) -> bool:
+        return is_holder(self.uid, entry)
 
     @override
-    def compare(self, key: bytes, entry: Entry | None) -> Compare | None:
-        return wire.version_is(key, entry.version if entry else 0)
+    def compare(self, key: bytes, entry: KeyValue | None) -> Compare | None:
+        return messages.version_is(key, entry.version if entry else 0)
 
 
 @dataclass(frozen=True)
-class PerhapsHeldBy(Condition):
+class IfHeldBy(Condition):
     """Holds always; but what is deleted because this container holds it must be held by it still."""
 
     uid: str
-    reads_first = True
+    needs_read = True
 
     @override
-    def holds(self, entry: Entry | None) -> bool:
+    def holds(self, entry: KeyValue | None) -> bool:
         return True
 
     @override
-    def compare(self, key: bytes, entry: Entry | None) -> Compare | None:
-        return wire.version_is(key, entry.version) if entry and is_held_by(self.uid, entry) else None
+    def compare(self, key: bytes, entry: KeyValue | None) -> Compare | None:
+        return messages.version_is(key, entry.version) if entry and is_holder(self.uid, entry) else None
 
 
 @dataclass(frozen=True)
@@ -101,20 +101,20 @@ class Always(Condition):
     """No condition."""
 
     @override
-    def holds(self, entry: Entry | None) -> bool:
+    def holds(self, entry: KeyValue | None) -> bool:
         return True
 
     @override
-    def compare(self, key: bytes, entry: Entry | None) -> Compare | None:
+    def compare(self, key: bytes, entry: KeyValue | None) -> Compare | None:
         return None
 
 
-def is_held_by(uid: str, entry: Entry | None) -> bool:
+def is_holder(uid: str, entry: KeyValue | None) -> bool:
     """Whether `entry` is a claim that the container `uid` holds."""
     return entry is not None and holder_of(entry).uid == uid
 
 
-def holder_of(entry: Entry) -> Holder:
+def holder_of(entry: KeyValue) -> Holder:
     """Who holds the claim that `entry` is. One that cannot be read is held all the same: by nobody that is known."""
     try:
         return decode(Holder, entry.key, entry.value)

@@ -16,20 +16,20 @@ import grpc
 import grpc.aio
 from aetcd import rpc
 
-from gpudock_server.adapters.etcd.channel import EtcdAddress, EtcdClient
+from gpudock_server.adapters.etcd.client import EtcdAddress, EtcdClient
 from gpudock_server.adapters.etcd.keys import KeyRange
-from gpudock_server.adapters.etcd.wire import (
+from gpudock_server.adapters.etcd.messages import (
     Compare,
-    Do,
     Message,
-    TxnAnswer,
-    WatchAnswer,
+    TxnOperation,
+    TxnResponse,
+    WatchMessage,
     is_read,
-    range_answer,
     range_request,
-    txn_answer,
+    range_response,
     txn_request,
-    watch_answer,
+    txn_response,
+    watch_message,
     watch_request,
 )
 from gpudock_server.errors import StoreFull, StoreUnavailable
@@ -38,11 +38,11 @@ T = TypeVar("T")
 
 DEFAULT_TIMEOUT = timedelta(seconds=2)
 
-_FIRST_PAUSE_SECONDS = 0.02
-_LONGEST_PAUSE_SECONDS = 0.5
+_MIN_BACKOFF_SECONDS = 0.02
+_MAX_BACKOFF_SECONDS = 0.5
 
 # What these codes say of a call is that nobody knows whether it was done.
-_UNANSWERED = frozenset(
+_OUTCOME_UNKNOWN = frozenset(
     {
         grpc.StatusCode.UNAVAILABLE,
         grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -53,7 +53,7 @@ _UNANSWERED = frozenset(
     }
 )
 # Refusals that pass: etcd has more to do than it can, or its users were changed while it looked at the call.
-_PASSING = ("too many requests", "revision of auth store is old")
+_RETRYABLE_MESSAGES = ("too many requests", "revision of auth store is old")
 # What etcd says of a put when its database is as large as it may become, and of its alarm for that.
 _NO_SPACE = "database space exceeded"
 _NO_SPACE_ALARM = "NOSPACE"
@@ -72,37 +72,37 @@ CLUSTER_IS_FULL = (
 class CallFailed(Exception):
     """A call that brought no result. `code` is the name of a gRPC status, `detail` what etcd or grpc said."""
 
-    def __init__(self, code: str, detail: str, *, unanswered: bool) -> None:
+    def __init__(self, code: str, detail: str, *, outcome_unknown: bool) -> None:
         super().__init__(f"{code}: {detail}")
         self.code = code
         self.detail = detail
         # Whether it may have been done all the same.
-        self.unanswered = unanswered
+        self.outcome_unknown = outcome_unknown
 
     @property
-    def passing(self) -> bool:
+    def retryable(self) -> bool:
         """Whether the same call may succeed in a moment."""
-        return self.unanswered or any(phrase in self.detail for phrase in _PASSING)
+        return self.outcome_unknown or any(phrase in self.detail for phrase in _RETRYABLE_MESSAGES)
 
     @property
     def no_space(self) -> bool:
         """Whether etcd refused to store more."""
         return _NO_SPACE in self.detail
 
-    def for_core(self) -> StoreUnavailable:
+    def to_store_error(self) -> StoreUnavailable:
         """The error that core is given."""
         return StoreFull(CLUSTER_IS_FULL) if self.no_space else StoreUnavailable(str(self))
 
 
 @dataclass(frozen=True, slots=True)
-class Status:
+class MemberStatus:
     """The state of the member that answered, and the size of its database.
 
-    `trouble` is empty when it serves. `no_space`: its alarm for that is raised, and it takes only reads and deletions.
+    `problem` is empty when it serves. `no_space`: its alarm for that is raised, and it takes only reads and deletions.
     """
 
     version: str
-    trouble: str
+    problem: str
     no_space: bool
     revision: int
     size_bytes: int
@@ -133,7 +133,7 @@ class EtcdConnection:
             async with self._mapped_errors():
                 await self._client.connect()
         except CallFailed as failure:
-            raise failure.for_core() from None
+            raise failure.to_store_error() from None
 
     async def close(self) -> None:
         """Let go of the channel; calls that are on their way fail."""
@@ -143,34 +143,34 @@ class EtcdConnection:
     async def txn(
         self,
         compare: Sequence[Compare] = (),
-        success: Sequence[Do] = (),
-        failure: Sequence[Do] = (),
+        success: Sequence[TxnOperation] = (),
+        failure: Sequence[TxnOperation] = (),
         *,
         timeout: float | None = None,
-    ) -> TxnAnswer:
+    ) -> TxnResponse:
         """Do `success` if all of `compare` hold, else `failure`; tried once, for at most `timeout` s.
 
         Raises CallFailed.
         """
         request = txn_request(compare, success, failure)
         try:
-            answer = txn_answer(await self._call(lambda: self._client.kvstub.Txn, request, timeout))
+            answer = txn_response(await self._call(lambda: self._client.kvstub.Txn, request, timeout))
         except CallFailed as error:
             if not (error.no_space and success and not compare and all(is_read(do) for do in success)):
                 raise
-            answer = await self._ranges(success, timeout)
+            answer = await self._read_ranges(success, timeout)
         self.revision = max(self.revision, answer.revision)
         return answer
 
-    async def _ranges(self, reads: Sequence[Do], timeout: float | None) -> TxnAnswer:
+    async def _read_ranges(self, reads: Sequence[TxnOperation], timeout: float | None) -> TxnResponse:
         """The reads by themselves: an etcd that is full refuses every transaction, also one that only reads."""
         revision, answers = 0, []
         for read in reads:
             # All at the moment of the first.
             answer = await self._call(self._range, range_request(read, at=revision), timeout)
             revision = revision or int(answer.header.revision)
-            answers.append(range_answer(answer))
-        return TxnAnswer(succeeded=True, revision=revision, ranges=tuple(answers))
+            answers.append(range_response(answer))
+        return TxnResponse(succeeded=True, revision=revision, ranges=tuple(answers))
 
     def _range(self) -> Message:
         return self._client.kvstub.Range
@@ -180,21 +180,21 @@ class EtcdConnection:
         request = rpc.DeleteRangeRequest(key=keys.start, range_end=keys.end)
         await self._call(lambda: self._client.kvstub.DeleteRange, request)
 
-    async def read(self, *reads: Do, patience: timedelta) -> TxnAnswer:
-        """Do `reads` at one moment; tries again while there is `patience`. Raises CallFailed."""
-        return await self.patiently(lambda timeout: self.txn(success=reads, timeout=timeout), patience)
+    async def read(self, *reads: TxnOperation, retry_for: timedelta) -> TxnResponse:
+        """Do `reads` at one moment; tries again while there is `retry_for`. Raises CallFailed."""
+        return await self.with_retries(lambda timeout: self.txn(success=reads, timeout=timeout), retry_for)
 
-    async def patiently(self, call: Callable[[float], Awaitable[T]], patience: timedelta) -> T:
-        """Try `call`, which may safely be repeated, until it is answered or `patience` is at its end.
+    async def with_retries(self, call: Callable[[float], Awaitable[T]], retry_for: timedelta) -> T:
+        """Try `call`, which may safely be repeated, until it is answered or `retry_for` is at its end.
 
         `call` gets the seconds that it may take. Raises the last CallFailed.
         """
-        pauses = Pauses(patience)
+        backoff = Backoff(retry_for)
         while True:
             try:
-                return await call(pauses.left)
+                return await call(backoff.left)
             except CallFailed as failure:
-                if not failure.passing or not await pauses.pause():
+                if not failure.retryable or not await backoff.pause():
                     raise
 
     async def grant(self, ttl_seconds: int) -> int:
@@ -215,9 +215,9 @@ class EtcdConnection:
                     return int(answer.TTL)
             finally:
                 stream.cancel()
-            raise CallFailed("UNAVAILABLE", "the keep-alive stream ended without an answer", unanswered=True)
+            raise CallFailed("UNAVAILABLE", "the keep-alive stream ended without an answer", outcome_unknown=True)
 
-        return await self._logged_in(first_answer)
+        return await self._with_login(first_answer)
 
     async def revoke(self, lease: int) -> None:
         """End a lease, and every key that it holds. Raises CallFailed."""
@@ -240,22 +240,22 @@ class EtcdConnection:
                     await stream.begin(keys, start)
             except TimeoutError:
                 stream.close()
-                raise CallFailed("DEADLINE_EXCEEDED", "etcd did not begin to watch", unanswered=True) from None
+                raise CallFailed("DEADLINE_EXCEEDED", "etcd did not begin to watch", outcome_unknown=True) from None
             except BaseException:
                 stream.close()
                 raise
             return stream
 
-        return await self._logged_in(begin)
+        return await self._with_login(begin)
 
-    async def status(self) -> Status:
+    async def status(self) -> MemberStatus:
         """How the member that answers is. Raises CallFailed."""
         answer = await self._call(lambda: self._client.maintenancestub.Status, rpc.StatusRequest())
         errors = [str(error) for error in answer.errors]
         others = [error for error in errors if _NO_SPACE_ALARM not in error]
-        return Status(
+        return MemberStatus(
             version=str(answer.version),
-            trouble="; ".join(others or ([] if answer.leader else ["etcd has no leader"])),
+            problem="; ".join(others or ([] if answer.leader else ["etcd has no leader"])),
             no_space=len(others) < len(errors),
             revision=int(answer.header.revision),
             size_bytes=int(answer.dbSize),
@@ -298,9 +298,9 @@ class EtcdConnection:
         async def once() -> Message:
             return await method()(request, timeout=limit, metadata=self._client.metadata)
 
-        return await self._logged_in(once)
+        return await self._with_login(once)
 
-    async def _logged_in(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def _with_login(self, call: Callable[[], Awaitable[T]]) -> T:
         """Do `call`, and once more with a new token where etcd no longer takes the one we have."""
         token = self._client.metadata
         try:
@@ -316,19 +316,19 @@ class EtcdConnection:
     @asynccontextmanager
     async def _mapped_errors(self) -> AsyncIterator[None]:
         if not self._usable.is_set():
-            raise CallFailed("CANCELLED", "this daemon has closed its connection", unanswered=True)
+            raise CallFailed("CANCELLED", "this daemon has closed its connection", outcome_unknown=True)
         try:
             yield
         except grpc.aio.AioRpcError as error:
             code, detail = error.code(), error.details() or "no details"
-            raise CallFailed(code.name, detail, unanswered=code in _UNANSWERED) from None
+            raise CallFailed(code.name, detail, outcome_unknown=code in _OUTCOME_UNKNOWN) from None
         except grpc.aio.UsageError as error:
-            raise CallFailed("CANCELLED", str(error), unanswered=True) from None
+            raise CallFailed("CANCELLED", str(error), outcome_unknown=True) from None
         except asyncio.CancelledError:
             # grpc ends calls on a channel that is being closed in the same way as those of a cancelled task.
             task = asyncio.current_task()
             if not self._usable.is_set() and task is not None and not task.cancelling():
-                raise CallFailed("CANCELLED", "this daemon has closed its connection", unanswered=True) from None
+                raise CallFailed("CANCELLED", "this daemon has closed its connection", outcome_unknown=True) from None
             raise
 
 
@@ -349,27 +349,27 @@ class WatchStream:
         # etcd confirms, also where it refuses; a refusal for what was compacted follows as a message of its own.
         answer = await self.read()
         if answer.refusal:
-            raise CallFailed("PERMISSION_DENIED", answer.refusal, unanswered=False)
+            raise CallFailed("PERMISSION_DENIED", answer.refusal, outcome_unknown=False)
 
-    async def read(self) -> WatchAnswer:
+    async def read(self) -> WatchMessage:
         """The next message. Cancelling it ends the watch. Raises CallFailed."""
         async with self._mapped_errors():
             answer = await self._call.read()
         if answer is grpc.aio.EOF:  # type: ignore[attr-defined]  # missing in its stubs
-            raise CallFailed("UNAVAILABLE", "etcd ended the watch", unanswered=True)
-        return watch_answer(answer)
+            raise CallFailed("UNAVAILABLE", "etcd ended the watch", outcome_unknown=True)
+        return watch_message(answer)
 
     def close(self) -> None:
         """End it; may be repeated."""
         self._call.cancel()
 
 
-class Pauses:
-    """Growing pauses between tries, until `patience` is at its end."""
+class Backoff:
+    """Growing pauses between tries, until `retry_for` is at its end."""
 
-    def __init__(self, patience: timedelta) -> None:
-        self._until = asyncio.get_running_loop().time() + patience.total_seconds()
-        self._next = _FIRST_PAUSE_SECONDS
+    def __init__(self, retry_for: timedelta) -> None:
+        self._until = asyncio.get_running_loop().time() + retry_for.total_seconds()
+        self._next = _MIN_BACKOFF_SECONDS
 
     @property
     def left(self) -> float:
@@ -381,5 +381,5 @@ class Pauses:
         if asyncio.get_running_loop().time() + self._next >= self._until:
             return False
         await asyncio.sleep(self._next)
-        self._next = min(self._next * 2, _LONGEST_PAUSE_SECONDS)
+        self._next = min(self._next * 2, _MAX_BACKOFF_SECONDS)
         return True

@@ -14,24 +14,24 @@ from pathlib import Path
 
 import structlog
 
-from gpudock_server.adapters.etcd import wire
-from gpudock_server.adapters.etcd.channel import EtcdAddress
+from gpudock_server.adapters.etcd import messages
+from gpudock_server.adapters.etcd.client import EtcdAddress
 from gpudock_server.adapters.etcd.connection import CallFailed, EtcdConnection
-from gpudock_server.adapters.etcd.etcd_folder import CLIENT_SOCKET, PEER_SOCKET, EtcdFolder
-from gpudock_server.adapters.etcd.etcd_program import EtcdProgram, find_program
-from gpudock_server.adapters.etcd.keeper import hard_quota
+from gpudock_server.adapters.etcd.embedded_folder import CLIENT_SOCKET, PEER_SOCKET, EtcdFolder
+from gpudock_server.adapters.etcd.embedded_program import EtcdProgram, find_program
+from gpudock_server.adapters.etcd.maintenance import hard_quota
 from gpudock_server.startup import StartupError
 
 DEFAULT_START_TIMEOUT = timedelta(seconds=60)
 DEFAULT_QUOTA = 2 << 30
 
 _STOP_SECONDS = 10.0
-_LOOK_SECONDS = 0.02
+_POLL_SECONDS = 0.02
 _CALL_TIMEOUT = timedelta(seconds=1)
 # Between the end of an etcd and the next: doubled each time, and begun anew once one has run for a while.
-_FIRST_PAUSE_SECONDS = 0.1
-_LONGEST_PAUSE_SECONDS = 10.0
-_STEADY_SECONDS = 60.0
+_MIN_BACKOFF_SECONDS = 0.1
+_MAX_BACKOFF_SECONDS = 10.0
+_BACKOFF_RESET_SECONDS = 60.0
 _LINE_BYTES = 1 << 20
 _KEPT_LINES = 20
 
@@ -88,7 +88,7 @@ class EmbeddedEtcd:
         self._start_timeout = start_timeout.total_seconds()
         self._last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._process: Process | None = None
-        self._listener: asyncio.Task[None] | None = None
+        self._stderr_task: asyncio.Task[None] | None = None
         self._supervisor: asyncio.Task[None] | None = None
 
     @property
@@ -103,12 +103,12 @@ class EmbeddedEtcd:
 
     async def start(self) -> None:
         """Start it and wait until it answers. Raises StartupError."""
-        await self._folder.take()
+        await self._folder.lock()
         try:
-            program = await find_program(self._folder.wrote, allow_inconsistent=self._allow_inconsistent)
+            program = await find_program(self._folder.data_version, allow_inconsistent=self._allow_inconsistent)
             await self._spawn(program)
-            await self._wait_until_it_answers()
-            self._folder.note_version(program.version)
+            await self._wait_until_ready()
+            self._folder.record_version(program.version)
         except BaseException:
             await self.close()
             raise
@@ -131,17 +131,17 @@ class EmbeddedEtcd:
                 log.warning("etcd did not stop in time and is killed", pid=process.pid)
                 process.kill()
                 await process.wait()
-        if self._listener is not None:
-            await self._listener
-            self._listener = None
+        if self._stderr_task is not None:
+            await self._stderr_task
+            self._stderr_task = None
         self._folder.release()
 
     async def _spawn(self, program: EtcdProgram) -> None:
         setpriv = shutil.which("setpriv")
         if setpriv is None:
             raise StartupError("setpriv is missing, and etcd needs it to die with its daemon", "install util-linux")
-        if self._listener is not None:
-            await self._listener
+        if self._stderr_task is not None:
+            await self._stderr_task
         self._last_lines.clear()
         self._folder.clear_sockets()
         self._process = await asyncio.create_subprocess_exec(
@@ -162,50 +162,50 @@ class EmbeddedEtcd:
             # Ctrl-C in a terminal goes to the daemon alone, which needs its store until it has drained.
             start_new_session=True,
         )
-        self._listener = asyncio.create_task(self._listen(self._process), name="log of etcd")
+        self._stderr_task = asyncio.create_task(self._relay_stderr(self._process), name="log of etcd")
         log.info("etcd started", pid=self._process.pid, endpoint=self._folder.endpoint)
 
-    async def _wait_until_it_answers(self) -> None:
+    async def _wait_until_ready(self) -> None:
         process = self._process
         connection = EtcdConnection(self.address, timeout=_CALL_TIMEOUT)
         await connection.open()
         try:
             async with asyncio.timeout(self._start_timeout):
                 while process is not None and process.returncode is None:
-                    if self._folder.answers:
+                    if self._folder.has_socket:
                         with suppress(CallFailed):
-                            await connection.txn(success=[wire.get(b"/")])
+                            await connection.txn(success=[messages.get(b"/")])
                             return
-                    await asyncio.sleep(_LOOK_SECONDS)
+                    await asyncio.sleep(_POLL_SECONDS)
         except TimeoutError:
             raise StartupError(
-                f"etcd did not answer within {self._start_timeout:g} s; it said:\n{self._said()}",
+                f"etcd did not answer within {self._start_timeout:g} s; it said:\n{self._last_output()}",
                 "a slow disk, or more data than it can read in that time",
             ) from None
         finally:
             await connection.close()
         code = process.returncode if process else None
-        raise StartupError(f"etcd ended ({_how(code)}) at its start; it said:\n{await self._said_to_the_end()}")
+        raise StartupError(f"etcd ended ({_describe_exit(code)}) at its start; it said:\n{await self._final_output()}")
 
     async def _supervise(self, program: EtcdProgram) -> None:
         loop = asyncio.get_running_loop()
-        pause = _FIRST_PAUSE_SECONDS
+        pause = _MIN_BACKOFF_SECONDS
         while True:
             began = loop.time()
             if self._process is not None:
                 code = await self._process.wait()
-                log.error("etcd ended and is started again", how=_how(code))
-            if loop.time() - began > _STEADY_SECONDS:
-                pause = _FIRST_PAUSE_SECONDS
+                log.error("etcd ended and is started again", how=_describe_exit(code))
+            if loop.time() - began > _BACKOFF_RESET_SECONDS:
+                pause = _MIN_BACKOFF_SECONDS
             await asyncio.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+            pause = min(2 * pause, _MAX_BACKOFF_SECONDS)
             try:
                 await self._spawn(program)
             except (OSError, StartupError) as error:
                 self._process = None
                 log.error("etcd cannot be started", reason=str(error))  # noqa: TRY400 - the sentence says it all
 
-    async def _listen(self, process: Process) -> None:
+    async def _relay_stderr(self, process: Process) -> None:
         """Hand what etcd says to our log, and keep the last of it."""
         if process.stderr is None:
             return
@@ -219,15 +219,15 @@ class EmbeddedEtcd:
             text = line.decode(errors="replace").strip()
             if not any(phrase in text for phrase in _ROUTINE):
                 self._last_lines.append(text)
-                _relay(text)
+                _log_line(text)
 
-    def _said(self) -> str:
+    def _last_output(self) -> str:
         return "\n".join(self._last_lines)
 
-    async def _said_to_the_end(self) -> str:
-        if self._listener is not None:
-            await asyncio.wait([self._listener], timeout=_STOP_SECONDS)
-        return self._said()
+    async def _final_output(self) -> str:
+        if self._stderr_task is not None:
+            await asyncio.wait([self._stderr_task], timeout=_STOP_SECONDS)
+        return self._last_output()
 
 
 def _environment() -> dict[str, str]:
@@ -239,7 +239,7 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _relay(text: str) -> None:
+def _log_line(text: str) -> None:
     try:
         line = json.loads(text)
         level, message = line.pop("level"), line.pop("msg")
@@ -250,7 +250,7 @@ def _relay(text: str) -> None:
     getattr(log, _LEVELS.get(level, "error"))("etcd says", message=message, **line)
 
 
-def _how(code: int | None) -> str:
+def _describe_exit(code: int | None) -> str:
     if code is None:
         return "not yet"
     return f"signal {-code}" if code < 0 else f"exit code {code}"

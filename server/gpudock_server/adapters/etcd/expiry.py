@@ -34,7 +34,7 @@ class ExpiryBuckets:
                 self._closes = now + self._width
             return self._lease
 
-    def lost(self, lease: int) -> None:
+    def discard(self, lease: int) -> None:
         """Never hand out `lease` again: etcd does not know it any more."""
         if self._lease == lease:
             self._lease = 0

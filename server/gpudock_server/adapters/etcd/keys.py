@@ -94,7 +94,7 @@ class KeyRange:
 
 
 @dataclass(frozen=True, slots=True)
-class WatchedKeys:
+class WatchKeys:
     """What a watch of one kind of object looks at. `referring`: heads of another kind, which name these."""
 
     heads: KeyRange
@@ -152,7 +152,7 @@ class Keys:
         raise ValueError(f"{key!r} is no claim")
 
     @staticmethod
-    def last_part(key: bytes) -> str:
+    def last_segment(key: bytes) -> str:
         """What the last part of a key says: a name, an id, a number."""
         return unquote(key.decode("ascii", errors="replace").rpartition("/")[2])
 
@@ -176,9 +176,9 @@ class Keys:
         """Every lock there is."""
         return self._below("locks")
 
-    def watched(self, kind: TargetKind, heads: KeyRange, referring: KeyRange | None = None) -> WatchedKeys:
+    def watched(self, kind: TargetKind, heads: KeyRange, referring: KeyRange | None = None) -> WatchKeys:
         """What a watch of the objects of a kind looks at."""
-        return WatchedKeys(heads, self.locks(kind), self._key("idle", f"{kind.value}s"), referring)
+        return WatchKeys(heads, self.locks(kind), self._key("idle", f"{kind.value}s"), referring)
 
     def lock_of(self, key: bytes) -> tuple[TargetKind, str] | None:
         """What a key of `all_locks` locks; None where that is of a kind that this version does not know."""
@@ -242,7 +242,7 @@ class Keys:
         """What all operations left, in the order of their ids: the newest first."""
         return self._below("results")
 
-    def keeper(self) -> bytes:
+    def maintenance_marker(self) -> bytes:
         """What is put where etcd is to take notice of what it has freed; empty."""
         return self._key("idle", "keeper")
 

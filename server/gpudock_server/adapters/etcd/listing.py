@@ -12,24 +12,24 @@ import json
 from dataclasses import dataclass
 from datetime import timedelta
 
-from gpudock_server.adapters.etcd import wire
+from gpudock_server.adapters.etcd import messages
 from gpudock_server.adapters.etcd.connection import CallFailed, EtcdConnection
 from gpudock_server.adapters.etcd.keys import KeyRange
-from gpudock_server.adapters.etcd.wire import Entry
+from gpudock_server.adapters.etcd.messages import KeyValue
 from gpudock_server.errors import FieldViolation, InvalidArgument, ResumeTokenExpired
 
 _MAX_REVISION = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
-    """A page: its entries, all of `beside` at the same moment, and the next page's token (empty: this was the last).
+class ListPage:
+    """A page: its entries, all `companions` at the same moment, and the next page's token (empty: this was the last).
 
     `revision` is that moment.
     """
 
-    entries: tuple[Entry, ...]
-    beside: tuple[Entry, ...]
+    entries: tuple[KeyValue, ...]
+    companions: tuple[KeyValue, ...]
     next_token: str
     revision: int
 
@@ -37,34 +37,34 @@ class Listed:
 async def list_page(
     connection: EtcdConnection,
     keys: KeyRange,
-    beside: KeyRange | None,
+    companions: KeyRange | None,
     *,
     size: int,
     token: str,
-    patience: timedelta,
-) -> Listed:
-    """At most `size` entries of `keys` behind what `token` has shown, and the whole of `beside`.
+    retry_for: timedelta,
+) -> ListPage:
+    """At most `size` entries of `keys` behind what `token` has shown, and the whole of `companions`.
 
     Raises InvalidArgument (page_token), ResumeTokenExpired, CallFailed.
     """
     if size < 1:
         raise ValueError(f"a page of {size}")
     revision, rest = _resume(token, keys) if token else (0, keys)
-    reads = [wire.get_range(rest, limit=size, revision=revision)]
-    if beside:
-        reads.append(wire.get_range(beside, revision=revision))
+    reads = [messages.get_range(rest, limit=size, revision=revision)]
+    if companions:
+        reads.append(messages.get_range(companions, revision=revision))
     try:
-        answer = await connection.read(*reads, patience=patience)
+        answer = await connection.read(*reads, retry_for=retry_for)
     except CallFailed as failure:
         if failure.code == "OUT_OF_RANGE" and token:
             if "compacted" in failure.detail:
                 raise ResumeTokenExpired(token) from None
-            raise _no_token() from None
+            raise _invalid_token() from None
         raise
     page = answer.ranges[0]
-    return Listed(
+    return ListPage(
         entries=page.entries,
-        beside=answer.ranges[1].entries if beside else (),
+        companions=answer.ranges[1].entries if companions else (),
         next_token=_token(revision or answer.revision, page.entries[-1].key) if page.more else "",
         revision=revision or answer.revision,
     )
@@ -80,11 +80,11 @@ def _resume(token: str, keys: KeyRange) -> tuple[int, KeyRange]:
         revision, last = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
         key = last.encode("ascii")
     except (binascii.Error, UnicodeError, ValueError, TypeError, AttributeError, RecursionError):
-        raise _no_token() from None
+        raise _invalid_token() from None
     if type(revision) is not int or not 0 < revision <= _MAX_REVISION or not keys.holds(key):
-        raise _no_token()
+        raise _invalid_token()
     return revision, keys.after(key)
 
 
-def _no_token() -> InvalidArgument:
+def _invalid_token() -> InvalidArgument:
     return InvalidArgument((FieldViolation("page_token", "it is not a token that this listing gave out"),))

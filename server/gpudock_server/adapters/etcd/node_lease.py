@@ -14,13 +14,13 @@ from datetime import timedelta
 
 import structlog
 
-from gpudock_server.adapters.etcd import wire
+from gpudock_server.adapters.etcd import messages
+from gpudock_server.adapters.etcd.capacity import StoreCapacity
 from gpudock_server.adapters.etcd.connection import CallFailed, EtcdConnection
 from gpudock_server.adapters.etcd.keys import DEFAULT_PREFIX, Keys
-from gpudock_server.adapters.etcd.process_identity import ProcessIdentity
-from gpudock_server.adapters.etcd.room import Room
+from gpudock_server.adapters.etcd.messages import KeyValue, TxnResponse
 from gpudock_server.adapters.etcd.values import decode, encode
-from gpudock_server.adapters.etcd.wire import Entry, TxnAnswer
+from gpudock_server.adapters.host.process_identity import ProcessIdentity
 from gpudock_server.errors import StoreFull
 from gpudock_server.model.node import NodeRecord
 from gpudock_server.startup import StartupError
@@ -28,11 +28,11 @@ from gpudock_server.startup import StartupError
 DEFAULT_TTL = timedelta(seconds=10)
 
 _PATIENCE = timedelta(seconds=5)
-_LOOK_SECONDS = 0.2
+_POLL_SECONDS = 0.2
 # etcd looks for expired leases twice a second, and its clock is not ours.
 _EXPIRY_LAG_SECONDS = 1.5
 # A lease is kept alive this often in its time, so that two lost answers do not end it.
-_BEATS = 3
+_RENEWALS_PER_TTL = 3
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -56,7 +56,7 @@ class NodeLease:
 
     While etcd is out of reach it is tried again and again; a lease that ended meanwhile is replaced. `on_lost` is
     called once if by then another daemon has the node: this one must stop working for it. A store that is full does not
-    take the key: `registered` is set once it is there, and until then `room` lets no operation begin.
+    take the key: `registered` is set once it is there, and until then `capacity` lets no operation begin.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class NodeLease:
         on_lost: Callable[[NodeTaken], None],
         ttl: timedelta = DEFAULT_TTL,
         prefix: str = DEFAULT_PREFIX,
-        room: Room | None = None,
+        capacity: StoreCapacity | None = None,
     ) -> None:
         self.registered = asyncio.Event()
-        self._room = room or Room()
-        self._room.registered = False
+        self._capacity = capacity or StoreCapacity()
+        self._capacity.registered = False
         self._connection = connection
         self._record = record
         self._value = encode(record)
@@ -80,7 +80,7 @@ class NodeLease:
         self._ttl_seconds = math.ceil(ttl.total_seconds())
         self._lease = 0
         self._version = 0
-        self._keeper: asyncio.Task[None] | None = None
+        self._heartbeat: asyncio.Task[None] | None = None
 
     async def register(self) -> None:
         """Take the node, or, where the store is full, go on trying. See `registered`.
@@ -90,21 +90,21 @@ class NodeLease:
         loop = asyncio.get_running_loop()
         until = loop.time() + self._ttl_seconds + _EXPIRY_LAG_SECONDS
         try:
-            while holder := await self._patiently_take():
+            while holder := await self._take_with_retries():
                 if loop.time() >= until:
                     raise NodeTaken(self._record.node, holder)
-                await asyncio.sleep(_LOOK_SECONDS)
+                await asyncio.sleep(_POLL_SECONDS)
         except StoreFull as error:
             log.warning("the node is not registered until the store has room", detail=error.detail)
-        self._keeper = asyncio.create_task(self._keep(), name=f"lease of node {self._record.node}")
+        self._heartbeat = asyncio.create_task(self._keep(), name=f"lease of node {self._record.node}")
 
     async def close(self) -> None:
         """Give the node back at once. An etcd that is out of reach does so when the lease ends."""
-        if self._keeper is not None:
-            self._keeper.cancel()
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
             with suppress(asyncio.CancelledError):
-                await self._keeper
-            self._keeper = None
+                await self._heartbeat
+            self._heartbeat = None
         if self._lease:
             try:
                 # The key goes with the lease, and only if it is still ours.
@@ -113,11 +113,11 @@ class NodeLease:
                 log.info("the node's lease was not revoked; it ends by itself", reason=str(failure))
             self._lease = 0
 
-    async def _patiently_take(self) -> NodeRecord | None:
+    async def _take_with_retries(self) -> NodeRecord | None:
         try:
-            return await self._connection.patiently(lambda _: self._take(), _PATIENCE)
+            return await self._connection.with_retries(lambda _: self._take(), _PATIENCE)
         except CallFailed as failure:
-            raise failure.for_core() from None
+            raise failure.to_store_error() from None
 
     async def _take(self) -> NodeRecord | None:
         """Take the node if nobody has it, or nobody who lives; else who has it. May be repeated."""
@@ -126,18 +126,18 @@ class NodeLease:
             answer = await self._put(entry.version if entry else 0)
             if answer.succeeded:
                 self._version = answer.revision
-                self._room.registered = True
+                self._capacity.registered = True
                 self.registered.set()
                 return None
             entry = answer.ranges[0].only
         return decode(NodeRecord, entry.key, entry.value)
 
-    async def _put(self, instead_of: int) -> TxnAnswer:
+    async def _put(self, instead_of: int) -> TxnResponse:
         if not self._lease:
             self._lease = await self._connection.grant(self._ttl_seconds)
-        condition, put = wire.version_is(self._key, instead_of), wire.put(self._key, self._value, self._lease)
+        condition, put = messages.version_is(self._key, instead_of), messages.put(self._key, self._value, self._lease)
         try:
-            return await self._connection.txn([condition], [put], [wire.get(self._key)])
+            return await self._connection.txn([condition], [put], [messages.get(self._key)])
         except CallFailed as failure:
             if failure.code != "NOT_FOUND":
                 raise
@@ -145,10 +145,10 @@ class NodeLease:
         self._lease = 0
         return await self._put(instead_of)
 
-    async def _read(self) -> Entry | None:
-        return (await self._connection.txn(success=[wire.get(self._key)])).ranges[0].only
+    async def _read(self) -> KeyValue | None:
+        return (await self._connection.txn(success=[messages.get(self._key)])).ranges[0].only
 
-    def _may_replace(self, entry: Entry) -> bool:
+    def _may_replace(self, entry: KeyValue) -> bool:
         there = decode(NodeRecord, entry.key, entry.value)
         identity = _identity(there)
         # Our own may stand there from a try whose answer was lost.
@@ -157,9 +157,9 @@ class NodeLease:
     async def _keep(self) -> None:
         silent = False
         while True:
-            await asyncio.sleep(_LOOK_SECONDS if silent else self._ttl_seconds / _BEATS)
+            await asyncio.sleep(_POLL_SECONDS if silent else self._ttl_seconds / _RENEWALS_PER_TTL)
             try:
-                if not await self._beat():
+                if not await self._renew():
                     return
             except CallFailed as failure:
                 if not silent:
@@ -169,7 +169,7 @@ class NodeLease:
             else:
                 silent = False
 
-    async def _beat(self) -> bool:
+    async def _renew(self) -> bool:
         """Keep the lease alive, or take the node again. False when another daemon has it. Raises CallFailed."""
         alive = self._lease and await self._connection.keep_alive(self._lease)
         if not alive:

@@ -8,10 +8,10 @@ from datetime import timedelta
 
 from pydantic import Field
 
-from gpudock_server.adapters.etcd import wire
+from gpudock_server.adapters.etcd import messages
 from gpudock_server.adapters.etcd.keys import Keys
+from gpudock_server.adapters.etcd.messages import KeyValue, RangeResponse
 from gpudock_server.adapters.etcd.values import decode, encode
-from gpudock_server.adapters.etcd.wire import Entry, RangeAnswer
 from gpudock_server.model.changes import Change, PutOperation
 from gpudock_server.model.operation import Operation, Result
 from gpudock_server.model.record import JsonObject, Record
@@ -76,7 +76,7 @@ class OperationParts:
         """The value of the operation's own key."""
         return encode(operation.changed(arguments={}, result=None))
 
-    def beside(self, operation: Operation) -> Parts:
+    def companions(self, operation: Operation) -> Parts:
         """What has to be put and deleted together with the record."""
         puts: list[PartPut] = []
         if operation.arguments and not operation.state.ended and operation.id not in self._arguments:
@@ -110,15 +110,15 @@ class OperationParts:
             if there:
                 known.add(operation_id)
 
-    def reads(self, operation_id: str) -> tuple[wire.Do, wire.Do, wire.Do]:
+    def reads(self, operation_id: str) -> tuple[messages.TxnOperation, messages.TxnOperation, messages.TxnOperation]:
         """What reads all of an operation; `joined` takes the answers."""
         return (
-            wire.get(self.keys.operation(operation_id)),
-            wire.get(self.keys.arguments(operation_id)),
-            wire.get_range(self.keys.results_of(operation_id), limit=1),
+            messages.get(self.keys.operation(operation_id)),
+            messages.get(self.keys.arguments(operation_id)),
+            messages.get_range(self.keys.results_of(operation_id), limit=1),
         )
 
-    def joined(self, found: Sequence[RangeAnswer]) -> Versioned[Operation] | None:
+    def joined(self, found: Sequence[RangeResponse]) -> Versioned[Operation] | None:
         """The operation that `reads` found. Raises RecordUnreadable."""
         record, arguments, result = (answer.only for answer in found)
         if record is None:
@@ -129,7 +129,7 @@ class OperationParts:
         return Versioned(_joined(operation, arguments, result), record.version)
 
 
-def _joined(operation: Operation, arguments: Entry | None, result: Entry | None) -> Operation:
+def _joined(operation: Operation, arguments: KeyValue | None, result: KeyValue | None) -> Operation:
     # What an older daemon wrote holds its parts itself.
     if arguments is not None:
         part = decode(OperationArguments, arguments.key, arguments.value)

@@ -10,21 +10,21 @@ from typing import TypeVar
 
 import structlog
 
-from gpudock_server.adapters.etcd import wire
+from gpudock_server.adapters.etcd import messages
+from gpudock_server.adapters.etcd.capacity import StoreCapacity
 from gpudock_server.adapters.etcd.conditions import holder_of
 from gpudock_server.adapters.etcd.connection import CLUSTER_IS_FULL, CallFailed, EtcdConnection
 from gpudock_server.adapters.etcd.expiry import ExpiryBuckets
-from gpudock_server.adapters.etcd.keeper import StoreKeeper
-from gpudock_server.adapters.etcd.keys import DEFAULT_PREFIX, SCHEMA, KeyRange, Keys, WatchedKeys
+from gpudock_server.adapters.etcd.keys import DEFAULT_PREFIX, SCHEMA, KeyRange, Keys, WatchKeys
 from gpudock_server.adapters.etcd.listing import list_page
+from gpudock_server.adapters.etcd.maintenance import StoreMaintenance
+from gpudock_server.adapters.etcd.messages import MAX_TXN_OPERATIONS, KeyValue, RangeResponse, TxnResponse
 from gpudock_server.adapters.etcd.operation_parts import READS_OF_ONE, OperationParts
-from gpudock_server.adapters.etcd.referring import Reference, Referring
-from gpudock_server.adapters.etcd.room import Room
+from gpudock_server.adapters.etcd.record_watch import IdleNotifier, RecordWatch, V, View, resume_token_after
+from gpudock_server.adapters.etcd.references import Reference, ReferenceSource
 from gpudock_server.adapters.etcd.transactions import Transaction
-from gpudock_server.adapters.etcd.trimmer import Trimmer
+from gpudock_server.adapters.etcd.trimmer import OperationTrimmer
 from gpudock_server.adapters.etcd.values import R, decode, decode_number, decode_snapshot, encode_number
-from gpudock_server.adapters.etcd.watching import HeadWatch, Pulse, V, View, told_token
-from gpudock_server.adapters.etcd.wire import MAX_TXN_OPERATIONS, Entry, RangeAnswer, TxnAnswer
 from gpudock_server.errors import RecordUnreadable, StoreUnavailable
 from gpudock_server.model.changes import Change, Lock
 from gpudock_server.model.claims import ClaimTable
@@ -83,36 +83,40 @@ class EtcdStore:
     ) -> None:
         self._connection = connection
         self._quota = quota_bytes
-        self._room = Room()
+        self._capacity = StoreCapacity()
         self._keys = Keys(prefix)
         self._expiry = ExpiryBuckets(connection, retention, bucket)
         self._parts = OperationParts(self._keys)
-        trimmer = Trimmer(connection, self._parts)
-        self._keeper = StoreKeeper(connection, self._room, trimmer, self._keys.keeper(), quota_bytes=quota_bytes)
+        trimmer = OperationTrimmer(connection, self._parts)
+        self._maintenance = StoreMaintenance(
+            connection, self._capacity, trimmer, self._keys.maintenance_marker(), quota_bytes=quota_bytes
+        )
         self._deadline = deadline
         self._idle = idle
         self._watched_containers = self._keys.watched(TargetKind.CONTAINER, self._keys.containers())
-        self._mounting = Referring(self._keys.containers(), self._mounts_of)
-        self._watched_volumes = self._keys.watched(TargetKind.VOLUME, self._keys.volumes(), self._mounting.heads)
-        self._pulses: dict[bytes, Pulse] = {}
+        self._volume_references = ReferenceSource(self._keys.containers(), self._mounts_of)
+        self._watched_volumes = self._keys.watched(
+            TargetKind.VOLUME, self._keys.volumes(), self._volume_references.heads
+        )
+        self._idle_notifiers: dict[bytes, IdleNotifier] = {}
         self._decoded_head = lru_cache(_DECODED)(_decode_head)
 
     @property
-    def room(self) -> Room:
+    def capacity(self) -> StoreCapacity:
         """Whether it has room."""
-        return self._room
+        return self._capacity
 
-    async def keep(self) -> None:
+    async def start_maintenance(self) -> None:
         """Make room in an etcd of our own if it has none, and see to it from now on until `close`.
 
         Raises StoreUnavailable.
         """
         async with _mapped_errors():
-            await self._keeper.start()
+            await self._maintenance.start()
 
     async def close(self) -> None:
         """No longer see to the room."""
-        await self._keeper.close()
+        await self._maintenance.close()
 
     async def open(self) -> None:
         """Check that the state is in a schema that this daemon knows, or begin it.
@@ -130,21 +134,21 @@ class EtcdStore:
                 return
             entry = answer.ranges[0].only
 
-    async def _put_schema(self, key: bytes, version: int) -> TxnAnswer:
+    async def _put_schema(self, key: bytes, version: int) -> TxnResponse:
         async with _mapped_errors():
             # May be repeated: what is there is only read.
-            return await self._connection.patiently(
+            return await self._connection.with_retries(
                 lambda timeout: self._connection.txn(
-                    [wire.version_is(key, version)],
-                    [wire.put(key, encode_number(SCHEMA))],
-                    [wire.get(key)],
+                    [messages.version_is(key, version)],
+                    [messages.put(key, encode_number(SCHEMA))],
+                    [messages.get(key)],
                     timeout=timeout,
                 ),
                 self._deadline,
             )
 
     @staticmethod
-    def _schema_of(key: bytes, entry: Entry | None) -> int:
+    def _schema_of(key: bytes, entry: KeyValue | None) -> int:
         """What the state is written in, at most ours; 0 where there is none. Raises StartupError."""
         if entry is None:
             return 0
@@ -175,11 +179,11 @@ class EtcdStore:
             changes,
             self._deadline,
             operations=self._parts,
-            room=self._room,
+            capacity=self._capacity,
         )
         version = await transaction.run()
         self._parts.stored(changes)
-        self._room.used()
+        self._capacity.mark_written()
         return version
 
     async def container(self, name: str) -> ContainerView | None:
@@ -196,17 +200,17 @@ class EtcdStore:
                 self._keys.locks(TargetKind.CONTAINER),
                 size=page_size,
                 token=page_token,
-                patience=self._deadline,
+                retry_for=self._deadline,
             )
-        locks = {entry.key: entry for entry in page.beside}
+        locks = {entry.key: entry for entry in page.companions}
 
-        def read(head: Entry) -> ContainerView:
+        def read(head: KeyValue) -> ContainerView:
             # The name comes from the record, so that no key has to be taken apart.
             name = decode(Container, head.key, head.value).name
             return _view(head, locks.get(self._keys.lock(TargetKind.CONTAINER, name)))
 
-        views, unreadable = _readable(page.entries, read)
-        return Page(views, page.next_token, told_token(self._watched_containers, page.revision), unreadable)
+        views, unreadable = _decode_all(page.entries, read)
+        return Page(views, page.next_token, resume_token_after(self._watched_containers, page.revision), unreadable)
 
     async def revisions(self, uid: str, *, page_size: int, page_token: str) -> Page[RevisionView]:
         """A container's history, oldest first: see `ports.Store.revisions`."""
@@ -217,17 +221,17 @@ class EtcdStore:
                 self._keys.container_snapshots(uid),
                 size=page_size,
                 token=page_token,
-                patience=self._deadline,
+                retry_for=self._deadline,
             )
-        return Page(self._revision_views(uid, page.entries, page.beside), page.next_token)
+        return Page(self._revision_views(uid, page.entries, page.companions), page.next_token)
 
     async def history(self, uid: str) -> tuple[RevisionView, ...]:
         """All of a container's history at one moment, oldest first."""
         async with _mapped_errors():
             answer = await self._connection.read(
-                wire.get_range(self._keys.container_revisions(uid)),
-                wire.get_range(self._keys.container_snapshots(uid)),
-                patience=self._deadline,
+                messages.get_range(self._keys.container_revisions(uid)),
+                messages.get_range(self._keys.container_snapshots(uid)),
+                retry_for=self._deadline,
             )
         return self._revision_views(uid, *(found.entries for found in answer.ranges))
 
@@ -238,35 +242,35 @@ class EtcdStore:
         return views[0] if views else None
 
     def _revision_views(
-        self, uid: str, revisions: Sequence[Entry], snapshots: Sequence[Entry]
+        self, uid: str, revisions: Sequence[KeyValue], snapshots: Sequence[KeyValue]
     ) -> tuple[RevisionView, ...]:
-        readable, _ = _readable(snapshots, lambda entry: (entry.key, decode_snapshot(entry.key, entry.value)))
+        readable, _ = _decode_all(snapshots, lambda entry: (entry.key, decode_snapshot(entry.key, entry.value)))
         kept = dict(readable)
-        found, _ = _readable(revisions, lambda entry: decode(ContainerRevision, entry.key, entry.value))
+        found, _ = _decode_all(revisions, lambda entry: decode(ContainerRevision, entry.key, entry.value))
         # The number comes from the record, so that no key has to be taken apart.
         return tuple(_revision_view(one, kept.get(self._keys.container_snapshot(uid, one.revision))) for one in found)
 
     def watch_containers(self, *, token: str, listing: bool) -> AsyncGenerator[Seen[ContainerView], None]:
         """Heads and their locks as they change: see `ports.Store.watch_containers`."""
 
-        def view(head: Entry, lock: Entry | None, _: tuple[str, ...]) -> ContainerView:
+        def view(head: KeyValue, lock: KeyValue | None, _: tuple[str, ...]) -> ContainerView:
             return ContainerView(self._decoded(head), head.version, _operation_id(lock))
 
         return self._watch(self._watched_containers, view, token, listing=listing)
 
-    def _decoded(self, head: Entry) -> Container:
+    def _decoded(self, head: KeyValue) -> Container:
         decode_head = self._decoded_head if len(head.value) <= _LARGEST_DECODED else _decode_head
         return decode_head(head.key, head.value)
 
     def watch_volumes(self, *, token: str, listing: bool) -> AsyncGenerator[Seen[VolumeSeen], None]:
         """Heads, their locks and who mounts them, as they change: see `ports.Store.watch_volumes`."""
 
-        def view(head: Entry, lock: Entry | None, containers: tuple[str, ...]) -> VolumeSeen:
+        def view(head: KeyValue, lock: KeyValue | None, containers: tuple[str, ...]) -> VolumeSeen:
             return VolumeSeen(_volume_view(head, lock), containers)
 
-        return self._watch(self._watched_volumes, view, token, listing=listing, referring=self._mounting)
+        return self._watch(self._watched_volumes, view, token, listing=listing, referring=self._volume_references)
 
-    def _mounts_of(self, head: Entry) -> Reference:
+    def _mounts_of(self, head: KeyValue) -> Reference:
         """The volumes that a container mounts; of one that cannot be read, none."""
         try:
             container = self._decoded(head)
@@ -278,12 +282,12 @@ class EtcdStore:
         return Reference(container.name, frozenset(mounted))
 
     async def _watch(
-        self, keys: WatchedKeys, view: View[V], token: str, *, listing: bool, referring: Referring | None = None
+        self, keys: WatchKeys, view: View[V], token: str, *, listing: bool, referring: ReferenceSource | None = None
     ) -> AsyncGenerator[Seen[V], None]:
         """A watch of any kind of object; `view` shows one that has this head, this lock and these referrers."""
-        pulse = self._pulses.setdefault(keys.idle, Pulse(self._connection, keys.idle))
-        watch = HeadWatch(
-            self._connection, keys, pulse, view, referring=referring, patience=self._deadline, idle=self._idle
+        idle_notifier = self._idle_notifiers.setdefault(keys.idle, IdleNotifier(self._connection, keys.idle))
+        watch = RecordWatch(
+            self._connection, keys, idle_notifier, view, referring=referring, retry_for=self._deadline, idle=self._idle
         )
         # Closed here and not by the garbage collector: a caller may leave at any yield.
         async with _mapped_errors(), aclosing(watch.run(token, listing=listing)) as seen:
@@ -304,17 +308,17 @@ class EtcdStore:
                 self._keys.locks(TargetKind.VOLUME),
                 size=page_size,
                 token=page_token,
-                patience=self._deadline,
+                retry_for=self._deadline,
             )
-        locks = {entry.key: entry for entry in page.beside}
+        locks = {entry.key: entry for entry in page.companions}
 
-        def read(head: Entry) -> VolumeView:
+        def read(head: KeyValue) -> VolumeView:
             # The name comes from the record, so that no key has to be taken apart.
             name = decode(Volume, head.key, head.value).name
             return _volume_view(head, locks.get(self._keys.lock(TargetKind.VOLUME, name)))
 
-        views, unreadable = _readable(page.entries, read)
-        return Page(views, page.next_token, told_token(self._watched_volumes, page.revision), unreadable)
+        views, unreadable = _decode_all(page.entries, read)
+        return Page(views, page.next_token, resume_token_after(self._watched_volumes, page.revision), unreadable)
 
     async def volume_revisions(self, uid: str, *, page_size: int, page_token: str) -> Page[VolumeRevision]:
         """A volume's history, oldest first: see `ports.Store.volume_revisions`."""
@@ -325,7 +329,7 @@ class EtcdStore:
                 None,
                 size=page_size,
                 token=page_token,
-                patience=self._deadline,
+                retry_for=self._deadline,
             )
         return Page(tuple(decode(VolumeRevision, one.key, one.value) for one in page.entries), page.next_token)
 
@@ -347,9 +351,9 @@ class EtcdStore:
                 None,
                 size=page_size,
                 token=page_token,
-                patience=self._deadline,
+                retry_for=self._deadline,
             )
-        operations, unreadable = _readable(page.entries, lambda entry: decode(Operation, entry.key, entry.value))
+        operations, unreadable = _decode_all(page.entries, lambda entry: decode(Operation, entry.key, entry.value))
         return Page(operations, page.next_token, unreadable=unreadable)
 
     async def unfinished(self, node: str) -> tuple[Versioned[Operation], ...]:
@@ -357,7 +361,7 @@ class EtcdStore:
         # One that works on several objects holds a lock on each.
         holders = dict.fromkeys(lock.operation_id for lock in await self.held_locks())
         ids = list(holders)
-        found: list[Sequence[RangeAnswer]] = []
+        found: list[Sequence[RangeResponse]] = []
         for first in range(0, len(ids), MAX_TXN_OPERATIONS // READS_OF_ONE):
             some = ids[first : first + MAX_TXN_OPERATIONS // READS_OF_ONE]
             answers = await self._read(*(read for one in some for read in self._parts.reads(one)))
@@ -388,7 +392,7 @@ class EtcdStore:
     async def image_origins(self, node: str) -> tuple[ImageOrigin, ...]:
         """The origins of a node's images, as far as gpudock knows them."""
         entries = await self._list(self._keys.image_origins(node))
-        found, _ = _readable(entries, lambda entry: decode(ImageOrigin, entry.key, entry.value))
+        found, _ = _decode_all(entries, lambda entry: decode(ImageOrigin, entry.key, entry.value))
         return found
 
     async def nodes(self) -> tuple[NodeRecord, ...]:
@@ -399,15 +403,15 @@ class EtcdStore:
         """The version of etcd. Raises StoreUnavailable, also where it answers but has no leader."""
         async with _mapped_errors():
             status = await self._connection.status()
-        if status.trouble:
-            raise StoreUnavailable(status.trouble)
+        if status.problem:
+            raise StoreUnavailable(status.problem)
         return status.version
 
     async def usage(self) -> StoreUsage:
         """How full the database of the member that answers is. Raises StoreUnavailable."""
         async with _mapped_errors():
             status = await self._connection.status()
-        full = self._room.full or self._room.reserved
+        full = self._capacity.full or self._capacity.reserved
         return StoreUsage(
             size_bytes=status.size_bytes,
             in_use_bytes=status.in_use_bytes,
@@ -415,18 +419,18 @@ class EtcdStore:
             full=full or (CLUSTER_IS_FULL if status.no_space and not self._quota else ""),
         )
 
-    async def _get(self, *keys: bytes) -> list[Entry | None]:
+    async def _get(self, *keys: bytes) -> list[KeyValue | None]:
         """Single keys, at one moment."""
-        return [found.only for found in await self._read(*(wire.get(key) for key in keys))]
+        return [found.only for found in await self._read(*(messages.get(key) for key in keys))]
 
-    async def _read(self, *reads: wire.Do) -> tuple[RangeAnswer, ...]:
+    async def _read(self, *reads: messages.TxnOperation) -> tuple[RangeResponse, ...]:
         """Several reads, at one moment."""
         async with _mapped_errors():
-            return (await self._connection.read(*reads, patience=self._deadline)).ranges
+            return (await self._connection.read(*reads, retry_for=self._deadline)).ranges
 
-    async def _list(self, keys: KeyRange) -> tuple[Entry, ...]:
+    async def _list(self, keys: KeyRange) -> tuple[KeyValue, ...]:
         async with _mapped_errors():
-            answer = await self._connection.read(wire.get_range(keys), patience=self._deadline)
+            answer = await self._connection.read(messages.get_range(keys), retry_for=self._deadline)
         return answer.ranges[0].entries
 
 
@@ -435,22 +439,24 @@ async def _mapped_errors() -> AsyncIterator[None]:
     try:
         yield
     except CallFailed as failure:
-        raise failure.for_core() from None
+        raise failure.to_store_error() from None
 
 
 def _decode_head(key: bytes, value: bytes) -> Container:
     return decode(Container, key, value)
 
 
-def _view(head: Entry, lock: Entry | None) -> ContainerView:
+def _view(head: KeyValue, lock: KeyValue | None) -> ContainerView:
     return ContainerView(decode(Container, head.key, head.value), head.version, _operation_id(lock))
 
 
-def _operation_id(lock: Entry | None) -> str:
+def _operation_id(lock: KeyValue | None) -> str:
     return lock.value.decode(errors="replace") if lock else ""
 
 
-def _readable(entries: Iterable[Entry], read: Callable[[Entry], T]) -> tuple[tuple[T, ...], tuple[Unreadable, ...]]:
+def _decode_all(
+    entries: Iterable[KeyValue], read: Callable[[KeyValue], T]
+) -> tuple[tuple[T, ...], tuple[Unreadable, ...]]:
     """What can be read of `entries`, and what cannot: one damaged value must not hide all the others."""
     items: list[T] = []
     unreadable: list[Unreadable] = []
@@ -459,11 +465,11 @@ def _readable(entries: Iterable[Entry], read: Callable[[Entry], T]) -> tuple[tup
             items.append(read(entry))
         except RecordUnreadable as error:
             log.warning("left out what cannot be read", key=error.key, detail=error.detail)
-            unreadable.append(Unreadable(key=error.key, name=Keys.last_part(entry.key), detail=error.detail))
+            unreadable.append(Unreadable(key=error.key, name=Keys.last_segment(entry.key), detail=error.detail))
     return tuple(items), tuple(unreadable)
 
 
-def _operations(parts: OperationParts, found: Iterable[Sequence[RangeAnswer]]) -> Iterator[Versioned[Operation]]:
+def _operations(parts: OperationParts, found: Iterable[Sequence[RangeResponse]]) -> Iterator[Versioned[Operation]]:
     """What can be read of operations that exist."""
     for answers in found:
         try:
@@ -475,11 +481,11 @@ def _operations(parts: OperationParts, found: Iterable[Sequence[RangeAnswer]]) -
                 yield operation
 
 
-def _volume_view(head: Entry, lock: Entry | None) -> VolumeView:
+def _volume_view(head: KeyValue, lock: KeyValue | None) -> VolumeView:
     return VolumeView(decode(Volume, head.key, head.value), head.version, _operation_id(lock))
 
 
-def _versioned(kind: type[R], entry: Entry | None) -> Versioned[R] | None:
+def _versioned(kind: type[R], entry: KeyValue | None) -> Versioned[R] | None:
     return Versioned(decode(kind, entry.key, entry.value), entry.version) if entry else None
 
 

@@ -10,12 +10,12 @@ from datetime import timedelta
 
 import structlog
 
-from gpudock_server.adapters.etcd import wire
+from gpudock_server.adapters.etcd import messages
 from gpudock_server.adapters.etcd.connection import EtcdConnection
 from gpudock_server.adapters.etcd.keys import KeyRange
+from gpudock_server.adapters.etcd.messages import KeyValue
 from gpudock_server.adapters.etcd.operation_parts import OperationParts
 from gpudock_server.adapters.etcd.values import decode
-from gpudock_server.adapters.etcd.wire import Entry
 from gpudock_server.errors import RecordUnreadable
 from gpudock_server.model.operation import Operation
 
@@ -34,7 +34,7 @@ _SLACK = 8
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
-class Trimmer:
+class OperationTrimmer:
     """Keeps the newest `operations` records, and of what operations left the newest `result_bytes`."""
 
     def __init__(
@@ -50,7 +50,7 @@ class Trimmer:
         self._operations = operations
         self._result_bytes = result_bytes
         # The daemon before may have died with something left to trim.
-        self._due = True
+        self._first_trim = True
 
     def limit_to(self, quota_bytes: int) -> None:
         """Keep no more than fits a database of this size."""
@@ -62,12 +62,14 @@ class Trimmer:
         """Whether enough was written since the last time."""
         parts = self._parts
         return (
-            self._due or parts.ended > self._operations // _SLACK or parts.result_bytes > self._result_bytes // _SLACK
+            self._first_trim
+            or parts.ended > self._operations // _SLACK
+            or parts.result_bytes > self._result_bytes // _SLACK
         )
 
     async def trim(self) -> None:
         """Remove what is over the bounds. Raises CallFailed."""
-        self._due = False
+        self._first_trim = False
         self._parts.ended = self._parts.result_bytes = 0
         await self._trim_results()
         await self._trim_records()
@@ -75,7 +77,7 @@ class Trimmer:
     async def _trim_results(self) -> None:
         keys, total = self._parts.keys, 0
         async for entry in self._all(keys.results(), _PAGE, keys_only=True):
-            total += int(keys.last_part(entry.key))
+            total += int(keys.last_segment(entry.key))
             if total > self._result_bytes:
                 older = KeyRange(entry.key, keys.results().end)
                 log.info("what the oldest operations left is no longer kept", kept_bytes=self._result_bytes)
@@ -95,14 +97,14 @@ class Trimmer:
         async for entry in self._all(keys.operations().after(place), _RECORDS_PAGE, keys_only=False):
             if _has_ended(entry):
                 # What has ended is not written again.
-                await self._connection.delete(keys.results_of(keys.last_part(entry.key)))
+                await self._connection.delete(keys.results_of(keys.last_segment(entry.key)))
                 await self._connection.delete(KeyRange(entry.key, entry.key + b"\0"))
 
-    async def _all(self, keys: KeyRange, page: int, *, keys_only: bool) -> AsyncIterator[Entry]:
+    async def _all(self, keys: KeyRange, page: int, *, keys_only: bool) -> AsyncIterator[KeyValue]:
         more = True
         while more:
-            read = wire.get_range(keys, limit=page, keys_only=keys_only)
-            answer = (await self._connection.read(read, patience=_PATIENCE)).ranges[0]
+            read = messages.get_range(keys, limit=page, keys_only=keys_only)
+            answer = (await self._connection.read(read, retry_for=_PATIENCE)).ranges[0]
             for entry in answer.entries:
                 yield entry
             more = answer.more
@@ -110,7 +112,7 @@ class Trimmer:
                 keys = keys.after(answer.entries[-1].key)
 
 
-def _has_ended(entry: Entry) -> bool:
+def _has_ended(entry: KeyValue) -> bool:
     try:
         return decode(Operation, entry.key, entry.value).state.ended
     except RecordUnreadable:

@@ -25,11 +25,11 @@ class _Envelope(BaseModel, Generic[R]):
     model_config = ConfigDict(frozen=True)
 
     # Not called `schema`, which is a method of BaseModel.
-    written_in: int = Field(alias="schema")
+    schema_number: int = Field(alias="schema")
     record: R
 
 
-class _WrittenIn(BaseModel):
+class _SchemaNumber(BaseModel):
     number: int = Field(alias="schema")
 
 
@@ -59,8 +59,8 @@ def decode_snapshot(key: bytes, value: bytes) -> Snapshot | SnapshotSkipped:
 def _upgraded(kind: type[R], value: bytes) -> R | None:
     """The record of a value that an older daemon wrote in a form of its time; None where it is not that."""
     try:
-        written_in = _WrittenIn.model_validate_json(value).number
-        upgrade = _UPGRADES.get((kind, written_in))
+        schema_number = _SchemaNumber.model_validate_json(value).number
+        upgrade = _UPGRADES.get((kind, schema_number))
         return kind.model_validate_json(json.dumps(upgrade(json.loads(value)["record"]))) if upgrade else None
     except (ValidationError, ValueError, KeyError, TypeError):
         return None
@@ -81,11 +81,11 @@ _UPGRADES: Mapping[tuple[type[Record], int], Callable[[JsonObject], JsonObject]]
 
 def _reason(value: bytes, error: ValidationError) -> str:
     try:
-        written_in = _WrittenIn.model_validate_json(value).number
+        schema_number = _SchemaNumber.model_validate_json(value).number
     except ValidationError:
         return "this is not a value of gpudock's"
-    if written_in > SCHEMA:
-        return f"written in schema {written_in}, and this daemon knows {SCHEMA}: a newer gpudock is at work here"
+    if schema_number > SCHEMA:
+        return f"written in schema {schema_number}, and this daemon knows {SCHEMA}: a newer gpudock is at work here"
     return str(error)
 
 

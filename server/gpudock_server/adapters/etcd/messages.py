@@ -20,11 +20,11 @@ MAX_TXN_OPERATIONS = 128
 # Messages of etcd's; aetcd ships no types for them. Two kinds go into a transaction and must not be mixed up.
 Message: TypeAlias = Any
 Compare = NewType("Compare", object)
-Do = NewType("Do", object)
+TxnOperation = NewType("TxnOperation", object)
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class KeyValue:
     """A key that exists. `version` is its mod_revision, `lease` 0 where it has none."""
 
     key: bytes
@@ -34,14 +34,14 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class RangeAnswer:
+class RangeResponse:
     """What a range holds. `more`: the limit cut it off."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[KeyValue, ...]
     more: bool
 
     @property
-    def only(self) -> Entry | None:
+    def only(self) -> KeyValue | None:
         """What a read of one key found."""
         return self.entries[0] if self.entries else None
 
@@ -52,13 +52,13 @@ class KeyChange:
 
     key: bytes
     revision: int
-    before: Entry | None
-    after: Entry | None
+    before: KeyValue | None
+    after: KeyValue | None
     made: bool
 
 
 @dataclass(frozen=True, slots=True)
-class WatchAnswer:
+class WatchMessage:
     """A message of a watch. `fragment`: the next one goes on with the same batch, perhaps in the same revision.
 
     `compacted` is not 0 when the watch has ended because etcd no longer has what it asks for; it holds everything from
@@ -72,12 +72,12 @@ class WatchAnswer:
 
 
 @dataclass(frozen=True, slots=True)
-class TxnAnswer:
+class TxnResponse:
     """How a transaction went. `ranges` are the answers of the reads in the branch that was taken, in their order."""
 
     succeeded: bool
     revision: int
-    ranges: tuple[RangeAnswer, ...]
+    ranges: tuple[RangeResponse, ...]
 
 
 def version_is(key: bytes, version: int) -> Compare:
@@ -91,38 +91,38 @@ def value_is(key: bytes, value: bytes) -> Compare:
     return Compare(rpc.Compare(key=key, target=rpc.Compare.VALUE, result=rpc.Compare.EQUAL, value=value))
 
 
-def put(key: bytes, value: bytes, lease: int = 0) -> Do:
+def put(key: bytes, value: bytes, lease: int = 0) -> TxnOperation:
     """Set a key; without a lease, it loses the one it had."""
-    return Do(rpc.RequestOp(request_put=rpc.PutRequest(key=key, value=value, lease=lease)))
+    return TxnOperation(rpc.RequestOp(request_put=rpc.PutRequest(key=key, value=value, lease=lease)))
 
 
-def delete(key: bytes) -> Do:
+def delete(key: bytes) -> TxnOperation:
     """Remove a key if it exists."""
-    return Do(rpc.RequestOp(request_delete_range=rpc.DeleteRangeRequest(key=key)))
+    return TxnOperation(rpc.RequestOp(request_delete_range=rpc.DeleteRangeRequest(key=key)))
 
 
-def delete_range(keys: KeyRange) -> Do:
+def delete_range(keys: KeyRange) -> TxnOperation:
     """Remove every key of a range."""
-    return Do(rpc.RequestOp(request_delete_range=rpc.DeleteRangeRequest(key=keys.start, range_end=keys.end)))
+    return TxnOperation(rpc.RequestOp(request_delete_range=rpc.DeleteRangeRequest(key=keys.start, range_end=keys.end)))
 
 
-def get(key: bytes, revision: int = 0) -> Do:
+def get(key: bytes, revision: int = 0) -> TxnOperation:
     """Read a key, as it was at `revision` or is now (0)."""
-    return Do(rpc.RequestOp(request_range=rpc.RangeRequest(key=key, revision=revision)))
+    return TxnOperation(rpc.RequestOp(request_range=rpc.RangeRequest(key=key, revision=revision)))
 
 
-def get_range(keys: KeyRange, *, limit: int = 0, revision: int = 0, keys_only: bool = False) -> Do:
+def get_range(keys: KeyRange, *, limit: int = 0, revision: int = 0, keys_only: bool = False) -> TxnOperation:
     """Read a range in the order of its keys, at most `limit` (0: all), at `revision` (0: now)."""
     request = rpc.RangeRequest(key=keys.start, range_end=keys.end, limit=limit, revision=revision, keys_only=keys_only)
-    return Do(rpc.RequestOp(request_range=request))
+    return TxnOperation(rpc.RequestOp(request_range=request))
 
 
-def is_read(do: Do) -> bool:
+def is_read(do: TxnOperation) -> bool:
     """Whether it is a read and nothing else."""
     return bool(cast("Message", do).HasField("request_range"))
 
 
-def range_request(do: Do, *, at: int) -> Message:
+def range_request(do: TxnOperation, *, at: int) -> Message:
     """The message of a read by itself, at revision `at` unless it names one or `at` is 0."""
     request = rpc.RangeRequest()
     request.CopyFrom(cast("Message", do).request_range)
@@ -130,23 +130,25 @@ def range_request(do: Do, *, at: int) -> Message:
     return request
 
 
-def range_answer(response: Message) -> RangeAnswer:
+def range_response(response: Message) -> RangeResponse:
     """The answer to a read by itself."""
-    return RangeAnswer(tuple(_entries(response.kvs)), more=bool(response.more))
+    return RangeResponse(tuple(_entries(response.kvs)), more=bool(response.more))
 
 
-def txn_request(compare: Sequence[Compare], success: Sequence[Do], failure: Sequence[Do]) -> Message:
+def txn_request(
+    compare: Sequence[Compare], success: Sequence[TxnOperation], failure: Sequence[TxnOperation]
+) -> Message:
     """The message of a transaction."""
     return rpc.TxnRequest(compare=compare, success=success, failure=failure)
 
 
-def txn_answer(response: Message) -> TxnAnswer:
+def txn_response(response: Message) -> TxnResponse:
     """The answer to a transaction."""
-    return TxnAnswer(
+    return TxnResponse(
         succeeded=bool(response.succeeded),
         revision=int(response.header.revision),
         ranges=tuple(
-            range_answer(part.response_range) for part in response.responses if part.HasField("response_range")
+            range_response(part.response_range) for part in response.responses if part.HasField("response_range")
         ),
     )
 
@@ -160,9 +162,9 @@ def watch_request(keys: KeyRange, start: int) -> Message:
     return rpc.WatchRequest(create_request=create)
 
 
-def watch_answer(response: Message) -> WatchAnswer:
+def watch_message(response: Message) -> WatchMessage:
     """A message of a watch."""
-    return WatchAnswer(
+    return WatchMessage(
         changes=tuple(_change(event) for event in response.events),
         fragment=bool(response.fragment),
         compacted=int(response.compact_revision) if response.canceled else 0,
@@ -182,9 +184,9 @@ def _change(event: Message) -> KeyChange:
     )
 
 
-def _entries(kvs: Iterable[Message]) -> Iterable[Entry]:
+def _entries(kvs: Iterable[Message]) -> Iterable[KeyValue]:
     return map(_entry, kvs)
 
 
-def _entry(kv: Message) -> Entry:
-    return Entry(key=bytes(kv.key), value=bytes(kv.value), version=int(kv.mod_revision), lease=int(kv.lease))
+def _entry(kv: Message) -> KeyValue:
+    return KeyValue(key=bytes(kv.key), value=bytes(kv.value), version=int(kv.mod_revision), lease=int(kv.lease))

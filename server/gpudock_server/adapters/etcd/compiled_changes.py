@@ -8,21 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gpudock_server.adapters.etcd import wire
+from gpudock_server.adapters.etcd import messages
 from gpudock_server.adapters.etcd.conditions import (
     Always,
     Condition,
     HeldBy,
-    PerhapsHeldBy,
+    IfHeldBy,
     ValueIs,
     VersionIs,
     holder_of,
-    is_held_by,
+    is_holder,
 )
 from gpudock_server.adapters.etcd.keys import KeyRange, Keys
+from gpudock_server.adapters.etcd.messages import KeyValue
 from gpudock_server.adapters.etcd.operation_parts import NO_PARTS, OperationParts, Parts
 from gpudock_server.adapters.etcd.values import R, decode, decode_snapshot, encode
-from gpudock_server.adapters.etcd.wire import Entry
 from gpudock_server.model.changes import (
     Change,
     Claim,
@@ -54,20 +54,20 @@ from gpudock_server.ports import Versioned
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class CompiledChange:
     """A change as etcd does it.
 
     `value` is what is put, None deletes the key; a deletion takes all of `dependents` along, a put comes with `parts`.
-    One that only `checks` has its condition and does nothing. `found` shows a refused caller what stands at the key.
+    With `check_only` it has its condition and does nothing. `found` shows a refused caller what stands at the key.
     """
 
     change: Change
     key: bytes
     condition: Condition
-    found: Callable[[Entry], object]
+    found: Callable[[KeyValue], object]
     value: bytes | None = None
     expires: bool = False
-    checks: bool = False
+    check_only: bool = False
     dependents: tuple[KeyRange, ...] = ()
     parts: Parts = NO_PARTS
 
@@ -81,94 +81,102 @@ class Step:
         """How many operations of etcd's it takes at most."""
         return 1 + len(self.dependents) + len(self.parts.puts) + len(self.parts.deletes)
 
-    def does(self, entry: Entry | None, lease: int) -> list[wire.Do]:
+    def txn_operations(self, entry: KeyValue | None, lease: int) -> list[messages.TxnOperation]:
         """What the transaction does for it, given what was read and the lease for what expires."""
-        if self.checks:
+        if self.check_only:
             return []
         if self.value is not None:
             return [
-                wire.put(self.key, self.value, lease if self.expires else 0),
-                *(wire.put(part.key, part.value, lease if part.expires else 0) for part in self.parts.puts),
-                *(wire.delete(key) for key in self.parts.deletes),
+                messages.put(self.key, self.value, lease if self.expires else 0),
+                *(messages.put(part.key, part.value, lease if part.expires else 0) for part in self.parts.puts),
+                *(messages.delete(key) for key in self.parts.deletes),
             ]
-        if isinstance(self.condition, PerhapsHeldBy) and not is_held_by(self.condition.uid, entry):
+        if isinstance(self.condition, IfHeldBy) and not is_holder(self.condition.uid, entry):
             return []
-        return [wire.delete(self.key), *(wire.delete_range(keys) for keys in self.dependents)]
+        return [messages.delete(self.key), *(messages.delete_range(keys) for keys in self.dependents)]
 
 
-def step_of(change: Change, keys: Keys, operations: OperationParts) -> Step:  # noqa: C901, PLR0911, PLR0912 - one case for each kind of change
+def compile_change(change: Change, keys: Keys, operations: OperationParts) -> CompiledChange:  # noqa: C901, PLR0911, PLR0912 - one case for each kind of change
     """How a change is done."""
     match change:
         case Lock(kind, name, operation_id):
-            return Step(change, keys.lock(kind, name), VersionIs(0), _text, operation_id.encode())
+            return CompiledChange(change, keys.lock(kind, name), VersionIs(0), _text, operation_id.encode())
         case Unlock(kind, name, operation_id):
             value = operation_id.encode(errors="surrogateescape")
-            return Step(change, keys.lock(kind, name), ValueIs(value), _text)
+            return CompiledChange(change, keys.lock(kind, name), ValueIs(value), _text)
         case Unlocked(kind, name):
-            return Step(change, keys.lock(kind, name), VersionIs(0), _text, checks=True)
+            return CompiledChange(change, keys.lock(kind, name), VersionIs(0), _text, check_only=True)
         case VolumeIs(name, expect):
-            return Step(change, keys.volume(name), VersionIs(expect), _versioned(Volume), checks=True)
+            return CompiledChange(change, keys.volume(name), VersionIs(expect), _versioned(Volume), check_only=True)
         case Claim(host, key, holder):
-            return Step(change, keys.claim(host, key), VersionIs(0), holder_of, encode(holder))
+            return CompiledChange(change, keys.claim(host, key), VersionIs(0), holder_of, encode(holder))
         case Keep(host, key, holder):
-            return Step(change, keys.claim(host, key), HeldBy(holder.uid), holder_of, encode(holder))
+            return CompiledChange(change, keys.claim(host, key), HeldBy(holder.uid), holder_of, encode(holder))
         case Release(host, key, uid):
-            return Step(change, keys.claim(host, key), PerhapsHeldBy(uid), holder_of)
+            return CompiledChange(change, keys.claim(host, key), IfHeldBy(uid), holder_of)
         case PutContainer(container, expect):
             head = keys.container(container.name)
-            return Step(change, head, VersionIs(expect), _versioned(Container), encode(container))
+            return CompiledChange(change, head, VersionIs(expect), _versioned(Container), encode(container))
         case DeleteContainer(name, uid, expect):
             history = (keys.container_revisions(uid), keys.container_snapshots(uid))
-            return Step(change, keys.container(name), VersionIs(expect), _versioned(Container), dependents=history)
+            return CompiledChange(
+                change, keys.container(name), VersionIs(expect), _versioned(Container), dependents=history
+            )
         case PutRevision(revision):
             number = keys.container_revision(revision.uid, revision.revision)
-            return Step(change, number, VersionIs(0), _versioned(ContainerRevision), encode(revision))
+            return CompiledChange(change, number, VersionIs(0), _versioned(ContainerRevision), encode(revision))
         case PutSnapshot(uid, number, snapshot):
-            return Step(change, keys.container_snapshot(uid, number), Always(), _versioned_snapshot, encode(snapshot))
+            return CompiledChange(
+                change, keys.container_snapshot(uid, number), Always(), _versioned_snapshot, encode(snapshot)
+            )
         case DeleteRevision(uid, number):
             kept = keys.container_snapshot(uid, number)
             # The key alone: everything from it up to, and without, the next one that there could be.
             only = (KeyRange(kept, kept + b"\0"),)
             revision_key = keys.container_revision(uid, number)
-            return Step(change, revision_key, Always(), _versioned(ContainerRevision), dependents=only)
+            return CompiledChange(change, revision_key, Always(), _versioned(ContainerRevision), dependents=only)
         case PutVolume(volume, expect):
-            return Step(change, keys.volume(volume.name), VersionIs(expect), _versioned(Volume), encode(volume))
+            return CompiledChange(
+                change, keys.volume(volume.name), VersionIs(expect), _versioned(Volume), encode(volume)
+            )
         case DeleteVolume(name, uid, expect):
             past = (keys.volume_revisions(uid),)
-            return Step(change, keys.volume(name), VersionIs(expect), _versioned(Volume), dependents=past)
+            return CompiledChange(change, keys.volume(name), VersionIs(expect), _versioned(Volume), dependents=past)
         case PutVolumeRevision(volume_revision):
             at = keys.volume_revision(volume_revision.uid, volume_revision.revision)
-            return Step(change, at, VersionIs(0), _versioned(VolumeRevision), encode(volume_revision))
+            return CompiledChange(change, at, VersionIs(0), _versioned(VolumeRevision), encode(volume_revision))
         case PutOperation(operation, expect):
-            return Step(
+            return CompiledChange(
                 change,
                 keys.operation(operation.id),
                 VersionIs(expect),
                 _versioned(Operation),
                 operations.record(operation),
                 operation.state.ended,
-                parts=operations.beside(operation),
+                parts=operations.companions(operation),
             )
         case PutRequest(request_id, record, ended):
             unused = Always() if ended else VersionIs(0)
-            return Step(change, keys.request(request_id), unused, _versioned(RequestRecord), encode(record), ended)
+            return CompiledChange(
+                change, keys.request(request_id), unused, _versioned(RequestRecord), encode(record), ended
+            )
         case PutImageOrigin(origin):
             at = keys.image_origin(origin.node, origin.image_id)
-            return Step(change, at, Always(), _versioned(ImageOrigin), encode(origin))
+            return CompiledChange(change, at, Always(), _versioned(ImageOrigin), encode(origin))
         case DeleteImageOrigin(node, image_id):
-            return Step(change, keys.image_origin(node, image_id), Always(), _versioned(ImageOrigin))
+            return CompiledChange(change, keys.image_origin(node, image_id), Always(), _versioned(ImageOrigin))
 
 
-def _text(entry: Entry) -> str:
+def _text(entry: KeyValue) -> str:
     return entry.value.decode(errors="replace")
 
 
-def _versioned_snapshot(entry: Entry) -> Versioned[Snapshot | SnapshotSkipped]:
+def _versioned_snapshot(entry: KeyValue) -> Versioned[Snapshot | SnapshotSkipped]:
     return Versioned(decode_snapshot(entry.key, entry.value), entry.version)
 
 
-def _versioned(kind: type[R]) -> Callable[[Entry], Versioned[R]]:
-    def read(entry: Entry) -> Versioned[R]:
+def _versioned(kind: type[R]) -> Callable[[KeyValue], Versioned[R]]:
+    def read(entry: KeyValue) -> Versioned[R]:
         return Versioned(decode(kind, entry.key, entry.value), entry.version)
 
     return read

@@ -74,7 +74,7 @@ class EtcdClient(aetcd.Client):  # type: ignore[misc] # aetcd ships no types
             await self.log_in(instead_of=None)
 
     async def _make_channel(self) -> None:
-        target = await _target(self._address.endpoints)
+        target = await _dial_target(self._address.endpoints)
         options = _options(self._address)
         if self._address.tls is None:
             self.channel = rpc.insecure_channel(target, options=options)
@@ -104,7 +104,7 @@ class EtcdClient(aetcd.Client):  # type: ignore[misc] # aetcd ships no types
             self.metadata = (("token", answer.token),)
 
 
-async def _target(endpoints: tuple[str, ...]) -> str:
+async def _dial_target(endpoints: tuple[str, ...]) -> str:
     """What grpc dials: it takes several addresses only as numbers, and only of one family."""
     if not endpoints:
         raise StartupError("no etcd endpoint is given", "name at least one, as in 10.0.0.5:2379")

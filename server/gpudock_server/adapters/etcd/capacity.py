@@ -14,36 +14,36 @@ _FREEING = frozenset(
 )
 
 
-class Room:
+class StoreCapacity:
     """Shared by the keeper, who fills it in, and by those who write.
 
-    `mends`: a keeper of this daemon can make room. `registered`: the store knows of this daemon. `reserved` says why
-    only operations that give room back may begin, `full` why nothing that needs room can be written; both are empty
+    `can_reclaim`: a keeper of this daemon can make room. `registered`: the store knows of this daemon. `reserved` says
+    why only operations that give room back may begin, `full` why nothing that needs room can be written; both are empty
     where that is not so.
     """
 
     def __init__(self) -> None:
-        self.mends = False
+        self.can_reclaim = False
         self.registered = True
         self.reserved = ""
         self.full = ""
-        self.wanted = asyncio.Event()
-        self._looked = asyncio.Event()
+        self.space_requested = asyncio.Event()
+        self._checked = asyncio.Event()
 
-    def wish(self) -> bool:
+    def request_space(self) -> bool:
         """Something was refused for want of room; whether it is worth while to try again soon."""
-        self.wanted.set()
-        return self.mends and not self.full
+        self.space_requested.set()
+        return self.can_reclaim and not self.full
 
-    async def looked_at(self, *, within: float) -> None:
+    async def wait_for_check(self, *, within: float) -> None:
         """Return when the keeper has looked at the store once more, or so many seconds have passed."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._looked.wait(), within)
+            await asyncio.wait_for(self._checked.wait(), within)
 
-    def look(self) -> None:
+    def mark_checked(self) -> None:
         """The keeper has looked, and noted what it found."""
-        self._looked.set()
-        self._looked = asyncio.Event()
+        self._checked.set()
+        self._checked = asyncio.Event()
 
     def admit(self, kind: OperationKind) -> None:
         """An operation is to begin. Raises StoreFull."""
@@ -53,7 +53,7 @@ class Room:
         if self.reserved and kind not in _FREEING:
             raise StoreFull(self.reserved)
 
-    def used(self) -> None:
+    def mark_written(self) -> None:
         """Something was written: where room is short, it may have been a deletion."""
         if self.reserved:
-            self.wanted.set()
+            self.space_requested.set()

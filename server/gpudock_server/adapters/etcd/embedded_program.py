@@ -39,45 +39,46 @@ class EtcdProgram:
     version: Version
 
     @property
-    def shown_version(self) -> str:
+    def version_text(self) -> str:
         """Its version as people write it."""
         return ".".join(map(str, self.version))
 
 
 async def find_program(
-    wrote: Version, search_path: str | None = None, *, allow_inconsistent: bool = False
+    data_version: Version, search_path: str | None = None, *, allow_inconsistent: bool = False
 ) -> EtcdProgram:
-    """The etcd to start on data that version `wrote` wrote; (0, 0, 0) is "there is none".
+    """The etcd to start on data that version `data_version` wrote; (0, 0, 0) is "there is none".
 
     `search_path` stands for the PATH. Raises StartupError where there is none, none new enough, or, unless
     `allow_inconsistent`, none that keeps its consistency.
     """
-    found = [program for path in _candidates(search_path) if (program := await _examine(path))]
+    found = [program for path in _candidates(search_path) if (program := await _probe_version(path))]
     # etcd refuses data of a newer minor version, after it has begun to touch it.
-    fit = [program for program in found if program.version[:2] >= wrote[:2]]
+    fit = [program for program in found if program.version[:2] >= data_version[:2]]
     if not fit:
         if not found:
             raise StartupError("no etcd is configured, and none was found to start", _HINT)
         newest = max(found, key=lambda program: program.version)
         raise StartupError(
-            f"the state was written by etcd {'.'.join(map(str, wrote))}, and {newest.path} is {newest.shown_version}",
-            f"install etcd {wrote[0]}.{wrote[1]} or newer",
+            f"the state was written by etcd {'.'.join(map(str, data_version))},"
+            f" and {newest.path} is {newest.version_text}",
+            f"install etcd {data_version[0]}.{data_version[1]} or newer",
         )
     program = next((program for program in fit if not _is_inconsistent(program)), fit[0])
     if _is_inconsistent(program) and not allow_inconsistent:
-        better = _INSTALL if wrote[:2] < _INCONSISTENT[0][:2] else _NEWER
+        better = _INSTALL if data_version[:2] < _INCONSISTENT[0][:2] else _NEWER
         raise StartupError(
-            f"{program.path} is etcd {program.shown_version}, and etcd 3.5.0 to 3.5.2 can lose its consistency when it "
+            f"{program.path} is etcd {program.version_text}, and etcd 3.5.0 to 3.5.2 can lose its consistency when it "
             "is killed under load",
             f"{better}; name a running etcd in etcd_endpoints; or, for a trial, set allow_inconsistent_etcd",
         )
-    log.info("etcd chosen", path=str(program.path), version=program.shown_version)
+    log.info("etcd chosen", path=str(program.path), version=program.version_text)
     if _is_inconsistent(program):
         log.warning(
             "this etcd can lose its consistency when it is killed under load (3.5.0 to 3.5.2);"
             " install another and put it on the PATH",
             path=str(program.path),
-            version=program.shown_version,
+            version=program.version_text,
         )
     return program
 
@@ -105,7 +106,7 @@ def _is_program(path: Path) -> bool:
         return file.read(len(_ELF)) == _ELF
 
 
-async def _examine(path: Path) -> EtcdProgram | None:
+async def _probe_version(path: Path) -> EtcdProgram | None:
     """What it says it is; None, with a line in the log, where it does not run or is not etcd."""
     try:
         process = await asyncio.create_subprocess_exec(str(path), "--version", stdin=DEVNULL, stdout=PIPE, stderr=PIPE)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from gpudock_server.adapters.etcd.keys import KeyRange
-from gpudock_server.adapters.etcd.wire import Entry, KeyChange
+from gpudock_server.adapters.etcd.messages import KeyChange, KeyValue
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,58 +19,58 @@ class Reference:
 
 
 @dataclass(frozen=True, slots=True)
-class Referring:
+class ReferenceSource:
     """Where the referrers' heads are, and how one is read. One that cannot be read refers to nothing."""
 
     heads: KeyRange
-    read: Callable[[Entry], Reference]
+    read: Callable[[KeyValue], Reference]
 
 
 class Referrers:
     """The referrers of each object. Kept are those that refer to anything, and of them only names."""
 
-    def __init__(self, referring: Referring | None) -> None:
-        self._referring = referring
-        self._said: dict[bytes, Reference] = {}
+    def __init__(self, referring: ReferenceSource | None) -> None:
+        self._reference_source = referring
+        self._references: dict[bytes, Reference] = {}
         self._names: defaultdict[bytes, set[str]] = defaultdict(set)
 
     def clear(self) -> None:
         """Know of none."""
-        self._said.clear()
+        self._references.clear()
         self._names.clear()
 
-    def take(self, heads: Iterable[Entry]) -> None:
+    def take(self, heads: Iterable[KeyValue]) -> None:
         """Learn what these referrers say."""
-        if self._referring is not None:
+        if self._reference_source is not None:
             for head in heads:
-                self._say(head.key, self._referring.read(head))
+                self._record(head.key, self._reference_source.read(head))
 
     def of(self, rest: bytes) -> tuple[str, ...]:
         """Who refers to an object, by name."""
         return tuple(sorted(self._names.get(rest, ())))
 
-    def follow(self, changes: Collection[KeyChange]) -> dict[bytes, tuple[str, ...]]:
+    def apply_changes(self, changes: Collection[KeyChange]) -> dict[bytes, tuple[str, ...]]:
         """Learn what one revision changed; who referred before to each object that is referred to otherwise now."""
-        if self._referring is None:
+        if self._reference_source is None:
             return {}
         before: dict[bytes, tuple[str, ...]] = {}
         for change in changes:
-            if not self._referring.heads.holds(change.key):
+            if not self._reference_source.heads.holds(change.key):
                 continue
-            said = self._said.get(change.key, Reference(""))
-            says = self._referring.read(change.after) if change.after else Reference("")
+            said = self._references.get(change.key, Reference(""))
+            says = self._reference_source.read(change.after) if change.after else Reference("")
             for rest in said.to ^ says.to:
                 before.setdefault(rest, self.of(rest))
-            self._say(change.key, says)
+            self._record(change.key, says)
         return before
 
-    def _say(self, key: bytes, says: Reference) -> None:
-        said = self._said.pop(key, Reference(""))
+    def _record(self, key: bytes, says: Reference) -> None:
+        said = self._references.pop(key, Reference(""))
         for rest in said.to:
             self._names[rest].discard(said.name)
             if not self._names[rest]:
                 del self._names[rest]
         if says.to:
-            self._said[key] = says
+            self._references[key] = says
         for rest in says.to:
             self._names[rest].add(says.name)

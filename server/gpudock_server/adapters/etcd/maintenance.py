@@ -14,26 +14,26 @@ from contextlib import suppress
 
 import structlog
 
-from gpudock_server.adapters.etcd import wire
-from gpudock_server.adapters.etcd.connection import CLUSTER_IS_FULL, CallFailed, EtcdConnection, Status
-from gpudock_server.adapters.etcd.room import Room
-from gpudock_server.adapters.etcd.trimmer import Trimmer
+from gpudock_server.adapters.etcd import messages
+from gpudock_server.adapters.etcd.capacity import StoreCapacity
+from gpudock_server.adapters.etcd.connection import CLUSTER_IS_FULL, CallFailed, EtcdConnection, MemberStatus
+from gpudock_server.adapters.etcd.trimmer import OperationTrimmer
 from gpudock_server.sizes import Rounding, size_text
 
-LOOK_SECONDS = 10.0
+CHECK_SECONDS = 10.0
 
 # Parts of the quota. History is compacted when it has grown by this much,
-_HISTORY = 8
+_COMPACT_FRACTION = 8
 # or by this much where more than half of the quota is in use.
-_HISTORY_WHEN_HALF = 32
+_COMPACT_FRACTION_WHEN_HALF = 32
 # A file is defragmented when this much of it is free, and that is at least as much as is in use,
-_FREE = 16
+_DEFRAGMENT_FRACTION = 16
 # or the file is as large as this many 16ths of the quota; when it is full, in any case where so much is free.
 _LARGE_16THS = 14
-_FREE_WHEN_FULL = 64
+_DEFRAGMENT_FRACTION_WHEN_FULL = 64
 # Etcd counts pages that it has freed as free two commits later, and commits what was put every 0.1 s.
-_COMMITS = 2
-_COMMIT_SECONDS = 0.15
+_BACKEND_COMMITS = 2
+_BACKEND_COMMIT_SECONDS = 0.15
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -43,19 +43,25 @@ def hard_quota(quota_bytes: int) -> int:
     return quota_bytes + max(quota_bytes // 4, 4 << 20)
 
 
-class StoreKeeper:
+class StoreMaintenance:
     """Looks at the store every few seconds, and whenever something found no room."""
 
     def __init__(
-        self, connection: EtcdConnection, room: Room, trimmer: Trimmer, keeper_key: bytes, *, quota_bytes: int = 0
+        self,
+        connection: EtcdConnection,
+        capacity: StoreCapacity,
+        trimmer: OperationTrimmer,
+        marker_key: bytes,
+        *,
+        quota_bytes: int = 0,
     ) -> None:
         """`quota_bytes` is that of an etcd of our own; 0 is a cluster, which is not touched."""
         self._connection = connection
-        self._room = room
+        self._capacity = capacity
         self._trimmer = trimmer
-        self._keeper_key = keeper_key
+        self._marker_key = marker_key
         self._quota = quota_bytes
-        room.mends = bool(quota_bytes)
+        capacity.can_reclaim = bool(quota_bytes)
         if quota_bytes:
             trimmer.limit_to(quota_bytes)
         # What was in use after the last compaction, up to where that went, and what the keeper itself put after it.
@@ -66,7 +72,7 @@ class StoreKeeper:
 
     async def start(self) -> None:
         """Make room where there is none, then go on looking. Raises CallFailed."""
-        await self._look()
+        await self._check()
         self._task = asyncio.create_task(self._run(), name="keeper of the store")
 
     async def close(self) -> None:
@@ -80,34 +86,34 @@ class StoreKeeper:
     async def _run(self) -> None:
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._room.wanted.wait(), LOOK_SECONDS)
+                await asyncio.wait_for(self._capacity.space_requested.wait(), CHECK_SECONDS)
             try:
-                await self._look()
+                await self._check()
             except CallFailed as failure:
                 log.warning("the store could not be looked after; it is tried again", reason=str(failure))
                 await asyncio.sleep(1)
             except Exception:
                 # A defect: without a keeper the store would fill.
                 log.exception("the store could not be looked after")
-                await asyncio.sleep(LOOK_SECONDS)
+                await asyncio.sleep(CHECK_SECONDS)
 
-    async def _look(self) -> None:
-        wanted = self._room.wanted.is_set()
-        self._room.wanted.clear()
+    async def _check(self) -> None:
+        space_requested = self._capacity.space_requested.is_set()
+        self._capacity.space_requested.clear()
         status = await self._connection.status()
         if self._trimmer.due and not status.no_space:
             await self._trimmer.trim()
         if self._quota:
-            await self._keep(status, wanted=wanted)
+            await self._reclaim(status, space_requested=space_requested)
         else:
-            self._say(CLUSTER_IS_FULL if status.no_space else "", reserved="")
+            self._publish(CLUSTER_IS_FULL if status.no_space else "", reserved="")
 
-    async def _keep(self, status: Status, *, wanted: bool) -> None:
+    async def _reclaim(self, status: MemberStatus, *, space_requested: bool) -> None:
         # Deletions by others, or of a lease that ended, make history without growth. While the quota is exceeded, these
         # are the way out, so each look that finds something written compacts.
         over = status.in_use_bytes > self._quota
-        pressed = wanted or status.no_space or over
-        if wanted or status.no_space:
+        pressed = space_requested or status.no_space or over
+        if space_requested or status.no_space:
             # Deletes alone, which are taken also from a full store.
             await self._trimmer.trim()
             status = await self._connection.status()
@@ -116,7 +122,7 @@ class StoreKeeper:
             status = await self._compact(status)
         if self._should_defragment(status, compacted=compacts):
             status = await self._defragment(status)
-        if status.no_space and status.size_bytes < hard_quota(self._quota) - self._quota // _FREE:
+        if status.no_space and status.size_bytes < hard_quota(self._quota) - self._quota // _DEFRAGMENT_FRACTION:
             await self._connection.disarm()
             log.info("etcd takes writes again", size_bytes=status.size_bytes, quota_bytes=self._quota)
             status = await self._connection.status()
@@ -124,9 +130,9 @@ class StoreKeeper:
             f"its data take {size_text(status.in_use_bytes, Rounding.UP)}, and etcd_quota is {size_text(self._quota)};"
             " delete containers, volumes or revisions that are not needed, or raise etcd_quota"
         )
-        self._say(advice if status.no_space else "", reserved=advice if status.in_use_bytes > self._quota else "")
+        self._publish(advice if status.no_space else "", reserved=advice if status.in_use_bytes > self._quota else "")
 
-    def _should_compact(self, status: Status, *, pressed: bool) -> bool:
+    def _should_compact(self, status: MemberStatus, *, pressed: bool) -> bool:
         if not self._others_wrote(status):
             return False
         # What a compaction has freed may be seen only later.
@@ -135,22 +141,22 @@ class StoreKeeper:
         more_than_half = status.in_use_bytes > self._quota // 2
         return (
             pressed
-            or grown > self._quota // _HISTORY
-            or (more_than_half and (self._floor == 0 or grown > self._quota // _HISTORY_WHEN_HALF))
+            or grown > self._quota // _COMPACT_FRACTION
+            or (more_than_half and (self._floor == 0 or grown > self._quota // _COMPACT_FRACTION_WHEN_HALF))
         )
 
-    def _others_wrote(self, status: Status) -> bool:
+    def _others_wrote(self, status: MemberStatus) -> bool:
         """Whether anything was written since the last compaction but by the keeper."""
         return status.revision > self._compacted + self._own_puts
 
-    async def _compact(self, status: Status) -> Status:
-        await _unless_done(self._connection.compact, status.revision)
+    async def _compact(self, status: MemberStatus) -> MemberStatus:
+        await _compact_idempotent(self._connection.compact, status.revision)
         self._compacted, self._own_puts = status.revision, 0
         with suppress(CallFailed):
-            for _ in range(_COMMITS):
-                await self._connection.txn(success=[wire.put(self._keeper_key, b"")])
+            for _ in range(_BACKEND_COMMITS):
+                await self._connection.txn(success=[messages.put(self._marker_key, b"")])
                 self._own_puts += 1
-                await asyncio.sleep(_COMMIT_SECONDS)
+                await asyncio.sleep(_BACKEND_COMMIT_SECONDS)
         after = await self._connection.status()
         if not self._others_wrote(after):
             # Else some of it is history already.
@@ -158,31 +164,31 @@ class StoreKeeper:
         log.info("history was compacted", in_use_bytes=after.in_use_bytes, before_bytes=status.in_use_bytes)
         return after
 
-    def _should_defragment(self, status: Status, *, compacted: bool) -> bool:
+    def _should_defragment(self, status: MemberStatus, *, compacted: bool) -> bool:
         free = status.size_bytes - status.in_use_bytes
         if status.no_space:
-            return compacted or free > self._quota // _FREE_WHEN_FULL
-        if free < self._quota // _FREE:
+            return compacted or free > self._quota // _DEFRAGMENT_FRACTION_WHEN_FULL
+        if free < self._quota // _DEFRAGMENT_FRACTION:
             return False
         return free >= status.in_use_bytes or status.size_bytes >= self._quota * _LARGE_16THS // 16
 
-    async def _defragment(self, status: Status) -> Status:
+    async def _defragment(self, status: MemberStatus) -> MemberStatus:
         log.info("defragmenting", size_bytes=status.size_bytes, in_use_bytes=status.in_use_bytes)
         await self._connection.defragment()
         after = await self._connection.status()
         log.info("defragmented", size_bytes=after.size_bytes, in_use_bytes=after.in_use_bytes)
         return after
 
-    def _say(self, full: str, *, reserved: str) -> None:
-        if full and not self._room.full:
+    def _publish(self, full: str, *, reserved: str) -> None:
+        if full and not self._capacity.full:
             log.error("the store is full", detail=full)
-        if (self._room.full or self._room.reserved) and not (full or reserved):
+        if (self._capacity.full or self._capacity.reserved) and not (full or reserved):
             log.info("the store has room again")
-        self._room.full, self._room.reserved = full, reserved
-        self._room.look()
+        self._capacity.full, self._capacity.reserved = full, reserved
+        self._capacity.mark_checked()
 
 
-async def _unless_done(compact: Callable[[int], Awaitable[None]], revision: int) -> None:
+async def _compact_idempotent(compact: Callable[[int], Awaitable[None]], revision: int) -> None:
     """Compact; etcd's own compaction by time may have come further."""
     try:
         await compact(revision)

@@ -52,12 +52,12 @@ class EtcdFolder:
         return f"unix:/proc/self/fd/{self._folder}/{CLIENT_SOCKET}"
 
     @property
-    def answers(self) -> bool:
+    def has_socket(self) -> bool:
         """Whether there is a socket to connect to."""
         return (self.path / CLIENT_SOCKET).is_socket()
 
     @property
-    def wrote(self) -> tuple[int, int, int]:
+    def data_version(self) -> tuple[int, int, int]:
         """The version of the etcd that was last started here; zeros: none was."""
         try:
             major, minor, patch = (self.path / _VERSION).read_text().split(".")
@@ -65,11 +65,11 @@ class EtcdFolder:
         except (FileNotFoundError, ValueError):
             return 0, 0, 0
 
-    def note_version(self, version: tuple[int, int, int]) -> None:
+    def record_version(self, version: tuple[int, int, int]) -> None:
         """Remember which etcd is started here."""
         (self.path / _VERSION).write_text(".".join(map(str, version)))
 
-    async def take(self) -> None:
+    async def lock(self) -> None:
         """Make it, lock it, and end what a killed daemon left running in it. Raises StartupError."""
         try:
             self.path.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ class EtcdFolder:
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
         try:
-            await self._end_leftovers()
+            await self._stop_orphans()
         except BaseException:
             self.release()
             raise
@@ -115,25 +115,25 @@ class EtcdFolder:
         if stat.S_IMODE(folder.st_mode) != _PRIVATE:
             os.fchmod(self._folder, _PRIVATE)
 
-    async def _end_leftovers(self) -> None:
+    async def _stop_orphans(self) -> None:
         """End every etcd that runs in this folder: nobody but the daemon with the lock may have one here.
 
         They are found by where they run, and not by a file with a pid, which a daemon that is killed between starting
         etcd and writing the file would not have left.
         """
         with contextlib.ExitStack() as opened:
-            for pid, descriptor in self._leftovers():
+            for pid, descriptor in self._orphans():
                 opened.callback(os.close, descriptor)
                 log.warning("ending the etcd that a killed daemon left", pid=pid, folder=str(self.path))
                 for number in (signal.SIGTERM, signal.SIGKILL):
                     with contextlib.suppress(ProcessLookupError):
                         signal.pidfd_send_signal(descriptor, number)
-                    if await _ended(descriptor):
+                    if await _wait_for_exit(descriptor):
                         break
                 else:
                     raise StartupError(f"the etcd with pid {pid} in {self.path} cannot be ended", "end it by hand")
 
-    def _leftovers(self) -> Iterator[tuple[int, int]]:
+    def _orphans(self) -> Iterator[tuple[int, int]]:
         """Pid and pidfd of each; the caller closes the pidfd."""
         here = os.fstat(self._folder)
         for process in Path("/proc").iterdir():
@@ -159,7 +159,7 @@ def _runs_etcd_in(folder: os.stat_result, process: Path) -> bool:
     return os.path.samestat(folder, there) and re.match(r"(etcd|setpriv)([- ]|$)", program) is not None
 
 
-async def _ended(descriptor: int) -> bool:
+async def _wait_for_exit(descriptor: int) -> bool:
     """Wait for the process of a pidfd; False when it still runs after a while."""
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()

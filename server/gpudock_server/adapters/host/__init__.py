@@ -1,0 +1,1 @@
+"""The host's operating system, for all adapters: processes, programs, threads, privileges, trees of files."""
