@@ -31,18 +31,18 @@ from gpudock_server.adapters.etcd import (
     NodeTaken,
     this_process,
 )
+from gpudock_server.adapters.host.port_probe import HostPortProbe
+from gpudock_server.adapters.host.processes import HostProcessControl
+from gpudock_server.adapters.host.trees.limits import Limits
 from gpudock_server.adapters.host_paths import HostPathBinder, MountNamespace
-from gpudock_server.adapters.host_ports import HostPorts
-from gpudock_server.adapters.layers import FolderLedger, OverlayLayerStore, OverlaySnapshotStore
+from gpudock_server.adapters.layers import FolderRevisionBackupStore, OverlayLayerStore, OverlaySnapshotStore
 from gpudock_server.adapters.nvml import NvmlInventory
-from gpudock_server.adapters.processes import LocalProcesses
-from gpudock_server.adapters.trees.limits import Limits
 from gpudock_server.adapters.volumes import (
     LoopBackend,
+    MirrorVolumeCopier,
     PlainBackend,
     ProjectQuotaBackend,
-    TreeCopier,
-    attach_all,
+    attach_all_volumes,
     check_versions,
 )
 from gpudock_server.core.adoption_rules import AdoptionRules
@@ -248,7 +248,7 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
     )
     stack.push_async_callback(snapshots.close)
     # Of an engine on another host, no snapshot is kept here.
-    ledger = FolderLedger(
+    ledger = FolderRevisionBackupStore(
         kept_files if _engine_is_here(settings) else settings.state_dir / "history" / settings.node_name
     )
     host_paths = _host_paths(settings, _engine_namespace(settings))
@@ -265,7 +265,7 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
         allocator=Allocator(
             store=state,
             inventory=inventory,
-            probe=HostPorts(),
+            probe=HostPortProbe(),
             host=settings.host_id,
             port_range=port_range,
             pinned_ranges=[(ports.first, ports.last) for ports in settings.pinned_port_ranges],
@@ -295,7 +295,7 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
     storage = _storage(settings, world, info.root_dir, instruments)
     operations = Operations(state, settings.node_name, saga_builder(world, storage), recovering=True)
     containers = Containers(world, operations)
-    execs = ExecSessions(world, LocalProcesses(), hangup_grace=settings.exec_hangup_grace, limit=settings.max_execs)
+    execs = ExecSessions(world, HostProcessControl(), hangup_grace=settings.exec_hangup_grace, limit=settings.max_execs)
     watches = Watches(state, checkpoint_seconds=settings.watch_checkpoint_interval)
     drift = DriftBook()
     server = build_server(
@@ -348,7 +348,7 @@ async def _attach_volumes(settings: Settings) -> int:
     """How many could not be made ready. What mounts one of those does not start, and all others do."""
     if not _engine_is_here(settings):
         return 0
-    problems = await attach_all(settings.volume_root)
+    problems = await attach_all_volumes(settings.volume_root)
     for problem in problems:
         log.error("a volume could not be made ready", uid=problem.uid, detail=problem.detail)
     return len(problems)
@@ -399,7 +399,7 @@ def _storage(settings: Settings, world: World, engine_root: str, instruments: In
     return Storage(
         world=world,
         backends=[instruments.volumes(backend) for backend in backends],
-        copier=instruments.copier(TreeCopier(backends, settings.stall_timeout)),
+        copier=instruments.copier(MirrorVolumeCopier(backends, settings.stall_timeout)),
         path=str(root),
         forced=None if chosen is VolumeBackendChoice.AUTO else VolumeBackendKind(chosen.name),
         overcommit=settings.volume_overcommit,
@@ -496,7 +496,7 @@ async def _open_engine(settings: Settings, stack: AsyncExitStack) -> DockerEngin
 async def _check_port_range(settings: Settings, store: Store) -> None:
     """Refuse a range of which containers could never get a port; one that they use up already is as it should be."""
     claimed = (await store.claims(settings.host_id)).claims
-    probe, ports = HostPorts(), settings.port_range
+    probe, ports = HostPortProbe(), settings.port_range
     for port in range(ports.first, ports.last + 1):
         if PortKey(Protocol.TCP, port) in claimed or await probe(Protocol.TCP.value, port):
             return

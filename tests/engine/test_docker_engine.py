@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from gpudock_server.adapters.docker import DockerEngine
-from gpudock_server.adapters.host_ports import HostPorts
+from gpudock_server.adapters.host.port_probe import HostPortProbe
 from gpudock_server.errors import (
     EngineRejected,
     EngineUnavailable,
@@ -896,7 +896,7 @@ async def test_the_api_version(tmp_path: Path, newest: str, oldest: str, agreed:
 
 
 async def test_the_probe_of_ports() -> None:
-    probe = HostPorts()
+    probe = HostPortProbe()
     for protocol, kind in (("tcp", socket.SOCK_STREAM), ("udp", socket.SOCK_DGRAM)):
         for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::1")):  # noqa: S104 - as others do
             with closing(socket.socket(family, kind)) as holder:
@@ -919,4 +919,4 @@ async def test_connections_that_linger_do_not_count() -> None:
     accepted.close()
     assert client.recv(1) == b""
     client.close()
-    assert await HostPorts()("tcp", port)
+    assert await HostPortProbe()("tcp", port)

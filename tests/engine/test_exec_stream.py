@@ -20,7 +20,7 @@ import pytest_asyncio
 from gpudock_server.adapters.docker import DockerEngine
 from gpudock_server.adapters.docker.exec_session import HEADER_BYTES, FrameDecoder
 from gpudock_server.adapters.docker.raw_stream import SocketRawStream
-from gpudock_server.adapters.processes import LocalProcesses
+from gpudock_server.adapters.host.processes import HostProcessControl
 from gpudock_server.errors import EngineRejected, EngineUnavailable
 from gpudock_server.model.container import Placement
 from gpudock_server.model.engine import Blueprint, ExecRequest, ExecStatus, ExecStream
@@ -398,7 +398,7 @@ async def pid_of(session: ExecSession) -> int:
 
 
 async def test_signals(engine: DockerEngine, box: str, rig: Rig) -> None:
-    processes = LocalProcesses()
+    processes = HostProcessControl()
     async with session_of(engine, box, shell("trap '' TERM; sleep 1000 & echo $!; wait; echo never")) as session:
         reader = session.read()
         await anext(reader)
@@ -428,7 +428,7 @@ async def test_signals(engine: DockerEngine, box: str, rig: Rig) -> None:
 
 async def test_a_session_outlives_its_leader(engine: DockerEngine, box: str) -> None:
     """What a command leaves behind is found by the session, whose leader is gone."""
-    processes = LocalProcesses()
+    processes = HostProcessControl()
     async with session_of(engine, box, shell("sleep 1000 & echo; exit 0")) as session:
         reader = session.read()
         await anext(reader)
@@ -449,7 +449,7 @@ async def test_closing_leaves_the_process_alone(engine: DockerEngine, box: str) 
     assert await reading == (b"", b"")
     await session.write(b"into the void")
     assert await session.status() == ExecStatus(running=True, exit_code=None, pid=pid)
-    assert LocalProcesses().signal(pid, box, signal.SIGKILL)
+    assert HostProcessControl().signal(pid, box, signal.SIGKILL)
 
 
 async def test_the_container_is_stopped_or_removed_meanwhile(engine: DockerEngine, box: str) -> None:

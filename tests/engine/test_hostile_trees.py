@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from gpudock_server.adapters.host.trees.limits import Limits
 from gpudock_server.adapters.layers import OverlayLayerStore, OverlaySnapshotStore
-from gpudock_server.adapters.trees.limits import Limits
-from gpudock_server.adapters.volumes import TreeCopier
-from gpudock_server.adapters.volumes.folder import StoreFolder
+from gpudock_server.adapters.volumes import MirrorVolumeCopier
+from gpudock_server.adapters.volumes.backing_folder import BackingFolder
 from gpudock_server.errors import SnapshotFailed, VolumeFailed
 from gpudock_server.model.operation import CarryMethod, new_operation_id
 from gpudock_server.ports import LayerTooLarge
@@ -56,7 +56,7 @@ def place(tmp_path: Path) -> Iterator[HostilePlace]:
 async def test_a_hostile_volume_is_copied_while_it_changes_and_then_equal(place: HostilePlace, shape: str) -> None:
     folders = Folders(place.root)
     source, target = folders.store("source"), folders.store("target")
-    copier, root = TreeCopier([folders]), place.root / "source"
+    copier, root = MirrorVolumeCopier([folders]), place.root / "source"
     with _opened(root) as opened:
         ZOO[shape](opened)
     (root / "gone later").write_text("x")
@@ -82,7 +82,7 @@ async def test_the_store_of_a_volume_with_deep_folders_is_deleted(place: Hostile
     folders.store("source")
     with _opened(place.root / "source") as root:
         nested(root, 1200, "d")  # deeper than Python calls itself, as shutil.rmtree does for each folder
-    store = StoreFolder(place.root / "volumes", uid)
+    store = BackingFolder(place.root / "volumes", uid)
     store.root.mkdir()
     (place.root / "source").rename(store.path)
     await store.remove()

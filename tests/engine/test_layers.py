@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gpudock_server.adapters.host.disk_usage import tree_bytes
+from gpudock_server.adapters.host.trees.comparison import differences
+from gpudock_server.adapters.host.trees.interrupt import Interrupt
 from gpudock_server.adapters.layers import OverlayLayerStore
-from gpudock_server.adapters.layers.copying import tree_bytes
-from gpudock_server.adapters.trees.comparing import differences
-from gpudock_server.adapters.trees.interrupt import Interrupt
 from gpudock_server.errors import DiskFull, LayerCarryFailed
 from gpudock_server.model.engine import EngineContainer, EngineState
 from gpudock_server.model.operation import CarryMethod

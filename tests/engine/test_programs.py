@@ -18,7 +18,7 @@ _REPOSITORY = Path(__file__).parents[2]
 # Runs a program and dies, by its own hand, as soon as that was started.
 _PARENT = """
 import asyncio, os, signal, sys
-from gpudock_server.adapters.volumes.programs import run
+from gpudock_server.adapters.host.subprocesses import run
 start = asyncio.create_subprocess_exec
 async def started(*words, **named):
     await start(*words, **named)
@@ -30,7 +30,7 @@ asyncio.run(run("sleep", sys.argv[1]))
 _PARENT_OF_JOB = """
 import asyncio, os, signal, sys
 from pathlib import Path
-from gpudock_server.adapters.trees.worker import run_job
+from gpudock_server.adapters.host.trees.worker import run_job
 start = asyncio.create_subprocess_exec
 def reads(pid):
     counts = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())

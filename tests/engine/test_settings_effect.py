@@ -37,7 +37,7 @@ _ALWAYS = container_pb2.SNAPSHOT_POLICY_ALWAYS
 _NEVER = container_pb2.SNAPSHOT_POLICY_NEVER
 _VOLUME_SIZE = 320 << 20
 # In the command line of the child process that works on the files of layers and volumes.
-_TREES = b"adapters.trees.child"
+_TREES = b"host.trees.child"
 # Ends by itself two seconds after it was asked to.
 _SAID_GOODBYE = 7
 _SLOW_TO_STOP = (

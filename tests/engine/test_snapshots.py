@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from gpudock_server.adapters.host.trees.comparison import differences
+from gpudock_server.adapters.host.trees.interrupt import Interrupt
 from gpudock_server.adapters.layers import OverlaySnapshotStore
-from gpudock_server.adapters.trees.comparing import differences
-from gpudock_server.adapters.trees.interrupt import Interrupt
 from gpudock_server.errors import DiskFull, SnapshotFailed
 from gpudock_server.model.engine import EngineContainer, EngineState
 from gpudock_server.model.operation import new_operation_id

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gpudock_server.adapters.trees.stalls import StalledError, unless_stalled
-from gpudock_server.adapters.volumes import TreeCopier
-from gpudock_server.adapters.volumes.view import Reach
+from gpudock_server.adapters.host.stalls import StalledError, fail_if_stalled
+from gpudock_server.adapters.volumes import MirrorVolumeCopier
+from gpudock_server.adapters.volumes.private_mounts import FilesLocation
 from gpudock_server.errors import VolumeFailed
 from gpudock_server.model.volume import VolumeBackendKind, VolumeBacking
 
@@ -31,9 +31,9 @@ class Folders:
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    async def reach(self, backing: VolumeBacking) -> Reach:
+    async def files_location(self, backing: VolumeBacking) -> FilesLocation:
         """Where its files are."""
-        return Reach(path=self._root / backing.name)
+        return FilesLocation(path=self._root / backing.name)
 
     def store(self, name: str) -> VolumeBacking:
         """A store of this name, which is empty."""
@@ -64,10 +64,10 @@ async def test_a_copy_whose_process_stands_still_is_ended_and_fails(
         patched.setattr(asyncio, "create_subprocess_exec", start_stopped)
         async with asyncio.timeout(60 * PATIENCE):
             with pytest.raises(VolumeFailed, match="the job 'mirror' on a tree made no progress for 2 s"):
-                await TreeCopier([folders], stall_seconds=2).copy(source, target, _nobody, final=True)
+                await MirrorVolumeCopier([folders], stall_seconds=2).copy(source, target, _nobody, final=True)
     assert [process.returncode for process in children] == [-signal.SIGKILL] * 2
     assert not (tmp_path / "target/a").exists()
-    await TreeCopier([folders]).copy(source, target, _nobody, final=True)
+    await MirrorVolumeCopier([folders]).copy(source, target, _nobody, final=True)
     assert (tmp_path / "target/a").read_bytes() == (tmp_path / "source/a").read_bytes()
 
 
@@ -92,7 +92,7 @@ async def test_files_that_become_fifos_while_they_are_copied_hold_nothing_up(tmp
 
     thread = threading.Thread(target=exchange)
     thread.start()
-    copier = TreeCopier([folders], stall_seconds=10)
+    copier = MirrorVolumeCopier([folders], stall_seconds=10)
     try:
         for _ in range(6):
             await copier.copy(source, target, _nobody, final=False)
@@ -111,14 +111,14 @@ def _nobody(_current: int, _total: int) -> None:
 async def test_what_goes_on_is_not_stalled_however_long_it_takes() -> None:
     busy = "import time\nend = time.monotonic() + 2\nwhile time.monotonic() < end: pass"
     process = await asyncio.create_subprocess_exec("python3", "-c", busy, start_new_session=True)
-    assert await unless_stalled(process.wait(), process.pid, "python3", 0.5) == 0
+    assert await fail_if_stalled(process.wait(), process.pid, "python3", 0.5) == 0
 
 
 async def test_what_sleeps_is_stalled() -> None:
     process = await asyncio.create_subprocess_exec("sleep", "100", start_new_session=True)
     try:
         with pytest.raises(StalledError, match="sleep made no progress for 0 s"):
-            await unless_stalled(process.wait(), process.pid, "sleep", 0.3)
+            await fail_if_stalled(process.wait(), process.pid, "sleep", 0.3)
     finally:
         process.kill()
         await process.wait()
@@ -128,4 +128,4 @@ async def test_a_child_of_what_waits_counts_too() -> None:
     """A program may leave all work to others and wait for them."""
     script = "i=0; while [ $i -lt 10 ]; do sleep 0.2; i=$((i+1)); done & wait"
     process = await asyncio.create_subprocess_exec("sh", "-c", script, start_new_session=True)
-    assert await unless_stalled(process.wait(), process.pid, "sh", 1.0) == 0
+    assert await fail_if_stalled(process.wait(), process.pid, "sh", 1.0) == 0

@@ -18,9 +18,15 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from gpudock_server.adapters.docker import DockerEngine
-from gpudock_server.adapters.volumes import LoopBackend, PlainBackend, ProjectQuotaBackend, TreeCopier, attach_all
+from gpudock_server.adapters.volumes import (
+    LoopBackend,
+    MirrorVolumeCopier,
+    PlainBackend,
+    ProjectQuotaBackend,
+    attach_all_volumes,
+)
+from gpudock_server.adapters.volumes.backing_folder import BackingFolder
 from gpudock_server.adapters.volumes.filesystems import FILESYSTEMS
-from gpudock_server.adapters.volumes.folder import StoreFolder
 from gpudock_server.adapters.volumes.loop import _swap_images
 from gpudock_server.core.volumes import choose_backend
 from gpudock_server.errors import (
@@ -166,7 +172,7 @@ async def test_growing_under_a_writer(rig: Rig, engine: DockerEngine, loop: Loop
         one.stop()
     with box(rig, volume) as reader:
         assert _checked_blocks(reader) > before
-    assert StoreFolder(Path(backing.folder).parent, backing.uid).read() == backing
+    assert BackingFolder(Path(backing.folder).parent, backing.uid).read() == backing
     await _taken(engine, loop, backing)
 
 
@@ -216,7 +222,7 @@ async def test_two_stores_change_their_places(rig: Rig, engine: DockerEngine, lo
             assert one.df()[0] < 440 * MIB
             one.stop()
         # A daemon that dies right after the rename leaves neither device nor link, and the next one goes on.
-        one_folder, other_folder = (StoreFolder(root, backing.uid) for backing in (old, new))
+        one_folder, other_folder = (BackingFolder(root, backing.uid) for backing in (old, new))
         for device in loops_below(root):
             subprocess.run(["losetup", "--detach", device], check=True)
         one_folder.device.unlink()
@@ -280,8 +286,8 @@ async def test_after_a_reboot(rig: Rig, engine: DockerEngine, root: Path) -> Non
         with pytest.raises(HttpStatusError):
             one.start()
         device = _attached_where_a_link_leads(other, link_of=backing)
-        assert await attach_all(root) == ()
-        assert await attach_all(root) == ()
+        assert await attach_all_volumes(root) == ()
+        assert await attach_all_volumes(root) == ()
         assert sorted(_loops(root)) == sorted(f"{each.folder}/image" for each in (backing, other))
         assert Path(other.folder, "device").readlink() == device
         assert Path(backing.folder, "device").readlink() != device
@@ -314,10 +320,10 @@ async def test_one_that_cannot_be_attached_does_not_keep_others_from_it(root: Pa
     for each in (backing, broken):
         subprocess.run(["losetup", "--detach", Path(each.folder, "device").readlink()], check=True)
     Path(broken.folder, "image").unlink()
-    damaged = StoreFolder(root, _new_uid())
+    damaged = BackingFolder(root, _new_uid())
     damaged.path.mkdir()
     damaged.record.write_text("{")
-    problems = await attach_all(root)
+    problems = await attach_all_volumes(root)
     assert {problem.uid for problem in problems} == {broken.uid, damaged.uid}
     assert _loops(root) == [f"{backing.folder}/image"]
     with pytest.raises(VolumeFailed, match="is gone"):
@@ -358,7 +364,7 @@ async def test_a_uid_that_is_none(root: Path) -> None:
 
 async def test_a_store_of_another_kind_is_left_alone(root: Path) -> None:
     loop = LoopBackend(root, local=True)
-    folder = StoreFolder(root, _new_uid())
+    folder = BackingFolder(root, _new_uid())
     folder.write(
         VolumeBacking(
             kind=VolumeBackendKind.PROJECT_QUOTA, uid=folder.uid, name="data", engine_volume="data", filesystem="xfs"
@@ -382,14 +388,14 @@ _CUT_OFF = """
 import asyncio, sys
 from pathlib import Path
 from gpudock_server.adapters.volumes import LoopBackend
-from gpudock_server.adapters.volumes.folder import StoreFolder
+from gpudock_server.adapters.volumes.backing_folder import BackingFolder
 
 async def main(what, root, uid):
     loop = LoopBackend(Path(root), local=True)
     print("begun", flush=True)
     if what == "create":
         return await loop.create(uid, "data", {size})
-    backing = StoreFolder(Path(root), uid).read()
+    backing = BackingFolder(Path(root), uid).read()
     return await (loop.destroy(backing) if what == "destroy" else loop.grow(backing, 2 * {size}))
 
 asyncio.run(main(*sys.argv[1:]))
@@ -431,7 +437,7 @@ async def test_killed_and_repeated(root: Path, seconds: float) -> None:
 async def test_what_a_killed_mkfs_leaves_is_made_anew(root: Path) -> None:
     loop = LoopBackend(root, local=True)
     backing = await loop.create(_new_uid(), "data", SIZE)
-    folder = StoreFolder(root, backing.uid)
+    folder = BackingFolder(root, backing.uid)
     subprocess.run(["losetup", "--detach", folder.device.readlink()], check=True)
     folder.image.unlink()
     folder.unfinished.write_bytes(b"half")
@@ -446,10 +452,10 @@ async def test_an_opened_volume_is_closed_by_kill_9(root: Path) -> None:
     backing = await loop.create(_new_uid(), "data", SIZE)
     script = (
         "import asyncio, sys\nfrom pathlib import Path\nfrom gpudock_server.adapters.volumes import LoopBackend\n"
-        "from gpudock_server.adapters.volumes.folder import StoreFolder\n"
+        "from gpudock_server.adapters.volumes.backing_folder import BackingFolder\n"
         "async def main(root, uid):\n"
         "    loop = LoopBackend(Path(root), local=True)\n"
-        "    async with loop.opened(StoreFolder(Path(root), uid).read()) as folder:\n"
+        "    async with loop.opened(BackingFolder(Path(root), uid).read()) as folder:\n"
         "        print('begun', flush=True)\n"
         "        await asyncio.sleep(1000)\n"
         "asyncio.run(main(*sys.argv[1:]))\n"
@@ -470,12 +476,12 @@ _HOLDS_NO_OTHER = """
 import asyncio, subprocess, sys
 from pathlib import Path
 from gpudock_server.adapters.volumes import LoopBackend
-from gpudock_server.adapters.volumes.folder import StoreFolder
+from gpudock_server.adapters.volumes.backing_folder import BackingFolder
 from gpudock_server.errors import VolumeInUse
 
 async def main(root, opened, other, point):
     loop = LoopBackend(Path(root), local=True)
-    first, second = (StoreFolder(Path(root), uid).read() for uid in (opened, other))
+    first, second = (BackingFolder(Path(root), uid).read() for uid in (opened, other))
     subprocess.run(["mount", Path(second.folder, "device"), point], check=True)
     async with loop.opened(first):
         try:
@@ -516,7 +522,7 @@ async def test_no_room_for_the_image(root: Path) -> None:
         uid = _new_uid()
         with pytest.raises((DiskFull, VolumeFailed)):
             await loop.create(uid, "data", SIZE)
-        backing = StoreFolder(root, uid).read()
+        backing = BackingFolder(root, uid).read()
         assert backing is not None
         await loop.destroy(backing)
         assert list(root.iterdir()) == []
@@ -529,7 +535,7 @@ async def test_no_room_for_the_image(root: Path) -> None:
 
 async def test_copy_and_verify(root: Path) -> None:
     loop = LoopBackend(root, local=True)
-    copier = TreeCopier([loop])
+    copier = MirrorVolumeCopier([loop])
     old = await loop.create(_new_uid(), "data", 2 * SIZE)
     new = await loop.create(_new_uid(), "data", SIZE)
     told: list[tuple[int, int]] = []
@@ -572,7 +578,7 @@ async def test_copy_and_verify(root: Path) -> None:
 
 async def test_a_copy_that_does_not_fit(root: Path) -> None:
     loop = LoopBackend(root, local=True)
-    copier = TreeCopier([loop])
+    copier = MirrorVolumeCopier([loop])
     old = await loop.create(_new_uid(), "data", 2 * SIZE)
     new = await loop.create(_new_uid(), "data", SIZE)
     async with loop.opened(old) as source:
@@ -589,7 +595,7 @@ async def test_a_copy_that_does_not_fit(root: Path) -> None:
 async def test_a_copy_that_has_no_room_for_what_was_deleted_since(root: Path) -> None:
     """The target takes what the source has now, though not together with what it had at the copy before."""
     loop = LoopBackend(root, local=True)
-    copier = TreeCopier([loop])
+    copier = MirrorVolumeCopier([loop])
     old = await loop.create(_new_uid(), "data", 2 * SIZE)
     new = await loop.create(_new_uid(), "data", SIZE)
     async with loop.opened(old) as source:

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from gpudock_server.adapters.docker import DockerEngine
-from gpudock_server.adapters.volumes import LoopBackend, ProjectQuotaBackend, TreeCopier, attach_all
-from gpudock_server.adapters.volumes.folder import StoreFolder
+from gpudock_server.adapters.volumes import LoopBackend, MirrorVolumeCopier, ProjectQuotaBackend, attach_all_volumes
+from gpudock_server.adapters.volumes.backing_folder import BackingFolder
 from gpudock_server.errors import VolumeFailed, VolumeTooSmallForData
 from gpudock_server.model.engine import LABEL_UID
 from gpudock_server.model.volume import VolumeBacking
@@ -98,7 +98,7 @@ async def test_a_size_that_changes_in_use(rig: Rig, engine: DockerEngine, quota:
         assert any(phrase in one.fill() for phrase in FULL)
         assert one.run("cat", f"{TARGET}/kept").stdout == "kept\n"
         assert one.pid == pid
-    assert StoreFolder(_root(backing), backing.uid).read() == shrunk
+    assert BackingFolder(_root(backing), backing.uid).read() == shrunk
     await engine.remove_volume(volume)
     await quota.destroy(shrunk)
     await quota.destroy(shrunk)
@@ -144,7 +144,7 @@ async def test_project_ids_never_collide(quota: ProjectQuotaBackend) -> None:
 
 async def test_what_a_killed_daemon_leaves_is_finished(quota: ProjectQuotaBackend) -> None:
     backing = await quota.create(_new_uid(), "data", SIZE)
-    folder = StoreFolder(_root(backing), backing.uid)
+    folder = BackingFolder(_root(backing), backing.uid)
     folder.data.rmdir()
     with pytest.raises(VolumeFailed, match="is gone"):
         await quota.attach(backing)
@@ -161,9 +161,9 @@ async def test_what_a_killed_daemon_leaves_is_finished(quota: ProjectQuotaBacken
 async def test_a_limit_that_was_lost_is_set_at_the_start(quota: ProjectQuotaBackend) -> None:
     backing = await quota.create(_new_uid(), "data", SIZE)
     await quota.grow(backing, 2 * SIZE)
-    StoreFolder(_root(backing), backing.uid).write(backing)
+    BackingFolder(_root(backing), backing.uid).write(backing)
     assert (await quota.usage(backing)).size_bytes == 2 * SIZE
-    assert await attach_all(_root(backing)) == ()
+    assert await attach_all_volumes(_root(backing)) == ()
     assert (await quota.usage(backing)).size_bytes == SIZE
     await quota.destroy(backing)
 
@@ -172,7 +172,7 @@ async def test_a_copy_counts_for_the_new_store(quota: ProjectQuotaBackend) -> No
     old, new = [await quota.create(_new_uid(), "data", 2 * SIZE) for _ in range(2)]
     async with quota.opened(old) as folder:
         grow(folder, 1500)
-    copier = TreeCopier([quota])
+    copier = MirrorVolumeCopier([quota])
     await copier.copy(old, new, lambda _current, _total: None, final=True)
     assert (await copier.verify(old, new)).entries > 1500
     assert abs((await quota.usage(new)).used_bytes - (await quota.usage(old)).used_bytes) < 2 * MIB

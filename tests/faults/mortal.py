@@ -30,7 +30,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gpudock_server.adapters.trees.worker import TreeWorker
+from gpudock_server.adapters.host.trees.worker import TreeWorker
 from gpudock_server.app import Instruments, run
 from gpudock_server.errors import EngineRejected
 from gpudock_server.model.changes import Change, PutOperation
@@ -292,7 +292,7 @@ _WORKER = "a worker on trees"
 def program(words: Sequence[object]) -> str:
     """The name of the program that a command runs; empty if it only looks.
 
-    What `programs.mortal` and `View.entered` put before a command is left out.
+    What `with_parent_death_signal` and `MountedView.nsenter_command` put before a command is left out.
     """
     command = [str(word) for word in words]
     if command[0] == sys.executable:

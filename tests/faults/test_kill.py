@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from gpudock_server.adapters.trees.jobs import Jobs
+from gpudock_server.adapters.host.trees.jobs import Jobs
 from gpudock_server.model.operation import OperationKind
 
 from tests.faults.killing import Killing

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import IO
 
 import pytest
-from gpudock_server.adapters.trees.interrupt import Interrupt
-from gpudock_server.adapters.trees.layer_merge import merge_layers, write_merged
-from gpudock_server.adapters.trees.layer_tar import BrokenTarError, read_layer
+from gpudock_server.adapters.host.trees.interrupt import Interrupt
+from gpudock_server.adapters.host.trees.layer_merge import merge_layers, write_merged
+from gpudock_server.adapters.host.trees.layer_tar import BrokenTarError, read_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

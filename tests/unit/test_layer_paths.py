@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from gpudock_server.adapters.layers.paths import LayerRefusedError, find_layer
+from gpudock_server.adapters.layers.overlay2 import LayerRefusedError, find_layer
 
 from tests.engine.trees import plant_layers
 

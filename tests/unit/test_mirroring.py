@@ -11,13 +11,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from gpudock_server.adapters.layers.snapshot_places import opened
-from gpudock_server.adapters.trees.comparing import differences
-from gpudock_server.adapters.trees.duplicating import Duplicator
-from gpudock_server.adapters.trees.folders import empty_folder
-from gpudock_server.adapters.trees.interrupt import Interrupt, Interrupted
-from gpudock_server.adapters.trees.mirroring import Copies, Mirror
-from gpudock_server.adapters.trees.snapshot_index import Index, load_index, save_index
+from gpudock_server.adapters.host.trees.comparison import differences
+from gpudock_server.adapters.host.trees.entry_copy import EntryCopier
+from gpudock_server.adapters.host.trees.folders import empty_folder
+from gpudock_server.adapters.host.trees.interrupt import Interrupt, Interrupted
+from gpudock_server.adapters.host.trees.mirror import CopyIndex, Mirror
+from gpudock_server.adapters.host.trees.snapshot_index import Index, load_index, save_index
+from gpudock_server.adapters.layers.snapshot_folders import open_directory
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -49,16 +49,16 @@ class Generation:
         interrupt = interrupt or Interrupt()
         with ExitStack() as stack:
             source, target, state = (
-                stack.enter_context(opened(each)) for each in (self.source, self.tree, self.folder)
+                stack.enter_context(open_directory(each)) for each in (self.source, self.tree, self.folder)
             )
             previous = None
             if self.before:
-                tree = stack.enter_context(opened(self.before.tree))
-                previous = Copies(self.before.index, tree, self.index.device)
-                stack.callback(previous.trail.leave)
-            duplicator = Duplicator(interrupt, lambda _count: None, clones=clones)
+                tree = stack.enter_context(open_directory(self.before.tree))
+                previous = CopyIndex(self.before.index, tree, self.index.device)
+                stack.callback(previous.open_folders.close)
+            entry_copier = EntryCopier(interrupt, lambda _count: None, clones=clones)
             mirror = Mirror(
-                source, target, state, duplicator, interrupt, previous=previous, live=live, quiet=quiet,
+                source, target, state, entry_copier, interrupt, previous=previous, live=live, quiet=quiet,
                 handled=lambda _count: None, tick_ns=TICK_NS,
             )  # fmt: skip
             self.index = mirror.run(self.index)
@@ -220,7 +220,7 @@ def test_deeper_than_a_path_can_be(folder: Path) -> None:
     mirror.run(live=False, quiet=True)
     assert len(mirror.index) == 1502
     for each in (folder / "source", mirror.tree):
-        with opened(each) as root:
+        with open_directory(each) as root:
             empty_folder(root, Interrupt())
         assert list(each.iterdir()) == []
 
@@ -248,7 +248,7 @@ def test_a_torn_index_is_no_index(folder: Path) -> None:
     mirror = Generation(_grown(folder), folder / "first", None)
     mirror.run(live=False)
     whole = (mirror.folder / "index").read_bytes()
-    with opened(mirror.folder) as state:
+    with open_directory(mirror.folder) as state:
         for torn in (whole[:-1], whole[:100], b"", whole[:-1] + bytes([whole[-1] ^ 1]), b"{}\n"):
             (mirror.folder / "index").write_bytes(torn)
             assert load_index(state, same_boot=True) is None

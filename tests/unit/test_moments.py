@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from gpudock_server.adapters.volumes.programs import mortal
-from gpudock_server.adapters.volumes.view import View
+from gpudock_server.adapters.host.subprocesses import with_parent_death_signal
+from gpudock_server.adapters.volumes.private_mounts import MountedView
 
 from tests.faults.killing import Log, Moment, all_gone, least, missing, missing_in_the_midst, missing_of_undo
 from tests.faults.mortal import BY_CHILDREN, CALLS, children, program
@@ -100,12 +100,12 @@ def test_calls_that_work_by_children_are_calls() -> None:
         (["/sbin/mkfs.xfs", "-q", "image"], "mkfs.xfs"),
         (["losetup", "--json", "--associated", "image"], ""),
         (["du", "--summarize"], ""),
-        (View(pid=17).entered("xfs_growfs", "-d", "/mnt"), "xfs_growfs"),
+        (MountedView(pid=17).nsenter_command("xfs_growfs", "-d", "/mnt"), "xfs_growfs"),
         (["unshare", "--mount", "--", "/bin/sh"], "unshare"),
     ],
 )
 def test_a_program_is_named_and_not_what_guards_it(command: list[str], name: str) -> None:
-    guarded = mortal(command)
+    guarded = with_parent_death_signal(command)
     assert guarded[0] == "setpriv"
     assert program(guarded) == program(command) == name
 

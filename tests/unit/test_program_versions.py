@@ -6,15 +6,16 @@ import os
 from pathlib import Path
 
 import pytest
-from gpudock_server.adapters.volumes import check_versions, programs
-from gpudock_server.adapters.volumes.programs import missing, mortal
+from gpudock_server.adapters.host import subprocesses
+from gpudock_server.adapters.host.subprocesses import missing_programs, with_parent_death_signal
+from gpudock_server.adapters.volumes import check_versions
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder whose programs go before the host's; afterwards none is refused."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(programs, "_REFUSED", {})
+    monkeypatch.setattr(subprocesses, "_UNUSABLE", {})
     return tmp_path
 
 
@@ -32,28 +33,28 @@ def _plant(folder: Path, name: str, prints: str, *, to: str = "1") -> None:
 )
 async def test_a_program_that_is_too_old_counts_as_missing(folder: Path, name: str, prints: str, expected: str) -> None:
     _plant(folder, name, prints)
-    assert missing(name) == ""
+    assert missing_programs(name) == ""
     assert any(expected in text for text in await check_versions())
-    assert expected in missing(name)
+    assert expected in missing_programs(name)
 
 
 async def test_versions_are_numbers_and_may_be_printed_as_errors(folder: Path) -> None:
     _plant(folder, "losetup", "losetup from util-linux 2.100")
     _plant(folder, "mkfs.ext4", "mke2fs 1.42.9 (28-Dec-2013)", to="2")
     await check_versions()
-    assert missing("losetup") == ""
-    assert "mkfs.ext4 1.42.9 is too old" in missing("losetup", "mkfs.ext4")
+    assert missing_programs("losetup") == ""
+    assert "mkfs.ext4 1.42.9 is too old" in missing_programs("losetup", "mkfs.ext4")
 
 
 async def test_a_program_that_tells_no_version_is_taken_as_it_is(folder: Path) -> None:
     _plant(folder, "losetup", "BusyBox")
     _plant(folder, "setpriv", "BusyBox")
     await check_versions()
-    assert missing("losetup", "setpriv") == ""
+    assert missing_programs("losetup", "setpriv") == ""
 
 
 async def test_a_setpriv_without_the_option_is_not_used(folder: Path) -> None:
     _plant(folder, "setpriv", "setpriv from util-linux 2.32.1")
-    assert mortal(["true"])[0] == "setpriv"
+    assert with_parent_death_signal(["true"])[0] == "setpriv"
     await check_versions()
-    assert mortal(["true"]) == ["true"]
+    assert with_parent_death_signal(["true"]) == ["true"]

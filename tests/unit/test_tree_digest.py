@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-from gpudock_server.adapters.trees.digest import summary
-from gpudock_server.adapters.trees.interrupt import Interrupt
+from gpudock_server.adapters.host.trees.digest import digest_tree
+from gpudock_server.adapters.host.trees.interrupt import Interrupt
 
 MIB = 1 << 20
 # Two pieces of data, the second across the border of two blocks, and zeros at the end.
@@ -18,7 +18,7 @@ PIECES = {3 * 4096: b"first", 3 * MIB - 2: b"second"}
 def _digest(folder: Path) -> str:
     for each in (*folder.iterdir(), folder):
         os.utime(each, ns=(0, 0))
-    return summary(str(folder), Interrupt()).sha256
+    return digest_tree(str(folder), Interrupt()).sha256
 
 
 def _sparse(file: Path, pieces: dict[int, bytes], size: int = SIZE) -> None:
@@ -73,5 +73,5 @@ def test_another_content_is_another_digest(tmp_path: Path, pieces: dict[int, byt
 def test_a_hole_of_terabytes_takes_no_time(tmp_path: Path) -> None:
     """Read as zeros, these 8 TiB would take longer than any test may."""
     _sparse(tmp_path / "file", {1 << 42: b"data"}, 1 << 43)
-    found = summary(str(tmp_path), Interrupt())
+    found = digest_tree(str(tmp_path), Interrupt())
     assert found.content_bytes == 1 << 43

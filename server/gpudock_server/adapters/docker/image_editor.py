@@ -29,12 +29,12 @@ import aiohttp
 from gpudock_server.adapters.docker.connection import Connection, JsonAnswer
 from gpudock_server.adapters.docker.failures import engine_errors
 from gpudock_server.adapters.docker.image_config import history_of, image_config, merged_history_entry, without_identity
-from gpudock_server.adapters.layers.threads import Interrupt, Interrupted, run_to_end
-from gpudock_server.adapters.trees.jobs import JobRefusedError
-from gpudock_server.adapters.trees.layer_tar import BLOCK, END, BrokenTarError, header
-from gpudock_server.adapters.trees.limits import Limits, TreeTooLargeError
-from gpudock_server.adapters.trees.stalls import StalledError
-from gpudock_server.adapters.trees.worker import TreeWorker
+from gpudock_server.adapters.host.stalls import StalledError
+from gpudock_server.adapters.host.threads import Interrupt, Interrupted, run_to_end
+from gpudock_server.adapters.host.trees.jobs import JobRefusedError
+from gpudock_server.adapters.host.trees.layer_tar import BLOCK, END, BrokenTarError, header
+from gpudock_server.adapters.host.trees.limits import Limits, TreeTooLargeError
+from gpudock_server.adapters.host.trees.worker import TreeWorker
 from gpudock_server.errors import DiskFull, EngineRejected, LayerCarryFailed
 
 _CHUNK: Final = 1 << 20

@@ -25,10 +25,10 @@ from typing import Final, TypeVar
 
 from typing_extensions import override
 
-from gpudock_server.adapters.host_paths import kernel
-from gpudock_server.adapters.host_paths.namespace import MountNamespace, NamespaceUnavailable
-from gpudock_server.adapters.host_paths.records import RecordDamaged, Records, checked
-from gpudock_server.adapters.host_paths.resolving import PathRefused, below, opened, why_not_below
+from gpudock_server.adapters.host_paths import mount_syscalls
+from gpudock_server.adapters.host_paths.allowed_path import PathNotAllowed, is_allowed, not_allowed_reason, open_allowed
+from gpudock_server.adapters.host_paths.bind_records import BindRecordDamaged, BindRecords, require_container_name
+from gpudock_server.adapters.host_paths.mount_namespace import MountNamespace, MountNamespaceUnavailable
 from gpudock_server.errors import HostPathFailed, HostPathForbidden
 from gpudock_server.ports import HostPaths
 
@@ -41,7 +41,7 @@ _MOUNT_POINT_FIELD: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
-class RestoreProblem:
+class RestoreFailure:
     """A host path that could not be bound again, and why. The engine container that mounts it does not start."""
 
     engine_container: str
@@ -56,7 +56,7 @@ class HostPathBinder(HostPaths):
         """`allowed` are absolute folders. `namespace` None: the engine is on another host, so nothing can be bound."""
         installation = hashlib.sha256(os.fsencode(state_dir)).hexdigest()[:16]
         self._root = _ROOT / installation
-        self._records = Records(state_dir / "host-paths")
+        self._records = BindRecords(state_dir / "host-paths")
         self._allowed = tuple(allowed)
         self._namespace = namespace
         # Engine containers that something is bound for though the state folder was lost.
@@ -68,7 +68,7 @@ class HostPathBinder(HostPaths):
     async def check(self, paths: Sequence[str]) -> None:
         for path in paths:
             # Also before the engine is asked where it sees them: what is not allowed is not looked at.
-            if why := why_not_below(path, self._allowed):
+            if why := not_allowed_reason(path, self._allowed):
                 raise self._forbidden(path, why)
         for path in paths:
             await self._run(path, lambda path=path: self._check(path))  # type: ignore[misc]  # mypy infers no lambda with a default
@@ -76,13 +76,13 @@ class HostPathBinder(HostPaths):
     @override
     async def bind(self, name: str, paths: Sequence[str], *, renew: bool = True) -> dict[str, str]:
         if paths:
-            await self.check([path for path in paths if not below(path, self._allowed)])
+            await self.check([path for path in paths if not is_allowed(path, self._allowed)])
             await self._run(paths[0], lambda: self._bind(name, tuple(dict.fromkeys(paths)), renew=renew))
         return {path: self.source(name, path) for path in paths}
 
     @override
     def source(self, name: str, path: str) -> str:
-        return str(self._place(name, path))
+        return str(self._bind_target(name, path))
 
     @override
     async def release(self, name: str) -> None:
@@ -97,23 +97,23 @@ class HostPathBinder(HostPaths):
 
     # -- after a boot ------------------------------------------------------------------------------------------------
 
-    async def restore(self) -> tuple[RestoreProblem, ...]:
+    async def restore(self) -> tuple[RestoreFailure, ...]:
         """Bind again what is recorded and not bound; one that cannot be bound does not keep others from it.
 
         What is bound stays as it is: its container may run. What is not allowed any more is removed.
         """
-        problems: list[RestoreProblem] = []
+        problems: list[RestoreFailure] = []
         for name in list(self._records.names()):
             try:
                 paths = self._records.read(name)
-            except RecordDamaged as error:
-                problems.append(RestoreProblem(name, "", str(error)))
+            except BindRecordDamaged as error:
+                problems.append(RestoreFailure(name, "", str(error)))
                 continue
             for path in paths:
                 try:
                     await self._run(path, lambda name=name, path=path: self._restore(name, path))  # type: ignore[misc]  # as above
                 except (HostPathForbidden, HostPathFailed) as error:
-                    problems.append(RestoreProblem(name, path, error.detail))
+                    problems.append(RestoreFailure(name, path, error.detail))
         return tuple(problems)
 
     # -- in the engine's mount namespace -----------------------------------------------------------------------------
@@ -125,14 +125,14 @@ class HostPathBinder(HostPaths):
             raise HostPathFailed(host_path=path, detail="the daemon does not run as root")
         try:
             return await self._namespace.run(work)
-        except (NamespaceUnavailable, OSError) as error:
+        except (MountNamespaceUnavailable, OSError) as error:
             raise HostPathFailed(host_path=path, detail=str(error)) from error
 
     def _check(self, path: str) -> None:
         try:
-            with opened(path, self._allowed):
+            with open_allowed(path, self._allowed):
                 pass
-        except PathRefused as error:
+        except PathNotAllowed as error:
             raise self._forbidden(path, str(error)) from error
 
     def _bind(self, name: str, paths: Sequence[str], *, renew: bool) -> None:
@@ -141,32 +141,32 @@ class HostPathBinder(HostPaths):
             descriptors: dict[str, int] = {}
             # All of them before any is bound: what is refused changes nothing.
             for path in paths:
-                if self._place(name, path) in bound:
+                if self._bind_target(name, path) in bound:
                     continue
                 try:
-                    descriptors[path] = stack.enter_context(opened(path, self._allowed))
-                except PathRefused as error:
+                    descriptors[path] = stack.enter_context(open_allowed(path, self._allowed))
+                except PathNotAllowed as error:
                     raise self._forbidden(path, str(error)) from error
             self._records.write(name, paths)
             for path, descriptor in descriptors.items():
-                _bind_at(self._place(name, path), descriptor)
+                _bind_at(self._bind_target(name, path), descriptor)
 
     def _restore(self, name: str, path: str) -> None:
-        place = self._place(name, path)
-        if below(path, self._allowed) and place in _mount_points():
+        place = self._bind_target(name, path)
+        if is_allowed(path, self._allowed) and place in _mount_points():
             return
         try:
-            with opened(path, self._allowed) as descriptor:
+            with open_allowed(path, self._allowed) as descriptor:
                 _bind_at(place, descriptor)
-        except PathRefused as error:
-            _remove_place(place)
+        except PathNotAllowed as error:
+            _remove_bind_target(place)
             raise self._forbidden(path, str(error)) from error
 
     def _release(self, name: str) -> None:
-        folder = self._root / checked(name)
+        folder = self._root / require_container_name(name)
         with suppress(FileNotFoundError):
             for place in list(folder.iterdir()):
-                _remove_place(place)
+                _remove_bind_target(place)
             folder.rmdir()
         # Last: a daemon that is killed before this finds by the record what is left.
         self._records.remove(name)
@@ -178,8 +178,8 @@ class HostPathBinder(HostPaths):
         self._unrecorded = bound - recorded
         return bound | recorded
 
-    def _place(self, name: str, path: str) -> Path:
-        return self._root / checked(name) / hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
+    def _bind_target(self, name: str, path: str) -> Path:
+        return self._root / require_container_name(name) / hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
 
     def _forbidden(self, path: str, detail: str) -> HostPathForbidden:
         return HostPathForbidden(host_path=path, allowed=self._allowed, detail=detail)
@@ -192,7 +192,7 @@ def _bind_at(place: Path, descriptor: int) -> None:
         found = place.stat(follow_symlinks=False)
         if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
             return
-        _remove_place(place)
+        _remove_bind_target(place)
     for folder in (_ROOT, place.parent.parent, place.parent):
         folder.mkdir(mode=_PRIVATE, exist_ok=True)
     if stat.S_ISDIR(wanted.st_mode):
@@ -200,18 +200,18 @@ def _bind_at(place: Path, descriptor: int) -> None:
     else:
         place.touch(mode=0, exist_ok=False)
     try:
-        kernel.bind(descriptor, place)
+        mount_syscalls.bind(descriptor, place)
     except OSError:
-        _remove_place(place)
+        _remove_bind_target(place)
         raise
 
 
-def _remove_place(place: Path) -> None:
+def _remove_bind_target(place: Path) -> None:
     """Unmount what is bound at a place, and remove the place itself; never what was bound there.
 
     rmdir and unlink refuse (EBUSY) where something is still mounted.
     """
-    kernel.detach(place)
+    mount_syscalls.detach(place)
     try:
         found = place.stat(follow_symlinks=False)
     except FileNotFoundError:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-from gpudock_server.adapters.layers.paths import LayerRefusedError, opened_layer
+from gpudock_server.adapters.layers.overlay2 import LayerRefusedError, opened_layer
 from gpudock_server.model.engine import ImageAccounts
 
 _MOST_BYTES: Final = 1 << 20

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 
-from gpudock_server.adapters.layers.paths import LayerRefusedError, find_layer
+from gpudock_server.adapters.layers.overlay2 import LayerRefusedError, find_layer
 from gpudock_server.ports import LayerPair
 
 _RENAME_EXCHANGE = 2
@@ -19,14 +19,14 @@ _LAYER_NAME = b"diff"
 _CANNOT = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
-class Arrangement(Enum):
+class LayerOrder(Enum):
     """Which of a pair's trees stands where."""
 
     STRAIGHT = "straight"
     EXCHANGED = "exchanged"
 
 
-def arrangement_of(engine_root: str, pair: LayerPair) -> Arrangement:
+def layer_order(engine_root: str, pair: LayerPair) -> LayerOrder:
     """How the two trees stand now. Raises LayerRefusedError when the inode numbers fit neither arrangement."""
     if pair.old_path == pair.new_path or pair.old_inode == pair.new_inode:
         raise LayerRefusedError(f"{pair.old_path} and {pair.new_path} are one and the same layer")
@@ -35,23 +35,23 @@ def arrangement_of(engine_root: str, pair: LayerPair) -> Arrangement:
     if old.device != new.device:
         raise LayerRefusedError(f"{pair.old_path} and {pair.new_path} lie on different filesystems")
     if (old.inode, new.inode) == (pair.old_inode, pair.new_inode):
-        return Arrangement.STRAIGHT
+        return LayerOrder.STRAIGHT
     if (old.inode, new.inode) == (pair.new_inode, pair.old_inode):
-        return Arrangement.EXCHANGED
+        return LayerOrder.EXCHANGED
     raise LayerRefusedError(
         f"{pair.old_path} has inode {old.inode} and {pair.new_path} has {new.inode};"
         f" {pair.old_inode} and {pair.new_inode} were recorded"
     )
 
 
-def bring_about(engine_root: str, pair: LayerPair, wanted: Arrangement) -> bool:
+def ensure_order(engine_root: str, pair: LayerPair, wanted: LayerOrder) -> bool:
     """Let the trees stand as `wanted`; False, with nothing changed, where the kernel cannot swap them.
 
     Raises LayerRefusedError when the pair is not what was recorded, OSError when the swap fails otherwise.
     """
-    standing = arrangement_of(engine_root, pair)
+    standing = layer_order(engine_root, pair)
     with _opened_parent(pair.old_path) as old, _opened_parent(pair.new_path) as new:
-        if standing is not wanted and not swap(old, new, _LAYER_NAME):
+        if standing is not wanted and not rename_exchange(old, new, _LAYER_NAME):
             return False
         # Also where it stood so already: the daemon that swapped may have died before it came to this.
         os.fsync(old)
@@ -69,7 +69,7 @@ def _opened_parent(layer_path: str) -> Iterator[int]:
         os.close(descriptor)
 
 
-def swap(folder: int, other: int, name: bytes) -> bool:
+def rename_exchange(folder: int, other: int, name: bytes) -> bool:
     """Let what two open folders have under one name change places. False, with nothing changed, where it cannot be."""
     libc = ctypes.CDLL(None, use_errno=True)
     try:

@@ -12,16 +12,16 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from gpudock_server.adapters.layers.paths import Layer, LayerRefusedError, seen_layer
-from gpudock_server.adapters.layers.privilege import why_no_copy
-from gpudock_server.adapters.layers.room import available, require_room
-from gpudock_server.adapters.layers.snapshot_places import Meta, SnapshotPlaces, checked_uuid, opened
-from gpudock_server.adapters.layers.threads import run_to_end
-from gpudock_server.adapters.trees.duplicating import can_clone
-from gpudock_server.adapters.trees.jobs import TREE_NAME, JobRefusedError
-from gpudock_server.adapters.trees.limits import Limits, TreeTooLargeError
-from gpudock_server.adapters.trees.stalls import DEFAULT_STALL_SECONDS, StalledError
-from gpudock_server.adapters.trees.worker import TreeWorker
+from gpudock_server.adapters.host.disk_space import available, require_disk_space
+from gpudock_server.adapters.host.privileges import copy_unavailable_reason
+from gpudock_server.adapters.host.stalls import DEFAULT_STALL_SECONDS, StalledError
+from gpudock_server.adapters.host.threads import run_to_end
+from gpudock_server.adapters.host.trees.entry_copy import can_clone
+from gpudock_server.adapters.host.trees.jobs import TREE_NAME, JobRefusedError
+from gpudock_server.adapters.host.trees.limits import Limits, TreeTooLargeError
+from gpudock_server.adapters.host.trees.worker import TreeWorker
+from gpudock_server.adapters.layers.overlay2 import Layer, LayerRefusedError, layer_of
+from gpudock_server.adapters.layers.snapshot_folders import Meta, SnapshotFolders, open_directory, require_uuid
 from gpudock_server.errors import DiskFull, SnapshotFailed
 from gpudock_server.model.engine import EngineContainer
 from gpudock_server.model.operation import new_operation_id
@@ -31,14 +31,14 @@ from gpudock_server.ports import LayerTooLarge, Progress, SnapshotPlan, Snapshot
 
 # Child processes kept between the calls of their operations, with the indices in their memory; those of others read the
 # indices back from the disk.
-_KEPT_WORKERS: Final = 8
+_MAX_IDLE_WORKERS: Final = 8
 # Snapshots and restores that are not part of a container's downtime, at a time; each may take the memory of the limits.
-_BULK_AT_ONCE: Final = 8
+_MAX_CONCURRENT_BULK: Final = 8
 _DEFAULT_LIMITS: Final = Limits()
-_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NO_SPACE_ERRNOS: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
-class _Bytes:
+class _ProgressTotal:
     """The latest progress of a job."""
 
     def __init__(self, progress: Progress) -> None:
@@ -51,7 +51,7 @@ class _Bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class _Making:
+class _SnapshotRequest:
     """What a snapshot is made of, and for whom."""
 
     old: EngineContainer
@@ -81,18 +81,18 @@ class OverlaySnapshotStore(SnapshotStore):
         limits: Limits = _DEFAULT_LIMITS,
         stall_seconds: float = DEFAULT_STALL_SECONDS,
     ) -> None:
-        self._places = SnapshotPlaces(root)
+        self._folders = SnapshotFolders(root)
         self._engine_root = engine_root
         self._local = local
         self._limits = limits
         self._stall_seconds = stall_seconds
         self._clones: bool | None = None
         self._workers: OrderedDict[str, TreeWorker] = OrderedDict()
-        self._bulk = asyncio.Semaphore(_BULK_AT_ONCE)
+        self._bulk = asyncio.Semaphore(_MAX_CONCURRENT_BULK)
 
     async def method(self, old: EngineContainer) -> tuple[SnapshotMethod | None, str]:
         """See the protocol. The first call tries whether extents can be shared, for which it makes the root."""
-        with self._failures():
+        with self._snapshot_errors():
             return await run_to_end(self._method, old)
 
     async def plan(self, old: EngineContainer, previous: SnapshotKey | None) -> SnapshotPlan:
@@ -100,16 +100,16 @@ class OverlaySnapshotStore(SnapshotStore):
         method, reason = await self.method(old)
         if method is None:
             raise SnapshotFailed(detail=reason)
-        with self._failures():
+        with self._snapshot_errors():
             source = await run_to_end(self._source, old)
             shared = await run_to_end(self._shared_with, previous) if method is SnapshotMethod.LINK else ""
             try:
-                async with self._single() as worker:
+                async with self._one_off_worker() as worker:
                     found = await worker.call("measure", source=source, previous=shared, limits=self._limit_values)
             except TreeTooLargeError as error:
                 return SnapshotPlan(method=method, too_large=str(error))
             needed = int(found["bytes"]) if method is SnapshotMethod.LINK else 0
-            free = await run_to_end(require_room, str(self._places.root), needed)
+            free = await run_to_end(require_disk_space, str(self._folders.root), needed)
         return SnapshotPlan(method=method, bytes_to_copy=needed, bytes_available=free)
 
     async def gather(
@@ -122,7 +122,7 @@ class OverlaySnapshotStore(SnapshotStore):
     ) -> None:
         """See the protocol."""
         async with self._bulk:
-            await self._make("gather", _Making(old, key, operation_id, previous), progress)
+            await self._make("gather", _SnapshotRequest(old, key, operation_id, previous), progress)
 
     async def complete(
         self,
@@ -133,17 +133,17 @@ class OverlaySnapshotStore(SnapshotStore):
         progress: Progress,
     ) -> None:
         """See the protocol."""
-        await self._make("complete", _Making(old, key, operation_id, previous), progress)
+        await self._make("complete", _SnapshotRequest(old, key, operation_id, previous), progress)
 
     async def seal(self, key: SnapshotKey, operation_id: str, image_id: str) -> Snapshot:
         """See the protocol."""
-        with self._failures():
-            before = await run_to_end(self._places.meta, key)
+        with self._snapshot_errors():
+            before = await run_to_end(self._folders.meta, key)
             if before and before.operation_id == operation_id:
                 return before.snapshot
             if not image_id:
                 raise LayerRefusedError("it is not known on which image the files lie")
-            folder = self._places.partial(key, operation_id)
+            folder = self._folders.partial(key, operation_id)
             try:
                 found = await self._worker(operation_id).call("check", partial=str(folder))
             finally:
@@ -160,37 +160,37 @@ class OverlaySnapshotStore(SnapshotStore):
             if before:
                 # Of an operation that the store does not know any more. Cut off here, this one is still there as a
                 # partial.
-                await self._drop(self._places.sealed(key))
+                await self._drop(self._folders.sealed(key))
             meta = Meta(key=key, operation_id=operation_id, snapshot=snapshot)
-            await run_to_end(self._places.seal, folder, meta)
+            await run_to_end(self._folders.seal, folder, meta)
             return snapshot
 
     async def discard(self, key: SnapshotKey, operation_id: str) -> None:
         """See the protocol."""
-        with self._failures():
+        with self._snapshot_errors():
             await self._close(operation_id)
-            await self._drop_partial(self._places.partial(key, operation_id))
+            await self._drop_partial(self._folders.partial(key, operation_id))
             if await run_to_end(self._sealed_by, key, operation_id):
-                await self._drop(self._places.sealed(key))
+                await self._drop(self._folders.sealed(key))
 
     async def restore(self, key: SnapshotKey, target: EngineContainer, progress: Progress) -> None:
         """See the protocol. On return the copy is on the disk, not only in memory."""
-        with self._failures():
-            meta = await run_to_end(self._restorable, key, target)
-            layer = await run_to_end(self._fillable, target)
+        with self._snapshot_errors():
+            meta = await run_to_end(self._restorable_meta, key, target)
+            layer = await run_to_end(self._target_layer, target)
             total = meta.snapshot.layer_bytes
             clones = meta.snapshot.method is SnapshotMethod.REFLINK
             if not clones:
-                await run_to_end(require_room, layer.path, total)
+                await run_to_end(require_disk_space, layer.path, total)
             progress(0, total)
             try:
-                async with self._bulk, self._single() as worker:
+                async with self._bulk, self._one_off_worker() as worker:
                     await worker.call(
-                        "fill", progress, source=[str(self._places.sealed(key) / TREE_NAME)], target=_place(layer),
-                        hidden=f".gpudock-{new_operation_id()}", total=total, clones=True,
+                        "fill", progress, source=[str(self._folders.sealed(key) / TREE_NAME)],
+                        target=_job_folder(layer), hidden=f".gpudock-{new_operation_id()}", total=total, clones=True,
                     )  # fmt: skip
             except OSError as error:
-                if error.errno not in _NO_ROOM:
+                if error.errno not in _NO_SPACE_ERRNOS:
                     raise
                 free = available(layer.path)
                 raise DiskFull(path=layer.path, needed_bytes=total, available_bytes=free) from error
@@ -200,13 +200,13 @@ class OverlaySnapshotStore(SnapshotStore):
         self, source: EngineContainer, target: EngineContainer, operation_id: str, *, still: bool, progress: Progress
     ) -> None:
         """See the protocol. What has been done so far is told by a folder in the target's own tree until the end."""
-        with self._failures():
-            layers = await run_to_end(self._mirrored, source, target)
+        with self._snapshot_errors():
+            layers = await run_to_end(self._mirror_layers, source, target)
             worker = self._worker(operation_id)
             try:
                 await worker.call(
-                    "mirror", progress, source=_place(layers[0]), target=_place(layers[1]),
-                    hidden=f".gpudock-{checked_uuid(operation_id)}", still=still, quiet=not source.running,
+                    "mirror", progress, source=_job_folder(layers[0]), target=_job_folder(layers[1]),
+                    hidden=f".gpudock-{require_uuid(operation_id)}", still=still, quiet=not source.running,
                     limits=self._limit_values,
                 )  # fmt: skip
             except BaseException:
@@ -217,33 +217,33 @@ class OverlaySnapshotStore(SnapshotStore):
 
     async def remove(self, key: SnapshotKey) -> None:
         """See the protocol."""
-        with self._failures():
-            await self._drop(self._places.sealed(key))
+        with self._snapshot_errors():
+            await self._drop(self._folders.sealed(key))
 
     async def remove_all(self, uid: str) -> None:
         """See the protocol."""
-        with self._failures():
-            await self._drop(self._places.of_container(uid))
+        with self._snapshot_errors():
+            await self._drop(self._folders.of_container(uid))
 
     async def sealed(self, key: SnapshotKey) -> Snapshot | None:
         """See the protocol."""
-        with self._failures():
+        with self._snapshot_errors():
             try:
-                meta = await run_to_end(self._places.meta, key)
+                meta = await run_to_end(self._folders.meta, key)
             except ValueError:
                 return None
         return meta.snapshot if meta else None
 
     async def find(self) -> tuple[SnapshotKey, ...]:
         """See the protocol."""
-        with self._failures():
-            found = await run_to_end(lambda: list(self._places.found()))
+        with self._snapshot_errors():
+            found = await run_to_end(lambda: list(self._folders.found()))
         return tuple(key for key, operation_id in found if not operation_id)
 
     async def partials(self) -> tuple[tuple[SnapshotKey, str], ...]:
         """See the protocol."""
-        with self._failures():
-            found = await run_to_end(lambda: list(self._places.found()))
+        with self._snapshot_errors():
+            found = await run_to_end(lambda: list(self._folders.found()))
         return tuple((key, operation_id) for key, operation_id in found if operation_id)
 
     async def close(self) -> None:
@@ -258,7 +258,7 @@ class OverlaySnapshotStore(SnapshotStore):
         return list(astuple(self._limits))
 
     @asynccontextmanager
-    async def _single(self) -> AsyncIterator[TreeWorker]:
+    async def _one_off_worker(self) -> AsyncIterator[TreeWorker]:
         """A child for one job."""
         worker = TreeWorker(self._limits.memory_bytes, self._stall_seconds)
         try:
@@ -269,7 +269,7 @@ class OverlaySnapshotStore(SnapshotStore):
     def _worker(self, operation_id: str) -> TreeWorker:
         """The child of an operation, which remembers between its calls what is otherwise read while a container waits.
 
-        One whose operation was forgotten ends when `_KEPT_WORKERS` younger ones are idle.
+        One whose operation was forgotten ends when `_MAX_IDLE_WORKERS` younger ones are idle.
         """
         if operation_id not in self._workers:
             self._workers[operation_id] = TreeWorker(self._limits.memory_bytes, self._stall_seconds)
@@ -282,24 +282,24 @@ class OverlaySnapshotStore(SnapshotStore):
 
     async def _close_surplus(self) -> None:
         idle = [each for each, worker in self._workers.items() if not worker.busy]
-        for operation_id in idle[: max(0, len(idle) - _KEPT_WORKERS)]:
+        for operation_id in idle[: max(0, len(idle) - _MAX_IDLE_WORKERS)]:
             await self._close(operation_id)
 
-    async def _make(self, job: str, making: _Making, progress: Progress) -> None:
+    async def _make(self, job: str, request: _SnapshotRequest, progress: Progress) -> None:
         """Run a pass of a snapshot. A full disk, and a tree that is too large, leave nothing of the partial."""
-        told = _Bytes(progress)
-        with self._failures():
-            arguments = await run_to_end(self._pass_arguments, making)
+        told = _ProgressTotal(progress)
+        with self._snapshot_errors():
+            arguments = await run_to_end(self._pass_arguments, request)
             if arguments is None:
                 return
             try:
-                await self._worker(making.operation_id).call(job, told, **arguments)
+                await self._worker(request.operation_id).call(job, told, **arguments)
             except (OSError, TreeTooLargeError) as error:
-                if isinstance(error, OSError) and error.errno not in _NO_ROOM:
+                if isinstance(error, OSError) and error.errno not in _NO_SPACE_ERRNOS:
                     raise
                 full = self._full(told.known)
-                await self._close(making.operation_id)
-                await self._drop_partial(self._places.partial(making.key, making.operation_id))
+                await self._close(request.operation_id)
+                await self._drop_partial(self._folders.partial(request.key, request.operation_id))
                 if isinstance(error, TreeTooLargeError):
                     raise LayerTooLarge(str(error)) from error
                 raise full from error
@@ -308,113 +308,113 @@ class OverlaySnapshotStore(SnapshotStore):
 
     async def _drop(self, folder: Path) -> None:
         """Rename a folder away, so that nobody takes it for whole, then remove it, and what is left of its like."""
-        for each in await run_to_end(self._places.set_aside, folder):
+        for each in await run_to_end(self._folders.set_aside, folder):
             await self._remove(each)
 
     async def _drop_partial(self, folder: Path) -> None:
-        if await run_to_end(self._places.distrust, folder):
+        if await run_to_end(self._folders.remove_index_of, folder):
             await self._remove(folder)
 
     async def _remove(self, folder: Path) -> None:
-        async with self._single() as worker:
+        async with self._one_off_worker() as worker:
             await worker.call("remove", parent=str(folder.parent), name=folder.name)
-        await run_to_end(self._places.tidy, folder)
+        await run_to_end(self._folders.remove_if_empty, folder)
 
     # -- what runs in threads ----------------------------------------------------------------------------------------
 
     def _method(self, old: EngineContainer) -> tuple[SnapshotMethod | None, str]:
-        layer = seen_layer(self._engine_root, old, local=self._local)
-        if reason := why_no_copy() or (layer if isinstance(layer, str) else ""):
+        layer = layer_of(self._engine_root, old, local=self._local)
+        if reason := copy_unavailable_reason() or (layer if isinstance(layer, str) else ""):
             return None, reason
         return (SnapshotMethod.REFLINK if self._can_clone(self._layer(old)) else SnapshotMethod.LINK), ""
 
     def _can_clone(self, layer: Layer) -> bool:
         """Whether a layer's files and snapshots can share extents; tried once, with real files."""
-        root = self._places.root
+        root = self._folders.root
         if self._clones is None:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with opened(root) as folder:
+            with open_directory(root) as folder:
                 self._clones = can_clone(folder, f".probe-{os.getpid()}")
         return self._clones and layer.device == root.stat().st_dev
 
-    def _pass_arguments(self, making: _Making) -> dict[str, Any] | None:
+    def _pass_arguments(self, request: _SnapshotRequest) -> dict[str, Any] | None:
         """The arguments of a pass, with the partial's folder made; None when the snapshot is sealed already."""
-        if self._sealed_by(making.key, making.operation_id):
+        if self._sealed_by(request.key, request.operation_id):
             return None
-        if making.previous is not None and making.previous.uid != making.key.uid:
+        if request.previous is not None and request.previous.uid != request.key.uid:
             raise LayerRefusedError("a snapshot shares files with none of another container")
-        if reason := why_no_copy():
+        if reason := copy_unavailable_reason():
             raise LayerRefusedError(reason)
-        layer = self._layer(making.old)
+        layer = self._layer(request.old)
         clones = self._can_clone(layer)
-        folder = self._places.partial(making.key, making.operation_id)
-        self._places.make(folder)
+        folder = self._folders.partial(request.key, request.operation_id)
+        self._folders.make(folder)
         return {
-            "source": _place(layer),
+            "source": _job_folder(layer),
             "partial": str(folder),
-            "previous": "" if clones else self._shared_with(making.previous),
+            "previous": "" if clones else self._shared_with(request.previous),
             "clones": clones,
-            "quiet": not making.old.running,
+            "quiet": not request.old.running,
             "limits": self._limit_values,
         }
 
-    def _restorable(self, key: SnapshotKey, target: EngineContainer) -> Meta:
-        meta = self._places.meta(key)
+    def _restorable_meta(self, key: SnapshotKey, target: EngineContainer) -> Meta:
+        meta = self._folders.meta(key)
         if meta is None:
             raise LayerRefusedError(f"revision {key.revision} has no snapshot here")
         if meta.snapshot.image_id != target.image_id:
             raise LayerRefusedError(f"its files lie on {meta.snapshot.image_id}, the container on {target.image_id}")
         return meta
 
-    def _mirrored(self, source: EngineContainer, target: EngineContainer) -> tuple[Layer, Layer]:
+    def _mirror_layers(self, source: EngineContainer, target: EngineContainer) -> tuple[Layer, Layer]:
         if not source.image_id or source.image_id != target.image_id:
             raise LayerRefusedError(f"the images differ: {source.image_id or 'unknown'} and {target.image_id}")
-        layers = (self._layer(source), self._fillable(target))
+        layers = (self._layer(source), self._target_layer(target))
         if layers[0].inode == layers[1].inode:
             raise LayerRefusedError("source and target are one and the same layer")
         return layers
 
     def _layer(self, container: EngineContainer) -> Layer:
-        layer = seen_layer(self._engine_root, container, local=self._local)
+        layer = layer_of(self._engine_root, container, local=self._local)
         if isinstance(layer, str):
             raise LayerRefusedError(layer)
         return layer
 
     def _source(self, container: EngineContainer) -> list[Any]:
-        return _place(self._layer(container))
+        return _job_folder(self._layer(container))
 
-    def _fillable(self, target: EngineContainer) -> Layer:
+    def _target_layer(self, target: EngineContainer) -> Layer:
         if target.running:
             raise LayerRefusedError(f"container {target.id} runs, and its layer cannot be filled")
-        if reason := why_no_copy():
+        if reason := copy_unavailable_reason():
             raise LayerRefusedError(reason)
         return self._layer(target)
 
     def _shared_with(self, previous: SnapshotKey | None) -> str:
         """The folder of a sealed snapshot; empty where there is nothing to share with."""
-        return str(self._places.sealed(previous)) if previous and self._places.meta(previous) else ""
+        return str(self._folders.sealed(previous)) if previous and self._folders.meta(previous) else ""
 
     def _sealed_by(self, key: SnapshotKey, operation_id: str) -> bool:
-        meta = self._places.meta(key)
+        meta = self._folders.meta(key)
         return meta is not None and meta.operation_id == operation_id
 
     def _full(self, needed: int) -> DiskFull:
-        root = str(self._places.root)
+        root = str(self._folders.root)
         return DiskFull(path=root, needed_bytes=needed, available_bytes=available(root))
 
     @contextmanager
-    def _failures(self) -> Iterator[None]:
+    def _snapshot_errors(self) -> Iterator[None]:
         """Give what is refused or fails below the names that core knows."""
         try:
             yield
         except (LayerRefusedError, JobRefusedError, TreeTooLargeError, StalledError, ValueError) as error:
             raise SnapshotFailed(detail=str(error)) from error
         except OSError as error:
-            if error.errno in _NO_ROOM:
+            if error.errno in _NO_SPACE_ERRNOS:
                 raise self._full(0) from error
             raise SnapshotFailed(detail=f"{error.strerror} ({error.filename})") from error
 
 
-def _place(layer: Layer) -> list[Any]:
+def _job_folder(layer: Layer) -> list[Any]:
     """A layer as the jobs take it: the folder that was checked, and no other in its place."""
     return [layer.path, layer.device, layer.inode]

@@ -10,25 +10,25 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+from gpudock_server.adapters.host.disk_space import available, require_disk_space
+from gpudock_server.adapters.host.disk_usage import du_unavailable_reason, tree_bytes, tree_entries
+from gpudock_server.adapters.host.privileges import copy_unavailable_reason, exchange_unavailable_reason
+from gpudock_server.adapters.host.stalls import DEFAULT_STALL_SECONDS, StalledError
+from gpudock_server.adapters.host.threads import run_to_end
+from gpudock_server.adapters.host.trees.jobs import JobRefusedError
+from gpudock_server.adapters.host.trees.limits import Limits, TreeTooLargeError
+from gpudock_server.adapters.host.trees.worker import run_job
 from gpudock_server.adapters.layers.accounts import read_accounts
-from gpudock_server.adapters.layers.committing import watched
-from gpudock_server.adapters.layers.copying import missing_program, tree_bytes, tree_entries
-from gpudock_server.adapters.layers.exchange import Arrangement, arrangement_of, bring_about
-from gpudock_server.adapters.layers.paths import Layer, LayerRefusedError, find_layer, seen_layer
-from gpudock_server.adapters.layers.privilege import why_no_copy, why_no_exchange
-from gpudock_server.adapters.layers.room import available, require_room
-from gpudock_server.adapters.layers.threads import run_to_end
-from gpudock_server.adapters.trees.jobs import JobRefusedError
-from gpudock_server.adapters.trees.limits import Limits, TreeTooLargeError
-from gpudock_server.adapters.trees.stalls import DEFAULT_STALL_SECONDS, StalledError
-from gpudock_server.adapters.trees.worker import run_job
+from gpudock_server.adapters.layers.commit_progress import track_commit
+from gpudock_server.adapters.layers.exchange import LayerOrder, ensure_order, layer_order
+from gpudock_server.adapters.layers.overlay2 import Layer, LayerRefusedError, find_layer, layer_of
 from gpudock_server.errors import DiskFull, LayerCarryFailed
 from gpudock_server.model.engine import EngineContainer, EngineImage, ImageAccounts
 from gpudock_server.model.operation import CarryMethod
 from gpudock_server.ports import CarryPlan, CommitCost, LayerPair, LayerStore, Progress
 
 _MEASURE_SECONDS = 300.0
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NO_SPACE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 LOST_BY_COMMIT = (
     "extended attributes other than security.capability are lost (user.* ones among them)",
@@ -68,10 +68,10 @@ class OverlayLayerStore(LayerStore):
 
     async def methods(self) -> tuple[tuple[CarryMethod, str], ...]:
         """Each method, and why it cannot be used on this host (empty: it can)."""
-        hidden = await run_to_end(self._why_hidden)
+        hidden = await run_to_end(self._layers_unavailable_reason)
         return (
-            (CarryMethod.EXCHANGE, hidden or why_no_exchange()),
-            (CarryMethod.COPY, hidden or why_no_copy() or missing_program()),
+            (CarryMethod.EXCHANGE, hidden or exchange_unavailable_reason()),
+            (CarryMethod.COPY, hidden or copy_unavailable_reason() or du_unavailable_reason()),
             (CarryMethod.COMMIT, ""),
         )
 
@@ -80,7 +80,7 @@ class OverlayLayerStore(LayerStore):
 
         The container may still run. What stood in the way of a better method is among the warnings.
         """
-        layer = await run_to_end(self._seen, old)
+        layer = await run_to_end(self._layer_of, old)
         hidden = layer if isinstance(layer, str) else ""
         reasons = {method: reason or hidden for method, reason in await self.methods()}
         reasons[CarryMethod.COMMIT] = ""
@@ -107,24 +107,24 @@ class OverlayLayerStore(LayerStore):
 
     async def commit_plan(self, container: EngineContainer) -> CarryPlan:
         """See the protocol. Raises LayerCarryFailed, DiskFull."""
-        layer = await run_to_end(self._seen, container)
+        layer = await run_to_end(self._layer_of, container)
         upper = "" if isinstance(layer, str) else container.upper_dir
         plan = await self._commit_plan(CarryPlan(method=CarryMethod.COMMIT), upper)
         return plan.model_copy(update={"warnings": LOST_BY_COMMIT})
 
     async def commit_cost(self, container: EngineContainer) -> CommitCost:
         """See the protocol."""
-        layer = await run_to_end(self._seen, container)
-        if isinstance(layer, str) or missing_program():
+        layer = await run_to_end(self._layer_of, container)
+        if isinstance(layer, str) or du_unavailable_reason():
             return CommitCost(warnings=LOST_BY_COMMIT)
         await self.require_committable(container)
-        with _refusals(CarryMethod.COMMIT):
+        with _layer_errors(CarryMethod.COMMIT):
             apparent, allocated, entries = await asyncio.gather(
                 tree_bytes(container.upper_dir, apparent=True, timeout_seconds=_MEASURE_SECONDS),
                 tree_bytes(container.upper_dir, apparent=False, timeout_seconds=_MEASURE_SECONDS),
                 tree_entries(container.upper_dir, timeout_seconds=_MEASURE_SECONDS),
             )
-            free = await run_to_end(require_room, container.upper_dir, apparent)
+            free = await run_to_end(require_disk_space, container.upper_dir, apparent)
         return CommitCost(
             measured=True,
             apparent_bytes=apparent,
@@ -136,13 +136,13 @@ class OverlayLayerStore(LayerStore):
 
     async def require_committable(self, container: EngineContainer) -> None:
         """See the protocol."""
-        layer = await run_to_end(self._seen, container)
+        layer = await run_to_end(self._layer_of, container)
         if not isinstance(layer, str):
             await self._require_short_paths(container.upper_dir)
 
     async def _require_short_paths(self, upper_dir: str) -> None:
         """The engine reaches the files of a layer by path, and leaves out what it cannot reach without an error."""
-        with _refusals(CarryMethod.COMMIT):
+        with _layer_errors(CarryMethod.COMMIT):
             found = await run_job(
                 "longest_path",
                 memory_bytes=Limits().memory_bytes,
@@ -159,37 +159,37 @@ class OverlayLayerStore(LayerStore):
     @asynccontextmanager
     async def commit_watched(self, container: EngineContainer, total: int, progress: Progress) -> AsyncIterator[None]:
         """See the protocol."""
-        layer = await run_to_end(self._seen, container)
+        layer = await run_to_end(self._layer_of, container)
         if isinstance(layer, str) or not total:
             yield
             return
-        async with watched(self._root, layer.image_layers, total, progress):
+        async with track_commit(self._root, layer.image_layers, total, progress):
             yield
 
     async def locate(self, old: EngineContainer, new: EngineContainer) -> LayerPair:
         """See the protocol. Raises LayerCarryFailed; changes nothing."""
         method = self._forced or CarryMethod.EXCHANGE
-        with _refusals(method):
+        with _layer_errors(method):
             return await run_to_end(self._located, old, new)
 
     async def exchange(self, pair: LayerPair) -> bool:
         """See the protocol."""
-        with _refusals(CarryMethod.EXCHANGE):
-            return await run_to_end(bring_about, self._root, pair, Arrangement.EXCHANGED)
+        with _layer_errors(CarryMethod.EXCHANGE):
+            return await run_to_end(ensure_order, self._root, pair, LayerOrder.EXCHANGED)
 
     async def exchange_back(self, pair: LayerPair) -> None:
         """See the protocol. The successor may be gone, as long as the old tree is where it was."""
-        with _refusals(CarryMethod.EXCHANGE):
-            if not await run_to_end(self._put_back, pair):
+        with _layer_errors(CarryMethod.EXCHANGE):
+            if not await run_to_end(self._restore_order, pair):
                 raise LayerRefusedError("the kernel swapped the layers once and does not swap them back")
 
     async def copy(self, pair: LayerPair, progress: Progress) -> None:
         """See the protocol. On return the copy is on the disk, not only in memory."""
-        with _refusals(CarryMethod.COPY):
+        with _layer_errors(CarryMethod.COPY):
             # Emptying the new tree of an exchanged pair would destroy the only copy.
-            if await run_to_end(arrangement_of, self._root, pair) is not Arrangement.STRAIGHT:
+            if await run_to_end(layer_order, self._root, pair) is not LayerOrder.STRAIGHT:
                 raise LayerRefusedError("the layers are exchanged, and what would be emptied is the old one")
-            if reason := why_no_copy() or missing_program():
+            if reason := copy_unavailable_reason() or du_unavailable_reason():
                 raise LayerRefusedError(reason)
             await self._copy(pair, progress)
 
@@ -211,7 +211,7 @@ class OverlayLayerStore(LayerStore):
                 clones=True,
             )
         except OSError as error:
-            if error.errno not in _NO_ROOM:
+            if error.errno not in _NO_SPACE_ERRNOS:
                 raise
             free = available(pair.new_path)
             raise DiskFull(path=pair.new_path, needed_bytes=total, available_bytes=free) from error
@@ -223,18 +223,18 @@ class OverlayLayerStore(LayerStore):
         if not upper_dir:
             return plan.model_copy(update={"warnings": (*plan.warnings, LONG_PATHS_LOST)})
         await self._require_short_paths(upper_dir)
-        if missing_program():
+        if du_unavailable_reason():
             return plan
         return await self._measured(plan, upper_dir, apparent=True)
 
     async def _measured(self, plan: CarryPlan, path: str, *, apparent: bool) -> CarryPlan:
         """The plan with the bytes that it moves and the room for them. Raises DiskFull."""
-        with _refusals(plan.method):
+        with _layer_errors(plan.method):
             needed = await tree_bytes(path, apparent=apparent, timeout_seconds=_MEASURE_SECONDS)
-            free = await run_to_end(require_room, path, needed)
+            free = await run_to_end(require_disk_space, path, needed)
         return plan.model_copy(update={"bytes_to_move": needed, "bytes_available": free})
 
-    def _why_hidden(self) -> str:
+    def _layers_unavailable_reason(self) -> str:
         """Why no layer of this engine can be seen from here; empty when they can."""
         if not self._local:
             return "the engine runs on another host"
@@ -242,14 +242,14 @@ class OverlayLayerStore(LayerStore):
             return f"there are no overlay2 layers below {self._root}, the engine's data folder"
         return ""
 
-    def _seen(self, container: EngineContainer) -> Layer | str:
+    def _layer_of(self, container: EngineContainer) -> Layer | str:
         """A container's writable layer, or why it is not to be seen."""
-        return seen_layer(self._root, container, local=self._local)
+        return layer_of(self._root, container, local=self._local)
 
     def _located(self, old: EngineContainer, new: EngineContainer) -> LayerPair:
         if not old.image_id or old.image_id != new.image_id:
             raise LayerRefusedError(f"the images differ: {old.image_id or 'unknown'} and {new.image_id or 'unknown'}")
-        layers = [self._seen(old), self._seen(new)]
+        layers = [self._layer_of(old), self._layer_of(new)]
         match layers:
             case [Layer() as before, Layer() as after]:
                 _check_together(before, after)
@@ -259,10 +259,10 @@ class OverlayLayerStore(LayerStore):
             case _:
                 raise LayerRefusedError("; ".join(layer for layer in layers if isinstance(layer, str)))
 
-    def _put_back(self, pair: LayerPair) -> bool:
+    def _restore_order(self, pair: LayerPair) -> bool:
         if pair.old_inode != pair.new_inode and find_layer(self._root, pair.old_path).inode == pair.old_inode:
             return True
-        return bring_about(self._root, pair, Arrangement.STRAIGHT)
+        return ensure_order(self._root, pair, LayerOrder.STRAIGHT)
 
 
 def _best(reasons: dict[CarryMethod, str]) -> CarryPlan:
@@ -282,7 +282,7 @@ def _check_together(old: Layer, new: Layer) -> None:
 
 
 @contextmanager
-def _refusals(method: CarryMethod) -> Iterator[None]:
+def _layer_errors(method: CarryMethod) -> Iterator[None]:
     """Give what is refused or fails below the name that core knows."""
     try:
         yield

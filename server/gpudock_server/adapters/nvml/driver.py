@@ -40,7 +40,7 @@ _RECOVERY_ACTIONS: Final = {
 }
 
 
-class CardLostError(Exception):
+class GpuLostError(Exception):
     """The driver says that a card is gone from the bus."""
 
 
@@ -49,17 +49,17 @@ class _Queries:
     """Asks one card; remembers the answers that speak of a sick card instead of raising them."""
 
     handle: Handle
-    complaints: list[str] = field(default_factory=list)
+    query_errors: list[str] = field(default_factory=list)
 
     def ask(self, query: Callable[..., T], *arguments: object) -> T | None:
-        """An answer, None where there is none. Raises CardLostError."""
+        """An answer, None where there is none. Raises GpuLostError."""
         try:
             return query(self.handle, *arguments)
         except pynvml.NVMLError as error:
             if error.value == pynvml.NVML_ERROR_GPU_IS_LOST:
-                raise CardLostError(str(error)) from error
+                raise GpuLostError(str(error)) from error
             if error.value not in _NOT_OFFERED:
-                self.complaints.append(f"{query.__name__}: {error}")
+                self.query_errors.append(f"{query.__name__}: {error}")
             return None
 
 
@@ -79,7 +79,7 @@ def _text(query: Callable[[], object]) -> str:
     return ""
 
 
-def card_handles() -> Iterator[tuple[int, Handle | str]]:
+def gpu_handles() -> Iterator[tuple[int, Handle | str]]:
     """Index and handle of every card; a text instead of a handle that could not be had. Raises NVMLError."""
     for index in range(pynvml.nvmlDeviceGetCount()):
         try:
@@ -88,13 +88,13 @@ def card_handles() -> Iterator[tuple[int, Handle | str]]:
             yield index, str(error)
 
 
-def card_uuid(handle: Handle) -> str:
+def gpu_uuid(handle: Handle) -> str:
     """The card's UUID, as in GPU-5d1c…. Raises NVMLError, also when the card is lost."""
     return str(pynvml.nvmlDeviceGetUUID(handle))
 
 
-def read_card(handle: Handle, uuid: str, index: int) -> Gpu:
-    """Everything that the card tells of itself. Raises CardLostError."""
+def read_gpu(handle: Handle, uuid: str, index: int) -> Gpu:
+    """Everything that the card tells of itself. Raises GpuLostError."""
     queries = _Queries(handle)
     ask = queries.ask
     memory: Any = ask(pynvml.nvmlDeviceGetMemoryInfo)
@@ -114,7 +114,7 @@ def read_card(handle: Handle, uuid: str, index: int) -> Gpu:
         mig_mode=_mig_mode(queries),
         processes=_processes(queries),
     )
-    problems = [*_recovery(queries), *queries.complaints]
+    problems = [*_recovery_problems(queries), *queries.query_errors]
     if not problems:
         return gpu
     return gpu.model_copy(update={"health": GpuHealth.UNHEALTHY, "health_message": "; ".join(problems)})
@@ -132,7 +132,7 @@ def _mig_mode(queries: _Queries) -> MigMode:
     return MigMode.ENABLED if current == pynvml.NVML_DEVICE_MIG_ENABLE else MigMode.DISABLED
 
 
-def _recovery(queries: _Queries) -> list[str]:
+def _recovery_problems(queries: _Queries) -> list[str]:
     """What the driver wants done before the card is used again (field NVML_FI_DEV_GET_GPU_RECOVERY_ACTION).
 
     It outlives the daemon, unlike what was seen of XIDs. NVIDIA, "GPU Memory Error Management", "Recovery action flag".

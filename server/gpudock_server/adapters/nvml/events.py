@@ -58,12 +58,12 @@ class XidListener:
             try:
                 event = pynvml.nvmlEventSetWait_v2(self._set, _SLICE_MILLISECONDS)
             except pynvml.NVMLError as error:
-                self._no_event(error)
+                self._handle_wait_error(error)
                 continue
             if event.eventType == pynvml.nvmlEventTypeXidCriticalError:
-                self._tell(event)
+                self._report_xid(event)
 
-    def _no_event(self, error: pynvml.NVMLError) -> None:
+    def _handle_wait_error(self, error: pynvml.NVMLError) -> None:
         if error.value == pynvml.NVML_ERROR_TIMEOUT:
             return
         if error.value == pynvml.NVML_ERROR_GPU_IS_LOST:
@@ -71,7 +71,7 @@ class XidListener:
         # Such an answer comes at once, and again at the next call.
         self._closing.wait(_SLICE_MILLISECONDS / 1000)
 
-    def _tell(self, event: pynvml.c_nvmlEventData_t) -> None:
+    def _report_xid(self, event: pynvml.c_nvmlEventData_t) -> None:
         xid = int(event.eventData)
         # By its handle, not by asking for the UUID: a card that fell off the bus no longer answers.
         uuid = self._uuids.get(_address(event.device))

@@ -1,17 +1,17 @@
 """GpuInventory over NVML: never blocks the event loop, never hangs, never raises."""
 
-from __future__ import annotations
-
 import asyncio
+import queue
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import TypeVar
 
 import structlog
 
-from gpudock_server.adapters.nvml.session import DriverGoneError, Session, unhealthy
-from gpudock_server.adapters.nvml.thread import DriverThread
+from gpudock_server.adapters.nvml.session import DriverUnavailableError, NvmlSession, unhealthy
 from gpudock_server.model.gpu import GpuSnapshot
 from gpudock_server.ports import GpuInventory
 
@@ -39,9 +39,9 @@ class NvmlInventory(GpuInventory):
         self._retry = retry_seconds
         self._thread: DriverThread | None = None
         # Of the driver's thread alone:
-        self._session: Session | None = None
-        self._absence = ""
-        self._looked_at = float("-inf")
+        self._session: NvmlSession | None = None
+        self._unavailable_reason = ""
+        self._retried_at = float("-inf")
         # Of the event loop alone:
         self._reading: Future[tuple[GpuSnapshot, int]] | None = None
         self._reading_since = 0.0
@@ -79,7 +79,7 @@ class NvmlInventory(GpuInventory):
         try:
             snapshot, changes = await _result(reading, max(0.0, self._timeout - waited))
         except TimeoutError:
-            return self._unanswered()
+            return self._stale_snapshot()
         except Exception as error:  # noqa: BLE001 - a defect in here must not take down what works without cards
             _log.exception("gpu_inventory_failed")
             snapshot, changes = GpuSnapshot(message=f"the GPU inventory failed: {error}"), -1
@@ -93,7 +93,7 @@ class NvmlInventory(GpuInventory):
         changes = session.changes if session is not None else -1
         return time.monotonic() - self._last_at < self._cache and changes == self._last_changes
 
-    def _unanswered(self) -> GpuSnapshot:
+    def _stale_snapshot(self) -> GpuSnapshot:
         message = f"the NVIDIA driver has not answered for {time.monotonic() - self._reading_since:.0f} s"
         return self._last.model_copy(
             update={"gpus": tuple(unhealthy(gpu, message) for gpu in self._last.gpus), "message": message}
@@ -103,26 +103,26 @@ class NvmlInventory(GpuInventory):
 
     def _read(self) -> tuple[GpuSnapshot, int]:
         """A snapshot, and the count of changes that it surely shows (-1 without a driver)."""
-        session = self._session or self._found()
+        session = self._session or self._open_session()
         if session is None:
-            return GpuSnapshot(message=self._absence), -1
+            return GpuSnapshot(message=self._unavailable_reason), -1
         changes = session.changes
         try:
             return session.read(), changes
-        except DriverGoneError as error:
+        except DriverUnavailableError as error:
             _log.warning("gpu_driver_gone", error=str(error))
-            self._absence = str(error)
+            self._unavailable_reason = str(error)
             self._close_session()
-            return GpuSnapshot(message=self._absence), -1
+            return GpuSnapshot(message=self._unavailable_reason), -1
 
-    def _found(self) -> Session | None:
-        if time.monotonic() - self._looked_at < self._retry:
+    def _open_session(self) -> NvmlSession | None:
+        if time.monotonic() - self._retried_at < self._retry:
             return None
-        self._looked_at = time.monotonic()
+        self._retried_at = time.monotonic()
         try:
-            self._session = Session()
-        except DriverGoneError as error:
-            self._absence = str(error)
+            self._session = NvmlSession()
+        except DriverUnavailableError as error:
+            self._unavailable_reason = str(error)
         return self._session
 
     def _close_session(self) -> None:
@@ -143,3 +143,47 @@ async def _result(future: Future[T], timeout_seconds: float) -> T:
         # The future itself is running and does not take notice; without this, a call that ends after the event loop
         # did would complain of it.
         waiting.cancel()
+
+
+class DriverThread:
+    """Runs calls one after another.
+
+    Not a ThreadPoolExecutor: Python joins an executor's threads at exit, and a driver that hangs would then keep the
+    daemon from ending. This thread is a daemon thread, which is left behind instead.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Begin to run calls."""
+        self._thread.start()
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        """Have `call` run after those before it; the future cannot be cancelled."""
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()
+
+        def run() -> None:
+            try:
+                result = call()
+            except BaseException as error:  # noqa: BLE001 - whoever waits for the future gets it
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        self._calls.put(run)
+        return future
+
+    def end(self) -> None:
+        """End after the calls that were submitted; does not wait."""
+        self._calls.put(None)
+
+    def join(self, timeout_seconds: float) -> None:
+        """Wait until it has ended."""
+        self._thread.join(timeout_seconds)
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()

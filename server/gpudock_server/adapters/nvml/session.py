@@ -9,15 +9,15 @@ import pynvml
 import structlog
 
 from gpudock_server.adapters.nvml.driver import (
-    CardLostError,
+    GpuLostError,
     Handle,
-    card_handles,
-    card_uuid,
+    gpu_handles,
+    gpu_uuid,
     machine_versions,
-    read_card,
+    read_gpu,
 )
 from gpudock_server.adapters.nvml.events import XidListener
-from gpudock_server.adapters.nvml.xids import fatal_text
+from gpudock_server.adapters.nvml.xids import fatal_xid_message
 from gpudock_server.model.gpu import Gpu, GpuHealth, GpuSnapshot
 
 _log = structlog.get_logger(__name__)
@@ -25,18 +25,18 @@ _log = structlog.get_logger(__name__)
 _DRIVER_GONE = frozenset({pynvml.NVML_ERROR_DRIVER_NOT_LOADED, pynvml.NVML_ERROR_UNINITIALIZED})
 
 
-class DriverGoneError(Exception):
+class DriverUnavailableError(Exception):
     """The driver was unloaded, or never loaded."""
 
 
-class Session:
+class NvmlSession:
     """The driver, while it is loaded. A new one knows of no XIDs and no lost cards.
 
     Everything blocks. `changes` counts what a snapshot that was taken before does not show; any thread may read it.
     """
 
     def __init__(self) -> None:
-        """Initializes NVML. Raises DriverGoneError with the reason."""
+        """Initializes NVML. Raises DriverUnavailableError with the reason."""
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError as error:
@@ -44,15 +44,15 @@ class Session:
             # that has loaded the old library has to be restarted: it cannot load the new one beside it.
             updated = error.value == pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH
             advice = " Reload the NVIDIA driver or reboot; restart the daemon only if this stays." if updated else ""
-            raise DriverGoneError(f"NVML cannot be used: {error}{advice}") from error
+            raise DriverUnavailableError(f"NVML cannot be used: {error}{advice}") from error
         self.changes = 0
         self._versions = machine_versions()
         self._known: dict[str, Gpu] = {}
         self._xids: dict[str, str] = {}
         self._lock = threading.Lock()
-        self._listener = self._listening()
+        self._listener = self._start_listener()
 
-    def _listening(self) -> XidListener | None:
+    def _start_listener(self) -> XidListener | None:
         try:
             return XidListener(self._xid_raised, self._changed)
         except pynvml.NVMLError as error:
@@ -60,7 +60,7 @@ class Session:
             return None
 
     def _xid_raised(self, uuid: str, xid: int) -> None:
-        if text := fatal_text(xid):
+        if text := fatal_xid_message(xid):
             with self._lock:
                 # The first tells the cause; those after it are mostly its consequences.
                 self._xids.setdefault(uuid, text)
@@ -72,12 +72,12 @@ class Session:
             self.changes += 1
 
     def read(self) -> GpuSnapshot:
-        """All cards, those included that were seen once and are gone. Raises DriverGoneError."""
+        """All cards, those included that were seen once and are gone. Raises DriverUnavailableError."""
         try:
-            seen, problems = self._seen()
+            seen, problems = self._read_all()
         except pynvml.NVMLError as error:
             if error.value in _DRIVER_GONE:
-                raise DriverGoneError(f"the NVIDIA driver is gone: {error}") from error
+                raise DriverUnavailableError(f"the NVIDIA driver is gone: {error}") from error
             return self._snapshot(self._all_unhealthy(str(error)), f"the NVIDIA driver shows no cards: {error}")
         for uuid, gpu in self._known.items():
             if uuid not in seen:
@@ -86,28 +86,28 @@ class Session:
         message = "; ".join(f"GPU {index}: {problem}" for index, problem in sorted(problems.items()))
         return self._snapshot(seen, message or ("" if seen else "the NVIDIA driver shows no cards"))
 
-    def _seen(self) -> tuple[dict[str, Gpu], dict[int, str]]:
+    def _read_all(self) -> tuple[dict[str, Gpu], dict[int, str]]:
         """Cards by UUID, and by index what is wrong with those that do not even tell that. Raises NVMLError."""
         seen: dict[str, Gpu] = {}
         problems: dict[int, str] = {}
-        for index, handle in card_handles():
+        for index, handle in gpu_handles():
             if isinstance(handle, str):
                 problems[index] = handle
                 continue
             try:
-                uuid = card_uuid(handle)
+                uuid = gpu_uuid(handle)
             except pynvml.NVMLError as error:
                 problems[index] = str(error)
                 continue
-            seen[uuid] = self._card(handle, uuid, index)
+            seen[uuid] = self._read_gpu(handle, uuid, index)
         return seen, problems
 
-    def _card(self, handle: Handle, uuid: str, index: int) -> Gpu:
+    def _read_gpu(self, handle: Handle, uuid: str, index: int) -> Gpu:
         if self._listener is not None:
             self._listener.add(handle, uuid)
         try:
-            return read_card(handle, uuid, index)
-        except CardLostError as error:
+            return read_gpu(handle, uuid, index)
+        except GpuLostError as error:
             return _lost(self._known.get(uuid, Gpu(uuid=uuid, index=index)), str(error))
 
     def _all_unhealthy(self, problem: str) -> dict[str, Gpu]:

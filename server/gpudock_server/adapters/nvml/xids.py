@@ -36,7 +36,7 @@ FATAL_XIDS = {
 }
 
 
-def fatal_text(xid: int) -> str:
+def fatal_xid_message(xid: int) -> str:
     """What an XID means for people, as in "XID 79: fell off the bus"; empty when it is not fatal to the card."""
     meaning = FATAL_XIDS.get(xid)
     return f"XID {xid}: {meaning}" if meaning else ""

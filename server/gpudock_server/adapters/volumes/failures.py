@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gpudock_server.adapters.volumes.folder import StoreDamaged
-from gpudock_server.adapters.volumes.programs import ProgramFailed
+from gpudock_server.adapters.host.subprocesses import ProgramFailed
+from gpudock_server.adapters.volumes.backing_folder import BackingDamaged
 from gpudock_server.errors import DiskFull, VolumeFailed
 
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NO_SPACE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 @contextmanager
@@ -24,14 +24,14 @@ def volume_errors(call: str, name: str, root: Path, needed_bytes: int = 0) -> It
     try:
         yield
     except ProgramFailed as error:
-        if error.out_of_room:
+        if error.no_space:
             raise _full(root, needed_bytes) from error
         raise VolumeFailed(volume=name, call=call, detail=str(error)) from error
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if error.errno in _NO_SPACE_ERRNOS:
             raise _full(root, needed_bytes) from error
         raise VolumeFailed(volume=name, call=call, detail=f"{error.strerror} ({error.filename})") from error
-    except (StoreDamaged, ValueError) as error:
+    except (BackingDamaged, ValueError) as error:
         raise VolumeFailed(volume=name, call=call, detail=str(error)) from error
 
 

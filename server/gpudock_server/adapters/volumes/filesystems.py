@@ -14,15 +14,15 @@ from typing import ClassVar, Final
 
 from typing_extensions import override
 
-from gpudock_server.adapters.layers.privilege import effective_capabilities
-from gpudock_server.adapters.volumes.programs import ProgramFailed, kernel_lacks, missing, run
-from gpudock_server.adapters.volumes.view import Mount, View
+from gpudock_server.adapters.host.privileges import effective_capabilities
+from gpudock_server.adapters.host.subprocesses import ProgramFailed, kernel_lacks, missing_programs, run
+from gpudock_server.adapters.volumes.private_mounts import DeviceMount, MountedView
 from gpudock_server.model.volume import VolumeUsage
 from gpudock_server.ports import ShrinkNeedsCopy
 
 _MIB: Final = 1 << 20
 _CAP_SYS_RESOURCE: Final = 24
-_GRAIN: Final = 64 << 10
+_BLOCK_BYTES: Final = 64 << 10
 # What a smaller filesystem needs beside the bytes that are in use in the larger one.
 _MARGIN_BYTES: Final = 16 * _MIB
 _MARGIN_SHARE: Final = 20
@@ -53,10 +53,10 @@ class Filesystem(ABC):
         """Make an empty filesystem that fills `image`. Raises ProgramFailed."""
 
     @abstractmethod
-    async def grow(self, view: View, mount: Mount) -> None:
+    async def grow(self, view: MountedView, mount: DeviceMount) -> None:
         """Fill the device, which has become larger; one that fills it already is no error. Raises ProgramFailed."""
 
-    async def shrink(self, view: View, mount: Mount, image_bytes: int) -> None:  # noqa: ARG002 - for those that can
+    async def shrink(self, view: MountedView, mount: DeviceMount, image_bytes: int) -> None:  # noqa: ARG002 - for those that can
         """Leave free all behind the first `image_bytes` of the device. Raises ShrinkNeedsCopy."""
         raise ShrinkNeedsCopy(f"{self.name} does not shrink")
 
@@ -95,11 +95,11 @@ class Xfs(Filesystem):
 
     @override
     async def unavailable(self) -> str:
-        return missing("mkfs.xfs", "xfs_growfs") or await kernel_lacks("xfs")
+        return missing_programs("mkfs.xfs", "xfs_growfs") or await kernel_lacks("xfs")
 
     @override
     def image_bytes(self, size_bytes: int) -> int:
-        return _rounded(size_bytes) + self._LOG_BYTES
+        return _round_up(size_bytes) + self._LOG_BYTES
 
     @override
     async def make(self, image: Path, image_bytes: int) -> None:
@@ -108,7 +108,7 @@ class Xfs(Filesystem):
         await run("mkfs.xfs", "-q", "-f", "-K", "-l", f"size={self._LOG_BYTES}", *groups, str(image))
 
     @override
-    async def grow(self, view: View, mount: Mount) -> None:
+    async def grow(self, view: MountedView, mount: DeviceMount) -> None:
         await view.run("xfs_growfs", "-d", str(mount.point))
 
 
@@ -123,11 +123,11 @@ class Btrfs(Filesystem):
 
     @override
     async def unavailable(self) -> str:
-        return missing("mkfs.btrfs", "btrfs") or await kernel_lacks("btrfs")
+        return missing_programs("mkfs.btrfs", "btrfs") or await kernel_lacks("btrfs")
 
     @override
     def image_bytes(self, size_bytes: int) -> int:
-        return _rounded(size_bytes)
+        return _round_up(size_bytes)
 
     @override
     async def make(self, image: Path, image_bytes: int) -> None:
@@ -136,17 +136,17 @@ class Btrfs(Filesystem):
         await run("mkfs.btrfs", "--quiet", "--force", "--nodiscard", *profiles, str(image))
 
     @override
-    async def grow(self, view: View, mount: Mount) -> None:
+    async def grow(self, view: MountedView, mount: DeviceMount) -> None:
         await view.run("btrfs", "filesystem", "resize", "max", str(mount.point))
 
     @override
-    async def shrink(self, view: View, mount: Mount, image_bytes: int) -> None:
+    async def shrink(self, view: MountedView, mount: DeviceMount, image_bytes: int) -> None:
         if image_bytes < self.smallest_bytes:
             raise ShrinkNeedsCopy(f"btrfs shrinks to {self.smallest_bytes} bytes at the least")
         try:
             await view.run("btrfs", "filesystem", "resize", str(image_bytes), str(mount.point))
         except ProgramFailed as error:
-            if error.out_of_room:
+            if error.no_space:
                 raise ShrinkNeedsCopy("btrfs found no room to move what lies beyond that size") from error
             raise
 
@@ -170,11 +170,11 @@ class Ext4(Filesystem):
     async def unavailable(self) -> str:
         if not effective_capabilities() >> _CAP_SYS_RESOURCE & 1:
             return "without CAP_SYS_RESOURCE the daemon cannot grow a mounted ext4"
-        return missing("mkfs.ext4", "resize2fs") or await kernel_lacks("ext4")
+        return missing_programs("mkfs.ext4", "resize2fs") or await kernel_lacks("ext4")
 
     @override
     def image_bytes(self, size_bytes: int) -> int:
-        return _rounded(size_bytes + size_bytes // self._SHARE + self._FIXED_BYTES)
+        return _round_up(size_bytes + size_bytes // self._SHARE + self._FIXED_BYTES)
 
     @override
     async def make(self, image: Path, image_bytes: int) -> None:
@@ -183,7 +183,7 @@ class Ext4(Filesystem):
         await run("mkfs.ext4", "-q", "-F", "-m", "0", *layout, "-E", lazy, str(image))
 
     @override
-    async def grow(self, view: View, mount: Mount) -> None:
+    async def grow(self, view: MountedView, mount: DeviceMount) -> None:
         await view.run("resize2fs", mount.device)
 
 
@@ -191,6 +191,6 @@ class Ext4(Filesystem):
 FILESYSTEMS: Final[tuple[Filesystem, ...]] = (Xfs(), Btrfs(), Ext4())
 
 
-def _rounded(size_bytes: int) -> int:
+def _round_up(size_bytes: int) -> int:
     """The next multiple of what the filesystems count in."""
-    return -(-size_bytes // _GRAIN) * _GRAIN
+    return -(-size_bytes // _BLOCK_BYTES) * _BLOCK_BYTES

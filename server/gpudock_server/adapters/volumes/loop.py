@@ -9,15 +9,21 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, supp
 from pathlib import Path
 from typing import Final
 
-from gpudock_server.adapters.layers.exchange import swap
-from gpudock_server.adapters.layers.threads import run_to_end
+from gpudock_server.adapters.host.subprocesses import ProgramFailed, missing_programs
+from gpudock_server.adapters.host.threads import run_to_end
+from gpudock_server.adapters.layers.exchange import rename_exchange
 from gpudock_server.adapters.volumes import loop_device
+from gpudock_server.adapters.volumes.backing_folder import (
+    BackingDamaged,
+    BackingFolder,
+    backing_folders,
+    stored,
+    sync_directory,
+)
 from gpudock_server.adapters.volumes.failures import volume_errors
 from gpudock_server.adapters.volumes.filesystems import FILESYSTEMS, Filesystem
-from gpudock_server.adapters.volumes.folder import StoreDamaged, StoreFolder, stored, stores, sync_folder
 from gpudock_server.adapters.volumes.pool import pool_usage
-from gpudock_server.adapters.volumes.programs import ProgramFailed, missing
-from gpudock_server.adapters.volumes.view import Mount, Reach, View, mounted
+from gpudock_server.adapters.volumes.private_mounts import DeviceMount, FilesLocation, MountedView, mount_privately
 from gpudock_server.errors import SizeNotSupported, VolumeInUse, VolumeTooSmallForData
 from gpudock_server.model.volume import (
     PoolUsage,
@@ -46,7 +52,7 @@ class LoopBackend(VolumeBackend):
         self._local = local
         self._offered = tuple(one for one in FILESYSTEMS if filesystem in ("", one.name))
         # Which device a link leads to is found out and written by one at a time.
-        self._attaching = asyncio.Lock()
+        self._attach_lock = asyncio.Lock()
 
     @property
     def kind(self) -> VolumeBackendKind:
@@ -61,7 +67,7 @@ class LoopBackend(VolumeBackend):
             return "the daemon does not run as root"
         if not _CONTROL.exists():
             return "the kernel has no loop devices"
-        if lacking := missing("losetup", "mount", "unshare", "nsenter"):
+        if lacking := missing_programs("losetup", "mount", "unshare", "nsenter"):
             return lacking
         _, reasons = await self._usable()
         return "" if len(reasons) < len(self._offered) else "; ".join(reasons)
@@ -75,8 +81,8 @@ class LoopBackend(VolumeBackend):
             backing = await run_to_end(folder.read_own, self.kind)
             if backing is None:
                 filesystem = await self._filesystem_for(name, size_bytes)
-                backing = await _recorded_new(folder, filesystem, name, size_bytes, identity)
-            await self._made(folder, backing)
+                backing = await _record_new(folder, filesystem, name, size_bytes, identity)
+            await self._finish_create(folder, backing)
         return backing
 
     async def stored(self) -> tuple[StoredVolume, ...]:
@@ -84,28 +90,28 @@ class LoopBackend(VolumeBackend):
         with volume_errors("look for", "", self._root):
             return await run_to_end(stored, self._root, self.kind) if self._local else ()
 
-    async def _made(self, folder: StoreFolder, backing: VolumeBacking) -> None:
+    async def _finish_create(self, folder: BackingFolder, backing: VolumeBacking) -> None:
         filesystem = _filesystem(backing)
         if not await run_to_end(folder.image.exists):
             await _make_image(folder, filesystem, filesystem.image_bytes(backing.size_bytes))
-        await self._attached(folder)
+        await self._ensure_attached(folder)
         async with self._view(folder, filesystem) as (view, mount):
             await run_to_end(filesystem.tidy, view.path(mount.point))
 
     async def attach(self, backing: VolumeBacking) -> None:
         """See the protocol."""
         with volume_errors("attach", backing.name, self._root):
-            await self._attached(self._folder(backing))
+            await self._ensure_attached(self._folder(backing))
 
     async def grow(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
         """See the protocol. The image becomes longer first, then the device, then the filesystem."""
         folder, filesystem = self._folder(backing), _filesystem(backing)
         with volume_errors("grow", backing.name, self._root, size_bytes - backing.size_bytes):
-            await run_to_end(_lengthen, folder.image, filesystem.image_bytes(size_bytes))
-            await self._attached(folder)
+            await run_to_end(_extend_image, folder.image, filesystem.image_bytes(size_bytes))
+            await self._ensure_attached(folder)
             async with self._view(folder, filesystem) as (view, mount):
                 await filesystem.grow(view, mount)
-            return await _recorded(folder, backing, size_bytes)
+            return await _record_size(folder, backing, size_bytes)
 
     async def shrink(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
         """See the protocol. Once the filesystem has given up its end, and not before, the image loses it too."""
@@ -126,8 +132,8 @@ class LoopBackend(VolumeBackend):
             if left > length:
                 raise ProgramFailed(f"{filesystem.name} still takes {left} bytes, so its image stays as it is")
             await run_to_end(os.truncate, folder.image, length)
-            await self._attached(folder)
-            return await _recorded(folder, backing, size_bytes)
+            await self._ensure_attached(folder)
+            return await _record_size(folder, backing, size_bytes)
 
     def needs_copy(self, backing: VolumeBacking, size_bytes: int) -> bool:
         """See the protocol."""
@@ -143,8 +149,8 @@ class LoopBackend(VolumeBackend):
         with volume_errors("create", backing.name, self._root, size_bytes):
             made = await run_to_end(folder.read_own, self.kind)
             if made is None:
-                made = await _recorded_new(folder, filesystem, backing.name, size_bytes)
-            await self._made(folder, made)
+                made = await _record_new(folder, filesystem, backing.name, size_bytes)
+            await self._finish_create(folder, made)
         return made
 
     async def content(self, backing: VolumeBacking) -> str:
@@ -159,14 +165,14 @@ class LoopBackend(VolumeBackend):
             standing = await self.content(holder)
             if standing != content:
                 if await self.content(other) != content:
-                    raise StoreDamaged(f"neither {one.image} nor {two.image} is the image with inode {content}")
-                await self._let_go(holder.name, one, two)
+                    raise BackingDamaged(f"neither {one.image} nor {two.image} is the image with inode {content}")
+                await self._detach_all(holder.name, one, two)
                 await run_to_end(_swap_images, one, two)
             for folder, backing in ((one, holder), (two, other)):
-                await self._attached(folder)
+                await self._ensure_attached(folder)
                 await run_to_end(folder.write, backing)
 
-    async def _let_go(self, name: str, *folders: StoreFolder) -> None:
+    async def _detach_all(self, name: str, *folders: BackingFolder) -> None:
         """Detach the devices of all, or of none. Raises VolumeInUse."""
         for folder in folders:
             if device := await loop_device.device_of(folder.image):
@@ -174,7 +180,7 @@ class LoopBackend(VolumeBackend):
                 await run_to_end(_unlink, folder.device)
                 if not await loop_device.detach(device):
                     for each in folders:
-                        await self._attached(each)
+                        await self._ensure_attached(each)
                     raise VolumeInUse(volume=name, holders=(f"what has {device} mounted",))
 
     async def usage(self, backing: VolumeBacking) -> VolumeUsage:
@@ -194,11 +200,11 @@ class LoopBackend(VolumeBackend):
                 view, mount = await stack.enter_async_context(looking)
             yield view.path(mount.point)
 
-    async def reach(self, backing: VolumeBacking) -> Reach:
-        """See view.Reachable."""
+    async def files_location(self, backing: VolumeBacking) -> FilesLocation:
+        """See private_mounts.MountableBackend."""
         with volume_errors("look into", backing.name, self._root):
             mount = await self._mount(self._folder(backing), _filesystem(backing))
-        return Reach(path=mount.point, mount=mount)
+        return FilesLocation(path=mount.point, mount=mount)
 
     async def destroy(self, backing: VolumeBacking) -> None:
         """See the protocol."""
@@ -216,12 +222,12 @@ class LoopBackend(VolumeBackend):
         """See the protocol."""
         return await pool_usage(self._root)
 
-    def _folder(self, backing: VolumeBacking) -> StoreFolder:
+    def _folder(self, backing: VolumeBacking) -> BackingFolder:
         return self._folder_of(backing.uid, backing.name)
 
-    def _folder_of(self, uid: str, name: str) -> StoreFolder:
+    def _folder_of(self, uid: str, name: str) -> BackingFolder:
         with volume_errors("find", name, self._root):
-            return StoreFolder(self._root, uid)
+            return BackingFolder(self._root, uid)
 
     async def _usable(self) -> tuple[list[Filesystem], list[str]]:
         """The filesystems that the host has, and why not the others."""
@@ -237,36 +243,38 @@ class LoopBackend(VolumeBackend):
         reasons += [f"the smallest size on {one.name} is {size_text(one.smallest_bytes)}" for one in usable]
         raise SizeNotSupported(volume=name, size_bytes=size_bytes, detail="; ".join(reasons))
 
-    async def _attached(self, folder: StoreFolder) -> str:
+    async def _ensure_attached(self, folder: BackingFolder) -> str:
         """The device of a store, with its capacity and its link as they have to be."""
         if not await run_to_end(folder.image.exists):
-            raise StoreDamaged(f"{folder.image} is gone")
-        async with self._attaching:
+            raise BackingDamaged(f"{folder.image} is gone")
+        async with self._attach_lock:
             device = await loop_device.attach(folder.image)
             await loop_device.resize(device)
-            await run_to_end(_unlink_strangers, folder, device)
+            await run_to_end(_remove_other_links, folder, device)
             await run_to_end(_link, folder, device)
         return device
 
     @asynccontextmanager
-    async def _view(self, folder: StoreFolder, filesystem: Filesystem) -> AsyncIterator[tuple[View, Mount]]:
+    async def _view(
+        self, folder: BackingFolder, filesystem: Filesystem
+    ) -> AsyncIterator[tuple[MountedView, DeviceMount]]:
         """A store's filesystem, mounted for us alone."""
         mount = await self._mount(folder, filesystem)
-        async with mounted([mount]) as view:
+        async with mount_privately([mount]) as view:
             yield view, mount
 
-    async def _mount(self, folder: StoreFolder, filesystem: Filesystem) -> Mount:
+    async def _mount(self, folder: BackingFolder, filesystem: Filesystem) -> DeviceMount:
         """What there is to mount; an image that nobody attached is attached for it."""
-        device = await loop_device.device_of(folder.image) or await self._attached(folder)
+        device = await loop_device.device_of(folder.image) or await self._ensure_attached(folder)
         await run_to_end(_mount_point, folder.mount)
-        return Mount(filesystem=filesystem.name, options=filesystem.options, device=device, point=folder.mount)
+        return DeviceMount(filesystem=filesystem.name, options=filesystem.options, device=device, point=folder.mount)
 
 
-def clear_links(folders: Sequence[StoreFolder]) -> None:
+def remove_stale_links(folders: Sequence[BackingFolder]) -> None:
     """Remove each link that leads to a device which is not its store's: after a reboot that may be anybody's."""
     for folder in folders:
         with suppress(FileNotFoundError):
-            if not loop_device.backs(folder.image, str(folder.device.readlink())):
+            if not loop_device.is_backed_by(folder.image, str(folder.device.readlink())):
                 _unlink(folder.device)
 
 
@@ -274,9 +282,9 @@ def _filesystem(backing: VolumeBacking) -> Filesystem:
     return next(one for one in FILESYSTEMS if one.name == backing.filesystem)
 
 
-def _swap_images(one: StoreFolder, other: StoreFolder) -> None:
+def _swap_images(one: BackingFolder, other: BackingFolder) -> None:
     with _opened(one.path) as here, _opened(other.path) as there:
-        if not swap(here, there, os.fsencode(one.image.name)):
+        if not rename_exchange(here, there, os.fsencode(one.image.name)):
             raise ProgramFailed("the host's kernel or filesystem cannot exchange two files")
         os.fsync(here)
         os.fsync(there)
@@ -291,8 +299,8 @@ def _opened(folder: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-async def _recorded_new(
-    folder: StoreFolder,
+async def _record_new(
+    folder: BackingFolder,
     filesystem: Filesystem,
     name: str,
     size_bytes: int,
@@ -313,7 +321,7 @@ async def _recorded_new(
     return backing
 
 
-async def _make_image(folder: StoreFolder, filesystem: Filesystem, length: int) -> None:
+async def _make_image(folder: BackingFolder, filesystem: Filesystem, length: int) -> None:
     """Make the filesystem under another name, so that an image is whole or not there."""
     await run_to_end(_sparse_file, folder.unfinished, length)
     await filesystem.make(folder.unfinished, length)
@@ -327,19 +335,19 @@ def _sparse_file(path: Path, length: int) -> None:
         file.truncate(length)
 
 
-def _finish(folder: StoreFolder) -> None:
+def _finish(folder: BackingFolder) -> None:
     with folder.unfinished.open("rb") as file:
         os.fsync(file.fileno())
     folder.unfinished.rename(folder.image)
-    sync_folder(folder.path)
+    sync_directory(folder.path)
 
 
-def _lengthen(image: Path, length: int) -> None:
+def _extend_image(image: Path, length: int) -> None:
     if image.stat().st_size < length:
         os.truncate(image, length)
 
 
-async def _recorded(folder: StoreFolder, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
+async def _record_size(folder: BackingFolder, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
     changed = backing.model_copy(update={"size_bytes": size_bytes})
     await run_to_end(folder.write, changed)
     return changed
@@ -354,15 +362,15 @@ def _unlink(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def _unlink_strangers(folder: StoreFolder, device: str) -> None:
+def _remove_other_links(folder: BackingFolder, device: str) -> None:
     """Remove every other store's link to this device. The engine that followed it would mount this store for it."""
-    for other in stores(folder.root):
+    for other in backing_folders(folder.root):
         with suppress(FileNotFoundError):
             if other.uid != folder.uid and str(other.device.readlink()) == device:
                 _unlink(other.device)
 
 
-def _link(folder: StoreFolder, device: str) -> None:
+def _link(folder: BackingFolder, device: str) -> None:
     with suppress(FileNotFoundError):
         if str(folder.device.readlink()) == device:
             return
@@ -370,4 +378,4 @@ def _link(folder: StoreFolder, device: str) -> None:
     _unlink(new)
     new.symlink_to(device)
     new.rename(folder.device)
-    sync_folder(folder.path)
+    sync_directory(folder.path)

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from gpudock_server.adapters.volumes.programs import ProgramFailed, run
+from gpudock_server.adapters.host.subprocesses import ProgramFailed, run
 
 _LOOP_MAJOR: Final = 7
 _RELEASE_SECONDS: Final = 5.0
@@ -22,7 +22,7 @@ async def attach(image: Path) -> str:
     """The device of an image, attached if it was not. Raises ProgramFailed, OSError."""
     # --nooverlap gives back the device that the file has already, also when two ask at once.
     device = (await run("losetup", "--find", "--show", "--nooverlap", str(image))).strip()
-    if not await asyncio.to_thread(backs, image, device):
+    if not await asyncio.to_thread(is_backed_by, image, device):
         raise ProgramFailed(f"losetup gave {device or 'nothing'} for {image}, which has another file behind it")
     # Without a second copy of everything in the page cache, where the filesystem below can do it.
     with suppress(ProgramFailed):
@@ -57,7 +57,7 @@ async def detach(device: str) -> bool:
     return True
 
 
-def backs(image: Path, device: str) -> bool:
+def is_backed_by(image: Path, device: str) -> bool:
     """Whether it is this image that is behind a device."""
     try:
         there = Path(device).stat()

@@ -7,12 +7,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-from gpudock_server.adapters.layers.copying import tree_bytes
-from gpudock_server.adapters.layers.threads import run_to_end
+from gpudock_server.adapters.host.disk_usage import tree_bytes
+from gpudock_server.adapters.host.threads import run_to_end
+from gpudock_server.adapters.volumes.backing_folder import BackingDamaged, BackingFolder
 from gpudock_server.adapters.volumes.failures import volume_errors
-from gpudock_server.adapters.volumes.folder import StoreDamaged, StoreFolder
 from gpudock_server.adapters.volumes.pool import pool_usage
-from gpudock_server.adapters.volumes.view import Reach
+from gpudock_server.adapters.volumes.private_mounts import FilesLocation
 from gpudock_server.errors import SizeNotSupported, VolumeFailed
 from gpudock_server.model.volume import (
     PoolUsage,
@@ -57,7 +57,7 @@ class PlainBackend(VolumeBackend):
         if size_bytes:
             raise _no_size(name, size_bytes)
         with volume_errors("create", name, self._root):
-            StoreFolder(self._root, uid)
+            BackingFolder(self._root, uid)
         return VolumeBacking(kind=self.kind, uid=uid, name=name, engine_volume=f"gpudock-{uid}")
 
     async def stored(self) -> tuple[StoredVolume, ...]:
@@ -98,7 +98,7 @@ class PlainBackend(VolumeBackend):
                 try:
                     used = await tree_bytes(folder, apparent=False, timeout_seconds=_MEASURE_SECONDS)
                 except TimeoutError as error:
-                    raise StoreDamaged("its files could not be counted in time") from error
+                    raise BackingDamaged("its files could not be counted in time") from error
         return VolumeUsage(used_bytes=used, size_bytes=0, minimum_bytes=used)
 
     @asynccontextmanager
@@ -107,13 +107,13 @@ class PlainBackend(VolumeBackend):
         with volume_errors("look into", backing.name, self._root):
             folder = Path(backing.folder)
             if not folder.is_absolute() or not await run_to_end(folder.is_dir):
-                raise StoreDamaged(f"its folder {backing.folder!r} is not to be seen from here")
+                raise BackingDamaged(f"its folder {backing.folder!r} is not to be seen from here")
         yield backing.folder
 
-    async def reach(self, backing: VolumeBacking) -> Reach:
-        """See view.Reachable."""
+    async def files_location(self, backing: VolumeBacking) -> FilesLocation:
+        """See private_mounts.MountableBackend."""
         async with self.opened(backing) as folder:
-            return Reach(path=Path(folder))
+            return FilesLocation(path=Path(folder))
 
     async def destroy(self, backing: VolumeBacking) -> None:
         """See the protocol: nothing is left once the engine has removed its volume."""

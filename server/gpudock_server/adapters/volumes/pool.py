@@ -8,10 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from gpudock_server.adapters.layers.threads import run_to_end
+from gpudock_server.adapters.host.subprocesses import ProgramFailed
+from gpudock_server.adapters.host.threads import run_to_end
 from gpudock_server.adapters.volumes import quota_table
-from gpudock_server.adapters.volumes.folder import StoreFolder, backings
-from gpudock_server.adapters.volumes.programs import ProgramFailed
+from gpudock_server.adapters.volumes.backing_folder import BackingFolder, recorded_backings
 from gpudock_server.model.volume import PoolUsage, VolumeBackendKind, VolumeBacking
 
 _BLOCK_BYTES: Final = 512
@@ -19,28 +19,28 @@ _BLOCK_BYTES: Final = 512
 
 async def pool_usage(root: Path) -> PoolUsage:
     """What the stores below the root have been promised and have taken. The root need not exist yet."""
-    counted: dict[int, int] = {}
+    project_usage: dict[int, int] = {}
     # A host without quotas has no store with an id, and need not have the programs.
     if any(await run_to_end(recorded_ids, root)):
         with suppress(ProgramFailed, OSError):
-            counted = await quota_table.counted(await quota_table.mount_of(root))
-    return await run_to_end(_usage, root, counted)
+            project_usage = await quota_table.project_usage(await quota_table.filesystem_of(root))
+    return await run_to_end(_usage, root, project_usage)
 
 
 def recorded_ids(root: Path) -> set[int]:
     """The project ids of all stores; 0 is that of a kind without."""
-    return {backing.project_id for backing in backings(root)}
+    return {backing.project_id for backing in recorded_backings(root)}
 
 
-def _usage(root: Path, counted: Mapping[int, int]) -> PoolUsage:
+def _usage(root: Path, project_usage: Mapping[int, int]) -> PoolUsage:
     existing = next(path for path in (root, *root.parents) if path.exists())
     filesystem = os.statvfs(existing)
     promised = allocated = 0
-    for backing in backings(root):
+    for backing in recorded_backings(root):
         promised += backing.size_bytes
         # The table counts under 0 what belongs to no project.
-        taken = counted.get(backing.project_id) if backing.project_id else None
-        allocated += _allocated(StoreFolder(root, backing.uid), backing) if taken is None else taken
+        taken = project_usage.get(backing.project_id) if backing.project_id else None
+        allocated += _allocated(BackingFolder(root, backing.uid), backing) if taken is None else taken
     return PoolUsage(
         total_bytes=filesystem.f_blocks * filesystem.f_frsize,
         free_bytes=filesystem.f_bfree * filesystem.f_frsize,
@@ -49,7 +49,7 @@ def _usage(root: Path, counted: Mapping[int, int]) -> PoolUsage:
     )
 
 
-def _allocated(folder: StoreFolder, backing: VolumeBacking) -> int:
+def _allocated(folder: BackingFolder, backing: VolumeBacking) -> int:
     with suppress(FileNotFoundError):
         if backing.kind is VolumeBackendKind.LOOP:
             return folder.image.stat().st_blocks * _BLOCK_BYTES

@@ -13,13 +13,21 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-from gpudock_server.adapters.layers.threads import run_to_end
+from gpudock_server.adapters.host.subprocesses import ProgramFailed, missing_programs, run
+from gpudock_server.adapters.host.threads import run_to_end
+from gpudock_server.adapters.volumes.backing_folder import BackingDamaged, BackingFolder, stored
 from gpudock_server.adapters.volumes.failures import volume_errors
-from gpudock_server.adapters.volumes.folder import StoreDamaged, StoreFolder, stored
 from gpudock_server.adapters.volumes.pool import pool_usage, recorded_ids
-from gpudock_server.adapters.volumes.programs import ProgramFailed, missing, run
-from gpudock_server.adapters.volumes.quota_table import GRAIN, Mount, counted, enforced, mount_of, rounded, set_limit
-from gpudock_server.adapters.volumes.view import Reach
+from gpudock_server.adapters.volumes.private_mounts import FilesLocation
+from gpudock_server.adapters.volumes.quota_table import (
+    BLOCK_BYTES,
+    MountedFilesystem,
+    filesystem_of,
+    is_enforced,
+    project_usage,
+    round_up,
+    set_limit,
+)
 from gpudock_server.errors import SizeNotSupported, VolumeFailed, VolumeTooSmallForData
 from gpudock_server.model.volume import (
     PoolUsage,
@@ -35,7 +43,7 @@ from gpudock_server.ports import VolumeBackend
 PROJECT_IDS: Final = range(0x6770_0000, 0x6778_0000)
 _FILESYSTEMS: Final = ("xfs", "ext4")
 _OPTIONS: Final = frozenset({"pquota", "prjquota"})
-_HOW: Final = (
+_ENABLE_ADVICE: Final = (
     "mount it with the option prjquota (XFS on / : the kernel's rootflags=prjquota; ext4: after `tune2fs -O"
     " quota,project -Q prjquota` while it is not mounted), on a kernel that has quotas for it"
 )
@@ -53,7 +61,7 @@ class ProjectQuotaBackend(VolumeBackend):
         self._local = local
         self._project_ids = project_ids
         # Choosing an id and recording it, or giving one back, is done by one at a time.
-        self._numbering = asyncio.Lock()
+        self._project_id_lock = asyncio.Lock()
 
     @property
     def kind(self) -> VolumeBackendKind:
@@ -66,7 +74,7 @@ class ProjectQuotaBackend(VolumeBackend):
             return "the engine runs on another host"
         if os.geteuid() != 0:
             return "the daemon does not run as root"
-        if lacking := missing("xfs_quota", "xfs_io", "findmnt"):
+        if lacking := missing_programs("xfs_quota", "xfs_io", "findmnt"):
             return lacking
         try:
             return await self._no_quotas()
@@ -79,8 +87,8 @@ class ProjectQuotaBackend(VolumeBackend):
         if mount.filesystem not in _FILESYSTEMS:
             return f"{where}, which has no project quotas; they take xfs or ext4"
         if not mount.options & _OPTIONS:
-            return f"{where}, which is mounted without project quotas: {_HOW}"
-        return "" if await enforced(mount) else f"{where}, whose project quotas are not enforced"
+            return f"{where}, which is mounted without project quotas: {_ENABLE_ADVICE}"
+        return "" if await is_enforced(mount) else f"{where}, whose project quotas are not enforced"
 
     async def create(
         self, uid: str, name: str, size_bytes: int, identity: VolumeIdentity | None = None
@@ -92,7 +100,7 @@ class ProjectQuotaBackend(VolumeBackend):
             if backing is None:
                 if reason := await self.unavailable():
                     raise SizeNotSupported(volume=name, size_bytes=size_bytes, detail=reason)
-                async with self._numbering:
+                async with self._project_id_lock:
                     backing = VolumeBacking(
                         kind=self.kind,
                         uid=uid,
@@ -115,9 +123,9 @@ class ProjectQuotaBackend(VolumeBackend):
         folder = self._folder(backing)
         with volume_errors("attach", backing.name, self._root):
             if reason := await self.unavailable():
-                raise StoreDamaged(reason)
+                raise BackingDamaged(reason)
             if not await run_to_end(folder.data.is_dir):
-                raise StoreDamaged(f"{folder.data} is gone")
+                raise BackingDamaged(f"{folder.data} is gone")
             await self._limit(folder, backing, backing.size_bytes)
 
     async def stored(self) -> tuple[StoredVolume, ...]:
@@ -130,7 +138,7 @@ class ProjectQuotaBackend(VolumeBackend):
         folder = self._folder(backing)
         with volume_errors("grow", backing.name, self._root):
             await self._limit(folder, backing, size_bytes)
-            return await _recorded(folder, backing, size_bytes)
+            return await _record_size(folder, backing, size_bytes)
 
     async def shrink(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
         """See the protocol. What was written between the look and the limit gives the old limit back."""
@@ -141,11 +149,11 @@ class ProjectQuotaBackend(VolumeBackend):
             await set_limit(mount, backing.project_id, size_bytes)
             usage = await self._usage(folder, backing)
             # One that is full to the limit may be fuller: statfs shows no more than the limit.
-            if usage.used_bytes >= rounded(size_bytes):
+            if usage.used_bytes >= round_up(size_bytes):
                 await set_limit(mount, backing.project_id, backing.size_bytes)
                 _check_fits(backing, await self._usage(folder, backing), size_bytes)
                 await set_limit(mount, backing.project_id, size_bytes)
-            return await _recorded(folder, backing, size_bytes)
+            return await _record_size(folder, backing, size_bytes)
 
     def needs_copy(self, backing: VolumeBacking, size_bytes: int) -> bool:  # noqa: ARG002 - as the protocol has it
         """See the protocol: never."""
@@ -173,9 +181,9 @@ class ProjectQuotaBackend(VolumeBackend):
         """See the protocol. There is nothing to open, so nothing is in use by it either."""
         yield str(self._folder(backing).data)
 
-    async def reach(self, backing: VolumeBacking) -> Reach:
-        """See view.Reachable."""
-        return Reach(path=self._folder(backing).data)
+    async def files_location(self, backing: VolumeBacking) -> FilesLocation:
+        """See private_mounts.MountableBackend."""
+        return FilesLocation(path=self._folder(backing).data)
 
     async def destroy(self, backing: VolumeBacking) -> None:
         """See the protocol. The engine refuses to let go of a volume that a container has, so it is asked first."""
@@ -185,7 +193,7 @@ class ProjectQuotaBackend(VolumeBackend):
             recorded = None if backing.project_id else await run_to_end(folder.read)
             project_id = recorded.project_id if recorded else backing.project_id
             await folder.remove()
-            async with self._numbering:
+            async with self._project_id_lock:
                 # Repeated much later, the id may have become another store's.
                 if project_id and project_id not in await run_to_end(recorded_ids, self._root):
                     await set_limit(await self._mount(), project_id, 0)
@@ -194,47 +202,49 @@ class ProjectQuotaBackend(VolumeBackend):
         """See the protocol."""
         return await pool_usage(self._root)
 
-    def _folder(self, backing: VolumeBacking) -> StoreFolder:
+    def _folder(self, backing: VolumeBacking) -> BackingFolder:
         return self._folder_of(backing.uid, backing.name)
 
-    def _folder_of(self, uid: str, name: str) -> StoreFolder:
+    def _folder_of(self, uid: str, name: str) -> BackingFolder:
         with volume_errors("find", name, self._root):
-            return StoreFolder(self._root, uid)
+            return BackingFolder(self._root, uid)
 
-    async def _mount(self) -> Mount:
-        return await mount_of(self._root)
+    async def _mount(self) -> MountedFilesystem:
+        return await filesystem_of(self._root)
 
     async def _free_id(self) -> int:
         """An id that no store has recorded and the quota table does not know. Raises ProgramFailed."""
-        taken = set(await counted(await self._mount())) | await run_to_end(recorded_ids, self._root)
+        taken = set(await project_usage(await self._mount())) | await run_to_end(recorded_ids, self._root)
         for number in self._project_ids:
             if number not in taken:
                 return number
         raise ProgramFailed(f"all of {len(self._project_ids)} project ids are taken")
 
-    async def _usage(self, folder: StoreFolder, backing: VolumeBacking) -> VolumeUsage:
+    async def _usage(self, folder: BackingFolder, backing: VolumeBacking) -> VolumeUsage:
         """What statfs shows, unless that is about the pool: newer kernels show no more room than it has left."""
-        shown, pool = await run_to_end(_room, folder.data, self._root)
+        shown, pool = await run_to_end(_statvfs_both, folder.data, self._root)
         used = (shown.f_blocks - shown.f_bfree) * shown.f_frsize
         if shown.f_bfree >= pool.f_bfree:
-            used = (await counted(await self._mount())).get(backing.project_id, 0)
-        return VolumeUsage(used_bytes=used, size_bytes=shown.f_blocks * shown.f_frsize, minimum_bytes=max(used, GRAIN))
+            used = (await project_usage(await self._mount())).get(backing.project_id, 0)
+        return VolumeUsage(
+            used_bytes=used, size_bytes=shown.f_blocks * shown.f_frsize, minimum_bytes=max(used, BLOCK_BYTES)
+        )
 
-    async def _mark(self, folder: StoreFolder, backing: VolumeBacking) -> None:
+    async def _mark(self, folder: BackingFolder, backing: VolumeBacking) -> None:
         """Give the folder its id, and have all that is made in it inherit that."""
         await run("xfs_io", "-r", "-c", f"chproj {backing.project_id}", "-c", "chattr +P", str(folder.data))
         shown = await run("xfs_io", "-r", "-c", "lsproj", str(folder.data))
         if shown.split() != ["projid", "=", str(backing.project_id)]:
             raise ProgramFailed(f"xfs_io: {folder.data} shows {shown.strip()!r} instead of {backing.project_id}")
 
-    async def _limit(self, folder: StoreFolder, backing: VolumeBacking, size_bytes: int) -> None:
+    async def _limit(self, folder: BackingFolder, backing: VolumeBacking, size_bytes: int) -> None:
         await set_limit(await self._mount(), backing.project_id, size_bytes)
         shown = await run_to_end(os.statvfs, folder.data)
-        if (shows := shown.f_blocks * shown.f_frsize) != rounded(size_bytes):
+        if (shows := shown.f_blocks * shown.f_frsize) != round_up(size_bytes):
             raise ProgramFailed(f"xfs_quota: {folder.data} shows {shows} bytes instead of {size_bytes}")
 
 
-def _room(data: Path, root: Path) -> tuple[os.statvfs_result, os.statvfs_result]:
+def _statvfs_both(data: Path, root: Path) -> tuple[os.statvfs_result, os.statvfs_result]:
     return os.statvfs(data), os.statvfs(root)
 
 
@@ -248,7 +258,7 @@ def _check_fits(backing: VolumeBacking, usage: VolumeUsage, size_bytes: int) -> 
         )
 
 
-async def _recorded(folder: StoreFolder, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
+async def _record_size(folder: BackingFolder, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
     changed = backing.model_copy(update={"size_bytes": size_bytes})
     await run_to_end(folder.write, changed)
     return changed

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from gpudock_server.adapters.volumes.programs import run
+from gpudock_server.adapters.host.subprocesses import run
 
 # A limit is kept in these.
-GRAIN: Final = 4096
+BLOCK_BYTES: Final = 4096
 _REPORTED: Final = re.compile(r"^#(\d+)\s+(\d+)\s", re.MULTILINE)
 _REPORTED_UNIT: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Mount:
+class MountedFilesystem:
     """A mounted filesystem."""
 
     point: str
@@ -25,37 +25,39 @@ class Mount:
     options: frozenset[str]
 
 
-async def mount_of(root: Path) -> Mount:
+async def filesystem_of(root: Path) -> MountedFilesystem:
     """What `root` lies on, or will when it is made. Raises ProgramFailed."""
     existing = next(path for path in (root, *root.parents) if path.exists())
     found = await run("findmnt", "--json", "--output", "TARGET,FSTYPE,OPTIONS", "--target", str(existing))
     shown = json.loads(found)["filesystems"][-1]
-    return Mount(point=shown["target"], filesystem=shown["fstype"], options=frozenset(shown["options"].split(",")))
+    return MountedFilesystem(
+        point=shown["target"], filesystem=shown["fstype"], options=frozenset(shown["options"].split(","))
+    )
 
 
-async def enforced(mount: Mount) -> bool:
+async def is_enforced(mount: MountedFilesystem) -> bool:
     """Whether project quotas stop a writer there. Raises ProgramFailed."""
     return "Enforcement: ON" in await _ask(mount, "state -p")
 
 
-async def counted(mount: Mount) -> dict[int, int]:
+async def project_usage(mount: MountedFilesystem) -> dict[int, int]:
     """The bytes that each project id of the table takes. Raises ProgramFailed."""
     report = await _ask(mount, "report -p -n -N -b")
     return {int(number): int(used) * _REPORTED_UNIT for number, used in _REPORTED.findall(report)}
 
 
-async def set_limit(mount: Mount, project_id: int, size_bytes: int) -> None:
+async def set_limit(mount: MountedFilesystem, project_id: int, size_bytes: int) -> None:
     """Both limits at once: statfs shows the soft one, and the hard one is what stops a writer. Raises ProgramFailed."""
-    limit = rounded(size_bytes)
+    limit = round_up(size_bytes)
     await _ask(mount, f"limit -p bsoft={limit} bhard={limit} {project_id}")
 
 
-def rounded(size_bytes: int) -> int:
+def round_up(size_bytes: int) -> int:
     """The limit that a size becomes."""
-    return -(-size_bytes // GRAIN) * GRAIN
+    return -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
 
 
-async def _ask(mount: Mount, command: str) -> str:
+async def _ask(mount: MountedFilesystem, command: str) -> str:
     foreign = [] if mount.filesystem == "xfs" else ["-f"]
     # Neither /etc/projects nor /etc/projid has a say: our ids are numbers.
     files = ["-D", "/dev/null", "-P", "/dev/null"]
