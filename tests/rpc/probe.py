@@ -10,10 +10,10 @@ from typing import Any
 import grpc
 import grpc.aio
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from gpudock_server.rpc.interception import Context
 from gpudock_server.rpc.listeners import SERVER_OPTIONS, listen
+from gpudock_server.rpc.middleware.bearer_tokens import TokenFile
+from gpudock_server.rpc.middleware.interceptor import Context
 from gpudock_server.rpc.server import interceptors
-from gpudock_server.rpc.tokens import TokenFile
 from gpudock_server.settings import Settings
 
 SERVICE = "gpudock.probe.Probe"

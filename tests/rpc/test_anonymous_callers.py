@@ -12,11 +12,11 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from gpudock_server.rpc import identity
-from gpudock_server.rpc.health import ANONYMOUS_WATCHES, HealthService
+from gpudock_server.rpc.health import MAX_ANONYMOUS_WATCHES, HealthService
 from gpudock_server.rpc.listeners import listen
+from gpudock_server.rpc.middleware import identity
+from gpudock_server.rpc.middleware.bearer_tokens import TokenFile
 from gpudock_server.rpc.server import interceptors
-from gpudock_server.rpc.tokens import TokenFile
 from gpudock_server.settings import Settings
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -70,7 +70,7 @@ async def test_watches_without_an_identity_are_limited_and_others_are_not(settin
         request = health_pb2.HealthCheckRequest()
         watches = [stranger.Watch(request) for _ in range(500)]
         ends = Counter(await asyncio.gather(*map(opened, watches)))
-        assert ends == {"SERVING": ANONYMOUS_WATCHES, "HEALTH_WATCH_LIMIT": 500 - ANONYMOUS_WATCHES}
+        assert ends == {"SERVING": MAX_ANONYMOUS_WATCHES, "HEALTH_WATCH_LIMIT": 500 - MAX_ANONYMOUS_WATCHES}
         # Nobody else pays for it.
         assert (await stranger.Check(request)).status == SERVING
         assert await opened(stranger.Watch(request, metadata=BEARER)) == "SERVING"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from gpudock.v1 import container_service_pb2
 from gpudock_server.core.containers.commands import Commit
-from gpudock_server.rpc.validation.commit import commit
+from gpudock_server.rpc.containers.commit_request import commit
 
 from tests.rpc.request_examples import UUID, violations_of
 

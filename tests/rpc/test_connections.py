@@ -11,10 +11,10 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from gpudock_server.rpc.interception import Context
 from gpudock_server.rpc.listeners import listen
+from gpudock_server.rpc.middleware.bearer_tokens import TokenFile
+from gpudock_server.rpc.middleware.interceptor import Context
 from gpudock_server.rpc.server import connection_options, interceptors
-from gpudock_server.rpc.tokens import TokenFile
 from gpudock_server.settings import Settings
 
 from tests.rig.patience import PATIENCE

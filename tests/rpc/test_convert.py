@@ -35,12 +35,15 @@ from gpudock_server.model.spec import ContainerSpec, GpuRequest, HealthCheck, Pr
 from gpudock_server.model.target import Target, TargetKind
 from gpudock_server.model.volume import PoolUsage
 from gpudock_server.ports import ContainerView, StoreUsage
-from gpudock_server.rpc.convert import container, gpu, operation, port
-from gpudock_server.rpc.convert.exec import encoded_output, exited_message
-from gpudock_server.rpc.convert.node import node_message
-from gpudock_server.rpc.convert.spec import RESTART_POLICIES, spec_message
-from gpudock_server.rpc.convert.times import duration, timestamp
-from gpudock_server.rpc.validation.spec import spec as checked_spec
+from gpudock_server.rpc import port_messages
+from gpudock_server.rpc.containers import messages as container_messages
+from gpudock_server.rpc.containers.spec_messages import RESTART_POLICIES, spec_message
+from gpudock_server.rpc.containers.spec_requests import spec as checked_spec
+from gpudock_server.rpc.exec.messages import encoded_output, exec_exited_message
+from gpudock_server.rpc.nodes import gpu_messages
+from gpudock_server.rpc.nodes.messages import node_message
+from gpudock_server.rpc.operations import messages as operation_messages
+from gpudock_server.rpc.timestamps import duration, timestamp
 from gpudock_server.rpc.validation.violations import Violations
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,13 +74,20 @@ def test_absent_stays_absent() -> None:
 
 
 def test_every_value_of_the_records_enums_has_one_of_the_contract() -> None:
-    assert len(set(container.STATES.values())) == len(ContainerState)
-    assert len(set(operation.KINDS.values())) == len(OperationKind)
-    assert len(set(operation.STATES.values())) == len(OperationState)
-    assert len(set(operation.CARRY_METHODS.values())) == len(CarryMethod)
-    assert len(set(gpu.HEALTHS.values())) == len(GpuHealth)
-    assert len(set(port.PROTOCOLS.values())) == len(Protocol)
-    every = (container.STATES, operation.KINDS, operation.STATES, operation.CARRY_METHODS, gpu.HEALTHS, port.PROTOCOLS)
+    assert len(set(container_messages.STATES.values())) == len(ContainerState)
+    assert len(set(operation_messages.KINDS.values())) == len(OperationKind)
+    assert len(set(operation_messages.STATES.values())) == len(OperationState)
+    assert len(set(operation_messages.LAYER_TRANSFER_METHODS.values())) == len(CarryMethod)
+    assert len(set(gpu_messages.HEALTHS.values())) == len(GpuHealth)
+    assert len(set(port_messages.PROTOCOLS.values())) == len(Protocol)
+    every = (
+        container_messages.STATES,
+        operation_messages.KINDS,
+        operation_messages.STATES,
+        operation_messages.LAYER_TRANSFER_METHODS,
+        gpu_messages.HEALTHS,
+        port_messages.PROTOCOLS,
+    )
     assert not any(0 in table.values() for table in every)
     assert set(RESTART_POLICIES.values()) == {1, 2, 3, 4}
 
@@ -143,7 +153,7 @@ SPECS = st.builds(
 def test_a_spec_comes_back_as_it_was_sent(sent: container_pb2.ContainerSpec) -> None:
     violations = Violations()
     kept = checked_spec(violations, sent)
-    violations.raise_any()
+    violations.raise_if_any()
     assert spec_message(kept) == sent
     # Also by way of the store.
     assert spec_message(ContainerSpec.model_validate_json(kept.model_dump_json())) == sent
@@ -189,7 +199,7 @@ def head(**changes: Any) -> Container:
 
 
 def test_a_container_with_the_operation_at_work_on_it() -> None:
-    shown = container.view_message(ContainerView(head(), 7, "op1"))
+    shown = container_messages.container_view_message(ContainerView(head(), 7, "op1"))
     assert shown == container_pb2.Container(
         name="train",
         uid="775baa82-3ce7-4e7a-8bcc-378cb9b57fd7",
@@ -217,12 +227,14 @@ def test_a_container_with_the_operation_at_work_on_it() -> None:
 
 
 def test_an_exit_code_of_zero_is_not_an_absent_one() -> None:
-    assert not container.container_message(head()).status.HasField("exit_code")
-    assert container.container_message(head().with_status(exit_code=0)).status.HasField("exit_code")
+    assert not container_messages.container_message(head()).status.HasField("exit_code")
+    assert container_messages.container_message(head().with_status(exit_code=0)).status.HasField("exit_code")
 
 
 def test_a_container_that_has_no_engine_container_yet() -> None:
-    shown = container.container_message(head(engine=None).with_status(state=ContainerState.CREATING, health="odd"))
+    shown = container_messages.container_message(
+        head(engine=None).with_status(state=ContainerState.CREATING, health="odd")
+    )
     assert shown.status.engine_id == ""
     assert shown.status.health == container_pb2.CONTAINER_HEALTH_UNSPECIFIED
 
@@ -272,22 +284,26 @@ ERROR = RecordedError(code=8, reason="GPU_EXHAUSTED", message="none", metadata={
     ],
 )
 def test_where_an_operation_is(record: Operation, stage: str, states: str) -> None:
-    shown = operation.operation_message(Snapshot(record))
+    shown = operation_messages.operation_message(Snapshot(record))
     names = [operation_pb2.OperationStageState.Name(found.state) for found in shown.stages]
     assert shown.stage == stage
     assert [name.removeprefix("OPERATION_STAGE_STATE_") for name in names] == states.split()
 
 
 def test_bytes_are_shown_on_the_current_stage() -> None:
-    shown = operation.operation_message(Snapshot(journal(OperationState.RUNNING, DONE, RUNNING, PENDING), 5, 9))
+    shown = operation_messages.operation_message(
+        Snapshot(journal(OperationState.RUNNING, DONE, RUNNING, PENDING), 5, 9)
+    )
     assert (shown.current_bytes, shown.total_bytes) == (5, 9)
     assert [(stage.current_bytes, stage.total_bytes) for stage in shown.stages] == [(0, 0), (5, 9), (0, 0)]
 
 
 def test_an_error_is_shown_when_everything_is_undone() -> None:
-    undoing = operation.operation_message(Snapshot(journal(OperationState.UNDOING, DONE, error=ERROR)))
+    undoing = operation_messages.operation_message(Snapshot(journal(OperationState.UNDOING, DONE, error=ERROR)))
     assert not undoing.HasField("error")
-    failed = operation.operation_message(Snapshot(journal(OperationState.FAILED, UNDONE, error=ERROR, end_time=MOMENT)))
+    failed = operation_messages.operation_message(
+        Snapshot(journal(OperationState.FAILED, UNDONE, error=ERROR, end_time=MOMENT))
+    )
     assert failed.error == operation_pb2.OperationError(
         code=8, reason="GPU_EXHAUSTED", message="none", metadata={"free": "0"}
     )
@@ -306,7 +322,9 @@ def test_a_plan_has_no_times_and_no_id() -> None:
         carry_method=CarryMethod.COPY,
         warnings=("w",),
     )
-    shown = operation.operation_message(Snapshot(journal(OperationState.PLANNED, PENDING, PENDING, id="", plan=plan)))
+    shown = operation_messages.operation_message(
+        Snapshot(journal(OperationState.PLANNED, PENDING, PENDING, id="", plan=plan))
+    )
     assert shown.plan == operation_pb2.OperationPlan(
         stages=["s0", "s1"],
         kept_gpu_uuids=["GPU-1"],
@@ -337,26 +355,26 @@ def test_a_card_and_its_holder() -> None:
         mig_mode=MigMode.DISABLED,
         processes=(GpuProcess(pid=1, name="p"),),
     )
-    shown = gpu.gpu_message(HeldGpu(card, HOLDER))
+    shown = gpu_messages.gpu_message(HeldGpu(card, HOLDER))
     assert (shown.container, shown.schedulable, shown.unschedulable_reason) == ("train", True, "")
     assert shown.mig_mode == gpu_pb2.MIG_MODE_DISABLED
     assert shown.HasField("utilization_percent")
     assert not shown.HasField("temperature_celsius")
     assert not shown.processes[0].HasField("used_memory_bytes")
-    lost = gpu.gpu_message(
+    lost = gpu_messages.gpu_message(
         HeldGpu(card.model_copy(update={"health": GpuHealth.LOST, "health_message": "XID 79"}), None)
     )
     assert (lost.container, lost.schedulable, lost.unschedulable_reason) == ("", False, "XID 79")
-    split = gpu.gpu_message(HeldGpu(card.model_copy(update={"mig_mode": MigMode.ENABLED}), None))
+    split = gpu_messages.gpu_message(HeldGpu(card.model_copy(update={"mig_mode": MigMode.ENABLED}), None))
     assert not split.schedulable
     assert "MIG" in split.unschedulable_reason
 
 
 def test_ports_and_what_is_left_of_the_range() -> None:
     inside, outside = PortKey(Protocol.TCP, 20001), PortKey(Protocol.UDP, 8080)
-    claim = port.claim_message(HeldPort(inside, HOLDER), 80)
+    claim = port_messages.port_claim_message(HeldPort(inside, HOLDER), 80)
     assert (claim.host_port, claim.container_port, claim.container, claim.container_uid) == (20001, 80, "train", "u1")
-    left = port.port_range_message((20000, 20009), [inside, outside])
+    left = port_messages.port_range_message((20000, 20009), [inside, outside])
     assert (left.free_tcp_ports, left.free_udp_ports, left.claimed_ports) == (9, 10, 2)
 
 
@@ -430,8 +448,8 @@ def test_a_node_without_a_driver_is_well() -> None:
 
 
 def test_the_end_of_a_command() -> None:
-    assert exited_message(Exited(code=0)).WhichOneof("result") == "code"
-    killed = exited_message(Exited(code=137, signal="SIGKILL", timed_out=True))
+    assert exec_exited_message(Exited(code=0)).WhichOneof("result") == "code"
+    killed = exec_exited_message(Exited(code=137, signal="SIGKILL", timed_out=True))
     assert (killed.WhichOneof("result"), killed.signal, killed.timed_out) == ("signal", "SIGKILL", True)
 
 

@@ -12,52 +12,56 @@ from gpudock.v1 import (
 )
 from gpudock_server.core.containers.commands import Create
 from gpudock_server.errors import GpudockError, InvalidArgument
-from gpudock_server.rpc.convert.spec import spec_message
-from gpudock_server.rpc.request_key import request_key
-from gpudock_server.rpc.validation import commit, containers, listing, operations, volumes, watching
-from gpudock_server.rpc.validation import exec as execs
-from gpudock_server.rpc.validation.spec import spec
+from gpudock_server.rpc import list_requests, watch_requests
+from gpudock_server.rpc.containers import commit_request
+from gpudock_server.rpc.containers import requests as container_requests
+from gpudock_server.rpc.containers.spec_messages import spec_message
+from gpudock_server.rpc.containers.spec_requests import spec
+from gpudock_server.rpc.exec import requests as execs
+from gpudock_server.rpc.operations import requests as operation_requests
+from gpudock_server.rpc.operations.request_key import request_key
 from gpudock_server.rpc.validation.violations import Violations
+from gpudock_server.rpc.volumes import requests as volume_requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.rpc.fuzz_requests import CALLS, EXAMPLES, damaged, requests
 
 VALIDATORS: Mapping[str, Callable[[Any], object]] = {
-    "CreateContainer": containers.create,
-    "GetContainer": containers.get,
-    "ListContainers": listing.containers,
-    "WatchContainers": watching.containers,
-    "StartContainer": containers.start,
-    "StopContainer": containers.stop,
-    "RestartContainer": containers.restart,
-    "PauseContainer": containers.pause,
-    "UnpauseContainer": containers.unpause,
-    "DeleteContainer": containers.delete,
-    "ScaleContainer": containers.scale,
-    "UpdateContainer": containers.update,
-    "RollbackContainer": containers.rollback,
-    "CloneContainer": containers.clone,
-    "GetContainerRevision": containers.get_revision,
-    "ListContainerRevisions": listing.revisions,
-    "DeleteContainerRevision": containers.delete_revision,
-    "CommitContainer": commit.commit,
+    "CreateContainer": container_requests.create,
+    "GetContainer": container_requests.get,
+    "ListContainers": list_requests.containers,
+    "WatchContainers": watch_requests.containers,
+    "StartContainer": container_requests.start,
+    "StopContainer": container_requests.stop,
+    "RestartContainer": container_requests.restart,
+    "PauseContainer": container_requests.pause,
+    "UnpauseContainer": container_requests.unpause,
+    "DeleteContainer": container_requests.delete,
+    "ScaleContainer": container_requests.scale,
+    "UpdateContainer": container_requests.update,
+    "RollbackContainer": container_requests.rollback,
+    "CloneContainer": container_requests.clone,
+    "GetContainerRevision": container_requests.get_revision,
+    "ListContainerRevisions": list_requests.revisions,
+    "DeleteContainerRevision": container_requests.delete_revision,
+    "CommitContainer": commit_request.commit,
     "ExecContainer": execs.start,
-    "CreateVolume": volumes.create,
-    "GetVolume": volumes.get,
-    "ListVolumes": listing.volumes,
-    "WatchVolumes": watching.volumes,
-    "ResizeVolume": volumes.resize,
-    "DeleteVolume": volumes.delete,
-    "ListVolumeRevisions": listing.volume_revisions,
-    "AdoptVolume": volumes.adopt,
-    "ListGpus": listing.gpus,
-    "ListPorts": listing.ports,
-    "ListDrift": listing.drift,
-    "GetOperation": operations.operation_id,
-    "ListOperations": listing.operations,
-    "WatchOperation": operations.operation_id,
-    "CancelOperation": operations.operation_id,
+    "CreateVolume": volume_requests.create,
+    "GetVolume": volume_requests.get,
+    "ListVolumes": list_requests.volumes,
+    "WatchVolumes": watch_requests.volumes,
+    "ResizeVolume": volume_requests.resize,
+    "DeleteVolume": volume_requests.delete,
+    "ListVolumeRevisions": list_requests.volume_revisions,
+    "AdoptVolume": volume_requests.adopt,
+    "ListGpus": list_requests.gpus,
+    "ListPorts": list_requests.ports,
+    "ListDrift": list_requests.drift,
+    "GetOperation": operation_requests.operation_id,
+    "ListOperations": list_requests.operations,
+    "WatchOperation": operation_requests.operation_id,
+    "CancelOperation": operation_requests.operation_id,
 }
 # Takes the name of a node alone, and any name is one that may not be there.
 UNCHECKED = {"GetNode"}
@@ -107,7 +111,7 @@ def test_any_later_exec_message(kind: str) -> None:
         try:
             match kind:
                 case "stdin":
-                    execs.stdin(message, wanted=True, closed=False)
+                    execs.stdin(message, enabled=True, closed=False)
                 case "resize":
                     execs.resize(message, tty=True)
                 case "signal":

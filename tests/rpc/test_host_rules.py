@@ -8,7 +8,7 @@ import pytest
 from gpudock.v1 import container_pb2, container_service_pb2
 from gpudock_server.errors import InvalidArgument
 from gpudock_server.model.engine import HostCapacity
-from gpudock_server.rpc.validation import containers
+from gpudock_server.rpc.containers import requests as container_requests
 
 from tests.calls import clone_request, update_request
 from tests.rpc.request_examples import create_request, mount
@@ -73,28 +73,32 @@ def _violations(call: Any, request: Any) -> list[str]:
 
 @pytest.mark.parametrize(("fields", "field"), BAD.values(), ids=BAD.keys())
 def test_what_a_host_cannot_give(fields: dict[str, Any], field: str) -> None:
-    assert _violations(containers.create, create_request(**fields)) == [f"spec.{field}"]
+    assert _violations(container_requests.create, create_request(**fields)) == [f"spec.{field}"]
     # Whatever else there is in the container, a change to that is refused likewise.
     (name,) = {path for path in fields if field.startswith(path)}
     changed = {key: value for key, value in fields.items() if key in (name, "memory_bytes")}
-    assert _violations(containers.update, update_request("c", ",".join(changed), **changed)) == [f"spec.{field}"]
+    assert _violations(container_requests.update, update_request("c", ",".join(changed), **changed)) == [
+        f"spec.{field}"
+    ]
     if name != "image":
-        assert _violations(containers.clone, clone_request("c", "d", ",".join(changed), **changed)) == [f"spec.{field}"]
+        assert _violations(container_requests.clone, clone_request("c", "d", ",".join(changed), **changed)) == [
+            f"spec.{field}"
+        ]
     if name in ("cpus", "memory_bytes", "shm_size_bytes"):
         scale = container_service_pb2.ScaleContainerRequest(name="c", **changed)
-        assert _violations(containers.scale, scale) == [field]
+        assert _violations(container_requests.scale, scale) == [field]
 
 
 @pytest.mark.parametrize("fields", GOOD.values(), ids=GOOD.keys())
 def test_what_it_can_give(fields: dict[str, Any]) -> None:
-    containers.create(create_request(**fields), HOST)
+    container_requests.create(create_request(**fields), HOST)
 
 
 def test_every_field_at_once() -> None:
     request = create_request(
         image="UPPER/x", cpus=100.0, memory_bytes=MOST, shm_size_bytes=MOST, mounts=[_tmpfs("/proc"), _tmpfs("/", MOST)]
     )
-    assert _violations(containers.create, request) == [
+    assert _violations(container_requests.create, request) == [
         "spec.image",
         "spec.cpus",
         "spec.memory_bytes",
@@ -107,7 +111,7 @@ def test_every_field_at_once() -> None:
 
 def test_the_words_say_what_would_be_right() -> None:
     with pytest.raises(InvalidArgument) as refused:
-        containers.create(create_request(cpus=100.0, mounts=[_tmpfs("/sys/fs/cgroup"), _tmpfs("/usr")]), HOST)
+        container_requests.create(create_request(cpus=100.0, mounts=[_tmpfs("/sys/fs/cgroup"), _tmpfs("/usr")]), HOST)
     said = [violation.description for violation in refused.value.violations]
     assert said == [
         "must be 0 or 0.01 to 2, the number of CPUs of this node; 100 is not",

@@ -10,9 +10,9 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
-from gpudock_server.rpc.identity import Caller, CallerKind, caller
-from gpudock_server.rpc.interception import Context
-from gpudock_server.rpc.tokens import TokenFile
+from gpudock_server.rpc.middleware.bearer_tokens import TokenFile
+from gpudock_server.rpc.middleware.identity import Caller, CallerKind, caller
+from gpudock_server.rpc.middleware.interceptor import Context
 from gpudock_server.settings import Settings
 from gpudock_server.startup import StartupError
 from structlog.testing import capture_logs
@@ -95,7 +95,7 @@ async def test_health_needs_no_identity_and_nothing_else_goes_without(token_file
     probe = Callers()
     async with reached(probe, on_loopback(token_file)) as channel:
         await call(channel, "OneToOne", service="grpc.health.v1.Health")
-        assert probe.seen == [Caller(CallerKind.NOBODY)]
+        assert probe.seen == [Caller(CallerKind.ANONYMOUS)]
         await refused(channel)
 
 

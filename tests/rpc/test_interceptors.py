@@ -18,9 +18,9 @@ import structlog
 from google.protobuf.message import Message as AnyMessage
 from google.rpc import error_details_pb2, status_pb2
 from gpudock_server import errors
-from gpudock_server.rpc.errors import status_of
-from gpudock_server.rpc.identity import UNIX, caller
-from gpudock_server.rpc.interception import Context
+from gpudock_server.rpc.middleware.errors import status_of
+from gpudock_server.rpc.middleware.identity import UNIX, caller
+from gpudock_server.rpc.middleware.interceptor import Context
 from gpudock_server.settings import Settings
 from grpc_status import rpc_status
 from structlog.testing import capture_logs

@@ -24,7 +24,7 @@ from gpudock_server.model.spec import ContainerSpec, Protocol
 from gpudock_server.model.target import Target, TargetKind
 from gpudock_server.model.volume import Volume, VolumeState
 from gpudock_server.ports import ContainerView, VolumeSeen, VolumeView
-from gpudock_server.rpc.validation import listing, watching
+from gpudock_server.rpc import list_requests, watch_requests
 
 from tests.rpc.fakes import LONG_AGO
 from tests.rpc.request_examples import UUID, violations_of
@@ -109,17 +109,17 @@ RUNNING, STOPPED = container_pb2.CONTAINER_STATE_RUNNING, container_pb2.CONTAINE
 )
 def test_containers(fields: dict[str, Any], *, wanted: bool) -> None:
     asked = container_service_pb2.ContainerFilter(**fields)
-    page = listing.containers(container_service_pb2.ListContainersRequest(filter=asked))
-    assert page.wanted(CONTAINER) is wanted
-    watch = watching.containers(container_service_pb2.WatchContainersRequest(filter=asked))
-    assert watch.wanted(CONTAINER) is wanted
+    page = list_requests.containers(container_service_pb2.ListContainersRequest(filter=asked))
+    assert page.matches(CONTAINER) is wanted
+    watch = watch_requests.containers(container_service_pb2.WatchContainersRequest(filter=asked))
+    assert watch.matches(CONTAINER) is wanted
 
 
 @pytest.mark.parametrize(("fields", "wanted"), ALIKE)
 def test_volumes(fields: dict[str, Any], *, wanted: bool) -> None:
     asked = volume_service_pb2.VolumeFilter(**fields)
-    assert listing.volumes(volume_service_pb2.ListVolumesRequest(filter=asked)).wanted(VOLUME) is wanted
-    assert watching.volumes(volume_service_pb2.WatchVolumesRequest(filter=asked)).wanted(VOLUME) is wanted
+    assert list_requests.volumes(volume_service_pb2.ListVolumesRequest(filter=asked)).matches(VOLUME) is wanted
+    assert watch_requests.volumes(volume_service_pb2.WatchVolumesRequest(filter=asked)).matches(VOLUME) is wanted
 
 
 @pytest.mark.parametrize(
@@ -144,8 +144,8 @@ def test_volumes(fields: dict[str, Any], *, wanted: bool) -> None:
 )
 def test_operations(fields: dict[str, Any], *, wanted: bool) -> None:
     asked = operation_service_pb2.OperationFilter(**fields)
-    page = listing.operations(operation_service_pb2.ListOperationsRequest(filter=asked))
-    assert page.wanted(OPERATION) is wanted
+    page = list_requests.operations(operation_service_pb2.ListOperationsRequest(filter=asked))
+    assert page.matches(OPERATION) is wanted
 
 
 @pytest.mark.parametrize(
@@ -165,9 +165,9 @@ def test_operations(fields: dict[str, Any], *, wanted: bool) -> None:
     ],
 )
 def test_cards(fields: dict[str, Any], *, free: bool, held: bool) -> None:
-    page = listing.gpus(node_service_pb2.ListGpusRequest(filter=node_service_pb2.GpuFilter(**fields)))
-    assert page.wanted(HeldGpu(CARD, None)) is free
-    assert page.wanted(HeldGpu(CARD, HOLDER)) is held
+    page = list_requests.gpus(node_service_pb2.ListGpusRequest(filter=node_service_pb2.GpuFilter(**fields)))
+    assert page.matches(HeldGpu(CARD, None)) is free
+    assert page.matches(HeldGpu(CARD, HOLDER)) is held
 
 
 @pytest.mark.parametrize(
@@ -183,50 +183,50 @@ def test_cards(fields: dict[str, Any], *, free: bool, held: bool) -> None:
     ],
 )
 def test_ports(fields: dict[str, Any], *, tcp: bool, udp: bool) -> None:
-    page = listing.ports(node_service_pb2.ListPortsRequest(filter=node_service_pb2.PortFilter(**fields)))
-    assert page.wanted(HeldPort(PortKey(Protocol.TCP, 80), HOLDER)) is tcp
-    assert page.wanted(HeldPort(PortKey(Protocol.UDP, 80), HOLDER)) is udp
+    page = list_requests.ports(node_service_pb2.ListPortsRequest(filter=node_service_pb2.PortFilter(**fields)))
+    assert page.matches(HeldPort(PortKey(Protocol.TCP, 80), HOLDER)) is tcp
+    assert page.matches(HeldPort(PortKey(Protocol.UDP, 80), HOLDER)) is udp
 
 
 def test_a_wrong_filter_says_where() -> None:
     nine: Any = [9]
     drift = node_service_pb2.ListDriftRequest(filter=node_service_pb2.DriftFilter(kinds=[999], severities=nine))  # type: ignore[list-item]  # no such value: refused
-    assert set(violations_of(listing.drift, drift)) == {"filter.kinds", "filter.severities"}
+    assert set(violations_of(list_requests.drift, drift)) == {"filter.kinds", "filter.severities"}
     watch = container_service_pb2.WatchContainersRequest(
         filter=container_service_pb2.ContainerFilter(states=[99]),  # type: ignore[list-item]  # no such value: refused
         resume_token="x",  # noqa: S106 - none at all
     )
-    assert set(violations_of(watching.containers, watch)) == {"filter.states", "resume_token"}
+    assert set(violations_of(watch_requests.containers, watch)) == {"filter.states", "resume_token"}
 
 
 @pytest.mark.parametrize(
     ("validate", "request_type"),
     [
-        (listing.revisions, container_service_pb2.ListContainerRevisionsRequest),
-        (listing.volume_revisions, volume_service_pb2.ListVolumeRevisionsRequest),
+        (list_requests.revisions, container_service_pb2.ListContainerRevisionsRequest),
+        (list_requests.volume_revisions, volume_service_pb2.ListVolumeRevisionsRequest),
     ],
 )
 def test_a_history_is_one_name_s_and_all_of_it(validate: Any, request_type: Any) -> None:
     assert set(violations_of(validate, request_type(name="A", page_size=-1))) == {"name", "page_size"}
     page = validate(request_type(name="a", page_size=1000))
     assert (page.size, page.resume) == (1000, "")
-    assert page.wanted(object()) is True
+    assert page.matches(object()) is True
     assert page.token("") == ""
     assert validate(request_type(name="a", page_token=page.token("there"))).resume == "there"
 
 
 def test_a_watch_begins_with_what_is_there_or_behind_a_token() -> None:
     asked = container_service_pb2.WatchContainersRequest(filter=container_service_pb2.ContainerFilter(owner="o"))
-    watch = watching.containers(asked)
+    watch = watch_requests.containers(asked)
     assert (watch.listing, watch.resume) == (True, "")
-    assert watch.scope == watching.container_scope(asked.filter)
+    assert watch.scope == watch_requests.container_scope(asked.filter)
     asked.changes_only = True
-    assert not watching.containers(asked).listing
+    assert not watch_requests.containers(asked).listing
     asked.resume_token = watch.token("there")
-    assert watching.containers(asked).resume == "there"
+    assert watch_requests.containers(asked).resume == "there"
     asked.resume_token = watch.token("")
-    assert set(violations_of(watching.containers, asked)) == {"resume_token"}
+    assert set(violations_of(watch_requests.containers, asked)) == {"resume_token"}
     other = volume_service_pb2.WatchVolumesRequest(
         filter=volume_service_pb2.VolumeFilter(owner="o"), resume_token=watch.token("there")
     )
-    assert set(violations_of(watching.volumes, other)) == {"resume_token"}
+    assert set(violations_of(watch_requests.volumes, other)) == {"resume_token"}

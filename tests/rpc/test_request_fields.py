@@ -32,7 +32,8 @@ from gpudock_server.core.volumes import commands as volume_commands
 from gpudock_server.model.engine import HostCapacity, RegistryAuth
 from gpudock_server.model.spec import ContainerSpec, GpuRequest, RevisionPolicy, SnapshotPolicy
 from gpudock_server.model.volume import VolumeBackendKind
-from gpudock_server.rpc.validation import containers, volumes
+from gpudock_server.rpc.containers import requests as container_requests
+from gpudock_server.rpc.volumes import requests as volume_requests
 
 from tests.rpc.request_examples import DAY, SECRET, UUID, create_request, violations_of
 
@@ -59,7 +60,7 @@ class Case:
 
 CASES = [
     Case(
-        containers.create,
+        container_requests.create,
         container_service_pb2.CreateContainerRequest(
             name="a",
             owner="o",
@@ -171,7 +172,7 @@ CASES = [
         },
     ),
     Case(
-        containers.start,
+        container_requests.start,
         container_service_pb2.StartContainerRequest(gpus=container_pb2.GpuRequest(count=1), snapshots=NEVER, **ON),
         Start(name="a", gpus=GpuRequest(count=1), snapshots=SnapshotPolicy.NEVER, etag="e"),
         container_service_pb2.StartContainerRequest(
@@ -182,14 +183,14 @@ CASES = [
         {"gpus.count", "snapshots"},
     ),
     Case(
-        containers.stop,
+        container_requests.stop,
         container_service_pb2.StopContainerRequest(keep_resources=True, timeout=Duration(seconds=DAY), **ON),
         Stop(name="a", keep_resources=True, timeout=float(DAY), etag="e"),
         container_service_pb2.StopContainerRequest(timeout=LONG_DAY, **BAD_ON),
         {"timeout"},
     ),
     Case(
-        containers.restart,
+        container_requests.restart,
         container_service_pb2.RestartContainerRequest(timeout=Duration(seconds=3), snapshots=NEVER, **ON),
         Restart(name="a", timeout=3.0, snapshots=SnapshotPolicy.NEVER, etag="e"),
         container_service_pb2.RestartContainerRequest(
@@ -200,28 +201,28 @@ CASES = [
         {"timeout", "snapshots"},
     ),
     Case(
-        containers.pause,
+        container_requests.pause,
         container_service_pb2.PauseContainerRequest(**ON),
         Pause(name="a", etag="e"),
         container_service_pb2.PauseContainerRequest(**BAD_ON),
         set(),
     ),
     Case(
-        containers.unpause,
+        container_requests.unpause,
         container_service_pb2.UnpauseContainerRequest(**ON),
         Unpause(name="a", etag="e"),
         container_service_pb2.UnpauseContainerRequest(**BAD_ON),
         set(),
     ),
     Case(
-        containers.delete,
+        container_requests.delete,
         container_service_pb2.DeleteContainerRequest(force=True, **ON),
         Delete(name="a", force=True, etag="e"),
         container_service_pb2.DeleteContainerRequest(**BAD_ON),
         set(),
     ),
     Case(
-        containers.scale,
+        container_requests.scale,
         container_service_pb2.ScaleContainerRequest(
             gpus=container_pb2.GpuRequest(count=1),
             cpus=2,
@@ -253,21 +254,21 @@ CASES = [
         {"gpus.count", "cpus", "memory_bytes", "shm_size_bytes", "strategy", "snapshots"},
     ),
     Case(
-        containers.rollback,
+        container_requests.rollback,
         container_service_pb2.RollbackContainerRequest(revision=MANY - 1, spec_only=True, snapshots=NEVER, **ON),
         Rollback(name="a", revision=MANY - 1, spec_only=True, snapshots=SnapshotPolicy.NEVER, etag="e"),
         container_service_pb2.RollbackContainerRequest(revision=MANY, snapshots=9, **BAD_ON),  # type: ignore[arg-type]  # no such value: refused
         {"revision", "snapshots"},
     ),
     Case(
-        containers.delete_revision,
+        container_requests.delete_revision,
         container_service_pb2.DeleteContainerRevisionRequest(revision=1, **ON),
         DeleteRevision(name="a", revision=1, etag="e"),
         container_service_pb2.DeleteContainerRevisionRequest(revision=0, **BAD_ON),
         {"revision"},
     ),
     Case(
-        volumes.create,
+        volume_requests.create,
         volume_service_pb2.CreateVolumeRequest(
             name="a",
             size_bytes=1 << 20,
@@ -289,7 +290,7 @@ CASES = [
         {"size_bytes", "owner", 'labels["-"]', "backend"},
     ),
     Case(
-        volumes.adopt,
+        volume_requests.adopt,
         volume_service_pb2.AdoptVolumeRequest(
             name="a",
             engine_volume="Their.volume",
@@ -318,14 +319,14 @@ CASES = [
         {"engine_volume", "size_bytes", "owner", 'labels["-"]', "backend"},
     ),
     Case(
-        volumes.resize,
+        volume_requests.resize,
         volume_service_pb2.ResizeVolumeRequest(size_bytes=1 << 20, **ON),
         volume_commands.Resize(name="a", size_bytes=1 << 20, etag="e"),
         volume_service_pb2.ResizeVolumeRequest(size_bytes=1, **BAD_ON),
         {"size_bytes"},
     ),
     Case(
-        volumes.delete,
+        volume_requests.delete,
         volume_service_pb2.DeleteVolumeRequest(force=True, **ON),
         volume_commands.Delete(name="a", etag="e", force=True),
         volume_service_pb2.DeleteVolumeRequest(**BAD_ON),
@@ -355,7 +356,7 @@ def test_an_update() -> None:
         snapshots=NEVER,
         **ON,
     )
-    command = containers.update(request)
+    command = container_requests.update(request)
     assert command.change.apply(ContainerSpec(image="busybox", user="me")) == ContainerSpec(image="debian", user="me")
     assert command == Update(
         name="a",
@@ -376,7 +377,7 @@ def test_an_update() -> None:
         snapshots=9,  # type: ignore[arg-type]  # no such value: refused
         **BAD_ON,
     )
-    assert set(violations_of(containers.update, bad)) == {
+    assert set(violations_of(container_requests.update, bad)) == {
         "name",
         "request_id",
         "spec.image",
@@ -398,7 +399,7 @@ def test_a_clone() -> None:
         create_only=True,
         request_id=UUID,
     )
-    command = containers.clone(request)
+    command = container_requests.clone(request)
     assert command.change.apply(ContainerSpec(image="busybox")) == ContainerSpec(image="busybox", user="me")
     assert command == Clone(name="b", source="a", revision=MANY - 1, change=command.change, owner="o", create_only=True)
     bad = container_service_pb2.CloneContainerRequest(
@@ -409,7 +410,7 @@ def test_a_clone() -> None:
         owner="-",
         request_id="x",
     )
-    assert set(violations_of(containers.clone, bad)) == {
+    assert set(violations_of(container_requests.clone, bad)) == {
         "name",
         "source",
         "revision",
@@ -422,30 +423,32 @@ def test_a_clone() -> None:
 
 def test_what_a_revision_is_read_by() -> None:
     asked = container_service_pb2.GetContainerRevisionRequest
-    assert containers.get_revision(asked(name="a", revision=MANY - 1)) == ("a", MANY - 1)
-    assert containers.get_revision(asked(name="a")) == ("a", 0)
-    assert set(violations_of(containers.get_revision, asked(revision=MANY))) == {"name", "revision"}
-    assert set(violations_of(containers.get_revision, asked(name="a", revision=-1))) == {"revision"}
+    assert container_requests.get_revision(asked(name="a", revision=MANY - 1)) == ("a", MANY - 1)
+    assert container_requests.get_revision(asked(name="a")) == ("a", 0)
+    assert set(violations_of(container_requests.get_revision, asked(revision=MANY))) == {"name", "revision"}
+    assert set(violations_of(container_requests.get_revision, asked(name="a", revision=-1))) == {"revision"}
 
 
 def test_revisions_are_numbered_from_one() -> None:
     for validate, request in (
-        (containers.rollback, container_service_pb2.RollbackContainerRequest(name="a")),
-        (containers.delete_revision, container_service_pb2.DeleteContainerRevisionRequest(name="a")),
+        (container_requests.rollback, container_service_pb2.RollbackContainerRequest(name="a")),
+        (container_requests.delete_revision, container_service_pb2.DeleteContainerRevisionRequest(name="a")),
     ):
         assert set(violations_of(validate, request)) == {"revision"}
 
 
 def test_a_volume_is_read_by_its_name_and_adopted_by_it_where_nothing_else_is_said() -> None:
-    assert volumes.get(volume_service_pb2.GetVolumeRequest(name="data")) == "data"
-    assert set(violations_of(volumes.get, volume_service_pb2.GetVolumeRequest())) == {"name"}
-    adopted = volumes.adopt(volume_service_pb2.AdoptVolumeRequest(name="data"))
+    assert volume_requests.get(volume_service_pb2.GetVolumeRequest(name="data")) == "data"
+    assert set(violations_of(volume_requests.get, volume_service_pb2.GetVolumeRequest())) == {"name"}
+    adopted = volume_requests.adopt(volume_service_pb2.AdoptVolumeRequest(name="data"))
     assert adopted == volume_commands.Adopt(name="data", engine_volume="data")
-    assert set(violations_of(volumes.resize, volume_service_pb2.ResizeVolumeRequest(name="a"))) == {"size_bytes"}
+    assert set(violations_of(volume_requests.resize, volume_service_pb2.ResizeVolumeRequest(name="a"))) == {
+        "size_bytes"
+    }
     plain = volume_service_pb2.CreateVolumeRequest(name="a", backend=volume_pb2.VOLUME_BACKEND_PLAIN)
-    assert volumes.create(plain) == volume_commands.Create(name="a", backend=VolumeBackendKind.PLAIN)
+    assert volume_requests.create(plain) == volume_commands.Create(name="a", backend=VolumeBackendKind.PLAIN)
     plain.size_bytes = 1 << 20
-    assert set(violations_of(volumes.create, plain)) == {"backend"}
+    assert set(violations_of(volume_requests.create, plain)) == {"backend"}
 
 
 def test_a_host_limits_what_a_container_can_be_given() -> None:
@@ -453,20 +456,20 @@ def test_a_host_limits_what_a_container_can_be_given() -> None:
     most = create_request(cpus=4, memory_bytes=1 << 30, shm_size_bytes=1 << 30)
     tmpfs = container_pb2.TmpfsMount(size_bytes=1 << 30)
     most.spec.mounts.append(container_pb2.Mount(tmpfs=tmpfs, target="/t"))
-    assert containers.create(most, host).spec.cpus == 4
+    assert container_requests.create(most, host).spec.cpus == 4
     more = create_request(cpus=4.01, memory_bytes=(1 << 30) + 1, shm_size_bytes=(1 << 30) + 1)
     more.spec.mounts.append(container_pb2.Mount(tmpfs=container_pb2.TmpfsMount(size_bytes=(1 << 30) + 1), target="/t"))
-    found = violations_of(lambda request: containers.create(request, host), more)
+    found = violations_of(lambda request: container_requests.create(request, host), more)
     assert set(found) == {"spec.cpus", "spec.memory_bytes", "spec.shm_size_bytes", "spec.mounts[0].tmpfs.size_bytes"}
     assert found["spec.cpus"] == "must be 0 or 0.01 to 4, the number of CPUs of this node; 4.01 is not"
     scale = container_service_pb2.ScaleContainerRequest(
         name="a", cpus=4.01, memory_bytes=(1 << 30) + 1, shm_size_bytes=(1 << 30) + 1
     )
-    found = violations_of(lambda request: containers.scale(request, host), scale)
+    found = violations_of(lambda request: container_requests.scale(request, host), scale)
     assert set(found) == {"cpus", "memory_bytes", "shm_size_bytes"}
     update = container_service_pb2.UpdateContainerRequest(name="a", spec=container_pb2.ContainerSpec(cpus=5))
-    assert set(violations_of(lambda request: containers.update(request, host), update)) == {"spec.cpus"}
+    assert set(violations_of(lambda request: container_requests.update(request, host), update)) == {"spec.cpus"}
     clone = container_service_pb2.CloneContainerRequest(name="b", source="a", spec=container_pb2.ContainerSpec(cpus=5))
-    assert set(violations_of(lambda request: containers.clone(request, host), clone)) == {"spec.cpus"}
-    unknown = violations_of(containers.create, create_request(cpus=8193))
+    assert set(violations_of(lambda request: container_requests.clone(request, host), clone)) == {"spec.cpus"}
+    unknown = violations_of(container_requests.create, create_request(cpus=8193))
     assert unknown == {"spec.cpus": "must be 0 or 0.01 to 8192"}

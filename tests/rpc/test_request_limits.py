@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from gpudock.v1 import container_pb2, container_service_pb2, exec_pb2
-from gpudock_server.rpc.validation import commit, containers, image
-from gpudock_server.rpc.validation import exec as execs
+from gpudock_server.model import image_reference
+from gpudock_server.rpc.containers import commit_request
+from gpudock_server.rpc.containers import requests as container_requests
+from gpudock_server.rpc.exec import requests as execs
 from gpudock_server.rpc.validation.violations import Violations
 
 from tests.rpc.request_examples import DAY, create_request, mount, port, violations_of
@@ -100,8 +102,8 @@ LIMITS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("field", "most", "more"), LIMITS, ids=[f"{n} {limit[0]}" for n, limit in enumerate(LIMITS)])
 def test_a_limit_of_a_spec(field: str, most: dict[str, Any], more: dict[str, Any]) -> None:
-    containers.create(create_request(**most))
-    assert set(violations_of(containers.create, create_request(**more))) == {field}
+    container_requests.create(create_request(**most))
+    assert set(violations_of(container_requests.create, create_request(**more))) == {field}
 
 
 def test_names_and_values_of_variables_share_one_limit() -> None:
@@ -124,12 +126,12 @@ def test_spans_that_are_none() -> None:
         Duration(seconds=1, nanos=-1),
         Duration(nanos=1_000_000_000),
     ):
-        found = violations_of(containers.create, create_request(stop_timeout=span))
+        found = violations_of(container_requests.create, create_request(stop_timeout=span))
         assert found == {
             "spec.stop_timeout": "is not a valid Duration: seconds and nanos out of range, or of different signs"
         }
     words = violations_of(
-        containers.create, create_request(health_check=container_pb2.HealthCheck(interval=Duration()))
+        container_requests.create, create_request(health_check=container_pb2.HealthCheck(interval=Duration()))
     )
     assert words == {"spec.health_check.interval": "must be 1 ms to 9223372036 s"}
 
@@ -152,14 +154,14 @@ def test_a_limit_of_a_commit(field: str, most: dict[str, Any], more: dict[str, A
     def request(fields: dict[str, Any]) -> container_service_pb2.CommitContainerRequest:
         return container_service_pb2.CommitContainerRequest(**{"name": "a", "repository": "team/model", **fields})
 
-    commit.commit(request(most))
-    assert set(violations_of(commit.commit, request(more))) == {field}
+    commit_request.commit(request(most))
+    assert set(violations_of(commit_request.commit, request(more))) == {field}
 
 
 def test_what_is_wrong_with_a_line_of_a_commit() -> None:
     lines = ["user ", " \\ USER a", "USER a \\ ", "EXPOSE x", "ENV A", "CMD [1]", "VOLUME a", "WORKDIR a", "USER a b"]
     request = container_service_pb2.CommitContainerRequest(name="a", repository="b", changes=lines)
-    found = violations_of(commit.commit, request)
+    found = violations_of(commit_request.commit, request)
     assert found["changes[0]"] == "USER needs an argument"
     assert found["changes[2]"] == "must be one line of printable characters, and end with it"
     assert found["changes[3]"] == "'x' is no port such as 80, 53/udp or 8000-8010"
@@ -206,4 +208,4 @@ def test_where_something_is_wrong(wrong: Callable[[Violations], None], field: st
     ],
 )
 def test_references_of_images(reference: str, *, valid: bool) -> None:
-    assert image.is_image_reference(reference) is valid
+    assert image_reference.is_image_reference(reference) is valid

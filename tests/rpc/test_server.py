@@ -8,7 +8,7 @@ from pathlib import Path
 import grpc.aio
 import pytest
 from google.protobuf.message import Message
-from gpudock_server.rpc.server import OUR_SERVICES
+from gpudock_server.rpc.server import GPUDOCK_SERVICES
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -73,10 +73,10 @@ def test_any_request_has_a_foreseen_end(tmp_path: Path, call: Call) -> None:
 async def test_health_of_each_service(served: Served) -> None:
     health = health_pb2_grpc.HealthStub(served.channel)
     await served.server.set_serving(True)
-    for service in ("", *OUR_SERVICES):
+    for service in ("", *GPUDOCK_SERVICES):
         answer = await health.Check(health_pb2.HealthCheckRequest(service=service))
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
-    watch = health.Watch(health_pb2.HealthCheckRequest(service=OUR_SERVICES[0]))
+    watch = health.Watch(health_pb2.HealthCheckRequest(service=GPUDOCK_SERVICES[0]))
     assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
     await served.server.set_serving(False)
     assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
@@ -90,7 +90,7 @@ async def test_reflection_describes_everything(served: Served) -> None:
         *(
             reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol)
             for symbol in (
-                *OUR_SERVICES,
+                *GPUDOCK_SERVICES,
                 "gpudock.v1.ErrorReason",
                 "grpc.health.v1.Health",
                 "grpc.channelz.v1.Channelz",
@@ -99,7 +99,7 @@ async def test_reflection_describes_everything(served: Served) -> None:
     ]
     answers = [answer async for answer in reflection.ServerReflectionInfo(iter(asked))]
     names = {service.name for service in answers[0].list_services_response.service}
-    assert names >= {*OUR_SERVICES, "grpc.health.v1.Health", "grpc.channelz.v1.Channelz"}
+    assert names >= {*GPUDOCK_SERVICES, "grpc.health.v1.Health", "grpc.channelz.v1.Channelz"}
     assert all(answer.HasField("file_descriptor_response") for answer in answers[1:])
 
 

@@ -16,8 +16,7 @@ from gpudock.v1 import (
 )
 from gpudock_server.errors import EngineRejected
 from gpudock_server.model.target import TargetKind
-from gpudock_server.rpc import page_token
-from gpudock_server.rpc.validation import listing
+from gpudock_server.rpc import list_requests, opaque_tokens
 
 from tests.rpc.serving import UUID, Served, create_request, made, reason_of, to_the_end, until
 
@@ -270,9 +269,9 @@ async def test_cards_and_ports(served: Served) -> None:
     rest = await served.nodes.ListGpus(node_service_pb2.ListGpusRequest(page_token=page.next_page_token))
     assert [card.index for card in rest.gpus] == [3, 4, 5, 6, 7]
     assert rest.next_page_token == ""
-    scope = listing.gpus(node_service_pb2.ListGpusRequest()).scope
+    scope = list_requests.gpus(node_service_pb2.ListGpusRequest()).scope
     for forged in ("-1", "9" * 5000, "x"):
-        request_of_it = node_service_pb2.ListGpusRequest(page_token=page_token.sealed(scope, forged))
+        request_of_it = node_service_pb2.ListGpusRequest(page_token=opaque_tokens.encode_token(scope, forged))
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await served.nodes.ListGpus(request_of_it)
         assert reason_of(refused.value) == "INVALID_ARGUMENT"

@@ -19,9 +19,9 @@ from gpudock_server.model.spec import (
     RestartPolicyKind,
     RevisionPolicy,
 )
-from gpudock_server.rpc.convert.spec import spec_message
-from gpudock_server.rpc.convert.spec_changes import spec_changes
-from gpudock_server.rpc.validation import containers
+from gpudock_server.rpc.containers import requests as container_requests
+from gpudock_server.rpc.containers.spec_diff import spec_changes
+from gpudock_server.rpc.containers.spec_messages import spec_message
 from hypothesis import given, settings
 
 from tests.calls import clone_request, update_request
@@ -43,7 +43,7 @@ BEFORE = ContainerSpec(
 
 def after(mask: str = "", before: ContainerSpec = BEFORE, **fields: Any) -> ContainerSpec:
     """The spec that an update leaves."""
-    return containers.update(update_request("train", mask, **fields)).change.apply(before)
+    return container_requests.update(update_request("train", mask, **fields)).change.apply(before)
 
 
 def edits(**fields: Any) -> container_service_pb2.ContainerSpecEdits:
@@ -113,9 +113,9 @@ def test_edits_go_with_whole_fields_and_with_clones() -> None:
     assert after("command", command=["true"], edits=changed) == BEFORE.changed(
         command=("true",), env={**BEFORE.env, "C": "3"}
     )
-    clone = containers.clone(clone_request("train", "twin", "labels.team", edits=changed))
+    clone = container_requests.clone(clone_request("train", "twin", "labels.team", edits=changed))
     assert clone.change.apply(BEFORE) == BEFORE.changed(env={**BEFORE.env, "C": "3"}, labels={"example.com/x": "y"})
-    assert containers.clone(clone_request("train", "twin")).change.apply(BEFORE) == BEFORE
+    assert container_requests.clone(clone_request("train", "twin")).change.apply(BEFORE) == BEFORE
 
 
 def test_everything_that_is_wrong_is_said_at_once() -> None:
@@ -136,7 +136,7 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
             ],
         ),
     )
-    found = violations_of(containers.update, request)
+    found = violations_of(container_requests.update, request)
     assert set(found) == {
         "name",
         "update_mask",
@@ -192,19 +192,19 @@ def test_what_does_not_change_is_not_checked_again() -> None:
 
 
 def test_nothing_to_change_is_refused() -> None:
-    assert set(violations_of(containers.update, update_request("train", edits=edits()))) == {"update_mask"}
+    assert set(violations_of(container_requests.update, update_request("train", edits=edits()))) == {"update_mask"}
 
 
 @settings(max_examples=150, deadline=None, database=None)
 @given(request=requests(container_service_pb2.UpdateContainerRequest))
 def test_any_valid_change_is_applied_or_refused(request: container_service_pb2.UpdateContainerRequest) -> None:
     try:
-        changed = containers.update(request).change.apply(BEFORE)
+        changed = container_requests.update(request).change.apply(BEFORE)
     except InvalidArgument:
         return
     # What comes of it is a spec that could be asked for.
     whole = container_service_pb2.CreateContainerRequest(name="train", spec=spec_message(changed))
-    command = containers.create(whole)
+    command = container_requests.create(whole)
     assert isinstance(command, Create)
     assert command.spec == changed
 

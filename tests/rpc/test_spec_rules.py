@@ -10,7 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 from gpudock.v1 import (
     container_pb2,
 )
-from gpudock_server.rpc.validation import containers
+from gpudock_server.rpc.containers import requests as container_requests
 
 from tests.rpc.request_examples import DAY, create_request, mount, port, violations_of
 
@@ -139,7 +139,7 @@ BAD_SPECS: Mapping[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("fields", "field"), BAD_SPECS.values(), ids=BAD_SPECS.keys())
 def test_a_spec_that_breaks_one_rule(fields: dict[str, Any], field: str) -> None:
-    assert set(violations_of(containers.create, create_request(**fields))) == {field}
+    assert set(violations_of(container_requests.create, create_request(**fields))) == {field}
 
 
 @pytest.mark.parametrize(
@@ -157,11 +157,11 @@ def test_a_spec_that_breaks_one_rule(fields: dict[str, Any], field: str) -> None
     ],
 )
 def test_images_that_can_be_named(image: str) -> None:
-    assert containers.create(create_request(image=image)).spec.image == image
+    assert container_requests.create(create_request(image=image)).spec.image == image
 
 
 @pytest.mark.parametrize(
     "image", ["/a", "a/", "a:", "a::b", "a@", "a@sha256:12", "-a", "a b", "a\n", "é", "http://a/b"]
 )
 def test_images_that_cannot(image: str) -> None:
-    assert set(violations_of(containers.create, create_request(image=image))) == {"spec.image"}
+    assert set(violations_of(container_requests.create, create_request(image=image))) == {"spec.image"}

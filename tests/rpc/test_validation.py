@@ -34,9 +34,11 @@ from gpudock_server.model.spec import (
 from gpudock_server.model.spec import (
     HealthCheck as ContainerHealthCheck,
 )
-from gpudock_server.rpc.request_key import request_key
-from gpudock_server.rpc.validation import containers, listing, operations
-from gpudock_server.rpc.validation import exec as execs
+from gpudock_server.rpc import list_requests
+from gpudock_server.rpc.containers import requests as container_requests
+from gpudock_server.rpc.exec import requests as execs
+from gpudock_server.rpc.operations import requests as operation_requests
+from gpudock_server.rpc.operations.request_key import request_key
 
 from tests.rpc.request_examples import DAY, SECRET, UUID, create_request, mount, port, violations_of
 
@@ -50,7 +52,7 @@ def test_all_violations_come_at_once() -> None:
         registry_auth=registry_auth_pb2.RegistryAuth(username="u", identity_token=SECRET),
         spec=container_pb2.ContainerSpec(cpus=-1, ports=[port(0, -1), port(80)], mounts=[mount(target="x")]),
     )
-    assert set(violations_of(containers.create, request)) == {
+    assert set(violations_of(container_requests.create, request)) == {
         "name",
         "owner",
         "request_id",
@@ -67,7 +69,7 @@ def test_all_violations_come_at_once() -> None:
 
 def test_a_spec_that_is_missing_is_one_violation() -> None:
     request = container_service_pb2.CreateContainerRequest(name="a")
-    assert violations_of(containers.create, request) == {"spec": "is required"}
+    assert violations_of(container_requests.create, request) == {"spec": "is required"}
 
 
 def test_a_full_request_becomes_a_command() -> None:
@@ -105,7 +107,7 @@ def test_a_full_request_becomes_a_command() -> None:
     request.create_only = True
     request.registry_auth.username = "u"
     request.registry_auth.password = SECRET
-    assert containers.create(request) == Create(
+    assert container_requests.create(request) == Create(
         name="train",
         owner="team@example.com",
         pull_policy=PullPolicy.NEVER,
@@ -147,17 +149,17 @@ def test_a_full_request_becomes_a_command() -> None:
 
 
 def test_what_is_left_out_is_the_default() -> None:
-    command = containers.create(create_request())
+    command = container_requests.create(create_request())
     assert command == Create(name="train", spec=ContainerSpec(image="busybox"))
 
 
 ON_EXISTING: tuple[tuple[Callable[[Any], object], type[Message]], ...] = (
-    (containers.start, container_service_pb2.StartContainerRequest),
-    (containers.stop, container_service_pb2.StopContainerRequest),
-    (containers.restart, container_service_pb2.RestartContainerRequest),
-    (containers.pause, container_service_pb2.PauseContainerRequest),
-    (containers.unpause, container_service_pb2.UnpauseContainerRequest),
-    (containers.delete, container_service_pb2.DeleteContainerRequest),
+    (container_requests.start, container_service_pb2.StartContainerRequest),
+    (container_requests.stop, container_service_pb2.StopContainerRequest),
+    (container_requests.restart, container_service_pb2.RestartContainerRequest),
+    (container_requests.pause, container_service_pb2.PauseContainerRequest),
+    (container_requests.unpause, container_service_pb2.UnpauseContainerRequest),
+    (container_requests.delete, container_service_pb2.DeleteContainerRequest),
 )
 
 
@@ -170,15 +172,15 @@ def test_a_change_needs_a_name_and_a_uuid(validate: Callable[[Any], object], req
 
 
 def test_get_needs_a_name() -> None:
-    assert set(violations_of(containers.get, container_service_pb2.GetContainerRequest(name="a\n"))) == {"name"}
-    assert containers.get(container_service_pb2.GetContainerRequest(name="a")) == "a"
+    assert set(violations_of(container_requests.get, container_service_pb2.GetContainerRequest(name="a\n"))) == {"name"}
+    assert container_requests.get(container_service_pb2.GetContainerRequest(name="a")) == "a"
 
 
 def test_timeouts_are_whole_seconds_and_never_less_than_asked() -> None:
     request = container_service_pb2.StopContainerRequest(name="a", timeout=Duration(seconds=1, nanos=1))
-    assert containers.stop(request) == Stop(name="a", timeout=2.0)
+    assert container_requests.stop(request) == Stop(name="a", timeout=2.0)
     at_once = container_service_pb2.StopContainerRequest(name="a", timeout=Duration())
-    assert containers.stop(at_once).timeout == 0.0
+    assert container_requests.stop(at_once).timeout == 0.0
     for validate, request_type in ON_EXISTING[1:3]:
         late = request_type(name="a", timeout=Duration(seconds=DAY + 1))
         assert violations_of(validate, late) == {"timeout": "must be 0 s to 86400 s"}
@@ -186,24 +188,24 @@ def test_timeouts_are_whole_seconds_and_never_less_than_asked() -> None:
 
 def test_start_with_cards() -> None:
     request = container_service_pb2.StartContainerRequest(name="a", gpus=container_pb2.GpuRequest())
-    assert containers.start(request) == Start(name="a", gpus=GpuRequest())
-    assert containers.start(container_service_pb2.StartContainerRequest(name="a")) == Start(name="a", gpus=None)
+    assert container_requests.start(request) == Start(name="a", gpus=GpuRequest())
+    assert container_requests.start(container_service_pb2.StartContainerRequest(name="a")) == Start(name="a", gpus=None)
     request.gpus.count = 17
-    assert set(violations_of(containers.start, request)) == {"gpus.count"}
+    assert set(violations_of(container_requests.start, request)) == {"gpus.count"}
 
 
 def test_scale() -> None:
     request = container_service_pb2.ScaleContainerRequest
-    assert set(violations_of(containers.scale, request(name="a"))) == {"gpus"}
+    assert set(violations_of(container_requests.scale, request(name="a"))) == {"gpus"}
     bad = request(name="a", cpus=0.001, memory_bytes=1, shm_size_bytes=-1, strategy=9, request_id="1")  # type: ignore[arg-type]  # no such value: refused
-    assert set(violations_of(containers.scale, bad)) == {
+    assert set(violations_of(container_requests.scale, bad)) == {
         "cpus",
         "memory_bytes",
         "shm_size_bytes",
         "strategy",
         "request_id",
     }
-    none = containers.scale(
+    none = container_requests.scale(
         request(name="a", cpus=-0.0, memory_bytes=0, strategy=container_service_pb2.SCALE_STRATEGY_LIVE)
     )
     assert none == Scale(name="a", cpus=0.0, memory_bytes=0, strategy=ScaleStrategy.LIVE)
@@ -214,47 +216,49 @@ def test_lists() -> None:
     request = container_service_pb2.ListContainersRequest
     filtered = container_service_pb2.ContainerFilter(states=[9, 0])  # type: ignore[list-item]  # no such value: refused
     bad = request(page_size=-1, page_token=SECRET, filter=filtered)
-    assert set(violations_of(listing.containers, bad)) == {"page_size", "page_token", "filter.states"}
-    assert listing.containers(request()).size == 100
-    assert listing.containers(request(page_size=7)).size == 7
-    assert listing.containers(request(page_size=1001)).size == 1000
+    assert set(violations_of(list_requests.containers, bad)) == {"page_size", "page_token", "filter.states"}
+    assert list_requests.containers(request()).size == 100
+    assert list_requests.containers(request(page_size=7)).size == 7
+    assert list_requests.containers(request(page_size=1001)).size == 1000
     kinds = operation_service_pb2.OperationFilter(
         states=[99],  # type: ignore[list-item]  # no such value: refused
         kinds=[99],  # type: ignore[list-item]  # no such value: refused
         target=operation_pb2.ResourceRef(kind=9),  # type: ignore[arg-type]  # no such value: refused
     )
-    found = violations_of(listing.operations, operation_service_pb2.ListOperationsRequest(filter=kinds))
+    found = violations_of(list_requests.operations, operation_service_pb2.ListOperationsRequest(filter=kinds))
     assert set(found) == {"filter.states", "filter.kinds", "filter.target.kind"}
     healths = node_service_pb2.GpuFilter(healths=[9])  # type: ignore[list-item]  # no such value: refused
-    assert set(violations_of(listing.gpus, node_service_pb2.ListGpusRequest(filter=healths))) == {"filter.healths"}
+    assert set(violations_of(list_requests.gpus, node_service_pb2.ListGpusRequest(filter=healths))) == {
+        "filter.healths"
+    }
     protocols = node_service_pb2.PortFilter(protocols=[9])  # type: ignore[list-item]  # no such value: refused
-    assert set(violations_of(listing.ports, node_service_pb2.ListPortsRequest(filter=protocols))) == {
+    assert set(violations_of(list_requests.ports, node_service_pb2.ListPortsRequest(filter=protocols))) == {
         "filter.protocols"
     }
 
 
 def test_a_page_token_belongs_to_its_list_and_filter() -> None:
     first = container_service_pb2.ListContainersRequest(filter=container_service_pb2.ContainerFilter(owner="a"))
-    token = listing.containers(first).token("there")
+    token = list_requests.containers(first).token("there")
     first.page_token, first.page_size = token, 5
-    assert listing.containers(first).resume == "there"
+    assert list_requests.containers(first).resume == "there"
     first.filter.owner = "b"
-    assert set(violations_of(listing.containers, first)) == {"page_token"}
+    assert set(violations_of(list_requests.containers, first)) == {"page_token"}
     other = operation_service_pb2.ListOperationsRequest(page_token=token)
-    assert set(violations_of(listing.operations, other)) == {"page_token"}
+    assert set(violations_of(list_requests.operations, other)) == {"page_token"}
     for broken in (token[:-1], token + "A", "é", "\0"):
         cut = container_service_pb2.ListContainersRequest(
             filter=container_service_pb2.ContainerFilter(owner="a"), page_token=broken
         )
-        assert set(violations_of(listing.containers, cut)) == {"page_token"}
+        assert set(violations_of(list_requests.containers, cut)) == {"page_token"}
 
 
 def test_operation_ids() -> None:
     request = operation_service_pb2.CancelOperationRequest
-    assert set(violations_of(operations.operation_id, request(request_id="1"))) == {"id", "request_id"}
-    assert operations.operation_id(request(id=UUID.upper())) == UUID
+    assert set(violations_of(operation_requests.operation_id, request(request_id="1"))) == {"id", "request_id"}
+    assert operation_requests.operation_id(request(id=UUID.upper())) == UUID
     with pytest.raises(OperationNotFound):
-        operations.operation_id(request(id="../locks"))
+        operation_requests.operation_id(request(id="../locks"))
 
 
 def exec_start(**fields: Any) -> exec_pb2.ExecContainerRequest:
@@ -293,7 +297,7 @@ def test_the_first_message_of_an_exec() -> None:
 
 
 def test_a_start_of_an_exec() -> None:
-    assert execs.start(exec_start(exec_id=UUID.upper(), timeout=Duration(nanos=1_000_000))) == execs.Start(
+    assert execs.start(exec_start(exec_id=UUID.upper(), timeout=Duration(nanos=1_000_000))) == execs.ExecStartRequest(
         container="a", exec_id=UUID, request=ExecRequest(command=("true",)), timeout=0.001
     )
     assert execs.start(exec_start(tty=True)).request.size == (24, 80)
@@ -304,12 +308,12 @@ def test_a_start_of_an_exec() -> None:
 def test_later_messages_of_an_exec() -> None:
     message = exec_pb2.ExecContainerRequest
     stdin = message(stdin=b"x")
-    assert execs.stdin(stdin, wanted=True, closed=False) == b"x"
-    assert set(violations_of(lambda m: execs.stdin(m, wanted=False, closed=False), stdin)) == {"stdin"}
-    assert set(violations_of(lambda m: execs.stdin(m, wanted=True, closed=True), stdin)) == {"stdin"}
+    assert execs.stdin(stdin, enabled=True, closed=False) == b"x"
+    assert set(violations_of(lambda m: execs.stdin(m, enabled=False, closed=False), stdin)) == {"stdin"}
+    assert set(violations_of(lambda m: execs.stdin(m, enabled=True, closed=True), stdin)) == {"stdin"}
     large = message(stdin=b"x" * (1024 * 1024 + 1))
-    assert set(violations_of(lambda m: execs.stdin(m, wanted=True, closed=False), large)) == {"stdin"}
-    assert set(violations_of(lambda _: execs.close_stdin(wanted=False), stdin)) == {"close_stdin"}
+    assert set(violations_of(lambda m: execs.stdin(m, enabled=True, closed=False), large)) == {"stdin"}
+    assert set(violations_of(lambda _: execs.close_stdin(enabled=False), stdin)) == {"close_stdin"}
     resize = message(resize=exec_pb2.TerminalSize(columns=1, rows=0))
     assert set(violations_of(lambda m: execs.resize(m, tty=False), resize)) == {"resize", "resize.rows"}
     assert execs.signal(message(signal=exec_pb2.ExecSignal(signal="term"))) == "term"

@@ -12,7 +12,7 @@ from gpudock_server.errors import InvalidArgument
 from gpudock_server.model.target import TargetKind
 from gpudock_server.model.volume import Volume
 from gpudock_server.ports import Versioned
-from gpudock_server.rpc.validation import volumes as validation
+from gpudock_server.rpc.volumes import requests as validation
 
 from tests.rpc.serving import UUID, Served, create_request, reason_of, to_the_end
 

@@ -14,7 +14,7 @@ import pytest
 import structlog
 from gpudock_server.errors import Unauthenticated
 from gpudock_server.logs import LogFormat, LogLevel, configure, new_error_id
-from gpudock_server.rpc.identity import IdentityInterceptor
+from gpudock_server.rpc.middleware.identity import IdentityInterceptor
 from typing_extensions import override
 
 SECRET = "hunter2-hunter2"  # noqa: S105 - what must not get out

@@ -15,7 +15,7 @@ _PAGE = 500
 _TRIES = 10
 
 
-class Listing(Protocol[T]):
+class ListRequest(Protocol[T]):
     """One of the store's listings."""
 
     async def __call__(self, *, page_size: int, page_token: str) -> Page[T]:
@@ -23,7 +23,7 @@ class Listing(Protocol[T]):
         ...
 
 
-async def everything(listing: Listing[T]) -> Page[T]:
+async def everything(listing: ListRequest[T]) -> Page[T]:
     """The whole listing as one page.
 
     etcd may be compacted between two pages, and then no longer has the moment of the first: the listing is read again
@@ -42,7 +42,7 @@ async def everything(listing: Listing[T]) -> Page[T]:
     raise StoreUnavailable(detail=f"it was compacted {_TRIES} times in a row while a listing was read")
 
 
-async def _pages(listing: Listing[T]) -> AsyncIterator[Page[T]]:
+async def _pages(listing: ListRequest[T]) -> AsyncIterator[Page[T]]:
     token = ""
     while True:
         page = await listing(page_size=_PAGE, page_token=token)

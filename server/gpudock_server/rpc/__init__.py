@@ -1,1 +1,1 @@
-"""The wire: servicers, conversion between messages and records, and what is around every call."""
+"""gRPC: services, requests and messages, one package per resource."""

@@ -14,12 +14,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from typing_extensions import override
 
 from gpudock_server.errors import FieldViolation, HealthWatchLimit, InvalidArgument
-from gpudock_server.rpc.identity import CallerKind, caller
-from gpudock_server.rpc.interception import Context
+from gpudock_server.rpc.middleware.identity import CallerKind, caller
+from gpudock_server.rpc.middleware.interceptor import Context
 
 # Watches of callers without an identity, all connections together. Each holds some 30 kB; a load balancer needs one.
-ANONYMOUS_WATCHES = 256
-_LONGEST_NAME = 256
+MAX_ANONYMOUS_WATCHES = 256
+_MAX_NAME_CHARACTERS = 256
 
 _UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
@@ -50,13 +50,13 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it
     @override
     async def Watch(self, request: Any, context: Context) -> None:
         """See health.proto."""
-        if len(request.service) > _LONGEST_NAME:
-            raise InvalidArgument((FieldViolation("service", f"must have at most {_LONGEST_NAME} characters"),))
-        if caller().kind is not CallerKind.NOBODY:
+        if len(request.service) > _MAX_NAME_CHARACTERS:
+            raise InvalidArgument((FieldViolation("service", f"must have at most {_MAX_NAME_CHARACTERS} characters"),))
+        if caller().kind is not CallerKind.ANONYMOUS:
             await self._watch(request.service, context)
             return
-        if self._anonymous >= ANONYMOUS_WATCHES:
-            raise HealthWatchLimit(limit=ANONYMOUS_WATCHES)
+        if self._anonymous >= MAX_ANONYMOUS_WATCHES:
+            raise HealthWatchLimit(limit=MAX_ANONYMOUS_WATCHES)
         self._anonymous += 1
         try:
             await self._watch(request.service, context)

@@ -47,7 +47,7 @@ def listen(server: grpc.aio.Server, settings: Settings) -> Listeners:
     with ExitStack() as resources:
         addresses: list[str] = []
         if settings.socket is not None:
-            resources.enter_context(_sole_owner(settings.socket))
+            resources.enter_context(_socket_lock(settings.socket))
             _bind_unix(server, settings.socket, settings.socket_mode, _group_id(settings.socket_group))
             addresses.append(f"unix:{settings.socket}")
         credentials = _tls_credentials(settings)
@@ -56,14 +56,14 @@ def listen(server: grpc.aio.Server, settings: Settings) -> Listeners:
 
 
 @contextmanager
-def _sole_owner(path: Path) -> Iterator[None]:
+def _socket_lock(path: Path) -> Iterator[None]:
     """Hold the lock beside the socket. Its file stays: removed, two daemons could each lock one of that name."""
     lock = path.with_name(f"{path.name}.lock")
     try:
         path.parent.mkdir(mode=0o755, exist_ok=True)
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
-        raise _no_socket(path, error) from error
+        raise _listen_error(path, error) from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -82,7 +82,7 @@ def _sole_owner(path: Path) -> Iterator[None]:
 
 def _bind_unix(server: grpc.aio.Server, path: Path, mode: int, group: int | None) -> None:
     try:
-        _remove_stale(path)
+        _remove_stale_socket(path)
         # Made for the daemon alone, and opened to others only when it has its group. The umask is the process's, so
         # nothing else may run meanwhile: no await in here.
         umask = os.umask(0o177)
@@ -94,12 +94,12 @@ def _bind_unix(server: grpc.aio.Server, path: Path, mode: int, group: int | None
             os.chown(path, -1, group)
         path.chmod(mode)
     except OSError as error:
-        raise _no_socket(path, error) from error
+        raise _listen_error(path, error) from error
     except RuntimeError as error:
         raise StartupError(f"cannot listen on {path}: {error}", _SOCKET_HINT) from error
 
 
-def _remove_stale(path: Path) -> None:
+def _remove_stale_socket(path: Path) -> None:
     """Remove what a daemon that was killed left; refuse where somebody listens, or where it is no socket at all."""
     try:
         found = path.lstat()
@@ -123,7 +123,7 @@ def _remove_stale(path: Path) -> None:
 _SOCKET_HINT = "run as root, or choose a --socket in a folder that you may write to"
 
 
-def _no_socket(path: Path, error: OSError) -> StartupError:
+def _listen_error(path: Path, error: OSError) -> StartupError:
     return StartupError(f"cannot listen on {path}: {error.strerror or error}", _SOCKET_HINT)
 
 
@@ -182,9 +182,9 @@ def _tls_credentials(settings: Settings) -> grpc.ServerCredentials | None:
     """None where there is no certificate: settings allow that on loopback alone."""
     if settings.tls_cert is None or settings.tls_key is None:
         return None
-    certificate = _read(settings.tls_cert, "tls_cert")
+    certificate = _read_file(settings.tls_cert, "tls_cert")
     key, _ = read_private(settings.tls_key, "tls_key")
-    client_ca = _read(settings.tls_client_ca, "tls_client_ca") if settings.tls_client_ca else None
+    client_ca = _read_file(settings.tls_client_ca, "tls_client_ca") if settings.tls_client_ca else None
     # Python's ssl says what is wrong with them; grpc would listen, and fail at every handshake.
     check = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
@@ -213,7 +213,7 @@ def _reason(error: Exception) -> str:
     return str(reason).lower().replace("_", " ")
 
 
-def _read(path: Path, setting: str) -> bytes:
+def _read_file(path: Path, setting: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:

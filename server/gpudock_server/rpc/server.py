@@ -24,23 +24,26 @@ from gpudock_server.core.operations import Operations
 from gpudock_server.core.reconcile import DriftBook
 from gpudock_server.core.volumes import Volumes
 from gpudock_server.core.watches import Watches
-from gpudock_server.rpc import container_service, node_service, operation_service, volume_service
-from gpudock_server.rpc.audit import AuditInterceptor
-from gpudock_server.rpc.container_service import ContainerService
-from gpudock_server.rpc.decoding import DecodingInterceptor
-from gpudock_server.rpc.errors import ErrorInterceptor
-from gpudock_server.rpc.hang_up import HangUpInterceptor
+from gpudock_server.rpc.containers import service as container_service
+from gpudock_server.rpc.containers.service import ContainerService
 from gpudock_server.rpc.health import HealthService
-from gpudock_server.rpc.identity import IdentityInterceptor
-from gpudock_server.rpc.interception import Interceptor
 from gpudock_server.rpc.listeners import SERVER_OPTIONS
-from gpudock_server.rpc.node_service import NodeService
-from gpudock_server.rpc.operation_service import OperationService
-from gpudock_server.rpc.tokens import TokenFile
-from gpudock_server.rpc.volume_service import VolumeService
+from gpudock_server.rpc.middleware.audit import AuditInterceptor
+from gpudock_server.rpc.middleware.bearer_tokens import TokenFile
+from gpudock_server.rpc.middleware.decoding import DecodingInterceptor
+from gpudock_server.rpc.middleware.disconnect import DisconnectInterceptor
+from gpudock_server.rpc.middleware.errors import ErrorInterceptor
+from gpudock_server.rpc.middleware.identity import IdentityInterceptor
+from gpudock_server.rpc.middleware.interceptor import Interceptor
+from gpudock_server.rpc.nodes import service as node_service
+from gpudock_server.rpc.nodes.service import NodeService
+from gpudock_server.rpc.operations import service as operation_service
+from gpudock_server.rpc.operations.service import OperationService
+from gpudock_server.rpc.volumes import service as volume_service
+from gpudock_server.rpc.volumes.service import VolumeService
 from gpudock_server.settings import Settings
 
-OUR_SERVICES = (
+GPUDOCK_SERVICES = (
     container_service.SERVICE,
     volume_service.SERVICE,
     operation_service.SERVICE,
@@ -129,9 +132,9 @@ class RpcServer:
         add_NodeServiceServicer_to_server(NodeService(services.nodes, services.containers, services.drift), self.grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         channelz.add_channelz_servicer(self.grpc)  # type: ignore[arg-type]  # its stubs know no asyncio
-        reflection.enable_server_reflection((*OUR_SERVICES, *_STANDARD_SERVICES), self.grpc)
+        reflection.enable_server_reflection((*GPUDOCK_SERVICES, *_STANDARD_SERVICES), self.grpc)
 
-    async def set_serving(self, serving: bool, *, services: tuple[str, ...] = OUR_SERVICES) -> None:  # noqa: FBT001 - one of two states, named by the method
+    async def set_serving(self, serving: bool, *, services: tuple[str, ...] = GPUDOCK_SERVICES) -> None:  # noqa: FBT001 - one of two states, named by the method
         """Tell whoever asks for our health, or watches it; the server as a whole (named "") is as well as `services`.
 
         Call it before the server is started: until then the whole is said to be serving.
@@ -148,7 +151,7 @@ def interceptors(tokens: TokenFile | None) -> tuple[Interceptor, ...]:
         ErrorInterceptor(),
         AuditInterceptor(),
         IdentityInterceptor(tokens),
-        HangUpInterceptor(),
+        DisconnectInterceptor(),
         DecodingInterceptor(),
     )
 

@@ -1,5 +1,5 @@
-"""Messages to commands: every rule of the contract, and every violation of one at once.
+"""Rules that the requests of all resources share: every violation of the contract is reported at once.
 
-One file per kind of message. A function here takes a request and returns what core takes, or raises InvalidArgument
-with all that is wrong. Nothing here looks at the state of the world: whether a card is free is core's to say.
+The functions of `requests` and `*_request` modules take a message and return what core takes, or raise InvalidArgument
+with all that is wrong. They do not look at the state of the node: whether a GPU is free is decided in core.
 """

@@ -93,7 +93,7 @@ def in_range(violations: Violations, field: str, value: int, first: int, last: i
     return value
 
 
-def choice(violations: Violations, field: str, value: int, choices: Mapping[int, T], default: T) -> T:
+def enum_value(violations: Violations, field: str, value: int, choices: Mapping[int, T], default: T) -> T:
     """An enum's value; 0, its _UNSPECIFIED, is `default`."""
     if value == 0:
         return default
@@ -103,7 +103,7 @@ def choice(violations: Violations, field: str, value: int, choices: Mapping[int,
     return choices[value]
 
 
-def choices_of(violations: Violations, field: str, values: Iterable[int], choices: Mapping[int, T]) -> frozenset[T]:
+def enum_values(violations: Violations, field: str, values: Iterable[int], choices: Mapping[int, T]) -> frozenset[T]:
     """The values of a repeated enum in a filter, none of them unknown."""
     asked = set(values)
     unknown = sorted(asked - choices.keys())
@@ -129,7 +129,7 @@ def duration(
     # Compared without rounding, so that a nanosecond too much is one.
     total = seconds * _NANOS + nanos
     if not _nanos(least) <= total <= _nanos(most):
-        violations.add(field, f"must be {_in_words(least)} to {_in_words(most)}")
+        violations.add(field, f"must be {_format_duration(least)} to {_format_duration(most)}")
         return None
     return span
 
@@ -138,7 +138,7 @@ def _nanos(span: timedelta) -> int:
     return span // timedelta(microseconds=1) * 1000
 
 
-def _in_words(span: timedelta) -> str:
+def _format_duration(span: timedelta) -> str:
     if span and span < timedelta(seconds=1):
         return f"{span // timedelta(milliseconds=1)} ms"
     return f"{span // timedelta(seconds=1)} s"
@@ -149,12 +149,12 @@ def whole_seconds(span: timedelta | None) -> float | None:
     return None if span is None else float(math.ceil(span.total_seconds()))
 
 
-def text(violations: Violations, field: str, value: str, *, most_bytes: int) -> str:
+def text(violations: Violations, field: str, value: str, *, max_bytes: int) -> str:
     """Text without NUL, of at most so many bytes of UTF-8."""
     if NUL in value:
         violations.add(field, "must not contain NUL")
-    if len(value.encode()) > most_bytes:
-        violations.add(field, f"must have at most {most_bytes} bytes")
+    if len(value.encode()) > max_bytes:
+        violations.add(field, f"must have at most {max_bytes} bytes")
     return value
 
 
@@ -162,7 +162,7 @@ def absolute_path(violations: Violations, field: str, value: str) -> str:
     """An absolute path."""
     if not value.startswith("/"):
         violations.add(field, "must be an absolute path")
-    return text(violations, field, value, most_bytes=MAX_PATH_BYTES)
+    return text(violations, field, value, max_bytes=MAX_PATH_BYTES)
 
 
 def arguments(violations: Violations, *lists: tuple[str, Iterable[str]]) -> tuple[tuple[str, ...], ...]:

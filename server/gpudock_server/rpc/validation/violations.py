@@ -36,7 +36,7 @@ class Violations:
         """Whether something is wrong."""
         return bool(self._found)
 
-    def raise_any(self) -> None:
+    def raise_if_any(self) -> None:
         """Raise InvalidArgument with all of it, if there is any."""
         if self._found:
             raise InvalidArgument(tuple(self._found))

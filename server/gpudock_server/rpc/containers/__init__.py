@@ -1,0 +1,1 @@
+"""ContainerService: its requests to commands, records to its messages."""

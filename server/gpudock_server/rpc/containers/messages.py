@@ -1,0 +1,71 @@
+"""Containers."""
+
+from gpudock.v1 import committed_image_pb2, container_pb2
+
+from gpudock_server.model.container import Container, ContainerState, ContainerStatus, EngineBinding
+from gpudock_server.model.image import CommittedImage
+from gpudock_server.ports import ContainerView
+from gpudock_server.rpc.containers.spec_messages import spec_message
+from gpudock_server.rpc.port_messages import port_binding_message
+from gpudock_server.rpc.timestamps import timestamp
+
+STATES = {state: container_pb2.ContainerState.Value(f"CONTAINER_STATE_{state.name}") for state in ContainerState}
+
+# The engine's own words; any other one says nothing of health.
+_HEALTHS = {
+    "starting": container_pb2.CONTAINER_HEALTH_STARTING,
+    "healthy": container_pb2.CONTAINER_HEALTH_HEALTHY,
+    "unhealthy": container_pb2.CONTAINER_HEALTH_UNHEALTHY,
+}
+
+
+def container_view_message(seen: ContainerView) -> container_pb2.Container:
+    """A container together with the operation that is at work on it."""
+    return container_message(seen.container, seen.operation_id)
+
+
+def container_message(head: Container, operation_id: str = "") -> container_pb2.Container:
+    """A container; `operation_id` names the operation at work on it, empty for none."""
+    return container_pb2.Container(
+        name=head.name,
+        uid=head.uid,
+        node=head.node,
+        owner=head.owner,
+        etag=head.etag,
+        revision=head.revision,
+        spec=spec_message(head.spec),
+        status=_status(head.status, head.engine, operation_id),
+        create_time=timestamp(head.create_time),
+        update_time=timestamp(head.update_time),
+    )
+
+
+def _status(status: ContainerStatus, engine: EngineBinding | None, operation_id: str) -> container_pb2.ContainerStatus:
+    return container_pb2.ContainerStatus(
+        state=STATES[status.state],
+        gpu_uuids=status.placement.gpu_uuids,
+        ports=[port_binding_message(port) for port in status.placement.ports],
+        holds_resources=status.holds_resources,
+        engine_id=engine.engine_id if engine else "",
+        exit_code=status.exit_code,
+        oom_killed=status.oom_killed,
+        health=_HEALTHS.get(status.health, container_pb2.CONTAINER_HEALTH_UNSPECIFIED),
+        message=status.message,
+        start_time=timestamp(status.start_time),
+        finish_time=timestamp(status.finish_time),
+        operation_id=operation_id,
+        restart_count=status.restart_count,
+        image_id=engine.image_id if engine else "",
+    )
+
+
+def committed_image_message(image: CommittedImage) -> committed_image_pb2.CommittedImage:
+    """An image that a commit made."""
+    return committed_image_pb2.CommittedImage(
+        id=image.image_id,
+        name=image.name,
+        size_bytes=image.size_bytes,
+        container=image.container,
+        revision=image.revision,
+        create_time=timestamp(image.create_time),
+    )

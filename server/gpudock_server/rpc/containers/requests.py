@@ -1,0 +1,289 @@
+"""Requests of ContainerService that name a container or change one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+
+from google.protobuf.duration_pb2 import Duration
+from gpudock.v1 import container_service_pb2, registry_auth_pb2
+
+from gpudock_server.core.containers.commands import (
+    Clone,
+    Create,
+    Delete,
+    DeleteRevision,
+    FilesPolicy,
+    Pause,
+    PullPolicy,
+    Restart,
+    Rollback,
+    Scale,
+    ScaleStrategy,
+    Start,
+    Stop,
+    Unpause,
+    Update,
+)
+from gpudock_server.model.engine import HostCapacity, RegistryAuth
+from gpudock_server.rpc.containers.spec_change_request import SPEC_FIELDS, spec_change
+from gpudock_server.rpc.containers.spec_requests import (
+    MAX_STOP_TIMEOUT,
+    cpus,
+    gpus,
+    memory,
+    shm_size,
+    snapshot_policy,
+    spec,
+)
+from gpudock_server.rpc.validation import fields
+from gpudock_server.rpc.validation.fields import UNKNOWN_HOST
+from gpudock_server.rpc.validation.violations import Violations
+
+_PULL_POLICIES: Mapping[int, PullPolicy] = {
+    container_service_pb2.PullPolicy.Value(f"PULL_POLICY_{policy.name}"): policy for policy in PullPolicy
+}
+_STRATEGIES: Mapping[int, ScaleStrategy] = {
+    container_service_pb2.ScaleStrategy.Value(f"SCALE_STRATEGY_{strategy.name}"): strategy for strategy in ScaleStrategy
+}
+_FILES_POLICIES: Mapping[int, FilesPolicy | None] = {
+    container_service_pb2.FilesPolicy.Value(f"FILES_POLICY_{policy.name}"): policy for policy in FilesPolicy
+}
+# Keys in etcd have ten digits for it.
+_MAX_REVISION = 9_999_999_999
+_CLONE_FIELDS = tuple(name for name in SPEC_FIELDS if name != "image")
+_MIN_STALL_TIMEOUT = timedelta(milliseconds=1)
+_MAX_STALL_TIMEOUT = timedelta(days=1)
+_SCALABLE = ("gpus", "cpus", "memory_bytes", "shm_size_bytes")
+
+
+def get(request: container_service_pb2.GetContainerRequest) -> str:
+    """The name of the container to show."""
+    violations = Violations()
+    name = fields.name(violations, "name", request.name)
+    violations.raise_if_any()
+    return name
+
+
+def create(request: container_service_pb2.CreateContainerRequest, host: HostCapacity = UNKNOWN_HOST) -> Create:
+    """A container to be made on a host."""
+    violations = Violations()
+    fields.owner(violations, "owner", request.owner)
+    if not request.HasField("spec"):
+        violations.add("spec", "is required")
+    fields.optional_uuid(violations, "request_id", request.request_id)
+    command = Create(
+        name=fields.name(violations, "name", request.name),
+        # An absent one has no fields to name: that it is missing says it all.
+        spec=spec(violations.at("spec") if request.HasField("spec") else Violations(), request.spec, host),
+        owner=request.owner,
+        pull_policy=fields.enum_value(
+            violations, "pull_policy", request.pull_policy, _PULL_POLICIES, PullPolicy.MISSING
+        ),
+        create_only=request.create_only,
+        registry_auth=_registry_auth(violations.at("registry_auth"), request.registry_auth),
+        pull_stall_seconds=_pull_stall_timeout(violations, request),
+    )
+    violations.raise_if_any()
+    return command
+
+
+def start(request: container_service_pb2.StartContainerRequest) -> Start:
+    """A container to be started."""
+    violations = _check_common(request)
+    command = Start(
+        name=request.name,
+        gpus=gpus(violations.at("gpus"), request.gpus) if request.HasField("gpus") else None,
+        snapshots=snapshot_policy(violations, "snapshots", request.snapshots),
+        etag=request.etag,
+    )
+    violations.raise_if_any()
+    return command
+
+
+def stop(request: container_service_pb2.StopContainerRequest) -> Stop:
+    """A container to be stopped."""
+    violations = _check_common(request)
+    timeout = _timeout(violations, request.timeout) if request.HasField("timeout") else None
+    violations.raise_if_any()
+    return Stop(name=request.name, keep_resources=request.keep_resources, timeout=timeout, etag=request.etag)
+
+
+def restart(request: container_service_pb2.RestartContainerRequest) -> Restart:
+    """A container to be stopped and started."""
+    violations = _check_common(request)
+    command = Restart(
+        name=request.name,
+        timeout=_timeout(violations, request.timeout) if request.HasField("timeout") else None,
+        snapshots=snapshot_policy(violations, "snapshots", request.snapshots),
+        etag=request.etag,
+    )
+    violations.raise_if_any()
+    return command
+
+
+def pause(request: container_service_pb2.PauseContainerRequest) -> Pause:
+    """A container to be frozen."""
+    _check_common(request).raise_if_any()
+    return Pause(name=request.name, etag=request.etag)
+
+
+def unpause(request: container_service_pb2.UnpauseContainerRequest) -> Unpause:
+    """A container to be thawed."""
+    _check_common(request).raise_if_any()
+    return Unpause(name=request.name, etag=request.etag)
+
+
+def delete(request: container_service_pb2.DeleteContainerRequest) -> Delete:
+    """A container to be removed."""
+    _check_common(request).raise_if_any()
+    return Delete(name=request.name, force=request.force, etag=request.etag)
+
+
+def scale(request: container_service_pb2.ScaleContainerRequest, host: HostCapacity = UNKNOWN_HOST) -> Scale:
+    """A container to be given other resources."""
+    violations = _check_common(request)
+    given = {field for field in _SCALABLE if request.HasField(field)}  # type: ignore[arg-type]  # literals, by name
+    if not given:
+        violations.add("gpus", f"at least one of {', '.join(_SCALABLE)} is required")
+    command = Scale(
+        name=request.name,
+        gpus=gpus(violations.at("gpus"), request.gpus) if "gpus" in given else None,
+        cpus=cpus(violations, request.cpus, host) if "cpus" in given else None,
+        memory_bytes=memory(violations, request.memory_bytes, host) if "memory_bytes" in given else None,
+        shm_size_bytes=shm_size(violations, request.shm_size_bytes, host, memory_bytes=request.memory_bytes)
+        if "shm_size_bytes" in given
+        else None,
+        strategy=fields.enum_value(violations, "strategy", request.strategy, _STRATEGIES, ScaleStrategy.AUTO),
+        snapshots=snapshot_policy(violations, "snapshots", request.snapshots),
+        etag=request.etag,
+    )
+    violations.raise_if_any()
+    return command
+
+
+def update(request: container_service_pb2.UpdateContainerRequest, host: HostCapacity = UNKNOWN_HOST) -> Update:
+    """A container's spec to be changed."""
+    violations = _check_common(request)
+    change = spec_change(violations, request, SPEC_FIELDS, host)
+    if not request.update_mask.paths and not change.fields:
+        violations.add("update_mask", "is required where `spec` sets no field and `edits` nothing")
+    command = Update(
+        name=request.name,
+        change=change,
+        files=fields.enum_value(violations, "files", request.files, _FILES_POLICIES, None),
+        pull_policy=fields.enum_value(
+            violations, "pull_policy", request.pull_policy, _PULL_POLICIES, PullPolicy.MISSING
+        ),
+        registry_auth=_registry_auth(violations.at("registry_auth"), request.registry_auth),
+        pull_stall_seconds=_pull_stall_timeout(violations, request),
+        snapshots=snapshot_policy(violations, "snapshots", request.snapshots),
+        etag=request.etag,
+    )
+    violations.raise_if_any()
+    return command
+
+
+def clone(request: container_service_pb2.CloneContainerRequest, host: HostCapacity = UNKNOWN_HOST) -> Clone:
+    """A container to be made of another one."""
+    violations = Violations()
+    fields.owner(violations, "owner", request.owner)
+    fields.optional_uuid(violations, "request_id", request.request_id)
+    if request.spec.image and not request.update_mask.paths:
+        violations.add("spec.image", "a clone is on the image of its source; UpdateContainer can change that")
+    command = Clone(
+        name=fields.name(violations, "name", request.name),
+        source=fields.name(violations, "source", request.source),
+        revision=fields.in_range(violations, "revision", request.revision, 0, _MAX_REVISION),
+        change=spec_change(violations, request, _CLONE_FIELDS, host),
+        owner=request.owner,
+        create_only=request.create_only,
+    )
+    violations.raise_if_any()
+    return command
+
+
+def rollback(request: container_service_pb2.RollbackContainerRequest) -> Rollback:
+    """A container to be returned to a revision."""
+    violations = _check_common(request)
+    command = Rollback(
+        name=request.name,
+        revision=fields.in_range(violations, "revision", request.revision, 1, _MAX_REVISION),
+        spec_only=request.spec_only,
+        snapshots=snapshot_policy(violations, "snapshots", request.snapshots),
+        etag=request.etag,
+    )
+    violations.raise_if_any()
+    return command
+
+
+def get_revision(request: container_service_pb2.GetContainerRevisionRequest) -> tuple[str, int]:
+    """A container's name and the number of a revision, 0 for the current one."""
+    violations = Violations()
+    name = fields.name(violations, "name", request.name)
+    revision = fields.in_range(violations, "revision", request.revision, 0, _MAX_REVISION)
+    violations.raise_if_any()
+    return name, revision
+
+
+def delete_revision(request: container_service_pb2.DeleteContainerRevisionRequest) -> DeleteRevision:
+    """A revision to be deleted."""
+    violations = _check_common(request)
+    revision = fields.in_range(violations, "revision", request.revision, 1, _MAX_REVISION)
+    violations.raise_if_any()
+    return DeleteRevision(name=request.name, revision=revision, etag=request.etag)
+
+
+_ExistingContainerRequest = (
+    container_service_pb2.StartContainerRequest
+    | container_service_pb2.StopContainerRequest
+    | container_service_pb2.RestartContainerRequest
+    | container_service_pb2.PauseContainerRequest
+    | container_service_pb2.UnpauseContainerRequest
+    | container_service_pb2.DeleteContainerRequest
+    | container_service_pb2.ScaleContainerRequest
+    | container_service_pb2.UpdateContainerRequest
+    | container_service_pb2.RollbackContainerRequest
+    | container_service_pb2.DeleteContainerRevisionRequest
+)
+
+
+def _check_common(request: _ExistingContainerRequest) -> Violations:
+    """What is wrong with the fields that every change of an existing container has."""
+    violations = Violations()
+    fields.name(violations, "name", request.name)
+    fields.optional_uuid(violations, "request_id", request.request_id)
+    return violations
+
+
+def _timeout(violations: Violations, message: Duration) -> float | None:
+    span = fields.duration(violations, "timeout", message, timedelta(0), MAX_STOP_TIMEOUT)
+    return fields.whole_seconds(span)
+
+
+def _pull_stall_timeout(
+    violations: Violations,
+    request: container_service_pb2.CreateContainerRequest | container_service_pb2.UpdateContainerRequest,
+) -> float | None:
+    if not request.HasField("pull_stall_timeout"):
+        return None
+    span = fields.duration(
+        violations, "pull_stall_timeout", request.pull_stall_timeout, _MIN_STALL_TIMEOUT, _MAX_STALL_TIMEOUT
+    )
+    return None if span is None else span.total_seconds()
+
+
+def _registry_auth(violations: Violations, message: registry_auth_pb2.RegistryAuth) -> RegistryAuth | None:
+    if not message.ByteSize():
+        return None
+    if bool(message.username) != bool(message.password):
+        missing = "username" if message.password else "password"
+        violations.add(missing, "`username` and `password` are given together")
+    if message.identity_token and (message.username or message.password):
+        violations.add("identity_token", "is given instead of `username` and `password`")
+    return RegistryAuth(
+        username=message.username,
+        password=message.password,
+        identity_token=message.identity_token,
+        server_address=message.server_address,
+    )

@@ -1,0 +1,117 @@
+"""A container's spec as it was sent.
+
+What a record cannot tell from its default (a restart policy that is NO, a check every 30 seconds) is left out, as most
+callers leave it out. The way back, with every rule on it, is `spec_requests.spec`.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from gpudock.v1 import container_pb2
+
+from gpudock_server.model.spec import (
+    ContainerSpec,
+    GpuRequest,
+    HealthCheck,
+    Mount,
+    PortRequest,
+    RestartPolicy,
+    RestartPolicyKind,
+    RevisionPolicy,
+    SnapshotPolicy,
+    TmpfsMount,
+)
+from gpudock_server.rpc.port_messages import PROTOCOLS
+from gpudock_server.rpc.timestamps import duration
+
+RESTART_POLICIES = {
+    kind: container_pb2.RestartPolicyKind.Value(f"RESTART_POLICY_KIND_{kind.name}") for kind in RestartPolicyKind
+}
+SNAPSHOT_POLICIES = {
+    policy: container_pb2.SnapshotPolicy.Value(f"SNAPSHOT_POLICY_{policy.name}") for policy in SnapshotPolicy
+}
+
+_NODE_DEFAULT = container_pb2.SNAPSHOT_POLICY_UNSPECIFIED
+_DEFAULT_CHECK = HealthCheck(command=())
+_DEFAULT_MODE = TmpfsMount().mode
+
+
+def spec_message(asked: ContainerSpec) -> container_pb2.ContainerSpec:
+    """What a user asked for."""
+    return container_pb2.ContainerSpec(
+        image=asked.image,
+        entrypoint=asked.entrypoint,
+        command=asked.command,
+        env=asked.env,
+        working_dir=asked.working_dir,
+        user=asked.user,
+        hostname=asked.hostname or None,
+        tty=asked.tty,
+        stdin=asked.stdin,
+        labels=asked.labels,
+        gpus=_gpus(asked.gpus) if asked.gpus != GpuRequest() else None,
+        cpus=asked.cpus,
+        memory_bytes=asked.memory_bytes,
+        shm_size_bytes=asked.shm_size_bytes,
+        pids_limit=asked.pids_limit,
+        mounts=[_mount(mount) for mount in asked.mounts],
+        ports=[_port(port) for port in asked.ports],
+        restart_policy=_restart_policy(asked.restart_policy) if asked.restart_policy != RestartPolicy() else None,
+        stop_signal=asked.stop_signal,
+        stop_timeout=duration(asked.stop_timeout),
+        health_check=_health_check(asked.health_check) if asked.health_check is not None else None,
+        revision_policy=_revision_policy(asked.revision_policy) if asked.revision_policy != RevisionPolicy() else None,
+    )
+
+
+def _gpus(request: GpuRequest) -> container_pb2.GpuRequest:
+    return container_pb2.GpuRequest(
+        count=request.count,
+        uuids=request.uuids,
+        model=request.model,
+        min_memory_bytes=request.min_memory_bytes,
+    )
+
+
+def _mount(mount: Mount) -> container_pb2.Mount:
+    message = container_pb2.Mount(target=mount.target, read_only=mount.read_only)
+    if mount.tmpfs is not None:
+        mode = mount.tmpfs.mode if mount.tmpfs.mode != _DEFAULT_MODE else None
+        message.tmpfs.CopyFrom(container_pb2.TmpfsMount(size_bytes=mount.tmpfs.size_bytes, mode=mode))
+    elif mount.host_path:
+        message.host_path = mount.host_path
+    else:
+        message.volume = mount.volume
+    return message
+
+
+def _port(request: PortRequest) -> container_pb2.PortRequest:
+    return container_pb2.PortRequest(
+        container_port=request.container_port, protocol=PROTOCOLS[request.protocol], host_port=request.host_port
+    )
+
+
+def _restart_policy(policy: RestartPolicy) -> container_pb2.RestartPolicy:
+    return container_pb2.RestartPolicy(policy=RESTART_POLICIES[policy.kind], max_retry_count=policy.max_retry_count)
+
+
+def _revision_policy(policy: RevisionPolicy) -> container_pb2.RevisionPolicy:
+    return container_pb2.RevisionPolicy(
+        snapshots=SNAPSHOT_POLICIES[policy.snapshots] if policy.snapshots is not None else _NODE_DEFAULT,
+        keep_revisions=policy.keep_revisions,
+        keep_for=duration(policy.keep_for),
+    )
+
+
+def _health_check(check: HealthCheck) -> container_pb2.HealthCheck:
+    def unless_default(span: timedelta, default: timedelta) -> timedelta | None:
+        return span if span != default else None
+
+    return container_pb2.HealthCheck(
+        command=check.command,
+        interval=duration(unless_default(check.interval, _DEFAULT_CHECK.interval)),
+        timeout=duration(unless_default(check.timeout, _DEFAULT_CHECK.timeout)),
+        start_period=duration(unless_default(check.start_period, _DEFAULT_CHECK.start_period)),
+        retries=check.retries if check.retries != _DEFAULT_CHECK.retries else 0,
+    )

@@ -1,0 +1,1 @@
+"""ExecContainer: one call, its requests and messages."""

@@ -1,0 +1,94 @@
+"""Who changed what, when, and with which outcome: a log line for every call that may change something."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc.aio
+import structlog
+from google.protobuf.message import Message
+from typing_extensions import override
+
+from gpudock_server.logs import cut
+from gpudock_server.rpc.middleware.errors import code_of
+from gpudock_server.rpc.middleware.identity import caller
+from gpudock_server.rpc.middleware.interceptor import Call, Interceptor
+
+_PACKAGE_PREFIX = "/gpudock."
+# Methods of this contract that only look begin with one of these.
+_READ_METHOD_PREFIXES = ("Get", "List", "Watch", "Stream")
+# Fields of a request that name what it is about, the most telling first.
+_NAME_FIELDS = ("name", "container", "id", "operation_id")
+# The message inside the first of an exec's.
+_EXEC_START_FIELD = "start"
+
+_log = structlog.stdlib.get_logger("gpudock.audit")
+
+
+class AuditInterceptor(Interceptor):
+    """Goes between ErrorInterceptor, to see errors as they are, and IdentityInterceptor, to see who is refused."""
+
+    @override
+    @asynccontextmanager
+    async def around(self, call: Call) -> AsyncIterator[None]:
+        method = call.method.rpartition("/")[2]
+        if not call.method.startswith(_PACKAGE_PREFIX) or method.startswith(_READ_METHOD_PREFIXES):
+            yield
+            return
+        begin = time.monotonic()
+        seen = _FirstRequest(call)
+        outcome = "OK"
+        try:
+            yield
+        except grpc.aio.AbortError:
+            outcome = call.context.code().name
+            raise
+        except BaseException as error:
+            outcome = code_of(error).name
+            raise
+        finally:
+            _log.info(
+                "call",
+                method=method,
+                **caller().log_fields(),
+                peer=call.context.peer(),
+                outcome=outcome,
+                duration_seconds=round(time.monotonic() - begin, 3),
+                **_target(seen.request),
+            )
+
+
+class _FirstRequest:
+    """The request, or the first of a stream of them, which says what the rest is about."""
+
+    def __init__(self, call: Call) -> None:
+        self.request: Any = None
+        if call.request_streaming:
+            call.request = self._forward(call.request)
+        else:
+            self.request = call.request
+
+    async def _forward(self, requests: Any) -> AsyncIterator[Any]:  # noqa: ANN401 - of any message
+        async for request in requests:
+            if self.request is None:
+                self.request = request
+            yield request
+
+
+def _target(request: object) -> dict[str, str]:
+    """What the request names, and its request_id; nothing else of it, for it may hold secrets."""
+    if not isinstance(request, Message):
+        return {}
+    fields = request.DESCRIPTOR.fields_by_name
+    if (
+        _EXEC_START_FIELD in fields
+        and fields[_EXEC_START_FIELD].message_type is not None
+        and request.HasField(_EXEC_START_FIELD)
+    ):
+        return _target(getattr(request, _EXEC_START_FIELD))
+    found = {field: cut(str(getattr(request, field))) for field in (*_NAME_FIELDS, "request_id") if field in fields}
+    target = next((found[field] for field in _NAME_FIELDS if found.get(field)), "")
+    return {key: value for key, value in (("target", target), ("request_id", found.get("request_id"))) if value}

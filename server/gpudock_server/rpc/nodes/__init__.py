@@ -1,0 +1,1 @@
+"""NodeService and its messages: nodes, GPUs, drift."""

@@ -1,0 +1,90 @@
+"""NodeService: the node, its cards, its ports, and its drift."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from gpudock.v1 import node_service_pb2
+from gpudock.v1.node_service_pb2_grpc import NodeServiceServicer
+from typing_extensions import override
+
+from gpudock_server.core.containers import Containers
+from gpudock_server.core.nodes import HeldPort, Nodes
+from gpudock_server.core.reconcile import DriftBook
+from gpudock_server.errors import ContainerNotFound, RecordUnreadable
+from gpudock_server.model.claims import PortKey
+from gpudock_server.rpc import list_requests, pagination
+from gpudock_server.rpc.middleware.interceptor import Context
+from gpudock_server.rpc.nodes.drift_messages import drift_message
+from gpudock_server.rpc.nodes.gpu_messages import gpu_message
+from gpudock_server.rpc.nodes.messages import node_message
+from gpudock_server.rpc.port_messages import port_claim_message, port_range_message
+from gpudock_server.rpc.timestamps import timestamp
+
+SERVICE = node_service_pb2.DESCRIPTOR.services_by_name["NodeService"].full_name
+
+
+class NodeService(NodeServiceServicer):
+    """Serves gpudock.v1.NodeService."""
+
+    def __init__(self, nodes: Nodes, containers: Containers, drift: DriftBook) -> None:
+        self._nodes = nodes
+        self._containers = containers
+        self._drift = drift
+
+    @override
+    async def GetNode(
+        self, request: node_service_pb2.GetNodeRequest, context: Context
+    ) -> node_service_pb2.GetNodeResponse:
+        return node_service_pb2.GetNodeResponse(node=node_message(await self._nodes.get(request.name)))
+
+    @override
+    async def ListGpus(
+        self, request: node_service_pb2.ListGpusRequest, context: Context
+    ) -> node_service_pb2.ListGpusResponse:
+        asked = list_requests.gpus(request)
+        found, token = pagination.from_memory(asked, await self._nodes.gpus(request.node))
+        return node_service_pb2.ListGpusResponse(gpus=[gpu_message(held) for held in found], next_page_token=token)
+
+    @override
+    async def ListPorts(
+        self, request: node_service_pb2.ListPortsRequest, context: Context
+    ) -> node_service_pb2.ListPortsResponse:
+        asked = list_requests.ports(request)
+        held = await self._nodes.ports(request.node)
+        found, token = pagination.from_memory(asked, held)
+        inside = await self._container_ports(found)
+        return node_service_pb2.ListPortsResponse(
+            range=port_range_message(self._nodes.port_range, (port.key for port in held)),
+            ports=[port_claim_message(port, inside.get(port.key, 0)) for port in found],
+            next_page_token=token,
+        )
+
+    @override
+    async def ListDrift(
+        self, request: node_service_pb2.ListDriftRequest, context: Context
+    ) -> node_service_pb2.ListDriftResponse:
+        asked = list_requests.drift(request)
+        await self._nodes.check(request.node)
+        report = self._drift.report
+        found, token = pagination.from_memory(asked, report.items)
+        return node_service_pb2.ListDriftResponse(
+            drift=[drift_message(one) for one in found],
+            next_page_token=token,
+            compare_time=timestamp(report.pass_time),
+            trouble=report.trouble,
+            trouble_time=timestamp(report.trouble_time),
+        )
+
+    async def _container_ports(self, held: Iterable[HeldPort]) -> dict[PortKey, int]:
+        """Where the claimed ports lead, which their holders know and the claims do not."""
+        found: dict[PortKey, int] = {}
+        for name in {port.holder.container for port in held}:
+            try:
+                view = await self._containers.get(name)
+            except (ContainerNotFound, RecordUnreadable):
+                # Deleted since the claims were read, or damaged.
+                continue
+            for binding in view.container.status.placement.ports:
+                found[PortKey(binding.protocol, binding.host_port)] = binding.container_port
+        return found

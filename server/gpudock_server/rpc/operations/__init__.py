@@ -1,0 +1,1 @@
+"""OperationService, and the stream of an operation that each mutation returns."""

@@ -1,0 +1,27 @@
+"""Requests of OperationService that name an operation."""
+
+from __future__ import annotations
+
+from gpudock.v1 import operation_service_pb2
+
+from gpudock_server.errors import OperationNotFound
+from gpudock_server.rpc.validation import fields
+from gpudock_server.rpc.validation.violations import Violations
+
+
+def operation_id(
+    request: operation_service_pb2.GetOperationRequest
+    | operation_service_pb2.WatchOperationRequest
+    | operation_service_pb2.CancelOperationRequest,
+) -> str:
+    """The id of the operation that is asked for. Raises OperationNotFound for what no operation can be called."""
+    violations = Violations()
+    if not request.id:
+        violations.add("id", "is required")
+    if isinstance(request, operation_service_pb2.CancelOperationRequest):
+        fields.optional_uuid(violations, "request_id", request.request_id)
+    violations.raise_if_any()
+    if not fields.is_uuid(request.id):
+        # Not a rule of the request: it is an id, if a wrong one. Nor is it asked for in the store, at any length.
+        raise OperationNotFound(operation_id=request.id)
+    return request.id.lower()

@@ -1,0 +1,76 @@
+"""OperationService: looking at operations, and taking them back."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+from gpudock.v1 import committed_image_pb2, operation_pb2, operation_service_pb2, volume_pb2
+from gpudock.v1.operation_service_pb2_grpc import OperationServiceServicer
+from typing_extensions import override
+
+from gpudock_server.core.operations import Operations
+from gpudock_server.model.operation import Operation
+from gpudock_server.ports import Page
+from gpudock_server.rpc import list_requests, pagination
+from gpudock_server.rpc.middleware.interceptor import Context
+from gpudock_server.rpc.operations import requests as validation
+from gpudock_server.rpc.operations import stream
+from gpudock_server.rpc.operations.messages import operation_message
+
+SERVICE = operation_service_pb2.DESCRIPTOR.services_by_name["OperationService"].full_name
+
+
+class OperationService(OperationServiceServicer):
+    """Serves gpudock.v1.OperationService. Its streaming method returns its generator: see ContainerService."""
+
+    def __init__(self, operations: Operations) -> None:
+        self._operations = operations
+
+    @override
+    async def GetOperation(
+        self, request: operation_service_pb2.GetOperationRequest, context: Context
+    ) -> operation_service_pb2.GetOperationResponse:
+        snapshot = await self._operations.get(validation.operation_id(request))
+        return operation_service_pb2.GetOperationResponse(operation=operation_message(snapshot))
+
+    @override
+    async def ListOperations(
+        self, request: operation_service_pb2.ListOperationsRequest, context: Context
+    ) -> operation_service_pb2.ListOperationsResponse:
+        found, token = await pagination.from_store(list_requests.operations(request), self._read, stream.record_message)
+        return operation_service_pb2.ListOperationsResponse(operations=found, next_page_token=token)
+
+    @override
+    def WatchOperation(
+        self, request: operation_service_pb2.WatchOperationRequest, context: Context
+    ) -> AsyncIterator[operation_service_pb2.WatchOperationResponse]:
+        return self._watch(validation.operation_id(request))
+
+    @override
+    async def CancelOperation(
+        self, request: operation_service_pb2.CancelOperationRequest, context: Context
+    ) -> operation_service_pb2.CancelOperationResponse:
+        snapshot = await self._operations.cancel(validation.operation_id(request))
+        return operation_service_pb2.CancelOperationResponse(operation=operation_message(snapshot))
+
+    async def _read(self, page_size: int, page_token: str) -> Page[Operation]:
+        return await self._operations.list(page_size=page_size, page_token=page_token)
+
+    async def _watch(self, operation_id: str) -> AsyncIterator[operation_service_pb2.WatchOperationResponse]:
+        async with aclosing(stream.follow(self._operations, operation_id)) as shown:
+            async for message in shown:
+                if isinstance(message, operation_pb2.Operation):
+                    yield operation_service_pb2.WatchOperationResponse(operation=message)
+                else:
+                    yield operation_service_pb2.WatchOperationResponse(result=_result(message))
+
+
+def _result(message: stream.ResultMessage | None) -> operation_service_pb2.OperationResult:
+    match message:
+        case committed_image_pb2.CommittedImage():
+            return operation_service_pb2.OperationResult(image=message)
+        case volume_pb2.Volume():
+            return operation_service_pb2.OperationResult(volume=message)
+        case _:
+            return operation_service_pb2.OperationResult(container=message)

@@ -1,0 +1,1 @@
+"""VolumeService: its requests to commands, records to its messages."""

@@ -1,0 +1,105 @@
+"""Requests of VolumeService that name a volume or change one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from gpudock.v1 import volume_pb2, volume_service_pb2
+
+from gpudock_server.core.volumes.commands import Adopt, Create, Delete, Resize
+from gpudock_server.model.volume import VolumeBackendKind
+from gpudock_server.rpc.containers.spec_requests import labels
+from gpudock_server.rpc.validation import fields
+from gpudock_server.rpc.validation.violations import Violations
+from gpudock_server.rpc.volumes.messages import BACKENDS
+
+_BACKENDS: Mapping[int, VolumeBackendKind | None] = {
+    volume_pb2.VOLUME_BACKEND_UNSPECIFIED: None,
+    **{value: kind for kind, value in BACKENDS.items()},
+}
+_ENGINE_VOLUME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,254}", re.ASCII)
+# No filesystem is smaller.
+_MIN_BYTES = 1 << 20
+
+
+def get(request: volume_service_pb2.GetVolumeRequest) -> str:
+    """The name of the volume to show."""
+    violations = Violations()
+    name = fields.name(violations, "name", request.name)
+    violations.raise_if_any()
+    return name
+
+
+def create(request: volume_service_pb2.CreateVolumeRequest) -> Create:
+    """A volume to be made."""
+    violations = _check_creation(request)
+    command = Create(
+        name=request.name,
+        size_bytes=request.size_bytes,
+        owner=request.owner,
+        labels=labels(violations, request.labels),
+        backend=_backend(violations, request.backend),
+    )
+    violations.raise_if_any()
+    return command
+
+
+def adopt(request: volume_service_pb2.AdoptVolumeRequest) -> Adopt:
+    """A volume of the engine to be taken in."""
+    violations = _check_creation(request)
+    if request.engine_volume and not _ENGINE_VOLUME.fullmatch(request.engine_volume):
+        violations.add("engine_volume", "must match ^[A-Za-z0-9][A-Za-z0-9_.-]{0,254}$, or be empty")
+    command = Adopt(
+        name=request.name,
+        engine_volume=request.engine_volume or request.name,
+        size_bytes=request.size_bytes,
+        owner=request.owner,
+        labels=labels(violations, request.labels),
+        backend=_backend(violations, request.backend),
+    )
+    violations.raise_if_any()
+    return command
+
+
+def resize(request: volume_service_pb2.ResizeVolumeRequest) -> Resize:
+    """A volume to be given another size."""
+    violations = _check_common(request)
+    if request.size_bytes == 0:
+        violations.add("size_bytes", "is required")
+    else:
+        fields.size(violations, "size_bytes", request.size_bytes, least=_MIN_BYTES)
+    violations.raise_if_any()
+    return Resize(name=request.name, size_bytes=request.size_bytes, etag=request.etag)
+
+
+def delete(request: volume_service_pb2.DeleteVolumeRequest) -> Delete:
+    """A volume to be removed."""
+    _check_common(request).raise_if_any()
+    return Delete(name=request.name, etag=request.etag, force=request.force)
+
+
+def _check_creation(
+    request: volume_service_pb2.CreateVolumeRequest | volume_service_pb2.AdoptVolumeRequest,
+) -> Violations:
+    violations = Violations()
+    fields.name(violations, "name", request.name)
+    fields.owner(violations, "owner", request.owner)
+    fields.optional_uuid(violations, "request_id", request.request_id)
+    fields.size(violations, "size_bytes", request.size_bytes, least=_MIN_BYTES)
+    if request.size_bytes and request.backend == volume_pb2.VOLUME_BACKEND_PLAIN:
+        violations.add("backend", "PLAIN has no size; leave size_bytes out, or take another one")
+    return violations
+
+
+def _backend(violations: Violations, value: int) -> VolumeBackendKind | None:
+    return fields.enum_value(violations, "backend", value, _BACKENDS, None)
+
+
+def _check_common(
+    request: volume_service_pb2.ResizeVolumeRequest | volume_service_pb2.DeleteVolumeRequest,
+) -> Violations:
+    violations = Violations()
+    fields.name(violations, "name", request.name)
+    fields.optional_uuid(violations, "request_id", request.request_id)
+    return violations
