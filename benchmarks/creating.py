@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.arena import Arena, Stopwatch
-from benchmarks.report import Row, Target, Unit, versus
+from benchmarks.report import ResourceRef, Row, Unit, versus
 from benchmarks.rounds import Measure, compare
 from tests.calls import IDLE, IMAGE, Caller
 
-_TARGET = Target(1.15)
+_TARGET = ResourceRef(1.15)
 _AT_ONCE = 8
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from gpudock.v1 import exec_pb2
 
 from benchmarks.arena import Arena, Stopwatch
-from benchmarks.report import Row, Target, Unit, versus
+from benchmarks.report import ResourceRef, Row, Unit, versus
 from benchmarks.rounds import Measure, compare
 from tests.calls import Caller, iterate
 from tests.rig import GLIBC, Daemon, RigError
@@ -42,7 +42,9 @@ async def executing(arena: Arena) -> list[Row]:
 
         first_byte = await compare(arena.rounds(40), {"gpudock": our_first_byte, "docker exec": their_first_byte})
 
-        rows = [versus(first_byte, "gpudock", "docker exec", name="exec first byte", unit=Unit.MS, target=Target(1.0))]
+        rows = [
+            versus(first_byte, "gpudock", "docker exec", name="exec first byte", unit=Unit.MS, target=ResourceRef(1.0))
+        ]
         amount = (1 << 28) if arena.quick else (1 << 30)
         # head writes so little at a time that it holds back both sides; dd does not.
         head = ["head", "-c", str(amount), "/dev/zero"]
@@ -82,7 +84,7 @@ async def _output(arena: Arena, daemon: Daemon, engine_id: str, command: list[st
     }
     samples = await compare(arena.rounds(12), sides)
     name = f"exec output, {amount >> 20} MiB of {command[0]}"
-    target = Target(0.9, at_least=True)
+    target = ResourceRef(0.9, at_least=True)
     return [
         versus(samples, "gpudock", pipe, name=name, unit=Unit.MB_PER_S, target=target),
         versus(samples, "gpudock, as it comes", pipe, name=f"{name}, gRPC as it comes", unit=Unit.MB_PER_S),

@@ -14,15 +14,15 @@ from datetime import datetime
 from gpudock.v1 import container_pb2, container_service_pb2
 
 from benchmarks.arena import Arena
-from benchmarks.report import Row, Target, Unit, versus
+from benchmarks.report import ResourceRef, Row, Unit, versus
 from benchmarks.rounds import compare
 from benchmarks.scaling import BY_HAND, ByHand, has_started, ms_between
 from tests.calls import Caller, scale_request
 from tests.rig import RigError
 
-_TARGET = Target(1.5)
-_FLAT = Target(1.5)
-_SHARED = Target(1.2)
+_TARGET = ResourceRef(1.5)
+_FLAT = ResourceRef(1.5)
+_SHARED = ResourceRef(1.2)
 _MB = 1_000_000
 _FILE_BYTES = 50 * _MB
 # 10 MB a second, into a hundred files in turn, for as long as it lives.

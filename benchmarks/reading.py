@@ -13,14 +13,14 @@ from gpudock.v1 import container_service_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.arena import Arena, Stopwatch
-from benchmarks.report import Row, Target, Unit, versus
+from benchmarks.report import ResourceRef, Row, Unit, versus
 from benchmarks.rounds import Measure, compare
 from tests.calls import Caller
 from tests.rig import Daemon, RigError
 
 _CONTAINERS = 100
 _AT_ONCE = 8
-_P50 = Target(2.0, unit="ms")
+_P50 = ResourceRef(2.0, unit="ms")
 # What README.md advises to programs that read much output. The command does not set it for itself.
 _LEAN = "-event_engine_client"
 _AS_IT_COMES = "gRPC as it comes"
@@ -99,7 +99,7 @@ async def _latencies(count: int, call: Callable[[], Awaitable[None]]) -> list[fl
     return [await measure() for _ in range(count)]
 
 
-def _latency_row(name: str, samples: Sequence[float], percent: int, target: Target | None = None) -> Row:
+def _latency_row(name: str, samples: Sequence[float], percent: int, target: ResourceRef | None = None) -> Row:
     return Row(name=name, unit=Unit.MS, samples={"gpudock": samples}, percent=percent, target=target)
 
 

@@ -15,13 +15,13 @@ from gpudock.v1 import operation_pb2
 
 from benchmarks.arena import Arena
 from benchmarks.creating import device_requests, docker_gpus
-from benchmarks.report import Row, Target, Unit, versus
+from benchmarks.report import ResourceRef, Row, Unit, versus
 from benchmarks.rounds import compare
 from tests.calls import IDLE, IMAGE, Caller, scale_request
 from tests.rig import RigError
 
-_TARGET = Target(1.3)
-FLAT = Target(1.2)
+_TARGET = ResourceRef(1.3)
+FLAT = ResourceRef(1.2)
 _MB = 1_000_000
 BY_HAND = "docker stop && create && start"
 _FLOOR = "engine API, stop + start"

@@ -7,15 +7,15 @@ import itertools
 from gpudock.v1 import container_pb2
 
 from benchmarks.arena import Arena, Stopwatch
-from benchmarks.report import Row, Target, Unit, versus
+from benchmarks.report import ResourceRef, Row, Unit, versus
 from benchmarks.rounds import Measure, compare
 from tests.calls import IDLE, IMAGE, Caller
 
 _MIB = 1 << 20
 _MB = 1_000_000
-_GROWTH = Target(300, unit="ms")
-_FLAT = Target(1.5)
-_WRITES = Target(0.9, at_least=True)
+_GROWTH = ResourceRef(300, unit="ms")
+_FLAT = ResourceRef(1.5)
+_WRITES = ResourceRef(0.9, at_least=True)
 _STEP_BYTES = 16 * _MIB
 # Beside the data, so that it can shrink by as much and grow in many steps.
 _SPARE_BYTES = 1024 * _MIB

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from gpudock_server.settings_sources import PROGRAM, SettingsInvalid, load
+from gpudock_server.settings.sources import PROGRAM, SettingsInvalid, load
 from gpudock_server.startup import StartupError
 
 EXIT_FAILED = 1
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         loaded = load(sys.argv[1:] if arguments is None else arguments)
     except SettingsInvalid as error:
         for line in error.lines:
-            _complain(line)
+            _print_error(line)
         return EXIT_MISUSED
     if loaded.print_config:
         sys.stdout.write(loaded.to_toml())
@@ -35,11 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return app.run(loaded.settings)
     except StartupError as error:
         for line in str(error).splitlines():
-            _complain(line)
+            _print_error(line)
         return EXIT_FAILED
 
 
-def _complain(line: str) -> None:
+def _print_error(line: str) -> None:
     sys.stderr.write(f"{PROGRAM}: {line}\n")
 
 

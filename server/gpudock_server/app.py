@@ -58,11 +58,11 @@ from gpudock_server.core.volumes import Storage, Volumes
 from gpudock_server.core.watches import Watches
 from gpudock_server.errors import EngineRejected, EngineUnavailable, GpudockError, StoreFull, StoreUnavailable
 from gpudock_server.logs import configure
-from gpudock_server.memory import keep_freed_blocks
+from gpudock_server.memory import set_malloc_thresholds
 from gpudock_server.model.claims import PortKey
 from gpudock_server.model.engine import ContainerDefaults, HostCapacity, NodeLimits
 from gpudock_server.model.node import NodeRecord
-from gpudock_server.model.operation import CarryMethod
+from gpudock_server.model.operation import LayerTransferMethod
 from gpudock_server.model.record import now
 from gpudock_server.model.spec import Protocol, SnapshotPolicy
 from gpudock_server.model.volume import VolumeBackendKind
@@ -70,7 +70,7 @@ from gpudock_server.ports import (
     Engine,
     HostPaths,
     LayerStore,
-    Ledger,
+    RevisionBackupStore,
     SnapshotStore,
     Store,
     VolumeBackend,
@@ -79,20 +79,26 @@ from gpudock_server.ports import (
 from gpudock_server.private_files import make_private_folder, read_private, require_private
 from gpudock_server.rpc.listeners import listen
 from gpudock_server.rpc.server import RpcServer, Services, build_server
-from gpudock_server.settings import CommitReplace, LayerCarry, Settings, VolumeBackendChoice, VolumeFilesystem
-from gpudock_server.stacks import dump_on_sigusr1
+from gpudock_server.settings.definitions import (
+    CommitReplace,
+    LayerTransferChoice,
+    Settings,
+    VolumeBackendChoice,
+    VolumeFilesystem,
+)
 from gpudock_server.startup import StartupError
+from gpudock_server.task_dump import dump_on_sigusr1
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 VERSION = version("gpudock")
 T = TypeVar("T")
 
-_HEALTH_SECONDS = 2.0
+_HEALTH_INTERVAL_SECONDS = 2.0
 # What has not answered by then is out of reach as far as health goes, however patient other calls are.
-_HEALTH_LIMIT_SECONDS = 3.0
+_HEALTH_TIMEOUT_SECONDS = 3.0
 # Of the time to shut down, what is kept for telling those who watch; a quarter of it where it is short.
-_FAREWELL_SECONDS = 1.0
+_WATCHER_NOTIFY_SECONDS = 1.0
 # How long changes wait for operations of the daemon before that take time, such as a stop. After that these go on under
 # their locks.
 _RECOVERY_SECONDS = 5.0
@@ -119,7 +125,7 @@ def _same_host_paths(host_paths: HostPaths) -> HostPaths:
     return host_paths
 
 
-def _same_ledger(ledger: Ledger) -> Ledger:
+def _same_ledger(ledger: RevisionBackupStore) -> RevisionBackupStore:
     return ledger
 
 
@@ -132,7 +138,7 @@ def _same_copier(copier: VolumeCopier) -> VolumeCopier:
 
 
 @dataclass(frozen=True, slots=True)
-class Instruments:
+class PortWrappers:
     """What fault tests put between core and the ports. Production passes none."""
 
     engine: Callable[[Engine], Engine] = _same_engine
@@ -140,25 +146,25 @@ class Instruments:
     layers: Callable[[LayerStore], LayerStore] = _same_layers
     snapshots: Callable[[SnapshotStore], SnapshotStore] = _same_snapshots
     host_paths: Callable[[HostPaths], HostPaths] = _same_host_paths
-    ledger: Callable[[Ledger], Ledger] = _same_ledger
+    ledger: Callable[[RevisionBackupStore], RevisionBackupStore] = _same_ledger
     volumes: Callable[[VolumeBackend], VolumeBackend] = _same_volumes
     copier: Callable[[VolumeCopier], VolumeCopier] = _same_copier
 
 
-def run(settings: Settings, instruments: Instruments | None = None) -> int:
+def run(settings: Settings, wrappers: PortWrappers | None = None) -> int:
     """Serve until told to stop; the process's exit code. Raises StartupError for what an operator must mend."""
     configure(settings.log_format, settings.log_level)
-    keep_freed_blocks()
-    return asyncio.run(_serve(settings, instruments or Instruments()))
+    set_malloc_thresholds()
+    return asyncio.run(_serve(settings, wrappers or PortWrappers()))
 
 
-async def _serve(settings: Settings, instruments: Instruments) -> int:
-    stop = _Stop()
+async def _serve(settings: Settings, wrappers: PortWrappers) -> int:
+    stop = _Shutdown()
     stop.listen()
     dump_on_sigusr1()
     async with AsyncExitStack() as stack:
         try:
-            daemon = await stop.unless_told(_assemble(settings, instruments, stack, stop))
+            daemon = await stop.run_until_stopped(_assemble(settings, wrappers, stack, stop))
             if daemon is not None:
                 await daemon.serve(stop)
         except EngineUnavailable as error:
@@ -167,13 +173,13 @@ async def _serve(settings: Settings, instruments: Instruments) -> int:
                 "is it being restarted?",
             ) from error
         except StoreUnavailable as error:
-            raise _no_etcd(settings, error) from error
+            raise _etcd_startup_error(settings, error) from error
     log.info("stopped", exit_code=stop.exit_code)
     return stop.exit_code
 
 
 @dataclass(slots=True)
-class _Stop:
+class _Shutdown:
     """That the daemon is to stop, and whether it is a failure that it does."""
 
     told: asyncio.Event = field(default_factory=asyncio.Event)
@@ -183,9 +189,9 @@ class _Stop:
         """Set at the first SIGTERM or SIGINT; the second ends the process where it stands."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._signalled)
+            loop.add_signal_handler(number, self._on_signal)
 
-    def _signalled(self) -> None:
+    def _on_signal(self) -> None:
         if self.told.is_set():
             log.warning("told to stop twice; stopping at once")
             os._exit(1)
@@ -196,12 +202,12 @@ class _Stop:
         self.exit_code = 1
         self.told.set()
 
-    def taken_over(self, taken: NodeTaken) -> None:
+    def on_node_taken_over(self, taken: NodeTaken) -> None:
         """Stop: two daemons must never drive one node's operations. They are left at their recorded steps."""
         log.critical("the node was taken over; stopping", detail=str(taken))
         self.fail()
 
-    async def unless_told(self, work: Awaitable[T]) -> T | None:
+    async def run_until_stopped(self, work: Awaitable[T]) -> T | None:
         """What `work` gives; it is cancelled, and None given, once the daemon is to stop."""
         working = asyncio.ensure_future(work)
         telling = asyncio.create_task(self.told.wait())
@@ -217,7 +223,7 @@ class _Stop:
             telling.cancel()
 
 
-async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncExitStack, stop: _Stop) -> _Daemon:
+async def _assemble(settings: Settings, wrappers: PortWrappers, stack: AsyncExitStack, stop: _Shutdown) -> _Daemon:
     make_private_folder(settings.state_dir)
     start_time = now()
     port_range = (settings.port_range.first, settings.port_range.last)
@@ -226,15 +232,15 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
     connection = await _open_etcd(settings, stack)
     store = await _open_store(settings, connection, stack)
     await _check_port_range(settings, store)
-    lease = await _register(settings, connection, store, info.id, stack, lost=stop.taken_over)
+    lease = await _register(settings, connection, store, info.id, stack, lost=stop.on_node_taken_over)
 
     inventory = NvmlInventory()
     stack.push_async_callback(inventory.close)
     await inventory.start()
     layers = OverlayLayerStore(
-        None if settings.layer_carry is LayerCarry.AUTO else CarryMethod(settings.layer_carry.name),
+        None if settings.layer_carry is LayerTransferChoice.AUTO else LayerTransferMethod(settings.layer_carry.name),
         info.root_dir,
-        local=_engine_is_here(settings),
+        local=_engine_is_local(settings),
         stall_seconds=settings.stall_timeout,
     )
     # One folder for each node: what no record of a node's names is judged by its own daemon alone.
@@ -242,25 +248,25 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
     snapshots = OverlaySnapshotStore(
         str(kept_files),
         info.root_dir,
-        local=_engine_is_here(settings),
+        local=_engine_is_local(settings),
         limits=Limits(settings.snapshot_max_entries),
         stall_seconds=settings.stall_timeout,
     )
     stack.push_async_callback(snapshots.close)
     # Of an engine on another host, no snapshot is kept here.
     ledger = FolderRevisionBackupStore(
-        kept_files if _engine_is_here(settings) else settings.state_dir / "history" / settings.node_name
+        kept_files if _engine_is_local(settings) else settings.state_dir / "history" / settings.node_name
     )
     host_paths = _host_paths(settings, _engine_namespace(settings))
     await _restore_host_paths(host_paths)
-    state = instruments.store(store)
+    state = wrappers.store(store)
     world = World(
         store=state,
-        engine=instruments.engine(docker),
-        layers=instruments.layers(layers),
-        snapshots=instruments.snapshots(snapshots),
-        host_paths=instruments.host_paths(host_paths),
-        ledger=instruments.ledger(ledger),
+        engine=wrappers.engine(docker),
+        layers=wrappers.layers(layers),
+        snapshots=wrappers.snapshots(snapshots),
+        host_paths=wrappers.host_paths(host_paths),
+        ledger=wrappers.ledger(ledger),
         adoption=AdoptionRules(settings.adoptable_volumes),
         allocator=Allocator(
             store=state,
@@ -292,7 +298,7 @@ async def _assemble(settings: Settings, instruments: Instruments, stack: AsyncEx
     )
     await _attach_volumes(settings)
     await check_versions()
-    storage = _storage(settings, world, info.root_dir, instruments)
+    storage = _storage(settings, world, info.root_dir, wrappers)
     operations = Operations(state, settings.node_name, saga_builder(world, storage), recovering=True)
     containers = Containers(world, operations)
     execs = ExecSessions(world, HostProcessControl(), hangup_grace=settings.exec_hangup_grace, limit=settings.max_execs)
@@ -338,7 +344,7 @@ def attach_volumes(settings: Settings) -> int:
 
 async def _attach(settings: Settings) -> int:
     problems = await _attach_volumes(settings)
-    if _engine_is_here(settings):
+    if _engine_is_local(settings):
         # In this process's own mount namespace: the engine, by which another one would be found, does not run yet.
         problems += await _restore_host_paths(_host_paths(settings, MountNamespace()))
     return 1 if problems else 0
@@ -346,7 +352,7 @@ async def _attach(settings: Settings) -> int:
 
 async def _attach_volumes(settings: Settings) -> int:
     """How many could not be made ready. What mounts one of those does not start, and all others do."""
-    if not _engine_is_here(settings):
+    if not _engine_is_local(settings):
         return 0
     problems = await attach_all_volumes(settings.volume_root)
     for problem in problems:
@@ -367,7 +373,7 @@ def _host_paths(settings: Settings, namespace: MountNamespace | None) -> HostPat
 
 
 def _engine_namespace(settings: Settings) -> MountNamespace | None:
-    return MountNamespace(settings.docker_host.removeprefix("unix://")) if _engine_is_here(settings) else None
+    return MountNamespace(settings.docker_host.removeprefix("unix://")) if _engine_is_local(settings) else None
 
 
 async def _restore_host_paths(host_paths: HostPathBinder) -> int:
@@ -383,12 +389,12 @@ async def _restore_host_paths(host_paths: HostPathBinder) -> int:
     return len(problems)
 
 
-def _engine_is_here(settings: Settings) -> bool:
+def _engine_is_local(settings: Settings) -> bool:
     return settings.docker_host.startswith("unix:")
 
 
-def _storage(settings: Settings, world: World, engine_root: str, instruments: Instruments) -> Storage:
-    root, local = settings.volume_root, _engine_is_here(settings)
+def _storage(settings: Settings, world: World, engine_root: str, wrappers: PortWrappers) -> Storage:
+    root, local = settings.volume_root, _engine_is_local(settings)
     filesystem = "" if settings.volume_filesystem is VolumeFilesystem.AUTO else settings.volume_filesystem.value
     backends = (
         ProjectQuotaBackend(root, local=local),
@@ -398,8 +404,8 @@ def _storage(settings: Settings, world: World, engine_root: str, instruments: In
     chosen = settings.volume_backend
     return Storage(
         world=world,
-        backends=[instruments.volumes(backend) for backend in backends],
-        copier=instruments.copier(MirrorVolumeCopier(backends, settings.stall_timeout)),
+        backends=[wrappers.volumes(backend) for backend in backends],
+        copier=wrappers.copier(MirrorVolumeCopier(backends, settings.stall_timeout)),
         path=str(root),
         forced=None if chosen is VolumeBackendChoice.AUTO else VolumeBackendKind(chosen.name),
         overcommit=settings.volume_overcommit,
@@ -459,7 +465,7 @@ async def _open_store(settings: Settings, connection: EtcdConnection, stack: Asy
     return store
 
 
-def _no_etcd(settings: Settings, error: StoreUnavailable) -> StartupError:
+def _etcd_startup_error(settings: Settings, error: StoreUnavailable) -> StartupError:
     if not settings.etcd_endpoints:
         return StartupError(
             f"the etcd in {settings.state_dir} does not answer: {error.detail}", "its own lines above say more"
@@ -565,23 +571,23 @@ class _Daemon:
         self.operations.open()
         return tuple(operation_id for operation_id in resumed if operation_id in self.operations.active)
 
-    async def _recover_with_room(self) -> tuple[str, ...] | None:
+    async def _try_recover(self) -> tuple[str, ...] | None:
         """`recover`; None where the store has no room for it: it is to be repeated, and reads are served."""
         if not self.registered.is_set():
             full = (await self.world.store.usage()).full
-            self._wait_for_room(StoreFull(full or "it had no room for the name of this node"))
+            self._postpone_recovery(StoreFull(full or "it had no room for the name of this node"))
             return None
         try:
             return await self.recover()
         except StoreFull as error:
-            self._wait_for_room(error)
+            self._postpone_recovery(error)
             return None
 
-    def _wait_for_room(self, error: StoreFull) -> None:
+    def _postpone_recovery(self, error: StoreFull) -> None:
         log.warning("recovery waits for room in the store", detail=error.detail)
         self.operations.recovery_waits(error)
 
-    async def serve(self, stop: _Stop) -> None:
+    async def serve(self, stop: _Shutdown) -> None:
         """Answer reads, recover, take all calls until told to stop, then drain.
 
         Raises StartupError for a socket or an address that cannot be had, EngineUnavailable and StoreUnavailable where
@@ -593,33 +599,33 @@ class _Daemon:
             # A recovery may wait for an engine, and reads need not: they are answered while health is NOT_SERVING.
             await self.server.set_serving(False)
             await self.server.grpc.start()
-            left = await stop.unless_told(self._recover_with_room())
+            left = await stop.run_until_stopped(self._try_recover())
             if not stop.told.is_set():
                 log.info("serving", node=self.settings.node_name, version=VERSION, addresses=listeners.addresses)
-                await self._watch_until(stop, left)
+                await self._run_background_until_stopped(stop, left)
         finally:
             await self._drain()
             listeners.close()
 
-    async def _watch_until(self, stop: _Stop, left: Sequence[str] | None) -> None:
-        watch = asyncio.create_task(self._watch(left), name="watch engine and store")
+    async def _run_background_until_stopped(self, stop: _Shutdown, left: Sequence[str] | None) -> None:
+        watch = asyncio.create_task(self._run_background_tasks(left), name="watch engine and store")
         try:
-            await stop.unless_told(watch)
+            await stop.run_until_stopped(watch)
         except Exception:
             # Followed for as long as calls are taken; it ends by itself only by a defect.
             log.exception("no longer watching engine and store; stopping")
             stop.fail()
 
-    async def _watch(self, left: Sequence[str] | None) -> None:
+    async def _run_background_tasks(self, left: Sequence[str] | None) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._reconcile(left))
-            tasks.create_task(self._tell_health())
+            tasks.create_task(self._report_health())
 
     async def _reconcile(self, left: Sequence[str] | None) -> None:
         while left is None:
-            await asyncio.sleep(_HEALTH_SECONDS)
+            await asyncio.sleep(_HEALTH_INTERVAL_SECONDS)
             try:
-                left = await self._recover_with_room()
+                left = await self._try_recover()
             except GpudockError as error:
                 log.warning("recovery was broken off; it is tried again", detail=error.message)
         async with asyncio.TaskGroup() as tasks:
@@ -627,19 +633,19 @@ class _Daemon:
             tasks.create_task(self.reconciler.run())
             tasks.create_task(self.retention.run())
 
-    async def _tell_health(self) -> None:
+    async def _report_health(self) -> None:
         trouble: str | None = None
         while True:
-            before, trouble = trouble, await self._trouble()
+            before, trouble = trouble, await self._health_problem()
             await self.server.set_serving(not trouble)
             if trouble != before and (trouble or before):
                 log.warning("not serving" if trouble else "serving again", detail=trouble)
-            await asyncio.sleep(_HEALTH_SECONDS)
+            await asyncio.sleep(_HEALTH_INTERVAL_SECONDS)
 
-    async def _trouble(self) -> str:
+    async def _health_problem(self) -> str:
         """What keeps this daemon from serving; empty if nothing does."""
         found = await asyncio.gather(
-            _answers("etcd", self.world.store.ping()), _answers("the engine", self.world.engine.info())
+            _health_error("etcd", self.world.store.ping()), _health_error("the engine", self.world.engine.info())
         )
         return "; ".join(filter(None, found))
 
@@ -651,24 +657,24 @@ class _Daemon:
         grace = self.settings.shutdown_grace
         deadline = loop.time() + grace
         # Watchers are told how it ended when the work has ended, so the work gets a little less time than they do.
-        working = grace - min(_FAREWELL_SECONDS, grace / 4)
-        await asyncio.gather(self.operations.drain(working), _within(working, self.execs.drain()))
+        working = grace - min(_WATCHER_NOTIFY_SECONDS, grace / 4)
+        await asyncio.gather(self.operations.drain(working), _run_with_timeout(working, self.execs.drain()))
         await self.server.grpc.stop(max(0.0, deadline - loop.time()))
 
 
-async def _answers(what: str, call: Awaitable[object]) -> str:
+async def _health_error(what: str, call: Awaitable[object]) -> str:
     """Empty if `call` is answered in time, else what is wrong."""
     try:
-        async with asyncio.timeout(_HEALTH_LIMIT_SECONDS):
+        async with asyncio.timeout(_HEALTH_TIMEOUT_SECONDS):
             await call
     except TimeoutError:
-        return f"{what} has not answered within {_HEALTH_LIMIT_SECONDS:g} s"
+        return f"{what} has not answered within {_HEALTH_TIMEOUT_SECONDS:g} s"
     except GpudockError as error:
         return error.message
     return ""
 
 
-async def _within(seconds: float, work: Awaitable[None]) -> None:
+async def _run_with_timeout(seconds: float, work: Awaitable[None]) -> None:
     """Do `work`, and leave it when its time is over."""
     try:
         async with asyncio.timeout(seconds):

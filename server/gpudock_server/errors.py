@@ -272,7 +272,7 @@ class StaleVolumeEtag(GpudockError):
 
 
 @dataclass(eq=False)
-class _OfAnotherNode(GpudockError):
+class _OtherNodeError(GpudockError):
     """Only the daemon of another node can do what was asked."""
 
     code = Code.FAILED_PRECONDITION
@@ -292,7 +292,7 @@ class _OfAnotherNode(GpudockError):
 
 
 @dataclass(eq=False)
-class WrongNode(_OfAnotherNode):
+class WrongNode(_OtherNodeError):
     """Only the daemon beside the engine can change a container."""
 
     template = "container {container!r} is on node {node!r}; {advice}"
@@ -300,14 +300,14 @@ class WrongNode(_OfAnotherNode):
 
 
 @dataclass(eq=False)
-class NodeElsewhere(_OfAnotherNode):
+class OtherNodeRequested(_OtherNodeError):
     """The request names a node that another daemon serves."""
 
     template = "node {node!r} is not this one; {advice}"
 
 
 @dataclass(eq=False)
-class VolumeElsewhere(_OfAnotherNode):
+class VolumeOnOtherNode(_OtherNodeError):
     """Only the daemon beside the engine can change a volume, and only containers beside it can mount it."""
 
     template = "volume {volume!r} is on node {node!r}; {advice}"
@@ -1009,7 +1009,7 @@ class Unauthenticated(GpudockError):
 
 
 @dataclass(eq=False)
-class Recorded(GpudockError):
+class OperationFailed(GpudockError):
     """The error that an ended operation was recorded with, given to whoever asks later."""
 
     code = Code.INTERNAL

@@ -2,7 +2,7 @@
 
 Bind what the lines of a task have in common with `structlog.contextvars.bind_contextvars`: `rpc`, `caller_kind`,
 `caller`, `container`, `operation_id`; tasks that it starts inherit them. Secrets should never get this far:
-settings hold their paths only, and records that carry one keep it out of their repr. `without_secrets` is the net below
+settings hold their paths only, and records that carry one keep it out of their repr. `redact_secrets` is the net below
 that, for what a library or a hurried line hands over. Tracebacks are printed without the values of local variables for
 the same reason.
 """
@@ -38,10 +38,10 @@ _SECRET_TEXT = re.compile(
 _URL_PASSWORD = re.compile(r"(?P<before>://[^/\s:@]*:)[^/\s@]+(?=@)")
 
 # They report every connection and every retry at INFO, which is our DEBUG.
-_TALKATIVE = ("aiohttp", "asyncio", "grpc")
+_NOISY_LOGGERS = ("aiohttp", "asyncio", "grpc")
 
 
-def cut(text: str) -> str:
+def truncate(text: str) -> str:
     """At most 256 bytes of what a caller sent, which may be long and is logged before it is validated."""
     encoded = text.encode(errors="replace")
     return text if len(encoded) <= _LONGEST_TEXT else f"{encoded[:_LONGEST_TEXT].decode(errors='ignore')}…"
@@ -86,7 +86,7 @@ def configure(log_format: LogFormat, level: LogLevel, stream: TextIO | None = No
             foreign_pre_chain=shared,
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                without_secrets,
+                redact_secrets,
                 _console_renderer(stream) if console else structlog.processors.JSONRenderer(ensure_ascii=False),
             ],
         )
@@ -94,12 +94,12 @@ def configure(log_format: LogFormat, level: LogLevel, stream: TextIO | None = No
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
-    for name in _TALKATIVE:
+    for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.DEBUG if level == "debug" else logging.WARNING)
     logging.captureWarnings(capture=True)
 
 
-def without_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+def redact_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     """A structlog processor that takes out values whose key or whose text gives them away."""
     return {key: value if key in _NEVER_SECRET else _redacted(key, value) for key, value in event.items()}
 

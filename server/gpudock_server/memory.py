@@ -10,11 +10,11 @@ _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 _MIB: Final = 1024 * 1024
 # Ample for the buffers of a few messages of exec output, half a megabyte each.
-_LARGEST_KEPT: Final = 4 * _MIB
-_KEPT: Final = 16 * _MIB
+_MMAP_THRESHOLD_BYTES: Final = 4 * _MIB
+_TRIM_THRESHOLD_BYTES: Final = 16 * _MIB
 
 
-def keep_freed_blocks() -> None:
+def set_malloc_thresholds() -> None:
     """Have glibc keep what is freed, up to 16 MiB of each of its arenas, for what is asked for next.
 
     By default it gives a large block back to the kernel and asks for it anew, zeroed page by page, for every message of
@@ -22,5 +22,5 @@ def keep_freed_blocks() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT)
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES)

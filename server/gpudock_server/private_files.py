@@ -12,31 +12,31 @@ import structlog
 from gpudock_server.startup import StartupError
 
 _ROOT = 0
-_OF_OTHERS = 0o007
-_OF_GROUP = 0o070
+_OTHERS_MASK = 0o007
+_GROUP_MASK = 0o070
 _OWNER_ONLY = 0o700
 # Ten thousand tokens, and far more than any key.
-_MOST_BYTES = 1 << 20
+_MAX_BYTES = 1 << 20
 
 _log = structlog.stdlib.get_logger(__name__)
 
 
-def exposure(found: os.stat_result) -> str:
+def access_problem(found: os.stat_result) -> str:
     """Who beside the daemon may use a file with a secret, as the end of a sentence; empty for nobody.
 
     Its group may, if that is root's or the daemon's own.
     """
     mode = f"mode {stat.S_IMODE(found.st_mode):04o}"
-    if found.st_mode & _OF_OTHERS:
+    if found.st_mode & _OTHERS_MASK:
         return f"is open to every user of this host ({mode})"
-    if found.st_mode & _OF_GROUP and found.st_gid not in (_ROOT, os.getegid()):
+    if found.st_mode & _GROUP_MASK and found.st_gid not in (_ROOT, os.getegid()):
         return f"is open to the group {found.st_gid} ({mode})"
     if found.st_uid not in (_ROOT, os.geteuid()):
         return f"belongs to the user {found.st_uid}, who may change it"
     return ""
 
 
-def remedy(path: Path) -> str:
+def chmod_command(path: Path) -> str:
     """The command that makes a file private."""
     return f"chown root {path} && chmod 600 {path}"
 
@@ -51,9 +51,9 @@ def read_regular(path: Path) -> tuple[bytes, os.stat_result]:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-        content = file.read(_MOST_BYTES + 1)
-    if len(content) > _MOST_BYTES:
-        raise OSError(errno.EFBIG, f"it is larger than {_MOST_BYTES} bytes", str(path))
+        content = file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise OSError(errno.EFBIG, f"it is larger than {_MAX_BYTES} bytes", str(path))
     return content, found
 
 
@@ -63,8 +63,8 @@ def read_private(path: Path, setting: str) -> tuple[bytes, os.stat_result]:
         content, found = read_regular(path)
     except OSError as error:
         raise StartupError(f"{setting} {path} cannot be read: {error.strerror}", f"change {setting}") from error
-    if exposed := exposure(found):
-        raise StartupError(f"{setting} {path} {exposed}", remedy(path))
+    if exposed := access_problem(found):
+        raise StartupError(f"{setting} {path} {exposed}", chmod_command(path))
     return content, found
 
 
@@ -79,7 +79,7 @@ def make_private_folder(path: Path) -> None:
         path.mkdir(mode=_OWNER_ONLY, parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            _close_to_others(path, descriptor)
+            _restrict_to_owner(path, descriptor)
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -89,7 +89,7 @@ def make_private_folder(path: Path) -> None:
         ) from error
 
 
-def _close_to_others(path: Path, descriptor: int) -> None:
+def _restrict_to_owner(path: Path, descriptor: int) -> None:
     found = os.fstat(descriptor)
     if found.st_uid not in (_ROOT, os.geteuid()):
         raise StartupError(

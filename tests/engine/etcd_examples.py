@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
 from gpudock_server.adapters.etcd import EtcdAddress, EtcdConnection
-from gpudock_server.model.changes import Change, Lock, PutOperation
 from gpudock_server.model.claims import GpuKey, Holder, PortKey
 from gpudock_server.model.container import (
     Container,
@@ -19,8 +18,9 @@ from gpudock_server.model.container import (
     RevisionCause,
 )
 from gpudock_server.model.operation import Operation, OperationKind, OperationState
+from gpudock_server.model.resource import ResourceKind, ResourceRef
 from gpudock_server.model.spec import ContainerSpec, Protocol
-from gpudock_server.model.target import Target, TargetKind
+from gpudock_server.model.store_changes import Lock, PutOperation, StoreChange
 from gpudock_server.model.volume import Volume, VolumeCause, VolumeRevision, VolumeState
 
 THEN = datetime(2030, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
@@ -92,7 +92,7 @@ def operation(operation_id: str, name: str = "web", **changes: object) -> Operat
     return Operation(
         id=operation_id,
         kind=OperationKind.CREATE,
-        target=Target(kind=TargetKind.CONTAINER, name=name, uid=f"uid-{name}"),
+        target=ResourceRef(kind=ResourceKind.CONTAINER, name=name, uid=f"uid-{name}"),
         node="n1",
         state=OperationState.RUNNING,
         create_time=THEN,
@@ -105,9 +105,9 @@ def holder(name: str, operation_id: str = "") -> Holder:
     return Holder(container=name, uid=f"uid-{name}", node="n1", operation_id=operation_id)
 
 
-def begin(operation_id: str, name: str = "web") -> list[Change]:
+def begin(operation_id: str, name: str = "web") -> list[StoreChange]:
     """What every operation begins with."""
-    return [Lock(TargetKind.CONTAINER, name, operation_id), PutOperation(operation(operation_id, name), expect=0)]
+    return [Lock(ResourceKind.CONTAINER, name, operation_id), PutOperation(operation(operation_id, name), expect=0)]
 
 
 async def until(holds: Callable[[], Awaitable[object]], *, seconds: float) -> None:

@@ -28,8 +28,8 @@ from gpudock_server.errors import (
 )
 from gpudock_server.model.container import Placement, PortBinding
 from gpudock_server.model.engine import (
-    Blueprint,
     EngineContainer,
+    EngineContainerSpec,
     EngineEvent,
     EngineEventKind,
     EngineState,
@@ -90,7 +90,7 @@ def in_use(engine: DockerEngine) -> int:
     return sum(len(connector._acquired) for connector in engine._connection._connectors)
 
 
-async def blueprint(
+async def engine_spec(
     engine: Engine,
     name: str = "box",
     *,
@@ -100,11 +100,11 @@ async def blueprint(
     volumes: dict[str, str] | None = None,
     bound: dict[str, str] | None = None,
     **spec: Any,
-) -> Blueprint:
+) -> EngineContainerSpec:
     asked = ContainerSpec(**{"image": IMAGE, "command": IDLE, **spec})
     image = await engine.image(asked.image)
     assert image is not None
-    return Blueprint(
+    return EngineContainerSpec(
         name=name,
         image_id=image.id,
         spec=asked,
@@ -117,7 +117,7 @@ async def blueprint(
 
 
 async def running(engine: Engine, name: str = "box", **options: Any) -> str:
-    engine_id = await engine.create(await blueprint(engine, name, **options))
+    engine_id = await engine.create(await engine_spec(engine, name, **options))
     await engine.start(engine_id)
     return engine_id
 
@@ -193,7 +193,7 @@ async def test_volumes(engine: DockerEngine, rig: Rig) -> None:
     rig.engine.call("POST", "/volumes/create", send={"Name": "v1"})
     assert await engine.has_volume("v1")
     assert not await engine.has_volume("v2")
-    box = await engine.create(await blueprint(engine, mounts=(Mount(volume="v1", target="/v"),)))
+    box = await engine.create(await engine_spec(engine, mounts=(Mount(volume="v1", target="/v"),)))
     with pytest.raises(EngineRejected, match="in use"):
         await engine.remove_volume("v1")
     await engine.remove(box)
@@ -210,7 +210,7 @@ async def test_volumes(engine: DockerEngine, rig: Rig) -> None:
 
 
 async def test_create_is_idempotent_within_an_operation(engine: DockerEngine) -> None:
-    plan = await blueprint(engine)
+    plan = await engine_spec(engine)
     first = await engine.create(plan)
     assert await engine.create(plan) == first
     other = dataclasses.replace(plan, labels=plan.labels | {"gpudock.operation": "op2"})
@@ -324,7 +324,7 @@ async def test_starting_what_runs_is_a_success(engine: DockerEngine) -> None:
     ],
 )
 async def test_what_cannot_start(engine: DockerEngine, options: dict[str, Any], says: str) -> None:
-    box = await engine.create(await blueprint(engine, **options))
+    box = await engine.create(await engine_spec(engine, **options))
     # The second failure is as good as the first: nothing half-started stands in the way.
     for _ in range(2):
         with pytest.raises(StartFailed, match=says) as failed:
@@ -337,7 +337,7 @@ async def test_what_cannot_start(engine: DockerEngine, options: dict[str, Any], 
 async def test_a_port_that_another_container_has(engine: DockerEngine) -> None:
     port = PortBinding(container_port=80, protocol=Protocol.UDP, host_port=18081)
     await running(engine, "first", ports=(port,))
-    second = await engine.create(await blueprint(engine, "second", ports=(port,)))
+    second = await engine.create(await engine_spec(engine, "second", ports=(port,)))
     with pytest.raises(PortInUse) as taken:
         await engine.start(second)
     assert (taken.value.host_port, taken.value.protocol) == (18081, "udp")
@@ -358,7 +358,7 @@ async def test_a_port_that_somebody_else_has(engine: DockerEngine, rig: Rig) -> 
     assert listener.stdout is not None
     await listener.stdout.readline()
     box = await engine.create(
-        await blueprint(engine, ports=(PortBinding(container_port=80, host_port=18082),), stop_timeout=timedelta(0))
+        await engine_spec(engine, ports=(PortBinding(container_port=80, host_port=18082),), stop_timeout=timedelta(0))
     )
     with pytest.raises(PortInUse) as taken:
         await engine.start(box)
@@ -378,7 +378,7 @@ async def test_start_of_what_is_gone_or_paused(engine: DockerEngine) -> None:
 
 
 async def test_many_starts_at_once(engine: DockerEngine) -> None:
-    boxes = [await engine.create(await blueprint(engine, f"box{number}")) for number in range(12)]
+    boxes = [await engine.create(await engine_spec(engine, f"box{number}")) for number in range(12)]
     await asyncio.gather(*(engine.start(box) for box in boxes))
     found = await engine.find({"gpudock.operation": "op1"})
     assert {container.id for container in found if container.running} == set(boxes)
@@ -386,7 +386,7 @@ async def test_many_starts_at_once(engine: DockerEngine) -> None:
 
 async def test_starts_take_turns(engine_proxy: EngineProxy) -> None:
     async with connected_to(engine_proxy.url, timeout=20) as engine:
-        boxes = [await engine.create(await blueprint(engine, f"box{number}")) for number in range(6)]
+        boxes = [await engine.create(await engine_spec(engine, f"box{number}")) for number in range(6)]
         engine_proxy.faults.hang("POST", ".*/start", times=None)
         starting = [asyncio.create_task(engine.start(box)) for box in boxes]
 
@@ -407,10 +407,10 @@ async def test_what_is_created_for_who_was_cancelled_is_found(
     patient: DockerEngine, engine_proxy: EngineProxy, kind: str
 ) -> None:
     async with connected_to(engine_proxy.url, timeout=20) as engine:
-        made = await blueprint(patient)
+        made = await engine_spec(patient)
         of, name = (await patient.create(made), f"{made.name}-shadow") if kind == "shadow" else ("", made.name)
         hang = engine_proxy.faults.hang("POST", ".*/create")
-        work = engine.create_shadow(of, name, made.labels) if kind == "shadow" else engine.create(made)
+        work = engine.create_file_holder(of, name, made.labels) if kind == "shadow" else engine.create(made)
         creating = asyncio.create_task(work)
         await hang.hit.wait()
         creating.cancel()
@@ -648,7 +648,7 @@ async def test_commit_keeps_files_and_config(engine: DockerEngine, rig: Rig) -> 
     assert shown["Cmd"] == list(IDLE)
     assert shown["WorkingDir"] == "/tmp"
 
-    again = dataclasses.replace(await blueprint(engine, "again", **options), image_id=image_id)
+    again = dataclasses.replace(await engine_spec(engine, "again", **options), image_id=image_id)
     await engine.start(await engine.create(again))
     assert await shell(rig, "again", "cat /kept; ls /etc/group 2>&1 | wc -l; cat /etc/group 2>/dev/null") == "kept\n1\n"
     await engine.remove_image("gpudock/layer:op1")
@@ -665,7 +665,7 @@ async def test_commit_keeps_files_and_config(engine: DockerEngine, rig: Rig) -> 
 
 
 async def test_find(engine: DockerEngine) -> None:
-    one, two = [await engine.create(await blueprint(engine, name)) for name in ("one", "two")]
+    one, two = [await engine.create(await engine_spec(engine, name)) for name in ("one", "two")]
     await engine.start(one)
 
     async def ids(labels: dict[str, str]) -> set[str]:
@@ -809,7 +809,7 @@ ACTS: dict[str, Act] = {
 async def test_every_call_ends_and_leaks_nothing(patient: DockerEngine, engine_proxy: EngineProxy, name: str) -> None:
     act, faults = ACTS[name], engine_proxy.faults
     async with connected_to(engine_proxy.url, timeout=0.5) as engine:
-        box = await patient.create(await blueprint(patient))
+        box = await patient.create(await engine_spec(patient))
 
         faults.drop(".*", ".*", times=None)
         with pytest.raises(EngineUnavailable):

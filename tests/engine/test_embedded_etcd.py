@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from gpudock_server.adapters.etcd import EmbeddedEtcd, EtcdConnection, EtcdStore, identify
 from gpudock_server.adapters.etcd.embedded_program import EtcdProgram, find_program
-from gpudock_server.model.changes import Lock
-from gpudock_server.model.target import TargetKind
+from gpudock_server.model.resource import ResourceKind
+from gpudock_server.model.store_changes import Lock
 from gpudock_server.startup import StartupError
 from structlog.testing import capture_logs
 
@@ -101,7 +101,7 @@ async def test_it_is_started_again_when_it_is_killed(own_etcd: EmbeddedEtcd) -> 
         os.kill(killed, signal.SIGKILL)
         assert len(await store.unfinished("n1")) == 1, "what waits for an answer gets it"
         assert own_etcd.pid != killed
-        await store.apply([Lock(TargetKind.CONTAINER, f"c{number}", "op")])
+        await store.apply([Lock(ResourceKind.CONTAINER, f"c{number}", "op")])
     await connection.close()
 
 

@@ -22,15 +22,8 @@ from gpudock_server.adapters.etcd import (
 )
 from gpudock_server.adapters.etcd.client import _dial_target
 from gpudock_server.errors import StoreUnavailable
-from gpudock_server.model.changes import (
-    Change,
-    Claim,
-    Lock,
-    PutOperation,
-    Release,
-    Unlock,
-)
-from gpudock_server.model.target import TargetKind
+from gpudock_server.model.resource import ResourceKind
+from gpudock_server.model.store_changes import Claim, Lock, PutOperation, ReleaseClaim, StoreChange, Unlock
 from gpudock_server.ports import StoreConflict, Versioned
 from gpudock_server.startup import StartupError
 
@@ -100,10 +93,12 @@ async def test_a_broken_connection_leaves_no_doubt(
     async with thief as endpoint, connected(endpoint) as connection:
         robbed = EtcdStore(connection, prefix=prefix)
         await robbed.open()
-        first = await robbed.apply([Lock(TargetKind.CONTAINER, "web", "op1"), PutOperation(operation("op1"), expect=0)])
+        first = await robbed.apply(
+            [Lock(ResourceKind.CONTAINER, "web", "op1"), PutOperation(operation("op1"), expect=0)]
+        )
         thief.steals_requests, thief.steals_answers = what == "request", what == "answer"
         second = await robbed.apply(
-            [PutOperation(operation("op1", message="2"), expect=first), Unlock(TargetKind.CONTAINER, "web", "op1")]
+            [PutOperation(operation("op1", message="2"), expect=first), Unlock(ResourceKind.CONTAINER, "web", "op1")]
         )
         assert thief.stolen.is_set()
         stored = await store.operation("op1")
@@ -114,10 +109,10 @@ async def test_a_broken_connection_leaves_no_doubt(
         with pytest.raises(StoreConflict):
             await robbed.apply([PutOperation(operation("op1", message="3"), expect=first)])
         # What only deletes cannot be told apart from what somebody else deleted.
-        await store.apply([Lock(TargetKind.CONTAINER, "web", "op2")])
+        await store.apply([Lock(ResourceKind.CONTAINER, "web", "op2")])
         thief.steals_requests, thief.steals_answers = what == "request", what == "answer"
         try:
-            await robbed.apply([Unlock(TargetKind.CONTAINER, "web", "op2")])
+            await robbed.apply([Unlock(ResourceKind.CONTAINER, "web", "op2")])
         except StoreUnavailable:
             assert what == "answer"
         assert (await store.unfinished("n1")) == ()
@@ -129,7 +124,7 @@ async def test_an_etcd_that_stands_still(own_etcd: EmbeddedEtcd) -> None:
         await store.open()
         first = await store.apply([PutOperation(operation("op1"), expect=0)])
         freeze(own_etcd.pid)
-        changes: list[Change] = [
+        changes: list[StoreChange] = [
             Claim("h1", GPU, holder("web")),
             PutOperation(operation("op1", message="2"), expect=first),
         ]
@@ -145,11 +140,11 @@ async def test_an_etcd_that_stands_still(own_etcd: EmbeddedEtcd) -> None:
 
         hasty = EtcdStore(connection, deadline=timedelta(seconds=1))
         freeze(own_etcd.pid)
-        for call in (hasty.apply([Release("h1", GPU, "uid-web")]), hasty.claims("h1"), hasty.ping()):
+        for call in (hasty.apply([ReleaseClaim("h1", GPU, "uid-web")]), hasty.claims("h1"), hasty.ping()):
             async with asyncio.timeout(3):
                 with pytest.raises(StoreUnavailable):
                     await call
-        cancelled = asyncio.create_task(store.apply([Lock(TargetKind.CONTAINER, "web", "op")]))
+        cancelled = asyncio.create_task(store.apply([Lock(ResourceKind.CONTAINER, "web", "op")]))
         await asyncio.sleep(0.1)
         cancelled.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -190,7 +185,7 @@ async def test_a_store_that_is_out_of_reach(tmp_path: Path) -> None:
         for call in (
             store.open(),
             store.container("web"),
-            store.apply([Lock(TargetKind.CONTAINER, "web", "op")]),
+            store.apply([Lock(ResourceKind.CONTAINER, "web", "op")]),
             store.ping(),
         ):
             with pytest.raises(StoreUnavailable, match=r"nothing\.sock"):

@@ -20,13 +20,18 @@ from gpudock_server.adapters.etcd.keys import KeyRange, Keys
 from gpudock_server.adapters.etcd.listing import _token as list_token
 from gpudock_server.core.listings import everything
 from gpudock_server.errors import InvalidArgument, RecordUnreadable, ResumeTokenExpired, StoreUnavailable
-from gpudock_server.model.changes import (
-    Change,
+from gpudock_server.model.claims import ClaimKey, GpuKey, PortKey
+from gpudock_server.model.image import ImageOrigin
+from gpudock_server.model.operation import Operation, OperationState, RequestRecord
+from gpudock_server.model.record import now
+from gpudock_server.model.resource import ResourceKind
+from gpudock_server.model.spec import Protocol
+from gpudock_server.model.store_changes import (
     Claim,
+    ConfirmClaim,
     DeleteContainer,
     DeleteImageOrigin,
     DeleteVolume,
-    Keep,
     Lock,
     PutContainer,
     PutImageOrigin,
@@ -35,17 +40,12 @@ from gpudock_server.model.changes import (
     PutRevision,
     PutVolume,
     PutVolumeRevision,
-    Release,
+    ReleaseClaim,
+    RequireUnlocked,
+    RequireVolumeVersion,
+    StoreChange,
     Unlock,
-    Unlocked,
-    VolumeIs,
 )
-from gpudock_server.model.claims import ClaimKey, GpuKey, PortKey
-from gpudock_server.model.image import ImageOrigin
-from gpudock_server.model.operation import Operation, OperationState, RequestRecord
-from gpudock_server.model.record import now
-from gpudock_server.model.spec import Protocol
-from gpudock_server.model.target import TargetKind
 from gpudock_server.ports import ContainerView, Page, StoreConflict, Versioned, VolumeView
 from gpudock_server.startup import StartupError
 
@@ -81,7 +81,7 @@ async def test_what_is_put_is_read(store: EtcdStore) -> None:
     revisions = tuple(revision("web", number) for number in (1, 2, 11))
     version = await store.apply(
         [
-            Lock(TargetKind.CONTAINER, "web", "op1"),
+            Lock(ResourceKind.CONTAINER, "web", "op1"),
             PutOperation(running, expect=0),
             PutContainer(head, expect=0),
             *(PutRevision(each) for each in reversed(revisions)),
@@ -97,7 +97,7 @@ async def test_what_is_put_is_read(store: EtcdStore) -> None:
     assert await store.operation("op1") == Versioned(running, version)
     assert [one.revision for one in await store.history("uid-web")] == list(revisions)
     assert dict((await store.claims("h1")).claims) == {GPU: holder("web", "op1"), PORT: holder("web", "op1")}
-    assert (await store.claims("h1")).taken_by("op1") == (GPU, PORT)
+    assert (await store.claims("h1")).claims_of_operation("op1") == (GPU, PORT)
     assert await store.request("r/1") == RequestRecord(operation_id="op1", digest="d")
     assert await store.unfinished("n1") == (Versioned(running, version),)
     assert await store.unfinished("n2") == ()
@@ -109,7 +109,7 @@ async def test_what_is_put_is_read(store: EtcdStore) -> None:
 
 async def test_volumes(store: EtcdStore) -> None:
     data, other = volume("data"), volume("other", node="n2")
-    lock = Lock(TargetKind.VOLUME, "data", "op1")
+    lock = Lock(ResourceKind.VOLUME, "data", "op1")
     version = await store.apply([PutVolume(data, expect=0), PutVolume(other, expect=0), lock])
     await store.apply([PutVolumeRevision(volume_revision("data", number)) for number in (1, 2, 11)])
     assert await store.volume("data") == VolumeView(data, version, "op1")
@@ -121,11 +121,17 @@ async def test_volumes(store: EtcdStore) -> None:
     past = await store.volume_revisions("uid-data", page_size=9, page_token="")
     assert [one.revision for one in past.items] == [1, 2, 11]
     # A container's lock of the same name is another one, and conditions alone change nothing.
-    await store.apply([Unlocked(TargetKind.CONTAINER, "data"), VolumeIs("data", version), PutRequest("r", _RECORD)])
+    await store.apply(
+        [
+            RequireUnlocked(ResourceKind.CONTAINER, "data"),
+            RequireVolumeVersion("data", version),
+            PutRequest("r", _RECORD),
+        ]
+    )
     for condition, found in (
-        (Unlocked(TargetKind.VOLUME, "data"), "op1"),
-        (VolumeIs("data", version - 1), Versioned(data, version)),
-        (VolumeIs("none", version), None),
+        (RequireUnlocked(ResourceKind.VOLUME, "data"), "op1"),
+        (RequireVolumeVersion("data", version - 1), Versioned(data, version)),
+        (RequireVolumeVersion("none", version), None),
         (PutVolume(data, expect=0), Versioned(data, version)),
         (PutVolumeRevision(volume_revision("data", 2)), None),
     ):
@@ -134,7 +140,7 @@ async def test_volumes(store: EtcdStore) -> None:
         assert conflict.value.change == condition
         assert found is None or conflict.value.found == found
     assert await store.request("never") is None
-    await store.apply([DeleteVolume("data", "uid-data", expect=version), Unlock(TargetKind.VOLUME, "data", "op1")])
+    await store.apply([DeleteVolume("data", "uid-data", expect=version), Unlock(ResourceKind.VOLUME, "data", "op1")])
     assert await store.volume("data") is None
     assert not (await store.volume_revisions("uid-data", page_size=9, page_token="")).items
 
@@ -157,7 +163,7 @@ async def test_origins_of_images(store: EtcdStore) -> None:
 async def test_moving_on_and_removing(store: EtcdStore, connection: EtcdConnection, prefix: str) -> None:
     first = await store.apply(
         [
-            Lock(TargetKind.CONTAINER, "web", "op1"),
+            Lock(ResourceKind.CONTAINER, "web", "op1"),
             PutContainer(container("web"), expect=0),
             PutRevision(revision("web", 1)),
             Claim("h1", GPU, holder("web", "op1")),
@@ -169,12 +175,12 @@ async def test_moving_on_and_removing(store: EtcdStore, connection: EtcdConnecti
     second = await store.apply(
         [
             PutContainer(container("web", generation=2), expect=first),
-            Keep("h1", GPU, holder("web")),
-            Release("h1", PORT, "uid-web"),
-            Release("h1", GpuKey("GPU-2"), "uid-web"),
-            Release("h1", GpuKey("GPU-3"), "uid-web"),
+            ConfirmClaim("h1", GPU, holder("web")),
+            ReleaseClaim("h1", PORT, "uid-web"),
+            ReleaseClaim("h1", GpuKey("GPU-2"), "uid-web"),
+            ReleaseClaim("h1", GpuKey("GPU-3"), "uid-web"),
             PutRequest("r1", RequestRecord(operation_id="op1", digest="d"), ended=True),
-            Unlock(TargetKind.CONTAINER, "web", "op1"),
+            Unlock(ResourceKind.CONTAINER, "web", "op1"),
         ]
     )
     view = await store.container("web")
@@ -182,12 +188,12 @@ async def test_moving_on_and_removing(store: EtcdStore, connection: EtcdConnecti
     assert (view.container.generation, view.version, view.operation_id) == (2, second, "")
     claims = {GPU: holder("web"), GpuKey("GPU-2"): holder("other")}
     assert dict((await store.claims("h1")).claims) == claims, "only what its holder gave back is free"
-    await store.apply([DeleteContainer("web", "uid-web", expect=second), Release("h1", GPU, "uid-web")])
+    await store.apply([DeleteContainer("web", "uid-web", expect=second), ReleaseClaim("h1", GPU, "uid-web")])
     left = {key.removeprefix(prefix.encode()) for key in await _everything(connection, prefix)}
     assert left == {b"schema", b"hosts/h1/gpus/GPU-2", b"requests/r1"}
 
 
-async def _refused(store: EtcdStore, changes: Sequence[Change], by: int) -> object:
+async def _refused(store: EtcdStore, changes: Sequence[StoreChange], by: int) -> object:
     """What the change at index `by` met when `changes` were refused because of it."""
     with pytest.raises(StoreConflict) as conflict:
         await store.apply(changes)
@@ -201,26 +207,26 @@ async def test_each_condition_that_fails_names_itself_and_nothing_happens(
     record = RequestRecord(operation_id="op1", digest="d")
     version = await store.apply(
         [
-            Lock(TargetKind.CONTAINER, "web", "op1"),
+            Lock(ResourceKind.CONTAINER, "web", "op1"),
             PutOperation(operation("op1"), expect=0),
             PutContainer(container("web"), expect=0),
             PutRevision(revision("web", 1)),
             Claim("h1", GPU, holder("web")),
             PutRequest("r1", record),
-            Lock(TargetKind.CONTAINER, "busy", "op9"),
+            Lock(ResourceKind.CONTAINER, "busy", "op9"),
             Claim("h1", GpuKey("GPU-9"), holder("web")),
         ]
     )
     before = await _everything(connection, prefix)
     new = PutOperation(operation("op2"), expect=0)
     head, running = Versioned(container("web"), version), Versioned(operation("op1"), version)
-    cases: list[tuple[Change, object]] = [
-        (Lock(TargetKind.CONTAINER, "web", "op2"), "op1"),
-        (Unlock(TargetKind.CONTAINER, "web", "op2"), "op1"),
-        (Unlock(TargetKind.CONTAINER, "db", "op2"), None),
+    cases: list[tuple[StoreChange, object]] = [
+        (Lock(ResourceKind.CONTAINER, "web", "op2"), "op1"),
+        (Unlock(ResourceKind.CONTAINER, "web", "op2"), "op1"),
+        (Unlock(ResourceKind.CONTAINER, "db", "op2"), None),
         (Claim("h1", GPU, holder("db")), holder("web")),
-        (Keep("h1", GPU, holder("db")), holder("web")),
-        (Keep("h1", PORT, holder("db")), None),
+        (ConfirmClaim("h1", GPU, holder("db")), holder("web")),
+        (ConfirmClaim("h1", PORT, holder("db")), None),
         (PutContainer(container("web"), expect=0), head),
         (PutContainer(container("web"), expect=version - 1), head),
         (PutContainer(container("db"), expect=version), None),
@@ -231,16 +237,16 @@ async def test_each_condition_that_fails_names_itself_and_nothing_happens(
         (PutOperation(operation("op1"), expect=version + 1), running),
         (PutRequest("r1", RequestRecord(operation_id="op2", digest="e")), Versioned(record, version)),
     ]
-    locked = Lock(TargetKind.CONTAINER, "busy", "op3")
+    locked = Lock(ResourceKind.CONTAINER, "busy", "op3")
     for change, found in cases:
-        assert await _refused(store, [new, change, Release("h1", GpuKey("GPU-9"), "uid-web")], by=1) == found
+        assert await _refused(store, [new, change, ReleaseClaim("h1", GpuKey("GPU-9"), "uid-web")], by=1) == found
         assert await _refused(store, [change, locked], by=0) == found, "the first is named"
     assert await _everything(connection, prefix) == before
 
 
 async def test_changes_that_make_no_sense_or_are_too_large(store: EtcdStore) -> None:
     with pytest.raises(ValueError, match="one key"):
-        await store.apply([Lock(TargetKind.CONTAINER, "web", "a"), Unlock(TargetKind.CONTAINER, "web", "a")])
+        await store.apply([Lock(ResourceKind.CONTAINER, "web", "a"), Unlock(ResourceKind.CONTAINER, "web", "a")])
     with pytest.raises(ValueError, match="needs a change"):
         await store.apply([])
     with pytest.raises(InvalidArgument, match="one transaction"):
@@ -248,7 +254,7 @@ async def test_changes_that_make_no_sense_or_are_too_large(store: EtcdStore) -> 
     with pytest.raises(InvalidArgument, match="too large"):
         await store.apply([PutOperation(operation("op", message="x" * 2_000_000), expect=0)])
     assert await store.operation("op") is None
-    most: list[Change] = [Claim("h1", PortKey(Protocol.UDP, port), holder("web")) for port in range(125)]
+    most: list[StoreChange] = [Claim("h1", PortKey(Protocol.UDP, port), holder("web")) for port in range(125)]
     await store.apply([DeleteContainer("web", "uid-web", expect=0), *most])
     assert len((await store.claims("h1")).claims) == 125
 
@@ -305,12 +311,12 @@ async def test_keeping_and_releasing_among_others_who_write_the_same_keys(store:
 
     async def keep(number: int) -> None:
         for _ in range(10):
-            await store.apply([Keep("h1", key, holder("web", f"op{number}")) for key in keys])
+            await store.apply([ConfirmClaim("h1", key, holder("web", f"op{number}")) for key in keys])
 
     async with asyncio.timeout(20):
         await asyncio.gather(*(keep(number) for number in range(5)))
     assert {each.uid for each in (await store.claims("h1")).claims.values()} == {"uid-web"}
-    await asyncio.gather(*(store.apply([Release("h1", key, "uid-web") for key in keys]) for _ in range(5)))
+    await asyncio.gather(*(store.apply([ReleaseClaim("h1", key, "uid-web") for key in keys]) for _ in range(5)))
     assert not (await store.claims("h1")).claims
 
 
@@ -337,7 +343,7 @@ async def test_pages_show_the_moment_of_the_first_while_others_write(
             if view is not None:
                 renamed = PutContainer(container(f"{name}x"), expect=0)
                 await store.apply([DeleteContainer(name, view.container.uid, expect=view.version), renamed])
-                await store.apply([Unlock(TargetKind.CONTAINER, name, view.operation_id)])
+                await store.apply([Unlock(ResourceKind.CONTAINER, name, view.operation_id)])
         token, operations_token = page.next_token, listed.next_token
         if not token:
             break
@@ -472,7 +478,7 @@ async def test_state_of_schema_1_is_taken_over(store: EtcdStore, connection: Etc
         success=[
             messages.put(keys.schema(), b"1"),
             messages.put(keys.operation("op1"), old),
-            messages.put(keys.lock(TargetKind.CONTAINER, "web"), b"op1"),
+            messages.put(keys.lock(ResourceKind.CONTAINER, "web"), b"op1"),
         ]
     )
     await store.open()

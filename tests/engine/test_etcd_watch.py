@@ -15,19 +15,19 @@ from aetcd import rpc
 from gpudock_server.adapters.etcd import EmbeddedEtcd, EtcdConnection, EtcdStore, messages
 from gpudock_server.adapters.etcd.keys import Keys
 from gpudock_server.errors import InvalidArgument, ResumeTokenExpired, StoreUnavailable
-from gpudock_server.model.changes import (
-    Change,
+from gpudock_server.model.resource import ResourceKind
+from gpudock_server.model.spec import Mount
+from gpudock_server.model.store_changes import (
     Claim,
     DeleteContainer,
     Lock,
     PutContainer,
     PutOperation,
     PutVolume,
+    StoreChange,
     Unlock,
 )
-from gpudock_server.model.spec import Mount
-from gpudock_server.model.target import TargetKind
-from gpudock_server.ports import ContainerView, Seen, VolumeSeen
+from gpudock_server.ports import ContainerView, StoreEvent, VolumeDetails
 
 from tests.engine.etcd_examples import GPU, connected, container, holder, operation, volume
 from tests.rig import Rig, freeze
@@ -50,11 +50,11 @@ async def store(connection: EtcdConnection, prefix: str) -> EtcdStore:
 class Reader:
     """Reads a watch. `told` is what each change says: before, after, operation; checkpoints are left out."""
 
-    def __init__(self, watch: AsyncGenerator[Seen[ContainerView], None]) -> None:
+    def __init__(self, watch: AsyncGenerator[StoreEvent[ContainerView], None]) -> None:
         self.watch = watch
         self.token = ""
 
-    async def seen(self) -> Seen[ContainerView]:
+    async def seen(self) -> StoreEvent[ContainerView]:
         """The next, whatever it is."""
         async with asyncio.timeout(SOON):
             seen = await anext(self.watch)
@@ -83,14 +83,14 @@ async def watching(store: EtcdStore, token: str = "", *, listing: bool = True) -
         yield Reader(watch)
 
 
-async def put(store: EtcdStore, name: str, generation: int, *others: Change, **fields: object) -> int:
+async def put(store: EtcdStore, name: str, generation: int, *others: StoreChange, **fields: object) -> int:
     """Write a head, whatever stands there."""
     view = await store.container(name)
     head = container(name, generation=generation, **fields)
     return await store.apply([PutContainer(head, expect=view.version if view else 0), *others])
 
 
-async def delete(store: EtcdStore, name: str, *others: Change) -> int:
+async def delete(store: EtcdStore, name: str, *others: StoreChange) -> int:
     view = await store.container(name)
     assert view is not None
     return await store.apply([DeleteContainer(name, view.container.uid, view.version), *others])
@@ -104,16 +104,16 @@ async def compact(connection: EtcdConnection) -> None:
 
 async def test_the_list_and_then_every_change_with_its_lock(store: EtcdStore) -> None:
     await put(store, "a", 1)
-    await put(store, "b", 1, Lock(TargetKind.CONTAINER, "b", "op1"))
+    await put(store, "b", 1, Lock(ResourceKind.CONTAINER, "b", "op1"))
     async with watching(store) as reader:
         assert await reader.told(2) == [("", "a.1"), ("", "b.1 op1")]
         complete = await reader.seen()
         assert complete.list_complete
         assert complete.before is complete.after is None
-        await put(store, "c", 1, Lock(TargetKind.CONTAINER, "c", "op2"), PutOperation(operation("op2"), expect=0))
+        await put(store, "c", 1, Lock(ResourceKind.CONTAINER, "c", "op2"), PutOperation(operation("op2"), expect=0))
         # A lock alone, without the head; and claims, which are nobody's business here.
-        await store.apply([Unlock(TargetKind.CONTAINER, "b", "op1"), Claim("h1", GPU, holder("b"))])
-        await store.apply([Lock(TargetKind.CONTAINER, "nobody", "op3")])
+        await store.apply([Unlock(ResourceKind.CONTAINER, "b", "op1"), Claim("h1", GPU, holder("b"))])
+        await store.apply([Lock(ResourceKind.CONTAINER, "nobody", "op3")])
         # Two objects in one transaction.
         a, b = await store.container("a"), await store.container("b")
         assert a is not None
@@ -122,10 +122,10 @@ async def test_the_list_and_then_every_change_with_its_lock(store: EtcdStore) ->
             [
                 PutContainer(container("b", generation=2), expect=b.version),
                 PutContainer(container("a", generation=2), expect=a.version),
-                Lock(TargetKind.CONTAINER, "a", "op4"),
+                Lock(ResourceKind.CONTAINER, "a", "op4"),
             ]
         )
-        await delete(store, "a", Unlock(TargetKind.CONTAINER, "a", "op4"))
+        await delete(store, "a", Unlock(ResourceKind.CONTAINER, "a", "op4"))
         await put(store, "a", 3)
         assert await reader.told(6) == [
             ("", "c.1 op2"),
@@ -248,7 +248,7 @@ async def test_a_reader_that_lags_behind_a_compaction(connection: EtcdConnection
         for generation in range(2, 400):
             await put(store, "a", generation, **_large(generation))
         await compact(connection)
-        seen: list[Seen[ContainerView]] = []
+        seen: list[StoreEvent[ContainerView]] = []
         with pytest.raises(ResumeTokenExpired):
             await _exhaust(reader, seen)
         numbers = [one.after.container.generation for one in seen if one.after]
@@ -259,7 +259,7 @@ async def test_a_reader_that_lags_behind_a_compaction(connection: EtcdConnection
             await reader.seen()
 
 
-async def _exhaust(reader: Reader, seen: list[Seen[ContainerView]]) -> None:
+async def _exhaust(reader: Reader, seen: list[StoreEvent[ContainerView]]) -> None:
     while True:
         seen.append(await reader.seen())
 
@@ -364,12 +364,12 @@ async def test_leaving_frees_the_stream(store: EtcdStore, rig: Rig) -> None:
 
 def test_one_range_spans_what_is_watched() -> None:
     keys = Keys("/p/")
-    watched = keys.watched(TargetKind.CONTAINER, keys.containers())
-    for key in (keys.container("a"), keys.lock(TargetKind.CONTAINER, "a"), watched.idle):
+    watched = keys.watched(ResourceKind.CONTAINER, keys.containers())
+    for key in (keys.container("a"), keys.lock(ResourceKind.CONTAINER, "a"), watched.idle):
         assert watched.span.holds(key)
     # What is written often and is none of its business.
     assert not watched.span.holds(keys.operation("op"))
-    assert watched.heads.rest(keys.container("a")) == watched.locks.rest(keys.lock(TargetKind.CONTAINER, "a")) == b"a"
+    assert watched.heads.rest(keys.container("a")) == watched.locks.rest(keys.lock(ResourceKind.CONTAINER, "a")) == b"a"
 
 
 async def test_who_mounts_a_volume_is_told_from_any_token_on(store: EtcdStore) -> None:
@@ -381,9 +381,9 @@ async def test_who_mounts_a_volume_is_told_from_any_token_on(store: EtcdStore) -
     mounted: dict[str, tuple[str, ...]] = {}
     for number in range(80):
         name = chance.choice(("x", "y", "z"))
-        others: list[Change] = []
+        others: list[StoreChange] = []
         if number == 40:
-            others = [PutVolume(volume("c"), expect=0), Lock(TargetKind.VOLUME, "a", "op1")]
+            others = [PutVolume(volume("c"), expect=0), Lock(ResourceKind.VOLUME, "a", "op1")]
         if name in mounted and chance.random() < 0.3:
             del mounted[name]
             await delete(store, name, *others)
@@ -395,9 +395,9 @@ async def test_who_mounts_a_volume_is_told_from_any_token_on(store: EtcdStore) -
     after = {one.volume.name for one in (await store.volumes(page_size=10, page_token="")).items}
     expected = {name: tuple(sorted(one for one in mounted if name in mounted[one])) for name in after}
 
-    async def tail(token: str) -> tuple[list[Seen[VolumeSeen]], dict[str, tuple[str, ...]]]:
+    async def tail(token: str) -> tuple[list[StoreEvent[VolumeDetails]], dict[str, tuple[str, ...]]]:
         """What is told up to a change that is made now, and what it adds up to."""
-        await store.apply([Lock(TargetKind.VOLUME, "b", "op2")])
+        await store.apply([Lock(ResourceKind.VOLUME, "b", "op2")])
         told, known = [], {}
         async with aclosing(store.watch_volumes(token=token, listing=False)) as watch:
             async with asyncio.timeout(SOON):
@@ -408,7 +408,7 @@ async def test_who_mounts_a_volume_is_told_from_any_token_on(store: EtcdStore) -
                         known[seen.after.view.volume.name] = seen.after.containers
                         if seen.after.view.operation_id == "op2":
                             break
-        await store.apply([Unlock(TargetKind.VOLUME, "b", "op2")])
+        await store.apply([Unlock(ResourceKind.VOLUME, "b", "op2")])
         return told, known
 
     whole, known = await tail(before.watch_token)

@@ -23,7 +23,7 @@ from gpudock_server.adapters.docker.raw_stream import SocketRawStream
 from gpudock_server.adapters.host.processes import HostProcessControl
 from gpudock_server.errors import EngineRejected, EngineUnavailable
 from gpudock_server.model.container import Placement
-from gpudock_server.model.engine import Blueprint, ExecRequest, ExecStatus, ExecStream
+from gpudock_server.model.engine import EngineContainerSpec, ExecRequest, ExecStatus, ExecStream
 from gpudock_server.model.spec import ContainerSpec
 from gpudock_server.ports import ExecSession
 from hypothesis import given
@@ -61,8 +61,10 @@ async def running(engine: DockerEngine) -> str:
     image = await engine.image(IMAGE)
     assert image is not None
     spec = ContainerSpec(image=IMAGE, command=("sleep", "1000"))
-    blueprint = Blueprint("box", image.id, spec, Placement(), "box", {"gpudock.uid": "u1", "gpudock.name": "box"})
-    engine_id = await engine.create(blueprint)
+    engine_spec = EngineContainerSpec(
+        "box", image.id, spec, Placement(), "box", {"gpudock.uid": "u1", "gpudock.name": "box"}
+    )
+    engine_id = await engine.create(engine_spec)
     await engine.start(engine_id)
     return engine_id
 

@@ -17,7 +17,7 @@ from gpudock_server.adapters.layers import OverlayLayerStore, OverlaySnapshotSto
 from gpudock_server.adapters.volumes import MirrorVolumeCopier
 from gpudock_server.adapters.volumes.backing_folder import BackingFolder
 from gpudock_server.errors import SnapshotFailed, VolumeFailed
-from gpudock_server.model.operation import CarryMethod, new_operation_id
+from gpudock_server.model.operation import LayerTransferMethod, new_operation_id
 from gpudock_server.ports import LayerTooLarge
 
 from tests.engine.hostile_trees import ZOO, fingerprint, nested, remove_tree
@@ -126,7 +126,7 @@ async def test_a_hostile_layer_is_kept_restored_cloned_carried_and_removed(place
     assert _but_the_roots_time(clone.upper_dir, source) == fingerprint(str(source))
 
     # Carry by copy.
-    layers = OverlayLayerStore(CarryMethod.COPY, str(place.root), local=True)
+    layers = OverlayLayerStore(LayerTransferMethod.COPY, str(place.root), local=True)
     await layers.copy(await layers.locate(place.old, carried), _no_progress)
     assert fingerprint(carried.upper_dir) == fingerprint(str(source))
 

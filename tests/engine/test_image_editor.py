@@ -148,7 +148,7 @@ async def test_an_image_keeps_its_layers_and_takes_anothers_config(engine: Docke
     )["Id"]  # fmt: skip
     committed = await engine.commit(made, "gpudock/deep:raw", {"gpudock.operation": "x"})
     assert config(rig, committed) != config(rig, BASE)
-    clean = await engine.with_config_of(committed, BASE, "gpudock/deep:clean")
+    clean = await engine.replace_config(committed, BASE, "gpudock/deep:clean")
     assert config(rig, clean) == config(rig, BASE)
     assert (await shown(engine, clean)).layers == (await shown(engine, committed)).layers
     assert len(rig.engine.call("GET", f"/images/{clean}/history")) == len(
@@ -216,7 +216,7 @@ async def test_what_cannot_be_is_refused_and_leaves_nothing(engine: DockerEngine
     with pytest.raises(EngineRejected):
         await engine.flatten("gpudock/none:such", 1, "gpudock/never:test", config_of=BASE)
     with pytest.raises(EngineRejected):
-        await engine.with_config_of(BASE, "gpudock/none:such", "gpudock/never:test")
+        await engine.replace_config(BASE, "gpudock/none:such", "gpudock/never:test")
     assert await engine.image("gpudock/never:test") is None
 
 

@@ -22,7 +22,7 @@ from gpudock_server.adapters.host.trees.interrupt import Interrupt
 from gpudock_server.adapters.layers import OverlayLayerStore
 from gpudock_server.errors import DiskFull, LayerCarryFailed
 from gpudock_server.model.engine import EngineContainer, EngineState
-from gpudock_server.model.operation import CarryMethod
+from gpudock_server.model.operation import LayerTransferMethod
 from gpudock_server.ports import LayerPair
 
 from tests.engine.trees import Entry, compare, grow_command, image_files, plant_layers, record
@@ -86,7 +86,7 @@ def _seen_inside(container: EngineContainer) -> dict[bytes, Entry]:
     return record(f"/proc/{container.pid}/root")
 
 
-def _store(rig: Rig, forced: CarryMethod | None = None) -> OverlayLayerStore:
+def _store(rig: Rig, forced: LayerTransferMethod | None = None) -> OverlayLayerStore:
     return OverlayLayerStore(forced, rig.engine.call("GET", "/info")["DockerRootDir"], local=True)
 
 
@@ -115,7 +115,7 @@ async def test_exchange_and_copy_carry_twenty_thousand_files_unchanged(rig: Rig)
     with _grown(rig, 20_000) as (first, before):
         assert len(before) > 20_000
         store = _store(rig)
-        assert (await store.plan(first)).method is CarryMethod.EXCHANGE
+        assert (await store.plan(first)).method is LayerTransferMethod.EXCHANGE
 
         second = _create(rig)
         pair = await store.locate(first, second)
@@ -125,9 +125,9 @@ async def test_exchange_and_copy_carry_twenty_thousand_files_unchanged(rig: Rig)
         for _ in range(2):
             await store.exchange_back(pair)
 
-        store = _store(rig, CarryMethod.COPY)
+        store = _store(rig, LayerTransferMethod.COPY)
         plan = await store.plan(first)
-        assert plan.method is CarryMethod.COPY
+        assert plan.method is LayerTransferMethod.COPY
         assert plan.bytes_available > plan.bytes_to_move > 20_000 * 4096
         third = _create(rig)
         told: list[tuple[int, int]] = []
@@ -140,7 +140,7 @@ async def test_exchange_and_copy_carry_twenty_thousand_files_unchanged(rig: Rig)
 
 async def test_a_repeated_copy_is_equal_too(rig: Rig) -> None:
     with _grown(rig, SMALL) as (old, before):
-        store = _store(rig, CarryMethod.COPY)
+        store = _store(rig, LayerTransferMethod.COPY)
         new = _create(rig)
         pair = await store.locate(old, new)
         for _ in range(2):
@@ -150,8 +150,8 @@ async def test_a_repeated_copy_is_equal_too(rig: Rig) -> None:
 
 async def test_a_commit_loses_what_its_plan_says_and_no_more(rig: Rig) -> None:
     with _grown(rig, SMALL) as (old, before):
-        plan = await _store(rig, CarryMethod.COMMIT).plan(old)
-        assert plan.method is CarryMethod.COMMIT
+        plan = await _store(rig, LayerTransferMethod.COMMIT).plan(old)
+        assert plan.method is LayerTransferMethod.COMMIT
         assert plan.bytes_to_move > 48 * MIB  # the sparse files, written out
         committed = rig.engine.call("POST", "/commit", query={"container": old.id}, send={})["Id"]
         after = _seen_inside(_start(rig, _create(rig, committed)))
@@ -209,15 +209,15 @@ async def test_a_layer_that_is_not_to_be_seen_is_committed(rig: Rig) -> None:
             (OverlayLayerStore(None, root, local=True), _with(container, upper_dir="", storage_driver="overlayfs")),
         ):
             plan = await store.plan(shown)
-            assert (plan.method, plan.bytes_to_move) == (CarryMethod.COMMIT, 0)
+            assert (plan.method, plan.bytes_to_move) == (LayerTransferMethod.COMMIT, 0)
             assert plan.warnings[0].startswith("EXCHANGE is not possible: ")
-        for forced in (CarryMethod.EXCHANGE, CarryMethod.COPY):
+        for forced in (LayerTransferMethod.EXCHANGE, LayerTransferMethod.COPY):
             with pytest.raises(LayerCarryFailed, match="another host"):
                 await OverlayLayerStore(forced, root, local=False).plan(container)
         assert dict(await OverlayLayerStore(None, root, local=False).methods()) == {
-            CarryMethod.EXCHANGE: "the engine runs on another host",
-            CarryMethod.COPY: "the engine runs on another host",
-            CarryMethod.COMMIT: "",
+            LayerTransferMethod.EXCHANGE: "the engine runs on another host",
+            LayerTransferMethod.COPY: "the engine runs on another host",
+            LayerTransferMethod.COMMIT: "",
         }
     finally:
         rig.engine.remove_all()
@@ -261,7 +261,7 @@ def _inodes(pair: LayerPair) -> tuple[int, int]:
 
 
 def _planted(tmp_path: Path) -> OverlayLayerStore:
-    return OverlayLayerStore(CarryMethod.COPY, str(tmp_path), local=True)
+    return OverlayLayerStore(LayerTransferMethod.COPY, str(tmp_path), local=True)
 
 
 async def test_a_copy_has_all_that_the_overlay_keeps_in_a_layer(tmp_path: Path, pair: LayerPair) -> None:
@@ -506,9 +506,9 @@ def test_without_the_right_to_see_trusted_attributes_nothing_is_copied(tmp_path:
 
 async def _refuses_to_copy(root: Path, pair: LayerPair) -> None:
     assert dict(await _planted(root).methods()) == {
-        CarryMethod.EXCHANGE: "",
-        CarryMethod.COPY: "the daemon lacks CAP_SYS_ADMIN",
-        CarryMethod.COMMIT: "",
+        LayerTransferMethod.EXCHANGE: "",
+        LayerTransferMethod.COPY: "the daemon lacks CAP_SYS_ADMIN",
+        LayerTransferMethod.COMMIT: "",
     }
     with pytest.raises(LayerCarryFailed, match="CAP_SYS_ADMIN"):
         await _planted(root).copy(pair, _no_progress)

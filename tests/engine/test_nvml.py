@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 from gpudock_server.adapters.nvml import NvmlInventory
 from gpudock_server.adapters.nvml.xids import FATAL_XIDS
-from gpudock_server.model.gpu import Gpu, GpuHealth, GpuProcess, GpuSnapshot, MigMode
+from gpudock_server.model.gpu import Gpu, GpuHealth, GpuProcess, GpuReport, MigMode
 
 from tests.rig.builds import build_nvml
 from tests.rig.gpus import FakeGpus
@@ -59,14 +59,14 @@ async def inventory(cards: FakeGpus) -> AsyncIterator[NvmlInventory]:
     await inventory.close()
 
 
-async def _until(inventory: NvmlInventory, condition: Callable[[GpuSnapshot], bool]) -> GpuSnapshot:
+async def _until(inventory: NvmlInventory, condition: Callable[[GpuReport], bool]) -> GpuReport:
     async with asyncio.timeout(10):
         while not condition(snapshot := await inventory.snapshot()):
             await asyncio.sleep(0.01)
     return snapshot
 
 
-def _healths(snapshot: GpuSnapshot) -> list[GpuHealth]:
+def _healths(snapshot: GpuReport) -> list[GpuHealth]:
     return [gpu.health for gpu in snapshot.gpus]
 
 

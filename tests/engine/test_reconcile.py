@@ -9,9 +9,9 @@ from typing import Any
 import pytest_asyncio
 from gpudock.v1 import container_pb2
 from gpudock_server.adapters.etcd import EtcdAddress, EtcdConnection, EtcdStore
-from gpudock_server.model.changes import Claim
 from gpudock_server.model.claims import GpuKey, Holder
-from gpudock_server.settings import default_host_id
+from gpudock_server.model.store_changes import Claim
+from gpudock_server.settings.definitions import default_host_id
 
 from tests.calls import IMAGE, Caller, failure
 from tests.engine.own_daemons import OwnDaemons, own, until, until_state

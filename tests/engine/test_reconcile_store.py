@@ -8,10 +8,10 @@ import grpc
 import pytest_asyncio
 from gpudock.v1 import container_pb2, container_service_pb2
 from gpudock_server.adapters.etcd.values import encode
-from gpudock_server.model.changes import Claim, Release
 from gpudock_server.model.claims import GpuKey, Holder
-from gpudock_server.model.target import TargetKind
-from gpudock_server.settings import default_host_id
+from gpudock_server.model.resource import ResourceKind
+from gpudock_server.model.store_changes import Claim, ReleaseClaim
+from gpudock_server.settings.definitions import default_host_id
 
 from tests.calls import Caller, failure
 from tests.engine.drift import REPAIRED, REPORTED, State, drift, found, logged, passed, state_of
@@ -193,7 +193,7 @@ async def test_a_record_is_not_written_again_over_what_another_holds(quick: Call
     uid = claims[key].uid
     other = Holder(container="other", uid="u", node="elsewhere")
     await state.delete(state.keys.container("lost"))
-    await state.store.apply([Release(HOST, key, uid)])
+    await state.store.apply([ReleaseClaim(HOST, key, uid)])
     await state.put(state.keys.claim(HOST, key), encode(other))
     finding = await found(quick, "RECORD_LOST")
     if finding.remedy == REPORTED:
@@ -215,12 +215,12 @@ async def until_state_or_missing(caller: Caller, name: str) -> None:
 
 async def test_a_lock_of_no_operation_is_released(quick: Caller, state: State) -> None:
     await quick.create("locked", 1)
-    await state.put(state.keys.lock(TargetKind.CONTAINER, "locked"), b"00000000-0000-8000-8000-000000000000")
-    await state.put(state.keys.lock(TargetKind.CONTAINER, "nothing"), b"\xff")
+    await state.put(state.keys.lock(ResourceKind.CONTAINER, "locked"), b"00000000-0000-8000-8000-000000000000")
+    await state.put(state.keys.lock(ResourceKind.CONTAINER, "nothing"), b"\xff")
     await found(quick, "LOCK_STALE", REPAIRED)
 
     async def free() -> bool:
-        return not await state.store.held_locks()
+        return not await state.store.list_locks()
 
     await until(free)
     assert (await quick.scale("locked", 2)).status.state == RUNNING
@@ -243,7 +243,7 @@ async def _interrupted(own: OwnDaemons, kind: str, die_at: int) -> None:
 
 async def test_an_operation_that_lost_its_lock_is_taken_up_all_the_same(own: OwnDaemons, state: State) -> None:
     await _interrupted(own, "SCALE", 5)
-    await state.delete(state.keys.lock(TargetKind.CONTAINER, "victim"))
+    await state.delete(state.keys.lock(ResourceKind.CONTAINER, "victim"))
     daemon = await own.start(*QUICK)
     async with Caller(daemon.target) as caller:
         assert "it has them again, and goes on" in await logged(daemon, "LOCK_MISSING", "victim")
@@ -264,7 +264,7 @@ async def test_an_operation_that_was_deleted_loses_nothing(own: OwnDaemons, stat
         assert finding.container == "victim"
         await passed(caller)
         assert [one.plan for one in await drift(caller, container="victim")] == ["nothing is done"]
-        assert not await state.store.held_locks()
+        assert not await state.store.list_locks()
         assert "Traceback" not in daemon.log_text, daemon.log_text
 
 

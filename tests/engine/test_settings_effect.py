@@ -20,7 +20,7 @@ import pytest
 from gpudock.v1 import container_pb2, operation_service_pb2
 from gpudock_server.adapters.etcd import messages
 from gpudock_server.adapters.etcd.keys import Keys
-from gpudock_server.settings import default_host_id
+from gpudock_server.settings.definitions import default_host_id
 
 from tests.calls import Caller, failure
 from tests.engine.drift import inspect, state_of

@@ -10,8 +10,8 @@ from typing import Any
 import grpc.aio
 import pytest
 from gpudock.v1 import container_pb2, container_service_pb2
-from gpudock_server.model.changes import PutContainer
 from gpudock_server.model.container import ContainerState as Recorded
+from gpudock_server.model.store_changes import PutContainer
 
 from tests.calls import IDLE, Caller, failure_of
 from tests.engine.drift import act, inspect, state_of

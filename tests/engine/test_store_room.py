@@ -12,8 +12,8 @@ from gpudock_server.adapters.etcd.keys import Keys
 from gpudock_server.adapters.etcd.operation_parts import OperationParts
 from gpudock_server.adapters.etcd.trimmer import OperationTrimmer
 from gpudock_server.errors import StoreFull
-from gpudock_server.model.changes import Change, DeleteContainer, PutContainer, PutOperation
 from gpudock_server.model.operation import OperationKind, OperationState
+from gpudock_server.model.store_changes import DeleteContainer, PutContainer, PutOperation, StoreChange
 from structlog.testing import capture_logs
 
 from tests.engine.etcd_examples import connected, container, operation, until
@@ -25,7 +25,7 @@ _QUOTA = 16 << 20
 _SECONDS = 20.0
 
 
-def _big(name: str, megabytes: float = 0.25) -> list[Change]:
+def _big(name: str, megabytes: float = 0.25) -> list[StoreChange]:
     labels = {"big": "x" * int(megabytes * (1 << 20))}
     spec = container(name).spec.changed(labels=labels)
     return [PutContainer(container(name, spec=spec), expect=0)]

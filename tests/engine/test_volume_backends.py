@@ -75,7 +75,7 @@ async def engine(clean_engine: Rig) -> AsyncIterator[DockerEngine]:
 async def loop(request: pytest.FixtureRequest, root: Path) -> LoopBackend:
     """The loop backend on each filesystem that this host has."""
     backend = LoopBackend(root, local=True, filesystem=request.param)
-    if reason := await backend.unavailable():
+    if reason := await backend.unavailable_reason():
         pytest.skip(reason)
     return backend
 
@@ -148,7 +148,7 @@ async def test_size_is_a_limit(rig: Rig, engine: DockerEngine, loop: LoopBackend
 
 async def test_a_new_volume_is_empty(loop: LoopBackend) -> None:
     backing = await loop.create(_new_uid(), "data", SIZE)
-    async with loop.opened(backing) as folder:
+    async with loop.open_files(backing) as folder:
         assert list(Path(folder).iterdir()) == []
     await loop.destroy(backing)
 
@@ -206,7 +206,7 @@ async def test_two_stores_change_their_places(rig: Rig, engine: DockerEngine, lo
     assert await loop.replacement(old, new.uid, 400 * MIB) == new
     volume, content = await _given(engine, old), await loop.content(old)
     for backing, text in ((old, "old"), (new, "new")):
-        async with loop.opened(backing) as folder:
+        async with loop.open_files(backing) as folder:
             Path(folder, "which").write_text(text)
     # What they are to be afterwards: the sizes go with the contents.
     small, large = old.model_copy(update={"size_bytes": 400 * MIB}), new.model_copy(update={"size_bytes": 600 * MIB})
@@ -378,8 +378,8 @@ async def test_a_store_of_another_kind_is_left_alone(root: Path) -> None:
 
 
 async def test_what_the_engine_elsewhere_cannot_have(root: Path) -> None:
-    assert await LoopBackend(root, local=False).unavailable() == "the engine runs on another host"
-    assert await ProjectQuotaBackend(root, local=False).unavailable() == "the engine runs on another host"
+    assert await LoopBackend(root, local=False).unavailable_reason() == "the engine runs on another host"
+    assert await ProjectQuotaBackend(root, local=False).unavailable_reason() == "the engine runs on another host"
 
 
 # ---- kill -9 ----
@@ -421,13 +421,13 @@ async def test_killed_and_repeated(root: Path, seconds: float) -> None:
     await _killed("create", root, uid, seconds)
     backing = await loop.create(uid, "data", SIZE)
     assert _loops(root) == [f"{backing.folder}/image"]
-    async with loop.opened(backing) as folder:
+    async with loop.open_files(backing) as folder:
         Path(folder, "kept").write_bytes(b"kept")
     await _killed("grow", root, uid, seconds)
     backing = await loop.grow(backing, 2 * SIZE)
     usage = await loop.usage(backing)
     assert 2 * SIZE <= usage.size_bytes < 2.1 * SIZE
-    async with loop.opened(backing) as folder:
+    async with loop.open_files(backing) as folder:
         assert Path(folder, "kept").read_bytes() == b"kept"
     await _killed("destroy", root, uid, seconds)
     await loop.destroy(backing)
@@ -455,7 +455,7 @@ async def test_an_opened_volume_is_closed_by_kill_9(root: Path) -> None:
         "from gpudock_server.adapters.volumes.backing_folder import BackingFolder\n"
         "async def main(root, uid):\n"
         "    loop = LoopBackend(Path(root), local=True)\n"
-        "    async with loop.opened(BackingFolder(Path(root), uid).read()) as folder:\n"
+        "    async with loop.open_files(BackingFolder(Path(root), uid).read()) as folder:\n"
         "        print('begun', flush=True)\n"
         "        await asyncio.sleep(1000)\n"
         "asyncio.run(main(*sys.argv[1:]))\n"
@@ -479,11 +479,11 @@ from gpudock_server.adapters.volumes import LoopBackend
 from gpudock_server.adapters.volumes.backing_folder import BackingFolder
 from gpudock_server.errors import VolumeInUse
 
-async def main(root, opened, other, point):
+async def main(root, open_files, other, point):
     loop = LoopBackend(Path(root), local=True)
-    first, second = (BackingFolder(Path(root), uid).read() for uid in (opened, other))
+    first, second = (BackingFolder(Path(root), uid).read() for uid in (open_files, other))
     subprocess.run(["mount", Path(second.folder, "device"), point], check=True)
-    async with loop.opened(first):
+    async with loop.open_files(first):
         try:
             await loop.destroy(second)
         except VolumeInUse:
@@ -498,16 +498,16 @@ asyncio.run(main(*sys.argv[1:]))
 
 async def test_an_opened_volume_holds_no_other(rig: Rig, root: Path) -> None:
     loop = LoopBackend(root, local=True)
-    opened, other = [await loop.create(_new_uid(), name, SIZE) for name in ("opened", "other")]
+    open_files, other = [await loop.create(_new_uid(), name, SIZE) for name in ("opened", "other")]
     point = rig.folder / "a folder\twith odd characters"
     point.mkdir()
     # In a namespace of its own: in ours, any other that begins meanwhile would begin with a copy of the mount.
     words = ["unshare", "--mount", "--propagation", "private", "--", sys.executable, "-c", _HOLDS_NO_OTHER]
     done = subprocess.run(
-        [*words, str(root), opened.uid, other.uid, str(point)], check=False, capture_output=True, text=True
+        [*words, str(root), open_files.uid, other.uid, str(point)], check=False, capture_output=True, text=True
     )
     assert (done.stdout, done.returncode) == ("in use\ngone\n", 0), done.stderr
-    await loop.destroy(opened)
+    await loop.destroy(open_files)
     point.rmdir()
 
 
@@ -539,7 +539,7 @@ async def test_copy_and_verify(root: Path) -> None:
     old = await loop.create(_new_uid(), "data", 2 * SIZE)
     new = await loop.create(_new_uid(), "data", SIZE)
     told: list[tuple[int, int]] = []
-    async with loop.opened(old) as source:
+    async with loop.open_files(old) as source:
         await asyncio.to_thread(grow, source, 1500)
         block = os.urandom(20 * MIB)
         Path(source, "block").write_bytes(block)
@@ -560,7 +560,7 @@ async def test_copy_and_verify(root: Path) -> None:
         assert found.content_bytes > 20 * MIB
 
         # Verification finds a damaged copy, also if only the content differs, and the next copy repairs it.
-        async with loop.opened(new) as target:
+        async with loop.open_files(new) as target:
             copied = Path(target, "block")
             assert hashlib.sha256(copied.read_bytes()).digest() == hashlib.sha256(changed).digest()
             copied.write_bytes(block)
@@ -581,7 +581,7 @@ async def test_a_copy_that_does_not_fit(root: Path) -> None:
     copier = MirrorVolumeCopier([loop])
     old = await loop.create(_new_uid(), "data", 2 * SIZE)
     new = await loop.create(_new_uid(), "data", SIZE)
-    async with loop.opened(old) as source:
+    async with loop.open_files(old) as source:
         Path(source, "block").write_bytes(os.urandom(SIZE))
         for final in (False, True):
             with pytest.raises(DiskFull):
@@ -598,7 +598,7 @@ async def test_a_copy_that_has_no_room_for_what_was_deleted_since(root: Path) ->
     copier = MirrorVolumeCopier([loop])
     old = await loop.create(_new_uid(), "data", 2 * SIZE)
     new = await loop.create(_new_uid(), "data", SIZE)
-    async with loop.opened(old) as source:
+    async with loop.open_files(old) as source:
         Path(source, "before").write_bytes(os.urandom(SIZE * 2 // 3))
         await copier.copy(old, new, _no_progress, final=False)
         Path(source, "before").unlink()
@@ -626,7 +626,7 @@ async def test_what_a_host_without_quotas_needs(rig: Rig, root: Path) -> None:
     for words in (["-t", "tmpfs", "-o", "size=4m", "none"], ["-o", "loop,noquota", str(image)]):
         subprocess.run(["mount", *words, root], check=True)
         try:
-            reason = await quota.unavailable()
+            reason = await quota.unavailable_reason()
             with pytest.raises(SizeNotSupported) as refused:
                 await quota.create(_new_uid(), "data", SIZE)
             assert refused.value.detail == reason

@@ -38,7 +38,7 @@ async def quota(rig: Rig) -> ProjectQuotaBackend:
     backend = ProjectQuotaBackend(
         rig.folder / f"volumes-{uuid.uuid4()}", local=True, project_ids=range(7_000_000, 7_000_099)
     )
-    if reason := await backend.unavailable():
+    if reason := await backend.unavailable_reason():
         pytest.skip(reason)
     return backend
 
@@ -107,7 +107,7 @@ async def test_a_size_that_changes_in_use(rig: Rig, engine: DockerEngine, quota:
 
 async def test_what_is_used_to_the_last_byte_does_not_shrink(quota: ProjectQuotaBackend) -> None:
     backing = await quota.create(_new_uid(), "data", SIZE)
-    async with quota.opened(backing) as folder:
+    async with quota.open_files(backing) as folder:
         Path(folder, "file").write_bytes(os.urandom(8 * MIB))
     usage = await quota.usage(backing)
     with pytest.raises(VolumeTooSmallForData):
@@ -170,7 +170,7 @@ async def test_a_limit_that_was_lost_is_set_at_the_start(quota: ProjectQuotaBack
 
 async def test_a_copy_counts_for_the_new_store(quota: ProjectQuotaBackend) -> None:
     old, new = [await quota.create(_new_uid(), "data", 2 * SIZE) for _ in range(2)]
-    async with quota.opened(old) as folder:
+    async with quota.open_files(old) as folder:
         grow(folder, 1500)
     copier = MirrorVolumeCopier([quota])
     await copier.copy(old, new, lambda _current, _total: None, final=True)

@@ -11,7 +11,7 @@ import grpc
 from aetcd import rpc
 from gpudock.v1 import container_pb2, container_service_pb2, volume_pb2, volume_service_pb2
 from gpudock_server.adapters.etcd import EtcdConnection, EtcdStore, messages
-from gpudock_server.model.changes import DeleteContainer, DeleteVolume, PutContainer, PutVolume
+from gpudock_server.model.store_changes import DeleteContainer, DeleteVolume, PutContainer, PutVolume
 
 from tests.calls import Caller, Failure, failure_of
 from tests.engine.etcd_examples import connected, container, volume

@@ -1,6 +1,6 @@
 """A gpudockd that kills itself, with SIGKILL, at a chosen moment of an operation.
 
-`python -m tests.faults.mortal FLAGS…` is gpudockd with instruments between core and its ports, and around the child
+`python -m tests.faults.mortal FLAGS…` is gpudockd with wrappers between core and its ports, and around the child
 processes that its adapters start. They count moments, in two groups:
 
 - before each transaction on the store, before each call to a port that changes something, and after the operation's
@@ -31,21 +31,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gpudock_server.adapters.host.trees.worker import TreeWorker
-from gpudock_server.app import Instruments, run
+from gpudock_server.app import PortWrappers, run
 from gpudock_server.errors import EngineRejected
-from gpudock_server.model.changes import Change, PutOperation
 from gpudock_server.model.operation import Operation, OperationKind, OperationState, StageState
+from gpudock_server.model.store_changes import PutOperation, StoreChange
 from gpudock_server.ports import (
     Engine,
     HostPaths,
     LayerStore,
-    Ledger,
+    RevisionBackupStore,
     SnapshotStore,
     Store,
     VolumeBackend,
     VolumeCopier,
 )
-from gpudock_server.settings_sources import load
+from gpudock_server.settings.sources import load
 
 T = TypeVar("T")
 
@@ -62,8 +62,8 @@ REFUSAL = "a test refuses the commit"
 CALLS: dict[type, tuple[frozenset[str], frozenset[str]]] = {
     Engine: (
         frozenset(
-            {"pull", "create", "create_shadow", "start", "stop", "pause", "unpause", "update", "rename", "remove",
-             "commit", "tag", "with_config_of", "without_identity", "flatten", "remove_image", "create_volume",
+            {"pull", "create", "create_file_holder", "start", "stop", "pause", "unpause", "update", "rename", "remove",
+             "commit", "tag", "replace_config", "strip_identity", "flatten", "remove_image", "create_volume",
              "remove_volume", "exec"}
         ),
         frozenset(
@@ -75,7 +75,7 @@ CALLS: dict[type, tuple[frozenset[str], frozenset[str]]] = {
         frozenset({"exchange", "exchange_back", "copy"}),
         frozenset(
             {"accounts", "methods", "plan", "commit_plan", "commit_cost", "require_committable",
-             "commit_watched", "locate"}
+             "report_commit_progress", "locate"}
         ),
     ),
     SnapshotStore: (
@@ -83,10 +83,12 @@ CALLS: dict[type, tuple[frozenset[str], frozenset[str]]] = {
         frozenset({"method", "plan", "sealed", "find", "partials"}),
     ),
     HostPaths: (frozenset({"bind", "release"}), frozenset({"check", "source", "names"})),
-    Ledger: (frozenset({"write", "forget", "forget_all"}), frozenset({"read", "uids"})),
+    RevisionBackupStore: (frozenset({"write", "delete", "delete_all"}), frozenset({"read", "uids"})),
     VolumeBackend: (
         frozenset({"create", "attach", "grow", "shrink", "replacement", "exchange", "destroy"}),
-        frozenset({"kind", "unavailable", "stored", "needs_copy", "content", "usage", "opened", "pool"}),
+        frozenset(
+            {"kind", "unavailable_reason", "backings_on_disk", "needs_copy", "content", "usage", "open_files", "pool"}
+        ),
     ),
     VolumeCopier: (frozenset({"copy"}), frozenset({"verify"})),
 }  # fmt: skip
@@ -169,7 +171,7 @@ class Moments:
 
     # -- the operation's records -------------------------------------------------------------------------------------
 
-    def sees(self, changes: Sequence[Change]) -> str:
+    def sees(self, changes: Sequence[StoreChange]) -> str:
         """What to call a transaction; moments may count from here on."""
         own = self._own(changes)
         if own is None:
@@ -179,14 +181,14 @@ class Moments:
         done = [stage.name for stage in own.stages if stage.state is StageState.DONE]
         return f"record of {own.state.value} after {done[-1] if done else 'nothing'}"
 
-    def refuses(self, changes: Sequence[Change]) -> bool:
+    def refuses(self, changes: Sequence[StoreChange]) -> bool:
         """Whether a transaction must fail, so that the operation is undone from its last step on."""
         own = self._own(changes)
         if own is None or self._phase is not Phase.UNDOING or self._counting or self._over:
             return False
         return own.committed
 
-    def recorded(self, changes: Sequence[Change]) -> bool:
+    def recorded(self, changes: Sequence[StoreChange]) -> bool:
         """Take note of a transaction; whether it ends the operation, and with it the moments."""
         own = self._own(changes)
         if own is None:
@@ -203,7 +205,7 @@ class Moments:
         """Count no more."""
         self._counting, self._over = False, True
 
-    def _own(self, changes: Sequence[Change]) -> Operation | None:
+    def _own(self, changes: Sequence[StoreChange]) -> Operation | None:
         """The operation, if it is in this transaction; the first of its kind that is begun, or resumed, is the one."""
         for change in changes:
             if isinstance(change, PutOperation) and change.operation.kind is self._kind:
@@ -226,7 +228,7 @@ class MortalStore:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
-    async def apply(self, changes: Sequence[Change]) -> int:
+    async def apply(self, changes: Sequence[StoreChange]) -> int:
         """The store's own, at a moment; the operation's last has one behind it too."""
         name = self._moments.sees(changes)
         self._moments.now(f"before {name}")
@@ -333,17 +335,17 @@ def main() -> int:
     def mortal(port: type) -> Any:
         return lambda adapter: MortalPort(port, adapter, moments)
 
-    instruments = Instruments(
+    wrappers = PortWrappers(
         engine=mortal(Engine),
         store=lambda store: MortalStore(store, moments),
         layers=mortal(LayerStore),
         snapshots=mortal(SnapshotStore),
         host_paths=mortal(HostPaths),
-        ledger=mortal(Ledger),
+        ledger=mortal(RevisionBackupStore),
         volumes=mortal(VolumeBackend),
         copier=mortal(VolumeCopier),
     )
-    return run(load(sys.argv[1:]).settings, instruments)
+    return run(load(sys.argv[1:]).settings, wrappers)
 
 
 if __name__ == "__main__":

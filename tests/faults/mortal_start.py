@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from gpudock_server.app import Instruments, run
-from gpudock_server.model.changes import Change
+from gpudock_server.app import PortWrappers, run
+from gpudock_server.model.store_changes import StoreChange
 from gpudock_server.ports import Store
-from gpudock_server.settings_sources import load
+from gpudock_server.settings.sources import load
 
 from tests.faults.mortal import DIE_AT
 
@@ -29,7 +29,7 @@ class MortalStore:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
-    async def apply(self, changes: Sequence[Change]) -> int:
+    async def apply(self, changes: Sequence[StoreChange]) -> int:
         """The store's own."""
         self._left -= 1
         if not self._left:
@@ -39,8 +39,8 @@ class MortalStore:
 
 def main() -> int:
     """Runs the daemon."""
-    instruments = Instruments(store=lambda store: MortalStore(store, int(os.environ[DIE_AT])))
-    return run(load(sys.argv[1:]).settings, instruments)
+    wrappers = PortWrappers(store=lambda store: MortalStore(store, int(os.environ[DIE_AT])))
+    return run(load(sys.argv[1:]).settings, wrappers)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # All that a daemon imports; what tests put around it has little more.
-_IMPORTS = ("gpudock_server.settings_sources", "gpudock_server.app")
+_IMPORTS = ("gpudock_server.settings.sources", "gpudock_server.app")
 _MOST_BYTES = 1 << 17
 
 

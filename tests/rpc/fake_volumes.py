@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from gpudock_server.errors import SizeNotSupported
 from gpudock_server.model.volume import (
+    BackingOnDisk,
     PoolUsage,
-    StoredVolume,
     TreeSummary,
     VolumeBackendKind,
     VolumeBacking,
@@ -34,7 +34,7 @@ class FakeVolumes(VolumeBackend):
         return VolumeBackendKind.LOOP
 
     @override
-    async def unavailable(self) -> str:
+    async def unavailable_reason(self) -> str:
         return ""
 
     @override
@@ -46,7 +46,7 @@ class FakeVolumes(VolumeBackend):
         return VolumeBacking(kind=self.kind, uid=uid, name=name, engine_volume=f"gpudock-{uid}", size_bytes=size_bytes)
 
     @override
-    async def stored(self) -> tuple[StoredVolume, ...]:
+    async def backings_on_disk(self) -> tuple[BackingOnDisk, ...]:
         return ()
 
     @override
@@ -85,7 +85,7 @@ class FakeVolumes(VolumeBackend):
 
     @override
     @asynccontextmanager
-    async def opened(self, backing: VolumeBacking) -> AsyncIterator[str]:
+    async def open_files(self, backing: VolumeBacking) -> AsyncIterator[str]:
         yield "/nowhere"
 
     @override

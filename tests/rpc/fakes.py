@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 
 from gpudock_server.errors import GpudockError, SnapshotFailed
 from gpudock_server.model.engine import (
-    Blueprint,
     EngineContainer,
+    EngineContainerSpec,
     EngineEvent,
     EngineImage,
     EngineInfo,
@@ -27,22 +27,22 @@ from gpudock_server.model.engine import (
     ImageAccounts,
     RegistryAuth,
 )
-from gpudock_server.model.gpu import Gpu, GpuSnapshot
-from gpudock_server.model.ledger import LedgerEntry
-from gpudock_server.model.operation import CarryMethod
+from gpudock_server.model.gpu import Gpu, GpuReport
+from gpudock_server.model.operation import LayerTransferMethod
+from gpudock_server.model.revision_backup import RevisionBackup
 from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind, SnapshotMethod
 from gpudock_server.model.spec import RestartPolicy
 from gpudock_server.ports import (
-    CarryPlan,
     CommitCost,
     Engine,
     ExecSession,
     GpuInventory,
     LayerPair,
     LayerStore,
-    Ledger,
+    LayerTransferPlan,
     ProcessControl,
     Progress,
+    RevisionBackupStore,
     SnapshotPlan,
     SnapshotStore,
 )
@@ -183,20 +183,20 @@ class FakeEngine(Engine):
         self.volumes.pop(name, None)
 
     @override
-    async def create(self, blueprint: Blueprint) -> str:
+    async def create(self, engine_spec: EngineContainerSpec) -> str:
         await self._call("create")
         engine_id = uuid.uuid4().hex
         self.containers[engine_id] = EngineContainer(
             id=engine_id,
-            name=blueprint.name,
-            image_id=blueprint.image_id,
+            name=engine_spec.name,
+            image_id=engine_spec.image_id,
             state=EngineState.CREATED,
             pid=0,
             exit_code=0,
             oom_killed=False,
             error="",
-            labels=blueprint.labels,
-            gpu_uuids=blueprint.placement.gpu_uuids,
+            labels=engine_spec.labels,
+            gpu_uuids=engine_spec.placement.gpu_uuids,
         )
         return engine_id
 
@@ -267,7 +267,7 @@ class FakeEngine(Engine):
         return "sha256:" + "b" * 64
 
     @override
-    async def create_shadow(self, of: str, name: str, labels: Mapping[str, str]) -> str:
+    async def create_file_holder(self, of: str, name: str, labels: Mapping[str, str]) -> str:
         return "shadow"
 
     @override
@@ -275,11 +275,11 @@ class FakeEngine(Engine):
         await self._call("tag")
 
     @override
-    async def with_config_of(self, image_id: str, other_id: str, reference: str) -> str:
+    async def replace_config(self, image_id: str, other_id: str, reference: str) -> str:
         return "sha256:" + "c" * 64
 
     @override
-    async def without_identity(self, image_id: str, base_id: str, reference: str) -> str:
+    async def strip_identity(self, image_id: str, base_id: str, reference: str) -> str:
         return "sha256:" + "d" * 64
 
     @override
@@ -307,12 +307,12 @@ class FakeInventory(GpuInventory):
     """Eight cards, all well."""
 
     @override
-    async def snapshot(self) -> GpuSnapshot:
+    async def snapshot(self) -> GpuReport:
         cards = tuple(
             Gpu(uuid=f"GPU-{n}", index=n, minor_number=n, name="NVIDIA A100", memory_total_bytes=80 << 30)
             for n in range(8)
         )
-        return GpuSnapshot(gpus=cards, driver_version="550.1", nvml_version="12.550", cuda_driver_version="12.4")
+        return GpuReport(gpus=cards, driver_version="550.1", nvml_version="12.550", cuda_driver_version="12.4")
 
 
 class FakeLayers(LayerStore):
@@ -321,20 +321,24 @@ class FakeLayers(LayerStore):
     image_accounts: ImageAccounts | None = None
 
     @override
-    async def methods(self) -> tuple[tuple[CarryMethod, str], ...]:
-        return ((CarryMethod.EXCHANGE, ""), (CarryMethod.COPY, ""), (CarryMethod.COMMIT, "not today"))
+    async def methods(self) -> tuple[tuple[LayerTransferMethod, str], ...]:
+        return (
+            (LayerTransferMethod.EXCHANGE, ""),
+            (LayerTransferMethod.COPY, ""),
+            (LayerTransferMethod.COMMIT, "not today"),
+        )
 
     @override
-    async def plan(self, old: EngineContainer) -> CarryPlan:
-        return CarryPlan(method=CarryMethod.EXCHANGE)
+    async def plan(self, old: EngineContainer) -> LayerTransferPlan:
+        return LayerTransferPlan(method=LayerTransferMethod.EXCHANGE)
 
     @override
     async def accounts(self, image: EngineImage, upper_dir: str = "") -> ImageAccounts | None:
         return self.image_accounts
 
     @override
-    async def commit_plan(self, container: EngineContainer) -> CarryPlan:
-        return CarryPlan(method=CarryMethod.COMMIT)
+    async def commit_plan(self, container: EngineContainer) -> LayerTransferPlan:
+        return LayerTransferPlan(method=LayerTransferMethod.COMMIT)
 
     @override
     async def commit_cost(self, container: EngineContainer) -> CommitCost:
@@ -345,7 +349,7 @@ class FakeLayers(LayerStore):
         return
 
     @override
-    def commit_watched(
+    def report_commit_progress(
         self, container: EngineContainer, total: int, progress: Progress
     ) -> AbstractAsyncContextManager[None]:
         return nullcontext()
@@ -367,26 +371,26 @@ class FakeLayers(LayerStore):
         return
 
 
-class FakeLedger(Ledger):
+class FakeLedger(RevisionBackupStore):
     """Remembers entries, and nothing beside them."""
 
     def __init__(self) -> None:
-        self.entries: dict[tuple[str, int], LedgerEntry] = {}
+        self.entries: dict[tuple[str, int], RevisionBackup] = {}
 
     @override
-    async def write(self, entry: LedgerEntry) -> None:
+    async def write(self, entry: RevisionBackup) -> None:
         self.entries[entry.key.uid, entry.number] = entry
 
     @override
-    async def read(self, uid: str) -> tuple[LedgerEntry, ...]:
+    async def read(self, uid: str) -> tuple[RevisionBackup, ...]:
         return tuple(entry for (owner, _), entry in sorted(self.entries.items()) if owner == uid)
 
     @override
-    async def forget(self, key: SnapshotKey) -> None:
+    async def delete(self, key: SnapshotKey) -> None:
         self.entries.pop((key.uid, key.revision), None)
 
     @override
-    async def forget_all(self, uid: str) -> None:
+    async def delete_all(self, uid: str) -> None:
         self.entries = {key: entry for key, entry in self.entries.items() if key[0] != uid}
 
     @override

@@ -9,25 +9,25 @@ from dataclasses import replace
 from typing import TypeVar
 
 from gpudock_server.errors import FieldViolation, InvalidArgument, ResumeTokenExpired
-from gpudock_server.model import changes as change
+from gpudock_server.model import store_changes as change
 from gpudock_server.model.claims import ClaimKey, ClaimTable, Holder
 from gpudock_server.model.container import Container
 from gpudock_server.model.image import ImageOrigin
 from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import Operation, RequestRecord
+from gpudock_server.model.resource import ResourceKind
 from gpudock_server.model.snapshot import SnapshotSkipped
-from gpudock_server.model.target import TargetKind
 from gpudock_server.model.volume import Volume, VolumeRevision
 from gpudock_server.ports import (
     ContainerView,
     Page,
     RevisionView,
-    Seen,
     Store,
     StoreConflict,
+    StoreEvent,
     StoreUsage,
     Versioned,
-    VolumeSeen,
+    VolumeDetails,
     VolumeView,
 )
 from typing_extensions import override
@@ -41,7 +41,7 @@ class MemoryStore(Store):
     def __init__(self) -> None:
         self.version = 0
         self.heads: dict[str, Versioned[Container]] = {}
-        self.locks: dict[tuple[TargetKind, str], str] = {}
+        self.locks: dict[tuple[ResourceKind, str], str] = {}
         self.volume_heads: dict[str, Versioned[Volume]] = {}
         self.volume_past: dict[tuple[str, int], VolumeRevision] = {}
         # By host.
@@ -56,12 +56,12 @@ class MemoryStore(Store):
         self._moments: list[Sequence[object]] = []
         # What every change was for a watch of that kind; the first `forgotten` of the containers' are no longer told.
         self.told: list[tuple[ContainerView | None, ContainerView | None]] = []
-        self.volumes_told: list[tuple[VolumeSeen | None, VolumeSeen | None]] = []
+        self.volumes_told: list[tuple[VolumeDetails | None, VolumeDetails | None]] = []
         self.forgotten = 0
         self._happened = asyncio.Event()
 
     @override
-    async def apply(self, changes: Sequence[change.Change]) -> int:
+    async def apply(self, changes: Sequence[change.StoreChange]) -> int:
         for item in changes:
             self._check(item)
         before, volumes_before = self._views(), self._volumes_seen()
@@ -74,7 +74,7 @@ class MemoryStore(Store):
 
     def _views(self) -> dict[str, ContainerView]:
         return {
-            name: ContainerView(head.value, head.version, self.locks.get((TargetKind.CONTAINER, name), ""))
+            name: ContainerView(head.value, head.version, self.locks.get((ResourceKind.CONTAINER, name), ""))
             for name, head in sorted(self.heads.items())
         }
 
@@ -83,10 +83,10 @@ class MemoryStore(Store):
         self._happened.set()
         self._happened = asyncio.Event()
 
-    def _volumes_seen(self) -> dict[str, VolumeSeen]:
+    def _volumes_seen(self) -> dict[str, VolumeDetails]:
         return {
-            name: VolumeSeen(
-                VolumeView(head.value, head.version, self.locks.get((TargetKind.VOLUME, name), "")),
+            name: VolumeDetails(
+                VolumeView(head.value, head.version, self.locks.get((ResourceKind.VOLUME, name), "")),
                 tuple(
                     one for one, view in self._views().items() if name in {m.volume for m in view.container.spec.mounts}
                 ),
@@ -94,16 +94,16 @@ class MemoryStore(Store):
             for name, head in sorted(self.volume_heads.items())
         }
 
-    def _check(self, item: change.Change) -> None:
+    def _check(self, item: change.StoreChange) -> None:
         found: object = None
         match item:
-            case change.Lock(kind=kind, name=name) | change.Unlocked(kind=kind, name=name):
+            case change.Lock(kind=kind, name=name) | change.RequireUnlocked(kind=kind, name=name):
                 found, holds = self.locks.get((kind, name)), (kind, name) not in self.locks
             case change.Unlock(kind=kind, name=name, operation_id=operation_id):
                 found = self.locks.get((kind, name))
                 holds = found == operation_id
             case (
-                change.VolumeIs(name=name, expect=expect)
+                change.RequireVolumeVersion(name=name, expect=expect)
                 | change.PutVolume(volume=Volume(name=name), expect=expect)
                 | change.DeleteVolume(name=name, expect=expect)
             ):
@@ -111,7 +111,7 @@ class MemoryStore(Store):
                 holds = (found.version if isinstance(found, Versioned) else 0) == expect
             case change.Claim(host=host, key=key):
                 found, holds = self.held[host].get(key), key not in self.held[host]
-            case change.Keep(host=host, key=key, holder=holder):
+            case change.ConfirmClaim(host=host, key=key, holder=holder):
                 found = self.held[host].get(key)
                 holds = isinstance(found, Holder) and found.uid == holder.uid
             case change.PutContainer(container=container, expect=expect):
@@ -128,7 +128,7 @@ class MemoryStore(Store):
         if not holds:
             raise StoreConflict(item, found)
 
-    def _do(self, item: change.Change) -> None:  # noqa: C901, PLR0912 - one line for each kind of change
+    def _do(self, item: change.StoreChange) -> None:  # noqa: C901, PLR0912 - one line for each kind of change
         match item:
             case change.Lock(kind=kind, name=name, operation_id=operation_id):
                 self.locks[kind, name] = operation_id
@@ -140,9 +140,11 @@ class MemoryStore(Store):
                 self.volume_heads.pop(name, None)
             case change.PutVolumeRevision(revision=volume_revision):
                 self.volume_past[volume_revision.uid, volume_revision.revision] = volume_revision
-            case change.Claim(host=host, key=key, holder=holder) | change.Keep(host=host, key=key, holder=holder):
+            case (
+                change.Claim(host=host, key=key, holder=holder) | change.ConfirmClaim(host=host, key=key, holder=holder)
+            ):
                 self.held[host][key] = holder
-            case change.Release(host=host, key=key, uid=uid):
+            case change.ReleaseClaim(host=host, key=key, uid=uid):
                 if key in self.held[host] and self.held[host][key].uid == uid:
                     del self.held[host][key]
             case change.PutContainer(container=container):
@@ -179,25 +181,25 @@ class MemoryStore(Store):
     @override
     async def container(self, name: str) -> ContainerView | None:
         head = self.heads.get(name)
-        lock = self.locks.get((TargetKind.CONTAINER, name), "")
+        lock = self.locks.get((ResourceKind.CONTAINER, name), "")
         return ContainerView(head.value, head.version, lock) if head else None
 
     @override
     async def volume(self, name: str) -> VolumeView | None:
         head = self.volume_heads.get(name)
-        lock = self.locks.get((TargetKind.VOLUME, name), "")
+        lock = self.locks.get((ResourceKind.VOLUME, name), "")
         return VolumeView(head.value, head.version, lock) if head else None
 
     @override
     async def volumes(self, *, page_size: int, page_token: str) -> Page[VolumeView]:
         views = [
-            VolumeView(head.value, head.version, self.locks.get((TargetKind.VOLUME, name), ""))
+            VolumeView(head.value, head.version, self.locks.get((ResourceKind.VOLUME, name), ""))
             for name, head in sorted(self.volume_heads.items())
         ]
         return replace(self._page(views, page_size, page_token), watch_token=f"seen {len(self.volumes_told)}")
 
     @override
-    def watch_volumes(self, *, token: str, listing: bool) -> AsyncGenerator[Seen[VolumeSeen], None]:
+    def watch_volumes(self, *, token: str, listing: bool) -> AsyncGenerator[StoreEvent[VolumeDetails], None]:
         return self._watch(self.volumes_told, self._volumes_seen, token, listing=listing)
 
     @override
@@ -211,12 +213,12 @@ class MemoryStore(Store):
         return replace(page, watch_token=f"seen {len(self.told)}")
 
     @override
-    def watch_containers(self, *, token: str, listing: bool) -> AsyncGenerator[Seen[ContainerView], None]:
+    def watch_containers(self, *, token: str, listing: bool) -> AsyncGenerator[StoreEvent[ContainerView], None]:
         return self._watch(self.told, self._views, token, listing=listing)
 
     async def _watch(
         self, told: list[tuple[T | None, T | None]], there: Callable[[], dict[str, T]], token: str, *, listing: bool
-    ) -> AsyncGenerator[Seen[T], None]:
+    ) -> AsyncGenerator[StoreEvent[T], None]:
         place = len(told)
         if token:
             word, _, number = token.partition(" ")
@@ -226,8 +228,8 @@ class MemoryStore(Store):
         elif listing:
             # One that is broken off begins anew.
             for view in there().values():
-                yield Seen(None, view, "seen 0")
-        yield Seen(None, None, f"seen {place}", list_complete=listing and not token)
+                yield StoreEvent(None, view, "seen 0")
+        yield StoreEvent(None, None, f"seen {place}", list_complete=listing and not token)
         while True:
             if place < self.forgotten:
                 raise ResumeTokenExpired(token)
@@ -237,7 +239,7 @@ class MemoryStore(Store):
                 continue
             before, after = told[place]
             place += 1
-            yield Seen(before, after, f"seen {place}")
+            yield StoreEvent(before, after, f"seen {place}")
 
     def _page(self, items: Sequence[T], size: int, token: str) -> Page[T]:
         self.reads += 1
@@ -286,7 +288,7 @@ class MemoryStore(Store):
         )
 
     @override
-    async def held_locks(self) -> tuple[change.Lock, ...]:
+    async def list_locks(self) -> tuple[change.Lock, ...]:
         return tuple(change.Lock(kind, name, operation_id) for (kind, name), operation_id in self.locks.items())
 
     @override

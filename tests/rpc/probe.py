@@ -14,7 +14,7 @@ from gpudock_server.rpc.listeners import SERVER_OPTIONS, listen
 from gpudock_server.rpc.middleware.bearer_tokens import TokenFile
 from gpudock_server.rpc.middleware.interceptor import Context
 from gpudock_server.rpc.server import interceptors
-from gpudock_server.settings import Settings
+from gpudock_server.settings.definitions import Settings
 
 SERVICE = "gpudock.probe.Probe"
 KINDS = ("OneToOne", "OneToMany", "ManyToOne", "ManyToMany")

@@ -27,7 +27,7 @@ from gpudock_server.core.sagas import saga_builder
 from gpudock_server.core.volumes import Storage, Volumes
 from gpudock_server.core.watches import Watches
 from gpudock_server.rpc.server import RpcServer, Services, build_server
-from gpudock_server.settings import Settings
+from gpudock_server.settings.definitions import Settings
 from grpc_status import rpc_status
 
 from tests.rpc.fake_volumes import FakeCopier, FakePlain, FakeVolumes

@@ -17,7 +17,7 @@ from gpudock_server.rpc.listeners import listen
 from gpudock_server.rpc.middleware import identity
 from gpudock_server.rpc.middleware.bearer_tokens import TokenFile
 from gpudock_server.rpc.server import interceptors
-from gpudock_server.settings import Settings
+from gpudock_server.settings.definitions import Settings
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.calls import failure_of

@@ -15,7 +15,7 @@ from gpudock_server.rpc.listeners import listen
 from gpudock_server.rpc.middleware.bearer_tokens import TokenFile
 from gpudock_server.rpc.middleware.interceptor import Context
 from gpudock_server.rpc.server import connection_options, interceptors
-from gpudock_server.settings import Settings
+from gpudock_server.settings.definitions import Settings
 
 from tests.rig.patience import PATIENCE
 from tests.rpc.probe import SERVICE, Message, Probe, begin, call

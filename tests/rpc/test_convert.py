@@ -20,9 +20,9 @@ from gpudock_server.model.container import (
     PortBinding,
 )
 from gpudock_server.model.engine import EngineInfo, ExecStream
-from gpudock_server.model.gpu import Gpu, GpuHealth, GpuProcess, GpuSnapshot, MigMode
+from gpudock_server.model.gpu import Gpu, GpuHealth, GpuProcess, GpuReport, MigMode
 from gpudock_server.model.operation import (
-    CarryMethod,
+    LayerTransferMethod,
     Operation,
     OperationKind,
     OperationPlan,
@@ -31,8 +31,8 @@ from gpudock_server.model.operation import (
     Stage,
     StageState,
 )
+from gpudock_server.model.resource import ResourceKind, ResourceRef
 from gpudock_server.model.spec import ContainerSpec, GpuRequest, HealthCheck, Protocol, TmpfsMount
-from gpudock_server.model.target import Target, TargetKind
 from gpudock_server.model.volume import PoolUsage
 from gpudock_server.ports import ContainerView, StoreUsage
 from gpudock_server.rpc import port_messages
@@ -77,7 +77,7 @@ def test_every_value_of_the_records_enums_has_one_of_the_contract() -> None:
     assert len(set(container_messages.STATES.values())) == len(ContainerState)
     assert len(set(operation_messages.KINDS.values())) == len(OperationKind)
     assert len(set(operation_messages.STATES.values())) == len(OperationState)
-    assert len(set(operation_messages.LAYER_TRANSFER_METHODS.values())) == len(CarryMethod)
+    assert len(set(operation_messages.LAYER_TRANSFER_METHODS.values())) == len(LayerTransferMethod)
     assert len(set(gpu_messages.HEALTHS.values())) == len(GpuHealth)
     assert len(set(port_messages.PROTOCOLS.values())) == len(Protocol)
     every = (
@@ -244,7 +244,7 @@ def journal(state: OperationState, *stages: StageState, **changes: Any) -> Opera
     return Operation(
         id="op1",
         kind=OperationKind.SCALE,
-        target=Target(kind=TargetKind.CONTAINER, name="train", uid="u1"),
+        target=ResourceRef(kind=ResourceKind.CONTAINER, name="train", uid="u1"),
         node="gpu1",
         state=state,
         stages=tuple(
@@ -319,7 +319,7 @@ def test_a_plan_has_no_times_and_no_id() -> None:
         bytes_to_move=1,
         bytes_available=2,
         restarts_process=True,
-        carry_method=CarryMethod.COPY,
+        carry_method=LayerTransferMethod.COPY,
         warnings=("w",),
     )
     shown = operation_messages.operation_message(
@@ -391,7 +391,7 @@ def node_view(**changes: Any) -> NodeView:
         "store_version": "3.5",
         "store_error": "",
         "store_usage": StoreUsage(size_bytes=9, in_use_bytes=7, quota_bytes=8, full=""),
-        "gpus": GpuSnapshot(gpus=(Gpu(uuid="GPU-1", index=0), Gpu(uuid="GPU-2", index=1)), driver_version="550"),
+        "gpus": GpuReport(gpus=(Gpu(uuid="GPU-1", index=0), Gpu(uuid="GPU-2", index=1)), driver_version="550"),
         "claims": ClaimTable({GpuKey("GPU-1"): HOLDER, PortKey(Protocol.TCP, 20001): HOLDER}),
         "port_range": (20000, 20009),
         "memory_available_bytes": 4,
@@ -399,7 +399,7 @@ def node_view(**changes: Any) -> NodeView:
         "volume_pool": VolumePool(
             "/v", PoolUsage(total_bytes=9, free_bytes=8, promised_bytes=7, allocated_bytes=6), 1.5
         ),
-        "carry_methods": ((CarryMethod.EXCHANGE, "no"), (CarryMethod.COPY, "")),
+        "carry_methods": ((LayerTransferMethod.EXCHANGE, "no"), (LayerTransferMethod.COPY, "")),
     }
     return NodeView(**{**fields, **changes})
 
@@ -431,7 +431,7 @@ def test_a_node_whose_store_is_full() -> None:
 
 
 def test_a_node_whose_parts_do_not_answer() -> None:
-    gone = GpuSnapshot(driver_version="550", message="hangs")
+    gone = GpuReport(driver_version="550", message="hangs")
     shown = node_message(node_view(engine=None, engine_error="gone", store_error="away", disk=None, gpus=gone))
     assert not shown.HasField("engine")
     assert not shown.HasField("disk")
@@ -443,7 +443,7 @@ def test_a_node_whose_parts_do_not_answer() -> None:
 
 
 def test_a_node_without_a_driver_is_well() -> None:
-    shown = node_message(node_view(gpus=GpuSnapshot(message="no driver")))
+    shown = node_message(node_view(gpus=GpuReport(message="no driver")))
     assert [(part.healthy, part.message) for part in shown.components][2] == (True, "no driver")
 
 

@@ -13,7 +13,7 @@ import pytest
 from gpudock_server.rpc.middleware.bearer_tokens import TokenFile
 from gpudock_server.rpc.middleware.identity import Caller, CallerKind, caller
 from gpudock_server.rpc.middleware.interceptor import Context
-from gpudock_server.settings import Settings
+from gpudock_server.settings.definitions import Settings
 from gpudock_server.startup import StartupError
 from structlog.testing import capture_logs
 

@@ -21,7 +21,7 @@ from gpudock_server import errors
 from gpudock_server.rpc.middleware.errors import status_of
 from gpudock_server.rpc.middleware.identity import UNIX, caller
 from gpudock_server.rpc.middleware.interceptor import Context
-from gpudock_server.settings import Settings
+from gpudock_server.settings.definitions import Settings
 from grpc_status import rpc_status
 from structlog.testing import capture_logs
 
@@ -131,18 +131,18 @@ async def test_a_status_too_long_for_its_trailers_is_cut_and_not_lost(
     assert detail(status, error_details_pb2.ErrorInfo).metadata["fields"].startswith("spec.env[0],")
 
     metadata = {f"key{n}": text * 5000 for n in range(100)}
-    probe.act = raising(errors.Recorded(9, "START_FAILED", text * 100_000, metadata))
+    probe.act = raising(errors.OperationFailed(9, "START_FAILED", text * 100_000, metadata))
     status = rich_status(await failure(channel, "OneToOne"))
     assert detail(status, error_details_pb2.ErrorInfo).reason == "START_FAILED"
 
 
 async def test_a_recorded_error_comes_back_as_it_was(channel: grpc.aio.Channel, probe: Probe) -> None:
     original = errors.GpuExhausted(requested=4, free=2, matching=1, total=8)
-    recorded = errors.Recorded(original.code, original.reason, original.message, original.metadata)
+    recorded = errors.OperationFailed(original.code, original.reason, original.message, original.metadata)
     probe.act = raising(recorded)
     assert rich_status(await failure(channel, "OneToMany")) == status_of(original)
     # One that a faulty daemon recorded as a success is still a failure.
-    assert status_of(errors.Recorded(0, "GPU_EXHAUSTED", "", {})).code == errors.Code.INTERNAL
+    assert status_of(errors.OperationFailed(0, "GPU_EXHAUSTED", "", {})).code == errors.Code.INTERNAL
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -20,10 +20,10 @@ from gpudock_server.model.claims import Holder, PortKey
 from gpudock_server.model.container import Container, ContainerState, ContainerStatus
 from gpudock_server.model.gpu import Gpu, GpuHealth
 from gpudock_server.model.operation import Operation, OperationKind, OperationState
+from gpudock_server.model.resource import ResourceKind, ResourceRef
 from gpudock_server.model.spec import ContainerSpec, Protocol
-from gpudock_server.model.target import Target, TargetKind
 from gpudock_server.model.volume import Volume, VolumeState
-from gpudock_server.ports import ContainerView, VolumeSeen, VolumeView
+from gpudock_server.ports import ContainerView, VolumeDetails, VolumeView
 from gpudock_server.rpc import list_requests, watch_requests
 
 from tests.rpc.fakes import LONG_AGO
@@ -45,7 +45,7 @@ CONTAINER = ContainerView(
     1,
     "",
 )
-VOLUME = VolumeSeen(
+VOLUME = VolumeDetails(
     VolumeView(
         Volume(
             name="a",
@@ -68,7 +68,7 @@ VOLUME = VolumeSeen(
 OPERATION = Operation(
     id=UUID,
     kind=OperationKind.STOP,
-    target=Target(kind=TargetKind.CONTAINER, name="a", uid=UUID),
+    target=ResourceRef(kind=ResourceKind.CONTAINER, name="a", uid=UUID),
     node="n1",
     state=OperationState.RUNNING,
     create_time=LONG_AGO,

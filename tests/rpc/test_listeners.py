@@ -13,7 +13,7 @@ from pathlib import Path
 import grpc.aio
 import pytest
 from gpudock_server.rpc.listeners import listen
-from gpudock_server.settings import Settings
+from gpudock_server.settings.definitions import Settings
 from gpudock_server.startup import StartupError
 
 from tests.rpc.certificates import Authority

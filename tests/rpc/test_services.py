@@ -15,7 +15,7 @@ from gpudock.v1 import (
     operation_service_pb2,
 )
 from gpudock_server.errors import EngineRejected
-from gpudock_server.model.target import TargetKind
+from gpudock_server.model.resource import ResourceKind
 from gpudock_server.rpc import list_requests, opaque_tokens
 
 from tests.rpc.serving import UUID, Served, create_request, made, reason_of, to_the_end, until
@@ -137,9 +137,9 @@ async def test_a_mutation_that_waits_goes_on_without_its_caller(served: Served) 
     await made(served)
     gate = served.engine.gates["stop"] = asyncio.Event()
     call = served.containers.StopContainer(container_service_pb2.StopContainerRequest(name="a"))
-    await until(lambda: (TargetKind.CONTAINER, "a") in served.store.locks)
+    await until(lambda: (ResourceKind.CONTAINER, "a") in served.store.locks)
     busy = await served.containers.GetContainer(container_service_pb2.GetContainerRequest(name="a"))
-    assert busy.container.status.operation_id == served.store.locks[TargetKind.CONTAINER, "a"]
+    assert busy.container.status.operation_id == served.store.locks[ResourceKind.CONTAINER, "a"]
     call.cancel()
     gate.set()
     await served.operations.settle(list(served.operations.active))

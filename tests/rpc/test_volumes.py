@@ -9,7 +9,7 @@ import pytest
 from gpudock.v1 import container_pb2, container_service_pb2, operation_pb2, operation_service_pb2, volume_pb2
 from gpudock.v1 import volume_service_pb2 as pb
 from gpudock_server.errors import InvalidArgument
-from gpudock_server.model.target import TargetKind
+from gpudock_server.model.resource import ResourceKind
 from gpudock_server.model.volume import Volume
 from gpudock_server.ports import Versioned
 from gpudock_server.rpc.volumes import requests as validation
@@ -129,12 +129,12 @@ async def test_one_that_is_worked_on_is_not_mounted_and_one_that_is_mounted_not_
     await created(served)
     mounting = create_request(name="a")
     mounting.spec.mounts.append(container_pb2.Mount(volume="data", target="/data"))
-    served.store.locks[TargetKind.VOLUME, "data"] = "somebody"
+    served.store.locks[ResourceKind.VOLUME, "data"] = "somebody"
     _, error = await to_the_end(served.containers.CreateContainer(mounting))
     assert reason_of(error) == "VOLUME_BUSY"
     _, error = await resize(served, 128 * MIB)
     assert reason_of(error) == "VOLUME_BUSY"
-    del served.store.locks[TargetKind.VOLUME, "data"]
+    del served.store.locks[ResourceKind.VOLUME, "data"]
     _, error = await to_the_end(served.containers.CreateContainer(mounting))
     assert error is None
     assert await refused(served.volumes.DeleteVolume(pb.DeleteVolumeRequest(name="data"))) == "VOLUME_IN_USE"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from gpudock_server.stacks import waiting_at
+from gpudock_server.task_dump import await_stack
 
 from tests.rig import Daemon, Rig
 
@@ -24,7 +24,7 @@ def standing(loop: asyncio.AbstractEventLoop, daemon: Daemon, rig: Rig) -> str:
     """All of it, as text. Called from outside of `loop`, which the test's own calls wait in."""
     parts = {
         "the test": lambda: "\n".join(
-            f"{task.get_name()}: {waiting_at(task.get_coro())}" for task in asyncio.all_tasks(loop)
+            f"{task.get_name()}: {await_stack(task.get_coro())}" for task in asyncio.all_tasks(loop)
         ),
         "the daemon": lambda: _stacks_of(daemon),
         "the engine": rig.engine.stacks,

@@ -17,8 +17,8 @@ from gpudock_server.model.engine import (
     LABEL_OPERATION,
     LABEL_SPEC,
     LABEL_UID,
-    Blueprint,
     EngineContainer,
+    EngineContainerSpec,
     EngineImage,
     EngineState,
     EngineVolume,
@@ -69,7 +69,7 @@ class ModelEngine(FakeEngine):
         # Writable layers by number, and which one a container has.
         self.layers: dict[int, Files] = {}
         self.layer_of: dict[str, int] = {}
-        self.made: dict[str, Blueprint] = {}
+        self.made: dict[str, EngineContainerSpec] = {}
         self.stopped_within: list[float] = []
         # For how many seconds each process was watched that was just started.
         self.watched_for: list[float] = []
@@ -170,14 +170,14 @@ class ModelEngine(FakeEngine):
         return self._add(made, reference)
 
     @override
-    async def with_config_of(self, image_id: str, other_id: str, reference: str) -> str:
-        async with self.faults.call("with_config_of"):
+    async def replace_config(self, image_id: str, other_id: str, reference: str) -> str:
+        async with self.faults.call("replace_config"):
             other = self.images[other_id]
             return self._derived(image_id, reference, config=other.config, volumes=other.volumes, identity=False)
 
     @override
-    async def without_identity(self, image_id: str, base_id: str, reference: str) -> str:
-        async with self.faults.call("without_identity"):
+    async def strip_identity(self, image_id: str, base_id: str, reference: str) -> str:
+        async with self.faults.call("strip_identity"):
             assert base_id in self.images
             return self._derived(image_id, reference, identity=False)
 
@@ -258,19 +258,19 @@ class ModelEngine(FakeEngine):
     # -- containers --------------------------------------------------------------------------------------------------
 
     @override
-    async def create(self, blueprint: Blueprint) -> str:
+    async def create(self, engine_spec: EngineContainerSpec) -> str:
         async with self.faults.call("create"):
             for one in self.containers.values():
-                if one.name == blueprint.name:
-                    if one.labels[LABEL_OPERATION] == blueprint.labels[LABEL_OPERATION]:
+                if one.name == engine_spec.name:
+                    if one.labels[LABEL_OPERATION] == engine_spec.labels[LABEL_OPERATION]:
                         return one.id
-                    raise self._rejected("create a container", f"the name {blueprint.name} is in use")
-            image = self.images.get(blueprint.image_id)
+                    raise self._rejected("create a container", f"the name {engine_spec.name} is in use")
+            image = self.images.get(engine_spec.image_id)
             if image is None:
-                raise self._rejected("create a container", f"no such image: {blueprint.image_id}", 404)
-            spec = blueprint.spec
-            named = {mount.target: blueprint.mounted[mount.volume] for mount in spec.mounts if mount.volume}
-            volumes = blueprint.volumes | named
+                raise self._rejected("create a container", f"no such image: {engine_spec.image_id}", 404)
+            spec = engine_spec.spec
+            named = {mount.target: engine_spec.mounted[mount.volume] for mount in spec.mounts if mount.volume}
+            volumes = engine_spec.volumes | named
             number = next(self._numbers)
             for target in image.volumes:
                 if target not in volumes:
@@ -281,19 +281,21 @@ class ModelEngine(FakeEngine):
                 engine_id,
                 EngineContainer(
                     id=engine_id,
-                    name=blueprint.name,
+                    name=engine_spec.name,
                     image_id=image.id,
                     state=EngineState.CREATED,
                     pid=0,
                     exit_code=0,
                     oom_killed=False,
                     error="",
-                    labels=blueprint.labels | {LABEL_SPEC: spec.model_dump_json()},
-                    gpu_uuids=blueprint.placement.gpu_uuids,
-                    ports=blueprint.placement.ports,
+                    labels=engine_spec.labels | {LABEL_SPEC: spec.model_dump_json()},
+                    gpu_uuids=engine_spec.placement.gpu_uuids,
+                    ports=engine_spec.placement.ports,
                     spec=spec,
                     volumes=volumes,
-                    binds={mount.target: blueprint.bound[mount.host_path] for mount in spec.mounts if mount.host_path},
+                    binds={
+                        mount.target: engine_spec.bound[mount.host_path] for mount in spec.mounts if mount.host_path
+                    },
                     cpus=spec.cpus,
                     memory_bytes=spec.memory_bytes,
                     pids_limit=spec.pids_limit,
@@ -301,7 +303,7 @@ class ModelEngine(FakeEngine):
                     create_time=_START,
                 ),
             )
-            self.made[engine_id] = blueprint
+            self.made[engine_id] = engine_spec
             return engine_id
 
     def _own(self, engine_id: str, container: EngineContainer) -> None:
@@ -310,8 +312,8 @@ class ModelEngine(FakeEngine):
         self.layers[number], self.layer_of[engine_id] = frozenset(), number
 
     @override
-    async def create_shadow(self, of: str, name: str, labels: Mapping[str, str]) -> str:
-        async with self.faults.call("create_shadow"):
+    async def create_file_holder(self, of: str, name: str, labels: Mapping[str, str]) -> str:
+        async with self.faults.call("create_file_holder"):
             for one in self.containers.values():
                 if one.name == name:
                     return one.id

@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 
 from gpudock_server.errors import LayerCarryFailed, SnapshotFailed
 from gpudock_server.model.engine import EngineContainer, EngineState
-from gpudock_server.model.operation import CarryMethod
+from gpudock_server.model.operation import LayerTransferMethod
 from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind, SnapshotMethod
 from gpudock_server.model.volume import TreeSummary, VolumeBackendKind, VolumeBacking, VolumeIdentity, VolumeUsage
-from gpudock_server.ports import CarryPlan, CommitCost, LayerPair, Progress, ShrinkNeedsCopy, SnapshotPlan
+from gpudock_server.ports import CommitCost, LayerPair, LayerTransferPlan, Progress, ShrinkNeedsCopy, SnapshotPlan
 from typing_extensions import override
 
 from tests.rpc.fake_volumes import FakeCopier, FakeVolumes
@@ -27,19 +27,21 @@ class ModelLayers(FakeLayers):
 
     def __init__(self, engine: ModelEngine) -> None:
         self.engine = engine
-        self.method = CarryMethod.EXCHANGE
+        self.method = LayerTransferMethod.EXCHANGE
         self.same_quota = True
         self.cost = CommitCost(measured=True, apparent_bytes=10, allocated_bytes=10, entries=1, bytes_available=1 << 30)
 
     @override
-    async def plan(self, old: EngineContainer) -> CarryPlan:
+    async def plan(self, old: EngineContainer) -> LayerTransferPlan:
         async with self.engine.faults.call("layers.plan"):
-            return CarryPlan(method=self.method, bytes_to_move=5, bytes_available=50, warnings=("it is a test",))
+            return LayerTransferPlan(
+                method=self.method, bytes_to_move=5, bytes_available=50, warnings=("it is a test",)
+            )
 
     @override
-    async def commit_plan(self, container: EngineContainer) -> CarryPlan:
+    async def commit_plan(self, container: EngineContainer) -> LayerTransferPlan:
         async with self.engine.faults.call("layers.commit_plan"):
-            return CarryPlan(method=CarryMethod.COMMIT, bytes_to_move=6, bytes_available=60)
+            return LayerTransferPlan(method=LayerTransferMethod.COMMIT, bytes_to_move=6, bytes_available=60)
 
     @override
     async def commit_cost(self, container: EngineContainer) -> CommitCost:

@@ -26,7 +26,7 @@ from gpudock_server.core.containers.commands import (
 from gpudock_server.core.volumes import commands as volume_commands
 from gpudock_server.model.container import Container, ContainerState, RevisionCause
 from gpudock_server.model.engine import EngineState
-from gpudock_server.model.operation import CarryMethod
+from gpudock_server.model.operation import LayerTransferMethod
 from gpudock_server.model.snapshot import SnapshotKind
 from gpudock_server.model.spec import GpuRequest, Mount
 from gpudock_server.model.volume import VolumeState
@@ -128,7 +128,7 @@ async def scaled(desk: Desk) -> None:
 
 async def scaled_as_image(desk: Desk) -> None:
     """Its first revision, with a file less, was kept as an image."""
-    desk.layers.method = CarryMethod.COMMIT
+    desk.layers.method = LayerTransferMethod.COMMIT
     await scaled(desk)
 
 
@@ -153,7 +153,7 @@ async def out_of_quota(desk: Desk) -> None:
 async def by_commit(desk: Desk) -> None:
     """Layers are out of reach."""
     await desk.made()
-    desk.layers.method = CarryMethod.COMMIT
+    desk.layers.method = LayerTransferMethod.COMMIT
 
 
 async def by_commit_once_more(desk: Desk) -> None:
@@ -206,18 +206,18 @@ async def foreign_volume(desk: Desk) -> None:
 def created(desk: Desk) -> None:
     """It has what it asked for."""
     head = running(desk, revision=1, files=frozenset({"remote"}), cause=RevisionCause.CREATED)
-    blueprint = desk.engine.made[desk.engine_id()]
-    assert blueprint.hostname == "a"
-    assert blueprint.spec == head.spec
+    engine_spec = desk.engine.made[desk.engine_id()]
+    assert engine_spec.hostname == "a"
+    assert engine_spec.spec == head.spec
     assert head.owner == "alice"
     made_for(desk, "a", revision=1, owner="alice")
     assert head.engine is not None
-    assert head.engine.engine_name == blueprint.name
+    assert head.engine.engine_name == engine_spec.name
     assert head.engine.image_id == desk.engine.tags[REMOTE_IMAGE]
     data = desk.volume().backing
     assert data is not None
     assert desk.seen().volumes == {"/data": data.engine_volume}
-    assert desk.host_paths.bound == {blueprint.name: {"/data/sets"}}
+    assert desk.host_paths.bound == {engine_spec.name: {"/data/sets"}}
 
 
 def not_started(desk: Desk) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from gpudock_server.core.operations import Draft
 from gpudock_server.core.saga import Outcome, Run, Saga, Step
-from gpudock_server.model.changes import Change, Claim, PutContainer
 from gpudock_server.model.container import Container
 from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import JsonObject
+from gpudock_server.model.store_changes import Claim, PutContainer, StoreChange
 from gpudock_server.ports import ContainerView
 from typing_extensions import override
 
@@ -26,11 +26,11 @@ class UnsteadyStore(MemoryStore):
     def __init__(self) -> None:
         super().__init__()
         self.failures: deque[Exception | None] = deque()
-        self.before: Callable[[Sequence[Change]], None] = lambda _: None
+        self.before: Callable[[Sequence[StoreChange]], None] = lambda _: None
         self.daemons: list[NodeRecord] = []
 
     @override
-    async def apply(self, changes: Sequence[Change]) -> int:
+    async def apply(self, changes: Sequence[StoreChange]) -> int:
         self.before(changes)
         failure = self.failures.popleft() if self.failures else None
         if failure is not None:
@@ -66,7 +66,7 @@ class Script(Saga[ContainerView]):
     def __init__(self, desk: Desk, steps: Sequence[Step], after: Sequence[Step] = ()) -> None:
         self.desk = desk
         self._steps, self._after = tuple(steps), tuple(after)
-        self.changes: Callable[[Container], Sequence[Change]] = lambda _: ()
+        self.changes: Callable[[Container], Sequence[StoreChange]] = lambda _: ()
 
     @property
     @override
@@ -88,7 +88,7 @@ class Script(Saga[ContainerView]):
         return Outcome([PutContainer(container, expect=view.version), *self.changes(container)], container)
 
     @override
-    async def abandon(self, run: Run, view: ContainerView) -> Sequence[Change]:
+    async def abandon(self, run: Run, view: ContainerView) -> Sequence[StoreChange]:
         return [PutContainer(view.container, expect=view.version)]
 
 

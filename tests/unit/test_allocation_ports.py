@@ -9,7 +9,7 @@ from gpudock_server.core.allocation import Allocator, Proposal, Wish
 from gpudock_server.errors import GpuExhausted, GpuNotFound, PortExhausted, PortForbidden, PortInUse
 from gpudock_server.model.claims import ClaimKey, GpuKey, Holder, PortKey
 from gpudock_server.model.container import Placement, PortBinding
-from gpudock_server.model.gpu import GpuSnapshot
+from gpudock_server.model.gpu import GpuReport
 from gpudock_server.model.spec import GpuRequest, PortRequest, Protocol
 from gpudock_server.ports import GpuInventory
 from typing_extensions import override
@@ -218,8 +218,8 @@ class WithoutDriver(GpuInventory):
     """A node whose driver does not answer."""
 
     @override
-    async def snapshot(self) -> GpuSnapshot:
-        return GpuSnapshot(message="the NVIDIA driver is gone")
+    async def snapshot(self) -> GpuReport:
+        return GpuReport(message="the NVIDIA driver is gone")
 
 
 async def test_where_the_driver_shows_no_cards_it_says_why(host: Host) -> None:

@@ -124,16 +124,16 @@ async def test_a_clone_of_what_is_gone_names_what_it_would_be_made_of(desk: Desk
 
 @pytest.mark.parametrize("lost", ["source", "shadow"])
 async def test_a_commit_whose_containers_vanish_says_which(desk: Desk, lost: str) -> None:
-    create_shadow = desk.engine.create_shadow
+    create_file_holder = desk.engine.create_file_holder
     gone: list[str] = []
 
     async def and_lose_one(of: str, name: str, labels: Any) -> str:
-        shadow_id = await create_shadow(of, name, labels)
+        shadow_id = await create_file_holder(of, name, labels)
         gone.append(of if lost == "source" else shadow_id)
         del desk.engine.containers[gone[0]]
         return shadow_id
 
-    desk.engine.create_shadow = and_lose_one  # type: ignore[method-assign]  # this call alone differs
+    desk.engine.create_file_holder = and_lose_one  # type: ignore[method-assign]  # this call alone differs
     operation = await desk.do(Commit("a", "team/model:v1"))
     assert operation.error is not None
     assert operation.error.reason == "SNAPSHOT_FAILED"

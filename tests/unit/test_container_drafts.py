@@ -35,10 +35,10 @@ from gpudock_server.errors import ContainerRecordLost, GpudockError
 from gpudock_server.model.container import ContainerState
 from gpudock_server.model.engine import NodeLimits
 from gpudock_server.model.image import ImageOrigin
-from gpudock_server.model.operation import CarryMethod, Operation, OperationState
+from gpudock_server.model.operation import LayerTransferMethod, Operation, OperationState
+from gpudock_server.model.resource import ResourceKind
 from gpudock_server.model.snapshot import SnapshotKind, SnapshotMethod
 from gpudock_server.model.spec import ContainerSpec, GpuRequest, Mount, RevisionPolicy, SnapshotPolicy
-from gpudock_server.model.target import TargetKind
 from gpudock_server.model.volume import VolumeState
 from gpudock_server.ports import CommitCost, SnapshotPlan, Versioned
 
@@ -134,7 +134,7 @@ async def test_what_is_not_there_or_not_as_it_was_seen(desk: Desk, command: Any)
     stale = await refusal(desk, replace(command, etag="old"))
     assert stale.reason == "STALE_ETAG"
     assert stale.metadata == {"container": "a", "etag": "old", "current_etag": desk.head().etag}
-    desk.store.locks[TargetKind.CONTAINER, "a"] = "other"
+    desk.store.locks[ResourceKind.CONTAINER, "a"] = "other"
     busy = await refusal(desk, replace(command, etag=desk.head().etag))
     assert (busy.reason, busy.metadata) == ("CONTAINER_BUSY", {"container": "a", "operation_id": "other"})
     desk.store.locks.clear()
@@ -222,7 +222,7 @@ async def test_the_plan_of_a_scale(desk: Desk) -> None:
     assert plan.claimed_ports == ()
     assert (plan.bytes_to_move, plan.bytes_available) == (5 + 7, 50)
     assert plan.restarts_process
-    assert plan.carry_method is CarryMethod.EXCHANGE
+    assert plan.carry_method is LayerTransferMethod.EXCHANGE
     assert plan.snapshot is SnapshotKind.TREE
     assert plan.warnings == ("it is a test",)
     assert (plan.old_spec, plan.new_spec) == (old.spec, old.spec.changed(gpus=THREE))
@@ -237,7 +237,7 @@ async def test_the_plan_of_a_scale(desk: Desk) -> None:
 async def test_the_plan_of_limits(desk: Desk) -> None:
     operation = await preview(desk, Scale("a", memory_bytes=1 << 30, strategy=ScaleStrategy.LIVE))
     assert not operation.plan.restarts_process
-    assert operation.plan.carry_method is CarryMethod.NONE
+    assert operation.plan.carry_method is LayerTransferMethod.NONE
     assert [stage.name for stage in operation.stages] == [
         *("gather", "freeze", "complete", "thaw", "seal", "limits", "commit")
     ]
@@ -487,14 +487,14 @@ async def test_what_a_clone_leaves_behind(desk: Desk) -> None:
     plan = (await preview(desk, Clone("b", "a", LABELLED))).plan
     assert plan.warnings == ("what a has at /cache, in a volume that its image asks for, does not come along",)
     assert plan.claimed_gpu_uuids == ("GPU-2", "GPU-3")
-    assert (plan.bytes_to_move, plan.bytes_available, plan.carry_method) == (7, 70, CarryMethod.COPY)
+    assert (plan.bytes_to_move, plan.bytes_available, plan.carry_method) == (7, 70, LayerTransferMethod.COPY)
     desk.snapshots.cost = SnapshotPlan(method=SnapshotMethod.LINK, too_large="10 files")
     assert "too large to be copied: 10 files" in (await refusal(desk, Clone("b", "a", LABELLED))).message
     desk.snapshots.how = (None, "no")
     plan = (await preview(desk, Clone("b", "a", LABELLED))).plan
-    assert plan.carry_method is CarryMethod.COMMIT
+    assert plan.carry_method is LayerTransferMethod.COMMIT
     assert "does not keep everything: no" in plan.warnings[0]
-    desk.layers.method = CarryMethod.COMMIT
+    desk.layers.method = LayerTransferMethod.COMMIT
     plan = (await preview(desk, Clone("b", "a", LABELLED))).plan
     assert (plan.bytes_to_move, plan.bytes_available, plan.warnings[0]) == (5, 50, "it is a test")
 
@@ -556,7 +556,7 @@ async def test_volumes_that_cannot_be_mounted(desk: Desk) -> None:
     await desk.must(volume_commands.Create("date", size_bytes=MIB))
     assert (await refusal(desk, Create("b", MOUNTING))).metadata["available"] == "date"
     await desk.must(volume_commands.Create("data", size_bytes=MIB))
-    desk.store.locks[TargetKind.VOLUME, "data"] = "other"
+    desk.store.locks[ResourceKind.VOLUME, "data"] = "other"
     busy = await refusal(desk, Create("b", MOUNTING))
     assert (busy.reason, busy.metadata) == ("VOLUME_BUSY", {"volume": "data", "operation_id": "other"})
     desk.store.locks.clear()
@@ -626,7 +626,7 @@ async def test_what_mounts_a_host_path() -> None:
     await desk.must(Stop("a"))
     engine_id = desk.engine_id()
     desk.engine.containers[engine_id] = replace(desk.engine.containers[engine_id], binds={"/x": "/data/x"})
-    assert (await preview(desk, Start("a"))).plan.carry_method is CarryMethod.EXCHANGE
+    assert (await preview(desk, Start("a"))).plan.carry_method is LayerTransferMethod.EXCHANGE
     await desk.must(Start("a"))
     assert desk.seen().binds == {"/x": f"/bound/{desk.seen().name}/data/x"}
 

@@ -40,7 +40,7 @@ from gpudock_server.errors import (
 from gpudock_server.model.container import ContainerState
 from gpudock_server.model.engine import EngineState, RegistryAuth
 from gpudock_server.model.image import CommittedImage
-from gpudock_server.model.operation import CarryMethod, Operation, OperationState
+from gpudock_server.model.operation import LayerTransferMethod, Operation, OperationState
 from gpudock_server.model.spec import ContainerSpec, GpuRequest, SnapshotPolicy
 from gpudock_server.ports import LayerTooLarge, Progress
 
@@ -416,7 +416,7 @@ def test_when_an_image_is_squashed(layers: int, base: int, *, deep: bool) -> Non
 
 async def carried_often(desk: Desk, times: int) -> int:
     """Carry by commit so often; the number of layers then."""
-    desk.layers.method = CarryMethod.COMMIT
+    desk.layers.method = LayerTransferMethod.COMMIT
     for number in range(times):
         desk.engine.write(desk.engine_id(), f"file {number}")
         await desk.must(Update("a", FieldChange("env", {"A": str(number)})))
@@ -449,12 +449,12 @@ async def test_one_that_cannot_be_squashed_stays_deep(desk: Desk) -> None:
 
 
 async def test_an_engine_that_gives_no_other_config_carries_with_its_own(desk: Desk) -> None:
-    desk.layers.method = CarryMethod.COMMIT
+    desk.layers.method = LayerTransferMethod.COMMIT
 
     async def refused(*_: object) -> str:
         raise REJECTED
 
-    desk.engine.with_config_of = refused  # type: ignore[method-assign, assignment]
+    desk.engine.replace_config = refused  # type: ignore[method-assign, assignment]
     operation = await desk.do(Scale("a", gpus=THREE))
     assert operation.state is OperationState.SUCCEEDED
     assert "keeps the container's variables and command" in operation.message
@@ -563,7 +563,7 @@ async def test_with_a_container_goes_all_that_was_made_for_it(desk: Desk) -> Non
 
 
 async def test_the_history_is_written_beside_the_store(desk: Desk) -> None:
-    desk.layers.method = CarryMethod.COMMIT
+    desk.layers.method = LayerTransferMethod.COMMIT
     await desk.must(Scale("a", gpus=THREE))
     first, second = await desk.world.ledger.read(desk.head().uid)
     assert (first.number, second.number) == (1, 2)

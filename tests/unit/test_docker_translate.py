@@ -21,8 +21,8 @@ from gpudock_server.adapters.docker.pull import PullProgress, auth_header, split
 from gpudock_server.errors import EngineRejected, EngineUnavailable, PortInUse, StartFailed
 from gpudock_server.model.container import Placement, PortBinding
 from gpudock_server.model.engine import (
-    Blueprint,
     ContainerDefaults,
+    EngineContainerSpec,
     EngineEventKind,
     EngineInfo,
     EngineState,
@@ -55,7 +55,7 @@ HOST = EngineInfo(
 )
 
 
-def blueprint(
+def engine_spec(
     *,
     gpus: tuple[str, ...] = (),
     spec_gpus: GpuRequest | None = None,
@@ -63,8 +63,8 @@ def blueprint(
     volumes: dict[str, str] | None = None,
     bound: dict[str, str] | None = None,
     **spec: Any,
-) -> Blueprint:
-    return Blueprint(
+) -> EngineContainerSpec:
+    return EngineContainerSpec(
         name="web-1",
         image_id="sha256:1",
         spec=ContainerSpec(image="img", gpus=spec_gpus or GpuRequest(), **spec),
@@ -77,14 +77,14 @@ def blueprint(
 
 
 def created(*, defaults: ContainerDefaults | None = None, **fields: Any) -> dict[str, Any]:
-    return translate.create_request(blueprint(**fields), defaults or ContainerDefaults())
+    return translate.create_request(engine_spec(**fields), defaults or ContainerDefaults())
 
 
 def visible(request: Mapping[str, Any]) -> list[str]:
     return [entry for entry in request["Env"] if entry.startswith("NVIDIA_VISIBLE_DEVICES=")]
 
 
-# ---- a blueprint becomes a request ----
+# ---- an EngineContainerSpec becomes a request ----
 
 
 def test_cards_become_one_device_request() -> None:

@@ -16,16 +16,16 @@ from gpudock_server.errors import (
     EngineRejected,
     EngineUnavailable,
     OperationCancelled,
-    Recorded,
+    OperationFailed,
     ShuttingDown,
     StoreFull,
     StoreUnavailable,
 )
-from gpudock_server.model.changes import Change, Claim, Keep, PutContainer, PutOperation
 from gpudock_server.model.claims import ClaimKey, GpuKey, PortKey
 from gpudock_server.model.operation import OperationState, StageState
+from gpudock_server.model.resource import ResourceKind
 from gpudock_server.model.spec import Protocol
-from gpudock_server.model.target import TargetKind
+from gpudock_server.model.store_changes import Claim, ConfirmClaim, PutContainer, PutOperation, StoreChange
 from gpudock_server.ports import Versioned
 
 from tests.unit.desk import HOST, LONG, NODE, Desk
@@ -131,7 +131,7 @@ async def test_what_a_step_fails_with_is_recorded(desk: Desk) -> None:
     assert operation.error.reason == "ENGINE_REJECTED"
     assert operation.error.message == REFUSED.message
     assert operation.error.metadata == REFUSED.metadata
-    recorded = Recorded(recorded_code=7, recorded_reason="R", recorded_message="m", recorded_metadata={"k": "v"})
+    recorded = OperationFailed(recorded_code=7, recorded_reason="R", recorded_message="m", recorded_metadata={"k": "v"})
     work, _ = failing(recorded)
     operation = await desk.ended(await begun(desk, Script(desk, [Step("work", work)])))
     assert operation.error is not None
@@ -190,7 +190,7 @@ async def test_what_is_left_is_told_once_the_engine_shows_it(desk: Desk, pauses:
     errors = [AWAY] * 3
     abandon = script.abandon
 
-    async def abandoned(*args: object) -> Sequence[Change]:
+    async def abandoned(*args: object) -> Sequence[StoreChange]:
         if errors:
             raise errors.pop()
         return await abandon(*args)  # type: ignore[arg-type]  # what it was given
@@ -232,7 +232,7 @@ async def test_a_look_at_a_store_that_is_away_is_tried_again(desk: Desk, pauses:
 async def test_callers_do_not_wait_for_room_in_the_store_and_the_operation_does(desk: Desk) -> None:
     store, room = store_of(desk), asyncio.Event()
 
-    def before(changes: Sequence[Change]) -> None:
+    def before(changes: Sequence[StoreChange]) -> None:
         if not room.is_set() and not any(isinstance(one, PutOperation) and one.expect == 0 for one in changes):
             raise StoreFull("no room")
 
@@ -273,7 +273,7 @@ async def test_whose_target_is_gone_is_left(desk: Desk) -> None:
 async def test_a_head_that_moved_meanwhile_is_read_again(desk: Desk) -> None:
     store, times = store_of(desk), 3
 
-    def move(changes: Sequence[Change]) -> None:
+    def move(changes: Sequence[StoreChange]) -> None:
         nonlocal times
         if times and any(isinstance(one, PutOperation) and one.operation.committed for one in changes):
             times -= 1
@@ -288,7 +288,7 @@ async def test_a_head_that_moved_meanwhile_is_read_again(desk: Desk) -> None:
 async def test_a_head_that_keeps_moving_is_a_store_that_cannot_be_used(desk: Desk) -> None:
     tries = 0
 
-    def move(changes: Sequence[Change]) -> None:
+    def move(changes: Sequence[StoreChange]) -> None:
         nonlocal tries
         if any(isinstance(one, PutOperation) and one.operation.committed for one in changes):
             tries += 1
@@ -304,11 +304,11 @@ async def test_a_head_that_keeps_moving_is_a_store_that_cannot_be_used(desk: Des
 
 async def test_a_lock_that_somebody_took_away_does_not_stop_the_end(desk: Desk) -> None:
     async def work(_: Run) -> None:
-        desk.store.locks[TargetKind.CONTAINER, "a"] = "somebody"
+        desk.store.locks[ResourceKind.CONTAINER, "a"] = "somebody"
 
     operation = await desk.ended(await begun(desk, Script(desk, [Step("work", work)])))
     assert operation.state is OperationState.SUCCEEDED
-    assert desk.store.locks == {(TargetKind.CONTAINER, "a"): "somebody"}
+    assert desk.store.locks == {(ResourceKind.CONTAINER, "a"): "somebody"}
 
 
 async def claimed(desk: Desk, key: ClaimKey, meanwhile: Callable[[], None]) -> str:
@@ -320,7 +320,7 @@ async def claimed(desk: Desk, key: ClaimKey, meanwhile: Callable[[], None]) -> s
         meanwhile()
 
     script = Script(desk, [Step("work", work)])
-    script.changes = lambda _: [Keep(HOST, key, holder)]
+    script.changes = lambda _: [ConfirmClaim(HOST, key, holder)]
     return await begun(desk, script, claims=[Claim(HOST, key, holder)])
 
 
@@ -445,7 +445,7 @@ async def test_whoever_waits_for_a_whole_is_told_that_its_part_waits_for_room(de
     whole = await whole_of(desk, Script(desk, [Step("its own", nothing)]))
     room = asyncio.Event()
 
-    def before(changes: Sequence[Change]) -> None:
+    def before(changes: Sequence[StoreChange]) -> None:
         for one in changes:
             if isinstance(one, PutOperation) and one.expect and one.operation.target.name == "a" and not room.is_set():
                 raise StoreFull("no room")
@@ -486,7 +486,7 @@ async def test_a_whole_whose_part_waited_for_room_is_waited_for_again(desk: Desk
     def waits() -> bool:
         return any(one.record.target.name == "b" and one.blocked for one in desk.operations._running.values())
 
-    def before(changes: Sequence[Change]) -> None:
+    def before(changes: Sequence[StoreChange]) -> None:
         for one in changes:
             ends = isinstance(one, PutOperation) and one.expect and one.operation.target.name == "a"
             if ends and not waits():

@@ -87,7 +87,12 @@ def test_a_call_that_takes_its_time_has_a_moment_in_its_midst(call: str) -> None
 
 
 def test_other_calls_need_none() -> None:
-    assert missing_in_the_midst([Moment("1", "", "before Ledger.write"), Moment("2", "", "before record of it")]) == []
+    assert (
+        missing_in_the_midst(
+            [Moment("1", "", "before RevisionBackupStore.write"), Moment("2", "", "before record of it")]
+        )
+        == []
+    )
 
 
 def test_calls_that_work_by_children_are_calls() -> None:

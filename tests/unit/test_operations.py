@@ -21,21 +21,20 @@ from gpudock_server.errors import (
     ContainerBusy,
     ContainerExists,
     GpudockError,
+    OperationFailed,
     OperationNotCancellable,
     OperationNotFound,
     OperationResultGone,
-    Recorded,
     Recovering,
     RequestIdReused,
     ShuttingDown,
     StoreFull,
     StoreUnavailable,
     VolumeBusy,
-    VolumeElsewhere,
     VolumeExists,
+    VolumeOnOtherNode,
     WrongNode,
 )
-from gpudock_server.model.changes import Change, PutRequest, Unlocked
 from gpudock_server.model.operation import (
     Operation,
     OperationKind,
@@ -45,7 +44,8 @@ from gpudock_server.model.operation import (
     Stage,
     StageState,
 )
-from gpudock_server.model.target import Target, TargetKind
+from gpudock_server.model.resource import ResourceKind, ResourceRef
+from gpudock_server.model.store_changes import PutRequest, RequireUnlocked, StoreChange
 from gpudock_server.ports import Versioned
 
 from tests.rpc.fakes import LONG_AGO
@@ -98,7 +98,7 @@ async def test_what_another_operation_has_locked_names_that_operation(desk: Desk
     async def drafted() -> Draft:
         return draft
 
-    desk.store.locks[TargetKind.CONTAINER, "a"] = "other"
+    desk.store.locks[ResourceKind.CONTAINER, "a"] = "other"
     with pytest.raises(ContainerBusy) as busy:
         await desk.operations.begin(drafted, None)
     assert busy.value.metadata == {"container": "a", "operation_id": "other"}
@@ -117,9 +117,9 @@ async def test_what_another_operation_does_to_a_volume_names_that_operation(desk
         arguments={},
         plan=create.plan,
         build=create.build,
-        conditions=[Unlocked(TargetKind.VOLUME, "data")],
+        conditions=[RequireUnlocked(ResourceKind.VOLUME, "data")],
     )
-    desk.store.locks[TargetKind.VOLUME, "data"] = "other"
+    desk.store.locks[ResourceKind.VOLUME, "data"] = "other"
     for one in (draft, conditioned):
 
         async def drafted(one: Draft = one) -> Draft:
@@ -172,7 +172,7 @@ async def test_a_draft_that_is_out_of_date_is_made_anew_but_not_for_ever(desk: D
 
 
 async def test_a_call_that_is_made_again_is_the_same_operation(desk: Desk) -> None:
-    written: list[Change] = []
+    written: list[StoreChange] = []
     store_of(desk).before = written.extend
     first = await desk.start(Restart("a"), RequestKey(ID, "digest"))
     assert await desk.start(Restart("a"), RequestKey(ID, "digest")) == first
@@ -242,7 +242,7 @@ async def test_nothing_begins_when_the_process_is_to_stop(desk: Desk) -> None:
 async def test_a_plan_is_of_no_operation(desk: Desk) -> None:
     operation = await desk.containers.preview(Create("b", SPEC))
     assert operation.id == ""
-    assert operation.target == Target(kind=TargetKind.CONTAINER, name="b", uid="")
+    assert operation.target == ResourceRef(kind=ResourceKind.CONTAINER, name="b", uid="")
     assert (operation.state, operation.kind, operation.node) == (OperationState.PLANNED, OperationKind.CREATE, NODE)
     assert [stage.name for stage in operation.stages] == ["create", "start", "verify", "commit"]
     assert {stage.state for stage in operation.stages} == {StageState.PENDING}
@@ -407,7 +407,7 @@ async def test_the_result_of_what_failed_is_its_error(desk: Desk) -> None:
     error = RecordedError(code=5, reason="R", message="m", metadata={"k": "v"})
     failed = record(desk, state=OperationState.FAILED, error=error)
     for call in (desk.operations.outcome(failed), desk.operations.result(ID), desk.operations.done(ID)):
-        with pytest.raises(Recorded) as raised:
+        with pytest.raises(OperationFailed) as raised:
             await call
         found = raised.value
         assert (found.recorded_code, found.recorded_reason, found.recorded_message) == (5, "R", "m")
@@ -455,9 +455,9 @@ async def test_what_was_cancelled_may_be_cancelled_again(desk: Desk) -> None:
 
 
 def test_an_operation_of_another_node_is_told_by_its_target(desk: Desk) -> None:
-    target = Target(kind=TargetKind.VOLUME, name="data", uid=ID)
+    target = ResourceRef(kind=ResourceKind.VOLUME, name="data", uid=ID)
     error = elsewhere(record(desk, target=target, node="other"), "o:1")
-    assert isinstance(error, VolumeElsewhere)
+    assert isinstance(error, VolumeOnOtherNode)
     assert (error.volume, error.node, error.address) == ("data", "other", "o:1")
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from gpudock_server.model.names import is_name
-from gpudock_server.setting_values import PortRange, is_loopback, split_address
-from gpudock_server.settings import LayerCarry, Settings, default_host_id, default_node_name
+from gpudock_server.settings.definitions import LayerTransferChoice, Settings, default_host_id, default_node_name
+from gpudock_server.settings.value_types import PortRange, is_loopback, split_address
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -193,7 +193,7 @@ def test_all_that_does_not_go_together_is_said_at_once() -> None:
         {"etcd_endpoints": "127.0.0.1:2379,[::1]:2379,localhost:2379", "etcd_user": "a", "etcd_password_file": "/p"},
         {"etcd_endpoints": "10.0.0.1:2379", "etcd_cert": "/cert", "etcd_key": "/key"},
         {"etcd_endpoints": "10.0.0.1:2379", "etcd_ca": "/ca", "etcd_user": "a", "etcd_password_file": "/p"},
-        {"layer_carry": LayerCarry.COPY, "socket_mode": 0o600},
+        {"layer_carry": LayerTransferChoice.COPY, "socket_mode": 0o600},
         {"allowed_nvidia_switches": "NVIDIA_GDS,NVIDIA_MOFED"},
         {"adoptable_volumes": "models,team-*"},
         {"commit_repositories": "team,tenants/{owner},reg.example.com:5000/{owner}-models"},

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from gpudock_server.settings import Settings
+from gpudock_server.settings.definitions import Settings
 
 from tests.unit.asserted import TESTS
 

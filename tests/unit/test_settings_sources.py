@@ -9,9 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from gpudock_server import __main__, settings_sources
-from gpudock_server.settings import Settings
-from gpudock_server.settings_sources import LoadedSettings, SettingsInvalid, load
+from gpudock_server import __main__
+from gpudock_server.settings import sources
+from gpudock_server.settings.definitions import Settings
+from gpudock_server.settings.sources import LoadedSettings, SettingsInvalid, load
 from gpudock_server.startup import StartupError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ EXAMPLE = Path(__file__).parents[2] / "deploy" / "gpudockd.toml"
 
 @pytest.fixture(autouse=True)
 def _nothing_of_this_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(settings_sources, "DEFAULT_CONFIG", tmp_path / "default.toml")
+    monkeypatch.setattr(sources, "DEFAULT_CONFIG", tmp_path / "default.toml")
     for name in ("CONFIG", *Settings.model_fields):
         monkeypatch.delenv(f"GPUDOCK_{name.upper()}", raising=False)
 

@@ -13,7 +13,7 @@ from gpudock_server.model.engine import EngineContainer, EngineState
 from gpudock_server.model.operation import Operation, OperationKind, OperationState
 from gpudock_server.model.record import now
 from gpudock_server.model.spec import ContainerSpec
-from gpudock_server.ports import ContainerView, Unreadable
+from gpudock_server.ports import ContainerView, UnreadableKey
 
 UID, NAME, NODE, OPERATION = "u1", "web", "n1", "op-12345678"
 SPEC = ContainerSpec(image="busybox")
@@ -120,7 +120,7 @@ ROWS = (
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.fate.value}: {row.why}")
 def test_the_table(row: Row) -> None:
     views = {NAME: row.view} if row.view else {}
-    unreadable = (Unreadable(key="/k", name=NAME, detail="d"),) if row.unreadable else ()
+    unreadable = (UnreadableKey(key="/k", name=NAME, detail="d"),) if row.unreadable else ()
     operations = {row.operation.id: row.operation} if row.operation else {}
     evidence = Evidence(
         heads=Heads(views, unreadable),

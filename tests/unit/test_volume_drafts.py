@@ -27,7 +27,7 @@ from gpudock_server.errors import (
 from gpudock_server.model.container import ContainerState
 from gpudock_server.model.engine import EngineState, EngineVolume
 from gpudock_server.model.operation import Operation, OperationState
-from gpudock_server.model.target import TargetKind
+from gpudock_server.model.resource import ResourceKind
 from gpudock_server.model.volume import (
     PoolUsage,
     VolumeBackendKind,
@@ -113,7 +113,7 @@ async def test_what_is_not_there_or_not_as_it_was_seen(desk: Desk, command: Any)
     assert (unknown.reason, unknown.metadata) == ("VOLUME_NOT_FOUND", {"volume": "date", "available": "data"})
     stale = await refusal(desk, replace(command, etag="old"))
     assert stale.metadata == {"volume": "data", "etag": "old", "current_etag": desk.volume().etag}
-    desk.store.locks[TargetKind.VOLUME, "data"] = "other"
+    desk.store.locks[ResourceKind.VOLUME, "data"] = "other"
     busy = await refusal(desk, replace(command, etag=desk.volume().etag))
     assert (busy.reason, busy.metadata) == ("VOLUME_BUSY", {"volume": "data", "operation_id": "other"})
     desk.store.locks.clear()
@@ -161,10 +161,10 @@ async def test_which_backend_a_volume_is_made_on(
 ) -> None:
     loop = ModelVolumes()
 
-    async def unavailable() -> str:
+    async def unavailable_reason() -> str:
         return sized
 
-    loop.unavailable = unavailable  # type: ignore[method-assign]  # this call alone differs
+    loop.unavailable_reason = unavailable_reason  # type: ignore[method-assign]  # this call alone differs
     asked = choose_backend([loop, ModelPlain()], name="data", size_bytes=size_bytes, forced=forced)
     if isinstance(chosen, VolumeBackendKind):
         assert (await asked).kind is chosen
@@ -217,10 +217,10 @@ async def test_what_the_pool_can_be_promised(desk: Desk) -> None:
 async def test_which_pool_there_is(desk: Desk) -> None:
     assert await desk.storage.pool() == await desk.sized.pool()
 
-    async def unavailable() -> str:
+    async def unavailable_reason() -> str:
         return "no loop devices"
 
-    desk.sized.unavailable = unavailable  # type: ignore[method-assign]  # this call alone differs
+    desk.sized.unavailable_reason = unavailable_reason  # type: ignore[method-assign]  # this call alone differs
     assert await desk.storage.pool() is None
     assert await replace(desk.storage, backends=[desk.plain]).pool() is None
     assert desk.storage.backend(VolumeBackendKind.PLAIN) is desk.plain

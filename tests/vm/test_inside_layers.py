@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from gpudock_server.adapters.layers import OverlayLayerStore
 from gpudock_server.model.engine import EngineContainer, EngineState
-from gpudock_server.model.operation import CarryMethod
+from gpudock_server.model.operation import LayerTransferMethod
 
 from tests.calls import Caller
 from tests.conftest import FAST
@@ -48,7 +48,7 @@ async def test_layers_of_different_projects_are_copied(clean_engine: Rig, place:
             quotas.give_project(Path(layer.upper_dir).parent, number)
 
     store = OverlayLayerStore(None, clean_engine.engine.call("GET", "/info")["DockerRootDir"], local=True)
-    assert (await store.plan(old)).method is CarryMethod.EXCHANGE
+    assert (await store.plan(old)).method is LayerTransferMethod.EXCHANGE
     pair = await store.locate(old, new)
     assert not await store.exchange(pair)
     assert (_inode(old.upper_dir), _inode(new.upper_dir)) == (pair.old_inode, pair.new_inode)

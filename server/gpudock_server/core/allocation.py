@@ -16,7 +16,7 @@ from gpudock_server.errors import (
     PortForbidden,
     PortInUse,
 )
-from gpudock_server.model.claims import ClaimKey, ClaimTable, GpuKey, PortKey, keys_of
+from gpudock_server.model.claims import ClaimKey, ClaimTable, GpuKey, PortKey, claim_keys
 from gpudock_server.model.container import Placement, PortBinding
 from gpudock_server.model.gpu import Gpu, GpuHealth
 from gpudock_server.model.spec import GpuRequest, PortRequest
@@ -81,8 +81,8 @@ class Allocator:
                 raise _none_shown(wish.gpus, inventory.message)
             gpus = choose_gpus(inventory.gpus, table, wish)
         placement = Placement(gpu_uuids=gpus, ports=await self._choose_ports(table, wish))
-        mine = set(table.held_by(wish.uid))
-        return Proposal(placement, tuple(key for key in keys_of(placement) if key not in mine))
+        mine = set(table.claims_of_container(wish.uid))
+        return Proposal(placement, tuple(key for key in claim_keys(placement) if key not in mine))
 
     async def _choose_ports(self, table: ClaimTable, wish: Wish) -> tuple[PortBinding, ...]:
         taken: set[PortKey] = set()

@@ -11,10 +11,10 @@ import structlog
 from gpudock_server.core.journal import Journal, Lost, Parked
 from gpudock_server.core.running import Running
 from gpudock_server.core.saga import Step
-from gpudock_server.errors import Code, EngineUnavailable, GpudockError, OperationCancelled, Recorded
-from gpudock_server.model.changes import Change
+from gpudock_server.errors import Code, EngineUnavailable, GpudockError, OperationCancelled, OperationFailed
 from gpudock_server.model.operation import Operation, OperationState, RecordedError, StageState
 from gpudock_server.model.record import now
+from gpudock_server.model.store_changes import StoreChange
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -103,7 +103,7 @@ class Driver:
         starting = running.record.with_stage(index, state=StageState.RUNNING, start_time=now())
         running.record = starting
 
-        async def changes(view: object) -> tuple[Operation, Sequence[Change]]:
+        async def changes(view: object) -> tuple[Operation, Sequence[StoreChange]]:
             outcome = await running.saga.commit(running, view)
             committed = starting.with_stage(index, state=StageState.DONE, end_time=now()).changed(
                 committed=True, result=outcome.result
@@ -121,7 +121,7 @@ class Driver:
             await self._insist(running, first + offset, step)
         if not running.record.state.ended:
 
-            async def changes(_: object) -> tuple[Operation, Sequence[Change]]:
+            async def changes(_: object) -> tuple[Operation, Sequence[StoreChange]]:
                 return self._journal.ended(running.record, OperationState.SUCCEEDED, ())
 
             await self._journal.transact(running, changes)
@@ -173,7 +173,7 @@ class Driver:
                 await self._undo_step(running, running.saga.steps[index])
                 await self._journal.record(running, running.record.with_stage(index, state=StageState.UNDONE))
 
-        async def changes(view: object) -> tuple[Operation, Sequence[Change]]:
+        async def changes(view: object) -> tuple[Operation, Sequence[StoreChange]]:
             state = OperationState.CANCELLED if running.record.cancel_requested else OperationState.FAILED
             left = await running.saga.abandon(running, view)
             return self._journal.ended(running.record, state, left)
@@ -209,7 +209,7 @@ class Driver:
 
 def recorded_error(error: GpudockError) -> RecordedError:
     """An error as its operation keeps it."""
-    if isinstance(error, Recorded):
+    if isinstance(error, OperationFailed):
         return RecordedError(
             code=error.recorded_code,
             reason=error.recorded_reason,

@@ -28,7 +28,7 @@ from gpudock_server.errors import (
     GpudockError,
     ShuttingDown,
 )
-from gpudock_server.model.container import DOES_NOT_RUN, Container, ContainerState
+from gpudock_server.model.container import STOPPED_STATES, Container, ContainerState
 from gpudock_server.model.engine import ExecRequest, ExecStatus, ExecStream
 from gpudock_server.ports import ExecSession, ProcessControl
 
@@ -201,7 +201,7 @@ class ExecSessions:
             if seen is None or not seen.alive:
                 # The recorded state is what other calls show; it may still be RUNNING where the process just ended.
                 recorded = head.status.state
-                ended = seen.state.value.upper() if seen and recorded not in DOES_NOT_RUN else recorded.value
+                ended = seen.state.value.upper() if seen and recorded not in STOPPED_STATES else recorded.value
                 state = "gone" if seen is None else ended
                 raise ContainerNotRunning(container=head.name, state=state, needs=_NEEDS) from None
             if seen.state.value == "paused":

@@ -9,10 +9,10 @@ import structlog
 
 from gpudock_server.core.running import Running
 from gpudock_server.errors import GpuBusy, GpudockError, PortInUse, StoreFull, StoreUnavailable
-from gpudock_server.model.changes import Change, Claim, Keep, PutOperation, PutRequest, Unlock
 from gpudock_server.model.claims import GpuKey, Holder, PortKey
 from gpudock_server.model.operation import Operation, OperationState, RequestRecord
 from gpudock_server.model.record import now
+from gpudock_server.model.store_changes import Claim, ConfirmClaim, PutOperation, PutRequest, StoreChange, Unlock
 from gpudock_server.ports import Store, StoreConflict
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -55,17 +55,17 @@ class Journal:
 
     @staticmethod
     def ended(
-        operation: Operation, state: OperationState, changes: Sequence[Change]
-    ) -> tuple[Operation, Sequence[Change]]:
+        operation: Operation, state: OperationState, changes: Sequence[StoreChange]
+    ) -> tuple[Operation, Sequence[StoreChange]]:
         """The record of an operation that has ended, and all that goes with its end: its lock, its request id."""
         ended = operation.changed(state=state, end_time=now())
-        more: list[Change] = [*changes, *(Unlock(one.kind, one.name, operation.id) for one in operation.locked)]
+        more: list[StoreChange] = [*changes, *(Unlock(one.kind, one.name, operation.id) for one in operation.locked)]
         if operation.request_id:
             record = RequestRecord(operation_id=operation.id, digest=operation.request_digest)
             more.append(PutRequest(operation.request_id, record, ended=True))
         return ended, more
 
-    async def record(self, running: Running, operation: Operation, changes: Sequence[Change] = ()) -> None:
+    async def record(self, running: Running, operation: Operation, changes: Sequence[StoreChange] = ()) -> None:
         """Put the record, and what belongs with it, in one transaction; wait for a store that is away."""
         operation = operation.changed(update_time=now(), message="; ".join(running.notes) or operation.message)
         tries = 0
@@ -91,10 +91,10 @@ class Journal:
     async def transact(
         self,
         running: Running,
-        changes: Callable[[object], Awaitable[tuple[Operation, Sequence[Change]]]],
+        changes: Callable[[object], Awaitable[tuple[Operation, Sequence[StoreChange]]]],
     ) -> None:
         """Record an operation together with changes made from its target as of now, again where that moved."""
-        mended: list[tuple[Change, Change | None]] = []
+        mended: list[tuple[StoreChange, StoreChange | None]] = []
         for _ in range(_TRIES):
             view = await self._view(running)
             operation, wanted = await changes(view)
@@ -106,7 +106,7 @@ class Journal:
                         # Someone edited the store by hand; say so, and do the rest.
                         log.warning("the lock is not as this operation left it", found=conflict.found)
                         mended.append((conflict.change, None))
-                    case Keep():
+                    case ConfirmClaim():
                         log.warning("a claim is not as this operation left it", found=conflict.found)
                         mended.append((conflict.change, _claim_what_vanished(conflict.change, conflict.found)))
                     case _:
@@ -129,14 +129,16 @@ class Journal:
                 return view
 
 
-def _mend(changes: Sequence[Change], mended: Sequence[tuple[Change, Change | None]]) -> Iterator[Change]:
+def _mend(
+    changes: Sequence[StoreChange], mended: Sequence[tuple[StoreChange, StoreChange | None]]
+) -> Iterator[StoreChange]:
     for change in changes:
         final = next((new for old, new in mended if old == change), change)
         if final is not None:
             yield final
 
 
-def _claim_what_vanished(change: Keep, found: object) -> Claim:
+def _claim_what_vanished(change: ConfirmClaim, found: object) -> Claim:
     """A claim that was there when the operation began is gone: take it again, unless another has it by now."""
     if not isinstance(found, Holder):
         return Claim(change.host, change.key, change.holder)

@@ -12,11 +12,11 @@ from typing import TypeVar
 
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.volumes.storage import Storage
-from gpudock_server.errors import GpudockError, NodeElsewhere, NodeNotFound
+from gpudock_server.errors import GpudockError, NodeNotFound, OtherNodeRequested
 from gpudock_server.model.claims import ClaimTable, GpuKey, Holder, PortKey
 from gpudock_server.model.engine import EngineInfo
-from gpudock_server.model.gpu import Gpu, GpuSnapshot
-from gpudock_server.model.operation import CarryMethod
+from gpudock_server.model.gpu import Gpu, GpuReport
+from gpudock_server.model.operation import LayerTransferMethod
 from gpudock_server.model.volume import PoolUsage
 from gpudock_server.ports import GpuInventory, StoreUsage
 
@@ -72,13 +72,13 @@ class NodeView:
     store_version: str
     store_error: str
     store_usage: StoreUsage | None
-    gpus: GpuSnapshot
+    gpus: GpuReport
     claims: ClaimTable
     port_range: tuple[int, int]
     memory_available_bytes: int
     disk: DiskUsage | None
     volume_pool: VolumePool | None
-    carry_methods: tuple[tuple[CarryMethod, str], ...]
+    carry_methods: tuple[tuple[LayerTransferMethod, str], ...]
 
     @property
     def free_gpus(self) -> int:
@@ -116,12 +116,12 @@ class Nodes:
         self._engine: EngineInfo | None = None
 
     async def check(self, name: str) -> None:
-        """Empty is this node. Raises NodeElsewhere, NodeNotFound, and StoreUnavailable where that cannot be told."""
+        """Empty is this node. Raises OtherNodeRequested, NodeNotFound; StoreUnavailable where that cannot be told."""
         if name in ("", self._world.node):
             return
         for node in await self._world.store.nodes():
             if node.node == name:
-                raise NodeElsewhere(node=name, address=node.address)
+                raise OtherNodeRequested(node=name, address=node.address)
         raise NodeNotFound(node=name)
 
     @property

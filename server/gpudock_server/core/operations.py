@@ -30,30 +30,20 @@ from gpudock_server.errors import (
     ContainerBusy,
     ContainerExists,
     GpudockError,
+    OperationFailed,
     OperationNotCancellable,
     OperationNotFound,
     OperationResultGone,
     OperationWaitsForRoom,
-    Recorded,
     Recovering,
     RequestIdReused,
     ShuttingDown,
     StoreFull,
     StoreUnavailable,
     VolumeBusy,
-    VolumeElsewhere,
     VolumeExists,
+    VolumeOnOtherNode,
     WrongNode,
-)
-from gpudock_server.model.changes import (
-    Change,
-    Claim,
-    Lock,
-    PutContainer,
-    PutOperation,
-    PutRequest,
-    PutVolume,
-    Unlocked,
 )
 from gpudock_server.model.container import Container
 from gpudock_server.model.operation import (
@@ -67,7 +57,17 @@ from gpudock_server.model.operation import (
     new_operation_id,
 )
 from gpudock_server.model.record import JsonObject, now
-from gpudock_server.model.target import Target, TargetKind
+from gpudock_server.model.resource import ResourceKind, ResourceRef
+from gpudock_server.model.store_changes import (
+    Claim,
+    Lock,
+    PutContainer,
+    PutOperation,
+    PutRequest,
+    PutVolume,
+    RequireUnlocked,
+    StoreChange,
+)
 from gpudock_server.model.volume import Volume
 from gpudock_server.ports import Page, Store, StoreConflict
 
@@ -95,7 +95,7 @@ class Draft:
     """An operation that could begin: what its first transaction changes beside the operation itself."""
 
     kind: OperationKind
-    target: Target
+    target: ResourceRef
     head: PutContainer | PutVolume
     arguments: JsonObject
     plan: OperationPlan
@@ -103,8 +103,8 @@ class Draft:
     build: Callable[[Operation], Saga[Any]]
     claims: Sequence[Claim] = ()
     # What else must not change while it is at work, and what else must hold when it begins.
-    locks: Sequence[Target] = ()
-    conditions: Sequence[Change] = ()
+    locks: Sequence[ResourceRef] = ()
+    conditions: Sequence[StoreChange] = ()
 
     @property
     def makes(self) -> bool:
@@ -213,7 +213,7 @@ class Operations:
         )
         saga = draft.build(operation)
         operation = operation.changed(stages=stages_of(saga))
-        changes: list[Change] = []
+        changes: list[StoreChange] = []
         if request is not None:
             changes.append(PutRequest(request.id, RequestRecord(operation_id=operation.id, digest=request.digest)))
         changes += [
@@ -259,7 +259,7 @@ class Operations:
     def _explain(conflict: StoreConflict) -> None:
         """Raise what a caller can act on; return where the draft is merely out of date."""
         match conflict.change:
-            case Lock(kind=TargetKind.VOLUME, name=name) | Unlocked(kind=TargetKind.VOLUME, name=name):
+            case Lock(kind=ResourceKind.VOLUME, name=name) | RequireUnlocked(kind=ResourceKind.VOLUME, name=name):
                 raise VolumeBusy(volume=name, operation_id=str(conflict.found)) from None
             case Lock(name=name):
                 raise ContainerBusy(container=name, operation_id=str(conflict.found)) from None
@@ -353,7 +353,7 @@ class Operations:
         if operation.result is not None:
             return operation.result
         current: Container | Volume | None = None
-        if operation.target.kind is TargetKind.CONTAINER:
+        if operation.target.kind is ResourceKind.CONTAINER:
             view = await self._store.container(operation.target.name)
             current = view.container if view is not None else None
         else:
@@ -480,11 +480,11 @@ class Operations:
         self._running.pop(operation_id, None)
 
 
-def elsewhere(operation: Operation, address: str) -> WrongNode | VolumeElsewhere:
+def elsewhere(operation: Operation, address: str) -> WrongNode | VolumeOnOtherNode:
     """The error of an operation that another node runs."""
     target, node = operation.target, operation.node
-    if target.kind is TargetKind.VOLUME:
-        return VolumeElsewhere(volume=target.name, node=node, address=address)
+    if target.kind is ResourceKind.VOLUME:
+        return VolumeOnOtherNode(volume=target.name, node=node, address=address)
     return WrongNode(container=target.name, node=node, address=address)
 
 
@@ -514,7 +514,7 @@ def stages_of(saga: Saga[Any]) -> tuple[Stage, ...]:
 def raise_failure_of(operation: Operation) -> None:
     """Raise the error that an ended operation ended with, if any."""
     if operation.error is not None:
-        raise Recorded(
+        raise OperationFailed(
             recorded_code=operation.error.code,
             recorded_reason=operation.error.reason,
             recorded_message=operation.error.message,

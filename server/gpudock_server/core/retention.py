@@ -68,7 +68,7 @@ class Retention:
             if uid in history.deleted or (history.is_over(uid) and uid not in with_files):
                 log.warning("files of a container that is no more are removed", uid=uid)
                 await self._world.snapshots.remove_all(uid)
-                await self._world.ledger.forget_all(uid)
+                await self._world.ledger.delete_all(uid)
 
     async def _prune(self, view: ContainerView) -> None:
         """By the same operation as a caller's: it has the container to itself meanwhile."""

@@ -11,9 +11,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, TypeVar
 
-from gpudock_server.model.changes import Change
 from gpudock_server.model.operation import Operation, Result
 from gpudock_server.model.record import JsonObject
+from gpudock_server.model.store_changes import StoreChange
 
 if TYPE_CHECKING:
     # What begins operations imports what they are made of.
@@ -75,7 +75,7 @@ class Step:
 class Outcome:
     """What a transaction of a saga changes, and what its caller is then shown."""
 
-    changes: Sequence[Change]
+    changes: Sequence[StoreChange]
     result: Result
 
 
@@ -103,5 +103,5 @@ class Saga(ABC, Generic[V]):
         """The changes that make the work true; `view` is the target as of now, and may be asked for again."""
 
     @abstractmethod
-    async def abandon(self, run: Run, view: V) -> Sequence[Change]:
+    async def abandon(self, run: Run, view: V) -> Sequence[StoreChange]:
         """The changes that leave no trace of an undone operation, but its own record."""

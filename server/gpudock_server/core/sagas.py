@@ -10,7 +10,7 @@ from gpudock_server.core.containers.world import World
 from gpudock_server.core.saga import Saga
 from gpudock_server.core.volumes.storage import Storage
 from gpudock_server.model.operation import Operation
-from gpudock_server.model.target import TargetKind
+from gpudock_server.model.resource import ResourceKind
 
 
 def saga_builder(world: World, storage: Storage) -> Callable[[Operation], Saga[Any]]:
@@ -18,9 +18,9 @@ def saga_builder(world: World, storage: Storage) -> Callable[[Operation], Saga[A
 
     def build(operation: Operation) -> Saga[Any]:
         match operation.target.kind:
-            case TargetKind.CONTAINER:
+            case ResourceKind.CONTAINER:
                 return containers.build_saga(world, operation)
-            case TargetKind.VOLUME:
+            case ResourceKind.VOLUME:
                 return volumes.build_saga(storage, operation)
 
     return build

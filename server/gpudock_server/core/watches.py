@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Generic, TypeVar
 
 from gpudock_server.errors import ShuttingDown
-from gpudock_server.ports import ContainerView, Seen, Store, VolumeSeen
+from gpudock_server.ports import ContainerView, Store, StoreEvent, VolumeDetails
 
 T = TypeVar("T")
 
@@ -59,8 +59,8 @@ class Watches:
         return self._tell(self._store.watch_containers(token=token, listing=listing), wanted)
 
     def volumes(
-        self, wanted: Callable[[VolumeSeen], bool], *, token: str, listing: bool
-    ) -> AsyncGenerator[Told[VolumeSeen], None]:
+        self, wanted: Callable[[VolumeDetails], bool], *, token: str, listing: bool
+    ) -> AsyncGenerator[Told[VolumeDetails], None]:
         """Volumes that are `wanted`, and who mounts them; otherwise like `containers`."""
         return self._tell(self._store.watch_volumes(token=token, listing=listing), wanted)
 
@@ -69,7 +69,7 @@ class Watches:
         self._draining.set()
 
     async def _tell(
-        self, seen: AsyncGenerator[Seen[T], None], wanted: Callable[[T], bool]
+        self, seen: AsyncGenerator[StoreEvent[T], None], wanted: Callable[[T], bool]
     ) -> AsyncGenerator[Told[T], None]:
         # So that the first one is told, which says that the watch has begun.
         spoken = time.monotonic() - self._quiet_seconds
@@ -80,7 +80,7 @@ class Watches:
                     yield told
                     spoken = time.monotonic()
 
-    async def _next(self, seen: AsyncGenerator[Seen[T], None]) -> Seen[T]:
+    async def _next(self, seen: AsyncGenerator[StoreEvent[T], None]) -> StoreEvent[T]:
         """What the store sees next, unless this daemon shuts down first."""
         if self._draining.is_set():
             await seen.aclose()
@@ -100,7 +100,7 @@ class Watches:
                 await asyncio.wait((following,))
 
 
-def _told(seen: Seen[T], wanted: Callable[[T], bool]) -> Told[T]:
+def _told(seen: StoreEvent[T], wanted: Callable[[T], bool]) -> Told[T]:
     """What of it is told to a caller who wants only some."""
     before = seen.before if seen.before is not None and wanted(seen.before) else None
     after = seen.after if seen.after is not None and wanted(seen.after) else None

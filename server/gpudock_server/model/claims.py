@@ -24,7 +24,7 @@ class Holder(Record):
 
 
 # Stands for the holder of a claim whose value cannot be read. It is held: it must not be given to anybody.
-UNREADABLE = Holder(container="(unreadable)", uid="", node="")
+UNREADABLE_HOLDER = Holder(container="(unreadable)", uid="", node="")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -45,7 +45,7 @@ class PortKey:
 ClaimKey = GpuKey | PortKey
 
 
-def keys_of(placement: Placement) -> tuple[ClaimKey, ...]:
+def claim_keys(placement: Placement) -> tuple[ClaimKey, ...]:
     """The claims that `placement` needs."""
     return (
         *(GpuKey(uuid) for uuid in placement.gpu_uuids),
@@ -63,10 +63,10 @@ class ClaimTable:
         """Who holds `key`; None when it is free."""
         return self.claims.get(key)
 
-    def held_by(self, uid: str) -> tuple[ClaimKey, ...]:
+    def claims_of_container(self, uid: str) -> tuple[ClaimKey, ...]:
         """Everything that the container `uid` holds."""
         return tuple(key for key, holder in self.claims.items() if holder.uid == uid)
 
-    def taken_by(self, operation_id: str) -> tuple[ClaimKey, ...]:
+    def claims_of_operation(self, operation_id: str) -> tuple[ClaimKey, ...]:
         """Everything that an operation took and has not committed."""
         return tuple(key for key, holder in self.claims.items() if holder.operation_id == operation_id)

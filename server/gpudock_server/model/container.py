@@ -8,8 +8,8 @@ from enum import StrEnum
 from pydantic import Field
 
 from gpudock_server.model.record import Record
+from gpudock_server.model.resource import ResourceKind, ResourceRef
 from gpudock_server.model.spec import ContainerSpec, PortRequest, Protocol
-from gpudock_server.model.target import Target, TargetKind
 
 
 class ContainerState(StrEnum):
@@ -31,10 +31,10 @@ class ContainerState(StrEnum):
 
 
 # States in which the engine sees to it that a process runs, now or in a moment.
-RUNS = frozenset({ContainerState.RUNNING, ContainerState.RESTARTING})
+RUNNING_STATES = frozenset({ContainerState.RUNNING, ContainerState.RESTARTING})
 # The same, and those whose processes are frozen: what has to be stopped before anything of it may be replaced.
-LIVES = RUNS | {ContainerState.PAUSED}
-DOES_NOT_RUN = frozenset({ContainerState.STOPPED, ContainerState.EXITED})
+ACTIVE_STATES = RUNNING_STATES | {ContainerState.PAUSED}
+STOPPED_STATES = frozenset({ContainerState.STOPPED, ContainerState.EXITED})
 
 
 class PortBinding(Record):
@@ -92,7 +92,7 @@ class EngineBinding(Record):
         """The id of the image that the user named."""
         return self.base_image_id or self.image_id
 
-    def fits(self, spec: ContainerSpec, placement: Placement) -> bool:
+    def matches(self, spec: ContainerSpec, placement: Placement) -> bool:
         """Whether this engine container can serve `spec` with `placement`, or a new one is needed."""
         return self.placement == placement and self.fixed_digest == spec.fixed_digest
 
@@ -132,9 +132,9 @@ class Container(Record):
     update_time: datetime
 
     @property
-    def target(self) -> Target:
+    def target(self) -> ResourceRef:
         """Names it as what an operation works on."""
-        return Target(kind=TargetKind.CONTAINER, name=self.name, uid=self.uid)
+        return ResourceRef(kind=ResourceKind.CONTAINER, name=self.name, uid=self.uid)
 
     @property
     def etag(self) -> str:

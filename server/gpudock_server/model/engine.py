@@ -159,7 +159,7 @@ class EngineContainer:
 
 
 @dataclass(frozen=True, slots=True)
-class Blueprint:
+class EngineContainerSpec:
     """Everything needed to create an engine container. `name` is unique to the operation that makes it.
 
     `spec` is kept with it (LABEL_SPEC), so that a record that the store lost can be written again from the engine.

@@ -55,7 +55,7 @@ class Gpu(Record):
         return self.health is GpuHealth.HEALTHY and self.mig_mode is not MigMode.ENABLED
 
 
-class GpuSnapshot(Record):
+class GpuReport(Record):
     """The inventory at one moment. Without a driver: no cards, and `message` says why."""
 
     gpus: tuple[Gpu, ...] = ()

@@ -18,9 +18,9 @@ from pydantic import Field
 from gpudock_server.model.container import Container, Placement, PortBinding
 from gpudock_server.model.image import CommittedImage
 from gpudock_server.model.record import JsonObject, Record
+from gpudock_server.model.resource import ResourceRef
 from gpudock_server.model.snapshot import SnapshotKind
 from gpudock_server.model.spec import ContainerSpec
-from gpudock_server.model.target import Target
 from gpudock_server.model.volume import Volume
 
 _TIME_BITS, _RANDOM_BITS = 60, 62
@@ -97,7 +97,7 @@ class Stage(Record):
     facts: JsonObject = Field(default_factory=dict)
 
 
-class CarryMethod(StrEnum):
+class LayerTransferMethod(StrEnum):
     """How a writable layer gets from an engine container to its successor."""
 
     NONE = "NONE"
@@ -122,7 +122,7 @@ class OperationPlan(Record):
     bytes_to_move: int = 0
     bytes_available: int = 0
     restarts_process: bool = False
-    carry_method: CarryMethod = CarryMethod.NONE
+    carry_method: LayerTransferMethod = LayerTransferMethod.NONE
     snapshot: SnapshotKind | None = None
     warnings: tuple[str, ...] = ()
     apparent_bytes: int = 0
@@ -155,8 +155,8 @@ class Operation(Record):
 
     id: str
     kind: OperationKind
-    target: Target
-    locks: tuple[Target, ...] = ()
+    target: ResourceRef
+    locks: tuple[ResourceRef, ...] = ()
     node: str
     state: OperationState
     stages: tuple[Stage, ...] = ()
@@ -183,7 +183,7 @@ class Operation(Record):
         return next((stage.facts for stage in self.stages if stage.name == stage_name), {})
 
     @property
-    def locked(self) -> tuple[Target, ...]:
+    def locked(self) -> tuple[ResourceRef, ...]:
         """Everything that no other operation may touch while this one is at work."""
         return (self.target, *self.locks)
 

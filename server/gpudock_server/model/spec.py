@@ -11,7 +11,7 @@ from pydantic import Field
 from gpudock_server.model.record import Record
 
 # What the engine can change in a container that exists. Everything else needs a new engine container.
-CHANGES_IN_PLACE = frozenset(
+IN_PLACE_FIELDS = frozenset(
     {"gpus", "ports", "cpus", "memory_bytes", "pids_limit", "labels", "restart_policy", "revision_policy"}
 )
 
@@ -82,7 +82,7 @@ class RestartPolicy(Record):
     max_retry_count: int = 0
 
     @property
-    def in_engine(self) -> RestartPolicy:
+    def as_engine_policy(self) -> RestartPolicy:
         """What the engine is told.
 
         An engine that restarts brings back everything whose policy is ALWAYS, also what a user had stopped. Here a
@@ -165,6 +165,6 @@ class ContainerSpec(Record):
         """Names everything in the spec that an engine container keeps for life (hex SHA-256).
 
         Two specs with the same digest can be served by the same engine container: cards and published ports are
-        compared by what was assigned, and the rest of CHANGES_IN_PLACE the engine can update.
+        compared by what was assigned, and the rest of IN_PLACE_FIELDS the engine can update.
         """
-        return hashlib.sha256(self.model_dump_json(exclude=set(CHANGES_IN_PLACE)).encode()).hexdigest()
+        return hashlib.sha256(self.model_dump_json(exclude=set(IN_PLACE_FIELDS)).encode()).hexdigest()

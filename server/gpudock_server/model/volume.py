@@ -8,7 +8,7 @@ from enum import StrEnum
 from pydantic import Field
 
 from gpudock_server.model.record import Record
-from gpudock_server.model.target import Target, TargetKind
+from gpudock_server.model.resource import ResourceKind, ResourceRef
 
 
 class VolumeBackendKind(StrEnum):
@@ -52,7 +52,7 @@ class VolumeIdentity(Record):
     create_time: datetime | None = None
 
 
-class StoredVolume(Record):
+class BackingOnDisk(Record):
     """A store that is on this host's disk.
 
     `identity` is None where the store was made by a version that did not keep it, or is no volume's own: a copy that
@@ -99,9 +99,9 @@ class Volume(Record):
     update_time: datetime
 
     @property
-    def target(self) -> Target:
+    def target(self) -> ResourceRef:
         """Names it as what an operation works on."""
-        return Target(kind=TargetKind.VOLUME, name=self.name, uid=self.uid)
+        return ResourceRef(kind=ResourceKind.VOLUME, name=self.name, uid=self.uid)
 
     @property
     def identity(self) -> VolumeIdentity:

@@ -7,27 +7,26 @@ docstring, and no others that a caller should see. Every call is bounded in time
 from gpudock_server.ports.engine import Engine, ExecSession
 from gpudock_server.ports.host import GpuInventory, PortProbe, ProcessControl
 from gpudock_server.ports.host_paths import HostPaths
-from gpudock_server.ports.layers import CarryPlan, CommitCost, LayerPair, LayerStore
-from gpudock_server.ports.ledger import Ledger
+from gpudock_server.ports.layers import CommitCost, LayerPair, LayerStore, LayerTransferPlan
 from gpudock_server.ports.progress import Progress
+from gpudock_server.ports.revision_backups import RevisionBackupStore
 from gpudock_server.ports.snapshots import LayerTooLarge, SnapshotPlan, SnapshotStore
 from gpudock_server.ports.store import (
     ContainerView,
     Page,
     RevisionView,
-    Seen,
     Store,
     StoreConflict,
+    StoreEvent,
     StoreUsage,
-    Unreadable,
+    UnreadableKey,
     Versioned,
-    VolumeSeen,
+    VolumeDetails,
     VolumeView,
 )
 from gpudock_server.ports.volumes import ShrinkNeedsCopy, VolumeBackend, VolumeCopier
 
 __all__ = [
-    "CarryPlan",
     "CommitCost",
     "ContainerView",
     "Engine",
@@ -37,23 +36,24 @@ __all__ = [
     "LayerPair",
     "LayerStore",
     "LayerTooLarge",
-    "Ledger",
+    "LayerTransferPlan",
     "Page",
     "PortProbe",
     "ProcessControl",
     "Progress",
+    "RevisionBackupStore",
     "RevisionView",
-    "Seen",
     "ShrinkNeedsCopy",
     "SnapshotPlan",
     "SnapshotStore",
     "Store",
     "StoreConflict",
+    "StoreEvent",
     "StoreUsage",
-    "Unreadable",
+    "UnreadableKey",
     "Versioned",
     "VolumeBackend",
     "VolumeCopier",
-    "VolumeSeen",
+    "VolumeDetails",
     "VolumeView",
 ]

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
 from gpudock_server.model.engine import (
-    Blueprint,
     EngineContainer,
+    EngineContainerSpec,
     EngineEvent,
     EngineImage,
     EngineInfo,
@@ -112,7 +112,7 @@ class Engine(Protocol):
         """Containers in any state, of whomever, that have this engine volume among their mounts."""
         ...
 
-    async def create(self, blueprint: Blueprint) -> str:
+    async def create(self, engine_spec: EngineContainerSpec) -> str:
         """Create a container and return its engine id."""
         ...
 
@@ -181,7 +181,7 @@ class Engine(Protocol):
         """
         ...
 
-    async def create_shadow(self, of: str, name: str, labels: Mapping[str, str]) -> str:
+    async def create_file_holder(self, of: str, name: str, labels: Mapping[str, str]) -> str:
         """Create a container with the image and the config of container `of`, which holds files and never runs; its id.
 
         It has `labels`, and no cards, ports, limits or volumes.
@@ -192,11 +192,11 @@ class Engine(Protocol):
         """Name an image; another one that had the name loses it."""
         ...
 
-    async def with_config_of(self, image_id: str, other_id: str, reference: str) -> str:
+    async def replace_config(self, image_id: str, other_id: str, reference: str) -> str:
         """Make an image named `reference`, of the layers of one and the config of another; its id."""
         ...
 
-    async def without_identity(self, image_id: str, base_id: str, reference: str) -> str:
+    async def strip_identity(self, image_id: str, base_id: str, reference: str) -> str:
         """Make an image named `reference` out of one that a commit made, less what tells which container that was.
 
         `base_id` is the image that the container was made from.

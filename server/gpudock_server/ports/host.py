@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Awaitable
 from typing import Protocol
 
-from gpudock_server.model.gpu import GpuSnapshot
+from gpudock_server.model.gpu import GpuReport
 
 
 class GpuInventory(Protocol):
     """The cards of this host. Raises nothing: a driver that is missing or dies is a snapshot without cards."""
 
-    async def snapshot(self) -> GpuSnapshot:
+    async def snapshot(self) -> GpuReport:
         """The cards with their telemetry, as of now."""
         ...
 

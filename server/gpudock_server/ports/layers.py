@@ -6,15 +6,15 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from gpudock_server.model.engine import EngineContainer, EngineImage, ImageAccounts
-from gpudock_server.model.operation import CarryMethod
+from gpudock_server.model.operation import LayerTransferMethod
 from gpudock_server.model.record import Record
 from gpudock_server.ports.progress import Progress
 
 
-class CarryPlan(Record):
+class LayerTransferPlan(Record):
     """How a layer would be carried: see OperationPlan. `bytes_to_move` is 0 where nothing is copied."""
 
-    method: CarryMethod
+    method: LayerTransferMethod
     bytes_to_move: int = 0
     bytes_available: int = 0
     warnings: tuple[str, ...] = ()
@@ -54,11 +54,11 @@ class LayerStore(Protocol):
     `exchange`, `exchange_back` and `copy` may be repeated: done twice is done once.
     """
 
-    async def methods(self) -> tuple[tuple[CarryMethod, str], ...]:
+    async def methods(self) -> tuple[tuple[LayerTransferMethod, str], ...]:
         """Each method with the reason why it is not available here; an empty reason means that it is."""
         ...
 
-    async def plan(self, old: EngineContainer) -> CarryPlan:
+    async def plan(self, old: EngineContainer) -> LayerTransferPlan:
         """The best method for a container's layer on this host, and what it costs."""
         ...
 
@@ -69,7 +69,7 @@ class LayerStore(Protocol):
         """
         ...
 
-    async def commit_plan(self, container: EngineContainer) -> CarryPlan:
+    async def commit_plan(self, container: EngineContainer) -> LayerTransferPlan:
         """What an image of a container's files costs, and what is lost in it; 0 bytes where that cannot be seen."""
         ...
 
@@ -85,7 +85,7 @@ class LayerStore(Protocol):
         """
         ...
 
-    def commit_watched(
+    def report_commit_progress(
         self, container: EngineContainer, total: int, progress: Progress
     ) -> AbstractAsyncContextManager[None]:
         """While it is entered: tell how many bytes of `total` the engine has written of an image of its files.

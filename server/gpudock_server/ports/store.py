@@ -6,13 +6,13 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from gpudock_server.model.changes import Change, Lock
 from gpudock_server.model.claims import ClaimTable
 from gpudock_server.model.container import Container, ContainerRevision
 from gpudock_server.model.image import ImageOrigin
 from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import Operation, RequestRecord
 from gpudock_server.model.snapshot import Snapshot
+from gpudock_server.model.store_changes import Lock, StoreChange
 from gpudock_server.model.volume import Volume, VolumeRevision
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class RevisionView:
 
 
 @dataclass(frozen=True, slots=True)
-class Unreadable:
+class UnreadableKey:
     """Something in the store that cannot be read: where it is, whose it is by its key, and what is wrong with it."""
 
     key: str
@@ -80,7 +80,7 @@ class StoreUsage:
 
 
 @dataclass(frozen=True, slots=True)
-class VolumeSeen:
+class VolumeDetails:
     """A volume with what is derived: who mounts it, and the bytes in use where they were measured."""
 
     view: VolumeView
@@ -99,11 +99,11 @@ class Page(Generic[T]):
     items: tuple[T, ...]
     next_token: str
     watch_token: str = ""
-    unreadable: tuple[Unreadable, ...] = ()
+    unreadable: tuple[UnreadableKey, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Seen(Generic[T]):
+class StoreEvent(Generic[T]):
     """What a watch saw of one object: as it was before a change (None: not there) and after it (None: gone).
 
     Both are None where nothing is to be told up to here. `token` goes on behind it. `list_complete`: everything that
@@ -123,7 +123,7 @@ class StoreConflict(Exception):
     for a claim, a Versioned record otherwise, None where nothing does.
     """
 
-    def __init__(self, change: Change, found: object) -> None:
+    def __init__(self, change: StoreChange, found: object) -> None:
         super().__init__(f"{change} met {found}")
         self.change = change
         self.found = found
@@ -139,7 +139,7 @@ class Store(Protocol):
     with others, and RecordUnreadable where it was asked for by itself; a claim that cannot be read is held.
     """
 
-    async def apply(self, changes: Sequence[Change]) -> int:
+    async def apply(self, changes: Sequence[StoreChange]) -> int:
         """Do all of `changes` or none; the version that the things put now have. Raises StoreConflict."""
         ...
 
@@ -163,7 +163,7 @@ class Store(Protocol):
         """One revision with its snapshot."""
         ...
 
-    def watch_containers(self, *, token: str, listing: bool) -> AsyncGenerator[Seen[ContainerView], None]:
+    def watch_containers(self, *, token: str, listing: bool) -> AsyncGenerator[StoreEvent[ContainerView], None]:
         """Heads and their locks as they change, every change once and in order: behind `token`, or from now on.
 
         Without a token and with `listing` those that are there come first, then `list_complete`. With a token, the
@@ -181,7 +181,7 @@ class Store(Protocol):
         """Volumes' heads in the order of their names; pages as in `containers`."""
         ...
 
-    def watch_volumes(self, *, token: str, listing: bool) -> AsyncGenerator[Seen[VolumeSeen], None]:
+    def watch_volumes(self, *, token: str, listing: bool) -> AsyncGenerator[StoreEvent[VolumeDetails], None]:
         """Heads, their locks and the containers whose specs mount them, as they change; like `watch_containers`.
 
         What is in use is not among it.
@@ -208,7 +208,7 @@ class Store(Protocol):
         """Operations of `node` that have not ended and can be read, found by the locks they hold."""
         ...
 
-    async def held_locks(self) -> tuple[Lock, ...]:
+    async def list_locks(self) -> tuple[Lock, ...]:
         """Every lock there is, of any node."""
         ...
 

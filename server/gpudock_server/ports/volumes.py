@@ -6,8 +6,8 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from gpudock_server.model.volume import (
+    BackingOnDisk,
     PoolUsage,
-    StoredVolume,
     TreeSummary,
     VolumeBackendKind,
     VolumeBacking,
@@ -25,7 +25,7 @@ class VolumeBackend(Protocol):
     """One way to keep volumes on this host. Raises VolumeFailed, DiskFull, and what the methods name.
 
     Every method may be repeated: done twice is done once, also where the first time was cut off by `kill -9`. Calls
-    that change one volume must not overlap; `usage`, `opened` and `pool` may be called at any time.
+    that change one volume must not overlap; `usage`, `open_files` and `pool` may be called at any time.
     """
 
     @property
@@ -33,7 +33,7 @@ class VolumeBackend(Protocol):
         """Which one it is."""
         ...
 
-    async def unavailable(self) -> str:
+    async def unavailable_reason(self) -> str:
         """Why no volume can be made this way on this host; empty when one can."""
         ...
 
@@ -47,7 +47,7 @@ class VolumeBackend(Protocol):
         """
         ...
 
-    async def stored(self) -> tuple[StoredVolume, ...]:
+    async def backings_on_disk(self) -> tuple[BackingOnDisk, ...]:
         """The stores of this kind that are on this host's disk, whoever's they are, damaged ones too."""
         ...
 
@@ -94,7 +94,7 @@ class VolumeBackend(Protocol):
         """How full it is, whether it is mounted or not."""
         ...
 
-    def opened(self, backing: VolumeBacking) -> AbstractAsyncContextManager[str]:
+    def open_files(self, backing: VolumeBacking) -> AbstractAsyncContextManager[str]:
         """A folder in which the daemon sees the volume's files, whether the engine has it mounted or not.
 
         For its own reading and writing: what a program makes of the path may lead it elsewhere. While it is open,

@@ -22,10 +22,10 @@ from gpudock_server.model.container import ContainerState
 from gpudock_server.model.drift import Drift, DriftKind, DriftSeverity
 from gpudock_server.model.gpu import GpuHealth
 from gpudock_server.model.operation import Operation, OperationKind, OperationState
+from gpudock_server.model.resource import ResourceKind
 from gpudock_server.model.spec import Protocol
-from gpudock_server.model.target import TargetKind
 from gpudock_server.model.volume import VolumeRevision
-from gpudock_server.ports import ContainerView, RevisionView, VolumeSeen
+from gpudock_server.ports import ContainerView, RevisionView, VolumeDetails
 from gpudock_server.rpc import opaque_tokens
 from gpudock_server.rpc.containers import messages as container_messages
 from gpudock_server.rpc.containers.spec_requests import PROTOCOL_OF
@@ -50,7 +50,7 @@ _GPU_HEALTHS: Mapping[int, GpuHealth | None] = {
     **{value: health for health, value in gpu_messages.HEALTHS.items()},
 }
 _PROTOCOLS: Mapping[int, Protocol] = {port_pb2.PORT_PROTOCOL_UNSPECIFIED: Protocol.TCP, **PROTOCOL_OF}
-_RESOURCE_KINDS: Mapping[int, TargetKind | None] = {
+_RESOURCE_KINDS: Mapping[int, ResourceKind | None] = {
     operation_pb2.RESOURCE_KIND_UNSPECIFIED: None,
     **{value: kind for kind, value in operation_messages.RESOURCE_KINDS.items()},
 }
@@ -105,16 +105,16 @@ def revisions(request: container_service_pb2.ListContainerRevisionsRequest) -> L
     return _list_request(violations, request, lambda _: True)
 
 
-def volumes(request: volume_service_pb2.ListVolumesRequest) -> ListRequest[VolumeSeen]:
+def volumes(request: volume_service_pb2.ListVolumesRequest) -> ListRequest[VolumeDetails]:
     """A page of volumes."""
     return _list_request(Violations(), request, volume_filter(request.filter))
 
 
-def volume_filter(asked: volume_service_pb2.VolumeFilter) -> Callable[[VolumeSeen], bool]:
+def volume_filter(asked: volume_service_pb2.VolumeFilter) -> Callable[[VolumeDetails], bool]:
     """Whether a volume is one of those asked for."""
     labels = dict(asked.labels)
 
-    def matches(seen: VolumeSeen) -> bool:
+    def matches(seen: VolumeDetails) -> bool:
         head = seen.view.volume
         return (
             asked.owner in ("", head.owner)

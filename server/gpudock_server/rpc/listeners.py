@@ -22,8 +22,8 @@ import grpc
 import grpc.aio
 
 from gpudock_server.private_files import read_private
-from gpudock_server.setting_values import split_address
-from gpudock_server.settings import Settings
+from gpudock_server.settings.definitions import Settings
+from gpudock_server.settings.value_types import split_address
 from gpudock_server.startup import StartupError
 
 # For grpc.aio.server(options=…): two daemons must not share a port and each get half of the calls.

@@ -41,7 +41,7 @@ from gpudock_server.rpc.operations import service as operation_service
 from gpudock_server.rpc.operations.service import OperationService
 from gpudock_server.rpc.volumes import service as volume_service
 from gpudock_server.rpc.volumes.service import VolumeService
-from gpudock_server.settings import Settings
+from gpudock_server.settings.definitions import Settings
 
 GPUDOCK_SERVICES = (
     container_service.SERVICE,

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 from google.protobuf.message import Message
 from gpudock.v1 import container_service_pb2, volume_service_pb2
 
-from gpudock_server.ports import ContainerView, VolumeSeen
+from gpudock_server.ports import ContainerView, VolumeDetails
 from gpudock_server.rpc import opaque_tokens
 from gpudock_server.rpc.list_requests import container_filter, volume_filter
 from gpudock_server.rpc.validation.violations import Violations
@@ -40,7 +40,7 @@ def containers(request: container_service_pb2.WatchContainersRequest) -> WatchRe
     return _watch_request(violations, request, container_scope(request.filter), matches)
 
 
-def volumes(request: volume_service_pb2.WatchVolumesRequest) -> WatchRequest[VolumeSeen]:
+def volumes(request: volume_service_pb2.WatchVolumesRequest) -> WatchRequest[VolumeDetails]:
     """A watch of volumes."""
     return _watch_request(Violations(), request, volume_scope(request.filter), volume_filter(request.filter))
 

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from gpudock_server.private_files import exposure, remedy
+from gpudock_server.private_files import access_problem, chmod_command
 
 _PLAIN_PORT = 2375
 _TLS_PORT = 2376
@@ -67,8 +67,8 @@ def _client_context(folder: Path) -> ssl.SSLContext:
     missing = [name for name in _TLS_FILES if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"the TLS folder {folder} lacks {', '.join(missing)}")
-    if exposed := exposure((folder / "key.pem").stat()):
-        raise ValueError(f"{folder}/key.pem {exposed}; {remedy(folder / 'key.pem')}")
+    if exposed := access_problem((folder / "key.pem").stat()):
+        raise ValueError(f"{folder}/key.pem {exposed}; {chmod_command(folder / 'key.pem')}")
     try:
         context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=folder / "ca.pem")
         context.load_cert_chain(folder / "cert.pem", folder / "key.pem")

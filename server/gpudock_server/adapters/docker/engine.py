@@ -23,9 +23,9 @@ from gpudock_server.errors import EngineRejected, ImageNotFound, VolumeExists
 from gpudock_server.model.engine import (
     LABEL_OPERATION,
     LABEL_UID,
-    Blueprint,
     ContainerDefaults,
     EngineContainer,
+    EngineContainerSpec,
     EngineEvent,
     EngineImage,
     EngineInfo,
@@ -203,35 +203,35 @@ class DockerEngine:
             "remove a volume", "DELETE", f"volumes/{path_segment(name)}", done_statuses=(NOT_FOUND,)
         )
 
-    async def create(self, blueprint: Blueprint) -> str:
+    async def create(self, engine_spec: EngineContainerSpec) -> str:
         """Create a container, or find the one that the same operation has created; its id.
 
         A caller that is cancelled waits for it for a while (see `_finish_creation`). Raises ImageNotFound too: the
         image may have been removed since it was looked up.
         """
-        return await _finish_creation(self._create(blueprint))
+        return await _finish_creation(self._create(engine_spec))
 
-    async def _create(self, blueprint: Blueprint) -> str:
+    async def _create(self, engine_spec: EngineContainerSpec) -> str:
         call = "create a container"
-        request = translate.create_request(blueprint, self._defaults)
-        params = {"name": path_segment(blueprint.name)}
+        request = translate.create_request(engine_spec, self._defaults)
+        params = {"name": path_segment(engine_spec.name)}
         try:
             answer: JsonAnswer = await self._connection.call(
                 call, "POST", "containers/create", params=params, body=request
             )
         except EngineRejected as rejection:
             if rejection.status == NOT_FOUND:
-                raise ImageNotFound(image=blueprint.spec.image) from rejection
-            if rejection.status == CONFLICT and (found := await self._created_by_same_operation(blueprint)):
+                raise ImageNotFound(image=engine_spec.spec.image) from rejection
+            if rejection.status == CONFLICT and (found := await self._created_by_same_operation(engine_spec)):
                 return found
             raise
         with engine_errors(call):
             return str(answer["Id"])
 
-    async def _created_by_same_operation(self, blueprint: Blueprint) -> str | None:
-        """The id of the container that has the blueprint's name, if the same operation made it."""
-        found = await self.inspect(blueprint.name)
-        operation = blueprint.labels.get(LABEL_OPERATION)
+    async def _created_by_same_operation(self, engine_spec: EngineContainerSpec) -> str | None:
+        """The id of the container that `engine_spec` names, if the same operation made it."""
+        found = await self.inspect(engine_spec.name)
+        operation = engine_spec.labels.get(LABEL_OPERATION)
         return found.id if found and operation and found.labels.get(LABEL_OPERATION) == operation else None
 
     async def inspect(self, engine_id: str) -> EngineContainer | None:
@@ -466,7 +466,7 @@ class DockerEngine:
         with engine_errors(call):
             return str(answer["Id"])
 
-    async def create_shadow(self, of: str, name: str, labels: Mapping[str, str]) -> str:
+    async def create_file_holder(self, of: str, name: str, labels: Mapping[str, str]) -> str:
         """Create a container like `of` that holds files and never runs, or find the one that was made; its id.
 
         A caller that is cancelled waits for it for a while (see `_finish_creation`).
@@ -501,17 +501,17 @@ class DockerEngine:
             raise EngineRejected(call="tag an image", status=BAD_REQUEST, detail=f"{reference!r} cannot name an image")
         await self._connection.call("tag an image", "POST", f"images/{image}/tag", params={"repo": name, "tag": tag})
 
-    async def with_config_of(self, image_id: str, other_id: str, reference: str) -> str:
+    async def replace_config(self, image_id: str, other_id: str, reference: str) -> str:
         """Make an image named `reference`, of the layers of one and the config of another; its id."""
-        return await self._images.with_config_of(image_id, other_id, reference)
+        return await self._images.replace_config(image_id, other_id, reference)
 
-    async def without_identity(self, image_id: str, base_id: str, reference: str) -> str:
+    async def strip_identity(self, image_id: str, base_id: str, reference: str) -> str:
         """Make an image named `reference` out of one that a commit made, less what tells which container that was.
 
         `base_id` is the image that the container was made from. What is left out: our labels, what we said of cards,
         host name and streams.
         """
-        return await self._images.without_identity(image_id, base_id, reference)
+        return await self._images.strip_identity(image_id, base_id, reference)
 
     async def flatten(self, image_id: str, base_layers: int, reference: str, *, config_of: str, onto: str = "") -> str:
         """Make an image named `reference` whose layers above the lowest `base_layers` are one; its id.

@@ -70,7 +70,7 @@ def merged_history_entry(count: int) -> Json:
     return {"created": now().isoformat(), "created_by": "gpudockd", "comment": f"{count} layers made one"}
 
 
-def without_identity(run: Mapping[str, Any], base: Mapping[str, Any]) -> Json:
+def strip_identity(run: Mapping[str, Any], base: Mapping[str, Any]) -> Json:
     """A container's config, with nothing in it of which container that was; `base` is its image's.
 
     What gpudockd set for NVIDIA's toolkit is taken back to what the image said, or away.

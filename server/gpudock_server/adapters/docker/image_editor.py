@@ -28,7 +28,7 @@ import aiohttp
 
 from gpudock_server.adapters.docker.connection import Connection, JsonAnswer
 from gpudock_server.adapters.docker.failures import engine_errors
-from gpudock_server.adapters.docker.image_config import history_of, image_config, merged_history_entry, without_identity
+from gpudock_server.adapters.docker.image_config import history_of, image_config, merged_history_entry, strip_identity
 from gpudock_server.adapters.host.stalls import StalledError
 from gpudock_server.adapters.host.threads import Interrupt, Interrupted, run_to_end
 from gpudock_server.adapters.host.trees.jobs import JobRefusedError
@@ -54,7 +54,7 @@ class ImageEditor:
         self._connection = connection
         self._scratch = str(scratch_dir) if scratch_dir else tempfile.gettempdir()
 
-    async def with_config_of(self, image_id: str, other_id: str, reference: str) -> str:
+    async def replace_config(self, image_id: str, other_id: str, reference: str) -> str:
         """See ports.Engine."""
         shown, other = await self._inspect_image(image_id), await self._inspect_image(other_id)
         layers: list[str] = shown["RootFS"]["Layers"]
@@ -62,12 +62,12 @@ class ImageEditor:
         config = image_config(other, other.get("Config") or {}, layers, history)
         return await self._load(config, reference)
 
-    async def without_identity(self, image_id: str, base_id: str, reference: str) -> str:
+    async def strip_identity(self, image_id: str, base_id: str, reference: str) -> str:
         """See ports.Engine."""
         shown, base = await self._inspect_image(image_id), await self._inspect_image(base_id)
         layers: list[str] = shown["RootFS"]["Layers"]
         history = await self._history(image_id, len(layers))
-        run = without_identity(shown.get("Config") or {}, base.get("Config") or {})
+        run = strip_identity(shown.get("Config") or {}, base.get("Config") or {})
         return await self._load(image_config(shown, run, layers, history), reference)
 
     async def flatten(self, image_id: str, base_layers: int, reference: str, *, config_of: str, onto: str) -> str:

@@ -14,9 +14,9 @@ from gpudock_server.adapters.docker.volume_options import hazard, is_anonymous
 from gpudock_server.model.container import Placement, PortBinding
 from gpudock_server.model.engine import (
     LABEL_SPEC,
-    Blueprint,
     ContainerDefaults,
     EngineContainer,
+    EngineContainerSpec,
     EngineImage,
     EngineInfo,
     EngineState,
@@ -35,20 +35,20 @@ _UNLIMITED = -1
 _LOG_CONFIG = {"Type": "json-file", "Config": {"max-size": "64m", "max-file": "2"}}
 
 
-def create_request(blueprint: Blueprint, defaults: ContainerDefaults) -> Json:
+def create_request(engine_spec: EngineContainerSpec, defaults: ContainerDefaults) -> Json:
     """The body of `POST /containers/create`."""
-    spec = blueprint.spec
+    spec = engine_spec.spec
     request: Json = {
-        "Image": blueprint.image_id,
-        "Hostname": blueprint.hostname,
+        "Image": engine_spec.image_id,
+        "Hostname": engine_spec.hostname,
         "User": spec.user,
         "WorkingDir": spec.working_dir,
-        "Env": _environment(spec, blueprint.placement, defaults),
+        "Env": _environment(spec, engine_spec.placement, defaults),
         "Tty": spec.tty,
         "OpenStdin": spec.stdin,
-        "Labels": {**spec.labels, **blueprint.labels, LABEL_SPEC: spec.model_dump_json()},
-        "ExposedPorts": {_port_key(port.container_port, port.protocol): {} for port in blueprint.placement.ports},
-        "HostConfig": _host_config(blueprint, defaults),
+        "Labels": {**spec.labels, **engine_spec.labels, LABEL_SPEC: spec.model_dump_json()},
+        "ExposedPorts": {_port_key(port.container_port, port.protocol): {} for port in engine_spec.placement.ports},
+        "HostConfig": _host_config(engine_spec, defaults),
     }
     # Absent is the image's; an empty list would mean "none at all".
     if spec.entrypoint:
@@ -71,8 +71,8 @@ def _environment(spec: ContainerSpec, placement: Placement, defaults: ContainerD
     return [f"{name}={value}" for name, value in {**spec.env, **forced}.items()]
 
 
-def _host_config(blueprint: Blueprint, defaults: ContainerDefaults) -> Json:
-    spec, placement, limits = blueprint.spec, blueprint.placement, defaults.limits
+def _host_config(engine_spec: EngineContainerSpec, defaults: ContainerDefaults) -> Json:
+    spec, placement, limits = engine_spec.spec, engine_spec.placement, defaults.limits
     config: Json = {
         "NetworkMode": "default",
         # Without MKNOD nobody inside can make a device node, for another tenant's card for example. With NET_RAW root
@@ -80,7 +80,7 @@ def _host_config(blueprint: Blueprint, defaults: ContainerDefaults) -> Json:
         "CapDrop": ["MKNOD", "NET_RAW"] if defaults.drop_net_raw else ["MKNOD"],
         "RestartPolicy": _restart_policy(spec.restart_policy),
         "LogConfig": _LOG_CONFIG,
-        "Mounts": _mounts(blueprint),
+        "Mounts": _mounts(engine_spec),
         "PortBindings": _port_bindings(placement),
     }
     if placement.gpu_uuids:
@@ -101,32 +101,32 @@ def _host_config(blueprint: Blueprint, defaults: ContainerDefaults) -> Json:
 
 
 def _restart_policy(policy: RestartPolicy) -> Json:
-    engine_policy = policy.in_engine
+    engine_policy = policy.as_engine_policy
     return {"Name": engine_policy.kind.value, "MaximumRetryCount": engine_policy.max_retry_count}
 
 
-def _mounts(blueprint: Blueprint) -> list[Json]:
-    mounts = [_mount(mount, blueprint) for mount in blueprint.spec.mounts]
-    taken = {mount.target for mount in blueprint.spec.mounts}
+def _mounts(engine_spec: EngineContainerSpec) -> list[Json]:
+    mounts = [_mount(mount, engine_spec) for mount in engine_spec.spec.mounts]
+    taken = {mount.target for mount in engine_spec.spec.mounts}
     kept_volumes = (
         # NoCopy: the engine fills an empty volume with the image's files. This one may be empty because the user
         # deleted them.
         {"Type": "volume", "Source": volume, "Target": target, "VolumeOptions": {"NoCopy": True}}
-        for target, volume in blueprint.volumes.items()
+        for target, volume in engine_spec.volumes.items()
         if target not in taken
     )
     return [*mounts, *kept_volumes]
 
 
-def _mount(mount: Mount, blueprint: Blueprint) -> Json:
+def _mount(mount: Mount, engine_spec: EngineContainerSpec) -> Json:
     shared = {"Target": mount.target, "ReadOnly": mount.read_only}
     if mount.tmpfs is not None:
         options = {"Mode": mount.tmpfs.mode} | ({"SizeBytes": mount.tmpfs.size_bytes} if mount.tmpfs.size_bytes else {})
         return {"Type": "tmpfs", "TmpfsOptions": options, **shared}
     if mount.host_path:
         # Never the host path itself: the engine would resolve it again at every start.
-        return {"Type": "bind", "Source": blueprint.bound[mount.host_path], **shared}
-    return {"Type": "volume", "Source": blueprint.mounted.get(mount.volume, mount.volume), **shared}
+        return {"Type": "bind", "Source": engine_spec.bound[mount.host_path], **shared}
+    return {"Type": "volume", "Source": engine_spec.mounted.get(mount.volume, mount.volume), **shared}
 
 
 def _port_bindings(placement: Placement) -> Json:
@@ -210,7 +210,7 @@ def _pids_limit(host_config: Mapping[str, Any]) -> int:
 
 def policy_changes(host_config: Mapping[str, Any], policy: RestartPolicy) -> Json:
     """The same for a restart policy."""
-    same = _restart_policy_of(host_config) == policy.in_engine
+    same = _restart_policy_of(host_config) == policy.as_engine_policy
     return {} if same else {"RestartPolicy": _restart_policy(policy)}
 
 

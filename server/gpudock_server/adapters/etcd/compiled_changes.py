@@ -23,14 +23,17 @@ from gpudock_server.adapters.etcd.keys import KeyRange, Keys
 from gpudock_server.adapters.etcd.messages import KeyValue
 from gpudock_server.adapters.etcd.operation_parts import NO_PARTS, OperationParts, Parts
 from gpudock_server.adapters.etcd.values import R, decode, decode_snapshot, encode
-from gpudock_server.model.changes import (
-    Change,
+from gpudock_server.model.container import Container, ContainerRevision
+from gpudock_server.model.image import ImageOrigin
+from gpudock_server.model.operation import Operation, RequestRecord
+from gpudock_server.model.snapshot import Snapshot, SnapshotSkipped
+from gpudock_server.model.store_changes import (
     Claim,
+    ConfirmClaim,
     DeleteContainer,
     DeleteImageOrigin,
     DeleteRevision,
     DeleteVolume,
-    Keep,
     Lock,
     PutContainer,
     PutImageOrigin,
@@ -40,15 +43,12 @@ from gpudock_server.model.changes import (
     PutSnapshot,
     PutVolume,
     PutVolumeRevision,
-    Release,
+    ReleaseClaim,
+    RequireUnlocked,
+    RequireVolumeVersion,
+    StoreChange,
     Unlock,
-    Unlocked,
-    VolumeIs,
 )
-from gpudock_server.model.container import Container, ContainerRevision
-from gpudock_server.model.image import ImageOrigin
-from gpudock_server.model.operation import Operation, RequestRecord
-from gpudock_server.model.snapshot import Snapshot, SnapshotSkipped
 from gpudock_server.model.volume import Volume, VolumeRevision
 from gpudock_server.ports import Versioned
 
@@ -61,7 +61,7 @@ class CompiledChange:
     With `check_only` it has its condition and does nothing. `found` shows a refused caller what stands at the key.
     """
 
-    change: Change
+    change: StoreChange
     key: bytes
     condition: Condition
     found: Callable[[KeyValue], object]
@@ -96,7 +96,7 @@ class CompiledChange:
         return [messages.delete(self.key), *(messages.delete_range(keys) for keys in self.dependents)]
 
 
-def compile_change(change: Change, keys: Keys, operations: OperationParts) -> CompiledChange:  # noqa: C901, PLR0911, PLR0912 - one case for each kind of change
+def compile_change(change: StoreChange, keys: Keys, operations: OperationParts) -> CompiledChange:  # noqa: C901, PLR0911, PLR0912 - one case for each kind of change
     """How a change is done."""
     match change:
         case Lock(kind, name, operation_id):
@@ -104,15 +104,15 @@ def compile_change(change: Change, keys: Keys, operations: OperationParts) -> Co
         case Unlock(kind, name, operation_id):
             value = operation_id.encode(errors="surrogateescape")
             return CompiledChange(change, keys.lock(kind, name), ValueIs(value), _text)
-        case Unlocked(kind, name):
+        case RequireUnlocked(kind, name):
             return CompiledChange(change, keys.lock(kind, name), VersionIs(0), _text, check_only=True)
-        case VolumeIs(name, expect):
+        case RequireVolumeVersion(name, expect):
             return CompiledChange(change, keys.volume(name), VersionIs(expect), _versioned(Volume), check_only=True)
         case Claim(host, key, holder):
             return CompiledChange(change, keys.claim(host, key), VersionIs(0), holder_of, encode(holder))
-        case Keep(host, key, holder):
+        case ConfirmClaim(host, key, holder):
             return CompiledChange(change, keys.claim(host, key), HeldBy(holder.uid), holder_of, encode(holder))
-        case Release(host, key, uid):
+        case ReleaseClaim(host, key, uid):
             return CompiledChange(change, keys.claim(host, key), IfHeldBy(uid), holder_of)
         case PutContainer(container, expect):
             head = keys.container(container.name)

@@ -16,7 +16,7 @@ from gpudock_server.adapters.etcd import messages
 from gpudock_server.adapters.etcd.messages import Compare, KeyValue
 from gpudock_server.adapters.etcd.values import decode
 from gpudock_server.errors import RecordUnreadable
-from gpudock_server.model.claims import UNREADABLE, Holder
+from gpudock_server.model.claims import UNREADABLE_HOLDER, Holder
 
 
 class Condition(ABC):
@@ -119,4 +119,4 @@ def holder_of(entry: KeyValue) -> Holder:
     try:
         return decode(Holder, entry.key, entry.value)
     except RecordUnreadable:
-        return UNREADABLE
+        return UNREADABLE_HOLDER

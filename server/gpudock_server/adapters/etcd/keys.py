@@ -64,8 +64,8 @@ from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
 from gpudock_server.model.claims import ClaimKey, GpuKey, PortKey
+from gpudock_server.model.resource import ResourceKind
 from gpudock_server.model.spec import Protocol
-from gpudock_server.model.target import TargetKind
 
 # Raised when an older daemon could no longer read, or would damage, what a newer one writes.
 SCHEMA = 3
@@ -164,11 +164,11 @@ class Keys:
         """Every head, in the order of their names."""
         return self._below("containers")
 
-    def lock(self, kind: TargetKind, name: str) -> bytes:
+    def lock(self, kind: ResourceKind, name: str) -> bytes:
         """Which operation has an object, or a name that is to become one."""
         return self._key("locks", f"{kind.value}s", name)
 
-    def locks(self, kind: TargetKind) -> KeyRange:
+    def locks(self, kind: ResourceKind) -> KeyRange:
         """Every lock on objects of a kind, in the order of their names."""
         return self._below("locks", f"{kind.value}s")
 
@@ -176,14 +176,14 @@ class Keys:
         """Every lock there is."""
         return self._below("locks")
 
-    def watched(self, kind: TargetKind, heads: KeyRange, referring: KeyRange | None = None) -> WatchKeys:
+    def watched(self, kind: ResourceKind, heads: KeyRange, referring: KeyRange | None = None) -> WatchKeys:
         """What a watch of the objects of a kind looks at."""
         return WatchKeys(heads, self.locks(kind), self._key("idle", f"{kind.value}s"), referring)
 
-    def lock_of(self, key: bytes) -> tuple[TargetKind, str] | None:
+    def lock_of(self, key: bytes) -> tuple[ResourceKind, str] | None:
         """What a key of `all_locks` locks; None where that is of a kind that this version does not know."""
         kind, _, name = key.removeprefix(self.all_locks().start).decode("ascii").partition("/")
-        known = {f"{one.value}s": one for one in TargetKind}
+        known = {f"{one.value}s": one for one in ResourceKind}
         return (known[kind], unquote(name)) if kind in known else None
 
     def container_revision(self, uid: str, number: int) -> bytes:

@@ -12,9 +12,9 @@ from gpudock_server.adapters.etcd import messages
 from gpudock_server.adapters.etcd.keys import Keys
 from gpudock_server.adapters.etcd.messages import KeyValue, RangeResponse
 from gpudock_server.adapters.etcd.values import decode, encode
-from gpudock_server.model.changes import Change, PutOperation
 from gpudock_server.model.operation import Operation, Result
 from gpudock_server.model.record import JsonObject, Record
+from gpudock_server.model.store_changes import PutOperation, StoreChange
 from gpudock_server.ports import Versioned
 
 # How many keys an operation takes at most in a read.
@@ -87,7 +87,7 @@ class OperationParts:
             puts.append(PartPut(self.keys.result(operation.id, len(value)), value, expires=True))
         return Parts(tuple(puts), (self.keys.arguments(operation.id),) if operation.state.ended else ())
 
-    def stored(self, changes: Sequence[Change]) -> None:
+    def stored(self, changes: Sequence[StoreChange]) -> None:
         """These changes are in the store now."""
         for change in changes:
             if isinstance(change, PutOperation):

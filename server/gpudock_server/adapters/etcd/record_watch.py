@@ -40,7 +40,7 @@ from gpudock_server.adapters.etcd.range_watch import (
 )
 from gpudock_server.adapters.etcd.references import ReferenceSource, Referrers
 from gpudock_server.errors import FieldViolation, InvalidArgument, ResumeTokenExpired
-from gpudock_server.ports import Seen
+from gpudock_server.ports import StoreEvent
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -128,7 +128,7 @@ class RecordWatch(Generic[V]):
         self._referrers = Referrers(referring)
         self._notified = 0
 
-    async def run(self, token: str, *, listing: bool) -> AsyncGenerator[Seen[V], None]:
+    async def run(self, token: str, *, listing: bool) -> AsyncGenerator[StoreEvent[V], None]:
         """See `ports.Store.watch_containers`. Raises CallFailed in the place of StoreUnavailable."""
         position = _parse_token(token, self._keys) if token else await self._current_position(listing=listing)
         lists = position.sort is _Phase.LIST
@@ -275,8 +275,8 @@ class _PendingEvent(Generic[V]):
     after: V | None = None
     list_complete: bool = False
 
-    def seen(self) -> Seen[V]:
-        return Seen(self.before, self.after, self.position.token(), self.list_complete)
+    def seen(self) -> StoreEvent[V]:
+        return StoreEvent(self.before, self.after, self.position.token(), self.list_complete)
 
 
 def _parse_token(token: str, keys: WatchKeys) -> _Position:

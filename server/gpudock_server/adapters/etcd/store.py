@@ -26,24 +26,24 @@ from gpudock_server.adapters.etcd.transactions import Transaction
 from gpudock_server.adapters.etcd.trimmer import OperationTrimmer
 from gpudock_server.adapters.etcd.values import R, decode, decode_number, decode_snapshot, encode_number
 from gpudock_server.errors import RecordUnreadable, StoreUnavailable
-from gpudock_server.model.changes import Change, Lock
 from gpudock_server.model.claims import ClaimTable
 from gpudock_server.model.container import Container, ContainerRevision
 from gpudock_server.model.image import ImageOrigin
 from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import Operation, RequestRecord
+from gpudock_server.model.resource import ResourceKind
 from gpudock_server.model.snapshot import Snapshot, SnapshotSkipped
-from gpudock_server.model.target import TargetKind
+from gpudock_server.model.store_changes import Lock, StoreChange
 from gpudock_server.model.volume import Volume, VolumeRevision
 from gpudock_server.ports import (
     ContainerView,
     Page,
     RevisionView,
-    Seen,
+    StoreEvent,
     StoreUsage,
-    Unreadable,
+    UnreadableKey,
     Versioned,
-    VolumeSeen,
+    VolumeDetails,
     VolumeView,
 )
 from gpudock_server.startup import StartupError
@@ -93,10 +93,10 @@ class EtcdStore:
         )
         self._deadline = deadline
         self._idle = idle
-        self._watched_containers = self._keys.watched(TargetKind.CONTAINER, self._keys.containers())
+        self._watched_containers = self._keys.watched(ResourceKind.CONTAINER, self._keys.containers())
         self._volume_references = ReferenceSource(self._keys.containers(), self._mounts_of)
         self._watched_volumes = self._keys.watched(
-            TargetKind.VOLUME, self._keys.volumes(), self._volume_references.heads
+            ResourceKind.VOLUME, self._keys.volumes(), self._volume_references.heads
         )
         self._idle_notifiers: dict[bytes, IdleNotifier] = {}
         self._decoded_head = lru_cache(_DECODED)(_decode_head)
@@ -165,7 +165,7 @@ class EtcdStore:
             )
         return schema
 
-    async def apply(self, changes: Sequence[Change]) -> int:
+    async def apply(self, changes: Sequence[StoreChange]) -> int:
         """Do all of `changes` or none: see `ports.Store.apply`.
 
         At most 128 changes, each deletion of a head counting for three and an operation for up to four, no two of them
@@ -188,7 +188,7 @@ class EtcdStore:
 
     async def container(self, name: str) -> ContainerView | None:
         """A head and its lock, in one read."""
-        head, lock = await self._get(self._keys.container(name), self._keys.lock(TargetKind.CONTAINER, name))
+        head, lock = await self._get(self._keys.container(name), self._keys.lock(ResourceKind.CONTAINER, name))
         return _view(head, lock) if head else None
 
     async def containers(self, *, page_size: int, page_token: str) -> Page[ContainerView]:
@@ -197,7 +197,7 @@ class EtcdStore:
             page = await list_page(
                 self._connection,
                 self._keys.containers(),
-                self._keys.locks(TargetKind.CONTAINER),
+                self._keys.locks(ResourceKind.CONTAINER),
                 size=page_size,
                 token=page_token,
                 retry_for=self._deadline,
@@ -207,7 +207,7 @@ class EtcdStore:
         def read(head: KeyValue) -> ContainerView:
             # The name comes from the record, so that no key has to be taken apart.
             name = decode(Container, head.key, head.value).name
-            return _view(head, locks.get(self._keys.lock(TargetKind.CONTAINER, name)))
+            return _view(head, locks.get(self._keys.lock(ResourceKind.CONTAINER, name)))
 
         views, unreadable = _decode_all(page.entries, read)
         return Page(views, page.next_token, resume_token_after(self._watched_containers, page.revision), unreadable)
@@ -250,7 +250,7 @@ class EtcdStore:
         # The number comes from the record, so that no key has to be taken apart.
         return tuple(_revision_view(one, kept.get(self._keys.container_snapshot(uid, one.revision))) for one in found)
 
-    def watch_containers(self, *, token: str, listing: bool) -> AsyncGenerator[Seen[ContainerView], None]:
+    def watch_containers(self, *, token: str, listing: bool) -> AsyncGenerator[StoreEvent[ContainerView], None]:
         """Heads and their locks as they change: see `ports.Store.watch_containers`."""
 
         def view(head: KeyValue, lock: KeyValue | None, _: tuple[str, ...]) -> ContainerView:
@@ -262,11 +262,11 @@ class EtcdStore:
         decode_head = self._decoded_head if len(head.value) <= _LARGEST_DECODED else _decode_head
         return decode_head(head.key, head.value)
 
-    def watch_volumes(self, *, token: str, listing: bool) -> AsyncGenerator[Seen[VolumeSeen], None]:
+    def watch_volumes(self, *, token: str, listing: bool) -> AsyncGenerator[StoreEvent[VolumeDetails], None]:
         """Heads, their locks and who mounts them, as they change: see `ports.Store.watch_volumes`."""
 
-        def view(head: KeyValue, lock: KeyValue | None, containers: tuple[str, ...]) -> VolumeSeen:
-            return VolumeSeen(_volume_view(head, lock), containers)
+        def view(head: KeyValue, lock: KeyValue | None, containers: tuple[str, ...]) -> VolumeDetails:
+            return VolumeDetails(_volume_view(head, lock), containers)
 
         return self._watch(self._watched_volumes, view, token, listing=listing, referring=self._volume_references)
 
@@ -283,7 +283,7 @@ class EtcdStore:
 
     async def _watch(
         self, keys: WatchKeys, view: View[V], token: str, *, listing: bool, referring: ReferenceSource | None = None
-    ) -> AsyncGenerator[Seen[V], None]:
+    ) -> AsyncGenerator[StoreEvent[V], None]:
         """A watch of any kind of object; `view` shows one that has this head, this lock and these referrers."""
         idle_notifier = self._idle_notifiers.setdefault(keys.idle, IdleNotifier(self._connection, keys.idle))
         watch = RecordWatch(
@@ -296,7 +296,7 @@ class EtcdStore:
 
     async def volume(self, name: str) -> VolumeView | None:
         """A volume's head and its lock, in one read."""
-        head, lock = await self._get(self._keys.volume(name), self._keys.lock(TargetKind.VOLUME, name))
+        head, lock = await self._get(self._keys.volume(name), self._keys.lock(ResourceKind.VOLUME, name))
         return _volume_view(head, lock) if head else None
 
     async def volumes(self, *, page_size: int, page_token: str) -> Page[VolumeView]:
@@ -305,7 +305,7 @@ class EtcdStore:
             page = await list_page(
                 self._connection,
                 self._keys.volumes(),
-                self._keys.locks(TargetKind.VOLUME),
+                self._keys.locks(ResourceKind.VOLUME),
                 size=page_size,
                 token=page_token,
                 retry_for=self._deadline,
@@ -315,7 +315,7 @@ class EtcdStore:
         def read(head: KeyValue) -> VolumeView:
             # The name comes from the record, so that no key has to be taken apart.
             name = decode(Volume, head.key, head.value).name
-            return _volume_view(head, locks.get(self._keys.lock(TargetKind.VOLUME, name)))
+            return _volume_view(head, locks.get(self._keys.lock(ResourceKind.VOLUME, name)))
 
         views, unreadable = _decode_all(page.entries, read)
         return Page(views, page.next_token, resume_token_after(self._watched_volumes, page.revision), unreadable)
@@ -359,7 +359,7 @@ class EtcdStore:
     async def unfinished(self, node: str) -> tuple[Versioned[Operation], ...]:
         """Operations of `node` that have not ended, found by the locks they hold."""
         # One that works on several objects holds a lock on each.
-        holders = dict.fromkeys(lock.operation_id for lock in await self.held_locks())
+        holders = dict.fromkeys(lock.operation_id for lock in await self.list_locks())
         ids = list(holders)
         found: list[Sequence[RangeResponse]] = []
         for first in range(0, len(ids), MAX_TXN_OPERATIONS // READS_OF_ONE):
@@ -370,7 +370,7 @@ class EtcdStore:
         # One that ended since its lock was read has nothing left to do.
         return tuple(one for one in operations if one.value.node == node and not one.value.state.ended)
 
-    async def held_locks(self) -> tuple[Lock, ...]:
+    async def list_locks(self) -> tuple[Lock, ...]:
         """Every lock there is, on objects of the kinds that this version knows; each can be given to `Unlock`."""
         found = await self._list(self._keys.all_locks())
         return tuple(
@@ -456,16 +456,16 @@ def _operation_id(lock: KeyValue | None) -> str:
 
 def _decode_all(
     entries: Iterable[KeyValue], read: Callable[[KeyValue], T]
-) -> tuple[tuple[T, ...], tuple[Unreadable, ...]]:
+) -> tuple[tuple[T, ...], tuple[UnreadableKey, ...]]:
     """What can be read of `entries`, and what cannot: one damaged value must not hide all the others."""
     items: list[T] = []
-    unreadable: list[Unreadable] = []
+    unreadable: list[UnreadableKey] = []
     for entry in entries:
         try:
             items.append(read(entry))
         except RecordUnreadable as error:
             log.warning("left out what cannot be read", key=error.key, detail=error.detail)
-            unreadable.append(Unreadable(key=error.key, name=Keys.last_segment(entry.key), detail=error.detail))
+            unreadable.append(UnreadableKey(key=error.key, name=Keys.last_segment(entry.key), detail=error.detail))
     return tuple(items), tuple(unreadable)
 
 

@@ -22,7 +22,7 @@ from gpudock_server.adapters.etcd.keys import Keys
 from gpudock_server.adapters.etcd.messages import MAX_TXN_OPERATIONS, KeyValue, TxnResponse
 from gpudock_server.adapters.etcd.operation_parts import OperationParts
 from gpudock_server.errors import FieldViolation, InvalidArgument, StoreFull, StoreUnavailable
-from gpudock_server.model.changes import Change, PutOperation
+from gpudock_server.model.store_changes import PutOperation, StoreChange
 from gpudock_server.ports import StoreConflict
 
 # How etcd and grpc refuse what is too large for them.
@@ -38,7 +38,7 @@ class Transaction:
         connection: EtcdConnection,
         keys: Keys,
         expiry: ExpiryBuckets,
-        changes: Sequence[Change],
+        changes: Sequence[StoreChange],
         deadline: timedelta,
         *,
         operations: OperationParts,

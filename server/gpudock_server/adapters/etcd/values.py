@@ -15,8 +15,8 @@ from gpudock_server.adapters.etcd.keys import SCHEMA
 from gpudock_server.errors import RecordUnreadable
 from gpudock_server.model.operation import Operation
 from gpudock_server.model.record import JsonObject, Record
+from gpudock_server.model.resource import ResourceKind, ResourceRef
 from gpudock_server.model.snapshot import Snapshot, SnapshotSkipped
-from gpudock_server.model.target import Target, TargetKind
 
 R = TypeVar("R", bound=Record)
 
@@ -69,8 +69,8 @@ def _upgraded(kind: type[R], value: bytes) -> R | None:
 def _operation_from_1(record: JsonObject) -> JsonObject:
     """An operation could work on containers alone, and named one in two fields."""
     rest = {name: value for name, value in record.items() if name not in ("container", "container_uid")}
-    target = Target(
-        kind=TargetKind.CONTAINER, name=str(record["container"]), uid=str(record["container_uid"])
+    target = ResourceRef(
+        kind=ResourceKind.CONTAINER, name=str(record["container"]), uid=str(record["container_uid"])
     ).model_dump(mode="json")
     return {**rest, "target": target}
 

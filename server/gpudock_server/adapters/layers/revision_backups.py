@@ -1,4 +1,4 @@
-"""Ledger in the folders of the snapshots: `<root>/<uid>/<revision>.json` beside `<root>/<uid>/<revision>/`."""
+"""RevisionBackupStore in the snapshots' folders: `<root>/<uid>/<revision>.json` beside `<root>/<uid>/<revision>/`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from gpudock_server.adapters.host.disk_space import available
 from gpudock_server.adapters.host.threads import run_to_end
 from gpudock_server.adapters.layers.snapshot_folders import require_uuid, sync_directory
 from gpudock_server.errors import DiskFull, SnapshotFailed
-from gpudock_server.model.ledger import LedgerEntry
+from gpudock_server.model.revision_backup import RevisionBackup
 from gpudock_server.model.snapshot import SnapshotKey
-from gpudock_server.ports import Ledger
+from gpudock_server.ports import RevisionBackupStore
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -29,28 +29,28 @@ _NO_SPACE_ERRNOS: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NUMBERED: Final = re.compile(r"[1-9][0-9]{0,17}\.json")
 
 
-class FolderRevisionBackupStore(Ledger):
-    """Implements ports.Ledger. `root` is made with the first entry; the folder above it must be there or be ours."""
+class FolderRevisionBackupStore(RevisionBackupStore):
+    """Implements ports.RevisionBackupStore. `root` is made with the first entry; its parent must exist or be ours."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    async def write(self, entry: LedgerEntry) -> None:
+    async def write(self, entry: RevisionBackup) -> None:
         """See the protocol. On return it is on the disk."""
         with self._snapshot_errors():
             await run_to_end(self._write, entry)
 
-    async def read(self, uid: str) -> tuple[LedgerEntry, ...]:
+    async def read(self, uid: str) -> tuple[RevisionBackup, ...]:
         """See the protocol."""
         with self._snapshot_errors():
             return await run_to_end(lambda: tuple(self._entries(uid)))
 
-    async def forget(self, key: SnapshotKey) -> None:
+    async def delete(self, key: SnapshotKey) -> None:
         """See the protocol."""
         with self._snapshot_errors():
             await run_to_end(self._forget, key)
 
-    async def forget_all(self, uid: str) -> None:
+    async def delete_all(self, uid: str) -> None:
         """See the protocol."""
         with self._snapshot_errors():
             await run_to_end(self._forget_all, uid)
@@ -60,7 +60,7 @@ class FolderRevisionBackupStore(Ledger):
         with self._snapshot_errors():
             return await run_to_end(lambda: tuple(self._uids()))
 
-    def _write(self, entry: LedgerEntry) -> None:
+    def _write(self, entry: RevisionBackup) -> None:
         path = self._path(entry.key)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         new = path.with_suffix(".new")
@@ -71,13 +71,13 @@ class FolderRevisionBackupStore(Ledger):
         new.replace(path)
         sync_directory(path.parent)
 
-    def _entries(self, uid: str) -> Iterator[LedgerEntry]:
+    def _entries(self, uid: str) -> Iterator[RevisionBackup]:
         folder = self._root / require_uuid(uid)
         names = [name for name in _names(folder) if _NUMBERED.fullmatch(name)]
         for name in sorted(names, key=lambda name: int(name.removesuffix(".json"))):
             try:
                 kept = json.loads((folder / name).read_text(encoding="utf-8"))
-                entry = LedgerEntry.model_validate(kept["entry"]) if kept["schema"] == _SCHEMA else None
+                entry = RevisionBackup.model_validate(kept["entry"]) if kept["schema"] == _SCHEMA else None
             except FileNotFoundError:
                 continue
             except (ValueError, KeyError, TypeError, ValidationError):

@@ -24,8 +24,8 @@ from gpudock_server.adapters.layers.exchange import LayerOrder, ensure_order, la
 from gpudock_server.adapters.layers.overlay2 import Layer, LayerRefusedError, find_layer, layer_of
 from gpudock_server.errors import DiskFull, LayerCarryFailed
 from gpudock_server.model.engine import EngineContainer, EngineImage, ImageAccounts
-from gpudock_server.model.operation import CarryMethod
-from gpudock_server.ports import CarryPlan, CommitCost, LayerPair, LayerStore, Progress
+from gpudock_server.model.operation import LayerTransferMethod
+from gpudock_server.ports import CommitCost, LayerPair, LayerStore, LayerTransferPlan, Progress
 
 _MEASURE_SECONDS = 300.0
 _NO_SPACE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -55,27 +55,27 @@ class OverlayLayerStore(LayerStore):
 
     def __init__(
         self,
-        forced: CarryMethod | None,
+        forced: LayerTransferMethod | None,
         engine_root: str,
         *,
         local: bool,
         stall_seconds: float = DEFAULT_STALL_SECONDS,
     ) -> None:
-        self._forced: CarryMethod | None = None if forced is CarryMethod.NONE else forced
+        self._forced: LayerTransferMethod | None = None if forced is LayerTransferMethod.NONE else forced
         self._root = engine_root
         self._local = local
         self._stall_seconds = stall_seconds
 
-    async def methods(self) -> tuple[tuple[CarryMethod, str], ...]:
+    async def methods(self) -> tuple[tuple[LayerTransferMethod, str], ...]:
         """Each method, and why it cannot be used on this host (empty: it can)."""
         hidden = await run_to_end(self._layers_unavailable_reason)
         return (
-            (CarryMethod.EXCHANGE, hidden or exchange_unavailable_reason()),
-            (CarryMethod.COPY, hidden or copy_unavailable_reason() or du_unavailable_reason()),
-            (CarryMethod.COMMIT, ""),
+            (LayerTransferMethod.EXCHANGE, hidden or exchange_unavailable_reason()),
+            (LayerTransferMethod.COPY, hidden or copy_unavailable_reason() or du_unavailable_reason()),
+            (LayerTransferMethod.COMMIT, ""),
         )
 
-    async def plan(self, old: EngineContainer) -> CarryPlan:
+    async def plan(self, old: EngineContainer) -> LayerTransferPlan:
         """The forced method, else the best; measures what would be copied. Raises LayerCarryFailed, DiskFull.
 
         The container may still run. What stood in the way of a better method is among the warnings.
@@ -83,17 +83,17 @@ class OverlayLayerStore(LayerStore):
         layer = await run_to_end(self._layer_of, old)
         hidden = layer if isinstance(layer, str) else ""
         reasons = {method: reason or hidden for method, reason in await self.methods()}
-        reasons[CarryMethod.COMMIT] = ""
+        reasons[LayerTransferMethod.COMMIT] = ""
         if self._forced:
             if reason := reasons[self._forced]:
                 raise LayerCarryFailed(method=self._forced, detail=reason)
-            plan = CarryPlan(method=self._forced)
+            plan = LayerTransferPlan(method=self._forced)
         else:
             plan = _best(reasons)
         match plan.method:
-            case CarryMethod.COPY:
+            case LayerTransferMethod.COPY:
                 return await self._measured(plan, old.upper_dir, apparent=False)
-            case CarryMethod.COMMIT:
+            case LayerTransferMethod.COMMIT:
                 return await self._commit_plan(plan, "" if hidden else old.upper_dir)
             case _:
                 return plan.model_copy(update={"bytes_available": available(self._root)})
@@ -105,11 +105,11 @@ class OverlayLayerStore(LayerStore):
         upper = (upper_dir,) if upper_dir else ()
         return await run_to_end(read_accounts, self._root, (*upper, *image.layer_paths))
 
-    async def commit_plan(self, container: EngineContainer) -> CarryPlan:
+    async def commit_plan(self, container: EngineContainer) -> LayerTransferPlan:
         """See the protocol. Raises LayerCarryFailed, DiskFull."""
         layer = await run_to_end(self._layer_of, container)
         upper = "" if isinstance(layer, str) else container.upper_dir
-        plan = await self._commit_plan(CarryPlan(method=CarryMethod.COMMIT), upper)
+        plan = await self._commit_plan(LayerTransferPlan(method=LayerTransferMethod.COMMIT), upper)
         return plan.model_copy(update={"warnings": LOST_BY_COMMIT})
 
     async def commit_cost(self, container: EngineContainer) -> CommitCost:
@@ -118,7 +118,7 @@ class OverlayLayerStore(LayerStore):
         if isinstance(layer, str) or du_unavailable_reason():
             return CommitCost(warnings=LOST_BY_COMMIT)
         await self.require_committable(container)
-        with _layer_errors(CarryMethod.COMMIT):
+        with _layer_errors(LayerTransferMethod.COMMIT):
             apparent, allocated, entries = await asyncio.gather(
                 tree_bytes(container.upper_dir, apparent=True, timeout_seconds=_MEASURE_SECONDS),
                 tree_bytes(container.upper_dir, apparent=False, timeout_seconds=_MEASURE_SECONDS),
@@ -142,7 +142,7 @@ class OverlayLayerStore(LayerStore):
 
     async def _require_short_paths(self, upper_dir: str) -> None:
         """The engine reaches the files of a layer by path, and leaves out what it cannot reach without an error."""
-        with _layer_errors(CarryMethod.COMMIT):
+        with _layer_errors(LayerTransferMethod.COMMIT):
             found = await run_job(
                 "longest_path",
                 memory_bytes=Limits().memory_bytes,
@@ -157,7 +157,9 @@ class OverlayLayerStore(LayerStore):
                 )
 
     @asynccontextmanager
-    async def commit_watched(self, container: EngineContainer, total: int, progress: Progress) -> AsyncIterator[None]:
+    async def report_commit_progress(
+        self, container: EngineContainer, total: int, progress: Progress
+    ) -> AsyncIterator[None]:
         """See the protocol."""
         layer = await run_to_end(self._layer_of, container)
         if isinstance(layer, str) or not total:
@@ -168,24 +170,24 @@ class OverlayLayerStore(LayerStore):
 
     async def locate(self, old: EngineContainer, new: EngineContainer) -> LayerPair:
         """See the protocol. Raises LayerCarryFailed; changes nothing."""
-        method = self._forced or CarryMethod.EXCHANGE
+        method = self._forced or LayerTransferMethod.EXCHANGE
         with _layer_errors(method):
             return await run_to_end(self._located, old, new)
 
     async def exchange(self, pair: LayerPair) -> bool:
         """See the protocol."""
-        with _layer_errors(CarryMethod.EXCHANGE):
+        with _layer_errors(LayerTransferMethod.EXCHANGE):
             return await run_to_end(ensure_order, self._root, pair, LayerOrder.EXCHANGED)
 
     async def exchange_back(self, pair: LayerPair) -> None:
         """See the protocol. The successor may be gone, as long as the old tree is where it was."""
-        with _layer_errors(CarryMethod.EXCHANGE):
+        with _layer_errors(LayerTransferMethod.EXCHANGE):
             if not await run_to_end(self._restore_order, pair):
                 raise LayerRefusedError("the kernel swapped the layers once and does not swap them back")
 
     async def copy(self, pair: LayerPair, progress: Progress) -> None:
         """See the protocol. On return the copy is on the disk, not only in memory."""
-        with _layer_errors(CarryMethod.COPY):
+        with _layer_errors(LayerTransferMethod.COPY):
             # Emptying the new tree of an exchanged pair would destroy the only copy.
             if await run_to_end(layer_order, self._root, pair) is not LayerOrder.STRAIGHT:
                 raise LayerRefusedError("the layers are exchanged, and what would be emptied is the old one")
@@ -194,7 +196,7 @@ class OverlayLayerStore(LayerStore):
             await self._copy(pair, progress)
 
     async def _copy(self, pair: LayerPair, progress: Progress) -> None:
-        plan = await self._measured(CarryPlan(method=CarryMethod.COPY), pair.old_path, apparent=False)
+        plan = await self._measured(LayerTransferPlan(method=LayerTransferMethod.COPY), pair.old_path, apparent=False)
         total = plan.bytes_to_move
         progress(0, total)
         device = find_layer(self._root, pair.new_path).device
@@ -217,7 +219,7 @@ class OverlayLayerStore(LayerStore):
             raise DiskFull(path=pair.new_path, needed_bytes=total, available_bytes=free) from error
         progress(total, total)
 
-    async def _commit_plan(self, plan: CarryPlan, upper_dir: str) -> CarryPlan:
+    async def _commit_plan(self, plan: LayerTransferPlan, upper_dir: str) -> LayerTransferPlan:
         """What the engine will write is what reading the layer gives; unknown where the layer is not ours to see."""
         plan = plan.model_copy(update={"warnings": (*plan.warnings, *COMMIT_WARNINGS)})
         if not upper_dir:
@@ -227,7 +229,7 @@ class OverlayLayerStore(LayerStore):
             return plan
         return await self._measured(plan, upper_dir, apparent=True)
 
-    async def _measured(self, plan: CarryPlan, path: str, *, apparent: bool) -> CarryPlan:
+    async def _measured(self, plan: LayerTransferPlan, path: str, *, apparent: bool) -> LayerTransferPlan:
         """The plan with the bytes that it moves and the room for them. Raises DiskFull."""
         with _layer_errors(plan.method):
             needed = await tree_bytes(path, apparent=apparent, timeout_seconds=_MEASURE_SECONDS)
@@ -265,11 +267,11 @@ class OverlayLayerStore(LayerStore):
         return ensure_order(self._root, pair, LayerOrder.STRAIGHT)
 
 
-def _best(reasons: dict[CarryMethod, str]) -> CarryPlan:
+def _best(reasons: dict[LayerTransferMethod, str]) -> LayerTransferPlan:
     """The first method that nothing speaks against, with what speaks against those before it."""
     method = next(method for method, reason in reasons.items() if not reason)
     warnings = [f"{other} is not possible: {reason}" for other, reason in reasons.items() if reason]
-    return CarryPlan(method=method, warnings=tuple(warnings))
+    return LayerTransferPlan(method=method, warnings=tuple(warnings))
 
 
 def _check_together(old: Layer, new: Layer) -> None:
@@ -282,7 +284,7 @@ def _check_together(old: Layer, new: Layer) -> None:
 
 
 @contextmanager
-def _layer_errors(method: CarryMethod) -> Iterator[None]:
+def _layer_errors(method: LayerTransferMethod) -> Iterator[None]:
     """Give what is refused or fails below the name that core knows."""
     try:
         yield

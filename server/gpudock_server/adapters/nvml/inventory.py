@@ -12,7 +12,7 @@ from typing import TypeVar
 import structlog
 
 from gpudock_server.adapters.nvml.session import DriverUnavailableError, NvmlSession, unhealthy
-from gpudock_server.model.gpu import GpuSnapshot
+from gpudock_server.model.gpu import GpuReport
 from gpudock_server.ports import GpuInventory
 
 T = TypeVar("T")
@@ -43,9 +43,9 @@ class NvmlInventory(GpuInventory):
         self._unavailable_reason = ""
         self._retried_at = float("-inf")
         # Of the event loop alone:
-        self._reading: Future[tuple[GpuSnapshot, int]] | None = None
+        self._reading: Future[tuple[GpuReport, int]] | None = None
         self._reading_since = 0.0
-        self._last = GpuSnapshot(message="the GPU inventory was not started")
+        self._last = GpuReport(message="the GPU inventory was not started")
         self._last_at = float("-inf")
         self._last_changes = -1
 
@@ -67,7 +67,7 @@ class NvmlInventory(GpuInventory):
             await _result(closing, _CLOSE_SECONDS)
             thread.join(_CLOSE_SECONDS)  # it has nothing more to do
 
-    async def snapshot(self) -> GpuSnapshot:
+    async def snapshot(self) -> GpuReport:
         """The cards as of now; see the class."""
         if self._thread is None or self._fresh():
             return self._last
@@ -82,7 +82,7 @@ class NvmlInventory(GpuInventory):
             return self._stale_snapshot()
         except Exception as error:  # noqa: BLE001 - a defect in here must not take down what works without cards
             _log.exception("gpu_inventory_failed")
-            snapshot, changes = GpuSnapshot(message=f"the GPU inventory failed: {error}"), -1
+            snapshot, changes = GpuReport(message=f"the GPU inventory failed: {error}"), -1
         if self._reading is reading:
             self._reading = None
             self._last, self._last_changes, self._last_at = snapshot, changes, time.monotonic()
@@ -93,7 +93,7 @@ class NvmlInventory(GpuInventory):
         changes = session.changes if session is not None else -1
         return time.monotonic() - self._last_at < self._cache and changes == self._last_changes
 
-    def _stale_snapshot(self) -> GpuSnapshot:
+    def _stale_snapshot(self) -> GpuReport:
         message = f"the NVIDIA driver has not answered for {time.monotonic() - self._reading_since:.0f} s"
         return self._last.model_copy(
             update={"gpus": tuple(unhealthy(gpu, message) for gpu in self._last.gpus), "message": message}
@@ -101,11 +101,11 @@ class NvmlInventory(GpuInventory):
 
     # ---- in the driver's thread ----
 
-    def _read(self) -> tuple[GpuSnapshot, int]:
+    def _read(self) -> tuple[GpuReport, int]:
         """A snapshot, and the count of changes that it surely shows (-1 without a driver)."""
         session = self._session or self._open_session()
         if session is None:
-            return GpuSnapshot(message=self._unavailable_reason), -1
+            return GpuReport(message=self._unavailable_reason), -1
         changes = session.changes
         try:
             return session.read(), changes
@@ -113,7 +113,7 @@ class NvmlInventory(GpuInventory):
             _log.warning("gpu_driver_gone", error=str(error))
             self._unavailable_reason = str(error)
             self._close_session()
-            return GpuSnapshot(message=self._unavailable_reason), -1
+            return GpuReport(message=self._unavailable_reason), -1
 
     def _open_session(self) -> NvmlSession | None:
         if time.monotonic() - self._retried_at < self._retry:

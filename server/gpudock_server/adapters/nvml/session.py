@@ -18,7 +18,7 @@ from gpudock_server.adapters.nvml.driver import (
 )
 from gpudock_server.adapters.nvml.events import XidListener
 from gpudock_server.adapters.nvml.xids import fatal_xid_message
-from gpudock_server.model.gpu import Gpu, GpuHealth, GpuSnapshot
+from gpudock_server.model.gpu import Gpu, GpuHealth, GpuReport
 
 _log = structlog.get_logger(__name__)
 # After these the library has to be initialized anew.
@@ -71,7 +71,7 @@ class NvmlSession:
         with self._lock:
             self.changes += 1
 
-    def read(self) -> GpuSnapshot:
+    def read(self) -> GpuReport:
         """All cards, those included that were seen once and are gone. Raises DriverUnavailableError."""
         try:
             seen, problems = self._read_all()
@@ -113,12 +113,12 @@ class NvmlSession:
     def _all_unhealthy(self, problem: str) -> dict[str, Gpu]:
         return {uuid: unhealthy(gpu, problem) for uuid, gpu in self._known.items()}
 
-    def _snapshot(self, gpus: dict[str, Gpu], message: str) -> GpuSnapshot:
+    def _snapshot(self, gpus: dict[str, Gpu], message: str) -> GpuReport:
         with self._lock:
             xids = dict(self._xids)
         marked = (unhealthy(gpu, xids[uuid]) if uuid in xids else gpu for uuid, gpu in gpus.items())
         driver, nvml, cuda = self._versions
-        return GpuSnapshot(
+        return GpuReport(
             gpus=tuple(sorted(marked, key=lambda gpu: gpu.index)),
             driver_version=driver,
             nvml_version=nvml,

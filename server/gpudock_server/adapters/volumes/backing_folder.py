@@ -30,7 +30,7 @@ from gpudock_server.adapters.host.threads import run_to_end
 from gpudock_server.adapters.host.trees.jobs import JobRefusedError
 from gpudock_server.adapters.host.trees.limits import Limits, TreeTooLargeError
 from gpudock_server.adapters.host.trees.worker import run_job
-from gpudock_server.model.volume import StoredVolume, VolumeBackendKind, VolumeBacking, VolumeIdentity
+from gpudock_server.model.volume import BackingOnDisk, VolumeBackendKind, VolumeBacking, VolumeIdentity
 
 _PRIVATE: Final = 0o700
 _SCHEMA: Final = 1
@@ -152,23 +152,23 @@ def recorded_backings(root: Path) -> Iterator[VolumeBacking]:
                 yield backing
 
 
-def stored(root: Path, kind: VolumeBackendKind) -> tuple[StoredVolume, ...]:
+def backings_on_disk(root: Path, kind: VolumeBackendKind) -> tuple[BackingOnDisk, ...]:
     """The stores of one kind; one whose record is damaged is of the kind that its content shows."""
     return tuple(one for folder in backing_folders(root) if (one := _stored(folder, kind)) is not None)
 
 
-def _stored(folder: BackingFolder, kind: VolumeBackendKind) -> StoredVolume | None:
+def _stored(folder: BackingFolder, kind: VolumeBackendKind) -> BackingOnDisk | None:
     try:
         recorded = folder.recorded()
     except BackingDamaged as error:
         shown = VolumeBackendKind.PROJECT_QUOTA if folder.data.exists() else VolumeBackendKind.LOOP
-        return StoredVolume(uid=folder.uid, folder=str(folder.path), damage=str(error)) if shown is kind else None
+        return BackingOnDisk(uid=folder.uid, folder=str(folder.path), damage=str(error)) if shown is kind else None
     if recorded is None or recorded[0].kind is not kind:
         return None
     backing, identity = recorded
     content = folder.image if kind is VolumeBackendKind.LOOP else folder.data
     damage = "" if content.exists() else f"{content} is gone"
-    return StoredVolume(
+    return BackingOnDisk(
         uid=folder.uid,
         folder=str(folder.path),
         backing=None if damage else backing,

@@ -41,7 +41,7 @@ class Filesystem(ABC):
     _left_in_root: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
-    async def unavailable(self) -> str:
+    async def unavailable_reason(self) -> str:
         """Why it cannot be used on this host; empty when it can."""
 
     @abstractmethod
@@ -94,7 +94,7 @@ class Xfs(Filesystem):
     _FEW_GROUPS_BELOW: Final = 4096 * _MIB
 
     @override
-    async def unavailable(self) -> str:
+    async def unavailable_reason(self) -> str:
         return missing_programs("mkfs.xfs", "xfs_growfs") or await kernel_lacks("xfs")
 
     @override
@@ -122,7 +122,7 @@ class Btrfs(Filesystem):
     smallest_bytes = 256 * _MIB
 
     @override
-    async def unavailable(self) -> str:
+    async def unavailable_reason(self) -> str:
         return missing_programs("mkfs.btrfs", "btrfs") or await kernel_lacks("btrfs")
 
     @override
@@ -167,7 +167,7 @@ class Ext4(Filesystem):
     _left_in_root = ("lost+found",)
 
     @override
-    async def unavailable(self) -> str:
+    async def unavailable_reason(self) -> str:
         if not effective_capabilities() >> _CAP_SYS_RESOURCE & 1:
             return "without CAP_SYS_RESOURCE the daemon cannot grow a mounted ext4"
         return missing_programs("mkfs.ext4", "resize2fs") or await kernel_lacks("ext4")

@@ -17,7 +17,7 @@ from gpudock_server.adapters.volumes.backing_folder import (
     BackingDamaged,
     BackingFolder,
     backing_folders,
-    stored,
+    backings_on_disk,
     sync_directory,
 )
 from gpudock_server.adapters.volumes.failures import volume_errors
@@ -26,8 +26,8 @@ from gpudock_server.adapters.volumes.pool import pool_usage
 from gpudock_server.adapters.volumes.private_mounts import DeviceMount, FilesLocation, MountedView, mount_privately
 from gpudock_server.errors import SizeNotSupported, VolumeInUse, VolumeTooSmallForData
 from gpudock_server.model.volume import (
+    BackingOnDisk,
     PoolUsage,
-    StoredVolume,
     VolumeBackendKind,
     VolumeBacking,
     VolumeIdentity,
@@ -59,7 +59,7 @@ class LoopBackend(VolumeBackend):
         """See the protocol."""
         return VolumeBackendKind.LOOP
 
-    async def unavailable(self) -> str:
+    async def unavailable_reason(self) -> str:
         """See the protocol."""
         if not self._local:
             return "the engine runs on another host"
@@ -85,10 +85,10 @@ class LoopBackend(VolumeBackend):
             await self._finish_create(folder, backing)
         return backing
 
-    async def stored(self) -> tuple[StoredVolume, ...]:
+    async def backings_on_disk(self) -> tuple[BackingOnDisk, ...]:
         """See the protocol."""
         with volume_errors("look for", "", self._root):
-            return await run_to_end(stored, self._root, self.kind) if self._local else ()
+            return await run_to_end(backings_on_disk, self._root, self.kind) if self._local else ()
 
     async def _finish_create(self, folder: BackingFolder, backing: VolumeBacking) -> None:
         filesystem = _filesystem(backing)
@@ -191,7 +191,7 @@ class LoopBackend(VolumeBackend):
                 return await run_to_end(filesystem.usage, view.path(mount.point))
 
     @asynccontextmanager
-    async def opened(self, backing: VolumeBacking) -> AsyncIterator[str]:
+    async def open_files(self, backing: VolumeBacking) -> AsyncIterator[str]:
         """See the protocol."""
         async with AsyncExitStack() as stack:
             # What goes wrong inside is the caller's; what goes wrong on the way there is ours.
@@ -231,7 +231,7 @@ class LoopBackend(VolumeBackend):
 
     async def _usable(self) -> tuple[list[Filesystem], list[str]]:
         """The filesystems that the host has, and why not the others."""
-        reasons = [(one, await one.unavailable()) for one in self._offered]
+        reasons = [(one, await one.unavailable_reason()) for one in self._offered]
         usable = [one for one, reason in reasons if not reason]
         return usable, [f"{one.name}: {reason}" for one, reason in reasons if reason]
 

@@ -15,8 +15,8 @@ from gpudock_server.adapters.volumes.pool import pool_usage
 from gpudock_server.adapters.volumes.private_mounts import FilesLocation
 from gpudock_server.errors import SizeNotSupported, VolumeFailed
 from gpudock_server.model.volume import (
+    BackingOnDisk,
     PoolUsage,
-    StoredVolume,
     VolumeBackendKind,
     VolumeBacking,
     VolumeIdentity,
@@ -42,7 +42,7 @@ class PlainBackend(VolumeBackend):
         """See the protocol."""
         return VolumeBackendKind.PLAIN
 
-    async def unavailable(self) -> str:
+    async def unavailable_reason(self) -> str:
         """See the protocol."""
         return ""
 
@@ -60,7 +60,7 @@ class PlainBackend(VolumeBackend):
             BackingFolder(self._root, uid)
         return VolumeBacking(kind=self.kind, uid=uid, name=name, engine_volume=f"gpudock-{uid}")
 
-    async def stored(self) -> tuple[StoredVolume, ...]:
+    async def backings_on_disk(self) -> tuple[BackingOnDisk, ...]:
         """See the protocol: the engine has them."""
         return ()
 
@@ -93,7 +93,7 @@ class PlainBackend(VolumeBackend):
 
     async def usage(self, backing: VolumeBacking) -> VolumeUsage:
         """See the protocol. Counted by du: it takes as long as there are files."""
-        async with self.opened(backing) as folder:
+        async with self.open_files(backing) as folder:
             with volume_errors("look into", backing.name, self._root):
                 try:
                     used = await tree_bytes(folder, apparent=False, timeout_seconds=_MEASURE_SECONDS)
@@ -102,7 +102,7 @@ class PlainBackend(VolumeBackend):
         return VolumeUsage(used_bytes=used, size_bytes=0, minimum_bytes=used)
 
     @asynccontextmanager
-    async def opened(self, backing: VolumeBacking) -> AsyncIterator[str]:
+    async def open_files(self, backing: VolumeBacking) -> AsyncIterator[str]:
         """See the protocol."""
         with volume_errors("look into", backing.name, self._root):
             folder = Path(backing.folder)
@@ -112,7 +112,7 @@ class PlainBackend(VolumeBackend):
 
     async def files_location(self, backing: VolumeBacking) -> FilesLocation:
         """See private_mounts.MountableBackend."""
-        async with self.opened(backing) as folder:
+        async with self.open_files(backing) as folder:
             return FilesLocation(path=Path(folder))
 
     async def destroy(self, backing: VolumeBacking) -> None:

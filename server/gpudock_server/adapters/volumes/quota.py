@@ -15,7 +15,7 @@ from typing import Final
 
 from gpudock_server.adapters.host.subprocesses import ProgramFailed, missing_programs, run
 from gpudock_server.adapters.host.threads import run_to_end
-from gpudock_server.adapters.volumes.backing_folder import BackingDamaged, BackingFolder, stored
+from gpudock_server.adapters.volumes.backing_folder import BackingDamaged, BackingFolder, backings_on_disk
 from gpudock_server.adapters.volumes.failures import volume_errors
 from gpudock_server.adapters.volumes.pool import pool_usage, recorded_ids
 from gpudock_server.adapters.volumes.private_mounts import FilesLocation
@@ -30,8 +30,8 @@ from gpudock_server.adapters.volumes.quota_table import (
 )
 from gpudock_server.errors import SizeNotSupported, VolumeFailed, VolumeTooSmallForData
 from gpudock_server.model.volume import (
+    BackingOnDisk,
     PoolUsage,
-    StoredVolume,
     VolumeBackendKind,
     VolumeBacking,
     VolumeIdentity,
@@ -68,7 +68,7 @@ class ProjectQuotaBackend(VolumeBackend):
         """See the protocol."""
         return VolumeBackendKind.PROJECT_QUOTA
 
-    async def unavailable(self) -> str:
+    async def unavailable_reason(self) -> str:
         """See the protocol."""
         if not self._local:
             return "the engine runs on another host"
@@ -98,7 +98,7 @@ class ProjectQuotaBackend(VolumeBackend):
         with volume_errors("create", name, self._root):
             backing = await run_to_end(folder.read_own, self.kind)
             if backing is None:
-                if reason := await self.unavailable():
+                if reason := await self.unavailable_reason():
                     raise SizeNotSupported(volume=name, size_bytes=size_bytes, detail=reason)
                 async with self._project_id_lock:
                     backing = VolumeBacking(
@@ -122,16 +122,16 @@ class ProjectQuotaBackend(VolumeBackend):
         """See the protocol. A folder without its limit would be one without a size, so the limit is set again."""
         folder = self._folder(backing)
         with volume_errors("attach", backing.name, self._root):
-            if reason := await self.unavailable():
+            if reason := await self.unavailable_reason():
                 raise BackingDamaged(reason)
             if not await run_to_end(folder.data.is_dir):
                 raise BackingDamaged(f"{folder.data} is gone")
             await self._limit(folder, backing, backing.size_bytes)
 
-    async def stored(self) -> tuple[StoredVolume, ...]:
+    async def backings_on_disk(self) -> tuple[BackingOnDisk, ...]:
         """See the protocol."""
         with volume_errors("look for", "", self._root):
-            return await run_to_end(stored, self._root, self.kind) if self._local else ()
+            return await run_to_end(backings_on_disk, self._root, self.kind) if self._local else ()
 
     async def grow(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
         """See the protocol."""
@@ -177,7 +177,7 @@ class ProjectQuotaBackend(VolumeBackend):
             return await self._usage(self._folder(backing), backing)
 
     @asynccontextmanager
-    async def opened(self, backing: VolumeBacking) -> AsyncIterator[str]:
+    async def open_files(self, backing: VolumeBacking) -> AsyncIterator[str]:
         """See the protocol. There is nothing to open, so nothing is in use by it either."""
         yield str(self._folder(backing).data)
 

@@ -50,8 +50,7 @@ from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.saga import Outcome, Run, Step
 from gpudock_server.errors import LayerCarryFailed, PulledImageDiffers, StartFailed
-from gpudock_server.model.changes import Change, Keep, PutContainer, PutRevision, PutSnapshot, Release
-from gpudock_server.model.claims import keys_of
+from gpudock_server.model.claims import claim_keys
 from gpudock_server.model.container import (
     Container,
     ContainerRevision,
@@ -59,11 +58,19 @@ from gpudock_server.model.container import (
     Placement,
     RevisionCause,
 )
-from gpudock_server.model.engine import Blueprint, EngineContainer, RegistryAuth
-from gpudock_server.model.operation import CarryMethod, Operation, StageState
+from gpudock_server.model.engine import EngineContainer, EngineContainerSpec, RegistryAuth
+from gpudock_server.model.operation import LayerTransferMethod, Operation, StageState
 from gpudock_server.model.record import JsonObject, Record, now
 from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind
 from gpudock_server.model.spec import ContainerSpec
+from gpudock_server.model.store_changes import (
+    ConfirmClaim,
+    PutContainer,
+    PutRevision,
+    PutSnapshot,
+    ReleaseClaim,
+    StoreChange,
+)
 from gpudock_server.ports import ContainerView, LayerPair
 
 
@@ -119,7 +126,7 @@ class ChangeArguments(Record):
     start: bool = False
     replace: bool = False
     limits: bool = False
-    carry: CarryMethod = CarryMethod.NONE
+    carry: LayerTransferMethod = LayerTransferMethod.NONE
     source: Source = Source()
     keep: KeepArguments = KeepArguments()
     prunes: bool = False
@@ -165,7 +172,7 @@ class ChangeSaga(ContainerSaga):
             pull = [Step("pull", self._fetch, interruptible=True)]
         create = Step("create", self._create, self._remove_successor)
         stop, start = self._stopping(), (*self._starting(), *self._verifying())
-        if arguments.carry is CarryMethod.COMMIT:
+        if arguments.carry is LayerTransferMethod.COMMIT:
             graft = [Step("graft", self._graft, self._remove_graft)] if arguments.source.files is Files.GRAFT else []
             return (*pull, *stop, self._image_step(), *graft, create, *start)
         before, after = [create], []
@@ -302,7 +309,7 @@ class ChangeSaga(ContainerSaga):
         # Not the image's tag, which may have moved: the layer is only right on top of the very image it was made on.
         if self._arguments.source.files is Files.GRAFT:
             return str(operation.facts("graft")["image_id"])
-        if self._arguments.carry is CarryMethod.COMMIT:
+        if self._arguments.carry is LayerTransferMethod.COMMIT:
             return str(operation.facts(IMAGE_STAGE)["image_id"])
         return self._new_image(operation) or self._arguments.old.image_id
 
@@ -311,7 +318,7 @@ class ChangeSaga(ContainerSaga):
         image_id = self._successor_image(operation)
         name = world.engine_name(operation.target.name, operation.id)
         engine_id = await world.create(
-            Blueprint(
+            EngineContainerSpec(
                 name=name,
                 image_id=image_id,
                 spec=arguments.spec,
@@ -363,10 +370,10 @@ class ChangeSaga(ContainerSaga):
     async def _carry(self, run: Run) -> JsonObject:
         layers, pair = self._world.layers, self._pair(run)
         await self._must_be_still(run)
-        if self._arguments.carry is CarryMethod.EXCHANGE and await layers.exchange(pair):
-            return {"method": CarryMethod.EXCHANGE.value}
+        if self._arguments.carry is LayerTransferMethod.EXCHANGE and await layers.exchange(pair):
+            return {"method": LayerTransferMethod.EXCHANGE.value}
         await layers.copy(pair, run.progress)
-        return {"method": CarryMethod.COPY.value}
+        return {"method": LayerTransferMethod.COPY.value}
 
     async def _must_be_still(self, run: Run) -> None:
         """A layer that is written to is not carried: someone may have started the old one by hand."""
@@ -422,7 +429,7 @@ class ChangeSaga(ContainerSaga):
         else:
             status = observed(container, seen)
         container = container.changed(status=status)
-        changes: list[Change] = [PutContainer(container, expect=view.version)]
+        changes: list[StoreChange] = [PutContainer(container, expect=view.version)]
         if arguments.cause is not None:
             revision = self._revision(run, container, arguments.cause)
             changes.append(PutRevision(revision))
@@ -431,11 +438,13 @@ class ChangeSaga(ContainerSaga):
             # A snapshot on the disk says itself what it is, an image does not.
             image = kept if isinstance(kept, Snapshot) and kept.kind is SnapshotKind.IMAGE else None
             await remember(world, container, revision, (arguments.keep.revision, image) if image else None)
-        wanted = keys_of(arguments.placement)
+        wanted = claim_keys(arguments.placement)
         holder = world.holder(container)
-        changes += [Keep(world.host, key, holder) for key in wanted]
+        changes += [ConfirmClaim(world.host, key, holder) for key in wanted]
         changes += [
-            Release(world.host, key, container.uid) for key in keys_of(arguments.old_placement) if key not in wanted
+            ReleaseClaim(world.host, key, container.uid)
+            for key in claim_keys(arguments.old_placement)
+            if key not in wanted
         ]
         return Outcome(changes, container)
 
@@ -496,12 +505,16 @@ class ChangeSaga(ContainerSaga):
         await prune(self._world, run.operation.target.uid, self._arguments.spec)
 
     @override
-    async def abandon(self, run: Run, view: ContainerView) -> Sequence[Change]:
+    async def abandon(self, run: Run, view: ContainerView) -> Sequence[StoreChange]:
         arguments = self._arguments
         seen = await self._world.engine.inspect(arguments.old.engine_id)
         container = view.container.changed(status=observed(view.container, seen), update_time=now())
-        kept = keys_of(arguments.old_placement)
+        kept = claim_keys(arguments.old_placement)
         return [
             PutContainer(container, expect=view.version),
-            *(Release(self._world.host, key, container.uid) for key in keys_of(arguments.placement) if key not in kept),
+            *(
+                ReleaseClaim(self._world.host, key, container.uid)
+                for key in claim_keys(arguments.placement)
+                if key not in kept
+            ),
         ]

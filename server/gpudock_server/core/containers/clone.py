@@ -56,8 +56,7 @@ from gpudock_server.errors import (
     SnapshotFailed,
     SnapshotNotFound,
 )
-from gpudock_server.model.changes import Change, Claim, DeleteContainer, Keep, PutContainer, PutRevision, Release
-from gpudock_server.model.claims import keys_of
+from gpudock_server.model.claims import claim_keys
 from gpudock_server.model.container import (
     Container,
     ContainerRevision,
@@ -67,12 +66,21 @@ from gpudock_server.model.container import (
     Placement,
     RevisionCause,
 )
-from gpudock_server.model.engine import Blueprint, EngineContainer, EngineState
-from gpudock_server.model.operation import CarryMethod, Operation, OperationKind, OperationPlan
+from gpudock_server.model.engine import EngineContainer, EngineContainerSpec, EngineState
+from gpudock_server.model.operation import LayerTransferMethod, Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import JsonObject, Record, now
+from gpudock_server.model.resource import ResourceRef
 from gpudock_server.model.snapshot import SnapshotKey, SnapshotKind
 from gpudock_server.model.spec import ContainerSpec
-from gpudock_server.model.target import Target
+from gpudock_server.model.store_changes import (
+    Claim,
+    ConfirmClaim,
+    DeleteContainer,
+    PutContainer,
+    PutRevision,
+    ReleaseClaim,
+    StoreChange,
+)
 from gpudock_server.ports import ContainerView
 
 
@@ -86,10 +94,10 @@ class Origin(StrEnum):
 
 
 _CARRIED_BY = {
-    Origin.MIRROR: CarryMethod.COPY,
-    Origin.COMMIT: CarryMethod.COMMIT,
-    Origin.TREE: CarryMethod.COPY,
-    Origin.IMAGE: CarryMethod.NONE,
+    Origin.MIRROR: LayerTransferMethod.COPY,
+    Origin.COMMIT: LayerTransferMethod.COMMIT,
+    Origin.TREE: LayerTransferMethod.COPY,
+    Origin.IMAGE: LayerTransferMethod.NONE,
 }
 
 
@@ -114,7 +122,7 @@ class Files(Record):
 class CloneArguments(Record):
     """What the saga needs to be built again. `verify` is as in CreateArguments."""
 
-    source: Target
+    source: ResourceRef
     files: Files
     spec: ContainerSpec
     placement: Placement
@@ -237,7 +245,7 @@ async def _files_of_now(world: World, source: Container) -> Files:
         freeze=seen.running and seen.state is not EngineState.PAUSED,
     )
     carry = await world.layers.plan(seen)
-    if carry.method is CarryMethod.COMMIT:
+    if carry.method is LayerTransferMethod.COMMIT:
         return files.model_copy(
             update={
                 "bytes_to_move": carry.bytes_to_move,
@@ -325,7 +333,7 @@ class CloneSaga(ContainerSaga):
         image_id = str(operation.facts(IMAGE_STAGE).get("image_id", self._files.image_id))
         name = world.engine_name(operation.target.name, operation.id)
         engine_id = await world.create(
-            Blueprint(
+            EngineContainerSpec(
                 name=name,
                 image_id=image_id,
                 spec=spec,
@@ -417,10 +425,10 @@ class CloneSaga(ContainerSaga):
         )
         await remember(world, container, revision)
         holder = world.holder(container)
-        changes: list[Change] = [
+        changes: list[StoreChange] = [
             PutContainer(container, expect=view.version),
             PutRevision(revision),
-            *(Keep(world.host, key, holder) for key in keys_of(arguments.placement)),
+            *(ConfirmClaim(world.host, key, holder) for key in claim_keys(arguments.placement)),
             *await self._source_as_it_is(),
         ]
         return Outcome(changes, container)
@@ -448,14 +456,14 @@ class CloneSaga(ContainerSaga):
         return self._files.source.base_depth if self._files.source else 0
 
     @override
-    async def abandon(self, run: Run, view: ContainerView) -> Sequence[Change]:
+    async def abandon(self, run: Run, view: ContainerView) -> Sequence[StoreChange]:
         return [
             DeleteContainer(view.container.name, view.container.uid, expect=view.version),
-            *(Release(self._world.host, key, view.container.uid) for key in keys_of(self._arguments.placement)),
+            *(ReleaseClaim(self._world.host, key, view.container.uid) for key in claim_keys(self._arguments.placement)),
             *await self._source_as_it_is(),
         ]
 
-    async def _source_as_it_is(self) -> list[Change]:
+    async def _source_as_it_is(self) -> list[StoreChange]:
         """What its engine container did meanwhile: nobody looks at one that is locked."""
         view = await self._world.store.container(self._arguments.source.name)
         if view is None or view.container.uid != self._arguments.source.uid or view.container.engine is None:

@@ -30,7 +30,6 @@ from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
 from gpudock_server.core.saga import Outcome, Run, Step
 from gpudock_server.errors import ContainerNotRunning, DiskFull, EngineRejected, ImageExists, SnapshotFailed
-from gpudock_server.model.changes import Change, PutContainer
 from gpudock_server.model.container import ContainerState
 from gpudock_server.model.engine import (
     LABEL_NAME,
@@ -44,6 +43,7 @@ from gpudock_server.model.engine import (
 from gpudock_server.model.image import CommittedImage
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import JsonObject, Record, now
+from gpudock_server.model.store_changes import PutContainer, StoreChange
 from gpudock_server.ports import CommitCost, ContainerView, LayerTooLarge
 from gpudock_server.sizes import size_text
 
@@ -222,7 +222,7 @@ class CommitSaga(ContainerSaga):
             LABEL_OPERATION: operation.id,
         }
         name = self._world.engine_name(_shadow_name(operation), operation.id)
-        shadow_id = await self._world.engine.create_shadow(self._arguments.engine_id, name, labels)
+        shadow_id = await self._world.engine.create_file_holder(self._arguments.engine_id, name, labels)
         await self._mirror(run, shadow_id, still=False)
         return {"shadow_id": shadow_id}
 
@@ -273,7 +273,7 @@ class CommitSaga(ContainerSaga):
             raise EngineRejected(call="commit a container", status=_NOT_FOUND, detail=detail)
         await world.layers.require_committable(seen)
         run.progress(0, total)
-        async with world.layers.commit_watched(seen, total, run.progress):
+        async with world.layers.report_commit_progress(seen, total, run.progress):
             image_id = await world.engine.commit(
                 committed_id,
                 reference,
@@ -295,7 +295,7 @@ class CommitSaga(ContainerSaga):
         engine, reference = self._world.engine, commit_image(run.operation)
         if await engine.image(reference) is None:
             committed = str(run.operation.facts("commit-files")["image_id"])
-            await engine.without_identity(committed, self._arguments.base_id, reference)
+            await engine.strip_identity(committed, self._arguments.base_id, reference)
         image = await self._made(reference)
         replaced = await replaceable(self._world, self._name)
         return {"image_id": image.id, "size_bytes": image.size_bytes, "replaced": replaced}
@@ -357,10 +357,10 @@ class CommitSaga(ContainerSaga):
         return Outcome([*await self._as_seen(view), origin], image)
 
     @override
-    async def abandon(self, run: Run, view: ContainerView) -> Sequence[Change]:
+    async def abandon(self, run: Run, view: ContainerView) -> Sequence[StoreChange]:
         return await self._as_seen(view)
 
-    async def _as_seen(self, view: ContainerView) -> Sequence[Change]:
+    async def _as_seen(self, view: ContainerView) -> Sequence[StoreChange]:
         # It was frozen and thawed meanwhile, and may have ended; nothing else has changed.
         container = view.container.changed(status=observed(view.container, await self._seen()))
         return [PutContainer(container, expect=view.version)]

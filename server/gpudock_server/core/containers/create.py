@@ -26,16 +26,7 @@ from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
 from gpudock_server.core.saga import Outcome, Run, Step
 from gpudock_server.errors import ContainerExists, ImageNotFound
-from gpudock_server.model.changes import (
-    Change,
-    Claim,
-    DeleteContainer,
-    Keep,
-    PutContainer,
-    PutRevision,
-    Release,
-)
-from gpudock_server.model.claims import keys_of
+from gpudock_server.model.claims import claim_keys
 from gpudock_server.model.container import (
     Container,
     ContainerRevision,
@@ -52,12 +43,21 @@ from gpudock_server.model.engine import (
     LABEL_OWNER,
     LABEL_REVISION,
     LABEL_UID,
-    Blueprint,
+    EngineContainerSpec,
     RegistryAuth,
 )
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import JsonObject, Record, now
 from gpudock_server.model.spec import ContainerSpec
+from gpudock_server.model.store_changes import (
+    Claim,
+    ConfirmClaim,
+    DeleteContainer,
+    PutContainer,
+    PutRevision,
+    ReleaseClaim,
+    StoreChange,
+)
 from gpudock_server.ports import ContainerView
 
 VERIFY_STAGE = "verify"
@@ -195,7 +195,7 @@ class CreateSaga(ContainerSaga):
         image_id = self._arguments.image_id or await self._pulled_image(operation)
         name = world.engine_name(operation.target.name, operation.id)
         engine_id = await world.create(
-            Blueprint(
+            EngineContainerSpec(
                 name=name,
                 image_id=image_id,
                 spec=self._spec,
@@ -260,18 +260,18 @@ class CreateSaga(ContainerSaga):
         )
         await remember(world, container, revision)
         holder = world.holder(container)
-        changes: list[Change] = [
+        changes: list[StoreChange] = [
             PutContainer(container, expect=view.version),
             PutRevision(revision),
-            *(Keep(world.host, key, holder) for key in keys_of(arguments.placement)),
+            *(ConfirmClaim(world.host, key, holder) for key in claim_keys(arguments.placement)),
         ]
         return Outcome(changes, container)
 
     @override
-    async def abandon(self, run: Run, view: ContainerView) -> Sequence[Change]:
+    async def abandon(self, run: Run, view: ContainerView) -> Sequence[StoreChange]:
         return [
             DeleteContainer(view.container.name, view.container.uid, expect=view.version),
-            *(Release(self._world.host, key, view.container.uid) for key in keys_of(self._arguments.placement)),
+            *(ReleaseClaim(self._world.host, key, view.container.uid) for key in claim_keys(self._arguments.placement)),
         ]
 
 

@@ -13,12 +13,12 @@ from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
 from gpudock_server.core.saga import Outcome, Run, Step
 from gpudock_server.errors import ContainerRunning
-from gpudock_server.model.changes import Change, DeleteContainer, PutContainer, Release
-from gpudock_server.model.claims import keys_of
-from gpudock_server.model.container import LIVES, ContainerState, EngineBinding, Placement
+from gpudock_server.model.claims import claim_keys
+from gpudock_server.model.container import ACTIVE_STATES, ContainerState, EngineBinding, Placement
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import Record, now
 from gpudock_server.model.snapshot import SnapshotKind
+from gpudock_server.model.store_changes import DeleteContainer, PutContainer, ReleaseClaim, StoreChange
 from gpudock_server.ports import ContainerView
 
 
@@ -34,7 +34,7 @@ async def draft(world: World, command: Delete) -> Draft:
     view = await world.lookup(command.name, command.etag)
     container = view.container
     state = container.status.state
-    if state in LIVES and not command.force:
+    if state in ACTIVE_STATES and not command.force:
         raise ContainerRunning(container=command.name, state=state.value)
     arguments = DeleteArguments(engine=container.engine, placement=container.status.placement)
     return Draft(
@@ -73,7 +73,7 @@ class DeleteSaga(ContainerSaga):
             if view.snapshot is not None and view.snapshot.kind is SnapshotKind.IMAGE:
                 await self._world.engine.remove_image(view.snapshot.reference)
         await self._world.snapshots.remove_all(uid)
-        await self._world.ledger.forget_all(uid)
+        await self._world.ledger.delete_all(uid)
         if self._arguments.engine is None:
             return
         for volume in self._arguments.engine.anonymous_volumes.values():
@@ -84,14 +84,14 @@ class DeleteSaga(ContainerSaga):
     @override
     async def commit(self, run: Run, view: ContainerView) -> Outcome:
         container = view.container
-        changes: list[Change] = [
+        changes: list[StoreChange] = [
             DeleteContainer(container.name, container.uid, expect=view.version),
-            *(Release(self._world.host, key, container.uid) for key in keys_of(self._arguments.placement)),
+            *(ReleaseClaim(self._world.host, key, container.uid) for key in claim_keys(self._arguments.placement)),
         ]
         return Outcome(changes, container)
 
     @override
-    async def abandon(self, run: Run, view: ContainerView) -> Sequence[Change]:
+    async def abandon(self, run: Run, view: ContainerView) -> Sequence[StoreChange]:
         container = view.container
         if self._arguments.engine is not None:
             seen = await self._world.engine.inspect(self._arguments.engine.engine_id)

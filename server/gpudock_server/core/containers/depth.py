@@ -137,7 +137,7 @@ async def _finished(world: World, run: Run, raw: EngineImage, old: tuple[str, in
         else:
             return
     try:
-        await world.engine.with_config_of(raw.id, image_id, reference)
+        await world.engine.replace_config(raw.id, image_id, reference)
     except EngineRejected as error:
         # An engine that keeps its images in containerd does not take one without its layers.
         run.note(f"the image of its files keeps the container's variables and command: {error}")

@@ -13,13 +13,13 @@ from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
 from gpudock_server.core.saga import Outcome, Run, Step
 from gpudock_server.errors import RevisionIsCurrent, RevisionNotFound
-from gpudock_server.model import changes
-from gpudock_server.model.changes import Change, PutContainer
+from gpudock_server.model import store_changes
 from gpudock_server.model.container import Container
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import Record, now
 from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind
 from gpudock_server.model.spec import ContainerSpec
+from gpudock_server.model.store_changes import PutContainer, StoreChange
 from gpudock_server.ports import ContainerView, RevisionView
 
 # How many numbers an error lists of what there is instead.
@@ -67,7 +67,7 @@ async def prune(world: World, uid: str, spec: ContainerSpec) -> None:
     for view in surplus(await world.store.history(uid), limits_of(world, spec)):
         await drop_files(world, uid, view.revision.revision, view.snapshot)
         # The record goes last, so that what is left of an interrupted removal is found again.
-        await world.store.apply([changes.DeleteRevision(uid, view.revision.revision)])
+        await world.store.apply([store_changes.DeleteRevision(uid, view.revision.revision)])
 
 
 async def drop_files(world: World, uid: str, revision: int, snapshot: Snapshot | None) -> None:
@@ -77,7 +77,7 @@ async def drop_files(world: World, uid: str, revision: int, snapshot: Snapshot |
     else:
         await world.snapshots.remove(SnapshotKey(uid=uid, revision=revision))
     # Before the store's own record: what is only on the disk is taken for what the store has lost.
-    await world.ledger.forget(SnapshotKey(uid=uid, revision=revision))
+    await world.ledger.delete(SnapshotKey(uid=uid, revision=revision))
 
 
 class DeleteRevisionArguments(Record):
@@ -127,8 +127,8 @@ class DeleteRevisionSaga(ContainerSaga):
     @override
     async def commit(self, run: Run, view: ContainerView) -> Outcome:
         uid = view.container.uid
-        return Outcome([changes.DeleteRevision(uid, self._arguments.revision)], view.container)
+        return Outcome([store_changes.DeleteRevision(uid, self._arguments.revision)], view.container)
 
     @override
-    async def abandon(self, run: Run, view: ContainerView) -> Sequence[Change]:
+    async def abandon(self, run: Run, view: ContainerView) -> Sequence[StoreChange]:
         return ()

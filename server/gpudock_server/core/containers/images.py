@@ -23,10 +23,10 @@ from gpudock_server.errors import (
     ImagePullFailed,
     InvalidArgument,
 )
-from gpudock_server.model.changes import DeleteImageOrigin, PutImageOrigin
 from gpudock_server.model.engine import EngineImage, ImageAccounts, RegistryAuth
 from gpudock_server.model.image import ImageOrigin, familiar_reference, familiar_repository
 from gpudock_server.model.record import now
+from gpudock_server.model.store_changes import DeleteImageOrigin, PutImageOrigin
 
 if TYPE_CHECKING:
     # The world holds the rules.

@@ -11,15 +11,15 @@ from gpudock_server.core.listings import everything
 from gpudock_server.errors import (
     MountedVolumeNotFound,
     VolumeBusy,
-    VolumeElsewhere,
     VolumeFailed,
     VolumeNotAdopted,
     VolumeNotFound,
+    VolumeOnOtherNode,
 )
-from gpudock_server.model.changes import Change, Unlocked, VolumeIs
 from gpudock_server.model.engine import LABEL_NAME, LABEL_NODE
+from gpudock_server.model.resource import ResourceKind
 from gpudock_server.model.spec import Mount
-from gpudock_server.model.target import TargetKind
+from gpudock_server.model.store_changes import RequireUnlocked, RequireVolumeVersion, StoreChange
 from gpudock_server.model.volume import Volume, VolumeState
 from gpudock_server.ports import ContainerView, Store, VolumeView
 
@@ -45,12 +45,15 @@ async def check_mounts(world: World, mounts: Sequence[Mount], *, had: Sequence[M
     return views
 
 
-def stay(views: Iterable[VolumeView]) -> list[Change]:
+def stay(views: Iterable[VolumeView]) -> list[StoreChange]:
     """Conditions of a transaction: these volumes are as they were seen, and nobody is about to delete them."""
     return [
         change
         for view in views
-        for change in (Unlocked(TargetKind.VOLUME, view.volume.name), VolumeIs(view.volume.name, view.version))
+        for change in (
+            RequireUnlocked(ResourceKind.VOLUME, view.volume.name),
+            RequireVolumeVersion(view.volume.name, view.version),
+        )
     ]
 
 
@@ -81,7 +84,7 @@ async def _mountable(world: World, name: str, *, busy: bool, held: bool = False)
         raise await volume_not_found(world, name, MountedVolumeNotFound)
     volume = view.volume
     if volume.node != world.node:
-        raise VolumeElsewhere(volume=name, node=volume.node, address=await address_of(world, volume.node))
+        raise VolumeOnOtherNode(volume=name, node=volume.node, address=await address_of(world, volume.node))
     if view.operation_id and not busy:
         raise VolumeBusy(volume=name, operation_id=view.operation_id)
     # A deletion that began behind such a spec was recorded sees it, and gives up before it has done anything.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import timedelta
 
-from gpudock_server.model.container import DOES_NOT_RUN, Container, ContainerState, ContainerStatus
+from gpudock_server.model.container import STOPPED_STATES, Container, ContainerState, ContainerStatus
 from gpudock_server.model.engine import EngineContainer, EngineState
 from gpudock_server.model.record import now
 
@@ -66,7 +66,7 @@ def _state(container: Container, seen: EngineContainer) -> ContainerState:
         return ContainerState.RESTARTING
     if seen.running:
         return ContainerState.RUNNING
-    if container.status.state in DOES_NOT_RUN:
+    if container.status.state in STOPPED_STATES:
         return container.status.state
     # One that was never started has not ended either.
     return ContainerState.STOPPED if seen.state is EngineState.CREATED else ContainerState.EXITED

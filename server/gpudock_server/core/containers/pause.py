@@ -13,10 +13,10 @@ from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
 from gpudock_server.core.saga import Outcome, Run, Step
 from gpudock_server.errors import ContainerNotPaused, ContainerNotRunning, ContainerPaused
-from gpudock_server.model.changes import Change, PutContainer
 from gpudock_server.model.container import ContainerState
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import Record, now
+from gpudock_server.model.store_changes import PutContainer, StoreChange
 from gpudock_server.ports import ContainerView
 
 
@@ -85,7 +85,7 @@ class PauseSaga(ContainerSaga):
         return Outcome([PutContainer(container, expect=view.version)], container)
 
     @override
-    async def abandon(self, run: Run, view: ContainerView) -> Sequence[Change]:
+    async def abandon(self, run: Run, view: ContainerView) -> Sequence[StoreChange]:
         seen = await self._world.engine.inspect(self._arguments.engine_id)
         container = view.container.changed(status=observed(view.container, seen), update_time=now())
         return [PutContainer(container, expect=view.version)]

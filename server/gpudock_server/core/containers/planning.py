@@ -19,10 +19,9 @@ from gpudock_server.core.containers.mounting import check_before_start, check_mo
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
 from gpudock_server.errors import ContainerNotRunning, RestartRequired
-from gpudock_server.model.changes import Claim, PutContainer, VolumeIs
 from gpudock_server.model.claims import ClaimKey
 from gpudock_server.model.container import (
-    LIVES,
+    ACTIVE_STATES,
     Container,
     ContainerState,
     EngineBinding,
@@ -30,9 +29,10 @@ from gpudock_server.model.container import (
     RevisionCause,
 )
 from gpudock_server.model.engine import RegistryAuth
-from gpudock_server.model.operation import CarryMethod, OperationKind, OperationPlan
+from gpudock_server.model.operation import LayerTransferMethod, OperationKind, OperationPlan
 from gpudock_server.model.spec import ContainerSpec, SnapshotPolicy
-from gpudock_server.ports import CarryPlan, ContainerView, VolumeView
+from gpudock_server.model.store_changes import Claim, PutContainer, RequireVolumeVersion
+from gpudock_server.ports import ContainerView, LayerTransferPlan, VolumeView
 
 _CAUSES = {
     OperationKind.RESTART: RevisionCause.RESTARTED,
@@ -74,14 +74,14 @@ async def draft(world: World, view: ContainerView, wanted: Wanted) -> Draft:
         raise ContainerNotRunning(container=container.name, state=status.state.value)
     check_limits(world.limits, wanted.spec, had=container.spec)
     placement, to_claim = await _placement(world, container, engine, wanted)
-    lives = status.state in LIVES
+    lives = status.state in ACTIVE_STATES
     starts = wanted.runs and (wanted.restart or not lives)
     replace = not _process_goes_on(container, engine, wanted) and _needs_successor(engine, wanted, placement)
     if replace and wanted.live:
         raise RestartRequired(container=container.name, changes=("gpus",))
     # The engine would resolve the host paths of one that an older version made at this start and all others.
     replace = replace or (starts and await world.mounts_unbound(container))
-    carry = CarryPlan(method=CarryMethod.NONE)
+    carry = LayerTransferPlan(method=LayerTransferMethod.NONE)
     joining: tuple[VolumeView, ...] = ()
     if replace:
         volumes = await check_mounts(world, wanted.spec.mounts, had=container.spec.mounts)
@@ -96,7 +96,7 @@ async def draft(world: World, view: ContainerView, wanted: Wanted) -> Draft:
     keep, prunes = KeepArguments(), False
     if cause is not None:
         known = await world.store.history(container.uid)
-        commits = carry.method is CarryMethod.COMMIT
+        commits = carry.method is LayerTransferMethod.COMMIT
         keep = await keeping.plan(world, container, wanted.snapshots, known, commits=commits)
         # There will be one more.
         limits = history.limits_of(world, wanted.spec)
@@ -137,7 +137,7 @@ async def draft(world: World, view: ContainerView, wanted: Wanted) -> Draft:
         # What it mounts already stays while its head says so. What it is about to mount is not to be seen from its
         # head before the commit, so nobody may delete that meanwhile.
         locks=[one.volume.target for one in joining],
-        conditions=[VolumeIs(one.volume.name, one.version) for one in joining],
+        conditions=[RequireVolumeVersion(one.volume.name, one.version) for one in joining],
         build=lambda operation: ChangeSaga(world, operation, wanted.registry_auth),
     )
 
@@ -179,7 +179,7 @@ def _process_goes_on(container: Container, engine: EngineBinding, wanted: Wanted
     before, after = container.spec, wanted.spec
     return (
         wanted.runs
-        and container.status.state in LIVES
+        and container.status.state in ACTIVE_STATES
         and not (wanted.restart or wanted.recreate or wanted.chooses_gpus)
         and wanted.source.files is Files.CARRY
         and (before.gpus, before.ports) == (after.gpus, after.ports)
@@ -191,7 +191,7 @@ def _needs_successor(engine: EngineBinding, wanted: Wanted, placement: Placement
     if wanted.recreate or wanted.source.files is not Files.CARRY:
         return True
     if wanted.runs:
-        return not engine.fits(wanted.spec, placement)
+        return not engine.matches(wanted.spec, placement)
     # Cards and ports are given when it starts; a successor is made then, if they are other ones.
     return engine.fixed_digest != wanted.spec.fixed_digest
 
@@ -200,7 +200,7 @@ def _changes(before: ContainerSpec, after: ContainerSpec, fields: Sequence[str])
     return any(getattr(before, name) != getattr(after, name) for name in fields)
 
 
-async def _plan_carry(world: World, container: Container, engine: EngineBinding, files: Files) -> CarryPlan:
+async def _plan_carry(world: World, container: Container, engine: EngineBinding, files: Files) -> LayerTransferPlan:
     seen = await world.engine.inspect(engine.engine_id)
     if seen is None:
         raise ContainerNotRunning(container=container.name, state=ContainerState.FAILED.value)
@@ -208,7 +208,7 @@ async def _plan_carry(world: World, container: Container, engine: EngineBinding,
     return await (world.layers.commit_plan(seen) if files is Files.GRAFT else world.layers.plan(seen))
 
 
-def _plan(arguments: ChangeArguments, carry: CarryPlan, container: Container) -> OperationPlan:
+def _plan(arguments: ChangeArguments, carry: LayerTransferPlan, container: Container) -> OperationPlan:
     keep, had = arguments.keep, container.status.placement
     return OperationPlan(
         placement=arguments.placement,

@@ -7,15 +7,15 @@ import structlog
 from gpudock_server.core.containers.world import World
 from gpudock_server.errors import GpudockError
 from gpudock_server.model.container import Container, ContainerRevision
-from gpudock_server.model.ledger import LedgerEntry
+from gpudock_server.model.revision_backup import RevisionBackup
 from gpudock_server.model.snapshot import Snapshot
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
-def entry_of(container: Container, revision: ContainerRevision, snapshot: Snapshot | None) -> LedgerEntry:
+def entry_of(container: Container, revision: ContainerRevision, snapshot: Snapshot | None) -> RevisionBackup:
     """The entry of a container's current revision."""
-    return LedgerEntry(
+    return RevisionBackup(
         revision=revision,
         owner=container.owner,
         create_time=container.create_time,

@@ -19,7 +19,7 @@ from gpudock_server.errors import (
     ImageNotFound,
     SnapshotNotFound,
 )
-from gpudock_server.model.container import DOES_NOT_RUN, RUNS, Container, ContainerRevision, ContainerState
+from gpudock_server.model.container import RUNNING_STATES, STOPPED_STATES, Container, ContainerRevision, ContainerState
 from gpudock_server.model.operation import OperationKind
 from gpudock_server.ports import RevisionView
 
@@ -31,14 +31,14 @@ async def draft_rollback(world: World, command: Rollback) -> Draft:
     if state is ContainerState.PAUSED:
         raise ContainerPaused(container=command.name)
     gone = state is ContainerState.FAILED and await is_gone(world, container)
-    if state not in RUNS and state not in DOES_NOT_RUN and state is not ContainerState.FAILED:
+    if state not in RUNNING_STATES and state not in STOPPED_STATES and state is not ContainerState.FAILED:
         needs = "to return it to a revision, it must be RUNNING, STOPPED, EXITED or FAILED"
         raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
     found = await find_revision(world, container, command.revision)
     wanted = Wanted(
         OperationKind.ROLLBACK,
         found.revision.spec,
-        runs=state in RUNS,
+        runs=state in RUNNING_STATES,
         snapshots=command.snapshots,
         source=await _source(world, container, found, command, gone=gone),
     )

@@ -16,14 +16,14 @@ from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
 from gpudock_server.core.saga import Outcome, Run, Step
 from gpudock_server.errors import ContainerNotRunning, DiskFull, SnapshotFailed
-from gpudock_server.model.changes import Change, PutContainer, PutSnapshot, Release
-from gpudock_server.model.claims import keys_of
-from gpudock_server.model.container import LIVES, Container, ContainerState, Placement
+from gpudock_server.model.claims import claim_keys
+from gpudock_server.model.container import ACTIVE_STATES, Container, ContainerState, Placement
 from gpudock_server.model.engine import EngineContainer, EngineState
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import JsonObject, Record, now
 from gpudock_server.model.snapshot import Snapshot, SnapshotKind
 from gpudock_server.model.spec import ContainerSpec
+from gpudock_server.model.store_changes import PutContainer, PutSnapshot, ReleaseClaim, StoreChange
 from gpudock_server.ports import ContainerView
 
 # Among the facts of a step: why the files are not kept.
@@ -55,12 +55,12 @@ async def draft(world: World, command: Stop) -> Draft:
     arguments = StopArguments(
         engine_id=container.engine.engine_id,
         spec=container.spec,
-        lives=state in LIVES,
+        lives=state in ACTIVE_STATES,
         frozen=state is ContainerState.PAUSED,
         timeout=command.timeout,
         keep_resources=command.keep_resources,
         placement=container.status.placement,
-        keep=await _keep(world, container) if state in LIVES else KeepArguments(),
+        keep=await _keep(world, container) if state in ACTIVE_STATES else KeepArguments(),
     )
     return _draft(world, view, arguments)
 
@@ -170,14 +170,14 @@ class StopSaga(ContainerSaga):
         if arguments.keep_resources:
             return Outcome([PutContainer(container, expect=view.version), *kept], container)
         container = container.with_status(placement=Placement(), holds_resources=False)
-        changes: list[Change] = [
+        changes: list[StoreChange] = [
             PutContainer(container, expect=view.version),
             *kept,
-            *(Release(self._world.host, key, container.uid) for key in keys_of(arguments.placement)),
+            *(ReleaseClaim(self._world.host, key, container.uid) for key in claim_keys(arguments.placement)),
         ]
         return Outcome(changes, container)
 
-    def _kept(self, operation: Operation, uid: str) -> list[Change]:
+    def _kept(self, operation: Operation, uid: str) -> list[StoreChange]:
         """What is said of the current revision's files. They are those of this stop until the next one."""
         if any(_NOT_KEPT in operation.facts(stage.name) for stage in operation.stages):
             return []
@@ -185,7 +185,7 @@ class StopSaga(ContainerSaga):
         return [PutSnapshot(uid, self._arguments.keep.revision, made)] if isinstance(made, Snapshot) else []
 
     @override
-    async def abandon(self, run: Run, view: ContainerView) -> Sequence[Change]:
+    async def abandon(self, run: Run, view: ContainerView) -> Sequence[StoreChange]:
         seen = await self._world.engine.inspect(self._arguments.engine_id)
         container = view.container.changed(status=observed(view.container, seen), update_time=now())
         return [PutContainer(container, expect=view.version)]

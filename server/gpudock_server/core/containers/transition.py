@@ -14,7 +14,7 @@ from gpudock_server.errors import (
     RestartRequired,
     ScaledContainerNotRunning,
 )
-from gpudock_server.model.container import DOES_NOT_RUN, LIVES, RUNS, ContainerState
+from gpudock_server.model.container import ACTIVE_STATES, RUNNING_STATES, STOPPED_STATES, ContainerState
 from gpudock_server.model.operation import OperationKind
 from gpudock_server.model.spec import ContainerSpec
 
@@ -31,7 +31,7 @@ async def draft_start(world: World, command: Start) -> Draft:
         case ContainerState.RUNNING | ContainerState.RESTARTING:
             if spec.gpus != container.spec.gpus:
                 raise GpusOfRunningContainer(container=command.name, state=container.status.state.value)
-        case state if state not in DOES_NOT_RUN:
+        case state if state not in STOPPED_STATES:
             needs = "to start it, it must be STOPPED or EXITED"
             raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
     return await draft(world, view, Wanted(OperationKind.START, spec, runs=True, snapshots=command.snapshots))
@@ -42,7 +42,7 @@ async def draft_restart(world: World, command: Restart) -> Draft:
     view = await world.lookup(command.name, command.etag)
     state = view.container.status.state
     await refuse_if_gone(world, view.container)
-    if state not in (*LIVES, *DOES_NOT_RUN):
+    if state not in (*ACTIVE_STATES, *STOPPED_STATES):
         needs = "to restart it, it must be RUNNING, PAUSED, STOPPED or EXITED"
         raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
     wanted = Wanted(
@@ -69,9 +69,9 @@ async def draft_scale(world: World, command: Scale) -> Draft:
         field for field in ("gpus", "shm_size_bytes") if getattr(spec, field) != getattr(container.spec, field)
     )
     recreate = command.strategy is ScaleStrategy.RECREATE
-    if state in DOES_NOT_RUN and (fixed or recreate):
+    if state in STOPPED_STATES and (fixed or recreate):
         raise ScaledContainerNotRunning(container=command.name, state=state.value)
-    if state not in (*RUNS, *DOES_NOT_RUN):
+    if state not in (*RUNNING_STATES, *STOPPED_STATES):
         needs = "to scale it, it must be RUNNING, STOPPED or EXITED"
         raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
     if command.strategy is ScaleStrategy.LIVE and fixed:
@@ -79,7 +79,7 @@ async def draft_scale(world: World, command: Scale) -> Draft:
     wanted = Wanted(
         OperationKind.SCALE,
         spec,
-        runs=state in RUNS,
+        runs=state in RUNNING_STATES,
         recreate=recreate,
         live=command.strategy is ScaleStrategy.LIVE,
         chooses_gpus=command.gpus is not None,

@@ -10,7 +10,7 @@ from gpudock_server.core.containers.planning import Wanted, draft
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft
 from gpudock_server.errors import ContainerNotRunning, ContainerPaused, ImageDiffers
-from gpudock_server.model.container import DOES_NOT_RUN, RUNS, Container, ContainerState
+from gpudock_server.model.container import RUNNING_STATES, STOPPED_STATES, Container, ContainerState
 from gpudock_server.model.operation import OperationKind
 from gpudock_server.model.spec import ContainerSpec
 
@@ -22,14 +22,14 @@ async def draft_update(world: World, command: Update) -> Draft:
     await refuse_if_gone(world, container)
     if state is ContainerState.PAUSED:
         raise ContainerPaused(container=command.name)
-    if state not in RUNS and state not in DOES_NOT_RUN:
+    if state not in RUNNING_STATES and state not in STOPPED_STATES:
         needs = "to change it, it must be RUNNING, STOPPED or EXITED"
         raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
     spec = command.change.apply(container.spec)
     wanted = Wanted(
         OperationKind.UPDATE,
         spec,
-        runs=state in RUNS,
+        runs=state in RUNNING_STATES,
         snapshots=command.snapshots,
         source=await _source(world, container, command, spec),
         registry_auth=command.registry_auth,

@@ -22,14 +22,14 @@ from gpudock_server.model.container import Container, ContainerState
 from gpudock_server.model.engine import (
     LABEL_NAME,
     LABEL_OPERATION,
-    Blueprint,
     EngineContainer,
+    EngineContainerSpec,
     EngineState,
     HostCapacity,
     NodeLimits,
 )
 from gpudock_server.model.spec import ContainerSpec, SnapshotPolicy
-from gpudock_server.ports import ContainerView, Engine, HostPaths, LayerStore, Ledger, SnapshotStore, Store
+from gpudock_server.ports import ContainerView, Engine, HostPaths, LayerStore, RevisionBackupStore, SnapshotStore, Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class World:
     layers: LayerStore
     snapshots: SnapshotStore
     host_paths: HostPaths
-    ledger: Ledger
+    ledger: RevisionBackupStore
     allocator: Allocator
     node: str
     host: str
@@ -115,10 +115,10 @@ class World:
         """The engine's name for what an operation makes: unique to it, so that making it twice is making it once."""
         return f"gpudock-{container}-{operation_id[-8:]}"
 
-    async def create(self, blueprint: Blueprint) -> str:
+    async def create(self, engine_spec: EngineContainerSpec) -> str:
         """Create an engine container, its host paths bound; its engine id. Raises HostPathForbidden, HostPathFailed."""
-        bound = await self.host_paths.bind(blueprint.name, blueprint.spec.host_paths)
-        return await self.engine.create(replace(blueprint, bound=bound))
+        bound = await self.host_paths.bind(engine_spec.name, engine_spec.spec.host_paths)
+        return await self.engine.create(replace(engine_spec, bound=bound))
 
     async def start(self, engine_id: str, spec: ContainerSpec | None = None, *, renew: bool = True) -> None:
         """Start an engine container, whose host paths are resolved and bound again before.

@@ -26,8 +26,7 @@ from gpudock_server.errors import (
     OperationOvertaken,
     RecordUnreadable,
 )
-from gpudock_server.model.changes import Change, Claim, Keep, PutContainer, PutOperation, PutRevision, Release
-from gpudock_server.model.claims import ClaimKey, Holder, keys_of
+from gpudock_server.model.claims import ClaimKey, Holder, claim_keys
 from gpudock_server.model.container import (
     Container,
     ContainerRevision,
@@ -39,11 +38,20 @@ from gpudock_server.model.container import (
 )
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
 from gpudock_server.model.engine import LABEL_OWNER, EngineContainer
-from gpudock_server.model.ledger import LedgerEntry
 from gpudock_server.model.operation import Operation, OperationKind, OperationState
 from gpudock_server.model.record import now
+from gpudock_server.model.resource import ResourceKind
+from gpudock_server.model.revision_backup import RevisionBackup
 from gpudock_server.model.spec import ContainerSpec
-from gpudock_server.model.target import TargetKind
+from gpudock_server.model.store_changes import (
+    Claim,
+    ConfirmClaim,
+    PutContainer,
+    PutOperation,
+    PutRevision,
+    ReleaseClaim,
+    StoreChange,
+)
 from gpudock_server.ports import ContainerView, StoreConflict, Versioned
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -135,7 +143,7 @@ class Adoption:
             return False
         return True
 
-    async def _rebuilt(self, one: EngineContainer, view: ContainerView | None) -> tuple[Container, list[Change]]:
+    async def _rebuilt(self, one: EngineContainer, view: ContainerView | None) -> tuple[Container, list[StoreChange]]:
         world, labels = self._world, Labels.of(one)
         if one.spec is None:
             raise ValueError(f"{one.name} says nothing of its spec")
@@ -176,12 +184,12 @@ class Adoption:
             engine=binding,
         ).with_status(state=ContainerState.STOPPED, placement=placement, holds_resources=one.running, message="")
         container = container.changed(status=observed(container, one))
-        changes: list[Change] = [PutContainer(container, expect=view.version if view else 0)]
+        changes: list[StoreChange] = [PutContainer(container, expect=view.version if view else 0)]
         if number not in {each.revision for each in known}:
             changes.append(PutRevision(its_own.revision if its_own else _revision(container, given, labels)))
         return container, [*changes, *await self._claims(container, head.status.placement)]
 
-    async def _entries(self, uid: str) -> tuple[LedgerEntry, ...]:
+    async def _entries(self, uid: str) -> tuple[RevisionBackup, ...]:
         try:
             return await self._world.ledger.read(uid)
         except GpudockError as error:
@@ -195,18 +203,18 @@ class Adoption:
             return before
         return (*before, its_own)
 
-    async def _claims(self, container: Container, before: Placement) -> list[Change]:
+    async def _claims(self, container: Container, before: Placement) -> list[StoreChange]:
         host, holder = self._world.host, self._world.holder(container)
         table = await self._world.store.claims(host)
-        changes: list[Change] = []
-        wanted = keys_of(container.status.placement)
+        changes: list[StoreChange] = []
+        wanted = claim_keys(container.status.placement)
         for key in wanted:
             found = table.holder(key)
             if found is not None and found.uid != container.uid:
                 raise _Taken(key, found)
-            changes.append(Keep(host, key, holder) if found else Claim(host, key, holder))
-        mine = dict.fromkeys((*keys_of(before), *table.held_by(container.uid)))
-        return [*changes, *(Release(host, key, container.uid) for key in mine if key not in wanted)]
+            changes.append(ConfirmClaim(host, key, holder) if found else Claim(host, key, holder))
+        mine = dict.fromkeys((*claim_keys(before), *table.claims_of_container(container.uid)))
+        return [*changes, *(ReleaseClaim(host, key, container.uid) for key in mine if key not in wanted)]
 
     # -- operations that the world has moved past --------------------------------------------------------------------
 
@@ -219,7 +227,7 @@ class Adoption:
         left: set[str] = set()
         for stored in await self._world.store.unfinished(self._world.node):
             operation = stored.value
-            if operation.id in self._operations.driven or operation.target.kind is not TargetKind.CONTAINER:
+            if operation.id in self._operations.driven or operation.target.kind is not ResourceKind.CONTAINER:
                 continue
             try:
                 view = await self._world.store.container(operation.target.name)
@@ -336,7 +344,7 @@ def _latest(made_from: ContainerSpec, number: int, known: Sequence[ContainerRevi
     return last.revision, last.spec if last.spec.fixed_digest == made_from.fixed_digest else made_from
 
 
-def _last_of(one: EngineContainer, number: int, entries: Sequence[LedgerEntry]) -> LedgerEntry | None:
+def _last_of(one: EngineContainer, number: int, entries: Sequence[RevisionBackup]) -> RevisionBackup | None:
     """The last revision that this engine container served: after the one it was made as, it was changed in place."""
     mine = [each for each in entries if each.engine is not None and each.engine.engine_id == one.id]
     last = max(mine, key=lambda each: each.number, default=None)
@@ -345,7 +353,7 @@ def _last_of(one: EngineContainer, number: int, entries: Sequence[LedgerEntry]) 
     return last
 
 
-def _blank(one: EngineContainer, labels: Labels, node: str, entries: Sequence[LedgerEntry]) -> Container:
+def _blank(one: EngineContainer, labels: Labels, node: str, entries: Sequence[RevisionBackup]) -> Container:
     """A head as it was before it had anything."""
     if one.spec is None:
         raise ValueError(f"{one.name} says nothing of its spec")
@@ -385,7 +393,7 @@ def _failed(stored: Versioned[Operation], labels: Labels) -> Versioned[Operation
     return Versioned(stored.value.changed(error=recorded_error(error)), stored.version)
 
 
-def _ended(stored: Versioned[Operation], container: Container) -> list[Change]:
+def _ended(stored: Versioned[Operation], container: Container) -> list[StoreChange]:
     """What ends an operation: well, unless it has an error."""
     operation = stored.value
     if operation.error is not None:

@@ -10,9 +10,9 @@ from gpudock_server.core.containers.world import World
 from gpudock_server.core.reconcile.book import Note
 from gpudock_server.core.reconcile.scene import Heads, claim_text, read_heads
 from gpudock_server.core.reconcile.verdicts import Fate, Verdict
-from gpudock_server.model.changes import Change, Claim, PutContainer, Release
-from gpudock_server.model.claims import UNREADABLE, ClaimKey, ClaimTable, Holder, keys_of
+from gpudock_server.model.claims import UNREADABLE_HOLDER, ClaimKey, ClaimTable, Holder, claim_keys
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
+from gpudock_server.model.store_changes import Claim, PutContainer, ReleaseClaim, StoreChange
 from gpudock_server.ports import ContainerView, StoreConflict
 
 
@@ -34,7 +34,7 @@ class ClaimRules:
             used[verdict.labels.uid].update(verdict.uses)
         by_uid = {view.container.uid: view for view in heads.of(self._world.node)}
         for key, holder in claims.claims.items():
-            if holder == UNREADABLE:
+            if holder == UNREADABLE_HOLDER:
                 note(self._unreadable(key))
             if holder.node != self._world.node or holder.container in heads.unreadable_names:
                 continue
@@ -43,14 +43,14 @@ class ClaimRules:
             view = by_uid.get(holder.uid)
             if view is None and holder.uid not in spared:
                 await self._release(key, holder, [], f"{holder.container or holder.uid} does not exist", note)
-            elif view is not None and not view.operation_id and key not in keys_of(view.container.status.placement):
+            elif view is not None and not view.operation_id and key not in claim_keys(view.container.status.placement):
                 # The head is put as it is, so that an operation that begins just now is met.
                 guard = [PutContainer(view.container, expect=view.version)]
                 await self._release(key, holder, guard, f"{holder.container} does not have it", note)
 
-    async def _release(self, key: ClaimKey, holder: Holder, guard: Sequence[Change], why: str, note: Note) -> None:
+    async def _release(self, key: ClaimKey, holder: Holder, guard: Sequence[StoreChange], why: str, note: Note) -> None:
         try:
-            await self._world.store.apply([*guard, Release(self._world.host, key, holder.uid)])
+            await self._world.store.apply([*guard, ReleaseClaim(self._world.host, key, holder.uid)])
         except StoreConflict:
             return
         note(
@@ -178,7 +178,7 @@ def _lacking(view: ContainerView, claims: ClaimTable) -> Iterator[ClaimKey]:
     container = view.container
     if view.operation_id or not container.status.holds_resources:
         return
-    for key in keys_of(container.status.placement):
+    for key in claim_keys(container.status.placement):
         holder = claims.holder(key)
         if holder is None or holder.uid != container.uid:
             yield key

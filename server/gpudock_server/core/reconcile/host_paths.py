@@ -9,7 +9,7 @@ from gpudock_server.core.reconcile.book import Note
 from gpudock_server.errors import HostPathFailed, HostPathForbidden
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
 from gpudock_server.model.engine import LABEL_UID, EngineContainer
-from gpudock_server.model.target import TargetKind
+from gpudock_server.model.resource import ResourceKind
 from gpudock_server.ports import ContainerView
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -68,7 +68,7 @@ async def sweep_host_paths(world: World) -> None:
     kept = {
         world.engine_name(operation.target.name, operation.id)
         for operation in unfinished
-        if operation.target.kind is TargetKind.CONTAINER
+        if operation.target.kind is ResourceKind.CONTAINER
     }
     # Of every node: one that was given another name has the same state folder.
     for one in await world.engine.find({LABEL_UID: ""}):

@@ -13,13 +13,13 @@ from gpudock_server.core.containers.world import World
 from gpudock_server.core.reconcile.book import Note
 from gpudock_server.core.reconcile.scene import Heads, Labels
 from gpudock_server.errors import GpudockError, StoreUnavailable
-from gpudock_server.model.changes import Change, PutContainer, PutRevision, PutSnapshot
 from gpudock_server.model.container import Container, ContainerState, ContainerStatus
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
 from gpudock_server.model.engine import EngineContainer
-from gpudock_server.model.ledger import LedgerEntry
 from gpudock_server.model.record import now
+from gpudock_server.model.revision_backup import RevisionBackup
 from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind
+from gpudock_server.model.store_changes import PutContainer, PutRevision, PutSnapshot, StoreChange
 from gpudock_server.ports import ContainerView, RevisionView, StoreConflict
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -65,7 +65,7 @@ class LedgerRules:
         await self._write(container, history, entries)
         # What is newer than the head was never recorded, or was by a store that has been put back.
         missing = [one for number, one in sorted(entries.items()) if number < container.revision]
-        changes: dict[int, list[Change]] = {}
+        changes: dict[int, list[StoreChange]] = {}
         for entry in missing:
             if entry.number not in history:
                 changes[entry.number] = [PutRevision(entry.revision)]
@@ -83,7 +83,7 @@ class LedgerRules:
             self._agreed[container.uid] = view.version
 
     async def _write(
-        self, container: Container, history: Mapping[int, RevisionView], entries: Mapping[int, LedgerEntry]
+        self, container: Container, history: Mapping[int, RevisionView], entries: Mapping[int, RevisionBackup]
     ) -> None:
         for number, one in history.items():
             wanted, kept = entry_of(container, one.revision, one.snapshot), entries.get(number)
@@ -95,7 +95,7 @@ class LedgerRules:
                 await self._world.ledger.write(wanted)
 
     async def _snapshot(
-        self, uid: str, number: int, entry: LedgerEntry | None, sealed: Collection[int]
+        self, uid: str, number: int, entry: RevisionBackup | None, sealed: Collection[int]
     ) -> Snapshot | None:
         """What is still there of a revision's files."""
         if number in sealed:
@@ -106,7 +106,7 @@ class LedgerRules:
         image = await self._world.engine.image(kept.reference)
         return kept if image is not None and image.id == kept.image_id else None
 
-    async def _apply(self, view: ContainerView, changes: Mapping[int, Sequence[Change]]) -> list[int]:
+    async def _apply(self, view: ContainerView, changes: Mapping[int, Sequence[StoreChange]]) -> list[int]:
         """One revision at a time, each only while nothing has been done to the container; which were written."""
         version, done = view.version, []
         for number, each in changes.items():
@@ -122,9 +122,11 @@ class LedgerRules:
 
     async def adopt(self, heads: Heads, seen: Mapping[str, EngineContainer], note: Note) -> bool:
         """Write the records of containers that have neither a record nor an engine container; whether any was."""
-        in_engine = {Labels.of(one).uid for one in seen.values()}
+        as_engine_policy = {Labels.of(one).uid for one in seen.values()}
         try:
-            lost = [uid for uid in await self._world.ledger.uids() if uid not in heads.uids and uid not in in_engine]
+            lost = [
+                uid for uid in await self._world.ledger.uids() if uid not in heads.uids and uid not in as_engine_policy
+            ]
             if not lost:
                 return False
             history = await history_of(self._world.store, lost)
@@ -162,9 +164,9 @@ class LedgerRules:
         )
         return True
 
-    async def _record(self, last: LedgerEntry) -> bool:
+    async def _record(self, last: RevisionBackup) -> bool:
         known = {one.revision.revision for one in await self._world.store.history(last.revision.uid)}
-        changes: list[Change] = [PutContainer(_failed(last, self._world.node), expect=0)]
+        changes: list[StoreChange] = [PutContainer(_failed(last, self._world.node), expect=0)]
         if last.number not in known:
             changes.append(PutRevision(last.revision))
         try:
@@ -174,7 +176,7 @@ class LedgerRules:
         return True
 
 
-def _failed(last: LedgerEntry, node: str) -> Container:
+def _failed(last: RevisionBackup, node: str) -> Container:
     moment = now()
     return Container(
         name=last.revision.container,
@@ -221,7 +223,7 @@ def _unknown_files(container: Container, numbers: Sequence[int]) -> Drift:
     )
 
 
-def _unknown_owner(uid: str, last: LedgerEntry | None) -> Drift:
+def _unknown_owner(uid: str, last: RevisionBackup | None) -> Drift:
     name = last.revision.container if last else ""
     why = f"another container is called {name}" if name else "nothing says what it was called"
     if last is not None and last.engine is None:

@@ -7,10 +7,10 @@ from gpudock_server.core.listings import everything
 from gpudock_server.core.operations import Operations
 from gpudock_server.core.reconcile.book import Note
 from gpudock_server.errors import RecordUnreadable
-from gpudock_server.model.changes import Lock, PutOperation, Unlock
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
 from gpudock_server.model.operation import Operation
-from gpudock_server.model.target import TargetKind
+from gpudock_server.model.resource import ResourceKind
+from gpudock_server.model.store_changes import Lock, PutOperation, Unlock
 from gpudock_server.ports import StoreConflict, Versioned
 
 
@@ -25,7 +25,7 @@ class LockRules:
 
     async def mend(self, note: Note) -> None:
         """Before anything is resumed: what resumes is found by its locks. Raises StoreUnavailable."""
-        locks = await self._world.store.held_locks()
+        locks = await self._world.store.list_locks()
         for lock in locks:
             if lock.operation_id not in self._operations.driven:
                 await self._check(lock, note)
@@ -71,7 +71,7 @@ class LockRules:
 
     async def _is_ours(self, lock: Lock) -> bool:
         """Whether what it locks is this node's, or nobody's."""
-        if lock.kind is not TargetKind.CONTAINER:
+        if lock.kind is not ResourceKind.CONTAINER:
             return True
         try:
             view = await self._world.store.container(lock.name)
@@ -87,7 +87,7 @@ class LockRules:
                 await self._give_back(operation, held, {lock.operation_id for lock in locks}, note)
 
     async def _give_back(
-        self, listed: Operation, held: set[tuple[TargetKind, str]], holders: set[str], note: Note
+        self, listed: Operation, held: set[tuple[ResourceKind, str]], holders: set[str], note: Note
     ) -> None:
         current = await self._world.store.operation(listed.id)
         if listed.id in holders or current is None or current.value.state.ended:

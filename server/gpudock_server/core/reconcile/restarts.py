@@ -24,7 +24,7 @@ from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations import Draft, Operations
 from gpudock_server.core.reconcile.book import Note
 from gpudock_server.errors import GpudockError
-from gpudock_server.model.container import LIVES, Container, ContainerState
+from gpudock_server.model.container import ACTIVE_STATES, Container, ContainerState
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
 from gpudock_server.model.engine import EngineContainer
 from gpudock_server.model.record import now
@@ -248,7 +248,7 @@ def _ended(container: Container, shown: EngineContainer) -> Drift:
         uid=container.uid,
         engine_id=shown.id,
         engine_name=shown.name,
-        expected=ContainerState.RUNNING.value if state in LIVES else "",
+        expected=ContainerState.RUNNING.value if state in ACTIVE_STATES else "",
         actual=state.value,
         message=f"{container.name} did not run, although its restart policy keeps it running",
         plan=f"it is {state.value} now",

@@ -11,7 +11,7 @@ from gpudock_server.model.claims import ClaimKey, GpuKey
 from gpudock_server.model.container import Placement, PortBinding
 from gpudock_server.model.engine import LABEL_NAME, LABEL_OPERATION, LABEL_REVISION, LABEL_UID, EngineContainer
 from gpudock_server.model.spec import ContainerSpec
-from gpudock_server.ports import ContainerView, Store, Unreadable
+from gpudock_server.ports import ContainerView, Store, UnreadableKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Heads:
     """Every head there is, of whatever node, by name; and those that cannot be read."""
 
     views: Mapping[str, ContainerView]
-    unreadable: tuple[Unreadable, ...]
+    unreadable: tuple[UnreadableKey, ...]
 
     def of(self, node: str) -> tuple[ContainerView, ...]:
         """Those of one node."""

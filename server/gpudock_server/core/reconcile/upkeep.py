@@ -15,12 +15,12 @@ from gpudock_server.core.reconcile.book import Note
 from gpudock_server.core.reconcile.restarts import Restarts
 from gpudock_server.core.reconcile.scene import claim_text, placement_of
 from gpudock_server.errors import EngineRejected
-from gpudock_server.model.changes import Change, Claim, Keep, PutContainer, Release
-from gpudock_server.model.claims import UNREADABLE, ClaimKey, Holder, keys_of
-from gpudock_server.model.container import LIVES, Container, ContainerState, EngineBinding, Placement
+from gpudock_server.model.claims import UNREADABLE_HOLDER, ClaimKey, Holder, claim_keys
+from gpudock_server.model.container import ACTIVE_STATES, Container, ContainerState, EngineBinding, Placement
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
 from gpudock_server.model.engine import EngineContainer, NodeLimits
 from gpudock_server.model.record import now
+from gpudock_server.model.store_changes import Claim, ConfirmClaim, PutContainer, ReleaseClaim, StoreChange
 from gpudock_server.ports import ContainerView, StoreConflict
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -69,7 +69,7 @@ class Upkeep:
         `engine_was_away`: events of the engine may have been missed since `view` was up to date. Raises
         EngineUnavailable, StoreUnavailable.
         """
-        ran = view.container.status.state in LIVES
+        ran = view.container.status.state in ACTIVE_STATES
         for _ in range(_TRIES):
             container = view.container
             if view.operation_id or container.node != self._world.node:
@@ -122,7 +122,7 @@ class Upkeep:
             await self._limit(view, shown, note)
             await self._set_policy(view, shown, note)
 
-    async def _put(self, view: ContainerView, container: Container, *more: Change) -> None:
+    async def _put(self, view: ContainerView, container: Container, *more: StoreChange) -> None:
         changes = [PutContainer(container.changed(update_time=now()), expect=view.version), *more]
         await self._world.store.apply(changes)
 
@@ -166,7 +166,9 @@ class Upkeep:
         )
 
     async def _put_failed(self, view: ContainerView, failed: Container) -> None:
-        released = [Release(self._world.host, key, failed.uid) for key in keys_of(view.container.status.placement)]
+        released = [
+            ReleaseClaim(self._world.host, key, failed.uid) for key in claim_keys(view.container.status.placement)
+        ]
         await self._put(view, failed.with_status(placement=Placement(), holds_resources=False), *released)
 
     # -- what runs and should not ------------------------------------------------------------------------------------
@@ -176,17 +178,17 @@ class Upkeep:
         container, world = view.container, self._world
         given = placement_of(container.spec, shown)
         claims, holder = await world.store.claims(world.host), world.holder(container)
-        changes: list[Change] = []
-        for key in keys_of(given):
+        changes: list[StoreChange] = []
+        for key in claim_keys(given):
             found = claims.holder(key)
             if found is not None and found.uid != container.uid:
                 await self._stop(view, shown, _Taken(key, found), note)
                 return
-            changes.append(Keep(world.host, key, holder) if found else Claim(world.host, key, holder))
-        given_keys = keys_of(given)
+            changes.append(ConfirmClaim(world.host, key, holder) if found else Claim(world.host, key, holder))
+        given_keys = claim_keys(given)
         changes += [
-            Release(world.host, key, container.uid)
-            for key in keys_of(container.status.placement)
+            ReleaseClaim(world.host, key, container.uid)
+            for key in claim_keys(container.status.placement)
             if key not in given_keys
         ]
         taken = container.changed(status=observed(container, shown))
@@ -199,7 +201,7 @@ class Upkeep:
 
     async def _stop(self, view: ContainerView, shown: EngineContainer, taken: _Taken, note: Note) -> None:
         container = view.container
-        by = "somebody unknown" if taken.holder == UNREADABLE else taken.holder.container
+        by = "somebody unknown" if taken.holder == UNREADABLE_HOLDER else taken.holder.container
         reason = f"it was started outside gpudock while {claim_text(taken.key)} was held by {by}, and was stopped again"
 
         async def draft() -> Draft:
@@ -293,7 +295,7 @@ class Upkeep:
         container = view.container
         if _has_policy(container, shown):
             return
-        expected, actual = str(container.spec.restart_policy.in_engine), str(shown.restart_policy)
+        expected, actual = str(container.spec.restart_policy.as_engine_policy), str(shown.restart_policy)
         found = _Difference(DriftKind.RESTART_POLICY_CHANGED, "the restart policy", expected, actual)
         note(await self._set_back(view, shown, found))
 
@@ -339,12 +341,12 @@ def _runs_without_its_own(container: Container, shown: EngineContainer) -> bool:
     if not shown.running:
         return False
     status = container.status
-    given = keys_of(placement_of(container.spec, shown))
-    return not status.holds_resources or set(keys_of(status.placement)) != set(given)
+    given = claim_keys(placement_of(container.spec, shown))
+    return not status.holds_resources or set(claim_keys(status.placement)) != set(given)
 
 
 def _has_policy(container: Container, shown: EngineContainer) -> bool:
-    return shown.restart_policy == container.spec.restart_policy.in_engine
+    return shown.restart_policy == container.spec.restart_policy.as_engine_policy
 
 
 def _has_limits(

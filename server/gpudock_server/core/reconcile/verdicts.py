@@ -15,7 +15,7 @@ from enum import Enum
 
 from gpudock_server.core.containers.past import History
 from gpudock_server.core.reconcile.scene import Heads, Labels
-from gpudock_server.model.claims import ClaimKey, keys_of
+from gpudock_server.model.claims import ClaimKey, claim_keys
 from gpudock_server.model.container import Container, Placement
 from gpudock_server.model.engine import LABEL_SPEC, EngineContainer
 from gpudock_server.model.names import is_name
@@ -45,7 +45,7 @@ class Verdict:
         """The cards and ports that it has in use as long as it runs and is not removed."""
         if self.fate is Fate.REMOVED or not self.one.running:
             return ()
-        return keys_of(Placement(gpu_uuids=self.one.gpu_uuids, ports=self.one.ports))
+        return claim_keys(Placement(gpu_uuids=self.one.gpu_uuids, ports=self.one.ports))
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,13 +21,13 @@ from gpudock_server.core.reconcile.scene import Labels, made_by_us
 from gpudock_server.core.volumes.saga import revision_of
 from gpudock_server.core.volumes.storage import Storage
 from gpudock_server.errors import GpudockError, StoreUnavailable, VolumeFailed
-from gpudock_server.model.changes import PutVolume
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
 from gpudock_server.model.engine import LABEL_NAME, LABEL_NODE, LABEL_UID, EngineContainer, EngineVolume
 from gpudock_server.model.names import is_name
 from gpudock_server.model.record import now
+from gpudock_server.model.store_changes import PutVolume
 from gpudock_server.model.volume import (
-    StoredVolume,
+    BackingOnDisk,
     Volume,
     VolumeBackendKind,
     VolumeBacking,
@@ -61,7 +61,7 @@ class _Seen:
     """
 
     labelled: Mapping[str, EngineVolume]
-    stores: Mapping[str, StoredVolume]
+    stores: Mapping[str, BackingOnDisk]
     names: frozenset[str]
 
 
@@ -109,10 +109,10 @@ class VolumeAdoption:
 
     async def _seen(self) -> _Seen:
         labelled = await self._world.engine.find_volumes({LABEL_NODE: self._world.node})
-        stores: dict[str, StoredVolume] = {}
+        stores: dict[str, BackingOnDisk] = {}
         for backend in self._storage.backends:
             try:
-                stores |= {one.uid: one for one in await backend.stored()}
+                stores |= {one.uid: one for one in await backend.backings_on_disk()}
             except VolumeFailed as error:
                 log.warning("the stores of volumes could not be read", backend=backend.kind, detail=error.message)
         names = frozenset(await self._world.engine.volume_names())
@@ -165,7 +165,7 @@ class VolumeAdoption:
             return None
         return _Lost(name, uid, backing, identity, made=True)
 
-    def _stored(self, store: StoredVolume, seen: _Seen, records: _Records, note: Note) -> _Lost | None:
+    def _stored(self, store: BackingOnDisk, seen: _Seen, records: _Records, note: Note) -> _Lost | None:
         """A store to which no engine volume of this node leads."""
         backing, identity = store.backing, store.identity
         name = backing.name if backing else ""
@@ -182,7 +182,7 @@ class VolumeAdoption:
             return None
         return _Lost(name, store.uid, backing, identity, made=False)
 
-    def _is_elsewhere(self, store: StoredVolume, seen: _Seen, records: _Records) -> bool:
+    def _is_elsewhere(self, store: BackingOnDisk, seen: _Seen, records: _Records) -> bool:
         if store.identity is not None:
             return store.identity.node != self._world.node
         if f"gpudock-{store.uid}" in seen.names:
@@ -213,7 +213,7 @@ class VolumeAdoption:
             if found is None or found.labels.get(LABEL_UID) != lost.uid:
                 return None
         else:
-            again = await self._storage.backend(backing.kind).stored()
+            again = await self._storage.backend(backing.kind).backings_on_disk()
             if lost.uid not in {one.uid for one in again}:
                 return None
             found = await engine.create_volume(

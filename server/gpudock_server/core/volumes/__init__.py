@@ -24,7 +24,7 @@ from gpudock_server.core.volumes.storage import Storage
 from gpudock_server.errors import GpudockError
 from gpudock_server.model.operation import Operation, OperationKind
 from gpudock_server.model.volume import Volume, VolumeRevision, VolumeState
-from gpudock_server.ports import Page, VolumeSeen, VolumeView
+from gpudock_server.ports import Page, VolumeDetails, VolumeView
 
 __all__ = ["Storage", "Volumes", "build_saga", "choose_backend"]
 
@@ -59,12 +59,12 @@ class Volumes:
         self._operations = operations
         self._looks = asyncio.Semaphore(_LOOKS)
 
-    async def get(self, name: str) -> VolumeSeen:
+    async def get(self, name: str) -> VolumeDetails:
         """A volume of any node. Raises VolumeNotFound."""
         view = await self._view(name)
         holders = await attached(self._store, name)
         names = tuple(holder.container.name for holder in holders)
-        return VolumeSeen(view, names, await self._used(view.volume))
+        return VolumeDetails(view, names, await self._used(view.volume))
 
     async def _view(self, name: str) -> VolumeView:
         view = await self._store.volume(name)
@@ -72,7 +72,7 @@ class Volumes:
             raise await volume_not_found(self._storage.world, name)
         return view
 
-    async def list(self, *, page_size: int, page_token: str) -> Page[VolumeSeen]:
+    async def list(self, *, page_size: int, page_token: str) -> Page[VolumeDetails]:
         """Volumes of all nodes in the order of their names. Raises ResumeTokenExpired.
 
         What is in use is told of those that have a size: to count the files of all others would take too long.
@@ -82,7 +82,7 @@ class Volumes:
         sized = [view.volume if view.volume.size_bytes else None for view in page.items]
         used = await asyncio.gather(*(self._used(volume) for volume in sized))
         seen = [
-            VolumeSeen(view, tuple(holders.get(view.volume.name, ())), bytes_used)
+            VolumeDetails(view, tuple(holders.get(view.volume.name, ())), bytes_used)
             for view, bytes_used in zip(page.items, used, strict=True)
         ]
         return Page(tuple(seen), page.next_token, page.watch_token)
@@ -114,13 +114,13 @@ class Volumes:
         """Begin what is asked for; the id of its operation. Nothing has been done before this returns."""
         return await self._operations.begin(lambda: self._draft(command), request)
 
-    async def run(self, command: Command, request: RequestKey | None) -> VolumeSeen:
+    async def run(self, command: Command, request: RequestKey | None) -> VolumeDetails:
         """Begin what is asked for and wait for its end, which it reaches even when the caller does not."""
         operation_id = await self.begin(command, request)
         left = await self._operations.result(operation_id)
         if not isinstance(left, Volume):
             raise TypeError(f"{command} left {left}")
-        return VolumeSeen(VolumeView(left, 0, ""), ())
+        return VolumeDetails(VolumeView(left, 0, ""), ())
 
     async def run_to_end(self, command: Command, request: RequestKey | None) -> None:
         """`run` for what leaves nothing: a deletion."""

@@ -21,10 +21,10 @@ from gpudock_server.errors import (
     VolumeExists,
     VolumeFailed,
 )
-from gpudock_server.model.changes import PutVolume
 from gpudock_server.model.engine import LABEL_UID, EngineVolume
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import Record
+from gpudock_server.model.store_changes import PutVolume
 from gpudock_server.model.volume import VolumeBackendKind, VolumeBacking, VolumeCause
 from gpudock_server.ports import VolumeView
 from gpudock_server.sizes import size_text

@@ -32,4 +32,4 @@ async def _unfit(backend: VolumeBackend, *, sized: bool) -> str:
         case False, False:
             return "needs a size"
         case _:
-            return await backend.unavailable()
+            return await backend.unavailable_reason()

@@ -16,9 +16,9 @@ from gpudock_server.core.volumes.commands import Create
 from gpudock_server.core.volumes.saga import VolumeSaga, revision_of
 from gpudock_server.core.volumes.storage import Storage
 from gpudock_server.errors import VolumeExists, VolumeRecordLost
-from gpudock_server.model.changes import Change, DeleteVolume, PutVolume
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import JsonObject, Record, now
+from gpudock_server.model.store_changes import DeleteVolume, PutVolume, StoreChange
 from gpudock_server.model.volume import (
     Volume,
     VolumeBackendKind,
@@ -147,14 +147,14 @@ class MakingSaga(VolumeSaga):
 
     def _outcome(self, run: Run, view: VolumeView, finished: Volume, cause: VolumeCause) -> Outcome:
         volume = finished.changed(state=VolumeState.READY, revision=1, update_time=now())
-        changes: list[Change] = [
+        changes: list[StoreChange] = [
             PutVolume(volume, expect=view.version),
             revision_of(volume, cause, run.operation.id),
         ]
         return Outcome(changes, volume)
 
     @override
-    async def abandon(self, run: Run, view: VolumeView) -> Sequence[Change]:
+    async def abandon(self, run: Run, view: VolumeView) -> Sequence[StoreChange]:
         return [DeleteVolume(view.volume.name, view.volume.uid, expect=view.version)]
 
 

@@ -25,11 +25,11 @@ from gpudock_server.core.volumes.commands import Delete
 from gpudock_server.core.volumes.saga import VolumeSaga
 from gpudock_server.core.volumes.storage import Storage
 from gpudock_server.errors import VolumeInUse, VolumeMounted, VolumeMountedByRunning
-from gpudock_server.model.changes import Change, DeleteVolume, PutVolume
-from gpudock_server.model.container import DOES_NOT_RUN
+from gpudock_server.model.container import STOPPED_STATES
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan, StageState
 from gpudock_server.model.record import Record
-from gpudock_server.model.target import Target
+from gpudock_server.model.resource import ResourceRef
+from gpudock_server.model.store_changes import DeleteVolume, PutVolume, StoreChange
 from gpudock_server.model.volume import VolumeBacking, VolumeState
 from gpudock_server.ports import VolumeView
 
@@ -40,7 +40,7 @@ class DeleteArguments(Record):
     """What the saga needs to be built again."""
 
     backing: VolumeBacking | None
-    detach: tuple[Target, ...] = ()
+    detach: tuple[ResourceRef, ...] = ()
 
 
 async def draft(storage: Storage, command: Delete) -> Draft:
@@ -76,7 +76,7 @@ async def _plan_detaching(
     """Who is to forget it, and what that takes. Raises VolumeInUse where somebody has it who cannot."""
     world = storage.world
     views = await attached(world.store, name)
-    if others := [view.container.name for view in views if view.container.status.state not in DOES_NOT_RUN]:
+    if others := [view.container.name for view in views if view.container.status.state not in STOPPED_STATES]:
         raise VolumeMountedByRunning(volume=name, holders=tuple(others))
     ours = {view.container.engine.engine_id for view in views if view.container.engine}
     mounting = await world.engine.mounting(arguments.backing.engine_volume) if arguments.backing else ()
@@ -92,10 +92,10 @@ async def _plan_detaching(
     return arguments.model_copy(update={"detach": tuple(view.container.target for view in views)}), plan
 
 
-async def draft_without(world: World, target: Target, volume: str) -> Draft:
+async def draft_without(world: World, target: ResourceRef, volume: str) -> Draft:
     """An update of a container that does not run, to a spec without a volume. Raises VolumeInUse where it runs."""
     view = await world.lookup(target.name)
-    if view.container.status.state not in DOES_NOT_RUN:
+    if view.container.status.state not in STOPPED_STATES:
         raise VolumeMountedByRunning(volume=volume, holders=(target.name,))
     mounts = tuple(mount for mount in view.container.spec.mounts if mount.volume != volume)
     return await draft_update(world, Update(name=target.name, change=FieldChange("mounts", mounts)))
@@ -149,7 +149,7 @@ class DeleteSaga(VolumeSaga):
         return Outcome([DeleteVolume(volume.name, volume.uid, expect=view.version)], volume)
 
     @override
-    async def abandon(self, run: Run, view: VolumeView) -> Sequence[Change]:
+    async def abandon(self, run: Run, view: VolumeView) -> Sequence[StoreChange]:
         whole = await self._is_whole(run.operation)
         state = VolumeState.READY if whole else VolumeState.DELETING
         return [PutVolume(view.volume.changed(state=state), expect=view.version)]

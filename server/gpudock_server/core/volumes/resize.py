@@ -35,11 +35,11 @@ from gpudock_server.errors import (
     VolumeInUse,
     VolumeTooSmallForData,
 )
-from gpudock_server.model.changes import Change, PutContainer, PutVolume
-from gpudock_server.model.container import RUNS, ContainerState
+from gpudock_server.model.container import RUNNING_STATES, ContainerState
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import JsonObject, Record, now
-from gpudock_server.model.target import Target
+from gpudock_server.model.resource import ResourceRef
+from gpudock_server.model.store_changes import PutContainer, PutVolume, StoreChange
 from gpudock_server.model.volume import Volume, VolumeBacking, VolumeCause, VolumeState, VolumeUsage
 from gpudock_server.ports import ContainerView, ShrinkNeedsCopy, VolumeView
 
@@ -58,7 +58,7 @@ class Method(StrEnum):
 class User(Record):
     """A container that has the volume mounted, as it was when the operation began."""
 
-    target: Target
+    target: ResourceRef
     engine_id: str
     running: bool
     stop_seconds: float
@@ -147,7 +147,7 @@ def _user(world: World, view: ContainerView) -> User:
     return User(
         target=container.target,
         engine_id=container.engine.engine_id if container.engine else "",
-        running=container.status.state in RUNS,
+        running=container.status.state in RUNNING_STATES,
         stop_seconds=world.stop_seconds if own is None else own.total_seconds(),
     )
 
@@ -180,7 +180,7 @@ class ResizeSaga(VolumeSaga):
             update_time=now(),
         )
         cause = VolumeCause.GROWN if arguments.method is Method.GROW else VolumeCause.SHRUNK
-        changes: list[Change] = [
+        changes: list[StoreChange] = [
             PutVolume(resized, expect=view.version),
             revision_of(resized, cause, run.operation.id),
             *await self._seen_users(),
@@ -188,13 +188,13 @@ class ResizeSaga(VolumeSaga):
         return Outcome(changes, resized)
 
     @override
-    async def abandon(self, run: Run, view: VolumeView) -> Sequence[Change]:
+    async def abandon(self, run: Run, view: VolumeView) -> Sequence[StoreChange]:
         volume = view.volume.changed(reserved_bytes=view.volume.size_bytes)
         return [PutVolume(volume, expect=view.version), *await self._seen_users()]
 
-    async def _seen_users(self) -> list[Change]:
+    async def _seen_users(self) -> list[StoreChange]:
         """The containers as the engine shows them now: while they were locked, nobody else looked."""
-        changes: list[Change] = []
+        changes: list[StoreChange] = []
         for user in self._arguments.users:
             view = await self._world.store.container(user.target.name)
             if view is None or view.container.uid != user.target.uid or not user.engine_id:

@@ -7,8 +7,8 @@ from typing_extensions import override
 from gpudock_server.core.saga import Run, Saga
 from gpudock_server.core.volumes.storage import Storage
 from gpudock_server.errors import VolumeInUse
-from gpudock_server.model.changes import PutVolumeRevision
 from gpudock_server.model.record import now
+from gpudock_server.model.store_changes import PutVolumeRevision
 from gpudock_server.model.volume import Volume, VolumeBacking, VolumeCause, VolumeRevision
 from gpudock_server.ports import VolumeView
 

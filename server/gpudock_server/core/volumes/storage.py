@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gpudock_server.core.containers.mounting import address_of, all_volumes, volume_not_found
 from gpudock_server.core.containers.world import World
-from gpudock_server.errors import PoolFull, SizeNotSupported, StaleVolumeEtag, VolumeElsewhere
+from gpudock_server.errors import PoolFull, SizeNotSupported, StaleVolumeEtag, VolumeOnOtherNode
 from gpudock_server.model.volume import PoolUsage, VolumeBackendKind
 from gpudock_server.ports import VolumeBackend, VolumeCopier, VolumeView
 
@@ -34,7 +34,7 @@ class Storage:
     async def lookup(self, name: str, etag: str = "") -> VolumeView:
         """A volume of this node as the caller has seen it.
 
-        Raises VolumeNotFound, VolumeElsewhere, StaleVolumeEtag.
+        Raises VolumeNotFound, VolumeOnOtherNode, StaleVolumeEtag.
         """
         view = await self.world.store.volume(name)
         if view is None:
@@ -42,7 +42,7 @@ class Storage:
         volume = view.volume
         if volume.node != self.world.node:
             address = await address_of(self.world, volume.node)
-            raise VolumeElsewhere(volume=name, node=volume.node, address=address)
+            raise VolumeOnOtherNode(volume=name, node=volume.node, address=address)
         if etag and etag != volume.etag:
             raise StaleVolumeEtag(volume=name, etag=etag, current_etag=volume.etag)
         return view
@@ -50,7 +50,7 @@ class Storage:
     async def pool(self) -> PoolUsage | None:
         """The filesystem of the volumes with a size; None where this host can have none."""
         for backend in self.backends:
-            if backend.kind is not VolumeBackendKind.PLAIN and not await backend.unavailable():
+            if backend.kind is not VolumeBackendKind.PLAIN and not await backend.unavailable_reason():
                 return await backend.pool()
         return None
 

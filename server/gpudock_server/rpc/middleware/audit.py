@@ -12,7 +12,7 @@ import structlog
 from google.protobuf.message import Message
 from typing_extensions import override
 
-from gpudock_server.logs import cut
+from gpudock_server.logs import truncate
 from gpudock_server.rpc.middleware.errors import code_of
 from gpudock_server.rpc.middleware.identity import caller
 from gpudock_server.rpc.middleware.interceptor import Call, Interceptor
@@ -89,6 +89,8 @@ def _target(request: object) -> dict[str, str]:
         and request.HasField(_EXEC_START_FIELD)
     ):
         return _target(getattr(request, _EXEC_START_FIELD))
-    found = {field: cut(str(getattr(request, field))) for field in (*_NAME_FIELDS, "request_id") if field in fields}
+    found = {
+        field: truncate(str(getattr(request, field))) for field in (*_NAME_FIELDS, "request_id") if field in fields
+    }
     target = next((found[field] for field in _NAME_FIELDS if found.get(field)), "")
     return {key: value for key, value in (("target", target), ("request_id", found.get("request_id"))) if value}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import structlog
 
-from gpudock_server.private_files import exposure, read_private, read_regular, remedy
+from gpudock_server.private_files import access_problem, chmod_command, read_private, read_regular
 from gpudock_server.startup import StartupError
 
 _SHORTEST = 16
@@ -57,9 +57,9 @@ class TokenFile:
             content, found = read_regular(self._path)
             version = _version(found)
             names, mistakes = _parse(content.decode())
-            if exposed := exposure(found):
+            if exposed := access_problem(found):
                 names = {digest: name for digest, name in names.items() if self._names.get(digest) == name}
-                mistakes = [f"the file {exposed}, so nothing is added: {remedy(self._path)}", *mistakes]
+                mistakes = [f"the file {exposed}, so nothing is added: {chmod_command(self._path)}", *mistakes]
         except (OSError, UnicodeDecodeError) as error:
             version, names, mistakes = None, {}, [str(error)]
         if version != self._version:

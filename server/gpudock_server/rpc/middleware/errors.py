@@ -21,7 +21,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from typing_extensions import override
 
-from gpudock_server.errors import Code, GpudockError, InvalidArgument, Recorded
+from gpudock_server.errors import Code, GpudockError, InvalidArgument, OperationFailed
 from gpudock_server.logs import new_error_id
 from gpudock_server.rpc.middleware.interceptor import Call, Interceptor
 
@@ -87,7 +87,7 @@ def internal_status(error_id: str) -> status_pb2.Status:
 
 
 def _code_and_reason(error: GpudockError) -> tuple[int, str]:
-    if not isinstance(error, Recorded):
+    if not isinstance(error, OperationFailed):
         return error.code, error.reason
     known = error.recorded_code in {status.value[0] for status in grpc.StatusCode} - {0}
     return (error.recorded_code if known else Code.INTERNAL), error.recorded_reason

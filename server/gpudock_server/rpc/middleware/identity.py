@@ -15,7 +15,7 @@ import structlog
 from typing_extensions import override
 
 from gpudock_server.errors import Unauthenticated
-from gpudock_server.logs import cut
+from gpudock_server.logs import truncate
 from gpudock_server.rpc.middleware.bearer_tokens import TokenFile
 from gpudock_server.rpc.middleware.interceptor import Call, Context, Interceptor
 
@@ -52,7 +52,7 @@ class Caller:
 
         In two fields: of one text, `token:ci`, the log would take the second half for a secret and hide it.
         """
-        return {"caller_kind": self.kind.value, "caller": cut(self.name)}
+        return {"caller_kind": self.kind.value, "caller": truncate(self.name)}
 
 
 ANONYMOUS = Caller(CallerKind.ANONYMOUS)

@@ -9,7 +9,7 @@ from gpudock.v1 import operation_pb2
 
 from gpudock_server.core.running import Snapshot
 from gpudock_server.model.operation import (
-    CarryMethod,
+    LayerTransferMethod,
     Operation,
     OperationKind,
     OperationPlan,
@@ -18,7 +18,7 @@ from gpudock_server.model.operation import (
     Stage,
     StageState,
 )
-from gpudock_server.model.target import TargetKind
+from gpudock_server.model.resource import ResourceKind
 from gpudock_server.rpc.containers.revision_messages import SNAPSHOT_KINDS
 from gpudock_server.rpc.containers.spec_diff import spec_changes
 from gpudock_server.rpc.containers.spec_messages import spec_message
@@ -38,12 +38,12 @@ KINDS = {
     for kind in OperationKind
 }
 RESOURCE_KINDS = {
-    TargetKind.CONTAINER: operation_pb2.RESOURCE_KIND_CONTAINER,
-    TargetKind.VOLUME: operation_pb2.RESOURCE_KIND_VOLUME,
+    ResourceKind.CONTAINER: operation_pb2.RESOURCE_KIND_CONTAINER,
+    ResourceKind.VOLUME: operation_pb2.RESOURCE_KIND_VOLUME,
 }
 STATES = {state: operation_pb2.OperationState.Value(f"OPERATION_STATE_{state.name}") for state in OperationState}
 LAYER_TRANSFER_METHODS = {
-    method: operation_pb2.LayerCarryMethod.Value(f"LAYER_CARRY_METHOD_{method.name}") for method in CarryMethod
+    method: operation_pb2.LayerCarryMethod.Value(f"LAYER_CARRY_METHOD_{method.name}") for method in LayerTransferMethod
 }
 
 _STAGE_STATES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gpudock.v1 import volume_pb2
 
 from gpudock_server.model.volume import Volume, VolumeBackendKind, VolumeCause, VolumeRevision, VolumeState
-from gpudock_server.ports import VolumeSeen
+from gpudock_server.ports import VolumeDetails
 from gpudock_server.rpc.timestamps import timestamp
 
 STATES = {state: volume_pb2.VolumeState.Value(f"VOLUME_STATE_{state.name}") for state in VolumeState}
@@ -14,7 +14,7 @@ BACKENDS = {kind: volume_pb2.VolumeBackend.Value(f"VOLUME_BACKEND_{kind.name}") 
 _CAUSES = {cause: volume_pb2.VolumeRevisionCause.Value(f"VOLUME_REVISION_CAUSE_{cause.name}") for cause in VolumeCause}
 
 
-def volume_details_message(seen: VolumeSeen) -> volume_pb2.Volume:
+def volume_details_message(seen: VolumeDetails) -> volume_pb2.Volume:
     """A volume with who mounts it, what is in use, and the operation that is at work on it."""
     message = volume_message(seen.view.volume)
     message.attached_containers.extend(seen.containers)

@@ -15,7 +15,7 @@ from gpudock_server.core.volumes import Volumes
 from gpudock_server.core.volumes.commands import Command
 from gpudock_server.core.watches import Watches
 from gpudock_server.model.volume import VolumeRevision
-from gpudock_server.ports import Page, VolumeSeen
+from gpudock_server.ports import Page, VolumeDetails
 from gpudock_server.rpc import list_requests, opaque_tokens, pagination, watch_requests
 from gpudock_server.rpc.middleware.interceptor import Context
 from gpudock_server.rpc.operations import stream
@@ -76,7 +76,7 @@ class VolumeService(VolumeServiceServicer):
     ) -> volume_service_pb2.ListVolumesResponse:
         moment = ""
 
-        async def read(page_size: int, page_token: str) -> Page[VolumeSeen]:
+        async def read(page_size: int, page_token: str) -> Page[VolumeDetails]:
             nonlocal moment
             found = await self._volumes.list(page_size=page_size, page_token=page_token)
             moment = found.watch_token

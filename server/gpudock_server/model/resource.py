@@ -7,16 +7,16 @@ from enum import StrEnum
 from gpudock_server.model.record import Record
 
 
-class TargetKind(StrEnum):
+class ResourceKind(StrEnum):
     """A kind of object that has a name, a head and a lock."""
 
     CONTAINER = "container"
     VOLUME = "volume"
 
 
-class Target(Record):
+class ResourceRef(Record):
     """Names one object. Names come again when an object was deleted; its `uid` does not."""
 
-    kind: TargetKind
+    kind: ResourceKind
     name: str
     uid: str

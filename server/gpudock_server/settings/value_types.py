@@ -28,7 +28,7 @@ _REPOSITORY = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._:-]*/)*[a-z0-9][a-z0-9._-]*
 
 
 @dataclass(frozen=True)
-class Shown:
+class Metavar:
     """How --help writes a value of this kind."""
 
     metavar: str
@@ -165,16 +165,20 @@ def _volume_pattern(value: str) -> str:
     return value
 
 
-COMMAS = (NoDecode, BeforeValidator(_split))
+COMMA_SEPARATED = (NoDecode, BeforeValidator(_split))
 
-AbsolutePath: TypeAlias = Annotated[Path, AfterValidator(_absolute), Shown("PATH")]
-OptionalPath: TypeAlias = Annotated[AbsolutePath | None, BeforeValidator(_empty_is_none), Shown("PATH")]
-Paths: TypeAlias = Annotated[tuple[AbsolutePath, ...], *COMMAS, Shown("PATH,…")]
-Addresses: TypeAlias = Annotated[tuple[str, ...], *COMMAS, AfterValidator(_list_of(_address)), Shown("HOST:PORT,…")]
-Texts: TypeAlias = Annotated[tuple[str, ...], *COMMAS]
-Repositories: TypeAlias = Annotated[tuple[str, ...], *COMMAS, AfterValidator(_list_of(_repository))]
-VolumePatterns: TypeAlias = Annotated[tuple[str, ...], *COMMAS, AfterValidator(_list_of(_volume_pattern))]
-Seconds: TypeAlias = Annotated[float, BeforeValidator(_seconds), Shown("SECONDS")]
-Size: TypeAlias = Annotated[int, BeforeValidator(_size), Shown("SIZE")]
-Flag: TypeAlias = Annotated[bool, BeforeValidator(_flag), Shown("true|false")]
-Mode: TypeAlias = Annotated[int, BeforeValidator(_mode), PlainSerializer(lambda mode: f"{mode:04o}"), Shown("MODE")]
+AbsolutePath: TypeAlias = Annotated[Path, AfterValidator(_absolute), Metavar("PATH")]
+OptionalPath: TypeAlias = Annotated[AbsolutePath | None, BeforeValidator(_empty_is_none), Metavar("PATH")]
+Paths: TypeAlias = Annotated[tuple[AbsolutePath, ...], *COMMA_SEPARATED, Metavar("PATH,…")]
+Addresses: TypeAlias = Annotated[
+    tuple[str, ...], *COMMA_SEPARATED, AfterValidator(_list_of(_address)), Metavar("HOST:PORT,…")
+]
+StringList: TypeAlias = Annotated[tuple[str, ...], *COMMA_SEPARATED]
+Repositories: TypeAlias = Annotated[tuple[str, ...], *COMMA_SEPARATED, AfterValidator(_list_of(_repository))]
+VolumePatterns: TypeAlias = Annotated[tuple[str, ...], *COMMA_SEPARATED, AfterValidator(_list_of(_volume_pattern))]
+Seconds: TypeAlias = Annotated[float, BeforeValidator(_seconds), Metavar("SECONDS")]
+Size: TypeAlias = Annotated[int, BeforeValidator(_size), Metavar("SIZE")]
+Boolean: TypeAlias = Annotated[bool, BeforeValidator(_flag), Metavar("true|false")]
+SocketMode: TypeAlias = Annotated[
+    int, BeforeValidator(_mode), PlainSerializer(lambda mode: f"{mode:04o}"), Metavar("MODE")
+]

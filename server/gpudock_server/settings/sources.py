@@ -22,8 +22,8 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import CliSettingsSource, EnvSettingsSource
 from typing_extensions import override
 
-from gpudock_server.setting_values import Shown
-from gpudock_server.settings import Settings
+from gpudock_server.settings.definitions import Settings
+from gpudock_server.settings.value_types import Metavar
 
 PROGRAM = "gpudockd"
 DEFAULT_CONFIG = Path("/etc/gpudock/gpudockd.toml")
@@ -180,7 +180,7 @@ def _add_argument(
     """As CliSettingsSource would add it, with words of ours where it shows Python's types and values."""
     field = Settings.model_fields[options["dest"]]
     default = defaults[options["dest"]]
-    options["metavar"] = next(item.metavar for item in field.metadata if isinstance(item, Shown))
+    options["metavar"] = next(item.metavar for item in field.metadata if isinstance(item, Metavar))
     shown = str(default).lower() if isinstance(default, bool) else default
     options["help"] = f"{field.description} (default: {shown})" if shown or shown == 0 else field.description
     return parser.add_argument(*names, **options)

@@ -1,0 +1,1 @@
+"""Settings: their definitions, value types and sources."""
