@@ -50,10 +50,10 @@ from gpudock_server.core.allocation import Allocator
 from gpudock_server.core.containers import Containers, HistoryDefaults, ImageRules, World
 from gpudock_server.core.exec_sessions import ExecSessions
 from gpudock_server.core.nodes import Nodes
-from gpudock_server.core.operations import Operations
-from gpudock_server.core.reconcile import DriftBook, Reconciler
+from gpudock_server.core.operations.engine import Operations
+from gpudock_server.core.reconcile import DriftTracker, Reconciler
 from gpudock_server.core.retention import Retention
-from gpudock_server.core.sagas import saga_builder
+from gpudock_server.core.saga_factory import saga_factory
 from gpudock_server.core.volumes import Storage, Volumes
 from gpudock_server.core.watches import Watches
 from gpudock_server.errors import EngineRejected, EngineUnavailable, GpudockError, StoreFull, StoreUnavailable
@@ -299,11 +299,11 @@ async def _assemble(settings: Settings, wrappers: PortWrappers, stack: AsyncExit
     await _attach_volumes(settings)
     await check_versions()
     storage = _storage(settings, world, info.root_dir, wrappers)
-    operations = Operations(state, settings.node_name, saga_builder(world, storage), recovering=True)
+    operations = Operations(state, settings.node_name, saga_factory(world, storage), recovering=True)
     containers = Containers(world, operations)
     execs = ExecSessions(world, HostProcessControl(), hangup_grace=settings.exec_hangup_grace, limit=settings.max_execs)
     watches = Watches(state, checkpoint_seconds=settings.watch_checkpoint_interval)
-    drift = DriftBook()
+    drift = DriftTracker()
     server = build_server(
         Services(
             containers=containers,
@@ -328,7 +328,7 @@ async def _assemble(settings: Settings, wrappers: PortWrappers, stack: AsyncExit
             drift,
             interval=settings.reconcile_interval,
             orphan_grace=settings.orphan_grace,
-            start_retry_pauses=(settings.start_retry_pause, settings.start_retry_pause_max),
+            start_retry_delays=(settings.start_retry_pause, settings.start_retry_pause_max),
         ),
         retention=Retention(world, containers, interval=settings.reconcile_interval),
         server=server,
@@ -563,12 +563,12 @@ class _Daemon:
         resumed = await self.reconciler.recover()
         try:
             async with asyncio.timeout(_RECOVERY_SECONDS):
-                await self.operations.settle_short(resumed)
+                await self.operations.wait_until_ended_or_interruptible(resumed)
         except TimeoutError:
             log.warning("recovery goes on while serving", operations=sorted(self.operations.active))
         await self.reconciler.full_pass()
-        self.operations.recovery_waits(None)
-        self.operations.open()
+        self.operations.set_recovery_blocked(None)
+        self.operations.allow_new_operations()
         return tuple(operation_id for operation_id in resumed if operation_id in self.operations.active)
 
     async def _try_recover(self) -> tuple[str, ...] | None:
@@ -585,7 +585,7 @@ class _Daemon:
 
     def _postpone_recovery(self, error: StoreFull) -> None:
         log.warning("recovery waits for room in the store", detail=error.detail)
-        self.operations.recovery_waits(error)
+        self.operations.set_recovery_blocked(error)
 
     async def serve(self, stop: _Shutdown) -> None:
         """Answer reads, recover, take all calls until told to stop, then drain.

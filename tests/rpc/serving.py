@@ -21,9 +21,9 @@ from gpudock_server.core.allocation import Allocator
 from gpudock_server.core.containers import Containers, World
 from gpudock_server.core.exec_sessions import ExecSessions
 from gpudock_server.core.nodes import Nodes
-from gpudock_server.core.operations import Operations
-from gpudock_server.core.reconcile import DriftBook
-from gpudock_server.core.sagas import saga_builder
+from gpudock_server.core.operations.engine import Operations
+from gpudock_server.core.reconcile import DriftTracker
+from gpudock_server.core.saga_factory import saga_factory
 from gpudock_server.core.volumes import Storage, Volumes
 from gpudock_server.core.watches import Watches
 from gpudock_server.rpc.server import RpcServer, Services, build_server
@@ -63,7 +63,7 @@ class Served:
     operations: Operations
     execs: ExecSessions
     watches: Watches
-    drift: DriftBook
+    drift: DriftTracker
     server: RpcServer
     channel: grpc.aio.Channel
     containers: ContainerServiceStub
@@ -96,11 +96,11 @@ async def serve(
     )
     backends = [volumes or FakeVolumes(), FakePlain()]
     storage = Storage(world=world, backends=backends, copier=copier or FakeCopier(), path="/volumes")
-    operations = Operations(store, NODE, saga_builder(world, storage))
+    operations = Operations(store, NODE, saga_factory(world, storage))
     execs = ExecSessions(world, processes, hangup_grace=0.2, limit=4)
     containers = Containers(world, operations)
     nodes = Nodes(world, storage, inventory, version="1", start_time=LONG_AGO, port_range=PORTS)
-    watches, drift = Watches(store, checkpoint_seconds=60), DriftBook()
+    watches, drift = Watches(store, checkpoint_seconds=60), DriftTracker()
     services = Services(
         containers=containers,
         volumes=Volumes(storage, operations),

@@ -9,7 +9,7 @@ import pytest
 from gpudock.v1 import container_pb2, exec_pb2, gpu_pb2, node_pb2, operation_pb2, port_pb2
 from gpudock_server.core.exec_sessions import Exited
 from gpudock_server.core.nodes import DiskUsage, HeldGpu, HeldPort, NodeView, VolumePool
-from gpudock_server.core.running import Snapshot
+from gpudock_server.core.operations.active_operation import OperationView
 from gpudock_server.model.claims import ClaimTable, GpuKey, Holder, PortKey
 from gpudock_server.model.container import (
     Container,
@@ -284,7 +284,7 @@ ERROR = RecordedError(code=8, reason="GPU_EXHAUSTED", message="none", metadata={
     ],
 )
 def test_where_an_operation_is(record: Operation, stage: str, states: str) -> None:
-    shown = operation_messages.operation_message(Snapshot(record))
+    shown = operation_messages.operation_message(OperationView(record))
     names = [operation_pb2.OperationStageState.Name(found.state) for found in shown.stages]
     assert shown.stage == stage
     assert [name.removeprefix("OPERATION_STAGE_STATE_") for name in names] == states.split()
@@ -292,17 +292,17 @@ def test_where_an_operation_is(record: Operation, stage: str, states: str) -> No
 
 def test_bytes_are_shown_on_the_current_stage() -> None:
     shown = operation_messages.operation_message(
-        Snapshot(journal(OperationState.RUNNING, DONE, RUNNING, PENDING), 5, 9)
+        OperationView(journal(OperationState.RUNNING, DONE, RUNNING, PENDING), 5, 9)
     )
     assert (shown.current_bytes, shown.total_bytes) == (5, 9)
     assert [(stage.current_bytes, stage.total_bytes) for stage in shown.stages] == [(0, 0), (5, 9), (0, 0)]
 
 
 def test_an_error_is_shown_when_everything_is_undone() -> None:
-    undoing = operation_messages.operation_message(Snapshot(journal(OperationState.UNDOING, DONE, error=ERROR)))
+    undoing = operation_messages.operation_message(OperationView(journal(OperationState.UNDOING, DONE, error=ERROR)))
     assert not undoing.HasField("error")
     failed = operation_messages.operation_message(
-        Snapshot(journal(OperationState.FAILED, UNDONE, error=ERROR, end_time=MOMENT))
+        OperationView(journal(OperationState.FAILED, UNDONE, error=ERROR, end_time=MOMENT))
     )
     assert failed.error == operation_pb2.OperationError(
         code=8, reason="GPU_EXHAUSTED", message="none", metadata={"free": "0"}
@@ -323,7 +323,7 @@ def test_a_plan_has_no_times_and_no_id() -> None:
         warnings=("w",),
     )
     shown = operation_messages.operation_message(
-        Snapshot(journal(OperationState.PLANNED, PENDING, PENDING, id="", plan=plan))
+        OperationView(journal(OperationState.PLANNED, PENDING, PENDING, id="", plan=plan))
     )
     assert shown.plan == operation_pb2.OperationPlan(
         stages=["s0", "s1"],

@@ -142,7 +142,7 @@ async def test_a_mutation_that_waits_goes_on_without_its_caller(served: Served) 
     assert busy.container.status.operation_id == served.store.locks[ResourceKind.CONTAINER, "a"]
     call.cancel()
     gate.set()
-    await served.operations.settle(list(served.operations.active))
+    await served.operations.wait_until_ended(list(served.operations.active))
     seen = await served.containers.GetContainer(container_service_pb2.GetContainerRequest(name="a"))
     assert seen.container.status.state == container_pb2.CONTAINER_STATE_STOPPED
 
@@ -153,7 +153,7 @@ async def test_a_slow_reader_gets_the_latest(served: Served) -> None:
     call = served.containers.CreateContainer(create_request())
     stream = aiter(call)
     first = await anext(stream)
-    await served.operations.settle([first.operation.id])
+    await served.operations.wait_until_ended([first.operation.id])
     # What had been sent when it was slow, and the end: a few of twenty thousand.
     rest = [event async for event in stream]
     assert rest[-1].HasField("result")

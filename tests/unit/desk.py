@@ -10,9 +10,9 @@ from typing import Any
 from gpudock_server.core.allocation import Allocator
 from gpudock_server.core.containers import Containers, World
 from gpudock_server.core.containers.commands import Command, Create
-from gpudock_server.core.containers.leftovers import sweep_images
-from gpudock_server.core.operations import Operations, RequestKey
-from gpudock_server.core.sagas import saga_builder
+from gpudock_server.core.operations.engine import Operations, RequestKey
+from gpudock_server.core.reconcile.images import sweep_images
+from gpudock_server.core.saga_factory import saga_factory
 from gpudock_server.core.volumes import Storage, Volumes
 from gpudock_server.core.volumes import commands as volume_commands
 from gpudock_server.model.container import Container
@@ -75,7 +75,7 @@ class Desk:
     def begin(self) -> None:
         """A process of the daemon, with `self.world`."""
         self.storage = Storage(world=self.world, backends=[self.sized, self.plain], copier=self.copier, path="/volumes")
-        self.operations = Operations(self.store, NODE, saga_builder(self.world, self.storage))
+        self.operations = Operations(self.store, NODE, saga_factory(self.world, self.storage))
         self.containers = Containers(self.world, self.operations)
         self.volumes = Volumes(self.storage, self.operations)
 
@@ -92,7 +92,7 @@ class Desk:
         """Another process takes up what this one has left."""
         await self.operations.drain(0)
         self.begin()
-        await self.operations.settle(await self.operations.resume())
+        await self.operations.wait_until_ended(await self.operations.resume())
         await sweep_images(self.world)
 
     async def start(self, command: Command | volume_commands.Command, request: RequestKey | None = None) -> str:
@@ -109,7 +109,7 @@ class Desk:
     async def ended(self, operation_id: str) -> Operation:
         """Wait for the end of an operation; its record."""
         async with asyncio.timeout(LONG):
-            await self.operations.settle([operation_id])
+            await self.operations.wait_until_ended([operation_id])
         return self.store.journal[operation_id].value
 
     async def must(self, command: Command | volume_commands.Command) -> Operation:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 
-from gpudock_server.core.operations import Draft
-from gpudock_server.core.saga import Outcome, Run, Saga, Step
+from gpudock_server.core.operations.engine import Draft
+from gpudock_server.core.operations.saga import OperationRun, Outcome, Saga, Step
 from gpudock_server.model.container import Container
 from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
@@ -57,7 +57,7 @@ def daemon(node: str, address: str) -> NodeRecord:
     )
 
 
-Do = Callable[[Run], Awaitable[JsonObject | None]]
+Do = Callable[[OperationRun], Awaitable[JsonObject | None]]
 
 
 class Script(Saga[ContainerView]):
@@ -75,20 +75,20 @@ class Script(Saga[ContainerView]):
 
     @property
     @override
-    def after(self) -> tuple[Step, ...]:
+    def cleanup_steps(self) -> tuple[Step, ...]:
         return self._after
 
     @override
-    async def look(self, run: Run) -> ContainerView | None:
+    async def read_target(self, run: OperationRun) -> ContainerView | None:
         return await self.desk.store.container(run.operation.target.name)
 
     @override
-    async def commit(self, run: Run, view: ContainerView) -> Outcome:
+    async def success_changes(self, run: OperationRun, view: ContainerView) -> Outcome:
         container = view.container.changed(generation=view.container.generation + 1)
         return Outcome([PutContainer(container, expect=view.version), *self.changes(container)], container)
 
     @override
-    async def abandon(self, run: Run, view: ContainerView) -> Sequence[StoreChange]:
+    async def failure_changes(self, run: OperationRun, view: ContainerView) -> Sequence[StoreChange]:
         return [PutContainer(view.container, expect=view.version)]
 
 
@@ -111,7 +111,7 @@ async def draft_of(
     return Draft(
         kind=kind,
         target=view.container.target,
-        head=PutContainer(view.container, expect=view.version),
+        target_record=PutContainer(view.container, expect=view.version),
         arguments={},
         plan=OperationPlan(),
         build=saga,
@@ -124,5 +124,5 @@ async def begun(desk: Desk, script: Script, *, claims: Sequence[Claim] = ()) -> 
     return await desk.operations.begin(lambda: draft_of(desk, lambda _: script, claims=claims), None)
 
 
-async def nothing(_: Run) -> None:
+async def nothing(_: OperationRun) -> None:
     """A step that does nothing."""

@@ -9,7 +9,6 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from gpudock_server.core import journal
 from gpudock_server.core.containers import clone, images, observation, stop, world
 from gpudock_server.core.containers.commands import (
     Clone,
@@ -28,7 +27,8 @@ from gpudock_server.core.containers.commands import (
 )
 from gpudock_server.core.containers.engine_volumes import identity_of
 from gpudock_server.core.containers.images import ImageRules
-from gpudock_server.core.operations import Draft
+from gpudock_server.core.operations import journal
+from gpudock_server.core.operations.engine import Draft
 from gpudock_server.errors import ContainerExists, ContainerNotRunning, EngineRejected, ImageExists, ImageNameForbidden
 from gpudock_server.model.container import ContainerState
 from gpudock_server.model.engine import LABEL_VOLUME, EngineState, EngineVolume, RegistryAuth
@@ -216,7 +216,7 @@ async def test_a_pull_that_moves_again_says_no_more_that_it_stood_still(monkeypa
 
     def message() -> str:
         (running,) = desk.operations._running.values()
-        return running.snapshot.message
+        return running.view.message
 
     async def slow(reference: str, auth: RegistryAuth | None, progress: Progress) -> None:
         while not message():

@@ -6,7 +6,6 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from gpudock_server.core import journal
 from gpudock_server.core.containers import build_saga, images
 from gpudock_server.core.containers.commands import (
     Clone,
@@ -26,6 +25,7 @@ from gpudock_server.core.containers.commands import (
     Update,
 )
 from gpudock_server.core.containers.depth import MOST_CARRIED, MOST_LAYERS, is_deep
+from gpudock_server.core.operations import journal
 from gpudock_server.core.volumes import commands as volume_commands
 from gpudock_server.errors import (
     ContainerNotRunning,

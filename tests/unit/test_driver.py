@@ -9,9 +9,10 @@ from typing import SupportsIndex
 
 import pytest
 import structlog
-from gpudock_server.core import journal, operations
-from gpudock_server.core.operations import Draft
-from gpudock_server.core.saga import Run, Step
+from gpudock_server.core.operations import engine as operations
+from gpudock_server.core.operations import journal
+from gpudock_server.core.operations.engine import Draft
+from gpudock_server.core.operations.saga import OperationRun, Step
 from gpudock_server.errors import (
     EngineRejected,
     EngineUnavailable,
@@ -53,7 +54,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[SupportsIndex | slice]:
     """Which pauses were made, as indices."""
     made = Pauses()
     monkeypatch.setattr(journal, "_BACKOFF_SECONDS", made)
-    monkeypatch.setattr(operations, "_TAKING_UP_SECONDS", 0.001)
+    monkeypatch.setattr(operations, "_RESUME_POLL_SECONDS", 0.001)
     return made.taken
 
 
@@ -70,11 +71,11 @@ def store_of(desk: Desk) -> UnsteadyStore:
     return desk.store
 
 
-def failing(*errors: Exception) -> tuple[Callable[[Run], Awaitable[None]], list[Exception]]:
+def failing(*errors: Exception) -> tuple[Callable[[OperationRun], Awaitable[None]], list[Exception]]:
     """A step that fails with these, one after the other; and those that are left."""
     left = list(errors)
 
-    async def work(_: Run) -> None:
+    async def work(_: OperationRun) -> None:
         if left:
             raise left.pop(0)
 
@@ -84,7 +85,7 @@ def failing(*errors: Exception) -> tuple[Callable[[Run], Awaitable[None]], list[
 async def test_what_a_step_logs_names_its_operation(desk: Desk) -> None:
     seen: list[dict[str, object]] = []
 
-    async def work(_: Run) -> None:
+    async def work(_: OperationRun) -> None:
         seen.append(structlog.contextvars.get_contextvars())
 
     operation_id = await begun(desk, Script(desk, [Step("work", work)]))
@@ -95,7 +96,7 @@ async def test_what_a_step_logs_names_its_operation(desk: Desk) -> None:
 async def test_a_defect_is_undone_and_told_by_an_id(desk: Desk) -> None:
     undone: list[str] = []
 
-    async def undo(_: Run) -> None:
+    async def undo(_: OperationRun) -> None:
         undone.append("work")
 
     work, _ = failing(AssertionError("a secret"))
@@ -188,14 +189,14 @@ async def test_what_is_left_is_told_once_the_engine_shows_it(desk: Desk, pauses:
     script, (work, _) = Script(desk, []), failing(REFUSED)
     script._steps = (Step("work", work),)
     errors = [AWAY] * 3
-    abandon = script.abandon
+    abandon = script.failure_changes
 
     async def abandoned(*args: object) -> Sequence[StoreChange]:
         if errors:
             raise errors.pop()
         return await abandon(*args)  # type: ignore[arg-type]  # what it was given
 
-    script.abandon = abandoned  # type: ignore[method-assign, assignment]
+    script.failure_changes = abandoned  # type: ignore[method-assign, assignment]
     operation = await desk.ended(await begun(desk, script))
     assert operation.state is OperationState.FAILED
     assert pauses == [0, 1, 2]
@@ -217,14 +218,14 @@ async def test_a_store_that_is_away_is_waited_for(desk: Desk, pauses: list[Suppo
 async def test_a_look_at_a_store_that_is_away_is_tried_again(desk: Desk, pauses: list[SupportsIndex | slice]) -> None:
     script = Script(desk, [])
     errors = [StoreUnavailable("away")] * 3
-    look = script.look
+    look = script.read_target
 
-    async def looked(run: Run) -> object:
+    async def looked(run: OperationRun) -> object:
         if errors:
             raise errors.pop()
         return await look(run)
 
-    script.look = looked  # type: ignore[method-assign, assignment]
+    script.read_target = looked  # type: ignore[method-assign, assignment]
     assert (await desk.ended(await begun(desk, script))).state is OperationState.SUCCEEDED
     assert pauses == [0, 1, 2]
 
@@ -246,12 +247,12 @@ async def test_callers_do_not_wait_for_room_in_the_store_and_the_operation_does(
     )
     room.set()
     async with asyncio.timeout(LONG):
-        await desk.operations.settle([operation_id])
+        await desk.operations.wait_until_ended([operation_id])
     assert await desk.operations.result(operation_id) == desk.head()
 
 
 async def test_whose_record_another_process_writes_is_left_to_it(desk: Desk) -> None:
-    async def work(run: Run) -> None:
+    async def work(run: OperationRun) -> None:
         stored = desk.store.journal[run.operation.id]
         desk.store.journal[run.operation.id] = Versioned(stored.value, stored.version + 100)
 
@@ -263,7 +264,7 @@ async def test_whose_record_another_process_writes_is_left_to_it(desk: Desk) -> 
 
 
 async def test_whose_target_is_gone_is_left(desk: Desk) -> None:
-    async def work(_: Run) -> None:
+    async def work(_: OperationRun) -> None:
         desk.store.heads.clear()
 
     operation = await desk.ended(await begun(desk, Script(desk, [Step("work", work)])))
@@ -303,7 +304,7 @@ async def test_a_head_that_keeps_moving_is_a_store_that_cannot_be_used(desk: Des
 
 
 async def test_a_lock_that_somebody_took_away_does_not_stop_the_end(desk: Desk) -> None:
-    async def work(_: Run) -> None:
+    async def work(_: OperationRun) -> None:
         desk.store.locks[ResourceKind.CONTAINER, "a"] = "somebody"
 
     operation = await desk.ended(await begun(desk, Script(desk, [Step("work", work)])))
@@ -315,7 +316,7 @@ async def claimed(desk: Desk, key: ClaimKey, meanwhile: Callable[[], None]) -> s
     """Begin an operation that claims `key`, during which `meanwhile` happens; its id."""
     holder = desk.world.holder(desk.head())
 
-    async def work(run: Run) -> None:
+    async def work(run: OperationRun) -> None:
         assert desk.store.held[HOST][key] == holder.model_copy(update={"operation_id": run.operation.id})
         meanwhile()
 
@@ -354,16 +355,16 @@ async def left_and_taken_up(desk: Desk, operation_id: str, script: Script, *, at
         await desk.operations.drain(0)
         desk.operations = operations.Operations(desk.store, NODE, lambda _: script)
         assert await desk.operations.resume() == (operation_id,)
-        await desk.operations.settle([operation_id])
+        await desk.operations.wait_until_ended([operation_id])
 
 
 async def test_whoever_takes_up_an_undo_does_no_step_again(desk: Desk) -> None:
     at_work, done = asyncio.Event(), list[str]()
 
-    async def first(_: Run) -> None:
+    async def first(_: OperationRun) -> None:
         done.append("first")
 
-    async def undo(_: Run) -> None:
+    async def undo(_: OperationRun) -> None:
         done.append("undo")
         if not at_work.is_set():
             at_work.set()
@@ -379,7 +380,7 @@ async def test_whoever_takes_up_an_undo_does_no_step_again(desk: Desk) -> None:
 async def test_whoever_takes_up_what_is_committed_does_not_commit_it_again(desk: Desk) -> None:
     at_work, before = asyncio.Event(), desk.head().generation
 
-    async def tidy(_: Run) -> None:
+    async def tidy(_: OperationRun) -> None:
         if not at_work.is_set():
             at_work.set()
             await asyncio.Event().wait()
@@ -392,9 +393,9 @@ async def test_whoever_takes_up_what_is_committed_does_not_commit_it_again(desk:
 
 
 async def test_notes_are_kept_with_the_record(desk: Desk) -> None:
-    async def work(run: Run) -> None:
-        run.note("one")
-        run.note("two")
+    async def work(run: OperationRun) -> None:
+        run.add_message("one")
+        run.add_message("two")
 
     operation = await desk.ended(await begun(desk, Script(desk, [Step("work", work), Step("more", nothing)])))
     assert operation.message == "one; two"
@@ -407,8 +408,8 @@ async def whole_of(desk: Desk, part: Script) -> Script:
     """An operation on container `b` with a part, which is one on `a`."""
     await desk.made("b", desk.head().spec.changed(ports=(), gpus=desk.head().spec.gpus.model_copy(update={"count": 0})))
 
-    async def work(run: Run) -> None:
-        await run.part("it", lambda: draft_of(desk, lambda _: part))
+    async def work(run: OperationRun) -> None:
+        await run.run_child("it", lambda: draft_of(desk, lambda _: part))
 
     return Script(desk, [Step("work", work)])
 
@@ -417,7 +418,7 @@ async def begun_on_b(desk: Desk, script: Script) -> str:
     """Begin it on container `b`; its id."""
     head = desk.store.heads["b"]
     put = PutContainer(head.value, expect=head.version)
-    on_b = replace(await draft_of(desk, lambda _: script), target=head.value.target, head=put)
+    on_b = replace(await draft_of(desk, lambda _: script), target=head.value.target, target_record=put)
 
     async def drafted() -> Draft:
         return on_b
@@ -463,9 +464,9 @@ async def test_parts_of_one_whole_are_different_operations(desk: Desk) -> None:
     whole = await whole_of(desk, Script(desk, []))
     (step,) = whole.steps
 
-    async def both(run: Run) -> None:
+    async def both(run: OperationRun) -> None:
         await step.do(run)
-        await run.part("other", lambda: draft_of(desk, lambda _: Script(desk, [])))
+        await run.run_child("other", lambda: draft_of(desk, lambda _: Script(desk, [])))
 
     whole._steps = (Step("work", both),)
     assert (await desk.ended(await begun_on_b(desk, whole))).state is OperationState.SUCCEEDED
@@ -476,7 +477,7 @@ async def test_a_whole_whose_part_waited_for_room_is_waited_for_again(desk: Desk
     whole, over, gate = await whole_of(desk, Script(desk, [])), asyncio.Event(), asyncio.Event()
     (step,) = whole.steps
 
-    async def and_more(run: Run) -> None:
+    async def and_more(run: OperationRun) -> None:
         await step.do(run)
         over.set()
         await gate.wait()
@@ -510,7 +511,7 @@ async def test_a_part_that_begins_when_the_process_is_to_stop_is_left_with_its_w
     (step,) = script.steps
     gate = asyncio.Event()
 
-    async def late(run: Run) -> None:
+    async def late(run: OperationRun) -> None:
         await gate.wait()
         await step.do(run)
 
@@ -528,7 +529,7 @@ async def test_a_part_that_begins_when_the_process_is_to_stop_is_left_with_its_w
 async def test_a_cancel_between_two_steps_is_seen_before_the_next(desk: Desk) -> None:
     ids: list[str] = []
 
-    async def work(_: Run) -> None:
+    async def work(_: OperationRun) -> None:
         # The step itself does not notice.
         running = desk.operations._running[ids[0]]
         running.cancel_requested = True

@@ -6,15 +6,15 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from gpudock_server.core import operations as operations_module
-from gpudock_server.core import running as running_module
 from gpudock_server.core.containers import create as create_container
 from gpudock_server.core.containers import stop
 from gpudock_server.core.containers.commands import Create, Restart, Stop
-from gpudock_server.core.operations import Draft, Operations, RequestKey, elsewhere, planned
-from gpudock_server.core.running import Snapshot
-from gpudock_server.core.saga import Run, Step
-from gpudock_server.core.sagas import saga_builder
+from gpudock_server.core.operations import active_operation as running_module
+from gpudock_server.core.operations import engine as operations_module
+from gpudock_server.core.operations.active_operation import OperationView
+from gpudock_server.core.operations.engine import Draft, Operations, RequestKey, planned_operation, wrong_node_error
+from gpudock_server.core.operations.saga import OperationRun, Step
+from gpudock_server.core.saga_factory import saga_factory
 from gpudock_server.core.volumes import commands as volume_commands
 from gpudock_server.core.volumes import create as create_volume
 from gpudock_server.errors import (
@@ -70,7 +70,7 @@ def store_of(desk: Desk) -> UnsteadyStore:
 
 def recovering(desk: Desk) -> Operations:
     """A process that has just begun."""
-    desk.operations = Operations(desk.store, NODE, saga_builder(desk.world, desk.storage), recovering=True)
+    desk.operations = Operations(desk.store, NODE, saga_factory(desk.world, desk.storage), recovering=True)
     return desk.operations
 
 
@@ -113,7 +113,7 @@ async def test_what_another_operation_does_to_a_volume_names_that_operation(desk
     conditioned = Draft(
         kind=create.kind,
         target=create.target,
-        head=create.head,
+        target_record=create.target_record,
         arguments={},
         plan=create.plan,
         build=create.build,
@@ -205,20 +205,22 @@ async def test_a_call_that_fails_because_it_has_just_been_done_is_that_operation
 async def test_nothing_begins_before_the_recovery_is_over_but_what_is_part_of_it(desk: Desk) -> None:
     operations = recovering(desk)
 
-    async def begin(*, recovers: bool = False) -> str:
-        return await operations.begin(lambda: draft_of(desk, lambda _: Script(desk, ())), None, recovers=recovers)
+    async def begin(*, during_recovery: bool = False) -> str:
+        return await operations.begin(
+            lambda: draft_of(desk, lambda _: Script(desk, ())), None, during_recovery=during_recovery
+        )
 
     with pytest.raises(Recovering):
         await begin()
-    operations.recovery_waits(StoreFull("no room"))
+    operations.set_recovery_blocked(StoreFull("no room"))
     with pytest.raises(StoreFull) as full:
         await begin()
     assert full.value.detail == "no room"
-    operations.recovery_waits(None)
+    operations.set_recovery_blocked(None)
     with pytest.raises(Recovering):
         await begin()
-    await desk.ended(await begin(recovers=True))
-    operations.open()
+    await desk.ended(await begin(during_recovery=True))
+    operations.allow_new_operations()
     await desk.ended(await begin())
 
 
@@ -249,7 +251,7 @@ async def test_a_plan_is_of_no_operation(desk: Desk) -> None:
     assert operation.create_time == operation.update_time
     assert operation.arguments["start"] is True
     draft = await stop.draft(desk.world, Stop("a"))
-    of_a = planned(draft, "n")
+    of_a = planned_operation(draft, "n")
     assert (of_a.target, of_a.node, of_a.plan) == (desk.head().target, "n", draft.plan)
 
 
@@ -276,20 +278,20 @@ async def test_the_record_of_an_operation(desk: Desk) -> None:
 # -- watching --------------------------------------------------------------------------------------------------------
 
 
-async def collected(desk: Desk, operation_id: str) -> list[Snapshot]:
+async def collected(desk: Desk, operation_id: str) -> list[OperationView]:
     async with asyncio.timeout(LONG):
         return [snapshot async for snapshot in desk.operations.watch(operation_id)]
 
 
 async def test_a_watcher_sees_the_operation_until_its_end(desk: Desk) -> None:
-    async def work(run: Run) -> None:
-        run.describe("at work")
+    async def work(run: OperationRun) -> None:
+        run.set_stage_message("at work")
         run.progress(1, 3)
         await asyncio.sleep(0)
         run.progress(3, 3)
         await asyncio.sleep(0)
 
-    async def rest(_: Run) -> None:
+    async def rest(_: OperationRun) -> None:
         await asyncio.sleep(0)
         await asyncio.sleep(0)
 
@@ -309,7 +311,7 @@ async def test_progress_is_told_now_and_then_and_at_its_end(
 ) -> None:
     monkeypatch.setattr(running_module, "_PROGRESS_SECONDS", seconds)
 
-    async def work(run: Run) -> None:
+    async def work(run: OperationRun) -> None:
         # First nothing, so that the watcher is there.
         for done in (0, 1, 2, 3):
             if done:
@@ -367,7 +369,7 @@ async def test_a_watch_that_waits_in_vain_ends(desk: Desk, turn: str) -> None:
     assert not watching.done()
     if turn == "open":
         desk.store.journal[ID] = Versioned(record(desk).changed(state=OperationState.FAILED), 2)
-        operations.open()
+        operations.allow_new_operations()
         assert (await watching)[-1].operation.state is OperationState.FAILED
     else:
         await operations.drain(0)
@@ -388,8 +390,8 @@ async def test_a_page_of_operations(desk: Desk) -> None:
 async def test_a_result_that_is_no_longer_kept_is_the_object_as_it_is_now(desk: Desk) -> None:
     await desk.must(volume_commands.Create("data", size_bytes=1 << 20))
     operations, over = desk.operations, {"state": OperationState.SUCCEEDED, "result": None}
-    assert await operations.outcome(record(desk, **over)) == desk.head()
-    assert await operations.outcome(record(desk, target=desk.volume().target, **over)) == desk.volume()
+    assert await operations.result_of(record(desk, **over)) == desk.head()
+    assert await operations.result_of(record(desk, target=desk.volume().target, **over)) == desk.volume()
     assert await operations.result(ID) == desk.volume()
     gone: list[dict[str, object]] = [
         {"kind": OperationKind.COMMIT},
@@ -399,14 +401,14 @@ async def test_a_result_that_is_no_longer_kept_is_the_object_as_it_is_now(desk: 
     ]
     for changes in gone:
         with pytest.raises(OperationResultGone) as refused:
-            await operations.outcome(record(desk, **over, **changes))
+            await operations.result_of(record(desk, **over, **changes))
         assert refused.value.operation_id == ID
 
 
 async def test_the_result_of_what_failed_is_its_error(desk: Desk) -> None:
     error = RecordedError(code=5, reason="R", message="m", metadata={"k": "v"})
     failed = record(desk, state=OperationState.FAILED, error=error)
-    for call in (desk.operations.outcome(failed), desk.operations.result(ID), desk.operations.done(ID)):
+    for call in (desk.operations.result_of(failed), desk.operations.result(ID), desk.operations.done(ID)):
         with pytest.raises(OperationFailed) as raised:
             await call
         found = raised.value
@@ -443,7 +445,7 @@ async def test_what_cannot_be_cancelled(desk: Desk) -> None:
     assert stuck.metadata == {"operation_id": ID, "state": "RUNNING"}
     recovering(desk)
     assert isinstance(await refusal(desk), Recovering)
-    desk.operations.recovery_waits(StoreFull("no room"))
+    desk.operations.set_recovery_blocked(StoreFull("no room"))
     assert isinstance(await refusal(desk), StoreFull)
     record(desk, state=OperationState.FAILED)
     assert isinstance(await refusal(desk), OperationNotCancellable)
@@ -456,7 +458,7 @@ async def test_what_was_cancelled_may_be_cancelled_again(desk: Desk) -> None:
 
 def test_an_operation_of_another_node_is_told_by_its_target(desk: Desk) -> None:
     target = ResourceRef(kind=ResourceKind.VOLUME, name="data", uid=ID)
-    error = elsewhere(record(desk, target=target, node="other"), "o:1")
+    error = wrong_node_error(record(desk, target=target, node="other"), "o:1")
     assert isinstance(error, VolumeOnOtherNode)
     assert (error.volume, error.node, error.address) == ("data", "other", "o:1")
 
@@ -464,7 +466,7 @@ def test_an_operation_of_another_node_is_told_by_its_target(desk: Desk) -> None:
 async def test_what_nobody_may_cancel_goes_on(desk: Desk) -> None:
     gate = asyncio.Event()
 
-    async def work(_: Run) -> None:
+    async def work(_: OperationRun) -> None:
         await gate.wait()
 
     operation_id = await begun(desk, Held(desk, [Step("work", work)]))
@@ -479,10 +481,10 @@ async def test_what_nobody_may_cancel_goes_on(desk: Desk) -> None:
 async def test_a_cancel_is_recorded_before_the_undo(desk: Desk) -> None:
     undoing, may_undo = asyncio.Event(), asyncio.Event()
 
-    async def work(_: Run) -> None:
+    async def work(_: OperationRun) -> None:
         await asyncio.Event().wait()
 
-    async def undo(_: Run) -> None:
+    async def undo(_: OperationRun) -> None:
         undoing.set()
         await may_undo.wait()
 
@@ -502,7 +504,7 @@ async def test_a_cancel_is_recorded_before_the_undo(desk: Desk) -> None:
 async def test_a_cancel_of_what_cannot_be_recorded_says_so_and_is_not_forgotten(desk: Desk) -> None:
     started = asyncio.Event()
 
-    async def work(_: Run) -> None:
+    async def work(_: OperationRun) -> None:
         started.set()
         await asyncio.Event().wait()
 
@@ -544,7 +546,7 @@ async def test_only_what_is_unfinished_here_is_taken_up(desk: Desk) -> None:
     assert await desk.operations.resume([left[2]]) == ()
     assert (await desk.ended(left[3])).state is OperationState.SUCCEEDED
     assert await desk.operations.resume() == (left[2],)
-    await desk.operations.settle([left[2], ID])
+    await desk.operations.wait_until_ended([left[2], ID])
     assert desk.store.journal[left[2]].value.state is OperationState.SUCCEEDED
     assert not desk.operations.active
     await desk.operations.drain(0)
@@ -554,22 +556,22 @@ async def test_only_what_is_unfinished_here_is_taken_up(desk: Desk) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operations_module, "_TAKING_UP_SECONDS", 0.001)
+    monkeypatch.setattr(operations_module, "_RESUME_POLL_SECONDS", 0.001)
 
 
 @pytest.mark.usefixtures("quick")
 async def test_a_start_waits_for_all_but_what_is_interruptible(desk: Desk) -> None:
     short, long = asyncio.Event(), asyncio.Event()
 
-    def wait(event: asyncio.Event) -> Callable[[Run], asyncio.Future[None]]:
-        async def work(_: Run) -> None:
+    def wait(event: asyncio.Event) -> Callable[[OperationRun], asyncio.Future[None]]:
+        async def work(_: OperationRun) -> None:
             await event.wait()
 
         return work  # type: ignore[return-value]  # an awaitable, as a step's has to be
 
     script = Script(desk, [Step("short", wait(short)), Step("long", wait(long), interruptible=True)])
     operation_id = await begun(desk, script)
-    settling = asyncio.create_task(desk.operations.settle_short([operation_id, ID]))
+    settling = asyncio.create_task(desk.operations.wait_until_ended_or_interruptible([operation_id, ID]))
     for _ in range(20):
         await asyncio.sleep(0.001)
     assert not settling.done()
@@ -587,7 +589,7 @@ async def test_a_start_waits_for_all_but_what_is_interruptible(desk: Desk) -> No
 async def test_a_stop_gives_what_runs_its_time(desk: Desk) -> None:
     gate = asyncio.Event()
 
-    async def work(_: Run) -> None:
+    async def work(_: OperationRun) -> None:
         await gate.wait()
 
     operation_id = await begun(desk, Script(desk, [Step("work", work), Step("rest", nothing)]))
@@ -602,7 +604,7 @@ async def test_a_stop_gives_what_runs_its_time(desk: Desk) -> None:
 
 
 async def test_a_stop_lets_go_of_what_does_not_end_in_its_time(desk: Desk) -> None:
-    async def work(_: Run) -> None:
+    async def work(_: OperationRun) -> None:
         await asyncio.Event().wait()
 
     operation_id = await begun(desk, Script(desk, [Step("work", work)]))

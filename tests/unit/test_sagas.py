@@ -10,8 +10,9 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
-from gpudock_server.core import journal, operations
-from gpudock_server.core.sagas import saga_builder
+from gpudock_server.core.operations import engine as operations
+from gpudock_server.core.operations import journal
+from gpudock_server.core.saga_factory import saga_factory
 from gpudock_server.errors import EngineRejected, EngineUnavailable, GpudockError, OperationNotCancellable
 from gpudock_server.model.operation import Operation, OperationState
 
@@ -79,8 +80,8 @@ every_scenario = pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scena
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "_BACKOFF_SECONDS", (0.0,))
-    monkeypatch.setattr(operations, "_LEAVING_SECONDS", 0.0)
-    monkeypatch.setattr(operations, "_TAKING_UP_SECONDS", 0.001)
+    monkeypatch.setattr(operations, "_CANCEL_GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(operations, "_RESUME_POLL_SECONDS", 0.001)
 
 
 async def desk_of(scenario: Scenario) -> Desk:
@@ -137,9 +138,9 @@ async def test_it_is_done(scenario: Scenario) -> None:
     # Another process makes the same of the record.
     assert is_plain(operation.arguments)
     assert is_plain([stage.facts for stage in operation.stages])
-    saga = saga_builder(desk.world, desk.storage)(operation)
-    assert [*(step.name for step in saga.steps), "commit", *(step.name for step in saga.after)] == names
-    for step in (*saga.steps, *saga.after):
+    saga = saga_factory(desk.world, desk.storage)(operation)
+    assert [*(step.name for step in saga.steps), "commit", *(step.name for step in saga.cleanup_steps)] == names
+    for step in (*saga.steps, *saga.cleanup_steps):
         assert step.interruptible is (step.name in INTERRUPTIBLE), step.name
 
 

@@ -209,9 +209,9 @@ async def test_what_the_pool_can_be_promised(desk: Desk) -> None:
     change_head(desk, node="far")
     await preview(desk, Create("b", size_bytes=70 * MIB))
     over = replace(desk.storage, overcommit=2.0)
-    await over.must_fit(VolumeBackendKind.LOOP, "b", 140 * MIB)
+    await over.require_pool_space(VolumeBackendKind.LOOP, "b", 140 * MIB)
     with pytest.raises(PoolFull):
-        await over.must_fit(VolumeBackendKind.LOOP, "b", 140 * MIB + 1)
+        await over.require_pool_space(VolumeBackendKind.LOOP, "b", 140 * MIB + 1)
 
 
 async def test_which_pool_there_is(desk: Desk) -> None:

@@ -20,8 +20,8 @@ from grpc_reflection.v1alpha import reflection
 from gpudock_server.core.containers import Containers
 from gpudock_server.core.exec_sessions import ExecSessions
 from gpudock_server.core.nodes import Nodes
-from gpudock_server.core.operations import Operations
-from gpudock_server.core.reconcile import DriftBook
+from gpudock_server.core.operations.engine import Operations
+from gpudock_server.core.reconcile import DriftTracker
 from gpudock_server.core.volumes import Volumes
 from gpudock_server.core.watches import Watches
 from gpudock_server.rpc.containers import service as container_service
@@ -112,7 +112,7 @@ class Services:
     execs: ExecSessions
     nodes: Nodes
     watches: Watches
-    drift: DriftBook
+    drift: DriftTracker
 
 
 class RpcServer:

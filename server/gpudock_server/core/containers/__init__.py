@@ -47,8 +47,8 @@ from gpudock_server.core.containers.images import ImageRules
 from gpudock_server.core.containers.pause import PauseSaga
 from gpudock_server.core.containers.stop import StopSaga
 from gpudock_server.core.containers.world import HistoryDefaults, World
-from gpudock_server.core.operations import Draft, Operations, RequestKey, planned
-from gpudock_server.core.saga import Saga
+from gpudock_server.core.operations.engine import Draft, Operations, RequestKey, planned_operation
+from gpudock_server.core.operations.saga import Saga
 from gpudock_server.errors import ContainerNotFound
 from gpudock_server.model.container import Container
 from gpudock_server.model.engine import HostCapacity
@@ -91,7 +91,7 @@ class Containers:
     """Reads containers, and begins operations on them."""
 
     def __init__(self, world: World, operations: Operations) -> None:
-        """`operations` must have been built with `saga_builder` (core/sagas.py)."""
+        """`operations` must have been built with `saga_factory` (core/saga_factory.py)."""
         self._world = world
         self._operations = operations
 
@@ -137,7 +137,7 @@ class Containers:
 
     async def preview(self, command: Command) -> Operation:
         """What `begin` would do, with nothing done: an operation that is PLANNED and has no id."""
-        return planned(await self._draft(command), self._world.node)
+        return planned_operation(await self._draft(command), self._world.node)
 
     async def _draft(self, command: Command) -> Draft:
         return await _DRAFTERS[type(command)](self._world, command)

@@ -48,7 +48,7 @@ from gpudock_server.core.containers.observation import after_start, observed
 from gpudock_server.core.containers.remembering import remember
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.saga import Outcome, Run, Step
+from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
 from gpudock_server.errors import LayerCarryFailed, PulledImageDiffers, StartFailed
 from gpudock_server.model.claims import claim_keys
 from gpudock_server.model.container import (
@@ -214,27 +214,27 @@ class ChangeSaga(ContainerSaga):
 
     @property
     @override
-    def after(self) -> tuple[Step, ...]:
+    def cleanup_steps(self) -> tuple[Step, ...]:
         retire = [Step("retire", self._retire)] if self._arguments.replace else []
         prune = [Step("prune", self._prune)] if self._arguments.prunes else []
         return (*retire, *prune)
 
     # -- stopping and starting what is there -------------------------------------------------------------------------
 
-    async def _stop(self, _run: Run) -> None:
+    async def _stop(self, _run: OperationRun) -> None:
         arguments = self._arguments
         await self._world.stop(
             arguments.old.engine_id, arguments.old_spec, arguments.stop_timeout, frozen=arguments.frozen
         )
 
-    async def _start_old(self, _run: Run) -> None:
+    async def _start_old(self, _run: OperationRun) -> None:
         if self._arguments.was_running:
             await self._world.start(self._arguments.old.engine_id, self._arguments.old_spec, renew=False)
 
-    async def _limits(self, _run: Run) -> None:
+    async def _limits(self, _run: OperationRun) -> None:
         await self._limit(self._arguments.spec)
 
-    async def _old_limits(self, _run: Run) -> None:
+    async def _old_limits(self, _run: OperationRun) -> None:
         await self._limit(self._arguments.old_spec)
 
     async def _limit(self, spec: ContainerSpec) -> None:
@@ -246,22 +246,22 @@ class ChangeSaga(ContainerSaga):
             restart_policy=spec.restart_policy,
         )
 
-    async def _start(self, run: Run) -> None:
+    async def _start(self, run: OperationRun) -> None:
         await self._world.start(await self._serving(run), self._arguments.spec)
 
-    async def _stop_successor(self, run: Run) -> None:
+    async def _stop_successor(self, run: OperationRun) -> None:
         # Also where nothing is replaced: a start that was undone leaves it as stopped as it was.
         serving = await self._serving(run)
         if serving and not (serving == self._arguments.old.engine_id and self._arguments.was_running):
             await self._world.engine.stop(serving, 0)
 
-    async def _serving(self, run: Run) -> str:
+    async def _serving(self, run: OperationRun) -> str:
         """The engine container that will serve: the successor, or the old one where nothing is replaced."""
         if not self._arguments.replace:
             return self._arguments.old.engine_id
         return str(run.operation.facts("create").get("engine_id", ""))
 
-    async def _verify(self, run: Run) -> JsonObject:
+    async def _verify(self, run: OperationRun) -> JsonObject:
         world = self._world
         seconds = world.settle_seconds if self._arguments.replace else world.start_watch_seconds
         code = await world.end_of_start(await self._serving(run), seconds)
@@ -285,10 +285,10 @@ class ChangeSaga(ContainerSaga):
             stall_seconds=self._arguments.source.pull_stall_seconds,
         )
 
-    async def _pull(self, run: Run) -> JsonObject:
+    async def _pull(self, run: OperationRun) -> JsonObject:
         return {"image_id": (await pull_image(self._world, run, self._to_pull)).id}
 
-    async def _fetch(self, run: Run) -> JsonObject:
+    async def _fetch(self, run: OperationRun) -> JsonObject:
         """Pull the image of a revision again. Its name may lead to another one by now, which does not go with files."""
         source, world = self._arguments.source, self._world
         if await world.engine.image(source.image_id) is None:
@@ -302,7 +302,7 @@ class ChangeSaga(ContainerSaga):
                 )
         return {"image_id": source.image_id}
 
-    async def _restrict(self, _run: Run) -> None:
+    async def _restrict(self, _run: OperationRun) -> None:
         await restrict_after_failed_pull(self._world, self._to_pull)
 
     def _successor_image(self, operation: Operation) -> str:
@@ -313,7 +313,7 @@ class ChangeSaga(ContainerSaga):
             return str(operation.facts(IMAGE_STAGE)["image_id"])
         return self._new_image(operation) or self._arguments.old.image_id
 
-    async def _create(self, run: Run) -> JsonObject:
+    async def _create(self, run: OperationRun) -> JsonObject:
         world, arguments, operation = self._world, self._arguments, run.operation
         image_id = self._successor_image(operation)
         name = world.engine_name(operation.target.name, operation.id)
@@ -331,18 +331,18 @@ class ChangeSaga(ContainerSaga):
         )
         return {"engine_id": engine_id, "engine_name": name, "image_id": image_id}
 
-    async def _remove_successor(self, run: Run) -> None:
+    async def _remove_successor(self, run: OperationRun) -> None:
         if await self._is_all_there_is(run):
-            run.note("the old engine container is gone; its successor is kept, with whatever files it has")
+            run.add_message("the old engine container is gone; its successor is kept, with whatever files it has")
             return
         await remove_with_volumes(self._world, run.operation)
 
-    async def _restore(self, run: Run) -> None:
+    async def _restore(self, run: OperationRun) -> None:
         source = self._arguments.source
         key = SnapshotKey(uid=run.operation.target.uid, revision=source.revision)
         await self._world.snapshots.restore(key, await self._seen(await self._serving(run)), run.progress)
 
-    async def _is_all_there_is(self, run: Run) -> bool:
+    async def _is_all_there_is(self, run: OperationRun) -> bool:
         """Whether the old one was removed by somebody else, and files may have reached the successor by then."""
         if await self._world.engine.inspect(self._arguments.old.engine_id) is not None:
             return False
@@ -354,7 +354,7 @@ class ChangeSaga(ContainerSaga):
         )
         return carried or (successor is not None and successor.start_time is not None)
 
-    async def _locate(self, run: Run) -> JsonObject:
+    async def _locate(self, run: OperationRun) -> JsonObject:
         old = await self._seen(self._arguments.old.engine_id)
         new = await self._seen(await self._serving(run))
         return (await self._world.layers.locate(old, new)).model_dump(mode="json")
@@ -367,7 +367,7 @@ class ChangeSaga(ContainerSaga):
             )
         return seen
 
-    async def _carry(self, run: Run) -> JsonObject:
+    async def _carry(self, run: OperationRun) -> JsonObject:
         layers, pair = self._world.layers, self._pair(run)
         await self._must_be_still(run)
         if self._arguments.carry is LayerTransferMethod.EXCHANGE and await layers.exchange(pair):
@@ -375,44 +375,44 @@ class ChangeSaga(ContainerSaga):
         await layers.copy(pair, run.progress)
         return {"method": LayerTransferMethod.COPY.value}
 
-    async def _must_be_still(self, run: Run) -> None:
+    async def _must_be_still(self, run: OperationRun) -> None:
         """A layer that is written to is not carried: someone may have started the old one by hand."""
         old, new = self._arguments.old.engine_id, await self._serving(run)
         for seen in await asyncio.gather(self._seen(old), self._seen(new)):
             if seen.running:
                 raise LayerCarryFailed(method=self._arguments.carry.value, detail=f"engine container {seen.name} runs")
 
-    async def _give_back(self, run: Run) -> None:
+    async def _give_back(self, run: OperationRun) -> None:
         if run.operation.facts("locate") and not await self._is_all_there_is(run):
             # The successor may hold the old one's files; it must not be written to while they go back.
             await self._stop_successor(run)
             await self._world.layers.exchange_back(self._pair(run))
 
-    def _pair(self, run: Run) -> LayerPair:
+    def _pair(self, run: OperationRun) -> LayerPair:
         return LayerPair.model_validate(run.operation.facts("locate"))
 
-    async def _snapshot(self, run: Run) -> JsonObject:
+    async def _snapshot(self, run: OperationRun) -> JsonObject:
         return (await carry_image(self._world, run, self._arguments.old)).facts
 
-    async def _remove_snapshot(self, run: Run) -> None:
+    async def _remove_snapshot(self, run: OperationRun) -> None:
         if await self._is_all_there_is(run):
             return
         await remove_carried(self._world, run.operation)
 
-    async def _graft(self, run: Run) -> JsonObject:
+    async def _graft(self, run: OperationRun) -> JsonObject:
         carried = run.operation.facts(IMAGE_STAGE)
         made = await graft_image(
             self._world, run.operation, carried=str(carried["image_id"]), onto=self._new_image(run.operation)
         )
         return {"image_id": made, "reference": grafted_image(run.operation)}
 
-    async def _remove_graft(self, run: Run) -> None:
+    async def _remove_graft(self, run: OperationRun) -> None:
         await self._world.engine.remove_image(grafted_image(run.operation))
 
     # -- the point of no return, and past it -------------------------------------------------------------------------
 
     @override
-    async def commit(self, run: Run, view: ContainerView) -> Outcome:
+    async def success_changes(self, run: OperationRun, view: ContainerView) -> Outcome:
         arguments, world = self._arguments, self._world
         binding = await self._binding(run)
         seen = await world.engine.inspect(binding.engine_id)
@@ -455,7 +455,7 @@ class ChangeSaga(ContainerSaga):
             return True
         return container.status.holds_resources and arguments.placement.serves(arguments.spec)
 
-    async def _binding(self, run: Run) -> EngineBinding:
+    async def _binding(self, run: OperationRun) -> EngineBinding:
         arguments = self._arguments
         if not arguments.replace:
             return arguments.old
@@ -485,7 +485,7 @@ class ChangeSaga(ContainerSaga):
             return self._new_image(operation)
         return self._arguments.source.base_image_id or self._arguments.old.user_image_id
 
-    def _revision(self, run: Run, container: Container, cause: RevisionCause) -> ContainerRevision:
+    def _revision(self, run: OperationRun, container: Container, cause: RevisionCause) -> ContainerRevision:
         return ContainerRevision(
             container=container.name,
             uid=container.uid,
@@ -498,14 +498,14 @@ class ChangeSaga(ContainerSaga):
             operation_id=run.operation.id,
         )
 
-    async def _retire(self, _run: Run) -> None:
+    async def _retire(self, _run: OperationRun) -> None:
         await self._world.remove(self._arguments.old.engine_id, self._arguments.old.engine_name)
 
-    async def _prune(self, run: Run) -> None:
+    async def _prune(self, run: OperationRun) -> None:
         await prune(self._world, run.operation.target.uid, self._arguments.spec)
 
     @override
-    async def abandon(self, run: Run, view: ContainerView) -> Sequence[StoreChange]:
+    async def failure_changes(self, run: OperationRun, view: ContainerView) -> Sequence[StoreChange]:
         arguments = self._arguments
         seen = await self._world.engine.inspect(arguments.old.engine_id)
         container = view.container.changed(status=observed(view.container, seen), update_time=now())

@@ -47,8 +47,8 @@ from gpudock_server.core.containers.past import refuse_if_unrecorded
 from gpudock_server.core.containers.remembering import remember
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations import Draft
-from gpudock_server.core.saga import Outcome, Run, Step
+from gpudock_server.core.operations.engine import Draft
+from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
 from gpudock_server.errors import (
     ContainerExists,
     ContainerNotRunning,
@@ -175,7 +175,7 @@ async def draft(world: World, command: Clone) -> Draft:
     return Draft(
         kind=OperationKind.CLONE,
         target=container.target,
-        head=PutContainer(container, expect=0),
+        target_record=PutContainer(container, expect=0),
         arguments=arguments.model_dump(mode="json"),
         plan=OperationPlan(
             placement=proposal.placement,
@@ -309,26 +309,26 @@ class CloneSaga(ContainerSaga):
 
     # -- the image ---------------------------------------------------------------------------------------------------
 
-    async def _snapshot(self, run: Run) -> JsonObject:
+    async def _snapshot(self, run: OperationRun) -> JsonObject:
         world, engine = self._world, self._engine_of_source()
         if await world.engine.image(layer_image(run.operation)) is None:
             async with self._still(run):
                 await committed(world, run.operation, engine.engine_id)
         return (await carry_image(world, run, engine)).facts
 
-    async def _thaw_and_drop(self, run: Run) -> None:
+    async def _thaw_and_drop(self, run: OperationRun) -> None:
         await self._thaw(run)
         await remove_carried(self._world, run.operation)
 
-    async def _name(self, run: Run) -> None:
+    async def _name(self, run: OperationRun) -> None:
         await self._world.engine.tag(self._files.image_id, layer_image(run.operation))
 
-    async def _drop_name(self, run: Run) -> None:
+    async def _drop_name(self, run: OperationRun) -> None:
         await self._world.engine.remove_image(layer_image(run.operation))
 
     # -- the clone ---------------------------------------------------------------------------------------------------
 
-    async def _create(self, run: Run) -> JsonObject:
+    async def _create(self, run: OperationRun) -> JsonObject:
         world, spec, operation = self._world, self._arguments.spec, run.operation
         image_id = str(operation.facts(IMAGE_STAGE).get("image_id", self._files.image_id))
         name = world.engine_name(operation.target.name, operation.id)
@@ -345,34 +345,34 @@ class CloneSaga(ContainerSaga):
         )
         return {"engine_id": engine_id, "engine_name": name, "image_id": image_id}
 
-    async def _remove(self, run: Run) -> None:
+    async def _remove(self, run: OperationRun) -> None:
         await remove_with_volumes(self._world, run.operation)
 
-    async def _start(self, run: Run) -> None:
+    async def _start(self, run: OperationRun) -> None:
         await self._world.start(_made(run), self._arguments.spec)
 
-    async def _verify(self, run: Run) -> JsonObject:
+    async def _verify(self, run: OperationRun) -> JsonObject:
         return {"exit_code": await self._world.end_of_start(_made(run), self._world.start_watch_seconds)}
 
     # -- its files ---------------------------------------------------------------------------------------------------
 
-    async def _restore(self, run: Run) -> None:
+    async def _restore(self, run: OperationRun) -> None:
         key = SnapshotKey(uid=self._arguments.source.uid, revision=self._files.revision)
         await self._world.snapshots.restore(key, await self._seen(_made(run)), run.progress)
 
-    async def _gather(self, run: Run) -> None:
+    async def _gather(self, run: OperationRun) -> None:
         await self._mirror(run, still=False)
 
-    async def _complete(self, run: Run) -> None:
+    async def _complete(self, run: OperationRun) -> None:
         async with self._still(run):
             await self._mirror(run, still=True)
 
-    async def _mirror(self, run: Run, *, still: bool) -> None:
+    async def _mirror(self, run: OperationRun, *, still: bool) -> None:
         source, clone = await self._seen(self._engine_of_source().engine_id), await self._seen(_made(run))
         await self._world.snapshots.mirror(source, clone, run.operation.id, still=still, progress=run.progress)
 
     @asynccontextmanager
-    async def _still(self, run: Run) -> AsyncIterator[None]:
+    async def _still(self, run: OperationRun) -> AsyncIterator[None]:
         """The source frozen, if it has to be. All of it is one step, so that it waits for no record meanwhile."""
         if self._files.freeze:
             await self._world.freeze((await self._seen(self._engine_of_source().engine_id)).id)
@@ -381,7 +381,7 @@ class CloneSaga(ContainerSaga):
         finally:
             await self._thaw(run)
 
-    async def _thaw(self, _run: Run) -> None:
+    async def _thaw(self, _run: OperationRun) -> None:
         if not self._files.freeze:
             return
         seen = await self._world.engine.inspect(self._engine_of_source().engine_id)
@@ -402,7 +402,7 @@ class CloneSaga(ContainerSaga):
     # -- the point of no return --------------------------------------------------------------------------------------
 
     @override
-    async def commit(self, run: Run, view: ContainerView) -> Outcome:
+    async def success_changes(self, run: OperationRun, view: ContainerView) -> Outcome:
         world, arguments = self._world, self._arguments
         binding = await self._binding(run)
         container = view.container.changed(engine=binding, revision=1, update_time=now())
@@ -433,7 +433,7 @@ class CloneSaga(ContainerSaga):
         ]
         return Outcome(changes, container)
 
-    async def _binding(self, run: Run) -> EngineBinding:
+    async def _binding(self, run: OperationRun) -> EngineBinding:
         arguments, facts = self._arguments, run.operation.facts("create")
         seen = await self._seen(str(facts["engine_id"]))
         owns_image = self._needs_own_name or self._files.origin is Origin.COMMIT
@@ -456,7 +456,7 @@ class CloneSaga(ContainerSaga):
         return self._files.source.base_depth if self._files.source else 0
 
     @override
-    async def abandon(self, run: Run, view: ContainerView) -> Sequence[StoreChange]:
+    async def failure_changes(self, run: OperationRun, view: ContainerView) -> Sequence[StoreChange]:
         return [
             DeleteContainer(view.container.name, view.container.uid, expect=view.version),
             *(ReleaseClaim(self._world.host, key, view.container.uid) for key in claim_keys(self._arguments.placement)),
@@ -476,5 +476,5 @@ class CloneSaga(ContainerSaga):
         return [PutContainer(source.changed(status=status, update_time=now()), expect=view.version)]
 
 
-def _made(run: Run) -> str:
+def _made(run: OperationRun) -> str:
     return str(run.operation.facts("create")["engine_id"])

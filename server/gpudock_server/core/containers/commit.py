@@ -27,8 +27,8 @@ from gpudock_server.core.containers.images import CommitName, committed_origin, 
 from gpudock_server.core.containers.observation import observed
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations import Draft
-from gpudock_server.core.saga import Outcome, Run, Step
+from gpudock_server.core.operations.engine import Draft
+from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
 from gpudock_server.errors import ContainerNotRunning, DiskFull, EngineRejected, ImageExists, SnapshotFailed
 from gpudock_server.model.container import ContainerState
 from gpudock_server.model.engine import (
@@ -110,7 +110,7 @@ async def draft(world: World, command: Commit) -> Draft:
     return Draft(
         kind=OperationKind.COMMIT,
         target=container.target,
-        head=PutContainer(container, expect=view.version),
+        target_record=PutContainer(container, expect=view.version),
         arguments=arguments.model_dump(mode="json"),
         plan=OperationPlan(
             placement=container.status.placement,
@@ -206,12 +206,12 @@ class CommitSaga(ContainerSaga):
 
     @property
     @override
-    def after(self) -> tuple[Step, ...]:
+    def cleanup_steps(self) -> tuple[Step, ...]:
         return (Step("clean", self._clean),)
 
     # -- the container's files ---------------------------------------------------------------------------------------
 
-    async def _copy(self, run: Run) -> JsonObject:
+    async def _copy(self, run: OperationRun) -> JsonObject:
         """While the container runs, so that little is left for the time that it is frozen."""
         operation = run.operation
         labels = {
@@ -226,7 +226,7 @@ class CommitSaga(ContainerSaga):
         await self._mirror(run, shadow_id, still=False)
         return {"shadow_id": shadow_id}
 
-    async def _difference(self, run: Run) -> None:
+    async def _difference(self, run: OperationRun) -> None:
         """Frozen for what has changed since. All of it is one step, so that it waits for no record meanwhile."""
         await self._freeze(run)
         try:
@@ -234,7 +234,7 @@ class CommitSaga(ContainerSaga):
         finally:
             await self._thaw(run)
 
-    async def _mirror(self, run: Run, shadow_id: str, *, still: bool) -> None:
+    async def _mirror(self, run: OperationRun, shadow_id: str, *, still: bool) -> None:
         source, shadow = await self._seen(), await self._world.engine.inspect(shadow_id)
         if source is None or shadow is None:
             gone = self._arguments.engine_id if source is None else shadow_id
@@ -244,16 +244,16 @@ class CommitSaga(ContainerSaga):
         except LayerTooLarge as error:
             raise SnapshotFailed(detail=f"the layer is too large to be copied: {error}") from error
 
-    async def _remove_shadow(self, run: Run) -> None:
+    async def _remove_shadow(self, run: OperationRun) -> None:
         name = self._world.engine_name(_shadow_name(run.operation), run.operation.id)
         found = await self._world.engine.inspect(name)
         if found is not None and found.labels.get(LABEL_OPERATION) == run.operation.id:
             await self._world.remove(found.id, name)
 
-    async def _freeze(self, _run: Run) -> None:
+    async def _freeze(self, _run: OperationRun) -> None:
         await self._world.freeze(self._arguments.engine_id)
 
-    async def _thaw(self, _run: Run) -> None:
+    async def _thaw(self, _run: OperationRun) -> None:
         # It ran when this began, and nobody else may freeze it while this is at work.
         if (seen := await self._seen()) and seen.state is EngineState.PAUSED:
             await self._world.engine.unpause(self._arguments.engine_id)
@@ -261,7 +261,7 @@ class CommitSaga(ContainerSaga):
     async def _seen(self) -> EngineContainer | None:
         return await self._world.engine.inspect(self._arguments.engine_id)
 
-    async def _commit(self, run: Run) -> JsonObject:
+    async def _commit(self, run: OperationRun) -> JsonObject:
         arguments, world, reference = self._arguments, self._world, raw_image(run.operation)
         if (made := await world.engine.image(reference)) is not None:
             return {"image_id": made.id}
@@ -286,12 +286,12 @@ class CommitSaga(ContainerSaga):
         run.progress(total, total)
         return {"image_id": image_id}
 
-    async def _remove_raw(self, run: Run) -> None:
+    async def _remove_raw(self, run: OperationRun) -> None:
         await self._world.engine.remove_image(raw_image(run.operation))
 
     # -- the image ---------------------------------------------------------------------------------------------------
 
-    async def _image(self, run: Run) -> JsonObject:
+    async def _image(self, run: OperationRun) -> JsonObject:
         engine, reference = self._world.engine, commit_image(run.operation)
         if await engine.image(reference) is None:
             committed = str(run.operation.facts("commit-files")["image_id"])
@@ -310,10 +310,10 @@ class CommitSaga(ContainerSaga):
             raise EngineRejected(call="show an image", status=_NOT_FOUND, detail=f"{reference}, just made, is gone")
         return image
 
-    async def _remove_image(self, run: Run) -> None:
+    async def _remove_image(self, run: OperationRun) -> None:
         await self._world.engine.remove_image(commit_image(run.operation))
 
-    async def _tag(self, run: Run) -> None:
+    async def _tag(self, run: OperationRun) -> None:
         engine, reference, facts = self._world.engine, self._arguments.reference, run.operation.facts("image")
         image_id = str(facts["image_id"])
         async with self._world.images.names.naming(reference):
@@ -323,7 +323,7 @@ class CommitSaga(ContainerSaga):
                 raise ImageExists(image=reference, detail="another image was given the name meanwhile")
             await engine.tag(image_id, reference)
 
-    async def _give_tag_back(self, run: Run) -> None:
+    async def _give_tag_back(self, run: OperationRun) -> None:
         engine, reference = self._world.engine, self._arguments.reference
         facts = run.operation.facts("image")
         named = await engine.image(reference)
@@ -335,7 +335,7 @@ class CommitSaga(ContainerSaga):
         else:
             await engine.remove_image(reference)
 
-    async def _clean(self, run: Run) -> None:
+    async def _clean(self, run: OperationRun) -> None:
         await self._remove_shadow(run)
         await self._remove_raw(run)
         await self._remove_image(run)
@@ -343,7 +343,7 @@ class CommitSaga(ContainerSaga):
     # -- the record --------------------------------------------------------------------------------------------------
 
     @override
-    async def commit(self, run: Run, view: ContainerView) -> Outcome:
+    async def success_changes(self, run: OperationRun, view: ContainerView) -> Outcome:
         facts = run.operation.facts("image")
         image = CommittedImage(
             image_id=str(facts["image_id"]),
@@ -357,7 +357,7 @@ class CommitSaga(ContainerSaga):
         return Outcome([*await self._as_seen(view), origin], image)
 
     @override
-    async def abandon(self, run: Run, view: ContainerView) -> Sequence[StoreChange]:
+    async def failure_changes(self, run: OperationRun, view: ContainerView) -> Sequence[StoreChange]:
         return await self._as_seen(view)
 
     async def _as_seen(self, view: ContainerView) -> Sequence[StoreChange]:

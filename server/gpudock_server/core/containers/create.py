@@ -23,8 +23,8 @@ from gpudock_server.core.containers.past import refuse_if_unrecorded
 from gpudock_server.core.containers.remembering import remember
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations import Draft
-from gpudock_server.core.saga import Outcome, Run, Step
+from gpudock_server.core.operations.engine import Draft
+from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
 from gpudock_server.errors import ContainerExists, ImageNotFound
 from gpudock_server.model.claims import claim_keys
 from gpudock_server.model.container import (
@@ -120,7 +120,7 @@ async def draft(world: World, command: Create) -> Draft:
     return Draft(
         kind=OperationKind.CREATE,
         target=container.target,
-        head=PutContainer(container, expect=0),
+        target_record=PutContainer(container, expect=0),
         arguments=arguments.model_dump(mode="json"),
         plan=OperationPlan(
             placement=proposal.placement,
@@ -184,13 +184,13 @@ class CreateSaga(ContainerSaga):
             stall_seconds=self._arguments.pull_stall_seconds,
         )
 
-    async def _pull(self, run: Run) -> JsonObject:
+    async def _pull(self, run: OperationRun) -> JsonObject:
         return {"image_id": (await pull_image(self._world, run, self._to_pull)).id}
 
-    async def _restrict(self, _run: Run) -> None:
+    async def _restrict(self, _run: OperationRun) -> None:
         await restrict_after_failed_pull(self._world, self._to_pull)
 
-    async def _create(self, run: Run) -> JsonObject:
+    async def _create(self, run: OperationRun) -> JsonObject:
         world, operation = self._world, run.operation
         image_id = self._arguments.image_id or await self._pulled_image(operation)
         name = world.engine_name(operation.target.name, operation.id)
@@ -216,19 +216,19 @@ class CreateSaga(ContainerSaga):
             raise ImageNotFound(image=self._spec.image)
         return image.id
 
-    async def _remove(self, run: Run) -> None:
+    async def _remove(self, run: OperationRun) -> None:
         await remove_with_volumes(self._world, run.operation)
 
-    async def _start(self, run: Run) -> None:
+    async def _start(self, run: OperationRun) -> None:
         await self._world.start(str(run.operation.facts("create")["engine_id"]), self._spec)
 
-    async def _verify(self, run: Run) -> JsonObject:
+    async def _verify(self, run: OperationRun) -> JsonObject:
         """A process that ends at once is no failure; its exit code is for the status."""
         engine_id = str(run.operation.facts("create")["engine_id"])
         return {"exit_code": await self._world.end_of_start(engine_id, self._world.start_watch_seconds)}
 
     @override
-    async def commit(self, run: Run, view: ContainerView) -> Outcome:
+    async def success_changes(self, run: OperationRun, view: ContainerView) -> Outcome:
         world, arguments = self._world, self._arguments
         facts = run.operation.facts("create")
         engine_id = str(facts["engine_id"])
@@ -268,7 +268,7 @@ class CreateSaga(ContainerSaga):
         return Outcome(changes, container)
 
     @override
-    async def abandon(self, run: Run, view: ContainerView) -> Sequence[StoreChange]:
+    async def failure_changes(self, run: OperationRun, view: ContainerView) -> Sequence[StoreChange]:
         return [
             DeleteContainer(view.container.name, view.container.uid, expect=view.version),
             *(ReleaseClaim(self._world.host, key, view.container.uid) for key in claim_keys(self._arguments.placement)),

@@ -10,8 +10,8 @@ from gpudock_server.core.containers.commands import Delete
 from gpudock_server.core.containers.observation import observed
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations import Draft
-from gpudock_server.core.saga import Outcome, Run, Step
+from gpudock_server.core.operations.engine import Draft
+from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
 from gpudock_server.errors import ContainerRunning
 from gpudock_server.model.claims import claim_keys
 from gpudock_server.model.container import ACTIVE_STATES, ContainerState, EngineBinding, Placement
@@ -40,7 +40,7 @@ async def draft(world: World, command: Delete) -> Draft:
     return Draft(
         kind=OperationKind.DELETE,
         target=container.target,
-        head=PutContainer(container.with_status(state=ContainerState.DELETING), expect=view.version),
+        target_record=PutContainer(container.with_status(state=ContainerState.DELETING), expect=view.version),
         arguments=arguments.model_dump(mode="json"),
         plan=OperationPlan(),
         build=lambda operation: DeleteSaga(world, operation),
@@ -62,11 +62,11 @@ class DeleteSaga(ContainerSaga):
     def steps(self) -> tuple[Step, ...]:
         return (Step("remove", self._remove), Step("clean", self._clean))
 
-    async def _remove(self, _run: Run) -> None:
+    async def _remove(self, _run: OperationRun) -> None:
         if self._arguments.engine is not None:
             await self._world.remove(self._arguments.engine.engine_id, self._arguments.engine.engine_name)
 
-    async def _clean(self, run: Run) -> None:
+    async def _clean(self, run: OperationRun) -> None:
         """Anonymous volumes, carried layers and snapshots belong to the container and go with it."""
         uid = run.operation.target.uid
         for view in await self._world.store.history(uid):
@@ -82,7 +82,7 @@ class DeleteSaga(ContainerSaga):
             await self._world.engine.remove_image(image)
 
     @override
-    async def commit(self, run: Run, view: ContainerView) -> Outcome:
+    async def success_changes(self, run: OperationRun, view: ContainerView) -> Outcome:
         container = view.container
         changes: list[StoreChange] = [
             DeleteContainer(container.name, container.uid, expect=view.version),
@@ -91,7 +91,7 @@ class DeleteSaga(ContainerSaga):
         return Outcome(changes, container)
 
     @override
-    async def abandon(self, run: Run, view: ContainerView) -> Sequence[StoreChange]:
+    async def failure_changes(self, run: OperationRun, view: ContainerView) -> Sequence[StoreChange]:
         container = view.container
         if self._arguments.engine is not None:
             seen = await self._world.engine.inspect(self._arguments.engine.engine_id)

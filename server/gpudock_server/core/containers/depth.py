@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.saga import Run
+from gpudock_server.core.operations.saga import OperationRun
 from gpudock_server.errors import DiskFull, EngineRejected, LayerCarryFailed
 from gpudock_server.model.container import EngineBinding
 from gpudock_server.model.engine import LABEL_OPERATION, LABEL_UID, EngineImage
@@ -54,7 +54,7 @@ def raw_image(operation: Operation) -> str:
     return f"gpudock/raw:{operation.id}"
 
 
-async def carry_image(world: World, run: Run, old: EngineBinding) -> CarriedImage:
+async def carry_image(world: World, run: OperationRun, old: EngineBinding) -> CarriedImage:
     """Make an image of the files of an engine container that does not run. Done twice is done once."""
     engine, reference = world.engine, layer_image(run.operation)
     depth = await base_depth(world, old)
@@ -125,7 +125,7 @@ async def committed(world: World, operation: Operation, engine_id: str) -> Engin
     return made
 
 
-async def _finished(world: World, run: Run, raw: EngineImage, old: tuple[str, int]) -> None:
+async def _finished(world: World, run: OperationRun, raw: EngineImage, old: tuple[str, int]) -> None:
     """Give what was committed its name, the config of the image it came from, and fewer layers where it has many."""
     (image_id, depth), reference = old, layer_image(run.operation)
     if 0 < depth < len(raw.layers) and is_deep(len(raw.layers), depth):
@@ -133,14 +133,14 @@ async def _finished(world: World, run: Run, raw: EngineImage, old: tuple[str, in
             await world.engine.flatten(raw.id, depth, reference, config_of=image_id)
         except (DiskFull, EngineRejected, LayerCarryFailed) as error:
             # It can be as deep as it is for a while; the next carry tries again.
-            run.note(f"its {len(raw.layers)} layers were not made fewer: {error}")
+            run.add_message(f"its {len(raw.layers)} layers were not made fewer: {error}")
         else:
             return
     try:
         await world.engine.replace_config(raw.id, image_id, reference)
     except EngineRejected as error:
         # An engine that keeps its images in containerd does not take one without its layers.
-        run.note(f"the image of its files keeps the container's variables and command: {error}")
+        run.add_message(f"the image of its files keeps the container's variables and command: {error}")
         await world.engine.tag(raw.id, reference)
 
 

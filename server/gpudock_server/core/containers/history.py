@@ -10,8 +10,8 @@ from typing_extensions import override
 from gpudock_server.core.containers.commands import DeleteRevision
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations import Draft
-from gpudock_server.core.saga import Outcome, Run, Step
+from gpudock_server.core.operations.engine import Draft
+from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
 from gpudock_server.errors import RevisionIsCurrent, RevisionNotFound
 from gpudock_server.model import store_changes
 from gpudock_server.model.container import Container
@@ -98,7 +98,7 @@ async def draft(world: World, command: DeleteRevision) -> Draft:
     return Draft(
         kind=OperationKind.DELETE_REVISION,
         target=container.target,
-        head=PutContainer(container, expect=view.version),
+        target_record=PutContainer(container, expect=view.version),
         arguments=arguments.model_dump(mode="json"),
         plan=OperationPlan(),
         build=lambda operation: DeleteRevisionSaga(world, operation),
@@ -120,15 +120,15 @@ class DeleteRevisionSaga(ContainerSaga):
     def steps(self) -> tuple[Step, ...]:
         return (Step("remove", self._remove),)
 
-    async def _remove(self, run: Run) -> None:
+    async def _remove(self, run: OperationRun) -> None:
         arguments = self._arguments
         await drop_files(self._world, run.operation.target.uid, arguments.revision, arguments.snapshot)
 
     @override
-    async def commit(self, run: Run, view: ContainerView) -> Outcome:
+    async def success_changes(self, run: OperationRun, view: ContainerView) -> Outcome:
         uid = view.container.uid
         return Outcome([store_changes.DeleteRevision(uid, self._arguments.revision)], view.container)
 
     @override
-    async def abandon(self, run: Run, view: ContainerView) -> Sequence[StoreChange]:
+    async def failure_changes(self, run: OperationRun, view: ContainerView) -> Sequence[StoreChange]:
         return ()

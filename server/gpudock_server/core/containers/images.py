@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from gpudock_server.core.containers.commands import PullPolicy
-from gpudock_server.core.saga import Run
+from gpudock_server.core.operations.saga import OperationRun
 from gpudock_server.errors import (
     FieldViolation,
     ImageExists,
@@ -245,7 +245,7 @@ class Pull:
     stall_seconds: float | None = None
 
 
-async def pull_image(world: World, run: Run, pull: Pull) -> EngineImage:
+async def pull_image(world: World, run: OperationRun, pull: Pull) -> EngineImage:
     """Pull, and record who has shown that they may use it. Raises ImagePullFailed, ImageNotFound."""
     async with world.images.names.pulling(pull.reference):
         await _pull_while_it_moves(world, run, pull)
@@ -256,7 +256,7 @@ async def pull_image(world: World, run: Run, pull: Pull) -> EngineImage:
     return image
 
 
-async def _pull_while_it_moves(world: World, run: Run, pull: Pull) -> None:
+async def _pull_while_it_moves(world: World, run: OperationRun, pull: Pull) -> None:
     seconds = pull.stall_seconds or world.images.pull_stall_seconds
     movement = _Movement(run, seconds)
     watching = asyncio.create_task(movement.describe_stalls())
@@ -275,7 +275,7 @@ async def _pull_while_it_moves(world: World, run: Run, pull: Pull) -> None:
 class _Movement:
     """When a pull last moved: tells it to watchers, and ends the pull after `seconds` without."""
 
-    def __init__(self, run: Run, seconds: float) -> None:
+    def __init__(self, run: OperationRun, seconds: float) -> None:
         self._run = run
         self._seconds = seconds
         self._loop = asyncio.get_running_loop()
@@ -287,7 +287,7 @@ class _Movement:
         """Called at every sign of progress."""
         self._last, self.last_time = self._loop.time(), _shown_now()
         self.patience.reschedule(self._last + self._seconds)
-        self._run.describe("")
+        self._run.set_stage_message("")
         self._run.progress(current_bytes, total_bytes)
 
     async def describe_stalls(self) -> None:
@@ -296,7 +296,7 @@ class _Movement:
         while True:
             left = self._last + quiet - self._loop.time()
             if left <= 0:
-                self._run.describe(
+                self._run.set_stage_message(
                     f"no progress of the pull since {self.last_time}; it fails {self._seconds:g} s after that"
                 )
             await asyncio.sleep(max(left, _QUIET_SECONDS / 10))

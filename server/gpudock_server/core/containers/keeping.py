@@ -12,7 +12,7 @@ makes the successor from.
 from __future__ import annotations
 
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.saga import Run, Step
+from gpudock_server.core.operations.saga import OperationRun, Step
 from gpudock_server.errors import SnapshotFailed
 from gpudock_server.model.container import Container
 from gpudock_server.model.engine import EngineContainer, EngineState
@@ -150,7 +150,7 @@ class Keeping:
             return ()
         return (Step("freeze", self._freeze, self._thaw), *steps, Step("thaw", self._thaw, self._freeze))
 
-    async def _gather(self, run: Run) -> JsonObject | None:
+    async def _gather(self, run: OperationRun) -> JsonObject | None:
         key, previous = self._keys(run)
         try:
             await self._world.snapshots.gather(await self._seen(), key, run.operation.id, previous, run.progress)
@@ -158,7 +158,7 @@ class Keeping:
             return self._skip(run, error)
         return None
 
-    async def _complete(self, run: Run) -> JsonObject | None:
+    async def _complete(self, run: OperationRun) -> JsonObject | None:
         if _skipped(run.operation):
             return None
         key, previous = self._keys(run)
@@ -168,33 +168,33 @@ class Keeping:
             return self._skip(run, error)
         return None
 
-    def _skip(self, run: Run, error: LayerTooLarge) -> JsonObject:
+    def _skip(self, run: OperationRun, error: LayerTooLarge) -> JsonObject:
         """Go on without a snapshot: the container wrote too much since the plan was made."""
         if self._arguments.required:
             raise SnapshotFailed(detail=_too_large(str(error))) from error
-        run.note(f"no snapshot is made, the layer is too large for it: {error}")
+        run.add_message(f"no snapshot is made, the layer is too large for it: {error}")
         return {_SKIPPED: str(error)}
 
-    async def _seal(self, run: Run) -> JsonObject | None:
+    async def _seal(self, run: OperationRun) -> JsonObject | None:
         if _skipped(run.operation):
             return None
         key, _ = self._keys(run)
         sealed = await self._world.snapshots.seal(key, run.operation.id, self._arguments.image_id)
         return sealed.model_dump(mode="json")
 
-    async def _discard(self, run: Run) -> None:
+    async def _discard(self, run: OperationRun) -> None:
         key, _ = self._keys(run)
         await self._world.snapshots.discard(key, run.operation.id)
 
-    async def _freeze(self, _run: Run) -> None:
+    async def _freeze(self, _run: OperationRun) -> None:
         await self._world.freeze(self._arguments.engine_id)
 
-    async def _thaw(self, _run: Run) -> None:
+    async def _thaw(self, _run: OperationRun) -> None:
         seen = await self._world.engine.inspect(self._arguments.engine_id)
         if seen is not None and seen.state is EngineState.PAUSED:
             await self._world.engine.unpause(self._arguments.engine_id)
 
-    def _keys(self, run: Run) -> tuple[SnapshotKey, SnapshotKey | None]:
+    def _keys(self, run: OperationRun) -> tuple[SnapshotKey, SnapshotKey | None]:
         uid = run.operation.target.uid
         return SnapshotKey(uid=uid, revision=self._arguments.revision), _key(uid, self._arguments.previous)
 

@@ -50,7 +50,7 @@ async def refuse_if_unrecorded(world: World, name: str) -> None:
     """Raise ContainerRecordLost if engine containers of a name that has no record may have files.
 
     A new container of that name would keep them from getting their record again. Engine containers that reconcile
-    removes (core/reconcile/verdicts.py) do not count.
+    removes (core/reconcile/orphans.py) do not count.
     """
     labelled = await world.engine.find({LABEL_NODE: world.node, LABEL_NAME: name})
     found = [one for one in labelled if one.name == world.made_as(one)]

@@ -10,8 +10,8 @@ from gpudock_server.core.containers.commands import Pause, Unpause
 from gpudock_server.core.containers.observation import observed
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations import Draft
-from gpudock_server.core.saga import Outcome, Run, Step
+from gpudock_server.core.operations.engine import Draft
+from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
 from gpudock_server.errors import ContainerNotPaused, ContainerNotRunning, ContainerPaused
 from gpudock_server.model.container import ContainerState
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
@@ -46,7 +46,7 @@ async def draft(world: World, command: Pause | Unpause) -> Draft:
     return Draft(
         kind=OperationKind.PAUSE if freeze else OperationKind.UNPAUSE,
         target=container.target,
-        head=PutContainer(container, expect=view.version),
+        target_record=PutContainer(container, expect=view.version),
         arguments=arguments.model_dump(mode="json"),
         plan=OperationPlan(placement=container.status.placement),
         build=lambda operation: PauseSaga(world, operation),
@@ -70,14 +70,14 @@ class PauseSaga(ContainerSaga):
             return (Step("pause", self._freeze, self._thaw),)
         return (Step("unpause", self._thaw, self._freeze),)
 
-    async def _freeze(self, _run: Run) -> None:
+    async def _freeze(self, _run: OperationRun) -> None:
         await self._world.engine.pause(self._arguments.engine_id)
 
-    async def _thaw(self, _run: Run) -> None:
+    async def _thaw(self, _run: OperationRun) -> None:
         await self._world.engine.unpause(self._arguments.engine_id)
 
     @override
-    async def commit(self, run: Run, view: ContainerView) -> Outcome:
+    async def success_changes(self, run: OperationRun, view: ContainerView) -> Outcome:
         seen = await self._world.engine.inspect(self._arguments.engine_id)
         container = view.container.changed(
             status=observed(view.container, seen), generation=view.container.generation + 1, update_time=now()
@@ -85,7 +85,7 @@ class PauseSaga(ContainerSaga):
         return Outcome([PutContainer(container, expect=view.version)], container)
 
     @override
-    async def abandon(self, run: Run, view: ContainerView) -> Sequence[StoreChange]:
+    async def failure_changes(self, run: OperationRun, view: ContainerView) -> Sequence[StoreChange]:
         seen = await self._world.engine.inspect(self._arguments.engine_id)
         container = view.container.changed(status=observed(view.container, seen), update_time=now())
         return [PutContainer(container, expect=view.version)]

@@ -17,7 +17,7 @@ from gpudock_server.core.containers.keeping import KeepArguments
 from gpudock_server.core.containers.limits import check_limits
 from gpudock_server.core.containers.mounting import check_before_start, check_mounts, mounts_it
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations import Draft
+from gpudock_server.core.operations.engine import Draft
 from gpudock_server.errors import ContainerNotRunning, RestartRequired
 from gpudock_server.model.claims import ClaimKey
 from gpudock_server.model.container import (
@@ -130,7 +130,7 @@ async def draft(world: World, view: ContainerView, wanted: Wanted) -> Draft:
     return Draft(
         kind=wanted.kind,
         target=container.target,
-        head=PutContainer(container, expect=view.version),
+        target_record=PutContainer(container, expect=view.version),
         arguments=arguments.model_dump(mode="json"),
         plan=_plan(arguments, carry, container),
         claims=[Claim(world.host, key, world.holder(container)) for key in to_claim],

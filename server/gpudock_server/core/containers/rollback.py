@@ -11,7 +11,7 @@ from gpudock_server.core.containers.gone import is_gone
 from gpudock_server.core.containers.history import find_revision
 from gpudock_server.core.containers.planning import Wanted, draft
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations import Draft
+from gpudock_server.core.operations.engine import Draft
 from gpudock_server.errors import (
     ContainerNotRunning,
     ContainerPaused,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing_extensions import override
 
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.saga import Run, Saga
+from gpudock_server.core.operations.saga import OperationRun, Saga
 from gpudock_server.ports import ContainerView
 
 
@@ -16,7 +16,7 @@ class ContainerSaga(Saga[ContainerView]):
         self._world = world
 
     @override
-    async def look(self, run: Run) -> ContainerView | None:
+    async def read_target(self, run: OperationRun) -> ContainerView | None:
         target = run.operation.target
         view = await self._world.store.container(target.name)
         return view if view is not None and view.container.uid == target.uid else None

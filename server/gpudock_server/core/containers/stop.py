@@ -13,8 +13,8 @@ from gpudock_server.core.containers.keeping import KeepArguments, Keeping
 from gpudock_server.core.containers.observation import observed
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations import Draft
-from gpudock_server.core.saga import Outcome, Run, Step
+from gpudock_server.core.operations.engine import Draft
+from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
 from gpudock_server.errors import ContainerNotRunning, DiskFull, SnapshotFailed
 from gpudock_server.model.claims import claim_keys
 from gpudock_server.model.container import ACTIVE_STATES, Container, ContainerState, Placement
@@ -99,7 +99,7 @@ def _draft(world: World, view: ContainerView, arguments: StopArguments) -> Draft
     return Draft(
         kind=OperationKind.STOP,
         target=container.target,
-        head=PutContainer(container, expect=view.version),
+        target_record=PutContainer(container, expect=view.version),
         arguments=arguments.model_dump(mode="json"),
         plan=OperationPlan(
             placement=container.status.placement if arguments.keep_resources else Placement(),
@@ -139,23 +139,23 @@ class StopSaga(ContainerSaga):
         )
 
     def _may_fail(self, step: Step) -> Step:
-        async def do(run: Run) -> JsonObject | None:
+        async def do(run: OperationRun) -> JsonObject | None:
             if any(_NOT_KEPT in run.operation.facts(stage.name) for stage in run.operation.stages):
                 return None
             try:
                 return await step.do(run)
             except (DiskFull, SnapshotFailed) as error:
-                run.note(f"its files are not kept: {error}")
+                run.add_message(f"its files are not kept: {error}")
                 return {_NOT_KEPT: str(error)}
 
         return replace(step, do=do)
 
-    async def _stop(self, _run: Run) -> None:
+    async def _stop(self, _run: OperationRun) -> None:
         arguments = self._arguments
         await self._world.stop(arguments.engine_id, arguments.spec, arguments.timeout, frozen=arguments.frozen)
 
     @override
-    async def commit(self, run: Run, view: ContainerView) -> Outcome:
+    async def success_changes(self, run: OperationRun, view: ContainerView) -> Outcome:
         arguments = self._arguments
         container = view.container.changed(generation=view.container.generation + 1, update_time=now())
         seen = await self._world.engine.inspect(arguments.engine_id)
@@ -185,7 +185,7 @@ class StopSaga(ContainerSaga):
         return [PutSnapshot(uid, self._arguments.keep.revision, made)] if isinstance(made, Snapshot) else []
 
     @override
-    async def abandon(self, run: Run, view: ContainerView) -> Sequence[StoreChange]:
+    async def failure_changes(self, run: OperationRun, view: ContainerView) -> Sequence[StoreChange]:
         seen = await self._world.engine.inspect(self._arguments.engine_id)
         container = view.container.changed(status=observed(view.container, seen), update_time=now())
         return [PutContainer(container, expect=view.version)]

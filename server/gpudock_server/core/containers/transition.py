@@ -6,7 +6,7 @@ from gpudock_server.core.containers.commands import Restart, Scale, ScaleStrateg
 from gpudock_server.core.containers.gone import refuse_if_gone
 from gpudock_server.core.containers.planning import Wanted, draft
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations import Draft
+from gpudock_server.core.operations.engine import Draft
 from gpudock_server.errors import (
     ContainerNotRunning,
     ContainerPaused,

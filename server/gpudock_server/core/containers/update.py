@@ -8,7 +8,7 @@ from gpudock_server.core.containers.gone import refuse_if_gone
 from gpudock_server.core.containers.images import ImageChoice, choose_image, require_user, require_user_in_files
 from gpudock_server.core.containers.planning import Wanted, draft
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations import Draft
+from gpudock_server.core.operations.engine import Draft
 from gpudock_server.errors import ContainerNotRunning, ContainerPaused, ImageDiffers
 from gpudock_server.model.container import RUNNING_STATES, STOPPED_STATES, Container, ContainerState
 from gpudock_server.model.operation import OperationKind

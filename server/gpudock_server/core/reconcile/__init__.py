@@ -2,15 +2,15 @@
 
 What is found is drift (`model.drift`). It is repaired by a rule or reported, never guessed at, and an engine or a store
 that does not answer changes nothing. A container with an operation at work is left to that. docs/reconcile.md has the
-rules; `book` keeps what was found, `scene` is what one pass sees, and the others each have a part of the rules:
+rules; `drift` keeps what was found, `records` is what one pass sees, and the others each have a part of the rules:
 
     locks      locks without an operation, operations without their locks
     adoption   engine containers that no record binds: adopted, removed or reported
-    upkeep     one container against its engine container: status, name, limits, what it holds
+    containers one container against its engine container: status, name, limits, what it holds
     claims     claims that nobody has, and those that somebody lacks
 """
 
-from gpudock_server.core.reconcile.book import DriftBook
-from gpudock_server.core.reconcile.reconciler import Reconciler
+from gpudock_server.core.reconcile.drift import DriftTracker
+from gpudock_server.core.reconcile.loop import Reconciler
 
-__all__ = ["DriftBook", "Reconciler"]
+__all__ = ["DriftTracker", "Reconciler"]

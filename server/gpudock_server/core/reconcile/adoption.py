@@ -13,12 +13,18 @@ from gpudock_server.core.containers.depth import layer_image_of
 from gpudock_server.core.containers.observation import observed
 from gpudock_server.core.containers.past import history_of
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.driver import recorded_error
-from gpudock_server.core.journal import Journal
-from gpudock_server.core.operations import Operations
-from gpudock_server.core.reconcile.book import Note
-from gpudock_server.core.reconcile.scene import Heads, Labels, claim_text, made_by_us, placement_of
-from gpudock_server.core.reconcile.verdicts import Evidence, Fate, Verdict
+from gpudock_server.core.operations.driver import recorded_error
+from gpudock_server.core.operations.engine import Operations
+from gpudock_server.core.operations.journal import Journal
+from gpudock_server.core.reconcile.drift import ReportDrift
+from gpudock_server.core.reconcile.orphans import Orphan, OrphanAction, OrphanClassifier
+from gpudock_server.core.reconcile.records import (
+    ContainerRecords,
+    EngineContainerLabels,
+    claim_text,
+    created_by_gpudock,
+    placement_of,
+)
 from gpudock_server.errors import (
     ContainerNotFound,
     EngineRejected,
@@ -57,7 +63,7 @@ from gpudock_server.ports import ContainerView, StoreConflict, Versioned
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
-class _Taken(Exception):
+class _ClaimConflict(Exception):
     """Something that it was given is held by another."""
 
     def __init__(self, key: ClaimKey, holder: Holder) -> None:
@@ -66,7 +72,7 @@ class _Taken(Exception):
         self.holder = holder
 
 
-class Adoption:
+class OrphanReconciler:
     """The rules for what no record binds."""
 
     def __init__(self, world: World, operations: Operations, *, grace: float) -> None:
@@ -75,35 +81,39 @@ class Adoption:
         self._operations = operations
         self._grace = grace
         # When each was first found, by engine id.
-        self._strays: dict[str, float] = {}
+        self._orphans_since: dict[str, float] = {}
 
     # -- judging -----------------------------------------------------------------------------------------------------
 
-    async def verdicts(self, seen: Mapping[str, EngineContainer], heads: Heads) -> tuple[Verdict, ...]:
-        """What is to become of each; `seen` is older than `heads`."""
-        unbound = [one for one in made_by_us(self._world, seen) if one.id not in heads.bound]
+    async def classify(self, seen: Mapping[str, EngineContainer], records: ContainerRecords) -> tuple[Orphan, ...]:
+        """What is to become of each; `seen` is older than `records`."""
+        unbound = [one for one in created_by_gpudock(self._world, seen) if one.id not in records.bound]
         if not unbound:
             return ()
         unfinished = {stored.value.id for stored in await self._world.store.unfinished(self._world.node)}
-        history = await history_of(self._world.store, {Labels.of(one).uid for one in unbound})
-        return Evidence(heads, history, unfinished | self._operations.driven, seen).judge(unbound)
+        history = await history_of(self._world.store, {EngineContainerLabels.of(one).uid for one in unbound})
+        return OrphanClassifier(records, history, unfinished | self._operations.driven, seen).classify(unbound)
 
     # -- adopting ----------------------------------------------------------------------------------------------------
 
-    async def adopt(self, verdicts: Iterable[Verdict], heads: Heads, fate: Fate, note: Note) -> bool:
+    async def adopt(
+        self, orphans: Iterable[Orphan], records: ContainerRecords, action: OrphanAction, report_drift: ReportDrift
+    ) -> bool:
         """Give records to those with that fate; whether any was given one."""
-        chosen = [verdict for verdict in verdicts if verdict.fate is fate]
-        return any([await self._adopt(verdict, heads.views.get(verdict.labels.name), note) for verdict in chosen])
+        chosen = [orphan for orphan in orphans if orphan.action is action]
+        return any(
+            [await self._adopt(orphan, records.views.get(orphan.labels.name), report_drift) for orphan in chosen]
+        )
 
-    async def _adopt(self, verdict: Verdict, view: ContainerView | None, note: Note) -> bool:
+    async def _adopt(self, orphan: Orphan, view: ContainerView | None, report_drift: ReportDrift) -> bool:
         kind = DriftKind.CONTAINER_NEWER if view else DriftKind.RECORD_LOST
         try:
-            adopted = await self._give_record(verdict.one, view)
-        except _Taken as taken:
+            adopted = await self._write_record(orphan.one, view)
+        except _ClaimConflict as taken:
             held = f"{claim_text(taken.key)} is held by {taken.holder.container}"
-            note(
-                _drift(
-                    verdict,
+            report_drift(
+                _orphan_drift(
+                    orphan,
                     kind,
                     DriftRemedy.REPORTED,
                     f"nothing while {held}: stop or delete that",
@@ -114,15 +124,15 @@ class Adoption:
             return False
         if adopted:
             plan = "it has its record again"
-            note(_drift(verdict, kind, DriftRemedy.REPAIRED, plan))
+            report_drift(_orphan_drift(orphan, kind, DriftRemedy.REPAIRED, plan))
         return adopted
 
-    async def _give_record(
+    async def _write_record(
         self, one: EngineContainer, view: ContainerView | None, ending: Versioned[Operation] | None = None
     ) -> bool:
         """Write the records of an engine container, ending an operation with them; whether that was still right.
 
-        Raises _Taken.
+        Raises _ClaimConflict.
         """
         # What was seen is older than the records. A container is removed from the engine first and forgotten last, so
         # one that is still there was not deleted meanwhile.
@@ -133,9 +143,9 @@ class Adoption:
             bound = await self._world.engine.inspect(view.container.engine.engine_id)
             if bound is not None:
                 return False
-        container, changes = await self._rebuilt(fresh, view)
+        container, changes = await self._rebuild_record(fresh, view)
         if ending is not None:
-            changes = [*changes, *_ended(ending, container)]
+            changes = [*changes, *_end_changes(ending, container)]
         try:
             await self._world.store.apply(changes)
         except StoreConflict:
@@ -143,21 +153,23 @@ class Adoption:
             return False
         return True
 
-    async def _rebuilt(self, one: EngineContainer, view: ContainerView | None) -> tuple[Container, list[StoreChange]]:
-        world, labels = self._world, Labels.of(one)
+    async def _rebuild_record(
+        self, one: EngineContainer, view: ContainerView | None
+    ) -> tuple[Container, list[StoreChange]]:
+        world, labels = self._world, EngineContainerLabels.of(one)
         if one.spec is None:
             raise ValueError(f"{one.name} says nothing of its spec")
         known = [each.revision for each in await world.store.history(labels.uid)]
         entries = await self._entries(labels.uid)
-        its_own = _last_of(one, labels.revision, entries)
+        its_own = _last_entry_of(one, labels.revision, entries)
         if its_own is not None:
             number, spec = its_own.number, its_own.revision.spec
         else:
-            number, spec = _latest(one.spec, labels.revision, [*known, *(each.revision for each in entries)])
+            number, spec = _latest_revision(one.spec, labels.revision, [*known, *(each.revision for each in entries)])
         given = placement_of(spec, one)
         # What does not run holds nothing, and takes what it needs when it is started.
         placement = given if one.running else Placement()
-        head = view.container if view else _blank(one, labels, world.node, entries)
+        head = view.container if view else _empty_container(one, labels, world.node, entries)
         binding = EngineBinding(
             engine_id=one.id,
             engine_name=one.name,
@@ -196,7 +208,7 @@ class Adoption:
             log.warning("the ledger was not read", uid=uid, detail=error.message)
             return ()
 
-    async def _layer_images(self, head: Container, labels: Labels) -> tuple[str, ...]:
+    async def _layer_images(self, head: Container, labels: EngineContainerLabels) -> tuple[str, ...]:
         before = head.engine.layer_images if head.engine else ()
         its_own = layer_image_of(labels.operation_id)
         if its_own in before or await self._world.engine.image(its_own) is None:
@@ -211,14 +223,16 @@ class Adoption:
         for key in wanted:
             found = table.holder(key)
             if found is not None and found.uid != container.uid:
-                raise _Taken(key, found)
+                raise _ClaimConflict(key, found)
             changes.append(ConfirmClaim(host, key, holder) if found else Claim(host, key, holder))
         mine = dict.fromkeys((*claim_keys(before), *table.claims_of_container(container.uid)))
         return [*changes, *(ReleaseClaim(host, key, container.uid) for key in mine if key not in wanted)]
 
     # -- operations that the world has moved past --------------------------------------------------------------------
 
-    async def overtake(self, seen: Mapping[str, EngineContainer], note: Note) -> frozenset[str]:
+    async def end_overtaken_operations(
+        self, seen: Mapping[str, EngineContainer], report_drift: ReportDrift
+    ) -> frozenset[str]:
         """End operations whose work was done, or made moot, in a time that the store has been put back from.
 
         To drive one of these would stop and remove what runs. The ids of those that cannot be ended either, and must
@@ -232,33 +246,37 @@ class Adoption:
             try:
                 view = await self._world.store.container(operation.target.name)
                 if view is None or view.container.uid != operation.target.uid:
-                    await self._end_without_target(operation.id, note)
-                elif not operation.committed and not await self._overtaken(stored, view, seen, note):
+                    await self._end_without_target(operation.id, report_drift)
+                elif not operation.committed and not await self._overtaken(stored, view, seen, report_drift):
                     left.add(operation.id)
             except RecordUnreadable:
                 left.add(operation.id)
         return frozenset(left)
 
-    async def _end_without_target(self, operation_id: str, note: Note) -> None:
+    async def _end_without_target(self, operation_id: str, report_drift: ReportDrift) -> None:
         """Its head was deleted in the store alone. What it made is judged like everything that no record binds."""
         stored = await self._world.store.operation(operation_id)
         if stored is None or stored.value.state.ended:
             return
         operation = stored.value
         failed = operation.changed(error=recorded_error(ContainerNotFound(container=operation.target.name)))
-        ended, changes = Journal.ended(failed, OperationState.FAILED, ())
+        ended, changes = Journal.close_record(failed, OperationState.FAILED, ())
         try:
             await self._world.store.apply([*changes, PutOperation(ended, expect=stored.version)])
         except StoreConflict:
             return
-        note(
+        report_drift(
             _overtaken_drift(
                 operation, f"the record of {operation.target.name} is gone from the store", "the operation was ended"
             )
         )
 
     async def _overtaken(
-        self, stored: Versioned[Operation], view: ContainerView, seen: Mapping[str, EngineContainer], note: Note
+        self,
+        stored: Versioned[Operation],
+        view: ContainerView,
+        seen: Mapping[str, EngineContainer],
+        report_drift: ReportDrift,
     ) -> bool:
         """Whether the operation was ended, or may be driven."""
         operation, engine = stored.value, view.container.engine
@@ -269,29 +287,29 @@ class Adoption:
             return True
         if len(candidates) > 1:
             found = ", ".join(one.name for one in candidates)
-            note(
+            report_drift(
                 _overtaken_drift(operation, f"there are several newer: {found}", "nothing: remove all but one of them")
             )
             return False
         (one,) = candidates
-        labels = Labels.of(one)
+        labels = EngineContainerLabels.of(one)
         its_own = labels.operation_id == operation.id or operation.kind is OperationKind.CREATE
         try:
-            ended = await self._give_record(one, view, stored if its_own else _failed(stored, labels))
-        except _Taken as taken:
+            ended = await self._write_record(one, view, stored if its_own else _with_overtaken_error(stored, labels))
+        except _ClaimConflict as taken:
             held = f"{claim_text(taken.key)} is held by {taken.holder.container}"
-            note(_overtaken_drift(operation, held, "nothing while that is so: stop or delete it"))
+            report_drift(_overtaken_drift(operation, held, "nothing while that is so: stop or delete it"))
             return False
         if ended:
             plan = f"it was ended, and the container has the record of its revision {labels.revision}"
-            note(_overtaken_drift(operation, f"{one.name} is newer than what it works on", plan))
+            report_drift(_overtaken_drift(operation, f"{one.name} is newer than what it works on", plan))
         return ended
 
     async def _newer(
         self, operation: Operation, view: ContainerView, seen: Mapping[str, EngineContainer]
     ) -> AsyncIterator[EngineContainer]:
-        for one in made_by_us(self._world, seen):
-            labels = Labels.of(one)
+        for one in created_by_gpudock(self._world, seen):
+            labels = EngineContainerLabels.of(one)
             if labels.uid != operation.target.uid or one.spec is None or labels.revision <= view.container.revision:
                 continue
             if labels.operation_id == operation.id:
@@ -303,40 +321,44 @@ class Adoption:
 
     # -- removing ----------------------------------------------------------------------------------------------------
 
-    async def remove(self, verdicts: Sequence[Verdict], note: Note) -> None:
+    async def remove(self, orphans: Sequence[Orphan], report_drift: ReportDrift) -> None:
         """Remove those that are to be, once their grace is over; report those that no rule is certain about."""
-        strays = {verdict.one.id: verdict for verdict in verdicts if verdict.fate is Fate.REMOVED}
+        removable = {orphan.one.id: orphan for orphan in orphans if orphan.action is OrphanAction.REMOVED}
         moment = time.monotonic()
-        self._strays = {engine_id: self._strays.get(engine_id, moment) for engine_id in strays}
-        for verdict in verdicts:
-            if verdict.fate is Fate.REPORTED:
-                note(_drift(verdict, DriftKind.CONTAINER_UNKNOWN, DriftRemedy.REPORTED, "nothing is done"))
-        for engine_id, verdict in strays.items():
-            left = self._grace - (moment - self._strays[engine_id])
+        self._orphans_since = {engine_id: self._orphans_since.get(engine_id, moment) for engine_id in removable}
+        for orphan in orphans:
+            if orphan.action is OrphanAction.REPORTED:
+                report_drift(
+                    _orphan_drift(orphan, DriftKind.CONTAINER_UNKNOWN, DriftRemedy.REPORTED, "nothing is done")
+                )
+        for engine_id, orphan in removable.items():
+            left = self._grace - (moment - self._orphans_since[engine_id])
             if left > 0:
-                note(
-                    _drift(
-                        verdict,
+                report_drift(
+                    _orphan_drift(
+                        orphan,
                         DriftKind.CONTAINER_UNKNOWN,
                         DriftRemedy.PENDING,
                         f"it is removed by the first pass after its grace of {self._grace:g} s",
                     ).model_copy(update={"due_time": now() + timedelta(seconds=left)})
                 )
             else:
-                await self._remove(verdict, note)
+                await self._remove(orphan, report_drift)
 
-    async def _remove(self, verdict: Verdict, note: Note) -> None:
+    async def _remove(self, orphan: Orphan, report_drift: ReportDrift) -> None:
         try:
-            await self._world.remove(verdict.one.id, verdict.one.name)
+            await self._world.remove(orphan.one.id, orphan.one.name)
         except EngineRejected as error:
             plan = f"it is removed as soon as the engine lets it be: {error.detail}"
-            note(_drift(verdict, DriftKind.CONTAINER_UNKNOWN, DriftRemedy.RETRIED, plan))
+            report_drift(_orphan_drift(orphan, DriftKind.CONTAINER_UNKNOWN, DriftRemedy.RETRIED, plan))
             return
-        del self._strays[verdict.one.id]
-        note(_drift(verdict, DriftKind.CONTAINER_UNKNOWN, DriftRemedy.REPAIRED, "it was removed"))
+        del self._orphans_since[orphan.one.id]
+        report_drift(_orphan_drift(orphan, DriftKind.CONTAINER_UNKNOWN, DriftRemedy.REPAIRED, "it was removed"))
 
 
-def _latest(made_from: ContainerSpec, number: int, known: Sequence[ContainerRevision]) -> tuple[int, ContainerSpec]:
+def _latest_revision(
+    made_from: ContainerSpec, number: int, known: Sequence[ContainerRevision]
+) -> tuple[int, ContainerSpec]:
     """The revision and spec of one that was made as `number`: what was changed in place since is in its history."""
     last = max(known, key=lambda one: one.revision, default=None)
     if last is None or last.revision <= number:
@@ -344,7 +366,7 @@ def _latest(made_from: ContainerSpec, number: int, known: Sequence[ContainerRevi
     return last.revision, last.spec if last.spec.fixed_digest == made_from.fixed_digest else made_from
 
 
-def _last_of(one: EngineContainer, number: int, entries: Sequence[RevisionBackup]) -> RevisionBackup | None:
+def _last_entry_of(one: EngineContainer, number: int, entries: Sequence[RevisionBackup]) -> RevisionBackup | None:
     """The last revision that this engine container served: after the one it was made as, it was changed in place."""
     mine = [each for each in entries if each.engine is not None and each.engine.engine_id == one.id]
     last = max(mine, key=lambda each: each.number, default=None)
@@ -353,7 +375,9 @@ def _last_of(one: EngineContainer, number: int, entries: Sequence[RevisionBackup
     return last
 
 
-def _blank(one: EngineContainer, labels: Labels, node: str, entries: Sequence[RevisionBackup]) -> Container:
+def _empty_container(
+    one: EngineContainer, labels: EngineContainerLabels, node: str, entries: Sequence[RevisionBackup]
+) -> Container:
     """A head as it was before it had anything."""
     if one.spec is None:
         raise ValueError(f"{one.name} says nothing of its spec")
@@ -372,7 +396,7 @@ def _blank(one: EngineContainer, labels: Labels, node: str, entries: Sequence[Re
     )
 
 
-def _revision(container: Container, given: Placement, labels: Labels) -> ContainerRevision:
+def _revision(container: Container, given: Placement, labels: EngineContainerLabels) -> ContainerRevision:
     return ContainerRevision(
         container=container.name,
         uid=container.uid,
@@ -386,28 +410,28 @@ def _revision(container: Container, given: Placement, labels: Labels) -> Contain
     )
 
 
-def _failed(stored: Versioned[Operation], labels: Labels) -> Versioned[Operation]:
+def _with_overtaken_error(stored: Versioned[Operation], labels: EngineContainerLabels) -> Versioned[Operation]:
     error: GpudockError = OperationOvertaken(
         operation_id=stored.value.id, container=stored.value.target.name, revision=labels.revision
     )
     return Versioned(stored.value.changed(error=recorded_error(error)), stored.version)
 
 
-def _ended(stored: Versioned[Operation], container: Container) -> list[StoreChange]:
+def _end_changes(stored: Versioned[Operation], container: Container) -> list[StoreChange]:
     """What ends an operation: well, unless it has an error."""
     operation = stored.value
     if operation.error is not None:
         state = OperationState.FAILED
     else:
         state, operation = OperationState.SUCCEEDED, operation.changed(committed=True, result=container)
-    ended, changes = Journal.ended(operation.changed(update_time=now()), state, ())
+    ended, changes = Journal.close_record(operation.changed(update_time=now()), state, ())
     return [*changes, PutOperation(ended, expect=stored.version)]
 
 
-def _drift(
-    verdict: Verdict, kind: DriftKind, remedy: DriftRemedy, plan: str, *, claim: str = "", other: str = ""
+def _orphan_drift(
+    orphan: Orphan, kind: DriftKind, remedy: DriftRemedy, plan: str, *, claim: str = "", other: str = ""
 ) -> Drift:
-    one, labels = verdict.one, verdict.labels
+    one, labels = orphan.one, orphan.labels
     return Drift(
         kind=kind,
         remedy=remedy,
@@ -419,7 +443,7 @@ def _drift(
         claim=claim,
         other=other,
         actual=f"revision {labels.revision}, {one.state.value}",
-        message=f"no record binds the engine container {one.name}: {verdict.why}",
+        message=f"no record binds the engine container {one.name}: {orphan.why}",
         plan=plan,
     )
 

@@ -7,53 +7,61 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.reconcile.book import Note
-from gpudock_server.core.reconcile.scene import Heads, claim_text, read_heads
-from gpudock_server.core.reconcile.verdicts import Fate, Verdict
+from gpudock_server.core.reconcile.drift import ReportDrift
+from gpudock_server.core.reconcile.orphans import Orphan, OrphanAction
+from gpudock_server.core.reconcile.records import ContainerRecords, claim_text, read_container_records
 from gpudock_server.model.claims import UNREADABLE_HOLDER, ClaimKey, ClaimTable, Holder, claim_keys
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
 from gpudock_server.model.store_changes import Claim, PutContainer, ReleaseClaim, StoreChange
 from gpudock_server.ports import ContainerView, StoreConflict
 
 
-class ClaimRules:
+class ClaimReconciler:
     """The rules for claims of this node."""
 
     def __init__(self, world: World) -> None:
         self._world = world
 
-    async def release_stale(self, claims: ClaimTable, heads: Heads, unbound: Sequence[Verdict], note: Note) -> None:
-        """Release what no record has. `claims` were read before `heads`, so whoever holds one has a head by then.
+    async def release_stale(
+        self, claims: ClaimTable, records: ContainerRecords, orphans: Sequence[Orphan], report_drift: ReportDrift
+    ) -> None:
+        """Release what no record has. `claims` were read before `records`, so whoever holds one has a head by then.
 
-        `unbound` are the engine containers that no record binds. What one of them uses stays claimed; so does all that
+        `orphans` are the engine containers that no record binds. What one of them uses stays claimed; so does all that
         is claimed for a container that has no head and may be given one.
         """
-        spared = {verdict.labels.uid for verdict in unbound if verdict.fate not in (Fate.REMOVED, Fate.REPORTED)}
+        spared = {
+            orphan.labels.uid
+            for orphan in orphans
+            if orphan.action not in (OrphanAction.REMOVED, OrphanAction.REPORTED)
+        }
         used: defaultdict[str, set[ClaimKey]] = defaultdict(set)
-        for verdict in unbound:
-            used[verdict.labels.uid].update(verdict.uses)
-        by_uid = {view.container.uid: view for view in heads.of(self._world.node)}
+        for orphan in orphans:
+            used[orphan.labels.uid].update(orphan.uses)
+        by_uid = {view.container.uid: view for view in records.of(self._world.node)}
         for key, holder in claims.claims.items():
             if holder == UNREADABLE_HOLDER:
-                note(self._unreadable(key))
-            if holder.node != self._world.node or holder.container in heads.unreadable_names:
+                report_drift(self._unreadable_drift(key))
+            if holder.node != self._world.node or holder.container in records.unreadable_names:
                 continue
             if key in used[holder.uid]:
                 continue
             view = by_uid.get(holder.uid)
             if view is None and holder.uid not in spared:
-                await self._release(key, holder, [], f"{holder.container or holder.uid} does not exist", note)
+                await self._release(key, holder, [], f"{holder.container or holder.uid} does not exist", report_drift)
             elif view is not None and not view.operation_id and key not in claim_keys(view.container.status.placement):
                 # The head is put as it is, so that an operation that begins just now is met.
                 guard = [PutContainer(view.container, expect=view.version)]
-                await self._release(key, holder, guard, f"{holder.container} does not have it", note)
+                await self._release(key, holder, guard, f"{holder.container} does not have it", report_drift)
 
-    async def _release(self, key: ClaimKey, holder: Holder, guard: Sequence[StoreChange], why: str, note: Note) -> None:
+    async def _release(
+        self, key: ClaimKey, holder: Holder, guard: Sequence[StoreChange], why: str, report_drift: ReportDrift
+    ) -> None:
         try:
             await self._world.store.apply([*guard, ReleaseClaim(self._world.host, key, holder.uid)])
         except StoreConflict:
             return
-        note(
+        report_drift(
             Drift(
                 kind=DriftKind.CLAIM_STALE,
                 remedy=DriftRemedy.REPAIRED,
@@ -65,14 +73,14 @@ class ClaimRules:
             )
         )
 
-    async def restore_missing(self, heads: Heads, note: Note) -> None:
+    async def restore_missing(self, records: ContainerRecords, report_drift: ReportDrift) -> None:
         """Claim again what a record has and the claims do not."""
         claims = await self._world.store.claims(self._world.host)
-        for view in heads.of(self._world.node):
-            for key in _lacking(view, claims):
-                view = await self._restore(view, key, note)  # noqa: PLW2901 - its version moves with every claim
+        for view in records.of(self._world.node):
+            for key in _missing_claims(view, claims):
+                view = await self._restore(view, key, report_drift)  # noqa: PLW2901 - its version moves with every claim
 
-    async def _restore(self, view: ContainerView, key: ClaimKey, note: Note) -> ContainerView:
+    async def _restore(self, view: ContainerView, key: ClaimKey, report_drift: ReportDrift) -> ContainerView:
         container, store = view.container, self._world.store
         again = Claim(self._world.host, key, self._world.holder(container))
         try:
@@ -81,9 +89,9 @@ class ClaimRules:
             other = conflict.found
             # Its own: claims were read after the record, and it has been claimed or is being changed since.
             if isinstance(other, Holder) and other.uid != container.uid:
-                note(self._conflict(view, key, other))
+                report_drift(self._conflict_drift(view, key, other))
             return view
-        note(
+        report_drift(
             Drift(
                 kind=DriftKind.CLAIM_MISSING,
                 remedy=DriftRemedy.REPAIRED,
@@ -96,38 +104,38 @@ class ClaimRules:
         )
         return ContainerView(container, version, view.operation_id)
 
-    async def hold_unbound(self, unbound: Sequence[Verdict], note: Note) -> None:
+    async def claim_for_orphans(self, orphans: Sequence[Orphan], report_drift: ReportDrift) -> None:
         """Claim what an engine container uses that runs and has not been given a record: nobody else may have it.
 
         Each card and port alone, since others may hold some of them.
         """
-        running = [verdict for verdict in unbound if verdict.uses and verdict.fate is not Fate.LEFT]
+        running = [orphan for orphan in orphans if orphan.uses and orphan.action is not OrphanAction.LEFT]
         if not running:
             return
-        heads = await read_heads(self._world.store)
-        for verdict in running:
-            view = heads.views.get(verdict.labels.name)
-            if verdict.one.id in heads.bound or (view is not None and view.operation_id):
+        records = await read_container_records(self._world.store)
+        for orphan in running:
+            view = records.views.get(orphan.labels.name)
+            if orphan.one.id in records.bound or (view is not None and view.operation_id):
                 continue
-            fresh = await self._world.engine.inspect(verdict.one.id)
+            fresh = await self._world.engine.inspect(orphan.one.id)
             if fresh is not None and fresh.running:
-                await self._hold(verdict, note)
+                await self._claim_for(orphan, report_drift)
 
-    async def _hold(self, verdict: Verdict, note: Note) -> None:
-        labels, store, host = verdict.labels, self._world.store, self._world.host
+    async def _claim_for(self, orphan: Orphan, report_drift: ReportDrift) -> None:
+        labels, store, host = orphan.labels, self._world.store, self._world.host
         holder = Holder(container=labels.name, uid=labels.uid, node=self._world.node)
         claims = await store.claims(host)
-        for key in verdict.uses:
+        for key in orphan.uses:
             other = claims.holder(key)
             if other is None:
                 with suppress(StoreConflict):
                     await store.apply([Claim(host, key, holder)])
-            elif other.uid != labels.uid and verdict.fate is Fate.REPORTED:
-                note(self._used_by_two(verdict, key, other))
+            elif other.uid != labels.uid and orphan.action is OrphanAction.REPORTED:
+                report_drift(self._double_use_drift(orphan, key, other))
 
     @staticmethod
-    def _used_by_two(verdict: Verdict, key: ClaimKey, other: Holder) -> Drift:
-        one, labels = verdict.one, verdict.labels
+    def _double_use_drift(orphan: Orphan, key: ClaimKey, other: Holder) -> Drift:
+        one, labels = orphan.one, orphan.labels
         return Drift(
             kind=DriftKind.CLAIM_CONFLICT,
             remedy=DriftRemedy.REPORTED,
@@ -147,7 +155,7 @@ class ClaimRules:
         )
 
     @staticmethod
-    def _conflict(view: ContainerView, key: ClaimKey, other: Holder) -> Drift:
+    def _conflict_drift(view: ContainerView, key: ClaimKey, other: Holder) -> Drift:
         name = view.container.name
         return Drift(
             kind=DriftKind.CLAIM_CONFLICT,
@@ -163,7 +171,7 @@ class ClaimRules:
         )
 
     @staticmethod
-    def _unreadable(key: ClaimKey) -> Drift:
+    def _unreadable_drift(key: ClaimKey) -> Drift:
         return Drift(
             kind=DriftKind.RECORD_UNREADABLE,
             remedy=DriftRemedy.REPORTED,
@@ -173,7 +181,7 @@ class ClaimRules:
         )
 
 
-def _lacking(view: ContainerView, claims: ClaimTable) -> Iterator[ClaimKey]:
+def _missing_claims(view: ContainerView, claims: ClaimTable) -> Iterator[ClaimKey]:
     """What a container with no operation at work should hold, and by `claims` does not."""
     container = view.container
     if view.operation_id or not container.status.holds_resources:

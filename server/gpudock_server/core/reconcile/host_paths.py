@@ -5,7 +5,7 @@ from __future__ import annotations
 import structlog
 
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.reconcile.book import Note
+from gpudock_server.core.reconcile.drift import ReportDrift
 from gpudock_server.errors import HostPathFailed, HostPathForbidden
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
 from gpudock_server.model.engine import LABEL_UID, EngineContainer
@@ -15,7 +15,9 @@ from gpudock_server.ports import ContainerView
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
-async def keep_host_paths(world: World, view: ContainerView, shown: EngineContainer, note: Note) -> None:
+async def repair_host_paths(
+    world: World, view: ContainerView, shown: EngineContainer, report_drift: ReportDrift
+) -> None:
     """Bind again what a container mounts and somebody has unmounted, and report what cannot be bound.
 
     Also one that an older version made, whose host paths the engine resolves itself.
@@ -25,7 +27,7 @@ async def keep_host_paths(world: World, view: ContainerView, shown: EngineContai
         return
 
     def report(kind: DriftKind, path: str, message: str, plan: str) -> None:
-        note(
+        report_drift(
             Drift(
                 kind=kind,
                 remedy=DriftRemedy.REPORTED,
@@ -58,7 +60,7 @@ async def keep_host_paths(world: World, view: ContainerView, shown: EngineContai
         )
 
 
-async def sweep_host_paths(world: World) -> None:
+async def release_unused_host_paths(world: World) -> None:
     """Release what is bound for engine containers that do not exist and that no operation is about to make."""
     # First: what is bound after this has an operation that is read next.
     names = await world.host_paths.names()

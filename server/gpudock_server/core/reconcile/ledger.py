@@ -10,8 +10,8 @@ import structlog
 from gpudock_server.core.containers.past import History, history_of
 from gpudock_server.core.containers.remembering import entry_of
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.reconcile.book import Note
-from gpudock_server.core.reconcile.scene import Heads, Labels
+from gpudock_server.core.reconcile.drift import ReportDrift
+from gpudock_server.core.reconcile.records import ContainerRecords, EngineContainerLabels
 from gpudock_server.errors import GpudockError, StoreUnavailable
 from gpudock_server.model.container import Container, ContainerState, ContainerStatus
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
@@ -25,25 +25,25 @@ from gpudock_server.ports import ContainerView, RevisionView, StoreConflict
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
-class LedgerRules:
+class LedgerReconciler:
     """The rules for histories, and for containers of which nothing but their history is left."""
 
     def __init__(self, world: World) -> None:
         self._world = world
         # The version of each head with which all of this was found in order, by uid.
-        self._agreed: dict[str, int] = {}
+        self._verified: dict[str, int] = {}
 
     # -- histories of containers that have a record ------------------------------------------------------------------
 
-    async def compare(self, heads: Heads, note: Note) -> None:
+    async def compare(self, records: ContainerRecords, report_drift: ReportDrift) -> None:
         """Bring each history to the disk, and back from it. Raises StoreUnavailable, EngineUnavailable."""
-        views = [view for view in heads.of(self._world.node) if view.container.engine and not view.operation_id]
-        self._agreed = {
+        views = [view for view in records.of(self._world.node) if view.container.engine and not view.operation_id]
+        self._verified = {
             view.container.uid: version
             for view in views
-            if (version := self._agreed.get(view.container.uid)) is not None
+            if (version := self._verified.get(view.container.uid)) is not None
         }
-        due = [view for view in views if self._agreed.get(view.container.uid) != view.version]
+        due = [view for view in views if self._verified.get(view.container.uid) != view.version]
         if not due:
             return
         try:
@@ -51,14 +51,14 @@ class LedgerRules:
             for key in await self._world.snapshots.find():
                 sealed[key.uid].add(key.revision)
             for view in due:
-                await self._compare(view, sealed[view.container.uid], note)
+                await self._compare(view, sealed[view.container.uid], report_drift)
         except StoreUnavailable:
             raise
         except GpudockError as error:
             # The copy is for a day that may never come: nothing else waits for it.
             log.warning("histories and the ledger were not compared", detail=error.message)
 
-    async def _compare(self, view: ContainerView, sealed: Collection[int], note: Note) -> None:
+    async def _compare(self, view: ContainerView, sealed: Collection[int], report_drift: ReportDrift) -> None:
         container = view.container
         history = {one.revision.revision: one for one in await self._world.store.history(container.uid)}
         entries = {one.number: one for one in await self._world.ledger.read(container.uid)}
@@ -76,11 +76,11 @@ class LedgerRules:
         restored = await self._apply(view, changes)
         unknown = sorted(set(sealed) - set(history) - set(changes))
         if restored:
-            note(_restored(container, restored))
+            report_drift(_restored_drift(container, restored))
         if unknown:
-            note(_unknown_files(container, unknown))
+            report_drift(_unknown_files_drift(container, unknown))
         if not restored and not changes and not unknown:
-            self._agreed[container.uid] = view.version
+            self._verified[container.uid] = view.version
 
     async def _write(
         self, container: Container, history: Mapping[int, RevisionView], entries: Mapping[int, RevisionBackup]
@@ -120,39 +120,43 @@ class LedgerRules:
 
     # -- containers of which only the ledger is left -----------------------------------------------------------------
 
-    async def adopt(self, heads: Heads, seen: Mapping[str, EngineContainer], note: Note) -> bool:
+    async def adopt(
+        self, records: ContainerRecords, seen: Mapping[str, EngineContainer], report_drift: ReportDrift
+    ) -> bool:
         """Write the records of containers that have neither a record nor an engine container; whether any was."""
-        as_engine_policy = {Labels.of(one).uid for one in seen.values()}
+        as_engine_policy = {EngineContainerLabels.of(one).uid for one in seen.values()}
         try:
             lost = [
-                uid for uid in await self._world.ledger.uids() if uid not in heads.uids and uid not in as_engine_policy
+                uid
+                for uid in await self._world.ledger.uids()
+                if uid not in records.uids and uid not in as_engine_policy
             ]
             if not lost:
                 return False
             history = await history_of(self._world.store, lost)
-            return any([await self._adopt(uid, heads, history, note) for uid in lost])
+            return any([await self._adopt(uid, records, history, report_drift) for uid in lost])
         except StoreUnavailable:
             raise
         except GpudockError as error:
             log.warning("the ledger was not looked through", detail=error.message)
             return False
 
-    async def _adopt(self, uid: str, heads: Heads, history: History, note: Note) -> bool:
+    async def _adopt(self, uid: str, records: ContainerRecords, history: History, report_drift: ReportDrift) -> bool:
         if history.is_over(uid):
             # What is left of it is removed by the retention.
             return False
         entries = await self._world.ledger.read(uid)
         last = entries[-1] if entries else None
-        if last is None or last.engine is None or last.revision.container in heads.views:
-            note(_unknown_owner(uid, last))
+        if last is None or last.engine is None or last.revision.container in records.views:
+            report_drift(_unknown_owner_drift(uid, last))
             return False
-        if last.revision.container in heads.unreadable_names:
+        if last.revision.container in records.unreadable_names:
             return False
         # One that is in the engine after all was made again, or is of another node: what it says of itself counts.
         if await self._world.engine.inspect(last.engine.engine_id) is not None or not await self._record(last):
             return False
         name = last.revision.container
-        note(
+        report_drift(
             Drift(
                 kind=DriftKind.RECORD_LOST,
                 remedy=DriftRemedy.REPAIRED,
@@ -166,7 +170,7 @@ class LedgerRules:
 
     async def _record(self, last: RevisionBackup) -> bool:
         known = {one.revision.revision for one in await self._world.store.history(last.revision.uid)}
-        changes: list[StoreChange] = [PutContainer(_failed(last, self._world.node), expect=0)]
+        changes: list[StoreChange] = [PutContainer(_failed_container(last, self._world.node), expect=0)]
         if last.number not in known:
             changes.append(PutRevision(last.revision))
         try:
@@ -176,7 +180,7 @@ class LedgerRules:
         return True
 
 
-def _failed(last: RevisionBackup, node: str) -> Container:
+def _failed_container(last: RevisionBackup, node: str) -> Container:
     moment = now()
     return Container(
         name=last.revision.container,
@@ -199,7 +203,7 @@ def _numbers(numbers: Sequence[int]) -> str:
     return f"revision{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
-def _restored(container: Container, numbers: Sequence[int]) -> Drift:
+def _restored_drift(container: Container, numbers: Sequence[int]) -> Drift:
     return Drift(
         kind=DriftKind.REVISION_RECORD_LOST,
         remedy=DriftRemedy.REPAIRED,
@@ -211,7 +215,7 @@ def _restored(container: Container, numbers: Sequence[int]) -> Drift:
     )
 
 
-def _unknown_files(container: Container, numbers: Sequence[int]) -> Drift:
+def _unknown_files_drift(container: Container, numbers: Sequence[int]) -> Drift:
     return Drift(
         kind=DriftKind.SNAPSHOT_UNKNOWN,
         remedy=DriftRemedy.REPORTED,
@@ -223,7 +227,7 @@ def _unknown_files(container: Container, numbers: Sequence[int]) -> Drift:
     )
 
 
-def _unknown_owner(uid: str, last: RevisionBackup | None) -> Drift:
+def _unknown_owner_drift(uid: str, last: RevisionBackup | None) -> Drift:
     name = last.revision.container if last else ""
     why = f"another container is called {name}" if name else "nothing says what it was called"
     if last is not None and last.engine is None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.listings import everything
-from gpudock_server.core.operations import Operations
-from gpudock_server.core.reconcile.book import Note
+from gpudock_server.core.operations.engine import Operations
+from gpudock_server.core.reconcile.drift import ReportDrift
 from gpudock_server.errors import RecordUnreadable
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
 from gpudock_server.model.operation import Operation
@@ -14,31 +14,31 @@ from gpudock_server.model.store_changes import Lock, PutOperation, Unlock
 from gpudock_server.ports import StoreConflict, Versioned
 
 
-class LockRules:
+class LockReconciler:
     """Releases locks that no operation will ever release, and gives operations back the locks that they lost."""
 
     def __init__(self, world: World, operations: Operations) -> None:
         self._world = world
         self._operations = operations
         # Every operation is read for this, so it is done once: a daemon that runs knows its own.
-        self._looked_for_lost = False
+        self._lost_locks_checked = False
 
-    async def mend(self, note: Note) -> None:
+    async def repair(self, report_drift: ReportDrift) -> None:
         """Before anything is resumed: what resumes is found by its locks. Raises StoreUnavailable."""
         locks = await self._world.store.list_locks()
         for lock in locks:
             if lock.operation_id not in self._operations.driven:
-                await self._check(lock, note)
-        if not self._looked_for_lost:
-            await self._lock_again(locks, note)
-            self._looked_for_lost = True
+                await self._check(lock, report_drift)
+        if not self._lost_locks_checked:
+            await self._restore_lost_locks(locks, report_drift)
+            self._lost_locks_checked = True
 
-    async def _check(self, lock: Lock, note: Note) -> None:
+    async def _check(self, lock: Lock, report_drift: ReportDrift) -> None:
         # The lock was read first. Its operation was recorded with it, and stays long after it has ended.
         try:
             operation = await self._world.store.operation(lock.operation_id)
         except RecordUnreadable as error:
-            note(
+            report_drift(
                 Drift(
                     kind=DriftKind.RECORD_UNREADABLE,
                     remedy=DriftRemedy.REPORTED,
@@ -57,7 +57,7 @@ class LockRules:
             await self._world.store.apply([Unlock(lock.kind, lock.name, lock.operation_id)])
         except StoreConflict:
             return
-        note(
+        report_drift(
             Drift(
                 kind=DriftKind.LOCK_STALE,
                 remedy=DriftRemedy.REPAIRED,
@@ -79,25 +79,25 @@ class LockRules:
             return False
         return view is None or view.container.node == self._world.node
 
-    async def _lock_again(self, locks: tuple[Lock, ...], note: Note) -> None:
+    async def _restore_lost_locks(self, locks: tuple[Lock, ...], report_drift: ReportDrift) -> None:
         held = {(lock.kind, lock.name) for lock in locks if lock.operation_id}
         for operation in (await everything(self._world.store.operations)).items:
             ours = operation.node == self._world.node and not operation.state.ended
             if ours and operation.id not in self._operations.driven:
-                await self._give_back(operation, held, {lock.operation_id for lock in locks}, note)
+                await self._restore_locks_of(operation, held, {lock.operation_id for lock in locks}, report_drift)
 
-    async def _give_back(
-        self, listed: Operation, held: set[tuple[ResourceKind, str]], holders: set[str], note: Note
+    async def _restore_locks_of(
+        self, listed: Operation, held: set[tuple[ResourceKind, str]], holders: set[str], report_drift: ReportDrift
     ) -> None:
         current = await self._world.store.operation(listed.id)
         if listed.id in holders or current is None or current.value.state.ended:
             return
         taken = next((one.name for one in listed.locked if (one.kind, one.name) in held), "")
-        if not taken and await self._relocked(current):
+        if not taken and await self._restore_locks(current):
             remedy, plan = DriftRemedy.REPAIRED, "it has them again, and goes on"
         else:
             remedy, plan = DriftRemedy.REPORTED, f"nothing: another operation has {taken or 'one of them'} locked"
-        note(
+        report_drift(
             Drift(
                 kind=DriftKind.LOCK_MISSING,
                 remedy=remedy,
@@ -109,7 +109,7 @@ class LockRules:
             )
         )
 
-    async def _relocked(self, stored: Versioned[Operation]) -> bool:
+    async def _restore_locks(self, stored: Versioned[Operation]) -> bool:
         operation = stored.value
         locks = [Lock(one.kind, one.name, operation.id) for one in operation.locked]
         try:

@@ -21,8 +21,8 @@ from gpudock_server.core.containers.commands import Start
 from gpudock_server.core.containers.observation import RESTART_SETTLES, observed
 from gpudock_server.core.containers.transition import draft_start
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations import Draft, Operations
-from gpudock_server.core.reconcile.book import Note
+from gpudock_server.core.operations.engine import Draft, Operations
+from gpudock_server.core.reconcile.drift import ReportDrift
 from gpudock_server.errors import GpudockError
 from gpudock_server.model.container import ACTIVE_STATES, Container, ContainerState
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
@@ -34,18 +34,18 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 # Seconds until a RESTARTING container is looked at again, at first and at most. The engine's own pause between two
 # runs grows from 0.1 seconds to a minute.
-_FIRST_LOOK = 1.0
-_LATEST_LOOK = 60.0
+_FIRST_CHECK_SECONDS = 1.0
+_MAX_CHECK_SECONDS = 60.0
 # A run that has just begun counts as RUNNING this many seconds later.
-_SETTLED = RESTART_SETTLES.total_seconds() + 0.05
+_RUNNING_AFTER_SECONDS = RESTART_SETTLES.total_seconds() + 0.05
 
 
-class _Moved(Exception):
+class _StartNotNeeded(Exception):
     """The container is no longer one that has to be started."""
 
 
 @dataclass(slots=True)
-class _Watched:
+class _WatchedContainer:
     """A container that is looked at again when it is `due` (in the event loop's seconds).
 
     `failed`: its start failed, and it is started then; else it is RESTARTING. `last` is why the last try failed.
@@ -71,19 +71,24 @@ class _Watched:
 class Restarts:
     """Knows what has to be looked at again, and when."""
 
-    def __init__(self, world: World, operations: Operations, *, first_pause: float, longest_pause: float) -> None:
+    def __init__(self, world: World, operations: Operations, *, first_delay: float, max_delay: float) -> None:
         """Seconds until a container whose start failed is started again, at first and at most."""
         self._world = world
         self._operations = operations
-        self._first_pause = first_pause
-        self._longest_pause = max(first_pause, longest_pause)
-        self._watched: dict[str, _Watched] = {}
+        self._first_delay = first_delay
+        self._max_delay = max(first_delay, max_delay)
+        self._watched: dict[str, _WatchedContainer] = {}
         # By uid: when a container ended that ran before the engine went away, and had ended when it was back.
         self._ended_with_engine: dict[str, datetime] = {}
         self._changed = asyncio.Event()
 
-    def consider(
-        self, container: Container, shown: EngineContainer, note: Note, *, ended_with_engine: bool = False
+    def track(
+        self,
+        container: Container,
+        shown: EngineContainer,
+        report_drift: ReportDrift,
+        *,
+        ended_with_engine: bool = False,
     ) -> None:
         """Decide whether a container, whose status is up to date, is to be looked at again.
 
@@ -94,22 +99,22 @@ class Restarts:
         watched = self._watched.get(container.uid)
         if cause := self._cause(container, shown):
             if watched is None or not watched.failed:
-                watched = self._watch(container, failed=True, pause=self._first_pause)
+                watched = self._watch(container, failed=True, pause=self._first_delay)
             if not _tries_left(container.spec.restart_policy, watched.tries):
                 watched.due = float("inf")
-            note(_finding(watched, container, shown, cause))
+            report_drift(_start_failed_drift(watched, container, shown, cause))
             return
         if watched is not None and watched.failed:
-            note(_ended(container, shown))
+            report_drift(_resolved_drift(container, shown))
             self.forget(container)
             watched = None
         if container.status.state is not ContainerState.RESTARTING:
             self.forget(container)
             return
         if watched is None:
-            watched = self._watch(container, failed=False, pause=_FIRST_LOOK)
+            watched = self._watch(container, failed=False, pause=_FIRST_CHECK_SECONDS)
         if shown.alive:
-            watched.schedule(min(watched.pause, _SETTLED))
+            watched.schedule(min(watched.pause, _RUNNING_AFTER_SECONDS))
             self._changed.set()
 
     def forget(self, container: Container) -> None:
@@ -137,8 +142,8 @@ class Restarts:
             return "it ended when the engine was restarted, and the engine has not started it again"
         return ""
 
-    def _watch(self, container: Container, *, failed: bool, pause: float) -> _Watched:
-        watched = _Watched(container.name, container.uid, failed, pause, 0.0, now())
+    def _watch(self, container: Container, *, failed: bool, pause: float) -> _WatchedContainer:
+        watched = _WatchedContainer(container.name, container.uid, failed, pause, 0.0, now())
         watched.schedule(pause)
         self._watched[container.uid] = watched
         self._changed.set()
@@ -151,10 +156,10 @@ class Restarts:
                 time = asyncio.get_running_loop().time()
                 for watched in [one for one in self._watched.values() if one.due <= time and not one.busy]:
                     watched.busy = True
-                    tasks.create_task(self._turn(watched, look))
-                await self._next()
+                    tasks.create_task(self._check(watched, look))
+                await self._wait_until_due()
 
-    async def _next(self) -> None:
+    async def _wait_until_due(self) -> None:
         """Wait until something is due, or what is watched has changed."""
         self._changed.clear()
         due = min((one.due for one in self._watched.values() if not one.busy), default=None)
@@ -165,11 +170,11 @@ class Restarts:
         except TimeoutError:
             return
 
-    async def _turn(self, watched: _Watched, look: Callable[[str, str], Awaitable[None]]) -> None:
+    async def _check(self, watched: _WatchedContainer, look: Callable[[str, str], Awaitable[None]]) -> None:
         try:
             if watched.failed:
-                await self._try(watched)
-            watched.schedule(min(watched.pause * 2, self._longest_pause if watched.failed else _LATEST_LOOK))
+                await self._start(watched)
+            watched.schedule(min(watched.pause * 2, self._max_delay if watched.failed else _MAX_CHECK_SECONDS))
             await look(watched.name, watched.uid)
             if await self._is_gone(watched) and self._watched.get(watched.uid) is watched:
                 del self._watched[watched.uid]
@@ -177,36 +182,36 @@ class Restarts:
             watched.busy = False
             self._changed.set()
 
-    async def _is_gone(self, watched: _Watched) -> bool:
+    async def _is_gone(self, watched: _WatchedContainer) -> bool:
         try:
             view = await self._world.store.container(watched.name)
         except GpudockError:
             return False
         return view is None or view.container.uid != watched.uid
 
-    async def _try(self, watched: _Watched) -> None:
+    async def _start(self, watched: _WatchedContainer) -> None:
         """Start it by an operation, and wait for the end of that."""
 
         async def draft() -> Draft:
             view = await self._world.store.container(watched.name)
             if view is None or view.container.uid != watched.uid or view.operation_id or view.container.engine is None:
-                raise _Moved
+                raise _StartNotNeeded
             shown = await self._world.engine.inspect(view.container.engine.engine_id)
             current = view.container.changed(status=observed(view.container, shown))
             if shown is None or not self._cause(current, shown):
-                raise _Moved
+                raise _StartNotNeeded
             made = await draft_start(self._world, Start(watched.name))
-            if made.head.expect != view.version:
-                raise _Moved
+            if made.target_record.expect != view.version:
+                raise _StartNotNeeded
             return made
 
         try:
             operation_id = await self._operations.begin(draft, None)
             log.info("start retried", container=watched.name, operation_id=operation_id, tries=watched.tries + 1)
-            await self._operations.settle((operation_id,))
+            await self._operations.wait_until_ended((operation_id,))
             error = (await self._operations.get(operation_id)).operation.error
             watched.last = error.message if error is not None else ""
-        except _Moved:
+        except _StartNotNeeded:
             return
         except GpudockError as error:
             watched.last = error.message
@@ -218,7 +223,7 @@ def _tries_left(policy: RestartPolicy, tries: int) -> bool:
     return not limited or tries < policy.max_retry_count
 
 
-def _finding(watched: _Watched, container: Container, shown: EngineContainer, cause: str) -> Drift:
+def _start_failed_drift(watched: _WatchedContainer, container: Container, shown: EngineContainer, cause: str) -> Drift:
     tried = f"tried {watched.tries} times" if watched.tries else "not tried yet"
     last = f"; the last try failed: {watched.last}" if watched.last and watched.last != cause else ""
     remedy, plan = DriftRemedy.PENDING, f"it is started again at the due time ({tried}{last}); StopContainer ends that"
@@ -239,7 +244,7 @@ def _finding(watched: _Watched, container: Container, shown: EngineContainer, ca
     )
 
 
-def _ended(container: Container, shown: EngineContainer) -> Drift:
+def _resolved_drift(container: Container, shown: EngineContainer) -> Drift:
     state = container.status.state
     return Drift(
         kind=DriftKind.START_FAILED,

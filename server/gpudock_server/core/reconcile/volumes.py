@@ -16,8 +16,8 @@ import structlog
 
 from gpudock_server.core.containers.engine_volumes import engine_labels, identity_of, mounted_as
 from gpudock_server.core.listings import everything
-from gpudock_server.core.reconcile.book import Note
-from gpudock_server.core.reconcile.scene import Labels, made_by_us
+from gpudock_server.core.reconcile.drift import ReportDrift
+from gpudock_server.core.reconcile.records import EngineContainerLabels, created_by_gpudock
 from gpudock_server.core.volumes.saga import revision_of
 from gpudock_server.core.volumes.storage import Storage
 from gpudock_server.errors import GpudockError, StoreUnavailable, VolumeFailed
@@ -43,7 +43,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _Lost:
+class _LostVolume:
     """A volume whose record may be written again. `made`: the engine has its engine volume."""
 
     name: str
@@ -54,7 +54,7 @@ class _Lost:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class _VolumesFound:
     """What the engine and the disk had, read before the records: what a deletion removes, it removes before its record.
 
     `labelled` are this node's, by uid; `stores` all that are on the disk; `names` those of all engine volumes.
@@ -66,7 +66,7 @@ class _Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class _Records:
+class _VolumeRecords:
     """Volumes of every node, by name; and names of which nothing is touched."""
 
     views: Mapping[str, VolumeView]
@@ -84,30 +84,34 @@ class _Records:
         return frozenset(view.volume.backing.engine_volume for view in self.views.values() if view.volume.backing)
 
 
-class VolumeAdoption:
+class VolumeReconciler:
     """The rules for volumes without a record."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._world = storage.world
 
-    async def adopt(self, containers: Mapping[str, EngineContainer], note: Note) -> None:
+    async def adopt(self, containers: Mapping[str, EngineContainer], report_drift: ReportDrift) -> None:
         """Write the records that are lost; `containers` are all engine containers of this node.
 
         Raises EngineUnavailable, StoreUnavailable.
         """
-        seen = await self._seen()
-        records = await self._records()
-        candidates = self._candidates(seen, records, note)
+        seen = await self._find_volumes()
+        records = await self._read_records()
+        candidates = self._candidates(seen, records, report_drift)
         names = Counter(one.name for one in candidates)
         for one in candidates:
             if names[one.name] > 1:
-                note(_unknown(one.name, one.uid, one.backing, "another one of that name has no record either"))
+                report_drift(
+                    _unknown_volume_drift(
+                        one.name, one.uid, one.backing, "another one of that name has no record either"
+                    )
+                )
             else:
-                await self._adopt(one, note)
-        await self._adopt_foreign(containers, note)
+                await self._adopt(one, report_drift)
+        await self._adopt_foreign(containers, report_drift)
 
-    async def _seen(self) -> _Seen:
+    async def _find_volumes(self) -> _VolumesFound:
         labelled = await self._world.engine.find_volumes({LABEL_NODE: self._world.node})
         stores: dict[str, BackingOnDisk] = {}
         for backend in self._storage.backends:
@@ -116,29 +120,38 @@ class VolumeAdoption:
             except VolumeFailed as error:
                 log.warning("the stores of volumes could not be read", backend=backend.kind, detail=error.message)
         names = frozenset(await self._world.engine.volume_names())
-        return _Seen({one.labels.get(LABEL_UID, ""): one for one in labelled}, stores, names)
+        return _VolumesFound({one.labels.get(LABEL_UID, ""): one for one in labelled}, stores, names)
 
-    async def _records(self) -> _Records:
+    async def _read_records(self) -> _VolumeRecords:
         page = await everything(self._world.store.volumes)
         views = {view.volume.name: view for view in page.items}
-        return _Records(views, frozenset(one.name for one in page.unreadable))
+        return _VolumeRecords(views, frozenset(one.name for one in page.unreadable))
 
     # -- which can be adopted ----------------------------------------------------------------------------------------
 
-    def _candidates(self, seen: _Seen, records: _Records, note: Note) -> list[_Lost]:
+    def _candidates(self, seen: _VolumesFound, records: _VolumeRecords, report_drift: ReportDrift) -> list[_LostVolume]:
         known = records.uids
-        found: list[_Lost] = []
+        found: list[_LostVolume] = []
         for uid, engine_volume in seen.labelled.items():
-            if uid not in known and (one := self._labelled(uid, engine_volume, seen, records, note)):
+            if uid not in known and (one := self._labelled(uid, engine_volume, seen, records, report_drift)):
                 found.append(one)
         for uid, store in seen.stores.items():
-            if uid not in known and uid not in seen.labelled and (one := self._stored(store, seen, records, note)):
+            if (
+                uid not in known
+                and uid not in seen.labelled
+                and (one := self._stored(store, seen, records, report_drift))
+            ):
                 found.append(one)
         return found
 
     def _labelled(
-        self, uid: str, engine_volume: EngineVolume, seen: _Seen, records: _Records, note: Note
-    ) -> _Lost | None:
+        self,
+        uid: str,
+        engine_volume: EngineVolume,
+        seen: _VolumesFound,
+        records: _VolumeRecords,
+        report_drift: ReportDrift,
+    ) -> _LostVolume | None:
         """A volume that has its engine volume, which has its labels."""
         name, store = engine_volume.labels.get(LABEL_NAME, ""), seen.stores.get(uid)
         backing: VolumeBacking | None
@@ -153,36 +166,38 @@ class VolumeAdoption:
                 engine_volume=engine_volume.name,
                 folder=engine_volume.mountpoint,
             )
-        why = _doubt(name, uid, records)
+        why = _unadoptable_reason(name, uid, records)
         if not why and backing is None and store is not None:
             why = store.damage
         elif not why and backing is not None and backing.driver_options != engine_volume.options:
             device = engine_volume.options.get("device", "nowhere")
             why = f"it leads to {device}, and no store is there that says so"
         if why or backing is None:
-            if not _at_work(name, records):
-                note(_unknown(name, uid, backing, why, engine_volume=engine_volume.name))
+            if not _is_locked(name, records):
+                report_drift(_unknown_volume_drift(name, uid, backing, why, engine_volume=engine_volume.name))
             return None
-        return _Lost(name, uid, backing, identity, made=True)
+        return _LostVolume(name, uid, backing, identity, made=True)
 
-    def _stored(self, store: BackingOnDisk, seen: _Seen, records: _Records, note: Note) -> _Lost | None:
+    def _stored(
+        self, store: BackingOnDisk, seen: _VolumesFound, records: _VolumeRecords, report_drift: ReportDrift
+    ) -> _LostVolume | None:
         """A store to which no engine volume of this node leads."""
         backing, identity = store.backing, store.identity
         name = backing.name if backing else ""
-        if self._is_elsewhere(store, seen, records) or _at_work(name, records):
+        if self._is_elsewhere(store, seen, records) or _is_locked(name, records):
             # Of another node whose daemon has its stores in the same folder; or a copy that a resize is making, or the
             # store of a volume that is being made.
             return None
-        why = store.damage or _doubt(name, store.uid, records)
+        why = store.damage or _unadoptable_reason(name, store.uid, records)
         if not why and identity is None:
             # A copy of a resize that was cut off, or of a version that did not keep whose store it is.
             why = "no engine volume leads to it, and it does not say of which node's volume it is the store"
         if why or backing is None:
-            note(_unknown(name, store.uid, backing, why, where=store.folder))
+            report_drift(_unknown_volume_drift(name, store.uid, backing, why, where=store.folder))
             return None
-        return _Lost(name, store.uid, backing, identity, made=False)
+        return _LostVolume(name, store.uid, backing, identity, made=False)
 
-    def _is_elsewhere(self, store: BackingOnDisk, seen: _Seen, records: _Records) -> bool:
+    def _is_elsewhere(self, store: BackingOnDisk, seen: _VolumesFound, records: _VolumeRecords) -> bool:
         if store.identity is not None:
             return store.identity.node != self._world.node
         if f"gpudock-{store.uid}" in seen.names:
@@ -192,20 +207,20 @@ class VolumeAdoption:
 
     # -- adopting ----------------------------------------------------------------------------------------------------
 
-    async def _adopt(self, lost: _Lost, note: Note) -> None:
+    async def _adopt(self, lost: _LostVolume, report_drift: ReportDrift) -> None:
         try:
-            volume = await self._brought_back(lost)
+            volume = await self._restore(lost)
             written = volume is not None and await self._record(volume)
         except StoreUnavailable:
             raise
         except GpudockError as error:
-            note(_unknown(lost.name, lost.uid, lost.backing, error.message))
+            report_drift(_unknown_volume_drift(lost.name, lost.uid, lost.backing, error.message))
             return
         if written:
             plan = f"it has its record again, with {_size(lost.backing)}"
-            note(_lost(lost.name, lost.uid, lost.backing.engine_volume, plan))
+            report_drift(_record_lost_drift(lost.name, lost.uid, lost.backing.engine_volume, plan))
 
-    async def _brought_back(self, lost: _Lost) -> Volume | None:
+    async def _restore(self, lost: _LostVolume) -> Volume | None:
         """The record, once the engine volume is there; None where it has been deleted since it was seen."""
         engine, backing = self._world.engine, lost.backing
         if lost.made:
@@ -261,30 +276,35 @@ class VolumeAdoption:
 
     # -- engine volumes that are not gpudock's -----------------------------------------------------------------------
 
-    async def _adopt_foreign(self, containers: Mapping[str, EngineContainer], note: Note) -> None:
+    async def _adopt_foreign(self, containers: Mapping[str, EngineContainer], report_drift: ReportDrift) -> None:
         """Volumes that were adopted as they are have no labels: containers that mount them say what they are called."""
         used: defaultdict[str, set[str]] = defaultdict(set)
-        for one in made_by_us(self._world, containers):
+        for one in created_by_gpudock(self._world, containers):
             if one.spec is not None:
                 for name, engine_volume in mounted_as(one, one.spec.mounts).items():
                     used[name].add(engine_volume)
         if not used:
             return
-        records = await self._records()
+        records = await self._read_records()
         for name, engine_volumes in sorted(used.items()):
             if name not in records.views and name not in records.unreadable:
-                await self._adopt_used(name, sorted(engine_volumes), records, containers, note)
+                await self._adopt_mounted(name, sorted(engine_volumes), records, containers, report_drift)
 
-    async def _adopt_used(
+    async def _adopt_mounted(
         self,
         name: str,
         engine_volumes: Sequence[str],
-        records: _Records,
+        records: _VolumeRecords,
         containers: Mapping[str, EngineContainer],
-        note: Note,
+        report_drift: ReportDrift,
     ) -> None:
         user = next(
-            (Labels.of(one).name for one in containers.values() if engine_volumes[0] in one.volumes.values()), ""
+            (
+                EngineContainerLabels.of(one).name
+                for one in containers.values()
+                if engine_volumes[0] in one.volumes.values()
+            ),
+            "",
         )
         found = await self._world.engine.inspect_volume(engine_volumes[0])
         if found is None or LABEL_UID in found.labels:
@@ -294,7 +314,7 @@ class VolumeAdoption:
             why = f"containers have {' and '.join(engine_volumes)} mounted for it"
             if len(engine_volumes) == 1:
                 why = f"container {user} has {found.name} mounted for it, which is another volume's by its record"
-            note(_unknown(name, "", None, why, engine_volume=found.name))
+            report_drift(_unknown_volume_drift(name, "", None, why, engine_volume=found.name))
             return
         uid = str(uuid.uuid4())
         backing = VolumeBacking(
@@ -302,15 +322,15 @@ class VolumeAdoption:
         )
         if await self._record(self._volume(name, uid, backing, None, found.mountpoint)):
             plan = f"it has a record again, from the mount of container {user}; its owner and labels are not known"
-            note(_lost(name, uid, found.name, plan))
+            report_drift(_record_lost_drift(name, uid, found.name, plan))
 
 
-def _at_work(name: str, records: _Records) -> bool:
+def _is_locked(name: str, records: _VolumeRecords) -> bool:
     view = records.views.get(name)
     return view is not None and bool(view.operation_id)
 
 
-def _doubt(name: str, uid: str, records: _Records) -> str:
+def _unadoptable_reason(name: str, uid: str, records: _VolumeRecords) -> str:
     """Why nothing can be written under its name; empty where it can."""
     if not is_name(name):
         return f"it says that it is volume {name!r}, which is no name"
@@ -329,7 +349,7 @@ def _size(backing: VolumeBacking) -> str:
     return size_text(backing.size_bytes) if backing.size_bytes else "no size"
 
 
-def _lost(name: str, uid: str, engine_volume: str, plan: str) -> Drift:
+def _record_lost_drift(name: str, uid: str, engine_volume: str, plan: str) -> Drift:
     return Drift(
         kind=DriftKind.VOLUME_RECORD_LOST,
         remedy=DriftRemedy.REPAIRED,
@@ -341,7 +361,7 @@ def _lost(name: str, uid: str, engine_volume: str, plan: str) -> Drift:
     )
 
 
-def _unknown(
+def _unknown_volume_drift(
     name: str, uid: str, backing: VolumeBacking | None, why: str, *, engine_volume: str = "", where: str = ""
 ) -> Drift:
     where = where or (backing.folder if backing else "") or engine_volume

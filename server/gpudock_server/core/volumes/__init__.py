@@ -12,13 +12,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from gpudock_server.core.containers.mounting import all_containers, attached, volume_not_found
-from gpudock_server.core.operations import Draft, Operations, RequestKey, planned
-from gpudock_server.core.saga import Saga
+from gpudock_server.core.operations.engine import Draft, Operations, RequestKey, planned_operation
+from gpudock_server.core.operations.saga import Saga
 from gpudock_server.core.volumes import adopt, create, delete, resize
 from gpudock_server.core.volumes.adopt import AdoptSaga
-from gpudock_server.core.volumes.choosing import choose_backend
 from gpudock_server.core.volumes.commands import Adopt, Command, Create, Delete, Resize
-from gpudock_server.core.volumes.create import CreateSaga
+from gpudock_server.core.volumes.create import CreateSaga, choose_backend
 from gpudock_server.core.volumes.delete import DeleteSaga
 from gpudock_server.core.volumes.storage import Storage
 from gpudock_server.errors import GpudockError
@@ -29,9 +28,9 @@ from gpudock_server.ports import Page, VolumeDetails, VolumeView
 __all__ = ["Storage", "Volumes", "build_saga", "choose_backend"]
 
 # What has not been measured by then is not told: a volume without a size is counted file by file.
-_LOOK_SECONDS = 10.0
+_USAGE_TIMEOUT_SECONDS = 10.0
 # Looks into volumes at one time; each is a child process for a moment.
-_LOOKS = 4
+_MAX_PARALLEL_USAGE_READS = 4
 
 
 def build_saga(storage: Storage, operation: Operation) -> Saga[Any]:
@@ -40,7 +39,7 @@ def build_saga(storage: Storage, operation: Operation) -> Saga[Any]:
         case OperationKind.CREATE_VOLUME:
             return CreateSaga(storage, operation)
         case OperationKind.RESIZE_VOLUME:
-            return resize.build(storage, operation)
+            return resize.build_resize_saga(storage, operation)
         case OperationKind.DELETE_VOLUME:
             return DeleteSaga(storage, operation)
         case OperationKind.ADOPT_VOLUME:
@@ -53,18 +52,18 @@ class Volumes:
     """Reads volumes, and begins operations on them."""
 
     def __init__(self, storage: Storage, operations: Operations) -> None:
-        """`operations` must have been built with `saga_builder` (core/sagas.py)."""
+        """`operations` must have been built with `saga_factory` (core/saga_factory.py)."""
         self._storage = storage
         self._store = storage.world.store
         self._operations = operations
-        self._looks = asyncio.Semaphore(_LOOKS)
+        self._usage_reads = asyncio.Semaphore(_MAX_PARALLEL_USAGE_READS)
 
     async def get(self, name: str) -> VolumeDetails:
         """A volume of any node. Raises VolumeNotFound."""
         view = await self._view(name)
         holders = await attached(self._store, name)
         names = tuple(holder.container.name for holder in holders)
-        return VolumeDetails(view, names, await self._used(view.volume))
+        return VolumeDetails(view, names, await self._used_bytes(view.volume))
 
     async def _view(self, name: str) -> VolumeView:
         view = await self._store.volume(name)
@@ -78,29 +77,29 @@ class Volumes:
         What is in use is told of those that have a size: to count the files of all others would take too long.
         """
         page = await self._store.volumes(page_size=page_size, page_token=page_token)
-        holders = await self._holders() if page.items else {}
+        holders = await self._mounting_containers() if page.items else {}
         sized = [view.volume if view.volume.size_bytes else None for view in page.items]
-        used = await asyncio.gather(*(self._used(volume) for volume in sized))
+        used = await asyncio.gather(*(self._used_bytes(volume) for volume in sized))
         seen = [
             VolumeDetails(view, tuple(holders.get(view.volume.name, ())), bytes_used)
             for view, bytes_used in zip(page.items, used, strict=True)
         ]
         return Page(tuple(seen), page.next_token, page.watch_token)
 
-    async def _holders(self) -> Mapping[str, Sequence[str]]:
+    async def _mounting_containers(self) -> Mapping[str, Sequence[str]]:
         found: defaultdict[str, deque[str]] = defaultdict(deque)
         for view in await all_containers(self._store):
             for volume in dict.fromkeys(mount.volume for mount in view.container.spec.mounts if mount.volume):
                 found[volume].append(view.container.name)
         return found
 
-    async def _used(self, volume: Volume | None) -> int | None:
+    async def _used_bytes(self, volume: Volume | None) -> int | None:
         if volume is None or volume.backing is None or volume.state is not VolumeState.READY:
             return None
         if volume.node != self._storage.world.node:
             return None
         try:
-            async with self._looks, asyncio.timeout(_LOOK_SECONDS):
+            async with self._usage_reads, asyncio.timeout(_USAGE_TIMEOUT_SECONDS):
                 return (await self._storage.backend(volume.backing.kind).usage(volume.backing)).used_bytes
         except (GpudockError, TimeoutError):
             return None
@@ -128,7 +127,7 @@ class Volumes:
 
     async def preview(self, command: Command) -> Operation:
         """What `begin` would do, with nothing done: an operation that is PLANNED and has no id."""
-        return planned(await self._draft(command), self._storage.world.node)
+        return planned_operation(await self._draft(command), self._storage.world.node)
 
     async def _draft(self, command: Command) -> Draft:
         return await _DRAFTERS[type(command)](self._storage, command)

@@ -7,11 +7,11 @@ import uuid
 from typing_extensions import override
 
 from gpudock_server.core.containers.mounting import all_containers, all_volumes
-from gpudock_server.core.operations import Draft
-from gpudock_server.core.saga import Outcome, Run, Step
+from gpudock_server.core.operations.engine import Draft
+from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
 from gpudock_server.core.volumes.commands import Adopt
-from gpudock_server.core.volumes.copying import carry
-from gpudock_server.core.volumes.create import MakingSaga, chosen, new_volume
+from gpudock_server.core.volumes.create import NewVolumeSaga, backend_for, new_volume
+from gpudock_server.core.volumes.saga import copy_and_verify
 from gpudock_server.core.volumes.storage import Storage
 from gpudock_server.errors import (
     AdoptionForbidden,
@@ -41,8 +41,8 @@ class AdoptArguments(Record):
 async def draft(storage: Storage, command: Adopt) -> Draft:
     """Check that it is there, may be adopted and is nobody's, and, where it is to be copied, that it can be."""
     volume = await new_volume(storage, command.name, command.owner, command.labels, command.size_bytes)
-    found = await _found(storage, command)
-    backend = await chosen(storage, command.name, command.size_bytes, command.backend)
+    found = await _find_adoptable(storage, command)
+    backend = await backend_for(storage, command.name, command.size_bytes, command.backend)
     plan = OperationPlan()
     # A store that is not ours gets a uid of its own; one that becomes ours has the volume's.
     plain = backend.kind is VolumeBackendKind.PLAIN
@@ -53,22 +53,22 @@ async def draft(storage: Storage, command: Adopt) -> Draft:
         engine_volume=command.engine_volume,
         folder=found.mountpoint,
     )
-    await _must_be_unused(storage, command.name, found.name)
+    await _require_unused(storage, command.name, found.name)
     if not plain:
         plan = await _plan_copy(storage, command, found, source)
-        await storage.must_fit(backend.kind, volume.uid, command.size_bytes)
+        await storage.require_pool_space(backend.kind, volume.uid, command.size_bytes)
     arguments = AdoptArguments(kind=backend.kind, size_bytes=command.size_bytes, source=source)
     return Draft(
         kind=OperationKind.ADOPT_VOLUME,
         target=volume.target,
-        head=PutVolume(volume, expect=0),
+        target_record=PutVolume(volume, expect=0),
         arguments=arguments.model_dump(mode="json"),
         plan=plan,
         build=lambda operation: AdoptSaga(storage, operation),
     )
 
 
-async def _found(storage: Storage, command: Adopt) -> EngineVolume:
+async def _find_adoptable(storage: Storage, command: Adopt) -> EngineVolume:
     """The engine volume, which its operator allows to be adopted and nobody else has."""
     world, name = storage.world, command.engine_volume
     found = await world.engine.inspect_volume(name)
@@ -93,7 +93,7 @@ async def _found(storage: Storage, command: Adopt) -> EngineVolume:
     return found
 
 
-async def _must_be_unused(storage: Storage, name: str, engine_volume: str) -> None:
+async def _require_unused(storage: Storage, name: str, engine_volume: str) -> None:
     """Raises VolumeInUse where a container that is not of this installation has it, running or not."""
     world = storage.world
     users = await world.engine.mounting(engine_volume)
@@ -107,7 +107,7 @@ async def _plan_copy(storage: Storage, command: Adopt, found: EngineVolume, sour
     if found.driver != "local" or found.options:
         detail = f"engine volume {found.name} has its files only while it is mounted; adopt it without a size"
         raise VolumeFailed(volume=command.name, call="copy", detail=detail)
-    await _must_be_still(storage, command.name, found.name)
+    await _require_not_running(storage, command.name, found.name)
     usage = await storage.backend(source.kind).usage(source)
     if usage.used_bytes > command.size_bytes:
         detail = f"engine volume {found.name} holds {size_text(usage.used_bytes)}"
@@ -116,13 +116,13 @@ async def _plan_copy(storage: Storage, command: Adopt, found: EngineVolume, sour
     return OperationPlan(bytes_to_move=usage.used_bytes, bytes_available=pool.free_bytes if pool else 0)
 
 
-async def _must_be_still(storage: Storage, name: str, engine_volume: str) -> None:
+async def _require_not_running(storage: Storage, name: str, engine_volume: str) -> None:
     users = await storage.world.engine.mounting(engine_volume)
     if running := tuple(one.name for one in users if one.running):
         raise EngineVolumeInUse(volume=name, engine_volume=engine_volume, holders=running)
 
 
-class AdoptSaga(MakingSaga):
+class AdoptSaga(NewVolumeSaga):
     """Nothing but the record; or store -> engine volume -> copy -> verify, then the record."""
 
     def __init__(self, storage: Storage, operation: Operation) -> None:
@@ -137,19 +137,19 @@ class AdoptSaga(MakingSaga):
     @property
     @override
     def steps(self) -> tuple[Step, ...]:
-        return (*self._making, Step("copy", self._copy, interruptible=True)) if self._copies else ()
+        return (*self._creation_steps, Step("copy", self._copy, interruptible=True)) if self._copies else ()
 
-    async def _copy(self, run: Run) -> None:
+    async def _copy(self, run: OperationRun) -> None:
         source = self._arguments.source
-        await _must_be_unused(self._storage, source.name, source.engine_volume)
-        await _must_be_still(self._storage, source.name, source.engine_volume)
-        await carry(self._storage.copier, source, self._made(run.operation), run.progress)
+        await _require_unused(self._storage, source.name, source.engine_volume)
+        await _require_not_running(self._storage, source.name, source.engine_volume)
+        await copy_and_verify(self._storage.copier, source, self._backing(run.operation), run.progress)
 
     @override
-    async def commit(self, run: Run, view: VolumeView) -> Outcome:
+    async def success_changes(self, run: OperationRun, view: VolumeView) -> Outcome:
         source = self._arguments.source
         finished = (
-            self._finished(run, view.volume)
+            self._with_backing(run, view.volume)
             if self._copies
             else view.volume.changed(backing=source, mountpoint=source.folder)
         )

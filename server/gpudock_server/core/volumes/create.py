@@ -1,7 +1,5 @@
 """CreateVolume: a store on the host, the engine's volume that leads to it, and only then a volume."""
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Mapping, Sequence
 
@@ -9,13 +7,12 @@ from typing_extensions import override
 
 from gpudock_server.core.containers.engine_volumes import engine_labels
 from gpudock_server.core.containers.mounting import engine_volume_without_record
-from gpudock_server.core.operations import Draft
-from gpudock_server.core.saga import Outcome, Run, Step
-from gpudock_server.core.volumes.choosing import choose_backend
+from gpudock_server.core.operations.engine import Draft
+from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
 from gpudock_server.core.volumes.commands import Create
 from gpudock_server.core.volumes.saga import VolumeSaga, revision_of
 from gpudock_server.core.volumes.storage import Storage
-from gpudock_server.errors import VolumeExists, VolumeRecordLost
+from gpudock_server.errors import SizeNotSupported, VolumeExists, VolumeRecordLost
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import JsonObject, Record, now
 from gpudock_server.model.store_changes import DeleteVolume, PutVolume, StoreChange
@@ -29,8 +26,8 @@ from gpudock_server.model.volume import (
 )
 from gpudock_server.ports import VolumeBackend, VolumeView
 
-STORE_STAGE = "store"
-ENGINE_STAGE = "engine-volume"
+BACKING_STAGE = "store"
+ENGINE_VOLUME_STAGE = "engine-volume"
 
 
 class CreateArguments(Record):
@@ -43,13 +40,13 @@ class CreateArguments(Record):
 async def draft(storage: Storage, command: Create) -> Draft:
     """Check that it can be made, and choose what of."""
     volume = await new_volume(storage, command.name, command.owner, command.labels, command.size_bytes)
-    backend = await chosen(storage, command.name, command.size_bytes, command.backend)
-    await storage.must_fit(backend.kind, volume.uid, command.size_bytes)
+    backend = await backend_for(storage, command.name, command.size_bytes, command.backend)
+    await storage.require_pool_space(backend.kind, volume.uid, command.size_bytes)
     arguments = CreateArguments(kind=backend.kind, size_bytes=command.size_bytes)
     return Draft(
         kind=OperationKind.CREATE_VOLUME,
         target=volume.target,
-        head=PutVolume(volume, expect=0),
+        target_record=PutVolume(volume, expect=0),
         arguments=arguments.model_dump(mode="json"),
         plan=OperationPlan(),
         build=lambda operation: CreateSaga(storage, operation),
@@ -80,13 +77,13 @@ async def new_volume(storage: Storage, name: str, owner: str, labels: Mapping[st
     )
 
 
-async def chosen(storage: Storage, name: str, size_bytes: int, asked: VolumeBackendKind | None) -> VolumeBackend:
+async def backend_for(storage: Storage, name: str, size_bytes: int, asked: VolumeBackendKind | None) -> VolumeBackend:
     """The caller's backend, else the settings', else the best. Raises SizeNotSupported."""
     forced = asked or (storage.forced if size_bytes else None)
     return await choose_backend(storage.backends, name=name, size_bytes=size_bytes, forced=forced)
 
 
-class MakingSaga(VolumeSaga):
+class NewVolumeSaga(VolumeSaga):
     """What makes a volume: a store, and the engine's volume that leads to it."""
 
     def __init__(self, storage: Storage, kind: VolumeBackendKind, size_bytes: int) -> None:
@@ -95,32 +92,32 @@ class MakingSaga(VolumeSaga):
         self._size_bytes = size_bytes
 
     @property
-    def _making(self) -> tuple[Step, ...]:
+    def _creation_steps(self) -> tuple[Step, ...]:
         return (
-            Step(STORE_STAGE, self._make, self._destroy),
-            Step(ENGINE_STAGE, self._give, self._take_back),
+            Step(BACKING_STAGE, self._create_backing, self._destroy),
+            Step(ENGINE_VOLUME_STAGE, self._create_engine_volume, self._remove_engine_volume),
         )
 
-    async def _make(self, run: Run) -> JsonObject:
+    async def _create_backing(self, run: OperationRun) -> JsonObject:
         target = run.operation.target
-        await self._storage.must_fit(self._kind, target.uid, self._size_bytes)
+        await self._storage.require_pool_space(self._kind, target.uid, self._size_bytes)
         identity = await self._identity(run)
         backend = self._storage.backend(self._kind)
         backing = await backend.create(target.uid, target.name, self._size_bytes, identity)
         return backing.model_dump(mode="json")
 
-    async def _destroy(self, run: Run) -> None:
-        await self._storage.backend(self._kind).destroy(self._made(run.operation))
+    async def _destroy(self, run: OperationRun) -> None:
+        await self._storage.backend(self._kind).destroy(self._backing(run.operation))
 
-    def _made(self, operation: Operation) -> VolumeBacking:
+    def _backing(self, operation: Operation) -> VolumeBacking:
         """What was made, as far as it is known: a store is found by its uid."""
         target = operation.target
-        if facts := operation.facts(STORE_STAGE):
+        if facts := operation.facts(BACKING_STAGE):
             return VolumeBacking.model_validate(facts)
         return VolumeBacking(kind=self._kind, uid=target.uid, name=target.name, engine_volume="")
 
-    async def _give(self, run: Run) -> JsonObject:
-        backing = self._made(run.operation)
+    async def _create_engine_volume(self, run: OperationRun) -> JsonObject:
+        backing = self._backing(run.operation)
         made = await self._world.engine.create_volume(
             backing.engine_volume,
             labels=engine_labels(self._world.node, backing, await self._identity(run)),
@@ -128,24 +125,24 @@ class MakingSaga(VolumeSaga):
         )
         return {"mountpoint": made.mountpoint}
 
-    async def _identity(self, run: Run) -> VolumeIdentity | None:
-        view = await self.look(run)
+    async def _identity(self, run: OperationRun) -> VolumeIdentity | None:
+        view = await self.read_target(run)
         return view.volume.identity if view is not None else None
 
-    async def _take_back(self, run: Run) -> None:
-        if run.operation.facts(STORE_STAGE):
-            await self._world.engine.remove_volume(self._made(run.operation).engine_volume)
+    async def _remove_engine_volume(self, run: OperationRun) -> None:
+        if run.operation.facts(BACKING_STAGE):
+            await self._world.engine.remove_volume(self._backing(run.operation).engine_volume)
 
-    def _finished(self, run: Run, volume: Volume) -> Volume:
+    def _with_backing(self, run: OperationRun, volume: Volume) -> Volume:
         """The volume with what was made for it."""
-        mountpoint = str(run.operation.facts(ENGINE_STAGE)["mountpoint"])
-        backing = self._made(run.operation)
+        mountpoint = str(run.operation.facts(ENGINE_VOLUME_STAGE)["mountpoint"])
+        backing = self._backing(run.operation)
         if not backing.folder:
             # The engine keeps it where it likes.
             backing = backing.model_copy(update={"folder": mountpoint})
         return volume.changed(backing=backing, mountpoint=mountpoint)
 
-    def _outcome(self, run: Run, view: VolumeView, finished: Volume, cause: VolumeCause) -> Outcome:
+    def _outcome(self, run: OperationRun, view: VolumeView, finished: Volume, cause: VolumeCause) -> Outcome:
         volume = finished.changed(state=VolumeState.READY, revision=1, update_time=now())
         changes: list[StoreChange] = [
             PutVolume(volume, expect=view.version),
@@ -154,11 +151,11 @@ class MakingSaga(VolumeSaga):
         return Outcome(changes, volume)
 
     @override
-    async def abandon(self, run: Run, view: VolumeView) -> Sequence[StoreChange]:
+    async def failure_changes(self, run: OperationRun, view: VolumeView) -> Sequence[StoreChange]:
         return [DeleteVolume(view.volume.name, view.volume.uid, expect=view.version)]
 
 
-class CreateSaga(MakingSaga):
+class CreateSaga(NewVolumeSaga):
     """Store -> engine volume, then the head and its first revision."""
 
     def __init__(self, storage: Storage, operation: Operation) -> None:
@@ -169,8 +166,34 @@ class CreateSaga(MakingSaga):
     @property
     @override
     def steps(self) -> tuple[Step, ...]:
-        return self._making
+        return self._creation_steps
 
     @override
-    async def commit(self, run: Run, view: VolumeView) -> Outcome:
-        return self._outcome(run, view, self._finished(run, view.volume), VolumeCause.CREATED)
+    async def success_changes(self, run: OperationRun, view: VolumeView) -> Outcome:
+        return self._outcome(run, view, self._with_backing(run, view.volume), VolumeCause.CREATED)
+
+
+async def choose_backend(
+    backends: Sequence[VolumeBackend], *, name: str, size_bytes: int, forced: VolumeBackendKind | None = None
+) -> VolumeBackend:
+    """The forced backend, else the first of `backends` (the best first) that this host has and that fits the size.
+
+    A volume without a size is PLAIN, and only such a one is. Raises SizeNotSupported with what each backend lacks.
+    """
+    lacking = []
+    for backend in backends:
+        reason = await _unfit_reason(backend, sized=size_bytes > 0)
+        if not reason and forced in (None, backend.kind):
+            return backend
+        lacking.append(f"{backend.kind}: {reason or 'can, but another one was asked for'}")
+    raise SizeNotSupported(volume=name, size_bytes=size_bytes, detail="; ".join(lacking))
+
+
+async def _unfit_reason(backend: VolumeBackend, *, sized: bool) -> str:
+    match backend.kind is VolumeBackendKind.PLAIN, sized:
+        case True, True:
+            return "has no size"
+        case False, False:
+            return "needs a size"
+        case _:
+            return await backend.unavailable_reason()

@@ -19,8 +19,8 @@ from gpudock_server.core.containers.commands import FieldChange, Update
 from gpudock_server.core.containers.mounting import attached
 from gpudock_server.core.containers.update import draft_update
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations import Draft
-from gpudock_server.core.saga import Outcome, Run, Step
+from gpudock_server.core.operations.engine import Draft
+from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
 from gpudock_server.core.volumes.commands import Delete
 from gpudock_server.core.volumes.saga import VolumeSaga
 from gpudock_server.core.volumes.storage import Storage
@@ -49,20 +49,20 @@ async def draft(storage: Storage, command: Delete) -> Draft:
     volume = view.volume
     arguments, plan = DeleteArguments(backing=volume.backing), OperationPlan()
     if command.force:
-        arguments, plan = await _plan_detaching(storage, volume.name, arguments)
+        arguments, plan = await _plan_detach(storage, volume.name, arguments)
     else:
-        await _must_be_free(storage, volume.name, volume.backing)
+        await _require_unused(storage, volume.name, volume.backing)
     return Draft(
         kind=OperationKind.DELETE_VOLUME,
         target=volume.target,
-        head=PutVolume(volume.changed(state=VolumeState.DELETING), expect=view.version),
+        target_record=PutVolume(volume.changed(state=VolumeState.DELETING), expect=view.version),
         arguments=arguments.model_dump(mode="json"),
         plan=plan,
         build=lambda operation: DeleteSaga(storage, operation),
     )
 
 
-async def _must_be_free(storage: Storage, name: str, backing: VolumeBacking | None) -> None:
+async def _require_unused(storage: Storage, name: str, backing: VolumeBacking | None) -> None:
     """Neither a container of ours, running or not, has it, nor one that somebody made in the engine."""
     if ours := [view.container.name for view in await attached(storage.world.store, name)]:
         raise VolumeMounted(volume=name, holders=tuple(ours))
@@ -70,7 +70,7 @@ async def _must_be_free(storage: Storage, name: str, backing: VolumeBacking | No
         raise VolumeInUse(volume=name, holders=tuple(one.name for one in theirs))
 
 
-async def _plan_detaching(
+async def _plan_detach(
     storage: Storage, name: str, arguments: DeleteArguments
 ) -> tuple[DeleteArguments, OperationPlan]:
     """Who is to forget it, and what that takes. Raises VolumeInUse where somebody has it who cannot."""
@@ -82,7 +82,7 @@ async def _plan_detaching(
     mounting = await world.engine.mounting(arguments.backing.engine_volume) if arguments.backing else ()
     if strangers := [one.name for one in mounting if one.id not in ours]:
         raise VolumeInUse(volume=name, holders=tuple(strangers))
-    plans = [(await draft_without(world, view.container.target, name)).plan for view in views]
+    plans = [(await draft_unmount(world, view.container.target, name)).plan for view in views]
     warnings = [f"container {view.container.name} gets a revision without the mount of volume {name}" for view in views]
     plan = OperationPlan(
         bytes_to_move=sum(one.bytes_to_move for one in plans),
@@ -92,7 +92,7 @@ async def _plan_detaching(
     return arguments.model_copy(update={"detach": tuple(view.container.target for view in views)}), plan
 
 
-async def draft_without(world: World, target: ResourceRef, volume: str) -> Draft:
+async def draft_unmount(world: World, target: ResourceRef, volume: str) -> Draft:
     """An update of a container that does not run, to a spec without a volume. Raises VolumeInUse where it runs."""
     view = await world.lookup(target.name)
     if view.container.status.state not in STOPPED_STATES:
@@ -119,42 +119,42 @@ class DeleteSaga(VolumeSaga):
         return (
             *detach,
             Step("check", self._check),
-            Step("engine-volume", self._take),
+            Step("engine-volume", self._remove_engine_volume),
             Step(_DESTROY_STAGE, self._destroy),
         )
 
-    async def _detach(self, run: Run) -> None:
+    async def _detach(self, run: OperationRun) -> None:
         volume = run.operation.target.name
         for target in self._arguments.detach:
             view = await self._world.store.container(target.name)
             # Also of one that no longer mounts it: to remove the old engine container may be left of its update.
             if view is not None and view.container.target == target:
-                await run.part(target.name, partial(draft_without, self._world, target, volume))
+                await run.run_child(target.name, partial(draft_unmount, self._world, target, volume))
 
-    async def _check(self, run: Run) -> None:
+    async def _check(self, run: OperationRun) -> None:
         # Whoever wants to mount it from now on meets our lock; whoever came before is seen.
-        await _must_be_free(self._storage, run.operation.target.name, self._backing)
+        await _require_unused(self._storage, run.operation.target.name, self._backing)
 
-    async def _take(self, _run: Run) -> None:
+    async def _remove_engine_volume(self, _run: OperationRun) -> None:
         if self._backing is not None:
             await self._world.engine.remove_volume(self._backing.engine_volume)
 
-    async def _destroy(self, _run: Run) -> None:
+    async def _destroy(self, _run: OperationRun) -> None:
         if self._backing is not None:
             await self._storage.backend(self._backing.kind).destroy(self._backing)
 
     @override
-    async def commit(self, run: Run, view: VolumeView) -> Outcome:
+    async def success_changes(self, run: OperationRun, view: VolumeView) -> Outcome:
         volume = view.volume
         return Outcome([DeleteVolume(volume.name, volume.uid, expect=view.version)], volume)
 
     @override
-    async def abandon(self, run: Run, view: VolumeView) -> Sequence[StoreChange]:
-        whole = await self._is_whole(run.operation)
+    async def failure_changes(self, run: OperationRun, view: VolumeView) -> Sequence[StoreChange]:
+        whole = await self._has_all_files(run.operation)
         state = VolumeState.READY if whole else VolumeState.DELETING
         return [PutVolume(view.volume.changed(state=state), expect=view.version)]
 
-    async def _is_whole(self, operation: Operation) -> bool:
+    async def _has_all_files(self, operation: Operation) -> bool:
         if self._backing is None:
             return False
         begun = {stage.name for stage in operation.stages if stage.state is not StageState.PENDING}

@@ -20,11 +20,10 @@ from typing_extensions import override
 from gpudock_server.core.containers.mounting import attached
 from gpudock_server.core.containers.observation import observed
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations import Draft
-from gpudock_server.core.saga import Outcome, Run, Saga, Step
+from gpudock_server.core.operations.engine import Draft
+from gpudock_server.core.operations.saga import OperationRun, Outcome, Saga, Step
 from gpudock_server.core.volumes.commands import Resize
-from gpudock_server.core.volumes.copying import carry
-from gpudock_server.core.volumes.saga import VolumeSaga, backing_of, revision_of
+from gpudock_server.core.volumes.saga import VolumeSaga, backing_of, copy_and_verify, revision_of
 from gpudock_server.core.volumes.storage import Storage
 from gpudock_server.errors import (
     ContainerPaused,
@@ -46,7 +45,7 @@ from gpudock_server.ports import ContainerView, ShrinkNeedsCopy, VolumeView
 _LOCATE_STAGE = "locate"
 
 
-class Method(StrEnum):
+class ResizeMethod(StrEnum):
     """How a volume comes to its size."""
 
     NONE = "NONE"
@@ -55,7 +54,7 @@ class Method(StrEnum):
     COPY = "COPY"
 
 
-class User(Record):
+class MountingContainer(Record):
     """A container that has the volume mounted, as it was when the operation began."""
 
     target: ResourceRef
@@ -69,9 +68,9 @@ class ResizeArguments(Record):
 
     old: VolumeBacking
     size_bytes: int
-    method: Method
+    method: ResizeMethod
     copy_uid: str = ""
-    users: tuple[User, ...] = ()
+    users: tuple[MountingContainer, ...] = ()
 
 
 async def draft(storage: Storage, command: Resize) -> Draft:
@@ -83,30 +82,30 @@ async def draft(storage: Storage, command: Resize) -> Draft:
     if volume.state is not VolumeState.READY:
         raise VolumeFailed(volume=volume.name, call="resize", detail=f"it is {volume.state} and can only be deleted")
     old = backing_of(volume)
-    backend = storage.sized(old.kind, volume.name, size)
-    arguments, plan = ResizeArguments(old=old, size_bytes=size, method=Method.NONE), OperationPlan()
+    backend = storage.require_sizes(old.kind, volume.name, size)
+    arguments, plan = ResizeArguments(old=old, size_bytes=size, method=ResizeMethod.NONE), OperationPlan()
     if size > volume.size_bytes:
-        await storage.must_fit(old.kind, volume.uid, size)
-        arguments = arguments.model_copy(update={"method": Method.GROW})
+        await storage.require_pool_space(old.kind, volume.uid, size)
+        arguments = arguments.model_copy(update={"method": ResizeMethod.GROW})
     elif size < volume.size_bytes:
         usage = await backend.usage(old)
-        _must_hold(volume, usage, size)
-        arguments = arguments.model_copy(update={"method": Method.SHRINK})
+        _require_data_fits(volume, usage, size)
+        arguments = arguments.model_copy(update={"method": ResizeMethod.SHRINK})
         if backend.needs_copy(old, size):
             arguments, plan = await _plan_copy(storage, volume, arguments, usage)
     reserved = volume.changed(reserved_bytes=max(size, volume.size_bytes))
     return Draft(
         kind=OperationKind.RESIZE_VOLUME,
         target=volume.target,
-        head=PutVolume(reserved, expect=view.version),
+        target_record=PutVolume(reserved, expect=view.version),
         arguments=arguments.model_dump(mode="json"),
         plan=plan,
-        build=lambda operation: build(storage, operation),
+        build=lambda operation: build_resize_saga(storage, operation),
         locks=[user.target for user in arguments.users],
     )
 
 
-def _must_hold(volume: Volume, usage: VolumeUsage, size_bytes: int) -> None:
+def _require_data_fits(volume: Volume, usage: VolumeUsage, size_bytes: int) -> None:
     if size_bytes < usage.minimum_bytes:
         raise VolumeTooSmallForData(
             volume=volume.name,
@@ -120,7 +119,7 @@ async def _plan_copy(
     storage: Storage, volume: Volume, arguments: ResizeArguments, usage: VolumeUsage
 ) -> tuple[ResizeArguments, OperationPlan]:
     views = await attached(storage.world.store, volume.name)
-    users = [_user(storage.world, view) for view in views]
+    users = [_mounting_container(storage.world, view) for view in views]
     ours = {user.engine_id for user in users}
     mounting = await storage.world.engine.mounting(arguments.old.engine_volume)
     if strangers := tuple(one.name for one in mounting if one.running and one.id not in ours):
@@ -129,7 +128,7 @@ async def _plan_copy(
     if pool.free_bytes < usage.minimum_bytes:
         raise DiskFull(path=storage.path, needed_bytes=usage.minimum_bytes, available_bytes=pool.free_bytes)
     arguments = arguments.model_copy(
-        update={"method": Method.COPY, "copy_uid": str(uuid.uuid4()), "users": tuple(users)}
+        update={"method": ResizeMethod.COPY, "copy_uid": str(uuid.uuid4()), "users": tuple(users)}
     )
     plan = OperationPlan(
         bytes_to_move=usage.used_bytes,
@@ -139,12 +138,12 @@ async def _plan_copy(
     return arguments, plan
 
 
-def _user(world: World, view: ContainerView) -> User:
+def _mounting_container(world: World, view: ContainerView) -> MountingContainer:
     container = view.container
     if container.status.state is ContainerState.PAUSED:
         raise ContainerPaused(container=container.name)
     own = container.spec.stop_timeout
-    return User(
+    return MountingContainer(
         target=container.target,
         engine_id=container.engine.engine_id if container.engine else "",
         running=container.status.state in RUNNING_STATES,
@@ -152,10 +151,14 @@ def _user(world: World, view: ContainerView) -> User:
     )
 
 
-def build(storage: Storage, operation: Operation) -> Saga[VolumeView]:
+def build_resize_saga(storage: Storage, operation: Operation) -> Saga[VolumeView]:
     """The saga of a resize: in place, or by a copy."""
     arguments = ResizeArguments.model_validate(operation.arguments)
-    return CopySaga(storage, arguments) if arguments.method is Method.COPY else InPlaceSaga(storage, arguments)
+    return (
+        CopyResizeSaga(storage, arguments)
+        if arguments.method is ResizeMethod.COPY
+        else InPlaceResizeSaga(storage, arguments)
+    )
 
 
 class ResizeSaga(VolumeSaga):
@@ -167,9 +170,9 @@ class ResizeSaga(VolumeSaga):
         self._backend = storage.backend(arguments.old.kind)
 
     @override
-    async def commit(self, run: Run, view: VolumeView) -> Outcome:
+    async def success_changes(self, run: OperationRun, view: VolumeView) -> Outcome:
         arguments, volume = self._arguments, view.volume
-        if arguments.method is Method.NONE:
+        if arguments.method is ResizeMethod.NONE:
             return Outcome([PutVolume(volume, expect=view.version)], volume)
         resized = volume.changed(
             size_bytes=arguments.size_bytes,
@@ -179,20 +182,20 @@ class ResizeSaga(VolumeSaga):
             generation=volume.generation + 1,
             update_time=now(),
         )
-        cause = VolumeCause.GROWN if arguments.method is Method.GROW else VolumeCause.SHRUNK
+        cause = VolumeCause.GROWN if arguments.method is ResizeMethod.GROW else VolumeCause.SHRUNK
         changes: list[StoreChange] = [
             PutVolume(resized, expect=view.version),
             revision_of(resized, cause, run.operation.id),
-            *await self._seen_users(),
+            *await self._refreshed_containers(),
         ]
         return Outcome(changes, resized)
 
     @override
-    async def abandon(self, run: Run, view: VolumeView) -> Sequence[StoreChange]:
+    async def failure_changes(self, run: OperationRun, view: VolumeView) -> Sequence[StoreChange]:
         volume = view.volume.changed(reserved_bytes=view.volume.size_bytes)
-        return [PutVolume(volume, expect=view.version), *await self._seen_users()]
+        return [PutVolume(volume, expect=view.version), *await self._refreshed_containers()]
 
-    async def _seen_users(self) -> list[StoreChange]:
+    async def _refreshed_containers(self) -> list[StoreChange]:
         """The containers as the engine shows them now: while they were locked, nobody else looked."""
         changes: list[StoreChange] = []
         for user in self._arguments.users:
@@ -205,7 +208,7 @@ class ResizeSaga(VolumeSaga):
         return changes
 
 
-class InPlaceSaga(ResizeSaga):
+class InPlaceResizeSaga(ResizeSaga):
     """One step of the backend. It takes less time than a cancel, and a filesystem that grew may not shrink again."""
 
     cancellable = False
@@ -214,19 +217,19 @@ class InPlaceSaga(ResizeSaga):
     @override
     def steps(self) -> tuple[Step, ...]:
         match self._arguments.method:
-            case Method.GROW:
+            case ResizeMethod.GROW:
                 return (Step("grow", self._grow),)
-            case Method.SHRINK:
+            case ResizeMethod.SHRINK:
                 return (Step("shrink", self._shrink),)
             case _:
                 return ()
 
-    async def _grow(self, run: Run) -> None:
+    async def _grow(self, run: OperationRun) -> None:
         old, size = self._arguments.old, self._arguments.size_bytes
-        await self._storage.must_fit(old.kind, run.operation.target.uid, size)
+        await self._storage.require_pool_space(old.kind, run.operation.target.uid, size)
         await self._backend.grow(old, size)
 
-    async def _shrink(self, _run: Run) -> None:
+    async def _shrink(self, _run: OperationRun) -> None:
         old = self._arguments.old
         try:
             await self._backend.shrink(old, self._arguments.size_bytes)
@@ -234,7 +237,7 @@ class InPlaceSaga(ResizeSaga):
             raise VolumeFailed(volume=old.name, call="shrink", detail=str(reason)) from reason
 
 
-class CopySaga(ResizeSaga):
+class CopyResizeSaga(ResizeSaga):
     """See the module's docstring."""
 
     def __init__(self, storage: Storage, arguments: ResizeArguments) -> None:
@@ -258,7 +261,7 @@ class CopySaga(ResizeSaga):
 
     @property
     @override
-    def after(self) -> tuple[Step, ...]:
+    def cleanup_steps(self) -> tuple[Step, ...]:
         return (Step("retire", self._remove),)
 
     @property
@@ -273,43 +276,43 @@ class CopySaga(ResizeSaga):
             }
         )
 
-    async def _make(self, _run: Run) -> JsonObject:
+    async def _make(self, _run: OperationRun) -> JsonObject:
         arguments = self._arguments
-        await self._nobody_new()
+        await self._require_no_new_mounts()
         made = await self._backend.replacement(arguments.old, arguments.copy_uid, arguments.size_bytes)
         return made.model_dump(mode="json")
 
-    async def _nobody_new(self) -> None:
+    async def _require_no_new_mounts(self) -> None:
         """Whoever began to mount it before it was locked, and after it was looked at, is not among the users."""
         known = {user.target for user in self._arguments.users}
         views = await attached(self._world.store, self._arguments.old.name)
         if strangers := tuple(view.container.name for view in views if view.container.target not in known):
             raise VolumeInUse(volume=self._arguments.old.name, holders=strangers)
 
-    async def _remove(self, _run: Run) -> None:
+    async def _remove(self, _run: OperationRun) -> None:
         await self._backend.destroy(self._new)
 
-    def _made(self, run: Run) -> VolumeBacking:
+    def _made(self, run: OperationRun) -> VolumeBacking:
         return VolumeBacking.model_validate(run.operation.facts("make"))
 
-    async def _copy(self, run: Run) -> None:
+    async def _copy(self, run: OperationRun) -> None:
         await self._storage.copier.copy(self._arguments.old, self._made(run), run.progress, final=False)
 
-    async def _stop(self, _run: Run) -> None:
+    async def _stop(self, _run: OperationRun) -> None:
         for user in self._running:
             await self._world.engine.stop(user.engine_id, user.stop_seconds)
 
-    async def _start_again(self, _run: Run) -> None:
+    async def _start_again(self, _run: OperationRun) -> None:
         for user in self._running:
             await self._world.start(user.engine_id, renew=False)
 
-    async def _difference(self, run: Run) -> JsonObject:
-        return await carry(self._storage.copier, self._arguments.old, self._made(run), run.progress)
+    async def _difference(self, run: OperationRun) -> JsonObject:
+        return await copy_and_verify(self._storage.copier, self._arguments.old, self._made(run), run.progress)
 
-    async def _locate(self, _run: Run) -> JsonObject:
+    async def _locate(self, _run: OperationRun) -> JsonObject:
         return {"content": await self._backend.content(self._arguments.old)}
 
-    async def _exchange(self, run: Run) -> None:
+    async def _exchange(self, run: OperationRun) -> None:
         old, made = self._arguments.old, self._made(run)
         # The old store's folder is the one that the engine's volume leads to: it gets the smaller content.
         await self._backend.exchange(
@@ -318,18 +321,18 @@ class CopySaga(ResizeSaga):
             str(run.operation.facts(_LOCATE_STAGE)["content"]),
         )
 
-    async def _exchange_back(self, run: Run) -> None:
+    async def _exchange_back(self, run: OperationRun) -> None:
         if located := run.operation.facts(_LOCATE_STAGE):
             await self._backend.exchange(self._arguments.old, self._made(run), str(located["content"]))
 
-    async def _start(self, _run: Run) -> None:
+    async def _start(self, _run: OperationRun) -> None:
         await self._start_again(_run)
 
-    async def _stop_again(self, _run: Run) -> None:
+    async def _stop_again(self, _run: OperationRun) -> None:
         for user in self._running:
             await self._world.engine.stop(user.engine_id, 0)
 
-    async def _verify(self, _run: Run) -> None:
+    async def _verify(self, _run: OperationRun) -> None:
         for user in self._running:
             code = await self._world.engine.exited_within(user.engine_id, self._world.settle_seconds)
             if code is not None:

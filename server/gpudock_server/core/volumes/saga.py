@@ -1,16 +1,14 @@
 """What the sagas of volumes have in common: the storage that they act on, and how they see their volume."""
 
-from __future__ import annotations
-
 from typing_extensions import override
 
-from gpudock_server.core.saga import Run, Saga
+from gpudock_server.core.operations.saga import OperationRun, Saga
 from gpudock_server.core.volumes.storage import Storage
-from gpudock_server.errors import VolumeInUse
-from gpudock_server.model.record import now
+from gpudock_server.errors import VolumeFailed, VolumeInUse
+from gpudock_server.model.record import JsonObject, now
 from gpudock_server.model.store_changes import PutVolumeRevision
 from gpudock_server.model.volume import Volume, VolumeBacking, VolumeCause, VolumeRevision
-from gpudock_server.ports import VolumeView
+from gpudock_server.ports import Progress, VolumeCopier, VolumeView
 
 
 class VolumeSaga(Saga[VolumeView]):
@@ -21,7 +19,7 @@ class VolumeSaga(Saga[VolumeView]):
         self._world = storage.world
 
     @override
-    async def look(self, run: Run) -> VolumeView | None:
+    async def read_target(self, run: OperationRun) -> VolumeView | None:
         target = run.operation.target
         view = await self._world.store.volume(target.name)
         return view if view is not None and view.volume.uid == target.uid else None
@@ -47,3 +45,17 @@ def backing_of(volume: Volume) -> VolumeBacking:
     if volume.backing is None:
         raise VolumeInUse(volume=volume.name, holders=("the operation that makes it",))
     return volume.backing
+
+
+async def copy_and_verify(
+    copier: VolumeCopier, source: VolumeBacking, target: VolumeBacking, progress: Progress
+) -> JsonObject:
+    """Copy what differs, and read both sides in full: what they hold. Raises VolumeFailed where they stay different."""
+    await copier.copy(source, target, progress, final=True)
+    try:
+        summary = await copier.verify(source, target)
+    except VolumeFailed:
+        # The copies before missed a change, for whatever reason. Copy once more, from the beginning.
+        await copier.copy(source, target, progress, final=True)
+        summary = await copier.verify(source, target)
+    return summary.model_dump(mode="json")

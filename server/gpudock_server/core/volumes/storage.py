@@ -54,7 +54,7 @@ class Storage:
                 return await backend.pool()
         return None
 
-    async def must_fit(self, kind: VolumeBackendKind, uid: str, size_bytes: int) -> None:
+    async def require_pool_space(self, kind: VolumeBackendKind, uid: str, size_bytes: int) -> None:
         """Raises PoolFull where the pool cannot be promised that size beside what others were promised.
 
         What all are promised must stay below what they have already and what is free, times the over-commitment.
@@ -74,7 +74,7 @@ class Storage:
         if size_bytes > room:
             raise PoolFull(path=self.path, needed_bytes=size_bytes, available_bytes=max(room, 0))
 
-    def sized(self, kind: VolumeBackendKind, name: str, size_bytes: int) -> VolumeBackend:
+    def require_sizes(self, kind: VolumeBackendKind, name: str, size_bytes: int) -> VolumeBackend:
         """The backend, unless it knows no sizes. Raises SizeNotSupported."""
         if kind is VolumeBackendKind.PLAIN:
             detail = "it is PLAIN, which has no size: make one with a size, or adopt it into one"

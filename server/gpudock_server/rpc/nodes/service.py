@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from gpudock_server.core.containers import Containers
 from gpudock_server.core.nodes import HeldPort, Nodes
-from gpudock_server.core.reconcile import DriftBook
+from gpudock_server.core.reconcile import DriftTracker
 from gpudock_server.errors import ContainerNotFound, RecordUnreadable
 from gpudock_server.model.claims import PortKey
 from gpudock_server.rpc import list_requests, pagination
@@ -27,7 +27,7 @@ SERVICE = node_service_pb2.DESCRIPTOR.services_by_name["NodeService"].full_name
 class NodeService(NodeServiceServicer):
     """Serves gpudock.v1.NodeService."""
 
-    def __init__(self, nodes: Nodes, containers: Containers, drift: DriftBook) -> None:
+    def __init__(self, nodes: Nodes, containers: Containers, drift: DriftTracker) -> None:
         self._nodes = nodes
         self._containers = containers
         self._drift = drift

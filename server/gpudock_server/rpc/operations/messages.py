@@ -7,7 +7,7 @@ from datetime import timedelta
 from google.protobuf.duration_pb2 import Duration
 from gpudock.v1 import operation_pb2
 
-from gpudock_server.core.running import Snapshot
+from gpudock_server.core.operations.active_operation import OperationView
 from gpudock_server.model.operation import (
     LayerTransferMethod,
     Operation,
@@ -56,7 +56,7 @@ _STAGE_STATES = {
 _NONE_STARTED = -1
 
 
-def operation_message(snapshot: Snapshot) -> operation_pb2.Operation:
+def operation_message(snapshot: OperationView) -> operation_pb2.Operation:
     """All of an operation as it is now."""
     record = snapshot.operation
     planned = record.state is OperationState.PLANNED
@@ -91,7 +91,7 @@ def _last_started(stages: tuple[Stage, ...]) -> int:
     return max(begun, default=_NONE_STARTED)
 
 
-def _stages(snapshot: Snapshot, current: int) -> list[operation_pb2.OperationStage]:
+def _stages(snapshot: OperationView, current: int) -> list[operation_pb2.OperationStage]:
     record = snapshot.operation
     # Stages are undone in reverse, so it is the last that is not undone yet.
     undoing = max(

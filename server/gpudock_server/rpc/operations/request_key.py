@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 from google.protobuf.message import Message
 
-from gpudock_server.core.operations import RequestKey
+from gpudock_server.core.operations.engine import RequestKey
 
 # Not part of what has to agree: the id itself, and credentials, of which not even a digest is to be stored.
 _IGNORED_FIELDS = ("request_id", "registry_auth")

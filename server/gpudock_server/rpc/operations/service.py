@@ -9,7 +9,7 @@ from gpudock.v1 import committed_image_pb2, operation_pb2, operation_service_pb2
 from gpudock.v1.operation_service_pb2_grpc import OperationServiceServicer
 from typing_extensions import override
 
-from gpudock_server.core.operations import Operations
+from gpudock_server.core.operations.engine import Operations
 from gpudock_server.model.operation import Operation
 from gpudock_server.ports import Page
 from gpudock_server.rpc import list_requests, pagination

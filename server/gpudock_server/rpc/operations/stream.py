@@ -8,8 +8,8 @@ from typing import TypeAlias
 
 from gpudock.v1 import committed_image_pb2, container_pb2, operation_pb2, volume_pb2
 
-from gpudock_server.core.operations import Operations, elsewhere, raise_failure_of
-from gpudock_server.core.running import Snapshot
+from gpudock_server.core.operations.active_operation import OperationView
+from gpudock_server.core.operations.engine import Operations, raise_operation_error, wrong_node_error
 from gpudock_server.model.image import CommittedImage
 from gpudock_server.model.operation import Operation, OperationKind
 from gpudock_server.model.volume import Volume
@@ -44,11 +44,11 @@ async def follow(
 async def _result(operations: Operations, operation: Operation) -> ResultMessage | None:
     if not operation.state.ended:
         # Only the daemon that runs it knows how it goes on.
-        raise elsewhere(operation, address="")
+        raise wrong_node_error(operation, address="")
     if operation.kind in _KINDS_WITHOUT_RESULT:
-        raise_failure_of(operation)
+        raise_operation_error(operation)
         return None
-    left = await operations.outcome(operation)
+    left = await operations.result_of(operation)
     match left:
         case CommittedImage():
             return committed_image_message(left)
@@ -60,4 +60,4 @@ async def _result(operations: Operations, operation: Operation) -> ResultMessage
 
 def record_message(operation: Operation) -> operation_pb2.Operation:
     """An operation as its record has it: one that is only planned, or one of a list."""
-    return operation_message(Snapshot(operation))
+    return operation_message(OperationView(operation))

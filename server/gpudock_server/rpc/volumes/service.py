@@ -10,7 +10,7 @@ from gpudock.v1 import operation_pb2, volume_pb2, volume_service_pb2
 from gpudock.v1.volume_service_pb2_grpc import VolumeServiceServicer
 from typing_extensions import override
 
-from gpudock_server.core.operations import Operations, RequestKey
+from gpudock_server.core.operations.engine import Operations, RequestKey
 from gpudock_server.core.volumes import Volumes
 from gpudock_server.core.volumes.commands import Command
 from gpudock_server.core.watches import Watches

@@ -8,19 +8,19 @@ from collections.abc import Sequence
 
 import structlog
 
-from gpudock_server.core.containers.leftovers import sweep_images
-from gpudock_server.core.operations import Operations
-from gpudock_server.core.reconcile.adoption import Adoption
-from gpudock_server.core.reconcile.book import DriftBook, Note
-from gpudock_server.core.reconcile.claims import ClaimRules
-from gpudock_server.core.reconcile.host_paths import keep_host_paths, sweep_host_paths
-from gpudock_server.core.reconcile.ledger import LedgerRules
-from gpudock_server.core.reconcile.locks import LockRules
+from gpudock_server.core.operations.engine import Operations
+from gpudock_server.core.reconcile.adoption import OrphanReconciler
+from gpudock_server.core.reconcile.claims import ClaimReconciler
+from gpudock_server.core.reconcile.containers import ContainerReconciler
+from gpudock_server.core.reconcile.drift import DriftTracker, ReportDrift
+from gpudock_server.core.reconcile.host_paths import release_unused_host_paths, repair_host_paths
+from gpudock_server.core.reconcile.images import sweep_images
+from gpudock_server.core.reconcile.ledger import LedgerReconciler
+from gpudock_server.core.reconcile.locks import LockReconciler
+from gpudock_server.core.reconcile.orphans import OrphanAction
+from gpudock_server.core.reconcile.records import ContainerRecords, read_container_records
 from gpudock_server.core.reconcile.restarts import Restarts
-from gpudock_server.core.reconcile.scene import Heads, read_heads
-from gpudock_server.core.reconcile.upkeep import Upkeep
-from gpudock_server.core.reconcile.verdicts import Fate
-from gpudock_server.core.reconcile.volumes import VolumeAdoption
+from gpudock_server.core.reconcile.volumes import VolumeReconciler
 from gpudock_server.core.volumes.storage import Storage
 from gpudock_server.errors import EngineRejected, EngineUnavailable, GpudockError
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
@@ -39,32 +39,32 @@ class Reconciler:
         self,
         storage: Storage,
         operations: Operations,
-        book: DriftBook,
+        drift: DriftTracker,
         *,
         interval: float,
         orphan_grace: float,
-        start_retry_pauses: tuple[float, float],
+        start_retry_delays: tuple[float, float],
     ) -> None:
-        """What is found goes to `book`.
+        """What is found goes to `drift`.
 
         Seconds between full passes, seconds that something unknown is left, and seconds until a failed start is tried
         again, at first and at most.
         """
         self._world = world = storage.world
         self._operations = operations
-        self._book = book
+        self._drift = drift
         self._interval = interval
-        self._locks = LockRules(world, operations)
-        self._adoption = Adoption(world, operations, grace=orphan_grace)
-        first, longest = start_retry_pauses
-        self._restarts = Restarts(world, operations, first_pause=first, longest_pause=longest)
-        self._upkeep = Upkeep(world, operations, self._restarts)
-        self._claims = ClaimRules(world)
-        self._volumes = VolumeAdoption(storage)
-        self._ledger = LedgerRules(world)
-        self._at_start: list[Drift] = []
+        self._locks = LockReconciler(world, operations)
+        self._orphans = OrphanReconciler(world, operations, grace=orphan_grace)
+        first, longest = start_retry_delays
+        self._restarts = Restarts(world, operations, first_delay=first, max_delay=longest)
+        self._containers = ContainerReconciler(world, operations, self._restarts)
+        self._claims = ClaimReconciler(world)
+        self._volumes = VolumeReconciler(storage)
+        self._ledger = LedgerReconciler(world)
+        self._found_at_start: list[Drift] = []
         # One pass at a time: what two of them find at once, both would repair.
-        self._turn = asyncio.Lock()
+        self._pass_lock = asyncio.Lock()
         # Containers that an operation was at work on when they were to be looked at, with that operation.
         self._busy: asyncio.Queue[ContainerView] = asyncio.Queue()
         self._awaited: set[str] = set()
@@ -76,24 +76,24 @@ class Reconciler:
     async def run(self) -> None:
         """Follow the engine's events for ever; a full pass whenever some may have been missed."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._follow())
-            tasks.create_task(self._pass_regularly())
+            tasks.create_task(self._follow_events())
+            tasks.create_task(self._run_passes())
             tasks.create_task(self._restarts.run(self._attempt_refresh))
             while True:
-                tasks.create_task(self._come_back(await self._busy.get()))
+                tasks.create_task(self._refresh_after_operation(await self._busy.get()))
 
-    def _later(self, view: ContainerView) -> None:
+    def _refresh_later(self, view: ContainerView) -> None:
         """Look again when the operation has ended: nothing that happens meanwhile is told twice."""
         if view.operation_id in self._operations.driven and view.operation_id not in self._awaited:
             self._awaited.add(view.operation_id)
             self._busy.put_nowait(view)
 
-    async def _come_back(self, view: ContainerView) -> None:
-        await self._operations.settle((view.operation_id,))
+    async def _refresh_after_operation(self, view: ContainerView) -> None:
+        await self._operations.wait_until_ended((view.operation_id,))
         self._awaited.discard(view.operation_id)
         await self._attempt_refresh(view.container.name, view.container.uid)
 
-    async def _follow(self) -> None:
+    async def _follow_events(self) -> None:
         while True:
             try:
                 async for event in self._world.engine.events(self._since):
@@ -109,7 +109,7 @@ class Reconciler:
                 await asyncio.sleep(_RECONNECT_SECONDS)
                 seen = await self._attempt_pass()
 
-    async def _pass_regularly(self) -> None:
+    async def _run_passes(self) -> None:
         while True:
             await asyncio.sleep(self._interval)
             await self._attempt_pass()
@@ -121,8 +121,8 @@ class Reconciler:
                 # It may have ended since the record was read, and nobody would look again.
                 view = await self._world.store.container(name)
             if view is not None and view.container.uid == uid:
-                self._later(view)
-                await self._upkeep.refresh(view, self._book.note, engine_was_away=self._engine_was_away)
+                self._refresh_later(view)
+                await self._containers.refresh(view, self._drift.report_drift, engine_was_away=self._engine_was_away)
         except GpudockError as error:
             log.warning("a status was not refreshed", container=name, detail=error.message)
 
@@ -139,77 +139,79 @@ class Reconciler:
 
         Raises EngineUnavailable, StoreUnavailable.
         """
-        async with self._turn:
-            return await self._resume(await self._seen(), self._at_start.append)
+        async with self._pass_lock:
+            return await self._resume(await self._find_engine_containers(), self._found_at_start.append)
 
     async def pass_after(self, operation_ids: Sequence[str]) -> None:
         """Compare everything again when operations that were resumed have ended, for what their daemon left behind."""
         if operation_ids:
-            await self._operations.settle(operation_ids)
+            await self._operations.wait_until_ended(operation_ids)
             await self._attempt_pass()
 
     async def full_pass(self) -> None:
         """Compare everything once. Raises EngineUnavailable, StoreUnavailable."""
-        async with self._turn:
-            with self._book.full_pass() as note:
-                await self._pass(note)
+        async with self._pass_lock:
+            with self._drift.full_pass() as report_drift:
+                await self._pass(report_drift)
                 self._engine_was_away = False
                 # They are told with what the first pass finds.
-                for found in self._at_start:
-                    note(found)
-                self._at_start.clear()
+                for found in self._found_at_start:
+                    report_drift(found)
+                self._found_at_start.clear()
 
-    async def _pass(self, note: Note) -> None:
+    async def _pass(self, report_drift: ReportDrift) -> None:
         # The order matters. Whatever is older than the records that are read last is in them, or is nobody's.
-        seen = await self._seen()
+        seen = await self._find_engine_containers()
         claims = await self._world.store.claims(self._world.host)
-        await self._resume(seen, note)
+        await self._resume(seen, report_drift)
         # Before containers: what changes one that was adopted has to find its volumes.
-        await self._volumes.adopt(seen, note)
-        heads = await read_heads(self._world.store)
-        _note_unreadable(heads, note)
-        verdicts = await self._adoption.verdicts(seen, heads)
+        await self._volumes.adopt(seen, report_drift)
+        records = await read_container_records(self._world.store)
+        _report_unreadable(records, report_drift)
+        orphans = await self._orphans.classify(seen, records)
         # Before anything is found gone and fails: it may have a successor that its record does not know of.
-        if await self._adoption.adopt(verdicts, heads, Fate.NEWER, note):
-            heads = await read_heads(self._world.store)
-        for view in heads.of(self._world.node):
-            await self._keep(view, seen, note)
-        heads = await read_heads(self._world.store)
-        await self._claims.release_stale(claims, heads, verdicts, note)
-        await self._claims.restore_missing(heads, note)
-        await self._adoption.adopt(verdicts, heads, Fate.LOST, note)
+        if await self._orphans.adopt(orphans, records, OrphanAction.NEWER, report_drift):
+            records = await read_container_records(self._world.store)
+        for view in records.of(self._world.node):
+            await self._refresh_container(view, seen, report_drift)
+        records = await read_container_records(self._world.store)
+        await self._claims.release_stale(claims, records, orphans, report_drift)
+        await self._claims.restore_missing(records, report_drift)
+        await self._orphans.adopt(orphans, records, OrphanAction.LOST, report_drift)
         # After those that have records: what both use is theirs.
-        await self._claims.hold_unbound(verdicts, note)
-        await self._ledger.adopt(heads, seen, note)
-        await self._ledger.compare(await read_heads(self._world.store), note)
-        await self._adoption.remove(verdicts, note)
+        await self._claims.claim_for_orphans(orphans, report_drift)
+        await self._ledger.adopt(records, seen, report_drift)
+        await self._ledger.compare(await read_container_records(self._world.store), report_drift)
+        await self._orphans.remove(orphans, report_drift)
         await sweep_images(self._world)
-        await sweep_host_paths(self._world)
+        await release_unused_host_paths(self._world)
 
-    async def _seen(self) -> dict[str, EngineContainer]:
+    async def _find_engine_containers(self) -> dict[str, EngineContainer]:
         return {one.id: one for one in await self._world.engine.find({LABEL_NODE: self._world.node})}
 
-    async def _resume(self, seen: dict[str, EngineContainer], note: Note) -> tuple[str, ...]:
-        await self._locks.mend(note)
-        left = await self._adoption.overtake(seen, note)
+    async def _resume(self, seen: dict[str, EngineContainer], report_drift: ReportDrift) -> tuple[str, ...]:
+        await self._locks.repair(report_drift)
+        left = await self._orphans.end_overtaken_operations(seen, report_drift)
         return await self._operations.resume(left)
 
-    async def _keep(self, view: ContainerView, seen: dict[str, EngineContainer], note: Note) -> None:
+    async def _refresh_container(
+        self, view: ContainerView, seen: dict[str, EngineContainer], report_drift: ReportDrift
+    ) -> None:
         engine = view.container.engine
-        self._later(view)
+        self._refresh_later(view)
         try:
             shown = seen.get(engine.engine_id) if engine else None
-            await self._upkeep.refresh(view, note, shown, engine_was_away=self._engine_was_away)
+            await self._containers.refresh(view, report_drift, shown, engine_was_away=self._engine_was_away)
             if shown is not None:
-                await keep_host_paths(self._world, view, shown, note)
+                await repair_host_paths(self._world, view, shown, report_drift)
         except EngineRejected as error:
             # It answered; the next container may do better.
             log.warning("a container was not put right", container=view.container.name, detail=error.message)
 
 
-def _note_unreadable(heads: Heads, note: Note) -> None:
-    for one in heads.unreadable:
-        note(
+def _report_unreadable(records: ContainerRecords, report_drift: ReportDrift) -> None:
+    for one in records.unreadable:
+        report_drift(
             Drift(
                 kind=DriftKind.RECORD_UNREADABLE,
                 remedy=DriftRemedy.REPORTED,

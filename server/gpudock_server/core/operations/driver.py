@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import structlog
 
-from gpudock_server.core.journal import Journal, Lost, Parked
-from gpudock_server.core.running import Running
-from gpudock_server.core.saga import Step
+from gpudock_server.core.operations.active_operation import ActiveOperation
+from gpudock_server.core.operations.journal import Journal, OperationSuspended, OwnershipLost
+from gpudock_server.core.operations.saga import Step
 from gpudock_server.errors import Code, EngineUnavailable, GpudockError, OperationCancelled, OperationFailed
 from gpudock_server.model.operation import Operation, OperationState, RecordedError, StageState
 from gpudock_server.model.record import now
@@ -20,7 +20,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 # How often a step that the engine refuses (not: leaves unanswered) is tried again where there is no way but on: an
 # undo, or what comes after the commit. Then it is noted, and left to reconcile.
-_REFUSED_TRIES = 3
+_MAX_REFUSED_TRIES = 3
 
 
 class Driver:
@@ -29,46 +29,46 @@ class Driver:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
 
-    async def run(self, running: Running) -> None:
+    async def run(self, running: ActiveOperation) -> None:
         """Drive one operation to its end, or leave it at a recorded step. Raises nothing but CancelledError."""
         with structlog.contextvars.bound_contextvars(
             operation_id=running.record.id, kind=running.record.kind.value, target=running.record.target.name
         ):
             try:
                 await self._drive(running)
-            except Parked:
+            except OperationSuspended:
                 log.info("operation left for the next daemon", stage=running.record.current_stage)
-            except Lost:
+            except OwnershipLost:
                 log.warning("another process drives this operation; left to it")
             except Exception:
                 # A defect of ours. The record stands where it stood; a restart tries again.
                 log.exception("operation stuck")
             finally:
-                running.tell()
+                running.notify_watchers()
 
-    async def _drive(self, running: Running) -> None:
+    async def _drive(self, running: ActiveOperation) -> None:
         if running.record.state is OperationState.RUNNING and not running.record.committed:
             try:
                 for index, step in enumerate(running.saga.steps):
-                    await self._do(running, index, step)
-                await self._commit(running)
-            except (Parked, Lost):
+                    await self._run_step(running, index, step)
+                await self._record_success(running)
+            except (OperationSuspended, OwnershipLost):
                 raise
             except Exception as error:  # noqa: BLE001 (a defect in a step must be undone like any other failure)
                 await self._begin_undo(running, error)
         if running.record.state is OperationState.UNDOING:
             await self._undo(running)
         elif running.record.state is OperationState.RUNNING:
-            await self._finish(running)
+            await self._run_cleanup_steps(running)
 
-    async def _do(self, running: Running, index: int, step: Step) -> None:
+    async def _run_step(self, running: ActiveOperation, index: int, step: Step) -> None:
         if running.record.stages[index].state is StageState.DONE:
             return
-        self._stop_here_if_told(running)
+        self._check_stop_requested(running)
         running.record = running.record.with_stage(index, state=StageState.RUNNING, start_time=now())
         running.current_bytes = running.total_bytes = 0
         running.step = step
-        running.tell()
+        running.notify_watchers()
         running.step_task = asyncio.ensure_future(step.do(running))
         try:
             facts = await running.step_task
@@ -76,12 +76,12 @@ class Driver:
             if running.cancel_requested and running.step_task.cancelled():
                 raise OperationCancelled(operation_id=running.record.id) from None
             if step.interruptible:
-                self._journal.stop_if_draining()
+                self._journal.raise_if_draining()
             raise
         finally:
             running.step_task.cancel()
             running.step = running.step_task = None
-            running.describe("")
+            running.set_stage_message("")
         done = running.record.with_stage(
             index,
             state=StageState.DONE,
@@ -92,59 +92,59 @@ class Driver:
         )
         await self._journal.record(running, done)
 
-    def _stop_here_if_told(self, running: Running) -> None:
-        self._journal.stop_if_draining()
+    def _check_stop_requested(self, running: ActiveOperation) -> None:
+        self._journal.raise_if_draining()
         if running.cancel_requested and not running.record.committed:
             raise OperationCancelled(operation_id=running.record.id)
 
-    async def _commit(self, running: Running) -> None:
-        self._stop_here_if_told(running)
+    async def _record_success(self, running: ActiveOperation) -> None:
+        self._check_stop_requested(running)
         index = len(running.saga.steps)
         starting = running.record.with_stage(index, state=StageState.RUNNING, start_time=now())
         running.record = starting
 
         async def changes(view: object) -> tuple[Operation, Sequence[StoreChange]]:
-            outcome = await running.saga.commit(running, view)
+            outcome = await running.saga.success_changes(running, view)
             committed = starting.with_stage(index, state=StageState.DONE, end_time=now()).changed(
                 committed=True, result=outcome.result
             )
-            if running.saga.after:
+            if running.saga.cleanup_steps:
                 return committed, outcome.changes
-            return self._journal.ended(committed, OperationState.SUCCEEDED, outcome.changes)
+            return self._journal.close_record(committed, OperationState.SUCCEEDED, outcome.changes)
 
         await self._journal.transact(running, changes)
 
-    async def _finish(self, running: Running) -> None:
+    async def _run_cleanup_steps(self, running: ActiveOperation) -> None:
         """Past the point of no return: whatever fails is tried again until it is done."""
         first = len(running.saga.steps) + 1
-        for offset, step in enumerate(running.saga.after):
-            await self._insist(running, first + offset, step)
+        for offset, step in enumerate(running.saga.cleanup_steps):
+            await self._retry_step(running, first + offset, step)
         if not running.record.state.ended:
 
             async def changes(_: object) -> tuple[Operation, Sequence[StoreChange]]:
-                return self._journal.ended(running.record, OperationState.SUCCEEDED, ())
+                return self._journal.close_record(running.record, OperationState.SUCCEEDED, ())
 
             await self._journal.transact(running, changes)
 
-    async def _insist(self, running: Running, index: int, step: Step) -> None:
+    async def _retry_step(self, running: ActiveOperation, index: int, step: Step) -> None:
         tries = 0
         while running.record.stages[index].state is not StageState.DONE:
             try:
-                await self._do(running, index, step)
+                await self._run_step(running, index, step)
             except EngineUnavailable as error:
-                await self._journal.pause(tries, error)
+                await self._journal.wait_before_retry(tries, error)
             except GpudockError as error:
-                if tries >= _REFUSED_TRIES:
+                if tries >= _MAX_REFUSED_TRIES:
                     # The work is true already; what could not be tidied is left to reconcile, and said.
-                    running.note(f"{step.name}: {error}")
+                    running.add_message(f"{step.name}: {error}")
                     await self._journal.record(
                         running, running.record.with_stage(index, state=StageState.DONE, end_time=now())
                     )
                     return
-                await self._journal.pause(tries, error)
+                await self._journal.wait_before_retry(tries, error)
             tries += 1
 
-    async def _begin_undo(self, running: Running, error: Exception) -> None:
+    async def _begin_undo(self, running: ActiveOperation, error: Exception) -> None:
         if not isinstance(error, GpudockError):
             error_id = uuid.uuid4().hex[:12]
             log.error("step failed unexpectedly", error_id=error_id, stage=running.record.current_stage, exc_info=error)
@@ -166,7 +166,7 @@ class Driver:
             ),
         )
 
-    async def _undo(self, running: Running) -> None:
+    async def _undo(self, running: ActiveOperation) -> None:
         for index in range(len(running.saga.steps) - 1, -1, -1):
             stage = running.record.stages[index]
             if stage.state in (StageState.DONE, StageState.RUNNING):
@@ -175,8 +175,8 @@ class Driver:
 
         async def changes(view: object) -> tuple[Operation, Sequence[StoreChange]]:
             state = OperationState.CANCELLED if running.record.cancel_requested else OperationState.FAILED
-            left = await running.saga.abandon(running, view)
-            return self._journal.ended(running.record, state, left)
+            left = await running.saga.failure_changes(running, view)
+            return self._journal.close_record(running.record, state, left)
 
         tries = 0
         while not running.record.state.ended:
@@ -184,24 +184,24 @@ class Driver:
                 await self._journal.transact(running, changes)
             except EngineUnavailable as error:
                 # What is left is told as the engine shows it, and not before it does.
-                await self._journal.pause(tries, error)
+                await self._journal.wait_before_retry(tries, error)
                 tries += 1
 
-    async def _undo_step(self, running: Running, step: Step) -> None:
+    async def _undo_step(self, running: ActiveOperation, step: Step) -> None:
         if step.undo is None:
             return
         tries = 0
         while True:
-            self._journal.stop_if_draining()
+            self._journal.raise_if_draining()
             try:
                 await step.undo(running)
             except EngineUnavailable as error:
-                await self._journal.pause(tries, error)
+                await self._journal.wait_before_retry(tries, error)
             except GpudockError as error:
-                if tries >= _REFUSED_TRIES:
-                    running.note(f"undoing {step.name}: {error}")
+                if tries >= _MAX_REFUSED_TRIES:
+                    running.add_message(f"undoing {step.name}: {error}")
                     return
-                await self._journal.pause(tries, error)
+                await self._journal.wait_before_retry(tries, error)
             else:
                 return
             tries += 1

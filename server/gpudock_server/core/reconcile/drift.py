@@ -13,10 +13,10 @@ from gpudock_server.model.record import now
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
-Note = Callable[[Drift], None]
+ReportDrift = Callable[[Drift], None]
 
 
-class DriftBook:
+class DriftTracker:
     """The findings of the last full pass, and those of events since then."""
 
     def __init__(self) -> None:
@@ -28,30 +28,30 @@ class DriftBook:
         items = sorted(self._report.items, key=lambda one: (one.container, one.kind, one.identity))
         return self._report.model_copy(update={"items": tuple(items)})
 
-    def note(self, found: Drift) -> None:
+    def report_drift(self, found: Drift) -> None:
         """Add what an event led to; it stays until the next full pass has ended."""
         others = tuple(one for one in self._report.items if one.identity != found.identity)
-        self._report = self._report.model_copy(update={"items": (*others, self._dated(found))})
+        self._report = self._report.model_copy(update={"items": (*others, self._with_time(found))})
 
     @contextmanager
-    def full_pass(self) -> Iterator[Note]:
+    def full_pass(self) -> Iterator[ReportDrift]:
         """Collect the findings of a pass, which replace all others when it ends well.
 
         A pass that is broken off leaves the findings as they were, and says so.
         """
         found: dict[tuple[str, ...], Drift] = {}
 
-        def note(drift: Drift) -> None:
-            found[drift.identity] = self._dated(drift)
+        def report_drift(drift: Drift) -> None:
+            found[drift.identity] = self._with_time(drift)
 
         try:
-            yield note
+            yield report_drift
         except GpudockError as error:
             self._report = self._report.model_copy(update={"trouble": error.message, "trouble_time": now()})
             raise
         self._report = DriftReport(items=tuple(found.values()), pass_time=now())
 
-    def _dated(self, drift: Drift) -> Drift:
+    def _with_time(self, drift: Drift) -> Drift:
         before = next((one for one in self._report.items if one.identity == drift.identity), None)
         if before is None or before.remedy is DriftRemedy.REPAIRED:
             log.warning("drift", found=drift.kind.value, detail=drift.message, plan=drift.plan)

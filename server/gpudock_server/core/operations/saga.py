@@ -17,7 +17,7 @@ from gpudock_server.model.store_changes import StoreChange
 
 if TYPE_CHECKING:
     # What begins operations imports what they are made of.
-    from gpudock_server.core.operations import Draft
+    from gpudock_server.core.operations.engine import Draft
 
 # A head with the version to compare and set against: what the store shows of the operation's target.
 V = TypeVar("V")
@@ -25,7 +25,7 @@ V = TypeVar("V")
 COMMIT_STAGE = "commit"
 
 
-class Run(Protocol):
+class OperationRun(Protocol):
     """What a step sees of the operation it is part of."""
 
     @property
@@ -37,15 +37,15 @@ class Run(Protocol):
         """Tell watchers how far this stage is."""
         ...
 
-    def note(self, message: str) -> None:
+    def add_message(self, message: str) -> None:
         """Add a sentence to the operation's message; kept with its next record."""
         ...
 
-    def describe(self, message: str) -> None:
+    def set_stage_message(self, message: str) -> None:
         """Show a sentence while this stage is at work, in place of the one before; empty takes it away."""
         ...
 
-    async def part(self, name: str, draft: Callable[[], Awaitable[Draft]]) -> None:
+    async def run_child(self, name: str, draft: Callable[[], Awaitable[Draft]]) -> None:
         """Bring another operation to its end, begun once however often this is repeated: the part of this `name`.
 
         It is an operation like any other, with its own locks and record, and stays done when this one is undone.
@@ -64,8 +64,8 @@ class Step:
     """
 
     name: str
-    do: Callable[[Run], Awaitable[JsonObject | None]]
-    undo: Callable[[Run], Awaitable[None]] | None = None
+    do: Callable[[OperationRun], Awaitable[JsonObject | None]]
+    undo: Callable[[OperationRun], Awaitable[None]] | None = None
     # The step may take long, and no container is down meanwhile. A daemon that shuts down cancels it at once, and the
     # next daemon repeats it. A daemon that starts does not wait for its end.
     interruptible: bool = False
@@ -90,18 +90,18 @@ class Saga(ABC, Generic[V]):
         """What happens before the point of no return; undone in reverse when anything fails."""
 
     @property
-    def after(self) -> tuple[Step, ...]:
+    def cleanup_steps(self) -> tuple[Step, ...]:
         """What happens past the point of no return; driven forward until it is done."""
         return ()
 
     @abstractmethod
-    async def look(self, run: Run) -> V | None:
+    async def read_target(self, run: OperationRun) -> V | None:
         """The target as of now; None when it is gone, or another has its name."""
 
     @abstractmethod
-    async def commit(self, run: Run, view: V) -> Outcome:
+    async def success_changes(self, run: OperationRun, view: V) -> Outcome:
         """The changes that make the work true; `view` is the target as of now, and may be asked for again."""
 
     @abstractmethod
-    async def abandon(self, run: Run, view: V) -> Sequence[StoreChange]:
+    async def failure_changes(self, run: OperationRun, view: V) -> Sequence[StoreChange]:
         """The changes that leave no trace of an undone operation, but its own record."""

@@ -10,10 +10,10 @@ from gpudock_server.core.containers import stop
 from gpudock_server.core.containers.gone import with_files
 from gpudock_server.core.containers.observation import observed
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations import Draft, Operations
-from gpudock_server.core.reconcile.book import Note
+from gpudock_server.core.operations.engine import Draft, Operations
+from gpudock_server.core.reconcile.drift import ReportDrift
+from gpudock_server.core.reconcile.records import claim_text, placement_of
 from gpudock_server.core.reconcile.restarts import Restarts
-from gpudock_server.core.reconcile.scene import claim_text, placement_of
 from gpudock_server.errors import EngineRejected
 from gpudock_server.model.claims import UNREADABLE_HOLDER, ClaimKey, Holder, claim_keys
 from gpudock_server.model.container import ACTIVE_STATES, Container, ContainerState, EngineBinding, Placement
@@ -30,12 +30,12 @@ _TRIES = 5
 _NANO = 1_000_000_000
 
 
-class _Moved(Exception):
+class _RecordChanged(Exception):
     """The record changed since it was decided upon."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Taken:
+class _ConflictingClaim:
     """A card or port that a container was given, and that another holds."""
 
     key: ClaimKey
@@ -52,7 +52,7 @@ class _Difference:
     actual: str
 
 
-class Upkeep:
+class ContainerReconciler:
     """The rules for containers that a record binds."""
 
     def __init__(self, world: World, operations: Operations, restarts: Restarts) -> None:
@@ -61,7 +61,12 @@ class Upkeep:
         self._restarts = restarts
 
     async def refresh(
-        self, view: ContainerView, note: Note, shown: EngineContainer | None = None, *, engine_was_away: bool = False
+        self,
+        view: ContainerView,
+        report_drift: ReportDrift,
+        shown: EngineContainer | None = None,
+        *,
+        engine_was_away: bool = False,
     ) -> None:
         """Put right one container. One with an operation at work is that operation's.
 
@@ -74,11 +79,11 @@ class Upkeep:
             container = view.container
             if view.operation_id or container.node != self._world.node:
                 return
-            if shown is None or not self._agrees(container, shown):
-                shown = await self._look(container)
+            if shown is None or not self._matches(container, shown):
+                shown = await self._inspect(container)
             try:
-                await self._put_right(view, shown, note, ended_with_engine=engine_was_away and ran)
-            except (StoreConflict, _Moved):
+                await self._repair(view, shown, report_drift, ended_with_engine=engine_was_away and ran)
+            except (StoreConflict, _RecordChanged):
                 again = await self._world.store.container(container.name)
                 if again is None or again.container.uid != container.uid:
                     return
@@ -86,57 +91,59 @@ class Upkeep:
             else:
                 return
 
-    async def _look(self, container: Container) -> EngineContainer | None:
+    async def _inspect(self, container: Container) -> EngineContainer | None:
         return await self._world.engine.inspect(container.engine.engine_id) if container.engine else None
 
-    def _agrees(self, container: Container, shown: EngineContainer) -> bool:
+    def _matches(self, container: Container, shown: EngineContainer) -> bool:
         return (
             observed(container, shown) == container.status
             and container.engine is not None
             and container.engine.engine_name == shown.name
             and _has_limits(container, shown, self._world.limits)
             and _has_policy(container, shown)
-            and not _runs_without_its_own(container, shown)
+            and not _runs_without_claims(container, shown)
         )
 
-    async def _put_right(
-        self, view: ContainerView, shown: EngineContainer | None, note: Note, *, ended_with_engine: bool
+    async def _repair(
+        self, view: ContainerView, shown: EngineContainer | None, report_drift: ReportDrift, *, ended_with_engine: bool
     ) -> None:
         container = view.container
         if container.engine is None:
             if container.status.state is not ContainerState.FAILED:
-                await self._fail_creation(view, note)
+                await self._record_creation_lost(view, report_drift)
         elif shown is None:
             self._restarts.forget(container)
             if observed(container, None) != container.status:
-                await self._fail(view, note)
-        elif _runs_without_its_own(container, shown):
+                await self._record_container_gone(view, report_drift)
+        elif _runs_without_claims(container, shown):
             self._restarts.forget(container)
-            await self._take_or_stop(view, shown, note)
+            await self._claim_or_stop(view, shown, report_drift)
         else:
             if (status := observed(container, shown)) != container.status:
-                await self._put(view, container.changed(status=status))
+                await self._write(view, container.changed(status=status))
             ended_with_engine &= not shown.alive
-            self._restarts.consider(container.changed(status=status), shown, note, ended_with_engine=ended_with_engine)
-            await self._name(view, container.engine, shown, note)
-            await self._limit(view, shown, note)
-            await self._set_policy(view, shown, note)
+            self._restarts.track(
+                container.changed(status=status), shown, report_drift, ended_with_engine=ended_with_engine
+            )
+            await self._restore_name(view, container.engine, shown, report_drift)
+            await self._restore_limits(view, shown, report_drift)
+            await self._restore_restart_policy(view, shown, report_drift)
 
-    async def _put(self, view: ContainerView, container: Container, *more: StoreChange) -> None:
+    async def _write(self, view: ContainerView, container: Container, *more: StoreChange) -> None:
         changes = [PutContainer(container.changed(update_time=now()), expect=view.version), *more]
         await self._world.store.apply(changes)
 
     # -- what is gone ------------------------------------------------------------------------------------------------
 
-    async def _fail(self, view: ContainerView, note: Note) -> None:
-        await self._put_failed(view, view.container.changed(status=observed(view.container, None)))
+    async def _record_container_gone(self, view: ContainerView, report_drift: ReportDrift) -> None:
+        await self._write_failed(view, view.container.changed(status=observed(view.container, None)))
         kept = [
             f"revision {one.revision.revision} (files of {one.snapshot.create_time:%Y-%m-%d %H:%M:%S} UTC)"
             for one in await with_files(self._world, view.container.uid)
             if one.snapshot is not None
         ]
         back = f"roll it back to, or clone, {' or '.join(kept)}; " if kept else "none of its files were kept; "
-        note(
+        report_drift(
             Drift(
                 kind=DriftKind.CONTAINER_GONE,
                 remedy=DriftRemedy.REPAIRED,
@@ -150,11 +157,11 @@ class Upkeep:
             )
         )
 
-    async def _fail_creation(self, view: ContainerView, note: Note) -> None:
+    async def _record_creation_lost(self, view: ContainerView, report_drift: ReportDrift) -> None:
         message = "the operation that was creating it is lost; delete it and create it again"
         failed = view.container.with_status(state=ContainerState.FAILED, message=message)
-        await self._put_failed(view, failed)
-        note(
+        await self._write_failed(view, failed)
+        report_drift(
             Drift(
                 kind=DriftKind.CREATION_LOST,
                 remedy=DriftRemedy.REPAIRED,
@@ -165,15 +172,15 @@ class Upkeep:
             )
         )
 
-    async def _put_failed(self, view: ContainerView, failed: Container) -> None:
+    async def _write_failed(self, view: ContainerView, failed: Container) -> None:
         released = [
             ReleaseClaim(self._world.host, key, failed.uid) for key in claim_keys(view.container.status.placement)
         ]
-        await self._put(view, failed.with_status(placement=Placement(), holds_resources=False), *released)
+        await self._write(view, failed.with_status(placement=Placement(), holds_resources=False), *released)
 
     # -- what runs and should not ------------------------------------------------------------------------------------
 
-    async def _take_or_stop(self, view: ContainerView, shown: EngineContainer, note: Note) -> None:
+    async def _claim_or_stop(self, view: ContainerView, shown: EngineContainer, report_drift: ReportDrift) -> None:
         """It was started outside gpudock: with all that it was given, if that is free, or not at all."""
         container, world = view.container, self._world
         given = placement_of(container.spec, shown)
@@ -182,7 +189,7 @@ class Upkeep:
         for key in claim_keys(given):
             found = claims.holder(key)
             if found is not None and found.uid != container.uid:
-                await self._stop(view, shown, _Taken(key, found), note)
+                await self._stop(view, shown, _ConflictingClaim(key, found), report_drift)
                 return
             changes.append(ConfirmClaim(world.host, key, holder) if found else Claim(world.host, key, holder))
         given_keys = claim_keys(given)
@@ -192,14 +199,16 @@ class Upkeep:
             if key not in given_keys
         ]
         taken = container.changed(status=observed(container, shown))
-        await self._put(view, taken.with_status(placement=given, holds_resources=True), *changes)
-        note(
-            self._started(
+        await self._write(view, taken.with_status(placement=given, holds_resources=True), *changes)
+        report_drift(
+            self._started_outside_drift(
                 container, shown, remedy=DriftRemedy.REPAIRED, plan="what it was given was free, and is claimed for it"
             )
         )
 
-    async def _stop(self, view: ContainerView, shown: EngineContainer, taken: _Taken, note: Note) -> None:
+    async def _stop(
+        self, view: ContainerView, shown: EngineContainer, taken: _ConflictingClaim, report_drift: ReportDrift
+    ) -> None:
         container = view.container
         by = "somebody unknown" if taken.holder == UNREADABLE_HOLDER else taken.holder.container
         reason = f"it was started outside gpudock while {claim_text(taken.key)} was held by {by}, and was stopped again"
@@ -208,12 +217,12 @@ class Upkeep:
             # Whatever began since may have started it for good reason.
             current = await self._world.store.container(container.name)
             if current is None or current.version != view.version or current.operation_id:
-                raise _Moved
+                raise _RecordChanged
             return stop.draft_against(self._world, current, shown, reason)
 
-        operation_id = await self._operations.begin(draft, None, recovers=True)
-        note(
-            self._started(
+        operation_id = await self._operations.begin(draft, None, during_recovery=True)
+        report_drift(
+            self._started_outside_drift(
                 container,
                 shown,
                 remedy=DriftRemedy.PENDING,
@@ -224,13 +233,13 @@ class Upkeep:
         )
 
     @staticmethod
-    def _started(
+    def _started_outside_drift(
         container: Container,
         shown: EngineContainer,
         *,
         remedy: DriftRemedy,
         plan: str,
-        taken: _Taken | None = None,
+        taken: _ConflictingClaim | None = None,
         operation_id: str = "",
     ) -> Drift:
         held = f"; {claim_text(taken.key)} is held by {taken.holder.container}" if taken else ""
@@ -252,17 +261,19 @@ class Upkeep:
 
     # -- what was changed --------------------------------------------------------------------------------------------
 
-    async def _name(self, view: ContainerView, engine: EngineBinding, shown: EngineContainer, note: Note) -> None:
+    async def _restore_name(
+        self, view: ContainerView, engine: EngineBinding, shown: EngineContainer, report_drift: ReportDrift
+    ) -> None:
         """An interrupted operation finds its things by their names."""
         if shown.name == engine.engine_name:
             return
-        await self._must_be_as(view)
+        await self._require_unchanged(view)
         remedy, plan = DriftRemedy.REPAIRED, "it was renamed back"
         try:
             await self._world.engine.rename(shown.id, engine.engine_name)
         except EngineRejected as error:
             remedy, plan = DriftRemedy.RETRIED, f"it is renamed back as soon as the engine lets it be: {error.detail}"
-        note(
+        report_drift(
             Drift(
                 kind=DriftKind.CONTAINER_RENAMED,
                 remedy=remedy,
@@ -277,7 +288,7 @@ class Upkeep:
             )
         )
 
-    async def _limit(self, view: ContainerView, shown: EngineContainer, note: Note) -> None:
+    async def _restore_limits(self, view: ContainerView, shown: EngineContainer, report_drift: ReportDrift) -> None:
         container, of_node = view.container, self._world.limits
         if _has_limits(container, shown, of_node):
             return
@@ -288,20 +299,26 @@ class Upkeep:
         expected = _limits_text(spec.cpus, spec.memory_bytes, spec.pids_limit)
         # Where the spec leaves the number of processes to the node, any is as it should be.
         actual = _limits_text(shown.cpus, shown.memory_bytes, shown.pids_limit if spec.pids_limit else 0)
-        note(await self._set_back(view, shown, _Difference(DriftKind.LIMITS_CHANGED, "the limits", expected, actual)))
+        report_drift(
+            await self._restore_settings(
+                view, shown, _Difference(DriftKind.LIMITS_CHANGED, "the limits", expected, actual)
+            )
+        )
 
-    async def _set_policy(self, view: ContainerView, shown: EngineContainer, note: Note) -> None:
+    async def _restore_restart_policy(
+        self, view: ContainerView, shown: EngineContainer, report_drift: ReportDrift
+    ) -> None:
         """What an engine that restarts brings back must be what holds its cards."""
         container = view.container
         if _has_policy(container, shown):
             return
         expected, actual = str(container.spec.restart_policy.as_engine_policy), str(shown.restart_policy)
         found = _Difference(DriftKind.RESTART_POLICY_CHANGED, "the restart policy", expected, actual)
-        note(await self._set_back(view, shown, found))
+        report_drift(await self._restore_settings(view, shown, found))
 
-    async def _set_back(self, view: ContainerView, shown: EngineContainer, found: _Difference) -> Drift:
+    async def _restore_settings(self, view: ContainerView, shown: EngineContainer, found: _Difference) -> Drift:
         """Give it the limits and the restart policy of its spec; the finding, with what came of it."""
-        await self._must_be_as(view)
+        await self._require_unchanged(view)
         container, spec = view.container, view.container.spec
         remedy, plan = DriftRemedy.REPAIRED, "it was set back"
         try:
@@ -327,16 +344,16 @@ class Upkeep:
             plan=plan,
         )
 
-    async def _must_be_as(self, view: ContainerView) -> None:
-        """Raises _Moved where an operation has begun since; one that begins now is met by the event of what is done."""
+    async def _require_unchanged(self, view: ContainerView) -> None:
+        """Raises _RecordChanged where an operation began since; what begins now is met by the event of what is done."""
         again = await self._world.store.container(view.container.name)
         if again is None or again.operation_id:
-            raise _Moved
+            raise _RecordChanged
         if (again.container.engine, again.container.spec) != (view.container.engine, view.container.spec):
-            raise _Moved
+            raise _RecordChanged
 
 
-def _runs_without_its_own(container: Container, shown: EngineContainer) -> bool:
+def _runs_without_claims(container: Container, shown: EngineContainer) -> bool:
     """Whether it runs, and what it was given is not recorded as held by it."""
     if not shown.running:
         return False

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 from gpudock_server.core.containers.past import History
-from gpudock_server.core.reconcile.scene import Heads
-from gpudock_server.core.reconcile.verdicts import Evidence, Fate
+from gpudock_server.core.reconcile.orphans import OrphanAction, OrphanClassifier
+from gpudock_server.core.reconcile.records import ContainerRecords
 from gpudock_server.model.container import Container, ContainerState, ContainerStatus, EngineBinding, Placement
 from gpudock_server.model.engine import EngineContainer, EngineState
 from gpudock_server.model.operation import Operation, OperationKind, OperationState
@@ -64,7 +64,7 @@ def ended(state: OperationState, kind: OperationKind = OperationKind.SCALE, oper
 class Row:
     """A row: what there is, and what is to become of the engine container `new`."""
 
-    fate: Fate
+    action: OrphanAction
     why: str
     unbound: tuple[EngineContainer, ...] = (one(),)
     view: ContainerView | None = None
@@ -79,54 +79,58 @@ SUCCEEDED, FAILED = OperationState.SUCCEEDED, OperationState.FAILED
 ANOTHER = one(engine_id="another", operation="op-87654321")
 
 ROWS = (
-    Row(Fate.LEFT, "at work", at_work=True),
-    Row(Fate.LEFT, "at work", view=head(locked_by="op")),
-    Row(Fate.REPORTED, "cannot be read", unreadable=True),
-    Row(Fate.REMOVED, "was deleted", deleted=True),
+    Row(OrphanAction.LEFT, "at work", at_work=True),
+    Row(OrphanAction.LEFT, "at work", view=head(locked_by="op")),
+    Row(OrphanAction.REPORTED, "cannot be read", unreadable=True),
+    Row(OrphanAction.REMOVED, "was deleted", deleted=True),
     # Its record is gone.
-    Row(Fate.LOST, "record is lost"),
-    Row(Fate.LOST, "record is lost", operation=ended(SUCCEEDED)),
-    Row(Fate.REMOVED, "undone", operation=ended(FAILED)),
-    Row(Fate.REMOVED, "undone", operation=ended(OperationState.CANCELLED)),
-    Row(Fate.REMOVED, "nobody knows it", (one(spec=None),)),
-    Row(Fate.REPORTED, "cannot read its labels", (one(spec="{}"),)),
-    Row(Fate.REPORTED, "cannot read its labels", (one(revision="x"),)),
-    Row(Fate.REPORTED, "cannot read its labels", (one(name="No Name"),)),
-    Row(Fate.REPORTED, "others like it", (one(), ANOTHER)),
-    Row(Fate.REPORTED, "others like it", (one(), replace(ANOTHER, labels=ANOTHER.labels | {"gpudock.uid": "u2"}))),
-    Row(Fate.REPORTED, "others like it", (one(), ANOTHER), operation=ended(FAILED)),
+    Row(OrphanAction.LOST, "record is lost"),
+    Row(OrphanAction.LOST, "record is lost", operation=ended(SUCCEEDED)),
+    Row(OrphanAction.REMOVED, "undone", operation=ended(FAILED)),
+    Row(OrphanAction.REMOVED, "undone", operation=ended(OperationState.CANCELLED)),
+    Row(OrphanAction.REMOVED, "nobody knows it", (one(spec=None),)),
+    Row(OrphanAction.REPORTED, "cannot read its labels", (one(spec="{}"),)),
+    Row(OrphanAction.REPORTED, "cannot read its labels", (one(revision="x"),)),
+    Row(OrphanAction.REPORTED, "cannot read its labels", (one(name="No Name"),)),
+    Row(OrphanAction.REPORTED, "others like it", (one(), ANOTHER)),
+    Row(
+        OrphanAction.REPORTED,
+        "others like it",
+        (one(), replace(ANOTHER, labels=ANOTHER.labels | {"gpudock.uid": "u2"})),
+    ),
+    Row(OrphanAction.REPORTED, "others like it", (one(), ANOTHER), operation=ended(FAILED)),
     # Another has its name.
-    Row(Fate.REPORTED, "another container is called web", view=head(uid="u2")),
-    Row(Fate.REMOVED, "undone", view=head(uid="u2"), operation=ended(FAILED)),
-    Row(Fate.REMOVED, "nobody knows it", (one(spec=None),), view=head(uid="u2")),
+    Row(OrphanAction.REPORTED, "another container is called web", view=head(uid="u2")),
+    Row(OrphanAction.REMOVED, "undone", view=head(uid="u2"), operation=ended(FAILED)),
+    Row(OrphanAction.REMOVED, "nobody knows it", (one(spec=None),), view=head(uid="u2")),
     # Its record binds another: a predecessor, or what was left of an undone operation.
-    Row(Fate.REMOVED, "at revision 2", view=head(revision=2), old_stands=True),
-    Row(Fate.REMOVED, "at revision 3", view=head(revision=3), old_stands=True),
-    Row(Fate.REPORTED, "what its record binds is gone", view=head(revision=3)),
-    Row(Fate.REMOVED, "undone", view=head(), old_stands=True, operation=ended(FAILED)),
-    Row(Fate.REPORTED, "undone, and what its record binds is gone", view=head(), operation=ended(FAILED)),
-    Row(Fate.REMOVED, "nobody knows it", (one(spec=None),), view=head(), old_stands=True),
-    Row(Fate.REPORTED, "binds is gone", (one(spec=None),), view=head()),
+    Row(OrphanAction.REMOVED, "at revision 2", view=head(revision=2), old_stands=True),
+    Row(OrphanAction.REMOVED, "at revision 3", view=head(revision=3), old_stands=True),
+    Row(OrphanAction.REPORTED, "what its record binds is gone", view=head(revision=3)),
+    Row(OrphanAction.REMOVED, "undone", view=head(), old_stands=True, operation=ended(FAILED)),
+    Row(OrphanAction.REPORTED, "undone, and what its record binds is gone", view=head(), operation=ended(FAILED)),
+    Row(OrphanAction.REMOVED, "nobody knows it", (one(spec=None),), view=head(), old_stands=True),
+    Row(OrphanAction.REPORTED, "binds is gone", (one(spec=None),), view=head()),
     # It is newer than its record.
-    Row(Fate.NEWER, "newer", view=head()),
-    Row(Fate.NEWER, "newer", view=head(), operation=ended(SUCCEEDED)),
-    Row(Fate.NEWER, "newer", (one(revision="1"),), view=head(binds="", revision=0)),
-    Row(Fate.REPORTED, "there as well", view=head(), old_stands=True),
-    Row(Fate.REPORTED, "so are others", (one(), ANOTHER), view=head()),
-    Row(Fate.REPORTED, "cannot read its labels", (one(spec="{}"),), view=head()),
+    Row(OrphanAction.NEWER, "newer", view=head()),
+    Row(OrphanAction.NEWER, "newer", view=head(), operation=ended(SUCCEEDED)),
+    Row(OrphanAction.NEWER, "newer", (one(revision="1"),), view=head(binds="", revision=0)),
+    Row(OrphanAction.REPORTED, "there as well", view=head(), old_stands=True),
+    Row(OrphanAction.REPORTED, "so are others", (one(), ANOTHER), view=head()),
+    Row(OrphanAction.REPORTED, "cannot read its labels", (one(spec="{}"),), view=head()),
 )
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.fate.value}: {row.why}")
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.action.value}: {row.why}")
 def test_the_table(row: Row) -> None:
     views = {NAME: row.view} if row.view else {}
     unreadable = (UnreadableKey(key="/k", name=NAME, detail="d"),) if row.unreadable else ()
     operations = {row.operation.id: row.operation} if row.operation else {}
-    evidence = Evidence(
-        heads=Heads(views, unreadable),
+    evidence = OrphanClassifier(
+        records=ContainerRecords(views, unreadable),
         history=History(operations, frozenset({UID} if row.deleted else ())),
         unfinished={OPERATION} if row.at_work else set(),
         seen={"new", *({"old"} if row.old_stands else ())},
     )
-    verdict = next(found for found in evidence.judge(row.unbound) if found.one.id == "new")
-    assert (verdict.fate, row.why in verdict.why) == (row.fate, True), verdict.why
+    verdict = next(found for found in evidence.classify(row.unbound) if found.one.id == "new")
+    assert (verdict.action, row.why in verdict.why) == (row.action, True), verdict.why

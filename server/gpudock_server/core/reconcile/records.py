@@ -15,7 +15,7 @@ from gpudock_server.ports import ContainerView, Store, UnreadableKey
 
 
 @dataclass(frozen=True, slots=True)
-class Heads:
+class ContainerRecords:
     """Every head there is, of whatever node, by name; and those that cannot be read."""
 
     views: Mapping[str, ContainerView]
@@ -41,14 +41,14 @@ class Heads:
         return frozenset(one.name for one in self.unreadable)
 
 
-async def read_heads(store: Store) -> Heads:
+async def read_container_records(store: Store) -> ContainerRecords:
     """All of them, as of one moment."""
     listed = await everything(store.containers)
-    return Heads({view.container.name: view for view in listed.items}, listed.unreadable)
+    return ContainerRecords({view.container.name: view for view in listed.items}, listed.unreadable)
 
 
 @dataclass(frozen=True, slots=True)
-class Labels:
+class EngineContainerLabels:
     """What an engine container's labels say that it is."""
 
     uid: str
@@ -57,7 +57,7 @@ class Labels:
     revision: int
 
     @classmethod
-    def of(cls, one: EngineContainer) -> Labels:
+    def of(cls, one: EngineContainer) -> EngineContainerLabels:
         """Read them; a revision that is no number is 0."""
         revision = one.labels.get(LABEL_REVISION, "")
         return cls(
@@ -68,14 +68,14 @@ class Labels:
         )
 
 
-def made_by_us(world: World, seen: Mapping[str, EngineContainer]) -> Iterator[EngineContainer]:
+def created_by_gpudock(world: World, seen: Mapping[str, EngineContainer]) -> Iterator[EngineContainer]:
     """Those that an operation of ours made.
 
     Labels alone do not prove that: whoever commits a container of ours and runs the image has them too, but not the
     name that goes with them.
     """
     for one in seen.values():
-        labels = Labels.of(one)
+        labels = EngineContainerLabels.of(one)
         if one.name == world.engine_name(labels.name, labels.operation_id):
             yield one
 

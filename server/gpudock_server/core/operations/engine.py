@@ -22,10 +22,10 @@ from typing import Any
 
 import structlog
 
-from gpudock_server.core.driver import Driver
-from gpudock_server.core.journal import Journal, Parked
-from gpudock_server.core.running import Running, Snapshot
-from gpudock_server.core.saga import COMMIT_STAGE, Saga
+from gpudock_server.core.operations.active_operation import ActiveOperation, OperationView
+from gpudock_server.core.operations.driver import Driver
+from gpudock_server.core.operations.journal import Journal, OperationSuspended
+from gpudock_server.core.operations.saga import COMMIT_STAGE, Saga
 from gpudock_server.errors import (
     ContainerBusy,
     ContainerExists,
@@ -77,9 +77,9 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 # won, so this bounds unfairness and not progress.
 _CONTENTION_TRIES = 64
 # How long an operation that is let go of has to put down what it holds.
-_LEAVING_SECONDS = 0.5
+_CANCEL_GRACE_SECONDS = 0.5
 # How often is looked for an operation that is still to be taken up.
-_TAKING_UP_SECONDS = 0.1
+_RESUME_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class Draft:
 
     kind: OperationKind
     target: ResourceRef
-    head: PutContainer | PutVolume
+    target_record: PutContainer | PutVolume
     arguments: JsonObject
     plan: OperationPlan
     # May know what is not recorded (a registry's password) and what a later process goes without.
@@ -107,9 +107,9 @@ class Draft:
     conditions: Sequence[StoreChange] = ()
 
     @property
-    def makes(self) -> bool:
+    def creates_target(self) -> bool:
         """Whether its target does not exist yet."""
-        return self.head.expect == 0
+        return self.target_record.expect == 0
 
 
 class Operations:
@@ -125,69 +125,69 @@ class Operations:
         self._store = store
         self._node = node
         self._build = build
-        self._running: dict[str, Running] = {}
+        self._running: dict[str, ActiveOperation] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._draining = asyncio.Event()
         self._driver = Driver(Journal(store, self._draining))
         # Those who lost a race take turns, so that in the end only other processes are raced. The first try is free:
         # a draft that waits for a slow engine must not hold up all others.
-        self._turn = asyncio.Lock()
+        self._retry_lock = asyncio.Lock()
         # Ids whose first transaction may be in the store while they have no task yet.
-        self._beginning: set[str] = set()
+        self._beginning_ids: set[str] = set()
         self._recovering = recovering
-        self._no_room: StoreFull | None = None
+        self._store_full: StoreFull | None = None
         # Set, and replaced by another, when an operation is resumed, when operations may begin, and when none may.
-        self._turning = asyncio.Event()
+        self._state_changed = asyncio.Event()
 
-    def open(self) -> None:
+    def allow_new_operations(self) -> None:
         """Let operations begin."""
         self._recovering = False
-        self._turn_over()
+        self._notify_state_change()
 
-    def _turn_over(self) -> None:
-        self._turning.set()
-        self._turning = asyncio.Event()
+    def _notify_state_change(self) -> None:
+        self._state_changed.set()
+        self._state_changed = asyncio.Event()
 
-    def recovery_waits(self, error: StoreFull | None) -> None:
+    def set_recovery_blocked(self, error: StoreFull | None) -> None:
         """The recovery waits for room in the store, for as long as that takes; None: no longer."""
-        self._no_room = error
+        self._store_full = error
 
-    def _why_not_recovered(self) -> GpudockError:
-        return StoreFull(self._no_room.detail) if self._no_room is not None else Recovering()
+    def _recovery_error(self) -> GpudockError:
+        return StoreFull(self._store_full.detail) if self._store_full is not None else Recovering()
 
     # -- beginning ---------------------------------------------------------------------------------------------------
 
     async def begin(
-        self, draft: Callable[[], Awaitable[Draft]], request: RequestKey | None, *, recovers: bool = False
+        self, draft: Callable[[], Awaitable[Draft]], request: RequestKey | None, *, during_recovery: bool = False
     ) -> str:
         """Make one durable operation of a draft and start it; its id.
 
         `draft` is asked again when what it picked was taken by someone else. With a `request` that was seen before,
         nothing begins and the first call's operation is named. Raises whatever `draft` raises, RequestIdReused,
         ContainerBusy, ContainerExists, StoreUnavailable, ShuttingDown; and Recovering, or StoreFull where the recovery
-        waits for room, unless it `recovers`: is part of
+        waits for room, unless `during_recovery`: is part of
         an operation that was resumed, or puts right what the first full pass has found.
         """
         for attempt in range(_CONTENTION_TRIES):
-            async with self._turn if attempt else nullcontext():
+            async with self._retry_lock if attempt else nullcontext():
                 if self._draining.is_set():
                     raise ShuttingDown
-                if (first := await self._first_call(request)) is not None:
+                if (first := await self._find_request(request)) is not None:
                     return first
-                if self._recovering and not recovers:
-                    raise self._why_not_recovered()
+                if self._recovering and not during_recovery:
+                    raise self._recovery_error()
                 try:
                     return await self._begin(await draft(), request)
                 except StoreConflict as conflict:
-                    self._explain(conflict)
+                    self._raise_conflict_error(conflict)
                 except GpudockError:
                     # Perhaps only because the same call, made twice at once, has just done what was asked.
-                    if (first := await self._first_call(request)) is not None:
+                    if (first := await self._find_request(request)) is not None:
                         return first
                     raise
         raise StoreUnavailable(detail="too many others take what this call picks")
 
-    async def _first_call(self, request: RequestKey | None) -> str | None:
+    async def _find_request(self, request: RequestKey | None) -> str | None:
         record = await self._store.request(request.id) if request is not None else None
         if request is None or record is None:
             return None
@@ -217,7 +217,7 @@ class Operations:
         if request is not None:
             changes.append(PutRequest(request.id, RequestRecord(operation_id=operation.id, digest=request.digest)))
         changes += [
-            draft.head,
+            draft.target_record,
             *(Lock(one.kind, one.name, operation.id) for one in operation.locked),
             *draft.conditions,
             *(
@@ -226,37 +226,37 @@ class Operations:
             ),
             PutOperation(operation, expect=0),
         ]
-        self._beginning.add(operation.id)
+        self._beginning_ids.add(operation.id)
         try:
             version = await self._store.apply(changes)
-            self._launch(Running(operation, version, saga, self._do_part))
+            self._launch(ActiveOperation(operation, version, saga, self._run_child))
         finally:
-            self._beginning.discard(operation.id)
+            self._beginning_ids.discard(operation.id)
         return operation.id
 
-    async def _do_part(self, whole: Operation, name: str, draft: Callable[[], Awaitable[Draft]]) -> None:
-        """See `Run.part`. What is part of an operation is found again by a request id that is made of that one's."""
+    async def _run_child(self, whole: Operation, name: str, draft: Callable[[], Awaitable[Draft]]) -> None:
+        """See `OperationRun.run_child`. The child is found again by a request id that is made of its parent's."""
         words = f"{whole.id}/{name}"
         try:
             key = RequestKey(str(uuid.uuid5(uuid.NAMESPACE_OID, words)), words)
-            part = await self.begin(draft, key, recovers=True)
+            part = await self.begin(draft, key, during_recovery=True)
         except ShuttingDown:
-            raise Parked from None
+            raise OperationSuspended from None
         while not (snapshot := await self.get(part)).operation.state.ended:
             if (running := self._running.get(part)) is not None:
                 changed = running.changed
                 self._running[whole.id].block(running.blocked)
-                await self._changed_or_parked(part, changed)
+                await self._wait_for_change(part, changed)
             else:
                 # After a restart the whole may be taken up before its part is.
-                await asyncio.sleep(_TAKING_UP_SECONDS)
+                await asyncio.sleep(_RESUME_POLL_SECONDS)
             if self._draining.is_set() and part not in self._tasks:
-                raise Parked
+                raise OperationSuspended
         self._running[whole.id].block(None)
-        raise_failure_of(snapshot.operation)
+        raise_operation_error(snapshot.operation)
 
     @staticmethod
-    def _explain(conflict: StoreConflict) -> None:
+    def _raise_conflict_error(conflict: StoreConflict) -> None:
         """Raise what a caller can act on; return where the draft is merely out of date."""
         match conflict.change:
             case Lock(kind=ResourceKind.VOLUME, name=name) | RequireUnlocked(kind=ResourceKind.VOLUME, name=name):
@@ -272,20 +272,20 @@ class Operations:
 
     # -- watching ----------------------------------------------------------------------------------------------------
 
-    async def get(self, operation_id: str) -> Snapshot:
+    async def get(self, operation_id: str) -> OperationView:
         """An operation as it is now. Raises OperationNotFound, StoreUnavailable."""
         if (running := self._running.get(operation_id)) is not None:
-            return running.snapshot
+            return running.view
         stored = await self._store.operation(operation_id)
         if stored is None:
             raise OperationNotFound(operation_id=operation_id)
-        return Snapshot(stored.value)
+        return OperationView(stored.value)
 
     async def list(self, *, page_size: int, page_token: str) -> Page[Operation]:
         """Operations of every node, as they are recorded."""
         return await self._store.operations(page_size=page_size, page_token=page_token)
 
-    async def watch(self, operation_id: str) -> AsyncGenerator[Snapshot, None]:
+    async def watch(self, operation_id: str) -> AsyncGenerator[OperationView, None]:
         """Full snapshots until the operation has ended; the last one is the ended one.
 
         A slow reader is given the latest and misses what is between. Raises ShuttingDown when this daemon stops first:
@@ -295,13 +295,13 @@ class Operations:
         while True:
             while (running := self._running.get(operation_id)) is not None:
                 changed = running.changed
-                snapshot = running.snapshot
+                snapshot = running.view
                 yield snapshot
                 if snapshot.operation.state.ended:
                     return
                 if running.blocked is not None:
                     raise OperationWaitsForRoom(running.blocked.detail, operation_id)
-                await self._changed_or_parked(operation_id, changed)
+                await self._wait_for_change(operation_id, changed)
             recovering = self._recovering
             snapshot = await self.get(operation_id)
             yield snapshot
@@ -311,14 +311,14 @@ class Operations:
                 raise ShuttingDown
             if not recovering:
                 raise RuntimeError(f"operation {operation_id} is stuck; its log says why")
-            await self._resumed(operation_id)
+            await self._wait_until_resumed(operation_id)
 
-    async def _resumed(self, operation_id: str) -> None:
+    async def _wait_until_resumed(self, operation_id: str) -> None:
         """Return when an operation is driven here, or would be if it was not over."""
         while self._recovering and operation_id not in self._running and not self._draining.is_set():
-            await self._turning.wait()
+            await self._state_changed.wait()
 
-    async def _changed_or_parked(self, operation_id: str, changed: asyncio.Event) -> None:
+    async def _wait_for_change(self, operation_id: str, changed: asyncio.Event) -> None:
         task = self._tasks.get(operation_id)
         if task is None:
             return
@@ -330,26 +330,26 @@ class Operations:
 
     async def result(self, operation_id: str) -> Result:
         """Wait for the end; what it left. Raises the error that it ended with, and what `watch` raises."""
-        return await self.outcome(await self._ended(operation_id))
+        return await self.result_of(await self._ended(operation_id))
 
     async def done(self, operation_id: str) -> None:
         """Wait for the end of what leaves nothing. Raises as `result`."""
-        raise_failure_of(await self._ended(operation_id))
+        raise_operation_error(await self._ended(operation_id))
 
     async def _ended(self, operation_id: str) -> Operation:
-        final: Snapshot | None = None
+        final: OperationView | None = None
         async for snapshot in self.watch(operation_id):
             final = snapshot
         if final is None:
             raise OperationNotFound(operation_id=operation_id)
         return final.operation
 
-    async def outcome(self, operation: Operation) -> Result:
+    async def result_of(self, operation: Operation) -> Result:
         """What an ended operation left. Raises the error that it ended with, OperationResultGone.
 
         Of what is no longer kept for want of room, the object as it is now is shown, as AIP-155 has it.
         """
-        raise_failure_of(operation)
+        raise_operation_error(operation)
         if operation.result is not None:
             return operation.result
         current: Container | Volume | None = None
@@ -365,7 +365,7 @@ class Operations:
 
     # -- cancelling --------------------------------------------------------------------------------------------------
 
-    async def cancel(self, operation_id: str) -> Snapshot:
+    async def cancel(self, operation_id: str) -> OperationView:
         """Ask for an operation to be undone; returns once that is recorded, while the undoing goes on.
 
         Raises OperationNotFound, OperationNotCancellable, WrongNode, Recovering, OperationWaitsForRoom, StoreFull.
@@ -375,9 +375,9 @@ class Operations:
             snapshot = await self.get(operation_id)
             if snapshot.operation.cancel_requested:
                 return snapshot
-            await self._must_be_here(snapshot.operation)
+            await self._require_own_node(snapshot.operation)
             if self._recovering and not snapshot.operation.state.ended:
-                raise self._why_not_recovered()
+                raise self._recovery_error()
             raise OperationNotCancellable(operation_id=operation_id, state=snapshot.operation.state.value)
         if not running.saga.cancellable:
             raise OperationNotCancellable(operation_id=operation_id, state=running.record.state.value)
@@ -386,7 +386,7 @@ class Operations:
             running.cancel_requested = True
             if running.step_task is not None:
                 running.step_task.cancel()
-            await self._changed_or_parked(operation_id, changed)
+            await self._wait_for_change(operation_id, changed)
             if operation_id not in self._tasks and not running.record.state.ended:
                 raise ShuttingDown
             if running.blocked is not None:
@@ -394,14 +394,14 @@ class Operations:
                 raise OperationWaitsForRoom(running.blocked.detail, operation_id)
         if not running.record.cancel_requested:
             raise OperationNotCancellable(operation_id=operation_id, state=running.record.state.value)
-        return running.snapshot
+        return running.view
 
-    async def _must_be_here(self, operation: Operation) -> None:
+    async def _require_own_node(self, operation: Operation) -> None:
         if operation.node == self._node or operation.state.ended:
             return
         nodes = await self._store.nodes()
         address = next((node.address for node in nodes if node.node == operation.node), "")
-        raise elsewhere(operation, address)
+        raise wrong_node_error(operation, address)
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -417,24 +417,24 @@ class Operations:
             if operation_id in self.driven or operation_id in but:
                 continue
             log.info("operation resumed", operation_id=operation_id, kind=current.value.kind.value)
-            self._launch(Running(current.value, current.version, self._build(current.value), self._do_part))
+            self._launch(ActiveOperation(current.value, current.version, self._build(current.value), self._run_child))
             taken.append(operation_id)
         return tuple(taken)
 
-    async def settle(self, operation_ids: Sequence[str]) -> None:
+    async def wait_until_ended(self, operation_ids: Sequence[str]) -> None:
         """Wait until these operations have ended or were left."""
         tasks = [self._tasks[operation_id] for operation_id in operation_ids if operation_id in self._tasks]
         if tasks:
             await asyncio.wait(tasks)
 
-    async def settle_short(self, operation_ids: Sequence[str]) -> None:
+    async def wait_until_ended_or_interruptible(self, operation_ids: Sequence[str]) -> None:
         """Wait until each of these operations has ended, was left, or is in an interruptible step."""
         while tasks := [
             self._tasks[operation_id]
             for operation_id in operation_ids
             if operation_id in self._tasks and not self._running[operation_id].in_interruptible_step
         ]:
-            await asyncio.wait(tasks, timeout=_TAKING_UP_SECONDS)
+            await asyncio.wait(tasks, timeout=_RESUME_POLL_SECONDS)
 
     @property
     def active(self) -> frozenset[str]:
@@ -444,7 +444,7 @@ class Operations:
     @property
     def driven(self) -> frozenset[str]:
         """Ids of those that are driven here, or are just being begun."""
-        return frozenset((*self._tasks, *self._beginning))
+        return frozenset((*self._tasks, *self._beginning_ids))
 
     async def drain(self, grace_seconds: float) -> None:
         """Take no new work, bring what runs to a recorded step within `grace_seconds`, then let go of it.
@@ -452,9 +452,9 @@ class Operations:
         Interruptible steps are left at once.
         """
         self._draining.set()
-        self._turn_over()
+        self._notify_state_change()
         for running in self._running.values():
-            running.leave_interruptible_step()
+            running.cancel_interruptible_step()
         tasks = list(self._tasks.values())
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=grace_seconds)
@@ -462,25 +462,25 @@ class Operations:
                 task.cancel()
             if late:
                 # What waits for the end of something in the engine leaves it when it is told a second time.
-                _, waiting = await asyncio.wait(late, timeout=_LEAVING_SECONDS)
+                _, waiting = await asyncio.wait(late, timeout=_CANCEL_GRACE_SECONDS)
                 for task in waiting:
                     task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
 
-    def _launch(self, running: Running) -> None:
+    def _launch(self, running: ActiveOperation) -> None:
         operation_id = running.record.id
         self._running[operation_id] = running
         task = asyncio.create_task(self._driver.run(running), name=f"operation {operation_id}")
         self._tasks[operation_id] = task
         task.add_done_callback(lambda _: self._forget(operation_id))
-        self._turn_over()
+        self._notify_state_change()
 
     def _forget(self, operation_id: str) -> None:
         self._tasks.pop(operation_id, None)
         self._running.pop(operation_id, None)
 
 
-def elsewhere(operation: Operation, address: str) -> WrongNode | VolumeOnOtherNode:
+def wrong_node_error(operation: Operation, address: str) -> WrongNode | VolumeOnOtherNode:
     """The error of an operation that another node runs."""
     target, node = operation.target, operation.node
     if target.kind is ResourceKind.VOLUME:
@@ -488,13 +488,13 @@ def elsewhere(operation: Operation, address: str) -> WrongNode | VolumeOnOtherNo
     return WrongNode(container=target.name, node=node, address=address)
 
 
-def planned(draft: Draft, node: str) -> Operation:
+def planned_operation(draft: Draft, node: str) -> Operation:
     """What a draft would do, with nothing done: an operation that is PLANNED and has no id."""
     moment = now()
     operation = Operation(
         id="",
         kind=draft.kind,
-        target=draft.target.model_copy(update={"uid": ""}) if draft.makes else draft.target,
+        target=draft.target.model_copy(update={"uid": ""}) if draft.creates_target else draft.target,
         node=node,
         state=OperationState.PLANNED,
         arguments=draft.arguments,
@@ -507,11 +507,11 @@ def planned(draft: Draft, node: str) -> Operation:
 
 def stages_of(saga: Saga[Any]) -> tuple[Stage, ...]:
     """The stages that a watcher sees: the steps, the point of no return, and what comes after it."""
-    names = [*(step.name for step in saga.steps), COMMIT_STAGE, *(step.name for step in saga.after)]
+    names = [*(step.name for step in saga.steps), COMMIT_STAGE, *(step.name for step in saga.cleanup_steps)]
     return tuple(Stage(name=name) for name in names)
 
 
-def raise_failure_of(operation: Operation) -> None:
+def raise_operation_error(operation: Operation) -> None:
     """Raise the error that an ended operation ended with, if any."""
     if operation.error is not None:
         raise OperationFailed(

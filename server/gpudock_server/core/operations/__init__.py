@@ -1,0 +1,1 @@
+"""The engine of every mutation: recorded operations, their sagas, and what drives them."""
