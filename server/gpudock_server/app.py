@@ -46,13 +46,13 @@ from gpudock_server.adapters.volumes import (
     check_versions,
 )
 from gpudock_server.core.adoption_rules import AdoptionRules
-from gpudock_server.core.allocation import Allocator
-from gpudock_server.core.containers import Containers, HistoryDefaults, ImageRules, World
-from gpudock_server.core.exec_sessions import ExecSessions
+from gpudock_server.core.containers import Containers, HistoryDefaults, ImagePolicy, World
+from gpudock_server.core.containers.retention import Retention
+from gpudock_server.core.exec.sessions import ExecSessions
 from gpudock_server.core.nodes import Nodes
 from gpudock_server.core.operations.engine import Operations
+from gpudock_server.core.placement.allocator import Allocator
 from gpudock_server.core.reconcile import DriftTracker, Reconciler
-from gpudock_server.core.retention import Retention
 from gpudock_server.core.saga_factory import saga_factory
 from gpudock_server.core.volumes import Storage, Volumes
 from gpudock_server.core.watches import Watches
@@ -282,7 +282,7 @@ async def _assemble(settings: Settings, wrappers: PortWrappers, stack: AsyncExit
         settle_seconds=settings.settle_period,
         start_watch_seconds=settings.start_watch_period,
         stop_seconds=settings.stop_timeout,
-        images=ImageRules(
+        images=ImagePolicy(
             replace_any=settings.commit_replace is CommitReplace.ANY,
             repositories=settings.commit_repositories,
             verify_access=settings.verify_image_access,

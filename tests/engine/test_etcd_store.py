@@ -18,7 +18,7 @@ from gpudock_server.adapters.etcd import (
 )
 from gpudock_server.adapters.etcd.keys import KeyRange, Keys
 from gpudock_server.adapters.etcd.listing import _token as list_token
-from gpudock_server.core.listings import everything
+from gpudock_server.core.listings import read_all_pages
 from gpudock_server.errors import InvalidArgument, RecordUnreadable, ResumeTokenExpired, StoreUnavailable
 from gpudock_server.model.claims import ClaimKey, GpuKey, PortKey
 from gpudock_server.model.image import ImageOrigin
@@ -394,11 +394,11 @@ async def test_a_listing_that_is_read_whole_while_etcd_is_compacted(
                 await connection._client.compact(version, physical=True)
         return page
 
-    assert [view.container.name for view in (await everything(compacted_behind_its_first_page)).items] == names
+    assert [view.container.name for view in (await read_all_pages(compacted_behind_its_first_page)).items] == names
     assert firsts == compactions + 1
     compactions = 1000
     with pytest.raises(StoreUnavailable, match="compacted"):
-        await everything(compacted_behind_its_first_page)
+        await read_all_pages(compacted_behind_its_first_page)
 
 
 # ---- expiry ----

@@ -17,11 +17,11 @@ from gpudock.v1.node_service_pb2_grpc import NodeServiceStub
 from gpudock.v1.operation_service_pb2_grpc import OperationServiceStub
 from gpudock.v1.volume_service_pb2_grpc import VolumeServiceStub
 from gpudock_server.adapters.host_paths import HostPathBinder
-from gpudock_server.core.allocation import Allocator
 from gpudock_server.core.containers import Containers, World
-from gpudock_server.core.exec_sessions import ExecSessions
+from gpudock_server.core.exec.sessions import ExecSessions
 from gpudock_server.core.nodes import Nodes
 from gpudock_server.core.operations.engine import Operations
+from gpudock_server.core.placement.allocator import Allocator
 from gpudock_server.core.reconcile import DriftTracker
 from gpudock_server.core.saga_factory import saga_factory
 from gpudock_server.core.volumes import Storage, Volumes

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from gpudock.v1 import container_pb2, exec_pb2, gpu_pb2, node_pb2, operation_pb2, port_pb2
-from gpudock_server.core.exec_sessions import Exited
+from gpudock_server.core.exec.sessions import Exited
 from gpudock_server.core.nodes import DiskUsage, HeldGpu, HeldPort, NodeView, VolumePool
 from gpudock_server.core.operations.active_operation import OperationView
 from gpudock_server.model.claims import ClaimTable, GpuKey, Holder, PortKey

@@ -7,11 +7,11 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gpudock_server.core.allocation import Allocator
 from gpudock_server.core.containers import Containers, World
 from gpudock_server.core.containers.commands import Command, Create
 from gpudock_server.core.operations.engine import Operations, RequestKey
-from gpudock_server.core.reconcile.images import sweep_images
+from gpudock_server.core.placement.allocator import Allocator
+from gpudock_server.core.reconcile.images import remove_unused_images
 from gpudock_server.core.saga_factory import saga_factory
 from gpudock_server.core.volumes import Storage, Volumes
 from gpudock_server.core.volumes import commands as volume_commands
@@ -93,7 +93,7 @@ class Desk:
         await self.operations.drain(0)
         self.begin()
         await self.operations.wait_until_ended(await self.operations.resume())
-        await sweep_images(self.world)
+        await remove_unused_images(self.world)
 
     async def start(self, command: Command | volume_commands.Command, request: RequestKey | None = None) -> str:
         """Begin what is asked for; the id of its operation."""

@@ -9,7 +9,8 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from gpudock_server.core.containers import clone, images, observation, stop, world
+from gpudock_server.core.containers import clone, images, stop, world
+from gpudock_server.core.containers import status as observation
 from gpudock_server.core.containers.commands import (
     Clone,
     Command,
@@ -26,7 +27,7 @@ from gpudock_server.core.containers.commands import (
     Update,
 )
 from gpudock_server.core.containers.engine_volumes import identity_of
-from gpudock_server.core.containers.images import ImageRules
+from gpudock_server.core.containers.images import ImagePolicy
 from gpudock_server.core.operations import journal
 from gpudock_server.core.operations.engine import Draft
 from gpudock_server.errors import ContainerExists, ContainerNotRunning, EngineRejected, ImageExists, ImageNameForbidden
@@ -159,7 +160,7 @@ async def test_a_name_that_is_taken_is_refused_with_what_can_be_done(desk: Desk)
 
 
 async def test_an_image_that_a_commit_replaced_has_its_name_again_when_the_commit_is_undone(desk: Desk) -> None:
-    desk.configure(images=ImageRules(replace_any=True))
+    desk.configure(images=ImagePolicy(replace_any=True))
     command = Commit("a", OTHER_IMAGE, replace=True)
     before, tag = desk.picture(), desk.engine.tag
 
@@ -177,7 +178,7 @@ async def test_an_image_that_a_commit_replaced_has_its_name_again_when_the_commi
 
 
 async def test_a_repository_of_a_registry_with_a_port_can_be_allowed(desk: Desk) -> None:
-    desk.configure(images=ImageRules(repositories=("registry.example:5000/team",)))
+    desk.configure(images=ImagePolicy(repositories=("registry.example:5000/team",)))
     await desk.must(Commit("a", "registry.example:5000/team/model:v1"))
     for other in ("registry.example:5000/other:v1", "registry.example:v1"):
         with pytest.raises(ImageNameForbidden) as refused:
@@ -415,7 +416,7 @@ async def test_what_somebody_else_has_started_is_stopped_and_says_why(desk: Desk
     view = await desk.world.store.container("a")
     assert view is not None
     desk.engine._set(desk.engine_id(), EngineState.RUNNING)
-    draft = stop.draft_against(desk.world, view, desk.seen(), "its cards are others' by now")
+    draft = stop.draft_enforced_stop(desk.world, view, desk.seen(), "its cards are others' by now")
 
     async def drafted() -> Draft:
         return draft

@@ -28,7 +28,7 @@ from gpudock_server.core.containers.commands import (
     Unpause,
     Update,
 )
-from gpudock_server.core.containers.images import ImageRules
+from gpudock_server.core.containers.images import ImagePolicy
 from gpudock_server.core.containers.world import HistoryDefaults
 from gpudock_server.core.volumes import commands as volume_commands
 from gpudock_server.errors import ContainerRecordLost, GpudockError
@@ -466,7 +466,7 @@ async def test_when_an_image_is_pulled(policy: PullPolicy, *, there: bool) -> No
 
 async def test_an_image_that_was_pulled_with_credentials_is_for_those_who_showed_some() -> None:
     desk = Desk()
-    desk.configure(images=ImageRules(verify_access=True))
+    desk.configure(images=ImagePolicy(verify_access=True))
     image_id = desk.engine.tags[IMAGE]
     desk.store.origins["gpu1", image_id] = ImageOrigin(
         node="gpu1", image_id=image_id, restricted=True, owners=("alice",), update_time=LONG_AGO
@@ -479,7 +479,7 @@ async def test_an_image_that_was_pulled_with_credentials_is_for_those_who_showed
     clone = Clone("b", "a", LABELLED, owner="bob")
     assert (await refusal(desk, clone)).metadata == {"image": IMAGE}
     await preview(desk, Clone("b", "a", LABELLED))
-    desk.configure(images=ImageRules())
+    desk.configure(images=ImagePolicy())
     await preview(desk, never)
 
 
@@ -531,9 +531,9 @@ async def test_the_plan_of_a_commit(desk: Desk) -> None:
 
 
 async def test_a_commit_takes_no_name_that_is_somebody_elses(desk: Desk) -> None:
-    desk.configure(images=ImageRules(repositories=("team",)))
+    desk.configure(images=ImagePolicy(repositories=("team",)))
     assert (await refusal(desk, Commit("a", "other:v1"))).reason == "IMAGE_NAME_FORBIDDEN"
-    desk.configure(images=ImageRules())
+    desk.configure(images=ImagePolicy())
     taken = await refusal(desk, Commit("a", OTHER_IMAGE))
     assert taken.reason == "IMAGE_EXISTS"
     assert taken.metadata["image"] == OTHER_IMAGE
@@ -545,7 +545,7 @@ async def test_a_commit_takes_no_name_that_is_somebody_elses(desk: Desk) -> None
     assert desk.engine.tags["team/model:v1"] != first
     desk.store.put(desk.head().changed(owner="bob"))
     assert (await refusal(desk, Commit("a", "team/model:v1"))).reason == "IMAGE_EXISTS"
-    desk.configure(images=ImageRules(replace_any=True))
+    desk.configure(images=ImagePolicy(replace_any=True))
     assert (await refusal(desk, Commit("a", "team/model:v1"))).reason == "IMAGE_EXISTS"
     await preview(desk, Commit("a", "team/model:v1", replace=True))
 

@@ -24,7 +24,7 @@ from gpudock_server.core.containers.commands import (
     Stop,
     Update,
 )
-from gpudock_server.core.containers.depth import MOST_CARRIED, MOST_LAYERS, is_deep
+from gpudock_server.core.containers.layer_images import MAX_LAYERS, MAX_LAYERS_ABOVE_BASE, needs_flattening
 from gpudock_server.core.operations import journal
 from gpudock_server.core.volumes import commands as volume_commands
 from gpudock_server.errors import (
@@ -404,14 +404,14 @@ async def test_one_whose_engine_container_is_gone_is_brought_back_or_begins_anew
 @pytest.mark.parametrize(
     ("layers", "base", "deep"),
     [
-        (MOST_LAYERS - 1, MOST_LAYERS - 2, False),
-        (MOST_LAYERS, MOST_LAYERS - 1, True),
-        (MOST_CARRIED + 1, 1, False),
-        (MOST_CARRIED + 2, 1, True),
+        (MAX_LAYERS - 1, MAX_LAYERS - 2, False),
+        (MAX_LAYERS, MAX_LAYERS - 1, True),
+        (MAX_LAYERS_ABOVE_BASE + 1, 1, False),
+        (MAX_LAYERS_ABOVE_BASE + 2, 1, True),
     ],
 )
 def test_when_an_image_is_squashed(layers: int, base: int, *, deep: bool) -> None:
-    assert is_deep(layers, base) is deep
+    assert needs_flattening(layers, base) is deep
 
 
 async def carried_often(desk: Desk, times: int) -> int:
@@ -425,18 +425,18 @@ async def carried_often(desk: Desk, times: int) -> int:
 
 async def test_an_image_that_gets_too_deep_is_squashed_onto_the_users(desk: Desk) -> None:
     desk.keep(keep_revisions=2)
-    assert await carried_often(desk, MOST_CARRIED) == MOST_CARRIED + 1
+    assert await carried_often(desk, MAX_LAYERS_ABOVE_BASE) == MAX_LAYERS_ABOVE_BASE + 1
     await desk.must(Update("a", FieldChange("env", {"B": ""})))
     image = desk.engine.images[desk.seen().image_id]
     assert len(image.layers) == 2
     assert image.layers[0] == desk.engine.images[desk.engine.tags[IMAGE]].layers[0]
     assert image.config == IMAGE
-    assert desk.files() == OF_A | {f"file {number}" for number in range(MOST_CARRIED)}
+    assert desk.files() == OF_A | {f"file {number}" for number in range(MAX_LAYERS_ABOVE_BASE)}
     assert desk.head().engine.base_depth == 1  # type: ignore[union-attr]  # it exists
 
 
 async def test_one_that_cannot_be_squashed_stays_deep(desk: Desk) -> None:
-    await carried_often(desk, MOST_CARRIED)
+    await carried_often(desk, MAX_LAYERS_ABOVE_BASE)
 
     async def refused(*_: object, **__: object) -> str:
         raise DiskFull(path="/", needed_bytes=2, available_bytes=1)
@@ -444,8 +444,8 @@ async def test_one_that_cannot_be_squashed_stays_deep(desk: Desk) -> None:
     desk.engine.flatten = refused  # type: ignore[method-assign]  # this call alone differs
     operation = await desk.do(Update("a", FieldChange("env", {"B": ""})))
     assert operation.state is OperationState.SUCCEEDED
-    assert operation.message.startswith(f"its {MOST_CARRIED + 2} layers were not made fewer: ")
-    assert len(desk.engine.images[desk.seen().image_id].layers) == MOST_CARRIED + 2
+    assert operation.message.startswith(f"its {MAX_LAYERS_ABOVE_BASE + 2} layers were not made fewer: ")
+    assert len(desk.engine.images[desk.seen().image_id].layers) == MAX_LAYERS_ABOVE_BASE + 2
 
 
 async def test_an_engine_that_gives_no_other_config_carries_with_its_own(desk: Desk) -> None:
@@ -472,7 +472,7 @@ async def test_files_cannot_be_grafted_from_an_image_that_is_not_there(desk: Des
 
 
 async def test_a_pull_that_does_not_move_fails_and_says_since_when(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_QUIET_SECONDS", 0.02)
+    monkeypatch.setattr(images, "_STALL_NOTICE_SECONDS", 0.02)
     desk = Desk()
 
     async def stuck(_name: str, _auth: RegistryAuth | None, progress: Progress) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from gpudock_server.core.containers.images import ImageNames, ImageRules
+from gpudock_server.core.containers.images import ImageNameLocks, ImagePolicy
 from gpudock_server.errors import ImageExists, ImageNameForbidden
 from gpudock_server.model.image import familiar_reference
 
@@ -47,7 +47,7 @@ def test_two_spellings_of_a_name_are_equal(reference: str, familiar: str) -> Non
     ],
 )
 def test_repositories(repositories: tuple[str, ...], owner: str, repository: str, *, allowed: bool) -> None:
-    rules = ImageRules(repositories=repositories)
+    rules = ImagePolicy(repositories=repositories)
     if allowed:
         rules.require_allowed(repository, owner)
     else:
@@ -56,12 +56,12 @@ def test_repositories(repositories: tuple[str, ...], owner: str, repository: str
 
 
 async def test_a_name_is_not_given_while_it_is_pulled() -> None:
-    names = ImageNames()
-    async with names.pulling("busybox"), names.pulling("busybox"):
+    names = ImageNameLocks()
+    async with names.pull_lock("busybox"), names.pull_lock("busybox"):
         with pytest.raises(ImageExists):
-            async with names.naming("docker.io/library/busybox:latest"):
+            async with names.commit_lock("docker.io/library/busybox:latest"):
                 raise AssertionError
-        async with names.naming("other"):
+        async with names.commit_lock("other"):
             pass
-    async with names.naming("busybox"):
+    async with names.commit_lock("busybox"):
         pass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import pytest
-from gpudock_server.core.containers.past import History
+from gpudock_server.core.containers.operation_history import OperationHistory
 from gpudock_server.core.reconcile.orphans import OrphanAction, OrphanClassifier
 from gpudock_server.core.reconcile.records import ContainerRecords
 from gpudock_server.model.container import Container, ContainerState, ContainerStatus, EngineBinding, Placement
@@ -128,7 +128,7 @@ def test_the_table(row: Row) -> None:
     operations = {row.operation.id: row.operation} if row.operation else {}
     evidence = OrphanClassifier(
         records=ContainerRecords(views, unreadable),
-        history=History(operations, frozenset({UID} if row.deleted else ())),
+        history=OperationHistory(operations, frozenset({UID} if row.deleted else ())),
         unfinished={OPERATION} if row.at_work else set(),
         seen={"new", *({"old"} if row.old_stands else ())},
     )

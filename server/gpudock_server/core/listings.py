@@ -10,9 +10,9 @@ from gpudock_server.ports import Page
 
 T = TypeVar("T")
 
-_PAGE = 500
+_PAGE_SIZE = 500
 # Somebody who compacts the store more often than this within one reading does nothing else.
-_TRIES = 10
+_MAX_READS = 10
 
 
 class ListRequest(Protocol[T]):
@@ -23,13 +23,13 @@ class ListRequest(Protocol[T]):
         ...
 
 
-async def everything(listing: ListRequest[T]) -> Page[T]:
+async def read_all_pages(listing: ListRequest[T]) -> Page[T]:
     """The whole listing as one page.
 
     etcd may be compacted between two pages, and then no longer has the moment of the first: the listing is read again
     from its beginning. Raises StoreUnavailable.
     """
-    for _ in range(_TRIES):
+    for _ in range(_MAX_READS):
         try:
             pages = [page async for page in _pages(listing)]
         except ResumeTokenExpired:
@@ -39,13 +39,13 @@ async def everything(listing: ListRequest[T]) -> Page[T]:
             next_token="",
             unreadable=tuple(one for page in pages for one in page.unreadable),
         )
-    raise StoreUnavailable(detail=f"it was compacted {_TRIES} times in a row while a listing was read")
+    raise StoreUnavailable(detail=f"it was compacted {_MAX_READS} times in a row while a listing was read")
 
 
 async def _pages(listing: ListRequest[T]) -> AsyncIterator[Page[T]]:
     token = ""
     while True:
-        page = await listing(page_size=_PAGE, page_token=token)
+        page = await listing(page_size=_PAGE_SIZE, page_token=token)
         yield page
         token = page.next_token
         if not token:

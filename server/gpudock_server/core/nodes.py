@@ -23,7 +23,7 @@ from gpudock_server.ports import GpuInventory, StoreUsage
 T = TypeVar("T")
 
 # What has not answered by then does not answer, as far as a look at the node goes.
-_LOOK_SECONDS = 3.0
+_PROBE_TIMEOUT_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +134,10 @@ class Nodes:
         await self.check(name)
         world = self._world
         (engine, engine_error), (store_version, store_error), (claims, claims_error), (usage, _) = await asyncio.gather(
-            _or_error(world.engine.info()),
-            _or_error(world.store.ping()),
-            _or_error(world.store.claims(world.host)),
-            _or_error(world.store.usage()),
+            _value_or_error(world.engine.info()),
+            _value_or_error(world.store.ping()),
+            _value_or_error(world.store.claims(world.host)),
+            _value_or_error(world.store.usage()),
         )
         engine = self._engine = engine or self._engine
         return NodeView(
@@ -160,7 +160,7 @@ class Nodes:
 
     async def _volume_pool(self) -> VolumePool | None:
         storage = self._storage
-        usage, _ = await _or_error(storage.pool())
+        usage, _ = await _value_or_error(storage.pool())
         return VolumePool(storage.path, usage, storage.overcommit) if usage else None
 
     async def gpus(self, name: str) -> tuple[HeldGpu, ...]:
@@ -178,12 +178,12 @@ class Nodes:
         return tuple(sorted(held, key=lambda port: (port.key.port, port.key.protocol)))
 
 
-async def _or_error(call: Awaitable[T]) -> tuple[T | None, str]:
+async def _value_or_error(call: Awaitable[T]) -> tuple[T | None, str]:
     try:
-        async with asyncio.timeout(_LOOK_SECONDS):
+        async with asyncio.timeout(_PROBE_TIMEOUT_SECONDS):
             return await call, ""
     except TimeoutError:
-        return None, f"it has not answered within {_LOOK_SECONDS:g} s"
+        return None, f"it has not answered within {_PROBE_TIMEOUT_SECONDS:g} s"
     except GpudockError as error:
         return None, error.message
 

@@ -16,7 +16,7 @@ from gpudock_server.ports import ContainerView, Store, StoreEvent, VolumeDetails
 T = TypeVar("T")
 
 
-class Tidings(StrEnum):
+class ChangeType(StrEnum):
     """What is told of an object."""
 
     ADDED = "added"
@@ -25,14 +25,14 @@ class Tidings(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Told(Generic[T]):
-    """Something that happened, or a checkpoint, which has neither `tidings` nor `item`. `token` goes on behind it.
+class WatchEvent(Generic[T]):
+    """Something that happened, or a checkpoint, which has neither `change_type` nor `item`. `token` goes on behind it.
 
     `item` is what the object became; of one that was deleted, or is no longer wanted, what it was.
     """
 
     token: str
-    tidings: Tidings | None = None
+    change_type: ChangeType | None = None
     item: T | None = None
     list_complete: bool = False
 
@@ -45,40 +45,40 @@ class Watches:
 
     def __init__(self, store: Store, *, checkpoint_seconds: float) -> None:
         self._store = store
-        self._quiet_seconds = checkpoint_seconds / 2
+        self._idle_seconds = checkpoint_seconds / 2
         self._draining = asyncio.Event()
 
     def containers(
         self, wanted: Callable[[ContainerView], bool], *, token: str, listing: bool
-    ) -> AsyncGenerator[Told[ContainerView], None]:
+    ) -> AsyncGenerator[WatchEvent[ContainerView], None]:
         """Containers that are `wanted`, as they begin to be, change and cease to be, behind `token` or from now on.
 
         `listing` shows first, without a token, those that are there. Raises ResumeTokenExpired, InvalidArgument
         (resume_token), StoreUnavailable, ShuttingDown.
         """
-        return self._tell(self._store.watch_containers(token=token, listing=listing), wanted)
+        return self._watch_stream(self._store.watch_containers(token=token, listing=listing), wanted)
 
     def volumes(
         self, wanted: Callable[[VolumeDetails], bool], *, token: str, listing: bool
-    ) -> AsyncGenerator[Told[VolumeDetails], None]:
+    ) -> AsyncGenerator[WatchEvent[VolumeDetails], None]:
         """Volumes that are `wanted`, and who mounts them; otherwise like `containers`."""
-        return self._tell(self._store.watch_volumes(token=token, listing=listing), wanted)
+        return self._watch_stream(self._store.watch_volumes(token=token, listing=listing), wanted)
 
     def drain(self) -> None:
         """End every watch, and begin none: with their tokens they go on elsewhere, or later."""
         self._draining.set()
 
-    async def _tell(
+    async def _watch_stream(
         self, seen: AsyncGenerator[StoreEvent[T], None], wanted: Callable[[T], bool]
-    ) -> AsyncGenerator[Told[T], None]:
+    ) -> AsyncGenerator[WatchEvent[T], None]:
         # So that the first one is told, which says that the watch has begun.
-        spoken = time.monotonic() - self._quiet_seconds
+        last_sent = time.monotonic() - self._idle_seconds
         async with aclosing(seen):
             while True:
-                told = _told(await self._next(seen), wanted)
-                if told.tidings or told.list_complete or time.monotonic() - spoken >= self._quiet_seconds:
+                told = _watch_event(await self._next(seen), wanted)
+                if told.change_type or told.list_complete or time.monotonic() - last_sent >= self._idle_seconds:
                     yield told
-                    spoken = time.monotonic()
+                    last_sent = time.monotonic()
 
     async def _next(self, seen: AsyncGenerator[StoreEvent[T], None]) -> StoreEvent[T]:
         """What the store sees next, unless this daemon shuts down first."""
@@ -100,12 +100,12 @@ class Watches:
                 await asyncio.wait((following,))
 
 
-def _told(seen: StoreEvent[T], wanted: Callable[[T], bool]) -> Told[T]:
+def _watch_event(seen: StoreEvent[T], wanted: Callable[[T], bool]) -> WatchEvent[T]:
     """What of it is told to a caller who wants only some."""
     before = seen.before if seen.before is not None and wanted(seen.before) else None
     after = seen.after if seen.after is not None and wanted(seen.after) else None
     if after is not None:
-        return Told(seen.token, Tidings.MODIFIED if before is not None else Tidings.ADDED, after)
+        return WatchEvent(seen.token, ChangeType.MODIFIED if before is not None else ChangeType.ADDED, after)
     if before is not None:
-        return Told(seen.token, Tidings.DELETED, before)
-    return Told(seen.token, list_complete=seen.list_complete)
+        return WatchEvent(seen.token, ChangeType.DELETED, before)
+    return WatchEvent(seen.token, list_complete=seen.list_complete)

@@ -18,7 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from gpudock_server.core.containers import Containers
-from gpudock_server.core.exec_sessions import ExecSessions
+from gpudock_server.core.exec.sessions import ExecSessions
 from gpudock_server.core.nodes import Nodes
 from gpudock_server.core.operations.engine import Operations
 from gpudock_server.core.reconcile import DriftTracker

@@ -1,6 +1,6 @@
 """Containers: what can be asked of them, and the saga behind each request.
 
-`commands` names the requests. Each is drafted by the module of its name (start, restart and scale share `transition`),
+`commands` names the requests. Each is drafted by the module of its name (start, restart and scale share `lifecycle`),
 which checks it, picks cards and ports, and says what it will do; the saga it builds does it.
 """
 
@@ -15,13 +15,13 @@ from gpudock_server.core.containers import (
     create,
     delete,
     history,
+    lifecycle,
     pause,
     rollback,
     stop,
-    transition,
     update,
 )
-from gpudock_server.core.containers.change import ChangeSaga
+from gpudock_server.core.containers.change_saga import ChangeSaga
 from gpudock_server.core.containers.clone import CloneSaga
 from gpudock_server.core.containers.commands import (
     Clone,
@@ -43,7 +43,7 @@ from gpudock_server.core.containers.commit import CommitSaga
 from gpudock_server.core.containers.create import CreateSaga
 from gpudock_server.core.containers.delete import DeleteSaga
 from gpudock_server.core.containers.history import DeleteRevisionSaga, find_revision
-from gpudock_server.core.containers.images import ImageRules
+from gpudock_server.core.containers.images import ImagePolicy
 from gpudock_server.core.containers.pause import PauseSaga
 from gpudock_server.core.containers.stop import StopSaga
 from gpudock_server.core.containers.world import HistoryDefaults, World
@@ -55,7 +55,7 @@ from gpudock_server.model.engine import HostCapacity
 from gpudock_server.model.operation import Operation, OperationKind
 from gpudock_server.ports import ContainerView, Page, RevisionView
 
-__all__ = ["Containers", "HistoryDefaults", "ImageRules", "World", "build_saga"]
+__all__ = ["Containers", "HistoryDefaults", "ImagePolicy", "World", "build_saga"]
 
 
 def build_saga(world: World, operation: Operation) -> Saga[Any]:  # noqa: PLR0911 - one case for each kind of operation
@@ -145,9 +145,9 @@ class Containers:
 
 _DRAFTERS: dict[type, Callable[[World, Any], Awaitable[Draft]]] = {
     Create: create.draft,
-    Start: transition.draft_start,
-    Restart: transition.draft_restart,
-    Scale: transition.draft_scale,
+    Start: lifecycle.draft_start,
+    Restart: lifecycle.draft_restart,
+    Scale: lifecycle.draft_scale,
     Update: update.draft_update,
     Rollback: rollback.draft_rollback,
     Clone: clone.draft,

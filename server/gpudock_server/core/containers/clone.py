@@ -26,29 +26,33 @@ from enum import StrEnum
 
 from typing_extensions import override
 
-from gpudock_server.core.allocation import Wish
 from gpudock_server.core.containers.commands import Clone
 from gpudock_server.core.containers.create import (
     VERIFY_STAGE,
     anonymous_volumes,
+    engine_container_labels,
     exit_code_of_start,
-    labels_of,
     remove_with_volumes,
 )
-from gpudock_server.core.containers.depth import carry_image, committed, layer_image, remove_carried
-from gpudock_server.core.containers.gone import is_gone, refuse_if_gone
-from gpudock_server.core.containers.history import find_revision
+from gpudock_server.core.containers.history import find_revision, is_gone, refuse_if_gone
 from gpudock_server.core.containers.images import may_use, require_user_in_files
-from gpudock_server.core.containers.keeping import IMAGE_STAGE
+from gpudock_server.core.containers.layer_images import (
+    commit_raw_image,
+    layer_image_name,
+    make_layer_image,
+    remove_layer_images,
+)
+from gpudock_server.core.containers.ledger import write_ledger_entry
 from gpudock_server.core.containers.limits import check_limits
-from gpudock_server.core.containers.mounting import check_mounts, engine_volumes, stay
-from gpudock_server.core.containers.observation import after_start, observed
-from gpudock_server.core.containers.past import refuse_if_unrecorded
-from gpudock_server.core.containers.remembering import remember
+from gpudock_server.core.containers.mounts import check_mounts, ensure_engine_volumes, require_unchanged
+from gpudock_server.core.containers.operation_history import refuse_if_record_lost
 from gpudock_server.core.containers.saga import ContainerSaga
+from gpudock_server.core.containers.snapshots import IMAGE_STAGE
+from gpudock_server.core.containers.status import observed_status, status_after_start
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.engine import Draft
 from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
+from gpudock_server.core.placement.allocator import AllocationRequest
 from gpudock_server.errors import (
     ContainerExists,
     ContainerNotRunning,
@@ -84,7 +88,7 @@ from gpudock_server.model.store_changes import (
 from gpudock_server.ports import ContainerView
 
 
-class Origin(StrEnum):
+class CloneOrigin(StrEnum):
     """Where the files come from: the source as it is, by copy or as an image, or what was kept of a revision."""
 
     MIRROR = "MIRROR"
@@ -93,22 +97,22 @@ class Origin(StrEnum):
     IMAGE = "IMAGE"
 
 
-_CARRIED_BY = {
-    Origin.MIRROR: LayerTransferMethod.COPY,
-    Origin.COMMIT: LayerTransferMethod.COMMIT,
-    Origin.TREE: LayerTransferMethod.COPY,
-    Origin.IMAGE: LayerTransferMethod.NONE,
+_TRANSFER_METHODS = {
+    CloneOrigin.MIRROR: LayerTransferMethod.COPY,
+    CloneOrigin.COMMIT: LayerTransferMethod.COMMIT,
+    CloneOrigin.TREE: LayerTransferMethod.COPY,
+    CloneOrigin.IMAGE: LayerTransferMethod.NONE,
 }
 
 
-class Files(Record):
+class CloneFiles(Record):
     """The files of the clone. `image_id` is what they lie on, `base_image_id` the image that the source's user named.
 
     `source` is what serves the source, where its files of now are taken, and is frozen while they must be still if
     `freeze` says so; else `revision` is whose files were kept.
     """
 
-    origin: Origin
+    origin: CloneOrigin
     image_id: str
     base_image_id: str
     source: EngineBinding | None = None
@@ -123,7 +127,7 @@ class CloneArguments(Record):
     """What the saga needs to be built again. `verify` is as in CreateArguments."""
 
     source: ResourceRef
-    files: Files
+    files: CloneFiles
     spec: ContainerSpec
     placement: Placement
     start: bool
@@ -135,10 +139,10 @@ async def draft(world: World, command: Clone) -> Draft:
     """Check that it can be made, find its files, and pick what it would be given."""
     if await world.store.container(command.name) is not None:
         raise ContainerExists(container=command.name)
-    await refuse_if_unrecorded(world, command.name)
+    await refuse_if_record_lost(world, command.name)
     view = await world.lookup(command.source)
     source = view.container
-    found, files = await _found(world, source, command.revision)
+    found, files = await _spec_and_files(world, source, command.revision)
     owner = command.owner or source.owner
     if owner != source.owner and not await may_use(world, files.base_image_id, owner):
         # The same words as for an image that is not there: another owner's images are not told.
@@ -149,7 +153,7 @@ async def draft(world: World, command: Clone) -> Draft:
     check_limits(world.limits, spec)
     volumes = await check_mounts(world, spec.mounts)
     clone_uid = str(uuid.uuid4())
-    proposal = await world.allocator.propose(Wish(uid=clone_uid, gpus=spec.gpus, ports=spec.ports))
+    allocation = await world.allocator.allocate(AllocationRequest(uid=clone_uid, gpus=spec.gpus, ports=spec.ports))
     moment = now()
     container = Container(
         name=command.name,
@@ -159,7 +163,7 @@ async def draft(world: World, command: Clone) -> Draft:
         generation=1,
         revision=0,
         spec=spec,
-        status=ContainerStatus(state=ContainerState.CREATING, placement=proposal.placement, holds_resources=True),
+        status=ContainerStatus(state=ContainerState.CREATING, placement=allocation.placement, holds_resources=True),
         create_time=moment,
         update_time=moment,
     )
@@ -167,7 +171,7 @@ async def draft(world: World, command: Clone) -> Draft:
         source=source.target,
         files=files,
         spec=spec,
-        placement=proposal.placement,
+        placement=allocation.placement,
         start=not command.create_only,
         verify=not command.create_only and world.watches_starts,
         owner=container.owner,
@@ -178,25 +182,25 @@ async def draft(world: World, command: Clone) -> Draft:
         target_record=PutContainer(container, expect=0),
         arguments=arguments.model_dump(mode="json"),
         plan=OperationPlan(
-            placement=proposal.placement,
-            claimed_gpu_uuids=proposal.placement.gpu_uuids,
-            claimed_ports=proposal.placement.ports,
+            placement=allocation.placement,
+            claimed_gpu_uuids=allocation.placement.gpu_uuids,
+            claimed_ports=allocation.placement.ports,
             bytes_to_move=files.bytes_to_move,
             bytes_available=files.bytes_available,
-            carry_method=_CARRIED_BY[files.origin],
+            carry_method=_TRANSFER_METHODS[files.origin],
             old_spec=found,
             new_spec=spec,
-            warnings=(*files.warnings, *_left_behind(source, spec)),
+            warnings=(*files.warnings, *_anonymous_volume_warnings(source, spec)),
         ),
-        claims=[Claim(world.host, key, world.holder(container)) for key in proposal.to_claim],
+        claims=[Claim(world.host, key, world.holder(container)) for key in allocation.to_claim],
         locks=(source.target,),
         # It must be as it was read: another operation may have come and gone before the lock is taken.
-        conditions=(PutContainer(source, expect=view.version), *stay(volumes)),
+        conditions=(PutContainer(source, expect=view.version), *require_unchanged(volumes)),
         build=lambda operation: CloneSaga(world, operation),
     )
 
 
-def _left_behind(source: Container, spec: ContainerSpec) -> tuple[str, ...]:
+def _anonymous_volume_warnings(source: Container, spec: ContainerSpec) -> tuple[str, ...]:
     volumes = source.engine.anonymous_volumes if source.engine else {}
     targets = anonymous_volumes(spec, volumes)
     return tuple(
@@ -205,12 +209,12 @@ def _left_behind(source: Container, spec: ContainerSpec) -> tuple[str, ...]:
     )
 
 
-async def _found(world: World, source: Container, revision: int) -> tuple[ContainerSpec, Files]:
+async def _spec_and_files(world: World, source: Container, revision: int) -> tuple[ContainerSpec, CloneFiles]:
     """The spec and the files of a revision; 0 and the current one are the source as it is."""
     gone = source.status.state is ContainerState.FAILED and await is_gone(world, source)
     revision = revision or source.revision
     if revision == source.revision and not gone:
-        return source.spec, await _files_of_now(world, source)
+        return source.spec, await _current_files(world, source)
     found = await find_revision(world, source, revision)
     if found.snapshot is None:
         if revision == source.revision:
@@ -219,8 +223,8 @@ async def _found(world: World, source: Container, revision: int) -> tuple[Contai
     if await world.engine.image(found.snapshot.image_id) is None:
         raise ImageNotFound(image=f"{found.revision.spec.image} ({found.snapshot.image_id})")
     as_tree = found.snapshot.kind is SnapshotKind.TREE
-    return found.revision.spec, Files(
-        origin=Origin.TREE if as_tree else Origin.IMAGE,
+    return found.revision.spec, CloneFiles(
+        origin=CloneOrigin.TREE if as_tree else CloneOrigin.IMAGE,
         image_id=found.snapshot.image_id,
         base_image_id=found.revision.image_id,
         revision=revision,
@@ -228,7 +232,7 @@ async def _found(world: World, source: Container, revision: int) -> tuple[Contai
     )
 
 
-async def _files_of_now(world: World, source: Container) -> Files:
+async def _current_files(world: World, source: Container) -> CloneFiles:
     engine = source.engine
     seen = await world.engine.inspect(engine.engine_id) if engine is not None else None
     if engine is None or seen is None:
@@ -237,8 +241,8 @@ async def _files_of_now(world: World, source: Container) -> Files:
             state=source.status.state.value,
             needs="its files of now are lost; clone one of its revisions",
         )
-    files = Files(
-        origin=Origin.COMMIT,
+    files = CloneFiles(
+        origin=CloneOrigin.COMMIT,
         image_id=engine.image_id,
         base_image_id=engine.user_image_id,
         source=engine,
@@ -262,7 +266,7 @@ async def _files_of_now(world: World, source: Container) -> Files:
         raise SnapshotFailed(detail=f"the source's layer is too large to be copied: {cost.too_large}")
     return files.model_copy(
         update={
-            "origin": Origin.MIRROR,
+            "origin": CloneOrigin.MIRROR,
             "bytes_to_move": cost.bytes_to_copy,
             "bytes_available": cost.bytes_available,
         }
@@ -287,44 +291,44 @@ class CloneSaga(ContainerSaga):
         start = (Step("start", self._start),) if self._arguments.start else ()
         if self._arguments.verify:
             start = (*start, Step(VERIFY_STAGE, self._verify))
-        if self._files.origin is Origin.COMMIT:
-            return (Step(IMAGE_STAGE, self._snapshot, self._thaw_and_drop), create, *start)
-        own_name = (Step("name", self._name, self._drop_name),) if self._needs_own_name else ()
-        return (*own_name, create, *self._bringing_files, *start)
+        if self._files.origin is CloneOrigin.COMMIT:
+            return (Step(IMAGE_STAGE, self._snapshot, self._thaw_and_remove_images), create, *start)
+        own_name = (Step("name", self._tag_image, self._untag_image),) if self._needs_own_tag else ()
+        return (*own_name, create, *self._file_steps, *start)
 
     @property
-    def _bringing_files(self) -> tuple[Step, ...]:
+    def _file_steps(self) -> tuple[Step, ...]:
         match self._files.origin:
-            case Origin.MIRROR:
+            case CloneOrigin.MIRROR:
                 return (Step("gather", self._gather, interruptible=True), Step("complete", self._complete, self._thaw))
-            case Origin.TREE:
+            case CloneOrigin.TREE:
                 return (Step("restore", self._restore, interruptible=True),)
-            case Origin.COMMIT | Origin.IMAGE:
+            case CloneOrigin.COMMIT | CloneOrigin.IMAGE:
                 return ()
 
     @property
-    def _needs_own_name(self) -> bool:
+    def _needs_own_tag(self) -> bool:
         """Whether the image is one that goes when its owner, the source, has no more use for it."""
         return self._files.image_id != self._files.base_image_id
 
     # -- the image ---------------------------------------------------------------------------------------------------
 
     async def _snapshot(self, run: OperationRun) -> JsonObject:
-        world, engine = self._world, self._engine_of_source()
-        if await world.engine.image(layer_image(run.operation)) is None:
-            async with self._still(run):
-                await committed(world, run.operation, engine.engine_id)
-        return (await carry_image(world, run, engine)).facts
+        world, engine = self._world, self._source_binding()
+        if await world.engine.image(layer_image_name(run.operation)) is None:
+            async with self._frozen_source(run):
+                await commit_raw_image(world, run.operation, engine.engine_id)
+        return (await make_layer_image(world, run, engine)).facts
 
-    async def _thaw_and_drop(self, run: OperationRun) -> None:
+    async def _thaw_and_remove_images(self, run: OperationRun) -> None:
         await self._thaw(run)
-        await remove_carried(self._world, run.operation)
+        await remove_layer_images(self._world, run.operation)
 
-    async def _name(self, run: OperationRun) -> None:
-        await self._world.engine.tag(self._files.image_id, layer_image(run.operation))
+    async def _tag_image(self, run: OperationRun) -> None:
+        await self._world.engine.tag(self._files.image_id, layer_image_name(run.operation))
 
-    async def _drop_name(self, run: OperationRun) -> None:
-        await self._world.engine.remove_image(layer_image(run.operation))
+    async def _untag_image(self, run: OperationRun) -> None:
+        await self._world.engine.remove_image(layer_image_name(run.operation))
 
     # -- the clone ---------------------------------------------------------------------------------------------------
 
@@ -339,8 +343,8 @@ class CloneSaga(ContainerSaga):
                 spec=spec,
                 placement=self._arguments.placement,
                 hostname=spec.hostname or operation.target.name,
-                labels=labels_of(operation, 1, self._arguments.owner),
-                mounted=await engine_volumes(world, spec.mounts),
+                labels=engine_container_labels(operation, 1, self._arguments.owner),
+                mounted=await ensure_engine_volumes(world, spec.mounts),
             )
         )
         return {"engine_id": engine_id, "engine_name": name, "image_id": image_id}
@@ -349,33 +353,36 @@ class CloneSaga(ContainerSaga):
         await remove_with_volumes(self._world, run.operation)
 
     async def _start(self, run: OperationRun) -> None:
-        await self._world.start(_made(run), self._arguments.spec)
+        await self._world.start(_clone_engine_id(run), self._arguments.spec)
 
     async def _verify(self, run: OperationRun) -> JsonObject:
-        return {"exit_code": await self._world.end_of_start(_made(run), self._world.start_watch_seconds)}
+        return {"exit_code": await self._world.end_of_start(_clone_engine_id(run), self._world.start_watch_seconds)}
 
     # -- its files ---------------------------------------------------------------------------------------------------
 
     async def _restore(self, run: OperationRun) -> None:
         key = SnapshotKey(uid=self._arguments.source.uid, revision=self._files.revision)
-        await self._world.snapshots.restore(key, await self._seen(_made(run)), run.progress)
+        await self._world.snapshots.restore(key, await self._inspect(_clone_engine_id(run)), run.progress)
 
     async def _gather(self, run: OperationRun) -> None:
         await self._mirror(run, still=False)
 
     async def _complete(self, run: OperationRun) -> None:
-        async with self._still(run):
+        async with self._frozen_source(run):
             await self._mirror(run, still=True)
 
     async def _mirror(self, run: OperationRun, *, still: bool) -> None:
-        source, clone = await self._seen(self._engine_of_source().engine_id), await self._seen(_made(run))
+        source, clone = (
+            await self._inspect(self._source_binding().engine_id),
+            await self._inspect(_clone_engine_id(run)),
+        )
         await self._world.snapshots.mirror(source, clone, run.operation.id, still=still, progress=run.progress)
 
     @asynccontextmanager
-    async def _still(self, run: OperationRun) -> AsyncIterator[None]:
+    async def _frozen_source(self, run: OperationRun) -> AsyncIterator[None]:
         """The source frozen, if it has to be. All of it is one step, so that it waits for no record meanwhile."""
         if self._files.freeze:
-            await self._world.freeze((await self._seen(self._engine_of_source().engine_id)).id)
+            await self._world.freeze((await self._inspect(self._source_binding().engine_id)).id)
         try:
             yield
         finally:
@@ -384,16 +391,16 @@ class CloneSaga(ContainerSaga):
     async def _thaw(self, _run: OperationRun) -> None:
         if not self._files.freeze:
             return
-        seen = await self._world.engine.inspect(self._engine_of_source().engine_id)
+        seen = await self._world.engine.inspect(self._source_binding().engine_id)
         if seen is not None and seen.state is EngineState.PAUSED:
             await self._world.engine.unpause(seen.id)
 
-    def _engine_of_source(self) -> EngineBinding:
+    def _source_binding(self) -> EngineBinding:
         if self._files.source is None:
             raise SnapshotFailed(detail="the source has nothing that serves it")
         return self._files.source
 
-    async def _seen(self, engine_id: str) -> EngineContainer:
+    async def _inspect(self, engine_id: str) -> EngineContainer:
         seen = await self._world.engine.inspect(engine_id)
         if seen is None:
             raise SnapshotFailed(detail=f"engine container {engine_id[:12]} is gone")
@@ -408,9 +415,9 @@ class CloneSaga(ContainerSaga):
         container = view.container.changed(engine=binding, revision=1, update_time=now())
         seen = await world.engine.inspect(binding.engine_id)
         if arguments.start:
-            status = after_start(container, seen, exit_code_of_start(run.operation))
+            status = status_after_start(container, seen, exit_code_of_start(run.operation))
         else:
-            status = observed(container, seen)
+            status = observed_status(container, seen)
         container = container.changed(status=status)
         revision = ContainerRevision(
             container=container.name,
@@ -423,20 +430,20 @@ class CloneSaga(ContainerSaga):
             create_time=now(),
             operation_id=run.operation.id,
         )
-        await remember(world, container, revision)
+        await write_ledger_entry(world, container, revision)
         holder = world.holder(container)
         changes: list[StoreChange] = [
             PutContainer(container, expect=view.version),
             PutRevision(revision),
             *(ConfirmClaim(world.host, key, holder) for key in claim_keys(arguments.placement)),
-            *await self._source_as_it_is(),
+            *await self._source_changes(),
         ]
         return Outcome(changes, container)
 
     async def _binding(self, run: OperationRun) -> EngineBinding:
         arguments, facts = self._arguments, run.operation.facts("create")
-        seen = await self._seen(str(facts["engine_id"]))
-        owns_image = self._needs_own_name or self._files.origin is Origin.COMMIT
+        seen = await self._inspect(str(facts["engine_id"]))
+        owns_image = self._needs_own_tag or self._files.origin is CloneOrigin.COMMIT
         return EngineBinding(
             engine_id=seen.id,
             engine_name=str(facts["engine_name"]),
@@ -445,7 +452,7 @@ class CloneSaga(ContainerSaga):
             placement=arguments.placement,
             fixed_digest=arguments.spec.fixed_digest,
             anonymous_volumes=anonymous_volumes(arguments.spec, seen.volumes),
-            layer_images=(layer_image(run.operation),) if owns_image else (),
+            layer_images=(layer_image_name(run.operation),) if owns_image else (),
             base_depth=self._base_depth(run.operation),
         )
 
@@ -460,21 +467,21 @@ class CloneSaga(ContainerSaga):
         return [
             DeleteContainer(view.container.name, view.container.uid, expect=view.version),
             *(ReleaseClaim(self._world.host, key, view.container.uid) for key in claim_keys(self._arguments.placement)),
-            *await self._source_as_it_is(),
+            *await self._source_changes(),
         ]
 
-    async def _source_as_it_is(self) -> list[StoreChange]:
+    async def _source_changes(self) -> list[StoreChange]:
         """What its engine container did meanwhile: nobody looks at one that is locked."""
         view = await self._world.store.container(self._arguments.source.name)
         if view is None or view.container.uid != self._arguments.source.uid or view.container.engine is None:
             return []
         source = view.container
         seen = await self._world.engine.inspect(view.container.engine.engine_id)
-        status = observed(source, seen) if seen is not None else source.status
+        status = observed_status(source, seen) if seen is not None else source.status
         if status == source.status:
             return []
         return [PutContainer(source.changed(status=status, update_time=now()), expect=view.version)]
 
 
-def _made(run: OperationRun) -> str:
+def _clone_engine_id(run: OperationRun) -> str:
     return str(run.operation.facts("create")["engine_id"])

@@ -22,10 +22,10 @@ from collections.abc import Sequence
 from typing_extensions import override
 
 from gpudock_server.core.containers.commands import Commit
-from gpudock_server.core.containers.depth import raw_image
-from gpudock_server.core.containers.images import CommitName, committed_origin, replaceable
-from gpudock_server.core.containers.observation import observed
+from gpudock_server.core.containers.images import CommitName, committed_origin, find_replaceable_image
+from gpudock_server.core.containers.layer_images import raw_image_name
 from gpudock_server.core.containers.saga import ContainerSaga
+from gpudock_server.core.containers.status import observed_status
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.engine import Draft
 from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
@@ -49,11 +49,11 @@ from gpudock_server.sizes import size_text
 
 _NOT_FOUND = 404
 # Image files of so many bytes more than the layer has are not worth a warning.
-_FEW_BYTES = 16 << 20
+_MIN_SPARSE_BYTES = 16 << 20
 # Seconds that a freeze and a thaw take and that the last pass of a copy takes for each file, and how fast an engine
 # writes an image; measured on a machine with two slow cores.
-_LEAST_FREEZE = 0.1
-_FREEZE_PER_ENTRY = 20e-6
+_MIN_FREEZE_SECONDS = 0.1
+_FREEZE_SECONDS_PER_ENTRY = 20e-6
 _ENGINE_BYTES_PER_SECOND = 60e6
 
 
@@ -88,7 +88,7 @@ async def draft(world: World, command: Commit) -> Draft:
         needs = "its files of now are lost; commit a clone of one of its revisions"
         raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
     world.images.require_allowed(command.reference.rpartition(":")[0], container.owner)
-    await replaceable(world, CommitName(command.reference, container.owner, command.replace))
+    await find_replaceable_image(world, CommitName(command.reference, container.owner, command.replace))
     cost = await world.layers.commit_cost(seen)
     freeze = command.pause and state is ContainerState.RUNNING
     copy = await _copy_plan(world, seen, cost) if freeze else _CopyPlan(shadow=False)
@@ -117,7 +117,7 @@ async def draft(world: World, command: Commit) -> Draft:
             kept_gpu_uuids=container.status.placement.gpu_uuids,
             bytes_to_move=cost.apparent_bytes + copy.bytes_to_copy,
             bytes_available=cost.bytes_available,
-            warnings=(*cost.warnings, *_holes(cost), *copy.warnings),
+            warnings=(*cost.warnings, *_sparse_file_warnings(cost), *copy.warnings),
             apparent_bytes=cost.apparent_bytes,
             allocated_bytes=cost.allocated_bytes,
             expected_freeze_seconds=_freeze_seconds(cost, shadow=copy.shadow) if freeze else None,
@@ -155,8 +155,8 @@ async def _copy_plan(world: World, seen: EngineContainer, cost: CommitCost) -> _
     return _CopyPlan(shadow=False, warnings=(warning,))
 
 
-def _holes(cost: CommitCost) -> tuple[str, ...]:
-    if cost.apparent_bytes - cost.allocated_bytes <= max(_FEW_BYTES, cost.allocated_bytes // 10):
+def _sparse_file_warnings(cost: CommitCost) -> tuple[str, ...]:
+    if cost.apparent_bytes - cost.allocated_bytes <= max(_MIN_SPARSE_BYTES, cost.allocated_bytes // 10):
         return ()
     sizes = f"{size_text(cost.allocated_bytes)} on the disk and {size_text(cost.apparent_bytes)} in the image"
     return (f"files with holes take {sizes}: the engine writes holes out as zeros",)
@@ -164,15 +164,15 @@ def _holes(cost: CommitCost) -> tuple[str, ...]:
 
 def _freeze_seconds(cost: CommitCost, *, shadow: bool) -> float | None:
     if shadow:
-        return _LEAST_FREEZE + cost.entries * _FREEZE_PER_ENTRY
-    return _LEAST_FREEZE + cost.apparent_bytes / _ENGINE_BYTES_PER_SECOND if cost.measured else None
+        return _MIN_FREEZE_SECONDS + cost.entries * _FREEZE_SECONDS_PER_ENTRY
+    return _MIN_FREEZE_SECONDS + cost.apparent_bytes / _ENGINE_BYTES_PER_SECOND if cost.measured else None
 
 
 def _shadow_name(operation: Operation) -> str:
     return f"commit-{operation.target.uid[:8]}"
 
 
-def commit_image(operation: Operation) -> str:
+def committed_image_name(operation: Operation) -> str:
     """The image's name until it is given the one that was asked for."""
     return f"gpudock/commit:{operation.id}"
 
@@ -191,17 +191,17 @@ class CommitSaga(ContainerSaga):
         if self._arguments.shadow:
             before: tuple[Step, ...] = (
                 Step("copy-files", self._copy, self._remove_shadow, interruptible=True),
-                Step("difference", self._difference, self._thaw),
+                Step("difference", self._copy_difference, self._thaw),
             )
         else:
             before = (Step("freeze", self._freeze, self._thaw),) if self._arguments.freeze else ()
         thaw = (Step("thaw", self._thaw),) if self._arguments.freeze and not self._arguments.shadow else ()
         return (
             *before,
-            Step("commit-files", self._commit, self._remove_raw),
+            Step("commit-files", self._commit_files, self._remove_raw),
             *thaw,
             Step("image", self._image, self._remove_image),
-            Step("tag", self._tag, self._give_tag_back),
+            Step("tag", self._tag, self._restore_tag),
         )
 
     @property
@@ -226,7 +226,7 @@ class CommitSaga(ContainerSaga):
         await self._mirror(run, shadow_id, still=False)
         return {"shadow_id": shadow_id}
 
-    async def _difference(self, run: OperationRun) -> None:
+    async def _copy_difference(self, run: OperationRun) -> None:
         """Frozen for what has changed since. All of it is one step, so that it waits for no record meanwhile."""
         await self._freeze(run)
         try:
@@ -235,7 +235,7 @@ class CommitSaga(ContainerSaga):
             await self._thaw(run)
 
     async def _mirror(self, run: OperationRun, shadow_id: str, *, still: bool) -> None:
-        source, shadow = await self._seen(), await self._world.engine.inspect(shadow_id)
+        source, shadow = await self._inspect(), await self._world.engine.inspect(shadow_id)
         if source is None or shadow is None:
             gone = self._arguments.engine_id if source is None else shadow_id
             raise SnapshotFailed(detail=f"engine container {gone[:12]} is gone")
@@ -255,14 +255,14 @@ class CommitSaga(ContainerSaga):
 
     async def _thaw(self, _run: OperationRun) -> None:
         # It ran when this began, and nobody else may freeze it while this is at work.
-        if (seen := await self._seen()) and seen.state is EngineState.PAUSED:
+        if (seen := await self._inspect()) and seen.state is EngineState.PAUSED:
             await self._world.engine.unpause(self._arguments.engine_id)
 
-    async def _seen(self) -> EngineContainer | None:
+    async def _inspect(self) -> EngineContainer | None:
         return await self._world.engine.inspect(self._arguments.engine_id)
 
-    async def _commit(self, run: OperationRun) -> JsonObject:
-        arguments, world, reference = self._arguments, self._world, raw_image(run.operation)
+    async def _commit_files(self, run: OperationRun) -> JsonObject:
+        arguments, world, reference = self._arguments, self._world, raw_image_name(run.operation)
         if (made := await world.engine.image(reference)) is not None:
             return {"image_id": made.id}
         total = arguments.total_bytes
@@ -287,43 +287,43 @@ class CommitSaga(ContainerSaga):
         return {"image_id": image_id}
 
     async def _remove_raw(self, run: OperationRun) -> None:
-        await self._world.engine.remove_image(raw_image(run.operation))
+        await self._world.engine.remove_image(raw_image_name(run.operation))
 
     # -- the image ---------------------------------------------------------------------------------------------------
 
     async def _image(self, run: OperationRun) -> JsonObject:
-        engine, reference = self._world.engine, commit_image(run.operation)
+        engine, reference = self._world.engine, committed_image_name(run.operation)
         if await engine.image(reference) is None:
             committed = str(run.operation.facts("commit-files")["image_id"])
             await engine.strip_identity(committed, self._arguments.base_id, reference)
-        image = await self._made(reference)
-        replaced = await replaceable(self._world, self._name)
+        image = await self._require_image(reference)
+        replaced = await find_replaceable_image(self._world, self._name)
         return {"image_id": image.id, "size_bytes": image.size_bytes, "replaced": replaced}
 
     @property
     def _name(self) -> CommitName:
         return CommitName(self._arguments.reference, self._arguments.owner, self._arguments.replace)
 
-    async def _made(self, reference: str) -> EngineImage:
+    async def _require_image(self, reference: str) -> EngineImage:
         image = await self._world.engine.image(reference)
         if image is None:
             raise EngineRejected(call="show an image", status=_NOT_FOUND, detail=f"{reference}, just made, is gone")
         return image
 
     async def _remove_image(self, run: OperationRun) -> None:
-        await self._world.engine.remove_image(commit_image(run.operation))
+        await self._world.engine.remove_image(committed_image_name(run.operation))
 
     async def _tag(self, run: OperationRun) -> None:
         engine, reference, facts = self._world.engine, self._arguments.reference, run.operation.facts("image")
         image_id = str(facts["image_id"])
-        async with self._world.images.names.naming(reference):
+        async with self._world.images.names.commit_lock(reference):
             named = await engine.image(reference)
             # An undo gives the name back to what is recorded here, so nothing else may lose it.
             if (named.id if named else "") not in (facts["replaced"], image_id):
                 raise ImageExists(image=reference, detail="another image was given the name meanwhile")
             await engine.tag(image_id, reference)
 
-    async def _give_tag_back(self, run: OperationRun) -> None:
+    async def _restore_tag(self, run: OperationRun) -> None:
         engine, reference = self._world.engine, self._arguments.reference
         facts = run.operation.facts("image")
         named = await engine.image(reference)
@@ -354,13 +354,13 @@ class CommitSaga(ContainerSaga):
             create_time=now(),
         )
         origin = committed_origin(self._world, image.image_id, self._name)
-        return Outcome([*await self._as_seen(view), origin], image)
+        return Outcome([*await self._status_changes(view), origin], image)
 
     @override
     async def failure_changes(self, run: OperationRun, view: ContainerView) -> Sequence[StoreChange]:
-        return await self._as_seen(view)
+        return await self._status_changes(view)
 
-    async def _as_seen(self, view: ContainerView) -> Sequence[StoreChange]:
+    async def _status_changes(self, view: ContainerView) -> Sequence[StoreChange]:
         # It was frozen and thawed meanwhile, and may have ended; nothing else has changed.
-        container = view.container.changed(status=observed(view.container, await self._seen()))
+        container = view.container.changed(status=observed_status(view.container, await self._inspect()))
         return [PutContainer(container, expect=view.version)]

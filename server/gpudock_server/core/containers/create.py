@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from typing_extensions import override
 
-from gpudock_server.core.allocation import Wish
 from gpudock_server.core.containers.commands import Create
 from gpudock_server.core.containers.images import (
     Pull,
@@ -16,15 +15,16 @@ from gpudock_server.core.containers.images import (
     require_user,
     restrict_after_failed_pull,
 )
+from gpudock_server.core.containers.ledger import write_ledger_entry
 from gpudock_server.core.containers.limits import check_limits
-from gpudock_server.core.containers.mounting import check_mounts, engine_volumes, stay
-from gpudock_server.core.containers.observation import after_start, observed
-from gpudock_server.core.containers.past import refuse_if_unrecorded
-from gpudock_server.core.containers.remembering import remember
+from gpudock_server.core.containers.mounts import check_mounts, ensure_engine_volumes, require_unchanged
+from gpudock_server.core.containers.operation_history import refuse_if_record_lost
 from gpudock_server.core.containers.saga import ContainerSaga
+from gpudock_server.core.containers.status import observed_status, status_after_start
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.engine import Draft
 from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
+from gpudock_server.core.placement.allocator import AllocationRequest
 from gpudock_server.errors import ContainerExists, ImageNotFound
 from gpudock_server.model.claims import claim_keys
 from gpudock_server.model.container import (
@@ -86,13 +86,15 @@ async def draft(world: World, command: Create) -> Draft:
     """Check that it can be made, and pick what it would be given."""
     if await world.store.container(command.name) is not None:
         raise ContainerExists(container=command.name)
-    await refuse_if_unrecorded(world, command.name)
+    await refuse_if_record_lost(world, command.name)
     check_limits(world.limits, command.spec)
     volumes = await check_mounts(world, command.spec.mounts)
     choice = await choose_image(world, command.spec.image, command.pull_policy, command.owner)
     await require_user(world, choice.image_id, command.spec.image, command.spec.user)
     uid = str(uuid.uuid4())
-    proposal = await world.allocator.propose(Wish(uid=uid, gpus=command.spec.gpus, ports=command.spec.ports))
+    allocation = await world.allocator.allocate(
+        AllocationRequest(uid=uid, gpus=command.spec.gpus, ports=command.spec.ports)
+    )
     moment = now()
     container = Container(
         name=command.name,
@@ -102,13 +104,13 @@ async def draft(world: World, command: Create) -> Draft:
         generation=1,
         revision=0,
         spec=command.spec,
-        status=ContainerStatus(state=ContainerState.CREATING, placement=proposal.placement, holds_resources=True),
+        status=ContainerStatus(state=ContainerState.CREATING, placement=allocation.placement, holds_resources=True),
         create_time=moment,
         update_time=moment,
     )
     arguments = CreateArguments(
         spec=command.spec,
-        placement=proposal.placement,
+        placement=allocation.placement,
         image_id=choice.image_id,
         start=not command.create_only,
         verify=not command.create_only and world.watches_starts,
@@ -123,12 +125,12 @@ async def draft(world: World, command: Create) -> Draft:
         target_record=PutContainer(container, expect=0),
         arguments=arguments.model_dump(mode="json"),
         plan=OperationPlan(
-            placement=proposal.placement,
-            claimed_gpu_uuids=proposal.placement.gpu_uuids,
-            claimed_ports=proposal.placement.ports,
+            placement=allocation.placement,
+            claimed_gpu_uuids=allocation.placement.gpu_uuids,
+            claimed_ports=allocation.placement.ports,
         ),
-        claims=[Claim(world.host, key, world.holder(container)) for key in proposal.to_claim],
-        conditions=stay(volumes),
+        claims=[Claim(world.host, key, world.holder(container)) for key in allocation.to_claim],
+        conditions=require_unchanged(volumes),
         build=lambda operation: CreateSaga(world, operation, command.registry_auth),
     )
 
@@ -139,7 +141,7 @@ def exit_code_of_start(operation: Operation) -> int | None:
     return code if isinstance(code, int) else None
 
 
-def labels_of(operation: Operation, revision: int, owner: str = "") -> dict[str, str]:
+def engine_container_labels(operation: Operation, revision: int, owner: str = "") -> dict[str, str]:
     """What marks an engine container as ours, made by `operation`; and, with its spec, what makes up its record."""
     return {
         LABEL_UID: operation.target.uid,
@@ -166,7 +168,7 @@ class CreateSaga(ContainerSaga):
     def steps(self) -> tuple[Step, ...]:
         steps = [Step("create", self._create, self._remove)]
         if not self._arguments.image_id:
-            steps.insert(0, Step("pull", self._pull, self._restrict, interruptible=True))
+            steps.insert(0, Step("pull", self._pull, self._restrict_image, interruptible=True))
         if self._arguments.start:
             steps.append(Step("start", self._start))
         if self._arguments.verify:
@@ -174,7 +176,7 @@ class CreateSaga(ContainerSaga):
         return tuple(steps)
 
     @property
-    def _to_pull(self) -> Pull:
+    def _image_pull(self) -> Pull:
         return Pull(
             self._spec.image,
             self._arguments.owner,
@@ -185,10 +187,10 @@ class CreateSaga(ContainerSaga):
         )
 
     async def _pull(self, run: OperationRun) -> JsonObject:
-        return {"image_id": (await pull_image(self._world, run, self._to_pull)).id}
+        return {"image_id": (await pull_image(self._world, run, self._image_pull)).id}
 
-    async def _restrict(self, _run: OperationRun) -> None:
-        await restrict_after_failed_pull(self._world, self._to_pull)
+    async def _restrict_image(self, _run: OperationRun) -> None:
+        await restrict_after_failed_pull(self._world, self._image_pull)
 
     async def _create(self, run: OperationRun) -> JsonObject:
         world, operation = self._world, run.operation
@@ -201,8 +203,8 @@ class CreateSaga(ContainerSaga):
                 spec=self._spec,
                 placement=self._arguments.placement,
                 hostname=self._spec.hostname or operation.target.name,
-                labels=labels_of(operation, 1, self._arguments.owner),
-                mounted=await engine_volumes(world, self._spec.mounts),
+                labels=engine_container_labels(operation, 1, self._arguments.owner),
+                mounted=await ensure_engine_volumes(world, self._spec.mounts),
             )
         )
         return {"engine_id": engine_id, "engine_name": name, "image_id": image_id}
@@ -243,9 +245,9 @@ class CreateSaga(ContainerSaga):
         )
         container = view.container.changed(engine=binding, revision=1, update_time=now())
         if arguments.start:
-            status = after_start(container, seen, exit_code_of_start(run.operation))
+            status = status_after_start(container, seen, exit_code_of_start(run.operation))
         else:
-            status = observed(container, seen)
+            status = observed_status(container, seen)
         container = container.changed(status=status)
         revision = ContainerRevision(
             container=container.name,
@@ -258,7 +260,7 @@ class CreateSaga(ContainerSaga):
             create_time=now(),
             operation_id=run.operation.id,
         )
-        await remember(world, container, revision)
+        await write_ledger_entry(world, container, revision)
         holder = world.holder(container)
         changes: list[StoreChange] = [
             PutContainer(container, expect=view.version),

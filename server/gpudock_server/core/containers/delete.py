@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing_extensions import override
 
 from gpudock_server.core.containers.commands import Delete
-from gpudock_server.core.containers.observation import observed
 from gpudock_server.core.containers.saga import ContainerSaga
+from gpudock_server.core.containers.status import observed_status
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.engine import Draft
 from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
@@ -95,5 +95,5 @@ class DeleteSaga(ContainerSaga):
         container = view.container
         if self._arguments.engine is not None:
             seen = await self._world.engine.inspect(self._arguments.engine.engine_id)
-            container = container.changed(status=observed(container, seen), update_time=now())
+            container = container.changed(status=observed_status(container, seen), update_time=now())
         return [PutContainer(container, expect=view.version)]

@@ -38,7 +38,7 @@ def identity_of(found: EngineVolume) -> VolumeIdentity | None:
         return None
 
 
-async def ensure(world: World, volume: Volume) -> str:
+async def ensure_engine_volume(world: World, volume: Volume) -> str:
     """The name of the engine volume that leads to a volume's files.
 
     One that was removed outside gpudock is made again where the files are in a store of gpudock's. Raises VolumeFailed
@@ -49,7 +49,7 @@ async def ensure(world: World, volume: Volume) -> str:
         raise VolumeFailed(volume=volume.name, call="mount", detail=f"it is {volume.state}")
     found = await world.engine.inspect_volume(backing.engine_volume)
     if found is not None:
-        _require_harmless(volume, found)
+        _require_no_hazard(volume, found)
         return backing.engine_volume
     if backing.kind is VolumeBackendKind.PLAIN:
         detail = (
@@ -65,29 +65,29 @@ async def ensure(world: World, volume: Volume) -> str:
     return backing.engine_volume
 
 
-async def require_all_harmless(world: World, volumes: Iterable[Volume]) -> None:
+async def require_no_hazards(world: World, volumes: Iterable[Volume]) -> None:
     """Raises VolumeFailed where one of them is a part of the host: an older version let such be adopted."""
     for volume in volumes:
         if volume.backing is not None and volume.backing.kind is VolumeBackendKind.PLAIN:
             found = await world.engine.inspect_volume(volume.backing.engine_volume)
             if found is not None:
-                _require_harmless(volume, found)
+                _require_no_hazard(volume, found)
 
 
-def _require_harmless(volume: Volume, found: EngineVolume) -> None:
+def _require_no_hazard(volume: Volume, found: EngineVolume) -> None:
     # Of the other kinds the options are gpudock's own.
     if found.hazard and volume.backing is not None and volume.backing.kind is VolumeBackendKind.PLAIN:
         detail = f"engine volume {found.name}: {found.hazard}; mount it as a host path below allowed_host_paths"
         raise VolumeFailed(volume=volume.name, call="mount", detail=detail)
 
 
-def check_same(
+def require_same_engine_volumes(
     container: str, seen: EngineContainer, had: Sequence[Mount], wanted: Sequence[Mount], volumes: Iterable[Volume]
 ) -> None:
     """Raises VolumeDiffers where a volume that stays mounted would be another engine volume than it is now."""
     by_name = {volume.name: volume.backing.engine_volume for volume in volumes if volume.backing}
     staying = {mount.volume for mount in wanted if mount.volume}
-    for name, engine_volume in mounted_as(seen, had).items():
+    for name, engine_volume in mounted_engine_volumes(seen, had).items():
         recorded = by_name.get(name, engine_volume)
         if name in staying and recorded != engine_volume:
             raise VolumeDiffers(
@@ -95,7 +95,7 @@ def check_same(
             )
 
 
-def mounted_as(seen: EngineContainer, mounts: Sequence[Mount]) -> Mapping[str, str]:
+def mounted_engine_volumes(seen: EngineContainer, mounts: Sequence[Mount]) -> Mapping[str, str]:
     """Volume -> the engine volume that an engine container has mounted for it."""
     return {
         mount.volume: seen.volumes[mount.target] for mount in mounts if mount.volume and mount.target in seen.volumes

@@ -1,7 +1,5 @@
 """Revisions of a container: showing them, deleting one, and pruning those that its policy no longer keeps."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -12,9 +10,9 @@ from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.engine import Draft
 from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
-from gpudock_server.errors import RevisionIsCurrent, RevisionNotFound
+from gpudock_server.errors import ContainerGone, RevisionIsCurrent, RevisionNotFound
 from gpudock_server.model import store_changes
-from gpudock_server.model.container import Container
+from gpudock_server.model.container import Container, ContainerState
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import Record, now
 from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind
@@ -23,7 +21,7 @@ from gpudock_server.model.store_changes import PutContainer, StoreChange
 from gpudock_server.ports import ContainerView, RevisionView
 
 # How many numbers an error lists of what there is instead.
-_NEAREST = 10
+_MAX_LISTED = 10
 
 
 class HistoryLimits(Record):
@@ -33,14 +31,14 @@ class HistoryLimits(Record):
     keep_for: timedelta | None
 
 
-def limits_of(world: World, spec: ContainerSpec) -> HistoryLimits:
+def history_limits(world: World, spec: ContainerSpec) -> HistoryLimits:
     """A container's own word, else the node's."""
     policy, node = spec.revision_policy, world.history
     ages = timedelta(seconds=node.keep_seconds) if node.keep_seconds else None
     return HistoryLimits(keep_revisions=policy.keep_revisions or node.keep_revisions, keep_for=policy.keep_for or ages)
 
 
-def surplus(history: Sequence[RevisionView], limits: HistoryLimits) -> tuple[RevisionView, ...]:
+def prunable_revisions(history: Sequence[RevisionView], limits: HistoryLimits) -> tuple[RevisionView, ...]:
     """What is to be pruned of a history (oldest first, the last one current), oldest first."""
     moment = now()
     replaced = [later.revision.create_time for later in history[1:]]
@@ -57,20 +55,20 @@ async def find_revision(world: World, container: Container, number: int) -> Revi
     found = await world.store.revision(container.uid, number)
     if found is None:
         history = await world.store.history(container.uid)
-        newest = [str(one.revision.revision) for one in reversed(history)][:_NEAREST]
+        newest = [str(one.revision.revision) for one in reversed(history)][:_MAX_LISTED]
         raise RevisionNotFound(container=container.name, revision=number, available=tuple(newest))
     return found
 
 
 async def prune(world: World, uid: str, spec: ContainerSpec) -> None:
     """Let go of what the policy no longer keeps. The caller has the container locked. May be repeated."""
-    for view in surplus(await world.store.history(uid), limits_of(world, spec)):
-        await drop_files(world, uid, view.revision.revision, view.snapshot)
+    for view in prunable_revisions(await world.store.history(uid), history_limits(world, spec)):
+        await delete_revision_files(world, uid, view.revision.revision, view.snapshot)
         # The record goes last, so that what is left of an interrupted removal is found again.
         await world.store.apply([store_changes.DeleteRevision(uid, view.revision.revision)])
 
 
-async def drop_files(world: World, uid: str, revision: int, snapshot: Snapshot | None) -> None:
+async def delete_revision_files(world: World, uid: str, revision: int, snapshot: Snapshot | None) -> None:
     """Remove what was kept of a revision on the disk or in the engine. May be repeated."""
     if snapshot is not None and snapshot.kind is SnapshotKind.IMAGE:
         await world.engine.remove_image(snapshot.reference)
@@ -122,7 +120,7 @@ class DeleteRevisionSaga(ContainerSaga):
 
     async def _remove(self, run: OperationRun) -> None:
         arguments = self._arguments
-        await drop_files(self._world, run.operation.target.uid, arguments.revision, arguments.snapshot)
+        await delete_revision_files(self._world, run.operation.target.uid, arguments.revision, arguments.snapshot)
 
     @override
     async def success_changes(self, run: OperationRun, view: ContainerView) -> Outcome:
@@ -132,3 +130,21 @@ class DeleteRevisionSaga(ContainerSaga):
     @override
     async def failure_changes(self, run: OperationRun, view: ContainerView) -> Sequence[StoreChange]:
         return ()
+
+
+async def is_gone(world: World, container: Container) -> bool:
+    """Whether the engine has nothing of a container any more."""
+    return container.engine is None or await world.engine.inspect(container.engine.engine_id) is None
+
+
+async def refuse_if_gone(world: World, container: Container) -> None:
+    """Raises ContainerGone, with the revisions that it can be brought back to, where its engine container is gone."""
+    if container.status.state is ContainerState.FAILED and await is_gone(world, container):
+        kept = await revisions_with_files(world, container.uid)
+        numbers = tuple(str(one.revision.revision) for one in kept)
+        raise ContainerGone(container=container.name, revisions=numbers)
+
+
+async def revisions_with_files(world: World, uid: str) -> tuple[RevisionView, ...]:
+    """The revisions whose files are kept, oldest first."""
+    return tuple(one for one in await world.store.history(uid) if one.snapshot is not None)

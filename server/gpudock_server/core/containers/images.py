@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from gpudock_server.model.container import Container
 
 # A pull that has been silent for so long says so.
-_QUIET_SECONDS: Final = 5.0
+_STALL_NOTICE_SECONDS: Final = 5.0
 OWNER_PLACEHOLDER: Final = "{owner}"
 _OWNER_IN_REPOSITORY: Final = frozenset("abcdefghijklmnopqrstuvwxyz0123456789._-")
 
 
-class ImageNames:
+class ImageNameLocks:
     """Keeps a commit from taking a name that a pull is about to give to another image.
 
     The engine has no compare-and-set for names. All pulls and commits of an engine go through one daemon, so it is
@@ -48,13 +48,13 @@ class ImageNames:
 
     def __init__(self) -> None:
         self._pulls: dict[str, int] = {}
-        self._naming = asyncio.Lock()
+        self._lock = asyncio.Lock()
 
     @asynccontextmanager
-    async def pulling(self, reference: str) -> AsyncIterator[None]:
+    async def pull_lock(self, reference: str) -> AsyncIterator[None]:
         """While entered, nothing is committed under this name."""
         name = familiar_reference(reference)
-        async with self._naming:
+        async with self._lock:
             self._pulls[name] = self._pulls.get(name, 0) + 1
         try:
             yield
@@ -64,9 +64,9 @@ class ImageNames:
                 del self._pulls[name]
 
     @asynccontextmanager
-    async def naming(self, reference: str) -> AsyncIterator[None]:
+    async def commit_lock(self, reference: str) -> AsyncIterator[None]:
         """While entered, no pull begins and no other commit takes a name. Raises ImageExists while it is pulled."""
-        async with self._naming:
+        async with self._lock:
             self.require_not_pulled(reference)
             yield
 
@@ -77,7 +77,7 @@ class ImageNames:
 
 
 @dataclass(frozen=True, slots=True)
-class ImageRules:
+class ImagePolicy:
     """What the operator allows.
 
     `replace_any`: a caller may replace images that gpudock did not commit for the container's owner. `repositories`:
@@ -89,7 +89,7 @@ class ImageRules:
     repositories: tuple[str, ...] = ()
     verify_access: bool = False
     pull_stall_seconds: float = 300.0
-    names: ImageNames = field(default_factory=ImageNames)
+    names: ImageNameLocks = field(default_factory=ImageNameLocks)
 
     def require_allowed(self, repository: str, owner: str) -> None:
         """Raises ImageNameForbidden where an owner's container may not be committed as this repository."""
@@ -122,7 +122,7 @@ class CommitName:
     replace: bool
 
 
-async def replaceable(world: World, name: CommitName) -> str:
+async def find_replaceable_image(world: World, name: CommitName) -> str:
     """The id of the image that has the name now and may lose it; empty where there is none. Raises ImageExists."""
     reference = name.reference
     world.images.names.require_not_pulled(reference)
@@ -247,8 +247,8 @@ class Pull:
 
 async def pull_image(world: World, run: OperationRun, pull: Pull) -> EngineImage:
     """Pull, and record who has shown that they may use it. Raises ImagePullFailed, ImageNotFound."""
-    async with world.images.names.pulling(pull.reference):
-        await _pull_while_it_moves(world, run, pull)
+    async with world.images.names.pull_lock(pull.reference):
+        await _pull_with_stall_timeout(world, run, pull)
         image = await world.engine.image(pull.reference)
     if image is None:
         raise ImageNotFound(image=pull.reference)
@@ -256,23 +256,23 @@ async def pull_image(world: World, run: OperationRun, pull: Pull) -> EngineImage
     return image
 
 
-async def _pull_while_it_moves(world: World, run: OperationRun, pull: Pull) -> None:
+async def _pull_with_stall_timeout(world: World, run: OperationRun, pull: Pull) -> None:
     seconds = pull.stall_seconds or world.images.pull_stall_seconds
-    movement = _Movement(run, seconds)
-    watching = asyncio.create_task(movement.describe_stalls())
+    monitor = _StallMonitor(run, seconds)
+    watching = asyncio.create_task(monitor.describe_stalls())
     try:
-        async with movement.patience:
-            await world.engine.pull(pull.reference, pull.auth, movement.moved)
+        async with monitor.stall_timeout:
+            await world.engine.pull(pull.reference, pull.auth, monitor.on_progress)
     except TimeoutError:
-        if not movement.patience.expired():
+        if not monitor.stall_timeout.expired():
             raise
-        detail = f"no progress for {seconds:g} s, since {movement.last_time}"
+        detail = f"no progress for {seconds:g} s, since {monitor.last_time}"
         raise ImagePullFailed(image=pull.reference, detail=detail) from None
     finally:
         watching.cancel()
 
 
-class _Movement:
+class _StallMonitor:
     """When a pull last moved: tells it to watchers, and ends the pull after `seconds` without."""
 
     def __init__(self, run: OperationRun, seconds: float) -> None:
@@ -280,29 +280,29 @@ class _Movement:
         self._seconds = seconds
         self._loop = asyncio.get_running_loop()
         self._last = self._loop.time()
-        self.patience = asyncio.timeout(seconds)
-        self.last_time = _shown_now()
+        self.stall_timeout = asyncio.timeout(seconds)
+        self.last_time = _time_text()
 
-    def moved(self, current_bytes: int, total_bytes: int) -> None:
+    def on_progress(self, current_bytes: int, total_bytes: int) -> None:
         """Called at every sign of progress."""
-        self._last, self.last_time = self._loop.time(), _shown_now()
-        self.patience.reschedule(self._last + self._seconds)
+        self._last, self.last_time = self._loop.time(), _time_text()
+        self.stall_timeout.reschedule(self._last + self._seconds)
         self._run.set_stage_message("")
         self._run.progress(current_bytes, total_bytes)
 
     async def describe_stalls(self) -> None:
         """Say since when there is no progress, where that is worth a word."""
-        quiet = min(_QUIET_SECONDS, self._seconds / 2)
+        quiet = min(_STALL_NOTICE_SECONDS, self._seconds / 2)
         while True:
             left = self._last + quiet - self._loop.time()
             if left <= 0:
                 self._run.set_stage_message(
                     f"no progress of the pull since {self.last_time}; it fails {self._seconds:g} s after that"
                 )
-            await asyncio.sleep(max(left, _QUIET_SECONDS / 10))
+            await asyncio.sleep(max(left, _STALL_NOTICE_SECONDS / 10))
 
 
-def _shown_now() -> str:
+def _time_text() -> str:
     return now().isoformat(timespec="seconds")
 
 
@@ -332,7 +332,7 @@ async def _record_pull(world: World, image_id: str, owners: tuple[str, ...], *, 
         await world.store.apply([PutImageOrigin(changed.model_copy(update={"update_time": now()}))])
 
 
-async def forget_removed_images(world: World) -> None:
+async def delete_stale_image_origins(world: World) -> None:
     """Drop the records of images that the engine no longer has."""
     # The records first: what is recorded later is in the engine, and not in this list.
     recorded = [origin.image_id for origin in await world.store.image_origins(world.node)]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing_extensions import override
 
 from gpudock_server.core.containers.commands import Pause, Unpause
-from gpudock_server.core.containers.observation import observed
 from gpudock_server.core.containers.saga import ContainerSaga
+from gpudock_server.core.containers.status import observed_status
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.engine import Draft
 from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
@@ -80,12 +80,12 @@ class PauseSaga(ContainerSaga):
     async def success_changes(self, run: OperationRun, view: ContainerView) -> Outcome:
         seen = await self._world.engine.inspect(self._arguments.engine_id)
         container = view.container.changed(
-            status=observed(view.container, seen), generation=view.container.generation + 1, update_time=now()
+            status=observed_status(view.container, seen), generation=view.container.generation + 1, update_time=now()
         )
         return Outcome([PutContainer(container, expect=view.version)], container)
 
     @override
     async def failure_changes(self, run: OperationRun, view: ContainerView) -> Sequence[StoreChange]:
         seen = await self._world.engine.inspect(self._arguments.engine_id)
-        container = view.container.changed(status=observed(view.container, seen), update_time=now())
+        container = view.container.changed(status=observed_status(view.container, seen), update_time=now())
         return [PutContainer(container, expect=view.version)]

@@ -5,11 +5,10 @@ Cards and ports are claimed afresh, whatever the revision had: others may hold t
 
 from __future__ import annotations
 
-from gpudock_server.core.containers.change import Files, Source
+from gpudock_server.core.containers.change_plan import DesiredState, draft_change
+from gpudock_server.core.containers.change_saga import SuccessorFiles, SuccessorSource
 from gpudock_server.core.containers.commands import Rollback
-from gpudock_server.core.containers.gone import is_gone
-from gpudock_server.core.containers.history import find_revision
-from gpudock_server.core.containers.planning import Wanted, draft
+from gpudock_server.core.containers.history import find_revision, is_gone
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.engine import Draft
 from gpudock_server.errors import (
@@ -35,55 +34,57 @@ async def draft_rollback(world: World, command: Rollback) -> Draft:
         needs = "to return it to a revision, it must be RUNNING, STOPPED, EXITED or FAILED"
         raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
     found = await find_revision(world, container, command.revision)
-    wanted = Wanted(
+    desired = DesiredState(
         OperationKind.ROLLBACK,
         found.revision.spec,
         runs=state in RUNNING_STATES,
         snapshots=command.snapshots,
         source=await _source(world, container, found, command, gone=gone),
     )
-    return await draft(world, view, wanted)
+    return await draft_change(world, view, desired)
 
 
-async def _source(world: World, container: Container, found: RevisionView, command: Rollback, *, gone: bool) -> Source:
+async def _source(
+    world: World, container: Container, found: RevisionView, command: Rollback, *, gone: bool
+) -> SuccessorSource:
     if command.spec_only and gone:
         return await _fresh(world, container, found.revision)
     if command.revision == container.revision and not gone:
         # What it is already: its files are those of today.
-        return Source()
+        return SuccessorSource()
     if command.spec_only:
-        _must_be_on_one_image(container, found.revision)
-        return Source()
+        _require_same_image(container, found.revision)
+        return SuccessorSource()
     snapshot = found.snapshot
     if snapshot is None:
         raise SnapshotNotFound(container=container.name, revision=command.revision)
-    fetched = await _fetched(world, found.revision, snapshot.image_id)
-    return Source(
-        files=Files.RESTORE,
+    warnings = await _pull_warnings(world, found.revision, snapshot.image_id)
+    return SuccessorSource(
+        files=SuccessorFiles.RESTORE,
         image_id=snapshot.image_id,
         base_image_id=found.revision.image_id,
         revision=command.revision,
         snapshot=snapshot,
         bytes_to_move=snapshot.layer_bytes,
-        fetch=bool(fetched),
-        warnings=fetched,
+        fetch=bool(warnings),
+        warnings=warnings,
     )
 
 
-async def _fresh(world: World, container: Container, revision: ContainerRevision) -> Source:
+async def _fresh(world: World, container: Container, revision: ContainerRevision) -> SuccessorSource:
     """The image's own files, where those of today are lost."""
-    fetched = await _fetched(world, revision, revision.image_id)
+    warnings = await _pull_warnings(world, revision, revision.image_id)
     lost = f"the files of container {container.name} are lost; it begins with those of image {revision.spec.image}"
-    return Source(
-        files=Files.FRESH,
+    return SuccessorSource(
+        files=SuccessorFiles.FRESH,
         image_id=revision.image_id,
         base_image_id=revision.image_id,
-        fetch=bool(fetched),
-        warnings=(lost, *fetched),
+        fetch=bool(warnings),
+        warnings=(lost, *warnings),
     )
 
 
-async def _fetched(world: World, revision: ContainerRevision, image_id: str) -> tuple[str, ...]:
+async def _pull_warnings(world: World, revision: ContainerRevision, image_id: str) -> tuple[str, ...]:
     """What a plan says where the image has to be pulled again; nothing where the engine has it.
 
     Raises ImageNotFound.
@@ -97,7 +98,7 @@ async def _fetched(world: World, revision: ContainerRevision, image_id: str) -> 
     return (f"image {image} ({image_id}) is no longer in the engine, and is pulled again first",)
 
 
-def _must_be_on_one_image(container: Container, revision: ContainerRevision) -> None:
+def _require_same_image(container: Container, revision: ContainerRevision) -> None:
     current = container.engine.user_image_id if container.engine else ""
     if revision.image_id != current:
         raise ImageDiffers(

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from typing_extensions import override
 
-from gpudock_server.core.containers import keeping
+from gpudock_server.core.containers import snapshots
 from gpudock_server.core.containers.commands import Stop
-from gpudock_server.core.containers.keeping import KeepArguments, Keeping
-from gpudock_server.core.containers.observation import observed
 from gpudock_server.core.containers.saga import ContainerSaga
+from gpudock_server.core.containers.snapshots import SnapshotArguments, SnapshotSteps
+from gpudock_server.core.containers.status import observed_status
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.engine import Draft
 from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
@@ -27,7 +27,7 @@ from gpudock_server.model.store_changes import PutContainer, PutSnapshot, Releas
 from gpudock_server.ports import ContainerView
 
 # Among the facts of a step: why the files are not kept.
-_NOT_KEPT = "not_kept"
+_NO_SNAPSHOT = "not_kept"
 
 
 class StopArguments(Record):
@@ -41,7 +41,7 @@ class StopArguments(Record):
     keep_resources: bool
     placement: Placement
     reason: str = ""
-    keep: KeepArguments = KeepArguments()
+    keep: SnapshotArguments = SnapshotArguments()
 
 
 async def draft(world: World, command: Stop) -> Draft:
@@ -60,12 +60,12 @@ async def draft(world: World, command: Stop) -> Draft:
         timeout=command.timeout,
         keep_resources=command.keep_resources,
         placement=container.status.placement,
-        keep=await _keep(world, container) if state in ACTIVE_STATES else KeepArguments(),
+        keep=await _plan_snapshot(world, container) if state in ACTIVE_STATES else SnapshotArguments(),
     )
     return _draft(world, view, arguments)
 
 
-def draft_against(world: World, view: ContainerView, shown: EngineContainer, reason: str) -> Draft:
+def draft_enforced_stop(world: World, view: ContainerView, shown: EngineContainer, reason: str) -> Draft:
     """Stop what somebody else started, and leave `reason` in its status."""
     container = view.container
     arguments = StopArguments(
@@ -81,17 +81,17 @@ def draft_against(world: World, view: ContainerView, shown: EngineContainer, rea
     return _draft(world, view, arguments)
 
 
-async def _keep(world: World, container: Container) -> KeepArguments:
+async def _plan_snapshot(world: World, container: Container) -> SnapshotArguments:
     """How its files are kept, where the node keeps those of a stopped container. They never stand against its stop."""
     if not world.history.on_stop:
-        return KeepArguments()
+        return SnapshotArguments()
     try:
         known = await world.store.history(container.uid)
-        kept = await keeping.plan(world, container, None, known, commits=False)
+        kept = await snapshots.plan_snapshot(world, container, None, known, commits=False)
     except (DiskFull, SnapshotFailed) as error:
-        return KeepArguments(warnings=(f"its files are not kept: {error}",))
+        return SnapshotArguments(warnings=(f"its files are not kept: {error}",))
     # The engine's commit would hold up the stop for as long as it takes to write all of them.
-    return kept if kept.kind is SnapshotKind.TREE else KeepArguments(warnings=kept.warnings)
+    return kept if kept.kind is SnapshotKind.TREE else SnapshotArguments(warnings=kept.warnings)
 
 
 def _draft(world: World, view: ContainerView, arguments: StopArguments) -> Draft:
@@ -126,27 +126,27 @@ class StopSaga(ContainerSaga):
         """Builds the script from the operation's arguments."""
         super().__init__(world)
         self._arguments = StopArguments.model_validate(operation.arguments)
-        self._keeping = Keeping(world, self._arguments.keep)
+        self._snapshot_steps = SnapshotSteps(world, self._arguments.keep)
 
     @property
     @override
     def steps(self) -> tuple[Step, ...]:
-        keep = self._keeping
+        keep = self._snapshot_steps
         return (
-            *map(self._may_fail, keep.while_it_runs),
+            *map(self._optional, keep.steps_while_running),
             Step("stop", self._stop),
-            *map(self._may_fail, (*keep.while_still, *keep.at_the_end)),
+            *map(self._optional, (*keep.steps_while_stopped, *keep.steps_at_end)),
         )
 
-    def _may_fail(self, step: Step) -> Step:
+    def _optional(self, step: Step) -> Step:
         async def do(run: OperationRun) -> JsonObject | None:
-            if any(_NOT_KEPT in run.operation.facts(stage.name) for stage in run.operation.stages):
+            if any(_NO_SNAPSHOT in run.operation.facts(stage.name) for stage in run.operation.stages):
                 return None
             try:
                 return await step.do(run)
             except (DiskFull, SnapshotFailed) as error:
                 run.add_message(f"its files are not kept: {error}")
-                return {_NOT_KEPT: str(error)}
+                return {_NO_SNAPSHOT: str(error)}
 
         return replace(step, do=do)
 
@@ -163,10 +163,10 @@ class StopSaga(ContainerSaga):
         if arguments.lives or (seen is not None and not seen.running and seen.error):
             # What was said of it while it ran, such as that its restart policy starts it again, has ended with it.
             container = container.with_status(state=ContainerState.STOPPED, message="")
-        container = container.changed(status=observed(container, seen))
+        container = container.changed(status=observed_status(container, seen))
         if arguments.reason and seen is not None and not seen.running:
             container = container.with_status(message=arguments.reason)
-        kept = self._kept(run.operation, container.uid)
+        kept = self._snapshot_changes(run.operation, container.uid)
         if arguments.keep_resources:
             return Outcome([PutContainer(container, expect=view.version), *kept], container)
         container = container.with_status(placement=Placement(), holds_resources=False)
@@ -177,15 +177,15 @@ class StopSaga(ContainerSaga):
         ]
         return Outcome(changes, container)
 
-    def _kept(self, operation: Operation, uid: str) -> list[StoreChange]:
+    def _snapshot_changes(self, operation: Operation, uid: str) -> list[StoreChange]:
         """What is said of the current revision's files. They are those of this stop until the next one."""
-        if any(_NOT_KEPT in operation.facts(stage.name) for stage in operation.stages):
+        if any(_NO_SNAPSHOT in operation.facts(stage.name) for stage in operation.stages):
             return []
-        made = self._keeping.made(operation)
+        made = self._snapshot_steps.snapshot_of(operation)
         return [PutSnapshot(uid, self._arguments.keep.revision, made)] if isinstance(made, Snapshot) else []
 
     @override
     async def failure_changes(self, run: OperationRun, view: ContainerView) -> Sequence[StoreChange]:
         seen = await self._world.engine.inspect(self._arguments.engine_id)
-        container = view.container.changed(status=observed(view.container, seen), update_time=now())
+        container = view.container.changed(status=observed_status(view.container, seen), update_time=now())
         return [PutContainer(container, expect=view.version)]

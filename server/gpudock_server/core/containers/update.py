@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from gpudock_server.core.containers.change import Files, Source
+from gpudock_server.core.containers.change_plan import DesiredState, draft_change
+from gpudock_server.core.containers.change_saga import SuccessorFiles, SuccessorSource
 from gpudock_server.core.containers.commands import FilesPolicy, PullPolicy, Update
-from gpudock_server.core.containers.gone import refuse_if_gone
+from gpudock_server.core.containers.history import refuse_if_gone
 from gpudock_server.core.containers.images import ImageChoice, choose_image, require_user, require_user_in_files
-from gpudock_server.core.containers.planning import Wanted, draft
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.engine import Draft
 from gpudock_server.errors import ContainerNotRunning, ContainerPaused, ImageDiffers
@@ -26,7 +26,7 @@ async def draft_update(world: World, command: Update) -> Draft:
         needs = "to change it, it must be RUNNING, STOPPED or EXITED"
         raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
     spec = command.change.apply(container.spec)
-    wanted = Wanted(
+    desired = DesiredState(
         OperationKind.UPDATE,
         spec,
         runs=state in RUNNING_STATES,
@@ -34,10 +34,10 @@ async def draft_update(world: World, command: Update) -> Draft:
         source=await _source(world, container, command, spec),
         registry_auth=command.registry_auth,
     )
-    return await draft(world, view, wanted)
+    return await draft_change(world, view, desired)
 
 
-async def _source(world: World, container: Container, command: Update, spec: ContainerSpec) -> Source:
+async def _source(world: World, container: Container, command: Update, spec: ContainerSpec) -> SuccessorSource:
     """The files of today on the image they were written on; on another one, what the caller says."""
     image = spec.image
     if "image" not in command.change.fields:
@@ -47,7 +47,7 @@ async def _source(world: World, container: Container, command: Update, spec: Con
     current = container.engine.user_image_id if container.engine else ""
     if image_id == current and command.files is not FilesPolicy.DISCARD:
         return await _files_of_now(world, container, spec)
-    pulled = Source(
+    pulled = SuccessorSource(
         image_id=image_id,
         present_id=choice.present_id,
         pull_stall_seconds=command.pull_stall_seconds,
@@ -56,18 +56,18 @@ async def _source(world: World, container: Container, command: Update, spec: Con
     match command.files:
         case FilesPolicy.DISCARD:
             await require_user(world, image_id, image, spec.user)
-            return pulled.model_copy(update={"files": Files.FRESH})
+            return pulled.model_copy(update={"files": SuccessorFiles.FRESH})
         case FilesPolicy.CARRY_COMMIT:
-            return pulled.model_copy(update={"files": Files.GRAFT})
+            return pulled.model_copy(update={"files": SuccessorFiles.GRAFT})
         case _:
             raise ImageDiffers(container=container.name, image=image, image_id=image_id, current_image_id=current)
 
 
-async def _files_of_now(world: World, container: Container, spec: ContainerSpec) -> Source:
+async def _files_of_now(world: World, container: Container, spec: ContainerSpec) -> SuccessorSource:
     # A user that it has already is not looked for: the process may have been started before its name was removed.
     if spec.user != container.spec.user:
         await require_user_in_files(world, container, spec.user)
-    return Source()
+    return SuccessorSource()
 
 
 async def _choice(world: World, image: str, command: Update, owner: str) -> ImageChoice:

@@ -6,9 +6,9 @@ import asyncio
 from dataclasses import dataclass, field, replace
 
 from gpudock_server.core.adoption_rules import AdoptionRules
-from gpudock_server.core.allocation import Allocator
-from gpudock_server.core.containers.images import ImageRules
-from gpudock_server.core.containers.observation import has_just_restarted, observed
+from gpudock_server.core.containers.images import ImagePolicy
+from gpudock_server.core.containers.status import has_just_restarted, observed_status
+from gpudock_server.core.placement.allocator import Allocator
 from gpudock_server.errors import (
     ContainerBusy,
     ContainerNotFound,
@@ -75,7 +75,7 @@ class World:
     start_watch_seconds: float = 0
     history: HistoryDefaults = HistoryDefaults()
     adoption: AdoptionRules = field(default_factory=AdoptionRules)
-    images: ImageRules = field(default_factory=ImageRules)
+    images: ImagePolicy = field(default_factory=ImagePolicy)
     limits: NodeLimits = field(default_factory=NodeLimits)
     capacity: HostCapacity = field(default_factory=HostCapacity)
 
@@ -93,7 +93,7 @@ class World:
             raise ContainerBusy(container=name, operation_id=view.operation_id)
         if container.status.state is ContainerState.FAILED and container.engine is not None:
             seen = await self.engine.inspect(container.engine.engine_id)
-            return replace(view, container=container.changed(status=observed(container, seen)))
+            return replace(view, container=container.changed(status=observed_status(container, seen)))
         return view
 
     async def find(self, name: str) -> ContainerView:

@@ -9,9 +9,9 @@ from datetime import timedelta
 import structlog
 
 from gpudock_server.core.containers.create import anonymous_volumes
-from gpudock_server.core.containers.depth import layer_image_of
-from gpudock_server.core.containers.observation import observed
-from gpudock_server.core.containers.past import history_of
+from gpudock_server.core.containers.layer_images import layer_image_name_of
+from gpudock_server.core.containers.operation_history import read_operation_history
+from gpudock_server.core.containers.status import observed_status
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.driver import recorded_error
 from gpudock_server.core.operations.engine import Operations
@@ -91,7 +91,9 @@ class OrphanReconciler:
         if not unbound:
             return ()
         unfinished = {stored.value.id for stored in await self._world.store.unfinished(self._world.node)}
-        history = await history_of(self._world.store, {EngineContainerLabels.of(one).uid for one in unbound})
+        history = await read_operation_history(
+            self._world.store, {EngineContainerLabels.of(one).uid for one in unbound}
+        )
         return OrphanClassifier(records, history, unfinished | self._operations.driven, seen).classify(unbound)
 
     # -- adopting ----------------------------------------------------------------------------------------------------
@@ -195,7 +197,7 @@ class OrphanReconciler:
             update_time=now(),
             engine=binding,
         ).with_status(state=ContainerState.STOPPED, placement=placement, holds_resources=one.running, message="")
-        container = container.changed(status=observed(container, one))
+        container = container.changed(status=observed_status(container, one))
         changes: list[StoreChange] = [PutContainer(container, expect=view.version if view else 0)]
         if number not in {each.revision for each in known}:
             changes.append(PutRevision(its_own.revision if its_own else _revision(container, given, labels)))
@@ -210,7 +212,7 @@ class OrphanReconciler:
 
     async def _layer_images(self, head: Container, labels: EngineContainerLabels) -> tuple[str, ...]:
         before = head.engine.layer_images if head.engine else ()
-        its_own = layer_image_of(labels.operation_id)
+        its_own = layer_image_name_of(labels.operation_id)
         if its_own in before or await self._world.engine.image(its_own) is None:
             return before
         return (*before, its_own)

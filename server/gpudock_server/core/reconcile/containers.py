@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import structlog
 
 from gpudock_server.core.containers import stop
-from gpudock_server.core.containers.gone import with_files
-from gpudock_server.core.containers.observation import observed
+from gpudock_server.core.containers.history import revisions_with_files
+from gpudock_server.core.containers.status import observed_status
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.engine import Draft, Operations
 from gpudock_server.core.reconcile.drift import ReportDrift
@@ -96,7 +96,7 @@ class ContainerReconciler:
 
     def _matches(self, container: Container, shown: EngineContainer) -> bool:
         return (
-            observed(container, shown) == container.status
+            observed_status(container, shown) == container.status
             and container.engine is not None
             and container.engine.engine_name == shown.name
             and _has_limits(container, shown, self._world.limits)
@@ -113,13 +113,13 @@ class ContainerReconciler:
                 await self._record_creation_lost(view, report_drift)
         elif shown is None:
             self._restarts.forget(container)
-            if observed(container, None) != container.status:
+            if observed_status(container, None) != container.status:
                 await self._record_container_gone(view, report_drift)
         elif _runs_without_claims(container, shown):
             self._restarts.forget(container)
             await self._claim_or_stop(view, shown, report_drift)
         else:
-            if (status := observed(container, shown)) != container.status:
+            if (status := observed_status(container, shown)) != container.status:
                 await self._write(view, container.changed(status=status))
             ended_with_engine &= not shown.alive
             self._restarts.track(
@@ -136,10 +136,10 @@ class ContainerReconciler:
     # -- what is gone ------------------------------------------------------------------------------------------------
 
     async def _record_container_gone(self, view: ContainerView, report_drift: ReportDrift) -> None:
-        await self._write_failed(view, view.container.changed(status=observed(view.container, None)))
+        await self._write_failed(view, view.container.changed(status=observed_status(view.container, None)))
         kept = [
             f"revision {one.revision.revision} (files of {one.snapshot.create_time:%Y-%m-%d %H:%M:%S} UTC)"
-            for one in await with_files(self._world, view.container.uid)
+            for one in await revisions_with_files(self._world, view.container.uid)
             if one.snapshot is not None
         ]
         back = f"roll it back to, or clone, {' or '.join(kept)}; " if kept else "none of its files were kept; "
@@ -198,7 +198,7 @@ class ContainerReconciler:
             for key in claim_keys(container.status.placement)
             if key not in given_keys
         ]
-        taken = container.changed(status=observed(container, shown))
+        taken = container.changed(status=observed_status(container, shown))
         await self._write(view, taken.with_status(placement=given, holds_resources=True), *changes)
         report_drift(
             self._started_outside_drift(
@@ -218,7 +218,7 @@ class ContainerReconciler:
             current = await self._world.store.container(container.name)
             if current is None or current.version != view.version or current.operation_id:
                 raise _RecordChanged
-            return stop.draft_against(self._world, current, shown, reason)
+            return stop.draft_enforced_stop(self._world, current, shown, reason)
 
         operation_id = await self._operations.begin(draft, None, during_recovery=True)
         report_drift(

@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 import structlog
 
-from gpudock_server.core.containers.past import History, history_of
-from gpudock_server.core.containers.remembering import entry_of
+from gpudock_server.core.containers.ledger import ledger_entry
+from gpudock_server.core.containers.operation_history import OperationHistory, read_operation_history
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.reconcile.drift import ReportDrift
 from gpudock_server.core.reconcile.records import ContainerRecords, EngineContainerLabels
@@ -86,7 +86,7 @@ class LedgerReconciler:
         self, container: Container, history: Mapping[int, RevisionView], entries: Mapping[int, RevisionBackup]
     ) -> None:
         for number, one in history.items():
-            wanted, kept = entry_of(container, one.revision, one.snapshot), entries.get(number)
+            wanted, kept = ledger_entry(container, one.revision, one.snapshot), entries.get(number)
             if number != container.revision:
                 wanted = wanted.model_copy(update={"engine": kept.engine if kept else None})
             if kept is not None and one.snapshot is None:
@@ -133,7 +133,7 @@ class LedgerReconciler:
             ]
             if not lost:
                 return False
-            history = await history_of(self._world.store, lost)
+            history = await read_operation_history(self._world.store, lost)
             return any([await self._adopt(uid, records, history, report_drift) for uid in lost])
         except StoreUnavailable:
             raise
@@ -141,8 +141,10 @@ class LedgerReconciler:
             log.warning("the ledger was not looked through", detail=error.message)
             return False
 
-    async def _adopt(self, uid: str, records: ContainerRecords, history: History, report_drift: ReportDrift) -> bool:
-        if history.is_over(uid):
+    async def _adopt(
+        self, uid: str, records: ContainerRecords, history: OperationHistory, report_drift: ReportDrift
+    ) -> bool:
+        if history.is_known_gone(uid):
             # What is left of it is removed by the retention.
             return False
         entries = await self._world.ledger.read(uid)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.listings import everything
+from gpudock_server.core.listings import read_all_pages
 from gpudock_server.core.operations.engine import Operations
 from gpudock_server.core.reconcile.drift import ReportDrift
 from gpudock_server.errors import RecordUnreadable
@@ -81,7 +81,7 @@ class LockReconciler:
 
     async def _restore_lost_locks(self, locks: tuple[Lock, ...], report_drift: ReportDrift) -> None:
         held = {(lock.kind, lock.name) for lock in locks if lock.operation_id}
-        for operation in (await everything(self._world.store.operations)).items:
+        for operation in (await read_all_pages(self._world.store.operations)).items:
             ours = operation.node == self._world.node and not operation.state.ended
             if ours and operation.id not in self._operations.driven:
                 await self._restore_locks_of(operation, held, {lock.operation_id for lock in locks}, report_drift)

@@ -14,7 +14,7 @@ from gpudock_server.core.reconcile.claims import ClaimReconciler
 from gpudock_server.core.reconcile.containers import ContainerReconciler
 from gpudock_server.core.reconcile.drift import DriftTracker, ReportDrift
 from gpudock_server.core.reconcile.host_paths import release_unused_host_paths, repair_host_paths
-from gpudock_server.core.reconcile.images import sweep_images
+from gpudock_server.core.reconcile.images import remove_unused_images
 from gpudock_server.core.reconcile.ledger import LedgerReconciler
 from gpudock_server.core.reconcile.locks import LockReconciler
 from gpudock_server.core.reconcile.orphans import OrphanAction
@@ -183,7 +183,7 @@ class Reconciler:
         await self._ledger.adopt(records, seen, report_drift)
         await self._ledger.compare(await read_container_records(self._world.store), report_drift)
         await self._orphans.remove(orphans, report_drift)
-        await sweep_images(self._world)
+        await remove_unused_images(self._world)
         await release_unused_host_paths(self._world)
 
     async def _find_engine_containers(self) -> dict[str, EngineContainer]:

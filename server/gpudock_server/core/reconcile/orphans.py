@@ -13,7 +13,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 
-from gpudock_server.core.containers.past import History
+from gpudock_server.core.containers.operation_history import OperationHistory
 from gpudock_server.core.reconcile.records import ContainerRecords, EngineContainerLabels
 from gpudock_server.model.claims import ClaimKey, claim_keys
 from gpudock_server.model.container import Container, Placement
@@ -53,7 +53,7 @@ class OrphanClassifier:
     """What there is to judge by. `unfinished` are operations, `seen` all engine containers, by id."""
 
     records: ContainerRecords
-    history: History
+    history: OperationHistory
     unfinished: Collection[str]
     seen: Collection[str]
 
@@ -92,14 +92,14 @@ class OrphanClassifier:
             return OrphanAction.REMOVED, "nobody knows it"
         if not candidate.alone:
             return OrphanAction.REPORTED, "its record is lost, and there are others like it; remove all but one of them"
-        if self.history.undone(candidate.labels.operation_id):
+        if self.history.was_undone(candidate.labels.operation_id):
             return OrphanAction.REMOVED, "its operation was undone"
         if not candidate.complete:
             return OrphanAction.REPORTED, "its record is lost, and this version cannot read its labels"
         return OrphanAction.LOST, "its record is lost"
 
     def _with_record_of_another(self, candidate: _Candidate) -> tuple[OrphanAction, str]:
-        if self.history.undone(candidate.labels.operation_id):
+        if self.history.was_undone(candidate.labels.operation_id):
             return OrphanAction.REMOVED, "its operation was undone"
         if not candidate.has_spec_label:
             return OrphanAction.REMOVED, "nobody knows it"
@@ -111,7 +111,7 @@ class OrphanClassifier:
 
     def _with_older_record(self, candidate: _Candidate, container: Container) -> tuple[OrphanAction, str]:
         stands = container.engine is not None and container.engine.engine_id in self.seen
-        undone = self.history.undone(candidate.labels.operation_id)
+        undone = self.history.was_undone(candidate.labels.operation_id)
         if candidate.labels.revision <= container.revision:
             action, why = OrphanAction.REMOVED, f"its container is at revision {container.revision} with another"
         elif undone:

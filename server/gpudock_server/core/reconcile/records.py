@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.listings import everything
+from gpudock_server.core.listings import read_all_pages
 from gpudock_server.model.claims import ClaimKey, GpuKey
 from gpudock_server.model.container import Placement, PortBinding
 from gpudock_server.model.engine import LABEL_NAME, LABEL_OPERATION, LABEL_REVISION, LABEL_UID, EngineContainer
@@ -43,7 +43,7 @@ class ContainerRecords:
 
 async def read_container_records(store: Store) -> ContainerRecords:
     """All of them, as of one moment."""
-    listed = await everything(store.containers)
+    listed = await read_all_pages(store.containers)
     return ContainerRecords({view.container.name: view for view in listed.items}, listed.unreadable)
 
 

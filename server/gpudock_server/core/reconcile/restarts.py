@@ -18,8 +18,8 @@ from datetime import datetime, timedelta
 import structlog
 
 from gpudock_server.core.containers.commands import Start
-from gpudock_server.core.containers.observation import RESTART_SETTLES, observed
-from gpudock_server.core.containers.transition import draft_start
+from gpudock_server.core.containers.lifecycle import draft_start
+from gpudock_server.core.containers.status import RESTART_SETTLE_TIME, observed_status
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.engine import Draft, Operations
 from gpudock_server.core.reconcile.drift import ReportDrift
@@ -37,7 +37,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 _FIRST_CHECK_SECONDS = 1.0
 _MAX_CHECK_SECONDS = 60.0
 # A run that has just begun counts as RUNNING this many seconds later.
-_RUNNING_AFTER_SECONDS = RESTART_SETTLES.total_seconds() + 0.05
+_RUNNING_AFTER_SECONDS = RESTART_SETTLE_TIME.total_seconds() + 0.05
 
 
 class _StartNotNeeded(Exception):
@@ -197,7 +197,7 @@ class Restarts:
             if view is None or view.container.uid != watched.uid or view.operation_id or view.container.engine is None:
                 raise _StartNotNeeded
             shown = await self._world.engine.inspect(view.container.engine.engine_id)
-            current = view.container.changed(status=observed(view.container, shown))
+            current = view.container.changed(status=observed_status(view.container, shown))
             if shown is None or not self._cause(current, shown):
                 raise _StartNotNeeded
             made = await draft_start(self._world, Start(watched.name))

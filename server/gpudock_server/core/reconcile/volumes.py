@@ -14,8 +14,8 @@ from functools import partial
 
 import structlog
 
-from gpudock_server.core.containers.engine_volumes import engine_labels, identity_of, mounted_as
-from gpudock_server.core.listings import everything
+from gpudock_server.core.containers.engine_volumes import engine_labels, identity_of, mounted_engine_volumes
+from gpudock_server.core.listings import read_all_pages
 from gpudock_server.core.reconcile.drift import ReportDrift
 from gpudock_server.core.reconcile.records import EngineContainerLabels, created_by_gpudock
 from gpudock_server.core.volumes.saga import revision_of
@@ -123,7 +123,7 @@ class VolumeReconciler:
         return _VolumesFound({one.labels.get(LABEL_UID, ""): one for one in labelled}, stores, names)
 
     async def _read_records(self) -> _VolumeRecords:
-        page = await everything(self._world.store.volumes)
+        page = await read_all_pages(self._world.store.volumes)
         views = {view.volume.name: view for view in page.items}
         return _VolumeRecords(views, frozenset(one.name for one in page.unreadable))
 
@@ -265,7 +265,7 @@ class VolumeReconciler:
         store = self._world.store
 
         # Of a record that alone was lost, the history is still there.
-        history: tuple[VolumeRevision, ...] = (await everything(partial(store.volume_revisions, volume.uid))).items
+        history: tuple[VolumeRevision, ...] = (await read_all_pages(partial(store.volume_revisions, volume.uid))).items
         last = max((one.revision for one in history), default=0)
         volume = volume.changed(revision=last + 1)
         try:
@@ -281,7 +281,7 @@ class VolumeReconciler:
         used: defaultdict[str, set[str]] = defaultdict(set)
         for one in created_by_gpudock(self._world, containers):
             if one.spec is not None:
-                for name, engine_volume in mounted_as(one, one.spec.mounts).items():
+                for name, engine_volume in mounted_engine_volumes(one, one.spec.mounts).items():
                     used[name].add(engine_volume)
         if not used:
             return

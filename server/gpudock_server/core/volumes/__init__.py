@@ -11,7 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from gpudock_server.core.containers.mounting import all_containers, attached, volume_not_found
+from gpudock_server.core.containers.mounts import all_containers, containers_mounting, volume_not_found
 from gpudock_server.core.operations.engine import Draft, Operations, RequestKey, planned_operation
 from gpudock_server.core.operations.saga import Saga
 from gpudock_server.core.volumes import adopt, create, delete, resize
@@ -61,7 +61,7 @@ class Volumes:
     async def get(self, name: str) -> VolumeDetails:
         """A volume of any node. Raises VolumeNotFound."""
         view = await self._view(name)
-        holders = await attached(self._store, name)
+        holders = await containers_mounting(self._store, name)
         names = tuple(holder.container.name for holder in holders)
         return VolumeDetails(view, names, await self._used_bytes(view.volume))
 

@@ -6,7 +6,7 @@ import uuid
 
 from typing_extensions import override
 
-from gpudock_server.core.containers.mounting import all_containers, all_volumes
+from gpudock_server.core.containers.mounts import all_containers, all_volumes
 from gpudock_server.core.operations.engine import Draft
 from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
 from gpudock_server.core.volumes.commands import Adopt

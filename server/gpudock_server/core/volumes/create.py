@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing_extensions import override
 
 from gpudock_server.core.containers.engine_volumes import engine_labels
-from gpudock_server.core.containers.mounting import engine_volume_without_record
+from gpudock_server.core.containers.mounts import engine_volume_without_record
 from gpudock_server.core.operations.engine import Draft
 from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
 from gpudock_server.core.volumes.commands import Create

@@ -16,7 +16,7 @@ from functools import partial
 from typing_extensions import override
 
 from gpudock_server.core.containers.commands import FieldChange, Update
-from gpudock_server.core.containers.mounting import attached
+from gpudock_server.core.containers.mounts import containers_mounting
 from gpudock_server.core.containers.update import draft_update
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.engine import Draft
@@ -64,7 +64,7 @@ async def draft(storage: Storage, command: Delete) -> Draft:
 
 async def _require_unused(storage: Storage, name: str, backing: VolumeBacking | None) -> None:
     """Neither a container of ours, running or not, has it, nor one that somebody made in the engine."""
-    if ours := [view.container.name for view in await attached(storage.world.store, name)]:
+    if ours := [view.container.name for view in await containers_mounting(storage.world.store, name)]:
         raise VolumeMounted(volume=name, holders=tuple(ours))
     if backing is not None and (theirs := await storage.world.engine.mounting(backing.engine_volume)):
         raise VolumeInUse(volume=name, holders=tuple(one.name for one in theirs))
@@ -75,7 +75,7 @@ async def _plan_detach(
 ) -> tuple[DeleteArguments, OperationPlan]:
     """Who is to forget it, and what that takes. Raises VolumeInUse where somebody has it who cannot."""
     world = storage.world
-    views = await attached(world.store, name)
+    views = await containers_mounting(world.store, name)
     if others := [view.container.name for view in views if view.container.status.state not in STOPPED_STATES]:
         raise VolumeMountedByRunning(volume=name, holders=tuple(others))
     ours = {view.container.engine.engine_id for view in views if view.container.engine}

@@ -17,8 +17,8 @@ from enum import StrEnum
 
 from typing_extensions import override
 
-from gpudock_server.core.containers.mounting import attached
-from gpudock_server.core.containers.observation import observed
+from gpudock_server.core.containers.mounts import containers_mounting
+from gpudock_server.core.containers.status import observed_status
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.engine import Draft
 from gpudock_server.core.operations.saga import OperationRun, Outcome, Saga, Step
@@ -118,7 +118,7 @@ def _require_data_fits(volume: Volume, usage: VolumeUsage, size_bytes: int) -> N
 async def _plan_copy(
     storage: Storage, volume: Volume, arguments: ResizeArguments, usage: VolumeUsage
 ) -> tuple[ResizeArguments, OperationPlan]:
-    views = await attached(storage.world.store, volume.name)
+    views = await containers_mounting(storage.world.store, volume.name)
     users = [_mounting_container(storage.world, view) for view in views]
     ours = {user.engine_id for user in users}
     mounting = await storage.world.engine.mounting(arguments.old.engine_volume)
@@ -203,7 +203,7 @@ class ResizeSaga(VolumeSaga):
             if view is None or view.container.uid != user.target.uid or not user.engine_id:
                 continue
             seen = await self._world.engine.inspect(user.engine_id)
-            container = view.container.changed(status=observed(view.container, seen), update_time=now())
+            container = view.container.changed(status=observed_status(view.container, seen), update_time=now())
             changes.append(PutContainer(container, expect=view.version))
         return changes
 
@@ -285,7 +285,7 @@ class CopyResizeSaga(ResizeSaga):
     async def _require_no_new_mounts(self) -> None:
         """Whoever began to mount it before it was locked, and after it was looked at, is not among the users."""
         known = {user.target for user in self._arguments.users}
-        views = await attached(self._world.store, self._arguments.old.name)
+        views = await containers_mounting(self._world.store, self._arguments.old.name)
         if strangers := tuple(view.container.name for view in views if view.container.target not in known):
             raise VolumeInUse(volume=self._arguments.old.name, holders=strangers)
 

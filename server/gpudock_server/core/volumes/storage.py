@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gpudock_server.core.containers.mounting import address_of, all_volumes, volume_not_found
+from gpudock_server.core.containers.mounts import all_volumes, node_address, volume_not_found
 from gpudock_server.core.containers.world import World
 from gpudock_server.errors import PoolFull, SizeNotSupported, StaleVolumeEtag, VolumeOnOtherNode
 from gpudock_server.model.volume import PoolUsage, VolumeBackendKind
@@ -41,7 +41,7 @@ class Storage:
             raise await volume_not_found(self.world, name)
         volume = view.volume
         if volume.node != self.world.node:
-            address = await address_of(self.world, volume.node)
+            address = await node_address(self.world, volume.node)
             raise VolumeOnOtherNode(volume=name, node=volume.node, address=address)
         if etag and etag != volume.etag:
             raise StaleVolumeEtag(volume=name, etag=etag, current_etag=volume.etag)

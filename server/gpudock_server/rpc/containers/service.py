@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from gpudock_server.core.containers import Containers
 from gpudock_server.core.containers.commands import Command
-from gpudock_server.core.exec_sessions import ExecSessions
+from gpudock_server.core.exec.sessions import ExecSessions
 from gpudock_server.core.operations.engine import Operations, RequestKey
 from gpudock_server.core.watches import Watches
 from gpudock_server.ports import ContainerView, Page, RevisionView

@@ -12,7 +12,7 @@ from contextlib import aclosing
 
 from gpudock.v1 import exec_pb2
 
-from gpudock_server.core.exec_sessions import ExecSessions, Exited, Output, RunningExec
+from gpudock_server.core.exec.sessions import ExecSessions, Exited, Output, RunningExec
 from gpudock_server.model.engine import ExecRequest
 from gpudock_server.rpc.exec import requests as validation
 from gpudock_server.rpc.exec.messages import encoded_output, exec_exited_message

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gpudock.v1 import exec_pb2
 
-from gpudock_server.core.exec_sessions import Exited
+from gpudock_server.core.exec.sessions import Exited
 from gpudock_server.model.engine import ExecStream
 
 # How a field of bytes begins: its number and wire type 2, https://protobuf.dev/programming-guides/encoding/#structure

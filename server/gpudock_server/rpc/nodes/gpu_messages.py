@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from gpudock.v1 import gpu_pb2
 
-from gpudock_server.core.allocation import why_not
 from gpudock_server.core.nodes import HeldGpu
+from gpudock_server.core.placement.allocator import unavailable_reason
 from gpudock_server.model.gpu import Gpu, GpuHealth, GpuProcess, MigMode
 
 HEALTHS = {health: gpu_pb2.GpuHealth.Value(f"GPU_HEALTH_{health.name}") for health in GpuHealth}
@@ -37,7 +37,7 @@ def gpu_message(held: HeldGpu) -> gpu_pb2.Gpu:
         processes=[_process(process) for process in card.processes],
         container=held.holder.container if held.holder else "",
         schedulable=card.schedulable,
-        unschedulable_reason=why_not(card),
+        unschedulable_reason=unavailable_reason(card),
     )
 
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 
-from gpudock_server.core.exec_sessions import signal_number
+from gpudock_server.core.exec.sessions import signal_number
 from gpudock_server.model.engine import HostCapacity
 from gpudock_server.model.names import NAME_PATTERN, is_name
 from gpudock_server.rpc.validation.violations import Violations

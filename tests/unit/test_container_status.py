@@ -7,8 +7,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from gpudock_server.core.containers import observation
-from gpudock_server.core.containers.observation import after_start, has_just_restarted, observed
+from gpudock_server.core.containers import status as observation
+from gpudock_server.core.containers.status import has_just_restarted, observed_status, status_after_start
 from gpudock_server.model.container import Container, ContainerState, ContainerStatus, Placement
 from gpudock_server.model.engine import EngineContainer, EngineState
 from gpudock_server.model.record import now
@@ -72,14 +72,14 @@ def shown(state: EngineState, **fields: Any) -> EngineContainer:
     ],
 )
 def test_states(before: ContainerState, engine: EngineState, after: ContainerState) -> None:
-    status = observed(known(before), shown(engine))
+    status = observed_status(known(before), shown(engine))
     assert status.state is after
     # What it holds is recorded and not seen.
     assert (status.placement, status.holds_resources) == (HELD, True)
 
 
 def test_one_that_the_engine_has_no_more() -> None:
-    status = observed(known(C.RUNNING, health="healthy", exit_code=3), None)
+    status = observed_status(known(C.RUNNING, health="healthy", exit_code=3), None)
     assert (status.state, status.health, status.exit_code) == (C.FAILED, "", 3)
     assert status.message == "its engine container is gone; it was removed outside gpudock"
     assert (status.placement, status.holds_resources) == (HELD, True)
@@ -106,22 +106,22 @@ def test_one_that_the_engine_has_no_more() -> None:
 def test_how_the_last_run_ended(
     before: Container, seen: EngineContainer, exit_code: int | None, *, oom_killed: bool
 ) -> None:
-    status = observed(before, seen)
+    status = observed_status(before, seen)
     assert (status.exit_code, status.oom_killed) == (exit_code, oom_killed)
 
 
 def test_what_is_shown_beside_the_state() -> None:
-    running = observed(known(C.STOPPED, finish_time=ENDED), shown(E.RUNNING, health="healthy", restart_count=0))
+    running = observed_status(known(C.STOPPED, finish_time=ENDED), shown(E.RUNNING, health="healthy", restart_count=0))
     assert (running.health, running.start_time, running.finish_time, running.restart_count) == (
         "healthy",
         BEGAN,
         None,
         0,
     )
-    ended = observed(known(C.RUNNING), shown(E.EXITED, health="healthy", restart_count=2, error="no such file"))
+    ended = observed_status(known(C.RUNNING), shown(E.EXITED, health="healthy", restart_count=2, error="no such file"))
     assert (ended.health, ended.finish_time, ended.restart_count) == ("", ENDED, 2)
     assert ended.message == "no such file"
-    fresh = observed(known(C.STOPPED, start_time=BEGAN, finish_time=ENDED), shown(E.CREATED))
+    fresh = observed_status(known(C.STOPPED, start_time=BEGAN, finish_time=ENDED), shown(E.CREATED))
     assert (fresh.start_time, fresh.finish_time) == (BEGAN, ENDED)
 
 
@@ -144,16 +144,16 @@ def test_a_process_that_was_started_again_just_now_may_end_again(
     seen = shown(state, restart_count=count, start_time=moment - timedelta(seconds=ago))
     assert has_just_restarted(seen) is just
     if just:
-        status = observed(known(C.RUNNING, exit_code=7), seen)
+        status = observed_status(known(C.RUNNING, exit_code=7), seen)
         assert (status.state, status.exit_code) == (C.RESTARTING, 7)
     assert not has_just_restarted(replace(seen, start_time=None))
 
 
 def test_after_a_start() -> None:
     container = known(C.STOPPED)
-    watched = after_start(container, shown(E.EXITED, exit_code=3), 3)
+    watched = status_after_start(container, shown(E.EXITED, exit_code=3), 3)
     assert (watched.state, watched.exit_code) == (C.EXITED, 3)
-    running = after_start(container, shown(E.RUNNING), None)
+    running = status_after_start(container, shown(E.RUNNING), None)
     assert running.state is C.RUNNING
     # That the process has ended already is recorded later, from the event of its end.
     for seen in (
@@ -161,11 +161,11 @@ def test_after_a_start() -> None:
         shown(E.RESTARTING, restart_count=2, error="e"),
         shown(E.RUNNING, restart_count=1, start_time=now()),
     ):
-        status = after_start(container, seen, None)
+        status = status_after_start(container, seen, None)
         assert (status.state, status.exit_code, status.restart_count) == (C.RUNNING, None, 0)
         assert (status.message, status.finish_time) == ("", None)
-    assert after_start(container, shown(E.PAUSED), None).state is C.PAUSED
-    assert after_start(container, None, None).state is C.FAILED
+    assert status_after_start(container, shown(E.PAUSED), None).state is C.PAUSED
+    assert status_after_start(container, None, None).state is C.FAILED
 
 
 @pytest.mark.parametrize(
@@ -195,4 +195,4 @@ def test_after_a_start() -> None:
     ],
 )
 def test_words_for_people(before: Container, seen: EngineContainer, message: str) -> None:
-    assert observed(before, seen).message == message
+    assert observed_status(before, seen).message == message

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from gpudock_server.core.containers.change_plan import DesiredState, draft_change
 from gpudock_server.core.containers.commands import Restart, Scale, ScaleStrategy, Start
-from gpudock_server.core.containers.gone import refuse_if_gone
-from gpudock_server.core.containers.planning import Wanted, draft
+from gpudock_server.core.containers.history import refuse_if_gone
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.engine import Draft
 from gpudock_server.errors import (
@@ -34,7 +34,9 @@ async def draft_start(world: World, command: Start) -> Draft:
         case state if state not in STOPPED_STATES:
             needs = "to start it, it must be STOPPED or EXITED"
             raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
-    return await draft(world, view, Wanted(OperationKind.START, spec, runs=True, snapshots=command.snapshots))
+    return await draft_change(
+        world, view, DesiredState(OperationKind.START, spec, runs=True, snapshots=command.snapshots)
+    )
 
 
 async def draft_restart(world: World, command: Restart) -> Draft:
@@ -45,7 +47,7 @@ async def draft_restart(world: World, command: Restart) -> Draft:
     if state not in (*ACTIVE_STATES, *STOPPED_STATES):
         needs = "to restart it, it must be RUNNING, PAUSED, STOPPED or EXITED"
         raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
-    wanted = Wanted(
+    desired = DesiredState(
         OperationKind.RESTART,
         view.container.spec,
         runs=True,
@@ -53,7 +55,7 @@ async def draft_restart(world: World, command: Restart) -> Draft:
         stop_timeout=command.timeout,
         snapshots=command.snapshots,
     )
-    return await draft(world, view, wanted)
+    return await draft_change(world, view, desired)
 
 
 async def draft_scale(world: World, command: Scale) -> Draft:
@@ -76,7 +78,7 @@ async def draft_scale(world: World, command: Scale) -> Draft:
         raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
     if command.strategy is ScaleStrategy.LIVE and fixed:
         raise RestartRequired(container=command.name, changes=fixed)
-    wanted = Wanted(
+    desired = DesiredState(
         OperationKind.SCALE,
         spec,
         runs=state in RUNNING_STATES,
@@ -86,7 +88,7 @@ async def draft_scale(world: World, command: Scale) -> Draft:
         must_live=True,
         snapshots=command.snapshots,
     )
-    return await draft(world, view, wanted)
+    return await draft_change(world, view, desired)
 
 
 def _scaled(spec: ContainerSpec, command: Scale) -> ContainerSpec:

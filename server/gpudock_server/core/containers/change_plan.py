@@ -1,7 +1,7 @@
 """What a change of a container takes: whether its engine container can serve what is wanted, and what it costs.
 
-Start, restart, scale, update and rollback each say what they want (`Wanted`); one draft is made of it here, and one
-saga (`change`) does it.
+Start, restart, scale, update and rollback each say what they want (`DesiredState`); one draft is made of it here, and
+one saga (`change_saga`) does it.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from gpudock_server.core.allocation import Wish
-from gpudock_server.core.containers import history, keeping
-from gpudock_server.core.containers.change import ChangeArguments, ChangeSaga, Files, Source
-from gpudock_server.core.containers.engine_volumes import check_same
-from gpudock_server.core.containers.keeping import KeepArguments
+from gpudock_server.core.containers import history, snapshots
+from gpudock_server.core.containers.change_saga import ChangeArguments, ChangeSaga, SuccessorFiles, SuccessorSource
+from gpudock_server.core.containers.engine_volumes import require_same_engine_volumes
 from gpudock_server.core.containers.limits import check_limits
-from gpudock_server.core.containers.mounting import check_before_start, check_mounts, mounts_it
+from gpudock_server.core.containers.mounts import check_before_start, check_mounts, mounts_volume
+from gpudock_server.core.containers.snapshots import SnapshotArguments
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.engine import Draft
+from gpudock_server.core.placement.allocator import AllocationRequest
 from gpudock_server.errors import ContainerNotRunning, RestartRequired
 from gpudock_server.model.claims import ClaimKey
 from gpudock_server.model.container import (
@@ -45,7 +45,7 @@ _LIMITS = ("cpus", "memory_bytes", "pids_limit", "restart_policy")
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class DesiredState:
     """How a container is to be afterwards.
 
     `recreate`: by a new engine container in any case. `live`: by the same process, or not at all. `chooses_gpus`: the
@@ -62,73 +62,73 @@ class Wanted:
     stop_timeout: float | None = None
     must_live: bool = False
     snapshots: SnapshotPolicy | None = None
-    source: Source = field(default_factory=Source)
+    source: SuccessorSource = field(default_factory=SuccessorSource)
     registry_auth: RegistryAuth | None = None
 
 
-async def draft(world: World, view: ContainerView, wanted: Wanted) -> Draft:
+async def draft_change(world: World, view: ContainerView, desired: DesiredState) -> Draft:
     """What it takes to bring a container there. Raises whatever speaks against it; nothing has been done then."""
     container = view.container
     engine, status = container.engine, container.status
     if engine is None:
         raise ContainerNotRunning(container=container.name, state=status.state.value)
-    check_limits(world.limits, wanted.spec, had=container.spec)
-    placement, to_claim = await _placement(world, container, engine, wanted)
+    check_limits(world.limits, desired.spec, had=container.spec)
+    placement, to_claim = await _placement(world, container, engine, desired)
     lives = status.state in ACTIVE_STATES
-    starts = wanted.runs and (wanted.restart or not lives)
-    replace = not _process_goes_on(container, engine, wanted) and _needs_successor(engine, wanted, placement)
-    if replace and wanted.live:
+    starts = desired.runs and (desired.restart or not lives)
+    replace = not _keeps_process(container, engine, desired) and _needs_successor(engine, desired, placement)
+    if replace and desired.live:
         raise RestartRequired(container=container.name, changes=("gpus",))
     # The engine would resolve the host paths of one that an older version made at this start and all others.
     replace = replace or (starts and await world.mounts_unbound(container))
     carry = LayerTransferPlan(method=LayerTransferMethod.NONE)
     joining: tuple[VolumeView, ...] = ()
     if replace:
-        volumes = await check_mounts(world, wanted.spec.mounts, had=container.spec.mounts)
-        await _check_same_files(world, container, engine, wanted.spec, volumes)
-        joining = tuple(one for one in volumes if not mounts_it(view, one.volume.name))
-        if wanted.source.files in (Files.CARRY, Files.GRAFT):
-            carry = await _plan_carry(world, container, engine, wanted.source.files)
+        volumes = await check_mounts(world, desired.spec.mounts, had=container.spec.mounts)
+        await _require_same_volumes(world, container, engine, desired.spec, volumes)
+        joining = tuple(one for one in volumes if not mounts_volume(view, one.volume.name))
+        if desired.source.files in (SuccessorFiles.CARRY, SuccessorFiles.GRAFT):
+            carry = await _plan_layer_transfer(world, container, engine, desired.source.files)
     elif starts:
         # Before anything is stopped.
-        await check_before_start(world, wanted.spec.mounts)
-    cause = _CAUSES.get(wanted.kind, RevisionCause.SCALED) if wanted.spec != container.spec or replace else None
-    keep, prunes = KeepArguments(), False
+        await check_before_start(world, desired.spec.mounts)
+    cause = _CAUSES.get(desired.kind, RevisionCause.SCALED) if desired.spec != container.spec or replace else None
+    keep, prunes = SnapshotArguments(), False
     if cause is not None:
         known = await world.store.history(container.uid)
         commits = carry.method is LayerTransferMethod.COMMIT
-        keep = await keeping.plan(world, container, wanted.snapshots, known, commits=commits)
+        keep = await snapshots.plan_snapshot(world, container, desired.snapshots, known, commits=commits)
         # There will be one more.
-        limits = history.limits_of(world, wanted.spec)
-        prunes = len(known) >= limits.keep_revisions or bool(history.surplus(known, limits))
+        limits = history.history_limits(world, desired.spec)
+        prunes = len(known) >= limits.keep_revisions or bool(history.prunable_revisions(known, limits))
     arguments = ChangeArguments(
         old=engine,
         # Of the old spec only what stops it and its limits are needed; what may be large is not written again.
         old_spec=container.spec.changed(labels={}, env={}),
         old_placement=status.placement,
-        spec=wanted.spec,
+        spec=desired.spec,
         placement=placement,
         revision=container.revision + (cause is not None),
         was_running=lives,
         frozen=status.state is ContainerState.PAUSED,
-        stop=lives and (replace or wanted.restart),
-        start=starts or (wanted.runs and replace),
+        stop=lives and (replace or desired.restart),
+        start=starts or (desired.runs and replace),
         replace=replace,
-        limits=_changes(container.spec, wanted.spec, _LIMITS),
+        limits=_changes(container.spec, desired.spec, _LIMITS),
         carry=carry.method,
-        source=wanted.source,
+        source=desired.source,
         keep=keep,
         prunes=prunes,
-        stop_timeout=wanted.stop_timeout,
-        must_live=wanted.must_live,
-        may_end=wanted.kind in _MAY_END,
+        stop_timeout=desired.stop_timeout,
+        must_live=desired.must_live,
+        may_end=desired.kind in _MAY_END,
         verify=world.watches_starts,
         cause=cause,
         owner=container.owner,
-        authenticated=wanted.registry_auth is not None,
+        authenticated=desired.registry_auth is not None,
     )
     return Draft(
-        kind=wanted.kind,
+        kind=desired.kind,
         target=container.target,
         target_record=PutContainer(container, expect=view.version),
         arguments=arguments.model_dump(mode="json"),
@@ -138,11 +138,11 @@ async def draft(world: World, view: ContainerView, wanted: Wanted) -> Draft:
         # head before the commit, so nobody may delete that meanwhile.
         locks=[one.volume.target for one in joining],
         conditions=[RequireVolumeVersion(one.volume.name, one.version) for one in joining],
-        build=lambda operation: ChangeSaga(world, operation, wanted.registry_auth),
+        build=lambda operation: ChangeSaga(world, operation, desired.registry_auth),
     )
 
 
-async def _check_same_files(
+async def _require_same_volumes(
     world: World, container: Container, engine: EngineBinding, spec: ContainerSpec, volumes: Sequence[VolumeView]
 ) -> None:
     """Raises VolumeDiffers where a successor would see other files in a volume than its predecessor does."""
@@ -150,69 +150,71 @@ async def _check_same_files(
         seen = await world.engine.inspect(engine.engine_id)
         if seen is not None:
             mounts = container.spec.mounts
-            check_same(container.name, seen, mounts, spec.mounts, [one.volume for one in volumes])
+            require_same_engine_volumes(container.name, seen, mounts, spec.mounts, [one.volume for one in volumes])
 
 
 async def _placement(
-    world: World, container: Container, engine: EngineBinding, wanted: Wanted
+    world: World, container: Container, engine: EngineBinding, desired: DesiredState
 ) -> tuple[Placement, tuple[ClaimKey, ...]]:
     """What it holds afterwards, and what of that is to be claimed. What does not run keeps what it holds."""
-    if not wanted.runs or _process_goes_on(container, engine, wanted):
+    if not desired.runs or _keeps_process(container, engine, desired):
         return container.status.placement, ()
-    wish = Wish(
+    request = AllocationRequest(
         uid=container.uid,
-        gpus=wanted.spec.gpus,
-        ports=wanted.spec.ports,
-        held=container.status.placement,
-        had=engine.placement,
+        gpus=desired.spec.gpus,
+        ports=desired.spec.ports,
+        current=container.status.placement,
+        previous=engine.placement,
     )
-    proposal = await world.allocator.propose(wish)
-    return proposal.placement, proposal.to_claim
+    allocation = await world.allocator.allocate(request)
+    return allocation.placement, allocation.to_claim
 
 
-def _process_goes_on(container: Container, engine: EngineBinding, wanted: Wanted) -> bool:
+def _keeps_process(container: Container, engine: EngineBinding, desired: DesiredState) -> bool:
     """Whether the container runs and nothing in the request needs another process.
 
     It then keeps its cards, whatever their health: to exchange a card is to restart the process, and that is only done
     where the request names the GPUs or restarts the process anyway.
     """
-    before, after = container.spec, wanted.spec
+    before, after = container.spec, desired.spec
     return (
-        wanted.runs
+        desired.runs
         and container.status.state in ACTIVE_STATES
-        and not (wanted.restart or wanted.recreate or wanted.chooses_gpus)
-        and wanted.source.files is Files.CARRY
+        and not (desired.restart or desired.recreate or desired.chooses_gpus)
+        and desired.source.files is SuccessorFiles.CARRY
         and (before.gpus, before.ports) == (after.gpus, after.ports)
         and engine.fixed_digest == after.fixed_digest
     )
 
 
-def _needs_successor(engine: EngineBinding, wanted: Wanted, placement: Placement) -> bool:
-    if wanted.recreate or wanted.source.files is not Files.CARRY:
+def _needs_successor(engine: EngineBinding, desired: DesiredState, placement: Placement) -> bool:
+    if desired.recreate or desired.source.files is not SuccessorFiles.CARRY:
         return True
-    if wanted.runs:
-        return not engine.matches(wanted.spec, placement)
+    if desired.runs:
+        return not engine.matches(desired.spec, placement)
     # Cards and ports are given when it starts; a successor is made then, if they are other ones.
-    return engine.fixed_digest != wanted.spec.fixed_digest
+    return engine.fixed_digest != desired.spec.fixed_digest
 
 
 def _changes(before: ContainerSpec, after: ContainerSpec, fields: Sequence[str]) -> bool:
     return any(getattr(before, name) != getattr(after, name) for name in fields)
 
 
-async def _plan_carry(world: World, container: Container, engine: EngineBinding, files: Files) -> LayerTransferPlan:
+async def _plan_layer_transfer(
+    world: World, container: Container, engine: EngineBinding, files: SuccessorFiles
+) -> LayerTransferPlan:
     seen = await world.engine.inspect(engine.engine_id)
     if seen is None:
         raise ContainerNotRunning(container=container.name, state=ContainerState.FAILED.value)
     # On another image only what the engine has committed can be laid.
-    return await (world.layers.commit_plan(seen) if files is Files.GRAFT else world.layers.plan(seen))
+    return await (world.layers.commit_plan(seen) if files is SuccessorFiles.GRAFT else world.layers.plan(seen))
 
 
 def _plan(arguments: ChangeArguments, carry: LayerTransferPlan, container: Container) -> OperationPlan:
     keep, had = arguments.keep, container.status.placement
     return OperationPlan(
         placement=arguments.placement,
-        kept_gpu_uuids=_both(had.gpu_uuids, arguments.placement.gpu_uuids),
+        kept_gpu_uuids=_common(had.gpu_uuids, arguments.placement.gpu_uuids),
         released_gpu_uuids=_without(had.gpu_uuids, arguments.placement.gpu_uuids),
         claimed_gpu_uuids=_without(arguments.placement.gpu_uuids, had.gpu_uuids),
         claimed_ports=tuple(port for port in arguments.placement.ports if port not in had.ports),
@@ -227,7 +229,7 @@ def _plan(arguments: ChangeArguments, carry: LayerTransferPlan, container: Conta
     )
 
 
-def _both(before: Sequence[str], after: Sequence[str]) -> tuple[str, ...]:
+def _common(before: Sequence[str], after: Sequence[str]) -> tuple[str, ...]:
     return tuple(uuid for uuid in after if uuid in before)
 
 

@@ -41,21 +41,21 @@ _FIRST_REALTIME_SIGNAL = 34  # as glibc counts: it keeps the kernel's first two 
 _RELATIVE_SIGNAL = re.compile(r"(RTMIN|RTMAX)([+-]\d{1,2})", re.ASCII)
 
 # What the engine says instead of the output of a program that it could not start ends with this.
-_END_OF_REFUSAL = b"\r\n"
-_COULD_NOT_RUN = 126
-_NOT_FOUND = 127
-_SAYS_NOT_FOUND = re.compile(
+_START_ERROR_SUFFIX = b"\r\n"
+_EXIT_NOT_EXECUTABLE = 126
+_EXIT_NOT_FOUND = 127
+_NOT_FOUND_MESSAGE = re.compile(
     r"executable file (?:`.*` )?not found|exec: \".*\": (?:stat .*: )?no such file or directory", re.DOTALL
 )
 
-_NEEDS = "to run a command in it, it must be RUNNING"
+_REQUIRED_STATE = "to run a command in it, it must be RUNNING"
 # An engine that does not answer when a process is to be ended is asked again after so many seconds each.
-_ENDING_RETRIES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+_END_RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 # Between two looks at something that the engine or the kernel brings about soon: seconds, at first and at most.
-_FIRST_PAUSE = 0.01
-_LONGEST_PAUSE = 0.25
+_MIN_POLL_SECONDS = 0.01
+_MAX_POLL_SECONDS = 0.25
 # Seconds that a process has from the engine's yes to having a pid.
-_BIRTH_SECONDS = 30.0
+_PID_TIMEOUT = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +76,15 @@ class Exited:
     timed_out: bool = False
 
 
-class _Fate(Enum):
+class _EndReason(Enum):
     """Why a process ends."""
 
-    OF_ITSELF = auto()
+    EXITED = auto()
     TIMED_OUT = auto()
     HUNG_UP = auto()
 
 
-_FIRST_SIGNAL = {_Fate.TIMED_OUT: signal.SIGTERM, _Fate.HUNG_UP: signal.SIGHUP}
+_FIRST_SIGNAL = {_EndReason.TIMED_OUT: signal.SIGTERM, _EndReason.HUNG_UP: signal.SIGHUP}
 
 
 class RunningExec:
@@ -99,7 +99,7 @@ class RunningExec:
         self.engine_id = engine_id
         self.session = session
         self.timeout = timeout
-        self.fate = _Fate.OF_ITSELF
+        self.end_reason = _EndReason.EXITED
         self.ended = False
         self.finished = False
 
@@ -148,7 +148,7 @@ class ExecSessions:
         self._execs[exec_id] = None
         # In a task of its own: a process that the engine starts for a caller who leaves meanwhile has to be ended.
         begun: asyncio.Future[RunningExec] = asyncio.get_running_loop().create_future()
-        self._spawn(self._begin(begun, container, request, exec_id, timeout), f"start {exec_id}")
+        self._spawn(self._start_exec(begun, container, request, exec_id, timeout), f"start {exec_id}")
         try:
             running = await begun
         except asyncio.CancelledError:
@@ -161,7 +161,7 @@ class ExecSessions:
             raise ShuttingDown
         return running
 
-    async def _begin(
+    async def _start_exec(
         self,
         begun: asyncio.Future[RunningExec],
         container: str,
@@ -170,7 +170,7 @@ class ExecSessions:
         timeout: float | None,
     ) -> None:
         try:
-            running = await self._started(container, request, exec_id, timeout)
+            running = await self._create_exec(container, request, exec_id, timeout)
         except BaseException as error:
             del self._execs[exec_id]
             if isinstance(error, asyncio.CancelledError):
@@ -184,10 +184,12 @@ class ExecSessions:
         else:
             begun.set_result(running)
 
-    async def _started(self, container: str, request: ExecRequest, exec_id: str, timeout: float | None) -> RunningExec:
+    async def _create_exec(
+        self, container: str, request: ExecRequest, exec_id: str, timeout: float | None
+    ) -> RunningExec:
         head = (await self._world.find(container)).container
         if head.engine is None or head.status.state in (ContainerState.CREATING, ContainerState.DELETING):
-            raise ContainerNotRunning(container=container, state=head.status.state.value, needs=_NEEDS)
+            raise ContainerNotRunning(container=container, state=head.status.state.value, needs=_REQUIRED_STATE)
         engine_id = head.engine.engine_id
         session = await self._open(head, engine_id, request)
         return RunningExec(exec_id=exec_id, container=container, engine_id=engine_id, session=session, timeout=timeout)
@@ -203,7 +205,7 @@ class ExecSessions:
                 recorded = head.status.state
                 ended = seen.state.value.upper() if seen and recorded not in STOPPED_STATES else recorded.value
                 state = "gone" if seen is None else ended
-                raise ContainerNotRunning(container=head.name, state=state, needs=_NEEDS) from None
+                raise ContainerNotRunning(container=head.name, state=state, needs=_REQUIRED_STATE) from None
             if seen.state.value == "paused":
                 raise ContainerPaused(container=head.name) from None
             raise
@@ -223,19 +225,19 @@ class ExecSessions:
         """
         clock = None
         if running.timeout is not None:
-            clock = asyncio.get_running_loop().call_later(running.timeout, self._time_is_over, running)
-        refusal: bytes | None = None
+            clock = asyncio.get_running_loop().call_later(running.timeout, self._on_timeout, running)
+        start_error: bytes | None = None
         first = True
         try:
             async for stream, data in running.session.read():
                 if first:
                     first = False
-                    if data.endswith(_END_OF_REFUSAL) and await _never_began(running):
-                        refusal = data
+                    if data.endswith(_START_ERROR_SUFFIX) and await _failed_to_start(running):
+                        start_error = data
                         continue
                 yield Output(stream, data)
             exited = await self._exited(running)
-            yield exited if refusal is None else _refused(exited.code, refusal)
+            yield exited if start_error is None else _start_failure(exited.code, start_error)
         finally:
             if clock is not None:
                 clock.cancel()
@@ -247,15 +249,15 @@ class ExecSessions:
             # container was stopped and the engine lost track of it.
             status = await self._wait_for_end(running)
         code = status.exit_code
-        if self._draining.is_set() and (code is None or running.fate is _Fate.HUNG_UP):
+        if self._draining.is_set() and (code is None or running.end_reason is _EndReason.HUNG_UP):
             raise ShuttingDown
         if code is None:
             raise ContainerNotRunning(container=running.container, state="stopped while the command ran")
         running.ended = True
-        return Exited(code=code, signal=signal_name(code), timed_out=running.fate is _Fate.TIMED_OUT)
+        return Exited(code=code, signal=signal_name(code), timed_out=running.end_reason is _EndReason.TIMED_OUT)
 
     async def _wait_for_end(self, running: RunningExec) -> ExecStatus:
-        pause = _FIRST_PAUSE
+        delay = _MIN_POLL_SECONDS
         while True:
             status = await running.session.status()
             if status.exit_code is not None:
@@ -265,20 +267,20 @@ class ExecSessions:
             seen = await self._world.engine.inspect(running.engine_id)
             if seen is None or not seen.alive:
                 return await running.session.status()
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, _LONGEST_PAUSE)
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, _MAX_POLL_SECONDS)
 
     async def signal(self, running: RunningExec, name: str) -> None:
         """Send a signal, by name or number, to the command's main process. Raises ValueError on no signal."""
         number = signal_number(name)
-        if pid := await self._leader(running):
+        if pid := await self._leader_pid(running):
             self._processes.signal(pid, running.engine_id, number)
 
     # -- the end that is not its own ---------------------------------------------------------------------------------
 
-    def _time_is_over(self, running: RunningExec) -> None:
+    def _on_timeout(self, running: RunningExec) -> None:
         # Not a part of `events`: what has begun goes on when the output has ended, or its reader has left.
-        self._spawn(self._end(running, _Fate.TIMED_OUT), f"end {running.id}, whose time is over")
+        self._spawn(self._end(running, _EndReason.TIMED_OUT), f"end {running.id}, whose time is over")
 
     async def finish(self, running: RunningExec) -> None:
         """Let go of a command, ending it by the policy if it runs still. Returns at once; the ending goes on.
@@ -296,53 +298,53 @@ class ExecSessions:
 
     async def _hang_up(self, running: RunningExec) -> None:
         try:
-            await self._end(running, _Fate.HUNG_UP)
+            await self._end(running, _EndReason.HUNG_UP)
         finally:
             del self._execs[running.id]
             await running.session.close()
 
-    async def _end(self, running: RunningExec, fate: _Fate) -> None:
-        retries = iter(_ENDING_RETRIES)
+    async def _end(self, running: RunningExec, end_reason: _EndReason) -> None:
+        retries = iter(_END_RETRY_DELAYS)
         while True:
             try:
-                return await self._end_session(running, fate)
+                return await self._end_session(running, end_reason)
             except GpudockError as error:
-                pause = next(retries, None) if isinstance(error, EngineUnavailable) else None
-                if pause is None or self._draining.is_set():
+                delay = next(retries, None) if isinstance(error, EngineUnavailable) else None
+                if delay is None or self._draining.is_set():
                     log.warning("a command could not be ended", exec_id=running.id, detail=error.message)
                     return None
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._draining.wait(), pause)
+                await asyncio.wait_for(self._draining.wait(), delay)
 
-    async def _end_session(self, running: RunningExec, fate: _Fate) -> None:
+    async def _end_session(self, running: RunningExec, end_reason: _EndReason) -> None:
         """Everything in the session gets the first signal, and after the grace SIGKILL, its leader gone or not."""
-        leader = await self._leader(running)
+        leader = await self._leader_pid(running)
         if not leader:
             return
-        if running.fate is _Fate.OF_ITSELF and self._processes.alive(leader, running.engine_id):
-            running.fate = fate
-        await self._signal_session(running, leader, _FIRST_SIGNAL[fate])
+        if running.end_reason is _EndReason.EXITED and self._processes.alive(leader, running.engine_id):
+            running.end_reason = end_reason
+        await self._signal_session(running, leader, _FIRST_SIGNAL[end_reason])
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._grace
-        pause = _FIRST_PAUSE
+        delay = _MIN_POLL_SECONDS
         while self._processes.alive(leader, running.engine_id) or await self._signal_session(running, leader, 0):
             if loop.time() >= deadline:
                 await self._signal_session(running, leader, signal.SIGKILL)
                 return
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, _LONGEST_PAUSE, max(deadline - loop.time(), 0))
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, _MAX_POLL_SECONDS, max(deadline - loop.time(), 0))
 
     async def _signal_session(self, running: RunningExec, leader: int, number: int) -> bool:
         # It reads the whole process table.
         return await asyncio.to_thread(self._processes.signal, leader, running.engine_id, number, session=True)
 
-    async def _leader(self, running: RunningExec) -> int:
+    async def _leader_pid(self, running: RunningExec) -> int:
         """The pid of its main process, once it has one; 0 when it never began or the engine no longer knows it."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + _BIRTH_SECONDS
+        deadline = loop.time() + _PID_TIMEOUT
         status = await running.session.status()
         while status.running and not status.pid and loop.time() < deadline:
-            await asyncio.sleep(_FIRST_PAUSE)
+            await asyncio.sleep(_MIN_POLL_SECONDS)
             status = await running.session.status()
         return status.pid
 
@@ -356,15 +358,15 @@ class ExecSessions:
             await asyncio.wait(self._tasks)
 
 
-async def _never_began(running: RunningExec) -> bool:
+async def _failed_to_start(running: RunningExec) -> bool:
     status = await running.session.status()
-    return status.pid == 0 and status.exit_code in (_COULD_NOT_RUN, _NOT_FOUND)
+    return status.pid == 0 and status.exit_code in (_EXIT_NOT_EXECUTABLE, _EXIT_NOT_FOUND)
 
 
-def _refused(code: int, refusal: bytes) -> Exited:
-    message = refusal.decode(errors="replace").strip()
+def _start_failure(code: int, start_error: bytes) -> Exited:
+    message = start_error.decode(errors="replace").strip()
     # Engines say 126 for both.
-    return Exited(code=_NOT_FOUND if _SAYS_NOT_FOUND.search(message) else code, message=message)
+    return Exited(code=_EXIT_NOT_FOUND if _NOT_FOUND_MESSAGE.search(message) else code, message=message)
 
 
 def signal_number(name: str) -> int:

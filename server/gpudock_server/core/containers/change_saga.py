@@ -17,7 +17,7 @@ or none (another image), or, on another image, what it has written as one more l
 
     stop old -> snapshot to an image -> graft -> create successor -> start successor -> verify | commit | retire old
 
-In between, the files of the revision that ends are kept (see `keeping`).
+In between, the files of the revision that ends are kept (see `snapshots`).
 
 The old engine container is kept, whole or to be made whole again, until the successor runs and the commit is durable.
 The bar marks the point of no return. New cards and ports are claimed in the transaction that begins the operation, and
@@ -35,18 +35,23 @@ from typing_extensions import override
 from gpudock_server.core.containers.create import (
     VERIFY_STAGE,
     anonymous_volumes,
+    engine_container_labels,
     exit_code_of_start,
-    labels_of,
     remove_with_volumes,
 )
-from gpudock_server.core.containers.depth import carry_image, graft_image, grafted_image, remove_carried
 from gpudock_server.core.containers.history import prune
 from gpudock_server.core.containers.images import Pull, pull_image, restrict_after_failed_pull
-from gpudock_server.core.containers.keeping import IMAGE_STAGE, KeepArguments, Keeping
-from gpudock_server.core.containers.mounting import engine_volumes
-from gpudock_server.core.containers.observation import after_start, observed
-from gpudock_server.core.containers.remembering import remember
+from gpudock_server.core.containers.layer_images import (
+    graft_image,
+    grafted_image_name,
+    make_layer_image,
+    remove_layer_images,
+)
+from gpudock_server.core.containers.ledger import write_ledger_entry
+from gpudock_server.core.containers.mounts import ensure_engine_volumes
 from gpudock_server.core.containers.saga import ContainerSaga
+from gpudock_server.core.containers.snapshots import IMAGE_STAGE, SnapshotArguments, SnapshotSteps
+from gpudock_server.core.containers.status import observed_status, status_after_start
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
 from gpudock_server.errors import LayerCarryFailed, PulledImageDiffers, StartFailed
@@ -74,7 +79,7 @@ from gpudock_server.model.store_changes import (
 from gpudock_server.ports import ContainerView, LayerPair
 
 
-class Files(StrEnum):
+class SuccessorFiles(StrEnum):
     """What a successor's files are. GRAFT: those of the old one, on another image."""
 
     CARRY = "CARRY"
@@ -83,7 +88,7 @@ class Files(StrEnum):
     GRAFT = "GRAFT"
 
 
-class Source(Record):
+class SuccessorSource(Record):
     """Where a successor and its files come from.
 
     `image_id` is what it is made from, or grafted on; empty is the old one's, or, for FRESH and GRAFT, what is pulled
@@ -92,7 +97,7 @@ class Source(Record):
     revision was made, and it is pulled first.
     """
 
-    files: Files = Files.CARRY
+    files: SuccessorFiles = SuccessorFiles.CARRY
     image_id: str = ""
     present_id: str = ""
     pull_stall_seconds: float | None = None
@@ -127,8 +132,8 @@ class ChangeArguments(Record):
     replace: bool = False
     limits: bool = False
     carry: LayerTransferMethod = LayerTransferMethod.NONE
-    source: Source = Source()
-    keep: KeepArguments = KeepArguments()
+    source: SuccessorSource = SuccessorSource()
+    keep: SnapshotArguments = SnapshotArguments()
     prunes: bool = False
     stop_timeout: float | None = None
     must_live: bool = False
@@ -147,61 +152,68 @@ class ChangeSaga(ContainerSaga):
         super().__init__(world)
         self._auth = registry_auth
         self._arguments = ChangeArguments.model_validate(operation.arguments)
-        self._keeping = Keeping(world, self._arguments.keep)
+        self._snapshot_steps = SnapshotSteps(world, self._arguments.keep)
 
     # -- the script --------------------------------------------------------------------------------------------------
 
     @property
     @override
     def steps(self) -> tuple[Step, ...]:
-        return self._replacement() if self._arguments.replace else self._in_place()
+        return self._replacement_steps() if self._arguments.replace else self._in_place_steps()
 
-    def _in_place(self) -> tuple[Step, ...]:
-        arguments, keeping = self._arguments, self._keeping
-        kept = (*keeping.while_still, *self._committed_files())
+    def _in_place_steps(self) -> tuple[Step, ...]:
+        arguments, keeping = self._arguments, self._snapshot_steps
+        kept = (*keeping.steps_while_stopped, *self._image_steps())
         if arguments.was_running and not arguments.frozen:
-            kept = keeping.frozen(*kept)
-        limits = [Step("limits", self._limits, self._old_limits)] if arguments.limits else []
-        start = (*self._starting(), *(self._verifying() if arguments.verify else ()))
-        return (*keeping.while_it_runs, *kept, *keeping.at_the_end, *self._stopping(), *limits, *start)
+            kept = keeping.with_freeze(*kept)
+        limits = [Step("limits", self._set_limits, self._restore_limits)] if arguments.limits else []
+        start = (*self._start_steps(), *(self._verify_steps() if arguments.verify else ()))
+        return (*keeping.steps_while_running, *kept, *keeping.steps_at_end, *self._stop_steps(), *limits, *start)
 
-    def _replacement(self) -> tuple[Step, ...]:
-        arguments, keeping = self._arguments, self._keeping
-        pull = [Step("pull", self._pull, self._restrict, interruptible=True)] if self._pulls else []
+    def _replacement_steps(self) -> tuple[Step, ...]:
+        arguments, keeping = self._arguments, self._snapshot_steps
+        pull = [Step("pull", self._pull, self._restrict_image, interruptible=True)] if self._pulls else []
         if arguments.source.fetch:
-            pull = [Step("pull", self._fetch, interruptible=True)]
+            pull = [Step("pull", self._pull_revision_image, interruptible=True)]
         create = Step("create", self._create, self._remove_successor)
-        stop, start = self._stopping(), (*self._starting(), *self._verifying())
+        stop, start = self._stop_steps(), (*self._start_steps(), *self._verify_steps())
         if arguments.carry is LayerTransferMethod.COMMIT:
-            graft = [Step("graft", self._graft, self._remove_graft)] if arguments.source.files is Files.GRAFT else []
+            graft = (
+                [Step("graft", self._graft, self._remove_graft)]
+                if arguments.source.files is SuccessorFiles.GRAFT
+                else []
+            )
             return (*pull, *stop, self._image_step(), *graft, create, *start)
         before, after = [create], []
-        if arguments.source.files is Files.CARRY:
+        if arguments.source.files is SuccessorFiles.CARRY:
             before.append(Step("locate", self._locate))
-            after.append(Step("carry", self._carry, self._give_back))
+            after.append(Step("carry", self._transfer_layer, self._undo_layer_transfer))
         elif self._restores_tree:
             before.append(Step("restore", self._restore, interruptible=True))
-        still = (*stop, *keeping.while_still, *self._committed_files())
-        return (*pull, *before, *keeping.while_it_runs, *still, *after, *start, *keeping.at_the_end)
+        still = (*stop, *keeping.steps_while_stopped, *self._image_steps())
+        return (*pull, *before, *keeping.steps_while_running, *still, *after, *start, *keeping.steps_at_end)
 
-    def _stopping(self) -> tuple[Step, ...]:
+    def _stop_steps(self) -> tuple[Step, ...]:
         return (Step("stop", self._stop, self._start_old),) if self._arguments.stop else ()
 
-    def _starting(self) -> tuple[Step, ...]:
+    def _start_steps(self) -> tuple[Step, ...]:
         return (Step("start", self._start, self._stop_successor),) if self._arguments.start else ()
 
-    def _verifying(self) -> tuple[Step, ...]:
+    def _verify_steps(self) -> tuple[Step, ...]:
         return (Step(VERIFY_STAGE, self._verify),) if self._arguments.start else ()
 
-    def _committed_files(self) -> tuple[Step, ...]:
-        return (self._image_step(),) if self._keeping.as_image else ()
+    def _image_steps(self) -> tuple[Step, ...]:
+        return (self._image_step(),) if self._snapshot_steps.as_image else ()
 
     def _image_step(self) -> Step:
         return Step(IMAGE_STAGE, self._snapshot, self._remove_snapshot)
 
     @property
     def _pulls(self) -> bool:
-        return self._arguments.source.files in (Files.FRESH, Files.GRAFT) and not self._arguments.source.image_id
+        return (
+            self._arguments.source.files in (SuccessorFiles.FRESH, SuccessorFiles.GRAFT)
+            and not self._arguments.source.image_id
+        )
 
     def _new_image(self, operation: Operation) -> str:
         """The image that a user named instead of the one before."""
@@ -231,13 +243,13 @@ class ChangeSaga(ContainerSaga):
         if self._arguments.was_running:
             await self._world.start(self._arguments.old.engine_id, self._arguments.old_spec, renew=False)
 
-    async def _limits(self, _run: OperationRun) -> None:
-        await self._limit(self._arguments.spec)
+    async def _set_limits(self, _run: OperationRun) -> None:
+        await self._apply_limits(self._arguments.spec)
 
-    async def _old_limits(self, _run: OperationRun) -> None:
-        await self._limit(self._arguments.old_spec)
+    async def _restore_limits(self, _run: OperationRun) -> None:
+        await self._apply_limits(self._arguments.old_spec)
 
-    async def _limit(self, spec: ContainerSpec) -> None:
+    async def _apply_limits(self, spec: ContainerSpec) -> None:
         await self._world.engine.update(
             self._arguments.old.engine_id,
             cpus=spec.cpus,
@@ -247,15 +259,15 @@ class ChangeSaga(ContainerSaga):
         )
 
     async def _start(self, run: OperationRun) -> None:
-        await self._world.start(await self._serving(run), self._arguments.spec)
+        await self._world.start(await self._serving_engine_id(run), self._arguments.spec)
 
     async def _stop_successor(self, run: OperationRun) -> None:
         # Also where nothing is replaced: a start that was undone leaves it as stopped as it was.
-        serving = await self._serving(run)
+        serving = await self._serving_engine_id(run)
         if serving and not (serving == self._arguments.old.engine_id and self._arguments.was_running):
             await self._world.engine.stop(serving, 0)
 
-    async def _serving(self, run: OperationRun) -> str:
+    async def _serving_engine_id(self, run: OperationRun) -> str:
         """The engine container that will serve: the successor, or the old one where nothing is replaced."""
         if not self._arguments.replace:
             return self._arguments.old.engine_id
@@ -264,7 +276,7 @@ class ChangeSaga(ContainerSaga):
     async def _verify(self, run: OperationRun) -> JsonObject:
         world = self._world
         seconds = world.settle_seconds if self._arguments.replace else world.start_watch_seconds
-        code = await world.end_of_start(await self._serving(run), seconds)
+        code = await world.end_of_start(await self._serving_engine_id(run), seconds)
         if code is not None and (code != 0 or self._arguments.must_live) and not self._arguments.may_end:
             raise StartFailed(
                 container=run.operation.target.name,
@@ -275,7 +287,7 @@ class ChangeSaga(ContainerSaga):
     # -- the successor -----------------------------------------------------------------------------------------------
 
     @property
-    def _to_pull(self) -> Pull:
+    def _image_pull(self) -> Pull:
         return Pull(
             self._arguments.spec.image,
             self._arguments.owner,
@@ -286,13 +298,13 @@ class ChangeSaga(ContainerSaga):
         )
 
     async def _pull(self, run: OperationRun) -> JsonObject:
-        return {"image_id": (await pull_image(self._world, run, self._to_pull)).id}
+        return {"image_id": (await pull_image(self._world, run, self._image_pull)).id}
 
-    async def _fetch(self, run: OperationRun) -> JsonObject:
+    async def _pull_revision_image(self, run: OperationRun) -> JsonObject:
         """Pull the image of a revision again. Its name may lead to another one by now, which does not go with files."""
         source, world = self._arguments.source, self._world
         if await world.engine.image(source.image_id) is None:
-            pulled = await pull_image(world, run, self._to_pull)
+            pulled = await pull_image(world, run, self._image_pull)
             if await world.engine.image(source.image_id) is None:
                 raise PulledImageDiffers(
                     container=run.operation.target.name,
@@ -302,12 +314,12 @@ class ChangeSaga(ContainerSaga):
                 )
         return {"image_id": source.image_id}
 
-    async def _restrict(self, _run: OperationRun) -> None:
-        await restrict_after_failed_pull(self._world, self._to_pull)
+    async def _restrict_image(self, _run: OperationRun) -> None:
+        await restrict_after_failed_pull(self._world, self._image_pull)
 
     def _successor_image(self, operation: Operation) -> str:
         # Not the image's tag, which may have moved: the layer is only right on top of the very image it was made on.
-        if self._arguments.source.files is Files.GRAFT:
+        if self._arguments.source.files is SuccessorFiles.GRAFT:
             return str(operation.facts("graft")["image_id"])
         if self._arguments.carry is LayerTransferMethod.COMMIT:
             return str(operation.facts(IMAGE_STAGE)["image_id"])
@@ -324,15 +336,15 @@ class ChangeSaga(ContainerSaga):
                 spec=arguments.spec,
                 placement=arguments.placement,
                 hostname=arguments.spec.hostname or operation.target.name,
-                labels=labels_of(operation, arguments.revision, arguments.owner),
+                labels=engine_container_labels(operation, arguments.revision, arguments.owner),
                 volumes=arguments.old.anonymous_volumes,
-                mounted=await engine_volumes(world, arguments.spec.mounts),
+                mounted=await ensure_engine_volumes(world, arguments.spec.mounts),
             )
         )
         return {"engine_id": engine_id, "engine_name": name, "image_id": image_id}
 
     async def _remove_successor(self, run: OperationRun) -> None:
-        if await self._is_all_there_is(run):
+        if await self._predecessor_is_gone(run):
             run.add_message("the old engine container is gone; its successor is kept, with whatever files it has")
             return
         await remove_with_volumes(self._world, run.operation)
@@ -340,9 +352,9 @@ class ChangeSaga(ContainerSaga):
     async def _restore(self, run: OperationRun) -> None:
         source = self._arguments.source
         key = SnapshotKey(uid=run.operation.target.uid, revision=source.revision)
-        await self._world.snapshots.restore(key, await self._seen(await self._serving(run)), run.progress)
+        await self._world.snapshots.restore(key, await self._inspect(await self._serving_engine_id(run)), run.progress)
 
-    async def _is_all_there_is(self, run: OperationRun) -> bool:
+    async def _predecessor_is_gone(self, run: OperationRun) -> bool:
         """Whether the old one was removed by somebody else, and files may have reached the successor by then."""
         if await self._world.engine.inspect(self._arguments.old.engine_id) is not None:
             return False
@@ -355,11 +367,11 @@ class ChangeSaga(ContainerSaga):
         return carried or (successor is not None and successor.start_time is not None)
 
     async def _locate(self, run: OperationRun) -> JsonObject:
-        old = await self._seen(self._arguments.old.engine_id)
-        new = await self._seen(await self._serving(run))
+        old = await self._inspect(self._arguments.old.engine_id)
+        new = await self._inspect(await self._serving_engine_id(run))
         return (await self._world.layers.locate(old, new)).model_dump(mode="json")
 
-    async def _seen(self, engine_id: str) -> EngineContainer:
+    async def _inspect(self, engine_id: str) -> EngineContainer:
         seen = await self._world.engine.inspect(engine_id)
         if seen is None:
             raise LayerCarryFailed(
@@ -367,23 +379,23 @@ class ChangeSaga(ContainerSaga):
             )
         return seen
 
-    async def _carry(self, run: OperationRun) -> JsonObject:
+    async def _transfer_layer(self, run: OperationRun) -> JsonObject:
         layers, pair = self._world.layers, self._pair(run)
-        await self._must_be_still(run)
+        await self._require_both_stopped(run)
         if self._arguments.carry is LayerTransferMethod.EXCHANGE and await layers.exchange(pair):
             return {"method": LayerTransferMethod.EXCHANGE.value}
         await layers.copy(pair, run.progress)
         return {"method": LayerTransferMethod.COPY.value}
 
-    async def _must_be_still(self, run: OperationRun) -> None:
+    async def _require_both_stopped(self, run: OperationRun) -> None:
         """A layer that is written to is not carried: someone may have started the old one by hand."""
-        old, new = self._arguments.old.engine_id, await self._serving(run)
-        for seen in await asyncio.gather(self._seen(old), self._seen(new)):
+        old, new = self._arguments.old.engine_id, await self._serving_engine_id(run)
+        for seen in await asyncio.gather(self._inspect(old), self._inspect(new)):
             if seen.running:
                 raise LayerCarryFailed(method=self._arguments.carry.value, detail=f"engine container {seen.name} runs")
 
-    async def _give_back(self, run: OperationRun) -> None:
-        if run.operation.facts("locate") and not await self._is_all_there_is(run):
+    async def _undo_layer_transfer(self, run: OperationRun) -> None:
+        if run.operation.facts("locate") and not await self._predecessor_is_gone(run):
             # The successor may hold the old one's files; it must not be written to while they go back.
             await self._stop_successor(run)
             await self._world.layers.exchange_back(self._pair(run))
@@ -392,22 +404,22 @@ class ChangeSaga(ContainerSaga):
         return LayerPair.model_validate(run.operation.facts("locate"))
 
     async def _snapshot(self, run: OperationRun) -> JsonObject:
-        return (await carry_image(self._world, run, self._arguments.old)).facts
+        return (await make_layer_image(self._world, run, self._arguments.old)).facts
 
     async def _remove_snapshot(self, run: OperationRun) -> None:
-        if await self._is_all_there_is(run):
+        if await self._predecessor_is_gone(run):
             return
-        await remove_carried(self._world, run.operation)
+        await remove_layer_images(self._world, run.operation)
 
     async def _graft(self, run: OperationRun) -> JsonObject:
         carried = run.operation.facts(IMAGE_STAGE)
         made = await graft_image(
             self._world, run.operation, carried=str(carried["image_id"]), onto=self._new_image(run.operation)
         )
-        return {"image_id": made, "reference": grafted_image(run.operation)}
+        return {"image_id": made, "reference": grafted_image_name(run.operation)}
 
     async def _remove_graft(self, run: OperationRun) -> None:
-        await self._world.engine.remove_image(grafted_image(run.operation))
+        await self._world.engine.remove_image(grafted_image_name(run.operation))
 
     # -- the point of no return, and past it -------------------------------------------------------------------------
 
@@ -423,21 +435,21 @@ class ChangeSaga(ContainerSaga):
             revision=arguments.revision,
             generation=view.container.generation + 1,
             update_time=moment,
-        ).with_status(placement=arguments.placement, holds_resources=self._holds(view.container))
+        ).with_status(placement=arguments.placement, holds_resources=self._holds_resources(view.container))
         if arguments.start:
-            status = after_start(container, seen, exit_code_of_start(run.operation))
+            status = status_after_start(container, seen, exit_code_of_start(run.operation))
         else:
-            status = observed(container, seen)
+            status = observed_status(container, seen)
         container = container.changed(status=status)
         changes: list[StoreChange] = [PutContainer(container, expect=view.version)]
         if arguments.cause is not None:
             revision = self._revision(run, container, arguments.cause)
             changes.append(PutRevision(revision))
-            if (kept := self._keeping.made(run.operation)) is not None:
+            if (kept := self._snapshot_steps.snapshot_of(run.operation)) is not None:
                 changes.append(PutSnapshot(container.uid, arguments.keep.revision, kept))
             # A snapshot on the disk says itself what it is, an image does not.
             image = kept if isinstance(kept, Snapshot) and kept.kind is SnapshotKind.IMAGE else None
-            await remember(world, container, revision, (arguments.keep.revision, image) if image else None)
+            await write_ledger_entry(world, container, revision, (arguments.keep.revision, image) if image else None)
         wanted = claim_keys(arguments.placement)
         holder = world.holder(container)
         changes += [ConfirmClaim(world.host, key, holder) for key in wanted]
@@ -448,7 +460,7 @@ class ChangeSaga(ContainerSaga):
         ]
         return Outcome(changes, container)
 
-    def _holds(self, container: Container) -> bool:
+    def _holds_resources(self, container: Container) -> bool:
         """Whether it holds what its spec asks for. What does not run keeps what it held, whatever it asks for now."""
         arguments = self._arguments
         if arguments.start:
@@ -460,7 +472,7 @@ class ChangeSaga(ContainerSaga):
         if not arguments.replace:
             return arguments.old
         facts = run.operation.facts("create")
-        seen = await self._seen(str(facts["engine_id"]))
+        seen = await self._inspect(str(facts["engine_id"]))
         made = (run.operation.facts(stage).get("reference") for stage in (IMAGE_STAGE, "graft"))
         return EngineBinding(
             engine_id=seen.id,
@@ -508,7 +520,7 @@ class ChangeSaga(ContainerSaga):
     async def failure_changes(self, run: OperationRun, view: ContainerView) -> Sequence[StoreChange]:
         arguments = self._arguments
         seen = await self._world.engine.inspect(arguments.old.engine_id)
-        container = view.container.changed(status=observed(view.container, seen), update_time=now())
+        container = view.container.changed(status=observed_status(view.container, seen), update_time=now())
         kept = claim_keys(arguments.old_placement)
         return [
             PutContainer(container, expect=view.version),

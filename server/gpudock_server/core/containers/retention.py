@@ -13,9 +13,9 @@ import structlog
 
 from gpudock_server.core.containers import Containers, World
 from gpudock_server.core.containers.commands import DeleteRevision
-from gpudock_server.core.containers.history import limits_of, surplus
-from gpudock_server.core.containers.past import history_of
-from gpudock_server.core.listings import everything
+from gpudock_server.core.containers.history import history_limits, prunable_revisions
+from gpudock_server.core.containers.operation_history import read_operation_history
+from gpudock_server.core.listings import read_all_pages
 from gpudock_server.errors import ContainerBusy, ContainerNotFound, GpudockError, RevisionIsCurrent, RevisionNotFound
 from gpudock_server.ports import ContainerView
 
@@ -35,20 +35,20 @@ class Retention:
         """For ever."""
         while True:
             try:
-                await self.once()
+                await self.prune_once()
             except GpudockError as error:
                 log.warning("history was not looked after; it is tried again", detail=error.message)
             await asyncio.sleep(self._interval)
 
-    async def once(self) -> None:
+    async def prune_once(self) -> None:
         """Prune what is too old, and remove what belongs to nobody."""
         # Before the containers: what is there now and belongs to none of those listed later is nobody's.
-        on_disk = await self._world.ledger.uids()
+        ledger_uids = await self._world.ledger.uids()
         snapshots = await self._world.snapshots.find()
         partials = await self._world.snapshots.partials()
-        views = (await everything(self._world.store.containers)).items
+        views = (await read_all_pages(self._world.store.containers)).items
         uids = {view.container.uid for view in views}
-        await self._remove_deleted(set(on_disk) - uids, {key.uid for key in snapshots})
+        await self._remove_deleted(set(ledger_uids) - uids, {key.uid for key in snapshots})
         for key, operation_id in partials:
             stored = await self._world.store.operation(operation_id)
             if key.uid in uids and (stored is None or stored.value.state.ended):
@@ -63,9 +63,9 @@ class Retention:
         """
         if not unknown:
             return
-        history = await history_of(self._world.store, unknown)
+        history = await read_operation_history(self._world.store, unknown)
         for uid in unknown:
-            if uid in history.deleted or (history.is_over(uid) and uid not in with_files):
+            if uid in history.deleted or (history.is_known_gone(uid) and uid not in with_files):
                 log.warning("files of a container that is no more are removed", uid=uid)
                 await self._world.snapshots.remove_all(uid)
                 await self._world.ledger.delete_all(uid)
@@ -75,7 +75,9 @@ class Retention:
         container = view.container
         if container.node != self._world.node or view.operation_id:
             return
-        for old in surplus(await self._world.store.history(container.uid), limits_of(self._world, container.spec)):
+        for old in prunable_revisions(
+            await self._world.store.history(container.uid), history_limits(self._world, container.spec)
+        ):
             command = DeleteRevision(name=container.name, revision=old.revision.revision, etag=container.etag)
             try:
                 await self._containers.run_to_end(command, None)

@@ -11,10 +11,10 @@ from gpudock_server.model.record import now
 
 # A process that the restart policy started less than this ago may be the next one of a crash loop. Until then the
 # container stays RESTARTING, so that a loop of short runs is not shown as RUNNING for an instant at each turn.
-RESTART_SETTLES = timedelta(seconds=1)
+RESTART_SETTLE_TIME = timedelta(seconds=1)
 
 
-def observed(container: Container, seen: EngineContainer | None) -> ContainerStatus:
+def observed_status(container: Container, seen: EngineContainer | None) -> ContainerStatus:
     """The status of `container` whose engine container was `seen`; None is "the engine says there is none".
 
     What it holds is not observed but recorded, and stays as it is.
@@ -44,7 +44,7 @@ def observed(container: Container, seen: EngineContainer | None) -> ContainerSta
     )
 
 
-def after_start(container: Container, seen: EngineContainer | None, exit_code: int | None) -> ContainerStatus:
+def status_after_start(container: Container, seen: EngineContainer | None, exit_code: int | None) -> ContainerStatus:
     """The status of `container` whose process an operation has started.
 
     `exit_code` is with what the process ended while the operation watched it. None is "it was not watched, or did not
@@ -52,11 +52,11 @@ def after_start(container: Container, seen: EngineContainer | None, exit_code: i
     which is recorded after the operation, so what the operation reports does not depend on how quick the process was.
     """
     if exit_code is not None:
-        return observed(container.with_status(state=ContainerState.EXITED, exit_code=exit_code), seen)
+        return observed_status(container.with_status(state=ContainerState.EXITED, exit_code=exit_code), seen)
     if seen is None or (seen.alive and not seen.restart_count):
-        return observed(container, seen)
+        return observed_status(container, seen)
     first_run = replace(seen, state=EngineState.RUNNING, restart_count=0, error="", finish_time=None)
-    return observed(container, first_run)
+    return observed_status(container, first_run)
 
 
 def _state(container: Container, seen: EngineContainer) -> ContainerState:
@@ -77,7 +77,7 @@ def has_just_restarted(seen: EngineContainer) -> bool:
     if seen.state is not EngineState.RUNNING or not seen.restart_count or seen.start_time is None:
         return False
     # The absolute value: where the engine's clock is ahead of this one's, the time since the start is negative.
-    return abs(now() - seen.start_time) < RESTART_SETTLES
+    return abs(now() - seen.start_time) < RESTART_SETTLE_TIME
 
 
 def _exit_code(status: ContainerStatus, seen: EngineContainer, state: ContainerState) -> int | None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-from gpudock_server.core.containers.engine_volumes import ensure, mounted_as, require_all_harmless
+from gpudock_server.core.containers.engine_volumes import (
+    ensure_engine_volume,
+    mounted_engine_volumes,
+    require_no_hazards,
+)
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.listings import everything
+from gpudock_server.core.listings import read_all_pages
 from gpudock_server.errors import (
     MountedVolumeNotFound,
     VolumeBusy,
@@ -24,12 +28,12 @@ from gpudock_server.model.volume import Volume, VolumeState
 from gpudock_server.ports import ContainerView, Store, VolumeView
 
 # How many names an error lists of what there is instead.
-_NEAREST = 10
+_MAX_SUGGESTIONS = 10
 
 
-def nearest(name: str, names: Sequence[str]) -> tuple[str, ...]:
-    """Those of `names` that someone who wrote `name` may have meant, the likeliest first; at most _NEAREST."""
-    return tuple(difflib.get_close_matches(name, names, n=_NEAREST, cutoff=0.0))
+def closest_names(name: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of `names` that someone who wrote `name` may have meant, the likeliest first; at most _MAX_SUGGESTIONS."""
+    return tuple(difflib.get_close_matches(name, names, n=_MAX_SUGGESTIONS, cutoff=0.0))
 
 
 async def check_mounts(world: World, mounts: Sequence[Mount], *, had: Sequence[Mount] = ()) -> tuple[VolumeView, ...]:
@@ -40,12 +44,12 @@ async def check_mounts(world: World, mounts: Sequence[Mount], *, had: Sequence[M
     """
     before = _volumes_of(had)
     await world.host_paths.check([mount.host_path for mount in mounts if mount.host_path])
-    views = tuple([await _mountable(world, name, busy=name in before) for name in _volumes_of(mounts)])
-    await require_all_harmless(world, [view.volume for view in views])
+    views = tuple([await _find_mountable(world, name, busy=name in before) for name in _volumes_of(mounts)])
+    await require_no_hazards(world, [view.volume for view in views])
     return views
 
 
-def stay(views: Iterable[VolumeView]) -> list[StoreChange]:
+def require_unchanged(views: Iterable[VolumeView]) -> list[StoreChange]:
     """Conditions of a transaction: these volumes are as they were seen, and nobody is about to delete them."""
     return [
         change
@@ -57,10 +61,10 @@ def stay(views: Iterable[VolumeView]) -> list[StoreChange]:
     ]
 
 
-async def engine_volumes(world: World, mounts: Sequence[Mount]) -> dict[str, str]:
+async def ensure_engine_volumes(world: World, mounts: Sequence[Mount]) -> dict[str, str]:
     """Volume -> what it is called by the engine, which has it by then. Raises VolumeNotFound, VolumeFailed."""
-    found = {name: await _mountable(world, name, busy=True, held=True) for name in _volumes_of(mounts)}
-    return {name: await ensure(world, view.volume) for name, view in found.items()}
+    found = {name: await _find_mountable(world, name, busy=True, held=True) for name in _volumes_of(mounts)}
+    return {name: await ensure_engine_volume(world, view.volume) for name, view in found.items()}
 
 
 async def check_before_start(world: World, mounts: Sequence[Mount]) -> None:
@@ -70,21 +74,21 @@ async def check_before_start(world: World, mounts: Sequence[Mount]) -> None:
     """
     await world.host_paths.check([mount.host_path for mount in mounts if mount.host_path])
     views = [await world.store.volume(name) for name in _volumes_of(mounts)]
-    await require_all_harmless(world, [view.volume for view in views if view is not None])
+    await require_no_hazards(world, [view.volume for view in views if view is not None])
 
 
 def _volumes_of(mounts: Sequence[Mount]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(mount.volume for mount in mounts if mount.volume))
 
 
-async def _mountable(world: World, name: str, *, busy: bool, held: bool = False) -> VolumeView:
+async def _find_mountable(world: World, name: str, *, busy: bool, held: bool = False) -> VolumeView:
     """A volume of this node that can be mounted. `held`: a spec on record names it already."""
     view = await world.store.volume(name)
     if view is None:
         raise await volume_not_found(world, name, MountedVolumeNotFound)
     volume = view.volume
     if volume.node != world.node:
-        raise VolumeOnOtherNode(volume=name, node=volume.node, address=await address_of(world, volume.node))
+        raise VolumeOnOtherNode(volume=name, node=volume.node, address=await node_address(world, volume.node))
     if view.operation_id and not busy:
         raise VolumeBusy(volume=name, operation_id=view.operation_id)
     # A deletion that began behind such a spec was recorded sees it, and gives up before it has done anything.
@@ -95,14 +99,14 @@ async def _mountable(world: World, name: str, *, busy: bool, held: bool = False)
     return view
 
 
-async def address_of(world: World, node: str) -> str:
+async def node_address(world: World, node: str) -> str:
     """Where a node's daemon is reached; empty where none is alive."""
     return next((one.address for one in await world.store.nodes() if one.node == node), "")
 
 
 async def volume_not_found(world: World, name: str, kind: type[VolumeNotFound] = VolumeNotFound) -> VolumeNotFound:
     """The error that names the likeliest of the volumes that there are, and says what can be done."""
-    known = nearest(name, [volume.name for volume in await all_volumes(world.store)])
+    known = closest_names(name, [volume.name for volume in await all_volumes(world.store)])
     found = await world.engine.inspect_volume(name)
     if found is not None and world.adoption.allow(found) and not (found.anonymous or found.hazard):
         kind = VolumeNotAdopted
@@ -111,7 +115,7 @@ async def volume_not_found(world: World, name: str, kind: type[VolumeNotFound] =
 
 async def all_volumes(store: Store) -> tuple[Volume, ...]:
     """Every volume of every node."""
-    return tuple(view.volume for view in (await everything(store.volumes)).items)
+    return tuple(view.volume for view in (await read_all_pages(store.volumes)).items)
 
 
 async def engine_volume_without_record(world: World, name: str) -> str:
@@ -119,25 +123,25 @@ async def engine_volume_without_record(world: World, name: str) -> str:
     labelled = await world.engine.find_volumes({LABEL_NAME: name, LABEL_NODE: world.node})
     if labelled:
         return labelled[0].name
-    for view in await attached(world.store, name):
+    for view in await containers_mounting(world.store, name):
         container = view.container
         if container.node == world.node and container.engine is not None:
             seen = await world.engine.inspect(container.engine.engine_id)
-            if seen is not None and (used := mounted_as(seen, container.spec.mounts).get(name)):
+            if seen is not None and (used := mounted_engine_volumes(seen, container.spec.mounts).get(name)):
                 return used
     return ""
 
 
 async def all_containers(store: Store) -> tuple[ContainerView, ...]:
     """Every container of every node."""
-    return (await everything(store.containers)).items
+    return (await read_all_pages(store.containers)).items
 
 
-async def attached(store: Store, volume: str) -> tuple[ContainerView, ...]:
+async def containers_mounting(store: Store, volume: str) -> tuple[ContainerView, ...]:
     """The containers whose specs mount a volume, by name: the one truth of what is attached."""
-    return tuple(view for view in await all_containers(store) if mounts_it(view, volume))
+    return tuple(view for view in await all_containers(store) if mounts_volume(view, volume))
 
 
-def mounts_it(view: ContainerView, volume: str) -> bool:
+def mounts_volume(view: ContainerView, volume: str) -> bool:
     """Whether a container's spec mounts a volume."""
     return any(mount.volume == volume for mount in view.container.spec.mounts)

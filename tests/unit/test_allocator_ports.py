@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from gpudock_server.core.allocation import Allocator, Proposal, Wish
+from gpudock_server.core.placement.allocator import Allocation, AllocationRequest, Allocator
 from gpudock_server.errors import GpuExhausted, GpuNotFound, PortExhausted, PortForbidden, PortInUse
 from gpudock_server.model.claims import ClaimKey, GpuKey, Holder, PortKey
 from gpudock_server.model.container import Placement, PortBinding
@@ -46,7 +46,7 @@ class Host:
         self.probed.append((protocol, port))
         return (protocol, port) not in self.busy
 
-    async def propose(
+    async def allocate(
         self,
         *ports: PortRequest,
         held: Sequence[PortBinding] = (),
@@ -54,7 +54,7 @@ class Host:
         gpus: int = 0,
         held_gpus: tuple[str, ...] = (),
         pinned_gpus: tuple[str, ...] = (),
-    ) -> Proposal:
+    ) -> Allocation:
         """Ask for ports and cards."""
         allocator = Allocator(
             store=self.store,
@@ -64,21 +64,21 @@ class Host:
             port_range=(FIRST, LAST),
             pinned_ranges=PINNED,
         )
-        wish = Wish(
+        wanted = AllocationRequest(
             uid=MINE,
             gpus=GpuRequest(count=gpus, uuids=pinned_gpus),
             ports=ports,
-            held=Placement(gpu_uuids=held_gpus, ports=tuple(held)),
-            had=Placement(ports=tuple(had)),
+            current=Placement(gpu_uuids=held_gpus, ports=tuple(held)),
+            previous=Placement(ports=tuple(had)),
         )
-        return await allocator.propose(wish)
+        return await allocator.allocate(wanted)
 
     async def ports(
         self, *ports: PortRequest, held: Sequence[PortBinding] = (), had: Sequence[PortBinding] = ()
     ) -> list[int]:
         """The numbers that are proposed."""
-        proposal = await self.propose(*ports, held=held, had=had)
-        chosen = proposal.placement.ports
+        allocation = await self.allocate(*ports, held=held, had=had)
+        chosen = allocation.placement.ports
         assert [(one.container_port, one.protocol) for one in chosen] == [
             (asked.container_port, asked.protocol) for asked in ports
         ]
@@ -205,13 +205,13 @@ async def test_a_pinned_port_that_it_holds_is_not_looked_at(host: Host) -> None:
 async def test_only_what_it_does_not_hold_is_claimed(host: Host) -> None:
     host.hold(MINE, PortKey(TCP, 102), GpuKey("GPU-5"))
     host.hold("other", GpuKey("GPU-0"))
-    proposal = await host.propose(ask(1), ask(2), held=[bound(102, 1)], gpus=2, held_gpus=("GPU-5",))
-    assert proposal.placement == Placement(gpu_uuids=("GPU-5", "GPU-1"), ports=(bound(102, 1), bound(100, 2)))
-    assert proposal.to_claim == (GpuKey("GPU-1"), PortKey(TCP, 100))
+    allocation = await host.allocate(ask(1), ask(2), held=[bound(102, 1)], gpus=2, held_gpus=("GPU-5",))
+    assert allocation.placement == Placement(gpu_uuids=("GPU-5", "GPU-1"), ports=(bound(102, 1), bound(100, 2)))
+    assert allocation.to_claim == (GpuKey("GPU-1"), PortKey(TCP, 100))
 
 
 async def test_asking_for_nothing_claims_nothing(host: Host) -> None:
-    assert await host.propose() == Proposal(Placement(), ())
+    assert await host.allocate() == Allocation(Placement(), ())
 
 
 class WithoutDriver(GpuInventory):
@@ -227,15 +227,15 @@ async def test_where_the_driver_shows_no_cards_it_says_why(host: Host) -> None:
     with pytest.raises(
         GpuExhausted, match="2 GPUs requested, and this node shows none: the NVIDIA driver is gone"
     ) as few:
-        await host.propose(gpus=2)
+        await host.allocate(gpus=2)
     assert (few.value.requested, few.value.total) == (2, 0)
     with pytest.raises(GpuNotFound, match="no GPU GPU-1; it shows none: the NVIDIA driver is gone") as missing:
-        await host.propose(pinned_gpus=("GPU-1",))
+        await host.allocate(pinned_gpus=("GPU-1",))
     for refused in (few.value, missing.value):
         assert refused.metadata["detail"] == "the NVIDIA driver is gone"
-    assert (await host.propose(ask())).to_claim == (PortKey(TCP, 100),)
+    assert (await host.allocate(ask())).to_claim == (PortKey(TCP, 100),)
 
 
 async def test_cards_alone_and_ports_alone(host: Host) -> None:
-    assert (await host.propose(gpus=1)).to_claim == (GpuKey("GPU-0"),)
-    assert (await host.propose(ask())).to_claim == (PortKey(TCP, 100),)
+    assert (await host.allocate(gpus=1)).to_claim == (GpuKey("GPU-0"),)
+    assert (await host.allocate(ask())).to_claim == (PortKey(TCP, 100),)

@@ -28,7 +28,7 @@ _SEAL_STAGE = "seal"
 _SKIPPED = "skipped"
 
 
-class KeepArguments(Record):
+class SnapshotArguments(Record):
     """What the steps need. `previous` is the revision whose snapshot it shares with; 0 is none.
 
     `skipped` says why no snapshot is made of a layer that is too large. `required`: the call itself asks for a
@@ -47,23 +47,28 @@ class KeepArguments(Record):
     warnings: tuple[str, ...] = ()
 
 
-async def plan(
-    world: World, container: Container, wish: SnapshotPolicy | None, history: tuple[RevisionView, ...], *, commits: bool
-) -> KeepArguments:
+async def plan_snapshot(
+    world: World,
+    container: Container,
+    requested: SnapshotPolicy | None,
+    history: tuple[RevisionView, ...],
+    *,
+    commits: bool,
+) -> SnapshotArguments:
     """How the current revision's files are to be kept. `commits`: an image of them is made in any case.
 
     Raises DiskFull where there is no room for what the policy asks for. Raises SnapshotFailed where the layer is too
-    large for a snapshot and `wish`, which is the call's own, is ALWAYS; under any other policy there is a warning.
+    large for a snapshot and `requested`, which is the call's own, is ALWAYS; under any other policy there is a warning.
     """
     engine = container.engine
     seen = await world.engine.inspect(engine.engine_id) if engine is not None else None
-    policy = wish or container.spec.revision_policy.snapshots or world.history.snapshots
-    nothing = KeepArguments(warnings=(_not_kept(container, f"the policy is {policy.value}"),))
+    policy = requested or container.spec.revision_policy.snapshots or world.history.snapshots
+    nothing = SnapshotArguments(warnings=(_no_snapshot_warning(container, f"the policy is {policy.value}"),))
     if engine is None or seen is None:
-        return KeepArguments(warnings=(_not_kept(container, "its engine container is gone"),))
+        return SnapshotArguments(warnings=(_no_snapshot_warning(container, "its engine container is gone"),))
     if policy is SnapshotPolicy.NEVER:
         return nothing
-    arguments = KeepArguments(engine_id=seen.id, revision=container.revision, image_id=engine.image_id)
+    arguments = SnapshotArguments(engine_id=seen.id, revision=container.revision, image_id=engine.image_id)
     if commits:
         return arguments.model_copy(update={"kind": SnapshotKind.IMAGE})
     method, why_not = await world.snapshots.method(seen)
@@ -73,19 +78,19 @@ async def plan(
         warning = f"its files are kept as an image, which does not keep everything: {why_not}"
         return arguments.model_copy(update={"kind": SnapshotKind.IMAGE, "warnings": (warning,)})
     arguments = arguments.model_copy(
-        update={"previous": _latest_tree(history), "required": wish is SnapshotPolicy.ALWAYS}
+        update={"previous": _latest_tree(history), "required": requested is SnapshotPolicy.ALWAYS}
     )
     return await _plan_tree(world, container, seen, arguments)
 
 
 async def _plan_tree(
-    world: World, container: Container, seen: EngineContainer, arguments: KeepArguments
-) -> KeepArguments:
+    world: World, container: Container, seen: EngineContainer, arguments: SnapshotArguments
+) -> SnapshotArguments:
     cost = await world.snapshots.plan(seen, _key(container.uid, arguments.previous))
     if cost.too_large and arguments.required:
-        raise SnapshotFailed(detail=_too_large(cost.too_large))
+        raise SnapshotFailed(detail=_too_large_message(cost.too_large))
     if cost.too_large:
-        warning = _not_kept(container, f"the layer is too large for a snapshot: {cost.too_large}")
+        warning = _no_snapshot_warning(container, f"the layer is too large for a snapshot: {cost.too_large}")
         return arguments.model_copy(update={"skipped": cost.too_large, "warnings": (warning,)})
     return arguments.model_copy(
         update={
@@ -96,11 +101,11 @@ async def _plan_tree(
     )
 
 
-def _not_kept(container: Container, why: str) -> str:
+def _no_snapshot_warning(container: Container, why: str) -> str:
     return f"the files of revision {container.revision} are not kept ({why}); a rollback to it brings its spec alone"
 
 
-def _too_large(reason: str) -> str:
+def _too_large_message(reason: str) -> str:
     return f"the layer is too large for a snapshot: {reason}; with another snapshot policy than ALWAYS none is made"
 
 
@@ -113,10 +118,10 @@ def _key(uid: str, revision: int) -> SnapshotKey | None:
     return SnapshotKey(uid=uid, revision=revision) if revision else None
 
 
-class Keeping:
+class SnapshotSteps:
     """The steps of keeping one revision's files; none where they are not kept, or not as a tree."""
 
-    def __init__(self, world: World, arguments: KeepArguments) -> None:
+    def __init__(self, world: World, arguments: SnapshotArguments) -> None:
         self._world = world
         self._arguments = arguments
 
@@ -130,21 +135,21 @@ class Keeping:
         return self._arguments.kind is SnapshotKind.IMAGE
 
     @property
-    def while_it_runs(self) -> tuple[Step, ...]:
+    def steps_while_running(self) -> tuple[Step, ...]:
         """Before the container is made still."""
         return (Step("gather", self._gather, self._discard, interruptible=True),) if self._as_tree else ()
 
     @property
-    def while_still(self) -> tuple[Step, ...]:
+    def steps_while_stopped(self) -> tuple[Step, ...]:
         """Between its stop, or its freeze, and the moment that its files may change again."""
         return (Step("complete", self._complete),) if self._as_tree else ()
 
     @property
-    def at_the_end(self) -> tuple[Step, ...]:
+    def steps_at_end(self) -> tuple[Step, ...]:
         """When nothing is waiting for it any more."""
         return (Step(_SEAL_STAGE, self._seal, self._discard),) if self._as_tree else ()
 
-    def frozen(self, *steps: Step) -> tuple[Step, ...]:
+    def with_freeze(self, *steps: Step) -> tuple[Step, ...]:
         """`steps` with every process of the container frozen for their time."""
         if not steps:
             return ()
@@ -171,7 +176,7 @@ class Keeping:
     def _skip(self, run: OperationRun, error: LayerTooLarge) -> JsonObject:
         """Go on without a snapshot: the container wrote too much since the plan was made."""
         if self._arguments.required:
-            raise SnapshotFailed(detail=_too_large(str(error))) from error
+            raise SnapshotFailed(detail=_too_large_message(str(error))) from error
         run.add_message(f"no snapshot is made, the layer is too large for it: {error}")
         return {_SKIPPED: str(error)}
 
@@ -204,7 +209,7 @@ class Keeping:
             raise SnapshotFailed(detail=f"engine container {self._arguments.engine_id[:12]} is gone")
         return seen
 
-    def made(self, operation: Operation) -> Snapshot | SnapshotSkipped | None:
+    def snapshot_of(self, operation: Operation) -> Snapshot | SnapshotSkipped | None:
         """The snapshot that the steps made, or why they made none although the policy asked for one."""
         if reason := self._arguments.skipped or _skipped(operation):
             return SnapshotSkipped(reason=f"the layer was too large for a snapshot: {reason}")

@@ -21,12 +21,12 @@ from gpudock_server.model.record import JsonObject
 
 # Layers in all, and layers above the user's image, from which on those above are made one. A squash writes all of them
 # again, so it is not done each time.
-MOST_LAYERS = 100
-MOST_CARRIED = 20
+MAX_LAYERS = 100
+MAX_LAYERS_ABOVE_BASE = 20
 
 
 @dataclass(frozen=True, slots=True)
-class CarriedImage:
+class LayerImage:
     """An image of a container's files. `base_depth` is the number of its lowest layers that are the user's image's."""
 
     image_id: str
@@ -39,37 +39,37 @@ class CarriedImage:
         return {"image_id": self.image_id, "reference": self.reference, "base_depth": self.base_depth}
 
 
-def layer_image(operation: Operation) -> str:
+def layer_image_name(operation: Operation) -> str:
     """The name of the image that an operation carries a layer in: unique to it, so that it can be found again."""
-    return layer_image_of(operation.id)
+    return layer_image_name_of(operation.id)
 
 
-def layer_image_of(operation_id: str) -> str:
-    """`layer_image`, where only the id of the operation is left."""
+def layer_image_name_of(operation_id: str) -> str:
+    """`layer_image_name`, where only the id of the operation is left."""
     return f"gpudock/layer:{operation_id}"
 
 
-def raw_image(operation: Operation) -> str:
+def raw_image_name(operation: Operation) -> str:
     """The name of the image that the engine's commit makes, for as long as it is worked on."""
     return f"gpudock/raw:{operation.id}"
 
 
-async def carry_image(world: World, run: OperationRun, old: EngineBinding) -> CarriedImage:
+async def make_layer_image(world: World, run: OperationRun, old: EngineBinding) -> LayerImage:
     """Make an image of the files of an engine container that does not run. Done twice is done once."""
-    engine, reference = world.engine, layer_image(run.operation)
+    engine, reference = world.engine, layer_image_name(run.operation)
     depth = await base_depth(world, old)
     made = await engine.image(reference)
     if made is None:
-        raw = await committed(world, run.operation, old.engine_id)
-        await _finished(world, run, raw, (old.image_id, depth))
-        await engine.remove_image(raw_image(run.operation))
+        raw = await commit_raw_image(world, run.operation, old.engine_id)
+        await _name_raw_image(world, run, raw, (old.image_id, depth))
+        await engine.remove_image(raw_image_name(run.operation))
         made = await engine.image(reference)
     if made is None:
         raise LayerCarryFailed(method="COMMIT", detail=f"the engine made {reference}, and has none")
-    return CarriedImage(made.id, reference, depth)
+    return LayerImage(made.id, reference, depth)
 
 
-def grafted_image(operation: Operation) -> str:
+def grafted_image_name(operation: Operation) -> str:
     """The name of the image that has a container's files on top of another image."""
     return f"gpudock/layer:{operation.id}-graft"
 
@@ -79,7 +79,7 @@ async def graft_image(world: World, operation: Operation, *, carried: str, onto:
 
     `onto` is that image's id, which is the result where `carried` has nothing above. Done twice is done once.
     """
-    made = await world.engine.image(grafted_image(operation))
+    made = await world.engine.image(grafted_image_name(operation))
     if made is not None:
         return made.id
     depth = operation.facts("snapshot").get("base_depth")
@@ -88,14 +88,14 @@ async def graft_image(world: World, operation: Operation, *, carried: str, onto:
     above = await world.engine.image(carried)
     if above is not None and len(above.layers) == depth:
         # The engine's commit makes no layer of a container that has written nothing.
-        await world.engine.tag(onto, grafted_image(operation))
+        await world.engine.tag(onto, grafted_image_name(operation))
         return onto
-    return await world.engine.flatten(carried, depth, grafted_image(operation), config_of=onto, onto=onto)
+    return await world.engine.flatten(carried, depth, grafted_image_name(operation), config_of=onto, onto=onto)
 
 
-async def remove_carried(world: World, operation: Operation) -> None:
-    """Remove what `carry_image` made, or began to."""
-    for reference in (layer_image(operation), raw_image(operation)):
+async def remove_layer_images(world: World, operation: Operation) -> None:
+    """Remove what `make_layer_image` made, or began to."""
+    for reference in (layer_image_name(operation), raw_image_name(operation)):
         await world.engine.remove_image(reference)
 
 
@@ -110,9 +110,9 @@ async def base_depth(world: World, binding: EngineBinding) -> int:
     return len(base.layers)
 
 
-async def committed(world: World, operation: Operation, engine_id: str) -> EngineImage:
-    """The first half of `carry_image`, and the only one for which an engine container has to be still."""
-    reference = raw_image(operation)
+async def commit_raw_image(world: World, operation: Operation, engine_id: str) -> EngineImage:
+    """The first half of `make_layer_image`, and the only one for which an engine container has to be still."""
+    reference = raw_image_name(operation)
     if (made := await world.engine.image(reference)) is not None:
         return made
     if (seen := await world.engine.inspect(engine_id)) is not None:
@@ -125,10 +125,10 @@ async def committed(world: World, operation: Operation, engine_id: str) -> Engin
     return made
 
 
-async def _finished(world: World, run: OperationRun, raw: EngineImage, old: tuple[str, int]) -> None:
+async def _name_raw_image(world: World, run: OperationRun, raw: EngineImage, old: tuple[str, int]) -> None:
     """Give what was committed its name, the config of the image it came from, and fewer layers where it has many."""
-    (image_id, depth), reference = old, layer_image(run.operation)
-    if 0 < depth < len(raw.layers) and is_deep(len(raw.layers), depth):
+    (image_id, depth), reference = old, layer_image_name(run.operation)
+    if 0 < depth < len(raw.layers) and needs_flattening(len(raw.layers), depth):
         try:
             await world.engine.flatten(raw.id, depth, reference, config_of=image_id)
         except (DiskFull, EngineRejected, LayerCarryFailed) as error:
@@ -144,6 +144,6 @@ async def _finished(world: World, run: OperationRun, raw: EngineImage, old: tupl
         await world.engine.tag(raw.id, reference)
 
 
-def is_deep(layers: int, base: int) -> bool:
+def needs_flattening(layers: int, base: int) -> bool:
     """Whether an image of so many layers, of which the lowest `base` are the user's, is to be squashed."""
-    return layers >= MOST_LAYERS or layers - base > MOST_CARRIED
+    return layers >= MAX_LAYERS or layers - base > MAX_LAYERS_ABOVE_BASE

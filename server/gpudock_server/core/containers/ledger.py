@@ -13,7 +13,7 @@ from gpudock_server.model.snapshot import Snapshot
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
-def entry_of(container: Container, revision: ContainerRevision, snapshot: Snapshot | None) -> RevisionBackup:
+def ledger_entry(container: Container, revision: ContainerRevision, snapshot: Snapshot | None) -> RevisionBackup:
     """The entry of a container's current revision."""
     return RevisionBackup(
         revision=revision,
@@ -24,7 +24,7 @@ def entry_of(container: Container, revision: ContainerRevision, snapshot: Snapsh
     )
 
 
-async def remember(
+async def write_ledger_entry(
     world: World, container: Container, revision: ContainerRevision, ended: tuple[int, Snapshot] | None = None
 ) -> None:
     """Write the revision that a container is about to come to, and what was kept of the one that ends.
@@ -38,6 +38,6 @@ async def remember(
             entries = [one for one in await world.ledger.read(container.uid) if one.number == number]
             for entry in entries:
                 await world.ledger.write(entry.model_copy(update={"snapshot": snapshot}))
-        await world.ledger.write(entry_of(container, revision, None))
+        await world.ledger.write(ledger_entry(container, revision, None))
     except GpudockError as error:
         log.warning("a revision is not in the ledger yet", container=container.name, detail=error.message)

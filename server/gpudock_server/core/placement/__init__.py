@@ -1,0 +1,1 @@
+"""Which GPUs and ports a container is given."""
