@@ -10,7 +10,7 @@ The messages are those of the contract (`gpudock.v1`), whose comments say what e
 
 from gpudock._client import Client, connect
 from gpudock._exec import Chunk, Completed, ExecExit, ExecSession
-from gpudock._node import Comparison
+from gpudock._nodes import Comparison
 from gpudock._operations import OperationCall
 from gpudock._pages import Pages
 from gpudock._watch import Watch, WatchEvent

@@ -24,7 +24,7 @@ _FIRST_DELAY = 0.1
 _LONGEST_DELAY = 3.0
 
 
-class Patience:
+class Backoff:
     """How long a failing call is made again: after growing delays with jitter, `seconds` from the first failure."""
 
     def __init__(self, seconds: float) -> None:
@@ -57,14 +57,16 @@ class Calls:
 
     async def read(self, method: grpc.aio.UnaryUnaryMultiCallable[Q, R], request: Q) -> R:
         """Ask what changes nothing."""
-        return await self._repeat(method, request, self.timeout)
+        return await self._call_with_retries(method, request, self.timeout)
 
     async def change(self, method: grpc.aio.UnaryUnaryMultiCallable[Q, R], request: Q) -> R:
         """Make a mutation whose request has a `request_id`. It has no deadline: to stop takes as long as it takes."""
-        return await self._repeat(method, request, None)
+        return await self._call_with_retries(method, request, None)
 
-    async def _repeat(self, method: grpc.aio.UnaryUnaryMultiCallable[Q, R], request: Q, timeout: float | None) -> R:
-        patience = Patience(self.retry_for)
+    async def _call_with_retries(
+        self, method: grpc.aio.UnaryUnaryMultiCallable[Q, R], request: Q, timeout: float | None
+    ) -> R:
+        backoff = Backoff(self.retry_for)
         while True:
             try:
                 return await method(request, timeout=timeout, metadata=self.metadata)
@@ -72,17 +74,17 @@ class Calls:
                 error = error_of(failure)
                 if not isinstance(error, Unavailable):
                     raise error from failure
-            await patience.wait(error)
+            await backoff.wait(error)
 
     def stream(self, method: grpc.aio.UnaryStreamMultiCallable[Q, R], request: Q) -> grpc.aio.UnaryStreamCall[Q, R]:
         """Begin a stream of answers. It has no deadline."""
         return method(request, metadata=self.metadata)
 
-    def converse(self, method: grpc.aio.StreamStreamMultiCallable[Q, R]) -> grpc.aio.StreamStreamCall[Q, R]:
+    def bidi_stream(self, method: grpc.aio.StreamStreamMultiCallable[Q, R]) -> grpc.aio.StreamStreamCall[Q, R]:
         """Begin a stream in both directions. It has no deadline."""
         return method(None, metadata=self.metadata)
 
 
-def fresh_id(given: str | None) -> str:
+def request_id_or_new(given: str | None) -> str:
     """The id that the caller chose, or a new one."""
     return given or str(uuid.uuid4())

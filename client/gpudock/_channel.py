@@ -49,7 +49,7 @@ class Endpoint:
         token = self.token or _token_of_environment()
         if not token:
             return ()
-        if not self._is_private():
+        if not self._protects_token():
             raise ValueError(f"a token is not sent to {self.target} without TLS: give `ca`, or `tls` for public roots")
         return (("authorization", f"Bearer {token}"),)
 
@@ -70,7 +70,9 @@ class Endpoint:
             ]
         if not self._uses_tls():
             return grpc.aio.insecure_channel(self.target, options=options)
-        credentials = grpc.ssl_channel_credentials(_content(self.ca), _content(self.key), _content(self.cert))
+        credentials = grpc.ssl_channel_credentials(
+            _read_optional(self.ca), _read_optional(self.key), _read_optional(self.cert)
+        )
         return grpc.aio.secure_channel(self.target, credentials, options=options)
 
     def _uses_tls(self) -> bool:
@@ -79,7 +81,7 @@ class Endpoint:
     def _is_unix(self) -> bool:
         return self.target.startswith(("unix:", "unix-abstract:"))
 
-    def _is_private(self) -> bool:
+    def _protects_token(self) -> bool:
         return self._uses_tls() or self._is_unix() or _is_loopback(self.target)
 
 
@@ -106,7 +108,7 @@ def read_token(path: Path) -> str:
     return token
 
 
-def _content(path: Path | None) -> bytes | None:
+def _read_optional(path: Path | None) -> bytes | None:
     return path.read_bytes() if path else None
 
 

@@ -14,7 +14,7 @@ import grpc
 from gpudock._calls import Calls
 from gpudock._channel import Endpoint
 from gpudock._containers import Containers
-from gpudock._node import NodeView
+from gpudock._nodes import Nodes
 from gpudock._operations import Operations
 from gpudock._volumes import Volumes
 from gpudock.errors import Unavailable
@@ -67,7 +67,7 @@ class Client:
         self.operations: Operations = Operations(calls, self._channel)
         self.containers: Containers = Containers(calls, self._channel, self.operations)
         self.volumes: Volumes = Volumes(calls, self._channel, self.operations)
-        self.node: NodeView = NodeView(calls, self._channel)
+        self.node: Nodes = Nodes(calls, self._channel)
 
     async def ready(self, timeout: float = 5.0) -> None:
         """Connect; raises Unavailable if that does not succeed within `timeout` seconds."""

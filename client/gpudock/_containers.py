@@ -8,12 +8,12 @@ from typing import Any, Unpack, cast
 import grpc.aio
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from gpudock._calls import Calls, fresh_id
-from gpudock._enums import value_of
-from gpudock._exec import Completed, ExecOptions, ExecSession, collect, exec_method, start_of
+from gpudock._calls import Calls, request_id_or_new
+from gpudock._enums import enum_value
+from gpudock._exec import Completed, ExecOptions, ExecSession, collect, exec_method, exec_start
 from gpudock._operations import OperationCall, Operations, Stream
 from gpudock._pages import Pages
-from gpudock._spec import ChangeOptions, Gpus, Seconds, SpecOptions, duration, gpu_request, spec_of, split_changes
+from gpudock._spec import ChangeOptions, Gpus, Seconds, SpecOptions, duration, gpu_request, spec_of, split_options
 from gpudock._watch import Watch
 from gpudock.v1 import container_service_pb2 as pb
 from gpudock.v1.committed_image_pb2 import CommittedImage
@@ -65,9 +65,9 @@ class Containers:
             name=name,
             owner=owner,
             spec=spec_of(image, options),
-            pull_policy=value_of(pb.PullPolicy, pull),
+            pull_policy=enum_value(pb.PullPolicy, pull),
             create_only=create_only,
-            request_id=fresh_id(request_id),
+            request_id=request_id_or_new(request_id),
             validate_only=validate_only,
             registry_auth=registry_auth,
             pull_stall_timeout=None if pull_stall_timeout is None else duration(pull_stall_timeout),
@@ -136,7 +136,7 @@ class Containers:
         request = pb.StartContainerRequest(
             name=name,
             gpus=None if gpus is None else gpu_request(gpus),
-            request_id=fresh_id(request_id),
+            request_id=request_id_or_new(request_id),
             etag=etag,
             snapshots=_snapshots(snapshots),
             validate_only=validate_only,
@@ -159,7 +159,7 @@ class Containers:
             name=name,
             keep_resources=keep_resources,
             timeout=None if timeout is None else duration(timeout),
-            request_id=fresh_id(request_id),
+            request_id=request_id_or_new(request_id),
             etag=etag,
         )
         return (await self._calls.change(self._stub.StopContainer, request)).container
@@ -178,7 +178,7 @@ class Containers:
         request = pb.RestartContainerRequest(
             name=name,
             timeout=None if timeout is None else duration(timeout),
-            request_id=fresh_id(request_id),
+            request_id=request_id_or_new(request_id),
             etag=etag,
             snapshots=_snapshots(snapshots),
             validate_only=validate_only,
@@ -189,17 +189,17 @@ class Containers:
 
     async def pause(self, name: str, *, etag: str = "", request_id: str | None = None) -> Container:
         """Freeze every process of a container; it keeps what it holds."""
-        request = pb.PauseContainerRequest(name=name, request_id=fresh_id(request_id), etag=etag)
+        request = pb.PauseContainerRequest(name=name, request_id=request_id_or_new(request_id), etag=etag)
         return (await self._calls.change(self._stub.PauseContainer, request)).container
 
     async def unpause(self, name: str, *, etag: str = "", request_id: str | None = None) -> Container:
         """Thaw every process of a paused container."""
-        request = pb.UnpauseContainerRequest(name=name, request_id=fresh_id(request_id), etag=etag)
+        request = pb.UnpauseContainerRequest(name=name, request_id=request_id_or_new(request_id), etag=etag)
         return (await self._calls.change(self._stub.UnpauseContainer, request)).container
 
     async def delete(self, name: str, *, force: bool = False, etag: str = "", request_id: str | None = None) -> None:
         """Delete a container with its files and claims; `force` for one that runs."""
-        request = pb.DeleteContainerRequest(name=name, force=force, request_id=fresh_id(request_id), etag=etag)
+        request = pb.DeleteContainerRequest(name=name, force=force, request_id=request_id_or_new(request_id), etag=etag)
         await self._calls.change(self._stub.DeleteContainer, request)
 
     def scale(
@@ -227,8 +227,8 @@ class Containers:
             cpus=cpus,
             memory_bytes=memory_bytes,
             shm_size_bytes=shm_size_bytes,
-            strategy=value_of(pb.ScaleStrategy, strategy),
-            request_id=fresh_id(request_id),
+            strategy=enum_value(pb.ScaleStrategy, strategy),
+            request_id=request_id_or_new(request_id),
             etag=etag,
             snapshots=_snapshots(snapshots),
             validate_only=validate_only,
@@ -260,19 +260,19 @@ class Containers:
         `carry-commit` or `discard`: what becomes of the container's files on another image. If the update fails or is
         cancelled, the container is put back as it was.
         """
-        whole, edits = split_changes(options)
+        whole, edits = split_options(options)
         paths = [*whole] if image is None else ["image", *whole]
         request = pb.UpdateContainerRequest(
             name=name,
             spec=spec_of(image or "", whole),
             update_mask=FieldMask(paths=paths if update_mask is None else update_mask),
             edits=edits,
-            files=pb.FILES_POLICY_UNSPECIFIED if files is None else value_of(pb.FilesPolicy, files),
-            pull_policy=value_of(pb.PullPolicy, pull),
+            files=pb.FILES_POLICY_UNSPECIFIED if files is None else enum_value(pb.FilesPolicy, files),
+            pull_policy=enum_value(pb.PullPolicy, pull),
             registry_auth=registry_auth,
             pull_stall_timeout=None if pull_stall_timeout is None else duration(pull_stall_timeout),
             snapshots=_snapshots(snapshots),
-            request_id=fresh_id(request_id),
+            request_id=request_id_or_new(request_id),
             etag=etag,
             validate_only=validate_only,
         )
@@ -297,7 +297,7 @@ class Containers:
             revision=revision,
             spec_only=spec_only,
             snapshots=_snapshots(snapshots),
-            request_id=fresh_id(request_id),
+            request_id=request_id_or_new(request_id),
             etag=etag,
             validate_only=validate_only,
         )
@@ -323,7 +323,7 @@ class Containers:
         `options` and `update_mask` say what is to differ from the revision's spec, as in `update`. If the clone fails
         or is cancelled, nothing is left of it, and the source is as it was.
         """
-        whole, edits = split_changes(options)
+        whole, edits = split_options(options)
         request = pb.CloneContainerRequest(
             name=name,
             source=source,
@@ -333,7 +333,7 @@ class Containers:
             edits=edits,
             owner=owner,
             create_only=create_only,
-            request_id=fresh_id(request_id),
+            request_id=request_id_or_new(request_id),
             validate_only=validate_only,
         )
         return self._operation(
@@ -358,7 +358,7 @@ class Containers:
     async def delete_revision(self, name: str, revision: int, *, etag: str = "", request_id: str | None = None) -> None:
         """Delete a revision with the files that were kept of it."""
         request = pb.DeleteContainerRevisionRequest(
-            name=name, revision=revision, request_id=fresh_id(request_id), etag=etag
+            name=name, revision=revision, request_id=request_id_or_new(request_id), etag=etag
         )
         await self._calls.change(self._stub.DeleteContainerRevision, request)
 
@@ -392,7 +392,7 @@ class Containers:
             changes=changes,
             pause=pause,
             replace=replace,
-            request_id=fresh_id(request_id),
+            request_id=request_id_or_new(request_id),
             etag=etag,
             validate_only=validate_only,
         )
@@ -400,12 +400,12 @@ class Containers:
             self._operations,
             begin=lambda: self._calls.stream(self._stub.CommitContainer, request),
             validate_only=validate_only,
-            resource=_committed,
+            resource=_image_of,
         )
 
     def exec(self, name: str, command: Sequence[str], **options: Unpack[ExecOptions]) -> ExecSession:
         """Run a command in a running container: `async with client.containers.exec("web", ["top"]) as session`."""
-        return ExecSession(lambda: self._calls.converse(self._exec), start_of(name, command, options))
+        return ExecSession(lambda: self._calls.bidi_stream(self._exec), exec_start(name, command, options))
 
     async def run(
         self,
@@ -424,24 +424,24 @@ class Containers:
         return await collect(self.exec(name, command, **options), input, limit_bytes)
 
     def _operation(self, begin: Callable[[], Stream], *, validate_only: bool) -> OperationCall[Container]:
-        return OperationCall(self._operations, begin=begin, validate_only=validate_only, resource=_made)
+        return OperationCall(self._operations, begin=begin, validate_only=validate_only, resource=_container_of)
 
 
 def _filter(states: Iterable[str], labels: Mapping[str, str] | None, owner: str, node: str) -> pb.ContainerFilter:
     return pb.ContainerFilter(
-        states=[value_of(ContainerState, state) for state in states], labels=labels or {}, owner=owner, node=node
+        states=[enum_value(ContainerState, state) for state in states], labels=labels or {}, owner=owner, node=node
     )
 
 
-def _made(result: Any) -> Container:  # noqa: ANN401 - the result's type is that of the RPC's own message
+def _container_of(result: Any) -> Container:  # noqa: ANN401 - the result's type is that of the RPC's own message
     """The container in the result of the operation's own RPC, or of WatchOperation after a lost connection."""
     return result.container if isinstance(result, OperationResult) else cast("Container", result)
 
 
-def _committed(result: Any) -> CommittedImage:  # noqa: ANN401 - likewise
+def _image_of(result: Any) -> CommittedImage:  # noqa: ANN401 - likewise
     """The image in the result of CommitContainer, or of WatchOperation after a lost connection."""
     return result.image if isinstance(result, OperationResult) else cast("CommittedImage", result)
 
 
 def _snapshots(word: str | None) -> SnapshotPolicy.ValueType:
-    return SnapshotPolicy.SNAPSHOT_POLICY_UNSPECIFIED if word is None else value_of(SnapshotPolicy, word)
+    return SnapshotPolicy.SNAPSHOT_POLICY_UNSPECIFIED if word is None else enum_value(SnapshotPolicy, word)

@@ -19,21 +19,21 @@ class ProtoEnum(Protocol[V_co]):
     def Value(self, name: str) -> V_co: ...  # noqa: N802 - the generator's name
 
 
-def word_of(enum: ProtoEnum[Any], value: int) -> str:
+def enum_name(enum: ProtoEnum[Any], value: int) -> str:
     """The name of a value without the enum's prefix; its number if this client does not know it."""
     known = enum.DESCRIPTOR.values_by_number.get(value)
     return known.name.removeprefix(_prefix(enum)) if known else str(value)
 
 
-def value_of(enum: ProtoEnum[V], word: str) -> V:
+def enum_value(enum: ProtoEnum[V], word: str) -> V:
     """The value for a word in either case, with dashes or underscores; raises ValueError with those there are."""
     try:
         return enum.Value(_prefix(enum) + word.upper().replace("-", "_"))
     except ValueError:
-        raise ValueError(f"{word!r} is none of {', '.join(words_of(enum))}") from None
+        raise ValueError(f"{word!r} is none of {', '.join(enum_names(enum))}") from None
 
 
-def words_of(enum: ProtoEnum[Any]) -> tuple[str, ...]:
+def enum_names(enum: ProtoEnum[Any]) -> tuple[str, ...]:
     """Every value's word, in lower case with dashes, without the unspecified one."""
     names = (value.name.removeprefix(_prefix(enum)) for value in enum.DESCRIPTOR.values if value.number)
     return tuple(name.lower().replace("_", "-") for name in names)

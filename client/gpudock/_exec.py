@@ -30,7 +30,7 @@ _STDIN_CHUNK = 64 * 1024
 # Not touched, so it costs nothing.
 _LARGE_BLOCK = 4 * 1024 * 1024
 # A tag and the longest length that a message can have.
-_LONGEST_HEAD = 6
+_MAX_HEADER_BYTES = 6
 _SIGNAL_BASE = 128
 _NOT_ENTERED = "an ExecSession is used as `async with ... as session`"
 
@@ -76,16 +76,16 @@ def exec_method(channel: grpc.aio.Channel) -> Exec:
     return channel.stream_stream(
         f"/{_SERVICE.full_name}/{method.name}",
         request_serializer=pb.ExecContainerRequest.SerializeToString,
-        response_deserializer=event_of,
+        response_deserializer=decode_response,
     )
 
 
-def event_of(raw: bytes) -> Event:
+def decode_response(raw: bytes) -> Event:
     """An encoded ExecContainerResponse; what is not one field of output and nothing else is left to protobuf."""
     stream = _STREAMS.get(raw[0]) if raw else None
     # https://protobuf.dev/programming-guides/encoding/#varints
     length = 0
-    for position, byte in enumerate(raw[1:_LONGEST_HEAD] if stream else b""):
+    for position, byte in enumerate(raw[1:_MAX_HEADER_BYTES] if stream else b""):
         length |= (byte & _SEVEN_BITS) << (7 * position)
         if byte <= _SEVEN_BITS:
             data = raw[position + 2 :]
@@ -96,7 +96,7 @@ def event_of(raw: bytes) -> Event:
 
 
 @cache
-def keep_freed_blocks() -> None:
+def raise_mmap_threshold() -> None:
     """Have glibc keep what is freed, up to 8 MiB of each of its arenas, instead of giving it back to the kernel.
 
     It gives back too much for who reads messages of half a megabyte: each then costs fresh pages, half of the time that
@@ -146,11 +146,11 @@ class ExecSession:
     """
 
     def __init__(self, converse: Callable[[], Call], start: pb.ExecStart) -> None:
-        self._converse = converse
+        self._open_call = converse
         self._start = start
         self._call: Call | None = None
         self._events: AsyncIterator[Event] | None = None
-        self._first_status: grpc.aio.AioRpcError | None = None
+        self._recorded_status: grpc.aio.AioRpcError | None = None
         self._reading = asyncio.Lock()
         self._writing = asyncio.Lock()
         self._exit: ExecExit | None = None
@@ -159,9 +159,9 @@ class ExecSession:
         """The id of this run; the server makes one if the caller did not."""
 
     async def __aenter__(self) -> Self:
-        keep_freed_blocks()
-        self._call = self._converse()
-        self._call.add_done_callback(self._keep_status)
+        raise_mmap_threshold()
+        self._call = self._open_call()
+        self._call.add_done_callback(self._record_status)
         # Not by `read`: that gives up what has arrived as soon as a write fails, this comes to the end of it.
         self._events = aiter(self._call)
         try:
@@ -229,7 +229,7 @@ class ExecSession:
                 event = await self._receive()
                 if not isinstance(event, Chunk) and event.HasField("exited"):
                     self._exit = _exit_of(event.exited)
-                    await self._read_out()
+                    await self._read_to_end()
             except GpudockError as error:
                 self._error = error
                 raise
@@ -243,35 +243,35 @@ class ExecSession:
         except StopAsyncIteration:
             raise Internal("the stream ended and the command did not", code=grpc.StatusCode.INTERNAL) from None
         except grpc.aio.AioRpcError as failure:
-            raise error_of(self._status_behind(failure)) from failure
+            raise error_of(self._original_failure(failure)) from failure
 
-    def _keep_status(self, call: Any) -> None:  # noqa: ANN401 - the stubs' type of a done callback is wider than a call
-        self._first_status = grpc.aio.AioRpcError(
-            _at_once(call.code()),
-            _at_once(call.initial_metadata()),
-            _at_once(call.trailing_metadata()),
-            _at_once(call.details()),
+    def _record_status(self, call: Any) -> None:  # noqa: ANN401 - the stubs' type of a done callback is wider than a call
+        self._recorded_status = grpc.aio.AioRpcError(
+            _result_without_waiting(call.code()),
+            _result_without_waiting(call.initial_metadata()),
+            _result_without_waiting(call.trailing_metadata()),
+            _result_without_waiting(call.details()),
             None,
         )
 
-    def _status_behind(self, failure: grpc.aio.AioRpcError) -> grpc.aio.AioRpcError:
+    def _original_failure(self, failure: grpc.aio.AioRpcError) -> grpc.aio.AioRpcError:
         """What the server said: where a write fails as the call ends, grpc.aio puts INTERNAL in its place.
 
         https://github.com/grpc/grpc/issues/36066
         """
-        first = self._first_status
+        first = self._recorded_status
         if failure.code() is grpc.StatusCode.INTERNAL and first is not None and first.code() is not grpc.StatusCode.OK:
             return first
         return failure
 
-    async def _read_out(self) -> None:
+    async def _read_to_end(self) -> None:
         """Let the server end the stream by itself: to cancel it would show there as a caller that hung up."""
         with contextlib.suppress(GpudockError):
             await self._receive()
 
     async def _send(self, message: pb.ExecContainerRequest) -> None:
         async with self._writing:
-            call = self._opened()
+            call = self._entered_call()
             if self._exit is not None or call.done():
                 raise BrokenPipeError("the command has ended")
             try:
@@ -279,13 +279,13 @@ class ExecSession:
             except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError) as failure:
                 raise BrokenPipeError("the command has ended") from failure
 
-    def _opened(self) -> Call:
+    def _entered_call(self) -> Call:
         if self._call is None:
             raise RuntimeError(_NOT_ENTERED)
         return self._call
 
 
-def start_of(container: str, command: Sequence[str], options: ExecOptions) -> pb.ExecStart:
+def exec_start(container: str, command: Sequence[str], options: ExecOptions) -> pb.ExecStart:
     """The first message of an exec."""
     start = pb.ExecStart(
         container=container,
@@ -309,7 +309,7 @@ async def collect(session: ExecSession, stdin: bytes | None, limit: int) -> Comp
     """Run a session to its end and keep the first `limit` bytes of each of its streams."""
     kept = {"stdout": bytearray(), "stderr": bytearray()}
     truncated = False
-    async with session, _fed(session, stdin):
+    async with session, _sending_stdin(session, stdin):
         async for stream, data in session.output():
             room = limit - len(kept[stream])
             kept[stream] += data[:room]
@@ -319,9 +319,9 @@ async def collect(session: ExecSession, stdin: bytes | None, limit: int) -> Comp
 
 
 @asynccontextmanager
-async def _fed(session: ExecSession, stdin: bytes | None) -> AsyncIterator[None]:
+async def _sending_stdin(session: ExecSession, stdin: bytes | None) -> AsyncIterator[None]:
     """Send `stdin` in the meantime, beside the output: a command that writes before it has read all would stall."""
-    feeding = asyncio.create_task(_feed(session, stdin))
+    feeding = asyncio.create_task(_send_stdin(session, stdin))
     try:
         yield
     finally:
@@ -330,7 +330,7 @@ async def _fed(session: ExecSession, stdin: bytes | None) -> AsyncIterator[None]
             await feeding
 
 
-async def _feed(session: ExecSession, stdin: bytes | None) -> None:
+async def _send_stdin(session: ExecSession, stdin: bytes | None) -> None:
     # A command need not read all of its input.
     with contextlib.suppress(BrokenPipeError):
         if stdin is not None:
@@ -343,7 +343,7 @@ def _exit_of(exited: pb.ExecExited) -> ExecExit:
     return ExecExit(code=code, signal=exited.signal, message=exited.message, timed_out=exited.timed_out)
 
 
-def _at_once(answer: Coroutine[Any, Any, T]) -> T:
+def _result_without_waiting(answer: Coroutine[Any, Any, T]) -> T:
     """What a coroutine returns that has nothing to wait for; a task for it would come too late."""
     try:
         answer.send(None)

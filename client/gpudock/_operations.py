@@ -11,8 +11,8 @@ from typing import Any, Generic, TypeAlias, TypeVar, cast
 import grpc
 import grpc.aio
 
-from gpudock._calls import Calls, Patience, fresh_id
-from gpudock._enums import value_of
+from gpudock._calls import Backoff, Calls, request_id_or_new
+from gpudock._enums import enum_value
 from gpudock._pages import Pages
 from gpudock.errors import GpudockError, Unavailable, error_of
 from gpudock.v1 import operation_pb2 as pb
@@ -28,10 +28,10 @@ T = TypeVar("T")
 Stream: TypeAlias = "grpc.aio.UnaryStreamCall[Any, Any]"
 
 # What an ended connection looks like, if it is not the server that says so.
-LOST = frozenset(
+CONNECTION_LOST_CODES = frozenset(
     {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
 )
-_ENDED_BADLY = frozenset({pb.OPERATION_STATE_FAILED, pb.OPERATION_STATE_CANCELLED})
+_FAILED_STATES = frozenset({pb.OPERATION_STATE_FAILED, pb.OPERATION_STATE_CANCELLED})
 
 
 class OperationCall(Generic[T]):
@@ -58,7 +58,7 @@ class OperationCall(Generic[T]):
         self._resource = resource
         self._validate_only = validate_only
         # Until there is an operation to go back to, this is a call like any other.
-        self._patience = Patience(operations.calls.retry_for)
+        self._backoff = Backoff(operations.calls.retry_for)
         self._reading = asyncio.Lock()
         self._stream: Stream | None = None
         self._unread: deque[pb.Operation] = deque()
@@ -134,27 +134,27 @@ class OperationCall(Generic[T]):
                 if not self._is_lost(error):
                     self._ended, self._error = True, error
                     raise
-                await self._patience.wait(error)
+                await self._backoff.wait(error)
                 continue
-            snapshot = await self._take(event)
+            snapshot = await self._handle_event(event)
             if snapshot is not None:
                 return snapshot
         if self._error is not None:
             raise self._error
         return None
 
-    async def _take(self, event: Any) -> pb.Operation | None:  # noqa: ANN401 - a message of any operation's RPC
+    async def _handle_event(self, event: Any) -> pb.Operation | None:  # noqa: ANN401 - a message of any operation's RPC
         """The snapshot in an event, unless it is the one known already; the result is kept."""
         match event.WhichOneof("event"):
             case "operation" if event.operation != self.snapshot:
                 # Only news shows that the way is sound: a server might answer and break off for ever.
-                self._patience = Patience(self._operations.calls.reattach_for)
+                self._backoff = Backoff(self._operations.calls.reattach_for)
                 self.snapshot = cast("pb.Operation", event.operation)
                 self.operation_id = self.snapshot.id
                 return self.snapshot
             case "result":
                 self._ended, self._result = True, self._resource(event.result)
-                await self._read_out()
+                await self._read_to_end()
             case _:
                 pass
         return None
@@ -177,7 +177,7 @@ class OperationCall(Generic[T]):
             return service.WatchOperationResponse()
         raise Unavailable("the stream ended before the operation did", code=grpc.StatusCode.UNAVAILABLE)
 
-    async def _read_out(self) -> None:
+    async def _read_to_end(self) -> None:
         """Let the server end the stream by itself: to cancel it would show there as a caller that hung up."""
         with contextlib.suppress(GpudockError):
             await self._event()
@@ -196,11 +196,11 @@ class OperationCall(Generic[T]):
     def _is_lost(self, error: GpudockError) -> bool:
         """Whether it is the connection that ended, and not the operation."""
         if not error.answered:
-            return error.code in LOST
+            return error.code in CONNECTION_LOST_CODES
         if not isinstance(error, Unavailable):
             return False
         last = self.snapshot
-        return last is None or last.state not in _ENDED_BADLY or last.error.reason != error.reason
+        return last is None or last.state not in _FAILED_STATES or last.error.reason != error.reason
 
 
 class Operations:
@@ -226,8 +226,8 @@ class Operations:
     ) -> Pages[pb.Operation]:
         """Operations, the newest first: in any of `states` (`running`), of any of `kinds` (`scale-container`)."""
         filters = service.OperationFilter(
-            states=[value_of(pb.OperationState, state) for state in states],
-            kinds=[value_of(pb.OperationKind, kind) for kind in kinds],
+            states=[enum_value(pb.OperationState, state) for state in states],
+            kinds=[enum_value(pb.OperationKind, kind) for kind in kinds],
             node=node,
         )
         if container:
@@ -242,14 +242,14 @@ class Operations:
 
     def watch(self, operation_id: str) -> OperationCall[Container | CommittedImage | Volume | None]:
         """Attach to an operation as if its own RPC had been called; its result is None if it leaves nothing."""
-        return OperationCall(self, operation_id=operation_id, resource=left_by)
+        return OperationCall(self, operation_id=operation_id, resource=result_resource)
 
     async def cancel(self, operation_id: str, *, request_id: str | None = None) -> pb.Operation:
         """Ask an operation to stop and to undo what it did; returns once that is recorded.
 
         Raises PreconditionFailed (OPERATION_NOT_CANCELLABLE) if it has ended or cannot be undone any more.
         """
-        request = service.CancelOperationRequest(id=operation_id, request_id=fresh_id(request_id))
+        request = service.CancelOperationRequest(id=operation_id, request_id=request_id_or_new(request_id))
         return (await self.calls.change(self._stub.CancelOperation, request)).operation
 
     def attach(self, operation_id: str) -> Stream:
@@ -257,7 +257,7 @@ class Operations:
         return self.calls.stream(self._stub.WatchOperation, service.WatchOperationRequest(id=operation_id))
 
 
-def left_by(result: service.OperationResult) -> Container | CommittedImage | Volume | None:
+def result_resource(result: service.OperationResult) -> Container | CommittedImage | Volume | None:
     """What is in the result of WatchOperation."""
     kind = result.WhichOneof("resource")
     return getattr(result, kind) if kind else None

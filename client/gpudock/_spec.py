@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, TypedDict, cast
 
 from google.protobuf.duration_pb2 import Duration
 
-from gpudock._enums import value_of
+from gpudock._enums import enum_value
 from gpudock.v1 import container_pb2 as pb
 from gpudock.v1.container_service_pb2 import ContainerPort, ContainerSpecEdits
 from gpudock.v1.port_pb2 import PORT_PROTOCOL_TCP
@@ -69,7 +69,7 @@ class ChangeOptions(SpecOptions, EditOptions, total=False):
     """Fields of a spec as a whole, and entries to add and to remove."""
 
 
-def split_changes(options: ChangeOptions) -> tuple[SpecOptions, ContainerSpecEdits | None]:
+def split_options(options: ChangeOptions) -> tuple[SpecOptions, ContainerSpecEdits | None]:
     """The whole fields, and the edits as a message if there are any."""
     given = cast("dict[str, Any]", dict(options))
     edits = {name: given.pop(name) for name in EditOptions.__annotations__ if name in given}
@@ -112,7 +112,7 @@ def restart_policy(policy: str | pb.RestartPolicy) -> pb.RestartPolicy:
     if isinstance(policy, pb.RestartPolicy):
         return policy
     word, colon, count = policy.partition(":")
-    kind = value_of(pb.RestartPolicyKind, word)
+    kind = enum_value(pb.RestartPolicyKind, word)
     if colon and kind != pb.RESTART_POLICY_KIND_ON_FAILURE:
         raise ValueError(f"{policy!r}: only on-failure takes a count, as in on-failure:3")
     if colon and not (count.isascii() and count.isdecimal()):

@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import grpc.aio
 
-from gpudock._calls import Calls, fresh_id
-from gpudock._enums import value_of
+from gpudock._calls import Calls, request_id_or_new
+from gpudock._enums import enum_value
 from gpudock._operations import OperationCall, Operations, Stream
 from gpudock._pages import Pages
 from gpudock._watch import Watch
@@ -47,7 +47,7 @@ class Volumes:
             size_bytes=size_bytes,
             backend=_backend(backend),
             labels=labels or {},
-            request_id=fresh_id(request_id),
+            request_id=request_id_or_new(request_id),
         )
         return (await self._calls.change(self._stub.CreateVolume, request)).volume
 
@@ -104,13 +104,17 @@ class Volumes:
         Growing stops nothing. Shrinking may have to copy, and then stops the containers that use it for a moment.
         """
         request = pb.ResizeVolumeRequest(
-            name=name, size_bytes=size_bytes, request_id=fresh_id(request_id), etag=etag, validate_only=validate_only
+            name=name,
+            size_bytes=size_bytes,
+            request_id=request_id_or_new(request_id),
+            etag=etag,
+            validate_only=validate_only,
         )
         return OperationCall(
             self._operations,
             begin=lambda: self._calls.stream(self._stub.ResizeVolume, request),
             validate_only=validate_only,
-            resource=_made,
+            resource=_volume_of,
         )
 
     async def delete(self, name: str, *, force: bool = False, etag: str = "", request_id: str | None = None) -> None:
@@ -118,7 +122,7 @@ class Volumes:
 
         With `force` only while one that runs does: of the others each gets a revision without the mount.
         """
-        request = pb.DeleteVolumeRequest(name=name, request_id=fresh_id(request_id), etag=etag, force=force)
+        request = pb.DeleteVolumeRequest(name=name, request_id=request_id_or_new(request_id), etag=etag, force=force)
         await self._calls.change(self._stub.DeleteVolume, request)
 
     async def plan_delete(self, name: str, *, force: bool = False) -> Operation:
@@ -159,21 +163,21 @@ class Volumes:
             size_bytes=size_bytes,
             backend=_backend(backend),
             labels=labels or {},
-            request_id=fresh_id(request_id),
+            request_id=request_id_or_new(request_id),
             validate_only=validate_only,
         )
         return OperationCall(
             self._operations,
             begin=lambda: self._calls.stream(self._stub.AdoptVolume, request),
             validate_only=validate_only,
-            resource=_made,
+            resource=_volume_of,
         )
 
 
 def _backend(word: str) -> VolumeBackend.ValueType:
-    return value_of(VolumeBackend, word) if word else VOLUME_BACKEND_UNSPECIFIED
+    return enum_value(VolumeBackend, word) if word else VOLUME_BACKEND_UNSPECIFIED
 
 
-def _made(result: Any) -> Volume:  # noqa: ANN401 - the result's type is that of the RPC's own message
+def _volume_of(result: Any) -> Volume:  # noqa: ANN401 - the result's type is that of the RPC's own message
     """The volume in the result of the operation's own RPC, or of WatchOperation after a lost connection."""
     return result.volume if isinstance(result, OperationResult) else cast("Volume", result)

@@ -10,8 +10,8 @@ from typing import Any, Generic, TypeVar
 import grpc
 import grpc.aio
 
-from gpudock._calls import Calls, Patience
-from gpudock._operations import LOST, Stream
+from gpudock._calls import Backoff, Calls
+from gpudock._operations import CONNECTION_LOST_CODES, Stream
 from gpudock.errors import GpudockError, Unavailable, error_of
 
 T = TypeVar("T")
@@ -46,7 +46,7 @@ class Watch(Generic[T]):
         self._calls = calls
         self._begin = begin
         # Until the server has answered, this is a call like any other.
-        self._patience = Patience(calls.retry_for)
+        self._backoff = Backoff(calls.retry_for)
         self._checkpoints = checkpoints
         self._stream: Stream | None = None
         self.resume_token: str = resume_token
@@ -63,10 +63,10 @@ class Watch(Generic[T]):
                 self._drop_stream()
                 if not _is_lost(error):
                     raise
-                await self._patience.wait(error)
+                await self._backoff.wait(error)
                 continue
             # Only news shows that the way is sound: a server might answer and break off for ever.
-            self._patience = Patience(self._calls.reattach_for)
+            self._backoff = Backoff(self._calls.reattach_for)
             self.resume_token = response.resume_token
             kind = response.WhichOneof("event") or "checkpoint"
             if kind != "checkpoint":
@@ -101,4 +101,4 @@ class Watch(Generic[T]):
 
 def _is_lost(error: GpudockError) -> bool:
     """Whether the same watch may go on in a moment."""
-    return isinstance(error, Unavailable) or (not error.answered and error.code in LOST)
+    return isinstance(error, Unavailable) or (not error.answered and error.code in CONNECTION_LOST_CODES)

@@ -131,7 +131,7 @@ class Internal(GpudockError):
 
 
 # The one table from status to exception; a code that is not in it is a fault of the server.
-_BY_CODE: Mapping[grpc.StatusCode, type[GpudockError]] = {
+_CLASS_BY_CODE: Mapping[grpc.StatusCode, type[GpudockError]] = {
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.ALREADY_EXISTS: AlreadyExists,
     grpc.StatusCode.ABORTED: Aborted,
@@ -148,14 +148,14 @@ _BY_CODE: Mapping[grpc.StatusCode, type[GpudockError]] = {
     grpc.StatusCode.DATA_LOSS: Internal,
 }
 # Where a reason has a class of its own below that of its code.
-_BY_REASON: Mapping[str, type[GpudockError]] = {"CONTAINER_BUSY": Busy, "VOLUME_BUSY": Busy}
+_CLASS_BY_REASON: Mapping[str, type[GpudockError]] = {"CONTAINER_BUSY": Busy, "VOLUME_BUSY": Busy}
 
 
 def error_of(failure: grpc.aio.AioRpcError) -> GpudockError:
     """The exception for what gRPC raised, with the details out of its trailers."""
     code: grpc.StatusCode = failure.code()
     details = _details_of(failure)
-    made = _BY_REASON.get(details.reason) or _BY_CODE.get(code, Internal)
+    made = _CLASS_BY_REASON.get(details.reason) or _CLASS_BY_CODE.get(code, Internal)
     return made(failure.details() or code.name, code=code, details=details)
 
 

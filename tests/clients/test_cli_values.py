@@ -13,16 +13,16 @@ from gpudock.cli._arguments import (
     REVISION_NUMBER,
     Bind,
     Decimal,
-    Parsed,
     Port,
     Restart,
     Size,
-    Span,
+    TextParameter,
+    TimeSpan,
     Tmpfs,
-    Whole,
+    WholeNumber,
 )
 
-GOOD: list[tuple[Parsed[Any], str, Any]] = [
+GOOD: list[tuple[TextParameter[Any], str, Any]] = [
     (Size(), "8G", 8 * 2**30),
     (Size(), "512MiB", 512 * 2**20),
     (Size(), "1.5k", 1536),
@@ -37,24 +37,24 @@ GOOD: list[tuple[Parsed[Any], str, Any]] = [
     (Size(), "0.3k", 307),
     (Size(), "0", 0),
     (Size(), "100b", 100),
-    (Whole(), "0", 0),
-    (Whole(), "007", 7),
-    (Whole(), "2147483647", 2**31 - 1),
+    (WholeNumber(), "0", 0),
+    (WholeNumber(), "007", 7),
+    (WholeNumber(), "2147483647", 2**31 - 1),
     (REVISION_NUMBER, "9223372036854775807", 2**63 - 1),
     (Decimal(), "1.5", 1.5),
     (Decimal(), ".5", 0.5),
     (Decimal(), "2", 2.0),
-    (Span(), "1.5m", 90.0),
-    (Span(), "500ms", 0.5),
-    (Span(), "0", 0.0),
+    (TimeSpan(), "1.5m", 90.0),
+    (TimeSpan(), "500ms", 0.5),
+    (TimeSpan(), "0", 0.0),
 ]
-BAD: list[tuple[Parsed[Any], str]] = [
+BAD: list[tuple[TextParameter[Any], str]] = [
     *(
         (Size(), text)
         for text in ("", "G", "8  G", " 8G", "-1G", "8Gi", "8GG", "1e9", "0x10", "0.3", "٨G", "99999999T", "1.", "+1")
     ),
-    *((Span(), text) for text in ("", "s", "-1s", "+1s", "1w", "1s2", "1e9", "999999d", "9" * 400)),
-    *((Whole(), text) for text in ("", "+1", "-1", "1.0", "1e3", "1_000", "٣", "3000000000", "9" * 5000, "all")),
+    *((TimeSpan(), text) for text in ("", "s", "-1s", "+1s", "1w", "1s2", "1e9", "999999d", "9" * 400)),
+    *((WholeNumber(), text) for text in ("", "+1", "-1", "1.0", "1e3", "1_000", "٣", "3000000000", "9" * 5000, "all")),
     *((REVISION_NUMBER, text) for text in ("0", "-1", "+1", "9223372036854775808")),
     *((Decimal(), text) for text in ("", "+1", "-0.5", "nan", "inf", "1e3", "1_0", ".", "1.")),
     *((Port(), text) for text in ("", "0", "0:80", "80:0", "65536", "80:80:80", "80/sctp", "a", "80/", ":80", "-80")),
@@ -65,13 +65,13 @@ BAD: list[tuple[Parsed[Any], str]] = [
 
 
 @pytest.mark.parametrize(("kind", "text", "value"), GOOD)
-def test_values_are_read(kind: Parsed[Any], text: str, value: object) -> None:
+def test_values_are_read(kind: TextParameter[Any], text: str, value: object) -> None:
     read = kind.convert(text, None, None)
-    assert (read.total_seconds() if isinstance(kind, Span) else read) == value
+    assert (read.total_seconds() if isinstance(kind, TimeSpan) else read) == value
 
 
 @pytest.mark.parametrize(("kind", "text"), BAD)
-def test_bad_values_are_usage_errors(kind: Parsed[Any], text: str) -> None:
+def test_bad_values_are_usage_errors(kind: TextParameter[Any], text: str) -> None:
     with pytest.raises(click.BadParameter):
         kind.convert(text, None, None)
 

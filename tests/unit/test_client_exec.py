@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from google.protobuf.message import DecodeError
-from gpudock._exec import Chunk, event_of
+from gpudock._exec import Chunk, decode_response
 from gpudock.v1 import exec_pb2
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +19,7 @@ Answer = exec_pb2.ExecContainerResponse
 def test_output_by_itself(stream: Any, size: int) -> None:
     data = bytes(index % 251 for index in range(size))
     fields: dict[str, Any] = {stream: data}
-    assert event_of(Answer(**fields).SerializeToString()) == Chunk(stream, data)
+    assert decode_response(Answer(**fields).SerializeToString()) == Chunk(stream, data)
 
 
 @pytest.mark.parametrize(
@@ -31,13 +31,13 @@ def test_output_by_itself(stream: Any, size: int) -> None:
     ],
 )
 def test_everything_else_is_its_message(answer: Answer) -> None:
-    assert event_of(answer.SerializeToString()) == answer
+    assert decode_response(answer.SerializeToString()) == answer
 
 
 def test_one_that_holds_more_is_left_to_protobuf() -> None:
     # As the wire allows: of a field that comes twice, the last counts.
     raw = Answer(stdout=b"a").SerializeToString() + Answer(stdout=b"b").SerializeToString()
-    assert event_of(raw) == Answer(stdout=b"b")
+    assert decode_response(raw) == Answer(stdout=b"b")
 
 
 @given(st.binary(max_size=12) | st.binary(max_size=12).map(lambda rest: b"\x12" + rest))
@@ -46,9 +46,9 @@ def test_any_bytes_are_what_protobuf_says_or_its_error(raw: bytes) -> None:
         expected = Answer.FromString(raw)
     except DecodeError:
         with pytest.raises(DecodeError):
-            event_of(raw)
+            decode_response(raw)
         return
-    found = event_of(raw)
+    found = decode_response(raw)
     if isinstance(found, Chunk):
         assert (found.stream, found.data) == (expected.WhichOneof("event"), getattr(expected, found.stream))
     else:

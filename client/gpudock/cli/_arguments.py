@@ -20,8 +20,8 @@ _WHOLE = re.compile(r"\d+", re.ASCII)
 _DECIMAL = re.compile(r"\d+(\.\d+)?|\.\d+", re.ASCII)
 _SIGNS = ("+", "-")
 # What an int32 and an int64 of a message have room for.
-MOST_32 = 2**31 - 1
-MOST_64 = 2**63 - 1
+INT32_MAX = 2**31 - 1
+INT64_MAX = 2**63 - 1
 
 # As docker's units.RAMInBytes: a unit is a power of 1024, with or without `b` or `ib`.
 _SIZE = re.compile(r"(\d+)(?:\.(\d+))? ?([A-Za-z]*)", re.ASCII)
@@ -37,7 +37,7 @@ _LAST_PORT = 65535
 _PROTOCOLS = {"": PORT_PROTOCOL_TCP, "tcp": PORT_PROTOCOL_TCP, "udp": PORT_PROTOCOL_UDP}
 
 
-class Parsed(click.ParamType, Generic[T]):  # type: ignore[type-arg] # click 8.1 has it without
+class TextParameter(click.ParamType, Generic[T]):  # type: ignore[type-arg] # click 8.1 has it without
     """A value that is read from text; `parse` raises ValueError with what is wrong."""
 
     def parse(self, text: str) -> T:
@@ -58,24 +58,24 @@ class Parsed(click.ParamType, Generic[T]):  # type: ignore[type-arg] # click 8.1
             self.fail(str(error), param, ctx)
 
 
-def refuse_sign(text: str) -> None:
+def reject_sign(text: str) -> None:
     """Raise ValueError for a number with a sign: it would look like a change by that much, and is taken as none."""
     if text.startswith(_SIGNS):
         raise ValueError(f"{text!r} has a sign; give the value that should result, without one")
 
 
-class Whole(Parsed[int]):
+class WholeNumber(TextParameter[int]):
     """A whole number from `least` to `most`, both included."""
 
     name = "NUMBER"
 
-    def __init__(self, least: int = 0, most: int = MOST_32) -> None:
+    def __init__(self, least: int = 0, most: int = INT32_MAX) -> None:
         """`most` is what the message has room for; a smaller limit is the server's to state."""
         self._least, self._most = least, most
 
     def parse(self, text: str) -> int:
         """The number."""
-        refuse_sign(text)
+        reject_sign(text)
         if not _WHOLE.fullmatch(text):
             raise ValueError(f"{text!r} is not a whole number such as {max(self._least, 2)}")
         digits = text.lstrip("0") or "0"
@@ -84,7 +84,7 @@ class Whole(Parsed[int]):
         return int(digits)
 
 
-REVISION_NUMBER = Whole(1, MOST_64)
+REVISION_NUMBER = WholeNumber(1, INT64_MAX)
 """The number of a revision; how far they go is for the server to say."""
 
 
@@ -92,7 +92,7 @@ ALL_GPUS = -1
 """As a number of cards: all that are free."""
 
 
-class GpuCount(Whole):
+class GpuCount(WholeNumber):
     """How many cards: a number, or `all`."""
 
     name = "NUMBER|all"
@@ -102,14 +102,14 @@ class GpuCount(Whole):
         return ALL_GPUS if text == "all" else super().parse(text)
 
 
-class Decimal(Parsed[float]):
+class Decimal(TextParameter[float]):
     """A number with or without decimals, such as `1.5`."""
 
     name = "NUMBER"
 
     def parse(self, text: str) -> float:
         """The number."""
-        refuse_sign(text)
+        reject_sign(text)
         if not _DECIMAL.fullmatch(text):
             raise ValueError(f"{text!r} is not a number such as 2 or 1.5")
         return float(text)
@@ -126,7 +126,7 @@ class Positive(Decimal):
         return number
 
 
-class Key(Parsed[str]):
+class Key(TextParameter[str]):
     """The name of a variable or a label, without its value."""
 
     name = "NAME"
@@ -138,14 +138,14 @@ class Key(Parsed[str]):
         return text
 
 
-class Size(Parsed[int]):
+class Size(TextParameter[int]):
     """A number of bytes, as docker reads it: `8G`, `8GB` and `8GiB` are all 8 * 1024**3."""
 
     name = "SIZE"
 
     def parse(self, text: str) -> int:
         """The number of bytes."""
-        refuse_sign(text)
+        reject_sign(text)
         match = _SIZE.fullmatch(text)
         unit = _UNITS.get(match[3].lower()) if match else None
         if match is None or unit is None:
@@ -155,19 +155,19 @@ class Size(Parsed[int]):
         if rest and not size:
             # 0 means something else: no limit.
             raise ValueError(f"{text!r} is less than a byte")
-        if size > MOST_64:
-            raise ValueError(f"{text!r} is more than {MOST_64} bytes, the largest size there is")
+        if size > INT64_MAX:
+            raise ValueError(f"{text!r} is more than {INT64_MAX} bytes, the largest size there is")
         return size
 
 
-class Span(Parsed[timedelta]):
+class TimeSpan(TextParameter[timedelta]):
     """A span of time: `10`, `10s`, `500ms`, `5m`, `2h`, `1d`."""
 
     name = "TIME"
 
     def parse(self, text: str) -> timedelta:
         """The span."""
-        refuse_sign(text)
+        reject_sign(text)
         match = _SPAN.fullmatch(text)
         if match is None:
             raise ValueError(f"{text!r} is not a time; use 30s, 500ms, 5m, 2h or a number of seconds")
@@ -177,7 +177,7 @@ class Span(Parsed[timedelta]):
         return timedelta(seconds=seconds)
 
 
-class Port(Parsed[PortRequest]):
+class Port(TextParameter[PortRequest]):
     """A port to publish: `CONTAINER`, `HOST:CONTAINER`, each with `/udp` if it is not TCP."""
 
     name = "[HOST:]CONTAINER[/udp]"
@@ -193,7 +193,7 @@ class Port(Parsed[PortRequest]):
         return PortRequest(container_port=container, host_port=host, protocol=_PROTOCOLS[match[3] or ""])
 
 
-class InnerPort(Parsed[ContainerPort]):
+class ContainerPortParameter(TextParameter[ContainerPort]):
     """A port inside a container: `80`, `53/udp`."""
 
     name = "CONTAINER[/udp]"
@@ -206,7 +206,7 @@ class InnerPort(Parsed[ContainerPort]):
         return ContainerPort(container_port=request.container_port, protocol=request.protocol)
 
 
-class Bind(Parsed[Mount]):
+class Bind(TextParameter[Mount]):
     """A volume or a path on the node: `data:/data`, `/srv/data:/data:ro`."""
 
     name = "SOURCE:TARGET[:ro]"
@@ -222,7 +222,7 @@ class Bind(Parsed[Mount]):
         return Mount(volume=source, target=target, read_only=mode == "ro")
 
 
-class Tmpfs(Parsed[Mount]):
+class Tmpfs(TextParameter[Mount]):
     """A file system in memory: `/scratch`, `/scratch:2G`."""
 
     name = "TARGET[:SIZE]"
@@ -233,7 +233,7 @@ class Tmpfs(Parsed[Mount]):
         return Mount(tmpfs=TmpfsMount(size_bytes=Size().parse(size) if colon else 0), target=target)
 
 
-class Pair(Parsed[tuple[str, str]]):
+class KeyValueParameter(TextParameter[tuple[str, str]]):
     """`KEY=VALUE`; the value may be empty and may contain `=`."""
 
     name = "KEY=VALUE"
@@ -246,7 +246,7 @@ class Pair(Parsed[tuple[str, str]]):
         return key, value
 
 
-class Variable(Parsed[tuple[str, str]]):
+class Variable(TextParameter[tuple[str, str]]):
     """`NAME=VALUE`, or `NAME` for the value that it has where the command runs."""
 
     name = "NAME[=VALUE]"
@@ -263,7 +263,7 @@ class Variable(Parsed[tuple[str, str]]):
         return name, os.environ[name]
 
 
-class LabelFilter(Parsed[tuple[str, str]]):
+class LabelFilter(TextParameter[tuple[str, str]]):
     """`KEY=VALUE`, or `KEY` for any value."""
 
     name = "KEY[=VALUE]"
@@ -276,7 +276,7 @@ class LabelFilter(Parsed[tuple[str, str]]):
         return key, value
 
 
-class Restart(Parsed[RestartPolicy]):
+class Restart(TextParameter[RestartPolicy]):
     """When the engine starts the process again."""
 
     name = "no|always|unless-stopped|on-failure[:COUNT]"

@@ -9,12 +9,12 @@ import click
 from gpudock import Client, Container, OperationCall, OperationPlan
 from gpudock.cli import _operation_views, _views
 from gpudock.cli._arguments import REVISION_NUMBER
-from gpudock.cli._change import validate_only_option
-from gpudock.cli._edit_options import EditFlags, changes_of, edit_options
-from gpudock.cli._follow import follow
-from gpudock.cli._gpu_options import gpu_choice_of
+from gpudock.cli._confirm_change import validate_only_option
+from gpudock.cli._edit_options import EditFlags, change_arguments, edit_options
+from gpudock.cli._gpu_options import gpu_choice
 from gpudock.cli._session import Session
-from gpudock.cli._spec_options import SpecFlags, fields_of_flags, parts_of_flags, spec_options
+from gpudock.cli._spec_options import SpecFlags, spec_field_parts, spec_fields, spec_options
+from gpudock.cli._wait import follow
 
 
 class _Flags(SpecFlags, EditFlags):
@@ -44,16 +44,16 @@ def clone(session: Session, **flags: Unpack[_Flags]) -> None:
 
     The options change the spec as those of `gpudock update` do. COMMAND stands after `--`.
     """
-    given, parts, choice = fields_of_flags(flags), parts_of_flags(flags), gpu_choice_of(flags)
+    given, parts, choice = spec_fields(flags), spec_field_parts(flags), gpu_choice(flags)
     # Wrong usage shows before anything is sent.
-    changes_of(given, parts, flags)
+    change_arguments(given, parts, flags)
 
     async def begin(client: Client) -> OperationCall[Container]:
         if choice is None:
-            return _begin(client, flags, changes_of(given, parts, flags))
+            return _begin(client, flags, change_arguments(given, parts, flags))
         source = await client.containers.revision(flags["source"], flags["revision"] or 0)
         gpus = await choice.request(client, present=source.spec.gpus)
-        return _begin(client, flags, changes_of({**given, "gpus": gpus}, parts, flags))
+        return _begin(client, flags, change_arguments({**given, "gpus": gpus}, parts, flags))
 
     async def planned(client: Client) -> OperationPlan:
         return await (await begin(client)).plan()

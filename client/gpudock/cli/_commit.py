@@ -6,8 +6,8 @@ import click
 
 from gpudock import Client, CommittedImage, OperationCall
 from gpudock.cli import _operation_views, _views
-from gpudock.cli._follow import follow
 from gpudock.cli._session import Session
+from gpudock.cli._wait import follow
 
 
 @click.command()

@@ -8,15 +8,15 @@ from typing import Any, TypeVar, Unpack
 import click
 
 from gpudock import Client, Container, OperationCall, OperationPlan
-from gpudock._enums import words_of
+from gpudock._enums import enum_names
 from gpudock._spec import spec_of
 from gpudock.cli import _operation_views, _views
 from gpudock.cli._arguments import Positive
-from gpudock.cli._change import validate_only_option
-from gpudock.cli._follow import follow
-from gpudock.cli._gpu_options import gpu_choice_of
+from gpudock.cli._confirm_change import validate_only_option
+from gpudock.cli._gpu_options import gpu_choice
 from gpudock.cli._session import Session
-from gpudock.cli._spec_options import SpecFlags, fields_of_flags, spec_options
+from gpudock.cli._spec_options import SpecFlags, spec_fields, spec_options
+from gpudock.cli._wait import follow
 from gpudock.v1.container_service_pb2 import PullPolicy
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -56,7 +56,7 @@ _pull_stall_option = click.option(
 )
 _pull_option = click.option(
     "--pull",
-    type=click.Choice(words_of(PullPolicy)),
+    type=click.Choice(enum_names(PullPolicy)),
     default="missing",
     show_default=True,
     help="Whether the image is pulled first.",
@@ -114,8 +114,8 @@ def run(session: Session, **flags: Unpack[_RunFlags]) -> None:
 
 
 def _create(session: Session, name: str, flags: _CommonFlags, *, create_only: bool) -> None:
-    choice = gpu_choice_of(flags)
-    spec = spec_of(flags["image"], fields_of_flags(flags))  # type: ignore[arg-type] # fields of a spec, by name
+    choice = gpu_choice(flags)
+    spec = spec_of(flags["image"], spec_fields(flags))  # type: ignore[arg-type] # fields of a spec, by name
 
     async def begin(client: Client) -> OperationCall[Container]:
         if choice is not None:

@@ -8,7 +8,7 @@ from typing import Any, TypedDict, TypeVar
 import click
 
 from gpudock import ContainerPort, ContainerSpec
-from gpudock.cli._arguments import InnerPort, Key
+from gpudock.cli._arguments import ContainerPortParameter, Key
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -31,7 +31,7 @@ _CLEARABLE = tuple(name.replace("_", "-") for name in ContainerSpec.DESCRIPTOR.f
 _OPTIONS = (
     click.option("--env-rm", type=Key(), multiple=True, help="Remove an environment variable."),
     click.option("--volume-rm", multiple=True, metavar="TARGET", help="Remove the mount at this path, also a tmpfs."),
-    click.option("--port-rm", type=InnerPort(), multiple=True, help="Do not publish this port any more."),
+    click.option("--port-rm", type=ContainerPortParameter(), multiple=True, help="Do not publish this port any more."),
     click.option("--label-rm", type=Key(), multiple=True, help="Remove a label."),
     click.option("--replace-env", is_flag=True, help="With -e: remove every other variable."),
     click.option("--replace-volumes", is_flag=True, help="With -v or --tmpfs: remove every other mount."),
@@ -46,7 +46,7 @@ _OPTIONS = (
     ),
 )
 # Field of the spec -> the option that adds to it, that which removes from it, and that which replaces all of it.
-_KINDS = {
+_EDITABLE_FIELDS = {
     "env": ("-e", "env_rm", "replace_env", "set_env", "remove_env"),
     "mounts": ("-v or --tmpfs", "volume_rm", "replace_volumes", "add_mounts", "remove_mounts"),
     "ports": ("-p", "port_rm", "replace_ports", "add_ports", "remove_ports"),
@@ -55,20 +55,20 @@ _KINDS = {
 
 
 def edit_options(command: F) -> F:
-    """Add the options, for `changes_of`."""
+    """Add the options, for `change_arguments`."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
-def changes_of(given: dict[str, Any], parts: dict[str, tuple[str, ...]], flags: EditFlags) -> dict[str, Any]:
+def change_arguments(given: dict[str, Any], parts: dict[str, tuple[str, ...]], flags: EditFlags) -> dict[str, Any]:
     """Keyword arguments for `update` and `clone`: whole fields, edits of entries, and the mask.
 
     `given` are the fields that were given values. Of those in `parts`, only the fields named there change.
     """
     cleared = {name.replace("-", "_") for name in flags["clear"]}
     changes = dict(given)
-    for field, (adds, removes, replaces, add, remove) in _KINDS.items():
+    for field, (adds, removes, replaces, add, remove) in _EDITABLE_FIELDS.items():
         removed, replace = flags[removes], flags[replaces]  # type: ignore[literal-required] # keys of EditFlags
         if replace and (field not in given or removed):
             wrong = (
@@ -82,8 +82,10 @@ def changes_of(given: dict[str, Any], parts: dict[str, tuple[str, ...]], flags: 
         if field in given and not replace and field not in cleared:
             changes[add] = changes.pop(field)
     for field in cleared & given.keys():
-        instead = f"; to replace all, --{_KINDS[field][2].replace('_', '-')}" if field in _KINDS else ""
-        raise click.UsageError(f"--clear {_dashed(field)} does not go with a value for it{instead}")
+        instead = (
+            f"; to replace all, --{_EDITABLE_FIELDS[field][2].replace('_', '-')}" if field in _EDITABLE_FIELDS else ""
+        )
+        raise click.UsageError(f"--clear {_kebab_case(field)} does not go with a value for it{instead}")
     whole = [field for field in given if field in changes and field not in parts]
     changes |= dict.fromkeys(sorted(cleared))
     mask = [*whole, *sorted(cleared), *(f"{field}.{part}" for field in parts for part in parts[field])]
@@ -91,8 +93,8 @@ def changes_of(given: dict[str, Any], parts: dict[str, tuple[str, ...]], flags: 
 
 
 def _option(name: str) -> str:
-    return f"--{_dashed(name)}"
+    return f"--{_kebab_case(name)}"
 
 
-def _dashed(name: str) -> str:
+def _kebab_case(name: str) -> str:
     return name.replace("_", "-")

@@ -16,7 +16,7 @@ import click
 
 from gpudock import Client, ExecSession
 from gpudock._exec import ExecOptions
-from gpudock.cli._arguments import Span, Variable
+from gpudock.cli._arguments import TimeSpan, Variable
 from gpudock.cli._exit_codes import EXEC_FAILED
 from gpudock.cli._session import Session
 from gpudock.cli._terminal import StdinPump, raw_mode, terminal_size, write_all
@@ -31,7 +31,7 @@ _STDIN, _STDOUT, _STDERR = 0, 1, 2
 @click.option("-e", "--env", type=Variable(), multiple=True, help="Set an environment variable.")
 @click.option("-w", "--workdir", default="", help="Its working directory.")
 @click.option("-u", "--user", default="", help="Its user, name or uid, with :group if need be.")
-@click.option("--timeout", type=Span(), help="Kill the command after this time.")
+@click.option("--timeout", type=TimeSpan(), help="Kill the command after this time.")
 @click.argument("name")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_obj
@@ -60,11 +60,11 @@ def exec_command(
     if timeout is not None:
         options["timeout"] = timeout
     if tty:
-        _describe_terminal(options)
+        _add_terminal_options(options)
     sys.exit(session.run(lambda client: _run(client, name, command, options), failure_code=EXEC_FAILED))
 
 
-def _describe_terminal(options: ExecOptions) -> None:
+def _add_terminal_options(options: ExecOptions) -> None:
     size = terminal_size()
     if size is not None:
         options["size"] = size
@@ -75,7 +75,10 @@ def _describe_terminal(options: ExecOptions) -> None:
 
 async def _run(client: Client, name: str, command: tuple[str, ...], options: ExecOptions) -> int:
     raw = options["tty"] and options["stdin"] and os.isatty(_STDIN)
-    async with client.containers.exec(name, command, **options) as running, _controls(running, tty=options["tty"]):
+    async with (
+        client.containers.exec(name, command, **options) as running,
+        _forward_signals(running, tty=options["tty"]),
+    ):
         with raw_mode(_STDIN) if raw else contextlib.nullcontext():
             if options["stdin"]:
                 StdinPump(_STDIN, running, asyncio.get_running_loop()).start()
@@ -91,7 +94,7 @@ async def _run(client: Client, name: str, command: tuple[str, ...], options: Exe
 
 
 @asynccontextmanager
-async def _controls(running: ExecSession, *, tty: bool) -> AsyncIterator[None]:
+async def _forward_signals(running: ExecSession, *, tty: bool) -> AsyncIterator[None]:
     """Hand over signals, and the terminal's size as it changes, one after the other."""
     loop = asyncio.get_running_loop()
     pending: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
@@ -99,7 +102,7 @@ async def _controls(running: ExecSession, *, tty: bool) -> AsyncIterator[None]:
         loop.add_signal_handler(number, pending.put_nowait, partial(running.signal, number.name))
     if tty:
         loop.add_signal_handler(signal.SIGWINCH, pending.put_nowait, partial(_resize, running))
-    sender = asyncio.create_task(_send_each(pending))
+    sender = asyncio.create_task(_send_pending(pending))
     try:
         yield
     finally:
@@ -108,7 +111,7 @@ async def _controls(running: ExecSession, *, tty: bool) -> AsyncIterator[None]:
             loop.remove_signal_handler(number)
 
 
-async def _send_each(pending: asyncio.Queue[Callable[[], Awaitable[None]]]) -> None:
+async def _send_pending(pending: asyncio.Queue[Callable[[], Awaitable[None]]]) -> None:
     with contextlib.suppress(BrokenPipeError):
         while True:
             await (await pending.get())()

@@ -26,7 +26,7 @@ class GpuFlags(TypedDict):
 
 
 def gpu_options(command: F) -> F:
-    """Add --gpus, --gpu, --gpu-model and --gpu-memory, for `gpu_choice_of`."""
+    """Add --gpus, --gpu, --gpu-model and --gpu-memory, for `gpu_choice`."""
     options = (
         click.option("--gpus", type=GpuCount(), help="How many GPUs: 0 for none, all for every free one."),
         click.option("--gpu", multiple=True, metavar="UUID", help="This GPU. Can be repeated."),
@@ -67,7 +67,7 @@ class GpuChoice:
         return asked
 
 
-async def chosen_gpus(client: Client, name: str, choice: GpuChoice | None) -> tuple[GpuRequest | None, str]:
+async def resolve_gpus(client: Client, name: str, choice: GpuChoice | None) -> tuple[GpuRequest | None, str]:
     """What a change of the container `name` asks for, and the etag that it was worked out for; None for no change."""
     if choice is None:
         return None, ""
@@ -91,7 +91,7 @@ def _matching(gpus: Iterable[Gpu], name: str, asked: GpuRequest) -> int:
     return count
 
 
-def gpu_choice_of(flags: GpuFlags) -> GpuChoice | None:
+def gpu_choice(flags: GpuFlags) -> GpuChoice | None:
     """What these options ask for; None if none was given."""
     gpus, gpu, model, memory = flags["gpus"], flags["gpu"], flags["gpu_model"], flags["gpu_memory"]
     narrowed = model is not None or memory is not None

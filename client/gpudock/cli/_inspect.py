@@ -7,7 +7,7 @@ from dataclasses import replace
 import click
 
 from gpudock import ContainerState, DriftSeverity
-from gpudock._enums import words_of
+from gpudock._enums import enum_names
 from gpudock.cli import _views
 from gpudock.cli._arguments import LabelFilter
 from gpudock.cli._session import Session
@@ -31,7 +31,7 @@ def inspect(session: Session, *, name: str) -> None:
 
 
 @click.command("list")
-@click.option("--state", type=click.Choice(words_of(ContainerState)), multiple=True, help="Only those in this state.")
+@click.option("--state", type=click.Choice(enum_names(ContainerState)), multiple=True, help="Only those in this state.")
 @click.option("--label", type=LabelFilter(), multiple=True, help="Only those with this label.")
 @click.option("--owner", default="", help="Only those of this owner.")
 @click.option("--node", default="", help="Only those on this node.")
@@ -65,7 +65,7 @@ def ports(session: Session, *, container: str) -> None:
 
 
 @click.command()
-@click.option("--severity", type=click.Choice(words_of(DriftSeverity)), multiple=True, help="Only those of this one.")
+@click.option("--severity", type=click.Choice(enum_names(DriftSeverity)), multiple=True, help="Only those of this one.")
 @click.option("--container", default="", help="Only what is about this container.")
 @click.pass_obj
 def drift(session: Session, *, severity: tuple[str, ...], container: str) -> None:

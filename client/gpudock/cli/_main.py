@@ -15,7 +15,7 @@ from gpudock.cli import (
     _create,
     _exec,
     _inspect,
-    _life,
+    _lifecycle,
     _operations,
     _revisions,
     _scale,
@@ -104,13 +104,13 @@ for _command in (
     _inspect.inspect,
     _inspect.list_containers,
     _watch.watch,
-    _life.start,
-    _life.stop,
-    _life.kill,
-    _life.restart,
-    _life.pause,
-    _life.unpause,
-    _life.delete,
+    _lifecycle.start,
+    _lifecycle.stop,
+    _lifecycle.kill,
+    _lifecycle.restart,
+    _lifecycle.pause,
+    _lifecycle.unpause,
+    _lifecycle.delete,
     _scale.scale,
     _commit.commit,
     _update.update,
@@ -128,29 +128,29 @@ for _command in (
 ):
     main.add_command(_command)
 main.add_alias(_inspect.list_containers, "ps")
-main.add_alias(_life.delete, "rm")
+main.add_alias(_lifecycle.delete, "rm")
 
 
-def _choose_output(context: click.Context, _option: click.Parameter, value: str | None) -> None:
+def _set_output(context: click.Context, _option: click.Parameter, value: str | None) -> None:
     if value is not None:
         context.obj = replace(context.obj, as_json=value == "json")
 
 
-def _take_output(group: click.Group) -> None:
+def _add_output_option(group: click.Group) -> None:
     """Let every command take -o as well, where most people write it."""
     for command in group.commands.values():
         if isinstance(command, click.Group):
-            _take_output(command)
+            _add_output_option(command)
         elif not any("--output" in option.opts for option in command.params):
             command.params.append(
                 click.Option(
                     ["-o", "--output"],
                     type=_FORMATS,
                     expose_value=False,
-                    callback=_choose_output,
+                    callback=_set_output,
                     help="As before the command.",
                 )
             )
 
 
-_take_output(main)
+_add_output_option(main)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gpudock._enums import word_of
+from gpudock._enums import enum_name
 from gpudock.cli._text import age_text, bytes_text, fields, moment_text, printable, seconds_text, table
 from gpudock.cli._views import binding
 from gpudock.v1.container_revision_pb2 import SnapshotKind
@@ -27,9 +27,9 @@ def operations(items: Iterable[Operation]) -> str:
         [
             (
                 item.id,
-                word_of(OperationKind, item.kind).lower().replace("_", "-"),
+                enum_name(OperationKind, item.kind).lower().replace("_", "-"),
                 item.target.name,
-                word_of(OperationState, item.state),
+                enum_name(OperationState, item.state),
                 item.stage,
                 age_text(item.create_time),
                 item.node,
@@ -44,10 +44,10 @@ def operation(item: Operation) -> str:
     head = fields(
         (
             ("id", item.id),
-            ("kind", word_of(OperationKind, item.kind).lower().replace("_", "-")),
+            ("kind", enum_name(OperationKind, item.kind).lower().replace("_", "-")),
             ("target", item.target.name),
             ("node", item.node),
-            ("state", word_of(OperationState, item.state) + (" (to be cancelled)" if item.cancel_requested else "")),
+            ("state", enum_name(OperationState, item.state) + (" (to be cancelled)" if item.cancel_requested else "")),
             ("message", item.message),
             ("error", f"{item.error.reason}: {item.error.message}" if item.HasField("error") else ""),
             ("created", moment_text(item.create_time)),
@@ -69,8 +69,11 @@ def plan(item: OperationPlan) -> str:
             ("GPUs to claim", str(item.gpus_to_claim) if item.gpus_to_claim else ""),
             ("of now", ", ".join(item.candidate_gpu_uuids)),
             ("ports to claim", ", ".join(map(binding, item.ports_to_claim))),
-            ("files are carried by", word_of(LayerCarryMethod, item.carry_method).lower() if item.carry_method else ""),
-            ("files are kept as", word_of(SnapshotKind, item.snapshot).lower() if item.snapshot else ""),
+            (
+                "files are carried by",
+                enum_name(LayerCarryMethod, item.carry_method).lower() if item.carry_method else "",
+            ),
+            ("files are kept as", enum_name(SnapshotKind, item.snapshot).lower() if item.snapshot else ""),
             (
                 "bytes to move",
                 bytes_text(item.bytes_to_move)
@@ -120,4 +123,4 @@ def stage_seconds(stage: OperationStage) -> float:
 def _stage_row(stage: OperationStage) -> tuple[str, str, str, str]:
     moved = bytes_text(stage.current_bytes) if stage.current_bytes else ""
     taken = seconds_text(stage_seconds(stage)) if stage.end_time.seconds else ""
-    return stage.name, word_of(OperationStageState, stage.state), taken, moved
+    return stage.name, enum_name(OperationStageState, stage.state), taken, moved

@@ -5,10 +5,10 @@ from __future__ import annotations
 import click
 
 from gpudock import Cancelled, Client, CommittedImage, OperationKind, OperationState, Volume
-from gpudock._enums import words_of
+from gpudock._enums import enum_names
 from gpudock.cli import _operation_views, _views, _volume_views
-from gpudock.cli._follow import follow
 from gpudock.cli._session import Session
+from gpudock.cli._wait import follow
 
 
 @click.group()
@@ -17,8 +17,8 @@ def operations() -> None:
 
 
 @operations.command("list")
-@click.option("--state", type=click.Choice(words_of(OperationState)), multiple=True, help="Only those in this state.")
-@click.option("--kind", type=click.Choice(words_of(OperationKind)), multiple=True, help="Only those of this kind.")
+@click.option("--state", type=click.Choice(enum_names(OperationState)), multiple=True, help="Only those in this state.")
+@click.option("--kind", type=click.Choice(enum_names(OperationKind)), multiple=True, help="Only those of this kind.")
 @click.option("--container", default="", help="Only those on this container.")
 @click.option("--node", default="", help="Only those of this node.")
 @click.pass_obj

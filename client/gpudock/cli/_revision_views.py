@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gpudock._enums import word_of
+from gpudock._enums import enum_name
 from gpudock.cli._spec_views import spec_rows
 from gpudock.cli._text import age_text, bytes_text, fields, moment_text, table
 from gpudock.cli._views import binding
@@ -18,7 +18,7 @@ def revisions(items: Iterable[ContainerRevision]) -> str:
         [
             (
                 f"{item.revision}{' *' if item.current else ''}",
-                word_of(RevisionCause, item.cause),
+                enum_name(RevisionCause, item.cause),
                 str(len(item.gpu_uuids)),
                 item.spec.image,
                 bytes_text(item.layer_bytes) if item.layer_bytes else "-",
@@ -38,7 +38,7 @@ def revision(item: ContainerRevision) -> str:
             ("container", item.container),
             ("uid", item.uid),
             ("revision", f"{item.revision}{' (current)' if item.current else ''}"),
-            ("cause", word_of(RevisionCause, item.cause)),
+            ("cause", enum_name(RevisionCause, item.cause)),
             *spec_rows(item.spec),
             ("image id", item.image_id),
             ("GPUs", ", ".join(item.gpu_uuids) or "none"),
@@ -55,4 +55,4 @@ def revision(item: ContainerRevision) -> str:
 
 def _snapshot(item: ContainerRevision) -> str:
     """In what form its files are kept; the current one's are the container's."""
-    return word_of(SnapshotKind, item.snapshot.kind).lower() if item.HasField("snapshot") else "-"
+    return enum_name(SnapshotKind, item.snapshot.kind).lower() if item.HasField("snapshot") else "-"

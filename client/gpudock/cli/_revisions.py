@@ -8,10 +8,10 @@ import grpc
 from gpudock import Client, Container, NotFound, OperationCall
 from gpudock.cli import _revision_views
 from gpudock.cli._arguments import REVISION_NUMBER
-from gpudock.cli._change import change, validate_only_option, yes_option
-from gpudock.cli._follow import settled
+from gpudock.cli._confirm_change import change, validate_only_option, yes_option
 from gpudock.cli._session import Session
 from gpudock.cli._snapshot_options import snapshots_option
+from gpudock.cli._wait import wait_for
 
 
 @click.command()
@@ -91,4 +91,4 @@ def get(session: Session, *, name: str, number: int | None) -> None:
 @click.pass_obj
 def delete(session: Session, *, name: str, number: int) -> None:
     """Delete a revision with the files that were kept of it."""
-    session.run(lambda client: settled(client.containers.delete_revision(name, number), name))
+    session.run(lambda client: wait_for(client.containers.delete_revision(name, number), name))

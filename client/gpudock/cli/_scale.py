@@ -7,10 +7,10 @@ from typing import Unpack
 import click
 
 from gpudock import Client, Container, OperationCall
-from gpudock._enums import words_of
+from gpudock._enums import enum_names
 from gpudock.cli._arguments import Decimal, Size
-from gpudock.cli._change import change, validate_only_option, yes_option
-from gpudock.cli._gpu_options import GpuFlags, chosen_gpus, gpu_choice_of, gpu_options
+from gpudock.cli._confirm_change import change, validate_only_option, yes_option
+from gpudock.cli._gpu_options import GpuFlags, gpu_choice, gpu_options, resolve_gpus
 from gpudock.cli._session import Session
 from gpudock.cli._snapshot_options import snapshots_option
 from gpudock.v1.container_service_pb2 import ScaleStrategy
@@ -37,7 +37,7 @@ class _Flags(GpuFlags):
 @click.option("--shm-size", type=Size(), help="The size of /dev/shm; 0 for the engine's default.")
 @click.option(
     "--strategy",
-    type=click.Choice(words_of(ScaleStrategy)),
+    type=click.Choice(enum_names(ScaleStrategy)),
     default="auto",
     show_default=True,
     help="auto: in place if possible. live: in place or not at all. recreate: by a new process.",
@@ -48,10 +48,10 @@ class _Flags(GpuFlags):
 @click.pass_obj
 def scale(session: Session, **flags: Unpack[_Flags]) -> None:
     """Set the GPUs, CPUs, memory or /dev/shm of a container to these values; its files stay."""
-    choice = gpu_choice_of(flags)
+    choice = gpu_choice(flags)
     if choice is None and flags["cpus"] is None and flags["memory"] is None and flags["shm_size"] is None:
         raise click.UsageError("nothing to change: give --gpus, --gpu, --cpus, --memory or --shm-size")
-    gpus, etag = session.run(lambda client: chosen_gpus(client, flags["name"], choice))
+    gpus, etag = session.run(lambda client: resolve_gpus(client, flags["name"], choice))
 
     def begin(client: Client, validate_only: bool, etag: str) -> OperationCall[Container]:  # noqa: FBT001 - as Begin has it
         return client.containers.scale(

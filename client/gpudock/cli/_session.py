@@ -48,11 +48,11 @@ class Session:
 
     def show(self, message: M, view: Callable[[M], str]) -> None:
         """Write one message to stdout."""
-        click.echo(_json(plain(message)) if self.as_json else view(message))
+        click.echo(_json(message_dict(message)) if self.as_json else view(message))
 
     def show_all(self, messages: Iterable[M], view: Callable[[Iterable[M]], str]) -> None:
         """Write a list of messages to stdout."""
-        click.echo(_json([plain(message) for message in messages]) if self.as_json else view(messages))
+        click.echo(_json([message_dict(message) for message in messages]) if self.as_json else view(messages))
 
     async def _with_client(self, work: Callable[[Client], Awaitable[T]]) -> T:
         try:
@@ -90,7 +90,7 @@ class Session:
         sys.exit(exit_code_of(error) if failure_code is None else failure_code)
 
 
-def plain(message: Message) -> object:
+def message_dict(message: Message) -> object:
     """The message as proto3's JSON has it (64-bit numbers are strings), with the contract's own field names."""
     return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
 

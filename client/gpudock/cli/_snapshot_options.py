@@ -5,10 +5,10 @@ from __future__ import annotations
 import click
 
 from gpudock import SnapshotPolicy
-from gpudock._enums import words_of
+from gpudock._enums import enum_names
 
 snapshots_option = click.option(
     "--snapshots",
-    type=click.Choice(words_of(SnapshotPolicy)),
+    type=click.Choice(enum_names(SnapshotPolicy)),
     help="Whether the files as they are before the change are kept. cheap: where nothing is copied.",
 )

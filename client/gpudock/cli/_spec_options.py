@@ -9,9 +9,20 @@ from typing import Any, TypeVar
 import click
 
 from gpudock import HealthCheck, Mount, PortRequest, RestartPolicy, RevisionPolicy, SnapshotPolicy
-from gpudock._enums import value_of, words_of
+from gpudock._enums import enum_names, enum_value
 from gpudock._spec import duration
-from gpudock.cli._arguments import Bind, Decimal, Pair, Port, Restart, Size, Span, Tmpfs, Variable, Whole
+from gpudock.cli._arguments import (
+    Bind,
+    Decimal,
+    KeyValueParameter,
+    Port,
+    Restart,
+    Size,
+    TimeSpan,
+    Tmpfs,
+    Variable,
+    WholeNumber,
+)
 from gpudock.cli._gpu_options import GpuFlags, gpu_options
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -56,14 +67,14 @@ _OPTIONS = (
     ),
     click.option("-v", "--volume", type=Bind(), multiple=True, help="Mount a volume, or a path on the node."),
     click.option("--tmpfs", type=Tmpfs(), multiple=True, help="Mount a file system in memory."),
-    click.option("-l", "--label", type=Pair(), multiple=True, help="Set a label."),
+    click.option("-l", "--label", type=KeyValueParameter(), multiple=True, help="Set a label."),
     click.option("--cpus", type=Decimal(), help="How many CPUs' worth of time it may use."),
     click.option("-m", "--memory", type=Size(), help="How much memory it may use, such as 8g."),
     click.option("--shm-size", type=Size(), help="The size of /dev/shm."),
-    click.option("--pids-limit", type=Whole(16), help="How many processes and threads it may have."),
+    click.option("--pids-limit", type=WholeNumber(16), help="How many processes and threads it may have."),
     click.option("--restart", type=Restart(), help="When the engine starts the process again."),
     click.option("--stop-signal", metavar="SIGNAL", help="The signal that asks the process to end, such as SIGINT."),
-    click.option("--stop-timeout", type=Span(), help="How long the process has from that signal to SIGKILL."),
+    click.option("--stop-timeout", type=TimeSpan(), help="How long the process has from that signal to SIGKILL."),
     click.option("--health-cmd", help="Command of the health check, run by /bin/sh."),
     click.option("--hostname", help="The host name inside."),
     click.option("-u", "--user", help="The user of the process, name or uid, with :group if need be."),
@@ -73,11 +84,11 @@ _OPTIONS = (
     click.option("-i", "--stdin/--no-stdin", default=None, help="Keep the process's standard input open."),
     click.option(
         "--keep-files",
-        type=click.Choice(words_of(SnapshotPolicy)),
+        type=click.Choice(enum_names(SnapshotPolicy)),
         help="Whether the files of a revision are kept when the next one replaces it. cheap: where nothing is copied.",
     ),
-    click.option("--keep-revisions", type=Whole(1), help="How many revisions are kept."),
-    click.option("--keep-for", type=Span(), help="How long a revision is kept after it was replaced."),
+    click.option("--keep-revisions", type=WholeNumber(1), help="How many revisions are kept."),
+    click.option("--keep-for", type=TimeSpan(), help="How long a revision is kept after it was replaced."),
 )
 
 
@@ -88,8 +99,8 @@ def spec_options(command: F) -> F:
     return gpu_options(command)
 
 
-def fields_of_flags(flags: SpecFlags) -> dict[str, Any]:
-    """The fields of a spec that were given, with their values. GPUs are for `gpu_choice_of`."""
+def spec_fields(flags: SpecFlags) -> dict[str, Any]:
+    """The fields of a spec that were given, with their values. GPUs are for `gpu_choice`."""
     health = flags["health_cmd"]
     values: dict[str, Any] = {
         "entrypoint": None if flags["entrypoint"] is None else [flags["entrypoint"]],
@@ -116,7 +127,7 @@ def fields_of_flags(flags: SpecFlags) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def parts_of_flags(flags: SpecFlags) -> dict[str, tuple[str, ...]]:
+def spec_field_parts(flags: SpecFlags) -> dict[str, tuple[str, ...]]:
     """Which parts of its messages were given: the others stay as they are when a container is changed."""
     policy = {"snapshots": "keep_files", "keep_revisions": "keep_revisions", "keep_for": "keep_for"}
     given = tuple(part for part, flag in policy.items() if flags[flag] is not None)  # type: ignore[literal-required] # keys of SpecFlags
@@ -129,7 +140,7 @@ def _revision_policy(flags: SpecFlags) -> RevisionPolicy | None:
     if files is None and revisions is None and span is None:
         return None
     return RevisionPolicy(
-        snapshots=SnapshotPolicy.SNAPSHOT_POLICY_UNSPECIFIED if files is None else value_of(SnapshotPolicy, files),
+        snapshots=SnapshotPolicy.SNAPSHOT_POLICY_UNSPECIFIED if files is None else enum_value(SnapshotPolicy, files),
         keep_revisions=revisions or 0,
         keep_for=None if span is None else duration(span),
     )

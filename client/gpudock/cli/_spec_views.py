@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from google.protobuf.duration_pb2 import Duration
 
-from gpudock._enums import word_of
+from gpudock._enums import enum_name
 from gpudock.cli._text import bytes_text, printable
 from gpudock.v1.container_pb2 import (
     ContainerSpec,
@@ -77,11 +77,11 @@ def _mount(mount: Mount) -> str:
 
 def _port(port: PortRequest) -> str:
     host = f"{port.host_port}:" if port.host_port else ""
-    return f"{host}{port.container_port}/{word_of(PortProtocol, port.protocol or 1).lower()}"
+    return f"{host}{port.container_port}/{enum_name(PortProtocol, port.protocol or 1).lower()}"
 
 
 def _restart(policy: RestartPolicy) -> str:
-    word = word_of(RestartPolicyKind, policy.policy).lower().replace("_", "-")
+    word = enum_name(RestartPolicyKind, policy.policy).lower().replace("_", "-")
     return f"{word}:{policy.max_retry_count}" if policy.max_retry_count else word
 
 
@@ -100,7 +100,7 @@ def _health_check(check: HealthCheck) -> str:
 
 def _history(policy: RevisionPolicy) -> str:
     parts = (
-        f"files kept: {word_of(SnapshotPolicy, policy.snapshots).lower()}" if policy.snapshots else "",
+        f"files kept: {enum_name(SnapshotPolicy, policy.snapshots).lower()}" if policy.snapshots else "",
         f"{policy.keep_revisions} revisions" if policy.keep_revisions else "",
         f"for {_span(policy.keep_for)}" if policy.HasField("keep_for") else "",
     )

@@ -62,9 +62,9 @@ class StdinPump(threading.Thread):
     def run(self) -> None:
         """Read to the end of input, or of the command."""
         while data := self._read():
-            if not self._hand_over(self._session.write(data)):
+            if not self._run_in_loop(self._session.write(data)):
                 return
-        self._hand_over(self._session.close_stdin())
+        self._run_in_loop(self._session.close_stdin())
 
     def _read(self) -> bytes:
         try:
@@ -72,7 +72,7 @@ class StdinPump(threading.Thread):
         except OSError:  # the terminal was hung up
             return b""
 
-    def _hand_over(self, sending: Coroutine[Any, Any, None]) -> bool:
+    def _run_in_loop(self, sending: Coroutine[Any, Any, None]) -> bool:
         """Whether it was taken; not so when the command has ended."""
         try:
             asyncio.run_coroutine_threadsafe(sending, self._loop).result()

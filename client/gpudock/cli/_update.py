@@ -7,14 +7,14 @@ from typing import Any, Unpack
 import click
 
 from gpudock import Client, Container, OperationCall
-from gpudock._enums import words_of
+from gpudock._enums import enum_names
 from gpudock.cli._arguments import Positive
-from gpudock.cli._change import change, validate_only_option, yes_option
-from gpudock.cli._edit_options import EditFlags, changes_of, edit_options
-from gpudock.cli._gpu_options import chosen_gpus, gpu_choice_of
+from gpudock.cli._confirm_change import change, validate_only_option, yes_option
+from gpudock.cli._edit_options import EditFlags, change_arguments, edit_options
+from gpudock.cli._gpu_options import gpu_choice, resolve_gpus
 from gpudock.cli._session import Session
 from gpudock.cli._snapshot_options import snapshots_option
-from gpudock.cli._spec_options import SpecFlags, fields_of_flags, parts_of_flags, spec_options
+from gpudock.cli._spec_options import SpecFlags, spec_field_parts, spec_fields, spec_options
 from gpudock.v1.container_service_pb2 import FilesPolicy, PullPolicy
 
 
@@ -39,12 +39,12 @@ class _Flags(SpecFlags, EditFlags):
 @edit_options
 @click.option(
     "--files",
-    type=click.Choice(words_of(FilesPolicy)),
+    type=click.Choice(enum_names(FilesPolicy)),
     help="On another image: lay the files on top of it, or begin anew with its own.",
 )
 @click.option(
     "--pull",
-    type=click.Choice(words_of(PullPolicy)),
+    type=click.Choice(enum_names(PullPolicy)),
     default="missing",
     show_default=True,
     help="Whether the image is pulled first.",
@@ -67,13 +67,13 @@ def update(session: Session, **flags: Unpack[_Flags]) -> None:
 
     For instance: gpudock update train -e LR=0.1 --env-rm DEBUG -- python train.py
     """
-    given, parts, choice = fields_of_flags(flags), parts_of_flags(flags), gpu_choice_of(flags)
+    given, parts, choice = spec_fields(flags), spec_field_parts(flags), gpu_choice(flags)
     if flags["image"] is not None:
         given = {"image": flags["image"], **given}
-    if choice is None and not changes_of(given, parts, flags):
+    if choice is None and not change_arguments(given, parts, flags):
         raise click.UsageError("nothing to change: give --image, --env, --publish, --clear or another option")
-    gpus, etag = session.run(lambda client: chosen_gpus(client, flags["name"], choice))
-    changes = changes_of(given if gpus is None else {**given, "gpus": gpus}, parts, flags)
+    gpus, etag = session.run(lambda client: resolve_gpus(client, flags["name"], choice))
+    changes = change_arguments(given if gpus is None else {**given, "gpus": gpus}, parts, flags)
 
     def begin(client: Client, validate_only: bool, etag: str) -> OperationCall[Container]:  # noqa: FBT001 - as Begin has it
         return _begin(client, flags, changes, etag, validate_only=validate_only)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gpudock._enums import word_of
+from gpudock._enums import enum_name
 from gpudock.cli._spec_views import spec_rows
 from gpudock.cli._text import age_text, bytes_text, fields, moment_text, table
 from gpudock.v1.committed_image_pb2 import CommittedImage
@@ -115,7 +115,7 @@ def ports(items: Iterable[PortClaim]) -> str:
         [
             (
                 str(item.host_port),
-                word_of(PortProtocol, item.protocol).lower(),
+                enum_name(PortProtocol, item.protocol).lower(),
                 item.container,
                 str(item.container_port),
             )
@@ -130,11 +130,11 @@ def drift(items: Iterable[Drift]) -> str:
         ("SEVERITY", "KIND", "CONTAINER", "SINCE", "REMEDY", "DUE", "WHAT", "PLAN"),
         [
             (
-                word_of(DriftSeverity, item.severity),
-                word_of(DriftKind, item.kind).lower().replace("_", "-"),
+                enum_name(DriftSeverity, item.severity),
+                enum_name(DriftKind, item.kind).lower().replace("_", "-"),
                 item.container or "-",
                 age_text(item.since_time),
-                word_of(DriftRemedy, item.remedy).lower(),
+                enum_name(DriftRemedy, item.remedy).lower(),
                 moment_text(item.due_time) if item.HasField("due_time") else "-",
                 item.message,
                 item.plan,
@@ -165,7 +165,7 @@ def node(item: Node) -> str:
             ("layer carry", ", ".join(map(_carry, item.layer_carry))),
             *(
                 (
-                    word_of(NodeComponent, each.component).lower().replace("_", " "),
+                    enum_name(NodeComponent, each.component).lower().replace("_", " "),
                     _component(
                         each.healthy,
                         each.message,
@@ -182,20 +182,20 @@ def node(item: Node) -> str:
 
 def binding(item: PortBinding) -> str:
     """A published port as `8080->80/tcp`; `?` is one that is not chosen yet."""
-    return f"{item.host_port or '?'}->{item.container_port}/{word_of(PortProtocol, item.protocol).lower()}"
+    return f"{item.host_port or '?'}->{item.container_port}/{enum_name(PortProtocol, item.protocol).lower()}"
 
 
 def _state(item: Container) -> str:
-    state = word_of(ContainerState, item.status.state)
+    state = enum_name(ContainerState, item.status.state)
     if item.status.state == ContainerState.CONTAINER_STATE_RESTARTING and item.status.HasField("exit_code"):
         return f"{state} ({item.status.exit_code})"
     if item.status.health:
-        return f"{state} ({word_of(ContainerHealth, item.status.health).lower()})"
+        return f"{state} ({enum_name(ContainerHealth, item.status.health).lower()})"
     return state
 
 
 def _health(item: Gpu) -> str:
-    health = word_of(GpuHealth, item.health)
+    health = enum_name(GpuHealth, item.health)
     mig = " MIG" if item.mig_mode == MigMode.MIG_MODE_ENABLED else ""
     # A card that cannot be had may be healthy: its MIG mode is on, or the node lacks it.
     why = item.health_message or ("" if item.schedulable else item.unschedulable_reason)
@@ -203,7 +203,7 @@ def _health(item: Gpu) -> str:
 
 
 def _carry(item: LayerCarrySupport) -> str:
-    word = word_of(LayerCarryMethod, item.method).lower()
+    word = enum_name(LayerCarryMethod, item.method).lower()
     return word if item.available else f"not {word} ({item.reason})"
 
 

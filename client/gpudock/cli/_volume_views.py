@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gpudock._enums import word_of
+from gpudock._enums import enum_name
 from gpudock.cli._text import age_text, bytes_text, fields, moment_text, table
 from gpudock.v1.volume_pb2 import Volume, VolumeBackend, VolumeRevision, VolumeRevisionCause, VolumeState
 
@@ -16,7 +16,7 @@ def volumes(items: Iterable[Volume]) -> str:
         [
             (
                 item.name,
-                word_of(VolumeState, item.state),
+                enum_name(VolumeState, item.state),
                 _size(item.size_bytes),
                 _used(item),
                 _backend(item),
@@ -42,7 +42,7 @@ def volume(item: Volume) -> str:
             ("uid", item.uid),
             ("node", item.node),
             ("owner", item.owner),
-            ("state", word_of(VolumeState, item.state)),
+            ("state", enum_name(VolumeState, item.state)),
             ("revision", str(item.revision)),
             ("size", _size(item.size_bytes)),
             ("used", _used(item)),
@@ -66,7 +66,7 @@ def revisions(items: Iterable[VolumeRevision]) -> str:
             (
                 str(item.revision),
                 _size(item.size_bytes),
-                word_of(VolumeRevisionCause, item.cause),
+                enum_name(VolumeRevisionCause, item.cause),
                 age_text(item.create_time),
             )
             for item in items
@@ -75,14 +75,14 @@ def revisions(items: Iterable[VolumeRevision]) -> str:
 
 
 # The columns of a watch, with their widths.
-WATCHED = {"NAME": 24, "STATE": 8, "SIZE": 10, "REVISION": 8, "CONTAINERS": 24, "OPERATION": 36}
+WATCH_COLUMNS = {"NAME": 24, "STATE": 8, "SIZE": 10, "REVISION": 8, "CONTAINERS": 24, "OPERATION": 36}
 
 
-def watched(item: Volume) -> tuple[str, ...]:
-    """What a watch shows of one, below WATCHED."""
+def watch_cells(item: Volume) -> tuple[str, ...]:
+    """What a watch shows of one, below WATCH_COLUMNS."""
     return (
         item.name,
-        word_of(VolumeState, item.state),
+        enum_name(VolumeState, item.state),
         _size(item.size_bytes),
         str(item.revision),
         ",".join(item.attached_containers) or "-",
@@ -99,4 +99,4 @@ def _used(item: Volume) -> str:
 
 
 def _backend(item: Volume) -> str:
-    return word_of(VolumeBackend, item.backend).lower().replace("_", "-")
+    return enum_name(VolumeBackend, item.backend).lower().replace("_", "-")

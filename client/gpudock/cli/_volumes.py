@@ -7,18 +7,18 @@ from collections.abc import Callable
 import click
 
 from gpudock import Client, OperationCall, Volume, VolumeBackend, Watch
-from gpudock._enums import words_of
+from gpudock._enums import enum_names
 from gpudock.cli import _operation_views, _volume_views
-from gpudock.cli._arguments import LabelFilter, Pair, Size
-from gpudock.cli._follow import follow, settled
+from gpudock.cli._arguments import KeyValueParameter, LabelFilter, Size
 from gpudock.cli._session import Session
-from gpudock.cli._watch import Shown, changes_only_option, resume_token_option, show_changes
+from gpudock.cli._wait import follow, wait_for
+from gpudock.cli._watch import WatchFormat, changes_only_option, print_watch, resume_token_option
 
 _backend_option = click.option(
-    "--backend", type=click.Choice(words_of(VolumeBackend)), default=None, help="How it is stored."
+    "--backend", type=click.Choice(enum_names(VolumeBackend)), default=None, help="How it is stored."
 )
 _owner_option = click.option("--owner", default="", help="Who it belongs to.")
-_labels_option = click.option("--label", type=Pair(), multiple=True, help="Set a label.")
+_labels_option = click.option("--label", type=KeyValueParameter(), multiple=True, help="Set a label.")
 _plan_option = click.option("--validate-only", is_flag=True, help="Show what would be done, and do nothing.")
 
 
@@ -45,7 +45,7 @@ def create(
 ) -> None:
     """Create a volume; without a SIZE it may grow as long as the node has room."""
     made = session.run(
-        lambda client: settled(
+        lambda client: wait_for(
             client.volumes.create(name, size or 0, backend=backend or "", owner=owner, labels=dict(label)), name
         )
     )
@@ -95,7 +95,7 @@ def watch(
             checkpoints=session.as_json,
         )
 
-    show_changes(session, begin, Shown("volume", _volume_views.WATCHED, _volume_views.watched))
+    print_watch(session, begin, WatchFormat("volume", _volume_views.WATCH_COLUMNS, _volume_views.watch_cells))
 
 
 @volume.command()
@@ -127,7 +127,7 @@ def delete(session: Session, *, name: str, force: bool, validate_only: bool) -> 
         planned = session.run(lambda client: client.volumes.plan_delete(name, force=force))
         session.show(planned, lambda operation: _operation_views.plan(operation.plan))
         return
-    session.run(lambda client: settled(client.volumes.delete(name, force=force), name))
+    session.run(lambda client: wait_for(client.volumes.delete(name, force=force), name))
 
 
 @volume.command()

@@ -13,9 +13,9 @@ import click
 from google.protobuf.message import Message
 
 from gpudock import Client, Container, ContainerState, Watch, WatchEvent
-from gpudock._enums import words_of
+from gpudock._enums import enum_names
 from gpudock.cli._arguments import LabelFilter
-from gpudock.cli._session import Session, plain
+from gpudock.cli._session import Session, message_dict
 
 T = TypeVar("T", bound=Message)
 
@@ -29,7 +29,7 @@ changes_only_option = click.option("--changes-only", is_flag=True, help="Leave o
 
 
 @dataclass(frozen=True, slots=True)
-class Shown(Generic[T]):
+class WatchFormat(Generic[T]):
     """How the objects of a watch are shown: as a field of this name, and in a table with columns of these widths."""
 
     field: str
@@ -43,7 +43,7 @@ class Shown(Generic[T]):
 
 
 @click.command()
-@click.option("--state", type=click.Choice(words_of(ContainerState)), multiple=True, help="Only those in this state.")
+@click.option("--state", type=click.Choice(enum_names(ContainerState)), multiple=True, help="Only those in this state.")
 @click.option("--label", type=LabelFilter(), multiple=True, help="Only those with this label.")
 @click.option("--owner", default="", help="Only those of this owner.")
 @click.option("--node", default="", help="Only those on this node.")
@@ -77,10 +77,10 @@ def watch(
             checkpoints=session.as_json,
         )
 
-    show_changes(session, begin, _CONTAINERS)
+    print_watch(session, begin, _CONTAINERS)
 
 
-def show_changes(session: Session, begin: Callable[[Client], Watch[T]], shown: Shown[T]) -> None:
+def print_watch(session: Session, begin: Callable[[Client], Watch[T]], shown: WatchFormat[T]) -> None:
     """A line for each event, until interrupted; with -o json also for checkpoints, which `begin` then asks for."""
 
     async def follow(client: Client) -> None:
@@ -94,16 +94,16 @@ def show_changes(session: Session, begin: Callable[[Client], Watch[T]], shown: S
     session.run(follow)
 
 
-def _json(event: WatchEvent[T], shown: Shown[T]) -> str:
+def _json(event: WatchEvent[T], shown: WatchFormat[T]) -> str:
     line: dict[str, object] = {"event": event.kind, "resume_token": event.resume_token}
     if event.item is not None:
-        line[shown.field] = plain(event.item)
+        line[shown.field] = message_dict(event.item)
     else:
         line["list_complete"] = event.list_complete
     return json.dumps(line)
 
 
-def _row(event: WatchEvent[T], shown: Shown[T]) -> str:
+def _row(event: WatchEvent[T], shown: WatchFormat[T]) -> str:
     cells = shown.cells(event.item) if event.item is not None else ("",) * len(shown.columns)
     return shown.line(datetime.now().astimezone().strftime("%H:%M:%S"), event.kind, cells)
 
@@ -118,4 +118,6 @@ def _container_cells(item: Container) -> tuple[str, ...]:
     )
 
 
-_CONTAINERS = Shown("container", {"NAME": 24, "STATE": 8, "GPUS": 4, "REVISION": 8, "OPERATION": 36}, _container_cells)
+_CONTAINERS = WatchFormat(
+    "container", {"NAME": 24, "STATE": 8, "GPUS": 4, "REVISION": 8, "OPERATION": 36}, _container_cells
+)

@@ -10,8 +10,8 @@ import click
 
 from gpudock import Client, Container, OperationCall, OperationPlan
 from gpudock.cli import _operation_views, _views
-from gpudock.cli._follow import follow
 from gpudock.cli._session import Session
+from gpudock.cli._wait import follow
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -33,12 +33,12 @@ def change(session: Session, name: str, begin: Begin, *, etag: str = "", validat
         session.show(plan, _operation_views.plan)
         return
     if not yes and sys.stdin.isatty() and sys.stderr.isatty():
-        etag = _confirmed(session, name, begin, etag)
+        etag = _confirm_restart(session, name, begin, etag)
     changed = session.run(lambda client: follow(begin(client, False, etag), name))  # noqa: FBT003 - likewise
     session.show(changed, _views.one_container)
 
 
-def _confirmed(session: Session, name: str, begin: Begin, etag: str) -> str:
+def _confirm_restart(session: Session, name: str, begin: Begin, etag: str) -> str:
     """Ask if the process is to be restarted; returns the etag that the shown plan was made for."""
 
     async def planned(client: Client) -> tuple[OperationPlan, str]:

@@ -23,20 +23,20 @@ async def follow(call: OperationCall[T], container: str = "") -> T:
                 progress.show(snapshot)
         return await call
     except asyncio.CancelledError:
-        _tell_it_goes_on(call.operation_id, container)
+        _print_how_to_watch(call.operation_id, container)
         raise
 
 
-async def settled(answer: Awaitable[T], container: str) -> T:
+async def wait_for(answer: Awaitable[T], container: str) -> T:
     """The answer to a change without progress of its own."""
     try:
         return await answer
     except asyncio.CancelledError:
-        _tell_it_goes_on("", container)
+        _print_how_to_watch("", container)
         raise
 
 
-def _tell_it_goes_on(operation_id: str, container: str) -> None:
+def _print_how_to_watch(operation_id: str, container: str) -> None:
     if operation_id:
         click.echo(f"interrupted; operation {operation_id} goes on", err=True)
         click.echo(f"  watch it:  gpudock operations watch {operation_id}", err=True)

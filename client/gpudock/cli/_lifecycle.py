@@ -10,14 +10,14 @@ import click
 
 from gpudock import Client, Container, OperationCall
 from gpudock.cli import _views
-from gpudock.cli._arguments import Span
-from gpudock.cli._change import change, validate_only_option
-from gpudock.cli._follow import follow, settled
-from gpudock.cli._gpu_options import GpuFlags, chosen_gpus, gpu_choice_of, gpu_options
+from gpudock.cli._arguments import TimeSpan
+from gpudock.cli._confirm_change import change, validate_only_option
+from gpudock.cli._gpu_options import GpuFlags, gpu_choice, gpu_options, resolve_gpus
 from gpudock.cli._session import Session
 from gpudock.cli._snapshot_options import snapshots_option
+from gpudock.cli._wait import follow, wait_for
 
-_GRACE = "How long the process has from the stop signal to SIGKILL."
+_TIMEOUT_HELP = "How long the process has from the stop signal to SIGKILL."
 _KILL = ("KILL", "SIGKILL", str(int(signals.SIGKILL)))
 
 
@@ -37,8 +37,8 @@ class _StartFlags(GpuFlags):
 @click.pass_obj
 def start(session: Session, **flags: Unpack[_StartFlags]) -> None:
     """Start a stopped container, with other GPUs than before if --gpus says so."""
-    choice = gpu_choice_of(flags)
-    gpus, etag = session.run(lambda client: chosen_gpus(client, flags["name"], choice))
+    choice = gpu_choice(flags)
+    gpus, etag = session.run(lambda client: resolve_gpus(client, flags["name"], choice))
 
     def begin(client: Client, validate_only: bool, etag: str) -> OperationCall[Container]:  # noqa: FBT001 - as Begin has it
         return client.containers.start(
@@ -52,12 +52,12 @@ def start(session: Session, **flags: Unpack[_StartFlags]) -> None:
 @click.command()
 @click.argument("name")
 @click.option("--keep-resources", is_flag=True, help="Keep its GPUs and ports while it is stopped.")
-@click.option("-t", "--timeout", type=Span(), help=_GRACE)
+@click.option("-t", "--timeout", type=TimeSpan(), help=_TIMEOUT_HELP)
 @click.pass_obj
 def stop(session: Session, *, name: str, keep_resources: bool, timeout: timedelta | None) -> None:
     """Stop a container; its GPUs and ports are free then, its files stay."""
     stopped = session.run(
-        lambda client: settled(client.containers.stop(name, keep_resources=keep_resources, timeout=timeout), name)
+        lambda client: wait_for(client.containers.stop(name, keep_resources=keep_resources, timeout=timeout), name)
     )
     session.show(stopped, _views.one_container)
 
@@ -78,14 +78,14 @@ def kill(session: Session, *, name: str, keep_resources: bool, signal: str) -> N
             f" {signal.upper().removeprefix('SIG')} 1"
         )
     killed = session.run(
-        lambda client: settled(client.containers.stop(name, keep_resources=keep_resources, timeout=0), name)
+        lambda client: wait_for(client.containers.stop(name, keep_resources=keep_resources, timeout=0), name)
     )
     session.show(killed, _views.one_container)
 
 
 @click.command()
 @click.argument("name")
-@click.option("-t", "--timeout", type=Span(), help=_GRACE)
+@click.option("-t", "--timeout", type=TimeSpan(), help=_TIMEOUT_HELP)
 @snapshots_option
 @click.pass_obj
 def restart(session: Session, *, name: str, timeout: timedelta | None, snapshots: str | None) -> None:
@@ -101,7 +101,7 @@ def restart(session: Session, *, name: str, timeout: timedelta | None, snapshots
 @click.pass_obj
 def pause(session: Session, *, name: str) -> None:
     """Freeze every process of a container."""
-    paused = session.run(lambda client: settled(client.containers.pause(name), name))
+    paused = session.run(lambda client: wait_for(client.containers.pause(name), name))
     session.show(paused, _views.one_container)
 
 
@@ -110,7 +110,7 @@ def pause(session: Session, *, name: str) -> None:
 @click.pass_obj
 def unpause(session: Session, *, name: str) -> None:
     """Thaw every process of a paused container."""
-    thawed = session.run(lambda client: settled(client.containers.unpause(name), name))
+    thawed = session.run(lambda client: wait_for(client.containers.unpause(name), name))
     session.show(thawed, _views.one_container)
 
 
@@ -120,4 +120,4 @@ def unpause(session: Session, *, name: str) -> None:
 @click.pass_obj
 def delete(session: Session, *, name: str, force: bool) -> None:
     """Delete a container with its files; its GPUs and ports are free then."""
-    session.run(lambda client: settled(client.containers.delete(name, force=force), name))
+    session.run(lambda client: wait_for(client.containers.delete(name, force=force), name))

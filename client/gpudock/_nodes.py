@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 import grpc.aio
 
 from gpudock._calls import Calls
-from gpudock._enums import value_of
+from gpudock._enums import enum_value
 from gpudock._pages import Pages
 from gpudock.v1 import node_service_pb2 as pb
 from gpudock.v1.drift_pb2 import Drift, DriftKind, DriftSeverity
@@ -28,7 +28,7 @@ class Comparison:
     trouble: str
 
 
-class NodeView:
+class Nodes:
     """The node that is called, or another one of the installation by its name."""
 
     def __init__(self, calls: Calls, channel: grpc.aio.Channel) -> None:
@@ -55,7 +55,7 @@ class NodeView:
         those that none does (`claimed`), only those of one `container`.
         """
         filters = pb.GpuFilter(
-            healths=[value_of(GpuHealth, health) for health in healths],
+            healths=[enum_value(GpuHealth, health) for health in healths],
             model=model,
             claimed=claimed,
             container=container,
@@ -73,7 +73,7 @@ class NodeView:
     ) -> Pages[PortClaim]:
         """The host ports that containers hold, by number; the range they come from is in `get().ports`."""
         filters = pb.PortFilter(
-            protocols=[value_of(PortProtocol, protocol) for protocol in protocols], container=container
+            protocols=[enum_value(PortProtocol, protocol) for protocol in protocols], container=container
         )
 
         async def page(token: str) -> tuple[Iterable[PortClaim], str]:
@@ -97,8 +97,8 @@ class NodeView:
         It is as of the last full comparison; `comparison` says when that was, and whether the latest one failed.
         """
         filters = pb.DriftFilter(
-            kinds=[value_of(DriftKind, kind) for kind in kinds],
-            severities=[value_of(DriftSeverity, severity) for severity in severities],
+            kinds=[enum_value(DriftKind, kind) for kind in kinds],
+            severities=[enum_value(DriftSeverity, severity) for severity in severities],
             container=container,
         )
 
