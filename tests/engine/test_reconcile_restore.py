@@ -294,6 +294,6 @@ async def test_a_stop_that_the_backup_has_under_way(restorable: Restorable, rig:
         (stop,) = (await caller.operations.ListOperations(request)).operations
         assert stop.state == operation_pb2.OPERATION_STATE_FAILED
         assert stop.error.reason == "OPERATION_OVERTAKEN"
-        assert "was overtaken" in stop.error.message
+        assert "is obsolete" in stop.error.message
         assert "it was ended" in await logged(restorable.daemon, "OPERATION_OVERTAKEN", "victim")
         await sound(caller, rig, "victim", files)

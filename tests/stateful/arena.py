@@ -378,7 +378,7 @@ async def _told(call: Awaitable[object]) -> Failure | None:
 def _leaves_it_open(told: Failure) -> bool:
     """Whether what a caller is told says neither that it was done nor that it was not."""
     message = told.message or "the connection broke"
-    return "out of reach" in message or "shutting down" in message or "connection" in message.lower()
+    return "does not answer" in message or "shutting down" in message or "connection" in message.lower()
 
 
 def _as_left(ends: Iterable[Expected | None], before: Thing) -> list[Expected]:

@@ -34,7 +34,7 @@ KINDS = sorted(
 
 
 def example(kind: type[GpudockError]) -> GpudockError:
-    hints = typing.get_type_hints(kind, vars(errors))
+    hints = typing.get_type_hints(kind)
     return kind(**{field.name: _EXAMPLES[hints[field.name]] for field in fields(kind)})
 
 
@@ -51,7 +51,7 @@ def test_error(kind: type[GpudockError]) -> None:
 def _raised() -> set[str]:
     """The names of classes that the daemon's code uses otherwise than to catch them."""
     names = set()
-    for path in Path(errors.__file__).parent.rglob("*.py"):
+    for path in Path(errors.__file__).parents[1].rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         caught = {
             id(name)
@@ -112,10 +112,7 @@ def _promise(key: str) -> tuple[set[str], bool]:
     [
         (
             errors.VolumeTooSmallForData("data", 10 << 20, 65_576_960, 247_463_936),
-            (
-                "volume 'data' cannot shrink to 10 MiB; the smallest size that it can have now is 236 MiB"
-                " (62.6 MiB in use)"
-            ),
+            "volume 'data' cannot shrink to 10 MiB; its minimum size is 236 MiB (62.6 MiB used)",
         ),
         (
             errors.DiskFull("/d", needed_bytes=1_100_000, available_bytes=1_099_999),
@@ -123,25 +120,25 @@ def _promise(key: str) -> tuple[set[str], bool]:
         ),
         (
             errors.WrongNode(container="train", node="gpu2", address=""),
-            "container 'train' is on node 'gpu2'; the daemon there does not run, or listens on a unix socket alone",
+            "container 'train' is on node 'gpu2'; its daemon is not running or has no TCP address",
         ),
         (
             errors.VolumeOnOtherNode(node="gpu2", address="gpu2:50051", volume="data"),
-            "volume 'data' is on node 'gpu2'; call the daemon there, at gpu2:50051",
+            "volume 'data' is on node 'gpu2'; call its daemon at gpu2:50051",
         ),
         (
             errors.GpusOfRunningContainer(container="train", state="RUNNING"),
             (
-                "container 'train' is RUNNING; StartContainer gives other GPUs to a stopped container only, use"
+                "container 'train' is RUNNING; StartContainer changes the GPUs of stopped containers only. Use"
                 " ScaleContainer (`gpudock scale`)"
             ),
         ),
-        (errors.VolumeNotFound("nope", ("plain", "data")), "there is no volume 'nope'; existing volumes: plain, data"),
+        (errors.VolumeNotFound("nope", ("plain", "data")), "volume 'nope' not found; existing volumes: plain, data"),
         (
             errors.VolumeMountedByRunning("data", ("train",)),
             (
                 "volume 'data' is mounted by train; force removes a mount only from containers that are STOPPED or"
-                " EXITED, so stop train first; one that is FAILED is to be rolled back or deleted"
+                " EXITED. Stop train first; roll back or delete a FAILED container"
             ),
         ),
     ],
