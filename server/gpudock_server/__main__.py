@@ -1,6 +1,6 @@
-"""gpudockd: flags and environment -> Settings -> run.
+"""The command gpudockd: load the settings from flags, environment and file, then run the daemon.
 
-Exit codes: 0 after a clean shutdown, 1 when the daemon cannot start or go on, 2 for a mistake in its settings.
+Exit codes: 0 after a clean shutdown, 1 if the daemon cannot start or continue, 2 for invalid settings.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from gpudock_server.settings.sources import PROGRAM, SettingsInvalid, load
 from gpudock_server.startup import StartupError
 
 EXIT_FAILED = 1
-EXIT_MISUSED = 2
+EXIT_INVALID_SETTINGS = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Run the command; returns its exit code."""
     try:
         loaded = load(sys.argv[1:] if arguments is None else arguments)
     except SettingsInvalid as error:
         for line in error.lines:
             _print_error(line)
-        return EXIT_MISUSED
+        return EXIT_INVALID_SETTINGS
     if loaded.print_config:
         sys.stdout.write(loaded.to_toml())
         return 0
-    # Here and not above: --help and --print-config are quick, and work where the engine's parts do not.
-    from gpudock_server import app  # noqa: PLC0415 - see above
+    # Imported late: --help and --print-config must be fast, and work where the libraries of the daemon do not load.
+    from gpudock_server import app  # noqa: PLC0415 - see the comment above
 
     try:
         if loaded.attach_volumes:

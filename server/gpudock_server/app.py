@@ -1,25 +1,23 @@
-"""The composition root: the only file that knows every other.
+"""The composition root: builds the adapters and the use cases from the settings, and wires them into a Daemon.
 
-Components are opened in the order in which they need each other and closed in the reverse, by one exit stack. SIGTERM
-and SIGINT drain: nothing new begins, operations reach a recorded step, streams end with SHUTTING_DOWN. A second signal
-ends the process at once; whatever it was doing is taken up by the next start. SIGUSR1 shows where everything stands.
+Components are opened in the order of their dependencies, and closed in reverse by one exit stack.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
 import structlog
 
+from gpudock_server import daemon
 from gpudock_server.adapters.docker import DockerEngine
 from gpudock_server.adapters.etcd import (
     EmbeddedEtcd,
@@ -56,9 +54,8 @@ from gpudock_server.core.reconcile import DriftTracker, Reconciler
 from gpudock_server.core.saga_factory import saga_factory
 from gpudock_server.core.volumes import Storage, Volumes
 from gpudock_server.core.watches import Watches
-from gpudock_server.errors import EngineRejected, EngineUnavailable, GpudockError, StoreFull, StoreUnavailable
+from gpudock_server.errors import EngineRejected, EngineUnavailable
 from gpudock_server.logs import configure
-from gpudock_server.memory import set_malloc_thresholds
 from gpudock_server.model.claims import PortKey
 from gpudock_server.model.engine import ContainerDefaults, HostCapacity, NodeLimits
 from gpudock_server.model.node import NodeRecord
@@ -77,8 +74,7 @@ from gpudock_server.ports import (
     VolumeCopier,
 )
 from gpudock_server.private_files import make_private_folder, read_private, require_private
-from gpudock_server.rpc.listeners import listen
-from gpudock_server.rpc.server import RpcServer, Services, build_server
+from gpudock_server.rpc.server import Services, build_server
 from gpudock_server.settings.definitions import (
     CommitReplace,
     LayerTransferChoice,
@@ -87,143 +83,44 @@ from gpudock_server.settings.definitions import (
     VolumeFilesystem,
 )
 from gpudock_server.startup import StartupError
-from gpudock_server.task_dump import dump_on_sigusr1
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 VERSION = version("gpudock")
 T = TypeVar("T")
 
-_HEALTH_INTERVAL_SECONDS = 2.0
-# What has not answered by then is out of reach as far as health goes, however patient other calls are.
-_HEALTH_TIMEOUT_SECONDS = 3.0
-# Of the time to shut down, what is kept for telling those who watch; a quarter of it where it is short.
-_WATCHER_NOTIFY_SECONDS = 1.0
-# How long changes wait for operations of the daemon before that take time, such as a stop. After that these go on under
-# their locks.
-_RECOVERY_SECONDS = 5.0
 _NODE_LEASE = timedelta(seconds=10)
 
 
-def _same_engine(engine: Engine) -> Engine:
-    return engine
-
-
-def _same_store(store: Store) -> Store:
-    return store
-
-
-def _same_layers(layers: LayerStore) -> LayerStore:
-    return layers
-
-
-def _same_snapshots(snapshots: SnapshotStore) -> SnapshotStore:
-    return snapshots
-
-
-def _same_host_paths(host_paths: HostPaths) -> HostPaths:
-    return host_paths
-
-
-def _same_ledger(ledger: RevisionBackupStore) -> RevisionBackupStore:
-    return ledger
-
-
-def _same_volumes(backend: VolumeBackend) -> VolumeBackend:
-    return backend
-
-
-def _same_copier(copier: VolumeCopier) -> VolumeCopier:
-    return copier
+def _unwrapped(port: T) -> T:
+    return port
 
 
 @dataclass(frozen=True, slots=True)
 class PortWrappers:
-    """What fault tests put between core and the ports. Production passes none."""
+    """Wrap each port before core gets it: fault tests inject their errors here. The default wraps nothing."""
 
-    engine: Callable[[Engine], Engine] = _same_engine
-    store: Callable[[Store], Store] = _same_store
-    layers: Callable[[LayerStore], LayerStore] = _same_layers
-    snapshots: Callable[[SnapshotStore], SnapshotStore] = _same_snapshots
-    host_paths: Callable[[HostPaths], HostPaths] = _same_host_paths
-    ledger: Callable[[RevisionBackupStore], RevisionBackupStore] = _same_ledger
-    volumes: Callable[[VolumeBackend], VolumeBackend] = _same_volumes
-    copier: Callable[[VolumeCopier], VolumeCopier] = _same_copier
+    engine: Callable[[Engine], Engine] = _unwrapped
+    store: Callable[[Store], Store] = _unwrapped
+    layers: Callable[[LayerStore], LayerStore] = _unwrapped
+    snapshots: Callable[[SnapshotStore], SnapshotStore] = _unwrapped
+    host_paths: Callable[[HostPaths], HostPaths] = _unwrapped
+    ledger: Callable[[RevisionBackupStore], RevisionBackupStore] = _unwrapped
+    volumes: Callable[[VolumeBackend], VolumeBackend] = _unwrapped
+    copier: Callable[[VolumeCopier], VolumeCopier] = _unwrapped
 
 
 def run(settings: Settings, wrappers: PortWrappers | None = None) -> int:
-    """Serve until told to stop; the process's exit code. Raises StartupError for what an operator must mend."""
-    configure(settings.log_format, settings.log_level)
-    set_malloc_thresholds()
-    return asyncio.run(_serve(settings, wrappers or PortWrappers()))
+    """Run the daemon until it is stopped; returns the exit code of the process.
+
+    Raises StartupError for a misconfiguration, or when the engine or etcd cannot be used.
+    """
+    return daemon.run(settings, partial(_assemble, settings, wrappers or PortWrappers()))
 
 
-async def _serve(settings: Settings, wrappers: PortWrappers) -> int:
-    stop = _Shutdown()
-    stop.listen()
-    dump_on_sigusr1()
-    async with AsyncExitStack() as stack:
-        try:
-            daemon = await stop.run_until_stopped(_assemble(settings, wrappers, stack, stop))
-            if daemon is not None:
-                await daemon.serve(stop)
-        except EngineUnavailable as error:
-            raise StartupError(
-                f"the Docker Engine at {settings.docker_host} stopped answering: {error.detail}",
-                "is it being restarted?",
-            ) from error
-        except StoreUnavailable as error:
-            raise _etcd_startup_error(settings, error) from error
-    log.info("stopped", exit_code=stop.exit_code)
-    return stop.exit_code
-
-
-@dataclass(slots=True)
-class _Shutdown:
-    """That the daemon is to stop, and whether it is a failure that it does."""
-
-    told: asyncio.Event = field(default_factory=asyncio.Event)
-    exit_code: int = 0
-
-    def listen(self) -> None:
-        """Set at the first SIGTERM or SIGINT; the second ends the process where it stands."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
-
-    def _on_signal(self) -> None:
-        if self.told.is_set():
-            log.warning("told to stop twice; stopping at once")
-            os._exit(1)
-        self.told.set()
-
-    def fail(self) -> None:
-        """Stop, for a reason that a supervisor is to notice."""
-        self.exit_code = 1
-        self.told.set()
-
-    def on_node_taken_over(self, taken: NodeTaken) -> None:
-        """Stop: two daemons must never drive one node's operations. They are left at their recorded steps."""
-        log.critical("the node was taken over; stopping", detail=str(taken))
-        self.fail()
-
-    async def run_until_stopped(self, work: Awaitable[T]) -> T | None:
-        """What `work` gives; it is cancelled, and None given, once the daemon is to stop."""
-        working = asyncio.ensure_future(work)
-        telling = asyncio.create_task(self.told.wait())
-        try:
-            await asyncio.wait((working, telling), return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                working.cancel()
-                await asyncio.gather(working, return_exceptions=True)
-                return None
-            return working.result()
-        finally:
-            working.cancel()
-            telling.cancel()
-
-
-async def _assemble(settings: Settings, wrappers: PortWrappers, stack: AsyncExitStack, stop: _Shutdown) -> _Daemon:
+async def _assemble(
+    settings: Settings, wrappers: PortWrappers, stack: AsyncExitStack, shutdown: daemon.Shutdown
+) -> daemon.Daemon:
     make_private_folder(settings.state_dir)
     start_time = now()
     port_range = (settings.port_range.first, settings.port_range.last)
@@ -232,7 +129,7 @@ async def _assemble(settings: Settings, wrappers: PortWrappers, stack: AsyncExit
     connection = await _open_etcd(settings, stack)
     store = await _open_store(settings, connection, stack)
     await _check_port_range(settings, store)
-    lease = await _register(settings, connection, store, info.id, stack, lost=stop.on_node_taken_over)
+    lease = await _register(settings, connection, store, info.id, stack, lost=shutdown.on_node_taken_over)
 
     inventory = NvmlInventory()
     stack.push_async_callback(inventory.close)
@@ -243,7 +140,7 @@ async def _assemble(settings: Settings, wrappers: PortWrappers, stack: AsyncExit
         local=_engine_is_local(settings),
         stall_seconds=settings.stall_timeout,
     )
-    # One folder for each node: what no record of a node's names is judged by its own daemon alone.
+    # One folder for each node: only the daemon of a node decides which snapshots no record of it names.
     kept_files = (settings.snapshot_dir or Path(info.root_dir, "gpudock", "snapshots")) / settings.node_name
     snapshots = OverlaySnapshotStore(
         str(kept_files),
@@ -253,7 +150,7 @@ async def _assemble(settings: Settings, wrappers: PortWrappers, stack: AsyncExit
         stall_seconds=settings.stall_timeout,
     )
     stack.push_async_callback(snapshots.close)
-    # Of an engine on another host, no snapshot is kept here.
+    # With an engine on another host, snapshots cannot be stored on this one; only the backups of revisions are.
     ledger = FolderRevisionBackupStore(
         kept_files if _engine_is_local(settings) else settings.state_dir / "history" / settings.node_name
     )
@@ -316,9 +213,11 @@ async def _assemble(settings: Settings, wrappers: PortWrappers, stack: AsyncExit
         ),
         settings,
     )
-    return _Daemon(
+    return daemon.Daemon(
         settings=settings,
-        world=world,
+        version=VERSION,
+        store=state,
+        engine=world.engine,
         operations=operations,
         execs=execs,
         watches=watches,
@@ -337,7 +236,10 @@ async def _assemble(settings: Settings, wrappers: PortWrappers, stack: AsyncExit
 
 
 def attach_volumes(settings: Settings) -> int:
-    """Make ready for the engine, which need not run, volumes with a size and host paths; the process's exit code."""
+    """Attach the volumes with a size and bind the host paths; returns the exit code of the process.
+
+    The engine need not run: this is done at boot, before it starts.
+    """
     configure(settings.log_format, settings.log_level)
     return asyncio.run(_attach(settings))
 
@@ -345,18 +247,18 @@ def attach_volumes(settings: Settings) -> int:
 async def _attach(settings: Settings) -> int:
     problems = await _attach_volumes(settings)
     if _engine_is_local(settings):
-        # In this process's own mount namespace: the engine, by which another one would be found, does not run yet.
+        # In the mount namespace of this process: that of the engine is found by its process, which does not run yet.
         problems += await _restore_host_paths(_host_paths(settings, MountNamespace()))
     return 1 if problems else 0
 
 
 async def _attach_volumes(settings: Settings) -> int:
-    """How many could not be made ready. What mounts one of those does not start, and all others do."""
+    """Attach all volumes; returns how many failed. Only the containers that mount a failed volume do not start."""
     if not _engine_is_local(settings):
         return 0
     problems = await attach_all_volumes(settings.volume_root)
     for problem in problems:
-        log.error("a volume could not be made ready", uid=problem.uid, detail=problem.detail)
+        log.error("volume not attached", uid=problem.uid, detail=problem.detail)
     return len(problems)
 
 
@@ -377,11 +279,11 @@ def _engine_namespace(settings: Settings) -> MountNamespace | None:
 
 
 async def _restore_host_paths(host_paths: HostPathBinder) -> int:
-    """How many could not be bound again. The engine containers that mount one of those do not start."""
+    """Bind the recorded host paths; returns how many failed. Engine containers that mount a failed one do not start."""
     problems = await host_paths.restore()
     for problem in problems:
         log.error(
-            "a host path could not be bound",
+            "host path not bound",
             engine_container=problem.engine_container,
             host_path=problem.host_path,
             detail=problem.detail,
@@ -445,7 +347,7 @@ def _etcd_address(settings: Settings) -> EtcdAddress:
             password = content.decode().strip()
         except UnicodeDecodeError as error:
             raise StartupError(
-                f"etcd_password_file {settings.etcd_password_file} cannot be read: {error}", "change etcd_password_file"
+                f"etcd_password_file {settings.etcd_password_file} is not UTF-8: {error}", "correct the file"
             ) from error
     return EtcdAddress(tuple(settings.etcd_endpoints), tls=tls, user=settings.etcd_user, password=password)
 
@@ -465,17 +367,6 @@ async def _open_store(settings: Settings, connection: EtcdConnection, stack: Asy
     return store
 
 
-def _etcd_startup_error(settings: Settings, error: StoreUnavailable) -> StartupError:
-    if not settings.etcd_endpoints:
-        return StartupError(
-            f"the etcd in {settings.state_dir} does not answer: {error.detail}", "its own lines above say more"
-        )
-    return StartupError(
-        f"etcd at {', '.join(settings.etcd_endpoints)} does not answer: {error.detail}",
-        "start it, or correct etcd_endpoints; without etcd_endpoints gpudockd runs an etcd of its own",
-    )
-
-
 async def _open_engine(settings: Settings, stack: AsyncExitStack) -> DockerEngine:
     try:
         engine = await DockerEngine.connect(
@@ -492,23 +383,23 @@ async def _open_engine(settings: Settings, stack: AsyncExitStack) -> DockerEngin
         )
     except (EngineUnavailable, EngineRejected, ValueError) as error:
         raise StartupError(
-            f"the Docker Engine at {settings.docker_host} cannot be used: {error}",
-            "is it running, may this user open its socket, and is docker_host right?",
+            f"cannot use the Docker Engine at {settings.docker_host}: {error}",
+            "check that it runs, that this user can open its socket, and the setting docker_host",
         ) from error
     stack.push_async_callback(engine.close)
     return engine
 
 
 async def _check_port_range(settings: Settings, store: Store) -> None:
-    """Refuse a range of which containers could never get a port; one that they use up already is as it should be."""
+    """Raise StartupError if other programs have every TCP port of port_range. Ports of containers do not count."""
     claimed = (await store.claims(settings.host_id)).claims
     probe, ports = HostPortProbe(), settings.port_range
     for port in range(ports.first, ports.last + 1):
         if PortKey(Protocol.TCP, port) in claimed or await probe(Protocol.TCP.value, port):
             return
     raise StartupError(
-        f"port_range {ports} is taken: other programs have every TCP port of it",
-        "`ss -ltnp` shows which; stop them, or choose another --port-range",
+        f"no free TCP port in port_range {ports}: other programs listen on all of them",
+        "list the programs with `ss -ltnp` and stop them, or choose another --port-range",
     )
 
 
@@ -539,145 +430,3 @@ async def _register(
     stack.push_async_callback(lease.close)
     await lease.register()
     return lease
-
-
-@dataclass(frozen=True, slots=True)
-class _Daemon:
-    """The assembled parts, and their life."""
-
-    settings: Settings
-    world: World
-    operations: Operations
-    execs: ExecSessions
-    watches: Watches
-    reconciler: Reconciler
-    retention: Retention
-    server: RpcServer
-    registered: asyncio.Event
-
-    async def recover(self) -> tuple[str, ...]:
-        """Resume what the daemon before left, compare records and engine, then take changes.
-
-        Returns the operations that go on meanwhile, such as one whose image is being pulled.
-        """
-        resumed = await self.reconciler.recover()
-        try:
-            async with asyncio.timeout(_RECOVERY_SECONDS):
-                await self.operations.wait_until_ended_or_interruptible(resumed)
-        except TimeoutError:
-            log.warning("recovery goes on while serving", operations=sorted(self.operations.active))
-        await self.reconciler.full_pass()
-        self.operations.set_recovery_blocked(None)
-        self.operations.allow_new_operations()
-        return tuple(operation_id for operation_id in resumed if operation_id in self.operations.active)
-
-    async def _try_recover(self) -> tuple[str, ...] | None:
-        """`recover`; None where the store has no room for it: it is to be repeated, and reads are served."""
-        if not self.registered.is_set():
-            full = (await self.world.store.usage()).full
-            self._postpone_recovery(StoreFull(full or "it had no room for the name of this node"))
-            return None
-        try:
-            return await self.recover()
-        except StoreFull as error:
-            self._postpone_recovery(error)
-            return None
-
-    def _postpone_recovery(self, error: StoreFull) -> None:
-        log.warning("recovery waits for room in the store", detail=error.detail)
-        self.operations.set_recovery_blocked(error)
-
-    async def serve(self, stop: _Shutdown) -> None:
-        """Answer reads, recover, take all calls until told to stop, then drain.
-
-        Raises StartupError for a socket or an address that cannot be had, EngineUnavailable and StoreUnavailable where
-        these go away before the recovery has ended.
-        """
-        # Before anything is driven: two daemons that were given one socket are a mistake in their settings.
-        listeners = listen(self.server.grpc, self.settings)
-        try:
-            # A recovery may wait for an engine, and reads need not: they are answered while health is NOT_SERVING.
-            await self.server.set_serving(False)
-            await self.server.grpc.start()
-            left = await stop.run_until_stopped(self._try_recover())
-            if not stop.told.is_set():
-                log.info("serving", node=self.settings.node_name, version=VERSION, addresses=listeners.addresses)
-                await self._run_background_until_stopped(stop, left)
-        finally:
-            await self._drain()
-            listeners.close()
-
-    async def _run_background_until_stopped(self, stop: _Shutdown, left: Sequence[str] | None) -> None:
-        watch = asyncio.create_task(self._run_background_tasks(left), name="watch engine and store")
-        try:
-            await stop.run_until_stopped(watch)
-        except Exception:
-            # Followed for as long as calls are taken; it ends by itself only by a defect.
-            log.exception("no longer watching engine and store; stopping")
-            stop.fail()
-
-    async def _run_background_tasks(self, left: Sequence[str] | None) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._reconcile(left))
-            tasks.create_task(self._report_health())
-
-    async def _reconcile(self, left: Sequence[str] | None) -> None:
-        while left is None:
-            await asyncio.sleep(_HEALTH_INTERVAL_SECONDS)
-            try:
-                left = await self._try_recover()
-            except GpudockError as error:
-                log.warning("recovery was broken off; it is tried again", detail=error.message)
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self.reconciler.pass_after(left))
-            tasks.create_task(self.reconciler.run())
-            tasks.create_task(self.retention.run())
-
-    async def _report_health(self) -> None:
-        trouble: str | None = None
-        while True:
-            before, trouble = trouble, await self._health_problem()
-            await self.server.set_serving(not trouble)
-            if trouble != before and (trouble or before):
-                log.warning("not serving" if trouble else "serving again", detail=trouble)
-            await asyncio.sleep(_HEALTH_INTERVAL_SECONDS)
-
-    async def _health_problem(self) -> str:
-        """What keeps this daemon from serving; empty if nothing does."""
-        found = await asyncio.gather(
-            _health_error("etcd", self.world.store.ping()), _health_error("the engine", self.world.engine.info())
-        )
-        return "; ".join(filter(None, found))
-
-    async def _drain(self) -> None:
-        log.info("draining", operations=len(self.operations.active))
-        await self.server.set_serving(False)
-        self.watches.drain()
-        loop = asyncio.get_running_loop()
-        grace = self.settings.shutdown_grace
-        deadline = loop.time() + grace
-        # Watchers are told how it ended when the work has ended, so the work gets a little less time than they do.
-        working = grace - min(_WATCHER_NOTIFY_SECONDS, grace / 4)
-        await asyncio.gather(self.operations.drain(working), _run_with_timeout(working, self.execs.drain()))
-        await self.server.grpc.stop(max(0.0, deadline - loop.time()))
-
-
-async def _health_error(what: str, call: Awaitable[object]) -> str:
-    """Empty if `call` is answered in time, else what is wrong."""
-    try:
-        async with asyncio.timeout(_HEALTH_TIMEOUT_SECONDS):
-            await call
-    except TimeoutError:
-        return f"{what} has not answered within {_HEALTH_TIMEOUT_SECONDS:g} s"
-    except GpudockError as error:
-        return error.message
-    return ""
-
-
-async def _run_with_timeout(seconds: float, work: Awaitable[None]) -> None:
-    """Do `work`, and leave it when its time is over."""
-    try:
-        async with asyncio.timeout(seconds):
-            await work
-    except TimeoutError:
-        log.warning("commands were left running", after_seconds=seconds)

@@ -1,10 +1,9 @@
-"""Logging: one line per event, on stderr, as JSON or for a terminal, with what the event belongs to.
+"""Logging: one line per event on stderr, as JSON or for a terminal.
 
-Bind what the lines of a task have in common with `structlog.contextvars.bind_contextvars`: `rpc`, `caller_kind`,
-`caller`, `container`, `operation_id`; tasks that it starts inherit them. Secrets should never get this far:
-settings hold their paths only, and records that carry one keep it out of their repr. `redact_secrets` is the net below
-that, for what a library or a hurried line hands over. Tracebacks are printed without the values of local variables for
-the same reason.
+Fields that all lines of a task share (`rpc`, `caller_kind`, `caller`, `container`, `operation_id`) are bound with
+`structlog.contextvars.bind_contextvars`; child tasks inherit them. Secrets are kept out of events: settings hold only
+the paths of secrets, and records that carry one exclude it from their repr. `redact_secrets` removes those that a
+library or a mistake logs anyway. For the same reason tracebacks are printed without the values of local variables.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ LogFormat = Literal["auto", "console", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 _LONGEST_TEXT = 256
-# Names from the token file or a certificate: never secret, and what the audit is for.
+# Names from the token file or a certificate: they are not secret, and the audit log needs them.
 _NEVER_SECRET = frozenset({"caller", "caller_kind"})
 _REDACTED = "[redacted]"
-_SECRET_WORDS = r"authorization|passw(?:or)?d|secret|token|registry[-_]auth|private[-_]key"  # noqa: S105 - what they are called
+_SECRET_WORDS = r"authorization|passw(?:or)?d|secret|token|registry[-_]auth|private[-_]key"  # noqa: S105 - names of secrets, not values
 _SECRET_KEY = re.compile(rf"(?:{_SECRET_WORDS})$", re.IGNORECASE)
 _SECRET_TEXT = re.compile(
     r"(?P<before>"
@@ -37,25 +36,25 @@ _SECRET_TEXT = re.compile(
 )
 _URL_PASSWORD = re.compile(r"(?P<before>://[^/\s:@]*:)[^/\s@]+(?=@)")
 
-# They report every connection and every retry at INFO, which is our DEBUG.
+# These log every connection and every retry at INFO; the daemon shows such lines at DEBUG only.
 _NOISY_LOGGERS = ("aiohttp", "asyncio", "grpc")
 
 
 def truncate(text: str) -> str:
-    """At most 256 bytes of what a caller sent, which may be long and is logged before it is validated."""
+    """Cut a text to 256 bytes. For texts of callers, which are logged before they are validated."""
     encoded = text.encode(errors="replace")
     return text if len(encoded) <= _LONGEST_TEXT else f"{encoded[:_LONGEST_TEXT].decode(errors='ignore')}…"
 
 
 def new_error_id() -> str:
-    """An id that stands both in the log and in what a caller is told."""
+    """Return a new id that appears both in the log and in the error that the caller gets."""
     return uuid.uuid4().hex[:12]
 
 
 def configure(log_format: LogFormat, level: LogLevel, stream: TextIO | None = None) -> None:
-    """Send everything that structlog and the standard library log to `stream` (stderr), from `level` up.
+    """Write all events of structlog and the standard library from `level` up to `stream` (default: stderr).
 
-    `auto` is `console` on a terminal and `json` elsewhere. May be called again; the last call counts.
+    `auto` means `console` on a terminal and `json` elsewhere. May be called again; the last call counts.
     """
     stream = stream or sys.stderr
     console = log_format == "console" or (log_format == "auto" and stream.isatty())
@@ -77,7 +76,7 @@ def configure(log_format: LogFormat, level: LogLevel, stream: TextIO | None = No
         ],
         wrapper_class=structlog.stdlib.BoundLogger,
         logger_factory=structlog.stdlib.LoggerFactory(),
-        # A logger that was used before this call must not keep what was configured then.
+        # Loggers that were used before this call must use the new configuration.
         cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(stream)
@@ -100,18 +99,18 @@ def configure(log_format: LogFormat, level: LogLevel, stream: TextIO | None = No
 
 
 def redact_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """A structlog processor that takes out values whose key or whose text gives them away."""
+    """Structlog processor: replace values that are secrets according to their key or their text."""
     return {key: value if key in _NEVER_SECRET else _redacted(key, value) for key, value in event.items()}
 
 
 def _console_renderer(stream: TextIO) -> Processor:
-    # plain_traceback: the pretty ones print local variables.
+    # plain_traceback: the other formatters print local variables.
     return structlog.dev.ConsoleRenderer(
         colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback, pad_event_to=0
     )
 
 
-def _redacted(key: str, value: Any) -> Any:  # noqa: ANN401 - whatever somebody logs
+def _redacted(key: str, value: Any) -> Any:  # noqa: ANN401 - events may have values of any type
     if value and _SECRET_KEY.search(key):
         return _REDACTED
     match value:

@@ -1,4 +1,4 @@
-"""Numbers of bytes as people write them."""
+"""Format numbers of bytes for people."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _STEP = 1024
 
 
 class Rounding(Enum):
-    """Which way a size is rounded to a tenth of its unit."""
+    """Direction in which a size is rounded to a tenth of its unit."""
 
     NEAREST = "nearest"
     UP = "up"
@@ -18,9 +18,9 @@ class Rounding(Enum):
 
 
 def size_text(number: int, rounding: Rounding = Rounding.NEAREST) -> str:
-    """A number of bytes such as `62.5 MiB`, `10 MiB` or `512 B`.
+    """Format a number of bytes as `62.5 MiB`, `10 MiB` or `512 B`.
 
-    Round a least size up and a room down, so that what a reader types back is still enough, or still fits.
+    Round minimum sizes up and available space down: a reader who enters the printed size again must not be refused.
     """
     if number < _STEP:
         return f"{number} B"

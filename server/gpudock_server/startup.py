@@ -1,4 +1,4 @@
-"""Refusals at start: what is wrong, and what its operator can do about it."""
+"""The error of a daemon that cannot start."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing_extensions import override
 
 
 class StartupError(Exception):
-    """The daemon cannot start. `message` says why, `hint` what to do; both go to stderr, a line each."""
+    """The daemon cannot start. `message` says why, `hint` what to do; each is printed to stderr as one line."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)

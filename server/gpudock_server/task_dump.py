@@ -1,7 +1,7 @@
-"""Where everything stands, on SIGUSR1: for whoever finds a daemon that does not go on.
+"""Dump the stacks of all threads and tasks on SIGUSR1, to diagnose a daemon that hangs.
 
-The threads are written first, by the interpreter itself, so also where the loop is held up; the loop's tasks follow in
-the log, a line each. Nothing is stopped by it.
+The interpreter writes the threads first, so they appear even if the event loop is blocked; the tasks of the loop follow
+in the log, one line each. The daemon continues to run.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 def dump_on_sigusr1() -> None:
-    """From now on, until the running loop is closed."""
+    """Install the handler of SIGUSR1; it stays until the running event loop is closed."""
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, _log_tasks)
-    # After it, since what is registered last is called first and hands on.
+    # Registered after the handler of the loop: the last one is called first, and `chain` calls the one before.
     faulthandler.register(signal.SIGUSR1, all_threads=True, chain=True)
 
 
 def _log_tasks() -> None:
     for task in sorted(asyncio.all_tasks(), key=lambda task: task.get_name()):
-        log.info("a task waits", task=task.get_name(), at=await_stack(task.get_coro()))
-    log.info("that is every task")
+        log.info("task stack", task=task.get_name(), at=await_stack(task.get_coro()))
+    log.info("task dump complete")
 
 
 def await_stack(awaited: object) -> list[str]:
-    """The suspended frames from the outermost in; `Task.get_stack` gives only the first of them."""
-    places: list[str] = []
+    """Return the suspended frames of a coroutine, outermost first; `Task.get_stack` returns only the outermost."""
+    frames: list[str] = []
     while True:
         match awaited:
             case CoroutineType():
@@ -41,10 +41,10 @@ def await_stack(awaited: object) -> list[str]:
             case AsyncGeneratorType():
                 frame, inner = awaited.ag_frame, awaited.ag_await
             case _:
-                # Nothing, or a future, which does not say who is to set it.
-                return places
+                # None or a future, which does not know what will set it.
+                return frames
         if frame is not None:
-            places.append(_format_frame(frame))
+            frames.append(_format_frame(frame))
         awaited = inner
 
 

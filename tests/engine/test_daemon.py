@@ -48,7 +48,7 @@ STUBBORN = ("sh", "-c", "trap '' TERM; while :; do sleep 0.2; done")
 
 async def test_an_engine_out_of_reach(own: OwnDaemons) -> None:
     said = await own.refused(docker_host="unix:///nowhere/docker.sock")
-    assert "the Docker Engine at unix:///nowhere/docker.sock cannot be used" in said
+    assert "cannot use the Docker Engine at unix:///nowhere/docker.sock" in said
     assert "docker_host" in said
 
 
@@ -60,7 +60,7 @@ async def test_a_socket_of_the_engine_that_it_may_not_open(own: OwnDaemons, tmp_
         path.chmod(0o600)
         os.chown(path, NOBODY, NOBODY)
         said = await own.refused(module="tests.engine.powerless", docker_host=f"unix://{path}")
-    assert f"unix://{path} cannot be used" in said
+    assert f"cannot use the Docker Engine at unix://{path}" in said
     assert "ermission denied" in said
     assert "docker" in said.splitlines()[-1]
 
@@ -91,7 +91,7 @@ async def test_bad_settings_are_all_named_at_once(own: OwnDaemons) -> None:
 async def test_a_state_folder_that_cannot_be(own: OwnDaemons, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     said = await own.refused("--state-dir", str(tmp_path / "file" / "state"))
-    assert "state folder" in said
+    assert "cannot create state_dir" in said
     assert "--state-dir" in said
 
 
@@ -100,7 +100,7 @@ async def test_a_state_folder_of_another_user(own: OwnDaemons, tmp_path: Path) -
     state.mkdir(mode=0o700)
     os.chown(state, NOBODY, NOBODY)
     said = await own.refused(state_dir=state)
-    assert f"the state folder {state} belongs to the user {NOBODY}" in said
+    assert f"state_dir {state} is owned by uid {NOBODY}" in said
     assert f"chown root {state}" in said
 
 
@@ -110,7 +110,7 @@ async def test_a_state_folder_that_others_can_enter_is_closed(own: OwnDaemons, t
     state.chmod(0o775)
     daemon = await own.start(state_dir=state)
     assert stat.S_IMODE(state.stat().st_mode) == 0o700
-    assert "state folder closed to other users" in daemon.log_text
+    assert "state_dir mode changed" in daemon.log_text
     assert "0775" in daemon.log_text
 
 
@@ -125,7 +125,7 @@ async def test_secrets_that_others_can_read(own: OwnDaemons, tmp_path: Path) -> 
     )
     for said, setting in ((by_token, "token_file"), (by_password, "etcd_password_file"), (by_key, "etcd_key")):
         assert said.splitlines() == [
-            f"{setting} {secret} is open to every user of this host (mode 0644)",
+            f"{setting} {secret} is accessible to every user of this host (mode 0644)",
             f"chown root {secret} && chmod 600 {secret}",
         ]
 
@@ -139,7 +139,7 @@ async def test_an_etcd_that_can_lose_its_consistency(own: OwnDaemons) -> None:
 async def test_a_port_range_that_others_have(own: OwnDaemons, rig: Rig) -> None:
     with bound(rig, 28101, 28102):
         said = await own.refused("--port-range", "28101-28102")
-        assert "port_range 28101-28102 is taken" in said
+        assert "no free TCP port in port_range 28101-28102" in said
         assert "--port-range" in said
         # One that can be had is enough, and so is one that a container of ours has.
         daemon = await own.start("--port-range", "28101-28103")
@@ -273,11 +273,11 @@ async def test_sigusr1_shows_where_everything_stands(own: OwnDaemons, engine_pro
         daemon.signal(signal.SIGUSR1)
 
         async def shown() -> bool:
-            return "that is every task" in daemon.log_text
+            return "task dump complete" in daemon.log_text
 
         await until(shown)
         # Who waits for the engine, all the way in; and the threads, which the loop need not be alive for.
-        waits = [line for line in daemon.log_text.splitlines() if "a task waits" in line]
+        waits = [line for line in daemon.log_text.splitlines() if "task stack" in line]
         assert any(
             re.search(r"core/.* in .*adapters/docker/engine.py:\d+ in DockerEngine.pause", line) for line in waits
         )

@@ -328,7 +328,7 @@ async def test_a_boot_binds_again_what_is_still_allowed(host: Host) -> None:
             sys.executable, "-m", "gpudock_server", "--attach-volumes", *state, *host.flags, check=False
         )
         assert attach.returncode == 1
-        assert attach.stdout.count("a host path could not be bound") + attach.stderr.count("could not be bound") == 2
+        assert attach.stdout.count("host path not bound") + attach.stderr.count("host path not bound") == 2
         assert len(bound_host_paths(host.rig)) == 2
     daemon = await host.own.start(*host.flags, after=both)
     async with Caller(daemon.target) as caller:

@@ -144,8 +144,8 @@ def test_a_token_file_that_goes_away_takes_its_tokens_along(token_file: Path) ->
 @pytest.mark.parametrize(
     ("text", "mode", "message"),
     [
-        (f"ci:{TOKEN}", 0o644, "is open to every user of this host (mode 0644)"),
-        (f"ci:{TOKEN}", 0o602, "is open to every user of this host (mode 0602)"),
+        (f"ci:{TOKEN}", 0o644, "is accessible to every user of this host (mode 0644)"),
+        (f"ci:{TOKEN}", 0o602, "is accessible to every user of this host (mode 0602)"),
         (f"ci {TOKEN}", 0o600, "line 1 is not NAME:TOKEN"),
         ("\nci:short", 0o600, "line 2 has a token of fewer than 16 characters"),
         (f"\nci:{TOKEN} {TOKEN}", 0o600, "line 2 is not NAME:TOKEN"),
@@ -166,11 +166,11 @@ def test_a_token_file_of_another_user_or_group_is_refused_at_start(token_file: P
     os.chown(token_file, 0, 0)
     assert TokenFile(token_file).name_of(TOKEN) == "ci", "root's own group is let in"
     os.chown(token_file, 0, 12345)
-    with pytest.raises(StartupError, match=r"is open to the group 12345 \(mode 0640\)\n.*chmod 600"):
+    with pytest.raises(StartupError, match=r"is accessible to group 12345 \(mode 0640\)\n.*chmod 600"):
         TokenFile(token_file)
     token_file.chmod(0o600)
     os.chown(token_file, 12345, 0)
-    with pytest.raises(StartupError, match="belongs to the user 12345, who may change it"):
+    with pytest.raises(StartupError, match="is owned by uid 12345; it must be root"):
         TokenFile(token_file)
 
 
@@ -202,7 +202,7 @@ def test_nothing_waits_for_a_token_file_that_is_a_fifo(token_file: Path) -> None
     with capture_logs() as logged:
         assert tokens.name_of(TOKEN) is None
     assert any("not a regular file" in str(line.get("mistakes")) for line in logged)
-    with pytest.raises(StartupError, match="it is not a regular file"):
+    with pytest.raises(StartupError, match="not a regular file"):
         TokenFile(token_file)
 
 

@@ -183,7 +183,7 @@ async def test_bad_certificates_are_refused_at_start(tmp_path: Path, token_file:
     assert f"tls_client_ca {garbage}" in await message(one.certificate, one.key, garbage)
     one.key.chmod(0o644)
     assert await message(one.certificate, one.key) == (
-        f"tls_key {one.key} is open to every user of this host (mode 0644)"
+        f"tls_key {one.key} is accessible to every user of this host (mode 0644)"
     )
     one.key.chmod(0o600)
     missing = tmp_path / "missing"

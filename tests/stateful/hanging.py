@@ -44,7 +44,7 @@ def _stacks_of(daemon: Daemon) -> str:
     before = len(daemon.log_text)
     daemon.signal(signal.SIGUSR1)
     deadline = time.monotonic() + _SHOWN_WITHIN_S
-    while "that is every task" not in daemon.log_text[before:] and time.monotonic() < deadline:
+    while "task dump complete" not in daemon.log_text[before:] and time.monotonic() < deadline:
         time.sleep(_POLL_S)
     return daemon.log_text[-_LOG_TAIL:]
 

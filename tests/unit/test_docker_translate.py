@@ -516,7 +516,9 @@ def test_an_incomplete_tls_folder(tmp_path: Path) -> None:
     for name in ("cert.pem", "key.pem"):
         (tmp_path / name).touch()
     (tmp_path / "key.pem").chmod(0o644)
-    with pytest.raises(ValueError, match=r"key\.pem is open to every user of this host \(mode 0644\); .*chmod 600"):
+    with pytest.raises(
+        ValueError, match=r"key\.pem is accessible to every user of this host \(mode 0644\); .*chmod 600"
+    ):
         EngineAddress.parse("tcp://host", tmp_path)
 
 
