@@ -17,7 +17,7 @@ from gpudock_server.startup import StartupError
 from hypothesis import given
 from hypothesis import strategies as st
 
-TIME = "engine_timeout: must be a number of seconds, or one with a unit: ms, s, m, h, d"
+TIME = "engine_timeout: must be a number of seconds, or have a unit: ms, s, m, h, d"
 EXAMPLE = Path(__file__).parents[2] / "deploy" / "gpudockd.toml"
 
 
@@ -87,8 +87,8 @@ def test_every_mistake_is_one_line_and_says_where_it_was_made(tmp_path: Path, mo
         f"{TIME}, not 'soon' (GPUDOCK_ENGINE_TIMEOUT)",
         "max_execs: must be a valid integer, unable to parse string as an integer, not 'many' (--max-execs)",
         "log_level: must be 'debug', 'info', 'warning' or 'error', not 'loud' (--log-level)",
-        f"prot_range: there is no such setting; is port_range meant? ({config})",
-        f"etcd: there is no such setting; is etcd_ca meant? ({config})",
+        f"prot_range: unknown setting; did you mean port_range? ({config})",
+        f"etcd: unknown setting; did you mean etcd_ca? ({config})",
     )
 
 
@@ -96,8 +96,8 @@ def test_settings_that_do_not_go_together_say_where_each_was_set(monkeypatch: py
     monkeypatch.setenv("GPUDOCK_SOCKET", "")
     monkeypatch.setenv("GPUDOCK_TLS_CERT", "/c")
     assert mistakes("--tls-client-ca", "/ca") == (
-        "socket, listen: both are empty, so nobody could call this daemon (GPUDOCK_SOCKET)",
-        "tls_cert, tls_key: one needs the other (GPUDOCK_TLS_CERT)",
+        "socket, listen: at least one of both is required (GPUDOCK_SOCKET)",
+        "tls_cert, tls_key: must be set together (GPUDOCK_TLS_CERT)",
     )
 
 

@@ -35,8 +35,6 @@ class EngineInfo(Record):
     root_dir: str
     cpus: int
     memory_bytes: int
-    operating_system: str = ""
-    gpu_runtime: bool = True
 
 
 class HostCapacity(Record):

@@ -1,4 +1,4 @@
-"""Settings from flags, the environment and a file, in this order of precedence, and back to a file.
+"""Read settings from flags, the environment and a file, in this order of precedence, and print them as a file.
 
 Every setting has one name: `port_range` in the file, `GPUDOCK_PORT_RANGE` in the environment, `--port-range` as a flag.
 """
@@ -31,18 +31,18 @@ _BY_DEFAULT = "default"
 
 _EPILOG = f"""\
 Every setting can be given as a flag, in the environment (--port-range is GPUDOCK_PORT_RANGE) or in a TOML file
-(port_range = "20000-29999"); a flag counts before the environment, and that before the file. Lists are written with
-commas, or by repeating the flag. Times are seconds, or have a unit: 500ms, 30s, 5m, 24h.
+(port_range = "20000-29999"). Precedence: flags, environment, file. Lists are separated by commas, or the flag is
+repeated. Times are seconds, or have a unit: 500ms, 30s, 5m, 24h.
 
-The file is {DEFAULT_CONFIG} if there is one; --config or GPUDOCK_CONFIG names another.
---print-config prints what is in effect in the form of such a file, with the origin of each value.
+The default file is {DEFAULT_CONFIG}; --config or GPUDOCK_CONFIG names another.
+--print-config prints the effective settings as such a file, with the origin of each value.
 
-Exit codes: 0 after a clean shutdown, 1 when the daemon cannot start or go on, 2 for a mistake in its settings.
+Exit codes: 0 after a clean shutdown, 1 if the daemon cannot start or continue, 2 for invalid settings.
 """
 
 
 class SettingsInvalid(Exception):
-    """The settings cannot be used; every line says what is wrong with one, and where it was set."""
+    """The settings are invalid; each line says what is wrong with one setting, and where it was set."""
 
     def __init__(self, lines: Sequence[str]) -> None:
         super().__init__("\n".join(lines))
@@ -51,7 +51,7 @@ class SettingsInvalid(Exception):
 
 @dataclass(frozen=True)
 class LoadedSettings:
-    """Settings, and where each was set: a flag, a variable, a file, or `default`."""
+    """Settings, and the origin of each: a flag, a variable, a file, or `default`."""
 
     settings: Settings
     origins: Mapping[str, str]
@@ -59,7 +59,7 @@ class LoadedSettings:
     attach_volumes: bool = False
 
     def to_toml(self) -> str:
-        """The effective settings as a config file that gives the same ones again."""
+        """Return the effective settings as a config file from which the same settings are loaded."""
         values = self.settings.model_dump(mode="json")
         return "".join(
             f"{name} = {_toml(values[name])}  # {self.origins.get(name, _BY_DEFAULT)}\n"
@@ -68,11 +68,11 @@ class LoadedSettings:
 
 
 def load(arguments: Sequence[str]) -> LoadedSettings:
-    """Read all sources. Raises SettingsInvalid; --help and --version print and raise SystemExit(0)."""
+    """Load the settings from all sources. Raises SettingsInvalid, and SystemExit(0) after --help and --version."""
     parser, flags = _parser()
     parsed = parser.parse_args(arguments)
     config = _config_file(parsed.config or os.environ.get("GPUDOCK_CONFIG", ""))
-    # The least important first: a later one replaces what it also sets.
+    # Lowest precedence first: a later source overrides an earlier one.
     sources: tuple[tuple[Mapping[str, Any], Callable[[str], str]], ...] = (
         (_from_file(config), lambda _name: str(config)),
         (EnvSettingsSource(Settings)(), lambda name: f"GPUDOCK_{name.upper()}"),
@@ -104,19 +104,19 @@ def _from_file(path: Path | None) -> dict[str, Any]:
     except OSError as error:
         raise SettingsInvalid([f"{path}: {error.strerror}"]) from None
     except ValueError as error:
-        # Not TOML, or not UTF-8; both say where.
+        # Not TOML, or not UTF-8; both errors contain the position.
         raise SettingsInvalid([f"{path}: {error}"]) from None
 
 
 def _lines(problem: ErrorDetails, origins: Mapping[str, str]) -> list[str]:
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "must")
     if not problem["loc"]:
-        # Settings that do not go together: Settings names them, in front of the colon.
+        # Settings that do not fit together; the message starts with their names and a colon.
         return [_with_origins(line, line.partition(":")[0].split(", "), origins) for line in message.splitlines()]
     name = str(problem["loc"][0])
     if problem["type"] == "extra_forbidden":
         alike = get_close_matches(name, Settings.model_fields, n=1)
-        message = "there is no such setting" + "".join(f"; is {other} meant?" for other in alike)
+        message = "unknown setting" + "".join(f"; did you mean {other}?" for other in alike)
     else:
         message = f"{message}, not {problem['input']!r}"
     return [_with_origins(f"{name}: {message}", [name], origins)]
@@ -134,7 +134,7 @@ def _toml(value: object) -> str:
         case float() if value.is_integer():
             return str(int(value))
         case _:
-            # For text, numbers and lists of text, JSON is TOML, but for the delete character.
+            # JSON text, numbers and lists of text are valid TOML, except for the delete character.
             return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -148,7 +148,7 @@ def _parser() -> tuple[_Parser, CliSettingsSource[Any]]:
     parser = _Parser(
         PROGRAM,
         usage=f"{PROGRAM} [--config PATH] [--SETTING VALUE]... [--print-config]",
-        description="Gives people GPU containers on this host, and changes them while they live.",
+        description="Daemon that manages GPU containers on this host.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -159,7 +159,7 @@ def _parser() -> tuple[_Parser, CliSettingsSource[Any]]:
     parser.add_argument(
         "--attach-volumes",
         action="store_true",
-        help="make volumes with a size and host paths ready for the engine, which need not run, and exit",
+        help="attach volumes with a size and bind host paths before the engine starts, then exit",
     )
     flags: CliSettingsSource[Any] = CliSettingsSource(
         Settings,
@@ -175,9 +175,9 @@ def _add_argument(
     defaults: Mapping[str, object],
     parser: argparse.ArgumentParser,
     *names: str,
-    **options: Any,  # noqa: ANN401 - argparse's own
+    **options: Any,  # noqa: ANN401 - the options of argparse have values of any type
 ) -> argparse.Action:
-    """As CliSettingsSource would add it, with words of ours where it shows Python's types and values."""
+    """Add an argument as CliSettingsSource does, without the Python types and values in its help."""
     field = Settings.model_fields[options["dest"]]
     default = defaults[options["dest"]]
     options["metavar"] = next(item.metavar for item in field.metadata if isinstance(item, Metavar))
@@ -190,4 +190,4 @@ def _version() -> str:
     try:
         return version("gpudock")
     except PackageNotFoundError:
-        return "from a checkout that is not installed"
+        return "(not installed)"

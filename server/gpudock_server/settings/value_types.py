@@ -1,4 +1,4 @@
-"""The kinds of values that settings are made of, as text in a flag, the environment or a file, and as types."""
+"""Types of setting values, and their parsers for text from a flag, the environment or a file."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _SIZE = re.compile(r"(\d{1,18})(?:([KMGT])(?:i?B)?)?", re.ASCII | re.IGNORECASE)
 _MODE = re.compile(r"(?:0o?)?[0-7]{3}", re.ASCII)
 _PORTS = re.compile(r"(\d{1,5})-(\d{1,5})", re.ASCII)
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%a-z]+\]|[^\s:/\[\]@]+):(\d{1,5})", re.ASCII)
-# The last part has no colon: that would be a tag.
+# No colon in the last part: it would be a tag.
 _VOLUME_PATTERN = re.compile(r"[A-Za-z0-9_.*-]{1,255}")
 _REPOSITORY = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._:-]*/)*[a-z0-9][a-z0-9._-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Metavar:
-    """How --help writes a value of this kind."""
+    """The placeholder of a value in --help."""
 
     metavar: str
 
@@ -47,7 +47,7 @@ class PortRange:
 
     @classmethod
     def parse(cls, value: object) -> PortRange:
-        """From `FIRST-LAST`."""
+        """Parse `FIRST-LAST`. Raises ValueError."""
         if isinstance(value, PortRange):
             return value
         found = _PORTS.fullmatch(value) if isinstance(value, str) else None
@@ -78,7 +78,7 @@ class PortRange:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """`HOST:PORT` as host and port; an IPv6 host comes in brackets, and without them out. Raises ValueError."""
+    """Split `HOST:PORT`; the brackets of an IPv6 host are removed. Raises ValueError."""
     found = _ADDRESS.fullmatch(address)
     if found is None or int(found[2]) > LAST_PORT:
         raise ValueError("must be HOST:PORT, as in 127.0.0.1:50051 or [::1]:50051")
@@ -86,7 +86,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only processes of this host can reach `host`. A name other than localhost may resolve to anything."""
+    """Whether `host` is reachable from this host only. A name other than localhost may resolve to any address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -98,7 +98,7 @@ def _seconds(value: object) -> float:
         return float(value)
     found = _DURATION.fullmatch(value) if isinstance(value, str) else None
     if found is None:
-        raise ValueError("must be a number of seconds, or one with a unit: ms, s, m, h, d")
+        raise ValueError("must be a number of seconds, or have a unit: ms, s, m, h, d")
     return float(found[1]) * _UNITS[found[2] or "s"]
 
 
@@ -108,7 +108,7 @@ def _size(value: object) -> int:
         return int(found[1]) * _UNIT_BYTES[(found[2] or "").upper()]
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
-    raise ValueError("must be a number of bytes, or one with a unit: K, M, G, T (powers of 1024)")
+    raise ValueError("must be a number of bytes, or have a unit: K, M, G, T (powers of 1024)")
 
 
 def _flag(value: object) -> bool:
@@ -121,10 +121,10 @@ def _flag(value: object) -> bool:
 
 def _mode(value: object) -> int:
     mode = int(value.removeprefix("0o"), 8) if isinstance(value, str) and _MODE.fullmatch(value) else value
-    # Connecting takes the right to write and nothing else counts. This also catches a bare 660 in TOML, which is
-    # another number than it looks like.
+    # Only write permission matters for connecting to a socket. This check also refuses a bare 660 in TOML, which is a
+    # decimal number.
     if mode not in (0o600, 0o660) or not isinstance(mode, int):
-        raise ValueError('must be "0600" (the daemon\'s own user) or "0660" (its group too)')
+        raise ValueError('must be "0600" (only the user of the daemon) or "0660" (also its group)')
     return mode
 
 
@@ -159,9 +159,7 @@ def _repository(value: str) -> str:
 
 def _volume_pattern(value: str) -> str:
     if not _VOLUME_PATTERN.fullmatch(value):
-        raise ValueError(
-            "must be names of engine volumes, in which * stands for any characters, such as models or team-*"
-        )
+        raise ValueError("must be names of engine volumes, in which * matches any characters, such as models or team-*")
     return value
 
 

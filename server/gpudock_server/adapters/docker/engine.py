@@ -101,10 +101,7 @@ class DockerEngine:
         await self._connection.close()
 
     async def info(self) -> EngineInfo:
-        """What the engine is and what its host has. Agrees anew on the API version: the engine may have been replaced.
-
-        `gpu_runtime` is always True: an engine tells nowhere whether it found NVIDIA's hook on its PATH.
-        """
+        """What the engine is and what its host has. Negotiates the API version: the engine may have been replaced."""
         await self._connection.negotiate()
         answer: JsonAnswer = await self._connection.call("describe itself", "GET", "info")
         major, minor = self._connection.version

@@ -387,5 +387,4 @@ def info(answer: Mapping[str, Any], api_version: str) -> EngineInfo:
         root_dir=answer.get("DockerRootDir") or "",
         cpus=answer.get("NCPU") or 0,
         memory_bytes=answer.get("MemTotal") or 0,
-        operating_system=answer.get("OperatingSystem") or "",
     )
