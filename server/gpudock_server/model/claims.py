@@ -1,7 +1,7 @@
-"""Claims: which container holds which card and which port of a host.
+"""Claims: which container holds which GPU and which port of a host.
 
-A claim exists or it does not; its value names the holder. Cards are keyed by host and UUID, ports by host, protocol
-and number, so that two daemons on one host can never give one thing away twice, whatever their nodes are called.
+The value of a claim names its holder. GPUs are keyed by host and UUID, ports by host, protocol and number. The key
+contains the host and not the node, so that two daemons on one host cannot allocate the same GPU or port.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gpudock_server.model.spec import Protocol
 
 
 class Holder(Record):
-    """Who holds a claim. `operation_id` is set while the operation that took it has not committed."""
+    """The container that holds a claim. `operation_id` is set until the operation that took the claim has committed."""
 
     container: str
     uid: str
@@ -23,13 +23,13 @@ class Holder(Record):
     operation_id: str = ""
 
 
-# Stands for the holder of a claim whose value cannot be read. It is held: it must not be given to anybody.
+# The holder of a claim whose value cannot be read. The claim is held: it must not be allocated again.
 UNREADABLE_HOLDER = Holder(container="(unreadable)", uid="", node="")
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class GpuKey:
-    """A card of a host."""
+    """A GPU of a host."""
 
     uuid: str
 
@@ -46,7 +46,7 @@ ClaimKey = GpuKey | PortKey
 
 
 def claim_keys(placement: Placement) -> tuple[ClaimKey, ...]:
-    """The claims that `placement` needs."""
+    """Return the keys of the claims that `placement` needs."""
     return (
         *(GpuKey(uuid) for uuid in placement.gpu_uuids),
         *(PortKey(binding.protocol, binding.host_port) for binding in placement.ports),
@@ -55,18 +55,18 @@ def claim_keys(placement: Placement) -> tuple[ClaimKey, ...]:
 
 @dataclass(frozen=True, slots=True)
 class ClaimTable:
-    """All claims of one host, read at one moment."""
+    """All claims of one host, from one consistent read."""
 
     claims: Mapping[ClaimKey, Holder] = field(default_factory=dict)
 
     def holder(self, key: ClaimKey) -> Holder | None:
-        """Who holds `key`; None when it is free."""
+        """Return the holder of `key`; None if it is free."""
         return self.claims.get(key)
 
     def claims_of_container(self, uid: str) -> tuple[ClaimKey, ...]:
-        """Everything that the container `uid` holds."""
+        """Return the claims that the container `uid` holds."""
         return tuple(key for key, holder in self.claims.items() if holder.uid == uid)
 
     def claims_of_operation(self, operation_id: str) -> tuple[ClaimKey, ...]:
-        """Everything that an operation took and has not committed."""
+        """Return the claims that an operation took and has not committed."""
         return tuple(key for key, holder in self.claims.items() if holder.operation_id == operation_id)

@@ -1,4 +1,4 @@
-"""A container: what was asked for, what is, and which engine container serves it."""
+"""A container: its spec, its status, its history, and the engine container that runs it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from gpudock_server.model.spec import ContainerSpec, PortRequest, Protocol
 
 
 class ContainerState(StrEnum):
-    """Where a container is in its life.
+    """The lifecycle state of a container.
 
-    EXITED: its process ended by itself, its claims are kept. RESTARTING: the same, and the engine is about to start it
-    again, or has just done so, as its restart policy says. STOPPED: a user stopped it. FAILED: its engine container is
-    gone without our doing.
+    EXITED: its process ended by itself; it keeps its claims. RESTARTING: its process ended, and the engine is about to
+    start it again, or has just done so, according to its restart policy. STOPPED: a user stopped it. FAILED: its engine
+    container was removed, and not by gpudock.
     """
 
     CREATING = "CREATING"
@@ -30,22 +30,22 @@ class ContainerState(StrEnum):
     RESTARTING = "RESTARTING"
 
 
-# States in which the engine sees to it that a process runs, now or in a moment.
+# States in which the engine runs a process, or starts one without being told.
 RUNNING_STATES = frozenset({ContainerState.RUNNING, ContainerState.RESTARTING})
-# The same, and those whose processes are frozen: what has to be stopped before anything of it may be replaced.
+# RUNNING_STATES and frozen processes: containers that must be stopped before they are replaced.
 ACTIVE_STATES = RUNNING_STATES | {ContainerState.PAUSED}
 STOPPED_STATES = frozenset({ContainerState.STOPPED, ContainerState.EXITED})
 
 
 class PortBinding(Record):
-    """A published port as it was assigned."""
+    """A published port with the host port that was assigned."""
 
     container_port: int
     protocol: Protocol = Protocol.TCP
     host_port: int
 
     def serves(self, request: PortRequest) -> bool:
-        """Whether this binding is what `request` asks for."""
+        """Whether this binding satisfies `request`."""
         return (
             self.container_port == request.container_port
             and self.protocol == request.protocol
@@ -54,27 +54,27 @@ class PortBinding(Record):
 
 
 class Placement(Record):
-    """What a container holds of its host: cards and ports, in the order that the container sees them."""
+    """The GPUs and ports of the host that a container holds, in the order in which the container sees them."""
 
     gpu_uuids: tuple[str, ...] = ()
     ports: tuple[PortBinding, ...] = ()
 
     def serves(self, spec: ContainerSpec) -> bool:
-        """Whether this is as many cards as `spec` asks for, and its ports."""
+        """Whether the number of GPUs and the ports are those that `spec` requests."""
         if (len(self.gpu_uuids), len(self.ports)) != (spec.gpus.size, len(spec.ports)):
             return False
         return all(any(binding.serves(request) for binding in self.ports) for request in spec.ports)
 
 
 class EngineBinding(Record):
-    """The engine container that serves a container, and what it was made with.
+    """The engine container that runs a container, and what it was created from.
 
-    `image_id` is what it runs on, which after a carry by commit is no longer the image that the user named: that one's
-    id is `base_image_id`. A successor is made from these ids and not from the tag, which may have moved.
-    `anonymous_volumes` (target -> engine volume) came from the image's VOLUME lines: they hold the user's files, move
-    along with every replacement, and are removed only with the container. `layer_images` are the images that carries
-    by commit made, by name, oldest first; `base_depth` is how many of the layers below are those of the user's image,
-    0 until a carry by commit has counted them.
+    `image_id` is the image of the engine container. After a layer transfer by commit it is no longer the image that the
+    user named; the id of that one is `base_image_id`. A successor is created from these ids and not from the tag, which
+    may have moved. `anonymous_volumes` (target -> engine volume) come from the VOLUME lines of the image: they hold the
+    user's files, are passed on to every replacement, and are removed only with the container. `layer_images` are the
+    names of the images that layer transfers by commit created, oldest first. `base_depth` is the number of lower layers
+    that belong to the user's image; 0 until a layer transfer by commit has counted them.
     """
 
     engine_id: str
@@ -89,16 +89,16 @@ class EngineBinding(Record):
 
     @property
     def user_image_id(self) -> str:
-        """The id of the image that the user named."""
+        """Return the id of the image that the user named."""
         return self.base_image_id or self.image_id
 
     def matches(self, spec: ContainerSpec, placement: Placement) -> bool:
-        """Whether this engine container can serve `spec` with `placement`, or a new one is needed."""
+        """Whether this engine container can run `spec` with `placement`; otherwise a new one is needed."""
         return self.placement == placement and self.fixed_digest == spec.fixed_digest
 
 
 class ContainerStatus(Record):
-    """What was observed. `placement` is what the container holds now: empty once it has been released."""
+    """The observed status. `placement` is what the container holds now; it is empty after the release."""
 
     state: ContainerState
     placement: Placement = Placement()
@@ -113,10 +113,10 @@ class ContainerStatus(Record):
 
 
 class Container(Record):
-    """The head of a container's history.
+    """The current record (head) of a container.
 
-    `generation` counts the changes that users made; observed changes of status leave it alone, so that an etag does
-    not go stale because a process ended.
+    `generation` counts the changes by users. Observed changes of the status do not change it, so that an etag does not
+    become stale because a process ended.
     """
 
     name: str
@@ -133,25 +133,25 @@ class Container(Record):
 
     @property
     def target(self) -> ResourceRef:
-        """Names it as what an operation works on."""
+        """Return the reference that operations use for their target."""
         return ResourceRef(kind=ResourceKind.CONTAINER, name=self.name, uid=self.uid)
 
     @property
     def etag(self) -> str:
-        """Names this state of the user's intent; opaque to callers."""
+        """Return the etag of this generation; opaque to callers."""
         return f"{self.uid[:8]}.{self.generation}"
 
     def changed(self, **changes: object) -> Container:
-        """A copy with some fields replaced."""
+        """Return a copy with some fields replaced."""
         return self.model_copy(update=changes)
 
     def with_status(self, **changes: object) -> Container:
-        """A copy with some fields of its status replaced."""
+        """Return a copy with some fields of the status replaced."""
         return self.changed(status=self.status.model_copy(update=changes))
 
 
 class RevisionCause(StrEnum):
-    """What made a revision. ADOPTED: its record was lost, and written again from what the engine has."""
+    """What created a revision. ADOPTED: its record was lost and was rebuilt from the engine container."""
 
     CREATED = "CREATED"
     SCALED = "SCALED"
@@ -163,7 +163,7 @@ class RevisionCause(StrEnum):
 
 
 class ContainerRevision(Record):
-    """One immutable step of a container's history. `image_id` is that of the image that the user named."""
+    """One immutable revision in the history of a container. `image_id` is the image that the user named."""
 
     container: str
     uid: str

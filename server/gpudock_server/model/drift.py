@@ -1,4 +1,4 @@
-"""Drift: where the engine, the store and what runs do not agree, and what is done about it."""
+"""Drift: differences between the engine, the store and the running processes, and what is done about them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gpudock_server.model.record import Record
 
 
 class DriftKind(StrEnum):
-    """What does not agree. docs/reconcile.md has the rule of each."""
+    """The kind of a difference. docs/reconcile.md has the rule for each."""
 
     CONTAINER_GONE = "CONTAINER_GONE"
     CONTAINER_NEWER = "CONTAINER_NEWER"
@@ -37,7 +37,7 @@ class DriftKind(StrEnum):
 
 
 class DriftSeverity(StrEnum):
-    """INFO: put right. WARNING: will be put right, or harms nobody. ERROR: needs a person."""
+    """INFO: repaired. WARNING: will be repaired, or is harmless. ERROR: an operator must act."""
 
     INFO = "INFO"
     WARNING = "WARNING"
@@ -45,10 +45,10 @@ class DriftSeverity(StrEnum):
 
 
 class DriftRemedy(StrEnum):
-    """What is done about it.
+    """What is done about a difference.
 
-    REPAIRED: it has been put right. PENDING: it will be, at a time or by an operation. RETRIED: putting it right failed
-    and is tried at every pass. REPORTED: no rule is certain enough, so nothing is done.
+    REPAIRED: it was repaired. PENDING: it will be repaired, at a time or by an operation. RETRIED: the repair failed
+    and is retried in every pass. REPORTED: no repair is certain to be right, so nothing is done.
     """
 
     REPAIRED = "REPAIRED"
@@ -66,12 +66,12 @@ _SEVERITY = {
 
 
 class Drift(Record):
-    """One thing that does not agree.
+    """One difference.
 
-    `container` and `uid` are whose it is, or `volume` and `uid`. `claim` is a card's UUID or a port as `tcp/8080`,
-    `other` names another container that is part of it, `key` a key of the store. `expected` and `actual` are the two
-    sides in a few words, `message` is the whole in a sentence, `plan` what is done and when. `due_time` is when, where
-    it is not at once.
+    `container` and `uid`, or `volume` and `uid`, name the object. `claim` is the UUID of a GPU, or a port as
+    `tcp/8080`; `other` names another container that is involved; `key` is a key of the store. `expected` and `actual`
+    are the two sides in a few words, `message` describes the difference in a sentence, `plan` says what is done and
+    when. `due_time` is the time of the repair if it is not immediate.
     """
 
     kind: DriftKind
@@ -94,12 +94,12 @@ class Drift(Record):
 
     @property
     def severity(self) -> DriftSeverity:
-        """How much it asks of a person."""
+        """Return the severity, which follows from the remedy."""
         return _SEVERITY[self.remedy]
 
     @property
     def identity(self) -> tuple[str, ...]:
-        """Names the finding: the same one, found again, has the same identity."""
+        """Return the identity of the difference, which is the same when it is found again."""
         return (
             self.kind,
             self.container,
@@ -113,10 +113,10 @@ class Drift(Record):
 
 
 class DriftReport(Record):
-    """What the last full comparison found, and what was noticed since.
+    """The findings of the last complete reconcile pass, and those since.
 
-    `trouble` is why the latest attempt at one was broken off, and `trouble_time` when: `items` are then of the one
-    before it. `pass_time` is None until the first has ended.
+    `trouble` is why the latest pass was aborted, and `trouble_time` when; `items` are then those of the pass before.
+    `pass_time` is None until the first pass has ended.
     """
 
     items: tuple[Drift, ...] = ()

@@ -1,4 +1,4 @@
-"""What the engine shows, in our words."""
+"""Records of the engine: containers, images, volumes, events and execs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ LABEL_OPERATION = "gpudock.operation"
 LABEL_OWNER = "gpudock.owner"
 LABEL_SPEC = "gpudock.spec"
 LABEL_VOLUME = "gpudock.volume"
-# An operator's consent to adopt an engine volume: `true`.
+# `true` is the operator's consent to adopt an engine volume.
 LABEL_ADOPT = "gpudock.adopt"
 RESERVED_LABEL_PREFIX = "gpudock."
 
 
 class EngineInfo(Record):
-    """The engine itself. `memory_bytes` is the host's; `root_dir` is a path on the engine's host."""
+    """The engine. `cpus` and `memory_bytes` are those of its host; `root_dir` is a path on its host."""
 
     id: str
     version: str
@@ -38,18 +38,18 @@ class EngineInfo(Record):
 
 
 class HostCapacity(Record):
-    """What the engine's host has: no container can be given more. 0 is not known."""
+    """CPUs and memory of the engine's host, the upper limit of every container. 0: unknown."""
 
     cpus: int = 0
     memory_bytes: int = 0
 
 
 class EngineImage(Record):
-    """An image that the engine has.
+    """An image in the engine.
 
-    `volumes` are the targets of its VOLUME lines; `layers` the digests of its layers, the lowest first. `layer_paths`
-    are the folders with their files on the engine's host, the highest first; empty where the engine does not show them
-    (the containerd image store, another storage driver than overlay2).
+    `volumes` are the targets of its VOLUME lines; `layers` are the digests of its layers, lowest first. `layer_paths`
+    are the directories with the files of the layers on the engine's host, highest first; empty if the engine does not
+    show them (the containerd image store, a storage driver other than overlay2).
     """
 
     id: str
@@ -67,9 +67,9 @@ class ImageAccounts(Record):
     groups: frozenset[str]
 
     def missing(self, user: str) -> str:
-        """What of `user` or `user:group` is a name that the image lacks, such as "user 'x'"; empty for nothing.
+        """The name in `user` or `user:group` that the image does not have, such as "user 'x'"; empty if it has all.
 
-        A number needs no entry. See libcontainer's user.GetExecUser, which the engine starts processes by.
+        Numbers need no entry: see libcontainer's user.GetExecUser, which the engine uses to start processes.
         """
         name, _, group = user.partition(":")
         for kind, wanted, names in (("user", name, self.users), ("group", group, self.groups)):
@@ -79,10 +79,10 @@ class ImageAccounts(Record):
 
 
 class EngineVolume(Record):
-    """An engine volume. `mountpoint` is a path on the engine's host, with files in it only while it is mounted.
+    """An engine volume. `mountpoint` is a path on the engine's host; files are visible there only while it is mounted.
 
-    `hazard` says what of the host its options mount, which no tenant may reach by it; empty where they mount nothing of
-    the host. `anonymous`: the engine made it for one container, by itself.
+    `hazard` says what its options mount from the host, which tenants must not reach; empty if they mount nothing from
+    the host. `anonymous`: the engine created it for one container.
     """
 
     name: str
@@ -95,7 +95,7 @@ class EngineVolume(Record):
 
 
 class EngineState(StrEnum):
-    """The engine's own words for a container's state."""
+    """The state of a container in the words of the engine."""
 
     CREATED = "created"
     RUNNING = "running"
@@ -110,13 +110,12 @@ class EngineState(StrEnum):
 class EngineContainer:
     """An engine container as inspect shows it.
 
-    `upper_dir` is the path of its writable layer on the engine's host; empty where the engine does not show one (the
-    containerd image store, another storage driver than overlay2). `pid` is 0 unless it runs. `volumes` maps targets
-    to the names of engine volumes mounted there, anonymous ones included; `binds` maps targets to paths of the engine's
-    host. `ports` are those that it was made to
-    publish, whether or not it runs, in no order of meaning. `spec` is what its label says it was made from; None where
-    it has no such label, or one that this version cannot read. `oom_killed`: the kernel killed its main process, in the
-    run that ended last, for memory; None where some process of that run was killed and nobody knows which.
+    `upper_dir` is the path of its writable layer on the engine's host; empty if the engine does not report one (the
+    containerd image store, a storage driver other than overlay2). `pid` is 0 unless it runs. `volumes` maps targets to
+    the engine volumes that are mounted there, including anonymous ones; `binds` maps targets to paths on the engine's
+    host. `ports` are those that it was created to publish, whether it runs or not, in no particular order. `spec` comes
+    from its label; None if there is no such label or this version cannot read it. `oom_killed`: the out-of-memory
+    killer ended the main process of the last run; None if it killed some process of that run and it is unknown which.
     """
 
     id: str
@@ -147,23 +146,23 @@ class EngineContainer:
 
     @property
     def running(self) -> bool:
-        """Whether a process of it lives, now or in a moment: also where the engine is about to start it again."""
+        """Whether it has processes, or the engine is about to start it again."""
         return self.alive or self.state is EngineState.RESTARTING
 
     @property
     def alive(self) -> bool:
-        """Whether it has processes now; those of a paused one are frozen."""
+        """Whether it has processes now, which are frozen if it is paused."""
         return self.state in (EngineState.RUNNING, EngineState.PAUSED)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineContainerSpec:
-    """Everything needed to create an engine container. `name` is unique to the operation that makes it.
+    """Everything needed to create an engine container. `name` is unique to the operation that creates it.
 
-    `spec` is kept with it (LABEL_SPEC), so that a record that the store lost can be written again from the engine.
-    `volumes` (target -> engine volume) are anonymous volumes taken over from a predecessor. `mounted` (volume -> engine
-    volume) says what the volumes of the spec are called by the engine; one that is missing there is called as it is.
-    `bound` (host path -> path) says what the engine mounts for the host paths of the spec (ports.HostPaths).
+    `spec` is stored in its label LABEL_SPEC, so that a record that the store lost can be rebuilt from the engine.
+    `volumes` (target -> engine volume) are the anonymous volumes of the predecessor. `mounted` (volume -> engine
+    volume) holds the names of the spec's volumes in the engine; a volume that is missing there has the same name in the
+    engine. `bound` (host path -> path) holds what the engine mounts for the host paths of the spec (ports.HostPaths).
     """
 
     name: str
@@ -178,7 +177,7 @@ class EngineContainerSpec:
 
 
 class NvidiaSwitch(StrEnum):
-    """Variables by which NVIDIA's container toolkit adds devices beside the cards of NVIDIA_VISIBLE_DEVICES."""
+    """Variables with which NVIDIA's container toolkit adds devices other than the GPUs of NVIDIA_VISIBLE_DEVICES."""
 
     GDS = "NVIDIA_GDS"
     MOFED = "NVIDIA_MOFED"
@@ -191,7 +190,7 @@ class NvidiaSwitch(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class NodeLimits:
-    """What one container may use at most, and what it may use where its spec says nothing. 0 is without a limit.
+    """Maximum and default limits of one container; 0: unlimited.
 
     A container whose spec has no memory limit gets `max_memory_bytes`.
     """
@@ -203,9 +202,9 @@ class NodeLimits:
 
 @dataclass(frozen=True, slots=True)
 class ContainerDefaults:
-    """What every engine container is created with, whatever its spec says; an operator's choice for the node.
+    """Options of the node's operator that apply to every engine container, whatever its spec says.
 
-    A spec or an image may set `allowed_nvidia_switches`; all others are off.
+    A spec or an image may set `allowed_nvidia_switches`; all others are disabled.
     """
 
     limits: NodeLimits = NodeLimits()
@@ -215,7 +214,7 @@ class ContainerDefaults:
 
 
 class EngineEventKind(StrEnum):
-    """The events that change what we know of a container."""
+    """Engine events that change the status of a container."""
 
     START = "start"
     DIE = "die"
@@ -230,7 +229,7 @@ class EngineEventKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EngineEvent:
-    """Something happened to one of our engine containers. `time_nanos` is a resume token for `Engine.events`."""
+    """An event of a gpudock engine container. `time_nanos` is a resume token for `Engine.events`."""
 
     kind: EngineEventKind
     engine_id: str
@@ -240,7 +239,7 @@ class EngineEvent:
 
 @dataclass(frozen=True, slots=True)
 class RegistryAuth:
-    """Credentials for one pull; they live in memory only and are never stored or logged."""
+    """Credentials for one pull; kept in memory only, never stored or logged."""
 
     username: str = ""
     password: str = field(default="", repr=False)
@@ -249,7 +248,7 @@ class RegistryAuth:
 
 
 class ExecStream(StrEnum):
-    """Which of a process's outputs a chunk came from; with a TTY everything is STDOUT."""
+    """The output stream of a chunk; with a TTY all output is STDOUT."""
 
     STDOUT = "stdout"
     STDERR = "stderr"
@@ -270,7 +269,7 @@ class ExecRequest:
 
 @dataclass(frozen=True, slots=True)
 class ExecStatus:
-    """How an exec stands; `exit_code` is None while it runs. `pid` is of the engine's host, 0 before it started."""
+    """The status of an exec. `exit_code` is None while it runs. `pid` is that of the engine's host; 0: not started."""
 
     running: bool
     exit_code: int | None

@@ -1,4 +1,4 @@
-"""A card as the driver shows it."""
+"""GPUs as the driver reports them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gpudock_server.model.record import Record
 
 
 class GpuHealth(StrEnum):
-    """UNHEALTHY: the driver reported an error that needs an operator. LOST: it fell off the bus."""
+    """UNHEALTHY: the driver reported an error that needs an operator. LOST: the GPU fell off the bus."""
 
     HEALTHY = "HEALTHY"
     UNHEALTHY = "UNHEALTHY"
@@ -16,7 +16,7 @@ class GpuHealth(StrEnum):
 
 
 class MigMode(StrEnum):
-    """Multi-Instance GPU: whether the card is cut into instances. UNSUPPORTED: the card has no such mode."""
+    """Multi-Instance GPU: whether the GPU is partitioned. UNSUPPORTED: the GPU has no such mode."""
 
     UNSUPPORTED = "UNSUPPORTED"
     DISABLED = "DISABLED"
@@ -24,7 +24,7 @@ class MigMode(StrEnum):
 
 
 class GpuProcess(Record):
-    """A process that uses a card; `pid` is the host's. `used_memory_bytes` is None where the driver does not tell."""
+    """A process that uses a GPU; `pid` is that of the host. `used_memory_bytes` is None if it is not reported."""
 
     pid: int
     name: str
@@ -32,7 +32,7 @@ class GpuProcess(Record):
 
 
 class Gpu(Record):
-    """One card. Fields that its driver does not offer are None."""
+    """One GPU. Fields that its driver does not report are None."""
 
     uuid: str
     index: int
@@ -51,12 +51,12 @@ class Gpu(Record):
 
     @property
     def schedulable(self) -> bool:
-        """Whether the card can be handed out whole."""
+        """Whether the GPU can be allocated."""
         return self.health is GpuHealth.HEALTHY and self.mig_mode is not MigMode.ENABLED
 
 
 class GpuReport(Record):
-    """The inventory at one moment. Without a driver: no cards, and `message` says why."""
+    """The inventory at one moment. Without a driver it has no GPUs, and `message` says why."""
 
     gpus: tuple[Gpu, ...] = ()
     driver_version: str = ""

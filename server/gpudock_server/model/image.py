@@ -1,4 +1,4 @@
-"""Images as they are made and shown."""
+"""Images: names, origins, and images that a commit created."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _DEFAULT_NAMESPACE = "library/"
 
 
 def familiar_repository(repository: str) -> str:
-    """A repository as the engine shows it: `docker.io/library/busybox` is `busybox`."""
+    """Shorten a repository as the engine does: `docker.io/library/busybox` becomes `busybox`."""
     for registry in _DEFAULT_REGISTRIES:
         if repository.startswith(registry):
             repository = repository.removeprefix(registry)
@@ -21,23 +21,23 @@ def familiar_repository(repository: str) -> str:
 
 
 def familiar_reference(reference: str) -> str:
-    """An image's name as the engine shows it, with its tag: two spellings of one name become equal."""
+    """Normalize the name of an image as the engine does, with its tag: equal names become equal strings."""
     name, at, digest = reference.partition("@")
     if at:
         return f"{familiar_repository(name)}@{digest}"
     head, colon, tag = name.rpartition(":")
-    # "registry:5000/image" has a port there, not a tag.
+    # "registry:5000/image" has a port and no tag.
     if not colon or "/" in tag:
         head, tag = name, "latest"
     return f"{familiar_repository(head)}:{tag}"
 
 
 class ImageOrigin(Record):
-    """Where an image of a node's engine came from, by the image's id.
+    """The origin of an image in a node's engine.
 
-    `committed_as` is the name that gpudock committed the image under, and `committed_for` the owner of the container;
-    an empty name: gpudock did not commit it. `restricted`: it came from a registry with somebody's credentials, or from
-    a container of an owner. Then `owners` are those who have shown that they may use it.
+    `committed_as` is the name under which gpudock committed the image, empty if it did not; `committed_for` is the
+    owner of the container. `restricted`: the image was pulled with credentials, or committed from a container of an
+    owner; `owners` are then the owners who have proved that they may use it.
     """
 
     node: str
@@ -50,7 +50,7 @@ class ImageOrigin(Record):
 
 
 class CommittedImage(Record):
-    """An image of a container's files, made because a user asked for it; `name` is `repository:tag`."""
+    """An image that a user committed from a container; `name` is `repository:tag`."""
 
     image_id: str
     name: str

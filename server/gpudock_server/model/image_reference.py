@@ -1,4 +1,4 @@
-"""What may name an image: the grammar of https://pkg.go.dev/github.com/distribution/reference, and image ids."""
+"""Check image names against the grammar of https://pkg.go.dev/github.com/distribution/reference, and image ids."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _DIGEST = r"[A-Za-z][A-Za-z0-9]*(?:[-_+.][A-Za-z][A-Za-z0-9]*)*:[0-9a-fA-F]{32,}
 _LOCAL = rf"{_PART}(?:/{_PART})*(?::{_TAG})?(?:@{_DIGEST})?"
 _LOCAL_REFERENCE = re.compile(_LOCAL, re.ASCII)
 _REFERENCE = re.compile(rf"(?:{_HOST}/)?{_LOCAL}", re.ASCII)
-# An id in full, or as much of it as tells it from others. Without the prefix a short one is a repository to the
-# grammar above, and the engine tries both.
+# A full id or a unique prefix of one. Without `sha256:` a prefix is also a repository in the grammar above; the engine
+# tries both.
 _ID = re.compile(r"(?:sha256:)?[0-9a-f]{4,64}", re.ASCII)
 
 _REPOSITORY = re.compile(rf"{_PART}(?:/{_PART})*", re.ASCII)
@@ -23,10 +23,10 @@ _FULL_ID = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
 def is_repository(text: str) -> bool:
-    """Whether `text` (of a bounded length) can be the name of an image that is to be made: without tag and digest.
+    """Whether `text` (of a bounded length) can name a new image: a repository without tag and digest.
 
-    What stands before the first slash is a registry if it looks like a host, with a dot, a port or as `localhost`;
-    only there is upper case allowed.
+    The part before the first slash is a registry if it has a dot or a port, or is `localhost`. Upper case is allowed
+    only in a registry.
     """
     if _has_registry(text):
         rest = text.partition("/")[2]
@@ -35,12 +35,12 @@ def is_repository(text: str) -> bool:
 
 
 def is_tag(text: str) -> bool:
-    """Whether `text` can be an image's tag."""
+    """Whether `text` can be the tag of an image."""
     return _TAG_ALONE.fullmatch(text) is not None
 
 
 def is_image_reference(text: str) -> bool:
-    """Whether `text` (of a bounded length) can name an image. Upper case is allowed only in a registry's name."""
+    """Whether `text` (of a bounded length) can name an image. Upper case is allowed only in a registry."""
     if _ID.fullmatch(text) is not None:
         return True
     if not _has_registry(text):
@@ -49,6 +49,6 @@ def is_image_reference(text: str) -> bool:
 
 
 def _has_registry(text: str) -> bool:
-    """Whether what stands before the first slash looks like a host: with a dot or a port, or as `localhost`."""
+    """Whether the part before the first slash is a registry: it has a dot or a port, or is `localhost`."""
     first, slash, _ = text.partition("/")
     return bool(slash) and (first == "localhost" or "." in first or ":" in first)

@@ -1,4 +1,4 @@
-"""What a name may be. Nothing is ever parsed out of one."""
+"""The syntax of names. Names are never parsed."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ _NAME = re.compile(NAME_PATTERN, re.ASCII)
 
 def is_name(text: str) -> bool:
     """Whether `text` can name a container, a volume or a node."""
-    # fullmatch and not match: `$` alone would let a trailing newline through.
+    # fullmatch and not match: `$` alone accepts a trailing newline.
     return _NAME.fullmatch(text) is not None

@@ -1,4 +1,4 @@
-"""The host and the daemon on it."""
+"""The record of a node."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from gpudock_server.model.record import Record
 
 
 class NodeRecord(Record):
-    """A daemon's sign of life; it goes with its lease.
+    """Node heartbeat record; it is deleted when the lease of its daemon expires.
 
-    `boot_id`, `pid` and `start_ticks` name the process, so that a daemon started again on the same host need not wait
-    for the lease of one that was killed.
+    `boot_id`, `pid` and `start_ticks` identify the process, so that a daemon that is started again on the same host
+    need not wait for the lease of a daemon that was killed.
     """
 
     node: str

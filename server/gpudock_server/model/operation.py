@@ -1,7 +1,7 @@
-"""Operations: what is being done to an object, how far it has come, and what each step made.
+"""Operations: changes of an object, with their stages and the results of each stage.
 
-An operation is the journal of a saga. Its record is written before the first step and after every step, so that a
-daemon that starts finds out exactly what the one before it had reached.
+An operation is the journal of a saga. Its record is written before the first step and after every step, so that the
+next daemon knows exactly which step was reached.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _TIME_BITS, _RANDOM_BITS = 60, 62
 
 
 def new_operation_id() -> str:
-    """A UUID whose order, as text, is that of time backwards: a store that lists by id lists the newest first.
+    """Return a new UUID; newer ids sort before older ones as text, so that a listing by id starts with the newest.
 
-    Version 8 of RFC 9562: 60 bits of what is left until 60 bits of 16 ns ticks have passed since 1970 (in the year
-    2554), and 62 random ones, of which the last 8 digits are part.
+    Version 8 of RFC 9562: 60 bits of remaining time, in ticks of 16 ns until the year 2554 (2**60 ticks after 1970),
+    then 62 random bits, which include the last 8 digits.
     """
     left = (1 << _TIME_BITS) - 1 - (time.time_ns() >> 4)
     high = (left >> 12 << 16) | 0x8000 | (left & 0xFFF)
@@ -39,7 +39,7 @@ def new_operation_id() -> str:
 
 
 class OperationKind(StrEnum):
-    """What an operation does."""
+    """The kind of change that an operation makes."""
 
     CREATE = "CREATE"
     START = "START"
@@ -61,7 +61,7 @@ class OperationKind(StrEnum):
 
 
 class OperationState(StrEnum):
-    """PLANNED is the answer to `validate_only` and is never stored."""
+    """The state of an operation. PLANNED is the answer to `validate_only` and is never stored."""
 
     PLANNED = "PLANNED"
     RUNNING = "RUNNING"
@@ -72,12 +72,12 @@ class OperationState(StrEnum):
 
     @property
     def ended(self) -> bool:
-        """Whether nothing will change any more."""
+        """Whether the operation has ended."""
         return self in (OperationState.SUCCEEDED, OperationState.FAILED, OperationState.CANCELLED)
 
 
 class StageState(StrEnum):
-    """Where a stage stands."""
+    """The state of a stage."""
 
     PENDING = "PENDING"
     RUNNING = "RUNNING"
@@ -86,7 +86,7 @@ class StageState(StrEnum):
 
 
 class Stage(Record):
-    """One step of the saga. `facts` is what its `do` made, for whoever comes after, or undoes it."""
+    """One step of the saga. `facts` is the result of its `do`, for later steps and for the undo."""
 
     name: str
     state: StageState = StageState.PENDING
@@ -98,7 +98,7 @@ class Stage(Record):
 
 
 class LayerTransferMethod(StrEnum):
-    """How a writable layer gets from an engine container to its successor."""
+    """How a writable layer is transferred from an engine container to its successor."""
 
     NONE = "NONE"
     EXCHANGE = "EXCHANGE"
@@ -107,10 +107,10 @@ class LayerTransferMethod(StrEnum):
 
 
 class OperationPlan(Record):
-    """What an operation will do, known before it begins.
+    """What an operation will do; known before it begins.
 
-    `placement` is what the container has afterwards; on `validate_only`, what it would have been given just now.
-    `apparent_bytes` and `allocated_bytes` are those of the files that are read: without and with regard to their holes.
+    `placement` is that of the container afterwards; with `validate_only`, the one that it would be given now.
+    `apparent_bytes` and `allocated_bytes` are the sizes of the files that are read: with their holes and without.
     """
 
     stages: tuple[str, ...] = ()
@@ -128,13 +128,13 @@ class OperationPlan(Record):
     apparent_bytes: int = 0
     allocated_bytes: int = 0
     expected_freeze_seconds: float | None = None
-    # What the spec is before and afterwards, where it can change. Of a plan alone: a record has no room for two specs.
+    # The spec before and after the change. Only in plans: two specs do not fit into a record of the store.
     old_spec: ContainerSpec | None = Field(default=None, exclude=True)
     new_spec: ContainerSpec | None = Field(default=None, exclude=True)
 
 
 class RecordedError(Record):
-    """A domain error as it is kept with an ended operation. `code` is a number of google.rpc.Code."""
+    """The domain error of an ended operation. `code` is a number of google.rpc.Code."""
 
     code: int
     reason: str
@@ -142,15 +142,15 @@ class RecordedError(Record):
     metadata: dict[str, str] = Field(default_factory=dict)
 
 
-# What an operation leaves, and its caller is shown.
+# The result of an operation that is returned to its caller.
 Result: TypeAlias = Container | CommittedImage | Volume
 
 
 class Operation(Record):
     """A change of one object, from its lock to its result.
 
-    `locks` are what it has locked besides its target. `committed`: past the point of no return, it is only driven
-    forward. `arguments` belong to the saga of its kind.
+    `locks` are the objects that it has locked besides its target. `committed`: the operation is past the point of no
+    return and can only be completed. `arguments` are those of the saga of its kind.
     """
 
     id: str
@@ -175,31 +175,31 @@ class Operation(Record):
 
     @property
     def current_stage(self) -> str:
-        """The stage that is running; empty when none is."""
+        """Return the name of the running stage; empty if none is running."""
         return next((stage.name for stage in self.stages if stage.state is StageState.RUNNING), "")
 
     def facts(self, stage_name: str) -> JsonObject:
-        """What a stage made; empty when it has not been done."""
+        """Return the facts of a stage; empty if the stage is not done."""
         return next((stage.facts for stage in self.stages if stage.name == stage_name), {})
 
     @property
     def locked(self) -> tuple[ResourceRef, ...]:
-        """Everything that no other operation may touch while this one is at work."""
+        """Return all objects that this operation has locked."""
         return (self.target, *self.locks)
 
     def changed(self, **changes: object) -> Operation:
-        """A copy with some fields replaced."""
+        """Return a copy with some fields replaced."""
         return self.model_copy(update=changes)
 
     def with_stage(self, index: int, **changes: object) -> Operation:
-        """A copy with one stage's fields replaced."""
+        """Return a copy with some fields of one stage replaced."""
         stages = list(self.stages)
         stages[index] = stages[index].model_copy(update=changes)
         return self.changed(stages=tuple(stages))
 
 
 class RequestRecord(Record):
-    """What a `request_id` stood for: the operation it began, and a digest of the arguments it came with."""
+    """The operation that a `request_id` began, and a digest of the arguments of that request."""
 
     operation_id: str
     digest: str

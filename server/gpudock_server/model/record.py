@@ -1,4 +1,4 @@
-"""The base of everything stored: frozen, validated, and strict about unknown fields."""
+"""The base class of records: frozen, validated, and strict about unknown fields."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ JsonObject: TypeAlias = dict[str, JsonValue]
 
 
 class Record(BaseModel):
-    """A value that is written once and replaced, never edited.
+    """An immutable value.
 
-    Unknown fields are an error: a daemon that dropped what a newer one wrote, and then wrote the record back, would
-    lose it silently.
+    Unknown fields are an error: a daemon that ignored the fields of a newer version would delete them when it writes
+    the record again.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def now() -> datetime:
-    """The current time in UTC, to the microsecond."""
+    """Return the current time in UTC, in microseconds."""
     return datetime.now(UTC)

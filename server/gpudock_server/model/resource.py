@@ -1,4 +1,4 @@
-"""What an operation works on: an object with a name, of some kind."""
+"""References to the objects that operations change."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from gpudock_server.model.record import Record
 
 
 class ResourceKind(StrEnum):
-    """A kind of object that has a name, a head and a lock."""
+    """A kind of object with a name, a current record and a lock."""
 
     CONTAINER = "container"
     VOLUME = "volume"
 
 
 class ResourceRef(Record):
-    """Names one object. Names come again when an object was deleted; its `uid` does not."""
+    """Identifies one object. A name can be used again after its object was deleted; a `uid` cannot."""
 
     kind: ResourceKind
     name: str

@@ -1,4 +1,4 @@
-"""The ledger: a copy of containers' histories on the disk, beside the files that were kept of them."""
+"""Revision backups: copies of the history of containers on disk, beside their snapshots."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from gpudock_server.model.snapshot import Snapshot, SnapshotKey
 
 
 class RevisionBackup(Record):
-    """One revision of a container, with what its container's record says that no revision does.
+    """One revision of a container, with the fields of the container's record that revisions do not have.
 
-    `owner` and `create_time` are the container's. `engine` is what served it in this revision; None where the store
-    did not say that any more when this was written. `snapshot` is what the store said of its files.
+    `owner` and `create_time` are those of the container. `engine` is the engine container of this revision; None if the
+    store no longer had it when this was written. `snapshot` is the record of the revision's snapshot.
     """
 
     revision: ContainerRevision
@@ -24,10 +24,10 @@ class RevisionBackup(Record):
 
     @property
     def number(self) -> int:
-        """The number of the revision."""
+        """Return the number of the revision."""
         return self.revision.revision
 
     @property
     def key(self) -> SnapshotKey:
-        """Names it on the disk."""
+        """Return the key of the backup on disk."""
         return SnapshotKey(uid=self.revision.uid, revision=self.revision.revision)

@@ -1,4 +1,4 @@
-"""Snapshots: the files of a container's writable layer as they were when a revision ended."""
+"""Snapshots: the files of a container's writable layer at the end of a revision."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from gpudock_server.model.record import Record
 
 
 class SnapshotKind(StrEnum):
-    """A TREE is a folder with the layer's files; an IMAGE is what the engine's commit made of them."""
+    """TREE: a folder with the files of the layer. IMAGE: an image that the engine committed from the layer."""
 
     TREE = "TREE"
     IMAGE = "IMAGE"
 
 
 class SnapshotMethod(StrEnum):
-    """How a TREE shares with others what is unchanged: extents of the filesystem, or whole files by hard link."""
+    """How a TREE shares unchanged data with others: extents of the filesystem, or whole files as hard links."""
 
     REFLINK = "REFLINK"
     LINK = "LINK"
 
 
 class SnapshotKey(Record):
-    """Whose snapshot it is, and of which revision. Paths are made of this, so it holds nothing but what it says."""
+    """The container and the revision of a snapshot. Paths are built from it, so `uid` must be a UUID."""
 
     uid: str
     revision: int = Field(ge=1)
@@ -35,15 +35,15 @@ class SnapshotKey(Record):
     @classmethod
     def _is_uuid(cls, value: str) -> str:
         if str(UUID(value)) != value:
-            raise ValueError("a container's uid is a UUID in lower case with dashes")
+            raise ValueError(f"container uid {value!r} is not a lower-case UUID")
         return value
 
 
 class Snapshot(Record):
-    """What is known of a sealed snapshot; it never changes.
+    """The record of a sealed snapshot; it never changes.
 
-    `image_id` is the image that a TREE lies on, or that an IMAGE is; `reference` the name of an IMAGE. `layer_bytes`
-    are what all of it takes on disk, every inode once; `new_bytes` what this one added to that when it was made.
+    `image_id` is the image below a TREE, or the image of an IMAGE; `reference` is the name of an IMAGE. `layer_bytes`
+    is its size on disk, every inode counted once; `new_bytes` is what it added to the disk when it was made.
     """
 
     kind: SnapshotKind
@@ -57,6 +57,6 @@ class Snapshot(Record):
 
 
 class SnapshotSkipped(Record):
-    """Why no snapshot was made of a revision for which the policy asked for one."""
+    """Why the snapshot that the policy required was not made."""
 
     reason: str

@@ -1,4 +1,4 @@
-"""What a user asks for. A spec is the user's: the server stores it as it came and never rewrites it."""
+"""Container specs. A spec belongs to the user: it is stored as it was sent and never rewritten."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pydantic import Field
 
 from gpudock_server.model.record import Record
 
-# What the engine can change in a container that exists. Everything else needs a new engine container.
+# The fields that can change without a new engine container.
 IN_PLACE_FIELDS = frozenset(
     {"gpus", "ports", "cpus", "memory_bytes", "pids_limit", "labels", "restart_policy", "revision_policy"}
 )
 
 
 class GpuRequest(Record):
-    """Which cards a container asks for; all conditions hold together.
+    """The GPUs that a container requests; all conditions must hold.
 
-    `count` 0 with no `uuids` is a container without a card. `uuids` pins: exactly these, and `count` is their number
-    or 0. `model` matches a card's name, case-insensitively, as a substring. `min_memory_bytes` is a card's total.
+    `count` 0 without `uuids`: no GPU. `uuids`: exactly these GPUs; `count` is then their number or 0. `model` is a
+    case-insensitive substring of the GPU's name. `min_memory_bytes` is compared with the total memory of a GPU.
     """
 
     count: int = 0
@@ -30,19 +30,19 @@ class GpuRequest(Record):
 
     @property
     def size(self) -> int:
-        """How many cards this asks for."""
+        """Return the number of requested GPUs."""
         return len(self.uuids) or self.count
 
 
 class TmpfsMount(Record):
-    """Memory that is mounted; gone when the container stops. `size_bytes` 0 is the engine's default (half of RAM)."""
+    """A tmpfs; its files are lost when the container stops. `size_bytes` 0: the default of tmpfs (half of RAM)."""
 
     size_bytes: int = 0
     mode: int = 0o1777
 
 
 class Mount(Record):
-    """Exactly one of `volume`, `host_path`, `tmpfs` at `target`, an absolute path inside."""
+    """A mount of exactly one of `volume`, `host_path`, `tmpfs` at `target`, an absolute path in the container."""
 
     volume: str = ""
     host_path: str = ""
@@ -52,14 +52,14 @@ class Mount(Record):
 
 
 class Protocol(StrEnum):
-    """Transport of a published port."""
+    """Transport protocol of a published port."""
 
     TCP = "tcp"
     UDP = "udp"
 
 
 class PortRequest(Record):
-    """A port to publish; `host_port` 0 takes one from the node's range."""
+    """A port to publish. `host_port` 0: one from the node's port_range is assigned."""
 
     container_port: int
     protocol: Protocol = Protocol.TCP
@@ -67,7 +67,7 @@ class PortRequest(Record):
 
 
 class RestartPolicyKind(StrEnum):
-    """When the engine starts a container again by itself."""
+    """When the engine restarts a container."""
 
     NO = "no"
     ALWAYS = "always"
@@ -76,18 +76,18 @@ class RestartPolicyKind(StrEnum):
 
 
 class RestartPolicy(Record):
-    """`max_retry_count` counts for ON_FAILURE only; 0 is without end."""
+    """A restart policy. `max_retry_count` applies to ON_FAILURE only; 0: unlimited."""
 
     kind: RestartPolicyKind = RestartPolicyKind.NO
     max_retry_count: int = 0
 
     @property
     def as_engine_policy(self) -> RestartPolicy:
-        """What the engine is told.
+        """Return the policy that the engine gets.
 
-        An engine that restarts brings back everything whose policy is ALWAYS, also what a user had stopped. Here a
-        stopped container has released its cards and ports, and another may hold them by then: UNLESS_STOPPED brings
-        back the rest. A count beside any policy but ON_FAILURE is refused.
+        UNLESS_STOPPED replaces ALWAYS: an engine that restarts starts all containers with ALWAYS, including those that
+        a user stopped, which have released their GPUs and ports. The engine refuses a count with any policy except
+        ON_FAILURE.
         """
         kind = RestartPolicyKind.UNLESS_STOPPED if self.kind is RestartPolicyKind.ALWAYS else self.kind
         return RestartPolicy(
@@ -95,12 +95,12 @@ class RestartPolicy(Record):
         )
 
     def __str__(self) -> str:
-        """As `docker run --restart` takes it."""
+        """Format the policy as for `docker run --restart`."""
         return f"{self.kind.value}:{self.max_retry_count}" if self.max_retry_count else self.kind.value
 
 
 class HealthCheck(Record):
-    """A command (exec form) that tells whether the container is well; exit code 0 is healthy."""
+    """A command (exec form) that checks the health of the container; exit code 0: healthy."""
 
     command: tuple[str, ...]
     interval: timedelta = timedelta(seconds=30)
@@ -110,7 +110,7 @@ class HealthCheck(Record):
 
 
 class SnapshotPolicy(StrEnum):
-    """Whether the files of a revision are kept when the next one replaces it. CHEAP: where nothing is copied."""
+    """Whether a replaced revision gets a snapshot. CHEAP: only if nothing has to be copied."""
 
     ALWAYS = "ALWAYS"
     CHEAP = "CHEAP"
@@ -118,7 +118,7 @@ class SnapshotPolicy(StrEnum):
 
 
 class RevisionPolicy(Record):
-    """How much of a container's history is kept. None and 0: as the node's settings say."""
+    """How much of a container's history is kept. None and 0: the settings of the node apply."""
 
     snapshots: SnapshotPolicy | None = None
     keep_revisions: int = 0
@@ -126,7 +126,7 @@ class RevisionPolicy(Record):
 
 
 class ContainerSpec(Record):
-    """Everything a user can ask of a container. Zero and empty mean: the image's or the engine's default."""
+    """The desired state of a container. Zero and empty: the default of the image or the engine."""
 
     image: str
     entrypoint: tuple[str, ...] = ()
@@ -152,19 +152,19 @@ class ContainerSpec(Record):
     revision_policy: RevisionPolicy = RevisionPolicy()
 
     def changed(self, **changes: object) -> ContainerSpec:
-        """A copy with some fields replaced."""
+        """Return a copy with some fields replaced."""
         return self.model_copy(update=changes)
 
     @property
     def host_paths(self) -> tuple[str, ...]:
-        """The host paths that it mounts, each once."""
+        """Return the host paths that it mounts, without duplicates."""
         return tuple(dict.fromkeys(mount.host_path for mount in self.mounts if mount.host_path))
 
     @property
     def fixed_digest(self) -> str:
-        """Names everything in the spec that an engine container keeps for life (hex SHA-256).
+        """Return a digest (hex SHA-256) of all fields that cannot change without a new engine container.
 
-        Two specs with the same digest can be served by the same engine container: cards and published ports are
-        compared by what was assigned, and the rest of IN_PLACE_FIELDS the engine can update.
+        Specs with the same digest can use the same engine container: GPUs and published ports are compared by what was
+        assigned, and the engine can update the other IN_PLACE_FIELDS.
         """
         return hashlib.sha256(self.model_dump_json(exclude=set(IN_PLACE_FIELDS)).encode()).hexdigest()

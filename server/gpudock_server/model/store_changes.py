@@ -1,7 +1,7 @@
-"""What a transaction on the store is made of.
+"""The changes that a store transaction consists of.
 
-A transaction is a list of these. All of them happen, or none: each that names a condition is checked, and the first
-that does not hold is what `StoreConflict` carries.
+Either all changes of a transaction are applied or none. The conditions of all changes are checked; `StoreConflict`
+carries the first change whose condition does not hold.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gpudock_server.model.volume import Volume, VolumeRevision
 
 @dataclass(frozen=True, slots=True)
 class Lock:
-    """Condition: no operation has the name locked."""
+    """Lock a name for an operation. Condition: no operation has locked it."""
 
     kind: ResourceKind
     name: str
@@ -28,7 +28,7 @@ class Lock:
 
 @dataclass(frozen=True, slots=True)
 class Unlock:
-    """Condition: this operation holds the lock."""
+    """Unlock a name. Condition: this operation holds the lock."""
 
     kind: ResourceKind
     name: str
@@ -37,7 +37,7 @@ class Unlock:
 
 @dataclass(frozen=True, slots=True)
 class RequireUnlocked:
-    """Condition, and nothing else: no operation has the name locked."""
+    """Condition: no operation has locked the name. Writes nothing."""
 
     kind: ResourceKind
     name: str
@@ -45,7 +45,7 @@ class RequireUnlocked:
 
 @dataclass(frozen=True, slots=True)
 class RequireVolumeVersion:
-    """Condition, and nothing else: the volume's version is `expect`."""
+    """Condition: the version of the volume is `expect`. Writes nothing."""
 
     name: str
     expect: int
@@ -53,7 +53,7 @@ class RequireVolumeVersion:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Condition: nobody holds `key` on this host."""
+    """Claim `key` for `holder`. Condition: `key` is free on this host."""
 
     host: str
     key: ClaimKey
@@ -62,7 +62,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class ConfirmClaim:
-    """Gives `key` its final holder; condition: `holder.uid` holds it already."""
+    """Set the final holder of `key`. Condition: `holder.uid` already holds it."""
 
     host: str
     key: ClaimKey
@@ -71,7 +71,7 @@ class ConfirmClaim:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseClaim:
-    """Gives `key` back if `uid` holds it; what another holds, or nobody, is left alone."""
+    """Release `key` if `uid` holds it; otherwise do nothing."""
 
     host: str
     key: ClaimKey
@@ -80,7 +80,7 @@ class ReleaseClaim:
 
 @dataclass(frozen=True, slots=True)
 class PutContainer:
-    """Condition: the head's version is `expect`; 0 is "there is none"."""
+    """Write the record of a container. Condition: its version is `expect`; 0: it does not exist."""
 
     container: Container
     expect: int
@@ -88,7 +88,7 @@ class PutContainer:
 
 @dataclass(frozen=True, slots=True)
 class DeleteContainer:
-    """Removes a head and all its revisions; condition: the head's version is `expect`."""
+    """Delete the record of a container and its revisions. Condition: the version of the record is `expect`."""
 
     name: str
     uid: str
@@ -97,14 +97,14 @@ class DeleteContainer:
 
 @dataclass(frozen=True, slots=True)
 class PutRevision:
-    """Condition: this revision does not exist."""
+    """Write a revision of a container. Condition: it does not exist."""
 
     revision: ContainerRevision
 
 
 @dataclass(frozen=True, slots=True)
 class PutSnapshot:
-    """Says that the files of a revision are kept, or why they could not be."""
+    """Write the snapshot of a revision, or why it was not made."""
 
     uid: str
     revision: int
@@ -113,7 +113,7 @@ class PutSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class DeleteRevision:
-    """Takes a revision, and what is said of its snapshot, out of the history."""
+    """Delete a revision and the record of its snapshot."""
 
     uid: str
     revision: int
@@ -121,7 +121,7 @@ class DeleteRevision:
 
 @dataclass(frozen=True, slots=True)
 class PutVolume:
-    """Condition: the volume's version is `expect`; 0 is "there is none"."""
+    """Write the record of a volume. Condition: its version is `expect`; 0: it does not exist."""
 
     volume: Volume
     expect: int
@@ -129,7 +129,7 @@ class PutVolume:
 
 @dataclass(frozen=True, slots=True)
 class DeleteVolume:
-    """Removes a volume's head and all its revisions; condition: the head's version is `expect`."""
+    """Delete the record of a volume and its revisions. Condition: the version of the record is `expect`."""
 
     name: str
     uid: str
@@ -138,14 +138,14 @@ class DeleteVolume:
 
 @dataclass(frozen=True, slots=True)
 class PutVolumeRevision:
-    """Condition: this revision does not exist."""
+    """Write a revision of a volume. Condition: it does not exist."""
 
     revision: VolumeRevision
 
 
 @dataclass(frozen=True, slots=True)
 class PutOperation:
-    """Condition: the operation's version is `expect`; 0 is "there is none". An ended one expires by lease."""
+    """Write an operation, which expires by lease once it has ended. Condition: its version is `expect`; 0: none."""
 
     operation: Operation
     expect: int
@@ -153,7 +153,7 @@ class PutOperation:
 
 @dataclass(frozen=True, slots=True)
 class PutRequest:
-    """Condition: nobody used this request id. `ended`: from now it expires by lease, and the condition is dropped."""
+    """Write the record of a request id. Condition: it is unused. `ended`: no condition; the record expires by lease."""
 
     request_id: str
     record: RequestRecord
@@ -162,14 +162,14 @@ class PutRequest:
 
 @dataclass(frozen=True, slots=True)
 class PutImageOrigin:
-    """Says where an image of a node's engine came from."""
+    """Write the origin of an image."""
 
     origin: ImageOrigin
 
 
 @dataclass(frozen=True, slots=True)
 class DeleteImageOrigin:
-    """Forgets where an image came from, which the engine no longer has."""
+    """Delete the origin of an image that the engine no longer has."""
 
     node: str
     image_id: str

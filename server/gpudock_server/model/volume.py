@@ -1,4 +1,4 @@
-"""Volumes: what was asked for, what was made on the host, how full it is, and what all of them share."""
+"""Volumes: records, backings on the host, usage, and the shared pool."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpudock_server.model.resource import ResourceKind, ResourceRef
 
 
 class VolumeBackendKind(StrEnum):
-    """What a volume is made of. One that was made on a kind stays on it."""
+    """The kind of a volume's backing; it never changes."""
 
     PROJECT_QUOTA = "PROJECT_QUOTA"
     LOOP = "LOOP"
@@ -20,12 +20,12 @@ class VolumeBackendKind(StrEnum):
 
 
 class VolumeBacking(Record):
-    """Everything needed to find a volume's store again, on this host and after a reboot.
+    """What holds the files of a volume: everything needed to find it again, after a reboot too.
 
-    `uid` is the store's own, a UUID: a volume that is copied to a new store gets one with another uid. `name` is the
-    volume's, for people and messages alone. `folder` is the store's folder on the host (empty: the engine keeps it
-    where it likes). `engine_volume` and `driver_options` are what the engine has to be given; they never change.
-    `filesystem` is empty, and `project_id` 0, where a kind has none. `size_bytes` 0 is no limit.
+    `uid` is a UUID of the backing: a volume whose files move to a new backing gets another one. `name` is the name of
+    the volume, used in messages only. `folder` is the folder of the backing on the host (empty: the engine chooses the
+    place). `engine_volume` and `driver_options` are passed to the engine; they never change. `filesystem` is empty and
+    `project_id` is 0 for kinds without one. `size_bytes` 0: no limit.
     """
 
     kind: VolumeBackendKind
@@ -40,10 +40,10 @@ class VolumeBacking(Record):
 
 
 class VolumeIdentity(Record):
-    """What a volume's record says that its backing does not, and that never changes.
+    """The immutable fields of a volume's record that its backing does not have.
 
-    Kept beside the files (`volume.json`) and on the engine volume (LABEL_VOLUME), so that a record that the store lost
-    can be written again. `node` is empty and `create_time` None where a version wrote it that did not keep them.
+    Stored beside the files (`volume.json`) and on the engine volume (LABEL_VOLUME), so that a record that the store
+    lost can be rebuilt. `node` is empty and `create_time` is None if an older version wrote it.
     """
 
     node: str = ""
@@ -53,10 +53,10 @@ class VolumeIdentity(Record):
 
 
 class BackingOnDisk(Record):
-    """A store that is on this host's disk.
+    """A backing that was found on the disk of this host.
 
-    `identity` is None where the store was made by a version that did not keep it, or is no volume's own: a copy that
-    a resize was making. `damage` says why `backing` is None.
+    `identity` is None if an older version made the backing, or if it is the copy of an unfinished resize. `damage` says
+    why `backing` is None.
     """
 
     uid: str
@@ -67,7 +67,7 @@ class BackingOnDisk(Record):
 
 
 class VolumeState(StrEnum):
-    """Where a volume is in its life. One that is DELETING can only be deleted: parts of it may be gone."""
+    """The lifecycle state of a volume. DELETING: it can only be deleted, because parts of it may be gone."""
 
     CREATING = "CREATING"
     READY = "READY"
@@ -75,12 +75,12 @@ class VolumeState(StrEnum):
 
 
 class Volume(Record):
-    """The head of a volume's history.
+    """The current record (head) of a volume.
 
-    `size_bytes` 0 is no limit. `reserved_bytes` is what it may come to need of the pool: more than its size while it is
-    being grown. `backing` is None until it is made. `mountpoint` is where the engine mounts it, with files there only
-    while it does. `generation` counts the changes that users made. Which containers mount it is not recorded here:
-    their specs say so.
+    `size_bytes` 0: no limit. `reserved_bytes` is what it may need of the pool: more than its size while it grows.
+    `backing` is None until it is made. `mountpoint` is where the engine mounts it; files are visible there only while
+    it is mounted. `generation` counts the changes by users. The containers that mount it are not recorded here: they
+    follow from the specs of the containers.
     """
 
     name: str
@@ -100,26 +100,26 @@ class Volume(Record):
 
     @property
     def target(self) -> ResourceRef:
-        """Names it as what an operation works on."""
+        """Return the reference that operations use for their target."""
         return ResourceRef(kind=ResourceKind.VOLUME, name=self.name, uid=self.uid)
 
     @property
     def identity(self) -> VolumeIdentity:
-        """What is kept beside the files."""
+        """Return the fields that are stored beside the files."""
         return VolumeIdentity(node=self.node, owner=self.owner, labels=self.labels, create_time=self.create_time)
 
     @property
     def etag(self) -> str:
-        """Names this state of the user's intent; opaque to callers."""
+        """Return the etag of this generation; opaque to callers."""
         return f"{self.uid[:8]}.{self.generation}"
 
     def changed(self, **changes: object) -> Volume:
-        """A copy with some fields replaced."""
+        """Return a copy with some fields replaced."""
         return self.model_copy(update=changes)
 
 
 class VolumeCause(StrEnum):
-    """What made a revision of a volume."""
+    """What created a revision of a volume."""
 
     CREATED = "CREATED"
     GROWN = "GROWN"
@@ -128,7 +128,7 @@ class VolumeCause(StrEnum):
 
 
 class VolumeRevision(Record):
-    """One immutable step of a volume's history: the size that it was given."""
+    """One immutable revision in the history of a volume: the size that it was given."""
 
     volume: str
     uid: str
@@ -140,9 +140,9 @@ class VolumeRevision(Record):
 
 
 class VolumeUsage(Record):
-    """How full a volume is, as `df` in a container shows it. `minimum_bytes` is the least size it can shrink to.
+    """Usage of a volume, as `df` in a container shows it. `minimum_bytes` is the smallest size it can shrink to.
 
-    `size_bytes` is 0 where there is no limit.
+    `size_bytes` 0: no limit.
     """
 
     used_bytes: int
@@ -151,10 +151,10 @@ class VolumeUsage(Record):
 
 
 class PoolUsage(Record):
-    """The filesystem that sized volumes share.
+    """Usage of the filesystem that holds all volumes with a size.
 
-    `free_bytes` is what root may still write. `promised_bytes` is the sum of the volumes' sizes, `allocated_bytes` what
-    they have of it: promised less allocated is what may still be asked of `free_bytes`.
+    `free_bytes` is what root can still write. `promised_bytes` is the sum of the sizes of the volumes, and
+    `allocated_bytes` what they already use: the difference may still be taken from `free_bytes`.
     """
 
     total_bytes: int
@@ -164,7 +164,7 @@ class PoolUsage(Record):
 
 
 class TreeSummary(Record):
-    """What a tree of files holds: its entries, the bytes inside its files, and a digest of content and metadata."""
+    """A file tree: number of entries, bytes in its files, and a digest of content and metadata."""
 
     entries: int
     content_bytes: int

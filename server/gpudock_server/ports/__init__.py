@@ -1,7 +1,7 @@
-"""What core needs of the world: an engine, a store, cards, and ways to carry, keep and size files.
+"""Interfaces that core uses: engine, store, GPUs, host paths, layers, snapshots, volumes.
 
-Adapters implement these; core speaks nothing else. Every method may raise the errors named in its protocol's
-docstring, and no others that a caller should see. Every call is bounded in time by its adapter.
+Adapters implement them. A method raises only the domain errors that its docstring or that of its protocol names. The
+adapter limits the time of every call.
 """
 
 from gpudock_server.ports.engine import Engine, ExecSession

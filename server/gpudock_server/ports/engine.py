@@ -22,60 +22,60 @@ from gpudock_server.ports.progress import Progress
 
 
 class ExecSession(Protocol):
-    """A process inside a container, with its streams. Raises EngineUnavailable, EngineRejected."""
+    """A process that exec started in a container, with its streams. Raises EngineUnavailable, EngineRejected."""
 
     def read(self) -> AsyncIterator[tuple[ExecStream, bytes]]:
-        """Output as it comes; ends when the process has closed its side. Not reading holds the process back."""
+        """Iterate over the output; ends when the process has closed it. The process blocks while nobody reads."""
         ...
 
     async def write(self, data: bytes) -> None:
-        """Give `data` to its stdin; returns when the engine has taken it."""
+        """Write `data` to stdin; returns when the engine has accepted it."""
         ...
 
     async def close_stdin(self) -> None:
-        """End its stdin; its output goes on."""
+        """Close stdin; the output stays open."""
         ...
 
     async def resize(self, rows: int, columns: int) -> None:
-        """Tell its terminal a new size."""
+        """Resize the terminal."""
         ...
 
     async def status(self) -> ExecStatus:
-        """Whether it runs, its exit code, its pid on the engine's host."""
+        """Return whether the process runs, its exit code, and its pid on the engine's host."""
         ...
 
     async def close(self) -> None:
-        """Let go of the connection; the process is not touched."""
+        """Close the connection; the process continues."""
         ...
 
 
 class Engine(Protocol):
-    """The container engine. Raises EngineUnavailable (no answer) and EngineRejected (an answer that says no).
+    """The container engine. Raises EngineUnavailable (no answer) and EngineRejected (the engine refused the call).
 
-    "Already done" is success everywhere: starting what runs, stopping what is stopped, removing what is gone, and
+    "Already done" is success: starting a running container, stopping a stopped one, removing what does not exist, and
     creating what the same operation has created.
     """
 
     async def info(self) -> EngineInfo:
-        """What the engine is and what its host has."""
+        """Return the engine's version and id, and the capacity of its host."""
         ...
 
     async def image(self, reference: str) -> EngineImage | None:
-        """An image that the engine has, by name or id."""
+        """Return an image by name or id; None if the engine does not have it."""
         ...
 
     async def image_names(self) -> tuple[str, ...]:
-        """The names (`repository:tag`) of all images that have one."""
+        """Return the names (`repository:tag`) of all images."""
         ...
 
     async def image_ids(self) -> tuple[str, ...]:
-        """The ids of all images, also of those without a name."""
+        """Return the ids of all images, including those without a name."""
         ...
 
     async def pull(self, reference: str, auth: RegistryAuth | None, progress: Progress) -> None:
-        """Fetch an image. Raises ImagePullFailed.
+        """Pull an image. Raises ImagePullFailed.
 
-        `progress` is called at every sign that the pull moves; it may never move again, and then does not end.
+        `progress` is called whenever the pull makes progress. A pull that stalls does not end by itself.
         """
         ...
 
@@ -84,24 +84,24 @@ class Engine(Protocol):
         ...
 
     async def volume_names(self) -> tuple[str, ...]:
-        """The names of all engine volumes."""
+        """Return the names of all engine volumes."""
         ...
 
     async def find_volumes(self, labels: Mapping[str, str]) -> tuple[EngineVolume, ...]:
-        """The engine volumes that have all these labels."""
+        """Return the engine volumes that have all these labels."""
         ...
 
     async def create_volume(
         self, name: str, *, labels: Mapping[str, str], driver_options: Mapping[str, str]
     ) -> EngineVolume:
-        """Make a volume of the engine's `local` driver, or find the one with the same LABEL_UID.
+        """Create a volume of the engine's `local` driver, or return the one with the same name and LABEL_UID.
 
-        Raises VolumeExists where the name is somebody else's.
+        Raises VolumeExists if the volume of that name has another LABEL_UID.
         """
         ...
 
     async def inspect_volume(self, name: str) -> EngineVolume | None:
-        """One volume; None when the engine says there is none."""
+        """Return a volume; None if the engine does not have it."""
         ...
 
     async def remove_volume(self, name: str) -> None:
@@ -109,35 +109,35 @@ class Engine(Protocol):
         ...
 
     async def mounting(self, volume: str) -> tuple[EngineContainer, ...]:
-        """Containers in any state, of whomever, that have this engine volume among their mounts."""
+        """Return all containers, in any state and of any owner, that mount this engine volume."""
         ...
 
     async def create(self, engine_spec: EngineContainerSpec) -> str:
-        """Create a container and return its engine id."""
+        """Create a container; returns its engine id."""
         ...
 
     async def inspect(self, engine_id: str) -> EngineContainer | None:
-        """One container, by id or name; None when the engine says there is none."""
+        """Return a container by id or name; None if the engine does not have it."""
         ...
 
     async def find(self, labels: Mapping[str, str]) -> tuple[EngineContainer, ...]:
-        """Containers in any state that carry all of `labels` (an empty value matches any)."""
+        """Return the containers, in any state, that have all `labels` (an empty value matches any)."""
         ...
 
     async def start(self, engine_id: str) -> None:
-        """Start it. Raises PortInUse where the engine says so, StartFailed where the process could not begin."""
+        """Start a container. Raises PortInUse, and StartFailed if its process could not be started."""
         ...
 
     async def stop(self, engine_id: str, timeout: float) -> None:
-        """Stop it: its stop signal, then after `timeout` seconds SIGKILL; 0 kills at once."""
+        """Stop a container: its stop signal, then SIGKILL after `timeout` seconds; 0: SIGKILL only."""
         ...
 
     async def pause(self, engine_id: str) -> None:
-        """Freeze every process."""
+        """Freeze all processes of a container."""
         ...
 
     async def unpause(self, engine_id: str) -> None:
-        """Thaw them."""
+        """Thaw all processes of a container."""
         ...
 
     async def update(
@@ -149,19 +149,19 @@ class Engine(Protocol):
         pids_limit: int = 0,
         restart_policy: RestartPolicy | None = None,
     ) -> None:
-        """Change its limits in place, 0 is the node's default; and its restart policy, unless it is None."""
+        """Change limits in place (0: the default of the node), and the restart policy unless it is None."""
         ...
 
     async def rename(self, engine_id: str, name: str) -> None:
-        """Give it another name; EngineRejected where something else has that."""
+        """Rename a container. Raises EngineRejected if the name is in use."""
         ...
 
     async def exited_within(self, engine_id: str, seconds: float) -> int | None:
-        """Its exit code if it stops running within `seconds`; None if it still runs then."""
+        """Wait for the exit of a container; returns its exit code, or None if it still runs after `seconds`."""
         ...
 
     async def remove(self, engine_id: str, *, own_volumes: bool = False) -> None:
-        """Remove it, killing what runs; with `own_volumes` the anonymous volumes that were made with it, too."""
+        """Kill and remove a container; with `own_volumes` also the anonymous volumes that were created with it."""
         ...
 
     async def commit(
@@ -175,50 +175,51 @@ class Engine(Protocol):
         changes: Sequence[str] = (),
         config_of: str = "",
     ) -> str:
-        """Make an image of its files, with the config it had, named `reference`; the id of the image.
+        """Commit a container to an image named `reference`; returns the id of the image.
 
-        `changes` are Dockerfile lines that change that config, which is that of another container with `config_of`.
+        The image has the config of the container, or of the container `config_of`, changed by the Dockerfile lines
+        `changes`.
         """
         ...
 
     async def create_file_holder(self, of: str, name: str, labels: Mapping[str, str]) -> str:
-        """Create a container with the image and the config of container `of`, which holds files and never runs; its id.
+        """Create a container that holds files and never runs; returns its engine id.
 
-        It has `labels`, and no cards, ports, limits or volumes.
+        It has the image and the config of container `of` and `labels`, but no GPUs, ports, limits or volumes.
         """
         ...
 
     async def tag(self, image: str, reference: str) -> None:
-        """Name an image; another one that had the name loses it."""
+        """Tag an image; another image with that name loses it."""
         ...
 
     async def replace_config(self, image_id: str, other_id: str, reference: str) -> str:
-        """Make an image named `reference`, of the layers of one and the config of another; its id."""
+        """Create an image `reference` with the layers of `image_id` and the config of `other_id`; returns its id."""
         ...
 
     async def strip_identity(self, image_id: str, base_id: str, reference: str) -> str:
-        """Make an image named `reference` out of one that a commit made, less what tells which container that was.
+        """Create an image `reference` from a committed one, without data that identifies the container; returns its id.
 
-        `base_id` is the image that the container was made from.
+        `base_id` is the image that the container was created from.
         """
         ...
 
     async def flatten(self, image_id: str, base_layers: int, reference: str, *, config_of: str, onto: str = "") -> str:
-        """Make an image named `reference` whose layers above the lowest `base_layers` are one; its id.
+        """Create an image `reference` in which the layers above the lowest `base_layers` are merged; returns its id.
 
-        Its config is that of image `config_of`. With `onto` that one layer lies on the layers of another image
+        Its config is that of image `config_of`. With `onto` the merged layer is put on the layers of that image
         instead. Raises LayerCarryFailed, DiskFull.
         """
         ...
 
     async def remove_image(self, reference: str) -> None:
-        """Remove an image by name or id; one that is still used stays, and that is no error."""
+        """Remove an image by name or id. An image in use is kept, which is not an error."""
         ...
 
     def events(self, since_nanos: int) -> AsyncIterator[EngineEvent]:
-        """Events of our containers from `since_nanos` on; raises EngineUnavailable when the stream breaks."""
+        """Iterate over events of gpudock containers since `since_nanos`. Raises EngineUnavailable if it breaks."""
         ...
 
     async def exec(self, engine_id: str, request: ExecRequest) -> ExecSession:
-        """Start a process inside a running container."""
+        """Start a process in a running container."""
         ...

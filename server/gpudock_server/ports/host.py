@@ -1,4 +1,4 @@
-"""What else the host has: cards, ports and processes."""
+"""GPUs, ports and processes of the host."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from gpudock_server.model.gpu import GpuReport
 
 
 class GpuInventory(Protocol):
-    """The cards of this host. Raises nothing: a driver that is missing or dies is a snapshot without cards."""
+    """The GPUs of this host. Raises nothing: without a driver the report has no GPUs."""
 
     async def snapshot(self) -> GpuReport:
-        """The cards with their telemetry, as of now."""
+        """Return the GPUs with their current telemetry."""
         ...
 
 
 class PortProbe(Protocol):
-    """Tells whether a host port can be bound right now."""
+    """Checks whether a host port is free."""
 
     def __call__(self, protocol: str, port: int) -> Awaitable[bool]:
-        """True when nothing listens on it."""
+        """Return whether the port can be bound now."""
         ...
 
 
 class ProcessControl(Protocol):
-    """Signals to processes inside containers, by the pid that the engine shows for them."""
+    """Signals processes in containers by the pid that the engine reports."""
 
     def alive(self, pid: int, engine_id: str) -> bool:
-        """Whether `pid` is a living process of that container."""
+        """Whether `pid` is a running process of that container."""
         ...
 
     def signal(self, pid: int, engine_id: str, signal_number: int, *, session: bool = False) -> bool:
-        """Send a signal to a process, or to its whole session; False when it is not there or not that container's."""
+        """Signal a process, or its whole session; False if it does not exist or belongs to another container."""
         ...

@@ -7,33 +7,34 @@ from typing import Protocol
 
 
 class HostPaths(Protocol):
-    """Binds host paths to places of the daemon's own, which are given to the engine in their stead.
+    """Bind-mounts host paths to folders of the daemon, which the engine mounts instead of the host paths.
 
-    The engine resolves a path again at every start, and a container can exchange what lies in a folder that it may
-    write to. Raises HostPathForbidden for a path that may not be mounted, or leads through a symbolic link, or is not
-    there; HostPathFailed where the host refuses; EngineUnavailable, since it is asked where it sees the host's files.
+    Reason: the engine resolves a path again at every start, and a container can replace files in a folder that it may
+    write to. Raises HostPathForbidden if a path is not allowed, contains a symbolic link or does not exist;
+    HostPathFailed if the host refuses the mount; EngineUnavailable, because the mounts are made in the mount namespace
+    of the engine.
     """
 
     async def check(self, paths: Sequence[str]) -> None:
-        """Whether each may be mounted now. Nothing is changed."""
+        """Check that all paths can be mounted now. Changes nothing."""
         ...
 
     async def bind(self, name: str, paths: Sequence[str], *, renew: bool = True) -> dict[str, str]:
-        """Bind each for the engine container `name`; host path -> what the engine is to mount for it.
+        """Bind the paths for the engine container `name`; returns host path -> path that the engine has to mount.
 
-        One that is bound already is resolved again, and bound to what it leads to now. With `renew` False it stays as
-        it is, for a container that is to run again as it ran before.
+        A path that is already bound is resolved and bound again. With `renew` False it is kept, for a container that
+        must run again with the same files.
         """
         ...
 
     def source(self, name: str, path: str) -> str:
-        """What the engine is given for a host path of the engine container `name`, bound or not."""
+        """Return the path that the engine mounts for a host path of the engine container `name`, bound or not."""
         ...
 
     async def release(self, name: str) -> None:
-        """Undo all that was bound for an engine container, which must not exist any more."""
+        """Remove all binds of an engine container that no longer exists."""
         ...
 
     async def names(self) -> frozenset[str]:
-        """The engine containers that something is bound for."""
+        """Return the names of all engine containers that have binds."""
         ...

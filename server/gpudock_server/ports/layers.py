@@ -1,4 +1,4 @@
-"""Carrying a writable layer from a container to its successor."""
+"""Transfer of a writable layer from a container to its successor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpudock_server.ports.progress import Progress
 
 
 class LayerTransferPlan(Record):
-    """How a layer would be carried: see OperationPlan. `bytes_to_move` is 0 where nothing is copied."""
+    """How a layer would be transferred: see OperationPlan. `bytes_to_move` is 0 if nothing is copied."""
 
     method: LayerTransferMethod
     bytes_to_move: int = 0
@@ -21,10 +21,10 @@ class LayerTransferPlan(Record):
 
 
 class CommitCost(Record):
-    """What an image of a container's files costs. `measured` False: the layer is out of reach, and nothing is known.
+    """The cost of a commit. `measured` False: the layer is not accessible, so the cost is unknown.
 
-    `apparent_bytes` is what the engine writes, `allocated_bytes` what the layer takes on the disk: less, where files
-    have holes. `warnings` say what is lost in the image.
+    `apparent_bytes` is what the engine writes; `allocated_bytes` is the size of the layer on disk, which is smaller if
+    files have holes. `warnings` say what the image does not contain.
     """
 
     measured: bool = False
@@ -36,10 +36,10 @@ class CommitCost(Record):
 
 
 class LayerPair(Record):
-    """The writable layers of a container and its successor, as they were before anything moved.
+    """The writable layers of a container and its successor, as they were before the transfer.
 
-    Both paths were checked to be what the engine says they are. The inode numbers tell afterwards which of the two
-    trees stands where: an exchange that may or may not have happened is found out, never guessed.
+    Both paths have been checked to be the layers that the engine reports. The inode numbers show later whether the two
+    trees have been exchanged.
     """
 
     old_path: str
@@ -49,17 +49,17 @@ class LayerPair(Record):
 
 
 class LayerStore(Protocol):
-    """Carries a writable layer between two containers that do not run. Raises LayerCarryFailed, DiskFull.
+    """Transfers a writable layer between two stopped containers. Raises LayerCarryFailed, DiskFull.
 
-    `exchange`, `exchange_back` and `copy` may be repeated: done twice is done once.
+    `exchange`, `exchange_back` and `copy` are idempotent.
     """
 
     async def methods(self) -> tuple[tuple[LayerTransferMethod, str], ...]:
-        """Each method with the reason why it is not available here; an empty reason means that it is."""
+        """Return each method with the reason why it is not available here; empty if it is available."""
         ...
 
     async def plan(self, old: EngineContainer) -> LayerTransferPlan:
-        """The best method for a container's layer on this host, and what it costs."""
+        """Return the best method for a container's layer on this host, and its cost."""
         ...
 
     async def accounts(self, image: EngineImage, upper_dir: str = "") -> ImageAccounts | None:
@@ -70,45 +70,45 @@ class LayerStore(Protocol):
         ...
 
     async def commit_plan(self, container: EngineContainer) -> LayerTransferPlan:
-        """What an image of a container's files costs, and what is lost in it; 0 bytes where that cannot be seen."""
+        """Return the cost of a commit and what the image does not contain; 0 bytes if the layer is not accessible."""
         ...
 
     async def commit_cost(self, container: EngineContainer) -> CommitCost:
-        """What an image of a container's files costs, in full. Raises DiskFull, LayerCarryFailed."""
+        """Measure the cost of a commit. Raises DiskFull, LayerCarryFailed."""
         ...
 
     async def require_committable(self, container: EngineContainer) -> None:
-        """Raises LayerCarryFailed where the engine would leave files out of an image of a container's files.
+        """Raise LayerCarryFailed if the engine would leave files out of an image of the container.
 
-        Asked again right before a commit, when the files stay as they are. Where the layer is out of reach, nobody can
-        tell, and this raises nothing.
+        Called again right before a commit, when the files no longer change. If the layer is not accessible, nothing is
+        checked.
         """
         ...
 
     def report_commit_progress(
         self, container: EngineContainer, total: int, progress: Progress
     ) -> AbstractAsyncContextManager[None]:
-        """While it is entered: tell how many bytes of `total` the engine has written of an image of its files.
+        """While the context is open, report how many bytes of `total` the engine has written for a commit.
 
-        Where that cannot be seen, nothing is told. Raises nothing.
+        Reports nothing if that is not visible. Raises nothing.
         """
         ...
 
     async def locate(self, old: EngineContainer, new: EngineContainer) -> LayerPair:
-        """The two layers, checked: same image, known storage driver, paths that exist and are the engine's.
+        """Return both layers after checking them: same image, known storage driver, existing paths of the engine.
 
-        Nothing is moved, so the old one may still run.
+        Changes nothing, so the old container may still run.
         """
         ...
 
     async def exchange(self, pair: LayerPair) -> bool:
-        """Swap the two trees. False, with nothing changed, where the kernel refuses across quota boundaries."""
+        """Exchange the two trees; False, with nothing changed, if the kernel refuses because of project quotas."""
         ...
 
     async def exchange_back(self, pair: LayerPair) -> None:
-        """Undo an exchange if one happened."""
+        """Undo the exchange if it happened."""
         ...
 
     async def copy(self, pair: LayerPair, progress: Progress) -> None:
-        """Make the new tree equal to the old one and verify that it is."""
+        """Make the new tree equal to the old one and verify it."""
         ...

@@ -1,8 +1,8 @@
-"""How far something is that moves bytes."""
+"""Progress of an action that moves bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Progress = Callable[[int, int], None]
-"""Called with (current, total) bytes; total 0 is "not known yet"."""
+"""Called with (current, total) bytes; total 0: not known yet."""

@@ -1,4 +1,4 @@
-"""A copy of containers' histories that outlives the store."""
+"""Backups of the history of containers, for the case that the store loses it."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from gpudock_server.model.snapshot import SnapshotKey
 
 
 class RevisionBackupStore(Protocol):
-    """Keeps entries on the disk of this node, for its own containers alone. Raises SnapshotFailed, DiskFull.
+    """Backups of the revisions of this node's containers, on its disk. Raises SnapshotFailed, DiskFull.
 
-    The store is the truth and this the copy: it is read only where the store has lost something.
+    The store is authoritative; the backups are read only if the store has lost records.
     """
 
     async def write(self, entry: RevisionBackup) -> None:
-        """Add an entry, or replace the one of its container and number, atomically."""
+        """Add the backup of a revision, or replace it atomically."""
         ...
 
     async def read(self, uid: str) -> tuple[RevisionBackup, ...]:
-        """What is kept of a container, oldest first; what cannot be read is left out."""
+        """Return the readable backups of a container, oldest first."""
         ...
 
     async def delete(self, key: SnapshotKey) -> None:
-        """Remove one entry."""
+        """Delete the backup of one revision."""
         ...
 
     async def delete_all(self, uid: str) -> None:
-        """Remove all entries of a container."""
+        """Delete all backups of a container."""
         ...
 
     async def uids(self) -> tuple[str, ...]:
-        """Every container of which there are entries or snapshots."""
+        """Return the uid of every container that has backups or snapshots."""
         ...

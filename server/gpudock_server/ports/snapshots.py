@@ -1,4 +1,4 @@
-"""Keeping the files of a revision, and bringing them back."""
+"""Snapshots of the files of a revision."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from gpudock_server.ports.progress import Progress
 
 
 class LayerTooLarge(Exception):
-    """No snapshot is made of a layer with so many, or so deeply nested, files; the text says what is too much."""
+    """The layer has too many or too deeply nested files for a snapshot; the message says which limit it exceeds."""
 
 
 class SnapshotPlan(Record):
-    """What keeping a layer takes: the bytes that are copied at most (0 where extents are shared), and the room.
+    """The cost of a snapshot: the maximum of bytes that are copied (0 if extents are shared), and the free bytes.
 
-    `too_large` says why no snapshot is made of this layer, whatever the room; otherwise it is empty.
+    `too_large` says which limit the layer exceeds; empty if it exceeds none.
     """
 
     method: SnapshotMethod
@@ -27,20 +27,20 @@ class SnapshotPlan(Record):
 
 
 class SnapshotStore(Protocol):
-    """Keeps the files of writable layers as trees that never change. Raises SnapshotFailed, DiskFull.
+    """Keeps the files of writable layers as immutable trees. Raises SnapshotFailed, DiskFull.
 
-    A snapshot is made in three steps, each of which may be repeated, also by another daemon: `gather`, `complete` and
-    `seal`; until the last it is partial and belongs to its operation. `gather` may be left out. `previous` is an
-    earlier snapshot of the same container, whose unchanged files are shared; it may be gone, or be of any age.
-    After DiskFull nothing is left of the partial one, nor after LayerTooLarge, which `gather` and `complete` raise.
+    A snapshot is made in three steps, `gather` (optional), `complete` and `seal`. Each may be repeated, also by another
+    daemon. Until `seal` the snapshot is partial and belongs to its operation. `previous` is an earlier snapshot of the
+    same container, with which unchanged files are shared; it may have any age, or no longer exist. After DiskFull or
+    LayerTooLarge, which `gather` and `complete` raise, the partial snapshot has been removed.
     """
 
     async def method(self, old: EngineContainer) -> tuple[SnapshotMethod | None, str]:
-        """How a container's layer would be kept here; None and the reason where it cannot be."""
+        """Return the method for a container's layer on this host; None and the reason if no snapshot can be made."""
         ...
 
     async def plan(self, old: EngineContainer, previous: SnapshotKey | None) -> SnapshotPlan:
-        """What it takes; the container may run."""
+        """Return the cost of a snapshot; the container may run."""
         ...
 
     async def gather(
@@ -51,7 +51,7 @@ class SnapshotStore(Protocol):
         previous: SnapshotKey | None,
         progress: Progress,
     ) -> None:
-        """Bring the bulk while the container may run, so that little is left to do when it does not."""
+        """Copy most of the files while the container may run, so that `complete` has little left to copy."""
         ...
 
     async def complete(
@@ -62,51 +62,51 @@ class SnapshotStore(Protocol):
         previous: SnapshotKey | None,
         progress: Progress,
     ) -> None:
-        """Bring what changed since. The caller keeps the container still: it is paused or does not run.
+        """Copy what has changed since `gather`. The container must be paused or stopped.
 
-        The time grows with the number of entries and with the files that changed. What was brought is in memory; only
-        `seal` has it on the disk.
+        The time grows with the number of entries and of changed files. The copy is in the page cache; only `seal`
+        writes it to disk.
         """
         ...
 
     async def seal(self, key: SnapshotKey, operation_id: str, image_id: str) -> Snapshot:
-        """Have it on the disk and make it final. Fails when the machine was started anew since `complete`."""
+        """Write the snapshot to disk and make it final. Fails if the machine has rebooted since `complete`."""
         ...
 
     async def discard(self, key: SnapshotKey, operation_id: str) -> None:
-        """Remove what an operation made under this key, sealed or not; what another one made stays."""
+        """Remove the snapshot of this key, sealed or partial, if this operation made it."""
         ...
 
     async def restore(self, key: SnapshotKey, target: EngineContainer, progress: Progress) -> None:
-        """Make the layer of a container that never ran equal to a sealed snapshot of the same image, and verify it."""
+        """Fill the layer of a container that never ran from a sealed snapshot of the same image, and verify it."""
         ...
 
     async def mirror(
         self, source: EngineContainer, target: EngineContainer, operation_id: str, *, still: bool, progress: Progress
     ) -> None:
-        """Make the layer of a container that never ran equal to another's of the same image.
+        """Make the layer of a container that never ran equal to that of another container of the same image.
 
-        First, as often as wanted, while the source may run; last with `still`, when the caller keeps it still. Only
-        after that one may the target be started.
+        May be repeated while the source runs. The last call, with `still`, needs a source that is paused or stopped;
+        the target may be started only after it.
         """
         ...
 
     async def remove(self, key: SnapshotKey) -> None:
-        """Remove a sealed snapshot. Others that share files with it keep them."""
+        """Remove a sealed snapshot. Snapshots that share files with it keep them."""
         ...
 
     async def remove_all(self, uid: str) -> None:
-        """Remove everything of a container, partial ones too."""
+        """Remove all snapshots of a container, including partial ones."""
         ...
 
     async def sealed(self, key: SnapshotKey) -> Snapshot | None:
-        """What is known of a sealed snapshot; None where there is none, or it cannot be read."""
+        """Return the record of a sealed snapshot; None if it does not exist or cannot be read."""
         ...
 
     async def find(self) -> tuple[SnapshotKey, ...]:
-        """Every sealed snapshot."""
+        """Return the keys of all sealed snapshots."""
         ...
 
     async def partials(self) -> tuple[tuple[SnapshotKey, str], ...]:
-        """Every partial one with the operation that it belongs to."""
+        """Return the keys of all partial snapshots with their operations."""
         ...

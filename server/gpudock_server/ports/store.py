@@ -1,4 +1,4 @@
-"""Where the truth is kept: records, claims, locks and the journal, changed in transactions."""
+"""The authoritative store of records, claims, locks and operations, changed in transactions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Versioned(Generic[T]):
-    """A stored value with the version to compare and set against; 0 never names an existing one."""
+    """A stored value with its version for compare-and-set; existing values never have version 0."""
 
     value: T
     version: int
@@ -28,7 +28,7 @@ class Versioned(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class ContainerView:
-    """A head together with the operation that has it locked (empty: none), read at one moment."""
+    """The record of a container and the operation that has locked it (empty: none), from one consistent read."""
 
     container: Container
     version: int
@@ -37,9 +37,9 @@ class ContainerView:
 
 @dataclass(frozen=True, slots=True)
 class RevisionView:
-    """A revision and its snapshot, read at one moment; None: its files were not kept.
+    """A revision and its snapshot (None: no snapshot), from one consistent read.
 
-    `snapshot_warning` says why they were not although the policy asked for it; otherwise it is empty.
+    `snapshot_warning` says why there is no snapshot although the policy requires one; otherwise it is empty.
     """
 
     revision: ContainerRevision
@@ -49,7 +49,7 @@ class RevisionView:
 
 @dataclass(frozen=True, slots=True)
 class UnreadableKey:
-    """Something in the store that cannot be read: where it is, whose it is by its key, and what is wrong with it."""
+    """A record that cannot be read: its key, the object name in the key, and what is wrong."""
 
     key: str
     name: str
@@ -58,7 +58,7 @@ class UnreadableKey:
 
 @dataclass(frozen=True, slots=True)
 class VolumeView:
-    """A volume's head together with the operation that has it locked (empty: none), read at one moment."""
+    """The record of a volume and the operation that has locked it (empty: none), from one consistent read."""
 
     volume: Volume
     version: int
@@ -67,10 +67,10 @@ class VolumeView:
 
 @dataclass(frozen=True, slots=True)
 class StoreUsage:
-    """How large the store's database is.
+    """The size of the store's database.
 
-    `size_bytes` is its file, `in_use_bytes` what of that holds data, `quota_bytes` what it may grow to (0: not known).
-    `full` says why the store takes no changes that need room, and what helps; empty where it does.
+    `size_bytes` is the size of its file, `in_use_bytes` the part of it that holds data, `quota_bytes` its limit (0: not
+    known). `full` says why the store accepts only deletions, and what helps; empty if it accepts all changes.
     """
 
     size_bytes: int
@@ -81,7 +81,7 @@ class StoreUsage:
 
 @dataclass(frozen=True, slots=True)
 class VolumeDetails:
-    """A volume with what is derived: who mounts it, and the bytes in use where they were measured."""
+    """A volume with the containers that mount it, and the bytes in use (None: not measured)."""
 
     view: VolumeView
     containers: tuple[str, ...]
@@ -90,10 +90,10 @@ class VolumeDetails:
 
 @dataclass(frozen=True, slots=True)
 class Page(Generic[T]):
-    """A part of a consistent listing. `next_token` is empty on the last.
+    """A page of a consistent listing. `next_token` is empty on the last page.
 
-    With `watch_token` a watch tells what happened since, where the listed can be watched. What cannot be read is left
-    out of `items`.
+    A watch that starts with `watch_token` reports all changes since the listing; it is empty if the objects cannot be
+    watched. Records that cannot be read are not in `items` but in `unreadable`.
     """
 
     items: tuple[T, ...]
@@ -104,10 +104,10 @@ class Page(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class StoreEvent(Generic[T]):
-    """What a watch saw of one object: as it was before a change (None: not there) and after it (None: gone).
+    """One change of an object: `before` (None: it did not exist) and `after` (None: it was deleted).
 
-    Both are None where nothing is to be told up to here. `token` goes on behind it. `list_complete`: everything that
-    was there when the watch began has been shown.
+    Both are None in a checkpoint. A watch that starts with `token` continues after this event. `list_complete`: all
+    objects that existed when the watch began have been reported.
     """
 
     before: T | None
@@ -117,10 +117,10 @@ class StoreEvent(Generic[T]):
 
 
 class StoreConflict(Exception):
-    """A condition of a transaction did not hold, so none of it happened.
+    """A condition of a transaction did not hold, so no change was applied.
 
-    `change` is the first whose condition failed; `found` is what stands there: an operation id for a lock, a Holder
-    for a claim, a Versioned record otherwise, None where nothing does.
+    `change` is the first change whose condition failed; `found` is the value in the store: an operation id for a lock,
+    a Holder for a claim, otherwise a Versioned record; None if there is none.
     """
 
     def __init__(self, change: StoreChange, found: object) -> None:
@@ -130,108 +130,107 @@ class StoreConflict(Exception):
 
 
 class Store(Protocol):
-    """The truth. Raises StoreUnavailable when it does not answer within its timeout.
+    """The authoritative store of records, claims, locks and operations.
 
-    Where a change needs room that the store does not have, that is its subclass StoreFull.
-
-    `apply` resolves what a timeout leaves open: while it has time it finds out, by reading back, whether the
-    transaction happened, and only then gives up with StoreUnavailable. What cannot be read is left out of what is read
-    with others, and RecordUnreadable where it was asked for by itself; a claim that cannot be read is held.
+    Raises StoreUnavailable if it does not answer in time, and its subclass StoreFull if it has no space for a change.
+    After a timeout `apply` reads back whether the transaction was applied, and raises StoreUnavailable only if that
+    also fails. Records that cannot be read are left out of listings; reading one of them alone raises RecordUnreadable.
+    A claim that cannot be read counts as held.
     """
 
     async def apply(self, changes: Sequence[StoreChange]) -> int:
-        """Do all of `changes` or none; the version that the things put now have. Raises StoreConflict."""
+        """Apply all changes or none; returns the new version of all written records. Raises StoreConflict."""
         ...
 
     async def container(self, name: str) -> ContainerView | None:
-        """A head and its lock, in one read."""
+        """Return the record of a container and its lock; None if it does not exist."""
         ...
 
     async def containers(self, *, page_size: int, page_token: str) -> Page[ContainerView]:
-        """Heads in the order of their names; every page shows the moment of the first. Raises ResumeTokenExpired."""
+        """List containers by name; all pages show the state of the first page. Raises ResumeTokenExpired."""
         ...
 
     async def revisions(self, uid: str, *, page_size: int, page_token: str) -> Page[RevisionView]:
-        """A container's history, oldest first; pages as in `containers`."""
+        """List the revisions of a container, oldest first; pages as in `containers`."""
         ...
 
     async def history(self, uid: str) -> tuple[RevisionView, ...]:
-        """All of a container's history at one moment, oldest first."""
+        """Return all revisions of a container from one consistent read, oldest first."""
         ...
 
     async def revision(self, uid: str, number: int) -> RevisionView | None:
-        """One revision with its snapshot."""
+        """Return a revision with its snapshot; None if it does not exist."""
         ...
 
     def watch_containers(self, *, token: str, listing: bool) -> AsyncGenerator[StoreEvent[ContainerView], None]:
-        """Heads and their locks as they change, every change once and in order: behind `token`, or from now on.
+        """Watch containers and their locks: every change once and in order, after `token` or from now on.
 
-        Without a token and with `listing` those that are there come first, then `list_complete`. With a token, the
-        first is one that only says that the watch has begun. Something comes at least every idle interval of the
-        store. Not asking for the next one holds the store back. Raises ResumeTokenExpired, InvalidArgument
-        (resume_token), StoreUnavailable when the store is away for longer than its timeout.
+        Without a token and with `listing` the existing containers come first, then `list_complete`. With a token the
+        first event is a checkpoint. At least one event comes in every idle interval of the store. The watch is not
+        buffered: the store waits while the caller does not read. Raises ResumeTokenExpired, InvalidArgument
+        (resume_token), and StoreUnavailable if the store does not answer for longer than its timeout.
         """
         ...
 
     async def volume(self, name: str) -> VolumeView | None:
-        """A volume's head and its lock, in one read."""
+        """Return the record of a volume and its lock; None if it does not exist."""
         ...
 
     async def volumes(self, *, page_size: int, page_token: str) -> Page[VolumeView]:
-        """Volumes' heads in the order of their names; pages as in `containers`."""
+        """List volumes by name; pages as in `containers`."""
         ...
 
     def watch_volumes(self, *, token: str, listing: bool) -> AsyncGenerator[StoreEvent[VolumeDetails], None]:
-        """Heads, their locks and the containers whose specs mount them, as they change; like `watch_containers`.
+        """Watch volumes, their locks and the containers whose specs mount them, like `watch_containers`.
 
-        What is in use is not among it.
+        `used_bytes` is not reported.
         """
         ...
 
     async def volume_revisions(self, uid: str, *, page_size: int, page_token: str) -> Page[VolumeRevision]:
-        """A volume's history, oldest first; pages as in `containers`."""
+        """List the revisions of a volume, oldest first; pages as in `containers`."""
         ...
 
     async def claims(self, host: str) -> ClaimTable:
-        """All claims of a host, at one moment."""
+        """Return all claims of a host from one consistent read."""
         ...
 
     async def operation(self, operation_id: str) -> Versioned[Operation] | None:
-        """An operation that has not expired."""
+        """Return an operation; None if it does not exist or has expired."""
         ...
 
     async def operations(self, *, page_size: int, page_token: str) -> Page[Operation]:
-        """Operations in the order of their ids; pages as in `containers`."""
+        """List operations by id; pages as in `containers`."""
         ...
 
     async def unfinished(self, node: str) -> tuple[Versioned[Operation], ...]:
-        """Operations of `node` that have not ended and can be read, found by the locks they hold."""
+        """Return the readable operations of `node` that have not ended, found by the locks they hold."""
         ...
 
     async def list_locks(self) -> tuple[Lock, ...]:
-        """Every lock there is, of any node."""
+        """Return all locks of all nodes."""
         ...
 
     async def request(self, request_id: str) -> RequestRecord | None:
-        """What a request id stood for."""
+        """Return the record of a request id; None if it is unused or has expired."""
         ...
 
     async def image_origin(self, node: str, image_id: str) -> ImageOrigin | None:
-        """Where an image of a node's engine came from; None where gpudock does not know."""
+        """Return the origin of an image of a node's engine; None if it is unknown."""
         ...
 
     async def image_origins(self, node: str) -> tuple[ImageOrigin, ...]:
-        """The origins of a node's images, as far as gpudock knows them."""
+        """Return all known origins of a node's images."""
         ...
 
     async def nodes(self) -> tuple[NodeRecord, ...]:
-        """Every daemon that is alive."""
+        """Return the records of all running daemons."""
         ...
 
     async def ping(self) -> str:
-        """The store's version; raises StoreUnavailable. One that is full answers."""
+        """Return the version of the store. Raises StoreUnavailable. A full store answers."""
         ...
 
     async def usage(self) -> StoreUsage:
-        """How full it is. Raises StoreUnavailable."""
+        """Return the size of the database. Raises StoreUnavailable."""
         ...

@@ -1,4 +1,4 @@
-"""Stores for volumes, and moving files between them."""
+"""Backends that hold the files of volumes, and copies between them."""
 
 from __future__ import annotations
 
@@ -18,111 +18,111 @@ from gpudock_server.ports.progress import Progress
 
 
 class ShrinkNeedsCopy(Exception):
-    """A store cannot become smaller where it is; its files have to move to a smaller one. Nothing was changed."""
+    """The backing cannot shrink in place: its files must be copied to a smaller one. Nothing was changed."""
 
 
 class VolumeBackend(Protocol):
-    """One way to keep volumes on this host. Raises VolumeFailed, DiskFull, and what the methods name.
+    """A kind of volume backing on this host. Raises VolumeFailed, DiskFull, and the errors that the methods name.
 
-    Every method may be repeated: done twice is done once, also where the first time was cut off by `kill -9`. Calls
-    that change one volume must not overlap; `usage`, `open_files` and `pool` may be called at any time.
+    Every method is idempotent, also if the first call was interrupted by `kill -9`. Calls that change the same volume
+    must not overlap; `usage`, `open_files` and `pool` may be called at any time.
     """
 
     @property
     def kind(self) -> VolumeBackendKind:
-        """Which one it is."""
+        """Return the kind of the backend."""
         ...
 
     async def unavailable_reason(self) -> str:
-        """Why no volume can be made this way on this host; empty when one can."""
+        """Return why this host does not support the backend; empty if it does."""
         ...
 
     async def create(
         self, uid: str, name: str, size_bytes: int, identity: VolumeIdentity | None = None
     ) -> VolumeBacking:
-        """Make an empty store, ready for the engine. Raises SizeNotSupported.
+        """Create an empty backing, ready for the engine. Raises SizeNotSupported.
 
-        `identity` is kept with it. The engine's volume is the caller's to make, from the backing's `engine_volume` and
+        `identity` is stored with it. The caller creates the engine volume from the backing's `engine_volume` and
         `driver_options`.
         """
         ...
 
     async def backings_on_disk(self) -> tuple[BackingOnDisk, ...]:
-        """The stores of this kind that are on this host's disk, whoever's they are, damaged ones too."""
+        """Return all backings of this kind on the disk of this host, including damaged ones."""
         ...
 
     async def attach(self, backing: VolumeBacking) -> None:
-        """Make it ready for the engine again, after a reboot say."""
+        """Make a backing ready for the engine again, for example after a reboot."""
         ...
 
     async def grow(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
-        """Make it larger where it is, under whatever uses it; the backing as it is then. Raises SizeNotSupported."""
+        """Grow a backing in place, also while it is in use; returns the changed backing. Raises SizeNotSupported."""
         ...
 
     async def shrink(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
-        """Make it smaller where it is, under whatever uses it; the backing as it is then.
+        """Shrink a backing in place, also while it is in use; returns the changed backing.
 
-        Raises VolumeTooSmallForData with nothing changed, and ShrinkNeedsCopy.
+        Raises VolumeTooSmallForData or ShrinkNeedsCopy, with nothing changed.
         """
         ...
 
     def needs_copy(self, backing: VolumeBacking, size_bytes: int) -> bool:
-        """Whether `shrink` to that size is known to raise ShrinkNeedsCopy. Where it is, `replacement` can be made."""
+        """Whether `shrink` to that size would raise ShrinkNeedsCopy; `replacement` is supported then."""
         ...
 
     async def replacement(self, backing: VolumeBacking, uid: str, size_bytes: int) -> VolumeBacking:
-        """Make an empty store of another size that `exchange` can put in the place of this one.
+        """Create an empty backing of another size, with which `exchange` can replace this one. Raises SizeNotSupported.
 
-        `destroy` needs no more of what this gives than its `kind` and `uid`. Raises SizeNotSupported.
+        `destroy` of the replacement needs only its `kind` and `uid`.
         """
         ...
 
     async def content(self, backing: VolumeBacking) -> str:
-        """Names what a store holds, wherever `exchange` brings it."""
+        """Return an id of the content of a backing, which stays the same when `exchange` moves the content."""
         ...
 
     async def exchange(self, holder: VolumeBacking, other: VolumeBacking, content: str) -> None:
-        """Have `holder` hold `content`, which one of the two holds, and `other` what the other one holds.
+        """Exchange the contents of two backings, unless `holder` already holds `content`.
 
-        Both are given as they are to be afterwards, with the sizes that go with their contents. The
-        engine volumes stay as they are and show it from their next mount on. Raises VolumeInUse, with nothing changed,
-        while anything has either mounted.
+        Both are passed as they have to be afterwards, with the sizes of their new contents. The engine volumes do not
+        change; they show the new content from their next mount on. Raises VolumeInUse, with nothing changed, while
+        either is mounted.
         """
         ...
 
     async def usage(self, backing: VolumeBacking) -> VolumeUsage:
-        """How full it is, whether it is mounted or not."""
+        """Return the usage of a backing, mounted or not."""
         ...
 
     def open_files(self, backing: VolumeBacking) -> AbstractAsyncContextManager[str]:
-        """A folder in which the daemon sees the volume's files, whether the engine has it mounted or not.
+        """Open a folder in which the daemon sees the files of the volume, mounted by the engine or not.
 
-        For its own reading and writing: what a program makes of the path may lead it elsewhere. While it is open,
-        `destroy` says that it is in use.
+        Only the daemon may use the path: another program may resolve it to a different folder. While the context is
+        open, `destroy` raises VolumeInUse.
         """
         ...
 
     async def destroy(self, backing: VolumeBacking) -> None:
-        """Remove the store and all that is in it. Raises VolumeInUse while anything has it mounted."""
+        """Delete a backing with its files. Raises VolumeInUse while it is mounted."""
         ...
 
     async def pool(self) -> PoolUsage:
-        """The filesystem that the stores lie on, and what all of them have of it."""
+        """Return the usage of the filesystem that holds the backings."""
         ...
 
 
 class VolumeCopier(Protocol):
-    """Carries a volume's files to another store. Raises VolumeFailed, DiskFull."""
+    """Copies the files of a volume to another backing. Raises VolumeFailed, DiskFull."""
 
     async def copy(self, source: VolumeBacking, target: VolumeBacking, progress: Progress, *, final: bool) -> None:
-        """Make the target's files equal to the source's, moving only what has changed since the copy before.
+        """Make the target's files equal to the source's; copies only what has changed since the last copy.
 
-        The source may be in use; the `final` copy is made once nothing writes any more, and what was known of earlier
-        copies is forgotten with it: a copy after it starts from the beginning. Until the final one, the target has more
-        in it than the files. `progress` counts the bytes of disk that the source's files take.
+        The source may be in use, except during the `final` copy. The target also holds an index of the copied files,
+        which the final copy removes: a copy after it starts from the beginning. `progress` counts the bytes on disk of
+        the source's files.
         """
         ...
 
     async def verify(self, source: VolumeBacking, target: VolumeBacking) -> TreeSummary:
-        """What both hold, read again in full, while neither is in use. Raises VolumeFailed where they differ."""
+        """Read both in full while neither is in use; returns a summary. Raises VolumeFailed if they differ."""
         ...
