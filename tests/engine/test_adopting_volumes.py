@@ -152,4 +152,4 @@ async def test_what_an_older_version_let_be_adopted_is_not_mounted(
     for call in (tenant.create("another", mounts=mounts), tenant.start("user")):
         refused = await failure(call)
         assert (refused.reason, refused.metadata["call"]) == ("VOLUME_FAILED", "mount")
-        assert f"it is a bind mount of '{tmp_path}' on the host" in refused.metadata["detail"]
+        assert f"it is a bind mount of host path '{tmp_path}'" in refused.metadata["detail"]

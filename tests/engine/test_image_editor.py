@@ -107,7 +107,7 @@ async def test_the_one_layer_shows_what_the_many_did(engine: DockerEngine, rig: 
     assert len(flat.layers) == len(base.layers) + 1 < len(deep.layers)
     assert compare(before, await inside(engine, rig, flat.id), but=_NOT_THE_IMAGES) == ""
     assert config(rig, flat.id) == config(rig, BASE)
-    assert rig.engine.call("GET", f"/images/{flat.id}/history")[0]["Comment"] == "7 layers made one"
+    assert rig.engine.call("GET", f"/images/{flat.id}/history")[0]["Comment"] == "7 layers merged"
 
     # The same again, from what is flat already.
     again = await engine.flatten(flat.id, len(base.layers), "gpudock/flat:again", config_of=flat.id)
@@ -211,7 +211,7 @@ async def test_what_cannot_be_is_refused_and_leaves_nothing(engine: DockerEngine
     rig.images.derive(BASE, IMAGE, files={"f": b"1"})
     layers = len((await shown(engine, BASE)).layers)
     for wrong in (0, layers, layers + 1, -1):
-        with pytest.raises(LayerCarryFailed, match="cannot be its base"):
+        with pytest.raises(LayerCarryFailed, match="base_layers must be 1 to"):
             await engine.flatten(BASE, wrong, "gpudock/never:test", config_of=BASE)
     with pytest.raises(EngineRejected):
         await engine.flatten("gpudock/none:such", 1, "gpudock/never:test", config_of=BASE)

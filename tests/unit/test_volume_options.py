@@ -9,15 +9,15 @@ from gpudock_server.adapters.docker.volume_options import hazard, is_anonymous
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"type": "none", "o": "bind", "device": "/etc"}, "bind mount of '/etc'"),
-        ({"type": "tmpfs", "o": "size=1m, BIND", "device": "/etc"}, "bind mount of '/etc'"),
-        ({"type": "nfs", "o": "addr=192.0.2.1,rbind", "device": "/"}, "bind mount of '/'"),
-        ({"type": "tmpfs", "o": "remount", "device": "/"}, "bind mount of '/'"),
-        ({"type": "ext4", "device": "/dev/sda1"}, "'/dev/sda1' of the host with filesystem type 'ext4'"),
+        ({"type": "none", "o": "bind", "device": "/etc"}, "bind mount of host path '/etc'"),
+        ({"type": "tmpfs", "o": "size=1m, BIND", "device": "/etc"}, "bind mount of host path '/etc'"),
+        ({"type": "nfs", "o": "addr=192.0.2.1,rbind", "device": "/"}, "bind mount of host path '/'"),
+        ({"type": "tmpfs", "o": "remount", "device": "/"}, "bind mount of host path '/'"),
+        ({"type": "ext4", "device": "/dev/sda1"}, "host device '/dev/sda1' with filesystem type 'ext4'"),
         ({"type": "overlay", "device": "overlay", "o": "lowerdir=/etc"}, "filesystem type 'overlay'"),
         ({"type": "proc", "device": "proc"}, "filesystem type 'proc'"),
-        ({"device": "/srv"}, "'/srv' of the host"),
-        ({"mountpoint": "/etc"}, "'mountpoint' is not known to be harmless"),
+        ({"device": "/srv"}, "host device '/srv'"),
+        ({"mountpoint": "/etc"}, "'mountpoint' is not on the list of safe options"),
     ],
 )
 def test_hazards(options: dict[str, str], told: str) -> None:

@@ -1,7 +1,7 @@
-"""An image's config as `docker load` takes it, put together from what the engine shows of images. Pure.
+"""Builds an image config for `docker load` from what the engine's inspect calls show of images. Pure.
 
-The keys are those of the image specification (opencontainers/image-spec, config.md), under which the engine keeps them
-and which it shows in its own spelling.
+The keys are those of the image specification (opencontainers/image-spec, config.md). The engine stores these keys, and
+its API shows them in its own spelling.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gpudock_server.adapters.docker.translate import Json
 from gpudock_server.model.engine import RESERVED_LABEL_PREFIX
 from gpudock_server.model.record import now
 
-# What of a container's config says how to run its image. The rest is that one container's: its host name, its streams.
+# The keys of a container's config that an image config has. The others belong to one container: host name, streams.
 _IMAGE_CONFIG_KEYS: Final = (
     "User", "ExposedPorts", "Env", "Cmd", "Healthcheck", "ArgsEscaped", "Volumes", "WorkingDir", "Entrypoint",
     "OnBuild", "Labels", "StopSignal", "StopTimeout", "Shell",
@@ -33,7 +33,7 @@ _PLATFORM: Final = {
 def image_config(
     shown: Mapping[str, Any], run: Mapping[str, Any], layers: Sequence[str], history: Sequence[Json]
 ) -> Json:
-    """The config of an image of `layers`, run as `run` says, for the platform and by the author of what is `shown`."""
+    """An image config with these `layers` and run settings (`run`); platform and author are those of image `shown`."""
     config: Json = {spec: shown[engine] for engine, spec in _PLATFORM.items() if shown.get(engine)}
     return config | {
         "created": now().isoformat(),
@@ -44,36 +44,36 @@ def image_config(
 
 
 def history_of(shown: Sequence[Mapping[str, Any]], layers: int) -> list[Json]:
-    """A history for the config out of what the engine shows of one (the newest first).
+    """The history for an image config, oldest first, from the engine's (newest first).
 
-    The engine does not say which lines made no layer. Those with a size did make one, and as many of the others, from
-    the oldest on, as are still missing.
+    The engine does not report which entries created no layer. Entries with a size created one; so did, from the oldest
+    on, as many of the others as are needed to make `layers`.
     """
-    lines = list(reversed(shown))
-    missing = layers - sum(1 for line in lines if line.get("Size"))
+    entries = list(reversed(shown))
+    missing = layers - sum(1 for entry in entries if entry.get("Size"))
     history = []
-    for line in lines:
-        empty = not line.get("Size") and missing <= 0
-        missing -= not line.get("Size") and not empty
-        entry = {
-            "created": datetime.fromtimestamp(line.get("Created") or 0, UTC).isoformat(),
-            "created_by": line.get("CreatedBy") or "",
-            "comment": line.get("Comment") or "",
+    for entry in entries:
+        empty = not entry.get("Size") and missing <= 0
+        missing -= not entry.get("Size") and not empty
+        converted = {
+            "created": datetime.fromtimestamp(entry.get("Created") or 0, UTC).isoformat(),
+            "created_by": entry.get("CreatedBy") or "",
+            "comment": entry.get("Comment") or "",
             "empty_layer": empty,
         }
-        history.append({key: value for key, value in entry.items() if value})
+        history.append({key: value for key, value in converted.items() if value})
     return history
 
 
 def merged_history_entry(count: int) -> Json:
-    """The line of a history that stands for `count` layers made one."""
-    return {"created": now().isoformat(), "created_by": "gpudockd", "comment": f"{count} layers made one"}
+    """The history entry for `count` merged layers."""
+    return {"created": now().isoformat(), "created_by": "gpudockd", "comment": f"{count} layers merged"}
 
 
 def strip_identity(run: Mapping[str, Any], base: Mapping[str, Any]) -> Json:
-    """A container's config, with nothing in it of which container that was; `base` is its image's.
+    """A container's config (`run`) without what identifies the container; `base` is the config of its image.
 
-    What gpudockd set for NVIDIA's toolkit is taken back to what the image said, or away.
+    The variables that gpudockd sets for NVIDIA's toolkit get the image's value back, or are removed.
     """
     cleaned = {key: run[key] for key in _IMAGE_CONFIG_KEYS if key in run}
     cleaned["Env"] = restored_environment(run.get("Env") or (), base.get("Env") or ())

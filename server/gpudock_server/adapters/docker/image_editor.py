@@ -1,8 +1,8 @@
-"""Images of other configs and fewer layers, by the engine's API alone: what is saved is changed, and loaded again.
+"""Creates images with another config or fewer layers through the engine's API alone: save, change, load.
 
-An image that is loaded may leave out the content of every layer that the engine has already, so an image with another
-config costs a few kilobytes, and one whose upper layers were made one costs those. This holds for engines that keep
-images in their graph drivers. One that keeps them in containerd wants every layer, and refuses (EngineRejected).
+A loaded image may leave out the content of every layer that the engine has already. So an image with another config
+costs a few kilobytes, and one with merged upper layers costs the size of these. This works with the engine's graph
+drivers. With the containerd image store the engine needs every layer and refuses (EngineRejected).
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from typing import IO, Final, cast
 
 import aiohttp
 
-from gpudock_server.adapters.docker.connection import Connection, JsonAnswer
+from gpudock_server.adapters.docker.connection import Connection
 from gpudock_server.adapters.docker.failures import engine_errors
 from gpudock_server.adapters.docker.image_config import history_of, image_config, merged_history_entry, strip_identity
+from gpudock_server.adapters.docker.translate import Json
 from gpudock_server.adapters.host.stalls import StalledError
 from gpudock_server.adapters.host.threads import Interrupt, Interrupted, run_to_end
 from gpudock_server.adapters.host.trees.jobs import JobRefusedError
@@ -41,14 +42,14 @@ _CHUNK: Final = 1 << 20
 _GZIP: Final = b"\x1f\x8b"
 _METHOD: Final = "SQUASH"
 _LOAD_REFUSED_STATUS: Final = 500
-# A save or a load goes through all of an image before it says a word.
+# The engine responds to a save or a load only after it has processed the whole image.
 _TIMEOUT_FACTOR: Final = 30
-# How long a thread waits for the event loop before it looks whether it is to end.
+# A thread waits this long for the event loop before it checks its interrupt.
 _TURN_SECONDS: Final = 1.0
 
 
 class ImageEditor:
-    """Makes images from an engine's images. `scratch_dir` is the folder of its temporary files; None: the system's."""
+    """Creates images from an engine's images. `scratch_dir` is for temporary files; None: the system's folder."""
 
     def __init__(self, connection: Connection, scratch_dir: Path | None) -> None:
         self._connection = connection
@@ -75,12 +76,13 @@ class ImageEditor:
         shown, other = await self._inspect_image(image_id), await self._inspect_image(config_of)
         layers: list[str] = shown["RootFS"]["Layers"]
         if not 0 < base_layers < len(layers):
-            detail = f"image {image_id} has {len(layers)} layers, and {base_layers} of them cannot be its base"
+            allowed = f"base_layers must be 1 to {len(layers) - 1}"
+            detail = f"image {image_id} has {len(layers)} layers; {allowed}, got {base_layers}"
             raise LayerCarryFailed(method=_METHOD, detail=detail)
         upper = layers[base_layers:]
         below: list[str] = (await self._inspect_image(onto))["RootFS"]["Layers"] if onto else layers[:base_layers]
         async with AsyncExitStack() as stack:
-            # The layers are a tenant's: how much memory their paths take, nobody knows before they are read.
+            # A child process with limited memory: the paths of a tenant's layers can take any amount.
             worker = TreeWorker(Limits().memory_bytes)
             stack.push_async_callback(worker.close)
             fetched = _FetchedLayers(frozenset(upper), frozenset(below), self._scratch, stack)
@@ -97,28 +99,28 @@ class ImageEditor:
             config = image_config(other, other.get("Config") or {}, [*below, digest], history)
             return await self._load(config, reference, merged)
 
-    async def _inspect_image(self, image_id: str) -> JsonAnswer:
-        answer: JsonAnswer = await self._connection.call("show an image", "GET", f"images/{image_id}/json")
-        with engine_errors("show an image"):
+    async def _inspect_image(self, image_id: str) -> Json:
+        answer: Json = await self._connection.call("inspect an image", "GET", f"images/{image_id}/json")
+        with engine_errors("inspect an image"):
             if not answer["RootFS"]["Layers"]:
                 raise KeyError("Layers")
         return answer
 
-    async def _history(self, image_id: str, layers: int) -> list[JsonAnswer]:
-        """The lines of an image's config about its history, the oldest first."""
+    async def _history(self, image_id: str, layers: int) -> list[Json]:
+        """The history of an image config, the oldest entry first."""
         return history_of(await self._inspect_history(image_id), layers)
 
-    async def _inspect_history(self, image_id: str) -> list[JsonAnswer]:
-        call = "show an image's history"
-        answer: list[JsonAnswer] = await self._connection.call(call, "GET", f"images/{image_id}/history")
+    async def _inspect_history(self, image_id: str) -> list[Json]:
+        call = "report an image's history"
+        answer: list[Json] = await self._connection.call(call, "GET", f"images/{image_id}/history")
         return answer
 
-    # -- out of the engine -------------------------------------------------------------------------------------------
+    # -- saving and loading ------------------------------------------------------------------------------------------
 
     async def _fetch(
         self, image_id: str, fetched: _FetchedLayers, worker: TreeWorker, kept: Sequence[str] = ()
     ) -> None:
-        """Save an image, keeping the layers that are wanted; `worker` indexes them, and those only to be known."""
+        """Save an image; keeps the layers in `fetched.kept`, has `worker` index them and those in `fetched.known`."""
         call = "save an image"
         await self._require_disk_space(image_id, len(kept))
         timeout = self._connection.timeout * _TIMEOUT_FACTOR
@@ -128,22 +130,20 @@ class ImageEditor:
             with engine_errors(call), _local_errors(self._scratch):
                 await run_to_end(_unpack, reader, fetched, index, reader.interrupt)
         if missing := fetched.missing:
-            raise LayerCarryFailed(method=_METHOD, detail=f"the engine's tar of {image_id} lacks layer {missing}")
+            raise LayerCarryFailed(method=_METHOD, detail=f"saved image {image_id} does not contain layer {missing}")
 
     async def _require_disk_space(self, image_id: str, kept: int) -> None:
-        """What is kept lies here twice, as it came and as one; every other layer once, for a moment."""
+        """Raises DiskFull. Kept layers are on disk twice, as saved and merged; of the others, one at a time."""
         shown = await self._inspect_history(image_id)
-        sizes = [size for line in shown if (size := int(line.get("Size") or 0))]
+        sizes = [size for entry in shown if (size := int(entry.get("Size") or 0))]
         upper = sum(sizes[:kept])
         needed = 2 * upper + max(sizes, default=0)
         available = shutil.disk_usage(self._scratch).free
         if needed > available:
             raise DiskFull(path=self._scratch, needed_bytes=needed, available_bytes=available)
 
-    # -- and back into it --------------------------------------------------------------------------------------------
-
-    async def _load(self, config: JsonAnswer, reference: str, layer: IO[bytes] | None = None) -> str:
-        """Make the image; its id. `layer` is the content of its uppermost one, where the engine lacks that."""
+    async def _load(self, config: Json, reference: str, layer: IO[bytes] | None = None) -> str:
+        """Load the image; returns its id. `layer` is the content of the uppermost layer, if the engine lacks it."""
         call = "load an image"
         async with self._connection.stream(
             call,
@@ -158,14 +158,14 @@ class ImageEditor:
                 if "error" in document or "errorDetail" in document:
                     detail = (document.get("errorDetail") or {}).get("message") or document.get("error")
                     raise EngineRejected(call=call, status=_LOAD_REFUSED_STATUS, detail=str(detail))
-        answer: JsonAnswer = await self._connection.call("show an image", "GET", f"images/{reference}/json")
+        answer: Json = await self._connection.call("inspect an image", "GET", f"images/{reference}/json")
         with engine_errors(call):
             return str(answer["Id"])
 
 
 @dataclass
 class _FetchedLayers:
-    """Layers by their digest: those to be `kept` as files, and those that are only to be `known`."""
+    """Layers by digest: files of the layers in `kept`; layers in `known` are only indexed."""
 
     kept: frozenset[str]
     known: frozenset[str]
@@ -175,11 +175,11 @@ class _FetchedLayers:
 
     @property
     def missing(self) -> str:
-        """A kept layer that has not come; empty when all have."""
+        """A layer of `kept` that was not in the saved image; empty if all were."""
         return next(iter(self.kept - self.files.keys()), "")
 
-    def take(self, content: IO[bytes], index: Callable[[str, IO[bytes]], None]) -> None:
-        """Take one file of a saved image; `index` is called with its digest and content if it is a layer."""
+    def add(self, content: IO[bytes], index: Callable[[str, IO[bytes]], None]) -> None:
+        """Add a file of a saved image, if its digest is that of a requested layer; calls `index` for it then."""
         file = _temporary_file(self.scratch_dir)
         try:
             digest = _spool(content, file)
@@ -195,18 +195,18 @@ class _FetchedLayers:
 
 
 def _temporary_file(folder: str) -> IO[bytes]:
-    """A file without a name, which a daemon that is killed does not leave behind."""
+    """A file without a name, so that a killed daemon leaves none behind."""
     return tempfile.TemporaryFile(dir=folder)
 
 
 def _seen_by_others(file: IO[bytes]) -> str:
-    """A path by which a child process opens a file without a name; all that was written is in it."""
+    """Flush a file without a name; returns a path by which a child process can open it."""
     file.flush()
     return f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
 
 class _Indexer:
-    """Has the child process index layers, for the thread that goes through a saved image."""
+    """Has the child process index layers, called by the thread that reads a saved image."""
 
     def __init__(self, worker: TreeWorker, loop: asyncio.AbstractEventLoop, interrupt: Interrupt) -> None:
         self._worker = worker
@@ -214,10 +214,10 @@ class _Indexer:
         self._interrupt = interrupt
 
     def __call__(self, digest: str, file: IO[bytes]) -> None:
-        """Wait for it. Raises Interrupted, and what `TreeWorker.call` raises."""
+        """Index the layer in `file` and wait for the result. Raises Interrupted and the errors of `TreeWorker.call`."""
         job = self._worker.call("index_layer", digest=digest, path=_seen_by_others(file))
         running = asyncio.run_coroutine_threadsafe(job, self._loop)
-        # In short turns, as for _ResponseReader.
+        # Short waits, as in _ResponseReader.
         while not concurrent.futures.wait([running], timeout=_TURN_SECONDS).done:
             try:
                 self._interrupt.check()
@@ -228,7 +228,7 @@ class _Indexer:
 
 
 class _ResponseReader(io.RawIOBase):
-    """A response's body as a file, for a thread to read; the loop that it is received by must go on meanwhile."""
+    """A response's body as a file, for a thread to read while the event loop receives it."""
 
     def __init__(self, response: aiohttp.ClientResponse, loop: asyncio.AbstractEventLoop, timeout: float) -> None:
         self._response = response
@@ -238,7 +238,7 @@ class _ResponseReader(io.RawIOBase):
         self.interrupt = Interrupt()
 
     def read(self, size: int = -1) -> bytes:
-        """At most `size` bytes; none at the end. Raises Interrupted, and what the connection fails with."""
+        """At most `size` bytes; empty at the end. Raises Interrupted, and errors of the connection."""
         while not self._rest:
             self.interrupt.check()
             self._rest = asyncio.run_coroutine_threadsafe(self._more(), self._loop).result()
@@ -251,7 +251,7 @@ class _ResponseReader(io.RawIOBase):
     async def _more(self) -> bytes:
         deadline = self._loop.time() + self._timeout
         while True:
-            # In short turns: whoever waits for this thread has told it so by the interrupt alone.
+            # Short waits: the thread is stopped only through the interrupt.
             self.interrupt.check()
             try:
                 async with asyncio.timeout(_TURN_SECONDS):
@@ -262,26 +262,26 @@ class _ResponseReader(io.RawIOBase):
 
 
 def _unpack(reader: _ResponseReader, fetched: _FetchedLayers, index: _Indexer, interrupt: Interrupt) -> None:
-    """Go through a saved image. Raises BrokenTarError, and what reading raises."""
+    """Pass the layers of a saved image to `fetched`. Raises BrokenTarError, and errors of reading."""
     try:
         with tarfile.open(fileobj=cast("IO[bytes]", reader), mode="r|", bufsize=_CHUNK) as saved:
             while (member := saved.next()) is not None:
                 interrupt.check()
                 content = saved.extractfile(member) if member.isreg() else None
                 if content is not None and _may_be_layer(member.name):
-                    fetched.take(content, index)
+                    fetched.add(content, index)
                 saved.members.clear()  # type: ignore[attr-defined]  # see layer_tar.read_layer
     except tarfile.TarError as error:
-        raise BrokenTarError(f"the engine's tar is broken: {error}") from error
+        raise BrokenTarError(f"saved image is corrupt: {error}") from error
 
 
 def _may_be_layer(name: str) -> bool:
-    """Engines name them ID/layer.tar, or by their digest as in the layout of the image specification."""
+    """Whether a file of a saved image may be a layer: ID/layer.tar, or blobs/ as in the image specification."""
     return name.endswith("/layer.tar") or name.startswith("blobs/")
 
 
 def _spool(content: IO[bytes], file: IO[bytes]) -> str:
-    """Copy a layer, unpacking it if it is compressed; the digest of what was copied."""
+    """Copy a layer, decompressing it if needed; returns the digest of the copy."""
     begin = content.read(len(_GZIP))
     source: IO[bytes] = cast("IO[bytes]", _Prefixed(begin, content))
     if begin == _GZIP:
@@ -292,12 +292,12 @@ def _spool(content: IO[bytes], file: IO[bytes]) -> str:
             digest.update(piece)
             file.write(piece)
     except (EOFError, gzip.BadGzipFile) as error:
-        raise BrokenTarError(f"a compressed layer is broken: {error}") from error
+        raise BrokenTarError(f"corrupt gzip layer: {error}") from error
     return f"sha256:{digest.hexdigest()}"
 
 
 class _Prefixed(io.RawIOBase):
-    """A file of which the beginning has been read already."""
+    """A file whose beginning has been read already."""
 
     def __init__(self, begin: bytes, rest: IO[bytes]) -> None:
         self._begin = begin
@@ -311,19 +311,19 @@ class _Prefixed(io.RawIOBase):
         return self._rest.read(size)
 
 
-def _history_of_lowest(history: Sequence[JsonAnswer], layers: int) -> list[JsonAnswer]:
-    """The lines of a history that are about the lowest `layers` layers."""
-    kept: list[JsonAnswer] = []
-    for line in history:
-        layers -= not line.get("empty_layer")
+def _history_of_lowest(history: Sequence[Json], layers: int) -> list[Json]:
+    """The entries of a history about the lowest `layers` layers."""
+    kept: list[Json] = []
+    for entry in history:
+        layers -= not entry.get("empty_layer")
         if layers < 0:
             break
-        kept.append(line)
+        kept.append(entry)
     return kept
 
 
-async def _archive(config: JsonAnswer, reference: str, layer: IO[bytes] | None) -> AsyncIterator[bytes]:
-    """The tar of an image as `docker load` takes it, without the layers that the engine has."""
+async def _archive(config: Json, reference: str, layer: IO[bytes] | None) -> AsyncIterator[bytes]:
+    """The tar of an image for `docker load`, without the layers that the engine has."""
     encoded = json.dumps(config).encode()
     name = f"{hashlib.sha256(encoded).hexdigest()}.json"
     layers = [f"{digest.partition(':')[2]}/layer.tar" for digest in config["rootfs"]["diff_ids"]]
@@ -352,7 +352,7 @@ def _padding(size: int) -> bytes:
 
 @contextmanager
 def _local_errors(folder: str) -> Iterator[None]:
-    """Give what fails here, and not in the engine, the name that core knows."""
+    """Translate failures on this host to domain errors: LayerCarryFailed, DiskFull."""
     try:
         yield
     except (BrokenTarError, JobRefusedError, StalledError, TreeTooLargeError) as error:

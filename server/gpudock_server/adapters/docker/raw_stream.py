@@ -1,4 +1,4 @@
-"""Bytes both ways between us and the engine, with nothing in between that could lose any."""
+"""A two-way byte stream to the engine that loses no data when either side closes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from typing import Protocol
 from gpudock_server.adapters.docker.address import EngineAddress
 from gpudock_server.adapters.docker.receive_thread import ReceiveThread
 
-# Read ahead at most: more than a unix socket holds (208 KiB by default).
+# Most bytes read ahead: more than a unix socket's buffer (208 KiB by default).
 _BLOCK_BYTES = 512 * 1024
-# Before it there is space for what was left of the block before: in practice the beginning of a frame's header.
+# Space before the block for what was left of the previous block, usually the beginning of a frame's header.
 _MARGIN_BYTES = 64
-# Sent at once at most. The kernel takes as much as the engine reads meanwhile, however long that holds up the loop.
+# Most bytes sent per call: the kernel takes more as long as the engine reads, which would block the event loop.
 _SEND_BYTES = 256 * 1024
-# The engine passes output on as it gets it, 10 KiB at a time on a busy host, and whoever forwards each piece by itself
-# pays for a hundred thousand messages a gigabyte. So what closely follows (seconds) a piece of some size (bytes) is a
-# flow, and is gathered: until there is a block of it, or for a moment (seconds; the kernel rounds up to its clock). A
-# moment that was too short for a block ends the flow. What comes alone, or is as small as what people and protocols say
-# to each other, is given at once.
+# The engine forwards output in pieces, of 10 KiB on a busy host; forwarding each of them alone would cost a hundred
+# thousand messages per gigabyte. So data that arrives within _BULK_GAP_SECONDS after at least _BULK_BYTES is a bulk
+# transfer, which is gathered until a block is full or _GATHER_SECONDS have passed (the kernel rounds up to its clock).
+# A block that is not filled in this time ends the bulk transfer. Other data, such as typed text, is delivered at once.
 _BULK_GAP_SECONDS = 0.005
 _BULK_BYTES = 4 * 1024
 _GATHER_SECONDS = 0.002
@@ -34,65 +33,66 @@ _TIMEVAL = struct.Struct("@ll")
 
 
 class RawStream(Protocol):
-    """A connection whose two directions end separately. One task receives and one sends; both may wait at once."""
+    """A connection whose directions end separately. One task may receive while one other task sends."""
 
     async def wait(self) -> memoryview:
-        """All that has come and was not taken, once there is something new in it; empty when no more will come.
+        """All received data that was not consumed, once new data has arrived; empty at the end of the stream.
 
-        The view is good until `taken` is called, and nothing may be awaited before.
+        The view is valid until `consume` is called, and nothing may be awaited before that.
         """
         ...
 
     def consume(self, count: int) -> None:
-        """The first `count` bytes of what `wait` gave are done with; the rest comes again.
+        """Consume the first `count` bytes of the result of `wait`; the next `wait` returns the rest again.
 
-        It comes at once if any were taken. 0 says that it is too little to make sense of: it comes with what follows.
+        It returns immediately if `count` is more than 0. A `count` of 0 means that more data is needed: it returns
+        after more has arrived.
         """
         ...
 
     async def send(self, data: bytes) -> bool:
-        """Give all of `data` to the kernel; False when the other side has stopped listening."""
+        """Give all of `data` to the kernel; False if the other side has closed its receiving direction."""
         ...
 
     async def end(self) -> bool:
-        """Send no more, while receiving goes on. False where the wire cannot do that."""
+        """Close the sending direction while receiving goes on. False if the connection cannot do that."""
         ...
 
     def close(self) -> None:
-        """End both directions at once; whoever waits is woken. May be called again."""
+        """Close both directions immediately and wake waiting tasks. May be called again."""
         ...
 
 
 async def open_raw_stream(address: EngineAddress) -> RawStream:
-    """Connect. Raises OSError."""
+    """Connect to the engine. Raises OSError."""
     if address.tls is not None:
         reader, writer = await asyncio.open_connection(address.host, address.port, ssl=address.tls)
         return TlsRawStream(reader, writer)
     if address.path:
-        return SocketRawStream(await _connected(socket.AF_UNIX, address.path))
+        return SocketRawStream(await _connect(socket.AF_UNIX, address.path))
     loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-    for index, (family, _, _, _, where) in enumerate(found):
+    resolved = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    for index, (family, _, _, _, socket_address) in enumerate(resolved):
         try:
-            connected = await _connected(family, where)
+            connected = await _connect(family, socket_address)
         except OSError:
-            if index == len(found) - 1:
+            if index == len(resolved) - 1:
                 raise
             continue
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return SocketRawStream(connected)
-    raise OSError(errno.EADDRNOTAVAIL, f"{address.host} has no address")
+    raise OSError(errno.EADDRNOTAVAIL, f"host {address.host!r} has no address")
 
 
-async def _connected(family: int, where: object) -> socket.socket:
-    made = socket.socket(family, socket.SOCK_STREAM)
+async def _connect(family: int, socket_address: object) -> socket.socket:
+    new = socket.socket(family, socket.SOCK_STREAM)
     try:
-        made.setblocking(False)  # noqa: FBT003 - the library's signature
-        await asyncio.get_running_loop().sock_connect(made, where)  # type: ignore[arg-type]  # a tuple or a path
+        new.setblocking(False)  # noqa: FBT003 - the library's signature
+        await asyncio.get_running_loop().sock_connect(new, socket_address)  # type: ignore[arg-type]  # a tuple or a path
     except BaseException:
-        made.close()
+        new.close()
         raise
-    return made
+    return new
 
 
 def _slices(data: bytes) -> Iterator[memoryview]:
@@ -101,25 +101,25 @@ def _slices(data: bytes) -> Iterator[memoryview]:
 
 
 class _Block:
-    """Space for what comes, and where in it lies what has come and was not taken."""
+    """A receive buffer, and the position in it of data that was received and not consumed."""
 
     def __init__(self) -> None:
-        # Touched only as far as it is used.
+        # The kernel allocates only the pages that are used.
         self._space = memoryview(bytearray(_MARGIN_BYTES + _BLOCK_BYTES))
         self.start = self.end = _MARGIN_BYTES
 
     @property
     def content(self) -> memoryview:
-        """What has come and was not taken."""
+        """Received data that was not consumed."""
         return self._space[self.start : self.end]
 
     @property
-    def room(self) -> memoryview:
-        """Where the next goes."""
+    def free_space(self) -> memoryview:
+        """Where the next data is received."""
         return self._space[self.end :]
 
     def prepend(self, rest: bytes) -> None:
-        """Put what was left elsewhere before what has come here."""
+        """Insert what is left of another block before the content of this one."""
         if len(rest) > self.start:
             content = bytes(self.content)
             self._space = memoryview(bytearray(_MARGIN_BYTES + len(rest) + len(content) + _BLOCK_BYTES))
@@ -130,32 +130,32 @@ class _Block:
         self._space[self.start : self.start + len(rest)] = rest
 
     def compact(self) -> None:
-        """Make room behind what is left."""
+        """Move the content to the beginning, which frees the space behind it."""
         rest = bytes(self.content)
         self.start = self.end = _MARGIN_BYTES
         self.prepend(rest)
 
 
 class SocketRawStream:
-    """A plain socket without a transport.
+    """RawStream on a plain socket, without an asyncio transport.
 
-    A transport gives up both directions as soon as one write fails. But a process that ends without having read its
-    stdin makes our writes fail while its last output still lies in the kernel: it would be lost. And unlike the
-    loop's `sock_recv`, this stays registered between reads, which halves the CPU that small pieces cost.
+    A transport closes both directions when a write fails. But writes fail when a process ends without having read its
+    stdin, while its last output is still in the kernel: that output would be lost. Unlike the loop's `sock_recv`, this
+    class stays registered between reads, which halves the CPU cost of small pieces.
 
-    What comes is received by the loop into one block, or, in a flow, by a thread into two in turn: one fills while the
-    other is given away. For the thread the socket is blocking; the loop's own reads and writes say each that they do
-    not wait.
+    The event loop receives into one block. In a bulk transfer a thread receives into two blocks in turn: one is filled
+    while the other is delivered. For the thread the socket is in blocking mode; the loop's reads and writes use
+    MSG_DONTWAIT.
     """
 
     def __init__(self, connected: socket.socket) -> None:
-        """`connected` is this wire's from now on."""
+        """Takes over the socket `connected`."""
         connected.settimeout(None)
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(0, int(_GATHER_SECONDS * 1e6)))
         self._socket = connected
         self._loop = asyncio.get_running_loop()
         self._receiver = ReceiveThread(connected, self._block_filled)
-        # What is given away, now or when it has come; and another for a flow, if neither of the next two has it.
+        # The block to deliver from, a spare one for bulk transfers, those that the thread fills, and filled ones.
         self._block = _Block()
         self._spare_block: _Block | None = None
         self._filling: deque[_Block] = deque()
@@ -170,7 +170,7 @@ class SocketRawStream:
         self._closing = False
 
     async def wait(self) -> memoryview:
-        """See RawStream. While this task is busy elsewhere up to 512 KiB are read ahead, twice that in a flow."""
+        """See RawStream. Reads ahead up to 512 KiB, in a bulk transfer 1 MiB."""
         if not self._deliverable:
             self._ensure_receiving()
         while not self._deliverable and not self._ended:
@@ -194,7 +194,7 @@ class SocketRawStream:
             self._ensure_receiving()
 
     def _ensure_receiving(self) -> None:
-        """See to it that something comes."""
+        """Switch to a filled block, or start receiving."""
         if self._filled:
             self._switch_block()
         elif not (self._ended or self._filling or self._listening):
@@ -203,16 +203,16 @@ class SocketRawStream:
             self._listening = True
 
     def _receive(self) -> None:
-        """Called by the loop when there is something to receive."""
+        """Called by the loop when data can be received."""
         try:
-            count = self._socket.recv_into(self._block.room, 0, socket.MSG_DONTWAIT)
+            count = self._socket.recv_into(self._block.free_space, 0, socket.MSG_DONTWAIT)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
-            # A reset is an end like any other: it is how an engine hangs up on input that nobody has read.
+            # The engine resets the connection if it has not read all input: that is a normal end.
             count = 0
         self._block.end += count
-        full = not self._block.room
+        full = not self._block.free_space
         if count == 0 or full:
             self._stop_listening()
         if count == 0:
@@ -226,17 +226,17 @@ class SocketRawStream:
             self._spare_block = None
 
     def _fill(self, block: _Block) -> None:
-        # Nothing else touches it until it is filled.
+        # Until it is filled, the block belongs to the thread.
         self._filling.append(block)
-        self._receiver.fill(block.room)
+        self._receiver.fill(block.free_space)
 
     def _block_filled(self, count: int | None) -> None:
-        """Called by the loop when the first of those that are being filled is done."""
+        """Called by the loop when the thread is done with the first block of `_filling`."""
         block = self._filling.popleft()
         if self._closing:
             return
         block.end += count or 0
-        self._receiving_in_thread = not block.room
+        self._receiving_in_thread = not block.free_space
         if block is self._block:
             self._deliver()
         elif count:
@@ -249,7 +249,7 @@ class SocketRawStream:
             self._ensure_receiving()
 
     def _switch_block(self) -> None:
-        """Go on with the next filled block, what was left of this one before it."""
+        """Switch to the next filled block and insert the rest of the current one before it."""
         spent, self._block = self._block, self._filled.popleft()
         self._block.prepend(bytes(spent.content))
         spent.start = spent.end
@@ -262,12 +262,12 @@ class SocketRawStream:
 
     def _end(self) -> None:
         self._ended = True
-        # The engine ends its side when the process is gone, but goes on holding the other. Wakes who sends.
+        # The engine closes only its sending direction when the process ends. Closing both wakes a sending task.
         self._shut_down(socket.SHUT_RDWR)
         self._deliver()
 
     def _deliver(self) -> None:
-        """What there is, is given away."""
+        """Wake the task in `wait`, if there is data or the stream has ended."""
         self._deliverable = self._block.start < self._block.end
         if self._waiter is not None and not self._waiter.done() and (self._deliverable or self._ended):
             self._waiter.set_result(None)
@@ -302,15 +302,15 @@ class SocketRawStream:
                 await self._writable()
 
     async def _writable(self) -> None:
-        room = self._loop.create_future()
-        self._loop.add_writer(self._socket, _resolve, room)
+        writable = self._loop.create_future()
+        self._loop.add_writer(self._socket, _resolve, writable)
         try:
-            await room
+            await writable
         finally:
             self._loop.remove_writer(self._socket)
 
     async def end(self) -> bool:
-        """See RawStream. All that was sent is with the kernel already."""
+        """See RawStream. The kernel has all sent data already."""
         self._shut_down(socket.SHUT_WR)
         return True
 
@@ -320,15 +320,15 @@ class SocketRawStream:
         self._ended = True
         self._closing = True
         self._deliver()
-        # Ends a send that waits, and a receive. The descriptor must outlive both: they know it by its number, which the
-        # next socket of this process may be given as soon as this one is closed.
+        # Ends a waiting send and receive. The descriptor must stay open until both have ended: once it is closed, a new
+        # socket of this process may get the same number.
         self._shut_down(socket.SHUT_RDWR)
         self._receiver.close()
         if not self._sending:
             self._socket.close()
 
     def _shut_down(self, how: int) -> None:
-        # The other side may have gone first.
+        # The other side may have closed it already.
         with contextlib.suppress(OSError):
             self._socket.shutdown(how)
 
@@ -339,7 +339,7 @@ def _resolve(future: asyncio.Future[None]) -> None:
 
 
 class TlsRawStream:
-    """A TLS connection. It has no half-close: Python's ssl ends both directions or none."""
+    """RawStream on TLS. It has no half-close: Python's ssl closes both directions or none."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -375,7 +375,7 @@ class TlsRawStream:
         return True
 
     async def end(self) -> bool:
-        """See RawStream: it cannot."""
+        """See RawStream: always False."""
         return False
 
     def close(self) -> None:

@@ -255,11 +255,11 @@ class Jobs:
     # -- layers of images --------------------------------------------------------------------------------------------
 
     def index_layer(self, *, digest: str, path: str) -> dict[str, Any]:
-        """Remember what the tar of an image's layer says."""
+        """Index the tar of an image layer; the index stays in memory. See `LayerJobs.index`."""
         return self._layer_jobs().index(digest=digest, path=path)
 
     def merge_layers(self, *, upper: list[list[str]], below: list[str], target: str) -> dict[str, Any]:
-        """Several layers as one. See `LayerJobs.merge`."""
+        """Merge layers to one. See `LayerJobs.merge`."""
         return self._layer_jobs().merge(upper=upper, below=below, target=target)
 
     def _layer_jobs(self) -> LayerJobs:

@@ -1,6 +1,6 @@
-"""The jobs on layers of images, whose tars are a tenant's too: what each of them says, and several made one.
+"""The jobs that index and merge image layers. The tars of the layers are a tenant's.
 
-See `jobs` for what runs them, and `layer_merge` for what they do.
+`jobs` runs them; `layer_merge` does the work.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from gpudock_server.adapters.host.trees.layer_tar import BrokenTarError, LayerIn
 
 @dataclass
 class LayerJobs:
-    """Layers are named by their digests. The index of each stays in memory until the process ends."""
+    """Layers by digest. The index of each stays in memory until the process ends."""
 
     interrupt: Interrupt
     indexes: dict[str, LayerIndex] = field(default_factory=dict)
 
     def index(self, *, digest: str, path: str) -> dict[str, Any]:
-        """Index the tar at `path`. Raises JobRefusedError where it is none."""
+        """Index the tar at `path`. Raises JobRefusedError if it is not a layer tar."""
         with _refusals(), Path(path).open("rb") as file:
             self.indexes[digest] = read_layer(file)
         return {}
 
     def merge(self, *, upper: list[list[str]], below: list[str], target: str) -> dict[str, Any]:
-        """Write the layer that is all of `upper` (digest and path of each, the lowest first) into the file `target`.
+        """Merge the layers `upper` (digest and path of each, lowest first) to one layer in the file `target`.
 
-        `below` are the digests of the layers that it is to lie on, the lowest first. Returns its digest. Raises
+        `below` are the digests of the layers below it, lowest first. Returns the digest of the merged layer. Raises
         JobRefusedError.
         """
         with _refusals(), ExitStack() as stack:
-            seen = merge_layers([self.indexes[digest] for digest in below])
+            known = merge_layers([self.indexes[digest] for digest in below])
             layers = [(self.indexes[digest], stack.enter_context(Path(path).open("rb"))) for digest, path in upper]
             out = stack.enter_context(Path(target).open("r+b"))
-            write_merged(out, layers, seen, self.interrupt)
+            write_merged(out, layers, known, self.interrupt)
             out.flush()
             out.seek(0)
             return {"digest": f"sha256:{hashlib.file_digest(out, 'sha256').hexdigest()}"}

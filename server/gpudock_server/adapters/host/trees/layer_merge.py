@@ -1,7 +1,7 @@
-"""Several layers as one: what is seen of them when they lie on top of each other, and the tar of a layer that is that.
+"""Merges image layers: what their union shows, and the tar of one layer with the same effect.
 
-Entries are copied byte for byte, headers and all, so that whatever they say of owners, times and attributes is kept.
-Only what one layer says of another is said anew: whiteouts, opaque folders, and hard links whose first name has gone.
+Entries are copied byte for byte with their headers, which keeps owners, times and attributes. Only what relates to
+other layers is rewritten: whiteouts, opaque folders, and hard links whose target is hidden.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gpudock_server.adapters.host.trees.layer_tar import (
 )
 
 _BLOCK_BYTES: Final = 1 << 20
-# Records of the extended header that say what a rewritten header says anew.
+# Records of the extended header that a rewritten header replaces.
 _REPLACED_PAX_RECORDS: Final = ("path", "linkpath", "size")
 
 
@@ -35,15 +35,15 @@ class EntryKind(Enum):
 
     FOLDER = "folder"
     OTHER = "other"
-    WHITEOUT = "gone"
+    WHITEOUT = "whiteout"
 
 
 @dataclass(slots=True)
 class MergedEntry:
-    """What is at a path once the layers lie on top of each other.
+    """What the union of the layers has at a path.
 
-    `layer` is the number of the layer whose entry it is; None for what has gone, and for a folder that is known by what
-    is in it alone. `opaque`: nothing of what lies below these layers shows in it.
+    `layer` is the number of the layer whose entry it is; None for a whiteout, and for a folder without an entry.
+    `opaque`: the folder hides what is below these layers.
     """
 
     kind: EntryKind
@@ -52,7 +52,7 @@ class MergedEntry:
 
 
 def merge_layers(layers: Sequence[LayerIndex]) -> dict[str, MergedEntry]:
-    """What is seen of `layers`, the lowest first, and what they hide of whatever may lie below them."""
+    """The union of `layers` (the lowest first) by path, with what they hide of layers below them."""
     stack = _LayerMerge()
     for number in range(len(layers) - 1, -1, -1):
         stack.add_lower(number, layers[number])
@@ -60,33 +60,33 @@ def merge_layers(layers: Sequence[LayerIndex]) -> dict[str, MergedEntry]:
 
 
 class _LayerMerge:
-    """Layers from the uppermost down: what is decided stays, and each next one adds what still shows."""
+    """Merges from the uppermost layer down: each layer adds the entries that the layers above do not hide."""
 
     def __init__(self) -> None:
         self.nodes: dict[str, MergedEntry] = {}
-        # Below these paths nothing of a lower layer shows.
+        # Paths below which lower layers are hidden.
         self._hidden_paths: set[str] = set()
-        # Whether a folder is one of those, or lies below one: all that is in a folder has the same answer, and a path
-        # may have thousands of folders above it.
+        # Whether each folder is one of those or below one. A cache: a path can have thousands of parents, and all
+        # entries of a folder have the same answer.
         self._sealed_folders: dict[str, bool] = {}
 
     def add_lower(self, number: int, layer: LayerIndex) -> None:
-        """Add the next lower layer. What it hides, it hides of layers lower than itself."""
+        """Add the next lower layer; what it hides takes effect for the layers below it."""
         to_hide: set[str] = set()
         for path, entry in layer.entries.items():
             if not self._hidden(path):
-                self._entry(path, entry, number, to_hide)
+                self._add_entry(path, entry, number, to_hide)
         for path in layer.opaque:
             if not self._hidden(path) and path not in self._hidden_paths:
                 self._folder(path).opaque = True
                 to_hide.add(path)
         for path in layer.whiteouts:
             if not self._hidden(path) and path not in self._hidden_paths:
-                self._gone(path, to_hide)
+                self._add_whiteout(path, to_hide)
         self._hidden_paths |= to_hide
         self._sealed_folders.clear()
 
-    def _entry(self, path: str, entry: TarEntry, number: int, to_hide: set[str]) -> None:
+    def _add_entry(self, path: str, entry: TarEntry, number: int, to_hide: set[str]) -> None:
         if path in self._hidden_paths:
             return
         node = self.nodes.get(path)
@@ -94,14 +94,14 @@ class _LayerMerge:
             self._imply_parents(path)
             self.nodes[path] = MergedEntry(EntryKind.FOLDER if entry.folder else EntryKind.OTHER, number)
         elif not entry.folder:
-            # A folder of an upper layer stands where this one has a file: what lies lower still is hidden by both.
+            # An upper layer has a folder here and this layer a file: both hide what lower layers have here.
             node.opaque = True
         elif node.layer is None:
             node.layer = number
         if not entry.folder:
             to_hide.add(path)
 
-    def _gone(self, path: str, to_hide: set[str]) -> None:
+    def _add_whiteout(self, path: str, to_hide: set[str]) -> None:
         node = self.nodes.get(path)
         if node is None:
             self._imply_parents(path)
@@ -137,7 +137,7 @@ class _LayerMerge:
 
 
 def _parents(path: str) -> Iterator[str]:
-    """The folders above a path, the nearest first; not the root of all, which no layer can replace."""
+    """The parent folders of a path, the nearest first, without the root, which no layer can replace."""
     while "/" in path:
         path = path.rpartition("/")[0]
         yield path
@@ -149,14 +149,14 @@ def write_merged(
     below: Mapping[str, MergedEntry],
     interrupt: Interrupt,
 ) -> None:
-    """Write the layer that is all of `layers`, the lowest first, to lie on what `below` shows.
+    """Write the tar of one layer with the effect of `layers` (the lowest first) on top of `below`.
 
-    Raises BrokenTarError, OSError, Interrupted.
+    `below` is the result of `merge_layers` for the layers below. Raises BrokenTarError, OSError, Interrupted.
     """
     nodes = merge_layers([index for index, _ in layers])
     content_paths = _content_paths(nodes, [index for index, _ in layers])
     tars = [open_tar(_rewind(file)) for _, file in layers]
-    # Parents before what is in them, and the first name of a hard-linked file before the others.
+    # Folders before their content, and the first name of a hard-linked file before the others.
     for path in sorted(nodes, key=_order):
         interrupt.check()
         node = nodes[path]
@@ -166,7 +166,7 @@ def write_merged(
         elif node.layer is not None:
             index, file = layers[node.layer]
             _write_entry(out, path, content_paths.get(path, path), (index, tars[node.layer], file), interrupt)
-        # In a folder that lies on nothing the mark would be a lie, and a whiteout would even show as a file.
+        # Only for a folder that the layers below have: without one the marker would be wrong.
         if node.opaque and path in below and below[path].kind is EntryKind.FOLDER:
             out.write(opaque_marker(path))
     out.write(END)
@@ -177,7 +177,7 @@ def _shows(below: Mapping[str, MergedEntry], path: str) -> bool:
 
 
 def _order(path: str) -> str:
-    """Sorts as the list of its parts would, which takes fifty times as much memory: no name has a NUL in it."""
+    """A sort key with the order of the list of parts, which would take fifty times the memory. Names have no NUL."""
     return path.replace("/", "\0")
 
 
@@ -187,7 +187,7 @@ def _rewind(file: IO[bytes]) -> IO[bytes]:
 
 
 def _content_paths(nodes: Mapping[str, MergedEntry], layers: Sequence[LayerIndex]) -> dict[str, str]:
-    """For every name of a hard-linked file that still shows: the first of its names that do, which has the content."""
+    """For every visible name of a hard-linked file, the first visible name, at which the content is written."""
     names: dict[tuple[int, str], list[str]] = {}
     for path, node in nodes.items():
         if node.layer is not None and node.kind is EntryKind.OTHER:
@@ -197,12 +197,12 @@ def _content_paths(nodes: Mapping[str, MergedEntry], layers: Sequence[LayerIndex
 
 
 def _link_target(index: LayerIndex, path: str) -> str:
-    """The name that has the content: an entry of the same layer, by the format."""
-    start, seen = path, {path}
+    """The path of the entry with the content, which the format requires to be in the same layer."""
+    start, visited = path, {path}
     while (link := index.entries[path].link) is not None:
-        if link not in index.entries or link in seen:
-            raise BrokenTarError(f"{start!r} is a hard link to {link!r}, which its layer does not have")
-        seen.add(link)
+        if link not in index.entries or link in visited:
+            raise BrokenTarError(f"hard link {start!r} points to {link!r}, which is not in the layer")
+        visited.add(link)
         path = link
     return path
 
@@ -219,7 +219,7 @@ def _write_entry(
     if entry.folder or (path == content_path and entry.link is None) or entry.link == content_path:
         _copy(out, file, entry.start, entry.end, interrupt)
     elif path == content_path:
-        # It was a link to a name that no longer shows, or comes later: now the content is its own.
+        # Its target is hidden or written later, so the content is written here.
         owner = index.entries[_link_target(index, path)]
         out.write(header(_renamed_header(tar, file, owner, path)))
         _copy(out, file, owner.data, owner.end, interrupt)
@@ -234,7 +234,7 @@ def _renamed_header(tar: tarfile.TarFile, file: IO[bytes], entry: TarEntry, path
     try:
         found = tarfile.TarInfo.fromtarfile(tar)
     except tarfile.TarError as error:
-        raise BrokenTarError(f"no entry at byte {entry.start}: {error}") from error
+        raise BrokenTarError(f"corrupt layer: no entry at byte {entry.start}: {error}") from error
     member = copy.copy(found)
     member.pax_headers = {name: value for name, value in found.pax_headers.items() if name not in _REPLACED_PAX_RECORDS}
     member.name = path
@@ -248,6 +248,6 @@ def _copy(out: IO[bytes], file: IO[bytes], start: int, end: int, interrupt: Inte
         interrupt.check()
         piece = file.read(min(left, _BLOCK_BYTES))
         if not piece:
-            raise BrokenTarError(f"it ends {left} bytes too early")
+            raise BrokenTarError(f"corrupt layer: truncated by {left} bytes")
         out.write(piece)
         left -= len(piece)

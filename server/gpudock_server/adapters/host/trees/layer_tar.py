@@ -1,7 +1,7 @@
-"""What the tar of an image's layer says: its entries, what it takes away, and where each entry lies in it.
+"""Indexes the tar of an image layer: its entries, their position in the tar, and its whiteouts.
 
 The format is the image specification's (opencontainers/image-spec, layer.md): an entry replaces what lower layers have
-at its path, `.wh.NAME` takes NAME away from them, and `.wh..wh..opq` everything in its folder.
+at its path, `.wh.NAME` hides NAME of lower layers, and `.wh..wh..opq` hides everything of lower layers in its folder.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ END: Final = b"\0" * (2 * BLOCK)
 
 _WHITEOUT: Final = ".wh."
 _OPAQUE: Final = ".wh..wh..opq"
-# Of the aufs driver, which is long gone: its own notes, and no files of anybody's.
+# Metadata of the former aufs driver, not files of the image.
 _AUFS_METADATA: Final = ".wh..wh."
 
 
 class BrokenTarError(Exception):
-    """What should be a layer's tar is none; the text says in what."""
+    """A layer's tar cannot be read; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class TarEntry:
-    """One entry: its headers begin at `start`, its content at `data`, and what follows it at `end`.
+    """The position of an entry in its tar: offsets in bytes of its headers, of its content, and of what follows it.
 
-    `link` is the path of what it is a hard link to, None for everything else.
+    `link` is the path that a hard link points to, None for other entries.
     """
 
     folder: bool
@@ -39,10 +39,10 @@ class TarEntry:
 
 @dataclass(frozen=True, slots=True)
 class LayerIndex:
-    """A layer, by path.
+    """The entries of a layer by path, the paths it hides, and its opaque folders.
 
-    Paths have no slash at either end, and that of the root is empty. Bytes that are no UTF-8 are escaped as in Python's
-    file names.
+    Paths have no slash at either end; the root's path is empty. Bytes that are not UTF-8 are surrogate-escaped, as in
+    Python's file names.
     """
 
     entries: dict[str, TarEntry] = field(default_factory=dict)
@@ -51,29 +51,29 @@ class LayerIndex:
 
 
 def open_tar(file: IO[bytes]) -> tarfile.TarFile:
-    """A layer's tar, uncompressed and seekable. Raises BrokenTarError."""
+    """Open a layer's tar, which must be uncompressed and seekable. Raises BrokenTarError."""
     try:
         return tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")
     except tarfile.TarError as error:
-        raise BrokenTarError(f"not the tar of a layer: {error}") from error
+        raise BrokenTarError(f"not a layer tar: {error}") from error
 
 
 def read_layer(file: IO[bytes]) -> LayerIndex:
-    """Index a layer. Only headers are read. Raises BrokenTarError."""
+    """Index a layer; reads only headers. Raises BrokenTarError."""
     index = LayerIndex()
     file.seek(0)
     tar = open_tar(file)
     try:
         while (member := tar.next()) is not None:
             _index_member(index, member, tar.offset)
-            # tarfile remembers every member it has met, for lookups that are not made here.
+            # Saves memory: tarfile keeps every member for lookups, which are not used here.
             tar.members.clear()  # type: ignore[attr-defined]  # what its documentation calls the list of members
     except (tarfile.TarError, ValueError) as error:
-        raise BrokenTarError(f"broken at byte {tar.offset}: {error}") from error
-    # tarfile takes a header that makes no sense for the end.
+        raise BrokenTarError(f"corrupt layer at byte {tar.offset}: {error}") from error
+    # tarfile treats an invalid header as the end of the tar.
     file.seek(tar.offset)
     if file.read(BLOCK).strip(b"\0"):
-        raise BrokenTarError(f"broken at byte {tar.offset}: no header where one should be")
+        raise BrokenTarError(f"corrupt layer at byte {tar.offset}: expected a header")
     _resolve_whiteouts(index)
     return index
 
@@ -89,12 +89,12 @@ def _index_member(index: LayerIndex, member: tarfile.TarInfo, end: int) -> None:
         index.whiteouts.add(joined(parent, name.removeprefix(_WHITEOUT)))
     else:
         link = _normal(member.linkname) if member.islnk() else None
-        # Of two with one name the later wins, as when it is unpacked.
+        # The later of two entries with the same path wins, as when the tar is unpacked.
         index.entries[path] = TarEntry(member.isdir(), member.offset, member.offset_data, end, link)
 
 
 def _resolve_whiteouts(index: LayerIndex) -> None:
-    """A whiteout is about lower layers only: beside a folder of its own layer it empties what is below that."""
+    """Turn a whiteout of a folder that this layer has too into an opaque folder; drop it for a file of this layer."""
     for path in [path for path in index.whiteouts if path in index.entries]:
         index.whiteouts.discard(path)
         if index.entries[path].folder:
@@ -104,7 +104,7 @@ def _resolve_whiteouts(index: LayerIndex) -> None:
 def _normal(name: str) -> str:
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if ".." in parts:
-        raise BrokenTarError(f"{name!r} leads out of the image")
+        raise BrokenTarError(f"path {name!r} is outside the image root")
     return "/".join(parts)
 
 
@@ -114,13 +114,13 @@ def joined(parent: str, name: str) -> str:
 
 
 def whiteout(path: str) -> bytes:
-    """The entry that takes `path` away from the layers below."""
+    """The tar entry that hides `path` of lower layers."""
     parent, _, name = path.rpartition("/")
     return _marker(joined(parent, _WHITEOUT + name))
 
 
 def opaque_marker(path: str) -> bytes:
-    """The entry that takes away what the layers below have in the folder `path`."""
+    """The tar entry that hides everything of lower layers in the folder `path`."""
     return _marker(joined(path, _OPAQUE))
 
 
@@ -129,5 +129,5 @@ def _marker(path: str) -> bytes:
 
 
 def header(member: tarfile.TarInfo) -> bytes:
-    """An entry's headers."""
+    """The headers of an entry, as bytes."""
     return member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
