@@ -279,7 +279,7 @@ async def test_sigusr1_shows_where_everything_stands(own: OwnDaemons, engine_pro
         # Who waits for the engine, all the way in; and the threads, which the loop need not be alive for.
         waits = [line for line in daemon.log_text.splitlines() if "task stack" in line]
         assert any(
-            re.search(r"core/.* in .*adapters/docker/engine.py:\d+ in DockerEngine.pause", line) for line in waits
+            re.search(r"core/.* in .*adapters/docker/containers.py:\d+ in ContainerCalls.pause", line) for line in waits
         )
         assert "most recent call first" in daemon.log_text
         engine_proxy.faults.clear()

@@ -202,7 +202,7 @@ async def test_volumes(engine: DockerEngine, rig: Rig) -> None:
     await engine.remove_volume("v1")
     assert not await engine.has_volume("v1")
     for name in ("../containers/json", "..", ""):
-        with pytest.raises(EngineRejected, match="cannot name anything"):
+        with pytest.raises(EngineRejected, match="is not a valid name or id"):
             await engine.has_volume(name)
 
 
@@ -822,7 +822,7 @@ async def test_every_call_ends_and_leaks_nothing(patient: DockerEngine, engine_p
         faults.clear()
 
         faults.hang(".*", ".*", times=None)
-        with pytest.raises(EngineUnavailable, match="no answer in time"):
+        with pytest.raises(EngineUnavailable, match="timed out"):
             await act(engine, box)
         faults.clear()
 
@@ -882,7 +882,7 @@ async def test_the_api_version(tmp_path: Path, newest: str, oldest: str, agreed:
     server = await asyncio.start_unix_server(serve, tmp_path / "s")
     url = f"unix://{tmp_path}/s"
     if agreed is None:
-        with pytest.raises(EngineRejected, match="update the older"):
+        with pytest.raises(EngineRejected, match="update the older one"):
             await DockerEngine.connect(url, timeout=2)
     else:
         engine = await DockerEngine.connect(url, timeout=2)

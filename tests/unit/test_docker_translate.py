@@ -17,7 +17,7 @@ from gpudock_server.adapters.docker.address import EngineAddress
 from gpudock_server.adapters.docker.connection import path_segment
 from gpudock_server.adapters.docker.events import engine_event
 from gpudock_server.adapters.docker.failures import engine_errors, start_failure
-from gpudock_server.adapters.docker.pull import PullProgress, auth_header, split_reference
+from gpudock_server.adapters.docker.pull import PullProgress, auth_header
 from gpudock_server.errors import EngineRejected, EngineUnavailable, PortInUse, StartFailed
 from gpudock_server.model.container import Placement, PortBinding
 from gpudock_server.model.engine import (
@@ -30,6 +30,7 @@ from gpudock_server.model.engine import (
     NvidiaSwitch,
     RegistryAuth,
 )
+from gpudock_server.model.image_reference import split_reference
 from gpudock_server.model.spec import (
     ContainerSpec,
     GpuRequest,
@@ -503,13 +504,13 @@ def test_addresses(url: str, http_url: str) -> None:
 
 @pytest.mark.parametrize("url", ["", "/run/docker.sock", "unix://run/docker.sock", "unix:x", "ssh://host", "tcp://"])
 def test_what_is_no_address(url: str) -> None:
-    with pytest.raises(ValueError, match="is no engine address"):
+    with pytest.raises(ValueError, match="engine address"):
         EngineAddress.parse(url, None)
 
 
 def test_an_incomplete_tls_folder(tmp_path: Path) -> None:
     (tmp_path / "ca.pem").touch()
-    with pytest.raises(ValueError, match=r"lacks cert\.pem, key\.pem"):
+    with pytest.raises(ValueError, match=r"is missing cert\.pem, key\.pem"):
         EngineAddress.parse("tcp://host", tmp_path)
     with pytest.raises(ValueError, match="no TLS"):
         EngineAddress.parse("unix:///x", tmp_path)
@@ -562,7 +563,7 @@ def test_layers_become_one_progress() -> None:
 
     def take(layer: str, status: str, current: int = 0, total: int = 0) -> tuple[bool, int, int]:
         detail = {"current": current, "total": total} if total else {}
-        changed = layers.take({"id": layer, "status": status, "progressDetail": detail})
+        changed = layers.update({"id": layer, "status": status, "progressDetail": detail})
         return changed, layers.current, layers.total
 
     assert take("", "Pulling from x") == (True, 0, 0)

@@ -48,6 +48,18 @@ def is_image_reference(text: str) -> bool:
     return _REFERENCE.fullmatch(text) is not None
 
 
+def split_reference(reference: str) -> tuple[str, str]:
+    """An image's name, and its tag or digest; `latest` if it has neither, as the engine would pull all its tags."""
+    name, at, digest = reference.partition("@")
+    if at:
+        return name, digest
+    head, colon, tag = name.rpartition(":")
+    # In "registry:5000/image" a port follows the colon.
+    if colon and "/" not in tag:
+        return head, tag
+    return name, "latest"
+
+
 def _has_registry(text: str) -> bool:
     """Whether the part before the first slash is a registry: it has a dot or a port, or is `localhost`."""
     first, slash, _ = text.partition("/")

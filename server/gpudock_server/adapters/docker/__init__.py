@@ -1,4 +1,4 @@
-"""The container engine through its HTTP API: aiodocker for calls and streams, an own socket for what an exec says."""
+"""The Docker Engine through its HTTP API: aiodocker for calls and streams, a raw socket for the streams of an exec."""
 
 from gpudock_server.adapters.docker.engine import DockerEngine
 

@@ -1,4 +1,4 @@
-"""The one place where what goes wrong between us and the engine becomes a domain error."""
+"""Translates failed engine calls to domain errors; the only file that reads messages of Docker, containerd and runc."""
 
 from __future__ import annotations
 
@@ -17,46 +17,51 @@ NOT_FOUND = 404
 CONFLICT = 409
 BAD_REQUEST = 400
 
-# What aiodocker itself puts in place of an HTTP status when it could not connect.
+# aiodocker's substitute for an HTTP status when it could not connect.
 _CONNECT_FAILED_STATUS = 900
-# What a proxy answers when the engine behind it is gone.
+# A proxy's answer when the engine behind it is down.
 _GATEWAY_STATUSES = frozenset({502, 504})
-# What an engine answers, with status 500, when its own containerd does not: nobody knows what was done.
+# With status 500: the engine could not reach its containerd, so what was done is unknown.
 _CONTAINERD_UNAVAILABLE = re.compile(
     r"containerd\.sock|transport is closing|error reading from server|connection error: desc|"
     r"code = Unavailable|: unavailable$|ttrpc: closed|context canceled"
 )
 
 _PORT_IN_USE = re.compile(r"port is already allocated|address already in use")
-# An address and a port as messages write them: after 0.0.0.0, [::] or a bare :: comes the colon.
+# An address and a port as in messages: 0.0.0.0:80, [::]:80 or :::80.
 _ADDRESS = re.compile(r"(?:\d{1,3}(?:\.\d{1,3}){3}|\[[0-9a-fA-F:]*\]|::):(?P<port>\d{1,5})(?!\d)")
 _TRANSPORT = re.compile(r"\b(?P<protocol>tcp|udp)[46]?\b")
 _FOREIGN_HOLDER = "a process outside gpudock"
 
+# On cgroup v1 runc gives up freezing, and thaws, if the processes of a busy host do not freeze in time (its
+# libcontainer/cgroups/fs/freezer.go); a moment later they do.
+_FREEZE_TIMEOUT = "unable to freeze"
+_NAME_IN_USE = "already exists"
+
 
 @contextmanager
 def engine_errors(call: str) -> Iterator[None]:
-    """Raise EngineRejected for an answer that says no, and EngineUnavailable for every way of not answering.
+    """Raise EngineRejected for an error response, and EngineUnavailable for a missing or unusable response.
 
-    `call` completes the sentence "the engine refused to ...". A cancellation passes untouched.
+    `call` completes "the engine refused to ...". A cancellation passes unchanged.
     """
     try:
         yield
     except DockerError as error:
         raise _engine_error(call, error) from error
     except TimeoutError as error:
-        raise EngineUnavailable(call=call, detail=str(error) or "no answer in time") from error
+        raise EngineUnavailable(call=call, detail=str(error) or "timed out") from error
     except (aiohttp.ClientError, OSError) as error:
         raise EngineUnavailable(call=call, detail=str(error) or type(error).__name__) from error
     except (ValueError, KeyError, TypeError) as error:
-        # Not JSON, or not the JSON of this API: whatever listens there, it is not an engine that we can use.
-        raise EngineUnavailable(call=call, detail=f"an answer that makes no sense: {error!r}") from error
+        # Not JSON, or not the JSON of this API: what listens there is not an engine.
+        raise EngineUnavailable(call=call, detail=f"unexpected response: {error!r}") from error
 
 
 def _engine_error(call: str, error: DockerError) -> GpudockError:
-    # Of a failed connection aiodocker's own message names only the URL, which on a unix socket is made up.
-    told = error.__context__ if error.status == _CONNECT_FAILED_STATUS else None
-    detail = str(told or error.message).strip()
+    # aiodocker's message for a failed connection has only the URL, which for a unix socket is a placeholder.
+    cause = error.__context__ if error.status == _CONNECT_FAILED_STATUS else None
+    detail = str(cause or error.message).strip()
     if (
         error.status == _CONNECT_FAILED_STATUS
         or error.status in _GATEWAY_STATUSES
@@ -66,10 +71,20 @@ def _engine_error(call: str, error: DockerError) -> GpudockError:
     return EngineRejected(call=call, status=error.status, detail=detail)
 
 
-def start_failure(rejection: EngineRejected, container: Mapping[str, Any]) -> GpudockError:
-    """Why a container did not start: a port that is taken, or its process, devices and mounts (StartFailed).
+def is_freeze_timeout(error: Exception) -> bool:
+    """Whether a pause or unpause failed because processes did not freeze in time; another try may succeed."""
+    return isinstance(error, EngineRejected) and _FREEZE_TIMEOUT in error.detail
 
-    `container` is its inspect JSON, empty when it could not be read.
+
+def is_name_conflict(rejection: EngineRejected) -> bool:
+    """Whether the engine refused to create something because its name is in use."""
+    return rejection.status == CONFLICT or _NAME_IN_USE in rejection.detail
+
+
+def start_failure(rejection: EngineRejected, container: Mapping[str, Any]) -> GpudockError:
+    """Why a container did not start: PortInUse, or StartFailed (its process, devices or mounts).
+
+    `container` is its inspect JSON, empty if it could not be read.
     """
     message = rejection.detail
     if _PORT_IN_USE.search(message):
@@ -82,7 +97,7 @@ def start_failure(rejection: EngineRejected, container: Mapping[str, Any]) -> Gp
 
 
 def _protocol(message: str, port: int, container: Mapping[str, Any]) -> str:
-    """Transport of a taken port: some messages name it, for others the container's own bindings tell."""
+    """The protocol of a port in use, from the message or else from the container's port bindings."""
     if named := _TRANSPORT.search(message):
         return named["protocol"]
     bindings: Mapping[str, Any] = (container.get("HostConfig") or {}).get("PortBindings") or {}

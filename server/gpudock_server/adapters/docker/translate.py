@@ -1,4 +1,4 @@
-"""Our words into the engine's JSON and back. Pure; the field names are those of the Docker Engine API v1.41."""
+"""Converts gpudock's records to the engine's JSON and back (field names of the Docker Engine API v1.41). Pure."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from gpudock_server.model.spec import ContainerSpec, HealthCheck, Mount, Protoco
 
 Json = dict[str, Any]
 
-_NANO = 1_000_000_000
+NANOS_PER_SECOND = 1_000_000_000
 _UNLIMITED = -1
 
-# A container that talks without end must not fill the disk that all share; 128 MB of it are kept. And json-file is
-# named because its logs can be read back, whatever driver the host prefers.
+# Keeps at most 128 MB of a container's output, so that it cannot fill the shared disk. json-file, because the default
+# driver of the host may not allow reading logs.
 _LOG_CONFIG = {"Type": "json-file", "Config": {"max-size": "64m", "max-file": "2"}}
 
 
@@ -50,7 +50,7 @@ def create_request(engine_spec: EngineContainerSpec, defaults: ContainerDefaults
         "ExposedPorts": {_port_key(port.container_port, port.protocol): {} for port in engine_spec.placement.ports},
         "HostConfig": _host_config(engine_spec, defaults),
     }
-    # Absent is the image's; an empty list would mean "none at all".
+    # An absent key means the image's value; an empty list would mean none.
     if spec.entrypoint:
         request["Entrypoint"] = list(spec.entrypoint)
     if spec.command:
@@ -65,8 +65,8 @@ def create_request(engine_spec: EngineContainerSpec, defaults: ContainerDefaults
 
 
 def _environment(spec: ContainerSpec, placement: Placement, defaults: ContainerDefaults) -> list[str]:
-    # Always set and always ours, and a container's word beats its image's: so neither a user nor an image that says
-    # "all" sees more cards than were claimed, whatever runtime the engine defaults to.
+    # Always set, and after the user's variables. A container's environment overrides its image's, so neither a user nor
+    # an image that sets "all" gets GPUs that were not claimed, whatever the engine's default runtime is.
     forced = enforced_environment(placement.gpu_uuids, defaults.allowed_nvidia_switches)
     return [f"{name}={value}" for name, value in {**spec.env, **forced}.items()]
 
@@ -75,8 +75,8 @@ def _host_config(engine_spec: EngineContainerSpec, defaults: ContainerDefaults) 
     spec, placement, limits = engine_spec.spec, engine_spec.placement, defaults.limits
     config: Json = {
         "NetworkMode": "default",
-        # Without MKNOD nobody inside can make a device node, for another tenant's card for example. With NET_RAW root
-        # inside could answer ARP requests for the address of another tenant's container on the same bridge.
+        # With MKNOD a container could create a device node, for example for another tenant's GPU. With NET_RAW its root
+        # could answer ARP requests for the address of another tenant's container on the same bridge.
         "CapDrop": ["MKNOD", "NET_RAW"] if defaults.drop_net_raw else ["MKNOD"],
         "RestartPolicy": _restart_policy(spec.restart_policy),
         "LogConfig": _LOG_CONFIG,
@@ -84,7 +84,7 @@ def _host_config(engine_spec: EngineContainerSpec, defaults: ContainerDefaults) 
         "PortBindings": _port_bindings(placement),
     }
     if placement.gpu_uuids:
-        # Exactly one entry: of two the engine heeds only the last, and DeviceIDs beside Count it refuses.
+        # One entry only: the engine ignores all but the last, and rejects DeviceIDs together with Count.
         gpus = {"Driver": "nvidia", "DeviceIDs": list(placement.gpu_uuids), "Capabilities": [["gpu"]]}
         config["DeviceRequests"] = [gpus]
     if spec.cpus:
@@ -107,15 +107,15 @@ def _restart_policy(policy: RestartPolicy) -> Json:
 
 def _mounts(engine_spec: EngineContainerSpec) -> list[Json]:
     mounts = [_mount(mount, engine_spec) for mount in engine_spec.spec.mounts]
-    taken = {mount.target for mount in engine_spec.spec.mounts}
-    kept_volumes = (
+    spec_targets = {mount.target for mount in engine_spec.spec.mounts}
+    anonymous_volumes = (
         # NoCopy: the engine fills an empty volume with the image's files. This one may be empty because the user
-        # deleted them.
+        # deleted its files.
         {"Type": "volume", "Source": volume, "Target": target, "VolumeOptions": {"NoCopy": True}}
         for target, volume in engine_spec.volumes.items()
-        if target not in taken
+        if target not in spec_targets
     )
-    return [*mounts, *kept_volumes]
+    return [*mounts, *anonymous_volumes]
 
 
 def _mount(mount: Mount, engine_spec: EngineContainerSpec) -> Json:
@@ -124,7 +124,7 @@ def _mount(mount: Mount, engine_spec: EngineContainerSpec) -> Json:
         options = {"Mode": mount.tmpfs.mode} | ({"SizeBytes": mount.tmpfs.size_bytes} if mount.tmpfs.size_bytes else {})
         return {"Type": "tmpfs", "TmpfsOptions": options, **shared}
     if mount.host_path:
-        # Never the host path itself: the engine would resolve it again at every start.
+        # Not the host path itself, which the engine would resolve again at every start.
         return {"Type": "bind", "Source": engine_spec.bound[mount.host_path], **shared}
     return {"Type": "volume", "Source": engine_spec.mounted.get(mount.volume, mount.volume), **shared}
 
@@ -152,22 +152,22 @@ def _health_check(check: HealthCheck) -> Json:
 
 
 def _nanoseconds(span: timedelta) -> int:
-    # By whole microseconds and not through a float, which would make 30 s of 29,999,999,999 ns.
+    # In integers: a float would turn 30 s into 29,999,999,999 ns.
     return span // timedelta(microseconds=1) * 1000
 
 
 def whole_seconds(seconds: float) -> int:
-    """A grace period as the engine takes it: in whole seconds, never shorter than asked."""
+    """A grace period in whole seconds, rounded up, as the engine takes it."""
     return math.ceil(seconds)
 
 
 def nano_cpus(cpus: float) -> int:
-    """CPUs in the engine's billionths."""
-    return round(cpus * _NANO)
+    """CPUs in billionths, the engine's unit."""
+    return round(cpus * NANOS_PER_SECOND)
 
 
 def memory_limit(memory_bytes: int) -> Json:
-    """A limit of memory; the limit of memory and swap together is the same, so that swap does not widen it."""
+    """A memory limit, with the same limit for memory plus swap, so that no swap is used on top."""
     return {"Memory": memory_bytes, "MemorySwap": memory_bytes}
 
 
@@ -180,73 +180,72 @@ def limit_changes(
     host: EngineInfo,
     limits: NodeLimits,
 ) -> Json:
-    """The body of `POST /containers/ID/update` that gives a container these limits; empty when it has them.
+    """The body of `POST /containers/ID/update` that gives a container these limits; empty if it has them already.
 
-    The engine cannot take a limit of CPU or memory away from a container that has one (to it 0 is "leave it alone"). 0,
-    our "no limit", is therefore all that the host has: there is no difference that a process could notice. A container
-    without a limit that is to have the node's default, because an older version made it, is left without one: it may
-    already use more.
+    The engine cannot remove a CPU or memory limit (a value of 0 means "no change"). A limit of 0 ("no limit") therefore
+    becomes all that the host has, which makes no difference to processes. A container without a limit, created by an
+    older version, does not get the node's default: it may already use more.
     """
-    has_cpus = host_config.get("NanoCpus") or 0
-    has_memory = host_config.get("Memory") or 0
-    wants_cpus = nano_cpus(cpus) or (host.cpus * _NANO if has_cpus else 0)
-    wants_memory = memory_bytes or (limits.max_memory_bytes or host.memory_bytes if has_memory else 0)
-    has_pids = _pids_limit(host_config)
-    wants_pids = pids_limit or (limits.default_pids if has_pids else 0)
+    current_cpus = host_config.get("NanoCpus") or 0
+    current_memory = host_config.get("Memory") or 0
+    current_pids = _pids_limit(host_config)
+    new_cpus = nano_cpus(cpus) or (host.cpus * NANOS_PER_SECOND if current_cpus else 0)
+    new_memory = memory_bytes or (limits.max_memory_bytes or host.memory_bytes if current_memory else 0)
+    new_pids = pids_limit or (limits.default_pids if current_pids else 0)
     changes: Json = {}
-    if wants_cpus != has_cpus:
-        changes["NanoCpus"] = wants_cpus
-    if wants_memory != has_memory:
-        changes |= memory_limit(wants_memory)
-    if wants_pids != has_pids:
-        changes["PidsLimit"] = wants_pids or _UNLIMITED
+    if new_cpus != current_cpus:
+        changes["NanoCpus"] = new_cpus
+    if new_memory != current_memory:
+        changes |= memory_limit(new_memory)
+    if new_pids != current_pids:
+        changes["PidsLimit"] = new_pids or _UNLIMITED
     return changes
 
 
 def _pids_limit(host_config: Mapping[str, Any]) -> int:
-    """The limit of processes; 0 for none, which engines write as null, 0 or a negative number."""
+    """The limit of processes; 0 if there is none, which engines write as null, 0 or a negative number."""
     return max(host_config.get("PidsLimit") or 0, 0)
 
 
 def policy_changes(host_config: Mapping[str, Any], policy: RestartPolicy) -> Json:
-    """The same for a restart policy."""
+    """The body of `POST /containers/ID/update` for a restart policy; empty if the container has it already."""
     same = _restart_policy_of(host_config) == policy.as_engine_policy
     return {} if same else {"RestartPolicy": _restart_policy(policy)}
 
 
 def commit_request(config: Mapping[str, Any], labels: Mapping[str, str]) -> Json:
-    """The body of `POST /commit`, of a container's config: the same with these labels, and without its cards.
+    """The body of `POST /commit`: a container's config with `labels` added and without its GPUs.
 
-    All of it is said, because changes (`ENV PATH=$PATH:/opt`) are made to what is said here. What is left out, the
-    engine takes from the container's own, each variable and label by itself.
+    It is complete, because Dockerfile changes (`ENV PATH=$PATH:/opt`) apply to this body. The engine takes each
+    variable and label that is missing here from the container.
     """
     environment = [line for line in config.get("Env") or () if line.partition("=")[0] != VISIBLE_DEVICES]
-    no_cards = f"{VISIBLE_DEVICES}={NO_DEVICES}"
-    return {**config, "Labels": {**(config.get("Labels") or {}), **labels}, "Env": [*environment, no_cards]}
+    no_gpus = f"{VISIBLE_DEVICES}={NO_DEVICES}"
+    return {**config, "Labels": {**(config.get("Labels") or {}), **labels}, "Env": [*environment, no_gpus]}
 
 
-def shadow_request(shown: Mapping[str, Any], labels: Mapping[str, str]) -> Json:
-    """The body of `POST /containers/create` for a container like the one `shown`, which never runs.
+def file_holder_request(inspected: Mapping[str, Any], labels: Mapping[str, str]) -> Json:
+    """The body of `POST /containers/create` for a container like the `inspected` one that never runs.
 
-    A tmpfs where the config has a volume keeps the engine from making an anonymous one, and from filling that with what
-    the image has there.
+    For each volume of the config it mounts a tmpfs instead, so that the engine does not create an anonymous volume and
+    copy the image's files into it.
     """
-    config = shown.get("Config") or {}
+    config = inspected.get("Config") or {}
     tmpfs = [{"Type": "tmpfs", "Target": target} for target in config.get("Volumes") or ()]
     return {
         **config,
-        "Image": shown["Image"],
+        "Image": inspected["Image"],
         "Labels": dict(labels),
         "HostConfig": {"NetworkMode": "none", "Mounts": tmpfs, "LogConfig": _LOG_CONFIG},
     }
 
 
 def container(inspected: Mapping[str, Any]) -> EngineContainer:
-    """What `GET /containers/ID/json` shows."""
+    """Reads the response of `GET /containers/ID/json`."""
     state: Json = inspected.get("State") or {}
     host: Json = inspected.get("HostConfig") or {}
     config: Json = inspected.get("Config") or {}
-    # The containerd image store has no GraphDriver, or an empty one.
+    # With the containerd image store, GraphDriver is missing or empty.
     driver: Json = inspected.get("GraphDriver") or {}
     driver_name = driver.get("Name") or ""
     upper = (driver.get("Data") or {}).get("UpperDir") or "" if driver_name == "overlay2" else ""
@@ -276,7 +275,7 @@ def container(inspected: Mapping[str, Any]) -> EngineContainer:
             for mount in inspected.get("Mounts") or ()
             if mount.get("Type") == "bind"
         },
-        cpus=(host.get("NanoCpus") or 0) / _NANO,
+        cpus=(host.get("NanoCpus") or 0) / NANOS_PER_SECOND,
         memory_bytes=host.get("Memory") or 0,
         pids_limit=_pids_limit(host),
         restart_policy=_restart_policy_of(host),
@@ -292,18 +291,18 @@ def _state(state: Mapping[str, Any]) -> EngineState:
     try:
         return EngineState(state.get("Status") or "")
     except ValueError:
-        # A newer engine's new word. Whether it runs is what matters, and every engine says that.
+        # A state of a newer engine. Whether it runs is what matters, and every engine reports that.
         return EngineState.RUNNING if state.get("Running") else EngineState.EXITED
 
 
 def _restart_policy_of(host_config: Mapping[str, Any]) -> RestartPolicy:
-    shown: Json = host_config.get("RestartPolicy") or {}
-    kind = RestartPolicyKind(shown.get("Name") or "no")
-    return RestartPolicy(kind=kind, max_retry_count=shown.get("MaximumRetryCount") or 0)
+    policy: Json = host_config.get("RestartPolicy") or {}
+    kind = RestartPolicyKind(policy.get("Name") or "no")
+    return RestartPolicy(kind=kind, max_retry_count=policy.get("MaximumRetryCount") or 0)
 
 
 def _gpu_uuids(requests: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The cards, from HostConfig and never from the environment: engines with CDI show `void` there."""
+    """The GPUs, from HostConfig and not from the environment, where engines with CDI show `void`."""
     return tuple(
         device
         for request in requests
@@ -313,7 +312,7 @@ def _gpu_uuids(requests: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def _ports(bindings: Mapping[str, Sequence[Mapping[str, str]] | None]) -> tuple[PortBinding, ...]:
-    """What it was made to publish: from HostConfig, which has it also while it does not run."""
+    """The published ports, from HostConfig, which also has those of a stopped container."""
     return tuple(
         PortBinding(container_port=int(port), protocol=Protocol(protocol), host_port=int(binding["HostPort"]))
         for key, published in bindings.items()
@@ -333,14 +332,14 @@ def _spec(text: str) -> ContainerSpec | None:
 
 def parse_time(text: str | None) -> datetime | None:
     """An RFC 3339 time of up to nine decimals, cut to microseconds, in UTC; None for the engine's zero time."""
-    # Year 1 is Go's zero time; converting it to UTC could leave the calendar.
+    # Year 1 is Go's zero time, which Python may not be able to convert to UTC.
     if not text or text.startswith("0001-"):
         return None
     return datetime.fromisoformat(text).astimezone(UTC)
 
 
 def image(inspected: Mapping[str, Any]) -> EngineImage:
-    """What `GET /images/NAME/json` shows."""
+    """Reads the response of `GET /images/NAME/json`."""
     config: Json = inspected.get("Config") or {}
     return EngineImage(
         id=inspected["Id"],
@@ -362,7 +361,7 @@ def _layer_paths(driver: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def volume(inspected: Mapping[str, Any]) -> EngineVolume:
-    """What `GET /volumes/NAME` shows."""
+    """Reads the response of `GET /volumes/NAME`."""
     name, driver = inspected["Name"], inspected["Driver"]
     labels, options = inspected.get("Labels") or {}, inspected.get("Options") or {}
     return EngineVolume(
@@ -377,9 +376,9 @@ def volume(inspected: Mapping[str, Any]) -> EngineVolume:
 
 
 def info(answer: Mapping[str, Any], api_version: str) -> EngineInfo:
-    """What `GET /info` shows, and the API version in use."""
+    """Reads the response of `GET /info`; `api_version` is the one in use."""
     return EngineInfo(
-        # Without its data folder an engine has no id; then its host's name is the next best.
+        # An engine without its data folder has no id.
         id=answer.get("ID") or answer.get("Name") or "",
         version=answer.get("ServerVersion") or "",
         api_version=api_version,
