@@ -158,7 +158,7 @@ async def test_a_node_and_a_socket_that_another_daemon_has(own: OwnDaemons) -> N
     assert f"node '{own.node}' is taken by a gpudockd" in same_node
     assert f"pid {first.pid}" in same_node
     assert "another node name" in same_node
-    assert f"another gpudockd (pid {first.pid}) serves on {first.socket}" in same_socket
+    assert f"another gpudockd (pid {first.pid}) listens on {first.socket}" in same_socket
     assert "--socket" in same_socket
     async with Caller(first.target) as caller:
         assert (await caller.create("unhurt")).status.state == RUNNING

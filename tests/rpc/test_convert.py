@@ -39,7 +39,7 @@ from gpudock_server.rpc import port_messages
 from gpudock_server.rpc.containers import messages as container_messages
 from gpudock_server.rpc.containers.spec_messages import RESTART_POLICIES, spec_message
 from gpudock_server.rpc.containers.spec_requests import spec as checked_spec
-from gpudock_server.rpc.exec.messages import encoded_output, exec_exited_message
+from gpudock_server.rpc.exec.call import encoded_output, exec_exited_message
 from gpudock_server.rpc.nodes import gpu_messages
 from gpudock_server.rpc.nodes.messages import node_message
 from gpudock_server.rpc.operations import messages as operation_messages

@@ -114,7 +114,7 @@ def test_the_words_say_what_would_be_right() -> None:
         container_requests.create(create_request(cpus=100.0, mounts=[_tmpfs("/sys/fs/cgroup"), _tmpfs("/usr")]), HOST)
     said = [violation.description for violation in refused.value.violations]
     assert said == [
-        "must be 0 or 0.01 to 2, the number of CPUs of this node; 100 is not",
+        "is 100; must be 0 or 0.01 to 2, the number of CPUs of this node",
         "must not be /sys/fs/cgroup, below /sys, where the kernel shows devices and control groups",
         "must not be /usr, which holds the image's programs or libraries; an empty file system there hides them",
     ]

@@ -127,7 +127,7 @@ async def test_tokens_are_read_again_when_their_file_changes(token_file: Path) -
         with capture_logs() as logged:
             await call(channel, "OneToOne", metadata=BEARER)
             await refused(channel, header=f"Bearer {OTHER}")
-        assert [line["mistakes"] for line in logged if "mistakes" in line] == [["line 2 is not NAME:TOKEN"]]
+        assert [line["mistakes"] for line in logged if "mistakes" in line] == [["line 2: must be NAME:TOKEN"]]
         rewrite(token_file, "", later=3)
         await refused(channel, header=f"Bearer {TOKEN}")
 
@@ -146,9 +146,9 @@ def test_a_token_file_that_goes_away_takes_its_tokens_along(token_file: Path) ->
     [
         (f"ci:{TOKEN}", 0o644, "is accessible to every user of this host (mode 0644)"),
         (f"ci:{TOKEN}", 0o602, "is accessible to every user of this host (mode 0602)"),
-        (f"ci {TOKEN}", 0o600, "line 1 is not NAME:TOKEN"),
-        ("\nci:short", 0o600, "line 2 has a token of fewer than 16 characters"),
-        (f"\nci:{TOKEN} {TOKEN}", 0o600, "line 2 is not NAME:TOKEN"),
+        (f"ci {TOKEN}", 0o600, "line 1: must be NAME:TOKEN"),
+        ("\nci:short", 0o600, "line 2: token is shorter than 16 characters"),
+        (f"\nci:{TOKEN} {TOKEN}", 0o600, "line 2: must be NAME:TOKEN"),
     ],
 )
 def test_a_bad_token_file_is_refused_at_start(tmp_path: Path, text: str, mode: int, message: str) -> None:

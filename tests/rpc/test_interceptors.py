@@ -127,7 +127,7 @@ async def test_a_status_too_long_for_its_trailers_is_cut_and_not_lost(
     status = rich_status(await failure(channel, "OneToOne"))
     listed = detail(status, error_details_pb2.BadRequest).field_violations
     assert listed[0].field == "spec.env[0]"
-    assert listed[-1].description == f"and {1000 - (len(listed) - 1)} more; correct these first"
+    assert listed[-1].description == f"{1000 - (len(listed) - 1)} more violations; fix these first"
     assert detail(status, error_details_pb2.ErrorInfo).metadata["fields"].startswith("spec.env[0],")
 
     metadata = {f"key{n}": text * 5000 for n in range(100)}

@@ -101,8 +101,8 @@ async def test_what_is_no_choice_is_said(served: Served) -> None:
         await served.nodes.ListDrift(request)
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     for said in (
-        "filter.kinds: 0, 99 can not",
-        "filter.severities: 0 can not",
+        "filter.kinds: has the unknown values 0, 99",
+        "filter.severities: has the unknown values 0",
         "page_token: is not",
         "page_size: must",
     ):

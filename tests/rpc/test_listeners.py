@@ -82,7 +82,7 @@ async def test_a_second_daemon_is_refused_and_the_first_goes_on(tmp_path: Path) 
     settings = Settings(socket=tmp_path / "gpudock.sock")
     async with serving(Probe(), settings):
         error = await refusal(settings)
-        assert f"another gpudockd (pid {os.getpid()}) serves on {settings.socket}" in error.message
+        assert f"another gpudockd (pid {os.getpid()}) listens on {settings.socket}" in error.message
         async with grpc.aio.insecure_channel(f"unix:{settings.socket}") as channel:
             await call(channel, "OneToOne")
     async with serving(Probe(), settings):
@@ -94,7 +94,7 @@ async def test_another_program_on_the_socket_is_left_alone(tmp_path: Path) -> No
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(path))
         other.listen()
-        assert "another program serves" in (await refusal(Settings(socket=path))).message
+        assert "another program listens" in (await refusal(Settings(socket=path))).message
         assert path.exists()
 
 

@@ -461,7 +461,7 @@ def test_a_host_limits_what_a_container_can_be_given() -> None:
     more.spec.mounts.append(container_pb2.Mount(tmpfs=container_pb2.TmpfsMount(size_bytes=(1 << 30) + 1), target="/t"))
     found = violations_of(lambda request: container_requests.create(request, host), more)
     assert set(found) == {"spec.cpus", "spec.memory_bytes", "spec.shm_size_bytes", "spec.mounts[0].tmpfs.size_bytes"}
-    assert found["spec.cpus"] == "must be 0 or 0.01 to 4, the number of CPUs of this node; 4.01 is not"
+    assert found["spec.cpus"] == "is 4.01; must be 0 or 0.01 to 4, the number of CPUs of this node"
     scale = container_service_pb2.ScaleContainerRequest(
         name="a", cpus=4.01, memory_bytes=(1 << 30) + 1, shm_size_bytes=(1 << 30) + 1
     )
@@ -472,4 +472,4 @@ def test_a_host_limits_what_a_container_can_be_given() -> None:
     clone = container_service_pb2.CloneContainerRequest(name="b", source="a", spec=container_pb2.ContainerSpec(cpus=5))
     assert set(violations_of(lambda request: container_requests.clone(request, host), clone)) == {"spec.cpus"}
     unknown = violations_of(container_requests.create, create_request(cpus=8193))
-    assert unknown == {"spec.cpus": "must be 0 or 0.01 to 8192"}
+    assert unknown == {"spec.cpus": "is 8193; must be 0 or 0.01 to 8192"}

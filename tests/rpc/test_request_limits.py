@@ -128,7 +128,7 @@ def test_spans_that_are_none() -> None:
     ):
         found = violations_of(container_requests.create, create_request(stop_timeout=span))
         assert found == {
-            "spec.stop_timeout": "is not a valid Duration: seconds and nanos out of range, or of different signs"
+            "spec.stop_timeout": "is not a valid Duration: seconds and nanos must be in range and have the same sign"
         }
     words = violations_of(
         container_requests.create, create_request(health_check=container_pb2.HealthCheck(interval=Duration()))
@@ -163,8 +163,8 @@ def test_what_is_wrong_with_a_line_of_a_commit() -> None:
     request = container_service_pb2.CommitContainerRequest(name="a", repository="b", changes=lines)
     found = violations_of(commit_request.commit, request)
     assert found["changes[0]"] == "USER needs an argument"
-    assert found["changes[2]"] == "must be one line of printable characters, and end with it"
-    assert found["changes[3]"] == "'x' is no port such as 80, 53/udp or 8000-8010"
+    assert found["changes[2]"] == "must be one line of printable characters, without a backslash at its end"
+    assert found["changes[3]"] == "invalid port 'x'; use 80, 53/udp or 8000-8010"
     assert set(found) == {f"changes[{index}]" for index in range(len(lines))}
 
 

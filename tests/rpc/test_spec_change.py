@@ -155,14 +155,14 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
         "edits.remove_ports[1].protocol",
     }
     for said in (
-        "'env.a.b': a key with dots or backquotes goes between backquotes",
-        "'image.tag': image changes as a whole only",
-        "'mounts.0': mounts changes as a whole only; its entries are changed with `edits.add_mounts`",
-        "'gpus.number': gpus has count, uuids, model, min_memory_bytes",
-        "'nothing': not a field of the spec",
+        "'env.a.b': put a key with dots or backquotes between backquotes",
+        "'image.tag': image can only be replaced as a whole",
+        "'mounts.0': mounts can only be replaced as a whole; change its entries with `edits.add_mounts`",
+        "'gpus.number': unknown part of gpus; use one of count, uuids, model, min_memory_bytes",
+        "'nothing': unknown field; use one of",
     ):
         assert said in found["update_mask"]
-    assert "change it there or here, not in both" in found["edits.set_env"]
+    assert "use only one of them" in found["edits.set_env"]
 
 
 @pytest.mark.parametrize(

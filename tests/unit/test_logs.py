@@ -156,7 +156,7 @@ def test_what_a_refused_call_may_send_instead_is_not_taken_out() -> None:
         with pytest.raises(Unauthenticated) as refused:
             IdentityInterceptor(None)._identify(caller)
         stream = configured()
-        structlog.stdlib.get_logger().warning("call refused", reason=refused.value.message)
+        structlog.stdlib.get_logger().warning("authentication failed", reason=refused.value.message)
         (line,) = lines(stream)
         assert line["reason"] == refused.value.message
         assert "`Bearer` and a token" in refused.value.message

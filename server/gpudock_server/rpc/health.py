@@ -1,7 +1,7 @@
-"""grpc.health.v1.Health: whether each service is served, for callers who need no identity.
+"""grpc.health.v1.Health: the serving status of each service. Callers need no authentication.
 
-The servicer of grpcio-health-checking holds a lock while it writes to a watcher, so that one who stops reading keeps
-every status from changing, and it takes any number of watchers and names of any length.
+The servicer of grpcio-health-checking is not used. It holds a lock while it writes to a watcher, so that a watcher that
+stops reading blocks all status changes, and it limits neither watchers nor the length of names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gpudock_server.errors import FieldViolation, HealthWatchLimit, InvalidArgum
 from gpudock_server.rpc.middleware.identity import CallerKind, caller
 from gpudock_server.rpc.middleware.interceptor import Context
 
-# Watches of callers without an identity, all connections together. Each holds some 30 kB; a load balancer needs one.
+# Open watches of unauthenticated callers, over all connections. Each takes about 30 kB; a load balancer needs one.
 MAX_ANONYMOUS_WATCHES = 256
 _MAX_NAME_CHARACTERS = 256
 
@@ -25,7 +25,7 @@ _UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # its package ships no types
-    """Serves the statuses that `set` has given; the server as a whole is the service named ""."""
+    """Serves the statuses that `set` has set. The service named "" is the server as a whole."""
 
     def __init__(self) -> None:
         self._statuses: dict[str, int] = {"": health_pb2.HealthCheckResponse.SERVING}
@@ -33,7 +33,7 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it
         self._anonymous = 0
 
     def set(self, service: str, status: int) -> None:
-        """Change the status of a service; watchers are told as soon as each of them reads."""
+        """Set the status of a service. Each watcher receives it when it next reads."""
         self._statuses[service] = status
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
@@ -43,7 +43,7 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it
         """See health.proto."""
         status = self._statuses.get(request.service)
         if status is None:
-            # What the protocol says of an unknown service, without details that ours would have.
+            # health.proto asks for NOT_FOUND; an error of ours would add details that it does not define.
             await context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
         return health_pb2.HealthCheckResponse(status=status)
 
@@ -64,12 +64,12 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it
             self._anonymous -= 1
 
     async def _watch(self, service: str, context: Context) -> None:
-        told: int | None = None
+        sent: int | None = None
         while True:
-            # Before the status is read: a change that comes while the watcher is told is then not missed.
+            # Taken before the status is read, so that a change during the write is not missed.
             changed = self._changed
             status = self._statuses.get(service, _UNKNOWN)
-            if status != told:
+            if status != sent:
                 await context.write(health_pb2.HealthCheckResponse(status=status))
-                told = status
+                sent = status
             await changed.wait()

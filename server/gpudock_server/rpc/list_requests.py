@@ -1,4 +1,4 @@
-"""Requests for lists: which page, and what is to be on it."""
+"""List requests: the page size, the page token, and the filter."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ _CONTAINER_STATES: Mapping[int, ContainerState] = {value: state for state, value
 _OPERATION_STATES: Mapping[int, OperationState] = {value: state for state, value in operation_messages.STATES.items()}
 _OPERATION_KINDS: Mapping[int, OperationKind] = {value: kind for kind, value in operation_messages.KINDS.items()}
 _DRIFT_KINDS: Mapping[int, DriftKind] = {value: kind for kind, value in drift_messages.KINDS.items()}
-_SEVERITIES: Mapping[int, DriftSeverity] = {value: one for one, value in drift_messages.SEVERITIES.items()}
-# In these filters the value 0 has a meaning of its own.
+_SEVERITIES: Mapping[int, DriftSeverity] = {value: severity for severity, value in drift_messages.SEVERITIES.items()}
+# In these filters the value 0 means "any", or a default.
 _GPU_HEALTHS: Mapping[int, GpuHealth | None] = {
     gpu_pb2.GPU_HEALTH_UNSPECIFIED: None,
     **{value: health for health, value in gpu_messages.HEALTHS.items()},
@@ -58,9 +58,9 @@ _RESOURCE_KINDS: Mapping[int, ResourceKind | None] = {
 
 @dataclass(frozen=True, slots=True)
 class ListRequest(Generic[T]):
-    """A page that is asked for: its size, where the one before it ended (empty: the first), and what belongs on it.
+    """One page of a list: its maximum size, the position where the previous page ended (empty: first page), a filter.
 
-    `scope` names everything that has to be the same for all pages of one list.
+    `scope` identifies the list: all of the request that must be the same for all its pages.
     """
 
     size: int
@@ -69,29 +69,29 @@ class ListRequest(Generic[T]):
     matches: Callable[[T], bool]
 
     def token(self, resume: str) -> str:
-        """What to give a caller who is to go on at `resume`; empty where there is no more."""
+        """The page token for the position `resume`; empty at the end of the list."""
         return opaque_tokens.encode_token(self.scope, resume) if resume else ""
 
 
 def containers(request: container_service_pb2.ListContainersRequest) -> ListRequest[ContainerView]:
-    """A page of containers."""
+    """Check a ListContainersRequest."""
     violations = Violations()
     return _list_request(violations, request, container_filter(violations, request.filter))
 
 
 def container_filter(
-    violations: Violations, asked: container_service_pb2.ContainerFilter
+    violations: Violations, criteria: container_service_pb2.ContainerFilter
 ) -> Callable[[ContainerView], bool]:
-    """Whether a container is one of those asked for."""
-    states = fields.enum_values(violations.at("filter"), "states", asked.states, _CONTAINER_STATES)
-    labels = dict(asked.labels)
+    """A predicate for containers that match the filter."""
+    states = fields.enum_values(violations.at("filter"), "states", criteria.states, _CONTAINER_STATES)
+    labels = dict(criteria.labels)
 
     def matches(view: ContainerView) -> bool:
         head = view.container
         return (
             (not states or head.status.state in states)
-            and asked.owner in ("", head.owner)
-            and asked.node in ("", head.node)
+            and criteria.owner in ("", head.owner)
+            and criteria.node in ("", head.node)
             and all(key in head.spec.labels and value in ("", head.spec.labels[key]) for key, value in labels.items())
         )
 
@@ -99,26 +99,26 @@ def container_filter(
 
 
 def revisions(request: container_service_pb2.ListContainerRevisionsRequest) -> ListRequest[RevisionView]:
-    """A page of a container's revisions."""
+    """Check a ListContainerRevisionsRequest."""
     violations = Violations()
     fields.name(violations, "name", request.name)
     return _list_request(violations, request, lambda _: True)
 
 
 def volumes(request: volume_service_pb2.ListVolumesRequest) -> ListRequest[VolumeDetails]:
-    """A page of volumes."""
+    """Check a ListVolumesRequest."""
     return _list_request(Violations(), request, volume_filter(request.filter))
 
 
-def volume_filter(asked: volume_service_pb2.VolumeFilter) -> Callable[[VolumeDetails], bool]:
-    """Whether a volume is one of those asked for."""
-    labels = dict(asked.labels)
+def volume_filter(criteria: volume_service_pb2.VolumeFilter) -> Callable[[VolumeDetails], bool]:
+    """A predicate for volumes that match the filter."""
+    labels = dict(criteria.labels)
 
-    def matches(seen: VolumeDetails) -> bool:
-        head = seen.view.volume
+    def matches(details: VolumeDetails) -> bool:
+        head = details.view.volume
         return (
-            asked.owner in ("", head.owner)
-            and asked.node in ("", head.node)
+            criteria.owner in ("", head.owner)
+            and criteria.node in ("", head.node)
             and all(key in head.labels and value in ("", head.labels[key]) for key, value in labels.items())
         )
 
@@ -126,21 +126,23 @@ def volume_filter(asked: volume_service_pb2.VolumeFilter) -> Callable[[VolumeDet
 
 
 def volume_revisions(request: volume_service_pb2.ListVolumeRevisionsRequest) -> ListRequest[VolumeRevision]:
-    """A page of a volume's revisions."""
+    """Check a ListVolumeRevisionsRequest."""
     violations = Violations()
     fields.name(violations, "name", request.name)
     return _list_request(violations, request, lambda _: True)
 
 
 def operations(request: operation_service_pb2.ListOperationsRequest) -> ListRequest[Operation]:
-    """A page of operations."""
+    """Check a ListOperationsRequest."""
     violations = Violations()
-    asked, target = request.filter, request.filter.target
-    here = violations.at("filter")
-    states = fields.enum_values(here, "states", asked.states, _OPERATION_STATES)
-    kinds = fields.enum_values(here, "kinds", asked.kinds, _OPERATION_KINDS)
+    criteria, target = request.filter, request.filter.target
+    filter_violations = violations.at("filter")
+    states = fields.enum_values(filter_violations, "states", criteria.states, _OPERATION_STATES)
+    kinds = fields.enum_values(filter_violations, "kinds", criteria.kinds, _OPERATION_KINDS)
     if target.kind not in _RESOURCE_KINDS:
-        here.at("target").add("kind", f"{target.kind} is not a kind of object")
+        filter_violations.at("target").add(
+            "kind", f"is {target.kind}; must be one of {', '.join(map(str, _RESOURCE_KINDS))}"
+        )
 
     def matches(record: Operation) -> bool:
         return (
@@ -149,55 +151,55 @@ def operations(request: operation_service_pb2.ListOperationsRequest) -> ListRequ
             and _RESOURCE_KINDS[target.kind] in (None, record.target.kind)
             and target.name in ("", record.target.name)
             and target.uid in ("", record.target.uid)
-            and asked.node in ("", record.node)
+            and criteria.node in ("", record.node)
         )
 
     return _list_request(violations, request, matches)
 
 
 def gpus(request: node_service_pb2.ListGpusRequest) -> ListRequest[HeldGpu]:
-    """A page of cards."""
+    """Check a ListGpusRequest."""
     violations = Violations()
-    asked = request.filter
-    healths = fields.enum_values(violations.at("filter"), "healths", asked.healths, _GPU_HEALTHS)
+    criteria = request.filter
+    healths = fields.enum_values(violations.at("filter"), "healths", criteria.healths, _GPU_HEALTHS)
 
     def matches(held: HeldGpu) -> bool:
         holder = held.holder.container if held.holder else ""
         return (
             (not healths or None in healths or held.gpu.health in healths)
-            and asked.model.casefold() in held.gpu.name.casefold()
-            and (not asked.HasField("claimed") or asked.claimed == (held.holder is not None))
-            and asked.container in ("", holder)
+            and criteria.model.casefold() in held.gpu.name.casefold()
+            and (not criteria.HasField("claimed") or criteria.claimed == (held.holder is not None))
+            and criteria.container in ("", holder)
         )
 
     return _list_request(violations, request, matches)
 
 
 def ports(request: node_service_pb2.ListPortsRequest) -> ListRequest[HeldPort]:
-    """A page of claimed ports."""
+    """Check a ListPortsRequest."""
     violations = Violations()
-    asked = request.filter
-    protocols = fields.enum_values(violations.at("filter"), "protocols", asked.protocols, _PROTOCOLS)
+    criteria = request.filter
+    protocols = fields.enum_values(violations.at("filter"), "protocols", criteria.protocols, _PROTOCOLS)
 
     def matches(held: HeldPort) -> bool:
-        return (not protocols or held.key.protocol in protocols) and asked.container in ("", held.holder.container)
+        return (not protocols or held.key.protocol in protocols) and criteria.container in ("", held.holder.container)
 
     return _list_request(violations, request, matches)
 
 
 def drift(request: node_service_pb2.ListDriftRequest) -> ListRequest[Drift]:
-    """A page of findings."""
+    """Check a ListDriftRequest."""
     violations = Violations()
-    asked = request.filter
-    here = violations.at("filter")
-    kinds = fields.enum_values(here, "kinds", asked.kinds, _DRIFT_KINDS)
-    severities = fields.enum_values(here, "severities", asked.severities, _SEVERITIES)
+    criteria = request.filter
+    filter_violations = violations.at("filter")
+    kinds = fields.enum_values(filter_violations, "kinds", criteria.kinds, _DRIFT_KINDS)
+    severities = fields.enum_values(filter_violations, "severities", criteria.severities, _SEVERITIES)
 
-    def matches(found: Drift) -> bool:
+    def matches(item: Drift) -> bool:
         return (
-            (not kinds or found.kind in kinds)
-            and (not severities or found.severity in severities)
-            and asked.container in ("", found.container)
+            (not kinds or item.kind in kinds)
+            and (not severities or item.severity in severities)
+            and criteria.container in ("", item.container)
         )
 
     return _list_request(violations, request, matches)
@@ -219,7 +221,7 @@ def _list_request(violations: Violations, request: _ListMessage, matches: Callab
     scope = _scope(request)
     resume = opaque_tokens.decode_token(scope, request.page_token) if request.page_token else ""
     if resume is None:
-        violations.add("page_token", "is not one that this list gave out; a list has the same filter on all its pages")
+        violations.add("page_token", "is not a page_token of this list; the filter must be the same for all pages")
     if request.page_size < 0:
         violations.add("page_size", "must not be negative")
     violations.raise_if_any()
@@ -232,9 +234,9 @@ def _list_request(violations: Violations, request: _ListMessage, matches: Callab
 
 
 def _scope(request: _ListMessage) -> bytes:
-    same: Message = type(request)()
-    same.CopyFrom(request)
-    same.ClearField("page_token")
-    # Pages may be of different sizes.
-    same.ClearField("page_size")
-    return request.DESCRIPTOR.full_name.encode() + b"\0" + same.SerializeToString(deterministic=True)
+    identity: Message = type(request)()
+    identity.CopyFrom(request)
+    identity.ClearField("page_token")
+    # The pages of one list may have different sizes.
+    identity.ClearField("page_size")
+    return request.DESCRIPTOR.full_name.encode() + b"\0" + identity.SerializeToString(deterministic=True)

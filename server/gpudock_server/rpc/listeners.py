@@ -1,7 +1,7 @@
-"""Where the daemon is called: a unix socket whose mode says who may, and TCP addresses with TLS.
+"""Binds the addresses of the daemon: a unix socket with its mode and group, and TCP addresses with TLS.
 
-grpc takes whatever socket file lies at its path, also one that is being served on, shares a TCP port with any process
-that lets it, and takes any text for a certificate. So everything is tried here first, and refused with a reason.
+grpc replaces a socket file even if another server listens on it, shares a TCP port with any process that allows it, and
+accepts any text as a certificate. So this module checks everything first and refuses with a reason.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from gpudock_server.settings.definitions import Settings
 from gpudock_server.settings.value_types import split_address
 from gpudock_server.startup import StartupError
 
-# For grpc.aio.server(options=…): two daemons must not share a port and each get half of the calls.
+# Options for grpc.aio.server: without them two daemons could share a port, and each would get half of the calls.
 SERVER_OPTIONS = (("grpc.so_reuseport", 0),)
 
 
 class Listeners:
-    """What a server listens on. Close it after the server has stopped."""
+    """The bound addresses of a server. Close them after the server has stopped."""
 
     def __init__(self, addresses: tuple[str, ...], resources: ExitStack) -> None:
         self.addresses = addresses
         self._resources = resources
 
     def close(self) -> None:
-        """Let another daemon have the unix socket."""
+        """Release the lock of the unix socket."""
         self._resources.close()
 
 
 def listen(server: grpc.aio.Server, settings: Settings) -> Listeners:
-    """Bind everything that `settings` name; calls are taken once the server is started. Raises StartupError."""
+    """Bind the addresses of `settings`; the server accepts calls once it is started. Raises StartupError."""
     with ExitStack() as resources:
         addresses: list[str] = []
         if settings.socket is not None:
@@ -57,7 +57,7 @@ def listen(server: grpc.aio.Server, settings: Settings) -> Listeners:
 
 @contextmanager
 def _socket_lock(path: Path) -> Iterator[None]:
-    """Hold the lock beside the socket. Its file stays: removed, two daemons could each lock one of that name."""
+    """Hold the lock file beside the socket. It is never removed: two daemons could then lock two files of that name."""
     lock = path.with_name(f"{path.name}.lock")
     try:
         path.parent.mkdir(mode=0o755, exist_ok=True)
@@ -70,8 +70,8 @@ def _socket_lock(path: Path) -> Iterator[None]:
         except BlockingIOError:
             holder = os.read(descriptor, 20).decode(errors="replace").strip() or "unknown"
             raise StartupError(
-                f"another gpudockd (pid {holder}) serves on {path}",
-                "stop that one, or give this one its own --socket, --state-dir and --node-name",
+                f"another gpudockd (pid {holder}) listens on {path}",
+                "stop it, or set another --socket, --state-dir and --node-name",
             ) from None
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()}\n".encode())
@@ -83,8 +83,8 @@ def _socket_lock(path: Path) -> Iterator[None]:
 def _bind_unix(server: grpc.aio.Server, path: Path, mode: int, group: int | None) -> None:
     try:
         _remove_stale_socket(path)
-        # Made for the daemon alone, and opened to others only when it has its group. The umask is the process's, so
-        # nothing else may run meanwhile: no await in here.
+        # Created without access for others, until its group is set. The umask applies to the whole process, so nothing
+        # else may run meanwhile: no await in here.
         umask = os.umask(0o177)
         try:
             server.add_insecure_port(f"unix:{quote(str(path))}")
@@ -100,13 +100,13 @@ def _bind_unix(server: grpc.aio.Server, path: Path, mode: int, group: int | None
 
 
 def _remove_stale_socket(path: Path) -> None:
-    """Remove what a daemon that was killed left; refuse where somebody listens, or where it is no socket at all."""
+    """Remove the socket of a daemon that was killed. Raises StartupError if a program uses it or it is not a socket."""
     try:
         found = path.lstat()
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(found.st_mode):
-        raise StartupError(f"{path} exists and is not a socket", "remove it, or choose another --socket")
+        raise StartupError(f"{path} exists and is not a socket", "remove it, or set another --socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1)
         try:
@@ -115,12 +115,12 @@ def _remove_stale_socket(path: Path) -> None:
             path.unlink(missing_ok=True)
             return
         except TimeoutError:
-            # Its queue is full: somebody is there.
+            # The backlog is full, so a program listens.
             pass
-    raise StartupError(f"another program serves on {path}", "stop it, or choose another --socket")
+    raise StartupError(f"another program listens on {path}", "stop it, or set another --socket")
 
 
-_SOCKET_HINT = "run as root, or choose a --socket in a folder that you may write to"
+_SOCKET_HINT = "run as root, or set --socket to a path in a writable directory"
 
 
 def _listen_error(path: Path, error: OSError) -> StartupError:
@@ -134,7 +134,8 @@ def _group_id(name: str) -> int | None:
         return grp.getgrnam(name).gr_gid
     except KeyError:
         raise StartupError(
-            f"there is no group {name!r} for the unix socket", f"groupadd --system {name}, or change socket_group"
+            f"group {name!r} of socket_group not found on this host",
+            f"groupadd --system {name}, or change socket_group",
         ) from None
 
 
@@ -149,15 +150,15 @@ def _bind_tcp(server: grpc.aio.Server, address: str, credentials: grpc.ServerCre
 
 
 _TCP_HINTS = {
-    0: "choose another --listen",
-    errno.EADDRINUSE: "`ss -ltnp` shows who has it; stop that one or choose another --listen",
-    errno.EADDRNOTAVAIL: "this host has no such address (`ip address` shows which it has); 0.0.0.0 is all of them",
+    0: "set --listen to another address",
+    errno.EADDRINUSE: "find the program with `ss -ltnp` and stop it, or set --listen to another port",
+    errno.EADDRNOTAVAIL: "`ip address` lists the addresses of this host; 0.0.0.0 stands for all of them",
     errno.EACCES: "ports below 1024 need root or CAP_NET_BIND_SERVICE",
 }
 
 
 def _check_bindable(address: str, host: str, port: int) -> None:
-    """Bind it once without SO_REUSEPORT, for the kernel's reason: grpc has none but `failed`."""
+    """Bind the address once without SO_REUSEPORT, to get the reason of a failure, which grpc does not give."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
@@ -171,7 +172,7 @@ def _check_bindable(address: str, host: str, port: int) -> None:
             except OSError as error:
                 failures.append(error)
     taken = [error for error in failures if error.errno == errno.EADDRINUSE]
-    # A name like localhost may stand for an address of IPv6 that this host has not; one that works is enough.
+    # A name such as localhost may have an IPv6 address that this host lacks; one working address is enough.
     if taken or len(failures) == len(found):
         first = (taken or failures)[0]
         hint = _TCP_HINTS.get(first.errno or 0, _TCP_HINTS[0])
@@ -179,21 +180,21 @@ def _check_bindable(address: str, host: str, port: int) -> None:
 
 
 def _tls_credentials(settings: Settings) -> grpc.ServerCredentials | None:
-    """None where there is no certificate: settings allow that on loopback alone."""
+    """The TLS credentials; None without a certificate, which settings allow on loopback addresses only."""
     if settings.tls_cert is None or settings.tls_key is None:
         return None
     certificate = _read_file(settings.tls_cert, "tls_cert")
     key, _ = read_private(settings.tls_key, "tls_key")
     client_ca = _read_file(settings.tls_client_ca, "tls_client_ca") if settings.tls_client_ca else None
-    # Python's ssl says what is wrong with them; grpc would listen, and fail at every handshake.
+    # Python's ssl reports what is wrong; grpc would listen and then fail each handshake.
     check = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        # An encrypted key would else be asked for on the terminal.
+        # Without `password`, ssl would ask on the terminal for the password of an encrypted key.
         check.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
     except (ssl.SSLError, ValueError) as error:
         raise StartupError(
             f"tls_cert {settings.tls_cert} and tls_key {settings.tls_key} cannot be used: {_reason(error)}",
-            "both are PEM, the key is not encrypted and is that of the first certificate",
+            "both must be PEM; the key must be unencrypted and match the first certificate",
         ) from error
     if settings.tls_client_ca is not None:
         try:
@@ -201,7 +202,7 @@ def _tls_credentials(settings: Settings) -> grpc.ServerCredentials | None:
         except ssl.SSLError as error:
             raise StartupError(
                 f"tls_client_ca {settings.tls_client_ca} cannot be used: {_reason(error)}",
-                "it holds the certificates, in PEM, of the authorities that sign your clients' certificates",
+                "it must hold the PEM certificates of the authorities that sign client certificates",
             ) from error
     return grpc.ssl_server_credentials(
         [(key, certificate)], root_certificates=client_ca, require_client_auth=client_ca is not None
@@ -217,4 +218,6 @@ def _read_file(path: Path, setting: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise StartupError(f"{setting} {path} cannot be read: {error.strerror}", f"change {setting}") from error
+        raise StartupError(
+            f"{setting} {path} cannot be read: {error.strerror}", f"set {setting} to a readable file"
+        ) from error

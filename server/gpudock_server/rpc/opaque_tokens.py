@@ -1,7 +1,7 @@
-"""Page tokens: where a list goes on, and a digest that ties it to the list that it came from.
+"""Page and resume tokens: a position, and a digest that ties it to one list or watch.
 
-The digest is not a secret and guards nothing. It catches what a caller has cut off, mixed up or made up, and a filter
-that changed from one page to the next, which would give a list of nothing in particular.
+The digest is not a secret and protects nothing. It detects a token that was truncated, made up or taken from another
+list, and a filter that changed between two pages.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ _DIGEST_BYTES = 8
 
 
 def encode_token(scope: bytes, resume: str) -> str:
-    """A token that goes on at `resume` in the list that `scope` names."""
+    """A token for the position `resume` of the list that `scope` identifies."""
     return base64.urlsafe_b64encode(_digest(scope, resume.encode()) + resume.encode()).decode().rstrip("=")
 
 
 def decode_token(scope: bytes, token: str) -> str | None:
-    """Where `token` goes on; None if it is none of this list."""
+    """The position of `token`; None if the token does not belong to the list that `scope` identifies."""
     try:
         raw = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
         digest, resume = raw[:_DIGEST_BYTES], raw[_DIGEST_BYTES:]
@@ -29,5 +29,5 @@ def decode_token(scope: bytes, token: str) -> str | None:
 
 
 def _digest(scope: bytes, resume: bytes) -> bytes:
-    # Each part in its own digest, so that no byte of one can be taken for one of the other.
+    # The scope is hashed on its own, so that moving a byte between scope and position changes the digest.
     return hashlib.sha256(hashlib.sha256(scope).digest() + resume).digest()[:_DIGEST_BYTES]

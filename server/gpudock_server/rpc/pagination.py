@@ -1,4 +1,4 @@
-"""Fills pages: of listings that the store gives in parts, and of lists that are in memory as a whole."""
+"""Fills pages of lists: from the store, which is read in parts, or from a list in memory."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from gpudock_server.rpc.list_requests import ListRequest
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 
-# A client takes messages of up to 4 MiB unless told otherwise.
+# By default, clients accept messages of up to 4 MiB.
 _PAGE_BYTES = 3 * 1024 * 1024
-# How often the store is asked for one page. Then a shorter one is given, which is no end as long as it has a token.
+# Reads of the store for one page. After that a shorter page is returned; its token continues the list.
 _MAX_READS = 100
 _NUMBER = re.compile("[0-9]{1,9}")
 
@@ -25,9 +25,10 @@ _NUMBER = re.compile("[0-9]{1,9}")
 async def from_store(
     listing: ListRequest[T], read: Callable[[int, str], Awaitable[Page[T]]], convert: Callable[[T], M]
 ) -> tuple[list[M], str]:
-    """A page of what `read(page_size, page_token)` gives, and its `next_page_token`.
+    """Fill a page from `read(page_size, page_token)`. Returns the messages and the `next_page_token`.
 
-    Never more is read than still fits, since a store's listing can go on only where a read of it has ended.
+    A list of the store can only continue where a read ended. So if the messages do not fit into one response, the page
+    is read again with a smaller size.
     """
     size = listing.size
     while True:
@@ -53,7 +54,7 @@ async def _read_page(
 
 
 def _count_that_fits(messages: Sequence[Message]) -> int:
-    """How many of them go into one answer: all, or as many as there is room for, and always one."""
+    """How many of the messages fit into one response; at least one."""
     room = _PAGE_BYTES
     for count, message in enumerate(messages):
         room -= message.ByteSize()
@@ -63,10 +64,10 @@ def _count_that_fits(messages: Sequence[Message]) -> int:
 
 
 def from_memory(listing: ListRequest[T], items: Sequence[T]) -> tuple[Sequence[T], str]:
-    """A page of `items`, and its `next_page_token`: the number of those before it."""
+    """A page of `items` and its `next_page_token`, which is the index of the first item of the next page."""
     resume = listing.resume or "0"
     if not _NUMBER.fullmatch(resume):
-        raise InvalidArgument((FieldViolation("page_token", "is not one that this list gave out"),))
+        raise InvalidArgument((FieldViolation("page_token", "is not a page_token of this list"),))
     first = int(resume)
     matches = [item for item in items if listing.matches(item)]
     last = first + listing.size

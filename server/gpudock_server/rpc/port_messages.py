@@ -1,4 +1,4 @@
-"""Ports: protocols, bindings, claims, and what is left of a node's range."""
+"""Converts ports: protocols, bindings, claims, and the port range of a node."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ PROTOCOLS = {protocol: port_pb2.PortProtocol.Value(f"PORT_PROTOCOL_{protocol.nam
 
 
 def port_binding_message(port: PortBinding) -> port_pb2.PortBinding:
-    """A port as it is published, or is to be."""
+    """A port that is published or planned."""
     return port_pb2.PortBinding(
         container_port=port.container_port, protocol=PROTOCOLS[port.protocol], host_port=port.host_port
     )
 
 
 def port_range_message(bounds: tuple[int, int], claimed: Iterable[PortKey]) -> port_pb2.PortRange:
-    """The range that unnumbered ports come from, both ends included, and what `claimed` leaves of it."""
+    """The range that host ports are chosen from, both ends included, and how much of it is free."""
     first, last = bounds
     keys = tuple(claimed)
 
@@ -39,7 +39,7 @@ def port_range_message(bounds: tuple[int, int], claimed: Iterable[PortKey]) -> p
 
 
 def port_claim_message(held: HeldPort, container_port: int) -> port_claim_pb2.PortClaim:
-    """A claimed port; `container_port` is 0 where its container does not publish it yet."""
+    """A claimed port; `container_port` is 0 if its container does not publish it yet."""
     return port_claim_pb2.PortClaim(
         host_port=held.key.port,
         protocol=PROTOCOLS[held.key.protocol],

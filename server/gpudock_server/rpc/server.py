@@ -1,6 +1,6 @@
-"""The gRPC server: our services, what is around each call, and the services that every server has.
+"""Builds the gRPC server: services, middleware, options, health, reflection and channelz.
 
-Listeners are bound elsewhere, before `RpcServer.grpc` is started.
+`rpc.listeners` binds its addresses, before `RpcServer.grpc` is started.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _STANDARD_SERVICES = (
     reflection.SERVICE_NAME,
     channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name,
 )
-# Nothing imports the reasons: named here, they are loaded, and reflection can describe them.
+# No other module imports the reasons; importing them here makes them available to reflection.
 _REASONS = error_reason_pb2.DESCRIPTOR
 
 _MIB = 1024 * 1024
@@ -64,23 +64,23 @@ _MOST_IDLE_SECONDS = 300.0
 
 _OPTIONS = (
     *SERVER_OPTIONS,
-    # Stdin comes in messages of at most 1 MiB, specs are smaller. What is longer is refused by its header.
+    # A message of stdin has at most 1 MiB, a spec less. gRPC refuses a larger message when it reads its header.
     ("grpc.max_receive_message_length", _MIB + _MIB // 4),
-    # In frames of up to this size instead of 16 KiB: an eighth more of it in the same time.
+    # Frames of up to 1 MiB instead of 16 KiB carry an eighth more data in the same time.
     ("grpc.http2.max_frame_size", _MIB),
-    # A watcher can be silent for hours, and a firewall between us forgets it sooner. A caller that does not answer for
-    # 20 seconds has gone, and its commands are to end.
+    # A watch can be idle for hours, and firewalls drop idle connections sooner. A caller that does not answer a ping
+    # within 20 seconds is gone, and its exec sessions end.
     ("grpc.keepalive_time_ms", 30 * _SECOND_MS),
     ("grpc.keepalive_timeout_ms", 20 * _SECOND_MS),
     ("grpc.http2.max_pings_without_data", 0),
-    # Callers may do the same: the default takes a ping more than every five minutes for an attack.
+    # Callers may send pings too; by default, more than one in five minutes counts as an attack.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10 * _SECOND_MS),
     ("grpc.enable_channelz", 1),
-    # More than max_execs, so that one caller with one connection can use all of them.
+    # More than max_execs, so that one connection can use all exec sessions.
     ("grpc.max_concurrent_streams", 1024),
-    # Windows stay at 64 KiB for what nobody reads yet. They would grow with the speed of the network, and then a
-    # request of 4 MiB lies here as a whole, for each connection, before it is refused.
+    # Flow control windows stay at 64 KiB. With the probe they grow with the speed of the network, and a request of
+    # 4 MiB would be in memory as a whole, for each connection, before it is refused.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.server_handshake_timeout_ms", 20 * _SECOND_MS),
 )
@@ -89,14 +89,14 @@ _OPTIONS = (
 def connection_options(
     *, age_seconds: float = _MOST_AGE_SECONDS, idle_seconds: float = _MOST_IDLE_SECONDS
 ) -> tuple[tuple[str, int], ...]:
-    """How the server deals with connections, for grpc.aio.server(options=…).
+    """The options of the server's connections, for grpc.aio.server(options=…).
 
-    A connection of `age_seconds` takes no new calls, so that its caller makes another and shows its certificate again;
-    the calls in it go on to their ends, however long those take. One is closed after `idle_seconds` without a call.
+    After `age_seconds` a connection takes no new calls, so its caller connects again and presents its certificate
+    again; calls in progress continue, however long they take. After `idle_seconds` without a call it is closed.
     """
     return (
         *_OPTIONS,
-        # Without grpc.max_connection_age_grace_ms, what runs in an old connection has all the time it needs.
+        # grpc.max_connection_age_grace_ms is not set: calls in an old connection have no time limit.
         ("grpc.max_connection_age_ms", round(age_seconds * _SECOND_MS)),
         ("grpc.max_connection_idle_ms", round(idle_seconds * _SECOND_MS)),
     )
@@ -104,7 +104,7 @@ def connection_options(
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What core offers, and the server serves."""
+    """The use cases of core that the server exposes."""
 
     containers: Containers
     volumes: Volumes
@@ -116,11 +116,11 @@ class Services:
 
 
 class RpcServer:
-    """A server that is ready to be given listeners and started."""
+    """The gRPC server. Bind addresses to `grpc`, then start it."""
 
-    def __init__(self, services: Services, around: tuple[Interceptor, ...]) -> None:
-        """`around` is what is around every call, as `interceptors` gives it."""
-        self.grpc = grpc.aio.server(interceptors=around, options=connection_options())
+    def __init__(self, services: Services, middleware: tuple[Interceptor, ...]) -> None:
+        """`middleware` is outermost first, as `interceptors` returns it."""
+        self.grpc = grpc.aio.server(interceptors=middleware, options=connection_options())
         self._health = HealthService()
         add_ContainerServiceServicer_to_server(
             ContainerService(services.containers, services.operations, services.execs, services.watches), self.grpc
@@ -134,19 +134,23 @@ class RpcServer:
         channelz.add_channelz_servicer(self.grpc)  # type: ignore[arg-type]  # its stubs know no asyncio
         reflection.enable_server_reflection((*GPUDOCK_SERVICES, *_STANDARD_SERVICES), self.grpc)
 
-    async def set_serving(self, serving: bool, *, services: tuple[str, ...] = GPUDOCK_SERVICES) -> None:  # noqa: FBT001 - one of two states, named by the method
-        """Tell whoever asks for our health, or watches it; the server as a whole (named "") is as well as `services`.
+    async def set_serving(self, serving: bool, *, services: tuple[str, ...] = GPUDOCK_SERVICES) -> None:  # noqa: FBT001 - the value of a setter
+        """Set the health of `services` and of the server as a whole (named "").
 
-        Call it before the server is started: until then the whole is said to be serving.
+        Call it before the server is started: the initial status of the whole is SERVING.
         """
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        # The whole comes last: whoever waits for it finds the others as well.
+        # The whole comes last: a watcher of it then finds the services in the same status.
         for service in (*services, ""):
             self._health.set(service, status)
 
 
 def interceptors(tokens: TokenFile | None) -> tuple[Interceptor, ...]:
-    """What is around every call: the first around all others, the last next to the services."""
+    """The middleware of every call, outermost first.
+
+    Audit is inside of errors, to see exceptions before they become a status, and outside of identity, to log refused
+    callers. Decoding is innermost, so that all others see the errors that it raises.
+    """
     return (
         ErrorInterceptor(),
         AuditInterceptor(),
@@ -157,6 +161,6 @@ def interceptors(tokens: TokenFile | None) -> tuple[Interceptor, ...]:
 
 
 def build_server(services: Services, settings: Settings) -> RpcServer:
-    """The server as it is in production. Raises StartupError for a token file that cannot be read."""
+    """The server for `settings`. Raises StartupError if the token file cannot be read."""
     tokens = TokenFile(settings.token_file) if settings.token_file is not None else None
     return RpcServer(services, interceptors(tokens))

@@ -1,4 +1,4 @@
-"""Times and spans."""
+"""Converts times and durations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MICROSECONDS = 1_000_000
 
 
 def timestamp(moment: datetime | None) -> Timestamp | None:
-    """A moment with a time zone as its message; None, an absent one, stays absent."""
+    """A Timestamp for a time with a time zone; None for None."""
     if moment is None:
         return None
     message = Timestamp()
@@ -21,12 +21,12 @@ def timestamp(moment: datetime | None) -> Timestamp | None:
 
 
 def duration(span: timedelta | None) -> Duration | None:
-    """A span as its message; None, an absent one, stays absent."""
+    """A Duration; None for None."""
     if span is None:
         return None
-    # Whole microseconds, and not through a float, which would make 29.999999999 s of 30.
+    # In whole microseconds: a float would turn 30 s into 29.999999999 s.
     seconds, rest = divmod(span // _MICROSECOND, _MICROSECONDS)
     if seconds < 0 < rest:
-        # A Duration's two parts have the same sign.
+        # Both parts of a Duration must have the same sign.
         seconds, rest = seconds + 1, rest - _MICROSECONDS
     return Duration(seconds=seconds, nanos=rest * 1000)

@@ -1,4 +1,4 @@
-"""Requests for watches: of what, and from when on."""
+"""Watch requests: the filter, and the position to resume from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ _WatchMessage = container_service_pb2.WatchContainersRequest | volume_service_pb
 
 @dataclass(frozen=True, slots=True)
 class WatchRequest(Generic[T]):
-    """A watch that is asked for: behind `resume` (empty: from now on, with what is there if `listing`)."""
+    """A watch of the objects that match, from the position `resume`.
+
+    If `resume` is empty, the watch starts now, and with `listing` it first sends the objects that exist.
+    """
 
     resume: str
     listing: bool
@@ -29,7 +32,7 @@ class WatchRequest(Generic[T]):
     matches: Callable[[T], bool]
 
     def token(self, resume: str) -> str:
-        """What to give a caller who is to go on behind `resume`."""
+        """The resume token for the position `resume`."""
         return opaque_tokens.encode_token(self.scope, resume)
 
 
@@ -49,24 +52,22 @@ def _watch_request(
     violations: Violations, request: _WatchMessage, scope: bytes, matches: Callable[[T], bool]
 ) -> WatchRequest[T]:
     resume = opaque_tokens.decode_token(scope, request.resume_token) if request.resume_token else ""
-    # Nothing seals an empty one, which would begin with what is there, unasked.
+    # A valid token never has an empty position, which would start with a list of all objects.
     if resume is None or (request.resume_token and not resume):
-        violations.add(
-            "resume_token", "is not one that a watch or list with this filter gave out; a watch resumes with its own"
-        )
+        violations.add("resume_token", "is not a resume_token of a watch or list with this filter")
     violations.raise_if_any()
     return WatchRequest(resume=resume or "", listing=not request.changes_only, scope=scope, matches=matches)
 
 
-def container_scope(asked: container_service_pb2.ContainerFilter) -> bytes:
-    """Names what the watches have in common that may take each other's tokens."""
-    return _scope(container_service_pb2.WatchContainersRequest.DESCRIPTOR.full_name, asked)
+def container_scope(criteria: container_service_pb2.ContainerFilter) -> bytes:
+    """Identifies the watches that accept each other's resume tokens: those with this filter."""
+    return _scope(container_service_pb2.WatchContainersRequest.DESCRIPTOR.full_name, criteria)
 
 
-def volume_scope(asked: volume_service_pb2.VolumeFilter) -> bytes:
-    """As `container_scope`."""
-    return _scope(volume_service_pb2.WatchVolumesRequest.DESCRIPTOR.full_name, asked)
+def volume_scope(criteria: volume_service_pb2.VolumeFilter) -> bytes:
+    """As `container_scope`, for volumes."""
+    return _scope(volume_service_pb2.WatchVolumesRequest.DESCRIPTOR.full_name, criteria)
 
 
-def _scope(name: str, asked: Message) -> bytes:
-    return name.encode() + b"\0" + asked.SerializeToString(deterministic=True)
+def _scope(name: str, criteria: Message) -> bytes:
+    return name.encode() + b"\0" + criteria.SerializeToString(deterministic=True)

@@ -1,4 +1,4 @@
-"""The messages of a watch, whatever is watched."""
+"""Converts watch events of core to response messages."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ R = TypeVar("R", container_service_pb2.WatchContainersResponse, volume_service_p
 
 
 async def watch_stream(
-    asked: WatchRequest[T],
+    request: WatchRequest[T],
     watch: AsyncGenerator[WatchEvent[T], None],
     convert: Callable[[T], Message],
     response: type[R],
 ) -> AsyncIterator[R]:
-    """A `response` for everything that `watch` tells; `convert` makes what it shows of an object."""
-    async with aclosing(watch) as told:
-        async for each in told:
-            message = response(resume_token=asked.token(each.token))
-            if each.change_type is None or each.item is None:
-                message.checkpoint.CopyFrom(watch_pb2.WatchCheckpoint(list_complete=each.list_complete))
+    """Yield a response for each event of `watch`; `convert` turns an object into its message."""
+    async with aclosing(watch) as events:
+        async for event in events:
+            message = response(resume_token=request.token(event.token))
+            if event.change_type is None or event.item is None:
+                message.checkpoint.CopyFrom(watch_pb2.WatchCheckpoint(list_complete=event.list_complete))
             else:
-                # The field of the event is named by what happened.
-                getattr(message, each.change_type.value).CopyFrom(convert(each.item))
+                # The fields of the oneof have the names of the change types.
+                getattr(message, event.change_type.value).CopyFrom(convert(event.item))
             yield message

@@ -1,1 +1,1 @@
-"""ContainerService: its requests to commands, records to its messages."""
+"""ContainerService: converts its requests to commands of core, and records to its messages."""

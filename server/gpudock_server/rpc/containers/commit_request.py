@@ -1,4 +1,4 @@
-"""CommitContainer: what an image may be called, and which lines of a Dockerfile may change how it is run."""
+"""Checks a CommitContainerRequest: the name of the image, and the Dockerfile instructions in `changes`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MAX_AUTHOR_BYTES = 256
 _MAX_COMMENT_BYTES = 1024
 _MAX_CHANGES = 64
 _MAX_CHANGE_BYTES = 4096
-# Names of images that operations are at work on.
+# Names of the temporary images of operations.
 _RESERVED_REPOSITORIES = frozenset({"gpudock/layer", "gpudock/raw", "gpudock/commit"})
 
 _PORT = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?(?:/(?:tcp|udp|sctp))?", re.ASCII | re.IGNORECASE)
@@ -27,7 +27,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 
 def commit(request: container_service_pb2.CommitContainerRequest) -> Commit:
-    """A container to be made an image of."""
+    """Convert a CommitContainerRequest."""
     violations = Violations()
     fields.name(violations, "name", request.name)
     fields.optional_uuid(violations, "request_id", request.request_id)
@@ -56,9 +56,9 @@ def _repository(violations: Violations, value: str) -> None:
     elif len(value) > _MAX_REPOSITORY:
         violations.add("repository", f"must have at most {_MAX_REPOSITORY} characters")
     elif not is_repository(value):
-        violations.add("repository", "must be an image's name without a tag, such as team/model, in lower case")
+        violations.add("repository", "must be a lower-case image name without a tag, such as team/model")
     elif value in _RESERVED_REPOSITORIES:
-        violations.add("repository", "is the server's own")
+        violations.add("repository", "is reserved")
 
 
 def _changes(violations: Violations, lines: Iterable[str]) -> tuple[str, ...]:
@@ -73,21 +73,21 @@ def _changes(violations: Violations, lines: Iterable[str]) -> tuple[str, ...]:
 
 
 def _line_violation(line: str) -> str:
-    """What is wrong with a line; empty: nothing."""
+    """What is wrong with a line; empty if it is valid."""
     if len(line.encode()) > _MAX_CHANGE_BYTES:
         return f"must have at most {_MAX_CHANGE_BYTES} bytes"
     if not line.isprintable() or line.rstrip().endswith("\\"):
-        return "must be one line of printable characters, and end with it"
+        return "must be one line of printable characters, without a backslash at its end"
     instruction, _, rest = line.strip().partition(" ")
     rule = _RULES.get(instruction.upper())
     if rule is None:
-        return f"must begin with one of {', '.join(_RULES)}"
+        return f"must start with one of {', '.join(_RULES)}"
     return rule(rest.strip()) if rest.strip() else f"{instruction.upper()} needs an argument"
 
 
 def _program(text: str) -> str:
     if text.startswith("[") and not _is_list_of_words(text):
-        return "must be a list of words as JSON, or a line for the shell"
+        return "must be a JSON list of strings, or a shell command"
     return ""
 
 
@@ -111,7 +111,7 @@ def _ports(text: str) -> str:
         match = _PORT.fullmatch(word)
         numbers = [int(number) for number in match.groups() if number] if match else [0]
         if not all(1 <= number <= fields.MAX_PORT for number in numbers) or numbers != sorted(numbers):
-            return f"{word!r} is no port such as 80, 53/udp or 8000-8010"
+            return f"invalid port {word!r}; use 80, 53/udp or 8000-8010"
     return ""
 
 
@@ -119,7 +119,7 @@ def _labels(text: str) -> str:
     if "=" not in text:
         return "must be KEY=VALUE"
     if any(word.lstrip("\"'").startswith(RESERVED_LABEL_PREFIX) for word in text.split()):
-        return f"keys that begin with {RESERVED_LABEL_PREFIX} are the server's"
+        return f"keys that start with {RESERVED_LABEL_PREFIX} are reserved"
     return ""
 
 
@@ -130,7 +130,7 @@ def _user(text: str) -> str:
 def _volumes(text: str) -> str:
     if text.startswith("["):
         if not _is_list_of_words(text):
-            return "must be a list of paths as JSON, or paths with spaces between them"
+            return "must be a JSON list of paths, or paths separated by spaces"
         paths = json.loads(text)
     else:
         paths = text.split()

@@ -1,4 +1,4 @@
-"""Containers."""
+"""Converts containers and committed images to messages."""
 
 from gpudock.v1 import committed_image_pb2, container_pb2
 
@@ -11,7 +11,7 @@ from gpudock_server.rpc.timestamps import timestamp
 
 STATES = {state: container_pb2.ContainerState.Value(f"CONTAINER_STATE_{state.name}") for state in ContainerState}
 
-# The engine's own words; any other one says nothing of health.
+# Docker's values of State.Health.Status; all others mean that there is no health check.
 _HEALTHS = {
     "starting": container_pb2.CONTAINER_HEALTH_STARTING,
     "healthy": container_pb2.CONTAINER_HEALTH_HEALTHY,
@@ -19,13 +19,13 @@ _HEALTHS = {
 }
 
 
-def container_view_message(seen: ContainerView) -> container_pb2.Container:
-    """A container together with the operation that is at work on it."""
-    return container_message(seen.container, seen.operation_id)
+def container_view_message(view: ContainerView) -> container_pb2.Container:
+    """A container with the operation that holds its lock."""
+    return container_message(view.container, view.operation_id)
 
 
 def container_message(head: Container, operation_id: str = "") -> container_pb2.Container:
-    """A container; `operation_id` names the operation at work on it, empty for none."""
+    """A container; `operation_id` is the operation that holds its lock, empty for none."""
     return container_pb2.Container(
         name=head.name,
         uid=head.uid,
@@ -60,7 +60,7 @@ def _status(status: ContainerStatus, engine: EngineBinding | None, operation_id:
 
 
 def committed_image_message(image: CommittedImage) -> committed_image_pb2.CommittedImage:
-    """An image that a commit made."""
+    """An image that CommitContainer created."""
     return committed_image_pb2.CommittedImage(
         id=image.image_id,
         name=image.name,

@@ -1,4 +1,4 @@
-"""What is mounted into a container, and where."""
+"""Checks and converts the mounts of a spec."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from gpudock_server.rpc.validation.violations import Violations
 
 _MAX_MOUNTS = 64
 _MAX_MODE = 0o7777
-# NVIDIA's container toolkit can be configured to read a mount of /dev/null below this folder as a device request.
-# The toolkit compares text, so `…-devicesall` counts as well.
+# NVIDIA's container toolkit can be configured to read a mount of /dev/null below these directories as a device request.
+# The toolkit compares prefixes of text, so `…-devicesall` counts too.
 _DEVICE_REQUESTS = ("/var/run/nvidia-container-devices", "/run/nvidia-container-devices")
-# What the kernel shows in a container, and what it shows there.
+# Kernel file systems of a container, and what the kernel shows in them.
 _KERNEL_FILESYSTEMS = {
     "/proc": "its processes",
     "/sys": "devices and control groups",
     "/dev": "devices; mount at /dev/shm",
 }
-# What an image's programs are run from. Empty, nothing in the container starts.
+# Directories of an image's programs. With an empty file system over them, nothing in the container starts.
 _PROGRAMS = frozenset(
     f"{above}{name}" for above in ("/", "/usr/") for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 ) | {"/usr"}
-_SHM = "/dev/shm"  # noqa: S108 - a folder in the container
+_SHM = "/dev/shm"  # noqa: S108 - a directory in the container
 _ENGINE_MANAGED_FILES = frozenset({"/etc/hosts", "/etc/hostname", "/etc/resolv.conf"})
-# Where runc lets a file of the host's be mounted, so that a container sees its own limits (lxcfs).
+# Files that runc allows to be mounted over, so that lxcfs can show a container its own limits.
 _PROC_FILES = frozenset(
     f"/proc/{name}"
     for name in ("cpuinfo", "diskstats", "loadavg", "meminfo", "slabinfo", "stat", "swaps", "uptime", "net/dev")
@@ -44,17 +44,17 @@ def mounts(
     host: HostCapacity = UNKNOWN_HOST,
     field: str = "mounts",
 ) -> tuple[Mount, ...]:
-    """Check the mounts of a spec, or those that `field` adds to it, each at another target."""
-    asked = tuple(messages)
-    if len(asked) > _MAX_MOUNTS:
+    """Convert the mounts of a spec, or the mounts that `field` adds to a spec; each needs another target."""
+    requested = tuple(messages)
+    if len(requested) > _MAX_MOUNTS:
         violations.add(field, f"must have at most {_MAX_MOUNTS} entries")
         return ()
     targets: dict[str, int] = {}
-    for index, message in enumerate(asked):
+    for index, message in enumerate(requested):
         first = targets.setdefault(message.target, index)
         if first != index:
-            violations.at(field, index).add("target", f"is mounted twice, first in {field}[{first}]")
-    return tuple(_mount(violations.at(field, index), message, host) for index, message in enumerate(asked))
+            violations.at(field, index).add("target", f"duplicates {field}[{first}]")
+    return tuple(_mount(violations.at(field, index), message, host) for index, message in enumerate(requested))
 
 
 def _mount(violations: Violations, message: container_pb2.Mount, host: HostCapacity) -> Mount:
@@ -67,7 +67,7 @@ def _mount(violations: Violations, message: container_pb2.Mount, host: HostCapac
         case "tmpfs":
             tmpfs = _tmpfs(violations.at("tmpfs"), message.tmpfs, host)
             if message.read_only:
-                violations.add("read_only", "is not for tmpfs")
+                violations.add("read_only", "must be unset for tmpfs")
         case None:
             violations.add("source", "one of `volume`, `host_path` and `tmpfs` is required")
         case _:
@@ -94,24 +94,22 @@ def _target(violations: Violations, value: str, source: str | None) -> str:
     if not value.startswith("/") or any(part in ("", ".", "..") for part in value[1:].split("/")):
         violations.add("target", "must be an absolute path other than `/`, without `.`, `..` or empty parts")
     elif value.startswith(_DEVICE_REQUESTS):
-        violations.add(
-            "target", f"must not begin with {_DEVICE_REQUESTS[0]}: gpudock alone gives devices to containers"
-        )
+        violations.add("target", f"must not start with {_DEVICE_REQUESTS[0]}; request GPUs with `gpus`")
     elif reason := _target_conflict(value, source):
         violations.add("target", f"must not be {value}, {reason}")
     return fields.text(violations, "target", value, max_bytes=fields.MAX_PATH_BYTES)
 
 
 def _target_conflict(target: str, source: str | None) -> str:
-    """What a mount there would hide that a container needs; empty where it hides nothing of that."""
+    """What a mount of this source at `target` would hide that a container needs; empty if nothing."""
     from_host = source == "host_path"
     if source == "tmpfs" and target in _PROGRAMS:
         return "which holds the image's programs or libraries; an empty file system there hides them"
     if target in _ENGINE_MANAGED_FILES:
-        # A folder cannot be mounted on a file. A file of the host's can, and is meant to.
-        return "" if from_host else "a file that the engine makes for each container"
+        # A directory cannot be mounted on a file; mounting a file of the host is a common use.
+        return "" if from_host else "which the engine creates for each container"
     if target == "/etc":
-        return "which holds files that the engine makes for each container; mount below it"
+        return "which holds files that the engine creates for each container; mount below it"
     if from_host and target in _PROC_FILES:
         return ""
     root = "/" + target.split("/")[1]

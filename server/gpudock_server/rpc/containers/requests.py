@@ -1,4 +1,4 @@
-"""Requests of ContainerService that name a container or change one."""
+"""Converts requests of ContainerService to commands of core."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _STRATEGIES: Mapping[int, ScaleStrategy] = {
 _FILES_POLICIES: Mapping[int, FilesPolicy | None] = {
     container_service_pb2.FilesPolicy.Value(f"FILES_POLICY_{policy.name}"): policy for policy in FilesPolicy
 }
-# Keys in etcd have ten digits for it.
+# A revision has ten digits in etcd keys.
 _MAX_REVISION = 9_999_999_999
 _CLONE_FIELDS = tuple(name for name in SPEC_FIELDS if name != "image")
 _MIN_STALL_TIMEOUT = timedelta(milliseconds=1)
@@ -58,7 +58,7 @@ _SCALABLE = ("gpus", "cpus", "memory_bytes", "shm_size_bytes")
 
 
 def get(request: container_service_pb2.GetContainerRequest) -> str:
-    """The name of the container to show."""
+    """The name in a GetContainerRequest."""
     violations = Violations()
     name = fields.name(violations, "name", request.name)
     violations.raise_if_any()
@@ -66,7 +66,7 @@ def get(request: container_service_pb2.GetContainerRequest) -> str:
 
 
 def create(request: container_service_pb2.CreateContainerRequest, host: HostCapacity = UNKNOWN_HOST) -> Create:
-    """A container to be made on a host."""
+    """Convert a CreateContainerRequest; `host` is the capacity that its limits are checked against."""
     violations = Violations()
     fields.owner(violations, "owner", request.owner)
     if not request.HasField("spec"):
@@ -74,7 +74,7 @@ def create(request: container_service_pb2.CreateContainerRequest, host: HostCapa
     fields.optional_uuid(violations, "request_id", request.request_id)
     command = Create(
         name=fields.name(violations, "name", request.name),
-        # An absent one has no fields to name: that it is missing says it all.
+        # For an absent spec, one violation is enough: those of its fields are dropped.
         spec=spec(violations.at("spec") if request.HasField("spec") else Violations(), request.spec, host),
         owner=request.owner,
         pull_policy=fields.enum_value(
@@ -89,7 +89,7 @@ def create(request: container_service_pb2.CreateContainerRequest, host: HostCapa
 
 
 def start(request: container_service_pb2.StartContainerRequest) -> Start:
-    """A container to be started."""
+    """Convert a StartContainerRequest."""
     violations = _check_common(request)
     command = Start(
         name=request.name,
@@ -102,7 +102,7 @@ def start(request: container_service_pb2.StartContainerRequest) -> Start:
 
 
 def stop(request: container_service_pb2.StopContainerRequest) -> Stop:
-    """A container to be stopped."""
+    """Convert a StopContainerRequest."""
     violations = _check_common(request)
     timeout = _timeout(violations, request.timeout) if request.HasField("timeout") else None
     violations.raise_if_any()
@@ -110,7 +110,7 @@ def stop(request: container_service_pb2.StopContainerRequest) -> Stop:
 
 
 def restart(request: container_service_pb2.RestartContainerRequest) -> Restart:
-    """A container to be stopped and started."""
+    """Convert a RestartContainerRequest."""
     violations = _check_common(request)
     command = Restart(
         name=request.name,
@@ -123,25 +123,25 @@ def restart(request: container_service_pb2.RestartContainerRequest) -> Restart:
 
 
 def pause(request: container_service_pb2.PauseContainerRequest) -> Pause:
-    """A container to be frozen."""
+    """Convert a PauseContainerRequest."""
     _check_common(request).raise_if_any()
     return Pause(name=request.name, etag=request.etag)
 
 
 def unpause(request: container_service_pb2.UnpauseContainerRequest) -> Unpause:
-    """A container to be thawed."""
+    """Convert an UnpauseContainerRequest."""
     _check_common(request).raise_if_any()
     return Unpause(name=request.name, etag=request.etag)
 
 
 def delete(request: container_service_pb2.DeleteContainerRequest) -> Delete:
-    """A container to be removed."""
+    """Convert a DeleteContainerRequest."""
     _check_common(request).raise_if_any()
     return Delete(name=request.name, force=request.force, etag=request.etag)
 
 
 def scale(request: container_service_pb2.ScaleContainerRequest, host: HostCapacity = UNKNOWN_HOST) -> Scale:
-    """A container to be given other resources."""
+    """Convert a ScaleContainerRequest."""
     violations = _check_common(request)
     given = {field for field in _SCALABLE if request.HasField(field)}  # type: ignore[arg-type]  # literals, by name
     if not given:
@@ -163,11 +163,11 @@ def scale(request: container_service_pb2.ScaleContainerRequest, host: HostCapaci
 
 
 def update(request: container_service_pb2.UpdateContainerRequest, host: HostCapacity = UNKNOWN_HOST) -> Update:
-    """A container's spec to be changed."""
+    """Convert an UpdateContainerRequest."""
     violations = _check_common(request)
     change = spec_change(violations, request, SPEC_FIELDS, host)
     if not request.update_mask.paths and not change.fields:
-        violations.add("update_mask", "is required where `spec` sets no field and `edits` nothing")
+        violations.add("update_mask", "is required if `spec` and `edits` are empty")
     command = Update(
         name=request.name,
         change=change,
@@ -185,12 +185,14 @@ def update(request: container_service_pb2.UpdateContainerRequest, host: HostCapa
 
 
 def clone(request: container_service_pb2.CloneContainerRequest, host: HostCapacity = UNKNOWN_HOST) -> Clone:
-    """A container to be made of another one."""
+    """Convert a CloneContainerRequest."""
     violations = Violations()
     fields.owner(violations, "owner", request.owner)
     fields.optional_uuid(violations, "request_id", request.request_id)
     if request.spec.image and not request.update_mask.paths:
-        violations.add("spec.image", "a clone is on the image of its source; UpdateContainer can change that")
+        violations.add(
+            "spec.image", "must be unset: a clone has the image of its source; change it later with UpdateContainer"
+        )
     command = Clone(
         name=fields.name(violations, "name", request.name),
         source=fields.name(violations, "source", request.source),
@@ -204,7 +206,7 @@ def clone(request: container_service_pb2.CloneContainerRequest, host: HostCapaci
 
 
 def rollback(request: container_service_pb2.RollbackContainerRequest) -> Rollback:
-    """A container to be returned to a revision."""
+    """Convert a RollbackContainerRequest."""
     violations = _check_common(request)
     command = Rollback(
         name=request.name,
@@ -218,7 +220,7 @@ def rollback(request: container_service_pb2.RollbackContainerRequest) -> Rollbac
 
 
 def get_revision(request: container_service_pb2.GetContainerRevisionRequest) -> tuple[str, int]:
-    """A container's name and the number of a revision, 0 for the current one."""
+    """The name and the revision number in a GetContainerRevisionRequest; 0 is the current revision."""
     violations = Violations()
     name = fields.name(violations, "name", request.name)
     revision = fields.in_range(violations, "revision", request.revision, 0, _MAX_REVISION)
@@ -227,7 +229,7 @@ def get_revision(request: container_service_pb2.GetContainerRevisionRequest) -> 
 
 
 def delete_revision(request: container_service_pb2.DeleteContainerRevisionRequest) -> DeleteRevision:
-    """A revision to be deleted."""
+    """Convert a DeleteContainerRevisionRequest."""
     violations = _check_common(request)
     revision = fields.in_range(violations, "revision", request.revision, 1, _MAX_REVISION)
     violations.raise_if_any()
@@ -249,7 +251,7 @@ _ExistingContainerRequest = (
 
 
 def _check_common(request: _ExistingContainerRequest) -> Violations:
-    """What is wrong with the fields that every change of an existing container has."""
+    """Check the fields that all mutations of an existing container share."""
     violations = Violations()
     fields.name(violations, "name", request.name)
     fields.optional_uuid(violations, "request_id", request.request_id)
@@ -278,9 +280,9 @@ def _registry_auth(violations: Violations, message: registry_auth_pb2.RegistryAu
         return None
     if bool(message.username) != bool(message.password):
         missing = "username" if message.password else "password"
-        violations.add(missing, "`username` and `password` are given together")
+        violations.add(missing, "is required: `username` and `password` must be set together")
     if message.identity_token and (message.username or message.password):
-        violations.add("identity_token", "is given instead of `username` and `password`")
+        violations.add("identity_token", "must be unset if `username` or `password` is set")
     return RegistryAuth(
         username=message.username,
         password=message.password,

@@ -1,4 +1,4 @@
-"""Revisions of a container, and what was kept of their files."""
+"""Converts revisions of containers and their snapshots to messages."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SNAPSHOT_KINDS = {kind: pb2.SnapshotKind.Value(f"SNAPSHOT_KIND_{kind.name}") for
 _CAUSES = {cause: pb2.RevisionCause.Value(f"REVISION_CAUSE_{cause.name}") for cause in RevisionCause}
 
 
-def container_revision_message(seen: RevisionView, current: int) -> pb2.ContainerRevision:
-    """A revision with its snapshot; `current` is the number of the one that its container is at."""
-    revision, snapshot = seen.revision, seen.snapshot
+def container_revision_message(view: RevisionView, current: int) -> pb2.ContainerRevision:
+    """A revision with its snapshot; `current` is the number of the current revision of its container."""
+    revision, snapshot = view.revision, view.snapshot
     return pb2.ContainerRevision(
         container=revision.container,
         uid=revision.uid,
@@ -33,7 +33,7 @@ def container_revision_message(seen: RevisionView, current: int) -> pb2.Containe
         create_time=timestamp(revision.create_time),
         operation_id=revision.operation_id,
         current=revision.revision == current,
-        snapshot_warning=seen.snapshot_warning,
+        snapshot_warning=view.snapshot_warning,
     )
 
 

@@ -1,4 +1,4 @@
-"""ContainerService: each request is checked, handed to core, and its outcome shown."""
+"""ContainerService: converts each request, calls core, and converts the result."""
 
 from __future__ import annotations
 
@@ -38,32 +38,32 @@ R_co = TypeVar("R_co", covariant=True)
 
 
 class _OperationRequest(MutationRequest, Protocol):
-    """A request that begins an operation, or asks for its plan alone."""
+    """A request that starts an operation, or only plans it."""
 
     @property
     def validate_only(self) -> bool:
-        """Whether nothing is to be done."""
+        """Whether to return the plan only."""
         ...
 
 
 class _ResponseType(Protocol[R_co]):
-    """The class of a response that holds a snapshot or the result."""
+    """The class of a response that holds an operation or its result."""
 
     def __call__(
         self,
         *,
         operation: operation_pb2.Operation | None = None,
-        result: Any = None,  # noqa: ANN401 - each takes that of its own RPC, and its operations leave no other
+        result: Any = None,  # noqa: ANN401 - each response class takes the result type of its own RPC
     ) -> R_co:
-        """Make one."""
+        """Create a response."""
         ...
 
 
 class ContainerService(ContainerServiceServicer):
     """Serves gpudock.v1.ContainerService.
 
-    The streaming methods return their generator instead of being one, so that a request is checked before anything
-    else. Only `interceptor.wrap`, which is around every method of this server, knows what to do with that.
+    The streaming methods return a generator instead of being one, so that a request is checked when the method is
+    called. grpc.aio does not support that; `interceptor.wrap`, which wraps all methods of this server, does.
     """
 
     def __init__(self, containers: Containers, operations: Operations, execs: ExecSessions, watches: Watches) -> None:
@@ -90,28 +90,30 @@ class ContainerService(ContainerServiceServicer):
     async def ListContainers(
         self, request: container_service_pb2.ListContainersRequest, context: Context
     ) -> container_service_pb2.ListContainersResponse:
-        moment = ""
+        watch_token = ""
 
         async def read(page_size: int, page_token: str) -> Page[ContainerView]:
-            nonlocal moment
+            nonlocal watch_token
             found = await self._containers.list(page_size=page_size, page_token=page_token)
-            moment = found.watch_token
+            watch_token = found.watch_token
             return found
 
         found, token = await pagination.from_store(list_requests.containers(request), read, container_view_message)
         return container_service_pb2.ListContainersResponse(
             containers=found,
             next_page_token=token,
-            resume_token=opaque_tokens.encode_token(watch_requests.container_scope(request.filter), moment),
+            resume_token=opaque_tokens.encode_token(watch_requests.container_scope(request.filter), watch_token),
         )
 
     @override
     def WatchContainers(
         self, request: container_service_pb2.WatchContainersRequest, context: Context
     ) -> AsyncIterator[container_service_pb2.WatchContainersResponse]:
-        asked = watch_requests.containers(request)
-        watch = self._watches.containers(asked.matches, token=asked.resume, listing=asked.listing)
-        return watch_stream(asked, watch, container_view_message, container_service_pb2.WatchContainersResponse)
+        watch_request = watch_requests.containers(request)
+        watch = self._watches.containers(
+            watch_request.matches, token=watch_request.resume, listing=watch_request.listing
+        )
+        return watch_stream(watch_request, watch, container_view_message, container_service_pb2.WatchContainersResponse)
 
     @override
     def StartContainer(
@@ -145,8 +147,8 @@ class ContainerService(ContainerServiceServicer):
     async def UnpauseContainer(
         self, request: container_service_pb2.UnpauseContainerRequest, context: Context
     ) -> container_service_pb2.UnpauseContainerResponse:
-        thawed = await self._containers.run(validation.unpause(request), _key("UnpauseContainer", request))
-        return container_service_pb2.UnpauseContainerResponse(container=container_message(thawed))
+        unpaused = await self._containers.run(validation.unpause(request), _key("UnpauseContainer", request))
+        return container_service_pb2.UnpauseContainerResponse(container=container_message(unpaused))
 
     @override
     async def DeleteContainer(
@@ -197,7 +199,7 @@ class ContainerService(ContainerServiceServicer):
     async def ListContainerRevisions(
         self, request: container_service_pb2.ListContainerRevisionsRequest, context: Context
     ) -> container_service_pb2.ListContainerRevisionsResponse:
-        listed = list_requests.revisions(request)
+        list_request = list_requests.revisions(request)
         container = (await self._containers.get(request.name)).container
 
         async def read(page_size: int, page_token: str) -> Page[RevisionView]:
@@ -206,7 +208,7 @@ class ContainerService(ContainerServiceServicer):
         def message(view: RevisionView) -> container_revision_pb2.ContainerRevision:
             return container_revision_message(view, container.revision)
 
-        found, token = await pagination.from_store(listed, read, message)
+        found, token = await pagination.from_store(list_request, read, message)
         return container_service_pb2.ListContainerRevisionsResponse(revisions=found, next_page_token=token)
 
     @override
@@ -232,13 +234,13 @@ class ContainerService(ContainerServiceServicer):
     async def _operate(
         self, method: str, request: _OperationRequest, command: Command, event: _ResponseType[R_co]
     ) -> AsyncIterator[R_co]:
-        """The plan alone, or the operation to its end. Whoever leaves leaves it to itself."""
+        """Stream the plan, or the operation until it ends. Disconnecting does not cancel the operation."""
         if request.validate_only:
             yield event(operation=stream.record_message(await self._containers.preview(command)))
             return
         operation_id = await self._containers.begin(command, _key(method, request))
-        async with aclosing(stream.follow(self._operations, operation_id)) as shown:
-            async for message in shown:
+        async with aclosing(stream.follow(self._operations, operation_id)) as messages:
+            async for message in messages:
                 if isinstance(message, operation_pb2.Operation):
                     yield event(operation=message)
                 else:

@@ -1,7 +1,7 @@
-"""What UpdateContainer and CloneContainer change of a spec: whole fields, parts of them, and entries of maps and lists.
+"""Changes of a spec by UpdateContainer and CloneContainer: fields, parts of fields, entries of maps and lists.
 
-`spec_change` checks all that can be checked without the container's present spec. The `SpecChangeRequest` that it
-returns is applied to that spec when the operation is drafted, and the result is checked there.
+`spec_change` checks what can be checked without the current spec of the container. The `SpecChangeRequest` that it
+returns is applied to the current spec when the operation is planned, and the result is checked then.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ _MAPS = ("env", "labels")
 
 _ANY_IMAGE = "image"
 _PACKAGE = container_pb2.DESCRIPTOR.package
-# The fields of ContainerSpecEdits, by the field of the spec that they edit: (adds, removes).
+# Field of the spec -> the fields of ContainerSpecEdits that add and remove its entries.
 _EDITS = {
     "env": ("set_env", "remove_env"),
     "labels": ("set_labels", "remove_labels"),
     "mounts": ("add_mounts", "remove_mounts"),
     "ports": ("add_ports", "remove_ports"),
 }
-# A key that stands in a path without backquotes. AIP-161 has backquotes around all but letters, digits and `_`; other
-# characters than these two are clear without them.
+# A key without backquotes in a path. AIP-161 asks for backquotes around all but letters, digits and `_`; only these two
+# characters are ambiguous without them.
 _BARE_KEY = re.compile(r"[^.`]+")
 _QUOTED_KEY = re.compile(r"`((?:[^`]|``)+)`")
-# A mask may have a million paths; that many of them are named in an error.
+# A mask may have a million paths; an error names only the first few.
 _PATHS_NAMED = 5
 _PATH_CHARACTERS = 60
 
 
 @dataclass(frozen=True, slots=True)
 class _Path:
-    """A path of the mask: a field of the spec and, for a part of it, the key of a map's entry or a message's field."""
+    """A path of the mask: a field of the spec and, for a part of it, the key of a map or the field of a message."""
 
     field: str
     part: str = ""
@@ -58,55 +58,57 @@ class _Path:
 
 @dataclass(frozen=True)
 class SpecChangeRequest:
-    """A change of a spec. `fields` are the fields of the spec that it can change."""
+    """A change of a spec. `fields` are the fields of the spec that it may change."""
 
     fields: frozenset[str]
-    asked: container_pb2.ContainerSpec
+    requested: container_pb2.ContainerSpec
     paths: tuple[_Path, ...]
     edits: container_service_pb2.ContainerSpecEdits
     host: HostCapacity
 
     def apply(self, before: ContainerSpec) -> ContainerSpec:
-        """The changed spec. Raises InvalidArgument if a field that changes breaks a rule afterwards."""
+        """The changed spec. Raises InvalidArgument if a changed field breaks a rule."""
         merged = spec_message(before)
         for path in self.paths:
-            _merge(merged, self.asked, path)
+            _merge(merged, self.requested, path)
         _edit(merged, self.edits)
         violations = Violations()
         after = spec(violations.at("spec"), merged, self.host)
-        found = tuple(one for one in violations.found if self._can_change(one.field))
+        found = tuple(violation for violation in violations.found if self._can_change(violation.field))
         if found:
             raise InvalidArgument(found)
-        # What does not change stays the same record, even if a rule has come since that it would break.
+        # Unchanged fields are kept as they are, even if they break a rule that is newer than the spec.
         return before.changed(**{field: getattr(after, field) for field in sorted(self.fields)})
 
     def _can_change(self, path: str) -> bool:
         field = re.split(r"[.\[]", path.removeprefix("spec").removeprefix("."), maxsplit=1)[0]
-        # The size of a spec is that of all its fields, and entrypoint and command share a limit, which is noted at the
-        # command.
+        # A violation without a field is about the size of the whole spec. Entrypoint and command share a limit, whose
+        # violation is reported for the command.
         return not field or field in self.fields or (field == "command" and "entrypoint" in self.fields)
 
 
 def spec_change(
     violations: Violations, request: Request, known: Sequence[str], host: HostCapacity
 ) -> SpecChangeRequest:
-    """What a request changes of a spec on a host. `known` are the fields that it may change."""
+    """Check the change of a spec in a request. `known` are the fields that it may change."""
     paths = _paths(violations, request, known)
     _check_values(violations.at("spec"), request.spec, paths, host)
     masked = frozenset(path.field for path in paths)
     _check_edits(violations.at("edits"), request.edits, masked, host)
     edited = {field for field in _EDITS if _edited(request.edits, field)}
-    return SpecChangeRequest(fields=masked | edited, asked=request.spec, paths=paths, edits=request.edits, host=host)
+    return SpecChangeRequest(
+        fields=masked | edited, requested=request.spec, paths=paths, edits=request.edits, host=host
+    )
 
 
 def _paths(violations: Violations, request: Request, known: Sequence[str]) -> tuple[_Path, ...]:
-    asked = dict.fromkeys(request.update_mask.paths)
-    if not asked:
+    mask = dict.fromkeys(request.update_mask.paths)
+    if not mask:
         return tuple(_Path(field.name) for field, _ in request.spec.ListFields() if field.name in known)
-    if [*asked] == ["*"]:
+    if [*mask] == ["*"]:
         return tuple(map(_Path, known))
     found, wrong = [], []
-    for text in asked:
+    for text in mask:
         try:
             found.append(_path(text, known))
         except ValueError as error:
@@ -117,20 +119,20 @@ def _paths(violations: Violations, request: Request, known: Sequence[str]) -> tu
 
 
 def _path(text: str, known: Sequence[str]) -> _Path:
-    """Read a path. Raises ValueError with what is wrong with it."""
+    """Parse a path of the mask. Raises ValueError that says what is wrong."""
     name, dot, rest = text.removeprefix("spec.").partition(".")
     if name not in known:
-        raise ValueError(f"not a field of the spec; it has {', '.join(known)}, or `*` for all")
+        raise ValueError(f"unknown field; use one of {', '.join(known)}, or `*`")
     if not dot:
         return _Path(name)
     if name in _MAPS:
         return _Path(name, _key(rest))
     parts = _parts(name)
     if not parts:
-        more = f"; its entries are changed with `edits.{_EDITS[name][0]}`" if name in _EDITS else ""
-        raise ValueError(f"{name} changes as a whole only{more}")
+        more = f"; change its entries with `edits.{_EDITS[name][0]}`" if name in _EDITS else ""
+        raise ValueError(f"{name} can only be replaced as a whole{more}")
     if rest not in parts:
-        raise ValueError(f"{name} has {', '.join(parts)}")
+        raise ValueError(f"unknown part of {name}; use one of {', '.join(parts)}")
     return _Path(name, rest)
 
 
@@ -138,12 +140,12 @@ def _key(text: str) -> str:
     if quoted := _QUOTED_KEY.fullmatch(text):
         return quoted[1].replace("``", "`")
     if not _BARE_KEY.fullmatch(text):
-        raise ValueError("a key with dots or backquotes goes between backquotes, as in labels.`example.com/team`")
+        raise ValueError("put a key with dots or backquotes between backquotes, as in labels.`example.com/team`")
     return text
 
 
 def _parts(field: str) -> Sequence[str]:
-    """The fields of a message of this API, which can change alone; empty for any other field."""
+    """The parts of a field that can be changed alone: those of a message of this API; empty for other fields."""
     value = getattr(container_pb2.ContainerSpec(), field)
     if not isinstance(value, Message) or value.DESCRIPTOR.file.package != _PACKAGE:
         return ()
@@ -151,14 +153,14 @@ def _parts(field: str) -> Sequence[str]:
 
 
 def _check_values(
-    violations: Violations, asked: container_pb2.ContainerSpec, paths: Iterable[_Path], host: HostCapacity
+    violations: Violations, requested: container_pb2.ContainerSpec, paths: Iterable[_Path], host: HostCapacity
 ) -> None:
-    """Check the new values by themselves."""
+    """Check the new values without the current spec."""
     partial = container_pb2.ContainerSpec(image=_ANY_IMAGE)
     for path in paths:
-        _merge(partial, asked, path)
+        _merge(partial, requested, path)
         if path == _Path("restart_policy", "max_retry_count"):
-            # Whether the policy takes a count shows in the container's spec.
+            # The policy is not known yet; `apply` checks that it takes a count.
             partial.restart_policy.policy = container_pb2.RESTART_POLICY_KIND_ON_FAILURE
     spec(violations, partial, host)
 
@@ -177,17 +179,15 @@ def _check_edits(
         if not target.startswith("/"):
             violations.add("remove_mounts", "must be the target of a mount, an absolute path", index)
     for index, port in enumerate(edits.remove_ports):
-        here = violations.at("remove_ports", index)
-        fields.in_range(here, "container_port", port.container_port, 1, fields.MAX_PORT)
+        port_violations = violations.at("remove_ports", index)
+        fields.in_range(port_violations, "container_port", port.container_port, 1, fields.MAX_PORT)
         if port.protocol and port.protocol not in PROTOCOL_OF:
-            here.add("protocol", f"{port.protocol} is not a value of this enum")
+            port_violations.add("protocol", f"is {port.protocol}; must be one of 0, {', '.join(map(str, PROTOCOL_OF))}")
     _check_contradictions(violations, edits)
     for field, (adds, removes) in _EDITS.items():
         if field in masked and _edited(edits, field):
-            given = adds if getattr(edits, adds) else removes
-            violations.add(
-                given, f"`spec` and `update_mask` change {field} already; change it there or here, not in both"
-            )
+            edit = adds if getattr(edits, adds) else removes
+            violations.add(edit, f"{field} is also changed by `spec` and `update_mask`; use only one of them")
 
 
 def _check_contradictions(violations: Violations, edits: container_service_pb2.ContainerSpecEdits) -> None:
@@ -200,7 +200,7 @@ def _check_contradictions(violations: Violations, edits: container_service_pb2.C
     for field, keys in added.items():
         for index, value in enumerate(getattr(edits, field)):
             if (_port_key(value) if field == "remove_ports" else value) in keys:
-                violations.add(field, "is added by the same request", index)
+                violations.add(field, "is both added and removed", index)
 
 
 def _edited(edits: container_service_pb2.ContainerSpecEdits, field: str) -> bool:
@@ -208,7 +208,7 @@ def _edited(edits: container_service_pb2.ContainerSpecEdits, field: str) -> bool
 
 
 def _merge(into: container_pb2.ContainerSpec, source: container_pb2.ContainerSpec, path: _Path) -> None:
-    """Make what `path` names what it is in `source`, or unset."""
+    """Copy what `path` names from `source`; if it is unset there, unset it."""
     if path.part and path.field in _MAPS:
         entries, given = getattr(into, path.field), getattr(source, path.field)
         entries.pop(path.part, None)
@@ -223,7 +223,7 @@ def _merge(into: container_pb2.ContainerSpec, source: container_pb2.ContainerSpe
 
 
 def _copy(into: Message, source: Message, name: str) -> None:
-    """Make one field what it is in `source`, or unset."""
+    """Copy one field from `source`; if it is unset there, unset it."""
     into.ClearField(name)
     for field, value in source.ListFields():
         if field.name == name:
@@ -256,7 +256,7 @@ def _edit(merged: container_pb2.ContainerSpec, edits: container_service_pb2.Cont
 
 
 def _edited_list(present: dict[K, E], added: dict[K, E], removed: Iterable[K]) -> list[E]:
-    """The entries in their order, the new ones last."""
+    """The remaining entries in their order, then the added ones."""
     for key in removed:
         present.pop(key, None)
     return [*(present | added).values()]

@@ -1,4 +1,4 @@
-"""The differences between two specs, value by value."""
+"""The differences between two specs, as paths with old and new values."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _PACKAGE = container_pb2.DESCRIPTOR.package
 def spec_changes(
     before: container_pb2.ContainerSpec, after: container_pb2.ContainerSpec
 ) -> list[operation_pb2.SpecChange]:
-    """What differs, in the order of the fields."""
+    """The differences, in the order of the fields of ContainerSpec."""
     changes: list[operation_pb2.SpecChange] = []
     for field in before.DESCRIPTOR.fields:
         old, new = _values(before, field), _values(after, field)
         if old.keys() == new.keys() and old == new and getattr(before, field.name) != getattr(after, field.name):
-            # The same entries in another order.
+            # Only the order of the entries differs.
             old, new = {field.name: _text(before, field)}, {field.name: _text(after, field)}
         changes += [
             operation_pb2.SpecChange(path=path, old_value=old.get(path), new_value=new.get(path))
@@ -35,26 +35,26 @@ def spec_changes(
 
 
 def _values(spec: container_pb2.ContainerSpec, field: FieldDescriptor) -> dict[str, str]:
-    """Path -> value, for all that is set in a field."""
+    """Path -> value, for all values that are set in a field."""
     value: Any = getattr(spec, field.name)
     match field.name:
         case "env" | "labels":
             return {f"{field.name}.{_key(key)}": value[key] for key in sorted(value)}
         case "mounts":
-            return {f"mounts[{json.dumps(each.target, ensure_ascii=False)}]": _json(each) for each in value}
+            return {f"mounts[{json.dumps(entry.target, ensure_ascii=False)}]": _json(entry) for entry in value}
         case "ports":
-            return {f'ports["{_port(each)}"]': _json(each) for each in value}
-    if not any(field.name == one.name for one, _ in spec.ListFields()):
+            return {f'ports["{_port(entry)}"]': _json(entry) for entry in value}
+    if not any(field.name == present.name for present, _ in spec.ListFields()):
         return {}
     if isinstance(value, Message) and value.DESCRIPTOR.file.package == _PACKAGE:
         parts = {f"{field.name}.{part.name}": _text(value, part) for part, _ in value.ListFields()}
-        # A message that is set and empty means something else than none: a check that is turned off.
+        # An empty message differs from an absent one: an empty health_check turns off the check of the image.
         return parts or {field.name: "{}"}
     return {field.name: _text(spec, field)}
 
 
 def _text(message: Message, field: FieldDescriptor) -> str:
-    """A field's value as people write it: text as it is, everything else as JSON has it."""
+    """The value of a field: strings as they are, all other types as JSON."""
     value = _plain(message)[field.name]
     if isinstance(value, str):
         return value

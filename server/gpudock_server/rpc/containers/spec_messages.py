@@ -1,7 +1,7 @@
-"""A container's spec as it was sent.
+"""Converts the spec of a container from its record to a message.
 
-What a record cannot tell from its default (a restart policy that is NO, a check every 30 seconds) is left out, as most
-callers leave it out. The way back, with every rule on it, is `spec_requests.spec`.
+A record does not distinguish an explicit default (restart policy NO, a health check every 30 seconds) from an absent
+value; such fields are left out. `spec_requests.spec` is the conversion in the other direction, with validation.
 """
 
 from __future__ import annotations
@@ -37,31 +37,33 @@ _DEFAULT_CHECK = HealthCheck(command=())
 _DEFAULT_MODE = TmpfsMount().mode
 
 
-def spec_message(asked: ContainerSpec) -> container_pb2.ContainerSpec:
-    """What a user asked for."""
+def spec_message(recorded: ContainerSpec) -> container_pb2.ContainerSpec:
+    """The spec as a message."""
     return container_pb2.ContainerSpec(
-        image=asked.image,
-        entrypoint=asked.entrypoint,
-        command=asked.command,
-        env=asked.env,
-        working_dir=asked.working_dir,
-        user=asked.user,
-        hostname=asked.hostname or None,
-        tty=asked.tty,
-        stdin=asked.stdin,
-        labels=asked.labels,
-        gpus=_gpus(asked.gpus) if asked.gpus != GpuRequest() else None,
-        cpus=asked.cpus,
-        memory_bytes=asked.memory_bytes,
-        shm_size_bytes=asked.shm_size_bytes,
-        pids_limit=asked.pids_limit,
-        mounts=[_mount(mount) for mount in asked.mounts],
-        ports=[_port(port) for port in asked.ports],
-        restart_policy=_restart_policy(asked.restart_policy) if asked.restart_policy != RestartPolicy() else None,
-        stop_signal=asked.stop_signal,
-        stop_timeout=duration(asked.stop_timeout),
-        health_check=_health_check(asked.health_check) if asked.health_check is not None else None,
-        revision_policy=_revision_policy(asked.revision_policy) if asked.revision_policy != RevisionPolicy() else None,
+        image=recorded.image,
+        entrypoint=recorded.entrypoint,
+        command=recorded.command,
+        env=recorded.env,
+        working_dir=recorded.working_dir,
+        user=recorded.user,
+        hostname=recorded.hostname or None,
+        tty=recorded.tty,
+        stdin=recorded.stdin,
+        labels=recorded.labels,
+        gpus=_gpus(recorded.gpus) if recorded.gpus != GpuRequest() else None,
+        cpus=recorded.cpus,
+        memory_bytes=recorded.memory_bytes,
+        shm_size_bytes=recorded.shm_size_bytes,
+        pids_limit=recorded.pids_limit,
+        mounts=[_mount(mount) for mount in recorded.mounts],
+        ports=[_port(port) for port in recorded.ports],
+        restart_policy=_restart_policy(recorded.restart_policy) if recorded.restart_policy != RestartPolicy() else None,
+        stop_signal=recorded.stop_signal,
+        stop_timeout=duration(recorded.stop_timeout),
+        health_check=_health_check(recorded.health_check) if recorded.health_check is not None else None,
+        revision_policy=_revision_policy(recorded.revision_policy)
+        if recorded.revision_policy != RevisionPolicy()
+        else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a container is to be: ContainerSpec and its parts."""
+"""Checks a ContainerSpec and its parts, and converts them to records."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ MAX_STOP_TIMEOUT = timedelta(hours=24)
 _MIB = 1024 * 1024
 _MIN_MEMORY_BYTES = 6 * _MIB
 _MIN_SHM_BYTES = 4096
-# A shell and what it runs; with less even a command by exec cannot start.
+# Enough for a shell and its commands; with fewer, an exec session cannot start.
 _MIN_PIDS = 16
 # PID_MAX_LIMIT of the kernel.
 _MAX_PIDS = 4_194_304
 _MIN_CPUS = 0.01
-# More than Linux can be built for; how many the node has, the engine checks.
+# The largest number of CPUs that Linux supports; used if the capacity of the node is unknown.
 _MAX_CPUS = 8192
 _MAX_GPUS = 16
 _MAX_UUID_BYTES = 96
@@ -51,12 +51,12 @@ _MAX_IMAGE_BYTES = 512
 _MAX_HOSTNAME = 63
 _MAX_KEPT = 10_000
 _MIN_KEPT = timedelta(seconds=1)
-# A record is one value in etcd, and it takes 1.5 MiB: a head, its result in an operation, and the operation's own
-# arguments have to fit beside each other.
+# One etcd transaction takes 1.5 MiB: the record of a container, the result and the arguments of an operation, each with
+# a spec, must fit into it.
 _MAX_SPEC_BYTES = 256 * 1024
 _DEFAULT_CHECK = HealthCheck(command=())
 _MIN_CHECK = timedelta(milliseconds=1)
-# The engine counts nanoseconds in 63 bits; a whole number of seconds just below.
+# The engine stores nanoseconds in 63 bits; this is the largest number of whole seconds.
 _MAX_CHECK = timedelta(seconds=9_223_372_036)
 
 # RFC 952 as amended by RFC 1123, section 2.1.
@@ -71,7 +71,7 @@ _POLICY_OF: Mapping[int, RestartPolicyKind] = {value: kind for kind, value in RE
 def spec(
     violations: Violations, message: container_pb2.ContainerSpec, host: HostCapacity = UNKNOWN_HOST
 ) -> ContainerSpec:
-    """Check a whole spec for a host. What is returned is of use only if nothing was found."""
+    """Convert a spec and check it against the capacity of a host. The result is only valid without violations."""
     entrypoint, command = _program(violations, message)
     found = ContainerSpec(
         image=_image(violations, message.image),
@@ -102,23 +102,23 @@ def spec(
         revision_policy=_revision_policy(violations.at("revision_policy"), message.revision_policy),
     )
     if not violations.any and (length := len(found.model_dump_json().encode())) > _MAX_SPEC_BYTES:
-        violations.add("", f"has {length} bytes as JSON; at most {_MAX_SPEC_BYTES} can be kept")
+        violations.add("", f"is {length} bytes as JSON; must be at most {_MAX_SPEC_BYTES}")
     return found
 
 
 def _program(violations: Violations, message: container_pb2.ContainerSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The entrypoint and the command. One empty string alone clears the image's entrypoint."""
+    """The entrypoint and the command. A single empty string clears the entrypoint of the image."""
     entrypoint, command = fields.arguments(violations, ("entrypoint", message.entrypoint), ("command", message.command))
     if len(entrypoint) > 1 and not entrypoint[0]:
-        violations.add("entrypoint", "must name a program; one empty string alone clears the image's entrypoint", 0)
-    # Behind an entrypoint of the image it would be an argument, but whether the image has one is not known here.
+        violations.add("entrypoint", "must name a program; only a single empty string clears the image's entrypoint", 0)
+    # If the image has an entrypoint, this would be its argument; but the image is not known here.
     if not any(entrypoint) and command and not command[0]:
         violations.add("command", "must name a program; to pass an empty argument first, set `entrypoint`", 0)
     return entrypoint, command
 
 
 def gpus(violations: Violations, message: container_pb2.GpuRequest) -> GpuRequest:
-    """Check which cards are asked for."""
+    """Convert the GPU request of a spec."""
     uuids = tuple(message.uuids)
     fields.in_range(violations, "count", message.count, 0, _MAX_GPUS)
     fields.size(violations, "min_memory_bytes", message.min_memory_bytes)
@@ -132,40 +132,40 @@ def gpus(violations: Violations, message: container_pb2.GpuRequest) -> GpuReques
 
 def _pinned_gpus(violations: Violations, message: container_pb2.GpuRequest, uuids: tuple[str, ...]) -> None:
     if message.count not in (0, len(uuids)):
-        violations.add("count", "must be 0 or the number of `uuids` beside them")
+        violations.add("count", f"is {message.count}; must be 0 or {len(uuids)}, the number of `uuids`")
     for field in ("model", "min_memory_bytes"):
         if getattr(message, field):
-            violations.add(field, "must be unset beside `uuids`")
+            violations.add(field, "must be unset if `uuids` is set")
     for index, uuid in enumerate(uuids):
         if not uuid:
             violations.add("uuids", "must not be empty", index)
         elif len(uuid.encode()) > _MAX_UUID_BYTES:
             violations.add("uuids", f"must have at most {_MAX_UUID_BYTES} bytes", index)
         elif uuid in uuids[:index]:
-            violations.add("uuids", f"is named twice, first in uuids[{uuids.index(uuid)}]", index)
+            violations.add("uuids", f"duplicates uuids[{uuids.index(uuid)}]", index)
 
 
 def cpus(violations: Violations, value: float, host: HostCapacity = UNKNOWN_HOST) -> float:
-    """Check a limit of CPU time; 0 is none."""
-    most = host.cpus or _MAX_CPUS
-    if not math.isfinite(value) or value < 0 or 0 < value < _MIN_CPUS or value > most:
-        known = f", the number of CPUs of this node; {value:g} is not" if host.cpus else ""
-        violations.add("cpus", f"must be 0 or {_MIN_CPUS} to {most}{known}")
-    # -0.0 is 0, and is not shown as -0.
+    """Check a CPU limit; 0 is no limit."""
+    maximum = host.cpus or _MAX_CPUS
+    if not math.isfinite(value) or value < 0 or 0 < value < _MIN_CPUS or value > maximum:
+        source = ", the number of CPUs of this node" if host.cpus else ""
+        violations.add("cpus", f"is {value:g}; must be 0 or {_MIN_CPUS} to {maximum}{source}")
+    # -0.0 becomes 0.0.
     return value or 0.0
 
 
 def memory(violations: Violations, value: int, host: HostCapacity = UNKNOWN_HOST) -> int:
-    """Check a limit of memory; 0 is none."""
-    return fields.host_memory(violations, "memory_bytes", value, host, least=_MIN_MEMORY_BYTES)
+    """Check a memory limit; 0 is no limit."""
+    return fields.host_memory(violations, "memory_bytes", value, host, minimum=_MIN_MEMORY_BYTES)
 
 
 def shm_size(violations: Violations, value: int, host: HostCapacity = UNKNOWN_HOST, *, memory_bytes: int = 0) -> int:
-    """Check the size of /dev/shm; 0 is the engine's default. It counts for a limit of memory that is asked for."""
+    """Check the size of /dev/shm, which counts towards the memory limit; 0 is the default of the engine."""
     if 0 < memory_bytes < value:
-        violations.add("shm_size_bytes", f"must be at most memory_bytes ({memory_bytes}), which it counts for")
+        violations.add("shm_size_bytes", f"is {value}; must be at most memory_bytes ({memory_bytes})")
         return value
-    return fields.host_memory(violations, "shm_size_bytes", value, host, least=_MIN_SHM_BYTES)
+    return fields.host_memory(violations, "shm_size_bytes", value, host, minimum=_MIN_SHM_BYTES)
 
 
 def _pids_limit(violations: Violations, value: int) -> int:
@@ -192,7 +192,7 @@ def _hostname(violations: Violations, message: container_pb2.ContainerSpec) -> s
 
 
 def labels(violations: Violations, values: Mapping[str, str], field: str = "labels") -> dict[str, str]:
-    """What a caller attaches to a container or a volume."""
+    """Check the labels of a container or a volume."""
     found = dict(values)
     if len(found) > _MAX_LABELS:
         violations.add(field, f"must have at most {_MAX_LABELS} entries")
@@ -201,7 +201,7 @@ def labels(violations: Violations, values: Mapping[str, str], field: str = "labe
         if not _LABEL_KEY.fullmatch(key):
             violations.add(field, "a key must match ^[A-Za-z0-9]([A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?$", key)
         elif key.startswith(RESERVED_LABEL_PREFIX):
-            violations.add(field, f"keys that begin with {RESERVED_LABEL_PREFIX} are the server's", key)
+            violations.add(field, f"keys that start with {RESERVED_LABEL_PREFIX} are reserved", key)
         if fields.NUL in value or len(value.encode()) > _MAX_LABEL_BYTES:
             violations.add(field, f"a value must have at most {_MAX_LABEL_BYTES} bytes and no NUL", key)
     return found
@@ -210,23 +210,23 @@ def labels(violations: Violations, values: Mapping[str, str], field: str = "labe
 def ports(
     violations: Violations, messages: Iterable[container_pb2.PortRequest], field: str = "ports"
 ) -> tuple[PortRequest, ...]:
-    """Check the ports of a spec, or those that `field` adds to it."""
-    asked = tuple(messages)
-    if len(asked) > _MAX_PORTS:
+    """Convert the ports of a spec, or the ports that `field` adds to a spec."""
+    requested = tuple(messages)
+    if len(requested) > _MAX_PORTS:
         violations.add(field, f"must have at most {_MAX_PORTS} entries")
         return ()
-    inside: dict[tuple[int, Protocol], int] = {}
-    outside: dict[tuple[int, Protocol], int] = {}
+    container_ports: dict[tuple[int, Protocol], int] = {}
+    host_ports: dict[tuple[int, Protocol], int] = {}
     found = []
-    for index, message in enumerate(asked):
-        here = violations.at(field, index)
-        port = _port(here, message)
-        first = inside.setdefault((port.container_port, port.protocol), index)
+    for index, message in enumerate(requested):
+        port_violations = violations.at(field, index)
+        port = _port(port_violations, message)
+        first = container_ports.setdefault((port.container_port, port.protocol), index)
         if first != index:
-            here.add("container_port", f"is asked for twice, first in {field}[{first}]")
-        first = outside.setdefault((port.host_port, port.protocol), index)
+            port_violations.add("container_port", f"duplicates {field}[{first}]")
+        first = host_ports.setdefault((port.host_port, port.protocol), index)
         if port.host_port and first != index:
-            here.add("host_port", f"is asked for twice, first in {field}[{first}]")
+            port_violations.add("host_port", f"duplicates {field}[{first}]")
         found.append(port)
     return tuple(found)
 
@@ -250,7 +250,7 @@ def _restart_policy(violations: Violations, message: container_pb2.RestartPolicy
 
 
 def snapshot_policy(violations: Violations, field: str, value: int) -> SnapshotPolicy | None:
-    """Check whether files are to be kept; None is "as the next in line says"."""
+    """Convert a snapshot policy; None means that the next level decides (call, container, node)."""
     return fields.enum_value(violations, field, value, _SNAPSHOT_POLICY_OF, None)
 
 

@@ -1,1 +1,1 @@
-"""ExecContainer: one call, its requests and messages."""
+"""ExecContainer: one call, and its requests."""

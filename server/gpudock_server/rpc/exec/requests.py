@@ -1,4 +1,4 @@
-"""Messages of ExecContainer: the first one, and those after it."""
+"""Checks and converts the messages of an ExecContainer stream."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ MAX_CHUNK_BYTES = 1024 * 1024
 _MIN_TIMEOUT = timedelta(milliseconds=1)
 _MAX_TIMEOUT = timedelta(days=30)
 _MAX_TERMINAL_SIDE = 65535
-# Rows and columns of a terminal whose size nobody says.
+# Rows and columns of a terminal if the caller gives no size.
 _DEFAULT_SIZE = (24, 80)
 
 
 @dataclass(frozen=True, slots=True)
 class ExecStartRequest:
-    """What to run and where. `timeout` in seconds; None is without end."""
+    """The converted first message. `timeout` is in seconds; None is no timeout."""
 
     container: str
     exec_id: str
@@ -31,43 +31,45 @@ class ExecStartRequest:
 
 
 def start(message: exec_pb2.ExecContainerRequest | None) -> ExecStartRequest:
-    """Check the first message of the stream; None is a stream that had none."""
+    """Convert the first message of a stream; None if the stream had no message."""
     violations = Violations()
     if message is None or message.WhichOneof("message") != "start":
-        violations.add("start", "is required: it is the first message")
+        violations.add("start", "must be the first message")
         violations.raise_if_any()
-    asked = exec_pb2.ExecStart() if message is None else message.start
-    here = violations.at("start")
+    start_message = exec_pb2.ExecStart() if message is None else message.start
+    start_violations = violations.at("start")
     found = ExecStartRequest(
-        container=fields.name(here, "container", asked.container),
-        exec_id=fields.optional_uuid(here, "exec_id", asked.exec_id),
+        container=fields.name(start_violations, "container", start_message.container),
+        exec_id=fields.optional_uuid(start_violations, "exec_id", start_message.exec_id),
         request=ExecRequest(
-            command=fields.program(here, "command", asked.command),
-            env=fields.environment(here, "env", asked.env),
-            working_dir=fields.absolute_path(here, "working_dir", asked.working_dir) if asked.working_dir else "",
-            user=fields.user(here, "user", asked.user),
-            tty=asked.tty,
-            stdin=asked.stdin,
-            size=_first_size(here, asked),
+            command=fields.program(start_violations, "command", start_message.command),
+            env=fields.environment(start_violations, "env", start_message.env),
+            working_dir=fields.absolute_path(start_violations, "working_dir", start_message.working_dir)
+            if start_message.working_dir
+            else "",
+            user=fields.user(start_violations, "user", start_message.user),
+            tty=start_message.tty,
+            stdin=start_message.stdin,
+            size=_first_size(start_violations, start_message),
         ),
-        timeout=_timeout(here, asked),
+        timeout=_timeout(start_violations, start_message),
     )
     violations.raise_if_any()
     return found
 
 
-def _first_size(violations: Violations, asked: exec_pb2.ExecStart) -> tuple[int, int] | None:
-    if asked.HasField("size"):
-        if not asked.tty:
-            violations.add("size", "is only for `tty`")
-        return _size(violations.at("size"), asked.size)
-    return _DEFAULT_SIZE if asked.tty else None
+def _first_size(violations: Violations, start_message: exec_pb2.ExecStart) -> tuple[int, int] | None:
+    if start_message.HasField("size"):
+        if not start_message.tty:
+            violations.add("size", "must be unset without `tty`")
+        return _size(violations.at("size"), start_message.size)
+    return _DEFAULT_SIZE if start_message.tty else None
 
 
-def _timeout(violations: Violations, asked: exec_pb2.ExecStart) -> float | None:
-    if not asked.HasField("timeout"):
+def _timeout(violations: Violations, start_message: exec_pb2.ExecStart) -> float | None:
+    if not start_message.HasField("timeout"):
         return None
-    span = fields.duration(violations, "timeout", asked.timeout, _MIN_TIMEOUT, _MAX_TIMEOUT)
+    span = fields.duration(violations, "timeout", start_message.timeout, _MIN_TIMEOUT, _MAX_TIMEOUT)
     return None if span is None else span.total_seconds()
 
 
@@ -75,9 +77,9 @@ def stdin(message: exec_pb2.ExecContainerRequest, *, enabled: bool, closed: bool
     """Check a chunk of standard input."""
     violations = Violations()
     if not enabled:
-        violations.add("stdin", "is only sent after a `start` with `stdin`")
+        violations.add("stdin", "is allowed only if `start.stdin` is true")
     elif closed:
-        violations.add("stdin", "was closed by `close_stdin`")
+        violations.add("stdin", "must not follow `close_stdin`")
     if len(message.stdin) > MAX_CHUNK_BYTES:
         violations.add("stdin", f"must have at most {MAX_CHUNK_BYTES} bytes in one message")
     violations.raise_if_any()
@@ -85,25 +87,25 @@ def stdin(message: exec_pb2.ExecContainerRequest, *, enabled: bool, closed: bool
 
 
 def close_stdin(*, enabled: bool) -> None:
-    """Check the end of standard input; a second one changes nothing."""
+    """Check a `close_stdin` message; a second one has no effect."""
     if not enabled:
         violations = Violations()
-        violations.add("close_stdin", "is only sent after a `start` with `stdin`")
+        violations.add("close_stdin", "is allowed only if `start.stdin` is true")
         violations.raise_if_any()
 
 
 def resize(message: exec_pb2.ExecContainerRequest, *, tty: bool) -> tuple[int, int]:
-    """The rows and columns that a terminal is to have."""
+    """The new rows and columns of the terminal."""
     violations = Violations()
     if not tty:
-        violations.add("resize", "is only sent after a `start` with `tty`")
+        violations.add("resize", "is allowed only if `start.tty` is true")
     size = _size(violations.at("resize"), message.resize)
     violations.raise_if_any()
     return size
 
 
 def signal(message: exec_pb2.ExecContainerRequest) -> str:
-    """The signal that a process is to get."""
+    """The name of the signal to send."""
     violations = Violations()
     name = fields.signal(violations.at("signal"), "signal", message.signal.signal)
     violations.raise_if_any()
@@ -111,10 +113,10 @@ def signal(message: exec_pb2.ExecContainerRequest) -> str:
 
 
 def unexpected(message: exec_pb2.ExecContainerRequest) -> None:
-    """Refuse what cannot come after the first message."""
+    """Refuse a message that is not allowed after the first."""
     violations = Violations()
     if message.WhichOneof("message") == "start":
-        violations.add("start", "is the first message and no other one")
+        violations.add("start", "must only be the first message")
     else:
         violations.add("message", "one of `stdin`, `close_stdin`, `resize` and `signal` is required")
     violations.raise_if_any()

@@ -1,1 +1,1 @@
-"""What every call passes through: errors, audit, identity, decoding."""
+"""Middleware of every call: errors, audit, identity, disconnects, decoding."""

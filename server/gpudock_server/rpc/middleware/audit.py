@@ -1,4 +1,4 @@
-"""Who changed what, when, and with which outcome: a log line for every call that may change something."""
+"""Audit log: caller, method, target, outcome and duration of every call that may change something."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from gpudock_server.rpc.middleware.identity import caller
 from gpudock_server.rpc.middleware.interceptor import Call, Interceptor
 
 _PACKAGE_PREFIX = "/gpudock."
-# Methods of this contract that only look begin with one of these.
+# Methods of the contract that change nothing start with one of these.
 _READ_METHOD_PREFIXES = ("Get", "List", "Watch", "Stream")
-# Fields of a request that name what it is about, the most telling first.
+# Fields of a request that name its target, the most specific first.
 _NAME_FIELDS = ("name", "container", "id", "operation_id")
-# The message inside the first of an exec's.
+# The field of the first ExecContainerRequest that holds the target.
 _EXEC_START_FIELD = "start"
 
 _log = structlog.stdlib.get_logger("gpudock.audit")
 
 
 class AuditInterceptor(Interceptor):
-    """Goes between ErrorInterceptor, to see errors as they are, and IdentityInterceptor, to see who is refused."""
+    """Logs every call that may change something."""
 
     @override
     @asynccontextmanager
@@ -39,7 +39,7 @@ class AuditInterceptor(Interceptor):
             yield
             return
         begin = time.monotonic()
-        seen = _FirstRequest(call)
+        first = _FirstRequest(call)
         outcome = "OK"
         try:
             yield
@@ -57,12 +57,12 @@ class AuditInterceptor(Interceptor):
                 peer=call.context.peer(),
                 outcome=outcome,
                 duration_seconds=round(time.monotonic() - begin, 3),
-                **_target(seen.request),
+                **_target(first.request),
             )
 
 
 class _FirstRequest:
-    """The request, or the first of a stream of them, which says what the rest is about."""
+    """Keeps the request, or the first message of a stream, which names the target."""
 
     def __init__(self, call: Call) -> None:
         self.request: Any = None
@@ -71,7 +71,7 @@ class _FirstRequest:
         else:
             self.request = call.request
 
-    async def _forward(self, requests: Any) -> AsyncIterator[Any]:  # noqa: ANN401 - of any message
+    async def _forward(self, requests: Any) -> AsyncIterator[Any]:  # noqa: ANN401 - messages of any type
         async for request in requests:
             if self.request is None:
                 self.request = request
@@ -79,7 +79,7 @@ class _FirstRequest:
 
 
 def _target(request: object) -> dict[str, str]:
-    """What the request names, and its request_id; nothing else of it, for it may hold secrets."""
+    """The target and the request_id of a request. Other fields may hold secrets and are not logged."""
     if not isinstance(request, Message):
         return {}
     fields = request.DESCRIPTOR.fields_by_name

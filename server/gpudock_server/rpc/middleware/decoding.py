@@ -1,8 +1,8 @@
-"""Bytes that are not the message they should be are the caller's mistake, and said to be one.
+"""Reports undecodable requests as INVALID_ARGUMENT, and reads unary requests only after authentication.
 
-grpc decodes a request before it calls anything of ours, and gives the text of the failure away. Here such bytes pass as
-a `_Malformed` through whatever is around the call, and end it with InvalidArgument. The other way round, a response
-that is bytes already is taken for encoded.
+grpc decodes a request before it calls an interceptor, and reports the text of a failure to the caller. Here an
+undecodable request passes the other interceptors as `_Malformed` and then ends the call with InvalidArgument. A
+response that is already bytes is sent as it is.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ else:
     _MethodHandler = grpc.RpcMethodHandler
 
 
-# A request of these says the name of a service; more, from a caller who needs no identity, is not even decoded.
+# A health request only names a service. Callers need no authentication, so longer requests are not decoded.
 _MAX_HEALTH_REQUEST_BYTES = 1024
 
 
 class _Malformed:
-    """Takes the place of a request that could not be read."""
+    """Stands for a request that could not be decoded."""
 
 
 class DecodingInterceptor(Interceptor):
-    """Goes last, next to the services, so that every other interceptor is around what it raises."""
+    """Raises InvalidArgument for undecodable requests."""
 
     @override
     async def intercept_service(
@@ -67,10 +67,10 @@ class DecodingInterceptor(Interceptor):
 
 
 class _LenientHandler(_MethodHandler):
-    """A handler whose deserializer raises nothing, and that reads its only request itself where there is one.
+    """A handler whose deserializer does not raise, and that reads the request of a unary call itself.
 
-    grpc reads the request of a unary call before it calls anything of ours: megabytes from a caller who is refused a
-    moment later. A stream of requests is read when it is asked for the first, and looks the same to the caller.
+    grpc reads the request of a unary call before it calls an interceptor: megabytes from a caller who is then refused.
+    It reads a stream only on demand. For the caller a unary call and a stream of one request are the same.
     """
 
     def __init__(self, handler: Handler, limit: int) -> None:
@@ -109,15 +109,15 @@ def _unary_stream_as_stream(behaviour: Any) -> Any:  # noqa: ANN401 - grpc's beh
 
 async def _await_result(behaviour: object, result: Any) -> Any:  # noqa: ANN401 - a message of any type
     if not inspect.isawaitable(result):
-        # grpc.aio would run a plain function in a thread pool, outside of everything that is around the call.
-        raise TypeError(f"{behaviour!r} is neither a coroutine nor a generator")
+        # grpc.aio would run a plain function in a thread pool, outside of the context managers.
+        raise TypeError(f"{behaviour!r} must return an awaitable or an async generator")
     return await result
 
 
 async def _single_request(requests: AsyncIterator[Any]) -> Any:  # noqa: ANN401 - a message of any type
     async for request in requests:
         return request
-    raise InvalidArgument((FieldViolation("request", "is missing"),))
+    raise InvalidArgument((FieldViolation("request", "is required"),))
 
 
 def _lenient_deserializer(deserialize: Callable[[bytes], Any] | None, limit: int) -> Callable[[bytes], Any] | None:
@@ -153,4 +153,4 @@ async def _check_each(requests: Any) -> AsyncIterator[Any]:  # noqa: ANN401 - an
 
 def _check(request: object) -> None:
     if isinstance(request, _Malformed):
-        raise InvalidArgument((FieldViolation("request", "is not an encoded message of this RPC's type"),))
+        raise InvalidArgument((FieldViolation("request", "cannot be decoded as the request message of this RPC"),))

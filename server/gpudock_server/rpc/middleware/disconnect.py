@@ -1,7 +1,7 @@
-"""A caller that hangs up while it is being answered is a cancelled call, and no fault of the server.
+"""Treats a disconnect of the caller during a write as a cancelled call, not as an error of the server.
 
-grpc tells of it twice: the message that is being sent fails, with an error of grpc's own, and a moment later the task
-of the call is cancelled. Whoever is around a call is to see the second only.
+grpc reports such a disconnect twice: the write fails with an error of grpc, and a moment later the task of the call is
+cancelled. The outer interceptors see the cancellation only.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing_extensions import override
 
 from gpudock_server.rpc.middleware.interceptor import Call, Interceptor
 
-# Ample: the one follows the other at once. After it, the error is what it seems to be.
+# The cancellation follows at once. After this time without one, the error is not a disconnect.
 _CANCELLATION_SECONDS = 1.0
 
 
 class DisconnectInterceptor(Interceptor):
-    """Goes inside of those that look at how a call ends."""
+    """Replaces the error of a write to a disconnected caller by the cancellation of the call."""
 
     @override
     @asynccontextmanager
@@ -30,7 +30,7 @@ class DisconnectInterceptor(Interceptor):
         except Exception as error:
             if _is_send_failure(error):
                 if _task_is_cancelled():
-                    # While a task group that had failed waited for its tasks: it keeps that to itself.
+                    # A task group that has failed swallows a cancellation that comes while it waits for its tasks.
                     raise asyncio.CancelledError from error
                 await asyncio.sleep(_CANCELLATION_SECONDS)
             raise

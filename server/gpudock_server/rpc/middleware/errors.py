@@ -1,7 +1,7 @@
-"""The one place where errors become statuses.
+"""Converts errors to statuses; no other module does.
 
-A domain error becomes a google.rpc.Status with ErrorInfo and whatever else fits, in `grpc-status-details-bin`, as
-https://google.aip.dev/193 has it. Anything else becomes INTERNAL with an id that is in the log, never with its text.
+A domain error becomes a google.rpc.Status with ErrorInfo and other details, in `grpc-status-details-bin`, as in
+https://google.aip.dev/193. Any other exception becomes INTERNAL with an id that is also in the log, without its text.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from gpudock_server.rpc.middleware.interceptor import Call, Interceptor
 
 DOMAIN = "gpudock"
 
-# Trailers above 8 KiB are refused by many clients, and then the caller sees nothing of the status. They hold the
-# message percent-encoded and the details in base64: 1,500 + 4,200 * 4/3 stays below, with room for others.
+# Many clients refuse trailers above 8 KiB, and the caller then gets no status at all. Trailers hold the message
+# percent-encoded and the details in base64: 1,500 + 4,200 * 4/3 bytes, which leaves space for other entries.
 _MESSAGE_BYTES = 1500
 _STATUS_BYTES = 4200
 _ELLIPSIS = "…"
@@ -48,7 +48,6 @@ _RESOURCES = {
     "REVISION_NOT_FOUND": ("gpudock.v1.ContainerRevision", "revision"),
     "OPERATION_NOT_FOUND": ("gpudock.v1.Operation", "operation_id"),
     "EXEC_EXISTS": ("gpudock.v1.Exec", "exec_id"),
-    "EXEC_NOT_FOUND": ("gpudock.v1.Exec", "exec_id"),
     "GPU_NOT_FOUND": ("gpudock.v1.Gpu", "uuids"),
     "IMAGE_NOT_FOUND": ("image", "image"),
     "NODE_NOT_FOUND": ("gpudock.v1.Node", "node"),
@@ -60,18 +59,18 @@ _log = structlog.stdlib.get_logger("gpudock.rpc")
 
 
 def status_of(error: GpudockError) -> status_pb2.Status:
-    """The rich status of a domain error; values are cut where it would not fit into a call's trailers."""
+    """The google.rpc.Status of a domain error; values are cut so that it fits into the trailers of a call."""
     code, reason = _code_and_reason(error)
     status = status_pb2.Status(code=code, message=_shortened(error.message, _MESSAGE_BYTES))
     metadata = {key: value for key, value in error.metadata.items() if value}
-    # The most telling comes first: what no longer fits is cut or left out.
+    # The most useful detail comes first; details that no longer fit are left out.
     for detail in _details(error, reason, metadata):
         _append(status, detail)
     return status
 
 
 def code_of(error: BaseException) -> grpc.StatusCode:
-    """The status code that a call ends with when `error` leaves its behaviour."""
+    """The status code of a call whose behaviour raised `error`."""
     if isinstance(error, asyncio.CancelledError):
         return grpc.StatusCode.CANCELLED
     domain_error = _domain_error(error)
@@ -130,7 +129,7 @@ def _bad_request(error: InvalidArgument) -> error_details_pb2.BadRequest:
         if detail.ByteSize() > _STATUS_BYTES // 3:
             rest = len(error.violations) - number
             del detail.field_violations[-1]
-            detail.field_violations.add(description=f"and {rest} more; correct these first")
+            detail.field_violations.add(description=f"{rest} more violations; fix these first")
             break
     return detail
 
@@ -143,10 +142,10 @@ def _append(status: status_pb2.Status, detail: Message) -> None:
 
 
 def _shortened(text: str, limit: int) -> str:
-    """As much of `text` as takes `limit` bytes in a header."""
-    # Half a surrogate pair, out of undecodable output of some program, would break the status itself.
+    """`text`, cut to `limit` bytes as encoded in a header."""
+    # A lone surrogate, from undecodable output of a program, would make the status invalid.
     text = text[: limit + 1].encode(errors="replace").decode()
-    # lengths[n] is the length of the first n characters; it only grows.
+    # lengths[n] is the encoded length of the first n characters, in ascending order.
     lengths = list(accumulate(map(_header_length, text), initial=0))
     if lengths[-1] <= limit:
         return text
@@ -155,12 +154,12 @@ def _shortened(text: str, limit: int) -> str:
 
 
 def _header_length(char: str) -> int:
-    """Bytes that a character takes where all but printable ASCII is percent-encoded."""
+    """Bytes of a character in a header, where all but printable ASCII is percent-encoded."""
     return sum(1 if 0x20 <= byte <= 0x7E and byte != ord("%") else 3 for byte in char.encode())  # noqa: PLR2004 - ASCII
 
 
 class ErrorInterceptor(Interceptor):
-    """Ends every call that fails with the status of its error. Goes first, so that it is around all the others."""
+    """Ends a failed call with the status of its error."""
 
     @override
     @asynccontextmanager
@@ -169,7 +168,7 @@ class ErrorInterceptor(Interceptor):
         try:
             yield
         except grpc.aio.AbortError:
-            # Somebody inside has said already how the call ends.
+            # The status of the call is already set.
             raise
         except asyncio.CancelledError as error:
             if _task_is_cancelled():
@@ -177,8 +176,8 @@ class ErrorInterceptor(Interceptor):
             status = _unexpected(error)
         except Exception as error:
             if call.context.done() or call.context.cancelled():
-                # Nobody is there to be told; writing to a caller who has gone fails like this.
-                _log.debug("call ended before its error", error=repr(error))
+                # The caller has disconnected; a write to it fails like this.
+                _log.debug("call ended before its error could be sent", error=repr(error))
                 raise
             domain_error = _domain_error(error)
             status = status_of(domain_error) if domain_error is not None else _unexpected(error)
@@ -189,13 +188,13 @@ class ErrorInterceptor(Interceptor):
 
 
 def _task_is_cancelled() -> bool:
-    """Whether this task is being cancelled; else a task that the handler waited for was, which is a fault."""
+    """Whether this call is being cancelled. If not, a task that the handler awaited was, which is a bug."""
     task = asyncio.current_task()
     return task is None or task.cancelling() > 0
 
 
 def _domain_error(error: BaseException) -> GpudockError | None:
-    """What a caller may be told: the error itself, or the first of a task group that failed of such alone."""
+    """The domain error to report: `error`, or the first of a group of domain errors only; else None."""
     if isinstance(error, GpudockError):
         return error
     if isinstance(error, ExceptionGroup):

@@ -1,4 +1,4 @@
-"""Who calls: established once for each call, before anything else looks at it."""
+"""Authenticates the caller of each call."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from gpudock_server.logs import truncate
 from gpudock_server.rpc.middleware.bearer_tokens import TokenFile
 from gpudock_server.rpc.middleware.interceptor import Call, Context, Interceptor
 
-# Load balancers and systemd's watchdogs have no identity; health tells them nothing that a closed port would not.
+# Health needs no authentication: load balancers have no credentials, and it reveals no more than an open port.
 HEALTH_METHOD_PREFIX = "/grpc.health.v1.Health/"
-# Requests of callers without an identity that are in memory at one time, and how long each may take to arrive.
+# Requests of unauthenticated callers that are read at the same time, and how long each may take to arrive.
 _ANONYMOUS_READS = 16
 _ANONYMOUS_READ_SECONDS = 5.0
 _BEARER = "bearer "
-# What TLS calls the peer, the most specific first. These are there only if the certificate was verified.
+# Properties of a TLS peer that name it, the most specific first. They exist only if the certificate was verified.
 _CERTIFICATE_NAMES = ("x509_common_name", "x509_subject_alternative_name")
 
 _log = structlog.stdlib.get_logger("gpudock.rpc")
 
 
 class CallerKind(StrEnum):
-    """How a caller was recognised. UNIX: by the right to write to the daemon's socket."""
+    """How a caller was authenticated. UNIX: by the permission to write to the daemon's socket."""
 
     ANONYMOUS = "nobody"
     UNIX = "unix"
@@ -42,15 +42,15 @@ class CallerKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who calls. `name` is what the token file or the certificate says."""
+    """The caller of a call. `name` comes from the token file or the certificate."""
 
     kind: CallerKind
     name: str = ""
 
     def log_fields(self) -> dict[str, str]:
-        """How a log line says who called.
+        """The caller as fields of a log line.
 
-        In two fields: of one text, `token:ci`, the log would take the second half for a secret and hide it.
+        Kind and name are two fields, because the log would mask the second half of `token:ci` as a secret.
         """
         return {"caller_kind": self.kind.value, "caller": truncate(self.name)}
 
@@ -62,12 +62,12 @@ _caller: ContextVar[Caller] = ContextVar("caller", default=ANONYMOUS)
 
 
 def caller() -> Caller:
-    """Who made the call that this task works for; ANONYMOUS outside of a call, and in one that needs no identity."""
+    """The caller of the current call; ANONYMOUS outside of a call, and for a call without authentication."""
     return _caller.get()
 
 
 class IdentityInterceptor(Interceptor):
-    """Sets `caller()`, or ends the call with Unauthenticated. Runs inside ErrorInterceptor."""
+    """Sets `caller()`, or raises Unauthenticated."""
 
     def __init__(self, tokens: TokenFile | None) -> None:
         self._tokens = tokens
@@ -83,23 +83,25 @@ class IdentityInterceptor(Interceptor):
                 call.request = self._first_request_in_time(aiter(call.request), call.context)
         else:
             try:
-                found = self._identify(call.context)
+                identified = self._identify(call.context)
             except Unauthenticated as error:
-                _log.warning("call refused", peer=call.context.peer(), reason=error.message)
+                _log.warning("authentication failed", peer=call.context.peer(), reason=error.message)
                 raise
-            # Never reset: the task, and its context with it, is this call's own.
-            _caller.set(found)
-            structlog.contextvars.bind_contextvars(**found.log_fields())
+            # Not reset: the task and its context belong to this call alone.
+            _caller.set(identified)
+            structlog.contextvars.bind_contextvars(**identified.log_fields())
         yield
 
     async def _first_request_in_time(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
-        """The requests of a caller without an identity: few are read at one time, and none is waited for long."""
+        """Read the request of an unauthenticated caller: few at the same time, each within a time limit."""
         async with self._anonymous_reads:
             try:
                 async with asyncio.timeout(_ANONYMOUS_READ_SECONDS):
                     first = await anext(requests, None)
             except TimeoutError:
-                await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the request did not come in time")
+                await context.abort(
+                    grpc.StatusCode.DEADLINE_EXCEEDED, f"no request received within {_ANONYMOUS_READ_SECONDS:g} s"
+                )
         if first is not None:
             yield first
 
@@ -113,8 +115,8 @@ class IdentityInterceptor(Interceptor):
         if certificate:
             return Caller(CallerKind.CERTIFICATE, certificate)
         raise Unauthenticated(
-            "this address takes no anonymous calls; send the metadata `authorization` with the scheme `Bearer` and a"
-            " token"
+            "authentication required: send the metadata `authorization` with the scheme `Bearer` and a token, or a"
+            " client certificate"
         )
 
     def _authenticate_token(self, credentials: str) -> Caller:
@@ -122,7 +124,7 @@ class IdentityInterceptor(Interceptor):
             raise Unauthenticated("the metadata `authorization` must have the scheme `Bearer` and a token")
         name = self._tokens.name_of(credentials[len(_BEARER) :].strip()) if self._tokens else None
         if name is None:
-            raise Unauthenticated("the token is not, or no longer, known here")
+            raise Unauthenticated("the token is not valid")
         return Caller(CallerKind.TOKEN, name)
 
 

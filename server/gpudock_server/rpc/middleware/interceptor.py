@@ -1,4 +1,4 @@
-"""One way to put something around a call, whichever of the four kinds of RPC it is."""
+"""Base class of interceptors: a context manager around each call, for all four kinds of RPC."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 class Call:
     """One call. `method` is its full name, `/package.Service/Method`.
 
-    `request` is the message, or the iterator of them where the caller streams; whoever is around the call may put
-    another in its place, for example an iterator that looks at what passes.
+    `request` is the message, or an iterator of messages if the caller streams. An interceptor may replace it, for
+    example with an iterator that inspects the messages.
     """
 
     method: str
@@ -43,8 +43,8 @@ CallContext: TypeAlias = Callable[[Call], AbstractAsyncContextManager[None]]
 def wrap(method: str, handler: Handler, around: CallContext) -> Handler:
     """Return a handler of the same kind whose behaviour runs inside `around(call)`.
 
-    What the behaviour raises passes through the context manager, also in the midst of a stream. Everything happens in
-    the task of the call: a variable set on entering is seen by the behaviour.
+    Exceptions of the behaviour pass through the context manager, also in the middle of a stream. Everything runs in the
+    task of the call: the behaviour sees context variables that the context manager has set.
     """
     if handler.response_streaming:
         behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
@@ -57,8 +57,8 @@ def wrap(method: str, handler: Handler, around: CallContext) -> Handler:
             return await _call(behaviour, call)
 
     async def stream(request: Any, context: Context) -> None:  # noqa: ANN401 - messages of any type pass here
-        # A coroutine that writes, and no generator: a call that is cancelled while it sends leaves a generator
-        # suspended at its yield, to be closed by the garbage collector some time later and in another task.
+        # A coroutine that writes, not a generator: a call that is cancelled while it sends would leave a generator
+        # suspended at its yield, and the garbage collector would close it later, in another task.
         call = Call(method, request, context, handler.request_streaming)
         async with around(call):
             responses = _call(behaviour, call)
@@ -86,8 +86,8 @@ def wrap(method: str, handler: Handler, around: CallContext) -> Handler:
 def _call(behaviour: Any, call: Call) -> Any:  # noqa: ANN401 - the four kinds have no common type
     result = behaviour(call.request, call.context)
     if not (inspect.isawaitable(result) or inspect.isasyncgen(result)):
-        # grpc.aio would run a plain function in a thread pool, outside of everything that is around the call.
-        raise TypeError(f"{call.method} is served by {behaviour!r}, which is neither a coroutine nor a generator")
+        # grpc.aio would run a plain function in a thread pool, outside of the context managers.
+        raise TypeError(f"{call.method}: {behaviour!r} must return an awaitable or an async generator")
     return result
 
 
@@ -96,7 +96,7 @@ class Interceptor(_ServerInterceptor, ABC):
 
     @abstractmethod
     def around(self, call: Call) -> AbstractAsyncContextManager[None]:
-        """What the behaviour of `call` runs inside of."""
+        """The context manager that the behaviour of `call` runs in."""
 
     @override
     async def intercept_service(
@@ -106,6 +106,6 @@ class Interceptor(_ServerInterceptor, ABC):
     ) -> Handler:
         handler: Handler | None = await continuation(handler_call_details)
         if handler is None:
-            # Nobody serves this method; grpc answers UNIMPLEMENTED.
+            # No service has this method; grpc answers UNIMPLEMENTED.
             return handler  # type: ignore[return-value] # the stubs do not know this case
         return wrap(handler_call_details.method, handler, self.around)

@@ -1,1 +1,1 @@
-"""NodeService and its messages: nodes, GPUs, drift."""
+"""NodeService, and its messages: nodes, GPUs, drift."""

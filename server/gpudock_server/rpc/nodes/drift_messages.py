@@ -1,4 +1,4 @@
-"""Drift: what does not agree, and what is done about it."""
+"""Converts drift to messages."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ SEVERITIES = {severity: drift_pb2.DriftSeverity.Value(f"DRIFT_SEVERITY_{severity
 REMEDIES = {remedy: drift_pb2.DriftRemedy.Value(f"DRIFT_REMEDY_{remedy.name}") for remedy in DriftRemedy}
 
 
-def drift_message(found: Drift) -> drift_pb2.Drift:
-    """One finding."""
+def drift_message(drift: Drift) -> drift_pb2.Drift:
+    """One difference between records, claims and engine."""
     return drift_pb2.Drift(
-        kind=KINDS[found.kind],
-        severity=SEVERITIES[found.severity],
-        remedy=REMEDIES[found.remedy],
-        message=found.message,
-        plan=found.plan,
-        container=found.container,
-        container_uid=found.uid,
-        engine_id=found.engine_id,
-        engine_name=found.engine_name,
-        claim=found.claim,
-        operation_id=found.operation_id,
-        other_container=found.other,
-        key=found.key,
-        expected=found.expected,
-        actual=found.actual,
-        since_time=timestamp(found.since),
-        due_time=timestamp(found.due_time),
-        volume=found.volume,
+        kind=KINDS[drift.kind],
+        severity=SEVERITIES[drift.severity],
+        remedy=REMEDIES[drift.remedy],
+        message=drift.message,
+        plan=drift.plan,
+        container=drift.container,
+        container_uid=drift.uid,
+        engine_id=drift.engine_id,
+        engine_name=drift.engine_name,
+        claim=drift.claim,
+        operation_id=drift.operation_id,
+        other_container=drift.other,
+        key=drift.key,
+        expected=drift.expected,
+        actual=drift.actual,
+        since_time=timestamp(drift.since),
+        due_time=timestamp(drift.due_time),
+        volume=drift.volume,
     )

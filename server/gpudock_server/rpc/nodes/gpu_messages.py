@@ -1,4 +1,4 @@
-"""Cards: what NVML shows of them, and who holds them."""
+"""Converts GPUs to messages."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ _MIG_MODES = {
 
 
 def gpu_message(held: HeldGpu) -> gpu_pb2.Gpu:
-    """A card with its holder; what its driver does not tell is absent."""
-    card: Gpu = held.gpu
+    """A GPU with its holder; values that the driver does not report are absent."""
+    gpu: Gpu = held.gpu
     return gpu_pb2.Gpu(
-        uuid=card.uuid,
-        index=card.index,
-        minor_number=card.minor_number,
-        name=card.name,
-        pci_bus_id=card.pci_bus_id,
-        memory_total_bytes=card.memory_total_bytes,
-        memory_used_bytes=card.memory_used_bytes,
-        utilization_percent=card.utilization_percent,
-        temperature_celsius=card.temperature_celsius,
-        power_milliwatts=card.power_milliwatts,
-        mig_mode=_MIG_MODES[card.mig_mode],
-        health=HEALTHS[card.health],
-        health_message=card.health_message,
-        processes=[_process(process) for process in card.processes],
+        uuid=gpu.uuid,
+        index=gpu.index,
+        minor_number=gpu.minor_number,
+        name=gpu.name,
+        pci_bus_id=gpu.pci_bus_id,
+        memory_total_bytes=gpu.memory_total_bytes,
+        memory_used_bytes=gpu.memory_used_bytes,
+        utilization_percent=gpu.utilization_percent,
+        temperature_celsius=gpu.temperature_celsius,
+        power_milliwatts=gpu.power_milliwatts,
+        mig_mode=_MIG_MODES[gpu.mig_mode],
+        health=HEALTHS[gpu.health],
+        health_message=gpu.health_message,
+        processes=[_process(process) for process in gpu.processes],
         container=held.holder.container if held.holder else "",
-        schedulable=card.schedulable,
-        unschedulable_reason=unavailable_reason(card),
+        schedulable=gpu.schedulable,
+        unschedulable_reason=unavailable_reason(gpu),
     )
 
 

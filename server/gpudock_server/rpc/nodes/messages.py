@@ -1,4 +1,4 @@
-"""The node: what it has, what is left, and how its parts are."""
+"""Converts the view of a node to a message."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from gpudock_server.rpc.port_messages import port_range_message
 from gpudock_server.rpc.timestamps import timestamp
 
 
-def node_message(seen: NodeView) -> node_pb2.Node:
-    """A node at one moment; what did not answer is absent, and `components` says why."""
-    engine = seen.engine
+def node_message(view: NodeView) -> node_pb2.Node:
+    """A node at one moment; values of components that did not answer are absent, and `components` says why."""
+    engine = view.engine
     return node_pb2.Node(
-        name=seen.name,
-        daemon_version=seen.version,
+        name=view.name,
+        daemon_version=view.version,
         engine=node_pb2.EngineInfo(
             id=engine.id,
             version=engine.version,
@@ -27,59 +27,59 @@ def node_message(seen: NodeView) -> node_pb2.Node:
         )
         if engine
         else None,
-        etcd_version=seen.store_version,
-        driver_version=seen.gpus.driver_version,
-        nvml_version=seen.gpus.nvml_version,
-        cuda_driver_version=seen.gpus.cuda_driver_version,
+        etcd_version=view.store_version,
+        driver_version=view.gpus.driver_version,
+        nvml_version=view.gpus.nvml_version,
+        cuda_driver_version=view.gpus.cuda_driver_version,
         capacity=node_pb2.NodeCapacity(
-            gpus=len(seen.gpus.gpus),
+            gpus=len(view.gpus.gpus),
             cpus=engine.cpus if engine else 0,
             memory_bytes=engine.memory_bytes if engine else 0,
         ),
-        free_gpus=seen.free_gpus,
-        claimed_gpus=seen.claimed_gpus,
-        memory_available_bytes=seen.memory_available_bytes,
-        ports=port_range_message(seen.port_range, (key for key in seen.claims.claims if isinstance(key, PortKey))),
-        disk=node_pb2.DiskUsage(path=seen.disk.path, total_bytes=seen.disk.total_bytes, free_bytes=seen.disk.free_bytes)
-        if seen.disk
+        free_gpus=view.free_gpus,
+        claimed_gpus=view.claimed_gpus,
+        memory_available_bytes=view.memory_available_bytes,
+        ports=port_range_message(view.port_range, (key for key in view.claims.claims if isinstance(key, PortKey))),
+        disk=node_pb2.DiskUsage(path=view.disk.path, total_bytes=view.disk.total_bytes, free_bytes=view.disk.free_bytes)
+        if view.disk
         else None,
         layer_carry=[
             node_pb2.LayerCarrySupport(method=LAYER_TRANSFER_METHODS[method], available=not reason, reason=reason)
-            for method, reason in seen.carry_methods
+            for method, reason in view.carry_methods
         ],
         volume_pool=node_pb2.VolumePool(
-            path=seen.volume_pool.path,
-            total_bytes=seen.volume_pool.usage.total_bytes,
-            free_bytes=seen.volume_pool.usage.free_bytes,
-            promised_bytes=seen.volume_pool.usage.promised_bytes,
-            allocated_bytes=seen.volume_pool.usage.allocated_bytes,
-            overcommit=seen.volume_pool.overcommit,
+            path=view.volume_pool.path,
+            total_bytes=view.volume_pool.usage.total_bytes,
+            free_bytes=view.volume_pool.usage.free_bytes,
+            promised_bytes=view.volume_pool.usage.promised_bytes,
+            allocated_bytes=view.volume_pool.usage.allocated_bytes,
+            overcommit=view.volume_pool.overcommit,
         )
-        if seen.volume_pool
+        if view.volume_pool
         else None,
-        components=_components(seen),
-        start_time=timestamp(seen.start_time),
+        components=_components(view),
+        start_time=timestamp(view.start_time),
         store=node_pb2.StoreUsage(
-            size_bytes=seen.store_usage.size_bytes,
-            in_use_bytes=seen.store_usage.in_use_bytes,
-            quota_bytes=seen.store_usage.quota_bytes or None,
-            full=bool(seen.store_usage.full),
+            size_bytes=view.store_usage.size_bytes,
+            in_use_bytes=view.store_usage.in_use_bytes,
+            quota_bytes=view.store_usage.quota_bytes or None,
+            full=bool(view.store_usage.full),
         )
-        if seen.store_usage
+        if view.store_usage
         else None,
     )
 
 
-def _components(seen: NodeView) -> Iterator[node_pb2.ComponentHealth]:
+def _components(view: NodeView) -> Iterator[node_pb2.ComponentHealth]:
     yield node_pb2.ComponentHealth(
-        component=node_pb2.NODE_COMPONENT_ENGINE, healthy=not seen.engine_error, message=seen.engine_error
+        component=node_pb2.NODE_COMPONENT_ENGINE, healthy=not view.engine_error, message=view.engine_error
     )
-    full = seen.store_usage.full if seen.store_usage else ""
-    trouble = seen.store_error or (full and f"the store is full: {full}")
-    yield node_pb2.ComponentHealth(component=node_pb2.NODE_COMPONENT_STORE, healthy=not trouble, message=trouble)
+    full = view.store_usage.full if view.store_usage else ""
+    problem = view.store_error or (full and f"the store is full: {full}")
+    yield node_pb2.ComponentHealth(component=node_pb2.NODE_COMPONENT_STORE, healthy=not problem, message=problem)
     yield node_pb2.ComponentHealth(
         component=node_pb2.NODE_COMPONENT_GPU_DRIVER,
-        # A node without a driver is well. A driver that was there and has something to report is not.
-        healthy=not (seen.gpus.driver_version and seen.gpus.message),
-        message=seen.gpus.message,
+        # A node without a driver is healthy. A driver that reports a problem is not.
+        healthy=not (view.gpus.driver_version and view.gpus.message),
+        message=view.gpus.message,
     )

@@ -1,4 +1,4 @@
-"""NodeService: the node, its cards, its ports, and its drift."""
+"""NodeService: the node, its GPUs, its ports and its drift."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ class NodeService(NodeServiceServicer):
     async def ListGpus(
         self, request: node_service_pb2.ListGpusRequest, context: Context
     ) -> node_service_pb2.ListGpusResponse:
-        asked = list_requests.gpus(request)
-        found, token = pagination.from_memory(asked, await self._nodes.gpus(request.node))
+        list_request = list_requests.gpus(request)
+        found, token = pagination.from_memory(list_request, await self._nodes.gpus(request.node))
         return node_service_pb2.ListGpusResponse(gpus=[gpu_message(held) for held in found], next_page_token=token)
 
     @override
     async def ListPorts(
         self, request: node_service_pb2.ListPortsRequest, context: Context
     ) -> node_service_pb2.ListPortsResponse:
-        asked = list_requests.ports(request)
+        list_request = list_requests.ports(request)
         held = await self._nodes.ports(request.node)
-        found, token = pagination.from_memory(asked, held)
-        inside = await self._container_ports(found)
+        found, token = pagination.from_memory(list_request, held)
+        container_ports = await self._container_ports(found)
         return node_service_pb2.ListPortsResponse(
             range=port_range_message(self._nodes.port_range, (port.key for port in held)),
-            ports=[port_claim_message(port, inside.get(port.key, 0)) for port in found],
+            ports=[port_claim_message(port, container_ports.get(port.key, 0)) for port in found],
             next_page_token=token,
         )
 
@@ -64,12 +64,12 @@ class NodeService(NodeServiceServicer):
     async def ListDrift(
         self, request: node_service_pb2.ListDriftRequest, context: Context
     ) -> node_service_pb2.ListDriftResponse:
-        asked = list_requests.drift(request)
+        list_request = list_requests.drift(request)
         await self._nodes.check(request.node)
         report = self._drift.report
-        found, token = pagination.from_memory(asked, report.items)
+        found, token = pagination.from_memory(list_request, report.items)
         return node_service_pb2.ListDriftResponse(
-            drift=[drift_message(one) for one in found],
+            drift=[drift_message(drift) for drift in found],
             next_page_token=token,
             compare_time=timestamp(report.pass_time),
             trouble=report.trouble,
@@ -77,13 +77,13 @@ class NodeService(NodeServiceServicer):
         )
 
     async def _container_ports(self, held: Iterable[HeldPort]) -> dict[PortKey, int]:
-        """Where the claimed ports lead, which their holders know and the claims do not."""
+        """The container port of each claimed host port, from the status of its container: claims do not have it."""
         found: dict[PortKey, int] = {}
         for name in {port.holder.container for port in held}:
             try:
                 view = await self._containers.get(name)
             except (ContainerNotFound, RecordUnreadable):
-                # Deleted since the claims were read, or damaged.
+                # The container was deleted after the claims were read, or its record is damaged.
                 continue
             for binding in view.container.status.placement.ports:
                 found[PortKey(binding.protocol, binding.host_port)] = binding.container_port

@@ -1,4 +1,4 @@
-"""Operations, with the progress of the stage that they are in."""
+"""Converts operations, with the progress of their current stage, to messages."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _NONE_STARTED = -1
 
 
 def operation_message(snapshot: OperationView) -> operation_pb2.Operation:
-    """All of an operation as it is now."""
+    """An operation with its progress."""
     record = snapshot.operation
     planned = record.state is OperationState.PLANNED
     failed = record.state in (OperationState.FAILED, OperationState.CANCELLED)
@@ -86,14 +86,14 @@ def operation_message(snapshot: OperationView) -> operation_pb2.Operation:
 
 
 def _last_started(stages: tuple[Stage, ...]) -> int:
-    # Stages begin in their order, and a failure ends the row: the last one begun is where the operation is or was.
-    begun = (index for index, stage in enumerate(stages) if stage.state is not StageState.PENDING)
-    return max(begun, default=_NONE_STARTED)
+    # Stages start in order, and none starts after a failure, so the last started stage is the current or failed one.
+    indexes = (index for index, stage in enumerate(stages) if stage.state is not StageState.PENDING)
+    return max(indexes, default=_NONE_STARTED)
 
 
 def _stages(snapshot: OperationView, current: int) -> list[operation_pb2.OperationStage]:
     record = snapshot.operation
-    # Stages are undone in reverse, so it is the last that is not undone yet.
+    # Stages are undone in reverse order, so the last stage that is not undone yet is being undone.
     undoing = max(
         (
             index
@@ -118,14 +118,14 @@ def _stages(snapshot: OperationView, current: int) -> list[operation_pb2.Operati
 def _stage_state(
     record: Operation, stage: Stage, *, is_latest: bool, is_undoing: bool
 ) -> operation_pb2.OperationStageState.ValueType:
-    """The journal knows what is to be undone; a reader wants to know besides where it failed."""
+    """The state of a stage for callers. The record only says what to undo; callers also need the stage that failed."""
     if is_undoing:
         return operation_pb2.OPERATION_STAGE_STATE_UNDOING
     failed = record.state in (OperationState.UNDOING, OperationState.FAILED) and not record.cancel_requested
     if is_latest and failed:
         return operation_pb2.OPERATION_STAGE_STATE_FAILED
     if stage.state is StageState.RUNNING and record.state.ended:
-        # The point of no return has nothing to undo, so the journal leaves it as it was.
+        # The point of no return has nothing to undo, so its state in the record stays RUNNING.
         return operation_pb2.OPERATION_STAGE_STATE_UNDONE
     return _STAGE_STATES[stage.state]
 
@@ -154,7 +154,7 @@ def _plan(record: Operation) -> operation_pb2.OperationPlan:
 
 def _spec_changes(record: Operation) -> list[operation_pb2.SpecChange]:
     before, after = record.plan.old_spec, record.plan.new_spec
-    # Of an operation that runs, only the daemon that began it would know them, and each snapshot would repeat them.
+    # Only for plans: the specs are not in the record, so that only the daemon that started an operation has them.
     if record.state is not OperationState.PLANNED or before is None or after is None:
         return []
     return spec_changes(spec_message(before), spec_message(after))
@@ -173,6 +173,6 @@ def _error(error: RecordedError) -> operation_pb2.OperationError:
         code=error.code,
         reason=error.reason,
         message=error.message,
-        # As in ErrorInfo: a key that has nothing to say is left out.
+        # As in ErrorInfo: keys with empty values are left out.
         metadata={key: value for key, value in error.metadata.items() if value},
     )

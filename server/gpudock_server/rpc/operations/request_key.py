@@ -1,4 +1,4 @@
-"""What makes two calls the same call: the caller's `request_id`, and a digest of everything else in the request."""
+"""The idempotency key of a mutation: its `request_id`, and a digest of the rest of the request."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from google.protobuf.message import Message
 
 from gpudock_server.core.operations.engine import RequestKey
 
-# Not part of what has to agree: the id itself, and credentials, of which not even a digest is to be stored.
+# Not in the digest: the id itself, and credentials, of which not even a digest may be stored.
 _IGNORED_FIELDS = ("request_id", "registry_auth")
 
 M = TypeVar("M", bound=Message)
 
 
 class MutationRequest(Protocol):
-    """A request of a mutation."""
+    """The request of a mutation."""
 
     @property
     def request_id(self) -> str:
-        """The id that the caller gave; empty for none."""
+        """The id that the caller chose; empty for none."""
         ...
 
 
 def request_key(method: str, request: MutationRequest) -> RequestKey | None:
-    """The key of a call of `method` (`/package.Service/Method`); None where the caller gave no id.
+    """The key of a call of `method` (`/package.Service/Method`); None if the request has no id.
 
-    A call with `validate_only` leaves nothing behind that a second one could find, so it has no key.
+    A call with `validate_only` has no key: it records nothing that a repeated call could return.
     """
     if not isinstance(request, Message):
         raise TypeError(f"{request!r} is not a message")

@@ -1,4 +1,4 @@
-"""Requests of OperationService that name an operation."""
+"""Checks requests of OperationService that name an operation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def operation_id(
     | operation_service_pb2.WatchOperationRequest
     | operation_service_pb2.CancelOperationRequest,
 ) -> str:
-    """The id of the operation that is asked for. Raises OperationNotFound for what no operation can be called."""
+    """The id in a request. Raises OperationNotFound if it is not a UUID, since no operation can have it."""
     violations = Violations()
     if not request.id:
         violations.add("id", "is required")
@@ -22,6 +22,6 @@ def operation_id(
         fields.optional_uuid(violations, "request_id", request.request_id)
     violations.raise_if_any()
     if not fields.is_uuid(request.id):
-        # Not a rule of the request: it is an id, if a wrong one. Nor is it asked for in the store, at any length.
+        # The contract allows any id here. It is not looked up: it may be of any length.
         raise OperationNotFound(operation_id=request.id)
     return request.id.lower()

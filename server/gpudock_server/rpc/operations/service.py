@@ -1,4 +1,4 @@
-"""OperationService: looking at operations, and taking them back."""
+"""OperationService: gets, lists, watches and cancels operations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SERVICE = operation_service_pb2.DESCRIPTOR.services_by_name["OperationService"].
 
 
 class OperationService(OperationServiceServicer):
-    """Serves gpudock.v1.OperationService. Its streaming method returns its generator: see ContainerService."""
+    """Serves gpudock.v1.OperationService. Its streaming method returns a generator: see ContainerService."""
 
     def __init__(self, operations: Operations) -> None:
         self._operations = operations
@@ -58,8 +58,8 @@ class OperationService(OperationServiceServicer):
         return await self._operations.list(page_size=page_size, page_token=page_token)
 
     async def _watch(self, operation_id: str) -> AsyncIterator[operation_service_pb2.WatchOperationResponse]:
-        async with aclosing(stream.follow(self._operations, operation_id)) as shown:
-            async for message in shown:
+        async with aclosing(stream.follow(self._operations, operation_id)) as messages:
+            async for message in messages:
                 if isinstance(message, operation_pb2.Operation):
                     yield operation_service_pb2.WatchOperationResponse(operation=message)
                 else:

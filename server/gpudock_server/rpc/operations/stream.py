@@ -1,4 +1,4 @@
-"""The stream that shows an operation: snapshots of it, and last its result, or the error that it ended with."""
+"""The stream of an operation: the operation each time it changes, then its result or its error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpudock_server.rpc.containers.messages import committed_image_message, cont
 from gpudock_server.rpc.operations.messages import operation_message
 from gpudock_server.rpc.volumes.messages import volume_message
 
-# What an operation leaves, as it is shown.
+# The result of an operation as a message.
 ResultMessage: TypeAlias = container_pb2.Container | committed_image_pb2.CommittedImage | volume_pb2.Volume
 
 _KINDS_WITHOUT_RESULT = (OperationKind.DELETE, OperationKind.DELETE_VOLUME)
@@ -26,13 +26,13 @@ _KINDS_WITHOUT_RESULT = (OperationKind.DELETE, OperationKind.DELETE_VOLUME)
 async def follow(
     operations: Operations, operation_id: str
 ) -> AsyncGenerator[operation_pb2.Operation | ResultMessage | None, None]:
-    """Each snapshot as it is taken, then what was left; None for an operation that leaves nothing.
+    """Yield the operation each time it changes, then its result; None for an operation without a result.
 
-    Whoever is slow to ask for the next gets what is then the latest. Leaving it does nothing to the operation. Raises
-    OperationNotFound, ShuttingDown, and what the operation failed with.
+    A slow reader skips to the latest state. Closing the generator does not cancel the operation. Raises
+    OperationNotFound, ShuttingDown, and the error of a failed operation.
     """
     last: Operation | None = None
-    # Closed here and not by the garbage collector: a caller may hang up at any yield.
+    # Closed here, not by the garbage collector: a caller may disconnect at any yield.
     async with aclosing(operations.watch(operation_id)) as snapshots:
         async for snapshot in snapshots:
             last = snapshot.operation
@@ -43,21 +43,21 @@ async def follow(
 
 async def _result(operations: Operations, operation: Operation) -> ResultMessage | None:
     if not operation.state.ended:
-        # Only the daemon that runs it knows how it goes on.
+        # Only the daemon that runs the operation can watch it.
         raise wrong_node_error(operation, address="")
     if operation.kind in _KINDS_WITHOUT_RESULT:
         raise_operation_error(operation)
         return None
-    left = await operations.result_of(operation)
-    match left:
+    result = await operations.result_of(operation)
+    match result:
         case CommittedImage():
-            return committed_image_message(left)
+            return committed_image_message(result)
         case Volume():
-            return volume_message(left)
+            return volume_message(result)
         case container:
             return container_message(container)
 
 
 def record_message(operation: Operation) -> operation_pb2.Operation:
-    """An operation as its record has it: one that is only planned, or one of a list."""
+    """An operation as it is recorded, without progress: a plan, or an item of a list."""
     return operation_message(OperationView(operation))

@@ -1,5 +1,5 @@
-"""Rules that the requests of all resources share: every violation of the contract is reported at once.
+"""Validation rules that the requests of all resources share.
 
-The functions of `requests` and `*_request` modules take a message and return what core takes, or raise InvalidArgument
-with all that is wrong. They do not look at the state of the node: whether a GPU is free is decided in core.
+The functions of the modules `requests` and `*_request` convert a message to a command of core, or raise InvalidArgument
+with all violations at once. They do not read the state of the node: core decides, for example, whether a GPU is free.
 """

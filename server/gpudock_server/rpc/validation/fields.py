@@ -1,4 +1,4 @@
-"""Rules that fields of many messages share. Each notes what is wrong and returns what it can."""
+"""Rules for fields of many messages. Each function adds its violations and returns the converted value."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def name(violations: Violations, field: str, value: str) -> str:
 
 
 def owner(violations: Violations, field: str, value: str) -> str:
-    """Who something belongs to; may be empty."""
+    """The owner of an object; may be empty."""
     if value and not _OWNER.fullmatch(value):
         violations.add(field, "must match ^[A-Za-z0-9]([A-Za-z0-9._@/-]{0,126}[A-Za-z0-9])?$")
     return value
@@ -69,21 +69,21 @@ def optional_uuid(violations: Violations, field: str, value: str) -> str:
     return value.lower()
 
 
-def size(violations: Violations, field: str, value: int, *, least: int = 0) -> int:
-    """A number of bytes: 0, or at least `least`."""
+def size(violations: Violations, field: str, value: int, *, minimum: int = 0) -> int:
+    """A number of bytes: 0, or at least `minimum`."""
     if value < 0:
         violations.add(field, "must not be negative")
-    elif 0 < value < least:
-        violations.add(field, f"must be 0 or at least {size_text(least)}")
+    elif 0 < value < minimum:
+        violations.add(field, f"must be 0 or at least {size_text(minimum)}")
     return value
 
 
-def host_memory(violations: Violations, field: str, value: int, host: HostCapacity, *, least: int = 0) -> int:
-    """A number of bytes of the host's memory: 0, or `least` to what the host has."""
+def host_memory(violations: Violations, field: str, value: int, host: HostCapacity, *, minimum: int = 0) -> int:
+    """A number of bytes of the host's memory: 0, or `minimum` to what the host has."""
     if host.memory_bytes and value > host.memory_bytes:
-        violations.add(field, f"must be at most {host.memory_bytes}, the memory of this node; {value} is not")
+        violations.add(field, f"is {value}; must be at most {host.memory_bytes}, the memory of this node")
         return value
-    return size(violations, field, value, least=least)
+    return size(violations, field, value, minimum=minimum)
 
 
 def in_range(violations: Violations, field: str, value: int, first: int, last: int) -> int:
@@ -94,23 +94,23 @@ def in_range(violations: Violations, field: str, value: int, first: int, last: i
 
 
 def enum_value(violations: Violations, field: str, value: int, choices: Mapping[int, T], default: T) -> T:
-    """An enum's value; 0, its _UNSPECIFIED, is `default`."""
+    """The value of an enum; `default` for 0, which is _UNSPECIFIED."""
     if value == 0:
         return default
     if value not in choices:
-        violations.add(field, f"{value} is not a value of this enum; known are {_listed(choices)}")
+        violations.add(field, f"is {value}; must be one of {_listed(choices)}")
         return default
     return choices[value]
 
 
 def enum_values(violations: Violations, field: str, values: Iterable[int], choices: Mapping[int, T]) -> frozenset[T]:
-    """The values of a repeated enum in a filter, none of them unknown."""
-    asked = set(values)
-    unknown = sorted(asked - choices.keys())
+    """The values of a repeated enum in a filter."""
+    requested = set(values)
+    unknown = sorted(requested - choices.keys())
     if unknown:
-        # A few will do: a filter may repeat a million of them.
-        violations.add(field, f"{_listed(unknown[:5])} can not be filtered by; known are {_listed(choices)}")
-    return frozenset(choices[value] for value in asked & choices.keys())
+        # Only the first five: a filter may repeat a million values.
+        violations.add(field, f"has the unknown values {_listed(unknown[:5])}; must be of {_listed(choices)}")
+    return frozenset(choices[value] for value in requested & choices.keys())
 
 
 def _listed(numbers: Iterable[int]) -> str:
@@ -118,18 +118,18 @@ def _listed(numbers: Iterable[int]) -> str:
 
 
 def duration(
-    violations: Violations, field: str, value: Duration, least: timedelta, most: timedelta
+    violations: Violations, field: str, value: Duration, minimum: timedelta, maximum: timedelta
 ) -> timedelta | None:
-    """A span from `least` to `most`, both included, rounded up to microseconds; None if it is not one."""
+    """A duration from `minimum` to `maximum`, both included, rounded up to microseconds; None if it is invalid."""
     seconds, nanos = value.seconds, value.nanos
     if abs(seconds) > _DURATION_SECONDS or abs(nanos) >= _NANOS or seconds * nanos < 0:
-        violations.add(field, "is not a valid Duration: seconds and nanos out of range, or of different signs")
+        violations.add(field, "is not a valid Duration: seconds and nanos must be in range and have the same sign")
         return None
     span = timedelta(seconds=seconds, microseconds=-(-nanos // 1000))
-    # Compared without rounding, so that a nanosecond too much is one.
+    # Compared without rounding, so that one nanosecond too much is refused.
     total = seconds * _NANOS + nanos
-    if not _nanos(least) <= total <= _nanos(most):
-        violations.add(field, f"must be {_format_duration(least)} to {_format_duration(most)}")
+    if not _nanos(minimum) <= total <= _nanos(maximum):
+        violations.add(field, f"must be {_format_duration(minimum)} to {_format_duration(maximum)}")
         return None
     return span
 
@@ -145,12 +145,12 @@ def _format_duration(span: timedelta) -> str:
 
 
 def whole_seconds(span: timedelta | None) -> float | None:
-    """Seconds, rounded up to whole ones; None stays None."""
+    """Seconds, rounded up to a whole number; None for None."""
     return None if span is None else float(math.ceil(span.total_seconds()))
 
 
 def text(violations: Violations, field: str, value: str, *, max_bytes: int) -> str:
-    """Text without NUL, of at most so many bytes of UTF-8."""
+    """Text without NUL, of at most `max_bytes` bytes of UTF-8."""
     if NUL in value:
         violations.add(field, "must not contain NUL")
     if len(value.encode()) > max_bytes:
@@ -166,7 +166,7 @@ def absolute_path(violations: Violations, field: str, value: str) -> str:
 
 
 def arguments(violations: Violations, *lists: tuple[str, Iterable[str]]) -> tuple[tuple[str, ...], ...]:
-    """Lists of arguments, each with the name of its field, that share one limit."""
+    """Lists of arguments that share one limit, each given with the name of its field."""
     found = [(field, tuple(values)) for field, values in lists]
     fields = " and ".join(field for field, _ in found)
     place = found[-1][0]
@@ -209,7 +209,7 @@ def environment(violations: Violations, field: str, values: Mapping[str, str]) -
 
 
 def user(violations: Violations, field: str, value: str) -> str:
-    """Who a process is: `name`, `uid`, `name:group` or `uid:gid`, or empty."""
+    """The user of a process: `name`, `uid`, `name:group` or `uid:gid`, or empty."""
     parts = value.split(":") if value else []
     if len(parts) > len(("user", "group")) or not all(_USER_PART.fullmatch(part) for part in parts):
         violations.add(field, "must be `name`, `uid`, `name:group` or `uid:gid`")
@@ -223,5 +223,5 @@ def signal(violations: Violations, field: str, value: str) -> str:
     try:
         signal_number(value)
     except ValueError:
-        violations.add(field, "is not a signal that is known here, such as SIGTERM")
+        violations.add(field, f"unknown signal {value!r}; use a name such as SIGTERM")
     return value

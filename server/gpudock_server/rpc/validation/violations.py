@@ -1,17 +1,17 @@
-"""Collects what is wrong with a request, field by field."""
+"""Collects the violations of a request, field by field."""
 
 from __future__ import annotations
 
 from gpudock_server.errors import FieldViolation, InvalidArgument
 
-# Of a key that the caller chose, as much as a reader needs to find it.
+# Keys are chosen by the caller; this much of one is enough to find it.
 _KEY_CHARACTERS = 60
 
 
 class Violations:
-    """What is wrong so far, and where in the request its holder looks.
+    """The violations found so far, and the path of a part of the request.
 
-    `at` gives one for a part of the request; all of them add to the same list.
+    `at` returns an object for a deeper part. All of them add to the same list.
     """
 
     def __init__(self, path: str = "", found: list[FieldViolation] | None = None) -> None:
@@ -19,25 +19,25 @@ class Violations:
         self._found: list[FieldViolation] = [] if found is None else found
 
     def at(self, field: str, key: int | str | None = None) -> Violations:
-        """The same list, seen from `field`, or from one entry of it: `ports[2]`, `env["PATH"]`."""
+        """The same list for the part `field`, or for one entry of it: `ports[2]`, `env["PATH"]`."""
         return Violations(self._join(field, key), self._found)
 
     def add(self, field: str, description: str, key: int | str | None = None) -> None:
-        """Note that `field` (or its entry `key`; empty: the part itself) breaks the rule that `description` states."""
+        """Add a violation of `field`, or of its entry `key`. An empty `field` is the part itself."""
         self._found.append(FieldViolation(self._join(field, key), description))
 
     @property
     def found(self) -> tuple[FieldViolation, ...]:
-        """All of it."""
+        """All violations."""
         return tuple(self._found)
 
     @property
     def any(self) -> bool:
-        """Whether something is wrong."""
+        """Whether there are violations."""
         return bool(self._found)
 
     def raise_if_any(self) -> None:
-        """Raise InvalidArgument with all of it, if there is any."""
+        """Raise InvalidArgument with all violations, if there are any."""
         if self._found:
             raise InvalidArgument(tuple(self._found))
 

@@ -1,1 +1,1 @@
-"""VolumeService: its requests to commands, records to its messages."""
+"""VolumeService: converts its requests to commands of core, and records to its messages."""

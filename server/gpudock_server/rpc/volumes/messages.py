@@ -1,4 +1,4 @@
-"""Volumes and their revisions."""
+"""Converts volumes and their revisions to messages."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ BACKENDS = {kind: volume_pb2.VolumeBackend.Value(f"VOLUME_BACKEND_{kind.name}") 
 _CAUSES = {cause: volume_pb2.VolumeRevisionCause.Value(f"VOLUME_REVISION_CAUSE_{cause.name}") for cause in VolumeCause}
 
 
-def volume_details_message(seen: VolumeDetails) -> volume_pb2.Volume:
-    """A volume with who mounts it, what is in use, and the operation that is at work on it."""
-    message = volume_message(seen.view.volume)
-    message.attached_containers.extend(seen.containers)
-    message.operation_id = seen.view.operation_id
-    if seen.used_bytes is not None:
-        message.used_bytes = seen.used_bytes
+def volume_details_message(details: VolumeDetails) -> volume_pb2.Volume:
+    """A volume with the containers that mount it, the bytes in use, and the operation that holds its lock."""
+    message = volume_message(details.view.volume)
+    message.attached_containers.extend(details.containers)
+    message.operation_id = details.view.operation_id
+    if details.used_bytes is not None:
+        message.used_bytes = details.used_bytes
     return message
 
 
 def volume_message(head: Volume) -> volume_pb2.Volume:
-    """A volume, as its record has it."""
+    """A volume as it is recorded."""
     backing = head.backing
     return volume_pb2.Volume(
         name=head.name,
@@ -46,7 +46,7 @@ def volume_message(head: Volume) -> volume_pb2.Volume:
 
 
 def volume_revision_message(revision: VolumeRevision) -> volume_pb2.VolumeRevision:
-    """One step of its history."""
+    """A revision of a volume."""
     return volume_pb2.VolumeRevision(
         volume=revision.volume,
         uid=revision.uid,

@@ -1,4 +1,4 @@
-"""Requests of VolumeService that name a volume or change one."""
+"""Converts requests of VolumeService to commands of core."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _BACKENDS: Mapping[int, VolumeBackendKind | None] = {
     **{value: kind for kind, value in BACKENDS.items()},
 }
 _ENGINE_VOLUME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,254}", re.ASCII)
-# No filesystem is smaller.
+# No supported filesystem can be smaller.
 _MIN_BYTES = 1 << 20
 
 
 def get(request: volume_service_pb2.GetVolumeRequest) -> str:
-    """The name of the volume to show."""
+    """The name in a GetVolumeRequest."""
     violations = Violations()
     name = fields.name(violations, "name", request.name)
     violations.raise_if_any()
@@ -32,7 +32,7 @@ def get(request: volume_service_pb2.GetVolumeRequest) -> str:
 
 
 def create(request: volume_service_pb2.CreateVolumeRequest) -> Create:
-    """A volume to be made."""
+    """Convert a CreateVolumeRequest."""
     violations = _check_creation(request)
     command = Create(
         name=request.name,
@@ -46,7 +46,7 @@ def create(request: volume_service_pb2.CreateVolumeRequest) -> Create:
 
 
 def adopt(request: volume_service_pb2.AdoptVolumeRequest) -> Adopt:
-    """A volume of the engine to be taken in."""
+    """Convert an AdoptVolumeRequest."""
     violations = _check_creation(request)
     if request.engine_volume and not _ENGINE_VOLUME.fullmatch(request.engine_volume):
         violations.add("engine_volume", "must match ^[A-Za-z0-9][A-Za-z0-9_.-]{0,254}$, or be empty")
@@ -63,18 +63,18 @@ def adopt(request: volume_service_pb2.AdoptVolumeRequest) -> Adopt:
 
 
 def resize(request: volume_service_pb2.ResizeVolumeRequest) -> Resize:
-    """A volume to be given another size."""
+    """Convert a ResizeVolumeRequest."""
     violations = _check_common(request)
     if request.size_bytes == 0:
         violations.add("size_bytes", "is required")
     else:
-        fields.size(violations, "size_bytes", request.size_bytes, least=_MIN_BYTES)
+        fields.size(violations, "size_bytes", request.size_bytes, minimum=_MIN_BYTES)
     violations.raise_if_any()
     return Resize(name=request.name, size_bytes=request.size_bytes, etag=request.etag)
 
 
 def delete(request: volume_service_pb2.DeleteVolumeRequest) -> Delete:
-    """A volume to be removed."""
+    """Convert a DeleteVolumeRequest."""
     _check_common(request).raise_if_any()
     return Delete(name=request.name, etag=request.etag, force=request.force)
 
@@ -86,9 +86,9 @@ def _check_creation(
     fields.name(violations, "name", request.name)
     fields.owner(violations, "owner", request.owner)
     fields.optional_uuid(violations, "request_id", request.request_id)
-    fields.size(violations, "size_bytes", request.size_bytes, least=_MIN_BYTES)
+    fields.size(violations, "size_bytes", request.size_bytes, minimum=_MIN_BYTES)
     if request.size_bytes and request.backend == volume_pb2.VOLUME_BACKEND_PLAIN:
-        violations.add("backend", "PLAIN has no size; leave size_bytes out, or take another one")
+        violations.add("backend", "must not be PLAIN if size_bytes is set")
     return violations
 
 

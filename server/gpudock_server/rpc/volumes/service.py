@@ -1,4 +1,4 @@
-"""VolumeService: each request is checked, handed to core, and its outcome shown."""
+"""VolumeService: converts each request, calls core, and converts the result."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ R_co = TypeVar("R_co", covariant=True)
 
 
 class _OperationRequest(MutationRequest, Protocol):
-    """A request that begins an operation, or asks for its plan alone."""
+    """A request that starts an operation, or only plans it."""
 
     @property
     def validate_only(self) -> bool:
-        """Whether nothing is to be done."""
+        """Whether to return the plan only."""
         ...
 
 
 class _ResponseType(Protocol[R_co]):
-    """The class of a response that holds a snapshot or the result."""
+    """The class of a response that holds an operation or its result."""
 
     def __call__(
         self, *, operation: operation_pb2.Operation | None = None, result: volume_pb2.Volume | None = None
     ) -> R_co:
-        """Make one."""
+        """Create a response."""
         ...
 
 
 class VolumeService(VolumeServiceServicer):
-    """Serves gpudock.v1.VolumeService. Its streaming methods return their generators: see ContainerService."""
+    """Serves gpudock.v1.VolumeService. Its streaming methods return a generator: see ContainerService."""
 
     def __init__(self, volumes: Volumes, operations: Operations, watches: Watches) -> None:
         self._volumes = volumes
@@ -60,42 +60,42 @@ class VolumeService(VolumeServiceServicer):
     async def CreateVolume(
         self, request: volume_service_pb2.CreateVolumeRequest, context: Context
     ) -> volume_service_pb2.CreateVolumeResponse:
-        made = await self._volumes.run(validation.create(request), _key("CreateVolume", request))
-        return volume_service_pb2.CreateVolumeResponse(volume=volume_details_message(made))
+        created = await self._volumes.run(validation.create(request), _key("CreateVolume", request))
+        return volume_service_pb2.CreateVolumeResponse(volume=volume_details_message(created))
 
     @override
     async def GetVolume(
         self, request: volume_service_pb2.GetVolumeRequest, context: Context
     ) -> volume_service_pb2.GetVolumeResponse:
-        seen = await self._volumes.get(validation.get(request))
-        return volume_service_pb2.GetVolumeResponse(volume=volume_details_message(seen))
+        details = await self._volumes.get(validation.get(request))
+        return volume_service_pb2.GetVolumeResponse(volume=volume_details_message(details))
 
     @override
     async def ListVolumes(
         self, request: volume_service_pb2.ListVolumesRequest, context: Context
     ) -> volume_service_pb2.ListVolumesResponse:
-        moment = ""
+        watch_token = ""
 
         async def read(page_size: int, page_token: str) -> Page[VolumeDetails]:
-            nonlocal moment
+            nonlocal watch_token
             found = await self._volumes.list(page_size=page_size, page_token=page_token)
-            moment = found.watch_token
+            watch_token = found.watch_token
             return found
 
         found, token = await pagination.from_store(list_requests.volumes(request), read, volume_details_message)
         return volume_service_pb2.ListVolumesResponse(
             volumes=found,
             next_page_token=token,
-            resume_token=opaque_tokens.encode_token(watch_requests.volume_scope(request.filter), moment),
+            resume_token=opaque_tokens.encode_token(watch_requests.volume_scope(request.filter), watch_token),
         )
 
     @override
     def WatchVolumes(
         self, request: volume_service_pb2.WatchVolumesRequest, context: Context
     ) -> AsyncIterator[volume_service_pb2.WatchVolumesResponse]:
-        asked = watch_requests.volumes(request)
-        watch = self._watches.volumes(asked.matches, token=asked.resume, listing=asked.listing)
-        return watch_stream(asked, watch, volume_details_message, volume_service_pb2.WatchVolumesResponse)
+        watch_request = watch_requests.volumes(request)
+        watch = self._watches.volumes(watch_request.matches, token=watch_request.resume, listing=watch_request.listing)
+        return watch_stream(watch_request, watch, volume_details_message, volume_service_pb2.WatchVolumesResponse)
 
     @override
     def ResizeVolume(
@@ -137,20 +137,20 @@ class VolumeService(VolumeServiceServicer):
     async def _operate(
         self, method: str, request: _OperationRequest, command: Command, event: _ResponseType[R_co]
     ) -> AsyncIterator[R_co]:
-        """The plan alone, or the operation to its end. Whoever leaves leaves it to itself."""
+        """Stream the plan, or the operation until it ends. Disconnecting does not cancel the operation."""
         if request.validate_only:
             yield event(operation=stream.record_message(await self._volumes.preview(command)))
             return
         operation_id = await self._volumes.begin(command, _key(method, request))
-        async with aclosing(stream.follow(self._operations, operation_id)) as shown:
-            async for message in shown:
+        async with aclosing(stream.follow(self._operations, operation_id)) as messages:
+            async for message in messages:
                 match message:
                     case operation_pb2.Operation():
                         yield event(operation=message)
                     case volume_pb2.Volume() | None:
                         yield event(result=message)
                     case other:
-                        raise TypeError(f"{command} left {other}")
+                        raise TypeError(f"{command} has the result {other}")
 
 
 def _key(method: str, request: MutationRequest) -> RequestKey | None:
