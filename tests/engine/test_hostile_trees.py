@@ -146,7 +146,7 @@ def _but_the_roots_time(tree: str, like: Path) -> str:
 @pytest.mark.parametrize(
     ("what", "grow"),
     [
-        ("nested more than", lambda root: nested(root, LIMITS.depth + 1, "d")),
+        ("nested deeper than", lambda root: nested(root, LIMITS.depth + 1, "d")),
         (f"more than {LIMITS.entries} files", lambda root: _many_files(root, LIMITS.entries + 1)),
         (f"more than {LIMITS.name_characters} characters", lambda root: _many_files(root, 1900, "n" * 200)),
     ],

@@ -278,7 +278,7 @@ async def test_a_copy_has_all_that_the_overlay_keeps_in_a_layer(tmp_path: Path, 
 LOSSES: dict[str, Callable[[Path], object]] = {
     "/opaque differs in extended attributes": lambda new: os.removexattr(new / "opaque", "trusted.overlay.opaque"),
     "/whiteout is missing": lambda new: (new / "whiteout").unlink(),
-    "/more is there for no reason": lambda new: (new / "more").touch(),
+    "/more is unexpected": lambda new: (new / "more").touch(),
     "/folder/file differs in size": lambda new: _keeping_time(new / "folder/file", b"longer content"),
     "/folder/file differs in mode": lambda new: (new / "folder/file").chmod(0o4755),
     "/folder/file differs in owner": lambda new: os.chown(new / "folder/file", 99, -1),
@@ -507,7 +507,7 @@ def test_without_the_right_to_see_trusted_attributes_nothing_is_copied(tmp_path:
 async def _refuses_to_copy(root: Path, pair: LayerPair) -> None:
     assert dict(await _planted(root).methods()) == {
         LayerTransferMethod.EXCHANGE: "",
-        LayerTransferMethod.COPY: "the daemon lacks CAP_SYS_ADMIN",
+        LayerTransferMethod.COPY: "the daemon is missing the capabilities CAP_SYS_ADMIN",
         LayerTransferMethod.COMMIT: "",
     }
     with pytest.raises(LayerCarryFailed, match="CAP_SYS_ADMIN"):

@@ -326,7 +326,7 @@ async def test_one_that_cannot_be_attached_does_not_keep_others_from_it(root: Pa
     problems = await attach_all_volumes(root)
     assert {problem.uid for problem in problems} == {broken.uid, damaged.uid}
     assert _loops(root) == [f"{backing.folder}/image"]
-    with pytest.raises(VolumeFailed, match="is gone"):
+    with pytest.raises(VolumeFailed, match="does not exist"):
         await loop.attach(broken)
     await damaged.remove()
     for each in (backing, broken):
@@ -349,7 +349,7 @@ async def test_small_volumes(root: Path, small: int) -> None:
 
 async def test_sizes_that_no_filesystem_takes(root: Path) -> None:
     loop = LoopBackend(root, local=True)
-    with pytest.raises(SizeNotSupported, match="the smallest size on xfs is 236 MiB"):
+    with pytest.raises(SizeNotSupported, match="xfs needs at least 236 MiB"):
         await loop.create(_new_uid(), "tiny", 1 * MIB)
     assert not root.exists()
 
@@ -370,7 +370,7 @@ async def test_a_store_of_another_kind_is_left_alone(root: Path) -> None:
             kind=VolumeBackendKind.PROJECT_QUOTA, uid=folder.uid, name="data", engine_volume="data", filesystem="xfs"
         )
     )
-    with pytest.raises(VolumeFailed, match="is a store of kind PROJECT_QUOTA"):
+    with pytest.raises(VolumeFailed, match="is a volume of kind PROJECT_QUOTA"):
         await loop.create(folder.uid, "data", SIZE)
     assert [path.name for path in folder.path.iterdir()] == ["volume.json"]
     await folder.remove()
@@ -552,7 +552,7 @@ async def test_copy_and_verify(root: Path) -> None:
         Path(source, "block").write_bytes(changed)
         os.utime(Path(source, "block"), ns=(before.st_atime_ns, before.st_mtime_ns))
         Path(source, "grown/odd/fifo").unlink()
-        with pytest.raises(VolumeFailed, match="the copy is not equal"):
+        with pytest.raises(VolumeFailed, match="the copy differs from the source"):
             await copier.verify(old, new)
         await copier.copy(old, new, _no_progress, final=True)
         found = await copier.verify(old, new)
@@ -586,7 +586,7 @@ async def test_a_copy_that_does_not_fit(root: Path) -> None:
         for final in (False, True):
             with pytest.raises(DiskFull):
                 await copier.copy(old, new, _no_progress, final=final)
-    with pytest.raises(VolumeFailed, match="same store"):
+    with pytest.raises(VolumeFailed, match="same volume backing"):
         await copier.copy(old, old, _no_progress, final=True)
     for each in (old, new):
         await loop.destroy(each)
@@ -634,9 +634,9 @@ async def test_what_a_host_without_quotas_needs(rig: Rig, root: Path) -> None:
         finally:
             subprocess.run(["umount", root], check=True)
         if "tmpfs" in words:
-            assert reason == f"{root} lies on {root} (tmpfs), which has no project quotas; they take xfs or ext4"
+            assert reason == f"{root} is on {root} (tmpfs); project quotas need xfs or ext4"
         else:
-            assert reason.startswith(f"{root} lies on {root} (xfs), which is mounted without project quotas: mount it")
+            assert reason.startswith(f"{root} is on {root} (xfs), which is mounted without project quotas: mount it")
     image.unlink()
 
 
@@ -664,7 +664,7 @@ async def test_plain(rig: Rig, engine: DockerEngine) -> None:
     volume = await _given(engine, backing)
     shown = await engine.inspect_volume(volume)
     assert shown is not None
-    with pytest.raises(VolumeFailed, match="is not to be seen from here"):
+    with pytest.raises(VolumeFailed, match="is not accessible from this host"):
         await plain.usage(backing)
     backing = backing.model_copy(update={"folder": shown.mountpoint})
     with box(rig, volume) as one:

@@ -146,7 +146,7 @@ async def test_what_a_killed_daemon_leaves_is_finished(quota: ProjectQuotaBacken
     backing = await quota.create(_new_uid(), "data", SIZE)
     folder = BackingFolder(_root(backing), backing.uid)
     folder.data.rmdir()
-    with pytest.raises(VolumeFailed, match="is gone"):
+    with pytest.raises(VolumeFailed, match="does not exist"):
         await quota.attach(backing)
     assert await quota.create(backing.uid, "data", SIZE) == backing
     assert (await quota.usage(backing)).size_bytes == SIZE

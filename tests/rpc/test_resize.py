@@ -104,7 +104,7 @@ class DoubtfulCopier(FakeCopier):
     async def verify(self, source: VolumeBacking, target: VolumeBacking) -> TreeSummary:
         if self.unequal:
             self.unequal -= 1
-            raise VolumeFailed(volume=source.name, call="verify the copy of", detail="the copy is not equal")
+            raise VolumeFailed(volume=source.name, call="verify", detail="the copy differs from the source")
         return await super().verify(source, target)
 
 

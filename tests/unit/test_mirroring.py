@@ -11,13 +11,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from gpudock_server.adapters.host.filesystem import open_directory
 from gpudock_server.adapters.host.trees.comparison import differences
 from gpudock_server.adapters.host.trees.entry_copy import EntryCopier
 from gpudock_server.adapters.host.trees.folders import empty_folder
 from gpudock_server.adapters.host.trees.interrupt import Interrupt, Interrupted
 from gpudock_server.adapters.host.trees.mirror import CopyIndex, Mirror
 from gpudock_server.adapters.host.trees.snapshot_index import Index, load_index, save_index
-from gpudock_server.adapters.layers.snapshot_folders import open_directory
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 

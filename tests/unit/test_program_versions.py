@@ -27,8 +27,8 @@ def _plant(folder: Path, name: str, prints: str, *, to: str = "1") -> None:
 @pytest.mark.parametrize(
     ("name", "prints", "expected"),
     [
-        ("losetup", "losetup from util-linux 2.27.1", "losetup 2.27.1 is too old, 2.29 or later is needed"),
-        ("mkfs.btrfs", "mkfs.btrfs, part of btrfs-progs v4.3", "mkfs.btrfs 4.3 is too old, 4.4 or later is needed"),
+        ("losetup", "losetup from util-linux 2.27.1", "losetup 2.27.1 is too old; 2.29 or later is required"),
+        ("mkfs.btrfs", "mkfs.btrfs, part of btrfs-progs v4.3", "mkfs.btrfs 4.3 is too old; 4.4 or later is required"),
     ],
 )
 async def test_a_program_that_is_too_old_counts_as_missing(folder: Path, name: str, prints: str, expected: str) -> None:

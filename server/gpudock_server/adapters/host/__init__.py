@@ -1,1 +1,1 @@
-"""The host's operating system, for all adapters: processes, programs, threads, privileges, trees of files."""
+"""The operating system of the host, for all adapters: processes, programs, threads, privileges, file trees."""

@@ -1,4 +1,4 @@
-"""How large a tree is, as du counts it."""
+"""Measure a file tree with du."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ import asyncio
 import shutil
 from asyncio.subprocess import DEVNULL, PIPE
 
-from gpudock_server.adapters.host.trees.worker import kill_and_wait
+from gpudock_server.adapters.host.subprocesses import kill_and_wait
 
 
 def du_unavailable_reason() -> str:
-    """Why a copy cannot begin on this host; empty when it can."""
-    return "" if shutil.which("du") else "there is no du on the PATH"
+    """Why trees cannot be measured on this host; empty if they can."""
+    return "" if shutil.which("du") else "du not found on PATH"
 
 
 async def tree_bytes(tree: str, *, apparent: bool, timeout_seconds: float) -> int:
-    """The bytes of a tree, hard links counted once: what is allocated, or with `apparent` what reading it gives.
+    """Return the allocated bytes of a tree, or with `apparent` the bytes of its contents; hard links count once.
 
-    See `_du`.
+    Raises TimeoutError, ValueError.
     """
     kind = ("--block-size=1", *(("--apparent-size",) if apparent else ()))
     return await _du(tree, *kind, timeout_seconds=timeout_seconds)
 
 
 async def tree_entries(tree: str, *, timeout_seconds: float) -> int:
-    """How many files and folders a tree has, hard links counted once. See `_du`."""
+    """Return the number of files and folders in a tree; hard links count once. Raises TimeoutError, ValueError."""
     return await _du(tree, "--inodes", timeout_seconds=timeout_seconds)
 
 
 async def _du(tree: str, *options: str, timeout_seconds: float) -> int:
-    """What du counts, in a child process: a million files do not hold up the event loop.
+    """Return what du counts. A child process, so that a million files do not block the event loop.
 
-    What vanishes meanwhile, in a container that still runs, is not counted. Raises TimeoutError, ValueError when du
-    shows no number.
+    Files that a running container removes meanwhile are not counted. Raises TimeoutError, and ValueError if du prints
+    no number.
     """
     process = await asyncio.create_subprocess_exec(
         "du", "--summarize", "--one-file-system", *options,
@@ -45,5 +45,5 @@ async def _du(tree: str, *options: str, timeout_seconds: float) -> int:
         await kill_and_wait(process)
     size = output.split(b"\t", 1)[0]
     if not size.isdigit():
-        raise ValueError(f"du shows no size for {tree}")
+        raise ValueError(f"du printed no size for {tree}")
     return int(size)

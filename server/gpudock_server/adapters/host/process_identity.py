@@ -1,4 +1,4 @@
-"""Which process it is, so that one that is gone is never taken for one that lives, nor the other way round."""
+"""Identify processes uniquely, although the kernel reuses pids."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PROC = Path("/proc")
-# Fields of /proc/<pid>/stat behind the name of the program, which may itself hold spaces and brackets: proc(5).
+# Fields of /proc/<pid>/stat after the program's name, which may contain spaces and parentheses: proc(5).
 _STATE, _START_TICKS = 0, 19
 _DEAD = frozenset("ZXx")
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessIdentity:
-    """A process, named once and for all.
+    """The unique identity of a process.
 
-    `boot_id` is the kernel's, followed by the PID namespace: a pid means something only there. `start_ticks` is when
-    the process began, in clock ticks after the boot; a pid that was given out again has another.
+    `boot_id` is the boot id of the kernel and the PID namespace, in which `pid` is valid. `start_ticks` is the start
+    time in clock ticks after the boot; a process that reuses the pid has another.
     """
 
     boot_id: str
@@ -25,7 +25,7 @@ class ProcessIdentity:
     start_ticks: int
 
     def is_gone(self) -> bool:
-        """Whether it has certainly ended. False where that cannot be told, as for a process of another host."""
+        """Whether the process has certainly ended; False if that is unknown, as for a process of another host."""
         if self.boot_id != _boot_id():
             return False
         fields = _stat(self.pid)
@@ -33,12 +33,12 @@ class ProcessIdentity:
 
 
 def this_process() -> ProcessIdentity:
-    """The process that asks. Raises OSError where there is no /proc."""
+    """Return the identity of this process. Raises OSError without /proc."""
     return identify(os.getpid())
 
 
 def identify(pid: int) -> ProcessIdentity:
-    """The process that has this pid now. Raises ProcessLookupError."""
+    """Return the identity of the process that has `pid` now. Raises ProcessLookupError."""
     fields = _stat(pid)
     if fields is None:
         raise ProcessLookupError(pid)

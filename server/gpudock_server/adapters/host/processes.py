@@ -1,4 +1,4 @@
-"""ports.ProcessControl on this host's /proc: for an engine that runs here, not for one behind TCP elsewhere."""
+"""ports.ProcessControl with the /proc of this host: for an engine on this host, not for one behind TCP."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Final
 
 _PROC: Final = Path("/proc")
-# Between two looks at the process table a session may have forked; it cannot win for ever against SIGKILL.
+# A session may fork while the process table is read; against SIGKILL that ends after a few rounds.
 _MAX_KILL_ROUNDS: Final = 10
-# Where in /proc/PID/stat, counted from the state (field 3 of proc(5)), the session stands.
+# Index of the session in /proc/PID/stat, counted from the state (field 3 in proc(5)).
 _SESSION: Final = 3
 _DEAD: Final = frozenset({b"Z", b"X", b"x"})
 
@@ -20,28 +20,28 @@ _DEAD: Final = frozenset({b"Z", b"X", b"x"})
 class HostProcessControl:
     """Implements ports.ProcessControl.
 
-    A pid is only a number: the process that had it may be gone and another may have it. So each is pinned by a
-    pidfd first, then looked at, and signalled through the pidfd. Only processes whose control group names the engine
-    container are touched. Reads /proc, a fraction of a millisecond a process; raises nothing.
+    Pids are reused, so each process is first pinned with a pidfd, then checked, then signalled through the pidfd. Only
+    processes whose control group names the engine container are signalled. Reads /proc, which takes a fraction of a
+    millisecond per process. Raises nothing.
     """
 
     def alive(self, pid: int, engine_id: str) -> bool:
-        """Whether `pid` is a living process of that container; a zombie is not."""
+        """Whether `pid` is a running process of that container; zombies do not count."""
         with _open_pidfd(pid) as pidfd:
             return pidfd is not None and _is_alive_in(pid, engine_id)
 
     def signal(self, pid: int, engine_id: str, signal_number: int, *, session: bool = False) -> bool:
-        """Send a signal to `pid`, or with `session` to every process of the container in the session that `pid` leads.
+        """Send a signal to `pid`, or with `session` to all processes of the container in the session that `pid` leads.
 
-        The leader itself may be gone already. False when nothing was signalled: not there, not that container's, or
-        not ours to signal; signal 0 only asks. SIGKILL to a session is repeated until no process of it is left that
-        has not been sent it.
+        The leader may have ended already. False if no process was signalled: it does not exist, belongs to another
+        container, or may not be signalled. Signal 0 only checks. SIGKILL to a session is repeated until all its
+        processes have received it.
         """
         if not session:
             return _send(pid, engine_id, signal_number)
         sent: set[int] = set()
         for _ in range(_MAX_KILL_ROUNDS if signal_number == signal.SIGKILL else 1):
-            # The leader first: a shell whose child is killed before it would go on to its next line.
+            # The leader first: a shell whose child is killed before it would execute its next line.
             members = sorted(_session_pids(pid) - sent, key=lambda member: member != pid)
             found = {member for member in members if _send(member, engine_id, signal_number)}
             if not found:
@@ -63,11 +63,11 @@ def _send(pid: int, engine_id: str, signal_number: int) -> bool:
 
 @contextmanager
 def _open_pidfd(pid: int) -> Iterator[int | None]:
-    """A descriptor that names the process `pid` is now, and never a later one; None when there is none."""
+    """Open a descriptor of the process that has `pid` now, and never of a later one; None if there is none."""
     try:
         pidfd = os.pidfd_open(pid)
     except (OSError, OverflowError):
-        # Gone, or no number that a process can have.
+        # The process has ended, or the number is not a valid pid.
         yield None
         return
     try:
@@ -77,15 +77,15 @@ def _open_pidfd(pid: int) -> Iterator[int | None]:
 
 
 def _is_alive_in(pid: int, engine_id: str) -> bool:
-    """Whether the control group of `pid` is the container's, whichever driver and version name it, and it is alive.
+    """Whether `pid` is alive and in the control group of the container, with any cgroup driver and version.
 
-    A zombie takes signals and heeds none; a container whose first process reaps nobody is full of them.
+    Zombies do not count: they accept signals but do not react. A container whose init does not reap has many of them.
     """
     return bool(engine_id) and engine_id.encode() in _read(pid, "cgroup") and _state(pid) not in _DEAD
 
 
 def _session_pids(session: int) -> set[int]:
-    """All processes of a session. Its number is not given to another while one of them lives."""
+    """Return all pids of a session. The session id is not reused while one of its processes lives."""
     pids = (int(entry.name) for entry in _PROC.iterdir() if entry.name.isdigit())
     wanted = str(session).encode()
     return {pid for pid in pids if _stat_fields(pid)[_SESSION : _SESSION + 1] == [wanted]}
@@ -96,8 +96,8 @@ def _state(pid: int) -> bytes:
 
 
 def _stat_fields(pid: int) -> list[bytes]:
-    """The fields of /proc/PID/stat from the third on; empty when it is gone."""
-    # The second is the program's name in parentheses, which may itself contain blanks and parentheses.
+    """Return the fields of /proc/PID/stat from the third on; empty if the process does not exist."""
+    # The second field is the program's name in parentheses, which may contain blanks and parentheses.
     return _read(pid, "stat").rpartition(b")")[2].split()
 
 

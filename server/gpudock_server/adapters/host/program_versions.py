@@ -1,4 +1,4 @@
-"""The oldest versions of the host's programs that do what is asked of them here, checked once at the daemon's start."""
+"""Minimum versions of programs of the host, checked once when the daemon starts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _SECONDS: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class ProgramRequirement:
-    """A program, the option that prints its version, the oldest version that will do, and what that one brought."""
+    """A program, its version option, the minimum version, and the feature that this version introduced."""
 
     program: str
     option: str
     oldest: tuple[int, ...]
-    brought: str
+    feature: str
 
 
 REQUIREMENTS: Final = (
@@ -39,20 +39,22 @@ REQUIREMENTS: Final = (
 
 
 async def check_versions() -> tuple[str, ...]:
-    """Log a warning for each program that is too old, have it count as missing from now on, and return the reasons.
+    """Log a warning for each program that is too old, treat it as missing from now on, and return the reasons.
 
-    A program that does not tell its version is taken as it is.
+    A program that does not print its version is accepted.
     """
     found = []
-    for one in REQUIREMENTS:
-        if missing_programs(one.program):
+    for requirement in REQUIREMENTS:
+        if missing_programs(requirement.program):
             continue
-        version = await _version(one)
-        if version and version < one.oldest:
-            shown, oldest = (".".join(map(str, numbers)) for numbers in (version, one.oldest))
-            found.append(f"{one.program} {shown} is too old, {oldest} or later is needed ({one.brought})")
-            mark_unusable(one.program, found[-1])
-            log.warning("program is too old", program=one.program, version=shown, oldest=oldest)
+        version = await _version(requirement)
+        if version and version < requirement.oldest:
+            shown, oldest = (".".join(map(str, numbers)) for numbers in (version, requirement.oldest))
+            found.append(
+                f"{requirement.program} {shown} is too old; {oldest} or later is required ({requirement.feature})"
+            )
+            mark_unusable(requirement.program, found[-1])
+            log.warning("host program too old", program=requirement.program, version=shown, oldest=oldest)
     return tuple(found)
 
 

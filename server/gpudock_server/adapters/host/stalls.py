@@ -1,7 +1,7 @@
-"""Ending child processes that hang: no progress for some time.
+"""Detect child processes that hang: they make no progress for some time.
 
-A tenant can make a program wait forever, for example by replacing a file with a FIFO just before it is opened. How
-long work may take in all nobody can say; that it goes on can be seen.
+A tenant can make a program wait forever, for example by replacing a file with a FIFO just before it is opened. The
+total time of the work cannot be limited, because it depends on the size of a tree; its progress can be observed.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ _SAMPLES: Final = 8
 _MAX_SAMPLE_SECONDS: Final = 5.0
 # Fields of /proc/PID/stat counted from the third: state, session, utime, stime (proc(5)).
 _STATE, _SESSION, _USER_TIME, _SYSTEM_TIME = 0, 3, 11, 12
-# Running, and waiting for a disk: a process that waits for a disk cannot be killed either.
+# Running, and waiting for a disk. A process that waits for a disk cannot be killed.
 _BUSY: Final = frozenset({b"R", b"D"})
 _COUNTERS: Final = (b"rchar:", b"wchar:", b"syscr:", b"syscw:")
 
 
 class StalledError(Exception):
-    """A program made no progress. The text names it and says for how long."""
+    """A program made no progress; the message names it and the time."""
 
 
 async def fail_if_stalled(work: Awaitable[T], pid: int, name: str, seconds: float) -> T:
-    """Await `work`, which the processes of the session `pid` do. Raises StalledError when they make no progress.
+    """Await `work`, which is done by the processes of the session `pid`.
 
-    Progress is processor time or bytes read and written (/proc/PID/stat and io), of any process of the session, or a
-    process that waits for a disk. The caller kills the processes. Cancels `work` when it raises.
+    Raises StalledError, after cancelling `work`, if no process of the session makes progress for `seconds`; the caller
+    kills the processes. Progress is CPU time, bytes read or written (/proc/PID/stat and io), or waiting for a disk.
     """
     working = asyncio.ensure_future(work)
     watching = asyncio.create_task(_stalled(pid, seconds))
@@ -49,7 +49,7 @@ async def fail_if_stalled(work: Awaitable[T], pid: int, name: str, seconds: floa
 
 
 async def _stalled(pid: int, seconds: float) -> None:
-    """Return when the session has made no progress for so long."""
+    """Return when the session has made no progress for `seconds`."""
     between = min(seconds / _SAMPLES, _MAX_SAMPLE_SECONDS)
     clock = asyncio.get_running_loop().time
     before: frozenset[tuple[bytes, ...]] | None = None
@@ -62,7 +62,7 @@ async def _stalled(pid: int, seconds: float) -> None:
 
 
 def _activity(session: int) -> frozenset[tuple[bytes, ...]] | None:
-    """What counts as progress, of every process of a session; None when one of them is busy."""
+    """Return the progress counters of all processes of a session; None if one of them is busy."""
     found = set()
     for entry in _PROC.iterdir():
         if not entry.name.isdigit():

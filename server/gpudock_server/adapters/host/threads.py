@@ -1,4 +1,4 @@
-"""Blocking work that a cancelled caller does not abandon halfway."""
+"""Run blocking work in a thread and wait for its end, even if the caller is cancelled."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ T = TypeVar("T")
 
 
 async def run_to_end(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run `work` in a thread and return what it returns.
+    """Run `work` in a thread and return its result.
 
-    A thread cannot be cancelled. When the caller is, this waits for the thread first: an undo that began while the
-    thread still renamed or deleted would look at a tree that is about to change. An Interrupt among the arguments is
-    set, so that a long walk ends early.
+    A thread cannot be cancelled. If the caller is cancelled, this sets the Interrupts among the arguments, so that a
+    long walk ends early, and waits for the thread: an undo must not begin while the thread still renames or deletes.
     """
     running = asyncio.ensure_future(asyncio.to_thread(work, *args, **kwargs))
     try:
@@ -33,5 +32,5 @@ async def run_to_end(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) ->
             with suppress(asyncio.CancelledError):
                 await asyncio.wait([running])
         if not running.cancelled():
-            running.exception()  # looked at, so that asyncio does not log it as lost
+            running.exception()  # retrieved, so that asyncio does not log it
         raise

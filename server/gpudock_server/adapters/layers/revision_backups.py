@@ -15,8 +15,9 @@ import structlog
 from pydantic import ValidationError
 
 from gpudock_server.adapters.host.disk_space import available
+from gpudock_server.adapters.host.filesystem import sync_directory
 from gpudock_server.adapters.host.threads import run_to_end
-from gpudock_server.adapters.layers.snapshot_folders import require_uuid, sync_directory
+from gpudock_server.adapters.layers.snapshot_folders import require_uuid
 from gpudock_server.errors import DiskFull, SnapshotFailed
 from gpudock_server.model.revision_backup import RevisionBackup
 from gpudock_server.model.snapshot import SnapshotKey

@@ -16,12 +16,12 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from gpudock_server.adapters.host.trees.folders import FOLDER_FLAGS
+from gpudock_server.adapters.host.filesystem import open_directory, sync_directory
 from gpudock_server.adapters.host.trees.jobs import TREE_NAME
 from gpudock_server.adapters.host.trees.snapshot_index import remove_index
 from gpudock_server.model.record import Record
@@ -130,22 +130,6 @@ class SnapshotFolders:
 
     def _of(self, uid: str) -> Path:
         return self.root / require_uuid(uid)
-
-
-@contextmanager
-def open_directory(folder: Path) -> Iterator[int]:
-    """A folder's descriptor; a symbolic link in its place is refused."""
-    descriptor = os.open(folder, FOLDER_FLAGS)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def sync_directory(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
-    with open_directory(folder) as descriptor:
-        os.fsync(descriptor)
 
 
 def require_uuid(name: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gpudock_server.adapters.host.disk_space import available, require_disk_space
+from gpudock_server.adapters.host.filesystem import open_directory
 from gpudock_server.adapters.host.privileges import copy_unavailable_reason
 from gpudock_server.adapters.host.stalls import DEFAULT_STALL_SECONDS, StalledError
 from gpudock_server.adapters.host.threads import run_to_end
@@ -21,7 +22,7 @@ from gpudock_server.adapters.host.trees.jobs import TREE_NAME, JobRefusedError
 from gpudock_server.adapters.host.trees.limits import Limits, TreeTooLargeError
 from gpudock_server.adapters.host.trees.worker import TreeWorker
 from gpudock_server.adapters.layers.overlay2 import Layer, LayerRefusedError, layer_of
-from gpudock_server.adapters.layers.snapshot_folders import Meta, SnapshotFolders, open_directory, require_uuid
+from gpudock_server.adapters.layers.snapshot_folders import Meta, SnapshotFolders, require_uuid
 from gpudock_server.errors import DiskFull, SnapshotFailed
 from gpudock_server.model.engine import EngineContainer
 from gpudock_server.model.operation import new_operation_id

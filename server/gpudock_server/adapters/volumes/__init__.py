@@ -1,4 +1,4 @@
-"""Volumes with a size on this host: by project quota, in loop images, or none; and the copy from one to another."""
+"""Volume backends of this host (project quotas, loop images, plain), and copies between them."""
 
 from gpudock_server.adapters.host.program_versions import check_versions
 from gpudock_server.adapters.volumes.boot import AttachFailure, attach_all_volumes

@@ -1,15 +1,15 @@
-"""A store's folder, and the root that all of them lie in.
+"""The folder of a volume backing, and the root that holds all of them.
 
-    <root>/<uid>/volume.json     the VolumeBacking, and the VolumeIdentity of the volume whose own store it is; written
-                                 before anything else is made, replaced atomically
+    <root>/<uid>/volume.json     the VolumeBacking, and the VolumeIdentity of its volume; written before anything else,
+                                 replaced atomically
     <root>/<uid>/image           LOOP: the filesystem, a sparse file
-    <root>/<uid>/image.new       LOOP: one that a killed daemon had not finished
-    <root>/<uid>/device          LOOP: a symbolic link to the /dev/loopN of today; what the engine mounts
-    <root>/<uid>/mount           LOOP: where the daemon mounts it, in namespaces that nobody else sees
+    <root>/<uid>/image.new       LOOP: an image that a killed daemon did not finish
+    <root>/<uid>/device          LOOP: a symbolic link to the current /dev/loopN; the engine mounts it
+    <root>/<uid>/mount           LOOP: where the daemon mounts it, in private mount namespaces
     <root>/<uid>/data            PROJECT_QUOTA: the files
-    <root>/.removed-<uid>        a store that is being deleted
+    <root>/.removed-<uid>        a backing that is being deleted
 
-Everything needed to make volumes ready after a reboot is in here: no etcd and no engine has to answer for that.
+The folder holds everything that is needed to attach volumes after a reboot, without etcd and the engine.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Final
 
 from pydantic import ValidationError
 
+from gpudock_server.adapters.host.filesystem import sync_directory
 from gpudock_server.adapters.host.stalls import StalledError
 from gpudock_server.adapters.host.subprocesses import ProgramFailed
 from gpudock_server.adapters.host.threads import run_to_end
@@ -39,17 +40,17 @@ _REMOVED: Final = ".removed-"
 
 
 class BackingDamaged(Exception):
-    """A store's folder does not hold what it must; the text says what."""
+    """The folder of a backing is damaged; the message says how."""
 
 
 class BackingFolder:
-    """The folder of one store. `uid` must be a UUID in its usual form: no other text becomes part of a path."""
+    """The folder of one backing. `uid` must be a lower-case UUID, because it becomes part of paths."""
 
     def __init__(self, root: Path, uid: str) -> None:
         if str(uuid.UUID(uid)) != uid:
-            raise ValueError(f"{uid!r} is not a UUID in its usual form")
+            raise ValueError(f"{uid!r} is not a lower-case UUID")
         if not root.is_absolute() or root == Path("/"):
-            raise ValueError(f"{root} cannot hold volumes")
+            raise ValueError(f"volume root {root} must be an absolute path other than /")
         self.root = root
         self.uid = uid
         self.path = root / uid
@@ -62,12 +63,12 @@ class BackingFolder:
         self._removed = root / f"{_REMOVED}{uid}"
 
     def read(self) -> VolumeBacking | None:
-        """What was recorded here; None where nothing was. Raises BackingDamaged."""
+        """Read the backing; None if there is no record. Raises BackingDamaged."""
         recorded = self.recorded()
         return recorded[0] if recorded else None
 
     def recorded(self) -> tuple[VolumeBacking, VolumeIdentity | None] | None:
-        """As `read`, with the volume whose own store it is; None for that where it was not recorded."""
+        """Read the backing and the identity of its volume; the identity is None if it was not recorded."""
         try:
             text = self.record.read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError):
@@ -75,25 +76,25 @@ class BackingFolder:
         try:
             recorded = json.loads(text)
             if recorded["schema"] != _SCHEMA:
-                raise BackingDamaged(f"{self.record} was written by another version of this daemon")
+                raise BackingDamaged(f"{self.record} has schema {recorded['schema']}; this daemon supports {_SCHEMA}")
             backing = VolumeBacking.model_validate(recorded["backing"])
             kept = recorded.get("volume")
             identity = None if kept is None else VolumeIdentity.model_validate(kept)
         except (ValueError, KeyError, TypeError, ValidationError) as error:
             raise BackingDamaged(f"{self.record} cannot be read") from error
         if backing.uid != self.uid:
-            raise BackingDamaged(f"{self.record} is of another volume, {backing.uid}")
+            raise BackingDamaged(f"{self.record} belongs to backing {backing.uid}")
         return backing, identity
 
     def read_own(self, kind: VolumeBackendKind) -> VolumeBacking | None:
-        """What was recorded here by a backend of this kind. Raises BackingDamaged, also where it was another."""
+        """Read the backing; None if there is no record. Raises BackingDamaged, also if it is of another kind."""
         backing = self.read()
         if backing is not None and backing.kind is not kind:
-            raise BackingDamaged(f"{self.path} is a store of kind {backing.kind}")
+            raise BackingDamaged(f"{self.path} is a volume of kind {backing.kind}, expected {kind}")
         return backing
 
     def write(self, backing: VolumeBacking, identity: VolumeIdentity | None = None) -> None:
-        """Record what this store is; on return it is on the disk. Without an identity, the recorded one stays."""
+        """Write the record to disk. Without an identity, the recorded one is kept."""
         self.root.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
         self.path.mkdir(mode=_PRIVATE, exist_ok=True)
         if identity is None:
@@ -114,20 +115,20 @@ class BackingFolder:
         sync_directory(self.root)
 
     async def remove(self) -> None:
-        """Delete all of it: out of the way first, so that what a killed daemon leaves is seen to be rubbish.
+        """Delete the folder. It is renamed first, so that the rest that a killed daemon leaves can be recognized.
 
-        A child process does the deleting: a tenant may have nested folders deeper than a path can be. Raises
-        ProgramFailed when it fails.
+        A child process deletes the files, because folders of a tenant may be nested deeper than paths can be. Raises
+        ProgramFailed.
         """
         for _ in range(2):
-            # First what an earlier removal has left, which the rename would otherwise run into.
+            # First delete what an earlier removal has left: the rename would fail otherwise.
             if await run_to_end(self._removed.is_dir):
                 try:
                     await run_job(
                         "remove", memory_bytes=_LIMITS.memory_bytes, parent=str(self.root), name=self._removed.name
                     )
                 except (JobRefusedError, StalledError, TreeTooLargeError) as error:
-                    raise ProgramFailed(f"{self._removed} could not be deleted: {error}") from error
+                    raise ProgramFailed(f"cannot delete {self._removed}: {error}") from error
             await run_to_end(self._set_aside)
 
     def _set_aside(self) -> None:
@@ -137,7 +138,7 @@ class BackingFolder:
 
 
 def backing_folders(root: Path) -> Iterator[BackingFolder]:
-    """Every store in the root, also those without a readable record."""
+    """Iterate over the folders of all backings, including those without a readable record."""
     with suppress(FileNotFoundError):
         for path in sorted(root.iterdir()):
             with suppress(ValueError):
@@ -145,7 +146,7 @@ def backing_folders(root: Path) -> Iterator[BackingFolder]:
 
 
 def recorded_backings(root: Path) -> Iterator[VolumeBacking]:
-    """What is recorded in the root; damaged stores are left out."""
+    """Iterate over the readable backings."""
     for folder in backing_folders(root):
         with suppress(BackingDamaged):
             if backing := folder.read():
@@ -153,7 +154,7 @@ def recorded_backings(root: Path) -> Iterator[VolumeBacking]:
 
 
 def backings_on_disk(root: Path, kind: VolumeBackendKind) -> tuple[BackingOnDisk, ...]:
-    """The stores of one kind; one whose record is damaged is of the kind that its content shows."""
+    """Return the backings of one kind; if a record is damaged, the kind is derived from the content."""
     return tuple(one for folder in backing_folders(root) if (one := _stored(folder, kind)) is not None)
 
 
@@ -167,7 +168,7 @@ def _stored(folder: BackingFolder, kind: VolumeBackendKind) -> BackingOnDisk | N
         return None
     backing, identity = recorded
     content = folder.image if kind is VolumeBackendKind.LOOP else folder.data
-    damage = "" if content.exists() else f"{content} is gone"
+    damage = "" if content.exists() else f"{content} does not exist"
     return BackingOnDisk(
         uid=folder.uid,
         folder=str(folder.path),
@@ -175,12 +176,3 @@ def _stored(folder: BackingFolder, kind: VolumeBackendKind) -> BackingOnDisk | N
         identity=identity,
         damage=damage,
     )
-
-
-def sync_directory(path: Path) -> None:
-    """Have a rename or a new name in a folder survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

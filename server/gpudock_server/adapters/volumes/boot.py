@@ -1,4 +1,4 @@
-"""Making volumes ready after a reboot, before any container starts: no engine and no etcd has to answer for it."""
+"""Attach volumes after a reboot, before any container starts; needs neither the engine nor etcd."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from gpudock_server.ports import VolumeBackend
 
 @dataclass(frozen=True, slots=True)
 class AttachFailure:
-    """A store that could not be made ready, and why. What mounts it will not start."""
+    """A volume that could not be attached, and why; containers that mount it will not start."""
 
     uid: str
     detail: str
 
 
 async def attach_all_volumes(root: Path) -> tuple[AttachFailure, ...]:
-    """Attach every volume of `root`; what is attached stays as it is. One that fails does not keep others from it."""
+    """Attach all volumes of `root`; returns the failures. Attached volumes are left as they are."""
     folders = await run_to_end(lambda: tuple(backing_folders(root)))
-    # All the links first: one that is still of the last boot may lead to what is about to be another store's device.
+    # All links first: a link of the last boot may lead to a device that another volume gets now.
     await run_to_end(remove_stale_links, folders)
     sized: Mapping[VolumeBackendKind, VolumeBackend] = {
         VolumeBackendKind.LOOP: LoopBackend(root, local=True),

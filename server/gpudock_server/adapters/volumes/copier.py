@@ -1,4 +1,4 @@
-"""ports.VolumeCopier by the mirror of trees: the bulk while the source is in use, the difference, a reading of both."""
+"""ports.VolumeCopier with the tree mirror: copy while the source is in use, copy the rest, then verify both."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gpudock_server.ports import Progress, VolumeCopier
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """Two stores in one namespace."""
+    """Two backings that are mounted in one namespace."""
 
     view: MountedView
     source: Path
@@ -31,29 +31,29 @@ class _Pair:
 
     @property
     def old(self) -> str:
-        """The source's root, from here."""
+        """Return the path of the source's root in our namespace."""
         return self.view.path(self.source)
 
     @property
     def new(self) -> str:
-        """The target's root, from here."""
+        """Return the path of the target's root in our namespace."""
         return self.view.path(self.target)
 
 
 class MirrorVolumeCopier(VolumeCopier):
-    """Implements ports.VolumeCopier between stores of any of `backends`, whether they are mounted or not.
+    """Implements ports.VolumeCopier between backings of any of `backends`, mounted or not.
 
-    Both trees are walked by a child process, relative to directory descriptors (`host.trees.mirror`). What a copy knows
-    of the source lies in a folder of the target until the final copy.
+    A child process walks both trees relative to directory descriptors (`host.trees.mirror`). The index of the copied
+    files is kept in a folder of the target until the final copy.
     """
 
     def __init__(self, backends: Iterable[MountableBackend], stall_seconds: float = DEFAULT_STALL_SECONDS) -> None:
-        """A copy or a comparison that makes no progress for `stall_seconds` is ended and fails."""
+        """A copy or a comparison fails if it makes no progress for `stall_seconds`."""
         self._backends = {backend.kind: backend for backend in backends}
         self._stall_seconds = stall_seconds
 
     async def copy(self, source: VolumeBacking, target: VolumeBacking, progress: Progress, *, final: bool) -> None:
-        """See the protocol. What is in the target and not in the source is deleted there."""
+        """See the protocol. Files of the target that the source does not have are deleted."""
         async with self._both("copy", source, target) as pair:
             with volume_errors("copy", source.name, Path(pair.new), source.size_bytes), _job_errors():
                 if reason := copy_unavailable_reason():
@@ -74,11 +74,11 @@ class MirrorVolumeCopier(VolumeCopier):
 
     async def verify(self, source: VolumeBacking, target: VolumeBacking) -> TreeSummary:
         """See the protocol."""
-        async with self._both("verify the copy of", source, target) as pair:
-            with volume_errors("verify the copy of", source.name, Path(pair.new)), _job_errors():
+        async with self._both("verify", source, target) as pair:
+            with volume_errors("verify", source.name, Path(pair.new)), _job_errors():
                 worker = TreeWorker(Limits().memory_bytes, self._stall_seconds)
                 try:
-                    # One after the other: the two share a disk.
+                    # One after the other, because both are on the same disk.
                     before = TreeSummary(**await worker.call("digest", root=pair.old))
                     after = TreeSummary(**await worker.call("digest", root=pair.new))
                     if before == after:
@@ -86,13 +86,13 @@ class MirrorVolumeCopier(VolumeCopier):
                     found = (await worker.call("differences", old=pair.old, new=pair.new))["found"]
                 finally:
                     await worker.close()
-        detail = f"the copy is not equal: {'; '.join(found) or 'the content of a file differs'}"
-        raise VolumeFailed(volume=source.name, call="verify the copy of", detail=detail)
+        detail = f"the copy differs from the source: {'; '.join(found) or 'the content of a file'}"
+        raise VolumeFailed(volume=source.name, call="verify", detail=detail)
 
     @asynccontextmanager
     async def _both(self, call: str, source: VolumeBacking, target: VolumeBacking) -> AsyncIterator[_Pair]:
         if source.uid == target.uid:
-            raise VolumeFailed(volume=source.name, call=call, detail="source and target are the same store")
+            raise VolumeFailed(volume=source.name, call=call, detail="source and target are the same volume backing")
         old = await self._backends[source.kind].files_location(source)
         new = await self._backends[target.kind].files_location(target)
         async with AsyncExitStack() as stack:
@@ -104,7 +104,7 @@ class MirrorVolumeCopier(VolumeCopier):
 
 @contextmanager
 def _job_errors() -> Iterator[None]:
-    """Raise what a job on a tree ends with as ProgramFailed, which `volume_errors` knows."""
+    """Convert the errors of tree jobs to ProgramFailed, which `volume_errors` handles."""
     try:
         yield
     except (JobRefusedError, StalledError, TreeTooLargeError) as error:
@@ -112,10 +112,10 @@ def _job_errors() -> Iterator[None]:
 
 
 def _index_memory(entries: int) -> int:
-    """The address space (bytes) for the index of a tree that may grow to twice as many entries.
+    """Return the address space in bytes for the index of a tree that may grow to twice as many entries.
 
-    The owner of a volume decides how many files are in it: there is no more than half of the machine's memory, and no
-    less than for a container's layer.
+    The owner of a volume decides how many files it has, so the limit is half of the machine's memory; it is at least
+    that of a container's layer.
     """
     least = Limits().memory_bytes
     expected = max(DEFAULT_MAX_ENTRIES, 2 * entries)

@@ -1,4 +1,4 @@
-"""The one place where what goes wrong with stores becomes a domain error."""
+"""Convert errors of volume backings to domain errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NO_SPACE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 @contextmanager
 def volume_errors(call: str, name: str, root: Path, needed_bytes: int = 0) -> Iterator[None]:
-    """Raise DiskFull for want of room on the filesystem of `root`, VolumeFailed for all else that the host refuses.
+    """Convert errors: DiskFull if the filesystem of `root` is full, VolumeFailed for other errors of the host.
 
     `call` completes the sentence "could not ... volume NAME".
     """

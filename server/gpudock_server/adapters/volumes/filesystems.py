@@ -1,7 +1,7 @@
-"""The filesystems that an image can hold: how each is made, grown and shrunk, and what it takes for itself.
+"""The filesystems of loop images: how each is made, grown and shrunk, and its overhead.
 
-Every one of them grows while it is mounted: one that does not would stop containers, and is not offered. The image is
-larger than the volume by what the filesystem keeps back from the start, so that `df` shows the size that was asked for.
+All of them can grow while they are mounted; others would need stopped containers. The image is larger than the volume
+by the overhead of the filesystem, so that `df` shows the requested size.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from gpudock_server.ports import ShrinkNeedsCopy
 _MIB: Final = 1 << 20
 _CAP_SYS_RESOURCE: Final = 24
 _BLOCK_BYTES: Final = 64 << 10
-# What a smaller filesystem needs beside the bytes that are in use in the larger one.
+# What a smaller filesystem needs on top of the used bytes of the larger one.
 _MARGIN_BYTES: Final = 16 * _MIB
 _MARGIN_SHARE: Final = 20
 
 
 class Filesystem(ABC):
-    """One kind of filesystem. `smallest_bytes` is the least size of a volume on it."""
+    """A kind of filesystem. `smallest_bytes` is the minimum size of a volume."""
 
     name: ClassVar[str]
-    # For mount(2), the engine's and ours alike: the first mount's are in force for all. Files that are deleted give
-    # their room back to the pool.
+    # Options of all mounts, of the engine and the daemon: those of the first mount apply to all. With discard, deleted
+    # files return their space to the pool.
     options: ClassVar[str]
     smallest_bytes: ClassVar[int]
-    # Whether it can become smaller while it is mounted.
+    # Whether it can shrink while it is mounted.
     shrinks: ClassVar[bool] = False
     _left_in_root: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     async def unavailable_reason(self) -> str:
-        """Why it cannot be used on this host; empty when it can."""
+        """Why this host does not support the filesystem; empty if it does."""
 
     @abstractmethod
     def image_bytes(self, size_bytes: int) -> int:
-        """How long the image of a volume of that size is."""
+        """Return the length of the image of a volume of that size."""
 
     @abstractmethod
     async def make(self, image: Path, image_bytes: int) -> None:
@@ -54,21 +54,21 @@ class Filesystem(ABC):
 
     @abstractmethod
     async def grow(self, view: MountedView, mount: DeviceMount) -> None:
-        """Fill the device, which has become larger; one that fills it already is no error. Raises ProgramFailed."""
+        """Grow the filesystem to the size of its device, unless it has that size. Raises ProgramFailed."""
 
-    async def shrink(self, view: MountedView, mount: DeviceMount, image_bytes: int) -> None:  # noqa: ARG002 - for those that can
-        """Leave free all behind the first `image_bytes` of the device. Raises ShrinkNeedsCopy."""
-        raise ShrinkNeedsCopy(f"{self.name} does not shrink")
+    async def shrink(self, view: MountedView, mount: DeviceMount, image_bytes: int) -> None:  # noqa: ARG002 - subclasses that can shrink use them
+        """Shrink the filesystem to the first `image_bytes` of the device. Raises ShrinkNeedsCopy, ProgramFailed."""
+        raise ShrinkNeedsCopy(f"{self.name} cannot shrink")
 
     def tidy(self, folder: str) -> None:
-        """Remove what making it has left in its root: the engine fills only empty volumes from the image."""
+        """Remove what mkfs creates in the root: the engine fills only empty volumes from the image."""
         for name in self._left_in_root:
-            # Empty, or it is not what making it has left.
+            # A folder that is not empty is not the one that mkfs created.
             with suppress(OSError):
                 Path(folder, name).rmdir()
 
     def usage(self, folder: str) -> VolumeUsage:
-        """How full it is, as `df` shows it."""
+        """Return the usage as `df` shows it."""
         shown = os.statvfs(folder)
         used = (shown.f_blocks - shown.f_bfree) * shown.f_frsize
         return VolumeUsage(
@@ -79,9 +79,9 @@ class Filesystem(ABC):
 
 
 class Xfs(Filesystem):
-    """Grows while it is mounted, never shrinks.
+    """XFS: grows while it is mounted, never shrinks.
 
-    mkfs refuses images below 300 MB. `df` leaves out the log, which never grows.
+    mkfs refuses images below 300 MB. `df` does not count the log, which never grows.
     """
 
     name = "xfs"
@@ -89,8 +89,8 @@ class Xfs(Filesystem):
     _LOG_BYTES: Final = 64 * _MIB
     _SMALLEST_IMAGE: Final = 300 * _MIB
     smallest_bytes = _SMALLEST_IMAGE - _LOG_BYTES
-    # A filesystem keeps the allocation groups it began with and adds more of their size: small ones begin with few and
-    # large groups, so that one which becomes a hundred times as large has not thousands of them.
+    # A filesystem keeps its first allocation groups and adds more of the same size. Small filesystems start with few
+    # large groups, so that one that grows a hundredfold does not have thousands of them.
     _FEW_GROUPS_BELOW: Final = 4096 * _MIB
 
     @override
@@ -104,7 +104,7 @@ class Xfs(Filesystem):
     @override
     async def make(self, image: Path, image_bytes: int) -> None:
         groups = ["-d", "agcount=2"] if image_bytes < self._FEW_GROUPS_BELOW else []
-        # -K: there is nothing to discard in a sparse file.
+        # -K: a sparse file has nothing to discard.
         await run("mkfs.xfs", "-q", "-f", "-K", "-l", f"size={self._LOG_BYTES}", *groups, str(image))
 
     @override
@@ -113,12 +113,12 @@ class Xfs(Filesystem):
 
 
 class Btrfs(Filesystem):
-    """Grows and shrinks while it is mounted."""
+    """Btrfs: grows and shrinks while it is mounted."""
 
     name = "btrfs"
     shrinks = True
     options = "discard=async"
-    # fs/btrfs/ioctl.c refuses to resize to less, in either direction.
+    # fs/btrfs/ioctl.c refuses smaller sizes.
     smallest_bytes = 256 * _MIB
 
     @override
@@ -131,7 +131,7 @@ class Btrfs(Filesystem):
 
     @override
     async def make(self, image: Path, image_bytes: int) -> None:
-        # Two copies of the metadata on one image would protect from nothing that the host's own disk does not.
+        # A second copy of the metadata in the same image protects from nothing.
         profiles = ["--metadata", "single", "--data", "single"]
         await run("mkfs.btrfs", "--quiet", "--force", "--nodiscard", *profiles, str(image))
 
@@ -142,19 +142,19 @@ class Btrfs(Filesystem):
     @override
     async def shrink(self, view: MountedView, mount: DeviceMount, image_bytes: int) -> None:
         if image_bytes < self.smallest_bytes:
-            raise ShrinkNeedsCopy(f"btrfs shrinks to {self.smallest_bytes} bytes at the least")
+            raise ShrinkNeedsCopy(f"btrfs cannot be smaller than {self.smallest_bytes} bytes")
         try:
             await view.run("btrfs", "filesystem", "resize", str(image_bytes), str(mount.point))
         except ProgramFailed as error:
             if error.no_space:
-                raise ShrinkNeedsCopy("btrfs found no room to move what lies beyond that size") from error
+                raise ShrinkNeedsCopy("btrfs has no space to move the data beyond the new size") from error
             raise
 
 
 class Ext4(Filesystem):
-    """Grows while it is mounted, for who has CAP_SYS_RESOURCE; shrinks only unmounted.
+    """ext4: grows while it is mounted, with CAP_SYS_RESOURCE; shrinks only unmounted.
 
-    `df` leaves out inode tables, group descriptors and the journal: the image is larger by a bit more than those.
+    `df` does not count inode tables, group descriptors and the journal: the image is larger by a bit more than those.
     """
 
     name = "ext4"
@@ -169,7 +169,7 @@ class Ext4(Filesystem):
     @override
     async def unavailable_reason(self) -> str:
         if not effective_capabilities() >> _CAP_SYS_RESOURCE & 1:
-            return "without CAP_SYS_RESOURCE the daemon cannot grow a mounted ext4"
+            return "growing a mounted ext4 needs CAP_SYS_RESOURCE"
         return missing_programs("mkfs.ext4", "resize2fs") or await kernel_lacks("ext4")
 
     @override
@@ -187,10 +187,10 @@ class Ext4(Filesystem):
         await view.run("resize2fs", mount.device)
 
 
-# The best first.
+# Best first.
 FILESYSTEMS: Final[tuple[Filesystem, ...]] = (Xfs(), Btrfs(), Ext4())
 
 
 def _round_up(size_bytes: int) -> int:
-    """The next multiple of what the filesystems count in."""
+    """Round up to a multiple of the block size of all filesystems."""
     return -(-size_bytes // _BLOCK_BYTES) * _BLOCK_BYTES

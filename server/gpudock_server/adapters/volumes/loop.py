@@ -1,24 +1,23 @@
-"""Volumes in images: each a sparse file with a filesystem of its own, on a loop device that the engine mounts."""
+"""Loop volumes: each is a sparse image with its own filesystem, on a loop device that the engine mounts."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from gpudock_server.adapters.host.filesystem import open_directory, rename_exchange, sync_directory
 from gpudock_server.adapters.host.subprocesses import ProgramFailed, missing_programs
 from gpudock_server.adapters.host.threads import run_to_end
-from gpudock_server.adapters.layers.exchange import rename_exchange
 from gpudock_server.adapters.volumes import loop_device
 from gpudock_server.adapters.volumes.backing_folder import (
     BackingDamaged,
     BackingFolder,
     backing_folders,
     backings_on_disk,
-    sync_directory,
 )
 from gpudock_server.adapters.volumes.failures import volume_errors
 from gpudock_server.adapters.volumes.filesystems import FILESYSTEMS, Filesystem
@@ -42,16 +41,16 @@ _CONTROL: Final = Path("/dev/loop-control")
 class LoopBackend(VolumeBackend):
     """Implements ports.VolumeBackend.
 
-    `root` is the folder of all stores; `local` whether the engine runs on this host, so that it sees our devices.
-    `filesystem` is the one for new volumes, empty the best that the host has. The engine is given the path of a
-    symbolic link: its volumes' options never change, and the numbers of loop devices do.
+    `root` is the folder of all backings; `local`: the engine runs on this host, so that it can mount the devices.
+    `filesystem` is that of new volumes; empty: the best that the host supports. The engine gets the path of a symbolic
+    link, because the options of its volumes never change, but the numbers of loop devices do.
     """
 
     def __init__(self, root: Path, *, local: bool, filesystem: str = "") -> None:
         self._root = root
         self._local = local
         self._offered = tuple(one for one in FILESYSTEMS if filesystem in ("", one.name))
-        # Which device a link leads to is found out and written by one at a time.
+        # Serializes attaching a device and writing its link.
         self._attach_lock = asyncio.Lock()
 
     @property
@@ -66,7 +65,7 @@ class LoopBackend(VolumeBackend):
         if os.geteuid() != 0:
             return "the daemon does not run as root"
         if not _CONTROL.exists():
-            return "the kernel has no loop devices"
+            return "the kernel has no loop device support"
         if lacking := missing_programs("losetup", "mount", "unshare", "nsenter"):
             return lacking
         _, reasons = await self._usable()
@@ -75,7 +74,7 @@ class LoopBackend(VolumeBackend):
     async def create(
         self, uid: str, name: str, size_bytes: int, identity: VolumeIdentity | None = None
     ) -> VolumeBacking:
-        """See the protocol. The room that it is promised is not taken: the image is sparse."""
+        """See the protocol. The image is sparse, so the space is not allocated."""
         folder = self._folder_of(uid, name)
         with volume_errors("create", name, self._root, size_bytes):
             backing = await run_to_end(folder.read_own, self.kind)
@@ -87,7 +86,7 @@ class LoopBackend(VolumeBackend):
 
     async def backings_on_disk(self) -> tuple[BackingOnDisk, ...]:
         """See the protocol."""
-        with volume_errors("look for", "", self._root):
+        with volume_errors("list", "", self._root):
             return await run_to_end(backings_on_disk, self._root, self.kind) if self._local else ()
 
     async def _finish_create(self, folder: BackingFolder, backing: VolumeBacking) -> None:
@@ -104,7 +103,7 @@ class LoopBackend(VolumeBackend):
             await self._ensure_attached(self._folder(backing))
 
     async def grow(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
-        """See the protocol. The image becomes longer first, then the device, then the filesystem."""
+        """See the protocol. Grows the image first, then the device, then the filesystem."""
         folder, filesystem = self._folder(backing), _filesystem(backing)
         with volume_errors("grow", backing.name, self._root, size_bytes - backing.size_bytes):
             await run_to_end(_extend_image, folder.image, filesystem.image_bytes(size_bytes))
@@ -114,7 +113,7 @@ class LoopBackend(VolumeBackend):
             return await _record_size(folder, backing, size_bytes)
 
     async def shrink(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
-        """See the protocol. Once the filesystem has given up its end, and not before, the image loses it too."""
+        """See the protocol. The image is truncated only after the filesystem has shrunk."""
         folder, filesystem = self._folder(backing), _filesystem(backing)
         usage = await self.usage(backing)
         if size_bytes < usage.minimum_bytes:
@@ -130,7 +129,7 @@ class LoopBackend(VolumeBackend):
                 await filesystem.shrink(view, mount, length)
                 left = (await run_to_end(filesystem.usage, view.path(mount.point))).size_bytes
             if left > length:
-                raise ProgramFailed(f"{filesystem.name} still takes {left} bytes, so its image stays as it is")
+                raise ProgramFailed(f"{filesystem.name} still uses {left} bytes; the image was not truncated")
             await run_to_end(os.truncate, folder.image, length)
             await self._ensure_attached(folder)
             return await _record_size(folder, backing, size_bytes)
@@ -141,10 +140,10 @@ class LoopBackend(VolumeBackend):
         return not filesystem.shrinks or size_bytes < filesystem.smallest_bytes
 
     async def replacement(self, backing: VolumeBacking, uid: str, size_bytes: int) -> VolumeBacking:
-        """See the protocol. On the same filesystem: the engine's volume says which one it mounts, and never changes."""
+        """See the protocol. It has the same filesystem, which the options of the engine volume fix."""
         folder, filesystem = self._folder_of(uid, backing.name), _filesystem(backing)
         if size_bytes < filesystem.smallest_bytes:
-            detail = f"it is on {filesystem.name}, whose smallest size is {size_text(filesystem.smallest_bytes)}"
+            detail = f"{filesystem.name} needs at least {size_text(filesystem.smallest_bytes)}"
             raise SizeNotSupported(volume=backing.name, size_bytes=size_bytes, detail=detail)
         with volume_errors("create", backing.name, self._root, size_bytes):
             made = await run_to_end(folder.read_own, self.kind)
@@ -154,18 +153,18 @@ class LoopBackend(VolumeBackend):
         return made
 
     async def content(self, backing: VolumeBacking) -> str:
-        """See the protocol: the image's inode, which a rename leaves as it is."""
-        with volume_errors("look into", backing.name, self._root):
+        """See the protocol: the inode number of the image, which a rename does not change."""
+        with volume_errors("inspect", backing.name, self._root):
             return str((await run_to_end(self._folder(backing).image.stat)).st_ino)
 
     async def exchange(self, holder: VolumeBacking, other: VolumeBacking, content: str) -> None:
-        """See the protocol. The images change their places in one rename, while no device has them."""
+        """See the protocol. The images are exchanged with one rename, while no device uses them."""
         one, two = self._folder(holder), self._folder(other)
         with volume_errors("exchange", holder.name, self._root):
             standing = await self.content(holder)
             if standing != content:
                 if await self.content(other) != content:
-                    raise BackingDamaged(f"neither {one.image} nor {two.image} is the image with inode {content}")
+                    raise BackingDamaged(f"neither {one.image} nor {two.image} has inode {content}")
                 await self._detach_all(holder.name, one, two)
                 await run_to_end(_swap_images, one, two)
             for folder, backing in ((one, holder), (two, other)):
@@ -173,20 +172,20 @@ class LoopBackend(VolumeBackend):
                 await run_to_end(folder.write, backing)
 
     async def _detach_all(self, name: str, *folders: BackingFolder) -> None:
-        """Detach the devices of all, or of none. Raises VolumeInUse."""
+        """Detach all devices or none. Raises VolumeInUse."""
         for folder in folders:
             if device := await loop_device.device_of(folder.image):
-                # Without the link nothing can mount it any more.
+                # Without the link nothing can mount the device.
                 await run_to_end(_unlink, folder.device)
                 if not await loop_device.detach(device):
                     for each in folders:
                         await self._ensure_attached(each)
-                    raise VolumeInUse(volume=name, holders=(f"what has {device} mounted",))
+                    raise VolumeInUse(volume=name, holders=(f"a process or container that mounts {device}",))
 
     async def usage(self, backing: VolumeBacking) -> VolumeUsage:
         """See the protocol."""
         filesystem = _filesystem(backing)
-        with volume_errors("look into", backing.name, self._root):
+        with volume_errors("inspect", backing.name, self._root):
             async with self._view(self._folder(backing), filesystem) as (view, mount):
                 return await run_to_end(filesystem.usage, view.path(mount.point))
 
@@ -194,15 +193,15 @@ class LoopBackend(VolumeBackend):
     async def open_files(self, backing: VolumeBacking) -> AsyncIterator[str]:
         """See the protocol."""
         async with AsyncExitStack() as stack:
-            # What goes wrong inside is the caller's; what goes wrong on the way there is ours.
-            with volume_errors("look into", backing.name, self._root):
-                looking = self._view(self._folder(backing), _filesystem(backing))
-                view, mount = await stack.enter_async_context(looking)
+            # Errors in the body of the context belong to the caller and are not converted.
+            with volume_errors("inspect", backing.name, self._root):
+                entering = self._view(self._folder(backing), _filesystem(backing))
+                view, mount = await stack.enter_async_context(entering)
             yield view.path(mount.point)
 
     async def files_location(self, backing: VolumeBacking) -> FilesLocation:
         """See private_mounts.MountableBackend."""
-        with volume_errors("look into", backing.name, self._root):
+        with volume_errors("inspect", backing.name, self._root):
             mount = await self._mount(self._folder(backing), _filesystem(backing))
         return FilesLocation(path=mount.point, mount=mount)
 
@@ -211,11 +210,11 @@ class LoopBackend(VolumeBackend):
         folder = self._folder(backing)
         with volume_errors("delete", backing.name, self._root):
             if device := await loop_device.device_of(folder.image):
-                # Without the link nothing can mount it any more.
+                # Without the link nothing can mount the device.
                 await run_to_end(_unlink, folder.device)
                 if not await loop_device.detach(device):
                     await run_to_end(_link, folder, device)
-                    raise VolumeInUse(volume=backing.name, holders=(f"what has {device} mounted",))
+                    raise VolumeInUse(volume=backing.name, holders=(f"a process or container that mounts {device}",))
             await folder.remove()
 
     async def pool(self) -> PoolUsage:
@@ -230,7 +229,7 @@ class LoopBackend(VolumeBackend):
             return BackingFolder(self._root, uid)
 
     async def _usable(self) -> tuple[list[Filesystem], list[str]]:
-        """The filesystems that the host has, and why not the others."""
+        """Return the filesystems that the host supports, and why it does not support the others."""
         reasons = [(one, await one.unavailable_reason()) for one in self._offered]
         usable = [one for one, reason in reasons if not reason]
         return usable, [f"{one.name}: {reason}" for one, reason in reasons if reason]
@@ -240,13 +239,13 @@ class LoopBackend(VolumeBackend):
         for one in usable:
             if size_bytes >= one.smallest_bytes:
                 return one
-        reasons += [f"the smallest size on {one.name} is {size_text(one.smallest_bytes)}" for one in usable]
+        reasons += [f"{one.name} needs at least {size_text(one.smallest_bytes)}" for one in usable]
         raise SizeNotSupported(volume=name, size_bytes=size_bytes, detail="; ".join(reasons))
 
     async def _ensure_attached(self, folder: BackingFolder) -> str:
-        """The device of a store, with its capacity and its link as they have to be."""
+        """Attach the image and update the capacity and the link of its device; returns the device."""
         if not await run_to_end(folder.image.exists):
-            raise BackingDamaged(f"{folder.image} is gone")
+            raise BackingDamaged(f"{folder.image} does not exist")
         async with self._attach_lock:
             device = await loop_device.attach(folder.image)
             await loop_device.resize(device)
@@ -258,20 +257,20 @@ class LoopBackend(VolumeBackend):
     async def _view(
         self, folder: BackingFolder, filesystem: Filesystem
     ) -> AsyncIterator[tuple[MountedView, DeviceMount]]:
-        """A store's filesystem, mounted for us alone."""
+        """Mount the filesystem of a backing in a private namespace."""
         mount = await self._mount(folder, filesystem)
         async with mount_privately([mount]) as view:
             yield view, mount
 
     async def _mount(self, folder: BackingFolder, filesystem: Filesystem) -> DeviceMount:
-        """What there is to mount; an image that nobody attached is attached for it."""
+        """Return what must be mounted; the image is attached if it is not."""
         device = await loop_device.device_of(folder.image) or await self._ensure_attached(folder)
         await run_to_end(_mount_point, folder.mount)
         return DeviceMount(filesystem=filesystem.name, options=filesystem.options, device=device, point=folder.mount)
 
 
 def remove_stale_links(folders: Sequence[BackingFolder]) -> None:
-    """Remove each link that leads to a device which is not its store's: after a reboot that may be anybody's."""
+    """Remove links to devices of other images: after a reboot a device may belong to another volume."""
     for folder in folders:
         with suppress(FileNotFoundError):
             if not loop_device.is_backed_by(folder.image, str(folder.device.readlink())):
@@ -283,20 +282,11 @@ def _filesystem(backing: VolumeBacking) -> Filesystem:
 
 
 def _swap_images(one: BackingFolder, other: BackingFolder) -> None:
-    with _opened(one.path) as here, _opened(other.path) as there:
+    with open_directory(one.path, follow=True) as here, open_directory(other.path, follow=True) as there:
         if not rename_exchange(here, there, os.fsencode(one.image.name)):
             raise ProgramFailed("the host's kernel or filesystem cannot exchange two files")
         os.fsync(here)
         os.fsync(there)
-
-
-@contextmanager
-def _opened(folder: Path) -> Iterator[int]:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 async def _record_new(
@@ -306,7 +296,7 @@ async def _record_new(
     size_bytes: int,
     identity: VolumeIdentity | None = None,
 ) -> VolumeBacking:
-    """Record a store that is about to be made."""
+    """Record a backing before it is made."""
     backing = VolumeBacking(
         kind=VolumeBackendKind.LOOP,
         uid=folder.uid,
@@ -322,7 +312,7 @@ async def _record_new(
 
 
 async def _make_image(folder: BackingFolder, filesystem: Filesystem, length: int) -> None:
-    """Make the filesystem under another name, so that an image is whole or not there."""
+    """Create the image under a temporary name, so that an image is complete or does not exist."""
     await run_to_end(_sparse_file, folder.unfinished, length)
     await filesystem.make(folder.unfinished, length)
     await run_to_end(_finish, folder)
@@ -354,7 +344,7 @@ async def _record_size(folder: BackingFolder, backing: VolumeBacking, size_bytes
 
 
 def _mount_point(path: Path) -> None:
-    # Nobody may leave a file here by mistake: what is written while nothing is mounted would be lost from sight.
+    # Mode 0: files that are written while nothing is mounted would be hidden by the mount.
     path.mkdir(mode=0, exist_ok=True)
 
 
@@ -363,7 +353,7 @@ def _unlink(path: Path) -> None:
 
 
 def _remove_other_links(folder: BackingFolder, device: str) -> None:
-    """Remove every other store's link to this device. The engine that followed it would mount this store for it."""
+    """Remove the links of other backings to this device: the engine would mount this backing for them."""
     for other in backing_folders(folder.root):
         with suppress(FileNotFoundError):
             if other.uid != folder.uid and str(other.device.readlink()) == device:

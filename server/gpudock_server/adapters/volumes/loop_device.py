@@ -1,4 +1,4 @@
-"""Loop devices, found by the image behind them and never by a remembered number."""
+"""Loop devices, always found by their image and never by a stored number."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _POLL_SECONDS: Final = 0.05
 
 
 async def attach(image: Path) -> str:
-    """The device of an image, attached if it was not. Raises ProgramFailed, OSError."""
-    # --nooverlap gives back the device that the file has already, also when two ask at once.
+    """Attach an image to a loop device, unless it is attached; returns the device. Raises ProgramFailed, OSError."""
+    # --nooverlap returns the existing device of the file, also for concurrent calls.
     device = (await run("losetup", "--find", "--show", "--nooverlap", str(image))).strip()
     if not await asyncio.to_thread(is_backed_by, image, device):
-        raise ProgramFailed(f"losetup gave {device or 'nothing'} for {image}, which has another file behind it")
-    # Without a second copy of everything in the page cache, where the filesystem below can do it.
+        raise ProgramFailed(f"losetup returned {device or 'no device'} for {image}, but another file is attached to it")
+    # Avoids a second copy of all data in the page cache, if the filesystem below supports it.
     with suppress(ProgramFailed):
         await run("losetup", "--direct-io=on", device)
     return device
 
 
 async def device_of(image: Path) -> str:
-    """The device that an image is attached to; empty when there is none."""
+    """Return the device that an image is attached to; empty if there is none."""
     if not await asyncio.to_thread(image.exists):
         return ""
     listed = await run("losetup", "--json", "--output", "NAME", "--associated", str(image))
@@ -40,16 +40,16 @@ async def device_of(image: Path) -> str:
 
 
 async def resize(device: str) -> None:
-    """Have a device see that its image has another length now."""
+    """Update the capacity of a device after its image has changed its length."""
     await run("losetup", "--set-capacity", device)
 
 
 async def detach(device: str) -> bool:
-    """Let go of a device. False, with nothing changed, while something has it mounted, in whatever namespace."""
+    """Detach a device; False, with nothing changed, while it is mounted in any namespace."""
     try:
         async with asyncio.timeout(_RELEASE_SECONDS):
-            # Our own looks inside last milliseconds; a container's mount stays.
-            while await asyncio.to_thread(_mounted, device):  # noqa: ASYNC110 - the kernel has no event for it
+            # The daemon's own mounts last milliseconds; the mount of a container stays.
+            while await asyncio.to_thread(_mounted, device):  # noqa: ASYNC110 - the kernel has no event for an unmount
                 await asyncio.sleep(_POLL_SECONDS)
     except TimeoutError:
         return False
@@ -58,7 +58,7 @@ async def detach(device: str) -> bool:
 
 
 def is_backed_by(image: Path, device: str) -> bool:
-    """Whether it is this image that is behind a device."""
+    """Whether `device` is a loop device of `image`."""
     try:
         there = Path(device).stat()
         if not stat.S_ISBLK(there.st_mode) or os.major(there.st_rdev) != _LOOP_MAJOR:
@@ -71,7 +71,7 @@ def is_backed_by(image: Path, device: str) -> bool:
 
 
 def _mounted(device: str) -> bool:
-    # A mounted filesystem claims its device for itself; only a claim of our own runs into that.
+    # A mounted filesystem opens its device exclusively, so another exclusive open fails.
     try:
         descriptor = os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
     except OSError as error:

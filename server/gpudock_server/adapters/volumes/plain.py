@@ -1,4 +1,4 @@
-"""Volumes as the engine makes them by itself: anywhere, and without a size."""
+"""Plain engine volumes: the engine chooses their place, and they have no size."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _MEASURE_SECONDS: Final = 300.0
 class PlainBackend(VolumeBackend):
     """Implements ports.VolumeBackend, for any engine, also one on another host.
 
-    The engine keeps the files and deletes them together with its volume. A backing's `folder` is empty when it is
-    made; whoever makes the engine's volume puts its mount point there. `engine_root` is the engine's data folder.
+    The engine keeps the files and deletes them with its volume. `folder` of a new backing is empty; the caller sets it
+    to the mount point of the engine volume. `engine_root` is the engine's data folder.
     """
 
     def __init__(self, engine_root: Path) -> None:
@@ -51,9 +51,9 @@ class PlainBackend(VolumeBackend):
         uid: str,
         name: str,
         size_bytes: int,
-        identity: VolumeIdentity | None = None,  # noqa: ARG002 - as the protocol has it
+        identity: VolumeIdentity | None = None,  # noqa: ARG002 - required by the protocol
     ) -> VolumeBacking:
-        """See the protocol. The identity is on the engine's volume alone."""
+        """See the protocol. The identity is stored on the engine volume only."""
         if size_bytes:
             raise _no_size(name, size_bytes)
         with volume_errors("create", name, self._root):
@@ -61,11 +61,11 @@ class PlainBackend(VolumeBackend):
         return VolumeBacking(kind=self.kind, uid=uid, name=name, engine_volume=f"gpudock-{uid}")
 
     async def backings_on_disk(self) -> tuple[BackingOnDisk, ...]:
-        """See the protocol: the engine has them."""
+        """See the protocol: always empty, the engine lists its volumes."""
         return ()
 
     async def attach(self, backing: VolumeBacking) -> None:
-        """See the protocol: the engine does all that is needed."""
+        """See the protocol: nothing to do."""
 
     async def grow(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
         """See the protocol. Raises SizeNotSupported."""
@@ -75,39 +75,39 @@ class PlainBackend(VolumeBackend):
         """See the protocol. Raises SizeNotSupported."""
         raise _no_size(backing.name, size_bytes)
 
-    def needs_copy(self, backing: VolumeBacking, size_bytes: int) -> bool:  # noqa: ARG002 - as the protocol has it
+    def needs_copy(self, backing: VolumeBacking, size_bytes: int) -> bool:  # noqa: ARG002 - required by the protocol
         """See the protocol: never."""
         return False
 
-    async def replacement(self, backing: VolumeBacking, uid: str, size_bytes: int) -> VolumeBacking:  # noqa: ARG002 - as the protocol has it
-        """See the protocol: nothing here needs one."""
+    async def replacement(self, backing: VolumeBacking, uid: str, size_bytes: int) -> VolumeBacking:  # noqa: ARG002 - required by the protocol
+        """See the protocol: not supported."""
         raise _no_replacement(backing)
 
     async def content(self, backing: VolumeBacking) -> str:
         """See the protocol."""
         raise _no_replacement(backing)
 
-    async def exchange(self, holder: VolumeBacking, other: VolumeBacking, content: str) -> None:  # noqa: ARG002 - as the protocol has it
+    async def exchange(self, holder: VolumeBacking, other: VolumeBacking, content: str) -> None:  # noqa: ARG002 - required by the protocol
         """See the protocol."""
         raise _no_replacement(holder)
 
     async def usage(self, backing: VolumeBacking) -> VolumeUsage:
-        """See the protocol. Counted by du: it takes as long as there are files."""
+        """See the protocol. Measured with du, which takes time in proportion to the number of files."""
         async with self.open_files(backing) as folder:
-            with volume_errors("look into", backing.name, self._root):
+            with volume_errors("inspect", backing.name, self._root):
                 try:
                     used = await tree_bytes(folder, apparent=False, timeout_seconds=_MEASURE_SECONDS)
                 except TimeoutError as error:
-                    raise BackingDamaged("its files could not be counted in time") from error
+                    raise BackingDamaged("measuring the volume timed out") from error
         return VolumeUsage(used_bytes=used, size_bytes=0, minimum_bytes=used)
 
     @asynccontextmanager
     async def open_files(self, backing: VolumeBacking) -> AsyncIterator[str]:
         """See the protocol."""
-        with volume_errors("look into", backing.name, self._root):
+        with volume_errors("inspect", backing.name, self._root):
             folder = Path(backing.folder)
             if not folder.is_absolute() or not await run_to_end(folder.is_dir):
-                raise BackingDamaged(f"its folder {backing.folder!r} is not to be seen from here")
+                raise BackingDamaged(f"volume folder {backing.folder!r} is not accessible from this host")
         yield backing.folder
 
     async def files_location(self, backing: VolumeBacking) -> FilesLocation:
@@ -116,17 +116,17 @@ class PlainBackend(VolumeBackend):
             return FilesLocation(path=Path(folder))
 
     async def destroy(self, backing: VolumeBacking) -> None:
-        """See the protocol: nothing is left once the engine has removed its volume."""
+        """See the protocol: nothing to do, the engine deletes the files with its volume."""
 
     async def pool(self) -> PoolUsage:
-        """See the protocol. Nothing is promised to anybody."""
+        """See the protocol. Plain volumes have no promised size."""
         return await pool_usage(self._root)
 
 
 def _no_size(name: str, size_bytes: int) -> SizeNotSupported:
-    return SizeNotSupported(volume=name, size_bytes=size_bytes, detail="a PLAIN volume has no size")
+    return SizeNotSupported(volume=name, size_bytes=size_bytes, detail="PLAIN volumes have no size")
 
 
 def _no_replacement(backing: VolumeBacking) -> VolumeFailed:
-    detail = "a PLAIN volume is never replaced"
+    detail = "PLAIN volumes are never replaced"
     return VolumeFailed(volume=backing.name, call="replace", detail=detail)

@@ -1,4 +1,4 @@
-"""What the filesystem of all stores has, was promised and has given, whatever the stores are made of."""
+"""Usage of the filesystem that holds all volume backings, of any kind."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _BLOCK_BYTES: Final = 512
 
 
 async def pool_usage(root: Path) -> PoolUsage:
-    """What the stores below the root have been promised and have taken. The root need not exist yet."""
+    """Return the usage of the pool below `root`, which need not exist yet."""
     project_usage: dict[int, int] = {}
-    # A host without quotas has no store with an id, and need not have the programs.
+    # A host without quotas has no backings with a project id, and need not have xfs_quota.
     if any(await run_to_end(recorded_ids, root)):
         with suppress(ProgramFailed, OSError):
             project_usage = await quota_table.project_usage(await quota_table.filesystem_of(root))
@@ -28,7 +28,7 @@ async def pool_usage(root: Path) -> PoolUsage:
 
 
 def recorded_ids(root: Path) -> set[int]:
-    """The project ids of all stores; 0 is that of a kind without."""
+    """Return the project ids of all backings; 0 for kinds without one."""
     return {backing.project_id for backing in recorded_backings(root)}
 
 
@@ -38,7 +38,7 @@ def _usage(root: Path, project_usage: Mapping[int, int]) -> PoolUsage:
     promised = allocated = 0
     for backing in recorded_backings(root):
         promised += backing.size_bytes
-        # The table counts under 0 what belongs to no project.
+        # In the quota table id 0 is the sum of everything without a project.
         taken = project_usage.get(backing.project_id) if backing.project_id else None
         allocated += _allocated(BackingFolder(root, backing.uid), backing) if taken is None else taken
     return PoolUsage(
@@ -53,7 +53,7 @@ def _allocated(folder: BackingFolder, backing: VolumeBacking) -> int:
     with suppress(FileNotFoundError):
         if backing.kind is VolumeBackendKind.LOOP:
             return folder.image.stat().st_blocks * _BLOCK_BYTES
-        # Right for a folder with a quota too, but in a pool that is nearly full: newer kernels show what that has left.
+        # Wrong for a folder with a quota in a nearly full pool: newer kernels report the free space of the pool.
         inside = os.statvfs(folder.data)
         return (inside.f_blocks - inside.f_bfree) * inside.f_frsize
     return 0

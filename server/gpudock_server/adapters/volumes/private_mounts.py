@@ -1,8 +1,8 @@
-"""Looking into a device's filesystem, whether the engine has it mounted or not, without leaving a mount behind.
+"""Mount devices in a private namespace, whether the engine has mounted them or not, without leaving a mount behind.
 
-A child process with a mount namespace of its own mounts the device there. Another mount of the same device is the same
-filesystem, so what is read, written and resized through it is what a container sees. The mount is gone with the child,
-and the child with the daemon: its standard input ends.
+A child process with its own mount namespace mounts the devices. A second mount of the same device is the same
+filesystem, so reads, writes and resizes through it are those that a container sees. The mount ends with the child, and
+the child with the daemon, at the end of its stdin.
 """
 
 from __future__ import annotations
@@ -16,14 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from gpudock_server.adapters.host.subprocesses import ProgramFailed, environment, run, with_parent_death_signal
-from gpudock_server.adapters.host.trees.worker import kill_and_wait
+from gpudock_server.adapters.host.subprocesses import (
+    ProgramFailed,
+    environment,
+    kill_and_wait,
+    run,
+    with_parent_death_signal,
+)
 from gpudock_server.model.volume import VolumeBackendKind, VolumeBacking
 
 _MOUNTS: Final = Path("/proc/self/mounts")
 _MOUNT_SECONDS: Final = 60.0
 _END_SECONDS: Final = 10.0
-# Mount points to let go of, a dot, then fours of type, options, device and mount point.
+# Arguments: mount points to unmount, a dot, then groups of type, options, device and mount point.
 _MOUNT_SCRIPT: Final = """
 while [ "$1" != . ]; do
     umount --lazy -- "$1"
@@ -41,7 +46,7 @@ exec cat
 
 @dataclass(frozen=True, slots=True)
 class DeviceMount:
-    """A device, and the folder where it is to be mounted."""
+    """A device and its mount point."""
 
     filesystem: str
     options: str
@@ -51,54 +56,54 @@ class DeviceMount:
 
 @dataclass(frozen=True, slots=True)
 class FilesLocation:
-    """Where a store's files are once `mount`, if it takes one, is made."""
+    """The folder with the files of a backing, after `mount` (None: no mount is needed)."""
 
     path: Path
     mount: DeviceMount | None = None
 
 
 class MountableBackend(Protocol):
-    """A backend whose stores can be mounted together with those of others."""
+    """A backend whose backings can be mounted together with those of other backends."""
 
     @property
     def kind(self) -> VolumeBackendKind:
-        """Which one it is."""
+        """Return the kind of the backend."""
         ...
 
     async def files_location(self, backing: VolumeBacking) -> FilesLocation:
-        """How to get at a store's files. Raises VolumeFailed."""
+        """Return where the files of a backing are. Raises VolumeFailed."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class MountedView:
-    """A namespace that sees what we see, and some mounts more."""
+    """A mount namespace with copies of our mounts, and additional mounts."""
 
     pid: int
 
     def path(self, inside: Path) -> str:
-        """A path in the namespace as it leads there from our own.
+        """Return a path in the namespace as seen from our own namespace.
 
-        For system calls, and programs that make nothing but system calls of it. One that asks where it is (df)
-        gets an answer that means something else here, and follows it: those are for `run`.
+        For system calls, and programs that only pass the path to system calls. Programs that look up mount points, such
+        as df, must be started with `run`.
         """
         return f"/proc/{self.pid}/root{inside}"
 
     def nsenter_command(self, *command: str) -> list[str]:
-        """The command, to run in the namespace; its paths are those there."""
+        """Return the command that runs `command` in the namespace; its paths are those of the namespace."""
         return ["nsenter", "--target", str(self.pid), "--mount", "--", *command]
 
     async def run(self, *command: str, seconds: float = 600.0) -> str:
-        """Run a program there. Raises ProgramFailed."""
+        """Run a program in the namespace; returns its stdout. Raises ProgramFailed."""
         return await run(*self.nsenter_command(*command), seconds=seconds)
 
 
 @asynccontextmanager
 async def mount_privately(mounts: Sequence[DeviceMount]) -> AsyncIterator[MountedView]:
-    """Mount devices for as long as the context lasts. Raises ProgramFailed."""
+    """Mount devices while the context is open. Raises ProgramFailed."""
     words = await asyncio.to_thread(_other_volumes, [one.point for one in mounts])
     words += [".", *(str(word) for one in mounts for word in (one.filesystem, one.options, one.device, one.point))]
-    # Slave: what others unmount meanwhile is unmounted here too, and what is mounted here is seen by nobody.
+    # Slave: unmounts of the host are repeated in this namespace, and mounts in this namespace are not visible outside.
     unshare = ["unshare", "--mount", "--propagation", "slave", "--"]
     process = await asyncio.create_subprocess_exec(
         *with_parent_death_signal([*unshare, "/bin/sh", "-c", _MOUNT_SCRIPT, "sh", *words]),
@@ -112,10 +117,10 @@ async def mount_privately(mounts: Sequence[DeviceMount]) -> AsyncIterator[Mounte
 
 
 def _other_volumes(points: Sequence[Path]) -> list[str]:
-    """Where else loop devices are mounted that nothing here needs.
+    """Return the mount points of all other loop devices.
 
-    A namespace begins with copies of all mounts. Where the originals are private, their unmounting is not seen in it,
-    and a volume that nobody uses any more would be in use for as long as another one is looked into.
+    A new namespace has copies of all mounts. If the originals are private, the copies stay after the originals are
+    unmounted, and a volume that is no longer used would be busy while another one is mounted here.
     """
     mounts = [line.split(" ") for line in _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()]
     where = [Path(_unescape(point)) for source, point, *_ in mounts if source.startswith("/dev/loop")]
@@ -123,24 +128,24 @@ def _other_volumes(points: Sequence[Path]) -> list[str]:
 
 
 def _unescape(text: str) -> str:
-    """The text that proc(5) shows with octal escapes."""
+    """Decode the octal escapes of proc(5)."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
 
 
 async def _wait_until_mounted(process: Process) -> None:
-    assert process.stdout is not None  # noqa: S101 - asked for above
-    assert process.stderr is not None  # noqa: S101 - likewise
+    assert process.stdout is not None  # noqa: S101 - the caller requests the pipe
+    assert process.stderr is not None  # noqa: S101 - the caller requests the pipe
     try:
         async with asyncio.timeout(_MOUNT_SECONDS):
             if await process.stdout.readline() != b"mounted\n":
-                complaint = (await process.stderr.read()).decode(errors="replace")
-                raise ProgramFailed(complaint.strip().split("\n")[0] or "mount failed")
+                stderr = (await process.stderr.read()).decode(errors="replace")
+                raise ProgramFailed(stderr.strip().split("\n")[0] or "mount failed")
     except TimeoutError as error:
-        raise ProgramFailed(f"mount had not ended after {_MOUNT_SECONDS:.0f} s") from error
+        raise ProgramFailed(f"mount timed out after {_MOUNT_SECONDS:.0f} s") from error
 
 
 async def _stop_child(process: Process) -> None:
-    """End the child in order, so that the mount is gone when this returns."""
+    """End the child; its mounts are gone when this returns."""
     try:
         if process.stdin is not None:
             process.stdin.close()

@@ -1,7 +1,7 @@
-"""Volumes as folders with a project quota, on XFS or ext4: a limit that changes in place, in both directions.
+"""Project quota volumes: folders with a limit on XFS or ext4, which can grow and shrink in place.
 
-Set by xfs_quota and xfs_io (package xfsprogs), which know the same of both filesystems. A project id belongs to one
-store; it is recorded before it is used, and free again once its limits are gone from the quota table.
+The limits are set with xfs_quota and xfs_io (package xfsprogs), which support both filesystems. A project id belongs to
+one backing; it is recorded before it is used, and free again after its limits are removed from the quota table.
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ from gpudock_server.model.volume import (
 )
 from gpudock_server.ports import VolumeBackend
 
-# Away from what people choose by hand and from dockerd, which counts up from the id of its own data folder.
+# Far from ids that people choose, and from those of dockerd, which counts up from the id of its data folder.
 PROJECT_IDS: Final = range(0x6770_0000, 0x6778_0000)
 _FILESYSTEMS: Final = ("xfs", "ext4")
 _OPTIONS: Final = frozenset({"pquota", "prjquota"})
 _ENABLE_ADVICE: Final = (
-    "mount it with the option prjquota (XFS on / : the kernel's rootflags=prjquota; ext4: after `tune2fs -O"
-    " quota,project -Q prjquota` while it is not mounted), on a kernel that has quotas for it"
+    "mount it with prjquota (XFS on /: kernel parameter rootflags=prjquota; ext4: first `tune2fs -O quota,project -Q"
+    " prjquota` while it is unmounted), on a kernel with quota support"
 )
 
 
 class ProjectQuotaBackend(VolumeBackend):
     """Implements ports.VolumeBackend.
 
-    `root` is the folder of all stores, on a filesystem mounted with project quotas; `local` whether the engine runs on
-    this host; `project_ids` what may be handed out.
+    `root` is the folder of all backings, on a filesystem mounted with project quotas; `local`: the engine runs on this
+    host; `project_ids` are the ids that may be assigned.
     """
 
     def __init__(self, root: Path, *, local: bool, project_ids: range = PROJECT_IDS) -> None:
         self._root = root
         self._local = local
         self._project_ids = project_ids
-        # Choosing an id and recording it, or giving one back, is done by one at a time.
+        # Serializes choosing and recording an id, and releasing one.
         self._project_id_lock = asyncio.Lock()
 
     @property
@@ -83,12 +83,12 @@ class ProjectQuotaBackend(VolumeBackend):
 
     async def _no_quotas(self) -> str:
         mount = await self._mount()
-        where = f"{self._root} lies on {mount.point} ({mount.filesystem})"
+        location = f"{self._root} is on {mount.point} ({mount.filesystem})"
         if mount.filesystem not in _FILESYSTEMS:
-            return f"{where}, which has no project quotas; they take xfs or ext4"
+            return f"{location}; project quotas need xfs or ext4"
         if not mount.options & _OPTIONS:
-            return f"{where}, which is mounted without project quotas: {_ENABLE_ADVICE}"
-        return "" if await is_enforced(mount) else f"{where}, whose project quotas are not enforced"
+            return f"{location}, which is mounted without project quotas: {_ENABLE_ADVICE}"
+        return "" if await is_enforced(mount) else f"{location}, where project quotas are not enforced"
 
     async def create(
         self, uid: str, name: str, size_bytes: int, identity: VolumeIdentity | None = None
@@ -119,18 +119,18 @@ class ProjectQuotaBackend(VolumeBackend):
         return backing
 
     async def attach(self, backing: VolumeBacking) -> None:
-        """See the protocol. A folder without its limit would be one without a size, so the limit is set again."""
+        """See the protocol. Sets the limit again, because a folder without its limit has no size."""
         folder = self._folder(backing)
         with volume_errors("attach", backing.name, self._root):
             if reason := await self.unavailable_reason():
                 raise BackingDamaged(reason)
             if not await run_to_end(folder.data.is_dir):
-                raise BackingDamaged(f"{folder.data} is gone")
+                raise BackingDamaged(f"{folder.data} does not exist")
             await self._limit(folder, backing, backing.size_bytes)
 
     async def backings_on_disk(self) -> tuple[BackingOnDisk, ...]:
         """See the protocol."""
-        with volume_errors("look for", "", self._root):
+        with volume_errors("list", "", self._root):
             return await run_to_end(backings_on_disk, self._root, self.kind) if self._local else ()
 
     async def grow(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
@@ -141,44 +141,44 @@ class ProjectQuotaBackend(VolumeBackend):
             return await _record_size(folder, backing, size_bytes)
 
     async def shrink(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
-        """See the protocol. What was written between the look and the limit gives the old limit back."""
+        """See the protocol. If data was written between the check and the new limit, the old limit is restored."""
         folder = self._folder(backing)
         _check_fits(backing, await self.usage(backing), size_bytes)
         with volume_errors("shrink", backing.name, self._root):
             mount = await self._mount()
             await set_limit(mount, backing.project_id, size_bytes)
             usage = await self._usage(folder, backing)
-            # One that is full to the limit may be fuller: statfs shows no more than the limit.
+            # statfs reports at most the limit, so a full volume may hold more: restore the old limit to measure it.
             if usage.used_bytes >= round_up(size_bytes):
                 await set_limit(mount, backing.project_id, backing.size_bytes)
                 _check_fits(backing, await self._usage(folder, backing), size_bytes)
                 await set_limit(mount, backing.project_id, size_bytes)
             return await _record_size(folder, backing, size_bytes)
 
-    def needs_copy(self, backing: VolumeBacking, size_bytes: int) -> bool:  # noqa: ARG002 - as the protocol has it
+    def needs_copy(self, backing: VolumeBacking, size_bytes: int) -> bool:  # noqa: ARG002 - required by the protocol
         """See the protocol: never."""
         return False
 
-    async def replacement(self, backing: VolumeBacking, uid: str, size_bytes: int) -> VolumeBacking:  # noqa: ARG002 - as the protocol has it
-        """See the protocol: nothing here needs one."""
+    async def replacement(self, backing: VolumeBacking, uid: str, size_bytes: int) -> VolumeBacking:  # noqa: ARG002 - required by the protocol
+        """See the protocol: not supported."""
         raise _no_replacement(backing)
 
     async def content(self, backing: VolumeBacking) -> str:
         """See the protocol."""
         raise _no_replacement(backing)
 
-    async def exchange(self, holder: VolumeBacking, other: VolumeBacking, content: str) -> None:  # noqa: ARG002 - as the protocol has it
+    async def exchange(self, holder: VolumeBacking, other: VolumeBacking, content: str) -> None:  # noqa: ARG002 - required by the protocol
         """See the protocol."""
         raise _no_replacement(holder)
 
     async def usage(self, backing: VolumeBacking) -> VolumeUsage:
         """See the protocol."""
-        with volume_errors("look into", backing.name, self._root):
+        with volume_errors("inspect", backing.name, self._root):
             return await self._usage(self._folder(backing), backing)
 
     @asynccontextmanager
     async def open_files(self, backing: VolumeBacking) -> AsyncIterator[str]:
-        """See the protocol. There is nothing to open, so nothing is in use by it either."""
+        """See the protocol. Nothing is opened or mounted, so the volume does not become busy."""
         yield str(self._folder(backing).data)
 
     async def files_location(self, backing: VolumeBacking) -> FilesLocation:
@@ -186,15 +186,15 @@ class ProjectQuotaBackend(VolumeBackend):
         return FilesLocation(path=self._folder(backing).data)
 
     async def destroy(self, backing: VolumeBacking) -> None:
-        """See the protocol. The engine refuses to let go of a volume that a container has, so it is asked first."""
+        """See the protocol. The caller removes the engine volume first, which fails while a container uses it."""
         folder = self._folder(backing)
         with volume_errors("delete", backing.name, self._root):
-            # One whose making was cut off is known by its uid alone.
+            # After an interrupted creation the caller knows only the uid.
             recorded = None if backing.project_id else await run_to_end(folder.read)
             project_id = recorded.project_id if recorded else backing.project_id
             await folder.remove()
             async with self._project_id_lock:
-                # Repeated much later, the id may have become another store's.
+                # When the call is repeated much later, another backing may have the id.
                 if project_id and project_id not in await run_to_end(recorded_ids, self._root):
                     await set_limit(await self._mount(), project_id, 0)
 
@@ -213,15 +213,15 @@ class ProjectQuotaBackend(VolumeBackend):
         return await filesystem_of(self._root)
 
     async def _free_id(self) -> int:
-        """An id that no store has recorded and the quota table does not know. Raises ProgramFailed."""
+        """Return an id that neither a backing nor the quota table has. Raises ProgramFailed."""
         taken = set(await project_usage(await self._mount())) | await run_to_end(recorded_ids, self._root)
         for number in self._project_ids:
             if number not in taken:
                 return number
-        raise ProgramFailed(f"all of {len(self._project_ids)} project ids are taken")
+        raise ProgramFailed(f"all {len(self._project_ids)} project ids are in use")
 
     async def _usage(self, folder: BackingFolder, backing: VolumeBacking) -> VolumeUsage:
-        """What statfs shows, unless that is about the pool: newer kernels show no more room than it has left."""
+        """Return the usage from statfs, or from the quota table if statfs reports a nearly full pool instead."""
         shown, pool = await run_to_end(_statvfs_both, folder.data, self._root)
         used = (shown.f_blocks - shown.f_bfree) * shown.f_frsize
         if shown.f_bfree >= pool.f_bfree:
@@ -231,17 +231,17 @@ class ProjectQuotaBackend(VolumeBackend):
         )
 
     async def _mark(self, folder: BackingFolder, backing: VolumeBacking) -> None:
-        """Give the folder its id, and have all that is made in it inherit that."""
+        """Set the project id of the folder, which new files in it inherit."""
         await run("xfs_io", "-r", "-c", f"chproj {backing.project_id}", "-c", "chattr +P", str(folder.data))
         shown = await run("xfs_io", "-r", "-c", "lsproj", str(folder.data))
         if shown.split() != ["projid", "=", str(backing.project_id)]:
-            raise ProgramFailed(f"xfs_io: {folder.data} shows {shown.strip()!r} instead of {backing.project_id}")
+            raise ProgramFailed(f"{folder.data} has project id {shown.strip()!r}, expected {backing.project_id}")
 
     async def _limit(self, folder: BackingFolder, backing: VolumeBacking, size_bytes: int) -> None:
         await set_limit(await self._mount(), backing.project_id, size_bytes)
         shown = await run_to_end(os.statvfs, folder.data)
         if (shows := shown.f_blocks * shown.f_frsize) != round_up(size_bytes):
-            raise ProgramFailed(f"xfs_quota: {folder.data} shows {shows} bytes instead of {size_bytes}")
+            raise ProgramFailed(f"{folder.data} reports {shows} bytes, expected {size_bytes}")
 
 
 def _statvfs_both(data: Path, root: Path) -> tuple[os.statvfs_result, os.statvfs_result]:
@@ -270,5 +270,5 @@ def _make_folder(data: Path) -> None:
 
 
 def _no_replacement(backing: VolumeBacking) -> VolumeFailed:
-    detail = "a PROJECT_QUOTA volume is never replaced"
+    detail = "PROJECT_QUOTA volumes are never replaced"
     return VolumeFailed(volume=backing.name, call="replace", detail=detail)

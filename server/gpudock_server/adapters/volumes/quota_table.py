@@ -1,4 +1,4 @@
-"""The kernel's table of project quotas, by xfs_quota (package xfsprogs), which knows it for XFS and ext4 alike."""
+"""The kernel's table of project quotas, through xfs_quota (package xfsprogs), which supports XFS and ext4."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Final
 
 from gpudock_server.adapters.host.subprocesses import run
 
-# A limit is kept in these.
+# Limits are multiples of this size.
 BLOCK_BYTES: Final = 4096
 _REPORTED: Final = re.compile(r"^#(\d+)\s+(\d+)\s", re.MULTILINE)
 _REPORTED_UNIT: Final = 1024
@@ -26,7 +26,7 @@ class MountedFilesystem:
 
 
 async def filesystem_of(root: Path) -> MountedFilesystem:
-    """What `root` lies on, or will when it is made. Raises ProgramFailed."""
+    """Return the filesystem of `root`, which need not exist yet. Raises ProgramFailed."""
     existing = next(path for path in (root, *root.parents) if path.exists())
     found = await run("findmnt", "--json", "--output", "TARGET,FSTYPE,OPTIONS", "--target", str(existing))
     shown = json.loads(found)["filesystems"][-1]
@@ -36,29 +36,29 @@ async def filesystem_of(root: Path) -> MountedFilesystem:
 
 
 async def is_enforced(mount: MountedFilesystem) -> bool:
-    """Whether project quotas stop a writer there. Raises ProgramFailed."""
+    """Whether project quotas are enforced on a filesystem. Raises ProgramFailed."""
     return "Enforcement: ON" in await _ask(mount, "state -p")
 
 
 async def project_usage(mount: MountedFilesystem) -> dict[int, int]:
-    """The bytes that each project id of the table takes. Raises ProgramFailed."""
+    """Return the used bytes of each project id in the table. Raises ProgramFailed."""
     report = await _ask(mount, "report -p -n -N -b")
     return {int(number): int(used) * _REPORTED_UNIT for number, used in _REPORTED.findall(report)}
 
 
 async def set_limit(mount: MountedFilesystem, project_id: int, size_bytes: int) -> None:
-    """Both limits at once: statfs shows the soft one, and the hard one is what stops a writer. Raises ProgramFailed."""
+    """Set the soft limit, which statfs reports, and the hard limit, which is enforced. Raises ProgramFailed."""
     limit = round_up(size_bytes)
     await _ask(mount, f"limit -p bsoft={limit} bhard={limit} {project_id}")
 
 
 def round_up(size_bytes: int) -> int:
-    """The limit that a size becomes."""
+    """Round a size up to a valid limit."""
     return -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
 
 
 async def _ask(mount: MountedFilesystem, command: str) -> str:
     foreign = [] if mount.filesystem == "xfs" else ["-f"]
-    # Neither /etc/projects nor /etc/projid has a say: our ids are numbers.
+    # Ignore /etc/projects and /etc/projid: project ids are passed as numbers.
     files = ["-D", "/dev/null", "-P", "/dev/null"]
     return await run("xfs_quota", "-x", *foreign, *files, "-c", command, mount.point)

@@ -1,7 +1,7 @@
-"""The child process that works on trees: one job after the other, each a line of JSON on the standard input.
+"""The child process that works on trees: it reads one job after the other, each a line of JSON, from stdin.
 
-It answers with lines of JSON: {"progress": [bytes, total]} any number of times, then {"result": {...}} or
-{"error": {"kind": ..., ...}}. It ends when its input does, and is killed when its parent dies.
+It answers with lines of JSON on stdout: {"progress": [bytes, total]} any number of times, then {"result": {...}} or
+{"error": {"kind": ..., ...}}. It ends at the end of its input, and is killed when its parent dies.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from gpudock_server.adapters.host.trees.jobs import JobRefusedError, Jobs
 from gpudock_server.adapters.host.trees.limits import TreeTooLargeError
 
 _PR_SET_PDEATHSIG = 1
-# The kernel takes the child before the daemon, and before most of what else runs.
+# The out-of-memory killer ends the child before the daemon and most other processes.
 _OOM_SCORE = "500"
 
 
 def main() -> None:
-    """Serve jobs until the input ends. Arguments: the parent's process id, and the most bytes of address space."""
+    """Run jobs until the input ends. Arguments: the pid of the parent, and the limit of the address space in bytes."""
     parent, memory_bytes = int(sys.argv[1]), int(sys.argv[2])
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before that
+    if os.getppid() != parent:  # the parent died before prctl
         return
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:  # noqa: PTH123 - pathlib takes long to load
+    with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:  # noqa: PTH123 - importing pathlib takes too long
         file.write(_OOM_SCORE)
     jobs = Jobs(lambda current, total: _answer({"progress": [current, total]}))
     for line in sys.stdin:
@@ -39,7 +39,7 @@ def main() -> None:
         except MemoryError:
             jobs = Jobs(jobs.send)
             answer = {"error": {"kind": "memory", "text": f"{memory_bytes >> 20} MiB"}}
-        except Exception as error:  # noqa: BLE001 - every failure is the parent's to judge
+        except Exception as error:  # noqa: BLE001 - the parent handles all errors
             answer = {"error": _described(error)}
         _answer(answer)
 

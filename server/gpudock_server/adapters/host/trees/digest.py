@@ -1,16 +1,14 @@
-"""One number for all that a tree of files holds, so that two trees can be told apart and the same one recognized.
+"""The digest of a file tree: equal trees have the same digest.
 
-The digest is a SHA-256 over the entries in the order of a walk in which the names of each folder are sorted. Of each
-entry it takes the number of its folder in that walk, its name, type, mode, owner and group, the time of modification
-(ns), a device's number, a symbolic link's target, the extended attributes (ACLs are some of them), which entry was the
-first with its inode, and for a file its length and the SHA-256 of its content. Blocks of the content that are all zeros
-are left out, whether they are holes or not: filesystems lay files out as they like, and a hole of terabytes takes no
-time.
+It is a SHA-256 over the entries in the order of a walk in which the names of each folder are sorted. Of each entry it
+includes the number of its folder in the walk, its name, type, mode, owner, group, modification time (ns), device
+number, target of a symbolic link, extended attributes (which include ACLs), the number of the first entry with the same
+inode, and for a file its length and the SHA-256 of its content. Blocks of zeros are left out, whether they are holes or
+not: the layout depends on the filesystem, and a hole of terabytes must not take time.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import stat
@@ -21,17 +19,17 @@ from gpudock_server.adapters.host.filesystem import sync_filesystem
 from gpudock_server.adapters.host.trees.entry_copy import next_data
 from gpudock_server.adapters.host.trees.folders import FOLDER_FLAGS, ROOT, FolderTree, OpenFolders
 from gpudock_server.adapters.host.trees.interrupt import Interrupt
+from gpudock_server.adapters.host.trees.xattrs import NO_XATTRS_ERRNOS
 
 _BLOCK_BYTES = 1 << 20
 _ZEROS = bytes(_BLOCK_BYTES)
-_NO_XATTRS = frozenset({errno.ENOTSUP, errno.ENODATA})
-# A name that has become a FIFO meanwhile must not be waited for.
+# O_NONBLOCK: do not wait if the name is a FIFO now.
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
 class TreeDigest:
-    """What was read."""
+    """The digest of a tree, with its numbers of entries and bytes of content."""
 
     entries: int
     content_bytes: int
@@ -39,10 +37,10 @@ class TreeDigest:
 
 
 def digest_tree(root: str, interrupt: Interrupt) -> TreeDigest:
-    """Read a whole tree, on one filesystem. Raises OSError, Interrupted; nothing in it may change meanwhile."""
+    """Compute the digest of a tree, which must not change meanwhile. Raises OSError, Interrupted."""
     descriptor = os.open(root, FOLDER_FLAGS)
     try:
-        # Where a filesystem was ever wrong about holes, it was in files that it had not written yet.
+        # Filesystems have reported wrong holes in files that were not written to disk yet.
         sync_filesystem(descriptor)
         return _DigestWalk(descriptor, interrupt).run()
     finally:
@@ -54,7 +52,7 @@ class _DigestWalk:
     root: int
     interrupt: Interrupt
     folder_tree: FolderTree = field(default_factory=FolderTree)
-    # (device, inode) -> the number of the first entry found with it, of those that have several names.
+    # (device, inode) of a file with several names -> number of the first entry with it.
     links: dict[tuple[int, int], int] = field(default_factory=dict)
     entries: int = 0
     content_bytes: int = 0
@@ -91,20 +89,20 @@ class _DigestWalk:
             facts.append(os.fsencode(os.readlink(name, dir_fd=here)))
         elif stat.S_ISREG(found.st_mode):
             facts.append(struct.pack("<Q", found.st_size))
-            # The content of what has several names is read once.
+            # The content of a file with several names is read once.
             if first == self.entries:
                 facts.append(self._content(name, here, found.st_size))
                 self.content_bytes += found.st_size
         return _framed(facts)
 
     def _first(self, found: os.stat_result) -> int:
-        """The number of the first entry that has this inode; its own number when it is that one."""
+        """Return the number of the first entry with this inode, which may be the current entry."""
         if found.st_nlink == 1 or stat.S_ISDIR(found.st_mode):
             return self.entries
         return self.links.setdefault((found.st_dev, found.st_ino), self.entries)
 
     def _content(self, name: str, here: int, size: int) -> bytes:
-        """The SHA-256 of each block that is not all zeros behind its place; blocks begin at multiples of their size."""
+        """Hash each block that is not all zeros, preceded by its offset, which is a multiple of the block size."""
         digest, at = hashlib.sha256(), 0
         file = os.open(name, _READ_FLAGS, dir_fd=here)
         try:
@@ -122,7 +120,7 @@ class _DigestWalk:
 
 
 def _block(file: int, at: int, count: int) -> bytes:
-    """So many bytes of an open file; less at its end alone, though one read may give less anywhere."""
+    """Read `count` bytes of an open file, fewer only at its end; a single pread may return fewer anywhere."""
     block = os.pread(file, count, at)
     while len(block) < count and (more := os.pread(file, count - len(block), at + len(block))):
         block += more
@@ -130,16 +128,16 @@ def _block(file: int, at: int, count: int) -> bytes:
 
 
 def _xattrs(path: str) -> bytes:
-    """All attributes in one, by a path through an open folder's descriptor; a link at its end is not followed."""
+    """Return the extended attributes in one byte string; `path` is not followed if it ends in a symbolic link."""
     try:
         names = sorted(os.listxattr(path, follow_symlinks=False))
         return _framed([p for n in names for p in (os.fsencode(n), os.getxattr(path, n, follow_symlinks=False))])
     except OSError as error:
-        if error.errno in _NO_XATTRS:
+        if error.errno in NO_XATTRS_ERRNOS:
             return b""
         raise
 
 
 def _framed(parts: list[bytes]) -> bytes:
-    """The parts in one, each behind its length: no two lists of parts give the same."""
+    """Join parts, each after its length, so that different lists never give the same bytes."""
     return b"".join(struct.pack("<Q", len(part)) + part for part in (struct.pack("<Q", len(parts)), *parts))

@@ -1,4 +1,4 @@
-"""Making one entry of a tree anew elsewhere, with everything that it has but its name."""
+"""Copy one entry of a tree: data, holes, extents and attributes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from gpudock_server.adapters.host.trees.interrupt import Interrupt
+from gpudock_server.adapters.host.trees.xattrs import read_xattrs
 
 # ioctl_ficlone(2): share the other file's extents.
 _FICLONE = 0x40049409
@@ -18,7 +19,6 @@ _CLONE_UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, er
 _CLONE_REFUSED = frozenset({errno.EINVAL, errno.ETXTBSY, errno.EPERM})
 _COPY_RANGE_UNSUPPORTED = frozenset({errno.EXDEV, errno.ENOSYS})
 _COPY_RANGE_REFUSED = _COPY_RANGE_UNSUPPORTED | {errno.EINVAL, errno.EOPNOTSUPP}
-_NO_XATTRS = frozenset({errno.ENOTSUP, errno.ENODATA})
 # sync_file_range(2): WAIT_BEFORE | WRITE | WAIT_AFTER
 _WRITE_AND_WAIT, _WRITE = 7, 2
 _TMPFS, _RAMFS = 0x01021994, 0x858458F6
@@ -29,16 +29,16 @@ _BUFFER_BYTES = 1 << 20
 
 
 class CopyResult(NamedTuple):
-    """How a file was copied: whether it shares its extents, and whether it was written back before."""
+    """How a file was copied: whether extents are shared, and whether the source was written back before."""
 
     cloned: bool
     written: bool
 
 
 class EntryCopier:
-    """Copies files and their attributes by descriptors. `moved` is told of bytes as they are copied.
+    """Copies files and their attributes by descriptors. `moved` is called with the number of bytes as they are copied.
 
-    `clones`: whether extents may be shared; it becomes False when the filesystem turns out to be unable to.
+    `clones`: whether extents may be shared; it becomes False if the filesystem does not support that.
     """
 
     def __init__(self, interrupt: Interrupt, moved: Callable[[int], None], *, clones: bool) -> None:
@@ -52,7 +52,7 @@ class EntryCopier:
     def file(
         self, source: int, status: os.stat_result, folder: int, name: str, *, write_back: bool = False
     ) -> CopyResult:
-        """Make `name` in `folder` equal to an open regular file; `write_back` it before it is copied byte by byte."""
+        """Copy an open regular file to `name` in `folder`; with `write_back`, write it back before copying bytes."""
         target = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
         try:
             cloned, written = self._cloned(source, target), False
@@ -68,7 +68,7 @@ class EntryCopier:
         return CopyResult(cloned, written)
 
     def special(self, handle: int, status: os.stat_result, folder: int, name: str) -> None:
-        """Make `name` in `folder` equal to a link, a device, a whiteout, a fifo or a socket (an O_PATH descriptor)."""
+        """Copy a link, device, whiteout, FIFO or socket (an O_PATH descriptor) to `name` in `folder`."""
         mode = status.st_mode
         if stat.S_ISLNK(mode):
             os.symlink(os.readlink("", dir_fd=handle), name, dir_fd=folder)
@@ -81,13 +81,12 @@ class EntryCopier:
         os.utime(name, ns=(status.st_atime_ns, status.st_mtime_ns), dir_fd=folder, follow_symlinks=False)
 
     def write_back(self, file: int) -> bool:
-        """Make later changes of an open file show in its ctime; False where they will not.
+        """Make sure that later changes of an open file change its ctime; False if that is not possible.
 
-        Two kinds of change leave the ctime as it is, and so have to be out of the way between looking at it and
-        copying. A write(2) stamps the ctime when it begins; the lock of the inode, which SEEK_DATA or a read waits
-        for, tells that those which had begun have ended. A store into memory that is mapped from the file stamps it
-        only when the page was clean; once the pages are written, the next store faults and stamps it again. tmpfs
-        never writes, so there nothing shows.
+        Two kinds of changes may leave the ctime as it is, so they must end between reading the ctime and copying. A
+        write(2) sets the ctime when it begins: SEEK_DATA and a read wait for the lock of the inode, and so for the
+        writes that have begun. A store into mapped memory sets the ctime only if the page was clean: after the pages
+        are written back, the next store faults and sets it again. tmpfs never writes back, so it is not supported.
         """
         try:
             os.lseek(file, 0, os.SEEK_DATA)
@@ -104,15 +103,15 @@ class EntryCopier:
         raise OSError(code, os.strerror(code))
 
     def tracks_mapped_writes(self, folder: int) -> bool:
-        """Whether the filesystem is one where `write_back` does what it says."""
+        """Whether `write_back` is effective on the filesystem."""
         buffer = ctypes.create_string_buffer(_STATFS_BYTES)
         if self._libc.fstatfs(folder, buffer) != 0:
             return False
         return ctypes.c_long.from_buffer(buffer).value not in (_TMPFS, _RAMFS)
 
     def same_file(self, one: int, other: int, size: int) -> bool:
-        """Whether two open files of the same size have the same contents and extended attributes."""
-        if _xattrs(one, follow=True) != _xattrs(other, follow=True):
+        """Whether two open files of the same size have the same content and extended attributes."""
+        if read_xattrs(one, follow=True) != read_xattrs(other, follow=True):
             return False
         at = 0
         while at < size:
@@ -140,12 +139,12 @@ class EntryCopier:
         length = 0
         for begin, end in data_ranges(source, status):
             length = self._copy_range(source, target, begin, end)
-        # Not where it would change nothing: XFS then writes the file out and waits for the disk.
+        # Skipped if the length is right: XFS would write the file out and wait for the disk.
         if length != status.st_size:
             os.ftruncate(target, status.st_size)
 
     def _copy_range(self, source: int, target: int, begin: int, end: int) -> int:
-        """Copy a part; where it ended. It ends early when the source was truncated, so it will be copied again."""
+        """Copy a range; returns its end, which is earlier if the source was truncated: it will be copied again then."""
         unwritten = begin
         while begin < end:
             self._interrupt.check()
@@ -160,7 +159,7 @@ class EntryCopier:
         return begin
 
     def _begin_to_write(self, file: int, at: int, count: int) -> None:
-        """Start writing a range to the disk while more is copied. Errors show in the sync at the end of the copy."""
+        """Start to write a range to disk while the copy continues. The sync at the end reports errors."""
         self._libc.sync_file_range(file, ctypes.c_longlong(at), ctypes.c_longlong(count), ctypes.c_uint(_WRITE))
 
     def _copied_at(self, source: int, target: int, at: int, count: int) -> int:
@@ -178,7 +177,7 @@ class EntryCopier:
 
 
 def can_clone(folder: int, name: str) -> bool:
-    """Try whether files in the open folder can share extents, with two files `name`* that go again."""
+    """Whether files in the open folder can share extents, tested with two temporary files `name`-1 and `name`-2."""
     names = (f"{name}-1", f"{name}-2")
     flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     opened = [os.open(each, flags, 0o600, dir_fd=folder) for each in names]
@@ -197,7 +196,7 @@ def can_clone(folder: int, name: str) -> bool:
 
 
 def data_ranges(file: int, status: os.stat_result) -> Iterator[tuple[int, int]]:
-    """The parts of an open file that are no holes, as (begin, end)."""
+    """Iterate over the ranges of an open file that are not holes, as (begin, end)."""
     size = status.st_size
     if status.st_blocks * 512 >= size:
         yield 0, size
@@ -209,15 +208,15 @@ def data_ranges(file: int, status: os.stat_result) -> Iterator[tuple[int, int]]:
 
 
 def match_xattrs(source: int | str, target: int | str) -> dict[str, bytes]:
-    """Give one entry the extended attributes of another, and return these.
+    """Give the target the extended attributes of the source, and return these.
 
-    The source's path is /proc/self/fd/<number>, which leads to the very entry that was opened and no further; a
-    target's path is not followed where it ends in a link.
+    A source path is /proc/self/fd/<number>, which leads to the opened entry only. A target path that ends in a symbolic
+    link is not followed.
     """
     follow = isinstance(target, int)
-    wanted, found = _xattrs(source, follow=True), _xattrs(target, follow=follow)
+    wanted, found = read_xattrs(source, follow=True), read_xattrs(target, follow=follow)
     for name in found.keys() - wanted.keys():
-        if not name.startswith("security."):  # what a security module puts on every file is its own
+        if not name.startswith("security."):  # security modules set these on every file
             os.removexattr(target, name, follow_symlinks=follow)
     for name, value in wanted.items():
         if found.get(name) != value:
@@ -225,18 +224,8 @@ def match_xattrs(source: int | str, target: int | str) -> dict[str, bytes]:
     return wanted
 
 
-def _xattrs(entry: int | str, *, follow: bool) -> dict[str, bytes]:
-    try:
-        names = os.listxattr(entry, follow_symlinks=follow)
-        return {name: os.getxattr(entry, name, follow_symlinks=follow) for name in names}
-    except OSError as error:
-        if error.errno in _NO_XATTRS:
-            return {}
-        raise
-
-
 def next_data(file: int, at: int, size: int) -> int:
-    """Where the next data begins; `size` when only a hole follows."""
+    """Return the offset of the next data; `size` if only a hole follows."""
     try:
         return min(os.lseek(file, at, os.SEEK_DATA), size)
     except OSError as error:

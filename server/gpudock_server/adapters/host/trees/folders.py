@@ -1,8 +1,8 @@
-"""Folders of a tree by descriptors, one name at a time, so that no symbolic link is ever followed.
+"""Open the folders of a tree by descriptors, one name at a time, so that no symbolic link is followed.
 
-A container that runs can put a link where a folder was a moment ago; a path that the kernel resolves in one go would
-then lead root to the host's own files. Folders are known by numbers, not by paths: with the paths of all folders,
-memory would grow with the square of the depth.
+A running container can replace a folder by a link at any time; a path that the kernel resolves as a whole would then
+lead root to files of the host. Folders are identified by numbers: the memory for the paths of all folders would grow
+with the square of the depth.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from gpudock_server.adapters.host.trees.interrupt import Interrupt
 
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 ROOT = 0
-# However deep a tree is, no more folders than these are open at a time.
+# Maximum number of open folders, for trees of any depth.
 _OPEN_FOLDERS = 64
 _SHOWN_CHARACTERS = 200
-# Names of subfolders that a removal holds at a time, for each level of the tree.
+# Maximum number of names of subfolders that a removal holds for each level of the tree.
 _BATCH = 1000
 
-# What opening a folder of a tree that changes meanwhile may end with.
+# Errors of opening a folder that was removed or replaced meanwhile.
 GONE_ERRNOS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE})
 
 
 @dataclass
 class FolderTree:
-    """The folders of a tree by number. 0 is the root; the number of any other is greater than its parent's.
+    """The folders of a tree by number. 0 is the root; all others have greater numbers than their parents.
 
-    Names are text as os.fsdecode gives it: bytes that are no UTF-8 become surrogates and lose nothing.
+    Names are decoded with os.fsdecode: bytes that are not UTF-8 become surrogates, so nothing is lost.
     """
 
     parents: list[int] = field(default_factory=lambda: [ROOT])
@@ -42,18 +42,18 @@ class FolderTree:
         return len(self.parents)
 
     def add(self, parent: int, name: str) -> int:
-        """The number of a folder that was not known before."""
+        """Add a folder and return its number."""
         self.parents.append(parent)
         self.names.append(name)
         self.depths.append(self.depths[parent] + 1)
         return len(self.parents) - 1
 
     def drop_last(self) -> None:
-        """Forget the folder that was added last."""
+        """Remove the folder that was added last."""
         del self.parents[-1], self.names[-1], self.depths[-1]
 
     def shown(self, folder: int, name: str = "") -> str:
-        """The path of a folder, or of `name` in it, for a message: escaped, and long ones shortened at the front."""
+        """Return the path of a folder, or of `name` in it, for messages: escaped, and shortened at the front."""
         parts, length = [name] if name else [], len(name)
         while folder != ROOT and length < _SHOWN_CHARACTERS:
             parts.append(self.names[folder])
@@ -64,12 +64,12 @@ class FolderTree:
 
 
 class OpenFolders:
-    """The open folders between a tree's root and the folder that is looked at."""
+    """The open folders between the root of a tree and the current folder."""
 
     def __init__(self, root: int, tree: FolderTree) -> None:
         self._root = root
         self._tree = tree
-        # Number -> descriptor, each a descendant of the one before.
+        # Number -> descriptor; each folder is a descendant of the one before.
         self._opened: dict[int, int] = {}
 
     def __enter__(self) -> Self:
@@ -81,12 +81,12 @@ class OpenFolders:
         self.close()
 
     def close(self) -> None:
-        """Close every folder but the root."""
+        """Close all folders except the root."""
         while self._opened:
             os.close(self._opened.popitem()[1])
 
     def enter(self, folder: int) -> int:
-        """A descriptor of `folder`, good until the next call. Raises OSError; ELOOP or ENOTDIR for a link."""
+        """Return a descriptor of `folder`, valid until the next call. Raises OSError; ELOOP or ENOTDIR for a link."""
         opened, parents, names = self._opened, self._tree.parents, self._tree.names
         missing: list[int] = []
         while folder != ROOT and folder not in opened:
@@ -104,7 +104,7 @@ class OpenFolders:
 
 
 def remove_entry(parent: int, name: str, interrupt: Interrupt) -> None:
-    """Remove `name` from the folder `parent`, with all that is below it; nothing there is no error."""
+    """Remove `name` from the folder `parent`, with everything below it; do nothing if it does not exist."""
     try:
         os.unlink(name, dir_fd=parent)
     except FileNotFoundError:
@@ -119,19 +119,19 @@ def remove_entry(parent: int, name: str, interrupt: Interrupt) -> None:
 
 
 def empty_folder(root: int, interrupt: Interrupt) -> None:
-    """Remove everything below the folder `root`, however deep it goes, with memory in proportion to the depth."""
+    """Remove everything below the folder `root`, at any depth, with memory in proportion to the depth."""
     tree = FolderTree()
     with OpenFolders(root, tree) as open_folders:
         here = ROOT
-        waiting = [_emptied_of_files(root, interrupt)]
+        waiting = [_remove_files(root, interrupt)]
         while True:
             interrupt.check()
             names, partly = waiting[-1]
             if names:
                 here = tree.add(here, names.pop())
-                waiting.append(_emptied_of_files(open_folders.enter(here), interrupt))
+                waiting.append(_remove_files(open_folders.enter(here), interrupt))
             elif partly:
-                waiting[-1] = _emptied_of_files(open_folders.enter(here), interrupt)
+                waiting[-1] = _remove_files(open_folders.enter(here), interrupt)
             elif here == ROOT:
                 return
             else:
@@ -141,8 +141,8 @@ def empty_folder(root: int, interrupt: Interrupt) -> None:
                 os.rmdir(name, dir_fd=open_folders.enter(here))
 
 
-def _emptied_of_files(folder: int, interrupt: Interrupt) -> tuple[list[str], bool]:
-    """Remove all from an open folder but its subfolders; return names of those, and whether there may be more."""
+def _remove_files(folder: int, interrupt: Interrupt) -> tuple[list[str], bool]:
+    """Remove all files from an open folder; returns names of its subfolders, and whether there may be more."""
     subfolders: list[str] = []
     with os.scandir(folder) as entries:
         for entry in entries:

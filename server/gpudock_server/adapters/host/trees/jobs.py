@@ -1,7 +1,6 @@
-"""The jobs of the child process. See `worker` for how they are called, and `child` for what runs them.
+"""The jobs of the child process; `worker` calls them and `child` runs them.
 
-Arguments and results are JSON. A source or a target is named by its path and, where that was checked before, by the
-device and inode that the path has to lead to.
+Arguments and results are JSON. A source or a target is a path, optionally with the device and inode that it must have.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from gpudock_server.adapters.host.trees.entry_copy import EntryCopier
 from gpudock_server.adapters.host.trees.folders import FOLDER_FLAGS, OpenFolders, empty_folder, remove_entry
 from gpudock_server.adapters.host.trees.interrupt import Interrupt
 from gpudock_server.adapters.host.trees.limits import Limits
-from gpudock_server.adapters.host.trees.mirror import CopyIndex, Mirror, PassCounts, measure
-from gpudock_server.adapters.host.trees.path_length import longest_path
+from gpudock_server.adapters.host.trees.measure import longest_path, measure
+from gpudock_server.adapters.host.trees.mirror import CopyIndex, Mirror, PassCounts
 from gpudock_server.adapters.host.trees.snapshot_index import (
     OPAQUE_XATTR,
     Index,
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
 
 TREE_NAME = "tree"
 _MAX_PASSES = 4
-# A pass that moved no more than this leaves little to the one that finds the source still.
+# After a pass that copied no more than this, the last pass over the unchanging source has little left to copy.
 _SMALL_PASS_BYTES = 8 << 20
 _SMALL_PASS_ENTRIES = 200
 _PROGRESS_SECONDS = 0.25
@@ -51,11 +50,11 @@ _NO_SPACE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class JobRefusedError(Exception):
-    """What a job was to work on is not what it was said to be, or is in use; the text says in what."""
+    """The source or target of a job is not what the arguments describe, or is in use; the message says why."""
 
 
 class ProgressReporter:
-    """Sends progress to the parent, about four times a second. `total` 0 is not known."""
+    """Sends progress to the parent, about four times a second. `total` 0: unknown."""
 
     def __init__(self, send: Callable[[int, int], None]) -> None:
         self._send = send
@@ -64,7 +63,7 @@ class ProgressReporter:
         self.total = 0
 
     def add(self, count: int) -> None:
-        """So many bytes more were copied or shared."""
+        """Add bytes that were copied or shared."""
         self.current += count
         if (moment := time.monotonic()) >= self._next:
             self._next = moment + _PROGRESS_SECONDS
@@ -73,20 +72,20 @@ class ProgressReporter:
 
 @dataclass(frozen=True, slots=True)
 class CheckedFolder:
-    """A folder: its path, and what device and inode it must have (0: any)."""
+    """A folder with the device and inode that it must have (0: any)."""
 
     path: str
     device: int = 0
     inode: int = 0
 
     @contextmanager
-    def opened(self) -> Iterator[int]:
-        """Its descriptor; a symbolic link in its place is refused, and so is another folder."""
+    def open(self) -> Iterator[int]:
+        """Open the folder. Raises JobRefusedError for another folder, OSError for a symbolic link."""
         descriptor = os.open(self.path, FOLDER_FLAGS)
         try:
             found = os.fstat(descriptor)
             if self.inode and (found.st_dev, found.st_ino) != (self.device, self.inode):
-                raise JobRefusedError(f"{self.path} is another folder than before")
+                raise JobRefusedError(f"{self.path} was replaced by another folder")
             yield descriptor
         finally:
             os.close(descriptor)
@@ -94,7 +93,7 @@ class CheckedFolder:
 
 @dataclass(frozen=True, slots=True)
 class PassInput:
-    """What a pass works on, all folders open. `state` holds the index; `hidden` is its name if it is in the target."""
+    """Input of a pass; all folders are open. `state` holds the index; `hidden` is its name if it is in the target."""
 
     source: int
     target: int
@@ -109,7 +108,7 @@ class PassInput:
 
 @dataclass
 class Jobs:
-    """The jobs, with what one leaves in memory for the next one of the same operation."""
+    """The jobs, and the indexes that a job keeps in memory for the next job of the same operation."""
 
     send: Callable[[int, int], None]
     interrupt: Interrupt = field(default_factory=Interrupt)
@@ -119,7 +118,7 @@ class Jobs:
     layers: LayerJobs | None = None
 
     def run(self, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Run one job to its end. Raises what goes wrong."""
+        """Run one job and return its result. Raises the errors of the job."""
         jobs: dict[str, Callable[..., dict[str, Any]]] = {
             "measure": self.measure,
             "longest_path": self.longest_path,
@@ -137,34 +136,34 @@ class Jobs:
         return jobs[name](**arguments)
 
     def measure(self, *, source: list[Any], previous: str, limits: list[int] | None) -> dict[str, Any]:
-        """The bytes that a snapshot has to copy at most, and the number of entries."""
-        with CheckedFolder(*source).opened() as folder:
+        """Return the maximum number of bytes that a snapshot has to copy, and the number of entries."""
+        with CheckedFolder(*source).open() as folder:
             found = measure(folder, self._load(previous), self.interrupt, _limits(limits))
         return {"bytes": found.bytes, "entries": found.entries}
 
     def longest_path(self, *, source: list[Any]) -> dict[str, Any]:
-        """The length in bytes of the longest path in a tree."""
-        with CheckedFolder(*source).opened() as folder:
+        """Return the length in bytes of the longest path in a tree."""
+        with CheckedFolder(*source).open() as folder:
             return {"bytes": longest_path(folder, self.interrupt)}
 
-    def gather(self, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401 - as `_snapshot_pass` takes them
-        """Bring a snapshot close to a source that may change meanwhile."""
+    def gather(self, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401 - the arguments of `_snapshot_pass`
+        """Copy most of a source that may change meanwhile into a snapshot."""
         with self._snapshot_pass(**arguments) as work:
             self._gather_passes(work)
         return {}
 
-    def complete(self, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401 - as `_snapshot_pass` takes them
-        """Make a snapshot equal to a source that is still."""
+    def complete(self, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401 - the arguments of `_snapshot_pass`
+        """Make a snapshot equal to a source that does not change."""
         with self._snapshot_pass(**arguments) as work:
             self._pass(work, still=True)
         return {}
 
     def check(self, *, partial: str) -> dict[str, Any]:
-        """Whether a completed snapshot is what its index says, on the disk; its size."""
-        with CheckedFolder(partial).opened() as state, CheckedFolder(f"{partial}/{TREE_NAME}").opened() as tree:
+        """Write a completed snapshot to disk and check it against its index; returns its size."""
+        with CheckedFolder(partial).open() as state, CheckedFolder(f"{partial}/{TREE_NAME}").open() as tree:
             index = load_index(state, same_boot=True)
             if index is None or not index.complete:
-                raise JobRefusedError("the snapshot was not completed, or the machine was restarted since")
+                raise JobRefusedError("the snapshot is incomplete, or the machine has rebooted since")
             sync_filesystem(tree)
             size, new = _checked_sizes(tree, index, self.interrupt)
         return {"bytes": size, "new_bytes": new, "entries": len(index) - 1, "cloned": index.cloned}
@@ -181,13 +180,12 @@ class Jobs:
         total: int = 0,
         durable: bool = False,
     ) -> dict[str, Any]:
-        """Make one tree equal to another. What was done so far is kept in the folder `hidden` of the target.
+        """Make one tree equal to another. The index is kept in the folder `hidden` of the target.
 
-        `still`: the source does not change, and this is the last pass; the folder is removed. `total`: the bytes of
-        disk that the source takes, where they were measured already. `durable`: what was copied is on the disk at the
-        end.
+        `still`: the source does not change and this is the last pass, which removes the folder. `total`: the bytes on
+        disk of the source, if they have been measured. `durable`: write the copy to disk.
         """
-        with CheckedFolder(*source).opened() as from_, CheckedFolder(*target).opened() as into:
+        with CheckedFolder(*source).open() as from_, CheckedFolder(*target).open() as into:
             _lock(into, CheckedFolder(*target).path)
             with suppress(FileExistsError):
                 os.mkdir(hidden, 0o700, dir_fd=into)
@@ -213,8 +211,8 @@ class Jobs:
         return {}
 
     def fill(self, *, source: list[Any], target: list[Any], hidden: str, total: int, clones: bool) -> dict[str, Any]:
-        """Make a tree equal to another that does not change, whatever it was before, and compare the two."""
-        with CheckedFolder(*source).opened() as from_, CheckedFolder(*target).opened() as into:
+        """Empty a tree, copy another tree that does not change into it, and compare the two."""
+        with CheckedFolder(*source).open() as from_, CheckedFolder(*target).open() as into:
             _lock(into, CheckedFolder(*target).path)
             empty_folder(into, self.interrupt)
             os.mkdir(hidden, 0o700, dir_fd=into)
@@ -232,23 +230,23 @@ class Jobs:
                 os.close(state)
             _remove_hidden(into, hidden, self.interrupt)
             if found := differences(f"/proc/self/fd/{from_}/.", f"/proc/self/fd/{into}/.", self.interrupt):
-                raise JobRefusedError(f"the copy is not equal: {'; '.join(found)}")
-            # The original may be removed soon after; a power failure then must not find the copy unwritten.
+                raise JobRefusedError(f"the copy differs from the source: {'; '.join(found)}")
+            # The source may be removed next; the copy must survive a power failure.
             sync_filesystem(into)
         return {}
 
     def remove(self, *, parent: str, name: str) -> dict[str, Any]:
-        """Remove a folder with all that is in it."""
-        with CheckedFolder(parent).opened() as folder:
+        """Remove a folder with everything in it."""
+        with CheckedFolder(parent).open() as folder:
             remove_entry(folder, name, self.interrupt)
         return {}
 
     def differences(self, *, old: str, new: str) -> dict[str, Any]:
-        """The first few differences between two trees that do not change."""
+        """Return the first differences between two trees that do not change."""
         return {"found": differences(old, new, self.interrupt)}
 
     def digest(self, *, root: str) -> dict[str, Any]:
-        """All that a tree holds, as one number."""
+        """Return the digest of a tree, and its numbers of entries and bytes."""
         found = digest_tree(root, self.interrupt)
         return {"entries": found.entries, "content_bytes": found.content_bytes, "sha256": found.sha256}
 
@@ -276,11 +274,11 @@ class Jobs:
         self, *, source: list[Any], partial: str, previous: str, clones: bool, quiet: bool, limits: list[int] | None
     ) -> Iterator[PassInput]:
         with ExitStack() as stack:
-            from_ = stack.enter_context(CheckedFolder(*source).opened())
+            from_ = stack.enter_context(CheckedFolder(*source).open())
             yield PassInput(
                 source=from_,
-                target=stack.enter_context(CheckedFolder(f"{partial}/{TREE_NAME}").opened()),
-                state=stack.enter_context(CheckedFolder(partial).opened()),
+                target=stack.enter_context(CheckedFolder(f"{partial}/{TREE_NAME}").open()),
+                state=stack.enter_context(CheckedFolder(partial).open()),
                 previous=None if clones else self._copies_of(previous, from_, stack),
                 clones=clones,
                 quiet=quiet,
@@ -289,12 +287,11 @@ class Jobs:
             )
 
     def _gather_passes(self, work: PassInput) -> None:
-        """Pass after pass, until one finds little, or the source changes as fast as it is copied."""
+        """Run passes until one finds little to copy, or the source changes as fast as it is copied."""
         if not work.report.total:
             work.report.total = measure(work.source, None, self.interrupt, work.limits).bytes
-        sync_filesystem(
-            work.source
-        )  # in one go, which is quicker than each file by itself (see EntryCopier.write_back)
+        # One sync is faster than EntryCopier.write_back of each file.
+        sync_filesystem(work.source)
         before: PassCounts | None = None
         for _ in range(_MAX_PASSES):
             moved = self._pass(work, still=False)
@@ -305,7 +302,7 @@ class Jobs:
             before = moved
 
     def _pass(self, work: PassInput, *, still: bool) -> PassCounts:
-        """Bring what changed since the last pass. While it works there is no index, so a torn tree is never trusted."""
+        """Copy what has changed since the last pass. The index is removed first: a partial tree is never trusted."""
         index, self.index = self.index or load_index(work.state, same_boot=True), None
         remove_index(work.state)
         if index is None or index.device != os.fstat(work.source).st_dev:
@@ -313,13 +310,13 @@ class Jobs:
         try:
             return self._pass_from(index, work, still=still)
         except OSError as error:
-            # What is gone from the source goes last from the target, which may have no room for both.
+            # Files that the source no longer has are removed last; the target may not have enough space for both.
             if not work.hidden or error.errno not in _NO_SPACE_ERRNOS:
                 raise
         return self._pass_anew(work, still=still)
 
     def _pass_anew(self, work: PassInput, *, still: bool) -> PassCounts:
-        """Bring everything to a target that is emptied first."""
+        """Empty the target and copy everything."""
         self._start_over(work)
         return self._pass_from(Index(os.fstat(work.source).st_dev), work, still=still)
 
@@ -336,10 +333,10 @@ class Jobs:
         return mirror.moved
 
     def _save(self, index: Index, work: PassInput) -> None:
-        """Write the index down for the next pass.
+        """Save the index for the next pass.
 
-        In the target's own tree nothing needs it after the last pass; and where there is no room for it beside the
-        files, the next pass copies everything again.
+        An index in the tree of the target is not needed after the last pass. If there is no space for it, the next pass
+        copies everything again.
         """
         if not work.hidden:
             save_index(index, work.state)
@@ -352,19 +349,19 @@ class Jobs:
                 empty_folder(work.state, self.interrupt)
 
     def _start_over(self, work: PassInput) -> None:
-        """Empty the target, all but the state that may lie in it."""
+        """Empty the target, except for the folder `hidden`."""
         with os.scandir(work.target) as entries:
             names = [entry.name for entry in entries if entry.name != work.hidden]
         for name in names:
             remove_entry(work.target, name, self.interrupt)
 
     def _load(self, previous: str) -> Index | None:
-        """The index of a sealed snapshot, "" for none; None where there is nothing to share with."""
+        """Load the index of a sealed snapshot ("": none); None if there is no snapshot to share files with."""
         if self.previous_path != previous:
             self.previous = None
             if previous:
                 try:
-                    with CheckedFolder(previous).opened() as folder:
+                    with CheckedFolder(previous).open() as folder:
                         self.previous = load_index(folder, same_boot=False)
                 except FileNotFoundError:
                     self.previous = None
@@ -376,8 +373,8 @@ class Jobs:
         if index is None:
             return None
         try:
-            tree = stack.enter_context(CheckedFolder(f"{previous}/{TREE_NAME}").opened())
-        except FileNotFoundError:  # removed since: then there is nothing to share
+            tree = stack.enter_context(CheckedFolder(f"{previous}/{TREE_NAME}").open())
+        except FileNotFoundError:  # the snapshot was removed, so nothing can be shared
             return None
         copies = CopyIndex(index, tree, os.fstat(source).st_dev)
         stack.callback(copies.open_folders.close)
@@ -389,16 +386,16 @@ def _limits(values: list[int] | None) -> Limits | None:
 
 
 def _remove_hidden(root: int, hidden: str, interrupt: Interrupt) -> None:
-    """Remove the folder of the state; the root's times stay what they are."""
+    """Remove the folder of the index; the times of the root are kept."""
     times = os.fstat(root)
     remove_entry(root, hidden, interrupt)
     os.utime(root, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 def _lock(folder: int, path: str) -> None:
-    """Lock a tree that is going to be filled, for as long as its descriptor is open.
+    """Lock the target tree until its descriptor is closed. Raises JobRefusedError.
 
-    A child that outlived a killed daemon keeps the next one out, for the moment until the kernel has ended it.
+    The child of a killed daemon may hold the lock for a moment, until the kernel has ended it.
     """
     deadline = time.monotonic() + _LOCK_SECONDS
     while True:
@@ -406,17 +403,17 @@ def _lock(folder: int, path: str) -> None:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise JobRefusedError(f"another process is still copying to {path}") from None
+                raise JobRefusedError(f"{path} is locked by another copy") from None
             time.sleep(_PROGRESS_SECONDS)
         else:
             return
 
 
 def _checked_sizes(tree: int, index: Index, interrupt: Interrupt) -> tuple[int, int]:
-    """Bytes of disk that a tree takes, every inode once, and those of them that it shares with nothing older.
+    """Return the bytes on disk of a tree, every inode counted once, and the part that no older snapshot shares.
 
-    Raises JobRefusedError when the tree is not what the index says: each folder has the names that it should have, each
-    name its copy, and each copy the type, mode, owner and length of what was copied, a folder its opaque mark too.
+    Raises JobRefusedError if the tree does not match the index: the names in each folder, the inode of each copy, its
+    type, mode, owner and length, and the opaque attribute of folders.
     """
     found: dict[int, tuple[int, bool]] = {}
     if index.root is None or (problem := _problem(tree, ".", os.fstat(tree), index.root)):
@@ -428,7 +425,7 @@ def _checked_sizes(tree: int, index: Index, interrupt: Interrupt) -> tuple[int, 
                 names = {item.name for item in listed}
             if names != entries.keys():
                 different = index.folder_tree.shown(folder, next(iter(names ^ entries.keys())))
-                raise JobRefusedError(f"{different} is in the copy or in the index, not in both")
+                raise JobRefusedError(f"{different} is missing in the copy or in the index")
             for name, entry in entries.items():
                 interrupt.check()
                 status = os.stat(name, dir_fd=here, follow_symlinks=False)
@@ -439,16 +436,16 @@ def _checked_sizes(tree: int, index: Index, interrupt: Interrupt) -> tuple[int, 
 
 
 def _problem(folder: int, name: str, status: os.stat_result, entry: IndexEntry) -> str:
-    """What is wrong with a copy, in words; empty when nothing is."""
+    """Why a copy does not match its index entry; empty if it does."""
     if not _is_as(status, entry):
-        return "is not what was copied"
+        return "does not match what was copied"
     if entry.is_folder:
         try:
             mark = os.getxattr(f"/proc/self/fd/{folder}/{name}", OPAQUE_XATTR, follow_symlinks=False)
         except OSError:
             mark = b""
         if (mark == b"y") != entry.opaque:
-            return f"differs from what was copied in {OPAQUE_XATTR}"
+            return f"does not match what was copied: {OPAQUE_XATTR} differs"
     return ""
 
 

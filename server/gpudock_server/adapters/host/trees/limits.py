@@ -1,26 +1,26 @@
-"""How large a tree may be of which an index is kept."""
+"""Limits of the size of trees that are indexed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Of one entry in memory: two indices (the one before and the new one) and the places of the copies.
+# Memory of one entry: in two indexes (the previous and the new one) and in the locations of the copies.
 _ENTRY_BYTES = 2048
 _NAME_COPIES = 4
 _BASE_BYTES = 512 << 20
-# Paths of one-character names are no longer than PATH_MAX at this depth; beyond it, no program reaches a file by path.
+# At this depth even paths of one-character names exceed PATH_MAX, so no program can use a path beyond it.
 MAX_DEPTH = 4096
 MAX_NAME_BYTES = 128 << 20
 DEFAULT_MAX_ENTRIES = 1_000_000
 
 
 class TreeTooLargeError(Exception):
-    """A tree exceeds the limits; the text says which one, and its value."""
+    """A tree exceeds the limits; the message says which one, and its value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The most entries, folders in folders, and characters of all names together."""
+    """Maximum number of entries, depth of folders, and characters of all names together."""
 
     entries: int = DEFAULT_MAX_ENTRIES
     depth: int = MAX_DEPTH
@@ -28,7 +28,7 @@ class Limits:
 
     @property
     def memory_bytes(self) -> int:
-        """The address space that is enough to mirror a tree within these limits."""
+        """Return the address space that is enough to mirror a tree within these limits."""
         return _BASE_BYTES + self.entries * _ENTRY_BYTES + self.name_characters * _NAME_COPIES
 
 
@@ -42,9 +42,9 @@ class EntryCounter:
         self.name_characters = 0
 
     def folder(self, depth: int) -> None:
-        """Check the depth of a folder below the root. Raises TreeTooLargeError."""
+        """Check the depth of a folder. Raises TreeTooLargeError."""
         if self._limits and depth > self._limits.depth:
-            raise TreeTooLargeError(f"folders are nested more than {self._limits.depth} deep")
+            raise TreeTooLargeError(f"folders are nested deeper than {self._limits.depth}")
 
     def entry(self, name: str) -> None:
         """Count one entry. Raises TreeTooLargeError."""

@@ -1,8 +1,8 @@
-"""Making one tree equal to another, again and again, each time in proportion to what changed since.
+"""Make one tree equal to another in several passes, each in proportion to what has changed since the last.
 
-The source may change at any moment, as long as one last pass finds it still. What has changed is told by inode number
-and ctime (see snapshot_index), never by path, size and mtime alone. What has not is left as it is, or linked: from
-where it stood in the copy, when a folder was renamed, or from an earlier copy.
+The source may change during all passes but the last. Changes are detected by inode number and ctime (see
+snapshot_index), never by path, size and mtime alone. Unchanged files are left as they are, or linked: from their old
+place in the copy if a folder was renamed, or from an earlier copy.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from gpudock_server.adapters.host.trees.entry_copy import EntryCopier, match_xattrs
-from gpudock_server.adapters.host.trees.folders import GONE_ERRNOS, ROOT, FolderTree, OpenFolders, remove_entry
+from gpudock_server.adapters.host.trees.folders import GONE_ERRNOS, ROOT, OpenFolders, remove_entry
 from gpudock_server.adapters.host.trees.interrupt import Interrupt
 from gpudock_server.adapters.host.trees.limits import EntryCounter, Limits
 from gpudock_server.adapters.host.trees.snapshot_index import OPAQUE_XATTR, Index, IndexEntry, Key, is_whiteout, key_of
 
-# Two changes within one tick of the kernel's clock have one ctime. Ticks are 10 ms at most; this is far beyond, and
-# covers direct writes too, whose ctime is that of their beginning.
+# Two changes within one tick of the kernel's clock have the same ctime. Ticks are 10 ms at most. This value is much
+# larger, and covers direct writes too, whose ctime is set when they begin.
 TICK_NS = 1_000_000_000
-# Of ext4's 65,000; beyond, a file is copied.
+# ext4 allows 65,000. Beyond this number a file is copied.
 _MAX_LINKS = 60_000
 _BLOCK_BYTES = 512
-# EPERM: what has the name by now is a folder.
+# EPERM: the name is now a folder.
 _CANNOT_LINK = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EMLINK, errno.EXDEV, errno.EPERM})
 _HANDLE_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOATIME | os.O_CLOEXEC
@@ -36,24 +36,24 @@ _UNKNOWN = IndexEntry((0, 0, 0, 0, stat.S_IFDIR, 0, 0, 0), copy=0, settled=False
 
 
 class CopyIndex:
-    """A tree of copies, with the index that says of what. Entries are found by folder and name, or by the inode.
+    """A tree of copies with its index. Entries are found by folder and name, or by the inode of the original.
 
-    `device` is the filesystem of what is to be copied; the inodes of another one say nothing.
+    `device` is the filesystem of the source; if the index is of another one, its inode numbers are not used.
     """
 
     def __init__(self, index: Index, root: int, device: int) -> None:
         self.index = index
-        self._inodes_tell = index.device == device
+        self._same_device = index.device == device
         self.open_folders = OpenFolders(root, index.folder_tree)
         self._locations: dict[int, tuple[int, str]] | None = None
 
     def link(self, folder: int | None, name: str, key: Key, names: int, staging: int) -> IndexEntry | None:
-        """Link a copy of the state `key` to the staging folder; None where there is none.
+        """Link a copy of the state `key` into the staging folder; None if there is none.
 
-        `folder` is the number in this index of the folder where it is expected first. `names` more names than the copy
-        has will be given to it.
+        `folder` is the number, in this index, of the folder that is searched first. `names` is the number of links that
+        the copy will get.
         """
-        for where, called in self._candidates(folder, name, key) if self._inodes_tell else ():
+        for where, called in self._candidates(folder, name, key) if self._same_device else ():
             entry = self.index.entries[where][called]
             if not entry.settled or entry.key != key:
                 continue
@@ -64,7 +64,7 @@ class CopyIndex:
                 if error.errno not in _CANNOT_LINK:
                     raise
                 continue
-            # Only the inode itself proves that this is the copy that the index tells of.
+            # Only the inode number proves that this is the copy in the index.
             linked = os.stat(_STAGED_NAME, dir_fd=staging, follow_symlinks=False)
             if linked.st_ino == entry.copy and linked.st_nlink + names < _MAX_LINKS:
                 return entry
@@ -72,7 +72,7 @@ class CopyIndex:
         return None
 
     def open_like(self, folder: int | None, name: str, key: Key) -> tuple[int, IndexEntry] | None:
-        """Open the copy in a folder when all but inode and ctime are as in `key`; it may have the same contents."""
+        """Open the copy in a folder if it matches `key` except for inode and ctime: it may have the same content."""
         entry = self.index.entry(folder, name)
         if folder is None or entry is None or entry.key[2:] != key[2:] or not stat.S_ISREG(key[4]):
             return None
@@ -101,14 +101,14 @@ class CopyIndex:
 
 @dataclass
 class PassCounts:
-    """What a pass had to do."""
+    """Numbers of entries and bytes that a pass changed."""
 
     entries: int = 0
     bytes: int = 0
 
 
 class _LinkedEntry(NamedTuple):
-    """The first of several names of one inode, in this pass."""
+    """The first name of an inode with several names, in this pass."""
 
     entry: IndexEntry
     folder: int
@@ -116,7 +116,7 @@ class _LinkedEntry(NamedTuple):
 
 
 class _Visit(NamedTuple):
-    """A folder to be walked. `parent` is a number of the new index; the others are its own in the two earlier ones."""
+    """A folder to walk: its parent in the new index, its own numbers in the old and the previous index."""
 
     parent: int
     name: str
@@ -126,7 +126,7 @@ class _Visit(NamedTuple):
 
 
 class _WalkedFolder(NamedTuple):
-    """A folder that is walked: its number in the new index, in the one before, in that of an earlier snapshot."""
+    """A folder that is walked: its number in the new index, in the old index, and in that of an earlier snapshot."""
 
     folder: int
     old: int | None
@@ -136,11 +136,11 @@ class _WalkedFolder(NamedTuple):
 class Mirror:
     """One pass over a tree. All folders are open descriptors.
 
-    `staging` is an empty folder on the target's filesystem, where every entry is made before it gets its place: there
-    it inherits nothing from its parent, and in its place it is never seen half made. `previous` are copies of an
-    earlier state, which may be linked to. `hidden` is a name in the target's root that is not the source's business.
-    `live`: processes may write to the source now; `quiet`: none has any of its files open or mapped. Two changes within
-    `tick_ns` may have the same ctime. With `limits`, a larger tree raises TreeTooLargeError.
+    `staging` is an empty folder on the target's filesystem, in which every entry is created before it is renamed to its
+    place: there it inherits nothing from its parent, and it is never visible incomplete. `previous` are copies of an
+    earlier state, which may be linked. `hidden` is a name in the root of the target that does not belong to the copy.
+    `live`: processes may write to the source now; `quiet`: no process has a file of the source open or mapped. Two
+    changes within `tick_ns` may have the same ctime. With `limits`, a larger tree raises TreeTooLargeError.
     """
 
     def __init__(
@@ -172,17 +172,17 @@ class Mirror:
         self.moved = PassCounts()
 
     def run(self, index: Index) -> Index:
-        """Make the target equal to the source and return the new index; `index` tells what the target is.
+        """Make the target equal to the source and return the new index; `index` describes the target before.
 
-        When this raises, the target is neither what the old index says nor what a new one would.
+        If this raises, the target matches neither the old nor a new index.
         """
         remove_entry(self._staging, _STAGED_NAME, self._interrupt)
         self._own = CopyIndex(index, self._target, self._device)
         self._old, self._fresh = index, Index(self._device)
         folder_tree = self._fresh.folder_tree
-        self._twin_folders = OpenFolders(self._target, folder_tree)
+        self._link_folders = OpenFolders(self._target, folder_tree)
         with OpenFolders(self._source, folder_tree) as source, OpenFolders(self._target, folder_tree) as target:
-            with self._own.open_folders, self._twin_folders:
+            with self._own.open_folders, self._link_folders:
                 self._walk(source, target)
             self._remove_gone(target)
             self._set_times(target)
@@ -212,19 +212,19 @@ class Mirror:
             waiting += self._scan(_WalkedFolder(folder, visit.old, visit.previous), here, there)
 
     def _apply_attributes(self, folder: int, here: int, there: int) -> IndexEntry:
-        """Give a folder the attributes of its source; its times come last of all."""
-        looked = time.time_ns()
+        """Copy the attributes of a folder; its times are set at the end of the pass."""
+        checked_ns = time.time_ns()
         status = os.fstat(here)
         os.fchown(there, status.st_uid, status.st_gid)
         opaque = match_xattrs(here, there).get(OPAQUE_XATTR) == b"y"
         os.fchmod(there, stat.S_IMODE(status.st_mode))
         self._touched.add(folder)
         self.moved.entries += 1
-        settled = self._is_past(status, looked)
+        settled = self._is_past(status, checked_ns)
         return IndexEntry(key_of(status), os.fstat(there).st_ino, settled, shared=False, opaque=opaque)
 
     def _scan(self, place: _WalkedFolder, here: int, there: int) -> list[_Visit]:
-        """Bring everything in one folder that changed; the folders in it that are to be walked."""
+        """Copy what has changed in one folder; returns the folders in it that must be walked."""
         old = self._old.entries[place.old] if place.old is not None else {}
         fresh = self._fresh.entries[place.folder]
         earlier = self._previous.index if self._previous else None
@@ -263,20 +263,20 @@ class Mirror:
                 elif (
                     known is None
                     and status.st_nlink > 1
-                    and (twin := self._link_in_place(place, name, there, status, key))
+                    and (linked := self._link_in_place(place, name, there, status, key))
                 ):
-                    fresh[name] = twin
-                elif brought := self._copy_entry(place, name, here, there, known):
-                    fresh[name] = brought
+                    fresh[name] = linked
+                elif copied := self._copy_entry(place, name, here, there, known):
+                    fresh[name] = copied
         self._gone += [(place.folder, name) for name in old.keys() - fresh.keys()]
         return found
 
     def _agrees(self, status: os.stat_result, known: IndexEntry, place: _WalkedFolder, name: str) -> bool:
-        """Whether all names of an inode that were met so far have the same copy."""
+        """Whether all names of the inode so far have the same copy."""
         if status.st_nlink == 1 or is_whiteout(status):
             return True
-        twin = self._linked_entries.setdefault(status.st_ino, _LinkedEntry(known, place.folder, name))
-        return twin.entry.copy == known.copy and twin.entry.key == known.key
+        linked = self._linked_entries.setdefault(status.st_ino, _LinkedEntry(known, place.folder, name))
+        return linked.entry.copy == known.copy and linked.entry.key == known.key
 
     def _make_folder(self, place: _WalkedFolder, name: str, there: int, known: IndexEntry | None) -> None:
         os.mkdir(_STAGED_NAME, 0o700, dir_fd=self._staging)
@@ -285,7 +285,7 @@ class Mirror:
     def _copy_entry(
         self, place: _WalkedFolder, name: str, here: int, there: int, known: IndexEntry | None
     ) -> IndexEntry | None:
-        """Bring one entry that is no folder; None when it is not there any more, or has become a folder."""
+        """Copy one entry that is not a folder; None if it no longer exists or is now a folder."""
         try:
             handle = os.open(name, _HANDLE_FLAGS, dir_fd=here)
         except OSError as error:
@@ -293,11 +293,11 @@ class Mirror:
                 return None
             raise
         try:
-            looked = time.time_ns()
+            checked_ns = time.time_ns()
             status = os.fstat(handle)
             if stat.S_ISDIR(status.st_mode):
                 return None
-            entry = self._stage(place, name, handle, status, looked)
+            entry = self._stage(place, name, handle, status, checked_ns)
         finally:
             os.close(handle)
         self._put(place, name, there, known)
@@ -306,13 +306,15 @@ class Mirror:
         self.moved.entries += 1
         return entry
 
-    def _stage(self, place: _WalkedFolder, name: str, handle: int, status: os.stat_result, looked: int) -> IndexEntry:
-        """Have the entry in the staging folder: linked where that is the same, else made."""
+    def _stage(
+        self, place: _WalkedFolder, name: str, handle: int, status: os.stat_result, checked_ns: int
+    ) -> IndexEntry:
+        """Create the entry in the staging folder: as a link if an equal copy exists, otherwise as a new copy."""
         key, names = key_of(status), status.st_nlink
         size = status.st_blocks * _BLOCK_BYTES
-        twin = self._linked_entries.get(status.st_ino)
-        if twin and twin.entry.key == key and self._link_staged(twin):
-            return twin.entry
+        linked = self._linked_entries.get(status.st_ino)
+        if linked and linked.entry.key == key and self._link_staged(linked):
+            return linked.entry
         if entry := self._own.link(place.old, name, key, 0, self._staging):
             return entry
         if self._previous and (entry := self._previous.link(place.previous, name, key, names, self._staging)):
@@ -322,18 +324,18 @@ class Mirror:
             os.unlink(_STAGED_NAME, dir_fd=self._staging)
         if not stat.S_ISREG(status.st_mode):
             self._entry_copier.special(handle, status, self._staging, _STAGED_NAME)
-            return self._entry(key, settled=self._is_past(status, looked), shared=False)
-        # Opened this way because a name can become a device, whose very opening may do something.
+            return self._entry(key, settled=self._is_past(status, checked_ns), shared=False)
+        # Opened through the checked handle: the name may now be a device, which must not be opened.
         file = os.open(f"/proc/self/fd/{handle}", _READ_FLAGS)
         try:
-            return self._file(place, name, file, status, looked)
+            return self._file(place, name, file, status, checked_ns)
         finally:
             os.close(file)
 
-    def _link_staged(self, twin: _LinkedEntry) -> bool:
+    def _link_staged(self, linked: _LinkedEntry) -> bool:
         try:
-            at = self._twin_folders.enter(twin.folder)
-            os.link(twin.name, _STAGED_NAME, src_dir_fd=at, dst_dir_fd=self._staging, follow_symlinks=False)
+            at = self._link_folders.enter(linked.folder)
+            os.link(linked.name, _STAGED_NAME, src_dir_fd=at, dst_dir_fd=self._staging, follow_symlinks=False)
         except OSError as error:
             if error.errno in _CANNOT_LINK:
                 return False
@@ -343,30 +345,30 @@ class Mirror:
     def _link_in_place(
         self, place: _WalkedFolder, name: str, there: int, status: os.stat_result, key: Key
     ) -> IndexEntry | None:
-        """Link a new name of an inode that was brought before in this pass; half as much work as in the staging folder.
+        """Link a new name of an inode that was copied before in this pass, without the staging folder.
 
-        A tree may have hundreds of thousands of names for one inode.
+        That is half the work, and a tree may have hundreds of thousands of names for one inode.
         """
-        twin = self._linked_entries.get(status.st_ino)
-        if twin is None or twin.entry.key != key:
+        linked = self._linked_entries.get(status.st_ino)
+        if linked is None or linked.entry.key != key:
             return None
         try:
-            at = self._twin_folders.enter(twin.folder)
-            os.link(twin.name, name, src_dir_fd=at, dst_dir_fd=there, follow_symlinks=False)
+            at = self._link_folders.enter(linked.folder)
+            os.link(linked.name, name, src_dir_fd=at, dst_dir_fd=there, follow_symlinks=False)
         except OSError as error:
             if error.errno in _CANNOT_LINK or error.errno == errno.EEXIST:
                 return None
             raise
         self._touched.add(place.folder)
         self.moved.entries += 1
-        return twin.entry
+        return linked.entry
 
-    def _file(self, place: _WalkedFolder, name: str, file: int, status: os.stat_result, looked: int) -> IndexEntry:
+    def _file(self, place: _WalkedFolder, name: str, file: int, status: os.stat_result, checked_ns: int) -> IndexEntry:
         key, size = key_of(status), status.st_blocks * _BLOCK_BYTES
-        # Looked at, written back, copied: in this order nothing can change unseen. See EntryCopier.write_back. Sharing
-        # extents does it in itself: the filesystem locks the file and writes it out first.
+        # The order stat, write back, copy misses no change; see EntryCopier.write_back. Sharing extents needs no write
+        # back: the filesystem locks the file and writes it out first.
         written = self._live and not self._entry_copier.clones and self._entry_copier.write_back(file)
-        settled = self._is_past(status, looked) and (self._quiet or (written and self._tracks_mapped_writes))
+        settled = self._is_past(status, checked_ns) and (self._quiet or (written and self._tracks_mapped_writes))
         if entry := self._same_as_before(place, name, file, key):
             self._handled(size)
             return entry._replace(key=key, settled=settled, shared=True)
@@ -379,11 +381,11 @@ class Mirror:
         else:
             self.moved.bytes += size
         if cloned or (copied_written and self._tracks_mapped_writes):
-            settled = settled or self._is_past(status, looked)
+            settled = settled or self._is_past(status, checked_ns)
         return self._entry(key, settled=settled, shared=cloned)
 
     def _same_as_before(self, place: _WalkedFolder, name: str, file: int, key: Key) -> IndexEntry | None:
-        """Link an earlier copy of which only the contents tell that it is the same."""
+        """Link an earlier copy if its content is equal although the inode or ctime differs."""
         found = self._previous.open_like(place.previous, name, key) if self._previous else None
         if found is None:
             return None
@@ -391,7 +393,7 @@ class Mirror:
         try:
             if not (self._is_free(entry.copy, key[0]) and self._entry_copier.same_file(file, other, key[3])):
                 return None
-            # The very file that was compared, whatever has its name now.
+            # Link the open file that was compared; its name may be another file now.
             os.link(f"/proc/self/fd/{other}", _STAGED_NAME, dst_dir_fd=self._staging, follow_symlinks=True)
         except OSError as error:
             if error.errno in _CANNOT_LINK:
@@ -402,7 +404,7 @@ class Mirror:
         return entry
 
     def _is_free(self, copy: int, inode: int) -> bool:
-        """Whether no other inode of the source has this earlier copy: two files that are alike stay two."""
+        """Whether no other inode of the source uses this earlier copy: two equal files must not become one."""
         if self._copy_owners is None:
             self._copy_owners = {entry.copy: entry.key[0] for _, _, entry in self._old.walk()}
         return self._copy_owners.setdefault(copy, inode) == inode
@@ -412,24 +414,24 @@ class Mirror:
         return IndexEntry(key, made.st_ino, settled, shared)
 
     def _put(self, place: _WalkedFolder, name: str, there: int, known: IndexEntry | None) -> None:
-        """Give what is staged its place."""
+        """Move the staged entry to its place."""
         if known is not None:
-            # Renaming one of two names of an inode to the other would do nothing at all.
+            # rename(2) does nothing if both names are links of the same inode.
             remove_entry(there, name, self._interrupt)
         os.rename(_STAGED_NAME, name, src_dir_fd=self._staging, dst_dir_fd=there)
         self._touched.add(place.folder)
 
-    def _is_past(self, status: os.stat_result, looked: int) -> bool:
-        """Whether every later change has a later ctime."""
-        return is_whiteout(status) or status.st_ctime_ns < looked - self._tick_ns
+    def _is_past(self, status: os.stat_result, checked_ns: int) -> bool:
+        """Whether every later change will have a later ctime."""
+        return is_whiteout(status) or status.st_ctime_ns < checked_ns - self._tick_ns
 
     def _remove_gone(self, target: OpenFolders) -> None:
-        """Last, so that what was renamed could be linked from where it was."""
+        """Remove entries that the source no longer has; at the end, so that renamed files could be linked from them."""
         for folder, name in self._gone:
             try:
                 there = target.enter(folder)
             except OSError as error:
-                if error.errno in GONE_ERRNOS:  # a folder above it went before
+                if error.errno in GONE_ERRNOS:  # a parent folder was removed before
                     continue
                 raise
             remove_entry(there, name, self._interrupt)
@@ -438,63 +440,12 @@ class Mirror:
 
     def _set_times(self, target: OpenFolders) -> None:
         folder_tree = self._fresh.folder_tree
-        # In the order of their numbers, which is that of the walk: few folders have to be opened twice.
+        # In the order of the walk, so that few folders are opened twice.
         for folder in sorted(self._touched):
             parent, name = folder_tree.parents[folder], folder_tree.names[folder]
             entry = self._fresh.root if folder == ROOT else self._fresh.entry(parent, name)
             if entry is not None:
                 os.utime(target.enter(folder), ns=(entry.key[2], entry.key[2]))
-
-
-@dataclass(frozen=True, slots=True)
-class TreeSize:
-    """What a walk through a tree found. `bytes` are those of disk that a copy takes."""
-
-    bytes: int
-    entries: int
-
-
-def measure(source: int, previous: Index | None, interrupt: Interrupt, limits: Limits | None = None) -> TreeSize:
-    """About the bytes of disk that copies of a tree take, of those entries that `previous` does not have.
-
-    Raises TreeTooLargeError.
-    """
-    device, total = os.fstat(source).st_dev, 0
-    known = previous.walk() if previous and previous.device == device else ()
-    states = {entry.key for _, _, entry in known if entry.settled}
-    linked: set[int] = set()
-    folder_tree, counter = FolderTree(), EntryCounter(limits)
-    waiting: list[tuple[int, str]] = [(ROOT, "")]
-    with OpenFolders(source, folder_tree) as open_folders:
-        while waiting:
-            parent, name = waiting.pop()
-            folder = folder_tree.add(parent, name) if name else ROOT
-            counter.folder(folder_tree.depths[folder])
-            try:
-                here = open_folders.enter(folder)
-            except OSError as error:
-                if error.errno in GONE_ERRNOS:
-                    folder_tree.drop_last()
-                    continue
-                raise
-            with os.scandir(here) as entries:
-                for item in entries:
-                    interrupt.check()
-                    try:
-                        status = item.stat(follow_symlinks=False)
-                    except FileNotFoundError:
-                        continue
-                    if status.st_dev != device:
-                        continue
-                    counter.entry(item.name)
-                    if stat.S_ISDIR(status.st_mode):
-                        waiting.append((folder, item.name))
-                    elif key_of(status) in states or status.st_ino in linked:
-                        continue
-                    elif status.st_nlink > 1:
-                        linked.add(status.st_ino)
-                    total += status.st_blocks * _BLOCK_BYTES
-    return TreeSize(bytes=total, entries=counter.entries)
 
 
 def _is_same(known: IndexEntry | None, key: Key) -> bool:

@@ -1,10 +1,10 @@
-"""What was copied from where: by it, the next pass and the next snapshot know what has not changed since.
+"""The index of a copy: the state of each original and the inode of its copy, to find out what has not changed since.
 
-The file, little-endian: one line of JSON (a header with the checksum of the rest, padded with blanks), then for each
-folder the number of its parent, its name and its entries, each a fixed part and a name. Folders are numbered in the
-order in which they come, parents before their children. The file is read whole or not at all. Files of format 1 had the
-path of each folder, which grew with the square of the depth; they count as absent: the first snapshot after an update
-of the server shares no files with the ones before.
+File format, little-endian: one line of JSON (a header with the checksum of the rest, padded with blanks), then for each
+folder the number of its parent, its name and its entries, each with a fixed part and a name. Folders are numbered in
+the order of the file, parents before children. A damaged file counts as absent. So do files of format 1, which had the
+path of each folder and grew with the square of the depth: the first snapshot after that update shares no files with
+older ones.
 """
 
 from __future__ import annotations
@@ -31,17 +31,16 @@ _WRITE_BYTES = 1 << 20
 _SETTLED, _SHARED, _OPAQUE = 1, 2, 4
 OPAQUE_XATTR = "trusted.overlay.opaque"
 
-# ino, ctime_ns, mtime_ns, size, mode, uid, gid, rdev: what tells one state of an inode from every other. The ctime
-# does it nearly alone, because nobody can set it; size and mtime alone would miss a file that was written in place
-# and had its mtime put back.
+# ino, ctime_ns, mtime_ns, size, mode, uid, gid, rdev: identifies a state of an inode. The most important is the ctime,
+# which no process can set; size and mtime alone would miss a file that was written in place and had its mtime reset.
 Key = tuple[int, int, int, int, int, int, int, int]
 
 
 def key_of(status: os.stat_result) -> Key:
-    """The state of an inode as `status` shows it."""
+    """Return the state of an inode from its stat result."""
     mode = status.st_mode
     if is_whiteout(status):
-        # The kernel may make all whiteouts hard links of one inode, whose ctime changes with each that is added.
+        # The kernel may make all whiteouts hard links of one inode, whose ctime changes with each new link.
         return (0, 0, status.st_mtime_ns, 0, mode, status.st_uid, status.st_gid, 0)
     size = 0 if stat.S_ISDIR(mode) else status.st_size
     return (
@@ -51,16 +50,16 @@ def key_of(status: os.stat_result) -> Key:
 
 
 def is_whiteout(status: os.stat_result) -> bool:
-    """Whether it is overlayfs's mark for a deleted name."""
+    """Whether an entry is a whiteout: overlayfs's mark of a deleted name."""
     return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
 
 
 class IndexEntry(NamedTuple):
-    """A name that was copied. `copy` is the inode number of the copy.
+    """A copied entry. `copy` is the inode number of the copy.
 
-    `settled`: the copy is known to be of exactly the state `key`; otherwise a change may have hidden in the same tick
-    of the clock, or in memory. `shared`: the copy takes no room of its own. `opaque`: a folder with overlayfs's mark
-    that it hides what the image has there.
+    `settled`: the copy certainly has the state `key`; otherwise a change in the same tick of the clock, or in mapped
+    memory, may have been missed. `shared`: the copy takes no additional space. `opaque`: the folder has overlayfs's
+    mark that hides the folder of the image.
     """
 
     key: Key
@@ -71,16 +70,16 @@ class IndexEntry(NamedTuple):
 
     @property
     def is_folder(self) -> bool:
-        """Whether it is a directory."""
+        """Whether the entry is a directory."""
         return stat.S_ISDIR(self.key[4])
 
 
 @dataclass
 class Index:
-    """The entries of a tree by the number of their folder. `root` is the root's own entry.
+    """The entries of a tree by the number of their folder. `root` is the entry of the root.
 
-    `device` is the source's filesystem; on another one inode numbers mean something else. `complete`: the source was
-    still when it was copied; `cloned`: extents are shared with it where that was possible.
+    `device` is the filesystem of the source; its inode numbers are valid only there. `complete`: the source did not
+    change during the last pass. `cloned`: extents are shared with the source where possible.
     """
 
     device: int
@@ -95,28 +94,28 @@ class Index:
         return sum(map(len, self.entries)) + (self.root is not None)
 
     def add_folder(self, parent: int, name: str) -> int:
-        """The number of a folder that the index did not have before; its entry among its parent's is set apart."""
+        """Add a folder and return its number. The caller adds its entry in the parent."""
         number = self.folder_tree.add(parent, name)
         self.entries.append({})
         self.subfolders.setdefault(parent, {})[name] = number
         return number
 
     def drop_last_folder(self) -> None:
-        """Take back the latest `add_folder`, and its entry."""
+        """Remove the folder that was added last, and its entry."""
         parent, name = self.folder_tree.parents[-1], self.folder_tree.names[-1]
         del self.subfolders[parent][name], self.entries[-1], self.entries[parent][name]
         self.folder_tree.drop_last()
 
     def subfolder(self, folder: int | None, name: str) -> int | None:
-        """The number of a folder in a folder; None where the index has none."""
+        """Return the number of a subfolder; None if the index does not have it."""
         return None if folder is None else self.subfolders.get(folder, {}).get(name)
 
     def entry(self, folder: int | None, name: str) -> IndexEntry | None:
-        """What is known of a name in a folder."""
+        """Return the entry of a name in a folder; None if there is none."""
         return None if folder is None else self.entries[folder].get(name)
 
     def walk(self) -> Iterator[tuple[int, str, IndexEntry]]:
-        """Every entry but the root's, with its folder and its name."""
+        """Iterate over all entries except the root, with folder and name."""
         for folder, entries in enumerate(self.entries):
             for name, entry in entries.items():
                 yield folder, name, entry
@@ -134,7 +133,7 @@ class _Header:
 
     @classmethod
     def read(cls, line: bytes) -> _Header | None:
-        """The header in a line; None when it holds none of this format."""
+        """Parse a header; None if it is invalid or of another format."""
         try:
             fields = json.loads(line)
             header = cls(**fields)
@@ -145,7 +144,7 @@ class _Header:
 
 
 def save_index(index: Index, folder: int) -> None:
-    """Write the index into the folder, all of it or nothing."""
+    """Write the index into the folder atomically."""
     temporary = f"{INDEX_NAME}.new"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=folder)
     checksum = 0
@@ -164,10 +163,10 @@ def save_index(index: Index, folder: int) -> None:
 
 
 def load_index(folder: int, *, same_boot: bool) -> Index | None:
-    """The index in the folder; None when there is none, or when it is torn or of another format.
+    """Load the index from the folder; None if it is missing, damaged or of another format.
 
-    `same_boot`: nor when it was written before the machine last started. An index that outlived a power failure may
-    tell of files that did not.
+    `same_boot`: also None if it was written before the last boot: after a power failure the index may describe files
+    that were not written to disk.
     """
     try:
         descriptor = os.open(INDEX_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
@@ -186,7 +185,7 @@ def load_index(folder: int, *, same_boot: bool) -> Index | None:
 
 
 def remove_index(folder: int) -> None:
-    """Remove the index: from now on the tree is not what it says."""
+    """Remove the index, because the tree is about to change."""
     try:
         os.unlink(INDEX_NAME, dir_fd=folder)
     except FileNotFoundError:
@@ -194,12 +193,12 @@ def remove_index(folder: int) -> None:
 
 
 def boot_id() -> str:
-    """The kernel's name for the time since the machine started."""
+    """Return the boot id of the kernel."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 def _blocks(index: Index) -> Iterator[bytes]:
-    """The file's body in blocks. The root comes first, as a folder without a name whose own entry precedes it."""
+    """Iterate over the body of the file in blocks. The root comes first: its entry, then a folder without a name."""
     block = bytearray()
     pack, encode = _ENTRY.pack, os.fsencode
     block += bytes([index.root is not None])

@@ -1,11 +1,10 @@
-"""The parent's side of the child process that works on trees (see `child`)."""
+"""The parent's side of the child process that works on trees; see `child`."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
-import signal
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
@@ -15,11 +14,12 @@ from typing import Any, Final
 
 import gpudock_server
 from gpudock_server.adapters.host.stalls import DEFAULT_STALL_SECONDS, fail_if_stalled
+from gpudock_server.adapters.host.subprocesses import kill_and_wait
 from gpudock_server.adapters.host.trees.jobs import JobRefusedError
 from gpudock_server.adapters.host.trees.limits import TreeTooLargeError
 
 _LIBRARY: Final = str(Path(gpudock_server.__file__).parent.parent)
-# Nothing of the site's packages and no variable of the environment has a say in what the child loads.
+# With -I and -S neither site packages nor environment variables affect what the child loads.
 _BOOTSTRAP: Final = f"""
 import sys
 sys.path.insert(0, {_LIBRARY!r})
@@ -27,13 +27,13 @@ from gpudock_server.adapters.host.trees.child import main
 main()
 """
 _LINE_BYTES: Final = 1 << 20
-_COMPLAINT_CHARACTERS: Final = 500
+_MAX_STDERR_CHARACTERS: Final = 500
 
 
 class TreeWorker:
-    """One child process. It is started by its first job, and ended by `close`, or by a job that fails.
+    """One child process. The first job starts it; `close` or a failed job ends it.
 
-    Jobs come one after the other. What a job leaves in the child's memory serves the next one.
+    Jobs run one after the other. A job can use what the previous one left in the memory of the child.
     """
 
     def __init__(self, memory_bytes: int, stall_seconds: float = DEFAULT_STALL_SECONDS) -> None:
@@ -45,15 +45,15 @@ class TreeWorker:
     async def call(self, job: str, progress: Callable[[int, int], None] | None = None, /, **arguments: Any) -> Any:  # noqa: ANN401 - JSON
         """Run one job and return its result.
 
-        Raises TreeTooLargeError, JobRefusedError, StalledError and OSError. Whatever it raises, also when the caller is
-        cancelled, the child has ended by then and changes nothing any more.
+        Raises TreeTooLargeError, JobRefusedError, StalledError and OSError. After any error, or after the caller was
+        cancelled, the child has ended and changes nothing more.
         """
         self.busy = True
         try:
             process = self._process = self._process or await self._start()
             line = json.dumps({"job": job, "arguments": arguments}).encode() + b"\n"
-            answered = self._answer(process, line, progress)
-            answer = await fail_if_stalled(answered, process.pid, f"the job {job!r} on a tree", self._stall_seconds)
+            answering = self._answer(process, line, progress)
+            answer = await fail_if_stalled(answering, process.pid, f"job {job!r}", self._stall_seconds)
             return _result(answer)
         except BaseException:
             await self.close()
@@ -62,7 +62,7 @@ class TreeWorker:
             self.busy = False
 
     async def close(self) -> None:
-        """Kill the child and wait for its end, also while being cancelled again."""
+        """Kill the child and wait for its end, even if cancelled meanwhile."""
         process, self._process = self._process, None
         if process is not None:
             await kill_and_wait(process)
@@ -77,9 +77,9 @@ class TreeWorker:
         self, process: Process, line: bytes, progress: Callable[[int, int], None] | None
     ) -> dict[str, Any]:
         stdin, stdout = process.stdin, process.stdout
-        assert stdin is not None  # noqa: S101 - asked for above
-        assert stdout is not None  # noqa: S101 - likewise
-        with suppress(ConnectionError):  # it died: what follows says how
+        assert stdin is not None  # noqa: S101 - `_start` requests the pipe
+        assert stdout is not None  # noqa: S101 - `_start` requests the pipe
+        with suppress(ConnectionError):  # the child died; `_describe_exit` says how
             stdin.write(line)
             await stdin.drain()
         while answer := await stdout.readline():
@@ -101,7 +101,7 @@ async def run_job(
     stall_seconds: float = DEFAULT_STALL_SECONDS,
     **arguments: Any,  # noqa: ANN401 - JSON
 ) -> Any:  # noqa: ANN401 - JSON
-    """Run one job in a child of its own. See `TreeWorker.call`."""
+    """Run one job in its own child process. See `TreeWorker.call`."""
     worker = TreeWorker(memory_bytes, stall_seconds)
     try:
         return await worker.call(job, progress, **arguments)
@@ -109,28 +109,17 @@ async def run_job(
         await worker.close()
 
 
-async def kill_and_wait(process: Process) -> None:
-    """Kill the process and its group if it still runs, and wait for it, also while being cancelled again."""
-    if process.returncode is None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    waiting = asyncio.ensure_future(process.wait())
-    while not waiting.done():
-        with suppress(asyncio.CancelledError):
-            await asyncio.shield(waiting)
-
-
 async def _describe_exit(process: Process) -> str:
-    """How a child ended that did not answer."""
-    complaint = await process.stderr.read() if process.stderr is not None else b""
+    """Describe the exit of a child that did not answer."""
+    stderr = await process.stderr.read() if process.stderr is not None else b""
     code = await process.wait()
     how = f"was killed by signal {-code}" if code < 0 else f"exited with {code}"
-    said = complaint.decode(errors="replace").strip()[-_COMPLAINT_CHARACTERS:]
-    return f"the child process that works on the files {how}{': ' if said else ''}{said}"
+    output = stderr.decode(errors="replace").strip()[-_MAX_STDERR_CHARACTERS:]
+    return f"the file tree worker {how}{': ' if output else ''}{output}"
 
 
 def _result(answer: dict[str, Any]) -> Any:  # noqa: ANN401 - JSON
-    """The result in an answer. Raises the error in it."""
+    """Return the result of an answer, or raise its error."""
     error = answer.get("error")
     if error is None:
         return answer["result"]
@@ -138,7 +127,7 @@ def _result(answer: dict[str, Any]) -> Any:  # noqa: ANN401 - JSON
         case "too_large":
             raise TreeTooLargeError(error["text"])
         case "memory":
-            raise TreeTooLargeError(f"its index takes more than {error['text']} of memory")
+            raise TreeTooLargeError(f"its index needs more than {error['text']} of memory")
         case "os":
             raise OSError(error["errno"], error["text"], error["file"])
         case _:
