@@ -121,7 +121,7 @@ def _as_committed(before: Mapping[bytes, Entry], after: Mapping[bytes, Entry], s
     found = {path: entry for path, entry in after.items() if path != b"/"}
     assert "extended attributes other than security.capability are lost" in said
     kept = {"security.capability"}
-    assert "times of modification lose their fraction of a second, and those before 1970 become 1970" in said
+    assert "modification times are cut to whole seconds; those before 1970 become 1970" in said
     assert "sparse files are written out in full" in said
     for path, entry in expected.items():
         expected[path] = dataclasses.replace(

@@ -211,7 +211,7 @@ async def test_the_drivers_own_wish_for_a_reset_is_heard(
     assert gpu.uuid == cards.uuids[0]
     assert (gpu.health, gpu.health_message) == (
         GpuHealth.UNHEALTHY,
-        "the driver asks for recovery: reset the GPU",
+        "the driver requests recovery: reset the GPU",
     )
 
 
@@ -241,7 +241,7 @@ async def test_a_driver_that_goes_and_comes_back_is_a_new_one(inventory: NvmlInv
     await _until(inventory, lambda snapshot: not snapshot.gpus[0].schedulable)
     cards.unload_driver()
     gone = await inventory.snapshot()
-    assert (gone.gpus, gone.message) == ((), "the NVIDIA driver is gone: Driver Not Loaded")
+    assert (gone.gpus, gone.message) == ((), "NVIDIA driver unavailable: Driver Not Loaded")
     assert (await inventory.snapshot()).message == "NVML cannot be used: Driver Not Loaded"
     cards.reset()
     assert _healths(await inventory.snapshot()) == [GpuHealth.HEALTHY] * 8
@@ -267,7 +267,7 @@ async def test_without_cards_the_driver_still_tells_its_version(cards: FakeGpus)
     await inventory.start()
     snapshot = await inventory.snapshot()
     assert (snapshot.gpus, snapshot.driver_version) == ((), "550.54.15")
-    assert snapshot.message == "the NVIDIA driver shows no cards"
+    assert snapshot.message == "the NVIDIA driver reports no GPUs"
     await inventory.close()
 
 
@@ -313,7 +313,7 @@ async def test_a_hundred_callers_share_one_read(cards: FakeGpus) -> None:
 async def test_nothing_is_left_of_a_closed_inventory(cards: FakeGpus) -> None:
     assert cards.uuids
     inventory = NvmlInventory()
-    assert (await inventory.snapshot()).message == "the GPU inventory was not started"
+    assert (await inventory.snapshot()).message == "the GPU inventory is not started"
     await inventory.start()
     assert {"nvml", "nvml-events"} <= {thread.name for thread in threading.enumerate()}
     began = time.monotonic()

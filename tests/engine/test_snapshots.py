@@ -206,7 +206,7 @@ async def test_every_step_may_be_repeated_and_resumed_by_another_daemon(place: P
         place.store = place.fresh_store()
     assert await place.store.partials() == ((key, operation_id),)
     assert await place.store.find() == ()
-    with pytest.raises(SnapshotFailed, match="not completed"):
+    with pytest.raises(SnapshotFailed, match="is incomplete"):
         await place.store.seal(key, operation_id, IMAGE_ID)
     for _ in range(2):
         await place.store.complete(place.old, key, operation_id, None, _no_progress)
@@ -349,7 +349,7 @@ async def test_no_path_is_made_of_what_is_no_uid(tmp_path: Path, uid: str) -> No
 
 @pytest.mark.parametrize("root", ["", "/", "relative", "/a/../b", "/a/"])
 def test_a_root_that_is_none_is_refused(root: str) -> None:
-    with pytest.raises(ValueError, match="no folder for snapshots"):
+    with pytest.raises(ValueError, match="must be an absolute, normalized path"):
         OverlaySnapshotStore(root, "/var/lib/docker", local=True)
 
 

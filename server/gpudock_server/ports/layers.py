@@ -63,9 +63,9 @@ class LayerStore(Protocol):
         ...
 
     async def accounts(self, image: EngineImage, upper_dir: str = "") -> ImageAccounts | None:
-        """The users and groups in an image's /etc/passwd and /etc/group; None where its files are out of reach.
+        """The users and groups in an image's /etc/passwd and /etc/group; None if its files cannot be read.
 
-        With `upper_dir`, as a container has them whose writable layer is at that path, on top of the image.
+        With `upper_dir`, those of a container of the image whose writable layer is at that path.
         """
         ...
 

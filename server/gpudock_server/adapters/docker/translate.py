@@ -352,7 +352,7 @@ def image(inspected: Mapping[str, Any]) -> EngineImage:
 
 
 def _layer_paths(driver: Mapping[str, Any]) -> tuple[str, ...]:
-    """The folders of an image's layers, the highest first; none for another driver than overlay2."""
+    """The directories of an image's layers, highest first; empty for storage drivers other than overlay2."""
     data: Json = driver.get("Data") or {}
     if driver.get("Name") != "overlay2" or not data.get("UpperDir"):
         return ()

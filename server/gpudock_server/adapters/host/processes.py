@@ -61,6 +61,11 @@ def _send(pid: int, engine_id: str, signal_number: int) -> bool:
         return True
 
 
+def process_name(pid: int) -> str:
+    """Return the kernel's name of a process (proc(5), comm); empty if it has ended."""
+    return _read(pid, "comm").decode(errors="replace").strip()
+
+
 @contextmanager
 def _open_pidfd(pid: int) -> Iterator[int | None]:
     """Open a descriptor of the process that has `pid` now, and never of a later one; None if there is none."""

@@ -1,4 +1,4 @@
-"""Host paths that containers mount, bound where no container can exchange what they lead to."""
+"""Bind mounts of host paths at places that containers cannot replace."""
 
 from gpudock_server.adapters.host_paths.binder import HostPathBinder, RestoreFailure
 from gpudock_server.adapters.host_paths.mount_namespace import MountNamespace

@@ -1,4 +1,4 @@
-"""Opening a host path below the allow-list, without following any symbolic link."""
+"""Open an allowed host path without following symbolic links."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from contextlib import contextmanager
 
 
 class PathNotAllowed(Exception):
-    """A host path may not be mounted; the text says why."""
+    """A host path may not be mounted; the message says why."""
 
 
 def not_allowed_reason(path: str, allowed: Sequence[str]) -> str:
-    """Why a path, as it is written, is none of the allowed folders and does not lie below one; empty if it does."""
+    """Why the text of a path is not allowed; empty if it is one of the allowed folders, or below one."""
     if not path.startswith("/"):
-        return "it is not absolute"
-    # normpath leaves two slashes at the front.
+        return "host path must be absolute"
+    # normpath keeps two leading slashes.
     plain = os.path.normpath(path.replace("//", "/", 1) if path.startswith("//") else path)
     if plain != path:
-        # With `..` in it, what it comes to depends on what lies there, so it is not named.
-        instead = "" if ".." in path.split("/") else f"; write {plain}"
-        return f"its spelling is not plain: no `//`, `.`, `..` or `/` at the end{instead}"
-    return "" if _is_allowed(path, allowed) else "it does not lie below allowed_host_paths"
+        # With `..` the result depends on symbolic links, so no other path is suggested.
+        suggestion = "" if ".." in path.split("/") else f"; use {plain}"
+        return f"host path must not contain `//`, `.`, `..` or end in `/`{suggestion}"
+    return "" if _is_allowed(path, allowed) else "not below any of allowed_host_paths"
 
 
 def is_allowed(path: str, allowed: Sequence[str]) -> bool:
-    """Whether a path, as it is written, is one of the allowed folders or lies below one."""
+    """Whether the text of a path is one of the allowed folders, or below one."""
     return not not_allowed_reason(path, allowed)
 
 
@@ -36,28 +36,28 @@ def _is_allowed(path: str, allowed: Sequence[str]) -> bool:
 
 @contextmanager
 def open_allowed(path: str, allowed: Sequence[str]) -> Iterator[int]:
-    """A descriptor (O_PATH) of an allowed path, for as long as the context lasts. Raises PathNotAllowed.
+    """Open an allowed path (O_PATH). Raises PathNotAllowed.
 
-    Every part is opened relative to the one before and must not be a symbolic link, as openat2(2) does with
-    RESOLVE_NO_SYMLINKS, on kernels before 5.6 as well. What the descriptor refers to stays the same file or folder
-    whatever is renamed afterwards.
+    Every part is opened relative to the one before and must not be a symbolic link, like openat2(2) with
+    RESOLVE_NO_SYMLINKS, but also on kernels before 5.6. The descriptor refers to the same file or folder even if paths
+    are renamed afterwards.
     """
-    if why := not_allowed_reason(path, allowed):
-        raise PathNotAllowed(why)
+    if reason := not_allowed_reason(path, allowed):
+        raise PathNotAllowed(reason)
     flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open("/", flags | os.O_DIRECTORY)
     try:
-        so_far = ""
+        opened = ""
         for part in filter(None, path.split("/")):
-            so_far += f"/{part}"
+            opened += f"/{part}"
             try:
-                following = os.open(part, flags, dir_fd=descriptor)
+                child = os.open(part, flags, dir_fd=descriptor)
             except OSError as error:
-                raise PathNotAllowed(f"{so_far}: {error.strerror}") from error
+                raise PathNotAllowed(f"{opened}: {error.strerror}") from error
             os.close(descriptor)
-            descriptor = following
+            descriptor = child
             if stat.S_ISLNK(os.fstat(descriptor).st_mode):
-                raise PathNotAllowed(f"{so_far} is a symbolic link")
+                raise PathNotAllowed(f"{opened} is a symbolic link")
         yield descriptor
     finally:
         os.close(descriptor)

@@ -1,15 +1,15 @@
-"""Each host path of each engine container, bound to a place that only root reaches.
+"""Bind each host path of each engine container to a bind target that only root can access.
 
     /run/gpudock-host-paths/<installation>/<engine container>/<digest of the host path>
 
-The engine resolves the source of a bind mount at every start of a container, also at those that its restart policy
-makes. A container that may write to a folder can exchange what lies in it for a symbolic link to `/`, so the engine is
-never given a path that leads through such a folder. It is given a bind mount of the file or folder that the daemon
-opened when it checked the path: that stays the same one, whatever is renamed.
+The engine resolves the source of a bind mount at every start of a container, including restarts by its restart policy.
+A container that can write to a folder can replace an entry of it by a symbolic link to `/`, so the engine must not get
+a path through such a folder. It gets a bind mount of the file or folder that the daemon opened when it checked the
+path, which stays the same whatever is renamed.
 
-The places are below /run, which is empty after a boot: where nothing has been bound again, there is no source, and the
-engine cannot start the container. Below the state folder an empty folder would be mounted instead, and whoever deletes
-the state folder by hand would delete what is bound in it.
+The bind targets are below /run, which is empty after a boot: until a path is bound again its target does not exist, so
+the engine cannot start the container. Below the state directory an empty folder would be mounted instead, and deleting
+the state directory by hand would delete the bound files.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MOUNT_POINT_FIELD: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class RestoreFailure:
-    """A host path that could not be bound again, and why. The engine container that mounts it does not start."""
+    """A host path that could not be bound, and why; the engine container that mounts it will not start."""
 
     engine_container: str
     host_path: str
@@ -53,13 +53,13 @@ class HostPathBinder(HostPaths):
     """Implements ports.HostPaths for an engine on this host."""
 
     def __init__(self, state_dir: Path, allowed: Sequence[str], namespace: MountNamespace | None) -> None:
-        """`allowed` are absolute folders. `namespace` None: the engine is on another host, so nothing can be bound."""
+        """`allowed`: absolute folders. `namespace` None: the engine runs on another host, so nothing can be bound."""
         installation = hashlib.sha256(os.fsencode(state_dir)).hexdigest()[:16]
         self._root = _ROOT / installation
         self._records = BindRecords(state_dir / "host-paths")
         self._allowed = tuple(allowed)
         self._namespace = namespace
-        # Engine containers that something is bound for though the state folder was lost.
+        # Engine containers with binds but without a record, because the state directory was lost.
         self._unrecorded = frozenset[str]()
 
     # -- the port ----------------------------------------------------------------------------------------------------
@@ -67,11 +67,11 @@ class HostPathBinder(HostPaths):
     @override
     async def check(self, paths: Sequence[str]) -> None:
         for path in paths:
-            # Also before the engine is asked where it sees them: what is not allowed is not looked at.
-            if why := not_allowed_reason(path, self._allowed):
-                raise self._forbidden(path, why)
+            # Before any call to the engine: paths that are not allowed must not be opened.
+            if reason := not_allowed_reason(path, self._allowed):
+                raise self._forbidden(path, reason)
         for path in paths:
-            await self._run(path, lambda path=path: self._check(path))  # type: ignore[misc]  # mypy infers no lambda with a default
+            await self._run(path, lambda path=path: self._check(path))  # type: ignore[misc]  # mypy cannot infer lambdas with defaults
 
     @override
     async def bind(self, name: str, paths: Sequence[str], *, renew: bool = True) -> dict[str, str]:
@@ -98,9 +98,9 @@ class HostPathBinder(HostPaths):
     # -- after a boot ------------------------------------------------------------------------------------------------
 
     async def restore(self) -> tuple[RestoreFailure, ...]:
-        """Bind again what is recorded and not bound; one that cannot be bound does not keep others from it.
+        """Bind all recorded paths that are not bound; returns the failures.
 
-        What is bound stays as it is: its container may run. What is not allowed any more is removed.
+        Existing binds are kept, because their containers may be running. Binds that are no longer allowed are removed.
         """
         problems: list[RestoreFailure] = []
         for name in list(self._records.names()):
@@ -111,7 +111,7 @@ class HostPathBinder(HostPaths):
                 continue
             for path in paths:
                 try:
-                    await self._run(path, lambda name=name, path=path: self._restore(name, path))  # type: ignore[misc]  # as above
+                    await self._run(path, lambda name=name, path=path: self._restore(name, path))  # type: ignore[misc]  # mypy cannot infer lambdas with defaults
                 except (HostPathForbidden, HostPathFailed) as error:
                     problems.append(RestoreFailure(name, path, error.detail))
         return tuple(problems)
@@ -139,7 +139,7 @@ class HostPathBinder(HostPaths):
         bound = frozenset[Path]() if renew else _mount_points()
         with ExitStack() as stack:
             descriptors: dict[str, int] = {}
-            # All of them before any is bound: what is refused changes nothing.
+            # Open all paths before the first is bound: if one is refused, nothing changes.
             for path in paths:
                 if self._bind_target(name, path) in bound:
                     continue
@@ -152,23 +152,23 @@ class HostPathBinder(HostPaths):
                 _bind_at(self._bind_target(name, path), descriptor)
 
     def _restore(self, name: str, path: str) -> None:
-        place = self._bind_target(name, path)
-        if is_allowed(path, self._allowed) and place in _mount_points():
+        target = self._bind_target(name, path)
+        if is_allowed(path, self._allowed) and target in _mount_points():
             return
         try:
             with open_allowed(path, self._allowed) as descriptor:
-                _bind_at(place, descriptor)
+                _bind_at(target, descriptor)
         except PathNotAllowed as error:
-            _remove_bind_target(place)
+            _remove_bind_target(target)
             raise self._forbidden(path, str(error)) from error
 
     def _release(self, name: str) -> None:
         folder = self._root / require_container_name(name)
         with suppress(FileNotFoundError):
-            for place in list(folder.iterdir()):
-                _remove_bind_target(place)
+            for target in list(folder.iterdir()):
+                _remove_bind_target(target)
             folder.rmdir()
-        # Last: a daemon that is killed before this finds by the record what is left.
+        # Last: if the daemon is killed before, the next one finds the rest by the record.
         self._records.remove(name)
         self._unrecorded -= {name}
 
@@ -185,45 +185,45 @@ class HostPathBinder(HostPaths):
         return HostPathForbidden(host_path=path, allowed=self._allowed, detail=detail)
 
 
-def _bind_at(place: Path, descriptor: int) -> None:
-    """Have what is open bound at `place`, which does not exist unless something is bound there."""
+def _bind_at(target: Path, descriptor: int) -> None:
+    """Bind the open file or folder at `target`, which exists only if something is bound there."""
     wanted = os.fstat(descriptor)
     with suppress(FileNotFoundError):
-        found = place.stat(follow_symlinks=False)
+        found = target.stat(follow_symlinks=False)
         if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
             return
-        _remove_bind_target(place)
-    for folder in (_ROOT, place.parent.parent, place.parent):
+        _remove_bind_target(target)
+    for folder in (_ROOT, target.parent.parent, target.parent):
         folder.mkdir(mode=_PRIVATE, exist_ok=True)
     if stat.S_ISDIR(wanted.st_mode):
-        place.mkdir(mode=0)
+        target.mkdir(mode=0)
     else:
-        place.touch(mode=0, exist_ok=False)
+        target.touch(mode=0, exist_ok=False)
     try:
-        mount_syscalls.bind(descriptor, place)
+        mount_syscalls.bind(descriptor, target)
     except OSError:
-        _remove_bind_target(place)
+        _remove_bind_target(target)
         raise
 
 
-def _remove_bind_target(place: Path) -> None:
-    """Unmount what is bound at a place, and remove the place itself; never what was bound there.
+def _remove_bind_target(target: Path) -> None:
+    """Unmount a bind target and remove it; never the files that were bound.
 
-    rmdir and unlink refuse (EBUSY) where something is still mounted.
+    rmdir and unlink fail with EBUSY while something is mounted.
     """
-    mount_syscalls.detach(place)
+    mount_syscalls.detach(target)
     try:
-        found = place.stat(follow_symlinks=False)
+        found = target.stat(follow_symlinks=False)
     except FileNotFoundError:
         return
     if stat.S_ISDIR(found.st_mode):
-        place.rmdir()
+        target.rmdir()
     else:
-        place.unlink()
+        target.unlink()
 
 
 def _mount_points() -> frozenset[Path]:
-    """Where something is mounted below our root. proc(5) escapes no character that our places have."""
+    """Return the mount points below the root of all binds. They contain no characters that proc(5) escapes."""
     lines = _MOUNT_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
     points = (line.split(" ")[_MOUNT_POINT_FIELD] for line in lines)
     return frozenset(Path(point) for point in points if point.startswith(f"{_ROOT}/"))

@@ -1,4 +1,4 @@
-"""The system calls that Python 3.11 has no functions for: mount(2), umount2(2), setns(2), unshare(2)."""
+"""System calls that Python 3.11 does not provide: mount(2), umount2(2), setns(2), unshare(2)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _CLONE_NEWNS: Final = 0x20000
 
 
 def bind(descriptor: int, target: Path) -> None:
-    """Mount what an open descriptor refers to at `target`, with all that is mounted below it. Raises OSError.
+    """Bind the file or folder of a descriptor at `target`, with all mounts below it. Raises OSError.
 
-    Mounts that the host makes or removes below it later appear and disappear here as well, and never the other way.
+    Later mounts and unmounts of the host below it are repeated at `target`, but not the other way round.
     """
     source = f"/proc/self/fd/{descriptor}".encode()
     _mount(source, target, _MS_BIND | _MS_REC)
@@ -33,9 +33,9 @@ def bind(descriptor: int, target: Path) -> None:
 
 
 def detach(target: Path) -> None:
-    """Unmount everything that is mounted at `target`; nothing mounted there is no error. Raises OSError.
+    """Unmount everything at `target`; do nothing if nothing is mounted there. Raises OSError.
 
-    Containers that have it mounted keep their own mount.
+    Containers that have mounted it keep their own mount.
     """
     while True:
         try:
@@ -48,8 +48,8 @@ def detach(target: Path) -> None:
 
 
 def enter_mount_namespace(descriptor: int) -> None:
-    """Move the calling thread, which must be about to end after its work, into a mount namespace. Raises OSError."""
-    # A thread that shares its root and working folder with others may not change its mount namespace.
+    """Move the calling thread, which must not do other work later, into a mount namespace. Raises OSError."""
+    # setns(2) refuses threads that share their root and working directory with other threads.
     _call("unshare", _CLONE_FS)
     _call("setns", descriptor, _CLONE_NEWNS)
 

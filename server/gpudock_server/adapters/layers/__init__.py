@@ -1,4 +1,4 @@
-"""Carrying and keeping a container's writable layer on a host whose engine keeps it in overlay2 folders."""
+"""Transfers, snapshots and backups of writable layers in folders of Docker's overlay2 driver."""
 
 from gpudock_server.adapters.layers.revision_backups import FolderRevisionBackupStore
 from gpudock_server.adapters.layers.snapshots import OverlaySnapshotStore

@@ -1,4 +1,4 @@
-"""The users and groups that an image of the overlay2 driver names, read from its layers on this host."""
+"""Reads the names of users and groups of an image of the overlay2 driver from its layers on this host."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-from gpudock_server.adapters.layers.overlay2 import LayerRefusedError, opened_layer
+from gpudock_server.adapters.layers.overlay2 import LayerRefusedError, open_layer
 from gpudock_server.model.engine import ImageAccounts
 
-_MOST_BYTES: Final = 1 << 20
+_MAX_BYTES: Final = 1 << 20
 _OPAQUE: Final = "trusted.overlay.opaque"
-# On a folder or a file of a writable layer: what it shows lies elsewhere, in a layer below.
+# Set on a folder or a file of a writable layer whose content is in a layer below, perhaps at another path.
 _ELSEWHERE: Final = ("trusted.overlay.redirect", "trusted.overlay.metacopy")
-# The device number of a character device that stands for a deleted file (kernel documentation of overlayfs).
+# The device number of the character device that marks a deleted file (kernel documentation of overlayfs).
 _WHITEOUT: Final = os.makedev(0, 0)
 
 
 class _UnknownError(Exception):
-    """The layers hold something that only the kernel resolves, such as a symbolic link."""
+    """The layers contain something that only the kernel resolves, such as a symbolic link."""
 
 
 def read_accounts(engine_root: str, layers: Sequence[str]) -> ImageAccounts | None:
-    """The names in /etc/passwd and /etc/group of an image whose layers are at these paths, the highest first.
+    """The names in /etc/passwd and /etc/group of an image whose layers are at these paths, highest first.
 
-    None where they cannot be known: a layer is out of reach, or one of the two files, or /etc, is anything but itself.
+    None if they are unknown: a layer cannot be read, or one of the files is not a regular file, or /etc not a folder.
     """
     if not layers:
         return None
@@ -40,9 +40,9 @@ def read_accounts(engine_root: str, layers: Sequence[str]) -> ImageAccounts | No
 
 
 def _names(engine_root: str, layers: Sequence[str], name: str) -> frozenset[str]:
-    """The first field of each line of /etc/`name`; empty where the image has no such file."""
+    """The first field of each line of /etc/`name`; empty if the image has no such file."""
     for layer in layers:
-        with opened_layer(engine_root, layer) as root, _entry(root, "etc") as etc:
+        with open_layer(engine_root, layer) as root, _entry(root, "etc") as etc:
             if etc is None:
                 continue
             if etc < 0:
@@ -58,7 +58,7 @@ def _names(engine_root: str, layers: Sequence[str], name: str) -> frozenset[str]
 
 @contextmanager
 def _entry(folder: int, name: str) -> Iterator[int | None]:
-    """A descriptor of an entry that is a folder or a regular file; None where there is none, -1 where it is deleted."""
+    """A descriptor of an entry, a folder or a regular file; None if there is none, -1 if this layer deletes it."""
     try:
         found = os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
@@ -79,7 +79,7 @@ def _entry(folder: int, name: str) -> Iterator[int | None]:
 
 
 def _is_opaque(folder: int) -> bool:
-    """Whether nothing of the layers below shows through a folder."""
+    """Whether a folder hides what the layers below have in it."""
     return _attribute(folder, _OPAQUE) == b"y"
 
 
@@ -92,9 +92,9 @@ def _attribute(descriptor: int, name: str) -> bytes | None:
 
 def _first_fields(file: int) -> frozenset[str]:
     content = b""
-    while chunk := os.read(file, _MOST_BYTES + 1 - len(content)):
+    while chunk := os.read(file, _MAX_BYTES + 1 - len(content)):
         content += chunk
-    if len(content) > _MOST_BYTES:
+    if len(content) > _MAX_BYTES:
         raise _UnknownError
     lines = content.decode("utf-8", "surrogateescape").split("\n")
     return frozenset(line.strip().partition(":")[0] for line in lines if line.strip())

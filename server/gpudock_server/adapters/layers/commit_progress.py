@@ -1,8 +1,8 @@
-"""How far the engine is with an image of a container's files, by looking at the layer that it is writing.
+"""Progress of a commit, from the size of the layer that the engine is writing.
 
-The engine says nothing until a commit has ended. But it writes the new layer into a folder of its own (see `overlay2`),
-which lies on the same image layers as the container and has no init layer: of the folders that are new since the commit
-began, it is the one whose `lower` says so.
+The engine reports nothing until a commit has ended. But it writes the new layer into a folder (see `overlay2`) that is
+on the same image layers as the container and has no init layer: the folder that is new since the start of the commit
+and has these layers in its file `lower`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _INIT = "-init"
 async def track_commit(
     engine_root: str, image_layers: Sequence[str], total: int, progress: Progress
 ) -> AsyncIterator[None]:
-    """Tell of the layer that appears on `image_layers` below `engine_root` while this is entered."""
+    """Report the size of the new layer on `image_layers` below `engine_root` while the context is open."""
     before = await asyncio.to_thread(_folders, engine_root)
     watching = asyncio.create_task(_watch(engine_root, ":".join(image_layers), before, total, progress))
     try:
@@ -36,24 +36,24 @@ async def track_commit(
 
 
 async def _watch(engine_root: str, lower: str, before: frozenset[str], total: int, progress: Progress) -> None:
-    told = 0
+    reported = 0
     while True:
         await asyncio.sleep(_SECONDS)
         found = await asyncio.to_thread(_new_layers, engine_root, lower, before)
         if len(found) != 1:
-            # None yet; or another container of the same image is being committed too, and who is who nobody can say.
+            # None yet, or several: another container of the same image is being committed too.
             continue
         try:
             size = await tree_bytes(found[0], apparent=True, timeout_seconds=_MEASURE_SECONDS)
         except (OSError, ValueError):
             continue
-        told = max(told, min(size, total))
-        progress(told, total)
+        reported = max(reported, min(size, total))
+        progress(reported, total)
 
 
 def _folders(engine_root: str) -> frozenset[str]:
     try:
-        return frozenset(os.listdir(Path(engine_root, "overlay2")))  # noqa: PTH208 - names alone, of many
+        return frozenset(os.listdir(Path(engine_root, "overlay2")))  # noqa: PTH208 - only names are needed, and there are many
     except OSError:
         return frozenset()
 
@@ -61,10 +61,10 @@ def _folders(engine_root: str) -> frozenset[str]:
 def _new_layers(engine_root: str, lower: str, before: frozenset[str]) -> list[str]:
     fresh = (name for name in _folders(engine_root) - before if not name.endswith(_INIT))
     folders = (Path(engine_root, "overlay2", name) for name in fresh)
-    return [str(folder / "diff") for folder in folders if _lies_on(folder, lower)]
+    return [str(folder / "diff") for folder in folders if _is_on(folder, lower)]
 
 
-def _lies_on(folder: Path, lower: str) -> bool:
+def _is_on(folder: Path, lower: str) -> bool:
     try:
         return (folder / "lower").read_text(encoding="ascii").strip() == lower
     except (OSError, UnicodeDecodeError):

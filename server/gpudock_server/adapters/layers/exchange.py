@@ -1,4 +1,4 @@
-"""Swapping two folders in one step of the filesystem: renameat2(2) with RENAME_EXCHANGE (Linux 3.15)."""
+"""Exchange the trees of two layers atomically, and find out whether they are exchanged."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ _LAYER_NAME = b"diff"
 
 
 class LayerOrder(Enum):
-    """Which of a pair's trees stands where."""
+    """Whether the two trees of a pair are exchanged."""
 
     STRAIGHT = "straight"
     EXCHANGED = "exchanged"
 
 
 def layer_order(engine_root: str, pair: LayerPair) -> LayerOrder:
-    """How the two trees stand now. Raises LayerRefusedError when the inode numbers fit neither arrangement."""
+    """Return the current order of the trees. Raises LayerRefusedError if the inode numbers match neither order."""
     if pair.old_path == pair.new_path or pair.old_inode == pair.new_inode:
-        raise LayerRefusedError(f"{pair.old_path} and {pair.new_path} are one and the same layer")
+        raise LayerRefusedError(f"{pair.old_path} and {pair.new_path} are the same layer")
     old = find_layer(engine_root, pair.old_path)
     new = find_layer(engine_root, pair.new_path)
     if old.device != new.device:
-        raise LayerRefusedError(f"{pair.old_path} and {pair.new_path} lie on different filesystems")
+        raise LayerRefusedError(f"{pair.old_path} and {pair.new_path} are on different filesystems")
     if (old.inode, new.inode) == (pair.old_inode, pair.new_inode):
         return LayerOrder.STRAIGHT
     if (old.inode, new.inode) == (pair.new_inode, pair.old_inode):
         return LayerOrder.EXCHANGED
     raise LayerRefusedError(
         f"{pair.old_path} has inode {old.inode} and {pair.new_path} has {new.inode};"
-        f" {pair.old_inode} and {pair.new_inode} were recorded"
+        f" expected {pair.old_inode} and {pair.new_inode}"
     )
 
 
 def ensure_order(engine_root: str, pair: LayerPair, wanted: LayerOrder) -> bool:
-    """Let the trees stand as `wanted`; False, with nothing changed, where the kernel cannot swap them.
+    """Exchange the trees unless they are in the order `wanted`; False, with nothing changed, if the kernel cannot.
 
-    Raises LayerRefusedError when the pair is not what was recorded, OSError when the swap fails otherwise.
+    Raises LayerRefusedError if the pair is not what was recorded, OSError if the exchange fails otherwise.
     """
-    standing = layer_order(engine_root, pair)
+    current = layer_order(engine_root, pair)
     with open_directory(Path(pair.old_path).parent) as old, open_directory(Path(pair.new_path).parent) as new:
-        if standing is not wanted and not rename_exchange(old, new, _LAYER_NAME):
+        if current is not wanted and not rename_exchange(old, new, _LAYER_NAME):
             return False
-        # Also where it stood so already: the daemon that swapped may have died before it came to this.
+        # Also without an exchange: the daemon that made it may have died before this sync.
         os.fsync(old)
         os.fsync(new)
     return True

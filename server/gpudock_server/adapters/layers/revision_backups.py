@@ -1,4 +1,4 @@
-"""RevisionBackupStore in the snapshots' folders: `<root>/<uid>/<revision>.json` beside `<root>/<uid>/<revision>/`."""
+"""RevisionBackupStore in the folders of the snapshots: files `<root>/<uid>/<revision>.json`."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _NUMBERED: Final = re.compile(r"[1-9][0-9]{0,17}\.json")
 
 
 class FolderRevisionBackupStore(RevisionBackupStore):
-    """Implements ports.RevisionBackupStore. `root` is made with the first entry; its parent must exist or be ours."""
+    """Implements ports.RevisionBackupStore. `root` is created with the first backup."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     async def write(self, entry: RevisionBackup) -> None:
-        """See the protocol. On return it is on the disk."""
+        """See the protocol. Returns after the backup is on disk."""
         with self._snapshot_errors():
             await run_to_end(self._write, entry)
 
@@ -49,12 +49,12 @@ class FolderRevisionBackupStore(RevisionBackupStore):
     async def delete(self, key: SnapshotKey) -> None:
         """See the protocol."""
         with self._snapshot_errors():
-            await run_to_end(self._forget, key)
+            await run_to_end(self._delete, key)
 
     async def delete_all(self, uid: str) -> None:
         """See the protocol."""
         with self._snapshot_errors():
-            await run_to_end(self._forget_all, uid)
+            await run_to_end(self._delete_all, uid)
 
     async def uids(self) -> tuple[str, ...]:
         """See the protocol."""
@@ -77,29 +77,29 @@ class FolderRevisionBackupStore(RevisionBackupStore):
         names = [name for name in _names(folder) if _NUMBERED.fullmatch(name)]
         for name in sorted(names, key=lambda name: int(name.removesuffix(".json"))):
             try:
-                kept = json.loads((folder / name).read_text(encoding="utf-8"))
-                entry = RevisionBackup.model_validate(kept["entry"]) if kept["schema"] == _SCHEMA else None
+                recorded = json.loads((folder / name).read_text(encoding="utf-8"))
+                entry = RevisionBackup.model_validate(recorded["entry"]) if recorded["schema"] == _SCHEMA else None
             except FileNotFoundError:
                 continue
             except (ValueError, KeyError, TypeError, ValidationError):
                 entry = None
             if entry is None or (entry.revision.uid, f"{entry.number}.json") != (uid, name):
-                log.warning("an entry of the ledger cannot be read", path=str(folder / name))
+                log.warning("unreadable revision backup skipped", path=str(folder / name))
             else:
                 yield entry
 
-    def _forget(self, key: SnapshotKey) -> None:
+    def _delete(self, key: SnapshotKey) -> None:
         path = self._path(key)
         with suppress(FileNotFoundError):
             path.unlink()
             sync_directory(path.parent)
 
-    def _forget_all(self, uid: str) -> None:
+    def _delete_all(self, uid: str) -> None:
         folder = self._root / require_uuid(uid)
         for name in _names(folder):
             if _NUMBERED.fullmatch(name):
                 (folder / name).unlink(missing_ok=True)
-        with suppress(OSError):  # there may be snapshots, which are not the ledger's
+        with suppress(OSError):  # the folder may contain snapshots
             folder.rmdir()
 
     def _uids(self) -> Iterator[str]:

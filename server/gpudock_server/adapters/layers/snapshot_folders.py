@@ -1,13 +1,13 @@
-"""Where snapshots lie, and which names there are whose.
+"""The folders of snapshots, and their names.
 
     <root>/<uid>/<revision>/                             a sealed snapshot:
         tree/                                            the files of the layer
-        index                                            what they were copied from (see snapshot_index)
-        meta.json                                        written last; without it nothing is sealed
-    <root>/<uid>/<revision>.partial-<operation id>/      one that is being made
-    <root>/<uid>/<revision>.removed-<any>/               one that is being removed; likewise <root>/<uid>.removed-<any>
+        index                                            the states of the originals (see snapshot_index)
+        meta.json                                        written last; without it the snapshot is not sealed
+    <root>/<uid>/<revision>.partial-<operation id>/      a partial snapshot
+    <root>/<uid>/<revision>.removed-<any>/               is being removed; likewise <root>/<uid>.removed-<any>
 
-Every path is put together here, of a checked uid, a number and a checked operation id, and of nothing else.
+All paths are built here, from a checked uid, a number and a checked operation id only.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PARTIAL = re.compile(rf"(?P<revision>{_NUMBER})\.partial-(?P<operation>{_UUID})
 
 
 class Meta(Record):
-    """What stands beside a sealed tree."""
+    """The meta file of a sealed snapshot."""
 
     key: SnapshotKey
     operation_id: str
@@ -42,41 +42,41 @@ class Meta(Record):
 
 
 class SnapshotFolders:
-    """The folders below one root."""
+    """The folders of all snapshots below one root."""
 
     def __init__(self, root: str) -> None:
         if not root.startswith("/") or root == "/" or os.path.normpath(root) != root:
-            raise ValueError(f"{root!r} is no folder for snapshots: it must be absolute and normalized")
+            raise ValueError(f"snapshot root {root!r} must be an absolute, normalized path")
         self.root = Path(root)
 
     def sealed(self, key: SnapshotKey) -> Path:
-        """The folder of a sealed snapshot."""
+        """Return the folder of a sealed snapshot."""
         return self._of(key.uid) / f"{key.revision:d}"
 
     def partial(self, key: SnapshotKey, operation_id: str) -> Path:
-        """The folder of one that an operation is making."""
+        """Return the folder of a partial snapshot."""
         return self._of(key.uid) / f"{key.revision:d}.partial-{require_uuid(operation_id)}"
 
     def make(self, folder: Path) -> None:
-        """Make a partial's folder and those above it, for root alone."""
+        """Create the folder of a partial snapshot and its parents, accessible by root only."""
         for each in (self.root, folder.parent, folder, folder / TREE_NAME):
-            # Above the root is the engine's data folder, or what an operator chose: that is there.
+            # The parent of the root exists: the engine's data folder, or a folder that the operator chose.
             with suppress(FileExistsError):
                 each.mkdir(mode=0o700)
 
     def meta(self, key: SnapshotKey) -> Meta | None:
-        """What is known of a sealed snapshot; None when there is none. Raises ValueError when it is not readable."""
+        """Read the meta file of a sealed snapshot; None if there is none. Raises ValueError if it is not readable."""
         try:
             text = (self.sealed(key) / META_NAME).read_bytes()
         except FileNotFoundError:
             return None
         meta = Meta.model_validate_json(text)
         if meta.key != key:
-            raise ValueError(f"{self.sealed(key)} holds {meta.key}")
+            raise ValueError(f"{self.sealed(key)} belongs to snapshot {meta.key}, expected {key}")
         return meta
 
     def seal(self, folder: Path, meta: Meta) -> None:
-        """Write the meta file into a partial's folder and give that its final name, all on the disk."""
+        """Write the meta file into the folder of a partial snapshot and rename that to its final name, durably."""
         temporary = folder / f"{META_NAME}.new"
         with temporary.open("w", encoding="utf-8") as file:
             file.write(meta.model_dump_json(indent=2))
@@ -88,7 +88,7 @@ class SnapshotFolders:
         sync_directory(folder.parent)
 
     def remove_index_of(self, folder: Path) -> bool:
-        """Remove the index of a partial's folder: it cannot be resumed any more. False when there is no such folder."""
+        """Remove the index of a partial snapshot, which then cannot be resumed; False if its folder does not exist."""
         try:
             with open_directory(folder) as descriptor:
                 remove_index(descriptor)
@@ -97,7 +97,7 @@ class SnapshotFolders:
         return True
 
     def set_aside(self, folder: Path) -> list[Path]:
-        """Rename a folder away, so that nobody takes it for whole; the folders to be removed then."""
+        """Rename a folder before its removal, so that it does not count as complete; returns the folders to remove."""
         parent, name = folder.parent, folder.name
         with suppress(FileNotFoundError):
             folder.rename(parent / f"{name}.removed-{secrets.token_hex(8)}")
@@ -105,17 +105,17 @@ class SnapshotFolders:
         return sorted(parent.glob(f"{name}.removed-*"))
 
     def of_container(self, uid: str) -> Path:
-        """The folder with everything of a container."""
+        """Return the folder of all snapshots of a container."""
         return self._of(uid)
 
     def remove_if_empty(self, folder: Path) -> None:
-        """Remove the container's folder that `folder` was in, if that was the last."""
+        """Remove the container's folder, the parent of `folder`, if it is empty."""
         with suppress(OSError):
             if folder.parent != self.root:
                 folder.parent.rmdir()
 
     def found(self) -> Iterator[tuple[SnapshotKey, str]]:
-        """Every key with a folder, and the operation that it is partial for (empty: it is sealed)."""
+        """Iterate over all snapshots: the key, and the operation of a partial snapshot (empty: sealed)."""
         for folder in sorted(self.root.glob("*/*")):
             partial = _PARTIAL.fullmatch(folder.name)
             number = partial["revision"] if partial else folder.name
@@ -133,7 +133,7 @@ class SnapshotFolders:
 
 
 def require_uuid(name: str) -> str:
-    """The same text, which is then fit to be a part of a path. Raises ValueError."""
+    """Return `name` if it is a lower-case UUID, which is safe in a path. Raises ValueError."""
     if not re.fullmatch(_UUID, name):
-        raise ValueError(f"{name!r} is no UUID in lower case with dashes")
+        raise ValueError(f"{name!r} is not a lower-case UUID")
     return name

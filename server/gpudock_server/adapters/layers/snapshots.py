@@ -1,4 +1,4 @@
-"""SnapshotStore over the folders of Docker's overlay2 driver."""
+"""SnapshotStore for the folders of Docker's overlay2 driver."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from gpudock_server.model.record import now
 from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind, SnapshotMethod
 from gpudock_server.ports import LayerTooLarge, Progress, SnapshotPlan, SnapshotStore
 
-# Child processes kept between the calls of their operations, with the indices in their memory; those of others read the
-# indices back from the disk.
+# Workers that are kept between the calls of their operations, with the indexes in their memory; other workers read the
+# indexes from disk again.
 _MAX_IDLE_WORKERS: Final = 8
-# Snapshots and restores that are not part of a container's downtime, at a time; each may take the memory of the limits.
+# Concurrent snapshots and restores outside the downtime of containers; each may take the memory of the limits.
 _MAX_CONCURRENT_BULK: Final = 8
 _DEFAULT_LIMITS: Final = Limits()
 _NO_SPACE_ERRNOS: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -43,17 +43,17 @@ class _ProgressTotal:
     """The latest progress of a job."""
 
     def __init__(self, progress: Progress) -> None:
-        self._tell = progress
+        self._report = progress
         self.known = 0
 
     def __call__(self, current: int, total: int) -> None:
         self.known = total or current
-        self._tell(current, total)
+        self._report(current, total)
 
 
 @dataclass(frozen=True, slots=True)
 class _SnapshotRequest:
-    """What a snapshot is made of, and for whom."""
+    """The container, key, operation and previous snapshot of a new snapshot."""
 
     old: EngineContainer
     key: SnapshotKey
@@ -62,15 +62,14 @@ class _SnapshotRequest:
 
 
 class OverlaySnapshotStore(SnapshotStore):
-    """Snapshots as folders below `root`, which lies on the layers' filesystem where extents are to be shared.
+    """Implements ports.SnapshotStore with folders below `root`; extents are shared if it is on the layers' filesystem.
 
-    `engine_root` is the engine's data folder, as the engine names it; `local` whether the engine runs on this host.
-    `root` is made when the first snapshot is; the folder above it must be there. Different containers may be at work
-    at once; the calls for one operation come one after the other.
+    `engine_root` is the engine's data folder as the engine reports it; `local`: the engine runs on this host. `root` is
+    created with the first snapshot; its parent must exist. Calls for different operations may run concurrently, calls
+    for the same operation may not.
 
-    The trees are a tenant's. Every walk through one is done by a child process (`TreeWorker`) with limited memory,
-    which is killed when it makes no progress for `stall_seconds`. No snapshot is made of a tree beyond
-    `limits`.
+    The trees belong to tenants. A child process (`TreeWorker`) with limited memory walks them, and is killed if it
+    makes no progress for `stall_seconds`. No snapshot is made of a tree that exceeds `limits`.
     """
 
     def __init__(
@@ -92,12 +91,12 @@ class OverlaySnapshotStore(SnapshotStore):
         self._bulk = asyncio.Semaphore(_MAX_CONCURRENT_BULK)
 
     async def method(self, old: EngineContainer) -> tuple[SnapshotMethod | None, str]:
-        """See the protocol. The first call tries whether extents can be shared, for which it makes the root."""
+        """See the protocol. The first call creates the root and tests whether extents can be shared."""
         with self._snapshot_errors():
             return await run_to_end(self._method, old)
 
     async def plan(self, old: EngineContainer, previous: SnapshotKey | None) -> SnapshotPlan:
-        """See the protocol. Raises SnapshotFailed where `method` has none."""
+        """See the protocol. Raises SnapshotFailed if `method` returns None."""
         method, reason = await self.method(old)
         if method is None:
             raise SnapshotFailed(detail=reason)
@@ -143,7 +142,7 @@ class OverlaySnapshotStore(SnapshotStore):
             if before and before.operation_id == operation_id:
                 return before.snapshot
             if not image_id:
-                raise LayerRefusedError("it is not known on which image the files lie")
+                raise LayerRefusedError("the image id of the snapshot is missing")
             folder = self._folders.partial(key, operation_id)
             try:
                 found = await self._worker(operation_id).call("check", partial=str(folder))
@@ -159,8 +158,8 @@ class OverlaySnapshotStore(SnapshotStore):
                 create_time=now(),
             )
             if before:
-                # Of an operation that the store does not know any more. Cut off here, this one is still there as a
-                # partial.
+                # The sealed snapshot is of an operation that the store lost. If the daemon dies here, the new one still
+                # exists as a partial snapshot.
                 await self._drop(self._folders.sealed(key))
             meta = Meta(key=key, operation_id=operation_id, snapshot=snapshot)
             await run_to_end(self._folders.seal, folder, meta)
@@ -175,7 +174,7 @@ class OverlaySnapshotStore(SnapshotStore):
                 await self._drop(self._folders.sealed(key))
 
     async def restore(self, key: SnapshotKey, target: EngineContainer, progress: Progress) -> None:
-        """See the protocol. On return the copy is on the disk, not only in memory."""
+        """See the protocol. Returns after the copy is on disk."""
         with self._snapshot_errors():
             meta = await run_to_end(self._restorable_meta, key, target)
             layer = await run_to_end(self._target_layer, target)
@@ -200,7 +199,7 @@ class OverlaySnapshotStore(SnapshotStore):
     async def mirror(
         self, source: EngineContainer, target: EngineContainer, operation_id: str, *, still: bool, progress: Progress
     ) -> None:
-        """See the protocol. What has been done so far is told by a folder in the target's own tree until the end."""
+        """See the protocol. Until the last call the index is in a folder in the tree of the target."""
         with self._snapshot_errors():
             layers = await run_to_end(self._mirror_layers, source, target)
             worker = self._worker(operation_id)
@@ -248,7 +247,7 @@ class OverlaySnapshotStore(SnapshotStore):
         return tuple((key, operation_id) for key, operation_id in found if operation_id)
 
     async def close(self) -> None:
-        """End every child process that waits for the next call of its operation."""
+        """End all workers."""
         for operation_id in list(self._workers):
             await self._close(operation_id)
 
@@ -260,7 +259,7 @@ class OverlaySnapshotStore(SnapshotStore):
 
     @asynccontextmanager
     async def _one_off_worker(self) -> AsyncIterator[TreeWorker]:
-        """A child for one job."""
+        """Start a worker for one job."""
         worker = TreeWorker(self._limits.memory_bytes, self._stall_seconds)
         try:
             yield worker
@@ -268,9 +267,10 @@ class OverlaySnapshotStore(SnapshotStore):
             await worker.close()
 
     def _worker(self, operation_id: str) -> TreeWorker:
-        """The child of an operation, which remembers between its calls what is otherwise read while a container waits.
+        """Return the worker of an operation, which keeps the indexes in memory between its calls.
 
-        One whose operation was forgotten ends when `_MAX_IDLE_WORKERS` younger ones are idle.
+        Otherwise they would be read during the downtime of the container. The worker of an operation that was abandoned
+        ends when more than `_MAX_IDLE_WORKERS` are idle.
         """
         if operation_id not in self._workers:
             self._workers[operation_id] = TreeWorker(self._limits.memory_bytes, self._stall_seconds)
@@ -287,18 +287,18 @@ class OverlaySnapshotStore(SnapshotStore):
             await self._close(operation_id)
 
     async def _make(self, job: str, request: _SnapshotRequest, progress: Progress) -> None:
-        """Run a pass of a snapshot. A full disk, and a tree that is too large, leave nothing of the partial."""
-        told = _ProgressTotal(progress)
+        """Run a pass of a snapshot. If the disk is full or the tree too large, remove the partial snapshot."""
+        tracked = _ProgressTotal(progress)
         with self._snapshot_errors():
             arguments = await run_to_end(self._pass_arguments, request)
             if arguments is None:
                 return
             try:
-                await self._worker(request.operation_id).call(job, told, **arguments)
+                await self._worker(request.operation_id).call(job, tracked, **arguments)
             except (OSError, TreeTooLargeError) as error:
                 if isinstance(error, OSError) and error.errno not in _NO_SPACE_ERRNOS:
                     raise
-                full = self._full(told.known)
+                full = self._full(tracked.known)
                 await self._close(request.operation_id)
                 await self._drop_partial(self._folders.partial(request.key, request.operation_id))
                 if isinstance(error, TreeTooLargeError):
@@ -308,7 +308,7 @@ class OverlaySnapshotStore(SnapshotStore):
                 await self._close_surplus()
 
     async def _drop(self, folder: Path) -> None:
-        """Rename a folder away, so that nobody takes it for whole, then remove it, and what is left of its like."""
+        """Rename a folder, so that it does not count as complete, then remove it and the rest of earlier removals."""
         for each in await run_to_end(self._folders.set_aside, folder):
             await self._remove(each)
 
@@ -330,7 +330,7 @@ class OverlaySnapshotStore(SnapshotStore):
         return (SnapshotMethod.REFLINK if self._can_clone(self._layer(old)) else SnapshotMethod.LINK), ""
 
     def _can_clone(self, layer: Layer) -> bool:
-        """Whether a layer's files and snapshots can share extents; tried once, with real files."""
+        """Whether a layer and its snapshots can share extents; tested once, with files."""
         root = self._folders.root
         if self._clones is None:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -339,11 +339,11 @@ class OverlaySnapshotStore(SnapshotStore):
         return self._clones and layer.device == root.stat().st_dev
 
     def _pass_arguments(self, request: _SnapshotRequest) -> dict[str, Any] | None:
-        """The arguments of a pass, with the partial's folder made; None when the snapshot is sealed already."""
+        """Create the folder of the partial snapshot; returns the arguments of a pass, or None if it is sealed."""
         if self._sealed_by(request.key, request.operation_id):
             return None
         if request.previous is not None and request.previous.uid != request.key.uid:
-            raise LayerRefusedError("a snapshot shares files with none of another container")
+            raise LayerRefusedError("the previous snapshot must be of the same container")
         if reason := copy_unavailable_reason():
             raise LayerRefusedError(reason)
         layer = self._layer(request.old)
@@ -362,9 +362,11 @@ class OverlaySnapshotStore(SnapshotStore):
     def _restorable_meta(self, key: SnapshotKey, target: EngineContainer) -> Meta:
         meta = self._folders.meta(key)
         if meta is None:
-            raise LayerRefusedError(f"revision {key.revision} has no snapshot here")
+            raise LayerRefusedError(f"no snapshot of revision {key.revision} on this node")
         if meta.snapshot.image_id != target.image_id:
-            raise LayerRefusedError(f"its files lie on {meta.snapshot.image_id}, the container on {target.image_id}")
+            raise LayerRefusedError(
+                f"the snapshot is of image {meta.snapshot.image_id}; the container has image {target.image_id}"
+            )
         return meta
 
     def _mirror_layers(self, source: EngineContainer, target: EngineContainer) -> tuple[Layer, Layer]:
@@ -372,7 +374,7 @@ class OverlaySnapshotStore(SnapshotStore):
             raise LayerRefusedError(f"the images differ: {source.image_id or 'unknown'} and {target.image_id}")
         layers = (self._layer(source), self._target_layer(target))
         if layers[0].inode == layers[1].inode:
-            raise LayerRefusedError("source and target are one and the same layer")
+            raise LayerRefusedError("source and target are the same layer")
         return layers
 
     def _layer(self, container: EngineContainer) -> Layer:
@@ -386,13 +388,15 @@ class OverlaySnapshotStore(SnapshotStore):
 
     def _target_layer(self, target: EngineContainer) -> Layer:
         if target.running:
-            raise LayerRefusedError(f"container {target.id} runs, and its layer cannot be filled")
+            raise LayerRefusedError(
+                f"container {target.id} is running; its layer can only be filled while it is stopped"
+            )
         if reason := copy_unavailable_reason():
             raise LayerRefusedError(reason)
         return self._layer(target)
 
     def _shared_with(self, previous: SnapshotKey | None) -> str:
-        """The folder of a sealed snapshot; empty where there is nothing to share with."""
+        """Return the folder of a sealed snapshot to share files with; empty if there is none."""
         return str(self._folders.sealed(previous)) if previous and self._folders.meta(previous) else ""
 
     def _sealed_by(self, key: SnapshotKey, operation_id: str) -> bool:
@@ -405,7 +409,7 @@ class OverlaySnapshotStore(SnapshotStore):
 
     @contextmanager
     def _snapshot_errors(self) -> Iterator[None]:
-        """Give what is refused or fails below the names that core knows."""
+        """Convert errors of layers and jobs to domain errors."""
         try:
             yield
         except (LayerRefusedError, JobRefusedError, TreeTooLargeError, StalledError, ValueError) as error:
@@ -417,5 +421,5 @@ class OverlaySnapshotStore(SnapshotStore):
 
 
 def _job_folder(layer: Layer) -> list[Any]:
-    """A layer as the jobs take it: the folder that was checked, and no other in its place."""
+    """Return the checked folder of a layer as an argument of jobs, which refuse any other folder at its path."""
     return [layer.path, layer.device, layer.inode]

@@ -1,4 +1,4 @@
-"""LayerStore over the folders of Docker's overlay2 driver."""
+"""LayerStore for the folders of Docker's overlay2 driver."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ _NO_SPACE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 LOST_BY_COMMIT = (
     "extended attributes other than security.capability are lost (user.* ones among them)",
-    "times of modification lose their fraction of a second, and those before 1970 become 1970",
+    "modification times are cut to whole seconds; those before 1970 become 1970",
     "sparse files are written out in full",
-    "sockets, and the mode, owner and time of / itself, are not carried",
+    "sockets, and the mode, owner and time of /, are not copied",
 )
-# Where the layer is out of reach, so that nobody can tell whether there are any.
-LONG_PATHS_LOST = "files whose paths are longer than some 3900 bytes are left out of the image by the engine"
-# limits.h, with the final zero.
+# Added if the layer is not accessible, so that its paths cannot be checked.
+LONG_PATHS_LOST = "files with paths longer than about 3900 bytes are left out of the image"
+# limits.h; includes the final zero byte.
 _PATH_MAX = 4096
-# The engine may reach the same files by a name of the layer that is a little longer, such as merged for diff.
+# The engine may use another path of the layer that is a little longer, such as merged instead of diff.
 _PATH_MARGIN = 16
-COMMIT_WARNINGS = (*LOST_BY_COMMIT, "the container's image grows by one layer; before it has 100, they are made fewer")
+COMMIT_WARNINGS = (*LOST_BY_COMMIT, "the container's image gets one more layer; layers are merged before there are 100")
 
 
 class OverlayLayerStore(LayerStore):
-    """Carries writable layers by exchange or copy of overlay2 folders, and plans a commit where neither can be.
+    """Implements ports.LayerStore by exchanging or copying overlay2 folders; plans a commit if neither is possible.
 
-    `forced` is the one method to use, None the best there is. `engine_root` is the engine's data folder, as the engine
-    names it; `local` whether the engine runs on this host, so that its paths are ours. Nothing is kept open, and any
-    number of carries may run at once. A copy that makes no progress for `stall_seconds` is ended and fails.
+    `forced` is the only method to use; None: the best. `engine_root` is the engine's data folder as the engine reports
+    it; `local`: the engine runs on this host, so that its paths are valid here. Any number of transfers may run
+    concurrently. A copy fails if it makes no progress for `stall_seconds`.
     """
 
     def __init__(
@@ -67,22 +67,22 @@ class OverlayLayerStore(LayerStore):
         self._stall_seconds = stall_seconds
 
     async def methods(self) -> tuple[tuple[LayerTransferMethod, str], ...]:
-        """Each method, and why it cannot be used on this host (empty: it can)."""
-        hidden = await run_to_end(self._layers_unavailable_reason)
+        """See the protocol."""
+        unavailable = await run_to_end(self._layers_unavailable_reason)
         return (
-            (LayerTransferMethod.EXCHANGE, hidden or exchange_unavailable_reason()),
-            (LayerTransferMethod.COPY, hidden or copy_unavailable_reason() or du_unavailable_reason()),
+            (LayerTransferMethod.EXCHANGE, unavailable or exchange_unavailable_reason()),
+            (LayerTransferMethod.COPY, unavailable or copy_unavailable_reason() or du_unavailable_reason()),
             (LayerTransferMethod.COMMIT, ""),
         )
 
     async def plan(self, old: EngineContainer) -> LayerTransferPlan:
-        """The forced method, else the best; measures what would be copied. Raises LayerCarryFailed, DiskFull.
+        """Return the forced method, else the best, with the measured cost. Raises LayerCarryFailed, DiskFull.
 
-        The container may still run. What stood in the way of a better method is among the warnings.
+        The container may still run. The warnings say why better methods are not possible.
         """
         layer = await run_to_end(self._layer_of, old)
-        hidden = layer if isinstance(layer, str) else ""
-        reasons = {method: reason or hidden for method, reason in await self.methods()}
+        unavailable = layer if isinstance(layer, str) else ""
+        reasons = {method: reason or unavailable for method, reason in await self.methods()}
         reasons[LayerTransferMethod.COMMIT] = ""
         if self._forced:
             if reason := reasons[self._forced]:
@@ -94,7 +94,7 @@ class OverlayLayerStore(LayerStore):
             case LayerTransferMethod.COPY:
                 return await self._measured(plan, old.upper_dir, apparent=False)
             case LayerTransferMethod.COMMIT:
-                return await self._commit_plan(plan, "" if hidden else old.upper_dir)
+                return await self._commit_plan(plan, "" if unavailable else old.upper_dir)
             case _:
                 return plan.model_copy(update={"bytes_available": available(self._root)})
 
@@ -141,7 +141,7 @@ class OverlayLayerStore(LayerStore):
             await self._require_short_paths(container.upper_dir)
 
     async def _require_short_paths(self, upper_dir: str) -> None:
-        """The engine reaches the files of a layer by path, and leaves out what it cannot reach without an error."""
+        """Raise LayerRefusedError for paths that are too long: the engine leaves such files out without an error."""
         with _layer_errors(LayerTransferMethod.COMMIT):
             found = await run_job(
                 "longest_path",
@@ -152,8 +152,8 @@ class OverlayLayerStore(LayerStore):
             longest, most = int(found["bytes"]), _PATH_MAX - len(os.fsencode(upper_dir)) - _PATH_MARGIN
             if longest > most:
                 raise LayerRefusedError(
-                    f"a path in the container's files is {longest} bytes long; the engine would leave out of an image"
-                    f" what lies beyond {most} bytes"
+                    f"a path in the container is {longest} bytes long; the engine leaves paths over {most} bytes out of"
+                    " an image"
                 )
 
     @asynccontextmanager
@@ -180,17 +180,17 @@ class OverlayLayerStore(LayerStore):
             return await run_to_end(ensure_order, self._root, pair, LayerOrder.EXCHANGED)
 
     async def exchange_back(self, pair: LayerPair) -> None:
-        """See the protocol. The successor may be gone, as long as the old tree is where it was."""
+        """See the protocol. The successor need not exist if the old tree is in its place."""
         with _layer_errors(LayerTransferMethod.EXCHANGE):
             if not await run_to_end(self._restore_order, pair):
-                raise LayerRefusedError("the kernel swapped the layers once and does not swap them back")
+                raise LayerRefusedError("cannot exchange the layers back: the kernel refuses it")
 
     async def copy(self, pair: LayerPair, progress: Progress) -> None:
-        """See the protocol. On return the copy is on the disk, not only in memory."""
+        """See the protocol. Returns after the copy is on disk."""
         with _layer_errors(LayerTransferMethod.COPY):
-            # Emptying the new tree of an exchanged pair would destroy the only copy.
+            # Emptying the new path of an exchanged pair would delete the only copy of the files.
             if await run_to_end(layer_order, self._root, pair) is not LayerOrder.STRAIGHT:
-                raise LayerRefusedError("the layers are exchanged, and what would be emptied is the old one")
+                raise LayerRefusedError("the layers are already exchanged; copying would delete the source")
             if reason := copy_unavailable_reason() or du_unavailable_reason():
                 raise LayerRefusedError(reason)
             await self._copy(pair, progress)
@@ -220,7 +220,7 @@ class OverlayLayerStore(LayerStore):
         progress(total, total)
 
     async def _commit_plan(self, plan: LayerTransferPlan, upper_dir: str) -> LayerTransferPlan:
-        """What the engine will write is what reading the layer gives; unknown where the layer is not ours to see."""
+        """Add the warnings and the cost of a commit to a plan; the cost is unknown if the layer is not accessible."""
         plan = plan.model_copy(update={"warnings": (*plan.warnings, *COMMIT_WARNINGS)})
         if not upper_dir:
             return plan.model_copy(update={"warnings": (*plan.warnings, LONG_PATHS_LOST)})
@@ -230,22 +230,22 @@ class OverlayLayerStore(LayerStore):
         return await self._measured(plan, upper_dir, apparent=True)
 
     async def _measured(self, plan: LayerTransferPlan, path: str, *, apparent: bool) -> LayerTransferPlan:
-        """The plan with the bytes that it moves and the room for them. Raises DiskFull."""
+        """Return the plan with the measured bytes and the free bytes. Raises DiskFull, LayerCarryFailed."""
         with _layer_errors(plan.method):
             needed = await tree_bytes(path, apparent=apparent, timeout_seconds=_MEASURE_SECONDS)
             free = await run_to_end(require_disk_space, path, needed)
         return plan.model_copy(update={"bytes_to_move": needed, "bytes_available": free})
 
     def _layers_unavailable_reason(self) -> str:
-        """Why no layer of this engine can be seen from here; empty when they can."""
+        """Why the layers of this engine are not accessible; empty if they are."""
         if not self._local:
             return "the engine runs on another host"
         if not Path(self._root, "overlay2", "l").is_dir():
-            return f"there are no overlay2 layers below {self._root}, the engine's data folder"
+            return f"no overlay2 layers below the engine's data folder {self._root}"
         return ""
 
     def _layer_of(self, container: EngineContainer) -> Layer | str:
-        """A container's writable layer, or why it is not to be seen."""
+        """Return a container's writable layer, or why it is not accessible."""
         return layer_of(self._root, container, local=self._local)
 
     def _located(self, old: EngineContainer, new: EngineContainer) -> LayerPair:
@@ -268,7 +268,7 @@ class OverlayLayerStore(LayerStore):
 
 
 def _best(reasons: dict[LayerTransferMethod, str]) -> LayerTransferPlan:
-    """The first method that nothing speaks against, with what speaks against those before it."""
+    """Return the first possible method, with warnings that say why those before it are not possible."""
     method = next(method for method, reason in reasons.items() if not reason)
     warnings = [f"{other} is not possible: {reason}" for other, reason in reasons.items() if reason]
     return LayerTransferPlan(method=method, warnings=tuple(warnings))
@@ -276,21 +276,21 @@ def _best(reasons: dict[LayerTransferMethod, str]) -> LayerTransferPlan:
 
 def _check_together(old: Layer, new: Layer) -> None:
     if (old.path, old.inode) == (new.path, new.inode) or old.inode == new.inode:
-        raise LayerRefusedError(f"{old.path} and {new.path} are one and the same layer")
+        raise LayerRefusedError(f"{old.path} and {new.path} are the same layer")
     if old.device != new.device:
-        raise LayerRefusedError(f"{old.path} and {new.path} lie on different filesystems")
+        raise LayerRefusedError(f"{old.path} and {new.path} are on different filesystems")
     if old.image_layers != new.image_layers:
-        raise LayerRefusedError(f"{old.path} and {new.path} lie on different image layers")
+        raise LayerRefusedError(f"{old.path} and {new.path} are on different image layers")
 
 
 @contextmanager
 def _layer_errors(method: LayerTransferMethod) -> Iterator[None]:
-    """Give what is refused or fails below the name that core knows."""
+    """Convert errors of layers and jobs to LayerCarryFailed."""
     try:
         yield
     except (LayerRefusedError, JobRefusedError, TreeTooLargeError, StalledError, ValueError) as error:
         raise LayerCarryFailed(method=method, detail=str(error)) from error
     except TimeoutError as error:
-        raise LayerCarryFailed(method=method, detail="the layer could not be measured in time") from error
+        raise LayerCarryFailed(method=method, detail="measuring the layer timed out") from error
     except OSError as error:
         raise LayerCarryFailed(method=method, detail=f"{error.strerror} ({error.filename})") from error

@@ -1,4 +1,4 @@
-"""The cards of this host, as NVIDIA's management library shows them."""
+"""GPUs of this host, through NVIDIA's management library (NVML)."""
 
 from gpudock_server.adapters.nvml.inventory import NvmlInventory
 

@@ -1,7 +1,7 @@
-"""Blocking reads of one card and of the machine, through pynvml, in the model's words.
+"""Blocking reads of one GPU and of the driver versions through pynvml, converted to the model.
 
-Everything here may block for as long as the driver likes and belongs in the driver's own thread. Names and meanings are
-those of nvml.h; pynvml raises NVMLError with the code in `value`, also for a symbol that an older library lacks.
+All calls may block for any time, so they run in the driver thread. Names and meanings are those of nvml.h; pynvml
+raises NVMLError with the code in `value`, also for a symbol that an older library does not have.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import pynvml
 
+from gpudock_server.adapters.host.processes import process_name
 from gpudock_server.model.gpu import Gpu, GpuHealth, GpuProcess, MigMode
 
 T = TypeVar("T")
-# An opaque pointer to a card; valid until nvmlShutdown.
+# An opaque pointer to a GPU; valid until nvmlShutdown.
 Handle = Any
 
-# Answers that mean "this card, driver or caller does not have that", and nothing about the card's health.
+# Errors that mean "not available on this GPU or driver, or for this caller"; they do not affect the health.
 _NOT_OFFERED: Final = frozenset({
     pynvml.NVML_ERROR_NOT_SUPPORTED,
     pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,
@@ -35,24 +35,24 @@ _NOT_OFFERED: Final = frozenset({
 _RECOVERY_ACTIONS: Final = {
     pynvml.NVML_GPU_RECOVERY_ACTION_GPU_RESET: "reset the GPU",
     pynvml.NVML_GPU_RECOVERY_ACTION_NODE_REBOOT: "reboot the node",
-    pynvml.NVML_GPU_RECOVERY_ACTION_DRAIN_P2P: "end the processes that use it peer to peer",
+    pynvml.NVML_GPU_RECOVERY_ACTION_DRAIN_P2P: "stop the processes that use peer-to-peer access",
     pynvml.NVML_GPU_RECOVERY_ACTION_DRAIN_AND_RESET: "drain and reset the GPU",
 }
 
 
 class GpuLostError(Exception):
-    """The driver says that a card is gone from the bus."""
+    """The driver reports that a GPU fell off the bus."""
 
 
 @dataclass
 class _Queries:
-    """Asks one card; remembers the answers that speak of a sick card instead of raising them."""
+    """Queries one GPU; collects errors that affect its health instead of raising them."""
 
     handle: Handle
     query_errors: list[str] = field(default_factory=list)
 
     def ask(self, query: Callable[..., T], *arguments: object) -> T | None:
-        """An answer, None where there is none. Raises GpuLostError."""
+        """Return the result of a query; None if it failed. Raises GpuLostError."""
         try:
             return query(self.handle, *arguments)
         except pynvml.NVMLError as error:
@@ -64,7 +64,7 @@ class _Queries:
 
 
 def machine_versions() -> tuple[str, str, str]:
-    """Versions of the driver, of NVML, and the newest CUDA that the driver serves; empty where not offered."""
+    """Return the versions of the driver, of NVML, and of CUDA that the driver supports; empty if not available."""
     cuda = _text(pynvml.nvmlSystemGetCudaDriverVersion_v2)
     return (
         _text(pynvml.nvmlSystemGetDriverVersion),
@@ -80,7 +80,7 @@ def _text(query: Callable[[], object]) -> str:
 
 
 def gpu_handles() -> Iterator[tuple[int, Handle | str]]:
-    """Index and handle of every card; a text instead of a handle that could not be had. Raises NVMLError."""
+    """Iterate over index and handle of all GPUs; an error text replaces a missing handle. Raises NVMLError."""
     for index in range(pynvml.nvmlDeviceGetCount()):
         try:
             yield index, pynvml.nvmlDeviceGetHandleByIndex(index)
@@ -89,12 +89,12 @@ def gpu_handles() -> Iterator[tuple[int, Handle | str]]:
 
 
 def gpu_uuid(handle: Handle) -> str:
-    """The card's UUID, as in GPU-5d1c…. Raises NVMLError, also when the card is lost."""
+    """Return the UUID, as in GPU-5d1c…. Raises NVMLError, also if the GPU is lost."""
     return str(pynvml.nvmlDeviceGetUUID(handle))
 
 
 def read_gpu(handle: Handle, uuid: str, index: int) -> Gpu:
-    """Everything that the card tells of itself. Raises GpuLostError."""
+    """Read all data of a GPU. Raises GpuLostError."""
     queries = _Queries(handle)
     ask = queries.ask
     memory: Any = ask(pynvml.nvmlDeviceGetMemoryInfo)
@@ -133,9 +133,10 @@ def _mig_mode(queries: _Queries) -> MigMode:
 
 
 def _recovery_problems(queries: _Queries) -> list[str]:
-    """What the driver wants done before the card is used again (field NVML_FI_DEV_GET_GPU_RECOVERY_ACTION).
+    """Return the recovery action that the driver requests (field NVML_FI_DEV_GET_GPU_RECOVERY_ACTION).
 
-    It outlives the daemon, unlike what was seen of XIDs. NVIDIA, "GPU Memory Error Management", "Recovery action flag".
+    Unlike observed XIDs it survives a restart of the daemon. Source: NVIDIA, "GPU Memory Error Management", "Recovery
+    action flag".
     """
     values: Any = queries.ask(pynvml.nvmlDeviceGetFieldValues, [pynvml.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION])
     if not values or values[0].nvmlReturn != pynvml.NVML_SUCCESS:
@@ -143,22 +144,15 @@ def _recovery_problems(queries: _Queries) -> list[str]:
     action = int(values[0].value.uiVal)
     if action == pynvml.NVML_GPU_RECOVERY_ACTION_NONE:
         return []
-    return [f"the driver asks for recovery: {_RECOVERY_ACTIONS.get(action, f'action {action}')}"]
+    return [f"the driver requests recovery: {_RECOVERY_ACTIONS.get(action, f'action {action}')}"]
 
 
 def _processes(queries: _Queries) -> tuple[GpuProcess, ...]:
-    """Every process once, though it may both compute and draw."""
+    """Return the processes of a GPU; one that computes and draws appears once."""
     found: dict[int, GpuProcess] = {}
     for query in (pynvml.nvmlDeviceGetComputeRunningProcesses, pynvml.nvmlDeviceGetGraphicsRunningProcesses):
         for process in queries.ask(query) or []:
             used = None if process.usedGpuMemory is None else int(process.usedGpuMemory)
             pid = int(process.pid)
-            found.setdefault(pid, GpuProcess(pid=pid, name=_process_name(pid), used_memory_bytes=used))
+            found.setdefault(pid, GpuProcess(pid=pid, name=process_name(pid), used_memory_bytes=used))
     return tuple(found[pid] for pid in sorted(found))
-
-
-def _process_name(pid: int) -> str:
-    """The kernel's name of a process (proc(5), comm); empty when it has ended."""
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_bytes().decode(errors="replace").strip()
-    return ""

@@ -1,4 +1,4 @@
-"""Listening for XIDs: a thread that waits in nvmlEventSetWait."""
+"""Listen for XIDs in a thread that waits in nvmlEventSetWait."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import structlog
 from gpudock_server.adapters.nvml.driver import Handle
 
 _log = structlog.get_logger(__name__)
-# How long a wait may take before the thread looks whether it shall end.
+# Maximum time of a wait before the thread checks whether it must end.
 _SLICE_MILLISECONDS = 500
 
 
 class XidListener:
-    """Reports every XID of the cards that were added, from a thread of its own, until it is closed.
+    """Reports the XIDs of all added GPUs from its own thread, until it is closed.
 
-    `report` is called in that thread with a card's UUID and an XID; `lost` when the driver says that some card is gone.
+    That thread calls `report` with the UUID of a GPU and an XID, and `lost` if the driver reports that a GPU is lost.
     """
 
     def __init__(self, report: Callable[[str, int], None], lost: Callable[[], None]) -> None:
@@ -28,23 +28,23 @@ class XidListener:
         self._lost = lost
         self._closing = threading.Event()
         self._uuids: dict[int, str] = {}
-        # Blocks; as every call of NVML but the wait, this runs in the driver's thread.
+        # Blocks. Like all NVML calls except the wait, it runs in the driver thread.
         self._set = pynvml.nvmlEventSetCreate()
         self._thread = threading.Thread(target=self._run, name="nvml-events", daemon=True)
         self._thread.start()
 
     def add(self, handle: Handle, uuid: str) -> None:
-        """Listen to a card; one that is known, or has no such events, is left as it is."""
+        """Listen to a GPU; does nothing if it was added before."""
         if uuid in self._uuids.values():
             return
         self._uuids[_address(handle)] = uuid
         try:
             pynvml.nvmlDeviceRegisterEvents(handle, pynvml.nvmlEventTypeXidCriticalError, self._set)
         except pynvml.NVMLError as error:
-            _log.warning("gpu_has_no_xid_events", uuid=uuid, error=str(error))
+            _log.warning("GPU has no XID events", uuid=uuid, error=str(error))
 
     def close(self, timeout_seconds: float) -> bool:
-        """End the thread; False if it hangs in the driver, and is left behind with its event set."""
+        """End the thread; False if it hangs in the driver and is abandoned with its event set."""
         self._closing.set()
         self._thread.join(timeout_seconds)
         if self._thread.is_alive():
@@ -68,14 +68,14 @@ class XidListener:
             return
         if error.value == pynvml.NVML_ERROR_GPU_IS_LOST:
             self._lost()
-        # Such an answer comes at once, and again at the next call.
+        # Pause: such an error is returned immediately, also by the next call.
         self._closing.wait(_SLICE_MILLISECONDS / 1000)
 
     def _report_xid(self, event: pynvml.c_nvmlEventData_t) -> None:
         xid = int(event.eventData)
-        # By its handle, not by asking for the UUID: a card that fell off the bus no longer answers.
+        # Look the handle up instead of querying the UUID: a GPU that fell off the bus does not answer.
         uuid = self._uuids.get(_address(event.device))
-        _log.warning("gpu_xid", uuid=uuid or "unknown", xid=xid)
+        _log.warning("GPU XID", uuid=uuid or "unknown", xid=xid)
         if uuid is not None:
             self._report(uuid, xid)
 

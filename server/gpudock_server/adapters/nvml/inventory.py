@@ -1,4 +1,4 @@
-"""GpuInventory over NVML: never blocks the event loop, never hangs, never raises."""
+"""GpuInventory with NVML: never blocks the event loop, never hangs, never raises."""
 
 import asyncio
 import queue
@@ -22,13 +22,13 @@ _CLOSE_SECONDS = 1.0
 
 
 class NvmlInventory(GpuInventory):
-    """The cards that the NVIDIA driver shows.
+    """The GPUs that the NVIDIA driver reports.
 
-    - A snapshot is at most `cache_seconds` old, and never older than the last XID; 100 callers at once share one read.
-    - A driver that does not answer within `timeout_seconds` gives the last known cards, all UNHEALTHY.
-    - Without a driver there are no cards; it is looked for again every `retry_seconds`.
+    - A report is at most `cache_seconds` old, and never older than the last XID; concurrent callers share one read.
+    - If the driver does not answer within `timeout_seconds`, the last known GPUs are reported, all UNHEALTHY.
+    - Without a driver there are no GPUs; loading it is retried every `retry_seconds`.
 
-    `start` first, `close` at last; both may be awaited in any state.
+    `start` and `close` may be awaited in any state.
     """
 
     def __init__(
@@ -38,26 +38,26 @@ class NvmlInventory(GpuInventory):
         self._cache = cache_seconds
         self._retry = retry_seconds
         self._thread: DriverThread | None = None
-        # Of the driver's thread alone:
+        # Used by the driver thread only:
         self._session: NvmlSession | None = None
         self._unavailable_reason = ""
         self._retried_at = float("-inf")
-        # Of the event loop alone:
+        # Used by the event loop only:
         self._reading: Future[tuple[GpuReport, int]] | None = None
         self._reading_since = 0.0
-        self._last = GpuReport(message="the GPU inventory was not started")
+        self._last = GpuReport(message="the GPU inventory is not started")
         self._last_at = float("-inf")
         self._last_changes = -1
 
     async def start(self) -> None:
-        """Look for the driver, and begin to listen for XIDs; returns after `timeout_seconds` at the latest."""
+        """Load the driver and listen for XIDs; returns after at most `timeout_seconds`."""
         if self._thread is None:
             self._thread = DriverThread("nvml")
             self._thread.start()
             await self.snapshot()
 
     async def close(self) -> None:
-        """End the threads; one that hangs in the driver is left behind after a second."""
+        """End the threads; a thread that hangs in the driver is abandoned after a second."""
         thread, self._thread, self._reading = self._thread, None, None
         if thread is None:
             return
@@ -65,10 +65,10 @@ class NvmlInventory(GpuInventory):
         thread.end()
         with suppress(TimeoutError):
             await _result(closing, _CLOSE_SECONDS)
-            thread.join(_CLOSE_SECONDS)  # it has nothing more to do
+            thread.join(_CLOSE_SECONDS)  # it has nothing left to do
 
     async def snapshot(self) -> GpuReport:
-        """The cards as of now; see the class."""
+        """Return the current GPUs; see the class."""
         if self._thread is None or self._fresh():
             return self._last
         reading = self._reading
@@ -80,8 +80,8 @@ class NvmlInventory(GpuInventory):
             snapshot, changes = await _result(reading, max(0.0, self._timeout - waited))
         except TimeoutError:
             return self._stale_snapshot()
-        except Exception as error:  # noqa: BLE001 - a defect in here must not take down what works without cards
-            _log.exception("gpu_inventory_failed")
+        except Exception as error:  # noqa: BLE001 - a defect here must not break what works without GPUs
+            _log.exception("GPU inventory failed")
             snapshot, changes = GpuReport(message=f"the GPU inventory failed: {error}"), -1
         if self._reading is reading:
             self._reading = None
@@ -99,10 +99,10 @@ class NvmlInventory(GpuInventory):
             update={"gpus": tuple(unhealthy(gpu, message) for gpu in self._last.gpus), "message": message}
         )
 
-    # ---- in the driver's thread ----
+    # ---- in the driver thread ----
 
     def _read(self) -> tuple[GpuReport, int]:
-        """A snapshot, and the count of changes that it surely shows (-1 without a driver)."""
+        """Read the GPUs; returns the report and the number of changes that it includes (-1 without a driver)."""
         session = self._session or self._open_session()
         if session is None:
             return GpuReport(message=self._unavailable_reason), -1
@@ -110,7 +110,7 @@ class NvmlInventory(GpuInventory):
         try:
             return session.read(), changes
         except DriverUnavailableError as error:
-            _log.warning("gpu_driver_gone", error=str(error))
+            _log.warning("NVIDIA driver unavailable", error=str(error))
             self._unavailable_reason = str(error)
             self._close_session()
             return GpuReport(message=self._unavailable_reason), -1
@@ -132,7 +132,7 @@ class NvmlInventory(GpuInventory):
 
 
 async def _result(future: Future[T], timeout_seconds: float) -> T:
-    """The result of a call in another thread. Raises TimeoutError, and the call goes on."""
+    """Return the result of a call in another thread. Raises TimeoutError; the call then continues."""
     if future.done():
         return future.result()
     waiting = asyncio.wrap_future(future)
@@ -140,16 +140,15 @@ async def _result(future: Future[T], timeout_seconds: float) -> T:
         async with asyncio.timeout(timeout_seconds):
             return await asyncio.shield(waiting)
     finally:
-        # The future itself is running and does not take notice; without this, a call that ends after the event loop
-        # did would complain of it.
+        # Does not cancel the running call; without this, a call that ends after the event loop would log an error.
         waiting.cancel()
 
 
 class DriverThread:
-    """Runs calls one after another.
+    """Runs calls one after the other in a thread.
 
-    Not a ThreadPoolExecutor: Python joins an executor's threads at exit, and a driver that hangs would then keep the
-    daemon from ending. This thread is a daemon thread, which is left behind instead.
+    Not a ThreadPoolExecutor: Python joins its threads at exit, so a driver that hangs would keep the daemon from
+    ending. This is a daemon thread, which is abandoned instead.
     """
 
     def __init__(self, name: str) -> None:
@@ -157,18 +156,18 @@ class DriverThread:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
-        """Begin to run calls."""
+        """Start to run calls."""
         self._thread.start()
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """Have `call` run after those before it; the future cannot be cancelled."""
+        """Run `call` after those before it; the future cannot be cancelled."""
         future: Future[T] = Future()
         future.set_running_or_notify_cancel()
 
         def run() -> None:
             try:
                 result = call()
-            except BaseException as error:  # noqa: BLE001 - whoever waits for the future gets it
+            except BaseException as error:  # noqa: BLE001 - the future raises it
                 future.set_exception(error)
             else:
                 future.set_result(result)
@@ -177,11 +176,11 @@ class DriverThread:
         return future
 
     def end(self) -> None:
-        """End after the calls that were submitted; does not wait."""
+        """End the thread after the submitted calls; does not wait."""
         self._calls.put(None)
 
     def join(self, timeout_seconds: float) -> None:
-        """Wait until it has ended."""
+        """Wait for the end of the thread."""
         self._thread.join(timeout_seconds)
 
     def _run(self) -> None:

@@ -1,4 +1,4 @@
-"""From nvmlInit to nvmlShutdown: which cards were seen, and what went wrong with them. Lives in the driver's thread."""
+"""A session from nvmlInit to nvmlShutdown: known GPUs and their problems. Used in the driver thread."""
 
 from __future__ import annotations
 
@@ -21,29 +21,31 @@ from gpudock_server.adapters.nvml.xids import fatal_xid_message
 from gpudock_server.model.gpu import Gpu, GpuHealth, GpuReport
 
 _log = structlog.get_logger(__name__)
-# After these the library has to be initialized anew.
+# After these errors the library must be initialized again.
 _DRIVER_GONE = frozenset({pynvml.NVML_ERROR_DRIVER_NOT_LOADED, pynvml.NVML_ERROR_UNINITIALIZED})
 
 
 class DriverUnavailableError(Exception):
-    """The driver was unloaded, or never loaded."""
+    """The driver is not loaded, or was unloaded."""
 
 
 class NvmlSession:
-    """The driver, while it is loaded. A new one knows of no XIDs and no lost cards.
+    """A session with the loaded driver. A new session knows no XIDs and no lost GPUs.
 
-    Everything blocks. `changes` counts what a snapshot that was taken before does not show; any thread may read it.
+    All methods block. `changes` counts changes, so that older reports are known to be stale; any thread may read it.
     """
 
     def __init__(self) -> None:
-        """Initializes NVML. Raises DriverUnavailableError with the reason."""
+        """Initialize NVML. Raises DriverUnavailableError with the reason."""
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError as error:
-            # Mostly the library is new and the kernel's module old, and the next try shows when that is over. A process
-            # that has loaded the old library has to be restarted: it cannot load the new one beside it.
+            # Usually the library is newer than the kernel module, and a later retry succeeds. If this process has
+            # loaded the old library, it must be restarted: it cannot load the new one.
             updated = error.value == pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH
-            advice = " Reload the NVIDIA driver or reboot; restart the daemon only if this stays." if updated else ""
+            advice = (
+                " Reload the NVIDIA driver or reboot; restart the daemon only if the error persists." if updated else ""
+            )
             raise DriverUnavailableError(f"NVML cannot be used: {error}{advice}") from error
         self.changes = 0
         self._versions = machine_versions()
@@ -56,15 +58,15 @@ class NvmlSession:
         try:
             return XidListener(self._xid_raised, self._changed)
         except pynvml.NVMLError as error:
-            _log.warning("no_xid_events", error=str(error))
+            _log.warning("XID events not available", error=str(error))
             return None
 
     def _xid_raised(self, uuid: str, xid: int) -> None:
         if text := fatal_xid_message(xid):
             with self._lock:
-                # The first tells the cause; those after it are mostly its consequences.
+                # The first XID is the cause; later ones are mostly its consequences.
                 self._xids.setdefault(uuid, text)
-        # An XID that is not fatal here may have changed the driver's own mind: let the next snapshot ask it.
+        # Also after other XIDs: the driver may report another health in the next read.
         self._changed()
 
     def _changed(self) -> None:
@@ -72,22 +74,22 @@ class NvmlSession:
             self.changes += 1
 
     def read(self) -> GpuReport:
-        """All cards, those included that were seen once and are gone. Raises DriverUnavailableError."""
+        """Read all GPUs, including lost ones that were known before. Raises DriverUnavailableError."""
         try:
             seen, problems = self._read_all()
         except pynvml.NVMLError as error:
             if error.value in _DRIVER_GONE:
-                raise DriverUnavailableError(f"the NVIDIA driver is gone: {error}") from error
-            return self._snapshot(self._all_unhealthy(str(error)), f"the NVIDIA driver shows no cards: {error}")
+                raise DriverUnavailableError(f"NVIDIA driver unavailable: {error}") from error
+            return self._snapshot(self._all_unhealthy(str(error)), f"the NVIDIA driver reported an error: {error}")
         for uuid, gpu in self._known.items():
             if uuid not in seen:
-                seen[uuid] = _lost(gpu, problems.pop(gpu.index, "the driver no longer shows it"))
+                seen[uuid] = _lost(gpu, problems.pop(gpu.index, "no longer reported by the driver"))
         self._known |= seen
         message = "; ".join(f"GPU {index}: {problem}" for index, problem in sorted(problems.items()))
-        return self._snapshot(seen, message or ("" if seen else "the NVIDIA driver shows no cards"))
+        return self._snapshot(seen, message or ("" if seen else "the NVIDIA driver reports no GPUs"))
 
     def _read_all(self) -> tuple[dict[str, Gpu], dict[int, str]]:
-        """Cards by UUID, and by index what is wrong with those that do not even tell that. Raises NVMLError."""
+        """Return GPUs by UUID, and by index the errors of GPUs whose UUID is not available. Raises NVMLError."""
         seen: dict[str, Gpu] = {}
         problems: dict[int, str] = {}
         for index, handle in gpu_handles():
@@ -127,22 +129,22 @@ class NvmlSession:
         )
 
     def close(self, timeout_seconds: float) -> None:
-        """End the listening, which takes up to half a second, and shut NVML down."""
+        """Stop the listener, which takes up to half a second, and shut NVML down."""
         if self._listener is not None and not self._listener.close(timeout_seconds):
-            return  # nvmlShutdown under a call that hangs is asking for trouble
+            return  # nvmlShutdown is not safe during a call that hangs
         with suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
 
 
 def unhealthy(gpu: Gpu, message: str) -> Gpu:
-    """The card, marked so that it is not handed out; one that is lost stays that, and both reasons are kept."""
+    """Mark a GPU as unhealthy, so that it is not allocated; a lost one stays lost. All reasons are kept."""
     health = GpuHealth.LOST if gpu.health is GpuHealth.LOST else GpuHealth.UNHEALTHY
     both = f"{message}; {gpu.health_message}" if gpu.health_message else message
     return gpu.model_copy(update={"health": health, "health_message": both})
 
 
 def _lost(gpu: Gpu, message: str) -> Gpu:
-    """Who it was, without what it measured."""
+    """Return a lost GPU: its identity without its telemetry."""
     return Gpu(
         uuid=gpu.uuid,
         index=gpu.index,

@@ -1,18 +1,18 @@
-"""Which of the driver's error reports (XIDs) mean that a card must not be handed out.
+"""The error reports of the driver (XIDs) after which a GPU must not be allocated.
 
 Source: NVIDIA, "Analyzing Xid Errors with the Xid Catalog" (docs.nvidia.com/deploy/xid-errors), the column "Resolution
-Bucket (Immediate Action)". Fatal here is what asks for RESET_GPU or RESTART_BM, and 48 and 74, of which it says that "a
-GPU reset or node reboot is needed to clear this error". Not fatal, on purpose:
+Bucket (Immediate Action)". Fatal are those with RESET_GPU or RESTART_BM, and 48 and 74, of which it says that "a GPU
+reset or node reboot is needed to clear this error". Not fatal, on purpose:
 
-- 13, 31, 43, 45, 68 and their like (RESTART_APP, IGNORE): a program's own fault; the card stays healthy;
+- 13, 31, 43, 45, 68 and similar (RESTART_APP, IGNORE): an error of a program; the GPU stays healthy;
 - 63 (row remapped) and 92 (many corrected errors): IGNORE;
 - 94 (contained memory error): RESTART_APP, "applications can continue to be run until the reset can be performed";
-- 109 (context switch timeout): the catalogue says RESET_GPU, NVIDIA's own Kubernetes device plugin counts it among
-  application errors (internal/rm/health.go). A tenant's program can cause it, and must not take a card out of service
-  by that; where a reset is really needed, the driver's recovery action says so;
+- 109 (context switch timeout): the catalog says RESET_GPU, but NVIDIA's Kubernetes device plugin counts it as an
+  application error (internal/rm/health.go). A tenant's program can cause it, and must not be able to take a GPU out of
+  service; if a reset is needed, the driver's recovery action says so;
 - 155 (NVLink defined by software): also raised when a link goes down as intended.
 
-Drivers from R565 on tell the action themselves (see `recovery_action` in driver.py); this table is for what is older.
+Drivers since R565 report the action themselves (see `_recovery_problems` in driver.py); this table is for older ones.
 """
 
 from __future__ import annotations
@@ -37,6 +37,6 @@ FATAL_XIDS = {
 
 
 def fatal_xid_message(xid: int) -> str:
-    """What an XID means for people, as in "XID 79: fell off the bus"; empty when it is not fatal to the card."""
+    """Return a message such as "XID 79: fell off the bus"; empty if the XID is not fatal."""
     meaning = FATAL_XIDS.get(xid)
     return f"XID {xid}: {meaning}" if meaning else ""
