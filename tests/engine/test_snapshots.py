@@ -280,7 +280,7 @@ async def test_a_snapshot_is_restored_with_everything(place: Place) -> None:
     (place.layers[1] / "grown/d1/f1").write_text("the container's own")
     _equal(place.layers[0], place.tree(1))
     for wrong, why in (
-        (dataclasses.replace(place.new, image_id=f"sha256:{2:064x}"), "lie on"),
+        (dataclasses.replace(place.new, image_id=f"sha256:{2:064x}"), "the snapshot is of image"),
         (dataclasses.replace(place.new, state=EngineState.RUNNING), "runs"),
         (dataclasses.replace(place.new, upper_dir="/etc"), "not a container's folder"),
     ):
@@ -356,7 +356,7 @@ def test_a_root_that_is_none_is_refused(root: str) -> None:
 async def test_files_are_shared_with_no_other_container(tmp_path: Path) -> None:
     place = Place(tmp_path)
     other = SnapshotKey(uid=str(uuid.UUID(int=8)), revision=1)
-    with pytest.raises(SnapshotFailed, match="another container"):
+    with pytest.raises(SnapshotFailed, match="of the same container"):
         await place.store.complete(place.old, _key(1), new_operation_id(), other, _no_progress)
 
 
