@@ -25,6 +25,7 @@ from typing import Final, TypeVar
 
 from typing_extensions import override
 
+from gpudock_server.adapters.host.mounts import read_mounts
 from gpudock_server.adapters.host_paths import mount_syscalls
 from gpudock_server.adapters.host_paths.allowed_path import PathNotAllowed, is_allowed, not_allowed_reason, open_allowed
 from gpudock_server.adapters.host_paths.bind_records import BindRecordDamaged, BindRecords, require_container_name
@@ -36,8 +37,6 @@ T = TypeVar("T")
 
 _ROOT: Final = Path("/run/gpudock-host-paths")
 _PRIVATE: Final = 0o700
-_MOUNT_INFO: Final = Path("/proc/thread-self/mountinfo")
-_MOUNT_POINT_FIELD: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +222,5 @@ def _remove_bind_target(target: Path) -> None:
 
 
 def _mount_points() -> frozenset[Path]:
-    """Return the mount points below the root of all binds. They contain no characters that proc(5) escapes."""
-    lines = _MOUNT_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
-    points = (line.split(" ")[_MOUNT_POINT_FIELD] for line in lines)
-    return frozenset(Path(point) for point in points if point.startswith(f"{_ROOT}/"))
+    """Return the mount points below the root of all binds."""
+    return frozenset(mount.point for mount in read_mounts() if mount.point.is_relative_to(_ROOT))

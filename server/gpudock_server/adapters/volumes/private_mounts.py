@@ -8,7 +8,6 @@ the child with the daemon, at the end of its stdin.
 from __future__ import annotations
 
 import asyncio
-import re
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
+from gpudock_server.adapters.host.mounts import read_mounts
 from gpudock_server.adapters.host.subprocesses import (
     ProgramFailed,
     environment,
@@ -25,7 +25,6 @@ from gpudock_server.adapters.host.subprocesses import (
 )
 from gpudock_server.model.volume import VolumeBackendKind, VolumeBacking
 
-_MOUNTS: Final = Path("/proc/self/mounts")
 _MOUNT_SECONDS: Final = 60.0
 _END_SECONDS: Final = 10.0
 # Arguments: mount points to unmount, a dot, then groups of type, options, device and mount point.
@@ -122,14 +121,8 @@ def _other_volumes(points: Sequence[Path]) -> list[str]:
     A new namespace has copies of all mounts. If the originals are private, the copies stay after the originals are
     unmounted, and a volume that is no longer used would be busy while another one is mounted here.
     """
-    mounts = [line.split(" ") for line in _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()]
-    where = [Path(_unescape(point)) for source, point, *_ in mounts if source.startswith("/dev/loop")]
-    return [str(path) for path in where if not any(point.is_relative_to(path) for point in points)]
-
-
-def _unescape(text: str) -> str:
-    """Decode the octal escapes of proc(5)."""
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
+    loop_points = [mount.point for mount in read_mounts() if mount.source.startswith("/dev/loop")]
+    return [str(path) for path in loop_points if not any(point.is_relative_to(path) for point in points)]
 
 
 async def _wait_until_mounted(process: Process) -> None:
