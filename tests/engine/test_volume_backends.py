@@ -27,7 +27,7 @@ from gpudock_server.adapters.volumes import (
 )
 from gpudock_server.adapters.volumes.backing_folder import BackingFolder
 from gpudock_server.adapters.volumes.filesystems import FILESYSTEMS
-from gpudock_server.adapters.volumes.loop import _swap_images
+from gpudock_server.adapters.volumes.loop import _exchange_images
 from gpudock_server.core.volumes import choose_backend
 from gpudock_server.errors import (
     DiskFull,
@@ -226,7 +226,7 @@ async def test_two_stores_change_their_places(rig: Rig, engine: DockerEngine, lo
         for device in loops_below(root):
             subprocess.run(["losetup", "--detach", device], check=True)
         one_folder.device.unlink()
-        _swap_images(one_folder, other_folder)
+        _exchange_images(one_folder, other_folder)
         await loop.exchange(old, new, content)
         assert (one_folder.read(), other_folder.read()) == (old, new)
         one.start()

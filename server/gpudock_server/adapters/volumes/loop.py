@@ -159,15 +159,15 @@ class LoopBackend(VolumeBackend):
 
     async def exchange(self, holder: VolumeBacking, other: VolumeBacking, content: str) -> None:
         """See the protocol. The images are exchanged with one rename, while no device uses them."""
-        one, two = self._folder(holder), self._folder(other)
+        holder_folder, other_folder = self._folder(holder), self._folder(other)
         with volume_errors("exchange", holder.name, self._root):
-            standing = await self.content(holder)
-            if standing != content:
+            current = await self.content(holder)
+            if current != content:
                 if await self.content(other) != content:
-                    raise BackingDamaged(f"neither {one.image} nor {two.image} has inode {content}")
-                await self._detach_all(holder.name, one, two)
-                await run_to_end(_swap_images, one, two)
-            for folder, backing in ((one, holder), (two, other)):
+                    raise BackingDamaged(f"neither {holder_folder.image} nor {other_folder.image} has inode {content}")
+                await self._detach_all(holder.name, holder_folder, other_folder)
+                await run_to_end(_exchange_images, holder_folder, other_folder)
+            for folder, backing in ((holder_folder, holder), (other_folder, other)):
                 await self._ensure_attached(folder)
                 await run_to_end(folder.write, backing)
 
@@ -281,7 +281,7 @@ def _filesystem(backing: VolumeBacking) -> Filesystem:
     return next(one for one in FILESYSTEMS if one.name == backing.filesystem)
 
 
-def _swap_images(one: BackingFolder, other: BackingFolder) -> None:
+def _exchange_images(one: BackingFolder, other: BackingFolder) -> None:
     with open_directory(one.path, follow=True) as here, open_directory(other.path, follow=True) as there:
         if not rename_exchange(here, there, os.fsencode(one.image.name)):
             raise ProgramFailed("the host's kernel or filesystem cannot exchange two files")

@@ -64,8 +64,8 @@ def is_backed_by(image: Path, device: str) -> bool:
         if not stat.S_ISBLK(there.st_mode) or os.major(there.st_rdev) != _LOOP_MAJOR:
             return False
         number = f"{os.major(there.st_rdev)}:{os.minor(there.st_rdev)}"
-        behind = Path(f"/sys/dev/block/{number}/loop/backing_file").read_text(encoding="utf-8").rstrip("\n")
-        return os.path.samestat(Path(behind).stat(), image.stat())
+        backing_file = Path(f"/sys/dev/block/{number}/loop/backing_file").read_text(encoding="utf-8").rstrip("\n")
+        return os.path.samestat(Path(backing_file).stat(), image.stat())
     except OSError:
         return False
 
