@@ -79,7 +79,7 @@ async def test_state_of_a_newer_schema(own: OwnDaemons, rig: Rig) -> None:
     await connection.close()
     said = await own.refused()
     assert f"schema {SCHEMA + 1}, and this gpudockd knows {SCHEMA}" in said
-    assert "install the gpudock that wrote it" in said
+    assert "install the gpudock version that wrote it" in said
 
 
 async def test_bad_settings_are_all_named_at_once(own: OwnDaemons) -> None:
@@ -132,7 +132,7 @@ async def test_secrets_that_others_can_read(own: OwnDaemons, tmp_path: Path) -> 
 
 async def test_an_etcd_that_can_lose_its_consistency(own: OwnDaemons) -> None:
     said = await own.refused("--etcd-endpoints", "", "--allow-inconsistent-etcd", "false", etcd_endpoints="")
-    assert "is etcd 3.5.1, and etcd 3.5.0 to 3.5.2 can lose its consistency" in said
+    assert "is etcd 3.5.1; etcd 3.5.0 to 3.5.2 can lose consistency" in said
     assert "allow_inconsistent_etcd" in said.splitlines()[-1]
 
 
@@ -155,7 +155,7 @@ async def test_a_node_and_a_socket_that_another_daemon_has(own: OwnDaemons) -> N
     same_node, same_socket = await asyncio.gather(
         own.refused(), own.refused("--node-name", "another", socket=first.socket)
     )
-    assert f"node '{own.node}' is taken by a gpudockd" in same_node
+    assert f"node '{own.node}' is in use by gpudockd" in same_node
     assert f"pid {first.pid}" in same_node
     assert "another node name" in same_node
     assert f"another gpudockd (pid {first.pid}) listens on {first.socket}" in same_socket

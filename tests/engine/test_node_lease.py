@@ -105,7 +105,7 @@ async def _wait_for(connection: EtcdConnection, prefix: str, process: ProcessIde
     other = _lease(connection, prefix, _node(process), ttl=2)
     await other.register()
     began = asyncio.get_running_loop().time()
-    with pytest.raises(NodeTaken, match=f"node 'n1' is taken by a gpudockd on 'h1'.*pid {process.pid}") as taken:
+    with pytest.raises(NodeTaken, match=f"node 'n1' is in use by gpudockd on 'h1'.*pid {process.pid}") as taken:
         await _lease(connection, prefix, _this_node(), ttl=2).register()
     assert asyncio.get_running_loop().time() - began > 2
     assert taken.value.record.pid == process.pid

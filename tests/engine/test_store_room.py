@@ -148,7 +148,7 @@ async def test_room_that_others_deletions_give_is_found(small: tuple[EtcdStore, 
             await store.apply([PutOperation(operation("op1", kind=OperationKind.UPDATE), expect=0)])
 
         async def compacted() -> bool:
-            return any(line["event"] == "history was compacted" for line in logged)
+            return any(line["event"] == "etcd compacted" for line in logged)
 
         await until(compacted, seconds=_SECONDS)
         assert await full()
@@ -160,4 +160,4 @@ async def test_room_that_others_deletions_give_is_found(small: tuple[EtcdStore, 
         await until(room, seconds=_SECONDS)
     usage = await store.usage()
     assert usage.in_use_bytes < _QUOTA
-    assert [line["event"] for line in logged].count("the store has room again") == 1
+    assert [line["event"] for line in logged].count("store has space again") == 1

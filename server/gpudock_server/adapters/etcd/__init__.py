@@ -1,4 +1,4 @@
-"""The state of an installation in etcd; `keys` draws its schema."""
+"""The state of an installation in etcd; keys.py describes its schema."""
 
 from gpudock_server.adapters.etcd.client import EtcdAddress, EtcdTls
 from gpudock_server.adapters.etcd.connection import EtcdConnection

@@ -1,4 +1,4 @@
-"""Whether the store has room, as the keeper last saw it, and the wish for more."""
+"""Whether the store has space for writes, as the maintenance task last found, and requests for more space."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from contextlib import suppress
 from gpudock_server.errors import StoreFull
 from gpudock_server.model.operation import OperationKind
 
-# Operations that give room back, or hardly take any: they are let in where nothing else is.
+# Operations that free space or need hardly any: they may begin when no others may.
 _FREEING = frozenset(
     {OperationKind.DELETE, OperationKind.DELETE_REVISION, OperationKind.DELETE_VOLUME, OperationKind.STOP}
 )
 
 
 class StoreCapacity:
-    """Shared by the keeper, who fills it in, and by those who write.
+    """Shared between StoreMaintenance, which sets it, and writers, which check it.
 
-    `can_reclaim`: a keeper of this daemon can make room. `registered`: the store knows of this daemon. `reserved` says
-    why only operations that give room back may begin, `full` why nothing that needs room can be written; both are empty
-    where that is not so.
+    `can_reclaim`: this daemon's maintenance can free space. `registered`: the store has this daemon's node record.
+    `reserved` says why only operations that free space may begin, `full` why nothing that needs space can be written;
+    both are empty if that is not so.
     """
 
     def __init__(self) -> None:
@@ -31,29 +31,29 @@ class StoreCapacity:
         self._checked = asyncio.Event()
 
     def request_space(self) -> bool:
-        """Something was refused for want of room; whether it is worth while to try again soon."""
+        """Report that a write failed for lack of space; returns whether a retry may soon succeed."""
         self.space_requested.set()
         return self.can_reclaim and not self.full
 
     async def wait_for_check(self, *, within: float) -> None:
-        """Return when the keeper has looked at the store once more, or so many seconds have passed."""
+        """Wait for the next check of the store by StoreMaintenance, for at most `within` seconds."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._checked.wait(), within)
 
     def mark_checked(self) -> None:
-        """The keeper has looked, and noted what it found."""
+        """Wake the tasks that wait for a check."""
         self._checked.set()
         self._checked = asyncio.Event()
 
     def admit(self, kind: OperationKind) -> None:
-        """An operation is to begin. Raises StoreFull."""
+        """Check that an operation of this kind may begin. Raises StoreFull."""
         if not self.registered:
-            # Two daemons may wait for one node's name: neither works for the node before it has the name.
-            raise StoreFull("it had no room for the name of this node; there may be some now, so try again")
+            # Two daemons may wait to register the same node: only the registered one may work for it.
+            raise StoreFull("it had no space to register this node; try again, there may be space now")
         if self.reserved and kind not in _FREEING:
             raise StoreFull(self.reserved)
 
     def mark_written(self) -> None:
-        """Something was written: where room is short, it may have been a deletion."""
+        """Report a write: if space is short, it may have freed some."""
         if self.reserved:
             self.space_requested.set()

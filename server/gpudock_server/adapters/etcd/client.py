@@ -1,4 +1,4 @@
-"""Where etcd is, and a channel to it: several endpoints, TLS, login, and keep-alive, which aetcd's own client lacks."""
+"""The address of etcd, and a client with several endpoints, TLS, login and keep-alive, which aetcd's client lacks."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _HOST_PORT = re.compile(r"^(\[(?P<v6>[0-9a-fA-F:.]+)\]|(?P<host>[A-Za-z0-9._-]+)
 
 @dataclass(frozen=True, slots=True)
 class EtcdTls:
-    """PEM files. Without `ca`, the authorities that grpc knows are trusted.
+    """PEM files. Without `ca`, grpc's default authorities are trusted.
 
-    `certificate` and `key` go together and are needed where etcd asks clients for one. `server_name` is what the
-    certificates of all endpoints must be valid for; empty: the first endpoint's host.
+    `certificate` and `key` are set together, if etcd requires client certificates. The certificates of all endpoints
+    must be valid for `server_name`; if empty, for the first endpoint's host.
     """
 
     ca: Path | None = None
@@ -41,9 +41,9 @@ class EtcdTls:
 
 @dataclass(frozen=True, slots=True)
 class EtcdAddress:
-    """Where etcd is and how to speak to it.
+    """Endpoints, TLS and credentials of etcd.
 
-    `endpoints` are all `host:port` (IPv6 in brackets), or one `unix:/absolute/path`, the file of the socket.
+    `endpoints` are `host:port` (IPv6 in brackets), or exactly one `unix:/absolute/path` of a socket.
     """
 
     endpoints: tuple[str, ...]
@@ -53,21 +53,21 @@ class EtcdAddress:
 
 
 class EtcdClient(aetcd.Client):  # type: ignore[misc] # aetcd ships no types
-    """aetcd's client with a channel that we make. `timeout` (s) bounds the login.
+    """aetcd's client with a channel of our own. `timeout` (seconds) limits the login.
 
-    Its generated stubs are what we use; errors of theirs come as they are (`connect` and `log_in` raise AioRpcError).
+    Only its generated stubs are used. Their errors are not translated (`connect` and `log_in` raise AioRpcError).
     """
 
     def __init__(self, address: EtcdAddress, *, timeout: float) -> None:
-        # Without user and password: the login is ours, because aetcd's keeps one token for ever.
+        # Without user and password: aetcd's login never renews its token.
         super().__init__(timeout=timeout)
-        # What goes with every call: the token, once there is one.
+        # Sent with every call: the token, after a login.
         self.metadata: Metadata | None = None
         self._address = address
         self._login = asyncio.Lock()
 
     async def connect(self) -> None:
-        """Make the channel and log in. Raises StartupError for an address or certificates that cannot be used."""
+        """Open the channel and log in. Raises StartupError for an unusable address or certificates."""
         if not self._connected.is_set():
             await self._make_channel()
         if self._address.user:
@@ -88,7 +88,7 @@ class EtcdClient(aetcd.Client):  # type: ignore[misc] # aetcd ships no types
         self._connected.set()
 
     async def log_in(self, *, instead_of: Metadata | None) -> None:
-        """Get a new token, unless somebody else has replaced `instead_of` in the meantime. Raises StartupError."""
+        """Get a new token, unless another task has replaced `instead_of` meanwhile. Raises StartupError."""
         async with self._login:
             if self.metadata != instead_of:
                 return
@@ -98,26 +98,26 @@ class EtcdClient(aetcd.Client):  # type: ignore[misc] # aetcd ships no types
             except grpc.aio.AioRpcError as error:
                 if error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION):
                     raise StartupError(
-                        f"etcd does not let user {self._address.user!r} in: {error.details()}", "check the credentials"
+                        f"etcd rejected user {self._address.user!r}: {error.details()}", "check the credentials"
                     ) from None
                 raise
             self.metadata = (("token", answer.token),)
 
 
 async def _dial_target(endpoints: tuple[str, ...]) -> str:
-    """What grpc dials: it takes several addresses only as numbers, and only of one family."""
+    """The target for grpc, which takes several addresses only as IP addresses of one family."""
     if not endpoints:
-        raise StartupError("no etcd endpoint is given", "name at least one, as in 10.0.0.5:2379")
+        raise StartupError("no etcd endpoint is configured", "set etcd_endpoints, for example 10.0.0.5:2379")
     if endpoints[0].startswith(_UNIX):
         if len(endpoints) > 1:
-            raise StartupError(f"{endpoints[0]} cannot be one of several etcd endpoints", "give it alone")
+            raise StartupError(f"{endpoints[0]} must be the only etcd endpoint", "remove the other endpoints")
         return endpoints[0]
     pairs = [_host_port(endpoint) for endpoint in endpoints]
     if len(pairs) == 1:
         return endpoints[0]
     addresses = [address for host, port in pairs for address in await _resolve(host, port)]
     families = {address.version for address, _ in addresses}
-    # Where some endpoints have only the one family and some only the other, the larger group is what can be dialled.
+    # If the endpoints have no family in common, the larger group is used.
     family = max(families, key=lambda version: sum(address.version == version for address, _ in addresses))
     chosen = dict.fromkeys(
         f"{address}:{port}" if isinstance(address, ipaddress.IPv4Address) else f"[{address}]:{port}"
@@ -130,9 +130,7 @@ async def _dial_target(endpoints: tuple[str, ...]) -> str:
 def _host_port(endpoint: str) -> tuple[str, int]:
     match = _HOST_PORT.match(endpoint)
     if match is None:
-        raise StartupError(
-            f"{endpoint!r} is no etcd endpoint", "it must read host:port, [IPv6]:port or unix:/absolute/path"
-        )
+        raise StartupError(f"invalid etcd endpoint {endpoint!r}", "use host:port, [IPv6]:port or unix:/absolute/path")
     return match["v6"] or match["host"], int(match["port"])
 
 
@@ -140,15 +138,15 @@ async def _resolve(host: str, port: int) -> list[tuple[ipaddress.IPv4Address | i
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise StartupError(f"the etcd endpoint {host}:{port} has no address: {error}", "check the name") from error
+        raise StartupError(f"cannot resolve etcd endpoint {host}:{port}: {error}", "check the host name") from error
     return [(ipaddress.ip_address(address[0]), port) for *_, address in found]
 
 
 def _credentials(tls: EtcdTls) -> grpc.ChannelCredentials:
     if (tls.certificate is None) != (tls.key is None):
-        raise StartupError("etcd's client certificate needs a key, and the key a certificate", "give both or neither")
+        raise StartupError("etcd client certificate and key must be set together", "set both or neither")
     try:
-        # Read for once by Python's ssl, which says what is wrong: grpc hangs on to bad files, or aborts the process.
+        # Checked with Python's ssl, which reports errors: with bad files grpc keeps retrying, or aborts the process.
         trial = ssl.create_default_context(cafile=tls.ca)
         if tls.certificate:
             trial.load_cert_chain(tls.certificate, tls.key)
@@ -160,29 +158,29 @@ def _credentials(tls: EtcdTls) -> grpc.ChannelCredentials:
     except OSError as error:  # As is ssl.SSLError.
         files = ", ".join(str(file) for file in (tls.ca, tls.certificate, tls.key) if file)
         raise StartupError(
-            f"the certificates for etcd ({files}) cannot be used: {error}", "check that they are PEM and can be read"
+            f"cannot load the etcd certificates ({files}): {error}", "check that they are readable PEM files"
         ) from error
 
 
 def _options(address: EtcdAddress) -> list[tuple[str, Any]]:
     options: list[tuple[str, Any]] = [
-        # etcd takes a ping every 5 s and hangs up on a client that sends more; 6 s leaves room for jitter. They are
-        # sent only while a call is open: etcd counts others as abuse. A peer that is silent for 2 s is given up.
+        # etcd accepts a ping every 5 s and disconnects clients that send more; 6 s allows for jitter. Pings are sent
+        # only while a call is open: etcd counts others as abuse. The connection is closed after 2 s without a pong.
         ("grpc.keepalive_time_ms", 6000),
         ("grpc.keepalive_timeout_ms", 2000),
         ("grpc.http2.ping_timeout_ms", 2000),
         ("grpc.http2.max_pings_without_data", 0),
-        # A restarted etcd is found within a second.
+        # Reconnects to a restarted etcd within a second.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 2000),
         ("grpc.max_reconnect_backoff_ms", 1000),
-        # A page or a history may be larger than grpc's 4 MiB; what is in our store, we wrote.
+        # A page or a history may be larger than grpc's default of 4 MiB; gpudock wrote what is in the store.
         ("grpc.max_receive_message_length", -1),
-        # A proxy from the environment is for the world outside.
+        # The proxy of the environment is not for etcd.
         ("grpc.enable_http_proxy", 0),
     ]
     if len(address.endpoints) > 1:
-        # One after the other, and past those that fail: a try after a time-out goes to another member.
+        # A try after a timeout goes to another member.
         options.append(("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})))
     if address.tls is not None:
         name = address.tls.server_name

@@ -1,7 +1,4 @@
-"""What each kind of change means in etcd: the key it touches, the condition on it, and what is done to it.
-
-Nothing is sent from here: a step says what to send, given what its key was read to be.
-"""
+"""Compiles each kind of StoreChange to etcd: its key, the condition on the key, and the operations. Sends nothing."""
 
 from __future__ import annotations
 
@@ -55,10 +52,10 @@ from gpudock_server.ports import Versioned
 
 @dataclass(frozen=True, slots=True)
 class CompiledChange:
-    """A change as etcd does it.
+    """A change in terms of etcd.
 
-    `value` is what is put, None deletes the key; a deletion takes all of `dependents` along, a put comes with `parts`.
-    With `check_only` it has its condition and does nothing. `found` shows a refused caller what stands at the key.
+    `value` is put at `key`, together with `parts`; None deletes the key, together with the ranges `dependents`. With
+    `check_only` only the condition is checked. `found` decodes the entry at the key for the error of a conflict.
     """
 
     change: StoreChange
@@ -73,16 +70,16 @@ class CompiledChange:
 
     @property
     def needs_lease(self) -> bool:
-        """Whether something of it expires."""
+        """Whether a key that it puts expires."""
         return self.expires or any(part.expires for part in self.parts.puts)
 
     @property
     def operations(self) -> int:
-        """How many operations of etcd's it takes at most."""
+        """The largest number of etcd operations that it needs."""
         return 1 + len(self.dependents) + len(self.parts.puts) + len(self.parts.deletes)
 
     def txn_operations(self, entry: KeyValue | None, lease: int) -> list[messages.TxnOperation]:
-        """What the transaction does for it, given what was read and the lease for what expires."""
+        """The etcd operations of the change, given the key's current entry and the lease for keys that expire."""
         if self.check_only:
             return []
         if self.value is not None:
@@ -97,7 +94,7 @@ class CompiledChange:
 
 
 def compile_change(change: StoreChange, keys: Keys, operations: OperationParts) -> CompiledChange:  # noqa: C901, PLR0911, PLR0912 - one case for each kind of change
-    """How a change is done."""
+    """Compile a change."""
     match change:
         case Lock(kind, name, operation_id):
             return CompiledChange(change, keys.lock(kind, name), VersionIs(0), _text, operation_id.encode())
@@ -131,7 +128,7 @@ def compile_change(change: StoreChange, keys: Keys, operations: OperationParts) 
             )
         case DeleteRevision(uid, number):
             kept = keys.container_snapshot(uid, number)
-            # The key alone: everything from it up to, and without, the next one that there could be.
+            # The range of exactly one key.
             only = (KeyRange(kept, kept + b"\0"),)
             revision_key = keys.container_revision(uid, number)
             return CompiledChange(change, revision_key, Always(), _versioned(ContainerRevision), dependents=only)

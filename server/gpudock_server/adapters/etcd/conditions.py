@@ -1,7 +1,7 @@
-"""What a change needs to find at its key.
+"""Conditions of changes on their keys.
 
-Each condition is written twice: as the comparison that etcd makes, which guards the transaction, and as `holds`, which
-tells afterwards which change a refused transaction failed on.
+Each condition has two forms: `compare`, which etcd checks in the transaction, and `holds`, which finds out afterwards
+which change made a transaction fail.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from gpudock_server.model.claims import UNREADABLE_HOLDER, Holder
 
 
 class Condition(ABC):
-    """What must hold of a key."""
+    """A condition on a key."""
 
-    # Whether the comparison is made from what the key was read to be.
+    # Whether `compare` needs the key's current entry.
     needs_read: ClassVar[bool] = False
 
     @abstractmethod
     def holds(self, entry: KeyValue | None) -> bool:
-        """Whether it holds of what was read; None is "there is none"."""
+        """Whether the condition holds for an entry; None means that the key does not exist."""
 
     @abstractmethod
     def compare(self, key: bytes, entry: KeyValue | None) -> Compare | None:
-        """The comparison that guards a transaction built on `entry`; None where nothing needs a guard."""
+        """The comparison for a transaction based on `entry`; None if none is needed."""
 
 
 @dataclass(frozen=True)
 class VersionIs(Condition):
-    """The key has this version; 0: it does not exist."""
+    """The key has this version; 0 means that it does not exist."""
 
     version: int
 
@@ -66,7 +66,7 @@ class ValueIs(Condition):
 
 @dataclass(frozen=True)
 class HeldBy(Condition):
-    """The claim is held by this container, whatever else its holder says."""
+    """The claim is held by the container `uid`."""
 
     uid: str
     needs_read = True
@@ -82,7 +82,7 @@ class HeldBy(Condition):
 
 @dataclass(frozen=True)
 class IfHeldBy(Condition):
-    """Holds always; but what is deleted because this container holds it must be held by it still."""
+    """Always holds; but a claim that the container `uid` holds must still be held by it when it is deleted."""
 
     uid: str
     needs_read = True
@@ -110,12 +110,12 @@ class Always(Condition):
 
 
 def is_holder(uid: str, entry: KeyValue | None) -> bool:
-    """Whether `entry` is a claim that the container `uid` holds."""
+    """Whether `entry` is a claim held by the container `uid`."""
     return entry is not None and holder_of(entry).uid == uid
 
 
 def holder_of(entry: KeyValue) -> Holder:
-    """Who holds the claim that `entry` is. One that cannot be read is held all the same: by nobody that is known."""
+    """The holder of a claim; UNREADABLE_HOLDER for an unreadable one, which counts as held."""
     try:
         return decode(Holder, entry.key, entry.value)
     except RecordUnreadable:

@@ -1,6 +1,6 @@
-"""The way to etcd: one channel, a time limit on every call, and one kind of error.
+"""The connection to etcd: one channel, a time limit for every call, and one error, CallFailed.
 
-Everything that a call can end with is mapped here: nothing of grpc's or aetcd's leaves this file.
+All errors of grpc and aetcd are translated here.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DEFAULT_TIMEOUT = timedelta(seconds=2)
 _MIN_BACKOFF_SECONDS = 0.02
 _MAX_BACKOFF_SECONDS = 0.5
 
-# What these codes say of a call is that nobody knows whether it was done.
+# With these codes it is unknown whether the call was done.
 _OUTCOME_UNKNOWN = frozenset(
     {
         grpc.StatusCode.UNAVAILABLE,
@@ -52,53 +52,62 @@ _OUTCOME_UNKNOWN = frozenset(
         grpc.StatusCode.UNKNOWN,
     }
 )
-# Refusals that pass: etcd has more to do than it can, or its users were changed while it looked at the call.
+# Temporary rejections: etcd is overloaded, or its users were changed during the call.
 _RETRYABLE_MESSAGES = ("too many requests", "revision of auth store is old")
-# What etcd says of a put when its database is as large as it may become, and of its alarm for that.
+# etcd's message for a put that exceeds its quota, and its name of the alarm for that.
 _NO_SPACE = "database space exceeded"
 _NO_SPACE_ALARM = "NOSPACE"
-# Compaction and defragmentation go through all that there is.
+# Compaction and defragmentation process the whole database.
 _MAINTENANCE_SECONDS = 120.0
-# A member that has lost its leader is to say so, instead of being silent for as long as that lasts.
+# Makes a member without a leader end the watch, instead of sending nothing.
 _HAS_LEADER = (("hasleader", "true"),)
 
 
 CLUSTER_IS_FULL = (
-    "etcd has raised its alarm NOSPACE; compact and defragment it and disarm the alarm (etcdctl compact, defrag,"
-    " alarm disarm), or give it a larger --quota-backend-bytes"
+    "etcd has raised the NOSPACE alarm; compact and defragment it and disarm the alarm (etcdctl compact, defrag,"
+    " alarm disarm), or raise --quota-backend-bytes"
 )
 
 
 class CallFailed(Exception):
-    """A call that brought no result. `code` is the name of a gRPC status, `detail` what etcd or grpc said."""
+    """A call failed. `code` is the name of a gRPC status, `detail` the message of etcd or grpc."""
 
     def __init__(self, code: str, detail: str, *, outcome_unknown: bool) -> None:
         super().__init__(f"{code}: {detail}")
         self.code = code
         self.detail = detail
-        # Whether it may have been done all the same.
+        # Whether the call may have been done nevertheless.
         self.outcome_unknown = outcome_unknown
 
     @property
     def retryable(self) -> bool:
-        """Whether the same call may succeed in a moment."""
+        """Whether a retry of the call may succeed."""
         return self.outcome_unknown or any(phrase in self.detail for phrase in _RETRYABLE_MESSAGES)
 
     @property
     def no_space(self) -> bool:
-        """Whether etcd refused to store more."""
+        """Whether etcd is out of space."""
         return _NO_SPACE in self.detail
 
     def to_store_error(self) -> StoreUnavailable:
-        """The error that core is given."""
+        """The error for core."""
         return StoreFull(CLUSTER_IS_FULL) if self.no_space else StoreUnavailable(str(self))
+
+
+@asynccontextmanager
+async def store_errors() -> AsyncIterator[None]:
+    """Raise StoreUnavailable or StoreFull in place of CallFailed."""
+    try:
+        yield
+    except CallFailed as failure:
+        raise failure.to_store_error() from None
 
 
 @dataclass(frozen=True, slots=True)
 class MemberStatus:
     """The state of the member that answered, and the size of its database.
 
-    `problem` is empty when it serves. `no_space`: its alarm for that is raised, and it takes only reads and deletions.
+    `problem` is empty if it serves. `no_space`: its NOSPACE alarm is raised, and it accepts only reads and deletes.
     """
 
     version: str
@@ -110,33 +119,30 @@ class MemberStatus:
 
 
 class EtcdConnection:
-    """A channel to etcd, shared by all that speak to it. `timeout` bounds each call.
+    """The channel to etcd, shared by all its users. `timeout` limits each call.
 
-    `open` does not wait for etcd; a first call does, as far as its time limit goes.
+    `open` does not wait until etcd is reachable; calls do, within their time limit.
     """
 
     def __init__(self, address: EtcdAddress, *, timeout: timedelta = DEFAULT_TIMEOUT) -> None:
         self._timeout = timeout.total_seconds()
         self._client = EtcdClient(address, timeout=self._timeout)
         self._usable = asyncio.Event()
-        # The highest revision that any answer has shown: whatever is done from now on gets a higher one.
+        # The highest revision in any response so far: later writes get higher ones.
         self.revision = 0
 
     async def open(self) -> None:
-        """Make the channel, and log in where there is a user.
+        """Open the channel, and log in if a user is set.
 
-        Raises StartupError for an address, certificates or credentials that are no good, StoreUnavailable where etcd
-        does not answer to the login.
+        Raises StartupError for an unusable address, certificates or credentials, StoreUnavailable if etcd does not
+        answer the login.
         """
         self._usable.set()
-        try:
-            async with self._mapped_errors():
-                await self._client.connect()
-        except CallFailed as failure:
-            raise failure.to_store_error() from None
+        async with store_errors(), self._mapped_errors():
+            await self._client.connect()
 
     async def close(self) -> None:
-        """Let go of the channel; calls that are on their way fail."""
+        """Close the channel; running calls fail."""
         self._usable.clear()
         await self._client.close()
 
@@ -148,7 +154,7 @@ class EtcdConnection:
         *,
         timeout: float | None = None,
     ) -> TxnResponse:
-        """Do `success` if all of `compare` hold, else `failure`; tried once, for at most `timeout` s.
+        """Execute `success` if all of `compare` hold, else `failure`. One try of at most `timeout` seconds.
 
         Raises CallFailed.
         """
@@ -156,17 +162,17 @@ class EtcdConnection:
         try:
             answer = txn_response(await self._call(lambda: self._client.kvstub.Txn, request, timeout))
         except CallFailed as error:
-            if not (error.no_space and success and not compare and all(is_read(do) for do in success)):
+            if not (error.no_space and success and not compare and all(is_read(operation) for operation in success)):
                 raise
             answer = await self._read_ranges(success, timeout)
         self.revision = max(self.revision, answer.revision)
         return answer
 
     async def _read_ranges(self, reads: Sequence[TxnOperation], timeout: float | None) -> TxnResponse:
-        """The reads by themselves: an etcd that is full refuses every transaction, also one that only reads."""
+        """Do the reads outside a transaction: a full etcd rejects every transaction, also one that only reads."""
         revision, answers = 0, []
         for read in reads:
-            # All at the moment of the first.
+            # All at the revision of the first read.
             answer = await self._call(self._range, range_request(read, at=revision), timeout)
             revision = revision or int(answer.header.revision)
             answers.append(range_response(answer))
@@ -176,18 +182,18 @@ class EtcdConnection:
         return self._client.kvstub.Range
 
     async def delete(self, keys: KeyRange) -> None:
-        """Remove every key of a range, whatever they hold; a full etcd takes this as well. Raises CallFailed."""
+        """Delete every key of a range; a full etcd accepts this too. Raises CallFailed."""
         request = rpc.DeleteRangeRequest(key=keys.start, range_end=keys.end)
         await self._call(lambda: self._client.kvstub.DeleteRange, request)
 
     async def read(self, *reads: TxnOperation, retry_for: timedelta) -> TxnResponse:
-        """Do `reads` at one moment; tries again while there is `retry_for`. Raises CallFailed."""
+        """Do `reads` at one revision; retries for up to `retry_for`. Raises CallFailed."""
         return await self.with_retries(lambda timeout: self.txn(success=reads, timeout=timeout), retry_for)
 
     async def with_retries(self, call: Callable[[float], Awaitable[T]], retry_for: timedelta) -> T:
-        """Try `call`, which may safely be repeated, until it is answered or `retry_for` is at its end.
+        """Retry `call`, which must be safe to repeat, until it succeeds or `retry_for` has passed.
 
-        `call` gets the seconds that it may take. Raises the last CallFailed.
+        `call` gets the number of seconds that it may take. Raises the last CallFailed.
         """
         backoff = Backoff(retry_for)
         while True:
@@ -198,12 +204,12 @@ class EtcdConnection:
                     raise
 
     async def grant(self, ttl_seconds: int) -> int:
-        """A new lease's id. Raises CallFailed; one that was granted all the same ends by itself."""
+        """Grant a lease and return its id. Raises CallFailed; a lease that was granted nevertheless expires."""
         answer = await self._call(lambda: self._client.leasestub.LeaseGrant, rpc.LeaseGrantRequest(TTL=ttl_seconds))
         return int(answer.ID)
 
     async def keep_alive(self, lease: int) -> int:
-        """Begin a lease's time anew; the seconds it now has, 0 when it is gone. Raises CallFailed."""
+        """Renew a lease; returns its time to live in seconds, 0 if it has expired. Raises CallFailed."""
         request = rpc.LeaseKeepAliveRequest(ID=lease)
 
         async def first_answer() -> int:
@@ -215,18 +221,18 @@ class EtcdConnection:
                     return int(answer.TTL)
             finally:
                 stream.cancel()
-            raise CallFailed("UNAVAILABLE", "the keep-alive stream ended without an answer", outcome_unknown=True)
+            raise CallFailed("UNAVAILABLE", "the keep-alive stream ended without a response", outcome_unknown=True)
 
         return await self._with_login(first_answer)
 
     async def revoke(self, lease: int) -> None:
-        """End a lease, and every key that it holds. Raises CallFailed."""
+        """Revoke a lease, which deletes its keys. Raises CallFailed."""
         await self._call(lambda: self._client.leasestub.LeaseRevoke, rpc.LeaseRevokeRequest(ID=lease))
 
     async def watch(self, keys: KeyRange, start: int, *, timeout: float | None = None) -> WatchStream:
-        """Begin to watch a range from revision `start` on, which may be one that is to come.
+        """Watch a range from revision `start` on, which may be a future one.
 
-        Returns when etcd has said that it does, within `timeout` s. Raises CallFailed.
+        Returns after etcd has confirmed the watch, within `timeout` seconds. Raises CallFailed.
         """
         limit = self._timeout if timeout is None else min(timeout, self._timeout)
 
@@ -240,7 +246,9 @@ class EtcdConnection:
                     await stream.begin(keys, start)
             except TimeoutError:
                 stream.close()
-                raise CallFailed("DEADLINE_EXCEEDED", "etcd did not begin to watch", outcome_unknown=True) from None
+                raise CallFailed(
+                    "DEADLINE_EXCEEDED", "timed out waiting for etcd to start the watch", outcome_unknown=True
+                ) from None
             except BaseException:
                 stream.close()
                 raise
@@ -249,7 +257,7 @@ class EtcdConnection:
         return await self._with_login(begin)
 
     async def status(self) -> MemberStatus:
-        """How the member that answers is. Raises CallFailed."""
+        """The status of the member that answers. Raises CallFailed."""
         answer = await self._call(lambda: self._client.maintenancestub.Status, rpc.StatusRequest())
         errors = [str(error) for error in answer.errors]
         others = [error for error in errors if _NO_SPACE_ALARM not in error]
@@ -263,26 +271,26 @@ class EtcdConnection:
         )
 
     async def compact(self, revision: int) -> None:
-        """Forget what was overwritten or deleted before `revision`; returns when it is done. Raises CallFailed."""
+        """Delete the history before `revision`; returns when this is done. Raises CallFailed."""
         request = rpc.CompactionRequest(revision=revision, physical=True)
         await self._call(lambda: self._client.kvstub.Compact, request, longest=_MAINTENANCE_SECONDS)
 
     async def defragment(self) -> None:
-        """Give what is free in the member's file back; it answers nothing meanwhile. Raises CallFailed."""
+        """Return free space of the member's file to the disk; it answers no calls meanwhile. Raises CallFailed."""
         request = rpc.DefragmentRequest()
         await self._call(lambda: self._client.maintenancestub.Defragment, request, longest=_MAINTENANCE_SECONDS)
 
     async def disarm(self) -> None:
-        """Take back every NOSPACE alarm that is raised. Raises CallFailed."""
+        """Disarm all raised NOSPACE alarms. Raises CallFailed."""
         raised = await self._call(
             lambda: self._client.maintenancestub.Alarm, rpc.AlarmRequest(action=rpc.AlarmRequest.GET)
         )
         for alarm in raised.alarms:
             if alarm.alarm == rpc.NOSPACE:
-                taken_back = rpc.AlarmRequest(
+                request = rpc.AlarmRequest(
                     action=rpc.AlarmRequest.DEACTIVATE, memberID=alarm.memberID, alarm=alarm.alarm
                 )
-                await self._call(lambda: self._client.maintenancestub.Alarm, taken_back)
+                await self._call(lambda: self._client.maintenancestub.Alarm, request)
 
     async def _call(
         self,
@@ -292,8 +300,10 @@ class EtcdConnection:
         *,
         longest: float | None = None,
     ) -> Message:
-        """`timeout` can only shorten the limit of a call, which is `longest`, else the connection's."""
-        limit = min(one for one in (timeout, longest or self._timeout) if one is not None)
+        """One call. Its limit is `longest` or else the connection's timeout; `timeout` can only shorten it."""
+        limit = longest or self._timeout
+        if timeout is not None:
+            limit = min(limit, timeout)
 
         async def once() -> Message:
             return await method()(request, timeout=limit, metadata=self._client.metadata)
@@ -301,7 +311,7 @@ class EtcdConnection:
         return await self._with_login(once)
 
     async def _with_login(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Do `call`, and once more with a new token where etcd no longer takes the one we have."""
+        """Do `call`, and repeat it once with a new token if etcd rejects the current one."""
         token = self._client.metadata
         try:
             async with self._mapped_errors():
@@ -316,7 +326,7 @@ class EtcdConnection:
     @asynccontextmanager
     async def _mapped_errors(self) -> AsyncIterator[None]:
         if not self._usable.is_set():
-            raise CallFailed("CANCELLED", "this daemon has closed its connection", outcome_unknown=True)
+            raise CallFailed("CANCELLED", "the connection was closed by this daemon", outcome_unknown=True)
         try:
             yield
         except grpc.aio.AioRpcError as error:
@@ -325,17 +335,19 @@ class EtcdConnection:
         except grpc.aio.UsageError as error:
             raise CallFailed("CANCELLED", str(error), outcome_unknown=True) from None
         except asyncio.CancelledError:
-            # grpc ends calls on a channel that is being closed in the same way as those of a cancelled task.
+            # Closing the channel raises CancelledError in running calls, as does cancelling their task.
             task = asyncio.current_task()
             if not self._usable.is_set() and task is not None and not task.cancelling():
-                raise CallFailed("CANCELLED", "this daemon has closed its connection", outcome_unknown=True) from None
+                raise CallFailed(
+                    "CANCELLED", "the connection was closed by this daemon", outcome_unknown=True
+                ) from None
             raise
 
 
 class WatchStream:
-    """A watch of one range, which lasts until it is closed or fails.
+    """A watch of one range, until it is closed or fails.
 
-    What is not read stays with etcd, but for a few messages on the way.
+    Unread messages stay in etcd, except for a few that are buffered on the way.
     """
 
     def __init__(self, call: Message, mapped_errors: Callable[[], AbstractAsyncContextManager[None]]) -> None:
@@ -343,29 +355,29 @@ class WatchStream:
         self._mapped_errors = mapped_errors
 
     async def begin(self, keys: KeyRange, start: int) -> None:
-        """Ask for it. Raises CallFailed."""
+        """Start the watch. Raises CallFailed."""
         async with self._mapped_errors():
             await self._call.write(watch_request(keys, start))
-        # etcd confirms, also where it refuses; a refusal for what was compacted follows as a message of its own.
+        # The first message confirms or rejects the watch; an error about a compacted revision follows in a second one.
         answer = await self.read()
         if answer.refusal:
             raise CallFailed("PERMISSION_DENIED", answer.refusal, outcome_unknown=False)
 
     async def read(self) -> WatchMessage:
-        """The next message. Cancelling it ends the watch. Raises CallFailed."""
+        """The next message. Cancelling this call ends the watch. Raises CallFailed."""
         async with self._mapped_errors():
             answer = await self._call.read()
         if answer is grpc.aio.EOF:  # type: ignore[attr-defined]  # missing in its stubs
-            raise CallFailed("UNAVAILABLE", "etcd ended the watch", outcome_unknown=True)
+            raise CallFailed("UNAVAILABLE", "etcd closed the watch", outcome_unknown=True)
         return watch_message(answer)
 
     def close(self) -> None:
-        """End it; may be repeated."""
+        """End the watch. May be called again."""
         self._call.cancel()
 
 
 class Backoff:
-    """Growing pauses between tries, until `retry_for` is at its end."""
+    """Exponential backoff between tries, with a deadline after `retry_for`."""
 
     def __init__(self, retry_for: timedelta) -> None:
         self._until = asyncio.get_running_loop().time() + retry_for.total_seconds()
@@ -373,11 +385,11 @@ class Backoff:
 
     @property
     def left(self) -> float:
-        """Seconds until the end; never quite 0, so that a call always gets a chance."""
+        """Seconds until the deadline; at least 1 ms, so that a call is always tried."""
         return max(self._until - asyncio.get_running_loop().time(), 0.001)
 
     async def pause(self) -> bool:
-        """Wait a little. False, at once, when another try would come too late."""
+        """Wait until the next try. False, immediately, if that would be after the deadline."""
         if asyncio.get_running_loop().time() + self._next >= self._until:
             return False
         await asyncio.sleep(self._next)

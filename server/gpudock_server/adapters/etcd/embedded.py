@@ -1,4 +1,4 @@
-"""An etcd of the daemon's own, where none is configured: a child that only this daemon's user can reach."""
+"""The embedded etcd: a child process that only the daemon's user can reach, used if no etcd is configured."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEFAULT_QUOTA = 2 << 30
 _STOP_SECONDS = 10.0
 _POLL_SECONDS = 0.02
 _CALL_TIMEOUT = timedelta(seconds=1)
-# Between the end of an etcd and the next: doubled each time, and begun anew once one has run for a while.
+# The pause before a restart: doubled each time, and reset after etcd has run for _BACKOFF_RESET_SECONDS.
 _MIN_BACKOFF_SECONDS = 0.1
 _MAX_BACKOFF_SECONDS = 10.0
 _BACKOFF_RESET_SECONDS = 60.0
@@ -38,27 +38,27 @@ _KEPT_LINES = 20
 _FLAGS = (
     "--name=gpudock",
     "--data-dir=data",
-    # Sockets in a folder of mode 0700, by relative names: etcd refuses absolute ones.
+    # Sockets in a folder of mode 0700, with relative names, because etcd rejects absolute ones.
     f"--listen-client-urls=unix://{CLIENT_SOCKET}",
     f"--advertise-client-urls=unix://{CLIENT_SOCKET}",
     f"--listen-peer-urls=unix://{PEER_SOCKET}",
     f"--initial-advertise-peer-urls=unix://{PEER_SOCKET}",
     f"--initial-cluster=gpudock=unix://{PEER_SOCKET}",
-    # It is alone and need not wait to hear from others: back within a second after a crash.
+    # Short, because there are no other members: it serves within a second after a crash.
     "--election-timeout=500",
-    # Page tokens live for an hour; what was overwritten before that is given back.
+    # Page tokens are valid for an hour; older history is freed.
     "--auto-compaction-mode=periodic",
     "--auto-compaction-retention=1h",
-    # So many entries etcd keeps in memory; its default of 100,000 would be hundreds of MB of operations.
+    # The number of entries that etcd keeps in memory; its default of 100,000 could be hundreds of MB.
     "--snapshot-count=10000",
     "--logger=zap",
     "--log-level=warn",
     "--log-outputs=stderr",
 )
 _ROUTINE = (
-    # Said at every start: it has no users, and only ours can reach it.
+    # Logged at every start: this etcd has no users, and only the daemon's user can reach it.
     "simple token is not cryptographically signed",
-    # Said at every stop: its gateway, which nobody uses, has lost its socket.
+    # Logged at every stop: its HTTP gateway, which is not used, has lost its socket.
     "[core] grpc: addrConn.createTransport failed to connect",
 )
 _LEVELS = {"debug": "debug", "info": "info", "warn": "warning"}
@@ -67,11 +67,11 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 class EmbeddedEtcd:
-    """etcd in `state_dir`/etcd, started, watched, started again when it dies, and stopped with the daemon.
+    """Runs etcd in `state_dir`/etcd: starts it, restarts it when it exits, and stops it with the daemon.
 
-    It dies with the daemon, however that ends. `start_timeout` is how long it may take to read its data, `quota_bytes`
-    how much it may hold; a reserve comes on top. `allow_inconsistent` accepts an
-    etcd that can lose its consistency where there is no other.
+    The kernel terminates it when the daemon dies. `start_timeout` is how long it may take to read its data;
+    `quota_bytes` limits its data, with a reserve on top. `allow_inconsistent` accepts an etcd version that can lose
+    consistency, if there is no other.
     """
 
     def __init__(
@@ -93,16 +93,16 @@ class EmbeddedEtcd:
 
     @property
     def address(self) -> EtcdAddress:
-        """How to reach it, from this process."""
+        """Its address, valid in this process only."""
         return EtcdAddress((self._folder.endpoint,))
 
     @property
     def pid(self) -> int:
-        """Its process; 0 while there is none."""
+        """Its pid; 0 if it does not run."""
         return self._process.pid if self._process and self._process.returncode is None else 0
 
     async def start(self) -> None:
-        """Start it and wait until it answers. Raises StartupError."""
+        """Start etcd and wait until it answers. Raises StartupError."""
         await self._folder.lock()
         try:
             program = await find_program(self._folder.data_version, allow_inconsistent=self._allow_inconsistent)
@@ -112,10 +112,10 @@ class EmbeddedEtcd:
         except BaseException:
             await self.close()
             raise
-        self._supervisor = asyncio.create_task(self._supervise(program), name="supervisor of etcd")
+        self._supervisor = asyncio.create_task(self._supervise(program), name="etcd supervisor")
 
     async def close(self) -> None:
-        """Stop it: SIGTERM, then SIGKILL."""
+        """Stop etcd: SIGTERM, then SIGKILL."""
         if self._supervisor is not None:
             self._supervisor.cancel()
             with suppress(asyncio.CancelledError):
@@ -128,7 +128,7 @@ class EmbeddedEtcd:
                 async with asyncio.timeout(_STOP_SECONDS):
                     await process.wait()
             except TimeoutError:
-                log.warning("etcd did not stop in time and is killed", pid=process.pid)
+                log.warning("etcd did not stop in time; killing it", pid=process.pid)
                 process.kill()
                 await process.wait()
         if self._stderr_task is not None:
@@ -139,14 +139,14 @@ class EmbeddedEtcd:
     async def _spawn(self, program: EtcdProgram) -> None:
         setpriv = shutil.which("setpriv")
         if setpriv is None:
-            raise StartupError("setpriv is missing, and etcd needs it to die with its daemon", "install util-linux")
+            raise StartupError("setpriv not found; it is needed to stop etcd with the daemon", "install util-linux")
         if self._stderr_task is not None:
             await self._stderr_task
         self._last_lines.clear()
         self._folder.clear_sockets()
         self._process = await asyncio.create_subprocess_exec(
-            # setpriv and not a preexec_fn: code of ours between fork and exec is not safe beside grpc's threads and
-            # its fork handlers.
+            # setpriv instead of a preexec_fn: Python code between fork and exec is not safe with grpc's threads and
+            # fork handlers.
             setpriv,
             "--pdeathsig=TERM",
             "--",
@@ -159,10 +159,10 @@ class EmbeddedEtcd:
             stdout=DEVNULL,
             stderr=PIPE,
             limit=_LINE_BYTES,
-            # Ctrl-C in a terminal goes to the daemon alone, which needs its store until it has drained.
+            # Ctrl-C in a terminal must not reach etcd: the daemon needs it until it has drained.
             start_new_session=True,
         )
-        self._stderr_task = asyncio.create_task(self._relay_stderr(self._process), name="log of etcd")
+        self._stderr_task = asyncio.create_task(self._relay_stderr(self._process), name="etcd log relay")
         log.info("etcd started", pid=self._process.pid, endpoint=self._folder.endpoint)
 
     async def _wait_until_ready(self) -> None:
@@ -179,13 +179,14 @@ class EmbeddedEtcd:
                     await asyncio.sleep(_POLL_SECONDS)
         except TimeoutError:
             raise StartupError(
-                f"etcd did not answer within {self._start_timeout:g} s; it said:\n{self._last_output()}",
-                "a slow disk, or more data than it can read in that time",
+                f"etcd was not ready within {self._start_timeout:g} s; its last output:\n{self._last_output()}",
+                "the disk is slow, or etcd has more data than it can read in this time",
             ) from None
         finally:
             await connection.close()
         code = process.returncode if process else None
-        raise StartupError(f"etcd ended ({_describe_exit(code)}) at its start; it said:\n{await self._final_output()}")
+        output = await self._final_output()
+        raise StartupError(f"etcd exited during startup ({_describe_exit(code)}); its last output:\n{output}")
 
     async def _supervise(self, program: EtcdProgram) -> None:
         loop = asyncio.get_running_loop()
@@ -194,7 +195,7 @@ class EmbeddedEtcd:
             began = loop.time()
             if self._process is not None:
                 code = await self._process.wait()
-                log.error("etcd ended and is started again", how=_describe_exit(code))
+                log.error("etcd exited; restarting", how=_describe_exit(code))
             if loop.time() - began > _BACKOFF_RESET_SECONDS:
                 pause = _MIN_BACKOFF_SECONDS
             await asyncio.sleep(pause)
@@ -203,17 +204,17 @@ class EmbeddedEtcd:
                 await self._spawn(program)
             except (OSError, StartupError) as error:
                 self._process = None
-                log.error("etcd cannot be started", reason=str(error))  # noqa: TRY400 - the sentence says it all
+                log.error("etcd restart failed; will retry", reason=str(error))  # noqa: TRY400 - the reason is enough
 
     async def _relay_stderr(self, process: Process) -> None:
-        """Hand what etcd says to our log, and keep the last of it."""
+        """Relay etcd's stderr to the log, and keep the last lines."""
         if process.stderr is None:
             return
         while True:
             try:
                 line = await process.stderr.readline()
             except ValueError:
-                continue  # Longer than any line of sense; asyncio has dropped it.
+                continue  # A line longer than _LINE_BYTES, which asyncio has dropped.
             if not line:
                 return
             text = line.decode(errors="replace").strip()
@@ -231,7 +232,7 @@ class EmbeddedEtcd:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, without what etcd would take as flags, or as a service to report to."""
+    """The daemon's environment, without variables that etcd reads as flags or as a service manager's socket."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -247,10 +248,10 @@ def _log_line(text: str) -> None:
         level, message, line = "warn", text, {}
     for name in ("ts", "caller", "event", "logger", "level"):
         line.pop(name, None)
-    getattr(log, _LEVELS.get(level, "error"))("etcd says", message=message, **line)
+    getattr(log, _LEVELS.get(level, "error"))("etcd log", message=message, **line)
 
 
 def _describe_exit(code: int | None) -> str:
     if code is None:
-        return "not yet"
+        return "still running"
     return f"signal {-code}" if code < 0 else f"exit code {code}"

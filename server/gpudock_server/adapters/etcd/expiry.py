@@ -1,7 +1,7 @@
-"""Leases for what expires: one for all that ended within the same hour, and not one for each.
+"""Leases for keys that expire: one lease (a bucket) for all keys written within an hour.
 
-A lease for every ended operation would be as many timers in etcd as there were operations in a day. A bucket is a
-lease that is given to everything that ends while the bucket is open; its time is long enough for the last of them.
+One lease per ended operation would be as many timers in etcd as there are operations in the retention time. The time to
+live of a bucket is long enough for the last key that gets its lease.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from gpudock_server.adapters.etcd.connection import EtcdConnection
 
 
 class ExpiryBuckets:
-    """Hands out the lease of the bucket that is open. What it is put on lives for `retention` at least."""
+    """Grants a lease per `width`. A key with the lease lives for at least `retention`."""
 
     def __init__(self, connection: EtcdConnection, retention: timedelta, width: timedelta) -> None:
         self._connection = connection
         self._width = width.total_seconds()
-        # One width for what is put on it last, and one so that a slow clock or call does not eat into the retention.
+        # One width for the last key of the bucket, and one for a slow clock or call.
         self._ttl_seconds = math.ceil(retention.total_seconds() + 2 * self._width)
         self._lease = 0
         self._closes = 0.0
         self._granting = asyncio.Lock()
 
     async def lease(self) -> int:
-        """The lease to put things on now. Raises CallFailed."""
+        """The lease for a key that is written now. Raises CallFailed."""
         async with self._granting:
             now = asyncio.get_running_loop().time()
             if not self._lease or now >= self._closes:
@@ -35,6 +35,6 @@ class ExpiryBuckets:
             return self._lease
 
     def discard(self, lease: int) -> None:
-        """Never hand out `lease` again: etcd does not know it any more."""
+        """Do not use `lease` again: etcd no longer has it."""
         if self._lease == lease:
             self._lease = 0

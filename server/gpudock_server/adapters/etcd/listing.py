@@ -1,7 +1,7 @@
-"""Listings in pages that all show the moment of the first.
+"""Lists a key range in pages that all show the state at the revision of the first page.
 
-A page token is the revision that the first page was read at and the last key that was shown. etcd keeps old revisions
-until it compacts them; a token that points before that has expired.
+A page token holds this revision and the last key of the page. etcd keeps old revisions until it compacts them; then the
+token has expired.
 """
 
 from __future__ import annotations
@@ -23,10 +23,7 @@ _MAX_REVISION = 2**63 - 1
 
 @dataclass(frozen=True, slots=True)
 class ListPage:
-    """A page: its entries, all `companions` at the same moment, and the next page's token (empty: this was the last).
-
-    `revision` is that moment.
-    """
+    """The entries of a page, all `companions` at the same revision, and the token of the next page (empty: none)."""
 
     entries: tuple[KeyValue, ...]
     companions: tuple[KeyValue, ...]
@@ -43,12 +40,12 @@ async def list_page(
     token: str,
     retry_for: timedelta,
 ) -> ListPage:
-    """At most `size` entries of `keys` behind what `token` has shown, and the whole of `companions`.
+    """At most `size` entries of `keys` after those that `token` stands for, and all of `companions`.
 
     Raises InvalidArgument (page_token), ResumeTokenExpired, CallFailed.
     """
     if size < 1:
-        raise ValueError(f"a page of {size}")
+        raise ValueError(f"page size must be at least 1, got {size}")
     revision, rest = _resume(token, keys) if token else (0, keys)
     reads = [messages.get_range(rest, limit=size, revision=revision)]
     if companions:
@@ -87,4 +84,4 @@ def _resume(token: str, keys: KeyRange) -> tuple[int, KeyRange]:
 
 
 def _invalid_token() -> InvalidArgument:
-    return InvalidArgument((FieldViolation("page_token", "it is not a token that this listing gave out"),))
+    return InvalidArgument((FieldViolation("page_token", "must be a next_page_token of the same listing"),))

@@ -1,9 +1,9 @@
-"""Keeps the store from filling: bounds history, compacts and defragments an etcd of this daemon's own.
+"""Keeps the store from filling up: limits operations, and compacts and defragments the embedded etcd.
 
-A cluster is somebody else's: there it only notices that it is full. An etcd of our own is given a quota and a reserve
-on top. History is compacted as it grows, by size, besides etcd's own compaction by time; a file that is mostly free is
-defragmented; and an alarm is taken back once there is room. Where the data alone reach the quota, only what gives room
-back may begin, and has the reserve for that.
+A cluster has its own operator: here only the operations are limited, and a full cluster is detected. The embedded etcd
+has a quota and a reserve on top. Its history is compacted by size, in addition to etcd's own compaction by time; a file
+that is mostly free is defragmented; and a NOSPACE alarm is disarmed once there is space. If the data alone reach the
+quota, only operations that free space may begin, and use the reserve.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from gpudock_server.sizes import Rounding, size_text
 
 CHECK_SECONDS = 10.0
 
-# Parts of the quota. History is compacted when it has grown by this much,
+# History is compacted when the database has grown by this part (1/8) of the quota,
 _COMPACT_FRACTION = 8
-# or by this much where more than half of the quota is in use.
+# or by this part if more than half of the quota is in use.
 _COMPACT_FRACTION_WHEN_HALF = 32
-# A file is defragmented when this much of it is free, and that is at least as much as is in use,
+# The file is defragmented if this part of the quota is free in it, and it is at least half free or
 _DEFRAGMENT_FRACTION = 16
-# or the file is as large as this many 16ths of the quota; when it is full, in any case where so much is free.
+# as large as this many 16ths of the quota. With a NOSPACE alarm this part of the quota free in it is enough.
 _LARGE_16THS = 14
 _DEFRAGMENT_FRACTION_WHEN_FULL = 64
-# Etcd counts pages that it has freed as free two commits later, and commits what was put every 0.1 s.
+# etcd counts freed pages as free two backend commits later, and commits writes every 0.1 s.
 _BACKEND_COMMITS = 2
 _BACKEND_COMMIT_SECONDS = 0.15
 
@@ -39,12 +39,12 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 def hard_quota(quota_bytes: int) -> int:
-    """What etcd itself is told: the quota, and a reserve for operations that give room back or must end."""
+    """The quota for etcd itself: with a reserve for operations that free space or must end."""
     return quota_bytes + max(quota_bytes // 4, 4 << 20)
 
 
 class StoreMaintenance:
-    """Looks at the store every few seconds, and whenever something found no room."""
+    """Checks the store every `CHECK_SECONDS`, and whenever a write failed for lack of space."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class StoreMaintenance:
         *,
         quota_bytes: int = 0,
     ) -> None:
-        """`quota_bytes` is that of an etcd of our own; 0 is a cluster, which is not touched."""
+        """`quota_bytes` is the quota of the embedded etcd; 0 means a cluster, which is not compacted here."""
         self._connection = connection
         self._capacity = capacity
         self._trimmer = trimmer
@@ -64,19 +64,19 @@ class StoreMaintenance:
         capacity.can_reclaim = bool(quota_bytes)
         if quota_bytes:
             trimmer.limit_to(quota_bytes)
-        # What was in use after the last compaction, up to where that went, and what the keeper itself put after it.
+        # The bytes in use after the last compaction, its revision, and the number of our own puts since then.
         self._floor = 0
         self._compacted = 0
         self._own_puts = 0
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Make room where there is none, then go on looking. Raises CallFailed."""
+        """Check once, then periodically in the background. Raises CallFailed."""
         await self._check()
-        self._task = asyncio.create_task(self._run(), name="keeper of the store")
+        self._task = asyncio.create_task(self._run(), name="store maintenance")
 
     async def close(self) -> None:
-        """Stop looking."""
+        """Stop the checks."""
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
@@ -90,11 +90,11 @@ class StoreMaintenance:
             try:
                 await self._check()
             except CallFailed as failure:
-                log.warning("the store could not be looked after; it is tried again", reason=str(failure))
+                log.warning("store maintenance failed; will retry", reason=str(failure))
                 await asyncio.sleep(1)
             except Exception:
-                # A defect: without a keeper the store would fill.
-                log.exception("the store could not be looked after")
+                # A defect; without maintenance the store would fill up.
+                log.exception("store maintenance failed")
                 await asyncio.sleep(CHECK_SECONDS)
 
     async def _check(self) -> None:
@@ -114,7 +114,7 @@ class StoreMaintenance:
         over = status.in_use_bytes > self._quota
         pressed = space_requested or status.no_space or over
         if space_requested or status.no_space:
-            # Deletes alone, which are taken also from a full store.
+            # A trim only deletes, which a full store accepts.
             await self._trimmer.trim()
             status = await self._connection.status()
         compacts = self._should_compact(status, pressed=pressed)
@@ -124,10 +124,10 @@ class StoreMaintenance:
             status = await self._defragment(status)
         if status.no_space and status.size_bytes < hard_quota(self._quota) - self._quota // _DEFRAGMENT_FRACTION:
             await self._connection.disarm()
-            log.info("etcd takes writes again", size_bytes=status.size_bytes, quota_bytes=self._quota)
+            log.info("etcd accepts writes again", size_bytes=status.size_bytes, quota_bytes=self._quota)
             status = await self._connection.status()
         advice = (
-            f"its data take {size_text(status.in_use_bytes, Rounding.UP)}, and etcd_quota is {size_text(self._quota)};"
+            f"its data use {size_text(status.in_use_bytes, Rounding.UP)} and etcd_quota is {size_text(self._quota)};"
             " delete containers, volumes or revisions that are not needed, or raise etcd_quota"
         )
         self._publish(advice if status.no_space else "", reserved=advice if status.in_use_bytes > self._quota else "")
@@ -135,7 +135,7 @@ class StoreMaintenance:
     def _should_compact(self, status: MemberStatus, *, pressed: bool) -> bool:
         if not self._others_wrote(status):
             return False
-        # What a compaction has freed may be seen only later.
+        # Space freed by a compaction may show up later.
         self._floor = min(self._floor, status.in_use_bytes)
         grown = status.in_use_bytes - self._floor
         more_than_half = status.in_use_bytes > self._quota // 2
@@ -146,7 +146,7 @@ class StoreMaintenance:
         )
 
     def _others_wrote(self, status: MemberStatus) -> bool:
-        """Whether anything was written since the last compaction but by the keeper."""
+        """Whether anything but our own puts was written since the last compaction."""
         return status.revision > self._compacted + self._own_puts
 
     async def _compact(self, status: MemberStatus) -> MemberStatus:
@@ -159,9 +159,9 @@ class StoreMaintenance:
                 await asyncio.sleep(_BACKEND_COMMIT_SECONDS)
         after = await self._connection.status()
         if not self._others_wrote(after):
-            # Else some of it is history already.
+            # Otherwise part of it is history that a compaction can free.
             self._floor = after.in_use_bytes
-        log.info("history was compacted", in_use_bytes=after.in_use_bytes, before_bytes=status.in_use_bytes)
+        log.info("etcd compacted", in_use_bytes=after.in_use_bytes, before_bytes=status.in_use_bytes)
         return after
 
     def _should_defragment(self, status: MemberStatus, *, compacted: bool) -> bool:
@@ -173,23 +173,23 @@ class StoreMaintenance:
         return free >= status.in_use_bytes or status.size_bytes >= self._quota * _LARGE_16THS // 16
 
     async def _defragment(self, status: MemberStatus) -> MemberStatus:
-        log.info("defragmenting", size_bytes=status.size_bytes, in_use_bytes=status.in_use_bytes)
+        log.info("etcd defragmentation started", size_bytes=status.size_bytes, in_use_bytes=status.in_use_bytes)
         await self._connection.defragment()
         after = await self._connection.status()
-        log.info("defragmented", size_bytes=after.size_bytes, in_use_bytes=after.in_use_bytes)
+        log.info("etcd defragmented", size_bytes=after.size_bytes, in_use_bytes=after.in_use_bytes)
         return after
 
     def _publish(self, full: str, *, reserved: str) -> None:
         if full and not self._capacity.full:
-            log.error("the store is full", detail=full)
+            log.error("store full", detail=full)
         if (self._capacity.full or self._capacity.reserved) and not (full or reserved):
-            log.info("the store has room again")
+            log.info("store has space again")
         self._capacity.full, self._capacity.reserved = full, reserved
         self._capacity.mark_checked()
 
 
 async def _compact_idempotent(compact: Callable[[int], Awaitable[None]], revision: int) -> None:
-    """Compact; etcd's own compaction by time may have come further."""
+    """Compact up to `revision`, unless etcd's own compaction by time has done so already."""
     try:
         await compact(revision)
     except CallFailed as failure:

@@ -1,7 +1,7 @@
-"""etcd's requests and answers, typed. aetcd ships no types, so its generated messages stay behind this file.
+"""Typed requests and responses of etcd. aetcd ships no types, so only this file and connection.py use its messages.
 
-aetcd's own methods are passed by where they fall short: its ranges take neither a limit nor a revision, and its
-transactions hide the revision at which they happened.
+aetcd's own methods are not enough: its range reads have neither a limit nor a revision, and its transactions do not
+return their revision.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from aetcd import rpc
 
 from gpudock_server.adapters.etcd.keys import KeyRange
 
-# etcd's default for --max-txn-ops: neither the comparisons nor either branch of a transaction may be longer.
+# etcd's default for --max-txn-ops: the limit for the comparisons and for each branch of a transaction.
 MAX_TXN_OPERATIONS = 128
 
-# Messages of etcd's; aetcd ships no types for them. Two kinds go into a transaction and must not be mixed up.
+# A message of etcd, for which aetcd has no type. The two kinds in a transaction must not be confused.
 Message: TypeAlias = Any
 Compare = NewType("Compare", object)
 TxnOperation = NewType("TxnOperation", object)
@@ -25,7 +25,7 @@ TxnOperation = NewType("TxnOperation", object)
 
 @dataclass(frozen=True, slots=True)
 class KeyValue:
-    """A key that exists. `version` is its mod_revision, `lease` 0 where it has none."""
+    """An existing key. `version` is its mod_revision; `lease` is 0 if it has none."""
 
     key: bytes
     value: bytes
@@ -35,20 +35,20 @@ class KeyValue:
 
 @dataclass(frozen=True, slots=True)
 class RangeResponse:
-    """What a range holds. `more`: the limit cut it off."""
+    """The entries of a range; `more` if the limit cut it off."""
 
     entries: tuple[KeyValue, ...]
     more: bool
 
     @property
     def only(self) -> KeyValue | None:
-        """What a read of one key found."""
+        """The entry found by a read of one key; None if the key does not exist."""
         return self.entries[0] if self.entries else None
 
 
 @dataclass(frozen=True, slots=True)
 class KeyChange:
-    """What became of a key: `after` is None where it was deleted, `before` where it was made or etcd forgot it."""
+    """A change of a key: `after` is None if it was deleted, `before` if it was created or etcd has compacted it."""
 
     key: bytes
     revision: int
@@ -59,10 +59,10 @@ class KeyChange:
 
 @dataclass(frozen=True, slots=True)
 class WatchMessage:
-    """A message of a watch. `fragment`: the next one goes on with the same batch, perhaps in the same revision.
+    """A message of a watch. `fragment`: the next message continues the same batch, perhaps the same revision.
 
-    `compacted` is not 0 when the watch has ended because etcd no longer has what it asks for; it holds everything from
-    that revision on. `refusal` says why it ended otherwise.
+    `compacted` is not 0 if the watch has ended because its start was compacted: etcd has everything from that revision
+    on. `refusal` says why a watch has ended otherwise.
     """
 
     changes: tuple[KeyChange, ...]
@@ -73,7 +73,7 @@ class WatchMessage:
 
 @dataclass(frozen=True, slots=True)
 class TxnResponse:
-    """How a transaction went. `ranges` are the answers of the reads in the branch that was taken, in their order."""
+    """The response to a transaction. `ranges` are the results of the reads in the executed branch, in order."""
 
     succeeded: bool
     revision: int
@@ -81,7 +81,7 @@ class TxnResponse:
 
 
 def version_is(key: bytes, version: int) -> Compare:
-    """The condition that a key has this version; 0 is "there is none"."""
+    """The condition that a key has this version; 0 means that it does not exist."""
     # A key that does not exist compares with 0 as its mod_revision.
     return Compare(rpc.Compare(key=key, target=rpc.Compare.MOD, result=rpc.Compare.EQUAL, mod_revision=version))
 
@@ -92,7 +92,7 @@ def value_is(key: bytes, value: bytes) -> Compare:
 
 
 def put(key: bytes, value: bytes, lease: int = 0) -> TxnOperation:
-    """Set a key; without a lease, it loses the one it had."""
+    """Set a key. Without a lease, the key loses the one it had."""
     return TxnOperation(rpc.RequestOp(request_put=rpc.PutRequest(key=key, value=value, lease=lease)))
 
 
@@ -107,43 +107,43 @@ def delete_range(keys: KeyRange) -> TxnOperation:
 
 
 def get(key: bytes, revision: int = 0) -> TxnOperation:
-    """Read a key, as it was at `revision` or is now (0)."""
+    """Read a key at `revision` (0: now)."""
     return TxnOperation(rpc.RequestOp(request_range=rpc.RangeRequest(key=key, revision=revision)))
 
 
 def get_range(keys: KeyRange, *, limit: int = 0, revision: int = 0, keys_only: bool = False) -> TxnOperation:
-    """Read a range in the order of its keys, at most `limit` (0: all), at `revision` (0: now)."""
+    """Read a range in the order of keys: at most `limit` entries (0: all), at `revision` (0: now)."""
     request = rpc.RangeRequest(key=keys.start, range_end=keys.end, limit=limit, revision=revision, keys_only=keys_only)
     return TxnOperation(rpc.RequestOp(request_range=request))
 
 
-def is_read(do: TxnOperation) -> bool:
-    """Whether it is a read and nothing else."""
-    return bool(cast("Message", do).HasField("request_range"))
+def is_read(operation: TxnOperation) -> bool:
+    """Whether the operation is a read."""
+    return bool(cast("Message", operation).HasField("request_range"))
 
 
-def range_request(do: TxnOperation, *, at: int) -> Message:
-    """The message of a read by itself, at revision `at` unless it names one or `at` is 0."""
+def range_request(operation: TxnOperation, *, at: int) -> Message:
+    """The request of a read outside a transaction, at revision `at` unless the read names one."""
     request = rpc.RangeRequest()
-    request.CopyFrom(cast("Message", do).request_range)
+    request.CopyFrom(cast("Message", operation).request_range)
     request.revision = request.revision or at
     return request
 
 
 def range_response(response: Message) -> RangeResponse:
-    """The answer to a read by itself."""
+    """The response to a read outside a transaction."""
     return RangeResponse(tuple(_entries(response.kvs)), more=bool(response.more))
 
 
 def txn_request(
     compare: Sequence[Compare], success: Sequence[TxnOperation], failure: Sequence[TxnOperation]
 ) -> Message:
-    """The message of a transaction."""
+    """The request of a transaction."""
     return rpc.TxnRequest(compare=compare, success=success, failure=failure)
 
 
 def txn_response(response: Message) -> TxnResponse:
-    """The answer to a transaction."""
+    """The response to a transaction."""
     return TxnResponse(
         succeeded=bool(response.succeeded),
         revision=int(response.header.revision),
@@ -154,8 +154,8 @@ def txn_response(response: Message) -> TxnResponse:
 
 
 def watch_request(keys: KeyRange, start: int) -> Message:
-    """Asks for every change in a range from revision `start` on, each with what was there before."""
-    # In fragments: a batch is a thousand revisions, and one message of them could be of any size.
+    """The request to watch a range from revision `start` on, with the previous value of each changed key."""
+    # In fragments, because a batch is up to a thousand revisions, which could be a message of any size.
     create = rpc.WatchCreateRequest(
         key=keys.start, range_end=keys.end, start_revision=start, prev_kv=True, fragment=True
     )
@@ -168,7 +168,7 @@ def watch_message(response: Message) -> WatchMessage:
         changes=tuple(_change(event) for event in response.events),
         fragment=bool(response.fragment),
         compacted=int(response.compact_revision) if response.canceled else 0,
-        refusal=str(response.cancel_reason or "no reason given") if response.canceled else "",
+        refusal=str(response.cancel_reason or "etcd gave no reason") if response.canceled else "",
     )
 
 

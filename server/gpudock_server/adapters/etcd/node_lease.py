@@ -1,7 +1,8 @@
-"""A daemon's sign of life: the key of its node, held by a lease that it keeps alive.
+"""Registers the daemon's node: a key with the node record, held by a lease that the daemon renews.
 
-Two daemons must never work for one node. The key is created on the condition that it does not exist; where it does,
-the daemon it names is waited for as long as its lease can last without it, unless that process is gone for certain.
+Two daemons must never work for the same node, so the key is created on the condition that it does not exist. If it
+exists, the daemon waits for as long as the lease of the other daemon can last without renewal, unless the process of
+the other daemon is known to have exited.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import structlog
 
 from gpudock_server.adapters.etcd import messages
 from gpudock_server.adapters.etcd.capacity import StoreCapacity
-from gpudock_server.adapters.etcd.connection import CallFailed, EtcdConnection
+from gpudock_server.adapters.etcd.connection import CallFailed, EtcdConnection, store_errors
 from gpudock_server.adapters.etcd.keys import DEFAULT_PREFIX, Keys
 from gpudock_server.adapters.etcd.messages import KeyValue, TxnResponse
 from gpudock_server.adapters.etcd.values import decode, encode
@@ -27,36 +28,36 @@ from gpudock_server.startup import StartupError
 
 DEFAULT_TTL = timedelta(seconds=10)
 
-_PATIENCE = timedelta(seconds=5)
+_RETRY_FOR = timedelta(seconds=5)
 _POLL_SECONDS = 0.2
-# etcd looks for expired leases twice a second, and its clock is not ours.
+# etcd checks for expired leases twice a second, and its clock may differ.
 _EXPIRY_LAG_SECONDS = 1.5
-# A lease is kept alive this often in its time, so that two lost answers do not end it.
+# Renewals per time to live, so that two lost responses do not end the lease.
 _RENEWALS_PER_TTL = 3
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 class NodeTaken(StartupError):
-    """Another daemon works for this node. `record` is what it says of itself."""
+    """Another daemon is registered for this node. `record` is its node record."""
 
     def __init__(self, node: str, record: NodeRecord) -> None:
-        place = f"{record.address}, " if record.address else ""
+        address = f"{record.address}, " if record.address else ""
         super().__init__(
-            f"node {node!r} is taken by a gpudockd on {record.host!r} ({place}pid {record.pid},"
+            f"node {node!r} is in use by gpudockd on {record.host!r} ({address}pid {record.pid},"
             f" since {record.start_time:%Y-%m-%d %H:%M:%S %Z})",
-            "stop that one, or give this one another node name",
+            "stop it, or set another node name",
         )
         self.node = node
         self.record = record
 
 
 class NodeLease:
-    """Keeps `nodes/<node>` as long as this daemon lives, and for at most `ttl` after it.
+    """Keeps the key `nodes/<node>` while this daemon runs, and for at most `ttl` after that.
 
-    While etcd is out of reach it is tried again and again; a lease that ended meanwhile is replaced. `on_lost` is
-    called once if by then another daemon has the node: this one must stop working for it. A store that is full does not
-    take the key: `registered` is set once it is there, and until then `capacity` lets no operation begin.
+    Renewals are retried while etcd does not answer; a lease that has expired is replaced. If another daemon has
+    registered the node by then, `on_lost` is called once: this daemon must stop working for the node. A full store does
+    not accept the key: `registered` is set once the key exists, and until then `capacity` lets no operation begin.
     """
 
     def __init__(
@@ -83,9 +84,9 @@ class NodeLease:
         self._heartbeat: asyncio.Task[None] | None = None
 
     async def register(self) -> None:
-        """Take the node, or, where the store is full, go on trying. See `registered`.
+        """Register the node; if the store is full, go on trying in the background: see `registered`.
 
-        Raises NodeTaken after waiting for one lease's time, StoreUnavailable.
+        Raises NodeTaken after waiting for the time to live of a lease, StoreUnavailable.
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + self._ttl_seconds + _EXPIRY_LAG_SECONDS
@@ -95,11 +96,11 @@ class NodeLease:
                     raise NodeTaken(self._record.node, holder)
                 await asyncio.sleep(_POLL_SECONDS)
         except StoreFull as error:
-            log.warning("the node is not registered until the store has room", detail=error.detail)
+            log.warning("node registration waits for store space", detail=error.detail)
         self._heartbeat = asyncio.create_task(self._keep(), name=f"lease of node {self._record.node}")
 
     async def close(self) -> None:
-        """Give the node back at once. An etcd that is out of reach does so when the lease ends."""
+        """Unregister the node immediately; if etcd does not answer, the lease expires later."""
         if self._heartbeat is not None:
             self._heartbeat.cancel()
             with suppress(asyncio.CancelledError):
@@ -107,20 +108,18 @@ class NodeLease:
             self._heartbeat = None
         if self._lease:
             try:
-                # The key goes with the lease, and only if it is still ours.
+                # Revoking the lease deletes the key, unless another daemon has replaced it.
                 await self._connection.revoke(self._lease)
             except CallFailed as failure:
-                log.info("the node's lease was not revoked; it ends by itself", reason=str(failure))
+                log.info("node lease not revoked; it will expire", reason=str(failure))
             self._lease = 0
 
     async def _take_with_retries(self) -> NodeRecord | None:
-        try:
-            return await self._connection.with_retries(lambda _: self._take(), _PATIENCE)
-        except CallFailed as failure:
-            raise failure.to_store_error() from None
+        async with store_errors():
+            return await self._connection.with_retries(lambda _: self._take(), _RETRY_FOR)
 
     async def _take(self) -> NodeRecord | None:
-        """Take the node if nobody has it, or nobody who lives; else who has it. May be repeated."""
+        """Register the node, if no running daemon has it; else return the record of that daemon. May be repeated."""
         entry = await self._read()
         while entry is None or self._may_replace(entry):
             answer = await self._put(entry.version if entry else 0)
@@ -141,7 +140,7 @@ class NodeLease:
         except CallFailed as failure:
             if failure.code != "NOT_FOUND":
                 raise
-        # The lease ended while the node was waited for.
+        # The lease expired while this daemon waited for the node.
         self._lease = 0
         return await self._put(instead_of)
 
@@ -149,28 +148,27 @@ class NodeLease:
         return (await self._connection.txn(success=[messages.get(self._key)])).ranges[0].only
 
     def _may_replace(self, entry: KeyValue) -> bool:
-        there = decode(NodeRecord, entry.key, entry.value)
-        identity = _identity(there)
-        # Our own may stand there from a try whose answer was lost.
+        identity = _identity(decode(NodeRecord, entry.key, entry.value))
+        # The record may be our own, from a try whose response was lost.
         return identity == _identity(self._record) or identity.is_gone()
 
     async def _keep(self) -> None:
-        silent = False
+        retrying = False
         while True:
-            await asyncio.sleep(_POLL_SECONDS if silent else self._ttl_seconds / _RENEWALS_PER_TTL)
+            await asyncio.sleep(_POLL_SECONDS if retrying else self._ttl_seconds / _RENEWALS_PER_TTL)
             try:
                 if not await self._renew():
                     return
             except CallFailed as failure:
-                if not silent:
-                    log.warning("the node's lease could not be kept alive", reason=str(failure))
-                # One that is full answers, and is not asked more often for that.
-                silent = not failure.no_space
+                if not retrying:
+                    log.warning("node lease renewal failed", reason=str(failure))
+                # A full store answers, so it is not called more often.
+                retrying = not failure.no_space
             else:
-                silent = False
+                retrying = False
 
     async def _renew(self) -> bool:
-        """Keep the lease alive, or take the node again. False when another daemon has it. Raises CallFailed."""
+        """Renew the lease, or register the node again. False if another daemon has it. Raises CallFailed."""
         alive = self._lease and await self._connection.keep_alive(self._lease)
         if not alive:
             self._lease = 0
@@ -178,12 +176,12 @@ class NodeLease:
         if entry is not None and entry.version == self._version:
             return True
         if self._version:
-            log.warning("the node's key was gone; taking the node again", node=self._record.node)
+            log.warning("node record missing; registering again", node=self._record.node)
         holder = await self._take()
         if holder is None:
             return True
         taken = NodeTaken(self._record.node, holder)
-        log.error("another daemon has taken this node", node=self._record.node, holder=str(taken))
+        log.error("node registered by another daemon", node=self._record.node, holder=str(taken))
         self._on_lost(taken)
         return False
 

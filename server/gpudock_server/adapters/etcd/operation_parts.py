@@ -1,4 +1,4 @@
-"""An operation in its keys: the record that every step writes, and beside it what is large and is written once."""
+"""Splits an operation into keys: the record, which every step writes, and its large parts, which are written once."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from gpudock_server.model.record import JsonObject, Record
 from gpudock_server.model.store_changes import PutOperation, StoreChange
 from gpudock_server.ports import Versioned
 
-# How many keys an operation takes at most in a read.
+# The number of reads for one operation.
 READS_OF_ONE = 3
 
-# A result is put with the lease of its commit. Where the operation then takes longer than this to end, the result is
-# put again, so that it is kept as long after the end as the record is.
+# A result is put with the lease of its commit. If the operation takes longer than this to end, the result is put again,
+# so that it is kept as long after the end as the record.
 _LEASE_SLACK = timedelta(hours=1)
-# Of so many operations is remembered which parts are stored. A part that was forgotten is stored once more.
+# For how many operations it is remembered which parts are stored. A forgotten part is stored once more.
 _REMEMBERED = 10_000
 
 
 class OperationArguments(Record):
-    """What an operation was begun with."""
+    """The arguments of an operation."""
 
     arguments: JsonObject = Field(default_factory=dict)
 
 
 class OperationResult(Record):
-    """What an operation left."""
+    """The result of an operation."""
 
     result: Result
 
 
 @dataclass(frozen=True, slots=True)
 class PartPut:
-    """A part to put. `expires`: with the lease of what has ended."""
+    """A part to put; with `expires`, it gets the lease of ended operations."""
 
     key: bytes
     value: bytes
@@ -50,7 +50,7 @@ class PartPut:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What belongs beside a record that is put: parts to put, and keys to delete."""
+    """What is written together with a record: parts to put and keys to delete."""
 
     puts: tuple[PartPut, ...] = ()
     deletes: tuple[bytes, ...] = ()
@@ -61,9 +61,9 @@ NO_PARTS = Parts()
 
 @dataclass(eq=False)
 class OperationParts:
-    """Takes operations apart and joins them again; remembers which parts of which operation the store has.
+    """Splits and joins operations; remembers which parts of an operation are stored.
 
-    `ended` and `result_bytes` count what was stored since the trimmer last set them to 0.
+    `ended` (operations) and `result_bytes` count what was stored since OperationTrimmer last set them to 0.
     """
 
     keys: Keys
@@ -73,11 +73,11 @@ class OperationParts:
     _results: set[str] = field(default_factory=set)
 
     def record(self, operation: Operation) -> bytes:
-        """The value of the operation's own key."""
+        """The value of the operation's key: the record without its parts."""
         return encode(operation.changed(arguments={}, result=None))
 
     def companions(self, operation: Operation) -> Parts:
-        """What has to be put and deleted together with the record."""
+        """The parts to put and keys to delete together with the record."""
         puts: list[PartPut] = []
         if operation.arguments and not operation.state.ended and operation.id not in self._arguments:
             value = encode(OperationArguments(arguments=operation.arguments))
@@ -88,7 +88,7 @@ class OperationParts:
         return Parts(tuple(puts), (self.keys.arguments(operation.id),) if operation.state.ended else ())
 
     def stored(self, changes: Sequence[StoreChange]) -> None:
-        """These changes are in the store now."""
+        """Note that these changes are stored."""
         for change in changes:
             if isinstance(change, PutOperation):
                 self._stored(change.operation)
@@ -104,14 +104,14 @@ class OperationParts:
             self._remember(operation.id, arguments=bool(operation.arguments), result=operation.result is not None)
 
     def _remember(self, operation_id: str, *, arguments: bool, result: bool) -> None:
-        for known, there in ((self._arguments, arguments), (self._results, result)):
-            if len(known) >= _REMEMBERED:
-                known.clear()
-            if there:
-                known.add(operation_id)
+        for ids, stored in ((self._arguments, arguments), (self._results, result)):
+            if len(ids) >= _REMEMBERED:
+                ids.clear()
+            if stored:
+                ids.add(operation_id)
 
     def reads(self, operation_id: str) -> tuple[messages.TxnOperation, messages.TxnOperation, messages.TxnOperation]:
-        """What reads all of an operation; `joined` takes the answers."""
+        """The reads for an operation, whose responses `joined` takes."""
         return (
             messages.get(self.keys.operation(operation_id)),
             messages.get(self.keys.arguments(operation_id)),
@@ -119,7 +119,7 @@ class OperationParts:
         )
 
     def joined(self, found: Sequence[RangeResponse]) -> Versioned[Operation] | None:
-        """The operation that `reads` found. Raises RecordUnreadable."""
+        """The operation in the responses to `reads`; None if there is none. Raises RecordUnreadable."""
         record, arguments, result = (answer.only for answer in found)
         if record is None:
             return None
@@ -130,7 +130,7 @@ class OperationParts:
 
 
 def _joined(operation: Operation, arguments: KeyValue | None, result: KeyValue | None) -> Operation:
-    # What an older daemon wrote holds its parts itself.
+    # A record written by an older daemon contains its parts.
     if arguments is not None:
         part = decode(OperationArguments, arguments.key, arguments.value)
         operation = operation.changed(arguments=part.arguments)
@@ -140,5 +140,5 @@ def _joined(operation: Operation, arguments: KeyValue | None, result: KeyValue |
 
 
 def _took_long(operation: Operation) -> bool:
-    """Whether it ended perhaps so long after its commit that the lease of its result would end too early."""
+    """Whether it may have ended so long after its commit that the lease of its result ends too early."""
     return operation.end_time is not None and operation.end_time - operation.create_time > _LEASE_SLACK

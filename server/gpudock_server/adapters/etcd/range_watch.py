@@ -1,8 +1,8 @@
-"""Every change in a range of keys, revision by revision, over any number of streams that break.
+"""Reads every change in a range of keys, revision by revision, and reconnects when the stream breaks.
 
-Nothing runs in the background: etcd's messages are read when someone asks for the next revision, and held back by
-HTTP/2's flow control until then, so that a reader may be as slow as it likes. What it does not read waits in etcd's own
-history, and is lost to it only when that is compacted.
+Nothing runs in the background: etcd's messages are read only when the caller asks for the next revision. Until then
+HTTP/2 flow control holds them back, so the caller may be slow. Unread changes wait in etcd's history and are lost only
+when etcd compacts it.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from gpudock_server.adapters.etcd.messages import KeyChange, WatchMessage
 
 
 class RevisionUnavailable(Exception):
-    """What is asked for was compacted away, or is of a future that this etcd, restored from a backup, never had."""
+    """The requested revision was compacted, or is newer than all revisions of this etcd, which was restored."""
 
 
 @dataclass(frozen=True, slots=True)
 class RevisionChanges:
-    """All that one revision changed in the range."""
+    """All changes of one revision in the range."""
 
     revision: int
     changes: tuple[KeyChange, ...]
 
 
 class RangeWatch:
-    """Gives what happened in `keys` after `revision`, each revision once.
+    """Returns the changes in `keys` after `revision`, each revision once.
 
-    A stream that breaks is made anew behind what was given out last; etcd may be away for `retry_for`.
+    A broken stream is replaced by one that starts after the last returned revision; etcd may be away for `retry_for`.
     """
 
     def __init__(self, connection: EtcdConnection, keys: KeyRange, revision: int, retry_for: timedelta) -> None:
@@ -44,17 +44,17 @@ class RangeWatch:
         self._retry_for = retry_for
         self._stream: WatchStream | None = None
         self._reading: asyncio.Task[WatchMessage] | None = None
-        # Whole revisions of the last message, and what is known of one that the next fragment goes on with.
+        # Complete revisions of the last message, and the changes of a revision that continues in the next fragment.
         self._ready: deque[RevisionChanges] = deque()
         self._partial: list[KeyChange] = []
 
     async def open(self) -> None:
-        """Begin to watch; `next` does it as well. Raises RevisionUnavailable, CallFailed."""
+        """Start the watch, unless it is started; `next` does so too. Raises RevisionUnavailable, CallFailed."""
         if self._stream is None:
             self._stream = await self._connection.with_retries(self._begin, self._retry_for)
 
     async def next(self, seconds: float) -> RevisionChanges | None:
-        """The next revision that changed something; None if there was none for `seconds`.
+        """The next revision that changed the range; None if there was none within `seconds`.
 
         Raises RevisionUnavailable, CallFailed.
         """
@@ -66,16 +66,16 @@ class RangeWatch:
             if answer.compacted:
                 raise RevisionUnavailable
             if answer.refusal:
-                # A member that has lost its leader, or is going down: another one may do.
+                # The member has lost its leader or is shutting down: another member may serve the watch.
                 await self.close_stream()
             else:
-                self._take(answer)
-        step = self._ready.popleft()
-        self.revision = step.revision
-        return step
+                self._add(answer)
+        batch = self._ready.popleft()
+        self.revision = batch.revision
+        return batch
 
     async def close_stream(self) -> None:
-        """Let go of the stream; `next` makes another. What was not given out yet comes again."""
+        """Close the stream; `next` opens another one. Changes that were not returned yet are read again."""
         self._ready.clear()
         self._partial.clear()
         stream, self._stream = self._stream, None
@@ -86,11 +86,11 @@ class RangeWatch:
             reading.cancel()
             await asyncio.wait({reading})
             if not reading.cancelled():
-                # Looked at, so that nobody complains of an error that was never retrieved.
+                # Retrieve the error, so that asyncio does not log it.
                 reading.exception()
 
     async def _begin(self, timeout: float) -> WatchStream:
-        # A watch from a revision to come is one that waits: only a read shows that this etcd has come as far.
+        # A watch from a future revision just waits; only a read shows that this etcd has reached the revision.
         try:
             await self._connection.txn(success=[messages.get(self._keys.start, self.revision)], timeout=timeout)
         except CallFailed as failure:
@@ -98,12 +98,12 @@ class RangeWatch:
         return await self._connection.watch(self._keys, self.revision + 1, timeout=timeout)
 
     async def _answer(self, seconds: float) -> WatchMessage | None:
-        """The next message, or an empty one if the stream broke; None after `seconds`."""
+        """The next message, or one with a refusal if the stream broke; None after `seconds`."""
         if self._stream is None:
-            raise RuntimeError("there is no stream to read from")
+            raise RuntimeError("the watch stream is not open")
         if self._reading is None:
             self._reading = asyncio.create_task(self._stream.read())
-        # Not asyncio.timeout: to cancel the reading would end the stream.
+        # Not asyncio.timeout, because a cancelled read ends the stream.
         done, _ = await asyncio.wait({self._reading}, timeout=seconds)
         if not done:
             return None
@@ -115,19 +115,19 @@ class RangeWatch:
                 raise
             return WatchMessage(changes=(), fragment=False, compacted=0, refusal=str(failure))
 
-    def _take(self, answer: WatchMessage) -> None:
+    def _add(self, answer: WatchMessage) -> None:
         self._partial += answer.changes
-        # Revisions come in their order, and one may be cut in two only by fragments.
-        steps = [
+        # Revisions arrive in order, and only fragments split a revision.
+        batches = [
             RevisionChanges(revision, tuple(changes))
-            for revision, changes in groupby(self._partial, lambda one: one.revision)
+            for revision, changes in groupby(self._partial, lambda change: change.revision)
         ]
         self._partial.clear()
-        if answer.fragment and steps:
-            self._partial += steps.pop().changes
-        self._ready += steps
+        if answer.fragment and batches:
+            self._partial += batches.pop().changes
+        self._ready += batches
 
 
 def map_revision_error(failure: CallFailed) -> RevisionUnavailable | CallFailed:
-    """What a read at a revision of the past failed with."""
+    """RevisionUnavailable if a read failed because of its revision, else `failure`."""
     return RevisionUnavailable() if failure.code == "OUT_OF_RANGE" else failure

@@ -1,16 +1,16 @@
-"""Watches of one kind of object: what its heads and locks were before and after each change, from a token on.
+"""Watches of one kind of object: its heads and locks before and after each change, starting from a token.
 
-A token is a place in etcd's history: a revision, and the last key that was told of it. There are two sorts, those
-within the list that a watch begins with and those behind it, so that either can be gone on with:
+A token is a position in etcd's history: a revision, and the last key of which an event was sent. There are two phases,
+the initial list and the changes after it, and a watch can be resumed in either:
 
-    ["list", 120, ".../containers/b"]     the list as it was at revision 120, behind b
-    ["told", 125, ".../containers/b"]     what revision 125 changed, behind b
-    ["told", 125, ".../containers/"]      all of it was told: what comes behind revision 125
+    ["list", 120, ".../containers/b"]     the list at revision 120, after b
+    ["told", 125, ".../containers/b"]     the changes of revision 125, after b
+    ["told", 125, ".../containers/"]      the changes after revision 125
 
-What is kept for a watch are the locks that are held, which are as many as there are operations at work, and, where
-objects of another kind refer to those that are watched, who refers to what: a change of that is told as a change of the
-object. What an object was before comes from etcd with every change, and where only its lock or its referrers have
-changed the head is read at that revision.
+A watch keeps the held locks in memory, as many as there are running operations. If objects of another kind refer to the
+watched objects, it also keeps these references: a change of the referrers is an event of the object. etcd sends the
+previous value of an object with every change; if only the lock or the referrers have changed, the head is read at that
+revision.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 V = TypeVar("V")
 
 _MAX_REVISION = 2**63 - 1
-# How many heads of the first list are held at a time.
+# Heads per read of the initial list.
 _LIST_PAGE = 50
 
-# What is shown of an object: its head, its lock, and who refers to it.
+# Makes what an event shows of an object from its head, its lock and the names of its referrers.
 View = Callable[[KeyValue, KeyValue | None, tuple[str, ...]], V]
 
 
@@ -61,31 +61,34 @@ class _Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class _Position:
-    """See above. `key` is the start of the range where nothing, or everything, of it was told."""
+    """A position as described above. `key` is the start of the heads' range before the first and after the last event.
 
-    sort: _Phase
+    In phase LIST it stands for the beginning of the list, in phase TOLD for the end of the revision.
+    """
+
+    phase: _Phase
     revision: int
     key: bytes
 
     def base(self, heads: KeyRange) -> int:
-        """The revision of which all was told, and on which what comes next is built."""
-        # Of a revision that was told in part the rest comes with all of it, and what was told is left out.
-        partly = self.sort is _Phase.TOLD and self.key != heads.start
-        return self.revision - 1 if partly else self.revision
+        """The last revision of which all events were sent, from which a watch starts."""
+        # A partly sent revision is read again as a whole, without the events already sent.
+        partly_sent = self.phase is _Phase.TOLD and self.key != heads.start
+        return self.revision - 1 if partly_sent else self.revision
 
     def token(self) -> str:
-        """As a caller keeps it."""
-        text = json.dumps([self.sort.value, self.revision, self.key.decode("ascii")])
+        """The token for callers."""
+        text = json.dumps([self.phase.value, self.revision, self.key.decode("ascii")])
         return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
 
 
 def resume_token_after(keys: WatchKeys, revision: int) -> str:
-    """The token of what comes behind `revision`."""
+    """The token for the changes after `revision`."""
     return _Position(_Phase.TOLD, revision, keys.heads.start).token()
 
 
 class IdleNotifier:
-    """Moves idle watches on: see `idle` in keys.py. One for all watches of a kind in this daemon."""
+    """Puts the idle key for idle watches: see `idle` in keys.py. Shared by all watches of a kind in this daemon."""
 
     def __init__(self, connection: EtcdConnection, key: bytes) -> None:
         self._connection = connection
@@ -94,16 +97,16 @@ class IdleNotifier:
         self._put = 0
 
     async def notify(self, seen_revision: int) -> int:
-        """Have every watch hear of a revision above `seen_revision`; that revision. Raises CallFailed."""
+        """Make sure that every watch reads a revision above `seen_revision`, and return it. Raises CallFailed."""
         async with self._putting:
-            # Watches fall silent together: the first one's beat is heard by all the others.
+            # Watches become idle together: the put of one reaches all.
             if self._put <= seen_revision:
                 self._put = (await self._connection.txn(success=[messages.put(self._key, b"")])).revision
             return self._put
 
 
 class RecordWatch(Generic[V]):
-    """One watch. `view` makes what is shown of an object; something is said at least every `idle`."""
+    """One watch. `view` makes what an event shows; without changes there is an empty event every `idle`."""
 
     def __init__(
         self,
@@ -122,31 +125,31 @@ class RecordWatch(Generic[V]):
         self._view = view
         self._retry_for = retry_for
         self._idle_seconds = idle.total_seconds()
-        # Those that are held at the place that was told last, by the name that they share with the head.
+        # The locks held at the position of the last event, by the part of the key that they share with the head.
         self._locks: dict[bytes, KeyValue] = {}
         self._reference_source = referring
         self._referrers = Referrers(referring)
         self._notified = 0
 
     async def run(self, token: str, *, listing: bool) -> AsyncGenerator[StoreEvent[V], None]:
-        """See `ports.Store.watch_containers`. Raises CallFailed in the place of StoreUnavailable."""
+        """See `ports.Store.watch_containers`. Raises CallFailed instead of StoreUnavailable."""
         position = _parse_token(token, self._keys) if token else await self._current_position(listing=listing)
-        lists = position.sort is _Phase.LIST
+        lists = position.phase is _Phase.LIST
         try:
             await self._load_referrers(position.base(self._keys.heads))
-            while position.sort is _Phase.LIST:
-                for told in await self._page(position):
-                    position = told.position
-                    yield told.seen()
+            while position.phase is _Phase.LIST:
+                for pending in await self._page(position):
+                    position = pending.position
+                    yield pending.event()
             watch = await self._begin(position)
             try:
-                # Says that the watch has begun; after a list, its completion says so.
+                # An event without a change reports that the watch has begun; after a list, list_complete does.
                 if not lists:
-                    yield _PendingEvent(position).seen()
+                    yield _PendingEvent(position).event()
                 while True:
-                    for told in await self._next(watch, position):
-                        position = told.position
-                        yield told.seen()
+                    for pending in await self._next(watch, position):
+                        position = pending.position
+                        yield pending.event()
             finally:
                 await watch.close_stream()
         except RevisionUnavailable:
@@ -163,19 +166,19 @@ class RecordWatch(Generic[V]):
         keys, more = self._reference_source.heads, True
         while more:
             (found,) = await self._read_at(revision, messages.get_range(keys, limit=_LIST_PAGE, revision=revision))
-            self._referrers.take(found.entries)
+            self._referrers.add(found.entries)
             more = found.more
             keys = keys.after(found.entries[-1].key) if found.entries else keys
 
     async def _page(self, position: _Position) -> Iterator[_PendingEvent[V]]:
-        """What comes next in the list, and last that it is complete."""
+        """The next events of the initial list; the last event of the list has list_complete."""
         heads, locks = await self._read_at(
             position.revision,
             messages.get_range(self._keys.heads.after(position.key), limit=_LIST_PAGE, revision=position.revision),
             messages.get_range(self._keys.locks, revision=position.revision),
         )
         held = self._by_name(locks)
-        told = [
+        pending = [
             _PendingEvent(
                 replace(position, key=head.key), None, self._view(head, held.get(rest), self._referrers.of(rest))
             )
@@ -183,10 +186,10 @@ class RecordWatch(Generic[V]):
             for rest in [self._keys.heads.rest(head.key)]
         ]
         if not heads.more:
-            told.append(
+            pending.append(
                 _PendingEvent(_Position(_Phase.TOLD, position.revision, self._keys.heads.start), list_complete=True)
             )
-        return iter(told)
+        return iter(pending)
 
     async def _begin(self, position: _Position) -> RangeWatch:
         revision = position.base(self._keys.heads)
@@ -197,44 +200,48 @@ class RecordWatch(Generic[V]):
         return watch
 
     async def _next(self, watch: RangeWatch, position: _Position) -> list[_PendingEvent[V]]:
-        """What happened next: of several objects, where one revision changed several; of none, where it did not."""
-        # Daemons that fall silent at once need not all speak at once.
-        step = await watch.next(self._idle_seconds * random.uniform(0.7, 1))  # noqa: S311 - spreads load, no secret
-        if step is not None:
-            return await self._events_of(step, position)
+        """The events of the next revision, which may change several objects or none."""
+        # The random factor spreads the puts of daemons whose watches become idle together.
+        batch = await watch.next(self._idle_seconds * random.uniform(0.7, 1))  # noqa: S311 - spreads load, no secret
+        if batch is not None:
+            return await self._events_of(batch, position)
         if watch.revision < self._notified:
-            log.warning("a watch of etcd is stuck; making it anew", revision=watch.revision, put=self._notified)
+            log.warning("etcd watch stalled; restarting it", revision=watch.revision, put=self._notified)
             await watch.close_stream()
             return []
         try:
             self._notified = await self._idle_notifier.notify(watch.revision)
         except CallFailed as failure:
-            log.info("an idle watch could not be moved on", reason=str(failure))
+            log.info("idle watch notification failed", reason=str(failure))
             return [_PendingEvent(position)]
         return []
 
-    async def _events_of(self, step: RevisionChanges, position: _Position) -> list[_PendingEvent[V]]:
-        heads = {self._keys.heads.rest(one.key): one for one in step.changes if self._keys.heads.holds(one.key)}
-        locks = {self._keys.locks.rest(one.key): one for one in step.changes if self._keys.locks.holds(one.key)}
-        referred = self._referrers.apply_changes(step.changes)
-        told: list[_PendingEvent[V]] = []
-        for name in sorted(heads.keys() | locks.keys() | referred.keys()):
+    async def _events_of(self, batch: RevisionChanges, position: _Position) -> list[_PendingEvent[V]]:
+        heads = {
+            self._keys.heads.rest(change.key): change for change in batch.changes if self._keys.heads.holds(change.key)
+        }
+        locks = {
+            self._keys.locks.rest(change.key): change for change in batch.changes if self._keys.locks.holds(change.key)
+        }
+        old_referrers = self._referrers.apply_changes(batch.changes)
+        pending: list[_PendingEvent[V]] = []
+        for name in sorted(heads.keys() | locks.keys() | old_referrers.keys()):
             lock_before, lock_after = self._locks.get(name), self._lock_after(name, locks.get(name))
-            here = _Position(_Phase.TOLD, step.revision, self._keys.heads.start + name)
-            if step.revision == position.revision and here.key <= position.key:
+            event_position = _Position(_Phase.TOLD, batch.revision, self._keys.heads.start + name)
+            if batch.revision == position.revision and event_position.key <= position.key:
                 continue
-            before, after = await self._heads(here, heads.get(name))
+            before, after = await self._heads(event_position, heads.get(name))
             referrers = self._referrers.of(name)
             if before is not None or after is not None:
-                told.append(
+                pending.append(
                     _PendingEvent(
-                        here,
-                        self._view(before, lock_before, referred.get(name, referrers)) if before else None,
+                        event_position,
+                        self._view(before, lock_before, old_referrers.get(name, referrers)) if before else None,
                         self._view(after, lock_after, referrers) if after else None,
                     )
                 )
-        all_of_it = _Position(_Phase.TOLD, step.revision, self._keys.heads.start)
-        return [*told[:-1], replace(told[-1], position=all_of_it)] if told else [_PendingEvent(all_of_it)]
+        end = _Position(_Phase.TOLD, batch.revision, self._keys.heads.start)
+        return [*pending[:-1], replace(pending[-1], position=end)] if pending else [_PendingEvent(end)]
 
     def _lock_after(self, name: bytes, change: KeyChange | None) -> KeyValue | None:
         if change is None:
@@ -245,21 +252,21 @@ class RecordWatch(Generic[V]):
             self._locks[name] = change.after
         return change.after
 
-    async def _heads(self, here: _Position, change: KeyChange | None) -> tuple[KeyValue | None, KeyValue | None]:
-        """The head before and after; the same where only what is beside it has changed. Raises RevisionUnavailable."""
+    async def _heads(self, position: _Position, change: KeyChange | None) -> tuple[KeyValue | None, KeyValue | None]:
+        """The head before and after; the same if only lock or referrers have changed. Raises RevisionUnavailable."""
         if change is None:
-            (found,) = await self._read_at(here.revision, messages.get(here.key, here.revision))
+            (found,) = await self._read_at(position.revision, messages.get(position.key, position.revision))
             return found.only, found.only
         if change.before is None and not change.made:
             raise RevisionUnavailable
         return change.before, change.after
 
     async def _read_at(self, revision: int, *reads: messages.TxnOperation) -> tuple[RangeResponse, ...]:
-        """Reads at a revision of the past. Raises RevisionUnavailable, CallFailed."""
+        """Do `reads`, which are at `revision`. Raises RevisionUnavailable, CallFailed."""
         try:
             return (await self._connection.read(*reads, retry_for=self._retry_for)).ranges
         except CallFailed as failure:
-            log.debug("a watch looks for what etcd does not have", revision=revision, reason=str(failure))
+            log.debug("watch read failed", revision=revision, reason=str(failure))
             raise map_revision_error(failure) from None
 
     def _by_name(self, locks: RangeResponse) -> dict[bytes, KeyValue]:
@@ -268,25 +275,25 @@ class RecordWatch(Generic[V]):
 
 @dataclass(frozen=True, slots=True)
 class _PendingEvent(Generic[V]):
-    """What is to be told, and the place behind it."""
+    """An event to send, and the position after it."""
 
     position: _Position
     before: V | None = None
     after: V | None = None
     list_complete: bool = False
 
-    def seen(self) -> StoreEvent[V]:
+    def event(self) -> StoreEvent[V]:
         return StoreEvent(self.before, self.after, self.position.token(), self.list_complete)
 
 
 def _parse_token(token: str, keys: WatchKeys) -> _Position:
     try:
         padded = token + "=" * (-len(token) % 4)
-        sort, revision, text = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
-        position = _Position(_Phase(sort), revision, text.encode("ascii"))
+        phase, revision, text = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
+        position = _Position(_Phase(phase), revision, text.encode("ascii"))
     except (binascii.Error, UnicodeError, ValueError, TypeError, AttributeError, RecursionError):
         raise _invalid_token() from None
-    # The first revision of a key is 2: 1 is an etcd in which nothing was ever put.
+    # The first revision of a key is 2: revision 1 is an empty etcd.
     if type(revision) is not int or not 1 < revision <= _MAX_REVISION:
         raise _invalid_token()
     if not (position.key == keys.heads.start or keys.heads.holds(position.key)):
@@ -295,4 +302,4 @@ def _parse_token(token: str, keys: WatchKeys) -> _Position:
 
 
 def _invalid_token() -> InvalidArgument:
-    return InvalidArgument((FieldViolation("resume_token", "it is not a token of this watch"),))
+    return InvalidArgument((FieldViolation("resume_token", "must be a resume_token of the same kind of watch"),))

@@ -1,4 +1,4 @@
-"""Who refers to the objects of a watch: the objects of another kind that name them, as of the place told last."""
+"""The referrers of watched objects: objects of another kind that name them, such as containers that mount a volume."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpudock_server.adapters.etcd.messages import KeyChange, KeyValue
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What one referrer says: its own name, and of the objects it refers to what tells their keys apart."""
+    """A referrer's name, and the objects it refers to (`KeyRange.rest` of their keys)."""
 
     name: str
     to: frozenset[bytes] = frozenset()
@@ -20,14 +20,14 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceSource:
-    """Where the referrers' heads are, and how one is read. One that cannot be read refers to nothing."""
+    """Where the heads of referrers are, and how to read one; an unreadable one must be read as no reference."""
 
     heads: KeyRange
     read: Callable[[KeyValue], Reference]
 
 
 class Referrers:
-    """The referrers of each object. Kept are those that refer to anything, and of them only names."""
+    """The names of the referrers of each object, at the position of the last event of a watch."""
 
     def __init__(self, referring: ReferenceSource | None) -> None:
         self._reference_source = referring
@@ -35,42 +35,42 @@ class Referrers:
         self._names: defaultdict[bytes, set[str]] = defaultdict(set)
 
     def clear(self) -> None:
-        """Know of none."""
+        """Forget all referrers."""
         self._references.clear()
         self._names.clear()
 
-    def take(self, heads: Iterable[KeyValue]) -> None:
-        """Learn what these referrers say."""
+    def add(self, heads: Iterable[KeyValue]) -> None:
+        """Add the referrers with these heads."""
         if self._reference_source is not None:
             for head in heads:
                 self._record(head.key, self._reference_source.read(head))
 
     def of(self, rest: bytes) -> tuple[str, ...]:
-        """Who refers to an object, by name."""
+        """The names of an object's referrers, sorted."""
         return tuple(sorted(self._names.get(rest, ())))
 
     def apply_changes(self, changes: Collection[KeyChange]) -> dict[bytes, tuple[str, ...]]:
-        """Learn what one revision changed; who referred before to each object that is referred to otherwise now."""
+        """Apply the changes of one revision; returns the previous referrers of each object whose referrers changed."""
         if self._reference_source is None:
             return {}
         before: dict[bytes, tuple[str, ...]] = {}
         for change in changes:
             if not self._reference_source.heads.holds(change.key):
                 continue
-            said = self._references.get(change.key, Reference(""))
-            says = self._reference_source.read(change.after) if change.after else Reference("")
-            for rest in said.to ^ says.to:
+            old = self._references.get(change.key, Reference(""))
+            new = self._reference_source.read(change.after) if change.after else Reference("")
+            for rest in old.to ^ new.to:
                 before.setdefault(rest, self.of(rest))
-            self._record(change.key, says)
+            self._record(change.key, new)
         return before
 
-    def _record(self, key: bytes, says: Reference) -> None:
-        said = self._references.pop(key, Reference(""))
-        for rest in said.to:
-            self._names[rest].discard(said.name)
+    def _record(self, key: bytes, new: Reference) -> None:
+        old = self._references.pop(key, Reference(""))
+        for rest in old.to:
+            self._names[rest].discard(old.name)
             if not self._names[rest]:
                 del self._names[rest]
-        if says.to:
-            self._references[key] = says
-        for rest in says.to:
-            self._names[rest].add(says.name)
+        if new.to:
+            self._references[key] = new
+        for rest in new.to:
+            self._names[rest].add(new.name)

@@ -1,6 +1,6 @@
-"""Bounds what ended operations take: the records by their number, what they left by its bytes.
+"""Limits the space of ended operations: the number of records, and the bytes of results.
 
-The ids of operations are in the order of time, newest first, so what is over a bound is what comes behind a place.
+The ids of operations sort by time, newest first, so everything after a key is older.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from gpudock_server.model.operation import Operation
 
 DEFAULT_OPERATIONS = 10_000
 DEFAULT_RESULT_BYTES = 64 << 20
-# With a quota, no more than these parts of it.
+# With a quota the limits are at most these parts of it.
 _BYTES_OF_QUOTA_PER_OPERATION = 32 << 10
 _RESULTS_PART_OF_QUOTA = 16
 
-_PATIENCE = timedelta(seconds=10)
+_RETRY_FOR = timedelta(seconds=10)
 _PAGE = 1000
 _RECORDS_PAGE = 100
-# How much may come on top before it is trimmed again.
+# The part (1/8) of a limit by which it may be exceeded before the next trim.
 _SLACK = 8
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 class OperationTrimmer:
-    """Keeps the newest `operations` records, and of what operations left the newest `result_bytes`."""
+    """Keeps the newest `operations` records and the newest `result_bytes` of results."""
 
     def __init__(
         self,
@@ -49,17 +49,17 @@ class OperationTrimmer:
         self._parts = parts
         self._operations = operations
         self._result_bytes = result_bytes
-        # The daemon before may have died with something left to trim.
+        # A killed daemon may have left something to trim.
         self._first_trim = True
 
     def limit_to(self, quota_bytes: int) -> None:
-        """Keep no more than fits a database of this size."""
+        """Lower the limits to what fits into a database of this size."""
         self._operations = min(self._operations, quota_bytes // _BYTES_OF_QUOTA_PER_OPERATION)
         self._result_bytes = min(self._result_bytes, quota_bytes // _RESULTS_PART_OF_QUOTA)
 
     @property
     def due(self) -> bool:
-        """Whether enough was written since the last time."""
+        """Whether enough was written since the last trim."""
         parts = self._parts
         return (
             self._first_trim
@@ -68,7 +68,7 @@ class OperationTrimmer:
         )
 
     async def trim(self) -> None:
-        """Remove what is over the bounds. Raises CallFailed."""
+        """Remove what exceeds the limits. Raises CallFailed."""
         self._first_trim = False
         self._parts.ended = self._parts.result_bytes = 0
         await self._trim_results()
@@ -80,23 +80,23 @@ class OperationTrimmer:
             total += int(keys.last_segment(entry.key))
             if total > self._result_bytes:
                 older = KeyRange(entry.key, keys.results().end)
-                log.info("what the oldest operations left is no longer kept", kept_bytes=self._result_bytes)
+                log.info("oldest operation results deleted", kept_bytes=self._result_bytes)
                 await self._connection.delete(older)
                 return
 
     async def _trim_records(self) -> None:
-        """Those that have not ended stay, however old they are."""
-        keys, place, count = self._parts.keys, b"", 0
+        """Remove the oldest records and their results; operations that have not ended stay."""
+        keys, last_kept, count = self._parts.keys, b"", 0
         async for entry in self._all(keys.operations(), _PAGE, keys_only=True):
             count += 1
             if count == self._operations:
-                place = entry.key
+                last_kept = entry.key
         if count <= self._operations:
             return
-        log.info("the oldest operations are no longer kept", kept=self._operations)
-        async for entry in self._all(keys.operations().after(place), _RECORDS_PAGE, keys_only=False):
+        log.info("oldest operation records deleted", kept=self._operations)
+        async for entry in self._all(keys.operations().after(last_kept), _RECORDS_PAGE, keys_only=False):
             if _has_ended(entry):
-                # What has ended is not written again.
+                # No condition: an ended operation is not written again.
                 await self._connection.delete(keys.results_of(keys.last_segment(entry.key)))
                 await self._connection.delete(KeyRange(entry.key, entry.key + b"\0"))
 
@@ -104,7 +104,7 @@ class OperationTrimmer:
         more = True
         while more:
             read = messages.get_range(keys, limit=page, keys_only=keys_only)
-            answer = (await self._connection.read(read, retry_for=_PATIENCE)).ranges[0]
+            answer = (await self._connection.read(read, retry_for=_RETRY_FOR)).ranges[0]
             for entry in answer.entries:
                 yield entry
             more = answer.more

@@ -1,6 +1,6 @@
-"""What stands behind a key: a record as JSON beside the number of the schema that it is written in.
+"""Values in etcd: a record as JSON together with the number of its schema.
 
-`{"schema": 1, "record": {...}}`, UTF-8, without spaces. Times are RFC 3339, durations ISO 8601, as pydantic has them.
+`{"schema": 1, "record": {...}}`, UTF-8, without spaces. Times are RFC 3339, durations ISO 8601, as in pydantic.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ R = TypeVar("R", bound=Record)
 class _Envelope(BaseModel, Generic[R]):
     model_config = ConfigDict(frozen=True)
 
-    # Not called `schema`, which is a method of BaseModel.
+    # BaseModel has a method `schema`.
     schema_number: int = Field(alias="schema")
     record: R
 
@@ -34,12 +34,12 @@ class _SchemaNumber(BaseModel):
 
 
 def encode(record: Record) -> bytes:
-    """A record as it is stored. Equal records give equal bytes."""
+    """The value of a record. Equal records have equal values."""
     return b'{"schema":%d,"record":%s}' % (SCHEMA, record.model_dump_json().encode())
 
 
 def decode(kind: type[R], key: bytes, value: bytes) -> R:
-    """The record of type `kind` that `value` holds; `key` is for the error. Raises RecordUnreadable."""
+    """The record of type `kind` in `value`; `key` is for the error. Raises RecordUnreadable."""
     try:
         return _Envelope[kind].model_validate_json(value).record  # type: ignore[valid-type]  # the type is made at run time
     except ValidationError as error:
@@ -49,7 +49,7 @@ def decode(kind: type[R], key: bytes, value: bytes) -> R:
 
 
 def decode_snapshot(key: bytes, value: bytes) -> Snapshot | SnapshotSkipped:
-    """What `value` says of a revision's files. Raises RecordUnreadable."""
+    """The snapshot in `value`, or the reason why there is none. Raises RecordUnreadable."""
     try:
         return decode(SnapshotSkipped, key, value)
     except RecordUnreadable:
@@ -57,7 +57,7 @@ def decode_snapshot(key: bytes, value: bytes) -> Snapshot | SnapshotSkipped:
 
 
 def _upgraded(kind: type[R], value: bytes) -> R | None:
-    """The record of a value that an older daemon wrote in a form of its time; None where it is not that."""
+    """The record in a value with an older schema; None if there is no upgrade from it."""
     try:
         schema_number = _SchemaNumber.model_validate_json(value).number
         upgrade = _UPGRADES.get((kind, schema_number))
@@ -67,7 +67,7 @@ def _upgraded(kind: type[R], value: bytes) -> R | None:
 
 
 def _operation_from_1(record: JsonObject) -> JsonObject:
-    """An operation could work on containers alone, and named one in two fields."""
+    """In schema 1 the target of an operation was a container, in two fields."""
     rest = {name: value for name, value in record.items() if name not in ("container", "container_uid")}
     target = ResourceRef(
         kind=ResourceKind.CONTAINER, name=str(record["container"]), uid=str(record["container_uid"])
@@ -75,7 +75,7 @@ def _operation_from_1(record: JsonObject) -> JsonObject:
     return {**rest, "target": target}
 
 
-# By the type of a record and the schema it was written in. Whatever an older schema had in the same form needs none.
+# By record type and the schema of the value. Records that have not changed since a schema need no upgrade.
 _UPGRADES: Mapping[tuple[type[Record], int], Callable[[JsonObject], JsonObject]] = {(Operation, 1): _operation_from_1}
 
 
@@ -83,19 +83,19 @@ def _reason(value: bytes, error: ValidationError) -> str:
     try:
         schema_number = _SchemaNumber.model_validate_json(value).number
     except ValidationError:
-        return "this is not a value of gpudock's"
+        return "not a gpudock record"
     if schema_number > SCHEMA:
-        return f"written in schema {schema_number}, and this daemon knows {SCHEMA}: a newer gpudock is at work here"
+        return f"written in schema {schema_number} by a newer gpudock; this daemon supports schemas up to {SCHEMA}"
     return str(error)
 
 
 def encode_number(number: int) -> bytes:
-    """A bare number as it is stored."""
+    """The value of a number."""
     return str(number).encode("ascii")
 
 
 def decode_number(key: bytes, value: bytes) -> int:
-    """The bare number that `value` holds. Raises RecordUnreadable."""
+    """The number in `value`. Raises RecordUnreadable."""
     try:
         return int(value)
     except ValueError as error:
