@@ -76,12 +76,12 @@ async def registry(rig: Rig, folder: Path, *, locked: bool = False, stalls: bool
 
 
 def release(folder: Path) -> None:
-    """Let a registry that stalls send the rest."""
+    """Let a stalled registry send the rest."""
     (folder / "files.released").touch()
 
 
 def publish(folder: Path, *, locked: bool = False, stalls: bool = False, seed: str = "whole") -> None:
-    """Write what is served from now on; with another `seed`, `whole` is another image."""
+    """Write the served images; with another `seed`, `whole` is another image."""
     files = {"/v2/": ("application/json", b"{}")} | _image("whole", seed) | _without_layer(_image("broken", "broken"))
     content = {
         "authorization": "Basic " + base64.b64encode(f"{USER}:{SECRET}".encode()).decode() if locked else "",
@@ -121,7 +121,7 @@ def _without_layer(files: _Files) -> _Files:
 
 
 def _tar(seed: str) -> bytes:
-    """One file that cannot be compressed, and that differs from image to image: a layer is fetched once only."""
+    """An incompressible file that differs between images, because an engine downloads the same layer only once."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         member = tarfile.TarInfo("payload")

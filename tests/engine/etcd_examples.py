@@ -1,4 +1,4 @@
-"""Records as they are stored, and connections to store them by."""
+"""Example records, and connections to etcd for tests."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def revision(name: str, number: int) -> ContainerRevision:
 
 
 def volume(name: str, **changes: object) -> Volume:
-    """One that is ready."""
+    """A volume in state READY."""
     return Volume(
         name=name,
         uid=f"uid-{name}",
@@ -88,7 +88,7 @@ def volume_revision(name: str, number: int) -> VolumeRevision:
 
 
 def operation(operation_id: str, name: str = "web", **changes: object) -> Operation:
-    """An operation on it that runs."""
+    """A running operation on a container."""
     return Operation(
         id=operation_id,
         kind=OperationKind.CREATE,
@@ -101,17 +101,17 @@ def operation(operation_id: str, name: str = "web", **changes: object) -> Operat
 
 
 def holder(name: str, operation_id: str = "") -> Holder:
-    """It, as the holder of a claim."""
+    """A container as the holder of a claim."""
     return Holder(container=name, uid=f"uid-{name}", node="n1", operation_id=operation_id)
 
 
 def begin(operation_id: str, name: str = "web") -> list[StoreChange]:
-    """What every operation begins with."""
+    """The changes with which every operation begins."""
     return [Lock(ResourceKind.CONTAINER, name, operation_id), PutOperation(operation(operation_id, name), expect=0)]
 
 
 async def until(holds: Callable[[], Awaitable[object]], *, seconds: float) -> None:
-    """Wait until `holds` gives something true; TimeoutError when it has not after `seconds`."""
+    """Wait until `holds` returns something true; raises TimeoutError after `seconds`."""
     async with asyncio.timeout(seconds):
         while not await holds():
             await asyncio.sleep(0.05)
@@ -119,7 +119,7 @@ async def until(holds: Callable[[], Awaitable[object]], *, seconds: float) -> No
 
 @asynccontextmanager
 async def connected(endpoint: str, timeout: float = 2) -> AsyncIterator[EtcdConnection]:
-    """A connection whose calls take at most `timeout` s."""
+    """A connection whose calls take at most `timeout` seconds."""
     connection = EtcdConnection(EtcdAddress((endpoint,)), timeout=timedelta(seconds=timeout))
     await connection.open()
     try:

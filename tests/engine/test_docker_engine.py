@@ -1,4 +1,4 @@
-"""ports.Engine on a real Docker Engine, and on one that fails, hangs and hangs up."""
+"""ports.Engine on a real Docker Engine, and on one that fails, hangs and disconnects."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from tests.rig import EngineProxy, Rig
 IMAGE = "gpudock/busybox:test"
 CUDA_LIKE = "gpudock/cuda-like:test"
 MIB = 1 << 20
-# Ends at once when asked to, unlike a bare sleep as PID 1.
+# Exits immediately on SIGTERM, unlike a bare sleep as PID 1.
 IDLE = ("sh", "-c", "trap 'exit 0' TERM; while :; do sleep 3600 & wait $!; done")
 
 
@@ -64,13 +64,13 @@ async def engine(clean_engine: Rig) -> AsyncIterator[DockerEngine]:
 
 @pytest_asyncio.fixture
 async def patient(engine: DockerEngine) -> DockerEngine:
-    """The engine without a proxy and with a long timeout, beside one with a short: what it is asked gets done."""
+    """The engine without a proxy and with a long timeout, for calls that must succeed."""
     return engine
 
 
 @asynccontextmanager
 async def connected_to(url: str, timeout: float) -> AsyncIterator[DockerEngine]:
-    """An engine whose connections are counted in the end."""
+    """A connected engine; checks at the end that no connection is in use."""
     engine = await DockerEngine.connect(url, timeout=timeout)
     try:
         yield engine
@@ -86,7 +86,7 @@ def own_labels(labels: dict[str, str]) -> dict[str, str]:
 
 
 def in_use(engine: DockerEngine) -> int:
-    """Connections that neither wait in a pool nor are closed."""
+    """The number of connections in use."""
     return sum(len(connector._acquired) for connector in engine._connection._connectors)
 
 
@@ -129,7 +129,7 @@ async def seen(engine: Engine, engine_id: str) -> EngineContainer:
 
 
 async def shell(rig: Rig, name: str, script: str) -> str:
-    """What a command inside says, both outputs as one. By the engine's own API: no exec of ours is needed for it."""
+    """The combined output of a command inside a container, without DockerExecSession."""
     return await asyncio.to_thread(_shell, rig, name, script)
 
 
@@ -147,7 +147,7 @@ def _shell(rig: Rig, name: str, script: str) -> str:
 
 
 async def until(true: Callable[[], bool]) -> None:
-    """Return when it is; the test's own timeout bounds it."""
+    """Wait until `true` returns something true; limited by the test's timeout."""
     while not true():
         await asyncio.sleep(0.005)
 
@@ -325,7 +325,7 @@ async def test_starting_what_runs_is_a_success(engine: DockerEngine) -> None:
 )
 async def test_what_cannot_start(engine: DockerEngine, options: dict[str, Any], says: str) -> None:
     box = await engine.create(await engine_spec(engine, **options))
-    # The second failure is as good as the first: nothing half-started stands in the way.
+    # The second try fails in the same way: the first leaves nothing behind.
     for _ in range(2):
         with pytest.raises(StartFailed, match=says) as failed:
             await engine.start(box)
@@ -552,7 +552,7 @@ async def test_a_removal_that_another_has_begun(patient: DockerEngine, engine_pr
         box = await running(patient)
         engine_proxy.faults.fail("DELETE", "/containers/.*", status=409, message=already)
         with pytest.raises(EngineUnavailable):
-            # Nobody removes it after all: the wait for it ends.
+            # The other removal does not happen: the wait for it ends.
             await engine.remove(box)
 
 
@@ -678,7 +678,7 @@ async def test_find(engine: DockerEngine) -> None:
 
 
 async def until_destroyed(events: AsyncIterator[EngineEvent]) -> list[EngineEvent]:
-    """Events up to a container's last, each once: what happens while a stream begins, the engine may tell twice."""
+    """The events up to a container's last one, each once: the engine may repeat those at the start of a stream."""
     told: list[EngineEvent] = []
     while not told or told[-1].kind is not EngineEventKind.DESTROY:
         event = await anext(events)
@@ -783,7 +783,7 @@ def _ignore(_current: int, _total: int) -> None:
     pass
 
 
-# ---- an engine that fails, hangs and hangs up ----
+# ---- an engine that fails, hangs and disconnects ----
 
 Act = Callable[[DockerEngine, str], Awaitable[object]]
 

@@ -1,4 +1,4 @@
-"""The daemon's own etcd: what it survives, what it leaves behind (nothing), and who can reach it (nobody else)."""
+"""The embedded etcd: restarts, orphans, access by other users, and the choice of the binary."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.rig import freeze
 
 pytest_plugins = ["tests.engine.etcd_fixtures"]
 
-# A daemon that starts an etcd in the folder it is given, tells its pid, and waits to be killed.
+# A daemon that starts an etcd in the given folder, prints its pid, and waits to be killed.
 DAEMON = """
 import asyncio, sys
 from pathlib import Path
@@ -49,7 +49,7 @@ async def _store(etcd: EmbeddedEtcd) -> tuple[EtcdConnection, EtcdStore]:
 
 
 async def _daemon(folder: Path) -> tuple[asyncio.subprocess.Process, int]:
-    """A process with an embedded etcd, and the pid of that."""
+    """A process with an embedded etcd, and the pid of this etcd."""
     daemon = await asyncio.create_subprocess_exec(sys.executable, "-c", DAEMON, str(folder), stdout=PIPE)
     assert daemon.stdout is not None
     async for line in daemon.stdout:
@@ -59,7 +59,7 @@ async def _daemon(folder: Path) -> tuple[asyncio.subprocess.Process, int]:
 
 
 async def _listens_on_a_port(pid: int) -> bool:
-    """Whether any of its sockets is a TCP one."""
+    """Whether a process has a TCP socket."""
 
     def look() -> bool:
         links = [str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()]
@@ -120,7 +120,7 @@ async def test_it_dies_with_its_daemon(tmp_path: Path) -> None:
 async def test_one_that_outlived_its_daemon_is_ended_first(tmp_path: Path) -> None:
     daemon, pid = await _daemon(tmp_path)
     process = identify(pid)
-    # A frozen process does not notice that it is told to end.
+    # A frozen process does not handle SIGTERM.
     freeze(pid)
     daemon.kill()
     await daemon.wait()

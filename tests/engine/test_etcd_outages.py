@@ -1,4 +1,4 @@
-"""The store when etcd is frozen, killed or out of reach, and when what it answers gets lost."""
+"""The store while etcd is frozen, killed or unreachable, and when its responses get lost."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pytest_plugins = ["tests.engine.etcd_fixtures"]
 
 
 class AnswerThief:
-    """A way to etcd that can keep requests from it, or its answers from us, and breaks off when it has done so."""
+    """A proxy to etcd that can drop requests or responses, and then closes the connection."""
 
     def __init__(self, folder: Path, socket: str) -> None:
         self._path, self._socket = folder / "thief.sock", socket
@@ -203,7 +203,7 @@ async def test_several_endpoints_and_certificates(tmp_path: Path) -> None:
         await _dial_target(("127.0.0.1:1", "nowhere.invalid:2"))
     garbage = tmp_path / "garbage.pem"
     await asyncio.to_thread(garbage.write_text, "no certificate")
-    # grpc itself aborts the process over a certificate without its key, and says nothing of the others.
+    # grpc itself aborts the process for a certificate without a key, and reports no error for the others.
     for tls, reason in (
         (EtcdTls(ca=garbage), "garbage.pem"),
         (EtcdTls(ca=tmp_path / "missing.pem"), "missing.pem.*No such file"),

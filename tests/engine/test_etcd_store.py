@@ -1,4 +1,4 @@
-"""The store on a real etcd: every change and its conflict, crowds, pages, expiry, and what newer daemons wrote."""
+"""EtcdStore on a real etcd: changes and conflicts, concurrency, pages, expiry, and state of other schemas."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ pytest_plugins = ["tests.engine.etcd_fixtures"]
 
 
 async def _everything(connection: EtcdConnection, prefix: str) -> dict[bytes, bytes]:
-    """All that is below the prefix."""
+    """All keys below the prefix."""
     keys = KeyRange(prefix.encode(), prefix[:-1].encode() + b"0")
     answer = await connection.read(messages.get_range(keys), retry_for=PATIENCE)
     return {entry.key: entry.value for entry in answer.ranges[0].entries}
@@ -270,7 +270,7 @@ async def test_names_are_never_taken_apart(store: EtcdStore) -> None:
 
 
 async def claim_for_many(endpoint: str, prefix: str, names: Sequence[str], cards: int) -> int:
-    """How many of `names` got one of `cards`, each trying them all in turn and from its own first one."""
+    """How many of `names` claimed a GPU out of `cards`; each tries all of them, starting from a different one."""
     async with connected(endpoint) as connection:
         store = EtcdStore(connection, prefix=prefix)
 
@@ -438,7 +438,7 @@ async def test_a_day_of_ended_operations_shares_a_lease(
     (lease,) = leases
     left = (await connection._client.get_lease_info(lease)).TTL
     assert 24 * 3600 < left <= 26 * 3600
-    # Somebody revokes it, or a long outage ends it: the next one gets another.
+    # After the lease was revoked, or expired in a long outage, the next key gets a new one.
     await connection.revoke(lease)
     await end(21)
     assert (await store.operation("op21")) is not None
@@ -486,7 +486,7 @@ async def test_state_of_schema_1_is_taken_over(store: EtcdStore, connection: Etc
     await store.open()
     (unfinished,) = await store.unfinished("n1")
     assert unfinished.value == operation("op1")
-    # A daemon of before must not write into what it no longer understands.
+    # An older daemon must not write into a state that it does not support.
     read = await connection.read(messages.get(keys.schema()), retry_for=PATIENCE)
     assert read.ranges[0].only is not None
     assert read.ranges[0].only.value == b"3"

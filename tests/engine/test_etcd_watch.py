@@ -1,4 +1,4 @@
-"""Watches of the store on a real etcd: every change once and as it was, whatever breaks in between."""
+"""Watches of the store on a real etcd: every change exactly once, whatever breaks in between."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.rig import Rig, freeze
 
 pytest_plugins = ["tests.engine.etcd_fixtures"]
 
-# Long enough that nothing of a test is an idle watch's.
+# Long enough that no watch of a test becomes idle.
 QUIET = timedelta(seconds=60)
 IDLE = timedelta(seconds=0.3)
 SOON = 10.0
@@ -55,7 +55,7 @@ class Reader:
         self.token = ""
 
     async def seen(self) -> StoreEvent[ContainerView]:
-        """The next, whatever it is."""
+        """The next event."""
         async with asyncio.timeout(SOON):
             seen = await anext(self.watch)
         self.token = seen.token
@@ -84,7 +84,7 @@ async def watching(store: EtcdStore, token: str = "", *, listing: bool = True) -
 
 
 async def put(store: EtcdStore, name: str, generation: int, *others: StoreChange, **fields: object) -> int:
-    """Write a head, whatever stands there."""
+    """Write a head unconditionally."""
     view = await store.container(name)
     head = container(name, generation=generation, **fields)
     return await store.apply([PutContainer(head, expect=view.version if view else 0), *others])
@@ -97,7 +97,7 @@ async def delete(store: EtcdStore, name: str, *others: StoreChange) -> int:
 
 
 async def compact(connection: EtcdConnection) -> None:
-    """Forget everything but what is there now."""
+    """Compact up to the current revision."""
     revision = (await connection.txn(success=[messages.get(b"nothing")])).revision
     await connection._client.kvstub.Compact(rpc.CompactionRequest(revision=revision, physical=True), timeout=5)
 
@@ -317,7 +317,7 @@ async def test_an_etcd_that_dies_and_stands_still_in_the_middle(own_etcd: Embedd
             assert await reader.told(1) == [("", "a.1")]
             for generation in range(2, 5):
                 following = asyncio.create_task(reader.told(1))
-                # Its keeper starts it anew.
+                # Its supervisor restarts it.
                 os.kill(own_etcd.pid, signal.SIGKILL)
                 await put(store, "a", generation)
                 assert await following == [(f"a.{generation - 1}", f"a.{generation}")]

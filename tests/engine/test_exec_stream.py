@@ -1,4 +1,4 @@
-"""Processes inside containers of a real engine: what they say, what they are told, and how they end."""
+"""DockerExecSession on a real engine: output, input, terminals, exit codes and lost connections."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ async def session_of(engine: DockerEngine, engine_id: str, request: ExecRequest)
 
 
 async def all_of(session: ExecSession) -> tuple[bytes, bytes]:
-    """Both outputs, to their end."""
+    """Stdout and stderr until their end, and the exit code."""
     said = {OUT: bytearray(), ERR: bytearray()}
     async for stream, chunk in session.read():
         said[stream] += chunk
@@ -99,7 +99,7 @@ async def result_of(engine: DockerEngine, engine_id: str, request: ExecRequest) 
 
 
 async def until(true: Callable[[], bool]) -> None:
-    """Return when it is; the test's own timeout bounds it."""
+    """Wait until `true` returns something true; limited by the test's timeout."""
     while not true():
         await asyncio.sleep(0.005)
 
@@ -132,7 +132,7 @@ def test_frames_cut_anywhere(frames: list[tuple[int, bytes]], cut: int) -> None:
         assert len(held) < HEADER_BYTES
     assert held == b""
     assert all(chunk for _, chunk in said)
-    # Byte for byte the same, in the same order, whatever the chunks.
+    # The same bytes in the same order, however they are cut into blocks.
     streams = {1: OUT, 2: ERR}
     assert [(stream, byte) for stream, chunk in said for byte in chunk] == [
         (streams[kind], byte) for kind, payload in frames for byte in payload
@@ -198,7 +198,7 @@ async def test_a_reader_that_waits_holds_the_process_back(engine: DockerEngine, 
 
 
 async def settled(measure: Callable[[], Awaitable[int]]) -> int:
-    """A number, once it has stayed the same over ten looks."""
+    """A number, once ten reads in a row returned the same."""
     last, same = -1, 0
     while same < 10:
         now = await measure()
@@ -429,7 +429,7 @@ async def test_signals(engine: DockerEngine, box: str, rig: Rig) -> None:
 
 
 async def test_a_session_outlives_its_leader(engine: DockerEngine, box: str) -> None:
-    """What a command leaves behind is found by the session, whose leader is gone."""
+    """A process left by a command still has the session of its exited leader."""
     processes = HostProcessControl()
     async with session_of(engine, box, shell("sleep 1000 & echo; exit 0")) as session:
         reader = session.read()

@@ -1,4 +1,4 @@
-"""Images made of images, on a real engine: fewer layers, other configs, and not a file that is not as it was."""
+"""ImageEditor on a real engine: merged layers and other configs, with unchanged files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BASE = "gpudock/deep:base"
 OTHER = "gpudock/deep:other"
 # The engine's file system counts the names of a file also where a layer above has replaced some.
 _NOT_THE_IMAGES = frozenset({"nlink"})
-# Inside a container, one after the other, each as a layer of its own; `grow` is before them.
+# Run in a container one after the other, each committed as a layer; `grow` runs before them.
 CHANGES = (
     # Deleted from the base and from a layer; folders emptied and made anew, which makes them opaque.
     "rm -rf /image/kept /grown/d7; mkdir /image/kept; echo new >/image/kept/new; rm /image/edited/3 /grown/d1/f1",
@@ -81,13 +81,13 @@ def _run(rig: Rig, name: str, command: list[str]) -> None:
 
 
 async def inside(engine: DockerEngine, rig: Rig, image: str) -> dict[bytes, Entry]:
-    """What a container of an image sees."""
+    """The files that a container of an image sees."""
     _start(rig, "seen", image)
     seen = await engine.inspect("seen")
     assert seen is not None
     tree = record(f"/proc/{seen.pid}/root")
     await engine.remove("seen")
-    # Of each container anew, with the time of its start.
+    # These differ in each container.
     del tree[b"/"]
     return tree
 
@@ -109,7 +109,7 @@ async def test_the_one_layer_shows_what_the_many_did(engine: DockerEngine, rig: 
     assert config(rig, flat.id) == config(rig, BASE)
     assert rig.engine.call("GET", f"/images/{flat.id}/history")[0]["Comment"] == "7 layers merged"
 
-    # The same again, from what is flat already.
+    # Again, from the image that is flat already.
     again = await engine.flatten(flat.id, len(base.layers), "gpudock/flat:again", config_of=flat.id)
     assert compare(before, await inside(engine, rig, again), but=_NOT_THE_IMAGES) == ""
 
@@ -154,7 +154,7 @@ async def test_an_image_keeps_its_layers_and_takes_anothers_config(engine: Docke
     assert len(rig.engine.call("GET", f"/images/{clean}/history")) == len(
         rig.engine.call("GET", f"/images/{committed}/history")
     )
-    # By then the image that was committed is of no use any more.
+    # The committed image is not needed any more.
     await engine.remove("box")
     await engine.remove_image("gpudock/deep:raw")
     assert await engine.image(committed) is None
@@ -162,7 +162,7 @@ async def test_an_image_keeps_its_layers_and_takes_anothers_config(engine: Docke
 
 
 def config(rig: Rig, image: str) -> dict[str, Any]:
-    """How an image is run."""
+    """The run settings of an image."""
     answer: dict[str, Any] = rig.engine.call("GET", f"/images/{image}/json")["Config"]
     return answer
 
@@ -230,7 +230,7 @@ async def test_a_saved_image_that_breaks_off_is_told(
     async with connected_to(engine_proxy.url, timeout=20) as through:
         with pytest.raises(LayerCarryFailed, match="saved image is corrupt"):
             await through.flatten(image.id, len(image.layers) - 1, "gpudock/never:test", config_of=BASE)
-        # And then it works.
+        # The next try succeeds.
         await through.flatten(image.id, len(image.layers) - 1, "gpudock/again:test", config_of=BASE)
 
 

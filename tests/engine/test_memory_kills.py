@@ -1,4 +1,4 @@
-"""What `oom_killed` says: that the container's own process was killed for memory, in the run that ended last."""
+"""`oom_killed`: whether the main process was killed for lack of memory in the last run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXITED = container_pb2.CONTAINER_STATE_EXITED
 RESTARTING = container_pb2.CONTAINER_STATE_RESTARTING
 LIMIT = 64 << 20
 HOG = ("tail", "-c", "200000000", "/dev/zero")
-# Heeds no SIGTERM, so that every stop ends in SIGKILL.
+# Ignores SIGTERM, so that every stop ends with SIGKILL.
 STUBBORN = ("sh", "-c", "trap '' TERM; while :; do sleep 1 & wait $!; done")
 
 
@@ -39,7 +39,7 @@ async def test_a_child_that_is_killed_for_memory_is_not_the_container(caller: Ca
 
 
 async def test_the_main_process_that_is_killed_for_memory(caller: Caller, rig: Rig) -> None:
-    # It waits for a word, and then takes more memory than it may.
+    # It waits for input, and then allocates more memory than its limit.
     command = ("sh", "-c", f"until test -e /go; do sleep 0.05; done; rm /go; exec {' '.join(HOG)}")
     made = await caller.create("hungry", command=command, memory_bytes=LIMIT)
     for number in range(8):

@@ -1,4 +1,4 @@
-"""Who has a node: a daemon that lives, one that was killed, and two that want the same."""
+"""NodeLease: registration of a node by a running daemon, after a killed one, and by two daemons at once."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ async def test_a_node_is_there_while_its_daemon_lives(
     for _ in range(8):
         await asyncio.sleep(0.5)
         assert await store.nodes() == (_this_node(),)
-    # An operator's slip, and a lease that an outage ended: it comes back by itself.
+    # A key deleted by an operator and a lease expired in an outage: both are registered again.
     for spoil in (connection.txn(success=[messages.delete(Keys(prefix).node("n1"))]), connection.revoke(lease._lease)):
         await spoil
         await until(store.nodes, seconds=3)
@@ -79,7 +79,7 @@ async def test_the_node_of_a_dead_process_is_taken_over_at_once(
         await lease.register()
     assert await store.nodes() == (_this_node(),)
     await child.wait()
-    # Its pid may have been given out again.
+    # Another process may have the same pid now.
     me = this_process()
     reused = _lease(connection, prefix, _node(replace(me, start_ticks=me.start_ticks - 1)))
     await lease.close()
@@ -93,7 +93,7 @@ async def test_the_node_of_a_dead_process_is_taken_over_at_once(
 
 
 async def test_the_node_of_a_living_or_unknown_process_is_waited_for(connection: EtcdConnection, prefix: str) -> None:
-    # The process that started this one lives; one of another boot or host cannot be looked at.
+    # The parent process runs; a process of another boot or host cannot be checked.
     parent = identify(os.getppid())
     elsewhere = replace(parent, boot_id="another boot")
     await asyncio.gather(
@@ -109,7 +109,7 @@ async def _wait_for(connection: EtcdConnection, prefix: str, process: ProcessIde
         await _lease(connection, prefix, _this_node(), ttl=2).register()
     assert asyncio.get_running_loop().time() - began > 2
     assert taken.value.record.pid == process.pid
-    # Now it falls silent, and its node is free when its lease has ended.
+    # Frozen, it does not renew its lease, and its node is free after the lease has expired.
     assert other._heartbeat is not None
     other._heartbeat.cancel()
     lease = _lease(connection, prefix, _this_node(), ttl=2)

@@ -1,4 +1,4 @@
-"""What the store does not keep, and what its own etcd does against filling up."""
+"""Limits for ended operations, and compaction and defragmentation of the embedded etcd."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _big(name: str, megabytes: float = 0.25) -> list[StoreChange]:
 
 
 async def _end(store: EtcdStore, number: int, **changes: object) -> None:
-    """The newest first, as their ids have it."""
+    """Store an ended operation; ids sort newest first, so a larger `number` is a newer operation."""
     id_ = f"op-{999 - number}"
     running = operation(id_, f"c{number}", arguments={"a": "b" * 1000})
     version = await store.apply([PutOperation(running, expect=0)])
@@ -53,7 +53,7 @@ async def test_what_has_ended_is_bounded(store: EtcdStore, connection: EtcdConne
     due_again = trimmer.due
     assert not due_again
     left = (await store.operations(page_size=100, page_token="")).items
-    # Not one that is at work, however old.
+    # A running operation stays, however old it is.
     assert [one.id for one in left] == ["op-994", "op-995", "op-996", "op-997", "op-9999"]
     results = [stored.value.result for one in left if (stored := await store.operation(one.id))]
     assert results == [container("c5"), container("c4"), None, None, None]
@@ -64,7 +64,7 @@ async def test_what_has_ended_is_bounded(store: EtcdStore, connection: EtcdConne
 
 @pytest_asyncio.fixture
 async def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[EtcdStore, Ballast]]:
-    """A store in an etcd of its own with a small quota, which is looked at often."""
+    """A store in an embedded etcd with a small quota and frequent checks."""
     monkeypatch.setattr(maintenance, "CHECK_SECONDS", 0.05)
     etcd = EmbeddedEtcd(tmp_path, quota_bytes=_QUOTA, allow_inconsistent=True)
     await etcd.start()
@@ -133,7 +133,7 @@ async def test_room_that_others_deletions_give_is_found(small: tuple[EtcdStore, 
         return bool((await store.usage()).full)
 
     while not await full():
-        # Little at a time, and seen: the keeper is to find the store full before etcd raises its alarm.
+        # In small steps: the maintenance must find the store full before etcd raises its alarm.
         before = (await store.usage()).in_use_bytes
 
         async def seen(before: int = before) -> bool:

@@ -1,4 +1,4 @@
-"""What the docker adapter makes of our words and of the engine's, without an engine."""
+"""The pure parts of the Docker adapter: requests, responses, events, errors, addresses and pull progress."""
 
 from __future__ import annotations
 
@@ -568,7 +568,7 @@ def test_layers_become_one_progress() -> None:
 
     assert take("", "Pulling from x") == (True, 0, 0)
     assert take("a", "Pulling fs layer") == (True, 0, 0)
-    # Neither a countdown nor a repetition is progress.
+    # Countdowns and repeated reports are no progress.
     assert take("a", "Waiting") == (False, 0, 0)
     assert take("a", "Retrying in 5 seconds") == (False, 0, 0)
     assert take("a", "Retrying in 4 seconds") == (False, 0, 0)

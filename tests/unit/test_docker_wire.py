@@ -1,4 +1,4 @@
-"""The wire to the engine: nothing is lost of a flow, at whatever moments it is looked at."""
+"""SocketRawStream: no data of a bulk transfer is lost, whatever the timing of reads."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 from gpudock_server.adapters.docker.raw_stream import SocketRawStream
 
 KIB = 1024
-# Longer than a wire gathers what comes in a flow, by a kernel whose clock ticks every 4 ms.
+# Longer than a stream gathers bulk data, on a kernel whose clock ticks every 4 ms.
 LATER = 0.012
 
 
 @pytest.fixture
 def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Ours and the engine's."""
+    """Our end and the engine's end of a connection."""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)  # noqa: FBT003 - the library's signature
     with ours, theirs:
@@ -25,7 +25,7 @@ def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 async def taken(wire: SocketRawStream) -> bytes:
-    """What it has."""
+    """The next data of a stream, consumed."""
     block = bytes(await wire.wait())
     wire.consume(len(block))
     return block
@@ -74,7 +74,7 @@ async def test_all_of_a_flow_arrives_in_order_at_any_pace(ends: tuple[socket.soc
         if not count or dice.random() < 0.3:
             await asyncio.sleep(dice.random() * LATER)
         if not count and len(got) + len(block) == len(sent):
-            # What was not taken comes again with what follows, and nothing does.
+            # Data that was not consumed is returned with the next data, and there is none.
             got += block
             break
     await sending
@@ -85,7 +85,7 @@ async def test_all_of_a_flow_arrives_in_order_at_any_pace(ends: tuple[socket.soc
 async def test_whoever_takes_nothing_sees_it_all_again_with_what_follows(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
-    """Past the size of a block, from the loop's block and from a flow's alike."""
+    """More than a block, received by the event loop and by the thread."""
     wire = SocketRawStream(ends[0])
     sent = random.Random(5).randbytes(1700 * KIB)  # noqa: S311 - the same bytes every time
     ends[1].sendall(sent[: 64 * KIB])
@@ -110,10 +110,10 @@ async def test_a_flow_comes_in_blocks_and_its_last_piece_at_once(ends: tuple[soc
     while sum(sizes) < 8000 * KIB:
         sizes.append(len(await taken(wire)))
     await sending
-    # Each by itself it would be 800.
+    # Without gathering there would be 800.
     assert len(sizes) < 200
     assert max(sizes) <= 512 * KIB
-    # The other side still holds the wire, and has no more to say.
+    # The other side keeps the connection open and sends nothing more.
     assert sum(sizes) == 8000 * KIB
     wire.close()
 

@@ -1,4 +1,4 @@
-"""Layers made one: what is seen of the one is what was seen of the many, on any base."""
+"""Merged layers: on any base, the merged layer shows the same files as the original layers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from gpudock_server.adapters.host.trees.layer_tar import BrokenTarError, read_la
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-# An entry of a layer: its path and what it is: "/" a folder, "=PATH" a hard link, anything else a file's content.
+# An entry of a layer: its path, and "/" for a folder, "=PATH" for a hard link, or else the content of a file.
 Lines = Sequence[tuple[str, str]]
-# What is seen: a file's content and the names it is known by, or None for a folder.
+# A visible entry: a file's content and all its names, or None for a folder.
 Tree = dict[str, tuple[str, int] | None]
 
 
@@ -38,7 +38,7 @@ def tar_of(lines: Lines) -> IO[bytes]:
 
 
 def unpacked(layers: Sequence[IO[bytes]]) -> Tree:
-    """What is seen of layers, by unpacking each onto those before: as the format says, with nothing clever."""
+    """The files that layers show, found by unpacking each onto the previous ones."""
     tree: Tree = {}
     serial = itertools.count()
     for layer in layers:
@@ -94,7 +94,7 @@ def _remove(tree: Tree, paths: set[str]) -> None:
 
 
 def merged(layers: Sequence[IO[bytes]], base: Sequence[IO[bytes]] = ()) -> IO[bytes]:
-    """One layer for `layers`, to lie on `base`."""
+    """`layers` merged to one layer on top of `base`."""
     out = io.BytesIO()
     below = merge_layers([read_layer(layer) for layer in base])
     write_merged(out, [(read_layer(layer), layer) for layer in layers], below, Interrupt())
@@ -149,7 +149,7 @@ def test_nothing_changes_to_the_eye(case: str) -> None:
 
 
 def test_a_whiteout_that_hides_nothing_is_left_out() -> None:
-    """In a folder that lies on no other the engine's file system would show it as a file."""
+    """Without a lower folder, the engine's file system would show the marker as a file."""
     layers = [tar_of([("d", "/"), ("d/f", "1")]), tar_of([("d", "/"), ("d/.wh.f", ""), (".wh.x", "")])]
     assert names_in(merged(layers, [tar_of([("x", "0")])])) == ["d", ".wh.x"]
     assert names_in(merged(layers)) == ["d"]

@@ -1,4 +1,4 @@
-"""Which process was killed for memory, as the engine's events have it."""
+"""killed_by_oom: whether events show that the main process was killed for lack of memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SECOND = 1_000_000_000
 
 
 def event(action: str, seconds: float, **attributes: str) -> dict[str, Any]:
-    """One of the engine's."""
+    """An event of the engine."""
     return {"Action": action, "timeNano": round(seconds * SECOND), "Actor": {"Attributes": attributes}}
 
 

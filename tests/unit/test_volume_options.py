@@ -1,4 +1,4 @@
-"""What the options of an engine volume mount of the host."""
+"""hazard: options of an engine volume that give access to the host."""
 
 from __future__ import annotations
 
