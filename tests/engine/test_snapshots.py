@@ -281,8 +281,8 @@ async def test_a_snapshot_is_restored_with_everything(place: Place) -> None:
     _equal(place.layers[0], place.tree(1))
     for wrong, why in (
         (dataclasses.replace(place.new, image_id=f"sha256:{2:064x}"), "the snapshot is of image"),
-        (dataclasses.replace(place.new, state=EngineState.RUNNING), "runs"),
-        (dataclasses.replace(place.new, upper_dir="/etc"), "not a container's folder"),
+        (dataclasses.replace(place.new, state=EngineState.RUNNING), "is running"),
+        (dataclasses.replace(place.new, upper_dir="/etc"), "not a container layer"),
     ):
         with pytest.raises(SnapshotFailed, match=why):
             await place.store.restore(_key(1), wrong, _no_progress)
