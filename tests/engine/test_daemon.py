@@ -78,7 +78,7 @@ async def test_state_of_a_newer_schema(own: OwnDaemons, rig: Rig) -> None:
     await connection.txn(success=[messages.put(key, encode_number(SCHEMA + 1))])
     await connection.close()
     said = await own.refused()
-    assert f"schema {SCHEMA + 1}, and this gpudockd knows {SCHEMA}" in said
+    assert f"has schema {SCHEMA + 1}; this gpudockd supports up to {SCHEMA}" in said
     assert "install the gpudock version that wrote it" in said
 
 

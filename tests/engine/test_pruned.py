@@ -93,7 +93,7 @@ async def test_the_image_is_pulled_again_and_must_be_the_same(own: OwnDaemons, r
             assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "IMAGE_DIFFERS"), refused
             assert refused.metadata["current_image_id"] == made.status.image_id
             assert refused.message.endswith(
-                "bring that image back (`docker pull` by its digest, or `docker load`), and call this again"
+                "Restore the image (`docker pull` by its digest, or `docker load`), and call this again"
             )
             seen = await caller.get("one")
             assert (seen.status.state, seen.revision) == (FAILED, 3)
