@@ -223,7 +223,7 @@ async def test_a_plan_says_what_it_costs_and_what_is_lost(caller: Caller, rig: R
     assert operation.plan.bytes_available > operation.plan.bytes_to_move > 20 << 20
     assert not operation.plan.restarts_process
     assert [line for line in operation.plan.warnings if "extended attributes" in line]
-    assert not [line for line in operation.plan.warnings if "grows" in line]
+    assert not [line for line in operation.plan.warnings if "one more layer" in line]
     assert NAME not in _tags(rig)
 
 

@@ -211,7 +211,7 @@ async def test_an_update_says_itself_how_long_its_pull_may_stand_still(desk: Des
 
 
 async def test_a_pull_that_moves_again_says_no_more_that_it_stood_still(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_QUIET_SECONDS", 0.02)
+    monkeypatch.setattr(images, "_STALL_NOTICE_SECONDS", 0.02)
     desk = Desk()
     pull, messages = desk.engine.pull, list[str]()
 
@@ -374,7 +374,7 @@ async def test_a_process_that_its_restart_policy_has_started_again_has_ended(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, *, settles: bool
 ) -> None:
     monkeypatch.setattr(world, "_LOOK_SECONDS", 0.001)
-    monkeypatch.setattr(observation, "RESTART_SETTLES", timedelta(seconds=LONG))
+    monkeypatch.setattr(observation, "RESTART_SETTLE_TIME", timedelta(seconds=LONG))
     looks = 0
     start, inspect = desk.engine.start, desk.engine.inspect
 

@@ -309,7 +309,7 @@ async def test_a_watcher_sees_the_operation_until_its_end(desk: Desk) -> None:
 async def test_progress_is_told_now_and_then_and_at_its_end(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, seconds: float, told: set[tuple[int, int]]
 ) -> None:
-    monkeypatch.setattr(running_module, "_PROGRESS_SECONDS", seconds)
+    monkeypatch.setattr(running_module, "_PROGRESS_INTERVAL_SECONDS", seconds)
 
     async def work(run: OperationRun) -> None:
         # First nothing, so that the watcher is there.
