@@ -33,15 +33,22 @@ from enum import StrEnum
 from typing_extensions import override
 
 from gpudock_server.core.containers.create import (
-    VERIFY_STAGE,
+    CREATED,
+    VERIFIED,
+    CreatedEngineContainer,
+    WatchedStart,
     anonymous_volumes,
     engine_container_labels,
     exit_code_of_start,
     remove_with_volumes,
 )
 from gpudock_server.core.containers.history import prune
-from gpudock_server.core.containers.images import Pull, pull_image, restrict_after_failed_pull
+from gpudock_server.core.containers.images import PULLED, Pull, PulledImage, pull_image, restrict_after_failed_pull
 from gpudock_server.core.containers.layer_images import (
+    GRAFTED,
+    LAYER_IMAGE,
+    GraftedImage,
+    LayerImage,
     graft_image,
     grafted_image_name,
     make_layer_image,
@@ -50,10 +57,10 @@ from gpudock_server.core.containers.layer_images import (
 from gpudock_server.core.containers.ledger import write_ledger_entry
 from gpudock_server.core.containers.mounts import ensure_engine_volumes
 from gpudock_server.core.containers.saga import ContainerSaga
-from gpudock_server.core.containers.snapshots import IMAGE_STAGE, SnapshotArguments, SnapshotSteps
+from gpudock_server.core.containers.snapshots import SnapshotArguments, SnapshotSteps
 from gpudock_server.core.containers.status import observed_status, status_after_start
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
+from gpudock_server.core.operations.saga import OperationRun, Outcome, Step, StepResult
 from gpudock_server.errors import LayerCarryFailed, PulledImageDiffers, StartFailed
 from gpudock_server.model.claims import claim_keys
 from gpudock_server.model.container import (
@@ -65,7 +72,7 @@ from gpudock_server.model.container import (
 )
 from gpudock_server.model.engine import EngineContainer, EngineContainerSpec, RegistryAuth
 from gpudock_server.model.operation import LayerTransferMethod, Operation, StageState
-from gpudock_server.model.record import JsonObject, Record, now
+from gpudock_server.model.record import Record, now
 from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind
 from gpudock_server.model.spec import ContainerSpec
 from gpudock_server.model.store_changes import (
@@ -77,6 +84,16 @@ from gpudock_server.model.store_changes import (
     StoreChange,
 )
 from gpudock_server.ports import ContainerView, LayerPair
+
+
+class LayerTransfer(Record):
+    """How a layer came to the successor."""
+
+    method: LayerTransferMethod
+
+
+_LOCATED = StepResult("locate", LayerPair)
+_TRANSFERRED = StepResult("carry", LayerTransfer)
 
 
 class SuccessorFiles(StrEnum):
@@ -172,22 +189,22 @@ class ChangeSaga(ContainerSaga):
 
     def _replacement_steps(self) -> tuple[Step, ...]:
         arguments, keeping = self._arguments, self._snapshot_steps
-        pull = [Step("pull", self._pull, self._restrict_image, interruptible=True)] if self._pulls else []
+        pull = [Step(PULLED.step, self._pull, self._restrict_image, interruptible=True)] if self._pulls else []
         if arguments.source.fetch:
-            pull = [Step("pull", self._pull_revision_image, interruptible=True)]
-        create = Step("create", self._create, self._remove_successor)
+            pull = [Step(PULLED.step, self._pull_revision_image, interruptible=True)]
+        create = Step(CREATED.step, self._create, self._remove_successor)
         stop, start = self._stop_steps(), (*self._start_steps(), *self._verify_steps())
         if arguments.carry is LayerTransferMethod.COMMIT:
             graft = (
-                [Step("graft", self._graft, self._remove_graft)]
+                [Step(GRAFTED.step, self._graft, self._remove_graft)]
                 if arguments.source.files is SuccessorFiles.GRAFT
                 else []
             )
             return (*pull, *stop, self._image_step(), *graft, create, *start)
         before, after = [create], []
         if arguments.source.files is SuccessorFiles.CARRY:
-            before.append(Step("locate", self._locate))
-            after.append(Step("carry", self._transfer_layer, self._undo_layer_transfer))
+            before.append(Step(_LOCATED.step, self._locate))
+            after.append(Step(_TRANSFERRED.step, self._transfer_layer, self._undo_layer_transfer))
         elif self._restores_tree:
             before.append(Step("restore", self._restore, interruptible=True))
         still = (*stop, *keeping.steps_while_stopped, *self._image_steps())
@@ -200,13 +217,13 @@ class ChangeSaga(ContainerSaga):
         return (Step("start", self._start, self._stop_successor),) if self._arguments.start else ()
 
     def _verify_steps(self) -> tuple[Step, ...]:
-        return (Step(VERIFY_STAGE, self._verify),) if self._arguments.start else ()
+        return (Step(VERIFIED.step, self._verify),) if self._arguments.start else ()
 
     def _image_steps(self) -> tuple[Step, ...]:
         return (self._image_step(),) if self._snapshot_steps.as_image else ()
 
     def _image_step(self) -> Step:
-        return Step(IMAGE_STAGE, self._snapshot, self._remove_snapshot)
+        return Step(LAYER_IMAGE.step, self._snapshot, self._remove_snapshot)
 
     @property
     def _pulls(self) -> bool:
@@ -217,7 +234,7 @@ class ChangeSaga(ContainerSaga):
 
     def _new_image(self, operation: Operation) -> str:
         """The image that a user named instead of the one before."""
-        return str(operation.facts("pull")["image_id"]) if self._pulls else self._arguments.source.image_id
+        return PULLED.of(operation).image_id if self._pulls else self._arguments.source.image_id
 
     @property
     def _restores_tree(self) -> bool:
@@ -271,9 +288,10 @@ class ChangeSaga(ContainerSaga):
         """The engine container that will serve: the successor, or the old one where nothing is replaced."""
         if not self._arguments.replace:
             return self._arguments.old.engine_id
-        return str(run.operation.facts("create").get("engine_id", ""))
+        created = CREATED.find(run.operation)
+        return created.engine_id if created else ""
 
-    async def _verify(self, run: OperationRun) -> JsonObject:
+    async def _verify(self, run: OperationRun) -> WatchedStart:
         world = self._world
         seconds = world.settle_seconds if self._arguments.replace else world.start_watch_seconds
         code = await world.end_of_start(await self._serving_engine_id(run), seconds)
@@ -282,7 +300,7 @@ class ChangeSaga(ContainerSaga):
                 container=run.operation.target.name,
                 detail=f"its process ended with exit code {code} within {seconds:g} s of its start",
             )
-        return {"exit_code": code}
+        return WatchedStart(exit_code=code)
 
     # -- the successor -----------------------------------------------------------------------------------------------
 
@@ -297,10 +315,10 @@ class ChangeSaga(ContainerSaga):
             stall_seconds=self._arguments.source.pull_stall_seconds,
         )
 
-    async def _pull(self, run: OperationRun) -> JsonObject:
-        return {"image_id": (await pull_image(self._world, run, self._image_pull)).id}
+    async def _pull(self, run: OperationRun) -> PulledImage:
+        return PulledImage(image_id=(await pull_image(self._world, run, self._image_pull)).id)
 
-    async def _pull_revision_image(self, run: OperationRun) -> JsonObject:
+    async def _pull_revision_image(self, run: OperationRun) -> PulledImage:
         """Pull the image of a revision again. Its name may lead to another one by now, which does not go with files."""
         source, world = self._arguments.source, self._world
         if await world.engine.image(source.image_id) is None:
@@ -312,7 +330,7 @@ class ChangeSaga(ContainerSaga):
                     image_id=pulled.id,
                     current_image_id=source.image_id,
                 )
-        return {"image_id": source.image_id}
+        return PulledImage(image_id=source.image_id)
 
     async def _restrict_image(self, _run: OperationRun) -> None:
         await restrict_after_failed_pull(self._world, self._image_pull)
@@ -320,12 +338,12 @@ class ChangeSaga(ContainerSaga):
     def _successor_image(self, operation: Operation) -> str:
         # Not the image's tag, which may have moved: the layer is only right on top of the very image it was made on.
         if self._arguments.source.files is SuccessorFiles.GRAFT:
-            return str(operation.facts("graft")["image_id"])
+            return GRAFTED.of(operation).image_id
         if self._arguments.carry is LayerTransferMethod.COMMIT:
-            return str(operation.facts(IMAGE_STAGE)["image_id"])
+            return LAYER_IMAGE.of(operation).image_id
         return self._new_image(operation) or self._arguments.old.image_id
 
-    async def _create(self, run: OperationRun) -> JsonObject:
+    async def _create(self, run: OperationRun) -> CreatedEngineContainer:
         world, arguments, operation = self._world, self._arguments, run.operation
         image_id = self._successor_image(operation)
         name = world.engine_name(operation.target.name, operation.id)
@@ -341,7 +359,7 @@ class ChangeSaga(ContainerSaga):
                 mounted=await ensure_engine_volumes(world, arguments.spec.mounts),
             )
         )
-        return {"engine_id": engine_id, "engine_name": name, "image_id": image_id}
+        return CreatedEngineContainer(engine_id=engine_id, engine_name=name, image_id=image_id)
 
     async def _remove_successor(self, run: OperationRun) -> None:
         if await self._predecessor_is_gone(run):
@@ -361,15 +379,15 @@ class ChangeSaga(ContainerSaga):
         name = self._world.engine_name(run.operation.target.name, run.operation.id)
         successor = await self._world.engine.inspect(name)
         carried = any(
-            stage.name in ("carry", "snapshot") and stage.state is not StageState.PENDING
+            stage.name in (_TRANSFERRED.step, LAYER_IMAGE.step) and stage.state is not StageState.PENDING
             for stage in run.operation.stages
         )
         return carried or (successor is not None and successor.start_time is not None)
 
-    async def _locate(self, run: OperationRun) -> JsonObject:
+    async def _locate(self, run: OperationRun) -> LayerPair:
         old = await self._inspect(self._arguments.old.engine_id)
         new = await self._inspect(await self._serving_engine_id(run))
-        return (await self._world.layers.locate(old, new)).model_dump(mode="json")
+        return await self._world.layers.locate(old, new)
 
     async def _inspect(self, engine_id: str) -> EngineContainer:
         seen = await self._world.engine.inspect(engine_id)
@@ -379,13 +397,13 @@ class ChangeSaga(ContainerSaga):
             )
         return seen
 
-    async def _transfer_layer(self, run: OperationRun) -> JsonObject:
-        layers, pair = self._world.layers, self._pair(run)
+    async def _transfer_layer(self, run: OperationRun) -> LayerTransfer:
+        layers, pair = self._world.layers, _LOCATED.of(run.operation)
         await self._require_both_stopped(run)
         if self._arguments.carry is LayerTransferMethod.EXCHANGE and await layers.exchange(pair):
-            return {"method": LayerTransferMethod.EXCHANGE.value}
+            return LayerTransfer(method=LayerTransferMethod.EXCHANGE)
         await layers.copy(pair, run.progress)
-        return {"method": LayerTransferMethod.COPY.value}
+        return LayerTransfer(method=LayerTransferMethod.COPY)
 
     async def _require_both_stopped(self, run: OperationRun) -> None:
         """A layer that is written to is not carried: someone may have started the old one by hand."""
@@ -395,28 +413,24 @@ class ChangeSaga(ContainerSaga):
                 raise LayerCarryFailed(method=self._arguments.carry.value, detail=f"engine container {seen.name} runs")
 
     async def _undo_layer_transfer(self, run: OperationRun) -> None:
-        if run.operation.facts("locate") and not await self._predecessor_is_gone(run):
+        pair = _LOCATED.find(run.operation)
+        if pair is not None and not await self._predecessor_is_gone(run):
             # The successor may hold the old one's files; it must not be written to while they go back.
             await self._stop_successor(run)
-            await self._world.layers.exchange_back(self._pair(run))
+            await self._world.layers.exchange_back(pair)
 
-    def _pair(self, run: OperationRun) -> LayerPair:
-        return LayerPair.model_validate(run.operation.facts("locate"))
-
-    async def _snapshot(self, run: OperationRun) -> JsonObject:
-        return (await make_layer_image(self._world, run, self._arguments.old)).facts
+    async def _snapshot(self, run: OperationRun) -> LayerImage:
+        return await make_layer_image(self._world, run, self._arguments.old)
 
     async def _remove_snapshot(self, run: OperationRun) -> None:
         if await self._predecessor_is_gone(run):
             return
         await remove_layer_images(self._world, run.operation)
 
-    async def _graft(self, run: OperationRun) -> JsonObject:
-        carried = run.operation.facts(IMAGE_STAGE)
-        made = await graft_image(
-            self._world, run.operation, carried=str(carried["image_id"]), onto=self._new_image(run.operation)
-        )
-        return {"image_id": made, "reference": grafted_image_name(run.operation)}
+    async def _graft(self, run: OperationRun) -> GraftedImage:
+        carried = LAYER_IMAGE.of(run.operation).image_id
+        made = await graft_image(self._world, run.operation, carried=carried, onto=self._new_image(run.operation))
+        return GraftedImage(image_id=made, reference=grafted_image_name(run.operation))
 
     async def _remove_graft(self, run: OperationRun) -> None:
         await self._world.engine.remove_image(grafted_image_name(run.operation))
@@ -471,26 +485,29 @@ class ChangeSaga(ContainerSaga):
         arguments = self._arguments
         if not arguments.replace:
             return arguments.old
-        facts = run.operation.facts("create")
-        seen = await self._inspect(str(facts["engine_id"]))
-        made = (run.operation.facts(stage).get("reference") for stage in (IMAGE_STAGE, "graft"))
+        created = CREATED.of(run.operation)
+        seen = await self._inspect(created.engine_id)
+        made = [image for result in (LAYER_IMAGE, GRAFTED) if (image := result.find(run.operation)) is not None]
         return EngineBinding(
             engine_id=seen.id,
-            engine_name=str(facts["engine_name"]),
-            image_id=str(facts["image_id"]),
+            engine_name=created.engine_name,
+            image_id=created.image_id,
             base_image_id=self._base_image(run.operation),
             placement=arguments.placement,
             fixed_digest=arguments.spec.fixed_digest,
             anonymous_volumes=anonymous_volumes(arguments.spec, seen.volumes),
-            layer_images=(*arguments.old.layer_images, *(str(reference) for reference in made if reference)),
+            layer_images=(
+                *arguments.old.layer_images,
+                *(image.reference for image in made if image.reference),
+            ),
             base_depth=self._base_depth(run.operation),
         )
 
     def _base_depth(self, operation: Operation) -> int:
         if self._base_image(operation) != self._arguments.old.user_image_id:
             return 0
-        counted = operation.facts(IMAGE_STAGE).get("base_depth")
-        return counted if isinstance(counted, int) else self._arguments.old.base_depth
+        image = LAYER_IMAGE.find(operation)
+        return image.base_depth if image and image.base_depth is not None else self._arguments.old.base_depth
 
     def _base_image(self, operation: Operation) -> str:
         if self._pulls:

@@ -28,7 +28,10 @@ from typing_extensions import override
 
 from gpudock_server.core.containers.commands import Clone
 from gpudock_server.core.containers.create import (
-    VERIFY_STAGE,
+    CREATED,
+    VERIFIED,
+    CreatedEngineContainer,
+    WatchedStart,
     anonymous_volumes,
     engine_container_labels,
     exit_code_of_start,
@@ -37,6 +40,8 @@ from gpudock_server.core.containers.create import (
 from gpudock_server.core.containers.history import find_revision, is_gone, refuse_if_gone
 from gpudock_server.core.containers.images import may_use, require_user_in_files
 from gpudock_server.core.containers.layer_images import (
+    LAYER_IMAGE,
+    LayerImage,
     commit_raw_image,
     layer_image_name,
     make_layer_image,
@@ -47,7 +52,6 @@ from gpudock_server.core.containers.limits import check_limits
 from gpudock_server.core.containers.mounts import check_mounts, ensure_engine_volumes, require_unchanged
 from gpudock_server.core.containers.operation_history import refuse_if_record_lost
 from gpudock_server.core.containers.saga import ContainerSaga
-from gpudock_server.core.containers.snapshots import IMAGE_STAGE
 from gpudock_server.core.containers.status import observed_status, status_after_start
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.engine import Draft
@@ -72,7 +76,7 @@ from gpudock_server.model.container import (
 )
 from gpudock_server.model.engine import EngineContainer, EngineContainerSpec, EngineState
 from gpudock_server.model.operation import LayerTransferMethod, Operation, OperationKind, OperationPlan
-from gpudock_server.model.record import JsonObject, Record, now
+from gpudock_server.model.record import Record, now
 from gpudock_server.model.resource import ResourceRef
 from gpudock_server.model.snapshot import SnapshotKey, SnapshotKind
 from gpudock_server.model.spec import ContainerSpec
@@ -287,12 +291,12 @@ class CloneSaga(ContainerSaga):
     @property
     @override
     def steps(self) -> tuple[Step, ...]:
-        create = Step("create", self._create, self._remove)
+        create = Step(CREATED.step, self._create, self._remove)
         start = (Step("start", self._start),) if self._arguments.start else ()
         if self._arguments.verify:
-            start = (*start, Step(VERIFY_STAGE, self._verify))
+            start = (*start, Step(VERIFIED.step, self._verify))
         if self._files.origin is CloneOrigin.COMMIT:
-            return (Step(IMAGE_STAGE, self._snapshot, self._thaw_and_remove_images), create, *start)
+            return (Step(LAYER_IMAGE.step, self._snapshot, self._thaw_and_remove_images), create, *start)
         own_name = (Step("name", self._tag_image, self._untag_image),) if self._needs_own_tag else ()
         return (*own_name, create, *self._file_steps, *start)
 
@@ -313,12 +317,12 @@ class CloneSaga(ContainerSaga):
 
     # -- the image ---------------------------------------------------------------------------------------------------
 
-    async def _snapshot(self, run: OperationRun) -> JsonObject:
+    async def _snapshot(self, run: OperationRun) -> LayerImage:
         world, engine = self._world, self._source_binding()
         if await world.engine.image(layer_image_name(run.operation)) is None:
             async with self._frozen_source(run):
                 await commit_raw_image(world, run.operation, engine.engine_id)
-        return (await make_layer_image(world, run, engine)).facts
+        return await make_layer_image(world, run, engine)
 
     async def _thaw_and_remove_images(self, run: OperationRun) -> None:
         await self._thaw(run)
@@ -332,9 +336,10 @@ class CloneSaga(ContainerSaga):
 
     # -- the clone ---------------------------------------------------------------------------------------------------
 
-    async def _create(self, run: OperationRun) -> JsonObject:
+    async def _create(self, run: OperationRun) -> CreatedEngineContainer:
         world, spec, operation = self._world, self._arguments.spec, run.operation
-        image_id = str(operation.facts(IMAGE_STAGE).get("image_id", self._files.image_id))
+        image = LAYER_IMAGE.find(operation)
+        image_id = image.image_id if image else self._files.image_id
         name = world.engine_name(operation.target.name, operation.id)
         engine_id = await world.create(
             EngineContainerSpec(
@@ -347,7 +352,7 @@ class CloneSaga(ContainerSaga):
                 mounted=await ensure_engine_volumes(world, spec.mounts),
             )
         )
-        return {"engine_id": engine_id, "engine_name": name, "image_id": image_id}
+        return CreatedEngineContainer(engine_id=engine_id, engine_name=name, image_id=image_id)
 
     async def _remove(self, run: OperationRun) -> None:
         await remove_with_volumes(self._world, run.operation)
@@ -355,8 +360,9 @@ class CloneSaga(ContainerSaga):
     async def _start(self, run: OperationRun) -> None:
         await self._world.start(_clone_engine_id(run), self._arguments.spec)
 
-    async def _verify(self, run: OperationRun) -> JsonObject:
-        return {"exit_code": await self._world.end_of_start(_clone_engine_id(run), self._world.start_watch_seconds)}
+    async def _verify(self, run: OperationRun) -> WatchedStart:
+        code = await self._world.end_of_start(_clone_engine_id(run), self._world.start_watch_seconds)
+        return WatchedStart(exit_code=code)
 
     # -- its files ---------------------------------------------------------------------------------------------------
 
@@ -441,13 +447,13 @@ class CloneSaga(ContainerSaga):
         return Outcome(changes, container)
 
     async def _binding(self, run: OperationRun) -> EngineBinding:
-        arguments, facts = self._arguments, run.operation.facts("create")
-        seen = await self._inspect(str(facts["engine_id"]))
+        arguments, created = self._arguments, CREATED.of(run.operation)
+        seen = await self._inspect(created.engine_id)
         owns_image = self._needs_own_tag or self._files.origin is CloneOrigin.COMMIT
         return EngineBinding(
             engine_id=seen.id,
-            engine_name=str(facts["engine_name"]),
-            image_id=str(facts["image_id"]),
+            engine_name=created.engine_name,
+            image_id=created.image_id,
             base_image_id=self._files.base_image_id,
             placement=arguments.placement,
             fixed_digest=arguments.spec.fixed_digest,
@@ -457,9 +463,9 @@ class CloneSaga(ContainerSaga):
         )
 
     def _base_depth(self, operation: Operation) -> int:
-        counted = operation.facts(IMAGE_STAGE).get("base_depth")
-        if isinstance(counted, int):
-            return counted
+        image = LAYER_IMAGE.find(operation)
+        if image is not None and image.base_depth is not None:
+            return image.base_depth
         return self._files.source.base_depth if self._files.source else 0
 
     @override
@@ -484,4 +490,4 @@ class CloneSaga(ContainerSaga):
 
 
 def _clone_engine_id(run: OperationRun) -> str:
-    return str(run.operation.facts("create")["engine_id"])
+    return CREATED.of(run.operation).engine_id

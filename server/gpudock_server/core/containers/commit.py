@@ -28,7 +28,7 @@ from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.status import observed_status
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.engine import Draft
-from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
+from gpudock_server.core.operations.saga import OperationRun, Outcome, Step, StepResult
 from gpudock_server.errors import ContainerNotRunning, DiskFull, EngineRejected, ImageExists, SnapshotFailed
 from gpudock_server.model.container import ContainerState
 from gpudock_server.model.engine import (
@@ -42,7 +42,7 @@ from gpudock_server.model.engine import (
 )
 from gpudock_server.model.image import CommittedImage
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
-from gpudock_server.model.record import JsonObject, Record, now
+from gpudock_server.model.record import Record, now
 from gpudock_server.model.store_changes import PutContainer, StoreChange
 from gpudock_server.ports import CommitCost, ContainerView, LayerTooLarge
 from gpudock_server.sizes import size_text
@@ -76,6 +76,31 @@ class CommitArguments(Record):
     replace: bool = False
     shadow: bool = False
     allocated_bytes: int = 0
+
+
+class FileHolder(Record):
+    """The container, which never runs, that has a copy of the files."""
+
+    shadow_id: str
+
+
+class CommittedFiles(Record):
+    """The image that the engine's commit made."""
+
+    image_id: str
+
+
+class StrippedImage(Record):
+    """The image that says nothing of its container. `replaced` is the image that had its name; empty is none."""
+
+    image_id: str
+    size_bytes: int
+    replaced: str
+
+
+_COPIED = StepResult("copy-files", FileHolder)
+_COMMITTED = StepResult("commit-files", CommittedFiles)
+_STRIPPED = StepResult("image", StrippedImage)
 
 
 async def draft(world: World, command: Commit) -> Draft:
@@ -190,7 +215,7 @@ class CommitSaga(ContainerSaga):
     def steps(self) -> tuple[Step, ...]:
         if self._arguments.shadow:
             before: tuple[Step, ...] = (
-                Step("copy-files", self._copy, self._remove_shadow, interruptible=True),
+                Step(_COPIED.step, self._copy, self._remove_shadow, interruptible=True),
                 Step("difference", self._copy_difference, self._thaw),
             )
         else:
@@ -198,9 +223,9 @@ class CommitSaga(ContainerSaga):
         thaw = (Step("thaw", self._thaw),) if self._arguments.freeze and not self._arguments.shadow else ()
         return (
             *before,
-            Step("commit-files", self._commit_files, self._remove_raw),
+            Step(_COMMITTED.step, self._commit_files, self._remove_raw),
             *thaw,
-            Step("image", self._image, self._remove_image),
+            Step(_STRIPPED.step, self._image, self._remove_image),
             Step("tag", self._tag, self._restore_tag),
         )
 
@@ -211,7 +236,7 @@ class CommitSaga(ContainerSaga):
 
     # -- the container's files ---------------------------------------------------------------------------------------
 
-    async def _copy(self, run: OperationRun) -> JsonObject:
+    async def _copy(self, run: OperationRun) -> FileHolder:
         """While the container runs, so that little is left for the time that it is frozen."""
         operation = run.operation
         labels = {
@@ -224,13 +249,13 @@ class CommitSaga(ContainerSaga):
         name = self._world.engine_name(_shadow_name(operation), operation.id)
         shadow_id = await self._world.engine.create_file_holder(self._arguments.engine_id, name, labels)
         await self._mirror(run, shadow_id, still=False)
-        return {"shadow_id": shadow_id}
+        return FileHolder(shadow_id=shadow_id)
 
     async def _copy_difference(self, run: OperationRun) -> None:
         """Frozen for what has changed since. All of it is one step, so that it waits for no record meanwhile."""
         await self._freeze(run)
         try:
-            await self._mirror(run, str(run.operation.facts("copy-files")["shadow_id"]), still=True)
+            await self._mirror(run, _COPIED.of(run.operation).shadow_id, still=True)
         finally:
             await self._thaw(run)
 
@@ -261,12 +286,13 @@ class CommitSaga(ContainerSaga):
     async def _inspect(self) -> EngineContainer | None:
         return await self._world.engine.inspect(self._arguments.engine_id)
 
-    async def _commit_files(self, run: OperationRun) -> JsonObject:
+    async def _commit_files(self, run: OperationRun) -> CommittedFiles:
         arguments, world, reference = self._arguments, self._world, raw_image_name(run.operation)
         if (made := await world.engine.image(reference)) is not None:
-            return {"image_id": made.id}
+            return CommittedFiles(image_id=made.id)
         total = arguments.total_bytes
-        committed_id = str(run.operation.facts("copy-files").get("shadow_id", arguments.engine_id))
+        holder = _COPIED.find(run.operation)
+        committed_id = holder.shadow_id if holder else arguments.engine_id
         seen = await world.engine.inspect(committed_id)
         if seen is None:
             detail = f"there is no container {committed_id[:12]}; it was removed outside gpudock"
@@ -284,21 +310,21 @@ class CommitSaga(ContainerSaga):
                 config_of=arguments.engine_id,
             )
         run.progress(total, total)
-        return {"image_id": image_id}
+        return CommittedFiles(image_id=image_id)
 
     async def _remove_raw(self, run: OperationRun) -> None:
         await self._world.engine.remove_image(raw_image_name(run.operation))
 
     # -- the image ---------------------------------------------------------------------------------------------------
 
-    async def _image(self, run: OperationRun) -> JsonObject:
+    async def _image(self, run: OperationRun) -> StrippedImage:
         engine, reference = self._world.engine, committed_image_name(run.operation)
         if await engine.image(reference) is None:
-            committed = str(run.operation.facts("commit-files")["image_id"])
-            await engine.strip_identity(committed, self._arguments.base_id, reference)
+            committed = _COMMITTED.of(run.operation)
+            await engine.strip_identity(committed.image_id, self._arguments.base_id, reference)
         image = await self._require_image(reference)
         replaced = await find_replaceable_image(self._world, self._name)
-        return {"image_id": image.id, "size_bytes": image.size_bytes, "replaced": replaced}
+        return StrippedImage(image_id=image.id, size_bytes=image.size_bytes, replaced=replaced)
 
     @property
     def _name(self) -> CommitName:
@@ -314,24 +340,22 @@ class CommitSaga(ContainerSaga):
         await self._world.engine.remove_image(committed_image_name(run.operation))
 
     async def _tag(self, run: OperationRun) -> None:
-        engine, reference, facts = self._world.engine, self._arguments.reference, run.operation.facts("image")
-        image_id = str(facts["image_id"])
+        engine, reference, made = self._world.engine, self._arguments.reference, _STRIPPED.of(run.operation)
         async with self._world.images.names.commit_lock(reference):
             named = await engine.image(reference)
             # An undo gives the name back to what is recorded here, so nothing else may lose it.
-            if (named.id if named else "") not in (facts["replaced"], image_id):
+            if (named.id if named else "") not in (made.replaced, made.image_id):
                 raise ImageExists(image=reference, detail="another image was given the name meanwhile")
-            await engine.tag(image_id, reference)
+            await engine.tag(made.image_id, reference)
 
     async def _restore_tag(self, run: OperationRun) -> None:
         engine, reference = self._world.engine, self._arguments.reference
-        facts = run.operation.facts("image")
+        made = _STRIPPED.of(run.operation)
         named = await engine.image(reference)
-        if named is None or named.id != facts["image_id"]:
+        if named is None or named.id != made.image_id:
             return
-        replaced = str(facts["replaced"])
-        if replaced and await engine.image(replaced) is not None:
-            await engine.tag(replaced, reference)
+        if made.replaced and await engine.image(made.replaced) is not None:
+            await engine.tag(made.replaced, reference)
         else:
             await engine.remove_image(reference)
 
@@ -344,11 +368,11 @@ class CommitSaga(ContainerSaga):
 
     @override
     async def success_changes(self, run: OperationRun, view: ContainerView) -> Outcome:
-        facts = run.operation.facts("image")
+        made = _STRIPPED.of(run.operation)
         image = CommittedImage(
-            image_id=str(facts["image_id"]),
+            image_id=made.image_id,
             name=self._arguments.reference,
-            size_bytes=int(str(facts["size_bytes"])),
+            size_bytes=made.size_bytes,
             container=view.container.name,
             revision=self._arguments.revision,
             create_time=now(),

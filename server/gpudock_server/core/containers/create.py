@@ -9,7 +9,9 @@ from typing_extensions import override
 
 from gpudock_server.core.containers.commands import Create
 from gpudock_server.core.containers.images import (
+    PULLED,
     Pull,
+    PulledImage,
     choose_image,
     pull_image,
     require_user,
@@ -23,7 +25,7 @@ from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.status import observed_status, status_after_start
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.engine import Draft
-from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
+from gpudock_server.core.operations.saga import OperationRun, Outcome, Step, StepResult
 from gpudock_server.core.placement.allocator import AllocationRequest
 from gpudock_server.errors import ContainerExists, ImageNotFound
 from gpudock_server.model.claims import claim_keys
@@ -47,7 +49,7 @@ from gpudock_server.model.engine import (
     RegistryAuth,
 )
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
-from gpudock_server.model.record import JsonObject, Record, now
+from gpudock_server.model.record import Record, now
 from gpudock_server.model.spec import ContainerSpec
 from gpudock_server.model.store_changes import (
     Claim,
@@ -60,7 +62,23 @@ from gpudock_server.model.store_changes import (
 )
 from gpudock_server.ports import ContainerView
 
-VERIFY_STAGE = "verify"
+
+class CreatedEngineContainer(Record):
+    """The engine container that an operation created, its name, and the image that it was created from."""
+
+    engine_id: str
+    engine_name: str
+    image_id: str
+
+
+class WatchedStart(Record):
+    """How a process ended that was watched after its start; None: it runs."""
+
+    exit_code: int | None = None
+
+
+CREATED = StepResult("create", CreatedEngineContainer)
+VERIFIED = StepResult("verify", WatchedStart)
 
 
 class CreateArguments(Record):
@@ -137,8 +155,8 @@ async def draft(world: World, command: Create) -> Draft:
 
 def exit_code_of_start(operation: Operation) -> int | None:
     """With what the process that an operation started has ended since; None if it has not."""
-    code = operation.facts(VERIFY_STAGE).get("exit_code")
-    return code if isinstance(code, int) else None
+    watched = VERIFIED.find(operation)
+    return watched.exit_code if watched else None
 
 
 def engine_container_labels(operation: Operation, revision: int, owner: str = "") -> dict[str, str]:
@@ -166,13 +184,13 @@ class CreateSaga(ContainerSaga):
     @property
     @override
     def steps(self) -> tuple[Step, ...]:
-        steps = [Step("create", self._create, self._remove)]
+        steps = [Step(CREATED.step, self._create, self._remove)]
         if not self._arguments.image_id:
-            steps.insert(0, Step("pull", self._pull, self._restrict_image, interruptible=True))
+            steps.insert(0, Step(PULLED.step, self._pull, self._restrict_image, interruptible=True))
         if self._arguments.start:
             steps.append(Step("start", self._start))
         if self._arguments.verify:
-            steps.append(Step(VERIFY_STAGE, self._verify))
+            steps.append(Step(VERIFIED.step, self._verify))
         return tuple(steps)
 
     @property
@@ -186,13 +204,13 @@ class CreateSaga(ContainerSaga):
             stall_seconds=self._arguments.pull_stall_seconds,
         )
 
-    async def _pull(self, run: OperationRun) -> JsonObject:
-        return {"image_id": (await pull_image(self._world, run, self._image_pull)).id}
+    async def _pull(self, run: OperationRun) -> PulledImage:
+        return PulledImage(image_id=(await pull_image(self._world, run, self._image_pull)).id)
 
     async def _restrict_image(self, _run: OperationRun) -> None:
         await restrict_after_failed_pull(self._world, self._image_pull)
 
-    async def _create(self, run: OperationRun) -> JsonObject:
+    async def _create(self, run: OperationRun) -> CreatedEngineContainer:
         world, operation = self._world, run.operation
         image_id = self._arguments.image_id or await self._pulled_image(operation)
         name = world.engine_name(operation.target.name, operation.id)
@@ -207,11 +225,11 @@ class CreateSaga(ContainerSaga):
                 mounted=await ensure_engine_volumes(world, self._spec.mounts),
             )
         )
-        return {"engine_id": engine_id, "engine_name": name, "image_id": image_id}
+        return CreatedEngineContainer(engine_id=engine_id, engine_name=name, image_id=image_id)
 
     async def _pulled_image(self, operation: Operation) -> str:
-        if image_id := operation.facts("pull").get("image_id"):
-            return str(image_id)
+        if (pulled := PULLED.find(operation)) is not None:
+            return pulled.image_id
         # An older daemon pulled it, and did not record what came.
         image = await self._world.engine.image(self._spec.image)
         if image is None:
@@ -222,23 +240,23 @@ class CreateSaga(ContainerSaga):
         await remove_with_volumes(self._world, run.operation)
 
     async def _start(self, run: OperationRun) -> None:
-        await self._world.start(str(run.operation.facts("create")["engine_id"]), self._spec)
+        await self._world.start(CREATED.of(run.operation).engine_id, self._spec)
 
-    async def _verify(self, run: OperationRun) -> JsonObject:
+    async def _verify(self, run: OperationRun) -> WatchedStart:
         """A process that ends at once is no failure; its exit code is for the status."""
-        engine_id = str(run.operation.facts("create")["engine_id"])
-        return {"exit_code": await self._world.end_of_start(engine_id, self._world.start_watch_seconds)}
+        engine_id = CREATED.of(run.operation).engine_id
+        code = await self._world.end_of_start(engine_id, self._world.start_watch_seconds)
+        return WatchedStart(exit_code=code)
 
     @override
     async def success_changes(self, run: OperationRun, view: ContainerView) -> Outcome:
         world, arguments = self._world, self._arguments
-        facts = run.operation.facts("create")
-        engine_id = str(facts["engine_id"])
-        seen = await world.engine.inspect(engine_id)
+        created = CREATED.of(run.operation)
+        seen = await world.engine.inspect(created.engine_id)
         binding = EngineBinding(
-            engine_id=engine_id,
-            engine_name=str(facts["engine_name"]),
-            image_id=str(facts["image_id"]),
+            engine_id=created.engine_id,
+            engine_name=created.engine_name,
+            image_id=created.image_id,
             placement=arguments.placement,
             fixed_digest=self._spec.fixed_digest,
             anonymous_volumes=anonymous_volumes(self._spec, seen.volumes if seen else {}),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from gpudock_server.core.containers.commands import PullPolicy
-from gpudock_server.core.operations.saga import OperationRun
+from gpudock_server.core.operations.saga import OperationRun, StepResult
 from gpudock_server.errors import (
     FieldViolation,
     ImageExists,
@@ -25,7 +25,7 @@ from gpudock_server.errors import (
 )
 from gpudock_server.model.engine import EngineImage, ImageAccounts, RegistryAuth
 from gpudock_server.model.image import ImageOrigin, familiar_reference, familiar_repository
-from gpudock_server.model.record import now
+from gpudock_server.model.record import Record, now
 from gpudock_server.model.store_changes import DeleteImageOrigin, PutImageOrigin
 
 if TYPE_CHECKING:
@@ -243,6 +243,15 @@ class Pull:
     authenticated: bool
     present_id: str
     stall_seconds: float | None = None
+
+
+class PulledImage(Record):
+    """The result of a pull."""
+
+    image_id: str
+
+
+PULLED = StepResult("pull", PulledImage)
 
 
 async def pull_image(world: World, run: OperationRun, pull: Pull) -> EngineImage:

@@ -9,15 +9,13 @@ command into it, and what a later change of the spec takes away would come back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations.saga import OperationRun
+from gpudock_server.core.operations.saga import OperationRun, StepResult
 from gpudock_server.errors import DiskFull, EngineRejected, LayerCarryFailed
 from gpudock_server.model.container import EngineBinding
 from gpudock_server.model.engine import LABEL_OPERATION, LABEL_UID, EngineImage
 from gpudock_server.model.operation import Operation
-from gpudock_server.model.record import JsonObject
+from gpudock_server.model.record import Record
 
 # Layers in all, and layers above the user's image, from which on those above are made one. A squash writes all of them
 # again, so it is not done each time.
@@ -25,18 +23,27 @@ MAX_LAYERS = 100
 MAX_LAYERS_ABOVE_BASE = 20
 
 
-@dataclass(frozen=True, slots=True)
-class LayerImage:
-    """An image of a container's files. `base_depth` is the number of its lowest layers that are the user's image's."""
+class LayerImage(Record):
+    """An image of a container's files, as a step's result.
+
+    `base_depth` is the number of its lowest layers that are the user's image's; 0 is unknown, and None, in what an
+    older version recorded, not counted.
+    """
+
+    image_id: str
+    reference: str = ""
+    base_depth: int | None = None
+
+
+class GraftedImage(Record):
+    """An image that has a container's files on top of another image, as a step's result."""
 
     image_id: str
     reference: str
-    base_depth: int
 
-    @property
-    def facts(self) -> JsonObject:
-        """As a step's facts."""
-        return {"image_id": self.image_id, "reference": self.reference, "base_depth": self.base_depth}
+
+LAYER_IMAGE = StepResult("snapshot", LayerImage)
+GRAFTED = StepResult("graft", GraftedImage)
 
 
 def layer_image_name(operation: Operation) -> str:
@@ -66,7 +73,7 @@ async def make_layer_image(world: World, run: OperationRun, old: EngineBinding) 
         made = await engine.image(reference)
     if made is None:
         raise LayerCarryFailed(method="COMMIT", detail=f"the engine made {reference}, and has none")
-    return LayerImage(made.id, reference, depth)
+    return LayerImage(image_id=made.id, reference=reference, base_depth=depth)
 
 
 def grafted_image_name(operation: Operation) -> str:
@@ -82,8 +89,8 @@ async def graft_image(world: World, operation: Operation, *, carried: str, onto:
     made = await world.engine.image(grafted_image_name(operation))
     if made is not None:
         return made.id
-    depth = operation.facts("snapshot").get("base_depth")
-    if not isinstance(depth, int) or not depth:
+    depth = LAYER_IMAGE.of(operation).base_depth
+    if not depth:
         raise LayerCarryFailed(method="COMMIT", detail="the image that its files were written on is no longer there")
     above = await world.engine.image(carried)
     if above is not None and len(above.layers) == depth:

@@ -11,21 +11,29 @@ makes the successor from.
 
 from __future__ import annotations
 
+from gpudock_server.core.containers.layer_images import LAYER_IMAGE
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations.saga import OperationRun, Step
+from gpudock_server.core.operations.saga import OperationRun, Step, StepResult
 from gpudock_server.errors import SnapshotFailed
 from gpudock_server.model.container import Container
 from gpudock_server.model.engine import EngineContainer, EngineState
 from gpudock_server.model.operation import Operation
-from gpudock_server.model.record import JsonObject, Record, now
+from gpudock_server.model.record import Record, now
 from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind, SnapshotMethod, SnapshotSkipped
 from gpudock_server.model.spec import SnapshotPolicy
 from gpudock_server.ports import LayerTooLarge, RevisionView
 
-IMAGE_STAGE = "snapshot"
-_SEAL_STAGE = "seal"
-# What a step records when the layer turned out to be too large.
-_SKIPPED = "skipped"
+
+class MissedSnapshot(Record):
+    """Why a step took no snapshot: the layer is too large (`skipped`), or it failed and nothing waits for it."""
+
+    skipped: str = ""
+    not_kept: str = ""
+
+
+_GATHERED = StepResult("gather", MissedSnapshot)
+_COMPLETED = StepResult("complete", MissedSnapshot)
+_SEALED = StepResult("seal", Snapshot)
 
 
 class SnapshotArguments(Record):
@@ -137,17 +145,17 @@ class SnapshotSteps:
     @property
     def steps_while_running(self) -> tuple[Step, ...]:
         """Before the container is made still."""
-        return (Step("gather", self._gather, self._discard, interruptible=True),) if self._as_tree else ()
+        return (Step(_GATHERED.step, self._gather, self._discard, interruptible=True),) if self._as_tree else ()
 
     @property
     def steps_while_stopped(self) -> tuple[Step, ...]:
         """Between its stop, or its freeze, and the moment that its files may change again."""
-        return (Step("complete", self._complete),) if self._as_tree else ()
+        return (Step(_COMPLETED.step, self._complete),) if self._as_tree else ()
 
     @property
     def steps_at_end(self) -> tuple[Step, ...]:
         """When nothing is waiting for it any more."""
-        return (Step(_SEAL_STAGE, self._seal, self._discard),) if self._as_tree else ()
+        return (Step(_SEALED.step, self._seal, self._discard),) if self._as_tree else ()
 
     def with_freeze(self, *steps: Step) -> tuple[Step, ...]:
         """`steps` with every process of the container frozen for their time."""
@@ -155,7 +163,7 @@ class SnapshotSteps:
             return ()
         return (Step("freeze", self._freeze, self._thaw), *steps, Step("thaw", self._thaw, self._freeze))
 
-    async def _gather(self, run: OperationRun) -> JsonObject | None:
+    async def _gather(self, run: OperationRun) -> MissedSnapshot | None:
         key, previous = self._keys(run)
         try:
             await self._world.snapshots.gather(await self._seen(), key, run.operation.id, previous, run.progress)
@@ -163,7 +171,7 @@ class SnapshotSteps:
             return self._skip(run, error)
         return None
 
-    async def _complete(self, run: OperationRun) -> JsonObject | None:
+    async def _complete(self, run: OperationRun) -> MissedSnapshot | None:
         if _skipped(run.operation):
             return None
         key, previous = self._keys(run)
@@ -173,19 +181,18 @@ class SnapshotSteps:
             return self._skip(run, error)
         return None
 
-    def _skip(self, run: OperationRun, error: LayerTooLarge) -> JsonObject:
+    def _skip(self, run: OperationRun, error: LayerTooLarge) -> MissedSnapshot:
         """Go on without a snapshot: the container wrote too much since the plan was made."""
         if self._arguments.required:
             raise SnapshotFailed(detail=_too_large_message(str(error))) from error
         run.add_message(f"no snapshot is made, the layer is too large for it: {error}")
-        return {_SKIPPED: str(error)}
+        return MissedSnapshot(skipped=str(error))
 
-    async def _seal(self, run: OperationRun) -> JsonObject | None:
+    async def _seal(self, run: OperationRun) -> Snapshot | None:
         if _skipped(run.operation):
             return None
         key, _ = self._keys(run)
-        sealed = await self._world.snapshots.seal(key, run.operation.id, self._arguments.image_id)
-        return sealed.model_dump(mode="json")
+        return await self._world.snapshots.seal(key, run.operation.id, self._arguments.image_id)
 
     async def _discard(self, run: OperationRun) -> None:
         key, _ = self._keys(run)
@@ -214,19 +221,21 @@ class SnapshotSteps:
         if reason := self._arguments.skipped or _skipped(operation):
             return SnapshotSkipped(reason=f"the layer was too large for a snapshot: {reason}")
         if self._as_tree:
-            return Snapshot.model_validate(operation.facts(_SEAL_STAGE))
+            return _SEALED.of(operation)
         if self.as_image:
-            facts = operation.facts(IMAGE_STAGE)
+            image = LAYER_IMAGE.of(operation)
             return Snapshot(
-                kind=SnapshotKind.IMAGE,
-                image_id=str(facts["image_id"]),
-                reference=str(facts["reference"]),
-                create_time=now(),
+                kind=SnapshotKind.IMAGE, image_id=image.image_id, reference=image.reference, create_time=now()
             )
         return None
 
 
 def _skipped(operation: Operation) -> str:
     """Why the steps went on without a snapshot; empty when they did not."""
-    facts = {**operation.facts("gather"), **operation.facts("complete")}
-    return str(facts.get(_SKIPPED, ""))
+    missed = (result.find(operation) for result in (_COMPLETED, _GATHERED))
+    return next((found.skipped for found in missed if found is not None), "")
+
+
+def snapshot_failed(operation: Operation) -> bool:
+    """Whether a step failed to keep the files, and the operation went on without them."""
+    return any(stage.facts.get("not_kept") for stage in operation.stages)

@@ -10,7 +10,7 @@ from typing_extensions import override
 from gpudock_server.core.containers import snapshots
 from gpudock_server.core.containers.commands import Stop
 from gpudock_server.core.containers.saga import ContainerSaga
-from gpudock_server.core.containers.snapshots import SnapshotArguments, SnapshotSteps
+from gpudock_server.core.containers.snapshots import MissedSnapshot, SnapshotArguments, SnapshotSteps, snapshot_failed
 from gpudock_server.core.containers.status import observed_status
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.engine import Draft
@@ -20,14 +20,11 @@ from gpudock_server.model.claims import claim_keys
 from gpudock_server.model.container import ACTIVE_STATES, Container, ContainerState, Placement
 from gpudock_server.model.engine import EngineContainer, EngineState
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
-from gpudock_server.model.record import JsonObject, Record, now
+from gpudock_server.model.record import Record, now
 from gpudock_server.model.snapshot import Snapshot, SnapshotKind
 from gpudock_server.model.spec import ContainerSpec
 from gpudock_server.model.store_changes import PutContainer, PutSnapshot, ReleaseClaim, StoreChange
 from gpudock_server.ports import ContainerView
-
-# Among the facts of a step: why the files are not kept.
-_NO_SNAPSHOT = "not_kept"
 
 
 class StopArguments(Record):
@@ -139,14 +136,14 @@ class StopSaga(ContainerSaga):
         )
 
     def _optional(self, step: Step) -> Step:
-        async def do(run: OperationRun) -> JsonObject | None:
-            if any(_NO_SNAPSHOT in run.operation.facts(stage.name) for stage in run.operation.stages):
+        async def do(run: OperationRun) -> Record | None:
+            if snapshot_failed(run.operation):
                 return None
             try:
                 return await step.do(run)
             except (DiskFull, SnapshotFailed) as error:
                 run.add_message(f"its files are not kept: {error}")
-                return {_NO_SNAPSHOT: str(error)}
+                return MissedSnapshot(not_kept=str(error))
 
         return replace(step, do=do)
 
@@ -179,7 +176,7 @@ class StopSaga(ContainerSaga):
 
     def _snapshot_changes(self, operation: Operation, uid: str) -> list[StoreChange]:
         """What is said of the current revision's files. They are those of this stop until the next one."""
-        if any(_NO_SNAPSHOT in operation.facts(stage.name) for stage in operation.stages):
+        if snapshot_failed(operation):
             return []
         made = self._snapshot_steps.snapshot_of(operation)
         return [PutSnapshot(uid, self._arguments.keep.revision, made)] if isinstance(made, Snapshot) else []

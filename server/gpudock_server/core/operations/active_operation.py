@@ -13,7 +13,7 @@ from typing_extensions import override
 from gpudock_server.core.operations.saga import OperationRun, Saga, Step
 from gpudock_server.errors import StoreFull
 from gpudock_server.model.operation import Operation
-from gpudock_server.model.record import JsonObject
+from gpudock_server.model.record import Record
 
 if TYPE_CHECKING:
     # What begins operations imports what they are made of.
@@ -49,7 +49,7 @@ class ActiveOperation(OperationRun):
     step: Step | None = None
     # Why it waits, where its callers are not to wait with it.
     blocked: StoreFull | None = None
-    step_task: asyncio.Task[JsonObject | None] | None = None
+    step_task: asyncio.Task[Record | None] | None = None
     _description: str = ""
     _notified_at: float = 0.0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)

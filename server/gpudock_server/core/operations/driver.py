@@ -71,7 +71,7 @@ class Driver:
         running.notify_watchers()
         running.step_task = asyncio.ensure_future(step.do(running))
         try:
-            facts = await running.step_task
+            result = await running.step_task
         except asyncio.CancelledError:
             if running.cancel_requested and running.step_task.cancelled():
                 raise OperationCancelled(operation_id=running.record.id) from None
@@ -88,7 +88,7 @@ class Driver:
             end_time=now(),
             current_bytes=running.current_bytes,
             total_bytes=running.total_bytes,
-            facts=facts or {},
+            facts=result.model_dump(mode="json") if result is not None else {},
         )
         await self._journal.record(running, done)
 

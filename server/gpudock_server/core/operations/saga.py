@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, TypeVar
 
 from gpudock_server.model.operation import Operation, Result
-from gpudock_server.model.record import JsonObject
+from gpudock_server.model.record import Record
 from gpudock_server.model.store_changes import StoreChange
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # A head with the version to compare and set against: what the store shows of the operation's target.
 V = TypeVar("V")
+R = TypeVar("R", bound=Record)
 
 COMMIT_STAGE = "commit"
 
@@ -30,7 +31,7 @@ class OperationRun(Protocol):
 
     @property
     def operation(self) -> Operation:
-        """The record, with the facts of every stage before this one."""
+        """The record, with the result of every step before this one."""
         ...
 
     def progress(self, current_bytes: int, total_bytes: int) -> None:
@@ -55,16 +56,33 @@ class OperationRun(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class StepResult(Generic[R]):
+    """Where a step's result is found in the record of its operation: the step's name, and the type of its result."""
+
+    step: str
+    type: type[R]
+
+    def find(self, operation: Operation) -> R | None:
+        """None before the step is done, and where it had no result."""
+        facts = operation.facts(self.step)
+        return self.type.model_validate(facts) if facts else None
+
+    def of(self, operation: Operation) -> R:
+        """The result of a step that is done. Raises pydantic.ValidationError where there is none."""
+        return self.type.model_validate(operation.facts(self.step))
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One recorded step.
 
-    `do` may run again after a crash, and what it made the first time is success. It returns the facts that a later
-    step, its own undo or a later daemon needs; they are recorded before the next step begins. `undo` runs for a step
-    that was done, half done or perhaps never begun.
+    `do` may run again after a crash, and what it made the first time is success. What it returns, for a later step, its
+    own undo or a later daemon (see StepResult), is recorded before the next step begins. `undo` runs for a step that
+    was done, half done or perhaps never begun.
     """
 
     name: str
-    do: Callable[[OperationRun], Awaitable[JsonObject | None]]
+    do: Callable[[OperationRun], Awaitable[Record | None]]
     undo: Callable[[OperationRun], Awaitable[None]] | None = None
     # The step may take long, and no container is down meanwhile. A daemon that shuts down cancels it at once, and the
     # next daemon repeats it. A daemon that starts does not wait for its end.

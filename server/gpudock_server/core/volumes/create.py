@@ -8,13 +8,13 @@ from typing_extensions import override
 from gpudock_server.core.containers.engine_volumes import engine_labels
 from gpudock_server.core.containers.mounts import engine_volume_without_record
 from gpudock_server.core.operations.engine import Draft
-from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
+from gpudock_server.core.operations.saga import OperationRun, Outcome, Step, StepResult
 from gpudock_server.core.volumes.commands import Create
 from gpudock_server.core.volumes.saga import VolumeSaga, revision_of
 from gpudock_server.core.volumes.storage import Storage
 from gpudock_server.errors import SizeNotSupported, VolumeExists, VolumeRecordLost
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
-from gpudock_server.model.record import JsonObject, Record, now
+from gpudock_server.model.record import Record, now
 from gpudock_server.model.store_changes import DeleteVolume, PutVolume, StoreChange
 from gpudock_server.model.volume import (
     Volume,
@@ -26,8 +26,15 @@ from gpudock_server.model.volume import (
 )
 from gpudock_server.ports import VolumeBackend, VolumeView
 
-BACKING_STAGE = "store"
-ENGINE_VOLUME_STAGE = "engine-volume"
+
+class CreatedEngineVolume(Record):
+    """Where the engine mounts the volume that it was asked to create."""
+
+    mountpoint: str
+
+
+BACKING = StepResult("store", VolumeBacking)
+ENGINE_VOLUME = StepResult("engine-volume", CreatedEngineVolume)
 
 
 class CreateArguments(Record):
@@ -94,17 +101,16 @@ class NewVolumeSaga(VolumeSaga):
     @property
     def _creation_steps(self) -> tuple[Step, ...]:
         return (
-            Step(BACKING_STAGE, self._create_backing, self._destroy),
-            Step(ENGINE_VOLUME_STAGE, self._create_engine_volume, self._remove_engine_volume),
+            Step(BACKING.step, self._create_backing, self._destroy),
+            Step(ENGINE_VOLUME.step, self._create_engine_volume, self._remove_engine_volume),
         )
 
-    async def _create_backing(self, run: OperationRun) -> JsonObject:
+    async def _create_backing(self, run: OperationRun) -> VolumeBacking:
         target = run.operation.target
         await self._storage.require_pool_space(self._kind, target.uid, self._size_bytes)
         identity = await self._identity(run)
         backend = self._storage.backend(self._kind)
-        backing = await backend.create(target.uid, target.name, self._size_bytes, identity)
-        return backing.model_dump(mode="json")
+        return await backend.create(target.uid, target.name, self._size_bytes, identity)
 
     async def _destroy(self, run: OperationRun) -> None:
         await self._storage.backend(self._kind).destroy(self._backing(run.operation))
@@ -112,30 +118,30 @@ class NewVolumeSaga(VolumeSaga):
     def _backing(self, operation: Operation) -> VolumeBacking:
         """What was made, as far as it is known: a store is found by its uid."""
         target = operation.target
-        if facts := operation.facts(BACKING_STAGE):
-            return VolumeBacking.model_validate(facts)
+        if (backing := BACKING.find(operation)) is not None:
+            return backing
         return VolumeBacking(kind=self._kind, uid=target.uid, name=target.name, engine_volume="")
 
-    async def _create_engine_volume(self, run: OperationRun) -> JsonObject:
+    async def _create_engine_volume(self, run: OperationRun) -> CreatedEngineVolume:
         backing = self._backing(run.operation)
         made = await self._world.engine.create_volume(
             backing.engine_volume,
             labels=engine_labels(self._world.node, backing, await self._identity(run)),
             driver_options=backing.driver_options,
         )
-        return {"mountpoint": made.mountpoint}
+        return CreatedEngineVolume(mountpoint=made.mountpoint)
 
     async def _identity(self, run: OperationRun) -> VolumeIdentity | None:
         view = await self.read_target(run)
         return view.volume.identity if view is not None else None
 
     async def _remove_engine_volume(self, run: OperationRun) -> None:
-        if run.operation.facts(BACKING_STAGE):
-            await self._world.engine.remove_volume(self._backing(run.operation).engine_volume)
+        if (backing := BACKING.find(run.operation)) is not None:
+            await self._world.engine.remove_volume(backing.engine_volume)
 
     def _with_backing(self, run: OperationRun, volume: Volume) -> Volume:
         """The volume with what was made for it."""
-        mountpoint = str(run.operation.facts(ENGINE_VOLUME_STAGE)["mountpoint"])
+        mountpoint = ENGINE_VOLUME.of(run.operation).mountpoint
         backing = self._backing(run.operation)
         if not backing.folder:
             # The engine keeps it where it likes.

@@ -21,7 +21,7 @@ from gpudock_server.core.containers.mounts import containers_mounting
 from gpudock_server.core.containers.status import observed_status
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.engine import Draft
-from gpudock_server.core.operations.saga import OperationRun, Outcome, Saga, Step
+from gpudock_server.core.operations.saga import OperationRun, Outcome, Saga, Step, StepResult
 from gpudock_server.core.volumes.commands import Resize
 from gpudock_server.core.volumes.saga import VolumeSaga, backing_of, copy_and_verify, revision_of
 from gpudock_server.core.volumes.storage import Storage
@@ -36,13 +36,21 @@ from gpudock_server.errors import (
 )
 from gpudock_server.model.container import RUNNING_STATES, ContainerState
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
-from gpudock_server.model.record import JsonObject, Record, now
+from gpudock_server.model.record import Record, now
 from gpudock_server.model.resource import ResourceRef
 from gpudock_server.model.store_changes import PutContainer, PutVolume, StoreChange
-from gpudock_server.model.volume import Volume, VolumeBacking, VolumeCause, VolumeState, VolumeUsage
+from gpudock_server.model.volume import TreeSummary, Volume, VolumeBacking, VolumeCause, VolumeState, VolumeUsage
 from gpudock_server.ports import ContainerView, ShrinkNeedsCopy, VolumeView
 
-_LOCATE_STAGE = "locate"
+
+class LocatedContent(Record):
+    """Which content the old store has before the exchange, as its backend names it."""
+
+    content: str
+
+
+_MADE = StepResult("make", VolumeBacking)
+_LOCATED = StepResult("locate", LocatedContent)
 
 
 class ResizeMethod(StrEnum):
@@ -250,11 +258,11 @@ class CopyResizeSaga(ResizeSaga):
         stop = [Step("stop", self._stop, self._start_again)] if self._running else []
         start = [Step("start", self._start, self._stop_again), Step("verify", self._verify)] if self._running else []
         return (
-            Step("make", self._make, self._remove),
+            Step(_MADE.step, self._make, self._remove),
             Step("copy", self._copy, interruptible=True),
             *stop,
             Step("difference", self._difference),
-            Step(_LOCATE_STAGE, self._locate),
+            Step(_LOCATED.step, self._locate),
             Step("exchange", self._exchange, self._exchange_back),
             *start,
         )
@@ -276,11 +284,10 @@ class CopyResizeSaga(ResizeSaga):
             }
         )
 
-    async def _make(self, _run: OperationRun) -> JsonObject:
+    async def _make(self, _run: OperationRun) -> VolumeBacking:
         arguments = self._arguments
         await self._require_no_new_mounts()
-        made = await self._backend.replacement(arguments.old, arguments.copy_uid, arguments.size_bytes)
-        return made.model_dump(mode="json")
+        return await self._backend.replacement(arguments.old, arguments.copy_uid, arguments.size_bytes)
 
     async def _require_no_new_mounts(self) -> None:
         """Whoever began to mount it before it was locked, and after it was looked at, is not among the users."""
@@ -292,11 +299,8 @@ class CopyResizeSaga(ResizeSaga):
     async def _remove(self, _run: OperationRun) -> None:
         await self._backend.destroy(self._new)
 
-    def _made(self, run: OperationRun) -> VolumeBacking:
-        return VolumeBacking.model_validate(run.operation.facts("make"))
-
     async def _copy(self, run: OperationRun) -> None:
-        await self._storage.copier.copy(self._arguments.old, self._made(run), run.progress, final=False)
+        await self._storage.copier.copy(self._arguments.old, _MADE.of(run.operation), run.progress, final=False)
 
     async def _stop(self, _run: OperationRun) -> None:
         for user in self._running:
@@ -306,24 +310,24 @@ class CopyResizeSaga(ResizeSaga):
         for user in self._running:
             await self._world.start(user.engine_id, renew=False)
 
-    async def _difference(self, run: OperationRun) -> JsonObject:
-        return await copy_and_verify(self._storage.copier, self._arguments.old, self._made(run), run.progress)
+    async def _difference(self, run: OperationRun) -> TreeSummary:
+        return await copy_and_verify(self._storage.copier, self._arguments.old, _MADE.of(run.operation), run.progress)
 
-    async def _locate(self, _run: OperationRun) -> JsonObject:
-        return {"content": await self._backend.content(self._arguments.old)}
+    async def _locate(self, _run: OperationRun) -> LocatedContent:
+        return LocatedContent(content=await self._backend.content(self._arguments.old))
 
     async def _exchange(self, run: OperationRun) -> None:
-        old, made = self._arguments.old, self._made(run)
+        old, made = self._arguments.old, _MADE.of(run.operation)
         # The old store's folder is the one that the engine's volume leads to: it gets the smaller content.
         await self._backend.exchange(
             made.model_copy(update={"size_bytes": old.size_bytes}),
             old.model_copy(update={"size_bytes": made.size_bytes}),
-            str(run.operation.facts(_LOCATE_STAGE)["content"]),
+            _LOCATED.of(run.operation).content,
         )
 
     async def _exchange_back(self, run: OperationRun) -> None:
-        if located := run.operation.facts(_LOCATE_STAGE):
-            await self._backend.exchange(self._arguments.old, self._made(run), str(located["content"]))
+        if (located := _LOCATED.find(run.operation)) is not None:
+            await self._backend.exchange(self._arguments.old, _MADE.of(run.operation), located.content)
 
     async def _start(self, _run: OperationRun) -> None:
         await self._start_again(_run)

@@ -5,9 +5,9 @@ from typing_extensions import override
 from gpudock_server.core.operations.saga import OperationRun, Saga
 from gpudock_server.core.volumes.storage import Storage
 from gpudock_server.errors import VolumeFailed, VolumeInUse
-from gpudock_server.model.record import JsonObject, now
+from gpudock_server.model.record import now
 from gpudock_server.model.store_changes import PutVolumeRevision
-from gpudock_server.model.volume import Volume, VolumeBacking, VolumeCause, VolumeRevision
+from gpudock_server.model.volume import TreeSummary, Volume, VolumeBacking, VolumeCause, VolumeRevision
 from gpudock_server.ports import Progress, VolumeCopier, VolumeView
 
 
@@ -49,13 +49,12 @@ def backing_of(volume: Volume) -> VolumeBacking:
 
 async def copy_and_verify(
     copier: VolumeCopier, source: VolumeBacking, target: VolumeBacking, progress: Progress
-) -> JsonObject:
+) -> TreeSummary:
     """Copy what differs, and read both sides in full: what they hold. Raises VolumeFailed where they stay different."""
     await copier.copy(source, target, progress, final=True)
     try:
-        summary = await copier.verify(source, target)
+        return await copier.verify(source, target)
     except VolumeFailed:
         # The copies before missed a change, for whatever reason. Copy once more, from the beginning.
         await copier.copy(source, target, progress, final=True)
-        summary = await copier.verify(source, target)
-    return summary.model_dump(mode="json")
+        return await copier.verify(source, target)
