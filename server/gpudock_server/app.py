@@ -45,14 +45,17 @@ from gpudock_server.adapters.volumes import (
 )
 from gpudock_server.core.adoption_rules import AdoptionRules
 from gpudock_server.core.containers import Containers, HistoryDefaults, ImagePolicy, World
+from gpudock_server.core.containers import saga_builders as container_sagas
+from gpudock_server.core.containers.resource import ContainerResource
 from gpudock_server.core.containers.retention import Retention
 from gpudock_server.core.exec.sessions import ExecSessions
 from gpudock_server.core.nodes import Nodes
 from gpudock_server.core.operations.engine import Operations
 from gpudock_server.core.placement.allocator import Allocator
 from gpudock_server.core.reconcile import DriftTracker, Reconciler
-from gpudock_server.core.saga_factory import saga_factory
 from gpudock_server.core.volumes import Storage, Volumes
+from gpudock_server.core.volumes import saga_builders as volume_sagas
+from gpudock_server.core.volumes.resource import VolumeResource
 from gpudock_server.core.watches import Watches
 from gpudock_server.errors import EngineRejected, EngineUnavailable
 from gpudock_server.logs import configure
@@ -196,7 +199,13 @@ async def _assemble(
     await _attach_volumes(settings)
     await check_versions()
     storage = _storage(settings, world, info.root_dir, wrappers)
-    operations = Operations(state, settings.node_name, saga_factory(world, storage), recovering=True)
+    operations = Operations(
+        state,
+        settings.node_name,
+        [ContainerResource(state), VolumeResource(state)],
+        container_sagas(world) | volume_sagas(storage),
+        recovering=True,
+    )
     containers = Containers(world, operations)
     execs = ExecSessions(world, HostProcessControl(), hangup_grace=settings.exec_hangup_grace, limit=settings.max_execs)
     watches = Watches(state, checkpoint_seconds=settings.watch_checkpoint_interval)

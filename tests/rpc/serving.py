@@ -17,14 +17,17 @@ from gpudock.v1.node_service_pb2_grpc import NodeServiceStub
 from gpudock.v1.operation_service_pb2_grpc import OperationServiceStub
 from gpudock.v1.volume_service_pb2_grpc import VolumeServiceStub
 from gpudock_server.adapters.host_paths import HostPathBinder
+from gpudock_server.core import containers, volumes
 from gpudock_server.core.containers import Containers, World
+from gpudock_server.core.containers.resource import ContainerResource
 from gpudock_server.core.exec.sessions import ExecSessions
 from gpudock_server.core.nodes import Nodes
 from gpudock_server.core.operations.engine import Operations
+from gpudock_server.core.operations.resource import Resource
 from gpudock_server.core.placement.allocator import Allocator
 from gpudock_server.core.reconcile import DriftTracker
-from gpudock_server.core.saga_factory import saga_factory
 from gpudock_server.core.volumes import Storage, Volumes
+from gpudock_server.core.volumes.resource import VolumeResource
 from gpudock_server.core.watches import Watches
 from gpudock_server.rpc.server import RpcServer, Services, build_server
 from gpudock_server.settings.definitions import Settings
@@ -72,6 +75,13 @@ class Served:
     watching: OperationServiceStub
 
 
+def operations_of(world: World, storage: Storage, *, recovering: bool = False) -> Operations:
+    """The operations of a node, as the daemon has them."""
+    resources: list[Resource[Any]] = [ContainerResource(world.store), VolumeResource(world.store)]
+    sagas = containers.saga_builders(world) | volumes.saga_builders(storage)
+    return Operations(world.store, world.node, resources, sagas, recovering=recovering)
+
+
 @asynccontextmanager
 async def serve(
     folder: Path,
@@ -96,7 +106,7 @@ async def serve(
     )
     backends = [volumes or FakeVolumes(), FakePlain()]
     storage = Storage(world=world, backends=backends, copier=copier or FakeCopier(), path="/volumes")
-    operations = Operations(store, NODE, saga_factory(world, storage))
+    operations = operations_of(world, storage)
     execs = ExecSessions(world, processes, hangup_grace=0.2, limit=4)
     containers = Containers(world, operations)
     nodes = Nodes(world, storage, inventory, version="1", start_time=LONG_AGO, port_range=PORTS)

@@ -9,10 +9,9 @@ from typing import Any
 
 from gpudock_server.core.containers import Containers, World
 from gpudock_server.core.containers.commands import Command, Create
-from gpudock_server.core.operations.engine import Operations, RequestKey
+from gpudock_server.core.operations.engine import RequestKey
 from gpudock_server.core.placement.allocator import Allocator
 from gpudock_server.core.reconcile.images import remove_unused_images
-from gpudock_server.core.saga_factory import saga_factory
 from gpudock_server.core.volumes import Storage, Volumes
 from gpudock_server.core.volumes import commands as volume_commands
 from gpudock_server.model.container import Container
@@ -23,6 +22,7 @@ from gpudock_server.model.volume import Volume
 
 from tests.rpc.fakes import FakeInventory, FakeLedger, every_port_is_free
 from tests.rpc.memory_store import MemoryStore
+from tests.rpc.serving import operations_of
 from tests.unit.faults import Faults
 from tests.unit.model_engine import IMAGE, ModelEngine
 from tests.unit.model_files import ModelCopier, ModelHostPaths, ModelLayers, ModelPlain, ModelSnapshots, ModelVolumes
@@ -75,7 +75,7 @@ class Desk:
     def begin(self) -> None:
         """A process of the daemon, with `self.world`."""
         self.storage = Storage(world=self.world, backends=[self.sized, self.plain], copier=self.copier, path="/volumes")
-        self.operations = Operations(self.store, NODE, saga_factory(self.world, self.storage))
+        self.operations = operations_of(self.world, self.storage)
         self.containers = Containers(self.world, self.operations)
         self.volumes = Volumes(self.storage, self.operations)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 
-from gpudock_server.core.operations.engine import Draft
-from gpudock_server.core.operations.saga import OperationRun, Outcome, Saga, Step
+from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Saga, Step
 from gpudock_server.model.container import Container
 from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
@@ -104,11 +103,11 @@ async def draft_of(
     *,
     claims: Sequence[Claim] = (),
     kind: OperationKind = OperationKind.RESTART,
-) -> Draft:
+) -> OperationDraft:
     """A draft of an operation on container `a`."""
     view = await desk.store.container("a")
     assert view is not None
-    return Draft(
+    return OperationDraft(
         kind=kind,
         target=view.container.target,
         target_record=PutContainer(view.container, expect=view.version),

@@ -11,8 +11,7 @@ import pytest
 import structlog
 from gpudock_server.core.operations import engine as operations
 from gpudock_server.core.operations import journal
-from gpudock_server.core.operations.engine import Draft
-from gpudock_server.core.operations.saga import OperationRun, Step
+from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Step
 from gpudock_server.errors import (
     EngineRejected,
     EngineUnavailable,
@@ -420,7 +419,7 @@ async def begun_on_b(desk: Desk, script: Script) -> str:
     put = PutContainer(head.value, expect=head.version)
     on_b = replace(await draft_of(desk, lambda _: script), target=head.value.target, target_record=put)
 
-    async def drafted() -> Draft:
+    async def drafted() -> OperationDraft:
         return on_b
 
     return await desk.operations.begin(drafted, None)

@@ -12,9 +12,8 @@ from gpudock_server.core.containers.commands import Create, Restart, Stop
 from gpudock_server.core.operations import active_operation as running_module
 from gpudock_server.core.operations import engine as operations_module
 from gpudock_server.core.operations.active_operation import OperationView
-from gpudock_server.core.operations.engine import Draft, Operations, RequestKey, planned_operation, wrong_node_error
-from gpudock_server.core.operations.saga import OperationRun, Step
-from gpudock_server.core.saga_factory import saga_factory
+from gpudock_server.core.operations.engine import Operations, RequestKey
+from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Step
 from gpudock_server.core.volumes import commands as volume_commands
 from gpudock_server.core.volumes import create as create_volume
 from gpudock_server.errors import (
@@ -49,6 +48,7 @@ from gpudock_server.model.store_changes import PutRequest, RequireUnlocked, Stor
 from gpudock_server.ports import Versioned
 
 from tests.rpc.fakes import LONG_AGO
+from tests.rpc.serving import operations_of
 from tests.unit.desk import LONG, NODE, SPEC, Desk
 from tests.unit.scripted import Held, Script, UnsteadyStore, begun, daemon, draft_of, nothing
 
@@ -70,7 +70,7 @@ def store_of(desk: Desk) -> UnsteadyStore:
 
 def recovering(desk: Desk) -> Operations:
     """A process that has just begun."""
-    desk.operations = Operations(desk.store, NODE, saga_factory(desk.world, desk.storage), recovering=True)
+    desk.operations = operations_of(desk.world, desk.storage, recovering=True)
     return desk.operations
 
 
@@ -95,7 +95,7 @@ def record(desk: Desk, **changes: object) -> Operation:
 async def test_what_another_operation_has_locked_names_that_operation(desk: Desk) -> None:
     draft = await stop.draft(desk.world, Stop("a"))
 
-    async def drafted() -> Draft:
+    async def drafted() -> OperationDraft:
         return draft
 
     desk.store.locks[ResourceKind.CONTAINER, "a"] = "other"
@@ -110,7 +110,7 @@ async def test_what_another_operation_does_to_a_volume_names_that_operation(desk
     resize = volume_commands.Resize("data", 2 << 20)
     draft = await desk.volumes._draft(resize)
     create = await draft_of(desk, lambda _: Script(desk, ()))
-    conditioned = Draft(
+    conditioned = OperationDraft(
         kind=create.kind,
         target=create.target,
         target_record=create.target_record,
@@ -122,7 +122,7 @@ async def test_what_another_operation_does_to_a_volume_names_that_operation(desk
     desk.store.locks[ResourceKind.VOLUME, "data"] = "other"
     for one in (draft, conditioned):
 
-        async def drafted(one: Draft = one) -> Draft:
+        async def drafted(one: OperationDraft = one) -> OperationDraft:
             return one
 
         with pytest.raises(VolumeBusy) as busy:
@@ -138,7 +138,7 @@ async def test_of_two_that_make_one_name_one_is_told_so(desk: Desk) -> None:
     command = volume_commands.Create("data", size_bytes=1 << 20)
     drafts += [await create_volume.draft(desk.storage, command) for _ in range(2)]
 
-    async def drafted() -> Draft:
+    async def drafted() -> OperationDraft:
         return drafts.pop()
 
     await desk.operations.begin(drafted, None)
@@ -157,7 +157,7 @@ async def test_a_draft_that_is_out_of_date_is_made_anew_but_not_for_ever(desk: D
     stale = await draft_of(desk, lambda _: Script(desk, ()))
     desk.store.put(desk.head())
 
-    async def drafted() -> Draft:
+    async def drafted() -> OperationDraft:
         nonlocal tries
         tries += 1
         return stale if tries < 64 else await draft_of(desk, lambda _: Script(desk, ()))
@@ -194,7 +194,7 @@ async def test_a_call_that_fails_because_it_has_just_been_done_is_that_operation
     done = await desk.start(Restart("a"), RequestKey(ID, "digest"))
     known = desk.store.calls.pop(ID)
 
-    async def drafted() -> Draft:
+    async def drafted() -> OperationDraft:
         desk.store.calls[ID] = known
         raise ContainerBusy(container="a", operation_id=done)
 
@@ -251,8 +251,8 @@ async def test_a_plan_is_of_no_operation(desk: Desk) -> None:
     assert operation.create_time == operation.update_time
     assert operation.arguments["start"] is True
     draft = await stop.draft(desk.world, Stop("a"))
-    of_a = planned_operation(draft, "n")
-    assert (of_a.target, of_a.node, of_a.plan) == (desk.head().target, "n", draft.plan)
+    of_a = desk.operations.preview(draft)
+    assert (of_a.target, of_a.node, of_a.plan) == (desk.head().target, NODE, draft.plan)
 
 
 async def test_the_record_of_an_operation(desk: Desk) -> None:
@@ -458,7 +458,7 @@ async def test_what_was_cancelled_may_be_cancelled_again(desk: Desk) -> None:
 
 def test_an_operation_of_another_node_is_told_by_its_target(desk: Desk) -> None:
     target = ResourceRef(kind=ResourceKind.VOLUME, name="data", uid=ID)
-    error = wrong_node_error(record(desk, target=target, node="other"), "o:1")
+    error = desk.operations.wrong_node_error(record(desk, target=target, node="other"), "o:1")
     assert isinstance(error, VolumeOnOtherNode)
     assert (error.volume, error.node, error.address) == ("data", "other", "o:1")
 

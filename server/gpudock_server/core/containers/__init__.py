@@ -7,6 +7,7 @@ which checks it, picks cards and ports, and says what it will do; the saga it bu
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from gpudock_server.core.containers import (
@@ -47,53 +48,48 @@ from gpudock_server.core.containers.images import ImagePolicy
 from gpudock_server.core.containers.pause import PauseSaga
 from gpudock_server.core.containers.stop import StopSaga
 from gpudock_server.core.containers.world import HistoryDefaults, World
-from gpudock_server.core.operations.engine import Draft, Operations, RequestKey, planned_operation
-from gpudock_server.core.operations.saga import Saga
+from gpudock_server.core.operations.commands import Commands
+from gpudock_server.core.operations.engine import Operations, RequestKey
+from gpudock_server.core.operations.saga import OperationDraft, Saga, SagaBuilder
 from gpudock_server.errors import ContainerNotFound
 from gpudock_server.model.container import Container
 from gpudock_server.model.engine import HostCapacity
 from gpudock_server.model.operation import Operation, OperationKind
 from gpudock_server.ports import ContainerView, Page, RevisionView
 
-__all__ = ["Containers", "HistoryDefaults", "ImagePolicy", "World", "build_saga"]
+__all__ = ["Containers", "HistoryDefaults", "ImagePolicy", "World", "saga_builders"]
 
 
-def build_saga(world: World, operation: Operation) -> Saga[Any]:  # noqa: PLR0911 - one case for each kind of operation
-    """Makes the saga of a recorded operation on a container."""
-    match operation.kind:
-        case OperationKind.CREATE:
-            return CreateSaga(world, operation)
-        case (
-            OperationKind.START
-            | OperationKind.RESTART
-            | OperationKind.SCALE
-            | OperationKind.UPDATE
-            | OperationKind.ROLLBACK
-        ):
-            return ChangeSaga(world, operation)
-        case OperationKind.CLONE:
-            return CloneSaga(world, operation)
-        case OperationKind.DELETE_REVISION:
-            return DeleteRevisionSaga(world, operation)
-        case OperationKind.STOP:
-            return StopSaga(world, operation)
-        case OperationKind.PAUSE | OperationKind.UNPAUSE:
-            return PauseSaga(world, operation)
-        case OperationKind.DELETE:
-            return DeleteSaga(world, operation)
-        case OperationKind.COMMIT:
-            return CommitSaga(world, operation)
-        case kind:
-            raise ValueError(f"{kind} is not done to containers")
+def saga_builders(world: World) -> dict[OperationKind, SagaBuilder]:
+    """Makes the saga of a recorded operation on a container, by its kind."""
+    changes = (
+        OperationKind.START,
+        OperationKind.RESTART,
+        OperationKind.SCALE,
+        OperationKind.UPDATE,
+        OperationKind.ROLLBACK,
+    )
+    sagas: dict[OperationKind, Callable[[World, Operation], Saga[Any]]] = {
+        OperationKind.CREATE: CreateSaga,
+        **dict.fromkeys(changes, ChangeSaga),
+        OperationKind.CLONE: CloneSaga,
+        OperationKind.DELETE_REVISION: DeleteRevisionSaga,
+        OperationKind.STOP: StopSaga,
+        OperationKind.PAUSE: PauseSaga,
+        OperationKind.UNPAUSE: PauseSaga,
+        OperationKind.DELETE: DeleteSaga,
+        OperationKind.COMMIT: CommitSaga,
+    }
+    return {kind: partial(saga, world) for kind, saga in sagas.items()}
 
 
-class Containers:
+class Containers(Commands):
     """Reads containers, and begins operations on them."""
 
     def __init__(self, world: World, operations: Operations) -> None:
-        """`operations` must have been built with `saga_factory` (core/saga_factory.py)."""
+        """`operations` must have been built with `saga_builders`."""
+        super().__init__(operations, {command: partial(draft, world) for command, draft in _DRAFTERS.items()})
         self._world = world
-        self._operations = operations
 
     async def get(self, name: str) -> ContainerView:
         """A container of any node. Raises ContainerNotFound."""
@@ -120,30 +116,15 @@ class Containers:
         """A container's history, oldest first. Raises ResumeTokenExpired."""
         return await self._world.store.revisions(uid, page_size=page_size, page_token=page_token)
 
-    async def begin(self, command: Command, request: RequestKey | None) -> str:
-        """Begin what is asked for; the id of its operation. Nothing has been done before this returns."""
-        return await self._operations.begin(lambda: self._draft(command), request)
-
     async def run(self, command: Command, request: RequestKey | None) -> Container:
-        """Begin what is asked for and wait for its end, which it reaches even when the caller does not."""
-        result = await self._operations.result(await self.begin(command, request))
+        """Begin an operation and wait for its end; the container that it leaves."""
+        result = await self._run(command, request)
         if not isinstance(result, Container):
             raise TypeError(f"{type(command).__name__} leaves no container")
         return result
 
-    async def run_to_end(self, command: Command, request: RequestKey | None) -> None:
-        """`run` for what leaves nothing, such as a deletion."""
-        await self._operations.done(await self.begin(command, request))
 
-    async def preview(self, command: Command) -> Operation:
-        """What `begin` would do, with nothing done: an operation that is PLANNED and has no id."""
-        return planned_operation(await self._draft(command), self._world.node)
-
-    async def _draft(self, command: Command) -> Draft:
-        return await _DRAFTERS[type(command)](self._world, command)
-
-
-_DRAFTERS: dict[type, Callable[[World, Any], Awaitable[Draft]]] = {
+_DRAFTERS: dict[type, Callable[[World, Any], Awaitable[OperationDraft]]] = {
     Create: create.draft,
     Start: lifecycle.draft_start,
     Restart: lifecycle.draft_restart,

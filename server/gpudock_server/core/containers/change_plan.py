@@ -16,7 +16,7 @@ from gpudock_server.core.containers.limits import check_limits
 from gpudock_server.core.containers.mounts import check_before_start, check_mounts, mounts_volume
 from gpudock_server.core.containers.snapshots import SnapshotArguments
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations.engine import Draft
+from gpudock_server.core.operations.saga import OperationDraft
 from gpudock_server.core.placement.allocator import AllocationRequest
 from gpudock_server.errors import ContainerNotRunning, RestartRequired
 from gpudock_server.model.claims import ClaimKey
@@ -66,7 +66,7 @@ class DesiredState:
     registry_auth: RegistryAuth | None = None
 
 
-async def draft_change(world: World, view: ContainerView, desired: DesiredState) -> Draft:
+async def draft_change(world: World, view: ContainerView, desired: DesiredState) -> OperationDraft:
     """What it takes to bring a container there. Raises whatever speaks against it; nothing has been done then."""
     container = view.container
     engine, status = container.engine, container.status
@@ -127,7 +127,7 @@ async def draft_change(world: World, view: ContainerView, desired: DesiredState)
         owner=container.owner,
         authenticated=desired.registry_auth is not None,
     )
-    return Draft(
+    return OperationDraft(
         kind=desired.kind,
         target=container.target,
         target_record=PutContainer(container, expect=view.version),

@@ -54,8 +54,7 @@ from gpudock_server.core.containers.operation_history import refuse_if_record_lo
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.status import observed_status, status_after_start
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations.engine import Draft
-from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
+from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step
 from gpudock_server.core.placement.allocator import AllocationRequest
 from gpudock_server.errors import (
     ContainerExists,
@@ -139,7 +138,7 @@ class CloneArguments(Record):
     owner: str = ""
 
 
-async def draft(world: World, command: Clone) -> Draft:
+async def draft(world: World, command: Clone) -> OperationDraft:
     """Check that it can be made, find its files, and pick what it would be given."""
     if await world.store.container(command.name) is not None:
         raise ContainerExists(container=command.name)
@@ -180,7 +179,7 @@ async def draft(world: World, command: Clone) -> Draft:
         verify=not command.create_only and world.watches_starts,
         owner=container.owner,
     )
-    return Draft(
+    return OperationDraft(
         kind=OperationKind.CLONE,
         target=container.target,
         target_record=PutContainer(container, expect=0),

@@ -27,8 +27,7 @@ from gpudock_server.core.containers.layer_images import raw_image_name
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.status import observed_status
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations.engine import Draft
-from gpudock_server.core.operations.saga import OperationRun, Outcome, Step, StepResult
+from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step, StepResult
 from gpudock_server.errors import ContainerNotRunning, DiskFull, EngineRejected, ImageExists, SnapshotFailed
 from gpudock_server.model.container import ContainerState
 from gpudock_server.model.engine import (
@@ -103,7 +102,7 @@ _COMMITTED = StepResult("commit-files", CommittedFiles)
 _STRIPPED = StepResult("image", StrippedImage)
 
 
-async def draft(world: World, command: Commit) -> Draft:
+async def draft(world: World, command: Commit) -> OperationDraft:
     """Whatever has files can be committed; what runs is frozen for it, unless that is not wanted."""
     view = await world.lookup(command.name, command.etag)
     container = view.container
@@ -132,7 +131,7 @@ async def draft(world: World, command: Commit) -> Draft:
         shadow=copy.shadow,
         allocated_bytes=cost.allocated_bytes,
     )
-    return Draft(
+    return OperationDraft(
         kind=OperationKind.COMMIT,
         target=container.target,
         target_record=PutContainer(container, expect=view.version),

@@ -24,8 +24,7 @@ from gpudock_server.core.containers.operation_history import refuse_if_record_lo
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.status import observed_status, status_after_start
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations.engine import Draft
-from gpudock_server.core.operations.saga import OperationRun, Outcome, Step, StepResult
+from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step, StepResult
 from gpudock_server.core.placement.allocator import AllocationRequest
 from gpudock_server.errors import ContainerExists, ImageNotFound
 from gpudock_server.model.claims import claim_keys
@@ -100,7 +99,7 @@ class CreateArguments(Record):
     pull_stall_seconds: float | None = None
 
 
-async def draft(world: World, command: Create) -> Draft:
+async def draft(world: World, command: Create) -> OperationDraft:
     """Check that it can be made, and pick what it would be given."""
     if await world.store.container(command.name) is not None:
         raise ContainerExists(container=command.name)
@@ -137,7 +136,7 @@ async def draft(world: World, command: Create) -> Draft:
         present_id=choice.present_id,
         pull_stall_seconds=command.pull_stall_seconds,
     )
-    return Draft(
+    return OperationDraft(
         kind=OperationKind.CREATE,
         target=container.target,
         target_record=PutContainer(container, expect=0),

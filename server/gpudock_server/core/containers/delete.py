@@ -10,8 +10,7 @@ from gpudock_server.core.containers.commands import Delete
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.status import observed_status
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations.engine import Draft
-from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
+from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step
 from gpudock_server.errors import ContainerRunning
 from gpudock_server.model.claims import claim_keys
 from gpudock_server.model.container import ACTIVE_STATES, ContainerState, EngineBinding, Placement
@@ -29,7 +28,7 @@ class DeleteArguments(Record):
     placement: Placement
 
 
-async def draft(world: World, command: Delete) -> Draft:
+async def draft(world: World, command: Delete) -> OperationDraft:
     """What does not run can be deleted; what does, with force."""
     view = await world.lookup(command.name, command.etag)
     container = view.container
@@ -37,7 +36,7 @@ async def draft(world: World, command: Delete) -> Draft:
     if state in ACTIVE_STATES and not command.force:
         raise ContainerRunning(container=command.name, state=state.value)
     arguments = DeleteArguments(engine=container.engine, placement=container.status.placement)
-    return Draft(
+    return OperationDraft(
         kind=OperationKind.DELETE,
         target=container.target,
         target_record=PutContainer(container.with_status(state=ContainerState.DELETING), expect=view.version),

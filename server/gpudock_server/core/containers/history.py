@@ -8,8 +8,7 @@ from typing_extensions import override
 from gpudock_server.core.containers.commands import DeleteRevision
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations.engine import Draft
-from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
+from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step
 from gpudock_server.errors import ContainerGone, RevisionIsCurrent, RevisionNotFound
 from gpudock_server.model import store_changes
 from gpudock_server.model.container import Container, ContainerState
@@ -85,7 +84,7 @@ class DeleteRevisionArguments(Record):
     snapshot: Snapshot | None
 
 
-async def draft(world: World, command: DeleteRevision) -> Draft:
+async def draft(world: World, command: DeleteRevision) -> OperationDraft:
     """Any but the current one can go."""
     view = await world.lookup(command.name, command.etag)
     container = view.container
@@ -93,7 +92,7 @@ async def draft(world: World, command: DeleteRevision) -> Draft:
         raise RevisionIsCurrent(container=command.name, revision=command.revision)
     found = await find_revision(world, container, command.revision)
     arguments = DeleteRevisionArguments(revision=command.revision, snapshot=found.snapshot)
-    return Draft(
+    return OperationDraft(
         kind=OperationKind.DELETE_REVISION,
         target=container.target,
         target_record=PutContainer(container, expect=view.version),

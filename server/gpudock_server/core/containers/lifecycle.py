@@ -6,7 +6,7 @@ from gpudock_server.core.containers.change_plan import DesiredState, draft_chang
 from gpudock_server.core.containers.commands import Restart, Scale, ScaleStrategy, Start
 from gpudock_server.core.containers.history import refuse_if_gone
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations.engine import Draft
+from gpudock_server.core.operations.saga import OperationDraft
 from gpudock_server.errors import (
     ContainerNotRunning,
     ContainerPaused,
@@ -19,7 +19,7 @@ from gpudock_server.model.operation import OperationKind
 from gpudock_server.model.spec import ContainerSpec
 
 
-async def draft_start(world: World, command: Start) -> Draft:
+async def draft_start(world: World, command: Start) -> OperationDraft:
     """Start what does not run, with what it held, or had, or is asked for now."""
     view = await world.lookup(command.name, command.etag)
     container = view.container
@@ -39,7 +39,7 @@ async def draft_start(world: World, command: Start) -> Draft:
     )
 
 
-async def draft_restart(world: World, command: Restart) -> Draft:
+async def draft_restart(world: World, command: Restart) -> OperationDraft:
     """Stop what runs, and start it."""
     view = await world.lookup(command.name, command.etag)
     state = view.container.status.state
@@ -58,7 +58,7 @@ async def draft_restart(world: World, command: Restart) -> Draft:
     return await draft_change(world, view, desired)
 
 
-async def draft_scale(world: World, command: Scale) -> Draft:
+async def draft_scale(world: World, command: Scale) -> OperationDraft:
     """Other cards, limits or /dev/shm."""
     view = await world.lookup(command.name, command.etag)
     container = view.container

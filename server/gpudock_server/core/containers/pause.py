@@ -10,8 +10,7 @@ from gpudock_server.core.containers.commands import Pause, Unpause
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.status import observed_status
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations.engine import Draft
-from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
+from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step
 from gpudock_server.errors import ContainerNotPaused, ContainerNotRunning, ContainerPaused
 from gpudock_server.model.container import ContainerState
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
@@ -27,7 +26,7 @@ class PauseArguments(Record):
     freeze: bool
 
 
-async def draft(world: World, command: Pause | Unpause) -> Draft:
+async def draft(world: World, command: Pause | Unpause) -> OperationDraft:
     """Freeze what runs; thaw what is frozen."""
     view = await world.lookup(command.name, command.etag)
     container = view.container
@@ -43,7 +42,7 @@ async def draft(world: World, command: Pause | Unpause) -> Draft:
     if container.engine is None:
         raise ContainerNotRunning(container=command.name, state=state.value)
     arguments = PauseArguments(engine_id=container.engine.engine_id, freeze=freeze)
-    return Draft(
+    return OperationDraft(
         kind=OperationKind.PAUSE if freeze else OperationKind.UNPAUSE,
         target=container.target,
         target_record=PutContainer(container, expect=view.version),

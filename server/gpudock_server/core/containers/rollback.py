@@ -10,7 +10,7 @@ from gpudock_server.core.containers.change_saga import SuccessorFiles, Successor
 from gpudock_server.core.containers.commands import Rollback
 from gpudock_server.core.containers.history import find_revision, is_gone
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations.engine import Draft
+from gpudock_server.core.operations.saga import OperationDraft
 from gpudock_server.errors import (
     ContainerNotRunning,
     ContainerPaused,
@@ -23,7 +23,7 @@ from gpudock_server.model.operation import OperationKind
 from gpudock_server.ports import RevisionView
 
 
-async def draft_rollback(world: World, command: Rollback) -> Draft:
+async def draft_rollback(world: World, command: Rollback) -> OperationDraft:
     """Its spec with its files, or with those of today. One whose engine container is gone can be brought back."""
     view = await world.lookup(command.name, command.etag)
     container, state = view.container, view.container.status.state

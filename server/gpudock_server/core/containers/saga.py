@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing_extensions import override
 
+from gpudock_server.core.containers.resource import ContainerResource
 from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.saga import OperationRun, Saga
 from gpudock_server.ports import ContainerView
@@ -17,6 +18,4 @@ class ContainerSaga(Saga[ContainerView]):
 
     @override
     async def read_target(self, run: OperationRun) -> ContainerView | None:
-        target = run.operation.target
-        view = await self._world.store.container(target.name)
-        return view if view is not None and view.container.uid == target.uid else None
+        return await ContainerResource(self._world.store).view_of(run.operation.target)

@@ -13,8 +13,7 @@ from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.snapshots import MissedSnapshot, SnapshotArguments, SnapshotSteps, snapshot_failed
 from gpudock_server.core.containers.status import observed_status
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations.engine import Draft
-from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
+from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step
 from gpudock_server.errors import ContainerNotRunning, DiskFull, SnapshotFailed
 from gpudock_server.model.claims import claim_keys
 from gpudock_server.model.container import ACTIVE_STATES, Container, ContainerState, Placement
@@ -41,7 +40,7 @@ class StopArguments(Record):
     keep: SnapshotArguments = SnapshotArguments()
 
 
-async def draft(world: World, command: Stop) -> Draft:
+async def draft(world: World, command: Stop) -> OperationDraft:
     """Anything that has been created can be stopped; what has stopped already may still hold something."""
     view = await world.lookup(command.name, command.etag)
     container = view.container
@@ -62,7 +61,7 @@ async def draft(world: World, command: Stop) -> Draft:
     return _draft(world, view, arguments)
 
 
-def draft_enforced_stop(world: World, view: ContainerView, shown: EngineContainer, reason: str) -> Draft:
+def draft_enforced_stop(world: World, view: ContainerView, shown: EngineContainer, reason: str) -> OperationDraft:
     """Stop what somebody else started, and leave `reason` in its status."""
     container = view.container
     arguments = StopArguments(
@@ -91,9 +90,9 @@ async def _plan_snapshot(world: World, container: Container) -> SnapshotArgument
     return kept if kept.kind is SnapshotKind.TREE else SnapshotArguments(warnings=kept.warnings)
 
 
-def _draft(world: World, view: ContainerView, arguments: StopArguments) -> Draft:
+def _draft(world: World, view: ContainerView, arguments: StopArguments) -> OperationDraft:
     container = view.container
-    return Draft(
+    return OperationDraft(
         kind=OperationKind.STOP,
         target=container.target,
         target_record=PutContainer(container, expect=view.version),

@@ -8,14 +8,14 @@ from gpudock_server.core.containers.commands import FilesPolicy, PullPolicy, Upd
 from gpudock_server.core.containers.history import refuse_if_gone
 from gpudock_server.core.containers.images import ImageChoice, choose_image, require_user, require_user_in_files
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations.engine import Draft
+from gpudock_server.core.operations.saga import OperationDraft
 from gpudock_server.errors import ContainerNotRunning, ContainerPaused, ImageDiffers
 from gpudock_server.model.container import RUNNING_STATES, STOPPED_STATES, Container, ContainerState
 from gpudock_server.model.operation import OperationKind
 from gpudock_server.model.spec import ContainerSpec
 
 
-async def draft_update(world: World, command: Update) -> Draft:
+async def draft_update(world: World, command: Update) -> OperationDraft:
     """The same container, with another spec."""
     view = await world.lookup(command.name, command.etag)
     container, state = view.container, view.container.status.state

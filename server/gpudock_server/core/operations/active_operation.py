@@ -6,18 +6,14 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from typing_extensions import override
 
-from gpudock_server.core.operations.saga import OperationRun, Saga, Step
+from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Saga, Step
 from gpudock_server.errors import StoreFull
 from gpudock_server.model.operation import Operation
 from gpudock_server.model.record import Record
-
-if TYPE_CHECKING:
-    # What begins operations imports what they are made of.
-    from gpudock_server.core.operations.engine import Draft
 
 # A quick reader is told of progress this often at most; a pull reports each of its chunks.
 _PROGRESS_INTERVAL_SECONDS = 0.05
@@ -41,7 +37,7 @@ class ActiveOperation(OperationRun):
     version: int
     saga: Saga[Any]
     # Begins a part of it, or finds the one that was begun, and waits for its end.
-    child_runner: Callable[[Operation, str, Callable[[], Awaitable[Draft]]], Awaitable[None]]
+    child_runner: Callable[[Operation, str, Callable[[], Awaitable[OperationDraft]]], Awaitable[None]]
     current_bytes: int = 0
     total_bytes: int = 0
     messages: list[str] = field(default_factory=list)
@@ -88,7 +84,7 @@ class ActiveOperation(OperationRun):
         self.messages.append(message)
 
     @override
-    async def run_child(self, name: str, draft: Callable[[], Awaitable[Draft]]) -> None:
+    async def run_child(self, name: str, draft: Callable[[], Awaitable[OperationDraft]]) -> None:
         await self.child_runner(self.record, name, draft)
 
     @property

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +25,9 @@ import structlog
 from gpudock_server.core.operations.active_operation import ActiveOperation, OperationView
 from gpudock_server.core.operations.driver import Driver
 from gpudock_server.core.operations.journal import Journal, OperationSuspended
-from gpudock_server.core.operations.saga import COMMIT_STAGE, Saga
+from gpudock_server.core.operations.resource import Resource
+from gpudock_server.core.operations.saga import COMMIT_STAGE, OperationDraft, Saga, SagaBuilder
 from gpudock_server.errors import (
-    ContainerBusy,
-    ContainerExists,
     GpudockError,
     OperationFailed,
     OperationNotCancellable,
@@ -40,35 +39,25 @@ from gpudock_server.errors import (
     ShuttingDown,
     StoreFull,
     StoreUnavailable,
-    VolumeBusy,
-    VolumeExists,
-    VolumeOnOtherNode,
-    WrongNode,
 )
-from gpudock_server.model.container import Container
 from gpudock_server.model.operation import (
     Operation,
     OperationKind,
-    OperationPlan,
     OperationState,
     RequestRecord,
     Result,
     Stage,
     new_operation_id,
 )
-from gpudock_server.model.record import JsonObject, now
-from gpudock_server.model.resource import ResourceKind, ResourceRef
+from gpudock_server.model.record import now
 from gpudock_server.model.store_changes import (
     Claim,
     Lock,
-    PutContainer,
     PutOperation,
     PutRequest,
-    PutVolume,
     RequireUnlocked,
     StoreChange,
 )
-from gpudock_server.model.volume import Volume
 from gpudock_server.ports import Page, Store, StoreConflict
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -90,41 +79,26 @@ class RequestKey:
     digest: str
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """An operation that could begin: what its first transaction changes beside the operation itself."""
-
-    kind: OperationKind
-    target: ResourceRef
-    target_record: PutContainer | PutVolume
-    arguments: JsonObject
-    plan: OperationPlan
-    # May know what is not recorded (a registry's password) and what a later process goes without.
-    build: Callable[[Operation], Saga[Any]]
-    claims: Sequence[Claim] = ()
-    # What else must not change while it is at work, and what else must hold when it begins.
-    locks: Sequence[ResourceRef] = ()
-    conditions: Sequence[StoreChange] = ()
-
-    @property
-    def creates_target(self) -> bool:
-        """Whether its target does not exist yet."""
-        return self.target_record.expect == 0
-
-
 class Operations:
     """Begins, drives, shows and cancels operations of one node."""
 
     def __init__(
-        self, store: Store, node: str, build: Callable[[Operation], Saga[Any]], *, recovering: bool = False
+        self,
+        store: Store,
+        node: str,
+        resources: Sequence[Resource[Any]],
+        sagas: Mapping[OperationKind, SagaBuilder],
+        *,
+        recovering: bool = False,
     ) -> None:
-        """`build` makes the saga of a recorded operation, by its kind.
+        """`sagas` makes the saga of a recorded operation, by its kind.
 
         `recovering`: nothing begins until `open` is called, because claims and records may not be as the engine has it.
         """
         self._store = store
         self._node = node
-        self._build = build
+        self._resources = {resource.kind: resource for resource in resources}
+        self._sagas = sagas
         self._running: dict[str, ActiveOperation] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._draining = asyncio.Event()
@@ -158,15 +132,19 @@ class Operations:
     # -- beginning ---------------------------------------------------------------------------------------------------
 
     async def begin(
-        self, draft: Callable[[], Awaitable[Draft]], request: RequestKey | None, *, during_recovery: bool = False
+        self,
+        draft: Callable[[], Awaitable[OperationDraft]],
+        request: RequestKey | None,
+        *,
+        during_recovery: bool = False,
     ) -> str:
         """Make one durable operation of a draft and start it; its id.
 
-        `draft` is asked again when what it picked was taken by someone else. With a `request` that was seen before,
-        nothing begins and the first call's operation is named. Raises whatever `draft` raises, RequestIdReused,
-        ContainerBusy, ContainerExists, StoreUnavailable, ShuttingDown; and Recovering, or StoreFull where the recovery
-        waits for room, unless `during_recovery`: is part of
-        an operation that was resumed, or puts right what the first full pass has found.
+        `draft` is called again when what it picked was taken by someone else. With a `request` that was seen before,
+        nothing begins and the id of the first call's operation is returned. Raises whatever `draft` raises,
+        RequestIdReused, the resource's errors for a name that is taken or locked, StoreUnavailable, ShuttingDown; and
+        Recovering, or StoreFull where the recovery waits for room, unless `during_recovery`: the operation is part of
+        one that was resumed, or repairs what the first full pass has found.
         """
         for attempt in range(_CONTENTION_TRIES):
             async with self._retry_lock if attempt else nullcontext():
@@ -177,9 +155,11 @@ class Operations:
                 if self._recovering and not during_recovery:
                     raise self._recovery_error()
                 try:
-                    return await self._begin(await draft(), request)
-                except StoreConflict as conflict:
-                    self._raise_conflict_error(conflict)
+                    drafted = await draft()
+                    try:
+                        return await self._begin(drafted, request)
+                    except StoreConflict as conflict:
+                        self._raise_conflict_error(drafted, conflict)
                 except GpudockError:
                     # Perhaps only because the same call, made twice at once, has just done what was asked.
                     if (first := await self._find_request(request)) is not None:
@@ -195,7 +175,7 @@ class Operations:
             raise RequestIdReused(request_id=request.id)
         return record.operation_id
 
-    async def _begin(self, draft: Draft, request: RequestKey | None) -> str:
+    async def _begin(self, draft: OperationDraft, request: RequestKey | None) -> str:
         moment = now()
         operation = Operation(
             id=new_operation_id(),
@@ -234,7 +214,7 @@ class Operations:
             self._beginning_ids.discard(operation.id)
         return operation.id
 
-    async def _run_child(self, whole: Operation, name: str, draft: Callable[[], Awaitable[Draft]]) -> None:
+    async def _run_child(self, whole: Operation, name: str, draft: Callable[[], Awaitable[OperationDraft]]) -> None:
         """See `OperationRun.run_child`. The child is found again by a request id that is made of its parent's."""
         words = f"{whole.id}/{name}"
         try:
@@ -255,18 +235,13 @@ class Operations:
         self._running[whole.id].block(None)
         raise_operation_error(snapshot.operation)
 
-    @staticmethod
-    def _raise_conflict_error(conflict: StoreConflict) -> None:
+    def _raise_conflict_error(self, draft: OperationDraft, conflict: StoreConflict) -> None:
         """Raise what a caller can act on; return where the draft is merely out of date."""
         match conflict.change:
-            case Lock(kind=ResourceKind.VOLUME, name=name) | RequireUnlocked(kind=ResourceKind.VOLUME, name=name):
-                raise VolumeBusy(volume=name, operation_id=str(conflict.found)) from None
-            case Lock(name=name):
-                raise ContainerBusy(container=name, operation_id=str(conflict.found)) from None
-            case PutVolume(volume=volume, expect=0):
-                raise VolumeExists(volume=volume.name) from None
-            case PutContainer(container=container, expect=0):
-                raise ContainerExists(container=container.name) from None
+            case Lock(kind=kind, name=name) | RequireUnlocked(kind=kind, name=name):
+                raise self._resources[kind].busy_error(name, str(conflict.found)) from None
+            case change if change == draft.target_record and draft.creates_target:
+                raise self._resources[draft.target.kind].exists_error(draft.target.name) from None
             case _:
                 return
 
@@ -352,16 +327,11 @@ class Operations:
         raise_operation_error(operation)
         if operation.result is not None:
             return operation.result
-        current: Container | Volume | None = None
-        if operation.target.kind is ResourceKind.CONTAINER:
-            view = await self._store.container(operation.target.name)
-            current = view.container if view is not None else None
-        else:
-            seen = await self._store.volume(operation.target.name)
-            current = seen.volume if seen is not None else None
-        if operation.kind is OperationKind.COMMIT or current is None or current.uid != operation.target.uid:
+        resource = self._resources[operation.target.kind]
+        view = await resource.view_of(operation.target)
+        if operation.kind is OperationKind.COMMIT or view is None:
             raise OperationResultGone(operation_id=operation.id)
-        return current
+        return resource.record(view)
 
     # -- cancelling --------------------------------------------------------------------------------------------------
 
@@ -401,7 +371,28 @@ class Operations:
             return
         nodes = await self._store.nodes()
         address = next((node.address for node in nodes if node.node == operation.node), "")
-        raise wrong_node_error(operation, address)
+        raise self.wrong_node_error(operation, address)
+
+    def wrong_node_error(self, operation: Operation, address: str = "") -> GpudockError:
+        """The error of an operation that another node runs."""
+        target = operation.target
+        return self._resources[target.kind].wrong_node_error(target.name, operation.node, address)
+
+    def preview(self, draft: OperationDraft) -> Operation:
+        """What a draft would do, with nothing done: an operation that is PLANNED and has no id."""
+        moment = now()
+        operation = Operation(
+            id="",
+            kind=draft.kind,
+            target=draft.target.model_copy(update={"uid": ""}) if draft.creates_target else draft.target,
+            node=self._node,
+            state=OperationState.PLANNED,
+            arguments=draft.arguments,
+            plan=draft.plan,
+            create_time=moment,
+            update_time=moment,
+        )
+        return operation.changed(stages=stages_of(draft.build(operation)))
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -417,7 +408,8 @@ class Operations:
             if operation_id in self.driven or operation_id in but:
                 continue
             log.info("operation resumed", operation_id=operation_id, kind=current.value.kind.value)
-            self._launch(ActiveOperation(current.value, current.version, self._build(current.value), self._run_child))
+            saga = self._sagas[current.value.kind](current.value)
+            self._launch(ActiveOperation(current.value, current.version, saga, self._run_child))
             taken.append(operation_id)
         return tuple(taken)
 
@@ -478,31 +470,6 @@ class Operations:
     def _forget(self, operation_id: str) -> None:
         self._tasks.pop(operation_id, None)
         self._running.pop(operation_id, None)
-
-
-def wrong_node_error(operation: Operation, address: str) -> WrongNode | VolumeOnOtherNode:
-    """The error of an operation that another node runs."""
-    target, node = operation.target, operation.node
-    if target.kind is ResourceKind.VOLUME:
-        return VolumeOnOtherNode(volume=target.name, node=node, address=address)
-    return WrongNode(container=target.name, node=node, address=address)
-
-
-def planned_operation(draft: Draft, node: str) -> Operation:
-    """What a draft would do, with nothing done: an operation that is PLANNED and has no id."""
-    moment = now()
-    operation = Operation(
-        id="",
-        kind=draft.kind,
-        target=draft.target.model_copy(update={"uid": ""}) if draft.creates_target else draft.target,
-        node=node,
-        state=OperationState.PLANNED,
-        arguments=draft.arguments,
-        plan=draft.plan,
-        create_time=moment,
-        update_time=moment,
-    )
-    return operation.changed(stages=stages_of(draft.build(operation)))
 
 
 def stages_of(saga: Saga[Any]) -> tuple[Stage, ...]:

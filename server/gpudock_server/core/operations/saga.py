@@ -9,15 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
-from gpudock_server.model.operation import Operation, Result
-from gpudock_server.model.record import Record
-from gpudock_server.model.store_changes import StoreChange
-
-if TYPE_CHECKING:
-    # What begins operations imports what they are made of.
-    from gpudock_server.core.operations.engine import Draft
+from gpudock_server.model.operation import Operation, OperationKind, OperationPlan, Result
+from gpudock_server.model.record import JsonObject, Record
+from gpudock_server.model.resource import ResourceRef
+from gpudock_server.model.store_changes import Claim, PutContainer, PutVolume, StoreChange
 
 # A head with the version to compare and set against: what the store shows of the operation's target.
 V = TypeVar("V")
@@ -46,7 +43,7 @@ class OperationRun(Protocol):
         """Show a sentence while this stage is at work, in place of the one before; empty takes it away."""
         ...
 
-    async def run_child(self, name: str, draft: Callable[[], Awaitable[Draft]]) -> None:
+    async def run_child(self, name: str, draft: Callable[[], Awaitable[OperationDraft]]) -> None:
         """Bring another operation to its end, begun once however often this is repeated: the part of this `name`.
 
         It is an operation like any other, with its own locks and record, and stays done when this one is undone.
@@ -123,3 +120,28 @@ class Saga(ABC, Generic[V]):
     @abstractmethod
     async def failure_changes(self, run: OperationRun, view: V) -> Sequence[StoreChange]:
         """The changes that leave no trace of an undone operation, but its own record."""
+
+
+SagaBuilder: TypeAlias = Callable[[Operation], Saga[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class OperationDraft:
+    """An operation that could begin: what its first transaction changes beside the operation itself."""
+
+    kind: OperationKind
+    target: ResourceRef
+    target_record: PutContainer | PutVolume
+    arguments: JsonObject
+    plan: OperationPlan
+    # May know what is not recorded (a registry's password) and what a later process goes without.
+    build: SagaBuilder
+    claims: Sequence[Claim] = ()
+    # What else must not change while it is at work, and what else must hold when it begins.
+    locks: Sequence[ResourceRef] = ()
+    conditions: Sequence[StoreChange] = ()
+
+    @property
+    def creates_target(self) -> bool:
+        """Whether its target does not exist yet."""
+        return self.target_record.expect == 0

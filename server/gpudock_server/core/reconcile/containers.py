@@ -10,7 +10,8 @@ from gpudock_server.core.containers import stop
 from gpudock_server.core.containers.history import revisions_with_files
 from gpudock_server.core.containers.status import observed_status
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations.engine import Draft, Operations
+from gpudock_server.core.operations.engine import Operations
+from gpudock_server.core.operations.saga import OperationDraft
 from gpudock_server.core.reconcile.drift import ReportDrift
 from gpudock_server.core.reconcile.records import claim_text, placement_of
 from gpudock_server.core.reconcile.restarts import Restarts
@@ -213,7 +214,7 @@ class ContainerReconciler:
         by = "somebody unknown" if taken.holder == UNREADABLE_HOLDER else taken.holder.container
         reason = f"it was started outside gpudock while {claim_text(taken.key)} was held by {by}, and was stopped again"
 
-        async def draft() -> Draft:
+        async def draft() -> OperationDraft:
             # Whatever began since may have started it for good reason.
             current = await self._world.store.container(container.name)
             if current is None or current.version != view.version or current.operation_id:

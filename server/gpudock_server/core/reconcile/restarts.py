@@ -21,7 +21,8 @@ from gpudock_server.core.containers.commands import Start
 from gpudock_server.core.containers.lifecycle import draft_start
 from gpudock_server.core.containers.status import RESTART_SETTLE_TIME, observed_status
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations.engine import Draft, Operations
+from gpudock_server.core.operations.engine import Operations
+from gpudock_server.core.operations.saga import OperationDraft
 from gpudock_server.core.reconcile.drift import ReportDrift
 from gpudock_server.errors import GpudockError
 from gpudock_server.model.container import ACTIVE_STATES, Container, ContainerState
@@ -192,7 +193,7 @@ class Restarts:
     async def _start(self, watched: _WatchedContainer) -> None:
         """Start it by an operation, and wait for the end of that."""
 
-        async def draft() -> Draft:
+        async def draft() -> OperationDraft:
             view = await self._world.store.container(watched.name)
             if view is None or view.container.uid != watched.uid or view.operation_id or view.container.engine is None:
                 raise _StartNotNeeded

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from gpudock_server.core.containers.mounts import all_containers, containers_mounting, volume_not_found
-from gpudock_server.core.operations.engine import Draft, Operations, RequestKey, planned_operation
-from gpudock_server.core.operations.saga import Saga
+from gpudock_server.core.operations.commands import Commands
+from gpudock_server.core.operations.engine import Operations, RequestKey
+from gpudock_server.core.operations.saga import OperationDraft, Saga, SagaBuilder
 from gpudock_server.core.volumes import adopt, create, delete, resize
 from gpudock_server.core.volumes.adopt import AdoptSaga
 from gpudock_server.core.volumes.commands import Adopt, Command, Create, Delete, Resize
@@ -25,7 +27,7 @@ from gpudock_server.model.operation import Operation, OperationKind
 from gpudock_server.model.volume import Volume, VolumeRevision, VolumeState
 from gpudock_server.ports import Page, VolumeDetails, VolumeView
 
-__all__ = ["Storage", "Volumes", "build_saga", "choose_backend"]
+__all__ = ["Storage", "Volumes", "choose_backend", "saga_builders"]
 
 # What has not been measured by then is not told: a volume without a size is counted file by file.
 _USAGE_TIMEOUT_SECONDS = 10.0
@@ -33,29 +35,25 @@ _USAGE_TIMEOUT_SECONDS = 10.0
 _MAX_PARALLEL_USAGE_READS = 4
 
 
-def build_saga(storage: Storage, operation: Operation) -> Saga[Any]:
-    """Makes the saga of a recorded operation on a volume."""
-    match operation.kind:
-        case OperationKind.CREATE_VOLUME:
-            return CreateSaga(storage, operation)
-        case OperationKind.RESIZE_VOLUME:
-            return resize.build_resize_saga(storage, operation)
-        case OperationKind.DELETE_VOLUME:
-            return DeleteSaga(storage, operation)
-        case OperationKind.ADOPT_VOLUME:
-            return AdoptSaga(storage, operation)
-        case kind:
-            raise ValueError(f"{kind} is not done to volumes")
+def saga_builders(storage: Storage) -> dict[OperationKind, SagaBuilder]:
+    """Makes the saga of a recorded operation on a volume, by its kind."""
+    sagas: dict[OperationKind, Callable[[Storage, Operation], Saga[Any]]] = {
+        OperationKind.CREATE_VOLUME: CreateSaga,
+        OperationKind.RESIZE_VOLUME: resize.build_resize_saga,
+        OperationKind.DELETE_VOLUME: DeleteSaga,
+        OperationKind.ADOPT_VOLUME: AdoptSaga,
+    }
+    return {kind: partial(saga, storage) for kind, saga in sagas.items()}
 
 
-class Volumes:
+class Volumes(Commands):
     """Reads volumes, and begins operations on them."""
 
     def __init__(self, storage: Storage, operations: Operations) -> None:
-        """`operations` must have been built with `saga_factory` (core/saga_factory.py)."""
+        """`operations` must have been built with `saga_builders`."""
+        super().__init__(operations, {command: partial(draft, storage) for command, draft in _DRAFTERS.items()})
         self._storage = storage
         self._store = storage.world.store
-        self._operations = operations
         self._usage_reads = asyncio.Semaphore(_MAX_PARALLEL_USAGE_READS)
 
     async def get(self, name: str) -> VolumeDetails:
@@ -109,31 +107,15 @@ class Volumes:
         volume = (await self._view(name)).volume
         return await self._store.volume_revisions(volume.uid, page_size=page_size, page_token=page_token)
 
-    async def begin(self, command: Command, request: RequestKey | None) -> str:
-        """Begin what is asked for; the id of its operation. Nothing has been done before this returns."""
-        return await self._operations.begin(lambda: self._draft(command), request)
-
     async def run(self, command: Command, request: RequestKey | None) -> VolumeDetails:
-        """Begin what is asked for and wait for its end, which it reaches even when the caller does not."""
-        operation_id = await self.begin(command, request)
-        left = await self._operations.result(operation_id)
-        if not isinstance(left, Volume):
-            raise TypeError(f"{command} left {left}")
-        return VolumeDetails(VolumeView(left, 0, ""), ())
-
-    async def run_to_end(self, command: Command, request: RequestKey | None) -> None:
-        """`run` for what leaves nothing: a deletion."""
-        await self._operations.done(await self.begin(command, request))
-
-    async def preview(self, command: Command) -> Operation:
-        """What `begin` would do, with nothing done: an operation that is PLANNED and has no id."""
-        return planned_operation(await self._draft(command), self._storage.world.node)
-
-    async def _draft(self, command: Command) -> Draft:
-        return await _DRAFTERS[type(command)](self._storage, command)
+        """Begin an operation and wait for its end; the volume that it leaves."""
+        result = await self._run(command, request)
+        if not isinstance(result, Volume):
+            raise TypeError(f"{type(command).__name__} leaves no volume")
+        return VolumeDetails(VolumeView(result, 0, ""), ())
 
 
-_DRAFTERS: dict[type, Callable[[Storage, Any], Awaitable[Draft]]] = {
+_DRAFTERS: dict[type, Callable[[Storage, Any], Awaitable[OperationDraft]]] = {
     Create: create.draft,
     Resize: resize.draft,
     Delete: delete.draft,

@@ -7,8 +7,7 @@ import uuid
 from typing_extensions import override
 
 from gpudock_server.core.containers.mounts import all_containers, all_volumes
-from gpudock_server.core.operations.engine import Draft
-from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
+from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step
 from gpudock_server.core.volumes.commands import Adopt
 from gpudock_server.core.volumes.create import NewVolumeSaga, backend_for, new_volume
 from gpudock_server.core.volumes.saga import copy_and_verify
@@ -38,7 +37,7 @@ class AdoptArguments(Record):
     source: VolumeBacking
 
 
-async def draft(storage: Storage, command: Adopt) -> Draft:
+async def draft(storage: Storage, command: Adopt) -> OperationDraft:
     """Check that it is there, may be adopted and is nobody's, and, where it is to be copied, that it can be."""
     volume = await new_volume(storage, command.name, command.owner, command.labels, command.size_bytes)
     found = await _find_adoptable(storage, command)
@@ -58,7 +57,7 @@ async def draft(storage: Storage, command: Adopt) -> Draft:
         plan = await _plan_copy(storage, command, found, source)
         await storage.require_pool_space(backend.kind, volume.uid, command.size_bytes)
     arguments = AdoptArguments(kind=backend.kind, size_bytes=command.size_bytes, source=source)
-    return Draft(
+    return OperationDraft(
         kind=OperationKind.ADOPT_VOLUME,
         target=volume.target,
         target_record=PutVolume(volume, expect=0),

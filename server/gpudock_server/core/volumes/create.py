@@ -7,8 +7,7 @@ from typing_extensions import override
 
 from gpudock_server.core.containers.engine_volumes import engine_labels
 from gpudock_server.core.containers.mounts import engine_volume_without_record
-from gpudock_server.core.operations.engine import Draft
-from gpudock_server.core.operations.saga import OperationRun, Outcome, Step, StepResult
+from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step, StepResult
 from gpudock_server.core.volumes.commands import Create
 from gpudock_server.core.volumes.saga import VolumeSaga, revision_of
 from gpudock_server.core.volumes.storage import Storage
@@ -44,13 +43,13 @@ class CreateArguments(Record):
     size_bytes: int
 
 
-async def draft(storage: Storage, command: Create) -> Draft:
+async def draft(storage: Storage, command: Create) -> OperationDraft:
     """Check that it can be made, and choose what of."""
     volume = await new_volume(storage, command.name, command.owner, command.labels, command.size_bytes)
     backend = await backend_for(storage, command.name, command.size_bytes, command.backend)
     await storage.require_pool_space(backend.kind, volume.uid, command.size_bytes)
     arguments = CreateArguments(kind=backend.kind, size_bytes=command.size_bytes)
-    return Draft(
+    return OperationDraft(
         kind=OperationKind.CREATE_VOLUME,
         target=volume.target,
         target_record=PutVolume(volume, expect=0),

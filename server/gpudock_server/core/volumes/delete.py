@@ -19,8 +19,7 @@ from gpudock_server.core.containers.commands import FieldChange, Update
 from gpudock_server.core.containers.mounts import containers_mounting
 from gpudock_server.core.containers.update import draft_update
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations.engine import Draft
-from gpudock_server.core.operations.saga import OperationRun, Outcome, Step
+from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step
 from gpudock_server.core.volumes.commands import Delete
 from gpudock_server.core.volumes.saga import VolumeSaga
 from gpudock_server.core.volumes.storage import Storage
@@ -43,7 +42,7 @@ class DeleteArguments(Record):
     detach: tuple[ResourceRef, ...] = ()
 
 
-async def draft(storage: Storage, command: Delete) -> Draft:
+async def draft(storage: Storage, command: Delete) -> OperationDraft:
     """One that nothing mounts can be deleted; what is left of one that was half deleted, too."""
     view = await storage.lookup(command.name, command.etag)
     volume = view.volume
@@ -52,7 +51,7 @@ async def draft(storage: Storage, command: Delete) -> Draft:
         arguments, plan = await _plan_detach(storage, volume.name, arguments)
     else:
         await _require_unused(storage, volume.name, volume.backing)
-    return Draft(
+    return OperationDraft(
         kind=OperationKind.DELETE_VOLUME,
         target=volume.target,
         target_record=PutVolume(volume.changed(state=VolumeState.DELETING), expect=view.version),
@@ -92,7 +91,7 @@ async def _plan_detach(
     return arguments.model_copy(update={"detach": tuple(view.container.target for view in views)}), plan
 
 
-async def draft_unmount(world: World, target: ResourceRef, volume: str) -> Draft:
+async def draft_unmount(world: World, target: ResourceRef, volume: str) -> OperationDraft:
     """An update of a container that does not run, to a spec without a volume. Raises VolumeInUse where it runs."""
     view = await world.lookup(target.name)
     if view.container.status.state not in STOPPED_STATES:

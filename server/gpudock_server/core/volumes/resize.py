@@ -20,8 +20,7 @@ from typing_extensions import override
 from gpudock_server.core.containers.mounts import containers_mounting
 from gpudock_server.core.containers.status import observed_status
 from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations.engine import Draft
-from gpudock_server.core.operations.saga import OperationRun, Outcome, Saga, Step, StepResult
+from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Saga, Step, StepResult
 from gpudock_server.core.volumes.commands import Resize
 from gpudock_server.core.volumes.saga import VolumeSaga, backing_of, copy_and_verify, revision_of
 from gpudock_server.core.volumes.storage import Storage
@@ -81,7 +80,7 @@ class ResizeArguments(Record):
     users: tuple[MountingContainer, ...] = ()
 
 
-async def draft(storage: Storage, command: Resize) -> Draft:
+async def draft(storage: Storage, command: Resize) -> OperationDraft:
     """Check that it can have that size, and how it gets there. Nothing has been changed when this raises."""
     view = await storage.lookup(command.name, command.etag)
     volume, size = view.volume, command.size_bytes
@@ -102,7 +101,7 @@ async def draft(storage: Storage, command: Resize) -> Draft:
         if backend.needs_copy(old, size):
             arguments, plan = await _plan_copy(storage, volume, arguments, usage)
     reserved = volume.changed(reserved_bytes=max(size, volume.size_bytes))
-    return Draft(
+    return OperationDraft(
         kind=OperationKind.RESIZE_VOLUME,
         target=volume.target,
         target_record=PutVolume(reserved, expect=view.version),

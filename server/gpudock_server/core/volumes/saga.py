@@ -3,6 +3,7 @@
 from typing_extensions import override
 
 from gpudock_server.core.operations.saga import OperationRun, Saga
+from gpudock_server.core.volumes.resource import VolumeResource
 from gpudock_server.core.volumes.storage import Storage
 from gpudock_server.errors import VolumeFailed, VolumeInUse
 from gpudock_server.model.record import now
@@ -20,9 +21,7 @@ class VolumeSaga(Saga[VolumeView]):
 
     @override
     async def read_target(self, run: OperationRun) -> VolumeView | None:
-        target = run.operation.target
-        view = await self._world.store.volume(target.name)
-        return view if view is not None and view.volume.uid == target.uid else None
+        return await VolumeResource(self._world.store).view_of(run.operation.target)
 
 
 def revision_of(volume: Volume, cause: VolumeCause, operation_id: str) -> PutVolumeRevision:

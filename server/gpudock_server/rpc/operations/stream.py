@@ -9,7 +9,7 @@ from typing import TypeAlias
 from gpudock.v1 import committed_image_pb2, container_pb2, operation_pb2, volume_pb2
 
 from gpudock_server.core.operations.active_operation import OperationView
-from gpudock_server.core.operations.engine import Operations, raise_operation_error, wrong_node_error
+from gpudock_server.core.operations.engine import Operations, raise_operation_error
 from gpudock_server.model.image import CommittedImage
 from gpudock_server.model.operation import Operation, OperationKind
 from gpudock_server.model.volume import Volume
@@ -44,7 +44,7 @@ async def follow(
 async def _result(operations: Operations, operation: Operation) -> ResultMessage | None:
     if not operation.state.ended:
         # Only the daemon that runs the operation can watch it.
-        raise wrong_node_error(operation, address="")
+        raise operations.wrong_node_error(operation)
     if operation.kind in _KINDS_WITHOUT_RESULT:
         raise_operation_error(operation)
         return None
