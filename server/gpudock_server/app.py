@@ -46,12 +46,14 @@ from gpudock_server.adapters.volumes import (
 from gpudock_server.core.adoption_rules import AdoptionRules
 from gpudock_server.core.containers import Containers, HistoryDefaults, ImagePolicy, World
 from gpudock_server.core.containers import saga_builders as container_sagas
+from gpudock_server.core.containers.engine_containers import EngineContainers
 from gpudock_server.core.containers.resource import ContainerResource
 from gpudock_server.core.containers.retention import Retention
 from gpudock_server.core.exec.sessions import ExecSessions
 from gpudock_server.core.nodes import Nodes
 from gpudock_server.core.operations.engine import Operations
 from gpudock_server.core.placement.allocator import Allocator
+from gpudock_server.core.placement.claims import HostClaims
 from gpudock_server.core.reconcile import DriftTracker, Reconciler
 from gpudock_server.core.volumes import Storage, Volumes
 from gpudock_server.core.volumes import saga_builders as volume_sagas
@@ -159,13 +161,15 @@ async def _assemble(
     )
     host_paths = _host_paths(settings, _engine_namespace(settings))
     await _restore_host_paths(host_paths)
-    state = wrappers.store(store)
+    state, engine, paths = wrappers.store(store), wrappers.engine(docker), wrappers.host_paths(host_paths)
     world = World(
         store=state,
-        engine=wrappers.engine(docker),
+        engine=engine,
         layers=wrappers.layers(layers),
         snapshots=wrappers.snapshots(snapshots),
-        host_paths=wrappers.host_paths(host_paths),
+        host_paths=paths,
+        engine_containers=EngineContainers(engine, paths, stop_seconds=settings.stop_timeout),
+        claims=HostClaims(host=settings.host_id, node=settings.node_name),
         ledger=wrappers.ledger(ledger),
         adoption=AdoptionRules(settings.adoptable_volumes),
         allocator=Allocator(
@@ -177,11 +181,9 @@ async def _assemble(
             pinned_ranges=[(ports.first, ports.last) for ports in settings.pinned_port_ranges],
         ),
         node=settings.node_name,
-        host=settings.host_id,
         capacity=HostCapacity(cpus=info.cpus, memory_bytes=info.memory_bytes),
         settle_seconds=settings.settle_period,
         start_watch_seconds=settings.start_watch_period,
-        stop_seconds=settings.stop_timeout,
         images=ImagePolicy(
             replace_any=settings.commit_replace is CommitReplace.ANY,
             repositories=settings.commit_repositories,

@@ -19,12 +19,14 @@ from gpudock.v1.volume_service_pb2_grpc import VolumeServiceStub
 from gpudock_server.adapters.host_paths import HostPathBinder
 from gpudock_server.core import containers, volumes
 from gpudock_server.core.containers import Containers, World
+from gpudock_server.core.containers.engine_containers import EngineContainers
 from gpudock_server.core.containers.resource import ContainerResource
 from gpudock_server.core.exec.sessions import ExecSessions
 from gpudock_server.core.nodes import Nodes
 from gpudock_server.core.operations.engine import Operations
 from gpudock_server.core.operations.resource import Resource
 from gpudock_server.core.placement.allocator import Allocator
+from gpudock_server.core.placement.claims import HostClaims
 from gpudock_server.core.reconcile import DriftTracker
 from gpudock_server.core.volumes import Storage, Volumes
 from gpudock_server.core.volumes.resource import VolumeResource
@@ -91,18 +93,19 @@ async def serve(
 ) -> AsyncIterator[Served]:
     """Serve on a socket in `folder`, with these volumes, copier and snapshots; nothing of it is left afterwards."""
     store, engine, inventory, processes = MemoryStore(), FakeEngine(), FakeInventory(), FakeProcesses()
+    host_paths = HostPathBinder(folder, allowed=(), namespace=None)
     world = World(
         store=store,
         engine=engine,
         layers=FakeLayers(),
         snapshots=snapshots or FakeSnapshots(),
-        host_paths=HostPathBinder(folder, allowed=(), namespace=None),
+        host_paths=host_paths,
+        engine_containers=EngineContainers(engine, host_paths, stop_seconds=10),
+        claims=HostClaims(host=HOST, node=NODE),
         ledger=FakeLedger(),
         allocator=Allocator(store=store, inventory=inventory, probe=every_port_is_free, host=HOST, port_range=PORTS),
         node=NODE,
-        host=HOST,
         settle_seconds=0,
-        stop_seconds=10,
     )
     backends = [volumes or FakeVolumes(), FakePlain()]
     storage = Storage(world=world, backends=backends, copier=copier or FakeCopier(), path="/volumes")

@@ -9,8 +9,10 @@ from typing import Any
 
 from gpudock_server.core.containers import Containers, World
 from gpudock_server.core.containers.commands import Command, Create
+from gpudock_server.core.containers.engine_containers import EngineContainers
 from gpudock_server.core.operations.engine import RequestKey
 from gpudock_server.core.placement.allocator import Allocator
+from gpudock_server.core.placement.claims import HostClaims
 from gpudock_server.core.reconcile.images import remove_unused_images
 from gpudock_server.core.volumes import Storage, Volumes
 from gpudock_server.core.volumes import commands as volume_commands
@@ -56,6 +58,8 @@ class Desk:
             layers=self.layers,
             snapshots=self.snapshots,
             host_paths=self.host_paths,
+            engine_containers=EngineContainers(self.engine, self.host_paths, stop_seconds=10),
+            claims=HostClaims(host=HOST, node=NODE),
             ledger=FakeLedger(),
             allocator=Allocator(
                 store=self.store,
@@ -65,9 +69,7 @@ class Desk:
                 port_range=(20000, 20009),
             ),
             node=NODE,
-            host=HOST,
             settle_seconds=3,
-            stop_seconds=10,
             start_watch_seconds=2,
         )
         self.begin()

@@ -10,7 +10,7 @@ import gpudock_server.core
 _AROUND = re.compile(r"\bengine\.(create|start|remove)\(")
 
 
-def test_core_goes_through_world() -> None:
+def test_core_goes_through_engine_containers() -> None:
     core = Path(gpudock_server.core.__file__).parent
     around = {path.name for path in core.rglob("*.py") if _AROUND.search(path.read_text(encoding="utf-8"))}
-    assert around == {"world.py"}
+    assert around == {"engine_containers.py"}

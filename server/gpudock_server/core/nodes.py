@@ -136,7 +136,7 @@ class Nodes:
         (engine, engine_error), (store_version, store_error), (claims, claims_error), (usage, _) = await asyncio.gather(
             _value_or_error(world.engine.info()),
             _value_or_error(world.store.ping()),
-            _value_or_error(world.store.claims(world.host)),
+            _value_or_error(world.store.claims(world.claims.host)),
             _value_or_error(world.store.usage()),
         )
         engine = self._engine = engine or self._engine
@@ -167,13 +167,13 @@ class Nodes:
         """The cards of a node with their holders, by index. Raises as `check`, and StoreUnavailable."""
         await self.check(name)
         snapshot = await self._inventory.snapshot()
-        table = await self._world.store.claims(self._world.host)
+        table = await self._world.store.claims(self._world.claims.host)
         return tuple(HeldGpu(gpu, table.holder(GpuKey(gpu.uuid))) for gpu in snapshot.gpus)
 
     async def ports(self, name: str) -> tuple[HeldPort, ...]:
         """The claimed ports of a node, by number. Raises as `check`, and StoreUnavailable."""
         await self.check(name)
-        table = await self._world.store.claims(self._world.host)
+        table = await self._world.store.claims(self._world.claims.host)
         held = [HeldPort(key, holder) for key, holder in table.claims.items() if isinstance(key, PortKey)]
         return tuple(sorted(held, key=lambda port: (port.key.port, port.key.protocol)))
 

@@ -9,6 +9,7 @@ from enum import StrEnum
 from pydantic import Field
 
 from gpudock_server.model.container import Placement, PortBinding
+from gpudock_server.model.names import engine_container_name
 from gpudock_server.model.record import Record
 from gpudock_server.model.spec import ContainerSpec, RestartPolicy
 
@@ -143,6 +144,11 @@ class EngineContainer:
     create_time: datetime | None = None
     start_time: datetime | None = None
     finish_time: datetime | None = None
+
+    @property
+    def created_name(self) -> str:
+        """The name that gpudock created it with; somebody may have renamed it since."""
+        return engine_container_name(self.labels.get(LABEL_NAME, ""), self.labels.get(LABEL_OPERATION, ""))
 
     @property
     def running(self) -> bool:

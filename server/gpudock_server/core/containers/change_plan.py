@@ -31,7 +31,7 @@ from gpudock_server.model.container import (
 from gpudock_server.model.engine import RegistryAuth
 from gpudock_server.model.operation import LayerTransferMethod, OperationKind, OperationPlan
 from gpudock_server.model.spec import ContainerSpec, SnapshotPolicy
-from gpudock_server.model.store_changes import Claim, PutContainer, RequireVolumeVersion
+from gpudock_server.model.store_changes import PutContainer, RequireVolumeVersion
 from gpudock_server.ports import ContainerView, LayerTransferPlan, VolumeView
 
 _CAUSES = {
@@ -80,7 +80,7 @@ async def draft_change(world: World, view: ContainerView, desired: DesiredState)
     if replace and desired.live:
         raise RestartRequired(container=container.name, changes=("gpus",))
     # The engine would resolve the host paths of one that an older version made at this start and all others.
-    replace = replace or (starts and await world.mounts_unbound(container))
+    replace = replace or (starts and await world.engine_containers.has_unbound_host_paths(container))
     carry = LayerTransferPlan(method=LayerTransferMethod.NONE)
     joining: tuple[VolumeView, ...] = ()
     if replace:
@@ -133,7 +133,7 @@ async def draft_change(world: World, view: ContainerView, desired: DesiredState)
         target_record=PutContainer(container, expect=view.version),
         arguments=arguments.model_dump(mode="json"),
         plan=_plan(arguments, carry, container),
-        claims=[Claim(world.host, key, world.holder(container)) for key in to_claim],
+        claims=world.claims.claim(container, to_claim),
         # What it mounts already stays while its head says so. What it is about to mount is not to be seen from its
         # head before the commit, so nobody may delete that meanwhile.
         locks=[one.volume.target for one in joining],

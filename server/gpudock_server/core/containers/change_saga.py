@@ -71,16 +71,15 @@ from gpudock_server.model.container import (
     RevisionCause,
 )
 from gpudock_server.model.engine import EngineContainer, EngineContainerSpec, RegistryAuth
+from gpudock_server.model.names import engine_container_name
 from gpudock_server.model.operation import LayerTransferMethod, Operation, StageState
 from gpudock_server.model.record import Record, now
 from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind
 from gpudock_server.model.spec import ContainerSpec
 from gpudock_server.model.store_changes import (
-    ConfirmClaim,
     PutContainer,
     PutRevision,
     PutSnapshot,
-    ReleaseClaim,
     StoreChange,
 )
 from gpudock_server.ports import ContainerView, LayerPair
@@ -252,13 +251,15 @@ class ChangeSaga(ContainerSaga):
 
     async def _stop(self, _run: OperationRun) -> None:
         arguments = self._arguments
-        await self._world.stop(
+        await self._world.engine_containers.stop(
             arguments.old.engine_id, arguments.old_spec, arguments.stop_timeout, frozen=arguments.frozen
         )
 
     async def _start_old(self, _run: OperationRun) -> None:
         if self._arguments.was_running:
-            await self._world.start(self._arguments.old.engine_id, self._arguments.old_spec, renew=False)
+            await self._world.engine_containers.start(
+                self._arguments.old.engine_id, self._arguments.old_spec, renew=False
+            )
 
     async def _set_limits(self, _run: OperationRun) -> None:
         await self._apply_limits(self._arguments.spec)
@@ -276,7 +277,7 @@ class ChangeSaga(ContainerSaga):
         )
 
     async def _start(self, run: OperationRun) -> None:
-        await self._world.start(await self._serving_engine_id(run), self._arguments.spec)
+        await self._world.engine_containers.start(await self._serving_engine_id(run), self._arguments.spec)
 
     async def _stop_successor(self, run: OperationRun) -> None:
         # Also where nothing is replaced: a start that was undone leaves it as stopped as it was.
@@ -294,7 +295,7 @@ class ChangeSaga(ContainerSaga):
     async def _verify(self, run: OperationRun) -> WatchedStart:
         world = self._world
         seconds = world.settle_seconds if self._arguments.replace else world.start_watch_seconds
-        code = await world.end_of_start(await self._serving_engine_id(run), seconds)
+        code = await world.engine_containers.wait_for_exit(await self._serving_engine_id(run), seconds)
         if code is not None and (code != 0 or self._arguments.must_live) and not self._arguments.may_end:
             raise StartFailed(
                 container=run.operation.target.name,
@@ -346,8 +347,8 @@ class ChangeSaga(ContainerSaga):
     async def _create(self, run: OperationRun) -> CreatedEngineContainer:
         world, arguments, operation = self._world, self._arguments, run.operation
         image_id = self._successor_image(operation)
-        name = world.engine_name(operation.target.name, operation.id)
-        engine_id = await world.create(
+        name = engine_container_name(operation.target.name, operation.id)
+        engine_id = await world.engine_containers.create(
             EngineContainerSpec(
                 name=name,
                 image_id=image_id,
@@ -376,7 +377,7 @@ class ChangeSaga(ContainerSaga):
         """Whether the old one was removed by somebody else, and files may have reached the successor by then."""
         if await self._world.engine.inspect(self._arguments.old.engine_id) is not None:
             return False
-        name = self._world.engine_name(run.operation.target.name, run.operation.id)
+        name = engine_container_name(run.operation.target.name, run.operation.id)
         successor = await self._world.engine.inspect(name)
         carried = any(
             stage.name in (_TRANSFERRED.step, LAYER_IMAGE.step) and stage.state is not StageState.PENDING
@@ -465,13 +466,9 @@ class ChangeSaga(ContainerSaga):
             image = kept if isinstance(kept, Snapshot) and kept.kind is SnapshotKind.IMAGE else None
             await write_ledger_entry(world, container, revision, (arguments.keep.revision, image) if image else None)
         wanted = claim_keys(arguments.placement)
-        holder = world.holder(container)
-        changes += [ConfirmClaim(world.host, key, holder) for key in wanted]
-        changes += [
-            ReleaseClaim(world.host, key, container.uid)
-            for key in claim_keys(arguments.old_placement)
-            if key not in wanted
-        ]
+        changes += world.claims.confirm(container, wanted)
+        released = [key for key in claim_keys(arguments.old_placement) if key not in wanted]
+        changes += world.claims.release(container.uid, released)
         return Outcome(changes, container)
 
     def _holds_resources(self, container: Container) -> bool:
@@ -528,7 +525,7 @@ class ChangeSaga(ContainerSaga):
         )
 
     async def _retire(self, _run: OperationRun) -> None:
-        await self._world.remove(self._arguments.old.engine_id, self._arguments.old.engine_name)
+        await self._world.engine_containers.remove(self._arguments.old.engine_id, self._arguments.old.engine_name)
 
     async def _prune(self, run: OperationRun) -> None:
         await prune(self._world, run.operation.target.uid, self._arguments.spec)
@@ -539,11 +536,5 @@ class ChangeSaga(ContainerSaga):
         seen = await self._world.engine.inspect(arguments.old.engine_id)
         container = view.container.changed(status=observed_status(view.container, seen), update_time=now())
         kept = claim_keys(arguments.old_placement)
-        return [
-            PutContainer(container, expect=view.version),
-            *(
-                ReleaseClaim(self._world.host, key, container.uid)
-                for key in claim_keys(arguments.placement)
-                if key not in kept
-            ),
-        ]
+        released = [key for key in claim_keys(arguments.placement) if key not in kept]
+        return [PutContainer(container, expect=view.version), *self._world.claims.release(container.uid, released)]

@@ -74,18 +74,16 @@ from gpudock_server.model.container import (
     RevisionCause,
 )
 from gpudock_server.model.engine import EngineContainer, EngineContainerSpec, EngineState
+from gpudock_server.model.names import engine_container_name
 from gpudock_server.model.operation import LayerTransferMethod, Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import Record, now
 from gpudock_server.model.resource import ResourceRef
 from gpudock_server.model.snapshot import SnapshotKey, SnapshotKind
 from gpudock_server.model.spec import ContainerSpec
 from gpudock_server.model.store_changes import (
-    Claim,
-    ConfirmClaim,
     DeleteContainer,
     PutContainer,
     PutRevision,
-    ReleaseClaim,
     StoreChange,
 )
 from gpudock_server.ports import ContainerView
@@ -195,7 +193,7 @@ async def draft(world: World, command: Clone) -> OperationDraft:
             new_spec=spec,
             warnings=(*files.warnings, *_anonymous_volume_warnings(source, spec)),
         ),
-        claims=[Claim(world.host, key, world.holder(container)) for key in allocation.to_claim],
+        claims=world.claims.claim(container, allocation.to_claim),
         locks=(source.target,),
         # It must be as it was read: another operation may have come and gone before the lock is taken.
         conditions=(PutContainer(source, expect=view.version), *require_unchanged(volumes)),
@@ -339,8 +337,8 @@ class CloneSaga(ContainerSaga):
         world, spec, operation = self._world, self._arguments.spec, run.operation
         image = LAYER_IMAGE.find(operation)
         image_id = image.image_id if image else self._files.image_id
-        name = world.engine_name(operation.target.name, operation.id)
-        engine_id = await world.create(
+        name = engine_container_name(operation.target.name, operation.id)
+        engine_id = await world.engine_containers.create(
             EngineContainerSpec(
                 name=name,
                 image_id=image_id,
@@ -357,10 +355,10 @@ class CloneSaga(ContainerSaga):
         await remove_with_volumes(self._world, run.operation)
 
     async def _start(self, run: OperationRun) -> None:
-        await self._world.start(_clone_engine_id(run), self._arguments.spec)
+        await self._world.engine_containers.start(_clone_engine_id(run), self._arguments.spec)
 
     async def _verify(self, run: OperationRun) -> WatchedStart:
-        code = await self._world.end_of_start(_clone_engine_id(run), self._world.start_watch_seconds)
+        code = await self._world.engine_containers.wait_for_exit(_clone_engine_id(run), self._world.start_watch_seconds)
         return WatchedStart(exit_code=code)
 
     # -- its files ---------------------------------------------------------------------------------------------------
@@ -387,7 +385,7 @@ class CloneSaga(ContainerSaga):
     async def _frozen_source(self, run: OperationRun) -> AsyncIterator[None]:
         """The source frozen, if it has to be. All of it is one step, so that it waits for no record meanwhile."""
         if self._files.freeze:
-            await self._world.freeze((await self._inspect(self._source_binding().engine_id)).id)
+            await self._world.engine_containers.freeze((await self._inspect(self._source_binding().engine_id)).id)
         try:
             yield
         finally:
@@ -436,11 +434,10 @@ class CloneSaga(ContainerSaga):
             operation_id=run.operation.id,
         )
         await write_ledger_entry(world, container, revision)
-        holder = world.holder(container)
         changes: list[StoreChange] = [
             PutContainer(container, expect=view.version),
             PutRevision(revision),
-            *(ConfirmClaim(world.host, key, holder) for key in claim_keys(arguments.placement)),
+            *world.claims.confirm(container, claim_keys(arguments.placement)),
             *await self._source_changes(),
         ]
         return Outcome(changes, container)
@@ -471,7 +468,7 @@ class CloneSaga(ContainerSaga):
     async def failure_changes(self, run: OperationRun, view: ContainerView) -> Sequence[StoreChange]:
         return [
             DeleteContainer(view.container.name, view.container.uid, expect=view.version),
-            *(ReleaseClaim(self._world.host, key, view.container.uid) for key in claim_keys(self._arguments.placement)),
+            *self._world.claims.release(view.container.uid, claim_keys(self._arguments.placement)),
             *await self._source_changes(),
         ]
 

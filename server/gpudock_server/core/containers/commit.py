@@ -40,6 +40,7 @@ from gpudock_server.model.engine import (
     EngineState,
 )
 from gpudock_server.model.image import CommittedImage
+from gpudock_server.model.names import engine_container_name
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import Record, now
 from gpudock_server.model.store_changes import PutContainer, StoreChange
@@ -245,7 +246,7 @@ class CommitSaga(ContainerSaga):
             LABEL_NODE: operation.node,
             LABEL_OPERATION: operation.id,
         }
-        name = self._world.engine_name(_shadow_name(operation), operation.id)
+        name = engine_container_name(_shadow_name(operation), operation.id)
         shadow_id = await self._world.engine.create_file_holder(self._arguments.engine_id, name, labels)
         await self._mirror(run, shadow_id, still=False)
         return FileHolder(shadow_id=shadow_id)
@@ -269,13 +270,13 @@ class CommitSaga(ContainerSaga):
             raise SnapshotFailed(detail=f"the layer is too large to be copied: {error}") from error
 
     async def _remove_shadow(self, run: OperationRun) -> None:
-        name = self._world.engine_name(_shadow_name(run.operation), run.operation.id)
+        name = engine_container_name(_shadow_name(run.operation), run.operation.id)
         found = await self._world.engine.inspect(name)
         if found is not None and found.labels.get(LABEL_OPERATION) == run.operation.id:
-            await self._world.remove(found.id, name)
+            await self._world.engine_containers.remove(found.id, name)
 
     async def _freeze(self, _run: OperationRun) -> None:
-        await self._world.freeze(self._arguments.engine_id)
+        await self._world.engine_containers.freeze(self._arguments.engine_id)
 
     async def _thaw(self, _run: OperationRun) -> None:
         # It ran when this began, and nobody else may freeze it while this is at work.

@@ -47,16 +47,14 @@ from gpudock_server.model.engine import (
     EngineContainerSpec,
     RegistryAuth,
 )
+from gpudock_server.model.names import engine_container_name
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import Record, now
 from gpudock_server.model.spec import ContainerSpec
 from gpudock_server.model.store_changes import (
-    Claim,
-    ConfirmClaim,
     DeleteContainer,
     PutContainer,
     PutRevision,
-    ReleaseClaim,
     StoreChange,
 )
 from gpudock_server.ports import ContainerView
@@ -146,7 +144,7 @@ async def draft(world: World, command: Create) -> OperationDraft:
             claimed_gpu_uuids=allocation.placement.gpu_uuids,
             claimed_ports=allocation.placement.ports,
         ),
-        claims=[Claim(world.host, key, world.holder(container)) for key in allocation.to_claim],
+        claims=world.claims.claim(container, allocation.to_claim),
         conditions=require_unchanged(volumes),
         build=lambda operation: CreateSaga(world, operation, command.registry_auth),
     )
@@ -212,8 +210,8 @@ class CreateSaga(ContainerSaga):
     async def _create(self, run: OperationRun) -> CreatedEngineContainer:
         world, operation = self._world, run.operation
         image_id = self._arguments.image_id or await self._pulled_image(operation)
-        name = world.engine_name(operation.target.name, operation.id)
-        engine_id = await world.create(
+        name = engine_container_name(operation.target.name, operation.id)
+        engine_id = await world.engine_containers.create(
             EngineContainerSpec(
                 name=name,
                 image_id=image_id,
@@ -239,12 +237,12 @@ class CreateSaga(ContainerSaga):
         await remove_with_volumes(self._world, run.operation)
 
     async def _start(self, run: OperationRun) -> None:
-        await self._world.start(CREATED.of(run.operation).engine_id, self._spec)
+        await self._world.engine_containers.start(CREATED.of(run.operation).engine_id, self._spec)
 
     async def _verify(self, run: OperationRun) -> WatchedStart:
         """A process that ends at once is no failure; its exit code is for the status."""
         engine_id = CREATED.of(run.operation).engine_id
-        code = await self._world.end_of_start(engine_id, self._world.start_watch_seconds)
+        code = await self._world.engine_containers.wait_for_exit(engine_id, self._world.start_watch_seconds)
         return WatchedStart(exit_code=code)
 
     @override
@@ -278,11 +276,10 @@ class CreateSaga(ContainerSaga):
             operation_id=run.operation.id,
         )
         await write_ledger_entry(world, container, revision)
-        holder = world.holder(container)
         changes: list[StoreChange] = [
             PutContainer(container, expect=view.version),
             PutRevision(revision),
-            *(ConfirmClaim(world.host, key, holder) for key in claim_keys(arguments.placement)),
+            *world.claims.confirm(container, claim_keys(arguments.placement)),
         ]
         return Outcome(changes, container)
 
@@ -290,7 +287,7 @@ class CreateSaga(ContainerSaga):
     async def failure_changes(self, run: OperationRun, view: ContainerView) -> Sequence[StoreChange]:
         return [
             DeleteContainer(view.container.name, view.container.uid, expect=view.version),
-            *(ReleaseClaim(self._world.host, key, view.container.uid) for key in claim_keys(self._arguments.placement)),
+            *self._world.claims.release(view.container.uid, claim_keys(self._arguments.placement)),
         ]
 
 
@@ -305,9 +302,9 @@ async def remove_with_volumes(world: World, operation: Operation) -> None:
 
     The engine removes both in one call: were it killed between two, nobody would know of the volumes any more.
     """
-    name = world.engine_name(operation.target.name, operation.id)
+    name = engine_container_name(operation.target.name, operation.id)
     seen = await world.engine.inspect(name)
     if seen is None or seen.labels.get(LABEL_OPERATION) != operation.id:
         await world.host_paths.release(name)
         return
-    await world.remove(seen.id, name, own_volumes=True)
+    await world.engine_containers.remove(seen.id, name, own_volumes=True)

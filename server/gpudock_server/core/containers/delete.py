@@ -17,7 +17,7 @@ from gpudock_server.model.container import ACTIVE_STATES, ContainerState, Engine
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import Record, now
 from gpudock_server.model.snapshot import SnapshotKind
-from gpudock_server.model.store_changes import DeleteContainer, PutContainer, ReleaseClaim, StoreChange
+from gpudock_server.model.store_changes import DeleteContainer, PutContainer, StoreChange
 from gpudock_server.ports import ContainerView
 
 
@@ -63,7 +63,9 @@ class DeleteSaga(ContainerSaga):
 
     async def _remove(self, _run: OperationRun) -> None:
         if self._arguments.engine is not None:
-            await self._world.remove(self._arguments.engine.engine_id, self._arguments.engine.engine_name)
+            await self._world.engine_containers.remove(
+                self._arguments.engine.engine_id, self._arguments.engine.engine_name
+            )
 
     async def _clean(self, run: OperationRun) -> None:
         """Anonymous volumes, carried layers and snapshots belong to the container and go with it."""
@@ -85,7 +87,7 @@ class DeleteSaga(ContainerSaga):
         container = view.container
         changes: list[StoreChange] = [
             DeleteContainer(container.name, container.uid, expect=view.version),
-            *(ReleaseClaim(self._world.host, key, container.uid) for key in claim_keys(self._arguments.placement)),
+            *self._world.claims.release(container.uid, claim_keys(self._arguments.placement)),
         ]
         return Outcome(changes, container)
 

@@ -55,7 +55,7 @@ async def refuse_if_record_lost(world: World, name: str) -> None:
     removes (core/reconcile/orphans.py) do not count.
     """
     labelled = await world.engine.find({LABEL_NODE: world.node, LABEL_NAME: name})
-    found = [one for one in labelled if one.name == world.made_as(one)]
+    found = [one for one in labelled if one.name == one.created_name]
     if not found:
         return
     history = await read_operation_history(world.store, {one.labels.get(LABEL_UID, "") for one in found})

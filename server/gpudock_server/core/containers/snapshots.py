@@ -199,7 +199,7 @@ class SnapshotSteps:
         await self._world.snapshots.discard(key, run.operation.id)
 
     async def _freeze(self, _run: OperationRun) -> None:
-        await self._world.freeze(self._arguments.engine_id)
+        await self._world.engine_containers.freeze(self._arguments.engine_id)
 
     async def _thaw(self, _run: OperationRun) -> None:
         seen = await self._world.engine.inspect(self._arguments.engine_id)

@@ -22,7 +22,7 @@ from gpudock_server.model.operation import Operation, OperationKind, OperationPl
 from gpudock_server.model.record import Record, now
 from gpudock_server.model.snapshot import Snapshot, SnapshotKind
 from gpudock_server.model.spec import ContainerSpec
-from gpudock_server.model.store_changes import PutContainer, PutSnapshot, ReleaseClaim, StoreChange
+from gpudock_server.model.store_changes import PutContainer, PutSnapshot, StoreChange
 from gpudock_server.ports import ContainerView
 
 
@@ -148,7 +148,9 @@ class StopSaga(ContainerSaga):
 
     async def _stop(self, _run: OperationRun) -> None:
         arguments = self._arguments
-        await self._world.stop(arguments.engine_id, arguments.spec, arguments.timeout, frozen=arguments.frozen)
+        await self._world.engine_containers.stop(
+            arguments.engine_id, arguments.spec, arguments.timeout, frozen=arguments.frozen
+        )
 
     @override
     async def success_changes(self, run: OperationRun, view: ContainerView) -> Outcome:
@@ -169,7 +171,7 @@ class StopSaga(ContainerSaga):
         changes: list[StoreChange] = [
             PutContainer(container, expect=view.version),
             *kept,
-            *(ReleaseClaim(self._world.host, key, container.uid) for key in claim_keys(arguments.placement)),
+            *self._world.claims.release(container.uid, claim_keys(arguments.placement)),
         ]
         return Outcome(changes, container)
 

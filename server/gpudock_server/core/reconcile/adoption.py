@@ -50,12 +50,9 @@ from gpudock_server.model.resource import ResourceKind
 from gpudock_server.model.revision_backup import RevisionBackup
 from gpudock_server.model.spec import ContainerSpec
 from gpudock_server.model.store_changes import (
-    Claim,
-    ConfirmClaim,
     PutContainer,
     PutOperation,
     PutRevision,
-    ReleaseClaim,
     StoreChange,
 )
 from gpudock_server.ports import ContainerView, StoreConflict, Versioned
@@ -87,7 +84,7 @@ class OrphanReconciler:
 
     async def classify(self, seen: Mapping[str, EngineContainer], records: ContainerRecords) -> tuple[Orphan, ...]:
         """What is to become of each; `seen` is older than `records`."""
-        unbound = [one for one in created_by_gpudock(self._world, seen) if one.id not in records.bound]
+        unbound = [one for one in created_by_gpudock(seen) if one.id not in records.bound]
         if not unbound:
             return ()
         unfinished = {stored.value.id for stored in await self._world.store.unfinished(self._world.node)}
@@ -218,17 +215,17 @@ class OrphanReconciler:
         return (*before, its_own)
 
     async def _claims(self, container: Container, before: Placement) -> list[StoreChange]:
-        host, holder = self._world.host, self._world.holder(container)
-        table = await self._world.store.claims(host)
+        claims = self._world.claims
+        table = await self._world.store.claims(claims.host)
         changes: list[StoreChange] = []
         wanted = claim_keys(container.status.placement)
         for key in wanted:
             found = table.holder(key)
             if found is not None and found.uid != container.uid:
                 raise _ClaimConflict(key, found)
-            changes.append(ConfirmClaim(host, key, holder) if found else Claim(host, key, holder))
+            changes += (claims.confirm if found else claims.claim)(container, [key])
         mine = dict.fromkeys((*claim_keys(before), *table.claims_of_container(container.uid)))
-        return [*changes, *(ReleaseClaim(host, key, container.uid) for key in mine if key not in wanted)]
+        return [*changes, *claims.release(container.uid, [key for key in mine if key not in wanted])]
 
     # -- operations that the world has moved past --------------------------------------------------------------------
 
@@ -310,7 +307,7 @@ class OrphanReconciler:
     async def _newer(
         self, operation: Operation, view: ContainerView, seen: Mapping[str, EngineContainer]
     ) -> AsyncIterator[EngineContainer]:
-        for one in created_by_gpudock(self._world, seen):
+        for one in created_by_gpudock(seen):
             labels = EngineContainerLabels.of(one)
             if labels.uid != operation.target.uid or one.spec is None or labels.revision <= view.container.revision:
                 continue
@@ -349,7 +346,7 @@ class OrphanReconciler:
 
     async def _remove(self, orphan: Orphan, report_drift: ReportDrift) -> None:
         try:
-            await self._world.remove(orphan.one.id, orphan.one.name)
+            await self._world.engine_containers.remove(orphan.one.id, orphan.one.name)
         except EngineRejected as error:
             plan = f"it is removed as soon as the engine lets it be: {error.detail}"
             report_drift(_orphan_drift(orphan, DriftKind.CONTAINER_UNKNOWN, DriftRemedy.RETRIED, plan))

@@ -12,7 +12,7 @@ from gpudock_server.core.reconcile.orphans import Orphan, OrphanAction
 from gpudock_server.core.reconcile.records import ContainerRecords, claim_text, read_container_records
 from gpudock_server.model.claims import UNREADABLE_HOLDER, ClaimKey, ClaimTable, Holder, claim_keys
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
-from gpudock_server.model.store_changes import Claim, PutContainer, ReleaseClaim, StoreChange
+from gpudock_server.model.store_changes import Claim, PutContainer, StoreChange
 from gpudock_server.ports import ContainerView, StoreConflict
 
 
@@ -58,7 +58,7 @@ class ClaimReconciler:
         self, key: ClaimKey, holder: Holder, guard: Sequence[StoreChange], why: str, report_drift: ReportDrift
     ) -> None:
         try:
-            await self._world.store.apply([*guard, ReleaseClaim(self._world.host, key, holder.uid)])
+            await self._world.store.apply([*guard, *self._world.claims.release(holder.uid, [key])])
         except StoreConflict:
             return
         report_drift(
@@ -75,14 +75,14 @@ class ClaimReconciler:
 
     async def restore_missing(self, records: ContainerRecords, report_drift: ReportDrift) -> None:
         """Claim again what a record has and the claims do not."""
-        claims = await self._world.store.claims(self._world.host)
+        claims = await self._world.store.claims(self._world.claims.host)
         for view in records.of(self._world.node):
             for key in _missing_claims(view, claims):
                 view = await self._restore(view, key, report_drift)  # noqa: PLW2901 - its version moves with every claim
 
     async def _restore(self, view: ContainerView, key: ClaimKey, report_drift: ReportDrift) -> ContainerView:
         container, store = view.container, self._world.store
-        again = Claim(self._world.host, key, self._world.holder(container))
+        (again,) = self._world.claims.claim(container, [key])
         try:
             version = await store.apply([PutContainer(container, expect=view.version), again])
         except StoreConflict as conflict:
@@ -122,7 +122,7 @@ class ClaimReconciler:
                 await self._claim_for(orphan, report_drift)
 
     async def _claim_for(self, orphan: Orphan, report_drift: ReportDrift) -> None:
-        labels, store, host = orphan.labels, self._world.store, self._world.host
+        labels, store, host = orphan.labels, self._world.store, self._world.claims.host
         holder = Holder(container=labels.name, uid=labels.uid, node=self._world.node)
         claims = await store.claims(host)
         for key in orphan.uses:

@@ -21,7 +21,7 @@ from gpudock_server.model.container import ACTIVE_STATES, Container, ContainerSt
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
 from gpudock_server.model.engine import EngineContainer, NodeLimits
 from gpudock_server.model.record import now
-from gpudock_server.model.store_changes import Claim, ConfirmClaim, PutContainer, ReleaseClaim, StoreChange
+from gpudock_server.model.store_changes import PutContainer, StoreChange
 from gpudock_server.ports import ContainerView, StoreConflict
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -174,9 +174,7 @@ class ContainerReconciler:
         )
 
     async def _write_failed(self, view: ContainerView, failed: Container) -> None:
-        released = [
-            ReleaseClaim(self._world.host, key, failed.uid) for key in claim_keys(view.container.status.placement)
-        ]
+        released = self._world.claims.release(failed.uid, claim_keys(view.container.status.placement))
         await self._write(view, failed.with_status(placement=Placement(), holds_resources=False), *released)
 
     # -- what runs and should not ------------------------------------------------------------------------------------
@@ -185,20 +183,17 @@ class ContainerReconciler:
         """It was started outside gpudock: with all that it was given, if that is free, or not at all."""
         container, world = view.container, self._world
         given = placement_of(container.spec, shown)
-        claims, holder = await world.store.claims(world.host), world.holder(container)
+        claims = await world.store.claims(world.claims.host)
         changes: list[StoreChange] = []
         for key in claim_keys(given):
             found = claims.holder(key)
             if found is not None and found.uid != container.uid:
                 await self._stop(view, shown, _ConflictingClaim(key, found), report_drift)
                 return
-            changes.append(ConfirmClaim(world.host, key, holder) if found else Claim(world.host, key, holder))
+            changes += (world.claims.confirm if found else world.claims.claim)(container, [key])
         given_keys = claim_keys(given)
-        changes += [
-            ReleaseClaim(world.host, key, container.uid)
-            for key in claim_keys(container.status.placement)
-            if key not in given_keys
-        ]
+        released = [key for key in claim_keys(container.status.placement) if key not in given_keys]
+        changes += world.claims.release(container.uid, released)
         taken = container.changed(status=observed_status(container, shown))
         await self._write(view, taken.with_status(placement=given, holds_resources=True), *changes)
         report_drift(

@@ -9,6 +9,7 @@ from gpudock_server.core.reconcile.drift import ReportDrift
 from gpudock_server.errors import HostPathFailed, HostPathForbidden
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
 from gpudock_server.model.engine import LABEL_UID, EngineContainer
+from gpudock_server.model.names import engine_container_name
 from gpudock_server.model.resource import ResourceKind
 from gpudock_server.ports import ContainerView
 
@@ -41,7 +42,7 @@ async def repair_host_paths(
             )
         )
 
-    if unbound := world.unbound_paths(shown):
+    if unbound := world.engine_containers.unbound_host_paths(shown):
         report(
             DriftKind.HOST_PATH_UNBOUND,
             ",".join(unbound),
@@ -50,7 +51,7 @@ async def repair_host_paths(
         )
         return
     try:
-        await world.bind_again(shown, renew=False)
+        await world.engine_containers.rebind_host_paths(shown, renew=False)
     except (HostPathForbidden, HostPathFailed) as error:
         report(
             DriftKind.HOST_PATH_REFUSED,
@@ -68,13 +69,13 @@ async def release_unused_host_paths(world: World) -> None:
         return
     unfinished = [stored.value for stored in await world.store.unfinished(world.node)]
     kept = {
-        world.engine_name(operation.target.name, operation.id)
+        engine_container_name(operation.target.name, operation.id)
         for operation in unfinished
         if operation.target.kind is ResourceKind.CONTAINER
     }
     # Of every node: one that was given another name has the same state folder.
     for one in await world.engine.find({LABEL_UID: ""}):
-        kept.add(world.made_as(one))
+        kept.add(one.created_name)
     for name in sorted(names - kept):
         log.info("host paths of an engine container that is gone are released", engine_container=name)
         await world.host_paths.release(name)

@@ -162,7 +162,7 @@ class Reconciler:
     async def _pass(self, report_drift: ReportDrift) -> None:
         # The order matters. Whatever is older than the records that are read last is in them, or is nobody's.
         seen = await self._find_engine_containers()
-        claims = await self._world.store.claims(self._world.host)
+        claims = await self._world.store.claims(self._world.claims.host)
         await self._resume(seen, report_drift)
         # Before containers: what changes one that was adopted has to find its volumes.
         await self._volumes.adopt(seen, report_drift)

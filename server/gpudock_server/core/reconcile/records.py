@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from gpudock_server.core.containers.world import World
 from gpudock_server.core.listings import read_all_pages
 from gpudock_server.model.claims import ClaimKey, GpuKey
 from gpudock_server.model.container import Placement, PortBinding
@@ -68,15 +67,14 @@ class EngineContainerLabels:
         )
 
 
-def created_by_gpudock(world: World, seen: Mapping[str, EngineContainer]) -> Iterator[EngineContainer]:
+def created_by_gpudock(seen: Mapping[str, EngineContainer]) -> Iterator[EngineContainer]:
     """Those that an operation of ours made.
 
     Labels alone do not prove that: whoever commits a container of ours and runs the image has them too, but not the
     name that goes with them.
     """
     for one in seen.values():
-        labels = EngineContainerLabels.of(one)
-        if one.name == world.engine_name(labels.name, labels.operation_id):
+        if one.name == one.created_name:
             yield one
 
 

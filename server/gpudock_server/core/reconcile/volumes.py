@@ -279,7 +279,7 @@ class VolumeReconciler:
     async def _adopt_foreign(self, containers: Mapping[str, EngineContainer], report_drift: ReportDrift) -> None:
         """Volumes that were adopted as they are have no labels: containers that mount them say what they are called."""
         used: defaultdict[str, set[str]] = defaultdict(set)
-        for one in created_by_gpudock(self._world, containers):
+        for one in created_by_gpudock(containers):
             if one.spec is not None:
                 for name, engine_volume in mounted_engine_volumes(one, one.spec.mounts).items():
                     used[name].add(engine_volume)

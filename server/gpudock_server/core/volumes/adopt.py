@@ -97,7 +97,7 @@ async def _require_unused(storage: Storage, name: str, engine_volume: str) -> No
     world = storage.world
     users = await world.engine.mounting(engine_volume)
     uids = {view.container.uid for view in await all_containers(world.store)} if users else set()
-    others = tuple(one.name for one in users if one.labels.get(LABEL_UID) not in uids or one.name != world.made_as(one))
+    others = tuple(one.name for one in users if one.labels.get(LABEL_UID) not in uids or one.name != one.created_name)
     if others:
         raise EngineVolumeInUse(volume=name, engine_volume=engine_volume, holders=others)
 

@@ -154,7 +154,7 @@ def _mounting_container(world: World, view: ContainerView) -> MountingContainer:
         target=container.target,
         engine_id=container.engine.engine_id if container.engine else "",
         running=container.status.state in RUNNING_STATES,
-        stop_seconds=world.stop_seconds if own is None else own.total_seconds(),
+        stop_seconds=world.engine_containers.stop_seconds if own is None else own.total_seconds(),
     )
 
 
@@ -307,7 +307,7 @@ class CopyResizeSaga(ResizeSaga):
 
     async def _start_again(self, _run: OperationRun) -> None:
         for user in self._running:
-            await self._world.start(user.engine_id, renew=False)
+            await self._world.engine_containers.start(user.engine_id, renew=False)
 
     async def _difference(self, run: OperationRun) -> TreeSummary:
         return await copy_and_verify(self._storage.copier, self._arguments.old, _MADE.of(run.operation), run.progress)
