@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Saga, Step
 from gpudock_server.model.container import Container
 from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
-from gpudock_server.model.record import JsonObject
 from gpudock_server.model.store_changes import Claim, PutContainer, StoreChange
 from gpudock_server.ports import ContainerView
 from typing_extensions import override
@@ -54,9 +53,6 @@ def daemon(node: str, address: str) -> NodeRecord:
         start_ticks=1,
         start_time=LONG_AGO,
     )
-
-
-Do = Callable[[OperationRun], Awaitable[JsonObject | None]]
 
 
 class Script(Saga[ContainerView]):

@@ -9,8 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from gpudock_server.core.containers import clone, images, stop, world
-from gpudock_server.core.containers import status as observation
+from gpudock_server.core.containers import clone, engine_containers, images, status, stop
 from gpudock_server.core.containers.commands import (
     Clone,
     Command,
@@ -29,7 +28,7 @@ from gpudock_server.core.containers.commands import (
 from gpudock_server.core.containers.engine_volumes import identity_of
 from gpudock_server.core.containers.images import ImagePolicy
 from gpudock_server.core.operations import journal
-from gpudock_server.core.operations.engine import Draft
+from gpudock_server.core.operations.saga import OperationDraft
 from gpudock_server.errors import ContainerExists, ContainerNotRunning, EngineRejected, ImageExists, ImageNameForbidden
 from gpudock_server.model.container import ContainerState
 from gpudock_server.model.engine import LABEL_VOLUME, EngineState, EngineVolume, RegistryAuth
@@ -75,7 +74,7 @@ async def test_a_clone_that_is_created_only_does_not_run(desk: Desk) -> None:
 async def test_a_clone_of_what_another_operation_has_changed_meanwhile_is_planned_anew(desk: Desk) -> None:
     drafts = 0
 
-    async def drafted() -> Draft:
+    async def drafted() -> OperationDraft:
         nonlocal drafts
         drafts += 1
         draft = await clone.draft(desk.world, Clone("b", "a", LABELLED))
@@ -373,8 +372,8 @@ async def test_how_long_a_stop_waits_is_said_by_the_call_then_the_container_then
 async def test_a_process_that_its_restart_policy_has_started_again_has_ended(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, *, settles: bool
 ) -> None:
-    monkeypatch.setattr(world, "_LOOK_SECONDS", 0.001)
-    monkeypatch.setattr(observation, "RESTART_SETTLE_TIME", timedelta(seconds=LONG))
+    monkeypatch.setattr(engine_containers, "_POLL_SECONDS", 0.001)
+    monkeypatch.setattr(status, "RESTART_SETTLE_TIME", timedelta(seconds=LONG))
     looks = 0
     start, inspect = desk.engine.start, desk.engine.inspect
 
@@ -418,7 +417,7 @@ async def test_what_somebody_else_has_started_is_stopped_and_says_why(desk: Desk
     desk.engine._set(desk.engine_id(), EngineState.RUNNING)
     draft = stop.draft_enforced_stop(desk.world, view, desk.seen(), "its cards are others' by now")
 
-    async def drafted() -> Draft:
+    async def drafted() -> OperationDraft:
         return draft
 
     operation = await desk.ended(await desk.operations.begin(drafted, None))
@@ -472,7 +471,7 @@ async def test_a_stop_that_is_left_and_fails_afterwards_is_no_error_of_the_daemo
         raise REJECTED
 
     desk.engine.stop = slow  # type: ignore[method-assign, assignment]
-    task = asyncio.create_task(desk.world.stop(desk.engine_id(), SPEC, None, frozen=False))
+    task = asyncio.create_task(desk.world.engine_containers.stop(desk.engine_id(), SPEC, None, frozen=False))
     async with asyncio.timeout(LONG):
         await stopping.wait()
         task.cancel()

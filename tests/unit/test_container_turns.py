@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from gpudock_server.core.containers import build_saga, images
+from gpudock_server.core.containers import images, saga_builders
 from gpudock_server.core.containers.commands import (
     Clone,
     Command,
@@ -367,7 +367,7 @@ async def test_an_image_that_is_gone_is_pulled_for_one_that_begins_anew() -> Non
     operation = await desk.must(Rollback("a", 1, spec_only=True))
     assert operation.stages[0].name == "pull"
     # A pull may take long: a stop leaves it, and a start does not wait for it.
-    assert build_saga(desk.world, operation).steps[0].interruptible is True
+    assert saga_builders(desk.world)[operation.kind](operation).steps[0].interruptible is True
     assert desk.files() == {"remote"}
     assert "pulled again first" in operation.plan.warnings[-1]
 

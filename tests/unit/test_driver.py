@@ -9,6 +9,7 @@ from typing import SupportsIndex
 
 import pytest
 import structlog
+from gpudock_server.core.containers.resource import ContainerResource
 from gpudock_server.core.operations import engine as operations
 from gpudock_server.core.operations import journal
 from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Step
@@ -22,7 +23,7 @@ from gpudock_server.errors import (
     StoreUnavailable,
 )
 from gpudock_server.model.claims import ClaimKey, GpuKey, PortKey
-from gpudock_server.model.operation import OperationState, StageState
+from gpudock_server.model.operation import OperationKind, OperationState, StageState
 from gpudock_server.model.resource import ResourceKind
 from gpudock_server.model.spec import Protocol
 from gpudock_server.model.store_changes import Claim, ConfirmClaim, PutContainer, PutOperation, StoreChange
@@ -352,7 +353,8 @@ async def left_and_taken_up(desk: Desk, operation_id: str, script: Script, *, at
     async with asyncio.timeout(LONG):
         await at_work.wait()
         await desk.operations.drain(0)
-        desk.operations = operations.Operations(desk.store, NODE, lambda _: script)
+        sagas = {OperationKind.RESTART: lambda _: script}
+        desk.operations = operations.Operations(desk.store, NODE, [ContainerResource(desk.store)], sagas)
         assert await desk.operations.resume() == (operation_id,)
         await desk.operations.wait_until_ended([operation_id])
 

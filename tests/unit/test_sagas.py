@@ -10,9 +10,9 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
+from gpudock_server.core import containers, volumes
 from gpudock_server.core.operations import engine as operations
 from gpudock_server.core.operations import journal
-from gpudock_server.core.saga_factory import saga_factory
 from gpudock_server.errors import EngineRejected, EngineUnavailable, GpudockError, OperationNotCancellable
 from gpudock_server.model.operation import Operation, OperationState
 
@@ -138,7 +138,8 @@ async def test_it_is_done(scenario: Scenario) -> None:
     # Another process makes the same of the record.
     assert is_plain(operation.arguments)
     assert is_plain([stage.facts for stage in operation.stages])
-    saga = saga_factory(desk.world, desk.storage)(operation)
+    sagas = containers.saga_builders(desk.world) | volumes.saga_builders(desk.storage)
+    saga = sagas[operation.kind](operation)
     assert [*(step.name for step in saga.steps), "commit", *(step.name for step in saga.cleanup_steps)] == names
     for step in (*saga.steps, *saga.cleanup_steps):
         assert step.interruptible is (step.name in INTERRUPTIBLE), step.name
