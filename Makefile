@@ -24,13 +24,17 @@ SEED ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vm mutants lint bench format clean
+.PHONY: help demo wheel test test-vm mutants lint bench format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## the main job on a real engine with eight simulated GPUs
 	$(BIN)/python -m tests.rig.demo
+
+wheel: export PYTHON := $(PYTHON)
+wheel: ## the Python package, in dist/
+	./scripts/build-wheel dist
 
 test: $(STAMP) ## all tests, on a real engine and a real etcd
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(PYTEST_ARGS)

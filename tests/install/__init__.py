@@ -1,0 +1,1 @@
+"""Installing: the wheel that is built from a checkout."""
