@@ -13,6 +13,13 @@ VM_PYTEST := -p tests.vm.nothing_skipped --timeout 900 --durations 5 -p no:xdist
 VM_TESTS ?= $(wildcard tests/vm/test_inside_*.py) tests/engine/test_volume_quotas.py \
 	tests/engine/test_volumes.py::test_growing_under_a_writer_loses_nothing \
 	$(addprefix tests/faults/test_kill_volumes.py::,test_create test_delete test_resize_in_place)
+# Where `make install` puts things; with DESTDIR below that folder, and nothing else is touched.
+PREFIX ?= /opt/gpudock
+BINDIR ?= /usr/local/bin
+UNITDIR ?= /usr/local/lib/systemd/system
+DESTDIR ?=
+# What it installs, if not a wheel of this checkout.
+WHEEL ?=
 # Options of `python -m tests.vm`, such as `--on xfs` or `--accel kvm`.
 VM_OPTIONS ?=
 # Rooms of tests/mutants/rooms.toml (all, if empty), how many mutants of each (0: all), and which ones these are.
@@ -24,7 +31,7 @@ SEED ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo wheel test test-vm mutants lint bench format clean
+.PHONY: help demo install uninstall wheel test test-vm mutants lint bench format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
@@ -32,7 +39,19 @@ help: ## this list
 demo: $(STAMP) ## the main job on a real engine with eight simulated GPUs
 	$(BIN)/python -m tests.rig.demo
 
-wheel: export PYTHON := $(PYTHON)
+install uninstall wheel: export PYTHON := $(PYTHON)
+install uninstall: export PREFIX := $(PREFIX)
+install uninstall: export BINDIR := $(BINDIR)
+install uninstall: export UNITDIR := $(UNITDIR)
+install uninstall: export DESTDIR := $(DESTDIR)
+install: export WHEEL := $(WHEEL)
+
+install: ## gpudockd and gpudock for this host, in /opt/gpudock, with systemd units; as root
+	@./scripts/install
+
+uninstall: ## removes what `make install` has installed; state and changed configuration stay
+	@./scripts/install --uninstall
+
 wheel: ## the Python package, in dist/
 	./scripts/build-wheel dist
 

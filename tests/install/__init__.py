@@ -1,1 +1,1 @@
-"""Installing: the wheel that is built from a checkout."""
+"""`make install` and `make uninstall`: below DESTDIR, and on a host as README.md says."""

@@ -182,22 +182,25 @@ class Rig:
                 raise
         return daemon
 
-    def _started(self, argv: Sequence[str], log: Path, environment: Mapping[str, str]) -> Process:
-        """With an interpreter of its own."""
+    @property
+    def processes(self) -> ProcessGroup:
+        """Its programs; what is started in this group ends with the rig at the latest."""
         if self._processes is None:
             raise RigError("the rig was not started")
+        return self._processes
+
+    def _started(self, argv: Sequence[str], log: Path, environment: Mapping[str, str]) -> Process:
+        """With an interpreter of its own."""
         words = [sys.executable, "-m", *argv]
         inside = self.namespaces.enter()
-        return self._processes.start(words, log=log, cwd=REPOSITORY, environment=environment, inside=inside)
+        return self.processes.start(words, log=log, cwd=REPOSITORY, environment=environment, inside=inside)
 
     def _forked(self, argv: Sequence[str], log: Path, environment: Mapping[str, str]) -> Process:
         """From one that has imported everything."""
-        if self._processes is None:
-            raise RigError("the rig was not started")
-        path = self._awaited_nursery(self._processes)
+        path = self._awaited_nursery(self.processes)
         with log.open("ab") as output:
             child = nursery.fork(path, argv, environment=environment, output=output.fileno())
-        return self._processes.adopt(Process(argv[0], child, log))
+        return self.processes.adopt(Process(argv[0], child, log))
 
     def _awaited_nursery(self, processes: ProcessGroup) -> Path:
         """The socket of the nursery, which is started for the first that needs it."""
@@ -244,9 +247,7 @@ class Rig:
 
     def small_etcd(self, quota_bytes: int) -> Etcd:
         """Another etcd, started, whose database may become this large."""
-        if self._processes is None:
-            raise RigError("the rig was not started")
-        etcd = Etcd(self._made("etcds") / str(next(self._etcd_numbers)), self._processes, quota_bytes=quota_bytes)
+        etcd = Etcd(self._made("etcds") / str(next(self._etcd_numbers)), self.processes, quota_bytes=quota_bytes)
         etcd.start()
         return etcd
 

@@ -22,13 +22,10 @@ _INTERRUPTED = 130
 _ON_A_REAL_HOST = """\
 On a real host, as root, with the NVIDIA driver, Docker and the NVIDIA container toolkit (README.md has the rest):
 
-  python3 -m venv /opt/gpudock && /opt/gpudock/bin/pip install "gpudock[server]"
-  install -m 0644 deploy/gpudockd.service /etc/systemd/system/
+  make install
+  systemctl enable gpudock-volumes
   systemctl enable --now gpudockd
-
-  export GPUDOCK_ADDRESS=unix:/run/gpudock/gpudock.sock    # the default; or HOST:PORT
   gpudock gpus
-  grpcurl -plaintext -unix /run/gpudock/gpudock.sock list
 """
 
 
