@@ -31,13 +31,19 @@ SEED ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install uninstall wheel test test-vm mutants lint bench format clean
+.PHONY: help demo demo-svg install uninstall wheel test test-vm mutants lint bench format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
 
-demo: $(STAMP) ## the main job on a real engine with eight simulated GPUs
-	$(BIN)/python -m tests.rig.demo
+# It says what it installs before it does.
+demo: ## the main job on a real engine with eight simulated GPUs
+	@MAKE='$(MAKE)' ./scripts/announce-demo $(STAMP)
+	@$(MAKE) --no-print-directory $(STAMP)
+	@$(BIN)/python -m tests.rig.demo
+
+demo-svg: $(STAMP) ## docs/demo.svg, the picture in README.md, from the output of the demo
+	$(BIN)/python -m tests.rig.demo.picture docs/demo.svg
 
 install uninstall wheel: export PYTHON := $(PYTHON)
 install uninstall: export PREFIX := $(PREFIX)

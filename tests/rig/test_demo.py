@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+from collections import defaultdict
+from pathlib import Path
 
 from tests.rig import remains
 from tests.rig.demo.shell import Shown
 from tests.rig.rig import REPOSITORY
 
 _DEADLINE_S = 240.0
+_PICTURE = REPOSITORY / "docs" / "demo.svg"
 _DEMO = (sys.executable, "-m", "tests.rig.demo")
 
 
 def _spawn(*command: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    # Not what `make test` tells its own children, nor what changes the output.
+    others = ("MAKE", "MFLAGS", "FORCE_COLOR")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(others)}
+    environment = inherited | {"PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY, env=environment
     )
@@ -33,9 +42,10 @@ def _left_by(said: str) -> list[str]:
 
 
 def test_it_shows_the_whole_job_and_leaves_nothing() -> None:
-    with _spawn(*_DEMO) as demo:
+    with _spawn("make", "demo") as demo:
         said, _ = demo.communicate(timeout=_DEADLINE_S)
     assert demo.returncode == 0, said
+    assert re.match(r"make demo: installs \w.*; starts a private Docker Engine, an etcd, eight simulated GPUs", said)
     commands = re.findall(r"^\$ gpudock (?:gpus|list|(?:\w+ train\b)(?: --gpus \d)?)", said, re.MULTILINE)
     told = [command.removeprefix("$ gpudock ") for command in commands if "exec" not in command]
     wanted = "scale train --gpus 4, scale train --gpus 0, scale train --gpus 1, stop train, start train, delete train"
@@ -50,6 +60,44 @@ def test_it_shows_the_whole_job_and_leaves_nothing() -> None:
     assert "systemctl enable --now gpudockd" in said
     assert "\x1b" not in said
     assert _left_by(said) == []
+    # The picture in README.md is of this demo.
+    fixed = [line for line in _drawn_lines() if line.startswith(("$ ", "── ", "NAME ", "INDEX ", "epoch "))]
+    assert len(fixed) > 10
+    assert set(fixed) - set(said.splitlines()) == set(), "docs/demo.svg is of another demo: make demo-svg"
+
+
+def test_the_picture_tells_nothing_of_the_machine_that_it_was_made_on() -> None:
+    words = " ".join(_drawn_lines()).split()
+    assert socket.gethostname() not in words
+    assert [word for word in words if word.startswith("/")] == []
+    assert re.findall(r"https?:[^\s\"<]*", _PICTURE.read_text()) == [
+        "http://www.w3.org/2000/svg",
+        "https://www.textualize.io",
+    ]
+
+
+def test_it_says_what_it_is_about_to_install(tmp_path: Path) -> None:
+    for program in ("bash", "dirname", "make", "wc"):
+        found = shutil.which(program)
+        assert found is not None
+        (tmp_path / program).symlink_to(found)
+    words = ["/usr/bin/env", f"PATH={tmp_path}", "scripts/announce-demo"]
+
+    def announced(stamp: str) -> str:
+        return subprocess.run([*words, stamp], cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
+
+    assert announced("README.md").startswith("make demo: installs nothing; starts")
+    said = announced("elsewhere/.installed")
+    assert re.match(r"make demo: installs .*\bgcc\b.* \(with apt-get\) and Python packages in elsewhere; starts", said)
+    assert said.count("\n") == 1
+
+
+def _drawn_lines() -> list[str]:
+    """The lines of the picture."""
+    lines: defaultdict[str, str] = defaultdict(str)
+    for line, text in re.findall(r'<text [^>]*clip-path="([^"]+)"[^>]*>([^<]*)', _PICTURE.read_text()):
+        lines[line] += html.unescape(text).replace("\xa0", " ")
+    return [line.rstrip() for line in lines.values()]
 
 
 def test_it_leaves_nothing_after_ctrl_c() -> None:

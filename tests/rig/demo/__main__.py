@@ -18,6 +18,7 @@ from .story import IMAGE, IMAGE_FILES, Story
 
 _LOG_TAIL = 3000
 _INTERRUPTED = 130
+_NODE = "gpu1"
 
 _ON_A_REAL_HOST = """\
 On a real host, as root, with the NVIDIA driver, Docker and the NVIDIA container toolkit (README.md has the rest):
@@ -54,7 +55,7 @@ def _show(screen: Screen) -> None:
     screen.say("Starting a private Docker Engine, an etcd, eight simulated GPUs and gpudockd …")
     with Rig(gpus=8, images=[BUSYBOX]) as rig:
         rig.images.derive(IMAGE, BUSYBOX, ['CMD ["serve"]'], IMAGE_FILES)
-        daemon = rig.daemon(socket=rig.folder / "gpudock.sock")
+        daemon = rig.daemon("--node-name", _NODE, socket=rig.folder / "gpudock.sock")
         shell = Shell(screen, rig, daemon.target)
         screen.command(f"export GPUDOCK_ADDRESS={daemon.target}")
         try:

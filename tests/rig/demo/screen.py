@@ -13,11 +13,12 @@ class Screen:
     """Writes to one stream, which the commands that are shown write to as well."""
 
     def __init__(self, out: TextIO) -> None:
-        """Uses colours if `out` is a terminal, unless NO_COLOR is set (https://no-color.org)."""
+        """Uses colours if `out` is a terminal or FORCE_COLOR is set, unless NO_COLOR is (https://no-color.org)."""
         if isinstance(out, io.TextIOWrapper):
             out.reconfigure(errors="replace")
         self._out = out
-        self._coloured = out.isatty() and not os.environ.get("NO_COLOR")
+        wanted = out.isatty() or bool(os.environ.get("FORCE_COLOR"))
+        self._coloured = wanted and not os.environ.get("NO_COLOR")
         self._steps = 0
 
     def fileno(self) -> int:
