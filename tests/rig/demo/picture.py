@@ -1,6 +1,6 @@
 """The picture in README.md: `python -m tests.rig.demo.picture FILE` draws a part of the demo's output as SVG.
 
-Three dots stand for what is left out; nothing else of the output is changed.
+Three dots stand for what is left out, and empty lines go; nothing else of the output is changed.
 """
 
 from __future__ import annotations
