@@ -21,13 +21,15 @@ assert importlib.util.find_spec("aiodocker") is None
 def test_a_client_alone(tmp_path: Path) -> None:
     stub = REPOSITORY / "client/gpudock/v1/container_service_pb2.py"
     before = stub.stat()
-    _run("scripts/build-wheel", tmp_path)
+    tools, client = tmp_path / "tools", tmp_path / "client"
+    _run(BASE_PYTHON, "-m", "venv", tools)
+    _run("scripts/build-wheel", tmp_path, tools)
     assert stub.stat() == before
     [wheel] = tmp_path.glob("gpudock-*.whl")
-    _run(BASE_PYTHON, "-m", "venv", tmp_path / "venv")
-    _run(tmp_path / "venv/bin/pip", "install", "--quiet", wheel)
-    _run(tmp_path / "venv/bin/gpudock", "--help")
-    _run(tmp_path / "venv/bin/python", "-c", _CLIENT)
+    _run(BASE_PYTHON, "-m", "venv", "--without-pip", client)
+    _run(tools / "bin/python", "-m", "pip", "--python", client / "bin/python", "install", wheel)
+    _run(client / "bin/gpudock", "--help")
+    _run(client / "bin/python", "-c", _CLIENT)
 
 
 def _run(*words: str | Path) -> None:
