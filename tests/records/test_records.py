@@ -11,34 +11,36 @@ from typing import Any
 
 import gpudock_server
 import pytest
-from gpudock_server.adapters.etcd.keys import KeyRange, Keys, WatchedKeys
+from gpudock_server.adapters.etcd.keys import KeyRange, Keys, WatchKeys
 from gpudock_server.adapters.etcd.operation_parts import OperationArguments, OperationResult
 from gpudock_server.adapters.etcd.values import decode, decode_snapshot, encode
-from gpudock_server.adapters.layers import FolderLedger
-from gpudock_server.adapters.layers.snapshot_places import SnapshotPlaces
-from gpudock_server.adapters.volumes.folder import StoreFolder
-from gpudock_server.core.containers.change import ChangeArguments
+from gpudock_server.adapters.layers import FolderRevisionBackupStore
+from gpudock_server.adapters.layers.snapshot_folders import SnapshotFolders
+from gpudock_server.adapters.volumes.backing_folder import BackingFolder
+from gpudock_server.core.containers.change_saga import ChangeArguments, LayerTransfer
 from gpudock_server.core.containers.clone import CloneArguments
-from gpudock_server.core.containers.commit import CommitArguments
-from gpudock_server.core.containers.create import CreateArguments
+from gpudock_server.core.containers.commit import CommitArguments, CommittedFiles, FileHolder, StrippedImage
+from gpudock_server.core.containers.create import CreateArguments, CreatedEngineContainer, WatchedStart
 from gpudock_server.core.containers.delete import DeleteArguments
 from gpudock_server.core.containers.history import DeleteRevisionArguments
+from gpudock_server.core.containers.layer_images import LayerImage
 from gpudock_server.core.containers.pause import PauseArguments
 from gpudock_server.core.containers.stop import StopArguments
 from gpudock_server.core.volumes.adopt import AdoptArguments
 from gpudock_server.core.volumes.create import CreateArguments as CreateVolumeArguments
+from gpudock_server.core.volumes.create import CreatedEngineVolume
 from gpudock_server.core.volumes.delete import DeleteArguments as DeleteVolumeArguments
-from gpudock_server.core.volumes.resize import ResizeArguments
+from gpudock_server.core.volumes.resize import LocatedContent, ResizeArguments
 from gpudock_server.model.claims import Holder, PortKey
 from gpudock_server.model.container import Container, ContainerRevision
 from gpudock_server.model.image import ImageOrigin
 from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import Operation, OperationKind, RequestRecord
 from gpudock_server.model.record import Record
-from gpudock_server.model.snapshot import SnapshotKey
+from gpudock_server.model.resource import ResourceKind
+from gpudock_server.model.snapshot import Snapshot, SnapshotKey
 from gpudock_server.model.spec import Protocol
-from gpudock_server.model.target import TargetKind
-from gpudock_server.model.volume import Volume, VolumeBacking, VolumeRevision
+from gpudock_server.model.volume import TreeSummary, Volume, VolumeBacking, VolumeRevision
 from gpudock_server.ports import LayerPair
 
 from tests.records.fixture import Recording, holds, recordings
@@ -81,15 +83,28 @@ _ARGUMENTS: dict[OperationKind, type[Record]] = {
     OperationKind.DELETE_VOLUME: DeleteVolumeArguments,
     OperationKind.ADOPT_VOLUME: AdoptArguments,
 }
-# Steps whose results are records, by the kind of operation.
-_FACTS: dict[tuple[OperationKind, str], type[Record]] = {
-    (OperationKind.SCALE, "locate"): LayerPair,
-    (OperationKind.RESIZE_VOLUME, "make"): VolumeBacking,
-    (OperationKind.CREATE_VOLUME, "store"): VolumeBacking,
+# The results of steps, by the kind of resource that the operation changes.
+_FACTS: dict[tuple[ResourceKind, str], type[Record]] = {
+    (ResourceKind.CONTAINER, "create"): CreatedEngineContainer,
+    (ResourceKind.CONTAINER, "locate"): LayerPair,
+    (ResourceKind.CONTAINER, "carry"): LayerTransfer,
+    (ResourceKind.CONTAINER, "snapshot"): LayerImage,
+    (ResourceKind.CONTAINER, "seal"): Snapshot,
+    (ResourceKind.CONTAINER, "verify"): WatchedStart,
+    (ResourceKind.CONTAINER, "copy-files"): FileHolder,
+    (ResourceKind.CONTAINER, "commit-files"): CommittedFiles,
+    (ResourceKind.CONTAINER, "image"): StrippedImage,
+    (ResourceKind.VOLUME, "store"): VolumeBacking,
+    (ResourceKind.VOLUME, "engine-volume"): CreatedEngineVolume,
+    (ResourceKind.VOLUME, "make"): VolumeBacking,
+    (ResourceKind.VOLUME, "locate"): LocatedContent,
+    (ResourceKind.VOLUME, "difference"): TreeSummary,
 }
+# Results of steps that the newest recording has none of: those of a pull, of a graft, and of files that were not kept.
+_RESULTS_NOT_RECORDED = {"PulledImage", "GraftedImage", "MissedSnapshot"}
 # Records that are never stored: what the engine, the driver and the disk show, what is found out of step, and plans.
 _NEVER_STORED = {
-    "CarryPlan",
+    "LayerTransferPlan",
     "CommitCost",
     "Drift",
     "DriftReport",
@@ -98,14 +113,13 @@ _NEVER_STORED = {
     "EngineVolume",
     "Gpu",
     "GpuProcess",
-    "GpuSnapshot",
+    "GpuReport",
     "HistoryLimits",
     "HostCapacity",
     "ImageAccounts",
     "PoolUsage",
     "SnapshotPlan",
-    "StoredVolume",
-    "TreeSummary",
+    "BackingOnDisk",
     "VolumeUsage",
     "_CopyPlan",
 }
@@ -119,10 +133,10 @@ _MADE: dict[str, tuple[Any, ...]] = {
     "claims": ("h",),
     "container": ("c",),
     "containers": (),
-    "lock": (TargetKind.VOLUME, "v"),
-    "locks": (TargetKind.CONTAINER,),
+    "lock": (ResourceKind.VOLUME, "v"),
+    "locks": (ResourceKind.CONTAINER,),
     "all_locks": (),
-    "watched": (TargetKind.VOLUME, KeyRange(b"", b"")),
+    "watched": (ResourceKind.VOLUME, KeyRange(b"", b"")),
     "container_revision": (_UUID, 1),
     "container_revisions": (_UUID,),
     "container_snapshot": (_UUID, 1),
@@ -137,12 +151,12 @@ _MADE: dict[str, tuple[Any, ...]] = {
     "result": (_UUID, 1),
     "results_of": (_UUID,),
     "results": (),
-    "keeper": (),
+    "maintenance_marker": (),
     "request": (_UUID,),
     "image_origin": ("n", "i"),
     "image_origins": ("n",),
 }
-_TAKES_KEYS_APART = {"claim_of", "last_part", "lock_of"}
+_TAKES_KEYS_APART = {"claim_of", "last_segment", "lock_of"}
 
 
 @pytest.fixture(params=recordings(), ids=lambda folder: folder.name)
@@ -166,18 +180,18 @@ def test_every_record_is_read_and_nothing_is_lost_when_it_is_written_again(recor
 
 def test_arguments_and_results_of_steps_are_read(recording: Recording) -> None:
     cut_off: set[OperationKind] = set()
-    facts: set[tuple[OperationKind, str]] = set()
+    facts: set[tuple[ResourceKind, str]] = set()
     for operation, arguments in _operations(recording):
+        for stage in operation.stages:
+            if stage.facts:
+                step = (operation.target.kind, stage.name)
+                facts.add(step)
+                holds(_FACTS[step].model_validate(stage.facts).model_dump(mode="json"), stage.facts, operation.id)
         if arguments is None:
             assert operation.state.ended
             continue
         cut_off.add(operation.kind)
         holds(arguments.model_dump(mode="json"), _arguments(recording, operation), operation.id)
-        for stage in operation.stages:
-            kind = _FACTS.get((operation.kind, stage.name))
-            if kind is not None and stage.facts:
-                holds(kind.model_validate(stage.facts).model_dump(mode="json"), stage.facts, operation.id)
-                facts.add((operation.kind, stage.name))
     assert {_ARGUMENTS[kind] for kind in cut_off} == set(_ARGUMENTS.values())
     assert facts == _FACTS.keys()
 
@@ -196,7 +210,7 @@ def test_every_kind_of_key_is_in_the_newest_recording() -> None:
                 made.add(_kind(_without_prefix(key)))
             case KeyRange(start):
                 made.add(_kind(_without_prefix(start)))
-            case WatchedKeys(idle=key):
+            case WatchKeys(idle=key):
                 made.add(_kind(_without_prefix(key)))
     known = _RECORDS.keys() | _BARE | _NOT_RECORDED | {_SNAPSHOTS}
     assert {one for one in made if not _is_known(one, known)} == set()
@@ -215,12 +229,11 @@ async def test_every_type_of_record_is_in_the_newest_recording(tmp_path: Path) -
     for operation, arguments in _operations(newest):
         seen |= set(_types_in(arguments))
         for stage in operation.stages:
-            kind = _FACTS.get((operation.kind, stage.name))
-            seen |= {kind} if kind is not None and stage.facts else set()
+            seen |= {_FACTS[operation.target.kind, stage.name]} if stage.facts else set()
     for one in await _on_disk(newest, tmp_path):
         seen |= set(_types_in(one))
     declared = {one for one in _subclasses(Record) if not one.__module__.startswith(__package__ or "tests")}
-    assert {one.__name__ for one in declared - seen} == _NEVER_STORED
+    assert {one.__name__ for one in declared - seen} == _NEVER_STORED | _RESULTS_NOT_RECORDED
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -271,14 +284,14 @@ async def _on_disk(recording: Recording, folder: Path) -> list[Record | None]:
     read: list[Record | None] = []
     for path in _written(recording, folder):
         if path.name == "volume.json":
-            backing, identity = StoreFolder(path.parents[1], path.parent.name).recorded() or (None, None)
+            backing, identity = BackingFolder(path.parents[1], path.parent.name).recorded() or (None, None)
             # A store that a resize makes is no volume's own as yet.
             read += [backing] if identity is None else [backing, identity]
         elif path.name == "meta.json":
             key = SnapshotKey(uid=path.parents[1].name, revision=int(path.parent.name))
-            read.append(SnapshotPlaces(str(path.parents[2])).meta(key))
+            read.append(SnapshotFolders(str(path.parents[2])).meta(key))
         else:
-            entries = await FolderLedger(path.parents[1]).read(path.parent.name)
+            entries = await FolderRevisionBackupStore(path.parents[1]).read(path.parent.name)
             read.append(next((one for one in entries if f"{one.number}.json" == path.name), None))
     assert len(recording.disk) <= len(read)
     return read
