@@ -13,9 +13,13 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import pytest
+
 from tests.rig import remains
 from tests.rig.demo.shell import Shown
 from tests.rig.rig import REPOSITORY
+
+pytestmark = pytest.mark.deep
 
 _DEADLINE_S = 240.0
 _PICTURE = REPOSITORY / "docs" / "demo.svg"
