@@ -31,6 +31,10 @@ class ProcessControl(Protocol):
         """Whether `pid` is a running process of that container."""
         ...
 
+    def has_begun(self, pid: int, engine_id: str) -> bool:
+        """Whether `pid`, which the engine started for a program, executes that program; also true if it is gone."""
+        ...
+
     def signal(self, pid: int, engine_id: str, signal_number: int, *, session: bool = False) -> bool:
         """Signal a process, or its whole session; False if it does not exist or belongs to another container."""
         ...

@@ -14,6 +14,9 @@ _PROC: Final = Path("/proc")
 _MAX_KILL_ROUNDS: Final = 10
 # Index of the session in /proc/PID/stat, counted from the state (field 3 in proc(5)).
 _SESSION: Final = 3
+_FLAGS: Final = 6
+# PF_FORKNOEXEC of linux/sched.h: forked, and has executed no program since.
+_FORKED: Final = 0x40
 _DEAD: Final = frozenset({b"Z", b"X", b"x"})
 
 
@@ -29,6 +32,17 @@ class HostProcessControl:
         """Whether `pid` is a running process of that container; zombies do not count."""
         with _open_pidfd(pid) as pidfd:
             return pidfd is not None and _is_alive_in(pid, engine_id)
+
+    def has_begun(self, pid: int, engine_id: str) -> bool:
+        """Whether `pid`, which the engine started for a program, no longer executes the container runtime.
+
+        Until runc's process executes the program, it ignores most signals. Also true if `pid` does not exist or belongs
+        to another container.
+        """
+        with _open_pidfd(pid) as pidfd:
+            if pidfd is None or not _is_alive_in(pid, engine_id):
+                return True
+            return not any(int(flags) & _FORKED for flags in _stat_fields(pid)[_FLAGS : _FLAGS + 1])
 
     def signal(self, pid: int, engine_id: str, signal_number: int, *, session: bool = False) -> bool:
         """Send a signal to `pid`, or with `session` to all processes of the container in the session that `pid` leads.
