@@ -43,21 +43,16 @@ from gpudock_server.adapters.volumes import (
     attach_all_volumes,
     check_versions,
 )
-from gpudock_server.core.adoption_rules import AdoptionRules
-from gpudock_server.core.containers import Containers, HistoryDefaults, ImagePolicy, World
-from gpudock_server.core.containers import saga_builders as container_sagas
-from gpudock_server.core.containers.engine_containers import EngineContainers
-from gpudock_server.core.containers.resource import ContainerResource
+from gpudock_server.core.assembly import NodeCore, NodePolicy, Ports
+from gpudock_server.core.containers.history import HistoryDefaults
+from gpudock_server.core.containers.images import ImagePolicy
 from gpudock_server.core.containers.retention import Retention
 from gpudock_server.core.exec.sessions import ExecSessions
 from gpudock_server.core.nodes import Nodes
 from gpudock_server.core.operations.engine import Operations
 from gpudock_server.core.placement.allocator import Allocator
-from gpudock_server.core.placement.claims import HostClaims
 from gpudock_server.core.reconcile import DriftTracker, Reconciler
-from gpudock_server.core.volumes import Storage, Volumes
-from gpudock_server.core.volumes import saga_builders as volume_sagas
-from gpudock_server.core.volumes.resource import VolumeResource
+from gpudock_server.core.volumes.adoption_rules import AdoptionRules
 from gpudock_server.core.watches import Watches
 from gpudock_server.errors import EngineRejected, EngineUnavailable
 from gpudock_server.logs import configure
@@ -161,18 +156,21 @@ async def _assemble(
     )
     host_paths = _host_paths(settings, _engine_namespace(settings))
     await _restore_host_paths(host_paths)
-    state, engine, paths = wrappers.store(store), wrappers.engine(docker), wrappers.host_paths(host_paths)
-    world = World(
-        store=state,
-        engine=engine,
-        layers=wrappers.layers(layers),
-        snapshots=wrappers.snapshots(snapshots),
-        host_paths=paths,
-        engine_containers=EngineContainers(engine, paths, stop_seconds=settings.stop_timeout),
-        claims=HostClaims(host=settings.host_id, node=settings.node_name),
-        ledger=wrappers.ledger(ledger),
-        adoption=AdoptionRules(settings.adoptable_volumes),
-        allocator=Allocator(
+    state, engine = wrappers.store(store), wrappers.engine(docker)
+    backends = _volume_backends(settings, info.root_dir)
+    core = NodeCore(
+        Ports(
+            store=state,
+            engine=engine,
+            layers=wrappers.layers(layers),
+            snapshots=wrappers.snapshots(snapshots),
+            ledger=wrappers.ledger(ledger),
+            host_paths=wrappers.host_paths(host_paths),
+            backends=[wrappers.volumes(backend) for backend in backends],
+            copier=wrappers.copier(MirrorVolumeCopier(backends, settings.stall_timeout)),
+        ),
+        _node_policy(settings),
+        Allocator(
             store=state,
             inventory=inventory,
             probe=HostPortProbe(),
@@ -180,45 +178,38 @@ async def _assemble(
             port_range=port_range,
             pinned_ranges=[(ports.first, ports.last) for ports in settings.pinned_port_ranges],
         ),
-        node=settings.node_name,
-        capacity=HostCapacity(cpus=info.cpus, memory_bytes=info.memory_bytes),
-        settle_seconds=settings.settle_period,
-        start_watch_seconds=settings.start_watch_period,
-        images=ImagePolicy(
-            replace_any=settings.commit_replace is CommitReplace.ANY,
-            repositories=settings.commit_repositories,
-            verify_access=settings.verify_image_access,
-            pull_stall_seconds=settings.pull_stall_timeout,
-        ),
-        history=HistoryDefaults(
-            snapshots=SnapshotPolicy(settings.snapshot_policy.name),
-            keep_revisions=settings.keep_revisions,
-            keep_seconds=settings.keep_revisions_for,
-            on_stop=settings.snapshot_on_stop,
-        ),
-        limits=_node_limits(settings),
+        HostCapacity(cpus=info.cpus, memory_bytes=info.memory_bytes),
+        recovering=True,
     )
     await _attach_volumes(settings)
     await check_versions()
-    storage = _storage(settings, world, info.root_dir, wrappers)
-    operations = Operations(
-        state,
-        settings.node_name,
-        [ContainerResource(state), VolumeResource(state)],
-        container_sagas(world) | volume_sagas(storage),
-        recovering=True,
+    execs = ExecSessions(
+        engine,
+        core.container_resource,
+        HostProcessControl(),
+        hangup_grace=settings.exec_hangup_grace,
+        limit=settings.max_execs,
     )
-    containers = Containers(world, operations)
-    execs = ExecSessions(world, HostProcessControl(), hangup_grace=settings.exec_hangup_grace, limit=settings.max_execs)
     watches = Watches(state, checkpoint_seconds=settings.watch_checkpoint_interval)
     drift = DriftTracker()
+    nodes = Nodes(
+        store=state,
+        engine=engine,
+        layers=core.ports.layers,
+        inventory=inventory,
+        claims=core.claims,
+        backends=core.backends,
+        version=VERSION,
+        start_time=start_time,
+        port_range=port_range,
+    )
     server = build_server(
         Services(
-            containers=containers,
-            volumes=Volumes(storage, operations),
-            operations=operations,
+            containers=core.containers,
+            volumes=core.volumes,
+            operations=core.operations,
             execs=execs,
-            nodes=Nodes(world, storage, inventory, version=VERSION, start_time=start_time, port_range=port_range),
+            nodes=nodes,
             watches=watches,
             drift=drift,
         ),
@@ -228,21 +219,47 @@ async def _assemble(
         settings=settings,
         version=VERSION,
         store=state,
-        engine=world.engine,
-        operations=operations,
+        engine=engine,
+        operations=core.operations,
         execs=execs,
         watches=watches,
-        reconciler=Reconciler(
-            storage,
-            operations,
+        reconciler=core.reconciler(
             drift,
             interval=settings.reconcile_interval,
             orphan_grace=settings.orphan_grace,
             start_retry_delays=(settings.start_retry_pause, settings.start_retry_pause_max),
         ),
-        retention=Retention(world, containers, interval=settings.reconcile_interval),
+        retention=core.retention(settings.reconcile_interval),
         server=server,
         registered=lease.registered,
+    )
+
+
+def _node_policy(settings: Settings) -> NodePolicy:
+    backend = settings.volume_backend
+    return NodePolicy(
+        node=settings.node_name,
+        host=settings.host_id,
+        stop_seconds=settings.stop_timeout,
+        settle_seconds=settings.settle_period,
+        start_watch_seconds=settings.start_watch_period,
+        pool_path=str(settings.volume_root),
+        forced_backend=None if backend is VolumeBackendChoice.AUTO else VolumeBackendKind(backend.name),
+        overcommit=settings.volume_overcommit,
+        history=HistoryDefaults(
+            snapshots=SnapshotPolicy(settings.snapshot_policy.name),
+            keep_revisions=settings.keep_revisions,
+            keep_seconds=settings.keep_revisions_for,
+            on_stop=settings.snapshot_on_stop,
+        ),
+        adoption=AdoptionRules(settings.adoptable_volumes),
+        images=ImagePolicy(
+            replace_any=settings.commit_replace is CommitReplace.ANY,
+            repositories=settings.commit_repositories,
+            verify_access=settings.verify_image_access,
+            pull_stall_seconds=settings.pull_stall_timeout,
+        ),
+        limits=_node_limits(settings),
     )
 
 
@@ -306,22 +323,13 @@ def _engine_is_local(settings: Settings) -> bool:
     return settings.docker_host.startswith("unix:")
 
 
-def _storage(settings: Settings, world: World, engine_root: str, wrappers: PortWrappers) -> Storage:
+def _volume_backends(settings: Settings, engine_root: str) -> tuple[ProjectQuotaBackend, LoopBackend, PlainBackend]:
     root, local = settings.volume_root, _engine_is_local(settings)
     filesystem = "" if settings.volume_filesystem is VolumeFilesystem.AUTO else settings.volume_filesystem.value
-    backends = (
+    return (
         ProjectQuotaBackend(root, local=local),
         LoopBackend(root, local=local, filesystem=filesystem),
         PlainBackend(Path(engine_root)),
-    )
-    chosen = settings.volume_backend
-    return Storage(
-        world=world,
-        backends=[wrappers.volumes(backend) for backend in backends],
-        copier=wrappers.copier(MirrorVolumeCopier(backends, settings.stall_timeout)),
-        path=str(root),
-        forced=None if chosen is VolumeBackendChoice.AUTO else VolumeBackendKind(chosen.name),
-        overcommit=settings.volume_overcommit,
     )
 
 

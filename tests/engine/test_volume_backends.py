@@ -28,7 +28,7 @@ from gpudock_server.adapters.volumes import (
 from gpudock_server.adapters.volumes.backing_folder import BackingFolder
 from gpudock_server.adapters.volumes.filesystems import FILESYSTEMS
 from gpudock_server.adapters.volumes.loop import _exchange_images
-from gpudock_server.core.volumes import choose_backend
+from gpudock_server.core.volumes.backends import choose_backend
 from gpudock_server.errors import (
     DiskFull,
     SizeNotSupported,

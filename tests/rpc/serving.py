@@ -17,20 +17,14 @@ from gpudock.v1.node_service_pb2_grpc import NodeServiceStub
 from gpudock.v1.operation_service_pb2_grpc import OperationServiceStub
 from gpudock.v1.volume_service_pb2_grpc import VolumeServiceStub
 from gpudock_server.adapters.host_paths import HostPathBinder
-from gpudock_server.core import containers, volumes
-from gpudock_server.core.containers import Containers, World
-from gpudock_server.core.containers.engine_containers import EngineContainers
-from gpudock_server.core.containers.resource import ContainerResource
+from gpudock_server.core.assembly import NodeCore, NodePolicy, Ports
 from gpudock_server.core.exec.sessions import ExecSessions
 from gpudock_server.core.nodes import Nodes
 from gpudock_server.core.operations.engine import Operations
-from gpudock_server.core.operations.resource import Resource
 from gpudock_server.core.placement.allocator import Allocator
-from gpudock_server.core.placement.claims import HostClaims
 from gpudock_server.core.reconcile import DriftTracker
-from gpudock_server.core.volumes import Storage, Volumes
-from gpudock_server.core.volumes.resource import VolumeResource
 from gpudock_server.core.watches import Watches
+from gpudock_server.model.engine import HostCapacity
 from gpudock_server.rpc.server import RpcServer, Services, build_server
 from gpudock_server.settings.definitions import Settings
 from grpc_status import rpc_status
@@ -78,13 +72,6 @@ class Served:
     watching: OperationServiceStub
 
 
-def operations_of(world: World, storage: Storage, *, recovering: bool = False) -> Operations:
-    """The operations of a node, as the daemon has them."""
-    resources: list[Resource[Any]] = [ContainerResource(world.store), VolumeResource(world.store)]
-    sagas = containers.saga_builders(world) | volumes.saga_builders(storage)
-    return Operations(world.store, world.node, resources, sagas, recovering=recovering)
-
-
 @asynccontextmanager
 async def serve(
     folder: Path,
@@ -98,31 +85,38 @@ async def serve(
     Host paths can be allowed but not mounted: the engine is not on this host.
     """
     store, engine, inventory, processes = MemoryStore(), FakeEngine(), FakeInventory(), FakeProcesses()
-    host_paths = HostPathBinder(folder, allowed=allowed_host_paths, namespace=None)
-    world = World(
+    core = NodeCore(
+        Ports(
+            store=store,
+            engine=engine,
+            layers=FakeLayers(),
+            snapshots=snapshots or FakeSnapshots(),
+            ledger=FakeLedger(),
+            host_paths=HostPathBinder(folder, allowed=allowed_host_paths, namespace=None),
+            backends=[volumes or FakeVolumes(), FakePlain()],
+            copier=copier or FakeCopier(),
+        ),
+        NodePolicy(node=NODE, host=HOST, stop_seconds=10, settle_seconds=0, pool_path="/volumes"),
+        Allocator(store=store, inventory=inventory, probe=every_port_is_free, host=HOST, port_range=PORTS),
+        HostCapacity(),
+    )
+    execs = ExecSessions(engine, core.container_resource, processes, hangup_grace=0.2, limit=4)
+    nodes = Nodes(
         store=store,
         engine=engine,
-        layers=FakeLayers(),
-        snapshots=snapshots or FakeSnapshots(),
-        host_paths=host_paths,
-        engine_containers=EngineContainers(engine, host_paths, stop_seconds=10),
-        claims=HostClaims(host=HOST, node=NODE),
-        ledger=FakeLedger(),
-        allocator=Allocator(store=store, inventory=inventory, probe=every_port_is_free, host=HOST, port_range=PORTS),
-        node=NODE,
-        settle_seconds=0,
+        layers=core.ports.layers,
+        inventory=inventory,
+        claims=core.claims,
+        backends=core.backends,
+        version="1",
+        start_time=LONG_AGO,
+        port_range=PORTS,
     )
-    backends = [volumes or FakeVolumes(), FakePlain()]
-    storage = Storage(world=world, backends=backends, copier=copier or FakeCopier(), path="/volumes")
-    operations = operations_of(world, storage)
-    execs = ExecSessions(world, processes, hangup_grace=0.2, limit=4)
-    containers = Containers(world, operations)
-    nodes = Nodes(world, storage, inventory, version="1", start_time=LONG_AGO, port_range=PORTS)
     watches, drift = Watches(store, checkpoint_seconds=60), DriftTracker()
     services = Services(
-        containers=containers,
-        volumes=Volumes(storage, operations),
-        operations=operations,
+        containers=core.containers,
+        volumes=core.volumes,
+        operations=core.operations,
         execs=execs,
         nodes=nodes,
         watches=watches,
@@ -138,7 +132,7 @@ async def serve(
                 store=store,
                 engine=engine,
                 processes=processes,
-                operations=operations,
+                operations=core.operations,
                 execs=execs,
                 watches=watches,
                 drift=drift,
@@ -152,7 +146,7 @@ async def serve(
     finally:
         await server.grpc.stop(0)
         await execs.drain()
-        await operations.drain(0)
+        await core.operations.drain(0)
 
 
 def create_request(name: str = "a", **fields: Any) -> container_service_pb2.CreateContainerRequest:

@@ -7,24 +7,20 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gpudock_server.core.containers import Containers, World
+from gpudock_server.core.assembly import NodeCore, NodePolicy, Ports
 from gpudock_server.core.containers.commands import Command, Create
-from gpudock_server.core.containers.engine_containers import EngineContainers
 from gpudock_server.core.operations.engine import RequestKey
 from gpudock_server.core.placement.allocator import Allocator
-from gpudock_server.core.placement.claims import HostClaims
 from gpudock_server.core.reconcile.images import remove_unused_images
-from gpudock_server.core.volumes import Storage, Volumes
 from gpudock_server.core.volumes import commands as volume_commands
 from gpudock_server.model.container import Container
-from gpudock_server.model.engine import EngineContainer
+from gpudock_server.model.engine import EngineContainer, HostCapacity
 from gpudock_server.model.operation import Operation
 from gpudock_server.model.spec import ContainerSpec, GpuRequest, PortRequest
 from gpudock_server.model.volume import Volume
 
 from tests.rpc.fakes import FakeInventory, FakeLedger, every_port_is_free
 from tests.rpc.memory_store import MemoryStore
-from tests.rpc.serving import operations_of
 from tests.unit.faults import Faults
 from tests.unit.model_engine import IMAGE, ModelEngine
 from tests.unit.model_files import ModelCopier, ModelHostPaths, ModelLayers, ModelPlain, ModelSnapshots, ModelVolumes
@@ -52,50 +48,50 @@ class Desk:
         self.sized = ModelVolumes(faults=self.faults, engine=self.engine)
         self.plain = ModelPlain(faults=self.faults, engine=self.engine)
         self.copier = ModelCopier(self.sized)
-        self.world = World(
+        self.ledger = FakeLedger()
+        self.policy = NodePolicy(
+            node=NODE, host=HOST, stop_seconds=10, settle_seconds=3, start_watch_seconds=2, pool_path="/volumes"
+        )
+        self.begin()
+
+    def begin(self, *, recovering: bool = False) -> None:
+        """A process of the daemon, with `self.policy`."""
+        ports = Ports(
             store=self.store,
             engine=self.engine,
             layers=self.layers,
             snapshots=self.snapshots,
+            ledger=self.ledger,
             host_paths=self.host_paths,
-            engine_containers=EngineContainers(self.engine, self.host_paths, stop_seconds=10),
-            claims=HostClaims(host=HOST, node=NODE),
-            ledger=FakeLedger(),
-            allocator=Allocator(
-                store=self.store,
-                inventory=FakeInventory(),
-                probe=every_port_is_free,
-                host=HOST,
-                port_range=(20000, 20009),
-            ),
-            node=NODE,
-            settle_seconds=3,
-            start_watch_seconds=2,
+            backends=[self.sized, self.plain],
+            copier=self.copier,
         )
-        self.begin()
-
-    def begin(self) -> None:
-        """A process of the daemon, with `self.world`."""
-        self.storage = Storage(world=self.world, backends=[self.sized, self.plain], copier=self.copier, path="/volumes")
-        self.operations = operations_of(self.world, self.storage)
-        self.containers = Containers(self.world, self.operations)
-        self.volumes = Volumes(self.storage, self.operations)
+        allocator = Allocator(
+            store=self.store,
+            inventory=FakeInventory(),
+            probe=every_port_is_free,
+            host=HOST,
+            port_range=(20000, 20009),
+        )
+        self.core = NodeCore(ports, self.policy, allocator, HostCapacity(), recovering=recovering)
+        self.operations = self.core.operations
+        self.containers, self.volumes = self.core.containers, self.core.volumes
 
     def configure(self, **changes: Any) -> None:
-        """Other settings; `history` ones by their names in HistoryDefaults."""
-        self.world = replace(self.world, **changes)
+        """Other settings, by their names in NodePolicy."""
+        self.policy = replace(self.policy, **changes)
         self.begin()
 
     def keep(self, **changes: Any) -> None:
-        """Other settings of the history."""
-        self.configure(history=replace(self.world.history, **changes))
+        """Other settings of the history, by their names in HistoryDefaults."""
+        self.configure(history=replace(self.policy.history, **changes))
 
     async def restart(self) -> None:
         """Another process takes up what this one has left."""
         await self.operations.drain(0)
         self.begin()
         await self.operations.wait_until_ended(await self.operations.resume())
-        await remove_unused_images(self.world)
+        await remove_unused_images(self.store, self.engine, self.core.images)
 
     async def start(self, command: Command | volume_commands.Command, request: RequestKey | None = None) -> str:
         """Begin what is asked for; the id of its operation."""

@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from gpudock_server.core.containers import clone, engine_containers, images, status, stop
+from gpudock_server.core.containers import engine_containers, images, status
 from gpudock_server.core.containers.commands import (
     Clone,
     Command,
@@ -25,10 +25,10 @@ from gpudock_server.core.containers.commands import (
     Stop,
     Update,
 )
-from gpudock_server.core.containers.engine_volumes import identity_of
 from gpudock_server.core.containers.images import ImagePolicy
 from gpudock_server.core.operations import journal
 from gpudock_server.core.operations.saga import OperationDraft
+from gpudock_server.core.volumes.engine_volumes import identity_of
 from gpudock_server.errors import ContainerExists, ContainerNotRunning, EngineRejected, ImageExists, ImageNameForbidden
 from gpudock_server.model.container import ContainerState
 from gpudock_server.model.engine import LABEL_VOLUME, EngineState, EngineVolume, RegistryAuth
@@ -77,7 +77,7 @@ async def test_a_clone_of_what_another_operation_has_changed_meanwhile_is_planne
     async def drafted() -> OperationDraft:
         nonlocal drafts
         drafts += 1
-        draft = await clone.draft(desk.world, Clone("b", "a", LABELLED))
+        draft = await desk.containers.draft(Clone("b", "a", LABELLED))
         if drafts == 1:
             desk.store.put(desk.head())
         return draft
@@ -412,10 +412,10 @@ async def test_a_process_that_its_restart_policy_has_started_again_has_ended(
 
 async def test_what_somebody_else_has_started_is_stopped_and_says_why(desk: Desk) -> None:
     await desk.must(Stop("a"))
-    view = await desk.world.store.container("a")
+    view = await desk.store.container("a")
     assert view is not None
     desk.engine._set(desk.engine_id(), EngineState.RUNNING)
-    draft = stop.draft_enforced_stop(desk.world, view, desk.seen(), "its cards are others' by now")
+    draft = desk.core.container_use_cases.stop.draft_enforced(view, desk.seen(), "its cards are others' by now")
 
     async def drafted() -> OperationDraft:
         return draft
@@ -471,7 +471,7 @@ async def test_a_stop_that_is_left_and_fails_afterwards_is_no_error_of_the_daemo
         raise REJECTED
 
     desk.engine.stop = slow  # type: ignore[method-assign, assignment]
-    task = asyncio.create_task(desk.world.engine_containers.stop(desk.engine_id(), SPEC, None, frozen=False))
+    task = asyncio.create_task(desk.core.engine_containers.stop(desk.engine_id(), SPEC, None, frozen=False))
     async with asyncio.timeout(LONG):
         await stopping.wait()
         task.cancel()

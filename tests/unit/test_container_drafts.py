@@ -28,8 +28,8 @@ from gpudock_server.core.containers.commands import (
     Unpause,
     Update,
 )
+from gpudock_server.core.containers.history import HistoryDefaults
 from gpudock_server.core.containers.images import ImagePolicy
-from gpudock_server.core.containers.world import HistoryDefaults
 from gpudock_server.core.volumes import commands as volume_commands
 from gpudock_server.errors import ContainerRecordLost, GpudockError
 from gpudock_server.model.container import ContainerState

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from gpudock_server.core.containers import images, saga_builders
+from gpudock_server.core.containers import images
 from gpudock_server.core.containers.commands import (
     Clone,
     Command,
@@ -367,7 +367,7 @@ async def test_an_image_that_is_gone_is_pulled_for_one_that_begins_anew() -> Non
     operation = await desk.must(Rollback("a", 1, spec_only=True))
     assert operation.stages[0].name == "pull"
     # A pull may take long: a stop leaves it, and a start does not wait for it.
-    assert saga_builders(desk.world)[operation.kind](operation).steps[0].interruptible is True
+    assert desk.core.container_use_cases.saga_builders[operation.kind](operation).steps[0].interruptible is True
     assert desk.files() == {"remote"}
     assert "pulled again first" in operation.plan.warnings[-1]
 
@@ -554,18 +554,18 @@ async def test_with_a_container_goes_all_that_was_made_for_it(desk: Desk) -> Non
     await carried_often(desk, 2)
     await desk.must(Scale("a", gpus=GpuRequest(count=1)))
     uid = desk.head().uid
-    assert await desk.world.ledger.read(uid)
+    assert await desk.ledger.read(uid)
     await desk.must(Delete("a", force=True))
     assert not [name for name in desk.engine.tags if name.startswith("gpudock/")]
     assert not desk.engine.volumes
-    assert not await desk.world.ledger.read(uid)
+    assert not await desk.ledger.read(uid)
     assert not desk.store.held["host1"]
 
 
 async def test_the_history_is_written_beside_the_store(desk: Desk) -> None:
     desk.layers.method = LayerTransferMethod.COMMIT
     await desk.must(Scale("a", gpus=THREE))
-    first, second = await desk.world.ledger.read(desk.head().uid)
+    first, second = await desk.ledger.read(desk.head().uid)
     assert (first.number, second.number) == (1, 2)
     assert first.snapshot is not None
     assert first.snapshot.image_id == desk.seen().image_id
@@ -576,5 +576,5 @@ async def test_the_history_is_written_beside_the_store(desk: Desk) -> None:
     async def refused(_: object) -> None:
         raise SnapshotFailed(detail="no")
 
-    desk.world.ledger.write = refused  # type: ignore[method-assign, assignment]
+    desk.ledger.write = refused  # type: ignore[method-assign, assignment]
     await desk.must(Scale("a", gpus=GpuRequest(count=1)))

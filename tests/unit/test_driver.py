@@ -9,7 +9,6 @@ from typing import SupportsIndex
 
 import pytest
 import structlog
-from gpudock_server.core.containers.resource import ContainerResource
 from gpudock_server.core.operations import engine as operations
 from gpudock_server.core.operations import journal
 from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Step
@@ -314,7 +313,7 @@ async def test_a_lock_that_somebody_took_away_does_not_stop_the_end(desk: Desk) 
 
 async def claimed(desk: Desk, key: ClaimKey, meanwhile: Callable[[], None]) -> str:
     """Begin an operation that claims `key`, during which `meanwhile` happens; its id."""
-    holder = desk.world.claims.holder(desk.head())
+    holder = desk.core.claims.holder(desk.head())
 
     async def work(run: OperationRun) -> None:
         assert desk.store.held[HOST][key] == holder.model_copy(update={"operation_id": run.operation.id})
@@ -328,7 +327,7 @@ async def claimed(desk: Desk, key: ClaimKey, meanwhile: Callable[[], None]) -> s
 async def test_a_claim_that_vanished_is_taken_again(desk: Desk) -> None:
     operation = await desk.ended(await claimed(desk, CARD, desk.store.held[HOST].clear))
     assert operation.state is OperationState.SUCCEEDED
-    assert desk.store.held[HOST][CARD] == desk.world.claims.holder(desk.head())
+    assert desk.store.held[HOST][CARD] == desk.core.claims.holder(desk.head())
 
 
 @pytest.mark.parametrize(
@@ -341,7 +340,7 @@ async def test_a_claim_that_vanished_is_taken_again(desk: Desk) -> None:
 async def test_a_claim_that_another_has_by_now_is_lost(
     desk: Desk, key: ClaimKey, reason: str, metadata: dict[str, str]
 ) -> None:
-    thief = desk.world.claims.holder(desk.head()).model_copy(update={"container": "thief", "uid": "thief"})
+    thief = desk.core.claims.holder(desk.head()).model_copy(update={"container": "thief", "uid": "thief"})
     operation = await desk.ended(await claimed(desk, key, lambda: desk.store.held[HOST].update({key: thief})))
     assert operation.error is not None
     assert (operation.error.reason, operation.error.metadata) == (reason, metadata)
@@ -354,7 +353,7 @@ async def left_and_taken_up(desk: Desk, operation_id: str, script: Script, *, at
         await at_work.wait()
         await desk.operations.drain(0)
         sagas = {OperationKind.RESTART: lambda _: script}
-        desk.operations = operations.Operations(desk.store, NODE, [ContainerResource(desk.store)], sagas)
+        desk.operations = operations.Operations(desk.store, NODE, [desk.core.container_resource], sagas)
         assert await desk.operations.resume() == (operation_id,)
         await desk.operations.wait_until_ended([operation_id])
 

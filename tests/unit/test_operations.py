@@ -6,8 +6,6 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from gpudock_server.core.containers import create as create_container
-from gpudock_server.core.containers import stop
 from gpudock_server.core.containers.commands import Create, Restart, Stop
 from gpudock_server.core.operations import active_operation as running_module
 from gpudock_server.core.operations import engine as operations_module
@@ -15,7 +13,6 @@ from gpudock_server.core.operations.active_operation import OperationView
 from gpudock_server.core.operations.engine import Operations, RequestKey
 from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Step
 from gpudock_server.core.volumes import commands as volume_commands
-from gpudock_server.core.volumes import create as create_volume
 from gpudock_server.errors import (
     ContainerBusy,
     ContainerExists,
@@ -48,7 +45,6 @@ from gpudock_server.model.store_changes import PutRequest, RequireUnlocked, Stor
 from gpudock_server.ports import Versioned
 
 from tests.rpc.fakes import LONG_AGO
-from tests.rpc.serving import operations_of
 from tests.unit.desk import LONG, NODE, SPEC, Desk
 from tests.unit.scripted import Held, Script, UnsteadyStore, begun, daemon, draft_of, nothing
 
@@ -70,7 +66,7 @@ def store_of(desk: Desk) -> UnsteadyStore:
 
 def recovering(desk: Desk) -> Operations:
     """A process that has just begun."""
-    desk.operations = operations_of(desk.world, desk.storage, recovering=True)
+    desk.begin(recovering=True)
     return desk.operations
 
 
@@ -93,7 +89,7 @@ def record(desk: Desk, **changes: object) -> Operation:
 
 
 async def test_what_another_operation_has_locked_names_that_operation(desk: Desk) -> None:
-    draft = await stop.draft(desk.world, Stop("a"))
+    draft = await desk.containers.draft(Stop("a"))
 
     async def drafted() -> OperationDraft:
         return draft
@@ -108,7 +104,7 @@ async def test_what_another_operation_has_locked_names_that_operation(desk: Desk
 async def test_what_another_operation_does_to_a_volume_names_that_operation(desk: Desk) -> None:
     await desk.must(volume_commands.Create("data", size_bytes=1 << 20))
     resize = volume_commands.Resize("data", 2 << 20)
-    draft = await desk.volumes._draft(resize)
+    draft = await desk.volumes.draft(resize)
     create = await draft_of(desk, lambda _: Script(desk, ()))
     conditioned = OperationDraft(
         kind=create.kind,
@@ -134,9 +130,9 @@ async def test_of_two_that_make_one_name_one_is_told_so(desk: Desk) -> None:
     both = await asyncio.gather(*(desk.start(Create("b", SPEC)) for _ in range(2)), return_exceptions=True)
     (refused,) = [one for one in both if isinstance(one, ContainerExists)]
     assert refused.container == "b"
-    drafts = [await create_container.draft(desk.world, Create("c", SPEC)) for _ in range(2)]
+    drafts = [await desk.containers.draft(Create("c", SPEC)) for _ in range(2)]
     command = volume_commands.Create("data", size_bytes=1 << 20)
-    drafts += [await create_volume.draft(desk.storage, command) for _ in range(2)]
+    drafts += [await desk.volumes.draft(command) for _ in range(2)]
 
     async def drafted() -> OperationDraft:
         return drafts.pop()
@@ -250,7 +246,7 @@ async def test_a_plan_is_of_no_operation(desk: Desk) -> None:
     assert {stage.state for stage in operation.stages} == {StageState.PENDING}
     assert operation.create_time == operation.update_time
     assert operation.arguments["start"] is True
-    draft = await stop.draft(desk.world, Stop("a"))
+    draft = await desk.containers.draft(Stop("a"))
     of_a = desk.operations.preview(draft)
     assert (of_a.target, of_a.node, of_a.plan) == (desk.head().target, NODE, draft.plan)
 

@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
-from gpudock_server.core import containers, volumes
 from gpudock_server.core.operations import engine as operations
 from gpudock_server.core.operations import journal
 from gpudock_server.errors import EngineRejected, EngineUnavailable, GpudockError, OperationNotCancellable
@@ -138,7 +137,7 @@ async def test_it_is_done(scenario: Scenario) -> None:
     # Another process makes the same of the record.
     assert is_plain(operation.arguments)
     assert is_plain([stage.facts for stage in operation.stages])
-    sagas = containers.saga_builders(desk.world) | volumes.saga_builders(desk.storage)
+    sagas = desk.core.container_use_cases.saga_builders | desk.core.volume_use_cases.saga_builders
     saga = sagas[operation.kind](operation)
     assert [*(step.name for step in saga.steps), "commit", *(step.name for step in saga.cleanup_steps)] == names
     for step in (*saga.steps, *saga.cleanup_steps):

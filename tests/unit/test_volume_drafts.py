@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from gpudock_server.core.adoption_rules import AdoptionRules
 from gpudock_server.core.containers.commands import Pause, Stop
-from gpudock_server.core.volumes import choose_backend
+from gpudock_server.core.volumes.adoption_rules import AdoptionRules
+from gpudock_server.core.volumes.backends import choose_backend
 from gpudock_server.core.volumes.commands import Adopt, Command, Create, Delete, Resize
 from gpudock_server.errors import (
     EngineRejected,
@@ -175,8 +175,7 @@ async def test_which_backend_a_volume_is_made_on(
 
 
 async def test_the_setting_chooses_for_volumes_with_a_size_and_the_caller_for_all(desk: Desk) -> None:
-    desk.storage = replace(desk.storage, forced=VolumeBackendKind.PROJECT_QUOTA)
-    desk.volumes = type(desk.volumes)(desk.storage, desk.operations)
+    desk.configure(forced_backend=VolumeBackendKind.PROJECT_QUOTA)
     refused = await refusal(desk, Create("b", size_bytes=MIB))
     assert (refused.reason, refused.metadata["volume"]) == ("SIZE_NOT_SUPPORTED", "b")
     await preview(desk, Create("b", size_bytes=MIB, backend=VolumeBackendKind.LOOP))
@@ -208,22 +207,22 @@ async def test_what_the_pool_can_be_promised(desk: Desk) -> None:
     # What is promised on another node is no matter of this one.
     change_head(desk, node="far")
     await preview(desk, Create("b", size_bytes=70 * MIB))
-    over = replace(desk.storage, overcommit=2.0)
-    await over.require_pool_space(VolumeBackendKind.LOOP, "b", 140 * MIB)
+    over = replace(desk.core.backends, overcommit=2.0)
+    await over.require_space(VolumeBackendKind.LOOP, "b", 140 * MIB)
     with pytest.raises(PoolFull):
-        await over.require_pool_space(VolumeBackendKind.LOOP, "b", 140 * MIB + 1)
+        await over.require_space(VolumeBackendKind.LOOP, "b", 140 * MIB + 1)
 
 
 async def test_which_pool_there_is(desk: Desk) -> None:
-    assert await desk.storage.pool() == await desk.sized.pool()
+    assert await desk.core.backends.pool_usage() == await desk.sized.pool()
 
     async def unavailable_reason() -> str:
         return "no loop devices"
 
     desk.sized.unavailable_reason = unavailable_reason  # type: ignore[method-assign]  # this call alone differs
-    assert await desk.storage.pool() is None
-    assert await replace(desk.storage, backends=[desk.plain]).pool() is None
-    assert desk.storage.backend(VolumeBackendKind.PLAIN) is desk.plain
+    assert await desk.core.backends.pool_usage() is None
+    assert await replace(desk.core.backends, backends=[desk.plain]).pool_usage() is None
+    assert desk.core.backends.of_kind(VolumeBackendKind.PLAIN) is desk.plain
 
 
 async def test_what_cannot_be_resized(desk: Desk) -> None:

@@ -1,4 +1,4 @@
-"""All of a listing that comes in pages, as of one moment."""
+"""Whole listings of the store, each as of one moment, and what every room reads from them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 from typing import Protocol, TypeVar
 
 from gpudock_server.errors import ResumeTokenExpired, StoreUnavailable
-from gpudock_server.ports import Page
+from gpudock_server.model.volume import Volume
+from gpudock_server.ports import ContainerView, Page, Store
 
 T = TypeVar("T")
 
@@ -50,3 +51,28 @@ async def _pages(listing: ListRequest[T]) -> AsyncIterator[Page[T]]:
         token = page.next_token
         if not token:
             return
+
+
+async def all_containers(store: Store) -> tuple[ContainerView, ...]:
+    """Every container of every node."""
+    return (await read_all_pages(store.containers)).items
+
+
+async def all_volumes(store: Store) -> tuple[Volume, ...]:
+    """Every volume of every node."""
+    return tuple(view.volume for view in (await read_all_pages(store.volumes)).items)
+
+
+async def containers_mounting(store: Store, volume: str) -> tuple[ContainerView, ...]:
+    """The containers whose specs mount a volume, by name: the one truth of what is attached."""
+    return tuple(view for view in await all_containers(store) if mounts_volume(view, volume))
+
+
+def mounts_volume(view: ContainerView, volume: str) -> bool:
+    """Whether a container's spec mounts a volume."""
+    return any(mount.volume == volume for mount in view.container.spec.mounts)
+
+
+async def node_address(store: Store, node: str) -> str:
+    """The address of a node's daemon; empty where none is alive."""
+    return next((one.address for one in await store.nodes() if one.node == node), "")

@@ -10,15 +10,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
-from gpudock_server.core.containers.world import World
-from gpudock_server.core.volumes.storage import Storage
+from gpudock_server.core.placement.claims import HostClaims
+from gpudock_server.core.volumes.backends import VolumeBackends
 from gpudock_server.errors import GpudockError, NodeNotFound, OtherNodeRequested
 from gpudock_server.model.claims import ClaimTable, GpuKey, Holder, PortKey
 from gpudock_server.model.engine import EngineInfo
 from gpudock_server.model.gpu import Gpu, GpuReport
 from gpudock_server.model.operation import LayerTransferMethod
 from gpudock_server.model.volume import PoolUsage
-from gpudock_server.ports import GpuInventory, StoreUsage
+from gpudock_server.ports import Engine, GpuInventory, LayerStore, Store, StoreUsage
 
 T = TypeVar("T")
 
@@ -98,28 +98,34 @@ class Nodes:
 
     def __init__(
         self,
-        world: World,
-        storage: Storage,
-        inventory: GpuInventory,
         *,
+        store: Store,
+        engine: Engine,
+        layers: LayerStore,
+        inventory: GpuInventory,
+        claims: HostClaims,
+        backends: VolumeBackends,
         version: str,
         start_time: datetime,
         port_range: tuple[int, int],
     ) -> None:
         """`version` is the daemon's; `port_range` the first and last host port, both included."""
-        self._world = world
-        self._storage = storage
+        self._store = store
+        self._engine = engine
+        self._layers = layers
+        self._claims = claims
+        self._backends = backends
         self._inventory = inventory
         self._version = version
         self._start_time = start_time
         self._port_range = port_range
-        self._engine: EngineInfo | None = None
+        self._engine_info: EngineInfo | None = None
 
     async def check(self, name: str) -> None:
         """Empty is this node. Raises OtherNodeRequested, NodeNotFound; StoreUnavailable where that cannot be told."""
-        if name in ("", self._world.node):
+        if name in ("", self._claims.node):
             return
-        for node in await self._world.store.nodes():
+        for node in await self._store.nodes():
             if node.node == name:
                 raise OtherNodeRequested(node=name, address=node.address)
         raise NodeNotFound(node=name)
@@ -132,16 +138,15 @@ class Nodes:
     async def get(self, name: str) -> NodeView:
         """The node, also where its engine or its store is out of reach. Raises as `check`."""
         await self.check(name)
-        world = self._world
         (engine, engine_error), (store_version, store_error), (claims, claims_error), (usage, _) = await asyncio.gather(
-            _value_or_error(world.engine.info()),
-            _value_or_error(world.store.ping()),
-            _value_or_error(world.store.claims(world.claims.host)),
-            _value_or_error(world.store.usage()),
+            _value_or_error(self._engine.info()),
+            _value_or_error(self._store.ping()),
+            _value_or_error(self._store.claims(self._claims.host)),
+            _value_or_error(self._store.usage()),
         )
-        engine = self._engine = engine or self._engine
+        engine = self._engine_info = engine or self._engine_info
         return NodeView(
-            name=world.node,
+            name=self._claims.node,
             version=self._version,
             start_time=self._start_time,
             engine=engine,
@@ -155,25 +160,25 @@ class Nodes:
             memory_available_bytes=await asyncio.to_thread(_memory_available),
             disk=await asyncio.to_thread(_disk, engine.root_dir) if engine else None,
             volume_pool=await self._volume_pool(),
-            carry_methods=await world.layers.methods(),
+            carry_methods=await self._layers.methods(),
         )
 
     async def _volume_pool(self) -> VolumePool | None:
-        storage = self._storage
-        usage, _ = await _value_or_error(storage.pool())
-        return VolumePool(storage.path, usage, storage.overcommit) if usage else None
+        backends = self._backends
+        usage, _ = await _value_or_error(backends.pool_usage())
+        return VolumePool(backends.path, usage, backends.overcommit) if usage else None
 
     async def gpus(self, name: str) -> tuple[HeldGpu, ...]:
         """The cards of a node with their holders, by index. Raises as `check`, and StoreUnavailable."""
         await self.check(name)
         snapshot = await self._inventory.snapshot()
-        table = await self._world.store.claims(self._world.claims.host)
+        table = await self._store.claims(self._claims.host)
         return tuple(HeldGpu(gpu, table.holder(GpuKey(gpu.uuid))) for gpu in snapshot.gpus)
 
     async def ports(self, name: str) -> tuple[HeldPort, ...]:
         """The claimed ports of a node, by number. Raises as `check`, and StoreUnavailable."""
         await self.check(name)
-        table = await self._world.store.claims(self._world.claims.host)
+        table = await self._store.claims(self._claims.host)
         held = [HeldPort(key, holder) for key, holder in table.claims.items() if isinstance(key, PortKey)]
         return tuple(sorted(held, key=lambda port: (port.key.port, port.key.protocol)))
 

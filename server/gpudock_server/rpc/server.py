@@ -17,12 +17,12 @@ from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from gpudock_server.core.containers import Containers
+from gpudock_server.core.containers.service import Containers
 from gpudock_server.core.exec.sessions import ExecSessions
 from gpudock_server.core.nodes import Nodes
 from gpudock_server.core.operations.engine import Operations
 from gpudock_server.core.reconcile import DriftTracker
-from gpudock_server.core.volumes import Volumes
+from gpudock_server.core.volumes.service import Volumes
 from gpudock_server.core.watches import Watches
 from gpudock_server.rpc.containers import service as container_service
 from gpudock_server.rpc.containers.service import ContainerService

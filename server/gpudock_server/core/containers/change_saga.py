@@ -28,10 +28,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from enum import StrEnum
+from dataclasses import dataclass
 
 from typing_extensions import override
 
+from gpudock_server.core.containers.change_arguments import ChangeArguments, SuccessorFiles
 from gpudock_server.core.containers.create import (
     CREATED,
     VERIFIED,
@@ -40,35 +41,31 @@ from gpudock_server.core.containers.create import (
     anonymous_volumes,
     engine_container_labels,
     exit_code_of_start,
-    remove_with_volumes,
 )
-from gpudock_server.core.containers.history import prune
-from gpudock_server.core.containers.images import PULLED, Pull, PulledImage, pull_image, restrict_after_failed_pull
+from gpudock_server.core.containers.engine_containers import EngineContainers
+from gpudock_server.core.containers.history import History, revision_of
+from gpudock_server.core.containers.images import PULLED, Images, Pull, PulledImage
 from gpudock_server.core.containers.layer_images import (
     GRAFTED,
     LAYER_IMAGE,
     GraftedImage,
     LayerImage,
-    graft_image,
+    LayerImages,
     grafted_image_name,
-    make_layer_image,
-    remove_layer_images,
 )
 from gpudock_server.core.containers.ledger import write_ledger_entry
-from gpudock_server.core.containers.mounts import ensure_engine_volumes
+from gpudock_server.core.containers.mounts import Mounts
+from gpudock_server.core.containers.resource import ContainerResource
 from gpudock_server.core.containers.saga import ContainerSaga
-from gpudock_server.core.containers.snapshots import SnapshotArguments, SnapshotSteps
+from gpudock_server.core.containers.snapshots import RevisionSnapshots
 from gpudock_server.core.containers.status import observed_status, status_after_start
-from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.saga import OperationRun, Outcome, Step, StepResult
+from gpudock_server.core.placement.claims import HostClaims
 from gpudock_server.errors import LayerCarryFailed, PulledImageDiffers, StartFailed
 from gpudock_server.model.claims import claim_keys
 from gpudock_server.model.container import (
     Container,
-    ContainerRevision,
     EngineBinding,
-    Placement,
-    RevisionCause,
 )
 from gpudock_server.model.engine import EngineContainer, EngineContainerSpec, RegistryAuth
 from gpudock_server.model.names import engine_container_name
@@ -82,7 +79,7 @@ from gpudock_server.model.store_changes import (
     PutSnapshot,
     StoreChange,
 )
-from gpudock_server.ports import ContainerView, LayerPair
+from gpudock_server.ports import ContainerView, Engine, LayerPair, LayerStore, SnapshotStore
 
 
 class LayerTransfer(Record):
@@ -95,80 +92,39 @@ _LOCATED = StepResult("locate", LayerPair)
 _TRANSFERRED = StepResult("carry", LayerTransfer)
 
 
-class SuccessorFiles(StrEnum):
-    """What a successor's files are. GRAFT: those of the old one, on another image."""
+@dataclass(frozen=True, slots=True)
+class ContainerChanges:
+    """What a change of a container is made with."""
 
-    CARRY = "CARRY"
-    RESTORE = "RESTORE"
-    FRESH = "FRESH"
-    GRAFT = "GRAFT"
+    containers: ContainerResource
+    engine: Engine
+    engine_containers: EngineContainers
+    mounts: Mounts
+    images: Images
+    layers: LayerStore
+    layer_images: LayerImages
+    revision_files: SnapshotStore
+    snapshots: RevisionSnapshots
+    history: History
+    claims: HostClaims
 
-
-class SuccessorSource(Record):
-    """Where a successor and its files come from.
-
-    `image_id` is what it is made from, or grafted on; empty is the old one's, or, for FRESH and GRAFT, what is pulled
-    first, while the engine has `present_id` under that name. `revision` is the one whose files are brought back, and
-    `snapshot` how they were kept. `fetch`: the engine does not have `image_id`, which the spec's image was when the
-    revision was made, and it is pulled first.
-    """
-
-    files: SuccessorFiles = SuccessorFiles.CARRY
-    image_id: str = ""
-    present_id: str = ""
-    pull_stall_seconds: float | None = None
-    base_image_id: str = ""
-    revision: int = 0
-    snapshot: Snapshot | None = None
-    fetch: bool = False
-    bytes_to_move: int = 0
-    warnings: tuple[str, ...] = ()
-
-
-class ChangeArguments(Record):
-    """What the saga needs to be built again.
-
-    `old` and `was_running` are how things stood when the operation began. `cause` None makes no revision.
-    `frozen`: it was paused, and is thawed before it is stopped. `keep` says how the files of the revision that ends
-    are kept, `prunes` whether older ones go then. `verify`: the process is watched also where nothing is
-    replaced, for `start_watch_seconds`. A process that ends while it is watched with another code than 0 is a
-    failed start; with `must_live`, with any code; with `may_end`, with none.
-    """
-
-    old: EngineBinding
-    old_spec: ContainerSpec
-    old_placement: Placement
-    spec: ContainerSpec
-    placement: Placement
-    revision: int
-    was_running: bool
-    frozen: bool = False
-    stop: bool = False
-    start: bool = False
-    replace: bool = False
-    limits: bool = False
-    carry: LayerTransferMethod = LayerTransferMethod.NONE
-    source: SuccessorSource = SuccessorSource()
-    keep: SnapshotArguments = SnapshotArguments()
-    prunes: bool = False
-    stop_timeout: float | None = None
-    must_live: bool = False
-    may_end: bool = False
-    verify: bool = False
-    cause: RevisionCause | None = None
-    owner: str = ""
-    authenticated: bool = False
+    def saga(self, operation: Operation, registry_auth: RegistryAuth | None = None) -> ChangeSaga:
+        """The saga of an operation; `registry_auth` as in ChangeSaga."""
+        return ChangeSaga(self, operation, registry_auth)
 
 
 class ChangeSaga(ContainerSaga):
     """See the module's docstring."""
 
-    def __init__(self, world: World, operation: Operation, registry_auth: RegistryAuth | None = None) -> None:
+    def __init__(
+        self, changes: ContainerChanges, operation: Operation, registry_auth: RegistryAuth | None = None
+    ) -> None:
         """`registry_auth` is not recorded: a daemon that resumes a pull does so without it."""
-        super().__init__(world)
+        super().__init__(changes.containers)
+        self._changes = changes
         self._auth = registry_auth
         self._arguments = ChangeArguments.model_validate(operation.arguments)
-        self._snapshot_steps = SnapshotSteps(world, self._arguments.keep)
+        self._snapshot_steps = changes.snapshots.steps(self._arguments.keep)
 
     # -- the script --------------------------------------------------------------------------------------------------
 
@@ -251,13 +207,13 @@ class ChangeSaga(ContainerSaga):
 
     async def _stop(self, _run: OperationRun) -> None:
         arguments = self._arguments
-        await self._world.engine_containers.stop(
+        await self._changes.engine_containers.stop(
             arguments.old.engine_id, arguments.old_spec, arguments.stop_timeout, frozen=arguments.frozen
         )
 
     async def _start_old(self, _run: OperationRun) -> None:
         if self._arguments.was_running:
-            await self._world.engine_containers.start(
+            await self._changes.engine_containers.start(
                 self._arguments.old.engine_id, self._arguments.old_spec, renew=False
             )
 
@@ -268,7 +224,7 @@ class ChangeSaga(ContainerSaga):
         await self._apply_limits(self._arguments.old_spec)
 
     async def _apply_limits(self, spec: ContainerSpec) -> None:
-        await self._world.engine.update(
+        await self._changes.engine.update(
             self._arguments.old.engine_id,
             cpus=spec.cpus,
             memory_bytes=spec.memory_bytes,
@@ -277,13 +233,13 @@ class ChangeSaga(ContainerSaga):
         )
 
     async def _start(self, run: OperationRun) -> None:
-        await self._world.engine_containers.start(await self._serving_engine_id(run), self._arguments.spec)
+        await self._changes.engine_containers.start(await self._serving_engine_id(run), self._arguments.spec)
 
     async def _stop_successor(self, run: OperationRun) -> None:
         # Also where nothing is replaced: a start that was undone leaves it as stopped as it was.
         serving = await self._serving_engine_id(run)
         if serving and not (serving == self._arguments.old.engine_id and self._arguments.was_running):
-            await self._world.engine.stop(serving, 0)
+            await self._changes.engine.stop(serving, 0)
 
     async def _serving_engine_id(self, run: OperationRun) -> str:
         """The engine container that will serve: the successor, or the old one where nothing is replaced."""
@@ -293,9 +249,9 @@ class ChangeSaga(ContainerSaga):
         return created.engine_id if created else ""
 
     async def _verify(self, run: OperationRun) -> WatchedStart:
-        world = self._world
-        seconds = world.settle_seconds if self._arguments.replace else world.start_watch_seconds
-        code = await world.engine_containers.wait_for_exit(await self._serving_engine_id(run), seconds)
+        starts = self._changes.engine_containers
+        seconds = starts.settle_seconds if self._arguments.replace else starts.start_watch_seconds
+        code = await starts.wait_for_exit(await self._serving_engine_id(run), seconds)
         if code is not None and (code != 0 or self._arguments.must_live) and not self._arguments.may_end:
             raise StartFailed(
                 container=run.operation.target.name,
@@ -317,14 +273,14 @@ class ChangeSaga(ContainerSaga):
         )
 
     async def _pull(self, run: OperationRun) -> PulledImage:
-        return PulledImage(image_id=(await pull_image(self._world, run, self._image_pull)).id)
+        return PulledImage(image_id=(await self._changes.images.pull(run, self._image_pull)).id)
 
     async def _pull_revision_image(self, run: OperationRun) -> PulledImage:
         """Pull the image of a revision again. Its name may lead to another one by now, which does not go with files."""
-        source, world = self._arguments.source, self._world
-        if await world.engine.image(source.image_id) is None:
-            pulled = await pull_image(world, run, self._image_pull)
-            if await world.engine.image(source.image_id) is None:
+        source, engine = self._arguments.source, self._changes.engine
+        if await engine.image(source.image_id) is None:
+            pulled = await self._changes.images.pull(run, self._image_pull)
+            if await engine.image(source.image_id) is None:
                 raise PulledImageDiffers(
                     container=run.operation.target.name,
                     image=self._arguments.spec.image,
@@ -334,7 +290,7 @@ class ChangeSaga(ContainerSaga):
         return PulledImage(image_id=source.image_id)
 
     async def _restrict_image(self, _run: OperationRun) -> None:
-        await restrict_after_failed_pull(self._world, self._image_pull)
+        await self._changes.images.restrict_after_failed_pull(self._image_pull)
 
     def _successor_image(self, operation: Operation) -> str:
         # Not the image's tag, which may have moved: the layer is only right on top of the very image it was made on.
@@ -345,10 +301,10 @@ class ChangeSaga(ContainerSaga):
         return self._new_image(operation) or self._arguments.old.image_id
 
     async def _create(self, run: OperationRun) -> CreatedEngineContainer:
-        world, arguments, operation = self._world, self._arguments, run.operation
+        arguments, operation = self._arguments, run.operation
         image_id = self._successor_image(operation)
         name = engine_container_name(operation.target.name, operation.id)
-        engine_id = await world.engine_containers.create(
+        engine_id = await self._changes.engine_containers.create(
             EngineContainerSpec(
                 name=name,
                 image_id=image_id,
@@ -357,7 +313,7 @@ class ChangeSaga(ContainerSaga):
                 hostname=arguments.spec.hostname or operation.target.name,
                 labels=engine_container_labels(operation, arguments.revision, arguments.owner),
                 volumes=arguments.old.anonymous_volumes,
-                mounted=await ensure_engine_volumes(world, arguments.spec.mounts),
+                mounted=await self._changes.mounts.ensure_engine_volumes(arguments.spec.mounts),
             )
         )
         return CreatedEngineContainer(engine_id=engine_id, engine_name=name, image_id=image_id)
@@ -366,19 +322,21 @@ class ChangeSaga(ContainerSaga):
         if await self._predecessor_is_gone(run):
             run.add_message("the old engine container is gone; its successor is kept, with whatever files it has")
             return
-        await remove_with_volumes(self._world, run.operation)
+        await self._changes.engine_containers.remove_created(run.operation)
 
     async def _restore(self, run: OperationRun) -> None:
         source = self._arguments.source
         key = SnapshotKey(uid=run.operation.target.uid, revision=source.revision)
-        await self._world.snapshots.restore(key, await self._inspect(await self._serving_engine_id(run)), run.progress)
+        await self._changes.revision_files.restore(
+            key, await self._inspect(await self._serving_engine_id(run)), run.progress
+        )
 
     async def _predecessor_is_gone(self, run: OperationRun) -> bool:
         """Whether the old one was removed by somebody else, and files may have reached the successor by then."""
-        if await self._world.engine.inspect(self._arguments.old.engine_id) is not None:
+        if await self._changes.engine.inspect(self._arguments.old.engine_id) is not None:
             return False
         name = engine_container_name(run.operation.target.name, run.operation.id)
-        successor = await self._world.engine.inspect(name)
+        successor = await self._changes.engine.inspect(name)
         carried = any(
             stage.name in (_TRANSFERRED.step, LAYER_IMAGE.step) and stage.state is not StageState.PENDING
             for stage in run.operation.stages
@@ -388,10 +346,10 @@ class ChangeSaga(ContainerSaga):
     async def _locate(self, run: OperationRun) -> LayerPair:
         old = await self._inspect(self._arguments.old.engine_id)
         new = await self._inspect(await self._serving_engine_id(run))
-        return await self._world.layers.locate(old, new)
+        return await self._changes.layers.locate(old, new)
 
     async def _inspect(self, engine_id: str) -> EngineContainer:
-        seen = await self._world.engine.inspect(engine_id)
+        seen = await self._changes.engine.inspect(engine_id)
         if seen is None:
             raise LayerCarryFailed(
                 method=self._arguments.carry.value, detail=f"engine container {engine_id[:12]} is gone"
@@ -399,7 +357,7 @@ class ChangeSaga(ContainerSaga):
         return seen
 
     async def _transfer_layer(self, run: OperationRun) -> LayerTransfer:
-        layers, pair = self._world.layers, _LOCATED.of(run.operation)
+        layers, pair = self._changes.layers, _LOCATED.of(run.operation)
         await self._require_both_stopped(run)
         if self._arguments.carry is LayerTransferMethod.EXCHANGE and await layers.exchange(pair):
             return LayerTransfer(method=LayerTransferMethod.EXCHANGE)
@@ -418,31 +376,33 @@ class ChangeSaga(ContainerSaga):
         if pair is not None and not await self._predecessor_is_gone(run):
             # The successor may hold the old one's files; it must not be written to while they go back.
             await self._stop_successor(run)
-            await self._world.layers.exchange_back(pair)
+            await self._changes.layers.exchange_back(pair)
 
     async def _snapshot(self, run: OperationRun) -> LayerImage:
-        return await make_layer_image(self._world, run, self._arguments.old)
+        return await self._changes.layer_images.make(run, self._arguments.old)
 
     async def _remove_snapshot(self, run: OperationRun) -> None:
         if await self._predecessor_is_gone(run):
             return
-        await remove_layer_images(self._world, run.operation)
+        await self._changes.layer_images.remove(run.operation)
 
     async def _graft(self, run: OperationRun) -> GraftedImage:
         carried = LAYER_IMAGE.of(run.operation).image_id
-        made = await graft_image(self._world, run.operation, carried=carried, onto=self._new_image(run.operation))
+        made = await self._changes.layer_images.graft(
+            run.operation, carried=carried, onto=self._new_image(run.operation)
+        )
         return GraftedImage(image_id=made, reference=grafted_image_name(run.operation))
 
     async def _remove_graft(self, run: OperationRun) -> None:
-        await self._world.engine.remove_image(grafted_image_name(run.operation))
+        await self._changes.engine.remove_image(grafted_image_name(run.operation))
 
     # -- the point of no return, and past it -------------------------------------------------------------------------
 
     @override
     async def success_changes(self, run: OperationRun, view: ContainerView) -> Outcome:
-        arguments, world = self._arguments, self._world
+        arguments = self._arguments
         binding = await self._binding(run)
-        seen = await world.engine.inspect(binding.engine_id)
+        seen = await self._changes.engine.inspect(binding.engine_id)
         moment = now()
         container = view.container.changed(
             spec=arguments.spec,
@@ -458,17 +418,19 @@ class ChangeSaga(ContainerSaga):
         container = container.changed(status=status)
         changes: list[StoreChange] = [PutContainer(container, expect=view.version)]
         if arguments.cause is not None:
-            revision = self._revision(run, container, arguments.cause)
+            revision = revision_of(container, arguments.cause, run.operation.id)
             changes.append(PutRevision(revision))
             if (kept := self._snapshot_steps.snapshot_of(run.operation)) is not None:
                 changes.append(PutSnapshot(container.uid, arguments.keep.revision, kept))
             # A snapshot on the disk says itself what it is, an image does not.
             image = kept if isinstance(kept, Snapshot) and kept.kind is SnapshotKind.IMAGE else None
-            await write_ledger_entry(world, container, revision, (arguments.keep.revision, image) if image else None)
+            await write_ledger_entry(
+                self._changes.history.ledger, container, revision, (arguments.keep.revision, image) if image else None
+            )
         wanted = claim_keys(arguments.placement)
-        changes += world.claims.confirm(container, wanted)
+        changes += self._changes.claims.confirm(container, wanted)
         released = [key for key in claim_keys(arguments.old_placement) if key not in wanted]
-        changes += world.claims.release(container.uid, released)
+        changes += self._changes.claims.release(container.uid, released)
         return Outcome(changes, container)
 
     def _holds_resources(self, container: Container) -> bool:
@@ -511,30 +473,20 @@ class ChangeSaga(ContainerSaga):
             return self._new_image(operation)
         return self._arguments.source.base_image_id or self._arguments.old.user_image_id
 
-    def _revision(self, run: OperationRun, container: Container, cause: RevisionCause) -> ContainerRevision:
-        return ContainerRevision(
-            container=container.name,
-            uid=container.uid,
-            revision=container.revision,
-            spec=container.spec,
-            cause=cause,
-            placement=container.status.placement,
-            image_id=container.engine.user_image_id if container.engine else "",
-            create_time=now(),
-            operation_id=run.operation.id,
-        )
-
     async def _retire(self, _run: OperationRun) -> None:
-        await self._world.engine_containers.remove(self._arguments.old.engine_id, self._arguments.old.engine_name)
+        await self._changes.engine_containers.remove(self._arguments.old.engine_id, self._arguments.old.engine_name)
 
     async def _prune(self, run: OperationRun) -> None:
-        await prune(self._world, run.operation.target.uid, self._arguments.spec)
+        await self._changes.history.prune(run.operation.target.uid, self._arguments.spec)
 
     @override
     async def failure_changes(self, run: OperationRun, view: ContainerView) -> Sequence[StoreChange]:
         arguments = self._arguments
-        seen = await self._world.engine.inspect(arguments.old.engine_id)
-        container = view.container.changed(status=observed_status(view.container, seen), update_time=now())
+        container = await self._changes.engine_containers.observe(view.container, arguments.old.engine_id)
+        container = container.changed(update_time=now())
         kept = claim_keys(arguments.old_placement)
         released = [key for key in claim_keys(arguments.placement) if key not in kept]
-        return [PutContainer(container, expect=view.version), *self._world.claims.release(container.uid, released)]
+        return [
+            PutContainer(container, expect=view.version),
+            *self._changes.claims.release(container.uid, released),
+        ]

@@ -22,6 +22,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 
 from typing_extensions import override
@@ -35,29 +36,21 @@ from gpudock_server.core.containers.create import (
     anonymous_volumes,
     engine_container_labels,
     exit_code_of_start,
-    remove_with_volumes,
 )
-from gpudock_server.core.containers.history import find_revision, is_gone, refuse_if_gone
-from gpudock_server.core.containers.images import may_use, require_user_in_files
-from gpudock_server.core.containers.layer_images import (
-    LAYER_IMAGE,
-    LayerImage,
-    commit_raw_image,
-    layer_image_name,
-    make_layer_image,
-    remove_layer_images,
-)
+from gpudock_server.core.containers.engine_containers import EngineContainers
+from gpudock_server.core.containers.history import History, revision_of
+from gpudock_server.core.containers.images import Images
+from gpudock_server.core.containers.layer_images import LAYER_IMAGE, LayerImage, LayerImages, layer_image_name
 from gpudock_server.core.containers.ledger import write_ledger_entry
 from gpudock_server.core.containers.limits import check_limits
-from gpudock_server.core.containers.mounts import check_mounts, ensure_engine_volumes, require_unchanged
-from gpudock_server.core.containers.operation_history import refuse_if_record_lost
+from gpudock_server.core.containers.mounts import Mounts, require_unchanged
+from gpudock_server.core.containers.resource import ContainerResource
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.status import observed_status, status_after_start
-from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step
-from gpudock_server.core.placement.allocator import AllocationRequest
+from gpudock_server.core.placement.allocator import AllocationRequest, Allocator
+from gpudock_server.core.placement.claims import HostClaims
 from gpudock_server.errors import (
-    ContainerExists,
     ContainerNotRunning,
     ImageNotFound,
     SnapshotFailed,
@@ -66,14 +59,13 @@ from gpudock_server.errors import (
 from gpudock_server.model.claims import claim_keys
 from gpudock_server.model.container import (
     Container,
-    ContainerRevision,
     ContainerState,
     ContainerStatus,
     EngineBinding,
     Placement,
     RevisionCause,
 )
-from gpudock_server.model.engine import EngineContainer, EngineContainerSpec, EngineState
+from gpudock_server.model.engine import EngineContainer, EngineContainerSpec, EngineState, NodeLimits
 from gpudock_server.model.names import engine_container_name
 from gpudock_server.model.operation import LayerTransferMethod, Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import Record, now
@@ -86,7 +78,7 @@ from gpudock_server.model.store_changes import (
     PutRevision,
     StoreChange,
 )
-from gpudock_server.ports import ContainerView
+from gpudock_server.ports import ContainerView, Engine, LayerStore, SnapshotStore
 
 
 class CloneOrigin(StrEnum):
@@ -136,69 +128,150 @@ class CloneArguments(Record):
     owner: str = ""
 
 
-async def draft(world: World, command: Clone) -> OperationDraft:
-    """Check that it can be made, find its files, and pick what it would be given."""
-    if await world.store.container(command.name) is not None:
-        raise ContainerExists(container=command.name)
-    await refuse_if_record_lost(world, command.name)
-    view = await world.lookup(command.source)
-    source = view.container
-    found, files = await _spec_and_files(world, source, command.revision)
-    owner = command.owner or source.owner
-    if owner != source.owner and not await may_use(world, files.base_image_id, owner):
-        # The same words as for an image that is not there: another owner's images are not told.
-        raise ImageNotFound(image=found.image)
-    spec = command.change.apply(found)
-    if files.source is not None and spec.user != found.user:
-        await require_user_in_files(world, source, spec.user)
-    check_limits(world.limits, spec)
-    volumes = await check_mounts(world, spec.mounts)
-    clone_uid = str(uuid.uuid4())
-    allocation = await world.allocator.allocate(AllocationRequest(uid=clone_uid, gpus=spec.gpus, ports=spec.ports))
-    moment = now()
-    container = Container(
-        name=command.name,
-        uid=clone_uid,
-        node=world.node,
-        owner=owner,
-        generation=1,
-        revision=0,
-        spec=spec,
-        status=ContainerStatus(state=ContainerState.CREATING, placement=allocation.placement, holds_resources=True),
-        create_time=moment,
-        update_time=moment,
-    )
-    arguments = CloneArguments(
-        source=source.target,
-        files=files,
-        spec=spec,
-        placement=allocation.placement,
-        start=not command.create_only,
-        verify=not command.create_only and world.watches_starts,
-        owner=container.owner,
-    )
-    return OperationDraft(
-        kind=OperationKind.CLONE,
-        target=container.target,
-        target_record=PutContainer(container, expect=0),
-        arguments=arguments.model_dump(mode="json"),
-        plan=OperationPlan(
+@dataclass(frozen=True, slots=True)
+class CloneContainer:
+    """Checks that a clone can be made, finds its files, and picks what it is given."""
+
+    containers: ContainerResource
+    engine: Engine
+    engine_containers: EngineContainers
+    mounts: Mounts
+    images: Images
+    layers: LayerStore
+    layer_images: LayerImages
+    snapshots: SnapshotStore
+    history: History
+    allocator: Allocator
+    claims: HostClaims
+    limits: NodeLimits
+
+    async def draft(self, command: Clone) -> OperationDraft:
+        """Check that it can be made, find its files, and pick what it would be given."""
+        await self.containers.require_free_name(command.name)
+        view = await self.containers.find_unlocked(command.source)
+        source = view.container
+        found, files = await self._spec_and_files(source, command.revision)
+        owner = command.owner or source.owner
+        if owner != source.owner and not await self.images.may_use(files.base_image_id, owner):
+            # The same words as for an image that is not there: another owner's images are not told.
+            raise ImageNotFound(image=found.image)
+        spec = command.change.apply(found)
+        if files.source is not None and spec.user != found.user:
+            await self.images.require_user_in_files(source, spec.user)
+        check_limits(self.limits, spec)
+        volumes = await self.mounts.check(spec.mounts)
+        clone_uid = str(uuid.uuid4())
+        allocation = await self.allocator.allocate(AllocationRequest(uid=clone_uid, gpus=spec.gpus, ports=spec.ports))
+        moment = now()
+        container = Container(
+            name=command.name,
+            uid=clone_uid,
+            node=self.containers.node,
+            owner=owner,
+            generation=1,
+            revision=0,
+            spec=spec,
+            status=ContainerStatus(state=ContainerState.CREATING, placement=allocation.placement, holds_resources=True),
+            create_time=moment,
+            update_time=moment,
+        )
+        arguments = CloneArguments(
+            source=source.target,
+            files=files,
+            spec=spec,
             placement=allocation.placement,
-            claimed_gpu_uuids=allocation.placement.gpu_uuids,
-            claimed_ports=allocation.placement.ports,
-            bytes_to_move=files.bytes_to_move,
-            bytes_available=files.bytes_available,
-            carry_method=_TRANSFER_METHODS[files.origin],
-            old_spec=found,
-            new_spec=spec,
-            warnings=(*files.warnings, *_anonymous_volume_warnings(source, spec)),
-        ),
-        claims=world.claims.claim(container, allocation.to_claim),
-        locks=(source.target,),
-        # It must be as it was read: another operation may have come and gone before the lock is taken.
-        conditions=(PutContainer(source, expect=view.version), *require_unchanged(volumes)),
-        build=lambda operation: CloneSaga(world, operation),
-    )
+            start=not command.create_only,
+            verify=not command.create_only and self.engine_containers.watches_starts,
+            owner=container.owner,
+        )
+        return OperationDraft(
+            kind=OperationKind.CLONE,
+            target=container.target,
+            target_record=PutContainer(container, expect=0),
+            arguments=arguments.model_dump(mode="json"),
+            plan=OperationPlan(
+                placement=allocation.placement,
+                claimed_gpu_uuids=allocation.placement.gpu_uuids,
+                claimed_ports=allocation.placement.ports,
+                bytes_to_move=files.bytes_to_move,
+                bytes_available=files.bytes_available,
+                carry_method=_TRANSFER_METHODS[files.origin],
+                old_spec=found,
+                new_spec=spec,
+                warnings=(*files.warnings, *_anonymous_volume_warnings(source, spec)),
+            ),
+            claims=self.claims.claim(container, allocation.to_claim),
+            locks=(source.target,),
+            # It must be as it was read: another operation may have come and gone before the lock is taken.
+            conditions=(PutContainer(source, expect=view.version), *require_unchanged(volumes)),
+            build=self.saga,
+        )
+
+    async def _spec_and_files(self, source: Container, revision: int) -> tuple[ContainerSpec, CloneFiles]:
+        """The spec and the files of a revision; 0 and the current one are the source as it is."""
+        gone = source.status.state is ContainerState.FAILED and await self.history.is_gone(source)
+        revision = revision or source.revision
+        if revision == source.revision and not gone:
+            return source.spec, await self._current_files(source)
+        found = await self.history.find_revision(source, revision)
+        if found.snapshot is None:
+            if revision == source.revision:
+                await self.history.refuse_if_gone(source)
+            raise SnapshotNotFound(container=source.name, revision=revision)
+        if await self.engine.image(found.snapshot.image_id) is None:
+            raise ImageNotFound(image=f"{found.revision.spec.image} ({found.snapshot.image_id})")
+        as_tree = found.snapshot.kind is SnapshotKind.TREE
+        return found.revision.spec, CloneFiles(
+            origin=CloneOrigin.TREE if as_tree else CloneOrigin.IMAGE,
+            image_id=found.snapshot.image_id,
+            base_image_id=found.revision.image_id,
+            revision=revision,
+            bytes_to_move=found.snapshot.layer_bytes,
+        )
+
+    async def _current_files(self, source: Container) -> CloneFiles:
+        engine = source.engine
+        seen = await self.engine.inspect(engine.engine_id) if engine is not None else None
+        if engine is None or seen is None:
+            raise ContainerNotRunning(
+                container=source.name,
+                state=source.status.state.value,
+                needs="its files of now are lost; clone one of its revisions",
+            )
+        files = CloneFiles(
+            origin=CloneOrigin.COMMIT,
+            image_id=engine.image_id,
+            base_image_id=engine.user_image_id,
+            source=engine,
+            freeze=seen.running and seen.state is not EngineState.PAUSED,
+        )
+        carry = await self.layers.plan(seen)
+        if carry.method is LayerTransferMethod.COMMIT:
+            return files.model_copy(
+                update={
+                    "bytes_to_move": carry.bytes_to_move,
+                    "bytes_available": carry.bytes_available,
+                    "warnings": carry.warnings,
+                }
+            )
+        method, why_not = await self.snapshots.method(seen)
+        if method is None:
+            warning = f"its files are taken as an image, which does not keep everything: {why_not}"
+            return files.model_copy(update={"warnings": (warning,)})
+        cost = await self.snapshots.plan(seen, None)
+        if cost.too_large:
+            raise SnapshotFailed(detail=f"the source's layer is too large to be copied: {cost.too_large}")
+        return files.model_copy(
+            update={
+                "origin": CloneOrigin.MIRROR,
+                "bytes_to_move": cost.bytes_to_copy,
+                "bytes_available": cost.bytes_available,
+            }
+        )
+
+    def saga(self, operation: Operation) -> CloneSaga:
+        """The saga of a recorded operation."""
+        return CloneSaga(self, operation)
 
 
 def _anonymous_volume_warnings(source: Container, spec: ContainerSpec) -> tuple[str, ...]:
@@ -210,76 +283,13 @@ def _anonymous_volume_warnings(source: Container, spec: ContainerSpec) -> tuple[
     )
 
 
-async def _spec_and_files(world: World, source: Container, revision: int) -> tuple[ContainerSpec, CloneFiles]:
-    """The spec and the files of a revision; 0 and the current one are the source as it is."""
-    gone = source.status.state is ContainerState.FAILED and await is_gone(world, source)
-    revision = revision or source.revision
-    if revision == source.revision and not gone:
-        return source.spec, await _current_files(world, source)
-    found = await find_revision(world, source, revision)
-    if found.snapshot is None:
-        if revision == source.revision:
-            await refuse_if_gone(world, source)
-        raise SnapshotNotFound(container=source.name, revision=revision)
-    if await world.engine.image(found.snapshot.image_id) is None:
-        raise ImageNotFound(image=f"{found.revision.spec.image} ({found.snapshot.image_id})")
-    as_tree = found.snapshot.kind is SnapshotKind.TREE
-    return found.revision.spec, CloneFiles(
-        origin=CloneOrigin.TREE if as_tree else CloneOrigin.IMAGE,
-        image_id=found.snapshot.image_id,
-        base_image_id=found.revision.image_id,
-        revision=revision,
-        bytes_to_move=found.snapshot.layer_bytes,
-    )
-
-
-async def _current_files(world: World, source: Container) -> CloneFiles:
-    engine = source.engine
-    seen = await world.engine.inspect(engine.engine_id) if engine is not None else None
-    if engine is None or seen is None:
-        raise ContainerNotRunning(
-            container=source.name,
-            state=source.status.state.value,
-            needs="its files of now are lost; clone one of its revisions",
-        )
-    files = CloneFiles(
-        origin=CloneOrigin.COMMIT,
-        image_id=engine.image_id,
-        base_image_id=engine.user_image_id,
-        source=engine,
-        freeze=seen.running and seen.state is not EngineState.PAUSED,
-    )
-    carry = await world.layers.plan(seen)
-    if carry.method is LayerTransferMethod.COMMIT:
-        return files.model_copy(
-            update={
-                "bytes_to_move": carry.bytes_to_move,
-                "bytes_available": carry.bytes_available,
-                "warnings": carry.warnings,
-            }
-        )
-    method, why_not = await world.snapshots.method(seen)
-    if method is None:
-        warning = f"its files are taken as an image, which does not keep everything: {why_not}"
-        return files.model_copy(update={"warnings": (warning,)})
-    cost = await world.snapshots.plan(seen, None)
-    if cost.too_large:
-        raise SnapshotFailed(detail=f"the source's layer is too large to be copied: {cost.too_large}")
-    return files.model_copy(
-        update={
-            "origin": CloneOrigin.MIRROR,
-            "bytes_to_move": cost.bytes_to_copy,
-            "bytes_available": cost.bytes_available,
-        }
-    )
-
-
 class CloneSaga(ContainerSaga):
     """See the module's docstring."""
 
-    def __init__(self, world: World, operation: Operation) -> None:
+    def __init__(self, clone: CloneContainer, operation: Operation) -> None:
         """Builds the script from the operation's arguments."""
-        super().__init__(world)
+        super().__init__(clone.containers)
+        self._clone = clone
         self._arguments = CloneArguments.model_validate(operation.arguments)
         self._files = self._arguments.files
 
@@ -315,30 +325,30 @@ class CloneSaga(ContainerSaga):
     # -- the image ---------------------------------------------------------------------------------------------------
 
     async def _snapshot(self, run: OperationRun) -> LayerImage:
-        world, engine = self._world, self._source_binding()
-        if await world.engine.image(layer_image_name(run.operation)) is None:
+        engine, layer_images = self._source_binding(), self._clone.layer_images
+        if await self._clone.engine.image(layer_image_name(run.operation)) is None:
             async with self._frozen_source(run):
-                await commit_raw_image(world, run.operation, engine.engine_id)
-        return await make_layer_image(world, run, engine)
+                await layer_images.commit_raw(run.operation, engine.engine_id)
+        return await layer_images.make(run, engine)
 
     async def _thaw_and_remove_images(self, run: OperationRun) -> None:
         await self._thaw(run)
-        await remove_layer_images(self._world, run.operation)
+        await self._clone.layer_images.remove(run.operation)
 
     async def _tag_image(self, run: OperationRun) -> None:
-        await self._world.engine.tag(self._files.image_id, layer_image_name(run.operation))
+        await self._clone.engine.tag(self._files.image_id, layer_image_name(run.operation))
 
     async def _untag_image(self, run: OperationRun) -> None:
-        await self._world.engine.remove_image(layer_image_name(run.operation))
+        await self._clone.engine.remove_image(layer_image_name(run.operation))
 
     # -- the clone ---------------------------------------------------------------------------------------------------
 
     async def _create(self, run: OperationRun) -> CreatedEngineContainer:
-        world, spec, operation = self._world, self._arguments.spec, run.operation
+        spec, operation = self._arguments.spec, run.operation
         image = LAYER_IMAGE.find(operation)
         image_id = image.image_id if image else self._files.image_id
         name = engine_container_name(operation.target.name, operation.id)
-        engine_id = await world.engine_containers.create(
+        engine_id = await self._clone.engine_containers.create(
             EngineContainerSpec(
                 name=name,
                 image_id=image_id,
@@ -346,26 +356,27 @@ class CloneSaga(ContainerSaga):
                 placement=self._arguments.placement,
                 hostname=spec.hostname or operation.target.name,
                 labels=engine_container_labels(operation, 1, self._arguments.owner),
-                mounted=await ensure_engine_volumes(world, spec.mounts),
+                mounted=await self._clone.mounts.ensure_engine_volumes(spec.mounts),
             )
         )
         return CreatedEngineContainer(engine_id=engine_id, engine_name=name, image_id=image_id)
 
     async def _remove(self, run: OperationRun) -> None:
-        await remove_with_volumes(self._world, run.operation)
+        await self._clone.engine_containers.remove_created(run.operation)
 
     async def _start(self, run: OperationRun) -> None:
-        await self._world.engine_containers.start(_clone_engine_id(run), self._arguments.spec)
+        await self._clone.engine_containers.start(_clone_engine_id(run), self._arguments.spec)
 
     async def _verify(self, run: OperationRun) -> WatchedStart:
-        code = await self._world.engine_containers.wait_for_exit(_clone_engine_id(run), self._world.start_watch_seconds)
+        starts = self._clone.engine_containers
+        code = await starts.wait_for_exit(_clone_engine_id(run), starts.start_watch_seconds)
         return WatchedStart(exit_code=code)
 
     # -- its files ---------------------------------------------------------------------------------------------------
 
     async def _restore(self, run: OperationRun) -> None:
         key = SnapshotKey(uid=self._arguments.source.uid, revision=self._files.revision)
-        await self._world.snapshots.restore(key, await self._inspect(_clone_engine_id(run)), run.progress)
+        await self._clone.snapshots.restore(key, await self._inspect(_clone_engine_id(run)), run.progress)
 
     async def _gather(self, run: OperationRun) -> None:
         await self._mirror(run, still=False)
@@ -379,24 +390,21 @@ class CloneSaga(ContainerSaga):
             await self._inspect(self._source_binding().engine_id),
             await self._inspect(_clone_engine_id(run)),
         )
-        await self._world.snapshots.mirror(source, clone, run.operation.id, still=still, progress=run.progress)
+        await self._clone.snapshots.mirror(source, clone, run.operation.id, still=still, progress=run.progress)
 
     @asynccontextmanager
     async def _frozen_source(self, run: OperationRun) -> AsyncIterator[None]:
         """The source frozen, if it has to be. All of it is one step, so that it waits for no record meanwhile."""
         if self._files.freeze:
-            await self._world.engine_containers.freeze((await self._inspect(self._source_binding().engine_id)).id)
+            await self._clone.engine_containers.freeze((await self._inspect(self._source_binding().engine_id)).id)
         try:
             yield
         finally:
             await self._thaw(run)
 
     async def _thaw(self, _run: OperationRun) -> None:
-        if not self._files.freeze:
-            return
-        seen = await self._world.engine.inspect(self._source_binding().engine_id)
-        if seen is not None and seen.state is EngineState.PAUSED:
-            await self._world.engine.unpause(seen.id)
+        if self._files.freeze:
+            await self._clone.engine_containers.thaw_if_frozen(self._source_binding().engine_id)
 
     def _source_binding(self) -> EngineBinding:
         if self._files.source is None:
@@ -404,7 +412,7 @@ class CloneSaga(ContainerSaga):
         return self._files.source
 
     async def _inspect(self, engine_id: str) -> EngineContainer:
-        seen = await self._world.engine.inspect(engine_id)
+        seen = await self._clone.engine.inspect(engine_id)
         if seen is None:
             raise SnapshotFailed(detail=f"engine container {engine_id[:12]} is gone")
         return seen
@@ -413,31 +421,21 @@ class CloneSaga(ContainerSaga):
 
     @override
     async def success_changes(self, run: OperationRun, view: ContainerView) -> Outcome:
-        world, arguments = self._world, self._arguments
+        arguments = self._arguments
         binding = await self._binding(run)
         container = view.container.changed(engine=binding, revision=1, update_time=now())
-        seen = await world.engine.inspect(binding.engine_id)
+        seen = await self._clone.engine.inspect(binding.engine_id)
         if arguments.start:
             status = status_after_start(container, seen, exit_code_of_start(run.operation))
         else:
             status = observed_status(container, seen)
         container = container.changed(status=status)
-        revision = ContainerRevision(
-            container=container.name,
-            uid=container.uid,
-            revision=1,
-            spec=arguments.spec,
-            cause=RevisionCause.CLONED,
-            placement=arguments.placement,
-            image_id=binding.user_image_id,
-            create_time=now(),
-            operation_id=run.operation.id,
-        )
-        await write_ledger_entry(world, container, revision)
+        revision = revision_of(container, RevisionCause.CLONED, run.operation.id)
+        await write_ledger_entry(self._clone.history.ledger, container, revision)
         changes: list[StoreChange] = [
             PutContainer(container, expect=view.version),
             PutRevision(revision),
-            *world.claims.confirm(container, claim_keys(arguments.placement)),
+            *self._clone.claims.confirm(container, claim_keys(arguments.placement)),
             *await self._source_changes(),
         ]
         return Outcome(changes, container)
@@ -468,17 +466,17 @@ class CloneSaga(ContainerSaga):
     async def failure_changes(self, run: OperationRun, view: ContainerView) -> Sequence[StoreChange]:
         return [
             DeleteContainer(view.container.name, view.container.uid, expect=view.version),
-            *self._world.claims.release(view.container.uid, claim_keys(self._arguments.placement)),
+            *self._clone.claims.release(view.container.uid, claim_keys(self._arguments.placement)),
             *await self._source_changes(),
         ]
 
     async def _source_changes(self) -> list[StoreChange]:
         """What its engine container did meanwhile: nobody looks at one that is locked."""
-        view = await self._world.store.container(self._arguments.source.name)
-        if view is None or view.container.uid != self._arguments.source.uid or view.container.engine is None:
+        view = await self._containers.view_of(self._arguments.source)
+        if view is None or view.container.engine is None:
             return []
         source = view.container
-        seen = await self._world.engine.inspect(view.container.engine.engine_id)
+        seen = await self._clone.engine.inspect(view.container.engine.engine_id)
         status = observed_status(source, seen) if seen is not None else source.status
         if status == source.status:
             return []

@@ -18,15 +18,16 @@ the name that was asked for: the last step before the point of no return, which 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from typing_extensions import override
 
 from gpudock_server.core.containers.commands import Commit
-from gpudock_server.core.containers.images import CommitName, committed_origin, find_replaceable_image
+from gpudock_server.core.containers.engine_containers import EngineContainers
+from gpudock_server.core.containers.images import CommitName, Images
 from gpudock_server.core.containers.layer_images import raw_image_name
+from gpudock_server.core.containers.resource import ContainerResource
 from gpudock_server.core.containers.saga import ContainerSaga
-from gpudock_server.core.containers.status import observed_status
-from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step, StepResult
 from gpudock_server.errors import ContainerNotRunning, DiskFull, EngineRejected, ImageExists, SnapshotFailed
 from gpudock_server.model.container import ContainerState
@@ -37,14 +38,13 @@ from gpudock_server.model.engine import (
     LABEL_UID,
     EngineContainer,
     EngineImage,
-    EngineState,
 )
 from gpudock_server.model.image import CommittedImage
 from gpudock_server.model.names import engine_container_name
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import Record, now
 from gpudock_server.model.store_changes import PutContainer, StoreChange
-from gpudock_server.ports import CommitCost, ContainerView, LayerTooLarge
+from gpudock_server.ports import CommitCost, ContainerView, Engine, LayerStore, LayerTooLarge, SnapshotStore
 from gpudock_server.sizes import size_text
 
 _NOT_FOUND = 404
@@ -103,54 +103,6 @@ _COMMITTED = StepResult("commit-files", CommittedFiles)
 _STRIPPED = StepResult("image", StrippedImage)
 
 
-async def draft(world: World, command: Commit) -> OperationDraft:
-    """Whatever has files can be committed; what runs is frozen for it, unless that is not wanted."""
-    view = await world.lookup(command.name, command.etag)
-    container = view.container
-    state = container.status.state
-    seen = await world.engine.inspect(container.engine.engine_id) if container.engine else None
-    if seen is None or state in (ContainerState.CREATING, ContainerState.DELETING):
-        needs = "its files of now are lost; commit a clone of one of its revisions"
-        raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
-    world.images.require_allowed(command.reference.rpartition(":")[0], container.owner)
-    await find_replaceable_image(world, CommitName(command.reference, container.owner, command.replace))
-    cost = await world.layers.commit_cost(seen)
-    freeze = command.pause and state is ContainerState.RUNNING
-    copy = await _copy_plan(world, seen, cost) if freeze else _CopyPlan(shadow=False)
-    arguments = CommitArguments(
-        engine_id=seen.id,
-        base_id=seen.image_id,
-        reference=command.reference,
-        author=command.author,
-        comment=command.comment,
-        changes=command.changes,
-        freeze=freeze,
-        total_bytes=cost.apparent_bytes,
-        revision=container.revision,
-        owner=container.owner,
-        replace=command.replace,
-        shadow=copy.shadow,
-        allocated_bytes=cost.allocated_bytes,
-    )
-    return OperationDraft(
-        kind=OperationKind.COMMIT,
-        target=container.target,
-        target_record=PutContainer(container, expect=view.version),
-        arguments=arguments.model_dump(mode="json"),
-        plan=OperationPlan(
-            placement=container.status.placement,
-            kept_gpu_uuids=container.status.placement.gpu_uuids,
-            bytes_to_move=cost.apparent_bytes + copy.bytes_to_copy,
-            bytes_available=cost.bytes_available,
-            warnings=(*cost.warnings, *_sparse_file_warnings(cost), *copy.warnings),
-            apparent_bytes=cost.apparent_bytes,
-            allocated_bytes=cost.allocated_bytes,
-            expected_freeze_seconds=_freeze_seconds(cost, shadow=copy.shadow) if freeze else None,
-        ),
-        build=lambda operation: CommitSaga(world, operation),
-    )
-
-
 class _CopyPlan(Record):
     """Whether the files of a running container are copied first, and why not."""
 
@@ -159,25 +111,87 @@ class _CopyPlan(Record):
     warnings: tuple[str, ...] = ()
 
 
-async def _copy_plan(world: World, seen: EngineContainer, cost: CommitCost) -> _CopyPlan:
-    method, reason = await world.snapshots.method(seen)
-    if method is not None and cost.measured:
-        try:
-            plan = await world.snapshots.plan(seen, None)
-        except (DiskFull, SnapshotFailed) as error:
-            plan, reason = None, error.message
-        if plan is not None and plan.too_large:
-            reason = f"it is too large to be copied: {plan.too_large}"
-        elif plan is not None:
-            needed = plan.bytes_to_copy
-            if needed + cost.apparent_bytes <= cost.bytes_available:
-                return _CopyPlan(shadow=True, bytes_to_copy=needed)
-            total = needed + cost.apparent_bytes
-            reason = f"a copy and the image take {size_text(total)}, and {size_text(cost.bytes_available)} are free"
-    how_long = "" if cost.measured else ", for a time that is not known"
-    why = reason or "its files cannot be measured"
-    warning = f"the container is frozen while the engine writes the image{how_long}: {why}"
-    return _CopyPlan(shadow=False, warnings=(warning,))
+@dataclass(frozen=True, slots=True)
+class CommitContainer:
+    """Checks that an image can be made of a container's files, and plans whether they are copied first."""
+
+    containers: ContainerResource
+    engine: Engine
+    engine_containers: EngineContainers
+    images: Images
+    layers: LayerStore
+    snapshots: SnapshotStore
+
+    async def draft(self, command: Commit) -> OperationDraft:
+        """Whatever has files can be committed; what runs is frozen for it, unless that is not wanted."""
+        view = await self.containers.find_unlocked(command.name, command.etag)
+        container = view.container
+        state = container.status.state
+        seen = await self.engine.inspect(container.engine.engine_id) if container.engine else None
+        if seen is None or state in (ContainerState.CREATING, ContainerState.DELETING):
+            needs = "its files of now are lost; commit a clone of one of its revisions"
+            raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
+        self.images.policy.require_allowed(command.reference.rpartition(":")[0], container.owner)
+        await self.images.find_replaceable(CommitName(command.reference, container.owner, command.replace))
+        cost = await self.layers.commit_cost(seen)
+        freeze = command.pause and state is ContainerState.RUNNING
+        copy = await self._copy_plan(seen, cost) if freeze else _CopyPlan(shadow=False)
+        arguments = CommitArguments(
+            engine_id=seen.id,
+            base_id=seen.image_id,
+            reference=command.reference,
+            author=command.author,
+            comment=command.comment,
+            changes=command.changes,
+            freeze=freeze,
+            total_bytes=cost.apparent_bytes,
+            revision=container.revision,
+            owner=container.owner,
+            replace=command.replace,
+            shadow=copy.shadow,
+            allocated_bytes=cost.allocated_bytes,
+        )
+        return OperationDraft(
+            kind=OperationKind.COMMIT,
+            target=container.target,
+            target_record=PutContainer(container, expect=view.version),
+            arguments=arguments.model_dump(mode="json"),
+            plan=OperationPlan(
+                placement=container.status.placement,
+                kept_gpu_uuids=container.status.placement.gpu_uuids,
+                bytes_to_move=cost.apparent_bytes + copy.bytes_to_copy,
+                bytes_available=cost.bytes_available,
+                warnings=(*cost.warnings, *_sparse_file_warnings(cost), *copy.warnings),
+                apparent_bytes=cost.apparent_bytes,
+                allocated_bytes=cost.allocated_bytes,
+                expected_freeze_seconds=_freeze_seconds(cost, shadow=copy.shadow) if freeze else None,
+            ),
+            build=self.saga,
+        )
+
+    async def _copy_plan(self, seen: EngineContainer, cost: CommitCost) -> _CopyPlan:
+        method, reason = await self.snapshots.method(seen)
+        if method is not None and cost.measured:
+            try:
+                plan = await self.snapshots.plan(seen, None)
+            except (DiskFull, SnapshotFailed) as error:
+                plan, reason = None, error.message
+            if plan is not None and plan.too_large:
+                reason = f"it is too large to be copied: {plan.too_large}"
+            elif plan is not None:
+                needed = plan.bytes_to_copy
+                if needed + cost.apparent_bytes <= cost.bytes_available:
+                    return _CopyPlan(shadow=True, bytes_to_copy=needed)
+                total = needed + cost.apparent_bytes
+                reason = f"a copy and the image take {size_text(total)}, and {size_text(cost.bytes_available)} are free"
+        how_long = "" if cost.measured else ", for a time that is not known"
+        why = reason or "its files cannot be measured"
+        warning = f"the container is frozen while the engine writes the image{how_long}: {why}"
+        return _CopyPlan(shadow=False, warnings=(warning,))
+
+    def saga(self, operation: Operation) -> CommitSaga:
+        """The saga of a recorded operation."""
+        return CommitSaga(self, operation)
 
 
 def _sparse_file_warnings(cost: CommitCost) -> tuple[str, ...]:
@@ -205,9 +219,10 @@ def committed_image_name(operation: Operation) -> str:
 class CommitSaga(ContainerSaga):
     """See the module's docstring."""
 
-    def __init__(self, world: World, operation: Operation) -> None:
+    def __init__(self, commit: CommitContainer, operation: Operation) -> None:
         """Builds the script from the operation's arguments."""
-        super().__init__(world)
+        super().__init__(commit.containers)
+        self._commit = commit
         self._arguments = CommitArguments.model_validate(operation.arguments)
 
     @property
@@ -247,7 +262,7 @@ class CommitSaga(ContainerSaga):
             LABEL_OPERATION: operation.id,
         }
         name = engine_container_name(_shadow_name(operation), operation.id)
-        shadow_id = await self._world.engine.create_file_holder(self._arguments.engine_id, name, labels)
+        shadow_id = await self._commit.engine.create_file_holder(self._arguments.engine_id, name, labels)
         await self._mirror(run, shadow_id, still=False)
         return FileHolder(shadow_id=shadow_id)
 
@@ -260,47 +275,47 @@ class CommitSaga(ContainerSaga):
             await self._thaw(run)
 
     async def _mirror(self, run: OperationRun, shadow_id: str, *, still: bool) -> None:
-        source, shadow = await self._inspect(), await self._world.engine.inspect(shadow_id)
+        source, shadow = await self._inspect(), await self._commit.engine.inspect(shadow_id)
         if source is None or shadow is None:
             gone = self._arguments.engine_id if source is None else shadow_id
             raise SnapshotFailed(detail=f"engine container {gone[:12]} is gone")
         try:
-            await self._world.snapshots.mirror(source, shadow, run.operation.id, still=still, progress=run.progress)
+            await self._commit.snapshots.mirror(source, shadow, run.operation.id, still=still, progress=run.progress)
         except LayerTooLarge as error:
             raise SnapshotFailed(detail=f"the layer is too large to be copied: {error}") from error
 
     async def _remove_shadow(self, run: OperationRun) -> None:
         name = engine_container_name(_shadow_name(run.operation), run.operation.id)
-        found = await self._world.engine.inspect(name)
+        found = await self._commit.engine.inspect(name)
         if found is not None and found.labels.get(LABEL_OPERATION) == run.operation.id:
-            await self._world.engine_containers.remove(found.id, name)
+            await self._commit.engine_containers.remove(found.id, name)
 
     async def _freeze(self, _run: OperationRun) -> None:
-        await self._world.engine_containers.freeze(self._arguments.engine_id)
+        await self._commit.engine_containers.freeze(self._arguments.engine_id)
 
     async def _thaw(self, _run: OperationRun) -> None:
         # It ran when this began, and nobody else may freeze it while this is at work.
-        if (seen := await self._inspect()) and seen.state is EngineState.PAUSED:
-            await self._world.engine.unpause(self._arguments.engine_id)
+        await self._commit.engine_containers.thaw_if_frozen(self._arguments.engine_id)
 
     async def _inspect(self) -> EngineContainer | None:
-        return await self._world.engine.inspect(self._arguments.engine_id)
+        return await self._commit.engine.inspect(self._arguments.engine_id)
 
     async def _commit_files(self, run: OperationRun) -> CommittedFiles:
-        arguments, world, reference = self._arguments, self._world, raw_image_name(run.operation)
-        if (made := await world.engine.image(reference)) is not None:
+        arguments, engine, layers = self._arguments, self._commit.engine, self._commit.layers
+        reference = raw_image_name(run.operation)
+        if (made := await engine.image(reference)) is not None:
             return CommittedFiles(image_id=made.id)
         total = arguments.total_bytes
         holder = _COPIED.find(run.operation)
         committed_id = holder.shadow_id if holder else arguments.engine_id
-        seen = await world.engine.inspect(committed_id)
+        seen = await engine.inspect(committed_id)
         if seen is None:
             detail = f"there is no container {committed_id[:12]}; it was removed outside gpudock"
             raise EngineRejected(call="commit a container", status=_NOT_FOUND, detail=detail)
-        await world.layers.require_committable(seen)
+        await layers.require_committable(seen)
         run.progress(0, total)
-        async with world.layers.report_commit_progress(seen, total, run.progress):
-            image_id = await world.engine.commit(
+        async with layers.report_commit_progress(seen, total, run.progress):
+            image_id = await engine.commit(
                 committed_id,
                 reference,
                 {LABEL_OPERATION: run.operation.id},
@@ -313,17 +328,17 @@ class CommitSaga(ContainerSaga):
         return CommittedFiles(image_id=image_id)
 
     async def _remove_raw(self, run: OperationRun) -> None:
-        await self._world.engine.remove_image(raw_image_name(run.operation))
+        await self._commit.engine.remove_image(raw_image_name(run.operation))
 
     # -- the image ---------------------------------------------------------------------------------------------------
 
     async def _image(self, run: OperationRun) -> StrippedImage:
-        engine, reference = self._world.engine, committed_image_name(run.operation)
+        engine, reference = self._commit.engine, committed_image_name(run.operation)
         if await engine.image(reference) is None:
             committed = _COMMITTED.of(run.operation)
             await engine.strip_identity(committed.image_id, self._arguments.base_id, reference)
         image = await self._require_image(reference)
-        replaced = await find_replaceable_image(self._world, self._name)
+        replaced = await self._commit.images.find_replaceable(self._name)
         return StrippedImage(image_id=image.id, size_bytes=image.size_bytes, replaced=replaced)
 
     @property
@@ -331,17 +346,17 @@ class CommitSaga(ContainerSaga):
         return CommitName(self._arguments.reference, self._arguments.owner, self._arguments.replace)
 
     async def _require_image(self, reference: str) -> EngineImage:
-        image = await self._world.engine.image(reference)
+        image = await self._commit.engine.image(reference)
         if image is None:
             raise EngineRejected(call="show an image", status=_NOT_FOUND, detail=f"{reference}, just made, is gone")
         return image
 
     async def _remove_image(self, run: OperationRun) -> None:
-        await self._world.engine.remove_image(committed_image_name(run.operation))
+        await self._commit.engine.remove_image(committed_image_name(run.operation))
 
     async def _tag(self, run: OperationRun) -> None:
-        engine, reference, made = self._world.engine, self._arguments.reference, _STRIPPED.of(run.operation)
-        async with self._world.images.names.commit_lock(reference):
+        engine, reference, made = self._commit.engine, self._arguments.reference, _STRIPPED.of(run.operation)
+        async with self._commit.images.policy.names.commit_lock(reference):
             named = await engine.image(reference)
             # An undo gives the name back to what is recorded here, so nothing else may lose it.
             if (named.id if named else "") not in (made.replaced, made.image_id):
@@ -349,7 +364,7 @@ class CommitSaga(ContainerSaga):
             await engine.tag(made.image_id, reference)
 
     async def _restore_tag(self, run: OperationRun) -> None:
-        engine, reference = self._world.engine, self._arguments.reference
+        engine, reference = self._commit.engine, self._arguments.reference
         made = _STRIPPED.of(run.operation)
         named = await engine.image(reference)
         if named is None or named.id != made.image_id:
@@ -377,7 +392,7 @@ class CommitSaga(ContainerSaga):
             revision=self._arguments.revision,
             create_time=now(),
         )
-        origin = committed_origin(self._world, image.image_id, self._name)
+        origin = self._commit.images.committed_origin(image.image_id, self._name)
         return Outcome([*await self._status_changes(view), origin], image)
 
     @override
@@ -386,5 +401,5 @@ class CommitSaga(ContainerSaga):
 
     async def _status_changes(self, view: ContainerView) -> Sequence[StoreChange]:
         # It was frozen and thawed meanwhile, and may have ended; nothing else has changed.
-        container = view.container.changed(status=observed_status(view.container, await self._inspect()))
+        container = await self._commit.engine_containers.observe(view.container, self._arguments.engine_id)
         return [PutContainer(container, expect=view.version)]

@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from typing_extensions import override
 
 from gpudock_server.core.containers.commands import Create
-from gpudock_server.core.containers.images import (
-    PULLED,
-    Pull,
-    PulledImage,
-    choose_image,
-    pull_image,
-    require_user,
-    restrict_after_failed_pull,
-)
+from gpudock_server.core.containers.engine_containers import EngineContainers
+from gpudock_server.core.containers.history import revision_of
+from gpudock_server.core.containers.images import PULLED, Images, Pull, PulledImage
 from gpudock_server.core.containers.ledger import write_ledger_entry
 from gpudock_server.core.containers.limits import check_limits
-from gpudock_server.core.containers.mounts import check_mounts, ensure_engine_volumes, require_unchanged
-from gpudock_server.core.containers.operation_history import refuse_if_record_lost
+from gpudock_server.core.containers.mounts import Mounts, require_unchanged
+from gpudock_server.core.containers.resource import ContainerResource
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.status import observed_status, status_after_start
-from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step, StepResult
-from gpudock_server.core.placement.allocator import AllocationRequest
-from gpudock_server.errors import ContainerExists, ImageNotFound
+from gpudock_server.core.placement.allocator import AllocationRequest, Allocator
+from gpudock_server.core.placement.claims import HostClaims
+from gpudock_server.errors import ImageNotFound
 from gpudock_server.model.claims import claim_keys
 from gpudock_server.model.container import (
     Container,
-    ContainerRevision,
     ContainerState,
     ContainerStatus,
     EngineBinding,
@@ -45,6 +39,7 @@ from gpudock_server.model.engine import (
     LABEL_REVISION,
     LABEL_UID,
     EngineContainerSpec,
+    NodeLimits,
     RegistryAuth,
 )
 from gpudock_server.model.names import engine_container_name
@@ -57,7 +52,7 @@ from gpudock_server.model.store_changes import (
     PutRevision,
     StoreChange,
 )
-from gpudock_server.ports import ContainerView
+from gpudock_server.ports import ContainerView, Engine, RevisionBackupStore
 
 
 class CreatedEngineContainer(Record):
@@ -97,57 +92,73 @@ class CreateArguments(Record):
     pull_stall_seconds: float | None = None
 
 
-async def draft(world: World, command: Create) -> OperationDraft:
-    """Check that it can be made, and pick what it would be given."""
-    if await world.store.container(command.name) is not None:
-        raise ContainerExists(container=command.name)
-    await refuse_if_record_lost(world, command.name)
-    check_limits(world.limits, command.spec)
-    volumes = await check_mounts(world, command.spec.mounts)
-    choice = await choose_image(world, command.spec.image, command.pull_policy, command.owner)
-    await require_user(world, choice.image_id, command.spec.image, command.spec.user)
-    uid = str(uuid.uuid4())
-    allocation = await world.allocator.allocate(
-        AllocationRequest(uid=uid, gpus=command.spec.gpus, ports=command.spec.ports)
-    )
-    moment = now()
-    container = Container(
-        name=command.name,
-        uid=uid,
-        node=world.node,
-        owner=command.owner,
-        generation=1,
-        revision=0,
-        spec=command.spec,
-        status=ContainerStatus(state=ContainerState.CREATING, placement=allocation.placement, holds_resources=True),
-        create_time=moment,
-        update_time=moment,
-    )
-    arguments = CreateArguments(
-        spec=command.spec,
-        placement=allocation.placement,
-        image_id=choice.image_id,
-        start=not command.create_only,
-        verify=not command.create_only and world.watches_starts,
-        owner=command.owner,
-        authenticated=command.registry_auth is not None,
-        present_id=choice.present_id,
-        pull_stall_seconds=command.pull_stall_seconds,
-    )
-    return OperationDraft(
-        kind=OperationKind.CREATE,
-        target=container.target,
-        target_record=PutContainer(container, expect=0),
-        arguments=arguments.model_dump(mode="json"),
-        plan=OperationPlan(
+@dataclass(frozen=True, slots=True)
+class CreateContainer:
+    """Checks that a container can be made, and picks what it is given."""
+
+    containers: ContainerResource
+    engine: Engine
+    engine_containers: EngineContainers
+    mounts: Mounts
+    images: Images
+    allocator: Allocator
+    claims: HostClaims
+    ledger: RevisionBackupStore
+    limits: NodeLimits
+
+    async def draft(self, command: Create) -> OperationDraft:
+        """Check that it can be made, and pick what it would be given."""
+        await self.containers.require_free_name(command.name)
+        check_limits(self.limits, command.spec)
+        volumes = await self.mounts.check(command.spec.mounts)
+        choice = await self.images.choose(command.spec.image, command.pull_policy, command.owner)
+        await self.images.require_user(choice.image_id, command.spec.image, command.spec.user)
+        uid = str(uuid.uuid4())
+        allocation = await self.allocator.allocate(
+            AllocationRequest(uid=uid, gpus=command.spec.gpus, ports=command.spec.ports)
+        )
+        moment = now()
+        container = Container(
+            name=command.name,
+            uid=uid,
+            node=self.containers.node,
+            owner=command.owner,
+            generation=1,
+            revision=0,
+            spec=command.spec,
+            status=ContainerStatus(state=ContainerState.CREATING, placement=allocation.placement, holds_resources=True),
+            create_time=moment,
+            update_time=moment,
+        )
+        arguments = CreateArguments(
+            spec=command.spec,
             placement=allocation.placement,
-            claimed_gpu_uuids=allocation.placement.gpu_uuids,
-            claimed_ports=allocation.placement.ports,
-        ),
-        claims=world.claims.claim(container, allocation.to_claim),
-        conditions=require_unchanged(volumes),
-        build=lambda operation: CreateSaga(world, operation, command.registry_auth),
-    )
+            image_id=choice.image_id,
+            start=not command.create_only,
+            verify=not command.create_only and self.engine_containers.watches_starts,
+            owner=command.owner,
+            authenticated=command.registry_auth is not None,
+            present_id=choice.present_id,
+            pull_stall_seconds=command.pull_stall_seconds,
+        )
+        return OperationDraft(
+            kind=OperationKind.CREATE,
+            target=container.target,
+            target_record=PutContainer(container, expect=0),
+            arguments=arguments.model_dump(mode="json"),
+            plan=OperationPlan(
+                placement=allocation.placement,
+                claimed_gpu_uuids=allocation.placement.gpu_uuids,
+                claimed_ports=allocation.placement.ports,
+            ),
+            claims=self.claims.claim(container, allocation.to_claim),
+            conditions=require_unchanged(volumes),
+            build=lambda operation: CreateSaga(self, operation, command.registry_auth),
+        )
+
+    def saga(self, operation: Operation) -> CreateSaga:
+        """The saga of a recorded operation."""
+        return CreateSaga(self, operation)
 
 
 def exit_code_of_start(operation: Operation) -> int | None:
@@ -171,9 +182,12 @@ def engine_container_labels(operation: Operation, revision: int, owner: str = ""
 class CreateSaga(ContainerSaga):
     """pull -> create -> start -> verify, then the head and its first revision."""
 
-    def __init__(self, world: World, operation: Operation, registry_auth: RegistryAuth | None = None) -> None:
+    def __init__(
+        self, create: CreateContainer, operation: Operation, registry_auth: RegistryAuth | None = None
+    ) -> None:
         """`registry_auth` is not recorded: a daemon that resumes a pull does so without it."""
-        super().__init__(world)
+        super().__init__(create.containers)
+        self._create = create
         self._auth = registry_auth
         self._arguments = CreateArguments.model_validate(operation.arguments)
         self._spec = self._arguments.spec
@@ -181,7 +195,7 @@ class CreateSaga(ContainerSaga):
     @property
     @override
     def steps(self) -> tuple[Step, ...]:
-        steps = [Step(CREATED.step, self._create, self._remove)]
+        steps = [Step(CREATED.step, self._create_engine_container, self._remove)]
         if not self._arguments.image_id:
             steps.insert(0, Step(PULLED.step, self._pull, self._restrict_image, interruptible=True))
         if self._arguments.start:
@@ -202,16 +216,16 @@ class CreateSaga(ContainerSaga):
         )
 
     async def _pull(self, run: OperationRun) -> PulledImage:
-        return PulledImage(image_id=(await pull_image(self._world, run, self._image_pull)).id)
+        return PulledImage(image_id=(await self._create.images.pull(run, self._image_pull)).id)
 
     async def _restrict_image(self, _run: OperationRun) -> None:
-        await restrict_after_failed_pull(self._world, self._image_pull)
+        await self._create.images.restrict_after_failed_pull(self._image_pull)
 
-    async def _create(self, run: OperationRun) -> CreatedEngineContainer:
-        world, operation = self._world, run.operation
+    async def _create_engine_container(self, run: OperationRun) -> CreatedEngineContainer:
+        operation = run.operation
         image_id = self._arguments.image_id or await self._pulled_image(operation)
         name = engine_container_name(operation.target.name, operation.id)
-        engine_id = await world.engine_containers.create(
+        engine_id = await self._create.engine_containers.create(
             EngineContainerSpec(
                 name=name,
                 image_id=image_id,
@@ -219,7 +233,7 @@ class CreateSaga(ContainerSaga):
                 placement=self._arguments.placement,
                 hostname=self._spec.hostname or operation.target.name,
                 labels=engine_container_labels(operation, 1, self._arguments.owner),
-                mounted=await ensure_engine_volumes(world, self._spec.mounts),
+                mounted=await self._create.mounts.ensure_engine_volumes(self._spec.mounts),
             )
         )
         return CreatedEngineContainer(engine_id=engine_id, engine_name=name, image_id=image_id)
@@ -228,28 +242,29 @@ class CreateSaga(ContainerSaga):
         if (pulled := PULLED.find(operation)) is not None:
             return pulled.image_id
         # An older daemon pulled it, and did not record what came.
-        image = await self._world.engine.image(self._spec.image)
+        image = await self._create.engine.image(self._spec.image)
         if image is None:
             raise ImageNotFound(image=self._spec.image)
         return image.id
 
     async def _remove(self, run: OperationRun) -> None:
-        await remove_with_volumes(self._world, run.operation)
+        await self._create.engine_containers.remove_created(run.operation)
 
     async def _start(self, run: OperationRun) -> None:
-        await self._world.engine_containers.start(CREATED.of(run.operation).engine_id, self._spec)
+        await self._create.engine_containers.start(CREATED.of(run.operation).engine_id, self._spec)
 
     async def _verify(self, run: OperationRun) -> WatchedStart:
         """A process that ends at once is no failure; its exit code is for the status."""
         engine_id = CREATED.of(run.operation).engine_id
-        code = await self._world.engine_containers.wait_for_exit(engine_id, self._world.start_watch_seconds)
+        starts = self._create.engine_containers
+        code = await starts.wait_for_exit(engine_id, starts.start_watch_seconds)
         return WatchedStart(exit_code=code)
 
     @override
     async def success_changes(self, run: OperationRun, view: ContainerView) -> Outcome:
-        world, arguments = self._world, self._arguments
+        arguments = self._arguments
         created = CREATED.of(run.operation)
-        seen = await world.engine.inspect(created.engine_id)
+        seen = await self._create.engine.inspect(created.engine_id)
         binding = EngineBinding(
             engine_id=created.engine_id,
             engine_name=created.engine_name,
@@ -264,22 +279,12 @@ class CreateSaga(ContainerSaga):
         else:
             status = observed_status(container, seen)
         container = container.changed(status=status)
-        revision = ContainerRevision(
-            container=container.name,
-            uid=container.uid,
-            revision=1,
-            spec=self._spec,
-            cause=RevisionCause.CREATED,
-            placement=arguments.placement,
-            image_id=binding.user_image_id,
-            create_time=now(),
-            operation_id=run.operation.id,
-        )
-        await write_ledger_entry(world, container, revision)
+        revision = revision_of(container, RevisionCause.CREATED, run.operation.id)
+        await write_ledger_entry(self._create.ledger, container, revision)
         changes: list[StoreChange] = [
             PutContainer(container, expect=view.version),
             PutRevision(revision),
-            *world.claims.confirm(container, claim_keys(arguments.placement)),
+            *self._create.claims.confirm(container, claim_keys(arguments.placement)),
         ]
         return Outcome(changes, container)
 
@@ -287,7 +292,7 @@ class CreateSaga(ContainerSaga):
     async def failure_changes(self, run: OperationRun, view: ContainerView) -> Sequence[StoreChange]:
         return [
             DeleteContainer(view.container.name, view.container.uid, expect=view.version),
-            *self._world.claims.release(view.container.uid, claim_keys(self._arguments.placement)),
+            *self._create.claims.release(view.container.uid, claim_keys(self._arguments.placement)),
         ]
 
 
@@ -295,16 +300,3 @@ def anonymous_volumes(spec: ContainerSpec, volumes: dict[str, str]) -> dict[str,
     """Of the engine volumes mounted in a container, those that its image asked for and its spec did not."""
     named = {mount.target for mount in spec.mounts}
     return {target: name for target, name in volumes.items() if target not in named}
-
-
-async def remove_with_volumes(world: World, operation: Operation) -> None:
-    """Remove what an operation created in the engine, found by its name, and the anonymous volumes made with it.
-
-    The engine removes both in one call: were it killed between two, nobody would know of the volumes any more.
-    """
-    name = engine_container_name(operation.target.name, operation.id)
-    seen = await world.engine.inspect(name)
-    if seen is None or seen.labels.get(LABEL_OPERATION) != operation.id:
-        await world.host_paths.release(name)
-        return
-    await world.engine_containers.remove(seen.id, name, own_volumes=True)

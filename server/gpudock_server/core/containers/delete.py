@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from typing_extensions import override
 
 from gpudock_server.core.containers.commands import Delete
+from gpudock_server.core.containers.engine_containers import EngineContainers
+from gpudock_server.core.containers.history import History
+from gpudock_server.core.containers.resource import ContainerResource
 from gpudock_server.core.containers.saga import ContainerSaga
-from gpudock_server.core.containers.status import observed_status
-from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step
+from gpudock_server.core.placement.claims import HostClaims
 from gpudock_server.errors import ContainerRunning
+from gpudock_server.model import store_changes
 from gpudock_server.model.claims import claim_keys
 from gpudock_server.model.container import ACTIVE_STATES, ContainerState, EngineBinding, Placement
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import Record, now
-from gpudock_server.model.snapshot import SnapshotKind
-from gpudock_server.model.store_changes import DeleteContainer, PutContainer, StoreChange
-from gpudock_server.ports import ContainerView
+from gpudock_server.model.store_changes import PutContainer, StoreChange
+from gpudock_server.ports import ContainerView, Engine
 
 
 class DeleteArguments(Record):
@@ -28,22 +31,36 @@ class DeleteArguments(Record):
     placement: Placement
 
 
-async def draft(world: World, command: Delete) -> OperationDraft:
-    """What does not run can be deleted; what does, with force."""
-    view = await world.lookup(command.name, command.etag)
-    container = view.container
-    state = container.status.state
-    if state in ACTIVE_STATES and not command.force:
-        raise ContainerRunning(container=command.name, state=state.value)
-    arguments = DeleteArguments(engine=container.engine, placement=container.status.placement)
-    return OperationDraft(
-        kind=OperationKind.DELETE,
-        target=container.target,
-        target_record=PutContainer(container.with_status(state=ContainerState.DELETING), expect=view.version),
-        arguments=arguments.model_dump(mode="json"),
-        plan=OperationPlan(),
-        build=lambda operation: DeleteSaga(world, operation),
-    )
+@dataclass(frozen=True, slots=True)
+class DeleteContainer:
+    """Checks that a container can be deleted."""
+
+    containers: ContainerResource
+    engine: Engine
+    engine_containers: EngineContainers
+    history: History
+    claims: HostClaims
+
+    async def draft(self, command: Delete) -> OperationDraft:
+        """What does not run can be deleted; what does, with force."""
+        view = await self.containers.find_unlocked(command.name, command.etag)
+        container = view.container
+        state = container.status.state
+        if state in ACTIVE_STATES and not command.force:
+            raise ContainerRunning(container=command.name, state=state.value)
+        arguments = DeleteArguments(engine=container.engine, placement=container.status.placement)
+        return OperationDraft(
+            kind=OperationKind.DELETE,
+            target=container.target,
+            target_record=PutContainer(container.with_status(state=ContainerState.DELETING), expect=view.version),
+            arguments=arguments.model_dump(mode="json"),
+            plan=OperationPlan(),
+            build=self.saga,
+        )
+
+    def saga(self, operation: Operation) -> DeleteSaga:
+        """The saga of a recorded operation."""
+        return DeleteSaga(self, operation)
 
 
 class DeleteSaga(ContainerSaga):
@@ -51,9 +68,10 @@ class DeleteSaga(ContainerSaga):
 
     cancellable = False
 
-    def __init__(self, world: World, operation: Operation) -> None:
+    def __init__(self, delete: DeleteContainer, operation: Operation) -> None:
         """Builds the script from the operation's arguments."""
-        super().__init__(world)
+        super().__init__(delete.containers)
+        self._delete = delete
         self._arguments = DeleteArguments.model_validate(operation.arguments)
 
     @property
@@ -63,31 +81,26 @@ class DeleteSaga(ContainerSaga):
 
     async def _remove(self, _run: OperationRun) -> None:
         if self._arguments.engine is not None:
-            await self._world.engine_containers.remove(
+            await self._delete.engine_containers.remove(
                 self._arguments.engine.engine_id, self._arguments.engine.engine_name
             )
 
     async def _clean(self, run: OperationRun) -> None:
         """Anonymous volumes, carried layers and snapshots belong to the container and go with it."""
-        uid = run.operation.target.uid
-        for view in await self._world.store.history(uid):
-            if view.snapshot is not None and view.snapshot.kind is SnapshotKind.IMAGE:
-                await self._world.engine.remove_image(view.snapshot.reference)
-        await self._world.snapshots.remove_all(uid)
-        await self._world.ledger.delete_all(uid)
+        await self._delete.history.delete_all(run.operation.target.uid)
         if self._arguments.engine is None:
             return
         for volume in self._arguments.engine.anonymous_volumes.values():
-            await self._world.engine.remove_volume(volume)
+            await self._delete.engine.remove_volume(volume)
         for image in reversed(self._arguments.engine.layer_images):
-            await self._world.engine.remove_image(image)
+            await self._delete.engine.remove_image(image)
 
     @override
     async def success_changes(self, run: OperationRun, view: ContainerView) -> Outcome:
         container = view.container
         changes: list[StoreChange] = [
-            DeleteContainer(container.name, container.uid, expect=view.version),
-            *self._world.claims.release(container.uid, claim_keys(self._arguments.placement)),
+            store_changes.DeleteContainer(container.name, container.uid, expect=view.version),
+            *self._delete.claims.release(container.uid, claim_keys(self._arguments.placement)),
         ]
         return Outcome(changes, container)
 
@@ -95,6 +108,6 @@ class DeleteSaga(ContainerSaga):
     async def failure_changes(self, run: OperationRun, view: ContainerView) -> Sequence[StoreChange]:
         container = view.container
         if self._arguments.engine is not None:
-            seen = await self._world.engine.inspect(self._arguments.engine.engine_id)
-            container = container.changed(status=observed_status(container, seen), update_time=now())
+            container = await self._delete.engine_containers.observe(container, self._arguments.engine.engine_id)
+            container = container.changed(update_time=now())
         return [PutContainer(container, expect=view.version)]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, replace
 
-from gpudock_server.core.containers.status import has_just_restarted
+from gpudock_server.core.containers.status import has_just_restarted, observed_status
 from gpudock_server.errors import EngineRejected, EngineUnavailable
 from gpudock_server.model.container import Container
-from gpudock_server.model.engine import EngineContainer, EngineContainerSpec, EngineState
+from gpudock_server.model.engine import LABEL_OPERATION, EngineContainer, EngineContainerSpec, EngineState
+from gpudock_server.model.names import engine_container_name
+from gpudock_server.model.operation import Operation
 from gpudock_server.model.spec import ContainerSpec
 from gpudock_server.ports import Engine, HostPaths
 
@@ -23,11 +25,24 @@ class EngineContainers:
 
     Nothing else creates, starts or removes one, so that its host paths are bound before, checked again, and released
     after. `stop_seconds` is how long a process whose spec does not say has from its stop signal to SIGKILL.
+    `settle_seconds` is how long the process of a replacement must live before it counts as running;
+    `start_watch_seconds` how long one that replaces none is watched before its start is reported, 0 for not at all.
     """
 
     engine: Engine
     host_paths: HostPaths
     stop_seconds: float
+    settle_seconds: float
+    start_watch_seconds: float = 0
+
+    @property
+    def watches_starts(self) -> bool:
+        """Whether a process that replaces none is watched before its start is reported."""
+        return self.start_watch_seconds > 0
+
+    async def observe(self, container: Container, engine_id: str) -> Container:
+        """The container with the status that the engine shows."""
+        return container.changed(status=observed_status(container, await self.engine.inspect(engine_id)))
 
     async def create(self, engine_spec: EngineContainerSpec) -> str:
         """Create an engine container, its host paths bound; its engine id. Raises HostPathForbidden, HostPathFailed."""
@@ -53,6 +68,18 @@ class EngineContainers:
         """
         await self.engine.remove(engine_id, own_volumes=own_volumes)
         await self.host_paths.release(engine_name)
+
+    async def remove_created(self, operation: Operation) -> None:
+        """Remove what an operation created, found by its name, and the anonymous volumes made with it.
+
+        The engine removes both in one call: were it killed between two, nobody would know of the volumes any more.
+        """
+        name = engine_container_name(operation.target.name, operation.id)
+        seen = await self.engine.inspect(name)
+        if seen is None or seen.labels.get(LABEL_OPERATION) != operation.id:
+            await self.host_paths.release(name)
+            return
+        await self.remove(seen.id, name, own_volumes=True)
 
     async def has_unbound_host_paths(self, container: Container) -> bool:
         """Whether the engine resolves host paths of this container itself: an older version made it."""
@@ -130,6 +157,12 @@ class EngineContainers:
             seen = await self.engine.inspect(engine_id)
             if seen is None or seen.state is EngineState.RUNNING:
                 raise
+
+    async def thaw_if_frozen(self, engine_id: str) -> None:
+        """Undo `freeze`. One that is gone or not frozen is left."""
+        seen = await self.engine.inspect(engine_id)
+        if seen is not None and seen.state is EngineState.PAUSED:
+            await self.engine.unpause(engine_id)
 
     async def _thaw(self, engine_id: str) -> None:
         try:

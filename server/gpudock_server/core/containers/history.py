@@ -1,26 +1,42 @@
 """Revisions of a container: showing them, deleting one, and pruning those that its policy no longer keeps."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 
 from typing_extensions import override
 
 from gpudock_server.core.containers.commands import DeleteRevision
+from gpudock_server.core.containers.resource import ContainerResource
 from gpudock_server.core.containers.saga import ContainerSaga
-from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step
 from gpudock_server.errors import ContainerGone, RevisionIsCurrent, RevisionNotFound
 from gpudock_server.model import store_changes
-from gpudock_server.model.container import Container, ContainerState
+from gpudock_server.model.container import Container, ContainerRevision, ContainerState, RevisionCause
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import Record, now
 from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind
-from gpudock_server.model.spec import ContainerSpec
+from gpudock_server.model.spec import ContainerSpec, SnapshotPolicy
 from gpudock_server.model.store_changes import PutContainer, StoreChange
-from gpudock_server.ports import ContainerView, RevisionView
+from gpudock_server.ports import ContainerView, Engine, RevisionBackupStore, RevisionView, SnapshotStore, Store
 
 # How many numbers an error lists of what there is instead.
 _MAX_LISTED = 10
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryDefaults:
+    """How history is kept where neither a call nor a container says. `keep_seconds` 0 is for ever.
+
+    `on_stop`: the files of a container are kept when a user stops it, too.
+    """
+
+    snapshots: SnapshotPolicy = SnapshotPolicy.ALWAYS
+    keep_revisions: int = 20
+    keep_seconds: float = 0.0
+    on_stop: bool = False
 
 
 class HistoryLimits(Record):
@@ -30,11 +46,86 @@ class HistoryLimits(Record):
     keep_for: timedelta | None
 
 
-def history_limits(world: World, spec: ContainerSpec) -> HistoryLimits:
-    """A container's own word, else the node's."""
-    policy, node = spec.revision_policy, world.history
-    ages = timedelta(seconds=node.keep_seconds) if node.keep_seconds else None
-    return HistoryLimits(keep_revisions=policy.keep_revisions or node.keep_revisions, keep_for=policy.keep_for or ages)
+@dataclass(frozen=True, slots=True)
+class History:
+    """The revisions of containers, with what is kept of their files on the disk and in the engine."""
+
+    store: Store
+    engine: Engine
+    snapshots: SnapshotStore
+    ledger: RevisionBackupStore
+    defaults: HistoryDefaults
+
+    def limits(self, spec: ContainerSpec) -> HistoryLimits:
+        """A container's own word, else the node's."""
+        policy, node = spec.revision_policy, self.defaults
+        ages = timedelta(seconds=node.keep_seconds) if node.keep_seconds else None
+        return HistoryLimits(
+            keep_revisions=policy.keep_revisions or node.keep_revisions, keep_for=policy.keep_for or ages
+        )
+
+    async def find_revision(self, container: Container, number: int) -> RevisionView:
+        """One revision. Raises RevisionNotFound."""
+        found = await self.store.revision(container.uid, number)
+        if found is None:
+            history = await self.store.history(container.uid)
+            newest = [str(one.revision.revision) for one in reversed(history)][:_MAX_LISTED]
+            raise RevisionNotFound(container=container.name, revision=number, available=tuple(newest))
+        return found
+
+    async def prune(self, uid: str, spec: ContainerSpec) -> None:
+        """Let go of what the policy no longer keeps. The caller has the container locked. May be repeated."""
+        for view in prunable_revisions(await self.store.history(uid), self.limits(spec)):
+            await self.delete_files(uid, view.revision.revision, view.snapshot)
+            # The record goes last, so that what is left of an interrupted removal is found again.
+            await self.store.apply([store_changes.DeleteRevision(uid, view.revision.revision)])
+
+    async def delete_files(self, uid: str, revision: int, snapshot: Snapshot | None) -> None:
+        """Remove what was kept of a revision on the disk or in the engine. May be repeated."""
+        if snapshot is not None and snapshot.kind is SnapshotKind.IMAGE:
+            await self.engine.remove_image(snapshot.reference)
+        else:
+            await self.snapshots.remove(SnapshotKey(uid=uid, revision=revision))
+        # Before the store's own record: what is only on the disk is taken for what the store has lost.
+        await self.ledger.delete(SnapshotKey(uid=uid, revision=revision))
+
+    async def is_gone(self, container: Container) -> bool:
+        """Whether the engine has nothing of a container any more."""
+        return container.engine is None or await self.engine.inspect(container.engine.engine_id) is None
+
+    async def refuse_if_gone(self, container: Container) -> None:
+        """Raises ContainerGone, with the revisions that can be brought back, where the engine container is gone."""
+        if container.status.state is ContainerState.FAILED and await self.is_gone(container):
+            kept = await self.revisions_with_files(container.uid)
+            numbers = tuple(str(one.revision.revision) for one in kept)
+            raise ContainerGone(container=container.name, revisions=numbers)
+
+    async def revisions_with_files(self, uid: str) -> tuple[RevisionView, ...]:
+        """The revisions whose files are kept, oldest first."""
+        return tuple(one for one in await self.store.history(uid) if one.snapshot is not None)
+
+    async def delete_all(self, uid: str) -> None:
+        """Remove all that was kept of the revisions of a container that is being deleted. May be repeated."""
+        for view in await self.store.history(uid):
+            if view.snapshot is not None and view.snapshot.kind is SnapshotKind.IMAGE:
+                await self.engine.remove_image(view.snapshot.reference)
+        await self.snapshots.remove_all(uid)
+        await self.ledger.delete_all(uid)
+
+
+def revision_of(container: Container, cause: RevisionCause, operation_id: str) -> ContainerRevision:
+    """The revision that a container has come to."""
+    return ContainerRevision(
+        container=container.name,
+        uid=container.uid,
+        revision=container.revision,
+        spec=container.spec,
+        cause=cause,
+        placement=container.status.placement,
+        image_id=container.engine.user_image_id if container.engine else "",
+        create_time=now(),
+        operation_id=operation_id,
+    )
 
 
 def prunable_revisions(history: Sequence[RevisionView], limits: HistoryLimits) -> tuple[RevisionView, ...]:
@@ -49,34 +140,6 @@ def prunable_revisions(history: Sequence[RevisionView], limits: HistoryLimits) -
     )
 
 
-async def find_revision(world: World, container: Container, number: int) -> RevisionView:
-    """One revision. Raises RevisionNotFound."""
-    found = await world.store.revision(container.uid, number)
-    if found is None:
-        history = await world.store.history(container.uid)
-        newest = [str(one.revision.revision) for one in reversed(history)][:_MAX_LISTED]
-        raise RevisionNotFound(container=container.name, revision=number, available=tuple(newest))
-    return found
-
-
-async def prune(world: World, uid: str, spec: ContainerSpec) -> None:
-    """Let go of what the policy no longer keeps. The caller has the container locked. May be repeated."""
-    for view in prunable_revisions(await world.store.history(uid), history_limits(world, spec)):
-        await delete_revision_files(world, uid, view.revision.revision, view.snapshot)
-        # The record goes last, so that what is left of an interrupted removal is found again.
-        await world.store.apply([store_changes.DeleteRevision(uid, view.revision.revision)])
-
-
-async def delete_revision_files(world: World, uid: str, revision: int, snapshot: Snapshot | None) -> None:
-    """Remove what was kept of a revision on the disk or in the engine. May be repeated."""
-    if snapshot is not None and snapshot.kind is SnapshotKind.IMAGE:
-        await world.engine.remove_image(snapshot.reference)
-    else:
-        await world.snapshots.remove(SnapshotKey(uid=uid, revision=revision))
-    # Before the store's own record: what is only on the disk is taken for what the store has lost.
-    await world.ledger.delete(SnapshotKey(uid=uid, revision=revision))
-
-
 class DeleteRevisionArguments(Record):
     """What the saga needs to be built again."""
 
@@ -84,22 +147,33 @@ class DeleteRevisionArguments(Record):
     snapshot: Snapshot | None
 
 
-async def draft(world: World, command: DeleteRevision) -> OperationDraft:
-    """Any but the current one can go."""
-    view = await world.lookup(command.name, command.etag)
-    container = view.container
-    if command.revision == container.revision:
-        raise RevisionIsCurrent(container=command.name, revision=command.revision)
-    found = await find_revision(world, container, command.revision)
-    arguments = DeleteRevisionArguments(revision=command.revision, snapshot=found.snapshot)
-    return OperationDraft(
-        kind=OperationKind.DELETE_REVISION,
-        target=container.target,
-        target_record=PutContainer(container, expect=view.version),
-        arguments=arguments.model_dump(mode="json"),
-        plan=OperationPlan(),
-        build=lambda operation: DeleteRevisionSaga(world, operation),
-    )
+@dataclass(frozen=True, slots=True)
+class DeleteRevisionOfContainer:
+    """Checks that a revision can be deleted."""
+
+    containers: ContainerResource
+    history: History
+
+    async def draft(self, command: DeleteRevision) -> OperationDraft:
+        """Any but the current one can go."""
+        view = await self.containers.find_unlocked(command.name, command.etag)
+        container = view.container
+        if command.revision == container.revision:
+            raise RevisionIsCurrent(container=command.name, revision=command.revision)
+        found = await self.history.find_revision(container, command.revision)
+        arguments = DeleteRevisionArguments(revision=command.revision, snapshot=found.snapshot)
+        return OperationDraft(
+            kind=OperationKind.DELETE_REVISION,
+            target=container.target,
+            target_record=PutContainer(container, expect=view.version),
+            arguments=arguments.model_dump(mode="json"),
+            plan=OperationPlan(),
+            build=self.saga,
+        )
+
+    def saga(self, operation: Operation) -> DeleteRevisionSaga:
+        """The saga of a recorded operation."""
+        return DeleteRevisionSaga(self.containers, self.history, operation)
 
 
 class DeleteRevisionSaga(ContainerSaga):
@@ -107,9 +181,10 @@ class DeleteRevisionSaga(ContainerSaga):
 
     cancellable = False
 
-    def __init__(self, world: World, operation: Operation) -> None:
+    def __init__(self, containers: ContainerResource, history: History, operation: Operation) -> None:
         """Builds the script from the operation's arguments."""
-        super().__init__(world)
+        super().__init__(containers)
+        self._history = history
         self._arguments = DeleteRevisionArguments.model_validate(operation.arguments)
 
     @property
@@ -119,7 +194,7 @@ class DeleteRevisionSaga(ContainerSaga):
 
     async def _remove(self, run: OperationRun) -> None:
         arguments = self._arguments
-        await delete_revision_files(self._world, run.operation.target.uid, arguments.revision, arguments.snapshot)
+        await self._history.delete_files(run.operation.target.uid, arguments.revision, arguments.snapshot)
 
     @override
     async def success_changes(self, run: OperationRun, view: ContainerView) -> Outcome:
@@ -129,21 +204,3 @@ class DeleteRevisionSaga(ContainerSaga):
     @override
     async def failure_changes(self, run: OperationRun, view: ContainerView) -> Sequence[StoreChange]:
         return ()
-
-
-async def is_gone(world: World, container: Container) -> bool:
-    """Whether the engine has nothing of a container any more."""
-    return container.engine is None or await world.engine.inspect(container.engine.engine_id) is None
-
-
-async def refuse_if_gone(world: World, container: Container) -> None:
-    """Raises ContainerGone, with the revisions that it can be brought back to, where its engine container is gone."""
-    if container.status.state is ContainerState.FAILED and await is_gone(world, container):
-        kept = await revisions_with_files(world, container.uid)
-        numbers = tuple(str(one.revision.revision) for one in kept)
-        raise ContainerGone(container=container.name, revisions=numbers)
-
-
-async def revisions_with_files(world: World, uid: str) -> tuple[RevisionView, ...]:
-    """The revisions whose files are kept, oldest first."""
-    return tuple(one for one in await world.store.history(uid) if one.snapshot is not None)

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from gpudock_server.core.containers.commands import PullPolicy
 from gpudock_server.core.operations.saga import OperationRun, StepResult
@@ -23,15 +23,12 @@ from gpudock_server.errors import (
     ImagePullFailed,
     InvalidArgument,
 )
+from gpudock_server.model.container import Container
 from gpudock_server.model.engine import EngineImage, ImageAccounts, RegistryAuth
 from gpudock_server.model.image import ImageOrigin, familiar_reference, familiar_repository
 from gpudock_server.model.record import Record, now
 from gpudock_server.model.store_changes import DeleteImageOrigin, PutImageOrigin
-
-if TYPE_CHECKING:
-    # The world holds the rules.
-    from gpudock_server.core.containers.world import World
-    from gpudock_server.model.container import Container
+from gpudock_server.ports import Engine, LayerStore, Store
 
 # A pull that has been silent for so long says so.
 _STALL_NOTICE_SECONDS: Final = 5.0
@@ -122,110 +119,12 @@ class CommitName:
     replace: bool
 
 
-async def find_replaceable_image(world: World, name: CommitName) -> str:
-    """The id of the image that has the name now and may lose it; empty where there is none. Raises ImageExists."""
-    reference = name.reference
-    world.images.names.require_not_pulled(reference)
-    repository, _, tag = reference.rpartition(":")
-    found = await world.engine.image(reference)
-    if found is None:
-        # `docker run 0a1b2c3d4e5f` finds a name before an image's id.
-        if tag == "latest" and await world.engine.image(repository) is not None:
-            raise ImageExists(image=repository, detail="it is the id of an image; choose another repository")
-        return ""
-    origin = await world.store.image_origin(world.node, found.id)
-    committed = origin is not None and origin.committed_as == familiar_reference(reference)
-    if committed and origin is not None and origin.committed_for == name.owner:
-        return found.id
-    if name.replace and world.images.replace_any:
-        return found.id
-    owner = f"a container of owner {name.owner!r}" if name.owner else "a container without an owner"
-    own = f"a commit of {owner} may replace only an image that such a commit made under this name"
-    rest = (
-        "; `replace` does not change that on this node (setting commit_replace)"
-        if name.replace
-        else "; choose another name, or set `replace`, which the setting commit_replace has to allow"
-    )
-    raise ImageExists(image=reference, detail=f"{own}{rest}")
-
-
-def committed_origin(world: World, image_id: str, name: CommitName) -> PutImageOrigin:
-    """What is recorded of an image that was committed."""
-    return PutImageOrigin(
-        ImageOrigin(
-            node=world.node,
-            image_id=image_id,
-            committed_as=familiar_reference(name.reference),
-            committed_for=name.owner,
-            restricted=bool(name.owner),
-            owners=(name.owner,) if name.owner else (),
-            update_time=now(),
-        )
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class ImageChoice:
     """`image_id` is to be used; empty: the image has to be pulled first. `present_id` is what has the name by then."""
 
     image_id: str
     present_id: str = ""
-
-
-async def choose_image(world: World, reference: str, policy: PullPolicy, owner: str) -> ImageChoice:
-    """Whether the image that the engine has can be used. Raises ImageNotFound."""
-    found = await world.engine.image(reference)
-    present = found.id if found else ""
-    if policy is PullPolicy.ALWAYS:
-        return ImageChoice("", present)
-    if found is not None and await may_use(world, found.id, owner):
-        return ImageChoice(found.id, present)
-    if policy is PullPolicy.NEVER:
-        # The same words for what is there and what is not: another owner's images are not told.
-        raise ImageNotFound(image=reference)
-    return ImageChoice("", present)
-
-
-async def require_user(world: World, image_id: str, reference: str, user: str) -> None:
-    """Raise InvalidArgument where an image that the engine has lacks the user, or the group, that a spec names.
-
-    What cannot be known passes: an image still to be pulled, and layers that this daemon does not reach.
-    """
-    if not user or not image_id:
-        return
-    image = await world.engine.image(image_id)
-    if image is not None:
-        _require(await world.layers.accounts(image), user, f"image {reference!r}")
-
-
-async def require_user_in_files(world: World, container: Container, user: str) -> None:
-    """Raise InvalidArgument where the files of a container, as they are now, lack the user, or the group, of a spec.
-
-    What cannot be known passes, as with `require_user`.
-    """
-    if not user or container.engine is None:
-        return
-    seen = await world.engine.inspect(container.engine.engine_id)
-    if seen is None or not seen.upper_dir:
-        return
-    image = await world.engine.image(seen.image_id)
-    if image is not None:
-        accounts = await world.layers.accounts(image, seen.upper_dir)
-        _require(accounts, user, f"container {container.name!r}")
-
-
-def _require(accounts: ImageAccounts | None, user: str, what: str) -> None:
-    if accounts is not None and (missing := accounts.missing(user)):
-        description = f"{what} has no {missing}; use a name of its /etc/passwd and /etc/group, or a number"
-        raise InvalidArgument(violations=(FieldViolation(field="spec.user", description=description),))
-
-
-async def may_use(world: World, image_id: str, owner: str) -> bool:
-    """Whether an owner may make containers of an image that the engine has, without showing it to the registry."""
-    if not world.images.verify_access:
-        return True
-    origin = await world.store.image_origin(world.node, image_id)
-    return origin is None or not origin.restricted or owner in origin.owners
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,31 +153,167 @@ class PulledImage(Record):
 PULLED = StepResult("pull", PulledImage)
 
 
-async def pull_image(world: World, run: OperationRun, pull: Pull) -> EngineImage:
-    """Pull, and record who has shown that they may use it. Raises ImagePullFailed, ImageNotFound."""
-    async with world.images.names.pull_lock(pull.reference):
-        await _pull_with_stall_timeout(world, run, pull)
-        image = await world.engine.image(pull.reference)
-    if image is None:
-        raise ImageNotFound(image=pull.reference)
-    await _record_pull(world, image.id, (pull.owner,), restricted=pull.authenticated and image.id != pull.present_id)
-    return image
+@dataclass(frozen=True, slots=True)
+class Images:
+    """The images of a node's engine, and who may use and replace them."""
+
+    store: Store
+    engine: Engine
+    layers: LayerStore
+    node: str
+    policy: ImagePolicy
+
+    async def find_replaceable(self, name: CommitName) -> str:
+        """The id of the image that has the name now and may lose it; empty where there is none. Raises ImageExists."""
+        reference = name.reference
+        self.policy.names.require_not_pulled(reference)
+        repository, _, tag = reference.rpartition(":")
+        found = await self.engine.image(reference)
+        if found is None:
+            # `docker run 0a1b2c3d4e5f` finds a name before an image's id.
+            if tag == "latest" and await self.engine.image(repository) is not None:
+                raise ImageExists(image=repository, detail="it is the id of an image; choose another repository")
+            return ""
+        origin = await self.store.image_origin(self.node, found.id)
+        committed = origin is not None and origin.committed_as == familiar_reference(reference)
+        if committed and origin is not None and origin.committed_for == name.owner:
+            return found.id
+        if name.replace and self.policy.replace_any:
+            return found.id
+        owner = f"a container of owner {name.owner!r}" if name.owner else "a container without an owner"
+        own = f"a commit of {owner} may replace only an image that such a commit made under this name"
+        rest = (
+            "; `replace` does not change that on this node (setting commit_replace)"
+            if name.replace
+            else "; choose another name, or set `replace`, which the setting commit_replace has to allow"
+        )
+        raise ImageExists(image=reference, detail=f"{own}{rest}")
+
+    def committed_origin(self, image_id: str, name: CommitName) -> PutImageOrigin:
+        """What is recorded of an image that was committed."""
+        return PutImageOrigin(
+            ImageOrigin(
+                node=self.node,
+                image_id=image_id,
+                committed_as=familiar_reference(name.reference),
+                committed_for=name.owner,
+                restricted=bool(name.owner),
+                owners=(name.owner,) if name.owner else (),
+                update_time=now(),
+            )
+        )
+
+    async def choose(self, reference: str, policy: PullPolicy, owner: str) -> ImageChoice:
+        """Whether the image that the engine has can be used. Raises ImageNotFound."""
+        found = await self.engine.image(reference)
+        present = found.id if found else ""
+        if policy is PullPolicy.ALWAYS:
+            return ImageChoice("", present)
+        if found is not None and await self.may_use(found.id, owner):
+            return ImageChoice(found.id, present)
+        if policy is PullPolicy.NEVER:
+            # The same words for what is there and what is not: another owner's images are not told.
+            raise ImageNotFound(image=reference)
+        return ImageChoice("", present)
+
+    async def require_user(self, image_id: str, reference: str, user: str) -> None:
+        """Raise InvalidArgument where an image that the engine has lacks the user, or the group, that a spec names.
+
+        What cannot be known passes: an image still to be pulled, and layers that this daemon does not reach.
+        """
+        if not user or not image_id:
+            return
+        image = await self.engine.image(image_id)
+        if image is not None:
+            _require(await self.layers.accounts(image), user, f"image {reference!r}")
+
+    async def require_user_in_files(self, container: Container, user: str) -> None:
+        """Raise InvalidArgument where the files of a container, as they are now, lack the user or group of a spec.
+
+        What cannot be known passes, as with `require_user`.
+        """
+        if not user or container.engine is None:
+            return
+        seen = await self.engine.inspect(container.engine.engine_id)
+        if seen is None or not seen.upper_dir:
+            return
+        image = await self.engine.image(seen.image_id)
+        if image is not None:
+            accounts = await self.layers.accounts(image, seen.upper_dir)
+            _require(accounts, user, f"container {container.name!r}")
+
+    async def may_use(self, image_id: str, owner: str) -> bool:
+        """Whether an owner may make containers of an image that the engine has, without showing it to the registry."""
+        if not self.policy.verify_access:
+            return True
+        origin = await self.store.image_origin(self.node, image_id)
+        return origin is None or not origin.restricted or owner in origin.owners
+
+    async def pull(self, run: OperationRun, pull: Pull) -> EngineImage:
+        """Pull, and record who has shown that they may use it. Raises ImagePullFailed, ImageNotFound."""
+        async with self.policy.names.pull_lock(pull.reference):
+            await self._pull_with_stall_timeout(run, pull)
+            image = await self.engine.image(pull.reference)
+        if image is None:
+            raise ImageNotFound(image=pull.reference)
+        await self._record_pull(image.id, (pull.owner,), restricted=pull.authenticated and image.id != pull.present_id)
+        return image
+
+    async def _pull_with_stall_timeout(self, run: OperationRun, pull: Pull) -> None:
+        seconds = pull.stall_seconds or self.policy.pull_stall_seconds
+        monitor = _StallMonitor(run, seconds)
+        watching = asyncio.create_task(monitor.describe_stalls())
+        try:
+            async with monitor.stall_timeout:
+                await self.engine.pull(pull.reference, pull.auth, monitor.on_progress)
+        except TimeoutError:
+            if not monitor.stall_timeout.expired():
+                raise
+            detail = f"no progress for {seconds:g} s, since {monitor.last_time}"
+            raise ImagePullFailed(image=pull.reference, detail=detail) from None
+        finally:
+            watching.cancel()
+
+    async def restrict_after_failed_pull(self, pull: Pull) -> None:
+        """Undo a pull with credentials: an image that came stays, and may be used by nobody until it is pulled again.
+
+        A daemon that was killed may have left behind an image that it did not record, and a resumed pull has no
+        credentials to show.
+        """
+        image = await self.engine.image(pull.reference) if pull.authenticated else None
+        if image is not None and image.id != pull.present_id:
+            await self._record_pull(image.id, (), restricted=True)
+
+    async def _record_pull(self, image_id: str, owners: tuple[str, ...], *, restricted: bool) -> None:
+        before = await self.store.image_origin(self.node, image_id)
+        if before is None and not restricted:
+            return
+        origin = before or ImageOrigin(node=self.node, image_id=image_id, update_time=now())
+        changed = origin.model_copy(
+            update={
+                "restricted": origin.restricted or restricted,
+                "owners": (*origin.owners, *(owner for owner in owners if owner not in origin.owners)),
+            }
+        )
+        if changed != before:
+            await self.store.apply([PutImageOrigin(changed.model_copy(update={"update_time": now()}))])
+
+    async def delete_stale_origins(self) -> None:
+        """Drop the records of images that the engine no longer has."""
+        # The records first: what is recorded later is in the engine, and not in this list.
+        recorded = [origin.image_id for origin in await self.store.image_origins(self.node)]
+        if not recorded:
+            return
+        there = frozenset(await self.engine.image_ids())
+        for image_id in recorded:
+            if image_id not in there:
+                await self.store.apply([DeleteImageOrigin(self.node, image_id)])
 
 
-async def _pull_with_stall_timeout(world: World, run: OperationRun, pull: Pull) -> None:
-    seconds = pull.stall_seconds or world.images.pull_stall_seconds
-    monitor = _StallMonitor(run, seconds)
-    watching = asyncio.create_task(monitor.describe_stalls())
-    try:
-        async with monitor.stall_timeout:
-            await world.engine.pull(pull.reference, pull.auth, monitor.on_progress)
-    except TimeoutError:
-        if not monitor.stall_timeout.expired():
-            raise
-        detail = f"no progress for {seconds:g} s, since {monitor.last_time}"
-        raise ImagePullFailed(image=pull.reference, detail=detail) from None
-    finally:
-        watching.cancel()
+def _require(accounts: ImageAccounts | None, user: str, what: str) -> None:
+    if accounts is not None and (missing := accounts.missing(user)):
+        description = f"{what} has no {missing}; use a name of its /etc/passwd and /etc/group, or a number"
+        raise InvalidArgument(violations=(FieldViolation(field="spec.user", description=description),))
 
 
 class _StallMonitor:
@@ -313,41 +348,3 @@ class _StallMonitor:
 
 def _time_text() -> str:
     return now().isoformat(timespec="seconds")
-
-
-async def restrict_after_failed_pull(world: World, pull: Pull) -> None:
-    """Undo a pull with credentials: an image that came stays, and may be used by nobody until it is pulled again.
-
-    A daemon that was killed may have left behind an image that it did not record, and a resumed pull has no
-    credentials to show.
-    """
-    image = await world.engine.image(pull.reference) if pull.authenticated else None
-    if image is not None and image.id != pull.present_id:
-        await _record_pull(world, image.id, (), restricted=True)
-
-
-async def _record_pull(world: World, image_id: str, owners: tuple[str, ...], *, restricted: bool) -> None:
-    before = await world.store.image_origin(world.node, image_id)
-    if before is None and not restricted:
-        return
-    origin = before or ImageOrigin(node=world.node, image_id=image_id, update_time=now())
-    changed = origin.model_copy(
-        update={
-            "restricted": origin.restricted or restricted,
-            "owners": (*origin.owners, *(owner for owner in owners if owner not in origin.owners)),
-        }
-    )
-    if changed != before:
-        await world.store.apply([PutImageOrigin(changed.model_copy(update={"update_time": now()}))])
-
-
-async def delete_stale_image_origins(world: World) -> None:
-    """Drop the records of images that the engine no longer has."""
-    # The records first: what is recorded later is in the engine, and not in this list.
-    recorded = [origin.image_id for origin in await world.store.image_origins(world.node)]
-    if not recorded:
-        return
-    there = frozenset(await world.engine.image_ids())
-    for image_id in recorded:
-        if image_id not in there:
-            await world.store.apply([DeleteImageOrigin(world.node, image_id)])

@@ -9,13 +9,15 @@ command into it, and what a later change of the spec takes away would come back.
 
 from __future__ import annotations
 
-from gpudock_server.core.containers.world import World
+from dataclasses import dataclass
+
 from gpudock_server.core.operations.saga import OperationRun, StepResult
 from gpudock_server.errors import DiskFull, EngineRejected, LayerCarryFailed
 from gpudock_server.model.container import EngineBinding
 from gpudock_server.model.engine import LABEL_OPERATION, LABEL_UID, EngineImage
 from gpudock_server.model.operation import Operation
 from gpudock_server.model.record import Record
+from gpudock_server.ports import Engine, LayerStore
 
 # Layers in all, and layers above the user's image, from which on those above are made one. A squash writes all of them
 # again, so it is not done each time.
@@ -61,94 +63,98 @@ def raw_image_name(operation: Operation) -> str:
     return f"gpudock/raw:{operation.id}"
 
 
-async def make_layer_image(world: World, run: OperationRun, old: EngineBinding) -> LayerImage:
-    """Make an image of the files of an engine container that does not run. Done twice is done once."""
-    engine, reference = world.engine, layer_image_name(run.operation)
-    depth = await base_depth(world, old)
-    made = await engine.image(reference)
-    if made is None:
-        raw = await commit_raw_image(world, run.operation, old.engine_id)
-        await _name_raw_image(world, run, raw, (old.image_id, depth))
-        await engine.remove_image(raw_image_name(run.operation))
-        made = await engine.image(reference)
-    if made is None:
-        raise LayerCarryFailed(method="COMMIT", detail=f"the engine made {reference}, and has none")
-    return LayerImage(image_id=made.id, reference=reference, base_depth=depth)
-
-
 def grafted_image_name(operation: Operation) -> str:
     """The name of the image that has a container's files on top of another image."""
     return f"gpudock/layer:{operation.id}-graft"
 
 
-async def graft_image(world: World, operation: Operation, *, carried: str, onto: str) -> str:
-    """Lay what `carried` has above the user's image on another image, as one layer; the id of what comes of it.
+@dataclass(frozen=True, slots=True)
+class LayerImages:
+    """Makes images of the files of engine containers."""
 
-    `onto` is that image's id, which is the result where `carried` has nothing above. Done twice is done once.
-    """
-    made = await world.engine.image(grafted_image_name(operation))
-    if made is not None:
-        return made.id
-    depth = LAYER_IMAGE.of(operation).base_depth
-    if not depth:
-        raise LayerCarryFailed(method="COMMIT", detail="the image that its files were written on is no longer there")
-    above = await world.engine.image(carried)
-    if above is not None and len(above.layers) == depth:
-        # The engine's commit makes no layer of a container that has written nothing.
-        await world.engine.tag(onto, grafted_image_name(operation))
-        return onto
-    return await world.engine.flatten(carried, depth, grafted_image_name(operation), config_of=onto, onto=onto)
+    engine: Engine
+    layers: LayerStore
 
+    async def make(self, run: OperationRun, old: EngineBinding) -> LayerImage:
+        """Make an image of the files of an engine container that does not run. Done twice is done once."""
+        engine, reference = self.engine, layer_image_name(run.operation)
+        depth = await self.base_depth(old)
+        made = await engine.image(reference)
+        if made is None:
+            raw = await self.commit_raw(run.operation, old.engine_id)
+            await self._name_raw(run, raw, (old.image_id, depth))
+            await engine.remove_image(raw_image_name(run.operation))
+            made = await engine.image(reference)
+        if made is None:
+            raise LayerCarryFailed(method="COMMIT", detail=f"the engine made {reference}, and has none")
+        return LayerImage(image_id=made.id, reference=reference, base_depth=depth)
 
-async def remove_layer_images(world: World, operation: Operation) -> None:
-    """Remove what `make_layer_image` made, or began to."""
-    for reference in (layer_image_name(operation), raw_image_name(operation)):
-        await world.engine.remove_image(reference)
+    async def graft(self, operation: Operation, *, carried: str, onto: str) -> str:
+        """Lay what `carried` has above the user's image on another image, as one layer; the id of what comes of it.
 
+        `onto` is that image's id, which is the result where `carried` has nothing above. Done twice is done once.
+        """
+        made = await self.engine.image(grafted_image_name(operation))
+        if made is not None:
+            return made.id
+        depth = LAYER_IMAGE.of(operation).base_depth
+        if not depth:
+            raise LayerCarryFailed(
+                method="COMMIT", detail="the image that its files were written on is no longer there"
+            )
+        above = await self.engine.image(carried)
+        if above is not None and len(above.layers) == depth:
+            # The engine's commit makes no layer of a container that has written nothing.
+            await self.engine.tag(onto, grafted_image_name(operation))
+            return onto
+        return await self.engine.flatten(carried, depth, grafted_image_name(operation), config_of=onto, onto=onto)
 
-async def base_depth(world: World, binding: EngineBinding) -> int:
-    """How many of the layers that a container stands on are those of the image that the user named; 0: unknown."""
-    if binding.base_depth:
-        return binding.base_depth
-    base = await world.engine.image(binding.user_image_id)
-    current = await world.engine.image(binding.image_id)
-    if base is None or current is None or current.layers[: len(base.layers)] != base.layers:
-        return 0
-    return len(base.layers)
+    async def remove(self, operation: Operation) -> None:
+        """Remove what `make` made, or began to."""
+        for reference in (layer_image_name(operation), raw_image_name(operation)):
+            await self.engine.remove_image(reference)
 
+    async def base_depth(self, binding: EngineBinding) -> int:
+        """How many of the layers that a container stands on are those of the image that the user named; 0: unknown."""
+        if binding.base_depth:
+            return binding.base_depth
+        base = await self.engine.image(binding.user_image_id)
+        current = await self.engine.image(binding.image_id)
+        if base is None or current is None or current.layers[: len(base.layers)] != base.layers:
+            return 0
+        return len(base.layers)
 
-async def commit_raw_image(world: World, operation: Operation, engine_id: str) -> EngineImage:
-    """The first half of `make_layer_image`, and the only one for which an engine container has to be still."""
-    reference = raw_image_name(operation)
-    if (made := await world.engine.image(reference)) is not None:
+    async def commit_raw(self, operation: Operation, engine_id: str) -> EngineImage:
+        """The first half of `make`, and the only one for which an engine container has to be still."""
+        reference = raw_image_name(operation)
+        if (made := await self.engine.image(reference)) is not None:
+            return made
+        if (seen := await self.engine.inspect(engine_id)) is not None:
+            await self.layers.require_committable(seen)
+        labels = {LABEL_UID: operation.target.uid, LABEL_OPERATION: operation.id}
+        await self.engine.commit(engine_id, reference, labels)
+        made = await self.engine.image(reference)
+        if made is None:
+            raise LayerCarryFailed(method="COMMIT", detail=f"the engine made {reference}, and has none")
         return made
-    if (seen := await world.engine.inspect(engine_id)) is not None:
-        await world.layers.require_committable(seen)
-    labels = {LABEL_UID: operation.target.uid, LABEL_OPERATION: operation.id}
-    await world.engine.commit(engine_id, reference, labels)
-    made = await world.engine.image(reference)
-    if made is None:
-        raise LayerCarryFailed(method="COMMIT", detail=f"the engine made {reference}, and has none")
-    return made
 
-
-async def _name_raw_image(world: World, run: OperationRun, raw: EngineImage, old: tuple[str, int]) -> None:
-    """Give what was committed its name, the config of the image it came from, and fewer layers where it has many."""
-    (image_id, depth), reference = old, layer_image_name(run.operation)
-    if 0 < depth < len(raw.layers) and needs_flattening(len(raw.layers), depth):
+    async def _name_raw(self, run: OperationRun, raw: EngineImage, old: tuple[str, int]) -> None:
+        """Give what was committed its name, the config of the image it came from, and fewer layers if it has many."""
+        (image_id, depth), reference = old, layer_image_name(run.operation)
+        if 0 < depth < len(raw.layers) and needs_flattening(len(raw.layers), depth):
+            try:
+                await self.engine.flatten(raw.id, depth, reference, config_of=image_id)
+            except (DiskFull, EngineRejected, LayerCarryFailed) as error:
+                # It can be as deep as it is for a while; the next carry tries again.
+                run.add_message(f"its {len(raw.layers)} layers were not made fewer: {error}")
+            else:
+                return
         try:
-            await world.engine.flatten(raw.id, depth, reference, config_of=image_id)
-        except (DiskFull, EngineRejected, LayerCarryFailed) as error:
-            # It can be as deep as it is for a while; the next carry tries again.
-            run.add_message(f"its {len(raw.layers)} layers were not made fewer: {error}")
-        else:
-            return
-    try:
-        await world.engine.replace_config(raw.id, image_id, reference)
-    except EngineRejected as error:
-        # An engine that keeps its images in containerd does not take one without its layers.
-        run.add_message(f"the image of its files keeps the container's variables and command: {error}")
-        await world.engine.tag(raw.id, reference)
+            await self.engine.replace_config(raw.id, image_id, reference)
+        except EngineRejected as error:
+            # An engine that keeps its images in containerd does not take one without its layers.
+            run.add_message(f"the image of its files keeps the container's variables and command: {error}")
+            await self.engine.tag(raw.id, reference)
 
 
 def needs_flattening(layers: int, base: int) -> bool:

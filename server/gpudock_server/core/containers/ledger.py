@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import structlog
 
-from gpudock_server.core.containers.world import World
 from gpudock_server.errors import GpudockError
 from gpudock_server.model.container import Container, ContainerRevision
 from gpudock_server.model.revision_backup import RevisionBackup
 from gpudock_server.model.snapshot import Snapshot
+from gpudock_server.ports import RevisionBackupStore
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -25,7 +25,10 @@ def ledger_entry(container: Container, revision: ContainerRevision, snapshot: Sn
 
 
 async def write_ledger_entry(
-    world: World, container: Container, revision: ContainerRevision, ended: tuple[int, Snapshot] | None = None
+    ledger: RevisionBackupStore,
+    container: Container,
+    revision: ContainerRevision,
+    ended: tuple[int, Snapshot] | None = None,
 ) -> None:
     """Write the revision that a container is about to come to, and what was kept of the one that ends.
 
@@ -35,9 +38,9 @@ async def write_ledger_entry(
     try:
         if ended is not None:
             number, snapshot = ended
-            entries = [one for one in await world.ledger.read(container.uid) if one.number == number]
+            entries = [one for one in await ledger.read(container.uid) if one.number == number]
             for entry in entries:
-                await world.ledger.write(entry.model_copy(update={"snapshot": snapshot}))
-        await world.ledger.write(ledger_entry(container, revision, None))
+                await ledger.write(entry.model_copy(update={"snapshot": snapshot}))
+        await ledger.write(ledger_entry(container, revision, None))
     except GpudockError as error:
         log.warning("a revision is not in the ledger yet", container=container.name, detail=error.message)

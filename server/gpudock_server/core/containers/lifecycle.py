@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from gpudock_server.core.containers.change_plan import DesiredState, draft_change
+from dataclasses import dataclass
+
+from gpudock_server.core.containers.change_plan import ChangePlanner, DesiredState
 from gpudock_server.core.containers.commands import Restart, Scale, ScaleStrategy, Start
-from gpudock_server.core.containers.history import refuse_if_gone
-from gpudock_server.core.containers.world import World
+from gpudock_server.core.containers.history import History
+from gpudock_server.core.containers.resource import ContainerResource
 from gpudock_server.core.operations.saga import OperationDraft
 from gpudock_server.errors import (
     ContainerNotRunning,
@@ -19,76 +21,82 @@ from gpudock_server.model.operation import OperationKind
 from gpudock_server.model.spec import ContainerSpec
 
 
-async def draft_start(world: World, command: Start) -> OperationDraft:
-    """Start what does not run, with what it held, or had, or is asked for now."""
-    view = await world.lookup(command.name, command.etag)
-    container = view.container
-    spec = container.spec if command.gpus is None else container.spec.changed(gpus=command.gpus)
-    await refuse_if_gone(world, container)
-    match container.status.state:
-        case ContainerState.PAUSED:
-            raise ContainerPaused(container=command.name)
-        case ContainerState.RUNNING | ContainerState.RESTARTING:
-            if spec.gpus != container.spec.gpus:
-                raise GpusOfRunningContainer(container=command.name, state=container.status.state.value)
-        case state if state not in STOPPED_STATES:
-            needs = "to start it, it must be STOPPED or EXITED"
+@dataclass(frozen=True, slots=True)
+class Lifecycle:
+    """Checks that a container can be started, restarted or scaled."""
+
+    containers: ContainerResource
+    history: History
+    planner: ChangePlanner
+
+    async def draft_start(self, command: Start) -> OperationDraft:
+        """Start what does not run, with what it held, or had, or is asked for now."""
+        view = await self.containers.find_unlocked(command.name, command.etag)
+        container = view.container
+        spec = container.spec if command.gpus is None else container.spec.changed(gpus=command.gpus)
+        await self.history.refuse_if_gone(container)
+        match container.status.state:
+            case ContainerState.PAUSED:
+                raise ContainerPaused(container=command.name)
+            case ContainerState.RUNNING | ContainerState.RESTARTING:
+                if spec.gpus != container.spec.gpus:
+                    raise GpusOfRunningContainer(container=command.name, state=container.status.state.value)
+            case state if state not in STOPPED_STATES:
+                needs = "to start it, it must be STOPPED or EXITED"
+                raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
+        return await self.planner.draft(
+            view, DesiredState(OperationKind.START, spec, runs=True, snapshots=command.snapshots)
+        )
+
+    async def draft_restart(self, command: Restart) -> OperationDraft:
+        """Stop what runs, and start it."""
+        view = await self.containers.find_unlocked(command.name, command.etag)
+        state = view.container.status.state
+        await self.history.refuse_if_gone(view.container)
+        if state not in (*ACTIVE_STATES, *STOPPED_STATES):
+            needs = "to restart it, it must be RUNNING, PAUSED, STOPPED or EXITED"
             raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
-    return await draft_change(
-        world, view, DesiredState(OperationKind.START, spec, runs=True, snapshots=command.snapshots)
-    )
+        desired = DesiredState(
+            OperationKind.RESTART,
+            view.container.spec,
+            runs=True,
+            restart=True,
+            stop_timeout=command.timeout,
+            snapshots=command.snapshots,
+        )
+        return await self.planner.draft(view, desired)
 
-
-async def draft_restart(world: World, command: Restart) -> OperationDraft:
-    """Stop what runs, and start it."""
-    view = await world.lookup(command.name, command.etag)
-    state = view.container.status.state
-    await refuse_if_gone(world, view.container)
-    if state not in (*ACTIVE_STATES, *STOPPED_STATES):
-        needs = "to restart it, it must be RUNNING, PAUSED, STOPPED or EXITED"
-        raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
-    desired = DesiredState(
-        OperationKind.RESTART,
-        view.container.spec,
-        runs=True,
-        restart=True,
-        stop_timeout=command.timeout,
-        snapshots=command.snapshots,
-    )
-    return await draft_change(world, view, desired)
-
-
-async def draft_scale(world: World, command: Scale) -> OperationDraft:
-    """Other cards, limits or /dev/shm."""
-    view = await world.lookup(command.name, command.etag)
-    container = view.container
-    spec = _scaled(container.spec, command)
-    state = container.status.state
-    await refuse_if_gone(world, container)
-    if state is ContainerState.PAUSED:
-        raise ContainerPaused(container=command.name)
-    fixed = tuple(
-        field for field in ("gpus", "shm_size_bytes") if getattr(spec, field) != getattr(container.spec, field)
-    )
-    recreate = command.strategy is ScaleStrategy.RECREATE
-    if state in STOPPED_STATES and (fixed or recreate):
-        raise ScaledContainerNotRunning(container=command.name, state=state.value)
-    if state not in (*RUNNING_STATES, *STOPPED_STATES):
-        needs = "to scale it, it must be RUNNING, STOPPED or EXITED"
-        raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
-    if command.strategy is ScaleStrategy.LIVE and fixed:
-        raise RestartRequired(container=command.name, changes=fixed)
-    desired = DesiredState(
-        OperationKind.SCALE,
-        spec,
-        runs=state in RUNNING_STATES,
-        recreate=recreate,
-        live=command.strategy is ScaleStrategy.LIVE,
-        chooses_gpus=command.gpus is not None,
-        must_live=True,
-        snapshots=command.snapshots,
-    )
-    return await draft_change(world, view, desired)
+    async def draft_scale(self, command: Scale) -> OperationDraft:
+        """Other cards, limits or /dev/shm."""
+        view = await self.containers.find_unlocked(command.name, command.etag)
+        container = view.container
+        spec = _scaled(container.spec, command)
+        state = container.status.state
+        await self.history.refuse_if_gone(container)
+        if state is ContainerState.PAUSED:
+            raise ContainerPaused(container=command.name)
+        fixed = tuple(
+            field for field in ("gpus", "shm_size_bytes") if getattr(spec, field) != getattr(container.spec, field)
+        )
+        recreate = command.strategy is ScaleStrategy.RECREATE
+        if state in STOPPED_STATES and (fixed or recreate):
+            raise ScaledContainerNotRunning(container=command.name, state=state.value)
+        if state not in (*RUNNING_STATES, *STOPPED_STATES):
+            needs = "to scale it, it must be RUNNING, STOPPED or EXITED"
+            raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
+        if command.strategy is ScaleStrategy.LIVE and fixed:
+            raise RestartRequired(container=command.name, changes=fixed)
+        desired = DesiredState(
+            OperationKind.SCALE,
+            spec,
+            runs=state in RUNNING_STATES,
+            recreate=recreate,
+            live=command.strategy is ScaleStrategy.LIVE,
+            chooses_gpus=command.gpus is not None,
+            must_live=True,
+            snapshots=command.snapshots,
+        )
+        return await self.planner.draft(view, desired)
 
 
 def _scaled(spec: ContainerSpec, command: Scale) -> ContainerSpec:

@@ -1,14 +1,11 @@
-"""What the operations in the store say of containers that have no record, and whether a name is free of such."""
+"""What the operations in the store say of containers that have no record."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from gpudock_server.core.containers.world import World
 from gpudock_server.core.listings import read_all_pages
-from gpudock_server.errors import ContainerRecordLost
-from gpudock_server.model.engine import LABEL_NAME, LABEL_NODE, LABEL_OPERATION, LABEL_SPEC, LABEL_UID
 from gpudock_server.model.operation import Operation, OperationKind, OperationState
 from gpudock_server.ports import Store
 
@@ -46,21 +43,3 @@ async def read_operation_history(store: Store, uids: Collection[str]) -> Operati
 def is_finished_deletion(operation: Operation) -> bool:
     """Whether it deleted its target."""
     return operation.kind is OperationKind.DELETE and operation.state is OperationState.SUCCEEDED
-
-
-async def refuse_if_record_lost(world: World, name: str) -> None:
-    """Raise ContainerRecordLost if engine containers of a name that has no record may have files.
-
-    A new container of that name would keep them from getting their record again. Engine containers that reconcile
-    removes (core/reconcile/orphans.py) do not count.
-    """
-    labelled = await world.engine.find({LABEL_NODE: world.node, LABEL_NAME: name})
-    found = [one for one in labelled if one.name == one.created_name]
-    if not found:
-        return
-    history = await read_operation_history(world.store, {one.labels.get(LABEL_UID, "") for one in found})
-    kept = [one for one in found if LABEL_SPEC in one.labels and one.labels.get(LABEL_UID, "") not in history.deleted]
-    if len(found) == 1:
-        kept = [one for one in kept if not history.was_undone(one.labels.get(LABEL_OPERATION, ""))]
-    if kept:
-        raise ContainerRecordLost(container=name)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from typing_extensions import override
 
 from gpudock_server.core.containers.commands import Pause, Unpause
+from gpudock_server.core.containers.engine_containers import EngineContainers
+from gpudock_server.core.containers.resource import ContainerResource
 from gpudock_server.core.containers.saga import ContainerSaga
-from gpudock_server.core.containers.status import observed_status
-from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step
 from gpudock_server.errors import ContainerNotPaused, ContainerNotRunning, ContainerPaused
 from gpudock_server.model.container import ContainerState
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import Record, now
 from gpudock_server.model.store_changes import PutContainer, StoreChange
-from gpudock_server.ports import ContainerView
+from gpudock_server.ports import ContainerView, Engine
 
 
 class PauseArguments(Record):
@@ -26,30 +27,42 @@ class PauseArguments(Record):
     freeze: bool
 
 
-async def draft(world: World, command: Pause | Unpause) -> OperationDraft:
-    """Freeze what runs; thaw what is frozen."""
-    view = await world.lookup(command.name, command.etag)
-    container = view.container
-    state = container.status.state
-    freeze = isinstance(command, Pause)
-    if freeze and state is ContainerState.PAUSED:
-        raise ContainerPaused(container=command.name)
-    if freeze and state is not ContainerState.RUNNING:
-        needs = "to pause it, it must be RUNNING"
-        raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
-    if not freeze and state is not ContainerState.PAUSED:
-        raise ContainerNotPaused(container=command.name, state=state.value)
-    if container.engine is None:
-        raise ContainerNotRunning(container=command.name, state=state.value)
-    arguments = PauseArguments(engine_id=container.engine.engine_id, freeze=freeze)
-    return OperationDraft(
-        kind=OperationKind.PAUSE if freeze else OperationKind.UNPAUSE,
-        target=container.target,
-        target_record=PutContainer(container, expect=view.version),
-        arguments=arguments.model_dump(mode="json"),
-        plan=OperationPlan(placement=container.status.placement),
-        build=lambda operation: PauseSaga(world, operation),
-    )
+@dataclass(frozen=True, slots=True)
+class PauseContainer:
+    """Checks that a container can be frozen, or thawed."""
+
+    containers: ContainerResource
+    engine: Engine
+    engine_containers: EngineContainers
+
+    async def draft(self, command: Pause | Unpause) -> OperationDraft:
+        """Freeze what runs; thaw what is frozen."""
+        view = await self.containers.find_unlocked(command.name, command.etag)
+        container = view.container
+        state = container.status.state
+        freeze = isinstance(command, Pause)
+        if freeze and state is ContainerState.PAUSED:
+            raise ContainerPaused(container=command.name)
+        if freeze and state is not ContainerState.RUNNING:
+            needs = "to pause it, it must be RUNNING"
+            raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
+        if not freeze and state is not ContainerState.PAUSED:
+            raise ContainerNotPaused(container=command.name, state=state.value)
+        if container.engine is None:
+            raise ContainerNotRunning(container=command.name, state=state.value)
+        arguments = PauseArguments(engine_id=container.engine.engine_id, freeze=freeze)
+        return OperationDraft(
+            kind=OperationKind.PAUSE if freeze else OperationKind.UNPAUSE,
+            target=container.target,
+            target_record=PutContainer(container, expect=view.version),
+            arguments=arguments.model_dump(mode="json"),
+            plan=OperationPlan(placement=container.status.placement),
+            build=self.saga,
+        )
+
+    def saga(self, operation: Operation) -> PauseSaga:
+        """The saga of a recorded operation."""
+        return PauseSaga(self, operation)
 
 
 class PauseSaga(ContainerSaga):
@@ -57,9 +70,10 @@ class PauseSaga(ContainerSaga):
 
     cancellable = False
 
-    def __init__(self, world: World, operation: Operation) -> None:
+    def __init__(self, pause: PauseContainer, operation: Operation) -> None:
         """Builds the script from the operation's arguments."""
-        super().__init__(world)
+        super().__init__(pause.containers)
+        self._pause = pause
         self._arguments = PauseArguments.model_validate(operation.arguments)
 
     @property
@@ -70,21 +84,18 @@ class PauseSaga(ContainerSaga):
         return (Step("unpause", self._thaw, self._freeze),)
 
     async def _freeze(self, _run: OperationRun) -> None:
-        await self._world.engine.pause(self._arguments.engine_id)
+        await self._pause.engine.pause(self._arguments.engine_id)
 
     async def _thaw(self, _run: OperationRun) -> None:
-        await self._world.engine.unpause(self._arguments.engine_id)
+        await self._pause.engine.unpause(self._arguments.engine_id)
 
     @override
     async def success_changes(self, run: OperationRun, view: ContainerView) -> Outcome:
-        seen = await self._world.engine.inspect(self._arguments.engine_id)
-        container = view.container.changed(
-            status=observed_status(view.container, seen), generation=view.container.generation + 1, update_time=now()
-        )
+        container = await self._pause.engine_containers.observe(view.container, self._arguments.engine_id)
+        container = container.changed(generation=container.generation + 1, update_time=now())
         return Outcome([PutContainer(container, expect=view.version)], container)
 
     @override
     async def failure_changes(self, run: OperationRun, view: ContainerView) -> Sequence[StoreChange]:
-        seen = await self._world.engine.inspect(self._arguments.engine_id)
-        container = view.container.changed(status=observed_status(view.container, seen), update_time=now())
-        return [PutContainer(container, expect=view.version)]
+        container = await self._pause.engine_containers.observe(view.container, self._arguments.engine_id)
+        return [PutContainer(container.changed(update_time=now()), expect=view.version)]

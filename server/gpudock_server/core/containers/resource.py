@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from typing_extensions import override
 
+from gpudock_server.core.containers.operation_history import read_operation_history
+from gpudock_server.core.containers.status import observed_status
 from gpudock_server.core.operations.resource import Resource
-from gpudock_server.errors import ContainerBusy, ContainerExists, WrongNode
-from gpudock_server.model.container import Container
+from gpudock_server.errors import (
+    ContainerBusy,
+    ContainerExists,
+    ContainerNotFound,
+    ContainerRecordLost,
+    StaleEtag,
+    WrongNode,
+)
+from gpudock_server.model.container import Container, ContainerState
+from gpudock_server.model.engine import LABEL_NAME, LABEL_NODE, LABEL_OPERATION, LABEL_SPEC, LABEL_UID
 from gpudock_server.model.resource import ResourceKind
-from gpudock_server.ports import ContainerView
+from gpudock_server.ports import ContainerView, Engine, Store
 
 
 class ContainerResource(Resource[ContainerView]):
     """See Resource."""
 
     kind = ResourceKind.CONTAINER
+
+    def __init__(self, store: Store, node: str, engine: Engine) -> None:
+        super().__init__(store, node)
+        self._engine = engine
 
     @override
     async def view(self, name: str) -> ContainerView | None:
@@ -25,6 +41,10 @@ class ContainerResource(Resource[ContainerView]):
         return view.container
 
     @override
+    async def not_found_error(self, name: str) -> ContainerNotFound:
+        return ContainerNotFound(container=name)
+
+    @override
     def exists_error(self, name: str) -> ContainerExists:
         return ContainerExists(container=name)
 
@@ -33,5 +53,43 @@ class ContainerResource(Resource[ContainerView]):
         return ContainerBusy(container=name, operation_id=operation_id)
 
     @override
+    def stale_etag_error(self, name: str, etag: str, current: str) -> StaleEtag:
+        return StaleEtag(container=name, etag=etag, current_etag=current)
+
+    @override
     def wrong_node_error(self, name: str, node: str, address: str) -> WrongNode:
         return WrongNode(container=name, node=node, address=address)
+
+    @override
+    async def find_unlocked(self, name: str, etag: str = "") -> ContainerView:
+        """See Resource. A container that is recorded as FAILED and that the engine has again is as the engine shows it.
+
+        A full comparison would record that a moment later.
+        """
+        view = await super().find_unlocked(name, etag)
+        container = view.container
+        if container.status.state is not ContainerState.FAILED or container.engine is None:
+            return view
+        seen = await self._engine.inspect(container.engine.engine_id)
+        return replace(view, container=container.changed(status=observed_status(container, seen)))
+
+    async def require_free_name(self, name: str) -> None:
+        """Raises ContainerExists; and ContainerRecordLost where engine containers of that name may have files.
+
+        A new container of that name would keep them from getting their record again. Engine containers that reconcile
+        removes (core/reconcile/orphans.py) do not count.
+        """
+        if await self.view(name) is not None:
+            raise self.exists_error(name)
+        labelled = await self._engine.find({LABEL_NODE: self.node, LABEL_NAME: name})
+        found = [one for one in labelled if one.name == one.created_name]
+        if not found:
+            return
+        history = await read_operation_history(self._store, {one.labels.get(LABEL_UID, "") for one in found})
+        kept = [
+            one for one in found if LABEL_SPEC in one.labels and one.labels.get(LABEL_UID, "") not in history.deleted
+        ]
+        if len(found) == 1:
+            kept = [one for one in kept if not history.was_undone(one.labels.get(LABEL_OPERATION, ""))]
+        if kept:
+            raise ContainerRecordLost(container=name)

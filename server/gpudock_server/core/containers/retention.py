@@ -11,11 +11,11 @@ from collections.abc import Collection
 
 import structlog
 
-from gpudock_server.core.containers import Containers, World
 from gpudock_server.core.containers.commands import DeleteRevision
-from gpudock_server.core.containers.history import history_limits, prunable_revisions
+from gpudock_server.core.containers.history import History, prunable_revisions
 from gpudock_server.core.containers.operation_history import read_operation_history
 from gpudock_server.core.listings import read_all_pages
+from gpudock_server.core.operations.commands import Commands
 from gpudock_server.errors import ContainerBusy, ContainerNotFound, GpudockError, RevisionIsCurrent, RevisionNotFound
 from gpudock_server.ports import ContainerView
 
@@ -25,10 +25,14 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 class Retention:
     """Looks after the history of this node's containers."""
 
-    def __init__(self, world: World, containers: Containers, *, interval: float) -> None:
+    def __init__(self, history: History, containers: Commands, *, node: str, interval: float) -> None:
         """`interval` in seconds between two looks."""
-        self._world = world
+        self._history = history
+        self._store = history.store
+        self._ledger = history.ledger
+        self._snapshots = history.snapshots
         self._containers = containers
+        self._node = node
         self._interval = interval
 
     async def run(self) -> None:
@@ -43,16 +47,16 @@ class Retention:
     async def prune_once(self) -> None:
         """Prune what is too old, and remove what belongs to nobody."""
         # Before the containers: what is there now and belongs to none of those listed later is nobody's.
-        ledger_uids = await self._world.ledger.uids()
-        snapshots = await self._world.snapshots.find()
-        partials = await self._world.snapshots.partials()
-        views = (await read_all_pages(self._world.store.containers)).items
+        ledger_uids = await self._ledger.uids()
+        snapshots = await self._snapshots.find()
+        partials = await self._snapshots.partials()
+        views = (await read_all_pages(self._store.containers)).items
         uids = {view.container.uid for view in views}
         await self._remove_deleted(set(ledger_uids) - uids, {key.uid for key in snapshots})
         for key, operation_id in partials:
-            stored = await self._world.store.operation(operation_id)
+            stored = await self._store.operation(operation_id)
             if key.uid in uids and (stored is None or stored.value.state.ended):
-                await self._world.snapshots.discard(key, operation_id)
+                await self._snapshots.discard(key, operation_id)
         for view in views:
             await self._prune(view)
 
@@ -63,21 +67,19 @@ class Retention:
         """
         if not unknown:
             return
-        history = await read_operation_history(self._world.store, unknown)
+        history = await read_operation_history(self._store, unknown)
         for uid in unknown:
             if uid in history.deleted or (history.is_known_gone(uid) and uid not in with_files):
                 log.warning("files of a container that is no more are removed", uid=uid)
-                await self._world.snapshots.remove_all(uid)
-                await self._world.ledger.delete_all(uid)
+                await self._snapshots.remove_all(uid)
+                await self._ledger.delete_all(uid)
 
     async def _prune(self, view: ContainerView) -> None:
         """By the same operation as a caller's: it has the container to itself meanwhile."""
         container = view.container
-        if container.node != self._world.node or view.operation_id:
+        if container.node != self._node or view.operation_id:
             return
-        for old in prunable_revisions(
-            await self._world.store.history(container.uid), history_limits(self._world, container.spec)
-        ):
+        for old in prunable_revisions(await self._store.history(container.uid), self._history.limits(container.spec)):
             command = DeleteRevision(name=container.name, revision=old.revision.revision, etag=container.etag)
             try:
                 await self._containers.run_to_end(command, None)

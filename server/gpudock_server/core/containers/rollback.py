@@ -5,11 +5,13 @@ Cards and ports are claimed afresh, whatever the revision had: others may hold t
 
 from __future__ import annotations
 
-from gpudock_server.core.containers.change_plan import DesiredState, draft_change
-from gpudock_server.core.containers.change_saga import SuccessorFiles, SuccessorSource
+from dataclasses import dataclass
+
+from gpudock_server.core.containers.change_arguments import SuccessorFiles, SuccessorSource
+from gpudock_server.core.containers.change_plan import ChangePlanner, DesiredState
 from gpudock_server.core.containers.commands import Rollback
-from gpudock_server.core.containers.history import find_revision, is_gone
-from gpudock_server.core.containers.world import World
+from gpudock_server.core.containers.history import History
+from gpudock_server.core.containers.resource import ContainerResource
 from gpudock_server.core.operations.saga import OperationDraft
 from gpudock_server.errors import (
     ContainerNotRunning,
@@ -20,82 +22,88 @@ from gpudock_server.errors import (
 )
 from gpudock_server.model.container import RUNNING_STATES, STOPPED_STATES, Container, ContainerRevision, ContainerState
 from gpudock_server.model.operation import OperationKind
-from gpudock_server.ports import RevisionView
+from gpudock_server.ports import Engine, RevisionView
 
 
-async def draft_rollback(world: World, command: Rollback) -> OperationDraft:
-    """Its spec with its files, or with those of today. One whose engine container is gone can be brought back."""
-    view = await world.lookup(command.name, command.etag)
-    container, state = view.container, view.container.status.state
-    if state is ContainerState.PAUSED:
-        raise ContainerPaused(container=command.name)
-    gone = state is ContainerState.FAILED and await is_gone(world, container)
-    if state not in RUNNING_STATES and state not in STOPPED_STATES and state is not ContainerState.FAILED:
-        needs = "to return it to a revision, it must be RUNNING, STOPPED, EXITED or FAILED"
-        raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
-    found = await find_revision(world, container, command.revision)
-    desired = DesiredState(
-        OperationKind.ROLLBACK,
-        found.revision.spec,
-        runs=state in RUNNING_STATES,
-        snapshots=command.snapshots,
-        source=await _source(world, container, found, command, gone=gone),
-    )
-    return await draft_change(world, view, desired)
+@dataclass(frozen=True, slots=True)
+class RollbackContainer:
+    """Checks that a container can return to a revision, and where its files come from then."""
 
+    containers: ContainerResource
+    engine: Engine
+    history: History
+    planner: ChangePlanner
 
-async def _source(
-    world: World, container: Container, found: RevisionView, command: Rollback, *, gone: bool
-) -> SuccessorSource:
-    if command.spec_only and gone:
-        return await _fresh(world, container, found.revision)
-    if command.revision == container.revision and not gone:
-        # What it is already: its files are those of today.
-        return SuccessorSource()
-    if command.spec_only:
-        _require_same_image(container, found.revision)
-        return SuccessorSource()
-    snapshot = found.snapshot
-    if snapshot is None:
-        raise SnapshotNotFound(container=container.name, revision=command.revision)
-    warnings = await _pull_warnings(world, found.revision, snapshot.image_id)
-    return SuccessorSource(
-        files=SuccessorFiles.RESTORE,
-        image_id=snapshot.image_id,
-        base_image_id=found.revision.image_id,
-        revision=command.revision,
-        snapshot=snapshot,
-        bytes_to_move=snapshot.layer_bytes,
-        fetch=bool(warnings),
-        warnings=warnings,
-    )
+    async def draft(self, command: Rollback) -> OperationDraft:
+        """Its spec with its files, or with those of today. One whose engine container is gone can be brought back."""
+        view = await self.containers.find_unlocked(command.name, command.etag)
+        container, state = view.container, view.container.status.state
+        if state is ContainerState.PAUSED:
+            raise ContainerPaused(container=command.name)
+        gone = state is ContainerState.FAILED and await self.history.is_gone(container)
+        if state not in RUNNING_STATES and state not in STOPPED_STATES and state is not ContainerState.FAILED:
+            needs = "to return it to a revision, it must be RUNNING, STOPPED, EXITED or FAILED"
+            raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
+        found = await self.history.find_revision(container, command.revision)
+        desired = DesiredState(
+            OperationKind.ROLLBACK,
+            found.revision.spec,
+            runs=state in RUNNING_STATES,
+            snapshots=command.snapshots,
+            source=await self._source(container, found, command, gone=gone),
+        )
+        return await self.planner.draft(view, desired)
 
+    async def _source(
+        self, container: Container, found: RevisionView, command: Rollback, *, gone: bool
+    ) -> SuccessorSource:
+        if command.spec_only and gone:
+            return await self._fresh(container, found.revision)
+        if command.revision == container.revision and not gone:
+            # What it is already: its files are those of today.
+            return SuccessorSource()
+        if command.spec_only:
+            _require_same_image(container, found.revision)
+            return SuccessorSource()
+        snapshot = found.snapshot
+        if snapshot is None:
+            raise SnapshotNotFound(container=container.name, revision=command.revision)
+        warnings = await self._pull_warnings(found.revision, snapshot.image_id)
+        return SuccessorSource(
+            files=SuccessorFiles.RESTORE,
+            image_id=snapshot.image_id,
+            base_image_id=found.revision.image_id,
+            revision=command.revision,
+            snapshot=snapshot,
+            bytes_to_move=snapshot.layer_bytes,
+            fetch=bool(warnings),
+            warnings=warnings,
+        )
 
-async def _fresh(world: World, container: Container, revision: ContainerRevision) -> SuccessorSource:
-    """The image's own files, where those of today are lost."""
-    warnings = await _pull_warnings(world, revision, revision.image_id)
-    lost = f"the files of container {container.name} are lost; it begins with those of image {revision.spec.image}"
-    return SuccessorSource(
-        files=SuccessorFiles.FRESH,
-        image_id=revision.image_id,
-        base_image_id=revision.image_id,
-        fetch=bool(warnings),
-        warnings=(lost, *warnings),
-    )
+    async def _fresh(self, container: Container, revision: ContainerRevision) -> SuccessorSource:
+        """The image's own files, where those of today are lost."""
+        warnings = await self._pull_warnings(revision, revision.image_id)
+        lost = f"the files of container {container.name} are lost; it begins with those of image {revision.spec.image}"
+        return SuccessorSource(
+            files=SuccessorFiles.FRESH,
+            image_id=revision.image_id,
+            base_image_id=revision.image_id,
+            fetch=bool(warnings),
+            warnings=(lost, *warnings),
+        )
 
+    async def _pull_warnings(self, revision: ContainerRevision, image_id: str) -> tuple[str, ...]:
+        """What a plan says where the image has to be pulled again; nothing where the engine has it.
 
-async def _pull_warnings(world: World, revision: ContainerRevision, image_id: str) -> tuple[str, ...]:
-    """What a plan says where the image has to be pulled again; nothing where the engine has it.
-
-    Raises ImageNotFound.
-    """
-    if await world.engine.image(image_id) is not None:
-        return ()
-    image = revision.spec.image
-    if image_id != revision.image_id:
-        # The engine's commit made it, and no registry has it.
-        raise ImageNotFound(image=f"{image} ({image_id})")
-    return (f"image {image} ({image_id}) is no longer in the engine, and is pulled again first",)
+        Raises ImageNotFound.
+        """
+        if await self.engine.image(image_id) is not None:
+            return ()
+        image = revision.spec.image
+        if image_id != revision.image_id:
+            # The engine's commit made it, and no registry has it.
+            raise ImageNotFound(image=f"{image} ({image_id})")
+        return (f"image {image} ({image_id}) is no longer in the engine, and is pulled again first",)
 
 
 def _require_same_image(container: Container, revision: ContainerRevision) -> None:

@@ -11,17 +11,19 @@ makes the successor from.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from gpudock_server.core.containers.engine_containers import EngineContainers
 from gpudock_server.core.containers.layer_images import LAYER_IMAGE
-from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.saga import OperationRun, Step, StepResult
 from gpudock_server.errors import SnapshotFailed
 from gpudock_server.model.container import Container
-from gpudock_server.model.engine import EngineContainer, EngineState
+from gpudock_server.model.engine import EngineContainer
 from gpudock_server.model.operation import Operation
 from gpudock_server.model.record import Record, now
 from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind, SnapshotMethod, SnapshotSkipped
 from gpudock_server.model.spec import SnapshotPolicy
-from gpudock_server.ports import LayerTooLarge, RevisionView
+from gpudock_server.ports import Engine, LayerTooLarge, RevisionView, SnapshotStore
 
 
 class MissedSnapshot(Record):
@@ -55,58 +57,71 @@ class SnapshotArguments(Record):
     warnings: tuple[str, ...] = ()
 
 
-async def plan_snapshot(
-    world: World,
-    container: Container,
-    requested: SnapshotPolicy | None,
-    history: tuple[RevisionView, ...],
-    *,
-    commits: bool,
-) -> SnapshotArguments:
-    """How the current revision's files are to be kept. `commits`: an image of them is made in any case.
+@dataclass(frozen=True, slots=True)
+class RevisionSnapshots:
+    """Keeps the files of revisions. `policy` counts where neither a call nor a container has one."""
 
-    Raises DiskFull where there is no room for what the policy asks for. Raises SnapshotFailed where the layer is too
-    large for a snapshot and `requested`, which is the call's own, is ALWAYS; under any other policy there is a warning.
-    """
-    engine = container.engine
-    seen = await world.engine.inspect(engine.engine_id) if engine is not None else None
-    policy = requested or container.spec.revision_policy.snapshots or world.history.snapshots
-    nothing = SnapshotArguments(warnings=(_no_snapshot_warning(container, f"the policy is {policy.value}"),))
-    if engine is None or seen is None:
-        return SnapshotArguments(warnings=(_no_snapshot_warning(container, "its engine container is gone"),))
-    if policy is SnapshotPolicy.NEVER:
-        return nothing
-    arguments = SnapshotArguments(engine_id=seen.id, revision=container.revision, image_id=engine.image_id)
-    if commits:
-        return arguments.model_copy(update={"kind": SnapshotKind.IMAGE})
-    method, why_not = await world.snapshots.method(seen)
-    if policy is SnapshotPolicy.CHEAP and method is not SnapshotMethod.REFLINK:
-        return nothing
-    if method is None:
-        warning = f"its files are kept as an image, which does not keep everything: {why_not}"
-        return arguments.model_copy(update={"kind": SnapshotKind.IMAGE, "warnings": (warning,)})
-    arguments = arguments.model_copy(
-        update={"previous": _latest_tree(history), "required": requested is SnapshotPolicy.ALWAYS}
-    )
-    return await _plan_tree(world, container, seen, arguments)
+    store: SnapshotStore
+    engine: Engine
+    engine_containers: EngineContainers
+    policy: SnapshotPolicy
 
+    async def plan(
+        self,
+        container: Container,
+        requested: SnapshotPolicy | None,
+        history: tuple[RevisionView, ...],
+        *,
+        commits: bool,
+    ) -> SnapshotArguments:
+        """How the current revision's files are to be kept. `commits`: an image of them is made in any case.
 
-async def _plan_tree(
-    world: World, container: Container, seen: EngineContainer, arguments: SnapshotArguments
-) -> SnapshotArguments:
-    cost = await world.snapshots.plan(seen, _key(container.uid, arguments.previous))
-    if cost.too_large and arguments.required:
-        raise SnapshotFailed(detail=_too_large_message(cost.too_large))
-    if cost.too_large:
-        warning = _no_snapshot_warning(container, f"the layer is too large for a snapshot: {cost.too_large}")
-        return arguments.model_copy(update={"skipped": cost.too_large, "warnings": (warning,)})
-    return arguments.model_copy(
-        update={
-            "kind": SnapshotKind.TREE,
-            "bytes_to_move": cost.bytes_to_copy,
-            "bytes_available": cost.bytes_available,
-        }
-    )
+        Raises DiskFull where there is no room for what the policy asks for. Raises SnapshotFailed where the layer is
+        too large for a snapshot and `requested`, which is the call's own, is ALWAYS; under any other policy there is a
+        warning.
+        """
+        engine = container.engine
+        seen = await self.engine.inspect(engine.engine_id) if engine is not None else None
+        policy = requested or container.spec.revision_policy.snapshots or self.policy
+        nothing = SnapshotArguments(warnings=(_no_snapshot_warning(container, f"the policy is {policy.value}"),))
+        if engine is None or seen is None:
+            return SnapshotArguments(warnings=(_no_snapshot_warning(container, "its engine container is gone"),))
+        if policy is SnapshotPolicy.NEVER:
+            return nothing
+        arguments = SnapshotArguments(engine_id=seen.id, revision=container.revision, image_id=engine.image_id)
+        if commits:
+            return arguments.model_copy(update={"kind": SnapshotKind.IMAGE})
+        method, why_not = await self.store.method(seen)
+        if policy is SnapshotPolicy.CHEAP and method is not SnapshotMethod.REFLINK:
+            return nothing
+        if method is None:
+            warning = f"its files are kept as an image, which does not keep everything: {why_not}"
+            return arguments.model_copy(update={"kind": SnapshotKind.IMAGE, "warnings": (warning,)})
+        arguments = arguments.model_copy(
+            update={"previous": _latest_tree(history), "required": requested is SnapshotPolicy.ALWAYS}
+        )
+        return await self._plan_tree(container, seen, arguments)
+
+    async def _plan_tree(
+        self, container: Container, seen: EngineContainer, arguments: SnapshotArguments
+    ) -> SnapshotArguments:
+        cost = await self.store.plan(seen, _key(container.uid, arguments.previous))
+        if cost.too_large and arguments.required:
+            raise SnapshotFailed(detail=_too_large_message(cost.too_large))
+        if cost.too_large:
+            warning = _no_snapshot_warning(container, f"the layer is too large for a snapshot: {cost.too_large}")
+            return arguments.model_copy(update={"skipped": cost.too_large, "warnings": (warning,)})
+        return arguments.model_copy(
+            update={
+                "kind": SnapshotKind.TREE,
+                "bytes_to_move": cost.bytes_to_copy,
+                "bytes_available": cost.bytes_available,
+            }
+        )
+
+    def steps(self, arguments: SnapshotArguments) -> SnapshotSteps:
+        """The steps of keeping one revision's files."""
+        return SnapshotSteps(self, arguments)
 
 
 def _no_snapshot_warning(container: Container, why: str) -> str:
@@ -129,8 +144,8 @@ def _key(uid: str, revision: int) -> SnapshotKey | None:
 class SnapshotSteps:
     """The steps of keeping one revision's files; none where they are not kept, or not as a tree."""
 
-    def __init__(self, world: World, arguments: SnapshotArguments) -> None:
-        self._world = world
+    def __init__(self, snapshots: RevisionSnapshots, arguments: SnapshotArguments) -> None:
+        self._snapshots = snapshots
         self._arguments = arguments
 
     @property
@@ -166,7 +181,7 @@ class SnapshotSteps:
     async def _gather(self, run: OperationRun) -> MissedSnapshot | None:
         key, previous = self._keys(run)
         try:
-            await self._world.snapshots.gather(await self._seen(), key, run.operation.id, previous, run.progress)
+            await self._snapshots.store.gather(await self._seen(), key, run.operation.id, previous, run.progress)
         except LayerTooLarge as error:
             return self._skip(run, error)
         return None
@@ -176,7 +191,7 @@ class SnapshotSteps:
             return None
         key, previous = self._keys(run)
         try:
-            await self._world.snapshots.complete(await self._seen(), key, run.operation.id, previous, run.progress)
+            await self._snapshots.store.complete(await self._seen(), key, run.operation.id, previous, run.progress)
         except LayerTooLarge as error:
             return self._skip(run, error)
         return None
@@ -192,26 +207,24 @@ class SnapshotSteps:
         if _skipped(run.operation):
             return None
         key, _ = self._keys(run)
-        return await self._world.snapshots.seal(key, run.operation.id, self._arguments.image_id)
+        return await self._snapshots.store.seal(key, run.operation.id, self._arguments.image_id)
 
     async def _discard(self, run: OperationRun) -> None:
         key, _ = self._keys(run)
-        await self._world.snapshots.discard(key, run.operation.id)
+        await self._snapshots.store.discard(key, run.operation.id)
 
     async def _freeze(self, _run: OperationRun) -> None:
-        await self._world.engine_containers.freeze(self._arguments.engine_id)
+        await self._snapshots.engine_containers.freeze(self._arguments.engine_id)
 
     async def _thaw(self, _run: OperationRun) -> None:
-        seen = await self._world.engine.inspect(self._arguments.engine_id)
-        if seen is not None and seen.state is EngineState.PAUSED:
-            await self._world.engine.unpause(self._arguments.engine_id)
+        await self._snapshots.engine_containers.thaw_if_frozen(self._arguments.engine_id)
 
     def _keys(self, run: OperationRun) -> tuple[SnapshotKey, SnapshotKey | None]:
         uid = run.operation.target.uid
         return SnapshotKey(uid=uid, revision=self._arguments.revision), _key(uid, self._arguments.previous)
 
     async def _seen(self) -> EngineContainer:
-        seen = await self._world.engine.inspect(self._arguments.engine_id)
+        seen = await self._snapshots.engine.inspect(self._arguments.engine_id)
         if seen is None:
             raise SnapshotFailed(detail=f"engine container {self._arguments.engine_id[:12]} is gone")
         return seen

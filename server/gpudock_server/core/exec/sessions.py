@@ -17,7 +17,7 @@ from enum import Enum, auto
 
 import structlog
 
-from gpudock_server.core.containers.world import World
+from gpudock_server.core.containers.resource import ContainerResource
 from gpudock_server.errors import (
     ContainerNotRunning,
     ContainerPaused,
@@ -30,7 +30,7 @@ from gpudock_server.errors import (
 )
 from gpudock_server.model.container import STOPPED_STATES, Container, ContainerState
 from gpudock_server.model.engine import ExecRequest, ExecStatus, ExecStream
-from gpudock_server.ports import ExecSession, ProcessControl
+from gpudock_server.ports import Engine, ExecSession, ProcessControl
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -119,9 +119,18 @@ class RunningExec:
 class ExecSessions:
     """Starts commands and sees to their end."""
 
-    def __init__(self, world: World, processes: ProcessControl, *, hangup_grace: float, limit: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        containers: ContainerResource,
+        processes: ProcessControl,
+        *,
+        hangup_grace: float,
+        limit: int,
+    ) -> None:
         """`hangup_grace` in seconds from SIGHUP to SIGKILL; `limit` is how many commands may run at once."""
-        self._world = world
+        self._engine = engine
+        self._containers = containers
         self._processes = processes
         self._grace = hangup_grace
         self._limit = limit
@@ -187,7 +196,7 @@ class ExecSessions:
     async def _create_exec(
         self, container: str, request: ExecRequest, exec_id: str, timeout: float | None
     ) -> RunningExec:
-        head = (await self._world.find(container)).container
+        head = (await self._containers.find(container)).container
         if head.engine is None or head.status.state in (ContainerState.CREATING, ContainerState.DELETING):
             raise ContainerNotRunning(container=container, state=head.status.state.value, needs=_REQUIRED_STATE)
         engine_id = head.engine.engine_id
@@ -196,10 +205,10 @@ class ExecSessions:
 
     async def _open(self, head: Container, engine_id: str, request: ExecRequest) -> ExecSession:
         try:
-            return await self._world.engine.exec(engine_id, request)
+            return await self._engine.exec(engine_id, request)
         except EngineRejected:
             # Not asked before, so that the way that mostly succeeds costs one call less.
-            seen = await self._world.engine.inspect(engine_id)
+            seen = await self._engine.inspect(engine_id)
             if seen is None or not seen.alive:
                 # The recorded state is what other calls show; it may still be RUNNING where the process just ended.
                 recorded = head.status.state
@@ -264,7 +273,7 @@ class ExecSessions:
                 return status
             if not status.running:
                 return status
-            seen = await self._world.engine.inspect(running.engine_id)
+            seen = await self._engine.inspect(running.engine_id)
             if seen is None or not seen.alive:
                 return await running.session.status()
             await asyncio.sleep(delay)

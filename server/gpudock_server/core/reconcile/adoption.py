@@ -9,13 +9,14 @@ from datetime import timedelta
 import structlog
 
 from gpudock_server.core.containers.create import anonymous_volumes
+from gpudock_server.core.containers.engine_containers import EngineContainers
 from gpudock_server.core.containers.layer_images import layer_image_name_of
 from gpudock_server.core.containers.operation_history import read_operation_history
 from gpudock_server.core.containers.status import observed_status
-from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.driver import recorded_error
 from gpudock_server.core.operations.engine import Operations
 from gpudock_server.core.operations.journal import Journal
+from gpudock_server.core.placement.claims import HostClaims
 from gpudock_server.core.reconcile.drift import ReportDrift
 from gpudock_server.core.reconcile.orphans import Orphan, OrphanAction, OrphanClassifier
 from gpudock_server.core.reconcile.records import (
@@ -55,7 +56,7 @@ from gpudock_server.model.store_changes import (
     PutRevision,
     StoreChange,
 )
-from gpudock_server.ports import ContainerView, StoreConflict, Versioned
+from gpudock_server.ports import ContainerView, RevisionBackupStore, Store, StoreConflict, Versioned
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -72,9 +73,22 @@ class _ClaimConflict(Exception):
 class OrphanReconciler:
     """The rules for what no record binds."""
 
-    def __init__(self, world: World, operations: Operations, *, grace: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        engine_containers: EngineContainers,
+        ledger: RevisionBackupStore,
+        claims: HostClaims,
+        operations: Operations,
+        *,
+        grace: float,
+    ) -> None:
         """`grace`: for how many seconds one that is to be removed is left alone."""
-        self._world = world
+        self._store = store
+        self._engine = engine_containers.engine
+        self._engine_containers = engine_containers
+        self._ledger = ledger
+        self._host_claims = claims
         self._operations = operations
         self._grace = grace
         # When each was first found, by engine id.
@@ -87,10 +101,8 @@ class OrphanReconciler:
         unbound = [one for one in created_by_gpudock(seen) if one.id not in records.bound]
         if not unbound:
             return ()
-        unfinished = {stored.value.id for stored in await self._world.store.unfinished(self._world.node)}
-        history = await read_operation_history(
-            self._world.store, {EngineContainerLabels.of(one).uid for one in unbound}
-        )
+        unfinished = {stored.value.id for stored in await self._store.unfinished(self._host_claims.node)}
+        history = await read_operation_history(self._store, {EngineContainerLabels.of(one).uid for one in unbound})
         return OrphanClassifier(records, history, unfinished | self._operations.driven, seen).classify(unbound)
 
     # -- adopting ----------------------------------------------------------------------------------------------------
@@ -135,18 +147,18 @@ class OrphanReconciler:
         """
         # What was seen is older than the records. A container is removed from the engine first and forgotten last, so
         # one that is still there was not deleted meanwhile.
-        fresh = await self._world.engine.inspect(one.id)
+        fresh = await self._engine.inspect(one.id)
         if fresh is None or fresh.spec is None:
             return False
         if view is not None and view.container.engine is not None:
-            bound = await self._world.engine.inspect(view.container.engine.engine_id)
+            bound = await self._engine.inspect(view.container.engine.engine_id)
             if bound is not None:
                 return False
         container, changes = await self._rebuild_record(fresh, view)
         if ending is not None:
             changes = [*changes, *_end_changes(ending, container)]
         try:
-            await self._world.store.apply(changes)
+            await self._store.apply(changes)
         except StoreConflict:
             # Somebody was quicker; the next pass sees what they did.
             return False
@@ -155,10 +167,10 @@ class OrphanReconciler:
     async def _rebuild_record(
         self, one: EngineContainer, view: ContainerView | None
     ) -> tuple[Container, list[StoreChange]]:
-        world, labels = self._world, EngineContainerLabels.of(one)
+        labels = EngineContainerLabels.of(one)
         if one.spec is None:
             raise ValueError(f"{one.name} says nothing of its spec")
-        known = [each.revision for each in await world.store.history(labels.uid)]
+        known = [each.revision for each in await self._store.history(labels.uid)]
         entries = await self._entries(labels.uid)
         its_own = _last_entry_of(one, labels.revision, entries)
         if its_own is not None:
@@ -168,7 +180,7 @@ class OrphanReconciler:
         given = placement_of(spec, one)
         # What does not run holds nothing, and takes what it needs when it is started.
         placement = given if one.running else Placement()
-        head = view.container if view else _empty_container(one, labels, world.node, entries)
+        head = view.container if view else _empty_container(one, labels, self._host_claims.node, entries)
         binding = EngineBinding(
             engine_id=one.id,
             engine_name=one.name,
@@ -202,7 +214,7 @@ class OrphanReconciler:
 
     async def _entries(self, uid: str) -> tuple[RevisionBackup, ...]:
         try:
-            return await self._world.ledger.read(uid)
+            return await self._ledger.read(uid)
         except GpudockError as error:
             log.warning("the ledger was not read", uid=uid, detail=error.message)
             return ()
@@ -210,13 +222,13 @@ class OrphanReconciler:
     async def _layer_images(self, head: Container, labels: EngineContainerLabels) -> tuple[str, ...]:
         before = head.engine.layer_images if head.engine else ()
         its_own = layer_image_name_of(labels.operation_id)
-        if its_own in before or await self._world.engine.image(its_own) is None:
+        if its_own in before or await self._engine.image(its_own) is None:
             return before
         return (*before, its_own)
 
     async def _claims(self, container: Container, before: Placement) -> list[StoreChange]:
-        claims = self._world.claims
-        table = await self._world.store.claims(claims.host)
+        claims = self._host_claims
+        table = await self._store.claims(claims.host)
         changes: list[StoreChange] = []
         wanted = claim_keys(container.status.placement)
         for key in wanted:
@@ -227,7 +239,7 @@ class OrphanReconciler:
         mine = dict.fromkeys((*claim_keys(before), *table.claims_of_container(container.uid)))
         return [*changes, *claims.release(container.uid, [key for key in mine if key not in wanted])]
 
-    # -- operations that the world has moved past --------------------------------------------------------------------
+    # -- operations that others have overtaken -----------------------------------------------------------------------
 
     async def end_overtaken_operations(
         self, seen: Mapping[str, EngineContainer], report_drift: ReportDrift
@@ -238,12 +250,12 @@ class OrphanReconciler:
         not be resumed.
         """
         left: set[str] = set()
-        for stored in await self._world.store.unfinished(self._world.node):
+        for stored in await self._store.unfinished(self._host_claims.node):
             operation = stored.value
             if operation.id in self._operations.driven or operation.target.kind is not ResourceKind.CONTAINER:
                 continue
             try:
-                view = await self._world.store.container(operation.target.name)
+                view = await self._store.container(operation.target.name)
                 if view is None or view.container.uid != operation.target.uid:
                     await self._end_without_target(operation.id, report_drift)
                 elif not operation.committed and not await self._overtaken(stored, view, seen, report_drift):
@@ -254,14 +266,14 @@ class OrphanReconciler:
 
     async def _end_without_target(self, operation_id: str, report_drift: ReportDrift) -> None:
         """Its head was deleted in the store alone. What it made is judged like everything that no record binds."""
-        stored = await self._world.store.operation(operation_id)
+        stored = await self._store.operation(operation_id)
         if stored is None or stored.value.state.ended:
             return
         operation = stored.value
         failed = operation.changed(error=recorded_error(ContainerNotFound(container=operation.target.name)))
         ended, changes = Journal.close_record(failed, OperationState.FAILED, ())
         try:
-            await self._world.store.apply([*changes, PutOperation(ended, expect=stored.version)])
+            await self._store.apply([*changes, PutOperation(ended, expect=stored.version)])
         except StoreConflict:
             return
         report_drift(
@@ -315,7 +327,7 @@ class OrphanReconciler:
                 # A create that is driven again finds what it made. A successor was started after it had the files.
                 if operation.kind is not OperationKind.CREATE and one.start_time is not None:
                     yield one
-            elif await self._world.store.operation(labels.operation_id) is None:
+            elif await self._store.operation(labels.operation_id) is None:
                 yield one
 
     # -- removing ----------------------------------------------------------------------------------------------------
@@ -346,7 +358,7 @@ class OrphanReconciler:
 
     async def _remove(self, orphan: Orphan, report_drift: ReportDrift) -> None:
         try:
-            await self._world.engine_containers.remove(orphan.one.id, orphan.one.name)
+            await self._engine_containers.remove(orphan.one.id, orphan.one.name)
         except EngineRejected as error:
             plan = f"it is removed as soon as the engine lets it be: {error.detail}"
             report_drift(_orphan_drift(orphan, DriftKind.CONTAINER_UNKNOWN, DriftRemedy.RETRIED, plan))

@@ -6,21 +6,23 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
-from gpudock_server.core.containers.world import World
+from gpudock_server.core.placement.claims import HostClaims
 from gpudock_server.core.reconcile.drift import ReportDrift
 from gpudock_server.core.reconcile.orphans import Orphan, OrphanAction
 from gpudock_server.core.reconcile.records import ContainerRecords, claim_text, read_container_records
 from gpudock_server.model.claims import UNREADABLE_HOLDER, ClaimKey, ClaimTable, Holder, claim_keys
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
 from gpudock_server.model.store_changes import Claim, PutContainer, StoreChange
-from gpudock_server.ports import ContainerView, StoreConflict
+from gpudock_server.ports import ContainerView, Engine, Store, StoreConflict
 
 
 class ClaimReconciler:
     """The rules for claims of this node."""
 
-    def __init__(self, world: World) -> None:
-        self._world = world
+    def __init__(self, store: Store, engine: Engine, claims: HostClaims) -> None:
+        self._store = store
+        self._engine = engine
+        self._claims = claims
 
     async def release_stale(
         self, claims: ClaimTable, records: ContainerRecords, orphans: Sequence[Orphan], report_drift: ReportDrift
@@ -38,11 +40,11 @@ class ClaimReconciler:
         used: defaultdict[str, set[ClaimKey]] = defaultdict(set)
         for orphan in orphans:
             used[orphan.labels.uid].update(orphan.uses)
-        by_uid = {view.container.uid: view for view in records.of(self._world.node)}
+        by_uid = {view.container.uid: view for view in records.of(self._claims.node)}
         for key, holder in claims.claims.items():
             if holder == UNREADABLE_HOLDER:
                 report_drift(self._unreadable_drift(key))
-            if holder.node != self._world.node or holder.container in records.unreadable_names:
+            if holder.node != self._claims.node or holder.container in records.unreadable_names:
                 continue
             if key in used[holder.uid]:
                 continue
@@ -58,7 +60,7 @@ class ClaimReconciler:
         self, key: ClaimKey, holder: Holder, guard: Sequence[StoreChange], why: str, report_drift: ReportDrift
     ) -> None:
         try:
-            await self._world.store.apply([*guard, *self._world.claims.release(holder.uid, [key])])
+            await self._store.apply([*guard, *self._claims.release(holder.uid, [key])])
         except StoreConflict:
             return
         report_drift(
@@ -75,14 +77,14 @@ class ClaimReconciler:
 
     async def restore_missing(self, records: ContainerRecords, report_drift: ReportDrift) -> None:
         """Claim again what a record has and the claims do not."""
-        claims = await self._world.store.claims(self._world.claims.host)
-        for view in records.of(self._world.node):
+        claims = await self._store.claims(self._claims.host)
+        for view in records.of(self._claims.node):
             for key in _missing_claims(view, claims):
                 view = await self._restore(view, key, report_drift)  # noqa: PLW2901 - its version moves with every claim
 
     async def _restore(self, view: ContainerView, key: ClaimKey, report_drift: ReportDrift) -> ContainerView:
-        container, store = view.container, self._world.store
-        (again,) = self._world.claims.claim(container, [key])
+        container, store = view.container, self._store
+        (again,) = self._claims.claim(container, [key])
         try:
             version = await store.apply([PutContainer(container, expect=view.version), again])
         except StoreConflict as conflict:
@@ -112,18 +114,18 @@ class ClaimReconciler:
         running = [orphan for orphan in orphans if orphan.uses and orphan.action is not OrphanAction.LEFT]
         if not running:
             return
-        records = await read_container_records(self._world.store)
+        records = await read_container_records(self._store)
         for orphan in running:
             view = records.views.get(orphan.labels.name)
             if orphan.one.id in records.bound or (view is not None and view.operation_id):
                 continue
-            fresh = await self._world.engine.inspect(orphan.one.id)
+            fresh = await self._engine.inspect(orphan.one.id)
             if fresh is not None and fresh.running:
                 await self._claim_for(orphan, report_drift)
 
     async def _claim_for(self, orphan: Orphan, report_drift: ReportDrift) -> None:
-        labels, store, host = orphan.labels, self._world.store, self._world.claims.host
-        holder = Holder(container=labels.name, uid=labels.uid, node=self._world.node)
+        labels, store, host = orphan.labels, self._store, self._claims.host
+        holder = Holder(container=labels.name, uid=labels.uid, node=self._claims.node)
         claims = await store.claims(host)
         for key in orphan.uses:
             other = claims.holder(key)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import structlog
 
-from gpudock_server.core.containers import stop
-from gpudock_server.core.containers.history import revisions_with_files
+from gpudock_server.core.containers.history import History
 from gpudock_server.core.containers.status import observed_status
-from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.engine import Operations
 from gpudock_server.core.operations.saga import OperationDraft
+from gpudock_server.core.placement.claims import HostClaims
 from gpudock_server.core.reconcile.drift import ReportDrift
 from gpudock_server.core.reconcile.records import claim_text, placement_of
 from gpudock_server.core.reconcile.restarts import Restarts
@@ -22,13 +23,17 @@ from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
 from gpudock_server.model.engine import EngineContainer, NodeLimits
 from gpudock_server.model.record import now
 from gpudock_server.model.store_changes import PutContainer, StoreChange
-from gpudock_server.ports import ContainerView, StoreConflict
+from gpudock_server.ports import ContainerView, Engine, Store, StoreConflict
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 # A record that loses its race this often is left to the next event or pass.
 _TRIES = 5
 _NANO = 1_000_000_000
+
+
+# Drafts the stop of a container whose engine container somebody else started, and why it is stopped.
+DraftStop: TypeAlias = Callable[[ContainerView, EngineContainer, str], OperationDraft]
 
 
 class _RecordChanged(Exception):
@@ -56,8 +61,24 @@ class _Difference:
 class ContainerReconciler:
     """The rules for containers that a record binds."""
 
-    def __init__(self, world: World, operations: Operations, restarts: Restarts) -> None:
-        self._world = world
+    def __init__(
+        self,
+        operations: Operations,
+        restarts: Restarts,
+        *,
+        store: Store,
+        engine: Engine,
+        history: History,
+        claims: HostClaims,
+        limits: NodeLimits,
+        draft_stop: DraftStop,
+    ) -> None:
+        self._store = store
+        self._engine = engine
+        self._history = history
+        self._claims = claims
+        self._limits = limits
+        self._draft_stop = draft_stop
         self._operations = operations
         self._restarts = restarts
 
@@ -78,14 +99,14 @@ class ContainerReconciler:
         ran = view.container.status.state in ACTIVE_STATES
         for _ in range(_TRIES):
             container = view.container
-            if view.operation_id or container.node != self._world.node:
+            if view.operation_id or container.node != self._claims.node:
                 return
             if shown is None or not self._matches(container, shown):
                 shown = await self._inspect(container)
             try:
                 await self._repair(view, shown, report_drift, ended_with_engine=engine_was_away and ran)
             except (StoreConflict, _RecordChanged):
-                again = await self._world.store.container(container.name)
+                again = await self._store.container(container.name)
                 if again is None or again.container.uid != container.uid:
                     return
                 view, shown = again, None
@@ -93,14 +114,14 @@ class ContainerReconciler:
                 return
 
     async def _inspect(self, container: Container) -> EngineContainer | None:
-        return await self._world.engine.inspect(container.engine.engine_id) if container.engine else None
+        return await self._engine.inspect(container.engine.engine_id) if container.engine else None
 
     def _matches(self, container: Container, shown: EngineContainer) -> bool:
         return (
             observed_status(container, shown) == container.status
             and container.engine is not None
             and container.engine.engine_name == shown.name
-            and _has_limits(container, shown, self._world.limits)
+            and _has_limits(container, shown, self._limits)
             and _has_policy(container, shown)
             and not _runs_without_claims(container, shown)
         )
@@ -132,7 +153,7 @@ class ContainerReconciler:
 
     async def _write(self, view: ContainerView, container: Container, *more: StoreChange) -> None:
         changes = [PutContainer(container.changed(update_time=now()), expect=view.version), *more]
-        await self._world.store.apply(changes)
+        await self._store.apply(changes)
 
     # -- what is gone ------------------------------------------------------------------------------------------------
 
@@ -140,7 +161,7 @@ class ContainerReconciler:
         await self._write_failed(view, view.container.changed(status=observed_status(view.container, None)))
         kept = [
             f"revision {one.revision.revision} (files of {one.snapshot.create_time:%Y-%m-%d %H:%M:%S} UTC)"
-            for one in await revisions_with_files(self._world, view.container.uid)
+            for one in await self._history.revisions_with_files(view.container.uid)
             if one.snapshot is not None
         ]
         back = f"roll it back to, or clone, {' or '.join(kept)}; " if kept else "none of its files were kept; "
@@ -174,26 +195,26 @@ class ContainerReconciler:
         )
 
     async def _write_failed(self, view: ContainerView, failed: Container) -> None:
-        released = self._world.claims.release(failed.uid, claim_keys(view.container.status.placement))
+        released = self._claims.release(failed.uid, claim_keys(view.container.status.placement))
         await self._write(view, failed.with_status(placement=Placement(), holds_resources=False), *released)
 
     # -- what runs and should not ------------------------------------------------------------------------------------
 
     async def _claim_or_stop(self, view: ContainerView, shown: EngineContainer, report_drift: ReportDrift) -> None:
         """It was started outside gpudock: with all that it was given, if that is free, or not at all."""
-        container, world = view.container, self._world
+        container = view.container
         given = placement_of(container.spec, shown)
-        claims = await world.store.claims(world.claims.host)
+        claims = await self._store.claims(self._claims.host)
         changes: list[StoreChange] = []
         for key in claim_keys(given):
             found = claims.holder(key)
             if found is not None and found.uid != container.uid:
                 await self._stop(view, shown, _ConflictingClaim(key, found), report_drift)
                 return
-            changes += (world.claims.confirm if found else world.claims.claim)(container, [key])
+            changes += (self._claims.confirm if found else self._claims.claim)(container, [key])
         given_keys = claim_keys(given)
         released = [key for key in claim_keys(container.status.placement) if key not in given_keys]
-        changes += world.claims.release(container.uid, released)
+        changes += self._claims.release(container.uid, released)
         taken = container.changed(status=observed_status(container, shown))
         await self._write(view, taken.with_status(placement=given, holds_resources=True), *changes)
         report_drift(
@@ -211,10 +232,10 @@ class ContainerReconciler:
 
         async def draft() -> OperationDraft:
             # Whatever began since may have started it for good reason.
-            current = await self._world.store.container(container.name)
+            current = await self._store.container(container.name)
             if current is None or current.version != view.version or current.operation_id:
                 raise _RecordChanged
-            return stop.draft_enforced_stop(self._world, current, shown, reason)
+            return self._draft_stop(current, shown, reason)
 
         operation_id = await self._operations.begin(draft, None, during_recovery=True)
         report_drift(
@@ -266,7 +287,7 @@ class ContainerReconciler:
         await self._require_unchanged(view)
         remedy, plan = DriftRemedy.REPAIRED, "it was renamed back"
         try:
-            await self._world.engine.rename(shown.id, engine.engine_name)
+            await self._engine.rename(shown.id, engine.engine_name)
         except EngineRejected as error:
             remedy, plan = DriftRemedy.RETRIED, f"it is renamed back as soon as the engine lets it be: {error.detail}"
         report_drift(
@@ -285,10 +306,10 @@ class ContainerReconciler:
         )
 
     async def _restore_limits(self, view: ContainerView, shown: EngineContainer, report_drift: ReportDrift) -> None:
-        container, of_node = view.container, self._world.limits
+        container, of_node = view.container, self._limits
         if _has_limits(container, shown, of_node):
             return
-        host = await self._world.engine.info()
+        host = await self._engine.info()
         if _has_limits(container, shown, of_node, (host.cpus, host.memory_bytes)):
             return
         spec = container.spec
@@ -318,7 +339,7 @@ class ContainerReconciler:
         container, spec = view.container, view.container.spec
         remedy, plan = DriftRemedy.REPAIRED, "it was set back"
         try:
-            await self._world.engine.update(
+            await self._engine.update(
                 shown.id,
                 cpus=spec.cpus,
                 memory_bytes=spec.memory_bytes,
@@ -342,7 +363,7 @@ class ContainerReconciler:
 
     async def _require_unchanged(self, view: ContainerView) -> None:
         """Raises _RecordChanged where an operation began since; what begins now is met by the event of what is done."""
-        again = await self._world.store.container(view.container.name)
+        again = await self._store.container(view.container.name)
         if again is None or again.operation_id:
             raise _RecordChanged
         if (again.container.engine, again.container.spec) != (view.container.engine, view.container.spec):

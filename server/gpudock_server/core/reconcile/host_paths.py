@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import structlog
 
-from gpudock_server.core.containers.world import World
+from gpudock_server.core.containers.engine_containers import EngineContainers
 from gpudock_server.core.reconcile.drift import ReportDrift
 from gpudock_server.errors import HostPathFailed, HostPathForbidden
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
 from gpudock_server.model.engine import LABEL_UID, EngineContainer
 from gpudock_server.model.names import engine_container_name
 from gpudock_server.model.resource import ResourceKind
-from gpudock_server.ports import ContainerView
+from gpudock_server.ports import ContainerView, Engine, HostPaths, Store
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 async def repair_host_paths(
-    world: World, view: ContainerView, shown: EngineContainer, report_drift: ReportDrift
+    engine_containers: EngineContainers, view: ContainerView, shown: EngineContainer, report_drift: ReportDrift
 ) -> None:
     """Bind again what a container mounts and somebody has unmounted, and report what cannot be bound.
 
@@ -42,7 +42,7 @@ async def repair_host_paths(
             )
         )
 
-    if unbound := world.engine_containers.unbound_host_paths(shown):
+    if unbound := engine_containers.unbound_host_paths(shown):
         report(
             DriftKind.HOST_PATH_UNBOUND,
             ",".join(unbound),
@@ -51,7 +51,7 @@ async def repair_host_paths(
         )
         return
     try:
-        await world.engine_containers.rebind_host_paths(shown, renew=False)
+        await engine_containers.rebind_host_paths(shown, renew=False)
     except (HostPathForbidden, HostPathFailed) as error:
         report(
             DriftKind.HOST_PATH_REFUSED,
@@ -61,21 +61,21 @@ async def repair_host_paths(
         )
 
 
-async def release_unused_host_paths(world: World) -> None:
+async def release_unused_host_paths(store: Store, engine: Engine, host_paths: HostPaths, node: str) -> None:
     """Release what is bound for engine containers that do not exist and that no operation is about to make."""
     # First: what is bound after this has an operation that is read next.
-    names = await world.host_paths.names()
+    names = await host_paths.names()
     if not names:
         return
-    unfinished = [stored.value for stored in await world.store.unfinished(world.node)]
+    unfinished = [stored.value for stored in await store.unfinished(node)]
     kept = {
         engine_container_name(operation.target.name, operation.id)
         for operation in unfinished
         if operation.target.kind is ResourceKind.CONTAINER
     }
     # Of every node: one that was given another name has the same state folder.
-    for one in await world.engine.find({LABEL_UID: ""}):
+    for one in await engine.find({LABEL_UID: ""}):
         kept.add(one.created_name)
     for name in sorted(names - kept):
         log.info("host paths of an engine container that is gone are released", engine_container=name)
-        await world.host_paths.release(name)
+        await host_paths.release(name)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import structlog
 
-from gpudock_server.core.containers.images import delete_stale_image_origins
-from gpudock_server.core.containers.world import World
+from gpudock_server.core.containers.images import Images
 from gpudock_server.model.operation import Operation, OperationState
+from gpudock_server.ports import Engine, Store
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -20,20 +20,20 @@ _TEMPORARY_REPOSITORIES = frozenset({"gpudock/raw", "gpudock/commit"})
 _LAYER_REPOSITORY = "gpudock/layer"
 
 
-async def remove_unused_images(world: World) -> None:
+async def remove_unused_images(store: Store, engine: Engine, images: Images) -> None:
     """Remove the images of operations that have ended and have no use for them.
 
     An operation that is not on record may be another installation's on the same engine: its images are left alone.
     """
-    await delete_stale_image_origins(world)
-    for name in await world.engine.image_names():
+    await images.delete_stale_origins()
+    for name in await engine.image_names():
         repository, _, operation_id = name.rpartition(":")
         if repository not in _TEMPORARY_REPOSITORIES and repository != _LAYER_REPOSITORY:
             continue
-        stored = await world.store.operation(operation_id.removesuffix("-graft"))
+        stored = await store.operation(operation_id.removesuffix("-graft"))
         if stored is not None and _is_unused(repository, stored.value):
             log.info("an image that its operation has left is removed", image=name)
-            await world.engine.remove_image(name)
+            await engine.remove_image(name)
 
 
 def _is_unused(repository: str, operation: Operation) -> bool:

@@ -9,7 +9,6 @@ import structlog
 
 from gpudock_server.core.containers.ledger import ledger_entry
 from gpudock_server.core.containers.operation_history import OperationHistory, read_operation_history
-from gpudock_server.core.containers.world import World
 from gpudock_server.core.reconcile.drift import ReportDrift
 from gpudock_server.core.reconcile.records import ContainerRecords, EngineContainerLabels
 from gpudock_server.errors import GpudockError, StoreUnavailable
@@ -20,7 +19,15 @@ from gpudock_server.model.record import now
 from gpudock_server.model.revision_backup import RevisionBackup
 from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind
 from gpudock_server.model.store_changes import PutContainer, PutRevision, PutSnapshot, StoreChange
-from gpudock_server.ports import ContainerView, RevisionView, StoreConflict
+from gpudock_server.ports import (
+    ContainerView,
+    Engine,
+    RevisionBackupStore,
+    RevisionView,
+    SnapshotStore,
+    Store,
+    StoreConflict,
+)
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -28,8 +35,14 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 class LedgerReconciler:
     """The rules for histories, and for containers of which nothing but their history is left."""
 
-    def __init__(self, world: World) -> None:
-        self._world = world
+    def __init__(
+        self, store: Store, engine: Engine, snapshots: SnapshotStore, ledger: RevisionBackupStore, node: str
+    ) -> None:
+        self._store = store
+        self._engine = engine
+        self._snapshots = snapshots
+        self._ledger = ledger
+        self._node = node
         # The version of each head with which all of this was found in order, by uid.
         self._verified: dict[str, int] = {}
 
@@ -37,7 +50,7 @@ class LedgerReconciler:
 
     async def compare(self, records: ContainerRecords, report_drift: ReportDrift) -> None:
         """Bring each history to the disk, and back from it. Raises StoreUnavailable, EngineUnavailable."""
-        views = [view for view in records.of(self._world.node) if view.container.engine and not view.operation_id]
+        views = [view for view in records.of(self._node) if view.container.engine and not view.operation_id]
         self._verified = {
             view.container.uid: version
             for view in views
@@ -48,7 +61,7 @@ class LedgerReconciler:
             return
         try:
             sealed: defaultdict[str, set[int]] = defaultdict(set)
-            for key in await self._world.snapshots.find():
+            for key in await self._snapshots.find():
                 sealed[key.uid].add(key.revision)
             for view in due:
                 await self._compare(view, sealed[view.container.uid], report_drift)
@@ -60,8 +73,8 @@ class LedgerReconciler:
 
     async def _compare(self, view: ContainerView, sealed: Collection[int], report_drift: ReportDrift) -> None:
         container = view.container
-        history = {one.revision.revision: one for one in await self._world.store.history(container.uid)}
-        entries = {one.number: one for one in await self._world.ledger.read(container.uid)}
+        history = {one.revision.revision: one for one in await self._store.history(container.uid)}
+        entries = {one.number: one for one in await self._ledger.read(container.uid)}
         await self._write(container, history, entries)
         # What is newer than the head was never recorded, or was by a store that has been put back.
         missing = [one for number, one in sorted(entries.items()) if number < container.revision]
@@ -92,18 +105,18 @@ class LedgerReconciler:
             if kept is not None and one.snapshot is None:
                 wanted = wanted.model_copy(update={"snapshot": kept.snapshot})
             if wanted != kept:
-                await self._world.ledger.write(wanted)
+                await self._ledger.write(wanted)
 
     async def _snapshot(
         self, uid: str, number: int, entry: RevisionBackup | None, sealed: Collection[int]
     ) -> Snapshot | None:
         """What is still there of a revision's files."""
         if number in sealed:
-            return await self._world.snapshots.sealed(SnapshotKey(uid=uid, revision=number))
+            return await self._snapshots.sealed(SnapshotKey(uid=uid, revision=number))
         kept = entry.snapshot if entry else None
         if kept is None or kept.kind is not SnapshotKind.IMAGE:
             return None
-        image = await self._world.engine.image(kept.reference)
+        image = await self._engine.image(kept.reference)
         return kept if image is not None and image.id == kept.image_id else None
 
     async def _apply(self, view: ContainerView, changes: Mapping[int, Sequence[StoreChange]]) -> list[int]:
@@ -111,7 +124,7 @@ class LedgerReconciler:
         version, done = view.version, []
         for number, each in changes.items():
             try:
-                version = await self._world.store.apply([PutContainer(view.container, expect=version), *each])
+                version = await self._store.apply([PutContainer(view.container, expect=version), *each])
             except StoreConflict:
                 # Something is at work on it; the next pass finds it as it is then.
                 break
@@ -126,14 +139,10 @@ class LedgerReconciler:
         """Write the records of containers that have neither a record nor an engine container; whether any was."""
         as_engine_policy = {EngineContainerLabels.of(one).uid for one in seen.values()}
         try:
-            lost = [
-                uid
-                for uid in await self._world.ledger.uids()
-                if uid not in records.uids and uid not in as_engine_policy
-            ]
+            lost = [uid for uid in await self._ledger.uids() if uid not in records.uids and uid not in as_engine_policy]
             if not lost:
                 return False
-            history = await read_operation_history(self._world.store, lost)
+            history = await read_operation_history(self._store, lost)
             return any([await self._adopt(uid, records, history, report_drift) for uid in lost])
         except StoreUnavailable:
             raise
@@ -147,7 +156,7 @@ class LedgerReconciler:
         if history.is_known_gone(uid):
             # What is left of it is removed by the retention.
             return False
-        entries = await self._world.ledger.read(uid)
+        entries = await self._ledger.read(uid)
         last = entries[-1] if entries else None
         if last is None or last.engine is None or last.revision.container in records.views:
             report_drift(_unknown_owner_drift(uid, last))
@@ -155,7 +164,7 @@ class LedgerReconciler:
         if last.revision.container in records.unreadable_names:
             return False
         # One that is in the engine after all was made again, or is of another node: what it says of itself counts.
-        if await self._world.engine.inspect(last.engine.engine_id) is not None or not await self._record(last):
+        if await self._engine.inspect(last.engine.engine_id) is not None or not await self._record(last):
             return False
         name = last.revision.container
         report_drift(
@@ -171,12 +180,12 @@ class LedgerReconciler:
         return True
 
     async def _record(self, last: RevisionBackup) -> bool:
-        known = {one.revision.revision for one in await self._world.store.history(last.revision.uid)}
-        changes: list[StoreChange] = [PutContainer(_failed_container(last, self._world.node), expect=0)]
+        known = {one.revision.revision for one in await self._store.history(last.revision.uid)}
+        changes: list[StoreChange] = [PutContainer(_failed_container(last, self._node), expect=0)]
         if last.number not in known:
             changes.append(PutRevision(last.revision))
         try:
-            await self._world.store.apply(changes)
+            await self._store.apply(changes)
         except StoreConflict:
             return False
         return True

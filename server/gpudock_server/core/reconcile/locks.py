@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from gpudock_server.core.containers.world import World
 from gpudock_server.core.listings import read_all_pages
 from gpudock_server.core.operations.engine import Operations
 from gpudock_server.core.reconcile.drift import ReportDrift
@@ -11,21 +10,22 @@ from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
 from gpudock_server.model.operation import Operation
 from gpudock_server.model.resource import ResourceKind
 from gpudock_server.model.store_changes import Lock, PutOperation, Unlock
-from gpudock_server.ports import StoreConflict, Versioned
+from gpudock_server.ports import Store, StoreConflict, Versioned
 
 
 class LockReconciler:
     """Releases locks that no operation will ever release, and gives operations back the locks that they lost."""
 
-    def __init__(self, world: World, operations: Operations) -> None:
-        self._world = world
+    def __init__(self, store: Store, node: str, operations: Operations) -> None:
+        self._store = store
+        self._node = node
         self._operations = operations
         # Every operation is read for this, so it is done once: a daemon that runs knows its own.
         self._lost_locks_checked = False
 
     async def repair(self, report_drift: ReportDrift) -> None:
         """Before anything is resumed: what resumes is found by its locks. Raises StoreUnavailable."""
-        locks = await self._world.store.list_locks()
+        locks = await self._store.list_locks()
         for lock in locks:
             if lock.operation_id not in self._operations.driven:
                 await self._check(lock, report_drift)
@@ -36,7 +36,7 @@ class LockReconciler:
     async def _check(self, lock: Lock, report_drift: ReportDrift) -> None:
         # The lock was read first. Its operation was recorded with it, and stays long after it has ended.
         try:
-            operation = await self._world.store.operation(lock.operation_id)
+            operation = await self._store.operation(lock.operation_id)
         except RecordUnreadable as error:
             report_drift(
                 Drift(
@@ -54,7 +54,7 @@ class LockReconciler:
             return
         shown = lock.operation_id.encode(errors="replace").decode()
         try:
-            await self._world.store.apply([Unlock(lock.kind, lock.name, lock.operation_id)])
+            await self._store.apply([Unlock(lock.kind, lock.name, lock.operation_id)])
         except StoreConflict:
             return
         report_drift(
@@ -74,22 +74,22 @@ class LockReconciler:
         if lock.kind is not ResourceKind.CONTAINER:
             return True
         try:
-            view = await self._world.store.container(lock.name)
+            view = await self._store.container(lock.name)
         except RecordUnreadable:
             return False
-        return view is None or view.container.node == self._world.node
+        return view is None or view.container.node == self._node
 
     async def _restore_lost_locks(self, locks: tuple[Lock, ...], report_drift: ReportDrift) -> None:
         held = {(lock.kind, lock.name) for lock in locks if lock.operation_id}
-        for operation in (await read_all_pages(self._world.store.operations)).items:
-            ours = operation.node == self._world.node and not operation.state.ended
+        for operation in (await read_all_pages(self._store.operations)).items:
+            ours = operation.node == self._node and not operation.state.ended
             if ours and operation.id not in self._operations.driven:
                 await self._restore_locks_of(operation, held, {lock.operation_id for lock in locks}, report_drift)
 
     async def _restore_locks_of(
         self, listed: Operation, held: set[tuple[ResourceKind, str]], holders: set[str], report_drift: ReportDrift
     ) -> None:
-        current = await self._world.store.operation(listed.id)
+        current = await self._store.operation(listed.id)
         if listed.id in holders or current is None or current.value.state.ended:
             return
         taken = next((one.name for one in listed.locked if (one.kind, one.name) in held), "")
@@ -113,7 +113,7 @@ class LockReconciler:
         operation = stored.value
         locks = [Lock(one.kind, one.name, operation.id) for one in operation.locked]
         try:
-            await self._world.store.apply([PutOperation(operation, expect=stored.version), *locks])
+            await self._store.apply([PutOperation(operation, expect=stored.version), *locks])
         except StoreConflict:
             return False
         return True

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
 
+from gpudock_server.core.containers.commands import Start
+from gpudock_server.core.containers.engine_containers import EngineContainers
+from gpudock_server.core.containers.history import History
+from gpudock_server.core.containers.images import Images
 from gpudock_server.core.operations.engine import Operations
+from gpudock_server.core.operations.saga import OperationDraft
+from gpudock_server.core.placement.claims import HostClaims
 from gpudock_server.core.reconcile.adoption import OrphanReconciler
 from gpudock_server.core.reconcile.claims import ClaimReconciler
-from gpudock_server.core.reconcile.containers import ContainerReconciler
+from gpudock_server.core.reconcile.containers import ContainerReconciler, DraftStop
 from gpudock_server.core.reconcile.drift import DriftTracker, ReportDrift
 from gpudock_server.core.reconcile.host_paths import release_unused_host_paths, repair_host_paths
 from gpudock_server.core.reconcile.images import remove_unused_images
@@ -21,11 +27,12 @@ from gpudock_server.core.reconcile.orphans import OrphanAction
 from gpudock_server.core.reconcile.records import ContainerRecords, read_container_records
 from gpudock_server.core.reconcile.restarts import Restarts
 from gpudock_server.core.reconcile.volumes import VolumeReconciler
-from gpudock_server.core.volumes.storage import Storage
+from gpudock_server.core.volumes.backends import VolumeBackends
+from gpudock_server.core.volumes.engine_volumes import EngineVolumes
 from gpudock_server.errors import EngineRejected, EngineUnavailable, GpudockError
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
-from gpudock_server.model.engine import LABEL_NAME, LABEL_NODE, LABEL_UID, EngineContainer
-from gpudock_server.ports import ContainerView
+from gpudock_server.model.engine import LABEL_NAME, LABEL_NODE, LABEL_UID, EngineContainer, NodeLimits
+from gpudock_server.ports import ContainerView, Store
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -37,10 +44,19 @@ class Reconciler:
 
     def __init__(
         self,
-        storage: Storage,
         operations: Operations,
         drift: DriftTracker,
         *,
+        store: Store,
+        engine_containers: EngineContainers,
+        images: Images,
+        history: History,
+        claims: HostClaims,
+        limits: NodeLimits,
+        engine_volumes: EngineVolumes,
+        backends: VolumeBackends,
+        draft_start: Callable[[Start], Awaitable[OperationDraft]],
+        draft_stop: DraftStop,
         interval: float,
         orphan_grace: float,
         start_retry_delays: tuple[float, float],
@@ -50,18 +66,33 @@ class Reconciler:
         Seconds between full passes, seconds that something unknown is left, and seconds until a failed start is tried
         again, at first and at most.
         """
-        self._world = world = storage.world
+        self._store = store
+        self._engine = engine = engine_containers.engine
+        self._engine_containers = engine_containers
+        self._images = images
+        self._claims = claims
         self._operations = operations
         self._drift = drift
         self._interval = interval
-        self._locks = LockReconciler(world, operations)
-        self._orphans = OrphanReconciler(world, operations, grace=orphan_grace)
+        self._locks = LockReconciler(store, claims.node, operations)
+        self._orphans = OrphanReconciler(
+            store, engine_containers, history.ledger, claims, operations, grace=orphan_grace
+        )
         first, longest = start_retry_delays
-        self._restarts = Restarts(world, operations, first_delay=first, max_delay=longest)
-        self._containers = ContainerReconciler(world, operations, self._restarts)
-        self._claims = ClaimReconciler(world)
-        self._volumes = VolumeReconciler(storage)
-        self._ledger = LedgerReconciler(world)
+        self._restarts = Restarts(store, engine, operations, draft_start, first_delay=first, max_delay=longest)
+        self._containers = ContainerReconciler(
+            operations,
+            self._restarts,
+            store=store,
+            engine=engine,
+            history=history,
+            claims=claims,
+            limits=limits,
+            draft_stop=draft_stop,
+        )
+        self._claim_rules = ClaimReconciler(store, engine, claims)
+        self._volumes = VolumeReconciler(store, engine, engine_volumes, backends)
+        self._ledger = LedgerReconciler(store, engine, history.snapshots, history.ledger, claims.node)
         self._found_at_start: list[Drift] = []
         # One pass at a time: what two of them find at once, both would repair.
         self._pass_lock = asyncio.Lock()
@@ -96,7 +127,7 @@ class Reconciler:
     async def _follow_events(self) -> None:
         while True:
             try:
-                async for event in self._world.engine.events(self._since):
+                async for event in self._engine.events(self._since):
                     self._since = event.time_nanos + 1
                     await self._attempt_refresh(event.labels.get(LABEL_NAME, ""), event.labels.get(LABEL_UID, ""))
             except EngineUnavailable as error:
@@ -116,10 +147,10 @@ class Reconciler:
 
     async def _attempt_refresh(self, name: str, uid: str) -> None:
         try:
-            view = await self._world.store.container(name)
+            view = await self._store.container(name)
             if view is not None and view.operation_id and view.operation_id not in self._operations.driven:
                 # It may have ended since the record was read, and nobody would look again.
-                view = await self._world.store.container(name)
+                view = await self._store.container(name)
             if view is not None and view.container.uid == uid:
                 self._refresh_later(view)
                 await self._containers.refresh(view, self._drift.report_drift, engine_was_away=self._engine_was_away)
@@ -135,7 +166,7 @@ class Reconciler:
         return True
 
     async def recover(self) -> tuple[str, ...]:
-        """Take up what the daemon before left, unless the world has moved past it; the ids of what is taken up.
+        """Take up what the daemon before left, unless something newer has overtaken it; the ids of what is taken up.
 
         Raises EngineUnavailable, StoreUnavailable.
         """
@@ -162,32 +193,34 @@ class Reconciler:
     async def _pass(self, report_drift: ReportDrift) -> None:
         # The order matters. Whatever is older than the records that are read last is in them, or is nobody's.
         seen = await self._find_engine_containers()
-        claims = await self._world.store.claims(self._world.claims.host)
+        claims = await self._store.claims(self._claims.host)
         await self._resume(seen, report_drift)
         # Before containers: what changes one that was adopted has to find its volumes.
         await self._volumes.adopt(seen, report_drift)
-        records = await read_container_records(self._world.store)
+        records = await read_container_records(self._store)
         _report_unreadable(records, report_drift)
         orphans = await self._orphans.classify(seen, records)
         # Before anything is found gone and fails: it may have a successor that its record does not know of.
         if await self._orphans.adopt(orphans, records, OrphanAction.NEWER, report_drift):
-            records = await read_container_records(self._world.store)
-        for view in records.of(self._world.node):
+            records = await read_container_records(self._store)
+        for view in records.of(self._claims.node):
             await self._refresh_container(view, seen, report_drift)
-        records = await read_container_records(self._world.store)
-        await self._claims.release_stale(claims, records, orphans, report_drift)
-        await self._claims.restore_missing(records, report_drift)
+        records = await read_container_records(self._store)
+        await self._claim_rules.release_stale(claims, records, orphans, report_drift)
+        await self._claim_rules.restore_missing(records, report_drift)
         await self._orphans.adopt(orphans, records, OrphanAction.LOST, report_drift)
         # After those that have records: what both use is theirs.
-        await self._claims.claim_for_orphans(orphans, report_drift)
+        await self._claim_rules.claim_for_orphans(orphans, report_drift)
         await self._ledger.adopt(records, seen, report_drift)
-        await self._ledger.compare(await read_container_records(self._world.store), report_drift)
+        await self._ledger.compare(await read_container_records(self._store), report_drift)
         await self._orphans.remove(orphans, report_drift)
-        await remove_unused_images(self._world)
-        await release_unused_host_paths(self._world)
+        await remove_unused_images(self._store, self._engine, self._images)
+        await release_unused_host_paths(
+            self._store, self._engine, self._engine_containers.host_paths, self._claims.node
+        )
 
     async def _find_engine_containers(self) -> dict[str, EngineContainer]:
-        return {one.id: one for one in await self._world.engine.find({LABEL_NODE: self._world.node})}
+        return {one.id: one for one in await self._engine.find({LABEL_NODE: self._claims.node})}
 
     async def _resume(self, seen: dict[str, EngineContainer], report_drift: ReportDrift) -> tuple[str, ...]:
         await self._locks.repair(report_drift)
@@ -203,7 +236,7 @@ class Reconciler:
             shown = seen.get(engine.engine_id) if engine else None
             await self._containers.refresh(view, report_drift, shown, engine_was_away=self._engine_was_away)
             if shown is not None:
-                await repair_host_paths(self._world, view, shown, report_drift)
+                await repair_host_paths(self._engine_containers, view, shown, report_drift)
         except EngineRejected as error:
             # It answered; the next container may do better.
             log.warning("a container was not put right", container=view.container.name, detail=error.message)

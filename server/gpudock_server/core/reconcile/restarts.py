@@ -18,9 +18,7 @@ from datetime import datetime, timedelta
 import structlog
 
 from gpudock_server.core.containers.commands import Start
-from gpudock_server.core.containers.lifecycle import draft_start
 from gpudock_server.core.containers.status import RESTART_SETTLE_TIME, observed_status
-from gpudock_server.core.containers.world import World
 from gpudock_server.core.operations.engine import Operations
 from gpudock_server.core.operations.saga import OperationDraft
 from gpudock_server.core.reconcile.drift import ReportDrift
@@ -30,6 +28,7 @@ from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
 from gpudock_server.model.engine import EngineContainer
 from gpudock_server.model.record import now
 from gpudock_server.model.spec import RestartPolicy, RestartPolicyKind
+from gpudock_server.ports import Engine, Store
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -72,9 +71,20 @@ class _WatchedContainer:
 class Restarts:
     """Knows what has to be looked at again, and when."""
 
-    def __init__(self, world: World, operations: Operations, *, first_delay: float, max_delay: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        engine: Engine,
+        operations: Operations,
+        draft_start: Callable[[Start], Awaitable[OperationDraft]],
+        *,
+        first_delay: float,
+        max_delay: float,
+    ) -> None:
         """Seconds until a container whose start failed is started again, at first and at most."""
-        self._world = world
+        self._store = store
+        self._engine = engine
+        self._draft_start = draft_start
         self._operations = operations
         self._first_delay = first_delay
         self._max_delay = max(first_delay, max_delay)
@@ -185,7 +195,7 @@ class Restarts:
 
     async def _is_gone(self, watched: _WatchedContainer) -> bool:
         try:
-            view = await self._world.store.container(watched.name)
+            view = await self._store.container(watched.name)
         except GpudockError:
             return False
         return view is None or view.container.uid != watched.uid
@@ -194,14 +204,14 @@ class Restarts:
         """Start it by an operation, and wait for the end of that."""
 
         async def draft() -> OperationDraft:
-            view = await self._world.store.container(watched.name)
+            view = await self._store.container(watched.name)
             if view is None or view.container.uid != watched.uid or view.operation_id or view.container.engine is None:
                 raise _StartNotNeeded
-            shown = await self._world.engine.inspect(view.container.engine.engine_id)
+            shown = await self._engine.inspect(view.container.engine.engine_id)
             current = view.container.changed(status=observed_status(view.container, shown))
             if shown is None or not self._cause(current, shown):
                 raise _StartNotNeeded
-            made = await draft_start(self._world, Start(watched.name))
+            made = await self._draft_start(Start(watched.name))
             if made.target_record.expect != view.version:
                 raise _StartNotNeeded
             return made

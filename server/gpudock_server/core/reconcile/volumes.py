@@ -14,12 +14,12 @@ from functools import partial
 
 import structlog
 
-from gpudock_server.core.containers.engine_volumes import engine_labels, identity_of, mounted_engine_volumes
 from gpudock_server.core.listings import read_all_pages
 from gpudock_server.core.reconcile.drift import ReportDrift
 from gpudock_server.core.reconcile.records import EngineContainerLabels, created_by_gpudock
+from gpudock_server.core.volumes.backends import VolumeBackends
+from gpudock_server.core.volumes.engine_volumes import EngineVolumes, identity_of, mounted_engine_volumes
 from gpudock_server.core.volumes.saga import revision_of
-from gpudock_server.core.volumes.storage import Storage
 from gpudock_server.errors import GpudockError, StoreUnavailable, VolumeFailed
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
 from gpudock_server.model.engine import LABEL_NAME, LABEL_NODE, LABEL_UID, EngineContainer, EngineVolume
@@ -36,7 +36,7 @@ from gpudock_server.model.volume import (
     VolumeRevision,
     VolumeState,
 )
-from gpudock_server.ports import StoreConflict, VolumeView
+from gpudock_server.ports import Engine, Store, StoreConflict, VolumeView
 from gpudock_server.sizes import size_text
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -87,9 +87,12 @@ class _VolumeRecords:
 class VolumeReconciler:
     """The rules for volumes without a record."""
 
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
-        self._world = storage.world
+    def __init__(self, store: Store, engine: Engine, engine_volumes: EngineVolumes, backends: VolumeBackends) -> None:
+        self._store = store
+        self._engine = engine
+        self._engine_volumes = engine_volumes
+        self._backends = backends
+        self._node = engine_volumes.node
 
     async def adopt(self, containers: Mapping[str, EngineContainer], report_drift: ReportDrift) -> None:
         """Write the records that are lost; `containers` are all engine containers of this node.
@@ -112,18 +115,18 @@ class VolumeReconciler:
         await self._adopt_foreign(containers, report_drift)
 
     async def _find_volumes(self) -> _VolumesFound:
-        labelled = await self._world.engine.find_volumes({LABEL_NODE: self._world.node})
+        labelled = await self._engine.find_volumes({LABEL_NODE: self._node})
         stores: dict[str, BackingOnDisk] = {}
-        for backend in self._storage.backends:
+        for backend in self._backends.backends:
             try:
                 stores |= {one.uid: one for one in await backend.backings_on_disk()}
             except VolumeFailed as error:
                 log.warning("the stores of volumes could not be read", backend=backend.kind, detail=error.message)
-        names = frozenset(await self._world.engine.volume_names())
+        names = frozenset(await self._engine.volume_names())
         return _VolumesFound({one.labels.get(LABEL_UID, ""): one for one in labelled}, stores, names)
 
     async def _read_records(self) -> _VolumeRecords:
-        page = await read_all_pages(self._world.store.volumes)
+        page = await read_all_pages(self._store.volumes)
         views = {view.volume.name: view for view in page.items}
         return _VolumeRecords(views, frozenset(one.name for one in page.unreadable))
 
@@ -199,11 +202,11 @@ class VolumeReconciler:
 
     def _is_elsewhere(self, store: BackingOnDisk, seen: _VolumesFound, records: _VolumeRecords) -> bool:
         if store.identity is not None:
-            return store.identity.node != self._world.node
+            return store.identity.node != self._node
         if f"gpudock-{store.uid}" in seen.names:
             return True
         view = records.views.get(store.backing.name) if store.backing else None
-        return view is not None and view.volume.node != self._world.node
+        return view is not None and view.volume.node != self._node
 
     # -- adopting ----------------------------------------------------------------------------------------------------
 
@@ -222,20 +225,16 @@ class VolumeReconciler:
 
     async def _restore(self, lost: _LostVolume) -> Volume | None:
         """The record, once the engine volume is there; None where it has been deleted since it was seen."""
-        engine, backing = self._world.engine, lost.backing
+        backing = lost.backing
         if lost.made:
-            found = await engine.inspect_volume(backing.engine_volume)
+            found = await self._engine.inspect_volume(backing.engine_volume)
             if found is None or found.labels.get(LABEL_UID) != lost.uid:
                 return None
         else:
-            again = await self._storage.backend(backing.kind).backings_on_disk()
+            again = await self._backends.of_kind(backing.kind).backings_on_disk()
             if lost.uid not in {one.uid for one in again}:
                 return None
-            found = await engine.create_volume(
-                backing.engine_volume,
-                labels=engine_labels(self._world.node, backing, lost.identity),
-                driver_options=backing.driver_options,
-            )
+            found = await self._engine_volumes.create(backing, lost.identity)
         return self._volume(lost.name, lost.uid, backing, lost.identity, found.mountpoint)
 
     def _volume(
@@ -245,7 +244,7 @@ class VolumeReconciler:
         return Volume(
             name=name,
             uid=uid,
-            node=self._world.node,
+            node=self._node,
             owner=said.owner,
             # No etag from before the loss names this state: how often it was changed is not known any more.
             generation=int(moment.timestamp()),
@@ -262,14 +261,14 @@ class VolumeReconciler:
 
     async def _record(self, volume: Volume) -> bool:
         """Write it, unless somebody was quicker."""
-        store = self._world.store
-
         # Of a record that alone was lost, the history is still there.
-        history: tuple[VolumeRevision, ...] = (await read_all_pages(partial(store.volume_revisions, volume.uid))).items
+        history: tuple[VolumeRevision, ...] = (
+            await read_all_pages(partial(self._store.volume_revisions, volume.uid))
+        ).items
         last = max((one.revision for one in history), default=0)
         volume = volume.changed(revision=last + 1)
         try:
-            await store.apply([PutVolume(volume, expect=0), revision_of(volume, VolumeCause.ADOPTED, "")])
+            await self._store.apply([PutVolume(volume, expect=0), revision_of(volume, VolumeCause.ADOPTED, "")])
         except StoreConflict:
             return False
         return True
@@ -306,7 +305,7 @@ class VolumeReconciler:
             ),
             "",
         )
-        found = await self._world.engine.inspect_volume(engine_volumes[0])
+        found = await self._engine.inspect_volume(engine_volumes[0])
         if found is None or LABEL_UID in found.labels:
             # Which is gone, or was judged by its labels.
             return

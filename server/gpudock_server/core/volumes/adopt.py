@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import uuid
+from dataclasses import dataclass
 
 from typing_extensions import override
 
-from gpudock_server.core.containers.mounts import all_containers, all_volumes
+from gpudock_server.core.listings import all_containers, all_volumes
 from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step
+from gpudock_server.core.volumes.adoption_rules import AdoptionRules
 from gpudock_server.core.volumes.commands import Adopt
-from gpudock_server.core.volumes.create import NewVolumeSaga, backend_for, new_volume
+from gpudock_server.core.volumes.create import NewVolumes, NewVolumeSaga
 from gpudock_server.core.volumes.saga import copy_and_verify
-from gpudock_server.core.volumes.storage import Storage
 from gpudock_server.errors import (
     AdoptionForbidden,
     EngineVolumeInUse,
@@ -25,7 +26,7 @@ from gpudock_server.model.operation import Operation, OperationKind, OperationPl
 from gpudock_server.model.record import Record
 from gpudock_server.model.store_changes import PutVolume
 from gpudock_server.model.volume import VolumeBackendKind, VolumeBacking, VolumeCause
-from gpudock_server.ports import VolumeView
+from gpudock_server.ports import VolumeCopier, VolumeView
 from gpudock_server.sizes import size_text
 
 
@@ -37,97 +38,107 @@ class AdoptArguments(Record):
     source: VolumeBacking
 
 
-async def draft(storage: Storage, command: Adopt) -> OperationDraft:
-    """Check that it is there, may be adopted and is nobody's, and, where it is to be copied, that it can be."""
-    volume = await new_volume(storage, command.name, command.owner, command.labels, command.size_bytes)
-    found = await _find_adoptable(storage, command)
-    backend = await backend_for(storage, command.name, command.size_bytes, command.backend)
-    plan = OperationPlan()
-    # A store that is not ours gets a uid of its own; one that becomes ours has the volume's.
-    plain = backend.kind is VolumeBackendKind.PLAIN
-    source = VolumeBacking(
-        kind=VolumeBackendKind.PLAIN,
-        uid=volume.uid if plain else str(uuid.uuid4()),
-        name=command.name,
-        engine_volume=command.engine_volume,
-        folder=found.mountpoint,
-    )
-    await _require_unused(storage, command.name, found.name)
-    if not plain:
-        plan = await _plan_copy(storage, command, found, source)
-        await storage.require_pool_space(backend.kind, volume.uid, command.size_bytes)
-    arguments = AdoptArguments(kind=backend.kind, size_bytes=command.size_bytes, source=source)
-    return OperationDraft(
-        kind=OperationKind.ADOPT_VOLUME,
-        target=volume.target,
-        target_record=PutVolume(volume, expect=0),
-        arguments=arguments.model_dump(mode="json"),
-        plan=plan,
-        build=lambda operation: AdoptSaga(storage, operation),
-    )
+@dataclass(frozen=True, slots=True)
+class AdoptVolume(NewVolumes):
+    """Checks that an engine volume is there, may be adopted and is nobody's, and that its files can be copied."""
 
+    copier: VolumeCopier
+    adoption: AdoptionRules
 
-async def _find_adoptable(storage: Storage, command: Adopt) -> EngineVolume:
-    """The engine volume, which its operator allows to be adopted and nobody else has."""
-    world, name = storage.world, command.engine_volume
-    found = await world.engine.inspect_volume(name)
-    if found is not None:
-        owners = [
-            volume.name
-            for volume in await all_volumes(world.store)
-            if volume.node == world.node and volume.backing and volume.backing.engine_volume == name
-        ]
-        # With the label it may be another installation's.
-        if owners or LABEL_UID in found.labels:
-            raise VolumeExists(volume=owners[0] if owners else name)
-    # One and the same answer, or callers could find out what else the engine has.
-    if found is None or not world.adoption.allow(found):
-        raise EngineVolumeNotFound(volume=name, available=())
-    if found.anonymous:
-        detail = "it is anonymous: the engine made it for one container"
-        raise AdoptionForbidden(volume=command.name, engine_volume=name, detail=detail)
-    if found.hazard:
-        detail = f"{found.hazard}; mount it as a host path below allowed_host_paths"
-        raise AdoptionForbidden(volume=command.name, engine_volume=name, detail=detail)
-    return found
+    async def draft(self, command: Adopt) -> OperationDraft:
+        """Check that it is there, may be adopted and is nobody's, and, where it is to be copied, that it can be."""
+        volume = await self.new_record(command.name, command.owner, command.labels, command.size_bytes)
+        found = await self._find_adoptable(command)
+        backend = await self.backends.for_new_volume(command.name, command.size_bytes, command.backend)
+        plan = OperationPlan()
+        # A store that is not ours gets a uid of its own; one that becomes ours has the volume's.
+        plain = backend.kind is VolumeBackendKind.PLAIN
+        source = VolumeBacking(
+            kind=VolumeBackendKind.PLAIN,
+            uid=volume.uid if plain else str(uuid.uuid4()),
+            name=command.name,
+            engine_volume=command.engine_volume,
+            folder=found.mountpoint,
+        )
+        await self.require_unused(command.name, found.name)
+        if not plain:
+            plan = await self._plan_copy(command, found, source)
+            await self.backends.require_space(backend.kind, volume.uid, command.size_bytes)
+        arguments = AdoptArguments(kind=backend.kind, size_bytes=command.size_bytes, source=source)
+        return OperationDraft(
+            kind=OperationKind.ADOPT_VOLUME,
+            target=volume.target,
+            target_record=PutVolume(volume, expect=0),
+            arguments=arguments.model_dump(mode="json"),
+            plan=plan,
+            build=self.saga,
+        )
 
+    async def _find_adoptable(self, command: Adopt) -> EngineVolume:
+        """The engine volume, which its operator allows to be adopted and nobody else has."""
+        name = command.engine_volume
+        found = await self.engine.inspect_volume(name)
+        if found is not None:
+            owners = [
+                volume.name
+                for volume in await all_volumes(self.store)
+                if volume.node == self.volumes.node and volume.backing and volume.backing.engine_volume == name
+            ]
+            # With the label it may be another installation's.
+            if owners or LABEL_UID in found.labels:
+                raise VolumeExists(volume=owners[0] if owners else name)
+        # One and the same answer, or callers could find out what else the engine has.
+        if found is None or not self.adoption.allow(found):
+            raise EngineVolumeNotFound(volume=name, available=())
+        if found.anonymous:
+            detail = "it is anonymous: the engine made it for one container"
+            raise AdoptionForbidden(volume=command.name, engine_volume=name, detail=detail)
+        if found.hazard:
+            detail = f"{found.hazard}; mount it as a host path below allowed_host_paths"
+            raise AdoptionForbidden(volume=command.name, engine_volume=name, detail=detail)
+        return found
 
-async def _require_unused(storage: Storage, name: str, engine_volume: str) -> None:
-    """Raises VolumeInUse where a container that is not of this installation has it, running or not."""
-    world = storage.world
-    users = await world.engine.mounting(engine_volume)
-    uids = {view.container.uid for view in await all_containers(world.store)} if users else set()
-    others = tuple(one.name for one in users if one.labels.get(LABEL_UID) not in uids or one.name != one.created_name)
-    if others:
-        raise EngineVolumeInUse(volume=name, engine_volume=engine_volume, holders=others)
+    async def require_unused(self, name: str, engine_volume: str) -> None:
+        """Raises EngineVolumeInUse where a container that is not of this installation has it, running or not."""
+        users = await self.engine.mounting(engine_volume)
+        uids = {view.container.uid for view in await all_containers(self.store)} if users else set()
+        others = tuple(
+            one.name for one in users if one.labels.get(LABEL_UID) not in uids or one.name != one.created_name
+        )
+        if others:
+            raise EngineVolumeInUse(volume=name, engine_volume=engine_volume, holders=others)
 
+    async def _plan_copy(self, command: Adopt, found: EngineVolume, source: VolumeBacking) -> OperationPlan:
+        if found.driver != "local" or found.options:
+            detail = f"engine volume {found.name} has its files only while it is mounted; adopt it without a size"
+            raise VolumeFailed(volume=command.name, call="copy", detail=detail)
+        await self.require_not_running(command.name, found.name)
+        usage = await self.backends.of_kind(source.kind).usage(source)
+        if usage.used_bytes > command.size_bytes:
+            detail = f"engine volume {found.name} holds {size_text(usage.used_bytes)}"
+            raise SizeNotSupported(volume=command.name, size_bytes=command.size_bytes, detail=detail)
+        pool = await self.backends.pool_usage()
+        return OperationPlan(bytes_to_move=usage.used_bytes, bytes_available=pool.free_bytes if pool else 0)
 
-async def _plan_copy(storage: Storage, command: Adopt, found: EngineVolume, source: VolumeBacking) -> OperationPlan:
-    if found.driver != "local" or found.options:
-        detail = f"engine volume {found.name} has its files only while it is mounted; adopt it without a size"
-        raise VolumeFailed(volume=command.name, call="copy", detail=detail)
-    await _require_not_running(storage, command.name, found.name)
-    usage = await storage.backend(source.kind).usage(source)
-    if usage.used_bytes > command.size_bytes:
-        detail = f"engine volume {found.name} holds {size_text(usage.used_bytes)}"
-        raise SizeNotSupported(volume=command.name, size_bytes=command.size_bytes, detail=detail)
-    pool = await storage.pool()
-    return OperationPlan(bytes_to_move=usage.used_bytes, bytes_available=pool.free_bytes if pool else 0)
+    async def require_not_running(self, name: str, engine_volume: str) -> None:
+        """Raises EngineVolumeInUse where a container that runs has it."""
+        users = await self.engine.mounting(engine_volume)
+        if running := tuple(one.name for one in users if one.running):
+            raise EngineVolumeInUse(volume=name, engine_volume=engine_volume, holders=running)
 
-
-async def _require_not_running(storage: Storage, name: str, engine_volume: str) -> None:
-    users = await storage.world.engine.mounting(engine_volume)
-    if running := tuple(one.name for one in users if one.running):
-        raise EngineVolumeInUse(volume=name, engine_volume=engine_volume, holders=running)
+    def saga(self, operation: Operation) -> AdoptSaga:
+        """The saga of a recorded operation."""
+        return AdoptSaga(self, operation)
 
 
 class AdoptSaga(NewVolumeSaga):
     """Nothing but the record; or store -> engine volume -> copy -> verify, then the record."""
 
-    def __init__(self, storage: Storage, operation: Operation) -> None:
+    def __init__(self, adopt: AdoptVolume, operation: Operation) -> None:
         """Builds the script from the operation's arguments."""
+        self._adopt = adopt
         self._arguments = AdoptArguments.model_validate(operation.arguments)
-        super().__init__(storage, self._arguments.kind, self._arguments.size_bytes)
+        super().__init__(adopt, self._arguments.kind, self._arguments.size_bytes)
 
     @property
     def _copies(self) -> bool:
@@ -140,9 +151,9 @@ class AdoptSaga(NewVolumeSaga):
 
     async def _copy(self, run: OperationRun) -> None:
         source = self._arguments.source
-        await _require_unused(self._storage, source.name, source.engine_volume)
-        await _require_not_running(self._storage, source.name, source.engine_volume)
-        await copy_and_verify(self._storage.copier, source, self._backing(run.operation), run.progress)
+        await self._adopt.require_unused(source.name, source.engine_volume)
+        await self._adopt.require_not_running(source.name, source.engine_volume)
+        await copy_and_verify(self._adopt.copier, source, self._backing(run.operation), run.progress)
 
     @override
     async def success_changes(self, run: OperationRun, view: VolumeView) -> Outcome:

@@ -13,33 +13,33 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 from typing_extensions import override
 
-from gpudock_server.core.containers.mounts import containers_mounting
-from gpudock_server.core.containers.status import observed_status
-from gpudock_server.core.containers.world import World
-from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Saga, Step, StepResult
+from gpudock_server.core.listings import containers_mounting
+from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step, StepResult
+from gpudock_server.core.volumes.backends import VolumeBackends
 from gpudock_server.core.volumes.commands import Resize
+from gpudock_server.core.volumes.resource import VolumeResource
 from gpudock_server.core.volumes.saga import VolumeSaga, backing_of, copy_and_verify, revision_of
-from gpudock_server.core.volumes.storage import Storage
 from gpudock_server.errors import (
     ContainerPaused,
     DiskFull,
     StartFailed,
-    VolumeBusy,
     VolumeFailed,
     VolumeInUse,
     VolumeTooSmallForData,
 )
-from gpudock_server.model.container import RUNNING_STATES, ContainerState
+from gpudock_server.model.container import RUNNING_STATES, Container, ContainerState
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import Record, now
 from gpudock_server.model.resource import ResourceRef
 from gpudock_server.model.store_changes import PutContainer, PutVolume, StoreChange
 from gpudock_server.model.volume import TreeSummary, Volume, VolumeBacking, VolumeCause, VolumeState, VolumeUsage
-from gpudock_server.ports import ContainerView, ShrinkNeedsCopy, VolumeView
+from gpudock_server.ports import ContainerView, Engine, ShrinkNeedsCopy, Store, VolumeCopier, VolumeView
 
 
 class LocatedContent(Record):
@@ -80,36 +80,109 @@ class ResizeArguments(Record):
     users: tuple[MountingContainer, ...] = ()
 
 
-async def draft(storage: Storage, command: Resize) -> OperationDraft:
-    """Check that it can have that size, and how it gets there. Nothing has been changed when this raises."""
-    view = await storage.lookup(command.name, command.etag)
-    volume, size = view.volume, command.size_bytes
-    if view.operation_id:
-        raise VolumeBusy(volume=volume.name, operation_id=view.operation_id)
-    if volume.state is not VolumeState.READY:
-        raise VolumeFailed(volume=volume.name, call="resize", detail=f"it is {volume.state} and can only be deleted")
-    old = backing_of(volume)
-    backend = storage.require_sizes(old.kind, volume.name, size)
-    arguments, plan = ResizeArguments(old=old, size_bytes=size, method=ResizeMethod.NONE), OperationPlan()
-    if size > volume.size_bytes:
-        await storage.require_pool_space(old.kind, volume.uid, size)
-        arguments = arguments.model_copy(update={"method": ResizeMethod.GROW})
-    elif size < volume.size_bytes:
-        usage = await backend.usage(old)
-        _require_data_fits(volume, usage, size)
-        arguments = arguments.model_copy(update={"method": ResizeMethod.SHRINK})
-        if backend.needs_copy(old, size):
-            arguments, plan = await _plan_copy(storage, volume, arguments, usage)
-    reserved = volume.changed(reserved_bytes=max(size, volume.size_bytes))
-    return OperationDraft(
-        kind=OperationKind.RESIZE_VOLUME,
-        target=volume.target,
-        target_record=PutVolume(reserved, expect=view.version),
-        arguments=arguments.model_dump(mode="json"),
-        plan=plan,
-        build=lambda operation: build_resize_saga(storage, operation),
-        locks=[user.target for user in arguments.users],
-    )
+class ContainerProcesses(Protocol):
+    """What a resize does with the containers that mount the volume."""
+
+    @property
+    def stop_seconds(self) -> float:
+        """How long a process whose container does not say has from its stop signal to SIGKILL."""
+        ...
+
+    @property
+    def settle_seconds(self) -> float:
+        """How long a process that was started again must live before it counts as running."""
+        ...
+
+    async def start(self, engine_id: str, *, renew: bool) -> None:
+        """Start an engine container; with `renew` False with the host paths that are bound for it."""
+        ...
+
+    async def observe(self, container: Container, engine_id: str) -> Container:
+        """The container with the status that the engine shows."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ResizeVolume:
+    """Checks that a volume can have another size, and chooses how it gets there."""
+
+    store: Store
+    engine: Engine
+    volumes: VolumeResource
+    backends: VolumeBackends
+    copier: VolumeCopier
+    processes: ContainerProcesses
+
+    async def draft(self, command: Resize) -> OperationDraft:
+        """Check that it can have that size, and how it gets there. Nothing has been changed when this raises."""
+        view = await self.volumes.find_unlocked(command.name, command.etag)
+        volume, size = view.volume, command.size_bytes
+        if volume.state is not VolumeState.READY:
+            raise VolumeFailed(
+                volume=volume.name, call="resize", detail=f"it is {volume.state} and can only be deleted"
+            )
+        old = backing_of(volume)
+        backend = self.backends.sized(old.kind, volume.name, size)
+        arguments, plan = ResizeArguments(old=old, size_bytes=size, method=ResizeMethod.NONE), OperationPlan()
+        if size > volume.size_bytes:
+            await self.backends.require_space(old.kind, volume.uid, size)
+            arguments = arguments.model_copy(update={"method": ResizeMethod.GROW})
+        elif size < volume.size_bytes:
+            usage = await backend.usage(old)
+            _require_data_fits(volume, usage, size)
+            arguments = arguments.model_copy(update={"method": ResizeMethod.SHRINK})
+            if backend.needs_copy(old, size):
+                arguments, plan = await self._plan_copy(volume, arguments, usage)
+        reserved = volume.changed(reserved_bytes=max(size, volume.size_bytes))
+        return OperationDraft(
+            kind=OperationKind.RESIZE_VOLUME,
+            target=volume.target,
+            target_record=PutVolume(reserved, expect=view.version),
+            arguments=arguments.model_dump(mode="json"),
+            plan=plan,
+            build=self.saga,
+            locks=[user.target for user in arguments.users],
+        )
+
+    async def _plan_copy(
+        self, volume: Volume, arguments: ResizeArguments, usage: VolumeUsage
+    ) -> tuple[ResizeArguments, OperationPlan]:
+        views = await containers_mounting(self.store, volume.name)
+        users = [self._mounting_container(view) for view in views]
+        ours = {user.engine_id for user in users}
+        mounting = await self.engine.mounting(arguments.old.engine_volume)
+        if strangers := tuple(one.name for one in mounting if one.running and one.id not in ours):
+            raise VolumeInUse(volume=volume.name, holders=strangers)
+        pool = await self.backends.of_kind(arguments.old.kind).pool()
+        if pool.free_bytes < usage.minimum_bytes:
+            raise DiskFull(path=self.backends.path, needed_bytes=usage.minimum_bytes, available_bytes=pool.free_bytes)
+        arguments = arguments.model_copy(
+            update={"method": ResizeMethod.COPY, "copy_uid": str(uuid.uuid4()), "users": tuple(users)}
+        )
+        plan = OperationPlan(
+            bytes_to_move=usage.used_bytes,
+            bytes_available=pool.free_bytes,
+            restarts_process=any(user.running for user in users),
+        )
+        return arguments, plan
+
+    def _mounting_container(self, view: ContainerView) -> MountingContainer:
+        container = view.container
+        if container.status.state is ContainerState.PAUSED:
+            raise ContainerPaused(container=container.name)
+        own = container.spec.stop_timeout
+        return MountingContainer(
+            target=container.target,
+            engine_id=container.engine.engine_id if container.engine else "",
+            running=container.status.state in RUNNING_STATES,
+            stop_seconds=self.processes.stop_seconds if own is None else own.total_seconds(),
+        )
+
+    def saga(self, operation: Operation) -> ResizeSaga:
+        """The saga of a recorded operation: in place, or by a copy."""
+        arguments = ResizeArguments.model_validate(operation.arguments)
+        copies = arguments.method is ResizeMethod.COPY
+        return CopyResizeSaga(self, arguments) if copies else InPlaceResizeSaga(self, arguments)
 
 
 def _require_data_fits(volume: Volume, usage: VolumeUsage, size_bytes: int) -> None:
@@ -122,59 +195,14 @@ def _require_data_fits(volume: Volume, usage: VolumeUsage, size_bytes: int) -> N
         )
 
 
-async def _plan_copy(
-    storage: Storage, volume: Volume, arguments: ResizeArguments, usage: VolumeUsage
-) -> tuple[ResizeArguments, OperationPlan]:
-    views = await containers_mounting(storage.world.store, volume.name)
-    users = [_mounting_container(storage.world, view) for view in views]
-    ours = {user.engine_id for user in users}
-    mounting = await storage.world.engine.mounting(arguments.old.engine_volume)
-    if strangers := tuple(one.name for one in mounting if one.running and one.id not in ours):
-        raise VolumeInUse(volume=volume.name, holders=strangers)
-    pool = await storage.backend(arguments.old.kind).pool()
-    if pool.free_bytes < usage.minimum_bytes:
-        raise DiskFull(path=storage.path, needed_bytes=usage.minimum_bytes, available_bytes=pool.free_bytes)
-    arguments = arguments.model_copy(
-        update={"method": ResizeMethod.COPY, "copy_uid": str(uuid.uuid4()), "users": tuple(users)}
-    )
-    plan = OperationPlan(
-        bytes_to_move=usage.used_bytes,
-        bytes_available=pool.free_bytes,
-        restarts_process=any(user.running for user in users),
-    )
-    return arguments, plan
-
-
-def _mounting_container(world: World, view: ContainerView) -> MountingContainer:
-    container = view.container
-    if container.status.state is ContainerState.PAUSED:
-        raise ContainerPaused(container=container.name)
-    own = container.spec.stop_timeout
-    return MountingContainer(
-        target=container.target,
-        engine_id=container.engine.engine_id if container.engine else "",
-        running=container.status.state in RUNNING_STATES,
-        stop_seconds=world.engine_containers.stop_seconds if own is None else own.total_seconds(),
-    )
-
-
-def build_resize_saga(storage: Storage, operation: Operation) -> Saga[VolumeView]:
-    """The saga of a resize: in place, or by a copy."""
-    arguments = ResizeArguments.model_validate(operation.arguments)
-    return (
-        CopyResizeSaga(storage, arguments)
-        if arguments.method is ResizeMethod.COPY
-        else InPlaceResizeSaga(storage, arguments)
-    )
-
-
 class ResizeSaga(VolumeSaga):
     """What both ways have in common: how they end."""
 
-    def __init__(self, storage: Storage, arguments: ResizeArguments) -> None:
-        super().__init__(storage)
+    def __init__(self, resize: ResizeVolume, arguments: ResizeArguments) -> None:
+        super().__init__(resize.volumes)
+        self._resize = resize
         self._arguments = arguments
-        self._backend = storage.backend(arguments.old.kind)
+        self._backend = resize.backends.of_kind(arguments.old.kind)
 
     @override
     async def success_changes(self, run: OperationRun, view: VolumeView) -> Outcome:
@@ -206,12 +234,11 @@ class ResizeSaga(VolumeSaga):
         """The containers as the engine shows them now: while they were locked, nobody else looked."""
         changes: list[StoreChange] = []
         for user in self._arguments.users:
-            view = await self._world.store.container(user.target.name)
+            view = await self._resize.store.container(user.target.name)
             if view is None or view.container.uid != user.target.uid or not user.engine_id:
                 continue
-            seen = await self._world.engine.inspect(user.engine_id)
-            container = view.container.changed(status=observed_status(view.container, seen), update_time=now())
-            changes.append(PutContainer(container, expect=view.version))
+            container = await self._resize.processes.observe(view.container, user.engine_id)
+            changes.append(PutContainer(container.changed(update_time=now()), expect=view.version))
         return changes
 
 
@@ -233,7 +260,7 @@ class InPlaceResizeSaga(ResizeSaga):
 
     async def _grow(self, run: OperationRun) -> None:
         old, size = self._arguments.old, self._arguments.size_bytes
-        await self._storage.require_pool_space(old.kind, run.operation.target.uid, size)
+        await self._resize.backends.require_space(old.kind, run.operation.target.uid, size)
         await self._backend.grow(old, size)
 
     async def _shrink(self, _run: OperationRun) -> None:
@@ -247,8 +274,8 @@ class InPlaceResizeSaga(ResizeSaga):
 class CopyResizeSaga(ResizeSaga):
     """See the module's docstring."""
 
-    def __init__(self, storage: Storage, arguments: ResizeArguments) -> None:
-        super().__init__(storage, arguments)
+    def __init__(self, resize: ResizeVolume, arguments: ResizeArguments) -> None:
+        super().__init__(resize, arguments)
         self._running = [user for user in arguments.users if user.running]
 
     @property
@@ -291,7 +318,7 @@ class CopyResizeSaga(ResizeSaga):
     async def _require_no_new_mounts(self) -> None:
         """Whoever began to mount it before it was locked, and after it was looked at, is not among the users."""
         known = {user.target for user in self._arguments.users}
-        views = await containers_mounting(self._world.store, self._arguments.old.name)
+        views = await containers_mounting(self._resize.store, self._arguments.old.name)
         if strangers := tuple(view.container.name for view in views if view.container.target not in known):
             raise VolumeInUse(volume=self._arguments.old.name, holders=strangers)
 
@@ -299,18 +326,18 @@ class CopyResizeSaga(ResizeSaga):
         await self._backend.destroy(self._new)
 
     async def _copy(self, run: OperationRun) -> None:
-        await self._storage.copier.copy(self._arguments.old, _MADE.of(run.operation), run.progress, final=False)
+        await self._resize.copier.copy(self._arguments.old, _MADE.of(run.operation), run.progress, final=False)
 
     async def _stop(self, _run: OperationRun) -> None:
         for user in self._running:
-            await self._world.engine.stop(user.engine_id, user.stop_seconds)
+            await self._resize.engine.stop(user.engine_id, user.stop_seconds)
 
     async def _start_again(self, _run: OperationRun) -> None:
         for user in self._running:
-            await self._world.engine_containers.start(user.engine_id, renew=False)
+            await self._resize.processes.start(user.engine_id, renew=False)
 
     async def _difference(self, run: OperationRun) -> TreeSummary:
-        return await copy_and_verify(self._storage.copier, self._arguments.old, _MADE.of(run.operation), run.progress)
+        return await copy_and_verify(self._resize.copier, self._arguments.old, _MADE.of(run.operation), run.progress)
 
     async def _locate(self, _run: OperationRun) -> LocatedContent:
         return LocatedContent(content=await self._backend.content(self._arguments.old))
@@ -333,11 +360,11 @@ class CopyResizeSaga(ResizeSaga):
 
     async def _stop_again(self, _run: OperationRun) -> None:
         for user in self._running:
-            await self._world.engine.stop(user.engine_id, 0)
+            await self._resize.engine.stop(user.engine_id, 0)
 
     async def _verify(self, _run: OperationRun) -> None:
         for user in self._running:
-            code = await self._world.engine.exited_within(user.engine_id, self._world.settle_seconds)
+            code = await self._resize.engine.exited_within(user.engine_id, self._resize.processes.settle_seconds)
             if code is not None:
                 detail = f"its process ended with exit code {code} after it was started with the smaller volume"
                 raise StartFailed(container=user.target.name, detail=detail)

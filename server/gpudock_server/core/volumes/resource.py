@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 from typing_extensions import override
 
+from gpudock_server.core.listings import all_volumes
 from gpudock_server.core.operations.resource import Resource
-from gpudock_server.errors import VolumeBusy, VolumeExists, VolumeOnOtherNode
+from gpudock_server.core.volumes.adoption_rules import AdoptionRules
+from gpudock_server.errors import (
+    StaleVolumeEtag,
+    VolumeBusy,
+    VolumeExists,
+    VolumeNotAdopted,
+    VolumeNotFound,
+    VolumeOnOtherNode,
+)
 from gpudock_server.model.resource import ResourceKind
 from gpudock_server.model.volume import Volume
-from gpudock_server.ports import VolumeView
+from gpudock_server.ports import Engine, Store, VolumeView
+
+# The most names that an error lists of what there is instead.
+_MAX_SUGGESTIONS = 10
 
 
 class VolumeResource(Resource[VolumeView]):
     """See Resource."""
 
     kind = ResourceKind.VOLUME
+
+    def __init__(self, store: Store, node: str, engine: Engine, adoption: AdoptionRules) -> None:
+        """`adoption` says which engine volumes the error for an unknown volume may mention."""
+        super().__init__(store, node)
+        self._engine = engine
+        self._adoption = adoption
 
     @override
     async def view(self, name: str) -> VolumeView | None:
@@ -25,6 +46,15 @@ class VolumeResource(Resource[VolumeView]):
         return view.volume
 
     @override
+    async def not_found_error(self, name: str, kind: type[VolumeNotFound] = VolumeNotFound) -> VolumeNotFound:
+        """The error that names the likeliest of the volumes that there are, and says what can be done."""
+        names = [volume.name for volume in await all_volumes(self._store)]
+        found = await self._engine.inspect_volume(name)
+        if found is not None and self._adoption.allow(found) and not (found.anonymous or found.hazard):
+            kind = VolumeNotAdopted
+        return kind(volume=name, available=closest_names(name, names))
+
+    @override
     def exists_error(self, name: str) -> VolumeExists:
         return VolumeExists(volume=name)
 
@@ -33,5 +63,14 @@ class VolumeResource(Resource[VolumeView]):
         return VolumeBusy(volume=name, operation_id=operation_id)
 
     @override
+    def stale_etag_error(self, name: str, etag: str, current: str) -> StaleVolumeEtag:
+        return StaleVolumeEtag(volume=name, etag=etag, current_etag=current)
+
+    @override
     def wrong_node_error(self, name: str, node: str, address: str) -> VolumeOnOtherNode:
         return VolumeOnOtherNode(volume=name, node=node, address=address)
+
+
+def closest_names(name: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of `names` that someone who wrote `name` may have meant, the likeliest first; at most _MAX_SUGGESTIONS."""
+    return tuple(difflib.get_close_matches(name, names, n=_MAX_SUGGESTIONS, cutoff=0.0))

@@ -1,10 +1,9 @@
-"""What the sagas of volumes have in common: the storage that they act on, and how they see their volume."""
+"""What the sagas of volumes have in common: how they read their volume, what they record of it, and its copy."""
 
 from typing_extensions import override
 
 from gpudock_server.core.operations.saga import OperationRun, Saga
 from gpudock_server.core.volumes.resource import VolumeResource
-from gpudock_server.core.volumes.storage import Storage
 from gpudock_server.errors import VolumeFailed, VolumeInUse
 from gpudock_server.model.record import now
 from gpudock_server.model.store_changes import PutVolumeRevision
@@ -15,13 +14,12 @@ from gpudock_server.ports import Progress, VolumeCopier, VolumeView
 class VolumeSaga(Saga[VolumeView]):
     """A saga whose target is a volume."""
 
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
-        self._world = storage.world
+    def __init__(self, volumes: VolumeResource) -> None:
+        self._volumes = volumes
 
     @override
     async def read_target(self, run: OperationRun) -> VolumeView | None:
-        return await VolumeResource(self._world.store).view_of(run.operation.target)
+        return await self._volumes.view_of(run.operation.target)
 
 
 def revision_of(volume: Volume, cause: VolumeCause, operation_id: str) -> PutVolumeRevision:

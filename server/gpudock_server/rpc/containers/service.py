@@ -15,8 +15,8 @@ from gpudock.v1 import (
 from gpudock.v1.container_service_pb2_grpc import ContainerServiceServicer
 from typing_extensions import override
 
-from gpudock_server.core.containers import Containers
 from gpudock_server.core.containers.commands import Command
+from gpudock_server.core.containers.service import Containers
 from gpudock_server.core.exec.sessions import ExecSessions
 from gpudock_server.core.operations.engine import Operations, RequestKey
 from gpudock_server.core.watches import Watches

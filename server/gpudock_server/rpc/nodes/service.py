@@ -8,7 +8,7 @@ from gpudock.v1 import node_service_pb2
 from gpudock.v1.node_service_pb2_grpc import NodeServiceServicer
 from typing_extensions import override
 
-from gpudock_server.core.containers import Containers
+from gpudock_server.core.containers.service import Containers
 from gpudock_server.core.nodes import HeldPort, Nodes
 from gpudock_server.core.reconcile import DriftTracker
 from gpudock_server.errors import ContainerNotFound, RecordUnreadable

@@ -11,8 +11,8 @@ from gpudock.v1.volume_service_pb2_grpc import VolumeServiceServicer
 from typing_extensions import override
 
 from gpudock_server.core.operations.engine import Operations, RequestKey
-from gpudock_server.core.volumes import Volumes
 from gpudock_server.core.volumes.commands import Command
+from gpudock_server.core.volumes.service import Volumes
 from gpudock_server.core.watches import Watches
 from gpudock_server.model.volume import VolumeRevision
 from gpudock_server.ports import Page, VolumeDetails

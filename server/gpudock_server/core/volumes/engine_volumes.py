@@ -7,10 +7,10 @@ therefore mounted by name alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from gpudock_server.core.containers.world import World
 from gpudock_server.errors import VolumeDiffers, VolumeFailed
 from gpudock_server.model.engine import (
     LABEL_NAME,
@@ -22,12 +22,57 @@ from gpudock_server.model.engine import (
 )
 from gpudock_server.model.spec import Mount
 from gpudock_server.model.volume import Volume, VolumeBackendKind, VolumeBacking, VolumeIdentity
+from gpudock_server.ports import Engine
 
 
-def engine_labels(node: str, backing: VolumeBacking, identity: VolumeIdentity | None) -> dict[str, str]:
-    """What marks an engine volume as gpudock's, and makes up the record of the volume."""
-    labels = {LABEL_UID: backing.uid, LABEL_NAME: backing.name, LABEL_NODE: node}
-    return labels | ({LABEL_VOLUME: identity.model_dump_json()} if identity is not None else {})
+@dataclass(frozen=True, slots=True)
+class EngineVolumes:
+    """Creates, finds and checks the engine volumes of a node."""
+
+    engine: Engine
+    node: str
+
+    async def create(self, backing: VolumeBacking, identity: VolumeIdentity | None) -> EngineVolume:
+        """Create the engine volume of a backing, or find the one that was created for it.
+
+        Its labels mark it as gpudock's, and the record of the volume is made up from them if the store loses it.
+        """
+        labels = {LABEL_UID: backing.uid, LABEL_NAME: backing.name, LABEL_NODE: self.node}
+        if identity is not None:
+            labels[LABEL_VOLUME] = identity.model_dump_json()
+        return await self.engine.create_volume(
+            backing.engine_volume, labels=labels, driver_options=backing.driver_options
+        )
+
+    async def ensure(self, volume: Volume) -> str:
+        """The name of the engine volume that leads to a volume's files.
+
+        One that was removed outside gpudock is made again where the files are in a store of gpudock's. Raises
+        VolumeFailed where they were in the engine volume itself.
+        """
+        backing = volume.backing
+        if backing is None:
+            raise VolumeFailed(volume=volume.name, call="mount", detail=f"it is {volume.state}")
+        found = await self.engine.inspect_volume(backing.engine_volume)
+        if found is not None:
+            _require_no_hazard(volume, found)
+            return backing.engine_volume
+        if backing.kind is VolumeBackendKind.PLAIN:
+            detail = (
+                f"engine volume {backing.engine_volume} was removed outside gpudock, and its files with it;"
+                f" delete volume {volume.name} with force to go on without it"
+            )
+            raise VolumeFailed(volume=volume.name, call="mount", detail=detail)
+        await self.create(backing, volume.identity)
+        return backing.engine_volume
+
+    async def require_no_hazards(self, volumes: Iterable[Volume]) -> None:
+        """Raises VolumeFailed where one of them is a part of the host: an older version let such be adopted."""
+        for volume in volumes:
+            if volume.backing is not None and volume.backing.kind is VolumeBackendKind.PLAIN:
+                found = await self.engine.inspect_volume(volume.backing.engine_volume)
+                if found is not None:
+                    _require_no_hazard(volume, found)
 
 
 def identity_of(found: EngineVolume) -> VolumeIdentity | None:
@@ -36,42 +81,6 @@ def identity_of(found: EngineVolume) -> VolumeIdentity | None:
         return VolumeIdentity.model_validate_json(found.labels.get(LABEL_VOLUME, ""))
     except ValidationError:
         return None
-
-
-async def ensure_engine_volume(world: World, volume: Volume) -> str:
-    """The name of the engine volume that leads to a volume's files.
-
-    One that was removed outside gpudock is made again where the files are in a store of gpudock's. Raises VolumeFailed
-    where they were in the engine volume itself.
-    """
-    backing = volume.backing
-    if backing is None:
-        raise VolumeFailed(volume=volume.name, call="mount", detail=f"it is {volume.state}")
-    found = await world.engine.inspect_volume(backing.engine_volume)
-    if found is not None:
-        _require_no_hazard(volume, found)
-        return backing.engine_volume
-    if backing.kind is VolumeBackendKind.PLAIN:
-        detail = (
-            f"engine volume {backing.engine_volume} was removed outside gpudock, and its files with it;"
-            f" delete volume {volume.name} with force to go on without it"
-        )
-        raise VolumeFailed(volume=volume.name, call="mount", detail=detail)
-    await world.engine.create_volume(
-        backing.engine_volume,
-        labels=engine_labels(world.node, backing, volume.identity),
-        driver_options=backing.driver_options,
-    )
-    return backing.engine_volume
-
-
-async def require_no_hazards(world: World, volumes: Iterable[Volume]) -> None:
-    """Raises VolumeFailed where one of them is a part of the host: an older version let such be adopted."""
-    for volume in volumes:
-        if volume.backing is not None and volume.backing.kind is VolumeBackendKind.PLAIN:
-            found = await world.engine.inspect_volume(volume.backing.engine_volume)
-            if found is not None:
-                _require_no_hazard(volume, found)
 
 
 def _require_no_hazard(volume: Volume, found: EngineVolume) -> None:

@@ -1,0 +1,214 @@
+"""Containers: what can be asked of them, and which use case is behind each request.
+
+`commands` names the requests. Each is drafted by the module of its name (start, restart and scale share `lifecycle`),
+which checks it, picks cards and ports, and says what it will do; the saga it builds does it.
+"""
+
+from __future__ import annotations
+
+from gpudock_server.core.containers.change_plan import ChangePlanner
+from gpudock_server.core.containers.change_saga import ContainerChanges
+from gpudock_server.core.containers.clone import CloneContainer
+from gpudock_server.core.containers.commands import (
+    Clone,
+    Command,
+    Commit,
+    Create,
+    Delete,
+    DeleteRevision,
+    Pause,
+    Restart,
+    Rollback,
+    Scale,
+    Start,
+    Stop,
+    Unpause,
+    Update,
+)
+from gpudock_server.core.containers.commit import CommitContainer
+from gpudock_server.core.containers.create import CreateContainer
+from gpudock_server.core.containers.delete import DeleteContainer
+from gpudock_server.core.containers.engine_containers import EngineContainers
+from gpudock_server.core.containers.history import DeleteRevisionOfContainer, History
+from gpudock_server.core.containers.images import Images
+from gpudock_server.core.containers.layer_images import LayerImages
+from gpudock_server.core.containers.lifecycle import Lifecycle
+from gpudock_server.core.containers.mounts import Mounts
+from gpudock_server.core.containers.pause import PauseContainer
+from gpudock_server.core.containers.resource import ContainerResource
+from gpudock_server.core.containers.rollback import RollbackContainer
+from gpudock_server.core.containers.snapshots import RevisionSnapshots
+from gpudock_server.core.containers.stop import StopContainer
+from gpudock_server.core.containers.update import UpdateContainer
+from gpudock_server.core.operations.commands import Commands, Drafter
+from gpudock_server.core.operations.engine import Operations, RequestKey
+from gpudock_server.core.operations.saga import SagaBuilder
+from gpudock_server.core.placement.allocator import Allocator
+from gpudock_server.core.placement.claims import HostClaims
+from gpudock_server.model.container import Container
+from gpudock_server.model.engine import HostCapacity, NodeLimits
+from gpudock_server.model.operation import OperationKind
+from gpudock_server.ports import ContainerView, Engine, LayerStore, Page, RevisionView, SnapshotStore, Store
+
+_CHANGES = (
+    OperationKind.START,
+    OperationKind.RESTART,
+    OperationKind.SCALE,
+    OperationKind.UPDATE,
+    OperationKind.ROLLBACK,
+)
+
+
+class ContainerUseCases:
+    """What can be done to containers: each use case drafts an operation, and builds the saga of a recorded one."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        layers: LayerStore,
+        revision_files: SnapshotStore,
+        containers: ContainerResource,
+        engine_containers: EngineContainers,
+        mounts: Mounts,
+        images: Images,
+        history: History,
+        allocator: Allocator,
+        claims: HostClaims,
+        limits: NodeLimits,
+    ) -> None:
+        """Gives each use case the ports and services that it uses."""
+        layer_images = LayerImages(engine, layers)
+        snapshots = RevisionSnapshots(revision_files, engine, engine_containers, history.defaults.snapshots)
+        self._changes = ContainerChanges(
+            containers=containers,
+            engine=engine,
+            engine_containers=engine_containers,
+            mounts=mounts,
+            images=images,
+            layers=layers,
+            layer_images=layer_images,
+            revision_files=revision_files,
+            snapshots=snapshots,
+            history=history,
+            claims=claims,
+        )
+        planner = ChangePlanner(self._changes, allocator, limits)
+        self.lifecycle = Lifecycle(containers, history, planner)
+        self.update = UpdateContainer(containers, history, images, planner)
+        self._rollback = RollbackContainer(containers, engine, history, planner)
+        self._create = CreateContainer(
+            containers=containers,
+            engine=engine,
+            engine_containers=engine_containers,
+            mounts=mounts,
+            images=images,
+            allocator=allocator,
+            claims=claims,
+            ledger=history.ledger,
+            limits=limits,
+        )
+        self._clone = CloneContainer(
+            containers=containers,
+            engine=engine,
+            engine_containers=engine_containers,
+            mounts=mounts,
+            images=images,
+            layers=layers,
+            layer_images=layer_images,
+            snapshots=revision_files,
+            history=history,
+            allocator=allocator,
+            claims=claims,
+            limits=limits,
+        )
+        self._delete_revision = DeleteRevisionOfContainer(containers, history)
+        self.stop = StopContainer(containers, engine, engine_containers, snapshots, history, claims)
+        self._pause = PauseContainer(containers, engine, engine_containers)
+        self._delete = DeleteContainer(containers, engine, engine_containers, history, claims)
+        self._commit = CommitContainer(containers, engine, engine_containers, images, layers, revision_files)
+
+    @property
+    def saga_builders(self) -> dict[OperationKind, SagaBuilder]:
+        """Makes the saga of a recorded operation on a container, by its kind."""
+        return {
+            OperationKind.CREATE: self._create.saga,
+            **dict.fromkeys(_CHANGES, self._changes.saga),
+            OperationKind.CLONE: self._clone.saga,
+            OperationKind.DELETE_REVISION: self._delete_revision.saga,
+            OperationKind.STOP: self.stop.saga,
+            OperationKind.PAUSE: self._pause.saga,
+            OperationKind.UNPAUSE: self._pause.saga,
+            OperationKind.DELETE: self._delete.saga,
+            OperationKind.COMMIT: self._commit.saga,
+        }
+
+    @property
+    def drafters(self) -> dict[type, Drafter]:
+        """Drafts the operation of a command, by its type."""
+        return {
+            Create: self._create.draft,
+            Start: self.lifecycle.draft_start,
+            Restart: self.lifecycle.draft_restart,
+            Scale: self.lifecycle.draft_scale,
+            Update: self.update.draft,
+            Rollback: self._rollback.draft,
+            Clone: self._clone.draft,
+            DeleteRevision: self._delete_revision.draft,
+            Stop: self.stop.draft,
+            Pause: self._pause.draft,
+            Unpause: self._pause.draft,
+            Delete: self._delete.draft,
+            Commit: self._commit.draft,
+        }
+
+
+class Containers(Commands):
+    """Reads containers, and begins operations on them."""
+
+    def __init__(
+        self,
+        use_cases: ContainerUseCases,
+        operations: Operations,
+        *,
+        store: Store,
+        containers: ContainerResource,
+        history: History,
+        host: HostCapacity,
+    ) -> None:
+        """`operations` must have been built with the saga builders of `use_cases`.
+
+        `host` is what a container can be given at most.
+        """
+        super().__init__(operations, use_cases.drafters)
+        self._store = store
+        self._containers = containers
+        self._history = history
+        self.host = host
+
+    async def get(self, name: str) -> ContainerView:
+        """A container of any node. Raises ContainerNotFound."""
+        view = await self._containers.view(name)
+        if view is None:
+            raise await self._containers.not_found_error(name)
+        return view
+
+    async def list(self, *, page_size: int, page_token: str) -> Page[ContainerView]:
+        """Containers of all nodes in the order of their names. Raises ResumeTokenExpired."""
+        return await self._store.containers(page_size=page_size, page_token=page_token)
+
+    async def revision(self, name: str, number: int) -> tuple[Container, RevisionView]:
+        """A container and one of its revisions, 0 for the current one. Raises ContainerNotFound, RevisionNotFound."""
+        container = (await self.get(name)).container
+        return container, await self._history.find_revision(container, number or container.revision)
+
+    async def revisions(self, uid: str, *, page_size: int, page_token: str) -> Page[RevisionView]:
+        """A container's history, oldest first. Raises ResumeTokenExpired."""
+        return await self._store.revisions(uid, page_size=page_size, page_token=page_token)
+
+    async def run(self, command: Command, request: RequestKey | None) -> Container:
+        """Begin an operation and wait for its end; the container that it leaves."""
+        result = await self._run(command, request)
+        if not isinstance(result, Container):
+            raise TypeError(f"{type(command).__name__} leaves no container")
+        return result

@@ -1,0 +1,155 @@
+"""Volumes: what can be asked of them, and which use case is behind each request.
+
+`commands` names the requests. Each is drafted by the module of its name, which checks it, chooses what it is made of,
+and says what it will do; the saga it builds does it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+
+from gpudock_server.core.listings import all_containers, containers_mounting
+from gpudock_server.core.operations.commands import Commands, Drafter
+from gpudock_server.core.operations.engine import Operations, RequestKey
+from gpudock_server.core.operations.saga import SagaBuilder
+from gpudock_server.core.volumes.adopt import AdoptVolume
+from gpudock_server.core.volumes.adoption_rules import AdoptionRules
+from gpudock_server.core.volumes.backends import VolumeBackends
+from gpudock_server.core.volumes.commands import Adopt, Command, Create, Delete, Resize
+from gpudock_server.core.volumes.create import CreateVolume
+from gpudock_server.core.volumes.delete import DeleteVolume, DraftUnmount
+from gpudock_server.core.volumes.engine_volumes import EngineVolumes
+from gpudock_server.core.volumes.resize import ContainerProcesses, ResizeVolume
+from gpudock_server.core.volumes.resource import VolumeResource
+from gpudock_server.errors import GpudockError
+from gpudock_server.model.operation import OperationKind
+from gpudock_server.model.volume import Volume, VolumeRevision, VolumeState
+from gpudock_server.ports import Engine, Page, Store, VolumeCopier, VolumeDetails, VolumeView
+
+# What has not been measured by then is not told: a volume without a size is counted file by file.
+_USAGE_TIMEOUT_SECONDS = 10.0
+# Looks into volumes at one time; each is a child process for a moment.
+_MAX_PARALLEL_USAGE_READS = 4
+
+
+class VolumeUseCases:
+    """What can be done to volumes: each use case drafts an operation, and builds the saga of a recorded one."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        engine: Engine,
+        volumes: VolumeResource,
+        engine_volumes: EngineVolumes,
+        backends: VolumeBackends,
+        copier: VolumeCopier,
+        adoption: AdoptionRules,
+        processes: ContainerProcesses,
+        draft_unmount: DraftUnmount,
+    ) -> None:
+        """Gives each use case the ports and services that it uses."""
+        self._create = CreateVolume(store, engine, volumes, engine_volumes, backends)
+        self._resize = ResizeVolume(store, engine, volumes, backends, copier, processes)
+        self._delete = DeleteVolume(store, engine, volumes, backends, draft_unmount)
+        self._adopt = AdoptVolume(store, engine, volumes, engine_volumes, backends, copier, adoption)
+
+    @property
+    def saga_builders(self) -> dict[OperationKind, SagaBuilder]:
+        """Makes the saga of a recorded operation on a volume, by its kind."""
+        return {
+            OperationKind.CREATE_VOLUME: self._create.saga,
+            OperationKind.RESIZE_VOLUME: self._resize.saga,
+            OperationKind.DELETE_VOLUME: self._delete.saga,
+            OperationKind.ADOPT_VOLUME: self._adopt.saga,
+        }
+
+    @property
+    def drafters(self) -> dict[type, Drafter]:
+        """Drafts the operation of a command, by its type."""
+        return {
+            Create: self._create.draft,
+            Resize: self._resize.draft,
+            Delete: self._delete.draft,
+            Adopt: self._adopt.draft,
+        }
+
+
+class Volumes(Commands):
+    """Reads volumes, and begins operations on them."""
+
+    def __init__(
+        self,
+        use_cases: VolumeUseCases,
+        operations: Operations,
+        *,
+        store: Store,
+        volumes: VolumeResource,
+        backends: VolumeBackends,
+    ) -> None:
+        """`operations` must have been built with the saga builders of `use_cases`."""
+        super().__init__(operations, use_cases.drafters)
+        self._store = store
+        self._volumes = volumes
+        self._backends = backends
+        self._usage_reads = asyncio.Semaphore(_MAX_PARALLEL_USAGE_READS)
+
+    async def get(self, name: str) -> VolumeDetails:
+        """A volume of any node. Raises VolumeNotFound."""
+        view = await self._view(name)
+        holders = await containers_mounting(self._store, name)
+        names = tuple(holder.container.name for holder in holders)
+        return VolumeDetails(view, names, await self._used_bytes(view.volume))
+
+    async def _view(self, name: str) -> VolumeView:
+        view = await self._volumes.view(name)
+        if view is None:
+            raise await self._volumes.not_found_error(name)
+        return view
+
+    async def list(self, *, page_size: int, page_token: str) -> Page[VolumeDetails]:
+        """Volumes of all nodes in the order of their names. Raises ResumeTokenExpired.
+
+        What is in use is told of those that have a size: to count the files of all others would take too long.
+        """
+        page = await self._store.volumes(page_size=page_size, page_token=page_token)
+        holders = await self._mounting_containers() if page.items else {}
+        sized = [view.volume if view.volume.size_bytes else None for view in page.items]
+        used = await asyncio.gather(*(self._used_bytes(volume) for volume in sized))
+        seen = [
+            VolumeDetails(view, tuple(holders.get(view.volume.name, ())), bytes_used)
+            for view, bytes_used in zip(page.items, used, strict=True)
+        ]
+        return Page(tuple(seen), page.next_token, page.watch_token)
+
+    async def _mounting_containers(self) -> Mapping[str, Sequence[str]]:
+        found: defaultdict[str, deque[str]] = defaultdict(deque)
+        for view in await all_containers(self._store):
+            for volume in dict.fromkeys(mount.volume for mount in view.container.spec.mounts if mount.volume):
+                found[volume].append(view.container.name)
+        return found
+
+    async def _used_bytes(self, volume: Volume | None) -> int | None:
+        if volume is None or volume.backing is None or volume.state is not VolumeState.READY:
+            return None
+        if volume.node != self._volumes.node:
+            return None
+        try:
+            async with self._usage_reads, asyncio.timeout(_USAGE_TIMEOUT_SECONDS):
+                return (await self._backends.of_kind(volume.backing.kind).usage(volume.backing)).used_bytes
+        except (GpudockError, TimeoutError):
+            return None
+
+    async def revisions(self, name: str, *, page_size: int, page_token: str) -> Page[VolumeRevision]:
+        """A volume's history, oldest first. Raises VolumeNotFound, ResumeTokenExpired."""
+        volume = (await self._view(name)).volume
+        return await self._store.volume_revisions(volume.uid, page_size=page_size, page_token=page_token)
+
+    async def run(self, command: Command, request: RequestKey | None) -> VolumeDetails:
+        """Begin an operation and wait for its end; the volume that it leaves."""
+        result = await self._run(command, request)
+        if not isinstance(result, Volume):
+            raise TypeError(f"{type(command).__name__} leaves no volume")
+        return VolumeDetails(VolumeView(result, 0, ""), ())
