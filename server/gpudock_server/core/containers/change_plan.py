@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gpudock_server.core.containers.change_arguments import ChangeArguments, SuccessorFiles, SuccessorSource
-from gpudock_server.core.containers.change_saga import ContainerChanges
+from gpudock_server.core.containers.change_saga import ChangeSaga, ContainerChanges
 from gpudock_server.core.containers.history import prunable_revisions
 from gpudock_server.core.containers.limits import check_limits
 from gpudock_server.core.containers.snapshots import SnapshotArguments
@@ -146,7 +146,7 @@ class ChangePlanner:
             # head before the commit, so nobody may delete that meanwhile.
             locks=[one.volume.target for one in joining],
             conditions=[RequireVolumeVersion(one.volume.name, one.version) for one in joining],
-            build=lambda operation: self.changes.saga(operation, desired.registry_auth),
+            build=lambda operation: ChangeSaga(self.changes, operation, desired.registry_auth),
         )
 
     async def _require_same_volumes(

@@ -33,16 +33,7 @@ from dataclasses import dataclass
 from typing_extensions import override
 
 from gpudock_server.core.containers.change_arguments import ChangeArguments, SuccessorFiles
-from gpudock_server.core.containers.create import (
-    CREATED,
-    VERIFIED,
-    CreatedEngineContainer,
-    WatchedStart,
-    anonymous_volumes,
-    engine_container_labels,
-    exit_code_of_start,
-)
-from gpudock_server.core.containers.engine_containers import EngineContainers
+from gpudock_server.core.containers.engine_containers import CREATED, CreatedEngineContainer, EngineContainers
 from gpudock_server.core.containers.history import History, revision_of
 from gpudock_server.core.containers.images import PULLED, Images, Pull, PulledImage
 from gpudock_server.core.containers.layer_images import (
@@ -55,6 +46,12 @@ from gpudock_server.core.containers.layer_images import (
 )
 from gpudock_server.core.containers.ledger import write_ledger_entry
 from gpudock_server.core.containers.mounts import Mounts
+from gpudock_server.core.containers.new_container import (
+    VERIFIED,
+    WatchedStart,
+    anonymous_volumes,
+    exit_code_of_start,
+)
 from gpudock_server.core.containers.resource import ContainerResource
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.snapshots import RevisionSnapshots
@@ -67,7 +64,7 @@ from gpudock_server.model.container import (
     Container,
     EngineBinding,
 )
-from gpudock_server.model.engine import EngineContainer, EngineContainerSpec, RegistryAuth
+from gpudock_server.model.engine import EngineContainer, RegistryAuth
 from gpudock_server.model.names import engine_container_name
 from gpudock_server.model.operation import LayerTransferMethod, Operation, StageState
 from gpudock_server.model.record import Record, now
@@ -107,10 +104,6 @@ class ContainerChanges:
     snapshots: RevisionSnapshots
     history: History
     claims: HostClaims
-
-    def saga(self, operation: Operation, registry_auth: RegistryAuth | None = None) -> ChangeSaga:
-        """The saga of an operation; `registry_auth` as in ChangeSaga."""
-        return ChangeSaga(self, operation, registry_auth)
 
 
 class ChangeSaga(ContainerSaga):
@@ -301,22 +294,17 @@ class ChangeSaga(ContainerSaga):
         return self._new_image(operation) or self._arguments.old.image_id
 
     async def _create(self, run: OperationRun) -> CreatedEngineContainer:
-        arguments, operation = self._arguments, run.operation
-        image_id = self._successor_image(operation)
-        name = engine_container_name(operation.target.name, operation.id)
-        engine_id = await self._changes.engine_containers.create(
-            EngineContainerSpec(
-                name=name,
-                image_id=image_id,
-                spec=arguments.spec,
-                placement=arguments.placement,
-                hostname=arguments.spec.hostname or operation.target.name,
-                labels=engine_container_labels(operation, arguments.revision, arguments.owner),
-                volumes=arguments.old.anonymous_volumes,
-                mounted=await self._changes.mounts.ensure_engine_volumes(arguments.spec.mounts),
-            )
+        arguments = self._arguments
+        return await self._changes.engine_containers.create(
+            run.operation,
+            image_id=self._successor_image(run.operation),
+            spec=arguments.spec,
+            placement=arguments.placement,
+            revision=arguments.revision,
+            owner=arguments.owner,
+            mounted=await self._changes.mounts.ensure_engine_volumes(arguments.spec.mounts),
+            anonymous=arguments.old.anonymous_volumes,
         )
-        return CreatedEngineContainer(engine_id=engine_id, engine_name=name, image_id=image_id)
 
     async def _remove_successor(self, run: OperationRun) -> None:
         if await self._predecessor_is_gone(run):

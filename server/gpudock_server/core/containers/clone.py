@@ -19,63 +19,48 @@ carry or a snapshot belongs to the source and goes with it: the clone gives it a
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 from typing_extensions import override
 
 from gpudock_server.core.containers.commands import Clone
-from gpudock_server.core.containers.create import (
-    CREATED,
-    VERIFIED,
-    CreatedEngineContainer,
-    WatchedStart,
-    anonymous_volumes,
-    engine_container_labels,
-    exit_code_of_start,
-)
-from gpudock_server.core.containers.engine_containers import EngineContainers
-from gpudock_server.core.containers.history import History, revision_of
+from gpudock_server.core.containers.engine_containers import CREATED, CreatedEngineContainer
+from gpudock_server.core.containers.history import History
 from gpudock_server.core.containers.images import Images
 from gpudock_server.core.containers.layer_images import LAYER_IMAGE, LayerImage, LayerImages, layer_image_name
-from gpudock_server.core.containers.ledger import write_ledger_entry
-from gpudock_server.core.containers.limits import check_limits
-from gpudock_server.core.containers.mounts import Mounts, require_unchanged
-from gpudock_server.core.containers.resource import ContainerResource
-from gpudock_server.core.containers.saga import ContainerSaga
-from gpudock_server.core.containers.status import observed_status, status_after_start
+from gpudock_server.core.containers.mounts import require_unchanged
+from gpudock_server.core.containers.new_container import (
+    NewContainerArguments,
+    NewContainers,
+    NewContainerSaga,
+    anonymous_volumes,
+)
+from gpudock_server.core.containers.status import observed_status
 from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step
-from gpudock_server.core.placement.allocator import AllocationRequest, Allocator
-from gpudock_server.core.placement.claims import HostClaims
 from gpudock_server.errors import (
     ContainerNotRunning,
     ImageNotFound,
     SnapshotFailed,
     SnapshotNotFound,
 )
-from gpudock_server.model.claims import claim_keys
 from gpudock_server.model.container import (
     Container,
     ContainerState,
-    ContainerStatus,
     EngineBinding,
-    Placement,
     RevisionCause,
 )
-from gpudock_server.model.engine import EngineContainer, EngineContainerSpec, EngineState, NodeLimits
-from gpudock_server.model.names import engine_container_name
+from gpudock_server.model.engine import EngineContainer, EngineState
 from gpudock_server.model.operation import LayerTransferMethod, Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import Record, now
 from gpudock_server.model.resource import ResourceRef
 from gpudock_server.model.snapshot import SnapshotKey, SnapshotKind
 from gpudock_server.model.spec import ContainerSpec
 from gpudock_server.model.store_changes import (
-    DeleteContainer,
     PutContainer,
-    PutRevision,
     StoreChange,
 )
 from gpudock_server.ports import ContainerView, Engine, LayerStore, SnapshotStore
@@ -116,39 +101,29 @@ class CloneFiles(Record):
     warnings: tuple[str, ...] = ()
 
 
-class CloneArguments(Record):
-    """What the saga needs to be built again. `verify` is as in CreateArguments."""
+class CloneArguments(NewContainerArguments):
+    """What the saga needs to be built again."""
 
     source: ResourceRef
     files: CloneFiles
-    spec: ContainerSpec
-    placement: Placement
-    start: bool
-    verify: bool = False
-    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class CloneContainer:
     """Checks that a clone can be made, finds its files, and picks what it is given."""
 
-    containers: ContainerResource
+    new: NewContainers
     engine: Engine
-    engine_containers: EngineContainers
-    mounts: Mounts
     images: Images
     layers: LayerStore
     layer_images: LayerImages
     snapshots: SnapshotStore
     history: History
-    allocator: Allocator
-    claims: HostClaims
-    limits: NodeLimits
 
     async def draft(self, command: Clone) -> OperationDraft:
         """Check that it can be made, find its files, and pick what it would be given."""
-        await self.containers.require_free_name(command.name)
-        view = await self.containers.find_unlocked(command.source)
+        await self.new.containers.require_free_name(command.name)
+        view = await self.new.containers.find_unlocked(command.source)
         source = view.container
         found, files = await self._spec_and_files(source, command.revision)
         owner = command.owner or source.owner
@@ -158,30 +133,15 @@ class CloneContainer:
         spec = command.change.apply(found)
         if files.source is not None and spec.user != found.user:
             await self.images.require_user_in_files(source, spec.user)
-        check_limits(self.limits, spec)
-        volumes = await self.mounts.check(spec.mounts)
-        clone_uid = str(uuid.uuid4())
-        allocation = await self.allocator.allocate(AllocationRequest(uid=clone_uid, gpus=spec.gpus, ports=spec.ports))
-        moment = now()
-        container = Container(
-            name=command.name,
-            uid=clone_uid,
-            node=self.containers.node,
-            owner=owner,
-            generation=1,
-            revision=0,
-            spec=spec,
-            status=ContainerStatus(state=ContainerState.CREATING, placement=allocation.placement, holds_resources=True),
-            create_time=moment,
-            update_time=moment,
-        )
+        volumes = await self.new.check(spec)
+        container, allocation = await self.new.new_record(command.name, owner, spec)
         arguments = CloneArguments(
             source=source.target,
             files=files,
             spec=spec,
             placement=allocation.placement,
             start=not command.create_only,
-            verify=not command.create_only and self.engine_containers.watches_starts,
+            verify=not command.create_only and self.new.engine_containers.watches_starts,
             owner=container.owner,
         )
         return OperationDraft(
@@ -200,11 +160,11 @@ class CloneContainer:
                 new_spec=spec,
                 warnings=(*files.warnings, *_anonymous_volume_warnings(source, spec)),
             ),
-            claims=self.claims.claim(container, allocation.to_claim),
+            claims=self.new.claims.claim(container, allocation.to_claim),
             locks=(source.target,),
             # It must be as it was read: another operation may have come and gone before the lock is taken.
             conditions=(PutContainer(source, expect=view.version), *require_unchanged(volumes)),
-            build=self.saga,
+            build=partial(CloneSaga, self),
         )
 
     async def _spec_and_files(self, source: Container, revision: int) -> tuple[ContainerSpec, CloneFiles]:
@@ -269,10 +229,6 @@ class CloneContainer:
             }
         )
 
-    def saga(self, operation: Operation) -> CloneSaga:
-        """The saga of a recorded operation."""
-        return CloneSaga(self, operation)
-
 
 def _anonymous_volume_warnings(source: Container, spec: ContainerSpec) -> tuple[str, ...]:
     volumes = source.engine.anonymous_volumes if source.engine else {}
@@ -283,14 +239,14 @@ def _anonymous_volume_warnings(source: Container, spec: ContainerSpec) -> tuple[
     )
 
 
-class CloneSaga(ContainerSaga):
+class CloneSaga(NewContainerSaga):
     """See the module's docstring."""
 
     def __init__(self, clone: CloneContainer, operation: Operation) -> None:
         """Builds the script from the operation's arguments."""
-        super().__init__(clone.containers)
-        self._clone = clone
         self._arguments = CloneArguments.model_validate(operation.arguments)
+        super().__init__(clone.new, self._arguments)
+        self._clone = clone
         self._files = self._arguments.files
 
     # -- the script --------------------------------------------------------------------------------------------------
@@ -299,13 +255,10 @@ class CloneSaga(ContainerSaga):
     @override
     def steps(self) -> tuple[Step, ...]:
         create = Step(CREATED.step, self._create, self._remove)
-        start = (Step("start", self._start),) if self._arguments.start else ()
-        if self._arguments.verify:
-            start = (*start, Step(VERIFIED.step, self._verify))
         if self._files.origin is CloneOrigin.COMMIT:
-            return (Step(LAYER_IMAGE.step, self._snapshot, self._thaw_and_remove_images), create, *start)
+            return (Step(LAYER_IMAGE.step, self._snapshot, self._thaw_and_remove_images), create, *self._start_steps)
         own_name = (Step("name", self._tag_image, self._untag_image),) if self._needs_own_tag else ()
-        return (*own_name, create, *self._file_steps, *start)
+        return (*own_name, create, *self._file_steps, *self._start_steps)
 
     @property
     def _file_steps(self) -> tuple[Step, ...]:
@@ -344,33 +297,8 @@ class CloneSaga(ContainerSaga):
     # -- the clone ---------------------------------------------------------------------------------------------------
 
     async def _create(self, run: OperationRun) -> CreatedEngineContainer:
-        spec, operation = self._arguments.spec, run.operation
-        image = LAYER_IMAGE.find(operation)
-        image_id = image.image_id if image else self._files.image_id
-        name = engine_container_name(operation.target.name, operation.id)
-        engine_id = await self._clone.engine_containers.create(
-            EngineContainerSpec(
-                name=name,
-                image_id=image_id,
-                spec=spec,
-                placement=self._arguments.placement,
-                hostname=spec.hostname or operation.target.name,
-                labels=engine_container_labels(operation, 1, self._arguments.owner),
-                mounted=await self._clone.mounts.ensure_engine_volumes(spec.mounts),
-            )
-        )
-        return CreatedEngineContainer(engine_id=engine_id, engine_name=name, image_id=image_id)
-
-    async def _remove(self, run: OperationRun) -> None:
-        await self._clone.engine_containers.remove_created(run.operation)
-
-    async def _start(self, run: OperationRun) -> None:
-        await self._clone.engine_containers.start(_clone_engine_id(run), self._arguments.spec)
-
-    async def _verify(self, run: OperationRun) -> WatchedStart:
-        starts = self._clone.engine_containers
-        code = await starts.wait_for_exit(_clone_engine_id(run), starts.start_watch_seconds)
-        return WatchedStart(exit_code=code)
+        image = LAYER_IMAGE.find(run.operation)
+        return await self._create_from(run, image.image_id if image else self._files.image_id)
 
     # -- its files ---------------------------------------------------------------------------------------------------
 
@@ -396,7 +324,7 @@ class CloneSaga(ContainerSaga):
     async def _frozen_source(self, run: OperationRun) -> AsyncIterator[None]:
         """The source frozen, if it has to be. All of it is one step, so that it waits for no record meanwhile."""
         if self._files.freeze:
-            await self._clone.engine_containers.freeze((await self._inspect(self._source_binding().engine_id)).id)
+            await self._new.engine_containers.freeze((await self._inspect(self._source_binding().engine_id)).id)
         try:
             yield
         finally:
@@ -404,7 +332,7 @@ class CloneSaga(ContainerSaga):
 
     async def _thaw(self, _run: OperationRun) -> None:
         if self._files.freeze:
-            await self._clone.engine_containers.thaw_if_frozen(self._source_binding().engine_id)
+            await self._new.engine_containers.thaw_if_frozen(self._source_binding().engine_id)
 
     def _source_binding(self) -> EngineBinding:
         if self._files.source is None:
@@ -421,24 +349,10 @@ class CloneSaga(ContainerSaga):
 
     @override
     async def success_changes(self, run: OperationRun, view: ContainerView) -> Outcome:
-        arguments = self._arguments
         binding = await self._binding(run)
-        container = view.container.changed(engine=binding, revision=1, update_time=now())
         seen = await self._clone.engine.inspect(binding.engine_id)
-        if arguments.start:
-            status = status_after_start(container, seen, exit_code_of_start(run.operation))
-        else:
-            status = observed_status(container, seen)
-        container = container.changed(status=status)
-        revision = revision_of(container, RevisionCause.CLONED, run.operation.id)
-        await write_ledger_entry(self._clone.history.ledger, container, revision)
-        changes: list[StoreChange] = [
-            PutContainer(container, expect=view.version),
-            PutRevision(revision),
-            *self._clone.claims.confirm(container, claim_keys(arguments.placement)),
-            *await self._source_changes(),
-        ]
-        return Outcome(changes, container)
+        made = await self._outcome(run, view, binding, seen, RevisionCause.CLONED)
+        return Outcome([*made.changes, *await self._source_changes()], made.result)
 
     async def _binding(self, run: OperationRun) -> EngineBinding:
         arguments, created = self._arguments, CREATED.of(run.operation)
@@ -464,11 +378,7 @@ class CloneSaga(ContainerSaga):
 
     @override
     async def failure_changes(self, run: OperationRun, view: ContainerView) -> Sequence[StoreChange]:
-        return [
-            DeleteContainer(view.container.name, view.container.uid, expect=view.version),
-            *self._clone.claims.release(view.container.uid, claim_keys(self._arguments.placement)),
-            *await self._source_changes(),
-        ]
+        return [*await super().failure_changes(run, view), *await self._source_changes()]
 
     async def _source_changes(self) -> list[StoreChange]:
         """What its engine container did meanwhile: nobody looks at one that is locked."""

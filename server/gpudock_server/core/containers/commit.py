@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from typing_extensions import override
 
@@ -166,7 +167,7 @@ class CommitContainer:
                 allocated_bytes=cost.allocated_bytes,
                 expected_freeze_seconds=_freeze_seconds(cost, shadow=copy.shadow) if freeze else None,
             ),
-            build=self.saga,
+            build=partial(CommitSaga, self),
         )
 
     async def _copy_plan(self, seen: EngineContainer, cost: CommitCost) -> _CopyPlan:
@@ -188,10 +189,6 @@ class CommitContainer:
         why = reason or "its files cannot be measured"
         warning = f"the container is frozen while the engine writes the image{how_long}: {why}"
         return _CopyPlan(shadow=False, warnings=(warning,))
-
-    def saga(self, operation: Operation) -> CommitSaga:
-        """The saga of a recorded operation."""
-        return CommitSaga(self, operation)
 
 
 def _sparse_file_warnings(cost: CommitCost) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from typing_extensions import override
 
@@ -55,12 +56,8 @@ class DeleteContainer:
             target_record=PutContainer(container.with_status(state=ContainerState.DELETING), expect=view.version),
             arguments=arguments.model_dump(mode="json"),
             plan=OperationPlan(),
-            build=self.saga,
+            build=partial(DeleteSaga, self),
         )
-
-    def saga(self, operation: Operation) -> DeleteSaga:
-        """The saga of a recorded operation."""
-        return DeleteSaga(self, operation)
 
 
 class DeleteSaga(ContainerSaga):

@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from gpudock_server.core.containers.status import has_just_restarted, observed_status
+from gpudock_server.core.operations.saga import StepResult
 from gpudock_server.errors import EngineRejected, EngineUnavailable
-from gpudock_server.model.container import Container
-from gpudock_server.model.engine import LABEL_OPERATION, EngineContainer, EngineContainerSpec, EngineState
+from gpudock_server.model.container import Container, Placement
+from gpudock_server.model.engine import (
+    LABEL_NAME,
+    LABEL_NODE,
+    LABEL_OPERATION,
+    LABEL_OWNER,
+    LABEL_REVISION,
+    LABEL_UID,
+    EngineContainer,
+    EngineContainerSpec,
+    EngineState,
+)
 from gpudock_server.model.names import engine_container_name
 from gpudock_server.model.operation import Operation
+from gpudock_server.model.record import Record
 from gpudock_server.model.spec import ContainerSpec
 from gpudock_server.ports import Engine, HostPaths
 
 # What an engine that answers needs, after a grace period, to kill a process and report it.
 _KILL_SECONDS = 5.0
 _POLL_SECONDS = 0.05
+
+
+class CreatedEngineContainer(Record):
+    """The engine container that an operation created, its name, and the image that it was created from."""
+
+    engine_id: str
+    engine_name: str
+    image_id: str
+
+
+CREATED = StepResult("create", CreatedEngineContainer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +67,46 @@ class EngineContainers:
         """The container with the status that the engine shows."""
         return container.changed(status=observed_status(container, await self.engine.inspect(engine_id)))
 
-    async def create(self, engine_spec: EngineContainerSpec) -> str:
-        """Create an engine container, its host paths bound; its engine id. Raises HostPathForbidden, HostPathFailed."""
-        bound = await self.host_paths.bind(engine_spec.name, engine_spec.spec.host_paths)
-        return await self.engine.create(replace(engine_spec, bound=bound))
+    async def create(
+        self,
+        operation: Operation,
+        *,
+        image_id: str,
+        spec: ContainerSpec,
+        placement: Placement,
+        revision: int,
+        owner: str,
+        mounted: dict[str, str],
+        anonymous: dict[str, str] | None = None,
+    ) -> CreatedEngineContainer:
+        """Create the engine container of an operation, its host paths bound.
+
+        Its labels mark it as ours and, with its spec, make up its record. `mounted` and `anonymous` are `mounted` and
+        `volumes` of EngineContainerSpec. Raises HostPathForbidden, HostPathFailed.
+        """
+        name = engine_container_name(operation.target.name, operation.id)
+        labels = {
+            LABEL_UID: operation.target.uid,
+            LABEL_NAME: operation.target.name,
+            LABEL_NODE: operation.node,
+            LABEL_REVISION: str(revision),
+            LABEL_OPERATION: operation.id,
+            LABEL_OWNER: owner,
+        }
+        engine_id = await self.engine.create(
+            EngineContainerSpec(
+                name=name,
+                image_id=image_id,
+                spec=spec,
+                placement=placement,
+                hostname=spec.hostname or operation.target.name,
+                labels=labels,
+                volumes=anonymous or {},
+                mounted=mounted,
+                bound=await self.host_paths.bind(name, spec.host_paths),
+            )
+        )
+        return CreatedEngineContainer(engine_id=engine_id, engine_name=name, image_id=image_id)
 
     async def start(self, engine_id: str, spec: ContainerSpec | None = None, *, renew: bool = True) -> None:
         """Start an engine container, whose host paths are resolved and bound again before.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 from typing_extensions import override
 
@@ -168,12 +169,8 @@ class DeleteRevisionOfContainer:
             target_record=PutContainer(container, expect=view.version),
             arguments=arguments.model_dump(mode="json"),
             plan=OperationPlan(),
-            build=self.saga,
+            build=partial(DeleteRevisionSaga, self),
         )
-
-    def saga(self, operation: Operation) -> DeleteRevisionSaga:
-        """The saga of a recorded operation."""
-        return DeleteRevisionSaga(self.containers, self.history, operation)
 
 
 class DeleteRevisionSaga(ContainerSaga):
@@ -181,10 +178,10 @@ class DeleteRevisionSaga(ContainerSaga):
 
     cancellable = False
 
-    def __init__(self, containers: ContainerResource, history: History, operation: Operation) -> None:
+    def __init__(self, delete: DeleteRevisionOfContainer, operation: Operation) -> None:
         """Builds the script from the operation's arguments."""
-        super().__init__(containers)
-        self._history = history
+        super().__init__(delete.containers)
+        self._history = delete.history
         self._arguments = DeleteRevisionArguments.model_validate(operation.arguments)
 
     @property

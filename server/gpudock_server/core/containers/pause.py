@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from typing_extensions import override
 
@@ -57,12 +58,8 @@ class PauseContainer:
             target_record=PutContainer(container, expect=view.version),
             arguments=arguments.model_dump(mode="json"),
             plan=OperationPlan(placement=container.status.placement),
-            build=self.saga,
+            build=partial(PauseSaga, self),
         )
-
-    def saga(self, operation: Operation) -> PauseSaga:
-        """The saga of a recorded operation."""
-        return PauseSaga(self, operation)
 
 
 class PauseSaga(ContainerSaga):

@@ -6,9 +6,11 @@ which checks it, picks cards and ports, and says what it will do; the saga it bu
 
 from __future__ import annotations
 
+from functools import partial
+
 from gpudock_server.core.containers.change_plan import ChangePlanner
-from gpudock_server.core.containers.change_saga import ContainerChanges
-from gpudock_server.core.containers.clone import CloneContainer
+from gpudock_server.core.containers.change_saga import ChangeSaga, ContainerChanges
+from gpudock_server.core.containers.clone import CloneContainer, CloneSaga
 from gpudock_server.core.containers.commands import (
     Clone,
     Command,
@@ -25,20 +27,21 @@ from gpudock_server.core.containers.commands import (
     Unpause,
     Update,
 )
-from gpudock_server.core.containers.commit import CommitContainer
-from gpudock_server.core.containers.create import CreateContainer
-from gpudock_server.core.containers.delete import DeleteContainer
+from gpudock_server.core.containers.commit import CommitContainer, CommitSaga
+from gpudock_server.core.containers.create import CreateContainer, CreateSaga
+from gpudock_server.core.containers.delete import DeleteContainer, DeleteSaga
 from gpudock_server.core.containers.engine_containers import EngineContainers
-from gpudock_server.core.containers.history import DeleteRevisionOfContainer, History
+from gpudock_server.core.containers.history import DeleteRevisionOfContainer, DeleteRevisionSaga, History
 from gpudock_server.core.containers.images import Images
 from gpudock_server.core.containers.layer_images import LayerImages
 from gpudock_server.core.containers.lifecycle import Lifecycle
 from gpudock_server.core.containers.mounts import Mounts
-from gpudock_server.core.containers.pause import PauseContainer
+from gpudock_server.core.containers.new_container import NewContainers
+from gpudock_server.core.containers.pause import PauseContainer, PauseSaga
 from gpudock_server.core.containers.resource import ContainerResource
 from gpudock_server.core.containers.rollback import RollbackContainer
 from gpudock_server.core.containers.snapshots import RevisionSnapshots
-from gpudock_server.core.containers.stop import StopContainer
+from gpudock_server.core.containers.stop import StopContainer, StopSaga
 from gpudock_server.core.containers.update import UpdateContainer
 from gpudock_server.core.operations.commands import Commands, Drafter
 from gpudock_server.core.operations.engine import Operations, RequestKey
@@ -60,7 +63,7 @@ _CHANGES = (
 
 
 class ContainerUseCases:
-    """What can be done to containers: each use case drafts an operation, and builds the saga of a recorded one."""
+    """What can be done to containers: each use case drafts an operation, which its saga does."""
 
     def __init__(
         self,
@@ -97,30 +100,24 @@ class ContainerUseCases:
         self.lifecycle = Lifecycle(containers, history, planner)
         self.update = UpdateContainer(containers, history, images, planner)
         self._rollback = RollbackContainer(containers, engine, history, planner)
-        self._create = CreateContainer(
+        new = NewContainers(
             containers=containers,
-            engine=engine,
             engine_containers=engine_containers,
             mounts=mounts,
-            images=images,
             allocator=allocator,
             claims=claims,
             ledger=history.ledger,
             limits=limits,
         )
+        self._create = CreateContainer(new, engine, images)
         self._clone = CloneContainer(
-            containers=containers,
+            new=new,
             engine=engine,
-            engine_containers=engine_containers,
-            mounts=mounts,
             images=images,
             layers=layers,
             layer_images=layer_images,
             snapshots=revision_files,
             history=history,
-            allocator=allocator,
-            claims=claims,
-            limits=limits,
         )
         self._delete_revision = DeleteRevisionOfContainer(containers, history)
         self.stop = StopContainer(containers, engine, engine_containers, snapshots, history, claims)
@@ -132,15 +129,15 @@ class ContainerUseCases:
     def saga_builders(self) -> dict[OperationKind, SagaBuilder]:
         """Makes the saga of a recorded operation on a container, by its kind."""
         return {
-            OperationKind.CREATE: self._create.saga,
-            **dict.fromkeys(_CHANGES, self._changes.saga),
-            OperationKind.CLONE: self._clone.saga,
-            OperationKind.DELETE_REVISION: self._delete_revision.saga,
-            OperationKind.STOP: self.stop.saga,
-            OperationKind.PAUSE: self._pause.saga,
-            OperationKind.UNPAUSE: self._pause.saga,
-            OperationKind.DELETE: self._delete.saga,
-            OperationKind.COMMIT: self._commit.saga,
+            OperationKind.CREATE: partial(CreateSaga, self._create),
+            **dict.fromkeys(_CHANGES, partial(ChangeSaga, self._changes)),
+            OperationKind.CLONE: partial(CloneSaga, self._clone),
+            OperationKind.DELETE_REVISION: partial(DeleteRevisionSaga, self._delete_revision),
+            OperationKind.STOP: partial(StopSaga, self.stop),
+            OperationKind.PAUSE: partial(PauseSaga, self._pause),
+            OperationKind.UNPAUSE: partial(PauseSaga, self._pause),
+            OperationKind.DELETE: partial(DeleteSaga, self._delete),
+            OperationKind.COMMIT: partial(CommitSaga, self._commit),
         }
 
     @property

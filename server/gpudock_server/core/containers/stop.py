@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from typing_extensions import override
 
@@ -120,12 +121,8 @@ class StopContainer:
                 snapshot=arguments.keep.kind,
                 warnings=arguments.keep.warnings,
             ),
-            build=self.saga,
+            build=partial(StopSaga, self),
         )
-
-    def saga(self, operation: Operation) -> StopSaga:
-        """The saga of a recorded operation."""
-        return StopSaga(self, operation)
 
 
 class StopSaga(ContainerSaga):

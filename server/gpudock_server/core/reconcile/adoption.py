@@ -8,9 +8,9 @@ from datetime import timedelta
 
 import structlog
 
-from gpudock_server.core.containers.create import anonymous_volumes
 from gpudock_server.core.containers.engine_containers import EngineContainers
 from gpudock_server.core.containers.layer_images import layer_image_name_of
+from gpudock_server.core.containers.new_container import anonymous_volumes
 from gpudock_server.core.containers.operation_history import read_operation_history
 from gpudock_server.core.containers.status import observed_status
 from gpudock_server.core.operations.driver import recorded_error

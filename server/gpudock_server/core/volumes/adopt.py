@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
+from functools import partial
 
 from typing_extensions import override
 
@@ -71,7 +72,7 @@ class AdoptVolume(NewVolumes):
             target_record=PutVolume(volume, expect=0),
             arguments=arguments.model_dump(mode="json"),
             plan=plan,
-            build=self.saga,
+            build=partial(AdoptSaga, self),
         )
 
     async def _find_adoptable(self, command: Adopt) -> EngineVolume:
@@ -125,10 +126,6 @@ class AdoptVolume(NewVolumes):
         users = await self.engine.mounting(engine_volume)
         if running := tuple(one.name for one in users if one.running):
             raise EngineVolumeInUse(volume=name, engine_volume=engine_volume, holders=running)
-
-    def saga(self, operation: Operation) -> AdoptSaga:
-        """The saga of a recorded operation."""
-        return AdoptSaga(self, operation)
 
 
 class AdoptSaga(NewVolumeSaga):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from typing_extensions import override
 
@@ -112,12 +113,8 @@ class CreateVolume(NewVolumes):
             target_record=PutVolume(volume, expect=0),
             arguments=arguments.model_dump(mode="json"),
             plan=OperationPlan(),
-            build=self.saga,
+            build=partial(CreateSaga, self),
         )
-
-    def saga(self, operation: Operation) -> CreateSaga:
-        """The saga of a recorded operation."""
-        return CreateSaga(self, operation)
 
 
 class NewVolumeSaga(VolumeSaga):

@@ -73,7 +73,7 @@ class DeleteVolume:
             target_record=PutVolume(volume.changed(state=VolumeState.DELETING), expect=view.version),
             arguments=arguments.model_dump(mode="json"),
             plan=plan,
-            build=self.saga,
+            build=partial(DeleteSaga, self),
         )
 
     async def require_unused(self, name: str, backing: VolumeBacking | None) -> None:
@@ -102,10 +102,6 @@ class DeleteVolume:
             warnings=(*warnings, *(warning for one in plans for warning in one.warnings)),
         )
         return arguments.model_copy(update={"detach": tuple(view.container.target for view in views)}), plan
-
-    def saga(self, operation: Operation) -> DeleteSaga:
-        """The saga of a recorded operation."""
-        return DeleteSaga(self, operation)
 
 
 class DeleteSaga(VolumeSaga):

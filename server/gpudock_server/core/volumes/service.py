@@ -9,17 +9,18 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from gpudock_server.core.listings import all_containers, containers_mounting
 from gpudock_server.core.operations.commands import Commands, Drafter
 from gpudock_server.core.operations.engine import Operations, RequestKey
 from gpudock_server.core.operations.saga import SagaBuilder
-from gpudock_server.core.volumes.adopt import AdoptVolume
+from gpudock_server.core.volumes.adopt import AdoptSaga, AdoptVolume
 from gpudock_server.core.volumes.adoption_rules import AdoptionRules
 from gpudock_server.core.volumes.backends import VolumeBackends
 from gpudock_server.core.volumes.commands import Adopt, Command, Create, Delete, Resize
-from gpudock_server.core.volumes.create import CreateVolume
-from gpudock_server.core.volumes.delete import DeleteVolume, DraftUnmount
+from gpudock_server.core.volumes.create import CreateSaga, CreateVolume
+from gpudock_server.core.volumes.delete import DeleteSaga, DeleteVolume, DraftUnmount
 from gpudock_server.core.volumes.engine_volumes import EngineVolumes
 from gpudock_server.core.volumes.resize import ContainerProcesses, ResizeVolume
 from gpudock_server.core.volumes.resource import VolumeResource
@@ -35,7 +36,7 @@ _MAX_PARALLEL_USAGE_READS = 4
 
 
 class VolumeUseCases:
-    """What can be done to volumes: each use case drafts an operation, and builds the saga of a recorded one."""
+    """What can be done to volumes: each use case drafts an operation, which its saga does."""
 
     def __init__(
         self,
@@ -60,10 +61,10 @@ class VolumeUseCases:
     def saga_builders(self) -> dict[OperationKind, SagaBuilder]:
         """Makes the saga of a recorded operation on a volume, by its kind."""
         return {
-            OperationKind.CREATE_VOLUME: self._create.saga,
+            OperationKind.CREATE_VOLUME: partial(CreateSaga, self._create),
             OperationKind.RESIZE_VOLUME: self._resize.saga,
-            OperationKind.DELETE_VOLUME: self._delete.saga,
-            OperationKind.ADOPT_VOLUME: self._adopt.saga,
+            OperationKind.DELETE_VOLUME: partial(DeleteSaga, self._delete),
+            OperationKind.ADOPT_VOLUME: partial(AdoptSaga, self._adopt),
         }
 
     @property

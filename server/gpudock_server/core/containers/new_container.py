@@ -1,0 +1,175 @@
+"""What every new container is given and goes through, whether it is created from an image or cloned."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from typing_extensions import override
+
+from gpudock_server.core.containers.engine_containers import CREATED, CreatedEngineContainer, EngineContainers
+from gpudock_server.core.containers.history import revision_of
+from gpudock_server.core.containers.ledger import write_ledger_entry
+from gpudock_server.core.containers.limits import check_limits
+from gpudock_server.core.containers.mounts import Mounts
+from gpudock_server.core.containers.resource import ContainerResource
+from gpudock_server.core.containers.saga import ContainerSaga
+from gpudock_server.core.containers.status import observed_status, status_after_start
+from gpudock_server.core.operations.saga import OperationRun, Outcome, Step, StepResult
+from gpudock_server.core.placement.allocator import Allocation, AllocationRequest, Allocator
+from gpudock_server.core.placement.claims import HostClaims
+from gpudock_server.model.claims import claim_keys
+from gpudock_server.model.container import (
+    Container,
+    ContainerState,
+    ContainerStatus,
+    EngineBinding,
+    Placement,
+    RevisionCause,
+)
+from gpudock_server.model.engine import EngineContainer, NodeLimits
+from gpudock_server.model.operation import Operation
+from gpudock_server.model.record import Record, now
+from gpudock_server.model.spec import ContainerSpec
+from gpudock_server.model.store_changes import DeleteContainer, PutContainer, PutRevision, StoreChange
+from gpudock_server.ports import ContainerView, RevisionBackupStore, VolumeView
+
+
+class WatchedStart(Record):
+    """How a process ended that was watched after its start; None: it runs."""
+
+    exit_code: int | None = None
+
+
+VERIFIED = StepResult("verify", WatchedStart)
+
+
+class NewContainerArguments(Record):
+    """What the saga of a new container needs to be built again.
+
+    `verify`: the process is watched for a while (`start_watch_seconds`) before the start is reported.
+    """
+
+    spec: ContainerSpec
+    placement: Placement
+    start: bool
+    verify: bool = False
+    owner: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NewContainers:
+    """What new containers are checked with, given, and recorded with."""
+
+    containers: ContainerResource
+    engine_containers: EngineContainers
+    mounts: Mounts
+    allocator: Allocator
+    claims: HostClaims
+    ledger: RevisionBackupStore
+    limits: NodeLimits
+
+    async def check(self, spec: ContainerSpec) -> tuple[VolumeView, ...]:
+        """The volumes that it mounts. Raises LimitForbidden, and the errors of Mounts.check."""
+        check_limits(self.limits, spec)
+        return await self.mounts.check(spec.mounts)
+
+    async def new_record(self, name: str, owner: str, spec: ContainerSpec) -> tuple[Container, Allocation]:
+        """A head that is still to be given its engine container, and the cards and ports that are proposed for it."""
+        uid = str(uuid.uuid4())
+        allocation = await self.allocator.allocate(AllocationRequest(uid=uid, gpus=spec.gpus, ports=spec.ports))
+        moment = now()
+        container = Container(
+            name=name,
+            uid=uid,
+            node=self.containers.node,
+            owner=owner,
+            generation=1,
+            revision=0,
+            spec=spec,
+            status=ContainerStatus(state=ContainerState.CREATING, placement=allocation.placement, holds_resources=True),
+            create_time=moment,
+            update_time=moment,
+        )
+        return container, allocation
+
+
+class NewContainerSaga(ContainerSaga):
+    """What makes a container: an engine container, its start, and then the head and its first revision."""
+
+    def __init__(self, new: NewContainers, arguments: NewContainerArguments) -> None:
+        super().__init__(new.containers)
+        self._new = new
+        self._given = arguments
+
+    @property
+    def _start_steps(self) -> tuple[Step, ...]:
+        start = (Step("start", self._start),) if self._given.start else ()
+        return (*start, Step(VERIFIED.step, self._verify)) if self._given.verify else start
+
+    async def _create_from(self, run: OperationRun, image_id: str) -> CreatedEngineContainer:
+        given = self._given
+        return await self._new.engine_containers.create(
+            run.operation,
+            image_id=image_id,
+            spec=given.spec,
+            placement=given.placement,
+            revision=1,
+            owner=given.owner,
+            mounted=await self._new.mounts.ensure_engine_volumes(given.spec.mounts),
+        )
+
+    async def _remove(self, run: OperationRun) -> None:
+        await self._new.engine_containers.remove_created(run.operation)
+
+    async def _start(self, run: OperationRun) -> None:
+        await self._new.engine_containers.start(CREATED.of(run.operation).engine_id, self._given.spec)
+
+    async def _verify(self, run: OperationRun) -> WatchedStart:
+        """A process that ends at once is no failure; its exit code is for the status."""
+        starts, engine_id = self._new.engine_containers, CREATED.of(run.operation).engine_id
+        return WatchedStart(exit_code=await starts.wait_for_exit(engine_id, starts.start_watch_seconds))
+
+    async def _outcome(
+        self,
+        run: OperationRun,
+        view: ContainerView,
+        binding: EngineBinding,
+        seen: EngineContainer | None,
+        cause: RevisionCause,
+    ) -> Outcome:
+        """The head, bound to what the engine shows as `seen`, its first revision, and its claims."""
+        container = view.container.changed(engine=binding, revision=1, update_time=now())
+        if self._given.start:
+            status = status_after_start(container, seen, exit_code_of_start(run.operation))
+        else:
+            status = observed_status(container, seen)
+        container = container.changed(status=status)
+        revision = revision_of(container, cause, run.operation.id)
+        await write_ledger_entry(self._new.ledger, container, revision)
+        changes: list[StoreChange] = [
+            PutContainer(container, expect=view.version),
+            PutRevision(revision),
+            *self._new.claims.confirm(container, claim_keys(self._given.placement)),
+        ]
+        return Outcome(changes, container)
+
+    @override
+    async def failure_changes(self, run: OperationRun, view: ContainerView) -> Sequence[StoreChange]:
+        return [
+            DeleteContainer(view.container.name, view.container.uid, expect=view.version),
+            *self._new.claims.release(view.container.uid, claim_keys(self._given.placement)),
+        ]
+
+
+def exit_code_of_start(operation: Operation) -> int | None:
+    """With what the process that an operation started has ended since; None if it has not."""
+    watched = VERIFIED.find(operation)
+    return watched.exit_code if watched else None
+
+
+def anonymous_volumes(spec: ContainerSpec, volumes: dict[str, str]) -> dict[str, str]:
+    """Of the engine volumes mounted in a container, those that its image asked for and its spec did not."""
+    named = {mount.target for mount in spec.mounts}
+    return {target: name for target, name in volumes.items() if target not in named}
