@@ -98,6 +98,7 @@ class NodeCore:
             engine=engine,
             layers=ports.layers,
             revision_files=ports.snapshots,
+            ledger=ports.ledger,
             containers=self.container_resource,
             engine_containers=self.engine_containers,
             mounts=Mounts(self.volume_resource, self.engine_volumes, ports.host_paths),
@@ -139,7 +140,15 @@ class NodeCore:
 
     def retention(self, interval: float) -> Retention:
         """What prunes history. `interval` as in Retention."""
-        return Retention(self.history, self.containers, node=self._policy.node, interval=interval)
+        return Retention(
+            self.history,
+            self.containers,
+            store=self.ports.store,
+            snapshots=self.ports.snapshots,
+            ledger=self.ports.ledger,
+            node=self._policy.node,
+            interval=interval,
+        )
 
     def reconciler(
         self, drift: DriftTracker, *, interval: float, orphan_grace: float, start_retry_delays: tuple[float, float]
@@ -149,6 +158,10 @@ class NodeCore:
             self.operations,
             drift,
             store=self.ports.store,
+            engine=self.ports.engine,
+            snapshots=self.ports.snapshots,
+            ledger=self.ports.ledger,
+            host_paths=self.ports.host_paths,
             engine_containers=self.engine_containers,
             images=self.images,
             history=self.history,

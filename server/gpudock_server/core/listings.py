@@ -1,4 +1,4 @@
-"""Whole listings of the store, each as of one moment, and what every room reads from them."""
+"""Whole listings of the store, each as of one moment, and what use cases of several resources read from them."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class ChangePlanner:
     limits: NodeLimits
 
     async def draft(self, view: ContainerView, desired: DesiredState) -> OperationDraft:
-        """What it takes to bring a container there. Raises whatever speaks against it; nothing has been done then."""
+        """What it takes to bring a container there. Raises if the change is not possible; nothing is done here."""
         container = view.container
         engine, status = container.engine, container.status
         if engine is None:
@@ -103,7 +103,7 @@ class ChangePlanner:
         cause = _CAUSES.get(desired.kind, RevisionCause.SCALED) if desired.spec != container.spec or replace else None
         keep, prunes = SnapshotArguments(), False
         if cause is not None:
-            known = await self.changes.history.store.history(container.uid)
+            known = await self.changes.history.revisions(container.uid)
             commits = carry.method is LayerTransferMethod.COMMIT
             keep = await self.changes.snapshots.plan(container, desired.snapshots, known, commits=commits)
             # There will be one more.

@@ -76,7 +76,7 @@ from gpudock_server.model.store_changes import (
     PutSnapshot,
     StoreChange,
 )
-from gpudock_server.ports import ContainerView, Engine, LayerPair, LayerStore, SnapshotStore
+from gpudock_server.ports import ContainerView, Engine, LayerPair, LayerStore, RevisionBackupStore, SnapshotStore
 
 
 class LayerTransfer(Record):
@@ -103,6 +103,7 @@ class ContainerChanges:
     revision_files: SnapshotStore
     snapshots: RevisionSnapshots
     history: History
+    ledger: RevisionBackupStore
     claims: HostClaims
 
 
@@ -413,7 +414,7 @@ class ChangeSaga(ContainerSaga):
             # A snapshot on the disk says itself what it is, an image does not.
             image = kept if isinstance(kept, Snapshot) and kept.kind is SnapshotKind.IMAGE else None
             await write_ledger_entry(
-                self._changes.history.ledger, container, revision, (arguments.keep.revision, image) if image else None
+                self._changes.ledger, container, revision, (arguments.keep.revision, image) if image else None
             )
         wanted = claim_keys(arguments.placement)
         changes += self._changes.claims.confirm(container, wanted)

@@ -65,18 +65,22 @@ class History:
             keep_revisions=policy.keep_revisions or node.keep_revisions, keep_for=policy.keep_for or ages
         )
 
+    async def revisions(self, uid: str) -> tuple[RevisionView, ...]:
+        """A container's revisions, oldest first."""
+        return await self.store.history(uid)
+
     async def find_revision(self, container: Container, number: int) -> RevisionView:
         """One revision. Raises RevisionNotFound."""
         found = await self.store.revision(container.uid, number)
         if found is None:
-            history = await self.store.history(container.uid)
+            history = await self.revisions(container.uid)
             newest = [str(one.revision.revision) for one in reversed(history)][:_MAX_LISTED]
             raise RevisionNotFound(container=container.name, revision=number, available=tuple(newest))
         return found
 
     async def prune(self, uid: str, spec: ContainerSpec) -> None:
         """Let go of what the policy no longer keeps. The caller has the container locked. May be repeated."""
-        for view in prunable_revisions(await self.store.history(uid), self.limits(spec)):
+        for view in prunable_revisions(await self.revisions(uid), self.limits(spec)):
             await self.delete_files(uid, view.revision.revision, view.snapshot)
             # The record goes last, so that what is left of an interrupted removal is found again.
             await self.store.apply([store_changes.DeleteRevision(uid, view.revision.revision)])
@@ -103,11 +107,11 @@ class History:
 
     async def revisions_with_files(self, uid: str) -> tuple[RevisionView, ...]:
         """The revisions whose files are kept, oldest first."""
-        return tuple(one for one in await self.store.history(uid) if one.snapshot is not None)
+        return tuple(one for one in await self.revisions(uid) if one.snapshot is not None)
 
     async def delete_all(self, uid: str) -> None:
         """Remove all that was kept of the revisions of a container that is being deleted. May be repeated."""
-        for view in await self.store.history(uid):
+        for view in await self.revisions(uid):
             if view.snapshot is not None and view.snapshot.kind is SnapshotKind.IMAGE:
                 await self.engine.remove_image(view.snapshot.reference)
         await self.snapshots.remove_all(uid)

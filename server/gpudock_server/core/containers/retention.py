@@ -17,7 +17,7 @@ from gpudock_server.core.containers.operation_history import read_operation_hist
 from gpudock_server.core.listings import read_all_pages
 from gpudock_server.core.operations.commands import Commands
 from gpudock_server.errors import ContainerBusy, ContainerNotFound, GpudockError, RevisionIsCurrent, RevisionNotFound
-from gpudock_server.ports import ContainerView
+from gpudock_server.ports import ContainerView, RevisionBackupStore, SnapshotStore, Store
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -25,12 +25,22 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 class Retention:
     """Looks after the history of this node's containers."""
 
-    def __init__(self, history: History, containers: Commands, *, node: str, interval: float) -> None:
+    def __init__(
+        self,
+        history: History,
+        containers: Commands,
+        *,
+        store: Store,
+        snapshots: SnapshotStore,
+        ledger: RevisionBackupStore,
+        node: str,
+        interval: float,
+    ) -> None:
         """`interval` in seconds between two looks."""
         self._history = history
-        self._store = history.store
-        self._ledger = history.ledger
-        self._snapshots = history.snapshots
+        self._store = store
+        self._ledger = ledger
+        self._snapshots = snapshots
         self._containers = containers
         self._node = node
         self._interval = interval
@@ -79,7 +89,9 @@ class Retention:
         container = view.container
         if container.node != self._node or view.operation_id:
             return
-        for old in prunable_revisions(await self._store.history(container.uid), self._history.limits(container.spec)):
+        for old in prunable_revisions(
+            await self._history.revisions(container.uid), self._history.limits(container.spec)
+        ):
             command = DeleteRevision(name=container.name, revision=old.revision.revision, etag=container.etag)
             try:
                 await self._containers.run_to_end(command, None)

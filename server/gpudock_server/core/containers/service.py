@@ -51,7 +51,16 @@ from gpudock_server.core.placement.claims import HostClaims
 from gpudock_server.model.container import Container
 from gpudock_server.model.engine import HostCapacity, NodeLimits
 from gpudock_server.model.operation import OperationKind
-from gpudock_server.ports import ContainerView, Engine, LayerStore, Page, RevisionView, SnapshotStore, Store
+from gpudock_server.ports import (
+    ContainerView,
+    Engine,
+    LayerStore,
+    Page,
+    RevisionBackupStore,
+    RevisionView,
+    SnapshotStore,
+    Store,
+)
 
 _CHANGES = (
     OperationKind.START,
@@ -71,6 +80,7 @@ class ContainerUseCases:
         engine: Engine,
         layers: LayerStore,
         revision_files: SnapshotStore,
+        ledger: RevisionBackupStore,
         containers: ContainerResource,
         engine_containers: EngineContainers,
         mounts: Mounts,
@@ -94,6 +104,7 @@ class ContainerUseCases:
             revision_files=revision_files,
             snapshots=snapshots,
             history=history,
+            ledger=ledger,
             claims=claims,
         )
         planner = ChangePlanner(self._changes, allocator, limits)
@@ -106,7 +117,7 @@ class ContainerUseCases:
             mounts=mounts,
             allocator=allocator,
             claims=claims,
-            ledger=history.ledger,
+            ledger=ledger,
             limits=limits,
         )
         self._create = CreateContainer(new, engine, images)

@@ -99,7 +99,7 @@ class StopContainer:
         if not self.history.defaults.on_stop:
             return SnapshotArguments()
         try:
-            known = await self.history.store.history(container.uid)
+            known = await self.history.revisions(container.uid)
             kept = await self.snapshots.plan(container, None, known, commits=False)
         except (DiskFull, SnapshotFailed) as error:
             return SnapshotArguments(warnings=(f"its files are not kept: {error}",))

@@ -56,7 +56,7 @@ from gpudock_server.model.store_changes import (
     PutRevision,
     StoreChange,
 )
-from gpudock_server.ports import ContainerView, RevisionBackupStore, Store, StoreConflict, Versioned
+from gpudock_server.ports import ContainerView, Engine, RevisionBackupStore, Store, StoreConflict, Versioned
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -75,17 +75,18 @@ class OrphanReconciler:
 
     def __init__(
         self,
+        operations: Operations,
+        *,
         store: Store,
+        engine: Engine,
         engine_containers: EngineContainers,
         ledger: RevisionBackupStore,
         claims: HostClaims,
-        operations: Operations,
-        *,
         grace: float,
     ) -> None:
         """`grace`: for how many seconds one that is to be removed is left alone."""
         self._store = store
-        self._engine = engine_containers.engine
+        self._engine = engine
         self._engine_containers = engine_containers
         self._ledger = ledger
         self._host_claims = claims

@@ -32,7 +32,7 @@ from gpudock_server.core.volumes.engine_volumes import EngineVolumes
 from gpudock_server.errors import EngineRejected, EngineUnavailable, GpudockError
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
 from gpudock_server.model.engine import LABEL_NAME, LABEL_NODE, LABEL_UID, EngineContainer, NodeLimits
-from gpudock_server.ports import ContainerView, Store
+from gpudock_server.ports import ContainerView, Engine, HostPaths, RevisionBackupStore, SnapshotStore, Store
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -48,6 +48,10 @@ class Reconciler:
         drift: DriftTracker,
         *,
         store: Store,
+        engine: Engine,
+        snapshots: SnapshotStore,
+        ledger: RevisionBackupStore,
+        host_paths: HostPaths,
         engine_containers: EngineContainers,
         images: Images,
         history: History,
@@ -67,7 +71,8 @@ class Reconciler:
         again, at first and at most.
         """
         self._store = store
-        self._engine = engine = engine_containers.engine
+        self._engine = engine
+        self._host_paths = host_paths
         self._engine_containers = engine_containers
         self._images = images
         self._claims = claims
@@ -76,7 +81,13 @@ class Reconciler:
         self._interval = interval
         self._locks = LockReconciler(store, claims.node, operations)
         self._orphans = OrphanReconciler(
-            store, engine_containers, history.ledger, claims, operations, grace=orphan_grace
+            operations,
+            store=store,
+            engine=engine,
+            engine_containers=engine_containers,
+            ledger=ledger,
+            claims=claims,
+            grace=orphan_grace,
         )
         first, longest = start_retry_delays
         self._restarts = Restarts(store, engine, operations, draft_start, first_delay=first, max_delay=longest)
@@ -92,7 +103,7 @@ class Reconciler:
         )
         self._claim_rules = ClaimReconciler(store, engine, claims)
         self._volumes = VolumeReconciler(store, engine, engine_volumes, backends)
-        self._ledger = LedgerReconciler(store, engine, history.snapshots, history.ledger, claims.node)
+        self._ledger = LedgerReconciler(store, engine, snapshots, ledger, claims.node)
         self._found_at_start: list[Drift] = []
         # One pass at a time: what two of them find at once, both would repair.
         self._pass_lock = asyncio.Lock()
@@ -215,9 +226,7 @@ class Reconciler:
         await self._ledger.compare(await read_container_records(self._store), report_drift)
         await self._orphans.remove(orphans, report_drift)
         await remove_unused_images(self._store, self._engine, self._images)
-        await release_unused_host_paths(
-            self._store, self._engine, self._engine_containers.host_paths, self._claims.node
-        )
+        await release_unused_host_paths(self._store, self._engine, self._host_paths, self._claims.node)
 
     async def _find_engine_containers(self) -> dict[str, EngineContainer]:
         return {one.id: one for one in await self._engine.find({LABEL_NODE: self._claims.node})}

@@ -62,8 +62,8 @@ class VolumeBackends:
         if size_bytes > room:
             raise PoolFull(path=self.path, needed_bytes=size_bytes, available_bytes=max(room, 0))
 
-    def sized(self, kind: VolumeBackendKind, name: str, size_bytes: int) -> VolumeBackend:
-        """The backend, unless it knows no sizes. Raises SizeNotSupported."""
+    def for_resize(self, kind: VolumeBackendKind, name: str, size_bytes: int) -> VolumeBackend:
+        """The backend of a volume that is to have another size. Raises SizeNotSupported where it knows no sizes."""
         if kind is VolumeBackendKind.PLAIN:
             detail = "it is PLAIN, which has no size: make one with a size, or adopt it into one"
             raise SizeNotSupported(volume=name, size_bytes=size_bytes, detail=detail)

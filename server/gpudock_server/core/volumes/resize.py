@@ -122,7 +122,7 @@ class ResizeVolume:
                 volume=volume.name, call="resize", detail=f"it is {volume.state} and can only be deleted"
             )
         old = backing_of(volume)
-        backend = self.backends.sized(old.kind, volume.name, size)
+        backend = self.backends.for_resize(old.kind, volume.name, size)
         arguments, plan = ResizeArguments(old=old, size_bytes=size, method=ResizeMethod.NONE), OperationPlan()
         if size > volume.size_bytes:
             await self.backends.require_space(old.kind, volume.uid, size)
@@ -179,7 +179,7 @@ class ResizeVolume:
         )
 
     def saga(self, operation: Operation) -> ResizeSaga:
-        """The saga of a recorded operation: in place, or by a copy."""
+        """The saga of an operation: in place, or by a copy."""
         arguments = ResizeArguments.model_validate(operation.arguments)
         copies = arguments.method is ResizeMethod.COPY
         return CopyResizeSaga(self, arguments) if copies else InPlaceResizeSaga(self, arguments)
