@@ -153,7 +153,7 @@ class DeleteRevisionArguments(Record):
 
 
 @dataclass(frozen=True, slots=True)
-class DeleteRevisionOfContainer:
+class DeleteContainerRevision:
     """Checks that a revision can be deleted."""
 
     containers: ContainerResource
@@ -182,7 +182,7 @@ class DeleteRevisionSaga(ContainerSaga):
 
     cancellable = False
 
-    def __init__(self, delete: DeleteRevisionOfContainer, operation: Operation) -> None:
+    def __init__(self, delete: DeleteContainerRevision, operation: Operation) -> None:
         """Builds the script from the operation's arguments."""
         super().__init__(delete.containers)
         self._history = delete.history

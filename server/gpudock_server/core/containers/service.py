@@ -31,7 +31,7 @@ from gpudock_server.core.containers.commit import CommitContainer, CommitSaga
 from gpudock_server.core.containers.create import CreateContainer, CreateSaga
 from gpudock_server.core.containers.delete import DeleteContainer, DeleteSaga
 from gpudock_server.core.containers.engine_containers import EngineContainers
-from gpudock_server.core.containers.history import DeleteRevisionOfContainer, DeleteRevisionSaga, History
+from gpudock_server.core.containers.history import DeleteContainerRevision, DeleteRevisionSaga, History
 from gpudock_server.core.containers.images import Images
 from gpudock_server.core.containers.layer_images import LayerImages
 from gpudock_server.core.containers.lifecycle import Lifecycle
@@ -130,7 +130,7 @@ class ContainerUseCases:
             snapshots=revision_files,
             history=history,
         )
-        self._delete_revision = DeleteRevisionOfContainer(containers, history)
+        self._delete_revision = DeleteContainerRevision(containers, history)
         self.stop = StopContainer(containers, engine, engine_containers, snapshots, history, claims)
         self._pause = PauseContainer(containers, engine, engine_containers)
         self._delete = DeleteContainer(containers, engine, engine_containers, history, claims)
