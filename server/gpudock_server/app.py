@@ -46,12 +46,10 @@ from gpudock_server.adapters.volumes import (
 from gpudock_server.core.assembly import NodeCore, NodePolicy, Ports
 from gpudock_server.core.containers.history import HistoryDefaults
 from gpudock_server.core.containers.images import ImagePolicy
-from gpudock_server.core.containers.retention import Retention
 from gpudock_server.core.exec.sessions import ExecSessions
 from gpudock_server.core.nodes import Nodes
-from gpudock_server.core.operations.engine import Operations
 from gpudock_server.core.placement.allocator import Allocator
-from gpudock_server.core.reconcile import DriftTracker, Reconciler
+from gpudock_server.core.reconcile import DriftTracker
 from gpudock_server.core.volumes.adoption_rules import AdoptionRules
 from gpudock_server.core.watches import Watches
 from gpudock_server.errors import EngineRejected, EngineUnavailable

@@ -17,13 +17,16 @@ from gpudock_server.adapters.etcd.values import decode, decode_snapshot, encode
 from gpudock_server.adapters.layers import FolderRevisionBackupStore
 from gpudock_server.adapters.layers.snapshot_folders import SnapshotFolders
 from gpudock_server.adapters.volumes.backing_folder import BackingFolder
-from gpudock_server.core.containers.change_saga import ChangeArguments, LayerTransfer
+from gpudock_server.core.containers.change_arguments import ChangeArguments
+from gpudock_server.core.containers.change_saga import LayerTransfer
 from gpudock_server.core.containers.clone import CloneArguments
 from gpudock_server.core.containers.commit import CommitArguments, CommittedFiles, FileHolder, StrippedImage
-from gpudock_server.core.containers.create import CreateArguments, CreatedEngineContainer, WatchedStart
+from gpudock_server.core.containers.create import CreateArguments
 from gpudock_server.core.containers.delete import DeleteArguments
+from gpudock_server.core.containers.engine_containers import CreatedEngineContainer
 from gpudock_server.core.containers.history import DeleteRevisionArguments
 from gpudock_server.core.containers.layer_images import LayerImage
+from gpudock_server.core.containers.new_container import WatchedStart
 from gpudock_server.core.containers.pause import PauseArguments
 from gpudock_server.core.containers.stop import StopArguments
 from gpudock_server.core.volumes.adopt import AdoptArguments
@@ -102,7 +105,8 @@ _FACTS: dict[tuple[ResourceKind, str], type[Record]] = {
 }
 # Results of steps that the newest recording has none of: those of a pull, of a graft, and of files that were not kept.
 _RESULTS_NOT_RECORDED = {"PulledImage", "GraftedImage", "MissedSnapshot"}
-# Records that are never stored: what the engine, the driver and the disk show, what is found out of step, and plans.
+# Records that are never stored by themselves: what others inherit from, what the engine, the driver and the disk show,
+# what is found out of step, and plans.
 _NEVER_STORED = {
     "LayerTransferPlan",
     "CommitCost",
@@ -117,6 +121,7 @@ _NEVER_STORED = {
     "HistoryLimits",
     "HostCapacity",
     "ImageAccounts",
+    "NewContainerArguments",
     "PoolUsage",
     "SnapshotPlan",
     "BackingOnDisk",
