@@ -13,6 +13,7 @@ from typing import Any
 import click
 import gpudock
 import pytest
+import yaml
 from gpudock import Client, OperationStageState, OperationState
 from gpudock.cli import main
 
@@ -85,6 +86,8 @@ async def test_every_command_does_what_it_says(commands: Commands, rig: Rig) -> 
         "tour"
     ]
     assert (await commands.said("ps")).splitlines()[1].startswith("tour  RUNNING  2")
+    assert await commands.said("ps", "-q") == "tour\n"
+    assert yaml.safe_load(await commands.said("get", "tour", "-o", "yaml"))["uid"] == container["uid"]
 
     assert await commands.said("exec", "tour", "--", "sh", "-c", "echo $A; ls /dev | grep -c 'nvidia[0-9]'") == "b\n2\n"
     held = {gpu["uuid"] for gpu in await commands.told("gpus", "--held")}
@@ -126,6 +129,7 @@ async def test_every_command_does_what_it_says(commands: Commands, rig: Rig) -> 
     assert await commands.said("delete", "tour", "--force") == ""
     assert await commands.told("ps") == []
     await _tour_of_docker_habits(commands)
+    assert "_GPUDOCK_COMPLETE=bash_complete" in await commands.said("completion", "bash")
     within = {f"{name} {each}" for name, group in _GROUPS.items() for each in group.commands}
     assert commands.used == {name for name in main.commands if name not in _GROUPS} | within
 
@@ -320,7 +324,7 @@ async def _interrupted_scale(commands: Commands, gpus: int) -> str:
     process.send_signal(signal.SIGINT)
     result = await ended(process)
     assert (result.code, result.out) == (130, "")
-    [line] = [line for line in result.err.splitlines() if "goes on" in line]
+    [line] = [line for line in result.err.splitlines() if "continues" in line]
     return line.split()[2]
 
 

@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from google.protobuf.duration_pb2 import Duration
 from gpudock import Container, ContainerSpec, Mount
 from gpudock.cli import main
-from gpudock.cli._operation_views import plan as plan_view
-from gpudock.cli._views import container as container_view
-from gpudock.cli._views import node as node_view
+from gpudock.cli._operation_views import plan_details as plan_view
+from gpudock.cli._views import container_details as container_view
+from gpudock.cli._views import node_details as node_view
 from gpudock.v1 import container_pb2, gpu_pb2, node_pb2, node_service_pb2, operation_pb2
 from gpudock.v1 import container_service_pb2 as pb
 

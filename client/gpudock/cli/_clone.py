@@ -7,11 +7,13 @@ from typing import Any, Unpack
 import click
 
 from gpudock import Client, Container, OperationCall, OperationPlan
-from gpudock.cli import _operation_views, _views
+from gpudock.cli import _views
 from gpudock.cli._arguments import REVISION_NUMBER
+from gpudock.cli._completion import complete_containers, complete_revisions
 from gpudock.cli._confirm_change import validate_only_option
 from gpudock.cli._edit_options import EditFlags, change_arguments, edit_options
 from gpudock.cli._gpu_options import gpu_choice
+from gpudock.cli._output import output_options
 from gpudock.cli._session import Session
 from gpudock.cli._spec_options import SpecFlags, spec_field_parts, spec_fields, spec_options
 from gpudock.cli._wait import follow
@@ -29,16 +31,21 @@ class _Flags(SpecFlags, EditFlags):
 
 
 @click.command()
-@click.argument("source")
+@click.argument("source", shell_complete=complete_containers)
 @click.argument("name")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
-@click.option("--revision", type=REVISION_NUMBER, help="Clone this revision; default: the container as it is now.")
+@click.option(
+    "--revision",
+    type=REVISION_NUMBER,
+    shell_complete=complete_revisions,
+    help="Clone this revision; default: the container as it is now.",
+)
 @spec_options
 @edit_options
 @click.option("--owner", default="", help="Who it belongs to; default: the owner of the source.")
 @click.option("--create-only", is_flag=True, help="Do not start it.")
 @validate_only_option
-@click.pass_obj
+@output_options()
 def clone(session: Session, **flags: Unpack[_Flags]) -> None:
     """Create a container NAME from SOURCE, with its spec and a copy of its files.
 
@@ -62,9 +69,9 @@ def clone(session: Session, **flags: Unpack[_Flags]) -> None:
         return await follow(await begin(client), flags["name"])
 
     if flags["validate_only"]:
-        session.show(session.run(planned), _operation_views.plan)
+        session.show_plan(planned)
         return
-    session.show(session.run(made), _views.one_container)
+    session.output.row(session.run(made), _views.CONTAINER)
 
 
 def _begin(client: Client, flags: _Flags, changes: dict[str, Any]) -> OperationCall[Container]:

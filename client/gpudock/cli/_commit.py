@@ -5,13 +5,15 @@ from __future__ import annotations
 import click
 
 from gpudock import Client, CommittedImage, OperationCall
-from gpudock.cli import _operation_views, _views
+from gpudock.cli import _views
+from gpudock.cli._completion import container_argument
+from gpudock.cli._output import output_options
 from gpudock.cli._session import Session
 from gpudock.cli._wait import follow
 
 
 @click.command()
-@click.argument("name")
+@container_argument
 @click.argument("image", metavar="REPOSITORY[:TAG]")
 @click.option("-a", "--author", default="", help="Who made it.")
 @click.option("-m", "--message", default="", help="What it is.")
@@ -19,7 +21,7 @@ from gpudock.cli._wait import follow
 @click.option("--no-pause", is_flag=True, help="Let the container run on while its files are read.")
 @click.option("--replace", is_flag=True, help="Also replace an image that gpudock did not commit for the owner.")
 @click.option("--validate-only", is_flag=True, help="Show what would be done, and do nothing.")
-@click.pass_obj
+@output_options()
 def commit(
     session: Session,
     *,
@@ -49,9 +51,10 @@ def commit(
         )
 
     if validate_only:
-        session.show(session.run(lambda client: begin(client).plan()), _operation_views.plan)
+        session.show_plan(lambda client: begin(client).plan())
         return
-    session.show(session.run(lambda client: follow(begin(client), name)), _views.committed_image)
+    committed = session.run(lambda client: follow(begin(client), name))
+    session.output.details(committed, _views.COMMITTED_IMAGE)
 
 
 def _split(image: str) -> tuple[str, str]:

@@ -29,13 +29,12 @@ yes_option = click.option(
 def change(session: Session, name: str, begin: Begin, *, etag: str = "", validate_only: bool, yes: bool) -> None:
     """Make the change of the container `name` and show the container, or show the plan alone."""
     if validate_only:
-        plan = session.run(lambda client: begin(client, True, etag).plan())  # noqa: FBT003 - as Begin has it
-        session.show(plan, _operation_views.plan)
+        session.show_plan(lambda client: begin(client, True, etag).plan())  # noqa: FBT003 - as Begin has it
         return
     if not yes and sys.stdin.isatty() and sys.stderr.isatty():
         etag = _confirm_restart(session, name, begin, etag)
     changed = session.run(lambda client: follow(begin(client, False, etag), name))  # noqa: FBT003 - likewise
-    session.show(changed, _views.one_container)
+    session.output.row(changed, _views.CONTAINER)
 
 
 def _confirm_restart(session: Session, name: str, begin: Begin, etag: str) -> str:

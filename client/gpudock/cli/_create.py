@@ -10,10 +10,11 @@ import click
 from gpudock import Client, Container, OperationCall, OperationPlan
 from gpudock._enums import enum_names
 from gpudock._spec import spec_of
-from gpudock.cli import _operation_views, _views
+from gpudock.cli import _views
 from gpudock.cli._arguments import Positive
 from gpudock.cli._confirm_change import validate_only_option
 from gpudock.cli._gpu_options import gpu_choice
+from gpudock.cli._output import output_options
 from gpudock.cli._session import Session
 from gpudock.cli._spec_options import SpecFlags, spec_fields, spec_options
 from gpudock.cli._wait import follow
@@ -73,7 +74,7 @@ _pull_option = click.option(
 @_pull_stall_option
 @click.option("--create-only", is_flag=True, help="Do not start it.")
 @validate_only_option
-@click.pass_obj
+@output_options()
 def create(session: Session, **flags: Unpack[_CreateFlags]) -> None:
     """Create a container NAME from IMAGE and start it.
 
@@ -93,7 +94,7 @@ def create(session: Session, **flags: Unpack[_CreateFlags]) -> None:
 @_pull_option
 @_pull_stall_option
 @validate_only_option
-@click.pass_obj
+@output_options()
 def run(session: Session, **flags: Unpack[_RunFlags]) -> None:
     """Create a container from IMAGE and start it, in the words of `docker run`.
 
@@ -137,6 +138,6 @@ def _create(session: Session, name: str, flags: _CommonFlags, *, create_only: bo
         return await follow(await begin(client), name)
 
     if flags["validate_only"]:
-        session.show(session.run(planned), _operation_views.plan)
+        session.show_plan(planned)
         return
-    session.show(session.run(made), _views.one_container)
+    session.output.row(session.run(made), _views.CONTAINER)

@@ -17,6 +17,7 @@ import click
 from gpudock import Client, ExecSession
 from gpudock._exec import ExecOptions
 from gpudock.cli._arguments import TimeSpan, Variable
+from gpudock.cli._completion import container_argument
 from gpudock.cli._exit_codes import EXEC_FAILED
 from gpudock.cli._session import Session
 from gpudock.cli._terminal import StdinPump, raw_mode, terminal_size, write_all
@@ -32,7 +33,7 @@ _STDIN, _STDOUT, _STDERR = 0, 1, 2
 @click.option("-w", "--workdir", default="", help="Its working directory.")
 @click.option("-u", "--user", default="", help="Its user, name or uid, with :group if need be.")
 @click.option("--timeout", type=TimeSpan(), help="Kill the command after this time.")
-@click.argument("name")
+@container_argument
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_obj
 def exec_command(

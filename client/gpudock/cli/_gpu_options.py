@@ -11,6 +11,7 @@ import grpc
 
 from gpudock import Client, Exhausted, Gpu
 from gpudock.cli._arguments import ALL_GPUS, GpuCount, Size
+from gpudock.cli._completion import complete_gpus
 from gpudock.v1.container_pb2 import GpuRequest
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -29,7 +30,9 @@ def gpu_options(command: F) -> F:
     """Add --gpus, --gpu, --gpu-model and --gpu-memory, for `gpu_choice`."""
     options = (
         click.option("--gpus", type=GpuCount(), help="How many GPUs: 0 for none, all for every free one."),
-        click.option("--gpu", multiple=True, metavar="UUID", help="This GPU. Can be repeated."),
+        click.option(
+            "--gpu", multiple=True, metavar="UUID", shell_complete=complete_gpus, help="This GPU. Can be repeated."
+        ),
         click.option("--gpu-model", metavar="TEXT", help="With --gpus: only GPUs with this in their name."),
         click.option("--gpu-memory", type=Size(), help="With --gpus: only GPUs with at least this much memory."),
     )

@@ -11,8 +11,10 @@ import click
 from gpudock import Client, Container, OperationCall
 from gpudock.cli import _views
 from gpudock.cli._arguments import TimeSpan
+from gpudock.cli._completion import container_argument
 from gpudock.cli._confirm_change import change, validate_only_option
 from gpudock.cli._gpu_options import GpuFlags, gpu_choice, gpu_options, resolve_gpus
+from gpudock.cli._output import output_options
 from gpudock.cli._session import Session
 from gpudock.cli._snapshot_options import snapshots_option
 from gpudock.cli._wait import follow, wait_for
@@ -30,11 +32,11 @@ class _StartFlags(GpuFlags):
 
 
 @click.command()
-@click.argument("name")
+@container_argument
 @gpu_options
 @snapshots_option
 @validate_only_option
-@click.pass_obj
+@output_options()
 def start(session: Session, **flags: Unpack[_StartFlags]) -> None:
     """Start a stopped container, with other GPUs than before if --gpus says so."""
     choice = gpu_choice(flags)
@@ -50,23 +52,23 @@ def start(session: Session, **flags: Unpack[_StartFlags]) -> None:
 
 
 @click.command()
-@click.argument("name")
+@container_argument
 @click.option("--keep-resources", is_flag=True, help="Keep its GPUs and ports while it is stopped.")
 @click.option("-t", "--timeout", type=TimeSpan(), help=_TIMEOUT_HELP)
-@click.pass_obj
+@output_options()
 def stop(session: Session, *, name: str, keep_resources: bool, timeout: timedelta | None) -> None:
     """Stop a container; its GPUs and ports are free then, its files stay."""
     stopped = session.run(
         lambda client: wait_for(client.containers.stop(name, keep_resources=keep_resources, timeout=timeout), name)
     )
-    session.show(stopped, _views.one_container)
+    session.output.row(stopped, _views.CONTAINER)
 
 
 @click.command()
-@click.argument("name")
+@container_argument
 @click.option("--keep-resources", is_flag=True, help="Keep its GPUs and ports while it is stopped.")
 @click.option("-s", "--signal", default="KILL", show_default=True, help="Only KILL; see below for others.")
-@click.pass_obj
+@output_options()
 def kill(session: Session, *, name: str, keep_resources: bool, signal: str) -> None:
     """Stop a container at once with SIGKILL; its GPUs and ports are free then, its files stay.
 
@@ -80,42 +82,42 @@ def kill(session: Session, *, name: str, keep_resources: bool, signal: str) -> N
     killed = session.run(
         lambda client: wait_for(client.containers.stop(name, keep_resources=keep_resources, timeout=0), name)
     )
-    session.show(killed, _views.one_container)
+    session.output.row(killed, _views.CONTAINER)
 
 
 @click.command()
-@click.argument("name")
+@container_argument
 @click.option("-t", "--timeout", type=TimeSpan(), help=_TIMEOUT_HELP)
 @snapshots_option
-@click.pass_obj
+@output_options()
 def restart(session: Session, *, name: str, timeout: timedelta | None, snapshots: str | None) -> None:
     """Stop a container and start it, with the GPUs and ports that it has."""
     restarted = session.run(
         lambda client: follow(client.containers.restart(name, timeout=timeout, snapshots=snapshots), name)
     )
-    session.show(restarted, _views.one_container)
+    session.output.row(restarted, _views.CONTAINER)
 
 
 @click.command()
-@click.argument("name")
-@click.pass_obj
+@container_argument
+@output_options()
 def pause(session: Session, *, name: str) -> None:
     """Freeze every process of a container."""
     paused = session.run(lambda client: wait_for(client.containers.pause(name), name))
-    session.show(paused, _views.one_container)
+    session.output.row(paused, _views.CONTAINER)
 
 
 @click.command()
-@click.argument("name")
-@click.pass_obj
+@container_argument
+@output_options()
 def unpause(session: Session, *, name: str) -> None:
     """Thaw every process of a paused container."""
     thawed = session.run(lambda client: wait_for(client.containers.unpause(name), name))
-    session.show(thawed, _views.one_container)
+    session.output.row(thawed, _views.CONTAINER)
 
 
 @click.command()
-@click.argument("name")
+@container_argument
 @click.option("-f", "--force", is_flag=True, help="Delete it even if it is running.")
 @click.pass_obj
 def delete(session: Session, *, name: str, force: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -12,6 +11,7 @@ from gpudock._channel import ADDRESS_VARIABLE, DEFAULT_ADDRESS, TOKEN_FILE_VARIA
 from gpudock.cli import (
     _clone,
     _commit,
+    _completion,
     _create,
     _exec,
     _inspect,
@@ -24,7 +24,8 @@ from gpudock.cli import (
     _watch,
 )
 from gpudock.cli._exit_codes import EXIT_CODE_HELP
-from gpudock.cli._session import Session
+from gpudock.cli._output import FORMATS, TABLE, Output
+from gpudock.cli._session import Connection, Session
 
 
 class _Commands(click.Group):
@@ -44,7 +45,6 @@ class _Commands(click.Group):
             raise click.UsageError(f"{error.object!r} is not UTF-8") from error
 
 
-_FORMATS = click.Choice(["table", "json"])
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -72,10 +72,10 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "-o",
     "--output",
-    type=_FORMATS,
-    default="table",
+    type=FORMATS,
+    default=TABLE,
     show_default=True,
-    help="How results are written to stdout. Progress and errors go to stderr.",
+    help="Print results as table, JSON or YAML. Progress and errors go to stderr.",
 )
 @click.pass_context
 def main(
@@ -92,9 +92,7 @@ def main(
     """Manage GPU containers, and change them while they run."""
     if (cert is None) != (key is None):
         raise click.UsageError("--cert and --key go together")
-    context.obj = Session(
-        address=address, token_file=token_file, tls=tls, ca=ca, cert=cert, key=key, as_json=output == "json"
-    )
+    context.obj = Session(Connection(address, token_file, tls, ca, cert, key), Output(output))
 
 
 for _command in (
@@ -125,32 +123,8 @@ for _command in (
     _inspect.drift,
     _inspect.node,
     _operations.operations,
+    _completion.completion,
 ):
     main.add_command(_command)
 main.add_alias(_inspect.list_containers, "ps")
 main.add_alias(_lifecycle.delete, "rm")
-
-
-def _set_output(context: click.Context, _option: click.Parameter, value: str | None) -> None:
-    if value is not None:
-        context.obj = replace(context.obj, as_json=value == "json")
-
-
-def _add_output_option(group: click.Group) -> None:
-    """Let every command take -o as well, where most people write it."""
-    for command in group.commands.values():
-        if isinstance(command, click.Group):
-            _add_output_option(command)
-        elif not any("--output" in option.opts for option in command.params):
-            command.params.append(
-                click.Option(
-                    ["-o", "--output"],
-                    type=_FORMATS,
-                    expose_value=False,
-                    callback=_set_output,
-                    help="As before the command.",
-                )
-            )
-
-
-_add_output_option(main)

@@ -1,11 +1,13 @@
-"""Operations and their plans as text for people."""
+"""Operations and their plans as text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from gpudock._enums import enum_name
-from gpudock.cli._text import age_text, bytes_text, fields, moment_text, printable, seconds_text, table
+from gpudock.cli._output import View, details_only
+from gpudock.cli._tables import fields, table
+from gpudock.cli._text import age_text, bytes_text, moment_text, printable, seconds_text
 from gpudock.cli._views import binding
 from gpudock.v1.container_revision_pb2 import SnapshotKind
 from gpudock.v1.operation_pb2 import (
@@ -20,8 +22,7 @@ from gpudock.v1.operation_pb2 import (
 )
 
 
-def operations(items: Iterable[Operation]) -> str:
-    """One line for each."""
+def _operations(items: Iterable[Operation]) -> str:
     return table(
         ("ID", "KIND", "TARGET", "STATE", "STAGE", "AGE", "NODE"),
         [
@@ -36,30 +37,30 @@ def operations(items: Iterable[Operation]) -> str:
             )
             for item in items
         ],
+        wrap=("KIND", "TARGET", "STAGE", "NODE"),
     )
 
 
-def operation(item: Operation) -> str:
-    """All there is to say, a line for each thing, and the stages."""
+def _operation_details(item: Operation) -> str:
     head = fields(
         (
             ("id", item.id),
             ("kind", enum_name(OperationKind, item.kind).lower().replace("_", "-")),
             ("target", item.target.name),
             ("node", item.node),
-            ("state", enum_name(OperationState, item.state) + (" (to be cancelled)" if item.cancel_requested else "")),
+            ("state", enum_name(OperationState, item.state) + (" (cancel requested)" if item.cancel_requested else "")),
             ("message", item.message),
             ("error", f"{item.error.reason}: {item.error.message}" if item.HasField("error") else ""),
             ("created", moment_text(item.create_time)),
             ("ended", moment_text(item.end_time)),
         )
     )
-    stages = table(("STAGE", "STATE", "TIME", "BYTES"), [_stage_row(stage) for stage in item.stages])
+    stages = table(("STAGE", "STATE", "TIME", "BYTES"), map(_stage_row, item.stages))
     return f"{head}\n\n{stages}" if item.stages else head
 
 
-def plan(item: OperationPlan) -> str:
-    """What would be done."""
+def plan_details(item: OperationPlan) -> str:
+    """Return a line for each thing that the operation would do."""
     return fields(
         (
             ("stages", ", ".join(item.stages) or "none: nothing to do"),
@@ -98,7 +99,7 @@ def plan(item: OperationPlan) -> str:
 
 
 def spec_changes(items: Iterable[SpecChange]) -> str:
-    """What changes in a spec: what is there now with a minus, what comes with a plus."""
+    """Return the changes of a spec as lines: `-` marks the value of now, `+` the new one."""
     lines = []
     for item in items:
         if item.HasField("old_value"):
@@ -115,7 +116,7 @@ def _value(path: str, value: str) -> str:
 
 
 def stage_seconds(stage: OperationStage) -> float:
-    """How long a stage that has ended took."""
+    """Return how many seconds a stage took that has ended; 0 if its times are not known."""
     begin, end = stage.start_time, stage.end_time
     return max(end.ToNanoseconds() - begin.ToNanoseconds(), 0) / 1e9 if begin.seconds and end.seconds else 0.0
 
@@ -124,3 +125,11 @@ def _stage_row(stage: OperationStage) -> tuple[str, str, str, str]:
     moved = bytes_text(stage.current_bytes) if stage.current_bytes else ""
     taken = seconds_text(stage_seconds(stage)) if stage.end_time.seconds else ""
     return stage.name, enum_name(OperationStageState, stage.state), taken, moved
+
+
+def _no_name(_: OperationPlan) -> str:
+    raise ValueError("a plan has no name")
+
+
+OPERATION = View(lambda item: item.id, _operations, _operation_details)
+PLAN = details_only(_no_name, plan_details)

@@ -7,6 +7,8 @@ import click
 from gpudock import Cancelled, Client, CommittedImage, OperationKind, OperationState, Volume
 from gpudock._enums import enum_names
 from gpudock.cli import _operation_views, _views, _volume_views
+from gpudock.cli._completion import container_filter_option, operation_argument
+from gpudock.cli._output import output_options
 from gpudock.cli._session import Session
 from gpudock.cli._wait import follow
 
@@ -19,43 +21,43 @@ def operations() -> None:
 @operations.command("list")
 @click.option("--state", type=click.Choice(enum_names(OperationState)), multiple=True, help="Only those in this state.")
 @click.option("--kind", type=click.Choice(enum_names(OperationKind)), multiple=True, help="Only those of this kind.")
-@click.option("--container", default="", help="Only those on this container.")
+@container_filter_option
 @click.option("--node", default="", help="Only those of this node.")
-@click.pass_obj
+@output_options()
 def list_operations(
     session: Session, *, state: tuple[str, ...], kind: tuple[str, ...], container: str, node: str
 ) -> None:
     """List operations, the newest first."""
     found = session.run(lambda client: client.operations.list(states=state, kinds=kind, container=container, node=node))
-    session.show_all(found, _operation_views.operations)
+    session.output.table(found, _operation_views.OPERATION)
 
 
 @operations.command()
-@click.argument("operation_id", metavar="ID")
-@click.pass_obj
+@operation_argument
+@output_options()
 def get(session: Session, *, operation_id: str) -> None:
     """Show one operation with its stages."""
-    session.show(session.run(lambda client: client.operations.get(operation_id)), _operation_views.operation)
+    session.output.details(session.run(lambda client: client.operations.get(operation_id)), _operation_views.OPERATION)
 
 
 @operations.command()
-@click.argument("operation_id", metavar="ID")
-@click.pass_obj
+@operation_argument
+@output_options()
 def watch(session: Session, *, operation_id: str) -> None:
     """Show an operation's progress until it has ended."""
     left = session.run(lambda client: follow(client.operations.watch(operation_id)))
     if isinstance(left, CommittedImage):
-        session.show(left, _views.committed_image)
+        session.output.details(left, _views.COMMITTED_IMAGE)
     elif isinstance(left, Volume):
-        session.show(left, _volume_views.one_volume)
+        session.output.row(left, _volume_views.VOLUME)
     elif left is not None:
-        session.show(left, _views.one_container)
+        session.output.row(left, _views.CONTAINER)
 
 
 @operations.command()
-@click.argument("operation_id", metavar="ID")
+@operation_argument
 @click.option("--wait", is_flag=True, help="Wait until its work is undone.")
-@click.pass_obj
+@output_options()
 def cancel(session: Session, *, operation_id: str, wait: bool) -> None:
     """Stop an operation, and undo what it did."""
     operation = session.run(lambda client: client.operations.cancel(operation_id))
@@ -63,7 +65,7 @@ def cancel(session: Session, *, operation_id: str, wait: bool) -> None:
         click.echo("it was past its point of no return, and has succeeded", err=True)
     if wait:
         operation = session.run(lambda client: client.operations.get(operation_id))
-    session.show(operation, _operation_views.operation)
+    session.output.details(operation, _operation_views.OPERATION)
 
 
 async def _was_cancelled(client: Client, operation_id: str) -> bool:

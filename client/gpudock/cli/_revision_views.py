@@ -1,18 +1,19 @@
-"""A container's history as text for people."""
+"""The revisions of a container as text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from gpudock._enums import enum_name
+from gpudock.cli._output import View
 from gpudock.cli._spec_views import spec_rows
-from gpudock.cli._text import age_text, bytes_text, fields, moment_text, table
+from gpudock.cli._tables import fields, table
+from gpudock.cli._text import age_text, bytes_text, moment_text
 from gpudock.cli._views import binding
 from gpudock.v1.container_revision_pb2 import ContainerRevision, RevisionCause, SnapshotKind
 
 
-def revisions(items: Iterable[ContainerRevision]) -> str:
-    """One line for each; the current one has a mark."""
+def _revisions(items: Iterable[ContainerRevision]) -> str:
     return table(
         ("REVISION", "CAUSE", "GPUS", "IMAGE", "SIZE", "SNAPSHOT", "AGE"),
         [
@@ -27,11 +28,11 @@ def revisions(items: Iterable[ContainerRevision]) -> str:
             )
             for item in items
         ],
+        wrap=("CAUSE", "IMAGE"),
     )
 
 
-def revision(item: ContainerRevision) -> str:
-    """All there is to say, a line for each thing."""
+def _revision_details(item: ContainerRevision) -> str:
     snapshot = item.snapshot
     return fields(
         (
@@ -54,5 +55,8 @@ def revision(item: ContainerRevision) -> str:
 
 
 def _snapshot(item: ContainerRevision) -> str:
-    """In what form its files are kept; the current one's are the container's."""
+    """Return how the files of a revision are kept; `-` for the current one, whose files are the container's."""
     return enum_name(SnapshotKind, item.snapshot.kind).lower() if item.HasField("snapshot") else "-"
+
+
+REVISION = View(lambda item: str(item.revision), _revisions, _revision_details)

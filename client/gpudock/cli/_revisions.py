@@ -8,20 +8,22 @@ import grpc
 from gpudock import Client, Container, NotFound, OperationCall
 from gpudock.cli import _revision_views
 from gpudock.cli._arguments import REVISION_NUMBER
+from gpudock.cli._completion import complete_revisions, container_argument
 from gpudock.cli._confirm_change import change, validate_only_option, yes_option
+from gpudock.cli._output import output_options
 from gpudock.cli._session import Session
 from gpudock.cli._snapshot_options import snapshots_option
 from gpudock.cli._wait import wait_for
 
 
 @click.command()
-@click.argument("name")
-@click.argument("revision", type=REVISION_NUMBER, required=False, default=None)
+@container_argument
+@click.argument("revision", type=REVISION_NUMBER, required=False, default=None, shell_complete=complete_revisions)
 @click.option("--spec-only", is_flag=True, help="Leave the files as they are today.")
 @snapshots_option
 @validate_only_option
 @yes_option
-@click.pass_obj
+@output_options()
 def rollback(
     session: Session,
     *,
@@ -62,12 +64,12 @@ async def _target(client: Client, name: str, revision: int | None) -> tuple[int,
 
 
 @click.command()
-@click.argument("name")
-@click.pass_obj
+@container_argument
+@output_options()
 def revisions(session: Session, *, name: str) -> None:
     """List a container's revisions, oldest first; `*` marks the current one."""
     found = session.run(lambda client: client.containers.revisions(name))
-    session.show_all(found, _revision_views.revisions)
+    session.output.table(found, _revision_views.REVISION)
 
 
 @click.group()
@@ -76,18 +78,20 @@ def revision() -> None:
 
 
 @revision.command()
-@click.argument("name")
-@click.argument("number", metavar="REVISION", type=REVISION_NUMBER, required=False, default=None)
-@click.pass_obj
+@container_argument
+@click.argument(
+    "number", metavar="REVISION", type=REVISION_NUMBER, shell_complete=complete_revisions, required=False, default=None
+)
+@output_options()
 def get(session: Session, *, name: str, number: int | None) -> None:
     """Show one revision; without its number the current one."""
     found = session.run(lambda client: client.containers.revision(name, number or 0))
-    session.show(found, _revision_views.revision)
+    session.output.details(found, _revision_views.REVISION)
 
 
 @revision.command()
-@click.argument("name")
-@click.argument("number", metavar="REVISION", type=REVISION_NUMBER)
+@container_argument
+@click.argument("number", metavar="REVISION", type=REVISION_NUMBER, shell_complete=complete_revisions)
 @click.pass_obj
 def delete(session: Session, *, name: str, number: int) -> None:
     """Delete a revision with the files that were kept of it."""

@@ -9,8 +9,10 @@ import click
 from gpudock import Client, Container, OperationCall
 from gpudock._enums import enum_names
 from gpudock.cli._arguments import Decimal, Size
+from gpudock.cli._completion import container_argument
 from gpudock.cli._confirm_change import change, validate_only_option, yes_option
 from gpudock.cli._gpu_options import GpuFlags, gpu_choice, gpu_options, resolve_gpus
+from gpudock.cli._output import output_options
 from gpudock.cli._session import Session
 from gpudock.cli._snapshot_options import snapshots_option
 from gpudock.v1.container_service_pb2 import ScaleStrategy
@@ -30,7 +32,7 @@ class _Flags(GpuFlags):
 
 
 @click.command()
-@click.argument("name")
+@container_argument
 @gpu_options
 @click.option("--cpus", type=Decimal(), help="How many CPUs' worth of time; 0 for no limit.")
 @click.option("-m", "--memory", type=Size(), help="How much memory, such as 8g; 0 for no limit.")
@@ -45,7 +47,7 @@ class _Flags(GpuFlags):
 @snapshots_option
 @validate_only_option
 @yes_option
-@click.pass_obj
+@output_options()
 def scale(session: Session, **flags: Unpack[_Flags]) -> None:
     """Set the GPUs, CPUs, memory or /dev/shm of a container to these values; its files stay."""
     choice = gpu_choice(flags)

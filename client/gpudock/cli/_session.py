@@ -1,44 +1,78 @@
-"""What all commands share: the client they speak through, how they write results, and how they fail."""
+"""One run of the command: its connection to the daemon, and how its errors end the process."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import click
-from google.protobuf.json_format import MessageToDict
-from google.protobuf.message import Message
 
-from gpudock import Busy, Client, GpudockError, Unavailable
+from gpudock import Client, GpudockError, OperationPlan
 from gpudock._channel import read_token
+from gpudock.cli import _operation_views
 from gpudock.cli._exit_codes import INTERRUPTED, exit_code_of
+from gpudock.cli._next_steps import next_step
+from gpudock.cli._output import Output
 
 T = TypeVar("T")
-M = TypeVar("M", bound=Message)
 
-# Whoever waits at a terminal wants to know soon that nobody answers; a daemon that restarts is back by then.
-_RETRY_FOR = 2.0
+# A user at a terminal should soon learn that the daemon is down; a daemon that restarts is back within this time.
+_RETRY_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """How to reach the daemon, as the options before the command say."""
+
+    address: str
+    token_file: Path | None = None
+    tls: bool = False
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+
+    def client(self, *, retry_for: float) -> Client:
+        """Return a client that repeats calls for `retry_for` seconds while the daemon is unavailable.
+
+        Raises:
+            ValueError: the token would be sent unencrypted, or its file is empty.
+            OSError: a file cannot be read.
+        """
+        return Client(
+            self.address,
+            token=read_token(self.token_file) if self.token_file else "",
+            tls=self.tls,
+            ca=self.ca,
+            cert=self.cert,
+            key=self.key,
+            retry_for=retry_for,
+        )
+
+
+async def use(client: Client, work: Callable[[Client], Awaitable[T]]) -> T:
+    """Do `work` with `client` and close it."""
+    try:
+        async with client:
+            return await work(client)
+    finally:
+        # grpc.aio's poller may wake once more for a descriptor that the end of the loop has closed. The result is
+        # known by then, and a traceback of that would only confuse.
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
     """One run of the command."""
 
-    address: str
-    token_file: Path | None
-    tls: bool
-    ca: Path | None
-    cert: Path | None
-    key: Path | None
-    as_json: bool
+    connection: Connection
+    output: Output = field(default_factory=Output)
 
     def run(self, work: Callable[[Client], Awaitable[T]], *, failure_code: int | None = None) -> T:
-        """Do `work` with a client; what it fails with ends the process, with `failure_code` or the error's own."""
+        """Do `work` with a client; an error ends the process with `failure_code`, or with the code of the error."""
         try:
             return asyncio.run(self._with_client(work))
         except GpudockError as error:
@@ -46,54 +80,27 @@ class Session:
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
 
-    def show(self, message: M, view: Callable[[M], str]) -> None:
-        """Write one message to stdout."""
-        click.echo(_json(message_dict(message)) if self.as_json else view(message))
-
-    def show_all(self, messages: Iterable[M], view: Callable[[Iterable[M]], str]) -> None:
-        """Write a list of messages to stdout."""
-        click.echo(_json([message_dict(message) for message in messages]) if self.as_json else view(messages))
+    def show_plan(self, plan: Callable[[Client], Awaitable[OperationPlan]]) -> None:
+        """Print the plan of an operation; -q is refused before anything is sent, since a plan has no name."""
+        if self.output.names_only:
+            raise click.UsageError("-q does not go with --validate-only: a plan has no name")
+        self.output.details(self.run(plan), _operation_views.PLAN)
 
     async def _with_client(self, work: Callable[[Client], Awaitable[T]]) -> T:
         try:
-            token = read_token(self.token_file) if self.token_file else ""
-            client = Client(
-                self.address,
-                token=token,
-                tls=self.tls,
-                ca=self.ca,
-                cert=self.cert,
-                key=self.key,
-                retry_for=_RETRY_FOR,
-            )
+            client = self.connection.client(retry_for=_RETRY_SECONDS)
         except (ValueError, OSError) as error:
             raise click.UsageError(str(error)) from error
-        try:
-            async with client:
-                return await work(client)
-        finally:
-            # grpc.aio's poller may wake once more for a descriptor that the end of the loop has closed. All is said by
-            # now, and a traceback of that is nothing for a terminal.
-            asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)
+        return await use(client, work)
 
     def _fail(self, error: GpudockError, failure_code: int | None) -> NoReturn:
-        # With violations, the message is the same sentences once more.
-        said = [str(violation) for violation in error.violations] or [error.message]
-        first, *rest = said if len(said) == 1 else (f"{len(said)} fields are not valid", *said)
-        click.echo(f"error: {error.reason}: {first}", err=True)
+        # The message of an error with violations consists of their sentences.
+        sentences = [str(violation) for violation in error.violations] or [error.message]
+        first, *rest = sentences if len(sentences) == 1 else (f"{len(sentences)} fields are not valid", *sentences)
+        click.echo(f"{click.style('error:', fg='red', bold=True)} {error.reason}: {first}", err=True)
         for line in rest:
             click.echo(f"  {line}", err=True)
-        if isinstance(error, Busy) and error.operation_id:
-            click.echo(f"wait for it with: gpudock operations watch {error.operation_id}", err=True)
-        if isinstance(error, Unavailable) and not error.answered:
-            click.echo(f"is gpudockd running at {self.address}? --address says where to look", err=True)
+        step = next_step(error, self.connection.address)
+        if step:
+            click.echo(step, err=True)
         sys.exit(exit_code_of(error) if failure_code is None else failure_code)
-
-
-def message_dict(message: Message) -> object:
-    """The message as proto3's JSON has it (64-bit numbers are strings), with the contract's own field names."""
-    return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, indent=2)

@@ -23,6 +23,7 @@ from gpudock.cli._arguments import (
     Variable,
     WholeNumber,
 )
+from gpudock.cli._completion import complete_volume_sources
 from gpudock.cli._gpu_options import GpuFlags, gpu_options
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -65,7 +66,14 @@ _OPTIONS = (
         multiple=True,
         help="Set an environment variable; without a value, to the one it has here.",
     ),
-    click.option("-v", "--volume", type=Bind(), multiple=True, help="Mount a volume, or a path on the node."),
+    click.option(
+        "-v",
+        "--volume",
+        type=Bind(),
+        multiple=True,
+        shell_complete=complete_volume_sources,
+        help="Mount a volume, or a path on the node.",
+    ),
     click.option("--tmpfs", type=Tmpfs(), multiple=True, help="Mount a file system in memory."),
     click.option("-l", "--label", type=KeyValueParameter(), multiple=True, help="Set a label."),
     click.option("--cpus", type=Decimal(), help="How many CPUs' worth of time it may use."),

@@ -1,4 +1,4 @@
-"""A container's spec as text for people: everything that was set."""
+"""The spec of a container as text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gpudock.v1.port_pb2 import PortProtocol
 
 
 def spec_rows(spec: ContainerSpec) -> Iterator[tuple[str, str]]:
-    """Name and value of each field, in the order of their importance; the value is empty if the field is not set."""
+    """Yield the name and the value of each field; the value is empty if the field is not set."""
     yield "image", spec.image
     yield "entrypoint", _words(spec.entrypoint)
     yield "command", _words(spec.command)

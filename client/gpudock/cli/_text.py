@@ -1,32 +1,13 @@
-"""Values and tables as text for people."""
+"""Values as text for people."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 _STEP = 1024
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
-
-
-def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns that are as wide as what is in them."""
-    lines = [headers, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
-
-
-def fields(pairs: Iterable[tuple[str, str]]) -> str:
-    """A line for each name with a value; those without one are left out. Further lines of a value stand below it."""
-    kept = [(name, value) for name, value in pairs if value]
-    width = max((len(name) for name, _ in kept), default=0) + 1
-    return "\n".join(
-        f"{name + ':':{width}}  {value.replace(chr(10), chr(10) + ' ' * (width + 2))}" for name, value in kept
-    )
 
 
 def printable(text: str) -> str:

@@ -9,9 +9,11 @@ import click
 from gpudock import Client, Container, OperationCall
 from gpudock._enums import enum_names
 from gpudock.cli._arguments import Positive
+from gpudock.cli._completion import container_argument
 from gpudock.cli._confirm_change import change, validate_only_option, yes_option
 from gpudock.cli._edit_options import EditFlags, change_arguments, edit_options
 from gpudock.cli._gpu_options import gpu_choice, resolve_gpus
+from gpudock.cli._output import output_options
 from gpudock.cli._session import Session
 from gpudock.cli._snapshot_options import snapshots_option
 from gpudock.cli._spec_options import SpecFlags, spec_field_parts, spec_fields, spec_options
@@ -32,7 +34,7 @@ class _Flags(SpecFlags, EditFlags):
 
 
 @click.command()
-@click.argument("name")
+@container_argument
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @click.option("--image", help="Another image; --files says what becomes of the files.")
 @spec_options
@@ -58,7 +60,7 @@ class _Flags(SpecFlags, EditFlags):
 @snapshots_option
 @validate_only_option
 @yes_option
-@click.pass_obj
+@output_options()
 def update(session: Session, **flags: Unpack[_Flags]) -> None:
     """Change the spec of a container; its files stay.
 

@@ -1,12 +1,14 @@
-"""Resources as text for people."""
+"""Containers, GPUs, ports, drift and nodes as text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from gpudock._enums import enum_name
+from gpudock.cli._output import View, details_only, table_only
 from gpudock.cli._spec_views import spec_rows
-from gpudock.cli._text import age_text, bytes_text, fields, moment_text, table
+from gpudock.cli._tables import fields, table
+from gpudock.cli._text import age_text, bytes_text, moment_text
 from gpudock.v1.committed_image_pb2 import CommittedImage
 from gpudock.v1.container_pb2 import Container, ContainerHealth, ContainerState
 from gpudock.v1.drift_pb2 import Drift, DriftKind, DriftRemedy, DriftSeverity
@@ -17,8 +19,7 @@ from gpudock.v1.port_claim_pb2 import PortClaim
 from gpudock.v1.port_pb2 import PortBinding, PortProtocol
 
 
-def containers(items: Iterable[Container]) -> str:
-    """One line for each."""
+def _containers(items: Iterable[Container]) -> str:
     return table(
         ("NAME", "STATE", "GPUS", "PORTS", "IMAGE", "REVISION", "AGE", "NODE"),
         [
@@ -34,16 +35,11 @@ def containers(items: Iterable[Container]) -> str:
             )
             for item in items
         ],
+        wrap=("PORTS", "IMAGE", "NODE"),
     )
 
 
-def one_container(item: Container) -> str:
-    """The table with this one line."""
-    return containers([item])
-
-
-def committed_image(item: CommittedImage) -> str:
-    """All there is to say of an image that was made of a container."""
+def _committed_image(item: CommittedImage) -> str:
     return fields(
         (
             ("name", item.name),
@@ -56,8 +52,8 @@ def committed_image(item: CommittedImage) -> str:
     )
 
 
-def container(item: Container) -> str:
-    """All there is to say, a line for each thing."""
+def container_details(item: Container) -> str:
+    """Return a line for each field that is set."""
     status = item.status
     return fields(
         (
@@ -86,8 +82,7 @@ def container(item: Container) -> str:
     )
 
 
-def gpus(items: Iterable[Gpu]) -> str:
-    """One line for each card."""
+def _gpus(items: Iterable[Gpu]) -> str:
     return table(
         ("INDEX", "UUID", "NAME", "MEMORY", "USED", "UTIL", "TEMP", "POWER", "HEALTH", "CONTAINER"),
         [
@@ -105,11 +100,11 @@ def gpus(items: Iterable[Gpu]) -> str:
             )
             for item in items
         ],
+        wrap=("UUID", "NAME", "HEALTH", "CONTAINER"),
     )
 
 
-def ports(items: Iterable[PortClaim]) -> str:
-    """One line for each port that is held."""
+def _ports(items: Iterable[PortClaim]) -> str:
     return table(
         ("PORT", "PROTOCOL", "CONTAINER", "CONTAINER-PORT"),
         [
@@ -121,11 +116,11 @@ def ports(items: Iterable[PortClaim]) -> str:
             )
             for item in items
         ],
+        wrap=("CONTAINER",),
     )
 
 
-def drift(items: Iterable[Drift]) -> str:
-    """One line for each finding."""
+def _drift(items: Iterable[Drift]) -> str:
     return table(
         ("SEVERITY", "KIND", "CONTAINER", "SINCE", "REMEDY", "DUE", "WHAT", "PLAN"),
         [
@@ -141,11 +136,12 @@ def drift(items: Iterable[Drift]) -> str:
             )
             for item in items
         ],
+        wrap=("KIND", "CONTAINER", "DUE", "WHAT", "PLAN"),
     )
 
 
-def node(item: Node) -> str:
-    """All there is to say, a line for each thing."""
+def node_details(item: Node) -> str:
+    """Return a line for each field, and for each component whether it answers."""
     capacity, engine, disk = item.capacity, item.engine, item.disk
     free_disk = f"{bytes_text(disk.free_bytes)} free in " if disk.HasField("free_bytes") else ""
     return fields(
@@ -181,7 +177,7 @@ def node(item: Node) -> str:
 
 
 def binding(item: PortBinding) -> str:
-    """A published port as `8080->80/tcp`; `?` is one that is not chosen yet."""
+    """Return a published port as `8080->80/tcp`; `?` stands for a host port that is not chosen yet."""
     return f"{item.host_port or '?'}->{item.container_port}/{enum_name(PortProtocol, item.protocol).lower()}"
 
 
@@ -197,7 +193,7 @@ def _state(item: Container) -> str:
 def _health(item: Gpu) -> str:
     health = enum_name(GpuHealth, item.health)
     mig = " MIG" if item.mig_mode == MigMode.MIG_MODE_ENABLED else ""
-    # A card that cannot be had may be healthy: its MIG mode is on, or the node lacks it.
+    # A GPU that cannot be scheduled may be healthy: for instance, its MIG mode is on.
     why = item.health_message or ("" if item.schedulable else item.unschedulable_reason)
     return f"{health}{mig}" + (f" ({why})" if why else "")
 
@@ -213,7 +209,19 @@ def _store_size(usage: StoreUsage) -> str:
 
 
 def _component(healthy: bool, message: str, *, full: bool, missing: bool) -> str:  # noqa: FBT001 - as the message has it
-    """`missing`: a driver of which no version is known. A node without one is healthy, but nothing answers there."""
+    """Return whether a component answers; `missing` is a GPU driver that is not loaded, which is no failure."""
     trouble = "FULL" if full else "DOES NOT ANSWER"
     well = "does not answer" if missing and message else "answers"
     return (well if healthy else trouble) + (f": {message}" if message else "")
+
+
+def _port_name(item: PortClaim) -> str:
+    return f"{item.host_port}/{enum_name(PortProtocol, item.protocol).lower()}"
+
+
+CONTAINER = View(lambda item: item.name, _containers, container_details)
+COMMITTED_IMAGE = details_only(lambda item: item.name, _committed_image)
+GPU = table_only(lambda item: item.uuid, _gpus)
+PORT = table_only(_port_name, _ports)
+DRIFT = table_only(lambda item: item.container, _drift)
+NODE = details_only(lambda item: item.name, node_details)

@@ -1,16 +1,17 @@
-"""Volumes as text for people."""
+"""Volumes and their revisions as text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from gpudock._enums import enum_name
-from gpudock.cli._text import age_text, bytes_text, fields, moment_text, table
+from gpudock.cli._output import View, table_only
+from gpudock.cli._tables import fields, table
+from gpudock.cli._text import age_text, bytes_text, moment_text
 from gpudock.v1.volume_pb2 import Volume, VolumeBackend, VolumeRevision, VolumeRevisionCause, VolumeState
 
 
-def volumes(items: Iterable[Volume]) -> str:
-    """One line for each."""
+def _volumes(items: Iterable[Volume]) -> str:
     return table(
         ("NAME", "STATE", "SIZE", "USED", "BACKEND", "CONTAINERS", "AGE", "NODE"),
         [
@@ -26,16 +27,11 @@ def volumes(items: Iterable[Volume]) -> str:
             )
             for item in items
         ],
+        wrap=("BACKEND", "CONTAINERS", "NODE"),
     )
 
 
-def one_volume(item: Volume) -> str:
-    """The table with this one line."""
-    return volumes([item])
-
-
-def volume(item: Volume) -> str:
-    """All there is to say, a line for each thing."""
+def _volume_details(item: Volume) -> str:
     return fields(
         (
             ("name", item.name),
@@ -58,8 +54,7 @@ def volume(item: Volume) -> str:
     )
 
 
-def revisions(items: Iterable[VolumeRevision]) -> str:
-    """One line for each."""
+def _revisions(items: Iterable[VolumeRevision]) -> str:
     return table(
         ("REVISION", "SIZE", "CAUSE", "AGE"),
         [
@@ -74,12 +69,12 @@ def revisions(items: Iterable[VolumeRevision]) -> str:
     )
 
 
-# The columns of a watch, with their widths.
+# The columns of a watch, with their widths in characters.
 WATCH_COLUMNS = {"NAME": 24, "STATE": 8, "SIZE": 10, "REVISION": 8, "CONTAINERS": 24, "OPERATION": 36}
 
 
 def watch_cells(item: Volume) -> tuple[str, ...]:
-    """What a watch shows of one, below WATCH_COLUMNS."""
+    """Return the cells of one line of a watch, in the order of WATCH_COLUMNS."""
     return (
         item.name,
         enum_name(VolumeState, item.state),
@@ -100,3 +95,7 @@ def _used(item: Volume) -> str:
 
 def _backend(item: Volume) -> str:
     return enum_name(VolumeBackend, item.backend).lower().replace("_", "-")
+
+
+VOLUME = View(lambda item: item.name, _volumes, _volume_details)
+VOLUME_REVISION = table_only(lambda item: str(item.revision), _revisions)

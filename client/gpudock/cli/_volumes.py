@@ -6,13 +6,15 @@ from collections.abc import Callable
 
 import click
 
-from gpudock import Client, OperationCall, Volume, VolumeBackend, Watch
+from gpudock import Client, OperationCall, OperationPlan, Volume, VolumeBackend, Watch
 from gpudock._enums import enum_names
-from gpudock.cli import _operation_views, _volume_views
+from gpudock.cli import _volume_views
 from gpudock.cli._arguments import KeyValueParameter, LabelFilter, Size
+from gpudock.cli._completion import volume_argument
+from gpudock.cli._output import output_options
 from gpudock.cli._session import Session
 from gpudock.cli._wait import follow, wait_for
-from gpudock.cli._watch import WatchFormat, changes_only_option, print_watch, resume_token_option
+from gpudock.cli._watch import WatchFormat, changes_only_option, print_watch, resume_token_option, with_checkpoints
 
 _backend_option = click.option(
     "--backend", type=click.Choice(enum_names(VolumeBackend)), default=None, help="How it is stored."
@@ -20,11 +22,12 @@ _backend_option = click.option(
 _owner_option = click.option("--owner", default="", help="Who it belongs to.")
 _labels_option = click.option("--label", type=KeyValueParameter(), multiple=True, help="Set a label.")
 _plan_option = click.option("--validate-only", is_flag=True, help="Show what would be done, and do nothing.")
+_CHANGES = WatchFormat("volume", _volume_views.VOLUME, _volume_views.WATCH_COLUMNS, _volume_views.watch_cells)
 
 
 @click.group()
 def volume() -> None:
-    """Volumes: files that outlive containers, with sizes that change while they are in use."""
+    """Manage volumes."""
 
 
 @volume.command()
@@ -33,7 +36,7 @@ def volume() -> None:
 @_backend_option
 @_owner_option
 @_labels_option
-@click.pass_obj
+@output_options()
 def create(
     session: Session,
     *,
@@ -49,18 +52,18 @@ def create(
             client.volumes.create(name, size or 0, backend=backend or "", owner=owner, labels=dict(label)), name
         )
     )
-    session.show(made, _volume_views.one_volume)
+    session.output.row(made, _volume_views.VOLUME)
 
 
 @volume.command("list")
 @click.option("--label", type=LabelFilter(), multiple=True, help="Only those with this label.")
 @click.option("--owner", default="", help="Only those of this owner.")
 @click.option("--node", default="", help="Only those on this node.")
-@click.pass_obj
+@output_options()
 def list_volumes(session: Session, *, label: tuple[tuple[str, str], ...], owner: str, node: str) -> None:
     """List volumes."""
     found = session.run(lambda client: client.volumes.list(labels=dict(label), owner=owner, node=node))
-    session.show_all(found, _volume_views.volumes)
+    session.output.table(found, _volume_views.VOLUME)
 
 
 @volume.command()
@@ -69,7 +72,7 @@ def list_volumes(session: Session, *, label: tuple[tuple[str, str], ...], owner:
 @click.option("--node", default="", help="Only those on this node.")
 @resume_token_option
 @changes_only_option
-@click.pass_obj
+@output_options()
 def watch(
     session: Session,
     *,
@@ -79,10 +82,10 @@ def watch(
     resume_token: str,
     changes_only: bool,
 ) -> None:
-    """Show volumes as they come, change, are mounted and go, a line for each, until interrupted.
+    """Show changes of volumes and of who mounts them, a line for each, until interrupted.
 
-    With -o json each line is an object, and checkpoints are shown as well: their resume_token is the one to keep when
-    nothing else happens.
+    With -o json each line is an object; with -o yaml each is a document. Both show checkpoints too: keep the newest
+    resume_token, also while nothing else happens.
     """
 
     def begin(client: Client) -> Watch[Volume]:
@@ -92,40 +95,39 @@ def watch(
             node=node,
             resume_token=resume_token,
             changes_only=changes_only,
-            checkpoints=session.as_json,
+            checkpoints=with_checkpoints(session),
         )
 
-    print_watch(session, begin, WatchFormat("volume", _volume_views.WATCH_COLUMNS, _volume_views.watch_cells))
+    print_watch(session, begin, _CHANGES)
 
 
 @volume.command()
-@click.argument("name")
-@click.pass_obj
+@volume_argument
+@output_options()
 def get(session: Session, *, name: str) -> None:
     """Show one volume."""
-    session.show(session.run(lambda client: client.volumes.get(name)), _volume_views.volume)
+    session.output.details(session.run(lambda client: client.volumes.get(name)), _volume_views.VOLUME)
 
 
 @volume.command()
-@click.argument("name")
+@volume_argument
 @click.argument("size", type=Size())
 @_plan_option
-@click.pass_obj
+@output_options()
 def resize(session: Session, *, name: str, size: int, validate_only: bool) -> None:
     """Give a volume another SIZE, also while containers use it."""
     _operate(session, lambda client: client.volumes.resize(name, size, validate_only=validate_only), validate_only)
 
 
 @volume.command()
-@click.argument("name")
+@volume_argument
 @click.option("--force", is_flag=True, help="Remove it from the specs of stopped containers that mount it.")
 @_plan_option
-@click.pass_obj
+@output_options()
 def delete(session: Session, *, name: str, force: bool, validate_only: bool) -> None:
     """Delete a volume with its files."""
     if validate_only:
-        planned = session.run(lambda client: client.volumes.plan_delete(name, force=force))
-        session.show(planned, lambda operation: _operation_views.plan(operation.plan))
+        session.show_plan(lambda client: _plan_of_delete(client, name, force=force))
         return
     session.run(lambda client: wait_for(client.volumes.delete(name, force=force), name))
 
@@ -138,7 +140,7 @@ def delete(session: Session, *, name: str, force: bool, validate_only: bool) -> 
 @_owner_option
 @_labels_option
 @_plan_option
-@click.pass_obj
+@output_options()
 def adopt(
     session: Session,
     *,
@@ -167,15 +169,19 @@ def adopt(
 
 
 @volume.command()
-@click.argument("name")
-@click.pass_obj
+@volume_argument
+@output_options()
 def revisions(session: Session, *, name: str) -> None:
     """List the sizes that a volume was given, oldest first."""
-    session.show_all(session.run(lambda client: client.volumes.revisions(name)), _volume_views.revisions)
+    session.output.table(session.run(lambda client: client.volumes.revisions(name)), _volume_views.VOLUME_REVISION)
+
+
+async def _plan_of_delete(client: Client, name: str, *, force: bool) -> OperationPlan:
+    return (await client.volumes.plan_delete(name, force=force)).plan
 
 
 def _operate(session: Session, begin: Callable[[Client], OperationCall[Volume]], validate_only: bool) -> None:  # noqa: FBT001 - as the option has it
     if validate_only:
-        session.show(session.run(lambda client: begin(client).plan()), _operation_views.plan)
+        session.show_plan(lambda client: begin(client).plan())
         return
-    session.show(session.run(lambda client: follow(begin(client))), _volume_views.one_volume)
+    session.output.row(session.run(lambda client: follow(begin(client))), _volume_views.VOLUME)

@@ -1,8 +1,7 @@
-"""`gpudock watch`, and how any watch is shown."""
+"""`gpudock watch`, and how a watch is printed."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -14,32 +13,35 @@ from google.protobuf.message import Message
 
 from gpudock import Client, Container, ContainerState, Watch, WatchEvent
 from gpudock._enums import enum_names
+from gpudock.cli import _views
 from gpudock.cli._arguments import LabelFilter
-from gpudock.cli._session import Session, message_dict
+from gpudock.cli._output import TABLE, Output, View, message_dict, output_options, serialized
+from gpudock.cli._session import Session
+from gpudock.cli._tables import stream_row
 
 T = TypeVar("T", bound=Message)
 
-# Of the time and the event.
+# Widths of the columns TIME and EVENT, in characters.
 _WIDTHS = (8, 8)
 
 resume_token_option = click.option(
-    "--resume-token", default="", help="Go on behind the event that had this token (see -o json)."
+    "--resume-token", default="", help="Continue after the event with this token, which -o json shows."
 )
-changes_only_option = click.option("--changes-only", is_flag=True, help="Leave out what is there now.")
+changes_only_option = click.option("--changes-only", is_flag=True, help="Leave out what exists at the beginning.")
 
 
 @dataclass(frozen=True, slots=True)
 class WatchFormat(Generic[T]):
-    """How the objects of a watch are shown: as a field of this name, and in a table with columns of these widths."""
+    """How the objects of a watch are shown: under this field of JSON, or in columns of these widths in characters."""
 
     field: str
+    view: View[T]
     columns: Mapping[str, int]
     cells: Callable[[T], tuple[str, ...]]
 
     def line(self, time: str, event: str, cells: Sequence[str]) -> str:
-        """A line of the table, which has no end, so that no column knows how wide it will be."""
-        widths = (*_WIDTHS, *self.columns.values())
-        return "  ".join(cell.ljust(width) for cell, width in zip((time, event, *cells), widths, strict=True)).rstrip()
+        """Return one line of the table; the columns have fixed widths, since later lines are not known yet."""
+        return stream_row((time, event, *cells), (*_WIDTHS, *self.columns.values()))
 
 
 @click.command()
@@ -49,7 +51,7 @@ class WatchFormat(Generic[T]):
 @click.option("--node", default="", help="Only those on this node.")
 @resume_token_option
 @changes_only_option
-@click.pass_obj
+@output_options()
 def watch(
     session: Session,
     *,
@@ -60,10 +62,10 @@ def watch(
     resume_token: str,
     changes_only: bool,
 ) -> None:
-    """Show containers as they come, change and go, a line for each, until interrupted.
+    """Show changes of containers, a line for each, until interrupted.
 
-    With -o json each line is an object, and checkpoints are shown as well: their resume_token is the one to keep when
-    nothing else happens.
+    With -o json each line is an object; with -o yaml each is a document. Both show checkpoints too: keep the newest
+    resume_token, also while nothing else happens.
     """
 
     def begin(client: Client) -> Watch[Container]:
@@ -74,38 +76,46 @@ def watch(
             node=node,
             resume_token=resume_token,
             changes_only=changes_only,
-            checkpoints=session.as_json,
+            checkpoints=with_checkpoints(session),
         )
 
     print_watch(session, begin, _CONTAINERS)
 
 
+def with_checkpoints(session: Session) -> bool:
+    """Return whether a watch is to ask for checkpoints: only JSON and YAML show them."""
+    return session.output.format != TABLE
+
+
 def print_watch(session: Session, begin: Callable[[Client], Watch[T]], shown: WatchFormat[T]) -> None:
-    """A line for each event, until interrupted; with -o json also for checkpoints, which `begin` then asks for."""
+    """Print a line for each event until interrupted; `begin` starts the watch."""
+    output = session.output
 
     async def follow(client: Client) -> None:
         changes = begin(client)
-        if not session.as_json:
+        if output.format == TABLE and not output.names_only:
             click.echo(shown.line("TIME", "EVENT", tuple(shown.columns)))
         async with aclosing(changes):
             async for event in changes:
-                click.echo(_json(event, shown) if session.as_json else _row(event, shown))
+                _print_event(event, shown, output)
 
     session.run(follow)
 
 
-def _json(event: WatchEvent[T], shown: WatchFormat[T]) -> str:
+def _print_event(event: WatchEvent[T], shown: WatchFormat[T], output: Output) -> None:
+    if output.format != TABLE:
+        click.echo(serialized(_event_dict(event, shown), output.format, compact=True), nl=False)
+    elif event.item is not None:
+        name, cells = shown.view.name(event.item), shown.cells(event.item)
+        now = datetime.now().astimezone().strftime("%H:%M:%S")
+        click.echo(name if output.names_only else shown.line(now, event.kind, cells))
+
+
+def _event_dict(event: WatchEvent[T], shown: WatchFormat[T]) -> dict[str, object]:
     line: dict[str, object] = {"event": event.kind, "resume_token": event.resume_token}
     if event.item is not None:
-        line[shown.field] = message_dict(event.item)
-    else:
-        line["list_complete"] = event.list_complete
-    return json.dumps(line)
-
-
-def _row(event: WatchEvent[T], shown: WatchFormat[T]) -> str:
-    cells = shown.cells(event.item) if event.item is not None else ("",) * len(shown.columns)
-    return shown.line(datetime.now().astimezone().strftime("%H:%M:%S"), event.kind, cells)
+        return line | {shown.field: message_dict(event.item)}
+    return line | {"list_complete": event.list_complete}
 
 
 def _container_cells(item: Container) -> tuple[str, ...]:
@@ -119,5 +129,8 @@ def _container_cells(item: Container) -> tuple[str, ...]:
 
 
 _CONTAINERS = WatchFormat(
-    "container", {"NAME": 24, "STATE": 8, "GPUS": 4, "REVISION": 8, "OPERATION": 36}, _container_cells
+    "container",
+    _views.CONTAINER,
+    {"NAME": 24, "STATE": 8, "GPUS": 4, "REVISION": 8, "OPERATION": 36},
+    _container_cells,
 )

@@ -1,0 +1,56 @@
+"""Asks `gpudock` for completions as the scripts of the three shells do."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+from tests.clients.command import DEADLINE, Ended, ended
+
+GPUDOCK = str(Path(sys.executable).with_name("gpudock"))
+SHELLS = ("bash", "zsh", "fish")
+
+
+async def proposals(shell: str, address: str, line: str) -> list[str]:
+    """Return what completes the last word of `line`, without descriptions; nothing else may be written."""
+    answer = await answered(shell, address, line)
+    assert (answer.code, answer.err) == (0, ""), answer
+    # click ends its answer with an empty line, which the scripts drop.
+    lines = answer.out.rstrip("\n").splitlines()
+    if shell == "zsh":
+        assert len(lines) % 3 == 0, answer
+        return [
+            value.replace("\\:", ":") for kind, value in zip(lines[::3], lines[1::3], strict=True) if kind == "plain"
+        ]
+    pairs = [one.split(",", 1) for one in lines]
+    return [value.partition("\t")[0] for kind, value in pairs if kind == "plain"]
+
+
+async def answered(shell: str, address: str, line: str) -> Ended:
+    """Return what the command answers to the shell for `line`."""
+    words = line.split(" ")
+    last = words[-1]
+    at = last if shell == "fish" else str(len(words) - 1)
+    environment = os.environ | {
+        "GPUDOCK_ADDRESS": address,
+        "_GPUDOCK_COMPLETE": f"{shell}_complete",
+        "COMP_WORDS": line,
+        "COMP_CWORD": at,
+    }
+    pipe = asyncio.subprocess.PIPE
+    return await ended(
+        await asyncio.create_subprocess_exec(GPUDOCK, env=environment, stdin=pipe, stdout=pipe, stderr=pipe)
+    )
+
+
+async def bash(script: str, address: str) -> str:
+    """Return the output of a script of the real bash, which has gpudock on its path."""
+    path = f"{Path(GPUDOCK).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"GPUDOCK_ADDRESS": address, "PATH": path}
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec("bash", "-ec", script, env=environment, stdout=pipe, stderr=pipe)
+    out, err = await asyncio.wait_for(process.communicate(), DEADLINE)
+    assert (process.returncode, err) == (0, b""), (out, err)
+    return out.decode()
