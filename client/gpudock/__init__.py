@@ -1,11 +1,11 @@
-"""GPU containers on a host, over gRPC: the client of gpudockd.
+"""The Python client of gpudockd, which manages GPU containers on a host over gRPC.
 
     async with gpudock.connect() as client:
         container = await client.containers.create("train", "pytorch/pytorch", gpus=2)
-        done = await client.containers.run("train", ["nvidia-smi", "-L"])
+        completed = await client.containers.run("train", ["nvidia-smi", "-L"])
         await client.containers.scale("train", gpus=4)
 
-The messages are those of the contract (`gpudock.v1`), whose comments say what each field means.
+The messages are those of the contract (`gpudock.v1`); its comments describe each field.
 """
 
 from gpudock._client import Client, connect

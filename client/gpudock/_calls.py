@@ -1,7 +1,7 @@
-"""Calls on a channel: their metadata and deadline, errors as exceptions, and repetition after UNAVAILABLE.
+"""Unary and streaming calls with metadata, deadlines and retries; errors become exceptions.
 
-To repeat is safe by contract: what changes nothing may be asked again, and a mutation carries a `request_id`, under
-which the server answers a second call with the outcome of the first.
+A retry after UNAVAILABLE is safe by contract: a read changes nothing, and the server answers a mutation that is
+repeated under the same `request_id` with the outcome of the first call.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LONGEST_DELAY = 3.0
 
 
 class Backoff:
-    """How long a failing call is made again: after growing delays with jitter, `seconds` from the first failure."""
+    """Growing delays with jitter between retries, until `seconds` after the first failure."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -33,7 +33,7 @@ class Backoff:
         self._deadline = 0.0
 
     async def wait(self, error: GpudockError) -> None:
-        """Sleep until the next try, not shorter than the server asked for; raises `error` if that would be too late."""
+        """Sleep until the next retry, at least `error.retry_after` seconds; raise `error` if that is too late."""
         now = time.monotonic()
         if self._failures == 0:
             self._deadline = now + self._seconds
@@ -48,7 +48,7 @@ class Backoff:
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """What every call of a client has in common. Times in seconds."""
+    """The settings of all calls of a client; times in seconds."""
 
     metadata: tuple[tuple[str, str], ...]
     timeout: float
@@ -56,11 +56,11 @@ class Calls:
     reattach_for: float
 
     async def read(self, method: grpc.aio.UnaryUnaryMultiCallable[Q, R], request: Q) -> R:
-        """Ask what changes nothing."""
+        """Call an RPC that changes nothing, with the deadline of `timeout`."""
         return await self._call_with_retries(method, request, self.timeout)
 
     async def change(self, method: grpc.aio.UnaryUnaryMultiCallable[Q, R], request: Q) -> R:
-        """Make a mutation whose request has a `request_id`. It has no deadline: to stop takes as long as it takes."""
+        """Call a mutation whose request has a `request_id`. There is no deadline: a stop may take any time."""
         return await self._call_with_retries(method, request, None)
 
     async def _call_with_retries(
@@ -77,14 +77,14 @@ class Calls:
             await backoff.wait(error)
 
     def stream(self, method: grpc.aio.UnaryStreamMultiCallable[Q, R], request: Q) -> grpc.aio.UnaryStreamCall[Q, R]:
-        """Begin a stream of answers. It has no deadline."""
+        """Open a stream of responses, without a deadline."""
         return method(request, metadata=self.metadata)
 
     def bidi_stream(self, method: grpc.aio.StreamStreamMultiCallable[Q, R]) -> grpc.aio.StreamStreamCall[Q, R]:
-        """Begin a stream in both directions. It has no deadline."""
+        """Open a stream in both directions, without a deadline."""
         return method(None, metadata=self.metadata)
 
 
 def request_id_or_new(given: str | None) -> str:
-    """The id that the caller chose, or a new one."""
+    """Return the id that the caller gave, or a new one."""
     return given or str(uuid.uuid4())

@@ -1,4 +1,4 @@
-"""The way to the daemon: its address, TLS, and the token that is sent along."""
+"""The connection to the daemon: address, TLS and token."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ DEFAULT_ADDRESS = "unix:/run/gpudock/gpudock.sock"
 ADDRESS_VARIABLE = "GPUDOCK_ADDRESS"
 TOKEN_FILE_VARIABLE = "GPUDOCK_TOKEN_FILE"  # noqa: S105 - the name of a variable
 
-# A page of a list may hold 1000 containers with long specs.
+# A page of a list may have 1000 containers with long specs.
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-# gRPC servers send away a client that pings more often than every 5 minutes, unless they were told otherwise.
+# By default, gRPC servers disconnect a client that pings more often than every 5 minutes.
 _KEEPALIVE_MS = 310_000
 _KEEPALIVE_TIMEOUT_MS = 20_000
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where the daemon is and how to speak to it.
+    """The address of the daemon and the credentials for it.
 
     `address` is `unix:/path`, a path, or `host:port`; empty means $GPUDOCK_ADDRESS, else the default socket. TLS is
     used if `tls` is set or any of the PEM files `ca` (instead of the system's roots), `cert` and `key` is given.
-    `token` empty means the content of the file named by $GPUDOCK_TOKEN_FILE, if that is set.
+    An empty `token` means the content of the file that $GPUDOCK_TOKEN_FILE names, if it is set.
     """
 
     address: str = ""
@@ -40,25 +40,27 @@ class Endpoint:
 
     @property
     def target(self) -> str:
-        """The address as gRPC takes it."""
+        """The address in the syntax of gRPC."""
         address = self.address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS
         return f"unix:{address}" if address.startswith("/") else address
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What goes with each call; raises ValueError where the token would travel in the clear."""
+        """Return the metadata of every call; raises ValueError if the token would be sent unencrypted."""
         token = self.token or _token_of_environment()
         if not token:
             return ()
         if not self._protects_token():
-            raise ValueError(f"a token is not sent to {self.target} without TLS: give `ca`, or `tls` for public roots")
+            raise ValueError(
+                f"the token would be sent unencrypted to {self.target}; use TLS: give `ca`, or `tls` for public roots"
+            )
         return (("authorization", f"Bearer {token}"),)
 
     def open(self) -> grpc.aio.Channel:
-        """A channel to it, which connects by itself when it is used. Needs a running event loop."""
+        """Return a channel that connects on first use. Needs a running event loop."""
         options: list[tuple[str, str | int]] = [
             ("grpc.primary_user_agent", f"gpudock/{_version()}"),
             ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-            # After a restart of the daemon the socket is back within a second or two.
+            # A daemon that restarts listens again within a second or two.
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.min_reconnect_backoff_ms", 1000),
             ("grpc.max_reconnect_backoff_ms", 2000),
@@ -101,10 +103,10 @@ def _token_of_environment() -> str:
 
 
 def read_token(path: Path) -> str:
-    """The token in a file, without the white space around it; raises ValueError if there is none."""
+    """Return the token in a file, stripped of white space; raises ValueError if the file is empty."""
     token = path.read_text().strip()
     if not token:
-        raise ValueError(f"the token file {path} is empty")
+        raise ValueError(f"token file {path} is empty; it must contain a token")
     return token
 
 

@@ -1,4 +1,4 @@
-"""The client: one channel to one daemon."""
+"""The client of one daemon, over one channel."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from gpudock.errors import Unavailable
 
 
 class Client:
-    """A client of one gpudockd, made inside a running event loop and closed after use, best by `async with`.
+    """A client of one gpudockd. Create it inside a running event loop and close it after use, or use `async with`.
 
-    Calls that fail with UNAVAILABLE are made again for some time, mutations under the same `request_id`, so that they
-    are made once. What a call ends with otherwise is a `GpudockError`.
+    Calls that fail with UNAVAILABLE are retried for `retry_for` seconds. A mutation keeps its `request_id`, so that the
+    server makes it only once. Any other failure raises a `GpudockError`.
     """
 
     def __init__(
@@ -40,37 +40,38 @@ class Client:
         retry_for: float = 15.0,
         reattach_for: float = 60.0,
     ) -> None:
-        """Does not connect yet.
+        """Create the client; it connects on first use.
 
         Args:
             target: `unix:/path`, a path, or `host:port`; empty means $GPUDOCK_ADDRESS, else the socket
                 `/run/gpudock/gpudock.sock`.
-            token: sent with each call; empty means what the file named by $GPUDOCK_TOKEN_FILE holds, if that is set.
-            ca: PEM file with the roots to trust in the place of the system's. Implies `tls`.
+            token: sent with each call; empty means the content of the file that $GPUDOCK_TOKEN_FILE names, if set.
+            ca: PEM file with the roots to trust instead of the system's. Implies `tls`.
             cert: PEM file with the client's certificate chain, with `key`. Implies `tls`.
             key: PEM file with the private key of `cert`.
             tls: whether to use TLS.
-            timeout: how many seconds one try of a call that changes nothing may take. Mutations have no deadline.
-            retry_for: for how many seconds a call is made again after UNAVAILABLE; also one that begins an operation or
-                watches it, until it has its first answer.
-            reattach_for: for how many seconds an operation that was seen is sought again after its connection broke.
+            timeout: deadline in seconds of one attempt of a call that changes nothing. Mutations have no deadline.
+            retry_for: seconds during which a call is retried after UNAVAILABLE; for the stream of an operation or a
+                watch, until its first response.
+            reattach_for: seconds during which the stream of an operation or a watch is reopened after its connection
+                broke.
 
         Raises:
-            ValueError: a token would travel in the clear.
+            ValueError: the token would be sent unencrypted.
             OSError: a file cannot be read.
         """
         endpoint = Endpoint(address=target, token=token, ca=ca, cert=cert, key=key, tls=tls)
         calls = Calls(endpoint.metadata(), timeout, retry_for, reattach_for)
         self._channel = endpoint.open()
         self.target: str = endpoint.target
-        """The daemon's address, as gRPC takes it."""
+        """The address of the daemon, in the syntax of gRPC."""
         self.operations: Operations = Operations(calls, self._channel)
         self.containers: Containers = Containers(calls, self._channel, self.operations)
         self.volumes: Volumes = Volumes(calls, self._channel, self.operations)
         self.node: Nodes = Nodes(calls, self._channel)
 
     async def ready(self, timeout: float = 5.0) -> None:
-        """Connect; raises Unavailable if that does not succeed within `timeout` seconds."""
+        """Connect; raises Unavailable if the daemon does not answer within `timeout` seconds."""
         try:
             async with asyncio.timeout(timeout):
                 await self._channel.channel_ready()
@@ -78,7 +79,7 @@ class Client:
             raise Unavailable(f"gpudockd does not answer at {self.target}", code=grpc.StatusCode.UNAVAILABLE) from None
 
     async def close(self) -> None:
-        """End every call that is under way, and the connection. Operations go on at the server."""
+        """Cancel all calls and close the connection. Operations continue on the server."""
         await self._channel.close(None)
 
     async def __aenter__(self) -> Self:
@@ -101,7 +102,7 @@ async def connect(
     tls: bool = False,
     timeout: float = 5.0,
 ) -> AsyncIterator[Client]:
-    """A client that is connected: `async with gpudock.connect() as client`. Its arguments are those of `Client`.
+    """Return a connected client: `async with gpudock.connect() as client`. The arguments are those of `Client`.
 
     Raises Unavailable if the daemon does not answer within `timeout` seconds.
     """

@@ -1,4 +1,4 @@
-"""Containers: their life from create to delete, their scale, and commands inside them."""
+"""Containers: create, read, watch, change, delete, and run commands in them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,14 @@ _OUTPUT_LIMIT = 16 * 1024 * 1024
 class Containers:
     """The containers of the installation.
 
-    What changes one takes `request_id`: a UUID that names this change, so that it is made once however often it is
-    asked for. Left out, each call has its own, and is repeated under it when the connection fails. `etag` makes a
-    change fail with Aborted (STALE_ETAG) if the container was changed since it was read. `snapshots` says whether the
-    files of the revision that the change ends are kept: `always`, `cheap` (where nothing is copied) or `never`; left
-    out, it is as the container, then the node, says.
+    Arguments that several methods share:
+
+    - `request_id`: a UUID that identifies a change, which is made once, however often it is called under that id. By
+      default each call has a new id and keeps it for its retries.
+    - `etag`: the change fails with Aborted (STALE_ETAG) if the container changed since it was read with this etag.
+    - `snapshots`: whether to keep the files of the revision that the change replaces: `always`, `cheap` (only where
+      nothing is copied) or `never`; by default the policy of the container, else of the node, applies.
+    - `validate_only`: change nothing; await `plan()` of the returned call.
     """
 
     def __init__(self, calls: Calls, channel: grpc.aio.Channel, operations: Operations) -> None:
@@ -56,10 +59,10 @@ class Containers:
         request_id: str | None = None,
         **options: Unpack[SpecOptions],
     ) -> OperationCall[Container]:
-        """Create a container from an image, or a whole spec, and `options`; start it unless `create_only`.
+        """Create a container from an image or a whole spec, changed by `options`; start it unless `create_only`.
 
-        `pull` is `missing`, `always` or `never`; a pull without progress for `pull_stall_timeout` seconds (None: the
-        node's own) fails. If it fails or is cancelled, nothing is left of it.
+        `pull` is `missing`, `always` or `never`. A pull fails after `pull_stall_timeout` seconds without progress
+        (None: the setting of the node). A creation that fails or is cancelled leaves nothing.
         """
         request = pb.CreateContainerRequest(
             name=name,
@@ -77,7 +80,7 @@ class Containers:
         )
 
     async def get(self, name: str) -> Container:
-        """One container."""
+        """Return a container."""
         return (await self._calls.read(self._stub.GetContainer, pb.GetContainerRequest(name=name))).container
 
     def list(
@@ -89,7 +92,7 @@ class Containers:
         node: str = "",
         page_size: int = 0,
     ) -> Pages[Container]:
-        """Containers by name: in any of `states` (such as `running`), with all of `labels` (`""` is any value)."""
+        """List containers by name: in any of `states` (such as `running`), with all `labels` (`""` is any value)."""
         filters = _filter(states, labels, owner, node)
 
         async def page(token: str) -> tuple[Iterable[Container], str]:
@@ -110,9 +113,10 @@ class Containers:
         changes_only: bool = False,
         checkpoints: bool = False,
     ) -> Watch[Container]:
-        """What happens to containers: first those that are there are `added`, unless `changes_only`, then each change.
+        """Watch containers: first one `added` event for each, unless `changes_only`, then one event for each change.
 
-        The filter is that of `list`. With the `resume_token` of an event, and the same filter, it goes on behind that.
+        The filter is that of `list`. With the `resume_token` of an event and the same filter, the watch continues after
+        that event.
         """
         filters = _filter(states, labels, owner, node)
 
@@ -132,7 +136,7 @@ class Containers:
         etag: str = "",
         request_id: str | None = None,
     ) -> OperationCall[Container]:
-        """Start a stopped container, if `gpus` is given with these in the place of those in its spec."""
+        """Start a stopped container; `gpus` replaces the GPUs of its spec."""
         request = pb.StartContainerRequest(
             name=name,
             gpus=None if gpus is None else gpu_request(gpus),
@@ -154,7 +158,7 @@ class Containers:
         etag: str = "",
         request_id: str | None = None,
     ) -> Container:
-        """Stop a container, by force after `timeout`; gives its GPUs and ports back unless `keep_resources`."""
+        """Stop a container, with SIGKILL after `timeout`, and release its GPUs and ports unless `keep_resources`."""
         request = pb.StopContainerRequest(
             name=name,
             keep_resources=keep_resources,
@@ -174,7 +178,7 @@ class Containers:
         etag: str = "",
         request_id: str | None = None,
     ) -> OperationCall[Container]:
-        """Stop a container, by force after `timeout`, and start it; it keeps the GPUs and ports that it holds."""
+        """Stop a container, with SIGKILL after `timeout`, and start it with the same GPUs and ports."""
         request = pb.RestartContainerRequest(
             name=name,
             timeout=None if timeout is None else duration(timeout),
@@ -188,17 +192,17 @@ class Containers:
         )
 
     async def pause(self, name: str, *, etag: str = "", request_id: str | None = None) -> Container:
-        """Freeze every process of a container; it keeps what it holds."""
+        """Pause all processes of a container; it keeps its GPUs and ports."""
         request = pb.PauseContainerRequest(name=name, request_id=request_id_or_new(request_id), etag=etag)
         return (await self._calls.change(self._stub.PauseContainer, request)).container
 
     async def unpause(self, name: str, *, etag: str = "", request_id: str | None = None) -> Container:
-        """Thaw every process of a paused container."""
+        """Unpause all processes of a container."""
         request = pb.UnpauseContainerRequest(name=name, request_id=request_id_or_new(request_id), etag=etag)
         return (await self._calls.change(self._stub.UnpauseContainer, request)).container
 
     async def delete(self, name: str, *, force: bool = False, etag: str = "", request_id: str | None = None) -> None:
-        """Delete a container with its files and claims; `force` for one that runs."""
+        """Delete a container, its files and its claims; with `force` even if it is running."""
         request = pb.DeleteContainerRequest(name=name, force=force, request_id=request_id_or_new(request_id), etag=etag)
         await self._calls.change(self._stub.DeleteContainer, request)
 
@@ -216,10 +220,10 @@ class Containers:
         etag: str = "",
         request_id: str | None = None,
     ) -> OperationCall[Container]:
-        """Change what is given, to these values; the others stay. `gpus` are those it has in the end.
+        """Set the GPUs, CPUs, memory or /dev/shm of a container to absolute values; None leaves a value unchanged.
 
-        `strategy` is `auto`, `live` (in place or not at all) or `recreate`. If it fails or is cancelled, the container
-        is put back as it was, running.
+        `strategy` is `auto`, `live` (in place or fail) or `recreate`. After a failure or a cancellation, the container
+        runs as before.
         """
         request = pb.ScaleContainerRequest(
             name=name,
@@ -253,12 +257,12 @@ class Containers:
         update_mask: Iterable[str] | None = None,
         **options: Unpack[ChangeOptions],
     ) -> OperationCall[Container]:
-        """Change the image and the options that are given, each as a whole, to these values; the others stay.
+        """Replace the image and the given options of a container; the other fields of its spec are unchanged.
 
-        An empty value, or None, takes away what was there. `set_env`, `remove_env` and the other edits change single
-        entries, and so does an `update_mask` that names parts of the options, such as `gpus.count`. `files` is
-        `carry-commit` or `discard`: what becomes of the container's files on another image. If the update fails or is
-        cancelled, the container is put back as it was.
+        An empty value or None clears a field. `set_env`, `remove_env` and the other edits change single entries, and so
+        does an `update_mask` that names parts of the options, such as `gpus.count`. `files` is `carry-commit` or
+        `discard` and decides about the files of the container when the image changes. After a failure or a
+        cancellation, the container is as before.
         """
         whole, edits = split_options(options)
         paths = [*whole] if image is None else ["image", *whole]
@@ -291,7 +295,7 @@ class Containers:
         etag: str = "",
         request_id: str | None = None,
     ) -> OperationCall[Container]:
-        """Return a container to a revision: its spec and, unless `spec_only`, its files, as a new revision."""
+        """Restore the spec and, unless `spec_only`, the files of a revision; this creates a new revision."""
         request = pb.RollbackContainerRequest(
             name=name,
             revision=revision,
@@ -318,10 +322,10 @@ class Containers:
         update_mask: Iterable[str] | None = None,
         **options: Unpack[ChangeOptions],
     ) -> OperationCall[Container]:
-        """Create `name` from a revision of `source`, 0 for what it is now, with a copy of its files.
+        """Create the container `name` from a revision of `source` (0: its current state) with a copy of the files.
 
-        `options` and `update_mask` say what is to differ from the revision's spec, as in `update`. If the clone fails
-        or is cancelled, nothing is left of it, and the source is as it was.
+        `options` and `update_mask` change the spec of the revision as in `update`. A clone that fails or is cancelled
+        leaves nothing and does not change the source.
         """
         whole, edits = split_options(options)
         request = pb.CloneContainerRequest(
@@ -341,12 +345,12 @@ class Containers:
         )
 
     async def revision(self, name: str, revision: int = 0) -> ContainerRevision:
-        """One revision of a container; 0 is the current one."""
+        """Return a revision of a container; 0 means the current one."""
         request = pb.GetContainerRevisionRequest(name=name, revision=revision)
         return (await self._calls.read(self._stub.GetContainerRevision, request)).revision
 
     def revisions(self, name: str, *, page_size: int = 0) -> Pages[ContainerRevision]:
-        """The revisions of a container, oldest first."""
+        """List the revisions of a container, oldest first."""
 
         async def page(token: str) -> tuple[Iterable[ContainerRevision], str]:
             request = pb.ListContainerRevisionsRequest(name=name, page_size=page_size, page_token=token)
@@ -356,7 +360,7 @@ class Containers:
         return Pages(page)
 
     async def delete_revision(self, name: str, revision: int, *, etag: str = "", request_id: str | None = None) -> None:
-        """Delete a revision with the files that were kept of it."""
+        """Delete a revision and its files."""
         request = pb.DeleteContainerRevisionRequest(
             name=name, revision=revision, request_id=request_id_or_new(request_id), etag=etag
         )
@@ -377,11 +381,11 @@ class Containers:
         etag: str = "",
         request_id: str | None = None,
     ) -> OperationCall[CommittedImage]:
-        """Make an image `repository:tag` (`latest`) of a container's files; it is frozen meanwhile if it runs.
+        """Create the image `repository:tag` (tag: `latest`) from the files of a container.
 
-        `changes` are lines of a Dockerfile that change how the image is run, such as `CMD ["serve"]`. An image that
-        has the name already loses it if gpudock committed it for the same owner. Any other image loses it with
-        `replace` alone, where the node allows that; else the call ends with IMAGE_EXISTS.
+        A running container is paused meanwhile, unless `pause` is False. `changes` are Dockerfile instructions such as
+        `CMD ["serve"]`. An existing image of that name is replaced if gpudock committed it for the same owner; any
+        other image only with `replace`, if the node allows it, else the call fails with IMAGE_EXISTS.
         """
         request = pb.CommitContainerRequest(
             name=name,
@@ -416,9 +420,9 @@ class Containers:
         limit_bytes: int = _OUTPUT_LIMIT,
         **options: Unpack[ExecOptions],
     ) -> Completed:
-        """Run a command to its end, with `input` on its stdin, and return its output and how it ended.
+        """Run a command until it exits, with `input` as its stdin, and return its output and its exit.
 
-        Of stdout and of stderr the first `limit_bytes` are kept; the rest is read and dropped.
+        The first `limit_bytes` of stdout and of stderr are kept; the rest is discarded.
         """
         options["stdin"] = input is not None
         return await collect(self.exec(name, command, **options), input, limit_bytes)
@@ -434,12 +438,12 @@ def _filter(states: Iterable[str], labels: Mapping[str, str] | None, owner: str,
 
 
 def _container_of(result: Any) -> Container:  # noqa: ANN401 - the result's type is that of the RPC's own message
-    """The container in the result of the operation's own RPC, or of WatchOperation after a lost connection."""
+    """Return the container of a result, which is that of the operation's own RPC or of WatchOperation."""
     return result.container if isinstance(result, OperationResult) else cast("Container", result)
 
 
 def _image_of(result: Any) -> CommittedImage:  # noqa: ANN401 - likewise
-    """The image in the result of CommitContainer, or of WatchOperation after a lost connection."""
+    """Return the image of a result, which is that of CommitContainer or of WatchOperation."""
     return result.image if isinstance(result, OperationResult) else cast("CommittedImage", result)
 
 

@@ -1,4 +1,4 @@
-"""Enum values as words: `RUNNING` and `running` for CONTAINER_STATE_RUNNING."""
+"""Conversion between enum values and words: `RUNNING` or `running` for CONTAINER_STATE_RUNNING."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ V_co = TypeVar("V_co", bound=int, covariant=True)
 
 
 class ProtoEnum(Protocol[V_co]):
-    """A generated enum."""
+    """A generated enum wrapper."""
 
     @property
     def DESCRIPTOR(self) -> EnumDescriptor: ...  # noqa: N802 - the generator's name
@@ -20,21 +20,21 @@ class ProtoEnum(Protocol[V_co]):
 
 
 def enum_name(enum: ProtoEnum[Any], value: int) -> str:
-    """The name of a value without the enum's prefix; its number if this client does not know it."""
+    """Return the name of a value without the prefix of the enum; the number of a value that is unknown here."""
     known = enum.DESCRIPTOR.values_by_number.get(value)
     return known.name.removeprefix(_prefix(enum)) if known else str(value)
 
 
 def enum_value(enum: ProtoEnum[V], word: str) -> V:
-    """The value for a word in either case, with dashes or underscores; raises ValueError with those there are."""
+    """Return the value for a word in either case, with dashes or underscores; raises ValueError for an unknown word."""
     try:
         return enum.Value(_prefix(enum) + word.upper().replace("-", "_"))
     except ValueError:
-        raise ValueError(f"{word!r} is none of {', '.join(enum_names(enum))}") from None
+        raise ValueError(f"{word!r} is not one of {', '.join(enum_names(enum))}") from None
 
 
 def enum_names(enum: ProtoEnum[Any]) -> tuple[str, ...]:
-    """Every value's word, in lower case with dashes, without the unspecified one."""
+    """Return the words of all values in lower case with dashes, except the unspecified one."""
     names = (value.name.removeprefix(_prefix(enum)) for value in enum.DESCRIPTOR.values if value.number)
     return tuple(name.lower().replace("_", "-") for name in names)
 

@@ -1,4 +1,4 @@
-"""Commands in a running container: their streams, and how they end."""
+"""Commands in a running container: their input, output and exit."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ T = TypeVar("T")
 Call: TypeAlias = "grpc.aio.StreamStreamCall[pb.ExecContainerRequest, Event]"
 Exec: TypeAlias = "grpc.aio.StreamStreamMultiCallable[pb.ExecContainerRequest, Event]"
 
-# What the contract recommends for one message of stdin.
+# The size that the contract recommends for one message of stdin.
 _STDIN_CHUNK = 64 * 1024
-# Not touched, so it costs nothing.
+# The block is never touched, so it costs no memory.
 _LARGE_BLOCK = 4 * 1024 * 1024
-# A tag and the longest length that a message can have.
+# One byte of tag and up to five of length.
 _MAX_HEADER_BYTES = 6
 _SIGNAL_BASE = 128
-_NOT_ENTERED = "an ExecSession is used as `async with ... as session`"
+_NOT_ENTERED = "the session is not open; use `async with ... as session`"
 
 
 class ExecOptions(TypedDict, total=False):
-    """How a command runs; protos/gpudock/v1/exec.proto has the limits. What is left out is as the container has it."""
+    """How a command runs; by default as the container does. protos/gpudock/v1/exec.proto has the limits."""
 
     env: Mapping[str, str]
     working_dir: str
@@ -44,23 +44,23 @@ class ExecOptions(TypedDict, total=False):
     tty: bool
     stdin: bool
     size: tuple[int, int]
-    """The terminal's columns and rows, with `tty`."""
+    """Columns and rows of the terminal, with `tty`."""
     timeout: Seconds
-    """How long it may run before it is ended."""
+    """Seconds after which the command is killed."""
     exec_id: str
 
 
 class Chunk(NamedTuple):
-    """A piece of output. With a terminal all of it is `stdout`."""
+    """A piece of output. With a terminal, all output is `stdout`."""
 
     stream: Literal["stdout", "stderr"]
     data: bytes
 
 
 Event: TypeAlias = "Chunk | pb.ExecContainerResponse"
-"""What the server says: output by itself, for there may be much of it, and everything else as the message it is."""
+"""A response of the server. Output is not wrapped in a message, since there may be much of it."""
 
-# How a field of bytes begins: its number and wire type 2, https://protobuf.dev/programming-guides/encoding/#structure
+# The tag of a bytes field is its number and wire type 2: https://protobuf.dev/programming-guides/encoding/#structure
 _FIELDS = pb.ExecContainerResponse.DESCRIPTOR.fields_by_name
 _STREAMS: Mapping[int, Literal["stdout", "stderr"]] = {
     _FIELDS["stdout"].number << 3 | 2: "stdout",
@@ -71,7 +71,7 @@ _SERVICE = container_service_pb2.DESCRIPTOR.services_by_name["ContainerService"]
 
 
 def exec_method(channel: grpc.aio.Channel) -> Exec:
-    """ExecContainer, whose output is not copied by way of a message."""
+    """Return the ExecContainer RPC with a decoder that copies output only once."""
     method = _SERVICE.methods_by_name["ExecContainer"]
     return channel.stream_stream(
         f"/{_SERVICE.full_name}/{method.name}",
@@ -81,7 +81,7 @@ def exec_method(channel: grpc.aio.Channel) -> Exec:
 
 
 def decode_response(raw: bytes) -> Event:
-    """An encoded ExecContainerResponse; what is not one field of output and nothing else is left to protobuf."""
+    """Decode an ExecContainerResponse: one field of output by hand, anything else by protobuf."""
     stream = _STREAMS.get(raw[0]) if raw else None
     # https://protobuf.dev/programming-guides/encoding/#varints
     length = 0
@@ -97,18 +97,18 @@ def decode_response(raw: bytes) -> Event:
 
 @cache
 def raise_mmap_threshold() -> None:
-    """Have glibc keep what is freed, up to 8 MiB of each of its arenas, instead of giving it back to the kernel.
+    """Make glibc keep freed memory, up to 8 MiB in each arena, instead of returning it to the kernel.
 
-    It gives back too much for who reads messages of half a megabyte: each then costs fresh pages, half of the time that
-    reading takes. It learns by itself, from the largest block that the process has freed so far, which this makes one
-    of 4 MiB: https://man7.org/linux/man-pages/man3/mallopt.3.html, M_MMAP_THRESHOLD. Elsewhere it does nothing.
+    Otherwise each message of half a megabyte needs fresh pages, which takes half of the time of reading. glibc adapts
+    its threshold to the largest block that the process has freed, so this frees one of 4 MiB. See M_MMAP_THRESHOLD in
+    https://man7.org/linux/man-pages/man3/mallopt.3.html. With another libc this has no effect.
     """
     bytes(_LARGE_BLOCK)
 
 
 @dataclass(frozen=True, slots=True)
 class ExecExit:
-    """How a command ended: by `signal` (such as `SIGKILL`) if that is set, else with `code`."""
+    """How a command ended: by `signal` (such as `SIGKILL`) if it is set, else with the exit code `code`."""
 
     code: int | None
     signal: str
@@ -117,32 +117,32 @@ class ExecExit:
 
     @property
     def returncode(self) -> int:
-        """What a shell would make of it: the code, or 128 and the signal's number."""
+        """The exit code as in a shell: `code`, or 128 plus the number of the signal."""
         return _SIGNAL_BASE + signal_number(self.signal) if self.code is None else self.code
 
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """A command that has ended, with its output."""
+    """The output and the exit of a command."""
 
     stdout: bytes
     stderr: bytes
     exit: ExecExit
     truncated: bool
-    """Whether there was more output than was to be kept."""
+    """Whether output was discarded because of the limit."""
 
     @property
     def returncode(self) -> int:
-        """What a shell would make of `exit`."""
+        """The exit code as in a shell."""
         return self.exit.returncode
 
 
 class ExecSession:
-    """A command that runs, as an async context manager. Left before the command has ended, it hangs up: SIGHUP.
+    """A running command, as an async context manager. Leaving it before the command has ended sends SIGHUP.
 
-    Output that is not read holds the command back, so read `output` to its end, then `exit` says how it ended.
-    Input methods may be called from other tasks meanwhile. An exec is never begun twice: if the connection breaks, the
-    error says so, and the command is ended by the server.
+    Output that is not read blocks the command: read `output` until it ends, then call `exit`. Other tasks may send
+    input meanwhile. A command is never started twice: a broken connection raises an error, and the server ends the
+    command.
     """
 
     def __init__(self, converse: Callable[[], Call], start: pb.ExecStart) -> None:
@@ -156,16 +156,16 @@ class ExecSession:
         self._exit: ExecExit | None = None
         self._error: GpudockError | None = None
         self.exec_id: str = start.exec_id
-        """The id of this run; the server makes one if the caller did not."""
+        """The id of this command; generated by the server if the caller gave none."""
 
     async def __aenter__(self) -> Self:
         raise_mmap_threshold()
         self._call = self._open_call()
         self._call.add_done_callback(self._record_status)
-        # Not by `read`: that gives up what has arrived as soon as a write fails, this comes to the end of it.
+        # Not by `read`: after a failed write, `read` drops responses that have arrived; the iterator returns them.
         self._events = aiter(self._call)
         try:
-            with contextlib.suppress(BrokenPipeError):  # refused at once: what is read next says why
+            with contextlib.suppress(BrokenPipeError):  # the call was refused; the next read has the reason
                 await self._send(pb.ExecContainerRequest(start=self._start))
             await self._read_started()
         except BaseException:
@@ -180,38 +180,39 @@ class ExecSession:
             self._call.cancel()
 
     async def output(self) -> AsyncIterator[Chunk]:
-        """What the command writes, as it comes, until it has ended. For one reader."""
+        """Yield the output of the command until it ends. Only one task may read."""
         while self._exit is None:
             event = await self._read()
             if isinstance(event, Chunk):
                 yield event
 
     async def exit(self) -> ExecExit:
-        """How the command ended, once it has; output that was not read by then is dropped."""
+        """Wait for the exit of the command and return it; unread output is discarded."""
         async for _ in self.output():
             pass
         if self._exit is None:
-            raise Internal("the stream ended and the command did not", code=grpc.StatusCode.INTERNAL)
+            raise Internal("the stream ended before the command did", code=grpc.StatusCode.INTERNAL)
         return self._exit
 
     async def write(self, data: bytes) -> None:
-        """Give `data` to its stdin; returns when it is on its way, later if the command reads slowly.
+        """Write `data` to the stdin of the command; blocks while the command reads slowly.
 
-        Raises BrokenPipeError once the command has ended.
+        Raises:
+            BrokenPipeError: the command has ended.
         """
         for begin in range(0, len(data), _STDIN_CHUNK):
             await self._send(pb.ExecContainerRequest(stdin=data[begin : begin + _STDIN_CHUNK]))
 
     async def close_stdin(self) -> None:
-        """End its stdin. Raises BrokenPipeError once the command has ended."""
+        """Close the stdin of the command. Raises BrokenPipeError once the command has ended."""
         await self._send(pb.ExecContainerRequest(close_stdin=pb.ExecCloseStdin()))
 
     async def resize(self, columns: int, rows: int) -> None:
-        """Tell the command the terminal's new size. Raises BrokenPipeError once the command has ended."""
+        """Set the size of the terminal. Raises BrokenPipeError once the command has ended."""
         await self._send(pb.ExecContainerRequest(resize=pb.TerminalSize(columns=columns, rows=rows)))
 
     async def signal(self, signal: str | int) -> None:
-        """Send it a signal, such as `SIGTERM` or 15. Raises BrokenPipeError once the command has ended."""
+        """Send a signal, such as `SIGTERM` or 15. Raises BrokenPipeError once the command has ended."""
         await self._send(pb.ExecContainerRequest(signal=pb.ExecSignal(signal=str(signal))))
 
     async def _read_started(self) -> None:
@@ -241,7 +242,7 @@ class ExecSession:
         try:
             return await anext(self._events)
         except StopAsyncIteration:
-            raise Internal("the stream ended and the command did not", code=grpc.StatusCode.INTERNAL) from None
+            raise Internal("the stream ended before the command did", code=grpc.StatusCode.INTERNAL) from None
         except grpc.aio.AioRpcError as failure:
             raise error_of(self._original_failure(failure)) from failure
 
@@ -255,7 +256,7 @@ class ExecSession:
         )
 
     def _original_failure(self, failure: grpc.aio.AioRpcError) -> grpc.aio.AioRpcError:
-        """What the server said: where a write fails as the call ends, grpc.aio puts INTERNAL in its place.
+        """Return the status of the server: grpc.aio replaces it with INTERNAL if a write fails as the call ends.
 
         https://github.com/grpc/grpc/issues/36066
         """
@@ -265,7 +266,7 @@ class ExecSession:
         return failure
 
     async def _read_to_end(self) -> None:
-        """Let the server end the stream by itself: to cancel it would show there as a caller that hung up."""
+        """Wait until the server ends the stream; cancelling it would look like a client that disconnected."""
         with contextlib.suppress(GpudockError):
             await self._receive()
 
@@ -286,7 +287,7 @@ class ExecSession:
 
 
 def exec_start(container: str, command: Sequence[str], options: ExecOptions) -> pb.ExecStart:
-    """The first message of an exec."""
+    """Return the first message of an exec stream."""
     start = pb.ExecStart(
         container=container,
         exec_id=options.get("exec_id", ""),
@@ -306,7 +307,7 @@ def exec_start(container: str, command: Sequence[str], options: ExecOptions) -> 
 
 
 async def collect(session: ExecSession, stdin: bytes | None, limit: int) -> Completed:
-    """Run a session to its end and keep the first `limit` bytes of each of its streams."""
+    """Run a session until the command exits and keep the first `limit` bytes of stdout and of stderr."""
     kept = {"stdout": bytearray(), "stderr": bytearray()}
     truncated = False
     async with session, _sending_stdin(session, stdin):
@@ -320,7 +321,7 @@ async def collect(session: ExecSession, stdin: bytes | None, limit: int) -> Comp
 
 @asynccontextmanager
 async def _sending_stdin(session: ExecSession, stdin: bytes | None) -> AsyncIterator[None]:
-    """Send `stdin` in the meantime, beside the output: a command that writes before it has read all would stall."""
+    """Send `stdin` while output is read: a command that writes before it has read all input would block otherwise."""
     feeding = asyncio.create_task(_send_stdin(session, stdin))
     try:
         yield
@@ -331,7 +332,7 @@ async def _sending_stdin(session: ExecSession, stdin: bytes | None) -> AsyncIter
 
 
 async def _send_stdin(session: ExecSession, stdin: bytes | None) -> None:
-    # A command need not read all of its input.
+    # A command may end without reading all of its input.
     with contextlib.suppress(BrokenPipeError):
         if stdin is not None:
             await session.write(stdin)
@@ -344,10 +345,10 @@ def _exit_of(exited: pb.ExecExited) -> ExecExit:
 
 
 def _result_without_waiting(answer: Coroutine[Any, Any, T]) -> T:
-    """What a coroutine returns that has nothing to wait for; a task for it would come too late."""
+    """Return the result of a coroutine that does not wait; a task for it would run too late."""
     try:
         answer.send(None)
     except StopIteration as end:
         return cast("T", end.value)
     answer.close()
-    raise RuntimeError("a call that has ended does not know how")
+    raise RuntimeError("a finished call has no status")

@@ -1,4 +1,4 @@
-"""The node: what it has, its cards, its ports, and what is not as it should be."""
+"""Nodes: capacity, GPUs, ports and drift."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from gpudock.v1.port_pb2 import PortProtocol
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """When everything was last compared (None: not yet), and why the latest attempt failed (empty: it did not)."""
+    """The last comparison of engine and records: its time (None: never) and the error of the latest attempt, if any."""
 
     compare_time: datetime | None
     trouble: str
 
 
 class Nodes:
-    """The node that is called, or another one of the installation by its name."""
+    """The node of the daemon, or another node of the installation by name."""
 
     def __init__(self, calls: Calls, channel: grpc.aio.Channel) -> None:
         self._calls = calls
         self._stub = NodeServiceStub(channel)
 
     async def get(self, name: str = "") -> Node:
-        """Versions, what it has, what is free, and whether what it depends on answers."""
+        """Return a node: versions, capacity, free resources and the health of its components."""
         return (await self._calls.read(self._stub.GetNode, pb.GetNodeRequest(name=name))).node
 
     def gpus(
@@ -49,10 +49,10 @@ class Nodes:
         node: str = "",
         page_size: int = 0,
     ) -> Pages[Gpu]:
-        """The cards by index, with what they measure now and who holds them.
+        """List GPUs by index, with their current measurements and the containers that hold them.
 
-        In any of `healths` (such as `healthy`), with `model` in their name, only those that a container holds or only
-        those that none does (`claimed`), only those of one `container`.
+        Filters: in any of `healths` (such as `healthy`), with `model` in their name, held or not held (`claimed`), held
+        by `container`.
         """
         filters = pb.GpuFilter(
             healths=[enum_value(GpuHealth, health) for health in healths],
@@ -71,7 +71,7 @@ class Nodes:
     def ports(
         self, *, protocols: Iterable[str] = (), container: str = "", node: str = "", page_size: int = 0
     ) -> Pages[PortClaim]:
-        """The host ports that containers hold, by number; the range they come from is in `get().ports`."""
+        """List the host ports that containers hold, by number; `get().ports` has their range."""
         filters = pb.PortFilter(
             protocols=[enum_value(PortProtocol, protocol) for protocol in protocols], container=container
         )
@@ -92,9 +92,9 @@ class Nodes:
         node: str = "",
         page_size: int = 0,
     ) -> Pages[Drift]:
-        """What the engine, the store and what runs do not agree on: what differs, since when, and what is done.
+        """List differences between engine, store and processes: what differs, since when, and the remedy.
 
-        It is as of the last full comparison; `comparison` says when that was, and whether the latest one failed.
+        The list is that of the last complete comparison; `comparison` returns its time and a later failure.
         """
         filters = pb.DriftFilter(
             kinds=[enum_value(DriftKind, kind) for kind in kinds],
@@ -110,7 +110,7 @@ class Nodes:
         return Pages(page)
 
     async def comparison(self, node: str = "") -> Comparison:
-        """When engine, store and records were last compared, and what kept the server from doing so since."""
+        """Return when engine and store were last compared, and why a later comparison failed."""
         answer = await self._calls.read(self._stub.ListDrift, pb.ListDriftRequest(node=node, page_size=1))
         return Comparison(
             compare_time=answer.compare_time.ToDatetime(UTC) if answer.HasField("compare_time") else None,

@@ -1,4 +1,4 @@
-"""Operations: work that goes on at the server, watched from here, whether or not the connection holds."""
+"""Operations: work on the server that a client watches, and reattaches to after a lost connection."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from gpudock.v1.volume_pb2 import Volume
 
 T = TypeVar("T")
 
-# Each RPC has its own message, and all have `oneof event { Operation operation; <Result> result; }`.
+# Each RPC has its own response, with `oneof event { Operation operation; <Result> result; }`.
 Stream: TypeAlias = "grpc.aio.UnaryStreamCall[Any, Any]"
 
-# What an ended connection looks like, if it is not the server that says so.
+# The codes of a lost connection, where the status did not come from the server.
 CONNECTION_LOST_CODES = frozenset(
     {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
 )
@@ -35,12 +35,12 @@ _FAILED_STATES = frozenset({pb.OPERATION_STATE_FAILED, pb.OPERATION_STATE_CANCEL
 
 
 class OperationCall(Generic[T]):
-    """An operation as its caller sees it. Nothing is sent before it is awaited, iterated or `started`.
+    """A call that begins or watches an operation. Nothing is sent before it is awaited, iterated or `started`.
 
-    `await call` gives the result. `async for snapshot in call` gives each Operation as it changes, and then `await
-    call` the result without waiting. Both raise the GpudockError that the operation ended with. A connection that
-    breaks is made anew, and the call goes on where it was; if that fails for too long they raise Unavailable, and may
-    be tried again. Hanging up, by cancelling the task or with `aclose`, does not stop the operation: `cancel` does.
+    `await call` returns the result. `async for snapshot in call` yields each change of the Operation; `await call` then
+    returns at once. Both raise the GpudockError that the operation ended with. After a lost connection the call
+    reattaches; if that fails for too long, it raises Unavailable and may be awaited or iterated again. Cancelling the
+    task or calling `aclose` does not cancel the operation; `cancel` does.
     """
 
     def __init__(
@@ -52,12 +52,12 @@ class OperationCall(Generic[T]):
         validate_only: bool = False,
         resource: Callable[[Any], T],
     ) -> None:
-        """`begin` calls the operation's own RPC; without it, `operation_id` is watched. `resource` picks the result."""
+        """`begin` calls the RPC of the operation; without it, `operation_id` is watched. `resource` reads results."""
         self._operations = operations
         self._begin = begin
         self._resource = resource
         self._validate_only = validate_only
-        # Until there is an operation to go back to, this is a call like any other.
+        # Before the operation is known, there is nothing to reattach to: retry like any other call.
         self._backoff = Backoff(operations.calls.retry_for)
         self._reading = asyncio.Lock()
         self._stream: Stream | None = None
@@ -66,9 +66,9 @@ class OperationCall(Generic[T]):
         self._result: T | None = None
         self._error: GpudockError | None = None
         self.operation_id: str = operation_id
-        """The operation's id; empty until the server has answered."""
+        """The id of the operation; empty until the server has answered."""
         self.snapshot: pb.Operation | None = None
-        """The newest one; None until the server has answered."""
+        """The newest snapshot; None until the server has answered."""
 
     def __aiter__(self) -> AsyncIterator[pb.Operation]:
         return self
@@ -84,48 +84,50 @@ class OperationCall(Generic[T]):
         return self.result().__await__()
 
     async def result(self) -> T:
-        """What the operation made or changed, when it has ended."""
+        """Wait for the end of the operation and return what it created or changed."""
         if self._validate_only:
-            raise ValueError("with validate_only nothing is done, so there is no result: await `plan()`")
+            raise ValueError("validate_only calls have no result; await `plan()` instead")
         async for _ in self:
             pass
         return cast("T", self._result)
 
     async def started(self) -> str:
-        """The operation's id, once it is recorded: from here on it goes on, whatever becomes of the caller."""
+        """Return the id of the operation once it is recorded; from then on it continues without the caller."""
         if not self.operation_id:
             await self._first()
         return self.operation_id
 
     async def plan(self) -> pb.OperationPlan:
-        """What the operation will do; with `validate_only` that is all there is."""
+        """Return what the operation will do; the only response with `validate_only`."""
         return (self.snapshot or await self._first()).plan
 
     async def cancel(self) -> pb.Operation:
-        """Ask the operation to stop and to undo what it did; returns once that is recorded.
+        """Request the cancellation of the operation; returns once the request is recorded.
 
-        The undoing goes on: await the result, which then ends with Cancelled. Raises PreconditionFailed
-        (OPERATION_NOT_CANCELLABLE) if it is past its point of no return.
+        The operation then undoes its changes; awaiting the result raises Cancelled when it has.
+
+        Raises:
+            PreconditionFailed: the operation can no longer be cancelled (OPERATION_NOT_CANCELLABLE).
         """
         return await self._operations.cancel(await self.started())
 
     async def aclose(self) -> None:
-        """Stop watching. The operation goes on."""
+        """Stop watching. The operation continues."""
         self._drop_stream()
         self._ended = True
 
     async def _first(self) -> pb.Operation:
-        """The first snapshot, left for the iteration to give out as well."""
+        """Return the first snapshot, which the iteration yields as well."""
         async with self._reading:
             while self.snapshot is None:
                 snapshot = await self._next()
                 if snapshot is None:
-                    raise ValueError("the call ended before the server had told of an operation")
+                    raise ValueError("the call ended before the server sent an operation")
                 self._unread.append(snapshot)
         return self.snapshot
 
     async def _next(self) -> pb.Operation | None:
-        """The next snapshot that differs from the last; None after the end."""
+        """Return the next snapshot that differs from the last one; None after the end."""
         while not self._ended:
             try:
                 event = await self._event()
@@ -144,10 +146,10 @@ class OperationCall(Generic[T]):
         return None
 
     async def _handle_event(self, event: Any) -> pb.Operation | None:  # noqa: ANN401 - a message of any operation's RPC
-        """The snapshot in an event, unless it is the one known already; the result is kept."""
+        """Return the snapshot of an event if it is new; store the result of an event that has one."""
         match event.WhichOneof("event"):
             case "operation" if event.operation != self.snapshot:
-                # Only news shows that the way is sound: a server might answer and break off for ever.
+                # Reset the retries on a new snapshot only: a server might answer and disconnect again and again.
                 self._backoff = Backoff(self._operations.calls.reattach_for)
                 self.snapshot = cast("pb.Operation", event.operation)
                 self.operation_id = self.snapshot.id
@@ -167,7 +169,7 @@ class OperationCall(Generic[T]):
         except grpc.aio.AioRpcError as failure:
             raise error_of(failure) from failure
         except asyncio.CancelledError:
-            # gRPC has ended the stream with the read; whoever reads on, after a timeout say, gets a new one.
+            # gRPC ends the stream with the cancelled read; a later read, for instance after a timeout, opens a new one.
             self._drop_stream()
             raise
         if hasattr(event, "WhichOneof"):
@@ -178,7 +180,7 @@ class OperationCall(Generic[T]):
         raise Unavailable("the stream ended before the operation did", code=grpc.StatusCode.UNAVAILABLE)
 
     async def _read_to_end(self) -> None:
-        """Let the server end the stream by itself: to cancel it would show there as a caller that hung up."""
+        """Wait until the server ends the stream; cancelling it would look like a client that disconnected."""
         with contextlib.suppress(GpudockError):
             await self._event()
         self._drop_stream()
@@ -194,7 +196,7 @@ class OperationCall(Generic[T]):
             self._stream = None
 
     def _is_lost(self, error: GpudockError) -> bool:
-        """Whether it is the connection that ended, and not the operation."""
+        """Return whether the connection failed and not the operation."""
         if not error.answered:
             return error.code in CONNECTION_LOST_CODES
         if not isinstance(error, Unavailable):
@@ -204,14 +206,14 @@ class OperationCall(Generic[T]):
 
 
 class Operations:
-    """The operations of the installation: what is at work, and what has ended in the last 24 hours."""
+    """The operations of the installation: the running ones, and the ended ones for as long as the daemon keeps them."""
 
     def __init__(self, calls: Calls, channel: grpc.aio.Channel) -> None:
         self.calls = calls
         self._stub = OperationServiceStub(channel)
 
     async def get(self, operation_id: str) -> pb.Operation:
-        """One operation; NotFound if the id is wrong or it ended more than 24 hours ago."""
+        """Return an operation. Raises NotFound if the id is unknown or the operation is no longer kept."""
         answer = await self.calls.read(self._stub.GetOperation, service.GetOperationRequest(id=operation_id))
         return answer.operation
 
@@ -224,7 +226,7 @@ class Operations:
         node: str = "",
         page_size: int = 0,
     ) -> Pages[pb.Operation]:
-        """Operations, the newest first: in any of `states` (`running`), of any of `kinds` (`scale-container`)."""
+        """List operations, newest first: in any of `states` (`running`), of any of `kinds` (`scale-container`)."""
         filters = service.OperationFilter(
             states=[enum_value(pb.OperationState, state) for state in states],
             kinds=[enum_value(pb.OperationKind, kind) for kind in kinds],
@@ -241,23 +243,24 @@ class Operations:
         return Pages(page)
 
     def watch(self, operation_id: str) -> OperationCall[Container | CommittedImage | Volume | None]:
-        """Attach to an operation as if its own RPC had been called; its result is None if it leaves nothing."""
+        """Watch an operation; the result is that of its own RPC, or None for an operation without one."""
         return OperationCall(self, operation_id=operation_id, resource=result_resource)
 
     async def cancel(self, operation_id: str, *, request_id: str | None = None) -> pb.Operation:
-        """Ask an operation to stop and to undo what it did; returns once that is recorded.
+        """Request the cancellation of an operation; returns once the request is recorded.
 
-        Raises PreconditionFailed (OPERATION_NOT_CANCELLABLE) if it has ended or cannot be undone any more.
+        Raises:
+            PreconditionFailed: the operation has ended or can no longer be undone (OPERATION_NOT_CANCELLABLE).
         """
         request = service.CancelOperationRequest(id=operation_id, request_id=request_id_or_new(request_id))
         return (await self.calls.change(self._stub.CancelOperation, request)).operation
 
     def attach(self, operation_id: str) -> Stream:
-        """The bare stream of WatchOperation."""
+        """Open the stream of WatchOperation."""
         return self.calls.stream(self._stub.WatchOperation, service.WatchOperationRequest(id=operation_id))
 
 
 def result_resource(result: service.OperationResult) -> Container | CommittedImage | Volume | None:
-    """What is in the result of WatchOperation."""
+    """Return the resource in a result of WatchOperation."""
     kind = result.WhichOneof("resource")
     return getattr(result, kind) if kind else None

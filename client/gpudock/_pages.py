@@ -1,4 +1,4 @@
-"""Lists that come in pages."""
+"""Lists that are read page by page."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ T = TypeVar("T")
 
 
 class Pages(Generic[T]):
-    """All of a list, page by page: `async for item in pages`, or `items = await pages` for all at once.
+    """A list that is read page by page: `async for item in pages`, or `items = await pages` for all items.
 
-    All pages show the same moment. If reading takes so long that the server no longer keeps that moment, it ends with
-    OutOfRange: begin again.
+    All pages show the state of the same moment. Reading raises OutOfRange if it takes so long that the server no longer
+    keeps that state; then start again.
     """
 
     def __init__(self, page: Callable[[str], Awaitable[tuple[Iterable[T], str]]]) -> None:
-        """`page` gives the items of the page with that token, and the token of the next one, empty after the last."""
+        """`page` returns the items of the page with a token, and the token of the next page (empty after the last)."""
         self._page = page
 
     async def __aiter__(self) -> AsyncIterator[T]:
-        """Every item, in the list's order."""
+        """Yield all items in order."""
         token = ""
         while True:
             items, token = await self._page(token)
@@ -30,7 +30,7 @@ class Pages(Generic[T]):
                 return
 
     def __await__(self) -> Generator[object, None, list[T]]:
-        """Every item, in one list."""
+        """Return all items as a list."""
         return self._all().__await__()
 
     async def _all(self) -> list[T]:

@@ -1,4 +1,4 @@
-"""Linux signal names as numbers: containers are Linux, whatever the machine of the caller is (signal(7))."""
+"""Numbers of Linux signals, which containers use also where this client does not run on Linux (signal(7))."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _UNKNOWN = 127
 
 
 def signal_number(name: str) -> int:
-    """The number of a signal such as `SIGTERM` or `SIGRTMIN+3`; 127, which no signal has, for one not known."""
+    """Return the number of a signal such as `SIGTERM` or `SIGRTMIN+3`; 127, which is no signal, for an unknown name."""
     for sign in "+-":
         base, found, offset = name.partition(sign)
         if found and offset.isdecimal():

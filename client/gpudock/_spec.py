@@ -1,4 +1,4 @@
-"""Keyword arguments as a ContainerSpec."""
+"""Conversion of keyword arguments to a ContainerSpec."""
 
 from __future__ import annotations
 
@@ -14,17 +14,14 @@ from gpudock.v1.container_service_pb2 import ContainerPort, ContainerSpecEdits
 from gpudock.v1.port_pb2 import PORT_PROTOCOL_TCP
 
 Gpus: TypeAlias = int | Sequence[str] | pb.GpuRequest
-"""How many cards, or which ones by uuid, or a whole request."""
+"""A number of GPUs, or their UUIDs, or a whole request."""
 Port: TypeAlias = int | pb.PortRequest
-"""A TCP port of the container, published at one of the node's range, or a whole request."""
+"""A TCP port of the container, published at a port of the node's range, or a whole request."""
 Seconds: TypeAlias = float | timedelta
 
 
 class SpecOptions(TypedDict, total=False):
-    """The fields of a ContainerSpec; those that are left out keep its defaults, and so do those that are None.
-
-    protos/gpudock/v1 has the limits.
-    """
+    """The fields of a ContainerSpec; a missing field, or None, means its default. protos/gpudock/v1 has the limits."""
 
     entrypoint: Sequence[str]
     command: Sequence[str]
@@ -50,9 +47,9 @@ class SpecOptions(TypedDict, total=False):
 
 
 class EditOptions(TypedDict, total=False):
-    """Single entries of a spec to add and to remove; the other entries stay.
+    """Single entries of a spec to add and to remove; other entries are unchanged.
 
-    A mount is known by its target and a port by its number and protocol: one that is there already is replaced.
+    A mount is identified by its target, and a port by its number and protocol: adding an existing one replaces it.
     """
 
     set_env: Mapping[str, str]
@@ -66,11 +63,11 @@ class EditOptions(TypedDict, total=False):
 
 
 class ChangeOptions(SpecOptions, EditOptions, total=False):
-    """Fields of a spec as a whole, and entries to add and to remove."""
+    """Whole fields of a spec, and entries to add and to remove."""
 
 
 def split_options(options: ChangeOptions) -> tuple[SpecOptions, ContainerSpecEdits | None]:
-    """The whole fields, and the edits as a message if there are any."""
+    """Return the whole fields, and the edits as a message or None if there are none."""
     given = cast("dict[str, Any]", dict(options))
     edits = {name: given.pop(name) for name in EditOptions.__annotations__ if name in given}
     if "add_ports" in edits:
@@ -84,7 +81,7 @@ def split_options(options: ChangeOptions) -> tuple[SpecOptions, ContainerSpecEdi
 
 
 def spec_of(image: str | pb.ContainerSpec, options: SpecOptions) -> pb.ContainerSpec:
-    """A new spec: that image, or that spec, with these options in the place of what it says."""
+    """Return a new spec from an image or a spec, with its fields replaced by `options`."""
     spec = pb.ContainerSpec()
     if isinstance(image, pb.ContainerSpec):
         spec.CopyFrom(image)
@@ -101,14 +98,14 @@ def spec_of(image: str | pb.ContainerSpec, options: SpecOptions) -> pb.Container
 
 
 def gpu_request(gpus: Gpus) -> pb.GpuRequest:
-    """A number of cards, or their uuids, as a request."""
+    """Return a request for a number of GPUs or for GPUs by UUID."""
     if isinstance(gpus, pb.GpuRequest):
         return gpus
     return pb.GpuRequest(count=gpus) if isinstance(gpus, int) else pb.GpuRequest(uuids=gpus)
 
 
 def restart_policy(policy: str | pb.RestartPolicy) -> pb.RestartPolicy:
-    """A policy from `no`, `always`, `unless-stopped`, `on-failure` or `on-failure:COUNT`; raises ValueError."""
+    """Return the policy of `no`, `always`, `unless-stopped`, `on-failure` or `on-failure:COUNT`; raises ValueError."""
     if isinstance(policy, pb.RestartPolicy):
         return policy
     word, colon, count = policy.partition(":")
@@ -121,7 +118,7 @@ def restart_policy(policy: str | pb.RestartPolicy) -> pb.RestartPolicy:
 
 
 def duration(value: Seconds) -> Duration:
-    """A span, given in seconds or as a timedelta."""
+    """Return a duration message for seconds or a timedelta."""
     message = Duration()
     message.FromTimedelta(value if isinstance(value, timedelta) else timedelta(seconds=value))
     return message

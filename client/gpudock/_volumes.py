@@ -1,4 +1,4 @@
-"""Volumes: files that outlive containers, with sizes that change while they are in use."""
+"""Volumes: create, read, watch, resize, adopt and delete."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gpudock.v1.volume_service_pb2_grpc import VolumeServiceStub
 
 
 class Volumes:
-    """The volumes of the installation. `request_id` and `etag` are as in `Containers`."""
+    """The volumes of the installation. `request_id`, `etag` and `validate_only` are as in `Containers`."""
 
     def __init__(self, calls: Calls, channel: grpc.aio.Channel, operations: Operations) -> None:
         self._calls = calls
@@ -37,9 +37,9 @@ class Volumes:
         labels: Mapping[str, str] | None = None,
         request_id: str | None = None,
     ) -> Volume:
-        """Create an empty volume; without a size it may grow as long as the node has room.
+        """Create an empty volume; without a size it may grow until the disk of the node is full.
 
-        `backend` is `project-quota`, `loop` or `plain`; left out, the best that the node has.
+        `backend` is `project-quota`, `loop` or `plain`; by default the best that the node supports.
         """
         request = pb.CreateVolumeRequest(
             name=name,
@@ -52,13 +52,13 @@ class Volumes:
         return (await self._calls.change(self._stub.CreateVolume, request)).volume
 
     async def get(self, name: str) -> Volume:
-        """One volume."""
+        """Return a volume."""
         return (await self._calls.read(self._stub.GetVolume, pb.GetVolumeRequest(name=name))).volume
 
     def list(
         self, *, labels: Mapping[str, str] | None = None, owner: str = "", node: str = "", page_size: int = 0
     ) -> Pages[Volume]:
-        """Volumes by name: with all of `labels` (`""` is any value)."""
+        """List volumes by name: with all `labels` (`""` matches any value), of an `owner`, on a `node`."""
         filters = pb.VolumeFilter(labels=labels or {}, owner=owner, node=node)
 
         async def page(token: str) -> tuple[Iterable[Volume], str]:
@@ -78,9 +78,9 @@ class Volumes:
         changes_only: bool = False,
         checkpoints: bool = False,
     ) -> Watch[Volume]:
-        """What happens to volumes, and who mounts them, as `Containers.watch` tells it; without `used_bytes`.
+        """Watch volumes and who mounts them, as `Containers.watch` does for containers.
 
-        The filter is that of `list`.
+        The filter is that of `list`. The volumes in the events have no `used_bytes`.
         """
         filters = pb.VolumeFilter(labels=labels or {}, owner=owner, node=node)
 
@@ -99,9 +99,9 @@ class Volumes:
         etag: str = "",
         request_id: str | None = None,
     ) -> OperationCall[Volume]:
-        """Give a volume another size, also while containers use it.
+        """Resize a volume, also while containers use it.
 
-        Growing stops nothing. Shrinking may have to copy, and then stops the containers that use it for a moment.
+        Growing stops no container. Shrinking may need a copy, which stops the containers that use it for a moment.
         """
         request = pb.ResizeVolumeRequest(
             name=name,
@@ -118,20 +118,21 @@ class Volumes:
         )
 
     async def delete(self, name: str, *, force: bool = False, etag: str = "", request_id: str | None = None) -> None:
-        """Delete a volume with its files; refused while a container mounts it.
+        """Delete a volume and its files; refused while a container mounts it.
 
-        With `force` only while one that runs does: of the others each gets a revision without the mount.
+        With `force`, refused only while a running container mounts it; each stopped one gets a revision without the
+        mount.
         """
         request = pb.DeleteVolumeRequest(name=name, request_id=request_id_or_new(request_id), etag=etag, force=force)
         await self._calls.change(self._stub.DeleteVolume, request)
 
     async def plan_delete(self, name: str, *, force: bool = False) -> Operation:
-        """What `delete` would do; its `plan.warnings` name the containers that `force` would update."""
+        """Return what `delete` would do; `plan.warnings` names the containers that `force` would update."""
         request = pb.DeleteVolumeRequest(name=name, force=force, validate_only=True)
         return (await self._calls.read(self._stub.DeleteVolume, request)).plan
 
     def revisions(self, name: str, *, page_size: int = 0) -> Pages[VolumeRevision]:
-        """The sizes that a volume was given, oldest first."""
+        """List the revisions of a volume with their sizes, oldest first."""
 
         async def page(token: str) -> tuple[Iterable[VolumeRevision], str]:
             request = pb.ListVolumeRevisionsRequest(name=name, page_size=page_size, page_token=token)
@@ -152,9 +153,9 @@ class Volumes:
         validate_only: bool = False,
         request_id: str | None = None,
     ) -> OperationCall[Volume]:
-        """Take in a volume of the engine, called `name` there as well unless `engine_volume` says otherwise.
+        """Adopt a volume of the engine, whose name there is `engine_volume` or else `name`.
 
-        Without a size it stays where it is; with one its files are copied into a new volume.
+        Without a size the volume stays where it is; with a size its files are copied to a new volume.
         """
         request = pb.AdoptVolumeRequest(
             name=name,
@@ -179,5 +180,5 @@ def _backend(word: str) -> VolumeBackend.ValueType:
 
 
 def _volume_of(result: Any) -> Volume:  # noqa: ANN401 - the result's type is that of the RPC's own message
-    """The volume in the result of the operation's own RPC, or of WatchOperation after a lost connection."""
+    """Return the volume of a result, which is that of the operation's own RPC or of WatchOperation."""
     return result.volume if isinstance(result, OperationResult) else cast("Volume", result)

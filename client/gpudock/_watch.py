@@ -1,4 +1,4 @@
-"""Watches: what happens to the resources of the installation, for as long as one listens."""
+"""Watches: streams of changes of resources."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class WatchEvent(Generic[T]):
-    """Something that happened.
+    """One event of a watch.
 
-    `kind` is `added`, `modified` or `deleted`, and `item` what it happened to: what it became, or of one that was
-    deleted what it was. With `checkpoints`, `kind` is `checkpoint` as well, without an `item`; `list_complete` then
-    says that what was there at the beginning has been told.
+    `kind` is `added`, `modified` or `deleted`; `item` is the resource after the change, or a deleted one as it was.
+    With `checkpoints`, `kind` may be `checkpoint`, without an `item`; `list_complete` then means that everything that
+    existed at the beginning was sent.
     """
 
     kind: str
@@ -33,24 +33,24 @@ class WatchEvent(Generic[T]):
 
 
 class Watch(Generic[T]):
-    """A watch: `async for event in watch`. Nothing is sent before it is iterated; it ends only by an error.
+    """A watch: `async for event in watch`. Nothing is sent before it is iterated; it ends only with an error.
 
-    A connection that breaks is made anew, and the watch goes on behind the last event: none is lost, none comes twice.
-    If that fails for too long it raises Unavailable, and may be iterated again. It raises OutOfRange
-    (RESUME_TOKEN_EXPIRED) when the server no longer keeps what comes next: make another one, without a token.
-    Cancelling the task that iterates, or `aclose`, ends it.
+    After a lost connection the watch continues after the last event, so that no event is lost or repeated. If that
+    fails for too long, it raises Unavailable and may be iterated again. It raises OutOfRange (RESUME_TOKEN_EXPIRED)
+    when the server no longer keeps the next event; then start a new watch without a token. Cancelling the iterating
+    task or calling `aclose` ends it.
     """
 
     def __init__(self, calls: Calls, begin: Callable[[str], Stream], resume_token: str, *, checkpoints: bool) -> None:
-        """`begin` makes the call that goes on behind a token, which is empty at the beginning."""
+        """`begin` opens the stream after a token, which is empty at the beginning."""
         self._calls = calls
         self._begin = begin
-        # Until the server has answered, this is a call like any other.
+        # Before the first response, retry like any other call.
         self._backoff = Backoff(calls.retry_for)
         self._checkpoints = checkpoints
         self._stream: Stream | None = None
         self.resume_token: str = resume_token
-        """Goes on behind the last event that was given out, or behind a checkpoint since; empty before the first."""
+        """The position after the last event or checkpoint; empty before the first."""
 
     def __aiter__(self) -> AsyncIterator[WatchEvent[T]]:
         return self
@@ -65,7 +65,7 @@ class Watch(Generic[T]):
                     raise
                 await self._backoff.wait(error)
                 continue
-            # Only news shows that the way is sound: a server might answer and break off for ever.
+            # Reset the retries on an event only: a server might answer and disconnect again and again.
             self._backoff = Backoff(self._calls.reattach_for)
             self.resume_token = response.resume_token
             kind = response.WhichOneof("event") or "checkpoint"
@@ -75,7 +75,7 @@ class Watch(Generic[T]):
                 return WatchEvent(kind, None, response.resume_token, response.checkpoint.list_complete)
 
     async def aclose(self) -> None:
-        """Stop watching; to iterate again goes on behind the last event."""
+        """Stop watching; iterating again continues after the last event."""
         self._drop_stream()
 
     async def _response(self) -> Any:  # noqa: ANN401 - a message of any watch's RPC
@@ -86,7 +86,7 @@ class Watch(Generic[T]):
         except grpc.aio.AioRpcError as failure:
             raise error_of(failure) from failure
         except asyncio.CancelledError:
-            # gRPC has ended the stream with the read; whoever reads on, after a timeout say, gets a new one.
+            # gRPC ends the stream with the cancelled read; a later read, for instance after a timeout, opens a new one.
             self._drop_stream()
             raise
         if not hasattr(response, "WhichOneof"):
@@ -100,5 +100,5 @@ class Watch(Generic[T]):
 
 
 def _is_lost(error: GpudockError) -> bool:
-    """Whether the same watch may go on in a moment."""
+    """Return whether the watch can continue after a retry."""
     return isinstance(error, Unavailable) or (not error.answered and error.code in CONNECTION_LOST_CODES)

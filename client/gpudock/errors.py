@@ -1,7 +1,7 @@
-"""What a call can end with: one exception class for each status code, with the details that the server sent.
+"""The errors of calls: one exception class for each status code, with the details that the server sent.
 
-Every error of gpudockd carries google.rpc.ErrorInfo, as https://google.aip.dev/193 has it. An error without one did not
-come from the server but from the way there; then `answered` is False and `reason` is the name of the status code.
+Every error of gpudockd has google.rpc.ErrorInfo (https://google.aip.dev/193). An error without it comes from the
+connection and not from the server; then `answered` is False and `reason` is the name of the status code.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _DOMAIN = "gpudock"
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """A field of the request that breaks a rule: its path, such as `spec.memory_bytes`, and the rule."""
+    """An invalid field of the request: its path, such as `spec.memory_bytes`, and the rule that it breaks."""
 
     field: str
     description: str
 
     def __str__(self) -> str:
-        """The field and the rule in one line."""
+        """Return field and rule in one line."""
         return f"{self.field}: {self.description}" if self.field else self.description
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorDetails:
-    """What stands in google.rpc.ErrorInfo, BadRequest and RetryInfo; all empty if the server did not answer."""
+    """The content of google.rpc.ErrorInfo, BadRequest and RetryInfo; empty if the server did not answer."""
 
     reason: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class ErrorDetails:
 
 
 class GpudockError(Exception):
-    """A call that failed. Its classes follow the status code; `reason` says exactly why."""
+    """A failed call. The class depends on the status code; `reason` is the exact cause."""
 
     def __init__(
         self, message: str, *, code: grpc.StatusCode = grpc.StatusCode.UNKNOWN, details: ErrorDetails | None = None
@@ -50,87 +50,87 @@ class GpudockError(Exception):
         details = details or ErrorDetails()
         super().__init__(message)
         self.message: str = message
-        """For people."""
+        """The message of the server, in English."""
         self.code: grpc.StatusCode = code
         """The gRPC status code."""
         self.answered: bool = bool(details.reason)
-        """Whether the server itself said so, and not the way there."""
+        """Whether the error comes from the server and not from the connection."""
         self.reason: str = details.reason or code.name
         """The name of an ErrorReason without its prefix, such as `GPU_EXHAUSTED`."""
         self.metadata: dict[str, str] = dict(details.metadata)
-        """Every changing value of the message; the keys are those of the ErrorReason."""
+        """The values in the message; the comment of the ErrorReason lists the keys."""
         self.violations: tuple[Violation, ...] = tuple(details.violations)
-        """Every field of the request that breaks a rule, with InvalidArgument."""
+        """The invalid fields of the request; only of InvalidArgument."""
         self.retry_after: float | None = details.retry_after
-        """How many seconds to wait before the call is made again; None if the server did not say."""
+        """Seconds to wait before a retry; None if the server did not say."""
 
     @property
     def operation_id(self) -> str:
-        """The operation that the error is about, such as the one that keeps a container busy; mostly empty."""
+        """The id of the operation that caused the error, for instance of Busy; else empty."""
         return self.metadata.get("operation_id", "")
 
 
 class NotFound(GpudockError):
-    """What the request names is not there."""
+    """The resource does not exist."""
 
 
 class AlreadyExists(GpudockError):
-    """There is one of that name or id already."""
+    """A resource of that name or id already exists."""
 
 
 class Aborted(GpudockError):
-    """The object was changed or is being changed. Read it, decide again, call again."""
+    """The resource has changed or is being changed. Read it again before another call."""
 
 
 class Busy(Aborted):
-    """Another operation (`operation_id`) is at work on the object. Watch that one to its end, then call again."""
+    """Another operation (`operation_id`) is running on the resource. Wait for its end, then call again."""
 
 
 class Exhausted(GpudockError):
-    """Too few GPUs or ports are free, or too little disk. Ask for less, or again later."""
+    """Not enough free GPUs, ports or disk space. Request less, or try again later."""
 
 
 class InvalidArgument(GpudockError):
-    """The request breaks a rule; `violations` lists every field that does."""
+    """The request is invalid; `violations` lists the invalid fields."""
 
 
 class PreconditionFailed(GpudockError):
-    """The object's state, or that of the node, does not allow it."""
+    """The state of the resource or of the node does not allow the call."""
 
 
 class OutOfRange(GpudockError):
-    """The moment that a page token stands for is no longer kept. Begin the list again."""
+    """A page token or resume token has expired. Start the list or the watch again."""
 
 
 class Unavailable(GpudockError):
-    """The server, its store or its engine does not answer. Call again later, a mutation with the same request_id."""
+    """The server, its store or its engine does not answer. Retry later, a mutation with the same request_id."""
 
 
 class Cancelled(GpudockError):
-    """The operation was cancelled and undone, or the call was."""
+    """The operation was cancelled and undone, or the call was cancelled."""
 
 
 class DeadlineExceeded(GpudockError):
-    """No answer came within the call's timeout. A mutation may have been made all the same."""
+    """The server did not answer within the timeout. A mutation may have been made nevertheless."""
 
 
 class Unauthenticated(GpudockError):
-    """The call has no identity, or one that is not valid."""
+    """The token or the client certificate is missing or invalid."""
 
 
 class PermissionDenied(GpudockError):
-    """This identity may not do this, or nobody may."""
+    """The caller is not permitted to do this, or nobody is."""
 
 
 class Unimplemented(GpudockError):
-    """The server does not know this RPC: it is older than this client."""
+    """The server does not have this RPC: it is older than this client."""
 
 
 class Internal(GpudockError):
-    """A fault of the server. Report `metadata["error_id"]`: its log has the details under that id."""
+    """A bug of the server. Report `metadata["error_id"]`: the log of the server has the details under that id."""
 
 
-# The one table from status to exception; a code that is not in it is a fault of the server.
+# A code that is missing here is a bug of the server.
 _CLASS_BY_CODE: Mapping[grpc.StatusCode, type[GpudockError]] = {
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.ALREADY_EXISTS: AlreadyExists,
@@ -147,12 +147,12 @@ _CLASS_BY_CODE: Mapping[grpc.StatusCode, type[GpudockError]] = {
     grpc.StatusCode.UNIMPLEMENTED: Unimplemented,
     grpc.StatusCode.DATA_LOSS: Internal,
 }
-# Where a reason has a class of its own below that of its code.
+# Reasons with a class of their own, a subclass of the class of their code.
 _CLASS_BY_REASON: Mapping[str, type[GpudockError]] = {"CONTAINER_BUSY": Busy, "VOLUME_BUSY": Busy}
 
 
 def error_of(failure: grpc.aio.AioRpcError) -> GpudockError:
-    """The exception for what gRPC raised, with the details out of its trailers."""
+    """Return the exception for an error of gRPC, with the details in its trailers."""
     code: grpc.StatusCode = failure.code()
     details = _details_of(failure)
     made = _CLASS_BY_REASON.get(details.reason) or _CLASS_BY_CODE.get(code, Internal)
@@ -182,7 +182,7 @@ def _details_of(failure: grpc.aio.AioRpcError) -> ErrorDetails:
 
 
 def _unpacked(failure: grpc.aio.AioRpcError) -> Iterator[Message]:
-    """The details that this client knows; what it cannot read it passes over, since the status itself is enough."""
+    """Yield the details that this client can decode; others are skipped, since the status itself is enough."""
     kinds = (error_details_pb2.ErrorInfo, error_details_pb2.BadRequest, error_details_pb2.RetryInfo)
     for packed in _rich_status(failure).details:
         for kind in kinds:

@@ -11,11 +11,12 @@ from tests.clients.command import DEADLINE, Ended, ended
 
 GPUDOCK = str(Path(sys.executable).with_name("gpudock"))
 SHELLS = ("bash", "zsh", "fish")
+_BUSY_MACHINE_SECONDS = 30.0
 
 
-async def proposals(shell: str, address: str, line: str) -> list[str]:
+async def proposals(shell: str, address: str, line: str, timeout: float = _BUSY_MACHINE_SECONDS) -> list[str]:
     """Return what completes the last word of `line`, without descriptions; nothing else may be written."""
-    answer = await answered(shell, address, line)
+    answer = await answered(shell, address, line, timeout)
     assert (answer.code, answer.err) == (0, ""), answer
     # click ends its answer with an empty line, which the scripts drop.
     lines = answer.out.rstrip("\n").splitlines()
@@ -28,7 +29,7 @@ async def proposals(shell: str, address: str, line: str) -> list[str]:
     return [value.partition("\t")[0] for kind, value in pairs if kind == "plain"]
 
 
-async def answered(shell: str, address: str, line: str) -> Ended:
+async def answered(shell: str, address: str, line: str, timeout: float = _BUSY_MACHINE_SECONDS) -> Ended:
     """Return what the command answers to the shell for `line`."""
     words = line.split(" ")
     last = words[-1]
@@ -38,6 +39,7 @@ async def answered(shell: str, address: str, line: str) -> Ended:
         "_GPUDOCK_COMPLETE": f"{shell}_complete",
         "COMP_WORDS": line,
         "COMP_CWORD": at,
+        "GPUDOCK_COMPLETION_TIMEOUT": str(timeout),
     }
     pipe = asyncio.subprocess.PIPE
     return await ended(
@@ -48,7 +50,11 @@ async def answered(shell: str, address: str, line: str) -> Ended:
 async def bash(script: str, address: str) -> str:
     """Return the output of a script of the real bash, which has gpudock on its path."""
     path = f"{Path(GPUDOCK).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"GPUDOCK_ADDRESS": address, "PATH": path}
+    environment = os.environ | {
+        "GPUDOCK_ADDRESS": address,
+        "GPUDOCK_COMPLETION_TIMEOUT": str(_BUSY_MACHINE_SECONDS),
+        "PATH": path,
+    }
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec("bash", "-ec", script, env=environment, stdout=pipe, stderr=pipe)
     out, err = await asyncio.wait_for(process.communicate(), DEADLINE)

@@ -251,7 +251,7 @@ async def test_failures_have_their_exit_codes(commands: Commands) -> None:
     assert (await commands.ended("exec", "train", "--", "sh", "-c", "exit 42")).code == 42
     assert (await commands.ended("exec", "train", "--", "sh", "-c", "kill -KILL $$")).code == 128 + signal.SIGKILL
     late = await commands.ended("exec", "--timeout", "200ms", "train", "sleep", "60")
-    assert "its time was over" in late.err
+    assert "--timeout expired" in late.err
     assert [each["name"] for each in await commands.told("ps")] == ["train"]
 
 

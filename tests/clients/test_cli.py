@@ -328,8 +328,9 @@ async def test_nobody_answers(server: ScriptedServer, command: str) -> None:
     await server.stop()
     ended = await run(server.address, *command.split())
     assert ended.code == 8
-    assert ended.err.startswith("error: UNAVAILABLE: ")
-    assert f"is gpudockd running at {server.address}?" in ended.err
+    sentence, step = ended.err.splitlines()
+    assert sentence.startswith(f"error: UNAVAILABLE: gpudockd does not answer at {server.address}: ")
+    assert step == "next: check that it runs: systemctl status gpudockd; or give another --address"
 
 
 async def test_ctrl_c_says_that_the_operation_goes_on(server: ScriptedServer) -> None:
@@ -451,11 +452,11 @@ async def test_exec_at_a_terminal(server: ScriptedServer) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("create c i --memory lots", "is not a size; use"),
-        ("create c i --gpus 1 --gpu GPU-1", "names the GPUs"),
+        ("create c i --memory lots", "invalid size 'lots'; use"),
+        ("create c i --gpus 1 --gpu GPU-1", "selects GPUs by UUID"),
         ("create c i --gpu-model a100", "need --gpus"),
         ("create c i -e NOT_SET_ANYWHERE", "is not set in the environment"),
-        ("create c i --label A", "KEY=VALUE"),
+        ("create c i --label A", "give KEY=VALUE"),
         ("create c i --pull perhaps", "'perhaps' is not one of"),
         ("create c i -e A=\udcff", "not UTF-8"),
         ("delete \udcff", "not UTF-8"),
@@ -463,9 +464,9 @@ async def test_exec_at_a_terminal(server: ScriptedServer) -> None:
         ("update c", "nothing to change"),
         ("update c --clear image", "is not one of"),
         ("clone c", "Missing argument"),
-        ("exec c --", "no command"),
+        ("exec c --", "COMMAND is missing"),
         ("exec c", "Missing argument"),
-        ("--cert /dev/null ps", "together"),
+        ("--cert /dev/null ps", "needed together"),
         ("--token-file /nowhere ps", "does not exist"),
     ],
 )

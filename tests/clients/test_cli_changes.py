@@ -135,7 +135,7 @@ async def test_all_gpus_are_those_that_are_free_or_its_own(changing: ScriptedSer
         changing.address, "create", "train", "busybox", "--gpus", "all", "--gpu-model", "a100", "--gpu-memory", "9"
     )
     assert (refused.code, refused.out) == (4, "")
-    assert "no GPU that matches is free" in refused.err
+    assert "no matching GPU is free" in refused.err
     assert not changing.requests["CreateContainer"]
 
 
@@ -170,7 +170,7 @@ async def test_a_restart_is_asked_for_at_a_terminal(
     process = await spawn(changing.address, *words.split(), stdin=theirs, stdout=theirs, stderr=theirs)
     try:
         shown = (await read_until(ours, b"[y/N]: ")).decode().replace("\r\n", "\n")
-        assert shown.startswith("\n".join(DIFFERENCE) + "\nThis stops and restarts the process of train. Go on?")
+        assert shown.startswith("\n".join(DIFFERENCE) + "\nThis stops and restarts the process of train. Continue?")
         os.write(ours, f"{answer}\n".encode())
         assert await asyncio.wait_for(process.wait(), DEADLINE) == (0 if answer == "y" else 1)
     finally:
@@ -197,12 +197,15 @@ async def test_yes_goes_on_without_a_question(changing: ScriptedServer) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("update c -e A=1 --clear env", "--clear env does not go with a value for it; to replace all, --replace-env"),
-        ("update c --user a --clear user", "--clear user does not go with a value for it"),
-        ("update c --env-rm A --clear env", "--clear env removes all; --env-rm does not go with it"),
-        ("update c --replace-env", "--replace-env needs -e; to remove all: --clear env"),
-        ("update c --replace-ports -p 80 --port-rm 81", "--replace-ports does not go with --port-rm"),
-        ("update c --port-rm 8080:80", "give the container's port alone, such as 80"),
+        (
+            "update c -e A=1 --clear env",
+            "--clear env cannot be combined with a new value; to replace all entries use --replace-env",
+        ),
+        ("update c --user a --clear user", "--clear user cannot be combined with a new value"),
+        ("update c --env-rm A --clear env", "--clear env removes all entries; it cannot be combined with --env-rm"),
+        ("update c --replace-env", "--replace-env needs -e; to remove all use --clear env"),
+        ("update c --replace-ports -p 80 --port-rm 81", "--replace-ports cannot be combined with --port-rm"),
+        ("update c --port-rm 8080:80", "give the container port alone, such as 80"),
         ("clone c d --replace-volumes", "--replace-volumes needs -v or --tmpfs"),
     ],
 )
@@ -215,13 +218,13 @@ def test_what_contradicts_itself_is_refused(arguments: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("run busybox true", "give -d to let it run in the background, and `gpudock exec -it NAME -- sh`"),
-        ("run -it --name c busybox", "give -d to let it run in the background"),
+        ("run busybox true", "use -d to run it in the background, and then `gpudock exec -it NAME -- sh`"),
+        ("run -it --name c busybox", "use -d to run it in the background"),
         ("run -d busybox true", "--name is required"),
         ("run -d --rm --name c busybox", "--rm is not supported"),
         (
             "kill c -s HUP",
-            "kill sends SIGKILL only, not HUP; to send it to the main process: gpudock exec c -- kill -s HUP 1",
+            "kill sends SIGKILL only, not HUP; for the main process use: gpudock exec c -- kill -s HUP 1",
         ),
     ],
 )

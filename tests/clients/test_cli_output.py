@@ -193,7 +193,7 @@ async def test_a_plan_is_printed_in_every_format_but_has_no_name(examples: Scrip
         assert yaml.safe_load(as_yaml.out) == json.loads(as_json.out), path
         assert as_table.out.split()[:2] == ["stages:", *stages], (path, as_table)
         assert (names.code, names.out) == (2, ""), path
-        assert "-q does not go with --validate-only: a plan has no name" in names.err, path
+        assert "-q cannot be combined with --validate-only: a plan has no name" in names.err, path
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ async def test_a_plan_is_printed_in_every_format_but_has_no_name(examples: Scrip
 def test_names_only_does_not_go_with_a_format(words: list[str], format_name: str) -> None:
     result = CliRunner().invoke(main, ["--address", "/nowhere", *words])
     assert result.exit_code == 2
-    assert f"-q prints names only; it does not go with -o {format_name}" in result.output
+    assert f"-q prints names only; it cannot be combined with -o {format_name}" in result.output
 
 
 async def test_a_list_of_nothing(server: ScriptedServer) -> None:

@@ -111,7 +111,7 @@ def test_a_number_with_a_sign_is_refused_and_not_taken_as_the_result(words: str,
     value = ["--", number] if words.rsplit(maxsplit=1)[-1] in {"c", "v"} else [number]
     result = CliRunner().invoke(main, ["--address", "/nowhere", *words.split(), *value])
     assert result.exit_code == 2, result.output
-    assert f"'{number}' has a sign; give the value that should result" in result.output
+    assert f"'{number}' has a sign; give the absolute value" in result.output
 
 
 def _options(command: click.Command, path: str = "") -> Iterator[tuple[str, click.Parameter]]:
@@ -133,7 +133,7 @@ def test_no_number_is_read_by_click_which_takes_a_sign() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["create", "c", "i", "--pull-stall-timeout", "0"], "'0' is not above 0"),
+        (["create", "c", "i", "--pull-stall-timeout", "0"], "'0' is too small; give a number above 0"),
         (["create", "c", "i", "--restart", "on-failure:+3"], "'+3' is not a count; give digits alone"),
         (["create", "c", "i", "--restart", "always:3"], "only on-failure takes a count"),
         (["update", "c", "--env-rm", "B=2"], "'B=2' is not a name; give the name alone"),

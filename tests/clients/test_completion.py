@@ -97,7 +97,7 @@ async def test_without_a_daemon_there_is_silence(shell: str, address: str) -> No
 
 
 async def test_a_daemon_that_hangs_is_not_waited_for(server: ScriptedServer) -> None:
-    """The call is given up: the server sees its end, and the shell has no proposals and no message."""
+    """The call is given up, which the server sees; the shell gets no proposals and no message."""
     given_up = asyncio.Event()
 
     async def hangs(_: Any, __: Context) -> Any:
@@ -107,7 +107,7 @@ async def test_a_daemon_that_hangs_is_not_waited_for(server: ScriptedServer) -> 
             given_up.set()
 
     server.on("ListContainers", hangs)
-    assert await proposals("bash", server.address, "gpudock get ") == []
+    assert await proposals("bash", server.address, "gpudock get ", timeout=5) == []
     await asyncio.wait_for(given_up.wait(), 30)
 
 
@@ -119,6 +119,7 @@ async def test_revisions_are_those_of_the_container_on_the_line(server: Scripted
     server.on("ListContainerRevisions", revisions)
     assert await proposals("fish", server.address, "gpudock rollback train ") == ["7"]
     assert await proposals("fish", server.address, "gpudock revision delete serve ") == ["9"]
+    assert await proposals("bash", server.address, "gpudock clone train second --revision ") == ["7"]
 
 
 @pytest.mark.parametrize("shell", SHELLS)

@@ -1,4 +1,4 @@
-"""The command `gpudock`."""
+"""The `gpudock` command."""
 
 from gpudock.cli._main import main
 

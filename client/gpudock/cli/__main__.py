@@ -1,4 +1,4 @@
-"""`python -m gpudock.cli`."""
+"""Runs the `gpudock` command: `python -m gpudock.cli`."""
 
 from gpudock.cli._main import main
 

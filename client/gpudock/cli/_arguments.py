@@ -1,4 +1,4 @@
-"""The kinds of values that options take. What cannot be read is a usage error before anything is sent."""
+"""The types of option values. A value that cannot be parsed is a usage error, before anything is sent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 _WHOLE = re.compile(r"\d+", re.ASCII)
 _DECIMAL = re.compile(r"\d+(\.\d+)?|\.\d+", re.ASCII)
 _SIGNS = ("+", "-")
-# What an int32 and an int64 of a message have room for.
+# The largest int32 and int64 of a message.
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
 
@@ -38,18 +38,18 @@ _PROTOCOLS = {"": PORT_PROTOCOL_TCP, "tcp": PORT_PROTOCOL_TCP, "udp": PORT_PROTO
 
 
 class TextParameter(click.ParamType, Generic[T]):  # type: ignore[type-arg] # click 8.1 has it without
-    """A value that is read from text; `parse` raises ValueError with what is wrong."""
+    """A value that is parsed from text; `parse` raises ValueError with what is wrong and what would be right."""
 
     def parse(self, text: str) -> T:
-        """The value in `text`."""
+        """Return the value of `text`."""
         raise NotImplementedError
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:  # noqa: ARG002 - click's
-        """How help shows the value: with its lower-case words as they are typed."""
+        """Return the name of the value for help; click would print it in upper case."""
         return self.name
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> T:
-        """Read it, or end with a usage error. click may hand over a value that it has converted before."""
+        """Parse the value or raise a usage error. click may pass a value that is already converted."""
         if not isinstance(value, str):
             return cast("T", value)
         try:
@@ -59,25 +59,25 @@ class TextParameter(click.ParamType, Generic[T]):  # type: ignore[type-arg] # cl
 
 
 def reject_sign(text: str) -> None:
-    """Raise ValueError for a number with a sign: it would look like a change by that much, and is taken as none."""
+    """Raise ValueError for a number with a sign, which looks like a relative change; options take absolute values."""
     if text.startswith(_SIGNS):
-        raise ValueError(f"{text!r} has a sign; give the value that should result, without one")
+        raise ValueError(f"{text!r} has a sign; give the absolute value without a sign")
 
 
 class WholeNumber(TextParameter[int]):
-    """A whole number from `least` to `most`, both included."""
+    """A whole number from `least` to `most`, both inclusive."""
 
     name = "NUMBER"
 
     def __init__(self, least: int = 0, most: int = INT32_MAX) -> None:
-        """`most` is what the message has room for; a smaller limit is the server's to state."""
+        """`most` is the limit of the message field; the daemon enforces smaller limits."""
         self._least, self._most = least, most
 
     def parse(self, text: str) -> int:
-        """The number."""
+        """Return the number."""
         reject_sign(text)
         if not _WHOLE.fullmatch(text):
-            raise ValueError(f"{text!r} is not a whole number such as {max(self._least, 2)}")
+            raise ValueError(f"{text!r} is not a whole number; give one such as {max(self._least, 2)}")
         digits = text.lstrip("0") or "0"
         if len(digits) > len(str(self._most)) or not self._least <= int(digits) <= self._most:
             raise ValueError(f"{digits[:24]} is out of range: the number must be {self._least} to {self._most}")
@@ -85,20 +85,20 @@ class WholeNumber(TextParameter[int]):
 
 
 REVISION_NUMBER = WholeNumber(1, INT64_MAX)
-"""The number of a revision; how far they go is for the server to say."""
+"""The number of a revision."""
 
 
 ALL_GPUS = -1
-"""As a number of cards: all that are free."""
+"""As a number of GPUs: all free ones."""
 
 
 class GpuCount(WholeNumber):
-    """How many cards: a number, or `all`."""
+    """A number of GPUs, or `all`."""
 
     name = "NUMBER|all"
 
     def parse(self, text: str) -> int:
-        """The number, or ALL_GPUS."""
+        """Return the number, or ALL_GPUS."""
         return ALL_GPUS if text == "all" else super().parse(text)
 
 
@@ -108,21 +108,21 @@ class Decimal(TextParameter[float]):
     name = "NUMBER"
 
     def parse(self, text: str) -> float:
-        """The number."""
+        """Return the number."""
         reject_sign(text)
         if not _DECIMAL.fullmatch(text):
-            raise ValueError(f"{text!r} is not a number such as 2 or 1.5")
+            raise ValueError(f"{text!r} is not a number; give one such as 2 or 1.5")
         return float(text)
 
 
 class Positive(Decimal):
-    """A number above 0."""
+    """A decimal number greater than 0."""
 
     def parse(self, text: str) -> float:
-        """The number."""
+        """Return the number."""
         number = super().parse(text)
         if not number:
-            raise ValueError(f"{text!r} is not above 0")
+            raise ValueError(f"{text!r} is too small; give a number above 0")
         return number
 
 
@@ -132,48 +132,48 @@ class Key(TextParameter[str]):
     name = "NAME"
 
     def parse(self, text: str) -> str:
-        """The name as it is."""
+        """Return the name unchanged."""
         if not text or "=" in text:
             raise ValueError(f"{text!r} is not a name; give the name alone, without a value")
         return text
 
 
 class Size(TextParameter[int]):
-    """A number of bytes, as docker reads it: `8G`, `8GB` and `8GiB` are all 8 * 1024**3."""
+    """A number of bytes, parsed as docker does: `8G`, `8GB` and `8GiB` are all 8 * 1024**3."""
 
     name = "SIZE"
 
     def parse(self, text: str) -> int:
-        """The number of bytes."""
+        """Return the number of bytes."""
         reject_sign(text)
         match = _SIZE.fullmatch(text)
         unit = _UNITS.get(match[3].lower()) if match else None
         if match is None or unit is None:
-            raise ValueError(f"{text!r} is not a size; use 512m, 8g, 1.5GiB or a number of bytes")
+            raise ValueError(f"invalid size {text!r}; use 512MiB, 8g, 1.5GiB or a number of bytes")
         whole, fraction = match[1], match[2] or ""
         size, rest = divmod(int(whole + fraction) * unit, int("1" + "0" * len(fraction)))
         if rest and not size:
-            # 0 means something else: no limit.
-            raise ValueError(f"{text!r} is less than a byte")
+            # Rounding to 0 would mean "no limit".
+            raise ValueError(f"{text!r} is less than one byte; use a larger size")
         if size > INT64_MAX:
-            raise ValueError(f"{text!r} is more than {INT64_MAX} bytes, the largest size there is")
+            raise ValueError(f"{text!r} is too large; the largest size is {INT64_MAX} bytes")
         return size
 
 
 class TimeSpan(TextParameter[timedelta]):
-    """A span of time: `10`, `10s`, `500ms`, `5m`, `2h`, `1d`."""
+    """A duration: `10` (seconds), `10s`, `500ms`, `5m`, `2h`, `1d`."""
 
     name = "TIME"
 
     def parse(self, text: str) -> timedelta:
-        """The span."""
+        """Return the duration."""
         reject_sign(text)
         match = _SPAN.fullmatch(text)
         if match is None:
-            raise ValueError(f"{text!r} is not a time; use 30s, 500ms, 5m, 2h or a number of seconds")
+            raise ValueError(f"invalid duration {text!r}; use 30s, 500ms, 5m, 2h or a number of seconds")
         seconds = float(match[1]) * _SPAN_SECONDS[match[2] or ""]
         if seconds > _LONGEST_SPAN_SECONDS:
-            raise ValueError(f"{text!r} is more than a year")
+            raise ValueError(f"{text!r} is too long; the longest duration is 366d")
         return timedelta(seconds=seconds)
 
 
@@ -183,52 +183,54 @@ class Port(TextParameter[PortRequest]):
     name = "[HOST:]CONTAINER[/udp]"
 
     def parse(self, text: str) -> PortRequest:
-        """The request; without a host port the server takes one of its range."""
+        """Return the request; without a host port the daemon allocates one from its range."""
         match = _PORT.fullmatch(text)
         if match is None:
-            raise ValueError(f"{text!r} is not a port; use 80, 8080:80 or 53/udp")
+            raise ValueError(f"invalid port {text!r}; use 80, 8080:80 or 53/udp")
         host, container = int(match[1] or 0), int(match[2])
         if not 0 < container <= _LAST_PORT or not 0 <= host <= _LAST_PORT or (match[1] and not host):
-            raise ValueError(f"{text!r}: a port is 1 to {_LAST_PORT}")
+            raise ValueError(f"invalid port {text!r}; a port is 1 to {_LAST_PORT}")
         return PortRequest(container_port=container, host_port=host, protocol=_PROTOCOLS[match[3] or ""])
 
 
 class ContainerPortParameter(TextParameter[ContainerPort]):
-    """A port inside a container: `80`, `53/udp`."""
+    """A port of a container: `80`, `53/udp`."""
 
     name = "CONTAINER[/udp]"
 
     def parse(self, text: str) -> ContainerPort:
-        """The port; TCP unless it says otherwise."""
+        """Return the port; TCP unless it ends in /udp."""
         request = Port().parse(text)
         if request.host_port:
-            raise ValueError(f"{text!r}: give the container's port alone, such as {request.container_port}")
+            raise ValueError(
+                f"{text!r} has a host port; give the container port alone, such as {request.container_port}"
+            )
         return ContainerPort(container_port=request.container_port, protocol=request.protocol)
 
 
 class Bind(TextParameter[Mount]):
-    """A volume or a path on the node: `data:/data`, `/srv/data:/data:ro`."""
+    """A volume or a path of the host: `data:/data`, `/srv/data:/data:ro`."""
 
     name = "SOURCE:TARGET[:ro]"
 
     def parse(self, text: str) -> Mount:
-        """The mount; a source that begins with a slash is a path of the node, any other one a volume."""
+        """Return the mount; a source that begins with a slash is a path of the host, any other is a volume."""
         source, colon, rest = text.partition(":")
         target, _, mode = rest.partition(":")
         if not colon or not source or not target or mode not in {"", "ro", "rw"}:
-            raise ValueError(f"{text!r} is not a mount; use data:/data or /srv/data:/data:ro")
+            raise ValueError(f"invalid mount {text!r}; use data:/data or /srv/data:/data:ro")
         if source.startswith("/"):
             return Mount(host_path=source, target=target, read_only=mode == "ro")
         return Mount(volume=source, target=target, read_only=mode == "ro")
 
 
 class Tmpfs(TextParameter[Mount]):
-    """A file system in memory: `/scratch`, `/scratch:2G`."""
+    """A tmpfs: `/scratch`, `/scratch:2G`."""
 
     name = "TARGET[:SIZE]"
 
     def parse(self, text: str) -> Mount:
-        """The mount."""
+        """Return the mount."""
         target, colon, size = text.partition(":")
         return Mount(tmpfs=TmpfsMount(size_bytes=Size().parse(size) if colon else 0), target=target)
 
@@ -239,23 +241,23 @@ class KeyValueParameter(TextParameter[tuple[str, str]]):
     name = "KEY=VALUE"
 
     def parse(self, text: str) -> tuple[str, str]:
-        """Key and value."""
+        """Return key and value."""
         key, sign, value = text.partition("=")
         if not sign or not key:
-            raise ValueError(f"{text!r} is not KEY=VALUE")
+            raise ValueError(f"{text!r} has no value; give KEY=VALUE")
         return key, value
 
 
 class Variable(TextParameter[tuple[str, str]]):
-    """`NAME=VALUE`, or `NAME` for the value that it has where the command runs."""
+    """`NAME=VALUE`, or `NAME` for the value in the environment of the command."""
 
     name = "NAME[=VALUE]"
 
     def parse(self, text: str) -> tuple[str, str]:
-        """Name and value."""
+        """Return name and value."""
         name, sign, value = text.partition("=")
         if not name:
-            raise ValueError(f"{text!r} has no name before the =")
+            raise ValueError(f"{text!r} has no name before the =; give NAME=VALUE")
         if sign:
             return name, value
         if name not in os.environ:
@@ -269,18 +271,18 @@ class LabelFilter(TextParameter[tuple[str, str]]):
     name = "KEY[=VALUE]"
 
     def parse(self, text: str) -> tuple[str, str]:
-        """Key and value, which is empty for any."""
+        """Return key and value; an empty value means any."""
         key, _, value = text.partition("=")
         if not key:
-            raise ValueError(f"{text!r} is not KEY or KEY=VALUE")
+            raise ValueError(f"{text!r} has no key; give KEY or KEY=VALUE")
         return key, value
 
 
 class Restart(TextParameter[RestartPolicy]):
-    """When the engine starts the process again."""
+    """A restart policy."""
 
     name = "no|always|unless-stopped|on-failure[:COUNT]"
 
     def parse(self, text: str) -> RestartPolicy:
-        """The policy."""
+        """Return the policy."""
         return restart_policy(text)

@@ -20,7 +20,7 @@ from gpudock.cli._wait import follow
 
 
 class _Flags(SpecFlags, EditFlags):
-    """The options as click hands them over."""
+    """The parsed options."""
 
     source: str
     name: str
@@ -38,21 +38,21 @@ class _Flags(SpecFlags, EditFlags):
     "--revision",
     type=REVISION_NUMBER,
     shell_complete=complete_revisions,
-    help="Clone this revision; default: the container as it is now.",
+    help="Clone this revision instead of the current state.",
 )
 @spec_options
 @edit_options
-@click.option("--owner", default="", help="Who it belongs to; default: the owner of the source.")
-@click.option("--create-only", is_flag=True, help="Do not start it.")
+@click.option("--owner", default="", help="Set the owner; default: the owner of SOURCE.")
+@click.option("--create-only", is_flag=True, help="Create the container without starting it.")
 @validate_only_option
 @output_options()
 def clone(session: Session, **flags: Unpack[_Flags]) -> None:
-    """Create a container NAME from SOURCE, with its spec and a copy of its files.
+    """Create a container with the spec of another one and a copy of its files.
 
-    The options change the spec as those of `gpudock update` do. COMMAND stands after `--`.
+    The options change the spec as in `gpudock update`. Write COMMAND after `--`.
     """
     given, parts, choice = spec_fields(flags), spec_field_parts(flags), gpu_choice(flags)
-    # Wrong usage shows before anything is sent.
+    # A usage error must end the command before anything is sent.
     change_arguments(given, parts, flags)
 
     async def begin(client: Client) -> OperationCall[Container]:

@@ -15,12 +15,18 @@ from gpudock.cli._wait import follow
 @click.command()
 @container_argument
 @click.argument("image", metavar="REPOSITORY[:TAG]")
-@click.option("-a", "--author", default="", help="Who made it.")
-@click.option("-m", "--message", default="", help="What it is.")
-@click.option("-c", "--change", multiple=True, help="A line of a Dockerfile: CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, ...")
-@click.option("--no-pause", is_flag=True, help="Let the container run on while its files are read.")
-@click.option("--replace", is_flag=True, help="Also replace an image that gpudock did not commit for the owner.")
-@click.option("--validate-only", is_flag=True, help="Show what would be done, and do nothing.")
+@click.option("-a", "--author", default="", help="Set the author of the image.")
+@click.option("-m", "--message", default="", help="Set the commit message.")
+@click.option(
+    "-c", "--change", multiple=True, help="Apply a Dockerfile instruction: CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, ..."
+)
+@click.option("--no-pause", is_flag=True, help="Do not pause the container while its files are read.")
+@click.option(
+    "--replace",
+    is_flag=True,
+    help="Replace an image of that name even if gpudock did not commit it for the same owner.",
+)
+@click.option("--validate-only", is_flag=True, help="Print the plan and change nothing.")
 @output_options()
 def commit(
     session: Session,
@@ -34,7 +40,7 @@ def commit(
     replace: bool,
     validate_only: bool,
 ) -> None:
-    """Make an image of a container's files as they are now."""
+    """Create an image from the files of a container."""
     repository, tag = _split(image)
 
     def begin(client: Client) -> OperationCall[CommittedImage]:
@@ -58,6 +64,6 @@ def commit(
 
 
 def _split(image: str) -> tuple[str, str]:
-    """Repository and tag; a colon before a slash is that of a port."""
+    """Return repository and tag. A colon before a slash belongs to a port, not to a tag."""
     repository, colon, tag = image.rpartition(":")
     return (repository, tag) if colon and "/" not in tag else (image, "")

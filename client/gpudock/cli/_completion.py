@@ -7,6 +7,7 @@ deadline, and a daemon that does not answer means no proposals.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 from typing import TypeAlias
 
@@ -17,7 +18,8 @@ from gpudock import Client, ContainerState, GpudockError, OperationKind, VolumeS
 from gpudock._enums import enum_name
 from gpudock.cli._session import Connection, use
 
-_DEADLINE_SECONDS = 1.0
+TIMEOUT_VARIABLE = "GPUDOCK_COMPLETION_TIMEOUT"
+_DEFAULT_TIMEOUT_SECONDS = 1.0
 _MOST_OPERATIONS = 50
 
 # Names with a short description, which zsh and fish show.
@@ -41,7 +43,7 @@ def _completing(proposals: Callable[[Client, click.Context], _Proposals]) -> _Co
             return [CompletionItem(name, help=note) async for name, note in found if name.startswith(incomplete)]
 
         async def attempt() -> list[CompletionItem[str]]:
-            async with asyncio.timeout(_DEADLINE_SECONDS):
+            async with asyncio.timeout(float(os.environ.get(TIMEOUT_VARIABLE) or _DEFAULT_TIMEOUT_SECONDS)):
                 return await use(connection_of(context).client(retry_for=0.0), collected)
 
         try:
@@ -68,7 +70,8 @@ async def _volume_sources(client: Client, context: click.Context) -> _Proposals:
 
 
 async def _revisions(client: Client, context: click.Context) -> _Proposals:
-    container = context.params.get("source") or context.params.get("name") or ""
+    # click leaves the arguments unparsed while the last word is an option that still lacks its value.
+    container = context.params.get("source") or context.params.get("name") or next(iter(context.args), "")
     async for one in client.containers.revisions(container):
         yield str(one.revision), one.spec.image
 
@@ -98,7 +101,7 @@ container_argument = click.argument("name", metavar="CONTAINER", shell_complete=
 volume_argument = click.argument("name", metavar="VOLUME", shell_complete=complete_volumes)
 operation_argument = click.argument("operation_id", metavar="ID", shell_complete=complete_operations)
 container_filter_option = click.option(
-    "--container", default="", shell_complete=complete_containers, help="Only those of this container."
+    "--container", default="", shell_complete=complete_containers, help="Show only what belongs to this container."
 )
 
 
@@ -107,6 +110,8 @@ To turn it on:
   bash: echo 'eval "$(gpudock completion bash)"' >> ~/.bashrc
   zsh:  echo 'eval "$(gpudock completion zsh)"' >> ~/.zshrc
   fish: gpudock completion fish > ~/.config/fish/completions/gpudock.fish
+
+Names come from the daemon, which has one second to answer; $GPUDOCK_COMPLETION_TIMEOUT sets another number of seconds.
 """
 
 

@@ -1,4 +1,4 @@
-"""A change of a container: its plan alone, or the change itself, after a question where it restarts the process."""
+"""Changes of a container: printing the plan, or making the change after a confirmation of the restart."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from gpudock.cli._wait import follow
 
 F = TypeVar("F", bound=Callable[..., object])
 
-# What begins the change, with `validate_only` and `etag`.
+# Calls the RPC of the change with `validate_only` and `etag`.
 Begin: TypeAlias = Callable[[Client, bool, str], OperationCall[Container]]
 
 validate_only_option = click.option(
-    "--validate-only", is_flag=True, help="Show what would be done and what would change, and do nothing."
+    "--validate-only", is_flag=True, help="Print the plan and the changes of the spec, and change nothing."
 )
 yes_option = click.option(
-    "-y", "--yes", is_flag=True, help="Do not ask before the process is restarted. Nothing is asked without a terminal."
+    "-y",
+    "--yes",
+    is_flag=True,
+    help="Restart the process without confirmation. Without a terminal there is no confirmation.",
 )
 
 
 def change(session: Session, name: str, begin: Begin, *, etag: str = "", validate_only: bool, yes: bool) -> None:
-    """Make the change of the container `name` and show the container, or show the plan alone."""
+    """Change the container `name` and print it; with `validate_only` print the plan alone."""
     if validate_only:
         session.show_plan(lambda client: begin(client, True, etag).plan())  # noqa: FBT003 - as Begin has it
         return
@@ -38,7 +41,7 @@ def change(session: Session, name: str, begin: Begin, *, etag: str = "", validat
 
 
 def _confirm_restart(session: Session, name: str, begin: Begin, etag: str) -> str:
-    """Ask if the process is to be restarted; returns the etag that the shown plan was made for."""
+    """Ask for confirmation if the change restarts the process; return the etag that the plan was made for."""
 
     async def planned(client: Client) -> tuple[OperationPlan, str]:
         current = etag or (await client.containers.get(name)).etag
@@ -48,7 +51,7 @@ def _confirm_restart(session: Session, name: str, begin: Begin, etag: str) -> st
     if plan.restarts_process:
         changes = _operation_views.spec_changes(plan.spec_changes)
         click.echo(f"{changes}\n" if changes else "", nl=False, err=True)
-        if not click.confirm(f"This stops and restarts the process of {name}. Go on?", err=True):
-            click.echo("nothing was changed", err=True)
+        if not click.confirm(f"This stops and restarts the process of {name}. Continue?", err=True):
+            click.echo("nothing changed", err=True)
             sys.exit(1)
     return current

@@ -24,7 +24,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _CommonFlags(SpecFlags):
-    """The options of both commands as click hands them over."""
+    """The parsed options of both commands."""
 
     image: str
     owner: str
@@ -34,33 +34,33 @@ class _CommonFlags(SpecFlags):
 
 
 class _CreateFlags(_CommonFlags):
-    """The options of `create`."""
+    """The parsed options of `create`."""
 
     name: str
     create_only: bool
 
 
 class _RunFlags(_CommonFlags):
-    """The options of `run`."""
+    """The parsed options of `run`."""
 
     name: str | None
     detach: bool
     remove: bool
 
 
-_owner_option = click.option("--owner", default="", help="Who it belongs to, for lists to filter by.")
+_owner_option = click.option("--owner", default="", help="Set the owner, which lists can filter by.")
 _pull_stall_option = click.option(
     "--pull-stall-timeout",
     type=Positive(),
     metavar="SECONDS",
-    help="Give up a pull that makes no progress for so long.",
+    help="Fail if the pull makes no progress for this time.",
 )
 _pull_option = click.option(
     "--pull",
     type=click.Choice(enum_names(PullPolicy)),
     default="missing",
     show_default=True,
-    help="Whether the image is pulled first.",
+    help="When to pull the image.",
 )
 
 
@@ -72,13 +72,13 @@ _pull_option = click.option(
 @_owner_option
 @_pull_option
 @_pull_stall_option
-@click.option("--create-only", is_flag=True, help="Do not start it.")
+@click.option("--create-only", is_flag=True, help="Create the container without starting it.")
 @validate_only_option
 @output_options()
 def create(session: Session, **flags: Unpack[_CreateFlags]) -> None:
-    """Create a container NAME from IMAGE and start it.
+    """Create a container and start it.
 
-    COMMAND stands after `--`: gpudock create train pytorch/pytorch --gpus 2 -- python train.py --epochs 3
+    Write COMMAND after `--`: gpudock create train pytorch/pytorch --gpus 2 -- python train.py --epochs 3
     """
     _create(session, flags["name"], flags, create_only=flags["create_only"])
 
@@ -86,9 +86,9 @@ def create(session: Session, **flags: Unpack[_CreateFlags]) -> None:
 @click.command(context_settings={"allow_interspersed_args": False})
 @click.argument("image")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
-@click.option("--name", help="The name of the container. Required.")
-@click.option("-d", "--detach", is_flag=True, help="Let it run in the background. Required.")
-@click.option("--rm", "remove", is_flag=True, help="Not supported: a container stays until `gpudock rm`.")
+@click.option("--name", help="Name the container. Required.")
+@click.option("-d", "--detach", is_flag=True, help="Run the container in the background. Required.")
+@click.option("--rm", "remove", is_flag=True, help="Not supported: a container exists until `gpudock rm` deletes it.")
 @spec_options
 @_owner_option
 @_pull_option
@@ -96,21 +96,21 @@ def create(session: Session, **flags: Unpack[_CreateFlags]) -> None:
 @validate_only_option
 @output_options()
 def run(session: Session, **flags: Unpack[_RunFlags]) -> None:
-    """Create a container from IMAGE and start it, in the words of `docker run`.
+    """Create a container and start it, with the arguments of `docker run`.
 
-    gpudock run -d --name train --gpus 2 pytorch/pytorch python train.py
+    Example: gpudock run -d --name train --gpus 2 pytorch/pytorch python train.py
     """
     if flags["remove"]:
         raise click.UsageError(
-            "--rm is not supported: a container and its files stay when its process ends; `gpudock rm` deletes them"
+            "--rm is not supported: a container keeps its files when its process ends; delete it with `gpudock rm`"
         )
     if not flags["detach"]:
         raise click.UsageError(
-            "gpudock cannot show the output of a container's process yet: give -d to let it run in the background, and"
-            " `gpudock exec -it NAME -- sh` to work inside it"
+            "gpudock run cannot attach to the process: use -d to run it in the background, and then"
+            " `gpudock exec -it NAME -- sh`"
         )
     if not flags["name"]:
-        raise click.UsageError("--name is required: gpudock makes no names up")
+        raise click.UsageError("--name is required: gpudock does not generate names")
     _create(session, flags["name"], flags, create_only=False)
 
 

@@ -1,4 +1,4 @@
-"""The options that change single entries of a spec, or all entries of a kind."""
+"""The options that remove or replace entries of a spec."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class EditFlags(TypedDict):
-    """The options as click hands them over."""
+    """The parsed options."""
 
     env_rm: tuple[str, ...]
     volume_rm: tuple[str, ...]
@@ -30,22 +30,22 @@ class EditFlags(TypedDict):
 _CLEARABLE = tuple(name.replace("_", "-") for name in ContainerSpec.DESCRIPTOR.fields_by_name if name != "image")
 _OPTIONS = (
     click.option("--env-rm", type=Key(), multiple=True, help="Remove an environment variable."),
-    click.option("--volume-rm", multiple=True, metavar="TARGET", help="Remove the mount at this path, also a tmpfs."),
-    click.option("--port-rm", type=ContainerPortParameter(), multiple=True, help="Do not publish this port any more."),
+    click.option("--volume-rm", multiple=True, metavar="TARGET", help="Remove the mount or tmpfs at this path."),
+    click.option("--port-rm", type=ContainerPortParameter(), multiple=True, help="Remove a published port."),
     click.option("--label-rm", type=Key(), multiple=True, help="Remove a label."),
-    click.option("--replace-env", is_flag=True, help="With -e: remove every other variable."),
-    click.option("--replace-volumes", is_flag=True, help="With -v or --tmpfs: remove every other mount."),
-    click.option("--replace-ports", is_flag=True, help="With -p: publish no other port."),
-    click.option("--replace-labels", is_flag=True, help="With --label: remove every other label."),
+    click.option("--replace-env", is_flag=True, help="With -e: remove all other variables."),
+    click.option("--replace-volumes", is_flag=True, help="With -v or --tmpfs: remove all other mounts."),
+    click.option("--replace-ports", is_flag=True, help="With -p: remove all other published ports."),
+    click.option("--replace-labels", is_flag=True, help="With --label: remove all other labels."),
     click.option(
         "--clear",
         type=click.Choice(_CLEARABLE),
         multiple=True,
         metavar="FIELD",
-        help="Unset a field: env, mounts, ports, command ... Can be repeated.",
+        help="Clear a field: env, mounts, ports, command, ... Can be repeated.",
     ),
 )
-# Field of the spec -> the option that adds to it, that which removes from it, and that which replaces all of it.
+# Field of the spec -> its options to add, remove and replace, then the arguments of the client to add and remove.
 _EDITABLE_FIELDS = {
     "env": ("-e", "env_rm", "replace_env", "set_env", "remove_env"),
     "mounts": ("-v or --tmpfs", "volume_rm", "replace_volumes", "add_mounts", "remove_mounts"),
@@ -55,16 +55,16 @@ _EDITABLE_FIELDS = {
 
 
 def edit_options(command: F) -> F:
-    """Add the options, for `change_arguments`."""
+    """Add the options that `change_arguments` reads."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
 def change_arguments(given: dict[str, Any], parts: dict[str, tuple[str, ...]], flags: EditFlags) -> dict[str, Any]:
-    """Keyword arguments for `update` and `clone`: whole fields, edits of entries, and the mask.
+    """Return keyword arguments for the client's `update` and `clone`; empty if nothing changes.
 
-    `given` are the fields that were given values. Of those in `parts`, only the fields named there change.
+    `given` maps fields of the spec to their new values. Of a field in `parts`, only the parts named there change.
     """
     cleared = {name.replace("-", "_") for name in flags["clear"]}
     changes = dict(given)
@@ -72,20 +72,26 @@ def change_arguments(given: dict[str, Any], parts: dict[str, tuple[str, ...]], f
         removed, replace = flags[removes], flags[replaces]  # type: ignore[literal-required] # keys of EditFlags
         if replace and (field not in given or removed):
             wrong = (
-                f"does not go with {_option(removes)}" if removed else f"needs {adds}; to remove all: --clear {field}"
+                f"cannot be combined with {_option(removes)}"
+                if removed
+                else f"needs {adds}; to remove all use --clear {field}"
             )
             raise click.UsageError(f"{_option(replaces)} {wrong}")
         if field in cleared and removed:
-            raise click.UsageError(f"--clear {field} removes all; {_option(removes)} does not go with it")
+            raise click.UsageError(
+                f"--clear {field} removes all entries; it cannot be combined with {_option(removes)}"
+            )
         if removed:
             changes[remove] = list(removed)
         if field in given and not replace and field not in cleared:
             changes[add] = changes.pop(field)
     for field in cleared & given.keys():
         instead = (
-            f"; to replace all, --{_EDITABLE_FIELDS[field][2].replace('_', '-')}" if field in _EDITABLE_FIELDS else ""
+            f"; to replace all entries use --{_EDITABLE_FIELDS[field][2].replace('_', '-')}"
+            if field in _EDITABLE_FIELDS
+            else ""
         )
-        raise click.UsageError(f"--clear {_kebab_case(field)} does not go with a value for it{instead}")
+        raise click.UsageError(f"--clear {_kebab_case(field)} cannot be combined with a new value{instead}")
     whole = [field for field in given if field in changes and field not in parts]
     changes |= dict.fromkeys(sorted(cleared))
     mask = [*whole, *sorted(cleared), *(f"{field}.{part}" for field in parts for part in parts[field])]

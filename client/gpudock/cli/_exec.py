@@ -27,11 +27,11 @@ _STDIN, _STDOUT, _STDERR = 0, 1, 2
 
 
 @click.command("exec", context_settings={"allow_interspersed_args": False})
-@click.option("-i", "--interactive", is_flag=True, help="Send standard input to the command.")
-@click.option("-t", "--tty", is_flag=True, help="Give the command a terminal.")
+@click.option("-i", "--interactive", is_flag=True, help="Keep stdin open and send it to the command.")
+@click.option("-t", "--tty", is_flag=True, help="Allocate a terminal.")
 @click.option("-e", "--env", type=Variable(), multiple=True, help="Set an environment variable.")
-@click.option("-w", "--workdir", default="", help="Its working directory.")
-@click.option("-u", "--user", default="", help="Its user, name or uid, with :group if need be.")
+@click.option("-w", "--workdir", default="", help="Set the working directory.")
+@click.option("-u", "--user", default="", help="Set the user: NAME or UID, optionally with :GROUP.")
 @click.option("--timeout", type=TimeSpan(), help="Kill the command after this time.")
 @container_argument
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
@@ -48,15 +48,14 @@ def exec_command(
     name: str,
     command: tuple[str, ...],
 ) -> None:
-    """Run COMMAND in the running container NAME.
+    """Run a command in a running container.
 
-    For instance: gpudock exec train -- nvidia-smi -L. Signals are handed to it, and this command ends with its
-    exit code.
+    Example: gpudock exec train -- nvidia-smi -L. Signals are forwarded to the command, and its exit code is returned.
     """
     if command[0] == "--":
         command = command[1:]
     if not command:
-        raise click.UsageError("there is no command to run")
+        raise click.UsageError("COMMAND is missing: give the command to run after `--`")
     options = ExecOptions(env=dict(env), working_dir=workdir, user=user, tty=tty, stdin=interactive)
     if timeout is not None:
         options["timeout"] = timeout
@@ -84,11 +83,11 @@ async def _run(client: Client, name: str, command: tuple[str, ...], options: Exe
             if options["stdin"]:
                 StdinPump(_STDIN, running, asyncio.get_running_loop()).start()
             async for stream, data in running.output():
-                # In a thread: a slow reader of this command's output must not hold back its signals and input.
+                # In a thread: a slow reader of the output must not block signals and input.
                 await asyncio.to_thread(write_all, _STDOUT if stream == "stdout" else _STDERR, data)
         exited = await running.exit()
     if exited.timed_out:
-        click.echo("the command was ended: its time was over", err=True)
+        click.echo("the command was killed: --timeout expired", err=True)
     if exited.message:
         click.echo(exited.message, err=True)
     return exited.returncode
@@ -96,7 +95,7 @@ async def _run(client: Client, name: str, command: tuple[str, ...], options: Exe
 
 @asynccontextmanager
 async def _forward_signals(running: ExecSession, *, tty: bool) -> AsyncIterator[None]:
-    """Hand over signals, and the terminal's size as it changes, one after the other."""
+    """Forward signals and changes of the terminal size, in order."""
     loop = asyncio.get_running_loop()
     pending: asyncio.Queue[Callable[[], Awaitable[None]]] = asyncio.Queue()
     for number in _FORWARDED:

@@ -1,4 +1,4 @@
-"""What the command's exit codes mean."""
+"""The exit codes of `gpudock`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gpudock import errors
 INTERRUPTED = 130
 EXEC_FAILED = 125
 
-# The first class that fits counts.
+# The first class that matches decides.
 _CODES: Mapping[type[errors.GpudockError], int] = {
     errors.InvalidArgument: 2,
     errors.NotFound: 3,
@@ -27,23 +27,23 @@ _CODES: Mapping[type[errors.GpudockError], int] = {
 
 EXIT_CODE_HELP = """\b
 Exit codes:
-  0   done
-  1   another failure
-  2   wrong usage, or the server refused a value
+  0   success
+  1   any other failure
+  2   wrong usage or invalid value
   3   not found
-  4   too few GPUs, ports or disk
-  5   exists already
-  6   another operation is at work on it, or it has changed
-  7   not possible in its state
-  8   the server, its store or its engine does not answer
-  9   no identity, or not permitted
+  4   not enough GPUs, ports or disk space
+  5   already exists
+  6   busy with another operation, or changed meanwhile
+  7   not possible in the current state
+  8   the daemon, its store or its engine does not answer
+  9   not authenticated or not permitted
   10  the operation was cancelled
-  130 interrupted; an operation goes on
-`gpudock exec` ends with the command's own code, 128+n after signal n, and
-125 if gpudock itself failed.
+  130 interrupted; a running operation continues
+`gpudock exec` exits with the code of the command inside, 128+n after
+signal n, and 125 if gpudock itself failed.
 """
 
 
 def exit_code_of(error: errors.GpudockError) -> int:
-    """The exit code for an error."""
+    """Return the exit code for an error."""
     return next(code for kind, code in _CODES.items() if isinstance(error, kind))

@@ -1,4 +1,4 @@
-"""The options that say which GPUs a container is to have."""
+"""The options that select the GPUs of a container."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class GpuFlags(TypedDict):
-    """The options as click hands them over; None and () are those that were not given."""
+    """The parsed options; None and () mean that an option is not given."""
 
     gpus: int | None
     gpu: tuple[str, ...]
@@ -29,12 +29,12 @@ class GpuFlags(TypedDict):
 def gpu_options(command: F) -> F:
     """Add --gpus, --gpu, --gpu-model and --gpu-memory, for `gpu_choice`."""
     options = (
-        click.option("--gpus", type=GpuCount(), help="How many GPUs: 0 for none, all for every free one."),
+        click.option("--gpus", type=GpuCount(), help="Set the number of GPUs; 0 for none, all for every free one."),
         click.option(
-            "--gpu", multiple=True, metavar="UUID", shell_complete=complete_gpus, help="This GPU. Can be repeated."
+            "--gpu", multiple=True, metavar="UUID", shell_complete=complete_gpus, help="Use this GPU. Can be repeated."
         ),
-        click.option("--gpu-model", metavar="TEXT", help="With --gpus: only GPUs with this in their name."),
-        click.option("--gpu-memory", type=Size(), help="With --gpus: only GPUs with at least this much memory."),
+        click.option("--gpu-model", metavar="TEXT", help="With --gpus: use only GPUs with this text in their name."),
+        click.option("--gpu-memory", type=Size(), help="With --gpus: use only GPUs with at least this much memory."),
     )
     for option in reversed(options):
         command = option(command)
@@ -43,7 +43,7 @@ def gpu_options(command: F) -> F:
 
 @dataclass(frozen=True, slots=True)
 class GpuChoice:
-    """What the options ask for. `model` and `memory` None: as the container has it."""
+    """The GPUs that the options ask for. None as `model` or `memory` keeps what the container has."""
 
     count: int = 0
     uuids: tuple[str, ...] = ()
@@ -51,10 +51,13 @@ class GpuChoice:
     memory: int | None = None
 
     async def request(self, client: Client, name: str = "", present: GpuRequest | None = None) -> GpuRequest:
-        """The request for the container `name`, whose spec has the request `present`.
+        """Return the request for the container `name`, whose spec has the request `present`.
 
-        A number alone leaves the kind of GPUs as it is. `all` is every GPU that is free or that the container holds.
-        Raises Exhausted if `all` is none.
+        A number without --gpu-model and --gpu-memory keeps the kind of GPUs. `all` means every matching GPU that is
+        free or that the container holds.
+
+        Raises:
+            Exhausted: no GPU matches `all`.
         """
         if self.uuids:
             return GpuRequest(uuids=self.uuids)
@@ -71,7 +74,7 @@ class GpuChoice:
 
 
 async def resolve_gpus(client: Client, name: str, choice: GpuChoice | None) -> tuple[GpuRequest | None, str]:
-    """What a change of the container `name` asks for, and the etag that it was worked out for; None for no change."""
+    """Return the request for a change of the container `name` and the etag it is based on; None for no change."""
     if choice is None:
         return None, ""
     container = await client.containers.get(name)
@@ -88,18 +91,20 @@ def _matching(gpus: Iterable[Gpu], name: str, asked: GpuRequest) -> int:
     )
     if not count:
         raise Exhausted(
-            "--gpus all: no GPU that matches is free; `gpudock gpus` lists them",
+            "--gpus all: no matching GPU is free; `gpudock gpus` lists all GPUs",
             code=grpc.StatusCode.RESOURCE_EXHAUSTED,
         )
     return count
 
 
 def gpu_choice(flags: GpuFlags) -> GpuChoice | None:
-    """What these options ask for; None if none was given."""
+    """Return the GPUs that the options ask for; None if no option is given."""
     gpus, gpu, model, memory = flags["gpus"], flags["gpu"], flags["gpu_model"], flags["gpu_memory"]
     narrowed = model is not None or memory is not None
     if gpu and (gpus is not None or narrowed):
-        raise click.UsageError("--gpu names the GPUs; --gpus, --gpu-model and --gpu-memory do not go with it")
+        raise click.UsageError(
+            "--gpu selects GPUs by UUID; it cannot be combined with --gpus, --gpu-model or --gpu-memory"
+        )
     if gpu:
         return GpuChoice(uuids=gpu)
     if gpus is None:

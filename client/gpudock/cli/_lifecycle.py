@@ -1,4 +1,4 @@
-"""The commands that start, stop and end containers."""
+"""The commands that start, stop, pause and delete containers."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from gpudock.cli._session import Session
 from gpudock.cli._snapshot_options import snapshots_option
 from gpudock.cli._wait import follow, wait_for
 
-_TIMEOUT_HELP = "How long the process has from the stop signal to SIGKILL."
+_TIMEOUT_HELP = "Wait this long after the stop signal before SIGKILL."
 _KILL = ("KILL", "SIGKILL", str(int(signals.SIGKILL)))
 
 
 class _StartFlags(GpuFlags):
-    """The options as click hands them over."""
+    """The parsed options of `start`."""
 
     name: str
     snapshots: str | None
@@ -38,7 +38,7 @@ class _StartFlags(GpuFlags):
 @validate_only_option
 @output_options()
 def start(session: Session, **flags: Unpack[_StartFlags]) -> None:
-    """Start a stopped container, with other GPUs than before if --gpus says so."""
+    """Start a stopped container, optionally with other GPUs."""
     choice = gpu_choice(flags)
     gpus, etag = session.run(lambda client: resolve_gpus(client, flags["name"], choice))
 
@@ -47,17 +47,17 @@ def start(session: Session, **flags: Unpack[_StartFlags]) -> None:
             flags["name"], gpus=gpus, snapshots=flags["snapshots"], validate_only=validate_only, etag=etag
         )
 
-    # To start what is stopped ends no process.
+    # A start ends no process, so there is nothing to confirm.
     change(session, flags["name"], begin, etag=etag, validate_only=flags["validate_only"], yes=True)
 
 
 @click.command()
 @container_argument
-@click.option("--keep-resources", is_flag=True, help="Keep its GPUs and ports while it is stopped.")
+@click.option("--keep-resources", is_flag=True, help="Keep the GPUs and ports of the container while it is stopped.")
 @click.option("-t", "--timeout", type=TimeSpan(), help=_TIMEOUT_HELP)
 @output_options()
 def stop(session: Session, *, name: str, keep_resources: bool, timeout: timedelta | None) -> None:
-    """Stop a container; its GPUs and ports are free then, its files stay."""
+    """Stop a container and release its GPUs and ports; its files are kept."""
     stopped = session.run(
         lambda client: wait_for(client.containers.stop(name, keep_resources=keep_resources, timeout=timeout), name)
     )
@@ -66,17 +66,17 @@ def stop(session: Session, *, name: str, keep_resources: bool, timeout: timedelt
 
 @click.command()
 @container_argument
-@click.option("--keep-resources", is_flag=True, help="Keep its GPUs and ports while it is stopped.")
-@click.option("-s", "--signal", default="KILL", show_default=True, help="Only KILL; see below for others.")
+@click.option("--keep-resources", is_flag=True, help="Keep the GPUs and ports of the container while it is stopped.")
+@click.option("-s", "--signal", default="KILL", show_default=True, help="Send this signal; only KILL is supported.")
 @output_options()
 def kill(session: Session, *, name: str, keep_resources: bool, signal: str) -> None:
-    """Stop a container at once with SIGKILL; its GPUs and ports are free then, its files stay.
+    """Kill a container with SIGKILL and release its GPUs and ports; its files are kept.
 
-    For another signal to its main process: gpudock exec NAME -- kill -s HUP 1
+    To send another signal to the main process: gpudock exec CONTAINER -- kill -s HUP 1
     """
     if signal.upper() not in _KILL:
         raise click.UsageError(
-            f"kill sends SIGKILL only, not {signal}; to send it to the main process: gpudock exec {name} -- kill -s"
+            f"gpudock kill sends SIGKILL only, not {signal}; for the main process use: gpudock exec {name} -- kill -s"
             f" {signal.upper().removeprefix('SIG')} 1"
         )
     killed = session.run(
@@ -91,7 +91,7 @@ def kill(session: Session, *, name: str, keep_resources: bool, signal: str) -> N
 @snapshots_option
 @output_options()
 def restart(session: Session, *, name: str, timeout: timedelta | None, snapshots: str | None) -> None:
-    """Stop a container and start it, with the GPUs and ports that it has."""
+    """Restart a container with the same GPUs and ports."""
     restarted = session.run(
         lambda client: follow(client.containers.restart(name, timeout=timeout, snapshots=snapshots), name)
     )
@@ -102,7 +102,7 @@ def restart(session: Session, *, name: str, timeout: timedelta | None, snapshots
 @container_argument
 @output_options()
 def pause(session: Session, *, name: str) -> None:
-    """Freeze every process of a container."""
+    """Pause all processes of a container."""
     paused = session.run(lambda client: wait_for(client.containers.pause(name), name))
     session.output.row(paused, _views.CONTAINER)
 
@@ -111,15 +111,15 @@ def pause(session: Session, *, name: str) -> None:
 @container_argument
 @output_options()
 def unpause(session: Session, *, name: str) -> None:
-    """Thaw every process of a paused container."""
+    """Unpause all processes of a container."""
     thawed = session.run(lambda client: wait_for(client.containers.unpause(name), name))
     session.output.row(thawed, _views.CONTAINER)
 
 
 @click.command()
 @container_argument
-@click.option("-f", "--force", is_flag=True, help="Delete it even if it is running.")
+@click.option("-f", "--force", is_flag=True, help="Delete even if it is running.")
 @click.pass_obj
 def delete(session: Session, *, name: str, force: bool) -> None:
-    """Delete a container with its files; its GPUs and ports are free then."""
+    """Delete a container and its files, and release its GPUs and ports."""
     session.run(lambda client: wait_for(client.containers.delete(name, force=force), name))

@@ -1,4 +1,4 @@
-"""The command's global options, and its list of commands."""
+"""The options of `gpudock` itself, and the list of its commands."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from gpudock.cli._session import Connection, Session
 
 
 class _Commands(click.Group):
-    """The commands; what no message can carry is wrong usage for all of them."""
+    """The commands. Text that is not UTF-8 is a usage error, since no message can carry it."""
 
     def add_alias(self, command: click.Command, name: str) -> None:
-        """Add a command under another name as well."""
+        """Add a command under a second name."""
         alias = copy.copy(command)
-        alias.short_help = f"Same as {command.name}."
+        alias.short_help = f"Alias for {command.name}."
         self.add_command(alias, name)
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run the command that was asked for."""
+        """Run the command, or raise a usage error."""
         try:
             return super().invoke(ctx)
         except UnicodeEncodeError as error:
@@ -56,26 +56,26 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     default=DEFAULT_ADDRESS,
     show_default=True,
     show_envvar=True,
-    help="Where gpudockd listens: unix:/path, a path, or HOST:PORT.",
+    help="Connect to gpudockd here: unix:/path, a path, or HOST:PORT.",
 )
 @click.option(
     "--token-file",
     envvar=TOKEN_FILE_VARIABLE,
     show_envvar=True,
     type=_FILE,
-    help="File with the token to send along.",
+    help="Read the token from this file.",
 )
-@click.option("--tls", is_flag=True, help="Use TLS, with the system's roots unless --ca is given.")
-@click.option("--ca", type=_FILE, help="PEM file with the roots to trust; implies --tls.")
-@click.option("--cert", type=_FILE, help="PEM file with the client's certificate; implies --tls.")
-@click.option("--key", type=_FILE, help="PEM file with the key of --cert.")
+@click.option("--tls", is_flag=True, help="Use TLS; trust the system's roots unless --ca is given.")
+@click.option("--ca", type=_FILE, help="Trust the roots in this PEM file; implies --tls.")
+@click.option("--cert", type=_FILE, help="Send the client certificate in this PEM file; implies --tls.")
+@click.option("--key", type=_FILE, help="Use the private key in this PEM file with --cert.")
 @click.option(
     "-o",
     "--output",
     type=FORMATS,
     default=TABLE,
     show_default=True,
-    help="Print results as table, JSON or YAML. Progress and errors go to stderr.",
+    help="Print results as table, JSON or YAML; progress and errors go to stderr.",
 )
 @click.pass_context
 def main(
@@ -89,9 +89,9 @@ def main(
     key: Path | None,
     output: str,
 ) -> None:
-    """Manage GPU containers, and change them while they run."""
+    """Manage GPU containers."""
     if (cert is None) != (key is None):
-        raise click.UsageError("--cert and --key go together")
+        raise click.UsageError("--cert and --key are needed together; one is missing")
     context.obj = Session(Connection(address, token_file, tls, ca, cert, key), Output(output))
 
 

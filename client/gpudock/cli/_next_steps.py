@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 
-from gpudock.errors import GpudockError
+from gpudock.errors import DeadlineExceeded, GpudockError, Unavailable
 
 # By reason; a word in braces is a key of the error's metadata. The messages of the reasons that are missing here say
 # what to do themselves.
@@ -42,20 +42,21 @@ NEXT_STEPS: Mapping[str, str] = {
     "VOLUME_NOT_FOUND": "list the volumes: gpudock volume list",
     "VOLUME_TOO_SMALL_FOR_DATA": "show its size: gpudock volume get {volume}",
 }
-# Without an answer from the daemon, the reason is a gRPC status.
-_NO_ANSWER = {
-    "UNAVAILABLE": "is gpudockd running at {address}? Check with: systemctl status gpudockd; or give --address",
-    "DEADLINE_EXCEEDED": "is gpudockd running at {address}? Check with: systemctl status gpudockd; or give --address",
-}
+_NO_ANSWER = "next: check that it runs: systemctl status gpudockd; or give another --address"
 
 
-def next_step(error: GpudockError, address: str) -> str:
-    """Return one line that says what to do about an error of the daemon at `address`; empty if nothing is known."""
-    if not error.answered:
-        return _NO_ANSWER.get(error.reason, "").format(address=address)
+def next_step(error: GpudockError) -> str:
+    """Return one line that says what to do about an error; empty if its message says it already."""
+    if is_no_answer(error):
+        return _NO_ANSWER
     values = {key: shlex.quote(value) for key, value in error.metadata.items()}
     try:
         step = NEXT_STEPS.get(error.reason, "").format_map(values)
     except KeyError:  # a daemon of another version
         return ""
     return f"next: {step}" if step else ""
+
+
+def is_no_answer(error: GpudockError) -> bool:
+    """Return whether the daemon could not be reached; the reason of the error is then a gRPC status."""
+    return not error.answered and isinstance(error, Unavailable | DeadlineExceeded)

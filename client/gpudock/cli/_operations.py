@@ -1,4 +1,4 @@
-"""`gpudock operations`."""
+"""The commands for operations."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ from gpudock.cli._wait import follow
 
 @click.group()
 def operations() -> None:
-    """Show operations, and cancel them."""
+    """Manage operations."""
 
 
 @operations.command("list")
-@click.option("--state", type=click.Choice(enum_names(OperationState)), multiple=True, help="Only those in this state.")
-@click.option("--kind", type=click.Choice(enum_names(OperationKind)), multiple=True, help="Only those of this kind.")
+@click.option(
+    "--state", type=click.Choice(enum_names(OperationState)), multiple=True, help="Show only operations in this state."
+)
+@click.option(
+    "--kind", type=click.Choice(enum_names(OperationKind)), multiple=True, help="Show only operations of this kind."
+)
 @container_filter_option
-@click.option("--node", default="", help="Only those of this node.")
+@click.option("--node", default="", help="Show only operations of this node.")
 @output_options()
 def list_operations(
     session: Session, *, state: tuple[str, ...], kind: tuple[str, ...], container: str, node: str
 ) -> None:
-    """List operations, the newest first."""
+    """List operations, newest first."""
     found = session.run(lambda client: client.operations.list(states=state, kinds=kind, container=container, node=node))
     session.output.table(found, _operation_views.OPERATION)
 
@@ -36,7 +40,7 @@ def list_operations(
 @operation_argument
 @output_options()
 def get(session: Session, *, operation_id: str) -> None:
-    """Show one operation with its stages."""
+    """Show an operation with its stages."""
     session.output.details(session.run(lambda client: client.operations.get(operation_id)), _operation_views.OPERATION)
 
 
@@ -44,25 +48,25 @@ def get(session: Session, *, operation_id: str) -> None:
 @operation_argument
 @output_options()
 def watch(session: Session, *, operation_id: str) -> None:
-    """Show an operation's progress until it has ended."""
-    left = session.run(lambda client: follow(client.operations.watch(operation_id)))
-    if isinstance(left, CommittedImage):
-        session.output.details(left, _views.COMMITTED_IMAGE)
-    elif isinstance(left, Volume):
-        session.output.row(left, _volume_views.VOLUME)
-    elif left is not None:
-        session.output.row(left, _views.CONTAINER)
+    """Show the progress of an operation until it ends."""
+    result = session.run(lambda client: follow(client.operations.watch(operation_id)))
+    if isinstance(result, CommittedImage):
+        session.output.details(result, _views.COMMITTED_IMAGE)
+    elif isinstance(result, Volume):
+        session.output.row(result, _volume_views.VOLUME)
+    elif result is not None:
+        session.output.row(result, _views.CONTAINER)
 
 
 @operations.command()
 @operation_argument
-@click.option("--wait", is_flag=True, help="Wait until its work is undone.")
+@click.option("--wait", is_flag=True, help="Wait until the operation has ended.")
 @output_options()
 def cancel(session: Session, *, operation_id: str, wait: bool) -> None:
-    """Stop an operation, and undo what it did."""
+    """Cancel an operation and undo its changes."""
     operation = session.run(lambda client: client.operations.cancel(operation_id))
     if wait and not session.run(lambda client: _was_cancelled(client, operation_id)):
-        click.echo("it was past its point of no return, and has succeeded", err=True)
+        click.echo(f"operation {operation_id} succeeded: it could no longer be cancelled", err=True)
     if wait:
         operation = session.run(lambda client: client.operations.get(operation_id))
     session.output.details(operation, _operation_views.OPERATION)

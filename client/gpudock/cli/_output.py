@@ -106,7 +106,7 @@ def output_options(default: str = "") -> Callable[[Callable[..., R]], Callable[.
             shown_as = output or default or session.output.format
             if quiet and shown_as != TABLE:
                 if output or not default:
-                    raise click.UsageError(f"-q prints names only; it does not go with -o {shown_as}")
+                    raise click.UsageError(f"-q prints names only; it cannot be combined with -o {shown_as}")
                 shown_as = TABLE
             return command(replace(session, output=Output(shown_as, names_only=quiet)), *args, **kwargs)
 

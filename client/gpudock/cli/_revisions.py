@@ -1,4 +1,4 @@
-"""The commands for a container's history."""
+"""The commands for the revisions of a container."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gpudock.cli._wait import wait_for
 @click.command()
 @container_argument
 @click.argument("revision", type=REVISION_NUMBER, required=False, default=None, shell_complete=complete_revisions)
-@click.option("--spec-only", is_flag=True, help="Leave the files as they are today.")
+@click.option("--spec-only", is_flag=True, help="Restore the spec only; keep the current files.")
 @snapshots_option
 @validate_only_option
 @yes_option
@@ -34,9 +34,9 @@ def rollback(
     validate_only: bool,
     yes: bool,
 ) -> None:
-    """Return a container to one of its revisions: its spec, and its files as they were then.
+    """Restore the spec and the files of a revision.
 
-    Without REVISION to the one before the current one.
+    Without REVISION, restore the one before the current revision.
     """
     number, etag = session.run(lambda client: _target(client, name, revision))
 
@@ -49,17 +49,17 @@ def rollback(
 
 
 async def _target(client: Client, name: str, revision: int | None) -> tuple[int, str]:
-    """The revision to return to, and the etag of the container that it was chosen for."""
+    """Return the revision to restore, and the etag of the container for which it was chosen (empty if it was given)."""
     if revision is not None:
         return revision, ""
     container = await client.containers.get(name)
     earlier = [one.revision for one in await client.containers.revisions(name) if one.revision < container.revision]
     if not earlier:
         raise NotFound(
-            f"container {name!r} has no revision before the current one ({container.revision})",
+            f"container {name!r} has no revision before the current revision {container.revision}",
             code=grpc.StatusCode.NOT_FOUND,
         )
-    click.echo(f"to revision {max(earlier)}", err=True)
+    click.echo(f"rolling back to revision {max(earlier)}", err=True)
     return max(earlier), container.etag
 
 
@@ -67,14 +67,14 @@ async def _target(client: Client, name: str, revision: int | None) -> tuple[int,
 @container_argument
 @output_options()
 def revisions(session: Session, *, name: str) -> None:
-    """List a container's revisions, oldest first; `*` marks the current one."""
+    """List the revisions of a container, oldest first; `*` marks the current one."""
     found = session.run(lambda client: client.containers.revisions(name))
     session.output.table(found, _revision_views.REVISION)
 
 
 @click.group()
 def revision() -> None:
-    """Look at one revision of a container, and delete it."""
+    """Manage one revision of a container."""
 
 
 @revision.command()
@@ -84,7 +84,7 @@ def revision() -> None:
 )
 @output_options()
 def get(session: Session, *, name: str, number: int | None) -> None:
-    """Show one revision; without its number the current one."""
+    """Show a revision; without REVISION, the current one."""
     found = session.run(lambda client: client.containers.revision(name, number or 0))
     session.output.details(found, _revision_views.REVISION)
 
@@ -94,5 +94,5 @@ def get(session: Session, *, name: str, number: int | None) -> None:
 @click.argument("number", metavar="REVISION", type=REVISION_NUMBER, shell_complete=complete_revisions)
 @click.pass_obj
 def delete(session: Session, *, name: str, number: int) -> None:
-    """Delete a revision with the files that were kept of it."""
+    """Delete a revision and its files."""
     session.run(lambda client: wait_for(client.containers.delete_revision(name, number), name))

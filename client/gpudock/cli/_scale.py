@@ -19,7 +19,7 @@ from gpudock.v1.container_service_pb2 import ScaleStrategy
 
 
 class _Flags(GpuFlags):
-    """The options as click hands them over."""
+    """The parsed options."""
 
     name: str
     cpus: float | None
@@ -34,22 +34,22 @@ class _Flags(GpuFlags):
 @click.command()
 @container_argument
 @gpu_options
-@click.option("--cpus", type=Decimal(), help="How many CPUs' worth of time; 0 for no limit.")
-@click.option("-m", "--memory", type=Size(), help="How much memory, such as 8g; 0 for no limit.")
-@click.option("--shm-size", type=Size(), help="The size of /dev/shm; 0 for the engine's default.")
+@click.option("--cpus", type=Decimal(), help="Set the CPU limit, such as 1.5; 0 for no limit.")
+@click.option("-m", "--memory", type=Size(), help="Set the memory limit, such as 8g; 0 for no limit.")
+@click.option("--shm-size", type=Size(), help="Set the size of /dev/shm; 0 for the default of the engine.")
 @click.option(
     "--strategy",
     type=click.Choice(enum_names(ScaleStrategy)),
     default="auto",
     show_default=True,
-    help="auto: in place if possible. live: in place or not at all. recreate: by a new process.",
+    help="auto: in place if possible. live: in place or fail. recreate: with a new process.",
 )
 @snapshots_option
 @validate_only_option
 @yes_option
 @output_options()
 def scale(session: Session, **flags: Unpack[_Flags]) -> None:
-    """Set the GPUs, CPUs, memory or /dev/shm of a container to these values; its files stay."""
+    """Set the GPUs, CPUs, memory or /dev/shm of a container; its files are kept."""
     choice = gpu_choice(flags)
     if choice is None and flags["cpus"] is None and flags["memory"] is None and flags["shm_size"] is None:
         raise click.UsageError("nothing to change: give --gpus, --gpu, --cpus, --memory or --shm-size")

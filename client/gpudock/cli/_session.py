@@ -15,7 +15,7 @@ from gpudock import Client, GpudockError, OperationPlan
 from gpudock._channel import read_token
 from gpudock.cli import _operation_views
 from gpudock.cli._exit_codes import INTERRUPTED, exit_code_of
-from gpudock.cli._next_steps import next_step
+from gpudock.cli._next_steps import is_no_answer, next_step
 from gpudock.cli._output import Output
 
 T = TypeVar("T")
@@ -83,7 +83,7 @@ class Session:
     def show_plan(self, plan: Callable[[Client], Awaitable[OperationPlan]]) -> None:
         """Print the plan of an operation; -q is refused before anything is sent, since a plan has no name."""
         if self.output.names_only:
-            raise click.UsageError("-q does not go with --validate-only: a plan has no name")
+            raise click.UsageError("-q cannot be combined with --validate-only: a plan has no name")
         self.output.details(self.run(plan), _operation_views.PLAN)
 
     async def _with_client(self, work: Callable[[Client], Awaitable[T]]) -> T:
@@ -95,12 +95,18 @@ class Session:
 
     def _fail(self, error: GpudockError, failure_code: int | None) -> NoReturn:
         # The message of an error with violations consists of their sentences.
-        sentences = [str(violation) for violation in error.violations] or [error.message]
+        sentences = [str(violation) for violation in error.violations] or [self._sentence(error)]
         first, *rest = sentences if len(sentences) == 1 else (f"{len(sentences)} fields are not valid", *sentences)
         click.echo(f"{click.style('error:', fg='red', bold=True)} {error.reason}: {first}", err=True)
         for line in rest:
             click.echo(f"  {line}", err=True)
-        step = next_step(error, self.connection.address)
+        step = next_step(error)
         if step:
             click.echo(step, err=True)
         sys.exit(exit_code_of(error) if failure_code is None else failure_code)
+
+    def _sentence(self, error: GpudockError) -> str:
+        if not is_no_answer(error):
+            return error.message
+        # gRPC names every address and layer before the cause.
+        return f"gpudockd does not answer at {self.connection.address}: {error.message.rpartition('error: ')[2]}"

@@ -1,4 +1,4 @@
-"""The option that says whether the files of the revision that a change ends are kept."""
+"""The option that decides whether the files of the replaced revision are kept."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from gpudock._enums import enum_names
 snapshots_option = click.option(
     "--snapshots",
     type=click.Choice(enum_names(SnapshotPolicy)),
-    help="Whether the files as they are before the change are kept. cheap: where nothing is copied.",
+    help="Keep the files of before the change; cheap: only where nothing has to be copied.",
 )

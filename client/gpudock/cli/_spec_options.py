@@ -1,4 +1,4 @@
-"""The options that say what a container is to be."""
+"""The options for the spec of a container."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class SpecFlags(GpuFlags):
-    """The options as click hands them over; None and () are those that were not given."""
+    """The parsed options; None and () mean that an option is not given."""
 
     command: tuple[str, ...]
     entrypoint: str | None
@@ -58,13 +58,13 @@ class SpecFlags(GpuFlags):
 
 
 _OPTIONS = (
-    click.option("-p", "--publish", type=Port(), multiple=True, help="Publish a port, TCP unless it ends in /udp."),
+    click.option("-p", "--publish", type=Port(), multiple=True, help="Publish a port; TCP unless it ends in /udp."),
     click.option(
         "-e",
         "--env",
         type=Variable(),
         multiple=True,
-        help="Set an environment variable; without a value, to the one it has here.",
+        help="Set an environment variable; without a value, copy it from this shell.",
     ),
     click.option(
         "-v",
@@ -72,43 +72,43 @@ _OPTIONS = (
         type=Bind(),
         multiple=True,
         shell_complete=complete_volume_sources,
-        help="Mount a volume, or a path on the node.",
+        help="Mount a volume or a path of the host.",
     ),
-    click.option("--tmpfs", type=Tmpfs(), multiple=True, help="Mount a file system in memory."),
+    click.option("--tmpfs", type=Tmpfs(), multiple=True, help="Mount a tmpfs."),
     click.option("-l", "--label", type=KeyValueParameter(), multiple=True, help="Set a label."),
-    click.option("--cpus", type=Decimal(), help="How many CPUs' worth of time it may use."),
-    click.option("-m", "--memory", type=Size(), help="How much memory it may use, such as 8g."),
-    click.option("--shm-size", type=Size(), help="The size of /dev/shm."),
-    click.option("--pids-limit", type=WholeNumber(16), help="How many processes and threads it may have."),
-    click.option("--restart", type=Restart(), help="When the engine starts the process again."),
-    click.option("--stop-signal", metavar="SIGNAL", help="The signal that asks the process to end, such as SIGINT."),
-    click.option("--stop-timeout", type=TimeSpan(), help="How long the process has from that signal to SIGKILL."),
-    click.option("--health-cmd", help="Command of the health check, run by /bin/sh."),
-    click.option("--hostname", help="The host name inside."),
-    click.option("-u", "--user", help="The user of the process, name or uid, with :group if need be."),
-    click.option("-w", "--workdir", help="The working directory of the process."),
-    click.option("--entrypoint", help="Replaces the image's entrypoint; empty clears it."),
-    click.option("-t", "--tty/--no-tty", default=None, help="Give the process a terminal."),
-    click.option("-i", "--stdin/--no-stdin", default=None, help="Keep the process's standard input open."),
+    click.option("--cpus", type=Decimal(), help="Limit the CPUs, such as 1.5."),
+    click.option("-m", "--memory", type=Size(), help="Limit the memory, such as 8g."),
+    click.option("--shm-size", type=Size(), help="Set the size of /dev/shm."),
+    click.option("--pids-limit", type=WholeNumber(16), help="Limit the number of processes and threads."),
+    click.option("--restart", type=Restart(), help="Set when the engine restarts the process."),
+    click.option("--stop-signal", metavar="SIGNAL", help="Set the signal that stops the process, such as SIGINT."),
+    click.option("--stop-timeout", type=TimeSpan(), help="Wait this long after the stop signal before SIGKILL."),
+    click.option("--health-cmd", help="Check the health with this /bin/sh command."),
+    click.option("--hostname", help="Set the host name."),
+    click.option("-u", "--user", help="Set the user: NAME or UID, optionally with :GROUP."),
+    click.option("-w", "--workdir", help="Set the working directory."),
+    click.option("--entrypoint", help="Replace the entrypoint of the image; empty clears it."),
+    click.option("-t", "--tty/--no-tty", default=None, help="Allocate a terminal."),
+    click.option("-i", "--stdin/--no-stdin", default=None, help="Keep stdin open."),
     click.option(
         "--keep-files",
         type=click.Choice(enum_names(SnapshotPolicy)),
-        help="Whether the files of a revision are kept when the next one replaces it. cheap: where nothing is copied.",
+        help="Keep the files of replaced revisions; cheap: only where nothing has to be copied.",
     ),
-    click.option("--keep-revisions", type=WholeNumber(1), help="How many revisions are kept."),
-    click.option("--keep-for", type=TimeSpan(), help="How long a revision is kept after it was replaced."),
+    click.option("--keep-revisions", type=WholeNumber(1), help="Keep this many revisions."),
+    click.option("--keep-for", type=TimeSpan(), help="Keep a replaced revision for this time."),
 )
 
 
 def spec_options(command: F) -> F:
-    """Add the options for every field of a spec but its image."""
+    """Add the options for every field of a spec except its image."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return gpu_options(command)
 
 
 def spec_fields(flags: SpecFlags) -> dict[str, Any]:
-    """The fields of a spec that were given, with their values. GPUs are for `gpu_choice`."""
+    """Return the given fields of the spec with their values, except the GPUs, which `gpu_choice` returns."""
     health = flags["health_cmd"]
     values: dict[str, Any] = {
         "entrypoint": None if flags["entrypoint"] is None else [flags["entrypoint"]],
@@ -136,7 +136,7 @@ def spec_fields(flags: SpecFlags) -> dict[str, Any]:
 
 
 def spec_field_parts(flags: SpecFlags) -> dict[str, tuple[str, ...]]:
-    """Which parts of its messages were given: the others stay as they are when a container is changed."""
+    """Return, for each field that is a message, its given parts: a change keeps the others."""
     policy = {"snapshots": "keep_files", "keep_revisions": "keep_revisions", "keep_for": "keep_for"}
     given = tuple(part for part, flag in policy.items() if flags[flag] is not None)  # type: ignore[literal-required] # keys of SpecFlags
     parts = {"revision_policy": given} if given else {}

@@ -104,7 +104,7 @@ def _history(policy: RevisionPolicy) -> str:
         f"{policy.keep_revisions} revisions" if policy.keep_revisions else "",
         f"for {_span(policy.keep_for)}" if policy.HasField("keep_for") else "",
     )
-    return ", ".join(filter(None, parts)) or "as the node's settings say"
+    return ", ".join(filter(None, parts)) or "settings of the node"
 
 
 def _span(span: Duration) -> str:

@@ -1,4 +1,4 @@
-"""The terminal and the standard streams that the command itself has."""
+"""The terminal and the standard streams of the command."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _READ_BYTES = 64 * 1024
 
 @contextmanager
 def raw_mode(fd: int) -> Iterator[None]:
-    """Hand every key to the program at the other side, Ctrl-C too; afterwards the terminal is as it was."""
+    """Put the terminal into raw mode, so that Ctrl-C is sent like any key; restore it afterwards."""
     before = termios.tcgetattr(fd)
-    # What was typed ahead is kept.
+    # TCSADRAIN keeps what was typed ahead.
     tty.setraw(fd, termios.TCSADRAIN)
     try:
         yield
@@ -31,7 +31,7 @@ def raw_mode(fd: int) -> Iterator[None]:
 
 
 def terminal_size() -> tuple[int, int] | None:
-    """Columns and rows of the terminal that output goes to; None if it goes somewhere else."""
+    """Return columns and rows of the terminal at stdout; None if stdout is no terminal."""
     try:
         size = os.get_terminal_size(sys.stdout.fileno())
     except OSError:
@@ -40,27 +40,27 @@ def terminal_size() -> tuple[int, int] | None:
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Write all of `data`; waits while whoever reads it is slow."""
+    """Write all of `data`; blocks while the reader is slow."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(fd, rest) :]
 
 
 class StdinPump(threading.Thread):
-    """Sends stdin to a session, no faster than it is taken.
+    """Sends stdin to an exec session, no faster than the session accepts it.
 
-    A thread, since files and terminals cannot be awaited; a daemon, since nothing ends a read but input.
+    It is a thread because asyncio cannot await files and terminals, and a daemon thread because only input ends a read.
     """
 
     def __init__(self, fd: int, session: ExecSession, loop: asyncio.AbstractEventLoop) -> None:
-        """`loop` is the one that the session lives in."""
+        """`loop` is the event loop of the session."""
         super().__init__(name="gpudock-stdin", daemon=True)
         self._fd = fd
         self._session = session
         self._loop = loop
 
     def run(self) -> None:
-        """Read to the end of input, or of the command."""
+        """Read until the input or the command ends."""
         while data := self._read():
             if not self._run_in_loop(self._session.write(data)):
                 return
@@ -69,11 +69,11 @@ class StdinPump(threading.Thread):
     def _read(self) -> bytes:
         try:
             return os.read(self._fd, _READ_BYTES)
-        except OSError:  # the terminal was hung up
+        except OSError:  # the terminal was closed
             return b""
 
     def _run_in_loop(self, sending: Coroutine[Any, Any, None]) -> bool:
-        """Whether it was taken; not so when the command has ended."""
+        """Return whether the session accepted it; False once the command has ended."""
         try:
             asyncio.run_coroutine_threadsafe(sending, self._loop).result()
         except (BrokenPipeError, concurrent.futures.CancelledError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Values as text for people."""
+"""Values as text."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 
 
 def printable(text: str) -> str:
-    """Text of any origin on one line: what would move the cursor is escaped."""
+    """Return `text` with control characters escaped, since it may come from anywhere and go to a terminal."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
 
 
 def bytes_text(number: int) -> str:
-    """A number of bytes with three or four digits, such as `1.5 GiB`."""
+    """Return a number of bytes with a unit, such as `1.5 GiB`."""
     value = float(number)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < _STEP:
@@ -28,7 +28,7 @@ def bytes_text(number: int) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """A span, such as `3.4s`, `2m05s` or `1h02m`."""
+    """Return a duration in seconds as `3.4s`, `2m05s` or `1h02m`."""
     if seconds < _MINUTE:
         return f"{max(seconds, 0.0):.1f}s"
     minutes, rest = divmod(int(seconds), _MINUTE)
@@ -38,7 +38,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def age_text(moment: Timestamp) -> str:
-    """How long ago that was, such as `3m` or `2d`; empty for a moment that is not set."""
+    """Return the age of a timestamp, such as `3m` or `2d`; empty if it is not set."""
     if not moment.seconds:
         return ""
     seconds = int((datetime.now(UTC) - moment.ToDatetime(UTC)).total_seconds())
@@ -50,7 +50,7 @@ def age_text(moment: Timestamp) -> str:
 
 
 def moment_text(moment: Timestamp) -> str:
-    """A moment in local time; empty for one that is not set."""
+    """Return a timestamp in local time; empty if it is not set."""
     if not moment.seconds:
         return ""
     return moment.ToDatetime(UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")

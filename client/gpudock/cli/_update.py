@@ -21,7 +21,7 @@ from gpudock.v1.container_service_pb2 import FilesPolicy, PullPolicy
 
 
 class _Flags(SpecFlags, EditFlags):
-    """The options as click hands them over."""
+    """The parsed options."""
 
     name: str
     image: str | None
@@ -36,38 +36,38 @@ class _Flags(SpecFlags, EditFlags):
 @click.command()
 @container_argument
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
-@click.option("--image", help="Another image; --files says what becomes of the files.")
+@click.option("--image", help="Change the image; see --files.")
 @spec_options
 @edit_options
 @click.option(
     "--files",
     type=click.Choice(enum_names(FilesPolicy)),
-    help="On another image: lay the files on top of it, or begin anew with its own.",
+    help="With --image: keep the files on top of the new image, or discard them.",
 )
 @click.option(
     "--pull",
     type=click.Choice(enum_names(PullPolicy)),
     default="missing",
     show_default=True,
-    help="Whether the image is pulled first.",
+    help="When to pull the image.",
 )
 @click.option(
     "--pull-stall-timeout",
     type=Positive(),
     metavar="SECONDS",
-    help="Give up a pull that makes no progress for so long.",
+    help="Fail if the pull makes no progress for this time.",
 )
 @snapshots_option
 @validate_only_option
 @yes_option
 @output_options()
 def update(session: Session, **flags: Unpack[_Flags]) -> None:
-    """Change the spec of a container; its files stay.
+    """Update the spec of a container; its files are kept.
 
-    -e, -v, --tmpfs, -p and --label add to what the container has, or replace the entry of that name; --env-rm,
-    --volume-rm, --port-rm and --label-rm remove one. COMMAND stands after `--`.
+    -e, -v, --tmpfs, -p and --label add an entry or replace the one of the same name; --env-rm, --volume-rm, --port-rm
+    and --label-rm remove one. Write COMMAND after `--`.
 
-    For instance: gpudock update train -e LR=0.1 --env-rm DEBUG -- python train.py
+    Example: gpudock update train -e LR=0.1 --env-rm DEBUG -- python train.py
     """
     given, parts, choice = spec_fields(flags), spec_field_parts(flags), gpu_choice(flags)
     if flags["image"] is not None:

@@ -17,11 +17,11 @@ from gpudock.cli._wait import follow, wait_for
 from gpudock.cli._watch import WatchFormat, changes_only_option, print_watch, resume_token_option, with_checkpoints
 
 _backend_option = click.option(
-    "--backend", type=click.Choice(enum_names(VolumeBackend)), default=None, help="How it is stored."
+    "--backend", type=click.Choice(enum_names(VolumeBackend)), default=None, help="Store the volume with this backend."
 )
-_owner_option = click.option("--owner", default="", help="Who it belongs to.")
+_owner_option = click.option("--owner", default="", help="Set the owner, which lists can filter by.")
 _labels_option = click.option("--label", type=KeyValueParameter(), multiple=True, help="Set a label.")
-_plan_option = click.option("--validate-only", is_flag=True, help="Show what would be done, and do nothing.")
+_plan_option = click.option("--validate-only", is_flag=True, help="Print the plan and change nothing.")
 _CHANGES = WatchFormat("volume", _volume_views.VOLUME, _volume_views.WATCH_COLUMNS, _volume_views.watch_cells)
 
 
@@ -46,7 +46,7 @@ def create(
     owner: str,
     label: tuple[tuple[str, str], ...],
 ) -> None:
-    """Create a volume; without a SIZE it may grow as long as the node has room."""
+    """Create a volume; without SIZE it may grow until the disk of the node is full."""
     made = session.run(
         lambda client: wait_for(
             client.volumes.create(name, size or 0, backend=backend or "", owner=owner, labels=dict(label)), name
@@ -56,9 +56,9 @@ def create(
 
 
 @volume.command("list")
-@click.option("--label", type=LabelFilter(), multiple=True, help="Only those with this label.")
-@click.option("--owner", default="", help="Only those of this owner.")
-@click.option("--node", default="", help="Only those on this node.")
+@click.option("--label", type=LabelFilter(), multiple=True, help="Show only volumes with this label.")
+@click.option("--owner", default="", help="Show only volumes of this owner.")
+@click.option("--node", default="", help="Show only volumes on this node.")
 @output_options()
 def list_volumes(session: Session, *, label: tuple[tuple[str, str], ...], owner: str, node: str) -> None:
     """List volumes."""
@@ -67,9 +67,9 @@ def list_volumes(session: Session, *, label: tuple[tuple[str, str], ...], owner:
 
 
 @volume.command()
-@click.option("--label", type=LabelFilter(), multiple=True, help="Only those with this label.")
-@click.option("--owner", default="", help="Only those of this owner.")
-@click.option("--node", default="", help="Only those on this node.")
+@click.option("--label", type=LabelFilter(), multiple=True, help="Show only volumes with this label.")
+@click.option("--owner", default="", help="Show only volumes of this owner.")
+@click.option("--node", default="", help="Show only volumes on this node.")
 @resume_token_option
 @changes_only_option
 @output_options()
@@ -105,7 +105,7 @@ def watch(
 @volume_argument
 @output_options()
 def get(session: Session, *, name: str) -> None:
-    """Show one volume."""
+    """Show a volume."""
     session.output.details(session.run(lambda client: client.volumes.get(name)), _volume_views.VOLUME)
 
 
@@ -115,17 +115,19 @@ def get(session: Session, *, name: str) -> None:
 @_plan_option
 @output_options()
 def resize(session: Session, *, name: str, size: int, validate_only: bool) -> None:
-    """Give a volume another SIZE, also while containers use it."""
+    """Resize a volume, also while containers use it."""
     _operate(session, lambda client: client.volumes.resize(name, size, validate_only=validate_only), validate_only)
 
 
 @volume.command()
 @volume_argument
-@click.option("--force", is_flag=True, help="Remove it from the specs of stopped containers that mount it.")
+@click.option(
+    "--force", is_flag=True, help="Delete even if stopped containers mount it: remove the mount from their specs."
+)
 @_plan_option
 @output_options()
 def delete(session: Session, *, name: str, force: bool, validate_only: bool) -> None:
-    """Delete a volume with its files."""
+    """Delete a volume and its files."""
     if validate_only:
         session.show_plan(lambda client: _plan_of_delete(client, name, force=force))
         return
@@ -135,7 +137,7 @@ def delete(session: Session, *, name: str, force: bool, validate_only: bool) -> 
 @volume.command()
 @click.argument("name")
 @click.argument("engine_volume", default="")
-@click.option("--size", type=Size(), default=None, help="Copy it into a volume of this size.")
+@click.option("--size", type=Size(), default=None, help="Copy the files into a volume of this size.")
 @_backend_option
 @_owner_option
 @_labels_option
@@ -152,7 +154,7 @@ def adopt(
     label: tuple[tuple[str, str], ...],
     validate_only: bool,
 ) -> None:
-    """Take in a volume that somebody made in the engine, as it is, or copied into one with a --size."""
+    """Adopt a volume of the engine, as it is or copied to one with --size."""
 
     def begin(client: Client) -> OperationCall[Volume]:
         return client.volumes.adopt(
@@ -172,7 +174,7 @@ def adopt(
 @volume_argument
 @output_options()
 def revisions(session: Session, *, name: str) -> None:
-    """List the sizes that a volume was given, oldest first."""
+    """List the revisions of a volume with their sizes, oldest first."""
     session.output.table(session.run(lambda client: client.volumes.revisions(name)), _volume_views.VOLUME_REVISION)
 
 

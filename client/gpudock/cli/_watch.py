@@ -27,7 +27,7 @@ _WIDTHS = (8, 8)
 resume_token_option = click.option(
     "--resume-token", default="", help="Continue after the event with this token, which -o json shows."
 )
-changes_only_option = click.option("--changes-only", is_flag=True, help="Leave out what exists at the beginning.")
+changes_only_option = click.option("--changes-only", is_flag=True, help="Do not show what exists at the beginning.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +45,12 @@ class WatchFormat(Generic[T]):
 
 
 @click.command()
-@click.option("--state", type=click.Choice(enum_names(ContainerState)), multiple=True, help="Only those in this state.")
-@click.option("--label", type=LabelFilter(), multiple=True, help="Only those with this label.")
-@click.option("--owner", default="", help="Only those of this owner.")
-@click.option("--node", default="", help="Only those on this node.")
+@click.option(
+    "--state", type=click.Choice(enum_names(ContainerState)), multiple=True, help="Show only containers in this state."
+)
+@click.option("--label", type=LabelFilter(), multiple=True, help="Show only containers with this label.")
+@click.option("--owner", default="", help="Show only containers of this owner.")
+@click.option("--node", default="", help="Show only containers on this node.")
 @resume_token_option
 @changes_only_option
 @output_options()
