@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 from gpudock.v1 import container_pb2
@@ -134,12 +135,20 @@ async def test_what_a_killed_engine_forgets_to_start_is_started(fragile_rig: Rig
         await asyncio.to_thread(daemon.stop)
 
 
+def _parent(pid: int) -> int:
+    """The process that a process belongs to; 1 where the one that started it has ended."""
+    return int(Path(f"/proc/{pid}/status").read_text().partition("\nPPid:")[2].split()[0])
+
+
 async def _reboot(rig: Rig, daemon: Daemon) -> None:
     """Everything dies at once, and none of it in order."""
     pids = [inspect(rig, one["Id"])["State"]["Pid"] for one in rig.engine.call("GET", "/containers/json")]
+    # The engine's shim of each container: one that outlives its container's kill would report it to the next engine.
+    shims = [_parent(pid) for pid in pids]
+    assert 1 not in shims
     daemon.kill9()
     await asyncio.to_thread(rig.engine.kill9)
-    for pid in pids:
+    for pid in (*shims, *pids):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     await asyncio.to_thread(rig.etcd.kill9)
