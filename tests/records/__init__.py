@@ -1,0 +1,1 @@
+"""Records that an earlier version wrote, and that every later one reads: see docs/testing.md."""

@@ -1,0 +1,87 @@
+"""What a daemon answers to every call that reads records.
+
+Messages are shown as protobuf's JSON, with enums as numbers: their names may change where the wire does not. What is
+measured at the time of the call, and tokens, are left out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from gpudock.v1 import (
+    container_service_pb2,
+    node_service_pb2,
+    operation_pb2,
+    operation_service_pb2,
+    volume_service_pb2,
+)
+
+from tests.calls import Caller
+
+_TOKENS = ("resume_token", "next_page_token")
+_MOST = 1000
+_ENDED = (
+    operation_pb2.OPERATION_STATE_SUCCEEDED,
+    operation_pb2.OPERATION_STATE_FAILED,
+    operation_pb2.OPERATION_STATE_CANCELLED,
+)
+
+
+async def answers_of(caller: Caller) -> dict[str, Any]:
+    """All answers, by the call and what it asked for."""
+    listed = await caller.containers.ListContainers(container_service_pb2.ListContainersRequest(page_size=_MOST))
+    answers = {}
+    for container in listed.containers:
+        name = container.name
+        assert await caller.get(name) == container
+        answers[f"GetContainer {name}"] = _shown(container)
+        revisions = await caller.revisions(name)
+        answers[f"ListContainerRevisions {name}"] = [_shown(one) for one in revisions]
+        for one in revisions:
+            request = container_service_pb2.GetContainerRevisionRequest(name=name, revision=one.revision)
+            answer = await caller.containers.GetContainerRevision(request)
+            assert answer.revision == one
+    answers |= await _volumes(caller)
+    answers |= await _operations(caller)
+    answers["holders of cards"] = await caller.holders()
+    ports = await caller.nodes.ListPorts(node_service_pb2.ListPortsRequest(page_size=_MOST))
+    answers["ListPorts"] = [_shown(one) for one in ports.ports]
+    return answers
+
+
+async def _volumes(caller: Caller) -> dict[str, Any]:
+    answers = {}
+    listed = await caller.volumes.ListVolumes(volume_service_pb2.ListVolumesRequest(page_size=_MOST))
+    for volume in listed.volumes:
+        got = await caller.volume(volume.name)
+        for one in (volume, got):
+            one.ClearField("used_bytes")
+        assert got == volume
+        answers[f"GetVolume {volume.name}"] = _shown(got)
+        request = volume_service_pb2.ListVolumeRevisionsRequest(name=volume.name, page_size=_MOST)
+        answers[f"ListVolumeRevisions {volume.name}"] = _shown(await caller.volumes.ListVolumeRevisions(request))
+    return answers
+
+
+async def _operations(caller: Caller) -> dict[str, Any]:
+    request = operation_service_pb2.ListOperationsRequest(page_size=_MOST)
+    listed = await caller.operations.ListOperations(request)
+    answers: dict[str, Any] = {}
+    for one in listed.operations:
+        answers[f"GetOperation {one.id}"] = _shown(one)
+        got = await caller.operations.GetOperation(operation_service_pb2.GetOperationRequest(id=one.id))
+        assert got.operation == one
+        if one.state == operation_pb2.OPERATION_STATE_SUCCEEDED:
+            watch = operation_service_pb2.WatchOperationRequest(id=one.id)
+            *_, last = [answer async for answer in caller.operations.WatchOperation(watch)]
+            answers[f"result of {one.id}"] = _shown(last.result) if last.HasField("result") else None
+    return answers
+
+
+def _shown(message: Message) -> Any:
+    for token in _TOKENS:
+        if token in message.DESCRIPTOR.fields_by_name:
+            message.ClearField(token)
+    return MessageToDict(message, preserving_proto_field_name=True, use_integers_for_enums=True)

@@ -1,0 +1,120 @@
+"""A recording: what a gpudockd had in etcd when it was killed, what it answered, and what its engine had.
+
+A recording is a folder with four files of JSON, a line for each key, written by `record.py` and never changed:
+
+- `etcd.json`: every key, and its value. A value that is compact JSON is written as JSON, any other as text. Keys are
+  below the prefix of the installation, which is left out.
+- `answers.json`: what a daemon of that version answers to calls that read, by the call; see `answers.py`.
+- `engine.json`: the engine containers of the operations that were cut off, as the engine's inspect call shows them.
+- `disk.json`: files of records beside the store, of one volume and one container: below `volumes` in the state folder,
+  and below the node's folder of snapshots.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.rig import Etcd, http_unix
+
+RECORDINGS = Path(__file__).parent
+_NAMES = ("etcd", "answers", "engine", "disk")
+_LEASE_SECONDS = 3600
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A value in etcd. `leased`: it goes when a lease ends."""
+
+    value: bytes
+    leased: bool
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What `record.py` wrote. See the module's docstring; keys are without the prefix."""
+
+    keys: Mapping[str, Stored]
+    answers: Mapping[str, Any]
+    engine: Mapping[str, Any]
+    disk: Mapping[str, Any]
+
+    @staticmethod
+    def read(folder: Path) -> Recording:
+        """The recording in a folder."""
+        etcd, answers, engine, disk = (json.loads((folder / f"{name}.json").read_text()) for name in _NAMES)
+        return Recording({key: _stored(one) for key, one in etcd.items()}, answers, engine, disk)
+
+    def write(self, folder: Path) -> None:
+        """Make the folder."""
+        folder.mkdir()
+        etcd = {key: _shown(one) for key, one in self.keys.items()}
+        for name, content in zip(_NAMES, (etcd, self.answers, self.engine, self.disk), strict=True):
+            lines = [f"{json.dumps(key)}: {_compact(value)}" for key, value in content.items()]
+            (folder / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+    def texts_replaced(self, replacements: Mapping[str, str]) -> dict[str, Stored]:
+        """The keys and values with texts, such as ids of the engine's, replaced in both."""
+
+        def replaced(text: str) -> str:
+            for old, new in replacements.items():
+                text = text.replace(old, new)
+            return text
+
+        return {
+            replaced(key): Stored(replaced(stored.value.decode()).encode(), stored.leased)
+            for key, stored in self.keys.items()
+        }
+
+
+def recordings() -> list[Path]:
+    """The folders of all recordings, oldest first."""
+    return sorted(path.parent for path in RECORDINGS.glob("*/etcd.json"))
+
+
+def dump(etcd: Etcd, prefix: str) -> dict[str, Stored]:
+    """All that etcd has below `prefix`."""
+    send = {"key": _base64(prefix), "range_end": _base64(prefix[:-1] + "0")}
+    answer = http_unix.call(etcd.socket, "POST", "/v3/kv/range", send=send)
+    return {
+        base64.b64decode(pair["key"]).decode().removeprefix(prefix): Stored(
+            base64.b64decode(pair.get("value", "")), leased="lease" in pair
+        )
+        for pair in answer.get("kvs", ())
+    }
+
+
+def load(etcd: Etcd, prefix: str, keys: Mapping[str, Stored]) -> None:
+    """Put these below `prefix`, where nothing is."""
+    lease = http_unix.call(etcd.socket, "POST", "/v3/lease/grant", send={"TTL": _LEASE_SECONDS})["ID"]
+    for key, stored in keys.items():
+        send = {"key": _base64(prefix + key), "value": base64.b64encode(stored.value).decode()}
+        http_unix.call(etcd.socket, "POST", "/v3/kv/put", send=send | ({"lease": lease} if stored.leased else {}))
+
+
+def _shown(stored: Stored) -> dict[str, Any]:
+    text = stored.value.decode()
+    leased = {"leased": True} if stored.leased else {}
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return {"text": text} | leased
+    return ({"json": content} if _compact(content) == text else {"text": text}) | leased
+
+
+def _stored(shown: Mapping[str, Any]) -> Stored:
+    text = _compact(shown["json"]) if "json" in shown else shown["text"]
+    return Stored(text.encode(), leased="leased" in shown)
+
+
+def _compact(content: object) -> str:
+    """As pydantic writes it."""
+    return json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+
+
+def _base64(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()

@@ -1,0 +1,390 @@
+"""Makes a recording of this version: `python -m tests.records.record FOLDER`, as root.
+
+On a rig of its own it starts the daemon of this checkout, has it write every kind of record that there is, begins
+operations of every kind that are held in the middle, and kills it in the middle of a scale, when the old engine
+container has stopped and its files have not moved yet. What is in etcd then is the recording (see `fixture`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.duration_pb2 import Duration
+from gpudock.v1 import container_pb2, container_service_pb2, operation_service_pb2, port_pb2, volume_service_pb2
+
+from tests.calls import Caller, progress_of, result_of, scale_request
+from tests.conftest import FAST
+from tests.engine.loops import detach_below
+from tests.engine.own_daemons import until, until_state
+from tests.faults.mortal import DIE_AT, KIND
+from tests.records.answers import answers_of
+from tests.records.fixture import Recording, Stored, dump, load
+from tests.rig import BUSYBOX, CUDA_LIKE, Daemon, EngineProxy, Rig
+
+NODE, HOST = "recorded", "recorded-host"
+PREFIX = "/gpudock/v1/"
+# What is in the file that the container has whose scale is cut off.
+KEPT = "kept"
+_ONE_NODE = ("--node-name", NODE, "--host-id", HOST, "--engine-timeout", "600", "--watch-checkpoint-interval", "1")
+_MIB = 1 << 20
+_SIZE = 320 * _MIB
+_HIT_SECONDS = 60.0
+_ENDS = ("sh", "-c", "exit 3")
+_MANY = "mkdir /many; i=0; while [ $i -lt 1000 ]; do : > /many/$i; i=$((i+1)); done"
+_NEVER = container_pb2.SNAPSHOT_POLICY_NEVER
+_HALF_SCALED, _HALF_CREATED = "half-scaled", "half-created"
+
+
+def main() -> int:
+    """Make the recording."""
+    folder = Path(sys.argv[1])
+    if folder.exists():
+        sys.stderr.write(f"{folder} exists: a recording is never changed\n")
+        return 1
+    with Rig(images=(BUSYBOX, CUDA_LIKE)) as rig:
+        asyncio.run(_Recorder(rig).record()).write(folder)
+    return 0
+
+
+class _Recorder:
+    """One installation, from its first record to its death."""
+
+    def __init__(self, rig: Rig) -> None:
+        self._rig = rig
+        self._host_path = rig.folder / "host-path"
+        self._daemon: Daemon | None = None
+
+    async def record(self) -> Recording:
+        self._host_path.mkdir()
+        async with self._rig.engine_proxy() as proxy:
+            try:
+                async with self._running() as caller:
+                    await self._containers(caller)
+                    await self._histories(caller)
+                    await self._watched(caller)
+                    await self._volumes(caller)
+                async with self._running("--layer-carry", "commit") as caller:
+                    await self._images(caller)
+                    await self._without_host_paths()
+                async with self._running(engine=proxy) as caller:
+                    await self._failures(caller, proxy)
+                    await self._cut_off(caller, proxy)
+                keys = _thinned(dump(self._rig.etcd, PREFIX))
+                return Recording(keys, await self._answers(keys), self._engine_containers(), dict(self._files(keys)))
+            finally:
+                detach_below(self._rig.folder)
+
+    @asynccontextmanager
+    async def _running(self, *flags: str, engine: EngineProxy | None = None) -> AsyncIterator[Caller]:
+        """The next daemon. One that is given a proxy of the engine dies in the middle of its first scale."""
+        before, mortal = self._daemon, engine is not None
+        environment = {KIND: "SCALE", DIE_AT: "before LayerStore.exchange"} if mortal else {}
+        self._daemon = await self._rig.start_daemon(
+            *FAST,
+            *_ONE_NODE,
+            *("--allowed-host-paths", str(self._host_path), "--volume-filesystem", "xfs"),
+            *("--snapshot-max-entries", "1000"),
+            *flags,
+            module="tests.faults.mortal" if mortal else "gpudock_server",
+            environment=environment,
+            state_dir=before.state_dir if before else None,
+            socket=before.socket if before else None,
+            docker_host=engine.url if engine else None,
+        )
+        async with Caller(self._daemon.target) as caller:
+            yield caller
+        if not mortal:
+            await asyncio.to_thread(self._daemon.stop)
+        assert "Traceback" not in self._daemon.log_text, self._daemon.log_text
+
+    # -- what is whole -----------------------------------------------------------------------------------------------
+
+    async def _containers(self, caller: Caller) -> None:
+        """One of each state, and one with everything that a spec has."""
+        await caller.create_volume("data", _SIZE, owner="alice", labels={"team": "blue"})
+        await _created(caller, "full", _full_spec(), owner="alice", request_id=_request_id(1))
+        await caller.create("none")
+        await caller.create("paused", 1)
+        await caller.containers.PauseContainer(container_service_pb2.PauseContainerRequest(name="paused"))
+        await caller.create("stopped", 1)
+        await caller.stop("stopped")
+        await caller.create("stopped-with-its-card", 1)
+        await caller.stop("stopped-with-its-card", keep_resources=True)
+        await caller.create("exited", command=_ENDS)
+        always = container_pb2.RestartPolicy(policy=container_pb2.RESTART_POLICY_KIND_ALWAYS)
+        await caller.create("restarting", command=_ENDS, restart_policy=always)
+        mounts = [container_pb2.Mount(host_path=str(self._host_path), target="/host", read_only=True)]
+        failed = await caller.create("failed", image=CUDA_LIKE, mounts=mounts)
+        self._rig.engine.call("DELETE", f"/containers/{failed.status.engine_id}", query={"force": "1"})
+        for name, state in (
+            ("exited", container_pb2.CONTAINER_STATE_EXITED),
+            ("restarting", container_pb2.CONTAINER_STATE_RESTARTING),
+            ("failed", container_pb2.CONTAINER_STATE_FAILED),
+        ):
+            await until_state(caller, name, state)
+
+    async def _histories(self, caller: Caller) -> None:
+        """Revisions of every cause, with their files and without."""
+        await caller.create("history", 1)
+        await caller.shell("history", "echo first > /file")
+        await caller.scale("history", 2, memory_bytes=128 * _MIB)
+        await caller.update("history", env={"a": "b"}, labels={"c": "d"})
+        await caller.rollback("history", 1)
+        await caller.restart("history")
+        await caller.stop("history")
+        await caller.start("history", 0)
+        await caller.clone("history", "cloned", "env", env={"e": "f"})
+        await caller.commit("history", "recorded/image", tag="one")
+        await caller.create("large")
+        await caller.shell("large", _MANY)
+        await caller.update("large", hostname="second")
+
+    async def _failures(self, caller: Caller, proxy: EngineProxy) -> None:
+        """Operations that failed, and one that was cancelled."""
+        with suppress(grpc.aio.AioRpcError):
+            await caller.create("never", command=("/not-there",))
+        held = proxy.faults.hang("POST", "/containers/create")
+        creating = asyncio.create_task(_ignored(caller.create("cancelled")))
+        await asyncio.wait_for(held.hit.wait(), _HIT_SECONDS)
+        listed = await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest(page_size=1))
+        cancel = operation_service_pb2.CancelOperationRequest(id=listed.operations[0].id)
+        await caller.operations.CancelOperation(cancel)
+        proxy.faults.clear()
+        await creating
+        await caller.settled()
+
+    async def _volumes(self, caller: Caller) -> None:
+        """Of every kind that the host can make, and with every cause of a revision that is to be had."""
+        await caller.create_volume("plain", labels={"a": "b"}, request_id=_request_id(2))
+        await caller.resize_volume("data", _SIZE + 8 * _MIB)
+        for name in ("theirs", "theirs-too"):
+            self._rig.engine.call("POST", "/volumes/create", send={"Name": name, "Labels": {"gpudock.adopt": "true"}})
+        await caller.adopt_volume("adopted", "theirs")
+        await caller.create_volume("shrunk", _SIZE + 64 * _MIB)
+        await caller.resize_volume("shrunk", _SIZE)
+        await caller.create_volume("deleted", _SIZE)
+        await caller.delete_volume("deleted")
+        await caller.create("deleted")
+        await caller.delete("deleted")
+
+    async def _watched(self, caller: Caller) -> None:
+        """Watches hear nothing for so long that the daemon moves them on."""
+        streams = (
+            caller.containers.WatchContainers(container_service_pb2.WatchContainersRequest()),
+            caller.volumes.WatchVolumes(volume_service_pb2.WatchVolumesRequest()),
+        )
+
+        async def idle() -> bool:
+            keys = dump(self._rig.etcd, PREFIX)
+            return {"idle/containers", "idle/volumes"} <= keys.keys()
+
+        reading = [asyncio.create_task(_read(stream)) for stream in streams]
+        await until(idle)
+        for task in reading:
+            task.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)
+
+    async def _images(self, caller: Caller) -> None:
+        """A container whose files are carried as an image."""
+        await caller.create("carried", 1)
+        await caller.shell("carried", "echo first > /file")
+        await caller.scale("carried", 0)
+
+    async def _without_host_paths(self) -> None:
+        """Nothing is bound any more: a daemon behind a proxy would bind it where the proxy runs."""
+        assert self._daemon is not None
+        records = self._daemon.state_dir / "host-paths"
+
+        async def none() -> bool:
+            return not list(records.glob("*.json"))
+
+        await until(none)
+
+    # -- what is cut off ---------------------------------------------------------------------------------------------
+
+    async def _cut_off(self, caller: Caller, proxy: EngineProxy) -> None:
+        """Operations of every kind, each held at a call to the engine; then the scale, in which the daemon dies."""
+        await self._prepared(caller)
+        held: list[asyncio.Task[None]] = []
+        for method, path, call in await self._halves(caller):
+            fault = proxy.faults.hang(method, path)
+            held.append(asyncio.create_task(_ignored(call())))
+            hit = asyncio.create_task(fault.hit.wait())
+            await asyncio.wait((hit, held[-1]), timeout=_HIT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            assert hit.done(), f"nothing asked the engine for {method} {path}: {held[-1]}"
+        await _ignored(progress_of(caller.containers.ScaleContainer(scale_request(_HALF_SCALED, 1, snapshots=_NEVER))))
+        assert self._daemon is not None
+        assert await asyncio.to_thread(self._daemon.wait) == -9, self._daemon.log_text
+        await asyncio.gather(*held)
+
+    async def _prepared(self, caller: Caller) -> None:
+        await caller.create(_HALF_SCALED)
+        await caller.shell(_HALF_SCALED, f"echo {KEPT} > /file")
+        for name in ("half-stopped", "half-paused", "half-deleted", "half-updated", "half-committed"):
+            await caller.create(name)
+        await caller.create_volume("half-resized", _SIZE + 64 * _MIB)
+        await caller.create("uses-half-resized", mounts=[container_pb2.Mount(volume="half-resized", target="/data")])
+        await caller.create_volume("half-deleted", _SIZE)
+
+    async def _halves(self, caller: Caller) -> list[tuple[str, str, Callable[[], Awaitable[object]]]]:
+        """Which request to the engine is held, and the call that leads to it."""
+        ids = {
+            name: (await caller.get(name)).status.engine_id
+            for name in ("half-stopped", "half-paused", "half-deleted", "uses-half-resized")
+        }
+        volume = next(one for one in self._rig.engine.call("GET", "/volumes")["Volumes"] if _is_of(one, "half-deleted"))
+        pause = container_service_pb2.PauseContainerRequest(name="half-paused")
+        start = "/containers/[0-9a-f]+/start"
+        return [
+            ("POST", start, lambda: caller.create(_HALF_CREATED)),
+            ("POST", f"/containers/{ids['half-stopped']}/stop", lambda: caller.stop("half-stopped")),
+            ("POST", f"/containers/{ids['half-paused']}/pause", lambda: caller.containers.PauseContainer(pause)),
+            ("DELETE", f"/containers/{ids['half-deleted']}", lambda: caller.delete("half-deleted")),
+            ("POST", "/containers/create", lambda: caller.clone("none", "half-cloned")),
+            ("DELETE", "/containers/[0-9a-f]+", lambda: caller.create("half-undone", command=("/not-there",))),
+            ("POST", "/commit", lambda: caller.commit("half-committed", "recorded/half")),
+            ("POST", start, lambda: caller.update("half-updated", env={"a": "b"})),
+            ("DELETE", "/images/.*", lambda: caller.delete_revision("carried", 1)),
+            ("POST", "/volumes/create", lambda: caller.create_volume("half-made", _SIZE)),
+            ("POST", "/volumes/create", lambda: caller.adopt_volume("half-adopted", "theirs-too", _SIZE)),
+            (
+                "POST",
+                f"/containers/{ids['uses-half-resized']}/stop",
+                lambda: caller.resize_volume("half-resized", _SIZE),
+            ),
+            ("DELETE", f"/volumes/{volume['Name']}", lambda: caller.delete_volume("half-deleted")),
+        ]
+
+    # -- what is kept of it ------------------------------------------------------------------------------------------
+
+    async def _answers(self, keys: Mapping[str, Stored]) -> Mapping[str, Any]:
+        """Those of a daemon of another node, which reads everything and drives nothing."""
+        load(self._rig.etcd, "/read/", keys)
+        reader = await self._rig.start_daemon(
+            *FAST, *("--node-name", "reader", "--host-id", HOST, "--etcd-prefix", "/read/")
+        )
+        async with Caller(reader.target) as caller:
+            answers = await answers_of(caller)
+        await asyncio.to_thread(reader.stop)
+        return answers
+
+    def _engine_containers(self) -> dict[str, Any]:
+        """Those of the scale and of the create."""
+        listed = self._rig.engine.call("GET", "/containers/json", query={"all": "1"})
+        inspected = [self._rig.engine.call("GET", f"/containers/{one['Id']}/json") for one in listed]
+        names = (_HALF_SCALED, _HALF_CREATED)
+        return {
+            one["Name"].removeprefix("/"): {
+                part: one[part] for part in ("Id", "Image", "Config", "HostConfig", "GraphDriver")
+            }
+            for one in inspected
+            if one["Config"]["Labels"].get("gpudock.name") in names
+        }
+
+    def _files(self, keys: Mapping[str, Stored]) -> Iterator[tuple[str, str]]:
+        """Of one container and one volume; others have the same."""
+        assert self._daemon is not None
+        shown = {json.loads(keys[key].value)["record"]["uid"] for key in ("containers/history", "volumes/data")}
+        for root in (self._daemon.state_dir / "volumes", self._rig.engine.data_root / "gpudock/snapshots" / NODE):
+            for path in sorted(root.rglob("*.json")):
+                name = path.relative_to(root)
+                if name.parts[0] in shown and "diff" not in name.parts:
+                    yield f"{root.name}/{name}", path.read_text()
+
+
+def _thinned(keys: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Without operations that are like another one: of the same kind, ended in the same way, with a result or none."""
+    seen: set[object] = set()
+    gone: set[str] = set()
+    with_results = {key.split("/")[1] for key in keys if key.startswith("results/")}
+    for key, stored in keys.items():
+        if key.startswith("operations/"):
+            record = json.loads(stored.value)["record"]
+            sort = (record["kind"], record["state"], record["id"] in with_results, bool(record["request_id"]))
+            if record["end_time"] and sort in seen:
+                gone.add(record["id"])
+            seen.add(sort)
+    return {
+        key: stored
+        for key, stored in keys.items()
+        if not (key.startswith(("operations/", "results/")) and key.split("/")[1] in gone)
+    }
+
+
+def _full_spec() -> container_pb2.ContainerSpec:
+    pb = container_pb2
+    return Caller.spec(
+        2,
+        entrypoint=["sh"],
+        command=["-c", "trap 'exit 0' TERM; while :; do sleep 3600 & wait $!; done"],
+        env={"GREETING": "grüße\n", "EMPTY": ""},
+        working_dir="/tmp",
+        user="user",
+        hostname="full",
+        tty=True,
+        stdin=True,
+        labels={"team": "blue"},
+        cpus=1.5,
+        memory_bytes=256 * _MIB,
+        shm_size_bytes=128 * _MIB,
+        pids_limit=100,
+        mounts=[
+            pb.Mount(volume="data", target="/data"),
+            pb.Mount(tmpfs=pb.TmpfsMount(size_bytes=_MIB, mode=0o700), target="/scratch"),
+        ],
+        ports=[
+            pb.PortRequest(container_port=80),
+            pb.PortRequest(container_port=53, protocol=port_pb2.PORT_PROTOCOL_UDP, host_port=20500),
+        ],
+        restart_policy=pb.RestartPolicy(policy=pb.RESTART_POLICY_KIND_ON_FAILURE, max_retry_count=3),
+        stop_signal="SIGTERM",
+        stop_timeout=Duration(seconds=2),
+        health_check=pb.HealthCheck(
+            command=["true"],
+            interval=Duration(seconds=1),
+            timeout=Duration(seconds=5),
+            start_period=Duration(seconds=1),
+            retries=2,
+        ),
+        revision_policy=pb.RevisionPolicy(
+            snapshots=pb.SNAPSHOT_POLICY_CHEAP, keep_revisions=5, keep_for=Duration(seconds=86400)
+        ),
+    )
+
+
+async def _created(caller: Caller, name: str, spec: container_pb2.ContainerSpec, **fields: Any) -> None:
+    request = container_service_pb2.CreateContainerRequest(name=name, spec=spec, **fields)
+    await result_of(caller.containers.CreateContainer(request))
+
+
+def _request_id(number: int) -> str:
+    return f"00000000-0000-4000-8000-{number:012d}"
+
+
+def _is_of(volume: Mapping[str, Any], name: str) -> bool:
+    return name in str(volume["Labels"])
+
+
+async def _ignored(call: Any) -> None:
+    """What is cut off ends with an error; so does what is cancelled."""
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        sys.stderr.write(f"{error.code().name}: {error.details()}\n")
+
+
+async def _read(stream: Any) -> None:
+    async for _ in stream:
+        pass
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,323 @@
+"""Every record of every recording is read, and nothing of it is lost when it is written again. No engine, no etcd."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import gpudock_server
+import pytest
+from gpudock_server.adapters.etcd.keys import KeyRange, Keys, WatchedKeys
+from gpudock_server.adapters.etcd.operation_parts import OperationArguments, OperationResult
+from gpudock_server.adapters.etcd.values import decode, decode_snapshot, encode
+from gpudock_server.adapters.layers import FolderLedger
+from gpudock_server.adapters.layers.snapshot_places import SnapshotPlaces
+from gpudock_server.adapters.volumes.folder import StoreFolder
+from gpudock_server.core.containers.change import ChangeArguments
+from gpudock_server.core.containers.clone import CloneArguments
+from gpudock_server.core.containers.commit import CommitArguments
+from gpudock_server.core.containers.create import CreateArguments
+from gpudock_server.core.containers.delete import DeleteArguments
+from gpudock_server.core.containers.history import DeleteRevisionArguments
+from gpudock_server.core.containers.pause import PauseArguments
+from gpudock_server.core.containers.stop import StopArguments
+from gpudock_server.core.volumes.adopt import AdoptArguments
+from gpudock_server.core.volumes.create import CreateArguments as CreateVolumeArguments
+from gpudock_server.core.volumes.delete import DeleteArguments as DeleteVolumeArguments
+from gpudock_server.core.volumes.resize import ResizeArguments
+from gpudock_server.model.claims import GpuKey, Holder, PortKey
+from gpudock_server.model.container import Container, ContainerRevision
+from gpudock_server.model.image import ImageOrigin
+from gpudock_server.model.node import NodeRecord
+from gpudock_server.model.operation import Operation, OperationKind, RequestRecord
+from gpudock_server.model.record import Record
+from gpudock_server.model.snapshot import SnapshotKey
+from gpudock_server.model.spec import Protocol
+from gpudock_server.model.target import TargetKind
+from gpudock_server.model.volume import Volume, VolumeBacking, VolumeRevision
+from gpudock_server.ports import LayerPair
+
+from tests.records.fixture import Recording, recordings
+
+# What is in a value, by the beginning of its key.
+_RECORDS: dict[str, type[Record]] = {
+    "nodes": NodeRecord,
+    "hosts": Holder,
+    "containers": Container,
+    "revisions/containers": ContainerRevision,
+    "revisions/volumes": VolumeRevision,
+    "volumes": Volume,
+    "operations": Operation,
+    "arguments": OperationArguments,
+    "results": OperationResult,
+    "requests": RequestRecord,
+    "images": ImageOrigin,
+}
+_SNAPSHOTS = "snapshots/containers"
+# What has no record in it.
+_BARE = {"schema", "locks/containers", "locks/volumes", "idle/containers", "idle/volumes"}
+# An etcd of the daemon's own has this, with nothing in it, and the one of the tests has not.
+_NOT_RECORDED = {"idle/keeper"}
+_ARGUMENTS: dict[OperationKind, type[Record]] = {
+    OperationKind.CREATE: CreateArguments,
+    OperationKind.START: ChangeArguments,
+    OperationKind.STOP: StopArguments,
+    OperationKind.RESTART: ChangeArguments,
+    OperationKind.PAUSE: PauseArguments,
+    OperationKind.UNPAUSE: PauseArguments,
+    OperationKind.DELETE: DeleteArguments,
+    OperationKind.SCALE: ChangeArguments,
+    OperationKind.UPDATE: ChangeArguments,
+    OperationKind.ROLLBACK: ChangeArguments,
+    OperationKind.DELETE_REVISION: DeleteRevisionArguments,
+    OperationKind.COMMIT: CommitArguments,
+    OperationKind.CLONE: CloneArguments,
+    OperationKind.CREATE_VOLUME: CreateVolumeArguments,
+    OperationKind.RESIZE_VOLUME: ResizeArguments,
+    OperationKind.DELETE_VOLUME: DeleteVolumeArguments,
+    OperationKind.ADOPT_VOLUME: AdoptArguments,
+}
+# Steps whose results are records, by the kind of operation.
+_FACTS: dict[tuple[OperationKind, str], type[Record]] = {
+    (OperationKind.SCALE, "locate"): LayerPair,
+    (OperationKind.RESIZE_VOLUME, "make"): VolumeBacking,
+    (OperationKind.CREATE_VOLUME, "store"): VolumeBacking,
+}
+# Records that are never stored: what the engine, the driver and the disk show, what is found out of step, and plans.
+_NEVER_STORED = {
+    "CarryPlan",
+    "CommitCost",
+    "Drift",
+    "DriftReport",
+    "EngineImage",
+    "EngineInfo",
+    "EngineVolume",
+    "Gpu",
+    "GpuProcess",
+    "GpuSnapshot",
+    "HistoryLimits",
+    "HostCapacity",
+    "ImageAccounts",
+    "PoolUsage",
+    "SnapshotPlan",
+    "StoredVolume",
+    "TreeSummary",
+    "VolumeUsage",
+    "_CopyPlan",
+}
+# The methods of Keys that make a key or a range of them, with an example of what they take.
+_GPU, _UUID = GpuKey("GPU-1"), "1b4e28ba-2fa1-41d2-883f-0016d3cca427"
+_MADE: dict[str, tuple[Any, ...]] = {
+    "schema": (),
+    "node": ("n",),
+    "nodes": (),
+    "claim": ("h", PortKey(Protocol.TCP, 80)),
+    "claims": ("h",),
+    "container": ("c",),
+    "containers": (),
+    "lock": (TargetKind.VOLUME, "v"),
+    "locks": (TargetKind.CONTAINER,),
+    "all_locks": (),
+    "watched": (TargetKind.VOLUME, KeyRange(b"", b"")),
+    "container_revision": (_UUID, 1),
+    "container_revisions": (_UUID,),
+    "container_snapshot": (_UUID, 1),
+    "container_snapshots": (_UUID,),
+    "volume": ("v",),
+    "volumes": (),
+    "volume_revision": (_UUID, 1),
+    "volume_revisions": (_UUID,),
+    "operation": (_UUID,),
+    "operations": (),
+    "arguments": (_UUID,),
+    "result": (_UUID, 1),
+    "results_of": (_UUID,),
+    "results": (),
+    "keeper": (),
+    "request": (_UUID,),
+    "image_origin": ("n", "i"),
+    "image_origins": ("n",),
+}
+_TAKES_KEYS_APART = {"claim_of", "last_part", "lock_of"}
+
+
+@pytest.fixture(params=recordings(), ids=lambda folder: folder.name)
+def recording(request: pytest.FixtureRequest) -> Recording:
+    """Each one there is."""
+    return Recording.read(request.param)
+
+
+def test_there_is_a_recording() -> None:
+    assert recordings()
+
+
+def test_every_record_is_read_and_nothing_is_lost_when_it_is_written_again(recording: Recording) -> None:
+    for key, stored in recording.keys.items():
+        if (record := _decoded(key, stored.value)) is None:
+            continue
+        again = encode(record)
+        assert _decoded(key, again) == record, key
+        _holds(json.loads(again)["record"], json.loads(stored.value)["record"], key)
+
+
+def test_arguments_and_results_of_steps_are_read(recording: Recording) -> None:
+    cut_off: set[OperationKind] = set()
+    facts: set[tuple[OperationKind, str]] = set()
+    for operation, arguments in _operations(recording):
+        if arguments is None:
+            assert operation.state.ended
+            continue
+        cut_off.add(operation.kind)
+        _holds(arguments.model_dump(mode="json"), recording_arguments(recording, operation), operation.id)
+        for stage in operation.stages:
+            kind = _FACTS.get((operation.kind, stage.name))
+            if kind is not None and stage.facts:
+                _holds(kind.model_validate(stage.facts).model_dump(mode="json"), stage.facts, operation.id)
+                facts.add((operation.kind, stage.name))
+    assert {_ARGUMENTS[kind] for kind in cut_off} == set(_ARGUMENTS.values())
+    assert facts == _FACTS.keys()
+
+
+async def test_files_beside_the_store_are_read(recording: Recording, tmp_path: Path) -> None:
+    assert [one for one in await _on_disk(recording, tmp_path) if one is None] == []
+
+
+def test_every_kind_of_key_is_in_the_newest_recording() -> None:
+    declared = {name for name in vars(Keys) if not name.startswith("_")}
+    assert declared == _MADE.keys() | _TAKES_KEYS_APART
+    made: set[str] = set()
+    for name, arguments in _MADE.items():
+        match vars(Keys)[name](Keys("/p/"), *arguments):
+            case bytes(key):
+                made.add(_kind(_without_prefix(key)))
+            case KeyRange(start):
+                made.add(_kind(_without_prefix(start)))
+            case WatchedKeys(idle=key):
+                made.add(_kind(_without_prefix(key)))
+    known = _RECORDS.keys() | _BARE | _NOT_RECORDED | {_SNAPSHOTS}
+    assert {one for one in made if not _is_known(one, known)} == set()
+    newest = Recording.read(recordings()[-1])
+    assert {_kind(key) for key in newest.keys} == known - _NOT_RECORDED
+
+
+async def test_every_type_of_record_is_in_the_newest_recording(tmp_path: Path) -> None:
+    for module in pkgutil.walk_packages(gpudock_server.__path__, f"{gpudock_server.__name__}."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    newest = Recording.read(recordings()[-1])
+    seen: set[type[Record]] = set()
+    for key, stored in newest.keys.items():
+        seen |= set(_types_in(_decoded(key, stored.value)))
+    for operation, arguments in _operations(newest):
+        seen |= set(_types_in(arguments))
+        for stage in operation.stages:
+            kind = _FACTS.get((operation.kind, stage.name))
+            seen |= {kind} if kind is not None and stage.facts else set()
+    for one in await _on_disk(newest, tmp_path):
+        seen |= set(_types_in(one))
+    declared = {one for one in _subclasses(Record) if not one.__module__.startswith(__package__ or "tests")}
+    assert {one.__name__ for one in declared - seen} == _NEVER_STORED
+
+
+# -- reading -------------------------------------------------------------------------------------------------------------
+
+
+def _kind(key: str) -> str:
+    """The beginning of a key that says what its value is."""
+    first, _, rest = key.partition("/")
+    return f"{first}/{rest.partition('/')[0]}" if first in ("revisions", "snapshots", "locks", "idle") else first
+
+
+def _is_known(kind: str, known: set[str]) -> bool:
+    """A range may span several kinds."""
+    return kind in known or (kind.endswith("/") and any(one.startswith(kind) for one in known))
+
+
+def _without_prefix(key: bytes) -> str:
+    return key.decode().removeprefix("/p/")
+
+
+def _decoded(key: str, value: bytes) -> Record | None:
+    """The record behind a key; None where it has none. Raises RecordUnreadable."""
+    kind = _kind(key)
+    if kind in _BARE:
+        return None
+    if kind == _SNAPSHOTS:
+        return decode_snapshot(key.encode(), value)
+    return decode(_RECORDS[kind], key.encode(), value)
+
+
+def _operations(recording: Recording) -> Iterator[tuple[Operation, Record | None]]:
+    """Every operation, with its arguments where it has not ended."""
+    for key, stored in recording.keys.items():
+        if _kind(key) == "operations":
+            operation = decode(Operation, key.encode(), stored.value)
+            kept = recording_arguments(recording, operation)
+            yield operation, None if kept is None else _ARGUMENTS[operation.kind].model_validate(kept)
+
+
+def recording_arguments(recording: Recording, operation: Operation) -> Any:
+    """What is recorded as the arguments of an operation; None where nothing is."""
+    stored = recording.keys.get(f"arguments/{operation.id}")
+    return None if stored is None else json.loads(stored.value)["record"]["arguments"]
+
+
+async def _on_disk(recording: Recording, folder: Path) -> list[Record | None]:
+    """What the files say, read as the daemon reads them; None for what it cannot read."""
+    for name, text in recording.disk.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    read: list[Record | None] = []
+    for path in sorted(folder.rglob("*.json")):
+        if path.name == "volume.json":
+            read += StoreFolder(path.parents[1], path.parent.name).recorded() or [None]
+        elif path.name == "meta.json":
+            key = SnapshotKey(uid=path.parents[1].name, revision=int(path.parent.name))
+            read.append(SnapshotPlaces(str(path.parents[2])).meta(key))
+        else:
+            entries = await FolderLedger(path.parents[1]).read(path.parent.name)
+            read.append(next((one for one in entries if f"{one.number}.json" == path.name), None))
+    assert len(recording.disk) <= len(read)
+    return read
+
+
+def _holds(new: object, old: object, where: str) -> None:
+    """Assert that all of `old` is in `new`, which may have more fields."""
+    match old:
+        case dict():
+            assert isinstance(new, dict), where
+            for name, value in old.items():
+                assert name in new, f"{where}.{name}"
+                _holds(new[name], value, f"{where}.{name}")
+        case list():
+            assert isinstance(new, list), where
+            assert len(new) == len(old), where
+            for number, (one, other) in enumerate(zip(new, old, strict=True)):
+                _holds(one, other, f"{where}[{number}]")
+        case _:
+            assert new == old, where
+
+
+def _types_in(value: object) -> Iterator[type[Record]]:
+    match value:
+        case Record():
+            yield type(value)
+            for name in type(value).model_fields:
+                yield from _types_in(vars(value)[name])
+        case tuple() | list():
+            for one in value:
+                yield from _types_in(one)
+        case Mapping():
+            for one in value.values():
+                yield from _types_in(one)
+
+
+def _subclasses(kind: type[Record]) -> Iterator[type[Record]]:
+    for one in kind.__subclasses__():
+        yield one
+        yield from _subclasses(one)
