@@ -5,8 +5,9 @@ A recording is a folder with four files of JSON, a line for each key, written by
 - `etcd.json`: every key, and its value. A value that is compact JSON is written as JSON, any other as text. Keys are
   below the prefix of the installation, which is left out.
 - `answers.json`: what a daemon of that version answers to calls that read, by the call; see `answers.py`.
-- `engine.json`: the engine containers of the operations that were cut off, as the engine's inspect call shows them.
-- `disk.json`: files of records beside the store, of one volume and one container: below `volumes` in the state folder,
+- `engine.json`: where the folders of the engine and of the daemon were, and the engine containers and volumes of some
+  operations that were cut off, as the engine's inspect calls show them.
+- `disk.json`: files of records beside the store, of some volumes and a container: below `volumes` in the state folder,
   and below the node's folder of snapshots.
 """
 
@@ -57,19 +58,6 @@ class Recording:
             lines = [f"{json.dumps(key)}: {_compact(value)}" for key, value in content.items()]
             (folder / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
-    def texts_replaced(self, replacements: Mapping[str, str]) -> dict[str, Stored]:
-        """The keys and values with texts, such as ids of the engine's, replaced in both."""
-
-        def replaced(text: str) -> str:
-            for old, new in replacements.items():
-                text = text.replace(old, new)
-            return text
-
-        return {
-            replaced(key): Stored(replaced(stored.value.decode()).encode(), stored.leased)
-            for key, stored in self.keys.items()
-        }
-
 
 def recordings() -> list[Path]:
     """The folders of all recordings, oldest first."""
@@ -94,6 +82,30 @@ def load(etcd: Etcd, prefix: str, keys: Mapping[str, Stored]) -> None:
     for key, stored in keys.items():
         send = {"key": _base64(prefix + key), "value": base64.b64encode(stored.value).decode()}
         http_unix.call(etcd.socket, "POST", "/v3/kv/put", send=send | ({"lease": lease} if stored.leased else {}))
+
+
+def texts_replaced(text: str, replacements: Mapping[str, str]) -> str:
+    """`text` with others, such as ids of the engine's, in the place of those that are recorded."""
+    for old, new in replacements.items():
+        text = text.replace(old, new)
+    return text
+
+
+def holds(new: object, old: object, where: str) -> None:
+    """Assert that all of `old` is in `new`, which may have more fields."""
+    match old:
+        case dict():
+            assert isinstance(new, dict), where
+            for name, value in old.items():
+                assert name in new, f"{where}.{name}"
+                holds(new[name], value, f"{where}.{name}")
+        case list():
+            assert isinstance(new, list), where
+            assert len(new) == len(old), where
+            for number, (one, other) in enumerate(zip(new, old, strict=True)):
+                holds(one, other, f"{where}[{number}]")
+        case _:
+            assert new == old, where
 
 
 def _shown(stored: Stored) -> dict[str, Any]:

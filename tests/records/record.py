@@ -35,12 +35,12 @@ PREFIX = "/gpudock/v1/"
 KEPT = "kept"
 _ONE_NODE = ("--node-name", NODE, "--host-id", HOST, "--engine-timeout", "600", "--watch-checkpoint-interval", "1")
 _MIB = 1 << 20
-_SIZE = 320 * _MIB
+SIZE = 320 * _MIB
 _HIT_SECONDS = 60.0
 _ENDS = ("sh", "-c", "exit 3")
 _MANY = "mkdir /many; i=0; while [ $i -lt 1000 ]; do : > /many/$i; i=$((i+1)); done"
 _NEVER = container_pb2.SNAPSHOT_POLICY_NEVER
-_HALF_SCALED, _HALF_CREATED = "half-scaled", "half-created"
+HALF_SCALED, HALF_CREATED, HALF_RESIZED, USER = "half-scaled", "half-created", "half-resized", "uses-half-resized"
 
 
 def main() -> int:
@@ -78,7 +78,7 @@ class _Recorder:
                     await self._failures(caller, proxy)
                     await self._cut_off(caller, proxy)
                 keys = _thinned(dump(self._rig.etcd, PREFIX))
-                return Recording(keys, await self._answers(keys), self._engine_containers(), dict(self._files(keys)))
+                return Recording(keys, await self._answers(keys), self._engine(), dict(self._files(keys)))
             finally:
                 detach_below(self._rig.folder)
 
@@ -109,7 +109,7 @@ class _Recorder:
 
     async def _containers(self, caller: Caller) -> None:
         """One of each state, and one with everything that a spec has."""
-        await caller.create_volume("data", _SIZE, owner="alice", labels={"team": "blue"})
+        await caller.create_volume("data", SIZE, owner="alice", labels={"team": "blue"})
         await _created(caller, "full", _full_spec(), owner="alice", request_id=_request_id(1))
         await caller.create("none")
         await caller.create("paused", 1)
@@ -164,13 +164,13 @@ class _Recorder:
     async def _volumes(self, caller: Caller) -> None:
         """Of every kind that the host can make, and with every cause of a revision that is to be had."""
         await caller.create_volume("plain", labels={"a": "b"}, request_id=_request_id(2))
-        await caller.resize_volume("data", _SIZE + 8 * _MIB)
+        await caller.resize_volume("data", SIZE + 8 * _MIB)
         for name in ("theirs", "theirs-too"):
             self._rig.engine.call("POST", "/volumes/create", send={"Name": name, "Labels": {"gpudock.adopt": "true"}})
         await caller.adopt_volume("adopted", "theirs")
-        await caller.create_volume("shrunk", _SIZE + 64 * _MIB)
-        await caller.resize_volume("shrunk", _SIZE)
-        await caller.create_volume("deleted", _SIZE)
+        await caller.create_volume("shrunk", SIZE + 64 * _MIB)
+        await caller.resize_volume("shrunk", SIZE)
+        await caller.create_volume("deleted", SIZE)
         await caller.delete_volume("deleted")
         await caller.create("deleted")
         await caller.delete("deleted")
@@ -220,31 +220,31 @@ class _Recorder:
             hit = asyncio.create_task(fault.hit.wait())
             await asyncio.wait((hit, held[-1]), timeout=_HIT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             assert hit.done(), f"nothing asked the engine for {method} {path}: {held[-1]}"
-        await _ignored(progress_of(caller.containers.ScaleContainer(scale_request(_HALF_SCALED, 1, snapshots=_NEVER))))
+        await _ignored(progress_of(caller.containers.ScaleContainer(scale_request(HALF_SCALED, 1, snapshots=_NEVER))))
         assert self._daemon is not None
         assert await asyncio.to_thread(self._daemon.wait) == -9, self._daemon.log_text
         await asyncio.gather(*held)
 
     async def _prepared(self, caller: Caller) -> None:
-        await caller.create(_HALF_SCALED)
-        await caller.shell(_HALF_SCALED, f"echo {KEPT} > /file")
+        await caller.create(HALF_SCALED)
+        await caller.shell(HALF_SCALED, f"echo {KEPT} > /file")
         for name in ("half-stopped", "half-paused", "half-deleted", "half-updated", "half-committed"):
             await caller.create(name)
-        await caller.create_volume("half-resized", _SIZE + 64 * _MIB)
-        await caller.create("uses-half-resized", mounts=[container_pb2.Mount(volume="half-resized", target="/data")])
-        await caller.create_volume("half-deleted", _SIZE)
+        await caller.create_volume(HALF_RESIZED, SIZE + 64 * _MIB)
+        await caller.create(USER, mounts=[container_pb2.Mount(volume=HALF_RESIZED, target="/data")])
+        await caller.create_volume("half-deleted", SIZE)
 
     async def _halves(self, caller: Caller) -> list[tuple[str, str, Callable[[], Awaitable[object]]]]:
         """Which request to the engine is held, and the call that leads to it."""
         ids = {
             name: (await caller.get(name)).status.engine_id
-            for name in ("half-stopped", "half-paused", "half-deleted", "uses-half-resized")
+            for name in ("half-stopped", "half-paused", "half-deleted", USER)
         }
         volume = next(one for one in self._rig.engine.call("GET", "/volumes")["Volumes"] if _is_of(one, "half-deleted"))
         pause = container_service_pb2.PauseContainerRequest(name="half-paused")
         start = "/containers/[0-9a-f]+/start"
         return [
-            ("POST", start, lambda: caller.create(_HALF_CREATED)),
+            ("POST", start, lambda: caller.create(HALF_CREATED)),
             ("POST", f"/containers/{ids['half-stopped']}/stop", lambda: caller.stop("half-stopped")),
             ("POST", f"/containers/{ids['half-paused']}/pause", lambda: caller.containers.PauseContainer(pause)),
             ("DELETE", f"/containers/{ids['half-deleted']}", lambda: caller.delete("half-deleted")),
@@ -253,12 +253,12 @@ class _Recorder:
             ("POST", "/commit", lambda: caller.commit("half-committed", "recorded/half")),
             ("POST", start, lambda: caller.update("half-updated", env={"a": "b"})),
             ("DELETE", "/images/.*", lambda: caller.delete_revision("carried", 1)),
-            ("POST", "/volumes/create", lambda: caller.create_volume("half-made", _SIZE)),
-            ("POST", "/volumes/create", lambda: caller.adopt_volume("half-adopted", "theirs-too", _SIZE)),
+            ("POST", "/volumes/create", lambda: caller.create_volume("half-made", SIZE)),
+            ("POST", "/volumes/create", lambda: caller.adopt_volume("half-adopted", "theirs-too", SIZE)),
             (
                 "POST",
-                f"/containers/{ids['uses-half-resized']}/stop",
-                lambda: caller.resize_volume("half-resized", _SIZE),
+                f"/containers/{ids[USER]}/stop",
+                lambda: caller.resize_volume(HALF_RESIZED, SIZE),
             ),
             ("DELETE", f"/volumes/{volume['Name']}", lambda: caller.delete_volume("half-deleted")),
         ]
@@ -276,23 +276,35 @@ class _Recorder:
         await asyncio.to_thread(reader.stop)
         return answers
 
-    def _engine_containers(self) -> dict[str, Any]:
-        """Those of the scale and of the create."""
-        listed = self._rig.engine.call("GET", "/containers/json", query={"all": "1"})
-        inspected = [self._rig.engine.call("GET", f"/containers/{one['Id']}/json") for one in listed]
-        names = (_HALF_SCALED, _HALF_CREATED)
+    def _engine(self) -> dict[str, Any]:
+        """Where its folders were, and what it had for the scale, the create and the resize that were cut off."""
+        assert self._daemon is not None
+        engine = self._rig.engine
+        listed = engine.call("GET", "/containers/json", query={"all": "1"})
+        inspected = [engine.call("GET", f"/containers/{one['Id']}/json") for one in listed]
+        parts = ("Id", "Image", "Config", "HostConfig", "GraphDriver")
         return {
-            one["Name"].removeprefix("/"): {
-                part: one[part] for part in ("Id", "Image", "Config", "HostConfig", "GraphDriver")
-            }
-            for one in inspected
-            if one["Config"]["Labels"].get("gpudock.name") in names
+            "data_root": str(engine.data_root),
+            "state_dir": str(self._daemon.state_dir),
+            "containers": {
+                one["Name"].removeprefix("/"): {part: one[part] for part in parts}
+                for one in inspected
+                if one["Config"]["Labels"].get("gpudock.name") in (HALF_SCALED, HALF_CREATED, USER)
+            },
+            "volumes": {
+                one["Name"]: {part: one[part] for part in ("Driver", "Options", "Labels")}
+                for one in engine.call("GET", "/volumes")["Volumes"]
+                if _is_of(one, HALF_RESIZED)
+            },
         }
 
     def _files(self, keys: Mapping[str, Stored]) -> Iterator[tuple[str, str]]:
-        """Of one container and one volume; others have the same."""
+        """Of one container and of two volumes, one with the store that it is being copied to; others have the same."""
         assert self._daemon is not None
-        shown = {json.loads(keys[key].value)["record"]["uid"] for key in ("containers/history", "volumes/data")}
+        heads = ("containers/history", "volumes/data", f"volumes/{HALF_RESIZED}")
+        shown = {json.loads(keys[key].value)["record"]["uid"] for key in heads}
+        arguments = [json.loads(one.value)["record"]["arguments"] for key, one in keys.items() if key.startswith("arg")]
+        shown |= {one["copy_uid"] for one in arguments if "copy_uid" in one}
         for root in (self._daemon.state_dir / "volumes", self._rig.engine.data_root / "gpudock/snapshots" / NODE):
             for path in sorted(root.rglob("*.json")):
                 name = path.relative_to(root)

@@ -29,7 +29,7 @@ from gpudock_server.core.volumes.adopt import AdoptArguments
 from gpudock_server.core.volumes.create import CreateArguments as CreateVolumeArguments
 from gpudock_server.core.volumes.delete import DeleteArguments as DeleteVolumeArguments
 from gpudock_server.core.volumes.resize import ResizeArguments
-from gpudock_server.model.claims import GpuKey, Holder, PortKey
+from gpudock_server.model.claims import Holder, PortKey
 from gpudock_server.model.container import Container, ContainerRevision
 from gpudock_server.model.image import ImageOrigin
 from gpudock_server.model.node import NodeRecord
@@ -41,7 +41,7 @@ from gpudock_server.model.target import TargetKind
 from gpudock_server.model.volume import Volume, VolumeBacking, VolumeRevision
 from gpudock_server.ports import LayerPair
 
-from tests.records.fixture import Recording, recordings
+from tests.records.fixture import Recording, holds, recordings
 
 # What is in a value, by the beginning of its key.
 _RECORDS: dict[str, type[Record]] = {
@@ -110,7 +110,7 @@ _NEVER_STORED = {
     "_CopyPlan",
 }
 # The methods of Keys that make a key or a range of them, with an example of what they take.
-_GPU, _UUID = GpuKey("GPU-1"), "1b4e28ba-2fa1-41d2-883f-0016d3cca427"
+_UUID = "1b4e28ba-2fa1-41d2-883f-0016d3cca427"
 _MADE: dict[str, tuple[Any, ...]] = {
     "schema": (),
     "node": ("n",),
@@ -161,7 +161,7 @@ def test_every_record_is_read_and_nothing_is_lost_when_it_is_written_again(recor
             continue
         again = encode(record)
         assert _decoded(key, again) == record, key
-        _holds(json.loads(again)["record"], json.loads(stored.value)["record"], key)
+        holds(json.loads(again)["record"], json.loads(stored.value)["record"], key)
 
 
 def test_arguments_and_results_of_steps_are_read(recording: Recording) -> None:
@@ -172,11 +172,11 @@ def test_arguments_and_results_of_steps_are_read(recording: Recording) -> None:
             assert operation.state.ended
             continue
         cut_off.add(operation.kind)
-        _holds(arguments.model_dump(mode="json"), recording_arguments(recording, operation), operation.id)
+        holds(arguments.model_dump(mode="json"), _arguments(recording, operation), operation.id)
         for stage in operation.stages:
             kind = _FACTS.get((operation.kind, stage.name))
             if kind is not None and stage.facts:
-                _holds(kind.model_validate(stage.facts).model_dump(mode="json"), stage.facts, operation.id)
+                holds(kind.model_validate(stage.facts).model_dump(mode="json"), stage.facts, operation.id)
                 facts.add((operation.kind, stage.name))
     assert {_ARGUMENTS[kind] for kind in cut_off} == set(_ARGUMENTS.values())
     assert facts == _FACTS.keys()
@@ -223,7 +223,7 @@ async def test_every_type_of_record_is_in_the_newest_recording(tmp_path: Path) -
     assert {one.__name__ for one in declared - seen} == _NEVER_STORED
 
 
-# -- reading -------------------------------------------------------------------------------------------------------------
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def _kind(key: str) -> str:
@@ -256,11 +256,11 @@ def _operations(recording: Recording) -> Iterator[tuple[Operation, Record | None
     for key, stored in recording.keys.items():
         if _kind(key) == "operations":
             operation = decode(Operation, key.encode(), stored.value)
-            kept = recording_arguments(recording, operation)
+            kept = _arguments(recording, operation)
             yield operation, None if kept is None else _ARGUMENTS[operation.kind].model_validate(kept)
 
 
-def recording_arguments(recording: Recording, operation: Operation) -> Any:
+def _arguments(recording: Recording, operation: Operation) -> Any:
     """What is recorded as the arguments of an operation; None where nothing is."""
     stored = recording.keys.get(f"arguments/{operation.id}")
     return None if stored is None else json.loads(stored.value)["record"]["arguments"]
@@ -268,12 +268,8 @@ def recording_arguments(recording: Recording, operation: Operation) -> Any:
 
 async def _on_disk(recording: Recording, folder: Path) -> list[Record | None]:
     """What the files say, read as the daemon reads them; None for what it cannot read."""
-    for name, text in recording.disk.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
     read: list[Record | None] = []
-    for path in sorted(folder.rglob("*.json")):
+    for path in _written(recording, folder):
         if path.name == "volume.json":
             read += StoreFolder(path.parents[1], path.parent.name).recorded() or [None]
         elif path.name == "meta.json":
@@ -286,21 +282,13 @@ async def _on_disk(recording: Recording, folder: Path) -> list[Record | None]:
     return read
 
 
-def _holds(new: object, old: object, where: str) -> None:
-    """Assert that all of `old` is in `new`, which may have more fields."""
-    match old:
-        case dict():
-            assert isinstance(new, dict), where
-            for name, value in old.items():
-                assert name in new, f"{where}.{name}"
-                _holds(new[name], value, f"{where}.{name}")
-        case list():
-            assert isinstance(new, list), where
-            assert len(new) == len(old), where
-            for number, (one, other) in enumerate(zip(new, old, strict=True)):
-                _holds(one, other, f"{where}[{number}]")
-        case _:
-            assert new == old, where
+def _written(recording: Recording, folder: Path) -> list[Path]:
+    """All files of records, written below a folder."""
+    for name, text in recording.disk.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return sorted(folder / name for name in recording.disk)
 
 
 def _types_in(value: object) -> Iterator[type[Record]]:

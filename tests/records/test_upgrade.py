@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import time
+import subprocess
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2
+from gpudock.v1 import container_pb2, drift_pb2, node_service_pb2, operation_pb2, operation_service_pb2, volume_pb2
 
 from tests.calls import IMAGE, Caller
 from tests.conftest import FAST
 from tests.engine.loops import detach_below
-from tests.records.answers import answers_of
-from tests.records.fixture import Recording, Stored, dump, load, recordings
-from tests.records.record import HOST, KEPT, NODE
+from tests.records.answers import answers_of, shown
+from tests.records.fixture import Recording, Stored, dump, holds, load, recordings, texts_replaced
+from tests.records.record import HALF_CREATED, HALF_RESIZED, HALF_SCALED, HOST, KEPT, NODE, SIZE, USER
 from tests.rig import Daemon, Rig
+
+_RUNNING, _FAILED = container_pb2.CONTAINER_STATE_RUNNING, container_pb2.CONTAINER_STATE_FAILED
+_XFS_LOG_BYTES = 64 << 20
+# What the engine still has of the rest is nothing. Of the operations on that, these can be done nevertheless.
+_DONE_WITHOUT_AN_ENGINE = {"half-stopped", "half-deleted", "half-made", "carried"}
+_GONE_CONTAINERS = {"half-deleted", "half-cloned", "half-undone"}
+_GONE_VOLUMES = {"half-deleted", "half-adopted"}
 
 
 @pytest.fixture(params=recordings(), ids=lambda folder: folder.name)
@@ -42,51 +48,169 @@ async def test_it_answers_what_its_predecessor_answered(clean_engine: Rig, recor
     flags = ("--node-name", "reader", "--host-id", HOST, "--etcd-prefix", prefix)
     async with _running(clean_engine, *flags) as (_, caller):
         answers = json.loads(json.dumps(await answers_of(caller)))
-    assert recording.answers.keys() == answers.keys()
+        now = dump(clean_engine.etcd, prefix)
+    assert answers.keys() == recording.answers.keys()
     for call, answer in recording.answers.items():
-        assert answers[call] == answer, call
-    assert {key for key, stored in dump(clean_engine.etcd, prefix).items() if stored != recording.keys.get(key)} <= {
-        "nodes/reader"
-    }
+        holds(answers[call], answer, call)
+    assert {key for key in now if now[key] != recording.keys.get(key)} == {"nodes/reader"}
+    assert recording.keys.keys() <= now.keys()
 
 
 async def test_it_ends_what_its_predecessor_had_begun(clean_engine: Rig, recording: Recording, prefix: str) -> None:
     rig = clean_engine
     state_dir = rig.folder / f"records-{uuid.uuid4().hex[:8]}"
-    keys = recording.texts_replaced(_engine_containers_again(rig, recording) | _folders(rig, recording, state_dir))
+    keys = _as_if_made_here(rig, recording, state_dir)
     load(rig.etcd, prefix, keys)
     flags = ("--node-name", NODE, "--host-id", HOST, "--etcd-prefix", prefix)
-    async with _running(rig, *flags, state_dir=state_dir) as (daemon, caller):
+    async with _running(rig, *flags, state_dir=state_dir) as (_, caller):
         await caller.settled()
-        listed = await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest(page_size=1000))
-        for one in listed.operations:
-            print(one.id, one.kind, one.target.name, one.state, one.error.reason, one.error.message, one.message)
-        for key in keys:
-            if key.startswith("containers/"):
-                with contextlib.suppress(Exception):
-                    c = await caller.get(key.split("/")[1])
-                    print(c.name, c.status.state, c.revision, c.status.message, c.spec.gpus.count, c.status.gpu_uuids)
-        print(await caller.shell("half-scaled", "cat /file"))
-        print(sorted(keys.keys() - dump(rig.etcd, prefix).keys()))
-        print(daemon.log_text)
-    assert 0
+        await _scaled(caller, recording)
+        await _created(caller)
+        await _resized(caller)
+        await _all_operations_have_ended(caller, keys)
+        await _every_object_is_there(caller, keys, recording)
+        drift = await caller.nodes.ListDrift(node_service_pb2.ListDriftRequest(page_size=1000))
+        assert drift_pb2.DRIFT_KIND_RECORD_UNREADABLE not in {one.kind for one in drift.drift}
+        left = dump(rig.etcd, prefix)
+    assert not [key for key in left if key.startswith(("locks/", "arguments/"))]
+    # What these operations delete, or had made, and what an engine that has lost nearly everything holds no more.
+    gone = [*(f"containers/{one}" for one in _GONE_CONTAINERS), *(f"volumes/{one}" for one in _GONE_VOLUMES)]
+    of_gone = {_uid(keys, key) for key in gone}
+    revision = f"containers/{_uid(keys, 'containers/carried')}/0000000001"
+    for key in keys.keys() - left.keys():
+        ended = key.startswith(("locks/", "arguments/", "hosts/", "images/"))
+        assert ended or key in gone or of_gone & set(key.split("/")) or key.endswith(revision), key
 
 
-def _engine_containers_again(rig: Rig, recording: Recording) -> dict[str, str]:
-    """Make the engine containers of the scale and of the create again; what is called otherwise now."""
-    images = {tag: image["Id"] for image in rig.engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()}
-    replacements = {shown["Image"]: images[IMAGE] for shown in recording.engine.values()}
-    for name, shown in recording.engine.items():
-        body = shown["Config"] | {"Image": images[IMAGE], "HostConfig": shown["HostConfig"]}
-        made = rig.engine.call("POST", "/containers/create", query={"name": name}, send=body)["Id"]
-        replacements |= {shown["Id"]: made}
-        layer = rig.engine.call("GET", f"/containers/{made}/json")["GraphDriver"]["Data"]["UpperDir"]
-        replacements |= {shown["GraphDriver"]["Data"]["UpperDir"]: layer}
-    return replacements
+async def _scaled(caller: Caller, recording: Recording) -> None:
+    """It goes on where it was cut off, and the files arrive."""
+    container = await caller.get(HALF_SCALED)
+    assert (container.status.state, container.revision) == (_RUNNING, 2)
+    assert (container.spec.gpus.count, len(container.status.gpu_uuids)) == (1, 1)
+    assert await caller.shell(HALF_SCALED, "cat /file") == f"{KEPT}\n"
+    assert (await caller.holders())[container.status.gpu_uuids[0]] == HALF_SCALED
+    assert [one.revision for one in await caller.revisions(HALF_SCALED)] == [1, 2]
+    assert len(recording.answers[f"ListContainerRevisions {HALF_SCALED}"]) == 1
 
 
-def _folders(rig: Rig, recording: Recording, state_dir: Path) -> dict[str, str]:
-    return {}
+async def _created(caller: Caller) -> None:
+    container = await caller.get(HALF_CREATED)
+    assert (container.status.state, container.revision) == (_RUNNING, 1)
+    assert (await caller.run(HALF_CREATED, "true")).code == 0
+
+
+async def _resized(caller: Caller) -> None:
+    """The smaller store has the files, and the container that has it mounted was started again."""
+    volume = await caller.volume(HALF_RESIZED)
+    assert (volume.state, volume.size_bytes, volume.revision) == (volume_pb2.VOLUME_STATE_READY, SIZE, 2)
+    assert await caller.shell(USER, "cat /data/file") == f"{KEPT}\n"
+
+
+async def _all_operations_have_ended(caller: Caller, keys: Mapping[str, Stored]) -> None:
+    listed = await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest(page_size=1000))
+    operations = {one.id: one for one in listed.operations}
+    for key in keys:
+        if not key.startswith("operations/"):
+            continue
+        record = json.loads(keys[key].value)["record"]
+        operation = operations[record["id"]]
+        if record["end_time"]:
+            continue
+        name = operation.target.name
+        done = name in _DONE_WITHOUT_AN_ENGINE | {HALF_SCALED, HALF_CREATED, HALF_RESIZED}
+        state = operation_pb2.OPERATION_STATE_SUCCEEDED if done else operation_pb2.OPERATION_STATE_FAILED
+        assert operation.state == state, operation
+        assert bool(operation.error.reason) != done, operation
+
+
+async def _every_object_is_there(caller: Caller, keys: Mapping[str, Stored], recording: Recording) -> None:
+    """With the spec that it had; what the engine does not have any more has FAILED."""
+    there = {HALF_SCALED, HALF_CREATED, USER}
+    for sort, _, name in (key.partition("/") for key in keys):
+        if sort == "containers" and name not in _GONE_CONTAINERS:
+            container = await caller.get(name)
+            assert container.status.state == (_RUNNING if name in there else _FAILED), container
+            assert container.uid == _uid(keys, f"{sort}/{name}")
+            spec = dict(recording.answers[f"GetContainer {name}"]["spec"])
+            if name == HALF_SCALED:
+                del spec["gpus"]
+            holds(shown(container.spec), spec, name)
+        if sort == "volumes" and name not in _GONE_VOLUMES:
+            assert (await caller.volume(name)).uid == _uid(keys, f"{sort}/{name}")
+
+
+def _uid(keys: Mapping[str, Stored], key: str) -> str:
+    uid: str = json.loads(keys[key].value)["record"]["uid"]
+    return uid
+
+
+# -- what the predecessor left beside its records --------------------------------------------------------------------
+
+
+def _as_if_made_here(rig: Rig, recording: Recording, state_dir: Path) -> dict[str, Stored]:
+    """Make what belongs to the scale, the create and the resize; the records, with its names as they are here."""
+    engine = rig.engine
+    images = {tag: image["Id"] for image in engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()}
+    names = {recording.engine["state_dir"]: str(state_dir)}
+    for volume, had in recording.engine["volumes"].items():
+        send = {"Name": volume, "Driver": had["Driver"], "Labels": _replaced(had["Labels"], names)}
+        engine.call("POST", "/volumes/create", send=send | {"DriverOpts": _replaced(had["Options"], names)})
+    names |= {had["Image"]: images[IMAGE] for had in recording.engine["containers"].values()}
+    for name, had in recording.engine["containers"].items():
+        body = _replaced(had["Config"] | {"HostConfig": had["HostConfig"]}, names)
+        made = engine.call("POST", "/containers/create", query={"name": name}, send=body)["Id"]
+        layer = engine.call("GET", f"/containers/{made}/json")["GraphDriver"]["Data"]["UpperDir"]
+        names |= {had["Id"]: made, had["GraphDriver"]["Data"]["UpperDir"]: layer}
+    names[recording.engine["data_root"]] = str(engine.data_root)
+    _make_stores(recording, state_dir, names)
+    return _with_inodes(
+        {
+            texts_replaced(key, names): Stored(texts_replaced(stored.value.decode(), names).encode(), stored.leased)
+            for key, stored in recording.keys.items()
+        }
+    )
+
+
+def _with_inodes(keys: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The scale's record names its layers by their inodes, too; in the old one lies a file."""
+    changed = dict(keys)
+    for key, stored in keys.items():
+        record = json.loads(stored.value)["record"] if key.startswith("operations/") else {}
+        if record.get("kind") == "SCALE" and not record["end_time"]:
+            facts = next(stage["facts"] for stage in record["stages"] if stage["name"] == "locate")
+            Path(facts["old_path"], "file").write_text(f"{KEPT}\n")
+            text = stored.value.decode()
+            for which in ("old", "new"):
+                inode = Path(facts[f"{which}_path"]).stat().st_ino
+                text = text.replace(f'"{which}_inode":{facts[f"{which}_inode"]}', f'"{which}_inode":{inode}')
+            changed[key] = Stored(text.encode(), stored.leased)
+    return changed
+
+
+def _make_stores(recording: Recording, state_dir: Path, names: Mapping[str, str]) -> None:
+    """Make the two stores of the resize: what is to be copied, with a file in it, and the copy, as yet without."""
+    content = state_dir.parent / f"{state_dir.name}-file"
+    content.write_text(f"{KEPT}\n")
+    prototype = state_dir.parent / f"{state_dir.name}-prototype"
+    for path, text in recording.disk.items():
+        backing = json.loads(text).get("backing", {})
+        if backing.get("name") != HALF_RESIZED:
+            continue
+        file = state_dir / path
+        file.parent.mkdir(parents=True, mode=0o700)
+        file.write_text(texts_replaced(text, names))
+        whole = json.loads(text).get("volume") is not None
+        prototype.write_text(f"/\n0 0\nd--755 0 0\n{f'file ---644 0 0 {content}' if whole else ''}\n$\n")
+        image = file.parent / "image"
+        with image.open("wb") as sparse:
+            sparse.truncate(backing["size_bytes"] + _XFS_LOG_BYTES)
+        words = ["mkfs.xfs", "-q", "-K", "-l", f"size={_XFS_LOG_BYTES}", "-p", str(prototype), str(image)]
+        subprocess.run(words, check=True)
+
+
+def _replaced(content: Any, names: Mapping[str, str]) -> Any:
+    """JSON with names replaced wherever they stand."""
+    return json.loads(texts_replaced(json.dumps(content), names))
 
 
 @asynccontextmanager
@@ -99,4 +223,6 @@ async def _running(rig: Rig, *flags: str, state_dir: Path | None = None) -> Asyn
         assert "Traceback" not in daemon.log_text, daemon.log_text
     finally:
         await asyncio.to_thread(daemon.stop)
-        detach_below(rig.folder)
+        if state_dir is not None:
+            await asyncio.to_thread(rig.engine.remove_all)
+            detach_below(state_dir)
