@@ -271,7 +271,9 @@ async def _on_disk(recording: Recording, folder: Path) -> list[Record | None]:
     read: list[Record | None] = []
     for path in _written(recording, folder):
         if path.name == "volume.json":
-            read += StoreFolder(path.parents[1], path.parent.name).recorded() or [None]
+            backing, identity = StoreFolder(path.parents[1], path.parent.name).recorded() or (None, None)
+            # A store that a resize makes is no volume's own as yet.
+            read += [backing] if identity is None else [backing, identity]
         elif path.name == "meta.json":
             key = SnapshotKey(uid=path.parents[1].name, revision=int(path.parent.name))
             read.append(SnapshotPlaces(str(path.parents[2])).meta(key))

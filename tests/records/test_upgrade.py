@@ -17,6 +17,7 @@ from gpudock.v1 import container_pb2, drift_pb2, node_service_pb2, operation_pb2
 from tests.calls import IMAGE, Caller
 from tests.conftest import FAST
 from tests.engine.loops import detach_below
+from tests.engine.own_daemons import until_state
 from tests.records.answers import answers_of, shown
 from tests.records.fixture import Recording, Stored, dump, holds, load, recordings, texts_replaced
 from tests.records.record import HALF_CREATED, HALF_RESIZED, HALF_SCALED, HOST, KEPT, NODE, SIZE, USER
@@ -128,12 +129,13 @@ async def _every_object_is_there(caller: Caller, keys: Mapping[str, Stored], rec
     there = {HALF_SCALED, HALF_CREATED, USER}
     for sort, _, name in (key.partition("/") for key in keys):
         if sort == "containers" and name not in _GONE_CONTAINERS:
+            # Where an operation was at work, that is seen once it has ended.
+            await until_state(caller, name, _RUNNING if name in there else _FAILED, seconds=60)
             container = await caller.get(name)
-            assert container.status.state == (_RUNNING if name in there else _FAILED), container
             assert container.uid == _uid(keys, f"{sort}/{name}")
             spec = dict(recording.answers[f"GetContainer {name}"]["spec"])
             if name == HALF_SCALED:
-                del spec["gpus"]
+                spec.pop("gpus", None)
             holds(shown(container.spec), spec, name)
         if sort == "volumes" and name not in _GONE_VOLUMES:
             assert (await caller.volume(name)).uid == _uid(keys, f"{sort}/{name}")
