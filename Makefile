@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 # Each worker has a rig of its own, and often waits for what lasts as long as it lasts: so twice as many as there are
 # cores. More than eight and they wait for the disk.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? 2 * n : 8)))
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 # In the VM, what is skipped has failed; all is slower; and what pytest would load besides takes seconds.
 VM_PYTEST := -p tests.vm.nothing_skipped --timeout 900 --durations 5 -p no:xdist -p no:hypothesispytest -p no:cacheprovider
 # What runs there: words for pytest.
@@ -24,7 +25,7 @@ SEED ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vm mutants lint bench format clean
+.PHONY: help demo test test-deep test-vm mutants lint bench format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
@@ -32,8 +33,11 @@ help: ## this list
 demo: $(STAMP) ## the main job on a real engine with eight simulated GPUs
 	$(BIN)/python -m tests.rig.demo
 
-test: $(STAMP) ## all tests, on a real engine and a real etcd
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+test: $(STAMP) ## the everyday tests, on a real engine and a real etcd: about five minutes
+	$(PYTEST) -m "not deep" $(PYTEST_ARGS)
+
+test-deep: $(STAMP) ## the others: kills at every moment, long random sequences, outages, fuzz, loads: about 20 minutes
+	$(PYTEST) -m deep $(PYTEST_ARGS)
 
 test-vm: $(STAMP) .vm/.fetched ## what needs project quotas, in a VM with XFS and ext4 that have them
 	$(BIN)/python -m pytest -p tests.vm.nothing_skipped tests/vm/test_machine.py tests/vm/test_nothing_skipped.py

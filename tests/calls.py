@@ -28,6 +28,7 @@ from gpudock.v1 import (
     volume_service_pb2_grpc,
 )
 
+from tests.contract import MET, noting
 from tests.rig.patience import PATIENCE
 
 IMAGE = "gpudock/busybox:test"
@@ -69,10 +70,11 @@ class Caller:
 
     def __init__(self, target: str) -> None:
         self.channel = grpc.aio.insecure_channel(target)
-        self.containers = container_service_pb2_grpc.ContainerServiceStub(self.channel)
-        self.volumes = volume_service_pb2_grpc.VolumeServiceStub(self.channel)
-        self.nodes = node_service_pb2_grpc.NodeServiceStub(self.channel)
-        self.operations = operation_service_pb2_grpc.OperationServiceStub(self.channel)
+        noted = noting(self.channel)
+        self.containers = container_service_pb2_grpc.ContainerServiceStub(noted)
+        self.volumes = volume_service_pb2_grpc.VolumeServiceStub(noted)
+        self.nodes = node_service_pb2_grpc.NodeServiceStub(noted)
+        self.operations = operation_service_pb2_grpc.OperationServiceStub(noted)
 
     async def __aenter__(self) -> Self:
         return self
@@ -338,6 +340,7 @@ def failure_of(error: grpc.aio.AioRpcError) -> Failure:
                 info = error_details_pb2.ErrorInfo.FromString(detail.value)
                 assert info.domain == "gpudock"
                 reason, metadata = info.reason, dict(info.metadata)
+                MET.reasons.add(reason)
             elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
                 request = error_details_pb2.BadRequest.FromString(detail.value)
                 violations = tuple(violation.field for violation in request.field_violations)

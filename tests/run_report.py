@@ -11,6 +11,8 @@ them; `--moments FILE` has all of them written to a file.
 Requirements: the property `REQUIRED` of a test that is one of several `parts` has `counts` of what must occur. What
 occurs in none of the parts is a problem, if all parts have run.
 
+The contract: what a whole run of the everyday tests (`make test`) does not meet of it is a problem. See `contract`.
+
 All of it works with pytest-xdist, whose workers pass problems on when they end.
 """
 
@@ -22,6 +24,8 @@ from typing import Any
 
 import pytest
 
+from tests.contract import MET
+
 OUTCOMES = "outcomes"
 MOMENTS = "moments"
 REQUIRED = "required"
@@ -29,6 +33,9 @@ REQUIRED = "required"
 _PROBLEMS = pytest.StashKey[list[str]]()
 _COUNTS = pytest.StashKey[dict[str, list[dict[str, Any]]]]()
 _OUTPUT_KEY = "gpudock_run_problems"
+_MET_KEY = "gpudock_met"
+# What selects the everyday tests, as the Makefile says it.
+_EVERYDAY = "not deep"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,8 +50,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_Counting(config), "gpudock run report")
 
 
+def _is_everyday(config: pytest.Config) -> bool:
+    """Whether the run is of all everyday tests, and not of some of them."""
+    narrowed = config.args_source is pytest.Config.ArgsSource.ARGS or any(
+        config.getoption(option, None) for option in ("keyword", "deselect", "ignore", "ignore_glob", "lf", "stepwise")
+    )
+    return config.getoption("markexpr") == _EVERYDAY and not narrowed
+
+
 class _Counting:
-    """Collects the required counts, of all workers."""
+    """Collects the required counts and the kinds of operations that were killed, of all workers."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._counts = config.stash[_COUNTS]
@@ -56,6 +71,8 @@ class _Counting:
         for name, value in report.user_properties:
             if name == REQUIRED and isinstance(value, dict):
                 self._counts.setdefault(report.nodeid.partition("[")[0], []).append(value)
+            if name == MOMENTS and isinstance(value, dict) and value.get("tried"):
+                MET.kinds.add(value["kind"])
 
 
 def _missing(counts: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
@@ -80,8 +97,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
         output[_OUTPUT_KEY] = problems
+        output[_MET_KEY] = MET.plain()
         return
     problems += _missing(session.config.stash[_COUNTS])
+    ended = session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+    if ended and not session.shouldfail and not session.shouldstop and _is_everyday(session.config):
+        problems += MET.lacking()
     if problems and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -89,11 +110,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Take over the problems of a worker of pytest-xdist that has ended."""
-    node.config.stash[_PROBLEMS].extend(getattr(node, "workeroutput", {}).get(_OUTPUT_KEY, ()))
+    output = getattr(node, "workeroutput", {})
+    node.config.stash[_PROBLEMS].extend(output.get(_OUTPUT_KEY, ()))
+    if _MET_KEY in output:
+        MET.merge(output[_MET_KEY])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Show the tables of outcomes and of moments, and the problems last."""
+    """Show the tables of outcomes and of moments, what was met of the contract, and the problems last."""
     rows = {nodeid.rpartition("[")[2].rstrip("]"): value for nodeid, value in _values(terminalreporter, OUTCOMES)}
     if rows:
         terminalreporter.section("how calls ended")
@@ -101,6 +125,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         words = (f"{status} {count}" for status, count in sorted(counts.items(), key=lambda item: -item[1]))
         terminalreporter.line(f"{row:26} {', '.join(words)}")
     _show_moments(terminalreporter)
+    if _is_everyday(terminalreporter.config):
+        terminalreporter.section("what was met of the contract")
+        terminalreporter.line(str(MET))
     for problem in terminalreporter.config.stash[_PROBLEMS]:
         terminalreporter.section("problem of the run", red=True)
         terminalreporter.line(problem)

@@ -186,6 +186,7 @@ async def _tour_of_watch(commands: Commands, *words: str) -> None:
     assert (await ended(process)).code == 130
 
 
+@pytest.mark.deep
 async def test_an_update_leaves_what_it_does_not_name(commands: Commands) -> None:
     """-e C=3 removed A and B, -v took the other mount away, -p 9999 unpublished 8888, and the plan did not say so."""
     for volume in ("data", "second"):
@@ -295,6 +296,7 @@ async def test_exec_at_a_terminal(commands: Commands) -> None:
         os.close(theirs)
 
 
+@pytest.mark.deep
 async def test_ctrl_c_leaves_the_operation_which_can_be_cancelled_or_watched(commands: Commands, real: Client) -> None:
     await real.containers.create("train", IMAGE, gpus=1, command=STUBBORN, stop_timeout=GRACE)
     first = await _interrupted_scale(commands, gpus=2)

@@ -18,6 +18,7 @@ from tests.conftest import FAST, own_state
 from tests.engine.trees import Entry, compare, grow_command, image_files, record
 from tests.faults.invariants import LOOK, PLANT, absent, layer_images, sound
 from tests.rig import CUDA_LIKE, GLIBC, Rig
+from tests.selection import deep_except
 
 _NEVER = container_pb2.SNAPSHOT_POLICY_NEVER
 _PORT = container_pb2.PortRequest(container_port=80)
@@ -114,6 +115,7 @@ async def test_a_revision_is_cloned_with_its_files(caller: Caller, rig: Rig) -> 
     await sound(caller, rig, "twin", first)
 
 
+@pytest.mark.deep
 async def test_stopped_and_paused_ones_stay_as_they_are(caller: Caller, rig: Rig) -> None:
     await caller.create("origin", 1)
     await caller.shell("origin", PLANT)
@@ -130,7 +132,7 @@ async def test_stopped_and_paused_ones_stay_as_they_are(caller: Caller, rig: Rig
     await sound(caller, rig, "of-stopped", files)
 
 
-@pytest.mark.parametrize("carry", ["exchange", "commit"])
+@pytest.mark.parametrize("carry", deep_except(["exchange"], ["exchange", "commit"]))
 async def test_while_the_source_writes(rig: Rig, carry: str) -> None:
     daemon = await rig.start_daemon(*FAST, *own_state(), "--layer-carry", carry)
     try:
@@ -152,6 +154,7 @@ async def test_while_the_source_writes(rig: Rig, carry: str) -> None:
         await asyncio.to_thread(daemon.stop)
 
 
+@pytest.mark.deep
 async def test_everything_that_a_file_system_knows_comes_along(caller: Caller, rig: Rig) -> None:
     rig.images.derive(_TREES, GLIBC, files=image_files())
     await caller.create("origin", 0, image=_TREES)
@@ -165,6 +168,7 @@ async def test_everything_that_a_file_system_knows_comes_along(caller: Caller, r
     assert compare(seen, await _inside(caller, rig, "older")) == ""
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("carry", ["copy", "commit"])
 async def test_images_of_the_source_outlive_it_for_its_clones(rig: Rig, carry: str) -> None:
     others = layer_images(rig)
@@ -197,6 +201,7 @@ async def test_images_of_the_source_outlive_it_for_its_clones(rig: Rig, carry: s
         await asyncio.to_thread(daemon.stop)
 
 
+@pytest.mark.deep
 async def test_two_at_once_wait_for_neither(caller: Caller, rig: Rig) -> None:
     await caller.create("origin", 1, image=GLIBC)
     await caller.shell("origin", "dd if=/dev/urandom of=/big bs=1M count=64 2>/dev/null")
@@ -238,6 +243,7 @@ async def test_a_cancelled_clone_leaves_nothing(caller: Caller, rig: Rig) -> Non
     assert await caller.free_gpus() == 7
 
 
+@pytest.mark.deep
 async def test_volumes_of_the_image_do_not_come_along_and_that_is_said(caller: Caller, rig: Rig) -> None:
     await caller.create("origin", 0, image=CUDA_LIKE)
     await caller.shell("origin", "echo mine > /data/mine")
@@ -255,6 +261,7 @@ async def test_volumes_of_the_image_do_not_come_along_and_that_is_said(caller: C
     assert await caller.shell("origin", "cat /data/mine") == "mine\n"
 
 
+@pytest.mark.deep
 async def test_a_source_that_the_engine_lost(caller: Caller, rig: Rig) -> None:
     made = await caller.create("origin", 0)
     await caller.shell("origin", PLANT)

@@ -106,9 +106,10 @@ async def test_the_image_has_the_files_and_nothing_of_who_it_was(caller: Caller,
     ("how", "stages"),
     [
         ("running", ["copy-files", "difference", "commit-files", "image", "tag", "commit", "clean"]),
-        ("not to be paused", ["commit-files", "image", "tag", "commit", "clean"]),
-        ("paused", ["commit-files", "image", "tag", "commit", "clean"]),
-        ("stopped", ["commit-files", "image", "tag", "commit", "clean"]),
+        *(
+            pytest.param(how, ["commit-files", "image", "tag", "commit", "clean"], marks=pytest.mark.deep)
+            for how in ("not to be paused", "paused", "stopped")
+        ),
     ],
 )
 async def test_in_any_state_it_stays_as_it_is(caller: Caller, how: str, stages: list[str]) -> None:
@@ -146,6 +147,7 @@ async def test_a_name_moves_to_the_new_image_and_a_request_id_makes_one(caller: 
     rig.engine.call("DELETE", f"/images/{first.id}")
 
 
+@pytest.mark.deep
 async def test_a_cancel_leaves_the_name_with_the_old_one(own: OwnDaemons, rig: Rig) -> None:
     daemon = await own.start("--reconcile-interval", "0.5")
     async with Caller(daemon.target) as caller:
@@ -176,6 +178,7 @@ def _tags(rig: Rig) -> list[str]:
     return [tag for image in rig.engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()]
 
 
+@pytest.mark.deep
 async def test_progress_is_told_in_bytes(caller: Caller) -> None:
     await caller.create("box")
     await caller.shell("box", "for n in 1 2 3 4 5 6; do dd if=/dev/urandom of=/big$n bs=1M count=100 2>/dev/null; done")
@@ -247,6 +250,7 @@ async def test_a_carry_by_commit_keeps_the_images_own_config(own: OwnDaemons, ri
         await caller.delete("box")
 
 
+@pytest.mark.deep
 async def test_carries_by_commit_are_squashed_in_time(own: OwnDaemons, rig: Rig) -> None:
     daemon = await own.start("--layer-carry", "commit")
     base = len(shown(rig, IMAGE)["RootFS"]["Layers"])
@@ -267,6 +271,7 @@ async def test_carries_by_commit_are_squashed_in_time(own: OwnDaemons, rig: Rig)
 # -- how long a container is frozen --------------------------------------------------------------------------------
 
 
+@pytest.mark.deep
 async def test_the_container_runs_while_the_engine_writes_its_image(caller: Caller, rig: Rig) -> None:
     container = await caller.create("box")
     await caller.shell("box", "dd if=/dev/urandom of=/big bs=1M count=200 2>/dev/null; cp /big /other; rm /etc/group")
@@ -284,6 +289,7 @@ async def test_the_container_runs_while_the_engine_writes_its_image(caller: Call
     assert await caller.shell("other", "cmp /big /other && ls /etc/group 2>/dev/null || echo same") == "same\n"
 
 
+@pytest.mark.deep
 async def test_holes_are_told_before_they_are_written_out(caller: Caller, rig: Rig) -> None:
     await caller.create("box")
     plans = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import grpc
+import pytest
 from gpudock.v1 import container_pb2
 
 from tests.calls import Caller, failure, progress_of, update_request
@@ -38,6 +39,7 @@ async def test_a_container_has_the_nodes_defaults(caller: Caller, rig: Rig) -> N
     assert b"PermissionError" in done.stderr
 
 
+@pytest.mark.deep
 async def test_a_fork_bomb_stays_in_its_container(caller: Caller, rig: Rig) -> None:
     limited = await caller.create("bomb", pids_limit=32)
     await caller.create("beside")

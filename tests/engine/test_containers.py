@@ -209,6 +209,7 @@ async def test_no_switch_of_the_toolkit_is_on(caller: Caller, rig: Rig) -> None:
                 rig.engine.call("DELETE", f"/images/gpudock/switches:{tag}")
 
 
+@pytest.mark.deep
 async def test_a_hundred_creates_of_one_card_each(caller: Caller) -> None:
     async def create(number: int) -> str:
         try:

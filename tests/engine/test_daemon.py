@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
+import pytest
 from google.protobuf import duration_pb2
 from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2
 from gpudock.v1.container_service_pb2 import PauseContainerRequest
@@ -150,6 +151,7 @@ async def test_a_port_range_that_others_have(own: OwnDaemons, rig: Rig) -> None:
         await own.start("--port-range", "28101-28103", after=daemon)
 
 
+@pytest.mark.deep
 async def test_a_node_and_a_socket_that_another_daemon_has(own: OwnDaemons) -> None:
     first = await own.start()
     same_node, same_socket = await asyncio.gather(
@@ -227,6 +229,7 @@ async def _refusal(caller: Caller) -> Failure | None:
     return None
 
 
+@pytest.mark.deep
 async def test_what_takes_longer_than_the_grace_is_left_where_it_is(own: OwnDaemons) -> None:
     # A quarter of it is left to tell the callers, which on a busy machine takes a while.
     daemon = await own.start("--shutdown-grace", "3", "--exec-hangup-grace", "30")
@@ -246,6 +249,7 @@ async def test_what_takes_longer_than_the_grace_is_left_where_it_is(own: OwnDaem
     await finished_by(await own.start(after=daemon), operation_id)
 
 
+@pytest.mark.deep
 async def test_a_second_sigterm_is_at_once(own: OwnDaemons) -> None:
     daemon = await own.start("--shutdown-grace", "60")
     async with Caller(daemon.target) as caller:
@@ -374,6 +378,7 @@ def _unreachable_for_others(path: Path) -> None:
 # -- health ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.deep
 async def test_health_follows_etcd_and_engine(own: OwnDaemons, engine_proxy: EngineProxy) -> None:
     daemon = await own.start("--store-timeout", "1", docker_host=engine_proxy.url, etcd_endpoints="")
     etcd = etcd_of(daemon)
@@ -495,6 +500,7 @@ async def test_tls_with_certificates_of_clients(own: OwnDaemons, rig: Rig, tmp_p
 # -- two daemons on one host -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.deep
 async def test_two_daemons_on_one_host_and_one_etcd_give_nothing_away_twice(own: OwnDaemons, rig: Rig) -> None:
     nodes = [f"{own.node}-{number}" for number in (1, 2)]
     daemons = await asyncio.gather(*(own.start(node=node) for node in nodes))

@@ -377,6 +377,7 @@ async def test_start_of_what_is_gone_or_paused(engine: DockerEngine) -> None:
         await engine.start(box)
 
 
+@pytest.mark.deep
 async def test_many_starts_at_once(engine: DockerEngine) -> None:
     boxes = [await engine.create(await blueprint(engine, f"box{number}")) for number in range(12)]
     await asyncio.gather(*(engine.start(box) for box in boxes))

@@ -93,6 +93,7 @@ async def test_it_is_private_and_keeps_its_data(tmp_path: Path) -> None:
         assert etcd.pid == 0
 
 
+@pytest.mark.deep
 async def test_it_is_started_again_when_it_is_killed(own_etcd: EmbeddedEtcd) -> None:
     connection, store = await _store(own_etcd)
     await store.apply(begin("op1"))
@@ -117,6 +118,7 @@ async def test_it_dies_with_its_daemon(tmp_path: Path) -> None:
     await until(gone, seconds=5)
 
 
+@pytest.mark.deep
 async def test_one_that_outlived_its_daemon_is_ended_first(tmp_path: Path) -> None:
     daemon, pid = await _daemon(tmp_path)
     process = identify(pid)

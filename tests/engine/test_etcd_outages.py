@@ -123,6 +123,7 @@ async def test_a_broken_connection_leaves_no_doubt(
         assert (await store.unfinished("n1")) == ()
 
 
+@pytest.mark.deep
 async def test_an_etcd_that_stands_still(own_etcd: EmbeddedEtcd) -> None:
     async with connected(own_etcd.address.endpoints[0], timeout=0.5) as connection:
         store = EtcdStore(connection, deadline=timedelta(seconds=4))
@@ -159,6 +160,7 @@ async def test_an_etcd_that_stands_still(own_etcd: EmbeddedEtcd) -> None:
         await store.ping()
 
 
+@pytest.mark.deep
 async def test_a_token_that_etcd_has_forgotten_is_renewed(own_etcd: EmbeddedEtcd) -> None:
     async with connected(own_etcd.address.endpoints[0]) as root:
         auth = root._client.auth_stub

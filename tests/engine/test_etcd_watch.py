@@ -269,6 +269,7 @@ def _large(number: int) -> dict[str, object]:
     return {"spec": spec.model_copy(update={"env": {"LARGE": f"{number} " + "x" * 200_000}})}
 
 
+@pytest.mark.deep
 async def test_a_batch_that_comes_in_fragments(store: EtcdStore) -> None:
     async with watching(store) as reader:
         start = (await reader.seen()).token
@@ -308,6 +309,7 @@ async def test_nonsense_is_refused(store: EtcdStore, connection: EtcdConnection,
         assert refused.value.violations[0].field == "resume_token"
 
 
+@pytest.mark.deep
 async def test_an_etcd_that_dies_and_stands_still_in_the_middle(own_etcd: EmbeddedEtcd) -> None:
     async with connected(own_etcd.address.endpoints[0], timeout=1) as connection:
         store = EtcdStore(connection, idle=QUIET, deadline=timedelta(seconds=8))
@@ -331,6 +333,7 @@ async def test_an_etcd_that_dies_and_stands_still_in_the_middle(own_etcd: Embedd
             assert await following == [("a.4", "a.5")]
 
 
+@pytest.mark.deep
 async def test_an_etcd_that_stays_away(own_etcd: EmbeddedEtcd) -> None:
     async with connected(own_etcd.address.endpoints[0], timeout=0.5) as connection:
         store = EtcdStore(connection, idle=IDLE, deadline=timedelta(seconds=1))

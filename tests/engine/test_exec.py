@@ -259,6 +259,7 @@ async def test_environment_working_dir_and_user(box: Caller) -> None:
     assert (await box.run(BOX, "id", "-u", user="user")).stdout == b"1000\n"
 
 
+@pytest.mark.deep
 async def test_fifty_at_once_do_not_mix(box: Caller) -> None:
     async def one(number: int) -> None:
         script = f"for i in $(seq 200); do echo out-{number}-$i; echo err-{number}-$i >&2; done; cat; exit {number}"
@@ -297,6 +298,7 @@ async def test_input_that_nobody_reads_changes_nothing(box: Caller) -> None:
     assert (result.stdout, result.code) == (b"abc", 4)
 
 
+@pytest.mark.deep
 async def test_a_gigabyte_of_input_in_bounded_memory(box: Caller, shared_daemon: Daemon) -> None:
     size = 256 * 1024
     filler = os.urandom(size - 8)
@@ -316,6 +318,7 @@ async def test_a_gigabyte_of_input_in_bounded_memory(box: Caller, shared_daemon:
     assert memory(shared_daemon, "VmHWM") - before < BOUND
 
 
+@pytest.mark.deep
 async def test_output_waits_for_its_reader_and_not_in_the_daemon(box: Caller, shared_daemon: Daemon) -> None:
     total = 300 * MIB + next(_numbers) % 1000
     before = forget_peak(shared_daemon)
@@ -542,6 +545,7 @@ async def test_a_daemon_that_stops_ends_what_it_started(own: OwnDaemons) -> None
     assert not any(map(pids, numbers))
 
 
+@pytest.mark.deep
 async def test_callers_that_leave_at_any_moment_leave_nothing(own: OwnDaemons) -> None:
     daemon = await own.start()
     numbers = [next(_numbers) for _ in range(24)]
@@ -572,6 +576,7 @@ async def test_a_limit(own: OwnDaemons) -> None:
         talks[1].call.cancel()
 
 
+@pytest.mark.deep
 async def test_nothing_leaks(own: OwnDaemons) -> None:
     """Two hundred commands, forty of each kind, cost no descriptor and no slot for good."""
     limit = 12
@@ -639,6 +644,7 @@ def _descriptors(daemon: Daemon) -> int:
     return len(list(Path(f"/proc/{daemon.pid}/fd").iterdir()))
 
 
+@pytest.mark.deep
 async def test_an_engine_that_dies_is_no_end_and_its_process_is_ended_when_it_is_back(
     own: OwnDaemons, rig: Rig
 ) -> None:

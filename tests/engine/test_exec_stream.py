@@ -155,6 +155,7 @@ async def test_outputs_apart_and_the_exit_code(engine: DockerEngine, box: str) -
     assert await result_of(engine, box, request) == (b"out\nb=c d\n/tmp\n1000\n", b"err\n", 3)
 
 
+@pytest.mark.deep
 async def test_much_output_arrives_whole(engine: DockerEngine, box: str) -> None:
     """All bytes of both outputs, compared by their hashes."""
     numbers = {OUT: range(10_000_000, 13_000_000), ERR: range(100_000, 250_000)}
@@ -253,6 +254,7 @@ async def test_input_and_its_end(engine: DockerEngine, box: str) -> None:
         assert (await session.status()).exit_code == 5
 
 
+@pytest.mark.deep
 async def test_a_gigabyte_of_input_in_bounded_memory(engine: DockerEngine, box: str) -> None:
     block = bytes(range(256)) * 4096
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -467,6 +469,7 @@ async def test_the_container_is_stopped_or_removed_meanwhile(engine: DockerEngin
         assert await second.status() == ExecStatus(running=False, exit_code=None, pid=0)
 
 
+@pytest.mark.deep
 async def test_a_dead_engine_is_no_end(box: str, engine_proxy: EngineProxy) -> None:
     async with connected_to(engine_proxy.url, timeout=3) as engine:
         for fault in (engine_proxy.faults.drop, engine_proxy.faults.hang):
@@ -479,6 +482,7 @@ async def test_a_dead_engine_is_no_end(box: str, engine_proxy: EngineProxy) -> N
                 assert (await session.status()).exit_code == 0
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("path", ["/containers/.*/exec", "/exec/.*/start"])
 async def test_a_start_that_fails_hangs_or_is_dropped(box: str, engine_proxy: EngineProxy, path: str) -> None:
     async with connected_to(engine_proxy.url, timeout=2) as engine:

@@ -14,6 +14,7 @@ from tests.engine.own_daemons import OwnDaemons, own
 from tests.engine.trees import FILES, Entry, compare, grow_command, image_files, record
 from tests.rig import Rig
 from tests.rig.images import GLIBC
+from tests.selection import deep_except
 
 __all__ = ["own"]
 
@@ -63,6 +64,7 @@ def carry_of(operation: operation_pb2.Operation) -> operation_pb2.OperationStage
     return next(stage for stage in operation.stages if stage.name == "carry")
 
 
+@pytest.mark.deep
 async def test_exchange_carries_everything(own: OwnDaemons, rig: Rig) -> None:
     daemon = await own.start("--layer-carry", "exchange")
     async with Caller(daemon.target) as caller:
@@ -79,6 +81,7 @@ async def test_exchange_carries_everything(own: OwnDaemons, rig: Rig) -> None:
         assert compare(before, await inside(caller, rig)) == ""
 
 
+@pytest.mark.deep
 async def test_copy_carries_everything_and_tells_how_far_it_is(own: OwnDaemons, rig: Rig) -> None:
     daemon = await own.start("--layer-carry", "copy")
     async with Caller(daemon.target) as caller:
@@ -101,6 +104,7 @@ async def test_copy_carries_everything_and_tells_how_far_it_is(own: OwnDaemons, 
         assert compare(before, await inside(caller, rig)) == ""
 
 
+@pytest.mark.deep
 async def test_commit_loses_what_its_plan_says_and_no_more(own: OwnDaemons, rig: Rig) -> None:
     daemon = await own.start("--layer-carry", "commit")
     async with Caller(daemon.target) as caller:
@@ -136,7 +140,7 @@ def _as_committed(before: Mapping[bytes, Entry], after: Mapping[bytes, Entry], s
     assert compare(expected, found) == ""
 
 
-@pytest.mark.parametrize("method", ["exchange", "copy", "commit"])
+@pytest.mark.parametrize("method", deep_except(["exchange"], ["exchange", "copy", "commit"]))
 async def test_a_successor_that_does_not_live_gives_the_old_one_back(own: OwnDaemons, rig: Rig, method: str) -> None:
     # A busy machine takes longer than FAST allows to run the few programs that end it.
     daemon = await own.start("--layer-carry", method, "--settle-period", "2")
@@ -148,7 +152,7 @@ async def test_a_successor_that_does_not_live_gives_the_old_one_back(own: OwnDae
         await _is_as_before(caller, rig, old, before)
 
 
-@pytest.mark.parametrize("method", ["exchange", "copy", "commit"])
+@pytest.mark.parametrize("method", deep_except(["exchange"], ["exchange", "copy", "commit"]))
 async def test_a_start_with_other_cards_carries_the_files_too(own: OwnDaemons, rig: Rig, method: str) -> None:
     daemon = await own.start("--layer-carry", method)
     async with Caller(daemon.target) as caller:
@@ -164,6 +168,7 @@ async def test_a_start_with_other_cards_carries_the_files_too(own: OwnDaemons, r
                 assert compare(before, after) == ""
 
 
+@pytest.mark.deep
 async def test_a_cancel_in_the_midst_of_a_copy_gives_the_old_one_back(own: OwnDaemons, rig: Rig) -> None:
     daemon = await own.start("--layer-carry", "copy")
     async with Caller(daemon.target) as caller:

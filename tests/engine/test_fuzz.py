@@ -28,6 +28,8 @@ from tests.rig import Daemon, Rig
 from tests.rpc.fuzz_requests import CALLS, EXAMPLES, Call, changes, damaged, outcome, requests
 from tests.run_report import OUTCOMES
 
+pytestmark = pytest.mark.deep
+
 # Each example is two requests.
 _EACH = max(1, EXAMPLES // len(CALLS) // 2)
 # A request that changes something costs as much as what it changes, and the pool has to be restored after it.

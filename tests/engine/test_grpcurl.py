@@ -79,6 +79,7 @@ async def _volumes_are_called(grpcurl: Grpcurl, caller: Caller) -> None:
     grpcurl.called.add("VolumeService/AdoptVolume")
 
 
+@pytest.mark.deep
 async def test_every_method_is_called(grpcurl: Grpcurl, caller: Caller) -> None:
     call = grpcurl.call
     spec = {"image": IMAGE, "command": list(IDLE), "gpus": {"count": 1}, "ports": [{"container_port": 80}]}

@@ -116,6 +116,7 @@ SWAP = "mv /m/sub /m/moved && ln -s / /m/sub"
 # -- what a container exchanges --------------------------------------------------------------------------------------
 
 
+@pytest.mark.deep
 async def test_engine_restart_after_a_swap_within_one_container(host: Host, tenant: Caller) -> None:
     mounts = [host.mount("u", "/m"), host.mount("u/sub", "/s")]
     await tenant.create("evil", restart_policy=ALWAYS, mounts=mounts)
@@ -126,6 +127,7 @@ async def test_engine_restart_after_a_swap_within_one_container(host: Host, tena
     assert await tenant.shell("evil", "cat /s/name") == "sub"
 
 
+@pytest.mark.deep
 async def test_engine_restart_after_a_swap_by_another_container(host: Host, tenant: Caller) -> None:
     await tenant.create("victim", restart_policy=ALWAYS, mounts=[host.mount("u/sub", "/s", read_only=True)])
     await tenant.create("helper", mounts=[host.mount("u", "/m")])
@@ -136,6 +138,7 @@ async def test_engine_restart_after_a_swap_by_another_container(host: Host, tena
     assert (await tenant.run("victim", "touch", "/s/new")).code != 0
 
 
+@pytest.mark.deep
 async def test_engine_restart_after_a_folder_is_deleted_and_replaced(host: Host, tenant: Caller) -> None:
     """No bind mount of a folder that is deleted can be made: the container ends, and shows nothing else."""
     mounts = [host.mount("u", "/m"), host.mount("u/sub", "/s")]
@@ -302,6 +305,7 @@ async def test_what_was_removed_outside_gpudock_is_released(host: Host) -> None:
         await caller.delete("user")
 
 
+@pytest.mark.deep
 @pytest.mark.usefixtures("tenant")
 async def test_a_boot_binds_again_what_is_still_allowed(host: Host) -> None:
     """Before the engine starts its containers; what is not bound again has no source, so that it does not start."""
@@ -341,6 +345,7 @@ async def test_a_boot_binds_again_what_is_still_allowed(host: Host) -> None:
         await caller.delete_all()
 
 
+@pytest.mark.deep
 async def test_one_that_an_older_version_made_is_reported_and_replaced(host: Host, tenant: Caller) -> None:
     """Its bind has the host path itself as the source."""
     made = await tenant.create("old", mounts=[host.mount("u/sub", "/s")])

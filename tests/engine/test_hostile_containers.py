@@ -17,6 +17,8 @@ from tests.rig import CUDA_LIKE
 
 __all__ = ["own"]
 
+pytestmark = pytest.mark.deep
+
 # The engine writes holes out as zeros, three terabytes of them, and leaves out what it cannot reach by path.
 _REFUSED_COMMITS = {"sparse": "DISK_FULL", "deep": "LAYER_CARRY_FAILED", "long names": "LAYER_CARRY_FAILED"}
 

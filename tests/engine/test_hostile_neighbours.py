@@ -23,6 +23,8 @@ from tests.rig.patience import PATIENCE
 
 __all__ = ["own"]
 
+pytestmark = pytest.mark.deep
+
 MIB = 1 << 20
 # With the paths of all folders in it, the daemon grew by 4 GiB at its peak, and others waited for 5.4 s.
 _MOST_GROWTH = 150 * MIB

@@ -25,6 +25,8 @@ from tests.engine.test_snapshots import IMAGE_ID, UID, Place, _container, _key, 
 from tests.engine.test_stalls import Folders
 from tests.engine.trees import plant_layers
 
+pytestmark = pytest.mark.deep
+
 # The address space of the child is limited in proportion; with the paths of all folders in memory, "deep" took 4 GB.
 LIMITS = Limits(entries=2000, depth=1500, name_characters=300_000)
 

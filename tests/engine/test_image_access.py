@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import pytest_asyncio
 from gpudock.v1 import container_pb2, container_service_pb2, registry_auth_pb2
 
@@ -51,6 +52,7 @@ async def test_without_the_setting_an_image_on_the_node_serves_all(own: OwnDaemo
         await made(caller, "bob", private)
 
 
+@pytest.mark.deep
 async def test_the_registry_is_asked_again_for_another_owner(own: OwnDaemons, rig: Rig, private: str) -> None:
     daemon = await own.start("--verify-image-access", "true")
     async with Caller(daemon.target) as caller:

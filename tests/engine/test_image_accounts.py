@@ -21,6 +21,7 @@ from gpudock_server.adapters.layers.store import OverlayLayerStore
 from tests.calls import IMAGE, Caller, clone_request, failure, progress_of, update_request
 from tests.rig import HttpStatusError, Rig
 from tests.rig.images import tar_of
+from tests.selection import deep_except
 
 MORE = b"more:x:7:7::/:/bin/sh\n"
 # The files of a layer above the image's own. A `.wh.` file deletes what lies below it, `.wh..wh..opq` all of a folder.
@@ -129,7 +130,7 @@ def _starts(rig: Rig, image: str, user: str) -> bool:
         rig.engine.call("DELETE", f"/containers/{container}", query={"force": "1"})
 
 
-@pytest.mark.parametrize("files", LAYERS.values(), ids=LAYERS.keys())
+@pytest.mark.parametrize("files", deep_except([LAYERS["files replaced"]], LAYERS.values()), ids=LAYERS.keys())
 async def test_the_verdict_is_the_engines(
     rig: Rig, engine: DockerEngine, layers: OverlayLayerStore, made: list[str], files: dict[str, bytes]
 ) -> None:

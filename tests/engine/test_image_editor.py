@@ -92,6 +92,7 @@ async def inside(engine: DockerEngine, rig: Rig, image: str) -> dict[bytes, Entr
     return tree
 
 
+@pytest.mark.deep
 async def test_the_one_layer_shows_what_the_many_did(engine: DockerEngine, rig: Rig) -> None:
     deep = await layered(engine, rig)
     base = await shown(engine, BASE)
@@ -167,6 +168,7 @@ def config(rig: Rig, image: str) -> dict[str, Any]:
     return answer
 
 
+@pytest.mark.deep
 @pytest.mark.timeout(600)
 async def test_where_the_engine_gives_up_a_squash_goes_on(engine: DockerEngine, rig: Rig) -> None:
     image = base = await shown(engine, IMAGE)

@@ -24,6 +24,7 @@ from gpudock.v1 import (
 from tests.calls import Caller, failure, progress_of, result_of, scale_request
 from tests.engine.own_daemons import OwnDaemons, bound, own, until
 from tests.rig import EngineProxy, FakeGpus, Rig
+from tests.selection import deep_except
 
 __all__ = ["own"]
 
@@ -94,6 +95,7 @@ async def test_another_node_is_named_with_its_address(own: OwnDaemons) -> None:
         assert (wrong.metadata["node"], wrong.metadata["address"]) == (f"{own.node}-2", "gpu2:50051")
 
 
+@pytest.mark.deep
 async def test_the_node_while_the_engine_is_away(own: OwnDaemons, engine_proxy: EngineProxy) -> None:
     daemon = await own.start("--engine-timeout", "30", docker_host=engine_proxy.url)
     async with Caller(daemon.target) as caller:
@@ -224,7 +226,7 @@ async def test_a_held_card_that_fails_is_replaced_by_the_next_scale(sick: Caller
     assert len(after.status.gpu_uuids) == 2
 
 
-@pytest.mark.parametrize("lost", [True, False], ids=["lost", "unhealthy"])
+@pytest.mark.parametrize("lost", deep_except([True], [True, False]), ids=["lost", "unhealthy"])
 async def test_what_needs_no_new_process_leaves_a_failed_card_where_it_is(
     sick: Caller, ailing: FakeGpus, *, lost: bool
 ) -> None:

@@ -111,6 +111,7 @@ def _check_inside(rig: Rig, container: EngineContainer, before: dict[bytes, Entr
     _stop(rig, container)
 
 
+@pytest.mark.deep
 async def test_exchange_and_copy_carry_twenty_thousand_files_unchanged(rig: Rig) -> None:
     with _grown(rig, 20_000) as (first, before):
         assert len(before) > 20_000
@@ -148,6 +149,7 @@ async def test_a_repeated_copy_is_equal_too(rig: Rig) -> None:
         _check_inside(rig, new, before)
 
 
+@pytest.mark.deep
 async def test_a_commit_loses_what_its_plan_says_and_no_more(rig: Rig) -> None:
     with _grown(rig, SMALL) as (old, before):
         plan = await _store(rig, CarryMethod.COMMIT).plan(old)
@@ -413,6 +415,7 @@ async def test_a_cancelled_copy_leaves_no_process_and_can_be_repeated(tmp_path: 
     assert compare(record(pair.old_path), record(pair.new_path)) == ""
 
 
+@pytest.mark.deep
 async def test_a_copy_of_a_killed_daemon_ends_with_it_and_can_be_repeated(tmp_path: Path, pair: LayerPair) -> None:
     _grow_heavy(pair)
     daemon = _elsewhere(_copies_and_says_so, tmp_path, pair)

@@ -92,6 +92,7 @@ async def test_the_node_of_a_dead_process_is_taken_over_at_once(
     await lease.close()
 
 
+@pytest.mark.deep
 async def test_the_node_of_a_living_or_unknown_process_is_waited_for(connection: EtcdConnection, prefix: str) -> None:
     # The process that started this one lives; one of another boot or host cannot be looked at.
     parent = identify(os.getppid())

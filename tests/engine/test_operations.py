@@ -17,6 +17,7 @@ from tests.calls import Caller, failure, progress_of, result_of, scale_request
 from tests.engine.own_daemons import OwnDaemons, own, until
 from tests.faults.invariants import LOOK, PLANT, absent, sound
 from tests.rig import Daemon, EngineProxy, Rig
+from tests.selection import deep_except
 
 __all__ = ["own"]
 
@@ -181,7 +182,7 @@ async def test_who_attaches_sees_what_the_first_one_sees(behind: Caller, engine_
 # -- cancelling ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["create", "stop", "start", "verify"])
+@pytest.mark.parametrize("stage", deep_except(["start"], ["create", "stop", "start", "verify"]))
 async def test_a_scale_is_cancelled(behind: Caller, engine_proxy: EngineProxy, rig: Rig, stage: str) -> None:
     before = await behind.create("kept", 2, ports=[container_pb2.PortRequest(container_port=80)])
     await behind.shell("kept", PLANT)
@@ -206,6 +207,7 @@ async def test_a_scale_is_cancelled(behind: Caller, engine_proxy: EngineProxy, r
     assert (await cancel(behind, operation_id)).state == CANCELLED, "also when it is over"
 
 
+@pytest.mark.deep
 async def test_what_the_engine_stops_already_is_started_again_only_when_it_has_ended(caller: Caller, rig: Rig) -> None:
     # As PID 1 it does not hear SIGTERM. A stop that has begun goes on in the engine, whoever hangs up.
     spec = {"command": ["sleep", "infinity"], "stop_timeout": duration_pb2.Duration(seconds=2)}
@@ -395,6 +397,7 @@ async def _everything(caller: Caller, rig: Rig) -> object:
     return containers, await caller.holders(), engine, len(await listed(caller))
 
 
+@pytest.mark.deep
 async def test_a_slow_watcher_costs_nothing_and_sees_the_end(own: OwnDaemons, rig: Rig) -> None:
     daemon: Daemon = await own.start("--layer-carry", "copy")
     assert rig.engine.answers()

@@ -87,6 +87,7 @@ def test_a_program_whose_daemon_dies_as_it_is_started_does_not_run(tmp_path: Pat
     assert not left, "it runs on, and changes what the next daemon looks at"
 
 
+@pytest.mark.deep
 def test_a_job_on_a_tree_ends_with_its_daemon(tmp_path: Path) -> None:
     large = tmp_path / "large"
     with large.open("wb") as file:

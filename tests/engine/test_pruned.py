@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 from gpudock.v1 import container_pb2, container_service_pb2
 
 from tests.calls import Caller, failure, result_of
@@ -103,6 +104,7 @@ async def test_the_image_is_pulled_again_and_must_be_the_same(own: OwnDaemons, r
         rig.engine.call("DELETE", f"/images/{image}?force=1")
 
 
+@pytest.mark.deep
 async def test_files_are_kept_when_a_container_is_stopped(own: OwnDaemons, rig: Rig) -> None:
     daemon = await own.start("--snapshot-on-stop", "true")
     async with Caller(daemon.target) as caller:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import pytest
 import pytest_asyncio
 from gpudock.v1 import container_pb2
 from gpudock_server.adapters.etcd import EtcdAddress, EtcdConnection, EtcdStore
@@ -207,6 +208,7 @@ async def test_a_claim_whose_holder_is_gone_is_released(quick: Caller, own: OwnD
     assert list((await quick.holders()).values()).count("holds") == 7
 
 
+@pytest.mark.deep
 async def test_an_engine_that_does_not_answer_changes_nothing(own: OwnDaemons, engine_proxy: EngineProxy) -> None:
     # A busy machine may need a second for a start that nothing hinders.
     daemon = await own.start(*QUICK, "--engine-timeout", "2.5", docker_host=engine_proxy.url)

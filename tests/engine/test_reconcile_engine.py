@@ -18,6 +18,8 @@ from tests.engine.drift import act, drift, inspect, logged
 from tests.engine.own_daemons import until, until_state
 from tests.rig import Daemon, Rig
 
+pytestmark = pytest.mark.deep
+
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING
 EXITED = container_pb2.CONTAINER_STATE_EXITED
 STOPPED = container_pb2.CONTAINER_STATE_STOPPED

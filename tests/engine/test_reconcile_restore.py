@@ -21,6 +21,8 @@ from tests.rig import Daemon, Rig
 
 __all__ = ["own"]
 
+pytestmark = pytest.mark.deep
+
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING
 STOPPED = container_pb2.CONTAINER_STATE_STOPPED
 FAILED = container_pb2.CONTAINER_STATE_FAILED

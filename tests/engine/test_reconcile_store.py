@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import grpc
+import pytest
 import pytest_asyncio
 from gpudock.v1 import container_pb2, container_service_pb2
 from gpudock_server.adapters.etcd.values import encode
@@ -46,6 +47,7 @@ async def state(own: OwnDaemons, rig: Rig) -> AsyncIterator[State]:
         yield state
 
 
+@pytest.mark.deep
 async def test_claims_that_were_deleted_are_made_again(quick: Caller, state: State) -> None:
     made = await quick.create("keeps", 3, ports=[PORT])
     claims = (await state.store.claims(HOST)).claims
@@ -62,6 +64,7 @@ async def test_claims_that_were_deleted_are_made_again(quick: Caller, state: Sta
     assert (await quick.scale("keeps", 4)).status.state == RUNNING
 
 
+@pytest.mark.deep
 async def test_a_claim_that_another_has_is_a_conflict(quick: Caller, state: State) -> None:
     one = await quick.create("one", 1)
     other = await quick.create("other", 1)
@@ -138,6 +141,7 @@ async def test_a_record_that_cannot_be_read_hides_no_other(own: OwnDaemons, stat
         assert "Traceback" not in daemon.log_text, daemon.log_text
 
 
+@pytest.mark.deep
 async def test_a_record_that_was_deleted_is_written_again(quick: Caller, state: State) -> None:
     made = await quick.create("again", 2, ports=[PORT], env={"A": "b"}, cpus=0.5)
     scaled = await quick.scale("again", 3)
@@ -164,6 +168,7 @@ async def test_a_record_that_was_deleted_is_written_again(quick: Caller, state: 
     assert await quick.free_gpus() == 8
 
 
+@pytest.mark.deep
 async def test_a_revision_whose_record_was_deleted_is_recorded_again(own: OwnDaemons, state: State) -> None:
     daemon = await own.start(*QUICK)
     async with Caller(daemon.target) as caller:
@@ -186,6 +191,7 @@ async def test_a_revision_whose_record_was_deleted_is_recorded_again(own: OwnDae
         assert await caller.shell("past", "cat /file") == "kept\n"
 
 
+@pytest.mark.deep
 async def test_a_record_is_not_written_again_over_what_another_holds(quick: Caller, state: State) -> None:
     await quick.create("lost", 1)
     claims = (await state.store.claims(HOST)).claims
@@ -241,6 +247,7 @@ async def _interrupted(own: OwnDaemons, kind: str, die_at: int) -> None:
     assert daemon.wait() == -9, daemon.log_text
 
 
+@pytest.mark.deep
 async def test_an_operation_that_lost_its_lock_is_taken_up_all_the_same(own: OwnDaemons, state: State) -> None:
     await _interrupted(own, "SCALE", 5)
     await state.delete(state.keys.lock(TargetKind.CONTAINER, "victim"))
@@ -253,6 +260,7 @@ async def test_an_operation_that_lost_its_lock_is_taken_up_all_the_same(own: Own
         assert "Traceback" not in daemon.log_text, daemon.log_text
 
 
+@pytest.mark.deep
 async def test_an_operation_that_was_deleted_loses_nothing(own: OwnDaemons, state: State) -> None:
     await _interrupted(own, "SCALE", 5)
     (operation,) = await state.store.unfinished(own.node)
@@ -281,6 +289,7 @@ async def test_a_create_whose_operation_was_deleted(own: OwnDaemons, state: Stat
         assert (await caller.create("victim", 1)).status.state == RUNNING
 
 
+@pytest.mark.deep
 async def test_a_head_that_was_deleted_under_its_operation(own: OwnDaemons, state: State) -> None:
     await _interrupted(own, "SCALE", 5)
     await state.delete(state.keys.container("victim"))

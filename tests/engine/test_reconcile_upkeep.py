@@ -13,6 +13,7 @@ from tests.calls import Caller
 from tests.engine.drift import KIND, RETRIED, act, drift, found, inspect, passed, update
 from tests.engine.own_daemons import OwnDaemons, own, until, until_state
 from tests.rig import Rig
+from tests.selection import deep_except
 
 __all__ = ["own"]
 
@@ -46,6 +47,7 @@ async def test_started_by_hand_while_what_it_had_is_free(caller: Caller, rig: Ri
     assert await caller.free_gpus() == 8
 
 
+@pytest.mark.deep
 async def test_started_by_hand_while_another_has_what_it_had(caller: Caller, rig: Rig) -> None:
     made = await caller.create("loses", 8)
     await caller.stop("loses")
@@ -78,6 +80,7 @@ async def test_started_by_hand_while_another_has_what_it_had(caller: Caller, rig
     assert await caller.free_gpus() == 0
 
 
+@pytest.mark.deep
 async def test_renamed(own: OwnDaemons, rig: Rig) -> None:
     daemon = await own.start("--reconcile-interval", "0.5")
     async with Caller(daemon.target) as caller:
@@ -105,7 +108,7 @@ async def test_renamed(own: OwnDaemons, rig: Rig) -> None:
         assert (await caller.scale("known", 1)).status.state == RUNNING
 
 
-@pytest.mark.parametrize("to", ["always", "no"])
+@pytest.mark.parametrize("to", deep_except(["no"], ["always", "no"]))
 async def test_a_restart_policy_that_docker_update_changed(quick: Caller, rig: Rig, to: str) -> None:
     """Of one that runs, and of one that does not: the engine would bring back either with cards that others have."""
     kept = container_pb2.RestartPolicy(policy=container_pb2.RESTART_POLICY_KIND_ALWAYS)

@@ -14,6 +14,7 @@ from tests.calls import Caller, failure
 from tests.engine.drift import inspect
 from tests.engine.own_daemons import OwnDaemons, own, until
 from tests.rig import Rig
+from tests.selection import deep_except
 
 __all__ = ["own"]
 
@@ -42,7 +43,7 @@ async def attentive(own: OwnDaemons) -> AsyncIterator[Caller]:
 # -- processes that end at once --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("delay", ["", "sleep 0.03;", "sleep 0.1;"])
+@pytest.mark.parametrize("delay", deep_except([""], ["", "sleep 0.03;", "sleep 0.1;"]))
 @pytest.mark.parametrize("code", [0, 3])
 async def test_one_that_ends_at_once_is_exited_whatever_started_it(attentive: Caller, delay: str, code: int) -> None:
     command = sh(f"{delay} exit {code}")
@@ -59,6 +60,7 @@ async def test_one_that_ends_at_once_is_exited_whatever_started_it(attentive: Ca
     assert len(moved.status.gpu_uuids) == 2
 
 
+@pytest.mark.deep
 async def test_without_a_watch_each_start_is_reported_as_running_and_its_end_after_it(caller: Caller) -> None:
     async def ended() -> bool:
         status = (await caller.get("brief")).status
@@ -106,6 +108,7 @@ async def test_without_a_watch_a_crash_loop_is_reported_as_running_and_restartin
         assert not one.status.HasField("exit_code")
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("delay", ["", "sleep 0.1;"])
 async def test_one_that_ends_at_once_does_not_take_the_place_of_one_that_runs(attentive: Caller, delay: str) -> None:
     # It ends at once with two cards or with `BAD`, and else runs.

@@ -77,6 +77,7 @@ async def test_what_did_not_change_is_kept_once(caller: Caller) -> None:
     assert two.snapshot.new_bytes < 4 << 20, "40 MB that did not change are shared with the snapshot before"
 
 
+@pytest.mark.deep
 async def test_a_rollback_takes_no_card_that_another_holds(caller: Caller, rig: Rig) -> None:
     held = list((await caller.create("first", 2)).status.gpu_uuids)
     await caller.scale("first", 0)
@@ -207,6 +208,7 @@ async def test_another_image_needs_a_word_about_the_files(caller: Caller, rig: R
     assert told.reason == "IMAGE_NOT_FOUND"
 
 
+@pytest.mark.deep
 async def test_files_go_along_to_another_image(caller: Caller, rig: Rig) -> None:
     await caller.create("grafted", 1, env={"A": "1"})
     await caller.shell("grafted", PLANT)
@@ -228,6 +230,7 @@ async def test_files_go_along_to_another_image(caller: Caller, rig: Rig) -> None
     assert await caller.shell("grafted", "ls /note /lib64 2>/dev/null || echo neither") == "neither\n"
 
 
+@pytest.mark.deep
 async def test_one_that_has_written_nothing_goes_to_another_image(caller: Caller, rig: Rig) -> None:
     await caller.create("unwritten", 1)
     now = await caller.update("unwritten", image=GLIBC, files=container_service_pb2.FILES_POLICY_CARRY_COMMIT)
@@ -247,6 +250,7 @@ def _engine(rig: Rig, name: str) -> list[dict[str, Any]]:
     return [one for one in found if one["Config"]["Labels"].get("gpudock.name") == name]
 
 
+@pytest.mark.deep
 async def test_a_stopped_one_is_changed_and_stays_stopped(caller: Caller, rig: Rig) -> None:
     await caller.create("asleep", 2, env={"A": "1"})
     await caller.shell("asleep", "echo first > /note")
@@ -267,6 +271,7 @@ async def test_a_stopped_one_is_changed_and_stays_stopped(caller: Caller, rig: R
     await sound(caller, rig, "asleep")
 
 
+@pytest.mark.deep
 async def test_what_the_engine_lost_can_be_brought_back(caller: Caller, rig: Rig) -> None:
     made = await caller.create("lost", 1)
     await caller.shell("lost", "echo precious > /note")
@@ -304,6 +309,7 @@ async def test_deleting_a_revision_and_the_container(caller: Caller, rig: Rig) -
     assert made.uid not in os.listdir(snapshots.parent)  # noqa: PTH208 - likewise
 
 
+@pytest.mark.deep
 async def test_retention_by_count_and_by_age(rig: Rig) -> None:
     daemon = await rig.start_daemon(*FAST, *own_state(), "--reconcile-interval", "0.3", "--keep-revisions", "3")
     try:
@@ -335,6 +341,7 @@ async def test_the_plan_counts_what_is_copied_and_the_room_for_it(caller: Caller
     assert 64 << 20 <= plan.bytes_to_move <= plan.bytes_available
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("carry", ["copy", "commit"])
 async def test_history_with_other_ways_of_carrying(rig: Rig, carry: str) -> None:
     others = layer_images(rig)

@@ -91,6 +91,7 @@ async def test_snapshot_dir_and_snapshot_policy(own: OwnDaemons) -> None:
     assert not [path for path in folder.rglob("*") if path.is_file()], "deleted with the container"
 
 
+@pytest.mark.deep
 async def test_snapshot_max_entries_lets_a_change_of_a_larger_layer_go_on_without_a_snapshot(own: OwnDaemons) -> None:
     daemon = await own.start("--snapshot-max-entries", "1000")
     async with Caller(daemon.target) as caller:
@@ -110,6 +111,7 @@ async def test_snapshot_max_entries_lets_a_change_of_a_larger_layer_go_on_withou
         await caller.delete("large")
 
 
+@pytest.mark.deep
 async def test_keep_revisions_for_prunes_what_was_replaced_long_enough_ago(own: OwnDaemons) -> None:
     daemon = await own.start("--keep-revisions-for", "1", "--reconcile-interval", "0.5")
     async with Caller(daemon.target) as caller:
@@ -219,6 +221,7 @@ def _freeze_child(daemon: Daemon, word: bytes, seconds: float = 60) -> None:
     raise AssertionError(f"no child of the daemon has {word!r} in its command line")
 
 
+@pytest.mark.deep
 @pytest.mark.timeout(300)
 async def test_stall_timeout_ends_what_makes_no_progress(own: OwnDaemons) -> None:
     """Of a snapshot, of a layer that is copied, and of a volume that is copied. By default it would be 120 s."""
@@ -306,6 +309,7 @@ class SecureEtcd:
         self.ctl("auth", "enable")
 
 
+@pytest.mark.deep
 async def test_etcd_is_reached_with_a_certificate_and_a_password(own: OwnDaemons, tmp_path: Path) -> None:
     etcd = SecureEtcd(own.rig, tmp_path)
     await asyncio.to_thread(etcd.start)
@@ -337,6 +341,7 @@ async def test_etcd_is_reached_with_a_certificate_and_a_password(own: OwnDaemons
 # -- the engine by TLS -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.deep
 async def test_the_engine_is_reached_by_tls(tmp_path: Path) -> None:
     """Dockerd's own TLS, on a rig of its own whose engine listens on TCP besides."""
     authority, address = Authority(tmp_path), "tcp://127.0.0.1:2376"

@@ -103,7 +103,7 @@ def _mounted(folder: Path, kind: str, megabytes: int) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(mount)], check=True)
 
 
-@pytest.fixture(params=["disk", "xfs"])
+@pytest.fixture(params=["disk", pytest.param("xfs", marks=pytest.mark.deep)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     """On the disk of the tests, and on an XFS, which shares extents."""
     if request.param == "disk":
@@ -198,6 +198,7 @@ async def _until_trusted(path: Path) -> None:
     probe.unlink()
 
 
+@pytest.mark.deep
 async def test_every_step_may_be_repeated_and_resumed_by_another_daemon(place: Place) -> None:
     _grow_layer(place.layers[0])
     key, operation_id = _key(3), new_operation_id()
@@ -235,6 +236,7 @@ async def test_every_step_may_be_repeated_and_resumed_by_another_daemon(place: P
     assert (await place.store.find(), await place.store.partials()) == ((), ())
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("spoil", ["no index", "torn index"])
 async def test_a_partial_without_a_whole_index_is_started_over(tmp_path: Path, spoil: str) -> None:
     place = Place(tmp_path)
@@ -371,6 +373,7 @@ async def test_a_layer_that_is_not_to_be_seen_is_not_kept_as_a_tree(tmp_path: Pa
         await place.store.plan(shown, None)
 
 
+@pytest.mark.deep
 async def test_a_filesystem_that_copies_in_its_own_way_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(*_args: object) -> int:
         raise OSError(18, "Invalid cross-device link")

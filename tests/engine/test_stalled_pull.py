@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 import pytest_asyncio
 from google.protobuf.duration_pb2 import Duration
 from gpudock.v1 import container_pb2, container_service_pb2, node_service_pb2, operation_pb2, operation_service_pb2
@@ -58,6 +59,7 @@ async def operation(caller: Caller, operation_id: str) -> operation_pb2.Operatio
     return (await caller.operations.GetOperation(request, timeout=ANSWERED_WITHIN)).operation
 
 
+@pytest.mark.deep
 async def test_a_stop_leaves_a_pull_at_once(own: OwnDaemons, stalled: str, tmp_path: Path) -> None:
     daemon = await own.start("--shutdown-grace", HOURS, "--pull-stall-timeout", HOURS)
     async with Caller(daemon.target) as caller:
@@ -75,6 +77,7 @@ async def test_a_stop_leaves_a_pull_at_once(own: OwnDaemons, stalled: str, tmp_p
         assert (await caller.get("box")).status.state == container_pb2.CONTAINER_STATE_STOPPED
 
 
+@pytest.mark.deep
 async def test_a_restart_serves_while_a_pull_is_stuck(own: OwnDaemons, stalled: str, tmp_path: Path) -> None:
     daemon = await own.start("--pull-stall-timeout", HOURS)
     async with Caller(daemon.target) as caller:
@@ -134,6 +137,7 @@ async def test_a_pull_without_progress_fails(own: OwnDaemons, stalled: str) -> N
         assert "no progress for 0.5 s" in updated.metadata["detail"]
 
 
+@pytest.mark.deep
 async def test_while_it_recovers_reads_are_answered_and_changes_are_not(
     own: OwnDaemons, rig: Rig, stalled: str
 ) -> None:

@@ -20,6 +20,8 @@ from gpudock_server.model.volume import VolumeBackendKind, VolumeBacking
 
 from tests.rig.patience import PATIENCE
 
+pytestmark = pytest.mark.deep
+
 MIB = 1 << 20
 
 

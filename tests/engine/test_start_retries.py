@@ -21,6 +21,8 @@ from tests.engine.own_daemons import until, until_state
 from tests.rig import FakeGpus, Rig
 from tests.rig.http_unix import HttpStatusError
 
+pytestmark = pytest.mark.deep
+
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING
 EXITED = container_pb2.CONTAINER_STATE_EXITED
 STOPPED = container_pb2.CONTAINER_STATE_STOPPED

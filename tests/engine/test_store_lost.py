@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import grpc
+import pytest
 from gpudock.v1 import container_pb2, volume_pb2
 from gpudock_server.adapters.etcd.values import encode
 from gpudock_server.model.volume import VolumeBacking
@@ -17,6 +18,8 @@ from tests.engine.own_daemons import OwnDaemons, own
 from tests.rig import Rig
 
 __all__ = ["losing", "own"]
+
+pytestmark = pytest.mark.deep
 
 MIB = 1 << 20
 SIZE = 320 * MIB

@@ -18,6 +18,8 @@ from tests.rig import Rig
 
 __all__ = ["losing", "own"]
 
+pytestmark = pytest.mark.deep
+
 # The second engine container of a scale has been created, and the first one still runs.
 CREATED = "5"
 PORT = container_pb2.PortRequest(container_port=80)

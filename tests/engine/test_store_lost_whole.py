@@ -20,6 +20,8 @@ from tests.rig.errors import RigError
 
 __all__ = ["losing", "own"]
 
+pytestmark = pytest.mark.deep
+
 SIZE = 320 << 20
 LOOP = volume_pb2.VOLUME_BACKEND_LOOP
 FAILED = container_pb2.CONTAINER_STATE_FAILED

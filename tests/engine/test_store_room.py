@@ -78,6 +78,7 @@ async def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     await etcd.close()
 
 
+@pytest.mark.deep
 async def test_history_is_compacted_and_the_file_defragmented_by_size(small: tuple[EtcdStore, Ballast]) -> None:
     store, ballast = small
     await store.apply(_big("kept"))
@@ -125,6 +126,7 @@ async def test_where_data_reach_the_quota_only_what_frees_begins(small: tuple[Et
     await store.apply([PutOperation(operation("op-new", kind=OperationKind.UPDATE), expect=0)])
 
 
+@pytest.mark.deep
 async def test_room_that_others_deletions_give_is_found(small: tuple[EtcdStore, Ballast]) -> None:
     """A deletion makes no growth, which is what history is compacted by, and nothing of this daemon asks for room."""
     store, ballast = small

@@ -6,9 +6,13 @@ import asyncio
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.engine.own_daemons import OwnDaemons, own
 
 __all__ = ["own"]
+
+pytestmark = pytest.mark.deep
 
 ADDRESS = "127.0.0.1:38054"
 MIB = 1 << 20

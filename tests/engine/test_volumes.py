@@ -69,6 +69,7 @@ async def test_the_size_holds_inside(caller: Caller) -> None:
     assert refused.metadata["holders"] == "one,two"
 
 
+@pytest.mark.deep
 async def test_growing_under_a_writer_loses_nothing(caller: Caller) -> None:
     await caller.create_volume("data", SIZE)
     await caller.create("writer", mounts=[mount("data")], command=["sh", "-c", WRITER])
@@ -136,6 +137,7 @@ async def test_shrinking_under_running_containers(caller: Caller) -> None:
     assert [one.cause for one in await revisions_of(caller, "data")][-1] == volume_pb2.VOLUME_REVISION_CAUSE_SHRUNK
 
 
+@pytest.mark.deep
 async def test_cancelling_a_shrink_leaves_the_old_one(caller: Caller) -> None:
     await caller.create_volume("data", 2 * SIZE)
     await caller.create("one", mounts=[mount("data")])
@@ -244,6 +246,7 @@ async def test_force_takes_nothing_from_strangers(caller: Caller, clean_engine: 
     await caller.delete_volume("data", force=True)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("force", [False, True])
 async def test_a_deletion_and_a_mount_at_once(caller: Caller, *, force: bool) -> None:
     """One of them is refused; no container is ever without a volume that its spec names."""
@@ -323,6 +326,7 @@ print(open("file").read())
 """
 
 
+@pytest.mark.deep
 @pytest.mark.usefixtures("detached")
 async def test_a_volume_with_deep_folders_is_shrunk_by_copy(own: OwnDaemons) -> None:
     daemon = await own.start("--volume-backend", "loop", "--volume-filesystem", "xfs")
@@ -340,6 +344,7 @@ async def test_a_volume_with_deep_folders_is_shrunk_by_copy(own: OwnDaemons) -> 
         await caller.delete_all()
 
 
+@pytest.mark.deep
 @pytest.mark.usefixtures("detached")
 async def test_loops_come_back_after_a_reboot(own: OwnDaemons) -> None:
     daemon = await own.start("--volume-backend", "loop")

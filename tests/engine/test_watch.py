@@ -174,6 +174,7 @@ async def test_the_client_goes_on_by_itself(own: OwnDaemons, rig: Rig) -> None:
     ]
 
 
+@pytest.mark.deep
 async def test_an_etcd_that_is_killed_in_the_middle_is_not_noticed(own: OwnDaemons, own_etcd: EmbeddedEtcd) -> None:
     endpoint = own_etcd.address.endpoints[0]
     daemon = await own.start("--store-timeout", "10", etcd_endpoints=endpoint)
@@ -240,6 +241,7 @@ async def test_checkpoints_come_when_nothing_else_does(own: OwnDaemons, rig: Rig
         watcher.call.cancel()
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("filtered", [False, True])
 async def test_fifty_watchers_see_each_of_two_hundred_changes_once(
     own: OwnDaemons, rig: Rig, *, filtered: bool
@@ -272,6 +274,7 @@ async def test_fifty_watchers_see_each_of_two_hundred_changes_once(
             watcher.call.cancel()
 
 
+@pytest.mark.deep
 async def test_a_slow_reader_costs_no_memory_and_loses_nothing(own: OwnDaemons, rig: Rig) -> None:
     daemon = await own.start()
     async with Caller(daemon.target) as caller, writing(rig.etcd.endpoint, own.prefix) as writer:
@@ -315,6 +318,7 @@ async def test_a_daemon_that_stops_says_so(own: OwnDaemons) -> None:
     assert "Traceback" not in daemon.log_text
 
 
+@pytest.mark.deep
 async def test_who_hangs_up_leaves_nothing_behind(own: OwnDaemons, rig: Rig) -> None:
     daemon = await own.start()
     async with Caller(daemon.target) as caller, writing(rig.etcd.endpoint, own.prefix) as writer:

@@ -1,7 +1,7 @@
 """Kills daemons at the moments of operations (see `mortal`), and says which there were and which were tried.
 
-What is to be done, and what must be true afterwards, is a `Saga`. How it is killed is a method of `Killing`: at every
-moment of its way forward, at those of its undoing, and a second time while the next daemon recovers.
+What is to be done, and what must be true afterwards, is a `Saga`. How it is killed is a method of `Killing`: at one
+moment of its way forward, at every one, at those of its undoing, and a second time while the next daemon recovers.
 
 Every daemon that survives prints all the moments that there were. Of these some are drawn, by a seed that the run's
 report shows and GPUDOCK_MOMENTS_SEED sets; GPUDOCK_ALL_MOMENTS=1 has every one tried.
@@ -174,13 +174,23 @@ class Killing:
 
     # -- ways to be killed -------------------------------------------------------------------------------------------
 
+    async def one_moment(self, saga: Saga) -> None:
+        """At one moment of its way forward, between two calls or during one."""
+        log = await self._forward(saga)
+        died = None
+        for _ in range(_MOST_DRAWN_AGAIN):
+            # What survives had fewer moments than the one before, as an operation may have that is repeated.
+            died = await self._once(saga, self._random.choice(self._log.moments).number)
+            if died is not None:
+                break
+        await self._checked(saga, "")
+        assert died is not None
+        self._tell(saga.kind, log.moments, [died], least(log.stages))
+
     async def every_moment(self, saga: Saga) -> None:
         """At moments of its way forward, between calls and during them."""
-        assert await self._once(saga, "") is None
-        log, tried = self._log, []
+        log, tried = await self._forward(saga), []
         known = list(log.moments)
-        lacking = missing(log.stages, log.between) + missing_in_the_midst(log.moments)
-        assert not lacking, (lacking, log.stages, log.moments)
         for moment in (*self._drawn(log.between, _DRAWN_BETWEEN), *self._drawn(log.during, _DRAWN_DURING)):
             died = await self._once(saga, moment.number)
             tried += [died] if died else []
@@ -239,6 +249,14 @@ class Killing:
         await self._checked(saga, "")
         assert tried
         self._tell(saga.kind, list(known.values()), tried, 1)
+
+    async def _forward(self, saga: Saga) -> Log:
+        """What a daemon that survives prints of the operation; it must have all the moments that it should have."""
+        assert await self._once(saga, "") is None
+        log = self._log
+        lacking = missing(log.stages, log.between) + missing_in_the_midst(log.moments)
+        assert not lacking, (lacking, log.stages, log.moments)
+        return log
 
     # -- one life ----------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,8 @@ from tests.conftest import FAST, own_state
 from tests.faults.invariants import LOOK, PLANT, absent, sound
 from tests.rig import Daemon, EngineProxy, Fault, Rig
 
+pytestmark = pytest.mark.deep
+
 _PORT = container_pb2.PortRequest(container_port=80)
 # What a commit needs on its way, by the names of its images.
 _PASSING = ("gpudock/raw:", "gpudock/commit:")

@@ -62,6 +62,7 @@ async def _done(call: Awaitable[object]) -> bool:
     return True
 
 
+@pytest.mark.deep
 async def test_what_a_change_writes(own: OwnDaemons, ballast: Ballast, small_etcd: Etcd) -> None:
     daemon = await own.start("--keep-revisions", "2", etcd_endpoints=small_etcd.endpoint)
     async with Caller(daemon.target) as caller:
@@ -116,6 +117,7 @@ async def test_a_caller_in_flight_when_it_fills(own: OwnDaemons, ballast: Ballas
         assert "Traceback" not in daemon.log_text, daemon.log_text
 
 
+@pytest.mark.deep
 async def test_a_daemon_starts_on_a_full_cluster(own: OwnDaemons, ballast: Ballast, small_etcd: Etcd) -> None:
     daemon = await own.start(etcd_endpoints=small_etcd.endpoint)
     async with Caller(daemon.target) as caller:
@@ -137,6 +139,7 @@ async def test_a_daemon_starts_on_a_full_cluster(own: OwnDaemons, ballast: Balla
     assert "Traceback" not in daemon.log_text, daemon.log_text
 
 
+@pytest.mark.deep
 async def test_a_full_store_of_its_own_mends_itself(own: OwnDaemons) -> None:
     # Room is made while the call waits, which on a busy machine takes a while.
     flags = ("--etcd-quota", str(_QUOTA), "--store-timeout", "15")

@@ -15,6 +15,8 @@ from tests.rig import Daemon, EngineProxy
 
 __all__ = ["own"]
 
+pytestmark = pytest.mark.deep
+
 _TIMEOUT = ("--engine-timeout", "2")
 
 

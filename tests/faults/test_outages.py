@@ -21,6 +21,8 @@ from tests.conftest import FAST, own_state
 from tests.faults.invariants import LOOK, PLANT, sound
 from tests.rig import Daemon, EngineProxy, Rig
 
+pytestmark = pytest.mark.deep
+
 _OUTAGE_SECONDS = float(os.environ.get("GPUDOCK_TEST_OUTAGE_SECONDS", "8"))
 _BACK_SECONDS = 60.0
 _PORT = container_pb2.PortRequest(container_port=80)

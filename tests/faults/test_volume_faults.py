@@ -23,6 +23,8 @@ from tests.rig import Rig
 
 __all__ = ["own"]
 
+pytestmark = pytest.mark.deep
+
 MIB = 1 << 20
 SIZE = 320 * MIB
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING

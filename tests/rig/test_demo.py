@@ -8,9 +8,13 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 from tests.rig import remains
 from tests.rig.demo.shell import Shown
 from tests.rig.rig import REPOSITORY
+
+pytestmark = pytest.mark.deep
 
 _DEADLINE_S = 240.0
 _DEMO = (sys.executable, "-m", "tests.rig.demo")

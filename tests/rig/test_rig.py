@@ -19,6 +19,8 @@ from tests.rig.check import run_container
 from tests.rig.gpus import FakeGpus
 from tests.rig.rig import REPOSITORY
 
+pytestmark = pytest.mark.deep
+
 HEALTHY_DAEMON = """
 import argparse, concurrent.futures, grpc, os, sys
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc

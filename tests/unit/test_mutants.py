@@ -17,6 +17,8 @@ from tests.mutants.__main__ import ROOT
 from tests.mutants.report import Verdict, forget, read_mutants, write_report
 from tests.mutants.source import without_decorators
 
+pytestmark = pytest.mark.deep
+
 CODE = """
 class A:
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -98,3 +99,90 @@ def test_the_moments_at_which_daemons_were_killed_are_counted_and_listed(
     assert first.startswith("PAUSE")
     assert "test_it[pause]" in first
     assert listed == ["           one", "    tried  two"]
+
+
+# The tests of a run that meets all of the contract but what it is told to leave out.
+_MEETS = """
+import pytest
+from tests import contract
+from tests.contract import MET
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_it(request, half):
+    MET.rpcs.update(sorted(contract.RPCS - LEFT_OUT)[half::2])
+    MET.reasons.update(sorted(contract.REASONS - contract.NOT_PROVOKED.keys() - LEFT_OUT)[half::2])
+    MET.reasons.update(ALSO)
+
+@pytest.mark.parametrize("kind", sorted(contract.KINDS - LEFT_OUT))
+def test_kill(request, kind):
+    report = dict(seed="abc", kind=kind, known=["one"], tried=["one"], least=1, seconds=1)
+    request.node.user_properties.append(("moments", report))
+
+@pytest.mark.deep
+def test_deep(): pass
+"""
+
+
+def _everyday(
+    folder: Path, *words: str, left_out: str = "", also: str = "", selected: str = "not deep"
+) -> subprocess.CompletedProcess[str]:
+    """Run them as `make test` does: those of the folder that the configuration names."""
+    (folder / "test_it.py").write_text(f"LEFT_OUT, ALSO = {{{left_out!r}}}, set({also.split()}){_MEETS}")
+    (folder / "pytest.ini").write_text("[pytest]\ntestpaths = test_it.py\nmarkers = deep: of make test-deep\n")
+    command = [sys.executable, "-m", "pytest", "-p", "tests.run_report", "-p", "no:cacheprovider", "-m", selected]
+    return subprocess.run(
+        [*command, "-p", "no:hypothesispytest", *words],
+        cwd=folder, env=os.environ | {"PYTHONPATH": str(_REPOSITORY)},
+        check=False, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+@_WORKERS
+def test_an_everyday_run_that_meets_the_contract_passes(tmp_path: Path, workers: tuple[str, ...]) -> None:
+    ended = _everyday(tmp_path, *workers)
+    assert ended.returncode == pytest.ExitCode.OK, ended.stdout + ended.stderr
+    assert "kinds of operations were killed" in ended.stdout
+    assert "problem of the run" not in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("left_out", "problem"),
+    [
+        ("NodeService/ListPorts", "no test has had an answer of NodeService/ListPorts from a daemon"),
+        ("GPU_EXHAUSTED", "no test has seen an error with the reason GPU_EXHAUSTED"),
+        ("ROLLBACK", "no test has killed a daemon during an operation of kind ROLLBACK"),
+    ],
+)
+def test_what_an_everyday_run_does_not_meet_fails_it(tmp_path: Path, left_out: str, problem: str) -> None:
+    ended = _everyday(tmp_path, "--numprocesses", "2", left_out=left_out)
+    assert ended.returncode == pytest.ExitCode.TESTS_FAILED, ended.stdout + ended.stderr
+    assert ended.stdout.count("problem of the run") == 1
+    assert problem in ended.stdout
+
+
+def test_an_excuse_that_is_not_needed_fails_the_run(tmp_path: Path) -> None:
+    ended = _everyday(tmp_path, also="PERMISSION_DENIED")
+    assert ended.returncode == pytest.ExitCode.TESTS_FAILED
+    assert "the reason PERMISSION_DENIED was seen: remove it from NOT_PROVOKED" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "selected"),
+    [((), "deep"), ((), ""), (("-k", "half or kill or it"), "not deep"), (("test_it.py",), "not deep")],
+)
+def test_a_run_of_some_tests_need_not_meet_the_contract(tmp_path: Path, words: tuple[str, ...], selected: str) -> None:
+    ended = _everyday(tmp_path, *words, left_out="ROLLBACK", selected=selected)
+    assert ended.returncode == pytest.ExitCode.OK, ended.stdout + ended.stderr
+    assert "of the contract" not in ended.stdout
+
+
+def test_the_makefile_has_each_test_run_by_one_of_two_commands() -> None:
+    makefile = (_REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    recipes = {
+        target: next(line for line in makefile.partition(f"\n{target}: ")[2].splitlines() if line.startswith("\t"))
+        for target in ("test", "test-deep")
+    }
+    assert recipes == {
+        "test": '\t$(PYTEST) -m "not deep" $(PYTEST_ARGS)',
+        "test-deep": "\t$(PYTEST) -m deep $(PYTEST_ARGS)",
+    }

@@ -11,6 +11,8 @@ import pytest
 
 from tests.rig.rig import REPOSITORY
 
+pytestmark = pytest.mark.deep
+
 SOME = """
 import pytest
 
