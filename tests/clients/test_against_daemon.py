@@ -70,6 +70,7 @@ async def real(shared_daemon: Daemon, caller: Caller) -> AsyncIterator[Client]: 
         yield client
 
 
+@pytest.mark.timeout(600)
 async def test_every_command_does_what_it_says(commands: Commands, rig: Rig) -> None:
     options = ("--gpus", "2", "-p", "8888", "-e", "A=b", "--label", "team=ml", "--memory", "64MiB", "--owner", "me")
     made = await commands.ended("create", "tour", IMAGE, *options, "--", *IDLE)

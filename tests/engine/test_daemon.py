@@ -378,37 +378,54 @@ def _unreachable_for_others(path: Path) -> None:
 # -- health ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.deep
-async def test_health_follows_etcd_and_engine(own: OwnDaemons, engine_proxy: EngineProxy) -> None:
-    daemon = await own.start("--store-timeout", "1", docker_host=engine_proxy.url, etcd_endpoints="")
+class Health:
+    """What a daemon's health service says of each service."""
+
+    def __init__(self, caller: Caller) -> None:
+        self._stub = health_pb2_grpc.HealthStub(caller.channel)
+
+    async def serving(self) -> bool:
+        """Whether all are SERVING."""
+        return await self._all_are(SERVING)
+
+    async def not_serving(self) -> bool:
+        """Whether none is."""
+        return await self._all_are(NOT_SERVING)
+
+    async def _all_are(self, status: int) -> bool:
+        answers = [await self._stub.Check(health_pb2.HealthCheckRequest(service=name)) for name in SERVICES]
+        return all(answer.status == status for answer in answers)
+
+
+async def test_health_follows_etcd(own: OwnDaemons) -> None:
+    daemon = await own.start("--store-timeout", "1", etcd_endpoints="")
     etcd = etcd_of(daemon)
     async with Caller(daemon.target) as caller:
-        health = health_pb2_grpc.HealthStub(caller.channel)
-
-        async def all_are(status: int) -> bool:
-            answers = [await health.Check(health_pb2.HealthCheckRequest(service=name)) for name in SERVICES]
-            return all(answer.status == status for answer in answers)
-
-        async def serving() -> bool:
-            return await all_are(SERVING)
-
-        async def not_serving() -> bool:
-            return await all_are(NOT_SERVING)
-
-        await until(serving)
+        health = Health(caller)
+        await until(health.serving)
         freeze(etcd)
-        await until(not_serving)
+        await until(health.not_serving)
         assert (await failure(caller.create("none"))).reason == "STORE_UNAVAILABLE"
         os.kill(etcd, signal.SIGCONT)
-        await until(serving)
+        await until(health.serving)
+        assert (await caller.create("some")).status.state == RUNNING
+    assert daemon.log_text.count("not serving") < 10, "it says so when it changes"
+
+
+@pytest.mark.deep
+async def test_health_follows_the_engine(own: OwnDaemons, engine_proxy: EngineProxy) -> None:
+    daemon = await own.start(docker_host=engine_proxy.url)
+    async with Caller(daemon.target) as caller:
+        health = Health(caller)
+        await until(health.serving)
         engine_proxy.faults.hang(".*", ".*", times=None)
-        await until(not_serving)
+        await until(health.not_serving)
         engine_proxy.faults.clear()
-        await until(serving)
+        await until(health.serving)
         engine_proxy.faults.drop(".*", ".*", times=None)
-        await until(not_serving)
+        await until(health.not_serving)
         engine_proxy.faults.clear()
-        await until(serving)
+        await until(health.serving)
         assert (await caller.create("some")).status.state == RUNNING
     assert daemon.log_text.count("not serving") < 10, "it says so when it changes"
 

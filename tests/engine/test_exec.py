@@ -224,6 +224,7 @@ async def test_what_looks_like_the_engine_and_is_the_program(box: Caller) -> Non
     assert (result.stdout, result.code, result.message) == (text.encode(), 126, "")
 
 
+@pytest.mark.deep
 async def test_every_byte_arrives_in_order_at_any_pace(box: Caller) -> None:
     """More than 300 MB, each byte compared with what was written; the reader sometimes looks away for a moment.
 
@@ -483,6 +484,7 @@ async def test_a_caller_that_hangs_up_ends_the_session_and_no_other(box: Caller)
     os.kill(survivor, signal.SIGKILL)
 
 
+@pytest.mark.deep
 async def test_a_callers_deadline_is_a_hang_up(box: Caller) -> None:
     number = next(_numbers)
     talk = await Talk(box, "sleep", str(number), deadline=3).begun()

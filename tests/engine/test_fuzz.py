@@ -4,7 +4,7 @@ Every second request is valid and refers to a pool of containers, volumes and op
 validation must not refuse it. Of the others, most differ from a valid one in one field, and the rest are anything. The
 run's summary shows how they ended: requests that never reach a container prove nothing of it.
 
-`GPUDOCK_FUZZ_EXAMPLES=100000 make test PYTEST_ARGS=tests/engine/test_fuzz.py` is the acceptance run.
+`GPUDOCK_FUZZ_EXAMPLES=100000 make test-deep PYTEST_ARGS=tests/engine/test_fuzz.py` is the acceptance run.
 """
 
 from __future__ import annotations

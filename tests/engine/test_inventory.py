@@ -29,6 +29,8 @@ from tests.selection import deep_except
 __all__ = ["own"]
 
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING
+# A card of another node.
+UNKNOWN = "GPU-5f0e2a31-97d4-5c55-b5f3-0d6d7a4f3c11"
 TCP, UDP = port_pb2.PORT_PROTOCOL_TCP, port_pb2.PORT_PROTOCOL_UDP
 
 
@@ -201,6 +203,11 @@ async def test_a_lost_card_and_a_fatal_xid_are_not_handed_out(sick: Caller, aili
         pinned = await failure(_create(caller, spec))
         assert (pinned.code, pinned.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "GPU_UNHEALTHY")
         assert ailing.uuids[index] in pinned.message
+    spec = Caller.spec()
+    spec.gpus.uuids.append(UNKNOWN)
+    unknown = await failure(_create(caller, spec))
+    assert (unknown.code, unknown.reason) == (grpc.StatusCode.NOT_FOUND, "GPU_NOT_FOUND")
+    assert UNKNOWN in unknown.message
     made = await caller.create("rest", 6)
     assert set(made.status.gpu_uuids) == set(ailing.uuids) - {ailing.uuids[0], ailing.uuids[5]}
     assert (await node_of(caller)).free_gpus == 0

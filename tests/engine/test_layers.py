@@ -402,6 +402,7 @@ async def _copying(store: OverlayLayerStore, pair: LayerPair) -> asyncio.Task[No
     return task
 
 
+@pytest.mark.deep
 async def test_a_cancelled_copy_leaves_no_process_and_can_be_repeated(tmp_path: Path, pair: LayerPair) -> None:
     _grow_heavy(pair)
     store = _planted(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from gpudock.v1 import container_pb2
 
 from tests.calls import Caller
@@ -20,6 +21,7 @@ HOG = ("tail", "-c", "200000000", "/dev/zero")
 STUBBORN = ("sh", "-c", "trap '' TERM; while :; do sleep 1 & wait $!; done")
 
 
+@pytest.mark.deep
 async def test_a_child_that_is_killed_for_memory_is_not_the_container(caller: Caller, rig: Rig) -> None:
     made = await caller.create("host", command=STUBBORN, memory_bytes=LIMIT)
     hog = await caller.run("host", *HOG)

@@ -12,7 +12,7 @@ import grpc
 import pytest
 from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2
 
-from tests.calls import Caller
+from tests.calls import Caller, failure, progress_of
 from tests.engine.drift import REPAIRED, drift, found, logged, names, passed
 from tests.engine.own_daemons import OwnDaemons, own, runs_in, until
 from tests.faults.invariants import LOOK, PLANT, absent, sound
@@ -20,8 +20,6 @@ from tests.faults.mortal import DIE_AT, KIND
 from tests.rig import Daemon, Rig
 
 __all__ = ["own"]
-
-pytestmark = pytest.mark.deep
 
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING
 STOPPED = container_pb2.CONTAINER_STATE_STOPPED
@@ -84,6 +82,7 @@ def restorable(own: OwnDaemons, tmp_path: Path) -> Restorable:
     return Restorable(own, tmp_path / "saved")
 
 
+@pytest.mark.deep
 @pytest.mark.timeout(180)
 async def test_what_has_changed_since_the_backup(restorable: Restorable, rig: Rig) -> None:
     daemon = await restorable.start()
@@ -175,6 +174,7 @@ async def _nothing(_: Caller) -> None:
 
 
 # Moments of the operation: before its records and its calls to the engine.
+@pytest.mark.deep
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("die_at", range(2, 12, 2))
 @pytest.mark.parametrize("then", ["ended", "scaled again", "deleted"])
@@ -214,6 +214,7 @@ async def test_a_scale_that_the_backup_has_under_way(restorable: Restorable, rig
 _MADE = 5
 
 
+@pytest.mark.deep
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("die_at", [2, 3, _MADE])
 @pytest.mark.parametrize("then", ["ended", "scaled", "stopped", "deleted"])
@@ -256,6 +257,7 @@ async def test_a_create_that_the_backup_has_under_way(restorable: Restorable, ri
         assert [one.state for one in create] == [ended]
 
 
+@pytest.mark.deep
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("die_at", [2, 3])
 async def test_a_delete_that_the_backup_has_under_way(restorable: Restorable, rig: Rig, die_at: int) -> None:
@@ -295,7 +297,8 @@ async def test_a_stop_that_the_backup_has_under_way(restorable: Restorable, rig:
         request = operation_service_pb2.ListOperationsRequest(filter=stops)
         (stop,) = (await caller.operations.ListOperations(request)).operations
         assert stop.state == operation_pb2.OPERATION_STATE_FAILED
-        assert stop.error.reason == "OPERATION_OVERTAKEN"
+        watch = caller.operations.WatchOperation(operation_service_pb2.WatchOperationRequest(id=stop.id))
+        assert stop.error.reason == (await failure(progress_of(watch))).reason == "OPERATION_OVERTAKEN"
         assert "was overtaken" in stop.error.message
         assert "it was ended" in await logged(restorable.daemon, "OPERATION_OVERTAKEN", "victim")
         await sound(caller, rig, "victim", files)

@@ -137,7 +137,6 @@ async def test_a_pull_without_progress_fails(own: OwnDaemons, stalled: str) -> N
         assert "no progress for 0.5 s" in updated.metadata["detail"]
 
 
-@pytest.mark.deep
 async def test_while_it_recovers_reads_are_answered_and_changes_are_not(
     own: OwnDaemons, rig: Rig, stalled: str
 ) -> None:

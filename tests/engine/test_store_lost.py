@@ -19,8 +19,6 @@ from tests.rig import Rig
 
 __all__ = ["losing", "own"]
 
-pytestmark = pytest.mark.deep
-
 MIB = 1 << 20
 SIZE = 320 * MIB
 LOOP = volume_pb2.VOLUME_BACKEND_LOOP
@@ -37,6 +35,7 @@ def pruned(rig: Rig, engine_volume: str) -> None:
     rig.engine.call("DELETE", f"/volumes/{engine_volume}")
 
 
+@pytest.mark.deep
 async def test_volumes_of_every_kind_come_back(losing: Losing, rig: Rig) -> None:
     names = ("mounted", "idle", "plain", "theirs", "pruned")
     rig.engine.call("POST", "/volumes/create", send={"Name": "theirs-in-engine", "Labels": {"gpudock.adopt": "true"}})
@@ -81,6 +80,7 @@ async def test_volumes_of_every_kind_come_back(losing: Losing, rig: Rig) -> None
         assert not [one for one in await drift(caller) if one.volume], "deleted is deleted"
 
 
+@pytest.mark.deep
 async def test_what_cannot_be_adopted_is_named_and_its_name_is_kept(losing: Losing, rig: Rig) -> None:
     async with Caller(losing.daemon.target) as caller:
         made = await caller.create_volume("data")
@@ -120,6 +120,7 @@ def _folder(rig: Rig, uid: str) -> Path:
     return Path(f"/proc/{rig.namespaces.pid}/root", shown["Options"]["device"].lstrip("/")).parent
 
 
+@pytest.mark.deep
 async def test_what_an_older_version_made_comes_back(losing: Losing, rig: Rig) -> None:
     async with Caller(losing.daemon.target) as caller:
         made = await caller.create_volume("old", SIZE, backend=LOOP)
@@ -140,6 +141,7 @@ async def test_what_an_older_version_made_comes_back(losing: Losing, rig: Rig) -
         await caller.delete_volume("old")
 
 
+@pytest.mark.deep
 async def test_another_nodes_volumes_are_left(own: OwnDaemons, losing: Losing) -> None:
     async with Caller(losing.daemon.target) as caller:
         await caller.create_volume("data", SIZE, backend=LOOP)
@@ -156,6 +158,7 @@ async def test_another_nodes_volumes_are_left(own: OwnDaemons, losing: Losing) -
         await caller.delete_volume("plain")
 
 
+@pytest.mark.deep
 async def test_no_empty_volume_takes_the_place_of_one_that_was_removed(caller: Caller, rig: Rig) -> None:
     data = await caller.create_volume("data", SIZE, backend=LOOP)
     plain = await caller.create_volume("plain")

@@ -148,6 +148,7 @@ async def test_a_new_volume_is_empty(loop: LoopBackend) -> None:
     await loop.destroy(backing)
 
 
+@pytest.mark.deep
 async def test_growing_under_a_writer(rig: Rig, engine: DockerEngine, loop: LoopBackend) -> None:
     backing = await loop.create(_new_uid(), "data", SIZE)
     volume = await _given(engine, backing)
@@ -234,6 +235,7 @@ async def test_two_stores_change_their_places(rig: Rig, engine: DockerEngine, lo
     await _taken(engine, loop, old)
 
 
+@pytest.mark.deep
 async def test_what_is_mounted_is_not_destroyed(rig: Rig, engine: DockerEngine, loop: LoopBackend) -> None:
     backing = await loop.create(_new_uid(), "data", SIZE)
     volume = await _given(engine, backing)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import signal
 
-import pytest
-
 from tests.calls import Caller, failure
 from tests.engine.drift import act
 from tests.engine.own_daemons import OwnDaemons, own, until
@@ -15,8 +13,6 @@ from tests.faults.mortal import DIE_AT, KIND, SIGNAL
 from tests.rig.patience import in_time
 
 __all__ = ["own"]
-
-pytestmark = pytest.mark.deep
 
 _STOPPED = "before record of RUNNING after stop"
 

@@ -79,15 +79,19 @@ async def serve(
     volumes: FakeVolumes | None = None,
     copier: FakeCopier | None = None,
     snapshots: FakeSnapshots | None = None,
+    allowed_host_paths: tuple[str, ...] = (),
 ) -> AsyncIterator[Served]:
-    """Serve on a socket in `folder`, with these volumes, copier and snapshots; nothing of it is left afterwards."""
+    """Serve on a socket in `folder`, with these volumes, copier and snapshots; nothing of it is left afterwards.
+
+    Host paths can be allowed but not mounted: the engine is not on this host.
+    """
     store, engine, inventory, processes = MemoryStore(), FakeEngine(), FakeInventory(), FakeProcesses()
     world = World(
         store=store,
         engine=engine,
         layers=FakeLayers(),
         snapshots=snapshots or FakeSnapshots(),
-        host_paths=HostPathBinder(folder, allowed=(), namespace=None),
+        host_paths=HostPathBinder(folder, allowed=allowed_host_paths, namespace=None),
         ledger=FakeLedger(),
         allocator=Allocator(store=store, inventory=inventory, probe=every_port_is_free, host=HOST, port_range=PORTS),
         node=NODE,

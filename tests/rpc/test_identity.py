@@ -19,6 +19,7 @@ from structlog.testing import capture_logs
 
 from tests.rpc.certificates import Authority, Signed
 from tests.rpc.probe import KINDS, Probe, call, serving
+from tests.rpc.serving import reason_of
 
 TOKEN = "0123456789abcdef0123456789abcdef"  # noqa: S105 - an example
 OTHER = "fedcba9876543210fedcba9876543210"
@@ -73,7 +74,7 @@ async def refused(channel: grpc.aio.Channel, kind: str = "OneToOne", header: str
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         # A grpc.aio client that still writes when the answer comes may lose it (grpc issue 36066): this one does not.
         await call(channel, kind, metadata=metadata, requests=())
-    assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert (raised.value.code(), reason_of(raised.value)) == (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED")
     return raised.value.details() or ""
 
 

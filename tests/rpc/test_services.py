@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -19,7 +20,7 @@ from gpudock_server.model.target import TargetKind
 from gpudock_server.rpc import page_token
 from gpudock_server.rpc.validation import listing
 
-from tests.rpc.serving import UUID, Served, create_request, made, reason_of, to_the_end, until
+from tests.rpc.serving import UUID, Served, create_request, made, reason_of, serve, to_the_end, until
 
 
 async def test_a_stream_shows_the_operation_and_last_its_result(served: Served) -> None:
@@ -284,3 +285,13 @@ async def test_cards_and_ports(served: Served) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await served.nodes.GetNode(node_service_pb2.GetNodeRequest(name="other"))
     assert reason_of(caught.value) == "NODE_NOT_FOUND"
+
+
+async def test_a_host_path_cannot_be_mounted_where_the_engine_is_on_another_host(tmp_path: Path) -> None:
+    async with serve(tmp_path, allowed_host_paths=("/srv",)) as served:
+        request = create_request()
+        request.spec.mounts.add(host_path="/srv/data", target="/data")
+        _, error = await to_the_end(served.containers.CreateContainer(request))
+        assert reason_of(error) == "HOST_PATH_FAILED"
+        assert error is not None
+        assert "the engine runs on another host" in (error.details() or "")

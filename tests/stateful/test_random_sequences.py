@@ -1,6 +1,6 @@
 """Random sequences of requests, faults, kills and outside commands: whatever happens, the model holds.
 
-`--steps N` says how many steps are taken in all; a failure shows every step of the sequence that led to it.
+`--steps N` says how many steps the deep tests take in all; a failure shows every step of the sequence that led to it.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.contract import KINDS, NOT_PROVOKED, REASONS, RPCS, Met
+
 _REPOSITORY = Path(__file__).parents[2]
 _WORKERS = pytest.mark.parametrize("workers", [(), ("--numprocesses", "2")], ids=["alone", "workers"])
 
@@ -40,6 +42,7 @@ def test_a_problem_fails_a_run_whose_tests_all_pass(tmp_path: Path, workers: tup
     assert ended.returncode == pytest.ExitCode.TESTS_FAILED
 
 
+@pytest.mark.deep
 @_WORKERS
 def test_a_run_without_problems_passes_and_shows_how_calls_ended(tmp_path: Path, workers: tuple[str, ...]) -> None:
     ended = _run(
@@ -55,6 +58,7 @@ def test_a_run_without_problems_passes_and_shows_how_calls_ended(tmp_path: Path,
     assert "problem of the run" not in ended.stdout
 
 
+@pytest.mark.deep
 @_WORKERS
 @pytest.mark.parametrize(
     ("counts", "code"), [("{'kill': part, 'drop': 1 - part}", 0), ("{'kill': part, 'drop': 0}", 1)]
@@ -75,6 +79,7 @@ def test_what_is_required_must_occur_in_some_part(
     assert ("'drop' has not occurred once" in ended.stdout) == bool(code)
 
 
+@pytest.mark.deep
 @_WORKERS
 def test_the_moments_at_which_daemons_were_killed_are_counted_and_listed(
     tmp_path: Path, workers: tuple[str, ...]
@@ -99,6 +104,19 @@ def test_the_moments_at_which_daemons_were_killed_are_counted_and_listed(
     assert first.startswith("PAUSE")
     assert "test_it[pause]" in first
     assert listed == ["           one", "    tried  two"]
+
+
+def test_what_was_not_met_of_the_contract_is_named() -> None:
+    met = Met(set(RPCS), set(REASONS - NOT_PROVOKED.keys()), set(KINDS))
+    assert met.lacking() == []
+    met.rpcs.remove("NodeService/ListPorts")
+    met.reasons.remove("GPU_EXHAUSTED")
+    met.kinds.remove("ROLLBACK")
+    assert [sentence.split()[-1] for sentence in met.lacking()] == ["daemon", "GPU_EXHAUSTED", "ROLLBACK"]
+    other = Met()
+    other.merge(Met({"NodeService/ListPorts"}, {"GPU_EXHAUSTED"}, {"ROLLBACK"}).plain())
+    met.merge(other.plain())
+    assert met.lacking() == []
 
 
 # The tests of a run that meets all of the contract but what it is told to leave out.
@@ -137,6 +155,7 @@ def _everyday(
     )  # fmt: skip
 
 
+@pytest.mark.deep
 @_WORKERS
 def test_an_everyday_run_that_meets_the_contract_passes(tmp_path: Path, workers: tuple[str, ...]) -> None:
     ended = _everyday(tmp_path, *workers)
@@ -145,6 +164,7 @@ def test_an_everyday_run_that_meets_the_contract_passes(tmp_path: Path, workers:
     assert "problem of the run" not in ended.stdout
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(
     ("left_out", "problem"),
     [
@@ -160,12 +180,14 @@ def test_what_an_everyday_run_does_not_meet_fails_it(tmp_path: Path, left_out: s
     assert problem in ended.stdout
 
 
+@pytest.mark.deep
 def test_an_excuse_that_is_not_needed_fails_the_run(tmp_path: Path) -> None:
     ended = _everyday(tmp_path, also="PERMISSION_DENIED")
     assert ended.returncode == pytest.ExitCode.TESTS_FAILED
     assert "the reason PERMISSION_DENIED was seen: remove it from NOT_PROVOKED" in ended.stdout
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(
     ("words", "selected"),
     [((), "deep"), ((), ""), (("-k", "half or kill or it"), "not deep"), (("test_it.py",), "not deep")],
