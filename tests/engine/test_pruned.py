@@ -74,7 +74,6 @@ async def test_what_was_pruned_says_what_can_be_done(own: OwnDaemons, rig: Rig) 
         await caller.delete_all()
 
 
-@pytest.mark.deep
 async def test_the_image_is_pulled_again_and_must_be_the_same(own: OwnDaemons, rig: Rig, tmp_path: Path) -> None:
     daemon = await own.start()
     async with registry(rig, tmp_path, locked=False) as host, Caller(daemon.target) as caller:
