@@ -428,6 +428,27 @@ async def test_signals(engine: DockerEngine, box: str, rig: Rig) -> None:
     assert not processes.alive(1, "")
 
 
+def children_of(pid: int) -> list[int]:
+    """The processes that a process with one thread has started, and that live."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+async def test_what_was_forked_has_begun_once_it_executes_a_program(engine: DockerEngine, box: str) -> None:
+    processes = LocalProcesses()
+    async with session_of(engine, box, shell("mkfifo /tmp/f; (read line < /tmp/f) & echo; wait")) as session:
+        reader = session.read()
+        await anext(reader)
+        leader = await pid_of(session)
+        assert processes.begun(leader, box)
+        (child,) = children_of(leader)
+        assert not processes.begun(child, box), "a shell that has forked, as runc's process before its program"
+        assert processes.begun(child, "f" * 64), "a process of another container"
+        assert processes.signal(leader, box, signal.SIGKILL, session=True)
+        async for _ in reader:
+            pass
+        await until(lambda: processes.begun(child, box))
+
+
 async def test_a_session_outlives_its_leader(engine: DockerEngine, box: str) -> None:
     """What a command leaves behind is found by the session, whose leader is gone."""
     processes = LocalProcesses()

@@ -473,17 +473,30 @@ class FakeSnapshots(SnapshotStore):
 
 @dataclass
 class FakeProcesses(ProcessControl):
-    """Notes signals; every process dies of the first that ends one."""
+    """Notes signals; every process dies of the first that ends one.
+
+    `unbegun` is how often a process is seen before it executes its program; a signal that comes earlier is lost.
+    """
 
     signals: list[tuple[int, bool]] = field(default_factory=list)
     living: bool = True
+    unbegun: int = 0
 
     @override
     def alive(self, pid: int, engine_id: str) -> bool:
         return self.living
 
     @override
+    def begun(self, pid: int, engine_id: str) -> bool:
+        if self.unbegun:
+            self.unbegun -= 1
+            return False
+        return True
+
+    @override
     def signal(self, pid: int, engine_id: str, signal_number: int, *, session: bool = False) -> bool:
+        if self.unbegun:
+            return True
         self.signals.append((signal_number, session))
         self.living = False
         return True

@@ -189,6 +189,16 @@ async def test_a_terminal(served: Served) -> None:
     assert (await run.read()).exited.signal == "SIGINT"
 
 
+async def test_a_signal_waits_until_the_program_has_begun(served: Served) -> None:
+    served.processes.unbegun = 3
+    run = await started(served)
+    await run.send(signal=exec_pb2.ExecSignal(signal="INT"))
+    await until(lambda: bool(served.processes.signals))
+    assert served.processes.signals == [(2, False)]
+    run.session.end(130)
+    assert (await run.read()).exited.signal == "SIGINT"
+
+
 @pytest.mark.parametrize(
     "later",
     [

@@ -12,8 +12,11 @@ from typing import Final
 _PROC: Final = Path("/proc")
 # Between two looks at the process table a session may have forked; it cannot win for ever against SIGKILL.
 _KILL_ROUNDS: Final = 10
-# Where in /proc/PID/stat, counted from the state (field 3 of proc(5)), the session stands.
+# Where in /proc/PID/stat, counted from the state (field 3 of proc(5)), the session and the kernel's flags stand.
 _SESSION: Final = 3
+_FLAGS: Final = 6
+# PF_FORKNOEXEC of linux/sched.h: forked, and has not executed a program since.
+_FORKED: Final = 0x40
 _DEAD: Final = frozenset({b"Z", b"X", b"x"})
 
 
@@ -29,6 +32,17 @@ class LocalProcesses:
         """Whether `pid` is a living process of that container; a zombie is not."""
         with _pinned(pid) as pidfd:
             return pidfd is not None and _lives(pid, engine_id)
+
+    def begun(self, pid: int, engine_id: str) -> bool:
+        """Whether `pid`, which was started to execute a program, no longer executes the container runtime.
+
+        runc's process, which turns into the program at the last moment, ignores most signals. True as well for one
+        that is gone, or not of that container.
+        """
+        with _pinned(pid) as pidfd:
+            if pidfd is None or not _lives(pid, engine_id):
+                return True
+            return not any(int(flags) & _FORKED for flags in _fields(pid)[_FLAGS : _FLAGS + 1])
 
     def signal(self, pid: int, engine_id: str, signal_number: int, *, session: bool = False) -> bool:
         """Send a signal to `pid`, or with `session` to every process of the container in the session that `pid` leads.

@@ -337,14 +337,21 @@ class ExecSessions:
         return await asyncio.to_thread(self._processes.signal, leader, running.engine_id, number, session=True)
 
     async def _leader(self, running: RunningExec) -> int:
-        """The pid of its main process, once it has one; 0 when it never began or the engine no longer knows it."""
+        """The pid of its main process, once it has one; 0 when it never began or the engine no longer knows it.
+
+        The engine names the pid a moment before the container runtime's process becomes the program. A signal in that
+        moment would be the runtime's, which ignores most, so that moment is waited for.
+        """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _BIRTH_SECONDS
         status = await running.session.status()
-        while status.running and not status.pid and loop.time() < deadline:
+        while status.running and not self._has_begun(running, status) and loop.time() < deadline:
             await asyncio.sleep(_FIRST_PAUSE)
             status = await running.session.status()
         return status.pid
+
+    def _has_begun(self, running: RunningExec, status: ExecStatus) -> bool:
+        return bool(status.pid) and self._processes.begun(status.pid, running.engine_id)
 
     async def drain(self) -> None:
         """Start nothing new, and end what runs."""

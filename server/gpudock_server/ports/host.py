@@ -31,6 +31,10 @@ class ProcessControl(Protocol):
         """Whether `pid` is a living process of that container."""
         ...
 
+    def begun(self, pid: int, engine_id: str) -> bool:
+        """Whether `pid`, which the engine started for a program, executes it; true as well once it is gone."""
+        ...
+
     def signal(self, pid: int, engine_id: str, signal_number: int, *, session: bool = False) -> bool:
         """Send a signal to a process, or to its whole session; False when it is not there or not that container's."""
         ...
