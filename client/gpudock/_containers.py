@@ -442,7 +442,7 @@ def _container_of(result: Any) -> Container:  # noqa: ANN401 - the result's type
     return result.container if isinstance(result, OperationResult) else cast("Container", result)
 
 
-def _image_of(result: Any) -> CommittedImage:  # noqa: ANN401 - likewise
+def _image_of(result: Any) -> CommittedImage:  # noqa: ANN401 - the result's type is that of the RPC's own message
     """Return the image of a result, which is that of CommitContainer or of WatchOperation."""
     return result.image if isinstance(result, OperationResult) else cast("CommittedImage", result)
 

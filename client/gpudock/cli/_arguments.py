@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from datetime import timedelta
-from typing import Generic, TypeVar, cast
+from typing import TypeVar, cast
 
 import click
 
@@ -37,7 +37,7 @@ _LAST_PORT = 65535
 _PROTOCOLS = {"": PORT_PROTOCOL_TCP, "tcp": PORT_PROTOCOL_TCP, "udp": PORT_PROTOCOL_UDP}
 
 
-class TextParameter(click.ParamType, Generic[T]):  # type: ignore[type-arg] # click 8.1 has it without
+class TextParameter(click.ParamType[T]):
     """A value that is parsed from text; `parse` raises ValueError with what is wrong and what would be right."""
 
     def parse(self, text: str) -> T:

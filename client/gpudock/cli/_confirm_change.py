@@ -32,11 +32,11 @@ yes_option = click.option(
 def change(session: Session, name: str, begin: Begin, *, etag: str = "", validate_only: bool, yes: bool) -> None:
     """Change the container `name` and print it; with `validate_only` print the plan alone."""
     if validate_only:
-        session.show_plan(lambda client: begin(client, True, etag).plan())  # noqa: FBT003 - as Begin has it
+        session.show_plan(lambda client: begin(client, True, etag).plan())  # noqa: FBT003 - Begin takes it by position
         return
     if not yes and sys.stdin.isatty() and sys.stderr.isatty():
         etag = _confirm_restart(session, name, begin, etag)
-    changed = session.run(lambda client: follow(begin(client, False, etag), name))  # noqa: FBT003 - likewise
+    changed = session.run(lambda client: follow(begin(client, False, etag), name))  # noqa: FBT003 - Begin takes it by position
     session.output.row(changed, _views.CONTAINER)
 
 
@@ -45,7 +45,7 @@ def _confirm_restart(session: Session, name: str, begin: Begin, etag: str) -> st
 
     async def planned(client: Client) -> tuple[OperationPlan, str]:
         current = etag or (await client.containers.get(name)).etag
-        return await begin(client, True, current).plan(), current  # noqa: FBT003 - as Begin has it
+        return await begin(client, True, current).plan(), current  # noqa: FBT003 - Begin takes it by position
 
     plan, current = session.run(planned)
     if plan.restarts_process:

@@ -55,7 +55,7 @@ class _WithTotal(ProgressColumn):
 
 
 class StageBars:
-    """Draws the stage at work anew while time passes, below one line for each stage that has ended."""
+    """Redraws the active stage as time passes, below one line for each stage that has ended."""
 
     def __init__(self, console: Console, clock: Callable[[], float], *, auto_refresh: bool = True) -> None:
         """`clock` counts seconds."""

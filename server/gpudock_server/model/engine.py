@@ -147,7 +147,7 @@ class EngineContainer:
 
     @property
     def created_name(self) -> str:
-        """The name that gpudock created it with; somebody may have renamed it since."""
+        """The name that gpudock created it with; it may have been renamed since."""
         return engine_container_name(self.labels.get(LABEL_NAME, ""), self.labels.get(LABEL_OPERATION, ""))
 
     @property

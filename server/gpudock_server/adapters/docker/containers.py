@@ -124,8 +124,8 @@ class ContainerCalls:
     async def find(self, labels: Mapping[str, str]) -> tuple[EngineContainer, ...]:
         """Containers in any state that have all of `labels`; an empty value matches any.
 
-        A container has the labels of its image as well. One that somebody else created from a committed image
-        therefore has the labels of the committed container, and differs from it only in its id.
+        A container has the labels of its image as well. One that another user created from a committed
+        image therefore has the labels of the committed container, and differs from it only in its id.
         """
         return await self._find({"label": [f"{name}={value}" if value else name for name, value in labels.items()]})
 

@@ -70,6 +70,6 @@ class ReceiveThread:
                 break
             received += count
             if received < len(block):
-                # Lets data gather: a thread that waits in recv is woken for each piece.
+                # Not a wait for an event: data gathers in the socket, so that one wake-up reads many pieces.
                 time.sleep(_GATHER_SLEEP_SECONDS)
         return received
