@@ -276,18 +276,27 @@ async def test_fifty_at_once_do_not_mix(box: Caller) -> None:
 # ---- input ----
 
 
-async def test_input_and_its_end_by_half_close_and_by_message(box: Caller) -> None:
-    for close in (True, False):
-        talk = await Talk(box, *shell("cat; echo over"), stdin=True).begun()
-        await talk.send(stdin=b"one ")
-        await talk.says(b"one ")
-        await talk.send(stdin=b"two ")
-        if close:
-            await talk.call.done_writing()
-        else:
-            await talk.send(close_stdin=exec_pb2.ExecCloseStdin())
-            await talk.send(close_stdin=exec_pb2.ExecCloseStdin())
-        assert (await talk.ended()).stdout == b"one two over\n"
+async def test_input_ends_by_half_close(box: Caller) -> None:
+    talk = await Talk(box, *shell("cat; echo over"), stdin=True).begun()
+    await talk.send(stdin=b"one ")
+    await talk.says(b"one ")
+    await talk.send(stdin=b"two ")
+    await talk.call.done_writing()
+    assert (await talk.ended()).stdout == b"one two over\n"
+
+
+async def test_input_ends_by_message_which_may_be_repeated(box: Caller) -> None:
+    # The command outlives its input, so that the repeated message does not meet a call that has ended.
+    command = shell("trap 'exit 0' TERM; cat; echo over; while :; do sleep 0.1; done")
+    talk = await Talk(box, *command, stdin=True).begun()
+    await talk.send(stdin=b"one ")
+    await talk.says(b"one ")
+    await talk.send(stdin=b"two ")
+    await talk.send(close_stdin=exec_pb2.ExecCloseStdin())
+    await talk.send(close_stdin=exec_pb2.ExecCloseStdin())
+    await talk.says(b"one two over\n")
+    await talk.send(signal=exec_pb2.ExecSignal(signal="TERM"))
+    assert (await talk.ended()).stdout == b"one two over\n"
 
 
 async def test_without_stdin_it_is_empty(box: Caller) -> None:
