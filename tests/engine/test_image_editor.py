@@ -15,7 +15,8 @@ from gpudock_server.adapters.docker import DockerEngine
 from gpudock_server.errors import DiskFull, EngineRejected, LayerCarryFailed
 from gpudock_server.model.engine import EngineImage
 
-from tests.engine.test_docker_engine import IMAGE, connected_to, shell
+from tests.engine.engine_examples import IMAGE
+from tests.engine.test_docker_engine import connected_to, shell
 from tests.engine.trees import Entry, compare, grow_command, image_files, record
 from tests.rig import EngineProxy, Rig
 from tests.rig.images import GLIBC

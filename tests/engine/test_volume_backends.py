@@ -32,7 +32,6 @@ from gpudock_server.core.volumes.backends import choose_backend
 from gpudock_server.errors import (
     DiskFull,
     SizeNotSupported,
-    VolumeExists,
     VolumeFailed,
     VolumeInUse,
     VolumeTooSmallForData,
@@ -145,13 +144,6 @@ async def test_size_is_a_limit(rig: Rig, engine: DockerEngine, loop: LoopBackend
     await _taken(engine, loop, backing)
     await loop.destroy(backing)
     assert not Path(backing.folder).exists()
-
-
-async def test_a_new_volume_is_empty(loop: LoopBackend) -> None:
-    backing = await loop.create(_new_uid(), "data", SIZE)
-    async with loop.open_files(backing) as folder:
-        assert list(Path(folder).iterdir()) == []
-    await loop.destroy(backing)
 
 
 @pytest.mark.deep
@@ -649,19 +641,6 @@ async def test_what_a_host_without_quotas_needs(rig: Rig, root: Path) -> None:
 
 
 # ---- the engine, and volumes without a size ----
-
-
-async def test_an_engine_volume_is_made_once(engine: DockerEngine) -> None:
-    uid = _new_uid()
-    made = await engine.create_volume("own", labels={LABEL_UID: uid}, driver_options={})
-    assert await engine.create_volume("own", labels={LABEL_UID: uid}, driver_options={}) == made
-    assert await engine.inspect_volume("own") == made
-    assert made.mountpoint.endswith("/own/_data")
-    for labels, options in (({LABEL_UID: _new_uid()}, {}), ({LABEL_UID: uid}, {"type": "tmpfs", "device": "tmpfs"})):
-        with pytest.raises(VolumeExists):
-            await engine.create_volume("own", labels=labels, driver_options=options)
-    await engine.remove_volume("own")
-    assert await engine.inspect_volume("own") is None
 
 
 async def test_plain(rig: Rig, engine: DockerEngine) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from gpudock_server.errors import SizeNotSupported
+from gpudock_server.errors import SizeNotSupported, VolumeFailed, VolumeInUse, VolumeTooSmallForData
 from gpudock_server.model.volume import (
     BackingOnDisk,
     PoolUsage,
@@ -16,17 +16,26 @@ from gpudock_server.model.volume import (
     VolumeIdentity,
     VolumeUsage,
 )
-from gpudock_server.ports import Progress, VolumeBackend, VolumeCopier
+from gpudock_server.ports import Progress, ShrinkNeedsCopy, VolumeBackend, VolumeCopier
 from typing_extensions import override
 
 
 @dataclass(eq=False)
 class FakeVolumes(VolumeBackend):
-    """Volumes with a size that are nowhere; a size of UNSUPPORTED cannot be had."""
+    """Stores by their uid: the size, and which content they hold. A size of UNSUPPORTED cannot be had.
+
+    A shrink needs a copy if `copies`. There are no files: `used_bytes` is what each store says that it holds.
+    """
 
     UNSUPPORTED = 7 << 40
 
     used_bytes: int = 1 << 20
+    copies: bool = False
+    stores: dict[str, tuple[int, str]] = field(default_factory=dict)
+    backings: dict[str, VolumeBacking] = field(default_factory=dict)
+    identities: dict[str, VolumeIdentity | None] = field(default_factory=dict)
+    # The uids of stores whose files somebody looks into, each as often as it is open.
+    opened: list[str] = field(default_factory=list)
 
     @property
     @override
@@ -37,73 +46,174 @@ class FakeVolumes(VolumeBackend):
     async def unavailable_reason(self) -> str:
         return ""
 
+    def _failed(self, backing: VolumeBacking, call: str, detail: str) -> VolumeFailed:
+        return VolumeFailed(volume=backing.name, call=call, detail=detail)
+
+    def _check_size(self, name: str, size_bytes: int) -> None:
+        if size_bytes == self.UNSUPPORTED:
+            raise SizeNotSupported(volume=name, size_bytes=size_bytes, detail="too large")
+
+    def _check_there(self, backing: VolumeBacking, call: str) -> None:
+        if backing.uid not in self.stores:
+            raise self._failed(backing, call, "its folder does not exist")
+
+    def mounted(self, backing: VolumeBacking) -> bool:
+        """Whether anything has it mounted."""
+        return backing.uid in self.opened
+
+    def _check_unused(self, backing: VolumeBacking) -> None:
+        if self.mounted(backing):
+            raise VolumeInUse(volume=backing.name, holders=("a process or container that mounts it",))
+
+    def _make(self, backing: VolumeBacking, content: str, identity: VolumeIdentity | None) -> VolumeBacking:
+        self.stores.setdefault(backing.uid, (backing.size_bytes, content))
+        self.identities.setdefault(backing.uid, identity)
+        return self.backings.setdefault(backing.uid, backing)
+
     @override
     async def create(
         self, uid: str, name: str, size_bytes: int, identity: VolumeIdentity | None = None
     ) -> VolumeBacking:
-        if size_bytes == self.UNSUPPORTED:
-            raise SizeNotSupported(volume=name, size_bytes=size_bytes, detail="too large")
-        return VolumeBacking(kind=self.kind, uid=uid, name=name, engine_volume=f"gpudock-{uid}", size_bytes=size_bytes)
+        self._check_size(name, size_bytes)
+        backing = VolumeBacking(
+            kind=self.kind, uid=uid, name=name, engine_volume=f"gpudock-{uid}", size_bytes=size_bytes
+        )
+        return self._make(backing, f"of {name}", identity)
+
+    @override
+    async def backings_on_disk(self) -> tuple[BackingOnDisk, ...]:
+        return tuple(
+            BackingOnDisk(uid=uid, folder=f"/nowhere/{uid}", backing=backing, identity=self.identities[uid])
+            for uid, backing in self.backings.items()
+        )
+
+    @override
+    async def attach(self, backing: VolumeBacking) -> None:
+        self._check_there(backing, "attach")
+
+    def _resized(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
+        self.stores[backing.uid] = (size_bytes, self.stores[backing.uid][1])
+        self.backings[backing.uid] = backing.model_copy(update={"size_bytes": size_bytes})
+        return self.backings[backing.uid]
+
+    @override
+    async def grow(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
+        self._check_size(backing.name, size_bytes)
+        self._check_there(backing, "grow")
+        return self._resized(backing, size_bytes)
+
+    @override
+    async def shrink(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
+        self._check_there(backing, "shrink")
+        if size_bytes < self._minimum_bytes:
+            raise VolumeTooSmallForData(
+                volume=backing.name,
+                requested_bytes=size_bytes,
+                used_bytes=self.used_bytes,
+                minimum_bytes=self._minimum_bytes,
+            )
+        if self.copies:
+            raise ShrinkNeedsCopy("it cannot shrink in place")
+        return self._resized(backing, size_bytes)
+
+    @override
+    def needs_copy(self, backing: VolumeBacking, size_bytes: int) -> bool:
+        return self.copies
+
+    @override
+    async def replacement(self, backing: VolumeBacking, uid: str, size_bytes: int) -> VolumeBacking:
+        self._check_size(backing.name, size_bytes)
+        changes = {"uid": uid, "size_bytes": size_bytes, "engine_volume": f"gpudock-{uid}"}
+        return self._make(backing.model_copy(update=changes), "empty", None)
+
+    @override
+    async def content(self, backing: VolumeBacking) -> str:
+        self._check_there(backing, "look into")
+        return self.stores[backing.uid][1]
+
+    @override
+    async def exchange(self, holder: VolumeBacking, other: VolumeBacking, content: str) -> None:
+        for one in (holder, other):
+            self._check_there(one, "exchange")
+        first, second = self.stores[holder.uid], self.stores[other.uid]
+        if first[1] != content:
+            if second[1] != content:
+                raise self._failed(holder, "exchange", f"neither has content {content}")
+            for one in (holder, other):
+                self._check_unused(one)
+            self.stores[holder.uid], self.stores[other.uid] = second, first
+        for one in (holder, other):
+            assert self.stores[one.uid][0] == one.size_bytes, "the sizes go with the contents"
+            self.backings[one.uid] = one
+
+    @property
+    def _minimum_bytes(self) -> int:
+        return self.used_bytes + (1 << 20)
+
+    @override
+    async def usage(self, backing: VolumeBacking) -> VolumeUsage:
+        self._check_there(backing, "look into")
+        return VolumeUsage(used_bytes=self.used_bytes, size_bytes=backing.size_bytes, minimum_bytes=self._minimum_bytes)
+
+    @override
+    @asynccontextmanager
+    async def open_files(self, backing: VolumeBacking) -> AsyncIterator[str]:
+        self._check_there(backing, "look into")
+        self.opened.append(backing.uid)
+        try:
+            yield "/nowhere"
+        finally:
+            self.opened.remove(backing.uid)
+
+    @override
+    async def destroy(self, backing: VolumeBacking) -> None:
+        self._check_unused(backing)
+        for kept in (self.stores, self.backings, self.identities):
+            kept.pop(backing.uid, None)
+
+    @override
+    async def pool(self) -> PoolUsage:
+        promised = sum(size for size, _ in self.stores.values())
+        return PoolUsage(total_bytes=8 << 40, free_bytes=8 << 40, promised_bytes=promised, allocated_bytes=0)
+
+
+class FakePlain(FakeVolumes):
+    """Stores without a size: the engine has all that there is of them."""
+
+    @property
+    @override
+    def kind(self) -> VolumeBackendKind:
+        return VolumeBackendKind.PLAIN
+
+    @override
+    def _check_size(self, name: str, size_bytes: int) -> None:
+        if size_bytes:
+            raise SizeNotSupported(volume=name, size_bytes=size_bytes, detail="PLAIN volumes have no size")
+
+    @override
+    def _check_there(self, backing: VolumeBacking, call: str) -> None:
+        """The engine knows."""
 
     @override
     async def backings_on_disk(self) -> tuple[BackingOnDisk, ...]:
         return ()
 
     @override
-    async def attach(self, backing: VolumeBacking) -> None:
-        """Nothing is to be attached."""
-
-    @override
-    async def grow(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
-        return backing.model_copy(update={"size_bytes": size_bytes})
-
-    @override
     async def shrink(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
-        return backing.model_copy(update={"size_bytes": size_bytes})
-
-    @override
-    def needs_copy(self, backing: VolumeBacking, size_bytes: int) -> bool:
-        return False
+        self._check_size(backing.name, size_bytes)
+        return backing
 
     @override
     async def replacement(self, backing: VolumeBacking, uid: str, size_bytes: int) -> VolumeBacking:
-        raise NotImplementedError
+        raise self._failed(backing, "replace", "PLAIN volumes are never replaced")
 
     @override
     async def content(self, backing: VolumeBacking) -> str:
-        raise NotImplementedError
+        raise self._failed(backing, "replace", "PLAIN volumes are never replaced")
 
     @override
     async def exchange(self, holder: VolumeBacking, other: VolumeBacking, content: str) -> None:
-        raise NotImplementedError
-
-    @override
-    async def usage(self, backing: VolumeBacking) -> VolumeUsage:
-        return VolumeUsage(
-            used_bytes=self.used_bytes, size_bytes=backing.size_bytes, minimum_bytes=self.used_bytes + (1 << 20)
-        )
-
-    @override
-    @asynccontextmanager
-    async def open_files(self, backing: VolumeBacking) -> AsyncIterator[str]:
-        yield "/nowhere"
-
-    @override
-    async def destroy(self, backing: VolumeBacking) -> None:
-        """Nothing is to be destroyed."""
-
-    @override
-    async def pool(self) -> PoolUsage:
-        return PoolUsage(total_bytes=8 << 40, free_bytes=8 << 40, promised_bytes=0, allocated_bytes=0)
-
-
-class FakePlain(FakeVolumes):
-    """Volumes without one."""
-
-    @property
-    @override
-    def kind(self) -> VolumeBackendKind:
-        return VolumeBackendKind.PLAIN
+        raise self._failed(holder, "replace", "PLAIN volumes are never replaced")
 
 
 class FakeCopier(VolumeCopier):

@@ -12,8 +12,17 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
-from gpudock_server.errors import GpudockError, SnapshotFailed
+from gpudock_server.errors import (
+    EngineRejected,
+    GpudockError,
+    ImageNotFound,
+    LayerCarryFailed,
+    SnapshotFailed,
+    VolumeExists,
+)
 from gpudock_server.model.engine import (
+    LABEL_OPERATION,
+    LABEL_UID,
     EngineContainer,
     EngineContainerSpec,
     EngineEvent,
@@ -49,6 +58,7 @@ from gpudock_server.ports import (
 from typing_extensions import override
 
 IMAGE = "busybox:latest"
+_IMAGE_ID = "sha256:" + "a" * 64
 
 
 class FakeSession(ExecSession):
@@ -105,7 +115,10 @@ class FakeSession(ExecSession):
 
 @dataclass
 class FakeEngine(Engine):
-    """An engine whose calls a test can hold (`gates`) or fail (`failures`), by the method's name."""
+    """An engine whose calls a test can hold (`gates`) or fail (`failures`), by the method's name.
+
+    It keeps the states of containers. What it does not do stands in tests/contracts/test_engine.py.
+    """
 
     gates: dict[str, asyncio.Event] = field(default_factory=dict)
     failures: dict[str, GpudockError] = field(default_factory=dict)
@@ -114,6 +127,24 @@ class FakeEngine(Engine):
     sessions: asyncio.Queue[FakeSession] = field(default_factory=asyncio.Queue)
     pull_progress: list[tuple[int, int]] = field(default_factory=list)
     has_image: bool = True
+    made_images: set[str] = field(default_factory=set)
+
+    def _rejected(self, call: str, detail: str, status: int = 409) -> EngineRejected:
+        return EngineRejected(call=call, status=status, detail=detail)
+
+    def _there(self, engine_id: str, call: str) -> EngineContainer:
+        if engine_id not in self.containers:
+            raise self._rejected(call, f"no such container: {engine_id}", 404)
+        return self.containers[engine_id]
+
+    def _named(self, name: str, operation: str | None, call: str) -> str | None:
+        """The id of the container of this name, if the same operation made it. Raises EngineRejected otherwise."""
+        for one in self.containers.values():
+            if one.name == name:
+                if operation is None or one.labels.get(LABEL_OPERATION) != operation:
+                    raise self._rejected(call, f"the name {name} is in use")
+                return one.id
+        return None
 
     async def _call(self, name: str) -> None:
         if name in self.gates:
@@ -133,11 +164,11 @@ class FakeEngine(Engine):
 
     @override
     async def image(self, reference: str) -> EngineImage | None:
-        return EngineImage(id="sha256:" + "a" * 64) if reference == IMAGE and self.has_image else None
+        return EngineImage(id=_IMAGE_ID) if reference in (IMAGE, _IMAGE_ID) and self.has_image else None
 
     @override
     async def image_ids(self) -> tuple[str, ...]:
-        return ()
+        return (_IMAGE_ID,) if self.has_image else ()
 
     @override
     async def pull(self, reference: str, auth: RegistryAuth | None, progress: Progress) -> None:
@@ -149,15 +180,15 @@ class FakeEngine(Engine):
 
     @override
     async def image_names(self) -> tuple[str, ...]:
-        return (IMAGE,)
+        return (IMAGE,) if self.has_image else ()
 
     @override
     async def volume_names(self) -> tuple[str, ...]:
-        return ()
+        return tuple(self.volumes)
 
     @override
     async def has_volume(self, name: str) -> bool:
-        return False
+        return name in self.volumes
 
     @override
     async def mounting(self, volume: str) -> tuple[EngineContainer, ...]:
@@ -167,8 +198,18 @@ class FakeEngine(Engine):
     async def create_volume(
         self, name: str, *, labels: Mapping[str, str], driver_options: Mapping[str, str]
     ) -> EngineVolume:
-        self.volumes[name] = EngineVolume(name=name, driver="local", labels=dict(labels), options=dict(driver_options))
-        return self.volumes[name]
+        found = self.volumes.get(name)
+        if found is None:
+            self.volumes[name] = found = EngineVolume(
+                name=name,
+                driver="local",
+                mountpoint=f"/engine/{name}",
+                labels=dict(labels),
+                options=dict(driver_options),
+            )
+        if found.labels.get(LABEL_UID) != labels.get(LABEL_UID) or found.options != dict(driver_options):
+            raise VolumeExists(volume=name)
+        return found
 
     @override
     async def find_volumes(self, labels: Mapping[str, str]) -> tuple[EngineVolume, ...]:
@@ -185,6 +226,11 @@ class FakeEngine(Engine):
     @override
     async def create(self, engine_spec: EngineContainerSpec) -> str:
         await self._call("create")
+        operation = engine_spec.labels.get(LABEL_OPERATION)
+        if found := self._named(engine_spec.name, operation, "create a container"):
+            return found
+        if engine_spec.image_id not in (_IMAGE_ID, *self.made_images):
+            raise ImageNotFound(image=engine_spec.spec.image)
         engine_id = uuid.uuid4().hex
         self.containers[engine_id] = EngineContainer(
             id=engine_id,
@@ -206,24 +252,35 @@ class FakeEngine(Engine):
 
     @override
     async def find(self, labels: Mapping[str, str]) -> tuple[EngineContainer, ...]:
-        return tuple(self.containers.values())
+        return tuple(
+            one
+            for one in self.containers.values()
+            if all(key in one.labels and value in ("", one.labels[key]) for key, value in labels.items())
+        )
 
     @override
     async def start(self, engine_id: str) -> None:
         await self._call("start")
+        if self._there(engine_id, "start").state is EngineState.PAUSED:
+            raise self._rejected("start", "cannot start a paused container, try unpause instead")
         self._set(engine_id, EngineState.RUNNING)
 
     @override
-    async def stop(self, engine_id: str, timeout: float | None) -> None:
+    async def stop(self, engine_id: str, timeout: float) -> None:
         await self._call("stop")
-        self._set(engine_id, EngineState.EXITED)
+        if engine_id in self.containers and self.containers[engine_id].alive:
+            self._set(engine_id, EngineState.EXITED)
 
     @override
     async def pause(self, engine_id: str) -> None:
+        if not self._there(engine_id, "pause").alive:
+            raise self._rejected("pause", "container is not running")
         self._set(engine_id, EngineState.PAUSED)
 
     @override
     async def unpause(self, engine_id: str) -> None:
+        if not self._there(engine_id, "unpause").alive:
+            raise self._rejected("unpause", "container is not paused")
         self._set(engine_id, EngineState.RUNNING)
 
     @override
@@ -237,14 +294,20 @@ class FakeEngine(Engine):
         restart_policy: RestartPolicy | None = None,
     ) -> None:
         await self._call("update")
+        self._there(engine_id, "update")
 
     @override
     async def rename(self, engine_id: str, name: str) -> None:
         await self._call("rename")
+        seen = self._there(engine_id, "rename")
+        if any(one.name == name and one.id != engine_id for one in self.containers.values()):
+            raise self._rejected("rename", f"the name {name} is in use")
+        self.containers[engine_id] = replace(seen, name=name)
 
     @override
     async def exited_within(self, engine_id: str, seconds: float) -> int | None:
-        return None
+        seen = self._there(engine_id, "wait")
+        return None if seen.alive else seen.exit_code
 
     @override
     async def remove(self, engine_id: str, *, own_volumes: bool = False) -> None:
@@ -264,7 +327,12 @@ class FakeEngine(Engine):
         config_of: str = "",
     ) -> str:
         await self._call("commit")
-        return "sha256:" + "b" * 64
+        self._there(engine_id, "commit")
+        return self._made_image("b")
+
+    def _made_image(self, digit: str) -> str:
+        self.made_images.add("sha256:" + digit * 64)
+        return "sha256:" + digit * 64
 
     @override
     async def create_file_holder(self, of: str, name: str, labels: Mapping[str, str]) -> str:
@@ -276,15 +344,15 @@ class FakeEngine(Engine):
 
     @override
     async def replace_config(self, image_id: str, other_id: str, reference: str) -> str:
-        return "sha256:" + "c" * 64
+        return self._made_image("c")
 
     @override
     async def strip_identity(self, image_id: str, base_id: str, reference: str) -> str:
-        return "sha256:" + "d" * 64
+        return self._made_image("d")
 
     @override
     async def flatten(self, image_id: str, base_layers: int, reference: str, *, config_of: str, onto: str = "") -> str:
-        return "sha256:" + "e" * 64
+        return self._made_image("e")
 
     @override
     async def remove_image(self, reference: str) -> None:
@@ -298,6 +366,8 @@ class FakeEngine(Engine):
     @override
     async def exec(self, engine_id: str, request: ExecRequest) -> ExecSession:
         await self._call("exec")
+        if self._there(engine_id, "exec").state is not EngineState.RUNNING:
+            raise self._rejected("exec", "container is not running")
         session = FakeSession(request)
         self.sessions.put_nowait(session)
         return session
@@ -356,6 +426,8 @@ class FakeLayers(LayerStore):
 
     @override
     async def locate(self, old: EngineContainer, new: EngineContainer) -> LayerPair:
+        if old.id == new.id or old.image_id != new.image_id:
+            raise LayerCarryFailed(method="EXCHANGE", detail="they must be two containers of the same image")
         return LayerPair(old_path="/old", old_inode=1, new_path="/new", new_inode=2)
 
     @override
@@ -398,11 +470,36 @@ class FakeLedger(RevisionBackupStore):
         return tuple({uid for uid, _ in self.entries})
 
 
+Files = frozenset[str]
+"""The names of the files in a container's writable layer."""
+
+
+@dataclass(frozen=True)
+class SealedSnapshot:
+    """A snapshot that is final, and the operation that made it."""
+
+    files: Files
+    snapshot: Snapshot
+    operation_id: str
+
+
 class FakeSnapshots(SnapshotStore):
-    """Keeps nothing, and remembers of what."""
+    """Snapshots of layers without files: those that are sealed, and partial ones with whether they are complete."""
 
     def __init__(self) -> None:
-        self.kept: set[SnapshotKey] = set()
+        self.sealed_snapshots: dict[SnapshotKey, SealedSnapshot] = {}
+        self.partial: dict[tuple[SnapshotKey, str], Files] = {}
+        self.completed: set[tuple[SnapshotKey, str]] = set()
+
+    def files_of(self, container: EngineContainer) -> Files:  # noqa: ARG002 - others have files
+        """What a container has in its layer."""
+        return frozenset()
+
+    def fill(self, container: EngineContainer, files: Files) -> None:
+        """Make a container's layer equal to `files`."""
+
+    def _sealed_by(self, key: SnapshotKey, operation_id: str) -> bool:
+        return key in self.sealed_snapshots and self.sealed_snapshots[key].operation_id == operation_id
 
     @override
     async def method(self, old: EngineContainer) -> tuple[SnapshotMethod | None, str]:
@@ -421,7 +518,9 @@ class FakeSnapshots(SnapshotStore):
         previous: SnapshotKey | None,
         progress: Progress,
     ) -> None:
-        return
+        if not self._sealed_by(key, operation_id):
+            self.partial[key, operation_id] = self.files_of(old)
+            self.completed.discard((key, operation_id))
 
     @override
     async def complete(
@@ -432,47 +531,91 @@ class FakeSnapshots(SnapshotStore):
         previous: SnapshotKey | None,
         progress: Progress,
     ) -> None:
-        return
+        if not self._sealed_by(key, operation_id):
+            self.partial[key, operation_id] = self.files_of(old)
+            self.completed.add((key, operation_id))
 
     @override
     async def seal(self, key: SnapshotKey, operation_id: str, image_id: str) -> Snapshot:
-        self.kept.add(key)
-        return Snapshot(kind=SnapshotKind.TREE, image_id=image_id, method=SnapshotMethod.LINK, create_time=LONG_AGO)
+        if self._sealed_by(key, operation_id):
+            return self.sealed_snapshots[key].snapshot
+        if not image_id:
+            raise SnapshotFailed(detail="the image id of the snapshot is missing")
+        if (key, operation_id) not in self.completed:
+            raise SnapshotFailed(detail="the snapshot is incomplete")
+        files = self.partial[key, operation_id]
+        self._drop_partial(key, operation_id)
+        made = Snapshot(
+            kind=SnapshotKind.TREE,
+            image_id=image_id,
+            method=SnapshotMethod.LINK,
+            layer_bytes=9,
+            entries=len(files),
+            create_time=LONG_AGO,
+        )
+        self.sealed_snapshots[key] = SealedSnapshot(files, made, operation_id)
+        return made
+
+    def _drop_partial(self, key: SnapshotKey, operation_id: str) -> None:
+        self.partial.pop((key, operation_id), None)
+        self.completed.discard((key, operation_id))
 
     @override
     async def discard(self, key: SnapshotKey, operation_id: str) -> None:
-        self.kept.discard(key)
+        self._drop_partial(key, operation_id)
+        if self._sealed_by(key, operation_id):
+            del self.sealed_snapshots[key]
 
     @override
     async def restore(self, key: SnapshotKey, target: EngineContainer, progress: Progress) -> None:
-        if key not in self.kept:
-            raise SnapshotFailed(detail="it was not kept")
+        if key not in self.sealed_snapshots:
+            raise SnapshotFailed(detail=f"no snapshot of revision {key.revision} on this node")
+        sealed = self.sealed_snapshots[key]
+        if target.image_id != sealed.snapshot.image_id:
+            raise SnapshotFailed(
+                detail=f"the snapshot is of image {sealed.snapshot.image_id}; the container has image {target.image_id}"
+            )
+        self._check_stopped(target)
+        self.fill(target, sealed.files)
+
+    @staticmethod
+    def _check_stopped(target: EngineContainer) -> None:
+        if target.running:
+            raise SnapshotFailed(
+                detail=f"container {target.id} is running; its layer can only be filled while it is stopped"
+            )
 
     @override
     async def mirror(
         self, source: EngineContainer, target: EngineContainer, operation_id: str, *, still: bool, progress: Progress
     ) -> None:
-        return
+        if source.id == target.id or source.image_id != target.image_id:
+            raise SnapshotFailed(detail="they must be two containers of the same image")
+        self._check_stopped(target)
+        self.fill(target, self.files_of(source))
 
     @override
     async def remove(self, key: SnapshotKey) -> None:
-        self.kept.discard(key)
+        self.sealed_snapshots.pop(key, None)
 
     @override
     async def remove_all(self, uid: str) -> None:
-        self.kept = {key for key in self.kept if key.uid != uid}
+        self.sealed_snapshots = {key: one for key, one in self.sealed_snapshots.items() if key.uid != uid}
+        for key, operation_id in list(self.partial):
+            if key.uid == uid:
+                self._drop_partial(key, operation_id)
 
     @override
     async def sealed(self, key: SnapshotKey) -> Snapshot | None:
-        return None
+        return self.sealed_snapshots[key].snapshot if key in self.sealed_snapshots else None
 
     @override
     async def find(self) -> tuple[SnapshotKey, ...]:
-        return tuple(self.kept)
+        return tuple(self.sealed_snapshots)
 
     @override
     async def partials(self) -> tuple[tuple[SnapshotKey, str], ...]:
-        return ()
+        return tuple(self.partial)
 
 
 @dataclass

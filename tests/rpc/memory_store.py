@@ -1,22 +1,26 @@
-"""A store in memory, with the promises of `ports.Store` that the RPCs lean on."""
+"""A store in memory, with the promises of `ports.Store`, which tests/contracts holds it to.
+
+It does not do: expiry, records that cannot be read, limits of size, idle events of a watch, and daemons that are alive.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import TypeVar
+from collections.abc import AsyncGenerator, Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from gpudock_server.errors import FieldViolation, InvalidArgument, ResumeTokenExpired
 from gpudock_server.model import store_changes as change
 from gpudock_server.model.claims import ClaimKey, ClaimTable, Holder
-from gpudock_server.model.container import Container
+from gpudock_server.model.container import Container, ContainerRevision
 from gpudock_server.model.image import ImageOrigin
 from gpudock_server.model.node import NodeRecord
 from gpudock_server.model.operation import Operation, RequestRecord
+from gpudock_server.model.record import JsonObject
 from gpudock_server.model.resource import ResourceKind
-from gpudock_server.model.snapshot import SnapshotSkipped
+from gpudock_server.model.snapshot import Snapshot, SnapshotSkipped
 from gpudock_server.model.volume import Volume, VolumeRevision
 from gpudock_server.ports import (
     ContainerView,
@@ -35,6 +39,38 @@ from typing_extensions import override
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class _Moment:
+    """What a listing showed when its first page was read, and how many changes its watch had told then."""
+
+    listing: str
+    items: Sequence[object]
+    told: int = 0
+
+
+@dataclass
+class _History(Generic[T]):
+    """Every change of one kind of object, for its watches; the first `forgotten` are no longer told."""
+
+    kind: str
+    there: Callable[[], dict[str, T]]
+    told: list[tuple[T | None, T | None]] = field(default_factory=list)
+    forgotten: int = 0
+
+    def record(self, before: Mapping[str, T]) -> None:
+        """Add what has changed since the objects were as in `before`, in the order of their names."""
+        after = self.there()
+        self.told += [
+            (before.get(name), after.get(name))
+            for name in sorted(before.keys() | after.keys())
+            if before.get(name) != after.get(name)
+        ]
+
+    def token(self, place: int) -> str:
+        """Of what comes behind the first `place` changes."""
+        return f"{self.kind} told {place} 0"
+
+
 class MemoryStore(Store):
     """A store whose transactions are plain Python. Pages show the moment of the first."""
 
@@ -47,30 +83,46 @@ class MemoryStore(Store):
         # By host.
         self.held: defaultdict[str, dict[ClaimKey, Holder]] = defaultdict(dict)
         self.journal: dict[str, Versioned[Operation]] = {}
+        # What each operation was begun with, also of those that have ended; for tests alone.
+        self.arguments: dict[str, JsonObject] = {}
         self.calls: dict[str, RequestRecord] = {}
         self.past: dict[tuple[str, int], RevisionView] = {}
         self.origins: dict[tuple[str, str], ImageOrigin] = {}
         self.reads = 0
         # Why there is no room.
         self.full = ""
-        self._moments: list[Sequence[object]] = []
-        # What every change was for a watch of that kind; the first `forgotten` of the containers' are no longer told.
-        self.told: list[tuple[ContainerView | None, ContainerView | None]] = []
-        self.volumes_told: list[tuple[VolumeDetails | None, VolumeDetails | None]] = []
-        self.forgotten = 0
+        # What is said of snapshots, also of revisions that are not there.
+        self._kept: dict[tuple[str, int], Snapshot | SnapshotSkipped] = {}
+        # The version of what was put last at a key.
+        self._versions: dict[Hashable, int] = {}
+        # None: forgotten.
+        self._moments: list[_Moment | None] = []
+        self._containers_seen = _History("containers", self._views)
+        self._volumes_seen = _History("volumes", self._volume_details)
         self._happened = asyncio.Event()
 
     @override
     async def apply(self, changes: Sequence[change.StoreChange]) -> int:
+        if not changes:
+            raise ValueError("a transaction needs at least one change")
+        keys = [_key(item) for item in changes]
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"two changes use the same key: {changes}")
         for item in changes:
             self._check(item)
-        before, volumes_before = self._views(), self._volumes_seen()
+        before, volumes_before = self._views(), self._volume_details()
         self.version += 1
         for item in changes:
             self._do(item)
-        _differences(volumes_before, self._volumes_seen(), self.volumes_told)
-        self._record(before)
+        self._versions |= dict.fromkeys(keys, self.version)
+        self._record(before, volumes_before)
         return self.version
+
+    async def forget(self) -> None:
+        """Let every token that was given out expire, as a compaction does."""
+        self._moments = [None] * len(self._moments)
+        self._containers_seen.forgotten = len(self._containers_seen.told)
+        self._volumes_seen.forgotten = len(self._volumes_seen.told)
 
     def _views(self) -> dict[str, ContainerView]:
         return {
@@ -78,12 +130,13 @@ class MemoryStore(Store):
             for name, head in sorted(self.heads.items())
         }
 
-    def _record(self, before: Mapping[str, ContainerView]) -> None:
-        _differences(before, self._views(), self.told)
+    def _record(self, before: Mapping[str, ContainerView], volumes_before: Mapping[str, VolumeDetails]) -> None:
+        self._containers_seen.record(before)
+        self._volumes_seen.record(volumes_before)
         self._happened.set()
         self._happened = asyncio.Event()
 
-    def _volumes_seen(self) -> dict[str, VolumeDetails]:
+    def _volume_details(self) -> dict[str, VolumeDetails]:
         return {
             name: VolumeDetails(
                 VolumeView(head.value, head.version, self.locks.get((ResourceKind.VOLUME, name), "")),
@@ -94,7 +147,7 @@ class MemoryStore(Store):
             for name, head in sorted(self.volume_heads.items())
         }
 
-    def _check(self, item: change.StoreChange) -> None:
+    def _check(self, item: change.StoreChange) -> None:  # noqa: C901 - one case for each kind of condition
         found: object = None
         match item:
             case change.Lock(kind=kind, name=name) | change.RequireUnlocked(kind=kind, name=name):
@@ -114,21 +167,34 @@ class MemoryStore(Store):
             case change.ConfirmClaim(host=host, key=key, holder=holder):
                 found = self.held[host].get(key)
                 holds = isinstance(found, Holder) and found.uid == holder.uid
-            case change.PutContainer(container=container, expect=expect):
-                found = self.heads.get(container.name)
+            case (
+                change.PutContainer(container=Container(name=name), expect=expect)
+                | change.DeleteContainer(name=name, expect=expect)
+            ):
+                found = self.heads.get(name)
                 holds = (found.version if isinstance(found, Versioned) else 0) == expect
             case change.PutOperation(operation=operation, expect=expect):
                 found = self.journal.get(operation.id)
                 holds = (found.version if isinstance(found, Versioned) else 0) == expect
             case change.PutRequest(request_id=request_id, ended=ended):
-                found = self.calls.get(request_id)
+                found = self._versioned(item, self.calls.get(request_id))
                 holds = ended or found is None
+            case change.PutRevision(revision=revision):
+                view = self.past.get((revision.uid, revision.revision))
+                found = self._versioned(item, view.revision if view else None)
+                holds = found is None
+            case change.PutVolumeRevision(revision=volume_revision):
+                found = self._versioned(item, self.volume_past.get((volume_revision.uid, volume_revision.revision)))
+                holds = found is None
             case _:
                 holds = True
         if not holds:
             raise StoreConflict(item, found)
 
-    def _do(self, item: change.StoreChange) -> None:  # noqa: C901, PLR0912 - one line for each kind of change
+    def _versioned(self, item: change.StoreChange, found: T | None) -> Versioned[T] | None:
+        return None if found is None else Versioned(found, self._versions.get(_key(item), 1))
+
+    def _do(self, item: change.StoreChange) -> None:  # noqa: C901, PLR0912 - one case for each kind of change
         match item:
             case change.Lock(kind=kind, name=name, operation_id=operation_id):
                 self.locks[kind, name] = operation_id
@@ -136,8 +202,9 @@ class MemoryStore(Store):
                 del self.locks[kind, name]
             case change.PutVolume(volume=volume):
                 self.volume_heads[volume.name] = Versioned(volume, self.version)
-            case change.DeleteVolume(name=name):
+            case change.DeleteVolume(name=name, uid=uid):
                 self.volume_heads.pop(name, None)
+                self.volume_past = {at: one for at, one in self.volume_past.items() if at[0] != uid}
             case change.PutVolumeRevision(revision=volume_revision):
                 self.volume_past[volume_revision.uid, volume_revision.revision] = volume_revision
             case (
@@ -149,34 +216,44 @@ class MemoryStore(Store):
                     del self.held[host][key]
             case change.PutContainer(container=container):
                 self.heads[container.name] = Versioned(container, self.version)
-            case change.DeleteContainer(name=name):
+            case change.DeleteContainer(name=name, uid=uid):
                 self.heads.pop(name, None)
+                self.past = {at: one for at, one in self.past.items() if at[0] != uid}
+                self._kept = {at: one for at, one in self._kept.items() if at[0] != uid}
             case change.PutOperation(operation=operation):
-                self.journal[operation.id] = Versioned(operation, self.version)
+                self.arguments.setdefault(operation.id, operation.arguments)
+                arguments = {} if operation.state.ended else operation.arguments
+                self.journal[operation.id] = Versioned(operation.changed(arguments=arguments), self.version)
             case change.PutRequest(request_id=request_id, record=record):
                 self.calls[request_id] = record
             case change.PutRevision(revision=revision):
-                self.past[revision.uid, revision.revision] = RevisionView(revision, None)
+                self._show_revision(revision)
             case change.PutSnapshot(uid=uid, revision=number, snapshot=snapshot):
-                revision = self.past[uid, number].revision
-                self.past[uid, number] = (
-                    RevisionView(revision, None, snapshot.reason)
-                    if isinstance(snapshot, SnapshotSkipped)
-                    else RevisionView(revision, snapshot)
-                )
+                self._kept[uid, number] = snapshot
+                if (uid, number) in self.past:
+                    self._show_revision(self.past[uid, number].revision)
             case change.DeleteRevision(uid=uid, revision=number):
                 self.past.pop((uid, number), None)
+                self._kept.pop((uid, number), None)
             case change.PutImageOrigin(origin=origin):
                 self.origins[origin.node, origin.image_id] = origin
             case change.DeleteImageOrigin(node=node, image_id=image_id):
                 self.origins.pop((node, image_id), None)
 
+    def _show_revision(self, revision: ContainerRevision) -> None:
+        kept = self._kept.get((revision.uid, revision.revision))
+        self.past[revision.uid, revision.revision] = (
+            RevisionView(revision, None, kept.reason)
+            if isinstance(kept, SnapshotSkipped)
+            else RevisionView(revision, kept)
+        )
+
     def put(self, container: Container) -> None:
         """A container that was made earlier."""
-        before = self._views()
+        before, volumes_before = self._views(), self._volume_details()
         self.version += 1
         self.heads[container.name] = Versioned(container, self.version)
-        self._record(before)
+        self._record(before, volumes_before)
 
     @override
     async def container(self, name: str) -> ContainerView | None:
@@ -192,73 +269,98 @@ class MemoryStore(Store):
 
     @override
     async def volumes(self, *, page_size: int, page_token: str) -> Page[VolumeView]:
-        views = [
-            VolumeView(head.value, head.version, self.locks.get((ResourceKind.VOLUME, name), ""))
-            for name, head in sorted(self.volume_heads.items())
-        ]
-        return replace(self._page(views, page_size, page_token), watch_token=f"seen {len(self.volumes_told)}")
+        views = [one.view for one in self._volume_details().values()]
+        return self._page("volumes", views, page_size, page_token, self._volumes_seen)
 
     @override
     def watch_volumes(self, *, token: str, listing: bool) -> AsyncGenerator[StoreEvent[VolumeDetails], None]:
-        return self._watch(self.volumes_told, self._volumes_seen, token, listing=listing)
+        return self._watch(self._volumes_seen, token, listing=listing)
 
     @override
     async def volume_revisions(self, uid: str, *, page_size: int, page_token: str) -> Page[VolumeRevision]:
         past = [revision for (owner, _), revision in sorted(self.volume_past.items()) if owner == uid]
-        return self._page(past, page_size, page_token)
+        return self._page(f"volume revisions of {uid}", past, page_size, page_token)
 
     @override
     async def containers(self, *, page_size: int, page_token: str) -> Page[ContainerView]:
-        page = self._page(list(self._views().values()), page_size, page_token)
-        return replace(page, watch_token=f"seen {len(self.told)}")
+        views = list(self._views().values())
+        return self._page("containers", views, page_size, page_token, self._containers_seen)
 
     @override
     def watch_containers(self, *, token: str, listing: bool) -> AsyncGenerator[StoreEvent[ContainerView], None]:
-        return self._watch(self.told, self._views, token, listing=listing)
+        return self._watch(self._containers_seen, token, listing=listing)
 
-    async def _watch(
-        self, told: list[tuple[T | None, T | None]], there: Callable[[], dict[str, T]], token: str, *, listing: bool
-    ) -> AsyncGenerator[StoreEvent[T], None]:
-        place = len(told)
+    async def _watch(self, history: _History[T], token: str, *, listing: bool) -> AsyncGenerator[StoreEvent[T], None]:
+        if not token and listing:
+            self._moments.append(_Moment(history.kind, list(history.there().values()), len(history.told)))
+            token = f"{history.kind} list {len(self._moments) - 1} 0"
+        place = len(history.told)
         if token:
-            word, _, number = token.partition(" ")
-            if word != "seen" or not number.isdecimal():
-                raise InvalidArgument((FieldViolation("resume_token", "is none of mine"),))
-            place = int(number)
-        elif listing:
-            # One that is broken off begins anew.
-            for view in there().values():
-                yield StoreEvent(None, view, "seen 0")
-        yield StoreEvent(None, None, f"seen {place}", list_complete=listing and not token)
+            phase, number, shown = _parsed_watch_token(history.kind, token)
+            place = number
+            if phase == "list":
+                moment = self._moment(history.kind, number, token, "resume_token")
+                for index, view in enumerate(moment.items[shown:], start=shown + 1):
+                    yield StoreEvent(None, view, f"{history.kind} list {number} {index}")  # type: ignore[arg-type]  # of this kind
+                place, listing = moment.told, True
+            elif number > len(history.told):
+                raise _wrong("resume_token")
+            else:
+                listing = False
+        if place < history.forgotten:
+            raise ResumeTokenExpired(token)
+        yield StoreEvent(None, None, history.token(place), list_complete=listing)
         while True:
-            if place < self.forgotten:
+            if place < history.forgotten:
                 raise ResumeTokenExpired(token)
             happened = self._happened
-            if place == len(told):
+            if place == len(history.told):
                 await happened.wait()
                 continue
-            before, after = told[place]
+            before, after = history.told[place]
             place += 1
-            yield StoreEvent(before, after, f"seen {place}")
+            yield StoreEvent(before, after, history.token(place))
 
-    def _page(self, items: Sequence[T], size: int, token: str) -> Page[T]:
+    def _moment(self, listing: str, number: int, token: str, field_name: str) -> _Moment:
+        """Raises InvalidArgument, ResumeTokenExpired."""
+        if number >= len(self._moments):
+            raise _wrong(field_name)
+        moment = self._moments[number]
+        if moment is None:
+            raise ResumeTokenExpired(token)
+        if moment.listing != listing:
+            raise _wrong(field_name)
+        return moment
+
+    def _page(
+        self,
+        listing: str,
+        items: Sequence[T],
+        size: int,
+        token: str,
+        history: _History[ContainerView] | _History[VolumeDetails] | None = None,
+    ) -> Page[T]:
         self.reads += 1
-        moment, first = 0, 0
         if token:
-            try:
-                moment, first = (int(part) for part in token.split("-"))
-            except ValueError:
-                raise InvalidArgument((FieldViolation("page_token", "is none of mine"),)) from None
-            items = self._moments[moment]  # type: ignore[assignment]  # what was listed then
+            named, *numbers = token.rsplit(" ", 2)
+            if named != listing or len(numbers) != 2 or not all(part.isdecimal() for part in numbers):
+                raise _wrong("page_token")
+            number, first = map(int, numbers)
+            moment = self._moment(listing, number, token, "page_token")
         else:
-            moment = len(self._moments)
-            self._moments.append(items)
+            number, first = len(self._moments), 0
+            moment = _Moment(listing, items, len(history.told) if history else 0)
+            self._moments.append(moment)
         last = first + size
-        return Page(tuple(items[first:last]), f"{moment}-{last}" if last < len(items) else "")
+        return Page(
+            tuple(moment.items[first:last]),  # type: ignore[arg-type]  # what was listed then
+            f"{listing} {number} {last}" if last < len(moment.items) else "",
+            history.token(moment.told) if history else "",
+        )
 
     @override
     async def revisions(self, uid: str, *, page_size: int, page_token: str) -> Page[RevisionView]:
-        return self._page(await self.history(uid), page_size, page_token)
+        return self._page(f"revisions of {uid}", await self.history(uid), page_size, page_token)
 
     @override
     async def history(self, uid: str) -> tuple[RevisionView, ...]:
@@ -278,14 +380,14 @@ class MemoryStore(Store):
 
     @override
     async def operations(self, *, page_size: int, page_token: str) -> Page[Operation]:
-        newest = sorted((stored.value for stored in self.journal.values()), key=lambda op: op.create_time, reverse=True)
-        return self._page(newest, page_size, page_token)
+        # What is large is shown where an operation is read by itself.
+        by_id = [stored.value.changed(arguments={}, result=None) for _, stored in sorted(self.journal.items())]
+        return self._page("operations", by_id, page_size, page_token)
 
     @override
     async def unfinished(self, node: str) -> tuple[Versioned[Operation], ...]:
-        return tuple(
-            stored for stored in self.journal.values() if stored.value.node == node and not stored.value.state.ended
-        )
+        locking = [self.journal.get(operation_id) for operation_id in dict.fromkeys(self.locks.values())]
+        return tuple(one for one in locking if one and one.value.node == node and not one.value.state.ended)
 
     @override
     async def list_locks(self) -> tuple[change.Lock, ...]:
@@ -316,9 +418,58 @@ class MemoryStore(Store):
         return "3.5.0"
 
 
-def _differences(before: Mapping[str, T], after: Mapping[str, T], told: list[tuple[T | None, T | None]]) -> None:
-    told += [
-        (before.get(name), after.get(name))
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-    ]
+def _key(item: change.StoreChange) -> Hashable:  # noqa: C901, PLR0911 - one case for each kind of key
+    """The key that a change uses; no two changes of a transaction may use the same one."""
+    match item:
+        case (
+            change.Lock(kind=kind, name=name)
+            | change.Unlock(kind=kind, name=name)
+            | change.RequireUnlocked(kind=kind, name=name)
+        ):
+            return "lock", kind, name
+        case (
+            change.RequireVolumeVersion(name=name)
+            | change.PutVolume(volume=Volume(name=name))
+            | change.DeleteVolume(name=name)
+        ):
+            return "volume", name
+        case (
+            change.Claim(host=host, key=key)
+            | change.ConfirmClaim(host=host, key=key)
+            | change.ReleaseClaim(host=host, key=key)
+        ):
+            return "claim", host, key
+        case change.PutContainer(container=Container(name=name)) | change.DeleteContainer(name=name):
+            return "container", name
+        case (
+            change.PutRevision(revision=ContainerRevision(uid=uid, revision=number))
+            | change.DeleteRevision(uid=uid, revision=number)
+        ):
+            return "revision", uid, number
+        case change.PutSnapshot(uid=uid, revision=number):
+            return "snapshot", uid, number
+        case change.PutVolumeRevision(revision=VolumeRevision(uid=uid, revision=number)):
+            return "volume revision", uid, number
+        case change.PutOperation(operation=Operation(id=operation_id)):
+            return "operation", operation_id
+        case change.PutRequest(request_id=request_id):
+            return "request", request_id
+        case (
+            change.PutImageOrigin(origin=ImageOrigin(node=node, image_id=image_id))
+            | change.DeleteImageOrigin(node=node, image_id=image_id)
+        ):
+            return "image origin", node, image_id
+
+
+def _parsed_watch_token(kind: str, token: str) -> tuple[str, int, int]:
+    """The phase, the moment or the place, and how many of the list were shown. Raises InvalidArgument."""
+    named, *rest = token.split(" ")
+    if named != kind or len(rest) != 3 or rest[0] not in ("list", "told"):
+        raise _wrong("resume_token")
+    if not all(part.isdecimal() for part in rest[1:]):
+        raise _wrong("resume_token")
+    return rest[0], int(rest[1]), int(rest[2])
+
+
+def _wrong(field_name: str) -> InvalidArgument:
+    return InvalidArgument((FieldViolation(field_name, "it is not a token of this store"),))

@@ -108,7 +108,7 @@ async def test_a_watch_tells_what_matches_and_how_it_goes_on(served: Served) -> 
     _, refused = await to_the_end(served.containers.WatchContainers(request))
     assert reason_of(refused) == "INVALID_ARGUMENT"
     request.filter.owner = ""
-    served.store.forgotten = len(served.store.told)
+    await served.store.forget()
     _, expired = await to_the_end(served.containers.WatchContainers(request))
     assert expired is not None
     assert expired.code() is grpc.StatusCode.OUT_OF_RANGE

@@ -215,8 +215,8 @@ class Desk:
             "images": len(engine.images.keys() - {image.id for image in engine.registry.values()}),
             "engine volumes": sorted(map(plain, engine.volumes)),
             "snapshots": sorted(
-                (plain(key.uid), key.revision, sorted(files))
-                for key, (files, _, _) in self.snapshots.sealed_files.items()
+                (plain(key.uid), key.revision, sorted(one.files))
+                for key, one in self.snapshots.sealed_snapshots.items()
             ),
             "partial snapshots": sorted(map(str, self.snapshots.partial)),
             "revisions": sorted(

@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from gpudock_server.errors import EngineRejected
+from gpudock_server.errors import ImageNotFound, ImagePullFailed
 from gpudock_server.model.engine import (
     LABEL_OPERATION,
     LABEL_SPEC,
-    LABEL_UID,
     EngineContainer,
     EngineContainerSpec,
     EngineImage,
@@ -91,14 +90,6 @@ class ModelEngine(FakeEngine):
         """A process in it writes a file."""
         self.layers[self.layer_of[engine_id]] |= {file}
 
-    def _rejected(self, call: str, detail: str, status: int = 409) -> EngineRejected:
-        return EngineRejected(call=call, status=status, detail=detail)
-
-    def _there(self, engine_id: str, call: str) -> EngineContainer:
-        if engine_id not in self.containers:
-            raise self._rejected(call, f"no such container: {engine_id}", 404)
-        return self.containers[engine_id]
-
     # -- images ------------------------------------------------------------------------------------------------------
 
     def _image(self, reference: str) -> Image | None:
@@ -124,6 +115,8 @@ class ModelEngine(FakeEngine):
     @override
     async def pull(self, reference: str, auth: RegistryAuth | None, progress: Progress) -> None:
         async with self.faults.call("pull"):
+            if reference not in self.registry:
+                raise ImagePullFailed(image=reference, detail="the registry has no such image")
             progress(1, 2)
             progress(2, 2)
             self._add(self.registry[reference], reference)
@@ -145,11 +138,12 @@ class ModelEngine(FakeEngine):
     ) -> str:
         async with self.faults.call("commit"):
             seen = self._there(engine_id, "commit")
+            self._there(config_of or engine_id, "commit")
             assert seen.state is not EngineState.RUNNING, "its files are written to while it is committed"
-            base = self.images[seen.image_id]
+            base, written = self.images[seen.image_id], self.layers[self.layer_of[engine_id]]
             made = Image(
                 f"sha256:{next(self._numbers)}",
-                (*base.layers, self._layer(self.layers[self.layer_of[engine_id]])),
+                (*base.layers, *([self._layer(written)] if written else [])),
                 f"container {config_of or engine_id}",
                 base.volumes,
                 identity=True,
@@ -199,10 +193,10 @@ class ModelEngine(FakeEngine):
                 return
             names = [name for name, image_id in self.tags.items() if image_id == found.id]
             used = any(one.image_id == found.id for one in self.containers.values())
-            if used and len(names) < 2:
-                return
-            self.tags.pop(reference, None)
-            if len(names) < 2:
+            if len(names) > 1 and reference in names:
+                del self.tags[reference]
+            elif len(names) < 2 and not used:
+                self.tags = {name: image_id for name, image_id in self.tags.items() if image_id != found.id}
                 del self.images[found.id]
 
     # -- volumes -----------------------------------------------------------------------------------------------------
@@ -225,18 +219,7 @@ class ModelEngine(FakeEngine):
         self, name: str, *, labels: Mapping[str, str], driver_options: Mapping[str, str]
     ) -> EngineVolume:
         async with self.faults.call("create_volume"):
-            found = self.volumes.get(name)
-            if found is not None and found.labels.get(LABEL_UID) == labels.get(LABEL_UID):
-                return found
-            assert found is None
-            self.volumes[name] = EngineVolume(
-                name=name,
-                driver="local",
-                mountpoint=f"/engine/{name}",
-                labels=dict(labels),
-                options=dict(driver_options),
-            )
-            return self.volumes[name]
+            return await super().create_volume(name, labels=labels, driver_options=driver_options)
 
     @override
     async def find_volumes(self, labels: Mapping[str, str]) -> tuple[EngineVolume, ...]:
@@ -260,16 +243,18 @@ class ModelEngine(FakeEngine):
     @override
     async def create(self, engine_spec: EngineContainerSpec) -> str:
         async with self.faults.call("create"):
-            for one in self.containers.values():
-                if one.name == engine_spec.name:
-                    if one.labels[LABEL_OPERATION] == engine_spec.labels[LABEL_OPERATION]:
-                        return one.id
-                    raise self._rejected("create a container", f"the name {engine_spec.name} is in use")
+            operation = engine_spec.labels.get(LABEL_OPERATION)
+            if found := self._named(engine_spec.name, operation, "create a container"):
+                return found
             image = self.images.get(engine_spec.image_id)
             if image is None:
-                raise self._rejected("create a container", f"no such image: {engine_spec.image_id}", 404)
+                raise ImageNotFound(image=engine_spec.spec.image)
             spec = engine_spec.spec
-            named = {mount.target: engine_spec.mounted[mount.volume] for mount in spec.mounts if mount.volume}
+            named = {
+                mount.target: engine_spec.mounted.get(mount.volume, mount.volume)
+                for mount in spec.mounts
+                if mount.volume
+            }
             volumes = engine_spec.volumes | named
             number = next(self._numbers)
             for target in image.volumes:
@@ -314,9 +299,8 @@ class ModelEngine(FakeEngine):
     @override
     async def create_file_holder(self, of: str, name: str, labels: Mapping[str, str]) -> str:
         async with self.faults.call("create_file_holder"):
-            for one in self.containers.values():
-                if one.name == name:
-                    return one.id
+            if found := self._named(name, labels.get(LABEL_OPERATION), "create a container"):
+                return found
             source = self._there(of, "create a container")
             engine_id = f"engine{next(self._numbers)}"
             shadow = EngineContainer(
@@ -342,11 +326,7 @@ class ModelEngine(FakeEngine):
     @override
     async def find(self, labels: Mapping[str, str]) -> tuple[EngineContainer, ...]:
         async with self.faults.call("find"):
-            return tuple(
-                one
-                for one in self.containers.values()
-                if all(key in one.labels and value in ("", one.labels[key]) for key, value in labels.items())
-            )
+            return await super().find(labels)
 
     @override
     async def start(self, engine_id: str) -> None:
@@ -371,15 +351,11 @@ class ModelEngine(FakeEngine):
             )
 
     @override
-    async def stop(self, engine_id: str, timeout: float | None) -> None:
+    async def stop(self, engine_id: str, timeout: float) -> None:
         async with self.faults.call("stop"):
             seen = self.containers.get(engine_id)
-            if seen is None:
-                return
-            if seen.state is EngineState.PAUSED:
-                raise self._rejected("stop", "container is paused; unpause it before it is stopped")
-            if seen.state is EngineState.RUNNING:
-                self.stopped_within.append(-1 if timeout is None else timeout)
+            if seen is not None and seen.alive:
+                self.stopped_within.append(timeout)
                 self.containers[engine_id] = replace(
                     seen, state=EngineState.EXITED, exit_code=143, finish_time=_START, pid=0
                 )
@@ -387,16 +363,12 @@ class ModelEngine(FakeEngine):
     @override
     async def pause(self, engine_id: str) -> None:
         async with self.faults.call("pause"):
-            if self._there(engine_id, "pause").state not in (EngineState.RUNNING, EngineState.PAUSED):
-                raise self._rejected("pause", "container is not running")
-            self._set(engine_id, EngineState.PAUSED)
+            await super().pause(engine_id)
 
     @override
     async def unpause(self, engine_id: str) -> None:
         async with self.faults.call("unpause"):
-            if self._there(engine_id, "unpause").state not in (EngineState.RUNNING, EngineState.PAUSED):
-                raise self._rejected("unpause", "container is not paused")
-            self._set(engine_id, EngineState.RUNNING)
+            await super().unpause(engine_id)
 
     @override
     async def update(

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from gpudock_server.errors import LayerCarryFailed, SnapshotFailed
+from gpudock_server.errors import DiskFull, LayerCarryFailed
 from gpudock_server.model.engine import EngineContainer, EngineState
 from gpudock_server.model.operation import LayerTransferMethod
-from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind, SnapshotMethod
-from gpudock_server.model.volume import TreeSummary, VolumeBackendKind, VolumeBacking, VolumeIdentity, VolumeUsage
-from gpudock_server.ports import CommitCost, LayerPair, LayerTransferPlan, Progress, ShrinkNeedsCopy, SnapshotPlan
+from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotMethod
+from gpudock_server.model.volume import TreeSummary, VolumeBacking, VolumeIdentity, VolumeUsage
+from gpudock_server.ports import CommitCost, LayerPair, LayerTooLarge, LayerTransferPlan, Progress, SnapshotPlan
 from typing_extensions import override
 
-from tests.rpc.fake_volumes import FakeCopier, FakeVolumes
+from tests.rpc.fake_volumes import FakeCopier, FakePlain, FakeVolumes
 from tests.rpc.fakes import FakeLayers, FakeSnapshots
 from tests.unit.faults import Faults
 from tests.unit.model_engine import Files, ModelEngine
@@ -61,9 +61,10 @@ class ModelLayers(FakeLayers):
     @override
     async def locate(self, old: EngineContainer, new: EngineContainer) -> LayerPair:
         async with self.engine.faults.call("layers.locate"):
-            if old.image_id != new.image_id:
-                raise LayerCarryFailed(method="EXCHANGE", detail="they are of different images")
+            await super().locate(old, new)
             numbers = self.engine.layer_of
+            if gone := {old.id, new.id} - numbers.keys():
+                raise LayerCarryFailed(method="EXCHANGE", detail=f"no layer of containers {sorted(gone)}")
             return LayerPair(old_path=old.id, old_inode=numbers[old.id], new_path=new.id, new_inode=numbers[new.id])
 
     def _swap(self, pair: LayerPair, first: int, second: int) -> None:
@@ -87,25 +88,31 @@ class ModelLayers(FakeLayers):
     async def copy(self, pair: LayerPair, progress: Progress) -> None:
         async with self.engine.faults.call("layers.copy"):
             self._still(pair.old_path, pair.new_path)
+            if self.engine.layer_of[pair.old_path] != pair.old_inode:
+                raise LayerCarryFailed(method="COPY", detail="the layers are exchanged")
             self.engine.layers[pair.new_inode] = self.engine.layers[pair.old_inode]
             progress(5, 5)
 
 
 class ModelSnapshots(FakeSnapshots):
-    """Trees of files, sealed ones (`sealed_files`) and partial ones (`partial`)."""
+    """Snapshots of the files that containers of `engine` have."""
 
     def __init__(self, engine: ModelEngine) -> None:
         super().__init__()
         self.engine = engine
         self.how: tuple[SnapshotMethod | None, str] = (SnapshotMethod.LINK, "")
         self.cost = SnapshotPlan(method=SnapshotMethod.LINK, bytes_to_copy=7, bytes_available=70)
-        self.sealed_files: dict[SnapshotKey, tuple[Files, Snapshot, str]] = {}
-        self.partial: dict[tuple[SnapshotKey, str], Files] = {}
         # What is raised when the layer is looked at, one after the other.
         self.surprises: dict[str, Exception] = {}
 
-    def _layer(self, container: EngineContainer) -> Files:
+    @override
+    def files_of(self, container: EngineContainer) -> Files:
         return self.engine.layers[self.engine.layer_of[container.id]]
+
+    @override
+    def fill(self, container: EngineContainer, files: Files) -> None:
+        assert self.engine.containers[container.id].start_time is None, "it has run"
+        self.engine.layers[self.engine.layer_of[container.id]] = files
 
     @override
     async def method(self, old: EngineContainer) -> tuple[SnapshotMethod | None, str]:
@@ -119,8 +126,10 @@ class ModelSnapshots(FakeSnapshots):
             assert old.id in self.engine.containers
             return self.cost
 
-    def _surprise(self, name: str) -> None:
+    def _surprise(self, name: str, key: SnapshotKey, operation_id: str) -> None:
         if name in self.surprises:
+            if isinstance(self.surprises[name], DiskFull | LayerTooLarge):
+                self._drop_partial(key, operation_id)
             raise self.surprises[name]
 
     @override
@@ -133,9 +142,8 @@ class ModelSnapshots(FakeSnapshots):
         progress: Progress,
     ) -> None:
         async with self.engine.faults.call("snapshots.gather"):
-            self._surprise("gather")
-            assert previous is None or previous in self.sealed_files
-            self.partial[key, operation_id] = self._layer(old)
+            self._surprise("gather", key, operation_id)
+            await super().gather(old, key, operation_id, previous, progress)
             progress(3, 3)
 
     @override
@@ -148,41 +156,25 @@ class ModelSnapshots(FakeSnapshots):
         progress: Progress,
     ) -> None:
         async with self.engine.faults.call("snapshots.complete"):
-            self._surprise("complete")
+            self._surprise("complete", key, operation_id)
             assert self.engine.containers[old.id].state is not EngineState.RUNNING, "its files are written to"
-            self.partial[key, operation_id] = self._layer(old)
+            await super().complete(old, key, operation_id, previous, progress)
             progress(4, 4)
 
     @override
     async def seal(self, key: SnapshotKey, operation_id: str, image_id: str) -> Snapshot:
         async with self.engine.faults.call("snapshots.seal"):
-            if key not in self.sealed_files:
-                made = Snapshot(
-                    kind=SnapshotKind.TREE,
-                    image_id=image_id,
-                    method=SnapshotMethod.LINK,
-                    layer_bytes=9,
-                    create_time=_START,
-                )
-                self.sealed_files[key] = (self.partial.pop((key, operation_id)), made, operation_id)
-            return self.sealed_files[key][1]
+            return await super().seal(key, operation_id, image_id)
 
     @override
     async def discard(self, key: SnapshotKey, operation_id: str) -> None:
         async with self.engine.faults.call("snapshots.discard"):
-            self.partial.pop((key, operation_id), None)
-            if key in self.sealed_files and self.sealed_files[key][2] == operation_id:
-                del self.sealed_files[key]
+            await super().discard(key, operation_id)
 
     @override
     async def restore(self, key: SnapshotKey, target: EngineContainer, progress: Progress) -> None:
         async with self.engine.faults.call("snapshots.restore"):
-            if key not in self.sealed_files:
-                raise SnapshotFailed(detail="it was not kept")
-            files, made, _ = self.sealed_files[key]
-            assert self.engine.containers[target.id].start_time is None, "it has run"
-            assert made.image_id == target.image_id
-            self.engine.layers[self.engine.layer_of[target.id]] = files
+            await super().restore(key, target, progress)
             progress(6, 6)
 
     @override
@@ -190,37 +182,25 @@ class ModelSnapshots(FakeSnapshots):
         self, source: EngineContainer, target: EngineContainer, operation_id: str, *, still: bool, progress: Progress
     ) -> None:
         async with self.engine.faults.call("snapshots.mirror"):
-            self._surprise("mirror")
+            if "mirror" in self.surprises:
+                raise self.surprises["mirror"]
             running = self.engine.containers[source.id].state is EngineState.RUNNING
             assert not (still and running), "its files are written to"
-            assert self.engine.containers[target.id].start_time is None, "it has run"
-            # What is written while it runs comes with the last pass alone.
-            seen = self._layer(source)
-            self.engine.layers[self.engine.layer_of[target.id]] = seen if still else seen - {"late"}
+            await super().mirror(source, target, operation_id, still=still, progress=progress)
+            if not still:
+                # What is written while it runs comes with the last pass alone.
+                self.fill(target, self.files_of(target) - {"late"})
             progress(8, 8)
 
     @override
     async def remove(self, key: SnapshotKey) -> None:
         async with self.engine.faults.call("snapshots.remove"):
-            self.sealed_files.pop(key, None)
+            await super().remove(key)
 
     @override
     async def remove_all(self, uid: str) -> None:
         async with self.engine.faults.call("snapshots.remove_all"):
-            self.sealed_files = {key: one for key, one in self.sealed_files.items() if key.uid != uid}
-            self.partial = {key: one for key, one in self.partial.items() if key[0].uid != uid}
-
-    @override
-    async def sealed(self, key: SnapshotKey) -> Snapshot | None:
-        return self.sealed_files[key][1] if key in self.sealed_files else None
-
-    @override
-    async def find(self) -> tuple[SnapshotKey, ...]:
-        return tuple(self.sealed_files)
-
-    @override
-    async def partials(self) -> tuple[tuple[SnapshotKey, str], ...]:
-        return tuple(self.partial)
+            await super().remove_all(uid)
 
 
 @dataclass
@@ -259,67 +239,48 @@ class ModelHostPaths:
 
 @dataclass(eq=False)
 class ModelVolumes(FakeVolumes):
-    """Stores by their uid: the size, and which content they hold. A shrink needs a copy if `copies`."""
+    """Stores whose calls can fail, and which the containers of `engine` mount."""
 
     faults: Faults = field(default_factory=Faults)
     engine: ModelEngine | None = None
-    stores: dict[str, tuple[int, str]] = field(default_factory=dict)
-    copies: bool = False
-    identities: dict[str, VolumeIdentity | None] = field(default_factory=dict)
+
+    @override
+    def mounted(self, backing: VolumeBacking) -> bool:
+        volume = self.backings.get(backing.uid, backing).engine_volume
+        containers = self.engine.containers.values() if self.engine else ()
+        return super().mounted(backing) or any(one.alive and volume in one.volumes.values() for one in containers)
 
     @override
     async def create(
         self, uid: str, name: str, size_bytes: int, identity: VolumeIdentity | None = None
     ) -> VolumeBacking:
         async with self.faults.call("volumes.create"):
-            backing = await super().create(uid, name, size_bytes, identity)
-            self.stores.setdefault(uid, (size_bytes, f"of {name}"))
-            self.identities[uid] = identity
-            return backing
-
-    def _resized(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
-        self.stores[backing.uid] = (size_bytes, self.stores[backing.uid][1])
-        return backing.model_copy(update={"size_bytes": size_bytes})
+            return await super().create(uid, name, size_bytes, identity)
 
     @override
     async def grow(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
         async with self.faults.call("volumes.grow"):
-            return self._resized(backing, size_bytes)
+            return await super().grow(backing, size_bytes)
 
     @override
     async def shrink(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
         async with self.faults.call("volumes.shrink"):
-            if self.copies:
-                raise ShrinkNeedsCopy("it cannot shrink where it is")
-            return self._resized(backing, size_bytes)
-
-    @override
-    def needs_copy(self, backing: VolumeBacking, size_bytes: int) -> bool:
-        return self.copies
+            return await super().shrink(backing, size_bytes)
 
     @override
     async def replacement(self, backing: VolumeBacking, uid: str, size_bytes: int) -> VolumeBacking:
         async with self.faults.call("volumes.replacement"):
-            self.stores.setdefault(uid, (size_bytes, "empty"))
-            return backing.model_copy(update={"uid": uid, "size_bytes": size_bytes, "engine_volume": f"gpudock-{uid}"})
+            return await super().replacement(backing, uid, size_bytes)
 
     @override
     async def content(self, backing: VolumeBacking) -> str:
         async with self.faults.call("volumes.content"):
-            return self.stores[backing.uid][1]
+            return await super().content(backing)
 
     @override
     async def exchange(self, holder: VolumeBacking, other: VolumeBacking, content: str) -> None:
         async with self.faults.call("volumes.exchange"):
-            if self.stores[holder.uid][1] == content:
-                return
-            mounted = {holder.engine_volume, other.engine_volume}
-            for one in self.engine.containers.values() if self.engine else ():
-                assert not (one.alive and mounted & set(one.volumes.values())), "it is mounted"
-            first, second = self.stores[holder.uid], self.stores[other.uid]
-            assert second[1] == content
-            self.stores[holder.uid], self.stores[other.uid] = second, first
-            assert (self.stores[holder.uid][0], self.stores[other.uid][0]) == (holder.size_bytes, other.size_bytes)
+            await super().exchange(holder, other, content)
 
     @override
     async def usage(self, backing: VolumeBacking) -> VolumeUsage:
@@ -329,16 +290,11 @@ class ModelVolumes(FakeVolumes):
     @override
     async def destroy(self, backing: VolumeBacking) -> None:
         async with self.faults.call("volumes.destroy"):
-            self.stores.pop(backing.uid, None)
+            await super().destroy(backing)
 
 
-class ModelPlain(ModelVolumes):
-    """Volumes without a size."""
-
-    @property
-    @override
-    def kind(self) -> VolumeBackendKind:
-        return VolumeBackendKind.PLAIN
+class ModelPlain(ModelVolumes, FakePlain):
+    """Stores without a size."""
 
 
 class ModelCopier(FakeCopier):

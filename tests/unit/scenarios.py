@@ -352,7 +352,7 @@ def is_gone(desk: Desk) -> None:
     assert not desk.store.heads
     assert not desk.engine.containers
     assert not desk.engine.volumes
-    assert not desk.snapshots.sealed_files
+    assert not desk.snapshots.sealed_snapshots
     assert not [name for name in desk.engine.tags if name.startswith("gpudock/")]
 
 
@@ -360,7 +360,7 @@ def forgot_the_first(desk: Desk) -> None:
     """The first revision is not there any more, nor what was kept of it."""
     head = desk.head()
     assert (head.uid, 1) not in desk.store.past
-    assert not desk.snapshots.sealed_files
+    assert not desk.snapshots.sealed_snapshots
     assert not [name for name in desk.engine.tags if name.startswith("gpudock/") and head.revision == 9]
     running(desk, revision=2, cards=3, files=OF_A | {"later"})
 
@@ -369,7 +369,7 @@ def pruned(desk: Desk) -> None:
     """The third revision took the place of the first."""
     running(desk, revision=3, cards=1, files=OF_A)
     assert sorted(number for _, number in desk.store.past) == [2, 3]
-    assert [key.revision for key in desk.snapshots.sealed_files] == [2]
+    assert [key.revision for key in desk.snapshots.sealed_snapshots] == [2]
 
 
 def cloned(desk: Desk, files: frozenset[str] = OF_A, source_revision: int = 1, source_cards: int = 2) -> None:

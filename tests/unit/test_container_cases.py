@@ -289,7 +289,7 @@ async def test_files_go_back_from_a_successor_that_somebody_has_started_meanwhil
     async def refused(*_: object) -> int | None:
         raise REJECTED
 
-    async def and_start_it_again(engine_id: str, timeout: float | None) -> None:
+    async def and_start_it_again(engine_id: str, timeout: float) -> None:
         await halt(engine_id, timeout)
         if engine_id != old and desk.engine.stop is not halt:
             desk.engine.stop = halt  # type: ignore[method-assign]  # this call alone differs

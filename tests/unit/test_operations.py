@@ -82,6 +82,8 @@ def record(desk: Desk, **changes: object) -> Operation:
         update_time=LONG_AGO,
     ).changed(**changes)
     desk.store.journal[operation.id] = Versioned(operation, 1)
+    # By which a daemon finds it.
+    desk.store.locks[ResourceKind.CONTAINER, f"locked by {operation.id}"] = operation.id
     return operation
 
 

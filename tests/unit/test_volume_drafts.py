@@ -282,7 +282,7 @@ async def test_a_store_that_does_not_shrink_after_all_says_so(desk: Desk) -> Non
     desk.sized.needs_copy = lambda backing, size_bytes: False  # type: ignore[method-assign]  # noqa: ARG005 - the names are the protocol's
     operation = await desk.do(Resize("data", 32 * MIB))
     assert operation.error is not None
-    assert operation.error.metadata == {"volume": "data", "call": "shrink", "detail": "it cannot shrink where it is"}
+    assert operation.error.metadata == {"volume": "data", "call": "shrink", "detail": "it cannot shrink in place"}
     assert desk.picture() == before
 
 

@@ -1,0 +1,279 @@
+"""ports.VolumeBackend: stores with a size, and stores without one; each call twice, and what is refused.
+
+ProjectQuotaBackend needs a kernel with project quotas: tests/engine/test_volume_quotas.py, in the test VM.
+"""
+
+# Nothing else waits for these tests' loops.
+# ruff: noqa: ASYNC240, PTH208
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from gpudock_server.adapters.volumes import LoopBackend, PlainBackend
+from gpudock_server.errors import SizeNotSupported, VolumeFailed, VolumeInUse, VolumeTooSmallForData
+from gpudock_server.model.volume import VolumeBackendKind, VolumeBacking, VolumeIdentity
+from gpudock_server.ports import ShrinkNeedsCopy, VolumeBackend
+
+from tests.engine.loops import loops_below
+from tests.rpc.fake_volumes import FakePlain, FakeVolumes
+from tests.unit.faults import Faults
+from tests.unit.model_files import ModelPlain, ModelVolumes
+
+MIB = 1 << 20
+SIZE, LARGER, SMALLER = 320 * MIB, 400 * MIB, 300 * MIB
+
+
+@dataclass
+class Sized:
+    """An implementation for stores with a size, and a size that it does not take."""
+
+    backend: VolumeBackend
+    unsupported: int = 1 * MIB
+
+    async def made(self, name: str = "data", size_bytes: int = SIZE) -> VolumeBacking:
+        """A new store."""
+        return await self.backend.create(str(uuid.uuid4()), name, size_bytes)
+
+
+@pytest.fixture
+async def loop_sized(tmp_path: Path) -> AsyncIterator[Sized]:
+    """On loop devices, with the best filesystem that this host has."""
+    backend = LoopBackend(tmp_path / "volumes", local=True)
+    if reason := await backend.unavailable_reason():
+        pytest.skip(reason)
+    yield Sized(backend)
+    for one in await backend.backings_on_disk():
+        if one.backing:
+            await backend.destroy(one.backing)
+    assert not loops_below(tmp_path), "what a test attaches is detached"
+
+
+@pytest.fixture
+def fake_sized() -> Sized:
+    """The fake of RPC tests."""
+    return Sized(FakeVolumes(), FakeVolumes.UNSUPPORTED)
+
+
+@pytest.fixture
+def model_sized() -> Sized:
+    """The fake of saga tests."""
+    return Sized(ModelVolumes(faults=Faults()), FakeVolumes.UNSUPPORTED)
+
+
+@pytest.fixture(params=["fake", "model", "loop"])
+def sized(request: pytest.FixtureRequest) -> Sized:
+    """Each implementation in turn."""
+    made: Sized = request.getfixturevalue(f"{request.param}_sized")
+    return made
+
+
+_NO_FILES = "the fakes hold no files: a test says what is in use"
+NOT_FAKED = {
+    "fake": {"test_files_stay_where_they_are": _NO_FILES},
+    "model": {"test_files_stay_where_they_are": _NO_FILES},
+}
+
+
+@pytest.fixture
+def backend(sized: Sized) -> VolumeBackend:
+    return sized.backend
+
+
+async def test_it_is_available_and_says_which_one_it_is(backend: VolumeBackend) -> None:
+    assert await backend.unavailable_reason() == ""
+    assert backend.kind is not VolumeBackendKind.PLAIN
+
+
+async def test_a_store_is_made_once(backend: VolumeBackend) -> None:
+    uid = str(uuid.uuid4())
+    made = await backend.create(uid, "data", SIZE)
+    assert await backend.create(uid, "data", SIZE) == made
+    assert (made.kind, made.uid, made.name, made.size_bytes) == (backend.kind, uid, "data", SIZE)
+    assert made.engine_volume
+    usage = await backend.usage(made)
+    assert usage.size_bytes >= SIZE
+    assert 0 <= usage.used_bytes <= usage.minimum_bytes <= SIZE
+
+
+async def test_sizes_that_it_does_not_take(sized: Sized, backend: VolumeBackend) -> None:
+    with pytest.raises(SizeNotSupported):
+        await sized.made(size_bytes=sized.unsupported)
+    made = await sized.made()
+    with pytest.raises(SizeNotSupported):
+        await backend.replacement(made, str(uuid.uuid4()), sized.unsupported)
+    assert [one.uid for one in await backend.backings_on_disk()] == [made.uid], "nothing is left of what was refused"
+
+
+async def test_what_is_on_the_disk_is_listed_with_its_identity(sized: Sized, backend: VolumeBackend) -> None:
+    assert await backend.backings_on_disk() == ()
+    identity = VolumeIdentity(node="n1", owner="alice", labels={"team": "x"})
+    made = await backend.create(str(uuid.uuid4()), "data", SIZE, identity)
+    other = await sized.made("other")
+    found = {one.uid: one for one in await backend.backings_on_disk()}
+    assert {uid: one.backing for uid, one in found.items()} == {made.uid: made, other.uid: other}
+    assert (found[made.uid].identity, found[other.uid].identity) == (identity, None)
+    grown = await backend.grow(made, LARGER)
+    await backend.destroy(other)
+    (left,) = await backend.backings_on_disk()
+    assert (left.backing, left.identity, left.damage) == (grown, identity, "")
+
+
+async def test_it_can_be_attached_at_any_time(sized: Sized, backend: VolumeBackend) -> None:
+    made = await sized.made()
+    for _ in range(2):
+        await backend.attach(made)
+    assert (await backend.usage(made)).size_bytes >= SIZE
+
+
+async def test_growing(sized: Sized, backend: VolumeBackend) -> None:
+    made = await sized.made()
+    grown = await backend.grow(made, LARGER)
+    assert grown == made.model_copy(update={"size_bytes": LARGER})
+    # Also where the first one was done and not heard of.
+    assert await backend.grow(made, LARGER) == await backend.grow(grown, LARGER) == grown
+    assert (await backend.usage(grown)).size_bytes >= LARGER
+
+
+async def test_shrinking_or_saying_that_it_needs_a_copy(sized: Sized, backend: VolumeBackend) -> None:
+    made = await sized.made()
+    if backend.needs_copy(made, SMALLER):
+        with pytest.raises(ShrinkNeedsCopy):
+            await backend.shrink(made, SMALLER)
+        assert (await backend.usage(made)).size_bytes >= SIZE, "nothing was changed"
+    else:
+        shrunk = await backend.shrink(made, SMALLER)
+        assert shrunk == made.model_copy(update={"size_bytes": SMALLER})
+        assert await backend.shrink(shrunk, SMALLER) == shrunk
+
+
+async def test_shrinking_below_what_is_in_use_changes_nothing(sized: Sized, backend: VolumeBackend) -> None:
+    made = await sized.made()
+    with pytest.raises(VolumeTooSmallForData) as refused:
+        await backend.shrink(made, 1)
+    assert refused.value.requested_bytes == 1
+    assert refused.value.used_bytes <= refused.value.minimum_bytes <= SIZE
+    assert (await backend.usage(made)).size_bytes >= SIZE
+
+
+async def test_two_stores_change_their_places(sized: Sized, backend: VolumeBackend) -> None:
+    old = await sized.made(size_bytes=LARGER)
+    uid = str(uuid.uuid4())
+    new = await backend.replacement(old, uid, SIZE)
+    assert await backend.replacement(old, uid, SIZE) == new
+    assert (new.uid, new.size_bytes, new.kind) == (uid, SIZE, old.kind)
+    content, other_content = await backend.content(old), await backend.content(new)
+    assert content != other_content
+    # What they are to be afterwards: the sizes go with the contents.
+    small, large = old.model_copy(update={"size_bytes": SIZE}), new.model_copy(update={"size_bytes": LARGER})
+    for holder in (old, new):
+        async with backend.open_files(holder):
+            with pytest.raises(VolumeInUse):
+                await backend.exchange(large, small, content)
+        assert await backend.content(old) == content, "nothing was changed"
+    for _ in range(2):
+        await backend.exchange(large, small, content)
+        assert (await backend.content(new), await backend.content(old)) == (content, other_content)
+    assert SIZE <= (await backend.usage(small)).size_bytes < LARGER
+    assert {one.uid: one.backing for one in await backend.backings_on_disk()} == {small.uid: small, large.uid: large}
+    for _ in range(2):
+        await backend.exchange(old, new, content)
+        assert (await backend.content(old), await backend.content(new)) == (content, other_content)
+    with pytest.raises(VolumeFailed):
+        await backend.exchange(old, new, "what neither holds")
+    # No more of it is needed than its kind and its uid.
+    await backend.destroy(VolumeBacking(kind=new.kind, uid=new.uid, name="", engine_volume=""))
+    assert [one.uid for one in await backend.backings_on_disk()] == [old.uid]
+
+
+async def test_what_is_open_is_not_destroyed(sized: Sized, backend: VolumeBackend) -> None:
+    made = await sized.made()
+    async with backend.open_files(made), backend.open_files(made):
+        with pytest.raises(VolumeInUse):
+            await backend.destroy(made)
+        assert (await backend.usage(made)).size_bytes >= SIZE
+    for _ in range(2):
+        await backend.destroy(made)
+    assert await backend.backings_on_disk() == ()
+
+
+async def test_files_stay_where_they_are(sized: Sized, backend: VolumeBackend) -> None:
+    made = await sized.made()
+    async with backend.open_files(made) as folder:
+        assert os.listdir(folder) == [], "a new one is empty"
+        Path(folder, "file").write_text("kept")
+    made = await backend.grow(made, LARGER)
+    async with backend.open_files(made) as folder:
+        assert Path(folder, "file").read_text() == "kept"
+
+
+async def test_what_was_destroyed_is_gone(sized: Sized, backend: VolumeBackend) -> None:
+    made = await sized.made()
+    await backend.destroy(made)
+    for call in (backend.usage(made), backend.attach(made), backend.content(made), backend.grow(made, LARGER)):
+        with pytest.raises(VolumeFailed):
+            await call
+    with pytest.raises(VolumeFailed):
+        async with backend.open_files(made):
+            pass
+    assert await backend.backings_on_disk() == ()
+
+
+async def test_the_pool_counts_what_was_promised(sized: Sized, backend: VolumeBackend) -> None:
+    one, other = await sized.made("one"), await sized.made("other", LARGER)
+    pool = await backend.pool()
+    assert pool.promised_bytes == SIZE + LARGER
+    assert 0 < pool.free_bytes <= pool.total_bytes
+    assert pool.allocated_bytes >= 0
+    for made in (one, other):
+        await backend.destroy(made)
+    assert (await backend.pool()).promised_bytes == 0
+
+
+# ---- without a size ----
+
+
+@pytest.fixture(params=["fake", "model", "engine"])
+def plain(request: pytest.FixtureRequest, tmp_path: Path) -> VolumeBackend:
+    """Each implementation for stores without a size in turn."""
+    made: dict[str, VolumeBackend] = {
+        "fake": FakePlain(),
+        "model": ModelPlain(faults=Faults()),
+        "engine": PlainBackend(tmp_path),
+    }
+    return made[request.param]
+
+
+async def test_plain_stores_have_no_size(plain: VolumeBackend) -> None:
+    assert plain.kind is VolumeBackendKind.PLAIN
+    assert await plain.unavailable_reason() == ""
+    with pytest.raises(SizeNotSupported):
+        await plain.create(str(uuid.uuid4()), "data", SIZE)
+    uid = str(uuid.uuid4())
+    made = await plain.create(uid, "data", 0)
+    assert await plain.create(uid, "data", 0) == made
+    assert (made.kind, made.uid, made.name, made.size_bytes) == (VolumeBackendKind.PLAIN, uid, "data", 0)
+    for change in (plain.grow, plain.shrink):
+        with pytest.raises(SizeNotSupported):
+            await change(made, SIZE)
+    await plain.attach(made)
+    assert (await plain.pool()).promised_bytes == 0
+
+
+async def test_plain_stores_are_the_engines(plain: VolumeBackend) -> None:
+    made = await plain.create(str(uuid.uuid4()), "data", 0)
+    assert await plain.backings_on_disk() == (), "the engine has them"
+    assert not plain.needs_copy(made, 0)
+    for call in (
+        plain.replacement(made, str(uuid.uuid4()), 0),
+        plain.content(made),
+        plain.exchange(made, made, "content"),
+    ):
+        with pytest.raises(VolumeFailed):
+            await call
+    for _ in range(2):
+        await plain.destroy(made)

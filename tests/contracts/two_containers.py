@@ -1,0 +1,121 @@
+"""Two containers of one image that do not run, and the files in their writable layers: on this disk and in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Protocol
+
+from gpudock_server.model.container import Placement
+from gpudock_server.model.engine import LABEL_OPERATION, EngineContainer, EngineContainerSpec, EngineState
+from gpudock_server.model.spec import ContainerSpec
+
+from tests.engine.trees import plant_layers
+from tests.unit.faults import Faults
+from tests.unit.model_engine import IMAGE, ModelEngine
+
+
+class TwoContainers(Protocol):
+    """`target` has never run; `running` is the source while it does."""
+
+    source: EngineContainer
+    target: EngineContainer
+
+    @property
+    def running(self) -> EngineContainer:
+        """The source, as the engine shows it while it runs."""
+        return dataclasses.replace(self.source, state=EngineState.RUNNING)
+
+    def write(self, name: str) -> None:
+        """Write a file of the source."""
+
+    def files(self, container: EngineContainer) -> frozenset[str]:
+        """What a container has in its layer."""
+
+
+class PlantedContainers(TwoContainers):
+    """Layers laid out below a folder as the engine does it, without an engine."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.source, self.target = (_container(str(number), upper) for number, upper in _layers(root))
+
+    def write(self, name: str) -> None:
+        """Write a file of the source."""
+        Path(self.source.upper_dir, name).write_text(name)
+
+    def files(self, container: EngineContainer) -> frozenset[str]:
+        """What a container has in its layer."""
+        return frozenset(path.name for path in Path(container.upper_dir).iterdir())
+
+
+def _layers(root: Path) -> list[tuple[int, Path]]:
+    return list(enumerate(plant_layers(root, 1, 2)))
+
+
+class FakeContainers(TwoContainers):
+    """Layers without files."""
+
+    def __init__(self) -> None:
+        self.source, self.target = (_container(name) for name in ("source", "target"))
+
+    def write(self, name: str) -> None:
+        """Nothing is written."""
+
+    def files(self, container: EngineContainer) -> frozenset[str]:
+        """Nothing: not in this one either."""
+        assert container in (self.source, self.target)
+        return frozenset()
+
+
+class ModelContainers(TwoContainers):
+    """Layers of an engine in memory."""
+
+    def __init__(self, engine: ModelEngine, source: EngineContainer, target: EngineContainer) -> None:
+        self.engine, self.source, self.target = engine, source, target
+
+    def write(self, name: str) -> None:
+        """Write a file of the source."""
+        self.engine.write(self.source.id, name)
+
+    def files(self, container: EngineContainer) -> frozenset[str]:
+        """What a container has in its layer."""
+        return self.engine.layers[self.engine.layer_of[container.id]]
+
+
+async def model_containers() -> ModelContainers:
+    """Of an engine of their own."""
+    engine = ModelEngine(Faults())
+    source, target = [await _created(engine, name) for name in ("source", "target")]
+    return ModelContainers(engine, source, target)
+
+
+async def _created(engine: ModelEngine, name: str) -> EngineContainer:
+    image = await engine.image(IMAGE)
+    assert image is not None
+    spec = EngineContainerSpec(
+        name=name,
+        image_id=image.id,
+        spec=ContainerSpec(image=IMAGE),
+        placement=Placement(),
+        hostname=name,
+        labels={LABEL_OPERATION: name},
+    )
+    return engine.containers[await engine.create(spec)]
+
+
+def _container(name: str, upper: Path | None = None) -> EngineContainer:
+    return EngineContainer(
+        id=upper.parent.name if upper else name,
+        name=name,
+        image_id=f"sha256:{1:064x}",
+        state=EngineState.EXITED,
+        pid=0,
+        exit_code=0,
+        oom_killed=False,
+        error="",
+        labels={},
+        gpu_uuids=(),
+        upper_dir=str(upper) if upper else "",
+        storage_driver="overlay2",
+    )

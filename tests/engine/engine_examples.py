@@ -1,0 +1,56 @@
+"""Containers of an engine, as tests ask for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpudock_server.model.container import Placement, PortBinding
+from gpudock_server.model.engine import EngineContainer, EngineContainerSpec
+from gpudock_server.model.spec import ContainerSpec
+from gpudock_server.ports import Engine
+
+IMAGE = "gpudock/busybox:test"
+CUDA_LIKE = "gpudock/cuda-like:test"
+# Exits immediately on SIGTERM, unlike a bare sleep as PID 1.
+IDLE = ("sh", "-c", "trap 'exit 0' TERM; while :; do sleep 3600 & wait $!; done")
+
+
+async def engine_spec(
+    engine: Engine,
+    name: str = "box",
+    *,
+    operation: str = "op1",
+    gpus: tuple[str, ...] = (),
+    ports: tuple[PortBinding, ...] = (),
+    volumes: dict[str, str] | None = None,
+    bound: dict[str, str] | None = None,
+    **spec: Any,
+) -> EngineContainerSpec:
+    """A container of an image that the engine has; `spec` are fields of ContainerSpec."""
+    asked = ContainerSpec(**{"image": IMAGE, "command": IDLE, **spec})
+    image = await engine.image(asked.image)
+    assert image is not None
+    return EngineContainerSpec(
+        name=name,
+        image_id=image.id,
+        spec=asked,
+        placement=Placement(gpu_uuids=gpus, ports=ports),
+        hostname=name,
+        labels={"gpudock.uid": f"uid-{name}", "gpudock.name": name, "gpudock.operation": operation},
+        volumes=volumes or {},
+        bound=bound or {},
+    )
+
+
+async def running(engine: Engine, name: str = "box", **options: Any) -> str:
+    """Create a container and start it; its engine id."""
+    engine_id = await engine.create(await engine_spec(engine, name, **options))
+    await engine.start(engine_id)
+    return engine_id
+
+
+async def seen(engine: Engine, engine_id: str) -> EngineContainer:
+    """A container that must be there, as the engine shows it."""
+    container = await engine.inspect(engine_id)
+    assert container is not None
+    return container
