@@ -1,16 +1,12 @@
-"""ports.Engine: images, volumes and the life of a container, and that "already done" is success everywhere."""
+"""ports.Engine: the life of a container, events and exec, and that "already done" is success everywhere."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-from gpudock_server.adapters.docker import DockerEngine
-from gpudock_server.errors import EngineRejected, ImageNotFound, ImagePullFailed, PortInUse, VolumeExists
+from gpudock_server.errors import EngineRejected, ImageNotFound, PortInUse
 from gpudock_server.model.container import PortBinding
 from gpudock_server.model.engine import (
     LABEL_OPERATION,
@@ -20,107 +16,23 @@ from gpudock_server.model.engine import (
     ExecRequest,
     ExecStream,
 )
-from gpudock_server.model.spec import Mount, RestartPolicy, RestartPolicyKind
+from gpudock_server.model.spec import RestartPolicy, RestartPolicyKind
 from gpudock_server.ports import Engine
 
-from tests.engine.engine_examples import CUDA_LIKE, IDLE, IMAGE, engine_spec, seen
-from tests.rig import Rig
-from tests.rpc import fakes
-from tests.unit import model_engine
-from tests.unit.faults import Faults
-from tests.unit.model_engine import ModelEngine
+from tests.contracts.engine_subject import EngineSubject
+from tests.engine.engine_examples import IDLE, engine_spec, seen
+
+pytest_plugins = ["tests.contracts.engine_fixtures"]
 
 MIB = 1 << 20
-OTHERS_UID = "uid-other"
 
-
-@dataclass
-class Subject:
-    """An implementation, and two images that it has: the second one has a VOLUME line for `volume_target`."""
-
-    engine: Engine
-    image: str
-    volume_image: str
-    volume_target: str
-    # Seconds to wait for what a process does: of what is in memory, which never comes, not long.
-    patience: float = 0.1
-
-    async def create(self, name: str = "box", **options: object) -> str:
-        """A container of the first image unless another is given."""
-        return await self.engine.create(await engine_spec(self.engine, name, **{"image": self.image, **options}))  # type: ignore[arg-type]  # as engine_spec takes them
-
-    async def running(self, name: str = "box", **options: object) -> str:
-        """The same, started."""
-        engine_id = await self.create(name, **options)
-        await self.engine.start(engine_id)
-        return engine_id
-
-    async def running_to_exit(self, code: int) -> str:
-        """A container whose process ends with this code when it is started."""
-        if isinstance(self.engine, ModelEngine):
-            self.engine.ends = code
-        return await self.running(command=("sh", "-c", f"exit {code}"))
-
-    async def write(self, engine_id: str) -> None:
-        """A file in a container's writable layer, where it has one."""
-        if isinstance(self.engine, ModelEngine):
-            self.engine.write(engine_id, "written")
-        elif upper := (await seen(self.engine, engine_id)).upper_dir:
-            Path(upper, "written").touch()  # noqa: ASYNC240 - nothing else waits
-
-    async def state(self, engine_id: str) -> EngineState:
-        """What the engine says of it."""
-        return (await seen(self.engine, engine_id)).state
-
-
-@pytest.fixture
-async def docker_subject(clean_engine: Rig) -> AsyncIterator[Subject]:
-    """On the rig's engine."""
-    engine = await DockerEngine.connect(clean_engine.engine.url, timeout=60)
-    try:
-        yield Subject(engine, IMAGE, CUDA_LIKE, "/data", patience=60)
-    finally:
-        await engine.close()
-
-
-@pytest.fixture
-def model_subject() -> Subject:
-    """The fake of saga tests, which holds files."""
-    return Subject(ModelEngine(Faults()), model_engine.OTHER_IMAGE, model_engine.IMAGE, "/cache")
-
-
-@pytest.fixture
-def fake_subject() -> Subject:
-    """The fake of RPC tests, which holds states."""
-    return Subject(fakes.FakeEngine(), fakes.IMAGE, fakes.IMAGE, "/data")
-
-
-@pytest.fixture(params=["fake", "model", "docker"])
-def subject(request: pytest.FixtureRequest) -> Subject:
-    """Each implementation in turn."""
-    made: Subject = request.getfixturevalue(f"{request.param}_subject")
-    return made
-
-
-@pytest.fixture
-def engine(subject: Subject) -> Engine:
-    return subject.engine
-
-
-_NO_IMAGES = "FakeEngine has one image, and makes up ids for those that are made"
-_NO_MOUNTS = "FakeEngine keeps no mounts and makes no anonymous volumes"
 _NO_EVENTS = "it has no events"
 _NO_PROCESSES = "FakeSession does what the test tells it, not what a command would do"
 NOT_FAKED = {
     "fake": {
-        "test_committing_adds_one_layer_and_the_name": _NO_IMAGES,
-        "test_committing_what_has_written_nothing_adds_no_layer": _NO_IMAGES,
-        "test_a_name_moves_from_one_image_to_another": _NO_IMAGES,
-        "test_an_image_that_is_used_stays": _NO_IMAGES,
-        "test_images_made_of_others": _NO_IMAGES,
-        "test_a_pull_that_fails": "FakeEngine pulls every image",
-        "test_who_mounts_an_engine_volume": _NO_MOUNTS,
-        "test_a_removed_container_leaves_its_volumes_unless_told_to_take_its_own": _NO_MOUNTS,
+        "test_a_removed_container_leaves_its_volumes_unless_told_to_take_its_own": (
+            "FakeEngine keeps no mounts and makes no anonymous volumes"
+        ),
         "test_a_container_that_holds_files_and_never_runs": "FakeEngine makes no container for it",
         "test_exited_within": "processes of FakeEngine never end by themselves",
         "test_a_port_of_another_container": "FakeEngine publishes no ports",
@@ -136,6 +48,16 @@ NOT_FAKED = {
 }
 
 
+@pytest.fixture
+def subject(any_engine: EngineSubject) -> EngineSubject:
+    return any_engine
+
+
+@pytest.fixture
+def engine(subject: EngineSubject) -> Engine:
+    return subject.engine
+
+
 async def test_info(engine: Engine) -> None:
     info = await engine.info()
     assert info.id
@@ -147,172 +69,10 @@ async def test_info(engine: Engine) -> None:
     assert tuple(int(part) for part in info.api_version.split(".")) >= (1, 40)
 
 
-# ---- images ----
-
-
-async def test_an_image_is_found_by_name_and_by_id(engine: Engine, subject: Subject) -> None:
-    image = await engine.image(subject.image)
-    assert image is not None
-    assert await engine.image(image.id) == image
-    assert subject.image in await engine.image_names()
-    assert image.id in await engine.image_ids()
-    assert await engine.image("nonesuch") is None
-    assert await engine.image("sha256:" + "0" * 64) is None
-
-
-async def test_a_pull_that_fails(engine: Engine) -> None:
-    with pytest.raises(ImagePullFailed) as failed:
-        await engine.pull("127.0.0.1:1/nonesuch", None, lambda _current, _total: None)
-    assert failed.value.image == "127.0.0.1:1/nonesuch"
-
-
-async def test_committing_adds_one_layer_and_the_name(engine: Engine, subject: Subject) -> None:
-    base = await engine.image(subject.image)
-    assert base is not None
-    box = await subject.running()
-    await engine.stop(box, 0)
-    await subject.write(box)
-    made = await engine.commit(box, "gpudock/contract:1", {LABEL_OPERATION: "op1"})
-    try:
-        image = await engine.image("gpudock/contract:1")
-        assert image is not None
-        assert image.id == made
-        assert (len(image.layers), image.layers[:-1]) == (len(base.layers) + 1, base.layers)
-        assert "gpudock/contract:1" in await engine.image_names()
-        for call in (
-            engine.commit("nonesuch", "gpudock/contract:2", {}),
-            engine.commit(box, "gpudock/contract:2", {}, config_of="nonesuch"),
-        ):
-            with pytest.raises(EngineRejected):
-                await call
-        assert await engine.image("gpudock/contract:2") is None
-    finally:
-        await engine.remove_image("gpudock/contract:1")
-    assert await engine.image(made) is None
-
-
-async def test_committing_what_has_written_nothing_adds_no_layer(engine: Engine, subject: Subject) -> None:
-    base = await engine.image(subject.image)
-    assert base is not None
-    made = await engine.commit(await subject.create(), "gpudock/contract:same", {})
-    image = await engine.image(made)
-    await engine.remove_image("gpudock/contract:same")
-    assert image is not None
-    assert image.layers == base.layers
-    assert image.id != base.id
-
-
-async def test_a_name_moves_from_one_image_to_another(engine: Engine, subject: Subject) -> None:
-    one, other = await engine.image(subject.image), await engine.image(subject.volume_image)
-    assert one is not None
-    assert other is not None
-    try:
-        for image in (one, one, other):
-            await engine.tag(image.id, "gpudock/contract:moves")
-            assert await engine.image("gpudock/contract:moves") == image
-    finally:
-        for _ in range(2):
-            await engine.remove_image("gpudock/contract:moves")
-    assert await engine.image("gpudock/contract:moves") is None
-    assert await engine.image(subject.volume_image) == other, "only the name is gone"
-    with pytest.raises(EngineRejected):
-        await engine.tag("nonesuch", "gpudock/contract:moves")
-
-
-async def test_an_image_that_is_used_stays(engine: Engine, subject: Subject) -> None:
-    source = await subject.create()
-    made = await engine.commit(source, "gpudock/contract:used", {})
-    box = await subject.create("user", image="gpudock/contract:used")
-    await engine.remove_image("gpudock/contract:used")
-    assert await engine.image(made) is not None
-    await engine.remove(box)
-    await engine.remove_image("gpudock/contract:used")
-    await engine.remove_image(made)
-    assert await engine.image(made) is None
-
-
-async def test_images_made_of_others(engine: Engine, subject: Subject) -> None:
-    base, other = await engine.image(subject.image), await engine.image(subject.volume_image)
-    assert base is not None
-    assert other is not None
-    box = await subject.create()
-    await subject.write(box)
-    once = await engine.commit(box, "gpudock/contract:once", {})
-    again = await subject.create("again", image="gpudock/contract:once")
-    await subject.write(again)
-    twice = await engine.commit(again, "gpudock/contract:twice", {})
-    names = ["once", "twice", "clean", "config", "flat", "onto"]
-    try:
-        clean = await engine.strip_identity(once, base.id, "gpudock/contract:clean")
-        config = await engine.replace_config(twice, other.id, "gpudock/contract:config")
-        flat = await engine.flatten(twice, len(base.layers), "gpudock/contract:flat", config_of=once)
-        onto = await engine.flatten(twice, len(base.layers), "gpudock/contract:onto", config_of=once, onto=other.id)
-        shown = {name: await engine.image(f"gpudock/contract:{name}") for name in names}
-        images = {name: image for name, image in shown.items() if image}
-        assert [images[name].id for name in ("clean", "config", "flat", "onto")] == [clean, config, flat, onto]
-        assert images["clean"].layers == images["once"].layers
-        assert images["config"].layers == images["twice"].layers
-        assert images["config"].volumes == other.volumes
-        assert images["flat"].layers[:-1] == base.layers
-        assert images["onto"].layers[:-1] == other.layers
-    finally:
-        for engine_id in (again, box):
-            await engine.remove(engine_id)
-        for name in reversed(names):
-            await engine.remove_image(f"gpudock/contract:{name}")
-
-
-# ---- engine volumes ----
-
-
-async def test_an_engine_volume_is_made_once(engine: Engine) -> None:
-    labels = {LABEL_UID: "uid-1", "team": "x"}
-    made = await engine.create_volume("own", labels=labels, driver_options={})
-    assert await engine.create_volume("own", labels=labels, driver_options={}) == made
-    assert await engine.inspect_volume("own") == made
-    assert await engine.has_volume("own")
-    assert "own" in await engine.volume_names()
-    assert (made.name, made.driver, made.labels) == ("own", "local", labels)
-    for theirs, options in (({LABEL_UID: OTHERS_UID}, {}), (labels, {"type": "tmpfs", "device": "tmpfs"})):
-        with pytest.raises(VolumeExists):
-            await engine.create_volume("own", labels=theirs, driver_options=options)
-    assert await engine.inspect_volume("own") == made, "what is there stays as it is"
-    for _ in range(2):
-        await engine.remove_volume("own")
-    assert await engine.inspect_volume("own") is None
-    assert not await engine.has_volume("own")
-    assert "own" not in await engine.volume_names()
-
-
-async def test_engine_volumes_are_found_by_all_of_their_labels(engine: Engine) -> None:
-    for name, team in (("v1", "x"), ("v2", "y")):
-        await engine.create_volume(name, labels={LABEL_UID: f"uid-{name}", "team": team}, driver_options={})
-    for labels, names in (
-        ({"team": "x"}, {"v1"}),
-        ({"team": "y", LABEL_UID: "uid-v2"}, {"v2"}),
-        ({"team": "x", LABEL_UID: "uid-v2"}, set()),
-    ):
-        assert {one.name for one in await engine.find_volumes(labels)} == names
-
-
-async def test_who_mounts_an_engine_volume(engine: Engine, subject: Subject) -> None:
-    await engine.create_volume("v1", labels={LABEL_UID: "uid-v1"}, driver_options={})
-    assert await engine.mounting("v1") == ()
-    box = await subject.create(mounts=(Mount(volume="v1", target="/v"),))
-    assert (await seen(engine, box)).volumes["/v"] == "v1"
-    assert [one.id for one in await engine.mounting("v1")] == [box]
-    assert await engine.mounting("nonesuch") == ()
-    with pytest.raises(EngineRejected, match="in use"):
-        await engine.remove_volume("v1")
-    await engine.remove(box)
-    assert await engine.has_volume("v1"), "it is removed by its name alone"
-    await engine.remove_volume("v1")
-
-
 # ---- create, find, inspect ----
 
 
-async def test_create_is_idempotent_within_an_operation(engine: Engine, subject: Subject) -> None:
+async def test_create_is_idempotent_within_an_operation(engine: Engine, subject: EngineSubject) -> None:
     wanted = await engine_spec(engine, image=subject.image)
     first = await engine.create(wanted)
     assert await engine.create(wanted) == first
@@ -323,14 +83,14 @@ async def test_create_is_idempotent_within_an_operation(engine: Engine, subject:
     assert [one.id for one in await engine.find({LABEL_UID: ""})] == [first]
 
 
-async def test_create_of_an_image_that_is_gone(engine: Engine, subject: Subject) -> None:
+async def test_create_of_an_image_that_is_gone(engine: Engine, subject: EngineSubject) -> None:
     wanted = await engine_spec(engine, image=subject.image)
     with pytest.raises(ImageNotFound):
         await engine.create(dataclasses.replace(wanted, image_id="sha256:" + "0" * 64))
     assert await engine.find({LABEL_UID: ""}) == ()
 
 
-async def test_a_container_is_shown_by_id_and_by_name(engine: Engine, subject: Subject) -> None:
+async def test_a_container_is_shown_by_id_and_by_name(engine: Engine, subject: EngineSubject) -> None:
     image = await engine.image(subject.image)
     assert image is not None
     box = await subject.create()
@@ -342,7 +102,7 @@ async def test_a_container_is_shown_by_id_and_by_name(engine: Engine, subject: S
     assert await engine.inspect("nonesuch") is None
 
 
-async def test_find(engine: Engine, subject: Subject) -> None:
+async def test_find(engine: Engine, subject: EngineSubject) -> None:
     one, two = [await subject.create(name) for name in ("one", "two")]
     await engine.start(one)
     for labels, ids in (
@@ -355,7 +115,7 @@ async def test_find(engine: Engine, subject: Subject) -> None:
         assert {container.id for container in await engine.find(labels)} == ids
 
 
-async def test_a_container_that_holds_files_and_never_runs(engine: Engine, subject: Subject) -> None:
+async def test_a_container_that_holds_files_and_never_runs(engine: Engine, subject: EngineSubject) -> None:
     box = await subject.running(cpus=1, memory_bytes=64 * MIB)
     made = await engine.create_file_holder(box, "holder", {LABEL_OPERATION: "op1", "team": "x"})
     assert await engine.create_file_holder(box, "holder", {LABEL_OPERATION: "op1", "team": "x"}) == made
@@ -372,7 +132,7 @@ async def test_a_container_that_holds_files_and_never_runs(engine: Engine, subje
 # ---- start, stop, pause, wait, remove ----
 
 
-async def test_starting_what_runs_is_a_success(engine: Engine, subject: Subject) -> None:
+async def test_starting_what_runs_is_a_success(engine: Engine, subject: EngineSubject) -> None:
     box = await subject.running()
     before = await seen(engine, box)
     assert before.state is EngineState.RUNNING
@@ -380,7 +140,7 @@ async def test_starting_what_runs_is_a_success(engine: Engine, subject: Subject)
     assert (await seen(engine, box)).start_time == before.start_time
 
 
-async def test_start_of_what_is_gone_or_paused(engine: Engine, subject: Subject) -> None:
+async def test_start_of_what_is_gone_or_paused(engine: Engine, subject: EngineSubject) -> None:
     with pytest.raises(EngineRejected):
         await engine.start("nonesuch")
     box = await subject.running()
@@ -390,7 +150,7 @@ async def test_start_of_what_is_gone_or_paused(engine: Engine, subject: Subject)
     assert await subject.state(box) is EngineState.PAUSED
 
 
-async def test_a_port_of_another_container(engine: Engine, subject: Subject) -> None:
+async def test_a_port_of_another_container(engine: Engine, subject: EngineSubject) -> None:
     ports = (PortBinding(container_port=80, host_port=18_123),)
     await subject.running("first", ports=ports)
     box = await subject.create("second", ports=ports)
@@ -399,7 +159,7 @@ async def test_a_port_of_another_container(engine: Engine, subject: Subject) -> 
     assert not (await seen(engine, box)).alive
 
 
-async def test_stop(engine: Engine, subject: Subject) -> None:
+async def test_stop(engine: Engine, subject: EngineSubject) -> None:
     box = await subject.running(command=IDLE)
     for _ in range(2):
         await engine.stop(box, 10)
@@ -413,7 +173,7 @@ async def test_stop(engine: Engine, subject: Subject) -> None:
     await engine.stop("nonesuch", 0)
 
 
-async def test_stop_of_what_never_ran_changes_nothing(engine: Engine, subject: Subject) -> None:
+async def test_stop_of_what_never_ran_changes_nothing(engine: Engine, subject: EngineSubject) -> None:
     box = await subject.create()
     await engine.stop(box, 10)
     await engine.stop(box, 0)
@@ -421,14 +181,14 @@ async def test_stop_of_what_never_ran_changes_nothing(engine: Engine, subject: S
 
 
 @pytest.mark.parametrize("seconds", [0, 1])
-async def test_what_is_paused_can_be_stopped(engine: Engine, subject: Subject, seconds: float) -> None:
+async def test_what_is_paused_can_be_stopped(engine: Engine, subject: EngineSubject, seconds: float) -> None:
     box = await subject.running()
     await engine.pause(box)
     await engine.stop(box, seconds)
     assert not (await seen(engine, box)).running
 
 
-async def test_pause(engine: Engine, subject: Subject) -> None:
+async def test_pause(engine: Engine, subject: EngineSubject) -> None:
     box = await subject.running()
     for _ in range(2):
         await engine.pause(box)
@@ -443,7 +203,7 @@ async def test_pause(engine: Engine, subject: Subject) -> None:
                 await change(engine_id)
 
 
-async def test_exited_within(engine: Engine, subject: Subject) -> None:
+async def test_exited_within(engine: Engine, subject: EngineSubject) -> None:
     living = await subject.running("living")
     assert await engine.exited_within(living, 0.1) is None
     box = await subject.running_to_exit(7)
@@ -458,7 +218,7 @@ async def test_waiting_for_what_is_gone_is_refused(engine: Engine) -> None:
         await engine.exited_within("nonesuch", 1)
 
 
-async def test_limits_and_policy_change_in_place(engine: Engine, subject: Subject) -> None:
+async def test_limits_and_policy_change_in_place(engine: Engine, subject: EngineSubject) -> None:
     box = await subject.running()
     await engine.update(box, cpus=0, memory_bytes=0)
     assert (await seen(engine, box)).cpus == 0
@@ -478,7 +238,7 @@ async def test_an_update_of_what_is_gone_is_refused(engine: Engine) -> None:
         await engine.update("nonesuch", cpus=1, memory_bytes=0)
 
 
-async def test_rename(engine: Engine, subject: Subject) -> None:
+async def test_rename(engine: Engine, subject: EngineSubject) -> None:
     box, other = await subject.create("box"), await subject.create("other")
     for _ in range(2):
         await engine.rename(box, "better")
@@ -492,7 +252,7 @@ async def test_rename(engine: Engine, subject: Subject) -> None:
         await engine.rename("nonesuch", "new")
 
 
-async def test_remove(engine: Engine, subject: Subject) -> None:
+async def test_remove(engine: Engine, subject: EngineSubject) -> None:
     box = await subject.running()
     await asyncio.gather(*(engine.remove(box) for _ in range(4)))
     assert await engine.inspect(box) is None
@@ -502,7 +262,7 @@ async def test_remove(engine: Engine, subject: Subject) -> None:
 
 
 async def test_a_removed_container_leaves_its_volumes_unless_told_to_take_its_own(
-    engine: Engine, subject: Subject
+    engine: Engine, subject: EngineSubject
 ) -> None:
     target = subject.volume_target
     first = await subject.create("first", image=subject.volume_image)
@@ -527,7 +287,7 @@ async def test_a_removed_container_leaves_its_volumes_unless_told_to_take_its_ow
 # ---- events, exec ----
 
 
-async def test_events_are_told_from_a_time_on(engine: Engine, subject: Subject) -> None:
+async def test_events_are_told_from_a_time_on(engine: Engine, subject: EngineSubject) -> None:
     box = await subject.running()
     start = (await seen(engine, box)).create_time
     assert start is not None
@@ -541,7 +301,7 @@ async def test_events_are_told_from_a_time_on(engine: Engine, subject: Subject) 
     assert told.labels[LABEL_UID] == "uid-box"
 
 
-async def test_exec(engine: Engine, subject: Subject) -> None:
+async def test_exec(engine: Engine, subject: EngineSubject) -> None:
     box = await subject.running()
     request = ExecRequest(command=("sh", "-c", "cat; echo error >&2; exit 3"), stdin=True)
     session = await engine.exec(box, request)
@@ -558,7 +318,7 @@ async def test_exec(engine: Engine, subject: Subject) -> None:
     await session.close()
 
 
-async def test_exec_in_what_does_not_run_is_refused(engine: Engine, subject: Subject) -> None:
+async def test_exec_in_what_does_not_run_is_refused(engine: Engine, subject: EngineSubject) -> None:
     box = await subject.create()
     for engine_id in (box, "nonesuch"):
         with pytest.raises(EngineRejected):

@@ -14,7 +14,7 @@ from gpudock_server.model.operation import LayerTransferMethod
 from gpudock_server.ports import LayerStore
 
 from tests.contracts.two_containers import FakeContainers, PlantedContainers, TwoContainers, model_containers
-from tests.rpc.fakes import FakeLayers
+from tests.rpc.fake_layers import FakeLayers
 from tests.unit.model_files import ModelLayers
 
 

@@ -18,7 +18,7 @@ from gpudock_server.model.snapshot import SnapshotKey, SnapshotKind
 from gpudock_server.ports import LayerTooLarge, SnapshotStore
 
 from tests.contracts.two_containers import FakeContainers, PlantedContainers, TwoContainers, model_containers
-from tests.rpc.fakes import FakeSnapshots
+from tests.rpc.fake_layers import FakeSnapshots
 from tests.unit.model_files import ModelSnapshots
 
 UID = str(uuid.UUID(int=7))

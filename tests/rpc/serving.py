@@ -30,16 +30,14 @@ from gpudock_server.settings.definitions import Settings
 from grpc_status import rpc_status
 
 from tests.contract import MET
+from tests.rpc.fake_layers import FakeLayers, FakeLedger, FakeSnapshots
 from tests.rpc.fake_volumes import FakeCopier, FakePlain, FakeVolumes
 from tests.rpc.fakes import (
     IMAGE,
     LONG_AGO,
     FakeEngine,
     FakeInventory,
-    FakeLayers,
-    FakeLedger,
     FakeProcesses,
-    FakeSnapshots,
     every_port_is_free,
 )
 from tests.rpc.memory_store import MemoryStore

@@ -13,7 +13,7 @@ from gpudock_server.model.snapshot import SnapshotKey
 from gpudock_server.ports import LayerTooLarge, Progress, SnapshotPlan
 from typing_extensions import override
 
-from tests.rpc.fakes import FakeSnapshots
+from tests.rpc.fake_layers import FakeSnapshots
 from tests.rpc.serving import Served, made, reason_of, serve, to_the_end
 
 REASON = "there are more than 1000 files and folders"

@@ -19,7 +19,8 @@ from gpudock_server.model.operation import Operation
 from gpudock_server.model.spec import ContainerSpec, GpuRequest, PortRequest
 from gpudock_server.model.volume import Volume
 
-from tests.rpc.fakes import FakeInventory, FakeLedger, every_port_is_free
+from tests.rpc.fake_layers import FakeLedger
+from tests.rpc.fakes import FakeInventory, every_port_is_free
 from tests.rpc.memory_store import MemoryStore
 from tests.unit.faults import Faults
 from tests.unit.model_engine import IMAGE, ModelEngine

@@ -27,12 +27,12 @@ from gpudock_server.model.spec import RestartPolicy
 from gpudock_server.ports import Progress
 from typing_extensions import override
 
+from tests.rpc.fake_layers import Files
 from tests.rpc.fakes import FakeEngine
 from tests.unit.faults import Faults
 
 IMAGE, OTHER_IMAGE, REMOTE_IMAGE = "busybox:latest", "debian:12", "registry.example/cuda:12"
 _START = datetime(2024, 1, 1, tzinfo=UTC)
-Files = frozenset[str]
 
 
 @dataclass(frozen=True)

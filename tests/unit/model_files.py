@@ -14,10 +14,10 @@ from gpudock_server.model.volume import TreeSummary, VolumeBacking, VolumeIdenti
 from gpudock_server.ports import CommitCost, LayerPair, LayerTooLarge, LayerTransferPlan, Progress, SnapshotPlan
 from typing_extensions import override
 
+from tests.rpc.fake_layers import FakeLayers, FakeSnapshots, Files
 from tests.rpc.fake_volumes import FakeCopier, FakePlain, FakeVolumes
-from tests.rpc.fakes import FakeLayers, FakeSnapshots
 from tests.unit.faults import Faults
-from tests.unit.model_engine import Files, ModelEngine
+from tests.unit.model_engine import ModelEngine
 
 _START = datetime(2024, 1, 1, tzinfo=UTC)
 

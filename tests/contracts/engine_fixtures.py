@@ -1,0 +1,45 @@
+"""Pytest fixtures: each implementation of the engine port, by the name that stands in a test's id."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+from gpudock_server.adapters.docker import DockerEngine
+
+from tests.contracts.engine_subject import EngineSubject
+from tests.engine.engine_examples import CUDA_LIKE, IMAGE
+from tests.rig import Rig
+from tests.rpc import fakes
+from tests.unit import model_engine
+from tests.unit.faults import Faults
+from tests.unit.model_engine import ModelEngine
+
+
+@pytest.fixture
+async def docker_engine_subject(clean_engine: Rig) -> AsyncIterator[EngineSubject]:
+    """The real adapter, on the rig's engine."""
+    engine = await DockerEngine.connect(clean_engine.engine.url, timeout=60)
+    try:
+        yield EngineSubject(engine, IMAGE, CUDA_LIKE, "/data", patience=60)
+    finally:
+        await engine.close()
+
+
+@pytest.fixture
+def model_engine_subject() -> EngineSubject:
+    """The fake of saga tests, which holds files."""
+    return EngineSubject(ModelEngine(Faults()), model_engine.OTHER_IMAGE, model_engine.IMAGE, "/cache")
+
+
+@pytest.fixture
+def fake_engine_subject() -> EngineSubject:
+    """The fake of RPC tests, which holds states."""
+    return EngineSubject(fakes.FakeEngine(), fakes.IMAGE, fakes.IMAGE, "/data")
+
+
+@pytest.fixture(params=["fake", "model", "docker"])
+def any_engine(request: pytest.FixtureRequest) -> EngineSubject:
+    """Each implementation in turn."""
+    made: EngineSubject = request.getfixturevalue(f"{request.param}_engine_subject")
+    return made
