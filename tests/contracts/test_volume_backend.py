@@ -21,6 +21,7 @@ from gpudock_server.ports import ShrinkNeedsCopy, VolumeBackend
 
 from tests.engine.loops import loops_below
 from tests.rpc.fake_volumes import FakePlain, FakeVolumes
+from tests.selection import deep_except
 from tests.unit.faults import Faults
 from tests.unit.model_files import ModelPlain, ModelVolumes
 
@@ -65,7 +66,13 @@ def model_sized() -> Sized:
     return Sized(ModelVolumes(faults=Faults()), FakeVolumes.UNSUPPORTED)
 
 
-@pytest.fixture(params=["fake", "model", "loop"])
+FAKES = ("fake", "model")
+IMPLEMENTATIONS = (*FAKES, "loop")
+# For tests that take seconds on loop devices: those run with the deep tests, and the fakes every day.
+LOOP_IS_DEEP = pytest.mark.parametrize("sized", deep_except(FAKES, IMPLEMENTATIONS), indirect=True)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
 def sized(request: pytest.FixtureRequest) -> Sized:
     """Each implementation in turn."""
     made: Sized = request.getfixturevalue(f"{request.param}_sized")
@@ -160,6 +167,7 @@ async def test_shrinking_below_what_is_in_use_changes_nothing(sized: Sized, back
     assert (await backend.usage(made)).size_bytes >= SIZE
 
 
+@LOOP_IS_DEEP
 async def test_two_stores_change_their_places(sized: Sized, backend: VolumeBackend) -> None:
     old = await sized.made(size_bytes=LARGER)
     uid = str(uuid.uuid4())
@@ -190,6 +198,7 @@ async def test_two_stores_change_their_places(sized: Sized, backend: VolumeBacke
     assert [one.uid for one in await backend.backings_on_disk()] == [old.uid]
 
 
+@LOOP_IS_DEEP
 async def test_what_is_open_is_not_destroyed(sized: Sized, backend: VolumeBackend) -> None:
     made = await sized.made()
     async with backend.open_files(made), backend.open_files(made):
