@@ -65,7 +65,7 @@ def test_says_how_many_are_free() -> None:
         "free": "5",
         "matching": "5",
         "total": "8",
-        "unhealthy": "GPU-6 (XID 79),GPU-7 (it is in MIG mode, and whole cards are handed out)",
+        "unhealthy": "GPU-6 (XID 79),GPU-7 (MIG mode is enabled; gpudock allocates whole GPUs)",
     }
     assert "GPU-6 (XID 79)" in refused.value.message
     assert "GPU-7 (it is in MIG mode" in refused.value.message
@@ -87,7 +87,7 @@ def test_says_how_many_of_the_free_ones_match_and_counts_those_that_it_holds() -
         (gpu(0, health=GpuHealth.LOST), "LOST"),
         (gpu(0, health=GpuHealth.UNHEALTHY, health_message="XID 48"), "XID 48"),
         (gpu(0, mig_mode=MigMode.DISABLED), ""),
-        (gpu(0, mig_mode=MigMode.ENABLED), "it is in MIG mode, and whole cards are handed out"),
+        (gpu(0, mig_mode=MigMode.ENABLED), "MIG mode is enabled; gpudock allocates whole GPUs"),
     ],
 )
 def test_says_why_a_card_is_not_handed_out(card: Gpu, why: str) -> None:

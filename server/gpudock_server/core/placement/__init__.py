@@ -1,1 +1,1 @@
-"""Which GPUs and ports a container is given."""
+"""Allocation of GPUs and host ports to containers, and the claims on them."""

@@ -1,4 +1,4 @@
-"""Picks cards and ports. What is picked is only a proposal: the transaction that claims it decides."""
+"""Chooses GPUs and host ports. A choice is only a proposal until a transaction claims it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ from gpudock_server.ports import GpuInventory, PortProbe, Store
 
 @dataclass(frozen=True, slots=True)
 class AllocationRequest:
-    """What a container asks for. `held` is what it has, and keeps where it can; `had` is what it would like back."""
+    """The GPUs and ports that a container requests.
+
+    `current`: the placement it holds, kept where possible. `previous`: the placement it held before, preferred if free.
+    """
 
     uid: str
     gpus: GpuRequest
@@ -36,14 +39,14 @@ class AllocationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """A placement that was free when it was picked, and the claims that are new in it."""
+    """A placement that was free when it was chosen, and the claims that the container does not hold yet."""
 
     placement: Placement
     to_claim: tuple[ClaimKey, ...]
 
 
 class Allocator:
-    """Proposes placements on one host."""
+    """Proposes placements on one host, from the claims in the store, the GPUs, and the ports in use."""
 
     def __init__(
         self,
@@ -55,9 +58,9 @@ class Allocator:
         port_range: tuple[int, int],
         pinned_ranges: Sequence[tuple[int, int]] = (),
     ) -> None:
-        """`port_range` is the first and the last port, both included, that unnumbered ones come from.
+        """`port_range`: first and last port, both included, for requests without a port number.
 
-        A request may pin a port of that range, or of `pinned_ranges`.
+        A request may name a port in that range or in `pinned_ranges`.
         """
         self._store = store
         self._inventory = inventory
@@ -66,140 +69,147 @@ class Allocator:
         self._first_port, self._last_port = port_range
         self._pinnable_ranges = (port_range, *pinned_ranges)
 
-    async def allocate(self, wanted: AllocationRequest) -> Allocation:
-        """Pick, or say what is missing.
+    async def allocate(self, request: AllocationRequest) -> Allocation:
+        """Choose the GPUs and ports for a request.
 
         Raises GpuExhausted, GpuNotFound, GpuUnhealthy, GpuBusy, PortForbidden, PortInUse, PortExhausted.
         """
-        if not wanted.gpus.size and not wanted.ports:
+        if not request.gpus.size and not request.ports:
             return Allocation(Placement(), ())
         table = await self._store.claims(self._host)
         gpus: tuple[str, ...] = ()
-        if wanted.gpus.size:
+        if request.gpus.size:
             inventory = await self._inventory.snapshot()
             if not inventory.gpus and inventory.message:
-                raise _none_shown(wanted.gpus, inventory.message)
-            gpus = choose_gpus(inventory.gpus, table, wanted)
-        placement = Placement(gpu_uuids=gpus, ports=await self._choose_ports(table, wanted))
-        mine = set(table.claims_of_container(wanted.uid))
-        return Allocation(placement, tuple(key for key in claim_keys(placement) if key not in mine))
+                raise _no_gpus_error(request.gpus, inventory.message)
+            gpus = choose_gpus(inventory.gpus, table, request)
+        placement = Placement(gpu_uuids=gpus, ports=await self._choose_ports(table, request))
+        held = set(table.claims_of_container(request.uid))
+        return Allocation(placement, tuple(key for key in claim_keys(placement) if key not in held))
 
-    async def _choose_ports(self, table: ClaimTable, wanted: AllocationRequest) -> tuple[PortBinding, ...]:
+    async def _choose_ports(self, table: ClaimTable, request: AllocationRequest) -> tuple[PortBinding, ...]:
         taken: set[PortKey] = set()
         chosen: list[PortBinding] = []
-        for request in wanted.ports:
-            binding = await self._choose_port(table, wanted, request, taken)
+        for port_request in request.ports:
+            binding = await self._choose_port(table, request, port_request, taken)
             taken.add(PortKey(binding.protocol, binding.host_port))
             chosen.append(binding)
         return tuple(chosen)
 
     async def _choose_port(
-        self, table: ClaimTable, wanted: AllocationRequest, request: PortRequest, taken: set[PortKey]
+        self, table: ClaimTable, request: AllocationRequest, port_request: PortRequest, taken: set[PortKey]
     ) -> PortBinding:
-        for binding in wanted.current.ports:
-            if binding.serves(request) and PortKey(binding.protocol, binding.host_port) not in taken:
+        for binding in request.current.ports:
+            if binding.serves(port_request) and PortKey(binding.protocol, binding.host_port) not in taken:
                 return binding
-        if request.host_port:
-            return await self._pinned_port(table, wanted, request)
-        preferred = [b.host_port for b in wanted.previous.ports if b.serves(request) and self._is_allowed(b.host_port)]
-        # A port that the spec pins elsewhere is not for its unnumbered ones.
-        pinned = {other.host_port for other in wanted.ports if other.protocol == request.protocol}
+        if port_request.host_port:
+            return await self._pinned_port(table, request, port_request)
+        preferred = [
+            b.host_port for b in request.previous.ports if b.serves(port_request) and self._is_allowed(b.host_port)
+        ]
+        # A port that another entry of the spec names must stay free for that entry.
+        pinned = {other.host_port for other in request.ports if other.protocol == port_request.protocol}
         for port in (*preferred, *range(self._first_port, self._last_port + 1)):
-            key = PortKey(request.protocol, port)
+            key = PortKey(port_request.protocol, port)
             if key in taken or port in pinned or table.holder(key) is not None:
                 continue
-            if await self._probe(request.protocol.value, port):
-                return _binding(request, port)
+            if await self._probe(port_request.protocol.value, port):
+                return _binding(port_request, port)
         free = sum(
-            table.holder(PortKey(request.protocol, port)) is None
+            table.holder(PortKey(port_request.protocol, port)) is None
             for port in range(self._first_port, self._last_port + 1)
         )
-        raise PortExhausted(requested=len(wanted.ports), free=free, first=self._first_port, last=self._last_port)
+        raise PortExhausted(requested=len(request.ports), free=free, first=self._first_port, last=self._last_port)
 
     def _is_allowed(self, port: int) -> bool:
         return any(first <= port <= last for first, last in self._pinnable_ranges)
 
-    async def _pinned_port(self, table: ClaimTable, wanted: AllocationRequest, request: PortRequest) -> PortBinding:
-        if not self._is_allowed(request.host_port):
+    async def _pinned_port(
+        self, table: ClaimTable, request: AllocationRequest, port_request: PortRequest
+    ) -> PortBinding:
+        if not self._is_allowed(port_request.host_port):
             raise PortForbidden(
-                host_port=request.host_port,
-                protocol=request.protocol.value,
+                host_port=port_request.host_port,
+                protocol=port_request.protocol.value,
                 allowed=tuple(f"{first}-{last}" for first, last in self._pinnable_ranges),
             )
-        key = PortKey(request.protocol, request.host_port)
+        key = PortKey(port_request.protocol, port_request.host_port)
         holder = table.holder(key)
-        if holder is not None and holder.uid != wanted.uid:
+        if holder is not None and holder.uid != request.uid:
             raise PortInUse(
-                host_port=request.host_port, protocol=request.protocol.value, holder=f"container {holder.container}"
+                host_port=port_request.host_port,
+                protocol=port_request.protocol.value,
+                holder=f"container {holder.container}",
             )
-        if holder is None and not await self._probe(request.protocol.value, request.host_port):
+        if holder is None and not await self._probe(port_request.protocol.value, port_request.host_port):
             raise PortInUse(
-                host_port=request.host_port, protocol=request.protocol.value, holder="a process outside gpudock"
+                host_port=port_request.host_port,
+                protocol=port_request.protocol.value,
+                holder="a process outside gpudock",
             )
-        return _binding(request, request.host_port)
+        return _binding(port_request, port_request.host_port)
 
 
-def _binding(request: PortRequest, host_port: int) -> PortBinding:
-    return PortBinding(container_port=request.container_port, protocol=request.protocol, host_port=host_port)
+def _binding(port_request: PortRequest, host_port: int) -> PortBinding:
+    return PortBinding(container_port=port_request.container_port, protocol=port_request.protocol, host_port=host_port)
 
 
-def _none_shown(request: GpuRequest, why: str) -> GpuExhausted | GpuNotFound:
-    """What a request for cards ends with where the driver shows none: a number would not say what to look at."""
+def _no_gpus_error(request: GpuRequest, reason: str) -> GpuExhausted | GpuNotFound:
+    """The error when the driver reports no GPU at all, with the driver's reason."""
     if request.uuids:
-        return GpuNotShown(uuids=request.uuids, available=(), detail=why)
-    return NoGpusShown(requested=request.count, free=0, matching=0, total=0, detail=why)
+        return GpuNotShown(uuids=request.uuids, available=(), detail=reason)
+    return NoGpusShown(requested=request.count, free=0, matching=0, total=0, detail=reason)
 
 
-def choose_gpus(gpus: Sequence[Gpu], table: ClaimTable, wanted: AllocationRequest) -> tuple[str, ...]:
-    """Pick cards: those it holds first, in their order, then those it had, then free ones by index.
+def choose_gpus(gpus: Sequence[Gpu], table: ClaimTable, request: AllocationRequest) -> tuple[str, ...]:
+    """Choose GPUs: first the current ones in their order, then the previous ones, then free ones by index.
 
-    A card that it holds but that is no longer healthy is left out, so that scaling to the same number replaces it.
-    A change that needs no new process chooses no cards at all (core/containers/change_plan.py).
+    A current GPU that is not healthy is left out, so that scaling to the same number replaces it. A change that needs
+    no new process does not choose GPUs (core/containers/change_plan.py).
     """
-    if wanted.gpus.uuids:
-        return _pinned_gpus(gpus, table, wanted)
-    request = wanted.gpus
+    if request.gpus.uuids:
+        return _pinned_gpus(gpus, table, request)
     healthy = {gpu.uuid: gpu for gpu in gpus if gpu.schedulable}
-    fitting = {uuid for uuid, gpu in healthy.items() if matches(gpu, request)}
-    held = [uuid for uuid in wanted.current.gpu_uuids if uuid in fitting]
+    fitting = {uuid for uuid, gpu in healthy.items() if matches(gpu, request.gpus)}
+    current = [uuid for uuid in request.current.gpu_uuids if uuid in fitting]
     free = [gpu.uuid for gpu in healthy.values() if table.holder(GpuKey(gpu.uuid)) is None]
-    had = [uuid for uuid in wanted.previous.gpu_uuids if uuid in free]
-    ranked = list(dict.fromkeys([*held, *(uuid for uuid in (*had, *free) if uuid in fitting)]))
-    if len(ranked) < request.count:
+    previous = [uuid for uuid in request.previous.gpu_uuids if uuid in free]
+    ranked = list(dict.fromkeys([*current, *(uuid for uuid in (*previous, *free) if uuid in fitting)]))
+    if len(ranked) < request.gpus.count:
         raise GpuExhausted(
-            requested=request.count,
+            requested=request.gpus.count,
             free=len(free),
             matching=len(ranked),
             total=len(gpus),
             unhealthy=tuple(f"{gpu.uuid} ({unavailable_reason(gpu)})" for gpu in gpus if not gpu.schedulable),
         )
-    return tuple(ranked[: request.count])
+    return tuple(ranked[: request.gpus.count])
 
 
-def _pinned_gpus(gpus: Sequence[Gpu], table: ClaimTable, wanted: AllocationRequest) -> tuple[str, ...]:
+def _pinned_gpus(gpus: Sequence[Gpu], table: ClaimTable, request: AllocationRequest) -> tuple[str, ...]:
     known = {gpu.uuid: gpu for gpu in gpus}
-    missing = tuple(uuid for uuid in wanted.gpus.uuids if uuid not in known)
+    missing = tuple(uuid for uuid in request.gpus.uuids if uuid not in known)
     if missing:
         raise GpuNotFound(uuids=missing, available=tuple(known))
-    for uuid in wanted.gpus.uuids:
+    for uuid in request.gpus.uuids:
         gpu = known[uuid]
         if not gpu.schedulable:
             raise GpuUnhealthy(uuid=uuid, health=gpu.health.value, detail=unavailable_reason(gpu))
-        if not matches(gpu, wanted.gpus):
-            raise GpuNotFound(uuids=(uuid,), available=tuple(u for u, g in known.items() if matches(g, wanted.gpus)))
+        if not matches(gpu, request.gpus):
+            raise GpuNotFound(uuids=(uuid,), available=tuple(u for u, g in known.items() if matches(g, request.gpus)))
         holder = table.holder(GpuKey(uuid))
-        if holder is not None and holder.uid != wanted.uid:
+        if holder is not None and holder.uid != request.uid:
             raise GpuBusy(uuid=uuid, container=holder.container)
-    return wanted.gpus.uuids
+    return request.gpus.uuids
 
 
 def matches(gpu: Gpu, request: GpuRequest) -> bool:
-    """Whether a card is of the model and has the memory that a request names."""
+    """Whether a GPU has the model and the memory that a request names."""
     return request.model.casefold() in gpu.name.casefold() and gpu.memory_total_bytes >= request.min_memory_bytes
 
 
 def unavailable_reason(gpu: Gpu) -> str:
-    """Why a card is not handed out; empty when it can be."""
+    """Why a GPU cannot be allocated; empty if it can."""
     if gpu.health is not GpuHealth.HEALTHY:
         return gpu.health_message or gpu.health.value
-    return "" if gpu.schedulable else "it is in MIG mode, and whole cards are handed out"
+    return "" if gpu.schedulable else "MIG mode is enabled; gpudock allocates whole GPUs"

@@ -1,4 +1,4 @@
-"""Changes of the claims on the GPUs and ports of one host."""
+"""Store changes that claim, confirm and release GPUs and ports of one host."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpudock_server.model.store_changes import Claim, ConfirmClaim, ReleaseClaim
 
 @dataclass(frozen=True, slots=True)
 class HostClaims:
-    """Builds the changes by which the containers of a node claim what its host has, and give it back.
+    """Builds the changes by which containers of a node claim and release GPUs and ports.
 
     `host` identifies the machine: two nodes on one host share its claims.
     """
@@ -21,17 +21,17 @@ class HostClaims:
     node: str
 
     def holder(self, container: Container) -> Holder:
-        """What a confirmed claim of a container says."""
+        """The holder that a confirmed claim of a container names."""
         return Holder(container=container.name, uid=container.uid, node=self.node)
 
     def claim(self, container: Container, keys: Iterable[ClaimKey]) -> list[Claim]:
-        """Claim what nobody holds."""
+        """Claim keys that have no holder."""
         return [Claim(self.host, key, self.holder(container)) for key in keys]
 
     def confirm(self, container: Container, keys: Iterable[ClaimKey]) -> list[ConfirmClaim]:
-        """Make the claims that an operation took the container's own."""
+        """Turn the claims of an operation into claims of the container."""
         return [ConfirmClaim(self.host, key, self.holder(container)) for key in keys]
 
     def release(self, uid: str, keys: Iterable[ClaimKey]) -> list[ReleaseClaim]:
-        """Give back what the container of this uid holds; what another one holds is left alone."""
+        """Release the claims that the container of this uid holds; claims of other containers stay."""
         return [ReleaseClaim(self.host, key, uid) for key in keys]
