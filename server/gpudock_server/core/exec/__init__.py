@@ -1,1 +1,1 @@
-"""Commands that run in containers."""
+"""Commands executed in containers."""

@@ -1,7 +1,7 @@
-"""Commands inside running containers: their streams, their end, and what happens when the caller is gone.
+"""Commands executed in running containers: start, output, signals, timeout and termination.
 
-The policy for a caller that hangs up, and for a daemon that stops: everything in the process's session gets SIGHUP, and
-SIGKILL after a grace. A command that wants to live on starts a session of its own (setsid).
+When the caller disconnects or the daemon stops, every process of the command's session gets SIGHUP, and SIGKILL after a
+grace period. A command that should continue must start its own session (setsid).
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from gpudock_server.ports import Engine, ExecSession, ProcessControl
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
-# The engine reports a process that a signal ended as 128 + the signal's number, as shells do.
+# The engine reports a process that a signal terminated as 128 + the signal's number, as shells do.
 _SIGNAL_BASE = 128
 _LAST_SIGNAL = 64
-_FIRST_REALTIME_SIGNAL = 34  # as glibc counts: it keeps the kernel's first two to itself
+_FIRST_REALTIME_SIGNAL = 34  # SIGRTMIN of glibc, which reserves the kernel's first two
 _RELATIVE_SIGNAL = re.compile(r"(RTMIN|RTMAX)([+-]\d{1,2})", re.ASCII)
 
-# What the engine says instead of the output of a program that it could not start ends with this.
+# If a program cannot be started, the engine writes an error with this ending in place of the output.
 _START_ERROR_SUFFIX = b"\r\n"
 _EXIT_NOT_EXECUTABLE = 126
 _EXIT_NOT_FOUND = 127
@@ -49,18 +49,18 @@ _NOT_FOUND_MESSAGE = re.compile(
 )
 
 _REQUIRED_STATE = "to run a command in it, it must be RUNNING"
-# An engine that does not answer when a process is to be ended is asked again after so many seconds each.
+# Seconds between attempts to terminate a process while the engine does not answer.
 _END_RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-# Between two looks at something that the engine or the kernel brings about soon: seconds, at first and at most.
+# Seconds between two polls of the engine or the kernel; the interval doubles up to the maximum.
 _MIN_POLL_SECONDS = 0.01
 _MAX_POLL_SECONDS = 0.25
-# Seconds that a process has from the engine's yes to having a pid.
+# Seconds that a process may take to get a pid after the engine accepted it.
 _PID_TIMEOUT = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A chunk of what the process wrote."""
+    """A chunk of the process's output."""
 
     stream: ExecStream
     data: bytes
@@ -68,7 +68,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Exited:
-    """How it ended: by `signal` (a name such as SIGTERM) if that is set, else with `code`."""
+    """How the process ended: by `signal` (a name such as SIGTERM) if set, else with exit code `code`."""
 
     code: int
     signal: str = ""
@@ -77,23 +77,23 @@ class Exited:
 
 
 class _EndReason(Enum):
-    """Why a process ends."""
+    """Why a process ended or is terminated."""
 
     EXITED = auto()
     TIMED_OUT = auto()
-    HUNG_UP = auto()
+    DISCONNECTED = auto()
 
 
-_FIRST_SIGNAL = {_EndReason.TIMED_OUT: signal.SIGTERM, _EndReason.HUNG_UP: signal.SIGHUP}
+_FIRST_SIGNAL = {_EndReason.TIMED_OUT: signal.SIGTERM, _EndReason.DISCONNECTED: signal.SIGHUP}
 
 
 class RunningExec:
-    """A command that runs. Used by one caller; its input methods may be called beside `events`."""
+    """A running command. It has one caller, who may call its input methods while reading `events`."""
 
     def __init__(
         self, *, exec_id: str, container: str, engine_id: str, session: ExecSession, timeout: float | None
     ) -> None:
-        """`timeout` in seconds; None is without end."""
+        """`timeout`: seconds; None for no limit."""
         self.id = exec_id
         self.container = container
         self.engine_id = engine_id
@@ -104,20 +104,20 @@ class RunningExec:
         self.finished = False
 
     async def write(self, data: bytes) -> None:
-        """Give `data` to its stdin; returns when the engine has taken it."""
+        """Write `data` to the command's stdin. Returns when the engine has accepted it."""
         await self.session.write(data)
 
     async def close_stdin(self) -> None:
-        """End its stdin."""
+        """Close the command's stdin."""
         await self.session.close_stdin()
 
     async def resize(self, rows: int, columns: int) -> None:
-        """Tell its terminal a new size."""
+        """Resize the command's terminal."""
         await self.session.resize(rows, columns)
 
 
 class ExecSessions:
-    """Starts commands and sees to their end."""
+    """Starts commands in containers and terminates them on timeout, disconnect or shutdown."""
 
     def __init__(
         self,
@@ -128,13 +128,13 @@ class ExecSessions:
         hangup_grace: float,
         limit: int,
     ) -> None:
-        """`hangup_grace` in seconds from SIGHUP to SIGKILL; `limit` is how many commands may run at once."""
+        """`hangup_grace`: seconds from SIGHUP to SIGKILL. `limit`: the maximum number of running commands."""
         self._engine = engine
         self._containers = containers
         self._processes = processes
         self._grace = hangup_grace
         self._limit = limit
-        # By id, from before the engine is asked (None) until the process is known to have ended.
+        # By exec id: None while the command is being started; removed when the process is known to have ended.
         self._execs: dict[str, RunningExec | None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = asyncio.Event()
@@ -142,10 +142,10 @@ class ExecSessions:
     async def start(
         self, container: str, request: ExecRequest, *, exec_id: str = "", timeout: float | None = None
     ) -> RunningExec:
-        """Start a command.
+        """Start a command. The caller must always call `finish` at the end.
 
         Raises ContainerNotFound, WrongNode, ContainerNotRunning, ContainerPaused, ExecExists, ExecLimit, ShuttingDown,
-        and the engine's errors. Whoever starts one must call `finish` in the end, whatever happens.
+        and the engine's errors.
         """
         if self._draining.is_set():
             raise ShuttingDown
@@ -155,15 +155,15 @@ class ExecSessions:
         if len(self._execs) >= self._limit:
             raise ExecLimit(limit=self._limit)
         self._execs[exec_id] = None
-        # In a task of its own: a process that the engine starts for a caller who leaves meanwhile has to be ended.
-        begun: asyncio.Future[RunningExec] = asyncio.get_running_loop().create_future()
-        self._spawn(self._start_exec(begun, container, request, exec_id, timeout), f"start {exec_id}")
+        # In its own task: if the caller disconnects meanwhile, the process must still be terminated once it started.
+        started: asyncio.Future[RunningExec] = asyncio.get_running_loop().create_future()
+        self._spawn(self._start_exec(started, container, request, exec_id, timeout), f"exec {exec_id} start")
         try:
-            running = await begun
+            running = await started
         except asyncio.CancelledError:
-            # It may have begun in the same moment.
-            if begun.done() and not begun.cancelled() and begun.exception() is None:
-                await self.finish(begun.result())
+            # The command may have started at the same moment.
+            if started.done() and not started.cancelled() and started.exception() is None:
+                await self.finish(started.result())
             raise
         if self._draining.is_set():
             await self.finish(running)
@@ -172,7 +172,7 @@ class ExecSessions:
 
     async def _start_exec(
         self,
-        begun: asyncio.Future[RunningExec],
+        started: asyncio.Future[RunningExec],
         container: str,
         request: ExecRequest,
         exec_id: str,
@@ -184,39 +184,43 @@ class ExecSessions:
             del self._execs[exec_id]
             if isinstance(error, asyncio.CancelledError):
                 raise
-            if not begun.done():
-                begun.set_exception(error)
+            if not started.done():
+                started.set_exception(error)
             return
         self._execs[exec_id] = running
-        if begun.done():
+        if started.done():
             await self.finish(running)
         else:
-            begun.set_result(running)
+            started.set_result(running)
 
     async def _create_exec(
         self, container: str, request: ExecRequest, exec_id: str, timeout: float | None
     ) -> RunningExec:
-        head = (await self._containers.find(container)).container
-        if head.engine is None or head.status.state in (ContainerState.CREATING, ContainerState.DELETING):
-            raise ContainerNotRunning(container=container, state=head.status.state.value, needs=_REQUIRED_STATE)
-        engine_id = head.engine.engine_id
-        session = await self._open(head, engine_id, request)
+        record = (await self._containers.find(container)).container
+        if record.engine is None or record.status.state in (ContainerState.CREATING, ContainerState.DELETING):
+            raise ContainerNotRunning(container=container, state=record.status.state.value, needs=_REQUIRED_STATE)
+        engine_id = record.engine.engine_id
+        session = await self._open(record, engine_id, request)
         return RunningExec(exec_id=exec_id, container=container, engine_id=engine_id, session=session, timeout=timeout)
 
-    async def _open(self, head: Container, engine_id: str, request: ExecRequest) -> ExecSession:
+    async def _open(self, container: Container, engine_id: str, request: ExecRequest) -> ExecSession:
         try:
             return await self._engine.exec(engine_id, request)
         except EngineRejected:
-            # Not asked before, so that the way that mostly succeeds costs one call less.
-            seen = await self._engine.inspect(engine_id)
-            if seen is None or not seen.alive:
-                # The recorded state is what other calls show; it may still be RUNNING where the process just ended.
-                recorded = head.status.state
-                ended = seen.state.value.upper() if seen and recorded not in STOPPED_STATES else recorded.value
-                state = "gone" if seen is None else ended
-                raise ContainerNotRunning(container=head.name, state=state, needs=_REQUIRED_STATE) from None
-            if seen.state.value == "paused":
-                raise ContainerPaused(container=head.name) from None
+            # Inspected only after a failure, so that a successful start needs one call less.
+            engine_container = await self._engine.inspect(engine_id)
+            if engine_container is None or not engine_container.alive:
+                # Other calls report the recorded state, but it may still be RUNNING if the process has just ended.
+                recorded = container.status.state
+                ended = (
+                    engine_container.state.value.upper()
+                    if engine_container and recorded not in STOPPED_STATES
+                    else recorded.value
+                )
+                state = "gone" if engine_container is None else ended
+                raise ContainerNotRunning(container=container.name, state=state, needs=_REQUIRED_STATE) from None
+            if engine_container.state.value == "paused":
+                raise ContainerPaused(container=container.name) from None
             raise
 
     def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
@@ -227,14 +231,14 @@ class ExecSessions:
     # -- output and end ----------------------------------------------------------------------------------------------
 
     async def events(self, running: RunningExec) -> AsyncIterator[Output | Exited]:
-        """Its output as it comes, and last how it ended.
+        """Yield the output as it arrives, and last how the command ended.
 
-        Not taking the next one holds the process back. What the engine says of a program that cannot be run comes as
-        the message of its end and not as the program's output.
+        A reader that stops iterating blocks the process's writes. If the program cannot be started, the engine's error
+        is the message of `Exited` and not output.
         """
-        clock = None
+        timer = None
         if running.timeout is not None:
-            clock = asyncio.get_running_loop().call_later(running.timeout, self._on_timeout, running)
+            timer = asyncio.get_running_loop().call_later(running.timeout, self._on_timeout, running)
         start_error: bytes | None = None
         first = True
         try:
@@ -248,17 +252,17 @@ class ExecSessions:
             exited = await self._exited(running)
             yield exited if start_error is None else _start_failure(exited.code, start_error)
         finally:
-            if clock is not None:
-                clock.cancel()
+            if timer is not None:
+                timer.cancel()
 
     async def _exited(self, running: RunningExec) -> Exited:
         status = await running.session.status()
         if status.exit_code is None:
-            # The output is closed and the process is not known to have ended: it closed its streams itself, or its
-            # container was stopped and the engine lost track of it.
+            # The output ended without an exit code: the process closed its streams itself, or its container was stopped
+            # and the engine lost track of the process.
             status = await self._wait_for_end(running)
         code = status.exit_code
-        if self._draining.is_set() and (code is None or running.end_reason is _EndReason.HUNG_UP):
+        if self._draining.is_set() and (code is None or running.end_reason is _EndReason.DISCONNECTED):
             raise ShuttingDown
         if code is None:
             raise ContainerNotRunning(container=running.container, state="stopped while the command ran")
@@ -273,28 +277,28 @@ class ExecSessions:
                 return status
             if not status.running:
                 return status
-            seen = await self._engine.inspect(running.engine_id)
-            if seen is None or not seen.alive:
+            engine_container = await self._engine.inspect(running.engine_id)
+            if engine_container is None or not engine_container.alive:
                 return await running.session.status()
             await asyncio.sleep(delay)
             delay = min(delay * 2, _MAX_POLL_SECONDS)
 
     async def signal(self, running: RunningExec, name: str) -> None:
-        """Send a signal, by name or number, to the command's main process. Raises ValueError on no signal."""
+        """Send a signal, by name or number, to the command's main process. Raises ValueError for an unknown signal."""
         number = signal_number(name)
         if pid := await self._leader_pid(running):
             self._processes.signal(pid, running.engine_id, number)
 
-    # -- the end that is not its own ---------------------------------------------------------------------------------
+    # -- termination -------------------------------------------------------------------------------------------------
 
     def _on_timeout(self, running: RunningExec) -> None:
-        # Not a part of `events`: what has begun goes on when the output has ended, or its reader has left.
-        self._spawn(self._end(running, _EndReason.TIMED_OUT), f"end {running.id}, whose time is over")
+        # Not part of `events`: termination continues after the output ends or the reader disconnects.
+        self._spawn(self._end(running, _EndReason.TIMED_OUT), f"exec {running.id} timeout")
 
     async def finish(self, running: RunningExec) -> None:
-        """Let go of a command, ending it by the policy if it runs still. Returns at once; the ending goes on.
+        """Release a command, and terminate it if it still runs. Returns at once; termination continues in a task.
 
-        May be called again.
+        Can be called again.
         """
         if running.finished:
             return
@@ -303,11 +307,11 @@ class ExecSessions:
             del self._execs[running.id]
             await running.session.close()
             return
-        self._spawn(self._hang_up(running), f"hang up {running.id}")
+        self._spawn(self._hang_up(running), f"exec {running.id} hangup")
 
     async def _hang_up(self, running: RunningExec) -> None:
         try:
-            await self._end(running, _EndReason.HUNG_UP)
+            await self._end(running, _EndReason.DISCONNECTED)
         finally:
             del self._execs[running.id]
             await running.session.close()
@@ -320,13 +324,13 @@ class ExecSessions:
             except GpudockError as error:
                 delay = next(retries, None) if isinstance(error, EngineUnavailable) else None
                 if delay is None or self._draining.is_set():
-                    log.warning("a command could not be ended", exec_id=running.id, detail=error.message)
+                    log.warning("exec could not be terminated", exec_id=running.id, detail=error.message)
                     return None
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._draining.wait(), delay)
 
     async def _end_session(self, running: RunningExec, end_reason: _EndReason) -> None:
-        """Everything in the session gets the first signal, and after the grace SIGKILL, its leader gone or not."""
+        """Send the first signal to every process of the session, and SIGKILL to those left after the grace period."""
         leader = await self._leader_pid(running)
         if not leader:
             return
@@ -344,14 +348,14 @@ class ExecSessions:
             delay = min(delay * 2, _MAX_POLL_SECONDS, max(deadline - loop.time(), 0))
 
     async def _signal_session(self, running: RunningExec, leader: int, number: int) -> bool:
-        # It reads the whole process table.
+        # In a thread: it reads the whole process table.
         return await asyncio.to_thread(self._processes.signal, leader, running.engine_id, number, session=True)
 
     async def _leader_pid(self, running: RunningExec) -> int:
-        """The pid of its main process, once it has one; 0 when it never began or the engine no longer knows it.
+        """Wait for the pid of the main process; 0 if it never started or the engine no longer knows it.
 
-        The engine reports the pid a moment before the container runtime's process executes the program. A signal in
-        that moment would be the runtime's, which ignores most signals, so the moment is waited for.
+        The engine reports the pid shortly before the process of the container runtime executes the program. Until then
+        a signal would reach the runtime, which ignores most signals.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _PID_TIMEOUT
@@ -365,7 +369,7 @@ class ExecSessions:
         return bool(status.pid) and self._processes.has_begun(status.pid, running.engine_id)
 
     async def drain(self) -> None:
-        """Start nothing new, and end what runs."""
+        """Refuse new commands, and terminate the running ones."""
         self._draining.set()
         for running in list(self._execs.values()):
             if running is not None:
@@ -381,12 +385,12 @@ async def _failed_to_start(running: RunningExec) -> bool:
 
 def _start_failure(code: int, start_error: bytes) -> Exited:
     message = start_error.decode(errors="replace").strip()
-    # Engines say 126 for both.
+    # The engine reports 126 in both cases.
     return Exited(code=_EXIT_NOT_FOUND if _NOT_FOUND_MESSAGE.search(message) else code, message=message)
 
 
 def signal_number(name: str) -> int:
-    """The number of a signal by its name, with or without SIG, or by itself, 1 to 64. Raises ValueError."""
+    """The number of a signal given by name, with or without SIG, or by number, 1 to 64. Raises ValueError."""
     bare = name.upper().removeprefix("SIG")
     number = 0
     if name.isascii() and name.isdecimal():
@@ -398,12 +402,12 @@ def signal_number(name: str) -> int:
     elif found := signal.Signals.__members__.get(f"SIG{bare}"):
         number = found.value
     if not 1 <= number <= _LAST_SIGNAL:
-        raise ValueError(f"there is no signal {name!r}")
+        raise ValueError(f"unknown signal {name!r}; use a name such as SIGTERM, or a number from 1 to {_LAST_SIGNAL}")
     return number
 
 
 def signal_name(code: int) -> str:
-    """The signal that an exit code of the engine stands for, such as SIGKILL or SIGRTMIN+3; empty if for none."""
+    """The signal that an exit code of the engine stands for, such as SIGKILL or SIGRTMIN+3; empty if none."""
     number = code - _SIGNAL_BASE
     if not 1 <= number <= _LAST_SIGNAL:
         return ""
