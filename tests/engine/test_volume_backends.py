@@ -671,9 +671,9 @@ async def test_the_best_backend_is_chosen(root: Path) -> None:
     here = [LoopBackend(root, local=True), PlainBackend(root)]
     assert (await choose_backend(here, name="data", size_bytes=SIZE)).kind is VolumeBackendKind.LOOP
     assert (await choose_backend(here, name="data", size_bytes=0)).kind is VolumeBackendKind.PLAIN
-    with pytest.raises(SizeNotSupported, match="LOOP: the engine runs on another host; PLAIN: has no size"):
+    with pytest.raises(SizeNotSupported, match="LOOP: the engine runs on another host; PLAIN: does not support a size"):
         await choose_backend(elsewhere, name="data", size_bytes=SIZE)
-    with pytest.raises(SizeNotSupported, match="LOOP: can, but another one was asked for; PLAIN: has no size"):
+    with pytest.raises(SizeNotSupported, match="LOOP: available, but not requested; PLAIN: does not support a size"):
         await choose_backend(here, name="data", size_bytes=SIZE, forced=VolumeBackendKind.PLAIN)
-    with pytest.raises(SizeNotSupported, match="LOOP: needs a size"):
+    with pytest.raises(SizeNotSupported, match="LOOP: requires a size"):
         await choose_backend(here, name="data", size_bytes=0, forced=VolumeBackendKind.LOOP)

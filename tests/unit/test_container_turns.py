@@ -311,7 +311,7 @@ async def test_an_older_versions_volume_that_is_a_part_of_the_host_is_not_mounte
     del desk.engine.volumes[backing.engine_volume]
     operation = await desk.do(Start("a", gpus=THREE))
     assert operation.error is not None
-    assert "was removed outside gpudock, and its files with it" in operation.error.metadata["detail"]
+    assert "and its files were removed outside gpudock" in operation.error.metadata["detail"]
 
 
 async def test_a_volume_that_is_the_engines_is_to_be_adopted_before_it_is_mounted(desk: Desk) -> None:

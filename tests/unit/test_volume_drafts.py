@@ -150,10 +150,10 @@ async def test_a_volume_is_made_once(desk: Desk) -> None:
         (1, None, "", VolumeBackendKind.LOOP),
         (1, VolumeBackendKind.LOOP, "", VolumeBackendKind.LOOP),
         (0, VolumeBackendKind.PLAIN, "no loop devices", VolumeBackendKind.PLAIN),
-        (0, VolumeBackendKind.LOOP, "", "LOOP: needs a size; PLAIN: can, but another one was asked for"),
-        (1, VolumeBackendKind.PLAIN, "", "LOOP: can, but another one was asked for; PLAIN: has no size"),
-        (1, None, "no loop devices", "LOOP: no loop devices; PLAIN: has no size"),
-        (1, VolumeBackendKind.PROJECT_QUOTA, "no", "LOOP: no; PLAIN: has no size"),
+        (0, VolumeBackendKind.LOOP, "", "LOOP: requires a size; PLAIN: available, but not requested"),
+        (1, VolumeBackendKind.PLAIN, "", "LOOP: available, but not requested; PLAIN: does not support a size"),
+        (1, None, "no loop devices", "LOOP: no loop devices; PLAIN: does not support a size"),
+        (1, VolumeBackendKind.PROJECT_QUOTA, "no", "LOOP: no; PLAIN: does not support a size"),
     ],
 )
 async def test_which_backend_a_volume_is_made_on(
@@ -242,11 +242,11 @@ async def test_what_cannot_be_resized(desk: Desk) -> None:
     change_head(desk, state=VolumeState.READY, backing=None)
     assert (await refusal(desk, Resize("data", 32 * MIB))).metadata == {
         "volume": "data",
-        "holders": "the operation that makes it",
+        "holders": "the operation that creates it",
     }
     await desk.must(Create("plain"))
     plain = await refusal(desk, Resize("plain", MIB))
-    assert plain.metadata["detail"].startswith("it is PLAIN, which has no size")
+    assert plain.metadata["detail"].startswith("PLAIN volumes have no size")
 
 
 async def test_who_stands_against_a_shrink_by_a_copy(desk: Desk) -> None:
@@ -379,7 +379,7 @@ async def test_who_stands_against_a_deletion(desk: Desk) -> None:
     assert running.metadata == {"volume": "data", "holders": "a"}
     await desk.must(Stop("a"))
     plan = (await preview(desk, Delete("data", force=True))).plan
-    assert plan.warnings[0] == "container a gets a revision without the mount of volume data"
+    assert plan.warnings[0] == "container a: new revision without volume data"
     assert (plan.bytes_to_move, plan.bytes_available) == (12, 50)
     stranger = replace(desk.seen(), id="stranger", name="theirs")
     desk.engine.containers["stranger"] = stranger
@@ -445,7 +445,7 @@ async def test_what_is_used_is_not_adopted(desk: Desk) -> None:
     plan = (await preview(desk, Adopt("new", "theirs", size_bytes=64 * MIB))).plan
     assert (plan.bytes_to_move, plan.bytes_available) == (USED, 8 * TIB)
     small = await refusal(desk, Adopt("new", "theirs", size_bytes=USED - 1))
-    assert small.metadata["detail"] == "engine volume theirs holds 1 MiB"
+    assert small.metadata["detail"] == "engine volume theirs has 1 MiB of files"
     await preview(desk, Adopt("new", "theirs", size_bytes=USED))
     theirs = desk.engine.volumes["theirs"]
     for changes in ({"driver": "nfs"}, {"options": {"type": "nfs"}}):

@@ -1,1 +1,1 @@
-"""Volumes: what can be asked of them, and the saga behind each request."""
+"""Operations on volumes: drafts, sagas, and the checks that both share."""

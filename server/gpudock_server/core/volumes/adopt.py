@@ -1,4 +1,4 @@
-"""AdoptVolume: an engine volume that somebody made becomes one of ours, as it is or copied into one with a size."""
+"""AdoptVolume: give an existing engine volume a record, as it is or copied into a new volume with a size."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from gpudock_server.sizes import size_text
 
 
 class AdoptArguments(Record):
-    """What the saga needs to be built again. `source` is the engine volume; of PLAIN, also the backing."""
+    """The saga's arguments. `source` is the engine volume; for PLAIN, it also becomes the volume's backing."""
 
     kind: VolumeBackendKind
     size_bytes: int
@@ -41,29 +41,29 @@ class AdoptArguments(Record):
 
 @dataclass(frozen=True, slots=True)
 class AdoptVolume(NewVolumes):
-    """Checks that an engine volume is there, may be adopted and is nobody's, and that its files can be copied."""
+    """Drafts the adoption of an engine volume."""
 
     copier: VolumeCopier
     adoption: AdoptionRules
 
     async def draft(self, command: Adopt) -> OperationDraft:
-        """Check that it is there, may be adopted and is nobody's, and, where it is to be copied, that it can be."""
+        """Check that the engine volume exists, may be adopted and is unused; for a copy, that its files fit."""
         volume = await self.new_record(command.name, command.owner, command.labels, command.size_bytes)
-        found = await self._find_adoptable(command)
+        engine_volume = await self._find_adoptable(command)
         backend = await self.backends.for_new_volume(command.name, command.size_bytes, command.backend)
         plan = OperationPlan()
-        # A store that is not ours gets a uid of its own; one that becomes ours has the volume's.
+        # The source of a copy gets its own uid; a source that becomes the backing has the uid of the volume.
         plain = backend.kind is VolumeBackendKind.PLAIN
         source = VolumeBacking(
             kind=VolumeBackendKind.PLAIN,
             uid=volume.uid if plain else str(uuid.uuid4()),
             name=command.name,
             engine_volume=command.engine_volume,
-            folder=found.mountpoint,
+            folder=engine_volume.mountpoint,
         )
-        await self.require_unused(command.name, found.name)
+        await self.require_unused(command.name, engine_volume.name)
         if not plain:
-            plan = await self._plan_copy(command, found, source)
+            plan = await self._plan_copy(command, engine_volume, source)
             await self.backends.require_space(backend.kind, volume.uid, command.size_bytes)
         arguments = AdoptArguments(kind=backend.kind, size_bytes=command.size_bytes, source=source)
         return OperationDraft(
@@ -76,7 +76,10 @@ class AdoptVolume(NewVolumes):
         )
 
     async def _find_adoptable(self, command: Adopt) -> EngineVolume:
-        """The engine volume, which its operator allows to be adopted and nobody else has."""
+        """The engine volume to adopt.
+
+        Raises VolumeExists, EngineVolumeNotFound, AdoptionForbidden.
+        """
         name = command.engine_volume
         found = await self.engine.inspect_volume(name)
         if found is not None:
@@ -85,14 +88,14 @@ class AdoptVolume(NewVolumes):
                 for volume in await all_volumes(self.store)
                 if volume.node == self.volumes.node and volume.backing and volume.backing.engine_volume == name
             ]
-            # With the label it may be another installation's.
+            # A labelled engine volume without a record may belong to another installation.
             if owners or LABEL_UID in found.labels:
                 raise VolumeExists(volume=owners[0] if owners else name)
-        # One and the same answer, or callers could find out what else the engine has.
+        # The same error for both cases, so that callers cannot probe which engine volumes exist.
         if found is None or not self.adoption.allow(found):
             raise EngineVolumeNotFound(volume=name, available=())
         if found.anonymous:
-            detail = "it is anonymous: the engine made it for one container"
+            detail = "an anonymous volume belongs to one container"
             raise AdoptionForbidden(volume=command.name, engine_volume=name, detail=detail)
         if found.hazard:
             detail = f"{found.hazard}; mount it as a host path below allowed_host_paths"
@@ -100,39 +103,42 @@ class AdoptVolume(NewVolumes):
         return found
 
     async def require_unused(self, name: str, engine_volume: str) -> None:
-        """Raises EngineVolumeInUse where a container that is not of this installation has it, running or not."""
+        """Raise EngineVolumeInUse if a container outside this installation mounts it, running or not."""
         users = await self.engine.mounting(engine_volume)
         uids = {view.container.uid for view in await all_containers(self.store)} if users else set()
         others = tuple(
-            one.name for one in users if one.labels.get(LABEL_UID) not in uids or one.name != one.created_name
+            user.name for user in users if user.labels.get(LABEL_UID) not in uids or user.name != user.created_name
         )
         if others:
             raise EngineVolumeInUse(volume=name, engine_volume=engine_volume, holders=others)
 
     async def _plan_copy(self, command: Adopt, found: EngineVolume, source: VolumeBacking) -> OperationPlan:
         if found.driver != "local" or found.options:
-            detail = f"engine volume {found.name} has its files only while it is mounted; adopt it without a size"
+            detail = (
+                f"engine volume {found.name} has a driver or options, so its files cannot be copied;"
+                " adopt it without a size"
+            )
             raise VolumeFailed(volume=command.name, call="copy", detail=detail)
         await self.require_not_running(command.name, found.name)
         usage = await self.backends.of_kind(source.kind).usage(source)
         if usage.used_bytes > command.size_bytes:
-            detail = f"engine volume {found.name} holds {size_text(usage.used_bytes)}"
+            detail = f"engine volume {found.name} has {size_text(usage.used_bytes)} of files"
             raise SizeNotSupported(volume=command.name, size_bytes=command.size_bytes, detail=detail)
         pool = await self.backends.pool_usage()
         return OperationPlan(bytes_to_move=usage.used_bytes, bytes_available=pool.free_bytes if pool else 0)
 
     async def require_not_running(self, name: str, engine_volume: str) -> None:
-        """Raises EngineVolumeInUse where a container that runs has it."""
+        """Raise EngineVolumeInUse if a running container mounts it."""
         users = await self.engine.mounting(engine_volume)
-        if running := tuple(one.name for one in users if one.running):
+        if running := tuple(user.name for user in users if user.running):
             raise EngineVolumeInUse(volume=name, engine_volume=engine_volume, holders=running)
 
 
 class AdoptSaga(NewVolumeSaga):
-    """Nothing but the record; or store -> engine volume -> copy -> verify, then the record."""
+    """For PLAIN, write the record only. Else backing -> engine volume -> copy -> verify | record."""
 
     def __init__(self, adopt: AdoptVolume, operation: Operation) -> None:
-        """Builds the script from the operation's arguments."""
+        """Read the arguments from the operation's record."""
         self._adopt = adopt
         self._arguments = AdoptArguments.model_validate(operation.arguments)
         super().__init__(adopt, self._arguments.kind, self._arguments.size_bytes)

@@ -1,4 +1,4 @@
-"""Which volumes of the engine callers may adopt: that is for the node's operator to say."""
+"""Which engine volumes callers may adopt, as the node's operator configures."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from gpudock_server.model.engine import LABEL_ADOPT, EngineVolume
 
 @dataclass(frozen=True, slots=True)
 class AdoptionRules:
-    """`names` are those that may be adopted without LABEL_ADOPT; `*` in one stands for any characters."""
+    """The operator's rules. `names`: patterns of names adoptable without LABEL_ADOPT; `*` matches any text."""
 
     names: Sequence[str] = ()
 
-    def allow(self, found: EngineVolume) -> bool:
+    def allow(self, volume: EngineVolume) -> bool:
         """Whether the operator allows an engine volume to be adopted."""
-        return found.labels.get(LABEL_ADOPT) == "true" or any(fnmatchcase(found.name, name) for name in self.names)
+        return volume.labels.get(LABEL_ADOPT) == "true" or any(fnmatchcase(volume.name, name) for name in self.names)

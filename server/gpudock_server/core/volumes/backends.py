@@ -1,4 +1,4 @@
-"""The backends that keep volumes on this host, and the pool of space that volumes with a size share."""
+"""The volume backends of this node, and the pool of disk space that volumes with a size share."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from gpudock_server.ports import Store, VolumeBackend
 
 @dataclass(frozen=True, slots=True)
 class VolumeBackends:
-    """The backends of a node.
+    """The volume backends of a node.
 
-    `backends` has the best first. `forced` is the one for all new volumes with a size, None for whichever can.
-    `overcommit` is how often the pool may be promised. `path` names the pool to people.
+    `backends`: best first. `forced`: the backend of all new volumes with a size; None chooses the best that works.
+    `overcommit`: the ratio of reserved bytes to the pool's size. `path`: the name of the pool in error messages.
     """
 
     store: Store
@@ -27,45 +27,45 @@ class VolumeBackends:
     overcommit: float = 1.0
 
     def of_kind(self, kind: VolumeBackendKind) -> VolumeBackend:
-        """The backend that a volume was made on."""
-        return next(one for one in self.backends if one.kind is kind)
+        """The backend of a kind."""
+        return next(backend for backend in self.backends if backend.kind is kind)
 
-    async def for_new_volume(self, name: str, size_bytes: int, asked: VolumeBackendKind | None) -> VolumeBackend:
-        """The caller's backend, else the settings', else the best. Raises SizeNotSupported."""
-        forced = asked or (self.forced if size_bytes else None)
+    async def for_new_volume(self, name: str, size_bytes: int, requested: VolumeBackendKind | None) -> VolumeBackend:
+        """The requested backend, else that of the settings, else the best. Raises SizeNotSupported."""
+        forced = requested or (self.forced if size_bytes else None)
         return await choose_backend(self.backends, name=name, size_bytes=size_bytes, forced=forced)
 
     async def pool_usage(self) -> PoolUsage | None:
-        """The filesystem of the volumes with a size; None where this host can have none."""
+        """Usage of the filesystem for volumes with a size; None if this host has no backend for them."""
         for backend in self.backends:
             if backend.kind is not VolumeBackendKind.PLAIN and not await backend.unavailable_reason():
                 return await backend.pool()
         return None
 
     async def require_space(self, kind: VolumeBackendKind, uid: str, size_bytes: int) -> None:
-        """Raises PoolFull where the pool cannot be promised that size beside what others were promised.
+        """Raise PoolFull if the pool cannot reserve that size in addition to the reservations of other volumes.
 
-        What all are promised must stay below what they have already and what is free, times the over-commitment.
-        Asked before an operation begins and again once it is recorded: two that begin at once see each other then.
+        All reservations must stay below (free bytes + allocated bytes) * overcommit. Checked before an operation
+        begins and again after it is recorded, so that two operations which begin at once see each other.
         """
         if kind is VolumeBackendKind.PLAIN:
             return
         pool = await self.of_kind(kind).pool()
-        others = sum(
+        reserved = sum(
             [
                 volume.reserved_bytes
                 for volume in await all_volumes(self.store)
                 if volume.node == self.node and volume.uid != uid
             ]
         )
-        room = int((pool.free_bytes + pool.allocated_bytes) * self.overcommit) - others
-        if size_bytes > room:
-            raise PoolFull(path=self.path, needed_bytes=size_bytes, available_bytes=max(room, 0))
+        available = int((pool.free_bytes + pool.allocated_bytes) * self.overcommit) - reserved
+        if size_bytes > available:
+            raise PoolFull(path=self.path, needed_bytes=size_bytes, available_bytes=max(available, 0))
 
     def for_resize(self, kind: VolumeBackendKind, name: str, size_bytes: int) -> VolumeBackend:
-        """The backend of a volume that is to have another size. Raises SizeNotSupported where it knows no sizes."""
+        """The backend of a volume to be resized. Raises SizeNotSupported for PLAIN."""
         if kind is VolumeBackendKind.PLAIN:
-            detail = "it is PLAIN, which has no size: make one with a size, or adopt it into one"
+            detail = "PLAIN volumes have no size; create a volume with a size, or adopt this one into it"
             raise SizeNotSupported(volume=name, size_bytes=size_bytes, detail=detail)
         return self.of_kind(kind)
 
@@ -73,24 +73,24 @@ class VolumeBackends:
 async def choose_backend(
     backends: Sequence[VolumeBackend], *, name: str, size_bytes: int, forced: VolumeBackendKind | None = None
 ) -> VolumeBackend:
-    """The forced backend, else the first of `backends` (the best first) that this host has and that fits the size.
+    """The forced backend, else the first of `backends` (best first) that is available and supports the size.
 
-    A volume without a size is PLAIN, and only such a one is. Raises SizeNotSupported with what each backend lacks.
+    A volume is PLAIN if and only if it has no size. Raises SizeNotSupported with the reason of each backend.
     """
-    lacking = []
+    reasons = []
     for backend in backends:
         reason = await _unfit_reason(backend, sized=size_bytes > 0)
         if not reason and forced in (None, backend.kind):
             return backend
-        lacking.append(f"{backend.kind}: {reason or 'can, but another one was asked for'}")
-    raise SizeNotSupported(volume=name, size_bytes=size_bytes, detail="; ".join(lacking))
+        reasons.append(f"{backend.kind}: {reason or 'available, but not requested'}")
+    raise SizeNotSupported(volume=name, size_bytes=size_bytes, detail="; ".join(reasons))
 
 
 async def _unfit_reason(backend: VolumeBackend, *, sized: bool) -> str:
     match backend.kind is VolumeBackendKind.PLAIN, sized:
         case True, True:
-            return "has no size"
+            return "does not support a size"
         case False, False:
-            return "needs a size"
+            return "requires a size"
         case _:
             return await backend.unavailable_reason()

@@ -1,4 +1,4 @@
-"""What callers can ask to be done to a volume; valid when it is made, drafted by the module of its name."""
+"""The commands on volumes, validated before they are created; each is drafted by the module of the same name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gpudock_server.model.volume import VolumeBackendKind
 
 @dataclass(frozen=True, slots=True)
 class Create:
-    """Make a volume; `size_bytes` 0 is one without a size, `backend` None the best that the host has."""
+    """Create a volume. `size_bytes` 0: without a size. `backend` None: the best backend of the node."""
 
     name: str
     size_bytes: int = 0
@@ -21,7 +21,7 @@ class Create:
 
 @dataclass(frozen=True, slots=True)
 class Resize:
-    """Give one another size."""
+    """Change the size of a volume."""
 
     name: str
     size_bytes: int
@@ -30,7 +30,7 @@ class Resize:
 
 @dataclass(frozen=True, slots=True)
 class Delete:
-    """Remove one with its files; with `force` it is taken out of the specs of containers that do not run."""
+    """Delete a volume and its files. `force`: remove its mount from the specs of stopped containers first."""
 
     name: str
     etag: str = ""
@@ -39,7 +39,7 @@ class Delete:
 
 @dataclass(frozen=True, slots=True)
 class Adopt:
-    """Take in a volume that somebody made in the engine: as it is, or copied into a new one with a size."""
+    """Adopt an existing engine volume: as it is, or copied into a new volume with a size."""
 
     name: str
     engine_volume: str

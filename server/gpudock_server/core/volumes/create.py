@@ -1,4 +1,4 @@
-"""CreateVolume: a store on the host, the engine's volume that leads to it, and only then a volume."""
+"""CreateVolume: create the backing on the host, the engine volume that points to it, and last the record."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from gpudock_server.ports import Engine, Store, VolumeView
 
 
 class CreatedEngineVolume(Record):
-    """Where the engine mounts the volume that it was asked to create."""
+    """The mountpoint of the engine volume that was created."""
 
     mountpoint: str
 
@@ -43,7 +43,7 @@ ENGINE_VOLUME = StepResult("engine-volume", CreatedEngineVolume)
 
 
 class CreateArguments(Record):
-    """What the saga needs to be built again."""
+    """The arguments from which the saga is rebuilt."""
 
     kind: VolumeBackendKind
     size_bytes: int
@@ -51,7 +51,7 @@ class CreateArguments(Record):
 
 @dataclass(frozen=True, slots=True)
 class NewVolumes:
-    """What a new volume is made with: an engine volume on one of the backends, and the record that both get."""
+    """The dependencies of the use cases that create volumes, and the checks that these share."""
 
     store: Store
     engine: Engine
@@ -60,10 +60,10 @@ class NewVolumes:
     backends: VolumeBackends
 
     async def new_record(self, name: str, owner: str, labels: Mapping[str, str], size_bytes: int) -> Volume:
-        """A head that is still to be given its backing. Raises VolumeExists, VolumeRecordLost."""
+        """The record of a new volume, still without its backing. Raises VolumeExists, VolumeRecordLost."""
         if await self.volumes.view(name) is not None:
             raise VolumeExists(volume=name)
-        # Its files would be taken for those of the new one.
+        # Its files would be mistaken for those of the new volume.
         if engine_volume := await self._engine_volume_without_record(name):
             raise VolumeRecordLost(volume=name, engine_volume=engine_volume)
         moment = now()
@@ -83,7 +83,7 @@ class NewVolumes:
         )
 
     async def _engine_volume_without_record(self, name: str) -> str:
-        """An engine volume that has the files of a volume of this name, which no record has; empty where none has."""
+        """An engine volume with the files of a volume of this name that has no record; empty if there is none."""
         node = self.volumes.node
         labelled = await self.engine.find_volumes({LABEL_NAME: name, LABEL_NODE: node})
         if labelled:
@@ -91,18 +91,20 @@ class NewVolumes:
         for view in await containers_mounting(self.store, name):
             container = view.container
             if container.node == node and container.engine is not None:
-                seen = await self.engine.inspect(container.engine.engine_id)
-                if seen is not None and (used := mounted_engine_volumes(seen, container.spec.mounts).get(name)):
-                    return used
+                engine_container = await self.engine.inspect(container.engine.engine_id)
+                if engine_container is not None and (
+                    mounted := mounted_engine_volumes(engine_container, container.spec.mounts).get(name)
+                ):
+                    return mounted
         return ""
 
 
 @dataclass(frozen=True, slots=True)
 class CreateVolume(NewVolumes):
-    """Checks that a volume can be made, and chooses its backend."""
+    """Drafts the creation of a volume."""
 
     async def draft(self, command: Create) -> OperationDraft:
-        """Nothing has been done when this raises."""
+        """Check that the volume can be created, and choose its backend. Changes nothing."""
         volume = await self.new_record(command.name, command.owner, command.labels, command.size_bytes)
         backend = await self.backends.for_new_volume(command.name, command.size_bytes, command.backend)
         await self.backends.require_space(backend.kind, volume.uid, command.size_bytes)
@@ -118,7 +120,7 @@ class CreateVolume(NewVolumes):
 
 
 class NewVolumeSaga(VolumeSaga):
-    """What makes a volume: a store, and the engine's volume that leads to it."""
+    """The steps that create a volume's backing and the engine volume that points to it."""
 
     def __init__(self, new: NewVolumes, kind: VolumeBackendKind, size_bytes: int) -> None:
         super().__init__(new.volumes)
@@ -144,7 +146,7 @@ class NewVolumeSaga(VolumeSaga):
         await self._new.backends.of_kind(self._kind).destroy(self._backing(run.operation))
 
     def _backing(self, operation: Operation) -> VolumeBacking:
-        """What was made, as far as it is known: a store is found by its uid."""
+        """The backing as created; before its result is recorded, only its uid and name, by which it can be found."""
         target = operation.target
         if (backing := BACKING.find(operation)) is not None:
             return backing
@@ -152,8 +154,8 @@ class NewVolumeSaga(VolumeSaga):
 
     async def _create_engine_volume(self, run: OperationRun) -> CreatedEngineVolume:
         backing = self._backing(run.operation)
-        made = await self._new.engine_volumes.create(backing, await self._identity(run))
-        return CreatedEngineVolume(mountpoint=made.mountpoint)
+        created = await self._new.engine_volumes.create(backing, await self._identity(run))
+        return CreatedEngineVolume(mountpoint=created.mountpoint)
 
     async def _identity(self, run: OperationRun) -> VolumeIdentity | None:
         view = await self.read_target(run)
@@ -164,11 +166,11 @@ class NewVolumeSaga(VolumeSaga):
             await self._new.engine.remove_volume(backing.engine_volume)
 
     def _with_backing(self, run: OperationRun, volume: Volume) -> Volume:
-        """The volume with what was made for it."""
+        """The volume with its new backing and mountpoint."""
         mountpoint = ENGINE_VOLUME.of(run.operation).mountpoint
         backing = self._backing(run.operation)
         if not backing.folder:
-            # The engine keeps it where it likes.
+            # The engine chose the folder of this backing.
             backing = backing.model_copy(update={"folder": mountpoint})
         return volume.changed(backing=backing, mountpoint=mountpoint)
 
@@ -186,10 +188,10 @@ class NewVolumeSaga(VolumeSaga):
 
 
 class CreateSaga(NewVolumeSaga):
-    """Store -> engine volume, then the head and its first revision."""
+    """backing -> engine volume | the record and its first revision."""
 
     def __init__(self, new: NewVolumes, operation: Operation) -> None:
-        """Builds the script from the operation's arguments."""
+        """Read the arguments from the operation's record."""
         arguments = CreateArguments.model_validate(operation.arguments)
         super().__init__(new, arguments.kind, arguments.size_bytes)
 

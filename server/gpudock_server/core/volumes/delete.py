@@ -1,11 +1,12 @@
-"""DeleteVolume: what the engine has, what the host has, and the record last.
+"""DeleteVolume: remove the engine volume, then the backing on the host, and last the record.
 
-With force, containers that mount it and do not run are first given specs without it:
+With force, stopped containers that mount the volume first get specs without it:
 
-    detach -> check -> remove the engine's volume -> remove the store | the record
+    detach -> check -> remove the engine volume -> remove the backing | the record
 
-The engine keeps a volume that any container refers to, and an engine container never forgets one: so each is given a
-successor, by an update like a user's, with a revision that says so. These stay when the deletion fails.
+The engine does not delete a volume that a container mounts, and an engine container cannot lose a mount. Each container
+therefore gets a new engine container, by the same update that a user can make, with a revision of its own. These
+updates stay if the deletion fails.
 """
 
 from __future__ import annotations
@@ -37,20 +38,20 @@ _DESTROY_STAGE = "destroy"
 
 
 class DeleteArguments(Record):
-    """What the saga needs to be built again."""
+    """The arguments from which the saga is rebuilt."""
 
     backing: VolumeBacking | None
     detach: tuple[ResourceRef, ...] = ()
 
 
-# Drafts an update of a container (the reference) that does not run, to a spec without a volume (the name).
-# Raises VolumeMountedByRunning where the container runs.
+# Drafts the update of a stopped container (the reference) to a spec without a volume (the name).
+# Raises VolumeMountedByRunning if the container is not stopped.
 DraftUnmount: TypeAlias = Callable[[ResourceRef, str], Awaitable[OperationDraft]]
 
 
 @dataclass(frozen=True, slots=True)
 class DeleteVolume:
-    """Checks that nothing mounts a volume, or plans how what mounts it forgets it."""
+    """Drafts the deletion of a volume, which nothing mounts or which can be detached."""
 
     store: Store
     engine: Engine
@@ -59,7 +60,10 @@ class DeleteVolume:
     draft_unmount: DraftUnmount
 
     async def draft(self, command: Delete) -> OperationDraft:
-        """One that nothing mounts can be deleted; what is left of one that was half deleted, too."""
+        """Check that nothing mounts the volume; with force, plan to detach it. Its deletion may have begun before.
+
+        Raises VolumeMounted, VolumeMountedByRunning, VolumeInUse.
+        """
         view = await self.volumes.find(command.name, command.etag)
         volume = view.volume
         arguments, plan = DeleteArguments(backing=volume.backing), OperationPlan()
@@ -77,40 +81,38 @@ class DeleteVolume:
         )
 
     async def require_unused(self, name: str, backing: VolumeBacking | None) -> None:
-        """Neither a container of ours, running or not, has it, nor one that somebody made in the engine."""
-        if ours := [view.container.name for view in await containers_mounting(self.store, name)]:
-            raise VolumeMounted(volume=name, holders=tuple(ours))
-        if backing is not None and (theirs := await self.engine.mounting(backing.engine_volume)):
-            raise VolumeInUse(volume=name, holders=tuple(one.name for one in theirs))
+        """Raise VolumeMounted or VolumeInUse if any container mounts it, gpudock's or other, running or not."""
+        if containers := [view.container.name for view in await containers_mounting(self.store, name)]:
+            raise VolumeMounted(volume=name, holders=tuple(containers))
+        if backing is not None and (mounting := await self.engine.mounting(backing.engine_volume)):
+            raise VolumeInUse(volume=name, holders=tuple(engine_container.name for engine_container in mounting))
 
     async def _plan_detach(self, name: str, arguments: DeleteArguments) -> tuple[DeleteArguments, OperationPlan]:
-        """Who is to forget it, and what that takes. Raises VolumeInUse where somebody has it who cannot."""
+        """The containers to detach, and the plan of their updates. Raises VolumeMountedByRunning, VolumeInUse."""
         views = await containers_mounting(self.store, name)
-        if others := [view.container.name for view in views if view.container.status.state not in STOPPED_STATES]:
-            raise VolumeMountedByRunning(volume=name, holders=tuple(others))
-        ours = {view.container.engine.engine_id for view in views if view.container.engine}
+        if running := [view.container.name for view in views if view.container.status.state not in STOPPED_STATES]:
+            raise VolumeMountedByRunning(volume=name, holders=tuple(running))
+        known = {view.container.engine.engine_id for view in views if view.container.engine}
         mounting = await self.engine.mounting(arguments.backing.engine_volume) if arguments.backing else ()
-        if strangers := [one.name for one in mounting if one.id not in ours]:
-            raise VolumeInUse(volume=name, holders=tuple(strangers))
+        if unknown := [engine_container.name for engine_container in mounting if engine_container.id not in known]:
+            raise VolumeInUse(volume=name, holders=tuple(unknown))
         plans = [(await self.draft_unmount(view.container.target, name)).plan for view in views]
-        warnings = [
-            f"container {view.container.name} gets a revision without the mount of volume {name}" for view in views
-        ]
+        warnings = [f"container {view.container.name}: new revision without volume {name}" for view in views]
         plan = OperationPlan(
-            bytes_to_move=sum(one.bytes_to_move for one in plans),
-            bytes_available=max((one.bytes_available for one in plans), default=0),
-            warnings=(*warnings, *(warning for one in plans for warning in one.warnings)),
+            bytes_to_move=sum(plan.bytes_to_move for plan in plans),
+            bytes_available=max((plan.bytes_available for plan in plans), default=0),
+            warnings=(*warnings, *(warning for plan in plans for warning in plan.warnings)),
         )
         return arguments.model_copy(update={"detach": tuple(view.container.target for view in views)}), plan
 
 
 class DeleteSaga(VolumeSaga):
-    """Removal cannot be undone; what fails leaves the record, so that the same call finishes the work."""
+    """Removal cannot be undone. A failure keeps the record, so that the same call can finish the deletion."""
 
     cancellable = False
 
     def __init__(self, delete: DeleteVolume, operation: Operation) -> None:
-        """Builds the script from the operation's arguments."""
+        """Read the arguments from the operation's record."""
         super().__init__(delete.volumes)
         self._delete = delete
         self._arguments = DeleteArguments.model_validate(operation.arguments)
@@ -131,12 +133,13 @@ class DeleteSaga(VolumeSaga):
         volume = run.operation.target.name
         for target in self._arguments.detach:
             view = await self._delete.store.container(target.name)
-            # Also of one that no longer mounts it: to remove the old engine container may be left of its update.
+            # Also for a container that no longer mounts it: its update may still have to remove the old engine
+            # container.
             if view is not None and view.container.target == target:
                 await run.run_child(target.name, partial(self._delete.draft_unmount, target, volume))
 
     async def _check(self, run: OperationRun) -> None:
-        # Whoever wants to mount it from now on meets our lock; whoever came before is seen.
+        # Since this operation holds the volume's lock, nothing can mount it after this check.
         await self._delete.require_unused(run.operation.target.name, self._backing)
 
     async def _remove_engine_volume(self, _run: OperationRun) -> None:
@@ -154,13 +157,13 @@ class DeleteSaga(VolumeSaga):
 
     @override
     async def failure_changes(self, run: OperationRun, view: VolumeView) -> Sequence[StoreChange]:
-        whole = await self._has_all_files(run.operation)
-        state = VolumeState.READY if whole else VolumeState.DELETING
+        complete = await self._has_all_files(run.operation)
+        state = VolumeState.READY if complete else VolumeState.DELETING
         return [PutVolume(view.volume.changed(state=state), expect=view.version)]
 
     async def _has_all_files(self, operation: Operation) -> bool:
         if self._backing is None:
             return False
         begun = {stage.name for stage in operation.stages if stage.state is not StageState.PENDING}
-        kept = await self._delete.engine.inspect_volume(self._backing.engine_volume)
-        return _DESTROY_STAGE not in begun and kept is not None
+        engine_volume = await self._delete.engine.inspect_volume(self._backing.engine_volume)
+        return _DESTROY_STAGE not in begun and engine_volume is not None

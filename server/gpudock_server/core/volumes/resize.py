@@ -1,12 +1,12 @@
-"""ResizeVolume: in place wherever that can be, else by a smaller store that takes the old one's place.
+"""ResizeVolume: in place if possible, else by a copy into a smaller backing that replaces the old one.
 
-In place is one step that no container notices. Where a filesystem cannot shrink:
+A resize in place is one step that does not affect containers. If a filesystem cannot shrink:
 
-    make -> copy -> stop what uses it -> copy the rest, verify -> exchange -> start | commit | remove the old store
+    make -> copy -> stop containers -> copy the rest, verify -> exchange -> start | commit | remove the old backing
 
-The bulk is copied while containers write. They are locked from the beginning and stopped for the difference alone. The
-exchange is one rename; the engine's volume stays the same one, so that their engine containers stay as well. Until the
-commit the old store is whole, and any failure or cancel puts it back in its place.
+Most files are copied while containers write. The containers are locked from the beginning and stopped only for the last
+difference. The exchange is one rename; the engine volume and the engine containers stay the same. The old backing stays
+complete until the commit, and a failure or cancel exchanges it back.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from gpudock_server.ports import ContainerView, Engine, ShrinkNeedsCopy, Store, 
 
 
 class LocatedContent(Record):
-    """Which content the old store has before the exchange, as its backend names it."""
+    """The content of the old backing before the exchange, as its backend names it."""
 
     content: str
 
@@ -53,7 +53,7 @@ _LOCATED = StepResult("locate", LocatedContent)
 
 
 class ResizeMethod(StrEnum):
-    """How a volume comes to its size."""
+    """How a volume is resized."""
 
     NONE = "NONE"
     GROW = "GROW"
@@ -62,7 +62,7 @@ class ResizeMethod(StrEnum):
 
 
 class MountingContainer(Record):
-    """A container that has the volume mounted, as it was when the operation began."""
+    """A container that mounts the volume, as it was when the operation began."""
 
     target: ResourceRef
     engine_id: str
@@ -71,7 +71,7 @@ class MountingContainer(Record):
 
 
 class ResizeArguments(Record):
-    """What the saga needs to be built again. `copy_uid` is the new store's."""
+    """The arguments from which the saga is rebuilt. `copy_uid` is the uid of the new backing."""
 
     old: VolumeBacking
     size_bytes: int
@@ -81,30 +81,30 @@ class ResizeArguments(Record):
 
 
 class ContainerProcesses(Protocol):
-    """What a resize does with the containers that mount the volume."""
+    """What a resize needs of the containers that mount the volume."""
 
     @property
     def stop_seconds(self) -> float:
-        """How long a process whose container does not say has from its stop signal to SIGKILL."""
+        """Seconds from stop signal to SIGKILL where the spec of the container sets none."""
         ...
 
     @property
     def settle_seconds(self) -> float:
-        """How long a process that was started again must live before it counts as running."""
+        """Seconds that a process must run after its start to count as running."""
         ...
 
     async def start(self, engine_id: str, *, renew: bool) -> None:
-        """Start an engine container; with `renew` False with the host paths that are bound for it."""
+        """Start an engine container; with `renew` False, keep its host paths bound as they are."""
         ...
 
     async def observe(self, container: Container, engine_id: str) -> Container:
-        """The container with the status that the engine shows."""
+        """The container with the status that the engine reports."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ResizeVolume:
-    """Checks that a volume can have another size, and chooses how it gets there."""
+    """Drafts the resize of a volume."""
 
     store: Store
     engine: Engine
@@ -114,13 +114,11 @@ class ResizeVolume:
     processes: ContainerProcesses
 
     async def draft(self, command: Resize) -> OperationDraft:
-        """Check that it can have that size, and how it gets there. Nothing has been changed when this raises."""
+        """Check that the volume can have the size, and choose the method. Changes nothing."""
         view = await self.volumes.find_unlocked(command.name, command.etag)
         volume, size = view.volume, command.size_bytes
         if volume.state is not VolumeState.READY:
-            raise VolumeFailed(
-                volume=volume.name, call="resize", detail=f"it is {volume.state} and can only be deleted"
-            )
+            raise VolumeFailed(volume=volume.name, call="resize", detail=f"it is {volume.state}; it must be READY")
         old = backing_of(volume)
         backend = self.backends.for_resize(old.kind, volume.name, size)
         arguments, plan = ResizeArguments(old=old, size_bytes=size, method=ResizeMethod.NONE), OperationPlan()
@@ -149,10 +147,10 @@ class ResizeVolume:
     ) -> tuple[ResizeArguments, OperationPlan]:
         views = await containers_mounting(self.store, volume.name)
         users = [self._mounting_container(view) for view in views]
-        ours = {user.engine_id for user in users}
+        known = {user.engine_id for user in users}
         mounting = await self.engine.mounting(arguments.old.engine_volume)
-        if strangers := tuple(one.name for one in mounting if one.running and one.id not in ours):
-            raise VolumeInUse(volume=volume.name, holders=strangers)
+        if unknown := tuple(other.name for other in mounting if other.running and other.id not in known):
+            raise VolumeInUse(volume=volume.name, holders=unknown)
         pool = await self.backends.of_kind(arguments.old.kind).pool()
         if pool.free_bytes < usage.minimum_bytes:
             raise DiskFull(path=self.backends.path, needed_bytes=usage.minimum_bytes, available_bytes=pool.free_bytes)
@@ -170,16 +168,16 @@ class ResizeVolume:
         container = view.container
         if container.status.state is ContainerState.PAUSED:
             raise ContainerPaused(container=container.name)
-        own = container.spec.stop_timeout
+        stop_timeout = container.spec.stop_timeout
         return MountingContainer(
             target=container.target,
             engine_id=container.engine.engine_id if container.engine else "",
             running=container.status.state in RUNNING_STATES,
-            stop_seconds=self.processes.stop_seconds if own is None else own.total_seconds(),
+            stop_seconds=self.processes.stop_seconds if stop_timeout is None else stop_timeout.total_seconds(),
         )
 
     def saga(self, operation: Operation) -> ResizeSaga:
-        """The saga of an operation: in place, or by a copy."""
+        """The saga of a recorded operation: in place, or by a copy."""
         arguments = ResizeArguments.model_validate(operation.arguments)
         copies = arguments.method is ResizeMethod.COPY
         return CopyResizeSaga(self, arguments) if copies else InPlaceResizeSaga(self, arguments)
@@ -196,7 +194,7 @@ def _require_data_fits(volume: Volume, usage: VolumeUsage, size_bytes: int) -> N
 
 
 class ResizeSaga(VolumeSaga):
-    """What both ways have in common: how they end."""
+    """The end of a resize, which both methods share."""
 
     def __init__(self, resize: ResizeVolume, arguments: ResizeArguments) -> None:
         super().__init__(resize.volumes)
@@ -231,7 +229,7 @@ class ResizeSaga(VolumeSaga):
         return [PutVolume(volume, expect=view.version), *await self._refreshed_containers()]
 
     async def _refreshed_containers(self) -> list[StoreChange]:
-        """The containers as the engine shows them now: while they were locked, nobody else looked."""
+        """The containers with their current status, which reconcile did not update while they were locked."""
         changes: list[StoreChange] = []
         for user in self._arguments.users:
             view = await self._resize.store.container(user.target.name)
@@ -243,7 +241,7 @@ class ResizeSaga(VolumeSaga):
 
 
 class InPlaceResizeSaga(ResizeSaga):
-    """One step of the backend. It takes less time than a cancel, and a filesystem that grew may not shrink again."""
+    """One step of the backend. Not cancellable: it is short, and a filesystem that grew may not be able to shrink."""
 
     cancellable = False
 
@@ -272,7 +270,7 @@ class InPlaceResizeSaga(ResizeSaga):
 
 
 class CopyResizeSaga(ResizeSaga):
-    """See the module's docstring."""
+    """Resizes by a copy into a smaller backing; see the module's docstring."""
 
     def __init__(self, resize: ResizeVolume, arguments: ResizeArguments) -> None:
         super().__init__(resize, arguments)
@@ -300,7 +298,7 @@ class CopyResizeSaga(ResizeSaga):
 
     @property
     def _new(self) -> VolumeBacking:
-        """The new store, as far as it takes to find it."""
+        """The identifiers by which the backend finds the new backing."""
         arguments = self._arguments
         return arguments.old.model_copy(
             update={
@@ -316,11 +314,11 @@ class CopyResizeSaga(ResizeSaga):
         return await self._backend.replacement(arguments.old, arguments.copy_uid, arguments.size_bytes)
 
     async def _require_no_new_mounts(self) -> None:
-        """Whoever began to mount it before it was locked, and after it was looked at, is not among the users."""
+        """Raise VolumeInUse if a container began to mount the volume after the draft listed its users."""
         known = {user.target for user in self._arguments.users}
         views = await containers_mounting(self._resize.store, self._arguments.old.name)
-        if strangers := tuple(view.container.name for view in views if view.container.target not in known):
-            raise VolumeInUse(volume=self._arguments.old.name, holders=strangers)
+        if unknown := tuple(view.container.name for view in views if view.container.target not in known):
+            raise VolumeInUse(volume=self._arguments.old.name, holders=unknown)
 
     async def _remove(self, _run: OperationRun) -> None:
         await self._backend.destroy(self._new)
@@ -344,7 +342,7 @@ class CopyResizeSaga(ResizeSaga):
 
     async def _exchange(self, run: OperationRun) -> None:
         old, made = self._arguments.old, _MADE.of(run.operation)
-        # The old store's folder is the one that the engine's volume leads to: it gets the smaller content.
+        # The engine volume points to the folder of the old backing, so this folder gets the smaller content.
         await self._backend.exchange(
             made.model_copy(update={"size_bytes": old.size_bytes}),
             old.model_copy(update={"size_bytes": made.size_bytes}),
@@ -366,5 +364,5 @@ class CopyResizeSaga(ResizeSaga):
         for user in self._running:
             code = await self._resize.engine.exited_within(user.engine_id, self._resize.processes.settle_seconds)
             if code is not None:
-                detail = f"its process ended with exit code {code} after it was started with the smaller volume"
+                detail = f"its process exited with code {code} after the start with the smaller volume"
                 raise StartFailed(container=user.target.name, detail=detail)

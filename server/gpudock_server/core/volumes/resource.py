@@ -1,4 +1,4 @@
-"""Volumes as operations see them."""
+"""The volume as a Resource of operations."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from gpudock_server.model.resource import ResourceKind
 from gpudock_server.model.volume import Volume
 from gpudock_server.ports import Engine, Store, VolumeView
 
-# The most names that an error lists of what there is instead.
+# The maximum number of similar names that an error lists.
 _MAX_SUGGESTIONS = 10
 
 
 class VolumeResource(Resource[VolumeView]):
-    """See Resource."""
+    """Reads the records of volumes and builds the errors that name them; see Resource."""
 
     kind = ResourceKind.VOLUME
 
     def __init__(self, store: Store, node: str, engine: Engine, adoption: AdoptionRules) -> None:
-        """`adoption` says which engine volumes the error for an unknown volume may mention."""
+        """`adoption`: which engine volumes the error for an unknown volume may mention."""
         super().__init__(store, node)
         self._engine = engine
         self._adoption = adoption
@@ -47,10 +47,10 @@ class VolumeResource(Resource[VolumeView]):
 
     @override
     async def not_found_error(self, name: str, kind: type[VolumeNotFound] = VolumeNotFound) -> VolumeNotFound:
-        """The error that names the likeliest of the volumes that there are, and says what can be done."""
+        """The error for an unknown volume, with similar names; VolumeNotAdopted if an engine volume has the name."""
         names = [volume.name for volume in await all_volumes(self._store)]
-        found = await self._engine.inspect_volume(name)
-        if found is not None and self._adoption.allow(found) and not (found.anonymous or found.hazard):
+        volume = await self._engine.inspect_volume(name)
+        if volume is not None and self._adoption.allow(volume) and not (volume.anonymous or volume.hazard):
             kind = VolumeNotAdopted
         return kind(volume=name, available=closest_names(name, names))
 
@@ -72,5 +72,5 @@ class VolumeResource(Resource[VolumeView]):
 
 
 def closest_names(name: str, names: Sequence[str]) -> tuple[str, ...]:
-    """Those of `names` that someone who wrote `name` may have meant, the likeliest first; at most _MAX_SUGGESTIONS."""
+    """The entries of `names` that are most similar to `name`, best first; at most _MAX_SUGGESTIONS."""
     return tuple(difflib.get_close_matches(name, names, n=_MAX_SUGGESTIONS, cutoff=0.0))

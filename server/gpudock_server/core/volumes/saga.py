@@ -1,4 +1,4 @@
-"""What the sagas of volumes have in common: how they read their volume, what they record of it, and its copy."""
+"""What the sagas of volumes share: reading the volume, its revision, its backing, and the copy of its files."""
 
 from typing_extensions import override
 
@@ -23,7 +23,7 @@ class VolumeSaga(Saga[VolumeView]):
 
 
 def revision_of(volume: Volume, cause: VolumeCause, operation_id: str) -> PutVolumeRevision:
-    """The revision that a volume has come to."""
+    """The revision that records a volume's current state."""
     return PutVolumeRevision(
         VolumeRevision(
             volume=volume.name,
@@ -38,20 +38,20 @@ def revision_of(volume: Volume, cause: VolumeCause, operation_id: str) -> PutVol
 
 
 def backing_of(volume: Volume) -> VolumeBacking:
-    """What it was made of. Raises VolumeInUse while it is still being made."""
+    """The backing of a volume. Raises VolumeInUse while the volume is being created."""
     if volume.backing is None:
-        raise VolumeInUse(volume=volume.name, holders=("the operation that makes it",))
+        raise VolumeInUse(volume=volume.name, holders=("the operation that creates it",))
     return volume.backing
 
 
 async def copy_and_verify(
     copier: VolumeCopier, source: VolumeBacking, target: VolumeBacking, progress: Progress
 ) -> TreeSummary:
-    """Copy what differs, and read both sides in full: what they hold. Raises VolumeFailed where they stay different."""
+    """Copy the differences, then read and compare both sides in full. Raises VolumeFailed if they still differ."""
     await copier.copy(source, target, progress, final=True)
     try:
         return await copier.verify(source, target)
     except VolumeFailed:
-        # The copies before missed a change, for whatever reason. Copy once more, from the beginning.
+        # An earlier copy missed a change. Copy once more, from the beginning.
         await copier.copy(source, target, progress, final=True)
         return await copier.verify(source, target)

@@ -1,7 +1,7 @@
-"""Volumes: what can be asked of them, and which use case is behind each request.
+"""Reads volumes and begins operations on them.
 
-`commands` names the requests. Each is drafted by the module of its name, which checks it, chooses what it is made of,
-and says what it will do; the saga it builds does it.
+`commands` has one command for each operation. The module of the same name checks the command and drafts the operation,
+whose saga then carries it out.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from gpudock_server.model.operation import OperationKind
 from gpudock_server.model.volume import Volume, VolumeRevision, VolumeState
 from gpudock_server.ports import Engine, Page, Store, VolumeCopier, VolumeDetails, VolumeView
 
-# What has not been measured by then is not told: a volume without a size is counted file by file.
+# Without a size, usage is counted file by file; after this timeout it is reported as unknown.
 _USAGE_TIMEOUT_SECONDS = 10.0
-# Looks into volumes at one time; each is a child process for a moment.
+# Each read of usage is a short child process.
 _MAX_PARALLEL_USAGE_READS = 4
 
 
 class VolumeUseCases:
-    """What can be done to volumes: each use case drafts an operation, which its saga does."""
+    """The use cases of volumes: each drafts an operation, which a saga carries out."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class VolumeUseCases:
         processes: ContainerProcesses,
         draft_unmount: DraftUnmount,
     ) -> None:
-        """Gives each use case the ports and services that it uses."""
+        """Give each use case the ports and services that it uses."""
         self._create = CreateVolume(store, engine, volumes, engine_volumes, backends)
         self._resize = ResizeVolume(store, engine, volumes, backends, copier, processes)
         self._delete = DeleteVolume(store, engine, volumes, backends, draft_unmount)
@@ -59,7 +59,7 @@ class VolumeUseCases:
 
     @property
     def saga_builders(self) -> dict[OperationKind, SagaBuilder]:
-        """Makes the saga of a recorded operation on a volume, by its kind."""
+        """Builders of the sagas of recorded operations, by kind."""
         return {
             OperationKind.CREATE_VOLUME: partial(CreateSaga, self._create),
             OperationKind.RESIZE_VOLUME: self._resize.saga,
@@ -69,7 +69,7 @@ class VolumeUseCases:
 
     @property
     def drafters(self) -> dict[type, Drafter]:
-        """Drafts the operation of a command, by its type."""
+        """Drafters of operations, by type of command."""
         return {
             Create: self._create.draft,
             Resize: self._resize.draft,
@@ -111,19 +111,19 @@ class Volumes(Commands):
         return view
 
     async def list(self, *, page_size: int, page_token: str) -> Page[VolumeDetails]:
-        """Volumes of all nodes in the order of their names. Raises ResumeTokenExpired.
+        """List the volumes of all nodes by name. Raises ResumeTokenExpired.
 
-        What is in use is told of those that have a size: to count the files of all others would take too long.
+        Usage is read only for volumes with a size: counting the files of the others would take too long.
         """
         page = await self._store.volumes(page_size=page_size, page_token=page_token)
         holders = await self._mounting_containers() if page.items else {}
         sized = [view.volume if view.volume.size_bytes else None for view in page.items]
         used = await asyncio.gather(*(self._used_bytes(volume) for volume in sized))
-        seen = [
+        details = [
             VolumeDetails(view, tuple(holders.get(view.volume.name, ())), bytes_used)
             for view, bytes_used in zip(page.items, used, strict=True)
         ]
-        return Page(tuple(seen), page.next_token, page.watch_token)
+        return Page(tuple(details), page.next_token, page.watch_token)
 
     async def _mounting_containers(self) -> Mapping[str, Sequence[str]]:
         found: defaultdict[str, deque[str]] = defaultdict(deque)
@@ -149,8 +149,8 @@ class Volumes(Commands):
         return await self._store.volume_revisions(volume.uid, page_size=page_size, page_token=page_token)
 
     async def run(self, command: Command, request: RequestKey | None) -> VolumeDetails:
-        """Begin an operation and wait for its end; the volume that it leaves."""
+        """Begin an operation, wait for its end, and return the resulting volume."""
         result = await self._run(command, request)
         if not isinstance(result, Volume):
-            raise TypeError(f"{type(command).__name__} leaves no volume")
+            raise TypeError(f"{type(command).__name__} has no volume as its result")
         return VolumeDetails(VolumeView(result, 0, ""), ())
