@@ -1,1 +1,1 @@
-"""Containers: what can be asked of them, and the saga behind each request."""
+"""Operations on containers: drafts, sagas, and the checks and steps that they share."""

@@ -1,4 +1,4 @@
-"""What callers can ask to be done to a container; valid when it is made, drafted by the module of its name."""
+"""The commands on containers, validated before they are created; each is drafted by the module of the same name."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from gpudock_server.model.spec import ContainerSpec, GpuRequest, SnapshotPolicy
 
 
 class SpecChange(Protocol):
-    """A change of a spec, whole fields of it or single entries, whose new values are valid by themselves."""
+    """A change of whole fields or single entries of a spec; each new value is validated by itself."""
 
     @property
     def fields(self) -> frozenset[str]:
-        """The fields of the spec that it can change."""
+        """The fields of the spec that the change sets."""
         ...
 
     def apply(self, before: ContainerSpec) -> ContainerSpec:
@@ -25,14 +25,14 @@ class SpecChange(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FieldChange:
-    """One field of a spec gets another value, which is valid."""
+    """Set one field of a spec to a valid value."""
 
     field: str
     value: object
 
     @property
     def fields(self) -> frozenset[str]:
-        """That field."""
+        """The field that the change sets."""
         return frozenset({self.field})
 
     def apply(self, before: ContainerSpec) -> ContainerSpec:
@@ -49,7 +49,7 @@ class PullPolicy(StrEnum):
 
 
 class ScaleStrategy(StrEnum):
-    """AUTO changes in place what it can and replaces the engine container for the rest."""
+    """How to scale: LIVE only in place, RECREATE with a new engine container, AUTO in place if possible."""
 
     AUTO = "AUTO"
     LIVE = "LIVE"
@@ -58,7 +58,7 @@ class ScaleStrategy(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Create:
-    """Make a container and, unless `create_only`, start it."""
+    """Create a container and, unless `create_only`, start it."""
 
     name: str
     spec: ContainerSpec
@@ -71,7 +71,7 @@ class Create:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Start one that does not run; `gpus` replaces what its spec asks for."""
+    """Start a container. `gpus` replaces the GPUs in its spec."""
 
     name: str
     gpus: GpuRequest | None = None
@@ -81,7 +81,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Stop one, and release what it holds unless `keep_resources`. `timeout` in seconds; None is its own."""
+    """Stop a container; release its GPUs and ports unless `keep_resources`. `timeout`: seconds; None: the spec's."""
 
     name: str
     keep_resources: bool = False
@@ -91,7 +91,7 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """Stop and start one."""
+    """Stop and start a container."""
 
     name: str
     timeout: float | None = None
@@ -101,7 +101,7 @@ class Restart:
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Freeze one."""
+    """Freeze the processes of a container."""
 
     name: str
     etag: str = ""
@@ -109,7 +109,7 @@ class Pause:
 
 @dataclass(frozen=True, slots=True)
 class Unpause:
-    """Thaw one."""
+    """Unfreeze the processes of a container."""
 
     name: str
     etag: str = ""
@@ -117,7 +117,7 @@ class Unpause:
 
 @dataclass(frozen=True, slots=True)
 class Delete:
-    """Remove one with its files; `force` kills what runs."""
+    """Delete a container and its files. `force`: even if it is running."""
 
     name: str
     force: bool = False
@@ -126,7 +126,7 @@ class Delete:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Change what is not None. 0 is no limit (cpus, memory) or the engine's default (shm)."""
+    """Change the resources that are not None. 0: no limit (CPUs, memory) or the engine's default (/dev/shm)."""
 
     name: str
     gpus: GpuRequest | None = None
@@ -139,7 +139,7 @@ class Scale:
 
 
 class FilesPolicy(StrEnum):
-    """What becomes of a container's files when its image becomes another one."""
+    """What happens to a container's files when its image changes."""
 
     CARRY_COMMIT = "CARRY_COMMIT"
     DISCARD = "DISCARD"
@@ -147,7 +147,7 @@ class FilesPolicy(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """Change the spec. `files` None refuses another image."""
+    """Change the spec of a container. `files` None: a change of the image is refused."""
 
     name: str
     change: SpecChange
@@ -161,7 +161,7 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class Rollback:
-    """Return to a revision: its spec and its files, or, with `spec_only`, its spec and the files of today."""
+    """Roll a container back to the spec and files of a revision, or, with `spec_only`, to the spec only."""
 
     name: str
     revision: int
@@ -172,7 +172,7 @@ class Rollback:
 
 @dataclass(frozen=True, slots=True)
 class Clone:
-    """Make a container of a revision of another one (0: of what it is now), with `change` made to its spec."""
+    """Create a container from a revision of another one (0: its current state), with `change` applied to the spec."""
 
     name: str
     source: str
@@ -184,7 +184,7 @@ class Clone:
 
 @dataclass(frozen=True, slots=True)
 class DeleteRevision:
-    """Take a revision, and what is kept of its files, out of the history."""
+    """Delete a revision and its snapshot."""
 
     name: str
     revision: int
@@ -193,9 +193,9 @@ class DeleteRevision:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Make an image named `reference` of one's files; `pause` freezes what runs meanwhile.
+    """Create an image named `reference` from a container's files. `pause`: freeze a running container for it.
 
-    `replace` takes the name also from an image that gpudock did not commit for the container's owner.
+    `replace`: take the name even from an image that gpudock did not commit for the container's owner.
     """
 
     name: str

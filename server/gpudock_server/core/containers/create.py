@@ -1,4 +1,4 @@
-"""CreateContainer: claim, pull where needed, create, start, and only then be a container."""
+"""CreateContainer: claim GPUs and ports, pull the image if needed, create and start, then write the record."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from gpudock_server.ports import ContainerView, Engine
 
 
 class CreateArguments(NewContainerArguments):
-    """What the saga needs to be built again.
+    """The arguments from which the saga is rebuilt.
 
-    `image_id` is empty where the image has to be pulled first; `authenticated`: with credentials, which are not
-    recorded. `present_id` is the image that has the name until then.
+    `image_id`: empty if the image is pulled first. `authenticated`: the pull has credentials, which are not recorded.
+    `present_id`: the image that has the name before the pull.
     """
 
     image_id: str
@@ -40,14 +40,14 @@ class CreateArguments(NewContainerArguments):
 
 @dataclass(frozen=True, slots=True)
 class CreateContainer:
-    """Checks that a container can be made of an image, and picks what it is given."""
+    """Drafts the creation of a container from an image."""
 
     new: NewContainers
     engine: Engine
     images: Images
 
     async def draft(self, command: Create) -> OperationDraft:
-        """Nothing has been done when this raises."""
+        """Check the command, choose the image, and allocate GPUs and ports. Changes nothing."""
         await self.new.containers.require_free_name(command.name)
         volumes = await self.new.check(command.spec)
         choice = await self.images.choose(command.spec.image, command.pull_policy, command.owner)
@@ -81,12 +81,12 @@ class CreateContainer:
 
 
 class CreateSaga(NewContainerSaga):
-    """pull -> create -> start -> verify, then the head and its first revision."""
+    """pull -> create -> start -> verify | the record and its first revision."""
 
     def __init__(
         self, create: CreateContainer, operation: Operation, registry_auth: RegistryAuth | None = None
     ) -> None:
-        """`registry_auth` is not recorded: a daemon that resumes a pull does so without it."""
+        """`registry_auth` is not recorded: a resumed pull is made without credentials."""
         self._arguments = CreateArguments.model_validate(operation.arguments)
         super().__init__(create.new, self._arguments)
         self._engine = create.engine
@@ -124,7 +124,7 @@ class CreateSaga(NewContainerSaga):
     async def _pulled_image(self, operation: Operation) -> str:
         if (pulled := PULLED.find(operation)) is not None:
             return pulled.image_id
-        # An older daemon pulled it, and did not record what came.
+        # An older version pulled the image and did not record its id.
         image = await self._engine.image(self._spec.image)
         if image is None:
             raise ImageNotFound(image=self._spec.image)
@@ -133,13 +133,13 @@ class CreateSaga(NewContainerSaga):
     @override
     async def success_changes(self, run: OperationRun, view: ContainerView) -> Outcome:
         created = CREATED.of(run.operation)
-        seen = await self._engine.inspect(created.engine_id)
+        engine_container = await self._engine.inspect(created.engine_id)
         binding = EngineBinding(
             engine_id=created.engine_id,
             engine_name=created.engine_name,
             image_id=created.image_id,
             placement=self._arguments.placement,
             fixed_digest=self._spec.fixed_digest,
-            anonymous_volumes=anonymous_volumes(self._spec, seen.volumes if seen else {}),
+            anonymous_volumes=anonymous_volumes(self._spec, engine_container.volumes if engine_container else {}),
         )
-        return await self._outcome(run, view, binding, seen, RevisionCause.CREATED)
+        return await self._outcome(run, view, binding, engine_container, RevisionCause.CREATED)

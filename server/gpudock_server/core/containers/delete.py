@@ -1,4 +1,4 @@
-"""DeleteContainer: remove what the engine has, and forget it last."""
+"""DeleteContainer: remove the engine container and all files, then the record."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gpudock_server.ports import ContainerView, Engine
 
 
 class DeleteArguments(Record):
-    """What the saga needs to be built again."""
+    """The arguments from which the saga is rebuilt."""
 
     engine: EngineBinding | None
     placement: Placement
@@ -34,7 +34,7 @@ class DeleteArguments(Record):
 
 @dataclass(frozen=True, slots=True)
 class DeleteContainer:
-    """Checks that a container can be deleted."""
+    """Drafts the deletion of a container."""
 
     containers: ContainerResource
     engine: Engine
@@ -43,7 +43,7 @@ class DeleteContainer:
     claims: HostClaims
 
     async def draft(self, command: Delete) -> OperationDraft:
-        """What does not run can be deleted; what does, with force."""
+        """Check that the container is stopped, or that `force` is set. Raises ContainerRunning."""
         view = await self.containers.find_unlocked(command.name, command.etag)
         container = view.container
         state = container.status.state
@@ -61,12 +61,12 @@ class DeleteContainer:
 
 
 class DeleteSaga(ContainerSaga):
-    """Removal cannot be undone; what fails leaves the record, so that the same call finishes the work."""
+    """Removal cannot be undone. A failure keeps the record, so that the same call can finish the deletion."""
 
     cancellable = False
 
     def __init__(self, delete: DeleteContainer, operation: Operation) -> None:
-        """Builds the script from the operation's arguments."""
+        """Read the arguments from the operation's record."""
         super().__init__(delete.containers)
         self._delete = delete
         self._arguments = DeleteArguments.model_validate(operation.arguments)
@@ -83,7 +83,7 @@ class DeleteSaga(ContainerSaga):
             )
 
     async def _clean(self, run: OperationRun) -> None:
-        """Anonymous volumes, carried layers and snapshots belong to the container and go with it."""
+        """Remove the anonymous volumes, layer images, snapshots and history of the container."""
         await self._delete.history.delete_all(run.operation.target.uid)
         if self._arguments.engine is None:
             return

@@ -1,4 +1,4 @@
-"""The life of an engine container, as the verbs by which everything else changes it."""
+"""The lifecycle of an engine container: create, start, stop, freeze, thaw and remove."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gpudock_server.model.record import Record
 from gpudock_server.model.spec import ContainerSpec
 from gpudock_server.ports import Engine, HostPaths
 
-# What an engine that answers needs, after a grace period, to kill a process and report it.
+# Seconds that the engine needs after the grace period to kill a process and report its end.
 _KILL_SECONDS = 5.0
 _POLL_SECONDS = 0.05
 
@@ -46,10 +46,10 @@ CREATED = StepResult("create", CreatedEngineContainer)
 class EngineContainers:
     """Creates, starts, stops, freezes and removes the engine containers of a node.
 
-    Nothing else creates, starts or removes one, so that its host paths are bound before, checked again, and released
-    after. `stop_seconds` is how long a process whose spec does not say has from its stop signal to SIGKILL.
-    `settle_seconds` is how long the process of a replacement must live before it counts as running;
-    `start_watch_seconds` how long one that replaces none is watched before its start is reported, 0 for not at all.
+    No other code creates, starts or removes one, so that host paths are always bound before, checked again at a start,
+    and released after. `stop_seconds`: seconds from stop signal to SIGKILL where the spec sets none. `settle_seconds`:
+    seconds that the process of a successor must run to count as running. `start_watch_seconds`: seconds that any other
+    process is watched before its start is reported; 0 for not at all.
     """
 
     engine: Engine
@@ -60,11 +60,11 @@ class EngineContainers:
 
     @property
     def watches_starts(self) -> bool:
-        """Whether a process that replaces none is watched before its start is reported."""
+        """Whether a process is watched before its start is reported, if it is not that of a successor."""
         return self.start_watch_seconds > 0
 
     async def observe(self, container: Container, engine_id: str) -> Container:
-        """The container with the status that the engine shows."""
+        """The container with the status that the engine reports."""
         return container.changed(status=observed_status(container, await self.engine.inspect(engine_id)))
 
     async def create(
@@ -79,10 +79,10 @@ class EngineContainers:
         mounted: dict[str, str],
         anonymous: dict[str, str] | None = None,
     ) -> CreatedEngineContainer:
-        """Create the engine container of an operation, its host paths bound.
+        """Create the engine container of an operation, with its host paths bound.
 
-        Its labels mark it as ours and, with its spec, make up its record. `mounted` and `anonymous` are `mounted` and
-        `volumes` of EngineContainerSpec. Raises HostPathForbidden, HostPathFailed.
+        The labels mark it as gpudock's; reconcile restores a lost record from them. `mounted` and `anonymous` are
+        `mounted` and `volumes` of EngineContainerSpec. Raises HostPathForbidden, HostPathFailed.
         """
         name = engine_container_name(operation.target.name, operation.id)
         labels = {
@@ -109,81 +109,80 @@ class EngineContainers:
         return CreatedEngineContainer(engine_id=engine_id, engine_name=name, image_id=image_id)
 
     async def start(self, engine_id: str, spec: ContainerSpec | None = None, *, renew: bool = True) -> None:
-        """Start an engine container, whose host paths are resolved and bound again before.
+        """Resolve and bind the host paths of an engine container again, then start it.
 
-        `spec` is what it was made from; None is what its labels say. With `renew` False what is bound stays as it is:
-        the container is to run again as it did before. Raises HostPathForbidden, HostPathFailed.
+        `spec`: its spec; None reads it from the labels. `renew` False keeps the bound host paths, so that the container
+        runs as before. Raises HostPathForbidden, HostPathFailed.
         """
         if spec is None or spec.host_paths:
-            seen = await self.engine.inspect(engine_id)
-            if seen is not None:
-                await self.rebind_host_paths(seen, renew=renew)
+            engine_container = await self.engine.inspect(engine_id)
+            if engine_container is not None:
+                await self.rebind_host_paths(engine_container, renew=renew)
         await self.engine.start(engine_id)
 
     async def remove(self, engine_id: str, engine_name: str, *, own_volumes: bool = False) -> None:
-        """Remove an engine container, killing what runs, and what was bound for it.
+        """Kill and remove an engine container, and release its host paths.
 
-        `own_volumes`: with the anonymous volumes that the engine made with it; else its volumes stay.
+        `own_volumes`: also remove the anonymous volumes that the engine created with it; otherwise volumes stay.
         """
         await self.engine.remove(engine_id, own_volumes=own_volumes)
         await self.host_paths.release(engine_name)
 
     async def remove_created(self, operation: Operation) -> None:
-        """Remove what an operation created, found by its name, and the anonymous volumes made with it.
+        """Remove the engine container that an operation created, found by name, with its anonymous volumes.
 
-        The engine removes both in one call: were it killed between two, nobody would know of the volumes any more.
+        The engine removes both in one call: between two calls, a crash would lose track of the volumes.
         """
         name = engine_container_name(operation.target.name, operation.id)
-        seen = await self.engine.inspect(name)
-        if seen is None or seen.labels.get(LABEL_OPERATION) != operation.id:
+        engine_container = await self.engine.inspect(name)
+        if engine_container is None or engine_container.labels.get(LABEL_OPERATION) != operation.id:
             await self.host_paths.release(name)
             return
-        await self.remove(seen.id, name, own_volumes=True)
+        await self.remove(engine_container.id, name, own_volumes=True)
 
     async def has_unbound_host_paths(self, container: Container) -> bool:
-        """Whether the engine resolves host paths of this container itself: an older version made it."""
+        """Whether the engine itself resolves host paths of this container, which an older version created."""
         if not container.spec.host_paths or container.engine is None:
             return False
-        seen = await self.engine.inspect(container.engine.engine_id)
-        return seen is not None and bool(self.unbound_host_paths(seen))
+        engine_container = await self.engine.inspect(container.engine.engine_id)
+        return engine_container is not None and bool(self.unbound_host_paths(engine_container))
 
-    def unbound_host_paths(self, seen: EngineContainer) -> tuple[str, ...]:
-        """The host paths that an engine container mounts by their own names."""
-        spec, name = seen.spec, seen.created_name
+    def unbound_host_paths(self, engine_container: EngineContainer) -> tuple[str, ...]:
+        """The host paths that an engine container mounts directly instead of by a bound path."""
+        spec, name = engine_container.spec, engine_container.created_name
         if spec is None:
             return ()
         mounts = [mount for mount in spec.mounts if mount.host_path]
         return tuple(
             mount.host_path
             for mount in mounts
-            if seen.binds.get(mount.target, "") != self.host_paths.source(name, mount.host_path)
+            if engine_container.binds.get(mount.target, "") != self.host_paths.source(name, mount.host_path)
         )
 
-    async def rebind_host_paths(self, seen: EngineContainer, *, renew: bool) -> None:
-        """Have the host paths of an engine container bound, or, of one that mounts them by their names, checked."""
-        if seen.spec is None or not seen.spec.host_paths:
+    async def rebind_host_paths(self, engine_container: EngineContainer, *, renew: bool) -> None:
+        """Bind the host paths of an engine container again; only check those that it mounts directly."""
+        if engine_container.spec is None or not engine_container.spec.host_paths:
             return
-        unbound = self.unbound_host_paths(seen)
+        unbound = self.unbound_host_paths(engine_container)
         await self.host_paths.check(unbound)
-        bound = [path for path in seen.spec.host_paths if path not in unbound]
-        await self.host_paths.bind(seen.created_name, bound, renew=renew)
+        bound = [path for path in engine_container.spec.host_paths if path not in unbound]
+        await self.host_paths.bind(engine_container.created_name, bound, renew=renew)
 
-    async def stop(self, engine_id: str, spec: ContainerSpec, asked_seconds: float | None, *, frozen: bool) -> None:
-        """Stop an engine container within what was asked for, else what its spec says, else this daemon's default.
+    async def stop(self, engine_id: str, spec: ContainerSpec, timeout: float | None, *, frozen: bool) -> None:
+        """Stop an engine container. SIGKILL follows after `timeout` seconds, else the spec's, else the daemon's.
 
-        Cancelled, it still waits for the end: the engine stops it all the same, and whoever starts it again before that
-        would see it killed a moment later.
+        A cancelled call still waits until the container stopped: the engine goes on stopping it, and would kill the
+        process of an earlier start.
         """
         if frozen:
             await self._thaw(engine_id)
-        own = None if spec.stop_timeout is None else spec.stop_timeout.total_seconds()
-        timeouts = (seconds for seconds in (asked_seconds, own, self.stop_seconds) if seconds is not None)
-        grace = next(timeouts)
+        of_spec = None if spec.stop_timeout is None else spec.stop_timeout.total_seconds()
+        grace = next(seconds for seconds in (timeout, of_spec, self.stop_seconds) if seconds is not None)
         stopping = asyncio.ensure_future(self._stopped(engine_id, grace))
         try:
             await asyncio.shield(stopping)
         except asyncio.CancelledError:
-            # How it ended is for who starts it again to find.
+            # The result is read so that asyncio does not log it; the next start inspects the container itself.
             stopping.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
             try:
                 await asyncio.wait((stopping,), timeout=grace + _KILL_SECONDS)
@@ -192,51 +191,54 @@ class EngineContainers:
             raise
 
     async def wait_for_exit(self, engine_id: str, seconds: float) -> int | None:
-        """The exit code of the process that was just started, if it ends within `seconds`; else None.
+        """The exit code of the process that was just started, if it exits within `seconds`; else None.
 
-        One that its restart policy has started again by then has ended too; the engine shows with which exit code only
-        until the next run begins, so that of one of the next runs is taken.
+        A process that the restart policy started again has exited too. The engine shows its exit code only until the
+        next run begins, so the exit code of one of the next runs is returned.
         """
         code = await self.engine.exited_within(engine_id, seconds)
-        seen = await self.engine.inspect(engine_id)
-        while seen is not None and has_just_restarted(seen):
+        engine_container = await self.engine.inspect(engine_id)
+        while engine_container is not None and has_just_restarted(engine_container):
             await asyncio.sleep(_POLL_SECONDS)
-            seen = await self.engine.inspect(engine_id)
-        return seen.exit_code if seen is not None and seen.state is EngineState.RESTARTING else code
+            engine_container = await self.engine.inspect(engine_id)
+        return (
+            engine_container.exit_code
+            if engine_container is not None and engine_container.state is EngineState.RESTARTING
+            else code
+        )
 
     async def freeze(self, engine_id: str) -> None:
-        """Freeze every process of an engine container. One that runs none, now or between two restarts, is left."""
-        seen = await self.engine.inspect(engine_id)
-        if seen is None or seen.state is not EngineState.RUNNING:
+        """Freeze every process of an engine container; does nothing if it does not run or is between restarts."""
+        engine_container = await self.engine.inspect(engine_id)
+        if engine_container is None or engine_container.state is not EngineState.RUNNING:
             return
         try:
             await self.engine.pause(engine_id)
         except EngineRejected:
-            # Its process may have ended since.
-            seen = await self.engine.inspect(engine_id)
-            if seen is None or seen.state is EngineState.RUNNING:
+            # The process may have exited since.
+            engine_container = await self.engine.inspect(engine_id)
+            if engine_container is None or engine_container.state is EngineState.RUNNING:
                 raise
 
     async def thaw_if_frozen(self, engine_id: str) -> None:
-        """Undo `freeze`. One that is gone or not frozen is left."""
-        seen = await self.engine.inspect(engine_id)
-        if seen is not None and seen.state is EngineState.PAUSED:
+        """Undo `freeze`; does nothing if the engine container is not frozen or was removed."""
+        engine_container = await self.engine.inspect(engine_id)
+        if engine_container is not None and engine_container.state is EngineState.PAUSED:
             await self.engine.unpause(engine_id)
 
     async def _thaw(self, engine_id: str) -> None:
         try:
             await self.engine.unpause(engine_id)
         except EngineRejected:
-            # A daemon that was killed may have come as far as its end, where there is nothing to thaw.
-            seen = await self.engine.inspect(engine_id)
-            if seen is None or seen.running:
+            # An earlier attempt, before the daemon was killed, may have stopped the container already.
+            engine_container = await self.engine.inspect(engine_id)
+            if engine_container is None or engine_container.running:
                 raise
 
     async def _stopped(self, engine_id: str, grace: float) -> None:
         try:
             await self.engine.stop(engine_id, grace)
         except EngineUnavailable:
-            # It may be stopping it all the same. Whoever started it again now would be told that it runs, and would see
-            # it killed a moment later.
+            # The engine may still be stopping the container, and would kill the process of a start before that.
             if await self.engine.exited_within(engine_id, grace + _KILL_SECONDS) is None:
                 raise

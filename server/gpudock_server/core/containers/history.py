@@ -1,4 +1,4 @@
-"""Revisions of a container: showing them, deleting one, and pruning those that its policy no longer keeps."""
+"""Revisions of a container: read them, delete one, and prune those that the revision policy does not keep."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from gpudock_server.model.spec import ContainerSpec, SnapshotPolicy
 from gpudock_server.model.store_changes import PutContainer, StoreChange
 from gpudock_server.ports import ContainerView, Engine, RevisionBackupStore, RevisionView, SnapshotStore, Store
 
-# How many numbers an error lists of what there is instead.
+# The maximum number of existing revisions that an error lists.
 _MAX_LISTED = 10
 
 
 @dataclass(frozen=True, slots=True)
 class HistoryDefaults:
-    """How history is kept where neither a call nor a container says. `keep_seconds` 0 is for ever.
+    """How history is kept if neither the call nor the container sets it. `keep_seconds` 0: no limit.
 
-    `on_stop`: the files of a container are kept when a user stops it, too.
+    `on_stop`: StopContainer also keeps the files.
     """
 
     snapshots: SnapshotPolicy = SnapshotPolicy.ALWAYS
@@ -41,7 +41,7 @@ class HistoryDefaults:
 
 
 class HistoryLimits(Record):
-    """How many revisions are kept, and for how long after they were replaced; None is for ever."""
+    """How many revisions are kept, and how long after their replacement; None: no limit."""
 
     keep_revisions: int
     keep_for: timedelta | None
@@ -49,7 +49,7 @@ class HistoryLimits(Record):
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """The revisions of containers, with what is kept of their files on the disk and in the engine."""
+    """The revisions of containers, with their snapshots on the disk and in the engine."""
 
     store: Store
     engine: Engine
@@ -58,11 +58,11 @@ class History:
     defaults: HistoryDefaults
 
     def limits(self, spec: ContainerSpec) -> HistoryLimits:
-        """A container's own word, else the node's."""
+        """The limits of a container's revision policy, else the node's."""
         policy, node = spec.revision_policy, self.defaults
-        ages = timedelta(seconds=node.keep_seconds) if node.keep_seconds else None
+        node_keep_for = timedelta(seconds=node.keep_seconds) if node.keep_seconds else None
         return HistoryLimits(
-            keep_revisions=policy.keep_revisions or node.keep_revisions, keep_for=policy.keep_for or ages
+            keep_revisions=policy.keep_revisions or node.keep_revisions, keep_for=policy.keep_for or node_keep_for
         )
 
     async def revisions(self, uid: str) -> tuple[RevisionView, ...]:
@@ -74,43 +74,43 @@ class History:
         found = await self.store.revision(container.uid, number)
         if found is None:
             history = await self.revisions(container.uid)
-            newest = [str(one.revision.revision) for one in reversed(history)][:_MAX_LISTED]
+            newest = [str(view.revision.revision) for view in reversed(history)][:_MAX_LISTED]
             raise RevisionNotFound(container=container.name, revision=number, available=tuple(newest))
         return found
 
     async def prune(self, uid: str, spec: ContainerSpec) -> None:
-        """Let go of what the policy no longer keeps. The caller has the container locked. May be repeated."""
+        """Delete the revisions that the policy does not keep. The caller holds the container's lock. Idempotent."""
         for view in prunable_revisions(await self.revisions(uid), self.limits(spec)):
             await self.delete_files(uid, view.revision.revision, view.snapshot)
-            # The record goes last, so that what is left of an interrupted removal is found again.
+            # The record is deleted last, so that an interrupted deletion is found again.
             await self.store.apply([store_changes.DeleteRevision(uid, view.revision.revision)])
 
     async def delete_files(self, uid: str, revision: int, snapshot: Snapshot | None) -> None:
-        """Remove what was kept of a revision on the disk or in the engine. May be repeated."""
+        """Delete the snapshot and the ledger entry of a revision. Idempotent."""
         if snapshot is not None and snapshot.kind is SnapshotKind.IMAGE:
             await self.engine.remove_image(snapshot.reference)
         else:
             await self.snapshots.remove(SnapshotKey(uid=uid, revision=revision))
-        # Before the store's own record: what is only on the disk is taken for what the store has lost.
+        # Before the store's record: reconcile restores revisions that are only in the ledger.
         await self.ledger.delete(SnapshotKey(uid=uid, revision=revision))
 
     async def is_gone(self, container: Container) -> bool:
-        """Whether the engine has nothing of a container any more."""
+        """Whether the container has no engine container any more."""
         return container.engine is None or await self.engine.inspect(container.engine.engine_id) is None
 
     async def refuse_if_gone(self, container: Container) -> None:
-        """Raises ContainerGone, with the revisions that can be brought back, where the engine container is gone."""
+        """Raise ContainerGone, with the revisions that can be restored, if the engine container was removed."""
         if container.status.state is ContainerState.FAILED and await self.is_gone(container):
-            kept = await self.revisions_with_files(container.uid)
-            numbers = tuple(str(one.revision.revision) for one in kept)
+            views = await self.revisions_with_files(container.uid)
+            numbers = tuple(str(view.revision.revision) for view in views)
             raise ContainerGone(container=container.name, revisions=numbers)
 
     async def revisions_with_files(self, uid: str) -> tuple[RevisionView, ...]:
-        """The revisions whose files are kept, oldest first."""
-        return tuple(one for one in await self.revisions(uid) if one.snapshot is not None)
+        """The revisions that have a snapshot, oldest first."""
+        return tuple(view for view in await self.revisions(uid) if view.snapshot is not None)
 
     async def delete_all(self, uid: str) -> None:
-        """Remove all that was kept of the revisions of a container that is being deleted. May be repeated."""
+        """Delete all snapshots and ledger entries of a container that is being deleted. Idempotent."""
         for view in await self.revisions(uid):
             if view.snapshot is not None and view.snapshot.kind is SnapshotKind.IMAGE:
                 await self.engine.remove_image(view.snapshot.reference)
@@ -119,7 +119,7 @@ class History:
 
 
 def revision_of(container: Container, cause: RevisionCause, operation_id: str) -> ContainerRevision:
-    """The revision that a container has come to."""
+    """The revision that records a container's current state."""
     return ContainerRevision(
         container=container.name,
         uid=container.uid,
@@ -134,19 +134,19 @@ def revision_of(container: Container, cause: RevisionCause, operation_id: str) -
 
 
 def prunable_revisions(history: Sequence[RevisionView], limits: HistoryLimits) -> tuple[RevisionView, ...]:
-    """What is to be pruned of a history (oldest first, the last one current), oldest first."""
+    """The revisions of a history (oldest first, the last one current) that the limits do not keep, oldest first."""
     moment = now()
-    replaced = [later.revision.create_time for later in history[1:]]
+    replace_times = [later.revision.create_time for later in history[1:]]
     return tuple(
-        one
-        for index, (one, since) in enumerate(zip(history, replaced, strict=False))
+        view
+        for index, (view, replace_time) in enumerate(zip(history, replace_times, strict=False))
         if index < len(history) - limits.keep_revisions
-        or (limits.keep_for is not None and moment - since >= limits.keep_for)
+        or (limits.keep_for is not None and moment - replace_time >= limits.keep_for)
     )
 
 
 class DeleteRevisionArguments(Record):
-    """What the saga needs to be built again."""
+    """The arguments from which the saga is rebuilt."""
 
     revision: int
     snapshot: Snapshot | None
@@ -154,13 +154,13 @@ class DeleteRevisionArguments(Record):
 
 @dataclass(frozen=True, slots=True)
 class DeleteContainerRevision:
-    """Checks that a revision can be deleted."""
+    """Drafts the deletion of a revision."""
 
     containers: ContainerResource
     history: History
 
     async def draft(self, command: DeleteRevision) -> OperationDraft:
-        """Any but the current one can go."""
+        """Check that the revision exists and is not the current one. Raises RevisionNotFound, RevisionIsCurrent."""
         view = await self.containers.find_unlocked(command.name, command.etag)
         container = view.container
         if command.revision == container.revision:
@@ -178,12 +178,12 @@ class DeleteContainerRevision:
 
 
 class DeleteRevisionSaga(ContainerSaga):
-    """Files first, the record last; what fails leaves the record, so that the same call finishes the work."""
+    """Delete the files, then the record. A failure keeps the record, so that the same call can finish the deletion."""
 
     cancellable = False
 
     def __init__(self, delete: DeleteContainerRevision, operation: Operation) -> None:
-        """Builds the script from the operation's arguments."""
+        """Read the arguments from the operation's record."""
         super().__init__(delete.containers)
         self._history = delete.history
         self._arguments = DeleteRevisionArguments.model_validate(operation.arguments)

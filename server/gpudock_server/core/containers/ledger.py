@@ -1,4 +1,4 @@
-"""Writing a container's history into the ledger as it is made, so that it outlives the store."""
+"""Writes each new revision into the ledger, the copy of the history on the disk that outlives the store."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 def ledger_entry(container: Container, revision: ContainerRevision, snapshot: Snapshot | None) -> RevisionBackup:
-    """The entry of a container's current revision."""
+    """The ledger entry of a container's current revision."""
     return RevisionBackup(
         revision=revision,
         owner=container.owner,
@@ -30,17 +30,17 @@ async def write_ledger_entry(
     revision: ContainerRevision,
     ended: tuple[int, Snapshot] | None = None,
 ) -> None:
-    """Write the revision that a container is about to come to, and what was kept of the one that ends.
+    """Write a container's new revision, and with `ended` the snapshot of the revision before.
 
-    Called right before the transaction that records them, which does not depend on it: what cannot be written now is
-    written by reconcile. A number that is not recorded after all is written again by the next change.
+    Called right before the transaction that records both, which does not depend on it: after an error, reconcile writes
+    the entries. If the transaction fails, the next change overwrites the entry of the same number.
     """
     try:
         if ended is not None:
             number, snapshot = ended
-            entries = [one for one in await ledger.read(container.uid) if one.number == number]
+            entries = [entry for entry in await ledger.read(container.uid) if entry.number == number]
             for entry in entries:
                 await ledger.write(entry.model_copy(update={"snapshot": snapshot}))
         await ledger.write(ledger_entry(container, revision, None))
     except GpudockError as error:
-        log.warning("a revision is not in the ledger yet", container=container.name, detail=error.message)
+        log.warning("ledger write failed; reconcile will retry", container=container.name, detail=error.message)

@@ -1,4 +1,4 @@
-"""What every new container is given and goes through, whether it is created from an image or cloned."""
+"""The checks, the record and the saga steps that CreateContainer and CloneContainer share."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from gpudock_server.ports import ContainerView, RevisionBackupStore, VolumeView
 
 
 class WatchedStart(Record):
-    """How a process ended that was watched after its start; None: it runs."""
+    """The exit code of a process that was watched after its start; None: it is running."""
 
     exit_code: int | None = None
 
@@ -46,9 +46,9 @@ VERIFIED = StepResult("verify", WatchedStart)
 
 
 class NewContainerArguments(Record):
-    """What the saga of a new container needs to be built again.
+    """The arguments from which the saga of a new container is rebuilt.
 
-    `verify`: the process is watched for a while (`start_watch_seconds`) before the start is reported.
+    `verify`: watch the process for `start_watch_seconds` before its start is reported.
     """
 
     spec: ContainerSpec
@@ -60,7 +60,7 @@ class NewContainerArguments(Record):
 
 @dataclass(frozen=True, slots=True)
 class NewContainers:
-    """What new containers are checked with, given, and recorded with."""
+    """The dependencies of the use cases that create containers, and the checks that these share."""
 
     containers: ContainerResource
     engine_containers: EngineContainers
@@ -71,12 +71,12 @@ class NewContainers:
     limits: NodeLimits
 
     async def check(self, spec: ContainerSpec) -> tuple[VolumeView, ...]:
-        """The volumes that it mounts. Raises LimitForbidden, and the errors of Mounts.check."""
+        """Check a spec; returns the volumes that it mounts. Raises LimitForbidden, and the errors of Mounts.check."""
         check_limits(self.limits, spec)
         return await self.mounts.check(spec.mounts)
 
     async def new_record(self, name: str, owner: str, spec: ContainerSpec) -> tuple[Container, Allocation]:
-        """A head that is still to be given its engine container, and the cards and ports that are proposed for it."""
+        """The record of a new container, still without its engine container, and its proposed GPUs and ports."""
         uid = str(uuid.uuid4())
         allocation = await self.allocator.allocate(AllocationRequest(uid=uid, gpus=spec.gpus, ports=spec.ports))
         moment = now()
@@ -96,38 +96,38 @@ class NewContainers:
 
 
 class NewContainerSaga(ContainerSaga):
-    """What makes a container: an engine container, its start, and then the head and its first revision."""
+    """The steps that create and start an engine container, and the record and first revision at the end."""
 
     def __init__(self, new: NewContainers, arguments: NewContainerArguments) -> None:
         super().__init__(new.containers)
         self._new = new
-        self._given = arguments
+        self._new_arguments = arguments
 
     @property
     def _start_steps(self) -> tuple[Step, ...]:
-        start = (Step("start", self._start),) if self._given.start else ()
-        return (*start, Step(VERIFIED.step, self._verify)) if self._given.verify else start
+        start = (Step("start", self._start),) if self._new_arguments.start else ()
+        return (*start, Step(VERIFIED.step, self._verify)) if self._new_arguments.verify else start
 
     async def _create_from(self, run: OperationRun, image_id: str) -> CreatedEngineContainer:
-        given = self._given
+        arguments = self._new_arguments
         return await self._new.engine_containers.create(
             run.operation,
             image_id=image_id,
-            spec=given.spec,
-            placement=given.placement,
+            spec=arguments.spec,
+            placement=arguments.placement,
             revision=1,
-            owner=given.owner,
-            mounted=await self._new.mounts.ensure_engine_volumes(given.spec.mounts),
+            owner=arguments.owner,
+            mounted=await self._new.mounts.ensure_engine_volumes(arguments.spec.mounts),
         )
 
     async def _remove(self, run: OperationRun) -> None:
         await self._new.engine_containers.remove_created(run.operation)
 
     async def _start(self, run: OperationRun) -> None:
-        await self._new.engine_containers.start(CREATED.of(run.operation).engine_id, self._given.spec)
+        await self._new.engine_containers.start(CREATED.of(run.operation).engine_id, self._new_arguments.spec)
 
     async def _verify(self, run: OperationRun) -> WatchedStart:
-        """A process that ends at once is no failure; its exit code is for the status."""
+        """Watch the process for a while. Its exit is no failure; the exit code is recorded in the status."""
         starts, engine_id = self._new.engine_containers, CREATED.of(run.operation).engine_id
         return WatchedStart(exit_code=await starts.wait_for_exit(engine_id, starts.start_watch_seconds))
 
@@ -136,22 +136,22 @@ class NewContainerSaga(ContainerSaga):
         run: OperationRun,
         view: ContainerView,
         binding: EngineBinding,
-        seen: EngineContainer | None,
+        engine_container: EngineContainer | None,
         cause: RevisionCause,
     ) -> Outcome:
-        """The head, bound to what the engine shows as `seen`, its first revision, and its claims."""
+        """The record of the container with its engine container, its first revision, and its claims."""
         container = view.container.changed(engine=binding, revision=1, update_time=now())
-        if self._given.start:
-            status = status_after_start(container, seen, exit_code_of_start(run.operation))
+        if self._new_arguments.start:
+            status = status_after_start(container, engine_container, exit_code_of_start(run.operation))
         else:
-            status = observed_status(container, seen)
+            status = observed_status(container, engine_container)
         container = container.changed(status=status)
         revision = revision_of(container, cause, run.operation.id)
         await write_ledger_entry(self._new.ledger, container, revision)
         changes: list[StoreChange] = [
             PutContainer(container, expect=view.version),
             PutRevision(revision),
-            *self._new.claims.confirm(container, claim_keys(self._given.placement)),
+            *self._new.claims.confirm(container, claim_keys(self._new_arguments.placement)),
         ]
         return Outcome(changes, container)
 
@@ -159,17 +159,17 @@ class NewContainerSaga(ContainerSaga):
     async def failure_changes(self, run: OperationRun, view: ContainerView) -> Sequence[StoreChange]:
         return [
             DeleteContainer(view.container.name, view.container.uid, expect=view.version),
-            *self._new.claims.release(view.container.uid, claim_keys(self._given.placement)),
+            *self._new.claims.release(view.container.uid, claim_keys(self._new_arguments.placement)),
         ]
 
 
 def exit_code_of_start(operation: Operation) -> int | None:
-    """With what the process that an operation started has ended since; None if it has not."""
+    """The exit code of the process that an operation started and watched; None if it did not exit."""
     watched = VERIFIED.find(operation)
     return watched.exit_code if watched else None
 
 
 def anonymous_volumes(spec: ContainerSpec, volumes: dict[str, str]) -> dict[str, str]:
-    """Of the engine volumes mounted in a container, those that its image asked for and its spec did not."""
+    """The engine volumes mounted in a container because of its image and not because of its spec."""
     named = {mount.target for mount in spec.mounts}
     return {target: name for target, name in volumes.items() if target not in named}

@@ -1,4 +1,4 @@
-"""What the operations in the store say of containers that have no record."""
+"""What the recorded operations tell about containers without a record."""
 
 from __future__ import annotations
 
@@ -15,31 +15,34 @@ _UNDONE_STATES = (OperationState.FAILED, OperationState.CANCELLED)
 
 @dataclass(frozen=True, slots=True)
 class OperationHistory:
-    """What the store still knows of operations: those that are asked for, and which uids were deleted."""
+    """The recorded operations on certain uids, and which of these uids were deleted."""
 
     operations: Mapping[str, Operation]
     deleted: frozenset[str]
 
     def is_known_gone(self, uid: str) -> bool:
-        """Whether a container is known to have been deleted, or never to have come to be."""
-        made = (one for one in self.operations.values() if one.target.uid == uid and one.kind in _CREATING_KINDS)
-        return uid in self.deleted or any(one.state in _UNDONE_STATES for one in made)
+        """Whether a container is known to have been deleted, or its creation to have been undone."""
+        creations = (
+            operation
+            for operation in self.operations.values()
+            if operation.target.uid == uid and operation.kind in _CREATING_KINDS
+        )
+        return uid in self.deleted or any(operation.state in _UNDONE_STATES for operation in creations)
 
     def was_undone(self, operation_id: str) -> bool:
         """Whether an operation is known to have been undone."""
-        known = self.operations.get(operation_id)
-        return known is not None and known.state in _UNDONE_STATES
+        operation = self.operations.get(operation_id)
+        return operation is not None and operation.state in _UNDONE_STATES
 
 
 async def read_operation_history(store: Store, uids: Collection[str]) -> OperationHistory:
-    """What the store knows of operations on these."""
-    listed = await read_all_pages(store.operations)
-    operations = {one.id: one for one in listed.items if one.target.uid in uids}
-    return OperationHistory(
-        operations, frozenset(one.target.uid for one in operations.values() if is_finished_deletion(one))
-    )
+    """Read the recorded operations on containers with these uids."""
+    page = await read_all_pages(store.operations)
+    operations = {operation.id: operation for operation in page.items if operation.target.uid in uids}
+    deleted = frozenset(operation.target.uid for operation in operations.values() if is_finished_deletion(operation))
+    return OperationHistory(operations, deleted)
 
 
 def is_finished_deletion(operation: Operation) -> bool:
-    """Whether it deleted its target."""
+    """Whether an operation deleted its target."""
     return operation.kind is OperationKind.DELETE and operation.state is OperationState.SUCCEEDED

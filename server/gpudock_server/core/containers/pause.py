@@ -1,4 +1,4 @@
-"""PauseContainer and UnpauseContainer: freeze and thaw, with everything held."""
+"""PauseContainer and UnpauseContainer: freeze and thaw the processes of a container, which keeps its GPUs and ports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gpudock_server.ports import ContainerView, Engine
 
 
 class PauseArguments(Record):
-    """What the saga needs to be built again."""
+    """The arguments from which the saga is rebuilt."""
 
     engine_id: str
     freeze: bool
@@ -30,14 +30,14 @@ class PauseArguments(Record):
 
 @dataclass(frozen=True, slots=True)
 class PauseContainer:
-    """Checks that a container can be frozen, or thawed."""
+    """Drafts the pause and unpause of a container."""
 
     containers: ContainerResource
     engine: Engine
     engine_containers: EngineContainers
 
     async def draft(self, command: Pause | Unpause) -> OperationDraft:
-        """Freeze what runs; thaw what is frozen."""
+        """Check that the container is RUNNING (pause) or PAUSED (unpause)."""
         view = await self.containers.find_unlocked(command.name, command.etag)
         container = view.container
         state = container.status.state
@@ -63,12 +63,12 @@ class PauseContainer:
 
 
 class PauseSaga(ContainerSaga):
-    """One step, whose undo is the other's do."""
+    """One step: freeze or thaw. Each is the undo of the other."""
 
     cancellable = False
 
     def __init__(self, pause: PauseContainer, operation: Operation) -> None:
-        """Builds the script from the operation's arguments."""
+        """Read the arguments from the operation's record."""
         super().__init__(pause.containers)
         self._pause = pause
         self._arguments = PauseArguments.model_validate(operation.arguments)

@@ -1,4 +1,4 @@
-"""Containers as operations see them."""
+"""The container as a Resource of operations."""
 
 from __future__ import annotations
 
@@ -18,13 +18,20 @@ from gpudock_server.errors import (
     WrongNode,
 )
 from gpudock_server.model.container import Container, ContainerState
-from gpudock_server.model.engine import LABEL_NAME, LABEL_NODE, LABEL_OPERATION, LABEL_SPEC, LABEL_UID
+from gpudock_server.model.engine import (
+    LABEL_NAME,
+    LABEL_NODE,
+    LABEL_OPERATION,
+    LABEL_SPEC,
+    LABEL_UID,
+    EngineContainer,
+)
 from gpudock_server.model.resource import ResourceKind
 from gpudock_server.ports import ContainerView, Engine, Store
 
 
 class ContainerResource(Resource[ContainerView]):
-    """See Resource."""
+    """Reads the records of containers and builds the errors that name them; see Resource."""
 
     kind = ResourceKind.CONTAINER
 
@@ -62,34 +69,44 @@ class ContainerResource(Resource[ContainerView]):
 
     @override
     async def find_unlocked(self, name: str, etag: str = "") -> ContainerView:
-        """See Resource. A container that is recorded as FAILED and that the engine has again is as the engine shows it.
+        """See Resource. If the record is FAILED but the engine has the container again, its status is read anew.
 
-        A full comparison would record that a moment later.
+        Reconcile records the same status a moment later.
         """
         view = await super().find_unlocked(name, etag)
         container = view.container
         if container.status.state is not ContainerState.FAILED or container.engine is None:
             return view
-        seen = await self._engine.inspect(container.engine.engine_id)
-        return replace(view, container=container.changed(status=observed_status(container, seen)))
+        engine_container = await self._engine.inspect(container.engine.engine_id)
+        return replace(view, container=container.changed(status=observed_status(container, engine_container)))
 
     async def require_free_name(self, name: str) -> None:
-        """Raises ContainerExists; and ContainerRecordLost where engine containers of that name may have files.
+        """Raise ContainerExists, or ContainerRecordLost if engine containers of that name may have files.
 
-        A new container of that name would keep them from getting their record again. Engine containers that reconcile
-        removes (core/reconcile/orphans.py) do not count.
+        A new container of that name would prevent that reconcile restores their record. Engine containers that
+        reconcile removes (core/reconcile/orphans.py) do not count.
         """
         if await self.view(name) is not None:
             raise self.exists_error(name)
         labelled = await self._engine.find({LABEL_NODE: self.node, LABEL_NAME: name})
-        found = [one for one in labelled if one.name == one.created_name]
+        found = [candidate for candidate in labelled if candidate.name == candidate.created_name]
         if not found:
             return
-        history = await read_operation_history(self._store, {one.labels.get(LABEL_UID, "") for one in found})
-        kept = [
-            one for one in found if LABEL_SPEC in one.labels and one.labels.get(LABEL_UID, "") not in history.deleted
+        history = await read_operation_history(self._store, {_uid(candidate) for candidate in found})
+        adoptable = [
+            candidate
+            for candidate in found
+            if LABEL_SPEC in candidate.labels and _uid(candidate) not in history.deleted
         ]
         if len(found) == 1:
-            kept = [one for one in kept if not history.was_undone(one.labels.get(LABEL_OPERATION, ""))]
-        if kept:
+            adoptable = [
+                candidate
+                for candidate in adoptable
+                if not history.was_undone(candidate.labels.get(LABEL_OPERATION, ""))
+            ]
+        if adoptable:
             raise ContainerRecordLost(container=name)
+
+
+def _uid(engine_container: EngineContainer) -> str:
+    return engine_container.labels.get(LABEL_UID, "")

@@ -1,7 +1,7 @@
-"""Lets go of history when its time has come, and of files that no container's history names any more.
+"""Periodic pruning: revisions that are too old, and files that no container's history names any more.
 
-What a change ends is pruned by the change itself (`containers.history`). Here is what happens between changes:
-revisions grow too old, and a daemon that died leaves snapshots behind that nobody finishes.
+A change prunes old revisions itself (`containers.history`). Between changes, revisions become too old, and a daemon
+that was killed leaves unfinished snapshots.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 class Retention:
-    """Looks after the history of this node's containers."""
+    """Prunes the history of this node's containers periodically."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Retention:
         node: str,
         interval: float,
     ) -> None:
-        """`interval` in seconds between two looks."""
+        """`interval`: seconds between two passes."""
         self._history = history
         self._store = store
         self._ledger = ledger
@@ -46,17 +46,17 @@ class Retention:
         self._interval = interval
 
     async def run(self) -> None:
-        """For ever."""
+        """Prune history periodically until cancelled."""
         while True:
             try:
                 await self.prune_once()
             except GpudockError as error:
-                log.warning("history was not looked after; it is tried again", detail=error.message)
+                log.warning("history pruning failed; will retry", detail=error.message)
             await asyncio.sleep(self._interval)
 
     async def prune_once(self) -> None:
-        """Prune what is too old, and remove what belongs to nobody."""
-        # Before the containers: what is there now and belongs to none of those listed later is nobody's.
+        """Prune revisions that are too old, and remove files of deleted containers and unfinished snapshots."""
+        # Files are listed before the containers, so that a container created in between is not taken for a deleted one.
         ledger_uids = await self._ledger.uids()
         snapshots = await self._snapshots.find()
         partials = await self._snapshots.partials()
@@ -71,21 +71,21 @@ class Retention:
             await self._prune(view)
 
     async def _remove_deleted(self, unknown: Collection[str], with_files: Collection[str]) -> None:
-        """Remove what is left of containers that are known to be gone.
+        """Remove the files of containers that are known to be deleted.
 
-        Of others the store may have lost the record: reconcile gives it back, or says what is there.
+        The store may have lost the record of the others: reconcile restores it, or reports their files.
         """
         if not unknown:
             return
         history = await read_operation_history(self._store, unknown)
         for uid in unknown:
             if uid in history.deleted or (history.is_known_gone(uid) and uid not in with_files):
-                log.warning("files of a container that is no more are removed", uid=uid)
+                log.warning("removing files of deleted container", uid=uid)
                 await self._snapshots.remove_all(uid)
                 await self._ledger.delete_all(uid)
 
     async def _prune(self, view: ContainerView) -> None:
-        """By the same operation as a caller's: it has the container to itself meanwhile."""
+        """Prune by the same operation as DeleteContainerRevision, which locks the container."""
         container = view.container
         if container.node != self._node or view.operation_id:
             return
@@ -96,5 +96,5 @@ class Retention:
             try:
                 await self._containers.run_to_end(command, None)
             except (ContainerBusy, ContainerNotFound, RevisionIsCurrent, RevisionNotFound):
-                # Something else is at work on it; the next look finds it as it is then.
+                # Another operation holds the lock or changed the container; the next pass tries again.
                 return

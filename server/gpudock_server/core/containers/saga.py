@@ -1,4 +1,4 @@
-"""What the sagas of containers have in common: how they read their container."""
+"""The base of the sagas of containers, which reads their container."""
 
 from __future__ import annotations
 

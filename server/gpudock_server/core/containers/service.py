@@ -1,7 +1,7 @@
-"""Containers: what can be asked of them, and which use case is behind each request.
+"""Reads containers and begins operations on them.
 
-`commands` names the requests. Each is drafted by the module of its name (start, restart and scale share `lifecycle`),
-which checks it, picks cards and ports, and says what it will do; the saga it builds does it.
+`commands` has one command for each operation. The module of the same name (`lifecycle` for start, restart and scale)
+checks the command and drafts the operation, whose saga then carries it out.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ _CHANGES = (
 
 
 class ContainerUseCases:
-    """What can be done to containers: each use case drafts an operation, which its saga does."""
+    """The use cases of containers: each drafts an operation, which a saga carries out."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class ContainerUseCases:
         claims: HostClaims,
         limits: NodeLimits,
     ) -> None:
-        """Gives each use case the ports and services that it uses."""
+        """Give each use case the ports and services that it uses."""
         layer_images = LayerImages(engine, layers)
         snapshots = RevisionSnapshots(revision_files, engine, engine_containers, history.defaults.snapshots)
         self._changes = ContainerChanges(
@@ -138,7 +138,7 @@ class ContainerUseCases:
 
     @property
     def saga_builders(self) -> dict[OperationKind, SagaBuilder]:
-        """Makes the saga of a recorded operation on a container, by its kind."""
+        """Builders of the sagas of recorded operations, by kind."""
         return {
             OperationKind.CREATE: partial(CreateSaga, self._create),
             **dict.fromkeys(_CHANGES, partial(ChangeSaga, self._changes)),
@@ -153,7 +153,7 @@ class ContainerUseCases:
 
     @property
     def drafters(self) -> dict[type, Drafter]:
-        """Drafts the operation of a command, by its type."""
+        """Drafters of operations, by type of command."""
         return {
             Create: self._create.draft,
             Start: self.lifecycle.draft_start,
@@ -186,7 +186,7 @@ class Containers(Commands):
     ) -> None:
         """`operations` must have been built with the saga builders of `use_cases`.
 
-        `host` is what a container can be given at most.
+        `host`: the maximum resources that a container can have.
         """
         super().__init__(operations, use_cases.drafters)
         self._store = store
@@ -202,7 +202,7 @@ class Containers(Commands):
         return view
 
     async def list(self, *, page_size: int, page_token: str) -> Page[ContainerView]:
-        """Containers of all nodes in the order of their names. Raises ResumeTokenExpired."""
+        """List the containers of all nodes by name. Raises ResumeTokenExpired."""
         return await self._store.containers(page_size=page_size, page_token=page_token)
 
     async def revision(self, name: str, number: int) -> tuple[Container, RevisionView]:
@@ -215,8 +215,8 @@ class Containers(Commands):
         return await self._store.revisions(uid, page_size=page_size, page_token=page_token)
 
     async def run(self, command: Command, request: RequestKey | None) -> Container:
-        """Begin an operation and wait for its end; the container that it leaves."""
+        """Begin an operation, wait for its end, and return the resulting container."""
         result = await self._run(command, request)
         if not isinstance(result, Container):
-            raise TypeError(f"{type(command).__name__} leaves no container")
+            raise TypeError(f"{type(command).__name__} has no container as its result")
         return result
