@@ -343,7 +343,7 @@ async def test_the_name_of_a_base_image_cannot_be_taken_over(caller: Caller, rig
                     )
                 )
                 assert (refused.code, refused.reason) == (grpc.StatusCode.ALREADY_EXISTS, "IMAGE_EXISTS")
-                assert ("does not change that on this node" in refused.message) == replace
+                assert ("commit_replace forbids `replace` on this node" in refused.message) == replace
                 assert "commit_replace" in refused.message
     assert shown(rig, BASE)["Id"] == base
     await caller.create("other", image=BASE)
@@ -356,7 +356,7 @@ async def test_a_name_is_replaced_for_the_same_owner_alone(caller: Caller, rig: 
     await owned(caller, "theirs", "mallory")
     refused = await failure(progress_of(caller.containers.CommitContainer(request(name="theirs"))))
     assert refused.reason == "IMAGE_EXISTS"
-    assert "owner 'mallory' may replace only an image that such a commit made under this name" in refused.message
+    assert "it was not committed for owner 'mallory' under this name" in refused.message
     assert "alice" not in refused.message + str(refused.metadata)
     assert shown(rig, NAME)["Id"] == first.id
     second = await caller.commit("box", REPOSITORY, tag=TAG)

@@ -173,6 +173,6 @@ async def test_one_that_its_policy_started_again_runs_in_the_end(caller: Caller,
     await until(settled)
     status = (await caller.get("second")).status
     assert not status.HasField("exit_code")
-    assert "the run before ended with exit code 4" in status.message
+    assert "previous exit code 4" in status.message
     assert status.engine_id == made.status.engine_id
     assert inspect(rig, status.engine_id)["RestartCount"] == 1

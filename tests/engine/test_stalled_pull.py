@@ -115,8 +115,8 @@ async def test_a_pull_without_progress_fails(own: OwnDaemons, stalled: str) -> N
             messages: list[str] = []
             failed = await failure(said(caller, asked(caller, stalled, **fields), messages))
             assert failed.reason == "IMAGE_PULL_FAILED"
-            assert f"no progress for {'3' if fields else '1.5'} s, since 20" in failed.metadata["detail"]
-            assert [one for one in messages if one.startswith("no progress of the pull since 20")]
+            assert f"no progress for {'3' if fields else '1.5'} s (last at 20" in failed.metadata["detail"]
+            assert [one for one in messages if one.startswith("pull stalled since 20")]
             assert messages[-1] == ""
         wrong = await failure(
             progress_of(

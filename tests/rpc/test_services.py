@@ -47,7 +47,7 @@ async def test_a_commit_whose_files_cannot_be_seen_says_that_its_freeze_is_not_k
     plan = event.operation.plan
     assert plan.stages[0] == "freeze"
     assert not plan.HasField("expected_freeze")
-    assert [line for line in plan.warnings if "frozen while the engine writes the image, for a time" in line]
+    assert [line for line in plan.warnings if "frozen while the engine writes the image (duration unknown)" in line]
 
 
 async def test_a_failed_operation_ends_with_its_status_after_a_snapshot_that_is_failed(served: Served) -> None:

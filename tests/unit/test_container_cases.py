@@ -118,7 +118,7 @@ async def test_a_clone_of_what_is_gone_names_what_it_would_be_made_of(desk: Desk
     assert refused.value.metadata == {
         "container": "a",
         "state": "RUNNING",
-        "needs": "its files of now are lost; clone one of its revisions",
+        "needs": "its current files are lost; clone one of its revisions",
     }
 
 
@@ -137,7 +137,7 @@ async def test_a_commit_whose_containers_vanish_says_which(desk: Desk, lost: str
     operation = await desk.do(Commit("a", "team/model:v1"))
     assert operation.error is not None
     assert operation.error.reason == "SNAPSHOT_FAILED"
-    assert operation.error.metadata == {"detail": f"engine container {gone[0][:12]} is gone"}
+    assert operation.error.metadata == {"detail": f"engine container {gone[0][:12]} was removed during the operation"}
 
 
 async def test_a_commit_tells_how_much_it_writes(desk: Desk) -> None:
@@ -148,10 +148,10 @@ async def test_a_commit_tells_how_much_it_writes(desk: Desk) -> None:
 
 
 async def test_a_name_that_is_taken_is_refused_with_what_can_be_done(desk: Desk) -> None:
-    own = "a commit of a container without an owner may replace only an image that such a commit made under this name"
+    own = "it was not committed without an owner under this name"
     for command, rest in (
-        (Commit("a", OTHER_IMAGE), "; choose another name, or set `replace`, which the setting commit_replace has to"),
-        (Commit("a", OTHER_IMAGE, replace=True), "; `replace` does not change that on this node"),
+        (Commit("a", OTHER_IMAGE), "; use another name, or set `replace` if the setting commit_replace allows it"),
+        (Commit("a", OTHER_IMAGE, replace=True), "; use another name; the setting commit_replace forbids `replace`"),
     ):
         with pytest.raises(ImageExists) as refused:
             await desk.start(command)
@@ -229,7 +229,7 @@ async def test_a_pull_that_moves_again_says_no_more_that_it_stood_still(monkeypa
     desk.engine.pull = slow  # type: ignore[method-assign]  # this call alone differs
     await desk.must(Create("a", ContainerSpec(image=REMOTE_IMAGE), pull_stall_seconds=LONG))
     stalled, moving = messages
-    assert stalled.startswith("no progress of the pull since")
+    assert stalled.startswith("pull stalled since")
     assert moving == ""
 
 

@@ -297,7 +297,7 @@ async def test_the_plan_of_a_create_and_of_a_stop(desk: Desk) -> None:
             None,
             None,
             SnapshotKind.IMAGE,
-            "as an image, which does not keep everything: no",
+            "by an engine commit, which loses metadata: no",
         ),
     ],
 )
@@ -485,11 +485,11 @@ async def test_an_image_that_was_pulled_with_credentials_is_for_those_who_showed
 
 async def test_what_a_clone_leaves_behind(desk: Desk) -> None:
     plan = (await preview(desk, Clone("b", "a", LABELLED))).plan
-    assert plan.warnings == ("what a has at /cache, in a volume that its image asks for, does not come along",)
+    assert plan.warnings == ("the anonymous volume of a at /cache is not copied",)
     assert plan.claimed_gpu_uuids == ("GPU-2", "GPU-3")
     assert (plan.bytes_to_move, plan.bytes_available, plan.carry_method) == (7, 70, LayerTransferMethod.COPY)
     desk.snapshots.cost = SnapshotPlan(method=SnapshotMethod.LINK, too_large="10 files")
-    assert "too large to be copied: 10 files" in (await refusal(desk, Clone("b", "a", LABELLED))).message
+    assert "too large to copy: 10 files" in (await refusal(desk, Clone("b", "a", LABELLED))).message
     desk.snapshots.how = (None, "no")
     plan = (await preview(desk, Clone("b", "a", LABELLED))).plan
     assert plan.carry_method is LayerTransferMethod.COMMIT
@@ -518,16 +518,16 @@ async def test_the_plan_of_a_commit(desk: Desk) -> None:
     assert plan.bytes_to_move == huge
     assert plan.warnings[0] == "w"
     assert "holes" in plan.warnings[1]
-    assert "frozen while the engine writes the image: a copy and the image take" in plan.warnings[2]
+    assert "frozen while the engine writes the image: copy and image need" in plan.warnings[2]
     desk.layers.cost = desk.layers.cost.model_copy(update={"bytes_available": huge + 7})
     assert (await preview(desk, Commit("a", "x:y"))).stages[0].name == "copy-files"
     desk.snapshots.cost = SnapshotPlan(method=SnapshotMethod.LINK, too_large="10 files")
     plan = (await preview(desk, Commit("a", "x:y"))).plan
-    assert plan.warnings[-1].endswith("it is too large to be copied: 10 files")
+    assert plan.warnings[-1].endswith("the layer is too large to copy: 10 files")
     desk.layers.cost = CommitCost()
     plan = (await preview(desk, Commit("a", "x:y"))).plan
     assert plan.expected_freeze_seconds is None
-    assert "for a time that is not known: its files cannot be measured" in plan.warnings[-1]
+    assert "(duration unknown): its files cannot be measured" in plan.warnings[-1]
 
 
 async def test_a_commit_takes_no_name_that_is_somebody_elses(desk: Desk) -> None:

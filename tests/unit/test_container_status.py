@@ -175,17 +175,17 @@ def test_after_a_start() -> None:
         (
             known(C.RUNNING),
             shown(E.RESTARTING, exit_code=3, restart_count=2),
-            "its process ended with exit code 3; the restart policy starts it again (restarts so far: 2)",
+            "process exited with code 3; restarting by restart policy (restarts so far: 2)",
         ),
         (
             known(C.RESTARTING, exit_code=3),
             shown(E.RUNNING, restart_count=2),
-            "started again by its restart policy (restarts so far: 2); the run before ended with exit code 3",
+            "restarted by restart policy (restarts so far: 2); previous exit code 3",
         ),
         (
             known(C.RESTARTING),
             shown(E.RUNNING, restart_count=2),
-            "started again by its restart policy (restarts so far: 2)",
+            "restarted by restart policy (restarts so far: 2)",
         ),
         (known(C.RUNNING, restart_count=2, message="as it was"), shown(E.RUNNING, restart_count=2), "as it was"),
         (known(C.RUNNING, message="old"), shown(E.RUNNING), ""),

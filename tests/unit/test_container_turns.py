@@ -110,7 +110,7 @@ async def test_a_successor_whose_process_ends(desk: Desk, command: Command, code
     assert operation.error.reason == "START_FAILED"
     assert operation.error.metadata == {
         "container": "a",
-        "detail": f"its process ended with exit code {code} within 3 s of its start",
+        "detail": f"its process exited with code {code} within 3 s of its start",
     }
     assert desk.picture() == before
 
@@ -146,7 +146,7 @@ async def test_a_successor_that_has_the_files_is_kept_where_the_old_one_is_gone(
     desk.engine.start = lose_the_old  # type: ignore[method-assign]  # this call alone differs
     operation = await desk.do(Scale("a", gpus=THREE))
     assert operation.state is OperationState.FAILED
-    assert "its successor is kept, with whatever files it has" in operation.message
+    assert "its successor is kept as it is" in operation.message
     (left,) = desk.engine.containers
     assert desk.engine.files(left) == OF_A
     assert desk.head().status.state is ContainerState.FAILED
@@ -163,7 +163,10 @@ async def test_a_container_that_vanishes_while_it_is_changed(desk: Desk) -> None
     operation = await desk.do(Scale("a", gpus=THREE))
     assert operation.error is not None
     assert operation.error.reason == "SNAPSHOT_FAILED"
-    assert operation.error.metadata["detail"] == f"engine container {desk.engine_id()[:12]} is gone"
+    assert (
+        operation.error.metadata["detail"]
+        == f"engine container {desk.engine_id()[:12]} was removed during the operation"
+    )
     assert not desk.engine.containers
     assert desk.head().status.state is ContainerState.FAILED
     desk.whole()
@@ -177,7 +180,7 @@ async def test_a_layer_that_grows_too_large_is_not_kept(desk: Desk, step: str) -
     desk.snapshots.surprises[step] = LayerTooLarge("10 files")
     operation = await desk.do(Scale("a", cpus=1.5))
     assert operation.state is OperationState.SUCCEEDED
-    assert operation.message == "no snapshot is made, the layer is too large for it: 10 files"
+    assert operation.message == "snapshot skipped: the layer is too large: 10 files"
     view = desk.store.past[desk.head().uid, 1]
     assert (view.snapshot, view.snapshot_warning) == (None, "the layer was too large for a snapshot: 10 files")
     before = desk.picture()
@@ -199,7 +202,7 @@ async def test_what_keeps_files_never_stands_against_a_stop(desk: Desk, step: st
     desk.snapshots.surprises[step] = error
     operation = await desk.do(Stop("a"))
     assert operation.state is OperationState.SUCCEEDED
-    assert operation.message == f"its files are not kept: {error}"
+    assert operation.message == f"no snapshot: {error}"
     assert desk.head().status.state is ContainerState.STOPPED
     assert desk.store.past[desk.head().uid, 1].snapshot is None
     assert not desk.snapshots.sealed_snapshots
@@ -213,7 +216,7 @@ async def test_a_stop_that_cannot_plan_to_keep_files_stops(desk: Desk) -> None:
 
     desk.snapshots.plan = refused  # type: ignore[method-assign, assignment]
     plan = (await desk.containers.preview(Stop("a"))).plan
-    assert plan.warnings == (f"its files are not kept: {SnapshotFailed(detail='no')}",)
+    assert plan.warnings == (f"no snapshot: {SnapshotFailed(detail='no')}",)
     await desk.must(Stop("a"))
     await desk.must(Start("a"))
     desk.snapshots.how = (None, "no")
@@ -236,7 +239,7 @@ async def test_a_commit_of_a_layer_that_grows_too_large_fails_and_leaves_nothing
     desk.snapshots.surprises["mirror"] = LayerTooLarge("10 files")
     operation = await desk.do(Commit("a", "team/model:v1"))
     assert operation.error is not None
-    assert operation.error.metadata == {"detail": "the layer is too large to be copied: 10 files"}
+    assert operation.error.metadata == {"detail": "the layer is too large to copy: 10 files"}
     assert desk.picture() == before
 
 
@@ -334,11 +337,11 @@ async def test_a_volume_that_is_the_engines_is_to_be_adopted_before_it_is_mounte
         (Start("a"), "to start it, it must be STOPPED or EXITED"),
         (Restart("a"), "to restart it, it must be RUNNING, PAUSED, STOPPED or EXITED"),
         (Scale("a", cpus=1.0), "to scale it, it must be RUNNING, STOPPED or EXITED"),
-        (Update("a", FieldChange("env", {})), "to change it, it must be RUNNING, STOPPED or EXITED"),
-        (Rollback("a", 1), "to return it to a revision, it must be RUNNING, STOPPED, EXITED or FAILED"),
-        (Stop("a"), "there is nothing to stop; it can be deleted"),
+        (Update("a", FieldChange("env", {})), "to update it, it must be RUNNING, STOPPED or EXITED"),
+        (Rollback("a", 1), "to roll it back, it must be RUNNING, STOPPED, EXITED or FAILED"),
+        (Stop("a"), "it has no process to stop; it can be deleted"),
         (Pause("a"), "to pause it, it must be RUNNING"),
-        (Commit("a", "x:y"), "its files of now are lost; commit a clone of one of its revisions"),
+        (Commit("a", "x:y"), "its current files are lost; clone one of its revisions and commit the clone"),
     ],
 )
 async def test_what_a_state_would_have_to_be(desk: Desk, command: Command, needs: str) -> None:
@@ -352,7 +355,7 @@ async def test_a_clone_of_what_is_gone_and_not_known_to_be(desk: Desk) -> None:
     desk.engine.containers.clear()
     with pytest.raises(ContainerNotRunning) as refused:
         await desk.start(Clone("b", "a", LABELLED))
-    assert refused.value.needs == "its files of now are lost; clone one of its revisions"
+    assert refused.value.needs == "its current files are lost; clone one of its revisions"
     with pytest.raises(ContainerNotRunning) as refused:
         await desk.start(Scale("a", gpus=THREE))
     assert refused.value.metadata["state"] == "FAILED"
@@ -370,7 +373,7 @@ async def test_an_image_that_is_gone_is_pulled_for_one_that_begins_anew() -> Non
     operation = operation.changed(arguments=desk.store.arguments[operation.id])
     assert desk.core.container_use_cases.saga_builders[operation.kind](operation).steps[0].interruptible is True
     assert desk.files() == {"remote"}
-    assert "pulled again first" in operation.plan.warnings[-1]
+    assert "will be pulled" in operation.plan.warnings[-1]
 
 
 async def test_a_rollback_brings_back_deleted_files_and_forgets_later_ones() -> None:
@@ -448,7 +451,7 @@ async def test_one_that_cannot_be_squashed_stays_deep(desk: Desk) -> None:
     desk.engine.flatten = refused  # type: ignore[method-assign]  # this call alone differs
     operation = await desk.do(Update("a", FieldChange("env", {"B": ""})))
     assert operation.state is OperationState.SUCCEEDED
-    assert operation.message.startswith(f"its {MAX_LAYERS_ABOVE_BASE + 2} layers were not made fewer: ")
+    assert operation.message.startswith(f"layers not flattened ({MAX_LAYERS_ABOVE_BASE + 2} layers): ")
     assert len(desk.engine.images[desk.seen().image_id].layers) == MAX_LAYERS_ABOVE_BASE + 2
 
 
@@ -461,7 +464,7 @@ async def test_an_engine_that_gives_no_other_config_carries_with_its_own(desk: D
     desk.engine.replace_config = refused  # type: ignore[method-assign, assignment]
     operation = await desk.do(Scale("a", gpus=THREE))
     assert operation.state is OperationState.SUCCEEDED
-    assert "keeps the container's variables and command" in operation.message
+    assert "keeps the container's environment and command" in operation.message
     assert desk.files() == OF_A
     assert not [name for name in desk.engine.tags if name.startswith("gpudock/raw")]
 
@@ -472,7 +475,7 @@ async def test_files_cannot_be_grafted_from_an_image_that_is_not_there(desk: Des
     desk.store.put(head.changed(engine=head.engine.model_copy(update={"base_image_id": "sha256:gone"})))
     operation = await desk.do(Update("a", FieldChange("image", OTHER_IMAGE), files=FilesPolicy.CARRY_COMMIT))
     assert operation.error is not None
-    assert operation.error.metadata["detail"] == "the image that its files were written on is no longer there"
+    assert operation.error.metadata["detail"] == "the base image of its layer is no longer in the engine"
 
 
 async def test_a_pull_that_does_not_move_fails_and_says_since_when(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -487,12 +490,12 @@ async def test_a_pull_that_does_not_move_fails_and_says_since_when(monkeypatch: 
     command = Create("a", ContainerSpec(image=REMOTE_IMAGE), pull_stall_seconds=0.2)
     operation_id = await desk.start(command)
     messages = {snapshot.message async for snapshot in desk.operations.watch(operation_id)}
-    assert [one for one in messages if one.startswith("no progress of the pull since") and "it fails 0.2 s" in one]
+    assert [one for one in messages if one.startswith("pull stalled since") and "it fails after 0.2 s" in one]
     operation = await desk.ended(operation_id)
     assert operation.error is not None
     assert operation.error.reason == "IMAGE_PULL_FAILED"
     assert operation.error.metadata["image"] == REMOTE_IMAGE
-    assert operation.error.metadata["detail"].startswith("no progress for 0.2 s, since ")
+    assert operation.error.metadata["detail"].startswith("no progress for 0.2 s (last at ")
     assert operation.stages[0].name == "pull"
 
 

@@ -1,4 +1,4 @@
-"""What is recorded of a change of a container, so that its saga can be built again."""
+"""The recorded arguments of a change of a container, from which its saga is rebuilt."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpudock_server.model.spec import ContainerSpec
 
 
 class SuccessorFiles(StrEnum):
-    """What a successor's files are. GRAFT: those of the old one, on another image."""
+    """A successor's files: of the old engine container, a revision or the image; GRAFT: the old on another image."""
 
     CARRY = "CARRY"
     RESTORE = "RESTORE"
@@ -24,10 +24,10 @@ class SuccessorFiles(StrEnum):
 class SuccessorSource(Record):
     """Where a successor and its files come from.
 
-    `image_id` is what it is made from, or grafted on; empty is the old one's, or, for FRESH and GRAFT, what is pulled
-    first, while the engine has `present_id` under that name. `revision` is the one whose files are brought back, and
-    `snapshot` how they were kept. `fetch`: the engine does not have `image_id`, which the spec's image was when the
-    revision was made, and it is pulled first.
+    `image_id`: the image that the successor is created from, or grafted on. Empty: the image of the old engine
+    container; for FRESH and GRAFT, the image that is pulled first (`present_id` is the image that has the name before).
+    `revision`: the revision whose files are restored from `snapshot`. `fetch`: the engine no longer has `image_id`, the
+    image of that revision, which is pulled first.
     """
 
     files: SuccessorFiles = SuccessorFiles.CARRY
@@ -43,13 +43,12 @@ class SuccessorSource(Record):
 
 
 class ChangeArguments(Record):
-    """What the saga needs to be built again.
+    """The arguments from which the saga is rebuilt.
 
-    `old` and `was_running` are how things stood when the operation began. `cause` None makes no revision.
-    `frozen`: it was paused, and is thawed before it is stopped. `keep` says how the files of the revision that ends
-    are kept, `prunes` whether older ones go then. `verify`: the process is watched also where nothing is
-    replaced, for `start_watch_seconds`. A process that ends while it is watched with another code than 0 is a
-    failed start; with `must_live`, with any code; with `may_end`, with none.
+    `old`, `was_running`: the state when the operation began. `cause` None: no new revision. `frozen`: the container was
+    paused, and is unpaused before it is stopped. `keep`: how the files of the old revision are kept. `prunes`: whether
+    old revisions are pruned. `verify`: watch the process for `start_watch_seconds` even if nothing is replaced. A
+    watched process that exits fails the start if its exit code is not 0; with `must_live` always; with `may_end` never.
     """
 
     old: EngineBinding

@@ -1,7 +1,7 @@
-"""What a change of a container takes: whether its engine container can serve what is wanted, and what it costs.
+"""Plans a change of a container: in place or with a new engine container, what is claimed, and what it costs.
 
-Start, restart, scale, update and rollback each say what they want (`DesiredState`); one draft is made of it here, and
-one saga (`change_saga`) does it.
+Start, restart, scale, update and rollback each give a `DesiredState`. This module makes the draft for all of them, and
+one saga (`change_saga`) carries it out.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ _CAUSES = {
     OperationKind.UPDATE: RevisionCause.UPDATED,
     OperationKind.ROLLBACK: RevisionCause.ROLLED_BACK,
 }
-# What only starts a process, and does not replace one that ran: how it ends is for the caller to judge.
+# These only start a process and replace no running one: its exit does not fail the operation.
 _MAY_END = (OperationKind.START, OperationKind.RESTART)
 _LIMITS = ("cpus", "memory_bytes", "pids_limit", "restart_policy")
 
 
 @dataclass(frozen=True, slots=True)
 class DesiredState:
-    """How a container is to be afterwards.
+    """The state of a container after the change.
 
-    `recreate`: by a new engine container in any case. `live`: by the same process, or not at all. `chooses_gpus`: the
-    caller named the GPUs, so that a card that is no longer healthy is exchanged although the request is the same.
+    `recreate`: always use a new engine container. `live`: keep the process, or fail. `chooses_gpus`: the request names
+    the GPUs, so an unhealthy GPU is replaced even if the request is the same as before.
     """
 
     kind: OperationKind
@@ -68,58 +68,58 @@ class DesiredState:
 
 @dataclass(frozen=True, slots=True)
 class ChangePlanner:
-    """Decides what a change takes, once for all kinds of changes."""
+    """Plans all kinds of changes of a container."""
 
     changes: ContainerChanges
     allocator: Allocator
     limits: NodeLimits
 
     async def draft(self, view: ContainerView, desired: DesiredState) -> OperationDraft:
-        """What it takes to bring a container there. Raises if the change is not possible; nothing is done here."""
+        """Draft the operation that brings a container to the desired state. Raises if the change is not possible."""
         container = view.container
         engine, status = container.engine, container.status
         if engine is None:
             raise ContainerNotRunning(container=container.name, state=status.state.value)
-        check_limits(self.limits, desired.spec, had=container.spec)
+        check_limits(self.limits, desired.spec, previous=container.spec)
         placement, to_claim = await self._placement(container, engine, desired)
-        lives = status.state in ACTIVE_STATES
-        starts = desired.runs and (desired.restart or not lives)
+        active = status.state in ACTIVE_STATES
+        starts = desired.runs and (desired.restart or not active)
         replace = not _keeps_process(container, engine, desired) and _needs_successor(engine, desired, placement)
         if replace and desired.live:
             raise RestartRequired(container=container.name, changes=("gpus",))
-        # The engine would resolve the host paths of one that an older version made at this start and all others.
+        # The engine resolves the host paths of an engine container of an older version itself, at every start.
         replace = replace or (starts and await self.changes.engine_containers.has_unbound_host_paths(container))
         carry = LayerTransferPlan(method=LayerTransferMethod.NONE)
-        joining: tuple[VolumeView, ...] = ()
+        added: tuple[VolumeView, ...] = ()
         if replace:
-            volumes = await self.changes.mounts.check(desired.spec.mounts, had=container.spec.mounts)
+            volumes = await self.changes.mounts.check(desired.spec.mounts, previous=container.spec.mounts)
             await self._require_same_volumes(container, engine, desired.spec, volumes)
-            joining = tuple(one for one in volumes if not mounts_volume(view, one.volume.name))
+            added = tuple(volume_view for volume_view in volumes if not mounts_volume(view, volume_view.volume.name))
             if desired.source.files in (SuccessorFiles.CARRY, SuccessorFiles.GRAFT):
                 carry = await self._plan_layer_transfer(container, engine, desired.source.files)
         elif starts:
-            # Before anything is stopped.
+            # Checked here so that a failure comes before anything is stopped.
             await self.changes.mounts.check_before_start(desired.spec.mounts)
         cause = _CAUSES.get(desired.kind, RevisionCause.SCALED) if desired.spec != container.spec or replace else None
         keep, prunes = SnapshotArguments(), False
         if cause is not None:
-            known = await self.changes.history.revisions(container.uid)
+            revisions = await self.changes.history.revisions(container.uid)
             commits = carry.method is LayerTransferMethod.COMMIT
-            keep = await self.changes.snapshots.plan(container, desired.snapshots, known, commits=commits)
-            # There will be one more.
+            keep = await self.changes.snapshots.plan(container, desired.snapshots, revisions, commits=commits)
+            # `>=` because the change adds one revision.
             limits = self.changes.history.limits(desired.spec)
-            prunes = len(known) >= limits.keep_revisions or bool(prunable_revisions(known, limits))
+            prunes = len(revisions) >= limits.keep_revisions or bool(prunable_revisions(revisions, limits))
         arguments = ChangeArguments(
             old=engine,
-            # Of the old spec only what stops it and its limits are needed; what may be large is not written again.
+            # The saga needs only the stop settings and limits of the old spec; fields that can be large are left out.
             old_spec=container.spec.changed(labels={}, env={}),
             old_placement=status.placement,
             spec=desired.spec,
             placement=placement,
             revision=container.revision + (cause is not None),
-            was_running=lives,
+            was_running=active,
             frozen=status.state is ContainerState.PAUSED,
-            stop=lives and (replace or desired.restart),
+            stop=active and (replace or desired.restart),
             start=starts or (desired.runs and replace),
             replace=replace,
             limits=_changes(container.spec, desired.spec, _LIMITS),
@@ -142,27 +142,33 @@ class ChangePlanner:
             arguments=arguments.model_dump(mode="json"),
             plan=_plan(arguments, carry, container),
             claims=self.changes.claims.claim(container, to_claim),
-            # What it mounts already stays while its head says so. What it is about to mount is not to be seen from its
-            # head before the commit, so nobody may delete that meanwhile.
-            locks=[one.volume.target for one in joining],
-            conditions=[RequireVolumeVersion(one.volume.name, one.version) for one in joining],
+            # The record protects the volumes that the container mounts already. Added volumes are not in the record
+            # before the commit, so they are locked until then against deletion.
+            locks=[volume_view.volume.target for volume_view in added],
+            conditions=[RequireVolumeVersion(volume_view.volume.name, volume_view.version) for volume_view in added],
             build=lambda operation: ChangeSaga(self.changes, operation, desired.registry_auth),
         )
 
     async def _require_same_volumes(
         self, container: Container, engine: EngineBinding, spec: ContainerSpec, volumes: Sequence[VolumeView]
     ) -> None:
-        """Raises VolumeDiffers where a successor would see other files in a volume than its predecessor does."""
+        """Raise VolumeDiffers if a successor would mount another engine volume for the same volume."""
         if any(mount.volume for mount in container.spec.mounts):
-            seen = await self.changes.engine.inspect(engine.engine_id)
-            if seen is not None:
+            engine_container = await self.changes.engine.inspect(engine.engine_id)
+            if engine_container is not None:
                 mounts = container.spec.mounts
-                require_same_engine_volumes(container.name, seen, mounts, spec.mounts, [one.volume for one in volumes])
+                require_same_engine_volumes(
+                    container.name,
+                    engine_container,
+                    mounts,
+                    spec.mounts,
+                    [volume_view.volume for volume_view in volumes],
+                )
 
     async def _placement(
         self, container: Container, engine: EngineBinding, desired: DesiredState
     ) -> tuple[Placement, tuple[ClaimKey, ...]]:
-        """What it holds afterwards, and what of that is to be claimed. What does not run keeps what it holds."""
+        """The placement after the change, and its new claims. A container that will not run keeps its placement."""
         if not desired.runs or _keeps_process(container, engine, desired):
             return container.status.placement, ()
         request = AllocationRequest(
@@ -178,20 +184,22 @@ class ChangePlanner:
     async def _plan_layer_transfer(
         self, container: Container, engine: EngineBinding, files: SuccessorFiles
     ) -> LayerTransferPlan:
-        seen = await self.changes.engine.inspect(engine.engine_id)
-        if seen is None:
+        engine_container = await self.changes.engine.inspect(engine.engine_id)
+        if engine_container is None:
             raise ContainerNotRunning(container=container.name, state=ContainerState.FAILED.value)
-        # On another image only what the engine has committed can be laid.
+        # Files can be put on another image only as a layer that the engine committed.
         return await (
-            self.changes.layers.commit_plan(seen) if files is SuccessorFiles.GRAFT else self.changes.layers.plan(seen)
+            self.changes.layers.commit_plan(engine_container)
+            if files is SuccessorFiles.GRAFT
+            else self.changes.layers.plan(engine_container)
         )
 
 
 def _keeps_process(container: Container, engine: EngineBinding, desired: DesiredState) -> bool:
-    """Whether the container runs and nothing in the request needs another process.
+    """Whether the container runs and nothing in the request needs a new process.
 
-    It then keeps its cards, whatever their health: to exchange a card is to restart the process, and that is only done
-    where the request names the GPUs or restarts the process anyway.
+    The container then keeps its GPUs, even unhealthy ones: replacing a GPU restarts the process, which is only done if
+    the request names the GPUs or restarts the process anyway.
     """
     before, after = container.spec, desired.spec
     return (
@@ -209,7 +217,7 @@ def _needs_successor(engine: EngineBinding, desired: DesiredState, placement: Pl
         return True
     if desired.runs:
         return not engine.matches(desired.spec, placement)
-    # Cards and ports are given when it starts; a successor is made then, if they are other ones.
+    # A stopped container gets its GPUs and ports at its next start, which creates a successor if they differ.
     return engine.fixed_digest != desired.spec.fixed_digest
 
 
@@ -218,13 +226,13 @@ def _changes(before: ContainerSpec, after: ContainerSpec, fields: Sequence[str])
 
 
 def _plan(arguments: ChangeArguments, carry: LayerTransferPlan, container: Container) -> OperationPlan:
-    keep, had = arguments.keep, container.status.placement
+    keep, before = arguments.keep, container.status.placement
     return OperationPlan(
         placement=arguments.placement,
-        kept_gpu_uuids=_common(had.gpu_uuids, arguments.placement.gpu_uuids),
-        released_gpu_uuids=_without(had.gpu_uuids, arguments.placement.gpu_uuids),
-        claimed_gpu_uuids=_without(arguments.placement.gpu_uuids, had.gpu_uuids),
-        claimed_ports=tuple(port for port in arguments.placement.ports if port not in had.ports),
+        kept_gpu_uuids=_common(before.gpu_uuids, arguments.placement.gpu_uuids),
+        released_gpu_uuids=_without(before.gpu_uuids, arguments.placement.gpu_uuids),
+        claimed_gpu_uuids=_without(arguments.placement.gpu_uuids, before.gpu_uuids),
+        claimed_ports=tuple(port for port in arguments.placement.ports if port not in before.ports),
         bytes_to_move=carry.bytes_to_move + keep.bytes_to_move + arguments.source.bytes_to_move,
         bytes_available=carry.bytes_available or keep.bytes_available,
         restarts_process=arguments.stop,
@@ -240,5 +248,5 @@ def _common(before: Sequence[str], after: Sequence[str]) -> tuple[str, ...]:
     return tuple(uuid for uuid in after if uuid in before)
 
 
-def _without(these: Sequence[str], those: Sequence[str]) -> tuple[str, ...]:
-    return tuple(uuid for uuid in these if uuid not in those)
+def _without(uuids: Sequence[str], excluded: Sequence[str]) -> tuple[str, ...]:
+    return tuple(uuid for uuid in uuids if uuid not in excluded)

@@ -1,27 +1,27 @@
-"""The saga behind start, restart, scale, update and rollback: bring a container from one placement and spec to another.
+"""The saga of start, restart, scale, update and rollback: bring a container to another placement and spec.
 
-Where the engine container can serve what is wanted, it is updated, stopped and started as it is. Where it cannot (other
-cards, other ports, another /dev/shm), a successor takes over its writable layer:
+If possible, the existing engine container is updated, stopped and started. Otherwise (other GPUs, ports or /dev/shm
+size) a successor takes over its writable layer:
 
     create successor -> locate layers -> stop old -> carry layer -> start successor -> verify | commit | retire old
 
-or, where files can only be carried as an image,
+If files can only be transferred as an image:
 
     stop old -> snapshot to an image -> create successor -> start successor -> verify | commit | retire old
 
-or is given the files of a revision, before the old one stops,
+With the files of a revision, which are restored before the old engine container stops:
 
     create successor -> restore files -> stop old -> start successor -> verify | commit | retire old
 
-or none (another image), or, on another image, what it has written as one more layer of that image:
+With another image, the successor has the files of that image only, or also the old files as one more layer on it:
 
     stop old -> snapshot to an image -> graft -> create successor -> start successor -> verify | commit | retire old
 
-In between, the files of the revision that ends are kept (see `snapshots`).
+In between, the files of the old revision are kept (see `snapshots`).
 
-The old engine container is kept, whole or to be made whole again, until the successor runs and the commit is durable.
-The bar marks the point of no return. New cards and ports are claimed in the transaction that begins the operation, and
-old ones are released in the one that commits it, so that at no moment is anything held by nobody or by two.
+The old engine container is kept, complete or restorable, until the successor runs and the commit is durable. The bar
+marks the point of no return. New GPUs and ports are claimed in the transaction that begins the operation, old ones are
+released in the transaction that commits it: at every moment each of them has exactly one holder.
 """
 
 from __future__ import annotations
@@ -60,27 +60,19 @@ from gpudock_server.core.operations.saga import OperationRun, Outcome, Step, Ste
 from gpudock_server.core.placement.claims import HostClaims
 from gpudock_server.errors import LayerCarryFailed, PulledImageDiffers, StartFailed
 from gpudock_server.model.claims import claim_keys
-from gpudock_server.model.container import (
-    Container,
-    EngineBinding,
-)
+from gpudock_server.model.container import Container, EngineBinding
 from gpudock_server.model.engine import EngineContainer, RegistryAuth
 from gpudock_server.model.names import engine_container_name
 from gpudock_server.model.operation import LayerTransferMethod, Operation, StageState
 from gpudock_server.model.record import Record, now
 from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind
 from gpudock_server.model.spec import ContainerSpec
-from gpudock_server.model.store_changes import (
-    PutContainer,
-    PutRevision,
-    PutSnapshot,
-    StoreChange,
-)
+from gpudock_server.model.store_changes import PutContainer, PutRevision, PutSnapshot, StoreChange
 from gpudock_server.ports import ContainerView, Engine, LayerPair, LayerStore, RevisionBackupStore, SnapshotStore
 
 
 class LayerTransfer(Record):
-    """How a layer came to the successor."""
+    """How the writable layer was transferred to the successor."""
 
     method: LayerTransferMethod
 
@@ -91,7 +83,7 @@ _TRANSFERRED = StepResult("carry", LayerTransfer)
 
 @dataclass(frozen=True, slots=True)
 class ContainerChanges:
-    """What a change of a container is made with."""
+    """The dependencies of a change of a container."""
 
     containers: ContainerResource
     engine: Engine
@@ -108,19 +100,19 @@ class ContainerChanges:
 
 
 class ChangeSaga(ContainerSaga):
-    """See the module's docstring."""
+    """Changes a container in place or by a successor; see the module's docstring."""
 
     def __init__(
         self, changes: ContainerChanges, operation: Operation, registry_auth: RegistryAuth | None = None
     ) -> None:
-        """`registry_auth` is not recorded: a daemon that resumes a pull does so without it."""
+        """`registry_auth` is not recorded: a resumed pull is made without credentials."""
         super().__init__(changes.containers)
         self._changes = changes
         self._auth = registry_auth
         self._arguments = ChangeArguments.model_validate(operation.arguments)
         self._snapshot_steps = changes.snapshots.steps(self._arguments.keep)
 
-    # -- the script --------------------------------------------------------------------------------------------------
+    # -- the steps ---------------------------------------------------------------------------------------------------
 
     @property
     @override
@@ -128,16 +120,23 @@ class ChangeSaga(ContainerSaga):
         return self._replacement_steps() if self._arguments.replace else self._in_place_steps()
 
     def _in_place_steps(self) -> tuple[Step, ...]:
-        arguments, keeping = self._arguments, self._snapshot_steps
-        kept = (*keeping.steps_while_stopped, *self._image_steps())
+        arguments, snapshot_steps = self._arguments, self._snapshot_steps
+        still = (*snapshot_steps.steps_while_stopped, *self._image_steps())
         if arguments.was_running and not arguments.frozen:
-            kept = keeping.with_freeze(*kept)
+            still = snapshot_steps.with_freeze(*still)
         limits = [Step("limits", self._set_limits, self._restore_limits)] if arguments.limits else []
         start = (*self._start_steps(), *(self._verify_steps() if arguments.verify else ()))
-        return (*keeping.steps_while_running, *kept, *keeping.steps_at_end, *self._stop_steps(), *limits, *start)
+        return (
+            *snapshot_steps.steps_while_running,
+            *still,
+            *snapshot_steps.steps_at_end,
+            *self._stop_steps(),
+            *limits,
+            *start,
+        )
 
     def _replacement_steps(self) -> tuple[Step, ...]:
-        arguments, keeping = self._arguments, self._snapshot_steps
+        arguments, snapshot_steps = self._arguments, self._snapshot_steps
         pull = [Step(PULLED.step, self._pull, self._restrict_image, interruptible=True)] if self._pulls else []
         if arguments.source.fetch:
             pull = [Step(PULLED.step, self._pull_revision_image, interruptible=True)]
@@ -156,8 +155,16 @@ class ChangeSaga(ContainerSaga):
             after.append(Step(_TRANSFERRED.step, self._transfer_layer, self._undo_layer_transfer))
         elif self._restores_tree:
             before.append(Step("restore", self._restore, interruptible=True))
-        still = (*stop, *keeping.steps_while_stopped, *self._image_steps())
-        return (*pull, *before, *keeping.steps_while_running, *still, *after, *start, *keeping.steps_at_end)
+        still = (*stop, *snapshot_steps.steps_while_stopped, *self._image_steps())
+        return (
+            *pull,
+            *before,
+            *snapshot_steps.steps_while_running,
+            *still,
+            *after,
+            *start,
+            *snapshot_steps.steps_at_end,
+        )
 
     def _stop_steps(self) -> tuple[Step, ...]:
         return (Step("stop", self._stop, self._start_old),) if self._arguments.stop else ()
@@ -182,7 +189,7 @@ class ChangeSaga(ContainerSaga):
         )
 
     def _new_image(self, operation: Operation) -> str:
-        """The image that a user named instead of the one before."""
+        """The id of the new image that the user named."""
         return PULLED.of(operation).image_id if self._pulls else self._arguments.source.image_id
 
     @property
@@ -197,7 +204,7 @@ class ChangeSaga(ContainerSaga):
         prune = [Step("prune", self._prune)] if self._arguments.prunes else []
         return (*retire, *prune)
 
-    # -- stopping and starting what is there -------------------------------------------------------------------------
+    # -- stopping and starting engine containers ---------------------------------------------------------------------
 
     async def _stop(self, _run: OperationRun) -> None:
         arguments = self._arguments
@@ -230,13 +237,13 @@ class ChangeSaga(ContainerSaga):
         await self._changes.engine_containers.start(await self._serving_engine_id(run), self._arguments.spec)
 
     async def _stop_successor(self, run: OperationRun) -> None:
-        # Also where nothing is replaced: a start that was undone leaves it as stopped as it was.
+        # Also in place: undoing the start of a container that was stopped stops it again.
         serving = await self._serving_engine_id(run)
         if serving and not (serving == self._arguments.old.engine_id and self._arguments.was_running):
             await self._changes.engine.stop(serving, 0)
 
     async def _serving_engine_id(self, run: OperationRun) -> str:
-        """The engine container that will serve: the successor, or the old one where nothing is replaced."""
+        """The engine container after the change: the successor, or the old one if the change is in place."""
         if not self._arguments.replace:
             return self._arguments.old.engine_id
         created = CREATED.find(run.operation)
@@ -249,7 +256,7 @@ class ChangeSaga(ContainerSaga):
         if code is not None and (code != 0 or self._arguments.must_live) and not self._arguments.may_end:
             raise StartFailed(
                 container=run.operation.target.name,
-                detail=f"its process ended with exit code {code} within {seconds:g} s of its start",
+                detail=f"its process exited with code {code} within {seconds:g} s of its start",
             )
         return WatchedStart(exit_code=code)
 
@@ -270,7 +277,7 @@ class ChangeSaga(ContainerSaga):
         return PulledImage(image_id=(await self._changes.images.pull(run, self._image_pull)).id)
 
     async def _pull_revision_image(self, run: OperationRun) -> PulledImage:
-        """Pull the image of a revision again. Its name may lead to another one by now, which does not go with files."""
+        """Pull the image of a revision again. Raises PulledImageDiffers if its name now refers to another image."""
         source, engine = self._arguments.source, self._changes.engine
         if await engine.image(source.image_id) is None:
             pulled = await self._changes.images.pull(run, self._image_pull)
@@ -287,7 +294,7 @@ class ChangeSaga(ContainerSaga):
         await self._changes.images.restrict_after_failed_pull(self._image_pull)
 
     def _successor_image(self, operation: Operation) -> str:
-        # Not the image's tag, which may have moved: the layer is only right on top of the very image it was made on.
+        # An id and not the tag, which may have moved: a layer is only valid on the image that it was written on.
         if self._arguments.source.files is SuccessorFiles.GRAFT:
             return GRAFTED.of(operation).image_id
         if self._arguments.carry is LayerTransferMethod.COMMIT:
@@ -309,7 +316,7 @@ class ChangeSaga(ContainerSaga):
 
     async def _remove_successor(self, run: OperationRun) -> None:
         if await self._predecessor_is_gone(run):
-            run.add_message("the old engine container is gone; its successor is kept, with whatever files it has")
+            run.add_message("the old engine container was removed outside gpudock; its successor is kept as it is")
             return
         await self._changes.engine_containers.remove_created(run.operation)
 
@@ -321,7 +328,7 @@ class ChangeSaga(ContainerSaga):
         )
 
     async def _predecessor_is_gone(self, run: OperationRun) -> bool:
-        """Whether the old one was removed by somebody else, and files may have reached the successor by then."""
+        """Whether the old engine container was removed outside gpudock after files may have reached the successor."""
         if await self._changes.engine.inspect(self._arguments.old.engine_id) is not None:
             return False
         name = engine_container_name(run.operation.target.name, run.operation.id)
@@ -338,12 +345,13 @@ class ChangeSaga(ContainerSaga):
         return await self._changes.layers.locate(old, new)
 
     async def _inspect(self, engine_id: str) -> EngineContainer:
-        seen = await self._changes.engine.inspect(engine_id)
-        if seen is None:
+        engine_container = await self._changes.engine.inspect(engine_id)
+        if engine_container is None:
             raise LayerCarryFailed(
-                method=self._arguments.carry.value, detail=f"engine container {engine_id[:12]} is gone"
+                method=self._arguments.carry.value,
+                detail=f"engine container {engine_id[:12]} was removed during the operation",
             )
-        return seen
+        return engine_container
 
     async def _transfer_layer(self, run: OperationRun) -> LayerTransfer:
         layers, pair = self._changes.layers, _LOCATED.of(run.operation)
@@ -354,16 +362,19 @@ class ChangeSaga(ContainerSaga):
         return LayerTransfer(method=LayerTransferMethod.COPY)
 
     async def _require_both_stopped(self, run: OperationRun) -> None:
-        """A layer that is written to is not carried: someone may have started the old one by hand."""
+        """Raise LayerCarryFailed if one of them runs: a user may have started it, and it may write to its layer."""
         old, new = self._arguments.old.engine_id, await self._serving_engine_id(run)
-        for seen in await asyncio.gather(self._inspect(old), self._inspect(new)):
-            if seen.running:
-                raise LayerCarryFailed(method=self._arguments.carry.value, detail=f"engine container {seen.name} runs")
+        for engine_container in await asyncio.gather(self._inspect(old), self._inspect(new)):
+            if engine_container.running:
+                raise LayerCarryFailed(
+                    method=self._arguments.carry.value,
+                    detail=f"engine container {engine_container.name} is running; it must be stopped",
+                )
 
     async def _undo_layer_transfer(self, run: OperationRun) -> None:
         pair = _LOCATED.find(run.operation)
         if pair is not None and not await self._predecessor_is_gone(run):
-            # The successor may hold the old one's files; it must not be written to while they go back.
+            # The successor may have the old files; it must not write to them while they are moved back.
             await self._stop_successor(run)
             await self._changes.layers.exchange_back(pair)
 
@@ -376,22 +387,22 @@ class ChangeSaga(ContainerSaga):
         await self._changes.layer_images.remove(run.operation)
 
     async def _graft(self, run: OperationRun) -> GraftedImage:
-        carried = LAYER_IMAGE.of(run.operation).image_id
-        made = await self._changes.layer_images.graft(
-            run.operation, carried=carried, onto=self._new_image(run.operation)
+        layer_image_id = LAYER_IMAGE.of(run.operation).image_id
+        image_id = await self._changes.layer_images.graft(
+            run.operation, layer_image_id=layer_image_id, onto=self._new_image(run.operation)
         )
-        return GraftedImage(image_id=made, reference=grafted_image_name(run.operation))
+        return GraftedImage(image_id=image_id, reference=grafted_image_name(run.operation))
 
     async def _remove_graft(self, run: OperationRun) -> None:
         await self._changes.engine.remove_image(grafted_image_name(run.operation))
 
-    # -- the point of no return, and past it -------------------------------------------------------------------------
+    # -- the commit and the steps after it ---------------------------------------------------------------------------
 
     @override
     async def success_changes(self, run: OperationRun, view: ContainerView) -> Outcome:
         arguments = self._arguments
         binding = await self._binding(run)
-        seen = await self._changes.engine.inspect(binding.engine_id)
+        engine_container = await self._changes.engine.inspect(binding.engine_id)
         moment = now()
         container = view.container.changed(
             spec=arguments.spec,
@@ -401,29 +412,29 @@ class ChangeSaga(ContainerSaga):
             update_time=moment,
         ).with_status(placement=arguments.placement, holds_resources=self._holds_resources(view.container))
         if arguments.start:
-            status = status_after_start(container, seen, exit_code_of_start(run.operation))
+            status = status_after_start(container, engine_container, exit_code_of_start(run.operation))
         else:
-            status = observed_status(container, seen)
+            status = observed_status(container, engine_container)
         container = container.changed(status=status)
         changes: list[StoreChange] = [PutContainer(container, expect=view.version)]
         if arguments.cause is not None:
             revision = revision_of(container, arguments.cause, run.operation.id)
             changes.append(PutRevision(revision))
-            if (kept := self._snapshot_steps.snapshot_of(run.operation)) is not None:
-                changes.append(PutSnapshot(container.uid, arguments.keep.revision, kept))
-            # A snapshot on the disk says itself what it is, an image does not.
-            image = kept if isinstance(kept, Snapshot) and kept.kind is SnapshotKind.IMAGE else None
+            if (snapshot := self._snapshot_steps.snapshot_of(run.operation)) is not None:
+                changes.append(PutSnapshot(container.uid, arguments.keep.revision, snapshot))
+            # A snapshot on the disk describes itself; an image in the engine does not.
+            image = snapshot if isinstance(snapshot, Snapshot) and snapshot.kind is SnapshotKind.IMAGE else None
             await write_ledger_entry(
                 self._changes.ledger, container, revision, (arguments.keep.revision, image) if image else None
             )
-        wanted = claim_keys(arguments.placement)
-        changes += self._changes.claims.confirm(container, wanted)
-        released = [key for key in claim_keys(arguments.old_placement) if key not in wanted]
+        claimed = claim_keys(arguments.placement)
+        changes += self._changes.claims.confirm(container, claimed)
+        released = [key for key in claim_keys(arguments.old_placement) if key not in claimed]
         changes += self._changes.claims.release(container.uid, released)
         return Outcome(changes, container)
 
     def _holds_resources(self, container: Container) -> bool:
-        """Whether it holds what its spec asks for. What does not run keeps what it held, whatever it asks for now."""
+        """Whether the container holds what its spec requests. A stopped container keeps its old placement."""
         arguments = self._arguments
         if arguments.start:
             return True
@@ -434,19 +445,19 @@ class ChangeSaga(ContainerSaga):
         if not arguments.replace:
             return arguments.old
         created = CREATED.of(run.operation)
-        seen = await self._inspect(created.engine_id)
-        made = [image for result in (LAYER_IMAGE, GRAFTED) if (image := result.find(run.operation)) is not None]
+        engine_container = await self._inspect(created.engine_id)
+        images = [image for result in (LAYER_IMAGE, GRAFTED) if (image := result.find(run.operation)) is not None]
         return EngineBinding(
-            engine_id=seen.id,
+            engine_id=engine_container.id,
             engine_name=created.engine_name,
             image_id=created.image_id,
             base_image_id=self._base_image(run.operation),
             placement=arguments.placement,
             fixed_digest=arguments.spec.fixed_digest,
-            anonymous_volumes=anonymous_volumes(arguments.spec, seen.volumes),
+            anonymous_volumes=anonymous_volumes(arguments.spec, engine_container.volumes),
             layer_images=(
                 *arguments.old.layer_images,
-                *(image.reference for image in made if image.reference),
+                *(image.reference for image in images if image.reference),
             ),
             base_depth=self._base_depth(run.operation),
         )

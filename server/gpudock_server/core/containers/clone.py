@@ -1,20 +1,20 @@
-"""CloneContainer: a new container from a revision of another one, with a copy of its files.
+"""CloneContainer: create a container from a revision of another container (the source), with a copy of its files.
 
-The clone is made on the very image that the files lie on. Then, of what the source has now,
+The clone is created from the image on which the files were written. To copy the current files of the source:
 
     create -> gather -> (freeze) complete (thaw) -> start -> verify | commit
 
-where the source is frozen only while what changed during `gather` is copied; or, where the layers are out of reach,
+The source is frozen only while the changes since `gather` are copied. If the writable layers are not accessible:
 
     (freeze) snapshot to an image (thaw) -> create -> start -> verify | commit
 
-and of what was kept of an older revision,
+To copy the kept files of an older revision:
 
     create -> restore files -> start -> verify | commit        (a tree)
     name the image -> create -> start -> verify | commit       (an image)
 
-The source is locked all the while, so that neither its files nor what is kept of them go away. An image that came of a
-carry or a snapshot belongs to the source and goes with it: the clone gives it a name of its own.
+The source is locked during the operation, so that its files and snapshots stay. An image made by a transfer or a
+snapshot is deleted with the source, so the clone gives it a name of its own.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ from gpudock_server.ports import ContainerView, Engine, LayerStore, SnapshotStor
 
 
 class CloneOrigin(StrEnum):
-    """Where the files come from: the source as it is, by copy or as an image, or what was kept of a revision."""
+    """Where the files come from: the source now, by copy (MIRROR) or as an image (COMMIT), or a snapshot."""
 
     MIRROR = "MIRROR"
     COMMIT = "COMMIT"
@@ -84,10 +84,11 @@ _TRANSFER_METHODS = {
 
 
 class CloneFiles(Record):
-    """The files of the clone. `image_id` is what they lie on, `base_image_id` the image that the source's user named.
+    """The files of the clone.
 
-    `source` is what serves the source, where its files of now are taken, and is frozen while they must be still if
-    `freeze` says so; else `revision` is whose files were kept.
+    `image_id`: the image on which the files were written. `base_image_id`: the image that the user of the source named.
+    `source`: the engine container whose current files are copied, frozen for it if `freeze`; None to restore the
+    snapshot of `revision`.
     """
 
     origin: CloneOrigin
@@ -102,7 +103,7 @@ class CloneFiles(Record):
 
 
 class CloneArguments(NewContainerArguments):
-    """What the saga needs to be built again."""
+    """The arguments from which the saga is rebuilt."""
 
     source: ResourceRef
     files: CloneFiles
@@ -110,7 +111,7 @@ class CloneArguments(NewContainerArguments):
 
 @dataclass(frozen=True, slots=True)
 class CloneContainer:
-    """Checks that a clone can be made, finds its files, and picks what it is given."""
+    """Drafts a clone."""
 
     new: NewContainers
     engine: Engine
@@ -121,14 +122,14 @@ class CloneContainer:
     history: History
 
     async def draft(self, command: Clone) -> OperationDraft:
-        """Check that it can be made, find its files, and pick what it would be given."""
+        """Check the command, find the files, and allocate GPUs and ports. Changes nothing."""
         await self.new.containers.require_free_name(command.name)
         view = await self.new.containers.find_unlocked(command.source)
         source = view.container
         found, files = await self._spec_and_files(source, command.revision)
         owner = command.owner or source.owner
         if owner != source.owner and not await self.images.may_use(files.base_image_id, owner):
-            # The same words as for an image that is not there: another owner's images are not told.
+            # The same error as for a missing image, so that callers cannot probe the images of other owners.
             raise ImageNotFound(image=found.image)
         spec = command.change.apply(found)
         if files.source is not None and spec.user != found.user:
@@ -162,13 +163,13 @@ class CloneContainer:
             ),
             claims=self.new.claims.claim(container, allocation.to_claim),
             locks=(source.target,),
-            # It must be as it was read: another operation may have come and gone before the lock is taken.
+            # The source must be unchanged: another operation may run and end before the lock is taken.
             conditions=(PutContainer(source, expect=view.version), *require_unchanged(volumes)),
             build=partial(CloneSaga, self),
         )
 
     async def _spec_and_files(self, source: Container, revision: int) -> tuple[ContainerSpec, CloneFiles]:
-        """The spec and the files of a revision; 0 and the current one are the source as it is."""
+        """The spec and files of a revision; for 0 and the current revision, those of the source now."""
         gone = source.status.state is ContainerState.FAILED and await self.history.is_gone(source)
         revision = revision or source.revision
         if revision == source.revision and not gone:
@@ -191,21 +192,21 @@ class CloneContainer:
 
     async def _current_files(self, source: Container) -> CloneFiles:
         engine = source.engine
-        seen = await self.engine.inspect(engine.engine_id) if engine is not None else None
-        if engine is None or seen is None:
+        engine_container = await self.engine.inspect(engine.engine_id) if engine is not None else None
+        if engine is None or engine_container is None:
             raise ContainerNotRunning(
                 container=source.name,
                 state=source.status.state.value,
-                needs="its files of now are lost; clone one of its revisions",
+                needs="its current files are lost; clone one of its revisions",
             )
         files = CloneFiles(
             origin=CloneOrigin.COMMIT,
             image_id=engine.image_id,
             base_image_id=engine.user_image_id,
             source=engine,
-            freeze=seen.running and seen.state is not EngineState.PAUSED,
+            freeze=engine_container.running and engine_container.state is not EngineState.PAUSED,
         )
-        carry = await self.layers.plan(seen)
+        carry = await self.layers.plan(engine_container)
         if carry.method is LayerTransferMethod.COMMIT:
             return files.model_copy(
                 update={
@@ -214,13 +215,13 @@ class CloneContainer:
                     "warnings": carry.warnings,
                 }
             )
-        method, why_not = await self.snapshots.method(seen)
+        method, reason = await self.snapshots.method(engine_container)
         if method is None:
-            warning = f"its files are taken as an image, which does not keep everything: {why_not}"
+            warning = f"files are copied by an engine commit, which loses metadata: {reason}"
             return files.model_copy(update={"warnings": (warning,)})
-        cost = await self.snapshots.plan(seen, None)
+        cost = await self.snapshots.plan(engine_container, None)
         if cost.too_large:
-            raise SnapshotFailed(detail=f"the source's layer is too large to be copied: {cost.too_large}")
+            raise SnapshotFailed(detail=f"the layer of the source is too large to copy: {cost.too_large}")
         return files.model_copy(
             update={
                 "origin": CloneOrigin.MIRROR,
@@ -233,23 +234,20 @@ class CloneContainer:
 def _anonymous_volume_warnings(source: Container, spec: ContainerSpec) -> tuple[str, ...]:
     volumes = source.engine.anonymous_volumes if source.engine else {}
     targets = anonymous_volumes(spec, volumes)
-    return tuple(
-        f"what {source.name} has at {target}, in a volume that its image asks for, does not come along"
-        for target in sorted(targets)
-    )
+    return tuple(f"the anonymous volume of {source.name} at {target} is not copied" for target in sorted(targets))
 
 
 class CloneSaga(NewContainerSaga):
-    """See the module's docstring."""
+    """Creates the clone and copies its files; see the module's docstring."""
 
     def __init__(self, clone: CloneContainer, operation: Operation) -> None:
-        """Builds the script from the operation's arguments."""
+        """Read the arguments from the operation's record."""
         self._arguments = CloneArguments.model_validate(operation.arguments)
         super().__init__(clone.new, self._arguments)
         self._clone = clone
         self._files = self._arguments.files
 
-    # -- the script --------------------------------------------------------------------------------------------------
+    # -- the steps ---------------------------------------------------------------------------------------------------
 
     @property
     @override
@@ -272,7 +270,7 @@ class CloneSaga(NewContainerSaga):
 
     @property
     def _needs_own_tag(self) -> bool:
-        """Whether the image is one that goes when its owner, the source, has no more use for it."""
+        """Whether the image belongs to the source and is deleted with it."""
         return self._files.image_id != self._files.base_image_id
 
     # -- the image ---------------------------------------------------------------------------------------------------
@@ -300,7 +298,7 @@ class CloneSaga(NewContainerSaga):
         image = LAYER_IMAGE.find(run.operation)
         return await self._create_from(run, image.image_id if image else self._files.image_id)
 
-    # -- its files ---------------------------------------------------------------------------------------------------
+    # -- the files ---------------------------------------------------------------------------------------------------
 
     async def _restore(self, run: OperationRun) -> None:
         key = SnapshotKey(uid=self._arguments.source.uid, revision=self._files.revision)
@@ -322,7 +320,7 @@ class CloneSaga(NewContainerSaga):
 
     @asynccontextmanager
     async def _frozen_source(self, run: OperationRun) -> AsyncIterator[None]:
-        """The source frozen, if it has to be. All of it is one step, so that it waits for no record meanwhile."""
+        """Freeze the source if needed. Freeze and thaw are in one step, so no write of a record prolongs the freeze."""
         if self._files.freeze:
             await self._new.engine_containers.freeze((await self._inspect(self._source_binding().engine_id)).id)
         try:
@@ -336,36 +334,36 @@ class CloneSaga(NewContainerSaga):
 
     def _source_binding(self) -> EngineBinding:
         if self._files.source is None:
-            raise SnapshotFailed(detail="the source has nothing that serves it")
+            raise SnapshotFailed(detail="the source has no engine container")
         return self._files.source
 
     async def _inspect(self, engine_id: str) -> EngineContainer:
-        seen = await self._clone.engine.inspect(engine_id)
-        if seen is None:
-            raise SnapshotFailed(detail=f"engine container {engine_id[:12]} is gone")
-        return seen
+        engine_container = await self._clone.engine.inspect(engine_id)
+        if engine_container is None:
+            raise SnapshotFailed(detail=f"engine container {engine_id[:12]} was removed during the operation")
+        return engine_container
 
-    # -- the point of no return --------------------------------------------------------------------------------------
+    # -- the commit --------------------------------------------------------------------------------------------------
 
     @override
     async def success_changes(self, run: OperationRun, view: ContainerView) -> Outcome:
         binding = await self._binding(run)
-        seen = await self._clone.engine.inspect(binding.engine_id)
-        made = await self._outcome(run, view, binding, seen, RevisionCause.CLONED)
-        return Outcome([*made.changes, *await self._source_changes()], made.result)
+        engine_container = await self._clone.engine.inspect(binding.engine_id)
+        outcome = await self._outcome(run, view, binding, engine_container, RevisionCause.CLONED)
+        return Outcome([*outcome.changes, *await self._source_changes()], outcome.result)
 
     async def _binding(self, run: OperationRun) -> EngineBinding:
         arguments, created = self._arguments, CREATED.of(run.operation)
-        seen = await self._inspect(created.engine_id)
+        engine_container = await self._inspect(created.engine_id)
         owns_image = self._needs_own_tag or self._files.origin is CloneOrigin.COMMIT
         return EngineBinding(
-            engine_id=seen.id,
+            engine_id=engine_container.id,
             engine_name=created.engine_name,
             image_id=created.image_id,
             base_image_id=self._files.base_image_id,
             placement=arguments.placement,
             fixed_digest=arguments.spec.fixed_digest,
-            anonymous_volumes=anonymous_volumes(arguments.spec, seen.volumes),
+            anonymous_volumes=anonymous_volumes(arguments.spec, engine_container.volumes),
             layer_images=(layer_image_name(run.operation),) if owns_image else (),
             base_depth=self._base_depth(run.operation),
         )
@@ -381,13 +379,13 @@ class CloneSaga(NewContainerSaga):
         return [*await super().failure_changes(run, view), *await self._source_changes()]
 
     async def _source_changes(self) -> list[StoreChange]:
-        """What its engine container did meanwhile: nobody looks at one that is locked."""
+        """The current status of the source, which reconcile did not update while the source was locked."""
         view = await self._containers.view_of(self._arguments.source)
         if view is None or view.container.engine is None:
             return []
         source = view.container
-        seen = await self._clone.engine.inspect(view.container.engine.engine_id)
-        status = observed_status(source, seen) if seen is not None else source.status
+        engine_container = await self._clone.engine.inspect(view.container.engine.engine_id)
+        status = observed_status(source, engine_container) if engine_container is not None else source.status
         if status == source.status:
             return []
         return [PutContainer(source.changed(status=status, update_time=now()), expect=view.version)]

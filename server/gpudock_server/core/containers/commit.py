@@ -1,18 +1,18 @@
-"""CommitContainer: the files as they are, as an image that anybody may run.
+"""CommitContainer: create an image from a container's current files.
 
-The files of a container that runs are copied into a container that never does, its shadow, and the engine commits
-that: the container is frozen for the last difference alone, however much there is to write.
+The files of a running container are copied into a second engine container that never runs, the shadow, and the engine
+commits the shadow. The container is frozen only while the last difference is copied, however large the image is.
 
     copy-files -> difference (frozen) -> commit-files -> image -> tag | clean
 
-What is not to be frozen, or does not run, needs no shadow; and where the layers are out of reach, or there is no room
-for a copy, the engine commits the container itself:
+The engine commits the container itself if it is stopped or must not be frozen, if its layers are not accessible, or if
+there is no space for a copy:
 
     freeze -> commit-files -> thaw -> image -> tag | clean
 
-What the engine commits carries the container's labels and says which cards it had, and no option takes that away. So it
-is committed under a name of ours, made an image that says nothing of the container (`image`), and only that is given
-the name that was asked for: the last step before the point of no return, which the undo of takes back.
+An image that the engine commits has the container's labels and names its GPUs, and no option of the engine prevents
+that. It therefore first gets an internal name. The step `image` creates an image without these data, and `tag`, the
+last step before the point of no return, gives it the requested name. Undoing `tag` restores the old owner of the name.
 """
 
 from __future__ import annotations
@@ -49,19 +49,20 @@ from gpudock_server.ports import CommitCost, ContainerView, Engine, LayerStore, 
 from gpudock_server.sizes import size_text
 
 _NOT_FOUND = 404
-# Image files of so many bytes more than the layer has are not worth a warning.
+# No warning below this difference between the bytes in the image and the bytes on the disk.
 _MIN_SPARSE_BYTES = 16 << 20
-# Seconds that a freeze and a thaw take and that the last pass of a copy takes for each file, and how fast an engine
-# writes an image; measured on a machine with two slow cores.
+# Estimates, measured on a machine with two slow cores: seconds of a freeze and thaw, seconds per file of the last copy,
+# and the speed at which an engine writes an image.
 _MIN_FREEZE_SECONDS = 0.1
 _FREEZE_SECONDS_PER_ENTRY = 20e-6
 _ENGINE_BYTES_PER_SECOND = 60e6
 
 
 class CommitArguments(Record):
-    """What the saga needs to be built again. `base_id` is the image that the engine container was made from.
+    """The arguments from which the saga is rebuilt.
 
-    `shadow`: the files are copied into a container that never runs, and that is committed.
+    `base_id`: the image from which the engine container was created. `shadow`: commit a copy of the files in an engine
+    container that never runs.
     """
 
     engine_id: str
@@ -80,19 +81,19 @@ class CommitArguments(Record):
 
 
 class FileHolder(Record):
-    """The container, which never runs, that has a copy of the files."""
+    """The shadow: the engine container that never runs and has a copy of the files."""
 
     shadow_id: str
 
 
 class CommittedFiles(Record):
-    """The image that the engine's commit made."""
+    """The image that the engine's commit created."""
 
     image_id: str
 
 
 class StrippedImage(Record):
-    """The image that says nothing of its container. `replaced` is the image that had its name; empty is none."""
+    """The image without data about its container. `replaced`: the image that had its name before; empty if none."""
 
     image_id: str
     size_bytes: int
@@ -105,7 +106,7 @@ _STRIPPED = StepResult("image", StrippedImage)
 
 
 class _CopyPlan(Record):
-    """Whether the files of a running container are copied first, and why not."""
+    """Whether the files of a running container are copied to a shadow first; if not, a warning says why."""
 
     shadow: bool
     bytes_to_copy: int = 0
@@ -114,7 +115,7 @@ class _CopyPlan(Record):
 
 @dataclass(frozen=True, slots=True)
 class CommitContainer:
-    """Checks that an image can be made of a container's files, and plans whether they are copied first."""
+    """Drafts the commit of a container's files to an image."""
 
     containers: ContainerResource
     engine: Engine
@@ -124,22 +125,22 @@ class CommitContainer:
     snapshots: SnapshotStore
 
     async def draft(self, command: Commit) -> OperationDraft:
-        """Whatever has files can be committed; what runs is frozen for it, unless that is not wanted."""
+        """Check that the container has files and that the name can be used, and estimate the cost. Changes nothing."""
         view = await self.containers.find_unlocked(command.name, command.etag)
         container = view.container
         state = container.status.state
-        seen = await self.engine.inspect(container.engine.engine_id) if container.engine else None
-        if seen is None or state in (ContainerState.CREATING, ContainerState.DELETING):
-            needs = "its files of now are lost; commit a clone of one of its revisions"
+        engine_container = await self.engine.inspect(container.engine.engine_id) if container.engine else None
+        if engine_container is None or state in (ContainerState.CREATING, ContainerState.DELETING):
+            needs = "its current files are lost; clone one of its revisions and commit the clone"
             raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
         self.images.policy.require_allowed(command.reference.rpartition(":")[0], container.owner)
         await self.images.find_replaceable(CommitName(command.reference, container.owner, command.replace))
-        cost = await self.layers.commit_cost(seen)
+        cost = await self.layers.commit_cost(engine_container)
         freeze = command.pause and state is ContainerState.RUNNING
-        copy = await self._copy_plan(seen, cost) if freeze else _CopyPlan(shadow=False)
+        copy = await self._copy_plan(engine_container, cost) if freeze else _CopyPlan(shadow=False)
         arguments = CommitArguments(
-            engine_id=seen.id,
-            base_id=seen.image_id,
+            engine_id=engine_container.id,
+            base_id=engine_container.image_id,
             reference=command.reference,
             author=command.author,
             comment=command.comment,
@@ -170,24 +171,24 @@ class CommitContainer:
             build=partial(CommitSaga, self),
         )
 
-    async def _copy_plan(self, seen: EngineContainer, cost: CommitCost) -> _CopyPlan:
-        method, reason = await self.snapshots.method(seen)
+    async def _copy_plan(self, engine_container: EngineContainer, cost: CommitCost) -> _CopyPlan:
+        method, reason = await self.snapshots.method(engine_container)
         if method is not None and cost.measured:
             try:
-                plan = await self.snapshots.plan(seen, None)
+                plan = await self.snapshots.plan(engine_container, None)
             except (DiskFull, SnapshotFailed) as error:
                 plan, reason = None, error.message
             if plan is not None and plan.too_large:
-                reason = f"it is too large to be copied: {plan.too_large}"
+                reason = f"the layer is too large to copy: {plan.too_large}"
             elif plan is not None:
                 needed = plan.bytes_to_copy
                 if needed + cost.apparent_bytes <= cost.bytes_available:
                     return _CopyPlan(shadow=True, bytes_to_copy=needed)
                 total = needed + cost.apparent_bytes
-                reason = f"a copy and the image take {size_text(total)}, and {size_text(cost.bytes_available)} are free"
-        how_long = "" if cost.measured else ", for a time that is not known"
-        why = reason or "its files cannot be measured"
-        warning = f"the container is frozen while the engine writes the image{how_long}: {why}"
+                reason = f"copy and image need {size_text(total)}, but only {size_text(cost.bytes_available)} are free"
+        duration = "" if cost.measured else " (duration unknown)"
+        reason = reason or "its files cannot be measured"
+        warning = f"the container is frozen while the engine writes the image{duration}: {reason}"
         return _CopyPlan(shadow=False, warnings=(warning,))
 
 
@@ -195,7 +196,7 @@ def _sparse_file_warnings(cost: CommitCost) -> tuple[str, ...]:
     if cost.apparent_bytes - cost.allocated_bytes <= max(_MIN_SPARSE_BYTES, cost.allocated_bytes // 10):
         return ()
     sizes = f"{size_text(cost.allocated_bytes)} on the disk and {size_text(cost.apparent_bytes)} in the image"
-    return (f"files with holes take {sizes}: the engine writes holes out as zeros",)
+    return (f"sparse files: {sizes}; the engine writes holes as zeros",)
 
 
 def _freeze_seconds(cost: CommitCost, *, shadow: bool) -> float | None:
@@ -209,15 +210,15 @@ def _shadow_name(operation: Operation) -> str:
 
 
 def committed_image_name(operation: Operation) -> str:
-    """The image's name until it is given the one that was asked for."""
+    """The internal name of the image until it gets the requested one."""
     return f"gpudock/commit:{operation.id}"
 
 
 class CommitSaga(ContainerSaga):
-    """See the module's docstring."""
+    """Commits the files and names the image; see the module's docstring."""
 
     def __init__(self, commit: CommitContainer, operation: Operation) -> None:
-        """Builds the script from the operation's arguments."""
+        """Read the arguments from the operation's record."""
         super().__init__(commit.containers)
         self._commit = commit
         self._arguments = CommitArguments.model_validate(operation.arguments)
@@ -249,10 +250,10 @@ class CommitSaga(ContainerSaga):
     # -- the container's files ---------------------------------------------------------------------------------------
 
     async def _copy(self, run: OperationRun) -> FileHolder:
-        """While the container runs, so that little is left for the time that it is frozen."""
+        """Copy most files while the container runs, so that it is frozen only for the rest."""
         operation = run.operation
         labels = {
-            # Of no container: what is found without its operation is removed, and never taken for a container.
+            # The uid of no container: without its operation, the shadow is removed and never adopted.
             LABEL_UID: operation.id,
             LABEL_NAME: _shadow_name(operation),
             LABEL_NODE: operation.node,
@@ -264,7 +265,7 @@ class CommitSaga(ContainerSaga):
         return FileHolder(shadow_id=shadow_id)
 
     async def _copy_difference(self, run: OperationRun) -> None:
-        """Frozen for what has changed since. All of it is one step, so that it waits for no record meanwhile."""
+        """Copy the changes while frozen. Freeze and thaw are one step, so no write of a record prolongs the freeze."""
         await self._freeze(run)
         try:
             await self._mirror(run, _COPIED.of(run.operation).shadow_id, still=True)
@@ -274,12 +275,12 @@ class CommitSaga(ContainerSaga):
     async def _mirror(self, run: OperationRun, shadow_id: str, *, still: bool) -> None:
         source, shadow = await self._inspect(), await self._commit.engine.inspect(shadow_id)
         if source is None or shadow is None:
-            gone = self._arguments.engine_id if source is None else shadow_id
-            raise SnapshotFailed(detail=f"engine container {gone[:12]} is gone")
+            missing_id = self._arguments.engine_id if source is None else shadow_id
+            raise SnapshotFailed(detail=f"engine container {missing_id[:12]} was removed during the operation")
         try:
             await self._commit.snapshots.mirror(source, shadow, run.operation.id, still=still, progress=run.progress)
         except LayerTooLarge as error:
-            raise SnapshotFailed(detail=f"the layer is too large to be copied: {error}") from error
+            raise SnapshotFailed(detail=f"the layer is too large to copy: {error}") from error
 
     async def _remove_shadow(self, run: OperationRun) -> None:
         name = engine_container_name(_shadow_name(run.operation), run.operation.id)
@@ -291,7 +292,7 @@ class CommitSaga(ContainerSaga):
         await self._commit.engine_containers.freeze(self._arguments.engine_id)
 
     async def _thaw(self, _run: OperationRun) -> None:
-        # It ran when this began, and nobody else may freeze it while this is at work.
+        # The container ran when the operation began, and no other operation can freeze it while it is locked.
         await self._commit.engine_containers.thaw_if_frozen(self._arguments.engine_id)
 
     async def _inspect(self) -> EngineContainer | None:
@@ -300,18 +301,18 @@ class CommitSaga(ContainerSaga):
     async def _commit_files(self, run: OperationRun) -> CommittedFiles:
         arguments, engine, layers = self._arguments, self._commit.engine, self._commit.layers
         reference = raw_image_name(run.operation)
-        if (made := await engine.image(reference)) is not None:
-            return CommittedFiles(image_id=made.id)
+        if (image := await engine.image(reference)) is not None:
+            return CommittedFiles(image_id=image.id)
         total = arguments.total_bytes
         holder = _COPIED.find(run.operation)
         committed_id = holder.shadow_id if holder else arguments.engine_id
-        seen = await engine.inspect(committed_id)
-        if seen is None:
-            detail = f"there is no container {committed_id[:12]}; it was removed outside gpudock"
+        engine_container = await engine.inspect(committed_id)
+        if engine_container is None:
+            detail = f"engine container {committed_id[:12]} not found; it was removed outside gpudock"
             raise EngineRejected(call="commit a container", status=_NOT_FOUND, detail=detail)
-        await layers.require_committable(seen)
+        await layers.require_committable(engine_container)
         run.progress(0, total)
-        async with layers.report_commit_progress(seen, total, run.progress):
+        async with layers.report_commit_progress(engine_container, total, run.progress):
             image_id = await engine.commit(
                 committed_id,
                 reference,
@@ -345,29 +346,30 @@ class CommitSaga(ContainerSaga):
     async def _require_image(self, reference: str) -> EngineImage:
         image = await self._commit.engine.image(reference)
         if image is None:
-            raise EngineRejected(call="show an image", status=_NOT_FOUND, detail=f"{reference}, just made, is gone")
+            detail = f"image {reference} was removed right after it was created"
+            raise EngineRejected(call="show an image", status=_NOT_FOUND, detail=detail)
         return image
 
     async def _remove_image(self, run: OperationRun) -> None:
         await self._commit.engine.remove_image(committed_image_name(run.operation))
 
     async def _tag(self, run: OperationRun) -> None:
-        engine, reference, made = self._commit.engine, self._arguments.reference, _STRIPPED.of(run.operation)
+        engine, reference, stripped = self._commit.engine, self._arguments.reference, _STRIPPED.of(run.operation)
         async with self._commit.images.policy.names.commit_lock(reference):
             named = await engine.image(reference)
-            # An undo gives the name back to what is recorded here, so nothing else may lose it.
-            if (named.id if named else "") not in (made.replaced, made.image_id):
-                raise ImageExists(image=reference, detail="another image was given the name meanwhile")
-            await engine.tag(made.image_id, reference)
+            # Undo restores the name only to the recorded image, so no other image may lose it.
+            if (named.id if named else "") not in (stripped.replaced, stripped.image_id):
+                raise ImageExists(image=reference, detail="the name was given to another image during the commit")
+            await engine.tag(stripped.image_id, reference)
 
     async def _restore_tag(self, run: OperationRun) -> None:
         engine, reference = self._commit.engine, self._arguments.reference
-        made = _STRIPPED.of(run.operation)
+        stripped = _STRIPPED.of(run.operation)
         named = await engine.image(reference)
-        if named is None or named.id != made.image_id:
+        if named is None or named.id != stripped.image_id:
             return
-        if made.replaced and await engine.image(made.replaced) is not None:
-            await engine.tag(made.replaced, reference)
+        if stripped.replaced and await engine.image(stripped.replaced) is not None:
+            await engine.tag(stripped.replaced, reference)
         else:
             await engine.remove_image(reference)
 
@@ -380,11 +382,11 @@ class CommitSaga(ContainerSaga):
 
     @override
     async def success_changes(self, run: OperationRun, view: ContainerView) -> Outcome:
-        made = _STRIPPED.of(run.operation)
+        stripped = _STRIPPED.of(run.operation)
         image = CommittedImage(
-            image_id=made.image_id,
+            image_id=stripped.image_id,
             name=self._arguments.reference,
-            size_bytes=made.size_bytes,
+            size_bytes=stripped.size_bytes,
             container=view.container.name,
             revision=self._arguments.revision,
             create_time=now(),
@@ -397,6 +399,6 @@ class CommitSaga(ContainerSaga):
         return await self._status_changes(view)
 
     async def _status_changes(self, view: ContainerView) -> Sequence[StoreChange]:
-        # It was frozen and thawed meanwhile, and may have ended; nothing else has changed.
+        # The commit changes only the status: the container was frozen and thawed, and may have exited.
         container = await self._commit.engine_containers.observe(view.container, self._arguments.engine_id)
         return [PutContainer(container, expect=view.version)]

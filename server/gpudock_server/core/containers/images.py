@@ -1,8 +1,7 @@
-"""Who may use and who may replace an image of a node's engine.
+"""Images of a node's engine: who may use them, who may replace them, and how they are pulled.
 
-The engine knows neither owners nor where an image came from, so gpudock keeps that itself: an `ImageOrigin` in the
-store for each image that gpudock committed, or pulled with credentials. A record in the store and not a label: the
-author of an image chooses its labels.
+The engine knows neither the owner nor the origin of an image. gpudock therefore keeps an `ImageOrigin` in the store for
+each image that it committed, or pulled with credentials. Labels cannot be used: the author of an image chooses them.
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ from gpudock_server.model.record import Record, now
 from gpudock_server.model.store_changes import DeleteImageOrigin, PutImageOrigin
 from gpudock_server.ports import Engine, LayerStore, Store
 
-# A pull that has been silent for so long says so.
+# A pull without progress for this long reports it in its stage.
 _STALL_NOTICE_SECONDS: Final = 5.0
 OWNER_PLACEHOLDER: Final = "{owner}"
 _OWNER_IN_REPOSITORY: Final = frozenset("abcdefghijklmnopqrstuvwxyz0123456789._-")
 
 
 class ImageNameLocks:
-    """Keeps a commit from taking a name that a pull is about to give to another image.
+    """Prevents that a commit takes a name while a pull gives it to another image.
 
-    The engine has no compare-and-set for names. All pulls and commits of an engine go through one daemon, so it is
-    enough that this process does not let the two overlap.
+    The engine has no compare-and-set for names. All pulls and commits of an engine go through one daemon, so locks in
+    this process are enough.
     """
 
     def __init__(self) -> None:
@@ -49,7 +48,7 @@ class ImageNameLocks:
 
     @asynccontextmanager
     async def pull_lock(self, reference: str) -> AsyncIterator[None]:
-        """While entered, nothing is committed under this name."""
+        """Prevents commits under this name while entered."""
         name = familiar_reference(reference)
         async with self._lock:
             self._pulls[name] = self._pulls.get(name, 0) + 1
@@ -62,13 +61,13 @@ class ImageNameLocks:
 
     @asynccontextmanager
     async def commit_lock(self, reference: str) -> AsyncIterator[None]:
-        """While entered, no pull begins and no other commit takes a name. Raises ImageExists while it is pulled."""
+        """Prevents new pulls and other commits while entered. Raises ImageExists if this name is being pulled."""
         async with self._lock:
             self.require_not_pulled(reference)
             yield
 
     def require_not_pulled(self, reference: str) -> None:
-        """Raises ImageExists while a pull of this name is under way."""
+        """Raise ImageExists if this name is being pulled."""
         if familiar_reference(reference) in self._pulls:
             raise ImageExists(image=reference, detail="it is being pulled")
 
@@ -77,8 +76,8 @@ class ImageNameLocks:
 class ImagePolicy:
     """What the operator allows.
 
-    `replace_any`: a caller may replace images that gpudock did not commit for the container's owner. `repositories`:
-    the names, with all below them, that can be committed; empty is any. `verify_access`: restricted images are pulled
+    `replace_any`: callers may replace images that gpudock did not commit for the container's owner. `repositories`: the
+    names, and all names below them, that can be committed; empty: any. `verify_access`: restricted images are pulled
     again for other owners. `pull_stall_seconds`: how long a pull may make no progress.
     """
 
@@ -89,19 +88,19 @@ class ImagePolicy:
     names: ImageNameLocks = field(default_factory=ImageNameLocks)
 
     def require_allowed(self, repository: str, owner: str) -> None:
-        """Raises ImageNameForbidden where an owner's container may not be committed as this repository."""
+        """Raise ImageNameForbidden if an owner's container may not be committed to this repository."""
         if not self.repositories:
             return
         allowed = tuple(name for prefix in self.repositories if (name := _for_owner(prefix, owner)))
-        wanted = familiar_repository(repository)
-        if not any(wanted == name or wanted.startswith(f"{name}/") for name in allowed):
+        requested = familiar_repository(repository)
+        if not any(requested == name or requested.startswith(f"{name}/") for name in allowed):
             raise ImageNameForbidden(repository=repository, allowed=allowed)
 
 
 def _for_owner(prefix: str, owner: str) -> str:
-    """A prefix with the owner filled in; empty where this owner has no such name.
+    """A prefix with the owner inserted; empty if this owner cannot be part of an image name.
 
-    An owner with a slash would reach below another owner's prefix, and one with capitals cannot be part of a name.
+    An owner with a slash could name another owner's prefix; capitals are not allowed in image names.
     """
     if OWNER_PLACEHOLDER in prefix:
         if not owner or not _OWNER_IN_REPOSITORY.issuperset(owner):
@@ -112,7 +111,7 @@ def _for_owner(prefix: str, owner: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class CommitName:
-    """The name that a commit is to give its image. `replace`: the caller wants to replace what is not the owner's."""
+    """The name for a committed image. `replace`: the caller allows to replace an image of another owner."""
 
     reference: str
     owner: str
@@ -121,7 +120,7 @@ class CommitName:
 
 @dataclass(frozen=True, slots=True)
 class ImageChoice:
-    """`image_id` is to be used; empty: the image has to be pulled first. `present_id` is what has the name by then."""
+    """The image to use: `image_id`, or, if empty, one to pull. `present_id`: the image that has the name before."""
 
     image_id: str
     present_id: str = ""
@@ -129,11 +128,11 @@ class ImageChoice:
 
 @dataclass(frozen=True, slots=True)
 class Pull:
-    """An image to be pulled for an owner. `auth` None: without credentials, or resumed, when they are lost.
+    """An image to be pulled for an owner. `auth` None: no credentials, or a resumed pull, whose credentials are lost.
 
-    `authenticated`: the caller gave credentials. `present_id` is the image that had the name before: it was not pulled
-    with these credentials, so that a pull with needless or wrong ones does not take it from all others.
-    `stall_seconds` None is the node's own.
+    `authenticated`: the caller gave credentials. `present_id`: the image that had the name before. It was not pulled
+    with these credentials, so that a pull with unnecessary or wrong ones does not restrict it for other owners.
+    `stall_seconds` None: the node's setting.
     """
 
     reference: str
@@ -155,7 +154,7 @@ PULLED = StepResult("pull", PulledImage)
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """The images of a node's engine, and who may use and replace them."""
+    """Chooses, checks and pulls images of a node's engine, and records their origins."""
 
     store: Store
     engine: Engine
@@ -164,15 +163,16 @@ class Images:
     policy: ImagePolicy
 
     async def find_replaceable(self, name: CommitName) -> str:
-        """The id of the image that has the name now and may lose it; empty where there is none. Raises ImageExists."""
+        """The id of the image that the commit may replace; empty if the name is free. Raises ImageExists."""
         reference = name.reference
         self.policy.names.require_not_pulled(reference)
         repository, _, tag = reference.rpartition(":")
         found = await self.engine.image(reference)
         if found is None:
-            # `docker run 0a1b2c3d4e5f` finds a name before an image's id.
+            # Such a name would hide the image: `docker run 0a1b2c3d4e5f` prefers a name to an id.
             if tag == "latest" and await self.engine.image(repository) is not None:
-                raise ImageExists(image=repository, detail="it is the id of an image; choose another repository")
+                detail = "the repository equals the id of an image; choose another repository"
+                raise ImageExists(image=repository, detail=detail)
             return ""
         origin = await self.store.image_origin(self.node, found.id)
         committed = origin is not None and origin.committed_as == familiar_reference(reference)
@@ -180,17 +180,17 @@ class Images:
             return found.id
         if name.replace and self.policy.replace_any:
             return found.id
-        owner = f"a container of owner {name.owner!r}" if name.owner else "a container without an owner"
-        own = f"a commit of {owner} may replace only an image that such a commit made under this name"
-        rest = (
-            "; `replace` does not change that on this node (setting commit_replace)"
+        owner = f"for owner {name.owner!r}" if name.owner else "without an owner"
+        rule = f"it was not committed {owner} under this name"
+        solution = (
+            "use another name; the setting commit_replace forbids `replace` on this node"
             if name.replace
-            else "; choose another name, or set `replace`, which the setting commit_replace has to allow"
+            else "use another name, or set `replace` if the setting commit_replace allows it"
         )
-        raise ImageExists(image=reference, detail=f"{own}{rest}")
+        raise ImageExists(image=reference, detail=f"{rule}; {solution}")
 
     def committed_origin(self, image_id: str, name: CommitName) -> PutImageOrigin:
-        """What is recorded of an image that was committed."""
+        """The change that records the origin of a committed image."""
         return PutImageOrigin(
             ImageOrigin(
                 node=self.node,
@@ -204,7 +204,7 @@ class Images:
         )
 
     async def choose(self, reference: str, policy: PullPolicy, owner: str) -> ImageChoice:
-        """Whether the image that the engine has can be used. Raises ImageNotFound."""
+        """Choose between the image that the engine has and a pull. Raises ImageNotFound."""
         found = await self.engine.image(reference)
         present = found.id if found else ""
         if policy is PullPolicy.ALWAYS:
@@ -212,45 +212,45 @@ class Images:
         if found is not None and await self.may_use(found.id, owner):
             return ImageChoice(found.id, present)
         if policy is PullPolicy.NEVER:
-            # The same words for what is there and what is not: another owner's images are not told.
+            # The same error if the image exists, so that callers cannot probe the images of other owners.
             raise ImageNotFound(image=reference)
         return ImageChoice("", present)
 
     async def require_user(self, image_id: str, reference: str, user: str) -> None:
-        """Raise InvalidArgument where an image that the engine has lacks the user, or the group, that a spec names.
+        """Raise InvalidArgument if an image lacks the user or group that a spec names.
 
-        What cannot be known passes: an image still to be pulled, and layers that this daemon does not reach.
+        Without a check, if the image is not pulled yet or its layers are not accessible to this daemon.
         """
         if not user or not image_id:
             return
         image = await self.engine.image(image_id)
         if image is not None:
-            _require(await self.layers.accounts(image), user, f"image {reference!r}")
+            _require_account(await self.layers.accounts(image), user, f"image {reference!r}")
 
     async def require_user_in_files(self, container: Container, user: str) -> None:
-        """Raise InvalidArgument where the files of a container, as they are now, lack the user or group of a spec.
+        """Raise InvalidArgument if the current files of a container lack the user or group of a spec.
 
-        What cannot be known passes, as with `require_user`.
+        Without a check, if the files are not accessible to this daemon.
         """
         if not user or container.engine is None:
             return
-        seen = await self.engine.inspect(container.engine.engine_id)
-        if seen is None or not seen.upper_dir:
+        engine_container = await self.engine.inspect(container.engine.engine_id)
+        if engine_container is None or not engine_container.upper_dir:
             return
-        image = await self.engine.image(seen.image_id)
+        image = await self.engine.image(engine_container.image_id)
         if image is not None:
-            accounts = await self.layers.accounts(image, seen.upper_dir)
-            _require(accounts, user, f"container {container.name!r}")
+            accounts = await self.layers.accounts(image, engine_container.upper_dir)
+            _require_account(accounts, user, f"container {container.name!r}")
 
     async def may_use(self, image_id: str, owner: str) -> bool:
-        """Whether an owner may make containers of an image that the engine has, without showing it to the registry."""
+        """Whether an owner may use an image that the engine has, without proving access to the registry."""
         if not self.policy.verify_access:
             return True
         origin = await self.store.image_origin(self.node, image_id)
         return origin is None or not origin.restricted or owner in origin.owners
 
     async def pull(self, run: OperationRun, pull: Pull) -> EngineImage:
-        """Pull, and record who has shown that they may use it. Raises ImagePullFailed, ImageNotFound."""
+        """Pull an image, and record that its owner has access to it. Raises ImagePullFailed, ImageNotFound."""
         async with self.policy.names.pull_lock(pull.reference):
             await self._pull_with_stall_timeout(run, pull)
             image = await self.engine.image(pull.reference)
@@ -262,23 +262,22 @@ class Images:
     async def _pull_with_stall_timeout(self, run: OperationRun, pull: Pull) -> None:
         seconds = pull.stall_seconds or self.policy.pull_stall_seconds
         monitor = _StallMonitor(run, seconds)
-        watching = asyncio.create_task(monitor.describe_stalls())
+        stall_task = asyncio.create_task(monitor.describe_stalls())
         try:
             async with monitor.stall_timeout:
                 await self.engine.pull(pull.reference, pull.auth, monitor.on_progress)
         except TimeoutError:
             if not monitor.stall_timeout.expired():
                 raise
-            detail = f"no progress for {seconds:g} s, since {monitor.last_time}"
+            detail = f"no progress for {seconds:g} s (last at {monitor.last_time})"
             raise ImagePullFailed(image=pull.reference, detail=detail) from None
         finally:
-            watching.cancel()
+            stall_task.cancel()
 
     async def restrict_after_failed_pull(self, pull: Pull) -> None:
-        """Undo a pull with credentials: an image that came stays, and may be used by nobody until it is pulled again.
+        """Undo a pull with credentials: the image stays, but each owner must pull it again before using it.
 
-        A daemon that was killed may have left behind an image that it did not record, and a resumed pull has no
-        credentials to show.
+        A daemon that was killed may have pulled an image without recording it, and a resumed pull has no credentials.
         """
         image = await self.engine.image(pull.reference) if pull.authenticated else None
         if image is not None and image.id != pull.present_id:
@@ -299,25 +298,25 @@ class Images:
             await self.store.apply([PutImageOrigin(changed.model_copy(update={"update_time": now()}))])
 
     async def delete_stale_origins(self) -> None:
-        """Drop the records of images that the engine no longer has."""
-        # The records first: what is recorded later is in the engine, and not in this list.
+        """Delete the records of images that the engine no longer has."""
+        # The records are listed first: an image that is recorded later must not be taken for a removed one.
         recorded = [origin.image_id for origin in await self.store.image_origins(self.node)]
         if not recorded:
             return
-        there = frozenset(await self.engine.image_ids())
+        present = frozenset(await self.engine.image_ids())
         for image_id in recorded:
-            if image_id not in there:
+            if image_id not in present:
                 await self.store.apply([DeleteImageOrigin(self.node, image_id)])
 
 
-def _require(accounts: ImageAccounts | None, user: str, what: str) -> None:
+def _require_account(accounts: ImageAccounts | None, user: str, subject: str) -> None:
     if accounts is not None and (missing := accounts.missing(user)):
-        description = f"{what} has no {missing}; use a name of its /etc/passwd and /etc/group, or a number"
+        description = f"{subject} has no {missing}; use a name of its /etc/passwd and /etc/group, or a number"
         raise InvalidArgument(violations=(FieldViolation(field="spec.user", description=description),))
 
 
 class _StallMonitor:
-    """When a pull last moved: tells it to watchers, and ends the pull after `seconds` without."""
+    """Tracks the progress of a pull: reports a stall in its stage, and cancels it after `seconds` without progress."""
 
     def __init__(self, run: OperationRun, seconds: float) -> None:
         self._run = run
@@ -328,22 +327,22 @@ class _StallMonitor:
         self.last_time = _time_text()
 
     def on_progress(self, current_bytes: int, total_bytes: int) -> None:
-        """Called at every sign of progress."""
+        """Record progress of the pull."""
         self._last, self.last_time = self._loop.time(), _time_text()
         self.stall_timeout.reschedule(self._last + self._seconds)
         self._run.set_stage_message("")
         self._run.progress(current_bytes, total_bytes)
 
     async def describe_stalls(self) -> None:
-        """Say since when there is no progress, where that is worth a word."""
-        quiet = min(_STALL_NOTICE_SECONDS, self._seconds / 2)
+        """Report stalls in the operation's stage until cancelled."""
+        notice_seconds = min(_STALL_NOTICE_SECONDS, self._seconds / 2)
         while True:
-            left = self._last + quiet - self._loop.time()
-            if left <= 0:
+            remaining = self._last + notice_seconds - self._loop.time()
+            if remaining <= 0:
                 self._run.set_stage_message(
-                    f"no progress of the pull since {self.last_time}; it fails {self._seconds:g} s after that"
+                    f"pull stalled since {self.last_time}; it fails after {self._seconds:g} s without progress"
                 )
-            await asyncio.sleep(max(left, _STALL_NOTICE_SECONDS / 10))
+            await asyncio.sleep(max(remaining, _STALL_NOTICE_SECONDS / 10))
 
 
 def _time_text() -> str:

@@ -1,4 +1,4 @@
-"""Drafts of start, restart and scale: other cards, other limits, another process."""
+"""Drafts of start, restart and scale: which states allow them, and the state that each requests."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from gpudock_server.model.spec import ContainerSpec
 
 @dataclass(frozen=True, slots=True)
 class Lifecycle:
-    """Checks that a container can be started, restarted or scaled."""
+    """Drafts start, restart and scale of a container."""
 
     containers: ContainerResource
     history: History
     planner: ChangePlanner
 
     async def draft_start(self, command: Start) -> OperationDraft:
-        """Start what does not run, with what it held, or had, or is asked for now."""
+        """Draft a start. A running container stays as it is; other GPUs then raise GpusOfRunningContainer."""
         view = await self.containers.find_unlocked(command.name, command.etag)
         container = view.container
         spec = container.spec if command.gpus is None else container.spec.changed(gpus=command.gpus)
@@ -49,7 +49,7 @@ class Lifecycle:
         )
 
     async def draft_restart(self, command: Restart) -> OperationDraft:
-        """Stop what runs, and start it."""
+        """Draft a restart: stop the container if it runs, and start it."""
         view = await self.containers.find_unlocked(command.name, command.etag)
         state = view.container.status.state
         await self.history.refuse_if_gone(view.container)
@@ -67,7 +67,7 @@ class Lifecycle:
         return await self.planner.draft(view, desired)
 
     async def draft_scale(self, command: Scale) -> OperationDraft:
-        """Other cards, limits or /dev/shm."""
+        """Draft a change of GPUs, limits or /dev/shm size."""
         view = await self.containers.find_unlocked(command.name, command.etag)
         container = view.container
         spec = _scaled(container.spec, command)
@@ -100,10 +100,10 @@ class Lifecycle:
 
 
 def _scaled(spec: ContainerSpec, command: Scale) -> ContainerSpec:
-    asked = {
+    requested = {
         "gpus": command.gpus,
         "cpus": command.cpus,
         "memory_bytes": command.memory_bytes,
         "shm_size_bytes": command.shm_size_bytes,
     }
-    return spec.changed(**{field: value for field, value in asked.items() if value is not None})
+    return spec.changed(**{field: value for field, value in requested.items() if value is not None})

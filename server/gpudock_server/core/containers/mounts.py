@@ -1,4 +1,4 @@
-"""What a container's spec mounts: volumes that must exist and stay, and host paths that must be allowed."""
+"""Checks of a spec's mounts: volumes must exist and stay, host paths must be allowed."""
 
 from __future__ import annotations
 
@@ -17,32 +17,31 @@ from gpudock_server.ports import HostPaths, VolumeView
 
 @dataclass(frozen=True, slots=True)
 class Mounts:
-    """Finds and checks what specs mount on this node."""
+    """Checks the mounts of specs on this node."""
 
     volumes: VolumeResource
     engine_volumes: EngineVolumes
     host_paths: HostPaths
 
-    async def check(self, mounts: Sequence[Mount], *, had: Sequence[Mount] = ()) -> tuple[VolumeView, ...]:
-        """The volumes that are mounted, each once.
+    async def check(self, mounts: Sequence[Mount], *, previous: Sequence[Mount] = ()) -> tuple[VolumeView, ...]:
+        """Check mounts; returns the mounted volumes, each once.
 
-        Every volume must exist on this node, and every host path below the allow-list, without a symbolic link in it.
-        No operation may be at work on a volume, but for those that were mounted before (`had`), which nobody can
-        delete.
+        Every volume must exist on this node. Every host path must be allowed and have no symbolic link in it. No
+        operation may hold the lock of a volume, except of those in `previous`: a mounted volume cannot be deleted.
         """
-        before = _volumes_of(had)
+        before = _volumes_of(previous)
         await self.host_paths.check([mount.host_path for mount in mounts if mount.host_path])
         views = tuple([await self._find_mountable(name, busy=name in before) for name in _volumes_of(mounts)])
         await self.engine_volumes.require_no_hazards([view.volume for view in views])
         return views
 
     async def ensure_engine_volumes(self, mounts: Sequence[Mount]) -> dict[str, str]:
-        """Volume -> what it is called by the engine, which has it by then. Raises VolumeNotFound, VolumeFailed."""
+        """Map each volume to its engine volume, created if necessary. Raises VolumeNotFound, VolumeFailed."""
         found = {name: await self._find_mountable(name, busy=True, held=True) for name in _volumes_of(mounts)}
         return {name: await self.engine_volumes.ensure(view.volume) for name, view in found.items()}
 
     async def check_before_start(self, mounts: Sequence[Mount]) -> None:
-        """Check that what an engine container mounts, and the engine resolves anew at its start, may still be mounted.
+        """Check that mounts which the engine resolves again at every start are still allowed.
 
         Raises HostPathForbidden, HostPathFailed, VolumeFailed.
         """
@@ -51,7 +50,10 @@ class Mounts:
         await self.engine_volumes.require_no_hazards([view.volume for view in views if view is not None])
 
     async def _find_mountable(self, name: str, *, busy: bool, held: bool = False) -> VolumeView:
-        """A volume of this node that can be mounted. `held`: a spec on record names it already."""
+        """A volume of this node that can be mounted.
+
+        `busy`: an operation may hold its lock. `held`: a recorded spec mounts it already.
+        """
         view = await self.volumes.view(name)
         if view is None:
             raise await self.volumes.not_found_error(name, MountedVolumeNotFound)
@@ -59,16 +61,16 @@ class Mounts:
         await self.volumes.require_this_node(volume)
         if view.operation_id and not busy:
             raise self.volumes.busy_error(name, view.operation_id)
-        # A deletion that began behind such a spec was recorded sees it, and gives up before it has done anything.
-        gives_up = held and volume.state is VolumeState.DELETING and view.operation_id
-        if volume.state is not VolumeState.READY and not gives_up:
-            detail = f"it is {volume.state}; one that is DELETING can only be deleted"
+        # A deletion that begins after the spec was recorded finds that mount and fails before it removes anything.
+        deletion_will_fail = held and volume.state is VolumeState.DELETING and view.operation_id
+        if volume.state is not VolumeState.READY and not deletion_will_fail:
+            detail = f"it is {volume.state}; it must be READY"
             raise VolumeFailed(volume=name, call="mount", detail=detail)
         return view
 
 
 def require_unchanged(views: Iterable[VolumeView]) -> list[StoreChange]:
-    """Conditions of a transaction: these volumes are as they were seen, and nobody is about to delete them."""
+    """Conditions of a transaction: these volumes are unchanged and unlocked."""
     return [
         change
         for view in views

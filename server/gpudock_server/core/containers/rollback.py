@@ -1,6 +1,6 @@
-"""RollbackContainer: return to a revision, as a new one.
+"""RollbackContainer: return a container to the spec and files of a revision, which creates a new revision.
 
-Cards and ports are claimed afresh, whatever the revision had: others may hold those by now.
+GPUs and ports are allocated anew, because other containers may hold those of the old revision.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gpudock_server.ports import Engine, RevisionView
 
 @dataclass(frozen=True, slots=True)
 class RollbackContainer:
-    """Checks that a container can return to a revision, and where its files come from then."""
+    """Drafts a rollback, and decides where the files come from."""
 
     containers: ContainerResource
     engine: Engine
@@ -35,14 +35,14 @@ class RollbackContainer:
     planner: ChangePlanner
 
     async def draft(self, command: Rollback) -> OperationDraft:
-        """Its spec with its files, or with those of today. One whose engine container is gone can be brought back."""
+        """Draft a rollback to a revision's spec, with its files or the current ones. FAILED containers are restored."""
         view = await self.containers.find_unlocked(command.name, command.etag)
         container, state = view.container, view.container.status.state
         if state is ContainerState.PAUSED:
             raise ContainerPaused(container=command.name)
         gone = state is ContainerState.FAILED and await self.history.is_gone(container)
         if state not in RUNNING_STATES and state not in STOPPED_STATES and state is not ContainerState.FAILED:
-            needs = "to return it to a revision, it must be RUNNING, STOPPED, EXITED or FAILED"
+            needs = "to roll it back, it must be RUNNING, STOPPED, EXITED or FAILED"
             raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
         found = await self.history.find_revision(container, command.revision)
         desired = DesiredState(
@@ -60,7 +60,7 @@ class RollbackContainer:
         if command.spec_only and gone:
             return await self._fresh(container, found.revision)
         if command.revision == container.revision and not gone:
-            # What it is already: its files are those of today.
+            # A rollback to the current revision keeps the current files.
             return SuccessorSource()
         if command.spec_only:
             _require_same_image(container, found.revision)
@@ -81,9 +81,9 @@ class RollbackContainer:
         )
 
     async def _fresh(self, container: Container, revision: ContainerRevision) -> SuccessorSource:
-        """The image's own files, where those of today are lost."""
+        """The files of the image, if those of the container are lost."""
         warnings = await self._pull_warnings(revision, revision.image_id)
-        lost = f"the files of container {container.name} are lost; it begins with those of image {revision.spec.image}"
+        lost = f"the files of {container.name} are lost; it starts with the files of image {revision.spec.image}"
         return SuccessorSource(
             files=SuccessorFiles.FRESH,
             image_id=revision.image_id,
@@ -93,17 +93,14 @@ class RollbackContainer:
         )
 
     async def _pull_warnings(self, revision: ContainerRevision, image_id: str) -> tuple[str, ...]:
-        """What a plan says where the image has to be pulled again; nothing where the engine has it.
-
-        Raises ImageNotFound.
-        """
+        """A warning if the image has to be pulled again; empty if the engine has it. Raises ImageNotFound."""
         if await self.engine.image(image_id) is not None:
             return ()
         image = revision.spec.image
         if image_id != revision.image_id:
-            # The engine's commit made it, and no registry has it.
+            # The engine's commit created this image, so no registry has it.
             raise ImageNotFound(image=f"{image} ({image_id})")
-        return (f"image {image} ({image_id}) is no longer in the engine, and is pulled again first",)
+        return (f"image {image} ({image_id}) is not in the engine and will be pulled",)
 
 
 def _require_same_image(container: Container, revision: ContainerRevision) -> None:

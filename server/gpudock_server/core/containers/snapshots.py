@@ -1,12 +1,12 @@
-"""Keeping the files of the revision that a change ends.
+"""Snapshots: keep the files of a revision before a change replaces it.
 
-The bulk is copied while the container runs, and what changed meanwhile once it is still; so a stop, or a freeze where
-nothing else has to stop it, is as short for a large layer as for a small one:
+Most files are copied while the container runs, and only the changes since then while it is stopped or frozen. The stop
+or freeze is therefore as short for a large layer as for a small one:
 
     gather -> (stop or freeze) -> complete -> … -> seal
 
-Where the files are out of reach the engine commits them to an image, which is the same one that a carry by commit
-makes the successor from.
+If the files are not accessible, the engine commits them to an image. A transfer by commit creates the successor from
+the same image.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gpudock_server.ports import Engine, LayerTooLarge, RevisionView, SnapshotSt
 
 
 class MissedSnapshot(Record):
-    """Why a step took no snapshot: the layer is too large (`skipped`), or it failed and nothing waits for it."""
+    """Why a step made no snapshot: the layer is too large (`skipped`), or it failed, which is allowed (`not_kept`)."""
 
     skipped: str = ""
     not_kept: str = ""
@@ -39,10 +39,10 @@ _SEALED = StepResult("seal", Snapshot)
 
 
 class SnapshotArguments(Record):
-    """What the steps need. `previous` is the revision whose snapshot it shares with; 0 is none.
+    """The arguments of the steps. `previous`: the revision with whose snapshot unchanged files are shared; 0: none.
 
-    `skipped` says why no snapshot is made of a layer that is too large. `required`: the call itself asks for a
-    snapshot, and fails without one.
+    `skipped`: why no snapshot is made, if the layer is too large. `required`: the call requests a snapshot, and fails
+    without one.
     """
 
     kind: SnapshotKind | None = None
@@ -59,7 +59,7 @@ class SnapshotArguments(Record):
 
 @dataclass(frozen=True, slots=True)
 class RevisionSnapshots:
-    """Keeps the files of revisions. `policy` counts where neither a call nor a container has one."""
+    """Plans snapshots of revisions. `policy`: the default if neither the call nor the container has one."""
 
     store: SnapshotStore
     engine: Engine
@@ -74,38 +74,40 @@ class RevisionSnapshots:
         *,
         commits: bool,
     ) -> SnapshotArguments:
-        """How the current revision's files are to be kept. `commits`: an image of them is made in any case.
+        """Plan how to keep the files of the current revision. `commits`: the change creates an image of them anyway.
 
-        Raises DiskFull where there is no room for what the policy asks for. Raises SnapshotFailed where the layer is
-        too large for a snapshot and `requested`, which is the call's own, is ALWAYS; under any other policy there is a
-        warning.
+        Raises DiskFull if there is no space for the snapshot. Raises SnapshotFailed if the layer is too large and
+        `requested`, the policy of the call, is ALWAYS; otherwise the plan has a warning.
         """
         engine = container.engine
-        seen = await self.engine.inspect(engine.engine_id) if engine is not None else None
+        engine_container = await self.engine.inspect(engine.engine_id) if engine is not None else None
         policy = requested or container.spec.revision_policy.snapshots or self.policy
         nothing = SnapshotArguments(warnings=(_no_snapshot_warning(container, f"the policy is {policy.value}"),))
-        if engine is None or seen is None:
-            return SnapshotArguments(warnings=(_no_snapshot_warning(container, "its engine container is gone"),))
+        if engine is None or engine_container is None:
+            warning = _no_snapshot_warning(container, "its engine container was removed")
+            return SnapshotArguments(warnings=(warning,))
         if policy is SnapshotPolicy.NEVER:
             return nothing
-        arguments = SnapshotArguments(engine_id=seen.id, revision=container.revision, image_id=engine.image_id)
+        arguments = SnapshotArguments(
+            engine_id=engine_container.id, revision=container.revision, image_id=engine.image_id
+        )
         if commits:
             return arguments.model_copy(update={"kind": SnapshotKind.IMAGE})
-        method, why_not = await self.store.method(seen)
+        method, reason = await self.store.method(engine_container)
         if policy is SnapshotPolicy.CHEAP and method is not SnapshotMethod.REFLINK:
             return nothing
         if method is None:
-            warning = f"its files are kept as an image, which does not keep everything: {why_not}"
+            warning = f"the snapshot is made by an engine commit, which loses metadata: {reason}"
             return arguments.model_copy(update={"kind": SnapshotKind.IMAGE, "warnings": (warning,)})
         arguments = arguments.model_copy(
             update={"previous": _latest_tree(history), "required": requested is SnapshotPolicy.ALWAYS}
         )
-        return await self._plan_tree(container, seen, arguments)
+        return await self._plan_tree(container, engine_container, arguments)
 
     async def _plan_tree(
-        self, container: Container, seen: EngineContainer, arguments: SnapshotArguments
+        self, container: Container, engine_container: EngineContainer, arguments: SnapshotArguments
     ) -> SnapshotArguments:
-        cost = await self.store.plan(seen, _key(container.uid, arguments.previous))
+        cost = await self.store.plan(engine_container, _key(container.uid, arguments.previous))
         if cost.too_large and arguments.required:
             raise SnapshotFailed(detail=_too_large_message(cost.too_large))
         if cost.too_large:
@@ -120,21 +122,24 @@ class RevisionSnapshots:
         )
 
     def steps(self, arguments: SnapshotArguments) -> SnapshotSteps:
-        """The steps of keeping one revision's files."""
+        """The steps that make a planned snapshot."""
         return SnapshotSteps(self, arguments)
 
 
-def _no_snapshot_warning(container: Container, why: str) -> str:
-    return f"the files of revision {container.revision} are not kept ({why}); a rollback to it brings its spec alone"
+def _no_snapshot_warning(container: Container, reason: str) -> str:
+    return f"no snapshot of revision {container.revision} ({reason}); rolling back to it restores its spec only"
 
 
 def _too_large_message(reason: str) -> str:
-    return f"the layer is too large for a snapshot: {reason}; with another snapshot policy than ALWAYS none is made"
+    return (
+        f"the layer is too large for a snapshot: {reason};"
+        " use another snapshot policy than ALWAYS to continue without a snapshot"
+    )
 
 
 def _latest_tree(history: tuple[RevisionView, ...]) -> int:
-    kept = [one.revision.revision for one in history if one.snapshot and one.snapshot.kind is SnapshotKind.TREE]
-    return max(kept, default=0)
+    trees = [view.revision.revision for view in history if view.snapshot and view.snapshot.kind is SnapshotKind.TREE]
+    return max(trees, default=0)
 
 
 def _key(uid: str, revision: int) -> SnapshotKey | None:
@@ -142,7 +147,7 @@ def _key(uid: str, revision: int) -> SnapshotKey | None:
 
 
 class SnapshotSteps:
-    """The steps of keeping one revision's files; none where they are not kept, or not as a tree."""
+    """The steps that make a snapshot as a tree; no steps if no such snapshot is planned."""
 
     def __init__(self, snapshots: RevisionSnapshots, arguments: SnapshotArguments) -> None:
         self._snapshots = snapshots
@@ -154,26 +159,26 @@ class SnapshotSteps:
 
     @property
     def as_image(self) -> bool:
-        """Whether the engine is to commit the files."""
+        """Whether the snapshot is an image that the engine commits."""
         return self._arguments.kind is SnapshotKind.IMAGE
 
     @property
     def steps_while_running(self) -> tuple[Step, ...]:
-        """Before the container is made still."""
+        """The steps before the container is stopped or frozen."""
         return (Step(_GATHERED.step, self._gather, self._discard, interruptible=True),) if self._as_tree else ()
 
     @property
     def steps_while_stopped(self) -> tuple[Step, ...]:
-        """Between its stop, or its freeze, and the moment that its files may change again."""
+        """The steps while the container is stopped or frozen."""
         return (Step(_COMPLETED.step, self._complete),) if self._as_tree else ()
 
     @property
     def steps_at_end(self) -> tuple[Step, ...]:
-        """When nothing is waiting for it any more."""
+        """The steps after which the container no longer waits for the snapshot."""
         return (Step(_SEALED.step, self._seal, self._discard),) if self._as_tree else ()
 
     def with_freeze(self, *steps: Step) -> tuple[Step, ...]:
-        """`steps` with every process of the container frozen for their time."""
+        """`steps` between a freeze and a thaw of the container's processes."""
         if not steps:
             return ()
         return (Step("freeze", self._freeze, self._thaw), *steps, Step("thaw", self._thaw, self._freeze))
@@ -181,7 +186,7 @@ class SnapshotSteps:
     async def _gather(self, run: OperationRun) -> MissedSnapshot | None:
         key, previous = self._keys(run)
         try:
-            await self._snapshots.store.gather(await self._seen(), key, run.operation.id, previous, run.progress)
+            await self._snapshots.store.gather(await self._inspect(), key, run.operation.id, previous, run.progress)
         except LayerTooLarge as error:
             return self._skip(run, error)
         return None
@@ -191,16 +196,16 @@ class SnapshotSteps:
             return None
         key, previous = self._keys(run)
         try:
-            await self._snapshots.store.complete(await self._seen(), key, run.operation.id, previous, run.progress)
+            await self._snapshots.store.complete(await self._inspect(), key, run.operation.id, previous, run.progress)
         except LayerTooLarge as error:
             return self._skip(run, error)
         return None
 
     def _skip(self, run: OperationRun, error: LayerTooLarge) -> MissedSnapshot:
-        """Go on without a snapshot: the container wrote too much since the plan was made."""
+        """Continue without a snapshot: the container wrote too much since the plan was made."""
         if self._arguments.required:
             raise SnapshotFailed(detail=_too_large_message(str(error))) from error
-        run.add_message(f"no snapshot is made, the layer is too large for it: {error}")
+        run.add_message(f"snapshot skipped: the layer is too large: {error}")
         return MissedSnapshot(skipped=str(error))
 
     async def _seal(self, run: OperationRun) -> Snapshot | None:
@@ -223,14 +228,15 @@ class SnapshotSteps:
         uid = run.operation.target.uid
         return SnapshotKey(uid=uid, revision=self._arguments.revision), _key(uid, self._arguments.previous)
 
-    async def _seen(self) -> EngineContainer:
-        seen = await self._snapshots.engine.inspect(self._arguments.engine_id)
-        if seen is None:
-            raise SnapshotFailed(detail=f"engine container {self._arguments.engine_id[:12]} is gone")
-        return seen
+    async def _inspect(self) -> EngineContainer:
+        engine_container = await self._snapshots.engine.inspect(self._arguments.engine_id)
+        if engine_container is None:
+            engine_id = self._arguments.engine_id[:12]
+            raise SnapshotFailed(detail=f"engine container {engine_id} was removed during the operation")
+        return engine_container
 
     def snapshot_of(self, operation: Operation) -> Snapshot | SnapshotSkipped | None:
-        """The snapshot that the steps made, or why they made none although the policy asked for one."""
+        """The snapshot that the steps made, or why they made none although the policy requests one."""
         if reason := self._arguments.skipped or _skipped(operation):
             return SnapshotSkipped(reason=f"the layer was too large for a snapshot: {reason}")
         if self._as_tree:
@@ -244,11 +250,11 @@ class SnapshotSteps:
 
 
 def _skipped(operation: Operation) -> str:
-    """Why the steps went on without a snapshot; empty when they did not."""
-    missed = (result.find(operation) for result in (_COMPLETED, _GATHERED))
-    return next((found.skipped for found in missed if found is not None), "")
+    """Why the steps continued without a snapshot; empty if they did not."""
+    results = (result.find(operation) for result in (_COMPLETED, _GATHERED))
+    return next((missed.skipped for missed in results if missed is not None), "")
 
 
 def snapshot_failed(operation: Operation) -> bool:
-    """Whether a step failed to keep the files, and the operation went on without them."""
+    """Whether a step failed to make the snapshot, and the operation continued without it."""
     return any(stage.facts.get("not_kept") for stage in operation.stages)

@@ -1,4 +1,4 @@
-"""StopContainer: stop the process, then give back what it held."""
+"""StopContainer: stop the process, then release its GPUs and ports."""
 
 from __future__ import annotations
 
@@ -35,7 +35,11 @@ from gpudock_server.ports import ContainerView, Engine
 
 
 class StopArguments(Record):
-    """What the saga needs to be built again. `reason` is why gpudock stops it on its own; empty where a user does."""
+    """The arguments from which the saga is rebuilt.
+
+    `lives`: the container runs or is paused. `frozen`: it is paused. `reason`: why gpudock stops the container on its
+    own; empty for a user's request.
+    """
 
     engine_id: str
     spec: ContainerSpec
@@ -50,7 +54,7 @@ class StopArguments(Record):
 
 @dataclass(frozen=True, slots=True)
 class StopContainer:
-    """Checks that a container can be stopped, and plans how its files are kept."""
+    """Drafts a stop, and plans the snapshot of the files."""
 
     containers: ContainerResource
     engine: Engine
@@ -60,12 +64,12 @@ class StopContainer:
     claims: HostClaims
 
     async def draft(self, command: Stop) -> OperationDraft:
-        """Anything that has been created can be stopped; what has stopped already may still hold something."""
+        """Check that the container has been created. A stopped one can be stopped again to release what it holds."""
         view = await self.containers.find_unlocked(command.name, command.etag)
         container = view.container
         state = container.status.state
         if container.engine is None or state in (ContainerState.CREATING, ContainerState.DELETING):
-            needs = "there is nothing to stop; it can be deleted"
+            needs = "it has no process to stop; it can be deleted"
             raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
         arguments = StopArguments(
             engine_id=container.engine.engine_id,
@@ -79,14 +83,14 @@ class StopContainer:
         )
         return self._draft(view, arguments)
 
-    def draft_enforced(self, view: ContainerView, shown: EngineContainer, reason: str) -> OperationDraft:
-        """Stop what somebody else started, and leave `reason` in its status."""
+    def draft_enforced(self, view: ContainerView, engine_container: EngineContainer, reason: str) -> OperationDraft:
+        """Draft the stop of a container that was started outside gpudock, with `reason` as its status message."""
         container = view.container
         arguments = StopArguments(
-            engine_id=shown.id,
+            engine_id=engine_container.id,
             spec=container.spec,
             lives=True,
-            frozen=shown.state is EngineState.PAUSED,
+            frozen=engine_container.state is EngineState.PAUSED,
             timeout=None,
             keep_resources=False,
             placement=container.status.placement,
@@ -95,16 +99,16 @@ class StopContainer:
         return self._draft(view, arguments)
 
     async def _plan_snapshot(self, container: Container) -> SnapshotArguments:
-        """How its files are kept, where the node keeps those of a stopped container. They never prevent its stop."""
+        """Plan the snapshot, if the node makes one at a stop. An error becomes a warning and never fails the stop."""
         if not self.history.defaults.on_stop:
             return SnapshotArguments()
         try:
-            known = await self.history.revisions(container.uid)
-            kept = await self.snapshots.plan(container, None, known, commits=False)
+            revisions = await self.history.revisions(container.uid)
+            snapshot = await self.snapshots.plan(container, None, revisions, commits=False)
         except (DiskFull, SnapshotFailed) as error:
-            return SnapshotArguments(warnings=(f"its files are not kept: {error}",))
-        # The engine's commit would hold up the stop for as long as it takes to write all of them.
-        return kept if kept.kind is SnapshotKind.TREE else SnapshotArguments(warnings=kept.warnings)
+            return SnapshotArguments(warnings=(f"no snapshot: {error}",))
+        # An engine commit would delay the stop until all files are written.
+        return snapshot if snapshot.kind is SnapshotKind.TREE else SnapshotArguments(warnings=snapshot.warnings)
 
     def _draft(self, view: ContainerView, arguments: StopArguments) -> OperationDraft:
         container = view.container
@@ -126,29 +130,29 @@ class StopContainer:
 
 
 class StopSaga(ContainerSaga):
-    """Gather -> stop -> complete -> seal, or the stop alone.
+    """gather -> stop -> complete -> seal | the record, or only the stop.
 
-    What keeps the files may fail, and the container is stopped all the same. There is no undo of a stop, since starting
-    again what a user wanted stopped helps nobody.
+    The container is stopped even if the snapshot fails. A stop has no undo, because the user wants the container to be
+    stopped.
     """
 
     cancellable = False
 
-    def __init__(self, stopping: StopContainer, operation: Operation) -> None:
-        """Builds the script from the operation's arguments."""
-        super().__init__(stopping.containers)
-        self._stopping = stopping
+    def __init__(self, stop: StopContainer, operation: Operation) -> None:
+        """Read the arguments from the operation's record."""
+        super().__init__(stop.containers)
+        self._use_case = stop
         self._arguments = StopArguments.model_validate(operation.arguments)
-        self._snapshot_steps = stopping.snapshots.steps(self._arguments.keep)
+        self._snapshot_steps = stop.snapshots.steps(self._arguments.keep)
 
     @property
     @override
     def steps(self) -> tuple[Step, ...]:
-        keep = self._snapshot_steps
+        snapshot = self._snapshot_steps
         return (
-            *map(self._optional, keep.steps_while_running),
+            *map(self._optional, snapshot.steps_while_running),
             Step("stop", self._stop),
-            *map(self._optional, (*keep.steps_while_stopped, *keep.steps_at_end)),
+            *map(self._optional, (*snapshot.steps_while_stopped, *snapshot.steps_at_end)),
         )
 
     def _optional(self, step: Step) -> Step:
@@ -158,14 +162,14 @@ class StopSaga(ContainerSaga):
             try:
                 return await step.do(run)
             except (DiskFull, SnapshotFailed) as error:
-                run.add_message(f"its files are not kept: {error}")
+                run.add_message(f"no snapshot: {error}")
                 return MissedSnapshot(not_kept=str(error))
 
         return replace(step, do=do)
 
     async def _stop(self, _run: OperationRun) -> None:
         arguments = self._arguments
-        await self._stopping.engine_containers.stop(
+        await self._use_case.engine_containers.stop(
             arguments.engine_id, arguments.spec, arguments.timeout, frozen=arguments.frozen
         )
 
@@ -173,33 +177,35 @@ class StopSaga(ContainerSaga):
     async def success_changes(self, run: OperationRun, view: ContainerView) -> Outcome:
         arguments = self._arguments
         container = view.container.changed(generation=view.container.generation + 1, update_time=now())
-        seen = await self._stopping.engine.inspect(arguments.engine_id)
-        # Where its last start failed it would else be started again, as its restart policy says.
-        if arguments.lives or (seen is not None and not seen.running and seen.error):
-            # What was said of it while it ran, such as that its restart policy starts it again, has ended with it.
+        engine_container = await self._use_case.engine.inspect(arguments.engine_id)
+        # Also after a failed start: otherwise gpudock would start the container again by its restart policy.
+        if arguments.lives or (
+            engine_container is not None and not engine_container.running and engine_container.error
+        ):
+            # A message about the running process, such as about its restarts, is no longer true.
             container = container.with_status(state=ContainerState.STOPPED, message="")
-        container = container.changed(status=observed_status(container, seen))
-        if arguments.reason and seen is not None and not seen.running:
+        container = container.changed(status=observed_status(container, engine_container))
+        if arguments.reason and engine_container is not None and not engine_container.running:
             container = container.with_status(message=arguments.reason)
-        kept = self._snapshot_changes(run.operation, container.uid)
+        snapshot_changes = self._snapshot_changes(run.operation, container.uid)
         if arguments.keep_resources:
-            return Outcome([PutContainer(container, expect=view.version), *kept], container)
+            return Outcome([PutContainer(container, expect=view.version), *snapshot_changes], container)
         container = container.with_status(placement=Placement(), holds_resources=False)
         changes: list[StoreChange] = [
             PutContainer(container, expect=view.version),
-            *kept,
-            *self._stopping.claims.release(container.uid, claim_keys(arguments.placement)),
+            *snapshot_changes,
+            *self._use_case.claims.release(container.uid, claim_keys(arguments.placement)),
         ]
         return Outcome(changes, container)
 
     def _snapshot_changes(self, operation: Operation, uid: str) -> list[StoreChange]:
-        """What is said of the current revision's files. They are those of this stop until the next one."""
+        """Record the snapshot of the current revision, which is replaced at the next stop."""
         if snapshot_failed(operation):
             return []
-        made = self._snapshot_steps.snapshot_of(operation)
-        return [PutSnapshot(uid, self._arguments.keep.revision, made)] if isinstance(made, Snapshot) else []
+        snapshot = self._snapshot_steps.snapshot_of(operation)
+        return [PutSnapshot(uid, self._arguments.keep.revision, snapshot)] if isinstance(snapshot, Snapshot) else []
 
     @override
     async def failure_changes(self, run: OperationRun, view: ContainerView) -> Sequence[StoreChange]:
-        container = await self._stopping.engine_containers.observe(view.container, self._arguments.engine_id)
+        container = await self._use_case.engine_containers.observe(view.container, self._arguments.engine_id)
         return [PutContainer(container.changed(update_time=now()), expect=view.version)]

@@ -1,4 +1,4 @@
-"""UpdateContainer: other fields of the spec, in place where that can be."""
+"""UpdateContainer: change fields of a container's spec, in place if possible."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gpudock_server.model.spec import ContainerSpec
 
 @dataclass(frozen=True, slots=True)
 class UpdateContainer:
-    """Checks that a container can have another spec, and where its files come from then."""
+    """Drafts an update, and decides where the files come from."""
 
     containers: ContainerResource
     history: History
@@ -28,14 +28,14 @@ class UpdateContainer:
     planner: ChangePlanner
 
     async def draft(self, command: Update) -> OperationDraft:
-        """The same container, with another spec."""
+        """Draft the change of a container's spec."""
         view = await self.containers.find_unlocked(command.name, command.etag)
         container, state = view.container, view.container.status.state
         await self.history.refuse_if_gone(container)
         if state is ContainerState.PAUSED:
             raise ContainerPaused(container=command.name)
         if state not in RUNNING_STATES and state not in STOPPED_STATES:
-            needs = "to change it, it must be RUNNING, STOPPED or EXITED"
+            needs = "to update it, it must be RUNNING, STOPPED or EXITED"
             raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
         spec = command.change.apply(container.spec)
         desired = DesiredState(
@@ -49,15 +49,15 @@ class UpdateContainer:
         return await self.planner.draft(view, desired)
 
     async def _source(self, container: Container, command: Update, spec: ContainerSpec) -> SuccessorSource:
-        """The files of today on the image they were written on; on another one, what the caller says."""
+        """The current files if the image stays the same; for another image, what the command requests."""
         image = spec.image
         if "image" not in command.change.fields:
-            return await self._files_of_now(container, spec)
+            return await self._current_files(container, spec)
         choice = await self._choice(image, command, container.owner)
         image_id = choice.image_id
         current = container.engine.user_image_id if container.engine else ""
         if image_id == current and command.files is not FilesPolicy.DISCARD:
-            return await self._files_of_now(container, spec)
+            return await self._current_files(container, spec)
         pulled = SuccessorSource(
             image_id=image_id,
             present_id=choice.present_id,
@@ -73,22 +73,19 @@ class UpdateContainer:
             case _:
                 raise ImageDiffers(container=container.name, image=image, image_id=image_id, current_image_id=current)
 
-    async def _files_of_now(self, container: Container, spec: ContainerSpec) -> SuccessorSource:
-        # A user that it has already is not looked for: the process may have been started before its name was removed.
+    async def _current_files(self, container: Container, spec: ContainerSpec) -> SuccessorSource:
+        # An unchanged user is not checked: its name may have been removed from the files after the process started.
         if spec.user != container.spec.user:
             await self.images.require_user_in_files(container, spec.user)
         return SuccessorSource()
 
     async def _choice(self, image: str, command: Update, owner: str) -> ImageChoice:
-        # Without a word on its files it is refused in any case, and not pulled for that.
+        # Without a files policy another image is refused anyway, so it is not pulled.
         policy = PullPolicy.NEVER if command.files is None and command.pull_policy is PullPolicy.MISSING else None
         return await self.images.choose(image, policy or command.pull_policy, owner)
 
     async def draft_unmount(self, target: ResourceRef, volume: str) -> OperationDraft:
-        """An update of a container that does not run, to a spec without a volume.
-
-        Raises VolumeMountedByRunning where it runs.
-        """
+        """Draft the update of a stopped container to a spec without a volume. Raises VolumeMountedByRunning."""
         view = await self.containers.find_unlocked(target.name)
         if view.container.status.state not in STOPPED_STATES:
             raise VolumeMountedByRunning(volume=volume, holders=(target.name,))

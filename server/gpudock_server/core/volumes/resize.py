@@ -341,11 +341,11 @@ class CopyResizeSaga(ResizeSaga):
         return LocatedContent(content=await self._backend.content(self._arguments.old))
 
     async def _exchange(self, run: OperationRun) -> None:
-        old, made = self._arguments.old, _MADE.of(run.operation)
+        old, new = self._arguments.old, _MADE.of(run.operation)
         # The engine volume points to the folder of the old backing, so this folder gets the smaller content.
         await self._backend.exchange(
-            made.model_copy(update={"size_bytes": old.size_bytes}),
-            old.model_copy(update={"size_bytes": made.size_bytes}),
+            new.model_copy(update={"size_bytes": old.size_bytes}),
+            old.model_copy(update={"size_bytes": new.size_bytes}),
             _LOCATED.of(run.operation).content,
         )
 
