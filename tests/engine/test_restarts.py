@@ -127,7 +127,7 @@ async def test_one_that_ends_at_once_does_not_take_the_place_of_one_that_runs(at
     for change in changes:
         refused = await failure(change())
         assert refused.reason == "START_FAILED"
-        assert "exit code 3" in refused.message
+        assert "exited with code 3" in refused.message
         after = await attentive.get("steady")
         assert after.status.state == RUNNING
         assert after.status.engine_id == before.status.engine_id
@@ -144,7 +144,7 @@ async def test_a_crash_loop_is_restarting_and_says_how_it_ended(attentive: Calle
         status = (await attentive.get("loop")).status
         assert status.state == RESTARTING
         assert status.exit_code == 3
-        assert "exit code 3" in status.message
+        assert "exited with code 3" in status.message
         assert status.HasField("finish_time")
         assert len(status.gpu_uuids) == 1
         await asyncio.sleep(0.05)

@@ -68,7 +68,7 @@ def test_says_how_many_are_free() -> None:
         "unhealthy": "GPU-6 (XID 79),GPU-7 (MIG mode is enabled; gpudock allocates whole GPUs)",
     }
     assert "GPU-6 (XID 79)" in refused.value.message
-    assert "GPU-7 (it is in MIG mode" in refused.value.message
+    assert "GPU-7 (MIG mode is enabled" in refused.value.message
 
 
 def test_says_how_many_of_the_free_ones_match_and_counts_those_that_it_holds() -> None:

@@ -400,7 +400,7 @@ async def test_an_image_that_the_engine_has_no_more_is_pulled_again_where_it_can
     image = desk.engine.images.pop(image_id)
     operation = await preview(desk, Rollback("a", 1))
     assert operation.stages[0].name == "pull"
-    (warning,) = [one for one in operation.plan.warnings if "pulled again" in one]
+    (warning,) = [one for one in operation.plan.warnings if "will be pulled" in one]
     assert image_id in warning
     assert (await refusal(desk, Clone("b", "a", LABELLED, revision=1))).reason == "IMAGE_NOT_FOUND"
     done = await desk.must(Rollback("a", 1))
@@ -493,7 +493,7 @@ async def test_what_a_clone_leaves_behind(desk: Desk) -> None:
     desk.snapshots.how = (None, "no")
     plan = (await preview(desk, Clone("b", "a", LABELLED))).plan
     assert plan.carry_method is LayerTransferMethod.COMMIT
-    assert "does not keep everything: no" in plan.warnings[0]
+    assert "which loses metadata: no" in plan.warnings[0]
     desk.layers.method = LayerTransferMethod.COMMIT
     plan = (await preview(desk, Clone("b", "a", LABELLED))).plan
     assert (plan.bytes_to_move, plan.bytes_available, plan.warnings[0]) == (5, 50, "it is a test")

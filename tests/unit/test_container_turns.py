@@ -129,7 +129,7 @@ async def test_a_layer_that_is_written_to_is_not_carried(desk: Desk) -> None:
     operation = await desk.do(Scale("a", gpus=THREE))
     assert operation.error is not None
     assert operation.error.reason == "LAYER_CARRY_FAILED"
-    assert operation.error.metadata["detail"].endswith("runs")
+    assert operation.error.metadata["detail"].endswith("is running; it must be stopped")
     assert operation.error.metadata["method"] == "EXCHANGE"
     assert desk.files() == OF_A
     assert len(desk.engine.containers) == 1
@@ -393,7 +393,7 @@ async def test_one_whose_engine_container_is_gone_is_brought_back_or_begins_anew
     desk.engine.containers.clear()
     desk.store.put(desk.head().with_status(state=ContainerState.FAILED))
     plan = (await desk.containers.preview(Rollback("a", 2, spec_only=True))).plan
-    assert "the files of container a are lost" in plan.warnings[-1]
+    assert "the files of a are lost" in plan.warnings[-1]
     await desk.must(Rollback("a", 1))
     assert desk.files() == OF_A
     desk.engine.containers.clear()

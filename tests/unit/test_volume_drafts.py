@@ -315,7 +315,7 @@ async def test_a_container_that_does_not_bear_the_smaller_volume_gets_the_old_on
     assert operation.error is not None
     assert operation.error.reason == "START_FAILED"
     assert operation.error.metadata["container"] == "a"
-    assert "exit code 7" in operation.error.metadata["detail"]
+    assert "exited with code 7" in operation.error.metadata["detail"]
     assert desk.picture() == before
 
 
