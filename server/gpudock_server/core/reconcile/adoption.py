@@ -279,7 +279,10 @@ class OrphanReconciler:
             return
         report_drift(
             _overtaken_drift(
-                operation, f"the record of {operation.target.name} is gone from the store", "the operation was ended"
+                operation,
+                f"the store has no record of {operation.target.name}",
+                DriftRemedy.REPAIRED,
+                "operation ended",
             )
         )
 
@@ -300,7 +303,12 @@ class OrphanReconciler:
         if len(candidates) > 1:
             found = ", ".join(one.name for one in candidates)
             report_drift(
-                _overtaken_drift(operation, f"there are several newer: {found}", "nothing: remove all but one of them")
+                _overtaken_drift(
+                    operation,
+                    f"several newer engine containers: {found}",
+                    DriftRemedy.REPORTED,
+                    "no automatic repair: remove all but one of them",
+                )
             )
             return False
         (one,) = candidates
@@ -310,11 +318,13 @@ class OrphanReconciler:
             ended = await self._write_record(one, view, stored if its_own else _with_overtaken_error(stored, labels))
         except _ClaimConflict as taken:
             held = f"{claim_text(taken.key)} is held by {taken.holder.container}"
-            report_drift(_overtaken_drift(operation, held, "nothing while that is so: stop or delete it"))
+            plan = f"no automatic repair while {held}: stop or delete the holder"
+            report_drift(_overtaken_drift(operation, held, DriftRemedy.REPORTED, plan))
             return False
         if ended:
-            plan = f"it was ended, and the container has the record of its revision {labels.revision}"
-            report_drift(_overtaken_drift(operation, f"{one.name} is newer than what it works on", plan))
+            why = f"engine container {one.name} is newer than the one that it changes"
+            plan = f"operation ended; record restored at revision {labels.revision}"
+            report_drift(_overtaken_drift(operation, why, DriftRemedy.REPAIRED, plan))
         return ended
 
     async def _newer(
@@ -460,10 +470,10 @@ def _orphan_drift(
     )
 
 
-def _overtaken_drift(operation: Operation, why: str, plan: str) -> Drift:
+def _overtaken_drift(operation: Operation, why: str, remedy: DriftRemedy, plan: str) -> Drift:
     return Drift(
         kind=DriftKind.OPERATION_OVERTAKEN,
-        remedy=DriftRemedy.REPORTED if plan.startswith("nothing") else DriftRemedy.REPAIRED,
+        remedy=remedy,
         container=operation.target.name,
         uid=operation.target.uid,
         operation_id=operation.id,
