@@ -139,7 +139,7 @@ async def test_what_a_step_fails_with_is_recorded(desk: Desk) -> None:
     assert operation.error.metadata == {"k": "v"}
 
 
-@pytest.mark.parametrize(("errors", "note"), [(3, ""), (4, "tidy: " + str(REFUSED))])
+@pytest.mark.parametrize(("errors", "note"), [(3, ""), (4, f"step tidy failed after the commit: {REFUSED}")])
 async def test_what_is_refused_past_the_point_of_no_return_is_tried_again_and_then_noted(
     desk: Desk, pauses: list[SupportsIndex | slice], errors: int, note: str
 ) -> None:
@@ -168,7 +168,7 @@ async def test_an_engine_that_is_away_past_the_point_of_no_return_is_waited_for(
     ("errors", "note", "taken"),
     [
         ([REFUSED] * 3, "", [0, 1, 2]),
-        ([REFUSED] * 4, f"undoing first: {REFUSED}", [0, 1, 2]),
+        ([REFUSED] * 4, f"undo of step first failed: {REFUSED}", [0, 1, 2]),
         ([AWAY] * 7, "", [0, 1, 2, 3, 4, 4, 4]),
     ],
 )
@@ -298,7 +298,7 @@ async def test_a_head_that_keeps_moving_is_a_store_that_cannot_be_used(desk: Des
     operation = await desk.ended(await begun(desk, Script(desk, [])))
     assert operation.error is not None
     assert operation.error.reason == "STORE_UNAVAILABLE"
-    assert operation.error.metadata == {"detail": "the record of a keeps changing"}
+    assert operation.error.metadata == {"detail": "the record of a was changed 64 times during one write"}
     assert tries == 64
 
 

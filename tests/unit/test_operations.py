@@ -165,7 +165,7 @@ async def test_a_draft_that_is_out_of_date_is_made_anew_but_not_for_ever(desk: D
     tries = -10
     with pytest.raises(StoreUnavailable) as refused:
         await desk.operations.begin(drafted, None)
-    assert refused.value.detail == "too many others take what this call picks"
+    assert refused.value.detail == "lost 64 races against other calls"
     assert tries == 54
 
 

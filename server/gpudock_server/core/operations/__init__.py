@@ -1,1 +1,1 @@
-"""The engine of every mutation: recorded operations, their sagas, and what drives them."""
+"""Operations: every mutation is a recorded operation, whose saga is driven step by step."""

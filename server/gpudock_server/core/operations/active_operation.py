@@ -1,4 +1,4 @@
-"""An operation in this process, and what a watcher sees of it."""
+"""An operation that this process drives, and its view for watchers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from gpudock_server.errors import StoreFull
 from gpudock_server.model.operation import Operation
 from gpudock_server.model.record import Record
 
-# A quick reader is told of progress this often at most; a pull reports each of its chunks.
+# The shortest interval between two progress events of a stage: a pull reports every chunk.
 _PROGRESS_INTERVAL_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class OperationView:
-    """An operation as a watcher sees it, with the progress of its current stage. `message` is about that stage."""
+    """An operation with the progress of its current stage, in bytes, and that stage's message."""
 
     operation: Operation
     current_bytes: int = 0
@@ -31,19 +31,19 @@ class OperationView:
 
 @dataclass(eq=False)
 class ActiveOperation(OperationRun):
-    """An operation in this process. Only its own task writes its record."""
+    """An operation that this process drives. Only the operation's own task writes its record."""
 
     record: Operation
     version: int
     saga: Saga[Any]
-    # Begins a part of it, or finds the one that was begun, and waits for its end.
+    # Begins a child operation, or finds it where it was begun before, and waits for its end.
     child_runner: Callable[[Operation, str, Callable[[], Awaitable[OperationDraft]]], Awaitable[None]]
     current_bytes: int = 0
     total_bytes: int = 0
     messages: list[str] = field(default_factory=list)
     cancel_requested: bool = False
     step: Step | None = None
-    # Why it waits, where its callers are not to wait with it.
+    # Why the operation waits for room in the store. Callers get this error instead of waiting.
     blocked: StoreFull | None = None
     step_task: asyncio.Task[Record | None] | None = None
     _description: str = ""
@@ -71,11 +71,11 @@ class ActiveOperation(OperationRun):
 
     @property
     def in_interruptible_step(self) -> bool:
-        """Whether it is in a step that a stop leaves, and that a start does not wait for."""
+        """Whether the current step is interruptible; see `Step.interruptible`."""
         return self.step is not None and self.step.interruptible
 
     def cancel_interruptible_step(self) -> None:
-        """Break off a step that the next daemon does again."""
+        """Cancel the current step if it is interruptible; the next daemon repeats it."""
         if self.in_interruptible_step and self.step_task is not None:
             self.step_task.cancel()
 
@@ -89,21 +89,21 @@ class ActiveOperation(OperationRun):
 
     @property
     def view(self) -> OperationView:
-        """The operation as it is now."""
+        """The operation and its progress as of now."""
         return OperationView(self.record, self.current_bytes, self.total_bytes, self._description)
 
     @property
     def changed(self) -> asyncio.Event:
-        """Set at the next change; take it before looking."""
+        """An event that the next change sets. Take it before reading `view`, or a change may be missed."""
         return self._changed
 
     def block(self, error: StoreFull | None) -> None:
-        """It waits for something that nobody can tell the end of; None: no longer."""
+        """Record that the operation waits for room in the store, for an unknown time; None: no longer."""
         changed, self.blocked = self.blocked != error, error
         if changed:
             self.notify_watchers()
 
     def notify_watchers(self) -> None:
-        """Wake every watcher. Each looks at what is then current: what a slow one missed costs nothing."""
+        """Wake every watcher. Each reads the current view, so a slow watcher skips what is outdated."""
         self._changed.set()
         self._changed = asyncio.Event()

@@ -1,4 +1,4 @@
-"""Beginning operations for requests, the same way for every kind of resource."""
+"""Begins an operation for a command, in the same way for every kind of resource."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from gpudock_server.core.operations.engine import Operations, RequestKey
 from gpudock_server.core.operations.saga import OperationDraft
 from gpudock_server.model.operation import Operation, Result
 
-# Drafts the operation of a command of one type.
+# Makes the operation draft of a command; one function per type of command.
 Drafter: TypeAlias = Callable[[Any], Awaitable[OperationDraft]]
 
 
 class Commands:
-    """Begins an operation for a command. Each type of command has a function that drafts its operation."""
+    """Begins operations for commands. `drafters` has the function that drafts the operation, by type of command."""
 
     def __init__(self, operations: Operations, drafters: Mapping[type, Drafter]) -> None:
         self._operations = operations
         self._drafters = drafters
 
     async def begin(self, command: object, request: RequestKey | None) -> str:
-        """Begin an operation; its id. Nothing has been done before this returns."""
+        """Record and start an operation, and return its id. Nothing is done before the operation is recorded."""
         return await self._operations.begin(lambda: self.draft(command), request)
 
     async def run_to_end(self, command: object, request: RequestKey | None) -> None:
         """Begin an operation without a result, such as a deletion, and wait for its end.
 
-        A caller who stops waiting does not cancel it. Raises the error that it ended with.
+        Cancelling this call does not cancel the operation. Raises the error that the operation ended with.
         """
         await self._operations.done(await self.begin(command, request))
 
     async def preview(self, command: object) -> Operation:
-        """What `begin` would do, with nothing done: an operation that is PLANNED and has no id."""
+        """The operation that `begin` would record, in state PLANNED and without an id. Changes nothing."""
         return self._operations.preview(await self.draft(command))
 
     async def _run(self, command: object, request: RequestKey | None) -> Result:
@@ -40,5 +40,5 @@ class Commands:
         return await self._operations.result(await self.begin(command, request))
 
     async def draft(self, command: object) -> OperationDraft:
-        """The operation of a command, with nothing done. Raises what stands against it."""
+        """The operation draft of a command. Changes nothing. Raises the error if the command is not possible."""
         return await self._drafters[type(command)](command)

@@ -1,4 +1,4 @@
-"""Drives a saga: forward step by step, past the point of no return, or back."""
+"""Drives a saga: its steps, the commit and the cleanup steps; or, after a failure, the undo."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from gpudock_server.model.store_changes import StoreChange
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
-# How often a step that the engine refuses (not: leaves unanswered) is tried again where there is no way but on: an
-# undo, or what comes after the commit. Then it is noted, and left to reconcile.
+# Retries of an undo or cleanup step that the engine refuses; one that the engine does not answer is retried without
+# limit. After these the failure goes into the operation's message, and reconcile does the rest.
 _MAX_REFUSED_TRIES = 3
 
 
 class Driver:
-    """Runs the sagas of this process, one task each."""
+    """Drives the operations of this process, each in a task of its own."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
 
     async def run(self, running: ActiveOperation) -> None:
-        """Drive one operation to its end, or leave it at a recorded step. Raises nothing but CancelledError."""
+        """Drive an operation to its end, or suspend it at a recorded step. Raises only CancelledError."""
         with structlog.contextvars.bound_contextvars(
             operation_id=running.record.id, kind=running.record.kind.value, target=running.record.target.name
         ):
             try:
                 await self._drive(running)
             except OperationSuspended:
-                log.info("operation left for the next daemon", stage=running.record.current_stage)
+                log.info("operation suspended for shutdown", stage=running.record.current_stage)
             except OwnershipLost:
-                log.warning("another process drives this operation; left to it")
+                log.warning("operation owned by another process")
             except Exception:
-                # A defect of ours. The record stands where it stood; a restart tries again.
-                log.exception("operation stuck")
+                # A defect of gpudock. The record keeps its last step, and the next daemon tries again.
+                log.exception("operation stopped by internal error")
             finally:
                 running.notify_watchers()
 
@@ -115,7 +115,7 @@ class Driver:
         await self._journal.transact(running, changes)
 
     async def _run_cleanup_steps(self, running: ActiveOperation) -> None:
-        """Past the point of no return: whatever fails is tried again until it is done."""
+        """Run the steps after the commit, and record the end. A step that fails is retried."""
         first = len(running.saga.steps) + 1
         for offset, step in enumerate(running.saga.cleanup_steps):
             await self._retry_step(running, first + offset, step)
@@ -135,8 +135,8 @@ class Driver:
                 await self._journal.wait_before_retry(tries, error)
             except GpudockError as error:
                 if tries >= _MAX_REFUSED_TRIES:
-                    # The work is true already; what could not be tidied is left to reconcile, and said.
-                    running.add_message(f"{step.name}: {error}")
+                    # The result is committed, so the operation succeeds; reconcile does this step's work later.
+                    running.add_message(f"step {step.name} failed after the commit: {error}")
                     await self._journal.record(
                         running, running.record.with_stage(index, state=StageState.DONE, end_time=now())
                     )
@@ -147,7 +147,12 @@ class Driver:
     async def _begin_undo(self, running: ActiveOperation, error: Exception) -> None:
         if not isinstance(error, GpudockError):
             error_id = uuid.uuid4().hex[:12]
-            log.error("step failed unexpectedly", error_id=error_id, stage=running.record.current_stage, exc_info=error)
+            log.error(
+                "step failed with internal error",
+                error_id=error_id,
+                stage=running.record.current_stage,
+                exc_info=error,
+            )
             recorded = RecordedError(
                 code=Code.INTERNAL,
                 reason="INTERNAL",
@@ -155,7 +160,7 @@ class Driver:
                 metadata={"error_id": error_id},
             )
         else:
-            log.info("operation is undone", reason=error.reason, detail=error.message)
+            log.info("undoing operation", reason=error.reason, detail=error.message)
             recorded = recorded_error(error)
         await self._journal.record(
             running,
@@ -175,15 +180,15 @@ class Driver:
 
         async def changes(view: object) -> tuple[Operation, Sequence[StoreChange]]:
             state = OperationState.CANCELLED if running.record.cancel_requested else OperationState.FAILED
-            left = await running.saga.failure_changes(running, view)
-            return self._journal.close_record(running.record, state, left)
+            remaining = await running.saga.failure_changes(running, view)
+            return self._journal.close_record(running.record, state, remaining)
 
         tries = 0
         while not running.record.state.ended:
             try:
                 await self._journal.transact(running, changes)
             except EngineUnavailable as error:
-                # What is left is told as the engine shows it, and not before it does.
+                # The final record needs the status that the engine shows, so it waits for the engine.
                 await self._journal.wait_before_retry(tries, error)
                 tries += 1
 
@@ -199,7 +204,7 @@ class Driver:
                 await self._journal.wait_before_retry(tries, error)
             except GpudockError as error:
                 if tries >= _MAX_REFUSED_TRIES:
-                    running.add_message(f"undoing {step.name}: {error}")
+                    running.add_message(f"undo of step {step.name} failed: {error}")
                     return
                 await self._journal.wait_before_retry(tries, error)
             else:
@@ -208,7 +213,7 @@ class Driver:
 
 
 def recorded_error(error: GpudockError) -> RecordedError:
-    """An error as its operation keeps it."""
+    """The form in which an operation's record keeps an error."""
     if isinstance(error, OperationFailed):
         return RecordedError(
             code=error.recorded_code,

@@ -1,14 +1,13 @@
-"""The engine room of every mutation: begins operations, drives their sagas, lets callers watch and cancel.
+"""Begins operations, drives their sagas, and lets callers watch and cancel them.
 
-The rules, each of which a test breaks a naive version with:
+The rules, each covered by a test:
 
-- An operation is durable, with its lock and its claims, before the first step; nobody is told of it earlier.
-- One step at a time; what a step made is recorded before the next one begins.
-- Work belongs to this class's tasks and never to a caller's: hanging up only stops watching.
-- Before the point of no return a failure or a cancel undoes the steps in reverse; past it, only forward.
-- What cannot be recorded is not acted on: while the store is away, operations wait.
-- An operation that this process cannot bring to its end (it is told to stop) is left at a recorded step, and whoever
-  starts next goes on from there.
+- An operation is recorded with its locks and claims before its first step runs and before a caller gets its id.
+- Steps run one at a time; the result of a step is recorded before the next step begins.
+- Operations run in tasks of `Operations`, never in a caller's task: disconnecting only stops watching.
+- Before the commit, a failure or a cancel undoes the steps in reverse order. After the commit, steps only go forward.
+- A step begins only when everything before it is recorded: while the store does not answer, operations wait.
+- At a shutdown, an unfinished operation is suspended at a recorded step; the next daemon resumes it there.
 """
 
 from __future__ import annotations
@@ -62,12 +61,12 @@ from gpudock_server.ports import Page, Store, StoreConflict
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
-# How often a draft is made anew because another caller took what it had picked. Every loss means that someone else
-# won, so this bounds unfairness and not progress.
+# How often an operation is drafted again because another call took a resource that the draft had picked. Each time
+# that other call succeeded, so this bounds unfairness and not progress.
 _CONTENTION_TRIES = 64
-# How long an operation that is let go of has to put down what it holds.
+# How long a cancelled task may take to end before it is cancelled again.
 _CANCEL_GRACE_SECONDS = 0.5
-# How often is looked for an operation that is still to be taken up.
+# Interval of polls for an operation that is still to be resumed.
 _RESUME_POLL_SECONDS = 0.1
 
 
@@ -91,9 +90,10 @@ class Operations:
         *,
         recovering: bool = False,
     ) -> None:
-        """`sagas` makes the saga of a recorded operation, by its kind.
+        """`sagas` has the function that builds the saga of a recorded operation, by kind of operation.
 
-        `recovering`: nothing begins until `open` is called, because claims and records may not be as the engine has it.
+        `recovering`: new operations are refused until `allow_new_operations`, because claims and records may not agree
+        with the engine yet.
         """
         self._store = store
         self._node = node
@@ -103,18 +103,18 @@ class Operations:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._draining = asyncio.Event()
         self._driver = Driver(Journal(store, self._draining))
-        # Those who lost a race take turns, so that in the end only other processes are raced. The first try is free:
-        # a draft that waits for a slow engine must not hold up all others.
+        # Calls that lost a race retry one at a time, so that they race only other processes. The first try takes no
+        # lock: a draft that waits for a slow engine must not block all other calls.
         self._retry_lock = asyncio.Lock()
-        # Ids whose first transaction may be in the store while they have no task yet.
+        # Ids of operations that may be in the store already and have no task yet.
         self._beginning_ids: set[str] = set()
         self._recovering = recovering
         self._store_full: StoreFull | None = None
-        # Set, and replaced by another, when an operation is resumed, when operations may begin, and when none may.
+        # Set, and replaced, when an operation starts or resumes, when new operations are allowed, and at a drain.
         self._state_changed = asyncio.Event()
 
     def allow_new_operations(self) -> None:
-        """Let operations begin."""
+        """End the recovery: new operations may begin."""
         self._recovering = False
         self._notify_state_change()
 
@@ -123,7 +123,7 @@ class Operations:
         self._state_changed = asyncio.Event()
 
     def set_recovery_blocked(self, error: StoreFull | None) -> None:
-        """The recovery waits for room in the store, for as long as that takes; None: no longer."""
+        """Record that the recovery waits for room in the store, for an unknown time; None: no longer."""
         self._store_full = error
 
     def _recovery_error(self) -> GpudockError:
@@ -138,13 +138,13 @@ class Operations:
         *,
         during_recovery: bool = False,
     ) -> str:
-        """Make one durable operation of a draft and start it; its id.
+        """Record the operation of a draft, start it, and return its id.
 
-        `draft` is called again when what it picked was taken by someone else. With a `request` that was seen before,
-        nothing begins and the id of the first call's operation is returned. Raises whatever `draft` raises,
-        RequestIdReused, the resource's errors for a name that is taken or locked, StoreUnavailable, ShuttingDown; and
-        Recovering, or StoreFull where the recovery waits for room, unless `during_recovery`: the operation is part of
-        one that was resumed, or repairs what the first full pass has found.
+        `draft` is called again when another call took a resource that the draft had picked. A `request` that was used
+        before begins nothing and returns the id of its operation. Raises the errors of `draft`, RequestIdReused, the
+        resource's errors for a name that is taken or locked, StoreUnavailable, ShuttingDown; and Recovering, or
+        StoreFull where the recovery waits for room, unless `during_recovery`: the operation is a child of a resumed
+        operation, or a repair of the first full pass.
         """
         for attempt in range(_CONTENTION_TRIES):
             async with self._retry_lock if attempt else nullcontext():
@@ -161,11 +161,11 @@ class Operations:
                     except StoreConflict as conflict:
                         self._raise_conflict_error(drafted, conflict)
                 except GpudockError:
-                    # Perhaps only because the same call, made twice at once, has just done what was asked.
+                    # The same request, sent twice at once, may have failed only because its twin succeeded.
                     if (first := await self._find_request(request)) is not None:
                         return first
                     raise
-        raise StoreUnavailable(detail="too many others take what this call picks")
+        raise StoreUnavailable(detail=f"lost {_CONTENTION_TRIES} races against other calls")
 
     async def _find_request(self, request: RequestKey | None) -> str | None:
         record = await self._store.request(request.id) if request is not None else None
@@ -198,7 +198,7 @@ class Operations:
             changes.append(PutRequest(request.id, RequestRecord(operation_id=operation.id, digest=request.digest)))
         changes += [
             draft.target_record,
-            *(Lock(one.kind, one.name, operation.id) for one in operation.locked),
+            *(Lock(ref.kind, ref.name, operation.id) for ref in operation.locked),
             *draft.conditions,
             *(
                 Claim(claim.host, claim.key, claim.holder.model_copy(update={"operation_id": operation.id}))
@@ -214,29 +214,29 @@ class Operations:
             self._beginning_ids.discard(operation.id)
         return operation.id
 
-    async def _run_child(self, whole: Operation, name: str, draft: Callable[[], Awaitable[OperationDraft]]) -> None:
-        """See `OperationRun.run_child`. The child is found again by a request id that is made of its parent's."""
-        words = f"{whole.id}/{name}"
+    async def _run_child(self, parent: Operation, name: str, draft: Callable[[], Awaitable[OperationDraft]]) -> None:
+        """See `OperationRun.run_child`. The child is found again by a request id that its parent's id determines."""
+        child_path = f"{parent.id}/{name}"
         try:
-            key = RequestKey(str(uuid.uuid5(uuid.NAMESPACE_OID, words)), words)
-            part = await self.begin(draft, key, during_recovery=True)
+            key = RequestKey(str(uuid.uuid5(uuid.NAMESPACE_OID, child_path)), child_path)
+            child_id = await self.begin(draft, key, during_recovery=True)
         except ShuttingDown:
             raise OperationSuspended from None
-        while not (snapshot := await self.get(part)).operation.state.ended:
-            if (running := self._running.get(part)) is not None:
+        while not (snapshot := await self.get(child_id)).operation.state.ended:
+            if (running := self._running.get(child_id)) is not None:
                 changed = running.changed
-                self._running[whole.id].block(running.blocked)
-                await self._wait_for_change(part, changed)
+                self._running[parent.id].block(running.blocked)
+                await self._wait_for_change(child_id, changed)
             else:
-                # After a restart the whole may be taken up before its part is.
+                # After a restart the parent may be resumed before its child is.
                 await asyncio.sleep(_RESUME_POLL_SECONDS)
-            if self._draining.is_set() and part not in self._tasks:
+            if self._draining.is_set() and child_id not in self._tasks:
                 raise OperationSuspended
-        self._running[whole.id].block(None)
+        self._running[parent.id].block(None)
         raise_operation_error(snapshot.operation)
 
     def _raise_conflict_error(self, draft: OperationDraft, conflict: StoreConflict) -> None:
-        """Raise what a caller can act on; return where the draft is merely out of date."""
+        """Raise the error for a locked or existing name; return where the draft is only out of date."""
         match conflict.change:
             case Lock(kind=kind, name=name) | RequireUnlocked(kind=kind, name=name):
                 raise self._resources[kind].busy_error(name, str(conflict.found)) from None
@@ -248,7 +248,7 @@ class Operations:
     # -- watching ----------------------------------------------------------------------------------------------------
 
     async def get(self, operation_id: str) -> OperationView:
-        """An operation as it is now. Raises OperationNotFound, StoreUnavailable."""
+        """An operation and its progress as of now. Raises OperationNotFound, StoreUnavailable."""
         if (running := self._running.get(operation_id)) is not None:
             return running.view
         stored = await self._store.operation(operation_id)
@@ -257,15 +257,15 @@ class Operations:
         return OperationView(stored.value)
 
     async def list(self, *, page_size: int, page_token: str) -> Page[Operation]:
-        """Operations of every node, as they are recorded."""
+        """A page of the recorded operations of every node."""
         return await self._store.operations(page_size=page_size, page_token=page_token)
 
     async def watch(self, operation_id: str) -> AsyncGenerator[OperationView, None]:
-        """Full snapshots until the operation has ended; the last one is the ended one.
+        """Stream views of an operation until it has ended; the last view is that of the ended operation.
 
-        A slow reader is given the latest and misses what is between. Raises ShuttingDown when this daemon stops first:
-        the operation then goes on with the next one; OperationWaitsForRoom when it cannot be recorded: it
-        goes on when there is room.
+        A slow reader gets the latest view and misses those in between. Raises OperationNotFound, StoreUnavailable;
+        ShuttingDown when this daemon stops first: the next daemon resumes the operation; OperationWaitsForRoom when the
+        store is full: the operation continues when there is room.
         """
         while True:
             while (running := self._running.get(operation_id)) is not None:
@@ -285,11 +285,13 @@ class Operations:
             if self._draining.is_set():
                 raise ShuttingDown
             if not recovering:
-                raise RuntimeError(f"operation {operation_id} is stuck; its log says why")
+                raise RuntimeError(
+                    f"operation {operation_id} was stopped by an internal error; the daemon's log has it"
+                )
             await self._wait_until_resumed(operation_id)
 
     async def _wait_until_resumed(self, operation_id: str) -> None:
-        """Return when an operation is driven here, or would be if it was not over."""
+        """Wait until an operation is resumed, the recovery ends, or this daemon stops."""
         while self._recovering and operation_id not in self._running and not self._draining.is_set():
             await self._state_changed.wait()
 
@@ -304,14 +306,14 @@ class Operations:
             waiter.cancel()
 
     async def result(self, operation_id: str) -> Result:
-        """Wait for the end; what it left. Raises the error that it ended with, and what `watch` raises."""
-        return await self.result_of(await self._ended(operation_id))
+        """Wait for the end of an operation and return its result. Raises as `watch` and `result_of`."""
+        return await self.result_of(await self._wait_for_end(operation_id))
 
     async def done(self, operation_id: str) -> None:
-        """Wait for the end of what leaves nothing. Raises as `result`."""
-        raise_operation_error(await self._ended(operation_id))
+        """Wait for the end of an operation. Raises the error that it ended with, and as `watch`."""
+        raise_operation_error(await self._wait_for_end(operation_id))
 
-    async def _ended(self, operation_id: str) -> Operation:
+    async def _wait_for_end(self, operation_id: str) -> Operation:
         final: OperationView | None = None
         async for snapshot in self.watch(operation_id):
             final = snapshot
@@ -320,9 +322,9 @@ class Operations:
         return final.operation
 
     async def result_of(self, operation: Operation) -> Result:
-        """What an ended operation left. Raises the error that it ended with, OperationResultGone.
+        """The result of an ended operation. Raises the error that it ended with, OperationResultGone.
 
-        Of what is no longer kept for want of room, the object as it is now is shown, as AIP-155 has it.
+        Where a result is no longer kept for want of room, the resource as of now is returned (AIP-155).
         """
         raise_operation_error(operation)
         if operation.result is not None:
@@ -336,7 +338,7 @@ class Operations:
     # -- cancelling --------------------------------------------------------------------------------------------------
 
     async def cancel(self, operation_id: str) -> OperationView:
-        """Ask for an operation to be undone; returns once that is recorded, while the undoing goes on.
+        """Cancel an operation. Returns once the cancel is recorded; the undo may take longer.
 
         Raises OperationNotFound, OperationNotCancellable, WrongNode, Recovering, OperationWaitsForRoom, StoreFull.
         """
@@ -360,7 +362,7 @@ class Operations:
             if operation_id not in self._tasks and not running.record.state.ended:
                 raise ShuttingDown
             if running.blocked is not None:
-                # The wish is kept, and looked at before the next step.
+                # The request stays in memory and is honoured before the next step.
                 raise OperationWaitsForRoom(running.blocked.detail, operation_id)
         if not running.record.cancel_requested:
             raise OperationNotCancellable(operation_id=operation_id, state=running.record.state.value)
@@ -374,12 +376,12 @@ class Operations:
         raise self.wrong_node_error(operation, address)
 
     def wrong_node_error(self, operation: Operation, address: str = "") -> GpudockError:
-        """The error of an operation that another node runs."""
+        """The error for an operation that another node drives."""
         target = operation.target
         return self._resources[target.kind].wrong_node_error(target.name, operation.node, address)
 
     def preview(self, draft: OperationDraft) -> Operation:
-        """What a draft would do, with nothing done: an operation that is PLANNED and has no id."""
+        """The operation that a draft would begin, in state PLANNED and without an id. Changes nothing."""
         moment = now()
         operation = Operation(
             id="",
@@ -394,33 +396,36 @@ class Operations:
         )
         return operation.changed(stages=stages_of(draft.build(operation)))
 
-    # -- life --------------------------------------------------------------------------------------------------------
+    # -- resume and shutdown -----------------------------------------------------------------------------------------
 
-    async def resume(self, but: Collection[str] = ()) -> tuple[str, ...]:
-        """Take up every unfinished operation of this node, `but` some, that no task here drives; their ids."""
-        taken = []
+    async def resume(self, excluded: Collection[str] = ()) -> tuple[str, ...]:
+        """Resume the unfinished operations of this node that no task drives, and return their ids.
+
+        `excluded` are ids of operations that must not be resumed.
+        """
+        resumed: list[str] = []
         for stored in await self._store.unfinished(self._node):
             operation_id = stored.value.id
-            # As of now, and not of when the list was made: it may have ended here meanwhile.
+            # Read again: the operation may have ended since the list was read.
             current = await self._store.operation(operation_id)
             if current is None or current.value.state.ended or self._draining.is_set():
                 continue
-            if operation_id in self.driven or operation_id in but:
+            if operation_id in self.driven or operation_id in excluded:
                 continue
             log.info("operation resumed", operation_id=operation_id, kind=current.value.kind.value)
             saga = self._sagas[current.value.kind](current.value)
             self._launch(ActiveOperation(current.value, current.version, saga, self._run_child))
-            taken.append(operation_id)
-        return tuple(taken)
+            resumed.append(operation_id)
+        return tuple(resumed)
 
     async def wait_until_ended(self, operation_ids: Sequence[str]) -> None:
-        """Wait until these operations have ended or were left."""
+        """Wait until each of these operations has ended or is no longer driven."""
         tasks = [self._tasks[operation_id] for operation_id in operation_ids if operation_id in self._tasks]
         if tasks:
             await asyncio.wait(tasks)
 
     async def wait_until_ended_or_interruptible(self, operation_ids: Sequence[str]) -> None:
-        """Wait until each of these operations has ended, was left, or is in an interruptible step."""
+        """Wait until each of these operations has ended, is no longer driven, or is in an interruptible step."""
         while tasks := [
             self._tasks[operation_id]
             for operation_id in operation_ids
@@ -430,18 +435,18 @@ class Operations:
 
     @property
     def active(self) -> frozenset[str]:
-        """Ids of the operations that are driven here."""
+        """Ids of the operations that a task of this process drives."""
         return frozenset(self._tasks)
 
     @property
     def driven(self) -> frozenset[str]:
-        """Ids of those that are driven here, or are just being begun."""
+        """Ids of the operations that a task drives, or that are being recorded for the first time."""
         return frozenset((*self._tasks, *self._beginning_ids))
 
     async def drain(self, grace_seconds: float) -> None:
-        """Take no new work, bring what runs to a recorded step within `grace_seconds`, then let go of it.
+        """Refuse new operations, and suspend the others at their next recorded step, within `grace_seconds`.
 
-        Interruptible steps are left at once.
+        Interruptible steps are cancelled at once, all others after `grace_seconds`.
         """
         self._draining.set()
         self._notify_state_change()
@@ -453,7 +458,7 @@ class Operations:
             for task in late:
                 task.cancel()
             if late:
-                # What waits for the end of something in the engine leaves it when it is told a second time.
+                # A task that waits for a call of the engine to end needs a second cancel to abandon that call.
                 _, waiting = await asyncio.wait(late, timeout=_CANCEL_GRACE_SECONDS)
                 for task in waiting:
                     task.cancel()
@@ -473,13 +478,13 @@ class Operations:
 
 
 def stages_of(saga: Saga[Any]) -> tuple[Stage, ...]:
-    """The stages that a watcher sees: the steps, the point of no return, and what comes after it."""
+    """The stages of an operation: the steps, the commit, and the cleanup steps."""
     names = [*(step.name for step in saga.steps), COMMIT_STAGE, *(step.name for step in saga.cleanup_steps)]
     return tuple(Stage(name=name) for name in names)
 
 
 def raise_operation_error(operation: Operation) -> None:
-    """Raise the error that an ended operation ended with, if any."""
+    """Raises the error that an ended operation ended with, if any."""
     if operation.error is not None:
         raise OperationFailed(
             recorded_code=operation.error.code,

@@ -1,4 +1,4 @@
-"""Puts what an operation has reached into the store, and waits for a store that is away."""
+"""Writes operation records to the store, and retries while the store does not answer."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from gpudock_server.ports import Store, StoreConflict
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
-# A head that loses this many races in a row is no race any more.
+# A record that changes this often under one transaction is being changed without end.
 _MAX_CONFLICTS = 64
 _BACKOFF_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 
 class OperationSuspended(Exception):
-    """The process is to stop; the operation stands at a recorded step."""
+    """The daemon is shutting down; the operation stays at a recorded step."""
 
 
 class OwnershipLost(Exception):
-    """Another process writes this operation's record."""
+    """Another process writes the record of this operation, or the target is gone."""
 
 
 class Journal:
-    """Writes the records of the operations that are driven here."""
+    """Writes the records of the operations that this process drives."""
 
     def __init__(self, store: Store, draining: asyncio.Event) -> None:
-        """Once `draining` is set, whoever would have to wait is parked instead."""
+        """`draining` is set when the daemon shuts down: waits then raise OperationSuspended."""
         self._store = store
         self._draining = draining
 
     def raise_if_draining(self) -> None:
-        """Raises OperationSuspended when the process is to stop."""
+        """Raises OperationSuspended when the daemon shuts down."""
         if self._draining.is_set():
             raise OperationSuspended
 
     async def wait_before_retry(self, tries: int, error: GpudockError) -> None:
-        """Wait before the next try. Raises OperationSuspended as soon as the process is to stop."""
-        log.warning("will try again", reason=error.reason, detail=error.message)
+        """Wait before retry number `tries`. Raises OperationSuspended as soon as the daemon shuts down."""
+        log.warning("retrying", reason=error.reason, detail=error.message)
         seconds = _BACKOFF_SECONDS[min(tries, len(_BACKOFF_SECONDS) - 1)]
         try:
             await asyncio.wait_for(self._draining.wait(), seconds)
@@ -57,24 +57,27 @@ class Journal:
     def close_record(
         operation: Operation, state: OperationState, changes: Sequence[StoreChange]
     ) -> tuple[Operation, Sequence[StoreChange]]:
-        """The record of an operation that has ended, and all that goes with its end: its lock, its request id."""
+        """The record of an ended operation, with the changes that release its locks and end its request id."""
         ended = operation.changed(state=state, end_time=now())
-        more: list[StoreChange] = [*changes, *(Unlock(one.kind, one.name, operation.id) for one in operation.locked)]
+        more: list[StoreChange] = [*changes, *(Unlock(ref.kind, ref.name, operation.id) for ref in operation.locked)]
         if operation.request_id:
             record = RequestRecord(operation_id=operation.id, digest=operation.request_digest)
             more.append(PutRequest(operation.request_id, record, ended=True))
         return ended, more
 
     async def record(self, running: ActiveOperation, operation: Operation, changes: Sequence[StoreChange] = ()) -> None:
-        """Put the record, and what belongs with it, in one transaction; wait for a store that is away."""
+        """Write a record and `changes` in one transaction, and retry while the store does not answer.
+
+        Raises OwnershipLost, OperationSuspended; StoreConflict where one of `changes` fails.
+        """
         operation = operation.changed(update_time=now(), message="; ".join(running.messages) or operation.message)
         tries = 0
         while True:
             try:
                 version = await self._store.apply([*changes, PutOperation(operation, expect=running.version)])
             except StoreUnavailable as error:
-                # A store that is away comes back, or its callers have a deadline. One that is full waits for an
-                # operator: callers are told, and the operation goes on when there is room.
+                # An outage ends, and callers have deadlines. A full store needs an operator, so callers get an error
+                # and the operation continues when there is room.
                 running.block(error if isinstance(error, StoreFull) else None)
                 await self.wait_before_retry(tries, error)
                 tries += 1
@@ -93,27 +96,31 @@ class Journal:
         running: ActiveOperation,
         changes: Callable[[object], Awaitable[tuple[Operation, Sequence[StoreChange]]]],
     ) -> None:
-        """Record an operation together with changes made from its target as of now, again where that moved."""
+        """Write the record with `changes` of the current target; again from the new target after a conflict.
+
+        Raises as `record`, and StoreUnavailable after too many conflicts.
+        """
         replacements: list[tuple[StoreChange, StoreChange | None]] = []
         for _ in range(_MAX_CONFLICTS):
             view = await self._read_target(running)
-            operation, wanted = await changes(view)
+            operation, requested = await changes(view)
             try:
-                await self.record(running, operation, [*_with_replacements(wanted, replacements)])
+                await self.record(running, operation, [*_with_replacements(requested, replacements)])
             except StoreConflict as conflict:
                 match conflict.change:
                     case Unlock():
-                        # Someone edited the store by hand; say so, and do the rest.
-                        log.warning("the lock is not as this operation left it", found=conflict.found)
+                        # Somebody edited the store. The operation can end without its lock.
+                        log.warning("lock changed outside gpudock", found=conflict.found)
                         replacements.append((conflict.change, None))
                     case ConfirmClaim():
-                        log.warning("a claim is not as this operation left it", found=conflict.found)
+                        log.warning("claim changed outside gpudock", found=conflict.found)
                         replacements.append((conflict.change, _claim_again(conflict.change, conflict.found)))
                     case _:
                         pass
             else:
                 return
-        raise StoreUnavailable(detail=f"the record of {running.record.target.name} keeps changing")
+        detail = f"the record of {running.record.target.name} was changed {_MAX_CONFLICTS} times during one write"
+        raise StoreUnavailable(detail=detail)
 
     async def _read_target(self, running: ActiveOperation) -> object:
         tries = 0
@@ -139,7 +146,7 @@ def _with_replacements(
 
 
 def _claim_again(change: ConfirmClaim, found: object) -> Claim:
-    """A claim that was there when the operation began is gone: take it again, unless another has it by now."""
+    """The change that restores a claim which the operation had and lost. Raises GpuBusy, PortInUse."""
     if not isinstance(found, Holder):
         return Claim(change.host, change.key, change.holder)
     match change.key:

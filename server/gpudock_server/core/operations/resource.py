@@ -1,4 +1,4 @@
-"""One kind of resource, as operations see it."""
+"""The interface that operations need of a kind of resource."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from gpudock_server.ports import Store
 
 
 class LockedView(Protocol):
-    """A record with the operation that has it locked."""
+    """A record with the operation that holds its lock."""
 
     @property
     def operation_id(self) -> str:
-        """Empty where no operation has it locked."""
+        """The operation that holds the lock; empty where none does."""
         ...
 
 
-# A record with the version to compare and set against, as the store shows it.
+# The store's view of a record, with the version for compare-and-set.
 V = TypeVar("V", bound=LockedView)
 
 
 class Resource(ABC, Generic[V]):
-    """How the record of a resource is found, and the errors that name the resource."""
+    """Finds the records of one kind of resource, and makes the errors that name a resource."""
 
     kind: ClassVar[ResourceKind]
 
     def __init__(self, store: Store, node: str) -> None:
-        """`node` is this node, whose resources `find` finds."""
+        """`node` is this node; `find` refuses resources of other nodes."""
         self._store = store
         self.node = node
 
     @abstractmethod
     async def view(self, name: str) -> V | None:
-        """The record of a resource of any node; None where there is none."""
+        """The view of a resource of any node; None where none has that name."""
 
     @abstractmethod
     def record(self, view: V) -> Container | Volume:
-        """The record that a view shows."""
+        """The record of a view."""
 
     @abstractmethod
     async def not_found_error(self, name: str) -> GpudockError:
@@ -54,7 +54,7 @@ class Resource(ABC, Generic[V]):
 
     @abstractmethod
     def busy_error(self, name: str, operation_id: str) -> GpudockError:
-        """The error for a resource that an operation has locked."""
+        """The error for a resource that an operation holds the lock of."""
 
     @abstractmethod
     def stale_etag_error(self, name: str, etag: str, current: str) -> GpudockError:
@@ -62,15 +62,15 @@ class Resource(ABC, Generic[V]):
 
     @abstractmethod
     def wrong_node_error(self, name: str, node: str, address: str) -> GpudockError:
-        """The error for a resource of another node; `address` is where its daemon is reached, empty if nowhere."""
+        """The error for a resource of another node; `address` is that of its daemon, empty if none is alive."""
 
     async def view_of(self, ref: ResourceRef) -> V | None:
-        """The record that a reference means; None where it is gone, or another resource has its name."""
+        """The view of a referenced resource; None where it is gone or another resource has its name."""
         view = await self.view(ref.name)
         return view if view is not None and self.record(view).uid == ref.uid else None
 
     async def find(self, name: str, etag: str = "") -> V:
-        """A resource of this node as the caller has read it; an empty `etag` is not compared.
+        """The view of a resource of this node. A non-empty `etag` must be the current one.
 
         Raises the errors for a resource that is not found, of another node, or changed since.
         """
@@ -89,7 +89,7 @@ class Resource(ABC, Generic[V]):
             raise self.wrong_node_error(record.name, record.node, await node_address(self._store, record.node))
 
     async def find_unlocked(self, name: str, etag: str = "") -> V:
-        """`find` for a resource that no operation is at work on. Raises also the error for one that is locked."""
+        """`find` for a resource without a lock. Raises also the error for a locked one."""
         view = await self.find(name, etag)
         if view.operation_id:
             raise self.busy_error(name, view.operation_id)

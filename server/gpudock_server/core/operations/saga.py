@@ -1,7 +1,7 @@
-"""What an operation does: steps that can be repeated and undone, a point of no return, and what comes after it.
+"""A saga is what an operation does: steps that can be repeated and undone, the commit, and cleanup steps after it.
 
-A saga is built from the arguments in its operation's record alone, so that a daemon that starts can build it again and
-go on where the one before it died. Its steps must therefore depend on nothing that the record does not hold.
+A saga is built from the arguments in its operation's record alone, so that after a restart the daemon can build it
+again and resume it. Its steps must therefore depend on nothing that the record does not have.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gpudock_server.model.record import JsonObject, Record
 from gpudock_server.model.resource import ResourceRef
 from gpudock_server.model.store_changes import Claim, PutContainer, PutVolume, StoreChange
 
-# A head with the version to compare and set against: what the store shows of the operation's target.
+# The store's view of the operation's target: its record with the version for compare-and-set.
 V = TypeVar("V")
 R = TypeVar("R", bound=Record)
 
@@ -24,102 +24,102 @@ COMMIT_STAGE = "commit"
 
 
 class OperationRun(Protocol):
-    """What a step sees of the operation it is part of."""
+    """The operation that a step belongs to, as the step uses it."""
 
     @property
     def operation(self) -> Operation:
-        """The record, with the result of every step before this one."""
+        """The record of the operation, with the results of all earlier steps."""
         ...
 
     def progress(self, current_bytes: int, total_bytes: int) -> None:
-        """Tell watchers how far this stage is."""
+        """Report the progress of this stage to watchers, in bytes."""
         ...
 
     def add_message(self, message: str) -> None:
-        """Add a sentence to the operation's message; kept with its next record."""
+        """Add a sentence to the operation's message; it is stored with the next write of the record."""
         ...
 
     def set_stage_message(self, message: str) -> None:
-        """Show a sentence while this stage is at work, in place of the one before; empty takes it away."""
+        """Set the message of this stage, which watchers see while it runs; empty removes it."""
         ...
 
     async def run_child(self, name: str, draft: Callable[[], Awaitable[OperationDraft]]) -> None:
-        """Bring another operation to its end, begun once however often this is repeated: the part of this `name`.
+        """Run a child operation to its end. `name` identifies it: a repeated call waits for the same child.
 
-        It is an operation like any other, with its own locks and record, and stays done when this one is undone.
-        Raises what `draft` raises, and what it ended with.
+        The child has its own locks and record, and is not undone with its parent. Raises the errors of `draft`, and
+        the error that the child ended with.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult(Generic[R]):
-    """Where a step's result is found in the record of its operation: the step's name, and the type of its result."""
+    """A reference to the result of a step in its operation's record: the step's name and the type of its result."""
 
     step: str
     type: type[R]
 
     def find(self, operation: Operation) -> R | None:
-        """None before the step is done, and where it had no result."""
+        """The result of the step; None before the step is done, and where it has no result."""
         facts = operation.facts(self.step)
         return self.type.model_validate(facts) if facts else None
 
     def of(self, operation: Operation) -> R:
-        """The result of a step that is done. Raises pydantic.ValidationError where there is none."""
+        """The result of a step that is done. Raises pydantic.ValidationError where it has none."""
         return self.type.model_validate(operation.facts(self.step))
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One recorded step.
+    """One recorded step of a saga.
 
-    `do` may run again after a crash, and what it made the first time is success. What it returns, for a later step, its
-    own undo or a later daemon (see StepResult), is recorded before the next step begins. `undo` runs for a step that
-    was done, half done or perhaps never begun.
+    `do` may run again after a crash, and must accept what its first run has made. Its result (see StepResult) is
+    recorded before the next step begins: later steps, `undo` and the next daemon read it there. `undo` runs for a step
+    that was done, half done or perhaps never begun.
     """
 
     name: str
     do: Callable[[OperationRun], Awaitable[Record | None]]
     undo: Callable[[OperationRun], Awaitable[None]] | None = None
-    # The step may take long, and no container is down meanwhile. A daemon that shuts down cancels it at once, and the
+    # For a step that may take long while no container is down. A daemon that shuts down cancels it at once, and the
     # next daemon repeats it. A daemon that starts does not wait for its end.
     interruptible: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a transaction of a saga changes, and what its caller is then shown."""
+    """The changes of a saga's commit, and the result of its operation."""
 
     changes: Sequence[StoreChange]
     result: Result
 
 
 class Saga(ABC, Generic[V]):
-    """The script of one operation. `cancellable`: whether a caller may take it back before the point of no return."""
+    """The steps of one operation. `cancellable`: whether a caller may cancel it before the commit."""
 
     cancellable: ClassVar[bool] = True
 
     @property
     @abstractmethod
     def steps(self) -> tuple[Step, ...]:
-        """What happens before the point of no return; undone in reverse when anything fails."""
+        """The steps before the commit; undone in reverse order when one fails."""
 
     @property
     def cleanup_steps(self) -> tuple[Step, ...]:
-        """What happens past the point of no return; driven forward until it is done."""
+        """The steps after the commit; each is retried until it is done."""
         return ()
 
     @abstractmethod
     async def read_target(self, run: OperationRun) -> V | None:
-        """The target as of now; None when it is gone, or another has its name."""
+        """The current view of the target; None where it is gone or another resource has its name."""
 
     @abstractmethod
     async def success_changes(self, run: OperationRun, view: V) -> Outcome:
-        """The changes that make the work true; `view` is the target as of now, and may be asked for again."""
+        """The changes of the commit, for `view`, the current target. Called again after a conflict."""
 
     @abstractmethod
     async def failure_changes(self, run: OperationRun, view: V) -> Sequence[StoreChange]:
-        """The changes that leave no trace of an undone operation, but its own record."""
+        """The changes that leave nothing of an undone operation but its record."""
 
 
 SagaBuilder: TypeAlias = Callable[[Operation], Saga[Any]]
@@ -127,21 +127,21 @@ SagaBuilder: TypeAlias = Callable[[Operation], Saga[Any]]
 
 @dataclass(frozen=True, slots=True)
 class OperationDraft:
-    """An operation that could begin: what its first transaction changes beside the operation itself."""
+    """An operation that could begin, with all that its first transaction writes or compares."""
 
     kind: OperationKind
     target: ResourceRef
     target_record: PutContainer | PutVolume
     arguments: JsonObject
     plan: OperationPlan
-    # May know what is not recorded (a registry's password) and what a later process goes without.
+    # The saga that this builds may have more than the record does (a registry's password), which is lost at a restart.
     build: SagaBuilder
     claims: Sequence[Claim] = ()
-    # What else must not change while it is at work, and what else must hold when it begins.
+    # Further resources to lock, and further conditions of the first transaction.
     locks: Sequence[ResourceRef] = ()
     conditions: Sequence[StoreChange] = ()
 
     @property
     def creates_target(self) -> bool:
-        """Whether its target does not exist yet."""
+        """Whether the operation creates its target."""
         return self.target_record.expect == 0
