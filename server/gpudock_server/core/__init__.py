@@ -1,1 +1,1 @@
-"""Use cases. Core speaks the protocols of `ports` and knows no wire, engine, store or driver."""
+"""The use cases. Core uses the protocols of `ports`, and knows nothing of gRPC, Docker, etcd or NVML."""

@@ -1,4 +1,4 @@
-"""Gives every use case and rule of a node the ports and services that it uses. No other module of core imports this."""
+"""Builds the use cases and the reconciler of a node from its ports. No other module of core imports this one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from gpudock_server.ports import (
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """The adapters of a node. `backends` has the best first."""
+    """The adapters of a node. `backends` are in order of preference."""
 
     store: Store
     engine: Engine
@@ -52,7 +52,7 @@ class Ports:
 
 @dataclass(frozen=True, slots=True)
 class NodePolicy:
-    """What the operator has set for a node, as far as core follows it.
+    """The settings of a node that core uses.
 
     `stop_seconds`, `settle_seconds` and `start_watch_seconds` are described in EngineContainers, `pool_path`,
     `forced_backend` and `overcommit` in VolumeBackends.
@@ -73,12 +73,12 @@ class NodePolicy:
 
 
 class NodeCore:
-    """The use cases, the services and the rules of one node."""
+    """The use cases and services of one node."""
 
     def __init__(
         self, ports: Ports, policy: NodePolicy, allocator: Allocator, host: HostCapacity, *, recovering: bool = False
     ) -> None:
-        """`recovering` as in Operations."""
+        """`recovering` is described in Operations."""
         store, engine, node = ports.store, ports.engine, policy.node
         self.ports = ports
         self._policy = policy
@@ -139,7 +139,7 @@ class NodeCore:
         )
 
     def retention(self, interval: float) -> Retention:
-        """What prunes history. `interval` as in Retention."""
+        """The task that prunes history; `interval` is described in Retention."""
         return Retention(
             self.history,
             self.containers,
@@ -153,7 +153,7 @@ class NodeCore:
     def reconciler(
         self, drift: DriftTracker, *, interval: float, orphan_grace: float, start_retry_delays: tuple[float, float]
     ) -> Reconciler:
-        """What compares records with the engine. The settings are described in Reconciler."""
+        """The task that compares records with the engine; the settings are described in Reconciler."""
         return Reconciler(
             self.operations,
             drift,

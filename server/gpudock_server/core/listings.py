@@ -1,4 +1,4 @@
-"""Whole listings of the store, each as of one moment, and what use cases of several resources read from them."""
+"""Complete listings of the store, each as of one store revision, and lookups that read them."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from gpudock_server.ports import ContainerView, Page, Store
 T = TypeVar("T")
 
 _PAGE_SIZE = 500
-# Somebody who compacts the store more often than this within one reading does nothing else.
+# Compactions during one listing: more than this many in a row are no coincidence.
 _MAX_READS = 10
 
 
 class ListRequest(Protocol[T]):
-    """One of the store's listings."""
+    """A paged listing of the store."""
 
     async def __call__(self, *, page_size: int, page_token: str) -> Page[T]:
-        """A page of it."""
+        """A page of the listing."""
         ...
 
 
 async def read_all_pages(listing: ListRequest[T]) -> Page[T]:
-    """The whole listing as one page.
+    """The complete listing as one page, as of one store revision.
 
-    etcd may be compacted between two pages, and then no longer has the moment of the first: the listing is read again
-    from its beginning. Raises StoreUnavailable.
+    Where etcd is compacted between two pages, it no longer has the revision of the first page: the listing is then read
+    again from its beginning. Raises StoreUnavailable.
     """
     for _ in range(_MAX_READS):
         try:
@@ -38,9 +38,9 @@ async def read_all_pages(listing: ListRequest[T]) -> Page[T]:
         return Page(
             items=tuple(item for page in pages for item in page.items),
             next_token="",
-            unreadable=tuple(one for page in pages for one in page.unreadable),
+            unreadable=tuple(key for page in pages for key in page.unreadable),
         )
-    raise StoreUnavailable(detail=f"it was compacted {_MAX_READS} times in a row while a listing was read")
+    raise StoreUnavailable(detail=f"the store was compacted during {_MAX_READS} reads of one listing")
 
 
 async def _pages(listing: ListRequest[T]) -> AsyncIterator[Page[T]]:
@@ -64,7 +64,7 @@ async def all_volumes(store: Store) -> tuple[Volume, ...]:
 
 
 async def containers_mounting(store: Store, volume: str) -> tuple[ContainerView, ...]:
-    """The containers whose specs mount a volume, by name: the one truth of what is attached."""
+    """The containers whose specs mount a volume, by its name. The specs alone decide what is attached."""
     return tuple(view for view in await all_containers(store) if mounts_volume(view, volume))
 
 
@@ -74,5 +74,5 @@ def mounts_volume(view: ContainerView, volume: str) -> bool:
 
 
 async def node_address(store: Store, node: str) -> str:
-    """The address of a node's daemon; empty where none is alive."""
-    return next((one.address for one in await store.nodes() if one.node == node), "")
+    """The address of a node's daemon; empty where no daemon of the node is alive."""
+    return next((heartbeat.address for heartbeat in await store.nodes() if heartbeat.node == node), "")

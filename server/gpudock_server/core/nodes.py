@@ -1,4 +1,4 @@
-"""What a host has, who holds it, and how its parts are."""
+"""A node's GPUs, ports, disk and volumes, their holders, and the state of its engine and store."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from gpudock_server.ports import Engine, GpuInventory, LayerStore, Store, StoreU
 
 T = TypeVar("T")
 
-# What has not answered by then does not answer, as far as a look at the node goes.
+# An engine or store that needs longer than this is shown as not answering.
 _PROBE_TIMEOUT_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
 class HeldGpu:
-    """A card and who holds it; None when it is free."""
+    """A GPU and the container that holds it; None where it is free."""
 
     gpu: Gpu
     holder: Holder | None
@@ -36,7 +36,7 @@ class HeldGpu:
 
 @dataclass(frozen=True, slots=True)
 class HeldPort:
-    """A claimed port and who holds it."""
+    """A claimed host port and the container that holds it."""
 
     key: PortKey
     holder: Holder
@@ -44,7 +44,7 @@ class HeldPort:
 
 @dataclass(frozen=True, slots=True)
 class DiskUsage:
-    """The filesystem that the engine keeps its data on; None where it is not visible from here."""
+    """The filesystem of the engine's data folder; sizes are None where this process cannot see the folder."""
 
     path: str
     total_bytes: int | None
@@ -53,7 +53,7 @@ class DiskUsage:
 
 @dataclass(frozen=True, slots=True)
 class VolumePool:
-    """What volumes with a size share, and how often it may be promised."""
+    """The space that volumes with a size share, and the ratio by which it may be overcommitted."""
 
     path: str
     usage: PoolUsage
@@ -62,7 +62,7 @@ class VolumePool:
 
 @dataclass(frozen=True, slots=True)
 class NodeView:
-    """A node at one moment. A part that did not answer has an error; `engine` is what it said when it last did."""
+    """A node as of now. An engine or store that did not answer has an error; `engine` is its last answer."""
 
     name: str
     version: str
@@ -82,19 +82,19 @@ class NodeView:
 
     @property
     def free_gpus(self) -> int:
-        """Cards that could be handed out now: none while the claims are not known."""
+        """How many GPUs could be allocated now; 0 while the claims cannot be read."""
         if self.store_error:
             return 0
         return sum(gpu.schedulable and self.claims.holder(GpuKey(gpu.uuid)) is None for gpu in self.gpus.gpus)
 
     @property
     def claimed_gpus(self) -> int:
-        """Cards that a container holds."""
+        """How many GPUs containers hold."""
         return sum(isinstance(key, GpuKey) for key in self.claims.claims)
 
 
 class Nodes:
-    """Shows this node."""
+    """Reads the state of this node."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class Nodes:
         start_time: datetime,
         port_range: tuple[int, int],
     ) -> None:
-        """`version` is the daemon's; `port_range` the first and last host port, both included."""
+        """`version` is the daemon's; `port_range` has the first and last host port, both included."""
         self._store = store
         self._engine = engine
         self._layers = layers
@@ -122,7 +122,10 @@ class Nodes:
         self._engine_info: EngineInfo | None = None
 
     async def check(self, name: str) -> None:
-        """Empty is this node. Raises OtherNodeRequested, NodeNotFound; StoreUnavailable where that cannot be told."""
+        """Require that a node name means this node, as an empty name does.
+
+        Raises OtherNodeRequested, NodeNotFound; StoreUnavailable where the other nodes cannot be read.
+        """
         if name in ("", self._claims.node):
             return
         for node in await self._store.nodes():
@@ -132,11 +135,11 @@ class Nodes:
 
     @property
     def port_range(self) -> tuple[int, int]:
-        """The first and the last host port that is handed out."""
+        """The first and the last host port that is allocated."""
         return self._port_range
 
     async def get(self, name: str) -> NodeView:
-        """The node, also where its engine or its store is out of reach. Raises as `check`."""
+        """The state of this node, also where its engine or store does not answer. Raises as `check`."""
         await self.check(name)
         (engine, engine_error), (store_version, store_error), (claims, claims_error), (usage, _) = await asyncio.gather(
             _value_or_error(self._engine.info()),
@@ -169,14 +172,14 @@ class Nodes:
         return VolumePool(backends.path, usage, backends.overcommit) if usage else None
 
     async def gpus(self, name: str) -> tuple[HeldGpu, ...]:
-        """The cards of a node with their holders, by index. Raises as `check`, and StoreUnavailable."""
+        """The GPUs of this node with their holders, by index. Raises as `check`, and StoreUnavailable."""
         await self.check(name)
         snapshot = await self._inventory.snapshot()
         table = await self._store.claims(self._claims.host)
         return tuple(HeldGpu(gpu, table.holder(GpuKey(gpu.uuid))) for gpu in snapshot.gpus)
 
     async def ports(self, name: str) -> tuple[HeldPort, ...]:
-        """The claimed ports of a node, by number. Raises as `check`, and StoreUnavailable."""
+        """The claimed ports of this node, by number. Raises as `check`, and StoreUnavailable."""
         await self.check(name)
         table = await self._store.claims(self._claims.host)
         held = [HeldPort(key, holder) for key, holder in table.claims.items() if isinstance(key, PortKey)]
@@ -188,13 +191,13 @@ async def _value_or_error(call: Awaitable[T]) -> tuple[T | None, str]:
         async with asyncio.timeout(_PROBE_TIMEOUT_SECONDS):
             return await call, ""
     except TimeoutError:
-        return None, f"it has not answered within {_PROBE_TIMEOUT_SECONDS:g} s"
+        return None, f"no answer within {_PROBE_TIMEOUT_SECONDS:g} s"
     except GpudockError as error:
         return None, error.message
 
 
 def _memory_available() -> int:
-    """MemAvailable of /proc/meminfo, in bytes: what could be used without swapping."""
+    """MemAvailable of /proc/meminfo, in bytes: the memory that can be used without swapping."""
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

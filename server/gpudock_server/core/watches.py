@@ -1,4 +1,4 @@
-"""Watches: what a caller is told of the changes that the store sees."""
+"""Watches: streams of the changes of containers and volumes, filtered for a caller."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class ChangeType(StrEnum):
-    """What is told of an object."""
+    """How an object changed, from the caller's view."""
 
     ADDED = "added"
     MODIFIED = "modified"
@@ -26,9 +26,10 @@ class ChangeType(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WatchEvent(Generic[T]):
-    """Something that happened, or a checkpoint, which has neither `change_type` nor `item`. `token` goes on behind it.
+    """A change, or a checkpoint, which has no `change_type` and no `item`. `token` resumes the watch after the event.
 
-    `item` is what the object became; of one that was deleted, or is no longer wanted, what it was.
+    `item` is the object after the change. For DELETED (deleted, or no longer matched by the filter) it is the object
+    before the change.
     """
 
     token: str
@@ -38,9 +39,9 @@ class WatchEvent(Generic[T]):
 
 
 class Watches:
-    """Watches of everything that can be watched.
+    """Streams changes of containers and volumes.
 
-    Each says something at least every `checkpoint_seconds`; the store's idle interval has to be half of that.
+    A stream has an event at least every `checkpoint_seconds`; the store's idle interval must be half of that.
     """
 
     def __init__(self, store: Store, *, checkpoint_seconds: float) -> None:
@@ -49,43 +50,43 @@ class Watches:
         self._draining = asyncio.Event()
 
     def containers(
-        self, wanted: Callable[[ContainerView], bool], *, token: str, listing: bool
+        self, matches: Callable[[ContainerView], bool], *, token: str, listing: bool
     ) -> AsyncGenerator[WatchEvent[ContainerView], None]:
-        """Containers that are `wanted`, as they begin to be, change and cease to be, behind `token` or from now on.
+        """Stream the changes of containers that `matches` accepts, after `token`; from now on where it is empty.
 
-        `listing` shows first, without a token, those that are there. Raises ResumeTokenExpired, InvalidArgument
-        (resume_token), StoreUnavailable, ShuttingDown.
+        `listing`: begin with the existing containers, if there is no token. Raises ResumeTokenExpired,
+        InvalidArgument (resume_token), StoreUnavailable, ShuttingDown.
         """
-        return self._watch_stream(self._store.watch_containers(token=token, listing=listing), wanted)
+        return self._watch_stream(self._store.watch_containers(token=token, listing=listing), matches)
 
     def volumes(
-        self, wanted: Callable[[VolumeDetails], bool], *, token: str, listing: bool
+        self, matches: Callable[[VolumeDetails], bool], *, token: str, listing: bool
     ) -> AsyncGenerator[WatchEvent[VolumeDetails], None]:
-        """Volumes that are `wanted`, and who mounts them; otherwise like `containers`."""
-        return self._watch_stream(self._store.watch_volumes(token=token, listing=listing), wanted)
+        """Stream the changes of volumes, with the containers that mount them; otherwise like `containers`."""
+        return self._watch_stream(self._store.watch_volumes(token=token, listing=listing), matches)
 
     def drain(self) -> None:
-        """End every watch, and begin none: with their tokens they go on elsewhere, or later."""
+        """End every watch and refuse new ones. Callers resume with their tokens at another or the next daemon."""
         self._draining.set()
 
     async def _watch_stream(
-        self, seen: AsyncGenerator[StoreEvent[T], None], wanted: Callable[[T], bool]
+        self, store_events: AsyncGenerator[StoreEvent[T], None], matches: Callable[[T], bool]
     ) -> AsyncGenerator[WatchEvent[T], None]:
-        # So that the first one is told, which says that the watch has begun.
+        # In the past, so that the first checkpoint, which shows that the watch has begun, is sent.
         last_sent = time.monotonic() - self._idle_seconds
-        async with aclosing(seen):
+        async with aclosing(store_events):
             while True:
-                told = _watch_event(await self._next(seen), wanted)
-                if told.change_type or told.list_complete or time.monotonic() - last_sent >= self._idle_seconds:
-                    yield told
+                event = _watch_event(await self._next(store_events), matches)
+                if event.change_type or event.list_complete or time.monotonic() - last_sent >= self._idle_seconds:
+                    yield event
                     last_sent = time.monotonic()
 
-    async def _next(self, seen: AsyncGenerator[StoreEvent[T], None]) -> StoreEvent[T]:
-        """What the store sees next, unless this daemon shuts down first."""
+    async def _next(self, store_events: AsyncGenerator[StoreEvent[T], None]) -> StoreEvent[T]:
+        """The next event of the store. Raises ShuttingDown where this daemon shuts down first."""
         if self._draining.is_set():
-            await seen.aclose()
+            await store_events.aclose()
             raise ShuttingDown
-        following = asyncio.ensure_future(anext(seen))
+        following = asyncio.ensure_future(anext(store_events))
         draining = asyncio.create_task(self._draining.wait())
         try:
             await asyncio.wait((following, draining), return_when=asyncio.FIRST_COMPLETED)
@@ -96,16 +97,16 @@ class Watches:
             draining.cancel()
             if not following.done():
                 following.cancel()
-                # The generator cannot be closed before it has stopped.
+                # The generator cannot be closed while it runs.
                 await asyncio.wait((following,))
 
 
-def _watch_event(seen: StoreEvent[T], wanted: Callable[[T], bool]) -> WatchEvent[T]:
-    """What of it is told to a caller who wants only some."""
-    before = seen.before if seen.before is not None and wanted(seen.before) else None
-    after = seen.after if seen.after is not None and wanted(seen.after) else None
+def _watch_event(event: StoreEvent[T], matches: Callable[[T], bool]) -> WatchEvent[T]:
+    """The event for a caller whose filter is `matches`."""
+    before = event.before if event.before is not None and matches(event.before) else None
+    after = event.after if event.after is not None and matches(event.after) else None
     if after is not None:
-        return WatchEvent(seen.token, ChangeType.MODIFIED if before is not None else ChangeType.ADDED, after)
+        return WatchEvent(event.token, ChangeType.MODIFIED if before is not None else ChangeType.ADDED, after)
     if before is not None:
-        return WatchEvent(seen.token, ChangeType.DELETED, before)
-    return WatchEvent(seen.token, list_complete=seen.list_complete)
+        return WatchEvent(event.token, ChangeType.DELETED, before)
+    return WatchEvent(event.token, list_complete=event.list_complete)

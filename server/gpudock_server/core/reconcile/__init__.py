@@ -1,13 +1,16 @@
-"""Keeps records and the engine in agreement: by the engine's events, and by a full pass now and then.
+"""Keeps the records and the engine in agreement: at events of the engine, and in periodic full passes.
 
-What is found is drift (`model.drift`). It is repaired by a rule or reported, never guessed at, and an engine or a store
-that does not answer changes nothing. A container with an operation at work is left to that. docs/reconcile.md has the
-rules; `drift` keeps what was found, `records` is what one pass sees, and the others each have a part of the rules:
+A difference is drift (`model.drift`). It is repaired by a rule or reported, never guessed at. An engine or a store that
+does not answer changes nothing. A container with an operation is left to that operation. docs/reconcile.md has the
+rules; `loop` runs them, `drift` keeps what was found, `records` reads the records, and the others have the rules:
 
-    locks      locks without an operation, operations without their locks
-    adoption   engine containers that no record binds: adopted, removed or reported
-    containers one container against its engine container: status, name, limits, what it holds
-    claims     claims that nobody has, and those that somebody lacks
+    locks       stale locks, and operations without their locks
+    orphans     what to do with an engine container that no record binds; `adoption` does it
+    containers  a container and its engine container: status, name, limits, claims; `restarts` retries failed starts
+    claims      stale claims, and missing ones
+    volumes     volumes without a record
+    ledger      histories, and containers of which only the history is left
+    host_paths  bindings of host paths; `images` removes unused images
 """
 
 from gpudock_server.core.reconcile.drift import DriftTracker

@@ -1,4 +1,4 @@
-"""Keeps what was found, and since when."""
+"""Keeps the drift that reconcile found, and since when each exists."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ ReportDrift = Callable[[Drift], None]
 
 
 class DriftTracker:
-    """The findings of the last full pass, and those of events since then."""
+    """The drift found by the last full pass, and by events since then."""
 
     def __init__(self) -> None:
         self._report = DriftReport()
 
     @property
     def report(self) -> DriftReport:
-        """What there is, by container and kind."""
-        items = sorted(self._report.items, key=lambda one: (one.container, one.kind, one.identity))
+        """All drift, ordered by container and kind."""
+        items = sorted(self._report.items, key=lambda drift: (drift.container, drift.kind, drift.identity))
         return self._report.model_copy(update={"items": tuple(items)})
 
-    def report_drift(self, found: Drift) -> None:
-        """Add what an event led to; it stays until the next full pass has ended."""
-        others = tuple(one for one in self._report.items if one.identity != found.identity)
-        self._report = self._report.model_copy(update={"items": (*others, self._with_time(found))})
+    def report_drift(self, drift: Drift) -> None:
+        """Add drift that an event led to; it is kept until the end of the next full pass."""
+        others = tuple(item for item in self._report.items if item.identity != drift.identity)
+        self._report = self._report.model_copy(update={"items": (*others, self._with_time(drift))})
 
     @contextmanager
     def full_pass(self) -> Iterator[ReportDrift]:
-        """Collect the findings of a pass, which replace all others when it ends well.
+        """Collect the drift of a full pass, which replaces all other drift when the pass succeeds.
 
-        A pass that is broken off leaves the findings as they were, and says so.
+        An aborted pass leaves the drift as it was, and sets `trouble` of the report.
         """
         found: dict[tuple[str, ...], Drift] = {}
 
@@ -52,8 +52,8 @@ class DriftTracker:
         self._report = DriftReport(items=tuple(found.values()), pass_time=now())
 
     def _with_time(self, drift: Drift) -> Drift:
-        before = next((one for one in self._report.items if one.identity == drift.identity), None)
+        before = next((item for item in self._report.items if item.identity == drift.identity), None)
         if before is None or before.remedy is DriftRemedy.REPAIRED:
-            log.warning("drift", found=drift.kind.value, detail=drift.message, plan=drift.plan)
+            log.warning("drift found", found=drift.kind.value, detail=drift.message, plan=drift.plan)
             return drift.model_copy(update={"since": now()})
         return drift.model_copy(update={"since": before.since})

@@ -1,4 +1,4 @@
-"""What is bound for host paths, against the engine containers that mount it."""
+"""Keeps the bindings of host paths in agreement with the engine containers that mount them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 async def repair_host_paths(
     engine_containers: EngineContainers, view: ContainerView, shown: EngineContainer, report_drift: ReportDrift
 ) -> None:
-    """Bind again what a container mounts and somebody has unmounted, and report what cannot be bound.
+    """Restore the bindings of a container's host paths that were unmounted, and report those that cannot be bound.
 
-    Also one that an older version made, whose host paths the engine resolves itself.
+    Also report an engine container of an older version, whose host paths the engine resolves itself.
     """
     container = view.container
     if view.operation_id or not container.spec.host_paths:
@@ -46,8 +46,8 @@ async def repair_host_paths(
         report(
             DriftKind.HOST_PATH_UNBOUND,
             ",".join(unbound),
-            f"an older version made {container.name}, and the engine resolves its host paths again at every start",
-            f"nothing while it runs: restart or scale {container.name} to have it replaced",
+            f"{container.name} was created by an older version; the engine resolves its host paths at every start",
+            f"no automatic repair: restart or scale {container.name} to replace its engine container",
         )
         return
     try:
@@ -56,14 +56,14 @@ async def repair_host_paths(
         report(
             DriftKind.HOST_PATH_REFUSED,
             error.host_path,
-            f"{container.name} mounts {error.host_path}, which cannot be bound: {error.detail}",
-            "nothing: the engine cannot start it again until the path is allowed and has no symbolic link in it",
+            f"host path {error.host_path} of {container.name} cannot be bound: {error.detail}",
+            "no automatic repair: it can start again only when the path is allowed and has no symbolic link in it",
         )
 
 
 async def release_unused_host_paths(store: Store, engine: Engine, host_paths: HostPaths, node: str) -> None:
-    """Release what is bound for engine containers that do not exist and that no operation is about to make."""
-    # First: what is bound after this has an operation that is read next.
+    """Release bindings for engine containers that do not exist and that no unfinished operation may create."""
+    # Read the bindings first: a later one belongs to an operation that is read next.
     names = await host_paths.names()
     if not names:
         return
@@ -73,9 +73,9 @@ async def release_unused_host_paths(store: Store, engine: Engine, host_paths: Ho
         for operation in unfinished
         if operation.target.kind is ResourceKind.CONTAINER
     }
-    # Of every node: one that was given another name has the same state folder.
-    for one in await engine.find({LABEL_UID: ""}):
-        kept.add(one.created_name)
+    # Engine containers of every node: a node that was renamed keeps its state folder.
+    for engine_container in await engine.find({LABEL_UID: ""}):
+        kept.add(engine_container.created_name)
     for name in sorted(names - kept):
-        log.info("host paths of an engine container that is gone are released", engine_container=name)
+        log.info("releasing host paths of removed engine container", engine_container=name)
         await host_paths.release(name)

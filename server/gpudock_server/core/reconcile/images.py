@@ -1,7 +1,7 @@
-"""Images that an operation had under way when it ended without them.
+"""Removes images that an ended operation left in the engine.
 
-An engine goes on with a commit whose caller is gone: the image appears, with the operation's name, when the undo has
-looked for it in vain, or when the daemon that asked is dead.
+The engine continues a commit whose caller has disconnected. The image then appears, with the operation's id as its tag,
+after the undo has looked for it, or after the daemon has died.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from gpudock_server.ports import Engine, Store
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
-# Of use while their operation is at work, and never after.
+# Images that are needed only until their operation ends.
 _TEMPORARY_REPOSITORIES = frozenset({"gpudock/raw", "gpudock/commit"})
-# What a container stands on, if the operation was not undone.
+# Images that a container is based on, unless the operation was undone.
 _LAYER_REPOSITORY = "gpudock/layer"
 
 
 async def remove_unused_images(store: Store, engine: Engine, images: Images) -> None:
-    """Remove the images of operations that have ended and have no use for them.
+    """Remove images of ended operations that no container needs.
 
-    An operation that is not on record may be another installation's on the same engine: its images are left alone.
+    An operation without a record may be of another installation on the same engine, so its images are kept.
     """
     await images.delete_stale_origins()
     for name in await engine.image_names():
@@ -32,7 +32,7 @@ async def remove_unused_images(store: Store, engine: Engine, images: Images) -> 
             continue
         stored = await store.operation(operation_id.removesuffix("-graft"))
         if stored is not None and _is_unused(repository, stored.value):
-            log.info("an image that its operation has left is removed", image=name)
+            log.info("removing unused image", image=name)
             await engine.remove_image(name)
 
 

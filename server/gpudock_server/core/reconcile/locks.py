@@ -1,4 +1,4 @@
-"""Locks and the operations that hold them, which are begun and ended together: unless somebody edits the store."""
+"""Keeps locks and operations in agreement. They disagree only where somebody edited or restored the store."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from gpudock_server.ports import Store, StoreConflict, Versioned
 
 
 class LockReconciler:
-    """Releases locks that no operation will ever release, and gives operations back the locks that they lost."""
+    """Releases locks whose operation has ended or does not exist, and restores locks of unfinished operations."""
 
     def __init__(self, store: Store, node: str, operations: Operations) -> None:
         self._store = store
         self._node = node
         self._operations = operations
-        # Every operation is read for this, so it is done once: a daemon that runs knows its own.
+        # This reads every operation, so it is done once: later, this daemon knows its own operations.
         self._lost_locks_checked = False
 
     async def repair(self, report_drift: ReportDrift) -> None:
-        """Before anything is resumed: what resumes is found by its locks. Raises StoreUnavailable."""
+        """Repair locks. Call this before a resume, which finds operations by their locks. Raises StoreUnavailable."""
         locks = await self._store.list_locks()
         for lock in locks:
             if lock.operation_id not in self._operations.driven:
@@ -34,7 +34,7 @@ class LockReconciler:
             self._lost_locks_checked = True
 
     async def _check(self, lock: Lock, report_drift: ReportDrift) -> None:
-        # The lock was read first. Its operation was recorded with it, and stays long after it has ended.
+        # The lock was read before this. Its operation was recorded with it, and is kept long after its end.
         try:
             operation = await self._store.operation(lock.operation_id)
         except RecordUnreadable as error:
@@ -45,14 +45,15 @@ class LockReconciler:
                     container=lock.name,
                     operation_id=lock.operation_id,
                     key=error.key,
-                    message=f"operation {lock.operation_id}, which has {lock.name} locked, cannot be read",
-                    plan="nothing: restore it from a backup, or delete its key; then the lock is released",
+                    message=f"operation {lock.operation_id}, which holds the lock of {lock.name}, is unreadable",
+                    plan="no automatic repair: restore the key from a backup, or delete it; then the lock is released",
                 )
             )
             return
         if (operation is not None and not operation.value.state.ended) or not await self._is_ours(lock):
             return
-        shown = lock.operation_id.encode(errors="replace").decode()
+        # Bytes in the key that are no UTF-8 are shown as question marks.
+        operation_id = lock.operation_id.encode(errors="replace").decode()
         try:
             await self._store.apply([Unlock(lock.kind, lock.name, lock.operation_id)])
         except StoreConflict:
@@ -62,15 +63,15 @@ class LockReconciler:
                 kind=DriftKind.LOCK_STALE,
                 remedy=DriftRemedy.REPAIRED,
                 container=lock.name,
-                operation_id=shown,
-                message=f"{lock.name} was locked by operation {shown}, which "
+                operation_id=operation_id,
+                message=f"stale lock of {lock.name}: operation {operation_id} "
                 + ("has ended" if operation else "does not exist"),
-                plan="the lock was released",
+                plan="lock released",
             )
         )
 
     async def _is_ours(self, lock: Lock) -> bool:
-        """Whether what it locks is this node's, or nobody's."""
+        """Whether the locked resource is of this node, or does not exist; true for every volume."""
         if lock.kind is not ResourceKind.CONTAINER:
             return True
         try:
@@ -92,11 +93,13 @@ class LockReconciler:
         current = await self._store.operation(listed.id)
         if listed.id in holders or current is None or current.value.state.ended:
             return
-        taken = next((one.name for one in listed.locked if (one.kind, one.name) in held), "")
-        if not taken and await self._restore_locks(current):
-            remedy, plan = DriftRemedy.REPAIRED, "it has them again, and goes on"
+        conflict = next((ref.name for ref in listed.locked if (ref.kind, ref.name) in held), "")
+        if not conflict and await self._restore_locks(current):
+            remedy, plan = DriftRemedy.REPAIRED, "locks restored; the operation continues"
         else:
-            remedy, plan = DriftRemedy.REPORTED, f"nothing: another operation has {taken or 'one of them'} locked"
+            locked = f"{conflict} is" if conflict else "one of its resources is"
+            remedy = DriftRemedy.REPORTED
+            plan = f"no automatic repair: {locked} locked by another operation"
         report_drift(
             Drift(
                 kind=DriftKind.LOCK_MISSING,
@@ -104,14 +107,14 @@ class LockReconciler:
                 container=listed.target.name,
                 uid=listed.target.uid,
                 operation_id=listed.id,
-                message=f"operation {listed.id} on {listed.target.name} has not ended and has lost its locks",
+                message=f"unfinished operation {listed.id} on {listed.target.name} has lost its locks",
                 plan=plan,
             )
         )
 
     async def _restore_locks(self, stored: Versioned[Operation]) -> bool:
         operation = stored.value
-        locks = [Lock(one.kind, one.name, operation.id) for one in operation.locked]
+        locks = [Lock(ref.kind, ref.name, operation.id) for ref in operation.locked]
         try:
             await self._store.apply([PutOperation(operation, expect=stored.version), *locks])
         except StoreConflict:

@@ -1,4 +1,4 @@
-"""What one pass sees of the engine and the store."""
+"""What a reconcile pass reads from the store, and from the labels of engine containers."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from gpudock_server.ports import ContainerView, Store, UnreadableKey
 
 @dataclass(frozen=True, slots=True)
 class ContainerRecords:
-    """Every head there is, of whatever node, by name; and those that cannot be read."""
+    """The container records of every node, by name, and the keys of unreadable ones."""
 
     views: Mapping[str, ContainerView]
     unreadable: tuple[UnreadableKey, ...]
 
     def of(self, node: str) -> tuple[ContainerView, ...]:
-        """Those of one node."""
+        """The records of one node."""
         return tuple(view for view in self.views.values() if view.container.node == node)
 
     @property
     def uids(self) -> frozenset[str]:
-        """Every uid that has a head."""
+        """The uids of all containers with a record."""
         return frozenset(view.container.uid for view in self.views.values())
 
     @property
     def bound(self) -> frozenset[str]:
-        """Every engine container that a head binds."""
+        """The ids of all engine containers that a record binds."""
         return frozenset(view.container.engine.engine_id for view in self.views.values() if view.container.engine)
 
     @property
     def unreadable_names(self) -> frozenset[str]:
-        """Names whose head cannot be read: nothing of theirs is touched."""
-        return frozenset(one.name for one in self.unreadable)
+        """Names whose record is unreadable. Nothing of these containers is changed."""
+        return frozenset(key.name for key in self.unreadable)
 
 
 async def read_container_records(store: Store) -> ContainerRecords:
-    """All of them, as of one moment."""
-    listed = await read_all_pages(store.containers)
-    return ContainerRecords({view.container.name: view for view in listed.items}, listed.unreadable)
+    """The container records, as of one store revision."""
+    page = await read_all_pages(store.containers)
+    return ContainerRecords({view.container.name: view for view in page.items}, page.unreadable)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineContainerLabels:
-    """What an engine container's labels say that it is."""
+    """What the labels of an engine container say: its container, and the operation and revision that made it."""
 
     uid: str
     name: str
@@ -56,40 +56,41 @@ class EngineContainerLabels:
     revision: int
 
     @classmethod
-    def of(cls, one: EngineContainer) -> EngineContainerLabels:
-        """Read them; a revision that is no number is 0."""
-        revision = one.labels.get(LABEL_REVISION, "")
+    def of(cls, engine_container: EngineContainer) -> EngineContainerLabels:
+        """Read the labels of an engine container; a revision that is no number is 0."""
+        labels = engine_container.labels
+        revision = labels.get(LABEL_REVISION, "")
         return cls(
-            uid=one.labels.get(LABEL_UID, ""),
-            name=one.labels.get(LABEL_NAME, ""),
-            operation_id=one.labels.get(LABEL_OPERATION, ""),
+            uid=labels.get(LABEL_UID, ""),
+            name=labels.get(LABEL_NAME, ""),
+            operation_id=labels.get(LABEL_OPERATION, ""),
             revision=int(revision) if revision.isascii() and revision.isdecimal() else 0,
         )
 
 
-def created_by_gpudock(seen: Mapping[str, EngineContainer]) -> Iterator[EngineContainer]:
-    """Those that an operation of ours made.
+def created_by_gpudock(engine_containers: Mapping[str, EngineContainer]) -> Iterator[EngineContainer]:
+    """The engine containers that an operation of gpudock created.
 
-    Labels alone do not prove that: whoever commits a container of ours and runs the image has them too, but not the
-    name that goes with them.
+    Labels alone do not prove this: a container of an image that was committed from one of gpudock's has the labels too,
+    but not the name that belongs to them.
     """
-    for one in seen.values():
-        if one.name == one.created_name:
-            yield one
+    for engine_container in engine_containers.values():
+        if engine_container.name == engine_container.created_name:
+            yield engine_container
 
 
-def placement_of(spec: ContainerSpec, one: EngineContainer) -> Placement:
-    """What an engine container was given, its ports in the order in which `spec` asks for them."""
-    left = list(one.ports)
+def placement_of(spec: ContainerSpec, engine_container: EngineContainer) -> Placement:
+    """The GPUs and ports of an engine container, the ports in the order of the port requests in `spec`."""
+    remaining = list(engine_container.ports)
     ordered: list[PortBinding] = []
     for request in spec.ports:
-        binding = next((port for port in left if port.serves(request)), None)
+        binding = next((port for port in remaining if port.serves(request)), None)
         if binding is not None:
-            left.remove(binding)
+            remaining.remove(binding)
             ordered.append(binding)
-    return Placement(gpu_uuids=one.gpu_uuids, ports=(*ordered, *left))
+    return Placement(gpu_uuids=engine_container.gpu_uuids, ports=(*ordered, *remaining))
 
 
 def claim_text(key: ClaimKey) -> str:
-    """A claim in a word: a card's UUID, or `tcp/8080`."""
+    """A claim for people: the UUID of a GPU, or a port as `tcp/8080`."""
     return key.uuid if isinstance(key, GpuKey) else f"{key.protocol.value}/{key.port}"
