@@ -55,8 +55,8 @@ async def test_what_was_pruned_says_what_can_be_done(own: OwnDaemons, rig: Rig) 
                     refused
                 )
                 assert refused.metadata.get("revisions", "") == revisions
-        assert "roll it back to, or clone, revision 1" in (await found(caller, "CONTAINER_GONE", REPAIRED, "kept")).plan
-        assert "none of its files were kept" in (await found(caller, "CONTAINER_GONE", REPAIRED, "bare")).plan
+        assert "roll back to or clone revision 1" in (await found(caller, "CONTAINER_GONE", REPAIRED, "kept")).plan
+        assert "there is no snapshot" in (await found(caller, "CONTAINER_GONE", REPAIRED, "bare")).plan
         assert (await failure(caller.rollback("kept", 2))).reason == "SNAPSHOT_NOT_FOUND", "its files are lost"
         await caller.clone("kept", "clone", revision=1)
         assert await caller.shell("clone", "cat /note") == "one\n"

@@ -216,11 +216,11 @@ async def test_an_engine_that_does_not_answer_changes_nothing(own: OwnDaemons, e
         before = await caller.create("steady", 2, ports=[container_pb2.PortRequest(container_port=80)])
         faults = engine_proxy.faults
         for harm in (faults.hang, faults.drop, faults.fail):
-            passes = daemon.log_text.count("reconcile pass broken off")
+            passes = daemon.log_text.count("reconcile pass aborted")
             harm(".*", "/containers/.*|/events", times=None)
 
             async def tried(passes: int = passes) -> bool:
-                return daemon.log_text.count("reconcile pass broken off") > passes
+                return daemon.log_text.count("reconcile pass aborted") > passes
 
             await until(tried)
             assert await caller.get("steady") == before

@@ -271,7 +271,7 @@ async def test_an_operation_that_was_deleted_loses_nothing(own: OwnDaemons, stat
         finding = await found(caller, "CONTAINER_UNKNOWN", REPORTED)
         assert finding.container == "victim"
         await passed(caller)
-        assert [one.plan for one in await drift(caller, container="victim")] == ["nothing is done"]
+        assert [one.plan for one in await drift(caller, container="victim")] == ["no automatic repair"]
         assert not await state.store.list_locks()
         assert "Traceback" not in daemon.log_text, daemon.log_text
 

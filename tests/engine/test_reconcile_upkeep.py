@@ -62,7 +62,7 @@ async def test_started_by_hand_while_another_has_what_it_had(caller: Caller, rig
     await caller.settled()
     status = (await caller.get("loses")).status
     taken = winner.status.gpu_uuids[0]
-    assert status.message == f"it was started outside gpudock while {taken} was held by winner, and was stopped again"
+    assert status.message == f"stopped by gpudock: started outside gpudock while {taken} was held by winner"
     assert not status.holds_resources
     assert (await caller.holders())[taken] == "winner"
     assert await caller.free_gpus() == 7

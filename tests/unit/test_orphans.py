@@ -65,7 +65,7 @@ class Row:
     """A row: what there is, and what is to become of the engine container `new`."""
 
     action: OrphanAction
-    why: str
+    reason: str
     unbound: tuple[EngineContainer, ...] = (one(),)
     view: ContainerView | None = None
     old_stands: bool = False
@@ -79,49 +79,54 @@ SUCCEEDED, FAILED = OperationState.SUCCEEDED, OperationState.FAILED
 ANOTHER = one(engine_id="another", operation="op-87654321")
 
 ROWS = (
-    Row(OrphanAction.LEFT, "at work", at_work=True),
-    Row(OrphanAction.LEFT, "at work", view=head(locked_by="op")),
-    Row(OrphanAction.REPORTED, "cannot be read", unreadable=True),
+    Row(OrphanAction.LEFT, "in progress", at_work=True),
+    Row(OrphanAction.LEFT, "in progress", view=head(locked_by="op")),
+    Row(OrphanAction.REPORTED, "is unreadable", unreadable=True),
     Row(OrphanAction.REMOVED, "was deleted", deleted=True),
     # Its record is gone.
-    Row(OrphanAction.LOST, "record is lost"),
-    Row(OrphanAction.LOST, "record is lost", operation=ended(SUCCEEDED)),
+    Row(OrphanAction.LOST, "record lost"),
+    Row(OrphanAction.LOST, "record lost", operation=ended(SUCCEEDED)),
     Row(OrphanAction.REMOVED, "undone", operation=ended(FAILED)),
     Row(OrphanAction.REMOVED, "undone", operation=ended(OperationState.CANCELLED)),
-    Row(OrphanAction.REMOVED, "nobody knows it", (one(spec=None),)),
-    Row(OrphanAction.REPORTED, "cannot read its labels", (one(spec="{}"),)),
-    Row(OrphanAction.REPORTED, "cannot read its labels", (one(revision="x"),)),
-    Row(OrphanAction.REPORTED, "cannot read its labels", (one(name="No Name"),)),
-    Row(OrphanAction.REPORTED, "others like it", (one(), ANOTHER)),
+    Row(OrphanAction.REMOVED, "no spec label", (one(spec=None),)),
+    Row(OrphanAction.REPORTED, "cannot read the labels", (one(spec="{}"),)),
+    Row(OrphanAction.REPORTED, "cannot read the labels", (one(revision="x"),)),
+    Row(OrphanAction.REPORTED, "cannot read the labels", (one(name="No Name"),)),
+    Row(OrphanAction.REPORTED, "several candidates", (one(), ANOTHER)),
     Row(
         OrphanAction.REPORTED,
-        "others like it",
+        "several candidates",
         (one(), replace(ANOTHER, labels=ANOTHER.labels | {"gpudock.uid": "u2"})),
     ),
-    Row(OrphanAction.REPORTED, "others like it", (one(), ANOTHER), operation=ended(FAILED)),
+    Row(OrphanAction.REPORTED, "several candidates", (one(), ANOTHER), operation=ended(FAILED)),
     # Another has its name.
-    Row(OrphanAction.REPORTED, "another container is called web", view=head(uid="u2")),
+    Row(OrphanAction.REPORTED, "the name web is taken", view=head(uid="u2")),
     Row(OrphanAction.REMOVED, "undone", view=head(uid="u2"), operation=ended(FAILED)),
-    Row(OrphanAction.REMOVED, "nobody knows it", (one(spec=None),), view=head(uid="u2")),
+    Row(OrphanAction.REMOVED, "no spec label", (one(spec=None),), view=head(uid="u2")),
     # Its record binds another: a predecessor, or what was left of an undone operation.
     Row(OrphanAction.REMOVED, "at revision 2", view=head(revision=2), old_stands=True),
     Row(OrphanAction.REMOVED, "at revision 3", view=head(revision=3), old_stands=True),
-    Row(OrphanAction.REPORTED, "what its record binds is gone", view=head(revision=3)),
+    Row(OrphanAction.REPORTED, "the engine container of its record is gone", view=head(revision=3)),
     Row(OrphanAction.REMOVED, "undone", view=head(), old_stands=True, operation=ended(FAILED)),
-    Row(OrphanAction.REPORTED, "undone, and what its record binds is gone", view=head(), operation=ended(FAILED)),
-    Row(OrphanAction.REMOVED, "nobody knows it", (one(spec=None),), view=head(), old_stands=True),
-    Row(OrphanAction.REPORTED, "binds is gone", (one(spec=None),), view=head()),
+    Row(
+        OrphanAction.REPORTED,
+        "undone, and the engine container of its record is gone",
+        view=head(),
+        operation=ended(FAILED),
+    ),
+    Row(OrphanAction.REMOVED, "no spec label", (one(spec=None),), view=head(), old_stands=True),
+    Row(OrphanAction.REPORTED, "of its record is gone", (one(spec=None),), view=head()),
     # It is newer than its record.
     Row(OrphanAction.NEWER, "newer", view=head()),
     Row(OrphanAction.NEWER, "newer", view=head(), operation=ended(SUCCEEDED)),
     Row(OrphanAction.NEWER, "newer", (one(revision="1"),), view=head(binds="", revision=0)),
-    Row(OrphanAction.REPORTED, "there as well", view=head(), old_stands=True),
-    Row(OrphanAction.REPORTED, "so are others", (one(), ANOTHER), view=head()),
-    Row(OrphanAction.REPORTED, "cannot read its labels", (one(spec="{}"),), view=head()),
+    Row(OrphanAction.REPORTED, "still exists", view=head(), old_stands=True),
+    Row(OrphanAction.REPORTED, "several candidates", (one(), ANOTHER), view=head()),
+    Row(OrphanAction.REPORTED, "cannot read the labels", (one(spec="{}"),), view=head()),
 )
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.action.value}: {row.why}")
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.action.value}: {row.reason}")
 def test_the_table(row: Row) -> None:
     views = {NAME: row.view} if row.view else {}
     unreadable = (UnreadableKey(key="/k", name=NAME, detail="d"),) if row.unreadable else ()
@@ -130,7 +135,7 @@ def test_the_table(row: Row) -> None:
         records=ContainerRecords(views, unreadable),
         history=OperationHistory(operations, frozenset({UID} if row.deleted else ())),
         unfinished={OPERATION} if row.at_work else set(),
-        seen={"new", *({"old"} if row.old_stands else ())},
+        existing={"new", *({"old"} if row.old_stands else ())},
     )
-    verdict = next(found for found in evidence.classify(row.unbound) if found.one.id == "new")
-    assert (verdict.action, row.why in verdict.why) == (row.action, True), verdict.why
+    orphan = next(found for found in evidence.classify(row.unbound) if found.engine_container.id == "new")
+    assert (orphan.action, row.reason in orphan.reason) == (row.action, True), orphan.reason

@@ -1,4 +1,4 @@
-"""Engine containers that are ours and that no record binds: given their records again, removed, or reported."""
+"""Adopts, removes or reports orphans, and ends operations that a restored store has and that are outdated."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 class _ClaimConflict(Exception):
-    """Something that it was given is held by another."""
+    """Another container holds a GPU or port of the engine container."""
 
     def __init__(self, key: ClaimKey, holder: Holder) -> None:
         super().__init__(f"{claim_text(key)} is held by {holder.container}")
@@ -71,7 +71,7 @@ class _ClaimConflict(Exception):
 
 
 class OrphanReconciler:
-    """The rules for what no record binds."""
+    """The rules for orphans; see `orphans`."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class OrphanReconciler:
         claims: HostClaims,
         grace: float,
     ) -> None:
-        """`grace`: for how many seconds one that is to be removed is left alone."""
+        """`grace`: seconds from the first sight of an orphan to its removal."""
         self._store = store
         self._engine = engine
         self._engine_containers = engine_containers
@@ -92,26 +92,34 @@ class OrphanReconciler:
         self._host_claims = claims
         self._operations = operations
         self._grace = grace
-        # When each was first found, by engine id.
+        # Monotonic time at which an orphan was first found, by engine id.
         self._orphans_since: dict[str, float] = {}
 
-    # -- judging -----------------------------------------------------------------------------------------------------
+    # -- classifying -------------------------------------------------------------------------------------------------
 
-    async def classify(self, seen: Mapping[str, EngineContainer], records: ContainerRecords) -> tuple[Orphan, ...]:
-        """What is to become of each; `seen` is older than `records`."""
-        unbound = [one for one in created_by_gpudock(seen) if one.id not in records.bound]
+    async def classify(
+        self, engine_containers: Mapping[str, EngineContainer], records: ContainerRecords
+    ) -> tuple[Orphan, ...]:
+        """Find and classify the orphans. `engine_containers` must be read before `records`."""
+        unbound = [
+            engine_container
+            for engine_container in created_by_gpudock(engine_containers)
+            if engine_container.id not in records.bound
+        ]
         if not unbound:
             return ()
         unfinished = {stored.value.id for stored in await self._store.unfinished(self._host_claims.node)}
-        history = await read_operation_history(self._store, {EngineContainerLabels.of(one).uid for one in unbound})
-        return OrphanClassifier(records, history, unfinished | self._operations.driven, seen).classify(unbound)
+        uids = {EngineContainerLabels.of(engine_container).uid for engine_container in unbound}
+        history = await read_operation_history(self._store, uids)
+        unfinished |= self._operations.driven
+        return OrphanClassifier(records, history, unfinished, engine_containers).classify(unbound)
 
     # -- adopting ----------------------------------------------------------------------------------------------------
 
     async def adopt(
         self, orphans: Iterable[Orphan], records: ContainerRecords, action: OrphanAction, report_drift: ReportDrift
     ) -> bool:
-        """Give records to those with that fate; whether any was given one."""
+        """Adopt the orphans with this action; whether any was adopted."""
         chosen = [orphan for orphan in orphans if orphan.action is action]
         return any(
             [await self._adopt(orphan, records.views.get(orphan.labels.name), report_drift) for orphan in chosen]
@@ -120,35 +128,33 @@ class OrphanReconciler:
     async def _adopt(self, orphan: Orphan, view: ContainerView | None, report_drift: ReportDrift) -> bool:
         kind = DriftKind.CONTAINER_NEWER if view else DriftKind.RECORD_LOST
         try:
-            adopted = await self._write_record(orphan.one, view)
-        except _ClaimConflict as taken:
-            held = f"{claim_text(taken.key)} is held by {taken.holder.container}"
+            adopted = await self._write_record(orphan.engine_container, view)
+        except _ClaimConflict as conflict:
             report_drift(
                 _orphan_drift(
                     orphan,
                     kind,
                     DriftRemedy.REPORTED,
-                    f"nothing while {held}: stop or delete that",
-                    claim=claim_text(taken.key),
-                    other=taken.holder.container,
+                    f"no automatic repair while {conflict}: stop or delete the holder",
+                    claim=claim_text(conflict.key),
+                    other=conflict.holder.container,
                 )
             )
             return False
         if adopted:
-            plan = "it has its record again"
-            report_drift(_orphan_drift(orphan, kind, DriftRemedy.REPAIRED, plan))
+            report_drift(_orphan_drift(orphan, kind, DriftRemedy.REPAIRED, "record restored"))
         return adopted
 
     async def _write_record(
-        self, one: EngineContainer, view: ContainerView | None, ending: Versioned[Operation] | None = None
+        self, engine_container: EngineContainer, view: ContainerView | None, ending: Versioned[Operation] | None = None
     ) -> bool:
-        """Write the records of an engine container, ending an operation with them; whether that was still right.
+        """Write the records of an engine container, and end an operation in the same transaction.
 
-        Raises _ClaimConflict.
+        False where the engine or a record has changed since. Raises _ClaimConflict.
         """
-        # What was seen is older than the records. A container is removed from the engine first and forgotten last, so
-        # one that is still there was not deleted meanwhile.
-        fresh = await self._engine.inspect(one.id)
+        # A deletion removes the engine container first and the record last. So an engine container that still exists
+        # was not deleted since the records were read.
+        fresh = await self._engine.inspect(engine_container.id)
         if fresh is None or fresh.spec is None:
             return False
         if view is not None and view.container.engine is not None:
@@ -161,96 +167,101 @@ class OrphanReconciler:
         try:
             await self._store.apply(changes)
         except StoreConflict:
-            # Somebody was quicker; the next pass sees what they did.
+            # A record has changed since; the next pass reads it again.
             return False
         return True
 
     async def _rebuild_record(
-        self, one: EngineContainer, view: ContainerView | None
+        self, engine_container: EngineContainer, view: ContainerView | None
     ) -> tuple[Container, list[StoreChange]]:
-        labels = EngineContainerLabels.of(one)
-        if one.spec is None:
-            raise ValueError(f"{one.name} says nothing of its spec")
-        known = [each.revision for each in await self._store.history(labels.uid)]
-        entries = await self._entries(labels.uid)
-        its_own = _last_entry_of(one, labels.revision, entries)
-        if its_own is not None:
-            number, spec = its_own.number, its_own.revision.spec
+        labels = EngineContainerLabels.of(engine_container)
+        if engine_container.spec is None:
+            raise ValueError(f"{engine_container.name} has no spec label")
+        known = [stored.revision for stored in await self._store.history(labels.uid)]
+        backups = await self._read_backups(labels.uid)
+        backup = _last_backup_of(engine_container, labels.revision, backups)
+        if backup is not None:
+            number, spec = backup.number, backup.revision.spec
         else:
-            number, spec = _latest_revision(one.spec, labels.revision, [*known, *(each.revision for each in entries)])
-        given = placement_of(spec, one)
-        # What does not run holds nothing, and takes what it needs when it is started.
-        placement = given if one.running else Placement()
-        head = view.container if view else _empty_container(one, labels, self._host_claims.node, entries)
+            revisions = [*known, *(stored.revision for stored in backups)]
+            number, spec = _latest_revision(engine_container.spec, labels.revision, revisions)
+        engine_placement = placement_of(spec, engine_container)
+        # A container that does not run holds nothing; its next start claims what it needs.
+        placement = engine_placement if engine_container.running else Placement()
+        node = self._host_claims.node
+        before = view.container if view else _empty_container(engine_container, labels, node, backups)
         binding = EngineBinding(
-            engine_id=one.id,
-            engine_name=one.name,
-            image_id=one.image_id,
-            placement=given,
+            engine_id=engine_container.id,
+            engine_name=engine_container.name,
+            image_id=engine_container.image_id,
+            placement=engine_placement,
             fixed_digest=spec.fixed_digest,
-            anonymous_volumes=anonymous_volumes(spec, one.volumes),
-            layer_images=await self._layer_images(head, labels),
+            anonymous_volumes=anonymous_volumes(spec, engine_container.volumes),
+            layer_images=await self._layer_images(before, labels),
         )
-        if its_own is not None and its_own.engine is not None:
-            kept = its_own.engine
+        if backup is not None and backup.engine is not None:
+            stored_binding = backup.engine
             binding = binding.model_copy(
                 update={
-                    "layer_images": kept.layer_images,
-                    "base_image_id": kept.base_image_id,
-                    "base_depth": kept.base_depth,
+                    "layer_images": stored_binding.layer_images,
+                    "base_image_id": stored_binding.base_image_id,
+                    "base_depth": stored_binding.base_depth,
                 }
             )
-        container = head.changed(
+        container = before.changed(
             spec=spec,
             revision=number,
-            generation=max(head.generation, number) + 1,
+            generation=max(before.generation, number) + 1,
             update_time=now(),
             engine=binding,
-        ).with_status(state=ContainerState.STOPPED, placement=placement, holds_resources=one.running, message="")
-        container = container.changed(status=observed_status(container, one))
+        ).with_status(
+            state=ContainerState.STOPPED, placement=placement, holds_resources=engine_container.running, message=""
+        )
+        container = container.changed(status=observed_status(container, engine_container))
         changes: list[StoreChange] = [PutContainer(container, expect=view.version if view else 0)]
-        if number not in {each.revision for each in known}:
-            changes.append(PutRevision(its_own.revision if its_own else _revision(container, given, labels)))
-        return container, [*changes, *await self._claims(container, head.status.placement)]
+        if number not in {revision.revision for revision in known}:
+            revision = backup.revision if backup else _adopted_revision(container, engine_placement, labels)
+            changes.append(PutRevision(revision))
+        return container, [*changes, *await self._claims(container, before.status.placement)]
 
-    async def _entries(self, uid: str) -> tuple[RevisionBackup, ...]:
+    async def _read_backups(self, uid: str) -> tuple[RevisionBackup, ...]:
         try:
             return await self._ledger.read(uid)
         except GpudockError as error:
-            log.warning("the ledger was not read", uid=uid, detail=error.message)
+            log.warning("ledger read failed", uid=uid, detail=error.message)
             return ()
 
-    async def _layer_images(self, head: Container, labels: EngineContainerLabels) -> tuple[str, ...]:
-        before = head.engine.layer_images if head.engine else ()
-        its_own = layer_image_name_of(labels.operation_id)
-        if its_own in before or await self._engine.image(its_own) is None:
-            return before
-        return (*before, its_own)
+    async def _layer_images(self, container: Container, labels: EngineContainerLabels) -> tuple[str, ...]:
+        recorded = container.engine.layer_images if container.engine else ()
+        image = layer_image_name_of(labels.operation_id)
+        if image in recorded or await self._engine.image(image) is None:
+            return recorded
+        return (*recorded, image)
 
     async def _claims(self, container: Container, before: Placement) -> list[StoreChange]:
         claims = self._host_claims
         table = await self._store.claims(claims.host)
         changes: list[StoreChange] = []
-        wanted = claim_keys(container.status.placement)
-        for key in wanted:
+        keys = claim_keys(container.status.placement)
+        for key in keys:
             found = table.holder(key)
             if found is not None and found.uid != container.uid:
                 raise _ClaimConflict(key, found)
             changes += (claims.confirm if found else claims.claim)(container, [key])
-        mine = dict.fromkeys((*claim_keys(before), *table.claims_of_container(container.uid)))
-        return [*changes, *claims.release(container.uid, [key for key in mine if key not in wanted])]
+        held = dict.fromkeys((*claim_keys(before), *table.claims_of_container(container.uid)))
+        return [*changes, *claims.release(container.uid, [key for key in held if key not in keys])]
 
-    # -- operations that others have overtaken -----------------------------------------------------------------------
+    # -- overtaken operations ----------------------------------------------------------------------------------------
 
     async def end_overtaken_operations(
-        self, seen: Mapping[str, EngineContainer], report_drift: ReportDrift
+        self, engine_containers: Mapping[str, EngineContainer], report_drift: ReportDrift
     ) -> frozenset[str]:
-        """End operations whose work was done, or made moot, in a time that the store has been put back from.
+        """End operations that were finished or outdated before the store was restored to an earlier state.
 
-        To drive one of these would stop and remove what runs. The ids of those that cannot be ended either, and must
-        not be resumed.
+        To drive one of them would stop and remove the running container. Returns the ids of operations that cannot be
+        ended, and must not be resumed.
         """
-        left: set[str] = set()
+        blocked: set[str] = set()
         for stored in await self._store.unfinished(self._host_claims.node):
             operation = stored.value
             if operation.id in self._operations.driven or operation.target.kind is not ResourceKind.CONTAINER:
@@ -259,14 +270,16 @@ class OrphanReconciler:
                 view = await self._store.container(operation.target.name)
                 if view is None or view.container.uid != operation.target.uid:
                     await self._end_without_target(operation.id, report_drift)
-                elif not operation.committed and not await self._overtaken(stored, view, seen, report_drift):
-                    left.add(operation.id)
+                elif not operation.committed and not await self._end_overtaken(
+                    stored, view, engine_containers, report_drift
+                ):
+                    blocked.add(operation.id)
             except RecordUnreadable:
-                left.add(operation.id)
-        return frozenset(left)
+                blocked.add(operation.id)
+        return frozenset(blocked)
 
     async def _end_without_target(self, operation_id: str, report_drift: ReportDrift) -> None:
-        """Its head was deleted in the store alone. What it made is judged like everything that no record binds."""
+        """End an operation whose container has no record. An engine container that it created is an orphan."""
         stored = await self._store.operation(operation_id)
         if stored is None or stored.value.state.ended:
             return
@@ -286,146 +299,157 @@ class OrphanReconciler:
             )
         )
 
-    async def _overtaken(
+    async def _end_overtaken(
         self,
         stored: Versioned[Operation],
         view: ContainerView,
-        seen: Mapping[str, EngineContainer],
+        engine_containers: Mapping[str, EngineContainer],
         report_drift: ReportDrift,
     ) -> bool:
-        """Whether the operation was ended, or may be driven."""
+        """End an operation if it was overtaken. False where it was, and cannot be ended."""
         operation, engine = stored.value, view.container.engine
-        if engine is not None and engine.engine_id in seen:
+        if engine is not None and engine.engine_id in engine_containers:
             return True
-        candidates = [one async for one in self._newer(operation, view, seen)]
+        candidates = [candidate async for candidate in self._newer(operation, view, engine_containers)]
         if not candidates:
             return True
         if len(candidates) > 1:
-            found = ", ".join(one.name for one in candidates)
+            names = ", ".join(candidate.name for candidate in candidates)
             report_drift(
                 _overtaken_drift(
                     operation,
-                    f"several newer engine containers: {found}",
+                    f"several newer engine containers: {names}",
                     DriftRemedy.REPORTED,
                     "no automatic repair: remove all but one of them",
                 )
             )
             return False
-        (one,) = candidates
-        labels = EngineContainerLabels.of(one)
-        its_own = labels.operation_id == operation.id or operation.kind is OperationKind.CREATE
+        (newer,) = candidates
+        labels = EngineContainerLabels.of(newer)
+        made_by_operation = labels.operation_id == operation.id or operation.kind is OperationKind.CREATE
         try:
-            ended = await self._write_record(one, view, stored if its_own else _with_overtaken_error(stored, labels))
-        except _ClaimConflict as taken:
-            held = f"{claim_text(taken.key)} is held by {taken.holder.container}"
-            plan = f"no automatic repair while {held}: stop or delete the holder"
-            report_drift(_overtaken_drift(operation, held, DriftRemedy.REPORTED, plan))
+            ending = stored if made_by_operation else _with_overtaken_error(stored, labels)
+            ended = await self._write_record(newer, view, ending)
+        except _ClaimConflict as conflict:
+            plan = f"no automatic repair while {conflict}: stop or delete the holder"
+            report_drift(_overtaken_drift(operation, str(conflict), DriftRemedy.REPORTED, plan))
             return False
         if ended:
-            why = f"engine container {one.name} is newer than the one that it changes"
+            reason = f"engine container {newer.name} is newer than the one that it changes"
             plan = f"operation ended; record restored at revision {labels.revision}"
-            report_drift(_overtaken_drift(operation, why, DriftRemedy.REPAIRED, plan))
+            report_drift(_overtaken_drift(operation, reason, DriftRemedy.REPAIRED, plan))
         return ended
 
     async def _newer(
-        self, operation: Operation, view: ContainerView, seen: Mapping[str, EngineContainer]
+        self, operation: Operation, view: ContainerView, engine_containers: Mapping[str, EngineContainer]
     ) -> AsyncIterator[EngineContainer]:
-        for one in created_by_gpudock(seen):
-            labels = EngineContainerLabels.of(one)
-            if labels.uid != operation.target.uid or one.spec is None or labels.revision <= view.container.revision:
+        """The engine containers of an operation's container that are newer than its record."""
+        for candidate in created_by_gpudock(engine_containers):
+            labels = EngineContainerLabels.of(candidate)
+            if labels.uid != operation.target.uid or labels.revision <= view.container.revision:
+                continue
+            if candidate.spec is None:
                 continue
             if labels.operation_id == operation.id:
-                # A create that is driven again finds what it made. A successor was started after it had the files.
-                if operation.kind is not OperationKind.CREATE and one.start_time is not None:
-                    yield one
+                # A resumed create finds the engine container that it made. Of other operations, a start shows that the
+                # files were transferred before.
+                if operation.kind is not OperationKind.CREATE and candidate.start_time is not None:
+                    yield candidate
             elif await self._store.operation(labels.operation_id) is None:
-                yield one
+                yield candidate
 
     # -- removing ----------------------------------------------------------------------------------------------------
 
     async def remove(self, orphans: Sequence[Orphan], report_drift: ReportDrift) -> None:
-        """Remove those that are to be, once their grace is over; report those that no rule is certain about."""
-        removable = {orphan.one.id: orphan for orphan in orphans if orphan.action is OrphanAction.REMOVED}
+        """Remove the orphans with action REMOVED after their grace; report those with action REPORTED."""
+        removable = {orphan.engine_container.id: orphan for orphan in orphans if orphan.action is OrphanAction.REMOVED}
         moment = time.monotonic()
         self._orphans_since = {engine_id: self._orphans_since.get(engine_id, moment) for engine_id in removable}
         for orphan in orphans:
             if orphan.action is OrphanAction.REPORTED:
                 report_drift(
-                    _orphan_drift(orphan, DriftKind.CONTAINER_UNKNOWN, DriftRemedy.REPORTED, "nothing is done")
+                    _orphan_drift(orphan, DriftKind.CONTAINER_UNKNOWN, DriftRemedy.REPORTED, "no automatic repair")
                 )
         for engine_id, orphan in removable.items():
-            left = self._grace - (moment - self._orphans_since[engine_id])
-            if left > 0:
+            remaining = self._grace - (moment - self._orphans_since[engine_id])
+            if remaining > 0:
                 report_drift(
                     _orphan_drift(
                         orphan,
                         DriftKind.CONTAINER_UNKNOWN,
                         DriftRemedy.PENDING,
-                        f"it is removed by the first pass after its grace of {self._grace:g} s",
-                    ).model_copy(update={"due_time": now() + timedelta(seconds=left)})
+                        f"will be removed by the first pass after {self._grace:g} s",
+                    ).model_copy(update={"due_time": now() + timedelta(seconds=remaining)})
                 )
             else:
                 await self._remove(orphan, report_drift)
 
     async def _remove(self, orphan: Orphan, report_drift: ReportDrift) -> None:
         try:
-            await self._engine_containers.remove(orphan.one.id, orphan.one.name)
+            await self._engine_containers.remove(orphan.engine_container.id, orphan.engine_container.name)
         except EngineRejected as error:
-            plan = f"it is removed as soon as the engine lets it be: {error.detail}"
+            plan = f"removal rejected by the engine; will retry: {error.detail}"
             report_drift(_orphan_drift(orphan, DriftKind.CONTAINER_UNKNOWN, DriftRemedy.RETRIED, plan))
             return
-        del self._orphans_since[orphan.one.id]
-        report_drift(_orphan_drift(orphan, DriftKind.CONTAINER_UNKNOWN, DriftRemedy.REPAIRED, "it was removed"))
+        del self._orphans_since[orphan.engine_container.id]
+        report_drift(_orphan_drift(orphan, DriftKind.CONTAINER_UNKNOWN, DriftRemedy.REPAIRED, "removed"))
 
 
 def _latest_revision(
-    made_from: ContainerSpec, number: int, known: Sequence[ContainerRevision]
+    created_spec: ContainerSpec, number: int, revisions: Sequence[ContainerRevision]
 ) -> tuple[int, ContainerSpec]:
-    """The revision and spec of one that was made as `number`: what was changed in place since is in its history."""
-    last = max(known, key=lambda one: one.revision, default=None)
+    """The current revision and spec of an engine container that was created as revision `number`.
+
+    `revisions` include those that changed it in place.
+    """
+    last = max(revisions, key=lambda revision: revision.revision, default=None)
     if last is None or last.revision <= number:
-        return number, made_from
-    return last.revision, last.spec if last.spec.fixed_digest == made_from.fixed_digest else made_from
+        return number, created_spec
+    return last.revision, last.spec if last.spec.fixed_digest == created_spec.fixed_digest else created_spec
 
 
-def _last_entry_of(one: EngineContainer, number: int, entries: Sequence[RevisionBackup]) -> RevisionBackup | None:
-    """The last revision that this engine container served: after the one it was made as, it was changed in place."""
-    mine = [each for each in entries if each.engine is not None and each.engine.engine_id == one.id]
-    last = max(mine, key=lambda each: each.number, default=None)
-    if last is None or last.number < number or any(each.number > last.number for each in entries):
+def _last_backup_of(
+    engine_container: EngineContainer, number: int, backups: Sequence[RevisionBackup]
+) -> RevisionBackup | None:
+    """The last of all revisions, if this engine container, created as revision `number`, was the one that served it."""
+    served = [
+        backup for backup in backups if backup.engine is not None and backup.engine.engine_id == engine_container.id
+    ]
+    last = max(served, key=lambda backup: backup.number, default=None)
+    if last is None or last.number < number or any(backup.number > last.number for backup in backups):
         return None
     return last
 
 
 def _empty_container(
-    one: EngineContainer, labels: EngineContainerLabels, node: str, entries: Sequence[RevisionBackup]
+    engine_container: EngineContainer, labels: EngineContainerLabels, node: str, backups: Sequence[RevisionBackup]
 ) -> Container:
-    """A head as it was before it had anything."""
-    if one.spec is None:
-        raise ValueError(f"{one.name} says nothing of its spec")
-    last = entries[-1] if entries else None
+    """A container record in state CREATING, as before its first revision."""
+    if engine_container.spec is None:
+        raise ValueError(f"{engine_container.name} has no spec label")
+    last = backups[-1] if backups else None
     return Container(
         name=labels.name,
         uid=labels.uid,
         node=node,
-        owner=one.labels.get(LABEL_OWNER, ""),
+        owner=engine_container.labels.get(LABEL_OWNER, ""),
         generation=0,
         revision=0,
-        spec=one.spec,
+        spec=engine_container.spec,
         status=ContainerStatus(state=ContainerState.CREATING),
-        create_time=(last.create_time if last else one.create_time) or now(),
+        create_time=(last.create_time if last else engine_container.create_time) or now(),
         update_time=now(),
     )
 
 
-def _revision(container: Container, given: Placement, labels: EngineContainerLabels) -> ContainerRevision:
+def _adopted_revision(container: Container, placement: Placement, labels: EngineContainerLabels) -> ContainerRevision:
     return ContainerRevision(
         container=container.name,
         uid=container.uid,
         revision=container.revision,
         spec=container.spec,
         cause=RevisionCause.ADOPTED,
-        placement=given,
+        placement=placement,
         image_id=container.engine.user_image_id if container.engine else "",
         create_time=now(),
         operation_id=labels.operation_id,
@@ -440,7 +464,7 @@ def _with_overtaken_error(stored: Versioned[Operation], labels: EngineContainerL
 
 
 def _end_changes(stored: Versioned[Operation], container: Container) -> list[StoreChange]:
-    """What ends an operation: well, unless it has an error."""
+    """The changes that end an operation: as SUCCEEDED, or as FAILED if it has an error."""
     operation = stored.value
     if operation.error is not None:
         state = OperationState.FAILED
@@ -453,30 +477,30 @@ def _end_changes(stored: Versioned[Operation], container: Container) -> list[Sto
 def _orphan_drift(
     orphan: Orphan, kind: DriftKind, remedy: DriftRemedy, plan: str, *, claim: str = "", other: str = ""
 ) -> Drift:
-    one, labels = orphan.one, orphan.labels
+    engine_container, labels = orphan.engine_container, orphan.labels
     return Drift(
         kind=kind,
         remedy=remedy,
         container=labels.name,
         uid=labels.uid,
-        engine_id=one.id,
-        engine_name=one.name,
+        engine_id=engine_container.id,
+        engine_name=engine_container.name,
         operation_id=labels.operation_id,
         claim=claim,
         other=other,
-        actual=f"revision {labels.revision}, {one.state.value}",
-        message=f"no record binds the engine container {one.name}: {orphan.why}",
+        actual=f"revision {labels.revision}, {engine_container.state.value}",
+        message=f"orphan engine container {engine_container.name}: {orphan.reason}",
         plan=plan,
     )
 
 
-def _overtaken_drift(operation: Operation, why: str, remedy: DriftRemedy, plan: str) -> Drift:
+def _overtaken_drift(operation: Operation, reason: str, remedy: DriftRemedy, plan: str) -> Drift:
     return Drift(
         kind=DriftKind.OPERATION_OVERTAKEN,
         remedy=remedy,
         container=operation.target.name,
         uid=operation.target.uid,
         operation_id=operation.id,
-        message=f"operation {operation.id} on {operation.target.name} was overtaken: {why}",
+        message=f"operation {operation.id} on {operation.target.name} was overtaken: {reason}",
         plan=plan,
     )

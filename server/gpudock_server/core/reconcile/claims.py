@@ -1,4 +1,4 @@
-"""Claims against records: what nobody has is released, and what somebody lacks is claimed again."""
+"""Keeps claims and records in agreement: releases stale claims, and restores missing ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpudock_server.ports import ContainerView, Engine, Store, StoreConflict
 
 
 class ClaimReconciler:
-    """The rules for claims of this node."""
+    """The rules for the claims of this node."""
 
     def __init__(self, store: Store, engine: Engine, claims: HostClaims) -> None:
         self._store = store
@@ -27,12 +27,11 @@ class ClaimReconciler:
     async def release_stale(
         self, claims: ClaimTable, records: ContainerRecords, orphans: Sequence[Orphan], report_drift: ReportDrift
     ) -> None:
-        """Release what no record has. `claims` were read before `records`, so whoever holds one has a head by then.
+        """Release claims that no record has. `claims` must be read before `records`, so that each holder has a record.
 
-        `orphans` are the engine containers that no record binds. What one of them uses stays claimed; so does all that
-        is claimed for a container that has no head and may be given one.
+        Claims that one of `orphans` uses are kept, and so are all claims of a container that may be adopted.
         """
-        spared = {
+        kept_uids = {
             orphan.labels.uid
             for orphan in orphans
             if orphan.action not in (OrphanAction.REMOVED, OrphanAction.REPORTED)
@@ -49,15 +48,15 @@ class ClaimReconciler:
             if key in used[holder.uid]:
                 continue
             view = by_uid.get(holder.uid)
-            if view is None and holder.uid not in spared:
-                await self._release(key, holder, [], f"{holder.container or holder.uid} does not exist", report_drift)
+            if view is None and holder.uid not in kept_uids:
+                await self._release(key, holder, [], "that container does not exist", report_drift)
             elif view is not None and not view.operation_id and key not in claim_keys(view.container.status.placement):
-                # The head is put as it is, so that an operation that begins just now is met.
+                # The unchanged record is written too, so that an operation that begins now causes a conflict.
                 guard = [PutContainer(view.container, expect=view.version)]
-                await self._release(key, holder, guard, f"{holder.container} does not have it", report_drift)
+                await self._release(key, holder, guard, "its record does not have it", report_drift)
 
     async def _release(
-        self, key: ClaimKey, holder: Holder, guard: Sequence[StoreChange], why: str, report_drift: ReportDrift
+        self, key: ClaimKey, holder: Holder, guard: Sequence[StoreChange], reason: str, report_drift: ReportDrift
     ) -> None:
         try:
             await self._store.apply([*guard, *self._claims.release(holder.uid, [key])])
@@ -70,17 +69,17 @@ class ClaimReconciler:
                 container=holder.container,
                 uid=holder.uid,
                 claim=claim_text(key),
-                message=f"{claim_text(key)} was claimed for {holder.container}, and {why}",
-                plan="the claim was released",
+                message=f"stale claim of {holder.container or holder.uid} on {claim_text(key)}: {reason}",
+                plan="claim released",
             )
         )
 
     async def restore_missing(self, records: ContainerRecords, report_drift: ReportDrift) -> None:
-        """Claim again what a record has and the claims do not."""
+        """Restore the claims that a record has and the store lacks."""
         claims = await self._store.claims(self._claims.host)
         for view in records.of(self._claims.node):
             for key in _missing_claims(view, claims):
-                view = await self._restore(view, key, report_drift)  # noqa: PLW2901 - its version moves with every claim
+                view = await self._restore(view, key, report_drift)  # noqa: PLW2901 - each claim changes the version
 
     async def _restore(self, view: ContainerView, key: ClaimKey, report_drift: ReportDrift) -> ContainerView:
         container, store = view.container, self._store
@@ -89,7 +88,7 @@ class ClaimReconciler:
             version = await store.apply([PutContainer(container, expect=view.version), again])
         except StoreConflict as conflict:
             other = conflict.found
-            # Its own: claims were read after the record, and it has been claimed or is being changed since.
+            # A claim of this container is no conflict: it was made since, or the container is being changed.
             if isinstance(other, Holder) and other.uid != container.uid:
                 report_drift(self._conflict_drift(view, key, other))
             return view
@@ -100,16 +99,16 @@ class ClaimReconciler:
                 container=container.name,
                 uid=container.uid,
                 claim=claim_text(key),
-                message=f"{container.name} has {claim_text(key)}, which was not claimed for it",
-                plan="it was claimed again",
+                message=f"missing claim of {container.name} on {claim_text(key)}",
+                plan="claim restored",
             )
         )
         return ContainerView(container, version, view.operation_id)
 
     async def claim_for_orphans(self, orphans: Sequence[Orphan], report_drift: ReportDrift) -> None:
-        """Claim what an engine container uses that runs and has not been given a record: nobody else may have it.
+        """Claim the GPUs and ports that running orphans without a record use, so that nobody else gets them.
 
-        Each card and port alone, since others may hold some of them.
+        Each is claimed in a transaction of its own, since others may hold some of them.
         """
         running = [orphan for orphan in orphans if orphan.uses and orphan.action is not OrphanAction.LEFT]
         if not running:
@@ -117,9 +116,9 @@ class ClaimReconciler:
         records = await read_container_records(self._store)
         for orphan in running:
             view = records.views.get(orphan.labels.name)
-            if orphan.one.id in records.bound or (view is not None and view.operation_id):
+            if orphan.engine_container.id in records.bound or (view is not None and view.operation_id):
                 continue
-            fresh = await self._engine.inspect(orphan.one.id)
+            fresh = await self._engine.inspect(orphan.engine_container.id)
             if fresh is not None and fresh.running:
                 await self._claim_for(orphan, report_drift)
 
@@ -137,23 +136,20 @@ class ClaimReconciler:
 
     @staticmethod
     def _double_use_drift(orphan: Orphan, key: ClaimKey, other: Holder) -> Drift:
-        one, labels = orphan.one, orphan.labels
+        engine_container, labels = orphan.engine_container, orphan.labels
         return Drift(
             kind=DriftKind.CLAIM_CONFLICT,
             remedy=DriftRemedy.REPORTED,
             container=labels.name,
             uid=labels.uid,
-            engine_id=one.id,
-            engine_name=one.name,
+            engine_id=engine_container.id,
+            engine_name=engine_container.name,
             claim=claim_text(key),
             other=other.container,
             expected=f"held by {labels.name}",
             actual=f"held by {other.container}",
-            message=(
-                f"the engine container {one.name}, which no record binds, runs with {claim_text(key)}, and that is"
-                f" claimed for {other.container}"
-            ),
-            plan=f"nothing: stop {one.name}, or stop or delete {other.container}",
+            message=f"orphan {engine_container.name} uses {claim_text(key)}, which {other.container} has claimed",
+            plan=f"no automatic repair: stop {engine_container.name}, or stop or delete {other.container}",
         )
 
     @staticmethod
@@ -168,8 +164,8 @@ class ClaimReconciler:
             other=other.container,
             expected=f"held by {name}",
             actual=f"held by {other.container}",
-            message=f"{name} has {claim_text(key)} by its record, and it is claimed for {other.container}",
-            plan=f"nothing: stop or delete {name} or {other.container}",
+            message=f"the record of {name} has {claim_text(key)}, which {other.container} has claimed",
+            plan=f"no automatic repair: stop or delete {name} or {other.container}",
         )
 
     @staticmethod
@@ -178,13 +174,13 @@ class ClaimReconciler:
             kind=DriftKind.RECORD_UNREADABLE,
             remedy=DriftRemedy.REPORTED,
             claim=claim_text(key),
-            message=f"the claim on {claim_text(key)} cannot be read; it counts as held",
-            plan="nothing: delete its key; whoever has it then claims it again",
+            message=f"the claim on {claim_text(key)} is unreadable; it counts as held",
+            plan="no automatic repair: delete its key; reconcile then restores the claim of the container that has it",
         )
 
 
 def _missing_claims(view: ContainerView, claims: ClaimTable) -> Iterator[ClaimKey]:
-    """What a container with no operation at work should hold, and by `claims` does not."""
+    """The claims that a container without an operation has by its record, but not in `claims`."""
     container = view.container
     if view.operation_id or not container.status.holds_resources:
         return

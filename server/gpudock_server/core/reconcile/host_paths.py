@@ -17,7 +17,10 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 async def repair_host_paths(
-    engine_containers: EngineContainers, view: ContainerView, shown: EngineContainer, report_drift: ReportDrift
+    engine_containers: EngineContainers,
+    view: ContainerView,
+    engine_container: EngineContainer,
+    report_drift: ReportDrift,
 ) -> None:
     """Restore the bindings of a container's host paths that were unmounted, and report those that cannot be bound.
 
@@ -34,15 +37,15 @@ async def repair_host_paths(
                 remedy=DriftRemedy.REPORTED,
                 container=container.name,
                 uid=container.uid,
-                engine_id=shown.id,
-                engine_name=shown.name,
+                engine_id=engine_container.id,
+                engine_name=engine_container.name,
                 actual=path,
                 message=message,
                 plan=plan,
             )
         )
 
-    if unbound := engine_containers.unbound_host_paths(shown):
+    if unbound := engine_containers.unbound_host_paths(engine_container):
         report(
             DriftKind.HOST_PATH_UNBOUND,
             ",".join(unbound),
@@ -51,7 +54,7 @@ async def repair_host_paths(
         )
         return
     try:
-        await engine_containers.rebind_host_paths(shown, renew=False)
+        await engine_containers.rebind_host_paths(engine_container, renew=False)
     except (HostPathForbidden, HostPathFailed) as error:
         report(
             DriftKind.HOST_PATH_REFUSED,

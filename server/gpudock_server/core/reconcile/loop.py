@@ -1,4 +1,4 @@
-"""When things are compared: at every event of the engine, and all of them now and then."""
+"""Runs reconcile: for one container at an event of the engine, and for everything in periodic full passes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _RECONNECT_SECONDS = 1.0
 
 
 class Reconciler:
-    """Watches the engine of this node."""
+    """Follows the engine of this node, and repairs or reports drift."""
 
     def __init__(
         self,
@@ -65,10 +65,10 @@ class Reconciler:
         orphan_grace: float,
         start_retry_delays: tuple[float, float],
     ) -> None:
-        """What is found goes to `drift`.
+        """Drift is reported to `drift`. All times are in seconds.
 
-        Seconds between full passes, seconds that something unknown is left, and seconds until a failed start is tried
-        again, at first and at most.
+        `interval`: between full passes. `orphan_grace`: see OrphanReconciler. `start_retry_delays`: from a failed start
+        to the next try, the first and the longest.
         """
         self._store = store
         self._engine = engine
@@ -105,18 +105,18 @@ class Reconciler:
         self._volumes = VolumeReconciler(store, engine, engine_volumes, backends)
         self._ledger = LedgerReconciler(store, engine, snapshots, ledger, claims.node)
         self._found_at_start: list[Drift] = []
-        # One pass at a time: what two of them find at once, both would repair.
+        # One pass at a time: two passes would both repair the same drift.
         self._pass_lock = asyncio.Lock()
-        # Containers that an operation was at work on when they were to be looked at, with that operation.
+        # Views of containers with an operation, to be refreshed when that operation has ended.
         self._busy: asyncio.Queue[ContainerView] = asyncio.Queue()
         self._awaited: set[str] = set()
-        # The engine's events have broken off, and no pass has seen since then what it has.
+        # Whether the event stream of the engine has ended and no full pass has completed since.
         self._engine_was_away = False
-        # Events before this moment are in what a full pass has seen.
+        # Where the event stream begins. Full passes cover earlier events.
         self._since = time.time_ns()
 
     async def run(self) -> None:
-        """Follow the engine's events for ever; a full pass whenever some may have been missed."""
+        """Follow the engine's events until cancelled; run a full pass whenever events may have been missed."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._follow_events())
             tasks.create_task(self._run_passes())
@@ -125,7 +125,7 @@ class Reconciler:
                 tasks.create_task(self._refresh_after_operation(await self._busy.get()))
 
     def _refresh_later(self, view: ContainerView) -> None:
-        """Look again when the operation has ended: nothing that happens meanwhile is told twice."""
+        """Refresh the container when its operation has ended, since events meanwhile are ignored."""
         if view.operation_id in self._operations.driven and view.operation_id not in self._awaited:
             self._awaited.add(view.operation_id)
             self._busy.put_nowait(view)
@@ -142,14 +142,13 @@ class Reconciler:
                     self._since = event.time_nanos + 1
                     await self._attempt_refresh(event.labels.get(LABEL_NAME, ""), event.labels.get(LABEL_UID, ""))
             except EngineUnavailable as error:
-                log.warning("the engine's events broke off", detail=error.message)
+                log.warning("engine event stream ended", detail=error.message)
             self._engine_was_away = True
-            # An engine that was restarted has forgotten its events. Until a pass has seen all that it has, nothing that
-            # its stream tells later is enough.
-            seen = False
-            while not seen:
+            # A restarted engine has lost its earlier events, so only a full pass finds what they would have reported.
+            completed = False
+            while not completed:
                 await asyncio.sleep(_RECONNECT_SECONDS)
-                seen = await self._attempt_pass()
+                completed = await self._attempt_pass()
 
     async def _run_passes(self) -> None:
         while True:
@@ -160,24 +159,24 @@ class Reconciler:
         try:
             view = await self._store.container(name)
             if view is not None and view.operation_id and view.operation_id not in self._operations.driven:
-                # It may have ended since the record was read, and nobody would look again.
+                # The operation may have ended since, and then no later event would refresh the container.
                 view = await self._store.container(name)
             if view is not None and view.container.uid == uid:
                 self._refresh_later(view)
                 await self._containers.refresh(view, self._drift.report_drift, engine_was_away=self._engine_was_away)
         except GpudockError as error:
-            log.warning("a status was not refreshed", container=name, detail=error.message)
+            log.warning("container refresh failed", container=name, detail=error.message)
 
     async def _attempt_pass(self) -> bool:
         try:
             await self.full_pass()
         except GpudockError as error:
-            log.warning("reconcile pass broken off; nothing was guessed", detail=error.message)
+            log.warning("reconcile pass aborted", detail=error.message)
             return False
         return True
 
     async def recover(self) -> tuple[str, ...]:
-        """Take up what the daemon before left, unless something newer has overtaken it; the ids of what is taken up.
+        """Resume the operations that the previous daemon suspended, except overtaken ones, and return their ids.
 
         Raises EngineUnavailable, StoreUnavailable.
         """
@@ -185,81 +184,85 @@ class Reconciler:
             return await self._resume(await self._find_engine_containers(), self._found_at_start.append)
 
     async def pass_after(self, operation_ids: Sequence[str]) -> None:
-        """Compare everything again when operations that were resumed have ended, for what their daemon left behind."""
+        """Run a full pass when these resumed operations have ended, for what the previous daemon left behind."""
         if operation_ids:
             await self._operations.wait_until_ended(operation_ids)
             await self._attempt_pass()
 
     async def full_pass(self) -> None:
-        """Compare everything once. Raises EngineUnavailable, StoreUnavailable."""
+        """Compare everything once, and repair or report the drift. Raises EngineUnavailable, StoreUnavailable."""
         async with self._pass_lock:
             with self._drift.full_pass() as report_drift:
                 await self._pass(report_drift)
                 self._engine_was_away = False
-                # They are told with what the first pass finds.
-                for found in self._found_at_start:
-                    report_drift(found)
+                # The drift found by `recover` is reported with that of the first pass.
+                for drift in self._found_at_start:
+                    report_drift(drift)
                 self._found_at_start.clear()
 
     async def _pass(self, report_drift: ReportDrift) -> None:
-        # The order matters. Whatever is older than the records that are read last is in them, or is nobody's.
-        seen = await self._find_engine_containers()
+        # The order matters: what was read before the records either has a record, or has lost it.
+        engine_containers = await self._find_engine_containers()
         claims = await self._store.claims(self._claims.host)
-        await self._resume(seen, report_drift)
-        # Before containers: what changes one that was adopted has to find its volumes.
-        await self._volumes.adopt(seen, report_drift)
+        await self._resume(engine_containers, report_drift)
+        # Before containers: a change of an adopted container needs the records of its volumes.
+        await self._volumes.adopt(engine_containers, report_drift)
         records = await read_container_records(self._store)
         _report_unreadable(records, report_drift)
-        orphans = await self._orphans.classify(seen, records)
-        # Before anything is found gone and fails: it may have a successor that its record does not know of.
+        orphans = await self._orphans.classify(engine_containers, records)
+        # Before a container without its engine container becomes FAILED: its record may only be older than its orphan.
         if await self._orphans.adopt(orphans, records, OrphanAction.NEWER, report_drift):
             records = await read_container_records(self._store)
         for view in records.of(self._claims.node):
-            await self._refresh_container(view, seen, report_drift)
+            await self._refresh_container(view, engine_containers, report_drift)
         records = await read_container_records(self._store)
         await self._claim_rules.release_stale(claims, records, orphans, report_drift)
         await self._claim_rules.restore_missing(records, report_drift)
         await self._orphans.adopt(orphans, records, OrphanAction.LOST, report_drift)
-        # After those that have records: what both use is theirs.
+        # After containers with records, which have precedence over orphans.
         await self._claim_rules.claim_for_orphans(orphans, report_drift)
-        await self._ledger.adopt(records, seen, report_drift)
+        await self._ledger.adopt(records, engine_containers, report_drift)
         await self._ledger.compare(await read_container_records(self._store), report_drift)
         await self._orphans.remove(orphans, report_drift)
         await remove_unused_images(self._store, self._engine, self._images)
         await release_unused_host_paths(self._store, self._engine, self._host_paths, self._claims.node)
 
     async def _find_engine_containers(self) -> dict[str, EngineContainer]:
-        return {one.id: one for one in await self._engine.find({LABEL_NODE: self._claims.node})}
+        found = await self._engine.find({LABEL_NODE: self._claims.node})
+        return {engine_container.id: engine_container for engine_container in found}
 
-    async def _resume(self, seen: dict[str, EngineContainer], report_drift: ReportDrift) -> tuple[str, ...]:
+    async def _resume(
+        self, engine_containers: dict[str, EngineContainer], report_drift: ReportDrift
+    ) -> tuple[str, ...]:
         await self._locks.repair(report_drift)
-        left = await self._orphans.end_overtaken_operations(seen, report_drift)
-        return await self._operations.resume(left)
+        blocked = await self._orphans.end_overtaken_operations(engine_containers, report_drift)
+        return await self._operations.resume(blocked)
 
     async def _refresh_container(
-        self, view: ContainerView, seen: dict[str, EngineContainer], report_drift: ReportDrift
+        self, view: ContainerView, engine_containers: dict[str, EngineContainer], report_drift: ReportDrift
     ) -> None:
         engine = view.container.engine
         self._refresh_later(view)
         try:
-            shown = seen.get(engine.engine_id) if engine else None
-            await self._containers.refresh(view, report_drift, shown, engine_was_away=self._engine_was_away)
-            if shown is not None:
-                await repair_host_paths(self._engine_containers, view, shown, report_drift)
+            engine_container = engine_containers.get(engine.engine_id) if engine else None
+            await self._containers.refresh(view, report_drift, engine_container, engine_was_away=self._engine_was_away)
+            if engine_container is not None:
+                await repair_host_paths(self._engine_containers, view, engine_container, report_drift)
         except EngineRejected as error:
-            # It answered; the next container may do better.
-            log.warning("a container was not put right", container=view.container.name, detail=error.message)
+            # The engine answers, so the pass continues with the next container.
+            log.warning("container repair failed", container=view.container.name, detail=error.message)
 
 
 def _report_unreadable(records: ContainerRecords, report_drift: ReportDrift) -> None:
-    for one in records.unreadable:
+    for unreadable in records.unreadable:
         report_drift(
             Drift(
                 kind=DriftKind.RECORD_UNREADABLE,
                 remedy=DriftRemedy.REPORTED,
-                container=one.name,
-                key=one.key,
-                message=f"the record of {one.name} cannot be read: {one.detail}",
-                plan="nothing: restore it from a backup, or delete its key; its engine container is then adopted",
+                container=unreadable.name,
+                key=unreadable.key,
+                message=f"the record of {unreadable.name} is unreadable: {unreadable.detail}",
+                plan="no automatic repair: restore the key from a backup, or delete it; its engine container is then"
+                " adopted",
             )
         )

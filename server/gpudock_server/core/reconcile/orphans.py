@@ -1,9 +1,9 @@
-"""What is to become of an engine container that is ours and that no record binds; docs/reconcile.md has the table.
+"""Decides what to do with an orphan: an engine container that gpudock created and that no record binds.
 
-Files are in it, perhaps the only ones there are. So it is removed only where it is certain that they are not: where
-its operation is known to have been undone, its container known to have been deleted or to have moved on, or where it
-does not say what it was made from. It is adopted where everything says that the store was put back to before it was
-made. Anything else is shown, and left alone.
+An orphan may have the only copy of a user's files. So it is removed only where it certainly has not: where its
+operation is known to have been undone, where its container is known to have been deleted or to have a newer engine
+container, or where it has no spec label. It is adopted where everything shows that the store was restored to a state
+before its creation. Any other orphan is reported and kept. docs/reconcile.md has the table of these rules.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from gpudock_server.model.names import is_name
 
 
 class OrphanAction(Enum):
-    """LEFT: an operation is at work on it. NEWER, LOST: to be adopted, under a head that is older, or with none."""
+    """What to do with an orphan.
+
+    LEFT: nothing, an operation is in progress. NEWER: adopt it into its older record. LOST: adopt it with a new record.
+    """
 
     LEFT = "left"
     NEWER = "newer"
@@ -33,121 +36,117 @@ class OrphanAction(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Orphan:
-    """What is to become of it, and why."""
+    """An engine container that no record binds, with the action for it and the reason."""
 
-    one: EngineContainer
+    engine_container: EngineContainer
     labels: EngineContainerLabels
     action: OrphanAction
-    why: str
+    reason: str
 
     @property
     def uses(self) -> tuple[ClaimKey, ...]:
-        """The cards and ports that it has in use as long as it runs and is not removed."""
-        if self.action is OrphanAction.REMOVED or not self.one.running:
+        """The GPUs and ports that the orphan uses; none where it does not run or is to be removed."""
+        if self.action is OrphanAction.REMOVED or not self.engine_container.running:
             return ()
-        return claim_keys(Placement(gpu_uuids=self.one.gpu_uuids, ports=self.one.ports))
+        return claim_keys(Placement(gpu_uuids=self.engine_container.gpu_uuids, ports=self.engine_container.ports))
 
 
 @dataclass(frozen=True, slots=True)
 class OrphanClassifier:
-    """What there is to judge by. `unfinished` are operations, `seen` all engine containers, by id."""
+    """Classifies orphans. `unfinished` are ids of operations, `existing` ids of all engine containers."""
 
     records: ContainerRecords
     history: OperationHistory
     unfinished: Collection[str]
-    seen: Collection[str]
+    existing: Collection[str]
 
     def classify(self, unbound: Collection[EngineContainer]) -> tuple[Orphan, ...]:
-        """The verdict on each of `unbound`."""
-        uids = Counter(EngineContainerLabels.of(one).uid for one in unbound)
-        names = Counter(
-            name
-            for name, _ in {(EngineContainerLabels.of(one).name, EngineContainerLabels.of(one).uid) for one in unbound}
-        )
+        """Classify the engine containers that no record binds."""
+        all_labels = [EngineContainerLabels.of(engine_container) for engine_container in unbound]
+        uids = Counter(labels.uid for labels in all_labels)
+        names = Counter(name for name, _ in {(labels.name, labels.uid) for labels in all_labels})
         orphans: list[Orphan] = []
-        for one in unbound:
-            labels = EngineContainerLabels.of(one)
-            alone = uids[labels.uid] == 1 and names[labels.name] == 1
-            action, why = self._action(_Candidate(one, labels, alone))
-            orphans.append(Orphan(one, labels, action, why))
+        for engine_container, labels in zip(unbound, all_labels, strict=True):
+            unique = uids[labels.uid] == 1 and names[labels.name] == 1
+            action, reason = self._action(_Candidate(engine_container, labels, unique))
+            orphans.append(Orphan(engine_container, labels, action, reason))
         return tuple(orphans)
 
     def _action(self, candidate: _Candidate) -> tuple[OrphanAction, str]:
         labels = candidate.labels
-        head = self.records.views.get(labels.name)
-        if labels.operation_id in self.unfinished or (head is not None and head.operation_id):
-            return OrphanAction.LEFT, "an operation is at work"
+        view = self.records.views.get(labels.name)
+        if labels.operation_id in self.unfinished or (view is not None and view.operation_id):
+            return OrphanAction.LEFT, "operation in progress"
         if labels.name in self.records.unreadable_names:
-            return OrphanAction.REPORTED, "the record of its name cannot be read"
+            return OrphanAction.REPORTED, "the record of that name is unreadable"
         if labels.uid in self.history.deleted:
             return OrphanAction.REMOVED, "its container was deleted"
-        if head is None:
+        if view is None:
             return self._without_record(candidate)
-        if head.container.uid != labels.uid:
+        if view.container.uid != labels.uid:
             return self._with_record_of_another(candidate)
-        return self._with_older_record(candidate, head.container)
+        return self._with_older_record(candidate, view.container)
 
     def _without_record(self, candidate: _Candidate) -> tuple[OrphanAction, str]:
         if not candidate.has_spec_label:
-            return OrphanAction.REMOVED, "nobody knows it"
-        if not candidate.alone:
-            return OrphanAction.REPORTED, "its record is lost, and there are others like it; remove all but one of them"
+            return OrphanAction.REMOVED, "no spec label"
+        if not candidate.unique:
+            return OrphanAction.REPORTED, "record lost, and there are several candidates; remove all but one"
         if self.history.was_undone(candidate.labels.operation_id):
             return OrphanAction.REMOVED, "its operation was undone"
         if not candidate.complete:
-            return OrphanAction.REPORTED, "its record is lost, and this version cannot read its labels"
-        return OrphanAction.LOST, "its record is lost"
+            return OrphanAction.REPORTED, "record lost, and this version cannot read the labels"
+        return OrphanAction.LOST, "record lost"
 
     def _with_record_of_another(self, candidate: _Candidate) -> tuple[OrphanAction, str]:
         if self.history.was_undone(candidate.labels.operation_id):
             return OrphanAction.REMOVED, "its operation was undone"
         if not candidate.has_spec_label:
-            return OrphanAction.REMOVED, "nobody knows it"
+            return OrphanAction.REMOVED, "no spec label"
         name = candidate.labels.name
-        return (
-            OrphanAction.REPORTED,
-            f"another container is called {name}; delete that, and this one gets its record again",
-        )
+        return OrphanAction.REPORTED, f"the name {name} is taken; delete that container to have this one adopted"
 
     def _with_older_record(self, candidate: _Candidate, container: Container) -> tuple[OrphanAction, str]:
-        stands = container.engine is not None and container.engine.engine_id in self.seen
+        bound_exists = container.engine is not None and container.engine.engine_id in self.existing
         undone = self.history.was_undone(candidate.labels.operation_id)
         if candidate.labels.revision <= container.revision:
-            action, why = OrphanAction.REMOVED, f"its container is at revision {container.revision} with another"
+            action, reason = OrphanAction.REMOVED, f"replaced: its container is at revision {container.revision}"
         elif undone:
-            action, why = OrphanAction.REMOVED, "its operation was undone"
+            action, reason = OrphanAction.REMOVED, "its operation was undone"
         elif not candidate.has_spec_label:
-            action, why = OrphanAction.REMOVED, "nobody knows it"
-        elif stands:
-            return OrphanAction.REPORTED, "it is newer than its record, and what its record binds is there as well"
-        elif not candidate.alone:
-            return OrphanAction.REPORTED, "it is newer than its record, and so are others; remove all but one of them"
+            action, reason = OrphanAction.REMOVED, "no spec label"
+        elif bound_exists:
+            return OrphanAction.REPORTED, "newer than its record, whose engine container still exists"
+        elif not candidate.unique:
+            return OrphanAction.REPORTED, "newer than its record, and there are several candidates; remove all but one"
         elif not candidate.complete:
-            return OrphanAction.REPORTED, "it is newer than its record, and this version cannot read its labels"
+            return OrphanAction.REPORTED, "newer than its record, and this version cannot read the labels"
         else:
-            return OrphanAction.NEWER, "it is newer than its record"
-        # Files moved between the two of them, and one is left.
-        return (action, why) if stands else (OrphanAction.REPORTED, f"{why}, and what its record binds is gone")
+            return OrphanAction.NEWER, "newer than its record"
+        if bound_exists:
+            return action, reason
+        # A change moves files between two engine containers, and only this one of them is left.
+        return OrphanAction.REPORTED, f"{reason}, and the engine container of its record is gone"
 
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """One engine container. `alone`: no other that is unbound has its uid or its name."""
+    """An engine container to classify. `unique`: no other unbound one has its uid, or its name with another uid."""
 
-    one: EngineContainer
+    engine_container: EngineContainer
     labels: EngineContainerLabels
-    alone: bool
+    unique: bool
 
     @property
     def has_spec_label(self) -> bool:
-        return LABEL_SPEC in self.one.labels
+        return LABEL_SPEC in self.engine_container.labels
 
     @property
     def complete(self) -> bool:
-        """Whether all of its record can be written from it."""
+        """Whether the labels suffice to write the record."""
         labels = self.labels
         return (
-            self.one.spec is not None
+            self.engine_container.spec is not None
             and bool(labels.uid and labels.operation_id)
             and is_name(labels.name)
             and labels.revision > 0
