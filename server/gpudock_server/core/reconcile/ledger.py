@@ -1,4 +1,7 @@
-"""The ledger against the store: what is new is written to it, and what the store lost is written again from it."""
+"""Keeps the ledger up to date with the store, and restores from the ledger what the store has lost.
+
+The ledger has the backups of revision records; docs/reconcile.md describes it.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 class LedgerReconciler:
-    """The rules for histories, and for containers of which nothing but their history is left."""
+    """The rules for histories, and for containers of which only the history is left."""
 
     def __init__(
         self, store: Store, engine: Engine, snapshots: SnapshotStore, ledger: RevisionBackupStore, node: str
@@ -43,13 +46,16 @@ class LedgerReconciler:
         self._snapshots = snapshots
         self._ledger = ledger
         self._node = node
-        # The version of each head with which all of this was found in order, by uid.
+        # Versions of the records whose histories agreed with the ledger, by uid.
         self._verified: dict[str, int] = {}
 
     # -- histories of containers that have a record ------------------------------------------------------------------
 
     async def compare(self, records: ContainerRecords, report_drift: ReportDrift) -> None:
-        """Bring each history to the disk, and back from it. Raises StoreUnavailable, EngineUnavailable."""
+        """Compare the history of each container with the ledger, and write what either lacks.
+
+        Raises StoreUnavailable, EngineUnavailable.
+        """
         views = [view for view in records.of(self._node) if view.container.engine and not view.operation_id]
         self._verified = {
             view.container.uid: version
@@ -68,23 +74,23 @@ class LedgerReconciler:
         except StoreUnavailable:
             raise
         except GpudockError as error:
-            # The copy is for a day that may never come: nothing else waits for it.
-            log.warning("histories and the ledger were not compared", detail=error.message)
+            # The ledger is only a backup, so the pass continues without it.
+            log.warning("ledger comparison failed; will retry", detail=error.message)
 
     async def _compare(self, view: ContainerView, sealed: Collection[int], report_drift: ReportDrift) -> None:
         container = view.container
-        history = {one.revision.revision: one for one in await self._store.history(container.uid)}
-        entries = {one.number: one for one in await self._ledger.read(container.uid)}
-        await self._write(container, history, entries)
-        # What is newer than the head was never recorded, or was by a store that has been put back.
-        missing = [one for number, one in sorted(entries.items()) if number < container.revision]
+        history = {view.revision.revision: view for view in await self._store.history(container.uid)}
+        backups = {backup.number: backup for backup in await self._ledger.read(container.uid)}
+        await self._write(container, history, backups)
+        # Backups that are newer than the container's record are ignored: their revisions were never recorded, or only
+        # before the store was restored.
         changes: dict[int, list[StoreChange]] = {}
-        for entry in missing:
-            if entry.number not in history:
-                changes[entry.number] = [PutRevision(entry.revision)]
+        for number, backup in sorted(backups.items()):
+            if number < container.revision and number not in history:
+                changes[number] = [PutRevision(backup.revision)]
         for number in sorted({*history, *changes}):
-            known = history[number].snapshot if number in history else None
-            if known is None and (found := await self._snapshot(container.uid, number, entries.get(number), sealed)):
+            recorded = history[number].snapshot if number in history else None
+            if recorded is None and (found := await self._snapshot(container.uid, number, backups.get(number), sealed)):
                 changes.setdefault(number, []).append(PutSnapshot(container.uid, number, found))
         restored = await self._apply(view, changes)
         unknown = sorted(set(sealed) - set(history) - set(changes))
@@ -96,50 +102,50 @@ class LedgerReconciler:
             self._verified[container.uid] = view.version
 
     async def _write(
-        self, container: Container, history: Mapping[int, RevisionView], entries: Mapping[int, RevisionBackup]
+        self, container: Container, history: Mapping[int, RevisionView], backups: Mapping[int, RevisionBackup]
     ) -> None:
-        for number, one in history.items():
-            wanted, kept = ledger_entry(container, one.revision, one.snapshot), entries.get(number)
+        for number, view in history.items():
+            current, backup = ledger_entry(container, view.revision, view.snapshot), backups.get(number)
             if number != container.revision:
-                wanted = wanted.model_copy(update={"engine": kept.engine if kept else None})
-            if kept is not None and one.snapshot is None:
-                wanted = wanted.model_copy(update={"snapshot": kept.snapshot})
-            if wanted != kept:
-                await self._ledger.write(wanted)
+                current = current.model_copy(update={"engine": backup.engine if backup else None})
+            if backup is not None and view.snapshot is None:
+                current = current.model_copy(update={"snapshot": backup.snapshot})
+            if current != backup:
+                await self._ledger.write(current)
 
     async def _snapshot(
-        self, uid: str, number: int, entry: RevisionBackup | None, sealed: Collection[int]
+        self, uid: str, number: int, backup: RevisionBackup | None, sealed: Collection[int]
     ) -> Snapshot | None:
-        """What is still there of a revision's files."""
+        """The snapshot of a revision, if its files still exist."""
         if number in sealed:
             return await self._snapshots.sealed(SnapshotKey(uid=uid, revision=number))
-        kept = entry.snapshot if entry else None
-        if kept is None or kept.kind is not SnapshotKind.IMAGE:
+        snapshot = backup.snapshot if backup else None
+        if snapshot is None or snapshot.kind is not SnapshotKind.IMAGE:
             return None
-        image = await self._engine.image(kept.reference)
-        return kept if image is not None and image.id == kept.image_id else None
+        image = await self._engine.image(snapshot.reference)
+        return snapshot if image is not None and image.id == snapshot.image_id else None
 
     async def _apply(self, view: ContainerView, changes: Mapping[int, Sequence[StoreChange]]) -> list[int]:
-        """One revision at a time, each only while nothing has been done to the container; which were written."""
-        version, done = view.version, []
-        for number, each in changes.items():
+        """Write the changes of each revision, until the container's record changes; the revisions written."""
+        version, written = view.version, []
+        for number, revision_changes in changes.items():
             try:
-                version = await self._store.apply([PutContainer(view.container, expect=version), *each])
+                version = await self._store.apply([PutContainer(view.container, expect=version), *revision_changes])
             except StoreConflict:
-                # Something is at work on it; the next pass finds it as it is then.
+                # An operation has changed the container; the next pass reads it again.
                 break
-            done.append(number)
-        return done
+            written.append(number)
+        return written
 
     # -- containers of which only the ledger is left -----------------------------------------------------------------
 
     async def adopt(
-        self, records: ContainerRecords, seen: Mapping[str, EngineContainer], report_drift: ReportDrift
+        self, records: ContainerRecords, engine_containers: Mapping[str, EngineContainer], report_drift: ReportDrift
     ) -> bool:
-        """Write the records of containers that have neither a record nor an engine container; whether any was."""
-        as_engine_policy = {EngineContainerLabels.of(one).uid for one in seen.values()}
+        """Adopt containers that have neither a record nor an engine container, as FAILED; whether any was adopted."""
+        existing = {EngineContainerLabels.of(engine_container).uid for engine_container in engine_containers.values()}
         try:
-            lost = [uid for uid in await self._ledger.uids() if uid not in records.uids and uid not in as_engine_policy]
+            lost = [uid for uid in await self._ledger.uids() if uid not in records.uids and uid not in existing]
             if not lost:
                 return False
             history = await read_operation_history(self._store, lost)
@@ -147,23 +153,23 @@ class LedgerReconciler:
         except StoreUnavailable:
             raise
         except GpudockError as error:
-            log.warning("the ledger was not looked through", detail=error.message)
+            log.warning("ledger scan failed; will retry", detail=error.message)
             return False
 
     async def _adopt(
         self, uid: str, records: ContainerRecords, history: OperationHistory, report_drift: ReportDrift
     ) -> bool:
         if history.is_known_gone(uid):
-            # What is left of it is removed by the retention.
+            # Retention removes what is left of it.
             return False
-        entries = await self._ledger.read(uid)
-        last = entries[-1] if entries else None
+        backups = await self._ledger.read(uid)
+        last = backups[-1] if backups else None
         if last is None or last.engine is None or last.revision.container in records.views:
             report_drift(_unknown_owner_drift(uid, last))
             return False
         if last.revision.container in records.unreadable_names:
             return False
-        # One that is in the engine after all was made again, or is of another node: what it says of itself counts.
+        # An engine container that exists was created since, or is of another node: its labels decide, not the ledger.
         if await self._engine.inspect(last.engine.engine_id) is not None or not await self._record(last):
             return False
         name = last.revision.container
@@ -173,14 +179,14 @@ class LedgerReconciler:
                 remedy=DriftRemedy.REPAIRED,
                 container=name,
                 uid=uid,
-                message=f"container {name} has neither a record nor an engine container; its history is on the disk",
-                plan="it has its record again and is FAILED: roll it back to a revision that has files, or delete it",
+                message=f"container {name} has no record and no engine container; its history is on the disk",
+                plan="record restored as FAILED; roll back to a revision with a snapshot, or delete it",
             )
         )
         return True
 
     async def _record(self, last: RevisionBackup) -> bool:
-        known = {one.revision.revision for one in await self._store.history(last.revision.uid)}
+        known = {view.revision.revision for view in await self._store.history(last.revision.uid)}
         changes: list[StoreChange] = [PutContainer(_failed_container(last, self._node), expect=0)]
         if last.number not in known:
             changes.append(PutRevision(last.revision))
@@ -221,8 +227,8 @@ def _restored_drift(container: Container, numbers: Sequence[int]) -> Drift:
         container=container.name,
         uid=container.uid,
         actual=_numbers(numbers),
-        message=f"the store had lost what it knew of {_numbers(numbers)} of {container.name}",
-        plan="it was written again from the disk",
+        message=f"records of {_numbers(numbers)} of {container.name} were missing",
+        plan="restored from the ledger",
     )
 
 
@@ -233,21 +239,21 @@ def _unknown_files_drift(container: Container, numbers: Sequence[int]) -> Drift:
         container=container.name,
         uid=container.uid,
         actual=_numbers(numbers),
-        message=f"the files of {_numbers(numbers)} of {container.name} are kept, and no record says what it was",
-        plan=f"nothing is removed: they are in the snapshot folder, below {container.uid}; they go with the container",
+        message=f"snapshots of {_numbers(numbers)} of {container.name} have no record",
+        plan=f"no automatic repair: kept in the snapshot folder, below {container.uid}, until the container is deleted",
     )
 
 
 def _unknown_owner_drift(uid: str, last: RevisionBackup | None) -> Drift:
     name = last.revision.container if last else ""
-    why = f"another container is called {name}" if name else "nothing says what it was called"
+    reason = f"the name {name} is taken" if name else "its name is unknown"
     if last is not None and last.engine is None:
-        why = "nothing says what engine container it had"
+        reason = "its engine container is unknown"
     return Drift(
         kind=DriftKind.SNAPSHOT_UNKNOWN,
         remedy=DriftRemedy.REPORTED,
         container=name,
         uid=uid,
-        message=f"files of container {name or uid} are kept, which has no record and no engine container: {why}",
-        plan=f"nothing is removed: they are in the snapshot folder, below {uid}; remove that when it is of no use",
+        message=f"container {name or uid} has files on the disk, but no record and no engine container: {reason}",
+        plan=f"no automatic repair: remove the folder {uid} in the snapshot folder when it is no longer needed",
     )

@@ -1,11 +1,10 @@
-"""Containers that the engine is starting again, and those whose start it gave up or forgot.
+"""Refreshes containers that the engine is restarting, and starts those that the engine fails or forgets to start.
 
-An engine that fails to start a container by itself (a driver that is loaded late at boot, a card that is gone) never
-tries again, and tells nobody: there is no event. An engine that was killed stops the containers that have outlived it
-when it starts, and now and then forgets to start one of them again, although its restart policy says so (seen with
-Docker 20.10.24 on a busy host, after one kill in ten). So a container that is RESTARTING is looked at again after a
-while, and one that its policy keeps running and that the engine leaves stopped is started by an operation, after a
-pause that grows with each try.
+An engine that fails to start a container by itself (a driver that is loaded late at boot, a missing GPU) never tries
+again, and sends no event. An engine that was killed stops, when it starts again, the containers that survived it, and
+sometimes does not start one of them although its restart policy requires it (with Docker 20.10.24 on a busy host, after
+one kill in ten). So a RESTARTING container is refreshed after a while, and a container that the engine leaves stopped
+against its restart policy is started by an operation, with a growing delay between tries.
 """
 
 from __future__ import annotations
@@ -32,44 +31,45 @@ from gpudock_server.ports import Engine, Store
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
-# Seconds until a RESTARTING container is looked at again, at first and at most. The engine's own pause between two
-# runs grows from 0.1 seconds to a minute.
+# Seconds until a RESTARTING container is refreshed, the first and the longest. The engine's own delay between two runs
+# grows from 0.1 seconds to a minute.
 _FIRST_CHECK_SECONDS = 1.0
 _MAX_CHECK_SECONDS = 60.0
-# A run that has just begun counts as RUNNING this many seconds later.
+# Seconds until a run that has just begun counts as RUNNING.
 _RUNNING_AFTER_SECONDS = RESTART_SETTLE_TIME.total_seconds() + 0.05
 
 
 class _StartNotNeeded(Exception):
-    """The container is no longer one that has to be started."""
+    """The container no longer needs a start."""
 
 
 @dataclass(slots=True)
 class _WatchedContainer:
-    """A container that is looked at again when it is `due` (in the event loop's seconds).
+    """A container to check when it is `due` (a time of the event loop, in seconds).
 
-    `failed`: its start failed, and it is started then; else it is RESTARTING. `last` is why the last try failed.
+    `failed`: its start failed, and the check starts it; otherwise it is RESTARTING, and the check refreshes it.
+    `last_error` is the error of the last try. `delay` is in seconds.
     """
 
     name: str
     uid: str
     failed: bool
-    pause: float
+    delay: float
     due: float
     due_time: datetime
     tries: int = 0
-    last: str = ""
+    last_error: str = ""
     busy: bool = False
 
-    def schedule(self, pause: float) -> None:
-        """Look again in `pause` seconds."""
-        self.pause = pause
-        self.due = asyncio.get_running_loop().time() + pause
-        self.due_time = now() + timedelta(seconds=pause)
+    def schedule(self, delay: float) -> None:
+        """Make the container due in `delay` seconds."""
+        self.delay = delay
+        self.due = asyncio.get_running_loop().time() + delay
+        self.due_time = now() + timedelta(seconds=delay)
 
 
 class Restarts:
-    """Knows what has to be looked at again, and when."""
+    """The containers to check, and when."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Restarts:
         first_delay: float,
         max_delay: float,
     ) -> None:
-        """Seconds until a container whose start failed is started again, at first and at most."""
+        """`first_delay` and `max_delay`: seconds from a failed start to the next try, the first and the longest."""
         self._store = store
         self._engine = engine
         self._draft_start = draft_start
@@ -89,55 +89,55 @@ class Restarts:
         self._first_delay = first_delay
         self._max_delay = max(first_delay, max_delay)
         self._watched: dict[str, _WatchedContainer] = {}
-        # By uid: when a container ended that ran before the engine went away, and had ended when it was back.
+        # Finish times, by uid, of containers that ran before the engine went away and had ended when it was back.
         self._ended_with_engine: dict[str, datetime] = {}
         self._changed = asyncio.Event()
 
     def track(
         self,
         container: Container,
-        shown: EngineContainer,
+        engine_container: EngineContainer,
         report_drift: ReportDrift,
         *,
         ended_with_engine: bool = False,
     ) -> None:
-        """Decide whether a container, whose status is up to date, is to be looked at again.
+        """Decide whether and when to check a container, whose status must be up to date.
 
-        `ended_with_engine`: it ran before the engine went away, and did not when the engine was back.
+        `ended_with_engine`: it ran before the engine went away, and had ended when the engine was back.
         """
-        if ended_with_engine and shown.finish_time is not None:
-            self._ended_with_engine[container.uid] = shown.finish_time
+        if ended_with_engine and engine_container.finish_time is not None:
+            self._ended_with_engine[container.uid] = engine_container.finish_time
         watched = self._watched.get(container.uid)
-        if cause := self._cause(container, shown):
+        if cause := self._cause(container, engine_container):
             if watched is None or not watched.failed:
-                watched = self._watch(container, failed=True, pause=self._first_delay)
+                watched = self._watch(container, failed=True, delay=self._first_delay)
             if not _tries_left(container.spec.restart_policy, watched.tries):
                 watched.due = float("inf")
-            report_drift(_start_failed_drift(watched, container, shown, cause))
+            report_drift(_start_failed_drift(watched, container, engine_container, cause))
             return
         if watched is not None and watched.failed:
-            report_drift(_resolved_drift(container, shown))
+            report_drift(_resolved_drift(container, engine_container))
             self.forget(container)
             watched = None
         if container.status.state is not ContainerState.RESTARTING:
             self.forget(container)
             return
         if watched is None:
-            watched = self._watch(container, failed=False, pause=_FIRST_CHECK_SECONDS)
-        if shown.alive:
-            watched.schedule(min(watched.pause, _RUNNING_AFTER_SECONDS))
+            watched = self._watch(container, failed=False, delay=_FIRST_CHECK_SECONDS)
+        if engine_container.alive:
+            watched.schedule(min(watched.delay, _RUNNING_AFTER_SECONDS))
             self._changed.set()
 
     def forget(self, container: Container) -> None:
-        """Stop watching it: its engine container is gone, or an operation stops it."""
+        """Stop checking a container: its engine container is gone, or an operation stops it."""
         self._watched.pop(container.uid, None)
         self._ended_with_engine.pop(container.uid, None)
 
-    def _cause(self, container: Container, shown: EngineContainer) -> str:
-        """Why a container should run, by its restart policy, and is left stopped by the engine; empty if it is not.
+    def _cause(self, container: Container, engine_container: EngineContainer) -> str:
+        """Why the engine leaves a container stopped against its restart policy; empty where it does not.
 
-        One that ran and ended, or that somebody stopped, has no error to show: the engine keeps one for failed starts
-        only, until the next start. What StopContainer stopped is STOPPED.
+        A container that ended or was stopped by others has no error: the engine keeps errors of failed starts only,
+        until the next start. A container that StopContainer stopped is STOPPED.
         """
         policy = container.spec.restart_policy
         if (
@@ -146,47 +146,51 @@ class Restarts:
             or policy.kind is RestartPolicyKind.NO
         ):
             return ""
-        if shown.error:
-            return shown.error
-        forgotten = shown.finish_time is not None and shown.finish_time == self._ended_with_engine.get(container.uid)
+        if engine_container.error:
+            return engine_container.error
+        forgotten = (
+            engine_container.finish_time is not None
+            and engine_container.finish_time == self._ended_with_engine.get(container.uid)
+        )
         if forgotten and (policy.kind is not RestartPolicyKind.ON_FAILURE or container.status.exit_code):
-            return "it ended when the engine was restarted, and the engine has not started it again"
+            return "it ended when the engine restarted, and the engine did not start it again"
         return ""
 
-    def _watch(self, container: Container, *, failed: bool, pause: float) -> _WatchedContainer:
-        watched = _WatchedContainer(container.name, container.uid, failed, pause, 0.0, now())
-        watched.schedule(pause)
+    def _watch(self, container: Container, *, failed: bool, delay: float) -> _WatchedContainer:
+        watched = _WatchedContainer(container.name, container.uid, failed, delay, 0.0, now())
+        watched.schedule(delay)
         self._watched[container.uid] = watched
         self._changed.set()
         return watched
 
-    async def run(self, look: Callable[[str, str], Awaitable[None]]) -> None:
-        """Look again, and start again, for ever. `look` brings the status of a container (name, uid) up to date."""
+    async def run(self, refresh: Callable[[str, str], Awaitable[None]]) -> None:
+        """Check due containers until cancelled. `refresh` updates the status of a container (name, uid)."""
         async with asyncio.TaskGroup() as tasks:
             while True:
                 time = asyncio.get_running_loop().time()
-                for watched in [one for one in self._watched.values() if one.due <= time and not one.busy]:
+                due = [watched for watched in self._watched.values() if watched.due <= time and not watched.busy]
+                for watched in due:
                     watched.busy = True
-                    tasks.create_task(self._check(watched, look))
+                    tasks.create_task(self._check(watched, refresh))
                 await self._wait_until_due()
 
     async def _wait_until_due(self) -> None:
-        """Wait until something is due, or what is watched has changed."""
+        """Wait until a container is due, or the watched containers change."""
         self._changed.clear()
-        due = min((one.due for one in self._watched.values() if not one.busy), default=None)
-        pause = None if due is None else max(0.0, due - asyncio.get_running_loop().time())
+        due = min((watched.due for watched in self._watched.values() if not watched.busy), default=None)
+        timeout = None if due is None else max(0.0, due - asyncio.get_running_loop().time())
         try:
-            async with asyncio.timeout(pause):
+            async with asyncio.timeout(timeout):
                 await self._changed.wait()
         except TimeoutError:
             return
 
-    async def _check(self, watched: _WatchedContainer, look: Callable[[str, str], Awaitable[None]]) -> None:
+    async def _check(self, watched: _WatchedContainer, refresh: Callable[[str, str], Awaitable[None]]) -> None:
         try:
             if watched.failed:
                 await self._start(watched)
-            watched.schedule(min(watched.pause * 2, self._max_delay if watched.failed else _MAX_CHECK_SECONDS))
-            await look(watched.name, watched.uid)
+            watched.schedule(min(watched.delay * 2, self._max_delay if watched.failed else _MAX_CHECK_SECONDS))
+            await refresh(watched.name, watched.uid)
             if await self._is_gone(watched) and self._watched.get(watched.uid) is watched:
                 del self._watched[watched.uid]
         finally:
@@ -201,31 +205,31 @@ class Restarts:
         return view is None or view.container.uid != watched.uid
 
     async def _start(self, watched: _WatchedContainer) -> None:
-        """Start it by an operation, and wait for the end of that."""
+        """Start a container by an operation, and wait for the operation's end."""
 
         async def draft() -> OperationDraft:
             view = await self._store.container(watched.name)
             if view is None or view.container.uid != watched.uid or view.operation_id or view.container.engine is None:
                 raise _StartNotNeeded
-            shown = await self._engine.inspect(view.container.engine.engine_id)
-            current = view.container.changed(status=observed_status(view.container, shown))
-            if shown is None or not self._cause(current, shown):
+            engine_container = await self._engine.inspect(view.container.engine.engine_id)
+            current = view.container.changed(status=observed_status(view.container, engine_container))
+            if engine_container is None or not self._cause(current, engine_container):
                 raise _StartNotNeeded
-            made = await self._draft_start(Start(watched.name))
-            if made.target_record.expect != view.version:
+            start = await self._draft_start(Start(watched.name))
+            if start.target_record.expect != view.version:
                 raise _StartNotNeeded
-            return made
+            return start
 
         try:
             operation_id = await self._operations.begin(draft, None)
             log.info("start retried", container=watched.name, operation_id=operation_id, tries=watched.tries + 1)
             await self._operations.wait_until_ended((operation_id,))
             error = (await self._operations.get(operation_id)).operation.error
-            watched.last = error.message if error is not None else ""
+            watched.last_error = error.message if error is not None else ""
         except _StartNotNeeded:
             return
         except GpudockError as error:
-            watched.last = error.message
+            watched.last_error = error.message
         watched.tries += 1
 
 
@@ -234,38 +238,42 @@ def _tries_left(policy: RestartPolicy, tries: int) -> bool:
     return not limited or tries < policy.max_retry_count
 
 
-def _start_failed_drift(watched: _WatchedContainer, container: Container, shown: EngineContainer, cause: str) -> Drift:
+def _start_failed_drift(
+    watched: _WatchedContainer, container: Container, engine_container: EngineContainer, cause: str
+) -> Drift:
     tried = f"tried {watched.tries} times" if watched.tries else "not tried yet"
-    last = f"; the last try failed: {watched.last}" if watched.last and watched.last != cause else ""
-    remedy, plan = DriftRemedy.PENDING, f"it is started again at the due time ({tried}{last}); StopContainer ends that"
+    if watched.last_error and watched.last_error != cause:
+        tried += f"; the last try failed: {watched.last_error}"
+    remedy, plan = DriftRemedy.PENDING, f"next start at the due time ({tried}); StopContainer cancels it"
     if not _tries_left(container.spec.restart_policy, watched.tries):
-        remedy, plan = DriftRemedy.REPORTED, f"nothing more, as its restart policy says ({tried}{last}); start it"
+        remedy = DriftRemedy.REPORTED
+        plan = f"no automatic repair: its restart policy allows no more tries ({tried}); start it"
     return Drift(
         kind=DriftKind.START_FAILED,
         remedy=remedy,
         container=container.name,
         uid=container.uid,
-        engine_id=shown.id,
-        engine_name=shown.name,
+        engine_id=engine_container.id,
+        engine_name=engine_container.name,
         expected=ContainerState.RUNNING.value,
         actual=container.status.state.value,
-        message=f"{container.name} does not run: {cause}",
+        message=f"{container.name} is not running: {cause}",
         plan=plan,
         due_time=watched.due_time if remedy is DriftRemedy.PENDING else None,
     )
 
 
-def _resolved_drift(container: Container, shown: EngineContainer) -> Drift:
+def _resolved_drift(container: Container, engine_container: EngineContainer) -> Drift:
     state = container.status.state
     return Drift(
         kind=DriftKind.START_FAILED,
         remedy=DriftRemedy.REPAIRED,
         container=container.name,
         uid=container.uid,
-        engine_id=shown.id,
-        engine_name=shown.name,
+        engine_id=engine_container.id,
+        engine_name=engine_container.name,
         expected=ContainerState.RUNNING.value if state in ACTIVE_STATES else "",
         actual=state.value,
-        message=f"{container.name} did not run, although its restart policy keeps it running",
-        plan=f"it is {state.value} now",
+        message=f"{container.name} was not running, although its restart policy requires it",
+        plan=f"now {state.value}",
     )

@@ -1,7 +1,7 @@
-"""Volumes that no record names: given their records again from what the engine and the disk have, or reported.
+"""Adopts volumes that have no record, from what the engine and the disk have, or reports them.
 
-A volume with a size is its store's folder (`volume.json` says whose it is) and the engine volume that leads there; a
-PLAIN one is its engine volume alone, with labels. Nothing of a volume is ever removed here.
+A volume with a size has a backing folder, whose `volume.json` identifies the volume, and an engine volume that points
+to the folder. A PLAIN volume has only its engine volume, with labels. Reconcile never removes anything of a volume.
 """
 
 from __future__ import annotations
@@ -44,43 +44,46 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _LostVolume:
-    """A volume whose record may be written again. `made`: the engine has its engine volume."""
+    """A volume whose record can be restored. `has_engine_volume`: its engine volume exists."""
 
     name: str
     uid: str
     backing: VolumeBacking
     identity: VolumeIdentity | None
-    made: bool
+    has_engine_volume: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _VolumesFound:
-    """What the engine and the disk had, read before the records: what a deletion removes, it removes before its record.
+    """Engine volumes and backings. They are read before the records, since a deletion removes the record last.
 
-    `labelled` are this node's, by uid; `stores` all that are on the disk; `names` those of all engine volumes.
+    `labelled`: the engine volumes of this node, by uid; `backings`: all backings on the disk, by uid; `names`: the
+    names of all engine volumes.
     """
 
     labelled: Mapping[str, EngineVolume]
-    stores: Mapping[str, BackingOnDisk]
+    backings: Mapping[str, BackingOnDisk]
     names: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
 class _VolumeRecords:
-    """Volumes of every node, by name; and names of which nothing is touched."""
+    """The volume records of every node, by name, and the names of unreadable ones, which are not adopted."""
 
     views: Mapping[str, VolumeView]
     unreadable: frozenset[str]
 
     @property
     def uids(self) -> frozenset[str]:
-        """Every uid, of a volume or of its store, that a record has."""
+        """The uids of all volumes with a record, and of their backings."""
         volumes = [view.volume for view in self.views.values()]
-        return frozenset([*(one.uid for one in volumes), *(one.backing.uid for one in volumes if one.backing)])
+        return frozenset(
+            [*(volume.uid for volume in volumes), *(volume.backing.uid for volume in volumes if volume.backing)]
+        )
 
     @property
     def engine_volumes(self) -> frozenset[str]:
-        """Every engine volume that a record has."""
+        """The names of the engine volumes of all records."""
         return frozenset(view.volume.backing.engine_volume for view in self.views.values() if view.volume.backing)
 
 
@@ -95,71 +98,69 @@ class VolumeReconciler:
         self._node = engine_volumes.node
 
     async def adopt(self, containers: Mapping[str, EngineContainer], report_drift: ReportDrift) -> None:
-        """Write the records that are lost; `containers` are all engine containers of this node.
+        """Adopt or report volumes without a record. `containers` are all engine containers of this node, by id.
 
         Raises EngineUnavailable, StoreUnavailable.
         """
-        seen = await self._find_volumes()
+        found = await self._find_volumes()
         records = await self._read_records()
-        candidates = self._candidates(seen, records, report_drift)
-        names = Counter(one.name for one in candidates)
-        for one in candidates:
-            if names[one.name] > 1:
-                report_drift(
-                    _unknown_volume_drift(
-                        one.name, one.uid, one.backing, "another one of that name has no record either"
-                    )
-                )
+        candidates = self._candidates(found, records, report_drift)
+        names = Counter(lost.name for lost in candidates)
+        for lost in candidates:
+            if names[lost.name] > 1:
+                reason = "another volume of that name has no record either"
+                report_drift(_unknown_volume_drift(lost.name, lost.uid, lost.backing, reason))
             else:
-                await self._adopt(one, report_drift)
+                await self._adopt(lost, report_drift)
         await self._adopt_foreign(containers, report_drift)
 
     async def _find_volumes(self) -> _VolumesFound:
         labelled = await self._engine.find_volumes({LABEL_NODE: self._node})
-        stores: dict[str, BackingOnDisk] = {}
+        backings: dict[str, BackingOnDisk] = {}
         for backend in self._backends.backends:
             try:
-                stores |= {one.uid: one for one in await backend.backings_on_disk()}
+                backings |= {backing.uid: backing for backing in await backend.backings_on_disk()}
             except VolumeFailed as error:
-                log.warning("the stores of volumes could not be read", backend=backend.kind, detail=error.message)
+                log.warning("listing volume backings failed", backend=backend.kind, detail=error.message)
         names = frozenset(await self._engine.volume_names())
-        return _VolumesFound({one.labels.get(LABEL_UID, ""): one for one in labelled}, stores, names)
+        return _VolumesFound({volume.labels.get(LABEL_UID, ""): volume for volume in labelled}, backings, names)
 
     async def _read_records(self) -> _VolumeRecords:
         page = await read_all_pages(self._store.volumes)
         views = {view.volume.name: view for view in page.items}
-        return _VolumeRecords(views, frozenset(one.name for one in page.unreadable))
+        return _VolumeRecords(views, frozenset(key.name for key in page.unreadable))
 
-    # -- which can be adopted ----------------------------------------------------------------------------------------
+    # -- finding volumes without a record ----------------------------------------------------------------------------
 
-    def _candidates(self, seen: _VolumesFound, records: _VolumeRecords, report_drift: ReportDrift) -> list[_LostVolume]:
-        known = records.uids
-        found: list[_LostVolume] = []
-        for uid, engine_volume in seen.labelled.items():
-            if uid not in known and (one := self._labelled(uid, engine_volume, seen, records, report_drift)):
-                found.append(one)
-        for uid, store in seen.stores.items():
-            if (
-                uid not in known
-                and uid not in seen.labelled
-                and (one := self._stored(store, seen, records, report_drift))
-            ):
-                found.append(one)
-        return found
+    def _candidates(
+        self, found: _VolumesFound, records: _VolumeRecords, report_drift: ReportDrift
+    ) -> list[_LostVolume]:
+        recorded = records.uids
+        candidates = [
+            self._from_engine_volume(uid, engine_volume, found, records, report_drift)
+            for uid, engine_volume in found.labelled.items()
+            if uid not in recorded
+        ]
+        candidates += [
+            self._from_backing(on_disk, found, records, report_drift)
+            for uid, on_disk in found.backings.items()
+            if uid not in recorded and uid not in found.labelled
+        ]
+        return [lost for lost in candidates if lost is not None]
 
-    def _labelled(
+    def _from_engine_volume(
         self,
         uid: str,
         engine_volume: EngineVolume,
-        seen: _VolumesFound,
+        found: _VolumesFound,
         records: _VolumeRecords,
         report_drift: ReportDrift,
     ) -> _LostVolume | None:
-        """A volume that has its engine volume, which has its labels."""
-        name, store = engine_volume.labels.get(LABEL_NAME, ""), seen.stores.get(uid)
+        """The volume of an engine volume with labels; None, and reported, where it cannot be adopted."""
+        name, on_disk = engine_volume.labels.get(LABEL_NAME, ""), found.backings.get(uid)
         backing: VolumeBacking | None
-        if store is not None:
-            backing, identity = store.backing, store.identity or identity_of(engine_volume)
+        if on_disk is not None:
+            backing, identity = on_disk.backing, on_disk.identity or identity_of(engine_volume)
         else:
             identity = identity_of(engine_volume)
             backing = VolumeBacking(
@@ -169,43 +170,47 @@ class VolumeReconciler:
                 engine_volume=engine_volume.name,
                 folder=engine_volume.mountpoint,
             )
-        why = _unadoptable_reason(name, uid, records)
-        if not why and backing is None and store is not None:
-            why = store.damage
-        elif not why and backing is not None and backing.driver_options != engine_volume.options:
+        reason = _unadoptable_reason(name, uid, records)
+        if not reason and backing is None and on_disk is not None:
+            reason = on_disk.damage
+        elif not reason and backing is not None and backing.driver_options != engine_volume.options:
             device = engine_volume.options.get("device", "nowhere")
-            why = f"it leads to {device}, and no store is there that says so"
-        if why or backing is None:
+            reason = f"points to {device}, which is not the backing of this volume"
+        if reason or backing is None:
             if not _is_locked(name, records):
-                report_drift(_unknown_volume_drift(name, uid, backing, why, engine_volume=engine_volume.name))
+                report_drift(_unknown_volume_drift(name, uid, backing, reason, engine_volume=engine_volume.name))
             return None
-        return _LostVolume(name, uid, backing, identity, made=True)
+        return _LostVolume(name, uid, backing, identity, has_engine_volume=True)
 
-    def _stored(
-        self, store: BackingOnDisk, seen: _VolumesFound, records: _VolumeRecords, report_drift: ReportDrift
+    def _from_backing(
+        self, on_disk: BackingOnDisk, found: _VolumesFound, records: _VolumeRecords, report_drift: ReportDrift
     ) -> _LostVolume | None:
-        """A store to which no engine volume of this node leads."""
-        backing, identity = store.backing, store.identity
-        name = backing.name if backing else ""
-        if self._is_elsewhere(store, seen, records) or _is_locked(name, records):
-            # Of another node whose daemon has its stores in the same folder; or a copy that a resize is making, or the
-            # store of a volume that is being made.
-            return None
-        why = store.damage or _unadoptable_reason(name, store.uid, records)
-        if not why and identity is None:
-            # A copy of a resize that was cut off, or of a version that did not keep whose store it is.
-            why = "no engine volume leads to it, and it does not say of which node's volume it is the store"
-        if why or backing is None:
-            report_drift(_unknown_volume_drift(name, store.uid, backing, why, where=store.folder))
-            return None
-        return _LostVolume(name, store.uid, backing, identity, made=False)
+        """The volume of a backing without an engine volume of this node; None where it cannot be adopted.
 
-    def _is_elsewhere(self, store: BackingOnDisk, seen: _VolumesFound, records: _VolumeRecords) -> bool:
-        if store.identity is not None:
-            return store.identity.node != self._node
-        if f"gpudock-{store.uid}" in seen.names:
+        Reported, except where the backing belongs to another node or to an operation.
+        """
+        backing, identity = on_disk.backing, on_disk.identity
+        name = backing.name if backing else ""
+        if self._is_elsewhere(on_disk, found, records) or _is_locked(name, records):
+            # The daemon of another node may use the same folder. With a lock, this is the new backing of a resize or
+            # of a volume that is being created.
+            return None
+        reason = on_disk.damage or _unadoptable_reason(name, on_disk.uid, records)
+        if not reason and identity is None:
+            # The copy of an interrupted resize, or a backing of a version that wrote no identity.
+            reason = "no engine volume points to it, and it names no node"
+        if reason or backing is None:
+            report_drift(_unknown_volume_drift(name, on_disk.uid, backing, reason, folder=on_disk.folder))
+            return None
+        return _LostVolume(name, on_disk.uid, backing, identity, has_engine_volume=False)
+
+    def _is_elsewhere(self, on_disk: BackingOnDisk, found: _VolumesFound, records: _VolumeRecords) -> bool:
+        """Whether a backing belongs to another node."""
+        if on_disk.identity is not None:
+            return on_disk.identity.node != self._node
+        if f"gpudock-{on_disk.uid}" in found.names:
             return True
-        view = records.views.get(store.backing.name) if store.backing else None
+        view = records.views.get(on_disk.backing.name) if on_disk.backing else None
         return view is not None and view.volume.node != self._node
 
     # -- adopting ----------------------------------------------------------------------------------------------------
@@ -220,19 +225,19 @@ class VolumeReconciler:
             report_drift(_unknown_volume_drift(lost.name, lost.uid, lost.backing, error.message))
             return
         if written:
-            plan = f"it has its record again, with {_size(lost.backing)}"
+            plan = f"record restored, with {_size(lost.backing)}"
             report_drift(_record_lost_drift(lost.name, lost.uid, lost.backing.engine_volume, plan))
 
     async def _restore(self, lost: _LostVolume) -> Volume | None:
-        """The record, once the engine volume is there; None where it has been deleted since it was seen."""
+        """The record of a volume; None where it was deleted. Creates the engine volume where it is missing."""
         backing = lost.backing
-        if lost.made:
+        if lost.has_engine_volume:
             found = await self._engine.inspect_volume(backing.engine_volume)
             if found is None or found.labels.get(LABEL_UID) != lost.uid:
                 return None
         else:
-            again = await self._backends.of_kind(backing.kind).backings_on_disk()
-            if lost.uid not in {one.uid for one in again}:
+            on_disk = await self._backends.of_kind(backing.kind).backings_on_disk()
+            if lost.uid not in {current.uid for current in on_disk}:
                 return None
             found = await self._engine_volumes.create(backing, lost.identity)
         return self._volume(lost.name, lost.uid, backing, lost.identity, found.mountpoint)
@@ -240,32 +245,32 @@ class VolumeReconciler:
     def _volume(
         self, name: str, uid: str, backing: VolumeBacking, identity: VolumeIdentity | None, mountpoint: str
     ) -> Volume:
-        moment, said = now(), identity or VolumeIdentity()
+        moment, identity = now(), identity or VolumeIdentity()
         return Volume(
             name=name,
             uid=uid,
             node=self._node,
-            owner=said.owner,
-            # No etag from before the loss names this state: how often it was changed is not known any more.
+            owner=identity.owner,
+            # The generation before the loss is unknown; a time is greater, so that no earlier etag matches.
             generation=int(moment.timestamp()),
             revision=1,
             state=VolumeState.READY,
             size_bytes=backing.size_bytes,
             reserved_bytes=backing.size_bytes,
-            labels=said.labels,
+            labels=identity.labels,
             backing=backing,
             mountpoint=mountpoint,
-            create_time=said.create_time or moment,
+            create_time=identity.create_time or moment,
             update_time=moment,
         )
 
     async def _record(self, volume: Volume) -> bool:
-        """Write it, unless somebody was quicker."""
-        # Of a record that alone was lost, the history is still there.
+        """Write a record; False where a volume of that name has one by now."""
+        # Where only the record was lost, its history still exists.
         history: tuple[VolumeRevision, ...] = (
             await read_all_pages(partial(self._store.volume_revisions, volume.uid))
         ).items
-        last = max((one.revision for one in history), default=0)
+        last = max((revision.revision for revision in history), default=0)
         volume = volume.changed(revision=last + 1)
         try:
             await self._store.apply([PutVolume(volume, expect=0), revision_of(volume, VolumeCause.ADOPTED, "")])
@@ -273,14 +278,17 @@ class VolumeReconciler:
             return False
         return True
 
-    # -- engine volumes that are not gpudock's -----------------------------------------------------------------------
+    # -- engine volumes without labels -------------------------------------------------------------------------------
 
     async def _adopt_foreign(self, containers: Mapping[str, EngineContainer], report_drift: ReportDrift) -> None:
-        """Volumes that were adopted as they are have no labels: containers that mount them say what they are called."""
+        """Adopt engine volumes without labels, which AdoptVolume without a size made volumes.
+
+        Their names are taken from the specs of the containers that mount them.
+        """
         used: defaultdict[str, set[str]] = defaultdict(set)
-        for one in created_by_gpudock(containers):
-            if one.spec is not None:
-                for name, engine_volume in mounted_engine_volumes(one, one.spec.mounts).items():
+        for container in created_by_gpudock(containers):
+            if container.spec is not None:
+                for name, engine_volume in mounted_engine_volumes(container, container.spec.mounts).items():
                     used[name].add(engine_volume)
         if not used:
             return
@@ -299,28 +307,28 @@ class VolumeReconciler:
     ) -> None:
         user = next(
             (
-                EngineContainerLabels.of(one).name
-                for one in containers.values()
-                if engine_volumes[0] in one.volumes.values()
+                EngineContainerLabels.of(container).name
+                for container in containers.values()
+                if engine_volumes[0] in container.volumes.values()
             ),
             "",
         )
         found = await self._engine.inspect_volume(engine_volumes[0])
         if found is None or LABEL_UID in found.labels:
-            # Which is gone, or was judged by its labels.
+            # It is gone, or has labels and was handled by them.
             return
         if len(engine_volumes) > 1 or found.name in records.engine_volumes or not is_name(name):
-            why = f"containers have {' and '.join(engine_volumes)} mounted for it"
+            reason = f"containers mount different engine volumes for it: {', '.join(engine_volumes)}"
             if len(engine_volumes) == 1:
-                why = f"container {user} has {found.name} mounted for it, which is another volume's by its record"
-            report_drift(_unknown_volume_drift(name, "", None, why, engine_volume=found.name))
+                reason = f"container {user} mounts {found.name} for it, which the record of another volume has"
+            report_drift(_unknown_volume_drift(name, "", None, reason, engine_volume=found.name))
             return
         uid = str(uuid.uuid4())
         backing = VolumeBacking(
             kind=VolumeBackendKind.PLAIN, uid=uid, name=name, engine_volume=found.name, folder=found.mountpoint
         )
         if await self._record(self._volume(name, uid, backing, None, found.mountpoint)):
-            plan = f"it has a record again, from the mount of container {user}; its owner and labels are not known"
+            plan = f"record restored from the mount of container {user}; owner and labels are unknown"
             report_drift(_record_lost_drift(name, uid, found.name, plan))
 
 
@@ -330,17 +338,17 @@ def _is_locked(name: str, records: _VolumeRecords) -> bool:
 
 
 def _unadoptable_reason(name: str, uid: str, records: _VolumeRecords) -> str:
-    """Why nothing can be written under its name; empty where it can."""
+    """Why no record can be written for a volume; empty where it can."""
     if not is_name(name):
-        return f"it says that it is volume {name!r}, which is no name"
+        return f"invalid volume name {name!r}"
     try:
         uuid.UUID(uid)
     except ValueError:
-        return f"its uid {uid!r} is no UUID"
+        return f"invalid uid {uid!r}; it must be a UUID"
     if name in records.unreadable:
-        return f"the record of volume {name} cannot be read"
+        return f"the record of volume {name} is unreadable"
     if name in records.views:
-        return f"another volume is called {name}; delete that, and this one gets its record again"
+        return f"the name {name} is taken; delete that volume to have this one adopted"
     return ""
 
 
@@ -355,25 +363,25 @@ def _record_lost_drift(name: str, uid: str, engine_volume: str, plan: str) -> Dr
         volume=name,
         uid=uid,
         engine_name=engine_volume,
-        message=f"volume {name} has no record, and its files are there",
+        message=f"volume {name} had lost its record",
         plan=plan,
     )
 
 
 def _unknown_volume_drift(
-    name: str, uid: str, backing: VolumeBacking | None, why: str, *, engine_volume: str = "", where: str = ""
+    name: str, uid: str, backing: VolumeBacking | None, reason: str, *, engine_volume: str = "", folder: str = ""
 ) -> Drift:
-    where = where or (backing.folder if backing else "") or engine_volume
+    place = folder or (backing.folder if backing else "") or engine_volume
     return Drift(
         kind=DriftKind.VOLUME_UNKNOWN,
         remedy=DriftRemedy.REPORTED,
         volume=name,
         uid=uid,
         engine_name=engine_volume or (backing.engine_volume if backing else ""),
-        actual=where,
-        message=f"no record names the volume {name or uid} in {where}: {why}",
+        actual=place,
+        message=f"volume {name or uid} in {place} has no record: {reason}",
         plan=(
-            "nothing is removed: take out of the way what stands against it; or copy its files elsewhere, then remove"
-            " its engine volume with `docker volume rm` and its folder"
+            "no automatic repair: remove the cause; or copy the files elsewhere, then remove the engine volume with"
+            " `docker volume rm`, and the folder"
         ),
     )
