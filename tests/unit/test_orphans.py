@@ -1,4 +1,4 @@
-"""What becomes of an engine container that no record binds: every row of the table in docs/reconcile.md."""
+"""What reconcile does with an orphan: every row of the table in docs/reconcile.md."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def ended(state: OperationState, kind: OperationKind = OperationKind.SCALE, oper
 
 @dataclass(frozen=True)
 class Row:
-    """A row: what there is, and what is to become of the engine container `new`."""
+    """A row of the table: the situation, and the action for the engine container `new`."""
 
     action: OrphanAction
     reason: str
