@@ -160,7 +160,7 @@ class NodeCore:
             store=self.ports.store,
             engine=self.ports.engine,
             snapshots=self.ports.snapshots,
-            ledger=self.ports.ledger,
+            revision_backups=self.ports.ledger,
             host_paths=self.ports.host_paths,
             engine_containers=self.engine_containers,
             images=self.images,

@@ -80,7 +80,7 @@ class OrphanReconciler:
         store: Store,
         engine: Engine,
         engine_containers: EngineContainers,
-        ledger: RevisionBackupStore,
+        revision_backups: RevisionBackupStore,
         claims: HostClaims,
         grace: float,
     ) -> None:
@@ -88,7 +88,7 @@ class OrphanReconciler:
         self._store = store
         self._engine = engine
         self._engine_containers = engine_containers
-        self._ledger = ledger
+        self._revision_backups = revision_backups
         self._host_claims = claims
         self._operations = operations
         self._grace = grace
@@ -226,9 +226,9 @@ class OrphanReconciler:
 
     async def _read_backups(self, uid: str) -> tuple[RevisionBackup, ...]:
         try:
-            return await self._ledger.read(uid)
+            return await self._revision_backups.read(uid)
         except GpudockError as error:
-            log.warning("ledger read failed", uid=uid, detail=error.message)
+            log.warning("revision backup read failed", uid=uid, detail=error.message)
             return ()
 
     async def _layer_images(self, container: Container, labels: EngineContainerLabels) -> tuple[str, ...]:

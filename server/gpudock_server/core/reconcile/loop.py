@@ -21,11 +21,11 @@ from gpudock_server.core.reconcile.containers import ContainerReconciler, DraftS
 from gpudock_server.core.reconcile.drift import DriftTracker, ReportDrift
 from gpudock_server.core.reconcile.host_paths import release_unused_host_paths, repair_host_paths
 from gpudock_server.core.reconcile.images import remove_unused_images
-from gpudock_server.core.reconcile.ledger import LedgerReconciler
 from gpudock_server.core.reconcile.locks import LockReconciler
 from gpudock_server.core.reconcile.orphans import OrphanAction
 from gpudock_server.core.reconcile.records import ContainerRecords, read_container_records
 from gpudock_server.core.reconcile.restarts import Restarts
+from gpudock_server.core.reconcile.revision_backups import RevisionBackupReconciler
 from gpudock_server.core.reconcile.volumes import VolumeReconciler
 from gpudock_server.core.volumes.backends import VolumeBackends
 from gpudock_server.core.volumes.engine_volumes import EngineVolumes
@@ -50,7 +50,7 @@ class Reconciler:
         store: Store,
         engine: Engine,
         snapshots: SnapshotStore,
-        ledger: RevisionBackupStore,
+        revision_backups: RevisionBackupStore,
         host_paths: HostPaths,
         engine_containers: EngineContainers,
         images: Images,
@@ -85,7 +85,7 @@ class Reconciler:
             store=store,
             engine=engine,
             engine_containers=engine_containers,
-            ledger=ledger,
+            revision_backups=revision_backups,
             claims=claims,
             grace=orphan_grace,
         )
@@ -103,7 +103,7 @@ class Reconciler:
         )
         self._claim_rules = ClaimReconciler(store, engine, claims)
         self._volumes = VolumeReconciler(store, engine, engine_volumes, backends)
-        self._ledger = LedgerReconciler(store, engine, snapshots, ledger, claims.node)
+        self._revision_backups = RevisionBackupReconciler(store, engine, snapshots, revision_backups, claims.node)
         self._found_at_start: list[Drift] = []
         # One pass at a time: two passes would both repair the same drift.
         self._pass_lock = asyncio.Lock()
@@ -221,8 +221,8 @@ class Reconciler:
         await self._orphans.adopt(orphans, records, OrphanAction.LOST, report_drift)
         # After containers with records, which have precedence over orphans.
         await self._claim_rules.claim_for_orphans(orphans, report_drift)
-        await self._ledger.adopt(records, engine_containers, report_drift)
-        await self._ledger.compare(await read_container_records(self._store), report_drift)
+        await self._revision_backups.adopt(records, engine_containers, report_drift)
+        await self._revision_backups.compare(await read_container_records(self._store), report_drift)
         await self._orphans.remove(orphans, report_drift)
         await remove_unused_images(self._store, self._engine, self._images)
         await release_unused_host_paths(self._store, self._engine, self._host_paths, self._claims.node)

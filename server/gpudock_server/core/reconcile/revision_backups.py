@@ -1,7 +1,4 @@
-"""Keeps the ledger up to date with the store, and restores from the ledger what the store has lost.
-
-The ledger has the backups of revision records; docs/reconcile.md describes it.
-"""
+"""Keeps the backups of revision records up to date, and restores from them what the store has lost."""
 
 from __future__ import annotations
 
@@ -35,24 +32,24 @@ from gpudock_server.ports import (
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
-class LedgerReconciler:
+class RevisionBackupReconciler:
     """The rules for histories, and for containers of which only the history is left."""
 
     def __init__(
-        self, store: Store, engine: Engine, snapshots: SnapshotStore, ledger: RevisionBackupStore, node: str
+        self, store: Store, engine: Engine, snapshots: SnapshotStore, revision_backups: RevisionBackupStore, node: str
     ) -> None:
         self._store = store
         self._engine = engine
         self._snapshots = snapshots
-        self._ledger = ledger
+        self._revision_backups = revision_backups
         self._node = node
-        # Versions of the records whose histories agreed with the ledger, by uid.
+        # Versions of the records whose histories agreed with the backups, by uid.
         self._verified: dict[str, int] = {}
 
     # -- histories of containers that have a record ------------------------------------------------------------------
 
     async def compare(self, records: ContainerRecords, report_drift: ReportDrift) -> None:
-        """Compare the history of each container with the ledger, and write what either lacks.
+        """Compare the history of each container with its revision backups, and write what either lacks.
 
         Raises StoreUnavailable, EngineUnavailable.
         """
@@ -74,13 +71,13 @@ class LedgerReconciler:
         except StoreUnavailable:
             raise
         except GpudockError as error:
-            # The ledger is only a backup, so the pass continues without it.
-            log.warning("ledger comparison failed; will retry", detail=error.message)
+            # Backups are for a lost store only, so the pass continues without them.
+            log.warning("revision backup comparison failed; will retry", detail=error.message)
 
     async def _compare(self, view: ContainerView, sealed: Collection[int], report_drift: ReportDrift) -> None:
         container = view.container
         history = {view.revision.revision: view for view in await self._store.history(container.uid)}
-        backups = {backup.number: backup for backup in await self._ledger.read(container.uid)}
+        backups = {backup.number: backup for backup in await self._revision_backups.read(container.uid)}
         await self._write(container, history, backups)
         # Backups that are newer than the container's record are ignored: their revisions were never recorded, or only
         # before the store was restored.
@@ -111,7 +108,7 @@ class LedgerReconciler:
             if backup is not None and view.snapshot is None:
                 current = current.model_copy(update={"snapshot": backup.snapshot})
             if current != backup:
-                await self._ledger.write(current)
+                await self._revision_backups.write(current)
 
     async def _snapshot(
         self, uid: str, number: int, backup: RevisionBackup | None, sealed: Collection[int]
@@ -137,7 +134,7 @@ class LedgerReconciler:
             written.append(number)
         return written
 
-    # -- containers of which only the ledger is left -----------------------------------------------------------------
+    # -- containers of which only revision backups are left ----------------------------------------------------------
 
     async def adopt(
         self, records: ContainerRecords, engine_containers: Mapping[str, EngineContainer], report_drift: ReportDrift
@@ -145,7 +142,9 @@ class LedgerReconciler:
         """Adopt containers that have neither a record nor an engine container, as FAILED; whether any was adopted."""
         existing = {EngineContainerLabels.of(engine_container).uid for engine_container in engine_containers.values()}
         try:
-            lost = [uid for uid in await self._ledger.uids() if uid not in records.uids and uid not in existing]
+            lost = [
+                uid for uid in await self._revision_backups.uids() if uid not in records.uids and uid not in existing
+            ]
             if not lost:
                 return False
             history = await read_operation_history(self._store, lost)
@@ -153,7 +152,7 @@ class LedgerReconciler:
         except StoreUnavailable:
             raise
         except GpudockError as error:
-            log.warning("ledger scan failed; will retry", detail=error.message)
+            log.warning("revision backup scan failed; will retry", detail=error.message)
             return False
 
     async def _adopt(
@@ -162,14 +161,14 @@ class LedgerReconciler:
         if history.is_known_gone(uid):
             # Retention removes what is left of it.
             return False
-        backups = await self._ledger.read(uid)
+        backups = await self._revision_backups.read(uid)
         last = backups[-1] if backups else None
         if last is None or last.engine is None or last.revision.container in records.views:
             report_drift(_unknown_owner_drift(uid, last))
             return False
         if last.revision.container in records.unreadable_names:
             return False
-        # An engine container that exists was created since, or is of another node: its labels decide, not the ledger.
+        # An engine container that exists was created since, or is of another node: its labels decide, not the backup.
         if await self._engine.inspect(last.engine.engine_id) is not None or not await self._record(last):
             return False
         name = last.revision.container
@@ -228,7 +227,7 @@ def _restored_drift(container: Container, numbers: Sequence[int]) -> Drift:
         uid=container.uid,
         actual=_numbers(numbers),
         message=f"records of {_numbers(numbers)} of {container.name} were missing",
-        plan="restored from the ledger",
+        plan="restored from the backups",
     )
 
 
