@@ -6,6 +6,7 @@ rules; `loop` runs them, `drift` keeps what was found, `records` reads the recor
 
     locks             stale locks, and operations without their locks
     orphans           what to do with an engine container that no record binds; `adoption` does it
+    overtaken         unfinished operations of a restored store that newer work has overtaken
     containers        a container and its engine container: status, name, limits, claims
     restarts          containers whose start failed
     claims            stale claims, and missing ones

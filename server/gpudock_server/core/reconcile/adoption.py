@@ -1,9 +1,9 @@
-"""Adopts, removes or reports orphans, and ends operations that a restored store has and that are outdated."""
+"""Adopts, removes or reports orphans: engine containers that gpudock created and that no record binds."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 
 import structlog
@@ -13,7 +13,6 @@ from gpudock_server.core.containers.layer_images import layer_image_name_of
 from gpudock_server.core.containers.new_container import anonymous_volumes
 from gpudock_server.core.containers.operation_history import read_operation_history
 from gpudock_server.core.containers.status import observed_status
-from gpudock_server.core.operations.driver import recorded_error
 from gpudock_server.core.operations.engine import Operations
 from gpudock_server.core.operations.journal import Journal
 from gpudock_server.core.placement.claims import HostClaims
@@ -27,11 +26,8 @@ from gpudock_server.core.reconcile.records import (
     placement_of,
 )
 from gpudock_server.errors import (
-    ContainerNotFound,
     EngineRejected,
     GpudockError,
-    OperationOvertaken,
-    RecordUnreadable,
 )
 from gpudock_server.model.claims import ClaimKey, Holder, claim_keys
 from gpudock_server.model.container import (
@@ -45,9 +41,8 @@ from gpudock_server.model.container import (
 )
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
 from gpudock_server.model.engine import LABEL_OWNER, EngineContainer
-from gpudock_server.model.operation import Operation, OperationKind, OperationState
+from gpudock_server.model.operation import Operation, OperationState
 from gpudock_server.model.record import now
-from gpudock_server.model.resource import ResourceKind
 from gpudock_server.model.revision_backup import RevisionBackup
 from gpudock_server.model.spec import ContainerSpec
 from gpudock_server.model.store_changes import (
@@ -61,7 +56,7 @@ from gpudock_server.ports import ContainerView, Engine, RevisionBackupStore, Sto
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
-class _ClaimConflict(Exception):
+class ClaimConflict(Exception):
     """Another container holds a GPU or port of the engine container."""
 
     def __init__(self, key: ClaimKey, holder: Holder) -> None:
@@ -128,8 +123,8 @@ class OrphanReconciler:
     async def _adopt(self, orphan: Orphan, view: ContainerView | None, report_drift: ReportDrift) -> bool:
         kind = DriftKind.CONTAINER_NEWER if view else DriftKind.RECORD_LOST
         try:
-            adopted = await self._write_record(orphan.engine_container, view)
-        except _ClaimConflict as conflict:
+            adopted = await self.write_record(orphan.engine_container, view)
+        except ClaimConflict as conflict:
             report_drift(
                 _orphan_drift(
                     orphan,
@@ -145,12 +140,12 @@ class OrphanReconciler:
             report_drift(_orphan_drift(orphan, kind, DriftRemedy.REPAIRED, "record restored"))
         return adopted
 
-    async def _write_record(
+    async def write_record(
         self, engine_container: EngineContainer, view: ContainerView | None, ending: Versioned[Operation] | None = None
     ) -> bool:
         """Write the records of an engine container, and end an operation in the same transaction.
 
-        False where the engine or a record has changed since. Raises _ClaimConflict.
+        False where the engine or a record has changed since. Raises ClaimConflict.
         """
         # A deletion removes the engine container first and the record last. So an engine container that still exists
         # was not deleted since the records were read.
@@ -246,117 +241,10 @@ class OrphanReconciler:
         for key in keys:
             found = table.holder(key)
             if found is not None and found.uid != container.uid:
-                raise _ClaimConflict(key, found)
+                raise ClaimConflict(key, found)
             changes += (claims.confirm if found else claims.claim)(container, [key])
         held = dict.fromkeys((*claim_keys(before), *table.claims_of_container(container.uid)))
         return [*changes, *claims.release(container.uid, [key for key in held if key not in keys])]
-
-    # -- overtaken operations ----------------------------------------------------------------------------------------
-
-    async def end_overtaken_operations(
-        self, engine_containers: Mapping[str, EngineContainer], report_drift: ReportDrift
-    ) -> frozenset[str]:
-        """End operations that were finished or outdated before the store was restored to an earlier state.
-
-        To drive one of them would stop and remove the running container. Returns the ids of operations that cannot be
-        ended, and must not be resumed.
-        """
-        blocked: set[str] = set()
-        for stored in await self._store.unfinished(self._host_claims.node):
-            operation = stored.value
-            if operation.id in self._operations.driven or operation.target.kind is not ResourceKind.CONTAINER:
-                continue
-            try:
-                view = await self._store.container(operation.target.name)
-                if view is None or view.container.uid != operation.target.uid:
-                    await self._end_without_target(operation.id, report_drift)
-                elif not operation.committed and not await self._end_overtaken(
-                    stored, view, engine_containers, report_drift
-                ):
-                    blocked.add(operation.id)
-            except RecordUnreadable:
-                blocked.add(operation.id)
-        return frozenset(blocked)
-
-    async def _end_without_target(self, operation_id: str, report_drift: ReportDrift) -> None:
-        """End an operation whose container has no record. An engine container that it created is an orphan."""
-        stored = await self._store.operation(operation_id)
-        if stored is None or stored.value.state.ended:
-            return
-        operation = stored.value
-        failed = operation.changed(error=recorded_error(ContainerNotFound(container=operation.target.name)))
-        ended, changes = Journal.close_record(failed, OperationState.FAILED, ())
-        try:
-            await self._store.apply([*changes, PutOperation(ended, expect=stored.version)])
-        except StoreConflict:
-            return
-        report_drift(
-            _overtaken_drift(
-                operation,
-                f"the store has no record of {operation.target.name}",
-                DriftRemedy.REPAIRED,
-                "operation ended",
-            )
-        )
-
-    async def _end_overtaken(
-        self,
-        stored: Versioned[Operation],
-        view: ContainerView,
-        engine_containers: Mapping[str, EngineContainer],
-        report_drift: ReportDrift,
-    ) -> bool:
-        """End an operation if it was overtaken. False where it was, and cannot be ended."""
-        operation, engine = stored.value, view.container.engine
-        if engine is not None and engine.engine_id in engine_containers:
-            return True
-        candidates = [candidate async for candidate in self._newer(operation, view, engine_containers)]
-        if not candidates:
-            return True
-        if len(candidates) > 1:
-            names = ", ".join(candidate.name for candidate in candidates)
-            report_drift(
-                _overtaken_drift(
-                    operation,
-                    f"several newer engine containers: {names}",
-                    DriftRemedy.REPORTED,
-                    "no automatic repair: remove all but one of them",
-                )
-            )
-            return False
-        (newer,) = candidates
-        labels = EngineContainerLabels.of(newer)
-        made_by_operation = labels.operation_id == operation.id or operation.kind is OperationKind.CREATE
-        try:
-            ending = stored if made_by_operation else _with_overtaken_error(stored, labels)
-            ended = await self._write_record(newer, view, ending)
-        except _ClaimConflict as conflict:
-            plan = f"no automatic repair while {conflict}: stop or delete the holder"
-            report_drift(_overtaken_drift(operation, str(conflict), DriftRemedy.REPORTED, plan))
-            return False
-        if ended:
-            reason = f"engine container {newer.name} is newer than the one that it changes"
-            plan = f"operation ended; record restored at revision {labels.revision}"
-            report_drift(_overtaken_drift(operation, reason, DriftRemedy.REPAIRED, plan))
-        return ended
-
-    async def _newer(
-        self, operation: Operation, view: ContainerView, engine_containers: Mapping[str, EngineContainer]
-    ) -> AsyncIterator[EngineContainer]:
-        """The engine containers of an operation's container that are newer than its record."""
-        for candidate in created_by_gpudock(engine_containers):
-            labels = EngineContainerLabels.of(candidate)
-            if labels.uid != operation.target.uid or labels.revision <= view.container.revision:
-                continue
-            if candidate.spec is None:
-                continue
-            if labels.operation_id == operation.id:
-                # A resumed create finds the engine container that it made. Of other operations, a start shows that the
-                # files were transferred before.
-                if operation.kind is not OperationKind.CREATE and candidate.start_time is not None:
-                    yield candidate
-            elif await self._store.operation(labels.operation_id) is None:
-                yield candidate
 
     # -- removing ----------------------------------------------------------------------------------------------------
 
@@ -456,13 +344,6 @@ def _adopted_revision(container: Container, placement: Placement, labels: Engine
     )
 
 
-def _with_overtaken_error(stored: Versioned[Operation], labels: EngineContainerLabels) -> Versioned[Operation]:
-    error: GpudockError = OperationOvertaken(
-        operation_id=stored.value.id, container=stored.value.target.name, revision=labels.revision
-    )
-    return Versioned(stored.value.changed(error=recorded_error(error)), stored.version)
-
-
 def _end_changes(stored: Versioned[Operation], container: Container) -> list[StoreChange]:
     """The changes that end an operation: as SUCCEEDED, or as FAILED if it has an error."""
     operation = stored.value
@@ -490,17 +371,5 @@ def _orphan_drift(
         other=other,
         actual=f"revision {labels.revision}, {engine_container.state.value}",
         message=f"orphan engine container {engine_container.name}: {orphan.reason}",
-        plan=plan,
-    )
-
-
-def _overtaken_drift(operation: Operation, reason: str, remedy: DriftRemedy, plan: str) -> Drift:
-    return Drift(
-        kind=DriftKind.OPERATION_OVERTAKEN,
-        remedy=remedy,
-        container=operation.target.name,
-        uid=operation.target.uid,
-        operation_id=operation.id,
-        message=f"operation {operation.id} on {operation.target.name} was overtaken: {reason}",
         plan=plan,
     )

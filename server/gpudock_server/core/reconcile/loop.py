@@ -23,6 +23,7 @@ from gpudock_server.core.reconcile.host_paths import release_unused_host_paths, 
 from gpudock_server.core.reconcile.images import remove_unused_images
 from gpudock_server.core.reconcile.locks import LockReconciler
 from gpudock_server.core.reconcile.orphans import OrphanAction
+from gpudock_server.core.reconcile.overtaken import OvertakenOperations
 from gpudock_server.core.reconcile.records import ContainerRecords, read_container_records
 from gpudock_server.core.reconcile.restarts import Restarts
 from gpudock_server.core.reconcile.revision_backups import RevisionBackupReconciler
@@ -89,6 +90,7 @@ class Reconciler:
             claims=claims,
             grace=orphan_grace,
         )
+        self._overtaken = OvertakenOperations(store, claims.node, operations, self._orphans)
         first, longest = start_retry_delays
         self._restarts = Restarts(store, engine, operations, draft_start, first_delay=first, max_delay=longest)
         self._containers = ContainerReconciler(
@@ -235,7 +237,7 @@ class Reconciler:
         self, engine_containers: dict[str, EngineContainer], report_drift: ReportDrift
     ) -> tuple[str, ...]:
         await self._locks.repair(report_drift)
-        blocked = await self._orphans.end_overtaken_operations(engine_containers, report_drift)
+        blocked = await self._overtaken.end(engine_containers, report_drift)
         return await self._operations.resume(blocked)
 
     async def _refresh_container(
