@@ -123,7 +123,7 @@ async def test_what_a_killed_engine_forgets_to_start_is_started(fragile_rig: Rig
                 for container in before.values():
                     _set_policy_on_disk(fragile_rig, container, "no")
             for name in ("always", "unless-stopped", "failed"):
-                assert "has not started it again" in await logged(daemon, "START_FAILED", name)
+                assert "did not start it again" in await logged(daemon, "START_FAILED", name)
                 await until_state(caller, name, RUNNING, 60)
                 after = (await caller.get(name)).status
                 assert after.gpu_uuids == before[name].status.gpu_uuids

@@ -300,5 +300,5 @@ async def test_a_stop_that_the_backup_has_under_way(restorable: Restorable, rig:
         watch = caller.operations.WatchOperation(operation_service_pb2.WatchOperationRequest(id=stop.id))
         assert stop.error.reason == (await failure(progress_of(watch))).reason == "OPERATION_OVERTAKEN"
         assert "is obsolete" in stop.error.message
-        assert "it was ended" in await logged(restorable.daemon, "OPERATION_OVERTAKEN", "victim")
+        assert "operation ended" in await logged(restorable.daemon, "OPERATION_OVERTAKEN", "victim")
         await sound(caller, rig, "victim", files)

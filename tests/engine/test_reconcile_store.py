@@ -253,7 +253,7 @@ async def test_an_operation_that_lost_its_lock_is_taken_up_all_the_same(own: Own
     await state.delete(state.keys.lock(ResourceKind.CONTAINER, "victim"))
     daemon = await own.start(*QUICK)
     async with Caller(daemon.target) as caller:
-        assert "it has them again, and goes on" in await logged(daemon, "LOCK_MISSING", "victim")
+        assert "locks restored; the operation continues" in await logged(daemon, "LOCK_MISSING", "victim")
         await caller.settled()
         assert (await caller.get("victim")).spec.gpus.count == 2
         assert await caller.shell("victim", "cat /file") == "kept\n"
@@ -282,7 +282,7 @@ async def test_a_create_whose_operation_was_deleted(own: OwnDaemons, state: Stat
     await state.delete(state.keys.operation(operation.value.id))
     daemon = await own.start(*QUICK)
     async with Caller(daemon.target) as caller:
-        assert "no operation is at it any more" in await logged(daemon, "CREATION_LOST", "victim")
+        assert "is CREATING and has no operation" in await logged(daemon, "CREATION_LOST", "victim")
         await until_state(caller, "victim", FAILED)
         assert await caller.free_gpus() == 8
         await caller.delete("victim")
