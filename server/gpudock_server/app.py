@@ -103,7 +103,7 @@ class PortWrappers:
     layers: Callable[[LayerStore], LayerStore] = _unwrapped
     snapshots: Callable[[SnapshotStore], SnapshotStore] = _unwrapped
     host_paths: Callable[[HostPaths], HostPaths] = _unwrapped
-    ledger: Callable[[RevisionBackupStore], RevisionBackupStore] = _unwrapped
+    revision_backups: Callable[[RevisionBackupStore], RevisionBackupStore] = _unwrapped
     volumes: Callable[[VolumeBackend], VolumeBackend] = _unwrapped
     copier: Callable[[VolumeCopier], VolumeCopier] = _unwrapped
 
@@ -149,7 +149,7 @@ async def _assemble(
     )
     stack.push_async_callback(snapshots.close)
     # With an engine on another host, snapshots cannot be stored on this one; only the backups of revisions are.
-    ledger = FolderRevisionBackupStore(
+    revision_backups = FolderRevisionBackupStore(
         kept_files if _engine_is_local(settings) else settings.state_dir / "history" / settings.node_name
     )
     host_paths = _host_paths(settings, _engine_namespace(settings))
@@ -162,7 +162,7 @@ async def _assemble(
             engine=engine,
             layers=wrappers.layers(layers),
             snapshots=wrappers.snapshots(snapshots),
-            ledger=wrappers.ledger(ledger),
+            revision_backups=wrappers.revision_backups(revision_backups),
             host_paths=wrappers.host_paths(host_paths),
             backends=[wrappers.volumes(backend) for backend in backends],
             copier=wrappers.copier(MirrorVolumeCopier(backends, settings.stall_timeout)),

@@ -179,7 +179,7 @@ async def test_a_revision_whose_record_was_deleted_is_recorded_again(own: OwnDae
         await passed(caller)
         await state.delete(state.keys.container_revision(made.uid, 1), state.keys.container_snapshot(made.uid, 1))
         assert [one.revision for one in await caller.revisions("past")] == [2]
-        # A history is compared with the ledger when its container has changed.
+        # A history is compared with the revision backups when its container has changed.
         await caller.scale("past", cpus=0.5)
         await logged(daemon, "REVISION_RECORD_LOST", "past")
 

@@ -341,7 +341,7 @@ def main() -> int:
         layers=mortal(LayerStore),
         snapshots=mortal(SnapshotStore),
         host_paths=mortal(HostPaths),
-        ledger=mortal(RevisionBackupStore),
+        revision_backups=mortal(RevisionBackupStore),
         volumes=mortal(VolumeBackend),
         copier=mortal(VolumeCopier),
     )

@@ -86,7 +86,7 @@ class FakeLayers(LayerStore):
         return
 
 
-class FakeLedger(RevisionBackupStore):
+class FakeRevisionBackups(RevisionBackupStore):
     """Remembers entries, and nothing beside them."""
 
     def __init__(self) -> None:

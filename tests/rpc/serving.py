@@ -30,7 +30,7 @@ from gpudock_server.settings.definitions import Settings
 from grpc_status import rpc_status
 
 from tests.contract import MET
-from tests.rpc.fake_layers import FakeLayers, FakeLedger, FakeSnapshots
+from tests.rpc.fake_layers import FakeLayers, FakeRevisionBackups, FakeSnapshots
 from tests.rpc.fake_volumes import FakeCopier, FakePlain, FakeVolumes
 from tests.rpc.fakes import (
     IMAGE,
@@ -89,7 +89,7 @@ async def serve(
             engine=engine,
             layers=FakeLayers(),
             snapshots=snapshots or FakeSnapshots(),
-            ledger=FakeLedger(),
+            revision_backups=FakeRevisionBackups(),
             host_paths=HostPathBinder(folder, allowed=allowed_host_paths, namespace=None),
             backends=[volumes or FakeVolumes(), FakePlain()],
             copier=copier or FakeCopier(),

@@ -19,7 +19,7 @@ from gpudock_server.model.operation import Operation
 from gpudock_server.model.spec import ContainerSpec, GpuRequest, PortRequest
 from gpudock_server.model.volume import Volume
 
-from tests.rpc.fake_layers import FakeLedger
+from tests.rpc.fake_layers import FakeRevisionBackups
 from tests.rpc.fakes import FakeInventory, every_port_is_free
 from tests.rpc.memory_store import MemoryStore
 from tests.unit.faults import Faults
@@ -49,7 +49,7 @@ class Desk:
         self.sized = ModelVolumes(faults=self.faults, engine=self.engine)
         self.plain = ModelPlain(faults=self.faults, engine=self.engine)
         self.copier = ModelCopier(self.sized)
-        self.ledger = FakeLedger()
+        self.revision_backups = FakeRevisionBackups()
         self.policy = NodePolicy(
             node=NODE, host=HOST, stop_seconds=10, settle_seconds=3, start_watch_seconds=2, pool_path="/volumes"
         )
@@ -62,7 +62,7 @@ class Desk:
             engine=self.engine,
             layers=self.layers,
             snapshots=self.snapshots,
-            ledger=self.ledger,
+            revision_backups=self.revision_backups,
             host_paths=self.host_paths,
             backends=[self.sized, self.plain],
             copier=self.copier,

@@ -561,18 +561,18 @@ async def test_with_a_container_goes_all_that_was_made_for_it(desk: Desk) -> Non
     await carried_often(desk, 2)
     await desk.must(Scale("a", gpus=GpuRequest(count=1)))
     uid = desk.head().uid
-    assert await desk.ledger.read(uid)
+    assert await desk.revision_backups.read(uid)
     await desk.must(Delete("a", force=True))
     assert not [name for name in desk.engine.tags if name.startswith("gpudock/")]
     assert not desk.engine.volumes
-    assert not await desk.ledger.read(uid)
+    assert not await desk.revision_backups.read(uid)
     assert not desk.store.held["host1"]
 
 
 async def test_the_history_is_written_beside_the_store(desk: Desk) -> None:
     desk.layers.method = LayerTransferMethod.COMMIT
     await desk.must(Scale("a", gpus=THREE))
-    first, second = await desk.ledger.read(desk.head().uid)
+    first, second = await desk.revision_backups.read(desk.head().uid)
     assert (first.number, second.number) == (1, 2)
     assert first.snapshot is not None
     assert first.snapshot.image_id == desk.seen().image_id
@@ -583,5 +583,5 @@ async def test_the_history_is_written_beside_the_store(desk: Desk) -> None:
     async def refused(_: object) -> None:
         raise SnapshotFailed(detail="no")
 
-    desk.ledger.write = refused  # type: ignore[method-assign, assignment]
+    desk.revision_backups.write = refused  # type: ignore[method-assign, assignment]
     await desk.must(Scale("a", gpus=GpuRequest(count=1)))

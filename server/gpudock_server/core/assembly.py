@@ -44,7 +44,7 @@ class Ports:
     engine: Engine
     layers: LayerStore
     snapshots: SnapshotStore
-    ledger: RevisionBackupStore
+    revision_backups: RevisionBackupStore
     host_paths: HostPaths
     backends: Sequence[VolumeBackend]
     copier: VolumeCopier
@@ -93,12 +93,12 @@ class NodeCore:
             store, node, ports.backends, policy.pool_path, policy.forced_backend, policy.overcommit
         )
         self.images = Images(store, engine, ports.layers, node, policy.images)
-        self.history = History(store, engine, ports.snapshots, ports.ledger, policy.history)
+        self.history = History(store, engine, ports.snapshots, ports.revision_backups, policy.history)
         self.container_use_cases = ContainerUseCases(
             engine=engine,
             layers=ports.layers,
             revision_files=ports.snapshots,
-            ledger=ports.ledger,
+            revision_backups=ports.revision_backups,
             containers=self.container_resource,
             engine_containers=self.engine_containers,
             mounts=Mounts(self.volume_resource, self.engine_volumes, ports.host_paths),
@@ -145,7 +145,7 @@ class NodeCore:
             self.containers,
             store=self.ports.store,
             snapshots=self.ports.snapshots,
-            ledger=self.ports.ledger,
+            revision_backups=self.ports.revision_backups,
             node=self._policy.node,
             interval=interval,
         )
@@ -160,7 +160,7 @@ class NodeCore:
             store=self.ports.store,
             engine=self.ports.engine,
             snapshots=self.ports.snapshots,
-            revision_backups=self.ports.ledger,
+            revision_backups=self.ports.revision_backups,
             host_paths=self.ports.host_paths,
             engine_containers=self.engine_containers,
             images=self.images,

@@ -44,7 +44,6 @@ from gpudock_server.core.containers.layer_images import (
     LayerImages,
     grafted_image_name,
 )
-from gpudock_server.core.containers.ledger import write_ledger_entry
 from gpudock_server.core.containers.mounts import Mounts
 from gpudock_server.core.containers.new_container import (
     VERIFIED,
@@ -53,6 +52,7 @@ from gpudock_server.core.containers.new_container import (
     exit_code_of_start,
 )
 from gpudock_server.core.containers.resource import ContainerResource
+from gpudock_server.core.containers.revision_backups import write_revision_backup
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.snapshots import RevisionSnapshots
 from gpudock_server.core.containers.status import observed_status, status_after_start
@@ -95,7 +95,7 @@ class ContainerChanges:
     revision_files: SnapshotStore
     snapshots: RevisionSnapshots
     history: History
-    ledger: RevisionBackupStore
+    revision_backups: RevisionBackupStore
     claims: HostClaims
 
 
@@ -424,8 +424,8 @@ class ChangeSaga(ContainerSaga):
                 changes.append(PutSnapshot(container.uid, arguments.keep.revision, snapshot))
             # A snapshot on the disk describes itself; an image in the engine does not.
             image = snapshot if isinstance(snapshot, Snapshot) and snapshot.kind is SnapshotKind.IMAGE else None
-            await write_ledger_entry(
-                self._changes.ledger, container, revision, (arguments.keep.revision, image) if image else None
+            await write_revision_backup(
+                self._changes.revision_backups, container, revision, (arguments.keep.revision, image) if image else None
             )
         claimed = claim_keys(arguments.placement)
         changes += self._changes.claims.confirm(container, claimed)

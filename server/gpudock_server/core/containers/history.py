@@ -54,7 +54,7 @@ class History:
     store: Store
     engine: Engine
     snapshots: SnapshotStore
-    ledger: RevisionBackupStore
+    revision_backups: RevisionBackupStore
     defaults: HistoryDefaults
 
     def limits(self, spec: ContainerSpec) -> HistoryLimits:
@@ -86,13 +86,13 @@ class History:
             await self.store.apply([store_changes.DeleteRevision(uid, view.revision.revision)])
 
     async def delete_files(self, uid: str, revision: int, snapshot: Snapshot | None) -> None:
-        """Delete the snapshot and the ledger entry of a revision. Idempotent."""
+        """Delete the snapshot and the backup of a revision. Idempotent."""
         if snapshot is not None and snapshot.kind is SnapshotKind.IMAGE:
             await self.engine.remove_image(snapshot.reference)
         else:
             await self.snapshots.remove(SnapshotKey(uid=uid, revision=revision))
-        # Before the store's record: reconcile restores revisions that are only in the ledger.
-        await self.ledger.delete(SnapshotKey(uid=uid, revision=revision))
+        # Before the store's record: reconcile restores revisions that are only in the revision_backups.
+        await self.revision_backups.delete(SnapshotKey(uid=uid, revision=revision))
 
     async def is_gone(self, container: Container) -> bool:
         """Whether the container has no engine container any more."""
@@ -110,12 +110,12 @@ class History:
         return tuple(view for view in await self.revisions(uid) if view.snapshot is not None)
 
     async def delete_all(self, uid: str) -> None:
-        """Delete all snapshots and ledger entries of a container that is being deleted. Idempotent."""
+        """Delete all snapshots and revision backups of a container that is being deleted. Idempotent."""
         for view in await self.revisions(uid):
             if view.snapshot is not None and view.snapshot.kind is SnapshotKind.IMAGE:
                 await self.engine.remove_image(view.snapshot.reference)
         await self.snapshots.remove_all(uid)
-        await self.ledger.delete_all(uid)
+        await self.revision_backups.delete_all(uid)
 
 
 def revision_of(container: Container, cause: RevisionCause, operation_id: str) -> ContainerRevision:

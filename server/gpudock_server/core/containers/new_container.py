@@ -10,10 +10,10 @@ from typing_extensions import override
 
 from gpudock_server.core.containers.engine_containers import CREATED, CreatedEngineContainer, EngineContainers
 from gpudock_server.core.containers.history import revision_of
-from gpudock_server.core.containers.ledger import write_ledger_entry
 from gpudock_server.core.containers.limits import check_limits
 from gpudock_server.core.containers.mounts import Mounts
 from gpudock_server.core.containers.resource import ContainerResource
+from gpudock_server.core.containers.revision_backups import write_revision_backup
 from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.status import observed_status, status_after_start
 from gpudock_server.core.operations.saga import OperationRun, Outcome, Step, StepResult
@@ -67,7 +67,7 @@ class NewContainers:
     mounts: Mounts
     allocator: Allocator
     claims: HostClaims
-    ledger: RevisionBackupStore
+    revision_backups: RevisionBackupStore
     limits: NodeLimits
 
     async def check(self, spec: ContainerSpec) -> tuple[VolumeView, ...]:
@@ -147,7 +147,7 @@ class NewContainerSaga(ContainerSaga):
             status = observed_status(container, engine_container)
         container = container.changed(status=status)
         revision = revision_of(container, cause, run.operation.id)
-        await write_ledger_entry(self._new.ledger, container, revision)
+        await write_revision_backup(self._new.revision_backups, container, revision)
         changes: list[StoreChange] = [
             PutContainer(container, expect=view.version),
             PutRevision(revision),

@@ -32,14 +32,14 @@ class Retention:
         *,
         store: Store,
         snapshots: SnapshotStore,
-        ledger: RevisionBackupStore,
+        revision_backups: RevisionBackupStore,
         node: str,
         interval: float,
     ) -> None:
         """`interval`: seconds between two passes."""
         self._history = history
         self._store = store
-        self._ledger = ledger
+        self._revision_backups = revision_backups
         self._snapshots = snapshots
         self._containers = containers
         self._node = node
@@ -57,12 +57,12 @@ class Retention:
     async def prune_once(self) -> None:
         """Prune revisions that are too old, and remove files of deleted containers and unfinished snapshots."""
         # Files are listed before the containers, so that a container created in between is not taken for a deleted one.
-        ledger_uids = await self._ledger.uids()
+        backup_uids = await self._revision_backups.uids()
         snapshots = await self._snapshots.find()
         partials = await self._snapshots.partials()
         views = (await read_all_pages(self._store.containers)).items
         uids = {view.container.uid for view in views}
-        await self._remove_deleted(set(ledger_uids) - uids, {key.uid for key in snapshots})
+        await self._remove_deleted(set(backup_uids) - uids, {key.uid for key in snapshots})
         for key, operation_id in partials:
             stored = await self._store.operation(operation_id)
             if key.uid in uids and (stored is None or stored.value.state.ended):
@@ -82,7 +82,7 @@ class Retention:
             if uid in history.deleted or (history.is_known_gone(uid) and uid not in with_files):
                 log.warning("removing files of deleted container", uid=uid)
                 await self._snapshots.remove_all(uid)
-                await self._ledger.delete_all(uid)
+                await self._revision_backups.delete_all(uid)
 
     async def _prune(self, view: ContainerView) -> None:
         """Prune by the same operation as DeleteContainerRevision, which locks the container."""

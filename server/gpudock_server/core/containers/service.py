@@ -80,7 +80,7 @@ class ContainerUseCases:
         engine: Engine,
         layers: LayerStore,
         revision_files: SnapshotStore,
-        ledger: RevisionBackupStore,
+        revision_backups: RevisionBackupStore,
         containers: ContainerResource,
         engine_containers: EngineContainers,
         mounts: Mounts,
@@ -104,7 +104,7 @@ class ContainerUseCases:
             revision_files=revision_files,
             snapshots=snapshots,
             history=history,
-            ledger=ledger,
+            revision_backups=revision_backups,
             claims=claims,
         )
         planner = ChangePlanner(self._changes, allocator, limits)
@@ -117,7 +117,7 @@ class ContainerUseCases:
             mounts=mounts,
             allocator=allocator,
             claims=claims,
-            ledger=ledger,
+            revision_backups=revision_backups,
             limits=limits,
         )
         self._create = CreateContainer(new, engine, images)

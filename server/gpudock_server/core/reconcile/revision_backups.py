@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 import structlog
 
-from gpudock_server.core.containers.ledger import ledger_entry
 from gpudock_server.core.containers.operation_history import OperationHistory, read_operation_history
+from gpudock_server.core.containers.revision_backups import backup_of_revision
 from gpudock_server.core.reconcile.drift import ReportDrift
 from gpudock_server.core.reconcile.records import ContainerRecords, EngineContainerLabels
 from gpudock_server.errors import GpudockError, StoreUnavailable
@@ -102,7 +102,7 @@ class RevisionBackupReconciler:
         self, container: Container, history: Mapping[int, RevisionView], backups: Mapping[int, RevisionBackup]
     ) -> None:
         for number, view in history.items():
-            current, backup = ledger_entry(container, view.revision, view.snapshot), backups.get(number)
+            current, backup = backup_of_revision(container, view.revision, view.snapshot), backups.get(number)
             if number != container.revision:
                 current = current.model_copy(update={"engine": backup.engine if backup else None})
             if backup is not None and view.snapshot is None:

@@ -1,4 +1,4 @@
-"""Writes each new revision into the ledger, the copy of the history on the disk that outlives the store."""
+"""Writes each new revision into the revision_backups, the copy of the history on the disk that outlives the store."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from gpudock_server.ports import RevisionBackupStore
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
-def ledger_entry(container: Container, revision: ContainerRevision, snapshot: Snapshot | None) -> RevisionBackup:
-    """The ledger entry of a container's current revision."""
+def backup_of_revision(container: Container, revision: ContainerRevision, snapshot: Snapshot | None) -> RevisionBackup:
+    """The backup of a container's current revision."""
     return RevisionBackup(
         revision=revision,
         owner=container.owner,
@@ -24,8 +24,8 @@ def ledger_entry(container: Container, revision: ContainerRevision, snapshot: Sn
     )
 
 
-async def write_ledger_entry(
-    ledger: RevisionBackupStore,
+async def write_revision_backup(
+    revision_backups: RevisionBackupStore,
     container: Container,
     revision: ContainerRevision,
     ended: tuple[int, Snapshot] | None = None,
@@ -38,9 +38,11 @@ async def write_ledger_entry(
     try:
         if ended is not None:
             number, snapshot = ended
-            entries = [entry for entry in await ledger.read(container.uid) if entry.number == number]
+            entries = [entry for entry in await revision_backups.read(container.uid) if entry.number == number]
             for entry in entries:
-                await ledger.write(entry.model_copy(update={"snapshot": snapshot}))
-        await ledger.write(ledger_entry(container, revision, None))
+                await revision_backups.write(entry.model_copy(update={"snapshot": snapshot}))
+        await revision_backups.write(backup_of_revision(container, revision, None))
     except GpudockError as error:
-        log.warning("ledger write failed; reconcile will retry", container=container.name, detail=error.message)
+        log.warning(
+            "revision backup was not written; reconcile will retry", container=container.name, detail=error.message
+        )
