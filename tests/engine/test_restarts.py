@@ -86,7 +86,7 @@ async def test_without_a_watch_each_start_is_reported_as_running_and_its_end_aft
 async def test_a_crash_loop_that_was_stopped_is_not_said_to_be_started_again(caller: Caller) -> None:
     async def restarting() -> bool:
         status = (await caller.get("ended")).status
-        return status.state == RESTARTING and "starts it again" in status.message
+        return status.state == RESTARTING and "restarting by restart policy" in status.message
 
     await caller.create("ended", 1, command=sh("exit 3"), restart_policy=UNLESS_STOPPED)
     await until(restarting)

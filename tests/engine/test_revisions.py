@@ -131,7 +131,7 @@ async def test_a_plan_says_how_files_are_kept(caller: Caller) -> None:
     request = scale_request("planned", 2, validate_only=True, snapshots=_NEVER)
     plan = (await progress_of(caller.containers.ScaleContainer(request))).snapshots[-1].plan
     assert not plan.HasField("snapshot")
-    assert any("spec alone" in warning for warning in plan.warnings)
+    assert any("spec only" in warning for warning in plan.warnings)
     assert [one.revision for one in await caller.revisions("planned")] == [1]
 
 

@@ -36,7 +36,7 @@ async def test_no_layer_is_carried_while_its_container_runs(own: OwnDaemons) -> 
         async with in_time("the scale went on and did not end"):
             refused = await scale
         assert refused.reason == "LAYER_CARRY_FAILED"
-        assert "runs" in refused.message
+        assert "is running; it must be stopped" in refused.message
         assert (await sound(caller, own.rig, "touched", files)).status.engine_id == made.status.engine_id
         assert (await caller.scale("touched", 2)).spec.gpus.count == 2
         await sound(caller, own.rig, "touched", files)
