@@ -19,7 +19,7 @@ from gpudock_server.errors import SizeNotSupported, VolumeFailed, VolumeInUse, V
 from gpudock_server.model.volume import VolumeBackendKind, VolumeBacking, VolumeIdentity
 from gpudock_server.ports import ShrinkNeedsCopy, VolumeBackend
 
-from tests.engine.loops import loops_below
+from tests.engine.loop_devices import loop_devices_below
 from tests.rpc.fake_volumes import FakePlain, FakeVolumes
 from tests.selection import deep_except
 from tests.unit.faults import Faults
@@ -51,7 +51,7 @@ async def loop_sized(tmp_path: Path) -> AsyncIterator[Sized]:
     for one in await backend.backings_on_disk():
         if one.backing:
             await backend.destroy(one.backing)
-    assert not loops_below(tmp_path), "what a test attaches is detached"
+    assert not loop_devices_below(tmp_path), "what a test attaches is detached"
 
 
 @pytest.fixture

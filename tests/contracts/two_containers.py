@@ -10,7 +10,7 @@ from gpudock_server.model.container import Placement
 from gpudock_server.model.engine import LABEL_OPERATION, EngineContainer, EngineContainerSpec, EngineState
 from gpudock_server.model.spec import ContainerSpec
 
-from tests.engine.trees import plant_layers
+from tests.engine.sample_trees import create_layer_folders
 from tests.unit.faults import Faults
 from tests.unit.model_engine import IMAGE, ModelEngine
 
@@ -50,7 +50,7 @@ class PlantedContainers(TwoContainers):
 
 
 def _layers(root: Path) -> list[tuple[int, Path]]:
-    return list(enumerate(plant_layers(root, 1, 2)))
+    return list(enumerate(create_layer_folders(root, 1, 2)))
 
 
 class FakeContainers(TwoContainers):

@@ -12,7 +12,7 @@ from gpudock_server.adapters.etcd import EtcdAddress, EtcdConnection, EtcdStore,
 from gpudock_server.adapters.etcd.keys import Keys
 
 from tests.calls import Caller
-from tests.engine.own_daemons import OwnDaemons, until
+from tests.engine.isolated_daemons import IsolatedDaemons, until
 from tests.rig import Daemon, Rig
 
 KIND = drift_pb2.DriftKind.Value
@@ -95,12 +95,12 @@ class State:
 
 
 @asynccontextmanager
-async def state_of(own: OwnDaemons, rig: Rig) -> AsyncIterator[State]:
+async def state_of(daemons: IsolatedDaemons, rig: Rig) -> AsyncIterator[State]:
     """What a test's own daemon has in the rig's etcd."""
     connection = EtcdConnection(EtcdAddress((rig.etcd.endpoint,)))
     await connection.open()
     try:
-        yield State(connection, own.prefix)
+        yield State(connection, daemons.prefix)
     finally:
         await connection.close()
 

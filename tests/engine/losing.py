@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Mapping
 import pytest_asyncio
 from gpudock.v1 import container_pb2, volume_pb2
 
-from tests.engine.own_daemons import OwnDaemons, own, runs_in, until
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons, process_runs_in, until
 from tests.rig import Daemon
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 QUICK = ("--orphan-grace", "0", "--reconcile-interval", "0.5")
 
@@ -24,8 +24,8 @@ _OF_THE_ENGINE = ("start_time", "finish_time", "exit_code", "oom_killed", "resta
 class Losing:
     """A daemon whose store can be lost."""
 
-    def __init__(self, own: OwnDaemons) -> None:
-        self._own = own
+    def __init__(self, daemons: IsolatedDaemons) -> None:
+        self._own = daemons
         self._daemon: Daemon | None = None
 
     @property
@@ -66,7 +66,7 @@ class Losing:
         """Its etcd has ended after it."""
 
         async def etcd_gone() -> bool:
-            return not runs_in(self.daemon.state_dir)
+            return not process_runs_in(self.daemon.state_dir)
 
         await until(etcd_gone)
 
@@ -82,9 +82,9 @@ class Losing:
 
 
 @pytest_asyncio.fixture
-async def losing(own: OwnDaemons) -> AsyncIterator[Losing]:
+async def losing(daemons: IsolatedDaemons) -> AsyncIterator[Losing]:
     """A daemon whose store can be lost."""
-    losing = Losing(own)
+    losing = Losing(daemons)
     await losing.start()
     yield losing
     assert losing.daemon.running

@@ -13,19 +13,19 @@ from gpudock.v1 import container_pb2
 
 from tests.calls import IMAGE, Caller, failure
 from tests.engine.drift import state_of
-from tests.engine.own_daemons import OwnDaemons, own
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons
 from tests.rig import Rig
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 CONSENT = {"gpudock.adopt": "true"}
 NONE: Mapping[str, str] = {}
 
 
 @pytest_asyncio.fixture
-async def tenant(own: OwnDaemons) -> AsyncIterator[Caller]:
+async def tenant(daemons: IsolatedDaemons) -> AsyncIterator[Caller]:
     """Calls a daemon whose operator allows names besides the label."""
-    daemon = await own.start("--adoptable-volumes", "team-*,exact")
+    daemon = await daemons.start("--adoptable-volumes", "team-*,exact")
     async with Caller(daemon.target) as caller:
         yield caller
         await caller.delete_all()
@@ -100,7 +100,7 @@ async def test_only_what_the_operator_names_and_all_else_as_if_it_were_not_there
         assert "AdoptVolume" not in unknown.message
 
 
-async def test_what_others_use_is_refused(tenant: Caller, own: OwnDaemons, rig: Rig) -> None:
+async def test_what_others_use_is_refused(tenant: Caller, daemons: IsolatedDaemons, rig: Rig) -> None:
     made(rig, "pgdata")
     for runs in (True, False):
         with user(rig, "pgdata", runs=runs) as name:
@@ -118,7 +118,7 @@ async def test_what_others_use_is_refused(tenant: Caller, own: OwnDaemons, rig: 
     theirs = {"gpudock.uid": str(uuid.uuid4()), "gpudock.name": "theirs", "gpudock.node": "other"}
     made(rig, "theirs", {**CONSENT, **theirs})
     assert (await failure(tenant.adopt_volume("mine", "theirs"))).reason == "VOLUME_EXISTS"
-    other = await own.start("--etcd-prefix", f"/other{own.prefix}", node=f"{own.node}-other")
+    other = await daemons.start("--etcd-prefix", f"/other{daemons.prefix}", node=f"{daemons.node}-other")
     async with Caller(other.target) as caller:
         await caller.adopt_volume("theirs", "pgdata")
         await caller.create("user", mounts=[container_pb2.Mount(volume="theirs", target="/data")])
@@ -137,7 +137,7 @@ async def test_anonymous_volumes_are_refused(tenant: Caller, rig: Rig) -> None:
 
 
 async def test_what_an_older_version_let_be_adopted_is_not_mounted(
-    tenant: Caller, own: OwnDaemons, rig: Rig, tmp_path: Path
+    tenant: Caller, daemons: IsolatedDaemons, rig: Rig, tmp_path: Path
 ) -> None:
     """Nor is a container that has it started again."""
     made(rig, "harmless")
@@ -146,7 +146,7 @@ async def test_what_an_older_version_let_be_adopted_is_not_mounted(
     mounts = [container_pb2.Mount(volume="old", target="/data")]
     await tenant.create("user", mounts=mounts)
     await tenant.stop("user")
-    async with state_of(own, rig) as state:
+    async with state_of(daemons, rig) as state:
         key = state.keys.volume("old")
         await state.put(key, (await state.read(key)).replace(b'"harmless"', b'"hazard"'))
     for call in (tenant.create("another", mounts=mounts), tenant.start("user")):

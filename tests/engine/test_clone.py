@@ -15,7 +15,7 @@ from gpudock.v1 import (
 
 from tests.calls import IMAGE, Caller, clone_request, failure, progress_of, result_of
 from tests.conftest import FAST, own_state
-from tests.engine.trees import Entry, compare, grow_command, image_files, record
+from tests.engine.sample_trees import TreeEntry, create_tree_command, image_files, read_tree, tree_differences
 from tests.faults.invariants import LOOK, PLANT, absent, layer_images, sound
 from tests.rig import CUDA_LIKE, GLIBC, Rig
 from tests.selection import deep_except
@@ -33,10 +33,10 @@ async def _files(caller: Caller, name: str) -> str:
     return await caller.shell(name, LOOK + " || true")
 
 
-async def _inside(caller: Caller, rig: Rig, name: str) -> dict[bytes, Entry]:
+async def _inside(caller: Caller, rig: Rig, name: str) -> dict[bytes, TreeEntry]:
     container = await caller.get(name)
     shown = rig.engine.call("GET", f"/containers/{container.status.engine_id}/json")
-    return record(f"/proc/{shown['State']['Pid']}/root")
+    return read_tree(f"/proc/{shown['State']['Pid']}/root")
 
 
 async def test_a_clone_has_the_spec_and_the_files_and_nothing_in_common(caller: Caller, rig: Rig) -> None:
@@ -158,14 +158,14 @@ async def test_while_the_source_writes(rig: Rig, carry: str) -> None:
 async def test_everything_that_a_file_system_knows_comes_along(caller: Caller, rig: Rig) -> None:
     rig.images.derive(_TREES, GLIBC, files=image_files())
     await caller.create("origin", 0, image=_TREES)
-    assert (await caller.run("origin", *grow_command(files=2000))).code == 0
+    assert (await caller.run("origin", *create_tree_command(files=2000))).code == 0
     await caller.restart("origin")
     seen = await _inside(caller, rig, "origin")
     await caller.clone("origin", "twin")
-    assert compare(seen, await _inside(caller, rig, "twin")) == ""
+    assert tree_differences(seen, await _inside(caller, rig, "twin")) == ""
     await caller.update("origin", env={"A": "1"})
     await caller.clone("origin", "older", revision=1)
-    assert compare(seen, await _inside(caller, rig, "older")) == ""
+    assert tree_differences(seen, await _inside(caller, rig, "older")) == ""
 
 
 @pytest.mark.deep

@@ -11,10 +11,10 @@ import pytest
 from gpudock.v1 import container_pb2, container_service_pb2, operation_pb2, operation_service_pb2
 
 from tests.calls import IDLE, IMAGE, Caller, failure, progress_of, result_of
-from tests.engine.own_daemons import OwnDaemons, own
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons
 from tests.rig import Rig
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 CUDA_LIKE = "gpudock/cuda-like:test"
 NAME = "gpudock/committed:test"
@@ -148,8 +148,8 @@ async def test_a_name_moves_to_the_new_image_and_a_request_id_makes_one(caller: 
 
 
 @pytest.mark.deep
-async def test_a_cancel_leaves_the_name_with_the_old_one(own: OwnDaemons, rig: Rig) -> None:
-    daemon = await own.start("--reconcile-interval", "0.5")
+async def test_a_cancel_leaves_the_name_with_the_old_one(daemons: IsolatedDaemons, rig: Rig) -> None:
+    daemon = await daemons.start("--reconcile-interval", "0.5")
     async with Caller(daemon.target) as caller:
         await caller.create("box")
         old = await caller.commit("box", REPOSITORY, tag=TAG)
@@ -230,12 +230,12 @@ async def test_a_plan_says_what_it_costs_and_what_is_lost(caller: Caller, rig: R
     assert NAME not in _tags(rig)
 
 
-async def test_a_carry_by_commit_keeps_the_images_own_config(own: OwnDaemons, rig: Rig) -> None:
+async def test_a_carry_by_commit_keeps_the_images_own_config(daemons: IsolatedDaemons, rig: Rig) -> None:
     """Else what a later revision takes away would come back."""
     rig.images.derive(
         "gpudock/own:test", IMAGE, changes=["ENV A=image", 'CMD ["true"]', "LABEL l=image"], files={"f": b""}
     )
-    daemon = await own.start("--layer-carry", "commit")
+    daemon = await daemons.start("--layer-carry", "commit")
     async with Caller(daemon.target) as caller:
         await caller.create("box", 1, image="gpudock/own:test", env={"A": "1", "B": "2"}, labels={"m": "n"})
         await caller.shell("box", "echo kept > /kept")
@@ -251,8 +251,8 @@ async def test_a_carry_by_commit_keeps_the_images_own_config(own: OwnDaemons, ri
 
 
 @pytest.mark.deep
-async def test_carries_by_commit_are_squashed_in_time(own: OwnDaemons, rig: Rig) -> None:
-    daemon = await own.start("--layer-carry", "commit")
+async def test_carries_by_commit_are_squashed_in_time(daemons: IsolatedDaemons, rig: Rig) -> None:
+    daemon = await daemons.start("--layer-carry", "commit")
     base = len(shown(rig, IMAGE)["RootFS"]["Layers"])
     depths, before = [], set(_tags(rig))
     async with Caller(daemon.target) as caller:
@@ -368,8 +368,8 @@ async def test_a_name_is_replaced_for_the_same_owner_alone(caller: Caller, rig: 
     rig.engine.call("DELETE", f"/images/{first.id}")
 
 
-async def test_an_operator_allows_replacing_and_limits_names(own: OwnDaemons, rig: Rig, base: str) -> None:
-    daemon = await own.start(
+async def test_an_operator_allows_replacing_and_limits_names(daemons: IsolatedDaemons, rig: Rig, base: str) -> None:
+    daemon = await daemons.start(
         "--commit-replace", "any", "--commit-repositories", f"gpudock/committed/{{owner}},{REPOSITORY}"
     )
     async with Caller(daemon.target) as caller:

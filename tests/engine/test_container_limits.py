@@ -10,10 +10,10 @@ from gpudock.v1 import container_pb2
 
 from tests.calls import Caller, failure, progress_of, update_request
 from tests.engine.drift import drift, found, inspect, passed, update
-from tests.engine.own_daemons import OwnDaemons, own, until
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
 from tests.rig import GLIBC, Rig
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 MIB = 1 << 20
 # As many children as are asked for; what the shell says of those that it could not start comes on stderr.
@@ -65,8 +65,8 @@ async def test_the_limit_changes_in_place_and_goes_with_a_successor(caller: Call
     assert (default.spec.pids_limit, host_config(rig, default)["PidsLimit"]) == (0, 4096)
 
 
-async def test_limits_above_the_nodes_maximum(own: OwnDaemons, rig: Rig) -> None:
-    before = await own.start("--max-pids-limit", "0", "--default-pids-limit", "0", "--drop-net-raw", "false")
+async def test_limits_above_the_nodes_maximum(daemons: IsolatedDaemons, rig: Rig) -> None:
+    before = await daemons.start("--max-pids-limit", "0", "--default-pids-limit", "0", "--drop-net-raw", "false")
     async with Caller(before.target) as caller:
         had = await caller.create("had", memory_bytes=256 * MIB, pids_limit=512)
         free = await caller.create("free")
@@ -74,7 +74,7 @@ async def test_limits_above_the_nodes_maximum(own: OwnDaemons, rig: Rig) -> None
         assert (host["PidsLimit"], host["CapDrop"]) == (None, ["MKNOD"])
     await asyncio.to_thread(before.stop)
     flags = ("--max-memory", "128MiB", "--max-pids-limit", "256", "--default-pids-limit", "128")
-    daemon = await own.start(*flags, "--no-new-privileges", "true", "--reconcile-interval", "0.5", after=before)
+    daemon = await daemons.start(*flags, "--no-new-privileges", "true", "--reconcile-interval", "0.5", after=before)
     async with Caller(daemon.target) as caller:
         for name, value, maximum in (("memory_bytes", 129 * MIB, 128 * MIB), ("pids_limit", 257, 256)):
             refused = await failure(caller.create("greedy", **{name: value}))

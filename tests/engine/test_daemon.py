@@ -26,11 +26,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.calls import Caller, Failure, failure, failure_of, scale_request
 from tests.engine.grpcurl import GRPCURL
-from tests.engine.own_daemons import OwnDaemons, bound, end_of, own, until, until_state
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons, ports_in_use, stream_failure, until, until_state
 from tests.rig import Daemon, EngineProxy, Rig, freeze
 from tests.rpc.certificates import Authority
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING
 EXITED = container_pb2.CONTAINER_STATE_EXITED
@@ -47,82 +47,82 @@ STUBBORN = ("sh", "-c", "trap '' TERM; while :; do sleep 0.2; done")
 # -- refusals at start -----------------------------------------------------------------------------------------------
 
 
-async def test_an_engine_out_of_reach(own: OwnDaemons) -> None:
-    said = await own.refused(docker_host="unix:///nowhere/docker.sock")
+async def test_an_engine_out_of_reach(daemons: IsolatedDaemons) -> None:
+    said = await daemons.refused(docker_host="unix:///nowhere/docker.sock")
     assert "cannot use the Docker Engine at unix:///nowhere/docker.sock" in said
     assert "docker_host" in said
 
 
-async def test_a_socket_of_the_engine_that_it_may_not_open(own: OwnDaemons, tmp_path: Path) -> None:
+async def test_a_socket_of_the_engine_that_it_may_not_open(daemons: IsolatedDaemons, tmp_path: Path) -> None:
     path = tmp_path / "docker.sock"
     with socket.socket(socket.AF_UNIX) as theirs:
         theirs.bind(str(path))
         theirs.listen()
         path.chmod(0o600)
         os.chown(path, NOBODY, NOBODY)
-        said = await own.refused(module="tests.engine.powerless", docker_host=f"unix://{path}")
+        said = await daemons.refused(module="tests.engine.without_dac_override", docker_host=f"unix://{path}")
     assert f"cannot use the Docker Engine at unix://{path}" in said
     assert "ermission denied" in said
     assert "docker" in said.splitlines()[-1]
 
 
-async def test_an_etcd_out_of_reach(own: OwnDaemons) -> None:
-    said = await own.refused("--store-timeout", "1", etcd_endpoints="127.0.0.1:1")
+async def test_an_etcd_out_of_reach(daemons: IsolatedDaemons) -> None:
+    said = await daemons.refused("--store-timeout", "1", etcd_endpoints="127.0.0.1:1")
     assert "etcd at 127.0.0.1:1 does not answer" in said
     assert "etcd_endpoints" in said.splitlines()[-1]
 
 
-async def test_state_of_a_newer_schema(own: OwnDaemons, rig: Rig) -> None:
+async def test_state_of_a_newer_schema(daemons: IsolatedDaemons, rig: Rig) -> None:
     connection = EtcdConnection(EtcdAddress((rig.etcd.endpoint,)))
     await connection.open()
-    key = Keys(own.prefix).schema()
+    key = Keys(daemons.prefix).schema()
     await connection.txn(success=[messages.put(key, encode_number(SCHEMA + 1))])
     await connection.close()
-    said = await own.refused()
+    said = await daemons.refused()
     assert f"has schema {SCHEMA + 1}; this gpudockd supports up to {SCHEMA}" in said
     assert "install the gpudock version that wrote it" in said
 
 
-async def test_bad_settings_are_all_named_at_once(own: OwnDaemons) -> None:
-    said = await own.refused("--port-range", "9-4", "--max-execs", "0", "--node-name", "No Name", code=2)
+async def test_bad_settings_are_all_named_at_once(daemons: IsolatedDaemons) -> None:
+    said = await daemons.refused("--port-range", "9-4", "--max-execs", "0", "--node-name", "No Name", code=2)
     for setting in ("port_range", "max_execs", "node_name"):
         assert setting in said.replace("-", "_")
 
 
-async def test_a_state_folder_that_cannot_be(own: OwnDaemons, tmp_path: Path) -> None:
+async def test_a_state_folder_that_cannot_be(daemons: IsolatedDaemons, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    said = await own.refused("--state-dir", str(tmp_path / "file" / "state"))
+    said = await daemons.refused("--state-dir", str(tmp_path / "file" / "state"))
     assert "cannot create state_dir" in said
     assert "--state-dir" in said
 
 
-async def test_a_state_folder_of_another_user(own: OwnDaemons, tmp_path: Path) -> None:
+async def test_a_state_folder_of_another_user(daemons: IsolatedDaemons, tmp_path: Path) -> None:
     state = tmp_path / "state"
     state.mkdir(mode=0o700)
     os.chown(state, NOBODY, NOBODY)
-    said = await own.refused(state_dir=state)
+    said = await daemons.refused(state_dir=state)
     assert f"state_dir {state} is owned by uid {NOBODY}" in said
     assert f"chown root {state}" in said
 
 
-async def test_a_state_folder_that_others_can_enter_is_closed(own: OwnDaemons, tmp_path: Path) -> None:
+async def test_a_state_folder_that_others_can_enter_is_closed(daemons: IsolatedDaemons, tmp_path: Path) -> None:
     state = tmp_path / "state"
     state.mkdir()
     state.chmod(0o775)
-    daemon = await own.start(state_dir=state)
+    daemon = await daemons.start(state_dir=state)
     assert stat.S_IMODE(state.stat().st_mode) == 0o700
     assert "state_dir mode changed" in daemon.log_text
     assert "0775" in daemon.log_text
 
 
-async def test_secrets_that_others_can_read(own: OwnDaemons, tmp_path: Path) -> None:
+async def test_secrets_that_others_can_read(daemons: IsolatedDaemons, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("alice:0123456789abcdef0123456789abcdef\n")
     secret.chmod(0o644)
     by_token, by_password, by_key = await asyncio.gather(
-        own.refused("--listen", "127.0.0.1:0", "--token-file", str(secret)),
-        own.refused("--etcd-user", "a", "--etcd-password-file", str(secret), etcd_endpoints="127.0.0.1:1"),
-        own.refused("--etcd-cert", str(secret), "--etcd-key", str(secret), etcd_endpoints="127.0.0.1:1"),
+        daemons.refused("--listen", "127.0.0.1:0", "--token-file", str(secret)),
+        daemons.refused("--etcd-user", "a", "--etcd-password-file", str(secret), etcd_endpoints="127.0.0.1:1"),
+        daemons.refused("--etcd-cert", str(secret), "--etcd-key", str(secret), etcd_endpoints="127.0.0.1:1"),
     )
     for said, setting in ((by_token, "token_file"), (by_password, "etcd_password_file"), (by_key, "etcd_key")):
         assert said.splitlines() == [
@@ -131,33 +131,33 @@ async def test_secrets_that_others_can_read(own: OwnDaemons, tmp_path: Path) -> 
         ]
 
 
-async def test_an_etcd_that_can_lose_its_consistency(own: OwnDaemons) -> None:
-    said = await own.refused("--etcd-endpoints", "", "--allow-inconsistent-etcd", "false", etcd_endpoints="")
+async def test_an_etcd_that_can_lose_its_consistency(daemons: IsolatedDaemons) -> None:
+    said = await daemons.refused("--etcd-endpoints", "", "--allow-inconsistent-etcd", "false", etcd_endpoints="")
     assert "is etcd 3.5.1; etcd 3.5.0 to 3.5.2 can lose consistency" in said
     assert "allow_inconsistent_etcd" in said.splitlines()[-1]
 
 
-async def test_a_port_range_that_others_have(own: OwnDaemons, rig: Rig) -> None:
-    with bound(rig, 28101, 28102):
-        said = await own.refused("--port-range", "28101-28102")
+async def test_a_port_range_that_others_have(daemons: IsolatedDaemons, rig: Rig) -> None:
+    with ports_in_use(rig, 28101, 28102):
+        said = await daemons.refused("--port-range", "28101-28102")
         assert "no free TCP port in port_range 28101-28102" in said
         assert "--port-range" in said
         # One that can be had is enough, and so is one that a container of ours has.
-        daemon = await own.start("--port-range", "28101-28103")
+        daemon = await daemons.start("--port-range", "28101-28103")
         async with Caller(daemon.target) as caller:
             created = await caller.create("last", ports=[container_pb2.PortRequest(container_port=80)])
             assert created.status.ports[0].host_port == 28103
         await asyncio.to_thread(daemon.kill9)
-        await own.start("--port-range", "28101-28103", after=daemon)
+        await daemons.start("--port-range", "28101-28103", after=daemon)
 
 
 @pytest.mark.deep
-async def test_a_node_and_a_socket_that_another_daemon_has(own: OwnDaemons) -> None:
-    first = await own.start()
+async def test_a_node_and_a_socket_that_another_daemon_has(daemons: IsolatedDaemons) -> None:
+    first = await daemons.start()
     same_node, same_socket = await asyncio.gather(
-        own.refused(), own.refused("--node-name", "another", socket=first.socket)
+        daemons.refused(), daemons.refused("--node-name", "another", socket=first.socket)
     )
-    assert f"node '{own.node}' is in use by gpudockd" in same_node
+    assert f"node '{daemons.node}' is in use by gpudockd" in same_node
     assert f"pid {first.pid}" in same_node
     assert "another node name" in same_node
     assert f"another gpudockd (pid {first.pid}) listens on {first.socket}" in same_socket
@@ -199,8 +199,8 @@ async def finished_by(daemon: Daemon, operation_id: str) -> None:
         assert sorted((await caller.holders()).values()) == ["", "", "", "", "", "", "slow", "slow"]
 
 
-async def test_sigterm_lets_work_reach_a_recorded_step(own: OwnDaemons) -> None:
-    daemon = await own.start("--shutdown-grace", "20")
+async def test_sigterm_lets_work_reach_a_recorded_step(daemons: IsolatedDaemons) -> None:
+    daemon = await daemons.start("--shutdown-grace", "20")
     async with Caller(daemon.target) as caller:
         stream, operation_id = await scaling(caller, 2)
         await caller.create("other")
@@ -212,13 +212,13 @@ async def test_sigterm_lets_work_reach_a_recorded_step(own: OwnDaemons) -> None:
             while (refused := await _refusal(caller)) is None:
                 await caller.delete("late")
         assert (refused.code, refused.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
-        for watched in (end_of(stream), end_of(watcher), failure(command)):
+        for watched in (stream_failure(stream), stream_failure(watcher), failure(command)):
             end = await watched
             assert end is not None
             assert (end.code, end.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
     assert await asyncio.to_thread(daemon.wait, 10) == 0, daemon.log_text
     assert "Traceback" not in daemon.log_text
-    await finished_by(await own.start(after=daemon), operation_id)
+    await finished_by(await daemons.start(after=daemon), operation_id)
 
 
 async def _refusal(caller: Caller) -> Failure | None:
@@ -230,28 +230,28 @@ async def _refusal(caller: Caller) -> Failure | None:
 
 
 @pytest.mark.deep
-async def test_what_takes_longer_than_the_grace_is_left_where_it_is(own: OwnDaemons) -> None:
+async def test_what_takes_longer_than_the_grace_is_left_where_it_is(daemons: IsolatedDaemons) -> None:
     # A quarter of it is left to tell the callers, which on a busy machine takes a while.
-    daemon = await own.start("--shutdown-grace", "3", "--exec-hangup-grace", "30")
+    daemon = await daemons.start("--shutdown-grace", "3", "--exec-hangup-grace", "30")
     async with Caller(daemon.target) as caller:
         stream, operation_id = await scaling(caller, 4)
         await caller.create("other")
         command = asyncio.create_task(caller.run("other", "sh", "-c", "trap '' HUP; sleep 60"))
         began = time.monotonic()
         daemon.terminate()
-        end = await end_of(stream)
+        end = await stream_failure(stream)
         assert end is not None
         assert (end.code, end.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
         assert (await failure(command)).code is grpc.StatusCode.UNAVAILABLE
     assert await asyncio.to_thread(daemon.wait, 10) == 0, daemon.log_text
     assert time.monotonic() - began < 5, "neither the command nor the operation was waited for"
     assert "Traceback" not in daemon.log_text, daemon.log_text
-    await finished_by(await own.start(after=daemon), operation_id)
+    await finished_by(await daemons.start(after=daemon), operation_id)
 
 
 @pytest.mark.deep
-async def test_a_second_sigterm_is_at_once(own: OwnDaemons) -> None:
-    daemon = await own.start("--shutdown-grace", "60")
+async def test_a_second_sigterm_is_at_once(daemons: IsolatedDaemons) -> None:
+    daemon = await daemons.start("--shutdown-grace", "60")
     async with Caller(daemon.target) as caller:
         _, operation_id = await scaling(caller, 4)
         daemon.terminate()
@@ -264,11 +264,11 @@ async def test_a_second_sigterm_is_at_once(own: OwnDaemons) -> None:
         daemon.terminate()
         assert await asyncio.to_thread(daemon.wait, 10) == 1
         assert time.monotonic() - began < 1
-    await finished_by(await own.start(after=daemon), operation_id)
+    await finished_by(await daemons.start(after=daemon), operation_id)
 
 
-async def test_sigusr1_shows_where_everything_stands(own: OwnDaemons, engine_proxy: EngineProxy) -> None:
-    daemon = await own.start(docker_host=engine_proxy.url)
+async def test_sigusr1_shows_where_everything_stands(daemons: IsolatedDaemons, engine_proxy: EngineProxy) -> None:
+    daemon = await daemons.start(docker_host=engine_proxy.url)
     async with Caller(daemon.target) as caller:
         await caller.create("one")
         hang = engine_proxy.faults.hang("POST", "/containers/[^/]+/pause")
@@ -291,9 +291,9 @@ async def test_sigusr1_shows_where_everything_stands(own: OwnDaemons, engine_pro
         assert (await caller.get("one")).status.state == container_pb2.CONTAINER_STATE_PAUSED
 
 
-async def test_told_to_stop_while_it_starts(own: OwnDaemons, engine_proxy: EngineProxy) -> None:
+async def test_told_to_stop_while_it_starts(daemons: IsolatedDaemons, engine_proxy: EngineProxy) -> None:
     hang = engine_proxy.faults.hang("GET", "/info")
-    daemon = await own.start(docker_host=engine_proxy.url, serving=False)
+    daemon = await daemons.start(docker_host=engine_proxy.url, serving=False)
     async with asyncio.timeout(20):
         await hang.hit.wait()
     daemon.terminate()
@@ -304,13 +304,13 @@ async def test_told_to_stop_while_it_starts(own: OwnDaemons, engine_proxy: Engin
 # -- kill -9 ---------------------------------------------------------------------------------------------------------
 
 
-async def test_after_kill_9_the_next_one_need_not_wait_for_the_lease(own: OwnDaemons) -> None:
-    daemon = await own.start()
+async def test_after_kill_9_the_next_one_need_not_wait_for_the_lease(daemons: IsolatedDaemons) -> None:
+    daemon = await daemons.start()
     async with Caller(daemon.target) as caller:
         before = await caller.create("stays", 3)
     await asyncio.to_thread(daemon.kill9)
     began = time.monotonic()
-    daemon = await own.start(after=daemon)
+    daemon = await daemons.start(after=daemon)
     assert time.monotonic() - began < 8, "a lease lasts 10 s"
     async with Caller(daemon.target) as caller:
         assert await caller.get("stays") == before
@@ -333,8 +333,8 @@ def etcd_of(daemon: Daemon) -> int:
     return 0
 
 
-async def test_an_etcd_of_its_own(own: OwnDaemons) -> None:
-    daemon = await own.start("--shutdown-grace", "5", etcd_endpoints="")
+async def test_an_etcd_of_its_own(daemons: IsolatedDaemons) -> None:
+    daemon = await daemons.start("--shutdown-grace", "5", etcd_endpoints="")
     folder = daemon.state_dir / "etcd"
     async with Caller(daemon.target) as caller:
         created = await caller.create("kept", 2)
@@ -355,13 +355,13 @@ async def test_an_etcd_of_its_own(own: OwnDaemons) -> None:
         return etcd_of(daemon) == 0
 
     await until(gone, 5)
-    daemon = await own.start("--shutdown-grace", "5", after=daemon, etcd_endpoints="")
+    daemon = await daemons.start("--shutdown-grace", "5", after=daemon, etcd_endpoints="")
     async with Caller(daemon.target) as caller:
         assert len((await caller.get("kept")).status.gpu_uuids) == 1
     assert await asyncio.to_thread(daemon.stop) == 0, daemon.log_text
     assert etcd_of(daemon) == 0
     assert "Traceback" not in daemon.log_text
-    daemon = await own.start(after=daemon, etcd_endpoints="")
+    daemon = await daemons.start(after=daemon, etcd_endpoints="")
     async with Caller(daemon.target) as caller:
         assert (await caller.get("kept")).spec.gpus.count == 1
         await caller.delete("kept")
@@ -397,8 +397,8 @@ class Health:
         return all(answer.status == status for answer in answers)
 
 
-async def test_health_follows_etcd(own: OwnDaemons) -> None:
-    daemon = await own.start("--store-timeout", "1", etcd_endpoints="")
+async def test_health_follows_etcd(daemons: IsolatedDaemons) -> None:
+    daemon = await daemons.start("--store-timeout", "1", etcd_endpoints="")
     etcd = etcd_of(daemon)
     async with Caller(daemon.target) as caller:
         health = Health(caller)
@@ -413,8 +413,8 @@ async def test_health_follows_etcd(own: OwnDaemons) -> None:
 
 
 @pytest.mark.deep
-async def test_health_follows_the_engine(own: OwnDaemons, engine_proxy: EngineProxy) -> None:
-    daemon = await own.start(docker_host=engine_proxy.url)
+async def test_health_follows_the_engine(daemons: IsolatedDaemons, engine_proxy: EngineProxy) -> None:
+    daemon = await daemons.start(docker_host=engine_proxy.url)
     async with Caller(daemon.target) as caller:
         health = Health(caller)
         await until(health.serving)
@@ -443,31 +443,31 @@ PROTO = ("-import-path", "protos", "-proto", "gpudock/v1/node_service.proto")
 GET_NODE = "gpudock.v1.NodeService/GetNode"
 
 
-async def test_a_token_on_loopback(own: OwnDaemons, rig: Rig, tmp_path: Path) -> None:
+async def test_a_token_on_loopback(daemons: IsolatedDaemons, rig: Rig, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens"
     tokens.write_text("alice:0123456789abcdef0123456789abcdef\n")
     tokens.chmod(0o600)
-    daemon = await own.start("--listen", "127.0.0.1:38051", "--token-file", str(tokens))
+    daemon = await daemons.start("--listen", "127.0.0.1:38051", "--token-file", str(tokens))
 
     assert "Unauthenticated" in await asyncio.to_thread(grpcurl, rig, "-plaintext", *PROTO, "127.0.0.1:38051", GET_NODE)
     wrong = ("-H", "authorization: Bearer 00000000000000000000000000000000")
     right = ("-H", "authorization: Bearer 0123456789abcdef0123456789abcdef")
     address = "127.0.0.1:38051"
     assert "Unauthenticated" in await asyncio.to_thread(grpcurl, rig, "-plaintext", *PROTO, *wrong, address, GET_NODE)
-    assert own.node in await asyncio.to_thread(grpcurl, rig, "-plaintext", *right, address, GET_NODE)
+    assert daemons.node in await asyncio.to_thread(grpcurl, rig, "-plaintext", *right, address, GET_NODE)
     assert "SERVING" in await asyncio.to_thread(
         grpcurl, rig, "-plaintext", *right, address, "grpc.health.v1.Health/Check"
     )
     assert daemon.running
 
 
-async def test_the_audit_says_who_called(own: OwnDaemons, rig: Rig, tmp_path: Path) -> None:
+async def test_the_audit_says_who_called(daemons: IsolatedDaemons, rig: Rig, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens"
     secrets = {"alice": "0123456789abcdef0123456789abcdef", "bob": "fedcba9876543210fedcba9876543210"}
     tokens.write_text("".join(f"{name}:{token}\n" for name, token in secrets.items()))
     tokens.chmod(0o600)
     flags = ("--listen", "127.0.0.1:38053", "--token-file", str(tokens))
-    daemon = await own.start(*flags, "--log-format", "json")
+    daemon = await daemons.start(*flags, "--log-format", "json")
     proto = ("-import-path", "protos", "-proto", "gpudock/v1/container_service.proto")
     for token in (*secrets.values(), "nobody's"):
         for name in ("none", "x" * 100_000):
@@ -493,12 +493,12 @@ async def test_the_audit_says_who_called(own: OwnDaemons, rig: Rig, tmp_path: Pa
     assert not [token for token in secrets.values() if token in daemon.log_text]
 
 
-async def test_tls_with_certificates_of_clients(own: OwnDaemons, rig: Rig, tmp_path: Path) -> None:
+async def test_tls_with_certificates_of_clients(daemons: IsolatedDaemons, rig: Rig, tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     server, client = authority.sign("gpu1", "IP:127.0.0.1"), authority.sign("bob")
     stranger = Authority(tmp_path, "stranger").sign("mallory")
     address = "127.0.0.1:38052"
-    await own.start(
+    await daemons.start(
         *("--listen", address, "--tls-cert", str(server.certificate), "--tls-key", str(server.key)),
         *("--tls-client-ca", str(authority.own.certificate)),
     )
@@ -509,19 +509,19 @@ async def test_tls_with_certificates_of_clients(own: OwnDaemons, rig: Rig, tmp_p
         )
 
     ca = ("-cacert", str(authority.own.certificate))
-    assert own.node in await call(*ca, "-cert", str(client.certificate), "-key", str(client.key))
+    assert daemons.node in await call(*ca, "-cert", str(client.certificate), "-key", str(client.key))
     for refused in ((), ca, ("-plaintext",), (*ca, "-cert", str(stranger.certificate), "-key", str(stranger.key))):
-        assert own.node not in await call(*refused)
+        assert daemons.node not in await call(*refused)
 
 
 # -- two daemons on one host -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.deep
-async def test_two_daemons_on_one_host_and_one_etcd_give_nothing_away_twice(own: OwnDaemons, rig: Rig) -> None:
-    nodes = [f"{own.node}-{number}" for number in (1, 2)]
-    daemons = await asyncio.gather(*(own.start(node=node) for node in nodes))
-    callers = [Caller(daemon.target) for daemon in daemons]
+async def test_two_daemons_on_one_host_and_one_etcd_give_nothing_away_twice(daemons: IsolatedDaemons, rig: Rig) -> None:
+    nodes = [f"{daemons.node}-{number}" for number in (1, 2)]
+    started = await asyncio.gather(*(daemons.start(node=node) for node in nodes))
+    callers = [Caller(daemon.target) for daemon in started]
     port = container_pb2.PortRequest(container_port=80)
 
     async def create(number: int) -> str:
@@ -560,8 +560,8 @@ async def test_two_daemons_on_one_host_and_one_etcd_give_nothing_away_twice(own:
 # -- an engine that is restarted -------------------------------------------------------------------------------------
 
 
-async def test_an_engine_that_is_restarted_under_it(own: OwnDaemons, rig: Rig) -> None:
-    daemon = await own.start("--engine-timeout", "5")
+async def test_an_engine_that_is_restarted_under_it(daemons: IsolatedDaemons, rig: Rig) -> None:
+    daemon = await daemons.start("--engine-timeout", "5")
     async with Caller(daemon.target) as caller:
         await caller.create("plain", 2)
         with rig.engine.down(killed=True):

@@ -24,10 +24,10 @@ from google.protobuf import duration_pb2
 from gpudock.v1 import container_service_pb2, exec_pb2
 
 from tests.calls import Caller, ExecResult, Failure, failure, failure_of, iterate
-from tests.engine.own_daemons import OwnDaemons, own
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons
 from tests.rig import Daemon, EngineProxy, Rig
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 BOX = "box"
 MIB = 1 << 20
@@ -542,8 +542,8 @@ async def test_its_container_is_stopped_meanwhile(box: Caller, how: str) -> None
 # ---- daemons that are hurt ----
 
 
-async def test_a_daemon_that_stops_ends_what_it_started(own: OwnDaemons) -> None:
-    daemon = await own.start()
+async def test_a_daemon_that_stops_ends_what_it_started(daemons: IsolatedDaemons) -> None:
+    daemon = await daemons.start()
     numbers = [next(_numbers) for _ in range(3)]
     async with boxed(daemon) as caller:
         talks = [await Talk(caller, "sleep", str(number)).begun() for number in numbers]
@@ -557,8 +557,8 @@ async def test_a_daemon_that_stops_ends_what_it_started(own: OwnDaemons) -> None
 
 
 @pytest.mark.deep
-async def test_callers_that_leave_at_any_moment_leave_nothing(own: OwnDaemons) -> None:
-    daemon = await own.start()
+async def test_callers_that_leave_at_any_moment_leave_nothing(daemons: IsolatedDaemons) -> None:
+    daemon = await daemons.start()
     numbers = [next(_numbers) for _ in range(24)]
     async with boxed(daemon) as caller:
         for delay, number in enumerate(numbers):
@@ -574,8 +574,8 @@ async def test_callers_that_leave_at_any_moment_leave_nothing(own: OwnDaemons) -
     assert not any(map(pids, numbers))
 
 
-async def test_a_limit(own: OwnDaemons) -> None:
-    daemon = await own.start("--max-execs", "2")
+async def test_a_limit(daemons: IsolatedDaemons) -> None:
+    daemon = await daemons.start("--max-execs", "2")
     async with boxed(daemon) as caller:
         talks = [await Talk(caller, "cat", stdin=True).begun() for _ in range(2)]
         full = await failure(caller.run(BOX, "true"))
@@ -588,10 +588,10 @@ async def test_a_limit(own: OwnDaemons) -> None:
 
 
 @pytest.mark.deep
-async def test_nothing_leaks(own: OwnDaemons) -> None:
+async def test_nothing_leaks(daemons: IsolatedDaemons) -> None:
     """Two hundred commands, forty of each kind, cost no descriptor and no slot for good."""
     limit = 12
-    daemon = await own.start("--max-execs", str(limit))
+    daemon = await daemons.start("--max-execs", str(limit))
     async with boxed(daemon) as caller:
         await _eight_at_once(caller, "ends")
         before = await _descriptors_of_idle(caller, daemon, limit)
@@ -657,13 +657,13 @@ def _descriptors(daemon: Daemon) -> int:
 
 @pytest.mark.deep
 async def test_an_engine_that_dies_is_no_end_and_its_process_is_ended_when_it_is_back(
-    own: OwnDaemons, rig: Rig
+    daemons: IsolatedDaemons, rig: Rig
 ) -> None:
     number = next(_numbers)
     proxy = rig.engine_proxy()
     async with AsyncExitStack() as stack:
         async with proxy:
-            daemon = await own.start(docker_host=proxy.url)
+            daemon = await daemons.start(docker_host=proxy.url)
             caller = await stack.enter_async_context(boxed(daemon))
             talk = await Talk(caller, "sleep", str(number)).begun()
             await until(lambda: pids(number), "it runs")

@@ -10,13 +10,13 @@ import pytest
 from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2
 
 from tests.calls import IDLE, Caller, failure, progress_of, result_of, scale_request
-from tests.engine.own_daemons import OwnDaemons, own
-from tests.engine.trees import FILES, Entry, compare, grow_command, image_files, record
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons
+from tests.engine.sample_trees import FILES, TreeEntry, create_tree_command, image_files, read_tree, tree_differences
 from tests.rig import Rig
 from tests.rig.images import GLIBC
 from tests.selection import deep_except
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 IMAGE = "gpudock/survivor:test"
 NAME = "survivor"
@@ -33,23 +33,25 @@ NOT_WITH_FOUR = (
 )
 
 
-async def grown(caller: Caller, rig: Rig, gpus: int, files: int, command: tuple[str, ...] = IDLE) -> dict[bytes, Entry]:
+async def grown(
+    caller: Caller, rig: Rig, gpus: int, files: int, command: tuple[str, ...] = IDLE
+) -> dict[bytes, TreeEntry]:
     """Create the container with the tree in it; what it looks like inside."""
     rig.images.derive(IMAGE, GLIBC, files=image_files())
     await caller.create(NAME, gpus, image=IMAGE, command=command)
-    made = await caller.run(NAME, *grow_command(files=files))
+    made = await caller.run(NAME, *create_tree_command(files=files))
     assert made.code == 0, made
     # Read after another start, so that what a start changes by itself is in it.
     await caller.restart(NAME)
     return await inside(caller, rig)
 
 
-async def inside(caller: Caller, rig: Rig) -> dict[bytes, Entry]:
+async def inside(caller: Caller, rig: Rig) -> dict[bytes, TreeEntry]:
     """What the running container sees."""
     container = await caller.get(NAME)
     assert container.status.state == RUNNING
     shown = rig.engine.call("GET", f"/containers/{container.status.engine_id}/json")
-    return record(f"/proc/{shown['State']['Pid']}/root")
+    return read_tree(f"/proc/{shown['State']['Pid']}/root")
 
 
 async def plan_of(caller: Caller, gpus: int) -> operation_pb2.OperationPlan:
@@ -65,8 +67,8 @@ def carry_of(operation: operation_pb2.Operation) -> operation_pb2.OperationStage
 
 
 @pytest.mark.deep
-async def test_exchange_carries_everything(own: OwnDaemons, rig: Rig) -> None:
-    daemon = await own.start("--layer-carry", "exchange")
+async def test_exchange_carries_everything(daemons: IsolatedDaemons, rig: Rig) -> None:
+    daemon = await daemons.start("--layer-carry", "exchange")
     async with Caller(daemon.target) as caller:
         before = await grown(caller, rig, 2, FILES)
         assert len(before) > FILES
@@ -75,15 +77,15 @@ async def test_exchange_carries_everything(own: OwnDaemons, rig: Rig) -> None:
         assert list(plan.warnings) == []
         for gpus in (4, 0):
             await caller.scale(NAME, gpus)
-            assert compare(before, await inside(caller, rig)) == ""
+            assert tree_differences(before, await inside(caller, rig)) == ""
         await caller.stop(NAME)
         await caller.start(NAME, 5)
-        assert compare(before, await inside(caller, rig)) == ""
+        assert tree_differences(before, await inside(caller, rig)) == ""
 
 
 @pytest.mark.deep
-async def test_copy_carries_everything_and_tells_how_far_it_is(own: OwnDaemons, rig: Rig) -> None:
-    daemon = await own.start("--layer-carry", "copy")
+async def test_copy_carries_everything_and_tells_how_far_it_is(daemons: IsolatedDaemons, rig: Rig) -> None:
+    daemon = await daemons.start("--layer-carry", "copy")
     async with Caller(daemon.target) as caller:
         before = await grown(caller, rig, 2, FILES)
         plan = await plan_of(caller, 4)
@@ -98,15 +100,15 @@ async def test_copy_carries_everything_and_tells_how_far_it_is(own: OwnDaemons, 
         assert len(set(moved)) > 2
         assert {carry.total_bytes for carry in told} == {moved[-1]}
         assert moved[-1] >= FILES * 4096
-        assert compare(before, await inside(caller, rig)) == ""
+        assert tree_differences(before, await inside(caller, rig)) == ""
 
         await caller.scale(NAME, 0)
-        assert compare(before, await inside(caller, rig)) == ""
+        assert tree_differences(before, await inside(caller, rig)) == ""
 
 
 @pytest.mark.deep
-async def test_commit_loses_what_its_plan_says_and_no_more(own: OwnDaemons, rig: Rig) -> None:
-    daemon = await own.start("--layer-carry", "commit")
+async def test_commit_loses_what_its_plan_says_and_no_more(daemons: IsolatedDaemons, rig: Rig) -> None:
+    daemon = await daemons.start("--layer-carry", "commit")
     async with Caller(daemon.target) as caller:
         before = await grown(caller, rig, 2, FILES)
         plan = await plan_of(caller, 4)
@@ -118,7 +120,7 @@ async def test_commit_loses_what_its_plan_says_and_no_more(own: OwnDaemons, rig:
             _as_committed(before, await inside(caller, rig), said)
 
 
-def _as_committed(before: Mapping[bytes, Entry], after: Mapping[bytes, Entry], said: str) -> None:
+def _as_committed(before: Mapping[bytes, TreeEntry], after: Mapping[bytes, TreeEntry], said: str) -> None:
     """All is the same, but for what `said` names."""
     assert "sockets, and the mode, owner and time of /, are not copied" in said
     expected = {path: entry for path, entry in before.items() if path != b"/" and entry.kind != "s"}
@@ -137,13 +139,15 @@ def _as_committed(before: Mapping[bytes, Entry], after: Mapping[bytes, Entry], s
     for path, entry in found.items():
         # Of those before 1970 engines keep a symbolic link's.
         found[path] = dataclasses.replace(entry, mtime_ns=max(entry.mtime_ns // 10**9, 0), sparse=False)
-    assert compare(expected, found) == ""
+    assert tree_differences(expected, found) == ""
 
 
 @pytest.mark.parametrize("method", deep_except(["exchange"], ["exchange", "copy", "commit"]))
-async def test_a_successor_that_does_not_live_gives_the_old_one_back(own: OwnDaemons, rig: Rig, method: str) -> None:
+async def test_a_successor_that_does_not_live_gives_the_old_one_back(
+    daemons: IsolatedDaemons, rig: Rig, method: str
+) -> None:
     # A busy machine takes longer than FAST allows to run the few programs that end it.
-    daemon = await own.start("--layer-carry", method, "--settle-period", "2")
+    daemon = await daemons.start("--layer-carry", method, "--settle-period", "2")
     async with Caller(daemon.target) as caller:
         before = await grown(caller, rig, 2, SMALL, NOT_WITH_FOUR)
         old = await caller.get(NAME)
@@ -153,8 +157,8 @@ async def test_a_successor_that_does_not_live_gives_the_old_one_back(own: OwnDae
 
 
 @pytest.mark.parametrize("method", deep_except(["exchange"], ["exchange", "copy", "commit"]))
-async def test_a_start_with_other_cards_carries_the_files_too(own: OwnDaemons, rig: Rig, method: str) -> None:
-    daemon = await own.start("--layer-carry", method)
+async def test_a_start_with_other_cards_carries_the_files_too(daemons: IsolatedDaemons, rig: Rig, method: str) -> None:
+    daemon = await daemons.start("--layer-carry", method)
     async with Caller(daemon.target) as caller:
         before = await grown(caller, rig, 2, SMALL)
         for gpus in (3, 0):
@@ -165,12 +169,12 @@ async def test_a_start_with_other_cards_carries_the_files_too(own: OwnDaemons, r
             if method == "commit":
                 _as_committed(before, after, said)
             else:
-                assert compare(before, after) == ""
+                assert tree_differences(before, after) == ""
 
 
 @pytest.mark.deep
-async def test_a_cancel_in_the_midst_of_a_copy_gives_the_old_one_back(own: OwnDaemons, rig: Rig) -> None:
-    daemon = await own.start("--layer-carry", "copy")
+async def test_a_cancel_in_the_midst_of_a_copy_gives_the_old_one_back(daemons: IsolatedDaemons, rig: Rig) -> None:
+    daemon = await daemons.start("--layer-carry", "copy")
     async with Caller(daemon.target) as caller:
         before = await grown(caller, rig, 2, FILES)
         old = await caller.get(NAME)
@@ -185,7 +189,9 @@ async def test_a_cancel_in_the_midst_of_a_copy_gives_the_old_one_back(own: OwnDa
         await _is_as_before(caller, rig, old, before)
 
 
-async def _is_as_before(caller: Caller, rig: Rig, old: container_pb2.Container, before: Mapping[bytes, Entry]) -> None:
+async def _is_as_before(
+    caller: Caller, rig: Rig, old: container_pb2.Container, before: Mapping[bytes, TreeEntry]
+) -> None:
     """It runs in the same engine container, alone, with the same cards, spec and files."""
     now = await caller.get(NAME)
     assert now.status.engine_id == old.status.engine_id
@@ -194,12 +200,12 @@ async def _is_as_before(caller: Caller, rig: Rig, old: container_pb2.Container, 
     held = [uuid for uuid, holder in (await caller.holders()).items() if holder == NAME]
     assert sorted(held) == sorted(old.status.gpu_uuids)
     assert len(rig.engine.call("GET", "/containers/json?all=1")) == 1
-    assert compare(before, await inside(caller, rig)) == ""
+    assert tree_differences(before, await inside(caller, rig)) == ""
 
 
-async def test_files_that_find_no_room_stay_where_they_are(own: OwnDaemons) -> None:
+async def test_files_that_find_no_room_stay_where_they_are(daemons: IsolatedDaemons) -> None:
     """A file of 8 TiB with nothing in it takes no room where it is; a commit would write it out."""
-    daemon = await own.start("--layer-carry", "commit")
+    daemon = await daemons.start("--layer-carry", "commit")
     async with Caller(daemon.target) as caller:
         old = await caller.create(NAME, 2)
         await caller.shell(NAME, "truncate -s $((8 << 40)) /huge")

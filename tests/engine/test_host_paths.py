@@ -17,12 +17,12 @@ from gpudock.v1 import container_pb2, container_revision_pb2, operation_service_
 
 from tests.calls import Caller, failure
 from tests.engine.drift import REPORTED, found, inspect
-from tests.engine.own_daemons import OwnDaemons, own, until, until_state
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until, until_state
 from tests.faults.invariants import bound_host_paths
 from tests.faults.mortal import DIE_AT, KIND
 from tests.rig import Daemon, Rig
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 ALWAYS = container_pb2.RestartPolicy(policy=container_pb2.RESTART_POLICY_KIND_ALWAYS)
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING
@@ -34,7 +34,7 @@ class Host:
     """A folder that may be mounted, one that may not and begins with the same letters, and a daemon with this rule."""
 
     rig: Rig
-    own: OwnDaemons
+    daemons: IsolatedDaemons
     daemon: Daemon
     allowed: Path
     secret: Path
@@ -66,11 +66,11 @@ def folders() -> Iterator[Path]:
 
 
 @pytest_asyncio.fixture
-async def host(own: OwnDaemons, folders: Path) -> Host:
+async def host(daemons: IsolatedDaemons, folders: Path) -> Host:
     """A daemon that lets these folders be mounted."""
-    left = frozenset(bound_host_paths(own.rig))
-    daemon = await own.start("--allowed-host-paths", str(folders / "srv"), "--orphan-grace", "0")
-    return Host(own.rig, own, daemon, folders / "srv", folders / "srv-secret", left)
+    left = frozenset(bound_host_paths(daemons.rig))
+    daemon = await daemons.start("--allowed-host-paths", str(folders / "srv"), "--orphan-grace", "0")
+    return Host(daemons.rig, daemons, daemon, folders / "srv", folders / "srv-secret", left)
 
 
 @pytest_asyncio.fixture
@@ -251,14 +251,16 @@ async def test_an_operation_that_is_taken_up_checks_what_it_recorded(host: Host,
     await tenant.create("helper", mounts=[host.mount("u", "/m")])
     await stopped(host.daemon)
     environment = {KIND: "CREATE", DIE_AT: "2"}
-    mortal = await host.own.start(*host.flags, module="tests.faults.mortal", environment=environment, after=host.daemon)
+    mortal = await host.daemons.start(
+        *host.flags, module="tests.faults.mortal", environment=environment, after=host.daemon
+    )
     async with Caller(mortal.target) as caller:
         assert (await failure(caller.create("evil", mounts=[host.mount("u/sub", "/s")]))).reason == ""
     assert await asyncio.to_thread(mortal.wait) == -9
     assert "before HostPaths.bind" in mortal.log_text
     (host.allowed / "u/sub").rename(host.allowed / "u/moved")
     (host.allowed / "u/sub").symlink_to("/")
-    daemon = await host.own.start(*host.flags, after=mortal)
+    daemon = await host.daemons.start(*host.flags, after=mortal)
     async with Caller(daemon.target) as caller:
         await caller.settled()
         assert (await failure(caller.get("evil"))).reason == "CONTAINER_NOT_FOUND"
@@ -288,7 +290,7 @@ async def test_binds_are_made_where_the_engine_sees_them(host: Host, folders: Pa
 
 @pytest.mark.usefixtures("tenant")
 async def test_what_was_removed_outside_gpudock_is_released(host: Host) -> None:
-    daemon = await host.own.start(*host.flags, "--reconcile-interval", "0.5", after=await stopped(host.daemon))
+    daemon = await host.daemons.start(*host.flags, "--reconcile-interval", "0.5", after=await stopped(host.daemon))
     async with Caller(daemon.target) as caller:
         made = await caller.create("user", mounts=[host.mount("u", "/m")])
         path = f"/containers/{made.status.engine_id}?force=1"
@@ -309,7 +311,7 @@ async def test_a_boot_binds_again_what_is_still_allowed(host: Host) -> None:
     """Before the engine starts its containers; what is not bound again has no source, so that it does not start."""
     (host.allowed / "u/linked").mkdir()
     (host.allowed.parent / "srv2").mkdir()
-    both = await host.own.start(
+    both = await host.daemons.start(
         *host.flags, "--allowed-host-paths", str(host.allowed.parent / "srv2"), after=await stopped(host.daemon)
     )
     async with Caller(both.target) as caller:
@@ -332,7 +334,7 @@ async def test_a_boot_binds_again_what_is_still_allowed(host: Host) -> None:
         assert attach.returncode == 1
         assert attach.stdout.count("host path not bound") + attach.stderr.count("host path not bound") == 2
         assert len(bound_host_paths(host.rig)) == 2
-    daemon = await host.own.start(*host.flags, after=both)
+    daemon = await host.daemons.start(*host.flags, after=both)
     async with Caller(daemon.target) as caller:
         await until_state(caller, "fine", RUNNING)
         assert await caller.shell("fine", "cat /s/name") == "sub"
@@ -356,8 +358,8 @@ async def test_one_that_an_older_version_made_is_reported_and_replaced(host: Hos
     engine_id = host.rig.engine.call("POST", f"/containers/create?name={name}", send=older)["Id"]
     host.rig.engine.call("POST", f"/containers/{engine_id}/start")
     # As after the loss of the record: it is adopted.
-    daemon = await host.own.start(
-        *host.flags, "--reconcile-interval", "0.5", "--etcd-prefix", f"/x{host.own.prefix}", after=host.daemon
+    daemon = await host.daemons.start(
+        *host.flags, "--reconcile-interval", "0.5", "--etcd-prefix", f"/x{host.daemons.prefix}", after=host.daemon
     )
     async with Caller(daemon.target) as caller:
         assert (await found(caller, "HOST_PATH_UNBOUND", container="old")).actual == str(host.allowed / "u/sub")

@@ -12,10 +12,10 @@ from gpudock.v1 import container_pb2, container_service_pb2
 from tests.calls import Caller, failure, progress_of
 from tests.engine.drift import inspect
 from tests.engine.hostile_trees import ZOO, fingerprint
-from tests.engine.own_daemons import OwnDaemons, own
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons
 from tests.rig import CUDA_LIKE
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 pytestmark = pytest.mark.deep
 
@@ -23,33 +23,33 @@ pytestmark = pytest.mark.deep
 _REFUSED_COMMITS = {"sparse": "DISK_FULL", "deep": "LAYER_CARRY_FAILED", "long names": "LAYER_CARRY_FAILED"}
 
 
-def _inside(own: OwnDaemons, container: container_pb2.Container, path: str) -> Path:
+def _inside(daemons: IsolatedDaemons, container: container_pb2.Container, path: str) -> Path:
     """A path inside a running container, from outside."""
-    return Path("/proc", str(inspect(own.rig, container.status.engine_id)["State"]["Pid"]), "root", path)
+    return Path("/proc", str(inspect(daemons.rig, container.status.engine_id)["State"]["Pid"]), "root", path)
 
 
 @pytest.mark.parametrize("shape", ["deep", "long names", "many links", "sparse", "odd files"])
-async def test_whatever_is_in_a_layer_it_moves_whole_or_is_refused(own: OwnDaemons, shape: str) -> None:
-    daemon = await own.start("--settle-period", "0")
+async def test_whatever_is_in_a_layer_it_moves_whole_or_is_refused(daemons: IsolatedDaemons, shape: str) -> None:
+    daemon = await daemons.start("--settle-period", "0")
     async with Caller(daemon.target) as caller:
         first = await caller.create("hostile", 1)
         await caller.create("neighbour", 1)
         await caller.shell("hostile", "mkdir /zoo")
-        zoo = os.open(_inside(own, first, "zoo"), os.O_RDONLY | os.O_DIRECTORY)
+        zoo = os.open(_inside(daemons, first, "zoo"), os.O_RDONLY | os.O_DIRECTORY)
         ZOO[shape](zoo)
         os.close(zoo)
-        planted = fingerprint(str(_inside(own, first, "zoo")))
+        planted = fingerprint(str(_inside(daemons, first, "zoo")))
 
         scaled = await caller.scale("hostile", 2)
-        assert fingerprint(str(_inside(own, scaled, "zoo"))) == planted
+        assert fingerprint(str(_inside(daemons, scaled, "zoo"))) == planted
         cloned = await caller.clone("hostile", "twin")
-        assert fingerprint(str(_inside(own, cloned, "zoo"))) == planted
+        assert fingerprint(str(_inside(daemons, cloned, "zoo"))) == planted
         await caller.delete("twin")
         await caller.shell("hostile", "mv /zoo /moved")
         back = await caller.rollback("hostile", 1)
-        assert fingerprint(str(_inside(own, back, "zoo"))) == planted
+        assert fingerprint(str(_inside(daemons, back, "zoo"))) == planted
 
-        request = container_service_pb2.CommitContainerRequest(name="hostile", repository=f"zoo/{own.id}", tag="v1")
+        request = container_service_pb2.CommitContainerRequest(name="hostile", repository=f"zoo/{daemons.id}", tag="v1")
         if shape in _REFUSED_COMMITS:
             # Onto another image the files go by commit too.
             other: dict[str, Any] = {"image": CUDA_LIKE, "files": container_service_pb2.FILES_POLICY_CARRY_COMMIT}
@@ -63,9 +63,9 @@ async def test_whatever_is_in_a_layer_it_moves_whole_or_is_refused(own: OwnDaemo
         else:
             await commit
         assert (await caller.get("hostile")).status.state == container_pb2.CONTAINER_STATE_RUNNING
-        assert fingerprint(str(_inside(own, await caller.get("hostile"), "zoo"))) == planted
-        left = [tag for image in own.rig.engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()]
-        assert (f"zoo/{own.id}:v1" in left) == (shape not in _REFUSED_COMMITS)
+        assert fingerprint(str(_inside(daemons, await caller.get("hostile"), "zoo"))) == planted
+        left = [tag for image in daemons.rig.engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()]
+        assert (f"zoo/{daemons.id}:v1" in left) == (shape not in _REFUSED_COMMITS)
         assert not [tag for tag in left if tag.startswith(("gpudock/raw", "gpudock/commit"))]
 
         assert await caller.shell("neighbour", "echo well") == "well\n"

@@ -17,11 +17,11 @@ from gpudock.v1 import container_pb2, container_service_pb2
 from tests.calls import Caller
 from tests.engine.drift import inspect
 from tests.engine.hostile_trees import nested
-from tests.engine.own_daemons import OwnDaemons, own
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons
 from tests.rig import CUDA_LIKE
 from tests.rig.patience import PATIENCE
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 pytestmark = pytest.mark.deep
 
@@ -115,14 +115,14 @@ async def _watched(caller: Caller, pid: int) -> AsyncIterator[_Cost]:
     ],
 )
 async def test_the_daemon_stays_small_and_answers_others(
-    own: OwnDaemons, plant: Callable[[int], None], change: Callable[[Caller], Awaitable[None]]
+    daemons: IsolatedDaemons, plant: Callable[[int], None], change: Callable[[Caller], Awaitable[None]]
 ) -> None:
-    daemon = await own.start("--settle-period", "0")
+    daemon = await daemons.start("--settle-period", "0")
     async with Caller(daemon.target) as caller, Caller(daemon.target) as other:
         hostile: container_pb2.Container = await caller.create("hostile", 1)
         await caller.create("neighbour")
         await caller.shell("hostile", "mkdir /zoo")
-        pid = inspect(own.rig, hostile.status.engine_id)["State"]["Pid"]
+        pid = inspect(daemons.rig, hostile.status.engine_id)["State"]["Pid"]
         zoo = os.open(f"/proc/{pid}/root/zoo", os.O_RDONLY | os.O_DIRECTORY)
         plant(zoo)
         os.close(zoo)

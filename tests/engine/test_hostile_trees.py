@@ -21,9 +21,9 @@ from gpudock_server.model.operation import LayerTransferMethod, new_operation_id
 from gpudock_server.ports import LayerTooLarge
 
 from tests.engine.hostile_trees import ZOO, fingerprint, nested, remove_tree
+from tests.engine.sample_trees import create_layer_folders
 from tests.engine.test_snapshots import IMAGE_ID, UID, Place, _container, _key, _no_progress
 from tests.engine.test_stalls import Folders
-from tests.engine.trees import plant_layers
 
 pytestmark = pytest.mark.deep
 
@@ -121,7 +121,7 @@ async def test_a_hostile_layer_is_kept_restored_cloned_carried_and_removed(place
     assert fingerprint(str(place.layers[1])) == seen
 
     # Clone.
-    (clone, carried) = map(_container, plant_layers(place.root, 3, 4))
+    (clone, carried) = map(_container, create_layer_folders(place.root, 3, 4))
     operation_id = new_operation_id()
     await place.store.mirror(place.running, clone, operation_id, still=False, progress=_no_progress)
     await place.store.mirror(place.old, clone, operation_id, still=True, progress=_no_progress)

@@ -13,10 +13,10 @@ from gpudock.v1 import container_pb2, container_service_pb2, registry_auth_pb2
 
 from tests.calls import IMAGE, Caller, failure, result_of
 from tests.engine.docker_registry import SECRET, USER, registry
-from tests.engine.own_daemons import OwnDaemons, own
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons
 from tests.rig import Rig
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 NEVER = container_service_pb2.PULL_POLICY_NEVER
 ALWAYS = container_service_pb2.PULL_POLICY_ALWAYS
@@ -45,16 +45,16 @@ async def made(caller: Caller, owner: str, image: str, **fields: Any) -> contain
     return container
 
 
-async def test_without_the_setting_an_image_on_the_node_serves_all(own: OwnDaemons, private: str) -> None:
-    async with Caller((await own.start()).target) as caller:
+async def test_without_the_setting_an_image_on_the_node_serves_all(daemons: IsolatedDaemons, private: str) -> None:
+    async with Caller((await daemons.start()).target) as caller:
         assert (await failure(made(caller, "bob", private))).reason == "IMAGE_PULL_FAILED"
         await made(caller, "alice", private, registry_auth=GOOD)
         await made(caller, "bob", private)
 
 
 @pytest.mark.deep
-async def test_the_registry_is_asked_again_for_another_owner(own: OwnDaemons, rig: Rig, private: str) -> None:
-    daemon = await own.start("--verify-image-access", "true")
+async def test_the_registry_is_asked_again_for_another_owner(daemons: IsolatedDaemons, rig: Rig, private: str) -> None:
+    daemon = await daemons.start("--verify-image-access", "true")
     async with Caller(daemon.target) as caller:
         await made(caller, "alice", private, registry_auth=GOOD)
         await made(caller, "alice", private)
@@ -89,22 +89,22 @@ async def test_the_registry_is_asked_again_for_another_owner(own: OwnDaemons, ri
 
     # What is on record outlives the daemon.
     await asyncio.to_thread(daemon.kill9)
-    after = await own.start("--verify-image-access", "true", after=daemon)
+    after = await daemons.start("--verify-image-access", "true", after=daemon)
     async with Caller(after.target) as caller:
         assert (await failure(made(caller, "dave", private, pull_policy=NEVER))).reason == "IMAGE_NOT_FOUND"
         await made(caller, "alice", private, pull_policy=NEVER)
 
 
-async def test_wrong_credentials_do_not_take_an_image_from_others(own: OwnDaemons) -> None:
-    daemon = await own.start("--verify-image-access", "true")
+async def test_wrong_credentials_do_not_take_an_image_from_others(daemons: IsolatedDaemons) -> None:
+    daemon = await daemons.start("--verify-image-access", "true")
     async with Caller(daemon.target) as caller:
         refused = await failure(made(caller, "mallory", IMAGE, pull_policy=ALWAYS, registry_auth=BAD))
         assert refused.reason == "IMAGE_PULL_FAILED"
         await made(caller, "alice", IMAGE, pull_policy=NEVER)
 
 
-async def test_a_committed_image_is_its_owners(own: OwnDaemons, rig: Rig) -> None:
-    daemon = await own.start("--verify-image-access", "true", "--reconcile-interval", "0.3")
+async def test_a_committed_image_is_its_owners(daemons: IsolatedDaemons, rig: Rig) -> None:
+    daemon = await daemons.start("--verify-image-access", "true", "--reconcile-interval", "0.3")
     name = "gpudock/accessed:test"
     async with Caller(daemon.target) as caller:
         request = container_service_pb2.CreateContainerRequest(name="box", owner="alice", spec=caller.spec())

@@ -16,8 +16,8 @@ from gpudock_server.errors import DiskFull, EngineRejected, LayerCarryFailed
 from gpudock_server.model.engine import EngineImage
 
 from tests.engine.engine_examples import IMAGE
+from tests.engine.sample_trees import TreeEntry, create_tree_command, image_files, read_tree, tree_differences
 from tests.engine.test_docker_engine import connected_to, shell
-from tests.engine.trees import Entry, compare, grow_command, image_files, record
 from tests.rig import EngineProxy, Rig
 from tests.rig.images import GLIBC
 
@@ -55,7 +55,7 @@ async def layered(engine: DockerEngine, rig: Rig) -> EngineImage:
         name = f"step{number}"
         _start(rig, name, image.id)
         if not number:
-            _run(rig, name, grow_command(files=SMALL))
+            _run(rig, name, create_tree_command(files=SMALL))
         await shell(rig, name, change)
         image = await shown(engine, await engine.commit(name, f"gpudock/deep:{number}", {}))
         await engine.remove(name)
@@ -81,12 +81,12 @@ def _run(rig: Rig, name: str, command: list[str]) -> None:
     assert seen["ExitCode"] == 0
 
 
-async def inside(engine: DockerEngine, rig: Rig, image: str) -> dict[bytes, Entry]:
+async def inside(engine: DockerEngine, rig: Rig, image: str) -> dict[bytes, TreeEntry]:
     """The files that a container of an image sees."""
     _start(rig, "seen", image)
     seen = await engine.inspect("seen")
     assert seen is not None
-    tree = record(f"/proc/{seen.pid}/root")
+    tree = read_tree(f"/proc/{seen.pid}/root")
     await engine.remove("seen")
     # These differ in each container.
     del tree[b"/"]
@@ -107,13 +107,13 @@ async def test_the_one_layer_shows_what_the_many_did(engine: DockerEngine, rig: 
     assert flat.id == flat_id
     assert flat.layers[:-1] == base.layers
     assert len(flat.layers) == len(base.layers) + 1 < len(deep.layers)
-    assert compare(before, await inside(engine, rig, flat.id), but=_NOT_THE_IMAGES) == ""
+    assert tree_differences(before, await inside(engine, rig, flat.id), ignored_fields=_NOT_THE_IMAGES) == ""
     assert config(rig, flat.id) == config(rig, BASE)
     assert rig.engine.call("GET", f"/images/{flat.id}/history")[0]["Comment"] == "7 layers merged"
 
     # Again, from the image that is flat already.
     again = await engine.flatten(flat.id, len(base.layers), "gpudock/flat:again", config_of=flat.id)
-    assert compare(before, await inside(engine, rig, again), but=_NOT_THE_IMAGES) == ""
+    assert tree_differences(before, await inside(engine, rig, again), ignored_fields=_NOT_THE_IMAGES) == ""
 
 
 async def test_changes_are_grafted_on_another_base(engine: DockerEngine, rig: Rig) -> None:

@@ -22,11 +22,11 @@ from gpudock.v1 import (
 )
 
 from tests.calls import Caller, failure, progress_of, result_of, scale_request
-from tests.engine.own_daemons import OwnDaemons, bound, own, until
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons, ports_in_use, until
 from tests.rig import EngineProxy, FakeGpus, Rig
 from tests.selection import deep_except
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING
 # A card of another node.
@@ -86,20 +86,21 @@ async def test_the_node(caller: Caller, rig: Rig) -> None:
     assert (unknown.code, unknown.reason) == (grpc.StatusCode.NOT_FOUND, "NODE_NOT_FOUND")
 
 
-async def test_another_node_is_named_with_its_address(own: OwnDaemons) -> None:
+async def test_another_node_is_named_with_its_address(daemons: IsolatedDaemons) -> None:
     one, other = await asyncio.gather(
-        own.start(node=f"{own.node}-1"), own.start("--advertise-address", "gpu2:50051", node=f"{own.node}-2")
+        daemons.start(node=f"{daemons.node}-1"),
+        daemons.start("--advertise-address", "gpu2:50051", node=f"{daemons.node}-2"),
     )
     assert other.running
     async with Caller(one.target) as caller:
-        wrong = await failure(caller.nodes.GetNode(node_service_pb2.GetNodeRequest(name=f"{own.node}-2")))
+        wrong = await failure(caller.nodes.GetNode(node_service_pb2.GetNodeRequest(name=f"{daemons.node}-2")))
         assert (wrong.code, wrong.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "WRONG_NODE")
-        assert (wrong.metadata["node"], wrong.metadata["address"]) == (f"{own.node}-2", "gpu2:50051")
+        assert (wrong.metadata["node"], wrong.metadata["address"]) == (f"{daemons.node}-2", "gpu2:50051")
 
 
 @pytest.mark.deep
-async def test_the_node_while_the_engine_is_away(own: OwnDaemons, engine_proxy: EngineProxy) -> None:
-    daemon = await own.start("--engine-timeout", "30", docker_host=engine_proxy.url)
+async def test_the_node_while_the_engine_is_away(daemons: IsolatedDaemons, engine_proxy: EngineProxy) -> None:
+    daemon = await daemons.start("--engine-timeout", "30", docker_host=engine_proxy.url)
     async with Caller(daemon.target) as caller:
         before = await node_of(caller)
         engine_proxy.faults.hang(".*", ".*", times=None)
@@ -169,9 +170,9 @@ def ailing(tmp_path: Path) -> FakeGpus:
 
 
 @pytest_asyncio.fixture
-async def sick(own: OwnDaemons, ailing: FakeGpus) -> AsyncIterator[Caller]:
+async def sick(daemons: IsolatedDaemons, ailing: FakeGpus) -> AsyncIterator[Caller]:
     """Calls a daemon whose cards may fail."""
-    daemon = await own.start(environment={"GPUDOCK_NVML_STATE": str(ailing.path)})
+    daemon = await daemons.start(environment={"GPUDOCK_NVML_STATE": str(ailing.path)})
     async with Caller(daemon.target) as caller:
         yield caller
         await caller.delete_all()
@@ -274,8 +275,8 @@ async def test_what_needs_no_new_process_leaves_a_failed_card_where_it_is(
     assert len(exchanged.status.gpu_uuids) == 2
 
 
-async def test_a_node_without_a_driver_does_everything_else(own: OwnDaemons) -> None:
-    daemon = await own.start(environment={"LD_LIBRARY_PATH": "/nowhere"})
+async def test_a_node_without_a_driver_does_everything_else(daemons: IsolatedDaemons) -> None:
+    daemon = await daemons.start(environment={"LD_LIBRARY_PATH": "/nowhere"})
     async with Caller(daemon.target) as caller:
         node = await node_of(caller)
         assert (node.capacity.gpus, node.free_gpus, node.driver_version) == (0, 0, "")
@@ -329,13 +330,13 @@ async def _reaches(rig: Rig, port: int) -> None:
     assert answer.stdout == "hello\n"
 
 
-async def test_only_ports_that_the_operator_allows_can_be_pinned(own: OwnDaemons) -> None:
+async def test_only_ports_that_the_operator_allows_can_be_pinned(daemons: IsolatedDaemons) -> None:
     def pinned(port: int) -> list[container_pb2.PortRequest]:
         return [container_pb2.PortRequest(container_port=80, host_port=port)]
 
-    first = await own.start("--port-range", "28301-28303", "--pinned-port-ranges", "443-443,8080-8081")
+    first = await daemons.start("--port-range", "28301-28303", "--pinned-port-ranges", "443-443,8080-8081")
     async with Caller(first.target) as caller:
-        for name, port in (("tls", 443), ("web", 8081), ("own", 28302)):
+        for name, port in (("tls", 443), ("web", 8081), ("daemons", 28302)):
             assert (await caller.create(name, ports=pinned(port))).status.ports[0].host_port == port
         for port in (444, 22, 8079, 8082, 28304):
             refused = await failure(caller.create("other", ports=pinned(port)))
@@ -345,7 +346,7 @@ async def test_only_ports_that_the_operator_allows_can_be_pinned(own: OwnDaemons
         assert (await failure(caller.update("web", ports=pinned(80)))).reason == "PORT_FORBIDDEN"
     await asyncio.to_thread(first.stop)
     # An operator who takes a port back takes it from nobody who holds it.
-    second = await own.start("--port-range", "28301-28303", after=first)
+    second = await daemons.start("--port-range", "28301-28303", after=first)
     async with Caller(second.target) as caller:
         kept = await caller.scale("tls", shm_size_bytes=1 << 20)
         assert kept.status.ports[0].host_port == 443
@@ -357,11 +358,11 @@ async def test_only_ports_that_the_operator_allows_can_be_pinned(own: OwnDaemons
         await caller.delete_all()
 
 
-async def test_a_port_that_another_program_has_is_passed_by(own: OwnDaemons, rig: Rig) -> None:
-    daemon = await own.start("--port-range", "28201-28203")
+async def test_a_port_that_another_program_has_is_passed_by(daemons: IsolatedDaemons, rig: Rig) -> None:
+    daemon = await daemons.start("--port-range", "28201-28203")
     port = container_pb2.PortRequest(container_port=80)
     async with Caller(daemon.target) as caller:
-        with bound(rig, 28201):
+        with ports_in_use(rig, 28201):
             assert (await caller.create("first", ports=[port])).status.ports[0].host_port == 28202
             pinned = container_pb2.PortRequest(container_port=80, host_port=28201)
             taken = await failure(caller.create("second", ports=[pinned]))

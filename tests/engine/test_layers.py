@@ -25,14 +25,21 @@ from gpudock_server.model.engine import EngineContainer, EngineState
 from gpudock_server.model.operation import LayerTransferMethod
 from gpudock_server.ports import LayerPair
 
-from tests.engine.trees import Entry, compare, grow_command, image_files, plant_layers, record
+from tests.engine.sample_trees import (
+    TreeEntry,
+    create_layer_folders,
+    create_tree_command,
+    image_files,
+    read_tree,
+    tree_differences,
+)
 from tests.rig.images import GLIBC
 from tests.rig.rig import REPOSITORY, Rig
 
 IMAGE = "gpudock/tree:test"
 MIB = 1 << 20
 SMALL = 1500
-_FIELDS = {field.name for field in dataclasses.fields(Entry)}
+_FIELDS = {field.name for field in dataclasses.fields(TreeEntry)}
 
 # ---- containers of a real engine ----
 
@@ -82,8 +89,8 @@ def _run(rig: Rig, container: EngineContainer, command: list[str]) -> None:
     assert shown["ExitCode"] == 0
 
 
-def _seen_inside(container: EngineContainer) -> dict[bytes, Entry]:
-    return record(f"/proc/{container.pid}/root")
+def _seen_inside(container: EngineContainer) -> dict[bytes, TreeEntry]:
+    return read_tree(f"/proc/{container.pid}/root")
 
 
 def _store(rig: Rig, forced: LayerTransferMethod | None = None) -> OverlayLayerStore:
@@ -91,12 +98,12 @@ def _store(rig: Rig, forced: LayerTransferMethod | None = None) -> OverlayLayerS
 
 
 @contextmanager
-def _grown(rig: Rig, files: int) -> Iterator[tuple[EngineContainer, dict[bytes, Entry]]]:
+def _grown(rig: Rig, files: int) -> Iterator[tuple[EngineContainer, dict[bytes, TreeEntry]]]:
     """A stopped container with the tree in it, and what it looked like inside; all containers go afterwards."""
     rig.images.derive(IMAGE, GLIBC, files=image_files())
     try:
         container = _start(rig, _create(rig))
-        _run(rig, container, grow_command(files=files))
+        _run(rig, container, create_tree_command(files=files))
         # Read after another start, so that what a start changes by itself is in it.
         _stop(rig, container)
         seen = _seen_inside(_start(rig, container))
@@ -105,9 +112,9 @@ def _grown(rig: Rig, files: int) -> Iterator[tuple[EngineContainer, dict[bytes, 
         rig.engine.remove_all()
 
 
-def _check_inside(rig: Rig, container: EngineContainer, before: dict[bytes, Entry]) -> None:
+def _check_inside(rig: Rig, container: EngineContainer, before: dict[bytes, TreeEntry]) -> None:
     """Start it, compare what it sees, stop it again."""
-    assert compare(before, _seen_inside(_start(rig, container))) == ""
+    assert tree_differences(before, _seen_inside(_start(rig, container))) == ""
     _stop(rig, container)
 
 
@@ -160,14 +167,14 @@ async def test_a_commit_loses_what_its_plan_says_and_no_more(rig: Rig) -> None:
         said = " ".join(plan.warnings)
         for lost, warning in {"xattrs": "user.*", "mtime_ns": "whole seconds", "sparse": "sparse"}.items():
             assert warning in said
-            assert compare(before, after, but=frozenset(_FIELDS - {lost}))
+            assert tree_differences(before, after, ignored_fields=frozenset(_FIELDS - {lost}))
         sockets = {path for path, entry in before.items() if entry.kind == "s"}
         assert sockets
         assert "sockets" in said
         assert "time of /," in said
         kept = {path: entry for path, entry in before.items() if path not in sockets | {b"/"}}
         del after[b"/"]
-        assert compare(kept, after, but=frozenset({"xattrs", "mtime_ns", "sparse"})) == ""
+        assert tree_differences(kept, after, ignored_fields=frozenset({"xattrs", "mtime_ns", "sparse"})) == ""
         for path, entry in kept.items():
             assert abs(after[path].mtime_ns - entry.mtime_ns) < 10**9 or entry.mtime_ns < 0
             assert set(entry.xattrs) - set(after[path].xattrs) <= {name for name in entry.xattrs if "user." in name}
@@ -235,7 +242,7 @@ def _with(container: EngineContainer, **changes: Any) -> EngineContainer:
 @pytest.fixture
 def pair(tmp_path: Path) -> LayerPair:
     """Two layers below tmp_path: a small one of everything, and one that the engine has just made."""
-    old, new = plant_layers(tmp_path, 1, 2)
+    old, new = create_layer_folders(tmp_path, 1, 2)
     for name in ("folder", "opaque", "setgid"):
         (old / name).mkdir()
     (old / "setgid").chmod(0o2755)
@@ -273,7 +280,7 @@ async def test_a_copy_has_all_that_the_overlay_keeps_in_a_layer(tmp_path: Path, 
     assert os.getxattr(new / "opaque", "trusted.overlay.opaque") == b"y"
     assert (stat.S_ISCHR(whiteout.st_mode), whiteout.st_rdev) == (True, 0)
     assert (root.st_mode & 0o777, os.listxattr(new)) == (0o710, ["trusted.overlay.origin"])
-    assert compare(record(pair.old_path), record(pair.new_path)) == ""
+    assert tree_differences(read_tree(pair.old_path), read_tree(pair.new_path)) == ""
 
 
 # By what `differences` calls it: something that a bad copy would do to a tree.
@@ -355,11 +362,11 @@ async def test_trees_that_are_not_those_of_the_record_are_not_touched(tmp_path: 
 
 async def test_an_exchanged_pair_is_not_copied_over(tmp_path: Path, pair: LayerPair) -> None:
     store = _planted(tmp_path)
-    before = record(pair.old_path)
+    before = read_tree(pair.old_path)
     assert await store.exchange(pair)
     with pytest.raises(LayerCarryFailed, match="exchanged"):
         await store.copy(pair, _no_progress)
-    assert compare(before, record(pair.new_path)) == ""
+    assert tree_differences(before, read_tree(pair.new_path)) == ""
 
 
 async def test_nothing_is_put_back_when_nothing_moved(tmp_path: Path, pair: LayerPair) -> None:
@@ -413,7 +420,7 @@ async def test_a_cancelled_copy_leaves_no_process_and_can_be_repeated(tmp_path: 
         await task
     assert _copiers(pair) == []
     await store.copy(pair, _no_progress)
-    assert compare(record(pair.old_path), record(pair.new_path)) == ""
+    assert tree_differences(read_tree(pair.old_path), read_tree(pair.new_path)) == ""
 
 
 @pytest.mark.deep
@@ -428,7 +435,7 @@ async def test_a_copy_of_a_killed_daemon_ends_with_it_and_can_be_repeated(tmp_pa
     daemon.stdout.close()
     await _planted(tmp_path).copy(pair, _no_progress)
     assert copier not in _copiers(pair)
-    assert compare(record(pair.old_path), record(pair.new_path)) == ""
+    assert tree_differences(read_tree(pair.old_path), read_tree(pair.new_path)) == ""
 
 
 async def _copies_and_says_so(root: Path, pair: LayerPair) -> None:
@@ -469,7 +476,7 @@ def test_a_layer_that_does_not_fit_is_not_begun(tmp_path: Path, pair: LayerPair)
 
 
 async def _finds_no_room(root: Path, pair: LayerPair) -> None:
-    old, new = plant_layers(root, 1, 2)
+    old, new = create_layer_folders(root, 1, 2)
     (old / "heavy").write_bytes(bytes(60 * MIB))
     pair = pair.model_copy(update={"old_inode": old.stat().st_ino, "new_inode": new.stat().st_ino})
     with pytest.raises(DiskFull) as full:
@@ -484,7 +491,7 @@ def test_a_disk_that_fills_up_on_the_way_is_told_from_other_failures(tmp_path: P
 
 
 async def _runs_out_of_inodes(root: Path, pair: LayerPair) -> None:
-    old, new = plant_layers(root, 1, 2)
+    old, new = create_layer_folders(root, 1, 2)
     for number in range(100):
         (old / f"small{number}").touch()
     pair = pair.model_copy(update={"old_inode": old.stat().st_ino, "new_inode": new.stat().st_ino})

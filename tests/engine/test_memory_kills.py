@@ -9,7 +9,7 @@ from gpudock.v1 import container_pb2
 
 from tests.calls import Caller
 from tests.engine.drift import act, inspect
-from tests.engine.own_daemons import until, until_state
+from tests.engine.isolated_daemons import until, until_state
 from tests.rig import Rig
 
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING

@@ -14,12 +14,12 @@ from google.protobuf import duration_pb2
 from gpudock.v1 import container_pb2, container_service_pb2, operation_pb2, operation_service_pb2
 
 from tests.calls import Caller, failure, progress_of, result_of, scale_request
-from tests.engine.own_daemons import OwnDaemons, own, until
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
 from tests.faults.invariants import LOOK, PLANT, absent, sound
 from tests.rig import Daemon, EngineProxy, Rig
 from tests.selection import deep_except
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING
 SUCCEEDED = operation_pb2.OPERATION_STATE_SUCCEEDED
@@ -68,9 +68,9 @@ async def cancel(caller: Caller, operation_id: str) -> operation_pb2.Operation:
 
 
 @pytest_asyncio.fixture
-async def behind(own: OwnDaemons, engine_proxy: EngineProxy) -> AsyncIterator[Caller]:
+async def behind(daemons: IsolatedDaemons, engine_proxy: EngineProxy) -> AsyncIterator[Caller]:
     """Calls a daemon whose engine can be made to hang."""
-    daemon = await own.start(docker_host=engine_proxy.url)
+    daemon = await daemons.start(docker_host=engine_proxy.url)
     async with Caller(daemon.target) as caller:
         yield caller
         engine_proxy.faults.clear()
@@ -125,8 +125,8 @@ async def test_ids_that_nothing_has(caller: Caller) -> None:
         assert (await failure(progress_of(watch))).reason == "OPERATION_NOT_FOUND"
 
 
-async def test_lists_by_filters_and_pages_the_newest_first(own: OwnDaemons) -> None:
-    daemon = await own.start()
+async def test_lists_by_filters_and_pages_the_newest_first(daemons: IsolatedDaemons) -> None:
+    daemon = await daemons.start()
     async with Caller(daemon.target) as caller:
         for name in ("one", "two"):
             await caller.create(name)
@@ -145,7 +145,7 @@ async def test_lists_by_filters_and_pages_the_newest_first(own: OwnDaemons) -> N
         assert await listed(caller, states=[FAILED]) == []
         assert len(await listed(caller, target=operation_pb2.ResourceRef(name="one"))) == 3
         assert len(await listed(caller, target=operation_pb2.ResourceRef(uid=(await caller.get("two")).uid))) == 2
-        assert len(await listed(caller, node=own.node)) == 5
+        assert len(await listed(caller, node=daemons.node)) == 5
         assert await listed(caller, node="another") == []
 
 
@@ -278,10 +278,10 @@ async def test_what_cannot_be_undone_cannot_be_cancelled(behind: Caller, engine_
 
 
 async def test_another_nodes_operation_is_watched_but_not_cancelled_here(
-    own: OwnDaemons, engine_proxy: EngineProxy
+    daemons: IsolatedDaemons, engine_proxy: EngineProxy
 ) -> None:
     one, other = await asyncio.gather(
-        own.start(node=f"{own.node}-1", docker_host=engine_proxy.url), own.start(node=f"{own.node}-2")
+        daemons.start(node=f"{daemons.node}-1", docker_host=engine_proxy.url), daemons.start(node=f"{daemons.node}-2")
     )
     async with Caller(one.target) as here, Caller(other.target) as there:
         await here.create("mine", 1)
@@ -289,10 +289,10 @@ async def test_another_nodes_operation_is_watched_but_not_cancelled_here(
         stream = aiter(here.containers.ScaleContainer(scale_request("mine", 2)))
         operation_id = (await anext(stream)).operation.id
         await hang.hit.wait()
-        assert (await get(there, operation_id)).node == f"{own.node}-1"
+        assert (await get(there, operation_id)).node == f"{daemons.node}-1"
         wrong = await failure(cancel(there, operation_id))
         assert (wrong.code, wrong.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "WRONG_NODE")
-        assert wrong.metadata["node"] == f"{own.node}-1"
+        assert wrong.metadata["node"] == f"{daemons.node}-1"
         hang.release()
         await _drained(stream)
         assert (await get(there, operation_id)).state == SUCCEEDED
@@ -309,8 +309,8 @@ def _create_request(
     )
 
 
-async def test_the_same_request_after_kill_9_has_the_same_outcome(own: OwnDaemons) -> None:
-    daemon = await own.start()
+async def test_the_same_request_after_kill_9_has_the_same_outcome(daemons: IsolatedDaemons) -> None:
+    daemon = await daemons.start()
     async with Caller(daemon.target) as caller:
         good = _create_request(caller, "good", 2)
         bad = _create_request(caller, "bad", 1, command=("/no/such/program",))
@@ -325,7 +325,7 @@ async def test_the_same_request_after_kill_9_has_the_same_outcome(own: OwnDaemon
         stream = aiter(caller.containers.ScaleContainer(slow))
         operation_id = (await anext(stream)).operation.id
         await asyncio.to_thread(daemon.kill9)
-    daemon = await own.start(after=daemon, serving=False)
+    daemon = await daemons.start(after=daemon, serving=False)
     await asyncio.to_thread(daemon.await_serving, 60)
     async with Caller(daemon.target) as caller:
         again = await progress_of(caller.containers.ScaleContainer(slow))
@@ -400,8 +400,8 @@ async def _everything(caller: Caller, rig: Rig) -> object:
 
 
 @pytest.mark.deep
-async def test_a_slow_watcher_costs_nothing_and_sees_the_end(own: OwnDaemons, rig: Rig) -> None:
-    daemon: Daemon = await own.start("--layer-carry", "copy")
+async def test_a_slow_watcher_costs_nothing_and_sees_the_end(daemons: IsolatedDaemons, rig: Rig) -> None:
+    daemon: Daemon = await daemons.start("--layer-carry", "copy")
     assert rig.engine.answers()
     async with Caller(daemon.target) as caller:
         await caller.create("large", 1)

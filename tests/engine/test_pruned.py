@@ -13,10 +13,10 @@ from gpudock.v1 import container_pb2, container_service_pb2
 from tests.calls import Caller, failure, result_of
 from tests.engine.docker_registry import publish, registry
 from tests.engine.drift import REPAIRED, found
-from tests.engine.own_daemons import OwnDaemons, own, until_state
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until_state
 from tests.rig import Rig
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 FAILED = container_pb2.CONTAINER_STATE_FAILED
 STOPPED = container_pb2.CONTAINER_STATE_STOPPED
@@ -32,8 +32,8 @@ async def prune(caller: Caller, rig: Rig, *names: str, image: str = "") -> None:
         await until_state(caller, name, FAILED)
 
 
-async def test_what_was_pruned_says_what_can_be_done(own: OwnDaemons, rig: Rig) -> None:
-    daemon = await own.start()
+async def test_what_was_pruned_says_what_can_be_done(daemons: IsolatedDaemons, rig: Rig) -> None:
+    daemon = await daemons.start()
     async with Caller(daemon.target) as caller:
         await caller.create("kept", 1)
         await caller.shell("kept", "echo one > /note")
@@ -74,8 +74,10 @@ async def test_what_was_pruned_says_what_can_be_done(own: OwnDaemons, rig: Rig) 
         await caller.delete_all()
 
 
-async def test_the_image_is_pulled_again_and_must_be_the_same(own: OwnDaemons, rig: Rig, tmp_path: Path) -> None:
-    daemon = await own.start()
+async def test_the_image_is_pulled_again_and_must_be_the_same(
+    daemons: IsolatedDaemons, rig: Rig, tmp_path: Path
+) -> None:
+    daemon = await daemons.start()
     async with registry(rig, tmp_path, locked=False) as host, Caller(daemon.target) as caller:
         image = f"{host}/whole"
         request = container_service_pb2.CreateContainerRequest(
@@ -105,8 +107,8 @@ async def test_the_image_is_pulled_again_and_must_be_the_same(own: OwnDaemons, r
 
 
 @pytest.mark.deep
-async def test_files_are_kept_when_a_container_is_stopped(own: OwnDaemons, rig: Rig) -> None:
-    daemon = await own.start("--snapshot-on-stop", "true")
+async def test_files_are_kept_when_a_container_is_stopped(daemons: IsolatedDaemons, rig: Rig) -> None:
+    daemon = await daemons.start("--snapshot-on-stop", "true")
     async with Caller(daemon.target) as caller:
         await caller.create("one", 1)
         await caller.shell("one", "echo first > /note")
@@ -140,12 +142,12 @@ async def test_files_are_kept_when_a_container_is_stopped(own: OwnDaemons, rig: 
         await caller.delete_all()
 
 
-async def test_a_stop_does_not_wait_for_room_to_keep_files(own: OwnDaemons, rig: Rig) -> None:
+async def test_a_stop_does_not_wait_for_room_to_keep_files(daemons: IsolatedDaemons, rig: Rig) -> None:
     # No folder can be made below a file.
     root = rig.engine.call("GET", "/info")["DockerRootDir"]
-    blocked = Path(root, f"blocked-{own.id}")
+    blocked = Path(root, f"blocked-{daemons.id}")
     await asyncio.to_thread(blocked.touch)
-    daemon = await own.start("--snapshot-on-stop", "true", "--snapshot-dir", str(blocked))
+    daemon = await daemons.start("--snapshot-on-stop", "true", "--snapshot-dir", str(blocked))
     async with Caller(daemon.target) as caller:
         await caller.create("one", 1)
         assert (await caller.stop("one")).status.state == STOPPED

@@ -15,10 +15,10 @@ from gpudock_server.model.store_changes import Claim
 from gpudock_server.settings.definitions import default_host_id
 
 from tests.calls import IMAGE, Caller, failure
-from tests.engine.own_daemons import OwnDaemons, own, until, until_state
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until, until_state
 from tests.rig import EngineProxy, Rig
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING
 PAUSED = container_pb2.CONTAINER_STATE_PAUSED
@@ -29,9 +29,9 @@ QUICK = ("--orphan-grace", "0", "--reconcile-interval", "1")
 
 
 @pytest_asyncio.fixture
-async def quick(own: OwnDaemons) -> AsyncIterator[Caller]:
+async def quick(daemons: IsolatedDaemons) -> AsyncIterator[Caller]:
     """Calls a daemon that reconciles every second and removes what nobody knows at once."""
-    daemon = await own.start(*QUICK)
+    daemon = await daemons.start(*QUICK)
     async with Caller(daemon.target) as caller:
         yield caller
     assert daemon.running
@@ -99,8 +99,8 @@ async def test_a_container_that_was_removed_by_hand(caller: Caller, rig: Rig) ->
     assert (await caller.create("gone", 3)).status.state == RUNNING
 
 
-async def test_what_happened_while_no_daemon_ran(own: OwnDaemons, rig: Rig) -> None:
-    daemon = await own.start()
+async def test_what_happened_while_no_daemon_ran(daemons: IsolatedDaemons, rig: Rig) -> None:
+    daemon = await daemons.start()
     async with Caller(daemon.target) as caller:
         exits, vanishes, starts = [await caller.create(name, 1) for name in ("exits", "vanishes", "starts")]
         await caller.stop("starts")
@@ -108,7 +108,7 @@ async def test_what_happened_while_no_daemon_ran(own: OwnDaemons, rig: Rig) -> N
     await asyncio.to_thread(act, rig, exits, "kill")
     await asyncio.to_thread(act, rig, starts, "start")
     rig.engine.call("DELETE", f"/containers/{vanishes.status.engine_id}", query={"force": "1"})
-    daemon = await own.start(after=daemon)
+    daemon = await daemons.start(after=daemon)
     async with Caller(daemon.target) as caller:
         assert (await caller.get("exits")).status.state == EXITED
         assert (await caller.get("vanishes")).status.state == FAILED
@@ -129,13 +129,13 @@ def _make(rig: Rig, name: str, labels: dict[str, str], image: str = IMAGE) -> No
 
 
 async def test_what_nobody_knows_is_removed_and_what_is_not_ours_never(
-    quick: Caller, own: OwnDaemons, rig: Rig
+    quick: Caller, daemons: IsolatedDaemons, rig: Rig
 ) -> None:
     known = await quick.create("known", 1)
     labels = {
         "gpudock.uid": "00000000-0000-4000-8000-000000000000",
         "gpudock.name": "lost",
-        "gpudock.node": own.node,
+        "gpudock.node": daemons.node,
         "gpudock.revision": "1",
         "gpudock.operation": "12345678-0000-4000-8000-000012345678",
     }
@@ -172,13 +172,13 @@ async def until_gone(rig: Rig, name: str) -> None:
     await until(gone)
 
 
-async def test_what_nobody_knows_is_left_for_the_grace(own: OwnDaemons, rig: Rig) -> None:
-    daemon = await own.start("--orphan-grace", "600", "--reconcile-interval", "0.1")
-    labels = {"gpudock.uid": "u", "gpudock.name": "x", "gpudock.node": own.node, "gpudock.operation": "12345678"}
+async def test_what_nobody_knows_is_left_for_the_grace(daemons: IsolatedDaemons, rig: Rig) -> None:
+    daemon = await daemons.start("--orphan-grace", "600", "--reconcile-interval", "0.1")
+    labels = {"gpudock.uid": "u", "gpudock.name": "x", "gpudock.node": daemons.node, "gpudock.operation": "12345678"}
     _make(rig, "gpudock-x-12345678", labels)
     async with Caller(daemon.target) as caller:
         # An ownerless claim is released by the same passes: they have been.
-        await _claim(own, rig, 0)
+        await _claim(daemons, rig, 0)
 
         async def free() -> bool:
             return await caller.free_gpus() == 8
@@ -187,18 +187,18 @@ async def test_what_nobody_knows_is_left_for_the_grace(own: OwnDaemons, rig: Rig
     assert "gpudock-x-12345678" in _names(rig)
 
 
-async def _claim(own: OwnDaemons, rig: Rig, card: int, uid: str = "nobody") -> None:
+async def _claim(daemons: IsolatedDaemons, rig: Rig, card: int, uid: str = "nobody") -> None:
     connection = EtcdConnection(EtcdAddress((rig.etcd.endpoint,)))
     await connection.open()
-    store = EtcdStore(connection, prefix=own.prefix)
-    holder = Holder(container="ghost", uid=uid, node=own.node)
+    store = EtcdStore(connection, prefix=daemons.prefix)
+    holder = Holder(container="ghost", uid=uid, node=daemons.node)
     await store.apply([Claim(default_host_id(), GpuKey(rig.gpus.uuids[card]), holder)])
     await connection.close()
 
 
-async def test_a_claim_whose_holder_is_gone_is_released(quick: Caller, own: OwnDaemons, rig: Rig) -> None:
+async def test_a_claim_whose_holder_is_gone_is_released(quick: Caller, daemons: IsolatedDaemons, rig: Rig) -> None:
     await quick.create("holds", 7)
-    await _claim(own, rig, 7)
+    await _claim(daemons, rig, 7)
     assert "ghost" in (await quick.holders()).values()
 
     async def released() -> bool:
@@ -209,9 +209,11 @@ async def test_a_claim_whose_holder_is_gone_is_released(quick: Caller, own: OwnD
 
 
 @pytest.mark.deep
-async def test_an_engine_that_does_not_answer_changes_nothing(own: OwnDaemons, engine_proxy: EngineProxy) -> None:
+async def test_an_engine_that_does_not_answer_changes_nothing(
+    daemons: IsolatedDaemons, engine_proxy: EngineProxy
+) -> None:
     # A busy machine may need a second for a start that nothing hinders.
-    daemon = await own.start(*QUICK, "--engine-timeout", "2.5", docker_host=engine_proxy.url)
+    daemon = await daemons.start(*QUICK, "--engine-timeout", "2.5", docker_host=engine_proxy.url)
     async with Caller(daemon.target) as caller:
         before = await caller.create("steady", 2, ports=[container_pb2.PortRequest(container_port=80)])
         faults = engine_proxy.faults

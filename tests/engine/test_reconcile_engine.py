@@ -15,7 +15,7 @@ from gpudock.v1 import container_pb2
 from tests.calls import IDLE, Caller
 from tests.conftest import FAST, own_state
 from tests.engine.drift import act, drift, inspect, logged
-from tests.engine.own_daemons import until, until_state
+from tests.engine.isolated_daemons import until, until_state
 from tests.rig import Daemon, Rig
 
 pytestmark = pytest.mark.deep

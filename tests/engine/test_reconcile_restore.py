@@ -14,12 +14,12 @@ from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2
 
 from tests.calls import Caller, failure, progress_of
 from tests.engine.drift import REPAIRED, drift, found, logged, names, passed
-from tests.engine.own_daemons import OwnDaemons, own, runs_in, until
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons, process_runs_in, until
 from tests.faults.invariants import LOOK, PLANT, absent, sound
 from tests.faults.mortal import DIE_AT, KIND
 from tests.rig import Daemon, Rig
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING
 STOPPED = container_pb2.CONTAINER_STATE_STOPPED
@@ -32,8 +32,8 @@ QUICK = ("--orphan-grace", "0", "--reconcile-interval", "0.5")
 class Restorable:
     """A daemon with an etcd of its own, whose state can be saved and put back while neither runs."""
 
-    def __init__(self, own: OwnDaemons, saved: Path) -> None:
-        self._own = own
+    def __init__(self, daemons: IsolatedDaemons, saved: Path) -> None:
+        self._own = daemons
         self._saved = saved
         self._daemon: Daemon | None = None
 
@@ -77,9 +77,9 @@ class Restorable:
 
 
 @pytest.fixture
-def restorable(own: OwnDaemons, tmp_path: Path) -> Restorable:
+def restorable(daemons: IsolatedDaemons, tmp_path: Path) -> Restorable:
     """A daemon whose state can be put back."""
-    return Restorable(own, tmp_path / "saved")
+    return Restorable(daemons, tmp_path / "saved")
 
 
 @pytest.mark.deep
@@ -161,7 +161,7 @@ async def _begun(restorable: Restorable, kind: str, die_at: int, prepare: _Call,
     assert await asyncio.to_thread(daemon.wait) == -9, daemon.log_text
 
     async def etcd_gone() -> bool:
-        return not runs_in(daemon.state_dir)
+        return not process_runs_in(daemon.state_dir)
 
     # It ends in order when its daemon dies.
     await until(etcd_gone)

@@ -16,12 +16,12 @@ from gpudock_server.settings.definitions import default_host_id
 
 from tests.calls import Caller, failure
 from tests.engine.drift import REPAIRED, REPORTED, State, drift, found, logged, passed, state_of
-from tests.engine.own_daemons import OwnDaemons, own, until, until_state
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until, until_state
 from tests.faults.mortal import DIE_AT
 from tests.faults.mortal import KIND as KIND_VARIABLE
 from tests.rig import Rig
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING
 FAILED = container_pb2.CONTAINER_STATE_FAILED
@@ -31,9 +31,9 @@ PORT = container_pb2.PortRequest(container_port=80)
 
 
 @pytest_asyncio.fixture
-async def quick(own: OwnDaemons) -> AsyncIterator[Caller]:
+async def quick(daemons: IsolatedDaemons) -> AsyncIterator[Caller]:
     """Calls a daemon that compares everything every half second."""
-    daemon = await own.start(*QUICK)
+    daemon = await daemons.start(*QUICK)
     async with Caller(daemon.target) as caller:
         yield caller
     assert daemon.running
@@ -41,9 +41,9 @@ async def quick(own: OwnDaemons) -> AsyncIterator[Caller]:
 
 
 @pytest_asyncio.fixture
-async def state(own: OwnDaemons, rig: Rig) -> AsyncIterator[State]:
+async def state(daemons: IsolatedDaemons, rig: Rig) -> AsyncIterator[State]:
     """What the daemon has in etcd."""
-    async with state_of(own, rig) as state:
+    async with state_of(daemons, rig) as state:
         yield state
 
 
@@ -110,8 +110,8 @@ async def test_a_claim_that_cannot_be_read_is_held(quick: Caller, state: State, 
     assert await quick.free_gpus() == 1
 
 
-async def test_a_record_that_cannot_be_read_hides_no_other(own: OwnDaemons, state: State) -> None:
-    daemon = await own.start(*QUICK)
+async def test_a_record_that_cannot_be_read_hides_no_other(daemons: IsolatedDaemons, state: State) -> None:
+    daemon = await daemons.start(*QUICK)
     async with Caller(daemon.target) as caller:
         await caller.create("damaged", 2)
         whole = await caller.create("whole", 1)
@@ -124,7 +124,7 @@ async def test_a_record_that_cannot_be_read_hides_no_other(own: OwnDaemons, stat
         await passed(caller)
     # Nor does it keep a daemon from starting.
     daemon.stop()
-    daemon = await own.start(*QUICK, after=daemon)
+    daemon = await daemons.start(*QUICK, after=daemon)
     async with Caller(daemon.target) as caller:
         listed = await caller.containers.ListContainers(container_service_pb2.ListContainersRequest())
         assert list(listed.containers) == [whole]
@@ -169,8 +169,8 @@ async def test_a_record_that_was_deleted_is_written_again(quick: Caller, state: 
 
 
 @pytest.mark.deep
-async def test_a_revision_whose_record_was_deleted_is_recorded_again(own: OwnDaemons, state: State) -> None:
-    daemon = await own.start(*QUICK)
+async def test_a_revision_whose_record_was_deleted_is_recorded_again(daemons: IsolatedDaemons, state: State) -> None:
+    daemon = await daemons.start(*QUICK)
     async with Caller(daemon.target) as caller:
         made = await caller.create("past", 1)
         await caller.shell("past", "echo kept > /file")
@@ -232,9 +232,9 @@ async def test_a_lock_of_no_operation_is_released(quick: Caller, state: State) -
     assert (await quick.scale("locked", 2)).status.state == RUNNING
 
 
-async def _interrupted(own: OwnDaemons, kind: str, die_at: int) -> None:
+async def _interrupted(daemons: IsolatedDaemons, kind: str, die_at: int) -> None:
     """A daemon is killed in the middle of an operation on `victim`."""
-    daemon = await own.start(
+    daemon = await daemons.start(
         *QUICK, module="tests.faults.mortal", environment={KIND_VARIABLE: kind, DIE_AT: str(die_at)}
     )
     async with Caller(daemon.target) as caller:
@@ -248,10 +248,10 @@ async def _interrupted(own: OwnDaemons, kind: str, die_at: int) -> None:
 
 
 @pytest.mark.deep
-async def test_an_operation_that_lost_its_lock_is_taken_up_all_the_same(own: OwnDaemons, state: State) -> None:
-    await _interrupted(own, "SCALE", 5)
+async def test_an_operation_that_lost_its_lock_is_taken_up_all_the_same(daemons: IsolatedDaemons, state: State) -> None:
+    await _interrupted(daemons, "SCALE", 5)
     await state.delete(state.keys.lock(ResourceKind.CONTAINER, "victim"))
-    daemon = await own.start(*QUICK)
+    daemon = await daemons.start(*QUICK)
     async with Caller(daemon.target) as caller:
         assert "locks restored; the operation continues" in await logged(daemon, "LOCK_MISSING", "victim")
         await caller.settled()
@@ -261,11 +261,11 @@ async def test_an_operation_that_lost_its_lock_is_taken_up_all_the_same(own: Own
 
 
 @pytest.mark.deep
-async def test_an_operation_that_was_deleted_loses_nothing(own: OwnDaemons, state: State) -> None:
-    await _interrupted(own, "SCALE", 5)
-    (operation,) = await state.store.unfinished(own.node)
+async def test_an_operation_that_was_deleted_loses_nothing(daemons: IsolatedDaemons, state: State) -> None:
+    await _interrupted(daemons, "SCALE", 5)
+    (operation,) = await state.store.unfinished(daemons.node)
     await state.delete(state.keys.operation(operation.value.id))
-    daemon = await own.start(*QUICK)
+    daemon = await daemons.start(*QUICK)
     async with Caller(daemon.target) as caller:
         # Which of the two has the files cannot be told, so both are kept, and a person is told.
         finding = await found(caller, "CONTAINER_UNKNOWN", REPORTED)
@@ -276,11 +276,11 @@ async def test_an_operation_that_was_deleted_loses_nothing(own: OwnDaemons, stat
         assert "Traceback" not in daemon.log_text, daemon.log_text
 
 
-async def test_a_create_whose_operation_was_deleted(own: OwnDaemons, state: State) -> None:
-    await _interrupted(own, "CREATE", 2)
-    (operation,) = await state.store.unfinished(own.node)
+async def test_a_create_whose_operation_was_deleted(daemons: IsolatedDaemons, state: State) -> None:
+    await _interrupted(daemons, "CREATE", 2)
+    (operation,) = await state.store.unfinished(daemons.node)
     await state.delete(state.keys.operation(operation.value.id))
-    daemon = await own.start(*QUICK)
+    daemon = await daemons.start(*QUICK)
     async with Caller(daemon.target) as caller:
         assert "is CREATING and has no operation" in await logged(daemon, "CREATION_LOST", "victim")
         await until_state(caller, "victim", FAILED)
@@ -290,10 +290,10 @@ async def test_a_create_whose_operation_was_deleted(own: OwnDaemons, state: Stat
 
 
 @pytest.mark.deep
-async def test_a_head_that_was_deleted_under_its_operation(own: OwnDaemons, state: State) -> None:
-    await _interrupted(own, "SCALE", 5)
+async def test_a_head_that_was_deleted_under_its_operation(daemons: IsolatedDaemons, state: State) -> None:
+    await _interrupted(daemons, "SCALE", 5)
     await state.delete(state.keys.container("victim"))
-    daemon = await own.start(*QUICK)
+    daemon = await daemons.start(*QUICK)
     async with Caller(daemon.target) as caller:
         await found(caller, "CONTAINER_UNKNOWN", REPORTED)
         await caller.settled()

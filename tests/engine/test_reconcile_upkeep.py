@@ -11,11 +11,11 @@ from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2
 
 from tests.calls import Caller
 from tests.engine.drift import KIND, RETRIED, act, drift, found, inspect, passed, update
-from tests.engine.own_daemons import OwnDaemons, own, until, until_state
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until, until_state
 from tests.rig import Rig
 from tests.selection import deep_except
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING
 STOPPED = container_pb2.CONTAINER_STATE_STOPPED
@@ -23,9 +23,9 @@ MIB = 1 << 20
 
 
 @pytest_asyncio.fixture
-async def quick(own: OwnDaemons) -> AsyncIterator[Caller]:
+async def quick(daemons: IsolatedDaemons) -> AsyncIterator[Caller]:
     """Calls a daemon that compares everything every half second."""
-    daemon = await own.start("--orphan-grace", "0", "--reconcile-interval", "0.5")
+    daemon = await daemons.start("--orphan-grace", "0", "--reconcile-interval", "0.5")
     async with Caller(daemon.target) as caller:
         yield caller
     assert daemon.running
@@ -81,8 +81,8 @@ async def test_started_by_hand_while_another_has_what_it_had(caller: Caller, rig
 
 
 @pytest.mark.deep
-async def test_renamed(own: OwnDaemons, rig: Rig) -> None:
-    daemon = await own.start("--reconcile-interval", "0.5")
+async def test_renamed(daemons: IsolatedDaemons, rig: Rig) -> None:
+    daemon = await daemons.start("--reconcile-interval", "0.5")
     async with Caller(daemon.target) as caller:
         made = await caller.create("known")
         engine_id = made.status.engine_id

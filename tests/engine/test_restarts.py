@@ -12,11 +12,11 @@ from gpudock.v1 import container_pb2, container_service_pb2
 
 from tests.calls import Caller, failure
 from tests.engine.drift import inspect
-from tests.engine.own_daemons import OwnDaemons, own, until
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
 from tests.rig import Rig
 from tests.selection import deep_except
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING
 EXITED = container_pb2.CONTAINER_STATE_EXITED
@@ -31,9 +31,9 @@ def sh(script: str) -> tuple[str, ...]:
 
 
 @pytest_asyncio.fixture
-async def attentive(own: OwnDaemons) -> AsyncIterator[Caller]:
+async def attentive(daemons: IsolatedDaemons) -> AsyncIterator[Caller]:
     """Calls a daemon that watches each process for so long that none that ends at once is missed."""
-    daemon = await own.start("--settle-period", "3", "--start-watch-period", "3")
+    daemon = await daemons.start("--settle-period", "3", "--start-watch-period", "3")
     async with Caller(daemon.target) as caller:
         yield caller
         await caller.delete_all()

@@ -10,18 +10,18 @@ from pathlib import Path
 from gpudock_server.model.operation import new_operation_id
 
 from tests.calls import Caller
-from tests.engine.own_daemons import OwnDaemons, own, until
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
 from tests.rig import EngineProxy
 from tests.rig.patience import in_time
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 _QUICK = ("--reconcile-interval", "0.3")
 
 
-def _folder(own: OwnDaemons) -> Path:
+def _folder(daemons: IsolatedDaemons) -> Path:
     """Where the node's daemon keeps files of containers."""
-    return own.rig.engine.data_root / "gpudock/snapshots" / own.node
+    return daemons.rig.engine.data_root / "gpudock/snapshots" / daemons.node
 
 
 def _put_dead_partial(container: Path) -> Path:
@@ -39,38 +39,40 @@ async def _until_gone(path: Path) -> None:
     await until(gone)
 
 
-async def test_snapshots_of_a_deleted_container_that_came_back_are_removed(own: OwnDaemons, tmp_path: Path) -> None:
+async def test_snapshots_of_a_deleted_container_that_came_back_are_removed(
+    daemons: IsolatedDaemons, tmp_path: Path
+) -> None:
     """As after a backup of the disk alone was put back; those of a container that nobody knows of stay."""
-    daemon = await own.start(*_QUICK)
+    daemon = await daemons.start(*_QUICK)
     async with Caller(daemon.target) as caller:
         uid = (await caller.create("vanishes", 1)).uid
         await caller.scale("vanishes", 2)
-        folder = _folder(own) / uid
+        folder = _folder(daemons) / uid
         assert (folder / "1/meta.json").is_file()
         await asyncio.to_thread(shutil.copytree, folder, tmp_path / "saved", symlinks=True)
         await caller.delete("vanishes")
         assert not folder.exists()
-        unknown = _folder(own) / str(uuid.uuid4())
+        unknown = _folder(daemons) / str(uuid.uuid4())
         await asyncio.to_thread(shutil.copytree, tmp_path / "saved", unknown, symlinks=True)
         await asyncio.to_thread(shutil.copytree, tmp_path / "saved", folder, symlinks=True)
         await _until_gone(folder)
         # Another look, which would have removed that one as well.
-        partial = _put_dead_partial(_folder(own) / (await caller.create("lives")).uid)
+        partial = _put_dead_partial(_folder(daemons) / (await caller.create("lives")).uid)
         await _until_gone(partial)
         assert (unknown / "1/meta.json").is_file()
 
 
-async def test_a_snapshot_that_nobody_finishes_is_removed(own: OwnDaemons, engine_proxy: EngineProxy) -> None:
+async def test_a_snapshot_that_nobody_finishes_is_removed(daemons: IsolatedDaemons, engine_proxy: EngineProxy) -> None:
     """And one that an operation is at work on is not."""
-    daemon = await own.start(*_QUICK, docker_host=engine_proxy.url)
+    daemon = await daemons.start(*_QUICK, docker_host=engine_proxy.url)
     async with Caller(daemon.target) as caller:
         uid = (await caller.create("half", 1)).uid
         stop = engine_proxy.faults.hang("POST", "/containers/[^/]+/stop")
         scale = asyncio.create_task(caller.scale("half", 2))
         async with in_time("the scale did not come to its stop"):
             await stop.hit.wait()
-        (living,) = (_folder(own) / uid).glob("1.partial-*")
-        dead = _put_dead_partial(_folder(own) / uid)
+        (living,) = (_folder(daemons) / uid).glob("1.partial-*")
+        dead = _put_dead_partial(_folder(daemons) / uid)
         await _until_gone(dead)
         assert (living / "tree").is_dir()
         engine_proxy.faults.clear()

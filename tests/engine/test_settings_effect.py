@@ -25,13 +25,13 @@ from gpudock_server.settings.definitions import default_host_id
 from tests.calls import Caller, failure
 from tests.engine.drift import inspect, state_of
 from tests.engine.etcd_examples import connected
-from tests.engine.own_daemons import OwnDaemons, own, until
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
 from tests.rig import BUSYBOX, Daemon, Rig
 from tests.rig.etcd import find_etcd
 from tests.rig.patience import PATIENCE
 from tests.rpc.certificates import Authority
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 _ALWAYS = container_pb2.SNAPSHOT_POLICY_ALWAYS
 _NEVER = container_pb2.SNAPSHOT_POLICY_NEVER
@@ -49,16 +49,16 @@ _SLOW_TO_STOP = (
 # -- what is kept, and where -------------------------------------------------------------------------------------------
 
 
-async def test_operation_retention_is_the_least_time_that_an_ended_operation_is_kept(own: OwnDaemons) -> None:
+async def test_operation_retention_is_the_least_time_that_an_ended_operation_is_kept(daemons: IsolatedDaemons) -> None:
     retention = 100_000
-    daemon = await own.start("--operation-retention", str(retention))
-    async with Caller(daemon.target) as caller, connected(own.rig.etcd.endpoint) as connection:
+    daemon = await daemons.start("--operation-retention", str(retention))
+    async with Caller(daemon.target) as caller, connected(daemons.rig.etcd.endpoint) as connection:
         await caller.create("kept")
         (operation,) = (
             await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest())
         ).operations
         read = await connection.read(
-            messages.get(Keys(own.prefix).operation(operation.id)), retry_for=timedelta(seconds=5)
+            messages.get(Keys(daemons.prefix).operation(operation.id)), retry_for=timedelta(seconds=5)
         )
         found = read.ranges[0].only
         assert found is not None
@@ -68,9 +68,9 @@ async def test_operation_retention_is_the_least_time_that_an_ended_operation_is_
         await caller.delete("kept")
 
 
-async def test_snapshot_dir_and_snapshot_policy(own: OwnDaemons) -> None:
-    folder = own.rig.folder / f"snapshots-{own.id}"
-    daemon = await own.start("--snapshot-dir", str(folder))
+async def test_snapshot_dir_and_snapshot_policy(daemons: IsolatedDaemons) -> None:
+    folder = daemons.rig.folder / f"snapshots-{daemons.id}"
+    daemon = await daemons.start("--snapshot-dir", str(folder))
     async with Caller(daemon.target) as caller:
         await caller.create("past")
         await caller.shell("past", "echo kept > /file")
@@ -79,7 +79,7 @@ async def test_snapshot_dir_and_snapshot_policy(own: OwnDaemons) -> None:
         assert kept, "the files of revision 1 lie in snapshot_dir"
         assert (await caller.revisions("past"))[0].snapshot.kind
     await asyncio.to_thread(daemon.stop)
-    successor = await own.start("--snapshot-dir", str(folder), "--snapshot-policy", "never", after=daemon)
+    successor = await daemons.start("--snapshot-dir", str(folder), "--snapshot-policy", "never", after=daemon)
     async with Caller(successor.target) as caller:
         await caller.update("past", hostname="third")
         first, second, _ = await caller.revisions("past")
@@ -94,8 +94,10 @@ async def test_snapshot_dir_and_snapshot_policy(own: OwnDaemons) -> None:
 
 
 @pytest.mark.deep
-async def test_snapshot_max_entries_lets_a_change_of_a_larger_layer_go_on_without_a_snapshot(own: OwnDaemons) -> None:
-    daemon = await own.start("--snapshot-max-entries", "1000")
+async def test_snapshot_max_entries_lets_a_change_of_a_larger_layer_go_on_without_a_snapshot(
+    daemons: IsolatedDaemons,
+) -> None:
+    daemon = await daemons.start("--snapshot-max-entries", "1000")
     async with Caller(daemon.target) as caller:
         await caller.create("large")
         await caller.shell("large", "mkdir /many; i=0; while [ $i -lt 1000 ]; do : > /many/$i; i=$((i+1)); done")
@@ -114,8 +116,8 @@ async def test_snapshot_max_entries_lets_a_change_of_a_larger_layer_go_on_withou
 
 
 @pytest.mark.deep
-async def test_keep_revisions_for_prunes_what_was_replaced_long_enough_ago(own: OwnDaemons) -> None:
-    daemon = await own.start("--keep-revisions-for", "1", "--reconcile-interval", "0.5")
+async def test_keep_revisions_for_prunes_what_was_replaced_long_enough_ago(daemons: IsolatedDaemons) -> None:
+    daemon = await daemons.start("--keep-revisions-for", "1", "--reconcile-interval", "0.5")
     async with Caller(daemon.target) as caller:
         await caller.create("past")
         await caller.update("past", hostname="second")
@@ -145,16 +147,16 @@ async def test_keep_revisions_for_prunes_what_was_replaced_long_enough_ago(own: 
 # -- who may call, what is logged, what containers get -----------------------------------------------------------------
 
 
-async def test_settings_of_the_host_the_socket_the_log_and_of_what_containers_get(own: OwnDaemons) -> None:
+async def test_settings_of_the_host_the_socket_the_log_and_of_what_containers_get(daemons: IsolatedDaemons) -> None:
     """One daemon for all of these, since each effect is seen by itself."""
-    daemon = await own.start(
+    daemon = await daemons.start(
         *("--host-id", "another.machine", "--socket-mode", "0600", "--log-level", "warning"),
         *("--allowed-nvidia-switches", "NVIDIA_GDS", "--stop-timeout", "0"),
     )
     assert stat.S_IMODE(daemon.socket.stat().st_mode) == 0o600
     # It writes what it counts as information when it begins to serve, and for each call.
     assert "[info" not in daemon.log_text
-    async with Caller(daemon.target) as caller, state_of(own, own.rig) as state:
+    async with Caller(daemon.target) as caller, state_of(daemons, daemons.rig) as state:
         switches = {"NVIDIA_GDS": "enabled", "NVIDIA_MOFED": "enabled"}
         made = await caller.create("one", 1, env=switches, command=_SLOW_TO_STOP)
         # Where cards are looked for, claimed and shown is one place.
@@ -165,7 +167,7 @@ async def test_settings_of_the_host_the_socket_the_log_and_of_what_containers_ge
         claimed = {"another.machine": 8, default_host_id(): 0}
         for host, count in claimed.items():
             assert len((await state.store.claims(host)).claims) == count, host
-        environment = inspect(own.rig, made.status.engine_id)["Config"]["Env"]
+        environment = inspect(daemons.rig, made.status.engine_id)["Config"]["Env"]
         assert "NVIDIA_GDS=enabled" in environment
         assert "NVIDIA_MOFED=disabled" in environment
 
@@ -180,7 +182,7 @@ async def test_settings_of_the_host_the_socket_the_log_and_of_what_containers_ge
     assert "[info" not in daemon.log_text
 
     group = next(one for one in grp.getgrall() if one.gr_gid not in (0, os.getegid()))
-    successor = await own.start(
+    successor = await daemons.start(
         *("--socket-group", group.gr_name, "--log-level", "debug", "--stop-timeout", "60"), after=daemon
     )
     assert successor.socket.stat().st_gid == group.gr_gid
@@ -225,9 +227,9 @@ def _freeze_child(daemon: Daemon, word: bytes, seconds: float = 60) -> None:
 
 @pytest.mark.deep
 @pytest.mark.timeout(300)
-async def test_stall_timeout_ends_what_makes_no_progress(own: OwnDaemons) -> None:
+async def test_stall_timeout_ends_what_makes_no_progress(daemons: IsolatedDaemons) -> None:
     """Of a snapshot, of a layer that is copied, and of a volume that is copied. By default it would be 120 s."""
-    daemon = await own.start("--stall-timeout", "10", "--layer-carry", "copy", "--volume-backend", "loop")
+    daemon = await daemons.start("--stall-timeout", "10", "--layer-carry", "copy", "--volume-backend", "loop")
     stalled = "made no progress for 10 s"
     async with Caller(daemon.target) as caller:
         for policy, reason in {_ALWAYS: "SNAPSHOT_FAILED", _NEVER: "LAYER_CARRY_FAILED"}.items():
@@ -312,13 +314,13 @@ class SecureEtcd:
 
 
 @pytest.mark.deep
-async def test_etcd_is_reached_with_a_certificate_and_a_password(own: OwnDaemons, tmp_path: Path) -> None:
-    etcd = SecureEtcd(own.rig, tmp_path)
+async def test_etcd_is_reached_with_a_certificate_and_a_password(daemons: IsolatedDaemons, tmp_path: Path) -> None:
+    etcd = SecureEtcd(daemons.rig, tmp_path)
     await asyncio.to_thread(etcd.start)
     try:
-        complaint = await own.refused(*etcd.flags(certificate=False), etcd_endpoints=etcd.endpoint)
+        complaint = await daemons.refused(*etcd.flags(certificate=False), etcd_endpoints=etcd.endpoint)
         assert f"etcd at {etcd.endpoint} does not answer" in complaint
-        daemon = await own.start(*etcd.flags(), etcd_endpoints=etcd.endpoint)
+        daemon = await daemons.start(*etcd.flags(), etcd_endpoints=etcd.endpoint)
         async with Caller(daemon.target) as caller:
             await caller.create("secure")
             assert [one.cause for one in await caller.revisions("secure")]
@@ -329,10 +331,10 @@ async def test_etcd_is_reached_with_a_certificate_and_a_password(own: OwnDaemons
         password.write_text("wrong\n")
         password.chmod(0o600)
         user = ("--etcd-user", "root", "--etcd-password-file", str(password))
-        complaint = await own.refused(*etcd.flags(), *user, etcd_endpoints=etcd.endpoint)
+        complaint = await daemons.refused(*etcd.flags(), *user, etcd_endpoints=etcd.endpoint)
         assert "opensesame" not in complaint
         password.write_text("opensesame\n")
-        successor = await own.start(*etcd.flags(), *user, etcd_endpoints=etcd.endpoint, after=daemon)
+        successor = await daemons.start(*etcd.flags(), *user, etcd_endpoints=etcd.endpoint, after=daemon)
         async with Caller(successor.target) as caller:
             assert (await caller.get("secure")).spec.command
             await caller.delete("secure")
@@ -358,8 +360,8 @@ async def test_the_engine_is_reached_by_tls(tmp_path: Path) -> None:
         shutil.copy(path, folder / f"{name}.pem")
         (folder / f"{name}.pem").chmod(0o600)
     with Rig(gpus=1, images=(BUSYBOX,), engine_options=options) as rig:
-        own = OwnDaemons(rig)
-        daemon = await own.start("--docker-tls-dir", str(folder), docker_host=address)
+        daemons = IsolatedDaemons(rig)
+        daemon = await daemons.start("--docker-tls-dir", str(folder), docker_host=address)
         async with Caller(daemon.target) as caller:
             await caller.create("far", 1)
             assert await caller.shell("far", "echo here") == "here\n"
@@ -369,4 +371,4 @@ async def test_the_engine_is_reached_by_tls(tmp_path: Path) -> None:
         other = Authority(tmp_path, "other").sign("stranger")
         for name, path in {"cert": other.certificate, "key": other.key}.items():
             shutil.copy(path, folder / f"{name}.pem")
-        assert address in await own.refused("--docker-tls-dir", str(folder), docker_host=address)
+        assert address in await daemons.refused("--docker-tls-dir", str(folder), docker_host=address)

@@ -21,7 +21,15 @@ from gpudock_server.model.operation import new_operation_id
 from gpudock_server.model.snapshot import SnapshotKey, SnapshotMethod
 from pydantic import ValidationError
 
-from tests.engine.trees import Entry, compare, grow, grow_command, image_files, plant_layers, record
+from tests.engine.sample_trees import (
+    TreeEntry,
+    create_layer_folders,
+    create_tree,
+    create_tree_command,
+    image_files,
+    read_tree,
+    tree_differences,
+)
 from tests.rig.images import GLIBC
 from tests.rig.rig import Rig
 
@@ -62,7 +70,7 @@ class Place:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.layers = plant_layers(root, 1, 2)
+        self.layers = create_layer_folders(root, 1, 2)
         (root / "gpudock").mkdir()
         self.snapshots = root / "gpudock/snapshots"
         self.store = self.fresh_store()
@@ -115,21 +123,21 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
 
 
 def _equal(one: Path, other: Path) -> None:
-    assert compare(_seen(one), _seen(other), but=BUT) == ""
+    assert tree_differences(_seen(one), _seen(other), ignored_fields=BUT) == ""
     assert differences(str(one), str(other), Interrupt()) == []
 
 
-def _seen(tree: Path) -> dict[bytes, Entry]:
+def _seen(tree: Path) -> dict[bytes, TreeEntry]:
     """The tree, with whiteouts as what they are: the kernel hard-links them to each other as it likes."""
     return {
         path: dataclasses.replace(entry, links=b"") if entry.kind == "c" else entry
-        for path, entry in record(str(tree)).items()
+        for path, entry in read_tree(str(tree)).items()
     }
 
 
 def _grow_layer(layer: Path) -> None:
     """A small tree of everything, with what only overlayfs puts into a layer."""
-    grow(str(layer), 1500)
+    create_tree(str(layer), 1500)
     os.mknod(layer / "whiteout", 0o020000)
     (layer / "opaque").mkdir()
     os.setxattr(layer / "opaque", "trusted.overlay.opaque", b"y")
@@ -144,13 +152,13 @@ async def test_snapshots_are_equal_share_what_is_unchanged_and_never_change(plac
     assert (method, reason) == (expected, "")
     await place.make(1)
     _equal(layer, place.tree(1))
-    first = record(str(place.tree(1)))
+    first = read_tree(str(place.tree(1)))
     (layer / "grown/d1/f1").write_text("changed")
     (layer / "grown/d2").rename(layer / "grown/renamed")
     (layer / "grown/sparse/dense").unlink()
     await place.make(2, previous=1)
     _equal(layer, place.tree(2))
-    assert compare(first, record(str(place.tree(1))), but=BUT) == ""
+    assert tree_differences(first, read_tree(str(place.tree(1))), ignored_fields=BUT) == ""
     assert await place.store.find() == (_key(1), _key(2))
     if method is SnapshotMethod.LINK:
         one, two = ((place.tree(each) / "grown/d3/f9").stat().st_ino for each in (1, 2))
@@ -413,7 +421,7 @@ async def test_a_running_container_is_kept_and_brought_back(rig: Rig) -> None:
     store = OverlaySnapshotStore(f"{root}/gpudock/snapshots", root, local=True)
     try:
         container = _act(rig, _create(rig), "start")
-        _run(rig, container, grow_command(files=3000))
+        _run(rig, container, create_tree_command(files=3000))
         _run(rig, container, ["python3", "-c", _WRITER], waits=False)
         key, operation_id = _key(1), new_operation_id()
         await store.gather(container, key, operation_id, None, _no_progress)
@@ -421,7 +429,7 @@ async def test_a_running_container_is_kept_and_brought_back(rig: Rig) -> None:
         await store.complete(paused, key, operation_id, None, _no_progress)
         tree = Path(root, "gpudock/snapshots", UID, f"1.partial-{operation_id}", "tree")
         _equal(Path(paused.upper_dir), tree)
-        seen = record(f"/proc/{paused.pid}/root")
+        seen = read_tree(f"/proc/{paused.pid}/root")
         await store.seal(key, operation_id, container.image_id)
         container = _act(rig, container, "unpause")
         second = new_operation_id()
@@ -433,7 +441,7 @@ async def test_a_running_container_is_kept_and_brought_back(rig: Rig) -> None:
         successor = _create(rig)
         await store.restore(key, successor, _no_progress)
         successor = _act(rig, successor, "start")
-        assert compare(seen, record(f"/proc/{successor.pid}/root")) == ""
+        assert tree_differences(seen, read_tree(f"/proc/{successor.pid}/root")) == ""
     finally:
         rig.engine.remove_all()
         await store.remove_all(UID)

@@ -16,11 +16,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.calls import Caller, failure, progress_of
 from tests.engine.docker_registry import registry, release
-from tests.engine.own_daemons import OwnDaemons, own, until
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
 from tests.rig import Rig
 from tests.rig.patience import PATIENCE
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 # Longer than any test waits: what is done at once is told from what waits for this to be over.
 HOURS = "3h"
@@ -60,15 +60,15 @@ async def operation(caller: Caller, operation_id: str) -> operation_pb2.Operatio
 
 
 @pytest.mark.deep
-async def test_a_stop_leaves_a_pull_at_once(own: OwnDaemons, stalled: str, tmp_path: Path) -> None:
-    daemon = await own.start("--shutdown-grace", HOURS, "--pull-stall-timeout", HOURS)
+async def test_a_stop_leaves_a_pull_at_once(daemons: IsolatedDaemons, stalled: str, tmp_path: Path) -> None:
+    daemon = await daemons.start("--shutdown-grace", HOURS, "--pull-stall-timeout", HOURS)
     async with Caller(daemon.target) as caller:
         operation_id = await stuck(caller, stalled)
         request = operation_service_pb2.WatchOperationRequest(id=operation_id)
         watching = asyncio.create_task(failure(_to_end(caller.operations.WatchOperation(request))))
         assert await asyncio.to_thread(daemon.stop) == 0, daemon.log_text
         assert (await watching).reason == "SHUTTING_DOWN"
-    daemon = await own.start("--pull-stall-timeout", HOURS, after=daemon)
+    daemon = await daemons.start("--pull-stall-timeout", HOURS, after=daemon)
     async with Caller(daemon.target) as caller:
         assert (await operation(caller, operation_id)).stage == "pull"
         release(tmp_path)
@@ -78,13 +78,13 @@ async def test_a_stop_leaves_a_pull_at_once(own: OwnDaemons, stalled: str, tmp_p
 
 
 @pytest.mark.deep
-async def test_a_restart_serves_while_a_pull_is_stuck(own: OwnDaemons, stalled: str, tmp_path: Path) -> None:
-    daemon = await own.start("--pull-stall-timeout", HOURS)
+async def test_a_restart_serves_while_a_pull_is_stuck(daemons: IsolatedDaemons, stalled: str, tmp_path: Path) -> None:
+    daemon = await daemons.start("--pull-stall-timeout", HOURS)
     async with Caller(daemon.target) as caller:
         await caller.create("other")
         operation_id = await stuck(caller, stalled)
     await asyncio.to_thread(daemon.kill9)
-    daemon = await own.start("--pull-stall-timeout", HOURS, after=daemon, serving=False)
+    daemon = await daemons.start("--pull-stall-timeout", HOURS, after=daemon, serving=False)
     async with Caller(daemon.target) as caller:
         listed = await caller.containers.ListContainers(
             container_service_pb2.ListContainersRequest(), timeout=ANSWERED_WITHIN, wait_for_ready=True
@@ -107,9 +107,9 @@ async def said(caller: Caller, request: container_service_pb2.CreateContainerReq
         messages.append(answer.operation.message)  # noqa: PERF401 - what was said before an error counts
 
 
-async def test_a_pull_without_progress_fails(own: OwnDaemons, stalled: str) -> None:
+async def test_a_pull_without_progress_fails(daemons: IsolatedDaemons, stalled: str) -> None:
     """After the node's time, or that of the call; and says meanwhile since when nothing came."""
-    daemon = await own.start("--pull-stall-timeout", "1.5s")
+    daemon = await daemons.start("--pull-stall-timeout", "1.5s")
     async with Caller(daemon.target) as caller:
         for fields in ({}, {"pull_stall_timeout": Duration(seconds=3)}):
             messages: list[str] = []
@@ -138,17 +138,17 @@ async def test_a_pull_without_progress_fails(own: OwnDaemons, stalled: str) -> N
 
 
 async def test_while_it_recovers_reads_are_answered_and_changes_are_not(
-    own: OwnDaemons, rig: Rig, stalled: str
+    daemons: IsolatedDaemons, rig: Rig, stalled: str
 ) -> None:
     """The engine does not answer the first question of a start."""
     async with rig.engine_proxy() as proxy:
-        daemon = await own.start("--pull-stall-timeout", HOURS)
+        daemon = await daemons.start("--pull-stall-timeout", HOURS)
         async with Caller(daemon.target) as caller:
             await caller.create("other", 1)
             operation_id = await stuck(caller, stalled)
         await asyncio.to_thread(daemon.kill9)
         fault = proxy.faults.hang("GET", "/containers/json")
-        daemon = await own.start(
+        daemon = await daemons.start(
             "--engine-timeout", HOURS, "--pull-stall-timeout", HOURS, after=daemon, docker_host=proxy.url, serving=False
         )
         async with Caller(daemon.target) as caller:

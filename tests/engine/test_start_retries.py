@@ -17,7 +17,7 @@ from gpudock.v1 import container_pb2
 from tests.calls import Caller, failure_of
 from tests.conftest import FAST, own_state
 from tests.engine.drift import PENDING, REPAIRED, REPORTED, act, drift, found, inspect, passed
-from tests.engine.own_daemons import until, until_state
+from tests.engine.isolated_daemons import until, until_state
 from tests.rig import FakeGpus, Rig
 from tests.rig.http_unix import HttpStatusError
 

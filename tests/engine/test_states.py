@@ -15,11 +15,11 @@ from gpudock_server.model.store_changes import PutContainer
 
 from tests.calls import IDLE, Caller, failure_of
 from tests.engine.drift import act, inspect, state_of
-from tests.engine.own_daemons import OwnDaemons, own, until, until_state
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until, until_state
 from tests.rig import EngineProxy, Rig
 from tests.selection import deep_except
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 NAME = "subject"
 UNLESS_STOPPED = container_pb2.RestartPolicy(policy=container_pb2.RESTART_POLICY_KIND_UNLESS_STOPPED)
@@ -183,14 +183,14 @@ class Subject:
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("state", deep_except(["RUNNING"], TABLE))
-async def test_what_a_state_allows(own: OwnDaemons, rig: Rig, state: str) -> None:
+async def test_what_a_state_allows(daemons: IsolatedDaemons, rig: Rig, state: str) -> None:
     # A record that was put there by hand has to stay; and a process that crashes has to be seen to, also on a busy
     # machine.
     settle = ("--settle-period", "1") if state == "RESTARTING" else ()
-    daemon = await own.start("--reconcile-interval", "600", *settle)
+    daemon = await daemons.start("--reconcile-interval", "600", *settle)
 
     async def fail() -> None:
-        async with state_of(own, rig) as kept:
+        async with state_of(daemons, rig) as kept:
             view = await kept.store.container(NAME)
             assert view is not None
             failed = view.container.with_status(state=Recorded.FAILED, message="it was lost for a while")
@@ -222,9 +222,9 @@ async def test_what_a_state_allows(own: OwnDaemons, rig: Rig, state: str) -> Non
     ("state", "call"), [("CREATING", ("POST", "/containers/create")), ("DELETING", ("DELETE", "/containers/[0-9a-f]+"))]
 )
 async def test_nothing_is_done_to_one_that_is_being_created_or_deleted(
-    own: OwnDaemons, engine_proxy: EngineProxy, state: str, call: tuple[str, str]
+    daemons: IsolatedDaemons, engine_proxy: EngineProxy, state: str, call: tuple[str, str]
 ) -> None:
-    daemon = await own.start(docker_host=engine_proxy.url)
+    daemon = await daemons.start(docker_host=engine_proxy.url)
     async with Caller(daemon.target) as caller:
         if state == "DELETING":
             await caller.create(NAME)

@@ -13,11 +13,11 @@ from gpudock_server.model.volume import VolumeBacking
 
 from tests.calls import Caller, failure
 from tests.engine.drift import KIND, REPAIRED, REPORTED, drift, found, passed, state_of
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons
 from tests.engine.losing import QUICK, Losing, lasting, losing
-from tests.engine.own_daemons import OwnDaemons, own
 from tests.rig import Rig
 
-__all__ = ["losing", "own"]
+__all__ = ["daemons", "losing"]
 
 MIB = 1 << 20
 SIZE = 320 * MIB
@@ -142,12 +142,12 @@ async def test_what_an_older_version_made_comes_back(losing: Losing, rig: Rig) -
 
 
 @pytest.mark.deep
-async def test_another_nodes_volumes_are_left(own: OwnDaemons, losing: Losing) -> None:
+async def test_another_nodes_volumes_are_left(daemons: IsolatedDaemons, losing: Losing) -> None:
     async with Caller(losing.daemon.target) as caller:
         await caller.create_volume("data", SIZE, backend=LOOP)
         await caller.create_volume("plain")
         await caller.create("one", mounts=[mount("plain")])
-        other = await own.start(*QUICK, node=f"{own.node}-other")
+        other = await daemons.start(*QUICK, node=f"{daemons.node}-other")
         async with Caller(other.target) as elsewhere:
             await passed(elsewhere)
             for name in ("data", "plain"):
@@ -174,9 +174,9 @@ async def test_no_empty_volume_takes_the_place_of_one_that_was_removed(caller: C
     assert "was removed outside gpudock" in refused.message
 
 
-async def test_no_change_mounts_other_files_than_a_container_has(own: OwnDaemons, rig: Rig) -> None:
-    daemon = await own.start(*QUICK)
-    async with Caller(daemon.target) as caller, state_of(own, rig) as state:
+async def test_no_change_mounts_other_files_than_a_container_has(daemons: IsolatedDaemons, rig: Rig) -> None:
+    daemon = await daemons.start(*QUICK)
+    async with Caller(daemon.target) as caller, state_of(daemons, rig) as state:
         await caller.create_volume("data")
         await caller.create_volume("empty")
         await caller.create("one", mounts=[mount("data")])

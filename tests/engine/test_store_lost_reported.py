@@ -11,12 +11,12 @@ from gpudock.v1 import container_pb2, node_service_pb2
 
 from tests.calls import Caller, failure
 from tests.engine.drift import REPORTED, act, drift, found, passed
+from tests.engine.isolated_daemons import daemons, until
 from tests.engine.losing import Losing, losing
-from tests.engine.own_daemons import own, until
 from tests.faults.mortal import DIE_AT, KIND
 from tests.rig import Rig
 
-__all__ = ["losing", "own"]
+__all__ = ["daemons", "losing"]
 
 pytestmark = pytest.mark.deep
 

@@ -12,13 +12,13 @@ from gpudock.v1 import container_pb2, container_revision_pb2, container_service_
 
 from tests.calls import Caller, failure, result_of
 from tests.engine.drift import REPAIRED, drift, passed
+from tests.engine.isolated_daemons import daemons, until_state
 from tests.engine.losing import Losing, lasting, lasting_container, losing
-from tests.engine.own_daemons import own, until_state
 from tests.faults.mortal import DIE_AT, KIND
 from tests.rig import Rig
 from tests.rig.errors import RigError
 
-__all__ = ["losing", "own"]
+__all__ = ["daemons", "losing"]
 
 pytestmark = pytest.mark.deep
 

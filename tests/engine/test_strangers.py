@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.own_daemons import OwnDaemons, own
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 pytestmark = pytest.mark.deep
 
@@ -46,13 +46,13 @@ def _status(pid: int, field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-async def test_large_requests_of_many_connections_take_no_memory(own: OwnDaemons, tmp_path: Path) -> None:
+async def test_large_requests_of_many_connections_take_no_memory(daemons: IsolatedDaemons, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens"
     tokens.write_text("ci:0123456789abcdef0123456789abcdef\n")
     tokens.chmod(0o600)
-    daemon = await own.start("--listen", ADDRESS, "--token-file", str(tokens))
+    daemon = await daemons.start("--listen", ADDRESS, "--token-file", str(tokens))
     before = _status(daemon.pid, "VmRSS")
-    asked = await asyncio.to_thread(own.rig.run, sys.executable, "-c", _SCRIPT, ADDRESS, timeout_s=120)
+    asked = await asyncio.to_thread(daemons.rig.run, sys.executable, "-c", _SCRIPT, ADDRESS, timeout_s=120)
     assert asked.stdout.split() == ["RESOURCE_EXHAUSTED"]
     growth = _status(daemon.pid, "VmHWM") - before
     assert growth < _MOST_GROWTH, growth

@@ -40,9 +40,9 @@ from gpudock_server.model.engine import LABEL_UID
 from gpudock_server.model.volume import VolumeBackendKind, VolumeBacking
 from gpudock_server.ports import ShrinkNeedsCopy
 
-from tests.engine.loops import loops_below
-from tests.engine.trees import grow
-from tests.engine.volume_boxes import TARGET, Box, box
+from tests.engine.loop_devices import loop_devices_below
+from tests.engine.sample_trees import create_tree
+from tests.engine.volume_containers import TARGET, VolumeContainer, volume_container
 from tests.rig import HttpStatusError, Rig
 from tests.rig.rig import REPOSITORY
 from tests.selection import deep_except
@@ -118,7 +118,7 @@ async def _taken(engine: DockerEngine, backend: LoopBackend | ProjectQuotaBacken
     await backend.destroy(backing)
 
 
-def _checked_blocks(one: Box) -> int:
+def _checked_blocks(one: VolumeContainer) -> int:
     """How many blocks the writer has written; every one but perhaps the last has its checksum."""
     one.run("sh", "-c", f"cd / && sha256sum -c {TARGET}/sums")
     return len(one.run("cat", f"{TARGET}/sums").stdout.splitlines())
@@ -131,7 +131,7 @@ async def test_size_is_a_limit(rig: Rig, engine: DockerEngine, loop: LoopBackend
     backing = await loop.create(_new_uid(), "data", SIZE)
     assert await loop.create(backing.uid, "data", SIZE) == backing
     volume = await _given(engine, backing)
-    with box(rig, volume) as one:
+    with volume_container(rig, volume) as one:
         size, used = one.df()
         assert SIZE <= size < SIZE * 1.05
         assert used < 40 * MIB
@@ -150,7 +150,7 @@ async def test_size_is_a_limit(rig: Rig, engine: DockerEngine, loop: LoopBackend
 async def test_growing_under_a_writer(rig: Rig, engine: DockerEngine, loop: LoopBackend) -> None:
     backing = await loop.create(_new_uid(), "data", SIZE)
     volume = await _given(engine, backing)
-    with box(rig, volume, "sh", "-c", WRITER) as one:
+    with volume_container(rig, volume, "sh", "-c", WRITER) as one:
         pid = one.pid
         for step in range(1, 21):
             backing = await loop.grow(backing, SIZE + step * 20 * MIB)
@@ -164,7 +164,7 @@ async def test_growing_under_a_writer(rig: Rig, engine: DockerEngine, loop: Loop
             await asyncio.sleep(0.05)
         assert one.pid == pid
         one.stop()
-    with box(rig, volume) as reader:
+    with volume_container(rig, volume) as reader:
         assert _checked_blocks(reader) > before
     assert BackingFolder(Path(backing.folder).parent, backing.uid).read() == backing
     await _taken(engine, loop, backing)
@@ -173,7 +173,7 @@ async def test_growing_under_a_writer(rig: Rig, engine: DockerEngine, loop: Loop
 async def test_shrinking(rig: Rig, engine: DockerEngine, loop: LoopBackend) -> None:
     backing = await loop.create(_new_uid(), "data", 600 * MIB)
     volume = await _given(engine, backing)
-    with box(rig, volume) as one:
+    with volume_container(rig, volume) as one:
         one.run("dd", "if=/dev/urandom", f"of={TARGET}/kept", "bs=1M", "count=150", "conv=fsync")
         digest = one.run("sha256sum", f"{TARGET}/kept").stdout
         with pytest.raises(VolumeTooSmallForData) as refused:
@@ -205,7 +205,7 @@ async def test_two_stores_change_their_places(rig: Rig, engine: DockerEngine, lo
             Path(folder, "which").write_text(text)
     # What they are to be afterwards: the sizes go with the contents.
     small, large = old.model_copy(update={"size_bytes": 400 * MIB}), new.model_copy(update={"size_bytes": 600 * MIB})
-    with box(rig, volume) as one:
+    with volume_container(rig, volume) as one:
         with pytest.raises(VolumeInUse):
             await loop.exchange(large, small, content)
         assert one.run("cat", f"{TARGET}/which").stdout == "old"
@@ -218,7 +218,7 @@ async def test_two_stores_change_their_places(rig: Rig, engine: DockerEngine, lo
             one.stop()
         # A daemon that dies right after the rename leaves neither device nor link, and the next one goes on.
         one_folder, other_folder = (BackingFolder(root, backing.uid) for backing in (old, new))
-        for device in loops_below(root):
+        for device in loop_devices_below(root):
             subprocess.run(["losetup", "--detach", device], check=True)
         one_folder.device.unlink()
         _exchange_images(one_folder, other_folder)
@@ -237,7 +237,7 @@ async def test_two_stores_change_their_places(rig: Rig, engine: DockerEngine, lo
 async def test_what_is_mounted_is_not_destroyed(rig: Rig, engine: DockerEngine, loop: LoopBackend) -> None:
     backing = await loop.create(_new_uid(), "data", SIZE)
     volume = await _given(engine, backing)
-    with box(rig, volume) as one:
+    with volume_container(rig, volume) as one:
         one.run("sh", "-c", f"echo kept > {TARGET}/file")
         with pytest.raises(VolumeInUse):
             await loop.destroy(backing)
@@ -252,7 +252,7 @@ async def test_deleted_files_give_their_room_back(rig: Rig, engine: DockerEngine
     volume = await _given(engine, backing)
     empty = await loop.pool()
     assert empty.promised_bytes == SIZE
-    with box(rig, volume) as one:
+    with volume_container(rig, volume) as one:
         one.run("dd", "if=/dev/urandom", f"of={TARGET}/file", "bs=1M", "count=100", "conv=fsync")
         full = await loop.pool()
         assert full.allocated_bytes >= empty.allocated_bytes + 95 * MIB
@@ -273,7 +273,7 @@ async def test_after_a_reboot(rig: Rig, engine: DockerEngine, root: Path) -> Non
     loop = LoopBackend(root, local=True)
     backing, other = [await loop.create(_new_uid(), name, SIZE) for name in ("data", "other")]
     volume = await _given(engine, backing)
-    with box(rig, volume) as one:
+    with volume_container(rig, volume) as one:
         one.run("sh", "-c", f"echo kept > {TARGET}/file")
         one.stop()
         devices = [Path(each.folder, "device").readlink() for each in (backing, other)]
@@ -303,7 +303,7 @@ async def test_a_stale_link_leads_nowhere(rig: Rig, engine: DockerEngine, root: 
         subprocess.run(["losetup", "--detach", each], check=True)
     _attached_where_a_link_leads(other, link_of=backing)
     await loop.attach(other)
-    with pytest.raises(HttpStatusError), box(rig, volume):
+    with pytest.raises(HttpStatusError), volume_container(rig, volume):
         pass
     await engine.remove_volume(volume)
     await loop.destroy(backing)
@@ -538,7 +538,7 @@ async def test_copy_and_verify(root: Path) -> None:
     new = await loop.create(_new_uid(), "data", SIZE)
     told: list[tuple[int, int]] = []
     async with loop.open_files(old) as source:
-        await asyncio.to_thread(grow, source, 1500)
+        await asyncio.to_thread(create_tree, source, 1500)
         block = os.urandom(20 * MIB)
         Path(source, "block").write_bytes(block)
         await copier.copy(old, new, lambda current, total: told.append((current, total)), final=False)
@@ -654,7 +654,7 @@ async def test_plain(rig: Rig, engine: DockerEngine) -> None:
     with pytest.raises(VolumeFailed, match="is not accessible from this host"):
         await plain.usage(backing)
     backing = backing.model_copy(update={"folder": shown.mountpoint})
-    with box(rig, volume) as one:
+    with volume_container(rig, volume) as one:
         one.run("dd", "if=/dev/urandom", f"of={TARGET}/file", "bs=1M", "count=10", "conv=fsync")
         usage = await plain.usage(backing)
         assert 10 * MIB <= usage.used_bytes < 11 * MIB

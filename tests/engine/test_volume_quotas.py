@@ -23,8 +23,8 @@ from gpudock_server.errors import VolumeFailed, VolumeTooSmallForData
 from gpudock_server.model.engine import LABEL_UID
 from gpudock_server.model.volume import VolumeBacking
 
-from tests.engine.trees import grow
-from tests.engine.volume_boxes import TARGET, box
+from tests.engine.sample_trees import create_tree
+from tests.engine.volume_containers import TARGET, volume_container
 from tests.rig import Rig
 
 MIB = 1 << 20
@@ -69,7 +69,7 @@ async def test_a_size_that_changes_in_use(rig: Rig, engine: DockerEngine, quota:
     backing = await quota.create(_new_uid(), "data", SIZE)
     assert await quota.create(backing.uid, "data", SIZE) == backing
     volume = await _given(engine, backing)
-    with box(rig, volume) as one:
+    with volume_container(rig, volume) as one:
         pid = one.pid
         size, used = one.df()
         assert size == SIZE
@@ -171,7 +171,7 @@ async def test_a_limit_that_was_lost_is_set_at_the_start(quota: ProjectQuotaBack
 async def test_a_copy_counts_for_the_new_store(quota: ProjectQuotaBackend) -> None:
     old, new = [await quota.create(_new_uid(), "data", 2 * SIZE) for _ in range(2)]
     async with quota.open_files(old) as folder:
-        grow(folder, 1500)
+        create_tree(folder, 1500)
     copier = MirrorVolumeCopier([quota])
     await copier.copy(old, new, lambda _current, _total: None, final=True)
     assert (await copier.verify(old, new)).entries > 1500

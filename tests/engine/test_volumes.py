@@ -20,12 +20,12 @@ from gpudock.v1 import (
 )
 
 from tests.calls import Caller, Failure, failure, failure_of
-from tests.engine.loops import detach_below, loops_below
-from tests.engine.own_daemons import OwnDaemons, own
-from tests.engine.volume_boxes import box
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons
+from tests.engine.loop_devices import detach_loop_devices, loop_devices_below
+from tests.engine.volume_containers import volume_container
 from tests.rig import GLIBC, Rig
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 MIB = 1 << 20
 SIZE = 320 * MIB
@@ -183,7 +183,7 @@ async def test_a_mount_of_what_is_not_a_volume_is_refused(caller: Caller, clean_
 
 async def test_adopting_a_volume_of_the_engine(caller: Caller, clean_engine: Rig) -> None:
     clean_engine.engine.call("POST", "/volumes/create", send={"Name": "theirs", "Labels": {"gpudock.adopt": "true"}})
-    with box(clean_engine, "theirs") as theirs:
+    with volume_container(clean_engine, "theirs") as theirs:
         theirs.run("sh", "-c", PLANT)
         files = theirs.run("sh", "-c", LOOK).stdout
         assert (await failure(caller.adopt_volume("sized", "theirs", SIZE))).reason == "VOLUME_IN_USE"
@@ -237,7 +237,7 @@ async def test_force_takes_nothing_from_strangers(caller: Caller, clean_engine: 
     await caller.create("one", mounts=[mount("data")])
     await caller.stop("one")
     engine_volume = made.mountpoint.split("/")[-2]
-    with box(clean_engine, engine_volume) as theirs:
+    with volume_container(clean_engine, engine_volume) as theirs:
         theirs.stop()
         refused = await failure(caller.delete_volume("data", force=True))
         assert refused.reason == "VOLUME_IN_USE"
@@ -285,15 +285,15 @@ async def test_a_deletion_and_a_mount_at_once(caller: Caller, *, force: bool) ->
 
 
 @pytest.fixture
-def detached(own: OwnDaemons) -> Iterator[None]:
+def detached(daemons: IsolatedDaemons) -> Iterator[None]:
     """Lets go of what is left to the volumes of daemons that are gone."""
     yield
-    own.rig.engine.remove_all()
-    detach_below(own.rig.folder)
+    daemons.rig.engine.remove_all()
+    detach_loop_devices(daemons.rig.folder)
 
 
-async def test_a_full_pool_is_told_before_anything_is_made(own: OwnDaemons) -> None:
-    daemon = await own.start("--volume-overcommit", "0.0001")
+async def test_a_full_pool_is_told_before_anything_is_made(daemons: IsolatedDaemons) -> None:
+    daemon = await daemons.start("--volume-overcommit", "0.0001")
     async with Caller(daemon.target) as caller:
         full = await failure(caller.create_volume("data", 1 << 50))
         assert (full.code, full.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DISK_FULL")
@@ -328,8 +328,8 @@ print(open("file").read())
 
 @pytest.mark.deep
 @pytest.mark.usefixtures("detached")
-async def test_a_volume_with_deep_folders_is_shrunk_by_copy(own: OwnDaemons) -> None:
-    daemon = await own.start("--volume-backend", "loop", "--volume-filesystem", "xfs")
+async def test_a_volume_with_deep_folders_is_shrunk_by_copy(daemons: IsolatedDaemons) -> None:
+    daemon = await daemons.start("--volume-backend", "loop", "--volume-filesystem", "xfs")
     async with Caller(daemon.target) as caller:
         await caller.create_volume("data", 2 * SIZE)
         await caller.create("one", image=GLIBC, mounts=[mount("data")])
@@ -346,8 +346,8 @@ async def test_a_volume_with_deep_folders_is_shrunk_by_copy(own: OwnDaemons) -> 
 
 @pytest.mark.deep
 @pytest.mark.usefixtures("detached")
-async def test_loops_come_back_after_a_reboot(own: OwnDaemons) -> None:
-    daemon = await own.start("--volume-backend", "loop")
+async def test_loops_come_back_after_a_reboot(daemons: IsolatedDaemons) -> None:
+    daemon = await daemons.start("--volume-backend", "loop")
     async with Caller(daemon.target) as caller:
         await caller.create_volume("data", SIZE)
         await caller.create("one", mounts=[mount("data")])
@@ -356,18 +356,18 @@ async def test_loops_come_back_after_a_reboot(own: OwnDaemons) -> None:
         await caller.stop("one")
     assert await asyncio.to_thread(daemon.stop) == 0, daemon.log_text
     # What a reboot does to loop devices. The unit attaches them before the engine starts, without a daemon.
-    detach_below(own.rig.folder)
-    assert not loops_below(own.rig.folder)
+    detach_loop_devices(daemons.rig.folder)
+    assert not loop_devices_below(daemons.rig.folder)
     words = [sys.executable, "-m", "gpudock_server", "--attach-volumes", "--state-dir", str(daemon.state_dir)]
     attaching = await asyncio.create_subprocess_exec(*words)
     assert await attaching.wait() == 0
-    assert len(loops_below(own.rig.folder)) == 1
+    assert len(loop_devices_below(daemons.rig.folder)) == 1
     # And so does a daemon that starts without that.
-    detach_below(own.rig.folder)
-    daemon = await own.start("--volume-backend", "loop", after=daemon)
+    detach_loop_devices(daemons.rig.folder)
+    daemon = await daemons.start("--volume-backend", "loop", after=daemon)
     async with Caller(daemon.target) as caller:
         await caller.start("one")
         assert await caller.shell("one", LOOK) == files
         assert abs(await df_size(caller, "one") - SIZE) < SIZE // 50
         await caller.delete_all()
-    assert not loops_below(own.rig.folder)
+    assert not loop_devices_below(daemons.rig.folder)

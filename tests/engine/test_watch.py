@@ -16,13 +16,13 @@ from gpudock_server.adapters.etcd import EmbeddedEtcd
 
 from tests.calls import Caller
 from tests.engine.etcd_examples import container
-from tests.engine.own_daemons import OwnDaemons, own, until
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
 from tests.engine.watchers import OFTEN, SOON, Watcher, writing
 from tests.rig import Daemon, Rig
 
 pytest_plugins = ["tests.engine.etcd_fixtures"]
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 RUNNING, STOPPED = container_pb2.CONTAINER_STATE_RUNNING, container_pb2.CONTAINER_STATE_STOPPED
 
@@ -119,10 +119,10 @@ async def test_tokens_that_are_none(caller: Caller) -> None:
     assert set(failed.violations) == {"resume_token", "filter.states"}
 
 
-async def test_it_goes_on_after_kill_and_at_another_daemon(own: OwnDaemons, rig: Rig) -> None:
-    first = await own.start()
-    second = await own.start(node=f"second-{own.id}")
-    async with writing(rig.etcd.endpoint, own.prefix) as writer:
+async def test_it_goes_on_after_kill_and_at_another_daemon(daemons: IsolatedDaemons, rig: Rig) -> None:
+    first = await daemons.start()
+    second = await daemons.start(node=f"second-{daemons.id}")
+    async with writing(rig.etcd.endpoint, daemons.prefix) as writer:
         async with Caller(first.target) as caller:
             watcher = Watcher(caller)
             assert await watcher.listed() == []
@@ -134,7 +134,7 @@ async def test_it_goes_on_after_kill_and_at_another_daemon(own: OwnDaemons, rig:
         await writer.put("b", 1)
         await writer.delete("a")
         missed = [("modified", "a.2"), ("added", "b.1"), ("deleted", "a.2")]
-        successor = await own.start(after=first)
+        successor = await daemons.start(after=first)
         for daemon in (second, successor):
             async with Caller(daemon.target) as caller:
                 resumed = Watcher(caller, watcher.token)
@@ -142,10 +142,10 @@ async def test_it_goes_on_after_kill_and_at_another_daemon(own: OwnDaemons, rig:
                 resumed.call.cancel()
 
 
-async def test_the_client_goes_on_by_itself(own: OwnDaemons, rig: Rig) -> None:
-    daemon = await own.start()
+async def test_the_client_goes_on_by_itself(daemons: IsolatedDaemons, rig: Rig) -> None:
+    daemon = await daemons.start()
     told: list[tuple[str, str]] = []
-    async with writing(rig.etcd.endpoint, own.prefix) as writer, Client(daemon.target) as client:
+    async with writing(rig.etcd.endpoint, daemons.prefix) as writer, Client(daemon.target) as client:
 
         async def follow() -> None:
             async for event in client.containers.watch(owner="alice"):
@@ -164,7 +164,7 @@ async def test_the_client_goes_on_by_itself(own: OwnDaemons, rig: Rig) -> None:
             await writer.put("a", revision)
             if revision in (10, 25):
                 await asyncio.to_thread(daemon.kill9 if revision == 10 else daemon.stop)
-                daemon = await own.start(after=daemon)
+                daemon = await daemons.start(after=daemon)
         await writer.delete("a")
         await asyncio.wait_for(following, SOON)
     assert told == [
@@ -175,10 +175,12 @@ async def test_the_client_goes_on_by_itself(own: OwnDaemons, rig: Rig) -> None:
 
 
 @pytest.mark.deep
-async def test_an_etcd_that_is_killed_in_the_middle_is_not_noticed(own: OwnDaemons, own_etcd: EmbeddedEtcd) -> None:
+async def test_an_etcd_that_is_killed_in_the_middle_is_not_noticed(
+    daemons: IsolatedDaemons, own_etcd: EmbeddedEtcd
+) -> None:
     endpoint = own_etcd.address.endpoints[0]
-    daemon = await own.start("--store-timeout", "10", etcd_endpoints=endpoint)
-    async with Caller(daemon.target) as caller, writing(endpoint, own.prefix) as writer:
+    daemon = await daemons.start("--store-timeout", "10", etcd_endpoints=endpoint)
+    async with Caller(daemon.target) as caller, writing(endpoint, daemons.prefix) as writer:
         watchers = [Watcher(caller) for _ in range(5)]
         for watcher in watchers:
             await watcher.listed()
@@ -193,11 +195,11 @@ async def test_an_etcd_that_is_killed_in_the_middle_is_not_noticed(own: OwnDaemo
     await asyncio.to_thread(daemon.stop)
 
 
-async def test_what_was_compacted_away(own: OwnDaemons, own_etcd: EmbeddedEtcd) -> None:
+async def test_what_was_compacted_away(daemons: IsolatedDaemons, own_etcd: EmbeddedEtcd) -> None:
     # An etcd of its own: a compaction would take the tokens of everybody else's tests as well.
     endpoint = own_etcd.address.endpoints[0]
-    daemon = await own.start(*OFTEN, etcd_endpoints=endpoint)
-    async with Caller(daemon.target) as caller, writing(endpoint, own.prefix) as writer:
+    daemon = await daemons.start(*OFTEN, etcd_endpoints=endpoint)
+    async with Caller(daemon.target) as caller, writing(endpoint, daemons.prefix) as writer:
         watcher = Watcher(caller)
         await watcher.listed()
         await writer.put("a", 1)
@@ -222,9 +224,9 @@ async def test_what_was_compacted_away(own: OwnDaemons, own_etcd: EmbeddedEtcd) 
     await asyncio.to_thread(daemon.stop)
 
 
-async def test_checkpoints_come_when_nothing_else_does(own: OwnDaemons, rig: Rig) -> None:
-    daemon = await own.start(*OFTEN)
-    async with Caller(daemon.target) as caller, writing(rig.etcd.endpoint, own.prefix) as writer:
+async def test_checkpoints_come_when_nothing_else_does(daemons: IsolatedDaemons, rig: Rig) -> None:
+    daemon = await daemons.start(*OFTEN)
+    async with Caller(daemon.target) as caller, writing(rig.etcd.endpoint, daemons.prefix) as writer:
         watcher = Watcher(caller, owner="nobody")
         assert await watcher.listed() == []
         loop = asyncio.get_running_loop()
@@ -244,10 +246,10 @@ async def test_checkpoints_come_when_nothing_else_does(own: OwnDaemons, rig: Rig
 @pytest.mark.deep
 @pytest.mark.parametrize("filtered", [False, True])
 async def test_fifty_watchers_see_each_of_two_hundred_changes_once(
-    own: OwnDaemons, rig: Rig, *, filtered: bool
+    daemons: IsolatedDaemons, rig: Rig, *, filtered: bool
 ) -> None:
-    daemon = await own.start()
-    async with Caller(daemon.target) as caller, writing(rig.etcd.endpoint, own.prefix) as writer:
+    daemon = await daemons.start()
+    async with Caller(daemon.target) as caller, writing(rig.etcd.endpoint, daemons.prefix) as writer:
         await writer.put("c00", 1)
         watchers = [Watcher(caller, owner="alice" if filtered else "") for _ in range(50)]
         assert await asyncio.gather(*(watcher.listed() for watcher in watchers)) == [["c00"]] * 50
@@ -275,9 +277,9 @@ async def test_fifty_watchers_see_each_of_two_hundred_changes_once(
 
 
 @pytest.mark.deep
-async def test_a_slow_reader_costs_no_memory_and_loses_nothing(own: OwnDaemons, rig: Rig) -> None:
-    daemon = await own.start()
-    async with Caller(daemon.target) as caller, writing(rig.etcd.endpoint, own.prefix) as writer:
+async def test_a_slow_reader_costs_no_memory_and_loses_nothing(daemons: IsolatedDaemons, rig: Rig) -> None:
+    daemon = await daemons.start()
+    async with Caller(daemon.target) as caller, writing(rig.etcd.endpoint, daemons.prefix) as writer:
         slow, quick = Watcher(caller), Watcher(caller)
         assert await slow.listed() == await quick.listed() == []
         for revision in range(1, 31):
@@ -304,8 +306,8 @@ def _rss(daemon: Daemon) -> int:
     return int(Path(f"/proc/{daemon.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-async def test_a_daemon_that_stops_says_so(own: OwnDaemons) -> None:
-    daemon = await own.start()
+async def test_a_daemon_that_stops_says_so(daemons: IsolatedDaemons) -> None:
+    daemon = await daemons.start()
     async with Caller(daemon.target) as caller:
         watchers = [Watcher(caller) for _ in range(3)]
         for watcher in watchers:
@@ -319,9 +321,9 @@ async def test_a_daemon_that_stops_says_so(own: OwnDaemons) -> None:
 
 
 @pytest.mark.deep
-async def test_who_hangs_up_leaves_nothing_behind(own: OwnDaemons, rig: Rig) -> None:
-    daemon = await own.start()
-    async with Caller(daemon.target) as caller, writing(rig.etcd.endpoint, own.prefix) as writer:
+async def test_who_hangs_up_leaves_nothing_behind(daemons: IsolatedDaemons, rig: Rig) -> None:
+    daemon = await daemons.start()
+    async with Caller(daemon.target) as caller, writing(rig.etcd.endpoint, daemons.prefix) as writer:
         await writer.put("a", 1)
         for _ in range(100):
             watcher = Watcher(caller)

@@ -13,13 +13,13 @@ from gpudock_server.model.spec import Mount
 
 from tests.calls import Caller, failure
 from tests.engine.etcd_examples import container
-from tests.engine.own_daemons import OwnDaemons, own
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons
 from tests.engine.watchers import OFTEN, SOON, VolumeWatcher, Writer, writing
 from tests.rig import Rig
 
 pytest_plugins = ["tests.engine.etcd_fixtures"]
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 
 def mount(name: str) -> container_pb2.Mount:
@@ -93,10 +93,10 @@ async def test_a_list_goes_on_as_a_watch_of_the_same_volumes(caller: Caller) -> 
     assert (failed.code, failed.violations) == (grpc.StatusCode.INVALID_ARGUMENT, ("resume_token",))
 
 
-async def test_it_goes_on_after_kill_and_at_another_daemon(own: OwnDaemons, rig: Rig) -> None:
-    first = await own.start()
-    second = await own.start(node=f"second-{own.id}")
-    async with writing(rig.etcd.endpoint, own.prefix) as writer:
+async def test_it_goes_on_after_kill_and_at_another_daemon(daemons: IsolatedDaemons, rig: Rig) -> None:
+    first = await daemons.start()
+    second = await daemons.start(node=f"second-{daemons.id}")
+    async with writing(rig.etcd.endpoint, daemons.prefix) as writer:
         for name in ("a", "b"):
             await writer.put_volume(name, 1)
         await put(writer, "x", 1, "a")
@@ -124,7 +124,7 @@ async def test_it_goes_on_after_kill_and_at_another_daemon(own: OwnDaemons, rig:
             "modified b.2 x",
             "deleted a.1",
         ]
-        successor = await own.start(after=first)
+        successor = await daemons.start(after=first)
         for daemon in (second, successor):
             async with Caller(daemon.target) as caller:
                 resumed = VolumeWatcher(caller, between)
@@ -132,10 +132,10 @@ async def test_it_goes_on_after_kill_and_at_another_daemon(own: OwnDaemons, rig:
                 resumed.call.cancel()
 
 
-async def test_the_client_goes_on_by_itself(own: OwnDaemons, rig: Rig) -> None:
-    daemon = await own.start()
+async def test_the_client_goes_on_by_itself(daemons: IsolatedDaemons, rig: Rig) -> None:
+    daemon = await daemons.start()
     told: list[str] = []
-    async with writing(rig.etcd.endpoint, own.prefix) as writer, Client(daemon.target) as client:
+    async with writing(rig.etcd.endpoint, daemons.prefix) as writer, Client(daemon.target) as client:
 
         async def follow() -> None:
             async for event in client.volumes.watch(owner="alice"):
@@ -150,7 +150,7 @@ async def test_the_client_goes_on_by_itself(own: OwnDaemons, rig: Rig) -> None:
             await put(writer, f"c{number:02d}", 1, "a")
             if number in (10, 20):
                 await asyncio.to_thread(daemon.kill9 if number == 10 else daemon.stop)
-                daemon = await own.start(after=daemon)
+                daemon = await daemons.start(after=daemon)
             await writer.delete(f"c{number:02d}")
         await writer.delete_volume("a")
         await asyncio.wait_for(following, SOON)
@@ -162,10 +162,10 @@ async def test_the_client_goes_on_by_itself(own: OwnDaemons, rig: Rig) -> None:
     assert told[0].startswith("added ")
 
 
-async def test_what_was_compacted_away(own: OwnDaemons, own_etcd: EmbeddedEtcd) -> None:
+async def test_what_was_compacted_away(daemons: IsolatedDaemons, own_etcd: EmbeddedEtcd) -> None:
     endpoint = own_etcd.address.endpoints[0]
-    daemon = await own.start(*OFTEN, etcd_endpoints=endpoint)
-    async with Caller(daemon.target) as caller, writing(endpoint, own.prefix) as writer:
+    daemon = await daemons.start(*OFTEN, etcd_endpoints=endpoint)
+    async with Caller(daemon.target) as caller, writing(endpoint, daemons.prefix) as writer:
         await writer.put_volume("a", 1)
         await put(writer, "x", 1, "a")
         watcher = VolumeWatcher(caller)

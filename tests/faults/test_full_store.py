@@ -13,12 +13,12 @@ import pytest_asyncio
 from gpudock.v1 import node_pb2, node_service_pb2, operation_pb2, operation_service_pb2
 
 from tests.calls import Caller, Failure, failure_of, progress_of, scale_request, update_request
-from tests.engine.own_daemons import OwnDaemons, own, until
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
 from tests.rig import Rig
 from tests.rig.ballast import Ballast
 from tests.rig.etcd import Etcd
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 _QUOTA = 16 << 20
 _LABELS_BYTES = 60 << 10
@@ -63,8 +63,8 @@ async def _done(call: Awaitable[object]) -> bool:
 
 
 @pytest.mark.deep
-async def test_what_a_change_writes(own: OwnDaemons, ballast: Ballast, small_etcd: Etcd) -> None:
-    daemon = await own.start("--keep-revisions", "2", etcd_endpoints=small_etcd.endpoint)
+async def test_what_a_change_writes(daemons: IsolatedDaemons, ballast: Ballast, small_etcd: Etcd) -> None:
+    daemon = await daemons.start("--keep-revisions", "2", etcd_endpoints=small_etcd.endpoint)
     async with Caller(daemon.target) as caller:
         await caller.create("big", labels=_labels(0))
         # The second and later ones prune as well.
@@ -78,15 +78,15 @@ async def test_what_a_change_writes(own: OwnDaemons, ballast: Ballast, small_etc
         assert len(await caller.revisions("big")) == 2
         # The same call has the same answer; where that was given up for want of room, the container as it is now.
         assert (await progress_of(caller.containers.UpdateContainer(request))).result == first.result
-        await ballast.lose(f"{own.prefix}results/")
+        await ballast.lose(f"{daemons.prefix}results/")
         again = await progress_of(caller.containers.UpdateContainer(request))
         assert again.result == await caller.get("big")
         assert again.snapshots[-1].state == operation_pb2.OPERATION_STATE_SUCCEEDED
 
 
-async def test_a_caller_in_flight_when_it_fills(own: OwnDaemons, ballast: Ballast, small_etcd: Etcd) -> None:
-    async with own.rig.engine_proxy() as proxy:
-        daemon = await own.start(etcd_endpoints=small_etcd.endpoint, docker_host=proxy.url)
+async def test_a_caller_in_flight_when_it_fills(daemons: IsolatedDaemons, ballast: Ballast, small_etcd: Etcd) -> None:
+    async with daemons.rig.engine_proxy() as proxy:
+        daemon = await daemons.start(etcd_endpoints=small_etcd.endpoint, docker_host=proxy.url)
         async with Caller(daemon.target) as caller:
             await caller.create("victim", 1)
             held = proxy.faults.hang("POST", r"/containers/.*/stop.*")
@@ -118,13 +118,13 @@ async def test_a_caller_in_flight_when_it_fills(own: OwnDaemons, ballast: Ballas
 
 
 @pytest.mark.deep
-async def test_a_daemon_starts_on_a_full_cluster(own: OwnDaemons, ballast: Ballast, small_etcd: Etcd) -> None:
-    daemon = await own.start(etcd_endpoints=small_etcd.endpoint)
+async def test_a_daemon_starts_on_a_full_cluster(daemons: IsolatedDaemons, ballast: Ballast, small_etcd: Etcd) -> None:
+    daemon = await daemons.start(etcd_endpoints=small_etcd.endpoint)
     async with Caller(daemon.target) as caller:
         await caller.create("kept", 1)
     await asyncio.to_thread(daemon.kill9)
     await ballast.fill()
-    daemon = await own.start(etcd_endpoints=small_etcd.endpoint, after=daemon)
+    daemon = await daemons.start(etcd_endpoints=small_etcd.endpoint, after=daemon)
     async with Caller(daemon.target) as caller:
         assert (await caller.get("kept")).name == "kept"
         told = await _refusal(caller.containers.UpdateContainer(update_request("kept", "labels", labels={"a": "b"})))
@@ -140,10 +140,10 @@ async def test_a_daemon_starts_on_a_full_cluster(own: OwnDaemons, ballast: Balla
 
 
 @pytest.mark.deep
-async def test_a_full_store_of_its_own_mends_itself(own: OwnDaemons) -> None:
+async def test_a_full_store_of_its_own_mends_itself(daemons: IsolatedDaemons) -> None:
     # Room is made while the call waits, which on a busy machine takes a while.
     flags = ("--etcd-quota", str(_QUOTA), "--store-timeout", "15")
-    daemon = await own.start(*flags, etcd_endpoints="")
+    daemon = await daemons.start(*flags, etcd_endpoints="")
     endpoint = f"unix:{daemon.state_dir}/etcd/c.sock:0"
     async with Caller(daemon.target) as caller, Ballast(endpoint) as ballast:
         await caller.create("kept")
@@ -156,7 +156,7 @@ async def test_a_full_store_of_its_own_mends_itself(own: OwnDaemons) -> None:
         assert again.result == first.result
         await ballast.overwrite(4 * _QUOTA)
         await asyncio.to_thread(daemon.kill9)
-    daemon = await own.start(*flags, after=daemon, etcd_endpoints="")
+    daemon = await daemons.start(*flags, after=daemon, etcd_endpoints="")
     async with Caller(daemon.target) as caller, Ballast(endpoint) as ballast:
         await caller.update("kept", "labels", labels=_labels(2))
         status = await ballast.status()

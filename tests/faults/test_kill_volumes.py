@@ -15,8 +15,8 @@ from gpudock.v1 import container_pb2, node_service_pb2, operation_pb2, operation
 from gpudock_server.model.operation import OperationKind
 
 from tests.calls import Caller
-from tests.engine.loops import detach_below, loops_below
-from tests.engine.volume_boxes import box
+from tests.engine.loop_devices import detach_loop_devices, loop_devices_below
+from tests.engine.volume_containers import volume_container
 from tests.faults.killing import Killing, Saga
 from tests.rig import Rig
 from tests.vm.machine import FILESYSTEM_VARIABLE
@@ -32,7 +32,7 @@ def volumes_rig(clean_engine: Rig) -> Iterator[Rig]:
     """The rig; devices that are left to volumes of a daemon that is gone are let go of."""
     yield clean_engine
     clean_engine.engine.remove_all()
-    detach_below(clean_engine.folder)
+    detach_loop_devices(clean_engine.folder)
 
 
 async def _volume(caller: Caller) -> volume_pb2.Volume | None:
@@ -44,7 +44,7 @@ async def _volume(caller: Caller) -> volume_pb2.Volume | None:
 
 
 async def _nothing_left(caller: Caller, rig: Rig) -> None:
-    assert not loops_below(rig.folder)
+    assert not loop_devices_below(rig.folder)
     node = (await caller.nodes.GetNode(node_service_pb2.GetNodeRequest())).node
     assert not node.volume_pool.promised_bytes, "a store on the host"
     left = rig.engine.call("GET", "/volumes")["Volumes"] or []
@@ -58,7 +58,7 @@ async def _whole(caller: Caller, rig: Rig, *sizes: int) -> volume_pb2.Volume:
     assert volume.state == volume_pb2.VOLUME_STATE_READY
     assert volume.size_bytes in sizes
     assert not volume.operation_id
-    assert len(loops_below(rig.folder)) <= 1
+    assert len(loop_devices_below(rig.folder)) <= 1
     if FILESYSTEM_VARIABLE in os.environ:
         assert volume.backend == volume_pb2.VOLUME_BACKEND_PROJECT_QUOTA
     return volume
@@ -138,7 +138,7 @@ def _adopt(rig: Rig) -> Saga:
         nonlocal files
         if not files:
             rig.engine.call("POST", "/volumes/create", send={"Name": "theirs", "Labels": {"gpudock.adopt": "true"}})
-            with box(rig, "theirs") as theirs:
+            with volume_container(rig, "theirs") as theirs:
                 theirs.run("sh", "-c", _PLANT)
                 files = theirs.run("sh", "-c", _LOOK).stdout
         await caller.adopt_volume("phoenix", "theirs", _SIZE)
@@ -151,7 +151,7 @@ def _adopt(rig: Rig) -> Saga:
             await caller.delete("phoenix")
             await caller.delete_volume("phoenix")
         await _nothing_left(caller, rig)
-        with box(rig, "theirs") as theirs:
+        with volume_container(rig, "theirs") as theirs:
             assert theirs.run("sh", "-c", _LOOK).stdout == files
 
     return Saga("ADOPT_VOLUME", adopt, check)

@@ -9,11 +9,11 @@ import pytest
 from gpudock.v1 import container_pb2, container_service_pb2, operation_pb2, operation_service_pb2
 
 from tests.calls import Caller, failure
-from tests.engine.own_daemons import OwnDaemons, own, until
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
 from tests.faults.invariants import LOOK, PLANT, absent, sound
 from tests.rig import Daemon, EngineProxy
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 pytestmark = pytest.mark.deep
 
@@ -44,20 +44,20 @@ async def _ended(caller: Caller, operation_id: str) -> operation_pb2.Operation:
     return answer.operation
 
 
-async def test_of_a_create(own: OwnDaemons, engine_proxy: EngineProxy) -> None:
-    daemon = await own.start(*_TIMEOUT, docker_host=engine_proxy.url)
+async def test_of_a_create(daemons: IsolatedDaemons, engine_proxy: EngineProxy) -> None:
+    daemon = await daemons.start(*_TIMEOUT, docker_host=engine_proxy.url)
     engine_proxy.faults.fail("POST", "/containers/[^/]+/start")
     engine_proxy.faults.hang("DELETE", "/containers/.*", times=None)
     async with Caller(daemon.target) as caller:
         create = asyncio.create_task(caller.create("undone", 2, ports=[container_pb2.PortRequest(container_port=80)]))
         operation_id = await _killed_while_undoing(caller, daemon, create)
     engine_proxy.faults.clear()
-    successor = await own.start(after=daemon)
+    successor = await daemons.start(after=daemon)
     async with Caller(successor.target) as caller:
         ended = await _ended(caller, operation_id)
         assert ended.state == operation_pb2.OPERATION_STATE_FAILED
         assert ended.error.reason == "START_FAILED"
-        await absent(caller, own.rig, "undone")
+        await absent(caller, daemons.rig, "undone")
         assert await caller.free_gpus() == 8
         # Nothing holds the name.
         await caller.create("undone", 8)
@@ -65,9 +65,9 @@ async def test_of_a_create(own: OwnDaemons, engine_proxy: EngineProxy) -> None:
 
 
 @pytest.mark.parametrize("carry", ["exchange", "copy"])
-async def test_of_a_scale(own: OwnDaemons, engine_proxy: EngineProxy, carry: str) -> None:
+async def test_of_a_scale(daemons: IsolatedDaemons, engine_proxy: EngineProxy, carry: str) -> None:
     flags = (*_TIMEOUT, "--layer-carry", carry)
-    daemon = await own.start(*flags, docker_host=engine_proxy.url)
+    daemon = await daemons.start(*flags, docker_host=engine_proxy.url)
     async with Caller(daemon.target) as caller:
         await caller.create("kept", 2)
         await caller.shell("kept", PLANT)
@@ -78,17 +78,17 @@ async def test_of_a_scale(own: OwnDaemons, engine_proxy: EngineProxy, carry: str
         scale = asyncio.create_task(caller.scale("kept", 3))
         operation_id = await _killed_while_undoing(caller, daemon, scale)
     engine_proxy.faults.clear()
-    successor = await own.start(*flags, after=daemon)
+    successor = await daemons.start(*flags, after=daemon)
     async with Caller(successor.target) as caller:
         ended = await _ended(caller, operation_id)
         assert ended.state == operation_pb2.OPERATION_STATE_FAILED
-        container = await sound(caller, own.rig, "kept", files)
+        container = await sound(caller, daemons.rig, "kept", files)
         assert (container.revision, container.spec.gpus.count) == (1, 2)
         assert await caller.free_gpus() == 6
         again = await failure(caller.containers.GetContainerRevision(_revision("kept", 2)))
         assert again.reason == "REVISION_NOT_FOUND"
         assert (await caller.scale("kept", 3)).revision == 2
-        await sound(caller, own.rig, "kept", files)
+        await sound(caller, daemons.rig, "kept", files)
         await caller.delete("kept")
 
 

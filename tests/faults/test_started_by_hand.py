@@ -7,20 +7,20 @@ import signal
 
 from tests.calls import Caller, failure
 from tests.engine.drift import act
-from tests.engine.own_daemons import OwnDaemons, own, until
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
 from tests.faults.invariants import LOOK, PLANT, sound
 from tests.faults.mortal import DIE_AT, KIND, SIGNAL
 from tests.rig.patience import in_time
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 _STOPPED = "before record of RUNNING after stop"
 
 
-async def test_no_layer_is_carried_while_its_container_runs(own: OwnDaemons) -> None:
+async def test_no_layer_is_carried_while_its_container_runs(daemons: IsolatedDaemons) -> None:
     """The daemon is frozen after it has stopped a container; `docker start` starts it, and the daemon is resumed."""
     environment = {KIND: "SCALE", DIE_AT: _STOPPED, SIGNAL: signal.SIGSTOP.name}
-    daemon = await own.start("--layer-carry", "exchange", module="tests.faults.mortal", environment=environment)
+    daemon = await daemons.start("--layer-carry", "exchange", module="tests.faults.mortal", environment=environment)
     async with Caller(daemon.target) as caller:
         made = await caller.create("touched", 1)
         await caller.shell("touched", PLANT)
@@ -31,12 +31,12 @@ async def test_no_layer_is_carried_while_its_container_runs(own: OwnDaemons) -> 
             return f"]: {_STOPPED}\nchildren:" in daemon.log_text
 
         await until(frozen)
-        await asyncio.to_thread(act, own.rig, made.status.engine_id, "start")
+        await asyncio.to_thread(act, daemons.rig, made.status.engine_id, "start")
         daemon.signal(signal.SIGCONT)
         async with in_time("the scale went on and did not end"):
             refused = await scale
         assert refused.reason == "LAYER_CARRY_FAILED"
         assert "is running; it must be stopped" in refused.message
-        assert (await sound(caller, own.rig, "touched", files)).status.engine_id == made.status.engine_id
+        assert (await sound(caller, daemons.rig, "touched", files)).status.engine_id == made.status.engine_id
         assert (await caller.scale("touched", 2)).spec.gpus.count == 2
-        await sound(caller, own.rig, "touched", files)
+        await sound(caller, daemons.rig, "touched", files)

@@ -16,12 +16,12 @@ from gpudock.v1 import container_pb2, volume_pb2, volume_service_pb2
 from tests.calls import Caller, failure
 from tests.clients.command import run
 from tests.conftest import FAST, own_state
-from tests.engine.loops import detach_below, loops_below
-from tests.engine.own_daemons import OwnDaemons, own, until, until_state
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until, until_state
+from tests.engine.loop_devices import detach_loop_devices, loop_devices_below
 from tests.faults.volumes import LOOK, PLANT, Pool, df_size, mount, mounted_pool, shows
 from tests.rig import Rig
 
-__all__ = ["own"]
+__all__ = ["daemons"]
 
 pytestmark = pytest.mark.deep
 
@@ -52,7 +52,7 @@ async def test_the_engine_goes_and_comes_back_under_volumes(fragile_rig: Rig, ho
                 await until(partial(shows, caller, name, files), 60)
                 await until_state(caller, name, RUNNING, 60)
                 assert abs(await df_size(caller, name) - SIZE) < SIZE // 50
-            assert len(loops_below(rig.folder)) == 1
+            assert len(loop_devices_below(rig.folder)) == 1
             # The daemon goes on, and so do the volumes.
             await caller.resize_volume("data", SIZE + 64 * MIB)
             assert abs(await df_size(caller, "two") - (SIZE + 64 * MIB)) < SIZE // 50
@@ -61,28 +61,28 @@ async def test_the_engine_goes_and_comes_back_under_volumes(fragile_rig: Rig, ho
             for name in ("one", "two"):
                 await caller.delete(name)
             await caller.delete_volume("data")
-            assert not loops_below(rig.folder)
+            assert not loop_devices_below(rig.folder)
             assert "Traceback" not in daemon.log_text, daemon.log_text
     finally:
         await asyncio.to_thread(daemon.stop)
         rig.engine.remove_all()
-        detach_below(rig.folder)
+        detach_loop_devices(rig.folder)
 
 
 @pytest.fixture
-def pool(own: OwnDaemons, tmp_path: Path) -> Iterator[Pool]:
+def pool(daemons: IsolatedDaemons, tmp_path: Path) -> Iterator[Pool]:
     """1000 MiB of ext4, without reserved blocks."""
-    rig, make = own.rig, ("mkfs.ext4", "-q", "-b", "4096", "-m", "0")
+    rig, make = daemons.rig, ("mkfs.ext4", "-q", "-b", "4096", "-m", "0")
     image = tmp_path / "pool.image"
-    with mounted_pool(rig, rig.folder / f"pool-{own.id}", image=image, size=1000 * MIB, make=make) as made:
+    with mounted_pool(rig, rig.folder / f"pool-{daemons.id}", image=image, size=1000 * MIB, make=make) as made:
         yield made
 
 
 @pytest_asyncio.fixture
-async def crowded(own: OwnDaemons, pool: Pool) -> AsyncIterator[Caller]:
+async def crowded(daemons: IsolatedDaemons, pool: Pool) -> AsyncIterator[Caller]:
     """A daemon that promises more than its pool has."""
     flags = ("--volume-dir", str(pool.path), "--volume-backend", "loop", "--volume-overcommit", "10")
-    daemon = await own.start(*flags)
+    daemon = await daemons.start(*flags)
     async with Caller(daemon.target) as caller:
         yield caller
         await caller.settled()
@@ -109,7 +109,7 @@ async def test_what_a_full_pool_refuses_leaves_nothing_and_loses_nothing(crowded
     assert (seen.size_bytes, seen.revision, seen.operation_id) == (SIZE, 1, "")
     assert (await caller.get("one")).status.state == RUNNING
     assert await caller.shell("one", LOOK) == files
-    assert len(loops_below(pool.path)) == 1
+    assert len(loop_devices_below(pool.path)) == 1
     pool.empty()
     # The same calls, with room.
     await caller.resize_volume("data", SIZE * 2)
@@ -161,7 +161,7 @@ async def test_a_shrink_that_runs_out_of_room_while_it_copies(crowded: Caller, p
     await caller.settled()
     seen = await caller.volume("data")
     assert (seen.size_bytes, seen.revision, seen.operation_id) == (2 * SIZE, 1, "")
-    assert len(loops_below(pool.path)) == 1, "the smaller store is gone"
+    assert len(loop_devices_below(pool.path)) == 1, "the smaller store is gone"
     assert (await caller.get("one")).status.state == RUNNING
     pool.empty()
     assert await caller.shell("one", f"{LOOK} && sha256sum bulk") == files
@@ -169,9 +169,9 @@ async def test_a_shrink_that_runs_out_of_room_while_it_copies(crowded: Caller, p
     assert await caller.shell("one", f"{LOOK} && sha256sum bulk") == files
 
 
-async def test_btrfs_shrinks_in_place_under_a_container(own: OwnDaemons) -> None:
+async def test_btrfs_shrinks_in_place_under_a_container(daemons: IsolatedDaemons) -> None:
     """By the client and the command line: neither stops anything."""
-    daemon = await own.start("--volume-backend", "loop", "--volume-filesystem", "btrfs")
+    daemon = await daemons.start("--volume-backend", "loop", "--volume-filesystem", "btrfs")
     try:
         async with Caller(daemon.target) as caller, Client(daemon.target) as client:
             made = await client.volumes.create("data", 2 * SIZE)
@@ -195,5 +195,5 @@ async def test_btrfs_shrinks_in_place_under_a_container(own: OwnDaemons) -> None
             assert "VOLUME_TOO_SMALL_FOR_DATA" in too_small.err or "SIZE_NOT_SUPPORTED" in too_small.err, too_small.err
             assert await caller.shell("one", LOOK) == files
     finally:
-        own.rig.engine.remove_all()
-        detach_below(own.rig.folder)
+        daemons.rig.engine.remove_all()
+        detach_loop_devices(daemons.rig.folder)

@@ -13,7 +13,7 @@ import grpc
 from gpudock.v1 import container_pb2
 
 from tests.calls import Caller
-from tests.engine.loops import detach_below
+from tests.engine.loop_devices import detach_loop_devices
 from tests.rig import Rig
 
 _MIB = 1 << 20
@@ -99,5 +99,5 @@ def mounted_pool(
     finally:
         pool.empty()
         rig.engine.remove_all()
-        detach_below(path)
+        detach_loop_devices(path)
         pool.inside("umount", "--lazy", path)

@@ -22,8 +22,8 @@ from gpudock.v1 import container_pb2, container_service_pb2, operation_service_p
 
 from tests.calls import Caller, progress_of, result_of, scale_request
 from tests.conftest import FAST
-from tests.engine.loops import detach_below
-from tests.engine.own_daemons import until, until_state
+from tests.engine.isolated_daemons import until, until_state
+from tests.engine.loop_devices import detach_loop_devices
 from tests.faults.mortal import DIE_AT, KIND
 from tests.records.answers import answers_of
 from tests.records.fixture import Recording, Stored, dump, load
@@ -80,7 +80,7 @@ class _Recorder:
                 keys = _thinned(dump(self._rig.etcd, PREFIX))
                 return Recording(keys, await self._answers(keys), self._engine(), dict(self._files(keys)))
             finally:
-                detach_below(self._rig.folder)
+                detach_loop_devices(self._rig.folder)
 
     @asynccontextmanager
     async def _running(self, *flags: str, engine: EngineProxy | None = None) -> AsyncIterator[Caller]:

@@ -16,8 +16,8 @@ from gpudock.v1 import container_pb2, drift_pb2, node_service_pb2, operation_pb2
 
 from tests.calls import IMAGE, Caller
 from tests.conftest import FAST
-from tests.engine.loops import detach_below
-from tests.engine.own_daemons import until_state
+from tests.engine.isolated_daemons import until_state
+from tests.engine.loop_devices import detach_loop_devices
 from tests.records.answers import answers_of, shown
 from tests.records.fixture import Recording, Stored, dump, holds, load, recordings, texts_replaced
 from tests.records.record import HALF_CREATED, HALF_RESIZED, HALF_SCALED, HOST, KEPT, NODE, SIZE, USER
@@ -227,4 +227,4 @@ async def _running(rig: Rig, *flags: str, state_dir: Path | None = None) -> Asyn
         await asyncio.to_thread(daemon.stop)
         if state_dir is not None:
             await asyncio.to_thread(rig.engine.remove_all)
-            detach_below(state_dir)
+            detach_loop_devices(state_dir)

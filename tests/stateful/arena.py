@@ -16,7 +16,7 @@ from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2, volu
 
 from tests.calls import Caller, Failure, failure, failure_of
 from tests.conftest import FAST, own_state
-from tests.engine.loops import loops_below
+from tests.engine.loop_devices import loop_devices_below
 from tests.rig import Daemon, EngineProxy, Rig
 from tests.stateful.looking import EngineSide, Sight, files_of, upper_of
 from tests.stateful.model import GROUP, Expected, ExpectedVolume, State, attached
@@ -101,7 +101,7 @@ class Arena:
             assert await self.caller.free_gpus() == 8
             assert not EngineSide.look(self.rig, self.node).by_name
             assert not self._engine_volumes()
-            assert not loops_below(self.daemon.state_dir)
+            assert not loop_devices_below(self.daemon.state_dir)
             for one in self.known.values():
                 assert not (self.snapshots / one.uid).exists()
         finally:
@@ -141,7 +141,7 @@ class Arena:
         made = {seen.mountpoint for name, seen in sight.volumes.items() if not self.volumes[name].adopted}
         assert self._engine_volumes() == made
         sized = [one.name for one in self.volumes.values() if one.size_mib]
-        loops = loops_below(self.daemon.state_dir)
+        loops = loop_devices_below(self.daemon.state_dir)
         assert len(loops) == len(sized), f"{loops} for {sized}"
 
     def _engine_volumes(self) -> set[str]:

@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 from gpudock_server.adapters.layers.overlay2 import LayerRefusedError, find_layer
 
-from tests.engine.trees import plant_layers
+from tests.engine.sample_trees import create_layer_folders
 
 
 def test_a_planted_layer_is_found(tmp_path: Path) -> None:
-    (diff,) = plant_layers(tmp_path, 1)
+    (diff,) = create_layer_folders(tmp_path, 1)
     layer = find_layer(str(tmp_path), str(diff))
     assert (layer.path, layer.inode, layer.device) == (str(diff), diff.stat().st_ino, diff.stat().st_dev)
     assert layer.image_layers == ("l/IMAGE0000000000000000000000",)
 
 
 def test_a_data_folder_behind_a_link_is_followed(tmp_path: Path) -> None:
-    (diff,) = plant_layers(tmp_path / "real", 1)
+    (diff,) = create_layer_folders(tmp_path / "real", 1)
     (tmp_path / "link").symlink_to("real")
     assert find_layer(str(tmp_path / "link"), str(diff)).inode == diff.stat().st_ino
     assert find_layer(str(tmp_path / "link"), str(diff).replace("/real/", "/link/")).inode == diff.stat().st_ino
@@ -68,7 +68,7 @@ ID = f"{1:064x}"
     ],
 )
 def test_a_path_that_is_no_layer_is_refused(tmp_path: Path, path: str) -> None:
-    plant_layers(tmp_path, 1, 0xABC)
+    create_layer_folders(tmp_path, 1, 0xABC)
     names = {"root": tmp_path, "id": ID, "upper": f"{0xABC:064X}", "short": ID[1:], "unknown": f"{9:064x}"}
     with pytest.raises(LayerRefusedError):
         find_layer(str(tmp_path), path.format(**names))
@@ -76,7 +76,7 @@ def test_a_path_that_is_no_layer_is_refused(tmp_path: Path, path: str) -> None:
 
 @pytest.mark.parametrize("root", ["", "/", "//", "relative", "/tmp/..", "/nowhere-at-all"])
 def test_a_data_folder_that_is_none_is_refused(tmp_path: Path, root: str) -> None:
-    (diff,) = plant_layers(tmp_path, 1)
+    (diff,) = create_layer_folders(tmp_path, 1)
     with pytest.raises(LayerRefusedError):
         find_layer(root, str(diff))
 
@@ -169,7 +169,7 @@ def _no_init_layer(diff: Path) -> None:
     ],
 )
 def test_a_layer_whose_surroundings_say_otherwise_is_refused(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
-    diff, _ = plant_layers(tmp_path, 1, 2)
+    diff, _ = create_layer_folders(tmp_path, 1, 2)
     spoil(diff)
     with pytest.raises(LayerRefusedError):
         find_layer(str(tmp_path), str(diff))

@@ -21,8 +21,8 @@ from gpudock_server.adapters.host.trees.snapshot_index import Index, load_index,
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from tests.engine.sample_trees import TreeEntry, read_tree, tree_differences
 from tests.engine.tree_edits import EDITS, EditedTree
-from tests.engine.trees import Entry, compare, record
 
 # As long as the kernel's longest tick, so that what was not touched for that long is trusted.
 TICK_NS = 10_000_000
@@ -68,7 +68,7 @@ class Generation:
 
     def check(self) -> None:
         """It is equal to its source."""
-        assert compare(record(str(self.source)), record(str(self.tree)), but=BUT) == ""
+        assert tree_differences(read_tree(str(self.source)), read_tree(str(self.tree)), ignored_fields=BUT) == ""
         assert differences(str(self.source), str(self.tree), Interrupt()) == []
 
 
@@ -101,7 +101,7 @@ def test_random_edits_between_passes_and_snapshots(batches: list[list[tuple[int,
         source.mkdir()
         edited = EditedTree(str(source))
         before: Generation | None = None
-        sealed: list[tuple[Generation, dict[bytes, Entry]]] = []
+        sealed: list[tuple[Generation, dict[bytes, TreeEntry]]] = []
         try:
             for number, batch in enumerate(batches):
                 for edit in batch:
@@ -115,9 +115,11 @@ def test_random_edits_between_passes_and_snapshots(batches: list[list[tuple[int,
                 if number % 3 == 2:
                     before.run(live=False)
                     before.check()
-                    sealed.append((before, record(str(before.tree))))
+                    sealed.append((before, read_tree(str(before.tree))))
             for generation, seen in sealed:
-                assert compare(seen, record(str(generation.tree)), but=BUT) == "", "a sealed one never changes"
+                assert tree_differences(seen, read_tree(str(generation.tree)), ignored_fields=BUT) == "", (
+                    "a sealed one never changes"
+                )
         finally:
             edited.close()
 

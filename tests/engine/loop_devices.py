@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 
-def loops_below(folder: Path) -> dict[str, str]:
+def loop_devices_below(folder: Path) -> dict[str, str]:
     """Device -> image, of the images below a folder."""
     words = ["losetup", "--noheadings", "--raw", "--list", "--output", "NAME,BACK-FILE"]
     shown = subprocess.run(words, check=True, capture_output=True, text=True).stdout
@@ -14,7 +14,7 @@ def loops_below(folder: Path) -> dict[str, str]:
     return {device: image for device, image in pairs if image.startswith(f"{folder}/")}
 
 
-def detach_below(folder: Path) -> None:
+def detach_loop_devices(folder: Path) -> None:
     """Let go of all of them; what is mounted goes when it is unmounted."""
-    for device in loops_below(folder):
+    for device in loop_devices_below(folder):
         subprocess.run(["losetup", "--detach", device], check=True)

@@ -1,4 +1,4 @@
-"""`python -m tests.engine.powerless …`: gpudockd as a root that may open only what root's files are open to.
+"""`python -m tests.engine.without_dac_override …`: gpudockd as a root that may open only what root's files are open to.
 
 No other user will do: Python itself may lie below /root.
 """

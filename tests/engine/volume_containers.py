@@ -13,7 +13,7 @@ TARGET = "/data"
 
 
 @dataclass(frozen=True)
-class Box:
+class VolumeContainer:
     """A container with an engine volume at TARGET."""
 
     rig: Rig
@@ -52,14 +52,14 @@ class Box:
 
 
 @contextmanager
-def box(rig: Rig, volume: str, *command: str, read_only: bool = False) -> Iterator[Box]:
+def volume_container(rig: Rig, volume: str, *command: str, read_only: bool = False) -> Iterator[VolumeContainer]:
     """A container, started; removed at the end."""
     request = {
         "Image": BUSYBOX,
         "Cmd": list(command or ("sleep", "1000")),
         "HostConfig": {"Binds": [f"{volume}:{TARGET}{':ro' if read_only else ''}"]},
     }
-    made = Box(rig, rig.engine.call("POST", "/containers/create", send=request)["Id"])
+    made = VolumeContainer(rig, rig.engine.call("POST", "/containers/create", send=request)["Id"])
     try:
         made.start()
         yield made

@@ -23,7 +23,7 @@ from tests.rig.patience import PATIENCE
 _POLL_SECONDS = 0.03
 
 
-class OwnDaemons:
+class IsolatedDaemons:
     """Starts them, and kills what is left of them."""
 
     def __init__(self, rig: Rig) -> None:
@@ -85,14 +85,14 @@ class OwnDaemons:
 
 
 @pytest_asyncio.fixture
-async def own(clean_engine: Rig) -> AsyncIterator[OwnDaemons]:
+async def daemons(clean_engine: Rig) -> AsyncIterator[IsolatedDaemons]:
     """Daemons of the test's own; they and what they made go with it."""
-    daemons = OwnDaemons(clean_engine)
+    daemons = IsolatedDaemons(clean_engine)
     yield daemons
     await daemons.kill_all()
 
 
-def runs_in(folder: Path) -> bool:
+def process_runs_in(folder: Path) -> bool:
     """Whether any process works in a folder, as an embedded etcd does in its own."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -122,7 +122,7 @@ async def until_state(caller: Caller, name: str, state: int, seconds: float = 15
     await until(there, seconds, seen=lambda: container)
 
 
-async def end_of(stream: AsyncIterator[object]) -> Failure | None:
+async def stream_failure(stream: AsyncIterator[object]) -> Failure | None:
     """How a stream ends: with an error, or well (None)."""
     try:
         async for _ in stream:
@@ -133,7 +133,7 @@ async def end_of(stream: AsyncIterator[object]) -> Failure | None:
 
 
 @contextlib.contextmanager
-def bound(rig: Rig, *ports: int) -> Iterator[None]:
+def ports_in_use(rig: Rig, *ports: int) -> Iterator[None]:
     """Some other program listens on these, where the engine publishes."""
     script = (
         "import socket, sys\n"

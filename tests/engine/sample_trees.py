@@ -49,7 +49,7 @@ _ODD_NAMES = (
 
 
 # Made by the engine in a layer of its own, below the writable one and new for every container.
-ENGINE_MADE = frozenset({b"/.dockerenv", b"/etc", b"/etc/mtab"})
+ENGINE_FILES = frozenset({b"/.dockerenv", b"/etc", b"/etc/mtab"})
 
 
 def image_files() -> dict[str, bytes]:
@@ -62,13 +62,13 @@ def image_files() -> dict[str, bytes]:
     }
 
 
-def grow_command(root: str = "/", files: int = FILES) -> list[str]:
+def create_tree_command(root: str = "/", files: int = FILES) -> list[str]:
     """A command that makes the tree below `root`; it needs Python in the container."""
     source = Path(__file__).read_text(encoding="utf-8")
     return ["sh", "-c", 'exec python3 -c "$1" "$2" "$3"', "grow", source, root, str(files)]
 
 
-def grow(root: str, files: int = FILES) -> None:
+def create_tree(root: str, files: int = FILES) -> None:
     """Make the tree below `root`, the same one every time. Where `image_files` lie there, many of them are changed."""
     base = os.fsencode(root.rstrip("/")) + b"/"
     top = base + b"grown"
@@ -178,7 +178,7 @@ def _walk(top: bytes) -> Iterator[bytes]:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TreeEntry:
     """What is compared of one name.
 
     `links` is the first name of those that share the inode, empty for a folder or a whiteout.
@@ -196,11 +196,11 @@ class Entry:
     sparse: bool
 
 
-def record(root: str) -> dict[bytes, Entry]:
+def read_tree(root: str) -> dict[bytes, TreeEntry]:
     """Everything on the filesystem of `root`, by its path below it, without what is mounted there or ENGINE_MADE."""
     top = os.fsencode(root)
     device = os.stat(top).st_dev
-    found: dict[bytes, Entry] = {}
+    found: dict[bytes, TreeEntry] = {}
     first_names: dict[int, bytes] = {}
     folders = [b""]
     while folders:
@@ -212,16 +212,16 @@ def record(root: str) -> dict[bytes, Entry]:
                 continue
             if stat.S_ISDIR(status.st_mode):
                 folders.append(path)
-            if path not in ENGINE_MADE:
+            if path not in ENGINE_FILES:
                 found[path] = _entry(top + path, path, status, first_names)
     found[b"/"] = _entry(top + b"/", b"/", os.stat(top), first_names)
     return found
 
 
-def _entry(place: bytes, path: bytes, status: os.stat_result, first_names: dict[int, bytes]) -> Entry:
+def _entry(place: bytes, path: bytes, status: os.stat_result, first_names: dict[int, bytes]) -> TreeEntry:
     # The kernel hard-links whiteouts to each other as it likes (since 5.8); they mean the same either way.
     unlinked = stat.S_ISDIR(status.st_mode) or (stat.S_ISCHR(status.st_mode) and status.st_rdev == 0)
-    return Entry(
+    return TreeEntry(
         kind=stat.filemode(status.st_mode)[0],
         mode=oct(stat.S_IMODE(status.st_mode)),
         owner=f"{status.st_uid}:{status.st_gid}",
@@ -248,11 +248,15 @@ def _content(place: bytes, status: os.stat_result) -> str:
         return hashlib.file_digest(file, "sha1").hexdigest()
 
 
-def compare(
-    before: Mapping[bytes, Entry], after: Mapping[bytes, Entry], *, but: frozenset[str] = frozenset(), limit: int = 20
+def tree_differences(
+    before: Mapping[bytes, TreeEntry],
+    after: Mapping[bytes, TreeEntry],
+    *,
+    ignored_fields: frozenset[str] = frozenset(),
+    limit: int = 20,
 ) -> str:
-    """The differences, one a line; empty when there is none. Fields in `but` are not compared."""
-    names = [field.name for field in fields(Entry) if field.name not in but]
+    """The differences, one a line; empty when there is none. `ignored_fields` are not compared."""
+    names = [field.name for field in fields(TreeEntry) if field.name not in ignored_fields]
     lines = [f"{path!r}: gone" for path in sorted(before.keys() - after.keys())]
     lines += [f"{path!r}: came from nowhere" for path in sorted(after.keys() - before.keys())]
     for path in sorted(before.keys() & after.keys()):
@@ -263,7 +267,7 @@ def compare(
     return "\n".join([*lines[:limit], *([f"and {len(lines) - limit} more"] if len(lines) > limit else [])])
 
 
-def plant_layers(root: Path, *numbers: int) -> list[Path]:
+def create_layer_folders(root: Path, *numbers: int) -> list[Path]:
     """Lay out a data folder as the overlay2 driver does, with one container's empty layer for each number."""
     links = root / "overlay2/l"
     links.mkdir(parents=True, exist_ok=True)
@@ -281,4 +285,4 @@ def plant_layers(root: Path, *numbers: int) -> list[Path]:
 
 
 if __name__ == "__main__":
-    grow(sys.argv[1], int(sys.argv[2]))
+    create_tree(sys.argv[1], int(sys.argv[2]))
