@@ -23,7 +23,7 @@ from gpudock_server.adapters.docker.raw_stream import SocketRawStream
 from gpudock_server.adapters.host.processes import HostProcessControl
 from gpudock_server.errors import EngineRejected, EngineUnavailable
 from gpudock_server.model.container import Placement
-from gpudock_server.model.engine import EngineContainerSpec, ExecRequest, ExecStatus, ExecStream
+from gpudock_server.model.engine import EngineContainerSpec, ExecRequest, ExecStatus, ExecStream, TerminalSize
 from gpudock_server.model.spec import ContainerSpec
 from gpudock_server.ports import ExecSession
 from hypothesis import given
@@ -69,7 +69,7 @@ async def running(engine: DockerEngine) -> str:
     return engine_id
 
 
-def shell(script: str, *, tty: bool = False, stdin: bool = False, size: tuple[int, int] | None = None) -> ExecRequest:
+def shell(script: str, *, tty: bool = False, stdin: bool = False, size: TerminalSize | None = None) -> ExecRequest:
     return ExecRequest(("sh", "-c", script), tty=tty, stdin=stdin, size=size)
 
 
@@ -303,20 +303,22 @@ async def test_terminal_with_its_size(engine: DockerEngine, box: str) -> None:
     # A shell heeds a trap when its child has ended.
     on_resize = "trap 'stty size; exit 9' WINCH"
     script = f"until [ \"$(stty size)\" = '33 101' ]; do :; done; {on_resize}; echo sized >&2; cat"
-    async with session_of(engine, box, shell(script, tty=True, stdin=True, size=(33, 101))) as session:
+    async with session_of(
+        engine, box, shell(script, tty=True, stdin=True, size=TerminalSize(columns=101, rows=33))
+    ) as session:
         reader = session.read()
         heard = b""
         while b"sized" not in heard:
             stream, chunk = await anext(reader)
             assert stream is OUT, "a terminal has one output"
             heard += chunk
-        await session.resize(40, 120)
+        await session.resize(TerminalSize(columns=120, rows=40))
         await session.close_stdin()
         async for _, chunk in reader:
             heard += chunk
         assert b"40 120" in heard
         assert (await session.status()).exit_code == 9
-        await session.resize(1, 1)
+        await session.resize(TerminalSize(columns=1, rows=1))
 
 
 @pytest.mark.parametrize("text", [b"hello\n", b"hello", b""])
@@ -358,7 +360,7 @@ async def test_the_engines_detach_keys_reach_the_process(engine: DockerEngine, b
         (ExecRequest(("/etc/passwd",)), b"permission denied"),
         (ExecRequest(("true",), working_dir="/nope"), b"chdir to cwd"),
         (ExecRequest(("true",), user="ghost"), b"unable to find user ghost"),
-        (ExecRequest(("/nope",), tty=True, size=(24, 80)), b"no such file or directory"),
+        (ExecRequest(("/nope",), tty=True, size=TerminalSize(columns=80, rows=24)), b"no such file or directory"),
     ],
 )
 async def test_what_cannot_be_run_says_why(engine: DockerEngine, box: str, request_: ExecRequest, says: bytes) -> None:

@@ -26,6 +26,7 @@ from gpudock_server.model.engine import (
     ExecStatus,
     ExecStream,
     RegistryAuth,
+    TerminalSize,
 )
 from gpudock_server.model.gpu import Gpu, GpuReport
 from gpudock_server.model.spec import RestartPolicy
@@ -44,7 +45,7 @@ class FakeSession(ExecSession):
         self.output: asyncio.Queue[tuple[ExecStream, bytes] | None] = asyncio.Queue()
         self.exit_code: int | None = None
         self.written: list[bytes] = []
-        self.sizes: list[tuple[int, int]] = []
+        self.sizes: list[TerminalSize] = []
         self.stdin_closed = asyncio.Event()
         self.closed = asyncio.Event()
         self.taken = 0
@@ -76,8 +77,8 @@ class FakeSession(ExecSession):
         self.stdin_closed.set()
 
     @override
-    async def resize(self, rows: int, columns: int) -> None:
-        self.sizes.append((rows, columns))
+    async def resize(self, size: TerminalSize) -> None:
+        self.sizes.append(size)
 
     @override
     async def status(self) -> ExecStatus:

@@ -11,7 +11,7 @@ import structlog.testing
 from gpudock.v1 import (
     exec_pb2,
 )
-from gpudock_server.model.engine import ExecStream
+from gpudock_server.model.engine import ExecStream, TerminalSize
 
 from tests.rpc.fakes import FakeSession
 from tests.rpc.serving import SOON, UUID, Served, made, reason_of, until
@@ -179,11 +179,11 @@ async def test_output_is_held_back_by_a_caller_that_does_not_read(served: Served
 
 async def test_a_terminal(served: Served) -> None:
     run = await started(served, tty=True, size=exec_pb2.TerminalSize(columns=100, rows=50))
-    assert run.session.request.size == (50, 100)
+    assert run.session.request.size == TerminalSize(columns=100, rows=50)
     await run.send(resize=exec_pb2.TerminalSize(columns=80, rows=24))
     await run.send(signal=exec_pb2.ExecSignal(signal="INT"))
     await until(lambda: bool(served.processes.signals))
-    assert run.session.sizes == [(24, 80)]
+    assert run.session.sizes == [TerminalSize(columns=80, rows=24)]
     assert served.processes.signals == [(2, False)]
     run.session.end(130)
     assert (await run.read()).exited.signal == "SIGINT"

@@ -20,7 +20,7 @@ from gpudock.v1 import (
 )
 from gpudock_server.core.containers.commands import Create, PullPolicy, Scale, ScaleStrategy, Start, Stop
 from gpudock_server.errors import InvalidArgument, OperationNotFound
-from gpudock_server.model.engine import ExecRequest, RegistryAuth
+from gpudock_server.model.engine import ExecRequest, RegistryAuth, TerminalSize
 from gpudock_server.model.spec import (
     ContainerSpec,
     GpuRequest,
@@ -300,9 +300,9 @@ def test_a_start_of_an_exec() -> None:
     assert execs.start(exec_start(exec_id=UUID.upper(), timeout=Duration(nanos=1_000_000))) == execs.ExecStartRequest(
         container="a", exec_id=UUID, request=ExecRequest(command=("true",)), timeout=0.001
     )
-    assert execs.start(exec_start(tty=True)).request.size == (24, 80)
+    assert execs.start(exec_start(tty=True)).request.size == TerminalSize(columns=80, rows=24)
     sized = exec_start(tty=True, size=exec_pb2.TerminalSize(columns=100, rows=50))
-    assert execs.start(sized).request.size == (50, 100)
+    assert execs.start(sized).request.size == TerminalSize(columns=100, rows=50)
 
 
 def test_later_messages_of_an_exec() -> None:

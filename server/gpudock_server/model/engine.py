@@ -261,8 +261,16 @@ class ExecStream(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class TerminalSize:
+    """The size of a terminal in characters, in the order of the contract; the engine has rows first."""
+
+    columns: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class ExecRequest:
-    """A process to run inside a running container. `size` is (rows, columns) of its terminal."""
+    """A process to run inside a running container. `size` is the size of its terminal."""
 
     command: tuple[str, ...]
     env: dict[str, str] = field(default_factory=dict)
@@ -270,7 +278,7 @@ class ExecRequest:
     user: str = ""
     tty: bool = False
     stdin: bool = False
-    size: tuple[int, int] | None = None
+    size: TerminalSize | None = None
 
 
 @dataclass(frozen=True, slots=True)

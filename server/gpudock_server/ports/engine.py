@@ -16,6 +16,7 @@ from gpudock_server.model.engine import (
     ExecStatus,
     ExecStream,
     RegistryAuth,
+    TerminalSize,
 )
 from gpudock_server.model.spec import RestartPolicy
 from gpudock_server.ports.progress import Progress
@@ -36,7 +37,7 @@ class ExecSession(Protocol):
         """Close stdin; the output stays open."""
         ...
 
-    async def resize(self, rows: int, columns: int) -> None:
+    async def resize(self, size: TerminalSize) -> None:
         """Resize the terminal."""
         ...
 

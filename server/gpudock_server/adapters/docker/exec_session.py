@@ -11,7 +11,7 @@ from gpudock_server.adapters.docker.hijack import hijack
 from gpudock_server.adapters.docker.raw_stream import RawStream
 from gpudock_server.adapters.docker.translate import Json
 from gpudock_server.errors import EngineRejected, EngineUnavailable
-from gpudock_server.model.engine import ExecRequest, ExecStatus, ExecStream
+from gpudock_server.model.engine import ExecRequest, ExecStatus, ExecStream, TerminalSize
 
 HEADER_BYTES: Final = 8
 # A frame is a header (stream, three zeros, length as a big-endian uint32) and its payload:
@@ -65,7 +65,7 @@ class DockerExecSession:
         session = cls(connection, engine_id, exec_id, stream, request)
         if request.tty and request.size and connection.version < _CONSOLE_SIZE_API_VERSION:
             # In the background: such an engine answers only after the process has started.
-            session._resize_task = asyncio.create_task(session._resize_quietly(*request.size))
+            session._resize_task = asyncio.create_task(session._resize_quietly(request.size))
         return session
 
     async def read(self) -> AsyncIterator[tuple[ExecStream, bytes]]:
@@ -110,19 +110,19 @@ class DockerExecSession:
             )
             raise EngineRejected(call="close the stdin of an exec", status=BAD_REQUEST, detail=detail)
 
-    async def resize(self, rows: int, columns: int) -> None:
+    async def resize(self, size: TerminalSize) -> None:
         """Set the terminal's size; an exec that has ended is no error."""
-        params = {"h": str(rows), "w": str(columns)}
+        params = {"h": str(size.rows), "w": str(size.columns)}
         try:
             await self._connection.call("resize a terminal", "POST", f"exec/{self._exec_id}/resize", params=params)
         except EngineRejected:
             if (await self.status()).running:
                 raise
 
-    async def _resize_quietly(self, rows: int, columns: int) -> None:
+    async def _resize_quietly(self, size: TerminalSize) -> None:
         # A process that could not start has no terminal; the stream and `status` report that.
         try:
-            await self.resize(rows, columns)
+            await self.resize(size)
         except (EngineRejected, EngineUnavailable):
             return
 
@@ -189,7 +189,7 @@ def _create(connection: Connection, request: ExecRequest) -> Json:
 
 def _size(connection: Connection, request: ExecRequest) -> Json:
     if request.tty and request.size and connection.version >= _CONSOLE_SIZE_API_VERSION:
-        return {"ConsoleSize": list(request.size)}
+        return {"ConsoleSize": [request.size.rows, request.size.columns]}
     return {}
 
 

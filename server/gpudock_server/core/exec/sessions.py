@@ -29,7 +29,7 @@ from gpudock_server.errors import (
     ShuttingDown,
 )
 from gpudock_server.model.container import STOPPED_STATES, Container, ContainerState
-from gpudock_server.model.engine import ExecRequest, ExecStatus, ExecStream
+from gpudock_server.model.engine import ExecRequest, ExecStatus, ExecStream, TerminalSize
 from gpudock_server.ports import Engine, ExecSession, ProcessControl
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -111,9 +111,9 @@ class RunningExec:
         """Close the command's stdin."""
         await self.session.close_stdin()
 
-    async def resize(self, rows: int, columns: int) -> None:
+    async def resize(self, size: TerminalSize) -> None:
         """Resize the command's terminal."""
-        await self.session.resize(rows, columns)
+        await self.session.resize(size)
 
 
 class ExecSessions:

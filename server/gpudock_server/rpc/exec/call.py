@@ -96,7 +96,7 @@ class _InputReader:
                 validation.close_stdin(enabled=self._request.stdin)
                 await self._close_stdin()
             case "resize":
-                await self._running.resize(*validation.resize(message, tty=self._request.tty))
+                await self._running.resize(validation.resize(message, tty=self._request.tty))
             case "signal":
                 await self._sessions.signal(self._running, validation.signal(message))
             case _:

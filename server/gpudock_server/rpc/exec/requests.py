@@ -7,7 +7,7 @@ from datetime import timedelta
 
 from gpudock.v1 import exec_pb2
 
-from gpudock_server.model.engine import ExecRequest
+from gpudock_server.model.engine import ExecRequest, TerminalSize
 from gpudock_server.rpc.validation import fields
 from gpudock_server.rpc.validation.violations import Violations
 
@@ -16,8 +16,8 @@ MAX_CHUNK_BYTES = 1024 * 1024
 _MIN_TIMEOUT = timedelta(milliseconds=1)
 _MAX_TIMEOUT = timedelta(days=30)
 _MAX_TERMINAL_SIDE = 65535
-# Rows and columns of a terminal if the caller gives no size.
-_DEFAULT_SIZE = (24, 80)
+# The size of a terminal if the caller gives none.
+_DEFAULT_SIZE = TerminalSize(columns=80, rows=24)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def start(message: exec_pb2.ExecContainerRequest | None) -> ExecStartRequest:
     return found
 
 
-def _first_size(violations: Violations, start_message: exec_pb2.ExecStart) -> tuple[int, int] | None:
+def _first_size(violations: Violations, start_message: exec_pb2.ExecStart) -> TerminalSize | None:
     if start_message.HasField("size"):
         if not start_message.tty:
             violations.add("size", "must be unset without `tty`")
@@ -94,8 +94,8 @@ def close_stdin(*, enabled: bool) -> None:
         violations.raise_if_any()
 
 
-def resize(message: exec_pb2.ExecContainerRequest, *, tty: bool) -> tuple[int, int]:
-    """The new rows and columns of the terminal."""
+def resize(message: exec_pb2.ExecContainerRequest, *, tty: bool) -> TerminalSize:
+    """The new size of the terminal."""
     violations = Violations()
     if not tty:
         violations.add("resize", "is allowed only if `start.tty` is true")
@@ -122,8 +122,8 @@ def unexpected(message: exec_pb2.ExecContainerRequest) -> None:
     violations.raise_if_any()
 
 
-def _size(violations: Violations, message: exec_pb2.TerminalSize) -> tuple[int, int]:
-    return (
-        fields.in_range(violations, "rows", message.rows, 1, _MAX_TERMINAL_SIDE),
-        fields.in_range(violations, "columns", message.columns, 1, _MAX_TERMINAL_SIDE),
+def _size(violations: Violations, message: exec_pb2.TerminalSize) -> TerminalSize:
+    return TerminalSize(
+        columns=fields.in_range(violations, "columns", message.columns, 1, _MAX_TERMINAL_SIDE),
+        rows=fields.in_range(violations, "rows", message.rows, 1, _MAX_TERMINAL_SIDE),
     )
