@@ -17,7 +17,6 @@ from gpudock_server.adapters.etcd import (
     messages,
 )
 from gpudock_server.adapters.etcd.keys import KeyRange, Keys
-from gpudock_server.adapters.etcd.listing import _token as list_token
 from gpudock_server.core.listings import read_all_pages
 from gpudock_server.errors import InvalidArgument, RecordUnreadable, ResumeTokenExpired, StoreUnavailable
 from gpudock_server.model.claims import GpuKey, PortKey
@@ -38,6 +37,7 @@ from gpudock_server.model.store_changes import (
 )
 from gpudock_server.ports import ContainerView, Page, StoreConflict
 from gpudock_server.startup import StartupError
+from gpudock_server.tokens import encode_position
 
 from tests.engine.etcd_examples import (
     GPU,
@@ -145,7 +145,7 @@ async def test_page_tokens_of_no_moment_that_was_shown(
         await store.apply([PutContainer(container(name), expect=0)])
     token = (await store.containers(page_size=1, page_token="")).next_token
     with pytest.raises(InvalidArgument) as refused:
-        await store.containers(page_size=1, page_token=list_token(2**62, Keys(prefix).container("a")))
+        await store.containers(page_size=1, page_token=encode_position(revision=2**62, key=Keys(prefix).container("a")))
     assert [violation.field for violation in refused.value.violations] == ["page_token"]
     version = await store.apply([PutContainer(container("d"), expect=0)])
     await connection._client.compact(version, physical=True)

@@ -15,9 +15,10 @@ from gpudock.v1 import (
     operation_pb2,
     operation_service_pb2,
 )
+from gpudock_server import tokens
 from gpudock_server.errors import EngineRejected
 from gpudock_server.model.resource import ResourceKind
-from gpudock_server.rpc import list_requests, opaque_tokens
+from gpudock_server.rpc import list_requests
 
 from tests.rpc.serving import UUID, Served, create_request, made, reason_of, serve, to_the_end, until
 
@@ -272,7 +273,7 @@ async def test_cards_and_ports(served: Served) -> None:
     assert rest.next_page_token == ""
     scope = list_requests.gpus(node_service_pb2.ListGpusRequest()).scope
     for forged in ("-1", "9" * 5000, "x"):
-        request_of_it = node_service_pb2.ListGpusRequest(page_token=opaque_tokens.encode_token(scope, forged))
+        request_of_it = node_service_pb2.ListGpusRequest(page_token=tokens.encode_token(scope, forged))
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await served.nodes.ListGpus(request_of_it)
         assert reason_of(refused.value) == "INVALID_ARGUMENT"

@@ -17,6 +17,7 @@ from gpudock.v1 import (
     volume_service_pb2,
 )
 
+from gpudock_server import tokens
 from gpudock_server.core.nodes import HeldGpu, HeldPort
 from gpudock_server.model.container import ContainerState
 from gpudock_server.model.drift import Drift, DriftKind, DriftSeverity
@@ -26,7 +27,6 @@ from gpudock_server.model.resource import ResourceKind
 from gpudock_server.model.spec import Protocol
 from gpudock_server.model.volume import VolumeRevision
 from gpudock_server.ports import ContainerView, RevisionView, VolumeDetails
-from gpudock_server.rpc import opaque_tokens
 from gpudock_server.rpc.containers import messages as container_messages
 from gpudock_server.rpc.containers.spec_requests import PROTOCOL_OF
 from gpudock_server.rpc.nodes import drift_messages, gpu_messages
@@ -70,7 +70,7 @@ class ListRequest(Generic[T]):
 
     def token(self, resume: str) -> str:
         """The page token for the position `resume`; empty at the end of the list."""
-        return opaque_tokens.encode_token(self.scope, resume) if resume else ""
+        return tokens.encode_token(self.scope, resume) if resume else ""
 
 
 def containers(request: container_service_pb2.ListContainersRequest) -> ListRequest[ContainerView]:
@@ -219,7 +219,7 @@ _ListMessage = (
 
 def _list_request(violations: Violations, request: _ListMessage, matches: Callable[[T], bool]) -> ListRequest[T]:
     scope = _scope(request)
-    resume = opaque_tokens.decode_token(scope, request.page_token) if request.page_token else ""
+    resume = tokens.decode_token(scope, request.page_token) if request.page_token else ""
     if resume is None:
         violations.add("page_token", "is not a page_token of this list; the filter must be the same for all pages")
     if request.page_size < 0:

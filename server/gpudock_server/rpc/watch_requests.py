@@ -9,8 +9,8 @@ from typing import Generic, TypeVar
 from google.protobuf.message import Message
 from gpudock.v1 import container_service_pb2, volume_service_pb2
 
+from gpudock_server import tokens
 from gpudock_server.ports import ContainerView, VolumeDetails
-from gpudock_server.rpc import opaque_tokens
 from gpudock_server.rpc.list_requests import container_filter, volume_filter
 from gpudock_server.rpc.validation.violations import Violations
 
@@ -33,7 +33,7 @@ class WatchRequest(Generic[T]):
 
     def token(self, resume: str) -> str:
         """The resume token for the position `resume`."""
-        return opaque_tokens.encode_token(self.scope, resume)
+        return tokens.encode_token(self.scope, resume)
 
 
 def containers(request: container_service_pb2.WatchContainersRequest) -> WatchRequest[ContainerView]:
@@ -51,7 +51,7 @@ def volumes(request: volume_service_pb2.WatchVolumesRequest) -> WatchRequest[Vol
 def _watch_request(
     violations: Violations, request: _WatchMessage, scope: bytes, matches: Callable[[T], bool]
 ) -> WatchRequest[T]:
-    resume = opaque_tokens.decode_token(scope, request.resume_token) if request.resume_token else ""
+    resume = tokens.decode_token(scope, request.resume_token) if request.resume_token else ""
     # A valid token never has an empty position, which would start with a list of all objects.
     if resume is None or (request.resume_token and not resume):
         violations.add("resume_token", "is not a resume_token of a watch or list with this filter")

@@ -6,9 +6,6 @@ token has expired.
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -17,8 +14,7 @@ from gpudock_server.adapters.etcd.connection import CallFailed, EtcdConnection
 from gpudock_server.adapters.etcd.keys import KeyRange
 from gpudock_server.adapters.etcd.messages import KeyValue
 from gpudock_server.errors import FieldViolation, InvalidArgument, ResumeTokenExpired
-
-_MAX_REVISION = 2**63 - 1
+from gpudock_server.tokens import decode_position, encode_position
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,26 +55,21 @@ async def list_page(
             raise _invalid_token() from None
         raise
     page = answer.ranges[0]
+    revision = revision or answer.revision
     return ListPage(
         entries=page.entries,
         companions=answer.ranges[1].entries if companions else (),
-        next_token=_token(revision or answer.revision, page.entries[-1].key) if page.more else "",
-        revision=revision or answer.revision,
+        next_token=encode_position(revision=revision, key=page.entries[-1].key) if page.more else "",
+        revision=revision,
     )
-
-
-def _token(revision: int, last: bytes) -> str:
-    return base64.urlsafe_b64encode(json.dumps([revision, last.decode("ascii")]).encode()).decode().rstrip("=")
 
 
 def _resume(token: str, keys: KeyRange) -> tuple[int, KeyRange]:
     try:
-        padded = token + "=" * (-len(token) % 4)
-        revision, last = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
-        key = last.encode("ascii")
-    except (binascii.Error, UnicodeError, ValueError, TypeError, AttributeError, RecursionError):
+        phase, revision, key = decode_position(token)
+    except ValueError:
         raise _invalid_token() from None
-    if type(revision) is not int or not 0 < revision <= _MAX_REVISION or not keys.holds(key):
+    if phase or not keys.holds(key):
         raise _invalid_token()
     return revision, keys.after(key)
 

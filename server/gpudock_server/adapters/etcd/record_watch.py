@@ -16,9 +16,6 @@ revision.
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import json
 import random
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, replace
@@ -41,12 +38,12 @@ from gpudock_server.adapters.etcd.range_watch import (
 from gpudock_server.adapters.etcd.references import ReferenceSource, Referrers
 from gpudock_server.errors import FieldViolation, InvalidArgument, ResumeTokenExpired
 from gpudock_server.ports import StoreEvent
+from gpudock_server.tokens import decode_position, encode_position
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 V = TypeVar("V")
 
-_MAX_REVISION = 2**63 - 1
 # Heads per read of the initial list.
 _LIST_PAGE = 50
 
@@ -78,8 +75,7 @@ class _Position:
 
     def token(self) -> str:
         """The token for callers."""
-        text = json.dumps([self.phase.value, self.revision, self.key.decode("ascii")])
-        return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+        return encode_position(self.phase, revision=self.revision, key=self.key)
 
 
 def resume_token_after(keys: WatchKeys, revision: int) -> str:
@@ -288,14 +284,10 @@ class _PendingEvent(Generic[V]):
 
 def _parse_token(token: str, keys: WatchKeys) -> _Position:
     try:
-        padded = token + "=" * (-len(token) % 4)
-        phase, revision, text = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
-        position = _Position(_Phase(phase), revision, text.encode("ascii"))
-    except (binascii.Error, UnicodeError, ValueError, TypeError, AttributeError, RecursionError):
+        (phase,), revision, key = decode_position(token)
+        position = _Position(_Phase(phase), revision, key)
+    except ValueError:
         raise _invalid_token() from None
-    # The first revision of a key is 2: revision 1 is an empty etcd.
-    if type(revision) is not int or not 1 < revision <= _MAX_REVISION:
-        raise _invalid_token()
     if not (position.key == keys.heads.start or keys.heads.holds(position.key)):
         raise _invalid_token()
     return position

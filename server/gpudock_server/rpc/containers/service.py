@@ -15,13 +15,14 @@ from gpudock.v1 import (
 from gpudock.v1.container_service_pb2_grpc import ContainerServiceServicer
 from typing_extensions import override
 
+from gpudock_server import tokens
 from gpudock_server.core.containers.commands import Command
 from gpudock_server.core.containers.service import Containers
 from gpudock_server.core.exec.sessions import ExecSessions
 from gpudock_server.core.operations.engine import Operations, RequestKey
 from gpudock_server.core.watches import Watches
 from gpudock_server.ports import ContainerView, Page, RevisionView
-from gpudock_server.rpc import list_requests, opaque_tokens, pagination, watch_requests
+from gpudock_server.rpc import list_requests, pagination, watch_requests
 from gpudock_server.rpc.containers import commit_request
 from gpudock_server.rpc.containers import requests as validation
 from gpudock_server.rpc.containers.messages import container_message, container_view_message
@@ -102,7 +103,7 @@ class ContainerService(ContainerServiceServicer):
         return container_service_pb2.ListContainersResponse(
             containers=found,
             next_page_token=token,
-            resume_token=opaque_tokens.encode_token(watch_requests.container_scope(request.filter), watch_token),
+            resume_token=tokens.encode_token(watch_requests.container_scope(request.filter), watch_token),
         )
 
     @override

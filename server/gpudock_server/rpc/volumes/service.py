@@ -10,13 +10,14 @@ from gpudock.v1 import operation_pb2, volume_pb2, volume_service_pb2
 from gpudock.v1.volume_service_pb2_grpc import VolumeServiceServicer
 from typing_extensions import override
 
+from gpudock_server import tokens
 from gpudock_server.core.operations.engine import Operations, RequestKey
 from gpudock_server.core.volumes.commands import Command
 from gpudock_server.core.volumes.service import Volumes
 from gpudock_server.core.watches import Watches
 from gpudock_server.model.volume import VolumeRevision
 from gpudock_server.ports import Page, VolumeDetails
-from gpudock_server.rpc import list_requests, opaque_tokens, pagination, watch_requests
+from gpudock_server.rpc import list_requests, pagination, watch_requests
 from gpudock_server.rpc.middleware.interceptor import Context
 from gpudock_server.rpc.operations import stream
 from gpudock_server.rpc.operations.request_key import MutationRequest, request_key
@@ -86,7 +87,7 @@ class VolumeService(VolumeServiceServicer):
         return volume_service_pb2.ListVolumesResponse(
             volumes=found,
             next_page_token=token,
-            resume_token=opaque_tokens.encode_token(watch_requests.volume_scope(request.filter), watch_token),
+            resume_token=tokens.encode_token(watch_requests.volume_scope(request.filter), watch_token),
         )
 
     @override
