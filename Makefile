@@ -78,12 +78,13 @@ mutants: $(STAMP) ## what the fast tests notice of changed lines, by room; ROOM=
 bench: $(STAMP) ## gpudock beside the docker command line, in one run
 	$(BIN)/python -m benchmarks
 
-lint: $(STAMP) ## types, style, the import contract, the protos
+lint: $(STAMP) ## types, style, import contracts, protos, forbidden words
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
+	$(BIN)/python -m tests.words
 
 format: $(STAMP) ## put the code in its form
 	$(BIN)/ruff format .

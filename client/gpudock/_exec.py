@@ -312,9 +312,9 @@ async def collect(session: ExecSession, stdin: bytes | None, limit: int) -> Comp
     truncated = False
     async with session, _sending_stdin(session, stdin):
         async for stream, data in session.output():
-            room = limit - len(kept[stream])
-            kept[stream] += data[:room]
-            truncated = truncated or len(data) > room
+            remaining = limit - len(kept[stream])
+            kept[stream] += data[:remaining]
+            truncated = truncated or len(data) > remaining
         exited = await session.exit()
     return Completed(bytes(kept["stdout"]), bytes(kept["stderr"]), exited, truncated)
 

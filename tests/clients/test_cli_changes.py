@@ -300,7 +300,7 @@ def test_a_driver_that_is_not_loaded_does_not_answer() -> None:
 
 
 def test_a_plan_leaves_out_room_that_was_not_measured() -> None:
-    assert "room for 4.0 KiB" in plan_view(operation_pb2.OperationPlan(bytes_to_move=1, bytes_available=4096))
+    assert "available: 4.0 KiB" in plan_view(operation_pb2.OperationPlan(bytes_to_move=1, bytes_available=4096))
     assert "room" not in plan_view(operation_pb2.OperationPlan(bytes_to_move=1))
 
 

@@ -242,7 +242,7 @@ async def test_callers_do_not_wait_for_room_in_the_store_and_the_operation_does(
         await desk.operations.result(operation_id)
     assert full.value.metadata == {"detail": "no room", "operation_id": operation_id}
     assert full.value.message.endswith(
-        f"no room; operation {operation_id} waits at its last recorded step and continues when there is room"
+        f"no room; operation {operation_id} waits at its last recorded step and continues when there is space"
     )
     room.set()
     async with asyncio.timeout(LONG):

@@ -78,7 +78,7 @@ def plan_details(item: OperationPlan) -> str:
             (
                 "bytes to move",
                 bytes_text(item.bytes_to_move)
-                + (f", room for {bytes_text(item.bytes_available)}" if item.bytes_available else "")
+                + (f", available: {bytes_text(item.bytes_available)}" if item.bytes_available else "")
                 if item.bytes_to_move
                 else "",
             ),

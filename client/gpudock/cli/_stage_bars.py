@@ -1,4 +1,4 @@
-"""The stage of an operation that is at work, as a bar at a terminal; imports rich, so import this when it is needed."""
+"""The stage of an operation that is running, as a bar at a terminal; imports rich, so import this when it is needed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gpudock.cli._progress import StageLines, name_width
 from gpudock.cli._text import bytes_text
 from gpudock.v1 import operation_pb2 as pb
 
-_AT_WORK = {pb.OPERATION_STAGE_STATE_RUNNING: "", pb.OPERATION_STAGE_STATE_UNDOING: "undoing "}
+_ACTIVE_STATES = {pb.OPERATION_STAGE_STATE_RUNNING: "", pb.OPERATION_STAGE_STATE_UNDOING: "undoing "}
 _BAR_WIDTH = 24
 
 
@@ -97,8 +97,8 @@ class StageBars:
     def show(self, operation: pb.Operation) -> None:
         """Draw this snapshot."""
         self._lines.show(operation)
-        at_work = [(number, stage) for number, stage in enumerate(operation.stages) if stage.state in _AT_WORK]
-        current = next((each for each in at_work if each[1].name == operation.stage), at_work[0] if at_work else None)
+        active = [(number, stage) for number, stage in enumerate(operation.stages) if stage.state in _ACTIVE_STATES]
+        current = next((each for each in active if each[1].name == operation.stage), active[0] if active else None)
         if self._task is not None and (current is None or current[0] != self._number):
             self._progress.remove_task(self._task)
             self._task = self._number = None
@@ -113,7 +113,7 @@ class StageBars:
             self._progress.tasks[-1].start_time = self._clock() - max(passed, 0) / 1e9
         self._progress.update(
             self._task,
-            description=f"{_AT_WORK[stage.state]}{stage.name:{name_width(operation)}}",
+            description=f"{_ACTIVE_STATES[stage.state]}{stage.name:{name_width(operation)}}",
             total=stage.total_bytes or None,
             completed=stage.current_bytes,
         )

@@ -1,1 +1,1 @@
-"""What touches the outside world: the engine, the store, the driver, the host. Each implements a protocol of ports."""
+"""The adapters to the engine, the store, the GPU driver and the host. Each implements protocols of `ports`."""

@@ -55,8 +55,8 @@ class ScaledContainerNotRunning(ContainerNotRunning):
     """ScaleContainer would have to replace the process of a container that is not running."""
 
     template = (
-        "container {container!r} is {state}; scaling GPUs or /dev/shm, and strategy RECREATE, need it RUNNING. To start"
-        " it with other GPUs, use StartContainer with `gpus` (`gpudock start --gpus`)"
+        "container {container!r} is {state}; it must be RUNNING to scale GPUs or /dev/shm, or for strategy RECREATE. To"
+        " start it with other GPUs, use StartContainer with `gpus` (`gpudock start --gpus`)"
     )
     needs: str = "to change more than its CPUs and memory, it must be RUNNING"
 

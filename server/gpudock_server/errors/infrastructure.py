@@ -74,12 +74,12 @@ class StoreFull(StoreUnavailable):
 
 
 @dataclass(eq=False)
-class OperationWaitsForRoom(StoreFull):
+class OperationWaitsForSpace(StoreFull):
     """The store is full, so the result of an operation's step cannot be recorded. The operation has not ended."""
 
     template = (
         "the store is full: {detail}; operation {operation_id} waits at its last recorded step and continues when"
-        " there is room"
+        " there is space"
     )
     operation_id: str
 

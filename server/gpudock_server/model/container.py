@@ -30,7 +30,7 @@ class ContainerState(StrEnum):
     RESTARTING = "RESTARTING"
 
 
-# States in which the engine runs a process, or starts one without being told.
+# States in which the engine runs a process, or will start one by itself.
 RUNNING_STATES = frozenset({ContainerState.RUNNING, ContainerState.RESTARTING})
 # RUNNING_STATES and frozen processes: containers that must be stopped before they are replaced.
 ACTIVE_STATES = RUNNING_STATES | {ContainerState.PAUSED}

@@ -73,9 +73,9 @@ class ImageAccounts(Record):
         Numbers need no entry: see libcontainer's user.GetExecUser, which the engine uses to start processes.
         """
         name, _, group = user.partition(":")
-        for kind, wanted, names in (("user", name, self.users), ("group", group, self.groups)):
-            if wanted and not wanted.isdigit() and wanted not in names:
-                return f"{kind} {wanted!r}"
+        for kind, entry, names in (("user", name, self.users), ("group", group, self.groups)):
+            if entry and not entry.isdigit() and entry not in names:
+                return f"{kind} {entry!r}"
         return ""
 
 

@@ -55,10 +55,10 @@ async def _read_page(
 
 def _count_that_fits(messages: Sequence[Message]) -> int:
     """How many of the messages fit into one response; at least one."""
-    room = _PAGE_BYTES
+    remaining = _PAGE_BYTES
     for count, message in enumerate(messages):
-        room -= message.ByteSize()
-        if room < 0:
+        remaining -= message.ByteSize()
+        if remaining < 0:
             return max(count, 1)
     return len(messages)
 

@@ -53,14 +53,15 @@ View = Callable[[KeyValue, KeyValue | None, tuple[str, ...]], V]
 
 class _Phase(StrEnum):
     LIST = "list"
-    TOLD = "told"
+    # Callers hold tokens of earlier versions, so the value cannot change.
+    CHANGES = "told"
 
 
 @dataclass(frozen=True, slots=True)
 class _Position:
     """A position as described above. `key` is the start of the heads' range before the first and after the last event.
 
-    In phase LIST it stands for the beginning of the list, in phase TOLD for the end of the revision.
+    In phase LIST it stands for the beginning of the list, in phase CHANGES for the end of the revision.
     """
 
     phase: _Phase
@@ -70,7 +71,7 @@ class _Position:
     def base(self, heads: KeyRange) -> int:
         """The last revision of which all events were sent, from which a watch starts."""
         # A partly sent revision is read again as a whole, without the events already sent.
-        partly_sent = self.phase is _Phase.TOLD and self.key != heads.start
+        partly_sent = self.phase is _Phase.CHANGES and self.key != heads.start
         return self.revision - 1 if partly_sent else self.revision
 
     def token(self) -> str:
@@ -80,7 +81,7 @@ class _Position:
 
 def resume_token_after(keys: WatchKeys, revision: int) -> str:
     """The token for the changes after `revision`."""
-    return _Position(_Phase.TOLD, revision, keys.heads.start).token()
+    return _Position(_Phase.CHANGES, revision, keys.heads.start).token()
 
 
 class IdleNotifier:
@@ -153,7 +154,7 @@ class RecordWatch(Generic[V]):
 
     async def _current_position(self, *, listing: bool) -> _Position:
         answer = await self._connection.read(messages.get(self._keys.idle), retry_for=self._retry_for)
-        return _Position(_Phase.LIST if listing else _Phase.TOLD, answer.revision, self._keys.heads.start)
+        return _Position(_Phase.LIST if listing else _Phase.CHANGES, answer.revision, self._keys.heads.start)
 
     async def _load_referrers(self, revision: int) -> None:
         if self._reference_source is None:
@@ -183,7 +184,7 @@ class RecordWatch(Generic[V]):
         ]
         if not heads.more:
             pending.append(
-                _PendingEvent(_Position(_Phase.TOLD, position.revision, self._keys.heads.start), list_complete=True)
+                _PendingEvent(_Position(_Phase.CHANGES, position.revision, self._keys.heads.start), list_complete=True)
             )
         return iter(pending)
 
@@ -223,7 +224,7 @@ class RecordWatch(Generic[V]):
         pending: list[_PendingEvent[V]] = []
         for name in sorted(heads.keys() | locks.keys() | old_referrers.keys()):
             lock_before, lock_after = self._locks.get(name), self._lock_after(name, locks.get(name))
-            event_position = _Position(_Phase.TOLD, batch.revision, self._keys.heads.start + name)
+            event_position = _Position(_Phase.CHANGES, batch.revision, self._keys.heads.start + name)
             if batch.revision == position.revision and event_position.key <= position.key:
                 continue
             before, after = await self._heads(event_position, heads.get(name))
@@ -236,7 +237,7 @@ class RecordWatch(Generic[V]):
                         self._view(after, lock_after, referrers) if after else None,
                     )
                 )
-        end = _Position(_Phase.TOLD, batch.revision, self._keys.heads.start)
+        end = _Position(_Phase.CHANGES, batch.revision, self._keys.heads.start)
         return [*pending[:-1], replace(pending[-1], position=end)] if pending else [_PendingEvent(end)]
 
     def _lock_after(self, name: bytes, change: KeyChange | None) -> KeyValue | None:

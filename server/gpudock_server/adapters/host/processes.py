@@ -106,8 +106,8 @@ def _is_alive_in(pid: int, engine_id: str) -> bool:
 def _session_pids(session: int) -> set[int]:
     """Return all pids of a session. The session id is not reused while one of its processes lives."""
     pids = (int(entry.name) for entry in _PROC.iterdir() if entry.name.isdigit())
-    wanted = str(session).encode()
-    return {pid for pid in pids if _stat_fields(pid)[_SESSION : _SESSION + 1] == [wanted]}
+    session_field = str(session).encode()
+    return {pid for pid in pids if _stat_fields(pid)[_SESSION : _SESSION + 1] == [session_field]}
 
 
 def _state(pid: int) -> bytes:

@@ -186,15 +186,15 @@ class HostPathBinder(HostPaths):
 
 def _bind_at(target: Path, descriptor: int) -> None:
     """Bind the open file or folder at `target`, which exists only if something is bound there."""
-    wanted = os.fstat(descriptor)
+    expected = os.fstat(descriptor)
     with suppress(FileNotFoundError):
         found = target.stat(follow_symlinks=False)
-        if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+        if (found.st_dev, found.st_ino) == (expected.st_dev, expected.st_ino):
             return
         _remove_bind_target(target)
     for folder in (_ROOT, target.parent.parent, target.parent):
         folder.mkdir(mode=_PRIVATE, exist_ok=True)
-    if stat.S_ISDIR(wanted.st_mode):
+    if stat.S_ISDIR(expected.st_mode):
         target.mkdir(mode=0)
     else:
         target.touch(mode=0, exist_ok=False)

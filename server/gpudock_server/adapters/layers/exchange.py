@@ -38,14 +38,14 @@ def layer_order(engine_root: str, pair: LayerPair) -> LayerOrder:
     )
 
 
-def ensure_order(engine_root: str, pair: LayerPair, wanted: LayerOrder) -> bool:
-    """Exchange the trees unless they are in the order `wanted`; False, with nothing changed, if the kernel cannot.
+def ensure_order(engine_root: str, pair: LayerPair, desired: LayerOrder) -> bool:
+    """Exchange the trees unless they are in the order `desired`; False, with nothing changed, if the kernel cannot.
 
     Raises LayerRefusedError if the pair is not what was recorded, OSError if the exchange fails otherwise.
     """
     current = layer_order(engine_root, pair)
     with open_directory(Path(pair.old_path).parent) as old, open_directory(Path(pair.new_path).parent) as new:
-        if current is not wanted and not rename_exchange(old, new, _LAYER_NAME):
+        if current is not desired and not rename_exchange(old, new, _LAYER_NAME):
             return False
         # Also without an exchange: the daemon that made it may have died before this sync.
         os.fsync(old)

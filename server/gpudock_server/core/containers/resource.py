@@ -69,7 +69,7 @@ class ContainerResource(Resource[ContainerView]):
 
     @override
     async def find_unlocked(self, name: str, etag: str = "") -> ContainerView:
-        """See Resource. If the record is FAILED but the engine has the container again, its status is read anew.
+        """See Resource. If the record is FAILED but the engine has the container again, its status is read again.
 
         Reconcile records the same status a moment later.
         """

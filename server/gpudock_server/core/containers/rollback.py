@@ -1,6 +1,6 @@
 """RollbackContainer: return a container to the spec and files of a revision, which creates a new revision.
 
-GPUs and ports are allocated anew, because other containers may hold those of the old revision.
+GPUs and ports are allocated again, because other containers may hold those of the old revision.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class ActiveOperation(OperationRun):
     messages: list[str] = field(default_factory=list)
     cancel_requested: bool = False
     step: Step | None = None
-    # Why the operation waits for room in the store. Callers get this error instead of waiting.
+    # Why the operation waits for space in the store. Callers get this error instead of waiting.
     blocked: StoreFull | None = None
     step_task: asyncio.Task[Record | None] | None = None
     _description: str = ""
@@ -98,7 +98,7 @@ class ActiveOperation(OperationRun):
         return self._changed
 
     def block(self, error: StoreFull | None) -> None:
-        """Record that the operation waits for room in the store, for an unknown time; None: no longer."""
+        """Record that the operation waits for space in the store, for an unknown time; None: no longer."""
         changed, self.blocked = self.blocked != error, error
         if changed:
             self.notify_watchers()

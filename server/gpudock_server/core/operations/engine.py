@@ -32,7 +32,7 @@ from gpudock_server.errors import (
     OperationNotCancellable,
     OperationNotFound,
     OperationResultGone,
-    OperationWaitsForRoom,
+    OperationWaitsForSpace,
     Recovering,
     RequestIdReused,
     ShuttingDown,
@@ -123,7 +123,7 @@ class Operations:
         self._state_changed = asyncio.Event()
 
     def set_recovery_blocked(self, error: StoreFull | None) -> None:
-        """Record that the recovery waits for room in the store, for an unknown time; None: no longer."""
+        """Record that the recovery waits for space in the store, for an unknown time; None: no longer."""
         self._store_full = error
 
     def _recovery_error(self) -> GpudockError:
@@ -143,7 +143,7 @@ class Operations:
         `draft` is called again when another call took a resource that the draft had picked. A `request` that was used
         before begins nothing and returns the id of its operation. Raises the errors of `draft`, RequestIdReused, the
         resource's errors for a name that is taken or locked, StoreUnavailable, ShuttingDown; and Recovering, or
-        StoreFull where the recovery waits for room, unless `during_recovery`: the operation is a child of a resumed
+        StoreFull where the recovery waits for space, unless `during_recovery`: the operation is a child of a resumed
         operation, or a repair of the first full pass.
         """
         for attempt in range(_CONTENTION_TRIES):
@@ -161,7 +161,7 @@ class Operations:
                     except StoreConflict as conflict:
                         self._raise_conflict_error(drafted, conflict)
                 except GpudockError:
-                    # The same request, sent twice at once, may have failed only because its twin succeeded.
+                    # The same request, sent twice at once, may have failed only because the other call succeeded.
                     if (first := await self._find_request(request)) is not None:
                         return first
                     raise
@@ -264,8 +264,8 @@ class Operations:
         """Stream views of an operation until it has ended; the last view is that of the ended operation.
 
         A slow reader gets the latest view and misses those in between. Raises OperationNotFound, StoreUnavailable;
-        ShuttingDown when this daemon stops first: the next daemon resumes the operation; OperationWaitsForRoom when the
-        store is full: the operation continues when there is room.
+        ShuttingDown when this daemon stops first: the next daemon resumes the operation; OperationWaitsForSpace when
+        the store is full: the operation continues when there is space.
         """
         while True:
             while (running := self._running.get(operation_id)) is not None:
@@ -275,7 +275,7 @@ class Operations:
                 if snapshot.operation.state.ended:
                     return
                 if running.blocked is not None:
-                    raise OperationWaitsForRoom(running.blocked.detail, operation_id)
+                    raise OperationWaitsForSpace(running.blocked.detail, operation_id)
                 await self._wait_for_change(operation_id, changed)
             recovering = self._recovering
             snapshot = await self.get(operation_id)
@@ -324,7 +324,7 @@ class Operations:
     async def result_of(self, operation: Operation) -> Result:
         """The result of an ended operation. Raises the error that it ended with, OperationResultGone.
 
-        Where a result is no longer kept for want of room, the resource as of now is returned (AIP-155).
+        Where a result is no longer kept for lack of space, the resource as of now is returned (AIP-155).
         """
         raise_operation_error(operation)
         if operation.result is not None:
@@ -340,7 +340,7 @@ class Operations:
     async def cancel(self, operation_id: str) -> OperationView:
         """Cancel an operation. Returns once the cancel is recorded; the undo may take longer.
 
-        Raises OperationNotFound, OperationNotCancellable, WrongNode, Recovering, OperationWaitsForRoom, StoreFull.
+        Raises OperationNotFound, OperationNotCancellable, WrongNode, Recovering, OperationWaitsForSpace, StoreFull.
         """
         running = self._running.get(operation_id)
         if running is None:
@@ -363,7 +363,7 @@ class Operations:
                 raise ShuttingDown
             if running.blocked is not None:
                 # The request stays in memory and is honoured before the next step.
-                raise OperationWaitsForRoom(running.blocked.detail, operation_id)
+                raise OperationWaitsForSpace(running.blocked.detail, operation_id)
         if not running.record.cancel_requested:
             raise OperationNotCancellable(operation_id=operation_id, state=running.record.state.value)
         return running.view

@@ -77,7 +77,7 @@ class Journal:
                 version = await self._store.apply([*changes, PutOperation(operation, expect=running.version)])
             except StoreUnavailable as error:
                 # An outage ends, and callers have deadlines. A full store needs an operator, so callers get an error
-                # and the operation continues when there is room.
+                # and the operation continues when there is space.
                 running.block(error if isinstance(error, StoreFull) else None)
                 await self.wait_before_retry(tries, error)
                 tries += 1
@@ -109,7 +109,7 @@ class Journal:
             except StoreConflict as conflict:
                 match conflict.change:
                     case Unlock():
-                        # Somebody edited the store. The operation can end without its lock.
+                        # An operator edited the store. The operation can end without its lock.
                         log.warning("lock changed outside gpudock", found=conflict.found)
                         replacements.append((conflict.change, None))
                     case ConfirmClaim():

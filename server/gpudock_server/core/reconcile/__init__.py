@@ -1,8 +1,8 @@
 """Keeps the records and the engine in agreement: at events of the engine, and in periodic full passes.
 
-A difference is drift (`model.drift`). It is repaired by a rule or reported, never guessed at. An engine or a store that
-does not answer changes nothing. A container with an operation is left to that operation. docs/reconcile.md has the
-rules; `loop` runs them, `drift` keeps what was found, `records` reads the records, and the others have the rules:
+A difference is drift (`model.drift`). It is repaired by a rule or reported. An engine or a store that does not answer
+changes nothing. A container with an operation is left to that operation. docs/reconcile.md has the rules; `loop` runs
+them, `drift` keeps what was found, `records` reads the records, and the others have the rules:
 
     locks             stale locks, and operations without their locks
     orphans           what to do with an engine container that no record binds; `adoption` does it

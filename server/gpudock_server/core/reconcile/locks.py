@@ -1,4 +1,4 @@
-"""Keeps locks and operations in agreement. They disagree only where somebody edited or restored the store."""
+"""Keeps locks and operations in agreement. They disagree only after an operator edited or restored the store."""
 
 from __future__ import annotations
 

@@ -214,14 +214,14 @@ def match_xattrs(source: int | str, target: int | str) -> dict[str, bytes]:
     link is not followed.
     """
     follow = isinstance(target, int)
-    wanted, found = read_xattrs(source, follow=True), read_xattrs(target, follow=follow)
-    for name in found.keys() - wanted.keys():
+    expected, found = read_xattrs(source, follow=True), read_xattrs(target, follow=follow)
+    for name in found.keys() - expected.keys():
         if not name.startswith("security."):  # security modules set these on every file
             os.removexattr(target, name, follow_symlinks=follow)
-    for name, value in wanted.items():
+    for name, value in expected.items():
         if found.get(name) != value:
             os.setxattr(target, name, value, follow_symlinks=follow)
-    return wanted
+    return expected
 
 
 def next_data(file: int, at: int, size: int) -> int:

@@ -306,16 +306,16 @@ class Jobs:
         index, self.index = self.index or load_index(work.state, same_boot=True), None
         remove_index(work.state)
         if index is None or index.device != os.fstat(work.source).st_dev:
-            return self._pass_anew(work, still=still)
+            return self._pass_from_start(work, still=still)
         try:
             return self._pass_from(index, work, still=still)
         except OSError as error:
             # Files that the source no longer has are removed last; the target may not have enough space for both.
             if not work.hidden or error.errno not in _NO_SPACE_ERRNOS:
                 raise
-        return self._pass_anew(work, still=still)
+        return self._pass_from_start(work, still=still)
 
-    def _pass_anew(self, work: PassInput, *, still: bool) -> PassCounts:
+    def _pass_from_start(self, work: PassInput, *, still: bool) -> PassCounts:
         """Empty the target and copy everything."""
         self._start_over(work)
         return self._pass_from(Index(os.fstat(work.source).st_dev), work, still=still)
