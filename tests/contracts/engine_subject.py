@@ -36,7 +36,7 @@ class EngineSubject:
     async def running_to_exit(self, code: int) -> str:
         """Start a container whose process exits with this code. Returns its id."""
         if isinstance(self.engine, ModelEngine):
-            self.engine.ends = code
+            self.engine.exit_code_at_start = code
         return await self.running(command=("sh", "-c", f"exit {code}"))
 
     async def write(self, engine_id: str) -> None:

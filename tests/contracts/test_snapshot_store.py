@@ -85,7 +85,7 @@ async def model_subject() -> Subject:
     store = ModelSnapshots(containers.engine)
 
     def too_large() -> SnapshotStore:
-        store.surprises = {name: LayerTooLarge("too many files") for name in ("gather", "complete")}
+        store.failures = {name: LayerTooLarge("too many files") for name in ("gather", "complete")}
         return store
 
     return Subject(store, containers, too_large)

@@ -76,17 +76,17 @@ class MemoryStore(Store):
 
     def __init__(self) -> None:
         self.version = 0
-        self.heads: dict[str, Versioned[Container]] = {}
+        self.container_records: dict[str, Versioned[Container]] = {}
         self.locks: dict[tuple[ResourceKind, str], str] = {}
-        self.volume_heads: dict[str, Versioned[Volume]] = {}
-        self.volume_past: dict[tuple[str, int], VolumeRevision] = {}
+        self.volume_records: dict[str, Versioned[Volume]] = {}
+        self.volume_revision_records: dict[tuple[str, int], VolumeRevision] = {}
         # By host.
-        self.held: defaultdict[str, dict[ClaimKey, Holder]] = defaultdict(dict)
+        self.holders: defaultdict[str, dict[ClaimKey, Holder]] = defaultdict(dict)
         self.journal: dict[str, Versioned[Operation]] = {}
         # What each operation was begun with, also of those that have ended; for tests alone.
         self.arguments: dict[str, JsonObject] = {}
-        self.calls: dict[str, RequestRecord] = {}
-        self.past: dict[tuple[str, int], RevisionView] = {}
+        self.request_records: dict[str, RequestRecord] = {}
+        self.revision_views: dict[tuple[str, int], RevisionView] = {}
         self.origins: dict[tuple[str, str], ImageOrigin] = {}
         self.reads = 0
         # Why there is no room.
@@ -127,7 +127,7 @@ class MemoryStore(Store):
     def _views(self) -> dict[str, ContainerView]:
         return {
             name: ContainerView(head.value, head.version, self.locks.get((ResourceKind.CONTAINER, name), ""))
-            for name, head in sorted(self.heads.items())
+            for name, head in sorted(self.container_records.items())
         }
 
     def _record(self, before: Mapping[str, ContainerView], volumes_before: Mapping[str, VolumeDetails]) -> None:
@@ -144,7 +144,7 @@ class MemoryStore(Store):
                     one for one, view in self._views().items() if name in {m.volume for m in view.container.spec.mounts}
                 ),
             )
-            for name, head in sorted(self.volume_heads.items())
+            for name, head in sorted(self.volume_records.items())
         }
 
     def _check(self, item: change.StoreChange) -> None:  # noqa: C901 - one case for each kind of condition
@@ -160,31 +160,33 @@ class MemoryStore(Store):
                 | change.PutVolume(volume=Volume(name=name), expect=expect)
                 | change.DeleteVolume(name=name, expect=expect)
             ):
-                found = self.volume_heads.get(name)
+                found = self.volume_records.get(name)
                 holds = (found.version if isinstance(found, Versioned) else 0) == expect
             case change.Claim(host=host, key=key):
-                found, holds = self.held[host].get(key), key not in self.held[host]
+                found, holds = self.holders[host].get(key), key not in self.holders[host]
             case change.ConfirmClaim(host=host, key=key, holder=holder):
-                found = self.held[host].get(key)
+                found = self.holders[host].get(key)
                 holds = isinstance(found, Holder) and found.uid == holder.uid
             case (
                 change.PutContainer(container=Container(name=name), expect=expect)
                 | change.DeleteContainer(name=name, expect=expect)
             ):
-                found = self.heads.get(name)
+                found = self.container_records.get(name)
                 holds = (found.version if isinstance(found, Versioned) else 0) == expect
             case change.PutOperation(operation=operation, expect=expect):
                 found = self.journal.get(operation.id)
                 holds = (found.version if isinstance(found, Versioned) else 0) == expect
             case change.PutRequest(request_id=request_id, ended=ended):
-                found = self._versioned(item, self.calls.get(request_id))
+                found = self._versioned(item, self.request_records.get(request_id))
                 holds = ended or found is None
             case change.PutRevision(revision=revision):
-                view = self.past.get((revision.uid, revision.revision))
+                view = self.revision_views.get((revision.uid, revision.revision))
                 found = self._versioned(item, view.revision if view else None)
                 holds = found is None
             case change.PutVolumeRevision(revision=volume_revision):
-                found = self._versioned(item, self.volume_past.get((volume_revision.uid, volume_revision.revision)))
+                found = self._versioned(
+                    item, self.volume_revision_records.get((volume_revision.uid, volume_revision.revision))
+                )
                 holds = found is None
             case _:
                 holds = True
@@ -201,39 +203,41 @@ class MemoryStore(Store):
             case change.Unlock(kind=kind, name=name):
                 del self.locks[kind, name]
             case change.PutVolume(volume=volume):
-                self.volume_heads[volume.name] = Versioned(volume, self.version)
+                self.volume_records[volume.name] = Versioned(volume, self.version)
             case change.DeleteVolume(name=name, uid=uid):
-                self.volume_heads.pop(name, None)
-                self.volume_past = {at: one for at, one in self.volume_past.items() if at[0] != uid}
+                self.volume_records.pop(name, None)
+                self.volume_revision_records = {
+                    at: one for at, one in self.volume_revision_records.items() if at[0] != uid
+                }
             case change.PutVolumeRevision(revision=volume_revision):
-                self.volume_past[volume_revision.uid, volume_revision.revision] = volume_revision
+                self.volume_revision_records[volume_revision.uid, volume_revision.revision] = volume_revision
             case (
                 change.Claim(host=host, key=key, holder=holder) | change.ConfirmClaim(host=host, key=key, holder=holder)
             ):
-                self.held[host][key] = holder
+                self.holders[host][key] = holder
             case change.ReleaseClaim(host=host, key=key, uid=uid):
-                if key in self.held[host] and self.held[host][key].uid == uid:
-                    del self.held[host][key]
+                if key in self.holders[host] and self.holders[host][key].uid == uid:
+                    del self.holders[host][key]
             case change.PutContainer(container=container):
-                self.heads[container.name] = Versioned(container, self.version)
+                self.container_records[container.name] = Versioned(container, self.version)
             case change.DeleteContainer(name=name, uid=uid):
-                self.heads.pop(name, None)
-                self.past = {at: one for at, one in self.past.items() if at[0] != uid}
+                self.container_records.pop(name, None)
+                self.revision_views = {at: one for at, one in self.revision_views.items() if at[0] != uid}
                 self._kept = {at: one for at, one in self._kept.items() if at[0] != uid}
             case change.PutOperation(operation=operation):
                 self.arguments.setdefault(operation.id, operation.arguments)
                 arguments = {} if operation.state.ended else operation.arguments
                 self.journal[operation.id] = Versioned(operation.changed(arguments=arguments), self.version)
             case change.PutRequest(request_id=request_id, record=record):
-                self.calls[request_id] = record
+                self.request_records[request_id] = record
             case change.PutRevision(revision=revision):
                 self._show_revision(revision)
             case change.PutSnapshot(uid=uid, revision=number, snapshot=snapshot):
                 self._kept[uid, number] = snapshot
-                if (uid, number) in self.past:
-                    self._show_revision(self.past[uid, number].revision)
+                if (uid, number) in self.revision_views:
+                    self._show_revision(self.revision_views[uid, number].revision)
             case change.DeleteRevision(uid=uid, revision=number):
-                self.past.pop((uid, number), None)
+                self.revision_views.pop((uid, number), None)
                 self._kept.pop((uid, number), None)
             case change.PutImageOrigin(origin=origin):
                 self.origins[origin.node, origin.image_id] = origin
@@ -242,7 +246,7 @@ class MemoryStore(Store):
 
     def _show_revision(self, revision: ContainerRevision) -> None:
         kept = self._kept.get((revision.uid, revision.revision))
-        self.past[revision.uid, revision.revision] = (
+        self.revision_views[revision.uid, revision.revision] = (
             RevisionView(revision, None, kept.reason)
             if isinstance(kept, SnapshotSkipped)
             else RevisionView(revision, kept)
@@ -252,18 +256,18 @@ class MemoryStore(Store):
         """A container that was made earlier."""
         before, volumes_before = self._views(), self._volume_details()
         self.version += 1
-        self.heads[container.name] = Versioned(container, self.version)
+        self.container_records[container.name] = Versioned(container, self.version)
         self._record(before, volumes_before)
 
     @override
     async def container(self, name: str) -> ContainerView | None:
-        head = self.heads.get(name)
+        head = self.container_records.get(name)
         lock = self.locks.get((ResourceKind.CONTAINER, name), "")
         return ContainerView(head.value, head.version, lock) if head else None
 
     @override
     async def volume(self, name: str) -> VolumeView | None:
-        head = self.volume_heads.get(name)
+        head = self.volume_records.get(name)
         lock = self.locks.get((ResourceKind.VOLUME, name), "")
         return VolumeView(head.value, head.version, lock) if head else None
 
@@ -278,7 +282,7 @@ class MemoryStore(Store):
 
     @override
     async def volume_revisions(self, uid: str, *, page_size: int, page_token: str) -> Page[VolumeRevision]:
-        past = [revision for (owner, _), revision in sorted(self.volume_past.items()) if owner == uid]
+        past = [revision for (owner, _), revision in sorted(self.volume_revision_records.items()) if owner == uid]
         return self._page(f"volume revisions of {uid}", past, page_size, page_token)
 
     @override
@@ -364,15 +368,15 @@ class MemoryStore(Store):
 
     @override
     async def history(self, uid: str) -> tuple[RevisionView, ...]:
-        return tuple(view for (owner, _), view in sorted(self.past.items()) if owner == uid)
+        return tuple(view for (owner, _), view in sorted(self.revision_views.items()) if owner == uid)
 
     @override
     async def revision(self, uid: str, number: int) -> RevisionView | None:
-        return self.past.get((uid, number))
+        return self.revision_views.get((uid, number))
 
     @override
     async def claims(self, host: str) -> ClaimTable:
-        return ClaimTable(dict(self.held[host]))
+        return ClaimTable(dict(self.holders[host]))
 
     @override
     async def operation(self, operation_id: str) -> Versioned[Operation] | None:
@@ -395,7 +399,7 @@ class MemoryStore(Store):
 
     @override
     async def request(self, request_id: str) -> RequestRecord | None:
-        return self.calls.get(request_id)
+        return self.request_records.get(request_id)
 
     @override
     async def image_origin(self, node: str, image_id: str) -> ImageOrigin | None:

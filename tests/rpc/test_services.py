@@ -37,8 +37,8 @@ async def test_a_plan_is_one_message_and_changes_nothing(served: Served) -> None
     events = [event async for event in served.containers.CreateContainer(request)]
     assert [event.operation.state for event in events] == [operation_pb2.OPERATION_STATE_PLANNED]
     assert events[0].operation.plan.stages
-    assert not served.store.heads
-    assert not served.store.calls
+    assert not served.store.container_records
+    assert not served.store.request_records
 
 
 async def test_a_commit_whose_files_cannot_be_seen_says_that_its_freeze_is_not_known(served: Served) -> None:
@@ -59,7 +59,7 @@ async def test_a_failed_operation_ends_with_its_status_after_a_snapshot_that_is_
     assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert reason_of(error) == "ENGINE_REJECTED"
     # The same call again has the same outcome, and so has who asks for the operation.
-    operation_id = served.store.calls[UUID].operation_id
+    operation_id = served.store.request_records[UUID].operation_id
     for call in (
         served.containers.CreateContainer(create_request(request_id=UUID)),
         served.watching.WatchOperation(operation_service_pb2.WatchOperationRequest(id=operation_id)),
@@ -174,7 +174,7 @@ async def test_cancelling_ends_the_stream_with_cancelled(served: Served) -> None
     assert error is not None
     assert error.code() is grpc.StatusCode.CANCELLED
     assert reason_of(error) == "OPERATION_CANCELLED"
-    assert not served.store.heads
+    assert not served.store.container_records
 
 
 async def test_the_result_of_a_delete_is_nothing(served: Served) -> None:
@@ -182,7 +182,7 @@ async def test_the_result_of_a_delete_is_nothing(served: Served) -> None:
     request = container_service_pb2.DeleteContainerRequest(name="a", force=True, request_id=UUID)
     await served.containers.DeleteContainer(request)
     await served.containers.DeleteContainer(request)
-    operation_id = served.store.calls[UUID].operation_id
+    operation_id = served.store.request_records[UUID].operation_id
     watch = served.watching.WatchOperation(operation_service_pb2.WatchOperationRequest(id=operation_id))
     events = [event async for event in watch]
     assert events[-1].HasField("result")
@@ -250,7 +250,7 @@ async def test_filters(served: Served) -> None:
 
 async def test_a_page_ends_where_a_message_would_become_too_large(served: Served) -> None:
     large = (await made(served, "a0")).name
-    head = served.store.heads[large].value
+    head = served.store.container_records[large].value
     for number in range(1, 30):
         name = f"a{number:02}"
         spec = head.spec.changed(env={"A": "x" * 200_000})

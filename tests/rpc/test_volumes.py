@@ -109,14 +109,14 @@ async def test_what_cannot_be_is_refused_and_leaves_nothing(served: Served) -> N
     # What fails while it is made is undone.
     odd = pb.CreateVolumeRequest(name="odd", size_bytes=7 << 40)
     assert await refused(served.volumes.CreateVolume(odd)) == "SIZE_NOT_SUPPORTED"
-    assert list(served.store.volume_heads) == ["data"]
+    assert list(served.store.volume_records) == ["data"]
     assert not served.store.locks
 
 
 async def test_a_volume_of_another_node(served: Served) -> None:
     await created(served)
-    head = served.store.volume_heads["data"].value
-    served.store.volume_heads["data"] = Versioned(head.changed(node="gpu2"), 1)
+    head = served.store.volume_records["data"].value
+    served.store.volume_records["data"] = Versioned(head.changed(node="gpu2"), 1)
     _, error = await resize(served, 128 * MIB)
     assert reason_of(error) == "WRONG_NODE"
     mounting = create_request(name="a")
@@ -140,7 +140,7 @@ async def test_one_that_is_worked_on_is_not_mounted_and_one_that_is_mounted_not_
     assert await refused(served.volumes.DeleteVolume(pb.DeleteVolumeRequest(name="data"))) == "VOLUME_IN_USE"
     seen = (await served.volumes.GetVolume(pb.GetVolumeRequest(name="data"))).volume
     assert list(seen.attached_containers) == ["a"]
-    assert isinstance(served.store.volume_heads["data"].value, Volume)
+    assert isinstance(served.store.volume_records["data"].value, Volume)
 
 
 def test_every_rule_of_a_request_is_told_at_once() -> None:

@@ -14,17 +14,17 @@ class Faults:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
-        self.met = ""
-        self.never_met = True
+        self.hit_call = ""
+        self.never_hit = True
         # Whether a call waits without end.
         self.blocked = False
         self._at = 0
         self._after = False
         self._act: Callable[[str], Awaitable[None]] | None = None
 
-    def plant(self, at: int, act: Callable[[str], Awaitable[None]], *, after: bool) -> None:
+    def inject(self, at: int, act: Callable[[str], Awaitable[None]], *, after: bool) -> None:
         """`after`: once the call has been done."""
-        self.calls, self.met = [], ""
+        self.calls, self.hit_call = [], ""
         self._at, self._act, self._after = at, act, after
 
     async def block(self, _: str) -> None:
@@ -38,7 +38,7 @@ class Faults:
         self.calls.append(name)
         hit = self._act is not None and len(self.calls) == self._at
         if hit:
-            self.met, self.never_met = name, False
+            self.hit_call, self.never_hit = name, False
         if hit and self._act is not None and not self._after:
             await self._act(name)
         yield
@@ -46,7 +46,7 @@ class Faults:
             await self._act(name)
 
 
-async def give_way(_: str) -> None:
+async def let_tasks_run(_: str) -> None:
     """Let everything else run until it waits."""
     for _turn in range(20):
         await asyncio.sleep(0)

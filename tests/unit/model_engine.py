@@ -60,7 +60,7 @@ class ModelEngine(FakeEngine):
     def __init__(self, faults: Faults) -> None:
         super().__init__()
         self.faults = faults
-        self.ends: int | None = None
+        self.exit_code_at_start: int | None = None
         self.images: dict[str, Image] = {}
         self.tags: dict[str, str] = {}
         # What a pull brings.
@@ -68,10 +68,10 @@ class ModelEngine(FakeEngine):
         # Writable layers by number, and which one a container has.
         self.layers: dict[int, Files] = {}
         self.layer_of: dict[str, int] = {}
-        self.made: dict[str, EngineContainerSpec] = {}
-        self.stopped_within: list[float] = []
+        self.created_specs: dict[str, EngineContainerSpec] = {}
+        self.stop_timeouts: list[float] = []
         # For how many seconds each process was watched that was just started.
-        self.watched_for: list[float] = []
+        self.start_watch_seconds: list[float] = []
         self._numbers = itertools.count(1)
         for name, volumes in ((IMAGE, ("/cache",)), (OTHER_IMAGE, ())):
             self._add(Image(f"sha256:{name}", ((f"{name}#1", frozenset({name})),), name, volumes), name)
@@ -288,7 +288,7 @@ class ModelEngine(FakeEngine):
                     create_time=_START,
                 ),
             )
-            self.made[engine_id] = engine_spec
+            self.created_specs[engine_id] = engine_spec
             return engine_id
 
     def _own(self, engine_id: str, container: EngineContainer) -> None:
@@ -340,11 +340,11 @@ class ModelEngine(FakeEngine):
                 if other.alive:
                     assert not set(other.gpu_uuids) & set(seen.gpu_uuids), "two containers run with one card"
                     assert not set(other.ports) & set(seen.ports), "two containers publish one port"
-            ended = self.ends is not None
+            ended = self.exit_code_at_start is not None
             self.containers[engine_id] = replace(
                 seen,
                 state=EngineState.EXITED if ended else EngineState.RUNNING,
-                exit_code=self.ends or 0,
+                exit_code=self.exit_code_at_start or 0,
                 start_time=_START,
                 finish_time=_START if ended else None,
                 pid=0 if ended else next(self._numbers),
@@ -355,7 +355,7 @@ class ModelEngine(FakeEngine):
         async with self.faults.call("stop"):
             seen = self.containers.get(engine_id)
             if seen is not None and seen.alive:
-                self.stopped_within.append(timeout)
+                self.stop_timeouts.append(timeout)
                 self.containers[engine_id] = replace(
                     seen, state=EngineState.EXITED, exit_code=143, finish_time=_START, pid=0
                 )
@@ -394,7 +394,7 @@ class ModelEngine(FakeEngine):
     async def exited_within(self, engine_id: str, seconds: float) -> int | None:
         async with self.faults.call("exited_within"):
             seen = self._there(engine_id, "wait")
-            self.watched_for.append(seconds)
+            self.start_watch_seconds.append(seconds)
             return None if seen.alive else seen.exit_code
 
     @override

@@ -100,10 +100,10 @@ class ModelSnapshots(FakeSnapshots):
     def __init__(self, engine: ModelEngine) -> None:
         super().__init__()
         self.engine = engine
-        self.how: tuple[SnapshotMethod | None, str] = (SnapshotMethod.LINK, "")
+        self.method_result: tuple[SnapshotMethod | None, str] = (SnapshotMethod.LINK, "")
         self.cost = SnapshotPlan(method=SnapshotMethod.LINK, bytes_to_copy=7, bytes_available=70)
         # What is raised when the layer is looked at, one after the other.
-        self.surprises: dict[str, Exception] = {}
+        self.failures: dict[str, Exception] = {}
 
     @override
     def files_of(self, container: EngineContainer) -> Files:
@@ -118,7 +118,7 @@ class ModelSnapshots(FakeSnapshots):
     async def method(self, old: EngineContainer) -> tuple[SnapshotMethod | None, str]:
         async with self.engine.faults.call("snapshots.method"):
             assert old.id in self.engine.containers
-            return self.how
+            return self.method_result
 
     @override
     async def plan(self, old: EngineContainer, previous: SnapshotKey | None) -> SnapshotPlan:
@@ -126,11 +126,11 @@ class ModelSnapshots(FakeSnapshots):
             assert old.id in self.engine.containers
             return self.cost
 
-    def _surprise(self, name: str, key: SnapshotKey, operation_id: str) -> None:
-        if name in self.surprises:
-            if isinstance(self.surprises[name], DiskFull | LayerTooLarge):
+    def _raise_failure(self, name: str, key: SnapshotKey, operation_id: str) -> None:
+        if name in self.failures:
+            if isinstance(self.failures[name], DiskFull | LayerTooLarge):
                 self._drop_partial(key, operation_id)
-            raise self.surprises[name]
+            raise self.failures[name]
 
     @override
     async def gather(
@@ -142,7 +142,7 @@ class ModelSnapshots(FakeSnapshots):
         progress: Progress,
     ) -> None:
         async with self.engine.faults.call("snapshots.gather"):
-            self._surprise("gather", key, operation_id)
+            self._raise_failure("gather", key, operation_id)
             await super().gather(old, key, operation_id, previous, progress)
             progress(3, 3)
 
@@ -156,7 +156,7 @@ class ModelSnapshots(FakeSnapshots):
         progress: Progress,
     ) -> None:
         async with self.engine.faults.call("snapshots.complete"):
-            self._surprise("complete", key, operation_id)
+            self._raise_failure("complete", key, operation_id)
             assert self.engine.containers[old.id].state is not EngineState.RUNNING, "its files are written to"
             await super().complete(old, key, operation_id, previous, progress)
             progress(4, 4)
@@ -182,8 +182,8 @@ class ModelSnapshots(FakeSnapshots):
         self, source: EngineContainer, target: EngineContainer, operation_id: str, *, still: bool, progress: Progress
     ) -> None:
         async with self.engine.faults.call("snapshots.mirror"):
-            if "mirror" in self.surprises:
-                raise self.surprises["mirror"]
+            if "mirror" in self.failures:
+                raise self.failures["mirror"]
             running = self.engine.containers[source.id].state is EngineState.RUNNING
             assert not (still and running), "its files are written to"
             await super().mirror(source, target, operation_id, still=still, progress=progress)

@@ -34,12 +34,12 @@ class Host:
         self.inventory: GpuInventory = FakeInventory()
         # The same ports of another machine are another matter.
         for port in range(FIRST, LAST + 1):
-            self.store.held["there"][PortKey(TCP, port)] = Holder(container="far", uid="far", node="n")
+            self.store.holders["there"][PortKey(TCP, port)] = Holder(container="far", uid="far", node="n")
 
     def hold(self, uid: str, *keys: ClaimKey) -> None:
         """Have container `<uid>'s` with this uid hold claims."""
         for key in keys:
-            self.store.held[HOST][key] = Holder(container=f"{uid}'s", uid=uid, node="n")
+            self.store.holders[HOST][key] = Holder(container=f"{uid}'s", uid=uid, node="n")
 
     async def probe(self, protocol: str, port: int) -> bool:
         """A PortProbe."""

@@ -45,69 +45,57 @@ from gpudock_server.model.store_changes import PutRequest, RequireUnlocked, Stor
 from gpudock_server.ports import Versioned
 
 from tests.rpc.fakes import LONG_AGO
-from tests.unit.desk import LONG, NODE, SPEC, Desk
-from tests.unit.scripted import Held, Script, UnsteadyStore, begun, daemon, draft_of, nothing
+from tests.unit.failing_store import node_record
+from tests.unit.model_node import NODE, SPEC, TIMEOUT_SECONDS, ModelNode
+from tests.unit.scripted_saga import ScriptedSaga, UncancellableSaga, begin_saga, draft_of, nothing
 
 ID = "1b4e28ba-2fa1-41d2-883f-0016d3cca427"
 
 
-@pytest.fixture
-async def desk() -> Desk:
-    """A node with container `a`."""
-    made = Desk(store=UnsteadyStore())
-    await made.made()
-    return made
-
-
-def store_of(desk: Desk) -> UnsteadyStore:
-    assert isinstance(desk.store, UnsteadyStore)
-    return desk.store
-
-
-def recovering(desk: Desk) -> Operations:
+def recovering(model: ModelNode) -> Operations:
     """A process that has just begun."""
-    desk.begin(recovering=True)
-    return desk.operations
+    model.start_daemon(recovering=True)
+    return model.operations
 
 
-def record(desk: Desk, **changes: object) -> Operation:
+def record(model: ModelNode, **changes: object) -> Operation:
     """An operation on container `a` that no process drives."""
     operation = Operation(
         id=ID,
         kind=OperationKind.STOP,
-        target=desk.head().target,
+        target=model.container().target,
         node=NODE,
         state=OperationState.RUNNING,
         create_time=LONG_AGO,
         update_time=LONG_AGO,
     ).changed(**changes)
-    desk.store.journal[operation.id] = Versioned(operation, 1)
+    model.store.journal[operation.id] = Versioned(operation, 1)
     # By which a daemon finds it.
-    desk.store.locks[ResourceKind.CONTAINER, f"locked by {operation.id}"] = operation.id
+    model.store.locks[ResourceKind.CONTAINER, f"locked by {operation.id}"] = operation.id
     return operation
 
 
 # -- beginning -------------------------------------------------------------------------------------------------------
 
 
-async def test_what_another_operation_has_locked_names_that_operation(desk: Desk) -> None:
-    draft = await desk.containers.draft(Stop("a"))
+async def test_what_another_operation_has_locked_names_that_operation(model: ModelNode) -> None:
+    draft = await model.containers.draft(Stop("a"))
 
     async def drafted() -> OperationDraft:
         return draft
 
-    desk.store.locks[ResourceKind.CONTAINER, "a"] = "other"
+    model.store.locks[ResourceKind.CONTAINER, "a"] = "other"
     with pytest.raises(ContainerBusy) as busy:
-        await desk.operations.begin(drafted, None)
+        await model.operations.begin(drafted, None)
     assert busy.value.metadata == {"container": "a", "operation_id": "other"}
-    assert not desk.operations.driven
+    assert not model.operations.driven
 
 
-async def test_what_another_operation_does_to_a_volume_names_that_operation(desk: Desk) -> None:
-    await desk.must(volume_commands.Create("data", size_bytes=1 << 20))
+async def test_what_another_operation_does_to_a_volume_names_that_operation(model: ModelNode) -> None:
+    await model.run_ok(volume_commands.Create("data", size_bytes=1 << 20))
     resize = volume_commands.Resize("data", 2 << 20)
-    draft = await desk.volumes.draft(resize)
-    create = await draft_of(desk, lambda _: Script(desk, ()))
+    draft = await model.volumes.draft(resize)
+    create = await draft_of(model, lambda _: ScriptedSaga(model, ()))
     conditioned = OperationDraft(
         kind=create.kind,
         target=create.target,
@@ -117,67 +105,67 @@ async def test_what_another_operation_does_to_a_volume_names_that_operation(desk
         build=create.build,
         conditions=[RequireUnlocked(ResourceKind.VOLUME, "data")],
     )
-    desk.store.locks[ResourceKind.VOLUME, "data"] = "other"
+    model.store.locks[ResourceKind.VOLUME, "data"] = "other"
     for one in (draft, conditioned):
 
         async def drafted(one: OperationDraft = one) -> OperationDraft:
             return one
 
         with pytest.raises(VolumeBusy) as busy:
-            await desk.operations.begin(drafted, None)
+            await model.operations.begin(drafted, None)
         assert busy.value.metadata == {"volume": "data", "operation_id": "other"}
 
 
-async def test_of_two_that_make_one_name_one_is_told_so(desk: Desk) -> None:
-    both = await asyncio.gather(*(desk.start(Create("b", SPEC)) for _ in range(2)), return_exceptions=True)
+async def test_of_two_that_make_one_name_one_is_told_so(model: ModelNode) -> None:
+    both = await asyncio.gather(*(model.begin(Create("b", SPEC)) for _ in range(2)), return_exceptions=True)
     (refused,) = [one for one in both if isinstance(one, ContainerExists)]
     assert refused.container == "b"
-    drafts = [await desk.containers.draft(Create("c", SPEC)) for _ in range(2)]
+    drafts = [await model.containers.draft(Create("c", SPEC)) for _ in range(2)]
     command = volume_commands.Create("data", size_bytes=1 << 20)
-    drafts += [await desk.volumes.draft(command) for _ in range(2)]
+    drafts += [await model.volumes.draft(command) for _ in range(2)]
 
     async def drafted() -> OperationDraft:
         return drafts.pop()
 
-    await desk.operations.begin(drafted, None)
+    await model.operations.begin(drafted, None)
     with pytest.raises(VolumeExists) as exists:
-        await desk.operations.begin(drafted, None)
+        await model.operations.begin(drafted, None)
     assert exists.value.volume == "data"
-    await desk.operations.begin(drafted, None)
+    await model.operations.begin(drafted, None)
     # `drafted` returns the same draft again: a new one would fail by itself.
     with pytest.raises(ContainerExists) as there:
-        await desk.operations.begin(drafted, None)
+        await model.operations.begin(drafted, None)
     assert there.value.container == "c"
 
 
-async def test_a_draft_that_is_out_of_date_is_made_anew_but_not_for_ever(desk: Desk) -> None:
+async def test_a_draft_that_is_out_of_date_is_made_anew_but_not_for_ever(model: ModelNode) -> None:
     tries = 0
-    stale = await draft_of(desk, lambda _: Script(desk, ()))
-    desk.store.put(desk.head())
+    stale = await draft_of(model, lambda _: ScriptedSaga(model, ()))
+    model.store.put(model.container())
 
     async def drafted() -> OperationDraft:
         nonlocal tries
         tries += 1
-        return stale if tries < 64 else await draft_of(desk, lambda _: Script(desk, ()))
+        return stale if tries < 64 else await draft_of(model, lambda _: ScriptedSaga(model, ()))
 
-    await desk.ended(await desk.operations.begin(drafted, None))
+    await model.ended_operation(await model.operations.begin(drafted, None))
     assert tries == 64
     tries = -10
     with pytest.raises(StoreUnavailable) as refused:
-        await desk.operations.begin(drafted, None)
+        await model.operations.begin(drafted, None)
     assert refused.value.detail == "lost 64 races against other calls"
     assert tries == 54
 
 
-async def test_a_call_that_is_made_again_is_the_same_operation(desk: Desk) -> None:
+async def test_a_call_that_is_made_again_is_the_same_operation(model: ModelNode) -> None:
     written: list[StoreChange] = []
-    store_of(desk).before = written.extend
-    first = await desk.start(Restart("a"), RequestKey(ID, "digest"))
-    assert await desk.start(Restart("a"), RequestKey(ID, "digest")) == first
+    model.store.before_apply = written.extend
+    first = await model.begin(Restart("a"), RequestKey(ID, "digest"))
+    assert await model.begin(Restart("a"), RequestKey(ID, "digest")) == first
     with pytest.raises(RequestIdReused) as reused:
-        await desk.start(Stop("a"), RequestKey(ID, "other"))
+        await model.begin(Stop("a"), RequestKey(ID, "other"))
     assert reused.value.request_id == ID
-    operation = await desk.ended(first)
+    operation = await model.ended_operation(first)
     assert (operation.request_id, operation.request_digest) == (ID, "digest")
     # From its end on the id is kept for a time only.
     known = RequestRecord(operation_id=first, digest="digest")
@@ -185,27 +173,27 @@ async def test_a_call_that_is_made_again_is_the_same_operation(desk: Desk) -> No
         PutRequest(ID, known),
         PutRequest(ID, known, ended=True),
     ]
-    assert await desk.start(Restart("a"), RequestKey(ID, "digest")) == first
+    assert await model.begin(Restart("a"), RequestKey(ID, "digest")) == first
 
 
-async def test_a_call_that_fails_because_it_has_just_been_done_is_that_operation(desk: Desk) -> None:
-    done = await desk.start(Restart("a"), RequestKey(ID, "digest"))
-    known = desk.store.calls.pop(ID)
+async def test_a_call_that_fails_because_it_has_just_been_done_is_that_operation(model: ModelNode) -> None:
+    done = await model.begin(Restart("a"), RequestKey(ID, "digest"))
+    known = model.store.request_records.pop(ID)
 
     async def drafted() -> OperationDraft:
-        desk.store.calls[ID] = known
+        model.store.request_records[ID] = known
         raise ContainerBusy(container="a", operation_id=done)
 
-    assert await desk.operations.begin(drafted, RequestKey(ID, "digest")) == done
-    await desk.ended(done)
+    assert await model.operations.begin(drafted, RequestKey(ID, "digest")) == done
+    await model.ended_operation(done)
 
 
-async def test_nothing_begins_before_the_recovery_is_over_but_what_is_part_of_it(desk: Desk) -> None:
-    operations = recovering(desk)
+async def test_nothing_begins_before_the_recovery_is_over_but_what_is_part_of_it(model: ModelNode) -> None:
+    operations = recovering(model)
 
     async def begin(*, during_recovery: bool = False) -> str:
         return await operations.begin(
-            lambda: draft_of(desk, lambda _: Script(desk, ())), None, during_recovery=during_recovery
+            lambda: draft_of(model, lambda _: ScriptedSaga(model, ())), None, during_recovery=during_recovery
         )
 
     with pytest.raises(Recovering):
@@ -217,30 +205,30 @@ async def test_nothing_begins_before_the_recovery_is_over_but_what_is_part_of_it
     operations.set_recovery_blocked(None)
     with pytest.raises(Recovering):
         await begin()
-    await desk.ended(await begin(during_recovery=True))
+    await model.ended_operation(await begin(during_recovery=True))
     operations.allow_new_operations()
-    await desk.ended(await begin())
+    await model.ended_operation(await begin())
 
 
-async def test_what_is_about_to_begin_is_driven_already(desk: Desk) -> None:
+async def test_what_is_about_to_begin_is_driven_already(model: ModelNode) -> None:
     seen: list[frozenset[str]] = []
-    store_of(desk).before = lambda _: seen.append(desk.operations.driven)
-    operation_id = await desk.start(Restart("a"))
+    model.store.before_apply = lambda _: seen.append(model.operations.driven)
+    operation_id = await model.begin(Restart("a"))
     # What looks for operations that nobody drives may find it in the store before it has a task.
     assert seen[0] == {operation_id}
-    await desk.ended(operation_id)
-    assert not desk.operations.driven
-    assert not desk.operations._running, "what has ended is not kept in memory"
+    await model.ended_operation(operation_id)
+    assert not model.operations.driven
+    assert not model.operations._running, "what has ended is not kept in memory"
 
 
-async def test_nothing_begins_when_the_process_is_to_stop(desk: Desk) -> None:
-    await desk.operations.drain(0)
+async def test_nothing_begins_when_the_process_is_to_stop(model: ModelNode) -> None:
+    await model.operations.drain(0)
     with pytest.raises(ShuttingDown):
-        await desk.start(Stop("a"))
+        await model.begin(Stop("a"))
 
 
-async def test_a_plan_is_of_no_operation(desk: Desk) -> None:
-    operation = await desk.containers.preview(Create("b", SPEC))
+async def test_a_plan_is_of_no_operation(model: ModelNode) -> None:
+    operation = await model.containers.preview(Create("b", SPEC))
     assert operation.id == ""
     assert operation.target == ResourceRef(kind=ResourceKind.CONTAINER, name="b", uid="")
     assert (operation.state, operation.kind, operation.node) == (OperationState.PLANNED, OperationKind.CREATE, NODE)
@@ -248,18 +236,18 @@ async def test_a_plan_is_of_no_operation(desk: Desk) -> None:
     assert {stage.state for stage in operation.stages} == {StageState.PENDING}
     assert operation.create_time == operation.update_time
     assert operation.arguments["start"] is True
-    draft = await desk.containers.draft(Stop("a"))
-    of_a = desk.operations.preview(draft)
-    assert (of_a.target, of_a.node, of_a.plan) == (desk.head().target, NODE, draft.plan)
+    draft = await model.containers.draft(Stop("a"))
+    of_a = model.operations.preview(draft)
+    assert (of_a.target, of_a.node, of_a.plan) == (model.container().target, NODE, draft.plan)
 
 
-async def test_the_record_of_an_operation(desk: Desk) -> None:
-    operation = await desk.must(Restart("a"))
+async def test_the_record_of_an_operation(model: ModelNode) -> None:
+    operation = await model.run_ok(Restart("a"))
     assert operation.kind is OperationKind.RESTART
-    assert (operation.target, operation.node) == (desk.head().target, NODE)
+    assert (operation.target, operation.node) == (model.container().target, NODE)
     assert operation.committed
     assert (operation.request_id, operation.request_digest) == ("", "")
-    assert operation.result == desk.head()
+    assert operation.result == model.container()
     assert [(stage.name, stage.state) for stage in operation.stages] == [
         (name, StageState.DONE) for name in ("stop", "start", "verify", "commit")
     ]
@@ -276,12 +264,12 @@ async def test_the_record_of_an_operation(desk: Desk) -> None:
 # -- watching --------------------------------------------------------------------------------------------------------
 
 
-async def collected(desk: Desk, operation_id: str) -> list[OperationView]:
-    async with asyncio.timeout(LONG):
-        return [snapshot async for snapshot in desk.operations.watch(operation_id)]
+async def collected(model: ModelNode, operation_id: str) -> list[OperationView]:
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        return [snapshot async for snapshot in model.operations.watch(operation_id)]
 
 
-async def test_a_watcher_sees_the_operation_until_its_end(desk: Desk) -> None:
+async def test_a_watcher_sees_the_operation_until_its_end(model: ModelNode) -> None:
     async def work(run: OperationRun) -> None:
         run.set_stage_message("at work")
         run.progress(1, 3)
@@ -293,7 +281,9 @@ async def test_a_watcher_sees_the_operation_until_its_end(desk: Desk) -> None:
         await asyncio.sleep(0)
         await asyncio.sleep(0)
 
-    seen = await collected(desk, await begun(desk, Script(desk, [Step("work", work), Step("rest", rest)])))
+    seen = await collected(
+        model, await begin_saga(model, ScriptedSaga(model, [Step("work", work), Step("rest", rest)]))
+    )
     shown = {(one.operation.current_stage, one.current_bytes, one.total_bytes, one.message) for one in seen}
     assert ("work", 3, 3, "at work") in shown
     assert ("rest", 0, 0, "") in shown
@@ -305,7 +295,7 @@ async def test_a_watcher_sees_the_operation_until_its_end(desk: Desk) -> None:
     ("seconds", "told"), [(0.0, {(1, 3), (2, 3), (3, 3)}), (1e12, {(3, 3)})], ids=["slowly", "quickly"]
 )
 async def test_progress_is_told_now_and_then_and_at_its_end(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, seconds: float, told: set[tuple[int, int]]
+    model: ModelNode, monkeypatch: pytest.MonkeyPatch, seconds: float, told: set[tuple[int, int]]
 ) -> None:
     monkeypatch.setattr(running_module, "_PROGRESS_INTERVAL_SECONDS", seconds)
 
@@ -317,39 +307,39 @@ async def test_progress_is_told_now_and_then_and_at_its_end(
             for _ in range(10):
                 await asyncio.sleep(0)
 
-    seen = await collected(desk, await begun(desk, Script(desk, [Step("work", work)])))
+    seen = await collected(model, await begin_saga(model, ScriptedSaga(model, [Step("work", work)])))
     shown = {(one.current_bytes, one.total_bytes) for one in seen if one.operation.current_stage == "work"}
     assert shown - {(0, 0)} == told
 
 
-async def test_what_has_ended_is_shown_once(desk: Desk) -> None:
-    operation = await desk.must(Stop("a"))
-    assert [one.operation for one in await collected(desk, operation.id)] == [operation]
-    assert (await desk.operations.get(operation.id)).operation == operation
+async def test_what_has_ended_is_shown_once(model: ModelNode) -> None:
+    operation = await model.run_ok(Stop("a"))
+    assert [one.operation for one in await collected(model, operation.id)] == [operation]
+    assert (await model.operations.get(operation.id)).operation == operation
     with pytest.raises(OperationNotFound) as unknown:
-        await desk.operations.get(ID)
+        await model.operations.get(ID)
     assert unknown.value.operation_id == ID
 
 
-async def test_what_another_node_does_is_shown_as_it_is(desk: Desk) -> None:
-    operation = record(desk, node="other")
-    assert [one.operation for one in await collected(desk, ID)] == [operation]
+async def test_what_another_node_does_is_shown_as_it_is(model: ModelNode) -> None:
+    operation = record(model, node="other")
+    assert [one.operation for one in await collected(model, ID)] == [operation]
 
 
-async def test_what_nobody_drives_is_no_answer(desk: Desk) -> None:
-    record(desk)
+async def test_what_nobody_drives_is_no_answer(model: ModelNode) -> None:
+    record(model)
     with pytest.raises(RuntimeError, match=ID):
-        await collected(desk, ID)
-    desk.operations._draining.set()
+        await collected(model, ID)
+    model.operations._draining.set()
     with pytest.raises(ShuttingDown):
-        await collected(desk, ID)
+        await collected(model, ID)
 
 
-async def test_a_watch_waits_for_an_operation_that_is_to_be_taken_up(desk: Desk) -> None:
-    operation_id = await desk.start(Restart("a"))
-    await desk.operations.drain(0)
-    operations = recovering(desk)
-    watching = asyncio.create_task(collected(desk, operation_id))
+async def test_a_watch_waits_for_an_operation_that_is_to_be_taken_up(model: ModelNode) -> None:
+    operation_id = await model.begin(Restart("a"))
+    await model.operations.drain(0)
+    operations = recovering(model)
+    watching = asyncio.create_task(collected(model, operation_id))
     for _ in range(5):
         await asyncio.sleep(0)
     assert not watching.done()
@@ -358,15 +348,15 @@ async def test_a_watch_waits_for_an_operation_that_is_to_be_taken_up(desk: Desk)
 
 
 @pytest.mark.parametrize("turn", ["open", "drain"])
-async def test_a_watch_that_waits_in_vain_ends(desk: Desk, turn: str) -> None:
-    record(desk)
-    operations = recovering(desk)
-    watching = asyncio.create_task(collected(desk, ID))
+async def test_a_watch_that_waits_in_vain_ends(model: ModelNode, turn: str) -> None:
+    record(model)
+    operations = recovering(model)
+    watching = asyncio.create_task(collected(model, ID))
     for _ in range(5):
         await asyncio.sleep(0)
     assert not watching.done()
     if turn == "open":
-        desk.store.journal[ID] = Versioned(record(desk).changed(state=OperationState.FAILED), 2)
+        model.store.journal[ID] = Versioned(record(model).changed(state=OperationState.FAILED), 2)
         operations.allow_new_operations()
         assert (await watching)[-1].operation.state is OperationState.FAILED
     else:
@@ -375,38 +365,38 @@ async def test_a_watch_that_waits_in_vain_ends(desk: Desk, turn: str) -> None:
             await watching
 
 
-async def test_a_page_of_operations(desk: Desk) -> None:
-    await desk.must(Restart("a"))
-    first = await desk.operations.list(page_size=1, page_token="")
-    second = await desk.operations.list(page_size=1, page_token=first.next_token)
+async def test_a_page_of_operations(model: ModelNode) -> None:
+    await model.run_ok(Restart("a"))
+    first = await model.operations.list(page_size=1, page_token="")
+    second = await model.operations.list(page_size=1, page_token=first.next_token)
     assert [one.kind for one in (*first.items, *second.items)] == [OperationKind.RESTART, OperationKind.CREATE]
 
 
 # -- results ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_result_that_is_no_longer_kept_is_the_object_as_it_is_now(desk: Desk) -> None:
-    await desk.must(volume_commands.Create("data", size_bytes=1 << 20))
-    operations, over = desk.operations, {"state": OperationState.SUCCEEDED, "result": None}
-    assert await operations.result_of(record(desk, **over)) == desk.head()
-    assert await operations.result_of(record(desk, target=desk.volume().target, **over)) == desk.volume()
-    assert await operations.result(ID) == desk.volume()
+async def test_a_result_that_is_no_longer_kept_is_the_object_as_it_is_now(model: ModelNode) -> None:
+    await model.run_ok(volume_commands.Create("data", size_bytes=1 << 20))
+    operations, over = model.operations, {"state": OperationState.SUCCEEDED, "result": None}
+    assert await operations.result_of(record(model, **over)) == model.container()
+    assert await operations.result_of(record(model, target=model.volume().target, **over)) == model.volume()
+    assert await operations.result(ID) == model.volume()
     gone: list[dict[str, object]] = [
         {"kind": OperationKind.COMMIT},
-        {"target": desk.head().target.model_copy(update={"uid": ID})},
-        {"target": desk.volume().target.model_copy(update={"name": "other"})},
-        {"target": desk.head().target.model_copy(update={"name": "data"})},
+        {"target": model.container().target.model_copy(update={"uid": ID})},
+        {"target": model.volume().target.model_copy(update={"name": "other"})},
+        {"target": model.container().target.model_copy(update={"name": "data"})},
     ]
     for changes in gone:
         with pytest.raises(OperationResultGone) as refused:
-            await operations.result_of(record(desk, **over, **changes))
+            await operations.result_of(record(model, **over, **changes))
         assert refused.value.operation_id == ID
 
 
-async def test_the_result_of_what_failed_is_its_error(desk: Desk) -> None:
+async def test_the_result_of_what_failed_is_its_error(model: ModelNode) -> None:
     error = RecordedError(code=5, reason="R", message="m", metadata={"k": "v"})
-    failed = record(desk, state=OperationState.FAILED, error=error)
-    for call in (desk.operations.result_of(failed), desk.operations.result(ID), desk.operations.done(ID)):
+    failed = record(model, state=OperationState.FAILED, error=error)
+    for call in (model.operations.result_of(failed), model.operations.result(ID), model.operations.done(ID)):
         with pytest.raises(OperationFailed) as raised:
             await call
         found = raised.value
@@ -417,66 +407,66 @@ async def test_the_result_of_what_failed_is_its_error(desk: Desk) -> None:
 # -- cancelling ------------------------------------------------------------------------------------------------------
 
 
-async def refusal(desk: Desk, operation_id: str = ID) -> GpudockError:
+async def refusal(model: ModelNode, operation_id: str = ID) -> GpudockError:
     with pytest.raises(GpudockError) as refused:
-        await desk.operations.cancel(operation_id)
+        await model.operations.cancel(operation_id)
     return refused.value
 
 
-async def test_what_cannot_be_cancelled(desk: Desk) -> None:
-    assert isinstance(await refusal(desk), OperationNotFound)
-    record(desk, state=OperationState.SUCCEEDED, node="other")
-    ended = await refusal(desk)
+async def test_what_cannot_be_cancelled(model: ModelNode) -> None:
+    assert isinstance(await refusal(model), OperationNotFound)
+    record(model, state=OperationState.SUCCEEDED, node="other")
+    ended = await refusal(model)
     assert isinstance(ended, OperationNotCancellable)
     assert ended.metadata == {"operation_id": ID, "state": "SUCCEEDED"}
-    record(desk, node="other")
-    elsewhere_now = await refusal(desk)
+    record(model, node="other")
+    elsewhere_now = await refusal(model)
     assert isinstance(elsewhere_now, WrongNode)
     assert (elsewhere_now.container, elsewhere_now.node, elsewhere_now.address) == ("a", "other", "")
-    store_of(desk).daemons = [daemon("third", "t:1"), daemon("other", "o:1")]
-    elsewhere_now = await refusal(desk)
+    model.store.node_records = [node_record("third", "t:1"), node_record("other", "o:1")]
+    elsewhere_now = await refusal(model)
     assert isinstance(elsewhere_now, WrongNode)
     assert elsewhere_now.address == "o:1"
-    record(desk)
-    stuck = await refusal(desk)
+    record(model)
+    stuck = await refusal(model)
     assert isinstance(stuck, OperationNotCancellable)
     assert stuck.metadata == {"operation_id": ID, "state": "RUNNING"}
-    recovering(desk)
-    assert isinstance(await refusal(desk), Recovering)
-    desk.operations.set_recovery_blocked(StoreFull("no room"))
-    assert isinstance(await refusal(desk), StoreFull)
-    record(desk, state=OperationState.FAILED)
-    assert isinstance(await refusal(desk), OperationNotCancellable)
+    recovering(model)
+    assert isinstance(await refusal(model), Recovering)
+    model.operations.set_recovery_blocked(StoreFull("no room"))
+    assert isinstance(await refusal(model), StoreFull)
+    record(model, state=OperationState.FAILED)
+    assert isinstance(await refusal(model), OperationNotCancellable)
 
 
-async def test_what_was_cancelled_may_be_cancelled_again(desk: Desk) -> None:
-    operation = record(desk, cancel_requested=True, node="other")
-    assert (await desk.operations.cancel(ID)).operation == operation
+async def test_what_was_cancelled_may_be_cancelled_again(model: ModelNode) -> None:
+    operation = record(model, cancel_requested=True, node="other")
+    assert (await model.operations.cancel(ID)).operation == operation
 
 
-def test_an_operation_of_another_node_is_told_by_its_target(desk: Desk) -> None:
+def test_an_operation_of_another_node_is_told_by_its_target(model: ModelNode) -> None:
     target = ResourceRef(kind=ResourceKind.VOLUME, name="data", uid=ID)
-    error = desk.operations.wrong_node_error(record(desk, target=target, node="other"), "o:1")
+    error = model.operations.wrong_node_error(record(model, target=target, node="other"), "o:1")
     assert isinstance(error, VolumeOnOtherNode)
     assert (error.volume, error.node, error.address) == ("data", "other", "o:1")
 
 
-async def test_what_nobody_may_cancel_goes_on(desk: Desk) -> None:
+async def test_what_nobody_may_cancel_goes_on(model: ModelNode) -> None:
     gate = asyncio.Event()
 
     async def work(_: OperationRun) -> None:
         await gate.wait()
 
-    operation_id = await begun(desk, Held(desk, [Step("work", work)]))
+    operation_id = await begin_saga(model, UncancellableSaga(model, [Step("work", work)]))
     await asyncio.sleep(0)
-    refused = await refusal(desk, operation_id)
+    refused = await refusal(model, operation_id)
     assert isinstance(refused, OperationNotCancellable)
     assert refused.metadata == {"operation_id": operation_id, "state": "RUNNING"}
     gate.set()
-    assert (await desk.ended(operation_id)).state is OperationState.SUCCEEDED
+    assert (await model.ended_operation(operation_id)).state is OperationState.SUCCEEDED
 
 
-async def test_a_cancel_is_recorded_before_the_undo(desk: Desk) -> None:
+async def test_a_cancel_is_recorded_before_the_undo(model: ModelNode) -> None:
     undoing, may_undo = asyncio.Event(), asyncio.Event()
 
     async def work(_: OperationRun) -> None:
@@ -486,70 +476,70 @@ async def test_a_cancel_is_recorded_before_the_undo(desk: Desk) -> None:
         undoing.set()
         await may_undo.wait()
 
-    operation_id = await begun(desk, Script(desk, [Step("work", work, undo)]))
+    operation_id = await begin_saga(model, ScriptedSaga(model, [Step("work", work, undo)]))
     await asyncio.sleep(0)
-    snapshot = await desk.operations.cancel(operation_id)
+    snapshot = await model.operations.cancel(operation_id)
     assert snapshot.operation.cancel_requested
     assert snapshot.operation.state is OperationState.UNDOING
     await undoing.wait()
-    assert (await desk.operations.cancel(operation_id)).operation.cancel_requested
+    assert (await model.operations.cancel(operation_id)).operation.cancel_requested
     may_undo.set()
-    operation = await desk.ended(operation_id)
+    operation = await model.ended_operation(operation_id)
     assert operation.state is OperationState.CANCELLED
     assert [stage.state for stage in operation.stages] == [StageState.UNDONE, StageState.PENDING]
 
 
-async def test_a_cancel_of_what_cannot_be_recorded_says_so_and_is_not_forgotten(desk: Desk) -> None:
+async def test_a_cancel_of_what_cannot_be_recorded_says_so_and_is_not_forgotten(model: ModelNode) -> None:
     started = asyncio.Event()
 
     async def work(_: OperationRun) -> None:
         started.set()
         await asyncio.Event().wait()
 
-    operation_id = await begun(desk, Script(desk, [Step("work", work)]))
+    operation_id = await begin_saga(model, ScriptedSaga(model, [Step("work", work)]))
     await started.wait()
-    store_of(desk).failures.append(StoreFull("no room"))
-    refused = await refusal(desk, operation_id)
+    model.store.failures.append(StoreFull("no room"))
+    refused = await refusal(model, operation_id)
     assert isinstance(refused, StoreFull)
     assert refused.detail == "no room"
-    assert (await desk.ended(operation_id)).state is OperationState.CANCELLED
+    assert (await model.ended_operation(operation_id)).state is OperationState.CANCELLED
 
 
 # -- a process' life -------------------------------------------------------------------------------------------------
 
 
-async def test_only_what_is_unfinished_here_is_taken_up(desk: Desk) -> None:
+async def test_only_what_is_unfinished_here_is_taken_up(model: ModelNode) -> None:
     left = [f"{number}{ID[1:]}" for number in range(4)]
-    record(desk, node="other")
+    record(model, node="other")
     for one in left:
         record(
-            desk,
+            model,
             id=one,
             stages=[Stage(name="pause"), Stage(name="commit")],
             kind=OperationKind.PAUSE,
-            arguments={"engine_id": desk.engine_id(), "freeze": True},
+            arguments={"engine_id": model.engine_id(), "freeze": True},
         )
-    ended = desk.store.journal[left[0]]
-    unfinished = desk.store.unfinished
+    ended = model.store.journal[left[0]]
+    unfinished = model.store.unfinished
 
     async def while_two_end(node: str) -> tuple[Versioned[Operation], ...]:
         found = await unfinished(node)
-        desk.store.journal[left[0]] = Versioned(ended.value.changed(state=OperationState.SUCCEEDED), ended.version)
-        desk.store.journal.pop(left[1], None)
+        model.store.journal[left[0]] = Versioned(ended.value.changed(state=OperationState.SUCCEEDED), ended.version)
+        model.store.journal.pop(left[1], None)
         return found
 
-    desk.store.unfinished = while_two_end  # type: ignore[method-assign]  # this call alone differs
-    assert await desk.operations.resume([left[2]]) == (left[3],)
-    assert desk.operations.active == desk.operations.driven == {left[3]}
-    assert await desk.operations.resume([left[2]]) == ()
-    assert (await desk.ended(left[3])).state is OperationState.SUCCEEDED
-    assert await desk.operations.resume() == (left[2],)
-    await desk.operations.wait_until_ended([left[2], ID])
-    assert desk.store.journal[left[2]].value.state is OperationState.SUCCEEDED
-    assert not desk.operations.active
-    await desk.operations.drain(0)
-    desk.store.journal[left[3]] = Versioned(ended.value.changed(id=left[3]), 1)
-    assert await desk.operations.resume() == ()
+    model.store.unfinished = while_two_end  # type: ignore[method-assign]  # this call alone differs
+    assert await model.operations.resume([left[2]]) == (left[3],)
+    assert model.operations.active == model.operations.driven == {left[3]}
+    assert await model.operations.resume([left[2]]) == ()
+    assert (await model.ended_operation(left[3])).state is OperationState.SUCCEEDED
+    assert await model.operations.resume() == (left[2],)
+    await model.operations.wait_until_ended([left[2], ID])
+    assert model.store.journal[left[2]].value.state is OperationState.SUCCEEDED
+    assert not model.operations.active
+    await model.operations.drain(0)
+    model.store.journal[left[3]] = Versioned(ended.value.changed(id=left[3]), 1)
+    assert await model.operations.resume() == ()
 
 
 @pytest.fixture
@@ -558,7 +548,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-async def test_a_start_waits_for_all_but_what_is_interruptible(desk: Desk) -> None:
+async def test_a_start_waits_for_all_but_what_is_interruptible(model: ModelNode) -> None:
     short, long = asyncio.Event(), asyncio.Event()
 
     def wait(event: asyncio.Event) -> Callable[[OperationRun], asyncio.Future[None]]:
@@ -567,51 +557,51 @@ async def test_a_start_waits_for_all_but_what_is_interruptible(desk: Desk) -> No
 
         return work  # type: ignore[return-value]  # an awaitable, as a step's has to be
 
-    script = Script(desk, [Step("short", wait(short)), Step("long", wait(long), interruptible=True)])
-    operation_id = await begun(desk, script)
-    settling = asyncio.create_task(desk.operations.wait_until_ended_or_interruptible([operation_id, ID]))
+    script = ScriptedSaga(model, [Step("short", wait(short)), Step("long", wait(long), interruptible=True)])
+    operation_id = await begin_saga(model, script)
+    settling = asyncio.create_task(model.operations.wait_until_ended_or_interruptible([operation_id, ID]))
     for _ in range(20):
         await asyncio.sleep(0.001)
     assert not settling.done()
     short.set()
-    async with asyncio.timeout(LONG):
+    async with asyncio.timeout(TIMEOUT_SECONDS):
         await settling
-    assert operation_id in desk.operations.active
-    assert desk.store.journal[operation_id].value.stages[0].state is StageState.DONE
-    await desk.operations.drain(LONG)
-    stages = desk.store.journal[operation_id].value.stages
+    assert operation_id in model.operations.active
+    assert model.store.journal[operation_id].value.stages[0].state is StageState.DONE
+    await model.operations.drain(TIMEOUT_SECONDS)
+    stages = model.store.journal[operation_id].value.stages
     assert [stage.state for stage in stages] == [StageState.DONE, StageState.PENDING, StageState.PENDING]
     assert not long.is_set()
 
 
-async def test_a_stop_gives_what_runs_its_time(desk: Desk) -> None:
+async def test_a_stop_gives_what_runs_its_time(model: ModelNode) -> None:
     gate = asyncio.Event()
 
     async def work(_: OperationRun) -> None:
         await gate.wait()
 
-    operation_id = await begun(desk, Script(desk, [Step("work", work), Step("rest", nothing)]))
-    draining = asyncio.create_task(desk.operations.drain(LONG))
+    operation_id = await begin_saga(model, ScriptedSaga(model, [Step("work", work), Step("rest", nothing)]))
+    draining = asyncio.create_task(model.operations.drain(TIMEOUT_SECONDS))
     for _ in range(10):
         await asyncio.sleep(0)
     assert not draining.done()
     gate.set()
     await draining
-    stages = desk.store.journal[operation_id].value.stages
+    stages = model.store.journal[operation_id].value.stages
     assert [stage.state for stage in stages] == [StageState.DONE, StageState.PENDING, StageState.PENDING]
 
 
-async def test_a_stop_lets_go_of_what_does_not_end_in_its_time(desk: Desk) -> None:
+async def test_a_stop_lets_go_of_what_does_not_end_in_its_time(model: ModelNode) -> None:
     async def work(_: OperationRun) -> None:
         await asyncio.Event().wait()
 
-    operation_id = await begun(desk, Script(desk, [Step("work", work)]))
+    operation_id = await begin_saga(model, ScriptedSaga(model, [Step("work", work)]))
     await asyncio.sleep(0)
-    async with asyncio.timeout(LONG):
-        await desk.operations.drain(0)
-    assert not desk.operations.active
-    operation = desk.store.journal[operation_id].value
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        await model.operations.drain(0)
+    assert not model.operations.active
+    operation = model.store.journal[operation_id].value
     assert operation.state is OperationState.RUNNING
     assert {stage.state for stage in operation.stages} == {StageState.PENDING}
     with pytest.raises(ShuttingDown):
-        await desk.operations.result(operation_id)
+        await model.operations.result(operation_id)

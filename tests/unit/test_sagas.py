@@ -1,7 +1,7 @@
 """Every operation to its end, and with every call to the host failing in turn: it is done, or as if never begun.
 
-The host is in memory (`desk.py`), so that all moments of all operations are tried in seconds; tests/faults does the
-same to a real engine.
+The host is in memory (`model_node.py`), so that all moments of all operations are tried in seconds; tests/faults does
+the same to a real engine.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from gpudock_server.core.operations import journal
 from gpudock_server.errors import EngineRejected, EngineUnavailable, GpudockError, OperationNotCancellable
 from gpudock_server.model.operation import Operation, OperationState
 
-from tests.unit.desk import LONG, Desk
-from tests.unit.faults import give_way, raising
+from tests.unit.faults import let_tasks_run, raising
+from tests.unit.model_node import TIMEOUT_SECONDS, ModelNode
 from tests.unit.scenarios import SCENARIOS, Scenario
 
 # No operation makes so many calls.
@@ -83,31 +83,31 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operations, "_RESUME_POLL_SECONDS", 0.001)
 
 
-async def desk_of(scenario: Scenario) -> Desk:
-    desk = Desk()
-    await scenario.setup(desk)
-    desk.whole()
-    desk.engine.stopped_within.clear()
-    desk.engine.watched_for.clear()
-    return desk
+async def model_for(scenario: Scenario) -> ModelNode:
+    model = ModelNode()
+    await scenario.setup(model)
+    model.check_consistency()
+    model.engine.stop_timeouts.clear()
+    model.engine.start_watch_seconds.clear()
+    return model
 
 
 async def undone(scenario: Scenario) -> list[dict[str, object]]:
     """What there may be after it has failed."""
-    pictures = [(await desk_of(scenario)).picture()]
+    pictures = [(await model_for(scenario)).summary()]
     if scenario.or_as is not None:
-        desk = Desk()
-        await scenario.or_as(desk)
-        pictures.append(desk.picture())
+        model = ModelNode()
+        await scenario.or_as(model)
+        pictures.append(model.summary())
     return pictures
 
 
-async def done(scenario: Scenario) -> Desk:
+async def done(scenario: Scenario) -> ModelNode:
     """The scenario without any fault."""
-    desk = await desk_of(scenario)
-    operation = await desk.must(scenario.command)
+    model = await model_for(scenario)
+    operation = await model.run_ok(scenario.command)
     assert operation.state is OperationState.SUCCEEDED
-    return desk
+    return model
 
 
 def is_plain(value: object) -> bool:
@@ -121,24 +121,24 @@ def is_plain(value: object) -> bool:
 
 @every_scenario
 async def test_it_is_done(scenario: Scenario) -> None:
-    desk = await done(scenario)
-    desk.whole()
-    scenario.check(desk)
-    (operation,) = [one.value for one in desk.store.journal.values() if one.value.id == desk.last]
+    model = await done(scenario)
+    model.check_consistency()
+    scenario.check(model)
+    (operation,) = [one.value for one in model.store.journal.values() if one.value.id == model.last_operation_id]
     names = [stage.name for stage in operation.stages]
     assert " ".join(names) == STAGES[scenario.name]
     for stage in operation.stages:
         assert stage.current_bytes == stage.total_bytes
     if "verify" in names:
         # A replacement for longer than what replaces nothing.
-        assert desk.engine.watched_for == [3 if "retire" in names else 2]
+        assert model.engine.start_watch_seconds == [3 if "retire" in names else 2]
     if "carry" in names:
         assert operation.facts("carry") == {"method": "COPY" if scenario.name == "scale by copy" else "EXCHANGE"}
     # Another process makes the same of the record, as it was until the end.
-    operation = operation.changed(arguments=desk.store.arguments[operation.id])
+    operation = operation.changed(arguments=model.store.arguments[operation.id])
     assert is_plain(operation.arguments)
     assert is_plain([stage.facts for stage in operation.stages])
-    sagas = desk.core.container_use_cases.saga_builders | desk.core.volume_use_cases.saga_builders
+    sagas = model.core.container_use_cases.saga_builders | model.core.volume_use_cases.saga_builders
     saga = sagas[operation.kind](operation)
     assert [*(step.name for step in saga.steps), "commit", *(step.name for step in saga.cleanup_steps)] == names
     for step in (*saga.steps, *saga.cleanup_steps):
@@ -151,89 +151,91 @@ async def test_it_is_done(scenario: Scenario) -> None:
 async def test_whatever_fails_is_undone(
     scenario: Scenario, act: Callable[[str], Awaitable[None]], *, after: bool
 ) -> None:
-    good, bad = (await done(scenario)).picture(), await undone(scenario)
+    good, bad = (await done(scenario)).summary(), await undone(scenario)
     failures = 0
     for at in range(1, MOST_CALLS):
-        desk = await desk_of(scenario)
-        desk.faults.plant(at, act, after=after)
+        model = await model_for(scenario)
+        model.faults.inject(at, act, after=after)
         try:
-            operation = await desk.do(scenario.command)
+            operation = await model.run(scenario.command)
         except GpudockError:
             # Before it began.
-            assert desk.picture() == bad[0], desk.faults.met
+            assert model.summary() == bad[0], model.faults.hit_call
             continue
         finally:
-            desk.whole()
-        if not desk.faults.met:
+            model.check_consistency()
+        if not model.faults.hit_call:
             break
         if operation.state is OperationState.FAILED:
             failures += 1
-        await check_end(desk, scenario, operation, bad, good)
+        await check_end(model, scenario, operation, bad, good)
     else:
         raise AssertionError("there is always one call more")
     assert failures or scenario.name == "adopt a volume", "no call of it can fail"
 
 
 async def check_end(
-    desk: Desk, scenario: Scenario, operation: Operation, bad: list[dict[str, object]], good: dict[str, object]
+    model: ModelNode, scenario: Scenario, operation: Operation, bad: list[dict[str, object]], good: dict[str, object]
 ) -> None:
-    met = f"{desk.faults.met}, call {len(desk.faults.calls)}: {operation.error or operation.message}"
-    desk.whole()
+    met = f"{model.faults.hit_call}, call {len(model.faults.calls)}: {operation.error or operation.message}"
+    model.check_consistency()
     if operation.state is OperationState.SUCCEEDED:
         # What was noted is what is not as it should be.
-        assert operation.message or desk.picture() == good, met
+        assert operation.message or model.summary() == good, met
         return
     assert operation.error is not None
     assert operation.error.reason != "INTERNAL", met
     if scenario.undone:
-        assert desk.picture() in bad, met
+        assert model.summary() in bad, met
         return
-    again = await desk.do(scenario.command)
+    again = await model.run(scenario.command)
     assert again.state is OperationState.SUCCEEDED, met
-    desk.whole()
+    model.check_consistency()
     if scenario.rest is not None:
-        scenario.rest(desk)
+        scenario.rest(model)
     else:
-        assert desk.picture() == good, met
+        assert model.summary() == good, met
 
 
 @every_scenario
 async def test_what_is_cancelled_is_undone_or_done(scenario: Scenario) -> None:
-    good, bad = (await done(scenario)).picture(), await undone(scenario)
+    good, bad = (await done(scenario)).summary(), await undone(scenario)
     for at in range(1, MOST_CALLS):
-        desk = await desk_of(scenario)
+        model = await model_for(scenario)
         cancelling: list[asyncio.Task[object]] = []
 
-        async def cancel(name: str, desk: Desk = desk, cancelling: list[asyncio.Task[object]] = cancelling) -> None:
+        async def cancel(
+            name: str, model: ModelNode = model, cancelling: list[asyncio.Task[object]] = cancelling
+        ) -> None:
             # What another operation does as its part is not the caller's.
-            asked = [one for one in desk.operations.active if not desk.store.journal[one].value.request_id]
-            cancelling += [asyncio.create_task(desk.operations.cancel(one)) for one in asked]
-            await give_way(name)
+            asked = [one for one in model.operations.active if not model.store.journal[one].value.request_id]
+            cancelling += [asyncio.create_task(model.operations.cancel(one)) for one in asked]
+            await let_tasks_run(name)
 
-        desk.faults.plant(at, cancel, after=False)
-        operation = await desk.do(scenario.command)
+        model.faults.inject(at, cancel, after=False)
+        operation = await model.run(scenario.command)
         results = await asyncio.gather(*cancelling, return_exceptions=True)
-        desk.whole()
-        if not desk.faults.met:
+        model.check_consistency()
+        if not model.faults.hit_call:
             break
         if operation.state is OperationState.CANCELLED:
             assert operation.cancel_requested
             assert operation.error is not None
             assert operation.error.reason == "OPERATION_CANCELLED"
-            assert desk.picture() in bad, desk.faults.met
+            assert model.summary() in bad, model.faults.hit_call
         else:
             assert operation.state is OperationState.SUCCEEDED
             assert all(isinstance(one, OperationNotCancellable) for one in results), results
-            assert desk.picture() == good, desk.faults.met
+            assert model.summary() == good, model.faults.hit_call
     else:
         raise AssertionError("there is always one call more")
 
 
-async def left_at(desk: Desk, scenario: Scenario) -> str:
+async def left_at(model: ModelNode, scenario: Scenario) -> str:
     """Begin it, and wait until it has met a fault that never returns, or its end; its id, empty if it never began."""
-    beginning = asyncio.create_task(desk.start(scenario.command))
-    async with asyncio.timeout(LONG):
-        while not desk.faults.blocked and not (beginning.done() and not desk.operations.active):
+    beginning = asyncio.create_task(model.begin(scenario.command))
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        while not model.faults.blocked and not (beginning.done() and not model.operations.active):
             await asyncio.sleep(0)
     if beginning.done():
         return beginning.result()
@@ -244,21 +246,21 @@ async def left_at(desk: Desk, scenario: Scenario) -> str:
 @every_scenario
 @pytest.mark.parametrize("after", [False, True], ids=["", "but done"])
 async def test_another_process_does_the_rest(scenario: Scenario, *, after: bool) -> None:
-    good = (await done(scenario)).picture()
+    good = (await done(scenario)).summary()
     for at in range(1, MOST_CALLS):
-        desk = await desk_of(scenario)
-        before = desk.picture()
-        desk.faults.plant(at, desk.faults.block, after=after)
-        operation_id = await left_at(desk, scenario)
-        if not desk.faults.met:
+        model = await model_for(scenario)
+        before = model.summary()
+        model.faults.inject(at, model.faults.block, after=after)
+        operation_id = await left_at(model, scenario)
+        if not model.faults.hit_call:
             break
-        await desk.restart()
-        desk.whole()
+        await model.restart_daemon()
+        model.check_consistency()
         if not operation_id:
-            assert desk.picture() == before
+            assert model.summary() == before
             continue
-        assert desk.store.journal[operation_id].value.state is OperationState.SUCCEEDED, desk.faults.met
-        assert desk.picture() == good, desk.faults.met
+        assert model.store.journal[operation_id].value.state is OperationState.SUCCEEDED, model.faults.hit_call
+        assert model.summary() == good, model.faults.hit_call
     else:
         raise AssertionError("there is always one call more")
 
@@ -267,30 +269,30 @@ async def test_another_process_does_the_rest(scenario: Scenario, *, after: bool)
 async def test_another_process_undoes_the_rest(scenario: Scenario) -> None:
     bad = await undone(scenario)
     for at in range(1, MOST_CALLS):
-        desk = await desk_of(scenario)
+        model = await model_for(scenario)
 
-        async def refuse(name: str, desk: Desk = desk, at: int = at) -> None:
+        async def refuse(name: str, model: ModelNode = model, at: int = at) -> None:
             # The first call of the undoing, or the second …, is the last one of this process.
-            desk.faults.plant(1 + at % 4, desk.faults.block, after=False)
+            model.faults.inject(1 + at % 4, model.faults.block, after=False)
             await REFUSED(name)
 
-        desk.faults.plant(at, refuse, after=True)
+        model.faults.inject(at, refuse, after=True)
         try:
-            operation_id = await left_at(desk, scenario)
+            operation_id = await left_at(model, scenario)
         except GpudockError:
             continue
-        if desk.faults.never_met:
+        if model.faults.never_hit:
             break
-        await desk.restart()
-        desk.whole()
+        await model.restart_daemon()
+        model.check_consistency()
         if not operation_id:
             continue
-        operation = desk.store.journal[operation_id].value
+        operation = model.store.journal[operation_id].value
         if operation.state is OperationState.SUCCEEDED:
             continue
         assert operation.error is not None
         assert operation.error.reason != "INTERNAL"
         if scenario.undone:
-            assert desk.picture() in bad, desk.faults.met
+            assert model.summary() in bad, model.faults.hit_call
     else:
         raise AssertionError("there is always one call more")
