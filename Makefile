@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? 2 * n : 8)))
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 # In the VM, what is skipped has failed; all is slower; and what pytest would load besides takes seconds.
-VM_PYTEST := -p tests.vm.nothing_skipped --timeout 900 --durations 5 -p no:xdist -p no:hypothesispytest -p no:cacheprovider
+VM_PYTEST := -p tests.vm.fail_on_skip --timeout 900 --durations 5 -p no:xdist -p no:hypothesispytest -p no:cacheprovider
 # What runs there: words for pytest.
 VM_TESTS ?= $(wildcard tests/vm/test_inside_*.py) tests/engine/test_volume_quotas.py \
 	tests/engine/test_volumes.py::test_growing_under_a_writer_loses_nothing \
@@ -69,7 +69,7 @@ test-deep: $(STAMP) ## the others: kills at every moment, long random sequences,
 	$(PYTEST) -m deep $(PYTEST_ARGS)
 
 test-vm: $(STAMP) .vm/.fetched ## what needs project quotas, in a VM with XFS and ext4 that have them
-	$(BIN)/python -m pytest -p tests.vm.nothing_skipped tests/vm/test_machine.py tests/vm/test_nothing_skipped.py
+	$(BIN)/python -m pytest -p tests.vm.fail_on_skip tests/vm/test_machine.py tests/vm/test_fail_on_skip.py
 	$(BIN)/python -m tests.vm $(VM_OPTIONS) -- $(BIN)/python -m pytest $(VM_PYTEST) $(VM_TESTS)
 
 mutants: $(STAMP) ## what the fast tests notice of changed lines, by room; ROOM=core/operations SAMPLE=300 SEED=1

@@ -18,15 +18,15 @@ from typing import Any
 import grpc
 
 from benchmarks import document, machine, report
-from benchmarks.arena import Arena
-from benchmarks.creating import creating
+from benchmarks.create_latency import creating
 from benchmarks.docker_cli import DockerCli
-from benchmarks.executing import executing
-from benchmarks.history import history
-from benchmarks.reading import reading
+from benchmarks.environment import Arena
+from benchmarks.exec_throughput import executing
+from benchmarks.history_cost import history
+from benchmarks.read_latency import reading
 from benchmarks.report import Row
-from benchmarks.scaling import scaling
-from benchmarks.volumes import volumes
+from benchmarks.scale_downtime import scaling
+from benchmarks.volume_costs import volumes
 from tests.rig import BUSYBOX, GLIBC, Rig, RigError
 
 _BENCHMARKS: dict[str, Callable[[Arena], Coroutine[Any, Any, list[Row]]]] = {

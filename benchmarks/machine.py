@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.rig import Rig
-from tests.rig.remains import BASE
+from tests.rig.cleanup import BASE
 
 
 def facts(rig: Rig, docker: str) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from gpudock.v1 import container_pb2, container_revision_pb2, operation_service_
 from tests.calls import Caller, failure
 from tests.engine.drift import REPORTED, found, inspect
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until, until_state
+from tests.faults.instrumented_daemon import DIE_AT, KIND
 from tests.faults.invariants import bound_host_paths
-from tests.faults.mortal import DIE_AT, KIND
 from tests.rig import Daemon, Rig
 
 __all__ = ["daemons"]
@@ -252,7 +252,7 @@ async def test_an_operation_that_is_taken_up_checks_what_it_recorded(host: Host,
     await stopped(host.daemon)
     environment = {KIND: "CREATE", DIE_AT: "2"}
     mortal = await host.daemons.start(
-        *host.flags, module="tests.faults.mortal", environment=environment, after=host.daemon
+        *host.flags, module="tests.faults.instrumented_daemon", environment=environment, after=host.daemon
     )
     async with Caller(mortal.target) as caller:
         assert (await failure(caller.create("evil", mounts=[host.mount("u/sub", "/s")]))).reason == ""

@@ -15,8 +15,8 @@ from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2
 from tests.calls import Caller, failure, progress_of
 from tests.engine.drift import REPAIRED, drift, found, logged, names, passed
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, process_runs_in, until
+from tests.faults.instrumented_daemon import DIE_AT, KIND
 from tests.faults.invariants import LOOK, PLANT, absent, sound
-from tests.faults.mortal import DIE_AT, KIND
 from tests.rig import Daemon, Rig
 
 __all__ = ["daemons"]
@@ -149,7 +149,7 @@ _Call: TypeAlias = Callable[[Caller], Awaitable[object]]
 
 async def _begun(restorable: Restorable, kind: str, die_at: int, prepare: _Call, act_on: _Call) -> bool:
     """Kill the daemon at a moment of an operation and save what its store then has; whether it was killed."""
-    daemon = await restorable.start("tests.faults.mortal", {KIND: kind, DIE_AT: str(die_at)})
+    daemon = await restorable.start("tests.faults.instrumented_daemon", {KIND: kind, DIE_AT: str(die_at)})
     async with Caller(daemon.target) as caller:
         await prepare(caller)
         try:

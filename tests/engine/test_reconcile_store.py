@@ -17,8 +17,8 @@ from gpudock_server.settings.definitions import default_host_id
 from tests.calls import Caller, failure
 from tests.engine.drift import REPAIRED, REPORTED, State, drift, found, logged, passed, state_of
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until, until_state
-from tests.faults.mortal import DIE_AT
-from tests.faults.mortal import KIND as KIND_VARIABLE
+from tests.faults.instrumented_daemon import DIE_AT
+from tests.faults.instrumented_daemon import KIND as KIND_VARIABLE
 from tests.rig import Rig
 
 __all__ = ["daemons"]
@@ -235,7 +235,7 @@ async def test_a_lock_of_no_operation_is_released(quick: Caller, state: State) -
 async def _interrupted(daemons: IsolatedDaemons, kind: str, die_at: int) -> None:
     """A daemon is killed in the middle of an operation on `victim`."""
     daemon = await daemons.start(
-        *QUICK, module="tests.faults.mortal", environment={KIND_VARIABLE: kind, DIE_AT: str(die_at)}
+        *QUICK, module="tests.faults.instrumented_daemon", environment={KIND_VARIABLE: kind, DIE_AT: str(die_at)}
     )
     async with Caller(daemon.target) as caller:
         try:

@@ -13,7 +13,7 @@ from tests.calls import Caller, failure
 from tests.engine.drift import REPORTED, act, drift, found, passed
 from tests.engine.isolated_daemons import daemons, until
 from tests.engine.losing import Losing, losing
-from tests.faults.mortal import DIE_AT, KIND
+from tests.faults.instrumented_daemon import DIE_AT, KIND
 from tests.rig import Rig
 
 __all__ = ["daemons", "losing"]
@@ -45,7 +45,7 @@ async def half_replaced(losing: Losing) -> container_pb2.Container:
     async with Caller(losing.daemon.target) as caller:
         victim = await caller.create("victim", 1, ports=[PORT])
     await losing.kill()
-    await losing.start(module="tests.faults.mortal", environment={KIND: "SCALE", DIE_AT: CREATED})
+    await losing.start(module="tests.faults.instrumented_daemon", environment={KIND: "SCALE", DIE_AT: CREATED})
     async with Caller(losing.daemon.target) as caller:
         with pytest.raises(grpc.aio.AioRpcError):
             await caller.scale("victim", 2)

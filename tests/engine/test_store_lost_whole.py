@@ -14,7 +14,7 @@ from tests.calls import Caller, failure, result_of
 from tests.engine.drift import REPAIRED, drift, passed
 from tests.engine.isolated_daemons import daemons, until_state
 from tests.engine.losing import Losing, lasting, lasting_container, losing
-from tests.faults.mortal import DIE_AT, KIND
+from tests.faults.instrumented_daemon import DIE_AT, KIND
 from tests.rig import Rig
 from tests.rig.errors import RigError
 
@@ -87,7 +87,7 @@ async def test_the_world_before_and_after(losing: Losing, rig: Rig) -> None:
         before = await world(caller)
     # An operation is half done: it has stopped the container for what comes next.
     await losing.kill()
-    await losing.start(module="tests.faults.mortal", environment={KIND: "SCALE", DIE_AT: "9"})
+    await losing.start(module="tests.faults.instrumented_daemon", environment={KIND: "SCALE", DIE_AT: "9"})
     async with Caller(losing.daemon.target) as caller:
         with pytest.raises(grpc.aio.AioRpcError):
             await caller.scale("victim", 2)
@@ -143,7 +143,7 @@ async def test_killed_at_any_moment_of_adopting(losing: Losing, rig: Rig) -> Non
     # Each life writes one record and dies before the next; the last has only one to write.
     lives = 0
     while True:
-        await losing.start(module="tests.faults.mortal_start", environment={DIE_AT: "2"}, serving=False)
+        await losing.start(module="tests.faults.daemon_killed_at_transaction", environment={DIE_AT: "2"}, serving=False)
         lives += 1
         if await asyncio.to_thread(_serves, losing):
             break

@@ -17,7 +17,7 @@ from gpudock_server.model.store_changes import DeleteContainer, PutContainer, Pu
 from structlog.testing import capture_logs
 
 from tests.engine.etcd_examples import connected, container, operation, until
-from tests.rig.ballast import Ballast
+from tests.rig.etcd_filler import Ballast
 
 pytest_plugins = ["tests.engine.etcd_fixtures"]
 

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from tests.faults.killing import SEED, Killing
-from tests.faults.sagas import COMMITTED
+from tests.faults.container_scenarios import COMMITTED
+from tests.faults.daemon_killer import SEED, Killing
 from tests.rig import Rig
 from tests.run_report import MOMENTS
 

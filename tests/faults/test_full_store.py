@@ -15,8 +15,8 @@ from gpudock.v1 import node_pb2, node_service_pb2, operation_pb2, operation_serv
 from tests.calls import Caller, Failure, failure_of, progress_of, scale_request, update_request
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
 from tests.rig import Rig
-from tests.rig.ballast import Ballast
 from tests.rig.etcd import Etcd
+from tests.rig.etcd_filler import Ballast
 
 __all__ = ["daemons"]
 

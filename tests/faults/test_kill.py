@@ -8,9 +8,9 @@ import pytest
 from gpudock_server.adapters.host.trees.jobs import Jobs
 from gpudock_server.model.operation import OperationKind
 
-from tests.faults.killing import Killing
-from tests.faults.mortal import CALLS, JOBS
-from tests.faults.sagas import SAGAS
+from tests.faults.container_scenarios import SAGAS
+from tests.faults.daemon_killer import Killing
+from tests.faults.instrumented_daemon import CALLS, JOBS
 from tests.rig import Rig
 
 # The everyday saga of each kind of operation.

@@ -17,7 +17,7 @@ from gpudock_server.model.operation import OperationKind
 from tests.calls import Caller
 from tests.engine.loop_devices import detach_loop_devices, loop_devices_below
 from tests.engine.volume_containers import volume_container
-from tests.faults.killing import Killing, Saga
+from tests.faults.daemon_killer import Killing, Saga
 from tests.rig import Rig
 from tests.vm.machine import FILESYSTEM_VARIABLE
 

@@ -8,8 +8,8 @@ import signal
 from tests.calls import Caller, failure
 from tests.engine.drift import act
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
+from tests.faults.instrumented_daemon import DIE_AT, KIND, SIGNAL
 from tests.faults.invariants import LOOK, PLANT, sound
-from tests.faults.mortal import DIE_AT, KIND, SIGNAL
 from tests.rig.patience import in_time
 
 __all__ = ["daemons"]
@@ -20,7 +20,9 @@ _STOPPED = "before record of RUNNING after stop"
 async def test_no_layer_is_carried_while_its_container_runs(daemons: IsolatedDaemons) -> None:
     """The daemon is frozen after it has stopped a container; `docker start` starts it, and the daemon is resumed."""
     environment = {KIND: "SCALE", DIE_AT: _STOPPED, SIGNAL: signal.SIGSTOP.name}
-    daemon = await daemons.start("--layer-carry", "exchange", module="tests.faults.mortal", environment=environment)
+    daemon = await daemons.start(
+        "--layer-carry", "exchange", module="tests.faults.instrumented_daemon", environment=environment
+    )
     async with Caller(daemon.target) as caller:
         made = await caller.create("touched", 1)
         await caller.shell("touched", PLANT)

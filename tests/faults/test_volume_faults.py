@@ -18,7 +18,7 @@ from tests.clients.command import run
 from tests.conftest import FAST, own_state
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until, until_state
 from tests.engine.loop_devices import detach_loop_devices, loop_devices_below
-from tests.faults.volumes import LOOK, PLANT, Pool, df_size, mount, mounted_pool, shows
+from tests.faults.volume_pools import LOOK, PLANT, Pool, df_size, mount, mounted_pool, shows
 from tests.rig import Rig
 
 __all__ = ["daemons"]

@@ -16,8 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tests.mutants.decorators import without_decorators
 from tests.mutants.report import Mutant, Verdict, forget, read_mutants, write_report
-from tests.mutants.source import without_decorators
 
 ROOT = Path(__file__).resolve().parents[2]
 # Ignored by git; a folder for each room.
@@ -27,7 +27,7 @@ _SERVER = ROOT / "server" / "gpudock_server"
 _TEST_SECONDS = 20
 # What mutmut has to end in.
 _END_SECONDS = 10.0
-_ADJUSTED = Path(__file__).with_name("adjusted.py")
+_MUTMUT_RUNNER = Path(__file__).with_name("mutmut_runner.py")
 
 
 def main() -> int:
@@ -158,7 +158,7 @@ def run(folder: Path, *arguments: str) -> None:
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": "1"}
     with (folder / "mutmut.log").open("a") as output:
         program = subprocess.Popen(
-            [sys.executable, str(_ADJUSTED), *arguments],
+            [sys.executable, str(_MUTMUT_RUNNER), *arguments],
             cwd=folder,
             env=environment,
             stdin=subprocess.DEVNULL,

@@ -46,7 +46,7 @@ from gpudock_server.model.spec import Protocol
 from gpudock_server.model.volume import TreeSummary, Volume, VolumeBacking, VolumeRevision
 from gpudock_server.ports import LayerPair
 
-from tests.records.fixture import Recording, holds, recordings
+from tests.records.recording import Recording, holds, recordings
 
 # What is in a value, by the beginning of its key.
 _RECORDS: dict[str, type[Record]] = {

@@ -19,8 +19,8 @@ from tests.conftest import FAST
 from tests.engine.isolated_daemons import until_state
 from tests.engine.loop_devices import detach_loop_devices
 from tests.records.answers import answers_of, shown
-from tests.records.fixture import Recording, Stored, dump, holds, load, recordings, texts_replaced
-from tests.records.record import HALF_CREATED, HALF_RESIZED, HALF_SCALED, HOST, KEPT, NODE, SIZE, USER
+from tests.records.recorder import HALF_CREATED, HALF_RESIZED, HALF_SCALED, HOST, KEPT, NODE, SIZE, USER
+from tests.records.recording import Recording, Stored, dump, holds, load, recordings, texts_replaced
 from tests.rig import Daemon, Rig
 
 _RUNNING, _FAILED = container_pb2.CONTAINER_STATE_RUNNING, container_pb2.CONTAINER_STATE_FAILED

@@ -4,9 +4,9 @@ import argparse
 import signal
 import sys
 
-from .check import check
 from .errors import RigError
 from .rig import Rig
+from .self_check import check
 
 
 def _say(text: str) -> None:

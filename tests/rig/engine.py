@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from . import http_unix
+from .cleanup import start_ticks
 from .errors import RigError
 from .namespaces import Namespaces
 from .process import Process, ProcessGroup
-from .remains import start_ticks
 
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CONTAINERD_DEATH_S = 10.0

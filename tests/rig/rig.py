@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from . import nursery, remains
+from . import cleanup, fork_server
 from .builds import build_hook, build_nvml
 from .daemon import Daemon
 from .engine import Engine
@@ -58,7 +58,7 @@ class Rig:
         self._forks = forks
         self._nursery: Process | None = None
         self._nursery_lock = threading.Lock()
-        self._id: remains.RigId | None = None
+        self._id: cleanup.RigId | None = None
         self._processes: ProcessGroup | None = None
         self._guardian: subprocess.Popen[bytes] | None = None
         self._daemon_numbers = itertools.count(1)
@@ -69,8 +69,8 @@ class Rig:
         """Brings it up, in about a second and a half; whatever fails, nothing is left."""
         if os.geteuid() != 0:
             raise RigError("the rig needs root, for dockerd and its namespaces")
-        remains.sweep()
-        self._id = remains.RigId.mint()
+        cleanup.sweep()
+        self._id = cleanup.RigId.mint()
         try:
             self._start(self._id)
         except BaseException:
@@ -78,11 +78,11 @@ class Rig:
             raise
         return self
 
-    def _start(self, rig: remains.RigId) -> None:
-        guard = [sys.executable, "-I", "-S", remains.__file__, str(rig)]
+    def _start(self, rig: cleanup.RigId) -> None:
+        guard = [sys.executable, "-I", "-S", cleanup.__file__, str(rig)]
         self._guardian = subprocess.Popen(guard, cwd="/", stdin=subprocess.DEVNULL, start_new_session=True)
         self.folder = rig.folder
-        self._processes = processes = ProcessGroup(remains.tracking_hierarchy() / rig.group / "processes")
+        self._processes = processes = ProcessGroup(cleanup.tracking_hierarchy() / rig.group / "processes")
         self.gpus = FakeGpus(self._made("gpus") / "state", self._gpu_count)
         build_hook(self._made("bin"))
         build_nvml(self._made("lib"))
@@ -113,7 +113,7 @@ class Rig:
     @property
     def control_groups(self) -> list[Path]:
         """Those of its programs and containers, in all hierarchies."""
-        return remains.groups_of(self._id) if self._id else []
+        return cleanup.groups_of(self._id) if self._id else []
 
     @property
     def guardian_pid(self) -> int:
@@ -199,7 +199,7 @@ class Rig:
         """From one that has imported everything."""
         path = self._awaited_nursery(self.processes)
         with log.open("ab") as output:
-            child = nursery.fork(path, argv, environment=environment, output=output.fileno())
+            child = fork_server.fork(path, argv, environment=environment, output=output.fileno())
         return self.processes.adopt(Process(argv[0], child, log))
 
     def _awaited_nursery(self, processes: ProcessGroup) -> Path:
@@ -208,7 +208,7 @@ class Rig:
         with self._nursery_lock:
             if self._nursery is None:
                 self._nursery = processes.start(
-                    [sys.executable, nursery.__file__, path],
+                    [sys.executable, fork_server.__file__, path],
                     log=self.folder / "nursery.log",
                     cwd=REPOSITORY,
                     environment=os.environ | self.environment,
@@ -269,7 +269,7 @@ class Rig:
         """Ends and removes everything, in a fraction of a second; raises RigError if something would not go."""
         if self._id is None:
             return
-        left = remains.destroy(self._id)
+        left = cleanup.destroy(self._id)
         if self._processes is not None:
             self._processes.reap()
         if self._guardian is not None:

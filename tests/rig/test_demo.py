@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rig import remains
+from tests.rig import cleanup
 from tests.rig.demo.shell import Shown
 from tests.rig.rig import REPOSITORY
 
@@ -38,11 +38,11 @@ def _spawn(*command: str) -> subprocess.Popen[str]:
 
 def _left_by(said: str) -> list[str]:
     """What is left of the rig whose socket was shown."""
-    found = re.search(rf"^\$ export GPUDOCK_ADDRESS=unix:{remains.BASE}/([^/]+)/gpudock.sock$", said, re.MULTILINE)
+    found = re.search(rf"^\$ export GPUDOCK_ADDRESS=unix:{cleanup.BASE}/([^/]+)/gpudock.sock$", said, re.MULTILINE)
     assert found, said
-    rig = remains.RigId.parse(found[1])
+    rig = cleanup.RigId.parse(found[1])
     assert rig is not None
-    return remains.leftovers(rig)
+    return cleanup.leftovers(rig)
 
 
 def test_it_shows_the_whole_job_and_leaves_nothing() -> None:
@@ -120,7 +120,10 @@ def test_it_leaves_nothing_after_ctrl_c() -> None:
 
 
 def test_it_fails_where_what_it_shows_is_not_so() -> None:
-    script = "import sys; from tests.rig.demo import __main__ as demo, story; story._GPUS = 9; sys.exit(demo.main())"
+    script = (
+        "import sys; from tests.rig.demo import __main__ as demo, walkthrough; "
+        "walkthrough._GPUS = 9; sys.exit(demo.main())"
+    )
     with _spawn(sys.executable, "-c", script) as demo:
         said, _ = demo.communicate(timeout=_DEADLINE_S)
     assert demo.returncode == 1, said

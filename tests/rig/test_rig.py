@@ -14,10 +14,10 @@ import aetcd
 import pytest
 from aiodocker import Docker
 
-from tests.rig import BUSYBOX, CUDA_LIKE, GLIBC, HttpStatusError, Rig, RigError, remains
-from tests.rig.check import run_container
+from tests.rig import BUSYBOX, CUDA_LIKE, GLIBC, HttpStatusError, Rig, RigError, cleanup
 from tests.rig.gpus import FakeGpus
 from tests.rig.rig import REPOSITORY
+from tests.rig.self_check import run_container
 
 pytestmark = pytest.mark.deep
 
@@ -153,7 +153,7 @@ def test_a_forked_daemon_is_like_one_with_an_interpreter_of_its_own(rig: Rig) ->
 
 def _portrait(rig: Rig, *, fresh: bool) -> Any:
     """What a process says of itself that is then killed, without what is no other's."""
-    module, environment = "tests.rig.portrait", {"GPUDOCK_TEST_SITTER": "yes"}
+    module, environment = "tests.rig.process_report", {"GPUDOCK_TEST_SITTER": "yes"}
     sitter = rig.daemon("--flag", module=module, environment=environment, fresh=fresh, serving=False)
     sitter.process.wait_until(lambda: sitter.log_text.endswith("\n"))
     assert sitter.running
@@ -168,7 +168,7 @@ def _portrait(rig: Rig, *, fresh: bool) -> Any:
 
 
 def test_the_end_of_a_forked_daemon_is_told(rig: Rig) -> None:
-    sitters = [rig.daemon("--end", module="tests.rig.portrait", serving=False) for _ in range(3)]
+    sitters = [rig.daemon("--end", module="tests.rig.process_report", serving=False) for _ in range(3)]
     assert [sitter.wait() for sitter in sitters] == [3, 3, 3]
     assert {json.loads(sitter.log_text)["leads its session"] for sitter in sitters} == {True}
     assert len({sitter.pid for sitter in sitters}) == 3
@@ -193,14 +193,14 @@ os.kill(os.getpid(), signal.SIGKILL)
     done = subprocess.run(words, check=False, capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
     assert done.returncode == -signal.SIGKILL, done.stderr
     name, guardian = done.stdout.split()
-    rig = remains.RigId.parse(name)
+    rig = cleanup.RigId.parse(name)
     assert rig is not None
     if guarded:
         _await_end(int(guardian))
     else:
-        assert len(remains.processes_of(rig)) > 3
-        assert remains.sweep() == []
-    assert remains.leftovers(rig) == []
+        assert len(cleanup.processes_of(rig)) > 3
+        assert cleanup.sweep() == []
+    assert cleanup.leftovers(rig) == []
 
 
 def _await_end(pid: int) -> None:

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
 from tests.calls import Caller, clone_request, result_of, scale_request, update_request
-from tests.stateful.drawing import (
+from tests.stateful.model import GROUP, Expected, Past, Spec
+from tests.stateful.requests import fields_of, mounts_of, pruned, restorable, snapshots, unborn
+from tests.stateful.rule_base import (
     EXITED,
     FAILED,
     GPUS,
@@ -25,9 +27,7 @@ from tests.stateful.drawing import (
     Drawing,
     counted,
 )
-from tests.stateful.model import GROUP, Expected, Past, Spec
-from tests.stateful.requests import fields_of, mounts_of, pruned, restorable, snapshots, unborn
-from tests.stateful.shrinking import Draws
+from tests.stateful.sequence_shrinker import Draws
 
 _FILES = ("a", "b", "c", GROUP)
 _CONTENTS = st.sampled_from(("one", "two", "three", "", None))

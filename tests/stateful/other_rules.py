@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
-from tests.stateful.drawing import EXITED, RESTING, RUNNING, STOPPED, Drawing, counted
-from tests.stateful.outside import do_outside
-from tests.stateful.reading import read_everything
-from tests.stateful.shrinking import Draws
+from tests.stateful.docker_commands import do_outside
+from tests.stateful.read_checks import read_everything
+from tests.stateful.rule_base import EXITED, RESTING, RUNNING, STOPPED, Drawing, counted
+from tests.stateful.sequence_shrinker import Draws
 
 
 class OtherRules(Drawing):

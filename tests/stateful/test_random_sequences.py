@@ -20,12 +20,12 @@ from hypothesis.stateful import initialize, run_state_machine_as_test
 from tests.conftest import FAST, own_state
 from tests.rig import Rig
 from tests.run_report import REQUIRED
-from tests.stateful.arena import Arena
 from tests.stateful.container_rules import ContainerRules
-from tests.stateful.drawing import COUNTED, TROUBLES
-from tests.stateful.hanging import standing
+from tests.stateful.hang_report import standing
+from tests.stateful.modelled_host import Arena
 from tests.stateful.other_rules import OtherRules
-from tests.stateful.shrinking import Failure, Step, place, shrink
+from tests.stateful.rule_base import COUNTED, TROUBLES
+from tests.stateful.sequence_shrinker import Failure, Step, place, shrink
 from tests.stateful.volume_rules import VolumeRules
 
 T = TypeVar("T")
@@ -145,7 +145,7 @@ def _play_sequences(rig: Rig, name: str, sequences: int, steps: int) -> Counter[
                 settings=settings(
                     max_examples=min(_AT_ONCE, sequences - done),
                     stateful_step_count=steps,
-                    # Hypothesis cannot make these sequences shorter; see `shrinking`.
+                    # Hypothesis cannot make these sequences shorter; see `sequence_shrinker`.
                     phases=[Phase.generate],
                     deadline=None,
                     database=None,

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
 from tests.calls import Caller, progress_of
-from tests.stateful.drawing import EXITED, KEEP, PAUSED, RUNNING, STOPPED, VOLUMES, Drawing, counted
+from tests.stateful.docker_commands import stranger
 from tests.stateful.model import Expected, ExpectedVolume, attached
-from tests.stateful.outside import stranger
 from tests.stateful.requests import pruned
-from tests.stateful.shrinking import Draws
+from tests.stateful.rule_base import EXITED, KEEP, PAUSED, RUNNING, STOPPED, VOLUMES, Drawing, counted
+from tests.stateful.sequence_shrinker import Draws
 
 _MIB = 1 << 20
 _FILES = st.sampled_from(("a", "b"))

@@ -11,8 +11,8 @@ import pytest
 from gpudock_server.adapters.host.subprocesses import with_parent_death_signal
 from gpudock_server.adapters.volumes.private_mounts import MountedView
 
-from tests.faults.killing import Log, Moment, all_gone, least, missing, missing_in_the_midst, missing_of_undo
-from tests.faults.mortal import BY_CHILDREN, CALLS, children, program
+from tests.faults.daemon_killer import Log, Moment, all_gone, least, missing, missing_in_the_midst, missing_of_undo
+from tests.faults.instrumented_daemon import BY_CHILDREN, CALLS, children, program
 from tests.rig.patience import PATIENCE, in_time
 
 _STAGES = ("create", "verify", "commit", "retire")

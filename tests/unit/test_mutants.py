@@ -14,8 +14,8 @@ import pytest
 
 from tests.mutants import report
 from tests.mutants.__main__ import ROOT
+from tests.mutants.decorators import without_decorators
 from tests.mutants.report import Verdict, forget, read_mutants, write_report
-from tests.mutants.source import without_decorators
 
 pytestmark = pytest.mark.deep
 

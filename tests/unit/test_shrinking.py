@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.stateful.shrinking import DrawnAgain, Step, UnfitError, place, shrink
+from tests.stateful.sequence_shrinker import DrawnAgain, Step, UnfitError, place, shrink
 
 
 def steps(count: int) -> list[Step]:

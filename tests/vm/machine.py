@@ -2,7 +2,7 @@
 
 Its root is the host's, shared read-only, under a layer in memory: programs, the checkout and its virtual environment
 are at the paths that they have outside, and whatever is written there is lost with the machine. It has no network. It
-belongs to a rig's id (tests/rig/remains.py), so that nothing of it outlives its owner, however that ends.
+belongs to a rig's id (tests/rig/cleanup.py), so that nothing of it outlives its owner, however that ends.
 """
 
 import codecs
@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.rig import BUSYBOX, Process, RigError, remains
+from tests.rig import BUSYBOX, Process, RigError, cleanup
 from tests.rig.engine import SYSTEM_PATH
 from tests.rig.process import ProcessGroup
 from tests.rig.rig import REPOSITORY
@@ -65,7 +65,7 @@ class Machine:
             accelerator: what qemu's -accel takes. TCG works everywhere; kvm is many times as fast where it works.
         """
         self._hardware = ["-m", str(memory_mib), "-smp", str(cpus), "-accel", accelerator, "-cpu", "max"]
-        self._id: remains.RigId | None = None
+        self._id: cleanup.RigId | None = None
         self._processes: ProcessGroup | None = None
         self._guardian: subprocess.Popen[bytes] | None = None
 
@@ -158,12 +158,12 @@ class Machine:
         """Makes its folder and its disks; `run` boots it."""
         if os.geteuid() != 0:
             raise RigError("the VM needs root, to share all of the host's files")
-        remains.sweep()
-        self._id = remains.RigId.mint()
+        cleanup.sweep()
+        self._id = cleanup.RigId.mint()
         try:
-            guard = [sys.executable, "-I", "-S", remains.__file__, str(self._id)]
+            guard = [sys.executable, "-I", "-S", cleanup.__file__, str(self._id)]
             self._guardian = subprocess.Popen(guard, cwd="/", stdin=subprocess.DEVNULL, start_new_session=True)
-            self._processes = ProcessGroup(remains.tracking_hierarchy() / self._id.group / "processes")
+            self._processes = ProcessGroup(cleanup.tracking_hierarchy() / self._id.group / "processes")
             for filesystem, make in MAKE.items():
                 disk = self.folder / f"{filesystem}.disk"
                 with disk.open("wb") as image:
@@ -192,7 +192,7 @@ class Machine:
         """Ends and removes everything; raises RigError if something would not go."""
         if self._id is None:
             return
-        left = remains.destroy(self._id)
+        left = cleanup.destroy(self._id)
         if self._processes is not None:
             self._processes.reap()
         if self._guardian is not None:

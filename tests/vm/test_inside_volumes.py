@@ -14,7 +14,7 @@ from gpudock.v1 import container_pb2, node_service_pb2, volume_pb2, volume_servi
 from tests.calls import Caller, ExecResult, failure
 from tests.conftest import FAST, own_state
 from tests.engine.isolated_daemons import until
-from tests.faults.volumes import LOOK, PLANT, Pool, df_size, mount, mounted_pool, shows
+from tests.faults.volume_pools import LOOK, PLANT, Pool, df_size, mount, mounted_pool, shows
 from tests.rig import Daemon, Rig
 
 from .conftest import Place

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from tests.rig import RigError, remains
+from tests.rig import RigError, cleanup
 from tests.rig.rig import REPOSITORY
 
 from .kernel import KERNEL_FOLDER
@@ -56,22 +56,22 @@ def test_a_machine_that_dies_is_no_success() -> None:
 
 def test_a_machine_that_takes_too_long_is_ended() -> None:
     with Machine() as machine:
-        rig = remains.RigId.parse(machine.folder.name)
+        rig = cleanup.RigId.parse(machine.folder.name)
         with pytest.raises(RigError, match="has not ended after 1 s"):
             machine.run(["true"], timeout_s=1.0)
     assert rig is not None
-    assert remains.leftovers(rig) == []
+    assert cleanup.leftovers(rig) == []
 
 
 def test_nothing_stays_of_a_machine_whose_owner_was_killed() -> None:
     script = """
 import threading, time
-from tests.rig import remains
+from tests.rig import cleanup
 from tests.vm import Machine
 machine = Machine().start()
-rig = remains.RigId.parse(machine.folder.name)
+rig = cleanup.RigId.parse(machine.folder.name)
 threading.Thread(target=machine.run, args=(["true"],), daemon=True).start()
-while not remains.processes_of(rig):
+while not cleanup.processes_of(rig):
     time.sleep(0.01)
 print(rig, machine.guardian_pid, flush=True)
 time.sleep(60)
@@ -81,9 +81,9 @@ time.sleep(60)
         name, guardian = owner.stdout.readline().split()
         descriptor = os.pidfd_open(int(guardian))
         owner.send_signal(signal.SIGKILL)
-    rig = remains.RigId.parse(name)
+    rig = cleanup.RigId.parse(name)
     assert rig is not None
     ended, _, _ = select.select([descriptor], [], [], 30)
     os.close(descriptor)
     assert ended
-    assert remains.leftovers(rig) == []
+    assert cleanup.leftovers(rig) == []

@@ -14,7 +14,7 @@ from tests.rig import BUSYBOX, Daemon, Rig, RigError
 
 from .screen import Screen
 from .shell import Shell, Unexpected
-from .story import IMAGE, IMAGE_FILES, Story
+from .walkthrough import IMAGE, IMAGE_FILES, Story
 
 _LOG_TAIL = 3000
 _INTERRUPTED = 130

@@ -1,7 +1,7 @@
 """A gpudockd that kills itself, with SIGKILL, at a chosen moment of an operation.
 
-`python -m tests.faults.mortal FLAGS…` is gpudockd with wrappers between core and its ports, and around the child
-processes that its adapters start. They count moments, in two groups:
+`python -m tests.faults.instrumented_daemon FLAGS…` is gpudockd with wrappers between core and its ports, and around the
+child processes that its adapters start. They count moments, in two groups:
 
 - before each transaction on the store, before each call to a port that changes something, and after the operation's
   last record. After one of these and before the next is one moment, not two: nothing that outlives the daemon happens

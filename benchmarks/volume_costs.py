@@ -6,7 +6,7 @@ import itertools
 
 from gpudock.v1 import container_pb2
 
-from benchmarks.arena import Arena, Stopwatch
+from benchmarks.environment import Arena, Stopwatch
 from benchmarks.report import ResourceRef, Row, Unit, versus
 from benchmarks.rounds import Measure, compare
 from tests.calls import IDLE, IMAGE, Caller

@@ -13,8 +13,8 @@ from datetime import datetime
 
 from gpudock.v1 import operation_pb2
 
-from benchmarks.arena import Arena
-from benchmarks.creating import device_requests, docker_gpus
+from benchmarks.create_latency import device_requests, docker_gpus
+from benchmarks.environment import Arena
 from benchmarks.report import ResourceRef, Row, Unit, versus
 from benchmarks.rounds import compare
 from tests.calls import IDLE, IMAGE, Caller, scale_request

@@ -13,9 +13,9 @@ from hypothesis.errors import HypothesisException
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 
 from tests.rig import EngineProxy, Fault, Rig
-from tests.stateful.arena import Act, Arena, Deed
 from tests.stateful.model import Expected, Spec, State
-from tests.stateful.shrinking import DrawnAgain, Draws, Failure, Step, UnfitError
+from tests.stateful.modelled_host import Act, Arena, Deed
+from tests.stateful.sequence_shrinker import DrawnAgain, Draws, Failure, Step, UnfitError
 
 T = TypeVar("T")
 

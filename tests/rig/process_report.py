@@ -1,4 +1,4 @@
-"""`python -m tests.rig.portrait …`: says what the process that it runs in is like, and sleeps."""
+"""`python -m tests.rig.process_report …`: says what the process that it runs in is like, and sleeps."""
 
 import json
 import os

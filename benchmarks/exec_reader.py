@@ -1,4 +1,4 @@
-"""`python -m benchmarks.reader WITH TARGET CONTAINER BYTES COMMAND…`: print the milliseconds of reading it.
+"""`python -m benchmarks.exec_reader WITH TARGET CONTAINER BYTES COMMAND…`: print the milliseconds of reading it.
 
 WITH is `client`, gpudock's own, or `stubs`, which is what the generator makes of the contract and nothing else. The
 bytes are counted: it fails where fewer or more come than BYTES. What they are is not compared.
@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 import gpudock
 from gpudock.v1 import exec_pb2
 
-from benchmarks.arena import Stopwatch
+from benchmarks.environment import Stopwatch
 from tests.calls import Caller, iterate
 
 

@@ -13,10 +13,10 @@ from datetime import datetime
 
 from gpudock.v1 import container_pb2, container_service_pb2
 
-from benchmarks.arena import Arena
+from benchmarks.environment import Arena
 from benchmarks.report import ResourceRef, Row, Unit, versus
 from benchmarks.rounds import compare
-from benchmarks.scaling import BY_HAND, ByHand, has_started, ms_between
+from benchmarks.scale_downtime import BY_HAND, ByHand, has_started, ms_between
 from tests.calls import Caller, scale_request
 from tests.rig import RigError
 

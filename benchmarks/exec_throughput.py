@@ -10,7 +10,7 @@ from functools import partial
 
 from gpudock.v1 import exec_pb2
 
-from benchmarks.arena import Arena, Stopwatch
+from benchmarks.environment import Arena, Stopwatch
 from benchmarks.report import ResourceRef, Row, Unit, versus
 from benchmarks.rounds import Measure, compare
 from tests.calls import Caller, iterate
@@ -113,7 +113,7 @@ async def _first_byte(caller: Caller, *command: str) -> float:
 
 async def _read_elsewhere(way: str, target: str, amount: int, command: list[str], *, experiments: str) -> float:
     """Milliseconds that a client in a process of its own took to read all of it, with what the reader calls `way`."""
-    words = ["-m", "benchmarks.reader", way, target, _NAME, str(amount), *command]
+    words = ["-m", "benchmarks.exec_reader", way, target, _NAME, str(amount), *command]
     environment = os.environ | {"GRPC_EXPERIMENTS": experiments}
     process = await asyncio.create_subprocess_exec(
         sys.executable, *words, stdout=asyncio.subprocess.PIPE, env=environment

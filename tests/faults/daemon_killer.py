@@ -1,4 +1,4 @@
-"""Kills daemons at the moments of operations (see `mortal`), and says which there were and which were tried.
+"""Kills daemons at the moments of operations (see `instrumented_daemon`), and reports the moments found and tried.
 
 What is to be done, and what must be true afterwards, is a `Saga`. How it is killed is a method of `Killing`: at one
 moment of its way forward, at every one, at those of its undoing, and a second time while the next daemon recovers.
@@ -24,7 +24,7 @@ import grpc
 
 from tests.calls import Caller
 from tests.conftest import FAST, own_state
-from tests.faults.mortal import BY_CHILDREN, DELAY_MS, DIE_AT, DURING, KIND, LASTING, PHASE, REFUSAL, Phase
+from tests.faults.instrumented_daemon import BY_CHILDREN, DELAY_MS, DIE_AT, DURING, KIND, LASTING, PHASE, REFUSAL, Phase
 from tests.rig import Daemon, Rig
 from tests.rig.patience import PATIENCE, in_time
 
@@ -318,7 +318,7 @@ class Killing:
             *FAST,
             *saga.flags,
             *self._own,
-            module="tests.faults.mortal",
+            module="tests.faults.instrumented_daemon",
             environment={KIND: saga.kind, DIE_AT: die_at, PHASE: phase, DELAY_MS: str(delay)},
             state_dir=before.state_dir if before else None,
             socket=before.socket if before else None,

@@ -12,7 +12,7 @@ from pathlib import Path
 from gpudock.v1 import container_service_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from benchmarks.arena import Arena, Stopwatch
+from benchmarks.environment import Arena, Stopwatch
 from benchmarks.report import ResourceRef, Row, Unit, versus
 from benchmarks.rounds import Measure, compare
 from tests.calls import Caller

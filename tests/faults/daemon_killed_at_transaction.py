@@ -1,6 +1,6 @@
 """A gpudockd that kills itself, with SIGKILL, before the transaction on its store with a given number.
 
-As `mortal`, for what a daemon writes without an operation: what it finds when it starts.
+As `instrumented_daemon`, for what a daemon writes without an operation: what it finds when it starts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gpudock_server.model.store_changes import StoreChange
 from gpudock_server.ports import Store
 from gpudock_server.settings.sources import load
 
-from tests.faults.mortal import DIE_AT
+from tests.faults.instrumented_daemon import DIE_AT
 
 
 class MortalStore:

@@ -11,6 +11,7 @@ import grpc
 from gpudock.v1 import container_pb2, container_service_pb2, operation_pb2, operation_service_pb2
 
 from tests.calls import IMAGE, Caller
+from tests.faults.daemon_killer import Saga
 from tests.faults.invariants import (
     LOOK,
     PLANT,
@@ -20,7 +21,6 @@ from tests.faults.invariants import (
     layer_images,
     sound,
 )
-from tests.faults.killing import Saga
 from tests.rig import GLIBC, Rig
 
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING

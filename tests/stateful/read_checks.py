@@ -14,8 +14,8 @@ from gpudock.v1 import (
 )
 
 from tests.calls import Caller
-from tests.stateful.arena import Arena
 from tests.stateful.model import Expected, ExpectedVolume
+from tests.stateful.modelled_host import Arena
 
 _MIB = 1 << 20
 # Within so many seconds a comparison goes through that was broken off by an engine which was harmed.

@@ -18,8 +18,8 @@ from tests.calls import Caller, Failure, failure, failure_of
 from tests.conftest import FAST, own_state
 from tests.engine.loop_devices import loop_devices_below
 from tests.rig import Daemon, EngineProxy, Rig
-from tests.stateful.looking import EngineSide, Sight, files_of, upper_of
 from tests.stateful.model import GROUP, Expected, ExpectedVolume, State, attached
+from tests.stateful.observation import EngineSide, Sight, files_of, upper_of
 from tests.stateful.requests import spec_of
 
 # What a caller may be told when the engine refuses or drops a call, or the daemon dies.

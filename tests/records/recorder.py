@@ -1,8 +1,8 @@
-"""Makes a recording of this version: `python -m tests.records.record FOLDER`, as root.
+"""Makes a recording of this version: `python -m tests.records.recorder FOLDER`, as root.
 
 On a rig of its own it starts the daemon of this checkout, has it write every kind of record that there is, begins
 operations of every kind that are held in the middle, and kills it in the middle of a scale, when the old engine
-container has stopped and its files have not moved yet. What is in etcd then is the recording (see `fixture`).
+container has stopped and its files have not moved yet. What is in etcd then is the recording (see `recording`).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from tests.calls import Caller, progress_of, result_of, scale_request
 from tests.conftest import FAST
 from tests.engine.isolated_daemons import until, until_state
 from tests.engine.loop_devices import detach_loop_devices
-from tests.faults.mortal import DIE_AT, KIND
+from tests.faults.instrumented_daemon import DIE_AT, KIND
 from tests.records.answers import answers_of
-from tests.records.fixture import Recording, Stored, dump, load
+from tests.records.recording import Recording, Stored, dump, load
 from tests.rig import BUSYBOX, CUDA_LIKE, Daemon, EngineProxy, Rig
 
 NODE, HOST = "recorded", "recorded-host"
@@ -93,7 +93,7 @@ class _Recorder:
             *("--allowed-host-paths", str(self._host_path), "--volume-filesystem", "xfs"),
             *("--snapshot-max-entries", "1000"),
             *flags,
-            module="tests.faults.mortal" if mortal else "gpudock_server",
+            module="tests.faults.instrumented_daemon" if mortal else "gpudock_server",
             environment=environment,
             state_dir=before.state_dir if before else None,
             socket=before.socket if before else None,

@@ -1,6 +1,6 @@
 """A recording: what a gpudockd had in etcd when it was killed, what it answered, and what its engine had.
 
-A recording is a folder with four files of JSON, a line for each key, written by `record.py` and never changed:
+A recording is a folder with four files of JSON, a line for each key, written by `recorder.py` and never changed:
 
 - `etcd.json`: every key, and its value. A value that is compact JSON is written as JSON, any other as text. Keys are
   below the prefix of the installation, which is left out.
@@ -37,7 +37,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Recording:
-    """What `record.py` wrote. See the module's docstring; keys are without the prefix."""
+    """What `recorder.py` wrote. See the module's docstring; keys are without the prefix."""
 
     keys: Mapping[str, Stored]
     answers: Mapping[str, Any]

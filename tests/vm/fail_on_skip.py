@@ -1,4 +1,4 @@
-"""A pytest plugin, `-p tests.vm.nothing_skipped`: in the VM, whose purpose is that nothing is missing, a skip fails.
+"""A pytest plugin, `-p tests.vm.fail_on_skip`: in the VM, whose purpose is that nothing is missing, a skip fails.
 
 pytest itself fails when there is no test at all; so what ends well has run something, and all that was chosen.
 """

@@ -29,7 +29,7 @@ def test_skipped():
 @pytest.mark.parametrize(("chosen", "code"), [("passed", 0), ("test", 1), ("skipped", 1), ("nothing", 5)])
 def test_only_tests_that_ran_are_a_success(tmp_path: Path, chosen: str, code: int) -> None:
     (tmp_path / "test_some.py").write_text(SOME)
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "tests.vm.nothing_skipped", "-p", "no:cacheprovider"]
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "tests.vm.fail_on_skip", "-p", "no:cacheprovider"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         [*words, "-k", chosen], check=False, capture_output=True, text=True, cwd=tmp_path, env=environment

@@ -12,9 +12,9 @@ from gpudock.v1 import container_pb2
 from tests.calls import IMAGE
 from tests.faults.invariants import cards_of
 from tests.rig import HttpStatusError, Rig
-from tests.stateful.arena import Arena
-from tests.stateful.looking import EngineSide
 from tests.stateful.model import State
+from tests.stateful.modelled_host import Arena
+from tests.stateful.observation import EngineSide
 
 # Within so many seconds an event is noticed and, where a rule says so, repaired.
 _NOTICED_S = 20.0

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.arena import Arena, Stopwatch
+from benchmarks.environment import Arena, Stopwatch
 from benchmarks.report import ResourceRef, Row, Unit, versus
 from benchmarks.rounds import Measure, compare
 from tests.calls import IDLE, IMAGE, Caller
