@@ -28,7 +28,7 @@ from gpudock.v1 import (
     volume_service_pb2_grpc,
 )
 
-from tests.contract import MET, noting
+from tests.contract import COVERAGE, recording_channel
 from tests.rig.patience import PATIENCE
 
 IMAGE = "gpudock/busybox:test"
@@ -70,7 +70,7 @@ class Caller:
 
     def __init__(self, target: str) -> None:
         self.channel = grpc.aio.insecure_channel(target)
-        noted = noting(self.channel)
+        noted = recording_channel(self.channel)
         self.containers = container_service_pb2_grpc.ContainerServiceStub(noted)
         self.volumes = volume_service_pb2_grpc.VolumeServiceStub(noted)
         self.nodes = node_service_pb2_grpc.NodeServiceStub(noted)
@@ -161,14 +161,14 @@ class Caller:
 
     async def delete_all(self) -> None:
         """Delete every container and every volume there is."""
-        await self.settled()
+        await self.until_idle()
         listed = await self.containers.ListContainers(container_service_pb2.ListContainersRequest(page_size=1000))
         for container in listed.containers:
             await self.delete(container.name)
         for volume in (await self.volumes.ListVolumes(volume_service_pb2.ListVolumesRequest(page_size=1000))).volumes:
             await self.delete_volume(volume.name)
 
-    async def settled(self) -> None:
+    async def until_idle(self) -> None:
         """Wait until no operation is under way."""
         wanted = operation_service_pb2.OperationFilter(states=_AT_WORK)
         request = operation_service_pb2.ListOperationsRequest(page_size=1, filter=wanted)
@@ -340,7 +340,7 @@ def failure_of(error: grpc.aio.AioRpcError) -> Failure:
                 info = error_details_pb2.ErrorInfo.FromString(detail.value)
                 assert info.domain == "gpudock"
                 reason, metadata = info.reason, dict(info.metadata)
-                MET.reasons.add(reason)
+                COVERAGE.reasons.add(reason)
             elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
                 request = error_details_pb2.BadRequest.FromString(detail.value)
                 violations = tuple(violation.field for violation in request.field_violations)

@@ -11,7 +11,7 @@ import pytest_asyncio
 from hypothesis import settings
 
 from tests.calls import Caller
-from tests.order import dealt
+from tests.order import distribute
 from tests.rig import Daemon, Rig
 
 pytest_plugins = ["tests.rig.fixtures", "tests.run_report"]
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Several workers begin with what takes long."""
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
     if workers > 1:
-        items[:] = dealt(items, _long_seconds, workers)
+        items[:] = distribute(items, _long_seconds, workers)
 
 
 def _long_seconds(item: pytest.Item) -> float:
@@ -54,7 +54,7 @@ def _long_seconds(item: pytest.Item) -> float:
 @pytest.fixture(scope="session")
 def shared_daemon(rig: Rig, run_problems: list[str]) -> Iterator[Daemon]:
     """One daemon for all tests that do not hurt it, started as an operator starts it."""
-    daemon = rig.daemon(*FAST, fresh=True)
+    daemon = rig.daemon(*FAST_FLAGS, fresh=True)
     yield daemon
     run_problems += problems_at_end(daemon)
 
@@ -82,10 +82,10 @@ async def caller(shared_daemon: Daemon) -> AsyncIterator[Caller]:
 
 
 # Ends quickly what a test leaves running, and what replaces something is trusted soon.
-FAST = ("--stop-timeout", "1", "--settle-period", "0.2", "--exec-hangup-grace", "1", "--log-format", "console")
+FAST_FLAGS = ("--stop-timeout", "1", "--settle-period", "0.2", "--exec-hangup-grace", "1", "--log-format", "console")
 
 
-def own_state() -> tuple[str, ...]:
+def own_state_flags() -> tuple[str, ...]:
     """Flags that give a daemon, and its successors, a state and containers of their own in the rig."""
     own = f"test-{uuid.uuid4()}"
     return ("--etcd-prefix", f"/{own}/", "--node-name", own)

@@ -44,7 +44,7 @@ NOT_PROVOKED: Mapping[str, str] = {
 
 
 @dataclass
-class Met:
+class Coverage:
     """What was met of the contract; each set is of names as in the sets of this module."""
 
     rpcs: set[str] = field(default_factory=set)
@@ -52,16 +52,16 @@ class Met:
     kinds: set[str] = field(default_factory=set)
 
     def merge(self, other: Mapping[str, Collection[str]]) -> None:
-        """Add what another process has met (its `plain()`)."""
+        """Add what another process has met (its `to_lists()`)."""
         self.rpcs.update(other["rpcs"])
         self.reasons.update(other["reasons"])
         self.kinds.update(other["kinds"])
 
-    def plain(self) -> dict[str, list[str]]:
+    def to_lists(self) -> dict[str, list[str]]:
         """For another process."""
         return {"rpcs": sorted(self.rpcs), "reasons": sorted(self.reasons), "kinds": sorted(self.kinds)}
 
-    def lacking(self) -> list[str]:
+    def missing(self) -> list[str]:
         """One sentence for each thing that was not met, or that is excused and was met."""
         return [
             *(f"no test has had an answer of {rpc} from a daemon" for rpc in sorted(RPCS - self.rpcs)),
@@ -85,16 +85,16 @@ class Met:
         )
 
 
-MET = Met()
+COVERAGE = Coverage()
 """What this process has met."""
 
 
-def noting(channel: grpc.aio.Channel) -> grpc.aio.Channel:
-    """The channel, for stubs whose answers are noted in `MET`; in all else, calls are the channel's own."""
-    return cast("grpc.aio.Channel", _NotingChannel(channel))
+def recording_channel(channel: grpc.aio.Channel) -> grpc.aio.Channel:
+    """The channel, for stubs whose answers are noted in `COVERAGE`; in all else, calls are the channel's own."""
+    return cast("grpc.aio.Channel", _RecordingChannel(channel))
 
 
-class _NotingChannel:
+class _RecordingChannel:
     """Notes an RPC when a message of its response is parsed, which is after it has arrived."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
@@ -108,7 +108,7 @@ class _NotingChannel:
             rpc = method.rpartition(".")[2]
 
             def parse(message: bytes) -> Any:
-                MET.rpcs.add(rpc)
+                COVERAGE.rpcs.add(rpc)
                 return response_deserializer(message)
 
             return multicallable(method, response_deserializer=parse, **others)

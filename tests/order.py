@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def dealt(items: Sequence[T], seconds: Callable[[T], float], workers: int) -> list[T]:
+def distribute(items: Sequence[T], seconds: Callable[[T], float], workers: int) -> list[T]:
     """All of `items`: at the head of each worker's stretch a share of those with `seconds`, the longest first.
 
     The others keep their order: neighbours share what their module has set up.

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from tests.contract import MET
+from tests.contract import COVERAGE
 
 OUTCOMES = "outcomes"
 MOMENTS = "moments"
@@ -72,7 +72,7 @@ class _Counting:
             if name == REQUIRED and isinstance(value, dict):
                 self._counts.setdefault(report.nodeid.partition("[")[0], []).append(value)
             if name == MOMENTS and isinstance(value, dict) and value.get("tried"):
-                MET.kinds.add(value["kind"])
+                COVERAGE.kinds.add(value["kind"])
 
 
 def _missing(counts: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
@@ -97,12 +97,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
         output[_OUTPUT_KEY] = problems
-        output[_MET_KEY] = MET.plain()
+        output[_MET_KEY] = COVERAGE.to_lists()
         return
     problems += _missing(session.config.stash[_COUNTS])
     ended = session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
     if ended and not session.shouldfail and not session.shouldstop and _is_everyday(session.config):
-        problems += MET.lacking()
+        problems += COVERAGE.missing()
     if problems and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -113,7 +113,7 @@ def pytest_testnodedown(node: Any) -> None:
     output = getattr(node, "workeroutput", {})
     node.config.stash[_PROBLEMS].extend(output.get(_OUTPUT_KEY, ()))
     if _MET_KEY in output:
-        MET.merge(output[_MET_KEY])
+        COVERAGE.merge(output[_MET_KEY])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -127,7 +127,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     _show_moments(terminalreporter)
     if _is_everyday(terminalreporter.config):
         terminalreporter.section("what was met of the contract")
-        terminalreporter.line(str(MET))
+        terminalreporter.line(str(COVERAGE))
     for problem in terminalreporter.config.stash[_PROBLEMS]:
         terminalreporter.section("problem of the run", red=True)
         terminalreporter.line(problem)

@@ -19,7 +19,7 @@ from gpudock.cli import main
 
 from tests.calls import IDLE, IMAGE, Caller
 from tests.clients.command import DEADLINE, Ended, ended, read_until, run, set_size, spawn
-from tests.conftest import FAST, own_state
+from tests.conftest import FAST_FLAGS, own_state_flags
 from tests.rig import Daemon, Rig
 
 # As PID 1 it does not hear SIGTERM: to stop it takes the whole of its grace period, in which a test can act.
@@ -391,7 +391,7 @@ async def test_a_cancelled_scale_puts_the_container_back(real: Client) -> None:
 async def test_a_call_survives_a_restart_of_the_daemon(clean_engine: Rig) -> None:
     """Killed in the middle of a scale; its successor goes on, and whoever waited or watched gets the result."""
     rig = clean_engine
-    flags = (*FAST, *own_state(), "--node-name", "restarted")
+    flags = (*FAST_FLAGS, *own_state_flags(), "--node-name", "restarted")
     daemon = await rig.start_daemon(*flags)
     try:
         async with Client(daemon.target) as client:

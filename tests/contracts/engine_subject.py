@@ -8,7 +8,7 @@ from pathlib import Path
 from gpudock_server.model.engine import EngineState
 from gpudock_server.ports import Engine
 
-from tests.engine.engine_examples import engine_spec, seen
+from tests.engine.engine_examples import engine_spec, inspect_container
 from tests.unit.model_engine import ModelEngine
 
 
@@ -43,9 +43,9 @@ class EngineSubject:
         """Write a file into a container's writable layer, if the implementation has one."""
         if isinstance(self.engine, ModelEngine):
             self.engine.write(engine_id, "written")
-        elif upper := (await seen(self.engine, engine_id)).upper_dir:
+        elif upper := (await inspect_container(self.engine, engine_id)).upper_dir:
             Path(upper, "written").touch()  # noqa: ASYNC240 - nothing else waits
 
     async def state(self, engine_id: str) -> EngineState:
         """Return the state of a container, as the engine shows it."""
-        return (await seen(self.engine, engine_id)).state
+        return (await inspect_container(self.engine, engine_id)).state

@@ -20,7 +20,7 @@ from gpudock_server.model.spec import RestartPolicy, RestartPolicyKind
 from gpudock_server.ports import Engine
 
 from tests.contracts.engine_subject import EngineSubject
-from tests.engine.engine_examples import IDLE, engine_spec, seen
+from tests.engine.engine_examples import IDLE, engine_spec, inspect_container
 
 pytest_plugins = ["tests.contracts.engine_fixtures"]
 
@@ -94,8 +94,8 @@ async def test_a_container_is_shown_by_id_and_by_name(engine: Engine, subject: E
     image = await engine.image(subject.image)
     assert image is not None
     box = await subject.create()
-    container = await seen(engine, box)
-    assert await seen(engine, "box") == container
+    container = await inspect_container(engine, box)
+    assert await inspect_container(engine, "box") == container
     assert (container.id, container.name, container.image_id) == (box, "box", image.id)
     assert (container.state, container.pid, container.alive) == (EngineState.CREATED, 0, False)
     assert container.labels[LABEL_UID] == "uid-box"
@@ -119,7 +119,7 @@ async def test_a_container_that_holds_files_and_never_runs(engine: Engine, subje
     box = await subject.running(cpus=1, memory_bytes=64 * MIB)
     made = await engine.create_file_holder(box, "holder", {LABEL_OPERATION: "op1", "team": "x"})
     assert await engine.create_file_holder(box, "holder", {LABEL_OPERATION: "op1", "team": "x"}) == made
-    holder, source = await seen(engine, made), await seen(engine, box)
+    holder, source = await inspect_container(engine, made), await inspect_container(engine, box)
     assert (holder.name, holder.state, holder.image_id) == ("holder", EngineState.CREATED, source.image_id)
     assert {key: holder.labels.get(key) for key in (LABEL_OPERATION, "team")} == {LABEL_OPERATION: "op1", "team": "x"}
     assert (holder.gpu_uuids, holder.ports, holder.cpus, holder.volumes) == ((), (), 0, {})
@@ -134,10 +134,10 @@ async def test_a_container_that_holds_files_and_never_runs(engine: Engine, subje
 
 async def test_starting_what_runs_is_a_success(engine: Engine, subject: EngineSubject) -> None:
     box = await subject.running()
-    before = await seen(engine, box)
+    before = await inspect_container(engine, box)
     assert before.state is EngineState.RUNNING
     await engine.start(box)
-    assert (await seen(engine, box)).start_time == before.start_time
+    assert (await inspect_container(engine, box)).start_time == before.start_time
 
 
 async def test_start_of_what_is_gone_or_paused(engine: Engine, subject: EngineSubject) -> None:
@@ -156,7 +156,7 @@ async def test_a_port_of_another_container(engine: Engine, subject: EngineSubjec
     box = await subject.create("second", ports=ports)
     with pytest.raises(PortInUse):
         await engine.start(box)
-    assert not (await seen(engine, box)).alive
+    assert not (await inspect_container(engine, box)).alive
 
 
 async def test_stop(engine: Engine, subject: EngineSubject) -> None:
@@ -185,7 +185,7 @@ async def test_what_is_paused_can_be_stopped(engine: Engine, subject: EngineSubj
     box = await subject.running()
     await engine.pause(box)
     await engine.stop(box, seconds)
-    assert not (await seen(engine, box)).running
+    assert not (await inspect_container(engine, box)).running
 
 
 async def test_pause(engine: Engine, subject: EngineSubject) -> None:
@@ -209,7 +209,7 @@ async def test_exited_within(engine: Engine, subject: EngineSubject) -> None:
     box = await subject.running_to_exit(7)
     for _ in range(2):
         assert await engine.exited_within(box, 60) == 7
-    assert (await seen(engine, box)).exit_code == 7
+    assert (await inspect_container(engine, box)).exit_code == 7
     assert await engine.exited_within(await subject.create("never-ran"), 60) == 0
 
 
@@ -221,16 +221,16 @@ async def test_waiting_for_what_is_gone_is_refused(engine: Engine) -> None:
 async def test_limits_and_policy_change_in_place(engine: Engine, subject: EngineSubject) -> None:
     box = await subject.running()
     await engine.update(box, cpus=0, memory_bytes=0)
-    assert (await seen(engine, box)).cpus == 0
+    assert (await inspect_container(engine, box)).cpus == 0
     policy = RestartPolicy(kind=RestartPolicyKind.ON_FAILURE, max_retry_count=3)
     await engine.update(box, cpus=1, memory_bytes=64 * MIB, restart_policy=policy)
     for _ in range(2):
-        container = await seen(engine, box)
+        container = await inspect_container(engine, box)
         assert (container.cpus, container.memory_bytes, container.restart_policy) == (1, 64 * MIB, policy)
         await engine.update(box, cpus=1, memory_bytes=64 * MIB)
     await engine.stop(box, 0)
     await engine.update(box, cpus=2, memory_bytes=64 * MIB)
-    assert (await seen(engine, box)).cpus == 2, "also of what does not run"
+    assert (await inspect_container(engine, box)).cpus == 2, "also of what does not run"
 
 
 async def test_an_update_of_what_is_gone_is_refused(engine: Engine) -> None:
@@ -242,12 +242,12 @@ async def test_rename(engine: Engine, subject: EngineSubject) -> None:
     box, other = await subject.create("box"), await subject.create("other")
     for _ in range(2):
         await engine.rename(box, "better")
-        assert (await seen(engine, "better")).id == box
+        assert (await inspect_container(engine, "better")).id == box
         assert await engine.inspect("box") is None
     with pytest.raises(EngineRejected):
         await engine.rename(box, "other")
-    assert (await seen(engine, box)).name == "better"
-    assert (await seen(engine, "other")).id == other
+    assert (await inspect_container(engine, box)).name == "better"
+    assert (await inspect_container(engine, "other")).id == other
     with pytest.raises(EngineRejected):
         await engine.rename("nonesuch", "new")
 
@@ -266,18 +266,18 @@ async def test_a_removed_container_leaves_its_volumes_unless_told_to_take_its_ow
 ) -> None:
     target = subject.volume_target
     first = await subject.create("first", image=subject.volume_image)
-    made = (await seen(engine, first)).volumes[target]
+    made = (await inspect_container(engine, first)).volumes[target]
     shown = await engine.inspect_volume(made)
     assert shown is not None
     assert shown.anonymous
     heir = await subject.create("heir", image=subject.volume_image, volumes={target: made})
-    assert (await seen(engine, heir)).volumes == {target: made}
+    assert (await inspect_container(engine, heir)).volumes == {target: made}
     await engine.remove(heir, own_volumes=True)
     assert await engine.has_volume(made), "it was given to that one by its name"
     await engine.remove(first)
     assert await engine.has_volume(made), "volumes stay"
     third = await subject.create("third", image=subject.volume_image)
-    own = (await seen(engine, third)).volumes[target]
+    own = (await inspect_container(engine, third)).volumes[target]
     for _ in range(2):
         await engine.remove(third, own_volumes=True)
         assert not await engine.has_volume(own)
@@ -289,7 +289,7 @@ async def test_a_removed_container_leaves_its_volumes_unless_told_to_take_its_ow
 
 async def test_events_are_told_from_a_time_on(engine: Engine, subject: EngineSubject) -> None:
     box = await subject.running()
-    start = (await seen(engine, box)).create_time
+    start = (await inspect_container(engine, box)).create_time
     assert start is not None
     async with asyncio.timeout(60):
         stream = engine.events(int(start.timestamp()) * 10**9)

@@ -9,7 +9,7 @@ from gpudock_server.model.spec import Mount
 from gpudock_server.ports import Engine
 
 from tests.contracts.engine_subject import EngineSubject
-from tests.engine.engine_examples import seen
+from tests.engine.engine_examples import inspect_container
 
 pytest_plugins = ["tests.contracts.engine_fixtures"]
 
@@ -191,7 +191,7 @@ async def test_who_mounts_an_engine_volume(engine: Engine, subject: EngineSubjec
     await engine.create_volume("v1", labels={LABEL_UID: "uid-v1"}, driver_options={})
     assert await engine.mounting("v1") == ()
     box = await subject.create(mounts=(Mount(volume="v1", target="/v"),))
-    assert (await seen(engine, box)).volumes["/v"] == "v1"
+    assert (await inspect_container(engine, box)).volumes["/v"] == "v1"
     assert [one.id for one in await engine.mounting("v1")] == [box]
     assert await engine.mounting("nonesuch") == ()
     with pytest.raises(EngineRejected, match="in use"):

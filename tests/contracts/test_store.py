@@ -39,10 +39,10 @@ from gpudock_server.ports import ContainerView, RevisionView, Store, StoreConfli
 
 from tests.contracts.store_examples import Forget
 from tests.engine.etcd_examples import (
+    EXAMPLE_TIME,
     GPU,
     PORT,
-    THEN,
-    begin,
+    begin_changes,
     container,
     holder,
     operation,
@@ -285,7 +285,7 @@ async def test_claimers_at_once_get_each_card_once(store: Store) -> None:
         for turn in range(4):
             key = GpuKey(f"GPU-{(number + turn) % 4}")
             try:
-                await store.apply([*begin(name, name), Claim("h1", key, holder(name, name))])
+                await store.apply([*begin_changes(name, name), Claim("h1", key, holder(name, name))])
             except StoreConflict as conflict:
                 if not isinstance(conflict.change, Claim):
                     raise
@@ -331,7 +331,7 @@ async def test_operations_are_listed_by_id_without_what_is_large(store: Store) -
 async def test_what_has_ended_keeps_its_result_and_not_its_arguments(store: Store) -> None:
     version = await store.apply([PutOperation(operation("op1", arguments={"image": "x"}), expect=0)])
     ended = operation(
-        "op1", arguments={"image": "x"}, result=container("web"), state=OperationState.SUCCEEDED, end_time=THEN
+        "op1", arguments={"image": "x"}, result=container("web"), state=OperationState.SUCCEEDED, end_time=EXAMPLE_TIME
     )
     version = await store.apply([PutOperation(ended, expect=version)])
     assert await store.operation("op1") == Versioned(ended.changed(arguments={}), version)
@@ -343,7 +343,7 @@ async def test_unfinished_operations_are_found_by_their_locks(store: Store) -> N
     await store.apply([PutOperation(operation("op2"), expect=0)])
     await store.apply(
         [
-            PutOperation(operation("op3", state=OperationState.FAILED, end_time=THEN), expect=0),
+            PutOperation(operation("op3", state=OperationState.FAILED, end_time=EXAMPLE_TIME), expect=0),
             Lock(ResourceKind.CONTAINER, "c", "op3"),
         ]
     )
@@ -368,7 +368,7 @@ async def test_a_request_is_recorded_once_until_it_has_ended(store: Store) -> No
 
 # ---- revisions and their snapshots ----
 
-_SNAPSHOT = Snapshot(kind=SnapshotKind.TREE, image_id="sha256:1", create_time=THEN)
+_SNAPSHOT = Snapshot(kind=SnapshotKind.TREE, image_id="sha256:1", create_time=EXAMPLE_TIME)
 
 
 async def test_a_revision_is_shown_with_its_snapshot_or_why_it_has_none(store: Store) -> None:
@@ -418,7 +418,7 @@ async def test_a_deleted_head_takes_its_history_along_and_nobody_elses(store: St
 async def test_pages_show_the_moment_of_the_first_while_others_write(store: Store) -> None:
     names = [f"c{number:02}" for number in range(25)]
     for name in names:
-        await store.apply([*begin(f"op-{name}", name), PutContainer(container(name), expect=0)])
+        await store.apply([*begin_changes(f"op-{name}", name), PutContainer(container(name), expect=0)])
     seen: list[ContainerView] = []
     operations: list[Operation] = []
     token = operations_token = ""

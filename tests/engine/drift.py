@@ -22,20 +22,20 @@ RETRIED = drift_pb2.DRIFT_REMEDY_RETRIED
 REPORTED = drift_pb2.DRIFT_REMEDY_REPORTED
 
 
-async def drift(caller: Caller, **filters: Any) -> list[drift_pb2.Drift]:
+async def list_drift(caller: Caller, **filters: Any) -> list[drift_pb2.Drift]:
     """What the daemon finds."""
     request = node_service_pb2.ListDriftRequest(filter=node_service_pb2.DriftFilter(**filters))
     return list((await caller.nodes.ListDrift(request)).drift)
 
 
-async def found(caller: Caller, kind: str, remedy: int | None = None, container: str = "") -> drift_pb2.Drift:
+async def wait_for_drift(caller: Caller, kind: str, remedy: int | None = None, container: str = "") -> drift_pb2.Drift:
     """Wait until there is a finding of a kind; it."""
     findings: list[drift_pb2.Drift] = []
 
     async def there() -> bool:
         findings[:] = [
             one
-            for one in await drift(caller, kinds=[KIND(f"DRIFT_KIND_{kind}")], container=container)
+            for one in await list_drift(caller, kinds=[KIND(f"DRIFT_KIND_{kind}")], container=container)
             if remedy in (None, one.remedy)
         ]
         return bool(findings)
@@ -44,7 +44,7 @@ async def found(caller: Caller, kind: str, remedy: int | None = None, container:
     return findings[0]
 
 
-async def logged(daemon: Daemon, kind: str, about: str) -> str:
+async def wait_for_drift_log(daemon: Daemon, kind: str, about: str) -> str:
     """Wait until a daemon has logged a finding of a kind about something; the line.
 
     What was put right is listed until the next comparison, which may be over before a test can ask.
@@ -60,7 +60,7 @@ async def logged(daemon: Daemon, kind: str, about: str) -> str:
     return lines[0]
 
 
-async def passed(caller: Caller, times: int = 2) -> None:
+async def wait_for_passes(caller: Caller, times: int = 2) -> None:
     """Wait until full comparisons have ended that had not begun when this was called."""
     for _ in range(times):
         before = (await caller.nodes.ListDrift(node_service_pb2.ListDriftRequest())).compare_time
@@ -71,7 +71,7 @@ async def passed(caller: Caller, times: int = 2) -> None:
         await until(later)
 
 
-class State:
+class StoredState:
     """What a daemon has in etcd, for whoever edits it by hand."""
 
     def __init__(self, connection: EtcdConnection, prefix: str) -> None:
@@ -95,33 +95,33 @@ class State:
 
 
 @asynccontextmanager
-async def state_of(daemons: IsolatedDaemons, rig: Rig) -> AsyncIterator[State]:
+async def state_of(daemons: IsolatedDaemons, rig: Rig) -> AsyncIterator[StoredState]:
     """What a test's own daemon has in the rig's etcd."""
     connection = EtcdConnection(EtcdAddress((rig.etcd.endpoint,)))
     await connection.open()
     try:
-        yield State(connection, daemons.prefix)
+        yield StoredState(connection, daemons.prefix)
     finally:
         await connection.close()
 
 
-def act(rig: Rig, engine_id: str, verb: str) -> None:
+def engine_action(rig: Rig, engine_id: str, verb: str) -> None:
     """Ask the engine itself."""
     rig.engine.call("POST", f"/containers/{engine_id}/{verb}")
 
 
-def update(rig: Rig, engine_id: str, **limits: Any) -> None:
+def docker_update(rig: Rig, engine_id: str, **limits: Any) -> None:
     """`docker update`."""
     rig.engine.call("POST", f"/containers/{engine_id}/update", send=limits)
 
 
-def inspect(rig: Rig, engine_id: str) -> dict[str, Any]:
+def docker_inspect(rig: Rig, engine_id: str) -> dict[str, Any]:
     """`docker inspect`."""
     shown: dict[str, Any] = rig.engine.call("GET", f"/containers/{engine_id}/json")
     return shown
 
 
-def names(rig: Rig) -> set[str]:
+def engine_container_names(rig: Rig) -> set[str]:
     """The names of every engine container."""
     listed: list[dict[str, Any]] = rig.engine.call("GET", "/containers/json?all=1")
     return {name.removeprefix("/") for one in listed for name in one["Names"]}

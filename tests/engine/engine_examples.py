@@ -42,14 +42,14 @@ async def engine_spec(
     )
 
 
-async def running(engine: Engine, name: str = "box", **options: Any) -> str:
+async def start_container(engine: Engine, name: str = "box", **options: Any) -> str:
     """Create a container and start it; its engine id."""
     engine_id = await engine.create(await engine_spec(engine, name, **options))
     await engine.start(engine_id)
     return engine_id
 
 
-async def seen(engine: Engine, engine_id: str) -> EngineContainer:
+async def inspect_container(engine: Engine, engine_id: str) -> EngineContainer:
     """A container that must be there, as the engine shows it."""
     container = await engine.inspect(engine_id)
     assert container is not None

@@ -23,8 +23,8 @@ from gpudock_server.model.spec import ContainerSpec, Protocol
 from gpudock_server.model.store_changes import Lock, PutOperation, StoreChange
 from gpudock_server.model.volume import Volume, VolumeCause, VolumeRevision, VolumeState
 
-THEN = datetime(2030, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
-PATIENCE = timedelta(seconds=5)
+EXAMPLE_TIME = datetime(2030, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
+RETRY_TIME = timedelta(seconds=5)
 GPU, PORT = GpuKey("GPU-1"), PortKey(Protocol.TCP, 8080)
 
 
@@ -38,9 +38,9 @@ def container(name: str, **changes: object) -> Container:
         generation=1,
         revision=1,
         spec=ContainerSpec(image="busybox", stop_timeout=timedelta(seconds=3), env={"ß": "\n\0"}),
-        status=ContainerStatus(state=ContainerState.RUNNING, start_time=THEN),
-        create_time=THEN,
-        update_time=THEN,
+        status=ContainerStatus(state=ContainerState.RUNNING, start_time=EXAMPLE_TIME),
+        create_time=EXAMPLE_TIME,
+        update_time=EXAMPLE_TIME,
     ).changed(**changes)
 
 
@@ -53,7 +53,7 @@ def revision(name: str, number: int) -> ContainerRevision:
         spec=ContainerSpec(image="busybox"),
         cause=RevisionCause.SCALED,
         placement=Placement(),
-        create_time=THEN,
+        create_time=EXAMPLE_TIME,
         operation_id="op",
     )
 
@@ -69,8 +69,8 @@ def volume(name: str, **changes: object) -> Volume:
         revision=1,
         state=VolumeState.READY,
         size_bytes=1 << 30,
-        create_time=THEN,
-        update_time=THEN,
+        create_time=EXAMPLE_TIME,
+        update_time=EXAMPLE_TIME,
     ).changed(**changes)
 
 
@@ -82,7 +82,7 @@ def volume_revision(name: str, number: int) -> VolumeRevision:
         revision=number,
         size_bytes=number << 30,
         cause=VolumeCause.GROWN,
-        create_time=THEN,
+        create_time=EXAMPLE_TIME,
         operation_id="op",
     )
 
@@ -95,8 +95,8 @@ def operation(operation_id: str, name: str = "web", **changes: object) -> Operat
         target=ResourceRef(kind=ResourceKind.CONTAINER, name=name, uid=f"uid-{name}"),
         node="n1",
         state=OperationState.RUNNING,
-        create_time=THEN,
-        update_time=THEN,
+        create_time=EXAMPLE_TIME,
+        update_time=EXAMPLE_TIME,
     ).changed(**changes)
 
 
@@ -105,7 +105,7 @@ def holder(name: str, operation_id: str = "") -> Holder:
     return Holder(container=name, uid=f"uid-{name}", node="n1", operation_id=operation_id)
 
 
-def begin(operation_id: str, name: str = "web") -> list[StoreChange]:
+def begin_changes(operation_id: str, name: str = "web") -> list[StoreChange]:
     """The changes with which every operation begins."""
     return [Lock(ResourceKind.CONTAINER, name, operation_id), PutOperation(operation(operation_id, name), expect=0)]
 
@@ -118,7 +118,7 @@ async def until(holds: Callable[[], Awaitable[object]], *, seconds: float) -> No
 
 
 @asynccontextmanager
-async def connected(endpoint: str, timeout: float = 2) -> AsyncIterator[EtcdConnection]:
+async def open_connection(endpoint: str, timeout: float = 2) -> AsyncIterator[EtcdConnection]:
     """A connection whose calls take at most `timeout` seconds."""
     connection = EtcdConnection(EtcdAddress((endpoint,)), timeout=timedelta(seconds=timeout))
     await connection.open()

@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 from gpudock_server.adapters.etcd import EmbeddedEtcd, EtcdConnection, EtcdStore
 
-from tests.engine.etcd_examples import connected
+from tests.engine.etcd_examples import open_connection
 from tests.rig import Rig
 
 
@@ -21,7 +21,7 @@ def prefix() -> str:
 
 @pytest_asyncio.fixture
 async def connection(rig: Rig) -> AsyncIterator[EtcdConnection]:
-    async with connected(rig.etcd.endpoint) as connection:
+    async with open_connection(rig.etcd.endpoint) as connection:
         yield connection
 
 

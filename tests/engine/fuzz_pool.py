@@ -1,7 +1,7 @@
 """A pool of containers, volumes and operations that random requests refer to, and the requests that are valid there.
 
-`Pool.restore` brings the pool back to what it was, whatever a request did to it; `VALID` says for each RPC which
-requests the daemon takes while the pool is complete.
+`Pool.restore` restores the pool after a request has changed it. `VALID_REQUESTS` has for each RPC the requests that the
+daemon accepts while the pool is complete.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MOUNT = container.Mount(volume=USED_VOLUME, target="/data")
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class References:
     """What a request can refer to, beside the names above."""
 
     operation_id: str
@@ -59,10 +59,10 @@ class Pool:
         self._caller = caller
         self._rig = rig
 
-    async def restore(self) -> Known:
+    async def restore(self) -> References:
         """Wait until nothing is under way, remove what is new, and put back what is missing or otherwise."""
         caller = self._caller
-        await caller.settled()
+        await caller.until_idle()
         listed = await caller.containers.ListContainers(containers.ListContainersRequest(page_size=1000))
         there = {one.name: one for one in listed.containers}
         for name, one in there.items():
@@ -85,7 +85,7 @@ class Pool:
         return await self._known()
 
     async def _usable(self, one: container.Container) -> bool:
-        """Whether requests of `VALID` are taken by a container of the pool, whatever became of it."""
+        """Whether requests of `VALID_REQUESTS` are taken by a container of the pool, whatever became of it."""
         return (
             one.spec.image == IMAGE
             and one.spec.gpus.count == 1
@@ -104,14 +104,14 @@ class Pool:
         elif name == PAUSED:
             await caller.containers.PauseContainer(containers.PauseContainerRequest(name=name))
 
-    async def _known(self) -> Known:
+    async def _known(self) -> References:
         caller = self._caller
         ended = await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest(page_size=1))
         node = (await caller.nodes.GetNode(node_service_pb2.GetNodeRequest())).node
         cards = await caller.nodes.ListGpus(node_service_pb2.ListGpusRequest())
         listed = await caller.containers.ListContainers(containers.ListContainersRequest())
         volumes = await caller.volumes.ListVolumes(volume_service_pb2.ListVolumesRequest())
-        return Known(
+        return References(
             operation_id=ended.operations[0].id,
             gpu_uuid=next(card.uuid for card in cards.gpus if not card.container),
             node=node.name,
@@ -124,7 +124,7 @@ def _spec(**fields: Any) -> container.ContainerSpec:
     return container.ContainerSpec(image=IMAGE, command=IDLE, **fields)
 
 
-def _started(_: Known) -> exec_pb2.ExecContainerRequest:
+def _started(_: References) -> exec_pb2.ExecContainerRequest:
     request = exec_pb2.ExecContainerRequest()
     request.start.container = RUNNING
     request.start.exec_id = str(uuid.uuid4())
@@ -132,12 +132,12 @@ def _started(_: Known) -> exec_pb2.ExecContainerRequest:
     return request
 
 
-def _named(message: type[Message], name: str, **fields: Any) -> Callable[[Known], Message]:
+def _named(message: type[Message], name: str, **fields: Any) -> Callable[[References], Message]:
     return lambda _: message(name=name, **fields)
 
 
 # For each RPC, requests that the daemon takes. Each is made at its moment, from what there is.
-VALID: Mapping[str, tuple[Callable[[Known], Message], ...]] = {
+VALID_REQUESTS: Mapping[str, tuple[Callable[[References], Message], ...]] = {
     "CreateContainer": (
         lambda known: containers.CreateContainerRequest(name=known.fresh, spec=_spec()),
         lambda known: containers.CreateContainerRequest(

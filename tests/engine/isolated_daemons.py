@@ -16,7 +16,7 @@ import pytest_asyncio
 from gpudock.v1 import container_pb2
 
 from tests.calls import Caller, Failure, failure_of
-from tests.conftest import FAST
+from tests.conftest import FAST_FLAGS
 from tests.rig import Daemon, Rig
 from tests.rig.patience import PATIENCE
 
@@ -53,7 +53,7 @@ class IsolatedDaemons:
     ) -> Daemon:
         """Start one; with `after`, as that one's successor."""
         daemon = await self.rig.start_daemon(
-            *FAST,
+            *FAST_FLAGS,
             *("--node-name", node or self.node, "--etcd-prefix", self.prefix),
             *flags,
             module=module,

@@ -14,7 +14,7 @@ from gpudock.v1 import (
 )
 
 from tests.calls import IMAGE, Caller, clone_request, failure, progress_of, result_of
-from tests.conftest import FAST, own_state
+from tests.conftest import FAST_FLAGS, own_state_flags
 from tests.engine.sample_trees import TreeEntry, create_tree_command, image_files, read_tree, tree_differences
 from tests.faults.invariants import LOOK, PLANT, absent, layer_images, sound
 from tests.rig import CUDA_LIKE, GLIBC, Rig
@@ -134,7 +134,7 @@ async def test_stopped_and_paused_ones_stay_as_they_are(caller: Caller, rig: Rig
 
 @pytest.mark.parametrize("carry", deep_except(["exchange"], ["exchange", "commit"]))
 async def test_while_the_source_writes(rig: Rig, carry: str) -> None:
-    daemon = await rig.start_daemon(*FAST, *own_state(), "--layer-carry", carry)
+    daemon = await rig.start_daemon(*FAST_FLAGS, *own_state_flags(), "--layer-carry", carry)
     try:
         async with Caller(daemon.target) as caller:
             await caller.create("origin", 1, command=("sh", "-c", _WRITER))
@@ -172,7 +172,7 @@ async def test_everything_that_a_file_system_knows_comes_along(caller: Caller, r
 @pytest.mark.parametrize("carry", ["copy", "commit"])
 async def test_images_of_the_source_outlive_it_for_its_clones(rig: Rig, carry: str) -> None:
     others = layer_images(rig)
-    daemon = await rig.start_daemon(*FAST, *own_state(), "--layer-carry", carry)
+    daemon = await rig.start_daemon(*FAST_FLAGS, *own_state_flags(), "--layer-carry", carry)
     try:
         async with Caller(daemon.target) as caller:
             await caller.create("origin", 1)

@@ -9,7 +9,7 @@ import pytest
 from gpudock.v1 import container_pb2
 
 from tests.calls import Caller, failure, progress_of, update_request
-from tests.engine.drift import drift, found, inspect, passed, update
+from tests.engine.drift import docker_inspect, docker_update, list_drift, wait_for_drift, wait_for_passes
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
 from tests.rig import GLIBC, Rig
 
@@ -22,7 +22,7 @@ FORKS = "n=0; while [ $n -lt {0} ]; do sleep 30 & n=$((n+1)); done; echo started
 
 def host_config(rig: Rig, container: container_pb2.Container) -> dict[str, object]:
     """What the engine was told for a container."""
-    shown: dict[str, object] = inspect(rig, container.status.engine_id)["HostConfig"]
+    shown: dict[str, object] = docker_inspect(rig, container.status.engine_id)["HostConfig"]
     return shown
 
 
@@ -89,8 +89,8 @@ async def test_limits_above_the_nodes_maximum(daemons: IsolatedDaemons, rig: Rig
             ["no-new-privileges"],
         )
         # What was made under other settings is no drift, keeps what it has, and takes other changes.
-        await passed(caller, 3)
-        assert not await drift(caller)
+        await wait_for_passes(caller, 3)
+        assert not await list_drift(caller)
         assert host_config(rig, free)["PidsLimit"] is None
         changed = await caller.scale("had", cpus=0.5)
         assert changed.status.engine_id == had.status.engine_id
@@ -100,12 +100,12 @@ async def test_limits_above_the_nodes_maximum(daemons: IsolatedDaemons, rig: Rig
         replaced = host_config(rig, await caller.scale("free", shm_size_bytes=MIB))
         assert (replaced["Memory"], replaced["PidsLimit"]) == (128 * MIB, 128)
         # What a spec says is what the container has: docker update is undone.
-        update(rig, changed.status.engine_id, PidsLimit=1000)
+        docker_update(rig, changed.status.engine_id, PidsLimit=1000)
 
         async def set_back() -> bool:
             return host_config(rig, changed)["PidsLimit"] == 512
 
         await until(set_back)
-        finding = await found(caller, "LIMITS_CHANGED")
+        finding = await wait_for_drift(caller, "LIMITS_CHANGED")
         assert (finding.container, finding.actual) == ("had", f"cpus=0.5 memory_bytes={256 * MIB} pids_limit=1000")
         await caller.delete_all()

@@ -42,7 +42,7 @@ from gpudock_server.model.spec import (
 )
 
 from tests.engine.docker_registry import LAYER_BYTES, SECRET, USER, registry
-from tests.engine.engine_examples import CUDA_LIKE, IDLE, IMAGE, engine_spec, running, seen
+from tests.engine.engine_examples import CUDA_LIKE, IDLE, IMAGE, engine_spec, inspect_container, start_container
 from tests.rig import EngineProxy, Rig
 
 MIB = 1 << 20
@@ -154,7 +154,7 @@ async def test_what_cannot_name_a_volume(engine: DockerEngine, name: str) -> Non
 async def test_a_container_is_what_was_asked(engine: DockerEngine, rig: Rig, tmp_path: Path) -> None:
     cards = tuple(rig.gpus.uuids[2:4])
     rig.engine.call("POST", "/volumes/create", send={"Name": "v1"})
-    box = await running(
+    box = await start_container(
         engine,
         gpus=cards,
         image=CUDA_LIKE,
@@ -179,8 +179,8 @@ async def test_a_container_is_what_was_asked(engine: DockerEngine, rig: Rig, tmp
         stop_timeout=timedelta(seconds=3),
         health_check=HealthCheck(command=("true",), interval=timedelta(seconds=1)),
     )
-    container = await seen(engine, "box")
-    assert container == await seen(engine, box)
+    container = await inspect_container(engine, "box")
+    assert container == await inspect_container(engine, box)
     assert container.state is EngineState.RUNNING
     assert container.running
     assert container.gpu_uuids == cards
@@ -217,18 +217,18 @@ async def test_a_container_is_what_was_asked(engine: DockerEngine, rig: Rig, tmp
 
 
 async def test_an_image_that_wants_all_cards_gets_none(engine: DockerEngine, rig: Rig) -> None:
-    await running(engine, image=CUDA_LIKE)
+    await start_container(engine, image=CUDA_LIKE)
     said = await shell(rig, "box", "echo $NVIDIA_VISIBLE_DEVICES; ls /dev | grep -c nvidia")
     assert said.split() == ["void", "0"]
 
 
 async def test_a_volume_taken_over_is_not_filled_again(engine: DockerEngine, rig: Rig) -> None:
-    first = await running(engine, "first", image=CUDA_LIKE)
-    volumes = (await seen(engine, first)).volumes
+    first = await start_container(engine, "first", image=CUDA_LIKE)
+    volumes = (await inspect_container(engine, first)).volumes
     await shell(rig, "first", "rm /data/from-image")
     await engine.remove(first)
-    second = await running(engine, "second", image=CUDA_LIKE, volumes=volumes)
-    assert (await seen(engine, second)).volumes == volumes
+    second = await start_container(engine, "second", image=CUDA_LIKE, volumes=volumes)
+    assert (await inspect_container(engine, second)).volumes == volumes
     assert await shell(rig, "second", "ls /data") == ""
 
 
@@ -250,13 +250,13 @@ async def test_what_cannot_start(engine: DockerEngine, options: dict[str, Any], 
         with pytest.raises(StartFailed, match=says) as failed:
             await engine.start(box)
         assert failed.value.container == "box"
-        assert not (await seen(engine, box)).running
+        assert not (await inspect_container(engine, box)).running
     await engine.remove(box)
 
 
 async def test_a_port_that_another_container_has(engine: DockerEngine) -> None:
     port = PortBinding(container_port=80, protocol=Protocol.UDP, host_port=18081)
-    await running(engine, "first", ports=(port,))
+    await start_container(engine, "first", ports=(port,))
     second = await engine.create(await engine_spec(engine, "second", ports=(port,)))
     with pytest.raises(PortInUse) as taken:
         await engine.start(second)
@@ -339,37 +339,37 @@ async def test_what_is_created_for_who_was_cancelled_is_found(
 
 
 async def test_stop_lets_a_process_end_by_itself(engine: DockerEngine) -> None:
-    box = await running(engine)
+    box = await start_container(engine)
     await engine.stop(box, 10)
-    container = await seen(engine, box)
+    container = await inspect_container(engine, box)
     assert (container.state, container.exit_code) == (EngineState.EXITED, 0)
     assert container.finish_time is not None
 
 
 async def test_stop_in_no_time_kills(engine: DockerEngine) -> None:
     """The stop signal was sent all the same, and what hears it ended by it instead."""
-    box = await running(engine)
+    box = await start_container(engine)
     await engine.stop(box, 0)
-    assert (await seen(engine, box)).exit_code == 137
+    assert (await inspect_container(engine, box)).exit_code == 137
     await engine.stop(box, 0)
     await engine.stop("nonesuch", 0)
 
 
 async def test_stop_of_what_will_not_stop_and_of_what_is_paused(engine: DockerEngine) -> None:
-    stubborn = await running(engine, "stubborn", command=("sleep", "1000"))
+    stubborn = await start_container(engine, "stubborn", command=("sleep", "1000"))
     begun = time.monotonic()
     await engine.stop(stubborn, 0.5)
     assert 0.9 < time.monotonic() - begun < 8
-    assert (await seen(engine, stubborn)).exit_code == 137
+    assert (await inspect_container(engine, stubborn)).exit_code == 137
     await engine.start(stubborn)
     begun = time.monotonic()
     await engine.stop(stubborn, 0)
     assert time.monotonic() - begun < 5
-    assert (await seen(engine, stubborn)).exit_code == 137
-    frozen = await running(engine, "frozen")
+    assert (await inspect_container(engine, stubborn)).exit_code == 137
+    frozen = await start_container(engine, "frozen")
     await engine.pause(frozen)
     await engine.stop(frozen, 1)
-    assert not (await seen(engine, frozen)).running
+    assert not (await inspect_container(engine, frozen)).running
 
 
 @pytest.mark.parametrize("times", [3, None])
@@ -377,7 +377,7 @@ async def test_what_cannot_be_frozen_at_once_is_tried_again(
     patient: DockerEngine, engine_proxy: EngineProxy, times: int | None
 ) -> None:
     message = "Cannot pause container: OCI runtime pause failed: unable to freeze: unknown"
-    box = await running(patient)
+    box = await start_container(patient)
     async with connected_to(engine_proxy.url, timeout=20) as engine:
         engine_proxy.faults.fail("POST", ".*/pause", message=message, times=times)
         if times is None:
@@ -386,24 +386,24 @@ async def test_what_cannot_be_frozen_at_once_is_tried_again(
         else:
             await engine.pause(box)
     paused = sum(request.path.endswith("/pause") for request in engine_proxy.requests)
-    assert (paused, (await seen(patient, box)).state) == (
+    assert (paused, (await inspect_container(patient, box)).state) == (
         4,
         EngineState.RUNNING if times is None else EngineState.PAUSED,
     )
 
 
 async def test_an_exit_is_heard_of_while_it_is_waited_for(engine: DockerEngine) -> None:
-    box = await running(engine, command=("sh", "-c", "until [ -e /tmp/go ]; do sleep 0.01; done; exit 7"))
+    box = await start_container(engine, command=("sh", "-c", "until [ -e /tmp/go ]; do sleep 0.01; done; exit 7"))
     assert await engine.exited_within(box, 0.1) is None
     waiting = asyncio.create_task(engine.exited_within(box, 20))
-    pid = (await seen(engine, box)).pid
+    pid = (await inspect_container(engine, box)).pid
     await asyncio.to_thread(Path(f"/proc/{pid}/root/tmp/go").touch)
     assert await waiting == 7
 
 
 async def test_remove_by_many_at_once(engine: DockerEngine, rig: Rig) -> None:
-    box = await running(engine, image=CUDA_LIKE)
-    volume = (await seen(engine, box)).volumes["/data"]
+    box = await start_container(engine, image=CUDA_LIKE)
+    volume = (await inspect_container(engine, box)).volumes["/data"]
     await asyncio.gather(*(engine.remove(box) for _ in range(8)))
     assert await engine.inspect(box) is None
     await engine.remove(box)
@@ -413,7 +413,7 @@ async def test_remove_by_many_at_once(engine: DockerEngine, rig: Rig) -> None:
 
 async def test_a_removal_that_another_has_begun(patient: DockerEngine, engine_proxy: EngineProxy, rig: Rig) -> None:
     async with connected_to(engine_proxy.url, timeout=3) as engine:
-        box = await running(patient)
+        box = await start_container(patient)
         already = "removal of container box is already in progress"
         engine_proxy.faults.fail("DELETE", "/containers/.*", status=409, message=already)
         removing = asyncio.create_task(engine.remove(box))
@@ -422,7 +422,7 @@ async def test_a_removal_that_another_has_begun(patient: DockerEngine, engine_pr
         await asyncio.to_thread(rig.engine.call, "DELETE", f"/containers/{box}", query={"force": "1"})
         await removing
 
-        box = await running(patient)
+        box = await start_container(patient)
         engine_proxy.faults.fail("DELETE", "/containers/.*", status=409, message=already)
         with pytest.raises(EngineUnavailable):
             # The other removal does not happen: the wait for it ends.
@@ -433,9 +433,9 @@ async def test_a_removal_that_another_has_begun(patient: DockerEngine, engine_pr
 
 
 async def test_limits_change_in_place_and_for_real(engine: DockerEngine, rig: Rig) -> None:
-    box = await running(engine, memory_bytes=64 * MIB, cpus=0.5)
+    box = await start_container(engine, memory_bytes=64 * MIB, cpus=0.5)
     info = await engine.info()
-    pid = (await seen(engine, box)).pid
+    pid = (await inspect_container(engine, box)).pid
 
     def limits() -> tuple[float, int]:
         return _cgroup_limits(pid)
@@ -452,7 +452,7 @@ async def test_limits_change_in_place_and_for_real(engine: DockerEngine, rig: Ri
     cpus, memory = limits()
     assert cpus == info.cpus
     assert info.memory_bytes - memory < 1 << 16, "the kernel counts in pages"
-    container = await seen(engine, box)
+    container = await inspect_container(engine, box)
     assert (container.cpus, container.memory_bytes) == (info.cpus, info.memory_bytes)
     assert container.pid == pid
     with pytest.raises(EngineRejected):
@@ -476,11 +476,13 @@ def _cgroup_limits(pid: int) -> tuple[float, int]:
 
 
 async def test_less_memory_than_is_in_use_changes_nothing(engine: DockerEngine, rig: Rig) -> None:
-    box = await running(engine, memory_bytes=256 * MIB, cpus=1, mounts=(Mount(tmpfs=TmpfsMount(), target="/t"),))
+    box = await start_container(
+        engine, memory_bytes=256 * MIB, cpus=1, mounts=(Mount(tmpfs=TmpfsMount(), target="/t"),)
+    )
     await shell(rig, "box", "head -c 100000000 /dev/zero > /t/held")
     with pytest.raises(EngineRejected):
         await engine.update(box, cpus=2, memory_bytes=16 * MIB)
-    container = await seen(engine, box)
+    container = await inspect_container(engine, box)
     assert (container.cpus, container.memory_bytes) == (1, 256 * MIB)
     assert _cgroup_limits(container.pid) == (1, 256 * MIB)
 
@@ -491,7 +493,7 @@ async def test_less_memory_than_is_in_use_changes_nothing(engine: DockerEngine, 
 async def test_commit_keeps_files_and_config(engine: DockerEngine, rig: Rig) -> None:
     cards = (rig.gpus.uuids[0],)
     options: dict[str, Any] = {"env": {"A": "b"}, "working_dir": "/tmp", "labels": {"team": "x"}}
-    box = await running(engine, "box", gpus=cards, **options)
+    box = await start_container(engine, "box", gpus=cards, **options)
     await shell(rig, "box", "echo kept > /kept; rm /etc/group")
     image_id = await engine.commit(box, "gpudock/layer:op1", {"gpudock.operation": "op9"})
     image = await engine.image("gpudock/layer:op1")
@@ -537,7 +539,7 @@ async def until_destroyed(events: AsyncIterator[EngineEvent]) -> list[EngineEven
 
 async def test_events_and_their_resumption(engine: DockerEngine) -> None:
     begun = time.time_ns()
-    box = await running(engine)
+    box = await start_container(engine)
     stream = engine.events(begun)
     started = await anext(stream)
     assert (started.kind, started.engine_id) == (EngineEventKind.START, box)

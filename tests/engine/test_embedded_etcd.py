@@ -19,7 +19,7 @@ from gpudock_server.model.store_changes import Lock
 from gpudock_server.startup import StartupError
 from structlog.testing import capture_logs
 
-from tests.engine.etcd_examples import begin, connected, until
+from tests.engine.etcd_examples import begin_changes, open_connection, until
 from tests.rig import freeze
 
 pytest_plugins = ["tests.engine.etcd_fixtures"]
@@ -81,7 +81,7 @@ async def test_it_is_private_and_keeps_its_data(tmp_path: Path) -> None:
         assert os.getsid(etcd.pid) == etcd.pid, "Ctrl-C does not reach it"
         connection, store = await _store(etcd)
         if await store.operation("op1") is None:
-            await store.apply(begin("op1"))
+            await store.apply(begin_changes("op1"))
             folder.chmod(0o755)
         else:
             assert len(await store.unfinished("n1")) == 1
@@ -96,7 +96,7 @@ async def test_it_is_private_and_keeps_its_data(tmp_path: Path) -> None:
 @pytest.mark.deep
 async def test_it_is_started_again_when_it_is_killed(own_etcd: EmbeddedEtcd) -> None:
     connection, store = await _store(own_etcd)
-    await store.apply(begin("op1"))
+    await store.apply(begin_changes("op1"))
     for number in range(2):
         killed = own_etcd.pid
         os.kill(killed, signal.SIGKILL)
@@ -134,7 +134,7 @@ async def test_one_that_outlived_its_daemon_is_ended_first(tmp_path: Path) -> No
     await starting
     assert process.is_gone()
     connection, store = await _store(etcd)
-    await store.apply(begin("op1"))
+    await store.apply(begin_changes("op1"))
     await connection.close()
     await etcd.close()
 
@@ -153,7 +153,7 @@ async def test_any_path_will_do(tmp_path: Path, name: str) -> None:
     etcd = EmbeddedEtcd(tmp_path / name, allow_inconsistent=True)
     await etcd.start()
     connection, store = await _store(etcd)
-    await store.apply(begin("op1"))
+    await store.apply(begin_changes("op1"))
     os.kill(etcd.pid, signal.SIGKILL)
     assert len(await store.unfinished("n1")) == 1
     await connection.close()
@@ -176,7 +176,7 @@ async def test_the_environment_of_the_daemon_is_not_its_business(
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
     etcd = EmbeddedEtcd(tmp_path, allow_inconsistent=True)
     await etcd.start()
-    async with connected(etcd.address.endpoints[0]) as connection:
+    async with open_connection(etcd.address.endpoints[0]) as connection:
         assert (await EtcdStore(connection).ping()).startswith("3.")
     await etcd.close()
 

@@ -27,7 +27,7 @@ from gpudock_server.model.store_changes import Claim, Lock, PutOperation, Releas
 from gpudock_server.ports import StoreConflict, Versioned
 from gpudock_server.startup import StartupError
 
-from tests.engine.etcd_examples import GPU, connected, holder, operation
+from tests.engine.etcd_examples import GPU, holder, open_connection, operation
 from tests.rig import Rig, freeze
 
 # Of an etcd that lives as long as one test.
@@ -90,7 +90,7 @@ async def test_a_broken_connection_leaves_no_doubt(
     rig: Rig, store: EtcdStore, prefix: str, tmp_path: Path, what: str
 ) -> None:
     thief = AnswerThief(tmp_path, str(rig.etcd.socket))
-    async with thief as endpoint, connected(endpoint) as connection:
+    async with thief as endpoint, open_connection(endpoint) as connection:
         robbed = EtcdStore(connection, prefix=prefix)
         await robbed.open()
         first = await robbed.apply(
@@ -120,7 +120,7 @@ async def test_a_broken_connection_leaves_no_doubt(
 
 @pytest.mark.deep
 async def test_an_etcd_that_stands_still(own_etcd: EmbeddedEtcd) -> None:
-    async with connected(own_etcd.address.endpoints[0], timeout=0.5) as connection:
+    async with open_connection(own_etcd.address.endpoints[0], timeout=0.5) as connection:
         store = EtcdStore(connection, deadline=timedelta(seconds=4))
         await store.open()
         first = await store.apply([PutOperation(operation("op1"), expect=0)])
@@ -157,7 +157,7 @@ async def test_an_etcd_that_stands_still(own_etcd: EmbeddedEtcd) -> None:
 
 @pytest.mark.deep
 async def test_a_token_that_etcd_has_forgotten_is_renewed(own_etcd: EmbeddedEtcd) -> None:
-    async with connected(own_etcd.address.endpoints[0]) as root:
+    async with open_connection(own_etcd.address.endpoints[0]) as root:
         auth = root._client.auth_stub
         await auth.UserAdd(rpc.AuthUserAddRequest(name="root", password=SECRET), timeout=5)
         await auth.UserGrantRole(rpc.AuthUserGrantRoleRequest(user="root", role="root"), timeout=5)
@@ -182,7 +182,7 @@ async def test_a_token_that_etcd_has_forgotten_is_renewed(own_etcd: EmbeddedEtcd
 
 
 async def test_a_store_that_is_out_of_reach(tmp_path: Path) -> None:
-    async with connected(f"unix:{tmp_path}/nothing.sock") as connection:
+    async with open_connection(f"unix:{tmp_path}/nothing.sock") as connection:
         store = EtcdStore(connection, deadline=timedelta(seconds=0.5))
         for call in (
             store.open(),

@@ -40,13 +40,13 @@ from gpudock_server.startup import StartupError
 from gpudock_server.tokens import encode_position
 
 from tests.engine.etcd_examples import (
+    EXAMPLE_TIME,
     GPU,
-    PATIENCE,
-    THEN,
-    begin,
-    connected,
+    RETRY_TIME,
+    begin_changes,
     container,
     holder,
+    open_connection,
     operation,
     revision,
     until,
@@ -59,7 +59,7 @@ pytest_plugins = ["tests.engine.etcd_fixtures"]
 async def _everything(connection: EtcdConnection, prefix: str) -> dict[bytes, bytes]:
     """All keys below the prefix."""
     keys = KeyRange(prefix.encode(), prefix[:-1].encode() + b"0")
-    answer = await connection.read(messages.get_range(keys), retry_for=PATIENCE)
+    answer = await connection.read(messages.get_range(keys), retry_for=RETRY_TIME)
     return {entry.key: entry.value for entry in answer.ranges[0].entries}
 
 
@@ -101,14 +101,14 @@ async def test_changes_that_are_too_large(store: EtcdStore) -> None:
 
 async def claim_for_many(endpoint: str, prefix: str, names: Sequence[str], cards: int) -> int:
     """How many of `names` claimed a GPU out of `cards`; each tries all of them, starting from a different one."""
-    async with connected(endpoint) as connection:
+    async with open_connection(endpoint) as connection:
         store = EtcdStore(connection, prefix=prefix)
 
         async def one(number: int, name: str) -> bool:
             for turn in range(cards):
                 key = GpuKey(f"GPU-{(number + turn) % cards}")
                 try:
-                    await store.apply([*begin(name, name), Claim("h1", key, holder(name, name))])
+                    await store.apply([*begin_changes(name, name), Claim("h1", key, holder(name, name))])
                 except StoreConflict as conflict:
                     if not isinstance(conflict.change, Claim):
                         raise
@@ -190,7 +190,7 @@ async def test_what_has_ended_expires_and_what_runs_does_not(connection: EtcdCon
     record = RequestRecord(operation_id="op1", digest="d")
     version = await store.apply([PutOperation(operation("op1"), expect=0), PutRequest("r1", record)])
     await store.apply([PutOperation(operation("op2"), expect=0), PutRequest("r2", record)])
-    ended = operation("op1", state=OperationState.SUCCEEDED, end_time=THEN)
+    ended = operation("op1", state=OperationState.SUCCEEDED, end_time=EXAMPLE_TIME)
     await store.apply([PutOperation(ended, expect=version), PutRequest("r1", record, ended=True)])
     assert await store.request("r1") == record
 
@@ -212,7 +212,7 @@ async def test_a_day_of_ended_operations_shares_a_lease(
 
     await asyncio.gather(*(end(number) for number in range(20)))
     keys = [Keys(prefix).operation(f"op{number}") for number in range(22)]
-    read = await connection.read(*map(messages.get, keys), retry_for=PATIENCE)
+    read = await connection.read(*map(messages.get, keys), retry_for=RETRY_TIME)
     leases = {found.only.lease for found in read.ranges if found.only}
     assert len(leases) == 1
     (lease,) = leases
@@ -267,7 +267,7 @@ async def test_state_of_schema_1_is_taken_over(store: EtcdStore, connection: Etc
     (unfinished,) = await store.unfinished("n1")
     assert unfinished.value == operation("op1")
     # An older daemon must not write into a state that it does not support.
-    read = await connection.read(messages.get(keys.schema()), retry_for=PATIENCE)
+    read = await connection.read(messages.get(keys.schema()), retry_for=RETRY_TIME)
     assert read.ranges[0].only is not None
     assert read.ranges[0].only.value == b"3"
 
@@ -290,7 +290,7 @@ async def test_an_operation_of_schema_2_goes_on_in_the_new_form(
     taken = await heir.operation("op1")
     assert taken is not None
     assert taken.value == step
-    small = (await connection.read(messages.get(keys.operation("op1")), retry_for=PATIENCE)).ranges[0].only
+    small = (await connection.read(messages.get(keys.operation("op1")), retry_for=RETRY_TIME)).ranges[0].only
     assert small is not None
     assert b"image" not in small.value
     await heir.apply([PutOperation(step.changed(state=OperationState.SUCCEEDED), expect=taken.version)])

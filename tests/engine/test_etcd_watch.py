@@ -19,7 +19,7 @@ from gpudock_server.model.store_changes import (
 from gpudock_server.ports import ContainerView, StoreEvent
 
 from tests.contracts.store_examples import Reader, put, watching
-from tests.engine.etcd_examples import connected, container
+from tests.engine.etcd_examples import container, open_connection
 from tests.rig import Rig, freeze
 
 pytest_plugins = ["tests.engine.etcd_fixtures"]
@@ -79,7 +79,7 @@ async def test_what_was_compacted_away_is_said_to_be(
             async with watching(store, token) as reader:
                 await reader.told(1)
     # An etcd that was put back from a backup, or is another one, has not come as far as the token.
-    async with connected(own_etcd.address.endpoints[0]) as young:
+    async with open_connection(own_etcd.address.endpoints[0]) as young:
         other = EtcdStore(young, prefix=store._keys._prefix)
         await other.open()
         with pytest.raises(ResumeTokenExpired):
@@ -157,7 +157,7 @@ async def test_tokens_of_another_prefix_are_refused(store: EtcdStore, connection
 
 @pytest.mark.deep
 async def test_an_etcd_that_dies_and_stands_still_in_the_middle(own_etcd: EmbeddedEtcd) -> None:
-    async with connected(own_etcd.address.endpoints[0], timeout=1) as connection:
+    async with open_connection(own_etcd.address.endpoints[0], timeout=1) as connection:
         store = EtcdStore(connection, idle=QUIET, deadline=timedelta(seconds=8))
         await store.open()
         await put(store, "a", 1)
@@ -181,7 +181,7 @@ async def test_an_etcd_that_dies_and_stands_still_in_the_middle(own_etcd: Embedd
 
 @pytest.mark.deep
 async def test_an_etcd_that_stays_away(own_etcd: EmbeddedEtcd) -> None:
-    async with connected(own_etcd.address.endpoints[0], timeout=0.5) as connection:
+    async with open_connection(own_etcd.address.endpoints[0], timeout=0.5) as connection:
         store = EtcdStore(connection, idle=IDLE, deadline=timedelta(seconds=1))
         await store.open()
         async with watching(store, listing=False) as reader:
@@ -197,7 +197,7 @@ async def test_an_etcd_that_stays_away(own_etcd: EmbeddedEtcd) -> None:
 
 
 async def test_leaving_frees_the_stream(store: EtcdStore, rig: Rig) -> None:
-    async with connected(rig.etcd.endpoint) as connection:
+    async with open_connection(rig.etcd.endpoint) as connection:
         mine = EtcdStore(connection, prefix=store._keys._prefix, idle=QUIET)
         before = len(asyncio.all_tasks())
         for _ in range(20):

@@ -22,8 +22,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.calls import Caller
-from tests.conftest import FAST, own_state, problems_at_end
-from tests.engine.fuzz_pool import FOREIGN_VOLUME, VALID, Pool
+from tests.conftest import FAST_FLAGS, own_state_flags, problems_at_end
+from tests.engine.fuzz_pool import FOREIGN_VOLUME, VALID_REQUESTS, Pool
 from tests.rig import Daemon, Rig
 from tests.rpc.fuzz_requests import CALLS, EXAMPLES, Call, changes, damaged, outcome, requests
 from tests.run_report import OUTCOMES
@@ -42,7 +42,7 @@ _AT_THE_DOOR = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
 
 @pytest.fixture(scope="module")
 def victim(rig: Rig, run_problems: list[str]) -> Iterator[Daemon]:
-    daemon = rig.daemon(*FAST, *own_state())
+    daemon = rig.daemon(*FAST_FLAGS, *own_state_flags())
     yield daemon
     run_problems += problems_at_end(daemon)
     rig.engine.remove_all()
@@ -56,7 +56,7 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 def test_there_are_valid_requests_for_every_rpc() -> None:
-    assert {_method(call) for call in CALLS} == VALID.keys()
+    assert {_method(call) for call in CALLS} == VALID_REQUESTS.keys()
 
 
 @pytest.mark.timeout(1800)
@@ -70,7 +70,7 @@ def test_any_message(
 ) -> None:
     caller = loop.run_until_complete(_open(victim.target))
     pool, reads = Pool(caller, rig), _method(call).startswith(_READING)
-    valid = itertools.cycle(VALID[_method(call)])
+    valid = itertools.cycle(VALID_REQUESTS[_method(call)])
     known = loop.run_until_complete(pool.restore())
     anything = st.lists(
         requests(call.request) | damaged(call.request), min_size=1, max_size=3 if call.client_streaming else 1

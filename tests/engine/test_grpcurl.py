@@ -8,7 +8,7 @@ import re
 import pytest
 
 from tests.calls import IDLE, IMAGE, Caller, failure
-from tests.engine.grpcurl import OURS, Grpcurl, documents
+from tests.engine.grpcurl import PACKAGE, Grpcurl, documents
 from tests.rig import Daemon
 
 STANDARD = {
@@ -30,8 +30,8 @@ def _services(grpcurl: Grpcurl) -> list[str]:
 
 def test_everything_is_listed_and_described(grpcurl: Grpcurl) -> None:
     services = _services(grpcurl)
-    assert {name for name in services if not name.startswith(OURS)} == STANDARD
-    assert {name.removeprefix(OURS) for name in services if name.startswith(OURS)} == {
+    assert {name for name in services if not name.startswith(PACKAGE)} == STANDARD
+    assert {name.removeprefix(PACKAGE) for name in services if name.startswith(PACKAGE)} == {
         "ContainerService",
         "NodeService",
         "OperationService",
@@ -47,9 +47,11 @@ def test_everything_is_listed_and_described(grpcurl: Grpcurl) -> None:
         described = grpcurl.text("describe", symbol)
         assert symbol in described
         waiting += re.findall(r"\.((?:gpudock|google|grpc)\.[A-Za-z0-9_.]+)", described)
-    assert {OURS + name for name in ("Container", "ContainerSpec", "Operation", "Gpu", "ExecContainerRequest")} <= seen
-    assert "CONTAINER_STATE_RUNNING" in grpcurl.text("describe", OURS + "ContainerState")
-    assert "GPU_EXHAUSTED" in grpcurl.text("describe", OURS + "ErrorReason")
+    assert {
+        PACKAGE + name for name in ("Container", "ContainerSpec", "Operation", "Gpu", "ExecContainerRequest")
+    } <= seen
+    assert "CONTAINER_STATE_RUNNING" in grpcurl.text("describe", PACKAGE + "ContainerState")
+    assert "GPU_EXHAUSTED" in grpcurl.text("describe", PACKAGE + "ErrorReason")
 
 
 async def _volumes_are_called(grpcurl: Grpcurl, caller: Caller) -> None:
@@ -74,7 +76,7 @@ async def _volumes_are_called(grpcurl: Grpcurl, caller: Caller) -> None:
     await call("VolumeService/DeleteVolume", named)
     assert (await failure(caller.volume("curled"))).reason == "VOLUME_NOT_FOUND"
     adopt = json.dumps({"name": "adopted", "engine_volume": "nobodys"})
-    refused = grpcurl.run(OURS + "VolumeService/AdoptVolume", flags=("-d", adopt))
+    refused = grpcurl.run(PACKAGE + "VolumeService/AdoptVolume", flags=("-d", adopt))
     assert "VOLUME_NOT_FOUND" in refused.stderr, refused.stderr
     grpcurl.called.add("VolumeService/AdoptVolume")
 
@@ -120,7 +122,7 @@ async def test_every_method_is_called(grpcurl: Grpcurl, caller: Caller) -> None:
     assert operation in {one["id"] for one in operations["operations"]}
     watched = await call("OperationService/WatchOperation", {"id": operation})
     assert "result" in watched[-1]
-    refused = grpcurl.run(OURS + "OperationService/CancelOperation", flags=("-d", json.dumps({"id": operation})))
+    refused = grpcurl.run(PACKAGE + "OperationService/CancelOperation", flags=("-d", json.dumps({"id": operation})))
     assert "FailedPrecondition" in refused.stderr
     assert "OPERATION_NOT_CANCELLABLE" in refused.stderr, "the details are shown as well"
     grpcurl.called.add("OperationService/CancelOperation")
@@ -134,9 +136,9 @@ async def test_every_method_is_called(grpcurl: Grpcurl, caller: Caller) -> None:
     await _volumes_are_called(grpcurl, caller)
 
     methods = {
-        method.removeprefix(OURS).replace("Service.", "Service/")
+        method.removeprefix(PACKAGE).replace("Service.", "Service/")
         for service in _services(grpcurl)
-        if service.startswith(OURS)
+        if service.startswith(PACKAGE)
         for method in grpcurl.text("list", service).split()
     }
     assert methods == grpcurl.called, "a method of the contract is not called here"
@@ -174,7 +176,7 @@ async def _revisions_are_called(grpcurl: Grpcurl, name: str) -> None:
 
 def _watch(grpcurl: Grpcurl, method: str, name: str) -> None:
     # It has no end of its own, so it is given one.
-    following = grpcurl.run(OURS + method, flags=("-max-time", "1.5", "-emit-defaults"))
+    following = grpcurl.run(PACKAGE + method, flags=("-max-time", "1.5", "-emit-defaults"))
     grpcurl.called.add(method)
     assert "DeadlineExceeded" in following.stderr
     told = documents(following.stdout)
@@ -185,7 +187,7 @@ def _watch(grpcurl: Grpcurl, method: str, name: str) -> None:
 
 def test_a_mistake_is_told_with_its_fields(grpcurl: Grpcurl) -> None:
     request = {"name": "Not A Name", "spec": {"image": "", "cpus": -1}}
-    done = grpcurl.run(OURS + "ContainerService/CreateContainer", flags=("-d", json.dumps(request)))
+    done = grpcurl.run(PACKAGE + "ContainerService/CreateContainer", flags=("-d", json.dumps(request)))
     assert "InvalidArgument" in done.stderr
     for field in ("name", "spec.image", "spec.cpus"):
         assert f'"field":"{field}"' in done.stderr, done.stderr

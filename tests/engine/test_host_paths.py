@@ -16,7 +16,7 @@ import pytest_asyncio
 from gpudock.v1 import container_pb2, container_revision_pb2, operation_service_pb2
 
 from tests.calls import Caller, failure
-from tests.engine.drift import REPORTED, found, inspect
+from tests.engine.drift import REPORTED, docker_inspect, wait_for_drift
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until, until_state
 from tests.faults.instrumented_daemon import DIE_AT, KIND
 from tests.faults.invariants import bound_host_paths
@@ -86,12 +86,12 @@ async def tenant(host: Host) -> AsyncIterator[Caller]:
 async def restarted_by_engine(host: Host, tenant: Caller, name: str, script: str) -> bool:
     """Do something inside and end the first process; whether the engine could start the container again."""
     engine_id = (await tenant.get(name)).status.engine_id
-    before = (await asyncio.to_thread(inspect, host.rig, engine_id))["State"]["StartedAt"]
+    before = (await asyncio.to_thread(docker_inspect, host.rig, engine_id))["State"]["StartedAt"]
     await tenant.run(name, "sh", "-c", f"{script}; kill -TERM 1")
     state: dict[str, Any] = {}
 
     async def tried() -> bool:
-        state.update((await asyncio.to_thread(inspect, host.rig, engine_id))["State"])
+        state.update((await asyncio.to_thread(docker_inspect, host.rig, engine_id))["State"])
         if state["Running"]:
             # It also says so while it waits for its restart.
             return bool(state["StartedAt"] != before and not state["Restarting"])
@@ -262,7 +262,7 @@ async def test_an_operation_that_is_taken_up_checks_what_it_recorded(host: Host,
     (host.allowed / "u/sub").symlink_to("/")
     daemon = await host.daemons.start(*host.flags, after=mortal)
     async with Caller(daemon.target) as caller:
-        await caller.settled()
+        await caller.until_idle()
         assert (await failure(caller.get("evil"))).reason == "CONTAINER_NOT_FOUND"
         listed = await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest())
         (operation,) = [one for one in listed.operations if one.target.name == "evil"]
@@ -340,7 +340,7 @@ async def test_a_boot_binds_again_what_is_still_allowed(host: Host) -> None:
         assert await caller.shell("fine", "cat /s/name") == "sub"
         for name in ("linked", "forbidden"):
             assert (await caller.get(name)).status.state == EXITED
-            assert (await found(caller, "HOST_PATH_REFUSED", container=name)).remedy == REPORTED
+            assert (await wait_for_drift(caller, "HOST_PATH_REFUSED", container=name)).remedy == REPORTED
             assert (await failure(caller.start(name))).reason == "HOST_PATH_FORBIDDEN"
         await caller.delete_all()
 
@@ -349,7 +349,7 @@ async def test_a_boot_binds_again_what_is_still_allowed(host: Host) -> None:
 async def test_one_that_an_older_version_made_is_reported_and_replaced(host: Host, tenant: Caller) -> None:
     """Its bind has the host path itself as the source."""
     made = await tenant.create("old", mounts=[host.mount("u/sub", "/s")])
-    shown = inspect(host.rig, made.status.engine_id)
+    shown = docker_inspect(host.rig, made.status.engine_id)
     await stopped(host.daemon)
     host.rig.engine.call("DELETE", f"/containers/{made.status.engine_id}?force=1")
     older = {**shown["Config"], "HostConfig": shown["HostConfig"]}
@@ -362,12 +362,14 @@ async def test_one_that_an_older_version_made_is_reported_and_replaced(host: Hos
         *host.flags, "--reconcile-interval", "0.5", "--etcd-prefix", f"/x{host.daemons.prefix}", after=host.daemon
     )
     async with Caller(daemon.target) as caller:
-        assert (await found(caller, "HOST_PATH_UNBOUND", container="old")).actual == str(host.allowed / "u/sub")
+        assert (await wait_for_drift(caller, "HOST_PATH_UNBOUND", container="old")).actual == str(
+            host.allowed / "u/sub"
+        )
         assert (await caller.get("old")).status.engine_id == engine_id
         await caller.restart("old")
         now = await caller.get("old")
         assert now.status.engine_id != engine_id
-        (mount,) = inspect(host.rig, now.status.engine_id)["Mounts"]
+        (mount,) = docker_inspect(host.rig, now.status.engine_id)["Mounts"]
         assert mount["Source"] in host.binds()
         assert await caller.shell("old", "cat /s/name") == "sub"
         assert (await caller.revisions("old"))[-1].cause == container_revision_pb2.REVISION_CAUSE_RESTARTED

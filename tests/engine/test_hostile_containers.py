@@ -10,8 +10,8 @@ import pytest
 from gpudock.v1 import container_pb2, container_service_pb2
 
 from tests.calls import Caller, failure, progress_of
-from tests.engine.drift import inspect
-from tests.engine.hostile_trees import ZOO, fingerprint
+from tests.engine.drift import docker_inspect
+from tests.engine.hostile_trees import HOSTILE_SHAPES, fingerprint
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons
 from tests.rig import CUDA_LIKE
 
@@ -25,7 +25,7 @@ _REFUSED_COMMITS = {"sparse": "DISK_FULL", "deep": "LAYER_CARRY_FAILED", "long n
 
 def _inside(daemons: IsolatedDaemons, container: container_pb2.Container, path: str) -> Path:
     """A path inside a running container, from outside."""
-    return Path("/proc", str(inspect(daemons.rig, container.status.engine_id)["State"]["Pid"]), "root", path)
+    return Path("/proc", str(docker_inspect(daemons.rig, container.status.engine_id)["State"]["Pid"]), "root", path)
 
 
 @pytest.mark.parametrize("shape", ["deep", "long names", "many links", "sparse", "odd files"])
@@ -36,7 +36,7 @@ async def test_whatever_is_in_a_layer_it_moves_whole_or_is_refused(daemons: Isol
         await caller.create("neighbour", 1)
         await caller.shell("hostile", "mkdir /zoo")
         zoo = os.open(_inside(daemons, first, "zoo"), os.O_RDONLY | os.O_DIRECTORY)
-        ZOO[shape](zoo)
+        HOSTILE_SHAPES[shape](zoo)
         os.close(zoo)
         planted = fingerprint(str(_inside(daemons, first, "zoo")))
 

@@ -15,8 +15,8 @@ import pytest
 from gpudock.v1 import container_pb2, container_service_pb2
 
 from tests.calls import Caller
-from tests.engine.drift import inspect
-from tests.engine.hostile_trees import nested
+from tests.engine.drift import docker_inspect
+from tests.engine.hostile_trees import make_nested_folders
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons
 from tests.rig import CUDA_LIKE
 from tests.rig.patience import PATIENCE
@@ -33,12 +33,12 @@ _MOST_SECONDS = 2.0
 
 def _nested(root: int) -> None:
     """The paths of these folders take 600 MB."""
-    nested(root, 2200, "d" * 250)
+    make_nested_folders(root, 2200, "d" * 250)
 
 
 def _long_paths(root: int) -> None:
     """Each path is as long as the engine reaches, and has more than a thousand parts."""
-    nested(root, 1200, "dd")
+    make_nested_folders(root, 1200, "dd")
     here = os.dup(root)
     for _ in range(1200):
         below = os.open("dd", os.O_RDONLY | os.O_DIRECTORY, dir_fd=here)
@@ -122,7 +122,7 @@ async def test_the_daemon_stays_small_and_answers_others(
         hostile: container_pb2.Container = await caller.create("hostile", 1)
         await caller.create("neighbour")
         await caller.shell("hostile", "mkdir /zoo")
-        pid = inspect(daemons.rig, hostile.status.engine_id)["State"]["Pid"]
+        pid = docker_inspect(daemons.rig, hostile.status.engine_id)["State"]["Pid"]
         zoo = os.open(f"/proc/{pid}/root/zoo", os.O_RDONLY | os.O_DIRECTORY)
         plant(zoo)
         os.close(zoo)

@@ -20,7 +20,7 @@ from gpudock_server.errors import SnapshotFailed, VolumeFailed
 from gpudock_server.model.operation import LayerTransferMethod, new_operation_id
 from gpudock_server.ports import LayerTooLarge
 
-from tests.engine.hostile_trees import ZOO, fingerprint, nested, remove_tree
+from tests.engine.hostile_trees import HOSTILE_SHAPES, fingerprint, make_nested_folders, remove_tree
 from tests.engine.sample_trees import create_layer_folders
 from tests.engine.test_snapshots import IMAGE_ID, UID, Place, _container, _key, _no_progress
 from tests.engine.test_stalls import Folders
@@ -54,13 +54,13 @@ def place(tmp_path: Path) -> Iterator[HostilePlace]:
     remove_tree(str(root))
 
 
-@pytest.mark.parametrize("shape", ZOO)
+@pytest.mark.parametrize("shape", HOSTILE_SHAPES)
 async def test_a_hostile_volume_is_copied_while_it_changes_and_then_equal(place: HostilePlace, shape: str) -> None:
     folders = Folders(place.root)
     source, target = folders.store("source"), folders.store("target")
     copier, root = MirrorVolumeCopier([folders]), place.root / "source"
     with _opened(root) as opened:
-        ZOO[shape](opened)
+        HOSTILE_SHAPES[shape](opened)
     (root / "gone later").write_text("x")
     (root / "other content").write_text("before")
     times = (root / "other content").stat()
@@ -83,7 +83,7 @@ async def test_the_store_of_a_volume_with_deep_folders_is_deleted(place: Hostile
     folders, uid = Folders(place.root), str(uuid.uuid4())
     folders.store("source")
     with _opened(place.root / "source") as root:
-        nested(root, 1200, "d")  # deeper than Python calls itself, as shutil.rmtree does for each folder
+        make_nested_folders(root, 1200, "d")  # deeper than Python calls itself, as shutil.rmtree does for each folder
     store = BackingFolder(place.root / "volumes", uid)
     store.root.mkdir()
     (place.root / "source").rename(store.path)
@@ -99,11 +99,11 @@ def _opened(folder: Path) -> Iterator[int]:
     os.close(descriptor)
 
 
-@pytest.mark.parametrize("shape", ZOO)
+@pytest.mark.parametrize("shape", HOSTILE_SHAPES)
 async def test_a_hostile_layer_is_kept_restored_cloned_carried_and_removed(place: HostilePlace, shape: str) -> None:
     source = place.layers[0]
     with _opened(source) as root:
-        ZOO[shape](root)
+        HOSTILE_SHAPES[shape](root)
     seen = fingerprint(str(source))
     plan = await place.store.plan(place.running, None)
     assert plan.too_large == ""
@@ -148,7 +148,7 @@ def _but_the_roots_time(tree: str, like: Path) -> str:
 @pytest.mark.parametrize(
     ("what", "grow"),
     [
-        ("nested deeper than", lambda root: nested(root, LIMITS.depth + 1, "d")),
+        ("nested deeper than", lambda root: make_nested_folders(root, LIMITS.depth + 1, "d")),
         (f"more than {LIMITS.entries} files", lambda root: _many_files(root, LIMITS.entries + 1)),
         (f"more than {LIMITS.name_characters} characters", lambda root: _many_files(root, 1900, "n" * 200)),
     ],
@@ -238,8 +238,8 @@ async def test_a_snapshot_is_only_sealed_when_it_is_what_was_copied(place: Hosti
 async def test_snapshots_with_an_index_of_the_first_format_can_be_restored_and_followed(place: HostilePlace) -> None:
     layer = place.layers[0]
     with _opened(layer) as root:
-        ZOO["odd files"](root)
-        ZOO["devices"](root)
+        HOSTILE_SHAPES["odd files"](root)
+        HOSTILE_SHAPES["devices"](root)
     await place.make(1)
     (place.tree(1).parent / "index").write_bytes(
         b'{"format": 1, "device": 1, "complete": true, "cloned": false, "boot": "x", "folders": 0, "checksum": 0}\n'

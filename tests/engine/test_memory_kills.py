@@ -8,7 +8,7 @@ import pytest
 from gpudock.v1 import container_pb2
 
 from tests.calls import Caller
-from tests.engine.drift import act, inspect
+from tests.engine.drift import docker_inspect, engine_action
 from tests.engine.isolated_daemons import until, until_state
 from tests.rig import Rig
 
@@ -27,9 +27,9 @@ async def test_a_child_that_is_killed_for_memory_is_not_the_container(caller: Ca
     hog = await caller.run("host", *HOG)
     assert hog.signal == "SIGKILL"
     assert not (await caller.get("host")).status.oom_killed
-    await asyncio.to_thread(act, rig, made.status.engine_id, "kill")
+    await asyncio.to_thread(engine_action, rig, made.status.engine_id, "kill")
     await until_state(caller, "host", EXITED)
-    assert inspect(rig, made.status.engine_id)["State"]["OOMKilled"], "the engine says it of any process"
+    assert docker_inspect(rig, made.status.engine_id)["State"]["OOMKilled"], "the engine says it of any process"
     ended = (await caller.get("host")).status
     assert ended.exit_code == 137
     assert not ended.oom_killed, "its own process was killed by a call"
@@ -49,7 +49,7 @@ async def test_the_main_process_that_is_killed_for_memory(caller: Caller, rig: R
         await until_state(caller, "hungry", EXITED)
         status = (await caller.get("hungry")).status
         assert status.exit_code == 137
-        if inspect(rig, made.status.engine_id)["State"]["OOMKilled"]:
+        if docker_inspect(rig, made.status.engine_id)["State"]["OOMKilled"]:
             assert status.oom_killed
             break
         # With control groups v1 the engine hears of it beside the end of the process, on a busy host after it.
@@ -58,7 +58,7 @@ async def test_the_main_process_that_is_killed_for_memory(caller: Caller, rig: R
     started = (await caller.start("hungry")).status
     assert started.state == RUNNING
     assert not started.oom_killed, "it is about the run that ended last"
-    await asyncio.to_thread(act, rig, made.status.engine_id, "kill")
+    await asyncio.to_thread(engine_action, rig, made.status.engine_id, "kill")
     await until_state(caller, "hungry", EXITED)
     assert not (await caller.get("hungry")).status.oom_killed
 

@@ -21,7 +21,7 @@ from gpudock_server.adapters.etcd.values import encode
 from gpudock_server.adapters.host.process_identity import ProcessIdentity, identify
 from gpudock_server.model.node import NodeRecord
 
-from tests.engine.etcd_examples import THEN, until
+from tests.engine.etcd_examples import EXAMPLE_TIME, until
 
 pytest_plugins = ["tests.engine.etcd_fixtures"]
 
@@ -36,7 +36,7 @@ def _node(process: ProcessIdentity) -> NodeRecord:
         boot_id=process.boot_id,
         pid=process.pid,
         start_ticks=process.start_ticks,
-        start_time=THEN,
+        start_time=EXAMPLE_TIME,
     )
 
 

@@ -12,7 +12,7 @@ from gpudock.v1 import container_pb2, container_service_pb2
 
 from tests.calls import Caller, failure, result_of
 from tests.engine.docker_registry import publish, registry
-from tests.engine.drift import REPAIRED, found
+from tests.engine.drift import REPAIRED, wait_for_drift
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until_state
 from tests.rig import Rig
 
@@ -55,8 +55,11 @@ async def test_what_was_pruned_says_what_can_be_done(daemons: IsolatedDaemons, r
                     refused
                 )
                 assert refused.metadata.get("revisions", "") == revisions
-        assert "roll back to or clone revision 1" in (await found(caller, "CONTAINER_GONE", REPAIRED, "kept")).plan
-        assert "there is no snapshot" in (await found(caller, "CONTAINER_GONE", REPAIRED, "bare")).plan
+        assert (
+            "roll back to or clone revision 1"
+            in (await wait_for_drift(caller, "CONTAINER_GONE", REPAIRED, "kept")).plan
+        )
+        assert "there is no snapshot" in (await wait_for_drift(caller, "CONTAINER_GONE", REPAIRED, "bare")).plan
         assert (await failure(caller.rollback("kept", 2))).reason == "SNAPSHOT_NOT_FOUND", "its files are lost"
         await caller.clone("kept", "clone", revision=1)
         assert await caller.shell("clone", "cat /note") == "one\n"

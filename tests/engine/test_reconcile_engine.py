@@ -13,8 +13,8 @@ import pytest
 from gpudock.v1 import container_pb2
 
 from tests.calls import IDLE, Caller
-from tests.conftest import FAST, own_state
-from tests.engine.drift import act, drift, inspect, logged
+from tests.conftest import FAST_FLAGS, own_state_flags
+from tests.engine.drift import docker_inspect, engine_action, list_drift, wait_for_drift_log
 from tests.engine.isolated_daemons import until, until_state
 from tests.rig import Daemon, Rig
 
@@ -55,14 +55,14 @@ async def _as_they_should_be(caller: Caller, rig: Rig, before: dict[str, contain
     await until_state(caller, "stopped", STOPPED, 60)
 
     async def consistent() -> bool:
-        await caller.settled()
+        await caller.until_idle()
         holders = await caller.holders()
         for name in before:
             container = await caller.get(name)
             held = {uuid for uuid, holder in holders.items() if holder == name}
             if held != {*container.status.gpu_uuids}:
                 return False
-            runs = inspect(rig, container.status.engine_id)["State"]["Running"]
+            runs = docker_inspect(rig, container.status.engine_id)["State"]["Running"]
             if runs and not (container.status.holds_resources and container.status.state == RUNNING):
                 return False
         return True
@@ -77,7 +77,7 @@ async def _as_they_should_be(caller: Caller, rig: Rig, before: dict[str, contain
 
 @pytest.mark.timeout(240)
 async def test_an_engine_that_is_killed_and_comes_back(fragile_rig: Rig) -> None:
-    daemon = await fragile_rig.start_daemon(*FAST, *own_state())
+    daemon = await fragile_rig.start_daemon(*FAST_FLAGS, *own_state_flags())
     try:
         async with Caller(daemon.target) as caller:
             before = await _people(caller)
@@ -101,7 +101,7 @@ def _set_policy_on_disk(rig: Rig, container: container_pb2.Container, policy: st
 @pytest.mark.timeout(240)
 async def test_what_a_killed_engine_forgets_to_start_is_started(fragile_rig: Rig) -> None:
     """Docker 20.10.24 does so now and then, when it is busy; here it is made to, by the policy that it reads."""
-    flags = ("--start-retry-pause", "1", *FAST, *own_state())
+    flags = ("--start-retry-pause", "1", *FAST_FLAGS, *own_state_flags())
     daemon = await fragile_rig.start_daemon(*flags)
     made = {
         "always": (ALWAYS, IDLE),
@@ -117,13 +117,13 @@ async def test_what_a_killed_engine_forgets_to_start_is_started(fragile_rig: Rig
                 name: await caller.create(name, 1, restart_policy=policy, command=command)
                 for name, (policy, command) in made.items()
             }
-            await asyncio.to_thread(act, fragile_rig, before["by-hand"].status.engine_id, "stop?t=1")
+            await asyncio.to_thread(engine_action, fragile_rig, before["by-hand"].status.engine_id, "stop?t=1")
             await until_state(caller, "by-hand", EXITED)
             with fragile_rig.engine.down(killed=True):
                 for container in before.values():
                     _set_policy_on_disk(fragile_rig, container, "no")
             for name in ("always", "unless-stopped", "failed"):
-                assert "did not start it again" in await logged(daemon, "START_FAILED", name)
+                assert "did not start it again" in await wait_for_drift_log(daemon, "START_FAILED", name)
                 await until_state(caller, name, RUNNING, 60)
                 after = (await caller.get(name)).status
                 assert after.gpu_uuids == before[name].status.gpu_uuids
@@ -144,7 +144,7 @@ def _parent(pid: int) -> int:
 
 async def _reboot(rig: Rig, daemon: Daemon) -> None:
     """Everything dies at once, and none of it in order."""
-    pids = [inspect(rig, one["Id"])["State"]["Pid"] for one in rig.engine.call("GET", "/containers/json")]
+    pids = [docker_inspect(rig, one["Id"])["State"]["Pid"] for one in rig.engine.call("GET", "/containers/json")]
     # The engine's shim of each container: one that outlives its container's kill would report it to the next engine.
     shims = [_parent(pid) for pid in pids]
     assert 1 not in shims
@@ -160,7 +160,7 @@ async def _reboot(rig: Rig, daemon: Daemon) -> None:
 
 @pytest.mark.timeout(240)
 async def test_a_machine_that_is_rebooted(fragile_rig: Rig) -> None:
-    flags = (*FAST, *own_state())
+    flags = (*FAST_FLAGS, *own_state_flags())
     daemon = await fragile_rig.start_daemon(*flags)
     async with Caller(daemon.target) as caller:
         before = await _people(caller)
@@ -169,7 +169,7 @@ async def test_a_machine_that_is_rebooted(fragile_rig: Rig) -> None:
     try:
         async with Caller(daemon.target) as caller:
             await _as_they_should_be(caller, fragile_rig, before)
-            assert not [one for one in await drift(caller) if one.container not in ("lucky", "unlucky")]
+            assert not [one for one in await list_drift(caller) if one.container not in ("lucky", "unlucky")]
             await caller.delete_all()
     finally:
         await asyncio.to_thread(daemon.stop)

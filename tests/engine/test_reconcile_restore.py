@@ -13,7 +13,14 @@ import pytest
 from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2
 
 from tests.calls import Caller, failure, progress_of
-from tests.engine.drift import REPAIRED, drift, found, logged, names, passed
+from tests.engine.drift import (
+    REPAIRED,
+    engine_container_names,
+    list_drift,
+    wait_for_drift,
+    wait_for_drift_log,
+    wait_for_passes,
+)
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, process_runs_in, until
 from tests.faults.instrumented_daemon import DIE_AT, KIND
 from tests.faults.invariants import LOOK, PLANT, absent, sound
@@ -107,7 +114,7 @@ async def test_what_has_changed_since_the_backup(restorable: Restorable, rig: Ri
     await restorable.restored()
     async with Caller(restorable.daemon.target) as caller:
         # All of this is so when it begins to serve, before anything can be given away.
-        await logged(restorable.daemon, "CONTAINER_NEWER", "scaled")
+        await wait_for_drift_log(restorable.daemon, "CONTAINER_NEWER", "scaled")
         seen = await sound(caller, rig, "scaled", files)
         assert (seen.uid, seen.revision, seen.spec, seen.status.gpu_uuids, seen.status.ports) == (
             *(scaled.uid, 3, scaled.spec, scaled.status.gpu_uuids, scaled.status.ports),
@@ -122,11 +129,11 @@ async def test_what_has_changed_since_the_backup(restorable: Restorable, rig: Ri
         assert (await caller.get("deleted")).status.state == FAILED
         # Its name is taken by what the backup has under it; nothing is removed, and deleting that gives it back.
         assert (await caller.get("replaced")).status.state == FAILED
-        finding = await found(caller, "CONTAINER_UNKNOWN")
+        finding = await wait_for_drift(caller, "CONTAINER_UNKNOWN")
         assert (finding.container, finding.container_uid) == ("replaced", new.uid)
-        await passed(caller)
+        await wait_for_passes(caller)
         await caller.delete("replaced")
-        await found(caller, "RECORD_LOST", REPAIRED, container="replaced")
+        await wait_for_drift(caller, "RECORD_LOST", REPAIRED, container="replaced")
         await sound(caller, rig, "replaced")
         assert (await caller.get("replaced")).uid == new.uid
         # And everything goes on from there.
@@ -137,10 +144,10 @@ async def test_what_has_changed_since_the_backup(restorable: Restorable, rig: Ri
         await caller.start("idle")
         for name in ("scaled", "deleted", "replaced", "same", "later", "idle"):
             await caller.delete(name)
-        await passed(caller)
+        await wait_for_passes(caller)
         assert await caller.free_gpus() == 8
-        assert not await drift(caller)
-        assert not [name for name in names(rig) if name.startswith("gpudock-")]
+        assert not await list_drift(caller)
+        assert not [name for name in engine_container_names(rig) if name.startswith("gpudock-")]
         assert "Traceback" not in restorable.daemon.log_text, restorable.daemon.log_text
 
 
@@ -190,7 +197,7 @@ async def test_a_scale_that_the_backup_has_under_way(restorable: Restorable, rig
     assert await _begun(restorable, "SCALE", die_at, prepare, lambda caller: caller.scale("victim", 3))
     await restorable.start()
     async with Caller(restorable.daemon.target) as caller:
-        await caller.settled()
+        await caller.until_idle()
         await sound(caller, rig, "victim", files)
         if then == "scaled again":
             await caller.scale("victim", 1)
@@ -198,8 +205,8 @@ async def test_a_scale_that_the_backup_has_under_way(restorable: Restorable, rig
             await caller.delete("victim")
     await restorable.restored()
     async with Caller(restorable.daemon.target) as caller:
-        await caller.settled()
-        await passed(caller)
+        await caller.until_idle()
+        await wait_for_passes(caller)
         if then == "deleted":
             assert (await caller.get("victim")).status.state == FAILED
             await caller.delete("victim")
@@ -223,7 +230,7 @@ async def test_a_create_that_the_backup_has_under_way(restorable: Restorable, ri
     await restorable.start()
     files = ""
     async with Caller(restorable.daemon.target) as caller:
-        await caller.settled()
+        await caller.until_idle()
         await caller.shell("victim", PLANT)
         files = await caller.shell("victim", LOOKED)
         steps: dict[str, Callable[[], Awaitable[object]]] = {
@@ -235,8 +242,8 @@ async def test_a_create_that_the_backup_has_under_way(restorable: Restorable, ri
             await steps[then]()
     await restorable.restored()
     async with Caller(restorable.daemon.target) as caller:
-        await caller.settled()
-        await passed(caller)
+        await caller.until_idle()
+        await wait_for_passes(caller)
         # An interrupted operation goes forward: who asked for the container gets it, though it was deleted since. But
         # where it had made the engine container already, that is gone: then it fails, and nothing is left.
         lost = then == "deleted" and die_at == _MADE
@@ -267,13 +274,13 @@ async def test_a_delete_that_the_backup_has_under_way(restorable: Restorable, ri
     assert await _begun(restorable, "DELETE", die_at, prepare, lambda caller: caller.delete("victim"))
     await restorable.start()
     async with Caller(restorable.daemon.target) as caller:
-        await caller.settled()
+        await caller.until_idle()
         await absent(caller, rig, "victim")
         new = await caller.create("victim", 1)
     await restorable.restored()
     async with Caller(restorable.daemon.target) as caller:
-        await caller.settled()
-        await passed(caller)
+        await caller.until_idle()
+        await wait_for_passes(caller)
         assert (await sound(caller, rig, "victim")).uid == new.uid
 
 
@@ -285,13 +292,13 @@ async def test_a_stop_that_the_backup_has_under_way(restorable: Restorable, rig:
     assert await _begun(restorable, "STOP", 2, prepare, lambda caller: caller.stop("victim"))
     await restorable.start()
     async with Caller(restorable.daemon.target) as caller:
-        await caller.settled()
+        await caller.until_idle()
         await caller.start("victim", 3)
         await caller.shell("victim", PLANT)
         files = await caller.shell("victim", LOOKED)
     await restorable.restored()
     async with Caller(restorable.daemon.target) as caller:
-        await caller.settled()
+        await caller.until_idle()
         # It was made again with other cards since: the stop was of one that is no more.
         stops = operation_service_pb2.OperationFilter(kinds=[operation_pb2.OPERATION_KIND_STOP_CONTAINER])
         request = operation_service_pb2.ListOperationsRequest(filter=stops)
@@ -300,5 +307,5 @@ async def test_a_stop_that_the_backup_has_under_way(restorable: Restorable, rig:
         watch = caller.operations.WatchOperation(operation_service_pb2.WatchOperationRequest(id=stop.id))
         assert stop.error.reason == (await failure(progress_of(watch))).reason == "OPERATION_OVERTAKEN"
         assert "is obsolete" in stop.error.message
-        assert "operation ended" in await logged(restorable.daemon, "OPERATION_OVERTAKEN", "victim")
+        assert "operation ended" in await wait_for_drift_log(restorable.daemon, "OPERATION_OVERTAKEN", "victim")
         await sound(caller, rig, "victim", files)

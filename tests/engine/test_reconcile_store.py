@@ -15,7 +15,16 @@ from gpudock_server.model.store_changes import Claim, ReleaseClaim
 from gpudock_server.settings.definitions import default_host_id
 
 from tests.calls import Caller, failure
-from tests.engine.drift import REPAIRED, REPORTED, State, drift, found, logged, passed, state_of
+from tests.engine.drift import (
+    REPAIRED,
+    REPORTED,
+    StoredState,
+    list_drift,
+    state_of,
+    wait_for_drift,
+    wait_for_drift_log,
+    wait_for_passes,
+)
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until, until_state
 from tests.faults.instrumented_daemon import DIE_AT
 from tests.faults.instrumented_daemon import KIND as KIND_VARIABLE
@@ -41,20 +50,20 @@ async def quick(daemons: IsolatedDaemons) -> AsyncIterator[Caller]:
 
 
 @pytest_asyncio.fixture
-async def state(daemons: IsolatedDaemons, rig: Rig) -> AsyncIterator[State]:
+async def state(daemons: IsolatedDaemons, rig: Rig) -> AsyncIterator[StoredState]:
     """What the daemon has in etcd."""
     async with state_of(daemons, rig) as state:
         yield state
 
 
 @pytest.mark.deep
-async def test_claims_that_were_deleted_are_made_again(quick: Caller, state: State) -> None:
+async def test_claims_that_were_deleted_are_made_again(quick: Caller, state: StoredState) -> None:
     made = await quick.create("keeps", 3, ports=[PORT])
     claims = (await state.store.claims(HOST)).claims
     assert len(claims) == 4
     await state.delete(*(state.keys.claim(HOST, key) for key in claims))
     for _ in range(4):
-        await found(quick, "CLAIM_MISSING", REPAIRED, container="keeps")
+        await wait_for_drift(quick, "CLAIM_MISSING", REPAIRED, container="keeps")
 
     async def restored() -> bool:
         return (await state.store.claims(HOST)).claims == claims
@@ -65,7 +74,7 @@ async def test_claims_that_were_deleted_are_made_again(quick: Caller, state: Sta
 
 
 @pytest.mark.deep
-async def test_a_claim_that_another_has_is_a_conflict(quick: Caller, state: State) -> None:
+async def test_a_claim_that_another_has_is_a_conflict(quick: Caller, state: StoredState) -> None:
     one = await quick.create("one", 1)
     other = await quick.create("other", 1)
     (card,), (another,) = one.status.gpu_uuids, other.status.gpu_uuids
@@ -80,28 +89,28 @@ async def test_a_claim_that_another_has_is_a_conflict(quick: Caller, state: Stat
     assert (await quick.holders())[another] == "other"
     # Its holder is of another node, of which nothing is known here.
     await state.put(state.keys.claim(HOST, GpuKey(card)), encode(thief.model_copy(update={"node": "elsewhere"})))
-    finding = await found(quick, "CLAIM_CONFLICT", REPORTED)
+    finding = await wait_for_drift(quick, "CLAIM_CONFLICT", REPORTED)
     assert (finding.container, finding.other_container, finding.claim) == ("one", "other", card)
-    await passed(quick)
+    await wait_for_passes(quick)
     assert (await quick.holders())[card] == "other", "nothing is guessed"
     assert (await quick.get("one")).status.state == RUNNING
     await state.delete(state.keys.claim(HOST, GpuKey(card)))
     await until(right)
 
 
-async def test_a_claim_that_its_holder_does_not_have_is_released(quick: Caller, state: State) -> None:
+async def test_a_claim_that_its_holder_does_not_have_is_released(quick: Caller, state: StoredState) -> None:
     made = await quick.create("some", 2)
     free = next(uuid for uuid, holder in (await quick.holders()).items() if not holder)
     await state.store.apply([Claim(HOST, GpuKey(free), Holder(container="some", uid=made.uid, node=made.node))])
-    finding = await found(quick, "CLAIM_STALE", REPAIRED)
+    finding = await wait_for_drift(quick, "CLAIM_STALE", REPAIRED)
     assert (finding.container, finding.claim) == ("some", free)
     assert await quick.free_gpus() == 6
 
 
-async def test_a_claim_that_cannot_be_read_is_held(quick: Caller, state: State, rig: Rig) -> None:
+async def test_a_claim_that_cannot_be_read_is_held(quick: Caller, state: StoredState, rig: Rig) -> None:
     key = state.keys.claim(HOST, GpuKey(rig.gpus.uuids[0]))
     await state.put(key, b"scribble")
-    finding = await found(quick, "RECORD_UNREADABLE", REPORTED)
+    finding = await wait_for_drift(quick, "RECORD_UNREADABLE", REPORTED)
     assert finding.claim == rig.gpus.uuids[0]
     made = await quick.create("rest", 7)
     assert rig.gpus.uuids[0] not in made.status.gpu_uuids
@@ -110,7 +119,7 @@ async def test_a_claim_that_cannot_be_read_is_held(quick: Caller, state: State, 
     assert await quick.free_gpus() == 1
 
 
-async def test_a_record_that_cannot_be_read_hides_no_other(daemons: IsolatedDaemons, state: State) -> None:
+async def test_a_record_that_cannot_be_read_hides_no_other(daemons: IsolatedDaemons, state: StoredState) -> None:
     daemon = await daemons.start(*QUICK)
     async with Caller(daemon.target) as caller:
         await caller.create("damaged", 2)
@@ -118,10 +127,10 @@ async def test_a_record_that_cannot_be_read_hides_no_other(daemons: IsolatedDaem
         key = state.keys.container("damaged")
         kept = await state.read(key)
         await state.put(key, b'{"schema":2,"record":{"name":"damaged"}}')
-        finding = await found(caller, "RECORD_UNREADABLE", REPORTED)
+        finding = await wait_for_drift(caller, "RECORD_UNREADABLE", REPORTED)
         assert finding.container == "damaged"
         assert finding.key == key.decode()
-        await passed(caller)
+        await wait_for_passes(caller)
     # Nor does it keep a daemon from starting.
     daemon.stop()
     daemon = await daemons.start(*QUICK, after=daemon)
@@ -132,17 +141,17 @@ async def test_a_record_that_cannot_be_read_hides_no_other(daemons: IsolatedDaem
             refused = await failure(call)
             assert (refused.code, refused.reason) == (grpc.StatusCode.DATA_LOSS, "RECORD_UNREADABLE")
             assert refused.metadata["key"] == key.decode()
-        await passed(caller)
+        await wait_for_passes(caller)
         assert list((await caller.holders()).values()).count("damaged") == 2, "what it holds is not given away"
         await state.put(key, kept)
-        await passed(caller)
+        await wait_for_passes(caller)
         assert (await caller.get("damaged")).status.state == RUNNING
         assert (await caller.scale("damaged", 3)).status.state == RUNNING
         assert "Traceback" not in daemon.log_text, daemon.log_text
 
 
 @pytest.mark.deep
-async def test_a_record_that_was_deleted_is_written_again(quick: Caller, state: State) -> None:
+async def test_a_record_that_was_deleted_is_written_again(quick: Caller, state: StoredState) -> None:
     made = await quick.create("again", 2, ports=[PORT], env={"A": "b"}, cpus=0.5)
     scaled = await quick.scale("again", 3)
     await quick.shell("again", "echo kept > /file")
@@ -153,7 +162,7 @@ async def test_a_record_that_was_deleted_is_written_again(quick: Caller, state: 
         return [one.name for one in listed.containers] == ["again"]
 
     await until(back)
-    finding = await found(quick, "RECORD_LOST", REPAIRED)
+    finding = await wait_for_drift(quick, "RECORD_LOST", REPAIRED)
     assert finding.container == "again"
     seen = await quick.get("again")
     assert (seen.uid, seen.spec, seen.revision) == (made.uid, scaled.spec, 2)
@@ -163,25 +172,27 @@ async def test_a_record_that_was_deleted_is_written_again(quick: Caller, state: 
     assert (await quick.scale("again", 1)).revision == 3
     assert await quick.shell("again", "cat /file") == "kept\n"
     await quick.delete("again")
-    await passed(quick)
+    await wait_for_passes(quick)
     assert (await failure(quick.get("again"))).reason == "CONTAINER_NOT_FOUND"
     assert await quick.free_gpus() == 8
 
 
 @pytest.mark.deep
-async def test_a_revision_whose_record_was_deleted_is_recorded_again(daemons: IsolatedDaemons, state: State) -> None:
+async def test_a_revision_whose_record_was_deleted_is_recorded_again(
+    daemons: IsolatedDaemons, state: StoredState
+) -> None:
     daemon = await daemons.start(*QUICK)
     async with Caller(daemon.target) as caller:
         made = await caller.create("past", 1)
         await caller.shell("past", "echo kept > /file")
         await caller.scale("past", 2)
         before, _ = await caller.revisions("past")
-        await passed(caller)
+        await wait_for_passes(caller)
         await state.delete(state.keys.container_revision(made.uid, 1), state.keys.container_snapshot(made.uid, 1))
         assert [one.revision for one in await caller.revisions("past")] == [2]
         # A history is compared with the revision backups when its container has changed.
         await caller.scale("past", cpus=0.5)
-        await logged(daemon, "REVISION_RECORD_LOST", "past")
+        await wait_for_drift_log(daemon, "REVISION_RECORD_LOST", "past")
 
         async def back() -> bool:
             return (await caller.revisions("past"))[0] == before
@@ -192,7 +203,7 @@ async def test_a_revision_whose_record_was_deleted_is_recorded_again(daemons: Is
 
 
 @pytest.mark.deep
-async def test_a_record_is_not_written_again_over_what_another_holds(quick: Caller, state: State) -> None:
+async def test_a_record_is_not_written_again_over_what_another_holds(quick: Caller, state: StoredState) -> None:
     await quick.create("lost", 1)
     claims = (await state.store.claims(HOST)).claims
     (key,) = claims
@@ -201,7 +212,7 @@ async def test_a_record_is_not_written_again_over_what_another_holds(quick: Call
     await state.delete(state.keys.container("lost"))
     await state.store.apply([ReleaseClaim(HOST, key, uid)])
     await state.put(state.keys.claim(HOST, key), encode(other))
-    finding = await found(quick, "RECORD_LOST")
+    finding = await wait_for_drift(quick, "RECORD_LOST")
     if finding.remedy == REPORTED:
         assert finding.other_container == "other"
         await state.delete(state.keys.claim(HOST, key))
@@ -219,11 +230,11 @@ async def until_state_or_missing(caller: Caller, name: str) -> None:
     await until(there)
 
 
-async def test_a_lock_of_no_operation_is_released(quick: Caller, state: State) -> None:
+async def test_a_lock_of_no_operation_is_released(quick: Caller, state: StoredState) -> None:
     await quick.create("locked", 1)
     await state.put(state.keys.lock(ResourceKind.CONTAINER, "locked"), b"00000000-0000-8000-8000-000000000000")
     await state.put(state.keys.lock(ResourceKind.CONTAINER, "nothing"), b"\xff")
-    await found(quick, "LOCK_STALE", REPAIRED)
+    await wait_for_drift(quick, "LOCK_STALE", REPAIRED)
 
     async def free() -> bool:
         return not await state.store.list_locks()
@@ -248,41 +259,43 @@ async def _interrupted(daemons: IsolatedDaemons, kind: str, die_at: int) -> None
 
 
 @pytest.mark.deep
-async def test_an_operation_that_lost_its_lock_is_taken_up_all_the_same(daemons: IsolatedDaemons, state: State) -> None:
+async def test_an_operation_that_lost_its_lock_is_taken_up_all_the_same(
+    daemons: IsolatedDaemons, state: StoredState
+) -> None:
     await _interrupted(daemons, "SCALE", 5)
     await state.delete(state.keys.lock(ResourceKind.CONTAINER, "victim"))
     daemon = await daemons.start(*QUICK)
     async with Caller(daemon.target) as caller:
-        assert "locks restored; the operation continues" in await logged(daemon, "LOCK_MISSING", "victim")
-        await caller.settled()
+        assert "locks restored; the operation continues" in await wait_for_drift_log(daemon, "LOCK_MISSING", "victim")
+        await caller.until_idle()
         assert (await caller.get("victim")).spec.gpus.count == 2
         assert await caller.shell("victim", "cat /file") == "kept\n"
         assert "Traceback" not in daemon.log_text, daemon.log_text
 
 
 @pytest.mark.deep
-async def test_an_operation_that_was_deleted_loses_nothing(daemons: IsolatedDaemons, state: State) -> None:
+async def test_an_operation_that_was_deleted_loses_nothing(daemons: IsolatedDaemons, state: StoredState) -> None:
     await _interrupted(daemons, "SCALE", 5)
     (operation,) = await state.store.unfinished(daemons.node)
     await state.delete(state.keys.operation(operation.value.id))
     daemon = await daemons.start(*QUICK)
     async with Caller(daemon.target) as caller:
         # Which of the two has the files cannot be told, so both are kept, and a person is told.
-        finding = await found(caller, "CONTAINER_UNKNOWN", REPORTED)
+        finding = await wait_for_drift(caller, "CONTAINER_UNKNOWN", REPORTED)
         assert finding.container == "victim"
-        await passed(caller)
-        assert [one.plan for one in await drift(caller, container="victim")] == ["no automatic repair"]
+        await wait_for_passes(caller)
+        assert [one.plan for one in await list_drift(caller, container="victim")] == ["no automatic repair"]
         assert not await state.store.list_locks()
         assert "Traceback" not in daemon.log_text, daemon.log_text
 
 
-async def test_a_create_whose_operation_was_deleted(daemons: IsolatedDaemons, state: State) -> None:
+async def test_a_create_whose_operation_was_deleted(daemons: IsolatedDaemons, state: StoredState) -> None:
     await _interrupted(daemons, "CREATE", 2)
     (operation,) = await state.store.unfinished(daemons.node)
     await state.delete(state.keys.operation(operation.value.id))
     daemon = await daemons.start(*QUICK)
     async with Caller(daemon.target) as caller:
-        assert "is CREATING and has no operation" in await logged(daemon, "CREATION_LOST", "victim")
+        assert "is CREATING and has no operation" in await wait_for_drift_log(daemon, "CREATION_LOST", "victim")
         await until_state(caller, "victim", FAILED)
         assert await caller.free_gpus() == 8
         await caller.delete("victim")
@@ -290,13 +303,13 @@ async def test_a_create_whose_operation_was_deleted(daemons: IsolatedDaemons, st
 
 
 @pytest.mark.deep
-async def test_a_head_that_was_deleted_under_its_operation(daemons: IsolatedDaemons, state: State) -> None:
+async def test_a_head_that_was_deleted_under_its_operation(daemons: IsolatedDaemons, state: StoredState) -> None:
     await _interrupted(daemons, "SCALE", 5)
     await state.delete(state.keys.container("victim"))
     daemon = await daemons.start(*QUICK)
     async with Caller(daemon.target) as caller:
-        await found(caller, "CONTAINER_UNKNOWN", REPORTED)
-        await caller.settled()
-        await passed(caller)
-        assert len(await drift(caller, container="victim")) == 2, "both engine containers are kept, and shown"
+        await wait_for_drift(caller, "CONTAINER_UNKNOWN", REPORTED)
+        await caller.until_idle()
+        await wait_for_passes(caller)
+        assert len(await list_drift(caller, container="victim")) == 2, "both engine containers are kept, and shown"
         assert "Traceback" not in daemon.log_text, daemon.log_text

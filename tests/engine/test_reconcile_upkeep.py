@@ -10,7 +10,16 @@ import pytest_asyncio
 from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2
 
 from tests.calls import Caller
-from tests.engine.drift import KIND, RETRIED, act, drift, found, inspect, passed, update
+from tests.engine.drift import (
+    KIND,
+    RETRIED,
+    docker_inspect,
+    docker_update,
+    engine_action,
+    list_drift,
+    wait_for_drift,
+    wait_for_passes,
+)
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until, until_state
 from tests.rig import Rig
 from tests.selection import deep_except
@@ -36,13 +45,13 @@ async def test_started_by_hand_while_what_it_had_is_free(caller: Caller, rig: Ri
     made = await caller.create("returns", 2, ports=[container_pb2.PortRequest(container_port=80)])
     stopped = await caller.stop("returns")
     assert not stopped.status.holds_resources
-    await asyncio.to_thread(act, rig, made.status.engine_id, "start")
+    await asyncio.to_thread(engine_action, rig, made.status.engine_id, "start")
     await until_state(caller, "returns", RUNNING)
     status = (await caller.get("returns")).status
     assert status.holds_resources
     assert (status.gpu_uuids, status.ports) == (made.status.gpu_uuids, made.status.ports)
     assert list((await caller.holders()).values()).count("returns") == 2
-    assert (await found(caller, "CONTAINER_STARTED", container="returns")).claim == ""
+    assert (await wait_for_drift(caller, "CONTAINER_STARTED", container="returns")).claim == ""
     await caller.stop("returns")
     assert await caller.free_gpus() == 8
 
@@ -52,21 +61,21 @@ async def test_started_by_hand_while_another_has_what_it_had(caller: Caller, rig
     made = await caller.create("loses", 8)
     await caller.stop("loses")
     winner = await caller.create("winner", 1)
-    await asyncio.to_thread(act, rig, made.status.engine_id, "start")
+    await asyncio.to_thread(engine_action, rig, made.status.engine_id, "start")
 
     async def stopped() -> bool:
-        return not inspect(rig, made.status.engine_id)["State"]["Running"]
+        return not docker_inspect(rig, made.status.engine_id)["State"]["Running"]
 
     await until(stopped)
     await until_state(caller, "loses", STOPPED)
-    await caller.settled()
+    await caller.until_idle()
     status = (await caller.get("loses")).status
     taken = winner.status.gpu_uuids[0]
     assert status.message == f"stopped by gpudock: started outside gpudock while {taken} was held by winner"
     assert not status.holds_resources
     assert (await caller.holders())[taken] == "winner"
     assert await caller.free_gpus() == 7
-    finding = await found(caller, "CONTAINER_STARTED", container="loses")
+    finding = await wait_for_drift(caller, "CONTAINER_STARTED", container="loses")
     assert (finding.other_container, finding.claim) == ("winner", taken)
     asked = operation_service_pb2.GetOperationRequest(id=finding.operation_id)
     stop = (await caller.operations.GetOperation(asked)).operation
@@ -86,10 +95,10 @@ async def test_renamed(daemons: IsolatedDaemons, rig: Rig) -> None:
     async with Caller(daemon.target) as caller:
         made = await caller.create("known")
         engine_id = made.status.engine_id
-        name = inspect(rig, engine_id)["Name"].removeprefix("/")
+        name = docker_inspect(rig, engine_id)["Name"].removeprefix("/")
 
         async def back() -> bool:
-            return bool(inspect(rig, engine_id)["Name"] == f"/{name}")
+            return bool(docker_inspect(rig, engine_id)["Name"] == f"/{name}")
 
         rig.engine.call("POST", f"/containers/{engine_id}/rename", query={"name": "renamed"})
         await until(back)
@@ -99,10 +108,10 @@ async def test_renamed(daemons: IsolatedDaemons, rig: Rig) -> None:
         config = {"Image": made.spec.image, "Cmd": ["true"]}
         squatter = rig.engine.call("POST", "/containers/create", query={"name": name}, send=config)["Id"]
         daemon.process.resume()
-        finding = await found(caller, "CONTAINER_RENAMED", RETRIED)
+        finding = await wait_for_drift(caller, "CONTAINER_RENAMED", RETRIED)
         assert (finding.expected, finding.actual) == (name, "renamed")
-        await passed(caller)
-        assert not inspect(rig, squatter)["State"]["Running"]
+        await wait_for_passes(caller)
+        assert not docker_inspect(rig, squatter)["State"]["Running"]
         rig.engine.call("DELETE", f"/containers/{squatter}")
         await until(back)
         assert (await caller.scale("known", 1)).status.state == RUNNING
@@ -118,18 +127,20 @@ async def test_a_restart_policy_that_docker_update_changed(quick: Caller, rig: R
     await quick.stop(f"{name}-stopped")
     other = "always" if to == "always" else "on-failure"
     for container, policy in ((runs, to), (stops, other)):
-        update(rig, container.status.engine_id, RestartPolicy={"Name": policy, "MaximumRetryCount": 0})
+        docker_update(rig, container.status.engine_id, RestartPolicy={"Name": policy, "MaximumRetryCount": 0})
 
     async def set_back() -> bool:
-        policies = [inspect(rig, one.status.engine_id)["HostConfig"]["RestartPolicy"]["Name"] for one in (runs, stops)]
+        policies = [
+            docker_inspect(rig, one.status.engine_id)["HostConfig"]["RestartPolicy"]["Name"] for one in (runs, stops)
+        ]
         return policies == ["unless-stopped", "no"]
 
     await until(set_back)
-    finding = await found(quick, "RESTART_POLICY_CHANGED", container=name)
+    finding = await wait_for_drift(quick, "RESTART_POLICY_CHANGED", container=name)
     assert (finding.expected, finding.actual) == ("unless-stopped", to)
     # What was put right is no drift at the comparison after the next.
-    await passed(quick, 3)
-    assert not await drift(quick, kinds=[KIND("DRIFT_KIND_RESTART_POLICY_CHANGED")])
+    await wait_for_passes(quick, 3)
+    assert not await list_drift(quick, kinds=[KIND("DRIFT_KIND_RESTART_POLICY_CHANGED")])
     assert (await quick.get(name)).status.state == RUNNING
 
 
@@ -138,26 +149,26 @@ async def test_limits_that_docker_update_changed(quick: Caller, rig: Rig) -> Non
     free = await quick.create("free")
 
     def limits(container: container_pb2.Container) -> tuple[int, int]:
-        host = inspect(rig, container.status.engine_id)["HostConfig"]
+        host = docker_inspect(rig, container.status.engine_id)["HostConfig"]
         return host["NanoCpus"], host["Memory"]
 
-    update(rig, limited.status.engine_id, NanoCpus=100_000_000, Memory=32 * MIB, MemorySwap=32 * MIB)
+    docker_update(rig, limited.status.engine_id, NanoCpus=100_000_000, Memory=32 * MIB, MemorySwap=32 * MIB)
 
     async def set_back() -> bool:
         return limits(limited) == (500_000_000, 64 * MIB)
 
     await until(set_back)
-    finding = await found(quick, "LIMITS_CHANGED")
+    finding = await wait_for_drift(quick, "LIMITS_CHANGED")
     assert (finding.container, finding.actual) == ("limited", f"cpus=0.1 memory_bytes={32 * MIB}")
-    update(rig, free.status.engine_id, NanoCpus=100_000_000)
+    docker_update(rig, free.status.engine_id, NanoCpus=100_000_000)
 
     async def as_much_as_there_is() -> bool:
         return limits(free)[0] > 500_000_000
 
     await until(as_much_as_there_is)
     # What a container cannot be freed of is no drift.
-    await passed(quick, 3)
+    await wait_for_passes(quick, 3)
     assert not [one for one in [await quick.get("free")] if one.status.state != RUNNING]
     scaled = await quick.scale("limited", cpus=1.0)
-    await passed(quick)
+    await wait_for_passes(quick)
     assert limits(scaled) == (1_000_000_000, 64 * MIB)

@@ -11,7 +11,7 @@ import pytest_asyncio
 from gpudock.v1 import container_pb2, container_service_pb2
 
 from tests.calls import Caller, failure
-from tests.engine.drift import inspect
+from tests.engine.drift import docker_inspect
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
 from tests.rig import Rig
 from tests.selection import deep_except
@@ -175,4 +175,4 @@ async def test_one_that_its_policy_started_again_runs_in_the_end(caller: Caller,
     assert not status.HasField("exit_code")
     assert "previous exit code 4" in status.message
     assert status.engine_id == made.status.engine_id
-    assert inspect(rig, status.engine_id)["RestartCount"] == 1
+    assert docker_inspect(rig, status.engine_id)["RestartCount"] == 1

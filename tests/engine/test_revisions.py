@@ -12,7 +12,7 @@ import pytest_asyncio
 from gpudock.v1 import container_pb2, container_revision_pb2, container_service_pb2
 
 from tests.calls import IMAGE, Caller, failure, progress_of, result_of, scale_request, update_request
-from tests.conftest import FAST, own_state
+from tests.conftest import FAST_FLAGS, own_state_flags
 from tests.faults.invariants import LOOK, PLANT, layer_images, sound
 from tests.rig import GLIBC, Rig
 
@@ -311,7 +311,9 @@ async def test_deleting_a_revision_and_the_container(caller: Caller, rig: Rig) -
 
 @pytest.mark.deep
 async def test_retention_by_count_and_by_age(rig: Rig) -> None:
-    daemon = await rig.start_daemon(*FAST, *own_state(), "--reconcile-interval", "0.3", "--keep-revisions", "3")
+    daemon = await rig.start_daemon(
+        *FAST_FLAGS, *own_state_flags(), "--reconcile-interval", "0.3", "--keep-revisions", "3"
+    )
     try:
         async with Caller(daemon.target) as caller:
             policy = container_pb2.RevisionPolicy(keep_revisions=2)
@@ -345,7 +347,7 @@ async def test_the_plan_counts_what_is_copied_and_the_room_for_it(caller: Caller
 @pytest.mark.parametrize("carry", ["copy", "commit"])
 async def test_history_with_other_ways_of_carrying(rig: Rig, carry: str) -> None:
     others = layer_images(rig)
-    daemon = await rig.start_daemon(*FAST, *own_state(), "--layer-carry", carry)
+    daemon = await rig.start_daemon(*FAST_FLAGS, *own_state_flags(), "--layer-carry", carry)
     try:
         async with Caller(daemon.target) as caller:
             await caller.create("other", 1)

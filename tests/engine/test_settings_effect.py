@@ -23,8 +23,8 @@ from gpudock_server.adapters.etcd.keys import Keys
 from gpudock_server.settings.definitions import default_host_id
 
 from tests.calls import Caller, failure
-from tests.engine.drift import inspect, state_of
-from tests.engine.etcd_examples import connected
+from tests.engine.drift import docker_inspect, state_of
+from tests.engine.etcd_examples import open_connection
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
 from tests.rig import BUSYBOX, Daemon, Rig
 from tests.rig.etcd import find_etcd
@@ -52,7 +52,7 @@ _SLOW_TO_STOP = (
 async def test_operation_retention_is_the_least_time_that_an_ended_operation_is_kept(daemons: IsolatedDaemons) -> None:
     retention = 100_000
     daemon = await daemons.start("--operation-retention", str(retention))
-    async with Caller(daemon.target) as caller, connected(daemons.rig.etcd.endpoint) as connection:
+    async with Caller(daemon.target) as caller, open_connection(daemons.rig.etcd.endpoint) as connection:
         await caller.create("kept")
         (operation,) = (
             await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest())
@@ -167,7 +167,7 @@ async def test_settings_of_the_host_the_socket_the_log_and_of_what_containers_ge
         claimed = {"another.machine": 8, default_host_id(): 0}
         for host, count in claimed.items():
             assert len((await state.store.claims(host)).claims) == count, host
-        environment = inspect(daemons.rig, made.status.engine_id)["Config"]["Env"]
+        environment = docker_inspect(daemons.rig, made.status.engine_id)["Config"]["Env"]
         assert "NVIDIA_GDS=enabled" in environment
         assert "NVIDIA_MOFED=disabled" in environment
 

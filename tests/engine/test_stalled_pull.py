@@ -72,7 +72,7 @@ async def test_a_stop_leaves_a_pull_at_once(daemons: IsolatedDaemons, stalled: s
     async with Caller(daemon.target) as caller:
         assert (await operation(caller, operation_id)).stage == "pull"
         release(tmp_path)
-        await caller.settled()
+        await caller.until_idle()
         assert (await operation(caller, operation_id)).state == operation_pb2.OPERATION_STATE_SUCCEEDED
         assert (await caller.get("box")).status.state == container_pb2.CONTAINER_STATE_STOPPED
 
@@ -97,7 +97,7 @@ async def test_a_restart_serves_while_a_pull_is_stuck(daemons: IsolatedDaemons, 
         busy = await failure(caller.delete("box"))
         assert (busy.reason, busy.metadata["operation_id"]) == ("CONTAINER_BUSY", operation_id)
         release(tmp_path)
-        await caller.settled()
+        await caller.until_idle()
         assert (await operation(caller, operation_id)).state == operation_pb2.OPERATION_STATE_SUCCEEDED
 
 

@@ -15,8 +15,17 @@ import pytest_asyncio
 from gpudock.v1 import container_pb2
 
 from tests.calls import Caller, failure_of
-from tests.conftest import FAST, own_state
-from tests.engine.drift import PENDING, REPAIRED, REPORTED, act, drift, found, inspect, passed
+from tests.conftest import FAST_FLAGS, own_state_flags
+from tests.engine.drift import (
+    PENDING,
+    REPAIRED,
+    REPORTED,
+    docker_inspect,
+    engine_action,
+    list_drift,
+    wait_for_drift,
+    wait_for_passes,
+)
 from tests.engine.isolated_daemons import until, until_state
 from tests.rig import FakeGpus, Rig
 from tests.rig.http_unix import HttpStatusError
@@ -42,7 +51,7 @@ def rig(fragile_rig: Rig) -> Iterator[Rig]:
 async def calling(rig: Rig, healthy: FakeGpus, *flags: str) -> AsyncIterator[Caller]:
     """Calls a daemon that sees all cards, while the engine's hook sees those of the rig."""
     environment = {"GPUDOCK_NVML_STATE": str(healthy.path)}
-    daemon = await rig.start_daemon(*FAST, *own_state(), *RETRIES, *flags, environment=environment)
+    daemon = await rig.start_daemon(*FAST_FLAGS, *own_state_flags(), *RETRIES, *flags, environment=environment)
     try:
         async with Caller(daemon.target) as caller:
             yield caller
@@ -77,9 +86,9 @@ async def test_a_start_that_the_engine_gave_up_is_tried_until_it_succeeds(patien
     card = made.status.gpu_uuids[0]
     rig.gpus.lose(card)
     # Its process dies, and the engine's own start of it fails in the hook: it never tries again, and has no event.
-    os.kill(inspect(rig, made.status.engine_id)["State"]["Pid"], signal.SIGKILL)
+    os.kill(docker_inspect(rig, made.status.engine_id)["State"]["Pid"], signal.SIGKILL)
     await until_state(patient, "late", EXITED)
-    finding = await found(patient, "START_FAILED", PENDING, "late")
+    finding = await wait_for_drift(patient, "START_FAILED", PENDING, "late")
     assert "gpu is lost" in finding.message
     assert finding.HasField("due_time")
     status = (await patient.get("late")).status
@@ -87,7 +96,7 @@ async def test_a_start_that_the_engine_gave_up_is_tried_until_it_succeeds(patien
     assert list(status.gpu_uuids) == [card]
 
     async def tried_twice() -> bool:
-        return "tried 2 times" in (await found(patient, "START_FAILED", PENDING, "late")).plan
+        return "tried 2 times" in (await wait_for_drift(patient, "START_FAILED", PENDING, "late")).plan
 
     await until(tried_twice)
     rig.gpus.find_again(card)
@@ -95,7 +104,7 @@ async def test_a_start_that_the_engine_gave_up_is_tried_until_it_succeeds(patien
     after = await patient.get("late")
     assert after.status.engine_id == made.status.engine_id
     assert list(after.status.gpu_uuids) == [card]
-    assert (await found(patient, "START_FAILED", container="late")).remedy == REPAIRED
+    assert (await wait_for_drift(patient, "START_FAILED", container="late")).remedy == REPAIRED
 
 
 async def test_what_a_user_stopped_or_never_wanted_is_not_started_again(comparing: Caller, rig: Rig) -> None:
@@ -106,14 +115,14 @@ async def test_what_a_user_stopped_or_never_wanted_is_not_started_again(comparin
     ]
     for card in (*halted.status.gpu_uuids, *single.status.gpu_uuids):
         rig.gpus.lose(card)
-    await asyncio.to_thread(act, rig, by_hand.status.engine_id, "stop?t=1")
+    await asyncio.to_thread(engine_action, rig, by_hand.status.engine_id, "stop?t=1")
     for one in (halted, single):
         # As a restart by hand goes: the process ends, and the start fails.
         with pytest.raises(HttpStatusError, match="gpu is lost"):
-            await asyncio.to_thread(act, rig, one.status.engine_id, "restart?t=1")
+            await asyncio.to_thread(engine_action, rig, one.status.engine_id, "restart?t=1")
     for name in ("halted", "single", "by-hand"):
         await until_state(comparing, name, EXITED)
-    await found(comparing, "START_FAILED", PENDING, "halted")
+    await wait_for_drift(comparing, "START_FAILED", PENDING, "halted")
 
     async def stopped() -> bool:
         try:
@@ -130,11 +139,11 @@ async def test_what_a_user_stopped_or_never_wanted_is_not_started_again(comparin
     for card in (*halted.status.gpu_uuids, *single.status.gpu_uuids):
         rig.gpus.find_again(card)
     # A try that was still to come would come before the third of these, which are further apart than tries.
-    await passed(comparing, 3)
+    await wait_for_passes(comparing, 3)
     assert (await comparing.get("halted")).status.state == STOPPED
     assert (await comparing.get("single")).status.state == EXITED
     assert (await comparing.get("by-hand")).status.state == EXITED
-    assert not [one for one in await drift(comparing) if one.remedy == PENDING]
+    assert not [one for one in await list_drift(comparing) if one.remedy == PENDING]
     for name in ("halted", "single", "by-hand"):
         assert (await comparing.start(name)).status.state == RUNNING
 
@@ -142,8 +151,8 @@ async def test_what_a_user_stopped_or_never_wanted_is_not_started_again(comparin
 async def test_a_policy_that_limits_the_tries_limits_these_too(patient: Caller, rig: Rig) -> None:
     made = await patient.create("twice", 1, restart_policy=TWICE)
     rig.gpus.lose(made.status.gpu_uuids[0])
-    os.kill(inspect(rig, made.status.engine_id)["State"]["Pid"], signal.SIGKILL)
-    finding = await found(patient, "START_FAILED", REPORTED, "twice")
+    os.kill(docker_inspect(rig, made.status.engine_id)["State"]["Pid"], signal.SIGKILL)
+    finding = await wait_for_drift(patient, "START_FAILED", REPORTED, "twice")
     assert "tried 2 times" in finding.plan
     assert not finding.HasField("due_time")
 
@@ -151,7 +160,7 @@ async def test_a_policy_that_limits_the_tries_limits_these_too(patient: Caller, 
 @pytest.mark.timeout(120)
 async def test_a_driver_that_is_late_at_boot(rig: Rig) -> None:
     """The engine starts before the driver is loaded: what it could not start runs again once there is one."""
-    flags = (*FAST, *own_state(), *RETRIES)
+    flags = (*FAST_FLAGS, *own_state_flags(), *RETRIES)
     daemon = await rig.start_daemon(*flags)
     async with Caller(daemon.target) as caller:
         made = await caller.create("boot", 1, restart_policy=UNLESS_STOPPED)
@@ -164,14 +173,14 @@ async def test_a_driver_that_is_late_at_boot(rig: Rig) -> None:
     daemon = await rig.start_daemon(*flags, state_dir=daemon.state_dir, socket=daemon.socket)
     try:
         async with Caller(daemon.target) as caller:
-            finding = await found(caller, "START_FAILED", PENDING, "boot")
+            finding = await wait_for_drift(caller, "START_FAILED", PENDING, "boot")
             assert "driver not loaded" in finding.message
             assert (await caller.get("boot")).status.state == EXITED
             rig.gpus.path.write_text(state)
             await until_state(caller, "boot", RUNNING)
             assert (await caller.get("boot")).status.gpu_uuids == made.status.gpu_uuids
             assert (await caller.get("stopped")).status.state == STOPPED
-            assert not inspect(rig, stopped.status.engine_id)["State"]["Running"]
+            assert not docker_inspect(rig, stopped.status.engine_id)["State"]["Running"]
             await caller.delete_all()
     finally:
         await asyncio.to_thread(daemon.stop)

@@ -14,7 +14,7 @@ from gpudock_server.model.container import ContainerState as Recorded
 from gpudock_server.model.store_changes import PutContainer
 
 from tests.calls import IDLE, Caller, failure_of
-from tests.engine.drift import act, inspect, state_of
+from tests.engine.drift import docker_inspect, engine_action, state_of
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until, until_state
 from tests.rig import EngineProxy, Rig
 from tests.selection import deep_except
@@ -155,7 +155,7 @@ class Subject:
             case "STOPPED" | "FAILED":
                 await caller.stop(NAME)
             case "EXITED":
-                await asyncio.to_thread(act, self._rig, made.status.engine_id, "kill")
+                await asyncio.to_thread(engine_action, self._rig, made.status.engine_id, "kill")
         if state == "FAILED":
             # An event of the stop may still come, and the record follows the engine then.
             while await state_now(caller) != state:
@@ -175,7 +175,7 @@ class Subject:
         engine_id = (await self._caller.get(NAME)).status.engine_id
 
         async def waits() -> bool:
-            shown = await asyncio.to_thread(inspect, self._rig, engine_id)
+            shown = await asyncio.to_thread(docker_inspect, self._rig, engine_id)
             return bool(shown["State"]["Restarting"]) and int(shown["RestartCount"]) > 2
 
         await until(waits)

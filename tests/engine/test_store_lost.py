@@ -12,7 +12,7 @@ from gpudock_server.adapters.etcd.values import encode
 from gpudock_server.model.volume import VolumeBacking
 
 from tests.calls import Caller, failure
-from tests.engine.drift import KIND, REPAIRED, REPORTED, drift, found, passed, state_of
+from tests.engine.drift import KIND, REPAIRED, REPORTED, list_drift, state_of, wait_for_drift, wait_for_passes
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons
 from tests.engine.losing import QUICK, Losing, lasting, losing
 from tests.rig import Rig
@@ -62,7 +62,7 @@ async def test_volumes_of_every_kind_come_back(losing: Losing, rig: Rig) -> None
             before["theirs"].ClearField(field)
             after["theirs"].ClearField(field)
         assert after == before
-        assert {one.volume for one in await drift(caller) if one.remedy == REPAIRED and one.volume} == set(names)
+        assert {one.volume for one in await list_drift(caller) if one.remedy == REPAIRED and one.volume} == set(names)
         await caller.update("one", "env", env={"A": "b"})
         assert await caller.shell("one", "cat /v/x /p/x /t/x") == "v\np\nt\n"
         await caller.create("reader", mounts=[mount("pruned")])
@@ -70,14 +70,14 @@ async def test_volumes_of_every_kind_come_back(losing: Losing, rig: Rig) -> None
         refused = await failure(caller.create_volume("mounted", SIZE))
         assert refused.reason == "VOLUME_EXISTS"
         assert (await caller.resize_volume("idle", SIZE + 32 * MIB)).result.revision == 2
-        await passed(caller)
-        assert not [one for one in await drift(caller) if one.volume], "found once"
+        await wait_for_passes(caller)
+        assert not [one for one in await list_drift(caller) if one.volume], "found once"
         await caller.delete("one")
         await caller.delete("reader")
         for name in names:
             await caller.delete_volume(name)
-        await passed(caller)
-        assert not [one for one in await drift(caller) if one.volume], "deleted is deleted"
+        await wait_for_passes(caller)
+        assert not [one for one in await list_drift(caller) if one.volume], "deleted is deleted"
 
 
 @pytest.mark.deep
@@ -93,7 +93,7 @@ async def test_what_cannot_be_adopted_is_named_and_its_name_is_kept(losing: Losi
     record.write_text("scribble")
     await losing.lose()
     async with Caller(losing.daemon.target) as caller:
-        findings = await drift(caller, kinds=[KIND("DRIFT_KIND_VOLUME_UNKNOWN")])
+        findings = await list_drift(caller, kinds=[KIND("DRIFT_KIND_VOLUME_UNKNOWN")])
         assert {(one.volume, one.container_uid, one.remedy) for one in findings} == {
             ("data", made.uid, REPORTED),
             ("data", other, REPORTED),
@@ -106,8 +106,8 @@ async def test_what_cannot_be_adopted_is_named_and_its_name_is_kept(losing: Losi
         # What stands against it taken away, it comes back at the next pass.
         pruned(rig, "other")
         record.write_text(whole)
-        await found(caller, "VOLUME_RECORD_LOST", REPAIRED)
-        await passed(caller)
+        await wait_for_drift(caller, "VOLUME_RECORD_LOST", REPAIRED)
+        await wait_for_passes(caller)
         assert (await caller.volume("data")).uid == made.uid
         assert (await caller.volume("damaged")).uid == damaged.uid
         await caller.delete_volume("data")
@@ -149,10 +149,10 @@ async def test_another_nodes_volumes_are_left(daemons: IsolatedDaemons, losing: 
         await caller.create("one", mounts=[mount("plain")])
         other = await daemons.start(*QUICK, node=f"{daemons.node}-other")
         async with Caller(other.target) as elsewhere:
-            await passed(elsewhere)
+            await wait_for_passes(elsewhere)
             for name in ("data", "plain"):
                 assert (await failure(elsewhere.volume(name))).reason == "VOLUME_NOT_FOUND"
-            assert not await drift(elsewhere)
+            assert not await list_drift(elsewhere)
         await caller.delete("one")
         await caller.delete_volume("data")
         await caller.delete_volume("plain")
@@ -192,7 +192,7 @@ async def test_no_change_mounts_other_files_than_a_container_has(daemons: Isolat
         # Without the record, its name is not given to another one.
         await state.put(state.keys.volume("data"), encode(view.volume))
         await state.delete(state.keys.volume("data"))
-        await found(caller, "VOLUME_RECORD_LOST", REPAIRED)
+        await wait_for_drift(caller, "VOLUME_RECORD_LOST", REPAIRED)
         assert (await caller.volume("data")).uid == view.volume.uid
         await caller.update("one", "env", env={"A": "b"})
         await caller.delete("one")

@@ -10,7 +10,7 @@ import pytest
 from gpudock.v1 import container_pb2, node_service_pb2
 
 from tests.calls import Caller, failure
-from tests.engine.drift import REPORTED, act, drift, found, passed
+from tests.engine.drift import REPORTED, engine_action, list_drift, wait_for_drift, wait_for_passes
 from tests.engine.isolated_daemons import daemons, until
 from tests.engine.losing import Losing, losing
 from tests.faults.instrumented_daemon import DIE_AT, KIND
@@ -64,7 +64,7 @@ async def test_what_is_reported_and_runs_keeps_its_cards_and_ports(losing: Losin
     assert cards
     assert ports
     async with Caller(losing.daemon.target) as caller:
-        assert (await found(caller, "CONTAINER_UNKNOWN", REPORTED, "victim")).container_uid == victim.uid
+        assert (await wait_for_drift(caller, "CONTAINER_UNKNOWN", REPORTED, "victim")).container_uid == victim.uid
         assert await held(caller) == (cards, ports)
         # No other container gets what it has, by count or by name.
         free = await caller.free_gpus()
@@ -83,17 +83,17 @@ async def test_what_is_reported_and_runs_keeps_its_cards_and_ports(losing: Losin
             assert "gpudock drift" in refused.message
         assert {one["Id"] for one in engine_containers(rig, "victim")} == {one["Id"] for one in both}
         # Full comparisons release nothing while it runs, frozen or not.
-        act(rig, victim.status.engine_id, "pause")
-        await passed(caller)
+        engine_action(rig, victim.status.engine_id, "pause")
+        await wait_for_passes(caller)
         assert await held(caller) == (cards, ports)
-        act(rig, victim.status.engine_id, "unpause")
+        engine_action(rig, victim.status.engine_id, "unpause")
         # What has stopped holds nothing. Started again by somebody, it holds what nobody else has been given since.
-        act(rig, victim.status.engine_id, "stop?t=0")
+        engine_action(rig, victim.status.engine_id, "stop?t=0")
         await _until_held(caller, (set(), set()))
         taker = await caller.create("taker", 1)
         assert set(taker.status.gpu_uuids) == cards
-        act(rig, victim.status.engine_id, "start")
-        conflict = await found(caller, "CLAIM_CONFLICT", REPORTED, "victim")
+        engine_action(rig, victim.status.engine_id, "start")
+        conflict = await wait_for_drift(caller, "CLAIM_CONFLICT", REPORTED, "victim")
         assert (conflict.claim, conflict.other_container) == (min(cards), "taker")
         await _until_held(caller, (set(), ports))
         await caller.delete("taker")
@@ -101,11 +101,11 @@ async def test_what_is_reported_and_runs_keeps_its_cards_and_ports(losing: Losin
         # One of the two removed, the other has its record again, with what it holds.
         (created,) = (one for one in both if one["State"] == "created")
         rig.engine.call("DELETE", f"/containers/{created['Id']}?force=1")
-        await found(caller, "RECORD_LOST", container="victim")
+        await wait_for_drift(caller, "RECORD_LOST", container="victim")
         assert set((await caller.get("victim")).status.gpu_uuids) == cards
-        await passed(caller)
+        await wait_for_passes(caller)
         assert await held(caller) == (cards, ports)
-        assert not await drift(caller)
+        assert not await list_drift(caller)
         await caller.delete("victim")
         assert await held(caller) == (set(), set())
 

@@ -11,7 +11,7 @@ import pytest
 from gpudock.v1 import container_pb2, container_revision_pb2, container_service_pb2, drift_pb2, volume_pb2
 
 from tests.calls import Caller, failure, result_of
-from tests.engine.drift import REPAIRED, drift, passed
+from tests.engine.drift import REPAIRED, list_drift, wait_for_passes
 from tests.engine.isolated_daemons import daemons, until_state
 from tests.engine.losing import Losing, lasting, lasting_container, losing
 from tests.faults.instrumented_daemon import DIE_AT, KIND
@@ -103,12 +103,12 @@ async def test_the_world_before_and_after(losing: Losing, rig: Rig) -> None:
         assert after.files == before.files
         # Two engine containers may have the files of the one that was at work: a person decides.
         assert after.holders == {uuid: name.replace("victim", "") for uuid, name in before.holders.items()}
-        findings = await drift(caller)
+        findings = await list_drift(caller)
         assert {one.container for one in findings if one.remedy != REPAIRED} == {"victim"}
-        await passed(caller)
-        assert {one.container for one in await drift(caller)} == {"victim"}, "what was put right is found once"
+        await wait_for_passes(caller)
+        assert {one.container for one in await list_drift(caller)} == {"victim"}, "what was put right is found once"
         await goes_on(caller)
-        await passed(caller)
+        await wait_for_passes(caller)
 
 
 async def goes_on(caller: Caller) -> None:
@@ -183,9 +183,9 @@ async def test_files_that_nothing_explains_are_named_and_kept(losing: Losing, ri
     losing.forget()
     await losing.start()
     async with Caller(losing.daemon.target) as caller:
-        await passed(caller)
+        await wait_for_passes(caller)
         findings = {
-            one.container_uid: one for one in await drift(caller, kinds=[drift_pb2.DRIFT_KIND_SNAPSHOT_UNKNOWN])
+            one.container_uid: one for one in await list_drift(caller, kinds=[drift_pb2.DRIFT_KIND_SNAPSHOT_UNKNOWN])
         }
         assert set(findings) == {one.uid, gone.uid}
         assert (findings[one.uid].container, findings[one.uid].actual) == ("one", "revision 1")

@@ -16,7 +16,7 @@ from gpudock_server.model.operation import OperationKind, OperationState
 from gpudock_server.model.store_changes import DeleteContainer, PutContainer, PutOperation, StoreChange
 from structlog.testing import capture_logs
 
-from tests.engine.etcd_examples import connected, container, operation, until
+from tests.engine.etcd_examples import container, open_connection, operation, until
 from tests.rig.etcd_filler import Ballast
 
 pytest_plugins = ["tests.engine.etcd_fixtures"]
@@ -69,7 +69,7 @@ async def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     etcd = EmbeddedEtcd(tmp_path, quota_bytes=_QUOTA, allow_inconsistent=True)
     await etcd.start()
     endpoint = etcd.address.endpoints[0]
-    async with connected(endpoint) as connection, Ballast(endpoint) as ballast:
+    async with open_connection(endpoint) as connection, Ballast(endpoint) as ballast:
         store = EtcdStore(connection, quota_bytes=_QUOTA)
         await store.start_maintenance()
         await store.open()

@@ -151,7 +151,7 @@ async def test_cancelling_a_shrink_leaves_the_old_one(caller: Caller) -> None:
         pytest.skip("this backend shrinks in place")
     request = operation_service_pb2.CancelOperationRequest(id=event.operation.id)
     await caller.operations.CancelOperation(request)
-    await caller.settled()
+    await caller.until_idle()
     seen = await caller.volume("data")
     assert (seen.size_bytes, seen.revision, seen.operation_id) == (2 * SIZE, 1, "")
     assert (await caller.get("one")).status.state == container_pb2.CONTAINER_STATE_RUNNING

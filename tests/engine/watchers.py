@@ -14,7 +14,7 @@ from gpudock_server.adapters.etcd import EtcdConnection, EtcdStore, messages
 from gpudock_server.model.store_changes import DeleteContainer, DeleteVolume, PutContainer, PutVolume
 
 from tests.calls import Caller, Failure, failure_of
-from tests.engine.etcd_examples import connected, container, volume
+from tests.engine.etcd_examples import container, open_connection, volume
 
 SOON = 20.0
 OFTEN = ("--watch-checkpoint-interval", "0.5")
@@ -128,5 +128,5 @@ class Writer:
 
 @asynccontextmanager
 async def writing(endpoint: str, prefix: str) -> AsyncIterator[Writer]:
-    async with connected(endpoint) as connection:
+    async with open_connection(endpoint) as connection:
         yield Writer(connection, prefix)

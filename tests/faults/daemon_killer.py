@@ -23,7 +23,7 @@ from pathlib import Path
 import grpc
 
 from tests.calls import Caller
-from tests.conftest import FAST, own_state
+from tests.conftest import FAST_FLAGS, own_state_flags
 from tests.faults.instrumented_daemon import BY_CHILDREN, DELAY_MS, DIE_AT, DURING, KIND, LASTING, PHASE, REFUSAL, Phase
 from tests.rig import Daemon, Rig
 from tests.rig.patience import PATIENCE, in_time
@@ -167,7 +167,7 @@ class Killing:
     def __init__(self, rig: Rig, seed: str) -> None:
         self._rig = rig
         self._random = random.Random(seed)  # noqa: S311 - to be drawn again is what it is for
-        self._own = own_state()
+        self._own = own_state_flags()
         self._daemon: Daemon | None = None
         self.report: dict[str, object] = {"seed": SEED, "known": [], "tried": [], "seconds": 0.0}
         self._begun = time.monotonic()
@@ -271,7 +271,7 @@ class Killing:
         await self._start(saga, die_at, phase)
         if before:
             async with Caller(self._running.target) as caller, self._in_time("what was under way did not end"):
-                await caller.settled()
+                await caller.until_idle()
                 await saga.check(caller)
 
     async def _acted(self, saga: Saga) -> Moment | None:
@@ -303,7 +303,7 @@ class Killing:
             await asyncio.sleep(0.02)
         try:
             async with Caller(self._running.target) as caller, self._in_time("the recovery neither ended nor died"):
-                await caller.settled()
+                await caller.until_idle()
         except grpc.aio.AioRpcError as error:
             assert error.code() is grpc.StatusCode.UNAVAILABLE, error  # noqa: PT017 (any other is the failure)
             return await self._died()
@@ -315,7 +315,7 @@ class Killing:
             await asyncio.to_thread(before.stop)
         delay = self._random.choice(_DELAYS_MS)
         self._daemon = await self._rig.start_daemon(
-            *FAST,
+            *FAST_FLAGS,
             *saga.flags,
             *self._own,
             module="tests.faults.instrumented_daemon",

@@ -14,7 +14,7 @@ import pytest
 from gpudock.v1 import container_pb2
 
 from tests.calls import Caller, failure_of
-from tests.conftest import FAST, own_state
+from tests.conftest import FAST_FLAGS, own_state_flags
 from tests.faults.invariants import LOOK, PLANT, absent, sound
 from tests.rig import Daemon, EngineProxy, Fault, Rig
 
@@ -47,7 +47,7 @@ FAULTS: dict[str, Plant] = {
 async def _behind(rig: Rig, proxy: EngineProxy, kind: str) -> AsyncIterator[tuple[Daemon, Caller]]:
     # Every call that hangs is waited for; where none does, a slow machine must not look like one.
     timeout = "2.5" if "hangs" in kind else "20"
-    daemon = await rig.start_daemon(*FAST, *own_state(), "--engine-timeout", timeout, docker_host=proxy.url)
+    daemon = await rig.start_daemon(*FAST_FLAGS, *own_state_flags(), "--engine-timeout", timeout, docker_host=proxy.url)
     try:
         async with Caller(daemon.target) as caller:
             yield daemon, caller
@@ -87,7 +87,7 @@ async def test_create(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) -
 
         async for reason in _each_in_turn(engine_proxy, FAULTS[kind], create):
             outcomes.append(reason)
-            await caller.settled()
+            await caller.until_idle()
             if reason:
                 await absent(caller, rig, "victim")
                 assert await caller.free_gpus() == 8
@@ -114,7 +114,7 @@ async def test_scale(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) ->
 
         async for reason in _each_in_turn(engine_proxy, FAULTS[kind], scale):
             outcomes.append(reason)
-            await caller.settled()
+            await caller.until_idle()
             count = count if reason else 5 - count
             container = await sound(caller, rig, "victim", files)
             assert container.spec.gpus.count == count, "it was told otherwise than what happened"
@@ -147,7 +147,7 @@ async def test_commit(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) -
 
         async for reason in _each_in_turn(engine_proxy, FAULTS[kind], commit):
             outcomes.append(reason)
-            await caller.settled()
+            await caller.until_idle()
             await sound(caller, rig, "victim")
             images = _images(rig)
             assert images["gpudock/victim:test"] == (made or before), reason
@@ -173,7 +173,7 @@ async def test_clone(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) ->
 
         async for reason in _each_in_turn(engine_proxy, FAULTS[kind], clone):
             outcomes.append(reason)
-            await caller.settled()
+            await caller.until_idle()
             await sound(caller, rig, "source", files)
             if reason:
                 await absent(caller, rig, "victim")

@@ -111,7 +111,7 @@ async def test_a_caller_in_flight_when_it_fills(daemons: IsolatedDaemons, ballas
             assert told.metadata["operation_id"] == operation.id
             assert (await caller.get("victim")).name == "victim"
             await ballast.remove()
-            await caller.settled()
+            await caller.until_idle()
             assert len((await caller.get("victim")).status.gpu_uuids) == 2
             await caller.delete("victim")
         assert "Traceback" not in daemon.log_text, daemon.log_text

@@ -39,7 +39,7 @@ async def _killed_while_undoing(caller: Caller, daemon: Daemon, call: asyncio.Ta
 
 
 async def _ended(caller: Caller, operation_id: str) -> operation_pb2.Operation:
-    await caller.settled()
+    await caller.until_idle()
     answer = await caller.operations.GetOperation(operation_service_pb2.GetOperationRequest(id=operation_id))
     return answer.operation
 

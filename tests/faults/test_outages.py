@@ -17,7 +17,7 @@ import pytest
 from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2
 
 from tests.calls import Caller, Progress, failure_of, progress_of, scale_request
-from tests.conftest import FAST, own_state
+from tests.conftest import FAST_FLAGS, own_state_flags
 from tests.faults.invariants import LOOK, PLANT, sound
 from tests.rig import Daemon, EngineProxy, Rig
 
@@ -37,7 +37,14 @@ _AWAY = {"ENGINE_UNAVAILABLE", "STORE_UNAVAILABLE", "START_FAILED", "LAYER_CARRY
 async def _daemon(rig: Rig, *flags: str) -> AsyncIterator[tuple[Daemon, EngineProxy, Caller]]:
     async with rig.engine_proxy() as proxy:
         daemon = await rig.start_daemon(
-            *FAST, *own_state(), "--engine-timeout", "20", "--orphan-grace", "0", *flags, docker_host=proxy.url
+            *FAST_FLAGS,
+            *own_state_flags(),
+            "--engine-timeout",
+            "20",
+            "--orphan-grace",
+            "0",
+            *flags,
+            docker_host=proxy.url,
         )
         try:
             async with Caller(daemon.target) as caller:
@@ -90,7 +97,7 @@ async def _brought_back(caller: Caller, rig: Rig) -> None:
     """Start it where an engine that was killed ended it and did not start it again; its record says so."""
     deadline = time.monotonic() + _BACK_SECONDS
     while True:
-        await caller.settled()
+        await caller.until_idle()
         status = (await caller.get("victim")).status
         runs = rig.engine.call("GET", f"/containers/{status.engine_id}/json")["State"]["Running"]
         if status.state == (container_pb2.CONTAINER_STATE_RUNNING if runs else container_pb2.CONTAINER_STATE_EXITED):
@@ -106,7 +113,7 @@ async def _until_sound(caller: Caller, rig: Rig, files: str) -> None:
     deadline = time.monotonic() + _BACK_SECONDS
     while True:
         try:
-            await caller.settled()
+            await caller.until_idle()
             await sound(caller, rig, "victim", files)
         except (AssertionError, grpc.aio.AioRpcError) as error:
             if time.monotonic() > deadline:
@@ -182,8 +189,8 @@ async def test_the_engine_is_killed_in_the_middle_of_a_scale(fragile_rig: Rig, s
 
 @pytest.mark.timeout(300)
 async def test_engine_and_etcd_are_killed_together_and_the_daemon_as_well(fragile_rig: Rig) -> None:
-    flags = own_state()
-    daemon = await fragile_rig.start_daemon(*FAST, *flags)
+    flags = own_state_flags()
+    daemon = await fragile_rig.start_daemon(*FAST_FLAGS, *flags)
     async with Caller(daemon.target) as caller:
         files = await _planted(caller)
         scaling = asyncio.create_task(_ignored(_told(caller)))
@@ -193,7 +200,7 @@ async def test_engine_and_etcd_are_killed_together_and_the_daemon_as_well(fragil
         await scaling
     await asyncio.to_thread(fragile_rig.etcd.start)
     await asyncio.to_thread(fragile_rig.engine.start)
-    daemon = await fragile_rig.start_daemon(*FAST, *flags, state_dir=daemon.state_dir, socket=daemon.socket)
+    daemon = await fragile_rig.start_daemon(*FAST_FLAGS, *flags, state_dir=daemon.state_dir, socket=daemon.socket)
     try:
         async with Caller(daemon.target) as caller:
             await _until_sound(caller, fragile_rig, files)

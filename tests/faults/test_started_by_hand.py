@@ -6,7 +6,7 @@ import asyncio
 import signal
 
 from tests.calls import Caller, failure
-from tests.engine.drift import act
+from tests.engine.drift import engine_action
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
 from tests.faults.instrumented_daemon import DIE_AT, KIND, SIGNAL
 from tests.faults.invariants import LOOK, PLANT, sound
@@ -33,7 +33,7 @@ async def test_no_layer_is_carried_while_its_container_runs(daemons: IsolatedDae
             return f"]: {_STOPPED}\nchildren:" in daemon.log_text
 
         await until(frozen)
-        await asyncio.to_thread(act, daemons.rig, made.status.engine_id, "start")
+        await asyncio.to_thread(engine_action, daemons.rig, made.status.engine_id, "start")
         daemon.signal(signal.SIGCONT)
         async with in_time("the scale went on and did not end"):
             refused = await scale

@@ -15,7 +15,7 @@ from gpudock.v1 import container_pb2, volume_pb2, volume_service_pb2
 
 from tests.calls import Caller, failure
 from tests.clients.command import run
-from tests.conftest import FAST, own_state
+from tests.conftest import FAST_FLAGS, own_state_flags
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until, until_state
 from tests.engine.loop_devices import detach_loop_devices, loop_devices_below
 from tests.faults.volume_pools import LOOK, PLANT, Pool, df_size, mount, mounted_pool, shows
@@ -35,7 +35,7 @@ ALWAYS = container_pb2.RestartPolicy(policy=container_pb2.RESTART_POLICY_KIND_AL
 @pytest.mark.parametrize("how", ["killed", "restarted"])
 async def test_the_engine_goes_and_comes_back_under_volumes(fragile_rig: Rig, how: str) -> None:
     rig = fragile_rig
-    daemon = await rig.start_daemon(*FAST, *own_state(), "--volume-backend", "loop")
+    daemon = await rig.start_daemon(*FAST_FLAGS, *own_state_flags(), "--volume-backend", "loop")
     try:
         async with Caller(daemon.target) as caller:
             await caller.create_volume("data", SIZE)
@@ -85,7 +85,7 @@ async def crowded(daemons: IsolatedDaemons, pool: Pool) -> AsyncIterator[Caller]
     daemon = await daemons.start(*flags)
     async with Caller(daemon.target) as caller:
         yield caller
-        await caller.settled()
+        await caller.until_idle()
         assert "Traceback" not in daemon.log_text, daemon.log_text
 
 
@@ -158,7 +158,7 @@ async def test_a_shrink_that_runs_out_of_room_while_it_copies(crowded: Caller, p
     failed = await failure(shrink())
     assert stages == {"copy"}
     assert failed.reason in {"DISK_FULL", "VOLUME_FAILED"}, failed
-    await caller.settled()
+    await caller.until_idle()
     seen = await caller.volume("data")
     assert (seen.size_bytes, seen.revision, seen.operation_id) == (2 * SIZE, 1, "")
     assert len(loop_devices_below(pool.path)) == 1, "the smaller store is gone"

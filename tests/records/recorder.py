@@ -21,7 +21,7 @@ from google.protobuf.duration_pb2 import Duration
 from gpudock.v1 import container_pb2, container_service_pb2, operation_service_pb2, port_pb2, volume_service_pb2
 
 from tests.calls import Caller, progress_of, result_of, scale_request
-from tests.conftest import FAST
+from tests.conftest import FAST_FLAGS
 from tests.engine.isolated_daemons import until, until_state
 from tests.engine.loop_devices import detach_loop_devices
 from tests.faults.instrumented_daemon import DIE_AT, KIND
@@ -88,7 +88,7 @@ class _Recorder:
         before, mortal = self._daemon, engine is not None
         environment = {KIND: "SCALE", DIE_AT: "before LayerStore.exchange"} if mortal else {}
         self._daemon = await self._rig.start_daemon(
-            *FAST,
+            *FAST_FLAGS,
             *_ONE_NODE,
             *("--allowed-host-paths", str(self._host_path), "--volume-filesystem", "xfs"),
             *("--snapshot-max-entries", "1000"),
@@ -159,7 +159,7 @@ class _Recorder:
         await caller.operations.CancelOperation(cancel)
         proxy.faults.clear()
         await creating
-        await caller.settled()
+        await caller.until_idle()
 
     async def _volumes(self, caller: Caller) -> None:
         """Of every kind that the host can make, and with every cause of a revision that is to be had."""
@@ -269,7 +269,7 @@ class _Recorder:
         """Those of a daemon of another node, which reads everything and drives nothing."""
         load(self._rig.etcd, "/read/", keys)
         reader = await self._rig.start_daemon(
-            *FAST, *("--node-name", "reader", "--host-id", HOST, "--etcd-prefix", "/read/")
+            *FAST_FLAGS, *("--node-name", "reader", "--host-id", HOST, "--etcd-prefix", "/read/")
         )
         async with Caller(reader.target) as caller:
             answers = await answers_of(caller)

@@ -15,7 +15,7 @@ import pytest
 from gpudock.v1 import container_pb2, drift_pb2, node_service_pb2, operation_pb2, operation_service_pb2, volume_pb2
 
 from tests.calls import IMAGE, Caller
-from tests.conftest import FAST
+from tests.conftest import FAST_FLAGS
 from tests.engine.isolated_daemons import until_state
 from tests.engine.loop_devices import detach_loop_devices
 from tests.records.answers import answers_of, shown
@@ -64,7 +64,7 @@ async def test_it_ends_what_its_predecessor_had_begun(clean_engine: Rig, recordi
     load(rig.etcd, prefix, keys)
     flags = ("--node-name", NODE, "--host-id", HOST, "--etcd-prefix", prefix)
     async with _running(rig, *flags, state_dir=state_dir) as (_, caller):
-        await caller.settled()
+        await caller.until_idle()
         await _scaled(caller, recording)
         await _created(caller)
         await _resized(caller)
@@ -217,7 +217,7 @@ def _replaced(content: Any, names: Mapping[str, str]) -> Any:
 
 @asynccontextmanager
 async def _running(rig: Rig, *flags: str, state_dir: Path | None = None) -> AsyncIterator[tuple[Daemon, Caller]]:
-    daemon = await rig.start_daemon(*FAST, *flags, state_dir=state_dir)
+    daemon = await rig.start_daemon(*FAST_FLAGS, *flags, state_dir=state_dir)
     try:
         async with Caller(daemon.target) as caller:
             yield daemon, caller

@@ -29,7 +29,7 @@ from gpudock_server.rpc.server import RpcServer, Services, build_server
 from gpudock_server.settings.definitions import Settings
 from grpc_status import rpc_status
 
-from tests.contract import MET
+from tests.contract import COVERAGE
 from tests.rpc.fake_layers import FakeLayers, FakeRevisionBackups, FakeSnapshots
 from tests.rpc.fake_volumes import FakeCopier, FakePlain, FakeVolumes
 from tests.rpc.fakes import (
@@ -179,7 +179,7 @@ def reason_of(error: grpc.aio.AioRpcError | None) -> str:
     info = error_details_pb2.ErrorInfo()
     assert status is not None
     assert status.details[0].Unpack(info)
-    MET.reasons.add(info.reason)
+    COVERAGE.reasons.add(info.reason)
     return str(info.reason)
 
 

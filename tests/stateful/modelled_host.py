@@ -15,7 +15,7 @@ import grpc
 from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2, volume_pb2
 
 from tests.calls import Caller, Failure, failure, failure_of
-from tests.conftest import FAST, own_state
+from tests.conftest import FAST_FLAGS, own_state_flags
 from tests.engine.loop_devices import loop_devices_below
 from tests.rig import Daemon, EngineProxy, Rig
 from tests.stateful.model import GROUP, Expected, ExpectedVolume, State, attached
@@ -74,8 +74,8 @@ class Arena:
     async def open(cls, rig: Rig, proxy: EngineProxy) -> Arena:
         """With a daemon that has a state of its own."""
         flags = (
-            *FAST,
-            *own_state(),
+            *FAST_FLAGS,
+            *own_state_flags(),
             "--engine-timeout",
             "5",
             "--orphan-grace",
@@ -211,7 +211,7 @@ class Arena:
 
     async def settle(self, name: str, *candidates: Expected | None) -> None:
         """Find out which of the candidates came about (None: the container is not there), and believe that one."""
-        await self.caller.settled()
+        await self.caller.until_idle()
         self.proxy.faults.clear()
         self._sight = sight = await self._look()
         there = name in sight.containers
@@ -232,7 +232,7 @@ class Arena:
 
     async def settle_volume(self, name: str, *candidates: ExpectedVolume | None) -> None:
         """The same of a volume. One whose deletion was broken off in the middle is deleted by the same call again."""
-        await self.caller.settled()
+        await self.caller.until_idle()
         self.proxy.faults.clear()
         self._sight = sight = await self._look()
         seen = sight.volumes.get(name)

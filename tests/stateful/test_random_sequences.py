@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, run_state_machine_as_test
 
-from tests.conftest import FAST, own_state
+from tests.conftest import FAST_FLAGS, own_state_flags
 from tests.rig import Rig
 from tests.run_report import REQUIRED
 from tests.stateful.container_rules import ContainerRules
@@ -195,7 +195,7 @@ def _play(steps: Sequence[Step], kind: type[Host]) -> Failure | None:
 
 def test_what_hangs_is_shown(rig: Rig) -> None:
     loop = Loop(hangs_s=0.2)
-    daemon = rig.daemon(*FAST, *own_state())
+    daemon = rig.daemon(*FAST_FLAGS, *own_state_flags())
     loop.standing = lambda running: standing(running, daemon, rig)
     try:
         with pytest.raises(pytest.fail.Exception) as failure:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.order import dealt
+from tests.order import distribute
 
 
 def _long(name: str) -> float:
@@ -12,11 +12,11 @@ def _long(name: str) -> float:
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("names", ["", "a", "abcdefgh", "a3b1c9d2e", "12345", "abcdefghijklmnopqrstuvwxy9z"])
 def test_every_test_is_dealt_once_and_the_short_ones_keep_their_order(names: str, workers: int) -> None:
-    order = dealt(names, _long, workers)
+    order = distribute(names, _long, workers)
     assert sorted(order) == sorted(names)
     assert [name for name in order if name.isalpha()] == [name for name in names if name.isalpha()]
 
 
 def test_each_workers_stretch_begins_with_its_share_of_what_takes_long() -> None:
-    assert "".join(dealt("abc1def9ghi5jkl7", _long, 2)) == "95abcdef" + "71ghijkl"
-    assert "".join(dealt("abc1def9ghi", _long, 1)) == "91abcdefghi"
+    assert "".join(distribute("abc1def9ghi5jkl7", _long, 2)) == "95abcdef" + "71ghijkl"
+    assert "".join(distribute("abc1def9ghi", _long, 1)) == "91abcdefghi"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.contract import KINDS, NOT_PROVOKED, REASONS, RPCS, Met
+from tests.contract import KINDS, NOT_PROVOKED, REASONS, RPCS, Coverage
 
 _REPOSITORY = Path(__file__).parents[2]
 _WORKERS = pytest.mark.parametrize("workers", [(), ("--numprocesses", "2")], ids=["alone", "workers"])
@@ -107,29 +107,29 @@ def test_the_moments_at_which_daemons_were_killed_are_counted_and_listed(
 
 
 def test_what_was_not_met_of_the_contract_is_named() -> None:
-    met = Met(set(RPCS), set(REASONS - NOT_PROVOKED.keys()), set(KINDS))
-    assert met.lacking() == []
+    met = Coverage(set(RPCS), set(REASONS - NOT_PROVOKED.keys()), set(KINDS))
+    assert met.missing() == []
     met.rpcs.remove("NodeService/ListPorts")
     met.reasons.remove("GPU_EXHAUSTED")
     met.kinds.remove("ROLLBACK")
-    assert [sentence.split()[-1] for sentence in met.lacking()] == ["daemon", "GPU_EXHAUSTED", "ROLLBACK"]
-    other = Met()
-    other.merge(Met({"NodeService/ListPorts"}, {"GPU_EXHAUSTED"}, {"ROLLBACK"}).plain())
-    met.merge(other.plain())
-    assert met.lacking() == []
+    assert [sentence.split()[-1] for sentence in met.missing()] == ["daemon", "GPU_EXHAUSTED", "ROLLBACK"]
+    other = Coverage()
+    other.merge(Coverage({"NodeService/ListPorts"}, {"GPU_EXHAUSTED"}, {"ROLLBACK"}).to_lists())
+    met.merge(other.to_lists())
+    assert met.missing() == []
 
 
 # The tests of a run that meets all of the contract but what it is told to leave out.
 _MEETS = """
 import pytest
 from tests import contract
-from tests.contract import MET
+from tests.contract import COVERAGE
 
 @pytest.mark.parametrize("half", [0, 1])
 def test_it(request, half):
-    MET.rpcs.update(sorted(contract.RPCS - LEFT_OUT)[half::2])
-    MET.reasons.update(sorted(contract.REASONS - contract.NOT_PROVOKED.keys() - LEFT_OUT)[half::2])
-    MET.reasons.update(ALSO)
+    COVERAGE.rpcs.update(sorted(contract.RPCS - LEFT_OUT)[half::2])
+    COVERAGE.reasons.update(sorted(contract.REASONS - contract.NOT_PROVOKED.keys() - LEFT_OUT)[half::2])
+    COVERAGE.reasons.update(ALSO)
 
 @pytest.mark.parametrize("kind", sorted(contract.KINDS - LEFT_OUT))
 def test_kill(request, kind):

@@ -11,7 +11,7 @@ from gpudock_server.model.engine import EngineContainer, EngineState
 from gpudock_server.model.operation import LayerTransferMethod
 
 from tests.calls import Caller
-from tests.conftest import FAST
+from tests.conftest import FAST_FLAGS
 from tests.rig import HttpStatusError, Rig
 
 from . import quotas
@@ -63,7 +63,7 @@ async def test_layers_of_different_projects_are_copied(clean_engine: Rig, place:
 
 async def test_a_scale_keeps_the_files_by_whichever_way_there_is(clean_engine: Rig, place: Place) -> None:
     """The whole daemon: on XFS each layer has a quota and is copied; on ext4 it has none and changes places."""
-    daemon = await clean_engine.start_daemon(*FAST)
+    daemon = await clean_engine.start_daemon(*FAST_FLAGS)
     async with Caller(daemon.target) as caller:
         container = await caller.create("kept", 1)
         await caller.shell("kept", "echo kept > /root/file && rm /etc/group")

@@ -12,7 +12,7 @@ import pytest_asyncio
 from gpudock.v1 import container_pb2, node_service_pb2, volume_pb2, volume_service_pb2
 
 from tests.calls import Caller, ExecResult, failure
-from tests.conftest import FAST, own_state
+from tests.conftest import FAST_FLAGS, own_state_flags
 from tests.engine.isolated_daemons import until
 from tests.faults.volume_pools import LOOK, PLANT, Pool, df_size, mount, mounted_pool, shows
 from tests.rig import Daemon, Rig
@@ -38,7 +38,7 @@ def pool(rig: Rig, place: Place, tmp_path_factory: pytest.TempPathFactory) -> It
 def daemon(rig: Rig, pool: Pool) -> Iterator[Daemon]:
     """One that promises more than its pool has; for all tests here, since each start takes seconds."""
     flags = ("--volume-dir", str(pool.path / "volumes"), "--volume-overcommit", "10")
-    started = rig.daemon(*FAST, *own_state(), *flags)
+    started = rig.daemon(*FAST_FLAGS, *own_state_flags(), *flags)
     yield started
     assert started.stop() == 0, started.log_text
     assert "Traceback" not in started.log_text, started.log_text
