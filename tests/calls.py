@@ -29,7 +29,7 @@ from gpudock.v1 import (
 )
 
 from tests.contract import COVERAGE, recording_channel
-from tests.rig.patience import PATIENCE
+from tests.rig.patience import limit
 
 IMAGE = "gpudock/busybox:test"
 # Ends at once when asked to, unlike a bare sleep as PID 1.
@@ -172,7 +172,7 @@ class Caller:
         """Wait until no operation is under way."""
         wanted = operation_service_pb2.OperationFilter(states=_AT_WORK)
         request = operation_service_pb2.ListOperationsRequest(page_size=1, filter=wanted)
-        async with asyncio.timeout(60 * PATIENCE):
+        async with asyncio.timeout(limit(60)):
             while (await self.operations.ListOperations(request)).operations:
                 await asyncio.sleep(0.05)
 

@@ -8,11 +8,13 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import pytest_asyncio
+import pytest_timeout
 from hypothesis import settings
 
 from tests.calls import Caller
 from tests.order import distribute
 from tests.rig import Daemon, Rig
+from tests.rig.patience import limit
 
 pytest_plugins = ["tests.rig.fixtures", "tests.run_report"]
 
@@ -40,6 +42,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
     if workers > 1:
         items[:] = distribute(items, _long_seconds, workers)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: pytest_timeout.Settings) -> bool:
+    """A test's timeout is a time limit like those inside the test: longer on a slower machine."""
+    scaled = settings._replace(timeout=limit(settings.timeout))
+    return bool(pytest_timeout.pytest_timeout_set_timer(item, scaled))
 
 
 def _long_seconds(item: pytest.Item) -> float:

@@ -11,6 +11,8 @@ them; `--moments FILE` has all of them written to a file.
 Requirements: the property `REQUIRED` of a test that is one of several `parts` has `counts` of what must occur. What
 occurs in none of the parts is a problem, if all parts have run.
 
+Patience: the summary has the highest factor by which a worker's time limits were multiplied. See `rig.patience`.
+
 The contract: what a whole run of the everyday tests (`make test`) does not meet of it is a problem. See `contract`.
 
 All of it works with pytest-xdist, whose workers pass problems on when they end.
@@ -25,6 +27,7 @@ from typing import Any
 import pytest
 
 from tests.contract import COVERAGE
+from tests.rig.patience import highest_patience
 
 OUTCOMES = "outcomes"
 MOMENTS = "moments"
@@ -34,6 +37,8 @@ _PROBLEMS = pytest.StashKey[list[str]]()
 _COUNTS = pytest.StashKey[dict[str, list[dict[str, Any]]]]()
 _OUTPUT_KEY = "gpudock_run_problems"
 _MET_KEY = "gpudock_met"
+_PATIENCES = pytest.StashKey[list[float]]()
+_PATIENCE_KEY = "gpudock_patience"
 # What selects the everyday tests, as the Makefile says it.
 _EVERYDAY = "not deep"
 
@@ -47,6 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Begin without problems."""
     config.stash[_PROBLEMS] = []
     config.stash[_COUNTS] = {}
+    config.stash[_PATIENCES] = []
     config.pluginmanager.register(_Counting(config), "gpudock run report")
 
 
@@ -98,6 +104,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if output is not None:
         output[_OUTPUT_KEY] = problems
         output[_MET_KEY] = COVERAGE.to_lists()
+        output[_PATIENCE_KEY] = highest_patience()
         return
     problems += _missing(session.config.stash[_COUNTS])
     ended = session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
@@ -114,6 +121,8 @@ def pytest_testnodedown(node: Any) -> None:
     node.config.stash[_PROBLEMS].extend(output.get(_OUTPUT_KEY, ()))
     if _MET_KEY in output:
         COVERAGE.merge(output[_MET_KEY])
+    if _PATIENCE_KEY in output:
+        node.config.stash[_PATIENCES].append(output[_PATIENCE_KEY])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -128,6 +137,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if _is_everyday(terminalreporter.config):
         terminalreporter.section("what was met of the contract")
         terminalreporter.line(str(COVERAGE))
+    patience = max([highest_patience(), *terminalreporter.config.stash[_PATIENCES]])
+    terminalreporter.line(f"time limits were at most {patience:.1f} times as long as on an idle machine")
     for problem in terminalreporter.config.stash[_PROBLEMS]:
         terminalreporter.section("problem of the run", red=True)
         terminalreporter.line(problem)

@@ -10,6 +10,8 @@ import sys
 import termios
 from typing import Any, NamedTuple
 
+from tests.rig.patience import limit
+
 DEADLINE = 60
 """Seconds after which a command hangs."""
 
@@ -36,14 +38,14 @@ async def run(address: str, *arguments: str, given: bytes = b"") -> Ended:
 
 async def ended(process: asyncio.subprocess.Process, given: bytes | None = None) -> Ended:
     """Wait for the end of a run."""
-    out, err = await asyncio.wait_for(process.communicate(given), DEADLINE)
+    out, err = await asyncio.wait_for(process.communicate(given), limit(DEADLINE))
     return Ended(process.returncode or 0, out.decode(), err.decode())
 
 
 async def read_until(fd: int, mark: bytes) -> bytes:
     """What comes from a terminal, up to `mark` at least."""
     seen = b""
-    async with asyncio.timeout(DEADLINE):
+    async with asyncio.timeout(limit(DEADLINE)):
         while mark not in seen:
             seen += await asyncio.to_thread(os.read, fd, 1024)
     return seen

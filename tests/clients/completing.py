@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from tests.clients.command import DEADLINE, Ended, ended
+from tests.rig.patience import limit
 
 GPUDOCK = str(Path(sys.executable).with_name("gpudock"))
 SHELLS = ("bash", "zsh", "fish")
@@ -57,6 +58,6 @@ async def bash(script: str, address: str) -> str:
     }
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec("bash", "-ec", script, env=environment, stdout=pipe, stderr=pipe)
-    out, err = await asyncio.wait_for(process.communicate(), DEADLINE)
+    out, err = await asyncio.wait_for(process.communicate(), limit(DEADLINE))
     assert (process.returncode, err) == (0, b""), (out, err)
     return out.decode()

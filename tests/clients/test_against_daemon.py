@@ -21,6 +21,7 @@ from tests.calls import IDLE, IMAGE, Caller
 from tests.clients.command import DEADLINE, Ended, ended, read_until, run, set_size, spawn
 from tests.conftest import FAST_FLAGS, own_state_flags
 from tests.rig import Daemon, Rig
+from tests.rig.patience import limit
 
 # As PID 1 it does not hear SIGTERM: to stop it takes the whole of its grace period, in which a test can act.
 STUBBORN = ("sleep", "infinity")
@@ -185,8 +186,12 @@ async def _tour_of_watch(commands: Commands, *words: str) -> None:
     commands.used.add(" ".join(words))
     process = await spawn(commands.address, *words)
     assert process.stdout is not None
-    assert (await asyncio.wait_for(process.stdout.readline(), DEADLINE)).split()[:3] == [b"TIME", b"EVENT", b"NAME"]
-    assert (await asyncio.wait_for(process.stdout.readline(), DEADLINE)).split()[1:3] == [b"added", b"tour"]
+    assert (await asyncio.wait_for(process.stdout.readline(), limit(DEADLINE))).split()[:3] == [
+        b"TIME",
+        b"EVENT",
+        b"NAME",
+    ]
+    assert (await asyncio.wait_for(process.stdout.readline(), limit(DEADLINE))).split()[1:3] == [b"added", b"tour"]
     process.send_signal(signal.SIGINT)
     assert (await ended(process)).code == 130
 
@@ -270,7 +275,7 @@ async def test_exec_ends_by_the_signal_that_was_handed_over(commands: Commands) 
     await commands.said("create", "train", IMAGE, "--", *IDLE)
     process = await spawn(commands.address, "exec", "train", "--", "sh", "-c", "echo ready; exec sleep 600")
     assert process.stdout is not None
-    assert await asyncio.wait_for(process.stdout.readline(), DEADLINE) == b"ready\n"
+    assert await asyncio.wait_for(process.stdout.readline(), limit(DEADLINE)) == b"ready\n"
     process.send_signal(signal.SIGINT)
     assert (await ended(process)).code == 128 + signal.SIGINT
 
@@ -295,7 +300,7 @@ async def test_exec_at_a_terminal(commands: Commands) -> None:
         os.write(ours, b"sh -c 'echo begun; exec sleep 600'\r")
         await read_until(ours, b"\nbegun\r\n")
         os.write(ours, b"\x03exit 6\r")
-        assert await asyncio.wait_for(process.wait(), DEADLINE) == 6
+        assert await asyncio.wait_for(process.wait(), limit(DEADLINE)) == 6
     finally:
         os.close(ours)
         os.close(theirs)
@@ -320,7 +325,7 @@ async def _interrupted_scale(commands: Commands, gpus: int) -> str:
     """Begins to scale, and interrupts the command; returns the operation's id, from what the command says."""
     process = await spawn(commands.address, "scale", "train", "--gpus", str(gpus))
     assert process.stderr is not None
-    assert b"done" in await asyncio.wait_for(process.stderr.readline(), DEADLINE)
+    assert b"done" in await asyncio.wait_for(process.stderr.readline(), limit(DEADLINE))
     process.send_signal(signal.SIGINT)
     result = await ended(process)
     assert (result.code, result.out) == (130, "")
@@ -401,10 +406,10 @@ async def test_a_call_survives_a_restart_of_the_daemon(clean_engine: Rig) -> Non
             await _reach(call, "stop")
             watching = await spawn(daemon.target, "operations", "watch", call.operation_id)
             assert watching.stderr is not None
-            await asyncio.wait_for(watching.stderr.readline(), DEADLINE)
+            await asyncio.wait_for(watching.stderr.readline(), limit(DEADLINE))
             assert await asyncio.to_thread(daemon.kill9) == -signal.SIGKILL
             daemon = await rig.start_daemon(*flags, socket=daemon.socket, state_dir=daemon.state_dir)
-            scaled = await asyncio.wait_for(call.result(), DEADLINE)
+            scaled = await asyncio.wait_for(call.result(), limit(DEADLINE))
             assert len(scaled.status.gpu_uuids) == 4
             assert set(made.status.gpu_uuids) < set(scaled.status.gpu_uuids)
             watched = await ended(watching)

@@ -38,6 +38,7 @@ from gpudock.v1.watch_pb2 import WatchCheckpoint
 from tests.clients import messages
 from tests.clients.command import DEADLINE, run, spawn
 from tests.clients.scripted import Context, ScriptedServer, abort, refusal, saying
+from tests.rig.patience import limit
 
 Created = pb.CreateContainerResponse
 
@@ -337,9 +338,9 @@ async def test_ctrl_c_says_that_the_operation_goes_on(server: ScriptedServer) ->
     server.on("CreateContainer", endless)
     process = await spawn(server.address, "create", "train", "busybox")
     assert process.stderr is not None
-    assert (await asyncio.wait_for(process.stderr.readline(), DEADLINE)).startswith(b"pull-image")
+    assert (await asyncio.wait_for(process.stderr.readline(), limit(DEADLINE))).startswith(b"pull-image")
     process.send_signal(signal.SIGINT)
-    _, err = await asyncio.wait_for(process.communicate(), DEADLINE)
+    _, err = await asyncio.wait_for(process.communicate(), limit(DEADLINE))
     assert process.returncode == 130
     assert err.decode().splitlines() == [
         f"interrupted; operation {messages.OPERATION_ID} continues",

@@ -23,6 +23,7 @@ from gpudock.v1 import container_service_pb2 as pb
 from tests.clients import messages
 from tests.clients.command import DEADLINE, read_until, run, spawn
 from tests.clients.scripted import Context, ScriptedServer, saying
+from tests.rig.patience import limit
 
 CHANGES = (
     operation_pb2.SpecChange(path="env.C", new_value="3"),
@@ -172,7 +173,7 @@ async def test_a_restart_is_asked_for_at_a_terminal(
         shown = (await read_until(ours, b"[y/N]: ")).decode().replace("\r\n", "\n")
         assert shown.startswith("\n".join(DIFFERENCE) + "\nThis stops and restarts the process of train. Continue?")
         os.write(ours, f"{answer}\n".encode())
-        assert await asyncio.wait_for(process.wait(), DEADLINE) == (0 if answer == "y" else 1)
+        assert await asyncio.wait_for(process.wait(), limit(DEADLINE)) == (0 if answer == "y" else 1)
     finally:
         os.close(ours)
         os.close(theirs)
@@ -186,7 +187,7 @@ async def test_yes_goes_on_without_a_question(changing: ScriptedServer) -> None:
     words = ("update", "train", "-e", "C=3", "-y")
     process = await spawn(changing.address, *words, stdin=theirs, stdout=theirs, stderr=theirs)
     try:
-        assert await asyncio.wait_for(process.wait(), DEADLINE) == 0
+        assert await asyncio.wait_for(process.wait(), limit(DEADLINE)) == 0
     finally:
         os.close(ours)
         os.close(theirs)

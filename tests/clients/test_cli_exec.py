@@ -15,6 +15,7 @@ from gpudock.v1 import exec_pb2
 
 from tests.clients.command import DEADLINE, Ended, read_until, run, set_size, spawn
 from tests.clients.scripted import Context, ScriptedServer, abort
+from tests.rig.patience import limit
 
 Said = exec_pb2.ExecContainerResponse
 
@@ -57,9 +58,9 @@ async def test_exec_hands_signals_over(server: ScriptedServer) -> None:
     server.on("ExecContainer", shell)
     process = await spawn(server.address, "exec", "train", "sleep", "9")
     assert process.stdout is not None
-    assert await asyncio.wait_for(process.stdout.readline(), DEADLINE) == b"ready 0\n"
+    assert await asyncio.wait_for(process.stdout.readline(), limit(DEADLINE)) == b"ready 0\n"
     process.send_signal(signal.SIGTERM)
-    await asyncio.wait_for(process.communicate(), DEADLINE)
+    await asyncio.wait_for(process.communicate(), limit(DEADLINE))
     assert process.returncode == 128 + signal.SIGTERM
 
 
@@ -93,7 +94,7 @@ async def test_exec_at_a_terminal(server: ScriptedServer) -> None:
         process.send_signal(signal.SIGWINCH)
         assert b"120x50" in await read_until(ours, b"120x50")
         os.write(ours, b"\x04")
-        assert await asyncio.wait_for(process.wait(), DEADLINE) == 3
+        assert await asyncio.wait_for(process.wait(), limit(DEADLINE)) == 3
         assert termios.tcgetattr(theirs)[3] & termios.ICANON
     finally:
         os.close(ours)

@@ -28,6 +28,7 @@ from tests.clients import messages
 from tests.clients.command import DEADLINE, run, set_size, spawn
 from tests.clients.in_process import run_all
 from tests.clients.scripted import Context, ScriptedServer, abort, saying
+from tests.rig.patience import limit
 
 # What one example of each resource is called by -q.
 _EXAMPLES: dict[str, tuple[Any, str]] = {
@@ -240,8 +241,8 @@ async def _at_terminal(address: str, columns: int, *words: str, **environment: s
     process = await spawn(address, *words, stdout=theirs, env=env | {"TERM": "xterm"} | environment)
     os.close(theirs)
     try:
-        text = await asyncio.wait_for(asyncio.to_thread(_read_all, ours), DEADLINE)
-        assert await asyncio.wait_for(process.wait(), DEADLINE) == 0
+        text = await asyncio.wait_for(asyncio.to_thread(_read_all, ours), limit(DEADLINE))
+        assert await asyncio.wait_for(process.wait(), limit(DEADLINE)) == 0
     finally:
         os.close(ours)
     return re.sub(rb"\x1b\[[0-9;]*m", b"", text).decode().splitlines()
@@ -317,9 +318,9 @@ async def test_a_watch_fits_the_terminal(server: ScriptedServer) -> None:
     set_size(theirs, 80, 30)
     process = await spawn(server.address, "watch", stdout=theirs, env=os.environ | {"TERM": "dumb"})
     os.close(theirs)
-    text = await asyncio.wait_for(asyncio.to_thread(_read_all, ours), DEADLINE)
+    text = await asyncio.wait_for(asyncio.to_thread(_read_all, ours), limit(DEADLINE))
     os.close(ours)
-    assert await asyncio.wait_for(process.wait(), DEADLINE) == 1
+    assert await asyncio.wait_for(process.wait(), limit(DEADLINE)) == 1
     header, *lines = text.decode().splitlines()
     assert max(len(header), *map(len, lines)) <= 80
     assert "".join(line[header.index("OPERATION") :].strip() for line in lines) == messages.OPERATION_ID

@@ -19,6 +19,7 @@ from rich.console import Console
 from tests.clients import messages
 from tests.clients.command import DEADLINE, read_until, run, set_size, spawn
 from tests.clients.scripted import Context, ScriptedServer
+from tests.rig.patience import limit
 
 MIB = 2**20
 
@@ -106,7 +107,7 @@ async def test_at_a_terminal_the_stage_at_work_is_redrawn_and_ended_ones_stay(se
     try:
         assert b"1.0/2.0 MiB" in await read_until(ours, b"MiB")
         seen = await read_until(ours, b"\x1b[?25h")
-        out, _ = await asyncio.wait_for(process.communicate(), DEADLINE)
+        out, _ = await asyncio.wait_for(process.communicate(), limit(DEADLINE))
     finally:
         os.close(ours)
     assert (process.returncode, out) == (0, b"train\n")
@@ -130,7 +131,7 @@ async def test_a_terminal_that_cannot_redraw_gets_the_same_lines(server: Scripte
     process = await spawn(server.address, *words, stderr=theirs, env=os.environ | {"TERM": "dumb"})
     try:
         said = await read_until(ours, b"start       done    1.5s\r\n")
-        assert await asyncio.wait_for(process.wait(), DEADLINE) == 0
+        assert await asyncio.wait_for(process.wait(), limit(DEADLINE)) == 0
     finally:
         os.close(ours)
         os.close(theirs)

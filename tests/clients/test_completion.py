@@ -18,6 +18,7 @@ from tests.clients.command import run
 from tests.clients.completing import SHELLS, answered, bash, proposals
 from tests.clients.scripted import Context, ScriptedServer, saying
 from tests.rig import Daemon
+from tests.rig.patience import limit
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ async def test_a_daemon_that_hangs_is_not_waited_for(server: ScriptedServer) -> 
 
     server.on("ListContainers", hangs)
     assert await proposals("bash", server.address, "gpudock get ", timeout=5) == []
-    await asyncio.wait_for(given_up.wait(), 30)
+    await asyncio.wait_for(given_up.wait(), limit(30))
 
 
 async def test_revisions_are_those_of_the_container_on_the_line(server: ScriptedServer) -> None:

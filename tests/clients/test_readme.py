@@ -16,6 +16,7 @@ import pytest
 from tests.calls import Caller
 from tests.clients.command import DEADLINE, read_until
 from tests.rig import GLIBC, Daemon, Rig
+from tests.rig.patience import limit
 from tests.rig.rig import REPOSITORY
 
 _IMAGE = "pytorch/pytorch:latest"
@@ -67,7 +68,7 @@ class Shell:
     async def run(self, script: str) -> str:
         """Run a script, which must succeed; returns its output."""
         process = await self.spawn(script)
-        out, err = await asyncio.wait_for(process.communicate(), DEADLINE)
+        out, err = await asyncio.wait_for(process.communicate(), limit(DEADLINE))
         assert process.returncode == 0, (script, out, err)
         return out.decode()
 
@@ -105,7 +106,7 @@ async def _at_a_terminal(shell: Shell, line: str) -> None:
     try:
         os.write(ours, b"nvidia-smi -L; exit\r")
         await read_until(ours, b"GPU 0: GPU-")
-        assert await asyncio.wait_for(process.wait(), DEADLINE) == 0
+        assert await asyncio.wait_for(process.wait(), limit(DEADLINE)) == 0
     finally:
         os.close(ours)
         os.close(theirs)

@@ -19,6 +19,7 @@ from gpudock.v1.watch_pb2 import WatchCheckpoint
 
 from tests.clients import messages
 from tests.clients.scripted import Context, ScriptedServer, abort, lose, refusal, saying, unreadable_details
+from tests.rig.patience import limit
 
 Created = pb.CreateContainerResponse
 Watched = operation_service_pb2.WatchOperationResponse
@@ -261,7 +262,7 @@ async def test_an_operation_that_nobody_has_answered_for_is_given_up_like_any_ca
     await server.stop()
     async with Client(server.address, retry_for=0.2, reattach_for=3600) as client:
         with pytest.raises(gpudock.Unavailable):
-            await asyncio.wait_for(begin(client).result(), 20)
+            await asyncio.wait_for(begin(client).result(), limit(20))
 
 
 async def test_a_plan_needs_no_result(server: ScriptedServer, client: Client) -> None:
@@ -575,7 +576,7 @@ async def test_leaving_an_exec_hangs_up(server: ScriptedServer, client: Client) 
     server.on("ExecContainer", endless)
     async with client.containers.exec("train", ["sleep", "inf"]):
         pass
-    await asyncio.wait_for(hung_up.wait(), 5)
+    await asyncio.wait_for(hung_up.wait(), limit(5))
 
 
 async def test_a_commit_gives_the_image(server: ScriptedServer, client: Client) -> None:

@@ -10,6 +10,7 @@ from gpudock_server.model.store_changes import DeleteContainer, PutContainer, St
 from gpudock_server.ports import ContainerView, Store, StoreEvent
 
 from tests.engine.etcd_examples import container
+from tests.rig.patience import limit
 
 SOON = 10.0
 """Seconds within which a watch shows what has happened; a busy machine needs some of them."""
@@ -27,7 +28,7 @@ class Reader:
 
     async def seen(self) -> StoreEvent[ContainerView]:
         """The next event."""
-        async with asyncio.timeout(SOON):
+        async with asyncio.timeout(limit(SOON)):
             seen = await anext(self.watch)
         self.token = seen.token
         return seen

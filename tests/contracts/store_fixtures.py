@@ -10,6 +10,7 @@ from gpudock_server.adapters.etcd import EtcdConnection, EtcdStore, messages
 from gpudock_server.ports import Store
 
 from tests.contracts.store_examples import Forget
+from tests.rig.patience import limit
 from tests.rpc.memory_store import MemoryStore
 
 pytest_plugins = ["tests.engine.etcd_fixtures"]
@@ -50,6 +51,8 @@ def forget(any_store: Store, request: pytest.FixtureRequest) -> Forget:
         # What a watch or a page still needs is of a revision before the last one.
         await connection.txn(success=[messages.put(b"/forget", b"")])
         revision = (await connection.txn(success=[messages.put(b"/forget", b"")])).revision
-        await connection._client.kvstub.Compact(rpc.CompactionRequest(revision=revision, physical=True), timeout=20)
+        await connection._client.kvstub.Compact(
+            rpc.CompactionRequest(revision=revision, physical=True), timeout=limit(20)
+        )
 
     return compact

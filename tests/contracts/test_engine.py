@@ -21,6 +21,7 @@ from gpudock_server.ports import Engine
 
 from tests.contracts.engine_subject import EngineSubject
 from tests.engine.engine_examples import IDLE, engine_spec, inspect_container
+from tests.rig.patience import limit
 
 pytest_plugins = ["tests.contracts.engine_fixtures"]
 
@@ -291,7 +292,7 @@ async def test_events_are_told_from_a_time_on(engine: Engine, subject: EngineSub
     box = await subject.running()
     start = (await inspect_container(engine, box)).create_time
     assert start is not None
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(limit(60)):
         stream = engine.events(int(start.timestamp()) * 10**9)
         told = await anext(stream)
         while told.engine_id != box:

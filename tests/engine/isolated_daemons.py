@@ -18,7 +18,7 @@ from gpudock.v1 import container_pb2
 from tests.calls import Caller, Failure, failure_of
 from tests.conftest import FAST_FLAGS
 from tests.rig import Daemon, Rig
-from tests.rig.patience import PATIENCE
+from tests.rig.patience import limit
 
 _POLL_SECONDS = 0.03
 
@@ -105,7 +105,7 @@ async def until(
     condition: Callable[[], Awaitable[bool]], seconds: float = 15.0, *, seen: Callable[[], object] = lambda: ""
 ) -> None:
     """Wait until a condition holds; what was `seen` last is told if it never does."""
-    deadline = time.monotonic() + seconds * PATIENCE
+    deadline = time.monotonic() + limit(seconds)
     while not await condition():
         assert time.monotonic() < deadline, f"it did not come to that in time: {seen()}"
         await asyncio.sleep(_POLL_SECONDS)

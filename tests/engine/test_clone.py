@@ -18,6 +18,7 @@ from tests.conftest import FAST_FLAGS, own_state_flags
 from tests.engine.sample_trees import TreeEntry, create_tree_command, image_files, read_tree, tree_differences
 from tests.faults.invariants import LOOK, PLANT, absent, layer_images, sound
 from tests.rig import CUDA_LIKE, GLIBC, Rig
+from tests.rig.patience import limit
 from tests.selection import deep_except
 
 _NEVER = container_pb2.SNAPSHOT_POLICY_NEVER
@@ -146,7 +147,7 @@ async def test_while_the_source_writes(rig: Rig, carry: str) -> None:
             assert last == list(range(last[0], last[0] + len(last)))
             before = int(await caller.shell("origin", "wc -l < /busy/log"))
             assert before > len(log)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(limit(10)):
                 while int(await caller.shell("origin", "wc -l < /busy/log")) <= before:
                     await asyncio.sleep(0.05)
             await caller.delete_all()
@@ -268,7 +269,7 @@ async def test_a_source_that_the_engine_lost(caller: Caller, rig: Rig) -> None:
     files = await _files(caller, "origin")
     made = await caller.update("origin", env={"A": "1"})
     rig.engine.call("DELETE", f"/containers/{made.status.engine_id}?force=1")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(limit(10)):
         while (await caller.get("origin")).status.state != container_pb2.CONTAINER_STATE_FAILED:
             await asyncio.sleep(0.05)
     assert (await failure(caller.clone("origin", "twin"))).reason == "CONTAINER_GONE"

@@ -13,6 +13,7 @@ from gpudock.v1 import container_pb2, container_service_pb2, operation_pb2, oper
 from tests.calls import IDLE, IMAGE, Caller, failure, progress_of, result_of
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons
 from tests.rig import Rig
+from tests.rig.patience import limit
 
 __all__ = ["daemons"]
 
@@ -166,7 +167,7 @@ async def test_a_cancel_leaves_the_name_with_the_old_one(daemons: IsolatedDaemon
         assert shown(rig, NAME)["Id"] == old.id
         assert (await caller.get("box")).status.state == RUNNING
         # The engine does not stop what it has begun: its image appears later, and is taken away.
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(limit(120)):
             while f"gpudock/raw:{operation_id}" not in daemon.log_text:
                 await asyncio.sleep(0.1)
             while f"gpudock/raw:{operation_id}" in _tags(rig):

@@ -12,6 +12,7 @@ from gpudock.v1 import container_pb2, container_service_pb2, operation_service_p
 
 from tests.calls import IMAGE, Caller, failure, progress_of, result_of, scale_request
 from tests.rig import HttpStatusError, Rig
+from tests.rig.patience import limit
 
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING
 STOPPED = container_pb2.CONTAINER_STATE_STOPPED
@@ -299,7 +300,7 @@ async def test_hanging_up_only_stops_watching(caller: Caller) -> None:
 
 async def test_an_exit_is_noticed(caller: Caller) -> None:
     container = await caller.create("brief", 1, command=("sh", "-c", "sleep 0.3; exit 7"))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(limit(30)):
         while container.status.state != EXITED:
             await asyncio.sleep(0.05)
             container = await caller.get("brief")

@@ -28,6 +28,7 @@ from tests.calls import Caller, Failure, failure, failure_of, scale_request
 from tests.engine.grpcurl import GRPCURL
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, ports_in_use, stream_failure, until, until_state
 from tests.rig import Daemon, EngineProxy, Rig, freeze
+from tests.rig.patience import limit
 from tests.rpc.certificates import Authority
 
 __all__ = ["daemons"]
@@ -273,7 +274,7 @@ async def test_sigusr1_shows_where_everything_stands(daemons: IsolatedDaemons, e
         await caller.create("one")
         hang = engine_proxy.faults.hang("POST", "/containers/[^/]+/pause")
         pausing = asyncio.ensure_future(caller.containers.PauseContainer(PauseContainerRequest(name="one")))
-        await asyncio.wait_for(hang.hit.wait(), 10)
+        await asyncio.wait_for(hang.hit.wait(), limit(10))
         daemon.signal(signal.SIGUSR1)
 
         async def shown() -> bool:
@@ -294,7 +295,7 @@ async def test_sigusr1_shows_where_everything_stands(daemons: IsolatedDaemons, e
 async def test_told_to_stop_while_it_starts(daemons: IsolatedDaemons, engine_proxy: EngineProxy) -> None:
     hang = engine_proxy.faults.hang("GET", "/info")
     daemon = await daemons.start(docker_host=engine_proxy.url, serving=False)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(limit(20)):
         await hang.hit.wait()
     daemon.terminate()
     assert await asyncio.to_thread(daemon.wait, 5) == 0, daemon.log_text

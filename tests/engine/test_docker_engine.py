@@ -44,6 +44,7 @@ from gpudock_server.model.spec import (
 from tests.engine.docker_registry import LAYER_BYTES, SECRET, USER, registry
 from tests.engine.engine_examples import CUDA_LIKE, IDLE, IMAGE, engine_spec, inspect_container, start_container
 from tests.rig import EngineProxy, Rig
+from tests.rig.patience import limit
 
 MIB = 1 << 20
 
@@ -92,7 +93,7 @@ def _shell(rig: Rig, name: str, script: str) -> str:
     made = rig.engine.call("POST", f"/containers/{name}/exec", send={"Cmd": command})
     rig.engine.call("POST", f"/exec/{made['Id']}/start", send={"Detach": True})
     memory = Path(f"/proc/{rig.engine.call('GET', f'/containers/{name}/json')['State']['Pid']}/root/dev/shm")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + limit(30)
     while not (memory / "done").exists():
         assert time.monotonic() < deadline, f"{script!r} does not end in {name}"
         time.sleep(0.005)
@@ -684,7 +685,7 @@ async def test_every_call_ends_and_leaks_nothing(patient: DockerEngine, engine_p
             await task
         assert in_use(engine) == 0
         faults.clear()
-    await asyncio.wait_for(engine_proxy.idle(), 5)
+    await asyncio.wait_for(engine_proxy.idle(), limit(5))
 
 
 async def _as_coroutine(awaitable: Awaitable[object]) -> None:

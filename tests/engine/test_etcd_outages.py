@@ -29,6 +29,7 @@ from gpudock_server.startup import StartupError
 
 from tests.engine.etcd_examples import GPU, holder, open_connection, operation
 from tests.rig import Rig, freeze
+from tests.rig.patience import limit
 
 # Of an etcd that lives as long as one test.
 SECRET = uuid.uuid4().hex
@@ -159,9 +160,9 @@ async def test_an_etcd_that_stands_still(own_etcd: EmbeddedEtcd) -> None:
 async def test_a_token_that_etcd_has_forgotten_is_renewed(own_etcd: EmbeddedEtcd) -> None:
     async with open_connection(own_etcd.address.endpoints[0]) as root:
         auth = root._client.auth_stub
-        await auth.UserAdd(rpc.AuthUserAddRequest(name="root", password=SECRET), timeout=5)
-        await auth.UserGrantRole(rpc.AuthUserGrantRoleRequest(user="root", role="root"), timeout=5)
-        await auth.AuthEnable(rpc.AuthEnableRequest(), timeout=5)
+        await auth.UserAdd(rpc.AuthUserAddRequest(name="root", password=SECRET), timeout=limit(5))
+        await auth.UserGrantRole(rpc.AuthUserGrantRoleRequest(user="root", role="root"), timeout=limit(5))
+        await auth.AuthEnable(rpc.AuthEnableRequest(), timeout=limit(5))
         with pytest.raises(StoreUnavailable, match="user name is empty"):
             await EtcdStore(root).claims("h1")
     address = EtcdAddress(own_etcd.address.endpoints, user="root", password=SECRET)

@@ -21,6 +21,7 @@ from gpudock_server.ports import ContainerView, StoreEvent
 from tests.contracts.store_examples import Reader, put, watching
 from tests.engine.etcd_examples import container, open_connection
 from tests.rig import Rig, freeze
+from tests.rig.patience import limit
 
 pytest_plugins = ["tests.engine.etcd_fixtures"]
 
@@ -39,7 +40,7 @@ async def store(connection: EtcdConnection, prefix: str) -> EtcdStore:
 async def compact(connection: EtcdConnection) -> None:
     """Compact up to the current revision."""
     revision = (await connection.txn(success=[messages.get(b"nothing")])).revision
-    await connection._client.kvstub.Compact(rpc.CompactionRequest(revision=revision, physical=True), timeout=5)
+    await connection._client.kvstub.Compact(rpc.CompactionRequest(revision=revision, physical=True), timeout=limit(5))
 
 
 async def test_an_idle_watch_moves_on(connection: EtcdConnection, prefix: str, store: EtcdStore) -> None:
@@ -189,7 +190,7 @@ async def test_an_etcd_that_stays_away(own_etcd: EmbeddedEtcd) -> None:
             freeze(own_etcd.pid)
             try:
                 # A connection that is silent is found out within seconds; then the store's own patience counts.
-                async with asyncio.timeout(30):
+                async with asyncio.timeout(limit(30)):
                     with pytest.raises(StoreUnavailable):
                         await _exhaust(reader, [])
             finally:

@@ -26,6 +26,7 @@ from gpudock.v1 import container_service_pb2, exec_pb2
 from tests.calls import Caller, ExecResult, Failure, failure, failure_of, iterate
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons
 from tests.rig import Daemon, EngineProxy, Rig
+from tests.rig.patience import limit
 
 __all__ = ["daemons"]
 
@@ -85,13 +86,13 @@ class Talk:
 
     async def says(self, text: bytes) -> None:
         """Wait for `text` on stdout."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(limit(60)):
             while text not in self.result.stdout:
                 assert await self.read(), self.result
 
     async def ended(self) -> ExecResult:
         """What it did, once the RPC has ended; raises AioRpcError where that was an error."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(limit(60)):
             while await self.read():
                 pass
         assert (self.result.code is None) != (not self.result.signal), self.result
@@ -143,7 +144,7 @@ def pids(number: int) -> list[int]:
 async def until(condition: Callable[[], object], what: str) -> None:
     """Wait for something that has to come about."""
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(limit(30)):
             while not condition():
                 await asyncio.sleep(0.03)
     except TimeoutError:
@@ -590,17 +591,17 @@ async def test_a_limit(daemons: IsolatedDaemons) -> None:
 @pytest.mark.deep
 async def test_nothing_leaks(daemons: IsolatedDaemons) -> None:
     """Two hundred commands, forty of each kind, cost no descriptor and no slot for good."""
-    limit = 12
-    daemon = await daemons.start("--max-execs", str(limit))
+    slots = 12
+    daemon = await daemons.start("--max-execs", str(slots))
     async with boxed(daemon) as caller:
         await _eight_at_once(caller, "ends")
-        before = await _descriptors_of_idle(caller, daemon, limit)
+        before = await _descriptors_of_idle(caller, daemon, slots)
         for kind in ("ends", "cannot be run", "left in silence", "left while it talks", "left unborn"):
             for _ in range(5):
                 await _eight_at_once(caller, kind)
             # Its pool may hold a few connections more or less, on a busy machine many more until they have been idle
             # for 15 s; each of forty would be one too many.
-            await _descriptors_of_idle(caller, daemon, limit)
+            await _descriptors_of_idle(caller, daemon, slots)
             await until(lambda: _descriptors(daemon) < before + 12, kind)
     assert await asyncio.to_thread(daemon.stop) == 0
     assert "never retrieved" not in daemon.log_text
@@ -635,11 +636,11 @@ async def _one(caller: Caller, kind: str) -> None:
             talk.call.cancel()
 
 
-async def _descriptors_of_idle(caller: Caller, daemon: Daemon, limit: int) -> int:
+async def _descriptors_of_idle(caller: Caller, daemon: Daemon, slots: int) -> int:
     """How many the daemon has once every slot was free, and taken, and free again."""
     talks: list[Talk] = []
-    async with asyncio.timeout(60):
-        while len(talks) < limit:
+    async with asyncio.timeout(limit(60)):
+        while len(talks) < slots:
             try:
                 talks.append(await Talk(caller, "cat", stdin=True).begun())
             except grpc.aio.AioRpcError as error:

@@ -30,6 +30,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.rig import EngineProxy, Rig
+from tests.rig.patience import limit
 
 IMAGE = "gpudock/busybox:test"
 MIB = 1 << 20
@@ -290,7 +291,7 @@ async def test_input_that_nobody_reads_costs_no_output(engine: DockerEngine, box
         writing = asyncio.create_task(session.write(b"x" * 10_000_000))
         out, _ = await all_of(session)
         assert len(out) >= 300_000
-        await asyncio.wait_for(writing, 5)
+        await asyncio.wait_for(writing, limit(5))
         await session.write(b"more")
         await session.close_stdin()
         assert (await session.status()).exit_code == 4
@@ -397,7 +398,7 @@ async def test_where_nothing_can_be_run(engine: DockerEngine, box: str) -> None:
 
 async def pid_of(session: ExecSession) -> int:
     """The pid of its process; the engine may show the output before it shows that."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(limit(30)):
         while not (pid := (await session.status()).pid):
             await asyncio.sleep(0.01)
     return pid
@@ -526,7 +527,7 @@ async def test_a_start_that_fails_hangs_or_is_dropped(box: str, engine_proxy: En
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await starting
-    await asyncio.wait_for(engine_proxy.idle(), 5)
+    await asyncio.wait_for(engine_proxy.idle(), limit(5))
 
 
 # ---- over TCP, with and without TLS ----

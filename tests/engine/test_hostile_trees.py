@@ -24,6 +24,7 @@ from tests.engine.hostile_trees import HOSTILE_SHAPES, fingerprint, make_nested_
 from tests.engine.sample_trees import create_layer_folders
 from tests.engine.test_snapshots import IMAGE_ID, UID, Place, _container, _key, _no_progress
 from tests.engine.test_stalls import Folders
+from tests.rig.patience import limit
 
 pytestmark = pytest.mark.deep
 
@@ -269,7 +270,7 @@ def _children() -> list[int]:
 
 async def _stopped(task: asyncio.Task[None]) -> int:
     """Stop the child of a running job, so that it makes no progress."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(limit(60)):
         while not (children := _children()):
             assert not task.done()
             await asyncio.sleep(0.001)

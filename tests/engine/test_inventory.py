@@ -24,6 +24,7 @@ from gpudock.v1 import (
 from tests.calls import Caller, failure, progress_of, result_of, scale_request
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, ports_in_use, until
 from tests.rig import EngineProxy, FakeGpus, Rig
+from tests.rig.patience import limit
 from tests.selection import deep_except
 
 __all__ = ["daemons"]
@@ -104,7 +105,7 @@ async def test_the_node_while_the_engine_is_away(daemons: IsolatedDaemons, engin
     async with Caller(daemon.target) as caller:
         before = await node_of(caller)
         engine_proxy.faults.hang(".*", ".*", times=None)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(limit(10)):
             node = await node_of(caller)
         assert not node.components[0].healthy
         assert node.components[0].message

@@ -34,6 +34,7 @@ from tests.engine.sample_trees import (
     tree_differences,
 )
 from tests.rig.images import GLIBC
+from tests.rig.patience import limit
 from tests.rig.rig import REPOSITORY, Rig
 
 IMAGE = "gpudock/tree:test"
@@ -400,7 +401,7 @@ def _grow_heavy(pair: LayerPair) -> None:
 async def _copying(store: OverlayLayerStore, pair: LayerPair) -> asyncio.Task[None]:
     """A copy that has begun, and whose process stands still: however quick the disk, it does not end by itself."""
     task = asyncio.create_task(store.copy(pair, _no_progress))
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(limit(60)):
         while not (copiers := _copiers(pair)):
             assert not task.done()
             await asyncio.sleep(0.001)
@@ -462,7 +463,7 @@ def _elsewhere(scenario: Callable[..., object], root: Path, pair: LayerPair, *wr
 
 def _passes_elsewhere(scenario: Callable[..., object], root: Path, pair: LayerPair, *wrapper: str) -> None:
     ended = _elsewhere(scenario, root, pair, *wrapper)
-    ended.communicate(timeout=60)
+    ended.communicate(timeout=limit(60))
     assert ended.returncode == 0
 
 

@@ -21,6 +21,7 @@ from gpudock_server.model.gpu import Gpu, GpuHealth, GpuProcess, GpuReport, MigM
 
 from tests.rig.builds import build_nvml
 from tests.rig.gpus import FakeGpus
+from tests.rig.patience import limit
 
 UNKNOWN_ERROR = 999
 NOT_SUPPORTED = 3
@@ -60,7 +61,7 @@ async def inventory(cards: FakeGpus) -> AsyncIterator[NvmlInventory]:
 
 
 async def _until(inventory: NvmlInventory, condition: Callable[[GpuReport], bool]) -> GpuReport:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(limit(10)):
         while not condition(snapshot := await inventory.snapshot()):
             await asyncio.sleep(0.01)
     return snapshot

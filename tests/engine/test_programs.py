@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rig.patience import PATIENCE
+from tests.rig.patience import limit
 
 _REPOSITORY = Path(__file__).parents[2]
 # Runs a program and dies, by its own hand, as soon as that was started.
@@ -78,7 +78,7 @@ def test_a_program_whose_daemon_dies_as_it_is_started_does_not_run(tmp_path: Pat
     words = [sys.executable, "-c", _PARENT, mark]
     died = subprocess.run(words, check=False, cwd=_REPOSITORY, env={**os.environ, "PATH": path}, timeout=60)
     assert died.returncode == -signal.SIGKILL
-    deadline = time.monotonic() + 10 * PATIENCE
+    deadline = time.monotonic() + limit(10)
     while (left := _running(mark)) and time.monotonic() < deadline:
         # The kernel tells nobody but its parent of the end of a process, and the parent is dead.
         time.sleep(_LOOK_SECONDS)
@@ -94,11 +94,11 @@ def test_a_job_on_a_tree_ends_with_its_daemon(tmp_path: Path) -> None:
         for _ in range(_LARGE_MIB):
             file.write(bytes(1 << 20))
     words = [sys.executable, "-c", _PARENT_OF_JOB, str(tmp_path)]
-    died = subprocess.run(words, check=False, cwd=_REPOSITORY, capture_output=True, text=True, timeout=60)
+    died = subprocess.run(words, check=False, cwd=_REPOSITORY, capture_output=True, text=True, timeout=limit(60))
     large.unlink()
     assert died.returncode == -signal.SIGKILL, died.stderr
     child = int(died.stdout)
-    deadline = time.monotonic() + 10 * PATIENCE
+    deadline = time.monotonic() + limit(10)
     while (left := _lives(child)) and time.monotonic() < deadline:
         # The kernel tells nobody but its parent of the end of a process, and the parent is dead.
         time.sleep(_LOOK_SECONDS)

@@ -15,6 +15,7 @@ from tests.calls import IMAGE, Caller, failure, progress_of, result_of, scale_re
 from tests.conftest import FAST_FLAGS, own_state_flags
 from tests.faults.invariants import LOOK, PLANT, layer_images, sound
 from tests.rig import GLIBC, Rig
+from tests.rig.patience import limit
 
 _NEVER = container_pb2.SNAPSHOT_POLICY_NEVER
 _CHEAP = container_pb2.SNAPSHOT_POLICY_CHEAP
@@ -278,7 +279,7 @@ async def test_what_the_engine_lost_can_be_brought_back(caller: Caller, rig: Rig
     await caller.scale("lost", 2)
     (engine,) = _engine(rig, "lost")
     rig.engine.call("DELETE", f"/containers/{engine['Id']}?force=1")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(limit(10)):
         while (await caller.get("lost")).status.state != container_pb2.CONTAINER_STATE_FAILED:
             await asyncio.sleep(0.05)
     assert await caller.free_gpus() == 8
@@ -327,7 +328,7 @@ async def test_retention_by_count_and_by_age(rig: Rig) -> None:
             policy = container_pb2.RevisionPolicy()
             policy.keep_for.FromSeconds(1)
             await caller.update("node", revision_policy=policy)
-            async with asyncio.timeout(15):
+            async with asyncio.timeout(limit(15)):
                 while [one.revision for one in await caller.revisions("node")] != [6]:
                     await asyncio.sleep(0.1)
             await caller.delete_all()

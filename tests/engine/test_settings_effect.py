@@ -28,7 +28,7 @@ from tests.engine.etcd_examples import open_connection
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
 from tests.rig import BUSYBOX, Daemon, Rig
 from tests.rig.etcd import find_etcd
-from tests.rig.patience import PATIENCE
+from tests.rig.patience import limit
 from tests.rpc.certificates import Authority
 
 __all__ = ["daemons"]
@@ -213,7 +213,7 @@ def _children(pid: int) -> list[int]:
 
 def _freeze_child(daemon: Daemon, word: bytes, seconds: float = 60) -> None:
     """Wait until a daemon has a child with this in its command line, and stop it as SIGSTOP does."""
-    deadline = time.monotonic() + seconds * PATIENCE
+    deadline = time.monotonic() + limit(seconds)
     while time.monotonic() < deadline:
         for pid in _children(daemon.process.pid):
             with contextlib.suppress(OSError):

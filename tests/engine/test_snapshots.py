@@ -31,6 +31,7 @@ from tests.engine.sample_trees import (
     tree_differences,
 )
 from tests.rig.images import GLIBC
+from tests.rig.patience import limit
 from tests.rig.rig import Rig
 
 IMAGE = "gpudock/snapshot:test"
@@ -197,7 +198,7 @@ async def test_what_a_snapshot_costs_is_what_changed(place: Place) -> None:
 async def _until_trusted(path: Path) -> None:
     """Wait until a change of a file is older than what a store takes for new."""
     probe = path.parent / "probe"
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(limit(30)):
         while True:
             probe.touch()
             if probe.stat().st_ctime_ns > path.stat().st_ctime_ns + 1_500_000_000:  # noqa: ASYNC240 - a moment
@@ -257,7 +258,7 @@ async def test_a_cancelled_gathering_stops_and_can_be_repeated(tmp_path: Path) -
     _grow_layer(place.layers[0])
     key, operation_id = _key(1), new_operation_id()
     task = asyncio.create_task(place.store.gather(place.running, key, operation_id, None, _no_progress))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(limit(30)):
         while not (place.snapshots / UID / f"1.partial-{operation_id}/tree/grown").is_dir():
             await asyncio.sleep(0.001)
     task.cancel()

@@ -18,13 +18,13 @@ from tests.calls import Caller, failure, progress_of
 from tests.engine.docker_registry import registry, release
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
 from tests.rig import Rig
-from tests.rig.patience import PATIENCE
+from tests.rig.patience import limit
 
 __all__ = ["daemons"]
 
 # Longer than any test waits: what is done at once is told from what waits for this to be over.
 HOURS = "3h"
-ANSWERED_WITHIN = 10 * PATIENCE
+ANSWERED_WITHIN = 10
 
 
 @pytest_asyncio.fixture
@@ -46,7 +46,7 @@ def asked(caller: Caller, image: str, **fields: Any) -> container_service_pb2.Cr
 
 async def stuck(caller: Caller, image: str) -> str:
     """Begin a pull; its operation once the layer has stopped coming."""
-    async with asyncio.timeout(30 * PATIENCE):
+    async with asyncio.timeout(limit(30)):
         async for answer in caller.containers.CreateContainer(asked(caller, image)):
             if answer.operation.stage == "pull" and answer.operation.current_bytes:
                 return str(answer.operation.id)
@@ -56,7 +56,7 @@ async def stuck(caller: Caller, image: str) -> str:
 async def operation(caller: Caller, operation_id: str) -> operation_pb2.Operation:
     """An operation as it is."""
     request = operation_service_pb2.GetOperationRequest(id=operation_id)
-    return (await caller.operations.GetOperation(request, timeout=ANSWERED_WITHIN)).operation
+    return (await caller.operations.GetOperation(request, timeout=limit(ANSWERED_WITHIN))).operation
 
 
 @pytest.mark.deep
@@ -87,11 +87,11 @@ async def test_a_restart_serves_while_a_pull_is_stuck(daemons: IsolatedDaemons, 
     daemon = await daemons.start("--pull-stall-timeout", HOURS, after=daemon, serving=False)
     async with Caller(daemon.target) as caller:
         listed = await caller.containers.ListContainers(
-            container_service_pb2.ListContainersRequest(), timeout=ANSWERED_WITHIN, wait_for_ready=True
+            container_service_pb2.ListContainersRequest(), timeout=limit(ANSWERED_WITHIN), wait_for_ready=True
         )
         assert {one.name for one in listed.containers} == {"box", "other"}
         assert (await operation(caller, operation_id)).state == operation_pb2.OPERATION_STATE_RUNNING
-        async with asyncio.timeout(ANSWERED_WITHIN):
+        async with asyncio.timeout(limit(ANSWERED_WITHIN)):
             await until(lambda: asyncio.to_thread(daemon.serving))
             await caller.stop("other")
         busy = await failure(caller.delete("box"))
@@ -153,14 +153,14 @@ async def test_while_it_recovers_reads_are_answered_and_changes_are_not(
         )
         async with Caller(daemon.target) as caller:
             listed = await caller.containers.ListContainers(
-                container_service_pb2.ListContainersRequest(), timeout=ANSWERED_WITHIN, wait_for_ready=True
+                container_service_pb2.ListContainersRequest(), timeout=limit(ANSWERED_WITHIN), wait_for_ready=True
             )
             assert [one.name for one in listed.containers] == ["box", "other"]
-            await asyncio.wait_for(fault.hit.wait(), ANSWERED_WITHIN)
+            await asyncio.wait_for(fault.hit.wait(), limit(ANSWERED_WITHIN))
             health = health_pb2_grpc.HealthStub(caller.channel)
-            answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=ANSWERED_WITHIN)
+            answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=limit(ANSWERED_WITHIN))
             assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
-            await caller.nodes.ListPorts(node_service_pb2.ListPortsRequest(), timeout=ANSWERED_WITHIN)
+            await caller.nodes.ListPorts(node_service_pb2.ListPortsRequest(), timeout=limit(ANSWERED_WITHIN))
             for change in (
                 caller.create("third"),
                 caller.stop("other"),

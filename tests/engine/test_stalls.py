@@ -18,7 +18,7 @@ from gpudock_server.adapters.volumes.private_mounts import FilesLocation
 from gpudock_server.errors import VolumeFailed
 from gpudock_server.model.volume import VolumeBackendKind, VolumeBacking
 
-from tests.rig.patience import PATIENCE
+from tests.rig.patience import limit
 
 pytestmark = pytest.mark.deep
 
@@ -64,7 +64,7 @@ async def test_a_copy_whose_process_stands_still_is_ended_and_fails(
 
     with monkeypatch.context() as patched:
         patched.setattr(asyncio, "create_subprocess_exec", start_stopped)
-        async with asyncio.timeout(60 * PATIENCE):
+        async with asyncio.timeout(limit(60)):
             with pytest.raises(VolumeFailed, match="job 'mirror' made no progress for 2 s"):
                 await MirrorVolumeCopier([folders], stall_seconds=2).copy(source, target, _nobody, final=True)
     assert [process.returncode for process in children] == [-signal.SIGKILL] * 2

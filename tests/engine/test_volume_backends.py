@@ -44,6 +44,7 @@ from tests.engine.loop_devices import loop_devices_below
 from tests.engine.sample_trees import create_tree
 from tests.engine.volume_containers import TARGET, VolumeContainer, volume_container
 from tests.rig import HttpStatusError, Rig
+from tests.rig.patience import limit
 from tests.rig.rig import REPOSITORY
 from tests.selection import deep_except
 
@@ -158,7 +159,7 @@ async def test_growing_under_a_writer(rig: Rig, engine: DockerEngine, loop: Loop
             size, _ = one.df()
             assert backing.size_bytes <= size < backing.size_bytes * 1.05
         before = len(one.run("cat", f"{TARGET}/sums").stdout.splitlines())
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + limit(30)
         while len(one.run("cat", f"{TARGET}/sums").stdout.splitlines()) <= before + 3:
             assert time.monotonic() < deadline, "the writer has stopped"
             await asyncio.sleep(0.05)
@@ -261,7 +262,7 @@ async def test_deleted_files_give_their_room_back(rig: Rig, engine: DockerEngine
         one.run("sync")
         if backing.filesystem == "xfs":
             one.stop()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + limit(60)
         while (await loop.pool()).allocated_bytes > full.allocated_bytes - 90 * MIB:
             assert time.monotonic() < deadline, "the image is as large as before"
             await asyncio.sleep(0.1)

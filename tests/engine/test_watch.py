@@ -19,6 +19,7 @@ from tests.engine.etcd_examples import container
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
 from tests.engine.watchers import OFTEN, SOON, Watcher, writing
 from tests.rig import Daemon, Rig
+from tests.rig.patience import limit
 
 pytest_plugins = ["tests.engine.etcd_fixtures"]
 
@@ -166,7 +167,7 @@ async def test_the_client_goes_on_by_itself(daemons: IsolatedDaemons, rig: Rig) 
                 await asyncio.to_thread(daemon.kill9 if revision == 10 else daemon.stop)
                 daemon = await daemons.start(after=daemon)
         await writer.delete("a")
-        await asyncio.wait_for(following, SOON)
+        await asyncio.wait_for(following, limit(SOON))
     assert told == [
         ("added", "a.1"),
         *[("modified", f"a.{number}") for number in range(2, 40)],

@@ -16,6 +16,7 @@ from tests.engine.etcd_examples import container
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons
 from tests.engine.watchers import OFTEN, SOON, VolumeWatcher, Writer, writing
 from tests.rig import Rig
+from tests.rig.patience import limit
 
 pytest_plugins = ["tests.engine.etcd_fixtures"]
 
@@ -153,7 +154,7 @@ async def test_the_client_goes_on_by_itself(daemons: IsolatedDaemons, rig: Rig) 
                 daemon = await daemons.start(after=daemon)
             await writer.delete(f"c{number:02d}")
         await writer.delete_volume("a")
-        await asyncio.wait_for(following, SOON)
+        await asyncio.wait_for(following, limit(SOON))
     # It may have begun when some had come and gone already.
     first = 29 - (len(told) - 2) // 2
     expected = [each for number in range(first + 1, 30) for each in (f"modified c{number:02d}", "modified ")]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tests.rig import BUSYBOX, Rig
+from tests.rig.patience import limit
 
 TARGET = "/data"
 
@@ -39,7 +40,7 @@ class VolumeContainer:
         """
         bound = ["setpriv", "--bounding-set=-sys_resource", "--inh-caps=-sys_resource", "--"]
         words = [*bound, "nsenter", f"--target={self.pid}", "--mount", "--pid", "--root", "--wdns=/", "--", *argv]
-        return subprocess.run(words, check=check, capture_output=True, text=True, timeout=120)
+        return subprocess.run(words, check=check, capture_output=True, text=True, timeout=limit(120))
 
     def df(self) -> tuple[int, int]:
         """Size and used bytes, as df shows them."""

@@ -15,6 +15,7 @@ from gpudock_server.model.store_changes import DeleteContainer, DeleteVolume, Pu
 
 from tests.calls import Caller, Failure, failure_of
 from tests.engine.etcd_examples import container, open_connection, volume
+from tests.rig.patience import limit
 
 SOON = 20.0
 OFTEN = ("--watch-checkpoint-interval", "0.5")
@@ -31,7 +32,7 @@ class AnyWatcher(Generic[T]):
 
     async def event(self) -> tuple[str, Any]:
         """What the next message says: its kind and what it holds."""
-        async with asyncio.timeout(SOON):
+        async with asyncio.timeout(limit(SOON)):
             response = await self.call.read()
         assert response is not grpc.aio.EOF, "a watch has no end"  # type: ignore[attr-defined]  # missing in its stubs
         assert response.resume_token

@@ -26,13 +26,13 @@ from tests.calls import Caller
 from tests.conftest import FAST_FLAGS, own_state_flags
 from tests.faults.instrumented_daemon import BY_CHILDREN, DELAY_MS, DIE_AT, DURING, KIND, LASTING, PHASE, REFUSAL, Phase
 from tests.rig import Daemon, Rig
-from tests.rig.patience import PATIENCE, in_time
+from tests.rig.patience import in_time, least_patience, limit
 
 ALL = os.environ.get("GPUDOCK_ALL_MOMENTS", "") not in ("", "0")
 SEED = os.environ.get("GPUDOCK_MOMENTS_SEED") or uuid.uuid4().hex[:8]
 # How many are drawn of a saga's moments between calls, of those during calls, of those of its undoing, and of those
 # that a recovery follows.
-_DRAWN_BETWEEN, _DRAWN_DURING, _DRAWN_UNDOING, _DRAWN_RECOVERING = 4, 2 if PATIENCE == 1 else 1, 1, 1
+_DRAWN_BETWEEN, _DRAWN_DURING, _DRAWN_UNDOING, _DRAWN_RECOVERING = 4, 2 if least_patience() == 1 else 1, 1, 1
 # More moments than any operation has: a saga that never ends must fail the test and not hang it.
 _MOST_MOMENTS = 200
 _MOST_DRAWN_AGAIN = 5
@@ -297,7 +297,7 @@ class Killing:
     async def _recovered(self, saga: Saga, die_at: str) -> Moment | None:
         """Have the next daemon recover, and perhaps die of it; the moment at which it did."""
         await self._start(saga, die_at, Phase.RESUMED, serving=False)
-        deadline = time.monotonic() + _SERVING_SECONDS * PATIENCE
+        deadline = time.monotonic() + limit(_SERVING_SECONDS)
         while self._running.running and not await asyncio.to_thread(self._running.serving):
             assert time.monotonic() < deadline, f"it neither serves nor died: {self._running.log_text}"
             await asyncio.sleep(0.02)
@@ -363,7 +363,7 @@ class Killing:
 
 async def all_gone(children: dict[int, str], seconds: float = _CHILDREN_SECONDS) -> None:
     """No child process works on what the next daemon uses: each ends with its daemon."""
-    deadline = time.monotonic() + seconds * PATIENCE
+    deadline = time.monotonic() + limit(seconds)
     while living := [f"{pid} {name}" for pid, name in children.items() if _lives(pid)]:
         assert time.monotonic() < deadline, f"children outlive their daemon: {living}"
         await asyncio.sleep(0.01)

@@ -17,6 +17,7 @@ from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
 from tests.rig import Rig
 from tests.rig.etcd import Etcd
 from tests.rig.etcd_filler import Ballast
+from tests.rig.patience import limit
 
 __all__ = ["daemons"]
 
@@ -45,7 +46,7 @@ async def ballast(small_etcd: Etcd) -> AsyncIterator[Ballast]:
 
 async def _refusal(stream: Any) -> Failure:
     """How an operation's stream ends that must not end well, within a time that its caller would wait."""
-    async with asyncio.timeout(_ANSWER_SECONDS):
+    async with asyncio.timeout(limit(_ANSWER_SECONDS)):
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await progress_of(stream)
     return failure_of(refused.value)
@@ -91,7 +92,7 @@ async def test_a_caller_in_flight_when_it_fills(daemons: IsolatedDaemons, ballas
             await caller.create("victim", 1)
             held = proxy.faults.hang("POST", r"/containers/.*/stop.*")
             telling = asyncio.create_task(_refusal(caller.containers.ScaleContainer(scale_request("victim", 2))))
-            await asyncio.wait_for(held.hit.wait(), _ANSWER_SECONDS)
+            await asyncio.wait_for(held.hit.wait(), limit(_ANSWER_SECONDS))
             await ballast.fill()
             held.release()
             told = await telling

@@ -20,6 +20,7 @@ from tests.calls import Caller, Progress, failure_of, progress_of, scale_request
 from tests.conftest import FAST_FLAGS, own_state_flags
 from tests.faults.invariants import LOOK, PLANT, sound
 from tests.rig import Daemon, EngineProxy, Rig
+from tests.rig.patience import limit
 
 pytestmark = pytest.mark.deep
 
@@ -95,7 +96,7 @@ async def _as_told(caller: Caller, rig: Rig, files: str, told: tuple[str, Progre
 
 async def _brought_back(caller: Caller, rig: Rig) -> None:
     """Start it where an engine that was killed ended it and did not start it again; its record says so."""
-    deadline = time.monotonic() + _BACK_SECONDS
+    deadline = time.monotonic() + limit(_BACK_SECONDS)
     while True:
         await caller.until_idle()
         status = (await caller.get("victim")).status
@@ -110,7 +111,7 @@ async def _brought_back(caller: Caller, rig: Rig) -> None:
 
 
 async def _until_sound(caller: Caller, rig: Rig, files: str) -> None:
-    deadline = time.monotonic() + _BACK_SECONDS
+    deadline = time.monotonic() + limit(_BACK_SECONDS)
     while True:
         try:
             await caller.until_idle()
@@ -143,9 +144,9 @@ async def test_etcd_is_away_in_the_middle_of_a_scale(fragile_rig: Rig, stage: st
         files = await _planted(caller)
         held = proxy.faults.hang("POST|DELETE", _DEEDS, nth=_STAGES[stage])
         telling = asyncio.create_task(_told(caller))
-        await asyncio.wait_for(held.hit.wait(), _BACK_SECONDS)
+        await asyncio.wait_for(held.hit.wait(), limit(_BACK_SECONDS))
         await _away(down, up, held.release)
-        told = await asyncio.wait_for(telling, _BACK_SECONDS)
+        told = await asyncio.wait_for(telling, limit(_BACK_SECONDS))
         # It waited: whatever was asked of the engine was done, and could be recorded once etcd was back.
         assert told[0] == "", told
         await _as_told(caller, fragile_rig, files, told)
@@ -178,11 +179,11 @@ async def test_the_engine_is_killed_in_the_middle_of_a_scale(fragile_rig: Rig, s
         files = await _planted(caller)
         held = proxy.faults.hang("POST|DELETE", _DEEDS, nth=_STAGES[stage], after=done)
         telling = asyncio.create_task(_told(caller))
-        await asyncio.wait_for(held.hit.wait(), _BACK_SECONDS)
+        await asyncio.wait_for(held.hit.wait(), limit(_BACK_SECONDS))
         await asyncio.to_thread(engine.kill9)
         proxy.faults.clear()
         await asyncio.to_thread(engine.start)
-        told = await asyncio.wait_for(telling, _BACK_SECONDS)
+        told = await asyncio.wait_for(telling, limit(_BACK_SECONDS))
         await _brought_back(caller, fragile_rig)
         await _as_told(caller, fragile_rig, files, told)
 
@@ -220,7 +221,7 @@ async def _ignored(call: Awaitable[object]) -> None:
 
 
 async def _until_busy(caller: Caller) -> None:
-    deadline = time.monotonic() + _BACK_SECONDS
+    deadline = time.monotonic() + limit(_BACK_SECONDS)
     while not (await caller.get("victim")).status.operation_id:
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 from tests.install.wheelhouse import BASE_PYTHON, environment
+from tests.rig.patience import limit
 from tests.rig.rig import REPOSITORY
 
 _DEADLINE_S = 300.0
@@ -34,6 +35,12 @@ def test_a_client_alone(tmp_path: Path) -> None:
 
 def _run(*words: str | Path) -> None:
     done = subprocess.run(
-        words, cwd=REPOSITORY, env=environment(), check=False, capture_output=True, text=True, timeout=_DEADLINE_S
+        words,
+        cwd=REPOSITORY,
+        env=environment(),
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=limit(_DEADLINE_S),
     )
     assert done.returncode == 0, done.stdout + done.stderr

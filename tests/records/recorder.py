@@ -28,6 +28,7 @@ from tests.faults.instrumented_daemon import DIE_AT, KIND
 from tests.records.answers import answers_of
 from tests.records.recording import Recording, Stored, dump, load
 from tests.rig import BUSYBOX, CUDA_LIKE, Daemon, EngineProxy, Rig
+from tests.rig.patience import limit
 
 NODE, HOST = "recorded", "recorded-host"
 PREFIX = "/gpudock/v1/"
@@ -153,7 +154,7 @@ class _Recorder:
             await caller.create("never", command=("/not-there",))
         held = proxy.faults.hang("POST", "/containers/create")
         creating = asyncio.create_task(_ignored(caller.create("cancelled")))
-        await asyncio.wait_for(held.hit.wait(), _HIT_SECONDS)
+        await asyncio.wait_for(held.hit.wait(), limit(_HIT_SECONDS))
         listed = await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest(page_size=1))
         cancel = operation_service_pb2.CancelOperationRequest(id=listed.operations[0].id)
         await caller.operations.CancelOperation(cancel)

@@ -14,6 +14,7 @@ from . import http_unix
 from .cleanup import start_ticks
 from .errors import RigError
 from .namespaces import Namespaces
+from .patience import limit
 from .process import Process, ProcessGroup
 
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -136,7 +137,7 @@ class Engine:
         """Kills dockerd and waits until containerd has died with it; shims and containers live on."""
         containerd = int(self._containerd_pidfile.read_text()) if self._containerd_pidfile.exists() else None
         code = self.process.kill9()
-        deadline = time.monotonic() + _CONTAINERD_DEATH_S
+        deadline = time.monotonic() + limit(_CONTAINERD_DEATH_S)
         while containerd and start_ticks(containerd) is not None and time.monotonic() < deadline:
             time.sleep(_POLL_S)
         return code
@@ -174,7 +175,7 @@ class Engine:
         """Where each of dockerd's goroutines stands; it is told to write that down, and goes on."""
         before = _WRITTEN_STACKS.findall(self.log_text)
         self.process.signal(signal.SIGUSR1)
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + limit(timeout_s)
         while time.monotonic() < deadline:
             if (written := _WRITTEN_STACKS.findall(self.log_text)) != before:
                 return Path(written[-1]).read_text()
@@ -192,6 +193,12 @@ class Engine:
     ) -> Any:
         """One blocking request to the engine's API; see `http_unix.call`."""
         return http_unix.call(self.socket, method, path, query=query, send=send, body=body)
+
+    def start_and_remove(self, image: str) -> None:
+        """Creates, starts and removes a container that does nothing."""
+        container = self.call("POST", "/containers/create", send={"Image": image, "Cmd": ["true"]})["Id"]
+        self.call("POST", f"/containers/{container}/start")
+        self.call("DELETE", f"/containers/{container}", query={"force": "1", "v": "1"})
 
     def remove_all(self) -> None:
         """Removes every container, then every volume; images stay."""

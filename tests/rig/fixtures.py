@@ -45,6 +45,7 @@ def engine_runs(request: pytest.FixtureRequest) -> None:
         problems: list[str] = request.getfixturevalue("run_problems")
         problems.append(f"the engine was dead before {request.node.nodeid}:\n{rig.engine.log_text[-_LOG_TAIL:]}")
         rig.engine.start()
+    rig.measure_patience()
 
 
 @pytest.fixture(scope="module")

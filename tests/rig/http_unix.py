@@ -11,9 +11,9 @@ from urllib.parse import urlencode
 from typing_extensions import override
 
 from .errors import RigError
-from .patience import PATIENCE
+from .patience import limit
 
-_TIMEOUT_S = 60.0 * PATIENCE
+_TIMEOUT_S = 60.0
 
 
 class HttpStatusError(RigError):
@@ -29,7 +29,7 @@ class _UnixConnection(http.client.HTTPConnection):
     """A connection to the server that listens at `path`."""
 
     def __init__(self, path: Path, timeout_s: float) -> None:
-        super().__init__("localhost", timeout=timeout_s)
+        super().__init__("localhost", timeout=limit(timeout_s))
         self._path = path
 
     @override
@@ -58,7 +58,7 @@ def call(
         query: its parameters; a sequence repeats one.
         send: sent as JSON.
         body: sent as it is, chunked.
-        timeout_s: for each wait on the socket.
+        timeout_s: for each wait on the socket, on an idle machine.
 
     Returns:
         The JSON answer, None for an empty one, or the bytes where it is not JSON.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from .errors import RigError
-from .patience import PATIENCE
+from .patience import limit
 
 _POLL_S = 0.005
 _LOG_TAIL = 4000
@@ -22,7 +22,7 @@ _PRELUDE = 'echo $$ > "$1"; cd "$2"; shift 2; exec "$@"'
 def freeze(pid: int) -> None:
     """Stops a process (SIGSTOP) and waits until each of its threads has stopped: until then it may still answer."""
     os.kill(pid, signal.SIGSTOP)
-    deadline = time.monotonic() + _FREEZE_S * PATIENCE
+    deadline = time.monotonic() + limit(_FREEZE_S)
     while not all(state == "T" for state in _thread_states(pid)):
         if time.monotonic() > deadline:
             raise RigError(f"process {pid} was sent SIGSTOP and has not stopped within {_FREEZE_S:g} s")
@@ -158,7 +158,7 @@ class Process:
     def wait(self, timeout_s: float = 30.0) -> int:
         """Waits for its end; returns the exit code. Raises RigError after `timeout_s` seconds."""
         try:
-            return self._popen.wait(timeout_s * PATIENCE)
+            return self._popen.wait(limit(timeout_s))
         except subprocess.TimeoutExpired:
             raise RigError(f"{self.name} has not ended after {timeout_s} s\n{self.log_text[-_LOG_TAIL:]}") from None
 
@@ -176,7 +176,7 @@ class Process:
         Raises:
             RigError: the program ended, or is not ready after `timeout_s` seconds; its log's end is in the message.
         """
-        deadline = time.monotonic() + timeout_s * PATIENCE
+        deadline = time.monotonic() + limit(timeout_s)
         while not ready():
             if not self.running or time.monotonic() > deadline:
                 state = "is not ready" if self.running else f"ended with {self.returncode}"

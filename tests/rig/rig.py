@@ -21,6 +21,7 @@ from .etcd import Etcd
 from .gpus import FakeGpus
 from .images import BUSYBOX, CUDA_LIKE, GLIBC, Images
 from .namespaces import Namespaces
+from .patience import limit, measure_patience
 from .process import Process, ProcessGroup
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -104,6 +105,12 @@ class Rig:
         self.engine.await_ready()
         for name in self._image_names:
             self.images.load(name)
+        self.measure_patience(again=True)
+
+    def measure_patience(self, *, again: bool = False) -> None:
+        """Measure how long the engine takes to start a container (see `patience`); nothing, if the rig has no image."""
+        if self._image_names:
+            measure_patience(lambda: self.engine.start_and_remove(self._image_names[0]), again=again)
 
     @property
     def id(self) -> str:
@@ -259,7 +266,12 @@ class Rig:
         """Runs a short program inside the engine's namespaces with the NVML double; its output is captured."""
         words = [*self.namespaces.enter(), "env", "-C", str(REPOSITORY), *argv]
         done = subprocess.run(
-            words, check=False, capture_output=True, text=True, timeout=timeout_s, env=os.environ | self.environment
+            words,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=limit(timeout_s),
+            env=os.environ | self.environment,
         )
         if check and done.returncode:
             raise RigError(f"{' '.join(argv)} ended with {done.returncode}\n{done.stdout}{done.stderr}")

@@ -19,6 +19,8 @@ from tests.rig import cleanup
 from tests.rig.demo.shell import Shown
 from tests.rig.rig import REPOSITORY
 
+from .patience import limit
+
 pytestmark = pytest.mark.deep
 
 _DEADLINE_S = 240.0
@@ -47,7 +49,7 @@ def _left_by(said: str) -> list[str]:
 
 def test_it_shows_the_whole_job_and_leaves_nothing() -> None:
     with _spawn("make", "demo") as demo:
-        said, _ = demo.communicate(timeout=_DEADLINE_S)
+        said, _ = demo.communicate(timeout=limit(_DEADLINE_S))
     assert demo.returncode == 0, said
     assert re.match(r"make demo: installs \w.*; starts a private Docker Engine, an etcd, eight simulated GPUs", said)
     commands = re.findall(r"^\$ gpudock (?:gpus|list|(?:\w+ train\b)(?: --gpus \d)?)", said, re.MULTILINE)
@@ -113,7 +115,7 @@ def test_it_leaves_nothing_after_ctrl_c() -> None:
             assert line, said
             said += line
         demo.send_signal(signal.SIGINT)
-        rest, _ = demo.communicate(timeout=_DEADLINE_S)
+        rest, _ = demo.communicate(timeout=limit(_DEADLINE_S))
     assert demo.returncode == 130, said + rest
     assert "interrupted" in rest
     assert _left_by(said) == []
@@ -125,7 +127,7 @@ def test_it_fails_where_what_it_shows_is_not_so() -> None:
         "walkthrough._GPUS = 9; sys.exit(demo.main())"
     )
     with _spawn(sys.executable, "-c", script) as demo:
-        said, _ = demo.communicate(timeout=_DEADLINE_S)
+        said, _ = demo.communicate(timeout=limit(_DEADLINE_S))
     assert demo.returncode == 1, said
     assert "✗ expected 9 GPUs, not 8" in said
     assert _left_by(said) == []

@@ -15,6 +15,8 @@ from aiodocker.containers import DockerContainer
 
 from tests.rig import BUSYBOX, EngineProxy
 
+from .patience import limit
+
 SLEEPER = {"Image": BUSYBOX, "Cmd": ["sleep", "1000"], "StopSignal": "SIGKILL"}
 
 
@@ -130,11 +132,11 @@ async def test_a_request_hangs_until_it_is_released(
     container = await client.containers.create(SLEEPER)
     fault = engine_proxy.faults.hang("POST", ".*/start", after=after)
     start = asyncio.create_task(container.start())
-    await asyncio.wait_for(fault.hit.wait(), 10)
+    await asyncio.wait_for(fault.hit.wait(), limit(10))
     assert await _state(docker, container) == state
     assert not start.done()
     fault.release()
-    await asyncio.wait_for(start, 10)
+    await asyncio.wait_for(start, limit(10))
     assert await _state(docker, container) == "running"
 
 
@@ -144,11 +146,11 @@ async def test_what_hung_before_the_engine_is_lost_with_its_client(
     container = await client.containers.create(SLEEPER)
     fault = engine_proxy.faults.hang("POST", ".*/start")
     start = asyncio.create_task(container.start())
-    await asyncio.wait_for(fault.hit.wait(), 10)
+    await asyncio.wait_for(fault.hit.wait(), limit(10))
     start.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await start
     await client.close()
-    await asyncio.wait_for(engine_proxy.idle(), 10)
+    await asyncio.wait_for(engine_proxy.idle(), limit(10))
     fault.release()
     assert await _state(docker, container) == "created"

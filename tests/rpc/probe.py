@@ -16,6 +16,8 @@ from gpudock_server.rpc.middleware.interceptor import Context
 from gpudock_server.rpc.server import interceptors
 from gpudock_server.settings.definitions import Settings
 
+from tests.rig.patience import limit
+
 SERVICE = "gpudock.probe.Probe"
 KINDS = ("OneToOne", "OneToMany", "ManyToOne", "ManyToMany")
 
@@ -127,8 +129,8 @@ def begin(
         f"/{service}/{kind}", request_serializer=Message.SerializeToString, response_deserializer=Message.FromString
     )
     if not kind.startswith("Many"):
-        return stub(requests[0] if requests else Message(), metadata=metadata, timeout=20)
-    return stub(iter(requests) if requests else None, metadata=metadata, timeout=20)
+        return stub(requests[0] if requests else Message(), metadata=metadata, timeout=limit(20))
+    return stub(iter(requests) if requests else None, metadata=metadata, timeout=limit(20))
 
 
 async def replies_of(begun: Any) -> list[Any]:

@@ -30,6 +30,7 @@ from gpudock_server.settings.definitions import Settings
 from grpc_status import rpc_status
 
 from tests.contract import COVERAGE
+from tests.rig.patience import limit
 from tests.rpc.fake_layers import FakeLayers, FakeRevisionBackups, FakeSnapshots
 from tests.rpc.fake_volumes import FakeCopier, FakePlain, FakeVolumes
 from tests.rpc.fakes import (
@@ -185,6 +186,6 @@ def reason_of(error: grpc.aio.AioRpcError | None) -> str:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Give the server its turn until it has done something that nobody is told of."""
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(limit(SOON)):
         while not condition():
             await asyncio.sleep(0)

@@ -21,6 +21,7 @@ from gpudock_server.settings.definitions import Settings
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.calls import failure_of
+from tests.rig.patience import limit
 from tests.rpc.probe import Message, Probe, serving
 
 TOKEN = "0123456789abcdef0123456789abcdef"  # noqa: S105 - an example
@@ -106,7 +107,7 @@ async def test_a_watcher_that_stops_reading_holds_up_nobody() -> None:
     watches = [asyncio.create_task(health.Watch(request, context)) for context in (Deaf(), hearing)]  # type: ignore[arg-type]  # all that it uses
     assert await hearing.heard.get() == SERVING
     health.set("", NOT_SERVING)
-    assert await asyncio.wait_for(hearing.heard.get(), 10) == NOT_SERVING
+    assert await asyncio.wait_for(hearing.heard.get(), limit(10)) == NOT_SERVING
     for watch in watches:
         watch.cancel()
     await asyncio.gather(*watches, return_exceptions=True)
@@ -137,5 +138,5 @@ async def test_a_request_of_nobody_is_not_waited_for(settings: Settings, monkeyp
         assert {await call.code() for call in silent} == {grpc.StatusCode.DEADLINE_EXCEEDED}
         # By the server, and not by the deadline of these calls.
         assert {await call.details() for call in silent} == {"no request received within 0.2 s"}
-        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
+        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=limit(20))
         assert answer.status == SERVING

@@ -17,7 +17,7 @@ from gpudock_server.rpc.middleware.interceptor import Context
 from gpudock_server.rpc.server import connection_options, interceptors
 from gpudock_server.settings.definitions import Settings
 
-from tests.rig.patience import PATIENCE
+from tests.rig.patience import limit
 from tests.rpc.probe import SERVICE, Message, Probe, begin, call
 
 TOKEN = "0123456789abcdef0123456789abcdef"  # noqa: S105 - an example
@@ -62,10 +62,10 @@ async def test_a_connection_has_a_limit_of_calls_at_once(tmp_path: Path) -> None
         # By the first call a client learns the limit, and waits from then on; before, the server refuses the surplus.
         await call(one, "OneToOne", metadata=BEARER)
         calls = [
-            _one(one, timeout=120 * PATIENCE, metadata=(*BEARER, ("number", str(number))))
+            _one(one, timeout=limit(120), metadata=(*BEARER, ("number", str(number))))
             for number in range(_CALLS_AT_ONCE + 50)
         ]
-        async with asyncio.timeout(60 * PATIENCE):
+        async with asyncio.timeout(limit(60)):
             while len(begun) < _CALLS_AT_ONCE:
                 await asyncio.sleep(0.01)
         # A call of another connection is answered, one of this connection is not even begun.
@@ -103,7 +103,7 @@ async def test_an_old_connection_is_replaced_and_what_runs_in_it_goes_on(tmp_pat
     async with probing(tmp_path, Probe(note), age_seconds=0.3) as address, connection(address) as channel:
         slow = begin(channel, "OneToMany", metadata=(*BEARER, ("slow", "yes")))
         assert await slow.read() == Message(name="train")
-        async with asyncio.timeout(15 * PATIENCE):
+        async with asyncio.timeout(limit(15)):
             # Another port of the caller is another connection.
             while len(set(peers)) < 3:
                 await call(channel, "OneToOne", metadata=BEARER)
@@ -116,7 +116,7 @@ async def test_an_old_connection_is_replaced_and_what_runs_in_it_goes_on(tmp_pat
 async def test_a_connection_without_a_call_is_closed(tmp_path: Path) -> None:
     async with probing(tmp_path, Probe(), idle_seconds=0.3) as address, connection(address) as channel:
         await call(channel, "OneToOne", metadata=BEARER)
-        async with asyncio.timeout(15 * PATIENCE):
+        async with asyncio.timeout(limit(15)):
             while (state := channel.get_state()) is grpc.ChannelConnectivity.READY:
                 await channel.wait_for_state_change(state)
         # And made again by the next call.

@@ -13,6 +13,7 @@ from gpudock.v1 import (
 )
 from gpudock_server.model.engine import ExecStream, TerminalSize
 
+from tests.rig.patience import limit
 from tests.rpc.fakes import FakeSession
 from tests.rpc.serving import SOON, UUID, Served, made, reason_of, until
 
@@ -34,7 +35,7 @@ class Exec:
 
     async def read(self) -> exec_pb2.ExecContainerResponse:
         """The next that the caller is told."""
-        async with asyncio.timeout(SOON):
+        async with asyncio.timeout(limit(SOON)):
             answer = await self.call.read()
         assert isinstance(answer, exec_pb2.ExecContainerResponse)
         return answer
@@ -45,7 +46,7 @@ class Exec:
 
     async def code(self) -> grpc.StatusCode:
         """How the call ends; what is still to be read is dropped."""
-        async with asyncio.timeout(SOON):
+        async with asyncio.timeout(limit(SOON)):
             while True:
                 try:
                     if await self.call.read() is EOF:
@@ -116,7 +117,7 @@ async def test_stdin_and_its_end(served: Served) -> None:
     await run.send(stdin=b"a")
     await run.send(stdin=b"b")
     await run.send(close_stdin=exec_pb2.ExecCloseStdin())
-    await asyncio.wait_for(run.session.stdin_closed.wait(), SOON)
+    await asyncio.wait_for(run.session.stdin_closed.wait(), limit(SOON))
     assert run.session.written == [b"a", b"b"]
     await run.send(close_stdin=exec_pb2.ExecCloseStdin())
     await run.call.done_writing()
@@ -127,7 +128,7 @@ async def test_stdin_and_its_end(served: Served) -> None:
 async def test_a_closed_send_side_closes_stdin(served: Served) -> None:
     run = await started(served, stdin=True)
     await run.call.done_writing()
-    await asyncio.wait_for(run.session.stdin_closed.wait(), SOON)
+    await asyncio.wait_for(run.session.stdin_closed.wait(), limit(SOON))
     run.session.end(0)
     assert await run.code() is grpc.StatusCode.OK
 
@@ -153,9 +154,9 @@ async def test_stdin_is_held_back_by_a_process_that_does_not_read(served: Served
     done, _ = await asyncio.wait((sending,), timeout=0.5)
     assert not done
     run.session.takes_stdin.set()
-    await asyncio.wait_for(sending, 30)
+    await asyncio.wait_for(sending, limit(30))
     await run.call.done_writing()
-    await asyncio.wait_for(run.session.stdin_closed.wait(), SOON)
+    await asyncio.wait_for(run.session.stdin_closed.wait(), limit(SOON))
     assert sum(map(len, run.session.written)) == 200 * 1024 * 1024
     run.session.end(0)
 
@@ -215,14 +216,14 @@ async def test_a_later_message_that_is_wrong_ends_the_call_and_the_process(serve
     await run.call.write(later)
     # The process says nothing meanwhile.
     assert await run.code() is grpc.StatusCode.INVALID_ARGUMENT
-    await asyncio.wait_for(run.session.closed.wait(), SOON)
+    await asyncio.wait_for(run.session.closed.wait(), limit(SOON))
     assert served.processes.signals[0] == (1, True)
 
 
 async def test_hanging_up_ends_the_process(served: Served) -> None:
     run = await started(served, stdin=True)
     run.call.cancel()
-    await asyncio.wait_for(run.session.closed.wait(), SOON)
+    await asyncio.wait_for(run.session.closed.wait(), limit(SOON))
     assert served.processes.signals[0] == (1, True)
 
 
@@ -233,7 +234,7 @@ async def test_hanging_up_while_output_waits_to_be_read_ends_the_process(served:
     await until(lambda: bool(run.session.taken))
     with structlog.testing.capture_logs() as logs:
         run.call.cancel()
-        await asyncio.wait_for(run.session.closed.wait(), SOON)
+        await asyncio.wait_for(run.session.closed.wait(), limit(SOON))
         await until(lambda: bool(logs))
     assert served.processes.signals[0] == (1, True)
     # Nobody is to look into the log for it.
@@ -245,7 +246,7 @@ async def test_a_deadline_ends_the_process(served: Served) -> None:
     call = dial(served, timeout=0.3)
     await call.write(Request(start=exec_pb2.ExecStart(container="a", command=["x"])))
     session = await served.engine.sessions.get()
-    await asyncio.wait_for(session.closed.wait(), SOON)
+    await asyncio.wait_for(session.closed.wait(), limit(SOON))
     assert served.processes.signals[0] == (1, True)
 
 

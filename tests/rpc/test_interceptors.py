@@ -25,6 +25,7 @@ from gpudock_server.settings.definitions import Settings
 from grpc_status import rpc_status
 from structlog.testing import capture_logs
 
+from tests.rig.patience import limit
 from tests.rpc.probe import KINDS, Message, Probe, begin, call, serving
 from tests.rpc.serving import reason_of
 
@@ -209,9 +210,9 @@ async def test_a_caller_who_hangs_up_ends_the_handler_at_once(
     probe.act = act
     with capture_logs() as logged:
         calling = begin(channel, kind)
-        await asyncio.wait_for(begun.wait(), 10)
+        await asyncio.wait_for(begun.wait(), limit(10))
         calling.cancel()
-        await asyncio.wait_for(ended.wait(), 10)
+        await asyncio.wait_for(ended.wait(), limit(10))
         # The call was cancelled while it waited; what is left of it needs no more than turns of the loop.
         for _ in range(100):
             await asyncio.sleep(0)
@@ -237,7 +238,7 @@ async def test_writing_to_a_caller_who_has_gone_is_no_error(probe: Probe, tmp_pa
                 # Half of them hang up, and half are cut off with their connection.
                 if round_number % 2:
                     begun.cancel()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(limit(10)):
             while len(outcomes := [line["outcome"] for line in logged if line["event"] == "call"]) < 20:
                 await asyncio.sleep(0.001)
         assert len(probe.ended) == 20
@@ -267,9 +268,9 @@ async def test_a_hang_up_that_a_failed_task_group_keeps_to_itself(channel: grpc.
     with capture_logs() as logged:
         begun = begin(channel, "OneToMany")
         await begun.read()
-        await asyncio.wait_for(failing.wait(), 10)
+        await asyncio.wait_for(failing.wait(), limit(10))
         begun.cancel()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(limit(10)):
             while not (outcomes := [line["outcome"] for line in logged if line["event"] == "call"]):
                 await asyncio.sleep(0.001)
     assert outcomes == ["CANCELLED"]

@@ -14,6 +14,7 @@ from gpudock_server.model.volume import PoolUsage, TreeSummary, VolumeBacking
 from gpudock_server.ports import Progress
 from typing_extensions import override
 
+from tests.rig.patience import limit
 from tests.rpc.fake_volumes import FakeCopier, FakeVolumes
 from tests.rpc.serving import SOON, Served, create_request, reason_of, serve, to_the_end
 from tests.rpc.test_volumes import created, refused, resize
@@ -41,7 +42,7 @@ async def test_a_resize_reserves_its_bytes_when_it_begins(tmp_path: Path) -> Non
     async with serve(tmp_path, volumes) as served:
         await created(served)
         growing = asyncio.create_task(resize(served, 5 * TIB))
-        async with asyncio.timeout(SOON):
+        async with asyncio.timeout(limit(SOON)):
             await volumes.growing.wait()
         # The pool has 8 TiB: the second volume fits beside what the first one has, and not beside what it will have.
         second = pb.CreateVolumeRequest(name="second", size_bytes=4 * TIB)

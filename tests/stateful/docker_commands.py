@@ -12,6 +12,7 @@ from gpudock.v1 import container_pb2
 from tests.calls import IMAGE
 from tests.faults.invariants import cards_of
 from tests.rig import HttpStatusError, Rig
+from tests.rig.patience import limit
 from tests.stateful.model import State
 from tests.stateful.modelled_host import Arena
 from tests.stateful.observation import EngineSide
@@ -45,7 +46,7 @@ async def do_outside(arena: Arena, name: str, deed: str) -> None:
             wanted = round(one.spec.cpus * 1e9) or engine.call("GET", "/info")["NCPU"] * 1_000_000_000
             await _until(lambda: _inspected(arena, name)["HostConfig"]["NanoCpus"] == wanted)
     wanted_state = f"CONTAINER_STATE_{one.state}"
-    async with asyncio.timeout(_NOTICED_S):
+    async with asyncio.timeout(limit(_NOTICED_S)):
         while container_pb2.ContainerState.Name((await arena.caller.get(name)).status.state) != wanted_state:
             await asyncio.sleep(0.02)
     arena.known[name] = one
@@ -68,7 +69,7 @@ async def _start(arena: Arena, name: str, where: str) -> None:
         return None  # its port is another's by now
     runs, stopped = arena.known[name].copy(), arena.known[name].copy()
     runs.state, runs.holds, runs.cards = State.RUNNING, True, spec.gpus
-    async with asyncio.timeout(_NOTICED_S):
+    async with asyncio.timeout(limit(_NOTICED_S)):
         while True:
             with contextlib.suppress(AssertionError):
                 return await arena.settle(name, runs, stopped)
@@ -76,7 +77,7 @@ async def _start(arena: Arena, name: str, where: str) -> None:
 
 
 async def _until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(_NOTICED_S):
+    async with asyncio.timeout(limit(_NOTICED_S)):
         while not await asyncio.to_thread(holds):
             await asyncio.sleep(0.05)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from gpudock_server.task_dump import await_stack
 
 from tests.rig import Daemon, Rig
+from tests.rig.patience import limit
 
 _LOG_TAIL = 60_000
 _SHOWN_WITHIN_S = 5.0
@@ -43,7 +44,7 @@ def _tried(part: Callable[[], str]) -> str:
 def _stacks_of(daemon: Daemon) -> str:
     before = len(daemon.log_text)
     daemon.signal(signal.SIGUSR1)
-    deadline = time.monotonic() + _SHOWN_WITHIN_S
+    deadline = time.monotonic() + limit(_SHOWN_WITHIN_S)
     while "task dump complete" not in daemon.log_text[before:] and time.monotonic() < deadline:
         time.sleep(_POLL_S)
     return daemon.log_text[-_LOG_TAIL:]

@@ -14,6 +14,7 @@ from gpudock.v1 import (
 )
 
 from tests.calls import Caller
+from tests.rig.patience import limit
 from tests.stateful.model import Expected, ExpectedVolume
 from tests.stateful.modelled_host import Arena
 
@@ -112,7 +113,7 @@ async def _operations(caller: Caller) -> None:
 
 async def _drift(arena: Arena) -> None:
     """What differs is known by name, and the last comparison went through."""
-    async with asyncio.timeout(_COMPARED_S):
+    async with asyncio.timeout(limit(_COMPARED_S)):
         while (seen := await arena.caller.nodes.ListDrift(node_service_pb2.ListDriftRequest())).trouble:
             await asyncio.sleep(0.05)
     assert all(one.container for one in seen.drift), seen.drift

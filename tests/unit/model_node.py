@@ -19,6 +19,7 @@ from gpudock_server.model.operation import Operation
 from gpudock_server.model.spec import ContainerSpec, GpuRequest, PortRequest
 from gpudock_server.model.volume import Volume
 
+from tests.rig.patience import limit
 from tests.rpc.fake_layers import FakeRevisionBackups
 from tests.rpc.fakes import FakeInventory, every_port_is_free
 from tests.unit.failing_store import FailingStore
@@ -107,7 +108,7 @@ class ModelNode:
 
     async def ended_operation(self, operation_id: str) -> Operation:
         """Wait for the end of an operation; its record."""
-        async with asyncio.timeout(TIMEOUT_SECONDS):
+        async with asyncio.timeout(limit(TIMEOUT_SECONDS)):
             await self.operations.wait_until_ended([operation_id])
         return self.store.journal[operation_id].value
 

@@ -38,6 +38,7 @@ from gpudock_server.model.spec import ContainerSpec, GpuRequest, Mount
 from gpudock_server.model.volume import VolumeIdentity
 from gpudock_server.ports import CommitCost, Progress
 
+from tests.rig.patience import limit
 from tests.unit.model_engine import OTHER_IMAGE, REMOTE_IMAGE
 from tests.unit.model_node import SPEC, TIMEOUT_SECONDS, ModelNode
 from tests.unit.scenarios import FILES_OF_A, LABEL_CHANGE, THREE_GPUS
@@ -463,7 +464,7 @@ async def test_a_stop_that_is_left_and_fails_afterwards_is_no_error_of_the_daemo
 
     model.engine.stop = slow  # type: ignore[method-assign, assignment]
     task = asyncio.create_task(model.core.engine_containers.stop(model.engine_id(), SPEC, None, frozen=False))
-    async with asyncio.timeout(TIMEOUT_SECONDS):
+    async with asyncio.timeout(limit(TIMEOUT_SECONDS)):
         await stopping.wait()
         task.cancel()
         await asyncio.sleep(0)

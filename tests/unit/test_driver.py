@@ -28,6 +28,7 @@ from gpudock_server.model.spec import Protocol
 from gpudock_server.model.store_changes import Claim, ConfirmClaim, PutContainer, PutOperation, StoreChange
 from gpudock_server.ports import Versioned
 
+from tests.rig.patience import limit
 from tests.unit.model_node import HOST, NODE, TIMEOUT_SECONDS, ModelNode
 from tests.unit.scripted_saga import ScriptedSaga, begin_saga, draft_of, nothing
 
@@ -241,7 +242,7 @@ async def test_callers_do_not_wait_for_room_in_the_store_and_the_operation_does(
         f"no room; operation {operation_id} waits at its last recorded step and continues when there is space"
     )
     room.set()
-    async with asyncio.timeout(TIMEOUT_SECONDS):
+    async with asyncio.timeout(limit(TIMEOUT_SECONDS)):
         await model.operations.wait_until_ended([operation_id])
     assert await model.operations.result(operation_id) == model.container()
 
@@ -353,7 +354,7 @@ async def left_and_taken_up(
     model: ModelNode, operation_id: str, script: ScriptedSaga, *, at_work: asyncio.Event
 ) -> None:
     """Have this process left once it is `at_work`, and another one do the rest."""
-    async with asyncio.timeout(TIMEOUT_SECONDS):
+    async with asyncio.timeout(limit(TIMEOUT_SECONDS)):
         await at_work.wait()
         await model.operations.drain(0)
         sagas = {OperationKind.RESTART: lambda _: script}
@@ -505,7 +506,7 @@ async def test_a_whole_whose_part_waited_for_room_is_waited_for_again(model: Mod
 
     model.store.before_apply = before
     operation_id = await begin_saga_on_b(model, whole)
-    async with asyncio.timeout(TIMEOUT_SECONDS):
+    async with asyncio.timeout(limit(TIMEOUT_SECONDS)):
         await over.wait()
     # The part's last record is the one that had to wait.
     assert not waits()

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from tests.engine.sample_trees import TreeEntry, read_tree, tree_differences
 from tests.engine.tree_edits import EDITS, EditedTree
+from tests.rig.patience import limit
 
 # As long as the kernel's longest tick, so that what was not touched for that long is trusted.
 TICK_NS = 10_000_000
@@ -77,7 +78,7 @@ def let_the_clock_tick(folder: Path) -> None:
     probe = folder / "probe"
     probe.touch()
     begun = probe.stat().st_ctime_ns
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + limit(10)
     while probe.stat().st_ctime_ns <= begun + 2 * TICK_NS:
         assert time.monotonic() < deadline
         probe.touch()

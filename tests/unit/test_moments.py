@@ -13,7 +13,7 @@ from gpudock_server.adapters.volumes.private_mounts import MountedView
 
 from tests.faults.daemon_killer import Log, Moment, all_gone, least, missing, missing_in_the_midst, missing_of_undo
 from tests.faults.instrumented_daemon import BY_CHILDREN, CALLS, children, program
-from tests.rig.patience import PATIENCE, in_time
+from tests.rig.patience import in_time, limit
 
 _STAGES = ("create", "verify", "commit", "retire")
 _FORWARD = """
@@ -135,5 +135,5 @@ def test_a_child_process_is_listed_until_it_is_waited_for_and_missed_until_it_en
 
 async def test_what_takes_too_long_fails_with_a_message() -> None:
     with pytest.raises(AssertionError, match=r"it did not end within 0.01 s: the log"):
-        async with in_time("it did not end", 0.01 / PATIENCE, lambda: "the log"):
+        async with in_time("it did not end", 0.01 / limit(1), lambda: "the log"):
             await asyncio.Event().wait()

@@ -16,6 +16,7 @@ from tests.mutants import report
 from tests.mutants.__main__ import ROOT
 from tests.mutants.decorators import without_decorators
 from tests.mutants.report import Verdict, forget, read_mutants, write_report
+from tests.rig.patience import limit
 
 pytestmark = pytest.mark.deep
 
@@ -218,13 +219,13 @@ def any_caught(folder: Path) -> bool:
 
 def test_a_run_that_is_interrupted_keeps_what_it_has_tried_and_leaves_nothing_running(project: Path) -> None:
     with run(project, "run", "todo.txt") as interrupted:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + limit(200)
         while not any_caught(project):
             assert time.monotonic() < deadline, (project / "mutmut.log").read_text()
             assert interrupted.poll() is None, (project / "mutmut.log").read_text()
             time.sleep(0.05)
         interrupted.send_signal(signal.SIGINT)
-        _, errors = interrupted.communicate(timeout=60)
+        _, errors = interrupted.communicate(timeout=limit(60))
     assert interrupted.returncode == 130
     assert not errors
     verdicts = {mutant.verdict for mutant in read_mutants(project)}

@@ -44,6 +44,7 @@ from gpudock_server.model.resource import ResourceKind, ResourceRef
 from gpudock_server.model.store_changes import PutRequest, RequireUnlocked, StoreChange
 from gpudock_server.ports import Versioned
 
+from tests.rig.patience import limit
 from tests.rpc.fakes import LONG_AGO
 from tests.unit.failing_store import node_record
 from tests.unit.model_node import NODE, SPEC, TIMEOUT_SECONDS, ModelNode
@@ -265,7 +266,7 @@ async def test_the_record_of_an_operation(model: ModelNode) -> None:
 
 
 async def collected(model: ModelNode, operation_id: str) -> list[OperationView]:
-    async with asyncio.timeout(TIMEOUT_SECONDS):
+    async with asyncio.timeout(limit(TIMEOUT_SECONDS)):
         return [snapshot async for snapshot in model.operations.watch(operation_id)]
 
 
@@ -564,7 +565,7 @@ async def test_a_start_waits_for_all_but_what_is_interruptible(model: ModelNode)
         await asyncio.sleep(0.001)
     assert not settling.done()
     short.set()
-    async with asyncio.timeout(TIMEOUT_SECONDS):
+    async with asyncio.timeout(limit(TIMEOUT_SECONDS)):
         await settling
     assert operation_id in model.operations.active
     assert model.store.journal[operation_id].value.stages[0].state is StageState.DONE
@@ -597,7 +598,7 @@ async def test_a_stop_lets_go_of_what_does_not_end_in_its_time(model: ModelNode)
 
     operation_id = await begin_saga(model, ScriptedSaga(model, [Step("work", work)]))
     await asyncio.sleep(0)
-    async with asyncio.timeout(TIMEOUT_SECONDS):
+    async with asyncio.timeout(limit(TIMEOUT_SECONDS)):
         await model.operations.drain(0)
     assert not model.operations.active
     operation = model.store.journal[operation_id].value

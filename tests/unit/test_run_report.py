@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.contract import KINDS, NOT_PROVOKED, REASONS, RPCS, Coverage
+from tests.rig.patience import limit
 
 _REPOSITORY = Path(__file__).parents[2]
 _WORKERS = pytest.mark.parametrize("workers", [(), ("--numprocesses", "2")], ids=["alone", "workers"])
@@ -20,7 +21,7 @@ def _run(folder: Path, text: str, *words: str) -> subprocess.CompletedProcess[st
     command = [sys.executable, "-m", "pytest", "-p", "tests.run_report", "-c", "/dev/null", "--rootdir", str(folder)]
     return subprocess.run(
         [*command, "-p", "no:cacheprovider", "-p", "no:hypothesispytest", *words, str(folder / "test_it.py")],
-        cwd=_REPOSITORY, check=False, capture_output=True, text=True, timeout=120,
+        cwd=_REPOSITORY, check=False, capture_output=True, text=True, timeout=limit(120),
     )  # fmt: skip
 
 
@@ -151,7 +152,7 @@ def _everyday(
     return subprocess.run(
         [*command, "-p", "no:hypothesispytest", *words],
         cwd=folder, env=os.environ | {"PYTHONPATH": str(_REPOSITORY)},
-        check=False, capture_output=True, text=True, timeout=120,
+        check=False, capture_output=True, text=True, timeout=limit(120),
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from gpudock_server.core.operations import journal
 from gpudock_server.errors import EngineRejected, EngineUnavailable, GpudockError, OperationNotCancellable
 from gpudock_server.model.operation import Operation, OperationState
 
+from tests.rig.patience import limit
 from tests.unit.faults import let_tasks_run, raising
 from tests.unit.model_node import TIMEOUT_SECONDS, ModelNode
 from tests.unit.scenarios import SCENARIOS, Scenario
@@ -234,7 +235,7 @@ async def test_what_is_cancelled_is_undone_or_done(scenario: Scenario) -> None:
 async def left_at(model: ModelNode, scenario: Scenario) -> str:
     """Begin it, and wait until it has met a fault that never returns, or its end; its id, empty if it never began."""
     beginning = asyncio.create_task(model.begin(scenario.command))
-    async with asyncio.timeout(TIMEOUT_SECONDS):
+    async with asyncio.timeout(limit(TIMEOUT_SECONDS)):
         while not model.faults.blocked and not (beginning.done() and not model.operations.active):
             await asyncio.sleep(0)
     if beginning.done():

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.rig.patience import limit
+
 _UNITS = sorted((Path(__file__).parents[2] / "deploy").glob("*.service"))
 # systemd's own grade, times ten: 96 is an unconfined service, and a daemon that exchanges the engine's layers as root
 # cannot come near 0. Raise it only with a reason beside the line that was taken out of the unit.
@@ -29,7 +31,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def _analyze(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["systemd-analyze", *words], check=False, capture_output=True, text=True, timeout=60)
+    return subprocess.run(["systemd-analyze", *words], check=False, capture_output=True, text=True, timeout=limit(60))
 
 
 def _verify(root: Path) -> subprocess.CompletedProcess[str]:

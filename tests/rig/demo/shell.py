@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 
 from tests.rig import Rig
+from tests.rig.patience import limit
 
 from .screen import Screen
 
@@ -92,7 +93,7 @@ class Shell:
     def fetch(self, port: str) -> str:
         """Shows a request to a published port, from where the engine has it: the rig's network namespace."""
         address = f"http://127.0.0.1:{port}/"
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + limit(_PATIENCE_S)
         # A container that has just started need not listen yet.
         while self._rig.run("timeout", "2", "busybox", "wget", "-qO-", address, check=False).returncode:
             expect(time.monotonic() < deadline, f"{address} to answer within {_PATIENCE_S:.0f} s")
