@@ -32,6 +32,7 @@ from gpudock_server.adapters.etcd import (
 from gpudock_server.adapters.host.port_probe import HostPortProbe
 from gpudock_server.adapters.host.processes import HostProcessControl
 from gpudock_server.adapters.host.trees.limits import Limits
+from gpudock_server.adapters.host.usage import LocalHostUsage
 from gpudock_server.adapters.host_paths import HostPathBinder, MountNamespace
 from gpudock_server.adapters.layers import FolderRevisionBackupStore, OverlayLayerStore, OverlaySnapshotStore
 from gpudock_server.adapters.nvml import NvmlInventory
@@ -195,6 +196,7 @@ async def _assemble(
         engine=engine,
         layers=core.ports.layers,
         inventory=inventory,
+        host_usage=LocalHostUsage(),
         claims=core.claims,
         backends=core.backends,
         version=VERSION,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from gpudock.v1 import container_pb2, exec_pb2, gpu_pb2, node_pb2, operation_pb2, port_pb2
 from gpudock_server.core.exec.sessions import Exited
-from gpudock_server.core.nodes import DiskUsage, HeldGpu, HeldPort, NodeView, VolumePool
+from gpudock_server.core.nodes import HeldGpu, HeldPort, NodeView, VolumePool
 from gpudock_server.core.operations.active_operation import OperationView
 from gpudock_server.model.claims import ClaimTable, GpuKey, Holder, PortKey
 from gpudock_server.model.container import (
@@ -34,7 +34,7 @@ from gpudock_server.model.operation import (
 from gpudock_server.model.resource import ResourceKind, ResourceRef
 from gpudock_server.model.spec import ContainerSpec, GpuRequest, HealthCheck, Protocol, TmpfsMount
 from gpudock_server.model.volume import PoolUsage
-from gpudock_server.ports import ContainerView, StoreUsage
+from gpudock_server.ports import ContainerView, DiskUsage, StoreUsage
 from gpudock_server.rpc import port_messages
 from gpudock_server.rpc.containers import messages as container_messages
 from gpudock_server.rpc.containers.spec_messages import RESTART_POLICIES, spec_message

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import TypeVar
 
 from gpudock_server.core.placement.claims import HostClaims
@@ -18,7 +16,7 @@ from gpudock_server.model.engine import EngineInfo
 from gpudock_server.model.gpu import Gpu, GpuReport
 from gpudock_server.model.operation import LayerTransferMethod
 from gpudock_server.model.volume import PoolUsage
-from gpudock_server.ports import Engine, GpuInventory, LayerStore, Store, StoreUsage
+from gpudock_server.ports import DiskUsage, Engine, GpuInventory, HostUsage, LayerStore, Store, StoreUsage
 
 T = TypeVar("T")
 
@@ -43,15 +41,6 @@ class HeldPort:
 
 
 @dataclass(frozen=True, slots=True)
-class DiskUsage:
-    """The filesystem of the engine's data folder; sizes are None where this process cannot see the folder."""
-
-    path: str
-    total_bytes: int | None
-    free_bytes: int | None
-
-
-@dataclass(frozen=True, slots=True)
 class VolumePool:
     """The space that volumes with a size share, and the ratio by which it may be overcommitted."""
 
@@ -62,7 +51,10 @@ class VolumePool:
 
 @dataclass(frozen=True, slots=True)
 class NodeView:
-    """A node as of now. An engine or store that did not answer has an error; `engine` is its last answer."""
+    """A node as of now. An engine or store that did not answer has an error; `engine` is its last answer.
+
+    `disk` is the filesystem of the engine's data folder.
+    """
 
     name: str
     version: str
@@ -103,6 +95,7 @@ class Nodes:
         engine: Engine,
         layers: LayerStore,
         inventory: GpuInventory,
+        host_usage: HostUsage,
         claims: HostClaims,
         backends: VolumeBackends,
         version: str,
@@ -116,6 +109,7 @@ class Nodes:
         self._claims = claims
         self._backends = backends
         self._inventory = inventory
+        self._host_usage = host_usage
         self._version = version
         self._start_time = start_time
         self._port_range = port_range
@@ -160,8 +154,8 @@ class Nodes:
             gpus=await self._inventory.snapshot(),
             claims=claims or ClaimTable(),
             port_range=self._port_range,
-            memory_available_bytes=await asyncio.to_thread(_memory_available),
-            disk=await asyncio.to_thread(_disk, engine.root_dir) if engine else None,
+            memory_available_bytes=await self._host_usage.memory_available_bytes(),
+            disk=await self._host_usage.disk(engine.root_dir) if engine else None,
             volume_pool=await self._volume_pool(),
             carry_methods=await self._layers.methods(),
         )
@@ -194,19 +188,3 @@ async def _value_or_error(call: Awaitable[T]) -> tuple[T | None, str]:
         return None, f"no answer within {_PROBE_TIMEOUT_SECONDS:g} s"
     except GpudockError as error:
         return None, error.message
-
-
-def _memory_available() -> int:
-    """MemAvailable of /proc/meminfo, in bytes: the memory that can be used without swapping."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def _disk(path: str) -> DiskUsage:
-    try:
-        usage = shutil.disk_usage(path)
-    except OSError:
-        return DiskUsage(path, None, None)
-    return DiskUsage(path, usage.total, usage.free)

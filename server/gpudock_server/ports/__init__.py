@@ -5,7 +5,7 @@ adapter limits the time of every call.
 """
 
 from gpudock_server.ports.engine import Engine, ExecSession
-from gpudock_server.ports.host import GpuInventory, PortProbe, ProcessControl
+from gpudock_server.ports.host import DiskUsage, GpuInventory, HostUsage, PortProbe, ProcessControl
 from gpudock_server.ports.host_paths import HostPaths
 from gpudock_server.ports.layers import CommitCost, LayerPair, LayerStore, LayerTransferPlan
 from gpudock_server.ports.progress import Progress
@@ -29,10 +29,12 @@ from gpudock_server.ports.volumes import ShrinkNeedsCopy, VolumeBackend, VolumeC
 __all__ = [
     "CommitCost",
     "ContainerView",
+    "DiskUsage",
     "Engine",
     "ExecSession",
     "GpuInventory",
     "HostPaths",
+    "HostUsage",
     "LayerPair",
     "LayerStore",
     "LayerTooLarge",

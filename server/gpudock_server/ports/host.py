@@ -1,8 +1,9 @@
-"""GPUs, ports and processes of the host."""
+"""GPUs, ports, processes, memory and disk space of the host."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable
+from dataclasses import dataclass
 from typing import Protocol
 
 from gpudock_server.model.gpu import GpuReport
@@ -13,6 +14,27 @@ class GpuInventory(Protocol):
 
     async def snapshot(self) -> GpuReport:
         """Return the GPUs with their current telemetry."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DiskUsage:
+    """The filesystem of a path; sizes are None where this process cannot see the path."""
+
+    path: str
+    total_bytes: int | None
+    free_bytes: int | None
+
+
+class HostUsage(Protocol):
+    """The memory and the disk space of this host."""
+
+    async def memory_available_bytes(self) -> int:
+        """Return the memory that can be used without swapping; 0 if unknown."""
+        ...
+
+    async def disk(self, path: str) -> DiskUsage:
+        """Return the space of the filesystem of `path`."""
         ...
 
 

@@ -9,11 +9,11 @@ import os
 import re
 import signal
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 import structlog
 
+from gpudock_server.adapters.host.processes import processes_in
 from gpudock_server.startup import StartupError
 
 CLIENT_SOCKET = "c.sock:0"
@@ -27,6 +27,9 @@ _LONGEST_SOCKET_PATH = 107
 # Characters that need no escaping in the URI that grpc makes of the path.
 _PLAIN_PATH = re.compile(r"^[A-Za-z0-9/._:@+=,~-]+$", re.ASCII)
 _STOP_SECONDS = 10.0
+# Programs that run in the folder: setpriv is about to execute etcd. After the name there may be a version ("-3.5") or
+# " (deleted)".
+_ETCD = re.compile(r"(etcd|setpriv)([- ]|$)")
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -122,7 +125,7 @@ class EtcdFolder:
         the start of etcd and the write of the file would not have left.
         """
         with contextlib.ExitStack() as opened:
-            for pid, descriptor in self._orphans():
+            for pid, descriptor in processes_in(self._folder, _ETCD):
                 opened.callback(os.close, descriptor)
                 log.warning("stopping orphaned etcd", pid=pid, folder=str(self.path))
                 for number in (signal.SIGTERM, signal.SIGKILL):
@@ -132,31 +135,6 @@ class EtcdFolder:
                         break
                 else:
                     raise StartupError(f"cannot stop orphaned etcd (pid {pid}) in {self.path}", "stop it manually")
-
-    def _orphans(self) -> Iterator[tuple[int, int]]:
-        """Pid and pidfd of every etcd in this folder; the caller closes the pidfd."""
-        here = os.fstat(self._folder)
-        for process in Path("/proc").iterdir():
-            if not process.name.isdigit():
-                continue
-            try:
-                # Opened before /proc is read, so that the process cannot be a later one with the same pid.
-                descriptor = os.pidfd_open(int(process.name))
-            except OSError:
-                continue
-            if _runs_etcd_in(here, process):
-                yield int(process.name), descriptor
-            else:
-                os.close(descriptor)
-
-
-def _runs_etcd_in(folder: os.stat_result, process: Path) -> bool:
-    try:
-        directory, program = (process / "cwd").stat(), (process / "exe").readlink().name
-    except OSError:
-        return False
-    # setpriv is about to execute etcd. After the name there may be a version ("-3.5") or " (deleted)".
-    return os.path.samestat(folder, directory) and re.match(r"(etcd|setpriv)([- ]|$)", program) is not None
 
 
 async def _wait_for_exit(descriptor: int) -> bool:

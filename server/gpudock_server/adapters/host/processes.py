@@ -1,8 +1,9 @@
-"""ports.ProcessControl with the /proc of this host: for an engine on this host, not for one behind TCP."""
+"""Processes of this host, found in /proc; ports.ProcessControl for an engine on this host, not for one behind TCP."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,6 +76,33 @@ def _send(pid: int, engine_id: str, signal_number: int) -> bool:
         return True
 
 
+def processes_in(folder: int, program: re.Pattern[str]) -> Iterator[tuple[int, int]]:
+    """Yield pid and pidfd of each process in the open folder `folder` whose program's file name matches `program`.
+
+    A process is in a folder if that is its working directory. The caller closes the pidfd.
+    """
+    here = os.fstat(folder)
+    for pid in _all_pids():
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            continue
+        # Read after the pidfd is open, so that the process cannot be a later one with the same pid.
+        if _runs_in(here, program, pid):
+            yield pid, pidfd
+        else:
+            os.close(pidfd)
+
+
+def _runs_in(folder: os.stat_result, program: re.Pattern[str], pid: int) -> bool:
+    process = _PROC / str(pid)
+    try:
+        directory, name = (process / "cwd").stat(), (process / "exe").readlink().name
+    except OSError:
+        return False
+    return os.path.samestat(folder, directory) and program.match(name) is not None
+
+
 def process_name(pid: int) -> str:
     """Return the kernel's name of a process (proc(5), comm); empty if it has ended."""
     return _read(pid, "comm").decode(errors="replace").strip()
@@ -105,9 +133,12 @@ def _is_alive_in(pid: int, engine_id: str) -> bool:
 
 def _session_pids(session: int) -> set[int]:
     """Return all pids of a session. The session id is not reused while one of its processes lives."""
-    pids = (int(entry.name) for entry in _PROC.iterdir() if entry.name.isdigit())
     session_field = str(session).encode()
-    return {pid for pid in pids if _stat_fields(pid)[_SESSION : _SESSION + 1] == [session_field]}
+    return {pid for pid in _all_pids() if _stat_fields(pid)[_SESSION : _SESSION + 1] == [session_field]}
+
+
+def _all_pids() -> Iterator[int]:
+    return (int(entry.name) for entry in _PROC.iterdir() if entry.name.isdigit())
 
 
 def _state(pid: int) -> bytes:
