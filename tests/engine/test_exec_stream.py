@@ -354,25 +354,32 @@ async def test_the_engines_detach_keys_reach_the_process(engine: DockerEngine, b
 
 
 @pytest.mark.parametrize(
-    ("request_", "says"),
+    ("request_", "code", "says"),
     [
-        (ExecRequest(("/nope",)), b"no such file or directory"),
-        (ExecRequest(("nope",)), b"executable file not found in $PATH"),
-        (ExecRequest(("/etc/passwd",)), b"permission denied"),
-        (ExecRequest(("true",), working_dir="/nope"), b"chdir to cwd"),
-        (ExecRequest(("true",), user="ghost"), b"unable to find user ghost"),
-        (ExecRequest(("/nope",), tty=True, size=TerminalSize(columns=80, rows=24)), b"no such file or directory"),
+        (ExecRequest(("/nope",)), 127, "no such file or directory"),
+        (ExecRequest(("nope",)), 127, "executable file not found in $PATH"),
+        (ExecRequest(("/etc/passwd",)), 126, "permission denied"),
+        (ExecRequest(("true",), working_dir="/nope"), 126, "chdir to cwd"),
+        (ExecRequest(("true",), user="ghost"), 126, "unable to find user ghost"),
+        (ExecRequest(("/nope",), tty=True, size=TerminalSize(columns=80, rows=24)), 127, "no such file or directory"),
     ],
 )
-async def test_what_cannot_be_run_says_why(engine: DockerEngine, box: str, request_: ExecRequest, says: bytes) -> None:
+async def test_what_cannot_be_run_says_why(
+    engine: DockerEngine, box: str, request_: ExecRequest, code: int, says: str
+) -> None:
     async with session_of(engine, box, request_) as session:
-        out, err = await all_of(session)
-        assert says in out
-        assert err == b""
+        assert await all_of(session) == (b"", b"")
         status = await session.status()
-        assert status.exit_code in (126, 127)
-        # Which tells it from a process that itself ends with 126.
-        assert status.pid == 0
+        assert says in status.start_error
+        assert (status.exit_code, status.pid) == (code, 0)
+
+
+async def test_a_process_that_ends_as_if_it_could_not_start(engine: DockerEngine, box: str) -> None:
+    text = 'exec: "x": executable file not found\r\n'
+    async with session_of(engine, box, shell(f"printf '{text}'; exit 126")) as session:
+        assert await all_of(session) == (text.encode(), b"")
+        status = await session.status()
+        assert (status.exit_code, status.start_error) == (126, "")
 
 
 async def test_where_nothing_can_be_run(engine: DockerEngine, box: str) -> None:

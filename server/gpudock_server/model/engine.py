@@ -283,8 +283,12 @@ class ExecRequest:
 
 @dataclass(frozen=True, slots=True)
 class ExecStatus:
-    """The status of an exec. `exit_code` is None while it runs. `pid` is that of the engine's host; 0: not started."""
+    """The status of an exec. `exit_code` is None while it runs. `pid` is that of the engine's host; 0: not started.
+
+    `start_error` says why the program could not be started; then the exit code is 127 if it was not found, else 126.
+    """
 
     running: bool
     exit_code: int | None
     pid: int
+    start_error: str = ""

@@ -222,5 +222,8 @@ class Engine(Protocol):
         ...
 
     async def exec(self, engine_id: str, request: ExecRequest) -> ExecSession:
-        """Start a process in a running container."""
+        """Start a process in a running container.
+
+        Raises nothing if its program cannot be started: the status has the error once the output has ended.
+        """
         ...

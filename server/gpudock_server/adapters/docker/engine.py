@@ -67,7 +67,6 @@ class DockerEngine(ContainerCalls, ImageCalls, VolumeCalls):
     async def exec(self, engine_id: str, request: ExecRequest) -> DockerExecSession:
         """Start a process inside a running container.
 
-        A command that cannot be started raises no error here: the engine writes the cause to its standard output, and
-        the exit code is 126 or 127.
+        A command that cannot be started raises no error here: see `ExecStatus.start_error`.
         """
         return await DockerExecSession.start(self._connection, path_segment(engine_id), request)

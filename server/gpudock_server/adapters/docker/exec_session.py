@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any, Final, Self
 
 from gpudock_server.adapters.docker.connection import Connection
-from gpudock_server.adapters.docker.failures import BAD_REQUEST, NOT_FOUND, engine_errors
+from gpudock_server.adapters.docker.failures import BAD_REQUEST, NOT_FOUND, engine_errors, is_program_missing
 from gpudock_server.adapters.docker.hijack import hijack
 from gpudock_server.adapters.docker.raw_stream import RawStream
 from gpudock_server.adapters.docker.translate import Json
@@ -24,6 +24,10 @@ _CONSOLE_SIZE_API_VERSION: Final = (1, 42)
 # The output may end before the engine knows the exit code: how long to wait for the code, and how often to ask.
 _EXIT_CODE_TIMEOUT_SECONDS: Final = 2.0
 _EXIT_CODE_POLL_SECONDS: Final = 0.01
+# If a program cannot be started, the engine writes its error, with this ending, as the first output.
+_START_ERROR_SUFFIX: Final = b"\r\n"
+_EXIT_NOT_EXECUTABLE: Final = 126
+_EXIT_NOT_FOUND: Final = 127
 # Ctrl-D. At the beginning of a line it ends the input, elsewhere it ends the line.
 _END_OF_INPUT: Final = b"\x04"
 # The engine drops a TTY session in which these keys are typed, and holds back the first key until the next one. The
@@ -49,6 +53,7 @@ class DockerExecSession:
         self._ended = False
         self._closed = False
         self._mid_line = False
+        self._start_error = ""
         self._resize_task: asyncio.Task[None] | None = None
 
     @classmethod
@@ -71,18 +76,30 @@ class DockerExecSession:
     async def read(self) -> AsyncIterator[tuple[ExecStream, bytes]]:
         """Chunks of all output available, up to 512 KiB each. Ends with the output, or with the engine.
 
-        An engine that dies looks like the end of the output: `status` tells them apart.
+        An engine that dies looks like the end of the output: `status` tells them apart. Where the program cannot be
+        started, `status` has the engine's error, which is not output.
         """
         frames = None if self._request.tty else FrameDecoder()
+        first = True
         while block := await self._stream.wait():
             if frames is None:
                 chunks, used = [(ExecStream.STDOUT, bytes(block))], len(block)
             else:
                 chunks, used = frames.decode(block)
             self._stream.consume(used)
-            for chunk in chunks:
-                yield chunk
+            for stream, data in chunks:
+                if not (first and await self._is_start_error(data)):
+                    yield stream, data
+                first = False
         self._ended = not self._closed
+
+    async def _is_start_error(self, data: bytes) -> bool:
+        """Whether the first output is an error of the engine, which `status` then reports."""
+        if data.endswith(_START_ERROR_SUFFIX):
+            status = await self._inspect()
+            if status.pid == 0 and status.exit_code in (_EXIT_NOT_EXECUTABLE, _EXIT_NOT_FOUND):
+                self._start_error = data.decode(errors="replace").strip()
+        return bool(self._start_error)
 
     async def write(self, data: bytes) -> None:
         """Write `data` to the stdin; returns once the kernel has all of it.
@@ -149,9 +166,12 @@ class DockerExecSession:
                 return await self._status_after_not_found(call, rejection)
             raise
         with engine_errors(call):
-            code = answer["ExitCode"]
-            # Not the engine's Running: it is false before the start, when there is no exit code either.
-            return ExecStatus(running=code is None, exit_code=code, pid=int(answer.get("Pid") or 0))
+            code, pid = answer["ExitCode"], int(answer.get("Pid") or 0)
+        if is_program_missing(self._start_error):
+            # The engine reports 126 also where the program was not found.
+            code = _EXIT_NOT_FOUND
+        # Not the engine's Running: it is false before the start, when there is no exit code either.
+        return ExecStatus(running=code is None, exit_code=code, pid=pid, start_error=self._start_error)
 
     async def _status_after_not_found(self, call: str, rejection: EngineRejected) -> ExecStatus:
         """The engine loses an exec when its container is removed, or when the engine restarts; only the first is ok."""

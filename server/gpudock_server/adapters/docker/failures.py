@@ -37,6 +37,9 @@ _FOREIGN_HOLDER = "a process outside gpudock"
 # libcontainer/cgroups/fs/freezer.go); a moment later they do.
 _FREEZE_TIMEOUT = "unable to freeze"
 _NAME_IN_USE = "already exists"
+_PROGRAM_NOT_FOUND = re.compile(
+    r"executable file (?:`.*` )?not found|exec: \".*\": (?:stat .*: )?no such file or directory", re.DOTALL
+)
 
 
 @contextmanager
@@ -79,6 +82,11 @@ def is_freeze_timeout(error: Exception) -> bool:
 def is_name_conflict(rejection: EngineRejected) -> bool:
     """Whether the engine refused to create something because its name is in use."""
     return rejection.status == CONFLICT or _NAME_IN_USE in rejection.detail
+
+
+def is_program_missing(start_error: str) -> bool:
+    """Whether a program could not be started because it does not exist."""
+    return _PROGRAM_NOT_FOUND.search(start_error) is not None
 
 
 def start_failure(rejection: EngineRejected, container: Mapping[str, Any]) -> GpudockError:

@@ -40,14 +40,6 @@ _LAST_SIGNAL = 64
 _FIRST_REALTIME_SIGNAL = 34  # SIGRTMIN of glibc, which reserves the kernel's first two
 _RELATIVE_SIGNAL = re.compile(r"(RTMIN|RTMAX)([+-]\d{1,2})", re.ASCII)
 
-# If a program cannot be started, the engine writes an error with this ending in place of the output.
-_START_ERROR_SUFFIX = b"\r\n"
-_EXIT_NOT_EXECUTABLE = 126
-_EXIT_NOT_FOUND = 127
-_NOT_FOUND_MESSAGE = re.compile(
-    r"executable file (?:`.*` )?not found|exec: \".*\": (?:stat .*: )?no such file or directory", re.DOTALL
-)
-
 _REQUIRED_STATE = "to run a command in it, it must be RUNNING"
 # Seconds between attempts to terminate a process while the engine does not answer.
 _END_RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -68,7 +60,10 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Exited:
-    """How the process ended: by `signal` (a name such as SIGTERM) if set, else with exit code `code`."""
+    """How the process ended: by `signal` (a name such as SIGTERM) if set, else with exit code `code`.
+
+    `message` says why the program could not be started, if so.
+    """
 
     code: int
     signal: str = ""
@@ -233,24 +228,15 @@ class ExecSessions:
     async def events(self, running: RunningExec) -> AsyncIterator[Output | Exited]:
         """Yield the output as it arrives, and last how the command ended.
 
-        A reader that stops iterating blocks the process's writes. If the program cannot be started, the engine's error
-        is the message of `Exited` and not output.
+        A reader that stops iterating blocks the process's writes.
         """
         timer = None
         if running.timeout is not None:
             timer = asyncio.get_running_loop().call_later(running.timeout, self._on_timeout, running)
-        start_error: bytes | None = None
-        first = True
         try:
             async for stream, data in running.session.read():
-                if first:
-                    first = False
-                    if data.endswith(_START_ERROR_SUFFIX) and await _failed_to_start(running):
-                        start_error = data
-                        continue
                 yield Output(stream, data)
-            exited = await self._exited(running)
-            yield exited if start_error is None else _start_failure(exited.code, start_error)
+            yield await self._exited(running)
         finally:
             if timer is not None:
                 timer.cancel()
@@ -267,7 +253,12 @@ class ExecSessions:
         if code is None:
             raise ContainerNotRunning(container=running.container, state="stopped while the command ran")
         running.ended = True
-        return Exited(code=code, signal=signal_name(code), timed_out=running.end_reason is _EndReason.TIMED_OUT)
+        return Exited(
+            code=code,
+            signal=signal_name(code),
+            message=status.start_error,
+            timed_out=running.end_reason is _EndReason.TIMED_OUT,
+        )
 
     async def _wait_for_end(self, running: RunningExec) -> ExecStatus:
         delay = _MIN_POLL_SECONDS
@@ -376,17 +367,6 @@ class ExecSessions:
                 await self.finish(running)
         while self._tasks:
             await asyncio.wait(self._tasks)
-
-
-async def _failed_to_start(running: RunningExec) -> bool:
-    status = await running.session.status()
-    return status.pid == 0 and status.exit_code in (_EXIT_NOT_EXECUTABLE, _EXIT_NOT_FOUND)
-
-
-def _start_failure(code: int, start_error: bytes) -> Exited:
-    message = start_error.decode(errors="replace").strip()
-    # The engine reports 126 in both cases.
-    return Exited(code=_EXIT_NOT_FOUND if _NOT_FOUND_MESSAGE.search(message) else code, message=message)
 
 
 def signal_number(name: str) -> int:
