@@ -1,8 +1,8 @@
-"""An engine in memory, with containers, images and volumes that keep what they are given.
+"""An engine in memory, with containers, images and volumes that have files.
 
-Unlike `tests/rpc/fakes.py` these hold files, so that a test can ask where they are after an operation, and refuse what
-the real ones refuse: two containers of one name, a start of what is frozen, a copy of files that are being written.
-Every call can be made to fail, before it has done anything or afterwards (`Faults`).
+Unlike FakeEngine of `tests/rpc/fakes.py`, it keeps files, so that a test can compare them after an operation, and it
+refuses what the real engine refuses: two containers of one name, a start of a paused container, a copy of files that a
+process may write to. Every call can be made to fail, before or after its effect (`Faults`).
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ _START = datetime(2024, 1, 1, tzinfo=UTC)
 
 @dataclass(frozen=True)
 class Image:
-    """An image: its layers, the lowest first, each with the files that it adds; and whose config it has."""
+    """An image: its layers, the lowest first, each with the files that it adds; and the owner of its config."""
 
     id: str
     layers: tuple[tuple[str, Files], ...]
     config: str
     volumes: tuple[str, ...] = ()
-    # Whether it still has the labels and variables of the container that it was made of.
+    # Whether it has the labels and variables of the container that was committed.
     identity: bool = False
-    # Author, comment and Dockerfile lines of a commit.
-    words: tuple[str, ...] = ()
+    # Author, comment and Dockerfile instructions of the commit.
+    commit_options: tuple[str, ...] = ()
 
     @property
     def files(self) -> Files:
-        """All of them."""
+        """The files of all layers."""
         return frozenset().union(*(files for _, files in self.layers))
 
 
 class ModelEngine(FakeEngine):
-    """Containers, images and volumes. `ends` is the exit code with which processes end at once; None: they live on."""
+    """The engine. Processes exit at once with `exit_code_at_start`; None: they run."""
 
     def __init__(self, faults: Faults) -> None:
         super().__init__()
@@ -63,14 +63,14 @@ class ModelEngine(FakeEngine):
         self.exit_code_at_start: int | None = None
         self.images: dict[str, Image] = {}
         self.tags: dict[str, str] = {}
-        # What a pull brings.
+        # The images that can be pulled.
         self.registry: dict[str, Image] = {}
-        # Writable layers by number, and which one a container has.
+        # Writable layers by number, and the number of each container.
         self.layers: dict[int, Files] = {}
         self.layer_of: dict[str, int] = {}
         self.created_specs: dict[str, EngineContainerSpec] = {}
         self.stop_timeouts: list[float] = []
-        # For how many seconds each process was watched that was just started.
+        # The durations for which started processes were watched.
         self.start_watch_seconds: list[float] = []
         self._numbers = itertools.count(1)
         for name, volumes in ((IMAGE, ("/cache",)), (OTHER_IMAGE, ())):
@@ -83,11 +83,11 @@ class ModelEngine(FakeEngine):
         return image.id
 
     def files(self, engine_id: str) -> Files:
-        """What a process in it sees."""
+        """Return the files that a process of a container sees."""
         return self.images[self.containers[engine_id].image_id].files | self.layers[self.layer_of[engine_id]]
 
     def write(self, engine_id: str, file: str) -> None:
-        """A process in it writes a file."""
+        """Write a file, as a process of a container does."""
         self.layers[self.layer_of[engine_id]] |= {file}
 
     # -- images ------------------------------------------------------------------------------------------------------
@@ -137,19 +137,19 @@ class ModelEngine(FakeEngine):
         config_of: str = "",
     ) -> str:
         async with self.faults.call("commit"):
-            seen = self._there(engine_id, "commit")
+            container = self._there(engine_id, "commit")
             self._there(config_of or engine_id, "commit")
-            assert seen.state is not EngineState.RUNNING, "its files are written to while it is committed"
-            base, written = self.images[seen.image_id], self.layers[self.layer_of[engine_id]]
-            made = Image(
+            assert container.state is not EngineState.RUNNING, "its process may write to the files that are committed"
+            base, written = self.images[container.image_id], self.layers[self.layer_of[engine_id]]
+            image = Image(
                 f"sha256:{next(self._numbers)}",
                 (*base.layers, *([self._layer(written)] if written else [])),
                 f"container {config_of or engine_id}",
                 base.volumes,
                 identity=True,
-                words=(author, comment, *changes),
+                commit_options=(author, comment, *changes),
             )
-            return self._add(made, reference)
+            return self._add(image, reference)
 
     @override
     async def tag(self, image: str, reference: str) -> None:
@@ -160,8 +160,8 @@ class ModelEngine(FakeEngine):
             self.tags[reference] = found.id
 
     def _derived(self, image_id: str, reference: str, **changes: object) -> str:
-        made = replace(self.images[image_id], id=f"sha256:{next(self._numbers)}", **changes)  # type: ignore[arg-type]  # fields by name
-        return self._add(made, reference)
+        derived = replace(self.images[image_id], id=f"sha256:{next(self._numbers)}", **changes)  # type: ignore[arg-type]  # fields by name
+        return self._add(derived, reference)
 
     @override
     async def replace_config(self, image_id: str, other_id: str, reference: str) -> str:
@@ -192,7 +192,7 @@ class ModelEngine(FakeEngine):
             if found is None:
                 return
             names = [name for name, image_id in self.tags.items() if image_id == found.id]
-            used = any(one.image_id == found.id for one in self.containers.values())
+            used = any(container.image_id == found.id for container in self.containers.values())
             if len(names) > 1 and reference in names:
                 del self.tags[reference]
             elif len(names) < 2 and not used:
@@ -212,7 +212,7 @@ class ModelEngine(FakeEngine):
     @override
     async def mounting(self, volume: str) -> tuple[EngineContainer, ...]:
         async with self.faults.call("mounting"):
-            return tuple(one for one in self.containers.values() if volume in one.volumes.values())
+            return tuple(container for container in self.containers.values() if volume in container.volumes.values())
 
     @override
     async def create_volume(
@@ -234,7 +234,7 @@ class ModelEngine(FakeEngine):
     @override
     async def remove_volume(self, name: str) -> None:
         async with self.faults.call("remove_volume"):
-            if any(name in one.volumes.values() for one in self.containers.values()):
+            if any(name in container.volumes.values() for container in self.containers.values()):
                 raise self._rejected("remove a volume", f"volume {name} is in use")
             self.volumes.pop(name, None)
 
@@ -262,7 +262,7 @@ class ModelEngine(FakeEngine):
                     volumes[target] = f"anonymous{number}-{target.strip('/').replace('/', '-')}"
                     self.volumes[volumes[target]] = EngineVolume(name=volumes[target], driver="local", anonymous=True)
             engine_id = f"engine{number}"
-            self._own(
+            self._add_container(
                 engine_id,
                 EngineContainer(
                     id=engine_id,
@@ -291,7 +291,7 @@ class ModelEngine(FakeEngine):
             self.created_specs[engine_id] = engine_spec
             return engine_id
 
-    def _own(self, engine_id: str, container: EngineContainer) -> None:
+    def _add_container(self, engine_id: str, container: EngineContainer) -> None:
         self.containers[engine_id] = container
         number = next(self._numbers)
         self.layers[number], self.layer_of[engine_id] = frozenset(), number
@@ -303,7 +303,7 @@ class ModelEngine(FakeEngine):
                 return found
             source = self._there(of, "create a container")
             engine_id = f"engine{next(self._numbers)}"
-            shadow = EngineContainer(
+            holder = EngineContainer(
                 id=engine_id,
                 name=name,
                 image_id=source.image_id,
@@ -315,7 +315,7 @@ class ModelEngine(FakeEngine):
                 labels=dict(labels),
                 gpu_uuids=(),
             )
-            self._own(engine_id, shadow)
+            self._add_container(engine_id, holder)
             return engine_id
 
     @override
@@ -331,18 +331,18 @@ class ModelEngine(FakeEngine):
     @override
     async def start(self, engine_id: str) -> None:
         async with self.faults.call("start"):
-            seen = self._there(engine_id, "start")
-            if seen.state is EngineState.PAUSED:
+            container = self._there(engine_id, "start")
+            if container.state is EngineState.PAUSED:
                 raise self._rejected("start", "cannot start a paused container, try unpause instead")
-            if seen.state is EngineState.RUNNING:
+            if container.state is EngineState.RUNNING:
                 return
             for other in self.containers.values():
                 if other.alive:
-                    assert not set(other.gpu_uuids) & set(seen.gpu_uuids), "two containers run with one card"
-                    assert not set(other.ports) & set(seen.ports), "two containers publish one port"
+                    assert not set(other.gpu_uuids) & set(container.gpu_uuids), "two containers run with the same GPU"
+                    assert not set(other.ports) & set(container.ports), "two containers publish the same port"
             ended = self.exit_code_at_start is not None
             self.containers[engine_id] = replace(
-                seen,
+                container,
                 state=EngineState.EXITED if ended else EngineState.RUNNING,
                 exit_code=self.exit_code_at_start or 0,
                 start_time=_START,
@@ -353,11 +353,11 @@ class ModelEngine(FakeEngine):
     @override
     async def stop(self, engine_id: str, timeout: float) -> None:
         async with self.faults.call("stop"):
-            seen = self.containers.get(engine_id)
-            if seen is not None and seen.alive:
+            container = self.containers.get(engine_id)
+            if container is not None and container.alive:
                 self.stop_timeouts.append(timeout)
                 self.containers[engine_id] = replace(
-                    seen, state=EngineState.EXITED, exit_code=143, finish_time=_START, pid=0
+                    container, state=EngineState.EXITED, exit_code=143, finish_time=_START, pid=0
                 )
 
     @override
@@ -381,21 +381,21 @@ class ModelEngine(FakeEngine):
         restart_policy: RestartPolicy | None = None,
     ) -> None:
         async with self.faults.call("update"):
-            seen = self._there(engine_id, "update")
+            container = self._there(engine_id, "update")
             self.containers[engine_id] = replace(
-                seen,
+                container,
                 cpus=cpus,
                 memory_bytes=memory_bytes,
                 pids_limit=pids_limit,
-                restart_policy=restart_policy or seen.restart_policy,
+                restart_policy=restart_policy or container.restart_policy,
             )
 
     @override
     async def exited_within(self, engine_id: str, seconds: float) -> int | None:
         async with self.faults.call("exited_within"):
-            seen = self._there(engine_id, "wait")
+            container = self._there(engine_id, "wait")
             self.start_watch_seconds.append(seconds)
-            return None if seen.alive else seen.exit_code
+            return None if container.alive else container.exit_code
 
     @override
     async def remove(self, engine_id: str, *, own_volumes: bool = False) -> None:
@@ -403,5 +403,7 @@ class ModelEngine(FakeEngine):
             if self.containers.pop(engine_id, None) is not None:
                 del self.layers[self.layer_of.pop(engine_id)]
                 if own_volumes:
-                    made = f"anonymous{engine_id.removeprefix('engine')}-"
-                    self.volumes = {name: one for name, one in self.volumes.items() if not name.startswith(made)}
+                    prefix = f"anonymous{engine_id.removeprefix('engine')}-"
+                    self.volumes = {
+                        name: volume for name, volume in self.volumes.items() if not name.startswith(prefix)
+                    }

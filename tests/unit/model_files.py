@@ -1,10 +1,9 @@
-"""Writable layers, snapshots, host paths and volumes of a host in memory, which keep what they are given."""
+"""Writable layers, snapshots, host paths and volumes of a host in memory, with their files."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 from gpudock_server.errors import DiskFull, LayerCarryFailed
 from gpudock_server.model.engine import EngineContainer, EngineState
@@ -19,11 +18,9 @@ from tests.rpc.fake_volumes import FakeCopier, FakePlain, FakeVolumes
 from tests.unit.faults import Faults
 from tests.unit.model_engine import ModelEngine
 
-_START = datetime(2024, 1, 1, tzinfo=UTC)
-
 
 class ModelLayers(FakeLayers):
-    """Carries layers by `method`; where `same_quota` is not so, an exchange is refused."""
+    """Transfers layers by `method`. Without `same_quota` an exchange is refused."""
 
     def __init__(self, engine: ModelEngine) -> None:
         self.engine = engine
@@ -53,22 +50,21 @@ class ModelLayers(FakeLayers):
         async with self.engine.faults.call("layers.require_committable"):
             assert container.id in self.engine.containers
 
-    def _still(self, *engine_ids: str) -> None:
-        for one in engine_ids:
-            if self.engine.containers[one].running:
-                raise AssertionError(f"{one} runs while its layer is moved")
+    def _require_stopped(self, *engine_ids: str) -> None:
+        for engine_id in engine_ids:
+            assert not self.engine.containers[engine_id].running, f"{engine_id} runs while its layer is moved"
 
     @override
     async def locate(self, old: EngineContainer, new: EngineContainer) -> LayerPair:
         async with self.engine.faults.call("layers.locate"):
             await super().locate(old, new)
             numbers = self.engine.layer_of
-            if gone := {old.id, new.id} - numbers.keys():
-                raise LayerCarryFailed(method="EXCHANGE", detail=f"no layer of containers {sorted(gone)}")
+            if missing := {old.id, new.id} - numbers.keys():
+                raise LayerCarryFailed(method="EXCHANGE", detail=f"no layer of containers {sorted(missing)}")
             return LayerPair(old_path=old.id, old_inode=numbers[old.id], new_path=new.id, new_inode=numbers[new.id])
 
     def _swap(self, pair: LayerPair, first: int, second: int) -> None:
-        self._still(pair.old_path, pair.new_path)
+        self._require_stopped(pair.old_path, pair.new_path)
         self.engine.layer_of[pair.old_path], self.engine.layer_of[pair.new_path] = first, second
 
     @override
@@ -87,7 +83,7 @@ class ModelLayers(FakeLayers):
     @override
     async def copy(self, pair: LayerPair, progress: Progress) -> None:
         async with self.engine.faults.call("layers.copy"):
-            self._still(pair.old_path, pair.new_path)
+            self._require_stopped(pair.old_path, pair.new_path)
             if self.engine.layer_of[pair.old_path] != pair.old_inode:
                 raise LayerCarryFailed(method="COPY", detail="the layers are exchanged")
             self.engine.layers[pair.new_inode] = self.engine.layers[pair.old_inode]
@@ -95,14 +91,13 @@ class ModelLayers(FakeLayers):
 
 
 class ModelSnapshots(FakeSnapshots):
-    """Snapshots of the files that containers of `engine` have."""
+    """Snapshots of the files of containers of `engine`. `failures` are raised by the methods that they name."""
 
     def __init__(self, engine: ModelEngine) -> None:
         super().__init__()
         self.engine = engine
         self.method_result: tuple[SnapshotMethod | None, str] = (SnapshotMethod.LINK, "")
         self.cost = SnapshotPlan(method=SnapshotMethod.LINK, bytes_to_copy=7, bytes_available=70)
-        # What is raised when the layer is looked at, one after the other.
         self.failures: dict[str, Exception] = {}
 
     @override
@@ -111,7 +106,7 @@ class ModelSnapshots(FakeSnapshots):
 
     @override
     def fill(self, container: EngineContainer, files: Files) -> None:
-        assert self.engine.containers[container.id].start_time is None, "it has run"
+        assert self.engine.containers[container.id].start_time is None, "its process has run"
         self.engine.layers[self.engine.layer_of[container.id]] = files
 
     @override
@@ -157,7 +152,7 @@ class ModelSnapshots(FakeSnapshots):
     ) -> None:
         async with self.engine.faults.call("snapshots.complete"):
             self._raise_failure("complete", key, operation_id)
-            assert self.engine.containers[old.id].state is not EngineState.RUNNING, "its files are written to"
+            assert self.engine.containers[old.id].state is not EngineState.RUNNING, "its process may write to its files"
             await super().complete(old, key, operation_id, previous, progress)
             progress(4, 4)
 
@@ -185,10 +180,10 @@ class ModelSnapshots(FakeSnapshots):
             if "mirror" in self.failures:
                 raise self.failures["mirror"]
             running = self.engine.containers[source.id].state is EngineState.RUNNING
-            assert not (still and running), "its files are written to"
+            assert not (still and running), "its process may write to its files"
             await super().mirror(source, target, operation_id, still=still, progress=progress)
             if not still:
-                # What is written while it runs comes with the last pass alone.
+                # Files that are written while the source runs are copied by the last pass only.
                 self.fill(target, self.files_of(target) - {"late"})
             progress(8, 8)
 
@@ -205,18 +200,18 @@ class ModelSnapshots(FakeSnapshots):
 
 @dataclass
 class ModelHostPaths:
-    """Host paths below /data may be mounted."""
+    """Host paths; those below /data may be mounted."""
 
     faults: Faults
     bound: dict[str, set[str]] = field(default_factory=dict)
     renewed: list[bool] = field(default_factory=list)
 
     async def check(self, paths: Sequence[str]) -> None:
-        """Whether each may be mounted."""
+        """Fail unless each path may be mounted."""
         assert all(path.startswith("/data") for path in paths)
 
     async def bind(self, name: str, paths: Sequence[str], *, renew: bool = True) -> dict[str, str]:
-        """Bind each for an engine container."""
+        """Bind each path for an engine container; return the source of each."""
         async with self.faults.call("host_paths.bind"):
             if paths:
                 self.bound.setdefault(name, set()).update(paths)
@@ -224,22 +219,22 @@ class ModelHostPaths:
             return {path: self.source(name, path) for path in paths}
 
     def source(self, name: str, path: str) -> str:
-        """What the engine is given."""
+        """Return the path that the engine mounts."""
         return f"/bound/{name}{path}"
 
     async def release(self, name: str) -> None:
-        """Undo all that was bound for an engine container."""
+        """Remove all binds of an engine container."""
         async with self.faults.call("host_paths.release"):
             self.bound.pop(name, None)
 
     async def names(self) -> frozenset[str]:
-        """The engine containers that something is bound for."""
+        """Return the names of the engine containers with binds."""
         return frozenset(self.bound)
 
 
 @dataclass(eq=False)
 class ModelVolumes(FakeVolumes):
-    """Stores whose calls can fail, and which the containers of `engine` mount."""
+    """Volumes with a size, whose calls can fail. The containers of `engine` mount them."""
 
     faults: Faults = field(default_factory=Faults)
     engine: ModelEngine | None = None
@@ -248,7 +243,9 @@ class ModelVolumes(FakeVolumes):
     def mounted(self, backing: VolumeBacking) -> bool:
         volume = self.backings.get(backing.uid, backing).engine_volume
         containers = self.engine.containers.values() if self.engine else ()
-        return super().mounted(backing) or any(one.alive and volume in one.volumes.values() for one in containers)
+        return super().mounted(backing) or any(
+            container.alive and volume in container.volumes.values() for container in containers
+        )
 
     @override
     async def create(
@@ -294,15 +291,15 @@ class ModelVolumes(FakeVolumes):
 
 
 class ModelPlain(ModelVolumes, FakePlain):
-    """Stores without a size."""
+    """Volumes without a size, whose calls can fail."""
 
 
 class ModelCopier(FakeCopier):
-    """Copies contents; the copy of a volume's is called so."""
+    """Copies the contents of volumes; the content of a copy is `copy of` that of its source."""
 
     def __init__(self, volumes: ModelVolumes) -> None:
         self.volumes = volumes
-        # Of each copy, whether it was the last one.
+        # `final` of each copy.
         self.passes: list[bool] = []
 
     def _content(self, source: VolumeBacking) -> str:

@@ -1,4 +1,4 @@
-"""The use cases over a host in memory, and what is there after each of them, in words that tests can compare."""
+"""The use cases on a host in memory, with a summary of its state that tests compare."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from tests.unit.model_files import ModelCopier, ModelHostPaths, ModelLayers, Mod
 
 HOST, NODE = "host1", "gpu1"
 SPEC = ContainerSpec(image=IMAGE, gpus=GpuRequest(count=2), ports=(PortRequest(container_port=80),))
-# Seconds for what takes none.
+# Limits waits that need no time at all, so that a test that would hang fails.
 TIMEOUT_SECONDS = 30.0
 
 
 @dataclass
 class ModelNode:
-    """One node. `restart` is what a new daemon process is: the same host and store, and nothing remembered."""
+    """A node with one daemon process. `restart_daemon` replaces the process; host and store stay."""
 
     faults: Faults = field(default_factory=Faults)
     store: FailingStore = field(default_factory=FailingStore)
 
     def __post_init__(self) -> None:
-        # The operation that was asked for last.
+        # Of the last `run`.
         self.last_operation_id = ""
         self.engine = ModelEngine(self.faults)
         self.layers = ModelLayers(self.engine)
@@ -57,7 +57,7 @@ class ModelNode:
         self.start_daemon()
 
     def start_daemon(self, *, recovering: bool = False) -> None:
-        """A process of the daemon, with `self.policy`."""
+        """Begin a process of the daemon, with `self.policy`."""
         ports = Ports(
             store=self.store,
             engine=self.engine,
@@ -80,89 +80,90 @@ class ModelNode:
         self.containers, self.volumes = self.core.containers, self.core.volumes
 
     def configure(self, **changes: Any) -> None:
-        """Other settings, by their names in NodePolicy."""
+        """Begin a process with these settings; the names are those of NodePolicy."""
         self.policy = replace(self.policy, **changes)
         self.start_daemon()
 
     def configure_history(self, **changes: Any) -> None:
-        """Other settings of the history, by their names in HistoryDefaults."""
+        """Begin a process with these settings of the history; the names are those of HistoryDefaults."""
         self.configure(history=replace(self.policy.history, **changes))
 
     async def restart_daemon(self) -> None:
-        """Another process takes up what this one has left."""
+        """End the process, and have a new one resume its operations."""
         await self.operations.drain(0)
         self.start_daemon()
         await self.operations.wait_until_ended(await self.operations.resume())
         await remove_unused_images(self.store, self.engine, self.core.images)
 
     async def begin(self, command: Command | volume_commands.Command, request: RequestKey | None = None) -> str:
-        """Begin what is asked for; the id of its operation."""
+        """Begin a command; return the id of its operation."""
         if isinstance(command, volume_commands.Command):
             return await self.volumes.begin(command, request)
         return await self.containers.begin(command, request)
 
     async def run(self, command: Command | volume_commands.Command) -> Operation:
-        """Bring what is asked for to its end, whatever that is; the record of its operation."""
+        """Run a command until its operation ends, with or without success; return the record of the operation."""
         self.last_operation_id = await self.begin(command)
         return await self.ended_operation(self.last_operation_id)
 
     async def ended_operation(self, operation_id: str) -> Operation:
-        """Wait for the end of an operation; its record."""
+        """Wait for the end of an operation; return its record."""
         async with asyncio.timeout(limit(TIMEOUT_SECONDS)):
             await self.operations.wait_until_ended([operation_id])
         return self.store.journal[operation_id].value
 
     async def run_ok(self, command: Command | volume_commands.Command) -> Operation:
-        """Bring what is asked for to a good end."""
+        """Run a command, and fail unless its operation succeeds without a message."""
         operation = await self.run(command)
         assert operation.error is None, operation.error
         assert operation.message == ""
         return operation
 
     async def create_container(self, name: str = "a", spec: ContainerSpec = SPEC, **fields: Any) -> Container:
-        """A container that has written a file of its name."""
+        """Create a container that runs and has written a file."""
         await self.run_ok(Create(name=name, spec=spec, **fields))
         self.engine.write(self.engine_id(name), f"by {name}")
         return self.container(name)
 
     def container(self, name: str = "a") -> Container:
-        """A container's record."""
+        """Return the record of a container."""
         return self.store.container_records[name].value
 
     def volume(self, name: str = "data") -> Volume:
-        """A volume's record."""
+        """Return the record of a volume."""
         return self.store.volume_records[name].value
 
     def engine_id(self, name: str = "a") -> str:
-        """What serves a container."""
+        """Return the id of the engine container of a container."""
         engine = self.container(name).engine
         assert engine is not None
         return engine.engine_id
 
     def engine_container(self, name: str = "a") -> EngineContainer:
-        """What serves a container, as the engine shows it."""
+        """Return the engine container of a container."""
         return self.engine.containers[self.engine_id(name)]
 
     def files(self, name: str = "a") -> frozenset[str]:
-        """The files that a container has."""
+        """Return the files of a container."""
         return self.engine.files(self.engine_id(name))
 
     def claims(self, name: str = "a") -> list[str]:
-        """What a container has claimed."""
+        """Return the keys of the claims of a container."""
         uid = self.container(name).uid
         return sorted(str(key) for key, holder in self.store.holders[HOST].items() if holder.uid == uid)
 
-    # -- what is there -----------------------------------------------------------------------------------------------
-
     def summary(self) -> dict[str, object]:
-        """All that is there, the same for two hosts on which the same was done."""
+        """Return the state of host and store; equal for two nodes on which the same was done.
+
+        Generated ids are replaced by placeholders.
+        """
         engine, store = self.engine, self.store
         names: dict[str, str] = {}
         for number, operation_id in enumerate(store.journal):
             names[operation_id] = f"<{number}>"
             names[operation_id[-8:]] = f"<{number}>"
-        for name, head in store.container_records.items():
-            names[head.value.uid] = f"<uid of {name}>"
+        for name, record in store.container_records.items():
+            names[record.value.uid] = f"<uid of {name}>"
         for name, volume in store.volume_records.items():
             names[volume.value.uid] = f"<uid of {name}>"
         pattern = re.compile("|".join(sorted(map(re.escape, names), key=len, reverse=True)) or "$^")
@@ -171,46 +172,48 @@ class ModelNode:
             known = pattern.sub(lambda found: names[found.group()], str(text))
             return re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}|sha256:\d+|layer \d+|engine\d+|anonymous\d+", "<new>", known)
 
-        heads: dict[str, object] = {}
+        records: dict[str, object] = {}
         for name, stored in sorted(store.container_records.items()):
-            one = stored.value
-            status = one.status
-            heads[name] = (
-                one.spec,
-                one.revision,
-                one.owner,
+            container = stored.value
+            status, binding = container.status, container.engine
+            records[name] = (
+                container.spec,
+                container.revision,
+                container.owner,
                 status.state,
                 status.placement,
                 status.holds_resources,
                 status.exit_code,
                 status.message,
-                one.engine.placement if one.engine else None,
-                plain(one.engine.layer_images) if one.engine else "",
-                one.engine.base_depth if one.engine else 0,
-                plain(one.engine.base_image_id) if one.engine else "",
+                binding.placement if binding else None,
+                plain(binding.layer_images) if binding else "",
+                binding.base_depth if binding else 0,
+                plain(binding.base_image_id) if binding else "",
             )
-        serving = {
-            one.value.engine.engine_id: name for name, one in store.container_records.items() if one.value.engine
+        bound = {
+            stored.value.engine.engine_id: name
+            for name, stored in store.container_records.items()
+            if stored.value.engine
         }
         containers = sorted(
             (
-                serving.get(one.id, f"stray {plain(one.name)}"),
-                one.state.value,
-                sorted(map(plain, engine.files(one.id))),
-                one.gpu_uuids,
-                one.ports,
-                (one.cpus, one.memory_bytes, one.pids_limit),
-                {target: plain(name) for target, name in one.volumes.items()},
+                bound.get(shown.id, f"orphan {plain(shown.name)}"),
+                shown.state.value,
+                sorted(map(plain, engine.files(shown.id))),
+                shown.gpu_uuids,
+                shown.ports,
+                (shown.cpus, shown.memory_bytes, shown.pids_limit),
+                {target: plain(name) for target, name in shown.volumes.items()},
             )
-            for one in engine.containers.values()
+            for shown in engine.containers.values()
         )
         return {
-            "heads": heads,
-            "containers": containers,
+            "records": records,
+            "engine containers": containers,
             "claims": sorted(
                 (str(key), holder.container, holder.operation_id) for key, holder in store.holders[HOST].items()
             ),
-            # What was pulled stays, whatever becomes of the operation that it was pulled for.
+            # A pulled image stays, even if its operation fails.
             "tags": sorted(
                 (plain(name), sorted(engine.images[image].files))
                 for name, image in engine.tags.items()
@@ -219,8 +222,8 @@ class ModelNode:
             "images": len(engine.images.keys() - {image.id for image in engine.registry.values()}),
             "engine volumes": sorted(map(plain, engine.volumes)),
             "snapshots": sorted(
-                (plain(key.uid), key.revision, sorted(one.files))
-                for key, one in self.snapshots.sealed_snapshots.items()
+                (plain(key.uid), key.revision, sorted(snapshot.files))
+                for key, snapshot in self.snapshots.sealed_snapshots.items()
             ),
             "partial snapshots": sorted(map(str, self.snapshots.partial)),
             "revisions": sorted(
@@ -229,21 +232,22 @@ class ModelNode:
             ),
             "bound": sorted((plain(name), sorted(paths)) for name, paths in self.host_paths.bound.items()),
             "volumes": {
-                name: (one.value.state, one.value.size_bytes, one.value.reserved_bytes, one.value.revision)
-                for name, one in sorted(store.volume_records.items())
+                name: (stored.value.state, stored.value.size_bytes, stored.value.reserved_bytes, stored.value.revision)
+                for name, stored in sorted(store.volume_records.items())
             },
             "stores": sorted(
-                (plain(uid), one) for uid, one in (self.sized_volumes.stores | self.unsized_volumes.stores).items()
+                (plain(uid), content)
+                for uid, content in (self.sized_volumes.stores | self.unsized_volumes.stores).items()
             ),
             "locks": sorted(map(str, store.locks)),
         }
 
     def check_consistency(self) -> None:
-        """What must be true whenever nothing is at work."""
+        """Fail unless the store is consistent while no operation runs."""
         assert not self.store.locks
         assert not self.snapshots.partial
         for holder in self.store.holders[HOST].values():
-            assert not holder.operation_id, "a claim is not settled"
+            assert not holder.operation_id, "the operation has ended, and its claim still names it"
             assert holder.container in self.store.container_records
         for name, stored in self.store.container_records.items():
             placement = stored.value.status.placement

@@ -15,11 +15,11 @@ from tests.unit.model_node import ModelNode
 
 
 class ScriptedSaga(Saga[ContainerView]):
-    """A saga of these steps; its commit makes `changes` besides, and the head one generation older."""
+    """A saga of these steps, whose commit writes `changes` and raises the generation of its container."""
 
-    def __init__(self, model: ModelNode, steps: Sequence[Step], after: Sequence[Step] = ()) -> None:
+    def __init__(self, model: ModelNode, steps: Sequence[Step], cleanup_steps: Sequence[Step] = ()) -> None:
         self.model = model
-        self._steps, self._after = tuple(steps), tuple(after)
+        self._steps, self._cleanup_steps = tuple(steps), tuple(cleanup_steps)
         self.changes: Callable[[Container], Sequence[StoreChange]] = lambda _: ()
 
     @property
@@ -30,7 +30,7 @@ class ScriptedSaga(Saga[ContainerView]):
     @property
     @override
     def cleanup_steps(self) -> tuple[Step, ...]:
-        return self._after
+        return self._cleanup_steps
 
     @override
     async def read_target(self, run: OperationRun) -> ContainerView | None:
@@ -47,7 +47,7 @@ class ScriptedSaga(Saga[ContainerView]):
 
 
 class UncancellableSaga(ScriptedSaga):
-    """One that nobody may cancel."""
+    """A saga that cannot be cancelled."""
 
     cancellable = False
 
@@ -59,7 +59,7 @@ async def draft_of(
     claims: Sequence[Claim] = (),
     kind: OperationKind = OperationKind.RESTART,
 ) -> OperationDraft:
-    """A draft of an operation on container `a`."""
+    """Return a draft of an operation on container `a`."""
     view = await model.store.container("a")
     assert view is not None
     return OperationDraft(
@@ -73,10 +73,10 @@ async def draft_of(
     )
 
 
-async def begin_saga(model: ModelNode, script: ScriptedSaga, *, claims: Sequence[Claim] = ()) -> str:
-    """Begin it; its id."""
-    return await model.operations.begin(lambda: draft_of(model, lambda _: script, claims=claims), None)
+async def begin_saga(model: ModelNode, saga: ScriptedSaga, *, claims: Sequence[Claim] = ()) -> str:
+    """Begin an operation on container `a`; return its id."""
+    return await model.operations.begin(lambda: draft_of(model, lambda _: saga, claims=claims), None)
 
 
-async def nothing(_: OperationRun) -> None:
-    """A step that does nothing."""
+async def do_nothing(_: OperationRun) -> None:
+    """Do nothing, as a step."""

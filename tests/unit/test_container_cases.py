@@ -41,7 +41,8 @@ from gpudock_server.ports import CommitCost, Progress
 from tests.rig.patience import limit
 from tests.unit.model_engine import OTHER_IMAGE, REMOTE_IMAGE
 from tests.unit.model_node import SPEC, TIMEOUT_SECONDS, ModelNode
-from tests.unit.scenarios import FILES_OF_A, LABEL_CHANGE, THREE_GPUS
+from tests.unit.scenario_checks import FILES_OF_A
+from tests.unit.scenarios import LABEL_CHANGE, THREE_GPUS
 
 REJECTED = EngineRejected(call="work", status=500, detail="no")
 

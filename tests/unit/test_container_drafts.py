@@ -46,16 +46,14 @@ from tests.rpc.fakes import LONG_AGO
 from tests.unit.failing_store import node_record
 from tests.unit.model_engine import IMAGE, OTHER_IMAGE, REMOTE_IMAGE
 from tests.unit.model_node import SPEC, ModelNode
-from tests.unit.scenarios import (
+from tests.unit.scenario_setups import (
     DATA_MOUNT,
-    LABEL_CHANGE,
     MIB,
     SPEC_WITH_DATA,
-    THREE_GPUS,
-    mounted,
-    scaled,
-    scaled_as_image,
+    mounted_volume,
+    scaled_container_with_image_snapshot,
 )
+from tests.unit.scenarios import LABEL_CHANGE, THREE_GPUS
 
 S = ContainerState
 BUSY, GONE, PAUSED = "CONTAINER_RUNNING", "CONTAINER_GONE", "CONTAINER_PAUSED"
@@ -366,7 +364,6 @@ async def test_history_is_pruned_by_number_and_by_age(model: ModelNode) -> None:
 
 
 async def test_revisions_that_there_are_not_and_that_are_current(model: ModelNode) -> None:
-    await scaled(ModelNode())
     for cpus in range(1, 13):
         await model.run_ok(Scale("a", cpus=float(cpus)))
     for command in (Rollback("a", 99), DeleteRevision("a", 99), Clone("b", "a", LABEL_CHANGE, revision=99)):
@@ -425,7 +422,7 @@ async def test_an_image_that_the_engine_has_no_more_is_pulled_again_where_it_can
 
 async def test_an_image_of_carried_files_is_in_no_registry() -> None:
     model = ModelNode()
-    await scaled_as_image(model)
+    await scaled_container_with_image_snapshot(model)
     await model.run_ok(Update("a", FieldChange("image", OTHER_IMAGE), files=FilesPolicy.DISCARD))
     kept = model.store.revision_views[model.container().uid, 1].snapshot
     assert kept is not None
@@ -574,7 +571,7 @@ async def test_volumes_that_cannot_be_mounted(model: ModelNode) -> None:
 
 async def test_a_volume_that_is_another_one_than_before_is_not_mounted_in_its_place() -> None:
     model = ModelNode()
-    await mounted(model)
+    await mounted_volume(model)
     head = model.store.volume_records["data"]
     backing = head.value.backing
     assert backing is not None
@@ -603,7 +600,7 @@ async def test_a_volume_that_is_to_be_mounted_is_locked_by_an_update(model: Mode
 
 async def test_an_engine_volume_that_was_removed_is_made_again_where_its_files_are_gpudocks() -> None:
     model = ModelNode()
-    await mounted(model)
+    await mounted_volume(model)
     await model.run_ok(Stop("a"))
     backing = model.volume().backing
     assert backing is not None

@@ -45,7 +45,9 @@ from gpudock_server.ports import LayerTooLarge, Progress
 
 from tests.unit.model_engine import IMAGE, OTHER_IMAGE, REMOTE_IMAGE
 from tests.unit.model_node import SPEC, ModelNode
-from tests.unit.scenarios import DATA_MOUNT, FILES_OF_A, LABEL_CHANGE, THREE_GPUS, returned, scaled
+from tests.unit.scenario_checks import FILES_OF_A, check_rolled_back
+from tests.unit.scenario_setups import DATA_MOUNT, scaled_container
+from tests.unit.scenarios import LABEL_CHANGE, THREE_GPUS
 
 REJECTED = EngineRejected(call="work", status=500, detail="no")
 
@@ -255,7 +257,7 @@ async def test_a_stopped_and_a_frozen_container_are_committed_as_they_are(model:
     commit = Commit("a", "team/model:v1", author="me", comment="note", changes=("USER a",))
     operation = await model.run_ok(commit)
     made = model.engine.images[model.engine.tags["team/model:v1"]]
-    assert made.words == ("me", "note", "USER a")
+    assert made.commit_options == ("me", "note", "USER a")
     assert made.config == f"container {model.engine_id()}"
     assert "freeze" not in [stage.name for stage in operation.stages]
     assert model.engine_container().state is EngineState.PAUSED
@@ -272,7 +274,7 @@ async def test_an_image_that_was_committed_is_its_owners(model: ModelNode) -> No
     image_id = model.engine.tags["docker.io/library/model:v1"]
     made = model.engine.images[image_id]
     # A shadow was committed, with the config of the container itself.
-    assert (made.words, made.config) == (("", "note"), f"container {model.engine_id()}")
+    assert (made.commit_options, made.config) == (("", "note"), f"container {model.engine_id()}")
     origin = model.store.origins["gpu1", image_id]
     assert (origin.node, origin.committed_as, origin.committed_for) == ("gpu1", "model:v1", "alice")
     assert (origin.restricted, origin.owners) == (True, ("alice",))
@@ -366,9 +368,9 @@ async def test_an_image_that_is_gone_is_pulled_for_one_that_begins_anew() -> Non
 
 async def test_a_rollback_brings_back_deleted_files_and_forgets_later_ones() -> None:
     model = ModelNode()
-    await scaled(model)
+    await scaled_container(model)
     await model.run_ok(Rollback("a", 1))
-    returned(model)
+    check_rolled_back(model)
     await model.run_ok(Rollback("a", 2))
     assert model.files() == FILES_OF_A | {"later"}
     assert model.container().revision == 4
@@ -377,7 +379,7 @@ async def test_a_rollback_brings_back_deleted_files_and_forgets_later_ones() -> 
 
 async def test_one_whose_engine_container_is_gone_is_brought_back_or_begins_anew() -> None:
     model = ModelNode()
-    await scaled(model)
+    await scaled_container(model)
     model.engine.containers.clear()
     model.store.put(model.container().with_status(state=ContainerState.FAILED))
     plan = (await model.containers.preview(Rollback("a", 2, spec_only=True))).plan

@@ -30,7 +30,7 @@ from gpudock_server.ports import Versioned
 
 from tests.rig.patience import limit
 from tests.unit.model_node import HOST, NODE, TIMEOUT_SECONDS, ModelNode
-from tests.unit.scripted_saga import ScriptedSaga, begin_saga, draft_of, nothing
+from tests.unit.scripted_saga import ScriptedSaga, begin_saga, do_nothing, draft_of
 
 REFUSED = EngineRejected(call="work", status=500, detail="no")
 AWAY = EngineUnavailable(call="work", detail="away")
@@ -91,7 +91,7 @@ async def test_a_defect_is_undone_and_told_by_an_id(model: ModelNode) -> None:
     operation = await model.ended_operation(
         await begin_saga(
             model,
-            ScriptedSaga(model, [Step("first", nothing, undo), Step("work", work, undo), Step("last", work, undo)]),
+            ScriptedSaga(model, [Step("first", do_nothing, undo), Step("work", work, undo), Step("last", work, undo)]),
         )
     )
     assert operation.state is OperationState.FAILED
@@ -134,7 +134,7 @@ async def test_what_is_refused_past_the_point_of_no_return_is_tried_again_and_th
 ) -> None:
     work, left = failing(*[REFUSED] * errors)
     operation = await model.ended_operation(
-        await begin_saga(model, ScriptedSaga(model, [], [Step("tidy", work), Step("more", nothing)]))
+        await begin_saga(model, ScriptedSaga(model, [], [Step("tidy", work), Step("more", do_nothing)]))
     )
     assert operation.state is OperationState.SUCCEEDED
     assert operation.message == note
@@ -169,7 +169,7 @@ async def test_an_undo_is_tried_again(
     undo, left = failing(*errors)
     work, _ = failing(REFUSED)
     operation = await model.ended_operation(
-        await begin_saga(model, ScriptedSaga(model, [Step("first", nothing, undo), Step("work", work)]))
+        await begin_saga(model, ScriptedSaga(model, [Step("first", do_nothing, undo), Step("work", work)]))
     )
     assert operation.state is OperationState.FAILED
     assert operation.message == note
@@ -197,7 +197,7 @@ async def test_what_is_left_is_told_once_the_engine_shows_it(
 
 
 async def test_a_store_that_is_away_is_waited_for(model: ModelNode, pauses: list[SupportsIndex | slice]) -> None:
-    script, store = ScriptedSaga(model, [Step("work", nothing)]), model.store
+    script, store = ScriptedSaga(model, [Step("work", do_nothing)]), model.store
     store.failures.extend([None, *[StoreUnavailable("away")] * 6, None, StoreUnavailable("away"), None])
     operation_id = await begin_saga(model, script)
     waiting = asyncio.create_task(model.operations.result(operation_id))
@@ -234,7 +234,7 @@ async def test_callers_do_not_wait_for_room_in_the_store_and_the_operation_does(
             raise StoreFull("no room")
 
     store.before_apply = before
-    operation_id = await begin_saga(model, ScriptedSaga(model, [Step("work", nothing)]))
+    operation_id = await begin_saga(model, ScriptedSaga(model, [Step("work", do_nothing)]))
     with pytest.raises(StoreFull) as full:
         await model.operations.result(operation_id)
     assert full.value.metadata == {"detail": "no room", "operation_id": operation_id}
@@ -390,7 +390,7 @@ async def test_whoever_takes_up_what_is_committed_does_not_commit_it_again(model
             at_work.set()
             await asyncio.Event().wait()
 
-    script = ScriptedSaga(model, [Step("work", nothing)], [Step("tidy", tidy)])
+    script = ScriptedSaga(model, [Step("work", do_nothing)], [Step("tidy", tidy)])
     operation_id = await begin_saga(model, script)
     await left_and_taken_up(model, operation_id, script, at_work=at_work)
     assert model.store.journal[operation_id].value.state is OperationState.SUCCEEDED
@@ -403,7 +403,7 @@ async def test_notes_are_kept_with_the_record(model: ModelNode) -> None:
         run.add_message("two")
 
     operation = await model.ended_operation(
-        await begin_saga(model, ScriptedSaga(model, [Step("work", work), Step("more", nothing)]))
+        await begin_saga(model, ScriptedSaga(model, [Step("work", work), Step("more", do_nothing)]))
     )
     assert operation.message == "one; two"
 
@@ -436,7 +436,7 @@ async def begin_saga_on_b(model: ModelNode, script: ScriptedSaga) -> str:
 
 
 async def test_a_part_is_an_operation_that_is_waited_for(model: ModelNode) -> None:
-    whole = await whole_of(model, ScriptedSaga(model, [Step("its own", nothing)]))
+    whole = await whole_of(model, ScriptedSaga(model, [Step("its own", do_nothing)]))
     operation = await model.ended_operation(await begin_saga_on_b(model, whole))
     assert operation.state is OperationState.SUCCEEDED
     (part,) = [one.value for one in model.store.journal.values() if one.value.request_id]
@@ -454,7 +454,7 @@ async def test_a_whole_fails_with_what_its_part_failed_with(model: ModelNode) ->
 
 
 async def test_whoever_waits_for_a_whole_is_told_that_its_part_waits_for_room(model: ModelNode) -> None:
-    whole = await whole_of(model, ScriptedSaga(model, [Step("its own", nothing)]))
+    whole = await whole_of(model, ScriptedSaga(model, [Step("its own", do_nothing)]))
     room = asyncio.Event()
 
     def before(changes: Sequence[StoreChange]) -> None:

@@ -48,7 +48,7 @@ from tests.rig.patience import limit
 from tests.rpc.fakes import LONG_AGO
 from tests.unit.failing_store import node_record
 from tests.unit.model_node import NODE, SPEC, TIMEOUT_SECONDS, ModelNode
-from tests.unit.scripted_saga import ScriptedSaga, UncancellableSaga, begin_saga, draft_of, nothing
+from tests.unit.scripted_saga import ScriptedSaga, UncancellableSaga, begin_saga, do_nothing, draft_of
 
 ID = "1b4e28ba-2fa1-41d2-883f-0016d3cca427"
 
@@ -581,7 +581,7 @@ async def test_a_stop_gives_what_runs_its_time(model: ModelNode) -> None:
     async def work(_: OperationRun) -> None:
         await gate.wait()
 
-    operation_id = await begin_saga(model, ScriptedSaga(model, [Step("work", work), Step("rest", nothing)]))
+    operation_id = await begin_saga(model, ScriptedSaga(model, [Step("work", work), Step("rest", do_nothing)]))
     draining = asyncio.create_task(model.operations.drain(TIMEOUT_SECONDS))
     for _ in range(10):
         await asyncio.sleep(0)

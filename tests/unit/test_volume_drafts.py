@@ -41,7 +41,7 @@ from gpudock_server.ports import Versioned
 from tests.unit.failing_store import node_record
 from tests.unit.model_files import ModelPlain, ModelVolumes
 from tests.unit.model_node import NODE, SPEC, ModelNode
-from tests.unit.scenarios import MIB, SPEC_WITH_DATA, foreign_volume
+from tests.unit.scenario_setups import MIB, SPEC_WITH_DATA, adoptable_engine_volume
 
 TIB = 1 << 40
 USED = 1 << 20
@@ -124,7 +124,7 @@ async def test_what_is_not_there_or_not_as_it_was_seen(model: ModelNode, command
 
 
 async def test_a_volume_that_the_engine_has_may_be_adopted_under_its_name(model: ModelNode) -> None:
-    await foreign_volume(model)
+    await adoptable_engine_volume(model)
     assert isinstance(await refusal(model, Resize("theirs", MIB)), VolumeNotAdopted)
     model.engine.volumes["theirs"] = EngineVolume(name="theirs", driver="local")
     assert not isinstance(await refusal(model, Resize("theirs", MIB)), VolumeNotAdopted)
@@ -392,7 +392,7 @@ async def test_who_stands_against_a_deletion(model: ModelNode) -> None:
 
 
 async def test_what_may_be_adopted(model: ModelNode) -> None:
-    await foreign_volume(model)
+    await adoptable_engine_volume(model)
     theirs = model.engine.volumes["theirs"]
 
     async def refused(**changes: object) -> GpudockError:
@@ -423,7 +423,7 @@ async def test_what_may_be_adopted(model: ModelNode) -> None:
 
 
 async def test_what_is_used_is_not_adopted(model: ModelNode) -> None:
-    await foreign_volume(model)
+    await adoptable_engine_volume(model)
     await model.create_container(spec=SPEC)
     stranger = replace(model.engine_container(), id="stranger", name="somebody", volumes={"/x": "theirs"})
     model.engine.containers["stranger"] = stranger
