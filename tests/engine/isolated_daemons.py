@@ -1,4 +1,4 @@
-"""Daemons that a test may hurt: with keys of their own in etcd and node names of their own on the rig's engine."""
+"""Daemons that a test may kill: each test's daemons have their own etcd prefix and node names on the rig's engine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 
 import grpc
@@ -20,11 +20,14 @@ from tests.conftest import FAST_FLAGS
 from tests.rig import Daemon, Rig
 from tests.rig.patience import limit
 
+FREQUENT_RECONCILE = ("--orphan-grace", "0", "--reconcile-interval", "0.5")
+"""Flags: full comparisons every 0.5 s, and orphans are removed immediately."""
+
 _POLL_SECONDS = 0.03
 
 
 class IsolatedDaemons:
-    """Starts them, and kills what is left of them."""
+    """Starts the daemons of one test, and kills those that still run at its end."""
 
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
@@ -34,7 +37,7 @@ class IsolatedDaemons:
 
     @property
     def node(self) -> str:
-        """What a daemon is called that is not told otherwise."""
+        """The default node name."""
         return f"own-{self.id}"
 
     async def start(
@@ -51,7 +54,7 @@ class IsolatedDaemons:
         fresh: bool = False,
         serving: bool = True,
     ) -> Daemon:
-        """Start one; with `after`, as that one's successor."""
+        """Start a daemon; with `after`, on the state and the socket of that daemon."""
         daemon = await self.rig.start_daemon(
             *FAST_FLAGS,
             *("--node-name", node or self.node, "--etcd-prefix", self.prefix),
@@ -68,17 +71,20 @@ class IsolatedDaemons:
         self._started.append(daemon)
         return daemon
 
-    async def refused(self, *flags: str, code: int = 1, **where: object) -> str:
-        """What one says that must not start: not a traceback, but what is wrong and what to do."""
-        daemon = await self.start(*flags, fresh=True, serving=False, **where)  # type: ignore[arg-type]  # as `start` takes them
+    async def startup_error(self, *flags: str, code: int = 1, **options: object) -> str:
+        """Start a daemon that must exit with `code`, and return its error message, which has no traceback.
+
+        `options` are those of `start`.
+        """
+        daemon = await self.start(*flags, fresh=True, serving=False, **options)  # type: ignore[arg-type]  # options of `start`
         assert await asyncio.to_thread(daemon.wait) == code, daemon.log_text
         assert "Traceback" not in daemon.log_text, daemon.log_text
-        complaints = [line for line in daemon.log_text.splitlines() if line.startswith("gpudockd: ")]
-        assert complaints, daemon.log_text
-        return "\n".join(line.removeprefix("gpudockd: ") for line in complaints)
+        errors = [line for line in daemon.log_text.splitlines() if line.startswith("gpudockd: ")]
+        assert errors, daemon.log_text
+        return "\n".join(line.removeprefix("gpudockd: ") for line in errors)
 
     async def kill_all(self) -> None:
-        """End what runs."""
+        """Kill every daemon that runs."""
         for daemon in self._started:
             if daemon.running:
                 await asyncio.to_thread(daemon.kill9)
@@ -86,14 +92,24 @@ class IsolatedDaemons:
 
 @pytest_asyncio.fixture
 async def daemons(clean_engine: Rig) -> AsyncIterator[IsolatedDaemons]:
-    """Daemons of the test's own; they and what they made go with it."""
+    """Daemons of one test; they are killed at its end, and `clean_engine` removes what they made."""
     daemons = IsolatedDaemons(clean_engine)
     yield daemons
     await daemons.kill_all()
 
 
+@pytest_asyncio.fixture
+async def quick_caller(daemons: IsolatedDaemons) -> AsyncIterator[Caller]:
+    """Calls a daemon with FREQUENT_RECONCILE; fails the test if the daemon dies or logs a traceback."""
+    daemon = await daemons.start(*FREQUENT_RECONCILE)
+    async with Caller(daemon.target) as caller:
+        yield caller
+    assert daemon.running
+    assert "Traceback" not in daemon.log_text, daemon.log_text
+
+
 def process_runs_in(folder: Path) -> bool:
-    """Whether any process works in a folder, as an embedded etcd does in its own."""
+    """Whether the working directory of any process lies in a folder, as that of an embedded etcd does."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if (process / "cwd").readlink().is_relative_to(folder):
@@ -102,12 +118,12 @@ def process_runs_in(folder: Path) -> bool:
 
 
 async def until(
-    condition: Callable[[], Awaitable[bool]], seconds: float = 15.0, *, seen: Callable[[], object] = lambda: ""
+    condition: Callable[[], Awaitable[bool]], seconds: float = 15.0, *, details: Callable[[], object] = lambda: ""
 ) -> None:
-    """Wait until a condition holds; what was `seen` last is told if it never does."""
+    """Wait until a condition holds; raises AssertionError with `details` after `seconds` times PATIENCE."""
     deadline = time.monotonic() + limit(seconds)
     while not await condition():
-        assert time.monotonic() < deadline, f"it did not come to that in time: {seen()}"
+        assert time.monotonic() < deadline, f"{condition} is still false after {seconds * PATIENCE:g} s: {details()}"
         await asyncio.sleep(_POLL_SECONDS)
 
 
@@ -115,36 +131,41 @@ async def until_state(caller: Caller, name: str, state: int, seconds: float = 15
     """Wait until a container is in a state."""
     container = container_pb2.Container()
 
-    async def there() -> bool:
+    async def state_reached() -> bool:
         container.CopyFrom(await caller.get(name))
         return container.status.state == state
 
-    await until(there, seconds, seen=lambda: container)
+    await until(state_reached, seconds, details=lambda: container)
 
 
-async def stream_failure(stream: AsyncIterator[object]) -> Failure | None:
-    """How a stream ends: with an error, or well (None)."""
+async def stream_failure(stream: AsyncIterable[object]) -> Failure | None:
+    """Read a stream to its end, and return its error; None if it ended with OK."""
     try:
-        async for _ in stream:
-            pass
+        await read_to_end(stream)
     except grpc.aio.AioRpcError as error:
         return failure_of(error)
     return None
 
 
+async def read_to_end(stream: AsyncIterable[object]) -> None:
+    """Read a stream to its end; raises its error."""
+    async for _ in stream:
+        pass
+
+
 @contextlib.contextmanager
 def ports_in_use(rig: Rig, *ports: int) -> Iterator[None]:
-    """Some other program listens on these, where the engine publishes."""
+    """Have another program listen on TCP ports, in the network namespace where the engine publishes ports."""
     script = (
         "import socket, sys\n"
-        f"held = [socket.create_server(('', port)) for port in {ports!r}]\n"
-        "print('bound', flush=True); sys.stdin.read()"
+        f"sockets = [socket.create_server(('', port)) for port in {ports!r}]\n"
+        "print('listening', flush=True); sys.stdin.read()"
     )
-    words = [*rig.namespaces.enter(), sys.executable, "-c", script]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == b"bound\n"
+    command = [*rig.namespaces.enter(), sys.executable, "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == b"listening\n"
         try:
             yield
         finally:
-            other.kill()
+            program.kill()

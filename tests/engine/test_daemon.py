@@ -49,7 +49,7 @@ STUBBORN = ("sh", "-c", "trap '' TERM; while :; do sleep 0.2; done")
 
 
 async def test_an_engine_out_of_reach(daemons: IsolatedDaemons) -> None:
-    said = await daemons.refused(docker_host="unix:///nowhere/docker.sock")
+    said = await daemons.startup_error(docker_host="unix:///nowhere/docker.sock")
     assert "cannot use the Docker Engine at unix:///nowhere/docker.sock" in said
     assert "docker_host" in said
 
@@ -61,14 +61,14 @@ async def test_a_socket_of_the_engine_that_it_may_not_open(daemons: IsolatedDaem
         theirs.listen()
         path.chmod(0o600)
         os.chown(path, NOBODY, NOBODY)
-        said = await daemons.refused(module="tests.engine.without_dac_override", docker_host=f"unix://{path}")
+        said = await daemons.startup_error(module="tests.engine.without_dac_override", docker_host=f"unix://{path}")
     assert f"cannot use the Docker Engine at unix://{path}" in said
     assert "ermission denied" in said
     assert "docker" in said.splitlines()[-1]
 
 
 async def test_an_etcd_out_of_reach(daemons: IsolatedDaemons) -> None:
-    said = await daemons.refused("--store-timeout", "1", etcd_endpoints="127.0.0.1:1")
+    said = await daemons.startup_error("--store-timeout", "1", etcd_endpoints="127.0.0.1:1")
     assert "etcd at 127.0.0.1:1 does not answer" in said
     assert "etcd_endpoints" in said.splitlines()[-1]
 
@@ -79,20 +79,20 @@ async def test_state_of_a_newer_schema(daemons: IsolatedDaemons, rig: Rig) -> No
     key = Keys(daemons.prefix).schema()
     await connection.txn(success=[messages.put(key, encode_number(SCHEMA + 1))])
     await connection.close()
-    said = await daemons.refused()
+    said = await daemons.startup_error()
     assert f"has schema {SCHEMA + 1}; this gpudockd supports up to {SCHEMA}" in said
     assert "install the gpudock version that wrote it" in said
 
 
 async def test_bad_settings_are_all_named_at_once(daemons: IsolatedDaemons) -> None:
-    said = await daemons.refused("--port-range", "9-4", "--max-execs", "0", "--node-name", "No Name", code=2)
+    said = await daemons.startup_error("--port-range", "9-4", "--max-execs", "0", "--node-name", "No Name", code=2)
     for setting in ("port_range", "max_execs", "node_name"):
         assert setting in said.replace("-", "_")
 
 
 async def test_a_state_folder_that_cannot_be(daemons: IsolatedDaemons, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    said = await daemons.refused("--state-dir", str(tmp_path / "file" / "state"))
+    said = await daemons.startup_error("--state-dir", str(tmp_path / "file" / "state"))
     assert "cannot create state_dir" in said
     assert "--state-dir" in said
 
@@ -101,7 +101,7 @@ async def test_a_state_folder_of_another_user(daemons: IsolatedDaemons, tmp_path
     state = tmp_path / "state"
     state.mkdir(mode=0o700)
     os.chown(state, NOBODY, NOBODY)
-    said = await daemons.refused(state_dir=state)
+    said = await daemons.startup_error(state_dir=state)
     assert f"state_dir {state} is owned by uid {NOBODY}" in said
     assert f"chown root {state}" in said
 
@@ -121,9 +121,9 @@ async def test_secrets_that_others_can_read(daemons: IsolatedDaemons, tmp_path: 
     secret.write_text("alice:0123456789abcdef0123456789abcdef\n")
     secret.chmod(0o644)
     by_token, by_password, by_key = await asyncio.gather(
-        daemons.refused("--listen", "127.0.0.1:0", "--token-file", str(secret)),
-        daemons.refused("--etcd-user", "a", "--etcd-password-file", str(secret), etcd_endpoints="127.0.0.1:1"),
-        daemons.refused("--etcd-cert", str(secret), "--etcd-key", str(secret), etcd_endpoints="127.0.0.1:1"),
+        daemons.startup_error("--listen", "127.0.0.1:0", "--token-file", str(secret)),
+        daemons.startup_error("--etcd-user", "a", "--etcd-password-file", str(secret), etcd_endpoints="127.0.0.1:1"),
+        daemons.startup_error("--etcd-cert", str(secret), "--etcd-key", str(secret), etcd_endpoints="127.0.0.1:1"),
     )
     for said, setting in ((by_token, "token_file"), (by_password, "etcd_password_file"), (by_key, "etcd_key")):
         assert said.splitlines() == [
@@ -133,14 +133,14 @@ async def test_secrets_that_others_can_read(daemons: IsolatedDaemons, tmp_path: 
 
 
 async def test_an_etcd_that_can_lose_its_consistency(daemons: IsolatedDaemons) -> None:
-    said = await daemons.refused("--etcd-endpoints", "", "--allow-inconsistent-etcd", "false", etcd_endpoints="")
+    said = await daemons.startup_error("--etcd-endpoints", "", "--allow-inconsistent-etcd", "false", etcd_endpoints="")
     assert "is etcd 3.5.1; etcd 3.5.0 to 3.5.2 can lose consistency" in said
     assert "allow_inconsistent_etcd" in said.splitlines()[-1]
 
 
 async def test_a_port_range_that_others_have(daemons: IsolatedDaemons, rig: Rig) -> None:
     with ports_in_use(rig, 28101, 28102):
-        said = await daemons.refused("--port-range", "28101-28102")
+        said = await daemons.startup_error("--port-range", "28101-28102")
         assert "no free TCP port in port_range 28101-28102" in said
         assert "--port-range" in said
         # One that can be had is enough, and so is one that a container of ours has.
@@ -156,7 +156,7 @@ async def test_a_port_range_that_others_have(daemons: IsolatedDaemons, rig: Rig)
 async def test_a_node_and_a_socket_that_another_daemon_has(daemons: IsolatedDaemons) -> None:
     first = await daemons.start()
     same_node, same_socket = await asyncio.gather(
-        daemons.refused(), daemons.refused("--node-name", "another", socket=first.socket)
+        daemons.startup_error(), daemons.startup_error("--node-name", "another", socket=first.socket)
     )
     assert f"node '{daemons.node}' is in use by gpudockd" in same_node
     assert f"pid {first.pid}" in same_node

@@ -23,8 +23,7 @@ from gpudock_server.ports import LayerTooLarge
 from tests.engine.hostile_trees import HOSTILE_SHAPES, fingerprint, make_nested_folders, remove_tree
 from tests.engine.sample_trees import create_layer_folders
 from tests.engine.test_snapshots import IMAGE_ID, UID, Place, _container, _key, _no_progress
-from tests.engine.test_stalls import Folders
-from tests.rig.patience import limit
+from tests.engine.test_stall_detection import Folders
 
 pytestmark = pytest.mark.deep
 

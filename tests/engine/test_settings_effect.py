@@ -318,7 +318,7 @@ async def test_etcd_is_reached_with_a_certificate_and_a_password(daemons: Isolat
     etcd = SecureEtcd(daemons.rig, tmp_path)
     await asyncio.to_thread(etcd.start)
     try:
-        complaint = await daemons.refused(*etcd.flags(certificate=False), etcd_endpoints=etcd.endpoint)
+        complaint = await daemons.startup_error(*etcd.flags(certificate=False), etcd_endpoints=etcd.endpoint)
         assert f"etcd at {etcd.endpoint} does not answer" in complaint
         daemon = await daemons.start(*etcd.flags(), etcd_endpoints=etcd.endpoint)
         async with Caller(daemon.target) as caller:
@@ -331,7 +331,7 @@ async def test_etcd_is_reached_with_a_certificate_and_a_password(daemons: Isolat
         password.write_text("wrong\n")
         password.chmod(0o600)
         user = ("--etcd-user", "root", "--etcd-password-file", str(password))
-        complaint = await daemons.refused(*etcd.flags(), *user, etcd_endpoints=etcd.endpoint)
+        complaint = await daemons.startup_error(*etcd.flags(), *user, etcd_endpoints=etcd.endpoint)
         assert "opensesame" not in complaint
         password.write_text("opensesame\n")
         successor = await daemons.start(*etcd.flags(), *user, etcd_endpoints=etcd.endpoint, after=daemon)
@@ -371,4 +371,4 @@ async def test_the_engine_is_reached_by_tls(tmp_path: Path) -> None:
         other = Authority(tmp_path, "other").sign("stranger")
         for name, path in {"cert": other.certificate, "key": other.key}.items():
             shutil.copy(path, folder / f"{name}.pem")
-        assert address in await daemons.refused("--docker-tls-dir", str(folder), docker_host=address)
+        assert address in await daemons.startup_error("--docker-tls-dir", str(folder), docker_host=address)

@@ -1,6 +1,6 @@
-"""`python -m tests.engine.without_dac_override …`: gpudockd as a root that may open only what root's files are open to.
+"""`python -m tests.engine.without_dac_override …`: gpudockd as root, limited to files that root's permissions open.
 
-No other user will do: Python itself may lie below /root.
+The user stays root: Python itself may lie below /root.
 """
 
 import os
@@ -9,5 +9,5 @@ import sys
 if __name__ == "__main__":
     capabilities = "-dac_override,-dac_read_search"
     program = [sys.executable, "-m", "gpudock_server", *sys.argv[1:]]
-    give_up = ["setpriv", f"--inh-caps={capabilities}", f"--bounding-set={capabilities}"]
-    os.execvp("setpriv", [*give_up, "--", *program])  # noqa: S606 - no shell is wanted
+    drop_capabilities = ["setpriv", f"--inh-caps={capabilities}", f"--bounding-set={capabilities}"]
+    os.execvp("setpriv", [*drop_capabilities, "--", *program])  # noqa: S606 - the arguments need no shell

@@ -12,11 +12,11 @@ from gpudock.v1 import container_pb2, node_service_pb2
 from tests.calls import Caller, failure
 from tests.engine.drift import REPORTED, engine_action, list_drift, wait_for_drift, wait_for_passes
 from tests.engine.isolated_daemons import daemons, until
-from tests.engine.losing import Losing, losing
+from tests.engine.store_loss import EmbeddedStoreDaemon, store_daemon
 from tests.faults.instrumented_daemon import DIE_AT, KIND
 from tests.rig import Rig
 
-__all__ = ["daemons", "losing"]
+__all__ = ["daemons", "store_daemon"]
 
 pytestmark = pytest.mark.deep
 
@@ -40,30 +40,30 @@ async def held(caller: Caller) -> tuple[set[str], set[int]]:
     )
 
 
-async def half_replaced(losing: Losing) -> container_pb2.Container:
+async def half_replaced(store_daemon: EmbeddedStoreDaemon) -> container_pb2.Container:
     """Lose the store while `victim` has two engine containers, one of which runs; `victim` as it was before."""
-    async with Caller(losing.daemon.target) as caller:
+    async with Caller(store_daemon.daemon.target) as caller:
         victim = await caller.create("victim", 1, ports=[PORT])
-    await losing.kill()
-    await losing.start(module="tests.faults.instrumented_daemon", environment={KIND: "SCALE", DIE_AT: CREATED})
-    async with Caller(losing.daemon.target) as caller:
+    await store_daemon.kill()
+    await store_daemon.start(module="tests.faults.instrumented_daemon", environment={KIND: "SCALE", DIE_AT: CREATED})
+    async with Caller(store_daemon.daemon.target) as caller:
         with pytest.raises(grpc.aio.AioRpcError):
             await caller.scale("victim", 2)
-    assert await asyncio.to_thread(losing.daemon.wait) == -9, losing.daemon.log_text
-    await losing.ended()
-    losing.forget()
-    await losing.start()
+    assert await asyncio.to_thread(store_daemon.daemon.wait) == -9, store_daemon.daemon.log_text
+    await store_daemon.wait_for_etcd_exit()
+    store_daemon.delete_store()
+    await store_daemon.start()
     return victim
 
 
-async def test_what_is_reported_and_runs_keeps_its_cards_and_ports(losing: Losing, rig: Rig) -> None:
-    victim = await half_replaced(losing)
+async def test_what_is_reported_and_runs_keeps_its_cards_and_ports(store_daemon: EmbeddedStoreDaemon, rig: Rig) -> None:
+    victim = await half_replaced(store_daemon)
     both = engine_containers(rig, "victim")
     assert sorted(one["State"] for one in both) == ["created", "running"]
     cards, ports = set(victim.status.gpu_uuids), {one.host_port for one in victim.status.ports}
     assert cards
     assert ports
-    async with Caller(losing.daemon.target) as caller:
+    async with Caller(store_daemon.daemon.target) as caller:
         assert (await wait_for_drift(caller, "CONTAINER_UNKNOWN", REPORTED, "victim")).container_uid == victim.uid
         assert await held(caller) == (cards, ports)
         # No other container gets what it has, by count or by name.
@@ -110,16 +110,16 @@ async def test_what_is_reported_and_runs_keeps_its_cards_and_ports(losing: Losin
         assert await held(caller) == (set(), set())
 
 
-async def test_what_is_reported_and_removed_holds_nothing(losing: Losing, rig: Rig) -> None:
-    await half_replaced(losing)
-    async with Caller(losing.daemon.target) as caller:
+async def test_what_is_reported_and_removed_holds_nothing(store_daemon: EmbeddedStoreDaemon, rig: Rig) -> None:
+    await half_replaced(store_daemon)
+    async with Caller(store_daemon.daemon.target) as caller:
         assert (await held(caller))[0]
     # While no daemon is there: one that saw a single engine container left would write its record again.
-    await losing.kill()
+    await store_daemon.kill()
     for one in engine_containers(rig, "victim"):
         rig.engine.call("DELETE", f"/containers/{one['Id']}?force=1")
-    await losing.start()
-    async with Caller(losing.daemon.target) as caller:
+    await store_daemon.start()
+    async with Caller(store_daemon.daemon.target) as caller:
         assert await held(caller) == (set(), set())
         # What is left of it is its history, which has the name until it is deleted.
         await caller.delete("victim")

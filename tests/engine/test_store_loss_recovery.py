@@ -13,12 +13,12 @@ from gpudock.v1 import container_pb2, container_revision_pb2, container_service_
 from tests.calls import Caller, failure, result_of
 from tests.engine.drift import REPAIRED, list_drift, wait_for_passes
 from tests.engine.isolated_daemons import daemons, until_state
-from tests.engine.losing import Losing, lasting, lasting_container, losing
+from tests.engine.store_loss import EmbeddedStoreDaemon, restorable_container, restorable_volume, store_daemon
 from tests.faults.instrumented_daemon import DIE_AT, KIND
 from tests.rig import Rig
 from tests.rig.errors import RigError
 
-__all__ = ["daemons", "losing"]
+__all__ = ["daemons", "store_daemon"]
 
 pytestmark = pytest.mark.deep
 
@@ -44,9 +44,9 @@ class World:
 async def world(caller: Caller) -> World:
     """All of it."""
     return World(
-        containers=[lasting_container(await caller.get(name)) for name in CONTAINERS],
+        containers=[restorable_container(await caller.get(name)) for name in CONTAINERS],
         revisions=[await caller.revisions(name) for name in CONTAINERS],
-        volumes=[lasting(await caller.volume(name)) for name in VOLUMES],
+        volumes=[restorable_volume(await caller.volume(name)) for name in VOLUMES],
         holders=await caller.holders(),
         files=[await caller.shell(name, "cat /note /v/note") for name in ("running", "clone")],
     )
@@ -79,23 +79,23 @@ async def build(caller: Caller, rig: Rig) -> None:
 
 
 @pytest.mark.timeout(240)
-async def test_the_world_before_and_after(losing: Losing, rig: Rig) -> None:
-    async with Caller(losing.daemon.target) as caller:
+async def test_the_world_before_and_after(store_daemon: EmbeddedStoreDaemon, rig: Rig) -> None:
+    async with Caller(store_daemon.daemon.target) as caller:
         await build(caller, rig)
         await caller.create("victim", 1)
         await caller.shell("victim", "echo victim > /note")
         before = await world(caller)
     # An operation is half done: it has stopped the container for what comes next.
-    await losing.kill()
-    await losing.start(module="tests.faults.instrumented_daemon", environment={KIND: "SCALE", DIE_AT: "9"})
-    async with Caller(losing.daemon.target) as caller:
+    await store_daemon.kill()
+    await store_daemon.start(module="tests.faults.instrumented_daemon", environment={KIND: "SCALE", DIE_AT: "9"})
+    async with Caller(store_daemon.daemon.target) as caller:
         with pytest.raises(grpc.aio.AioRpcError):
             await caller.scale("victim", 2)
-    assert await asyncio.to_thread(losing.daemon.wait) == -9, losing.daemon.log_text
-    await losing.ended()
-    losing.forget()
-    await losing.start()
-    async with Caller(losing.daemon.target) as caller:
+    assert await asyncio.to_thread(store_daemon.daemon.wait) == -9, store_daemon.daemon.log_text
+    await store_daemon.wait_for_etcd_exit()
+    store_daemon.delete_store()
+    await store_daemon.start()
+    async with Caller(store_daemon.daemon.target) as caller:
         after = await world(caller)
         assert after.containers == before.containers
         assert after.revisions == before.revisions
@@ -128,61 +128,64 @@ async def goes_on(caller: Caller) -> None:
 
 
 @pytest.mark.timeout(240)
-async def test_killed_at_any_moment_of_adopting(losing: Losing, rig: Rig) -> None:
-    async with Caller(losing.daemon.target) as caller:
+async def test_killed_at_any_moment_of_adopting(store_daemon: EmbeddedStoreDaemon, rig: Rig) -> None:
+    async with Caller(store_daemon.daemon.target) as caller:
         await caller.create_volume("data")
         for name in ("one", "gone"):
             await caller.create(name, 1, mounts=[container_pb2.Mount(volume="data", target="/v")])
             await caller.scale(name, cpus=0.5)
         rig.engine.call("DELETE", f"/containers/{(await caller.get('gone')).status.engine_id}?force=1")
         await until_state(caller, "gone", FAILED)
-        before = [lasting_container(await caller.get(name)) for name in ("one", "gone")]
+        before = [restorable_container(await caller.get(name)) for name in ("one", "gone")]
         revisions = [await caller.revisions(name) for name in ("one", "gone")]
-    await losing.kill()
-    losing.forget()
-    # Each life writes one record and dies before the next; the last has only one to write.
+    await store_daemon.kill()
+    store_daemon.delete_store()
+    # Each daemon writes one record and dies before the next; the last daemon has only one record to write.
+    killed = {DIE_AT: "2"}
     lives = 0
     while True:
-        await losing.start(module="tests.faults.daemon_killed_at_transaction", environment={DIE_AT: "2"}, serving=False)
+        await store_daemon.start(
+            module="tests.faults.daemon_killed_at_transaction", environment={DIE_AT: "2"}, serving=False
+        )
         lives += 1
-        if await asyncio.to_thread(_serves, losing):
+        if await asyncio.to_thread(_serves, store_daemon):
             break
-        await losing.ended()
+        await store_daemon.wait_for_etcd_exit()
     assert lives == len(("the volume", "one", "gone", "a revision of one", "a revision of gone"))
-    await losing.kill()
-    await losing.start()
-    async with Caller(losing.daemon.target) as caller:
-        assert [lasting_container(await caller.get(name)) for name in ("one", "gone")] == before
+    await store_daemon.kill()
+    await store_daemon.start()
+    async with Caller(store_daemon.daemon.target) as caller:
+        assert [restorable_container(await caller.get(name)) for name in ("one", "gone")] == before
         assert [await caller.revisions(name) for name in ("one", "gone")] == revisions
         assert (await caller.volume("data")).attached_containers == ["gone", "one"]
 
 
-def _serves(losing: Losing) -> bool:
+def _serves(store_daemon: EmbeddedStoreDaemon) -> bool:
     """Whether it comes to serve, or has ended before."""
     try:
-        losing.daemon.await_serving(30)
+        store_daemon.daemon.await_serving(30)
     except RigError:
-        assert losing.daemon.wait() == -9, losing.daemon.log_text
+        assert store_daemon.daemon.wait() == -9, store_daemon.daemon.log_text
         return False
     return True
 
 
-async def test_files_that_nothing_explains_are_named_and_kept(losing: Losing, rig: Rig) -> None:
-    async with Caller(losing.daemon.target) as caller:
+async def test_files_that_nothing_explains_are_named_and_kept(store_daemon: EmbeddedStoreDaemon, rig: Rig) -> None:
+    async with Caller(store_daemon.daemon.target) as caller:
         for name in ("one", "gone"):
             await caller.create(name, 1)
             await caller.update(name, "env", env={"A": "b"})
         one, gone = await caller.get("one"), await caller.get("gone")
     root = rig.engine.call("GET", "/info")["DockerRootDir"]
-    folders = {each.uid: Path(root, "gpudock", "snapshots", losing.node, each.uid) for each in (one, gone)}
-    await losing.kill()
+    folders = {each.uid: Path(root, "gpudock", "snapshots", store_daemon.node, each.uid) for each in (one, gone)}
+    await store_daemon.kill()
     rig.engine.call("DELETE", f"/containers/{gone.status.engine_id}?force=1")
     for folder in folders.values():
         for entry in folder.glob("*.json"):
             entry.unlink()
-    losing.forget()
-    await losing.start()
-    async with Caller(losing.daemon.target) as caller:
+    store_daemon.delete_store()
+    await store_daemon.start()
+    async with Caller(store_daemon.daemon.target) as caller:
         await wait_for_passes(caller)
         findings = {
             one.container_uid: one for one in await list_drift(caller, kinds=[drift_pb2.DRIFT_KIND_SNAPSHOT_UNKNOWN])

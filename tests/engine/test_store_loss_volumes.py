@@ -12,12 +12,12 @@ from gpudock_server.adapters.etcd.values import encode
 from gpudock_server.model.volume import VolumeBacking
 
 from tests.calls import Caller, failure
-from tests.engine.drift import KIND, REPAIRED, REPORTED, list_drift, state_of, wait_for_drift, wait_for_passes
-from tests.engine.isolated_daemons import IsolatedDaemons, daemons
-from tests.engine.losing import QUICK, Losing, lasting, losing
+from tests.engine.drift import KIND, REPAIRED, REPORTED, drift, found, passed, state_of
+from tests.engine.isolated_daemons import FREQUENT_RECONCILE, IsolatedDaemons, daemons
+from tests.engine.store_loss import EmbeddedStoreDaemon, restorable_volume, store_daemon
 from tests.rig import Rig
 
-__all__ = ["daemons", "losing"]
+__all__ = ["daemons", "store_daemon"]
 
 MIB = 1 << 20
 SIZE = 320 * MIB
@@ -36,10 +36,10 @@ def pruned(rig: Rig, engine_volume: str) -> None:
 
 
 @pytest.mark.deep
-async def test_volumes_of_every_kind_come_back(losing: Losing, rig: Rig) -> None:
+async def test_volumes_of_every_kind_come_back(store_daemon: EmbeddedStoreDaemon, rig: Rig) -> None:
     names = ("mounted", "idle", "plain", "theirs", "pruned")
     rig.engine.call("POST", "/volumes/create", send={"Name": "theirs-in-engine", "Labels": {"gpudock.adopt": "true"}})
-    async with Caller(losing.daemon.target) as caller:
+    async with Caller(store_daemon.daemon.target) as caller:
         await caller.create_volume("mounted", SIZE, backend=LOOP, owner="alice", labels={"a": "b"})
         await caller.create_volume("idle", SIZE, backend=LOOP)
         await caller.resize_volume("idle", SIZE + 16 * MIB)
@@ -53,10 +53,10 @@ async def test_volumes_of_every_kind_come_back(losing: Losing, rig: Rig) -> None
         await caller.shell("filler", "echo pruned > /data/x && sync")
         await caller.delete("filler")
         pruned(rig, f"gpudock-{(await caller.volume('pruned')).uid}")
-        before = {name: lasting(await caller.volume(name)) for name in names}
-    await losing.lose()
-    async with Caller(losing.daemon.target) as caller:
-        after = {name: lasting(await caller.volume(name)) for name in names}
+        before = {name: restorable_volume(await caller.volume(name)) for name in names}
+    await store_daemon.lose_store()
+    async with Caller(store_daemon.daemon.target) as caller:
+        after = {name: restorable_volume(await caller.volume(name)) for name in names}
         # Of an engine volume that was taken in as it is, nothing says more than that a container has it mounted.
         for field in ("uid", "create_time"):
             before["theirs"].ClearField(field)
@@ -81,18 +81,20 @@ async def test_volumes_of_every_kind_come_back(losing: Losing, rig: Rig) -> None
 
 
 @pytest.mark.deep
-async def test_what_cannot_be_adopted_is_named_and_its_name_is_kept(losing: Losing, rig: Rig) -> None:
-    async with Caller(losing.daemon.target) as caller:
+async def test_a_volume_that_cannot_be_restored_is_reported_and_keeps_its_name(
+    store_daemon: EmbeddedStoreDaemon, rig: Rig
+) -> None:
+    async with Caller(store_daemon.daemon.target) as caller:
         made = await caller.create_volume("data")
         damaged = await caller.create_volume("damaged", SIZE, backend=LOOP)
     other = "6fa459ea-ee8a-4ca4-894e-db77e160355e"
-    labels = {"gpudock.uid": other, "gpudock.name": "data", "gpudock.node": losing.node}
+    labels = {"gpudock.uid": other, "gpudock.name": "data", "gpudock.node": store_daemon.node}
     rig.engine.call("POST", "/volumes/create", send={"Name": "other", "Labels": labels})
     record = _folder(rig, damaged.uid) / "volume.json"
     whole = record.read_text()
     record.write_text("scribble")
-    await losing.lose()
-    async with Caller(losing.daemon.target) as caller:
+    await store_daemon.lose_store()
+    async with Caller(store_daemon.daemon.target) as caller:
         findings = await list_drift(caller, kinds=[KIND("DRIFT_KIND_VOLUME_UNKNOWN")])
         assert {(one.volume, one.container_uid, one.remedy) for one in findings} == {
             ("data", made.uid, REPORTED),
@@ -121,8 +123,8 @@ def _folder(rig: Rig, uid: str) -> Path:
 
 
 @pytest.mark.deep
-async def test_what_an_older_version_made_comes_back(losing: Losing, rig: Rig) -> None:
-    async with Caller(losing.daemon.target) as caller:
+async def test_what_an_older_version_made_comes_back(store_daemon: EmbeddedStoreDaemon, rig: Rig) -> None:
+    async with Caller(store_daemon.daemon.target) as caller:
         made = await caller.create_volume("old", SIZE, backend=LOOP)
     record = _folder(rig, made.uid) / "volume.json"
     kept = json.loads(record.read_text())
@@ -134,20 +136,20 @@ async def test_what_an_older_version_made_comes_back(losing: Losing, rig: Rig) -
     labels = {key: value for key, value in shown["Labels"].items() if key != "gpudock.volume"}
     again = {"Name": engine_volume, "Labels": labels, "DriverOpts": shown["Options"]}
     rig.engine.call("POST", "/volumes/create", send=again)
-    await losing.lose()
-    async with Caller(losing.daemon.target) as caller:
+    await store_daemon.lose_store()
+    async with Caller(store_daemon.daemon.target) as caller:
         back = await caller.volume("old")
         assert (back.uid, back.size_bytes, back.backend, back.owner) == (made.uid, SIZE, LOOP, "")
         await caller.delete_volume("old")
 
 
 @pytest.mark.deep
-async def test_another_nodes_volumes_are_left(daemons: IsolatedDaemons, losing: Losing) -> None:
-    async with Caller(losing.daemon.target) as caller:
+async def test_another_nodes_volumes_are_left(daemons: IsolatedDaemons, store_daemon: EmbeddedStoreDaemon) -> None:
+    async with Caller(store_daemon.daemon.target) as caller:
         await caller.create_volume("data", SIZE, backend=LOOP)
         await caller.create_volume("plain")
         await caller.create("one", mounts=[mount("plain")])
-        other = await daemons.start(*QUICK, node=f"{daemons.node}-other")
+        other = await daemons.start(*FREQUENT_RECONCILE, node=f"{daemons.node}-other")
         async with Caller(other.target) as elsewhere:
             await wait_for_passes(elsewhere)
             for name in ("data", "plain"):
@@ -175,7 +177,7 @@ async def test_no_empty_volume_takes_the_place_of_one_that_was_removed(caller: C
 
 
 async def test_no_change_mounts_other_files_than_a_container_has(daemons: IsolatedDaemons, rig: Rig) -> None:
-    daemon = await daemons.start(*QUICK)
+    daemon = await daemons.start(*FREQUENT_RECONCILE)
     async with Caller(daemon.target) as caller, state_of(daemons, rig) as state:
         await caller.create_volume("data")
         await caller.create_volume("empty")
