@@ -337,7 +337,7 @@ async def test_only_ports_that_the_operator_allows_can_be_pinned(daemons: Isolat
 
     first = await daemons.start("--port-range", "28301-28303", "--pinned-port-ranges", "443-443,8080-8081")
     async with Caller(first.target) as caller:
-        for name, port in (("tls", 443), ("web", 8081), ("daemons", 28302)):
+        for name, port in (("tls", 443), ("web", 8081), ("ranged", 28302)):
             assert (await caller.create(name, ports=pinned(port))).status.ports[0].host_port == port
         for port in (444, 22, 8079, 8082, 28304):
             refused = await failure(caller.create("other", ports=pinned(port)))

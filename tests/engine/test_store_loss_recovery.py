@@ -1,4 +1,4 @@
-"""The store lost with every kind of object in it: the world before and after, field by field."""
+"""Loss of the whole store: resources of every kind are restored field by field from the engine and the disks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["daemons", "store_daemon"]
 
 pytestmark = pytest.mark.deep
 
-SIZE = 320 << 20
+VOLUME_SIZE = 320 << 20
 LOOP = volume_pb2.VOLUME_BACKEND_LOOP
 FAILED = container_pb2.CONTAINER_STATE_FAILED
 PORT = container_pb2.PortRequest(container_port=80)
@@ -31,8 +31,8 @@ VOLUMES = ("sized", "unsized")
 
 
 @dataclass(frozen=True)
-class World:
-    """What is compared."""
+class Resources:
+    """The restorable fields of containers, revisions and volumes, the holder of each GPU, and files of containers."""
 
     containers: list[container_pb2.Container]
     revisions: list[list[container_revision_pb2.ContainerRevision]]
@@ -41,9 +41,9 @@ class World:
     files: list[str]
 
 
-async def world(caller: Caller) -> World:
-    """All of it."""
-    return World(
+async def read_resources(caller: Caller) -> Resources:
+    """Read the resources that `create_resources` made."""
+    return Resources(
         containers=[restorable_container(await caller.get(name)) for name in CONTAINERS],
         revisions=[await caller.revisions(name) for name in CONTAINERS],
         volumes=[restorable_volume(await caller.volume(name)) for name in VOLUMES],
@@ -52,9 +52,9 @@ async def world(caller: Caller) -> World:
     )
 
 
-async def build(caller: Caller, rig: Rig) -> None:
-    """Every kind of object."""
-    await caller.create_volume("sized", SIZE, backend=LOOP, owner="alice", labels={"a": "b"})
+async def create_resources(caller: Caller, rig: Rig) -> None:
+    """Create containers in several states, with revisions and snapshots, and volumes of two kinds."""
+    await caller.create_volume("sized", VOLUME_SIZE, backend=LOOP, owner="alice", labels={"a": "b"})
     await caller.create_volume("unsized", labels={"c": "d"})
     mounts = [container_pb2.Mount(volume="sized", target="/v"), container_pb2.Mount(volume="unsized", target="/u")]
     spec = caller.spec(2, ports=[PORT], mounts=mounts, env={"A": "1"}, labels={"x": "y"})
@@ -63,7 +63,7 @@ async def build(caller: Caller, rig: Rig) -> None:
     await caller.shell("running", "echo one | tee /note > /v/note")
     await caller.scale("running", 1)
     await caller.shell("running", "echo two > /note")
-    # In place: the engine container says nothing of it.
+    # This change is in place, so the engine container does not record it.
     await caller.scale("running", cpus=0.5)
     await caller.clone("running", "clone")
     policy = container_pb2.RevisionPolicy(snapshots=container_pb2.SNAPSHOT_POLICY_NEVER)
@@ -79,13 +79,13 @@ async def build(caller: Caller, rig: Rig) -> None:
 
 
 @pytest.mark.timeout(240)
-async def test_the_world_before_and_after(store_daemon: EmbeddedStoreDaemon, rig: Rig) -> None:
+async def test_resources_of_every_kind_are_restored_and_usable(store_daemon: EmbeddedStoreDaemon, rig: Rig) -> None:
     async with Caller(store_daemon.daemon.target) as caller:
-        await build(caller, rig)
+        await create_resources(caller, rig)
         await caller.create("victim", 1)
         await caller.shell("victim", "echo victim > /note")
-        before = await world(caller)
-    # An operation is half done: it has stopped the container for what comes next.
+        before = await read_resources(caller)
+    # The daemon is killed in the middle of a scale, after the old engine container has stopped.
     await store_daemon.kill()
     await store_daemon.start(module="tests.faults.instrumented_daemon", environment={KIND: "SCALE", DIE_AT: "9"})
     async with Caller(store_daemon.daemon.target) as caller:
@@ -96,23 +96,23 @@ async def test_the_world_before_and_after(store_daemon: EmbeddedStoreDaemon, rig
     store_daemon.delete_store()
     await store_daemon.start()
     async with Caller(store_daemon.daemon.target) as caller:
-        after = await world(caller)
+        after = await read_resources(caller)
         assert after.containers == before.containers
         assert after.revisions == before.revisions
         assert after.volumes == before.volumes
         assert after.files == before.files
-        # Two engine containers may have the files of the one that was at work: a person decides.
+        # Either engine container of `victim` may have the files, so its record is not restored and it holds nothing.
         assert after.holders == {uuid: name.replace("victim", "") for uuid, name in before.holders.items()}
         findings = await list_drift(caller)
         assert {one.container for one in findings if one.remedy != REPAIRED} == {"victim"}
         await wait_for_passes(caller)
-        assert {one.container for one in await list_drift(caller)} == {"victim"}, "what was put right is found once"
-        await goes_on(caller)
+        assert {one.container for one in await list_drift(caller)} == {"victim"}, "a repaired finding is listed once"
+        await check_resources_are_usable(caller)
         await wait_for_passes(caller)
 
 
-async def goes_on(caller: Caller) -> None:
-    """Everything can be used as before, and the numbers go on from where they were."""
+async def check_resources_are_usable(caller: Caller) -> None:
+    """Roll back and start containers; their revisions continue with the next number."""
     assert (await caller.rollback("running", 1)).revision == 4
     assert await caller.shell("running", "cat /note /v/note") == "one\none\n"
     await caller.rollback("running", 3)
@@ -121,14 +121,16 @@ async def goes_on(caller: Caller) -> None:
     assert await caller.shell("stopped", "cat /note") == "stopped\n"
     assert (await failure(caller.rollback("plain", 1))).reason == "SNAPSHOT_NOT_FOUND"
     assert (await caller.rollback("plain", 1, spec_only=True)).revision == 4
-    # Of the failed one, the history is there, with files.
+    # A FAILED container keeps its history and the files of its revisions.
     assert (await caller.rollback("failed", 1)).revision == 3
     await caller.start("failed")
     assert await caller.shell("failed", "cat /note") == "failed\n"
 
 
 @pytest.mark.timeout(240)
-async def test_killed_at_any_moment_of_adopting(store_daemon: EmbeddedStoreDaemon, rig: Rig) -> None:
+async def test_a_restore_that_is_killed_after_each_record_is_completed(
+    store_daemon: EmbeddedStoreDaemon, rig: Rig
+) -> None:
     async with Caller(store_daemon.daemon.target) as caller:
         await caller.create_volume("data")
         for name in ("one", "gone"):
@@ -141,17 +143,15 @@ async def test_killed_at_any_moment_of_adopting(store_daemon: EmbeddedStoreDaemo
     await store_daemon.kill()
     store_daemon.delete_store()
     # Each daemon writes one record and dies before the next; the last daemon has only one record to write.
-    killed = {DIE_AT: "2"}
-    lives = 0
+    starts = 0
     while True:
-        await store_daemon.start(
-            module="tests.faults.daemon_killed_at_transaction", environment={DIE_AT: "2"}, serving=False
-        )
-        lives += 1
-        if await asyncio.to_thread(_serves, store_daemon):
+        module = "tests.faults.daemon_killed_at_transaction"
+        await store_daemon.start(module=module, environment={DIE_AT: "2"}, serving=False)
+        starts += 1
+        if await asyncio.to_thread(_serves_or_killed, store_daemon):
             break
         await store_daemon.wait_for_etcd_exit()
-    assert lives == len(("the volume", "one", "gone", "a revision of one", "a revision of gone"))
+    assert starts == len(("the volume", "one", "gone", "a revision of one", "a revision of gone"))
     await store_daemon.kill()
     await store_daemon.start()
     async with Caller(store_daemon.daemon.target) as caller:
@@ -160,8 +160,8 @@ async def test_killed_at_any_moment_of_adopting(store_daemon: EmbeddedStoreDaemo
         assert (await caller.volume("data")).attached_containers == ["gone", "one"]
 
 
-def _serves(store_daemon: EmbeddedStoreDaemon) -> bool:
-    """Whether it comes to serve, or has ended before."""
+def _serves_or_killed(store_daemon: EmbeddedStoreDaemon) -> bool:
+    """Whether the daemon begins to serve; False if it was killed before that."""
     try:
         store_daemon.daemon.await_serving(30)
     except RigError:
@@ -170,7 +170,9 @@ def _serves(store_daemon: EmbeddedStoreDaemon) -> bool:
     return True
 
 
-async def test_files_that_nothing_explains_are_named_and_kept(store_daemon: EmbeddedStoreDaemon, rig: Rig) -> None:
+async def test_a_snapshot_without_a_record_of_its_revision_is_reported_and_kept(
+    store_daemon: EmbeddedStoreDaemon, rig: Rig
+) -> None:
     async with Caller(store_daemon.daemon.target) as caller:
         for name in ("one", "gone"):
             await caller.create(name, 1)
@@ -197,7 +199,7 @@ async def test_files_that_nothing_explains_are_named_and_kept(store_daemon: Embe
         adopted, *more = await caller.revisions("one")
         assert (adopted.revision, adopted.cause) == (2, container_revision_pb2.REVISION_CAUSE_ADOPTED)
         assert not more
-        # It goes on from where it was, and what is deleted is deleted with all that was kept of it.
+        # The next revision gets the next number, and deleting the container deletes its snapshots.
         assert (await caller.update("one", "env", env={"A": "c"})).revision == 3
         await caller.delete("one")
         assert not folders[one.uid].exists()
