@@ -1,4 +1,4 @@
-"""An image that was pulled with credentials, or committed for an owner, and other owners on the same node."""
+"""Which owners may use an image that was pulled with credentials or committed for an owner on the same node."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ __all__ = ["daemons"]
 NEVER = container_service_pb2.PULL_POLICY_NEVER
 ALWAYS = container_service_pb2.PULL_POLICY_ALWAYS
 GOOD = registry_auth_pb2.RegistryAuth(username=USER, password=SECRET)
-BAD = registry_auth_pb2.RegistryAuth(username=USER, password="wrong")  # noqa: S106 - it is wrong
+BAD = registry_auth_pb2.RegistryAuth(username=USER, password="wrong")  # noqa: S106 - no real password
 
 
 @pytest_asyncio.fixture
-async def private(rig: Rig, tmp_path: Path) -> AsyncIterator[str]:
-    """A private image's name, in a registry that asks for credentials."""
+async def private_image(rig: Rig, tmp_path: Path) -> AsyncIterator[str]:
+    """The name of an image in a registry that demands credentials."""
     async with registry(rig, tmp_path, locked=True) as host:
         image = f"{host}/whole:latest"
         yield image
         rig.engine.remove_all()
-        if image in {tag for one in rig.engine.call("GET", "/images/json") for tag in one["RepoTags"] or ()}:
+        if image in {tag for stored in rig.engine.call("GET", "/images/json") for tag in stored["RepoTags"] or ()}:
             rig.engine.call("DELETE", f"/images/{image}")
 
 
-async def made(caller: Caller, owner: str, image: str, **fields: Any) -> container_pb2.Container:
-    """A container of an owner that does not run."""
+async def create_stopped(caller: Caller, owner: str, image: str, **fields: Any) -> container_pb2.Container:
+    """Create a container of an owner without starting it, and delete it; returns the created container."""
     request = container_service_pb2.CreateContainerRequest(
         name=owner or "nobody", owner=owner, spec=caller.spec(image=image), create_only=True, **fields
     )
@@ -45,35 +45,45 @@ async def made(caller: Caller, owner: str, image: str, **fields: Any) -> contain
     return container
 
 
-async def test_without_the_setting_an_image_on_the_node_serves_all(daemons: IsolatedDaemons, private: str) -> None:
+async def test_without_the_setting_every_owner_may_use_an_image_on_the_node(
+    daemons: IsolatedDaemons, private_image: str
+) -> None:
     async with Caller((await daemons.start()).target) as caller:
-        assert (await failure(made(caller, "bob", private))).reason == "IMAGE_PULL_FAILED"
-        await made(caller, "alice", private, registry_auth=GOOD)
-        await made(caller, "bob", private)
+        assert (await failure(create_stopped(caller, "bob", private_image))).reason == "IMAGE_PULL_FAILED"
+        await create_stopped(caller, "alice", private_image, registry_auth=GOOD)
+        await create_stopped(caller, "bob", private_image)
 
 
 @pytest.mark.deep
-async def test_the_registry_is_asked_again_for_another_owner(daemons: IsolatedDaemons, rig: Rig, private: str) -> None:
+async def test_the_registry_is_queried_again_for_another_owner(
+    daemons: IsolatedDaemons, rig: Rig, private_image: str
+) -> None:
     daemon = await daemons.start("--verify-image-access", "true")
     async with Caller(daemon.target) as caller:
-        await made(caller, "alice", private, registry_auth=GOOD)
-        await made(caller, "alice", private)
-        image_id = rig.engine.call("GET", f"/images/{private}/json")["Id"]
-        for reference in (private, image_id, image_id.removeprefix("sha256:")[:12]):
+        await create_stopped(caller, "alice", private_image, registry_auth=GOOD)
+        await create_stopped(caller, "alice", private_image)
+        image_id = rig.engine.call("GET", f"/images/{private_image}/json")["Id"]
+        for reference in (private_image, image_id, image_id.removeprefix("sha256:")[:12]):
             for owner in ("bob", ""):
-                assert (await failure(made(caller, owner, reference))).reason == "IMAGE_PULL_FAILED"
-                absent = await failure(made(caller, owner, reference, pull_policy=NEVER))
+                assert (await failure(create_stopped(caller, owner, reference))).reason == "IMAGE_PULL_FAILED"
+                absent = await failure(create_stopped(caller, owner, reference, pull_policy=NEVER))
                 assert absent.reason == "IMAGE_NOT_FOUND"
                 assert set(absent.metadata) == {"image"}
-        assert (await failure(made(caller, "bob", private, registry_auth=BAD))).reason == "IMAGE_PULL_FAILED"
-        await made(caller, "bob", private, registry_auth=GOOD)
-        await made(caller, "bob", private, pull_policy=NEVER)
-        # A failed pull adds nobody, and takes nothing from those who may use it.
-        assert (await failure(made(caller, "carol", private, pull_policy=ALWAYS))).reason == "IMAGE_PULL_FAILED"
-        assert (await failure(made(caller, "carol", private, pull_policy=NEVER))).reason == "IMAGE_NOT_FOUND"
-        await made(caller, "alice", private, pull_policy=NEVER)
+        assert (
+            await failure(create_stopped(caller, "bob", private_image, registry_auth=BAD))
+        ).reason == "IMAGE_PULL_FAILED"
+        await create_stopped(caller, "bob", private_image, registry_auth=GOOD)
+        await create_stopped(caller, "bob", private_image, pull_policy=NEVER)
+        # A failed pull gives access to no owner, and takes it from none.
+        assert (
+            await failure(create_stopped(caller, "carol", private_image, pull_policy=ALWAYS))
+        ).reason == "IMAGE_PULL_FAILED"
+        assert (
+            await failure(create_stopped(caller, "carol", private_image, pull_policy=NEVER))
+        ).reason == "IMAGE_NOT_FOUND"
+        await create_stopped(caller, "alice", private_image, pull_policy=NEVER)
 
-        # An update to it is a use like any other.
+        # An update to the image needs access, too.
         await result_of(
             caller.containers.CreateContainer(
                 container_service_pb2.CreateContainerRequest(name="carol", owner="carol", spec=caller.spec())
@@ -82,37 +92,39 @@ async def test_the_registry_is_asked_again_for_another_owner(daemons: IsolatedDa
         for policy, reason in ((NEVER, "IMAGE_NOT_FOUND"), (0, "IMAGE_PULL_FAILED")):
             refused = await failure(
                 caller.update(
-                    "carol", image=private, files=container_service_pb2.FILES_POLICY_DISCARD, pull_policy=policy
+                    "carol", image=private_image, files=container_service_pb2.FILES_POLICY_DISCARD, pull_policy=policy
                 )
             )
             assert refused.reason == reason
 
-    # What is on record outlives the daemon.
+    # The recorded access survives a restart of the daemon.
     await asyncio.to_thread(daemon.kill9)
     after = await daemons.start("--verify-image-access", "true", after=daemon)
     async with Caller(after.target) as caller:
-        assert (await failure(made(caller, "dave", private, pull_policy=NEVER))).reason == "IMAGE_NOT_FOUND"
-        await made(caller, "alice", private, pull_policy=NEVER)
+        assert (
+            await failure(create_stopped(caller, "dave", private_image, pull_policy=NEVER))
+        ).reason == "IMAGE_NOT_FOUND"
+        await create_stopped(caller, "alice", private_image, pull_policy=NEVER)
 
 
 async def test_wrong_credentials_do_not_take_an_image_from_others(daemons: IsolatedDaemons) -> None:
     daemon = await daemons.start("--verify-image-access", "true")
     async with Caller(daemon.target) as caller:
-        refused = await failure(made(caller, "mallory", IMAGE, pull_policy=ALWAYS, registry_auth=BAD))
+        refused = await failure(create_stopped(caller, "mallory", IMAGE, pull_policy=ALWAYS, registry_auth=BAD))
         assert refused.reason == "IMAGE_PULL_FAILED"
-        await made(caller, "alice", IMAGE, pull_policy=NEVER)
+        await create_stopped(caller, "alice", IMAGE, pull_policy=NEVER)
 
 
-async def test_a_committed_image_is_its_owners(daemons: IsolatedDaemons, rig: Rig) -> None:
+async def test_a_committed_image_is_usable_by_its_owner_alone(daemons: IsolatedDaemons, rig: Rig) -> None:
     daemon = await daemons.start("--verify-image-access", "true", "--reconcile-interval", "0.3")
     name = "gpudock/accessed:test"
     async with Caller(daemon.target) as caller:
         request = container_service_pb2.CreateContainerRequest(name="box", owner="alice", spec=caller.spec())
         await result_of(caller.containers.CreateContainer(request))
         await caller.commit("box", "gpudock/accessed", tag="test")
-        await made(caller, "alice", name, pull_policy=NEVER)
-        assert (await failure(made(caller, "bob", name, pull_policy=NEVER))).reason == "IMAGE_NOT_FOUND"
-        # Nor does a clone give it to another owner.
+        await create_stopped(caller, "alice", name, pull_policy=NEVER)
+        assert (await failure(create_stopped(caller, "bob", name, pull_policy=NEVER))).reason == "IMAGE_NOT_FOUND"
+        # A clone for another owner is refused.
         of_alice = container_service_pb2.CreateContainerRequest(
             name="hers", owner="alice", spec=caller.spec(image=name)
         )
@@ -123,7 +135,7 @@ async def test_a_committed_image_is_its_owners(daemons: IsolatedDaemons, rig: Ri
     rig.engine.call("DELETE", f"/images/{name}")
 
 
-async def test_an_error_tells_no_other_image(caller: Caller) -> None:
+async def test_an_error_names_no_other_image(caller: Caller) -> None:
     request = container_service_pb2.CreateContainerRequest(
         name="none", spec=caller.spec(image="gpudock/busybux:test"), pull_policy=NEVER
     )

@@ -1,4 +1,4 @@
-"""A user that an image does not have is refused before anything is made, as the engine would refuse it at the start."""
+"""A user that an image does not have is refused before anything is created, as the engine refuses it at a start."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ from tests.rig import HttpStatusError, Rig
 from tests.rig.images import tar_of
 from tests.selection import deep_except
 
-MORE = b"more:x:7:7::/:/bin/sh\n"
-# The files of a layer above the image's own. A `.wh.` file deletes what lies below it, `.wh..wh..opq` all of a folder.
+ADDED_USER = b"more:x:7:7::/:/bin/sh\n"
+# Files of a layer above that of the image. A `.wh.NAME` file deletes NAME of lower layers; `.wh..wh..opq` deletes all
+# that lower layers have in its folder.
 LAYERS: dict[str, dict[str, bytes]] = {
     "nothing changed": {"tmp/x": b""},
-    "files replaced": {"etc/passwd": b"root:x:0:0::/:\n" + MORE, "etc/group": b"most:x:8:\n"},
+    "files replaced": {"etc/passwd": b"root:x:0:0::/:\n" + ADDED_USER, "etc/group": b"most:x:8:\n"},
     "passwd deleted": {"etc/.wh.passwd": b""},
     "etc deleted": {".wh.etc": b""},
-    "etc replaced": {"etc/.wh..wh..opq": b"", "etc/passwd": MORE},
+    "etc replaced": {"etc/.wh..wh..opq": b"", "etc/passwd": ADDED_USER},
     "etc emptied": {"etc/.wh..wh..opq": b"", "etc/x": b""},
     "odd lines": {"etc/passwd": b"\n  more:x:7:7::/:\n#root\n:::\nuser"},
 }
-LINKS = {
+UNRESOLVABLE = {
     "passwd is a link": "mv /etc/passwd /etc/there; ln -s there /etc/passwd",
     "passwd is a FIFO": "rm /etc/passwd; mkfifo /etc/passwd",
     "passwd is large": "dd if=/dev/zero bs=1M count=2 >> /etc/passwd",
@@ -56,16 +57,16 @@ def layers(rig: Rig) -> OverlayLayerStore:
 
 
 @pytest.fixture
-def made(rig: Rig) -> Iterator[list[str]]:
-    """Images that are removed in the end."""
+def created_images(rig: Rig) -> Iterator[list[str]]:
+    """Names of images, which are removed at the end of the test."""
     names: list[str] = []
     yield names
     for name in names:
         rig.engine.call("DELETE", f"/images/{name}")
 
 
-def _layered(rig: Rig, made: list[str], files: dict[str, bytes]) -> str:
-    """The name of an image with a layer of these files above another image's, as `docker load` makes one."""
+def _image_with_layer(rig: Rig, created_images: list[str], files: dict[str, bytes]) -> str:
+    """Load an image that has a layer with `files` above the layer of IMAGE; returns its name."""
     name = f"gpudock-test/accounts-{uuid.uuid4().hex[:12]}"
     layers = (tar_of(IMAGE).read_bytes(), _tar(files))
     digests = [f"sha256:{hashlib.sha256(layer).hexdigest()}" for layer in layers]
@@ -85,7 +86,7 @@ def _layered(rig: Rig, made: list[str], files: dict[str, bytes]) -> str:
         }
     )
     rig.engine.call("POST", "/images/load", query={"quiet": "1"}, body=io.BytesIO(archive))
-    made.append(name)
+    created_images.append(name)
     return name
 
 
@@ -99,8 +100,8 @@ def _tar(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def _changed(rig: Rig, made: list[str], script: str) -> str:
-    """The name of an image in which a shell script was run."""
+def _image_after_script(rig: Rig, created_images: list[str], script: str) -> str:
+    """Commit an image from a container that ran a shell script; returns its name."""
     name = f"gpudock-test/accounts-{uuid.uuid4().hex[:12]}"
     body = {"Image": IMAGE, "Cmd": ["sh", "-ec", script]}
     container = rig.engine.call("POST", "/containers/create", send=body)["Id"]
@@ -110,11 +111,11 @@ def _changed(rig: Rig, made: list[str], script: str) -> str:
         rig.engine.call("POST", "/commit", query={"container": container, "repo": name, "tag": "latest"}, send={})
     finally:
         rig.engine.call("DELETE", f"/containers/{container}")
-    made.append(name)
+    created_images.append(name)
     return name
 
 
-def _starts(rig: Rig, image: str, user: str) -> bool:
+def _engine_starts(rig: Rig, image: str, user: str) -> bool:
     """Whether the engine starts a container as this user."""
     body = {"Image": image, "User": user, "Cmd": ["sleep", "0"]}
     container = rig.engine.call("POST", "/containers/create", send=body)["Id"]
@@ -131,27 +132,31 @@ def _starts(rig: Rig, image: str, user: str) -> bool:
 
 
 @pytest.mark.parametrize("files", deep_except([LAYERS["files replaced"]], LAYERS.values()), ids=LAYERS.keys())
-async def test_the_verdict_is_the_engines(
-    rig: Rig, engine: DockerEngine, layers: OverlayLayerStore, made: list[str], files: dict[str, bytes]
+async def test_the_same_users_are_refused_as_by_the_engine(
+    rig: Rig, engine: DockerEngine, layers: OverlayLayerStore, created_images: list[str], files: dict[str, bytes]
 ) -> None:
-    name = _layered(rig, made, files)
+    name = _image_with_layer(rig, created_images, files)
     image = await engine.image(name)
     assert image
     accounts = await layers.accounts(image)
     assert accounts
-    assert {user: not accounts.missing(user) for user in USERS} == {user: _starts(rig, name, user) for user in USERS}
+    assert {user: not accounts.missing(user) for user in USERS} == {
+        user: _engine_starts(rig, name, user) for user in USERS
+    }
 
 
-@pytest.mark.parametrize("script", LINKS.values(), ids=LINKS.keys())
-async def test_what_only_the_kernel_resolves_is_left_to_the_engine(
-    rig: Rig, engine: DockerEngine, layers: OverlayLayerStore, made: list[str], script: str
+@pytest.mark.parametrize("script", UNRESOLVABLE.values(), ids=UNRESOLVABLE.keys())
+async def test_files_that_cannot_be_read_directly_leave_the_check_to_the_engine(
+    rig: Rig, engine: DockerEngine, layers: OverlayLayerStore, created_images: list[str], script: str
 ) -> None:
-    image = await engine.image(_changed(rig, made, script))
+    image = await engine.image(_image_after_script(rig, created_images, script))
     assert image
     assert await layers.accounts(image) is None
 
 
-async def test_layers_out_of_reach_tell_nothing(rig: Rig, engine: DockerEngine, layers: OverlayLayerStore) -> None:
+async def test_inaccessible_layers_leave_the_check_to_the_engine(
+    rig: Rig, engine: DockerEngine, layers: OverlayLayerStore
+) -> None:
     image = await engine.image(IMAGE)
     assert image
     assert await layers.accounts(image)
@@ -163,7 +168,9 @@ async def test_layers_out_of_reach_tell_nothing(rig: Rig, engine: DockerEngine, 
 
 
 @pytest.mark.parametrize("validate_only", [True, False])
-async def test_a_creation_is_refused(caller: Caller, rig: Rig, *, validate_only: bool) -> None:
+async def test_a_create_with_a_missing_user_or_group_is_refused(
+    caller: Caller, rig: Rig, *, validate_only: bool
+) -> None:
     rig.images.load(IMAGE)
     before = rig.engine.call("GET", "/containers/json?all=1")
 
@@ -172,24 +179,26 @@ async def test_a_creation_is_refused(caller: Caller, rig: Rig, *, validate_only:
             name="someone", spec=caller.spec(1, user=user), validate_only=validate_only
         )
 
-    for user, lacking in (("nobody-such", "user 'nobody-such'"), ("user:no-group", "group 'no-group'")):
+    for user, missing in (("nobody-such", "user 'nobody-such'"), ("user:no-group", "group 'no-group'")):
         refused = await failure(progress_of(caller.containers.CreateContainer(request(user))))
         assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT")
         assert refused.metadata["fields"] == "spec.user"
-        assert f"has no {lacking}; use a name of its /etc/passwd and /etc/group, or a number" in refused.message
+        assert f"has no {missing}; use a name of its /etc/passwd and /etc/group, or a number" in refused.message
     assert rig.engine.call("GET", "/containers/json?all=1") == before
     assert await caller.free_gpus() == 8
     assert (await progress_of(caller.containers.CreateContainer(request("user")))).stages
 
 
-async def test_an_update_to_an_image_without_the_user_is_refused(caller: Caller, rig: Rig, made: list[str]) -> None:
+async def test_an_update_to_an_image_without_the_user_is_refused(
+    caller: Caller, rig: Rig, created_images: list[str]
+) -> None:
     await caller.create("moved", user="user")
-    without = _layered(rig, made, LAYERS["files replaced"])
+    without = _image_with_layer(rig, created_images, LAYERS["files replaced"])
     request = update_request("moved", "image", image=without, files=container_service_pb2.FILES_POLICY_DISCARD)
     refused = await failure(progress_of(caller.containers.UpdateContainer(request)))
     assert (refused.reason, refused.metadata["fields"]) == ("INVALID_ARGUMENT", "spec.user")
     assert await caller.shell("moved", "id -un") == "user\n"
-    # The user that the same update names is the one that counts.
+    # If the same update changes the user, the new user is checked.
     discard = {"image": without, "files": container_service_pb2.FILES_POLICY_DISCARD}
     request = update_request("moved", "image,user", user="nobody-such", **discard)
     refused = await failure(progress_of(caller.containers.UpdateContainer(request)))
@@ -199,7 +208,7 @@ async def test_an_update_to_an_image_without_the_user_is_refused(caller: Caller,
     await caller.delete("moved")
 
 
-async def test_a_user_that_the_files_lack_is_refused_while_the_process_runs_on(caller: Caller) -> None:
+async def test_an_update_to_a_missing_user_is_refused_without_a_restart(caller: Caller) -> None:
     began = (await caller.create("subject")).status.start_time
     for validate_only in (True, False):
         update = update_request("subject", "user", user="more", validate_only=validate_only)
@@ -211,22 +220,22 @@ async def test_a_user_that_the_files_lack_is_refused_while_the_process_runs_on(c
         refused = await failure(progress_of(caller.containers.CloneContainer(clone)))
         assert (refused.reason, refused.metadata["fields"]) == ("INVALID_ARGUMENT", "spec.user")
     assert (await caller.get("subject")).status.start_time == began
-    await caller.shell("subject", f"printf '{MORE.decode().strip()}\n' >> /etc/passwd")
+    await caller.shell("subject", f"printf '{ADDED_USER.decode().strip()}\n' >> /etc/passwd")
     await caller.clone("subject", "twin", "user", user="more")
     await caller.update("subject", "user", user="more")
     for name in ("subject", "twin"):
         assert await caller.shell(name, "id -un") == "more\n"
 
 
-def test_a_folder_that_shows_another_one_tells_nothing(rig: Rig) -> None:
-    """So the kernel marks what was moved, and a file without its content (redirect_dir and metacopy of overlayfs)."""
-    for mark, marked in (("trusted.overlay.redirect", "etc"), ("trusted.overlay.metacopy", "etc/passwd")):
+def test_redirected_folders_and_metacopies_leave_the_check_to_the_engine(rig: Rig) -> None:
+    """Overlayfs sets these attributes on a moved folder (redirect_dir) and on a file without content (metacopy)."""
+    for attribute, path in (("trusted.overlay.redirect", "etc"), ("trusted.overlay.metacopy", "etc/passwd")):
         root = rig.folder / uuid.uuid4().hex
         files = root / "overlay2" / ("0" * 64) / "diff"
         (files / "etc").mkdir(parents=True)
-        (files / "etc" / "passwd").write_bytes(MORE)
+        (files / "etc" / "passwd").write_bytes(ADDED_USER)
         known = read_accounts(str(root), [str(files)])
         assert known
         assert known.users == {"more"}
-        os.setxattr(files / marked, mark, b"/other")
+        os.setxattr(files / path, attribute, b"/other")
         assert read_accounts(str(root), [str(files)]) is None

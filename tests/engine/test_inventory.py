@@ -136,7 +136,7 @@ async def test_a_card_and_what_it_measures(caller: Caller, gpus: FakeGpus) -> No
     assert card.schedulable
     assert (card.health_message, card.unschedulable_reason) == ("", "")
     assert card.container == "uses"
-    assert [(one.pid, one.used_memory_bytes) for one in card.processes] == [(os.getpid(), 5 << 30)]
+    assert [(process.pid, process.used_memory_bytes) for process in card.processes] == [(os.getpid(), 5 << 30)]
     assert card.processes[0].name.startswith("python") or "pytest" in card.processes[0].name
 
 
@@ -305,10 +305,10 @@ async def test_a_published_port_is_reached(caller: Caller, rig: Rig) -> None:
         container_pb2.PortRequest(container_port=81, host_port=20777),
     ]
     made = await caller.create("web", 1, command=serve, ports=ports)
-    published = {(one.container_port, one.protocol): one.host_port for one in made.status.ports}
+    published = {(port.container_port, port.protocol): port.host_port for port in made.status.ports}
     assert published[81, TCP] == 20777
     listed = await caller.nodes.ListPorts(node_service_pb2.ListPortsRequest())
-    claims = {(one.container_port, one.protocol): one for one in listed.ports}
+    claims = {(port.container_port, port.protocol): port for port in listed.ports}
     assert {key: claim.host_port for key, claim in claims.items()} == published
     for claim in claims.values():
         assert (claim.container, claim.container_uid) == ("web", made.uid)
@@ -316,12 +316,12 @@ async def test_a_published_port_is_reached(caller: Caller, rig: Rig) -> None:
     assert (listed.range.free_tcp_ports, listed.range.free_udp_ports) == (9998, 9999)
     await _reaches(rig, published[80, TCP])
     scaled = await caller.scale("web", 2)
-    assert [one.host_port for one in scaled.status.ports] == [one.host_port for one in made.status.ports]
+    assert [port.host_port for port in scaled.status.ports] == [port.host_port for port in made.status.ports]
     await _reaches(rig, published[80, TCP])
     await caller.stop("web")
     assert not (await caller.nodes.ListPorts(node_service_pb2.ListPortsRequest())).ports
     again = await caller.start("web")
-    assert [one.host_port for one in again.status.ports] == [one.host_port for one in made.status.ports]
+    assert [port.host_port for port in again.status.ports] == [port.host_port for port in made.status.ports]
     await _reaches(rig, published[80, TCP])
 
 

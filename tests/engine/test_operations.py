@@ -104,7 +104,9 @@ async def test_a_failed_operation_says_where_and_why(caller: Caller) -> None:
     await caller.create("fails", 1)
     failed = await failure(caller.create("broken", command=("/no/such/program",)))
     assert (failed.code, failed.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "START_FAILED")
-    (operation,) = [one for one in await listed(caller, states=[FAILED]) if one.target.name == "broken"]
+    (operation,) = [
+        operation for operation in await listed(caller, states=[FAILED]) if operation.target.name == "broken"
+    ]
     assert operation.stage == "start"
     assert operation.error.reason == "START_FAILED"
     assert operation.error.code == 9
@@ -134,9 +136,9 @@ async def test_lists_by_filters_and_pages_the_newest_first(daemons: IsolatedDaem
         await caller.stop("one")
         everything = await listed(caller)
         assert len(everything) == 5
-        times = [one.create_time.ToNanoseconds() for one in everything]
+        times = [operation.create_time.ToNanoseconds() for operation in everything]
         assert times == sorted(times, reverse=True)
-        assert [one.target.name for one in everything] == ["one", "two", "two", "one", "one"]
+        assert [operation.target.name for operation in everything] == ["one", "two", "two", "one", "one"]
         for size in (1, 2, 3):
             assert await listed(caller, page_size=size) == everything
         assert len(await listed(caller, kinds=[SCALE])) == 2
@@ -382,7 +384,7 @@ async def test_a_plan_changes_nothing(caller: Caller, rig: Rig) -> None:
         assert planned.plan.gpus_to_claim == claims
         assert len(planned.plan.candidate_gpu_uuids) == claims
         assert planned.plan.restarts_process == restarts
-    assert [one.container_port for one in plans[0].snapshots[0].plan.ports_to_claim] == [80]
+    assert [port.container_port for port in plans[0].snapshots[0].plan.ports_to_claim] == [80]
     assert len(plans[3].snapshots[0].plan.kept_gpu_uuids) == 2
     down = await progress_of(stub.ScaleContainer(scale_request("runs", 1, validate_only=True)))
     assert len(down.snapshots[0].plan.released_gpu_uuids) == 1
@@ -395,7 +397,7 @@ async def _everything(caller: Caller, rig: Rig) -> object:
     answer = await caller.containers.ListContainers(container_service_pb2.ListContainersRequest())
     # Not its resume token: others, such as the lease of a daemon that was killed, write to the same etcd.
     containers = list(answer.containers)
-    engine = [(one["Id"], one["State"]) for one in rig.engine.call("GET", "/containers/json?all=1")]
+    engine = [(container["Id"], container["State"]) for container in rig.engine.call("GET", "/containers/json?all=1")]
     return containers, await caller.holders(), engine, len(await listed(caller))
 
 

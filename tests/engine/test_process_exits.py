@@ -52,11 +52,11 @@ async def test_one_that_ends_at_once_is_exited_whatever_started_it(attentive: Ca
     restarted = await attentive.restart("brief")
     moved = await attentive.start("brief", 2)
     cloned = await attentive.clone("brief", "copy")
-    for one in (made, again, restarted, moved, cloned):
-        assert one.status.state == EXITED
-        assert one.status.exit_code == code
-        assert one.status.HasField("exit_code")
-        assert one.status.holds_resources
+    for container in (made, again, restarted, moved, cloned):
+        assert container.status.state == EXITED
+        assert container.status.exit_code == code
+        assert container.status.HasField("exit_code")
+        assert container.status.holds_resources
     assert len(moved.status.gpu_uuids) == 2
 
 
@@ -76,11 +76,11 @@ async def test_without_a_watch_each_start_is_reported_as_running_and_its_end_aft
         shown.append(await caller.start("brief"))
     shown += [await caller.clone("brief", f"copy-{number}") for number in range(6)]
     await until(ended)
-    for one in shown:
-        assert one.status.state == RUNNING
-        assert not one.status.HasField("exit_code")
-        assert not one.status.message
-        assert one.status.holds_resources
+    for container in shown:
+        assert container.status.state == RUNNING
+        assert not container.status.HasField("exit_code")
+        assert not container.status.message
+        assert container.status.holds_resources
 
 
 async def test_a_crash_loop_that_was_stopped_is_not_said_to_be_started_again(caller: Caller) -> None:
@@ -102,10 +102,10 @@ async def test_without_a_watch_a_crash_loop_is_reported_as_running_and_restartin
     await until(restarting)
     again = await caller.restart("loop")
     await until(restarting)
-    for one in (made, again):
-        assert one.status.state == RUNNING
-        assert one.status.restart_count == 0
-        assert not one.status.HasField("exit_code")
+    for container in (made, again):
+        assert container.status.state == RUNNING
+        assert container.status.restart_count == 0
+        assert not container.status.HasField("exit_code")
 
 
 @pytest.mark.deep
@@ -154,7 +154,7 @@ async def test_a_crash_loop_is_restarting_and_says_how_it_ended(attentive: Calle
             filter=container_service_pb2.ContainerFilter(states=[RESTARTING, STOPPED])
         )
     )
-    assert [one.name for one in listed.containers] == ["loop"]
+    assert [container.name for container in listed.containers] == ["loop"]
     assert (await attentive.restart("loop")).status.state == RESTARTING
     stopped = await attentive.stop("loop")
     assert stopped.status.state == STOPPED

@@ -131,7 +131,8 @@ async def test_a_restart_policy_that_docker_update_changed(quick: Caller, rig: R
 
     async def set_back() -> bool:
         policies = [
-            docker_inspect(rig, one.status.engine_id)["HostConfig"]["RestartPolicy"]["Name"] for one in (runs, stops)
+            docker_inspect(rig, container.status.engine_id)["HostConfig"]["RestartPolicy"]["Name"]
+            for container in (runs, stops)
         ]
         return policies == ["unless-stopped", "no"]
 

@@ -259,9 +259,13 @@ async def test_a_create_that_the_backup_has_under_way(restorable: Restorable, ri
             assert (await sound(caller, rig, "victim", files)).spec.gpus.count == (3 if then == "scaled" else 2)
         assert "Traceback" not in restorable.daemon.log_text, restorable.daemon.log_text
         listed = await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest())
-        create = [one for one in listed.operations if one.kind == operation_pb2.OPERATION_KIND_CREATE_CONTAINER]
+        create = [
+            operation
+            for operation in listed.operations
+            if operation.kind == operation_pb2.OPERATION_KIND_CREATE_CONTAINER
+        ]
         ended = operation_pb2.OPERATION_STATE_FAILED if lost else operation_pb2.OPERATION_STATE_SUCCEEDED
-        assert [one.state for one in create] == [ended]
+        assert [operation.state for operation in create] == [ended]
 
 
 @pytest.mark.deep

@@ -159,7 +159,7 @@ async def test_a_record_that_was_deleted_is_written_again(quick: Caller, state: 
 
     async def back() -> bool:
         listed = await quick.containers.ListContainers(container_service_pb2.ListContainersRequest())
-        return [one.name for one in listed.containers] == ["again"]
+        return [container.name for container in listed.containers] == ["again"]
 
     await until(back)
     finding = await wait_for_drift(quick, "RECORD_LOST", REPAIRED)
@@ -189,7 +189,7 @@ async def test_a_revision_whose_record_was_deleted_is_recorded_again(
         before, _ = await caller.revisions("past")
         await wait_for_passes(caller)
         await state.delete(state.keys.container_revision(made.uid, 1), state.keys.container_snapshot(made.uid, 1))
-        assert [one.revision for one in await caller.revisions("past")] == [2]
+        assert [revision.revision for revision in await caller.revisions("past")] == [2]
         # A history is compared with the revision backups when its container has changed.
         await caller.scale("past", cpus=0.5)
         await wait_for_drift_log(daemon, "REVISION_RECORD_LOST", "past")
@@ -225,7 +225,7 @@ async def until_state_or_missing(caller: Caller, name: str) -> None:
 
     async def there() -> bool:
         listed = await caller.containers.ListContainers(container_service_pb2.ListContainersRequest())
-        return [one.name for one in listed.containers if one.status.state == RUNNING] == [name]
+        return [container.name for container in listed.containers if container.status.state == RUNNING] == [name]
 
     await until(there)
 
@@ -284,7 +284,7 @@ async def test_an_operation_that_was_deleted_loses_nothing(daemons: IsolatedDaem
         finding = await wait_for_drift(caller, "CONTAINER_UNKNOWN", REPORTED)
         assert finding.container == "victim"
         await wait_for_passes(caller)
-        assert [one.plan for one in await list_drift(caller, container="victim")] == ["no automatic repair"]
+        assert [finding.plan for finding in await list_drift(caller, container="victim")] == ["no automatic repair"]
         assert not await state.store.list_locks()
         assert "Traceback" not in daemon.log_text, daemon.log_text
 

@@ -54,16 +54,16 @@ async def test_every_revision_can_be_returned_to_with_its_files(caller: Caller, 
     assert gone.spec.gpus.count == 3
     assert await caller.shell("past", "ls -d /work 2>/dev/null || echo gone") == "gone\n"
 
-    causes = [one.cause for one in await caller.revisions("past")]
+    causes = [revision.cause for revision in await caller.revisions("past")]
     word = container_revision_pb2.RevisionCause.Name
     assert [word(cause).removeprefix("REVISION_CAUSE_") for cause in causes] == [
         "CREATED", "SCALED", "SCALED", "ROLLED_BACK", "ROLLED_BACK", "ROLLED_BACK",
     ]  # fmt: skip
     history = await caller.revisions("past")
-    assert [one.current for one in history] == [False] * 5 + [True]
-    assert all(one.snapshot.kind == _TREE and one.layer_bytes > 0 for one in history[:-1])
+    assert [revision.current for revision in history] == [False] * 5 + [True]
+    assert all(revision.snapshot.kind == _TREE and revision.layer_bytes > 0 for revision in history[:-1])
     assert not history[-1].HasField("snapshot")
-    assert all(one.operation_id and one.image_id.startswith("sha256:") for one in history)
+    assert all(revision.operation_id and revision.image_id.startswith("sha256:") for revision in history)
 
 
 async def test_what_did_not_change_is_kept_once(caller: Caller) -> None:
@@ -133,7 +133,7 @@ async def test_a_plan_says_how_files_are_kept(caller: Caller) -> None:
     plan = (await progress_of(caller.containers.ScaleContainer(request))).snapshots[-1].plan
     assert not plan.HasField("snapshot")
     assert any("spec only" in warning for warning in plan.warnings)
-    assert [one.revision for one in await caller.revisions("planned")] == [1]
+    assert [revision.revision for revision in await caller.revisions("planned")] == [1]
 
 
 async def test_in_place_changes_keep_files_without_a_stop(caller: Caller) -> None:
@@ -298,7 +298,7 @@ async def test_deleting_a_revision_and_the_container(caller: Caller, rig: Rig) -
         await caller.shell("pruned", f"echo {count} > /note{count}")
         await caller.scale("pruned", count)
     await caller.delete_revision("pruned", 2)
-    assert [one.revision for one in await caller.revisions("pruned")] == [1, 3, 4]
+    assert [revision.revision for revision in await caller.revisions("pruned")] == [1, 3, 4]
     kept = ["1", "1.json", "3", "3.json", "4.json"]
     assert sorted(os.listdir(snapshots)) == kept  # noqa: PTH208 - a look that takes no time
     call = caller.delete_revision("pruned", 4)
@@ -323,13 +323,13 @@ async def test_retention_by_count_and_by_age(rig: Rig) -> None:
             for cpus in (1.0, 1.5, 2.0, 0.5):
                 await caller.scale("few", cpus=cpus)
                 await caller.scale("node", cpus=cpus)
-            assert [one.revision for one in await caller.revisions("few")] == [4, 5]
-            assert [one.revision for one in await caller.revisions("node")] == [3, 4, 5]
+            assert [revision.revision for revision in await caller.revisions("few")] == [4, 5]
+            assert [revision.revision for revision in await caller.revisions("node")] == [3, 4, 5]
             policy = container_pb2.RevisionPolicy()
             policy.keep_for.FromSeconds(1)
             await caller.update("node", revision_policy=policy)
-            async with asyncio.timeout(limit(15)):
-                while [one.revision for one in await caller.revisions("node")] != [6]:
+            async with asyncio.timeout(15):
+                while [revision.revision for revision in await caller.revisions("node")] != [6]:
                     await asyncio.sleep(0.1)
             await caller.delete_all()
     finally:

@@ -123,7 +123,7 @@ async def test_keep_revisions_for_prunes_what_was_replaced_long_enough_ago(daemo
         await caller.update("past", hostname="second")
 
         async def pruned() -> bool:
-            return [one.revision for one in await caller.revisions("past")] == [2]
+            return [revision.revision for revision in await caller.revisions("past")] == [2]
 
         await until(pruned)
         # The container's own time counts more than the daemon's.
@@ -136,10 +136,10 @@ async def test_keep_revisions_for_prunes_what_was_replaced_long_enough_ago(daemo
         await caller.update("sentinel", hostname="second")
 
         async def passed() -> bool:
-            return [one.revision for one in await caller.revisions("sentinel")] == [2]
+            return [revision.revision for revision in await caller.revisions("sentinel")] == [2]
 
         await until(passed)
-        assert [one.revision for one in await caller.revisions("past")] == [2, 3, 4]
+        assert [revision.revision for revision in await caller.revisions("past")] == [2, 3, 4]
         await caller.delete("past")
         await caller.delete("sentinel")
 
@@ -163,7 +163,7 @@ async def test_settings_of_the_host_the_socket_the_log_and_of_what_containers_ge
         other = await caller.create("other", 7)
         assert not set(made.status.gpu_uuids) & set(other.status.gpu_uuids)
         assert await caller.free_gpus() == 0
-        assert [one.host for one in await state.store.nodes()] == ["another.machine"]
+        assert [node.host for node in await state.store.nodes()] == ["another.machine"]
         claimed = {"another.machine": 8, default_host_id(): 0}
         for host, count in claimed.items():
             assert len((await state.store.claims(host)).claims) == count, host
@@ -181,7 +181,7 @@ async def test_settings_of_the_host_the_socket_the_log_and_of_what_containers_ge
     await asyncio.to_thread(daemon.stop)
     assert "[info" not in daemon.log_text
 
-    group = next(one for one in grp.getgrall() if one.gr_gid not in (0, os.getegid()))
+    group = next(group for group in grp.getgrall() if group.gr_gid not in (0, os.getegid()))
     successor = await daemons.start(
         *("--socket-group", group.gr_name, "--log-level", "debug", "--stop-timeout", "60"), after=daemon
     )
@@ -323,7 +323,7 @@ async def test_etcd_is_reached_with_a_certificate_and_a_password(daemons: Isolat
         daemon = await daemons.start(*etcd.flags(), etcd_endpoints=etcd.endpoint)
         async with Caller(daemon.target) as caller:
             await caller.create("secure")
-            assert [one.cause for one in await caller.revisions("secure")]
+            assert [revision.cause for revision in await caller.revisions("secure")]
         await asyncio.to_thread(daemon.stop)
 
         await asyncio.to_thread(etcd.login, "opensesame")

@@ -162,7 +162,7 @@ async def test_snapshots_are_equal_share_what_is_unchanged_and_never_change(plac
     assert tree_differences(first, read_tree(str(place.tree(1))), ignored_fields=BUT) == ""
     assert await place.store.find() == (_key(1), _key(2))
     if method is SnapshotMethod.LINK:
-        one, two = ((place.tree(each) / "grown/d3/f9").stat().st_ino for each in (1, 2))
+        one, two = ((place.tree(revision) / "grown/d3/f9").stat().st_ino for revision in (1, 2))
         assert one == two
     await place.store.remove(_key(1))
     await place.store.remove(_key(1))

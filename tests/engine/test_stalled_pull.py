@@ -34,7 +34,7 @@ async def stalled(rig: Rig, tmp_path: Path) -> AsyncIterator[str]:
         image = f"{host}/whole:latest"
         yield image
         rig.engine.remove_all()
-        if image in {tag for one in rig.engine.call("GET", "/images/json") for tag in one["RepoTags"] or ()}:
+        if image in {tag for stored in rig.engine.call("GET", "/images/json") for tag in stored["RepoTags"] or ()}:
             rig.engine.call("DELETE", f"/images/{image}")
 
 
@@ -89,7 +89,7 @@ async def test_a_restart_serves_while_a_pull_is_stuck(daemons: IsolatedDaemons, 
         listed = await caller.containers.ListContainers(
             container_service_pb2.ListContainersRequest(), timeout=limit(ANSWERED_WITHIN), wait_for_ready=True
         )
-        assert {one.name for one in listed.containers} == {"box", "other"}
+        assert {container.name for container in listed.containers} == {"box", "other"}
         assert (await operation(caller, operation_id)).state == operation_pb2.OPERATION_STATE_RUNNING
         async with asyncio.timeout(limit(ANSWERED_WITHIN)):
             await until(lambda: asyncio.to_thread(daemon.serving))
@@ -116,7 +116,7 @@ async def test_a_pull_without_progress_fails(daemons: IsolatedDaemons, stalled: 
             failed = await failure(said(caller, asked(caller, stalled, **fields), messages))
             assert failed.reason == "IMAGE_PULL_FAILED"
             assert f"no progress for {'3' if fields else '1.5'} s (last at 20" in failed.metadata["detail"]
-            assert [one for one in messages if one.startswith("pull stalled since 20")]
+            assert [message for message in messages if message.startswith("pull stalled since 20")]
             assert messages[-1] == ""
         wrong = await failure(
             progress_of(
@@ -155,8 +155,8 @@ async def test_while_it_recovers_reads_are_answered_and_changes_are_not(
             listed = await caller.containers.ListContainers(
                 container_service_pb2.ListContainersRequest(), timeout=limit(ANSWERED_WITHIN), wait_for_ready=True
             )
-            assert [one.name for one in listed.containers] == ["box", "other"]
-            await asyncio.wait_for(fault.hit.wait(), limit(ANSWERED_WITHIN))
+            assert [container.name for container in listed.containers] == ["box", "other"]
+            await asyncio.wait_for(fault.hit.wait(), ANSWERED_WITHIN)
             health = health_pb2_grpc.HealthStub(caller.channel)
             answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=limit(ANSWERED_WITHIN))
             assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING

@@ -116,10 +116,10 @@ async def test_what_a_user_stopped_or_never_wanted_is_not_started_again(comparin
     for card in (*halted.status.gpu_uuids, *single.status.gpu_uuids):
         rig.gpus.lose(card)
     await asyncio.to_thread(engine_action, rig, by_hand.status.engine_id, "stop?t=1")
-    for one in (halted, single):
+    for container in (halted, single):
         # As a restart by hand goes: the process ends, and the start fails.
         with pytest.raises(HttpStatusError, match="gpu is lost"):
-            await asyncio.to_thread(engine_action, rig, one.status.engine_id, "restart?t=1")
+            await asyncio.to_thread(engine_action, rig, container.status.engine_id, "restart?t=1")
     for name in ("halted", "single", "by-hand"):
         await until_state(comparing, name, EXITED)
     await wait_for_drift(comparing, "START_FAILED", PENDING, "halted")
@@ -143,7 +143,7 @@ async def test_what_a_user_stopped_or_never_wanted_is_not_started_again(comparin
     assert (await comparing.get("halted")).status.state == STOPPED
     assert (await comparing.get("single")).status.state == EXITED
     assert (await comparing.get("by-hand")).status.state == EXITED
-    assert not [one for one in await list_drift(comparing) if one.remedy == PENDING]
+    assert not [finding for finding in await list_drift(comparing) if finding.remedy == PENDING]
     for name in ("halted", "single", "by-hand"):
         assert (await comparing.start(name)).status.state == RUNNING
 

@@ -28,7 +28,7 @@ PORT = container_pb2.PortRequest(container_port=80)
 def engine_containers(rig: Rig, name: str) -> list[dict[str, Any]]:
     """The engine containers of a container."""
     listed: list[dict[str, Any]] = rig.engine.call("GET", "/containers/json?all=1")
-    return [one for one in listed if one["Labels"].get("gpudock.name") == name]
+    return [container for container in listed if container["Labels"].get("gpudock.name") == name]
 
 
 async def claims_of_victim(caller: Caller) -> tuple[set[str], set[int]]:
@@ -36,7 +36,7 @@ async def claims_of_victim(caller: Caller) -> tuple[set[str], set[int]]:
     ports = (await caller.nodes.ListPorts(node_service_pb2.ListPortsRequest())).ports
     return (
         {uuid for uuid, name in (await caller.holders()).items() if name == "victim"},
-        {one.host_port for one in ports if one.container == "victim"},
+        {port.host_port for port in ports if port.container == "victim"},
     )
 
 
@@ -63,8 +63,8 @@ async def test_a_reported_container_that_runs_keeps_its_gpus_and_ports(
 ) -> None:
     victim = await lose_store_during_scale(store_daemon)
     victim_containers = engine_containers(rig, "victim")
-    assert sorted(one["State"] for one in victim_containers) == ["created", "running"]
-    gpus, ports = set(victim.status.gpu_uuids), {one.host_port for one in victim.status.ports}
+    assert sorted(container["State"] for container in victim_containers) == ["created", "running"]
+    gpus, ports = set(victim.status.gpu_uuids), {port.host_port for port in victim.status.ports}
     assert gpus
     assert ports
     async with Caller(store_daemon.daemon.target) as caller:
@@ -85,7 +85,9 @@ async def test_a_reported_container_that_runs_keeps_its_gpus_and_ports(
             assert (refused.code, refused.reason) == (grpc.StatusCode.ALREADY_EXISTS, "CONTAINER_EXISTS"), refused
             assert "no record" in refused.message
             assert "gpudock drift" in refused.message
-        assert {one["Id"] for one in engine_containers(rig, "victim")} == {one["Id"] for one in victim_containers}
+        assert {container["Id"] for container in engine_containers(rig, "victim")} == {
+            container["Id"] for container in victim_containers
+        }
         # Full comparisons release no claim while the container runs or is paused.
         engine_action(rig, victim.status.engine_id, "pause")
         await wait_for_passes(caller)
@@ -103,7 +105,7 @@ async def test_a_reported_container_that_runs_keeps_its_gpus_and_ports(
         await caller.delete("taker")
         await _wait_for_claims(caller, (gpus, ports))
         # When one of the two engine containers is removed, the record is restored from the other, with its claims.
-        (created,) = (one for one in victim_containers if one["State"] == "created")
+        (created,) = (container for container in victim_containers if container["State"] == "created")
         rig.engine.call("DELETE", f"/containers/{created['Id']}?force=1")
         await wait_for_drift(caller, "RECORD_LOST", container="victim")
         assert set((await caller.get("victim")).status.gpu_uuids) == gpus
@@ -120,8 +122,8 @@ async def test_a_reported_container_that_is_removed_holds_nothing(store_daemon: 
         assert (await claims_of_victim(caller))[0]
     # No daemon runs meanwhile: a daemon that finds exactly one engine container restores the record from it.
     await store_daemon.kill()
-    for one in engine_containers(rig, "victim"):
-        rig.engine.call("DELETE", f"/containers/{one['Id']}?force=1")
+    for container in engine_containers(rig, "victim"):
+        rig.engine.call("DELETE", f"/containers/{container['Id']}?force=1")
     await store_daemon.start()
     async with Caller(store_daemon.daemon.target) as caller:
         assert await claims_of_victim(caller) == (set(), set())

@@ -104,9 +104,9 @@ async def test_resources_of_every_kind_are_restored_and_usable(store_daemon: Emb
         # Either engine container of `victim` may have the files, so its record is not restored and it holds nothing.
         assert after.holders == {uuid: name.replace("victim", "") for uuid, name in before.holders.items()}
         findings = await list_drift(caller)
-        assert {one.container for one in findings if one.remedy != REPAIRED} == {"victim"}
+        assert {finding.container for finding in findings if finding.remedy != REPAIRED} == {"victim"}
         await wait_for_passes(caller)
-        assert {one.container for one in await list_drift(caller)} == {"victim"}, "a repaired finding is listed once"
+        assert {finding.container for finding in await list_drift(caller)} == {"victim"}, "a repaired finding is listed once"
         await check_resources_are_usable(caller)
         await wait_for_passes(caller)
 
@@ -179,7 +179,9 @@ async def test_a_snapshot_without_a_record_of_its_revision_is_reported_and_kept(
             await caller.update(name, "env", env={"A": "b"})
         one, gone = await caller.get("one"), await caller.get("gone")
     root = rig.engine.call("GET", "/info")["DockerRootDir"]
-    folders = {each.uid: Path(root, "gpudock", "snapshots", store_daemon.node, each.uid) for each in (one, gone)}
+    folders = {
+        container.uid: Path(root, "gpudock", "snapshots", store_daemon.node, container.uid) for container in (one, gone)
+    }
     await store_daemon.kill()
     rig.engine.call("DELETE", f"/containers/{gone.status.engine_id}?force=1")
     for folder in folders.values():
@@ -190,7 +192,8 @@ async def test_a_snapshot_without_a_record_of_its_revision_is_reported_and_kept(
     async with Caller(store_daemon.daemon.target) as caller:
         await wait_for_passes(caller)
         findings = {
-            one.container_uid: one for one in await list_drift(caller, kinds=[drift_pb2.DRIFT_KIND_SNAPSHOT_UNKNOWN])
+            finding.container_uid: finding
+            for finding in await list_drift(caller, kinds=[drift_pb2.DRIFT_KIND_SNAPSHOT_UNKNOWN])
         }
         assert set(findings) == {one.uid, gone.uid}
         assert (findings[one.uid].container, findings[one.uid].actual) == ("one", "revision 1")

@@ -171,8 +171,8 @@ async def test_no_empty_volume_replaces_a_removed_engine_volume(caller: Caller, 
     await caller.create("filler", mounts=[mount("data")])
     await caller.shell("filler", "echo kept > /data/x && sync")
     await caller.delete("filler")
-    for each in (data, plain):
-        remove_engine_volume(rig, f"gpudock-{each.uid}")
+    for volume in (data, plain):
+        remove_engine_volume(rig, f"gpudock-{volume.uid}")
     await caller.create("reader", mounts=[mount("data")])
     assert await caller.shell("reader", "cat /data/x") == "kept\n"
     refused = await failure(caller.create("empty", mounts=[mount("plain")]))

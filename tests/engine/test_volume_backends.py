@@ -72,7 +72,7 @@ async def engine(clean_engine: Rig) -> AsyncIterator[DockerEngine]:
     await made.close()
 
 
-@pytest_asyncio.fixture(params=deep_except(["xfs"], [one.name for one in FILESYSTEMS]))
+@pytest_asyncio.fixture(params=deep_except(["xfs"], [filesystem.name for filesystem in FILESYSTEMS]))
 async def loop(request: pytest.FixtureRequest, root: Path) -> LoopBackend:
     """The loop backend on each filesystem that this host has."""
     backend = LoopBackend(root, local=True, filesystem=request.param)
@@ -571,8 +571,8 @@ async def test_copy_and_verify(root: Path) -> None:
             copied.chmod(0o600)
             with pytest.raises(VolumeFailed, match="/block differs in mode"):
                 await copier.verify(old, new)
-    for each in (old, new):
-        await loop.destroy(each)
+    for backing in (old, new):
+        await loop.destroy(backing)
 
 
 @pytest.mark.deep
@@ -588,8 +588,8 @@ async def test_a_copy_that_does_not_fit(root: Path) -> None:
                 await copier.copy(old, new, _no_progress, final=final)
     with pytest.raises(VolumeFailed, match="same volume backing"):
         await copier.copy(old, old, _no_progress, final=True)
-    for each in (old, new):
-        await loop.destroy(each)
+    for backing in (old, new):
+        await loop.destroy(backing)
 
 
 @pytest.mark.deep
@@ -606,8 +606,8 @@ async def test_a_copy_that_has_no_room_for_what_was_deleted_since(root: Path) ->
         Path(source, "after").write_bytes(os.urandom(SIZE * 2 // 3))
         await copier.copy(old, new, _no_progress, final=True)
         assert (await copier.verify(old, new)).entries == sum(1 for _ in Path(source).iterdir()) + 1
-    for each in (old, new):
-        await loop.destroy(each)
+    for backing in (old, new):
+        await loop.destroy(backing)
 
 
 def _no_progress(_current: int, _total: int) -> None:

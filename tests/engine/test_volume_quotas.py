@@ -176,5 +176,5 @@ async def test_a_copy_counts_for_the_new_store(quota: ProjectQuotaBackend) -> No
     await copier.copy(old, new, lambda _current, _total: None, final=True)
     assert (await copier.verify(old, new)).entries > 1500
     assert abs((await quota.usage(new)).used_bytes - (await quota.usage(old)).used_bytes) < 2 * MIB
-    for each in (old, new):
-        await quota.destroy(each)
+    for backing in (old, new):
+        await quota.destroy(backing)

@@ -89,9 +89,9 @@ async def test_growing_under_a_writer_loses_nothing(caller: Caller) -> None:
     # The last block may have no checksum yet; every checksum has its block.
     await caller.shell("reader", "sha256sum -c /data/sums >/dev/null")
     revisions = await revisions_of(caller, "data")
-    assert [one.revision for one in revisions] == list(range(1, 22))
+    assert [revision.revision for revision in revisions] == list(range(1, 22))
     assert revisions[0].cause == volume_pb2.VOLUME_REVISION_CAUSE_CREATED
-    assert {one.cause for one in revisions[1:]} == {volume_pb2.VOLUME_REVISION_CAUSE_GROWN}
+    assert {revision.cause for revision in revisions[1:]} == {volume_pb2.VOLUME_REVISION_CAUSE_GROWN}
     assert revisions[-1].size_bytes == size
 
 
@@ -134,7 +134,9 @@ async def test_shrinking_under_running_containers(caller: Caller) -> None:
     assert abs(await df_size(caller, "one") - SIZE) < SIZE // 50
     await caller.start("two")
     assert await caller.shell("two", LOOK) == files
-    assert [one.cause for one in await revisions_of(caller, "data")][-1] == volume_pb2.VOLUME_REVISION_CAUSE_SHRUNK
+    assert [revision.cause for revision in await revisions_of(caller, "data")][
+        -1
+    ] == volume_pb2.VOLUME_REVISION_CAUSE_SHRUNK
 
 
 @pytest.mark.deep
@@ -196,7 +198,9 @@ async def test_adopting_a_volume_of_the_engine(caller: Caller, clean_engine: Rig
     for name in ("sized", "plain"):
         await caller.create(name, mounts=[mount(name)])
         assert await caller.shell(name, LOOK) == files
-        assert [one.cause for one in await revisions_of(caller, name)] == [volume_pb2.VOLUME_REVISION_CAUSE_ADOPTED]
+        assert [revision.cause for revision in await revisions_of(caller, name)] == [
+            volume_pb2.VOLUME_REVISION_CAUSE_ADOPTED
+        ]
     assert abs(await df_size(caller, "sized") - SIZE) < SIZE // 50
 
 
@@ -265,9 +269,9 @@ async def test_a_deletion_and_a_mount_at_once(caller: Caller, *, force: bool) ->
 
         ended = await asyncio.gather(mounting, deletion(number // 2 * 0.002), return_exceptions=True)
         failures = [failure_of(one) if isinstance(one, grpc.aio.AioRpcError) else one for one in ended]
-        refused = [isinstance(one, Failure) for one in failures]
+        refused = [isinstance(failure, Failure) for failure in failures]
         assert sum(refused) == 1, failures
-        assert {one.reason for one in failures if isinstance(one, Failure)} <= refusals, failures
+        assert {failure.reason for failure in failures if isinstance(failure, Failure)} <= refusals, failures
         name = "joins" if joining else "made"
         won["mount" if refused[1] else "deletion"] += 1
         if refused[1]:
@@ -279,7 +283,11 @@ async def test_a_deletion_and_a_mount_at_once(caller: Caller, *, force: bool) ->
         else:
             assert (await failure(caller.volume("data"))).reason == "VOLUME_NOT_FOUND"
             listed = await caller.containers.ListContainers(container_service_pb2.ListContainersRequest())
-            there = [one.name for one in listed.containers if any(each.volume for each in one.spec.mounts)]
+            there = [
+                container.name
+                for container in listed.containers
+                if any(mount.volume for mount in container.spec.mounts)
+            ]
             assert there == []
     assert won["mount"], won
 

@@ -220,8 +220,8 @@ async def test_what_was_compacted_away(daemons: IsolatedDaemons, own_etcd: Embed
         resumed = Watcher(caller, watcher.token)
         await writer.put("a", 4)
         assert await resumed.changes(1) == [("modified", "a.4")]
-        for each in (watcher, resumed):
-            each.call.cancel()
+        for stream in (watcher, resumed):
+            stream.call.cancel()
     await asyncio.to_thread(daemon.stop)
 
 

@@ -30,7 +30,7 @@ def mount(name: str) -> container_pb2.Mount:
 
 async def put(writer: Writer, name: str, revision: int, *volumes: str) -> None:
     """Write the head of a container that mounts these."""
-    mounts = tuple(Mount(volume=one, target=f"/{one}") for one in volumes)
+    mounts = tuple(Mount(volume=volume, target=f"/{volume}") for volume in volumes)
     await writer.put(name, revision, spec=container("any").spec.changed(mounts=mounts))
 
 
@@ -183,9 +183,9 @@ async def test_what_was_compacted_away(daemons: IsolatedDaemons, own_etcd: Embed
         assert (failed.code, failed.reason) == (grpc.StatusCode.OUT_OF_RANGE, "RESUME_TOKEN_EXPIRED")
         resumed = VolumeWatcher(caller, watcher.token)
         await writer.delete("x")
-        for each in (watcher, resumed):
-            assert await each.mounted(1) == ["modified a.1 y"]
-            each.call.cancel()
+        for stream in (watcher, resumed):
+            assert await stream.mounted(1) == ["modified a.1 y"]
+            stream.call.cancel()
     await asyncio.to_thread(daemon.stop)
 
 
