@@ -120,10 +120,10 @@ def process_runs_in(folder: Path) -> bool:
 async def until(
     condition: Callable[[], Awaitable[bool]], seconds: float = 15.0, *, details: Callable[[], object] = lambda: ""
 ) -> None:
-    """Wait until a condition holds; raises AssertionError with `details` after `seconds` times PATIENCE."""
+    """Wait until a condition holds; raises AssertionError with `details` after `limit(seconds)`."""
     deadline = time.monotonic() + limit(seconds)
     while not await condition():
-        assert time.monotonic() < deadline, f"{condition} is still false after {seconds * PATIENCE:g} s: {details()}"
+        assert time.monotonic() < deadline, f"{condition} is still false after {limit(seconds):g} s: {details()}"
         await asyncio.sleep(_POLL_SECONDS)
 
 

@@ -24,6 +24,7 @@ from tests.engine.hostile_trees import HOSTILE_SHAPES, fingerprint, make_nested_
 from tests.engine.sample_trees import create_layer_folders
 from tests.engine.test_snapshots import IMAGE_ID, UID, Place, _container, _key, _no_progress
 from tests.engine.test_stall_detection import Folders
+from tests.rig.patience import limit
 
 pytestmark = pytest.mark.deep
 

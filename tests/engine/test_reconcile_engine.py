@@ -144,7 +144,9 @@ def _parent(pid: int) -> int:
 
 async def _reboot(rig: Rig, daemon: Daemon) -> None:
     """Everything dies at once, and none of it in order."""
-    pids = [docker_inspect(rig, container["Id"])["State"]["Pid"] for container in rig.engine.call("GET", "/containers/json")]
+    pids = [
+        docker_inspect(rig, container["Id"])["State"]["Pid"] for container in rig.engine.call("GET", "/containers/json")
+    ]
     # The engine's shim of each container: one that outlives its container's kill would report it to the next engine.
     shims = [_parent(pid) for pid in pids]
     assert 1 not in shims
@@ -169,7 +171,9 @@ async def test_a_machine_that_is_rebooted(fragile_rig: Rig) -> None:
     try:
         async with Caller(daemon.target) as caller:
             await _as_they_should_be(caller, fragile_rig, before)
-            assert not [finding for finding in await list_drift(caller) if finding.container not in ("lucky", "unlucky")]
+            assert not [
+                finding for finding in await list_drift(caller) if finding.container not in ("lucky", "unlucky")
+            ]
             await caller.delete_all()
     finally:
         await asyncio.to_thread(daemon.stop)

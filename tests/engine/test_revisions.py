@@ -328,7 +328,7 @@ async def test_retention_by_count_and_by_age(rig: Rig) -> None:
             policy = container_pb2.RevisionPolicy()
             policy.keep_for.FromSeconds(1)
             await caller.update("node", revision_policy=policy)
-            async with asyncio.timeout(15):
+            async with asyncio.timeout(limit(15)):
                 while [revision.revision for revision in await caller.revisions("node")] != [6]:
                     await asyncio.sleep(0.1)
             await caller.delete_all()

@@ -156,7 +156,7 @@ async def test_while_it_recovers_reads_are_answered_and_changes_are_not(
                 container_service_pb2.ListContainersRequest(), timeout=limit(ANSWERED_WITHIN), wait_for_ready=True
             )
             assert [container.name for container in listed.containers] == ["box", "other"]
-            await asyncio.wait_for(fault.hit.wait(), ANSWERED_WITHIN)
+            await asyncio.wait_for(fault.hit.wait(), limit(ANSWERED_WITHIN))
             health = health_pb2_grpc.HealthStub(caller.channel)
             answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=limit(ANSWERED_WITHIN))
             assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING

@@ -106,7 +106,9 @@ async def test_resources_of_every_kind_are_restored_and_usable(store_daemon: Emb
         findings = await list_drift(caller)
         assert {finding.container for finding in findings if finding.remedy != REPAIRED} == {"victim"}
         await wait_for_passes(caller)
-        assert {finding.container for finding in await list_drift(caller)} == {"victim"}, "a repaired finding is listed once"
+        assert {finding.container for finding in await list_drift(caller)} == {"victim"}, (
+            "a repaired finding is listed once"
+        )
         await check_resources_are_usable(caller)
         await wait_for_passes(caller)
 

@@ -12,7 +12,7 @@ from gpudock_server.adapters.etcd.values import encode
 from gpudock_server.model.volume import VolumeBacking
 
 from tests.calls import Caller, failure
-from tests.engine.drift import KIND, REPAIRED, REPORTED, drift, found, passed, state_of
+from tests.engine.drift import KIND, REPAIRED, REPORTED, list_drift, state_of, wait_for_drift, wait_for_passes
 from tests.engine.isolated_daemons import FREQUENT_RECONCILE, IsolatedDaemons, daemons
 from tests.engine.store_loss import EmbeddedStoreDaemon, restorable_volume, store_daemon
 from tests.rig import Rig
@@ -73,13 +73,17 @@ async def test_volumes_of_every_kind_are_restored(store_daemon: EmbeddedStoreDae
         assert refused.reason == "VOLUME_EXISTS"
         assert (await caller.resize_volume("idle", VOLUME_SIZE + 32 * MIB)).result.revision == 2
         await wait_for_passes(caller)
-        assert not [finding for finding in await list_drift(caller) if finding.volume], "a repaired finding is listed once"
+        assert not [finding for finding in await list_drift(caller) if finding.volume], (
+            "a repaired finding is listed once"
+        )
         await caller.delete("one")
         await caller.delete("reader")
         for name in names:
             await caller.delete_volume(name)
         await wait_for_passes(caller)
-        assert not [finding for finding in await list_drift(caller) if finding.volume], "a deleted volume is not restored"
+        assert not [finding for finding in await list_drift(caller) if finding.volume], (
+            "a deleted volume is not restored"
+        )
 
 
 @pytest.mark.deep

@@ -41,7 +41,7 @@ class VolumeContainer:
         without_capability = ["setpriv", "--bounding-set=-sys_resource", "--inh-caps=-sys_resource", "--"]
         enter = ["nsenter", f"--target={self.pid}", "--mount", "--pid", "--root", "--wdns=/", "--"]
         command = [*without_capability, *enter, *argv]
-        return subprocess.run(command, check=check, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, check=check, capture_output=True, text=True, timeout=limit(120))
 
     def df(self) -> tuple[int, int]:
         """Size and used bytes, as df shows them."""
