@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
 
+from gpudock_server.core.listings import ListRequest as StoreListing
 from gpudock_server.errors import FieldViolation, InvalidArgument
-from gpudock_server.ports import Page
 from gpudock_server.rpc.list_requests import ListRequest
 
 T = TypeVar("T")
@@ -22,35 +23,43 @@ _MAX_READS = 100
 _NUMBER = re.compile("[0-9]{1,9}")
 
 
-async def from_store(
-    listing: ListRequest[T], read: Callable[[int, str], Awaitable[Page[T]]], convert: Callable[[T], M]
-) -> tuple[list[M], str]:
-    """Fill a page from `read(page_size, page_token)`. Returns the messages and the `next_page_token`.
+@dataclass(frozen=True, slots=True)
+class MessagePage(Generic[M]):
+    """The messages of a page, its `next_page_token`, and the position from which a watch reports later changes."""
+
+    messages: list[M]
+    next_token: str
+    watch_position: str
+
+
+async def from_store(listing: ListRequest[T], read: StoreListing[T], convert: Callable[[T], M]) -> MessagePage[M]:
+    """Fill a page from a listing of the store.
 
     A list of the store can only continue where a read ended. So if the messages do not fit into one response, the page
     is read again with a smaller size.
     """
     size = listing.size
     while True:
-        messages, resume = await _read_page(listing, size, read, convert)
-        fitting = _count_that_fits(messages)
-        if fitting == len(messages):
-            return messages, listing.token(resume)
+        page = await _read_page(listing, size, read, convert)
+        fitting = _count_that_fits(page.messages)
+        if fitting == len(page.messages):
+            return replace(page, next_token=listing.token(page.next_token))
         size = fitting
 
 
 async def _read_page(
-    listing: ListRequest[T], size: int, read: Callable[[int, str], Awaitable[Page[T]]], convert: Callable[[T], M]
-) -> tuple[list[M], str]:
+    listing: ListRequest[T], size: int, read: StoreListing[T], convert: Callable[[T], M]
+) -> MessagePage[M]:
+    """The page, with the position of the next one as its token."""
     messages: list[M] = []
-    resume = listing.resume
+    position, watch_position = listing.resume, ""
     for _ in range(_MAX_READS):
-        page = await read(size - len(messages), resume)
+        page = await read(page_size=size - len(messages), page_token=position)
         messages += [convert(item) for item in page.items if listing.matches(item)]
-        resume = page.next_token
-        if not resume or len(messages) >= size:
+        position, watch_position = page.next_token, page.watch_token
+        if not position or len(messages) >= size:
             break
-    return messages, resume
+    return MessagePage(messages, position, watch_position)
 
 
 def _count_that_fits(messages: Sequence[Message]) -> int:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import aclosing
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import TypeVar
 
-from gpudock.v1 import (
-    container_revision_pb2,
-    container_service_pb2,
-    exec_pb2,
-    operation_pb2,
-)
+from gpudock.v1 import container_revision_pb2, exec_pb2
+from gpudock.v1 import container_service_pb2 as pb
 from gpudock.v1.container_service_pb2_grpc import ContainerServiceServicer
 from typing_extensions import override
 
@@ -19,9 +15,9 @@ from gpudock_server import tokens
 from gpudock_server.core.containers.commands import Command
 from gpudock_server.core.containers.service import Containers
 from gpudock_server.core.exec.sessions import ExecSessions
-from gpudock_server.core.operations.engine import Operations, RequestKey
+from gpudock_server.core.operations.engine import Operations
 from gpudock_server.core.watches import Watches
-from gpudock_server.ports import ContainerView, Page, RevisionView
+from gpudock_server.ports import RevisionView
 from gpudock_server.rpc import list_requests, pagination, watch_requests
 from gpudock_server.rpc.containers import commit_request
 from gpudock_server.rpc.containers import requests as validation
@@ -30,34 +26,12 @@ from gpudock_server.rpc.containers.revision_messages import container_revision_m
 from gpudock_server.rpc.exec.call import serve_exec
 from gpudock_server.rpc.middleware.interceptor import Context
 from gpudock_server.rpc.operations import stream
-from gpudock_server.rpc.operations.request_key import MutationRequest, request_key
+from gpudock_server.rpc.operations.request_key import OperationRequest, request_key
 from gpudock_server.rpc.watch_stream import watch_stream
 
-SERVICE = container_service_pb2.DESCRIPTOR.services_by_name["ContainerService"].full_name
+SERVICE = pb.DESCRIPTOR.services_by_name["ContainerService"].full_name
 
-R_co = TypeVar("R_co", covariant=True)
-
-
-class _OperationRequest(MutationRequest, Protocol):
-    """A request that starts an operation, or only plans it."""
-
-    @property
-    def validate_only(self) -> bool:
-        """Whether to return the plan only."""
-        ...
-
-
-class _ResponseType(Protocol[R_co]):
-    """The class of a response that holds an operation or its result."""
-
-    def __call__(
-        self,
-        *,
-        operation: operation_pb2.Operation | None = None,
-        result: Any = None,  # noqa: ANN401 - each response class takes the result type of its own RPC
-    ) -> R_co:
-        """Create a response."""
-        ...
+R = TypeVar("R")
 
 
 class ContainerService(ContainerServiceServicer):
@@ -75,156 +49,135 @@ class ContainerService(ContainerServiceServicer):
 
     @override
     def CreateContainer(
-        self, request: container_service_pb2.CreateContainerRequest, context: Context
-    ) -> AsyncIterator[container_service_pb2.CreateContainerResponse]:
+        self, request: pb.CreateContainerRequest, context: Context
+    ) -> AsyncIterator[pb.CreateContainerResponse]:
         command = validation.create(request, self._containers.host)
-        return self._operate("CreateContainer", request, command, container_service_pb2.CreateContainerResponse)
+        return self._operate(request, command, pb.CreateContainerResponse)
 
     @override
-    async def GetContainer(
-        self, request: container_service_pb2.GetContainerRequest, context: Context
-    ) -> container_service_pb2.GetContainerResponse:
+    async def GetContainer(self, request: pb.GetContainerRequest, context: Context) -> pb.GetContainerResponse:
         view = await self._containers.get(validation.get(request))
-        return container_service_pb2.GetContainerResponse(container=container_view_message(view))
+        return pb.GetContainerResponse(container=container_view_message(view))
 
     @override
-    async def ListContainers(
-        self, request: container_service_pb2.ListContainersRequest, context: Context
-    ) -> container_service_pb2.ListContainersResponse:
-        watch_token = ""
-
-        async def read(page_size: int, page_token: str) -> Page[ContainerView]:
-            nonlocal watch_token
-            found = await self._containers.list(page_size=page_size, page_token=page_token)
-            watch_token = found.watch_token
-            return found
-
-        found, token = await pagination.from_store(list_requests.containers(request), read, container_view_message)
-        return container_service_pb2.ListContainersResponse(
-            containers=found,
-            next_page_token=token,
-            resume_token=tokens.encode_token(watch_requests.container_scope(request.filter), watch_token),
+    async def ListContainers(self, request: pb.ListContainersRequest, context: Context) -> pb.ListContainersResponse:
+        page = await pagination.from_store(
+            list_requests.containers(request), self._containers.list, container_view_message
+        )
+        return pb.ListContainersResponse(
+            containers=page.messages,
+            next_page_token=page.next_token,
+            resume_token=tokens.encode_token(watch_requests.container_scope(request.filter), page.watch_position),
         )
 
     @override
     def WatchContainers(
-        self, request: container_service_pb2.WatchContainersRequest, context: Context
-    ) -> AsyncIterator[container_service_pb2.WatchContainersResponse]:
+        self, request: pb.WatchContainersRequest, context: Context
+    ) -> AsyncIterator[pb.WatchContainersResponse]:
         watch_request = watch_requests.containers(request)
         watch = self._watches.containers(
             watch_request.matches, token=watch_request.resume, listing=watch_request.listing
         )
-        return watch_stream(watch_request, watch, container_view_message, container_service_pb2.WatchContainersResponse)
+        return watch_stream(watch_request, watch, container_view_message, pb.WatchContainersResponse)
 
     @override
     def StartContainer(
-        self, request: container_service_pb2.StartContainerRequest, context: Context
-    ) -> AsyncIterator[container_service_pb2.StartContainerResponse]:
+        self, request: pb.StartContainerRequest, context: Context
+    ) -> AsyncIterator[pb.StartContainerResponse]:
         command = validation.start(request)
-        return self._operate("StartContainer", request, command, container_service_pb2.StartContainerResponse)
+        return self._operate(request, command, pb.StartContainerResponse)
 
     @override
-    async def StopContainer(
-        self, request: container_service_pb2.StopContainerRequest, context: Context
-    ) -> container_service_pb2.StopContainerResponse:
-        stopped = await self._containers.run(validation.stop(request), _key("StopContainer", request))
-        return container_service_pb2.StopContainerResponse(container=container_message(stopped))
+    async def StopContainer(self, request: pb.StopContainerRequest, context: Context) -> pb.StopContainerResponse:
+        stopped = await self._containers.run(validation.stop(request), request_key(request))
+        return pb.StopContainerResponse(container=container_message(stopped))
 
     @override
     def RestartContainer(
-        self, request: container_service_pb2.RestartContainerRequest, context: Context
-    ) -> AsyncIterator[container_service_pb2.RestartContainerResponse]:
+        self, request: pb.RestartContainerRequest, context: Context
+    ) -> AsyncIterator[pb.RestartContainerResponse]:
         command = validation.restart(request)
-        return self._operate("RestartContainer", request, command, container_service_pb2.RestartContainerResponse)
+        return self._operate(request, command, pb.RestartContainerResponse)
 
     @override
-    async def PauseContainer(
-        self, request: container_service_pb2.PauseContainerRequest, context: Context
-    ) -> container_service_pb2.PauseContainerResponse:
-        paused = await self._containers.run(validation.pause(request), _key("PauseContainer", request))
-        return container_service_pb2.PauseContainerResponse(container=container_message(paused))
+    async def PauseContainer(self, request: pb.PauseContainerRequest, context: Context) -> pb.PauseContainerResponse:
+        paused = await self._containers.run(validation.pause(request), request_key(request))
+        return pb.PauseContainerResponse(container=container_message(paused))
 
     @override
     async def UnpauseContainer(
-        self, request: container_service_pb2.UnpauseContainerRequest, context: Context
-    ) -> container_service_pb2.UnpauseContainerResponse:
-        unpaused = await self._containers.run(validation.unpause(request), _key("UnpauseContainer", request))
-        return container_service_pb2.UnpauseContainerResponse(container=container_message(unpaused))
+        self, request: pb.UnpauseContainerRequest, context: Context
+    ) -> pb.UnpauseContainerResponse:
+        unpaused = await self._containers.run(validation.unpause(request), request_key(request))
+        return pb.UnpauseContainerResponse(container=container_message(unpaused))
 
     @override
-    async def DeleteContainer(
-        self, request: container_service_pb2.DeleteContainerRequest, context: Context
-    ) -> container_service_pb2.DeleteContainerResponse:
-        await self._containers.run_to_end(validation.delete(request), _key("DeleteContainer", request))
-        return container_service_pb2.DeleteContainerResponse()
+    async def DeleteContainer(self, request: pb.DeleteContainerRequest, context: Context) -> pb.DeleteContainerResponse:
+        await self._containers.run_to_end(validation.delete(request), request_key(request))
+        return pb.DeleteContainerResponse()
 
     @override
     def ScaleContainer(
-        self, request: container_service_pb2.ScaleContainerRequest, context: Context
-    ) -> AsyncIterator[container_service_pb2.ScaleContainerResponse]:
+        self, request: pb.ScaleContainerRequest, context: Context
+    ) -> AsyncIterator[pb.ScaleContainerResponse]:
         command = validation.scale(request, self._containers.host)
-        return self._operate("ScaleContainer", request, command, container_service_pb2.ScaleContainerResponse)
+        return self._operate(request, command, pb.ScaleContainerResponse)
 
     @override
     def UpdateContainer(
-        self, request: container_service_pb2.UpdateContainerRequest, context: Context
-    ) -> AsyncIterator[container_service_pb2.UpdateContainerResponse]:
+        self, request: pb.UpdateContainerRequest, context: Context
+    ) -> AsyncIterator[pb.UpdateContainerResponse]:
         command = validation.update(request, self._containers.host)
-        return self._operate("UpdateContainer", request, command, container_service_pb2.UpdateContainerResponse)
+        return self._operate(request, command, pb.UpdateContainerResponse)
 
     @override
     def RollbackContainer(
-        self, request: container_service_pb2.RollbackContainerRequest, context: Context
-    ) -> AsyncIterator[container_service_pb2.RollbackContainerResponse]:
+        self, request: pb.RollbackContainerRequest, context: Context
+    ) -> AsyncIterator[pb.RollbackContainerResponse]:
         command = validation.rollback(request)
-        return self._operate("RollbackContainer", request, command, container_service_pb2.RollbackContainerResponse)
+        return self._operate(request, command, pb.RollbackContainerResponse)
 
     @override
     def CloneContainer(
-        self, request: container_service_pb2.CloneContainerRequest, context: Context
-    ) -> AsyncIterator[container_service_pb2.CloneContainerResponse]:
+        self, request: pb.CloneContainerRequest, context: Context
+    ) -> AsyncIterator[pb.CloneContainerResponse]:
         command = validation.clone(request, self._containers.host)
-        return self._operate("CloneContainer", request, command, container_service_pb2.CloneContainerResponse)
+        return self._operate(request, command, pb.CloneContainerResponse)
 
     @override
     async def GetContainerRevision(
-        self, request: container_service_pb2.GetContainerRevisionRequest, context: Context
-    ) -> container_service_pb2.GetContainerRevisionResponse:
+        self, request: pb.GetContainerRevisionRequest, context: Context
+    ) -> pb.GetContainerRevisionResponse:
         name, number = validation.get_revision(request)
         container, view = await self._containers.revision(name, number)
-        return container_service_pb2.GetContainerRevisionResponse(
-            revision=container_revision_message(view, container.revision)
-        )
+        return pb.GetContainerRevisionResponse(revision=container_revision_message(view, container.revision))
 
     @override
     async def ListContainerRevisions(
-        self, request: container_service_pb2.ListContainerRevisionsRequest, context: Context
-    ) -> container_service_pb2.ListContainerRevisionsResponse:
+        self, request: pb.ListContainerRevisionsRequest, context: Context
+    ) -> pb.ListContainerRevisionsResponse:
         list_request = list_requests.revisions(request)
         container = (await self._containers.get(request.name)).container
-
-        async def read(page_size: int, page_token: str) -> Page[RevisionView]:
-            return await self._containers.revisions(container.uid, page_size=page_size, page_token=page_token)
 
         def message(view: RevisionView) -> container_revision_pb2.ContainerRevision:
             return container_revision_message(view, container.revision)
 
-        found, token = await pagination.from_store(list_request, read, message)
-        return container_service_pb2.ListContainerRevisionsResponse(revisions=found, next_page_token=token)
+        page = await pagination.from_store(list_request, partial(self._containers.revisions, container.uid), message)
+        return pb.ListContainerRevisionsResponse(revisions=page.messages, next_page_token=page.next_token)
 
     @override
     async def DeleteContainerRevision(
-        self, request: container_service_pb2.DeleteContainerRevisionRequest, context: Context
-    ) -> container_service_pb2.DeleteContainerRevisionResponse:
-        await self._containers.run_to_end(validation.delete_revision(request), _key("DeleteContainerRevision", request))
-        return container_service_pb2.DeleteContainerRevisionResponse()
+        self, request: pb.DeleteContainerRevisionRequest, context: Context
+    ) -> pb.DeleteContainerRevisionResponse:
+        await self._containers.run_to_end(validation.delete_revision(request), request_key(request))
+        return pb.DeleteContainerRevisionResponse()
 
     @override
     def CommitContainer(
-        self, request: container_service_pb2.CommitContainerRequest, context: Context
-    ) -> AsyncIterator[container_service_pb2.CommitContainerResponse]:
+        self, request: pb.CommitContainerRequest, context: Context
+    ) -> AsyncIterator[pb.CommitContainerResponse]:
         command = commit_request.commit(request)
-        return self._operate("CommitContainer", request, command, container_service_pb2.CommitContainerResponse)
+        return self._operate(request, command, pb.CommitContainerResponse)
 
     @override
     async def ExecContainer(  # type: ignore[override]  # it writes its responses: see serve_exec
@@ -232,21 +185,7 @@ class ContainerService(ContainerServiceServicer):
     ) -> None:
         await serve_exec(self._execs, request_iterator, context)
 
-    async def _operate(
-        self, method: str, request: _OperationRequest, command: Command, event: _ResponseType[R_co]
-    ) -> AsyncIterator[R_co]:
-        """Stream the plan, or the operation until it ends. Disconnecting does not cancel the operation."""
-        if request.validate_only:
-            yield event(operation=stream.record_message(await self._containers.preview(command)))
-            return
-        operation_id = await self._containers.begin(command, _key(method, request))
-        async with aclosing(stream.follow(self._operations, operation_id)) as messages:
-            async for message in messages:
-                if isinstance(message, operation_pb2.Operation):
-                    yield event(operation=message)
-                else:
-                    yield event(result=message)
-
-
-def _key(method: str, request: MutationRequest) -> RequestKey | None:
-    return request_key(f"/{SERVICE}/{method}", request)
+    def _operate(
+        self, request: OperationRequest, command: Command, response: stream.OperationResponse[R]
+    ) -> AsyncIterator[R]:
+        return stream.operate(self._containers, self._operations, request, command, response)

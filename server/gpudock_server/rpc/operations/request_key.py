@@ -16,7 +16,7 @@ M = TypeVar("M", bound=Message)
 
 
 class MutationRequest(Protocol):
-    """The request of a mutation."""
+    """The request of a mutation of one resource."""
 
     @property
     def request_id(self) -> str:
@@ -24,8 +24,17 @@ class MutationRequest(Protocol):
         ...
 
 
-def request_key(method: str, request: MutationRequest) -> RequestKey | None:
-    """The key of a call of `method` (`/package.Service/Method`); None if the request has no id.
+class OperationRequest(MutationRequest, Protocol):
+    """A request that starts an operation, or only plans it."""
+
+    @property
+    def validate_only(self) -> bool:
+        """Whether to return the plan only."""
+        ...
+
+
+def request_key(request: MutationRequest) -> RequestKey | None:
+    """The key of a call; None if the request has no id.
 
     A call with `validate_only` has no key: it records nothing that a repeated call could return.
     """
@@ -33,10 +42,13 @@ def request_key(method: str, request: MutationRequest) -> RequestKey | None:
         raise TypeError(f"{request!r} is not a message")
     if not request.request_id or getattr(request, "validate_only", False):
         return None
-    return RequestKey(id=request.request_id.lower(), digest=_digest(method, request))
+    return RequestKey(id=request.request_id.lower(), digest=_digest(request))
 
 
-def _digest(method: str, request: Message) -> str:
+def _digest(request: Message) -> str:
+    # The contract has one service in a file, and names the request of each method after it.
+    (service,) = request.DESCRIPTOR.file.services_by_name.values()
+    method = f"/{service.full_name}/{request.DESCRIPTOR.name.removesuffix('Request')}"
     rest = type(request)()
     rest.CopyFrom(request)
     for field in _IGNORED_FIELDS:

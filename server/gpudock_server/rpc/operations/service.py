@@ -10,8 +10,6 @@ from gpudock.v1.operation_service_pb2_grpc import OperationServiceServicer
 from typing_extensions import override
 
 from gpudock_server.core.operations.engine import Operations
-from gpudock_server.model.operation import Operation
-from gpudock_server.ports import Page
 from gpudock_server.rpc import list_requests, pagination
 from gpudock_server.rpc.middleware.interceptor import Context
 from gpudock_server.rpc.operations import requests as validation
@@ -38,8 +36,10 @@ class OperationService(OperationServiceServicer):
     async def ListOperations(
         self, request: operation_service_pb2.ListOperationsRequest, context: Context
     ) -> operation_service_pb2.ListOperationsResponse:
-        found, token = await pagination.from_store(list_requests.operations(request), self._read, stream.record_message)
-        return operation_service_pb2.ListOperationsResponse(operations=found, next_page_token=token)
+        page = await pagination.from_store(
+            list_requests.operations(request), self._operations.list, stream.record_message
+        )
+        return operation_service_pb2.ListOperationsResponse(operations=page.messages, next_page_token=page.next_token)
 
     @override
     def WatchOperation(
@@ -53,9 +53,6 @@ class OperationService(OperationServiceServicer):
     ) -> operation_service_pb2.CancelOperationResponse:
         snapshot = await self._operations.cancel(validation.operation_id(request))
         return operation_service_pb2.CancelOperationResponse(operation=operation_message(snapshot))
-
-    async def _read(self, page_size: int, page_token: str) -> Page[Operation]:
-        return await self._operations.list(page_size=page_size, page_token=page_token)
 
     async def _watch(self, operation_id: str) -> AsyncIterator[operation_service_pb2.WatchOperationResponse]:
         async with aclosing(stream.follow(self._operations, operation_id)) as messages:
