@@ -1,4 +1,4 @@
-"""Calls a daemon through the generated stubs, as any client would, with the words that tests use."""
+"""Calls of a daemon through the generated stubs, each as one method of `Caller`."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from tests.contract import COVERAGE, recording_channel
 from tests.rig.patience import limit
 
 IMAGE = "gpudock/busybox:test"
-# Ends at once when asked to, unlike a bare sleep as PID 1.
+# Exits immediately on SIGTERM, unlike a bare sleep as PID 1.
 IDLE = ("sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 3600 & wait $!; done")
 
-_AT_WORK = (operation_pb2.OPERATION_STATE_RUNNING, operation_pb2.OPERATION_STATE_UNDOING)
+_UNFINISHED = (operation_pb2.OPERATION_STATE_RUNNING, operation_pb2.OPERATION_STATE_UNDOING)
 
 
 @dataclass
 class ExecResult:
-    """What a command did."""
+    """The output of a command, and how the command ended."""
 
     stdout: bytes = b""
     stderr: bytes = b""
@@ -49,32 +49,32 @@ class ExecResult:
     message: str = ""
     timed_out: bool = False
     ended: bool = False
-    """Whether the end of the command was told."""
+    """Whether the daemon has reported the end of the command."""
 
 
 @dataclass
 class Progress:
-    """What an operation's stream said."""
+    """The messages of an operation's stream."""
 
     snapshots: list[operation_pb2.Operation] = field(default_factory=list)
     result: Any = None
 
     @property
     def stages(self) -> list[str]:
-        """The names of the stages, as the last snapshot has them."""
+        """The names of the stages in the last snapshot."""
         return [stage.name for stage in self.snapshots[-1].stages]
 
 
 class Caller:
-    """A channel with the services."""
+    """A channel to a daemon, with a stub for each service."""
 
     def __init__(self, target: str) -> None:
         self.channel = grpc.aio.insecure_channel(target)
-        noted = recording_channel(self.channel)
-        self.containers = container_service_pb2_grpc.ContainerServiceStub(noted)
-        self.volumes = volume_service_pb2_grpc.VolumeServiceStub(noted)
-        self.nodes = node_service_pb2_grpc.NodeServiceStub(noted)
-        self.operations = operation_service_pb2_grpc.OperationServiceStub(noted)
+        channel = recording_channel(self.channel)
+        self.containers = container_service_pb2_grpc.ContainerServiceStub(channel)
+        self.volumes = volume_service_pb2_grpc.VolumeServiceStub(channel)
+        self.nodes = node_service_pb2_grpc.NodeServiceStub(channel)
+        self.operations = operation_service_pb2_grpc.OperationServiceStub(channel)
 
     async def __aenter__(self) -> Self:
         return self
@@ -88,7 +88,7 @@ class Caller:
 
     @staticmethod
     def spec(gpus: int = 0, **fields: Any) -> container_pb2.ContainerSpec:
-        """An idle container; `fields` are the spec's own."""
+        """The spec of an idle container; `fields` are fields of the spec."""
         fields.setdefault("image", IMAGE)
         fields.setdefault("command", IDLE)
         return container_pb2.ContainerSpec(gpus=container_pb2.GpuRequest(count=gpus), **fields)
@@ -99,79 +99,79 @@ class Caller:
         return await result_of(self.containers.CreateContainer(request))
 
     async def get(self, name: str) -> container_pb2.Container:
-        """A container as it is."""
-        answer = await self.containers.GetContainer(container_service_pb2.GetContainerRequest(name=name))
-        return answer.container
+        """Get a container."""
+        response = await self.containers.GetContainer(container_service_pb2.GetContainerRequest(name=name))
+        return response.container
 
     async def scale(self, name: str, gpus: int | None = None, **fields: Any) -> container_pb2.Container:
-        """Scale and wait."""
+        """Scale a container and wait."""
         return await result_of(self.containers.ScaleContainer(scale_request(name, gpus, **fields)))
 
     async def commit(self, name: str, repository: str, **fields: Any) -> committed_image_pb2.CommittedImage:
-        """Make an image of its files and wait."""
+        """Commit a container's files to an image and wait."""
         request = container_service_pb2.CommitContainerRequest(name=name, repository=repository, **fields)
         progress = await progress_of(self.containers.CommitContainer(request))
         assert isinstance(progress.result, committed_image_pb2.CommittedImage)
         return progress.result
 
     async def start(self, name: str, gpus: int | None = None) -> container_pb2.Container:
-        """Start and wait."""
+        """Start a container and wait."""
         request = container_service_pb2.StartContainerRequest(name=name)
         if gpus is not None:
             request.gpus.count = gpus
         return await result_of(self.containers.StartContainer(request))
 
     async def update(self, name: str, mask: str = "", **fields: Any) -> container_pb2.Container:
-        """Give fields of the spec (those of `mask`, comma-separated, if it says any) other values, and wait."""
+        """Change fields of the spec (those of `mask`, comma-separated, unless `mask` is empty) and wait."""
         return await result_of(self.containers.UpdateContainer(update_request(name, mask, **fields)))
 
     async def rollback(self, name: str, revision: int, **fields: Any) -> container_pb2.Container:
-        """Return to a revision and wait."""
+        """Roll a container back to a revision and wait."""
         request = container_service_pb2.RollbackContainerRequest(name=name, revision=revision, **fields)
         return await result_of(self.containers.RollbackContainer(request))
 
     async def clone(self, source: str, name: str, mask: str = "", **fields: Any) -> container_pb2.Container:
-        """Make a container of another one, with other values in fields of its spec, and wait."""
+        """Clone a container, with changed fields of the spec, and wait."""
         return await result_of(self.containers.CloneContainer(clone_request(source, name, mask, **fields)))
 
     async def revisions(self, name: str) -> list[container_revision_pb2.ContainerRevision]:
-        """The history, oldest first."""
+        """The revisions of a container, oldest first."""
         request = container_service_pb2.ListContainerRevisionsRequest(name=name)
         return list((await self.containers.ListContainerRevisions(request)).revisions)
 
     async def delete_revision(self, name: str, revision: int) -> None:
-        """Take a revision out of the history."""
+        """Delete a revision."""
         request = container_service_pb2.DeleteContainerRevisionRequest(name=name, revision=revision)
         await self.containers.DeleteContainerRevision(request)
 
     async def stop(self, name: str, *, keep_resources: bool = False) -> container_pb2.Container:
-        """Stop."""
+        """Stop a container."""
         request = container_service_pb2.StopContainerRequest(name=name, keep_resources=keep_resources)
         return (await self.containers.StopContainer(request)).container
 
     async def restart(self, name: str) -> container_pb2.Container:
-        """Restart and wait."""
+        """Restart a container and wait."""
         return await result_of(
             self.containers.RestartContainer(container_service_pb2.RestartContainerRequest(name=name))
         )
 
     async def delete(self, name: str, *, force: bool = True) -> None:
-        """Delete."""
+        """Delete a container."""
         await self.containers.DeleteContainer(container_service_pb2.DeleteContainerRequest(name=name, force=force))
 
     async def delete_all(self) -> None:
-        """Delete every container and every volume there is."""
+        """Delete every container and every volume."""
         await self.until_idle()
-        listed = await self.containers.ListContainers(container_service_pb2.ListContainersRequest(page_size=1000))
-        for container in listed.containers:
+        response = await self.containers.ListContainers(container_service_pb2.ListContainersRequest(page_size=1000))
+        for container in response.containers:
             await self.delete(container.name)
         for volume in (await self.volumes.ListVolumes(volume_service_pb2.ListVolumesRequest(page_size=1000))).volumes:
             await self.delete_volume(volume.name)
 
     async def until_idle(self) -> None:
-        """Wait until no operation is under way."""
-        wanted = operation_service_pb2.OperationFilter(states=_AT_WORK)
-        request = operation_service_pb2.ListOperationsRequest(page_size=1, filter=wanted)
+        """Wait until every operation has ended."""
+        unfinished = operation_service_pb2.OperationFilter(states=_UNFINISHED)
+        request = operation_service_pb2.ListOperationsRequest(page_size=1, filter=unfinished)
         async with asyncio.timeout(limit(60)):
             while (await self.operations.ListOperations(request)).operations:
                 await asyncio.sleep(0.05)
@@ -184,30 +184,30 @@ class Caller:
         return (await self.volumes.CreateVolume(request)).volume
 
     async def volume(self, name: str) -> volume_pb2.Volume:
-        """A volume as it is."""
+        """Get a volume."""
         return (await self.volumes.GetVolume(volume_service_pb2.GetVolumeRequest(name=name))).volume
 
     async def resize_volume(self, name: str, size_bytes: int, **fields: Any) -> Progress:
-        """Resize and wait."""
+        """Resize a volume and wait."""
         request = volume_service_pb2.ResizeVolumeRequest(name=name, size_bytes=size_bytes, **fields)
         return await progress_of(self.volumes.ResizeVolume(request))
 
     async def adopt_volume(self, name: str, engine_volume: str = "", size_bytes: int = 0) -> volume_pb2.Volume:
-        """Take one in and wait."""
+        """Adopt a volume of the engine and wait."""
         request = volume_service_pb2.AdoptVolumeRequest(name=name, engine_volume=engine_volume, size_bytes=size_bytes)
-        adopted: volume_pb2.Volume = (await progress_of(self.volumes.AdoptVolume(request))).result
-        return adopted
+        volume: volume_pb2.Volume = (await progress_of(self.volumes.AdoptVolume(request))).result
+        return volume
 
     async def delete_volume(self, name: str, **fields: Any) -> volume_service_pb2.DeleteVolumeResponse:
-        """Delete a volume; or, with `validate_only`, say what that would do."""
+        """Delete a volume, or only return the plan (`validate_only`)."""
         request = volume_service_pb2.DeleteVolumeRequest(name=name, **fields)
-        answer: volume_service_pb2.DeleteVolumeResponse = await self.volumes.DeleteVolume(request)
-        return answer
+        response: volume_service_pb2.DeleteVolumeResponse = await self.volumes.DeleteVolume(request)
+        return response
 
     # -- exec --------------------------------------------------------------------------------------------------------
 
     async def run(self, container: str, *command: str, stdin: bytes | None = None, **fields: Any) -> ExecResult:
-        """Run a command to its end."""
+        """Run a command in a container and wait until it ends."""
         start = exec_pb2.ExecStart(container=container, command=command, stdin=stdin is not None, **fields)
         requests = [exec_pb2.ExecContainerRequest(start=start)]
         if stdin is not None:
@@ -218,29 +218,29 @@ class Caller:
         try:
             await self._read_exec(self.containers.ExecContainer(iterate(requests)), result)
         except grpc.aio.AioRpcError as error:
-            # Where the call ends while input is still being written, grpc.aio puts this status in the place of the
-            # server's. How the command ended has arrived; a daemon's own INTERNAL would have come instead of that.
-            written = stdin is not None and result.ended
-            if not (written and error.code() is grpc.StatusCode.INTERNAL):
+            # When a call ends while input is still being written, grpc.aio replaces the server's status with INTERNAL.
+            # The end of the command has arrived in this case; an INTERNAL of the daemon would come in its place.
+            may_be_replaced = stdin is not None and result.ended
+            if not (may_be_replaced and error.code() is grpc.StatusCode.INTERNAL):
                 raise
         return result
 
     async def _read_exec(self, call: Any, result: ExecResult) -> None:
-        """Add up what a session sends until it ends."""
-        async for answer in call:
-            match answer.WhichOneof("event"):
+        """Collect the messages of an exec session in `result` until the session ends."""
+        async for response in call:
+            match response.WhichOneof("event"):
                 case "stdout":
-                    result.stdout += answer.stdout
+                    result.stdout += response.stdout
                 case "stderr":
-                    result.stderr += answer.stderr
+                    result.stderr += response.stderr
                 case "exited":
-                    exited = answer.exited
+                    exited = response.exited
                     result.code = exited.code if exited.WhichOneof("result") == "code" else None
                     result.signal, result.message, result.timed_out = exited.signal, exited.message, exited.timed_out
                     result.ended = True
 
     async def shell(self, container: str, script: str) -> str:
-        """The output of a script that must succeed."""
+        """The standard output of a shell script in a container; raises AssertionError unless it exits with 0."""
         result = await self.run(container, "sh", "-c", script)
         assert result.code == 0, (script, result)
         return result.stdout.decode()
@@ -248,17 +248,17 @@ class Caller:
     # -- the node ----------------------------------------------------------------------------------------------------
 
     async def holders(self) -> dict[str, str]:
-        """Who holds each card (by UUID); empty: free."""
-        listed = await self.nodes.ListGpus(node_service_pb2.ListGpusRequest())
-        return {gpu.uuid: gpu.container for gpu in listed.gpus}
+        """The name of the container that holds each GPU, by UUID; empty for a free GPU."""
+        response = await self.nodes.ListGpus(node_service_pb2.ListGpusRequest())
+        return {gpu.uuid: gpu.container for gpu in response.gpus}
 
     async def free_gpus(self) -> int:
-        """How many cards nobody holds."""
+        """The number of free GPUs."""
         return sum(not holder for holder in (await self.holders()).values())
 
 
 def scale_request(name: str, gpus: int | None = None, **fields: Any) -> container_service_pb2.ScaleContainerRequest:
-    """What ScaleContainer takes; None leaves the cards alone."""
+    """A ScaleContainerRequest; with None it does not change the GPUs."""
     request = container_service_pb2.ScaleContainerRequest(name=name, **fields)
     if gpus is not None:
         request.gpus.SetInParent()
@@ -267,51 +267,51 @@ def scale_request(name: str, gpus: int | None = None, **fields: Any) -> containe
 
 
 def update_request(name: str, mask: str = "", **fields: Any) -> container_service_pb2.UpdateContainerRequest:
-    """What UpdateContainer takes; what is not a field of the spec is one of the request."""
-    own = {field.name for field in container_service_pb2.UpdateContainerRequest.DESCRIPTOR.fields}
+    """An UpdateContainerRequest; each of `fields` is a field of the request or else of the spec."""
+    request_fields = {field.name for field in container_service_pb2.UpdateContainerRequest.DESCRIPTOR.fields}
     request = container_service_pb2.UpdateContainerRequest(
         name=name,
-        spec=container_pb2.ContainerSpec(**{key: value for key, value in fields.items() if key not in own}),
-        **{key: value for key, value in fields.items() if key in own},
+        spec=container_pb2.ContainerSpec(**{key: value for key, value in fields.items() if key not in request_fields}),
+        **{key: value for key, value in fields.items() if key in request_fields},
     )
     request.update_mask.paths.extend(mask.split(",") if mask else ())
     return request
 
 
 def clone_request(source: str, name: str, mask: str = "", **fields: Any) -> container_service_pb2.CloneContainerRequest:
-    """What CloneContainer takes; what is not a field of the spec is one of the request."""
-    own = {field.name for field in container_service_pb2.CloneContainerRequest.DESCRIPTOR.fields}
+    """A CloneContainerRequest; each of `fields` is a field of the request or else of the spec."""
+    request_fields = {field.name for field in container_service_pb2.CloneContainerRequest.DESCRIPTOR.fields}
     request = container_service_pb2.CloneContainerRequest(
-        name=name, source=source, **{key: value for key, value in fields.items() if key in own}
+        name=name, source=source, **{key: value for key, value in fields.items() if key in request_fields}
     )
-    asked = {key: value for key, value in fields.items() if key not in own}
-    if asked:
-        request.spec.CopyFrom(container_pb2.ContainerSpec(**asked))
+    spec_fields = {key: value for key, value in fields.items() if key not in request_fields}
+    if spec_fields:
+        request.spec.CopyFrom(container_pb2.ContainerSpec(**spec_fields))
     request.update_mask.paths.extend(mask.split(",") if mask else ())
     return request
 
 
 async def iterate(requests: Iterable[Any]) -> AsyncIterator[Any]:
-    """Requests for a stream."""
+    """Yield the requests of a stream."""
     for request in requests:
         yield request
 
 
 async def progress_of(stream: Any) -> Progress:
-    """All that an operation's stream says."""
+    """Read an operation's stream until it ends."""
     progress = Progress()
-    async for answer in stream:
-        if answer.WhichOneof("event") == "operation":
-            assert progress.result is None, "the result comes last"
-            progress.snapshots.append(answer.operation)
+    async for response in stream:
+        if response.WhichOneof("event") == "operation":
+            assert progress.result is None, "a message follows the result"
+            progress.snapshots.append(response.operation)
         else:
-            assert progress.result is None, "the result comes once"
-            progress.result = answer.result
+            assert progress.result is None, "the stream has two results"
+            progress.result = response.result
     return progress
 
 
 async def result_of(stream: Any) -> container_pb2.Container:
-    """The result that an operation's stream ends with."""
+    """Read an operation's stream until it ends, and return its result."""
     progress = await progress_of(stream)
     assert isinstance(progress.result, container_pb2.Container)
     return progress.result
@@ -329,7 +329,7 @@ class Failure:
 
 
 def failure_of(error: grpc.aio.AioRpcError) -> Failure:
-    """The code and the details of an error."""
+    """The status code and the details of an error."""
     reason, metadata, violations = "", {}, ()
     trailing: Sequence[Any] = error.trailing_metadata() or ()
     for key, value in trailing:
@@ -348,9 +348,9 @@ def failure_of(error: grpc.aio.AioRpcError) -> Failure:
 
 
 async def failure(call: Any) -> Failure:
-    """The error that an awaited call ends with; it must."""
+    """The error that an awaited call ends with; raises AssertionError if the call succeeds."""
     try:
         await call
     except grpc.aio.AioRpcError as error:
         return failure_of(error)
-    raise AssertionError("it did not fail")
+    raise AssertionError("the call succeeded")

@@ -1,4 +1,4 @@
-"""What every test can ask for. The rig is one for the session; daemons and what is made in them go with their test."""
+"""Fixtures of all tests. A session has one rig; containers and volumes are deleted after the test that made them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.rig.patience import limit
 
 pytest_plugins = ["tests.rig.fixtures", "tests.run_report"]
 
-# How long an example takes is a matter of what else the machine does.
+# The time that an example takes depends on the load of the machine.
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
 
@@ -26,19 +26,19 @@ _LONG_SECONDS = 300.0
 _LOG_TAIL = 4000
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell gives that to what it runs in the background, and all that tests start would inherit it: Ctrl-C, which
-    # some of them press, would do nothing.
+    # A shell lets its background jobs ignore SIGINT, and every process that tests start would inherit that. Some tests
+    # send SIGINT, which must not be ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--steps`: how long the random sequences are in all."""
+    """Add `--steps`, the total length of the random sequences."""
     parser.addoption("--steps", type=int, default=2000, help="steps of the random sequences (tests/stateful)")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Several workers begin with what takes long."""
+    """Let several workers begin with the tests that take long."""
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
     if workers > 1:
         items[:] = distribute(items, _long_seconds, workers)
@@ -52,49 +52,50 @@ def pytest_timeout_set_timer(item: pytest.Item, settings: pytest_timeout.Setting
 
 
 def _long_seconds(item: pytest.Item) -> float:
-    """The timeout of a test that was given more than most, by which it is known to be long; of others 0."""
+    """The timeout of a test, by which it is known to take long; 0 if the timeout is below `_LONG_SECONDS`."""
     marker = item.get_closest_marker("timeout")
     seconds = float(marker.args[0]) if marker else 0.0
-    # A rig of a module's own would have to be started by each worker that gets one of its tests.
-    alone = "fragile_rig" not in getattr(item, "fixturenames", ())
-    return seconds if alone and seconds >= _LONG_SECONDS else 0.0
+    # Each worker that gets a test with `fragile_rig` starts another rig, so that these tests stay together.
+    movable = "fragile_rig" not in getattr(item, "fixturenames", ())
+    return seconds if movable and seconds >= _LONG_SECONDS else 0.0
 
 
 @pytest.fixture(scope="session")
 def shared_daemon(rig: Rig, run_problems: list[str]) -> Iterator[Daemon]:
-    """One daemon for all tests that do not hurt it, started as an operator starts it."""
+    """The daemon of all tests that do not stop or damage it, started as an operator starts it."""
     daemon = rig.daemon(*FAST_FLAGS, fresh=True)
     yield daemon
     run_problems += problems_at_end(daemon)
 
 
 def problems_at_end(daemon: Daemon) -> list[str]:
-    """Stop a daemon that many tests have used; what is wrong with how it ends, and with what it has logged."""
-    died = not daemon.running
+    """Stop a daemon that many tests have used; a message for a premature end, a wrong exit code, and a traceback."""
+    premature = not daemon.running
     code = daemon.stop()
     log = daemon.log_text
     problems = []
-    if died or code:
-        problems.append(f"a shared daemon {'died' if died else 'ended'} with exit code {code}:\n{log[-_LOG_TAIL:]}")
+    if premature or code:
+        end = "exited during the tests" if premature else "stopped"
+        problems.append(f"a shared daemon {end} with exit code {code}:\n{log[-_LOG_TAIL:]}")
     if "Traceback" in log:
-        where = log.index("Traceback")
-        problems.append(f"a traceback in a shared daemon's log:\n{log[max(0, where - 1000) : where + _LOG_TAIL]}")
+        position = log.index("Traceback")
+        problems.append(f"a traceback in a shared daemon's log:\n{log[max(0, position - 1000) : position + _LOG_TAIL]}")
     return problems
 
 
 @pytest_asyncio.fixture
 async def caller(shared_daemon: Daemon) -> AsyncIterator[Caller]:
-    """Calls the shared daemon; deletes every container it made."""
+    """A caller of the shared daemon; every container and volume is deleted after the test."""
     async with Caller(shared_daemon.target) as caller:
         yield caller
         await caller.delete_all()
 
 
-# Ends quickly what a test leaves running, and what replaces something is trusted soon.
+# Short grace periods, so that containers stop and are replaced quickly.
 FAST_FLAGS = ("--stop-timeout", "1", "--settle-period", "0.2", "--exec-hangup-grace", "1", "--log-format", "console")
 
 
 def own_state_flags() -> tuple[str, ...]:
-    """Flags that give a daemon, and its successors, a state and containers of their own in the rig."""
-    own = f"test-{uuid.uuid4()}"
-    return ("--etcd-prefix", f"/{own}/", "--node-name", own)
+    """Flags that give a daemon, and the daemons after it, their own state and containers in the rig."""
+    name = f"test-{uuid.uuid4()}"
+    return ("--etcd-prefix", f"/{name}/", "--node-name", name)

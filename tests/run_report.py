@@ -1,21 +1,23 @@
-"""A pytest plugin for what belongs to a run and not to one of its tests.
+"""A pytest plugin with checks and reports of a whole run.
 
-Problems: what the end of a daemon that many tests shared shows (its exit code, a traceback in its log) is no failure of
-whichever test happened to be the last. The fixture `run_problems` takes such problems; any one fails the run.
+Problems: a wrong exit code of a daemon that many tests share, or a traceback in its log, is not a failure of the test
+that happened to run last. The fixture `run_problems` takes such problems; each fails the run.
 
-Outcomes: a test's property `OUTCOMES` says how often its calls ended in which status. The summary has them as a table.
+Outcomes: the property `OUTCOMES` of a test counts the statuses with which its calls ended. The summary has them as a
+table.
 
-Moments: a test's property `MOMENTS` says at which moments of an operation it has killed a daemon. The summary counts
-them; `--moments FILE` has all of them written to a file.
+Moments: the property `MOMENTS` of a test has the moments of an operation at which it has killed a daemon. The summary
+counts them; `--moments FILE` writes all of them to a file.
 
-Requirements: the property `REQUIRED` of a test that is one of several `parts` has `counts` of what must occur. What
-occurs in none of the parts is a problem, if all parts have run.
+Requirements: the property `REQUIRED` of a test that is one of several `parts` has `counts` of events that must occur.
+An event that occurs in none of the parts is a problem, if all parts have run.
 
-Patience: the summary has the highest factor by which a worker's time limits were multiplied. See `rig.patience`.
+Patience: the summary has the highest factor by which a worker's time limits were multiplied (`tests/rig/patience.py`).
 
-The contract: what a whole run of the everyday tests (`make test`) does not meet of it is a problem. See `contract`.
+The contract: each part of it that a whole run of the everyday tests (`make test`) does not cover is a problem
+(`tests/contract.py`).
 
-All of it works with pytest-xdist, whose workers pass problems on when they end.
+With pytest-xdist, each worker sends its problems to the controller when it ends.
 """
 
 from __future__ import annotations
@@ -36,36 +38,36 @@ REQUIRED = "required"
 _PROBLEMS = pytest.StashKey[list[str]]()
 _COUNTS = pytest.StashKey[dict[str, list[dict[str, Any]]]]()
 _OUTPUT_KEY = "gpudock_run_problems"
-_MET_KEY = "gpudock_met"
+_COVERAGE_KEY = "gpudock_coverage"
 _PATIENCES = pytest.StashKey[list[float]]()
 _PATIENCE_KEY = "gpudock_patience"
-# What selects the everyday tests, as the Makefile says it.
+# The option `-m` with which the Makefile selects the everyday tests.
 _EVERYDAY = "not deep"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--moments`: where to write at which moments daemons were killed."""
-    parser.addoption("--moments", type=Path, default=None, help="a file for the list of moments at which daemons died")
+    """Add `--moments`, the file for the list of moments at which daemons were killed."""
+    parser.addoption("--moments", type=Path, default=None, help="write the moments at which daemons were killed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Begin without problems."""
+    """Register the plugin, and begin without problems."""
     config.stash[_PROBLEMS] = []
     config.stash[_COUNTS] = {}
     config.stash[_PATIENCES] = []
-    config.pluginmanager.register(_Counting(config), "gpudock run report")
+    config.pluginmanager.register(_Counts(config), "gpudock run report")
 
 
 def _is_everyday(config: pytest.Config) -> bool:
-    """Whether the run is of all everyday tests, and not of some of them."""
+    """Whether the run has all everyday tests."""
     narrowed = config.args_source is pytest.Config.ArgsSource.ARGS or any(
         config.getoption(option, None) for option in ("keyword", "deselect", "ignore", "ignore_glob", "lf", "stepwise")
     )
     return config.getoption("markexpr") == _EVERYDAY and not narrowed
 
 
-class _Counting:
-    """Collects the required counts and the kinds of operations that were killed, of all workers."""
+class _Counts:
+    """Collects the required counts, and the kinds of operations that were killed, of all workers."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._counts = config.stash[_COUNTS]
@@ -82,28 +84,28 @@ class _Counting:
 
 
 def _missing(counts: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
-    """What has not occurred in any part."""
+    """A sentence for each required event that has occurred in no part."""
     for test, parts in counts.items():
         if len(parts) < parts[0]["parts"]:
             continue
-        for what in parts[0]["counts"]:
-            if not any(part["counts"][what] for part in parts):
-                yield f"{test}: {what!r} has not occurred once"
+        for event in parts[0]["counts"]:
+            if not any(part["counts"][event] for part in parts):
+                yield f"{test}: {event!r} has not occurred"
 
 
 @pytest.fixture(scope="session")
 def run_problems(pytestconfig: pytest.Config) -> list[str]:
-    """The problems of the run so far; append to it."""
+    """The problems of the run; a fixture or a test appends to them."""
     return pytestconfig.stash[_PROBLEMS]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Hand a worker's problems to the controller, or fail the run for them."""
+    """Send a worker's problems to the controller; in the controller, fail the run if there are problems."""
     problems = session.config.stash[_PROBLEMS]
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
         output[_OUTPUT_KEY] = problems
-        output[_MET_KEY] = COVERAGE.to_lists()
+        output[_COVERAGE_KEY] = COVERAGE.to_lists()
         output[_PATIENCE_KEY] = highest_patience()
         return
     problems += _missing(session.config.stash[_COUNTS])
@@ -116,26 +118,26 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Take over the problems of a worker of pytest-xdist that has ended."""
+    """Add the problems of a worker of pytest-xdist that has ended."""
     output = getattr(node, "workeroutput", {})
     node.config.stash[_PROBLEMS].extend(output.get(_OUTPUT_KEY, ()))
-    if _MET_KEY in output:
-        COVERAGE.merge(output[_MET_KEY])
+    if _COVERAGE_KEY in output:
+        COVERAGE.merge(output[_COVERAGE_KEY])
     if _PATIENCE_KEY in output:
         node.config.stash[_PATIENCES].append(output[_PATIENCE_KEY])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Show the tables of outcomes and of moments, what was met of the contract, and the problems last."""
+    """Show the tables of outcomes and moments, the coverage of the contract, and then the problems."""
     rows = {nodeid.rpartition("[")[2].rstrip("]"): value for nodeid, value in _values(terminalreporter, OUTCOMES)}
     if rows:
         terminalreporter.section("how calls ended")
     for row, counts in sorted(rows.items()):
-        words = (f"{status} {count}" for status, count in sorted(counts.items(), key=lambda item: -item[1]))
-        terminalreporter.line(f"{row:26} {', '.join(words)}")
+        cells = (f"{status} {count}" for status, count in sorted(counts.items(), key=lambda item: -item[1]))
+        terminalreporter.line(f"{row:26} {', '.join(cells)}")
     _show_moments(terminalreporter)
     if _is_everyday(terminalreporter.config):
-        terminalreporter.section("what was met of the contract")
+        terminalreporter.section("coverage of the contract")
         terminalreporter.line(str(COVERAGE))
     patience = max([highest_patience(), *terminalreporter.config.stash[_PATIENCES]])
     terminalreporter.line(f"time limits were at most {patience:.1f} times as long as on an idle machine")
@@ -144,17 +146,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.line(problem)
 
 
-def _values(terminalreporter: pytest.TerminalReporter, wanted: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each test that has a property, with its value."""
+def _values(terminalreporter: pytest.TerminalReporter, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The id of each test that has a property, with its value."""
     for reports in terminalreporter.stats.values():
         for report in reports:
             for name, value in getattr(report, "user_properties", ()):
-                if name == wanted and getattr(report, "when", "") == "call":
+                if name == key and getattr(report, "when", "") == "call":
                     yield report.nodeid, value
 
 
 def _show_moments(terminalreporter: pytest.TerminalReporter) -> None:
-    """Count the moments that were tried of those that there are, by test; all of them go to a file, if one is named."""
+    """Show how many of the known moments each test has tried; write all of them to the file of `--moments`."""
     rows = sorted((node, value) for node, value in _values(terminalreporter, MOMENTS) if "kind" in value)
     if not rows:
         return
@@ -164,8 +166,8 @@ def _show_moments(terminalreporter: pytest.TerminalReporter) -> None:
         counts = f"{len(value['tried'])} of {len(value['known'])} moments, {value['seconds']} s"
         lines.append(f"{value['kind']:16} {test:70} {counts}")
         listed.append(f"{lines[-1]} (at least {value['least']}, GPUDOCK_MOMENTS_SEED={value['seed']})")
-        known = [*value["known"], *(one for one in value["tried"] if one not in value["known"])]
-        listed += [f"    {'tried' if one in value['tried'] else '     '}  {one}" for one in known]
+        known = [*value["known"], *(moment for moment in value["tried"] if moment not in value["known"])]
+        listed += [f"    {'tried' if moment in value['tried'] else '     '}  {moment}" for moment in known]
     terminalreporter.section(f"moments at which daemons were killed (seeds: {', '.join(_seeds(rows))})")
     for line in lines:
         terminalreporter.line(line)

@@ -1,4 +1,4 @@
-"""Which parameters of a test belong to `make test` and which to `make test-deep`: docs/testing.md has the rule."""
+"""The choice between `make test` and `make test-deep` for parameters of a test: docs/testing.md has the rule."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 
 
 def deep_except(everyday: Collection[object], values: Iterable[object]) -> list[Any]:
-    """Values for `pytest.mark.parametrize`, in their order: all but those in `everyday` are marked deep.
+    """`values` for `pytest.mark.parametrize`, in the same order: all but those in `everyday` are marked deep.
 
-    Raises AssertionError if a value of `everyday` is none of `values`, since no test would run then.
+    Raises AssertionError if a value of `everyday` is not in `values`, since no everyday test would run with it.
     """
-    listed = list(values)
-    assert all(one in listed for one in everyday), f"of {everyday} at least one is not among {listed}"
-    return [one if one in everyday else pytest.param(one, marks=pytest.mark.deep) for one in listed]
+    parameters = list(values)
+    assert all(value in parameters for value in everyday), f"{everyday} must be a subset of {parameters}"
+    return [value if value in everyday else pytest.param(value, marks=pytest.mark.deep) for value in parameters]
