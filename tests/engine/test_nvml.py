@@ -281,18 +281,20 @@ async def test_a_driver_without_events_is_used_all_the_same(cards: FakeGpus) -> 
 
 
 async def test_a_driver_that_hangs_holds_nobody_up(cards: FakeGpus) -> None:
-    inventory = NvmlInventory(timeout_seconds=0.3, cache_seconds=0)
+    inventory = NvmlInventory(timeout_seconds=1, cache_seconds=0)
     await inventory.start()
     cards.hang("nvmlDeviceGetMemoryInfo", gpu=7)
     began = time.monotonic()
-    snapshots = await asyncio.gather(*[inventory.snapshot() for _ in range(100)])
-    assert 0.25 < time.monotonic() - began < 2
+    # Were each of them to wait for itself, it would take more than a minute.
+    async with asyncio.timeout(limit(5)):
+        snapshots = await asyncio.gather(*[inventory.snapshot() for _ in range(100)])
+    assert time.monotonic() - began > 0.9
     for snapshot in snapshots:
         assert _healths(snapshot) == [GpuHealth.UNHEALTHY] * 8
         assert "has not answered" in snapshot.message
     began = time.monotonic()
     await inventory.snapshot()
-    assert time.monotonic() - began < 0.2  # it waits once, not for every caller
+    assert time.monotonic() - began < 0.9, "it waits once, not for every caller"
     cards.unhang("nvmlDeviceGetMemoryInfo", gpu=7)
     await _until(inventory, lambda snapshot: all(gpu.schedulable for gpu in snapshot.gpus))
     await inventory.close()
@@ -317,10 +319,9 @@ async def test_nothing_is_left_of_a_closed_inventory(cards: FakeGpus) -> None:
     assert (await inventory.snapshot()).message == "the GPU inventory is not started"
     await inventory.start()
     assert {"nvml", "nvml-events"} <= {thread.name for thread in threading.enumerate()}
-    began = time.monotonic()
-    await inventory.close()
-    await inventory.close()
-    assert time.monotonic() - began < 1
+    async with asyncio.timeout(limit(2)):
+        await inventory.close()
+        await inventory.close()
     assert not {"nvml", "nvml-events"} & {thread.name for thread in threading.enumerate()}
 
 
