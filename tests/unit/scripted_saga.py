@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Saga, Step
+from gpudock_server.errors import EngineRejected
 from gpudock_server.model.container import Container
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.store_changes import Claim, PutContainer, StoreChange
@@ -12,6 +13,8 @@ from gpudock_server.ports import ContainerView
 from typing_extensions import override
 
 from tests.unit.model_node import ModelNode
+
+REFUSED = EngineRejected(call="work", status=500, detail="no")
 
 
 class ScriptedSaga(Saga[ContainerView]):
@@ -80,3 +83,14 @@ async def begin_saga(model: ModelNode, saga: ScriptedSaga, *, claims: Sequence[C
 
 async def do_nothing(_: OperationRun) -> None:
     """Do nothing, as a step."""
+
+
+def failing(*errors: Exception) -> tuple[Callable[[OperationRun], Awaitable[None]], list[Exception]]:
+    """Return a step that raises these errors one after the other, and the list of errors that it has not raised yet."""
+    left = list(errors)
+
+    async def work(_: OperationRun) -> None:
+        if left:
+            raise left.pop(0)
+
+    return work, left

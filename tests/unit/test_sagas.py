@@ -149,7 +149,7 @@ async def test_a_scenario_succeeds_undisturbed(scenario: Scenario) -> None:
 
 @every_scenario
 @pytest.mark.parametrize("act", [REFUSED, UNANSWERED], ids=["refused", "unanswered"])
-@pytest.mark.parametrize("after", [False, True], ids=["before the call", "after the call"])
+@pytest.mark.parametrize("after", [False, True], ids=["before_call", "after_call"])
 async def test_a_failed_call_is_undone_or_can_be_retried(
     scenario: Scenario, act: Callable[[str], Awaitable[None]], *, after: bool
 ) -> None:
@@ -253,7 +253,7 @@ async def begin_until_blocked(model: ModelNode, scenario: Scenario) -> str:
 
 
 @every_scenario
-@pytest.mark.parametrize("after", [False, True], ids=["before the call", "after the call"])
+@pytest.mark.parametrize("after", [False, True], ids=["before_call", "after_call"])
 async def test_another_process_completes_the_operation(scenario: Scenario, *, after: bool) -> None:
     after_success = (await run_undisturbed(scenario)).summary()
     for at in range(1, MAX_CALLS):
