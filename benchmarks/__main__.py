@@ -18,24 +18,24 @@ from typing import Any
 import grpc
 
 from benchmarks import document, machine, report
-from benchmarks.create_latency import creating
+from benchmarks.create_latency import measure_create
 from benchmarks.docker_cli import DockerCli
-from benchmarks.environment import Arena
-from benchmarks.exec_throughput import executing
-from benchmarks.history_cost import history
-from benchmarks.read_latency import reading
+from benchmarks.environment import Environment
+from benchmarks.exec_throughput import measure_exec
+from benchmarks.history_cost import measure_history
+from benchmarks.read_latency import measure_reads
 from benchmarks.report import Row
-from benchmarks.scale_downtime import scaling
-from benchmarks.volume_costs import volumes
+from benchmarks.scale_downtime import measure_scale
+from benchmarks.volume_costs import measure_volumes
 from tests.rig import BUSYBOX, GLIBC, Rig, RigError
 
-_BENCHMARKS: dict[str, Callable[[Arena], Coroutine[Any, Any, list[Row]]]] = {
-    "create": creating,
-    "exec": executing,
-    "scale": scaling,
-    "history": history,
-    "read": reading,
-    "volumes": volumes,
+_BENCHMARKS: dict[str, Callable[[Environment], Coroutine[Any, Any, list[Row]]]] = {
+    "create": measure_create,
+    "exec": measure_exec,
+    "scale": measure_scale,
+    "history": measure_history,
+    "read": measure_reads,
+    "volumes": measure_volumes,
 }
 _SAVED = re.compile(r"[a-z][a-z0-9-]*")
 
@@ -92,11 +92,11 @@ def _run(names: Sequence[str], *, quick: bool, save: str | None) -> tuple[list[R
         docker = DockerCli(rig)
         words = ["python", "-m", "benchmarks", *(["--quick"] if quick else []), *names]
         facts = machine.facts(rig, docker.version) | {"command": " ".join(words), "quick": quick}
-        arena = Arena(rig, docker, quick)
+        environment = Environment(rig, docker, quick)
         for name in names or _BENCHMARKS:
             before = time.monotonic()
             try:
-                rows += asyncio.run(_BENCHMARKS[name](arena))
+                rows += asyncio.run(_BENCHMARKS[name](environment))
             except (RigError, grpc.RpcError):
                 # What the others found is worth keeping.
                 traceback.print_exc()

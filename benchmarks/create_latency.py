@@ -7,12 +7,12 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.environment import Arena, Stopwatch
-from benchmarks.report import ResourceRef, Row, Unit, versus
+from benchmarks.environment import Environment, Stopwatch
+from benchmarks.report import Row, Target, Unit, versus
 from benchmarks.rounds import Measure, compare
 from tests.calls import IDLE, IMAGE, Caller
 
-_TARGET = ResourceRef(1.15)
+_TARGET = Target(1.15)
 _AT_ONCE = 8
 
 
@@ -28,31 +28,31 @@ def device_requests(uuids: Sequence[str]) -> dict[str, Any]:
     return {"DeviceRequests": [{"Driver": "nvidia", "DeviceIDs": list(uuids), "Capabilities": [["gpu"]]}]}
 
 
-async def creating(arena: Arena) -> list[Row]:
+async def measure_create(environment: Environment) -> list[Row]:
     """One after the other with 0 and 1 cards, then eight at once.
 
     gpudock's client holds an open connection; `docker run` is a new process each time. The engine's own API, called
     without a command line, is shown to tell that cost apart.
     """
     rows: list[Row] = []
-    async with arena.daemon() as (caller, _):
+    async with environment.daemon() as (caller, _):
         for gpus in (0, 1):
-            ways = _ways(arena, caller, gpus)
-            samples = await compare(arena.rounds(24), ways)
+            ways = _ways(environment, caller, gpus)
+            samples = await compare(environment.rounds(24), ways)
             name = f"create to running, {gpus} GPU"
             rows += [
                 versus(samples, "gpudock", "docker run -d", name=name, unit=Unit.MS, target=_TARGET),
                 versus(samples, "gpudock", "engine API", name=name, unit=Unit.MS, against="engine API, create + start"),
             ]
-        at_once = await compare(arena.rounds(8), _ways_at_once(arena, caller))
+        at_once = await compare(environment.rounds(8), _ways_at_once(environment, caller))
         name = f"{_AT_ONCE} creates at once, 1 GPU each"
         rows.append(versus(at_once, "gpudock", f"{_AT_ONCE} docker run -d", name=name, unit=Unit.MS))
     return rows
 
 
-def _ways(arena: Arena, caller: Caller, gpus: int) -> dict[str, Measure]:
+def _ways(environment: Environment, caller: Caller, gpus: int) -> dict[str, Measure]:
     numbers = itertools.count()
-    uuids = arena.rig.gpus.uuids[-gpus:] if gpus else []
+    uuids = environment.rig.gpus.uuids[-gpus:] if gpus else []
 
     async def ours() -> float:
         name = f"bench-{next(numbers)}"
@@ -64,23 +64,23 @@ def _ways(arena: Arena, caller: Caller, gpus: int) -> dict[str, Measure]:
 
     async def theirs() -> float:
         name = f"docker-{next(numbers)}"
-        taken = await arena.docker.time("run", "-d", "--name", name, *docker_gpus(uuids), IMAGE, *IDLE)
-        await arena.discard(name)
+        taken = await environment.docker.time("run", "-d", "--name", name, *docker_gpus(uuids), IMAGE, *IDLE)
+        await environment.discard(name)
         return taken
 
     async def bare() -> float:
         request = {"Image": IMAGE, "Cmd": list(IDLE), "HostConfig": device_requests(uuids)}
         watch = Stopwatch()
-        made = (await arena.engine("POST", "/containers/create", send=request))["Id"]
-        await arena.engine("POST", f"/containers/{made}/start")
+        made = (await environment.engine("POST", "/containers/create", send=request))["Id"]
+        await environment.engine("POST", f"/containers/{made}/start")
         taken = watch.ms
-        await arena.discard(made)
+        await environment.discard(made)
         return taken
 
     return {"gpudock": ours, "docker run -d": theirs, "engine API": bare}
 
 
-def _ways_at_once(arena: Arena, caller: Caller) -> dict[str, Measure]:
+def _ways_at_once(environment: Environment, caller: Caller) -> dict[str, Measure]:
     names = [f"many-{number}" for number in range(_AT_ONCE)]
 
     async def ours() -> float:
@@ -91,13 +91,13 @@ def _ways_at_once(arena: Arena, caller: Caller) -> dict[str, Measure]:
         return taken
 
     async def theirs() -> float:
-        cards = arena.rig.gpus.uuids
+        cards = environment.rig.gpus.uuids
         commands = [
             ["run", "-d", "--name", name, *docker_gpus([card]), IMAGE, *IDLE]
             for name, card in zip(names, cards, strict=True)
         ]
-        taken = await arena.docker.time_at_once(commands)
-        await asyncio.gather(*(arena.discard(name) for name in names))
+        taken = await environment.docker.time_at_once(commands)
+        await asyncio.gather(*(environment.discard(name) for name in names))
         return taken
 
     return {"gpudock": ours, f"{_AT_ONCE} docker run -d": theirs}

@@ -19,7 +19,7 @@ _LOG_TAIL = 8000
 
 
 @dataclass(frozen=True, slots=True)
-class Arena:
+class Environment:
     """One run's; `quick` asks for few rounds, to see that everything works."""
 
     rig: Rig

@@ -10,8 +10,8 @@ from functools import partial
 
 from gpudock.v1 import exec_pb2
 
-from benchmarks.environment import Arena, Stopwatch
-from benchmarks.report import ResourceRef, Row, Unit, versus
+from benchmarks.environment import Environment, Stopwatch
+from benchmarks.report import Row, Target, Unit, versus
 from benchmarks.rounds import Measure, compare
 from tests.calls import Caller, iterate
 from tests.rig import GLIBC, Daemon, RigError
@@ -22,7 +22,7 @@ _LEAN = "-event_engine_client"
 _NONE = ""
 
 
-async def executing(arena: Arena) -> list[Row]:
+async def measure_exec(environment: Environment) -> list[Row]:
     """Both sides run the same command in the same container.
 
     For the first byte gpudock's client holds an open connection and `docker exec` is a new process, as in use. For the
@@ -30,7 +30,7 @@ async def executing(arena: Arena) -> list[Row]:
     with what README.md advises for much output in its environment; and once without. The `gpudock` command is timed
     with the start of its interpreter, as `docker exec` is, with that advice and without it.
     """
-    async with arena.daemon() as (caller, daemon):
+    async with environment.daemon() as (caller, daemon):
         container = await caller.create(_NAME, image=GLIBC)
         engine_id = container.status.engine_id
 
@@ -38,23 +38,23 @@ async def executing(arena: Arena) -> list[Row]:
             return await _first_byte(caller, "echo", "hello")
 
         async def their_first_byte() -> float:
-            return await arena.docker.time_first_byte("exec", engine_id, "echo", "hello")
+            return await environment.docker.time_first_byte("exec", engine_id, "echo", "hello")
 
-        first_byte = await compare(arena.rounds(40), {"gpudock": our_first_byte, "docker exec": their_first_byte})
+        first_byte = await compare(environment.rounds(40), {"gpudock": our_first_byte, "docker exec": their_first_byte})
 
-        rows = [
-            versus(first_byte, "gpudock", "docker exec", name="exec first byte", unit=Unit.MS, target=ResourceRef(1.0))
-        ]
-        amount = (1 << 28) if arena.quick else (1 << 30)
+        rows = [versus(first_byte, "gpudock", "docker exec", name="exec first byte", unit=Unit.MS, target=Target(1.0))]
+        amount = (1 << 28) if environment.quick else (1 << 30)
         # head writes so little at a time that it holds back both sides; dd does not.
         head = ["head", "-c", str(amount), "/dev/zero"]
         dd = ["dd", "if=/dev/zero", "bs=64k", f"count={amount >> 16}", "status=none"]
         for command in (head, dd):
-            rows += await _output(arena, daemon, engine_id, command, amount)
+            rows += await _output(environment, daemon, engine_id, command, amount)
     return rows
 
 
-async def _output(arena: Arena, daemon: Daemon, engine_id: str, command: list[str], amount: int) -> list[Row]:
+async def _output(
+    environment: Environment, daemon: Daemon, engine_id: str, command: list[str], amount: int
+) -> list[Row]:
     async def ours() -> float:
         return amount / 1e3 / await _read_elsewhere("client", daemon.target, amount, command, experiments=_LEAN)
 
@@ -67,11 +67,11 @@ async def _output(arena: Arena, daemon: Daemon, engine_id: str, command: list[st
     async def command_line(experiments: str) -> float:
         program = shlex.join([sys.executable, "-m", "gpudock.cli", "--address", daemon.target, "exec", _NAME, "--"])
         script = f"GRPC_EXPERIMENTS={experiments} {program} {shlex.join(command)} | cat >/dev/null"
-        return amount / 1e3 / await arena.docker.time_shell(script)
+        return amount / 1e3 / await environment.docker.time_shell(script)
 
     async def theirs() -> float:
         script = f"docker exec {engine_id} {shlex.join(command)} | cat >/dev/null"
-        return amount / 1e3 / await arena.docker.time_shell(script)
+        return amount / 1e3 / await environment.docker.time_shell(script)
 
     pipe = "docker exec, piped to cat"
     sides: dict[str, Measure] = {
@@ -82,9 +82,9 @@ async def _output(arena: Arena, daemon: Daemon, engine_id: str, command: list[st
         "command, as it comes": partial(command_line, _NONE),
         pipe: theirs,
     }
-    samples = await compare(arena.rounds(12), sides)
+    samples = await compare(environment.rounds(12), sides)
     name = f"exec output, {amount >> 20} MiB of {command[0]}"
-    target = ResourceRef(0.9, at_least=True)
+    target = Target(0.9, at_least=True)
     return [
         versus(samples, "gpudock", pipe, name=name, unit=Unit.MB_PER_S, target=target),
         versus(samples, "gpudock, as it comes", pipe, name=f"{name}, gRPC as it comes", unit=Unit.MB_PER_S),

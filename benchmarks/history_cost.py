@@ -13,16 +13,16 @@ from datetime import datetime
 
 from gpudock.v1 import container_pb2, container_service_pb2
 
-from benchmarks.environment import Arena
-from benchmarks.report import ResourceRef, Row, Unit, versus
+from benchmarks.environment import Environment
+from benchmarks.report import Row, Target, Unit, versus
 from benchmarks.rounds import compare
-from benchmarks.scale_downtime import BY_HAND, ByHand, has_started, ms_between
+from benchmarks.scale_downtime import BY_HAND, ScriptedReplacement, has_started, ms_between
 from tests.calls import Caller, scale_request
 from tests.rig import RigError
 
-_TARGET = ResourceRef(1.5)
-_FLAT = ResourceRef(1.5)
-_SHARED = ResourceRef(1.2)
+_TARGET = Target(1.5)
+_FLAT = Target(1.5)
+_SHARED = Target(1.2)
 _MB = 1_000_000
 _FILE_BYTES = 50 * _MB
 # 10 MB a second, into a hundred files in turn, for as long as it lives.
@@ -41,19 +41,19 @@ _LAYERS = {"empty layer": 0, "0.3 GB": 300 * _MB, "1 GB": 1000 * _MB, "5 GB": 50
 _QUICK = ("empty layer", "0.3 GB")
 
 
-async def history(arena: Arena) -> list[Row]:
+async def measure_history(environment: Environment) -> list[Row]:
     """Scale and rollback beside stop, create and start by hand, which loses the files; then the disk."""
     rows: list[Row] = []
-    layers = {what: size for what, size in _LAYERS.items() if not arena.quick or what in _QUICK}
-    async with arena.daemon("--keep-revisions", "4") as (caller, _):
+    layers = {what: size for what, size in _LAYERS.items() if not environment.quick or what in _QUICK}
+    async with environment.daemon("--keep-revisions", "4") as (caller, _):
         for way in ("scale", "rollback"):
             ways = {}
             for what, size in layers.items():
-                changed = _Changed(arena, caller, f"{way}-{size // _MB}")
+                changed = _Changed(environment, caller, f"{way}-{size // _MB}")
                 await changed.make(size)
                 ways[what] = changed.scale if way == "scale" else changed.rollback
-            by_hand = ByHand(arena, _WRITER)
-            samples = await compare(arena.rounds(12), {**ways, BY_HAND: by_hand.by_command_line})
+            by_hand = ScriptedReplacement(environment, _WRITER)
+            samples = await compare(environment.rounds(12), {**ways, BY_HAND: by_hand.by_command_line})
             for what in layers:
                 name = f"{way} downtime, {what}, 10 MB/s written"
                 rows.append(versus(samples, what, BY_HAND, name=name, unit=Unit.MS, target=_TARGET))
@@ -62,15 +62,15 @@ async def history(arena: Arena) -> list[Row]:
             against = f"gpudock, {smallest}"
             rows.append(versus(samples, largest, smallest, name=name, unit=Unit.MS, against=against, target=_FLAT))
             await caller.delete_all()
-        rows += await _disk(arena, caller, 300 * _MB if arena.quick else 1000 * _MB)
+        rows += await _disk(environment, caller, 300 * _MB if environment.quick else 1000 * _MB)
     return rows
 
 
 class _Changed:
     """A container in which a process writes, scaled from 1 card to 2 and back, or returned to a revision."""
 
-    def __init__(self, arena: Arena, caller: Caller, name: str) -> None:
-        self._arena = arena
+    def __init__(self, environment: Environment, caller: Caller, name: str) -> None:
+        self._environment = environment
         self._caller = caller
         self._name = name
 
@@ -101,10 +101,10 @@ class _Changed:
             if answer.WhichOneof("event") == "result":
                 new = answer.result.status.engine_id
             elif finished is None and has_started(answer.operation):
-                finished = await self._arena.moment(old, "FinishedAt")
+                finished = await self._environment.moment(old, "FinishedAt")
         if finished is None or new in ("", old):
             raise RigError("the container was not replaced")
-        return ms_between(finished, await self._arena.moment(new, "StartedAt"))
+        return ms_between(finished, await self._environment.moment(new, "StartedAt"))
 
 
 async def _fill(caller: Caller, name: str, layer_bytes: int) -> None:
@@ -113,14 +113,14 @@ async def _fill(caller: Caller, name: str, layer_bytes: int) -> None:
     await caller.shell(name, script)
 
 
-async def _disk(arena: Arena, caller: Caller, layer_bytes: int) -> list[Row]:
+async def _disk(environment: Environment, caller: Caller, layer_bytes: int) -> list[Row]:
     """What the engine's data folder grows by with a further revision, when so much has changed since the one before.
 
     The container keeps all of these revisions: one that is pruned meanwhile would be taken off.
     """
     await caller.create("disk", 0, revision_policy=container_pb2.RevisionPolicy(keep_revisions=100))
     await _fill(caller, "disk", layer_bytes)
-    root = str((await arena.engine("GET", "/info"))["DockerRootDir"])
+    root = str((await environment.engine("GET", "/info"))["DockerRootDir"])
     cpus = 1.0
     rows = []
     await caller.scale("disk", cpus=cpus)

@@ -12,26 +12,26 @@ from pathlib import Path
 from gpudock.v1 import container_service_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from benchmarks.environment import Arena, Stopwatch
-from benchmarks.report import ResourceRef, Row, Unit, versus
+from benchmarks.environment import Environment, Stopwatch
+from benchmarks.report import Row, Target, Unit, versus
 from benchmarks.rounds import Measure, compare
 from tests.calls import Caller
 from tests.rig import Daemon, RigError
 
 _CONTAINERS = 100
 _AT_ONCE = 8
-_P50 = ResourceRef(2.0, unit="ms")
+_P50 = Target(2.0, unit="ms")
 # What README.md advises to programs that read much output. The command does not set it for itself.
 _LEAN = "-event_engine_client"
 _AS_IT_COMES = "gRPC as it comes"
 
 
-async def reading(arena: Arena) -> list[Row]:
+async def measure_reads(environment: Environment) -> list[Row]:
     """One caller, one call after the other, over the unix socket; a health check shows what the least call costs.
 
     The hundred containers were started and have ended; the memory is the daemon's own (etcd is a process beside it).
     """
-    async with arena.daemon() as (caller, daemon):
+    async with environment.daemon() as (caller, daemon):
         idle = _resident_mb(daemon)
         await _create_many(caller)
         after = _resident_mb(daemon)
@@ -54,10 +54,10 @@ async def reading(arena: Arena) -> list[Row]:
             await _command(daemon.target, experiments, "get", "many-50")
 
         ways = {"gpudock": _timed(get), "grpc.health Check": _timed(check)}
-        gets = await compare(arena.rounds(3000), ways, warm_up=20)
-        lists = await _latencies(arena.rounds(180), list_all)
+        gets = await compare(environment.rounds(3000), ways, warm_up=20)
+        lists = await _latencies(environment.rounds(180), list_all)
         ways = {_LEAN: _timed(partial(command, _LEAN)), _AS_IT_COMES: _timed(partial(command, ""))}
-        commands = await compare(arena.rounds(60), ways)
+        commands = await compare(environment.rounds(60), ways)
     return [
         _latency_row("GetContainer, p50", gets.by_name["gpudock"], 50, _P50),
         _latency_row("GetContainer, p99", gets.by_name["gpudock"], 99),
@@ -99,7 +99,7 @@ async def _latencies(count: int, call: Callable[[], Awaitable[None]]) -> list[fl
     return [await measure() for _ in range(count)]
 
 
-def _latency_row(name: str, samples: Sequence[float], percent: int, target: ResourceRef | None = None) -> Row:
+def _latency_row(name: str, samples: Sequence[float], percent: int, target: Target | None = None) -> Row:
     return Row(name=name, unit=Unit.MS, samples={"gpudock": samples}, percent=percent, target=target)
 
 

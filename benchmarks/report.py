@@ -25,7 +25,7 @@ class Unit(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class ResourceRef:
+class Target:
     """What a figure must be: at most the bound, or at least."""
 
     bound: float
@@ -55,7 +55,7 @@ class Row:
     samples: Mapping[str, Sequence[float]]
     against: str = ""
     percent: int = _MEDIAN
-    target: ResourceRef | None = None
+    target: Target | None = None
 
     def __post_init__(self) -> None:
         """Round the samples to what is kept of them."""
@@ -116,7 +116,7 @@ def versus(
     name: str,
     unit: Unit,
     against: str = "",
-    target: ResourceRef | None = None,
+    target: Target | None = None,
 ) -> Row:
     """The row that two ways of one comparison make."""
     chosen = {way: list(samples.by_name[way]) for way in (ours, theirs)}
@@ -150,5 +150,5 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
     rows = []
     for fields in kept["rows"]:
         target = fields.pop("target")
-        rows.append(Row(**fields | {"unit": Unit(fields["unit"]), "target": ResourceRef(**target) if target else None}))
+        rows.append(Row(**fields | {"unit": Unit(fields["unit"]), "target": Target(**target) if target else None}))
     return kept["machine"], rows

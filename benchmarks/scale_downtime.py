@@ -14,14 +14,14 @@ from datetime import datetime
 from gpudock.v1 import operation_pb2
 
 from benchmarks.create_latency import device_requests, docker_gpus
-from benchmarks.environment import Arena
-from benchmarks.report import ResourceRef, Row, Unit, versus
+from benchmarks.environment import Environment
+from benchmarks.report import Row, Target, Unit, versus
 from benchmarks.rounds import compare
 from tests.calls import IDLE, IMAGE, Caller, scale_request
 from tests.rig import RigError
 
-_TARGET = ResourceRef(1.3)
-FLAT = ResourceRef(1.2)
+_TARGET = Target(1.3)
+FLAT = Target(1.2)
 _MB = 1_000_000
 BY_HAND = "docker stop && create && start"
 _FLOOR = "engine API, stop + start"
@@ -29,21 +29,21 @@ _EMPTY, _MEDIUM, _LARGE = "empty layer", "100 MB", "1 GB"
 _LAYERS = {_EMPTY: 0, _MEDIUM: 100 * _MB, _LARGE: 1000 * _MB}
 
 
-async def scaling(arena: Arena) -> list[Row]:
+async def measure_scale(environment: Environment) -> list[Row]:
     """The layer goes by exchange, whose time must not depend on what is in it; then by copy and by commit.
 
     The new container is given 1 card where the old one had 2, and the other way round. By hand, the files are lost.
     """
     rows: list[Row] = []
-    by_hand, floor = ByHand(arena), ByHand(arena)
-    async with arena.daemon() as (caller, _):
+    by_hand, floor = ScriptedReplacement(environment), ScriptedReplacement(environment)
+    async with environment.daemon() as (caller, _):
         ways = {}
         for what, size in _LAYERS.items():
-            ours = _Scaled(arena, caller, f"scaled-{size // _MB}")
+            ours = _Scaled(environment, caller, f"scaled-{size // _MB}")
             await ours.make(size)
             ways[what] = ours.downtime
         samples = await compare(
-            arena.rounds(18), {**ways, BY_HAND: by_hand.by_command_line, _FLOOR: floor.by_engine_api}
+            environment.rounds(18), {**ways, BY_HAND: by_hand.by_command_line, _FLOOR: floor.by_engine_api}
         )
         for what in _LAYERS:
             name = f"scale downtime, {what}"
@@ -61,21 +61,21 @@ async def scaling(arena: Arena) -> list[Row]:
             versus(samples, _EMPTY, _FLOOR, name="scale downtime, empty layer", unit=Unit.MS),
         ]
     for method in ("copy", "commit"):
-        rows += await _other_method(arena, method)
+        rows += await _other_method(environment, method)
     return rows
 
 
-async def _other_method(arena: Arena, method: str) -> list[Row]:
+async def _other_method(environment: Environment, method: str) -> list[Row]:
     rows = []
-    async with arena.daemon("--layer-carry", method) as (caller, _):
+    async with environment.daemon("--layer-carry", method) as (caller, _):
         for what, size in _LAYERS.items():
-            if arena.quick and what == _LARGE:
+            if environment.quick and what == _LARGE:
                 continue
-            ours, by_hand = _Scaled(arena, caller, f"{method}-{size // _MB}"), ByHand(arena)
+            ours, by_hand = _Scaled(environment, caller, f"{method}-{size // _MB}"), ScriptedReplacement(environment)
             await ours.make(size)
             # What a commit has carried is in the image from then on: it has to be written again to be carried again.
             ways = {method: ours.downtime_of_new_files, BY_HAND: by_hand.by_command_line}
-            samples = await compare(2 if arena.quick else 3, ways, warm_up=0)
+            samples = await compare(2 if environment.quick else 3, ways, warm_up=0)
             name = f"scale downtime by {method}, {what}"
             rows.append(versus(samples, method, BY_HAND, name=name, unit=Unit.MS))
     return rows
@@ -84,8 +84,8 @@ async def _other_method(arena: Arena, method: str) -> list[Row]:
 class _Scaled:
     """A container of gpudock's that is scaled from 1 card to 2 and back, its layer carried each time."""
 
-    def __init__(self, arena: Arena, caller: Caller, name: str) -> None:
-        self._arena = arena
+    def __init__(self, environment: Environment, caller: Caller, name: str) -> None:
+        self._environment = environment
         self._caller = caller
         self._name = name
         self._gpus = 1
@@ -116,12 +116,12 @@ class _Scaled:
                 new = answer.result.status.engine_id
             elif finished is None and has_started(answer.operation):
                 # The old one is removed once the new one has proved itself; until then it can be asked.
-                finished = await self._arena.moment(old, "FinishedAt")
+                finished = await self._environment.moment(old, "FinishedAt")
         if finished is None or new in ("", old):
             raise RigError("the scale did not replace the container")
         if int(await self._caller.shell(self._name, "stat -c %s /data")) != self._layer_bytes:
             raise RigError("the scale lost the container's files")
-        return ms_between(finished, await self._arena.moment(new, "StartedAt"))
+        return ms_between(finished, await self._environment.moment(new, "StartedAt"))
 
 
 def has_started(operation: operation_pb2.Operation) -> bool:
@@ -132,13 +132,13 @@ def has_started(operation: operation_pb2.Operation) -> bool:
     )
 
 
-class ByHand:
+class ScriptedReplacement:
     """A container that is replaced without gpudock."""
 
     _numbers = itertools.count()
 
-    def __init__(self, arena: Arena, command: Sequence[str] = IDLE) -> None:
-        self._arena = arena
+    def __init__(self, environment: Environment, command: Sequence[str] = IDLE) -> None:
+        self._environment = environment
         self._command = command
         self._current = ""
         self._gpus = 1
@@ -147,16 +147,16 @@ class ByHand:
         """Stop, create, start, as a script does it; milliseconds."""
         old, new, cards = await self._next()
         create = ["docker", "create", "--name", new, *docker_gpus(cards), IMAGE, *self._command]
-        await self._arena.docker.time_shell(f"docker stop {old} && {shlex.join(create)} && docker start {new}")
+        await self._environment.docker.time_shell(f"docker stop {old} && {shlex.join(create)} && docker start {new}")
         return await self._downtime(old, new)
 
     async def by_engine_api(self) -> float:
         """The least there can be: the new one is created before the old one stops, and no call costs a process."""
         old, new, cards = await self._next()
         request = {"Image": IMAGE, "Cmd": list(self._command), "HostConfig": device_requests(cards)}
-        await self._arena.engine("POST", "/containers/create", query={"name": new}, send=request)
-        await self._arena.engine("POST", f"/containers/{old}/stop")
-        await self._arena.engine("POST", f"/containers/{new}/start")
+        await self._environment.engine("POST", "/containers/create", query={"name": new}, send=request)
+        await self._environment.engine("POST", f"/containers/{old}/stop")
+        await self._environment.engine("POST", f"/containers/{new}/start")
         return await self._downtime(old, new)
 
     async def _next(self) -> tuple[str, str, list[str]]:
@@ -164,16 +164,18 @@ class ByHand:
         if not self._current:
             self._current = f"by-hand-{next(self._numbers)}"
             cards = docker_gpus(self._cards())
-            await self._arena.docker.time("run", "-d", "--name", self._current, *cards, IMAGE, *self._command)
+            await self._environment.docker.time("run", "-d", "--name", self._current, *cards, IMAGE, *self._command)
         self._gpus = 3 - self._gpus
         return self._current, f"by-hand-{next(self._numbers)}", self._cards()
 
     def _cards(self) -> list[str]:
-        return self._arena.rig.gpus.uuids[-self._gpus :]
+        return self._environment.rig.gpus.uuids[-self._gpus :]
 
     async def _downtime(self, old: str, new: str) -> float:
-        taken = ms_between(await self._arena.moment(old, "FinishedAt"), await self._arena.moment(new, "StartedAt"))
-        await self._arena.discard(old)
+        taken = ms_between(
+            await self._environment.moment(old, "FinishedAt"), await self._environment.moment(new, "StartedAt")
+        )
+        await self._environment.discard(old)
         self._current = new
         return taken
 

@@ -6,16 +6,16 @@ import itertools
 
 from gpudock.v1 import container_pb2
 
-from benchmarks.environment import Arena, Stopwatch
-from benchmarks.report import ResourceRef, Row, Unit, versus
+from benchmarks.environment import Environment, Stopwatch
+from benchmarks.report import Row, Target, Unit, versus
 from benchmarks.rounds import Measure, compare
 from tests.calls import IDLE, IMAGE, Caller
 
 _MIB = 1 << 20
 _MB = 1_000_000
-_GROWTH = ResourceRef(300, unit="ms")
-_FLAT = ResourceRef(1.5)
-_WRITES = ResourceRef(0.9, at_least=True)
+_GROWTH = Target(300, unit="ms")
+_FLAT = Target(1.5)
+_WRITES = Target(0.9, at_least=True)
 _STEP_BYTES = 16 * _MIB
 # Beside the data, so that it can shrink by as much and grow in many steps.
 _SPARE_BYTES = 1024 * _MIB
@@ -24,16 +24,16 @@ _QUICK = ("empty", "0.3 GB")
 _SIZE = 512 * _MIB
 
 
-async def volumes(arena: Arena) -> list[Row]:
+async def measure_volumes(environment: Environment) -> list[Row]:
     """Grow under a container with more and more data in it, shrink, create, and write inside."""
-    async with arena.daemon() as (caller, _):
-        rows = await _growing(arena, caller)
+    async with environment.daemon() as (caller, _):
+        rows = await _growing(environment, caller)
         await caller.delete_all()
-        rows += await _shrinking(arena, caller)
+        rows += await _shrinking(environment, caller)
         await caller.delete_all()
-        rows += await _creating(arena, caller)
+        rows += await _creating(environment, caller)
         await caller.delete_all()
-        return rows + await _writing(arena, caller)
+        return rows + await _writing(environment, caller)
 
 
 async def _filled(caller: Caller, name: str, megabytes: int, size_bytes: int) -> None:
@@ -46,8 +46,8 @@ async def _filled(caller: Caller, name: str, megabytes: int, size_bytes: int) ->
         await caller.shell(name, script)
 
 
-async def _growing(arena: Arena, caller: Caller) -> list[Row]:
-    data = {what: size for what, size in _DATA.items() if not arena.quick or what in _QUICK}
+async def _growing(environment: Environment, caller: Caller) -> list[Row]:
+    data = {what: size for what, size in _DATA.items() if not environment.quick or what in _QUICK}
     ways: dict[str, Measure] = {}
     for what, megabytes in data.items():
         name = f"grows-{megabytes}"
@@ -61,7 +61,7 @@ async def _growing(arena: Arena, caller: Caller) -> list[Row]:
             return watch.ms
 
         ways[what] = grow
-    samples = await compare(arena.rounds(18), ways)
+    samples = await compare(environment.rounds(18), ways)
     rows = [
         Row(
             name=f"grow a volume in use, {what}",
@@ -76,9 +76,9 @@ async def _growing(arena: Arena, caller: Caller) -> list[Row]:
     return [*rows, versus(samples, largest, smallest, name=name, unit=Unit.MS, against=against, target=_FLAT)]
 
 
-async def _shrinking(arena: Arena, caller: Caller) -> list[Row]:
+async def _shrinking(environment: Environment, caller: Caller) -> list[Row]:
     """Megabytes of data a second, from the call until the container runs on the smaller one."""
-    megabytes = 300 if arena.quick else 1000
+    megabytes = 300 if environment.quick else 1000
     size = megabytes * _MB + _SPARE_BYTES
     await _filled(caller, "shrinks", megabytes, size)
     volume = await caller.volume("shrinks")
@@ -90,7 +90,7 @@ async def _shrinking(arena: Arena, caller: Caller) -> list[Row]:
         await caller.resize_volume("shrinks", size)
         return megabytes / seconds
 
-    samples = await compare(arena.rounds(6), {"shrink": shrink})
+    samples = await compare(environment.rounds(6), {"shrink": shrink})
     return [
         Row(
             name=f"shrink a volume in use, {megabytes / 1000:g} GB on {volume.filesystem}",
@@ -100,7 +100,7 @@ async def _shrinking(arena: Arena, caller: Caller) -> list[Row]:
     ]
 
 
-async def _creating(arena: Arena, caller: Caller) -> list[Row]:
+async def _creating(environment: Environment, caller: Caller) -> list[Row]:
     numbers = itertools.count()
 
     def ours(size_bytes: int) -> Measure:
@@ -116,39 +116,39 @@ async def _creating(arena: Arena, caller: Caller) -> list[Row]:
 
     async def theirs() -> float:
         name = f"theirs-{next(numbers)}"
-        taken = await arena.docker.time("volume", "create", name)
-        await arena.engine("DELETE", f"/volumes/{name}")
+        taken = await environment.docker.time("volume", "create", name)
+        await environment.engine("DELETE", f"/volumes/{name}")
         return taken
 
     ways = {"with a size": ours(_SIZE), "without": ours(0), "docker volume create": theirs}
-    samples = await compare(arena.rounds(18), ways)
+    samples = await compare(environment.rounds(18), ways)
     return [
         versus(samples, "with a size", "docker volume create", name="create a volume of 512 MiB", unit=Unit.MS),
         versus(samples, "without", "docker volume create", name="create a volume without a size", unit=Unit.MS),
     ]
 
 
-async def _writing(arena: Arena, caller: Caller) -> list[Row]:
+async def _writing(environment: Environment, caller: Caller) -> list[Row]:
     """By `docker exec` on both sides: what differs is where it is written to."""
-    megabytes = 100 if arena.quick else 300
+    megabytes = 100 if environment.quick else 300
     await _filled(caller, "writes", 0, _SIZE)
     sized = (await caller.get("writes")).status.engine_id
     host = {"Binds": ["bench-plain:/data"]}
-    made = await arena.engine(
+    made = await environment.engine(
         "POST", "/containers/create", send={"Image": IMAGE, "Cmd": list(IDLE), "HostConfig": host}
     )
-    await arena.engine("POST", f"/containers/{made['Id']}/start")
+    await environment.engine("POST", f"/containers/{made['Id']}/start")
 
     def writing(container: str) -> Measure:
         script = f"rm -f /data/file && dd if=/dev/zero of=/data/file bs=1M count={megabytes} conv=fsync"
 
         async def write() -> float:
-            taken = await arena.docker.time("exec", container, "sh", "-c", script)
+            taken = await environment.docker.time("exec", container, "sh", "-c", script)
             return megabytes * _MIB / _MB / (taken / 1e3)
 
         return write
 
-    samples = await compare(arena.rounds(12), {"volume": writing(sized), "engine volume": writing(made["Id"])})
-    await arena.discard(made["Id"])
+    samples = await compare(environment.rounds(12), {"volume": writing(sized), "engine volume": writing(made["Id"])})
+    await environment.discard(made["Id"])
     name, against = f"write {megabytes} MiB inside, synced", "engine volume without a size"
     return [versus(samples, "volume", "engine volume", name=name, unit=Unit.MB_PER_S, against=against, target=_WRITES)]

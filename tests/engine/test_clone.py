@@ -16,7 +16,7 @@ from gpudock.v1 import (
 from tests.calls import IMAGE, Caller, clone_request, failure, progress_of, result_of
 from tests.conftest import FAST_FLAGS, own_state_flags
 from tests.engine.sample_trees import TreeEntry, create_tree_command, image_files, read_tree, tree_differences
-from tests.faults.invariants import LOOK, PLANT, absent, layer_images, sound
+from tests.faults.invariants import SHOW_FILES, WRITE_FILES, layer_images, require_absent, require_consistent
 from tests.rig import CUDA_LIKE, GLIBC, Rig
 from tests.rig.patience import limit
 from tests.selection import deep_except
@@ -31,7 +31,7 @@ _WRITER = "mkdir /busy; n=0; while :; do n=$((n+1)); echo $n >> /busy/log; echo 
 
 
 async def _files(caller: Caller, name: str) -> str:
-    return await caller.shell(name, LOOK + " || true")
+    return await caller.shell(name, SHOW_FILES)
 
 
 async def _inside(caller: Caller, rig: Rig, name: str) -> dict[bytes, TreeEntry]:
@@ -42,7 +42,7 @@ async def _inside(caller: Caller, rig: Rig, name: str) -> dict[bytes, TreeEntry]
 
 async def test_a_clone_has_the_spec_and_the_files_and_nothing_in_common(caller: Caller, rig: Rig) -> None:
     made = await caller.create("origin", 2, ports=[_PORT], env={"A": "1"}, labels={"team": "ml"})
-    await caller.shell("origin", PLANT)
+    await caller.shell("origin", WRITE_FILES)
     files = await _files(caller, "origin")
     process = await caller.shell("origin", "cut -d' ' -f22 /proc/1/stat")
     progress = await progress_of(caller.containers.CloneContainer(clone_request("origin", "twin")))
@@ -54,8 +54,8 @@ async def test_a_clone_has_the_spec_and_the_files_and_nothing_in_common(caller: 
     assert not set(twin.status.gpu_uuids) & set(made.status.gpu_uuids)
     assert twin.status.ports[0].host_port != made.status.ports[0].host_port
     assert await caller.shell("twin", "hostname; echo $A") == "twin\n1\n"
-    await sound(caller, rig, "twin", files)
-    await sound(caller, rig, "origin", files)
+    await require_consistent(caller, rig, "twin", files)
+    await require_consistent(caller, rig, "origin", files)
     assert await caller.shell("origin", "cut -d' ' -f22 /proc/1/stat") == process, "the source went on running"
     (revision,) = await caller.revisions("twin")
     assert revision.cause == container_revision_pb2.REVISION_CAUSE_CLONED
@@ -69,7 +69,7 @@ async def test_a_clone_has_the_spec_and_the_files_and_nothing_in_common(caller: 
     await caller.scale("twin", 1)
     await caller.rollback("twin", 1)
     assert await caller.shell("twin", "cat /work/file") == "kept\n"
-    await sound(caller, rig, "twin")
+    await require_consistent(caller, rig, "twin")
 
 
 async def test_what_differs_is_what_the_call_says(caller: Caller, rig: Rig) -> None:
@@ -79,12 +79,12 @@ async def test_what_differs_is_what_the_call_says(caller: Caller, rig: Rig) -> N
     assert told.reason == "PORT_IN_USE"
     card = container_pb2.GpuRequest(uuids=made.status.gpu_uuids[:1])
     assert (await failure(caller.clone("origin", "twin", "gpus,ports", gpus=card))).reason == "GPU_BUSY"
-    await absent(caller, rig, "twin")
+    await require_absent(caller, rig, "twin")
     gpus = container_pb2.GpuRequest(count=3)
     twin = await caller.clone("origin", "twin", gpus=gpus, ports=[_PORT], env={"A": "2"}, owner="me")
     assert (twin.spec.gpus.count, dict(twin.spec.env), twin.owner) == (3, {"A": "2"}, "me")
     assert twin.spec.image == IMAGE
-    await sound(caller, rig, "twin")
+    await require_consistent(caller, rig, "twin")
     # A mask without a value clears.
     none = await caller.clone("origin", "none", "gpus,ports,env")
     assert not none.status.gpu_uuids
@@ -98,14 +98,14 @@ async def test_what_differs_is_what_the_call_says(caller: Caller, rig: Rig) -> N
 
 async def test_a_revision_is_cloned_with_its_files(caller: Caller, rig: Rig) -> None:
     await caller.create("origin", 1, env={"A": "1"})
-    await caller.shell("origin", PLANT)
+    await caller.shell("origin", WRITE_FILES)
     first = await _files(caller, "origin")
     await caller.update("origin", env={"A": "2"})
     await caller.shell("origin", "rm -r /work")
     await caller.update("origin", env={"A": "3"}, snapshots=_NEVER)
     twin = await caller.clone("origin", "twin", revision=1)
     assert (dict(twin.spec.env), twin.revision) == ({"A": "1"}, 1)
-    await sound(caller, rig, "twin", first)
+    await require_consistent(caller, rig, "twin", first)
     assert (await failure(caller.clone("origin", "other", revision=2))).reason == "SNAPSHOT_NOT_FOUND"
     told = await failure(caller.clone("origin", "other", revision=9))
     assert (told.reason, told.metadata["container"]) == ("REVISION_NOT_FOUND", "origin")
@@ -113,24 +113,24 @@ async def test_a_revision_is_cloned_with_its_files(caller: Caller, rig: Rig) -> 
     assert dict(now.spec.env) == {"A": "3"}
     assert await caller.shell("now", "ls -d /work 2>/dev/null || echo gone") == "gone\n"
     await caller.delete("origin")
-    await sound(caller, rig, "twin", first)
+    await require_consistent(caller, rig, "twin", first)
 
 
 @pytest.mark.deep
 async def test_stopped_and_paused_ones_stay_as_they_are(caller: Caller, rig: Rig) -> None:
     await caller.create("origin", 1)
-    await caller.shell("origin", PLANT)
+    await caller.shell("origin", WRITE_FILES)
     files = await _files(caller, "origin")
     await caller.containers.PauseContainer(container_service_pb2.PauseContainerRequest(name="origin"))
     await caller.clone("origin", "of-paused")
     assert (await caller.get("origin")).status.state == _PAUSED
-    await sound(caller, rig, "of-paused", files)
+    await require_consistent(caller, rig, "of-paused", files)
     await caller.stop("origin")
     waits = await caller.clone("origin", "of-stopped", create_only=True)
     assert (waits.status.state, len(waits.status.gpu_uuids)) == (_STOPPED, 1)
     assert (await caller.get("origin")).status.state == _STOPPED
     await caller.start("of-stopped")
-    await sound(caller, rig, "of-stopped", files)
+    await require_consistent(caller, rig, "of-stopped", files)
 
 
 @pytest.mark.parametrize("carry", deep_except(["exchange"], ["exchange", "commit"]))
@@ -177,7 +177,7 @@ async def test_images_of_the_source_outlive_it_for_its_clones(rig: Rig, carry: s
     try:
         async with Caller(daemon.target) as caller:
             await caller.create("origin", 1)
-            await caller.shell("origin", PLANT)
+            await caller.shell("origin", WRITE_FILES)
             first = await _files(caller, "origin")
             await caller.scale("origin", 2)
             await caller.shell("origin", "echo changed > /work/file")
@@ -189,10 +189,10 @@ async def test_images_of_the_source_outlive_it_for_its_clones(rig: Rig, carry: s
             assert back.revision == 3, "what a clone leaves of the source's images is all of them"
             await caller.clone("origin", "old", revision=1)
             await caller.delete("origin")
-            await sound(caller, rig, "now", second)
-            await sound(caller, rig, "old", first)
+            await require_consistent(caller, rig, "now", second)
+            await require_consistent(caller, rig, "old", first)
             await caller.scale("old", 3)
-            await sound(caller, rig, "old", first)
+            await require_consistent(caller, rig, "old", first)
             methods = {"copy": "COPY", "commit": "COMMIT"}
             named = operation_pb2.LayerCarryMethod.Name(progress.snapshots[0].plan.carry_method)
             assert named == f"LAYER_CARRY_METHOD_{methods[carry]}"
@@ -217,7 +217,7 @@ async def test_two_at_once_wait_for_neither(caller: Caller, rig: Rig) -> None:
     same = [caller.containers.CloneContainer(clone_request("origin", "three")) for _ in range(2)]
     ends = await asyncio.gather(*(result_of(call) for call in same), return_exceptions=True)
     assert sum(isinstance(end, container_pb2.Container) for end in ends) == 1
-    await sound(caller, rig, "three")
+    await require_consistent(caller, rig, "three")
     assert (await failure(caller.clone("origin", "three"))).reason == "CONTAINER_EXISTS"
     assert (await failure(caller.clone("nobody", "four"))).reason == "CONTAINER_NOT_FOUND"
 
@@ -239,8 +239,8 @@ async def test_a_cancelled_clone_leaves_nothing(caller: Caller, rig: Rig) -> Non
             break
     told = await failure(progress_of(stream))
     assert told.reason == "OPERATION_CANCELLED"
-    await absent(caller, rig, "twin")
-    await sound(caller, rig, "origin")
+    await require_absent(caller, rig, "twin")
+    await require_consistent(caller, rig, "origin")
     assert await caller.free_gpus() == 7
 
 
@@ -251,7 +251,7 @@ async def test_volumes_of_the_image_do_not_come_along_and_that_is_said(caller: C
     request = clone_request("origin", "twin", validate_only=True)
     plan = (await progress_of(caller.containers.CloneContainer(request))).snapshots[-1].plan
     assert any("/data" in warning for warning in plan.warnings)
-    await absent(caller, rig, "twin")
+    await require_absent(caller, rig, "twin")
     await caller.clone("origin", "twin")
     assert await caller.shell("twin", "ls /data") == "from-image\n"
     assert await caller.shell("origin", "ls /data") == "from-image\nmine\n"
@@ -265,7 +265,7 @@ async def test_volumes_of_the_image_do_not_come_along_and_that_is_said(caller: C
 @pytest.mark.deep
 async def test_a_source_that_the_engine_lost(caller: Caller, rig: Rig) -> None:
     made = await caller.create("origin", 0)
-    await caller.shell("origin", PLANT)
+    await caller.shell("origin", WRITE_FILES)
     files = await _files(caller, "origin")
     made = await caller.update("origin", env={"A": "1"})
     rig.engine.call("DELETE", f"/containers/{made.status.engine_id}?force=1")

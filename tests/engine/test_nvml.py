@@ -113,7 +113,7 @@ async def test_what_a_card_does_not_offer_is_none(inventory: NvmlInventory, card
 
 
 async def test_a_card_in_mig_mode_is_not_handed_out_whole(inventory: NvmlInventory, cards: FakeGpus) -> None:
-    cards.divide(1)
+    cards.enable_mig(1)
     gpu = (await inventory.snapshot()).gpus[1]
     assert (gpu.mig_mode, gpu.health, gpu.schedulable) == (MigMode.ENABLED, GpuHealth.HEALTHY, False)
 
@@ -146,7 +146,7 @@ async def test_a_lost_card_stays_with_its_name_until_it_is_back(inventory: NvmlI
     )
     assert (lost.health, lost.health_message, lost.temperature_celsius) == (GpuHealth.LOST, "GPU is lost", None)
     assert _healths(snapshot).count(GpuHealth.HEALTHY) == 7
-    cards.find_again(5)
+    cards.restore(5)
     assert (await inventory.snapshot()).gpus[5] == before
 
 

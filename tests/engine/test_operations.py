@@ -15,7 +15,7 @@ from gpudock.v1 import container_pb2, container_service_pb2, operation_pb2, oper
 
 from tests.calls import Caller, failure, progress_of, result_of, scale_request
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
-from tests.faults.invariants import LOOK, PLANT, absent, sound
+from tests.faults.invariants import SHOW_FILES, WRITE_FILES, require_absent, require_consistent
 from tests.rig import Daemon, EngineProxy, Rig
 from tests.selection import deep_except
 
@@ -187,8 +187,8 @@ async def test_who_attaches_sees_what_the_first_one_sees(behind: Caller, engine_
 @pytest.mark.parametrize("stage", deep_except(["start"], ["create", "stop", "start", "verify"]))
 async def test_a_scale_is_cancelled(behind: Caller, engine_proxy: EngineProxy, rig: Rig, stage: str) -> None:
     before = await behind.create("kept", 2, ports=[container_pb2.PortRequest(container_port=80)])
-    await behind.shell("kept", PLANT)
-    files = await behind.shell("kept", LOOK + " || true")
+    await behind.shell("kept", WRITE_FILES)
+    files = await behind.shell("kept", SHOW_FILES)
     hang = engine_proxy.faults.hang(*STAGES[stage])
     stream = aiter(behind.containers.ScaleContainer(scale_request("kept", 4)))
     operation_id = (await anext(stream)).operation.id
@@ -201,7 +201,7 @@ async def test_a_scale_is_cancelled(behind: Caller, engine_proxy: EngineProxy, r
     ended = await get(behind, operation_id)
     assert (ended.state, ended.cancel_requested) == (CANCELLED, True)
     assert ended.error.reason == "OPERATION_CANCELLED"
-    container = await sound(behind, rig, "kept", files)
+    container = await require_consistent(behind, rig, "kept", files)
     assert container.status.gpu_uuids == before.status.gpu_uuids
     assert container.revision == 1
     assert container.status.engine_id == before.status.engine_id
@@ -246,7 +246,7 @@ async def test_a_scale_past_its_point_of_no_return_is_not_cancelled(
     assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "OPERATION_NOT_CANCELLABLE")
     hang.release()
     await _drained(stream)
-    assert len((await sound(behind, rig, "late")).status.gpu_uuids) == 4
+    assert len((await require_consistent(behind, rig, "late")).status.gpu_uuids) == 4
     over = await failure(cancel(behind, operation_id))
     assert (over.reason, over.metadata["state"]) == ("OPERATION_NOT_CANCELLABLE", "SUCCEEDED")
 
@@ -263,7 +263,7 @@ async def test_a_pull_is_cancelled(behind: Caller, engine_proxy: EngineProxy, ri
     assert await behind.free_gpus() == 5
     await cancel(behind, operation.id)
     assert (await failure(_drained(stream))).reason == "OPERATION_CANCELLED"
-    await absent(behind, rig, "pulls")
+    await require_absent(behind, rig, "pulls")
     assert await behind.free_gpus() == 8
 
 

@@ -23,7 +23,7 @@ from tests.engine.drift import (
 )
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, process_runs_in, until
 from tests.faults.instrumented_daemon import DIE_AT, KIND
-from tests.faults.invariants import LOOK, PLANT, absent, sound
+from tests.faults.invariants import SHOW_FILES, WRITE_FILES, require_absent, require_consistent
 from tests.rig import Daemon, Rig
 
 __all__ = ["daemons"]
@@ -32,7 +32,6 @@ RUNNING = container_pb2.CONTAINER_STATE_RUNNING
 STOPPED = container_pb2.CONTAINER_STATE_STOPPED
 FAILED = container_pb2.CONTAINER_STATE_FAILED
 PORT = container_pb2.PortRequest(container_port=80)
-LOOKED = f"{LOOK} || true"
 QUICK = ("--orphan-grace", "0", "--reconcile-interval", "0.5")
 
 
@@ -95,8 +94,8 @@ async def test_what_has_changed_since_the_backup(restorable: Restorable, rig: Ri
     daemon = await restorable.start()
     async with Caller(daemon.target) as caller:
         await caller.create("scaled", 2, ports=[PORT])
-        await caller.shell("scaled", PLANT)
-        files = await caller.shell("scaled", LOOKED)
+        await caller.shell("scaled", WRITE_FILES)
+        files = await caller.shell("scaled", SHOW_FILES)
         await caller.create("deleted", 1)
         await caller.create("replaced", 1)
         await caller.create("same", 1)
@@ -115,13 +114,13 @@ async def test_what_has_changed_since_the_backup(restorable: Restorable, rig: Ri
     async with Caller(restorable.daemon.target) as caller:
         # All of this is so when it begins to serve, before anything can be given away.
         await wait_for_drift_log(restorable.daemon, "CONTAINER_NEWER", "scaled")
-        seen = await sound(caller, rig, "scaled", files)
+        seen = await require_consistent(caller, rig, "scaled", files)
         assert (seen.uid, seen.revision, seen.spec, seen.status.gpu_uuids, seen.status.ports) == (
             *(scaled.uid, 3, scaled.spec, scaled.status.gpu_uuids, scaled.status.ports),
         )
         assert seen.etag != scaled.etag
         assert (await caller.get("later")).spec == later.spec
-        await sound(caller, rig, "later")
+        await require_consistent(caller, rig, "later")
         assert (await caller.get("same")).status == same.status
         idle = await caller.get("idle")
         assert (idle.status.state, idle.status.holds_resources) == (STOPPED, False)
@@ -134,13 +133,13 @@ async def test_what_has_changed_since_the_backup(restorable: Restorable, rig: Ri
         await wait_for_passes(caller)
         await caller.delete("replaced")
         await wait_for_drift(caller, "RECORD_LOST", REPAIRED, container="replaced")
-        await sound(caller, rig, "replaced")
+        await require_consistent(caller, rig, "replaced")
         assert (await caller.get("replaced")).uid == new.uid
         # And everything goes on from there.
         assert (await caller.scale("scaled", 2)).revision == 4
-        assert await caller.shell("scaled", LOOKED) == files
+        assert await caller.shell("scaled", SHOW_FILES) == files
         assert (await caller.rollback("scaled", 3, spec_only=True)).spec == scaled.spec
-        assert await caller.shell("scaled", LOOKED) == files
+        assert await caller.shell("scaled", SHOW_FILES) == files
         await caller.start("idle")
         for name in ("scaled", "deleted", "replaced", "same", "later", "idle"):
             await caller.delete(name)
@@ -191,14 +190,14 @@ async def test_a_scale_that_the_backup_has_under_way(restorable: Restorable, rig
     async def prepare(caller: Caller) -> None:
         nonlocal files
         await caller.create("victim", 2, ports=[PORT])
-        await caller.shell("victim", PLANT)
-        files = await caller.shell("victim", LOOKED)
+        await caller.shell("victim", WRITE_FILES)
+        files = await caller.shell("victim", SHOW_FILES)
 
     assert await _begun(restorable, "SCALE", die_at, prepare, lambda caller: caller.scale("victim", 3))
     await restorable.start()
     async with Caller(restorable.daemon.target) as caller:
         await caller.until_idle()
-        await sound(caller, rig, "victim", files)
+        await require_consistent(caller, rig, "victim", files)
         if then == "scaled again":
             await caller.scale("victim", 1)
         elif then == "deleted":
@@ -210,9 +209,9 @@ async def test_a_scale_that_the_backup_has_under_way(restorable: Restorable, rig
         if then == "deleted":
             assert (await caller.get("victim")).status.state == FAILED
             await caller.delete("victim")
-            await absent(caller, rig, "victim")
+            await require_absent(caller, rig, "victim")
         else:
-            seen = await sound(caller, rig, "victim", files)
+            seen = await require_consistent(caller, rig, "victim", files)
             assert seen.spec.gpus.count == (1 if then == "scaled again" else 3)
         assert "Traceback" not in restorable.daemon.log_text, restorable.daemon.log_text
 
@@ -231,8 +230,8 @@ async def test_a_create_that_the_backup_has_under_way(restorable: Restorable, ri
     files = ""
     async with Caller(restorable.daemon.target) as caller:
         await caller.until_idle()
-        await caller.shell("victim", PLANT)
-        files = await caller.shell("victim", LOOKED)
+        await caller.shell("victim", WRITE_FILES)
+        files = await caller.shell("victim", SHOW_FILES)
         steps: dict[str, Callable[[], Awaitable[object]]] = {
             "scaled": lambda: caller.scale("victim", 3),
             "stopped": lambda: caller.stop("victim"),
@@ -248,15 +247,17 @@ async def test_a_create_that_the_backup_has_under_way(restorable: Restorable, ri
         # where it had made the engine container already, that is gone: then it fails, and nothing is left.
         lost = then == "deleted" and die_at == _MADE
         if lost:
-            await absent(caller, rig, "victim")
+            await require_absent(caller, rig, "victim")
         elif then == "deleted":
-            await sound(caller, rig, "victim")
+            await require_consistent(caller, rig, "victim")
         elif then == "stopped":
             assert (await caller.get("victim")).status.state in (RUNNING, STOPPED)
             await caller.start("victim")
-            await sound(caller, rig, "victim", files)
+            await require_consistent(caller, rig, "victim", files)
         else:
-            assert (await sound(caller, rig, "victim", files)).spec.gpus.count == (3 if then == "scaled" else 2)
+            assert (await require_consistent(caller, rig, "victim", files)).spec.gpus.count == (
+                3 if then == "scaled" else 2
+            )
         assert "Traceback" not in restorable.daemon.log_text, restorable.daemon.log_text
         listed = await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest())
         create = [
@@ -279,13 +280,13 @@ async def test_a_delete_that_the_backup_has_under_way(restorable: Restorable, ri
     await restorable.start()
     async with Caller(restorable.daemon.target) as caller:
         await caller.until_idle()
-        await absent(caller, rig, "victim")
+        await require_absent(caller, rig, "victim")
         new = await caller.create("victim", 1)
     await restorable.restored()
     async with Caller(restorable.daemon.target) as caller:
         await caller.until_idle()
         await wait_for_passes(caller)
-        assert (await sound(caller, rig, "victim")).uid == new.uid
+        assert (await require_consistent(caller, rig, "victim")).uid == new.uid
 
 
 @pytest.mark.timeout(120)
@@ -298,8 +299,8 @@ async def test_a_stop_that_the_backup_has_under_way(restorable: Restorable, rig:
     async with Caller(restorable.daemon.target) as caller:
         await caller.until_idle()
         await caller.start("victim", 3)
-        await caller.shell("victim", PLANT)
-        files = await caller.shell("victim", LOOKED)
+        await caller.shell("victim", WRITE_FILES)
+        files = await caller.shell("victim", SHOW_FILES)
     await restorable.restored()
     async with Caller(restorable.daemon.target) as caller:
         await caller.until_idle()
@@ -312,4 +313,4 @@ async def test_a_stop_that_the_backup_has_under_way(restorable: Restorable, rig:
         assert stop.error.reason == (await failure(progress_of(watch))).reason == "OPERATION_OVERTAKEN"
         assert "is obsolete" in stop.error.message
         assert "operation ended" in await wait_for_drift_log(restorable.daemon, "OPERATION_OVERTAKEN", "victim")
-        await sound(caller, rig, "victim", files)
+        await require_consistent(caller, rig, "victim", files)

@@ -13,7 +13,7 @@ from gpudock.v1 import container_pb2, container_revision_pb2, container_service_
 
 from tests.calls import IMAGE, Caller, failure, progress_of, result_of, scale_request, update_request
 from tests.conftest import FAST_FLAGS, own_state_flags
-from tests.faults.invariants import LOOK, PLANT, layer_images, sound
+from tests.faults.invariants import SHOW_FILES, WRITE_FILES, layer_images, require_consistent
 from tests.rig import GLIBC, Rig
 from tests.rig.patience import limit
 
@@ -24,12 +24,12 @@ _PORT = container_pb2.PortRequest(container_port=80)
 
 
 async def _files(caller: Caller, name: str) -> str:
-    return await caller.shell(name, LOOK + " || true")
+    return await caller.shell(name, SHOW_FILES)
 
 
 async def test_every_revision_can_be_returned_to_with_its_files(caller: Caller, rig: Rig) -> None:
     await caller.create("past", 1, ports=[_PORT])
-    await caller.shell("past", PLANT)
+    await caller.shell("past", WRITE_FILES)
     first = await _files(caller, "past")
     await caller.scale("past", 2)
     assert await _files(caller, "past") == first
@@ -44,7 +44,7 @@ async def test_every_revision_can_be_returned_to_with_its_files(caller: Caller, 
     back = await caller.rollback("past", 1)
     assert (back.revision, back.spec.gpus.count) == (4, 1)
     assert await _files(caller, "past") == first, "the files as they were when revision 2 replaced revision 1"
-    await sound(caller, rig, "past", first)
+    await require_consistent(caller, rig, "past", first)
 
     again = await caller.rollback("past", 2)
     assert (again.revision, again.spec.gpus.count) == (5, 2)
@@ -87,7 +87,7 @@ async def test_a_rollback_takes_no_card_that_another_holds(caller: Caller, rig: 
     back = await caller.rollback("first", 1)
     assert len(back.status.gpu_uuids) == 2
     assert not set(back.status.gpu_uuids) & {uuid for uuids in taken for uuid in uuids}
-    await sound(caller, rig, "first")
+    await require_consistent(caller, rig, "first")
     # And where there are none left it is refused, with everything as it was.
     await caller.scale("first", 0)
     await caller.create("last", 2)
@@ -119,7 +119,7 @@ async def test_spec_only_and_what_was_not_kept(caller: Caller, rig: Rig) -> None
     same = await progress_of(_rollback(caller, "plain", 3))
     assert same.result is not None
     assert same.result.revision == 3
-    await sound(caller, rig, "plain")
+    await require_consistent(caller, rig, "plain")
 
 
 async def test_a_plan_says_how_files_are_kept(caller: Caller) -> None:
@@ -171,12 +171,12 @@ async def test_update_changes_mounts_env_ports_and_command(caller: Caller, rig: 
     now = await caller.update("many", "ports")
     assert not now.status.ports
     assert list(now.status.gpu_uuids) == held, "cards that are asked for as before stay the same ones"
-    await sound(caller, rig, "many")
+    await require_consistent(caller, rig, "many")
     # A command that ends badly at once is no success, and the old one runs as before.
     told = await failure(result_of(caller.containers.UpdateContainer(update_request("many", command=["false"]))))
     assert told.reason == "START_FAILED"
     assert await caller.shell("many", "cat /note /data/which") == "kept\none\n"
-    await sound(caller, rig, "many")
+    await require_consistent(caller, rig, "many")
 
 
 @pytest_asyncio.fixture
@@ -212,7 +212,7 @@ async def test_another_image_needs_a_word_about_the_files(caller: Caller, rig: R
 @pytest.mark.deep
 async def test_files_go_along_to_another_image(caller: Caller, rig: Rig) -> None:
     await caller.create("grafted", 1, env={"A": "1"})
-    await caller.shell("grafted", PLANT)
+    await caller.shell("grafted", WRITE_FILES)
     await caller.shell("grafted", "rm /bin/watch; rm -f /etc/passwd")
     files = await _files(caller, "grafted")
     now = await caller.update("grafted", image=GLIBC, files=container_service_pb2.FILES_POLICY_CARRY_COMMIT)
@@ -220,7 +220,7 @@ async def test_files_go_along_to_another_image(caller: Caller, rig: Rig) -> None
     assert await _files(caller, "grafted") == files
     # What it had deleted is deleted there too, and what only the new image has is there.
     assert await caller.shell("grafted", "ls /etc/passwd 2>/dev/null || echo gone; ls -d /lib64") == "gone\n/lib64\n"
-    await sound(caller, rig, "grafted", files)
+    await require_consistent(caller, rig, "grafted", files)
     await caller.shell("grafted", "echo more > /note")
     await caller.scale("grafted", 2)
     assert await caller.shell("grafted", "cat /note") == "more\n"
@@ -242,7 +242,7 @@ async def test_one_that_has_written_nothing_goes_to_another_image(caller: Caller
     assert await caller.shell("unwritten", "cat /note; ls /lib64 2>/dev/null || echo none") == "mine\nnone\n"
     await caller.rollback("unwritten", 2)
     assert await caller.shell("unwritten", "ls -d /lib64 /note") == "/lib64\n/note\n"
-    await sound(caller, rig, "unwritten", await _files(caller, "unwritten"))
+    await require_consistent(caller, rig, "unwritten", await _files(caller, "unwritten"))
 
 
 def _engine(rig: Rig, name: str) -> list[dict[str, Any]]:
@@ -269,7 +269,7 @@ async def test_a_stopped_one_is_changed_and_stays_stopped(caller: Caller, rig: R
     started = await caller.start("asleep")
     assert len(started.status.gpu_uuids) == 2
     assert await caller.shell("asleep", "cat /note; echo $A") == "first\n1\n"
-    await sound(caller, rig, "asleep")
+    await require_consistent(caller, rig, "asleep")
 
 
 @pytest.mark.deep
@@ -352,7 +352,7 @@ async def test_history_with_other_ways_of_carrying(rig: Rig, carry: str) -> None
     try:
         async with Caller(daemon.target) as caller:
             await caller.create("other", 1)
-            await caller.shell("other", PLANT)
+            await caller.shell("other", WRITE_FILES)
             first = await _files(caller, "other")
             await caller.scale("other", 2)
             await caller.shell("other", "rm -r /work; mkdir /work; echo x > /work/file")
@@ -362,7 +362,7 @@ async def test_history_with_other_ways_of_carrying(rig: Rig, carry: str) -> None
             assert await _files(caller, "other") == first
             await caller.rollback("other", 2)
             assert await _files(caller, "other") == second
-            await sound(caller, rig, "other", second)
+            await require_consistent(caller, rig, "other", second)
             one = (await caller.revisions("other"))[0]
             kind = _TREE if carry == "copy" else container_revision_pb2.SNAPSHOT_KIND_IMAGE
             assert one.snapshot.kind == kind

@@ -99,7 +99,7 @@ async def test_a_start_that_the_engine_gave_up_is_tried_until_it_succeeds(patien
         return "tried 2 times" in (await wait_for_drift(patient, "START_FAILED", PENDING, "late")).plan
 
     await until(tried_twice)
-    rig.gpus.find_again(card)
+    rig.gpus.restore(card)
     await until_state(patient, "late", RUNNING)
     after = await patient.get("late")
     assert after.status.engine_id == made.status.engine_id
@@ -137,7 +137,7 @@ async def test_what_a_user_stopped_or_never_wanted_is_not_started_again(comparin
 
     await until(stopped)
     for card in (*halted.status.gpu_uuids, *single.status.gpu_uuids):
-        rig.gpus.find_again(card)
+        rig.gpus.restore(card)
     # A try that was still to come would come before the third of these, which are further apart than tries.
     await wait_for_passes(comparing, 3)
     assert (await comparing.get("halted")).status.state == STOPPED

@@ -17,7 +17,7 @@ from gpudock_server.model.store_changes import DeleteContainer, PutContainer, Pu
 from structlog.testing import capture_logs
 
 from tests.engine.etcd_examples import container, open_connection, operation, until
-from tests.rig.etcd_filler import Ballast
+from tests.rig.etcd_filler import EtcdFiller
 
 pytest_plugins = ["tests.engine.etcd_fixtures"]
 
@@ -63,28 +63,28 @@ async def test_what_has_ended_is_bounded(store: EtcdStore, connection: EtcdConne
 
 
 @pytest_asyncio.fixture
-async def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[EtcdStore, Ballast]]:
+async def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[EtcdStore, EtcdFiller]]:
     """A store in an embedded etcd with a small quota and frequent checks."""
     monkeypatch.setattr(maintenance, "CHECK_SECONDS", 0.05)
     etcd = EmbeddedEtcd(tmp_path, quota_bytes=_QUOTA, allow_inconsistent=True)
     await etcd.start()
     endpoint = etcd.address.endpoints[0]
-    async with open_connection(endpoint) as connection, Ballast(endpoint) as ballast:
+    async with open_connection(endpoint) as connection, EtcdFiller(endpoint) as filler:
         store = EtcdStore(connection, quota_bytes=_QUOTA)
         await store.start_maintenance()
         await store.open()
-        yield store, ballast
+        yield store, filler
         await store.close()
     await etcd.close()
 
 
 @pytest.mark.deep
-async def test_history_is_compacted_and_the_file_defragmented_by_size(small: tuple[EtcdStore, Ballast]) -> None:
-    store, ballast = small
+async def test_history_is_compacted_and_the_file_defragmented_by_size(small: tuple[EtcdStore, EtcdFiller]) -> None:
+    store, filler = small
     await store.apply(_big("kept"))
     for _ in range(8):
         # Not enough at a time to be refused for want of room.
-        await ballast.overwrite(4 << 20)
+        await filler.overwrite(4 << 20)
 
         async def given_back() -> bool:
             usage = await store.usage()
@@ -96,7 +96,7 @@ async def test_history_is_compacted_and_the_file_defragmented_by_size(small: tup
     assert await store.container("kept") is not None
 
 
-async def test_where_data_reach_the_quota_only_what_frees_begins(small: tuple[EtcdStore, Ballast]) -> None:
+async def test_where_data_reach_the_quota_only_what_frees_begins(small: tuple[EtcdStore, EtcdFiller]) -> None:
     store, _ = small
     for number in range(68):
         await store.apply(_big(f"c{number}"))
@@ -127,9 +127,9 @@ async def test_where_data_reach_the_quota_only_what_frees_begins(small: tuple[Et
 
 
 @pytest.mark.deep
-async def test_room_that_others_deletions_give_is_found(small: tuple[EtcdStore, Ballast]) -> None:
+async def test_room_that_others_deletions_give_is_found(small: tuple[EtcdStore, EtcdFiller]) -> None:
     """A deletion makes no growth, which is what history is compacted by, and nothing of this daemon asks for room."""
-    store, ballast = small
+    store, filler = small
 
     async def full() -> bool:
         return bool((await store.usage()).full)
@@ -141,11 +141,11 @@ async def test_room_that_others_deletions_give_is_found(small: tuple[EtcdStore, 
         async def seen(before: int = before) -> bool:
             return (await store.usage()).in_use_bytes > before
 
-        await ballast.put(8, 64 << 10)
+        await filler.put(8, 64 << 10)
         await until(seen, seconds=_SECONDS)
     with capture_logs() as logged:
         # So that all that was written is compacted, and the deletion below alone is not.
-        await ballast.put(1, 1 << 10)
+        await filler.put(1, 1 << 10)
         with pytest.raises(StoreFull):
             await store.apply([PutOperation(operation("op1", kind=OperationKind.UPDATE), expect=0)])
 
@@ -154,7 +154,7 @@ async def test_room_that_others_deletions_give_is_found(small: tuple[EtcdStore, 
 
         await until(compacted, seconds=_SECONDS)
         assert await full()
-        await ballast.delete()
+        await filler.delete()
 
         async def room() -> bool:
             return not await full()

@@ -8,19 +8,19 @@ import pytest
 import pytest_asyncio
 
 from tests.faults.container_scenarios import COMMITTED
-from tests.faults.daemon_killer import SEED, Killing
+from tests.faults.daemon_killer import SEED, DaemonKiller
 from tests.rig import Rig
 from tests.run_report import MOMENTS
 
 
 @pytest_asyncio.fixture
-async def killing(clean_engine: Rig, request: pytest.FixtureRequest) -> AsyncIterator[Killing]:
+async def daemon_killer(clean_engine: Rig, request: pytest.FixtureRequest) -> AsyncIterator[DaemonKiller]:
     """Kills daemons of the test's own, and reports at which moments."""
     print(f"GPUDOCK_MOMENTS_SEED={SEED}")  # noqa: T201 - shown with a failure
-    killing = Killing(clean_engine, f"{SEED}/{request.node.name}")
-    request.node.user_properties.append((MOMENTS, killing.report))
-    yield killing
-    await killing.end()
+    daemon_killer = DaemonKiller(clean_engine, f"{SEED}/{request.node.name}")
+    request.node.user_properties.append((MOMENTS, daemon_killer.report))
+    yield daemon_killer
+    await daemon_killer.end()
     clean_engine.engine.remove_all()
     if COMMITTED in {tag for one in clean_engine.engine.call("GET", "/images/json") for tag in one["RepoTags"] or ()}:
         clean_engine.engine.call("DELETE", f"/images/{COMMITTED}")

@@ -11,15 +11,15 @@ import grpc
 from gpudock.v1 import container_pb2, container_service_pb2, operation_pb2, operation_service_pb2
 
 from tests.calls import IMAGE, Caller
-from tests.faults.daemon_killer import Saga
+from tests.faults.daemon_killer import KillScenario
 from tests.faults.invariants import (
-    LOOK,
-    PLANT,
-    absent,
+    SHOW_FILES,
+    WRITE_FILES,
     bound_host_paths,
     engine_containers,
     layer_images,
-    sound,
+    require_absent,
+    require_consistent,
 )
 from tests.rig import GLIBC, Rig
 
@@ -32,10 +32,10 @@ FAILED = container_pb2.CONTAINER_STATE_FAILED
 COMMITTED = "gpudock/phoenix:test"
 _PORT = container_pb2.PortRequest(container_port=80)
 
-Make = Callable[[Rig, Path], Saga]
+ScenarioFactory = Callable[[Rig, Path], KillScenario]
 
 
-async def _found(caller: Caller, name: str = "phoenix") -> container_pb2.Container | None:
+async def _get_or_none(caller: Caller, name: str = "phoenix") -> container_pb2.Container | None:
     try:
         return await caller.get(name)
     except grpc.aio.AioRpcError as error:
@@ -43,23 +43,23 @@ async def _found(caller: Caller, name: str = "phoenix") -> container_pb2.Contain
         return None
 
 
-async def _planted(caller: Caller, name: str = "phoenix", gpus: int = 2, **fields: Any) -> str:
-    """Make a container with files; how they look."""
+async def _create_with_files(caller: Caller, name: str = "phoenix", gpus: int = 2, **fields: Any) -> str:
+    """Create a container with files; return what SHOW_FILES prints."""
     await caller.create(name, gpus, ports=[_PORT], **fields)
-    await caller.shell(name, PLANT)
-    return await caller.shell(name, LOOK + " || true")
+    await caller.shell(name, WRITE_FILES)
+    return await caller.shell(name, SHOW_FILES)
 
 
-async def _until_free(caller: Caller, rig: Rig, count: int) -> None:
-    await absent(caller, rig, "phoenix")
+async def _require_free(caller: Caller, rig: Rig, count: int) -> None:
+    await require_absent(caller, rig, "phoenix")
     assert await caller.free_gpus() == count
 
 
-async def _stopped_or_sound(caller: Caller, rig: Rig, files: str) -> int:
+async def _require_stopped_or_consistent(caller: Caller, rig: Rig, files: str) -> int:
     """It is as it was asked to be, or as it was before: it runs with all that is its own, or it does not run at all."""
     container = await caller.get("phoenix")
     if container.status.state == RUNNING:
-        await sound(caller, rig, "phoenix", files)
+        await require_consistent(caller, rig, "phoenix", files)
     else:
         assert container.status.state in (STOPPED, EXITED), container.status
         (engine,) = engine_containers(rig)
@@ -69,7 +69,7 @@ async def _stopped_or_sound(caller: Caller, rig: Rig, files: str) -> int:
     return container.status.state
 
 
-def create(rig: Rig, folder: Path) -> Saga:
+def create(rig: Rig, folder: Path) -> KillScenario:
     """With cards, a port and a host path."""
     left = bound_host_paths(rig)  # by daemons of other tests
     mount = container_pb2.Mount(host_path=str(folder), target="/host")
@@ -78,82 +78,82 @@ def create(rig: Rig, folder: Path) -> Saga:
         await caller.create("phoenix", 2, ports=[_PORT], mounts=[mount])
 
     async def check(caller: Caller) -> None:
-        if await _found(caller) is None:
-            await _until_free(caller, rig, 8)
+        if await _get_or_none(caller) is None:
+            await _require_free(caller, rig, 8)
         else:
-            await sound(caller, rig, "phoenix")
+            await require_consistent(caller, rig, "phoenix")
             assert len(bound_host_paths(rig)) == len(left) + 1
             await caller.delete("phoenix")
         assert bound_host_paths(rig) == left
 
-    return Saga("CREATE", act, check, ("--allowed-host-paths", str(folder)))
+    return KillScenario("CREATE", act, check, ("--allowed-host-paths", str(folder)))
 
 
-def scale(rig: Rig, folder: Path, *, carry: str) -> Saga:
+def scale(rig: Rig, folder: Path, *, carry: str) -> KillScenario:
     """To other cards and back, with its files."""
     files, left = "", bound_host_paths(rig)
     mounts = [container_pb2.Mount(host_path=str(folder), target="/host")] if carry == "exchange" else []
 
     async def act(caller: Caller) -> None:
         nonlocal files
-        files = files or await _planted(caller, mounts=mounts)
+        files = files or await _create_with_files(caller, mounts=mounts)
         now = (await caller.get("phoenix")).spec.gpus.count
         await caller.scale("phoenix", 3 if now == 2 else 2)
 
     async def check(caller: Caller) -> None:
-        await sound(caller, rig, "phoenix", files)
+        await require_consistent(caller, rig, "phoenix", files)
         assert len(bound_host_paths(rig)) == len(left) + len(mounts)
 
-    return Saga("SCALE", act, check, ("--layer-carry", carry, "--allowed-host-paths", str(folder)))
+    return KillScenario("SCALE", act, check, ("--layer-carry", carry, "--allowed-host-paths", str(folder)))
 
 
-def rollback(rig: Rig, _folder: Path) -> Saga:
+def rollback(rig: Rig, _folder: Path) -> KillScenario:
     """Back and forth between two revisions whose files differ; older ones are pruned meanwhile."""
     files: dict[int, str] = {}
 
     async def act(caller: Caller) -> None:
         if not files:
-            files[2] = await _planted(caller)
+            files[2] = await _create_with_files(caller)
             await caller.scale("phoenix", 3)
             await caller.shell("phoenix", "echo other > /work/file; rm /work/deep/data; touch /work/deep/data")
-            files[3] = await caller.shell("phoenix", LOOK + " || true")
+            files[3] = await caller.shell("phoenix", SHOW_FILES)
         now = (await caller.get("phoenix")).spec.gpus.count
         other = [one for one in await caller.revisions("phoenix") if one.spec.gpus.count != now]
         await caller.rollback("phoenix", max(one.revision for one in other if one.HasField("snapshot")))
 
     async def check(caller: Caller) -> None:
         count = (await caller.get("phoenix")).spec.gpus.count
-        await sound(caller, rig, "phoenix", files[count])
+        await require_consistent(caller, rig, "phoenix", files[count])
         history = await caller.revisions("phoenix")
         assert len(history) <= 4
         assert all(one.HasField("snapshot") != one.current for one in history)
 
-    return Saga("ROLLBACK", act, check, ("--keep-revisions", "4"))
+    return KillScenario("ROLLBACK", act, check, ("--keep-revisions", "4"))
 
 
-def clone(rig: Rig, _folder: Path, *, carry: str) -> Saga:
+def clone(rig: Rig, _folder: Path, *, carry: str) -> KillScenario:
     """Of what a running source has now; it is frozen meanwhile, and must never stay so."""
     others = layer_images(rig)
     files = ""
 
     async def act(caller: Caller) -> None:
         nonlocal files
-        files = files or await _planted(caller, "source")
+        files = files or await _create_with_files(caller, "source")
         await caller.clone("source", "phoenix")
 
     async def check(caller: Caller) -> None:
-        await sound(caller, rig, "source", files)
-        if await _found(caller) is None:
-            await _until_free(caller, rig, 6)
+        await require_consistent(caller, rig, "source", files)
+        if await _get_or_none(caller) is None:
+            await _require_free(caller, rig, 6)
         else:
-            await sound(caller, rig, "phoenix", files)
+            await require_consistent(caller, rig, "phoenix", files)
             await caller.delete("phoenix")
         assert layer_images(rig) == others
 
-    return Saga("CLONE", act, check, ("--layer-carry", carry))
+    return KillScenario("CLONE", act, check, ("--layer-carry", carry))
 
 
-def clone_of_revision(rig: Rig, _folder: Path, *, carry: str) -> Saga:
+def clone_of_revision(rig: Rig, _folder: Path, *, carry: str) -> KillScenario:
     """Of what was kept as a tree, and as an image, which each gives a name of its own."""
     others = layer_images(rig)
     files = ""
@@ -161,25 +161,25 @@ def clone_of_revision(rig: Rig, _folder: Path, *, carry: str) -> Saga:
     async def act(caller: Caller) -> None:
         nonlocal files
         if not files:
-            files = await _planted(caller, "source", 1)
+            files = await _create_with_files(caller, "source", 1)
             await caller.scale("source", 2)
             await caller.shell("source", "rm -r /work")
         await caller.clone("source", "phoenix", revision=1)
 
     async def check(caller: Caller) -> None:
         assert (await caller.get("source")).revision == 2
-        await sound(caller, rig, "source")
-        if await _found(caller) is None:
-            await _until_free(caller, rig, 6)
+        await require_consistent(caller, rig, "source")
+        if await _get_or_none(caller) is None:
+            await _require_free(caller, rig, 6)
         else:
-            await sound(caller, rig, "phoenix", files)
+            await require_consistent(caller, rig, "phoenix", files)
             await caller.delete("phoenix")
         assert len(layer_images(rig) - others) == (1 if carry == "commit" else 0)
 
-    return Saga("CLONE", act, check, ("--layer-carry", carry))
+    return KillScenario("CLONE", act, check, ("--layer-carry", carry))
 
 
-def update(rig: Rig, _folder: Path, *, field: str) -> Saga:
+def update(rig: Rig, _folder: Path, *, field: str) -> KillScenario:
     """By a successor, in place, where it is frozen for a moment, and on another image."""
     files = ""
     values: dict[str, tuple[Any, Any]] = {
@@ -190,36 +190,36 @@ def update(rig: Rig, _folder: Path, *, field: str) -> Saga:
 
     async def act(caller: Caller) -> None:
         nonlocal files
-        files = files or await _planted(caller, gpus=1)
+        files = files or await _create_with_files(caller, gpus=1)
         now = getattr((await caller.get("phoenix")).spec, field)
         one, other = values[field]
         value = other if now == one else one
         await caller.update("phoenix", field, **{field: value}, files=container_service_pb2.FILES_POLICY_CARRY_COMMIT)
 
     async def check(caller: Caller) -> None:
-        await sound(caller, rig, "phoenix", files)
+        await require_consistent(caller, rig, "phoenix", files)
 
-    return Saga("UPDATE", act, check)
+    return KillScenario("UPDATE", act, check)
 
 
-def stop(rig: Rig, _folder: Path) -> Saga:
+def stop(rig: Rig, _folder: Path) -> KillScenario:
     """With its files kept."""
     files = ""
 
     async def act(caller: Caller) -> None:
         nonlocal files
-        files = files or await _planted(caller)
+        files = files or await _create_with_files(caller)
         await caller.stop("phoenix")
 
     async def check(caller: Caller) -> None:
-        if await _stopped_or_sound(caller, rig, files) != RUNNING:
+        if await _require_stopped_or_consistent(caller, rig, files) != RUNNING:
             await caller.start("phoenix")
-            await sound(caller, rig, "phoenix", files)
+            await require_consistent(caller, rig, "phoenix", files)
 
-    return Saga("STOP", act, check, ("--snapshot-on-stop", "true"))
+    return KillScenario("STOP", act, check, ("--snapshot-on-stop", "true"))
 
 
-def stop_of_what_is_frozen(rig: Rig, _folder: Path) -> Saga:
+def stop_paused(rig: Rig, _folder: Path) -> KillScenario:
     """It is thawed first, and by the next daemon perhaps when it has ended already."""
     made = False
 
@@ -243,16 +243,16 @@ def stop_of_what_is_frozen(rig: Rig, _folder: Path) -> Saga:
         assert engine["State"]["Running"] == (state == PAUSED)
         assert await caller.free_gpus() == 6
 
-    return Saga("STOP", act, check)
+    return KillScenario("STOP", act, check)
 
 
-def start(rig: Rig, _folder: Path, *, cards: str) -> Saga:
+def start(rig: Rig, _folder: Path, *, cards: str) -> KillScenario:
     """With the cards that it had, or with others, for which it is replaced."""
     files = ""
 
     async def act(caller: Caller) -> None:
         nonlocal files
-        files = files or await _planted(caller)
+        files = files or await _create_with_files(caller)
         container = await caller.get("phoenix")
         if container.status.state == RUNNING:
             await caller.stop("phoenix")
@@ -260,45 +260,45 @@ def start(rig: Rig, _folder: Path, *, cards: str) -> Saga:
         await caller.start("phoenix", None if cards == "same" else 5 - now)
 
     async def check(caller: Caller) -> None:
-        await _stopped_or_sound(caller, rig, files)
+        await _require_stopped_or_consistent(caller, rig, files)
 
-    return Saga("START", act, check)
+    return KillScenario("START", act, check)
 
 
-def restart(rig: Rig, _folder: Path) -> Saga:
+def restart(rig: Rig, _folder: Path) -> KillScenario:
     """Whatever happens in between, it runs in the end."""
     files = ""
 
     async def act(caller: Caller) -> None:
         nonlocal files
-        files = files or await _planted(caller)
+        files = files or await _create_with_files(caller)
         await caller.restart("phoenix")
 
     async def check(caller: Caller) -> None:
-        await sound(caller, rig, "phoenix", files)
+        await require_consistent(caller, rig, "phoenix", files)
 
-    return Saga("RESTART", act, check)
+    return KillScenario("RESTART", act, check)
 
 
-async def _set_frozen(caller: Caller, *, frozen: bool) -> None:
+async def _set_paused(caller: Caller, *, paused: bool) -> None:
     """Freeze or thaw `phoenix`, if it is not so."""
-    container = await _found(caller)
+    container = await _get_or_none(caller)
     if container is None:
         container = await caller.create("phoenix", 2, ports=[_PORT])
-    if (container.status.state == PAUSED) == frozen:
+    if (container.status.state == PAUSED) == paused:
         return
-    if frozen:
+    if paused:
         await caller.containers.PauseContainer(container_service_pb2.PauseContainerRequest(name="phoenix"))
     else:
         await caller.containers.UnpauseContainer(container_service_pb2.UnpauseContainerRequest(name="phoenix"))
 
 
-def _freezing(rig: Rig, _folder: Path, *, kind: str) -> Saga:
-    freezes = kind == "PAUSE"
+def _pause_or_unpause(rig: Rig, _folder: Path, *, kind: str) -> KillScenario:
+    pauses = kind == "PAUSE"
 
     async def act(caller: Caller) -> None:
-        await _set_frozen(caller, frozen=not freezes)
-        await _set_frozen(caller, frozen=freezes)
+        await _set_paused(caller, paused=not pauses)
+        await _set_paused(caller, paused=pauses)
 
     async def check(caller: Caller) -> None:
         state = (await caller.get("phoenix")).status.state
@@ -308,46 +308,46 @@ def _freezing(rig: Rig, _folder: Path, *, kind: str) -> Saga:
         assert engine["State"]["Paused"] == (state == PAUSED), "it is not as the record has it"
         assert list((await caller.holders()).values()).count("phoenix") == 2
 
-    return Saga(kind, act, check)
+    return KillScenario(kind, act, check)
 
 
-def delete(rig: Rig, _folder: Path) -> Saga:
+def delete(rig: Rig, _folder: Path) -> KillScenario:
     """With a history, in trees and in images; of one whose deletion failed, the same call finishes the work."""
     others, uid = layer_images(rig), ""
 
     async def act(caller: Caller) -> None:
         nonlocal uid
-        container = await _found(caller)
+        container = await _get_or_none(caller)
         if container is None:
             container = await caller.create("phoenix", 2, ports=[_PORT])
-            await caller.shell("phoenix", PLANT)
+            await caller.shell("phoenix", WRITE_FILES)
             await caller.scale("phoenix", 3)
         uid = container.uid
         await caller.delete("phoenix")
 
     async def check(caller: Caller) -> None:
-        container = await _found(caller)
+        container = await _get_or_none(caller)
         if container is None:
-            await _until_free(caller, rig, 8)
+            await _require_free(caller, rig, 8)
             assert not list(_snapshots(rig).glob(f"*/{uid}/*")), "its files are kept"
             assert layer_images(rig) == others
         elif container.status.state == RUNNING:
-            await sound(caller, rig, "phoenix")
+            await require_consistent(caller, rig, "phoenix")
         else:
             assert container.status.state == FAILED, container.status
             assert not container.status.operation_id
             assert not [one for one in engine_containers(rig) if one["Id"] == container.status.engine_id]
 
-    return Saga("DELETE", act, check)
+    return KillScenario("DELETE", act, check)
 
 
-def delete_revision(rig: Rig, _folder: Path, *, carry: str) -> Saga:
+def delete_revision(rig: Rig, _folder: Path, *, carry: str) -> KillScenario:
     """What the history names is kept, and nothing else; the container itself notices nothing."""
     others, files = layer_images(rig), ""
 
     async def act(caller: Caller) -> None:
         nonlocal files
-        files = files or await _planted(caller)
+        files = files or await _create_with_files(caller)
         old = [one for one in await caller.revisions("phoenix") if not one.current]
         if not old:
             now = (await caller.get("phoenix")).spec.gpus.count
@@ -356,7 +356,7 @@ def delete_revision(rig: Rig, _folder: Path, *, carry: str) -> Saga:
         await caller.delete_revision("phoenix", old[0].revision)
 
     async def check(caller: Caller) -> None:
-        container = await sound(caller, rig, "phoenix", files)
+        container = await require_consistent(caller, rig, "phoenix", files)
         old = {one.revision for one in await caller.revisions("phoenix") if not one.current}
         on_disk = {path.parent.name for path in _snapshots(rig).glob(f"*/{container.uid}/*/meta.json")}
         assert {int(number) for number in on_disk} <= old
@@ -364,7 +364,7 @@ def delete_revision(rig: Rig, _folder: Path, *, carry: str) -> Saga:
             # The current one stands on images of its own.
             assert len(layer_images(rig) - others) >= len(old)
 
-    return Saga("DELETE_REVISION", act, check, ("--layer-carry", carry))
+    return KillScenario("DELETE_REVISION", act, check, ("--layer-carry", carry))
 
 
 def _snapshots(rig: Rig) -> Path:
@@ -372,19 +372,19 @@ def _snapshots(rig: Rig) -> Path:
     return rig.engine.data_root / "gpudock/snapshots"
 
 
-def commit(rig: Rig, _folder: Path) -> Saga:
+def commit(rig: Rig, _folder: Path) -> KillScenario:
     """The name is with the old image or the new one, as the operation says; nothing else is left, and it runs."""
     named = ""
 
     async def act(caller: Caller) -> None:
-        if await _found(caller) is None:
+        if await _get_or_none(caller) is None:
             await caller.create("phoenix", 2, ports=[_PORT])
             await caller.shell("phoenix", "echo kept > /kept")
         await caller.commit("phoenix", "gpudock/phoenix", tag="test")
 
     async def check(caller: Caller) -> None:
         nonlocal named
-        await sound(caller, rig, "phoenix")
+        await require_consistent(caller, rig, "phoenix")
         request = operation_service_pb2.ListOperationsRequest(page_size=1)
         (last,) = (await caller.operations.ListOperations(request)).operations
         images = {
@@ -407,10 +407,10 @@ def commit(rig: Rig, _folder: Path) -> Saga:
             config = rig.engine.call("GET", f"/images/{named}/json")["Config"]
             assert not [key for key in config["Labels"] or () if key.startswith("gpudock.")]
 
-    return Saga("COMMIT", act, check)
+    return KillScenario("COMMIT", act, check)
 
 
-SAGAS: dict[str, Make] = {
+SCENARIOS: dict[str, ScenarioFactory] = {
     "create": create,
     "scale-exchange": partial(scale, carry="exchange"),
     "scale-copy": partial(scale, carry="copy"),
@@ -424,12 +424,12 @@ SAGAS: dict[str, Make] = {
     "update-labels": partial(update, field="labels"),
     "update-image": partial(update, field="image"),
     "stop": stop,
-    "stop-frozen": stop_of_what_is_frozen,
+    "stop-frozen": stop_paused,
     "start": partial(start, cards="same"),
     "start-with-other-cards": partial(start, cards="other"),
     "restart": restart,
-    "pause": partial(_freezing, kind="PAUSE"),
-    "unpause": partial(_freezing, kind="UNPAUSE"),
+    "pause": partial(_pause_or_unpause, kind="PAUSE"),
+    "unpause": partial(_pause_or_unpause, kind="UNPAUSE"),
     "delete": delete,
     "delete-revision": partial(delete_revision, carry="copy"),
     "delete-revision-image": partial(delete_revision, carry="commit"),

@@ -19,7 +19,7 @@ from gpudock_server.settings.sources import load
 from tests.faults.instrumented_daemon import DIE_AT
 
 
-class MortalStore:
+class InstrumentedStore:
     """A store before whose transaction of a number the process ends."""
 
     def __init__(self, store: Store, die_at: int) -> None:
@@ -39,7 +39,7 @@ class MortalStore:
 
 def main() -> int:
     """Runs the daemon."""
-    wrappers = PortWrappers(store=lambda store: MortalStore(store, int(os.environ[DIE_AT])))
+    wrappers = PortWrappers(store=lambda store: InstrumentedStore(store, int(os.environ[DIE_AT])))
     return run(load(sys.argv[1:]).settings, wrappers)
 
 

@@ -1,10 +1,11 @@
 """Kills daemons at the moments of operations (see `instrumented_daemon`), and reports the moments found and tried.
 
-What is to be done, and what must be true afterwards, is a `Saga`. How it is killed is a method of `Killing`: at one
-moment of its way forward, at every one, at those of its undoing, and a second time while the next daemon recovers.
+A `KillScenario` says which operation is requested and what must be true afterwards. A `DaemonKiller` has a method for
+each way to kill the daemon: at one moment or at every moment on the way forward, while the operation is undone, and a
+second time while the next daemon recovers.
 
-Every daemon that survives prints all the moments that there were. Of these some are drawn, by a seed that the run's
-report shows and GPUDOCK_MOMENTS_SEED sets; GPUDOCK_ALL_MOMENTS=1 has every one tried.
+A daemon that survives prints all moments of the operation. A sample of them is tried; its seed is shown in the report
+of the run and set by GPUDOCK_MOMENTS_SEED. With GPUDOCK_ALL_MOMENTS=1 every moment is tried.
 """
 
 from __future__ import annotations
@@ -41,17 +42,17 @@ _CHILDREN_SECONDS = 15.0
 _SERVING_SECONDS = 60.0
 _OPERATION_SECONDS = 120.0
 # Stages that only look, or may find that there is nothing to do.
-_QUIET = frozenset({"locate", "verify", "check", "prune", "commit"})
+_STAGES_WITHOUT_CHANGE = frozenset({"locate", "verify", "check", "prune", "commit"})
 _COMMIT = "commit"
 # What ends in its own time when its daemon dies.
-_LEFT_ALONE = frozenset({"etcd"})
+_SURVIVORS = frozenset({"etcd"})
 
 Act = Callable[[Caller], Awaitable[object]]
 Check = Callable[[Caller], Awaitable[None]]
 
 
 @dataclass(frozen=True)
-class Saga:
+class KillScenario:
     """An operation that can be asked for again and again.
 
     `act` asks for one operation of `kind`, whatever state the one before was left in; it prepares what that needs.
@@ -81,7 +82,7 @@ class Moment:
 
 
 @dataclass
-class Log:
+class MomentLog:
     """What a daemon has printed of an operation."""
 
     text: str
@@ -115,10 +116,10 @@ class Log:
         """The processes that it had started and that lived when it died."""
         lines = re.findall(r"^children: (.*)$", self.text, re.MULTILINE)
         pairs = (one.partition(":") for one in (lines[-1].split() if lines else ()))
-        return {int(pid): name for pid, _, name in pairs if name not in _LEFT_ALONE}
+        return {int(pid): name for pid, _, name in pairs if name not in _SURVIVORS}
 
 
-def missing(stages: Sequence[str], moments: Sequence[Moment]) -> list[str]:
+def missing_moments(stages: Sequence[str], moments: Sequence[Moment]) -> list[str]:
     """What a saga with these stages must have moments of, and has none of.
 
     That is a record of its begin, of each stage and of its end, and a change in each stage that changes anything.
@@ -127,10 +128,12 @@ def missing(stages: Sequence[str], moments: Sequence[Moment]) -> list[str]:
     wanted = [f"before record of RUNNING after {stage}" for stage in ("nothing", *_recorded(stages))]
     wanted += [f"{when} record of SUCCEEDED after {stages[-1]}" for when in ("before", "after")]
     lacking = [name for name in wanted if name not in names]
-    return lacking + [f"a change in {stage}" for stage in stages if stage not in _QUIET and stage not in changed]
+    return lacking + [
+        f"a change in {stage}" for stage in stages if stage not in _STAGES_WITHOUT_CHANGE and stage not in changed
+    ]
 
 
-def missing_in_the_midst(moments: Sequence[Moment]) -> list[str]:
+def calls_without_moment(moments: Sequence[Moment]) -> list[str]:
     """Which of the calls that take their time have no moment in their midst."""
     lasting = {port.__name__ for port in LASTING}
     lacking = []
@@ -142,9 +145,9 @@ def missing_in_the_midst(moments: Sequence[Moment]) -> list[str]:
     return lacking
 
 
-def least(stages: Sequence[str]) -> int:
+def minimum_moments(stages: Sequence[str]) -> int:
     """How many moments between calls a saga with these stages has at least: see `missing`."""
-    return len(_recorded(stages)) + 3 + len([stage for stage in stages if stage not in _QUIET])
+    return len(_recorded(stages)) + 3 + len([stage for stage in stages if stage not in _STAGES_WITHOUT_CHANGE])
 
 
 def _recorded(stages: Sequence[str]) -> Sequence[str]:
@@ -152,7 +155,7 @@ def _recorded(stages: Sequence[str]) -> Sequence[str]:
     return stages[:-1] if stages[-1] == _COMMIT else stages
 
 
-def missing_of_undo(stages: Sequence[str], moments: Sequence[Moment]) -> list[str]:
+def missing_undo_moments(stages: Sequence[str], moments: Sequence[Moment]) -> list[str]:
     """As `missing`, of an undo of all steps: a record of its begin, of each step, and of its end."""
     steps = stages[: stages.index(_COMMIT)]
     undone = [one for one in moments if one.name.startswith("before record of UNDOING")]
@@ -161,7 +164,7 @@ def missing_of_undo(stages: Sequence[str], moments: Sequence[Moment]) -> list[st
     return lacking + ([] if len(ends) == 2 else ["the records of its end"])
 
 
-class Killing:
+class DaemonKiller:
     """Kills daemons that have a state of their own, and starts others in their place."""
 
     def __init__(self, rig: Rig, seed: str) -> None:
@@ -174,65 +177,65 @@ class Killing:
 
     # -- ways to be killed -------------------------------------------------------------------------------------------
 
-    async def one_moment(self, saga: Saga) -> None:
+    async def kill_at_one_moment(self, scenario: KillScenario) -> None:
         """At one moment of its way forward, between two calls or during one."""
-        log = await self._forward(saga)
+        log = await self._uninterrupted_log(scenario)
         died = None
         for _ in range(_MOST_DRAWN_AGAIN):
             # What survives had fewer moments than the one before, as an operation may have that is repeated.
-            died = await self._once(saga, self._random.choice(self._log.moments).number)
+            died = await self._run_once(scenario, self._random.choice(self._log.moments).number)
             if died is not None:
                 break
-        await self._checked(saga, "")
+        await self._restart_and_check(scenario, "")
         assert died is not None
-        self._tell(saga.kind, log.moments, [died], least(log.stages))
+        self._report(scenario.kind, log.moments, [died], minimum_moments(log.stages))
 
-    async def every_moment(self, saga: Saga) -> None:
+    async def kill_at_every_moment(self, scenario: KillScenario) -> None:
         """At moments of its way forward, between calls and during them."""
-        log, tried = await self._forward(saga), []
+        log, tried = await self._uninterrupted_log(scenario), []
         known = list(log.moments)
-        for moment in (*self._drawn(log.between, _DRAWN_BETWEEN), *self._drawn(log.during, _DRAWN_DURING)):
-            died = await self._once(saga, moment.number)
+        for moment in (*self._sample(log.between, _DRAWN_BETWEEN), *self._sample(log.during, _DRAWN_DURING)):
+            died = await self._run_once(scenario, moment.number)
             tried += [died] if died else []
         # Where it sometimes has more to do than at first.
         number = len(log.between) + 1
-        while ALL and (died := await self._once(saga, str(number))) is not None:
+        while ALL and (died := await self._run_once(scenario, str(number))) is not None:
             tried.append(died)
             known.append(died)
             number += 1
             assert number < _MOST_MOMENTS, f"the operation has not ended after {number} moments"
         assert tried
-        await self._checked(saga, "")
-        self._tell(saga.kind, known, tried, least(log.stages))
+        await self._restart_and_check(scenario, "")
+        self._report(scenario.kind, known, tried, minimum_moments(log.stages))
 
-    async def undoing(self, saga: Saga) -> None:
+    async def kill_while_undoing(self, scenario: KillScenario) -> None:
         """At moments of its undoing, which begins when everything but its commit is done."""
-        assert await self._once(saga, "", Phase.UNDOING) is None
+        assert await self._run_once(scenario, "", Phase.UNDOING) is None
         log, tried = self._log, []
-        lacking = missing_of_undo(log.stages, log.between) + missing_in_the_midst(log.moments)
+        lacking = missing_undo_moments(log.stages, log.between) + calls_without_moment(log.moments)
         assert not lacking, (lacking, log.stages, log.moments)
-        for moment in self._drawn(log.moments, _DRAWN_UNDOING):
-            died = await self._once(saga, moment.number, Phase.UNDOING)
+        for moment in self._sample(log.moments, _DRAWN_UNDOING):
+            died = await self._run_once(scenario, moment.number, Phase.UNDOING)
             tried += [died] if died else []
-        await self._checked(saga, "")
+        await self._restart_and_check(scenario, "")
         assert tried
-        self._tell(saga.kind, log.moments, tried, log.stages.index(_COMMIT) + 3)
+        self._report(scenario.kind, log.moments, tried, log.stages.index(_COMMIT) + 3)
 
-    async def recovering(self, saga: Saga) -> None:
+    async def kill_while_recovering(self, scenario: KillScenario) -> None:
         """At a moment of its way forward, and then at one of the recovery by the next daemon."""
-        assert await self._once(saga, "") is None
+        assert await self._run_once(scenario, "") is None
         forward, tried = self._log.between, []
         known: dict[tuple[str, str], Moment] = {}
 
         async def twice(first: Moment, second: str) -> Moment | None:
-            assert await self._once(saga, first.number) is not None, f"it did not come to {first}"
-            died = await self._recovered(saga, second)
+            assert await self._run_once(scenario, first.number) is not None, f"it did not come to {first}"
+            died = await self._recover(scenario, second)
             known.update({(first.number, one.number): one.after(first) for one in self._log.moments})
             tried.extend([died.after(first)] if died else [])
             return died
 
         # What comes after the last record needs no recovery.
-        for first in self._drawn(forward[1:-1], _DRAWN_RECOVERING):
+        for first in self._sample(forward[1:-1], _DRAWN_RECOVERING):
             if not ALL:
                 second = self._random.choice(("", DURING)) + str(self._random.randint(1, len(forward)))
                 for _ in range(_MOST_DRAWN_AGAIN):
@@ -246,57 +249,57 @@ class Killing:
                 while await twice(first, f"{group}{number}") is not None:
                     number += 1
                     assert number < _MOST_MOMENTS, f"the recovery has not ended after {number} moments"
-        await self._checked(saga, "")
+        await self._restart_and_check(scenario, "")
         assert tried
-        self._tell(saga.kind, list(known.values()), tried, 1)
+        self._report(scenario.kind, list(known.values()), tried, 1)
 
-    async def _forward(self, saga: Saga) -> Log:
+    async def _uninterrupted_log(self, scenario: KillScenario) -> MomentLog:
         """What a daemon that survives prints of the operation; it must have all the moments that it should have."""
-        assert await self._once(saga, "") is None
+        assert await self._run_once(scenario, "") is None
         log = self._log
-        lacking = missing(log.stages, log.between) + missing_in_the_midst(log.moments)
+        lacking = missing_moments(log.stages, log.between) + calls_without_moment(log.moments)
         assert not lacking, (lacking, log.stages, log.moments)
         return log
 
     # -- one life ----------------------------------------------------------------------------------------------------
 
-    async def _once(self, saga: Saga, die_at: str, phase: Phase = Phase.BEGUN) -> Moment | None:
+    async def _run_once(self, scenario: KillScenario, die_at: str, phase: Phase = Phase.BEGUN) -> Moment | None:
         """Have a daemon put right what the one before left, act, and die at a moment; None if it survives."""
-        await self._checked(saga, die_at, phase)
-        return await self._acted(saga)
+        await self._restart_and_check(scenario, die_at, phase)
+        return await self._act(scenario)
 
-    async def _checked(self, saga: Saga, die_at: str, phase: Phase = Phase.BEGUN) -> None:
+    async def _restart_and_check(self, scenario: KillScenario, die_at: str, phase: Phase = Phase.BEGUN) -> None:
         """The next daemon puts right what this one left, and everything is as it must be."""
         before = self._daemon is not None
-        await self._start(saga, die_at, phase)
+        await self._start(scenario, die_at, phase)
         if before:
             async with Caller(self._running.target) as caller, self._in_time("what was under way did not end"):
                 await caller.until_idle()
-                await saga.check(caller)
+                await scenario.check(caller)
 
-    async def _acted(self, saga: Saga) -> Moment | None:
+    async def _act(self, scenario: KillScenario) -> Moment | None:
         """Act; the moment at which the daemon died."""
         async with Caller(self._running.target) as caller, self._in_time("the operation neither ended nor died"):
             try:
-                await saga.act(caller)
+                await scenario.act(caller)
             except grpc.aio.AioRpcError as error:
                 if REFUSAL in (error.details() or ""):
                     return None
                 assert error.code() is grpc.StatusCode.UNAVAILABLE, error  # noqa: PT017 (any other is the failure)
-                return await self._died()
+                return await self._wait_for_death()
         return None
 
-    async def _died(self) -> Moment:
+    async def _wait_for_death(self) -> Moment:
         assert await asyncio.to_thread(self._running.wait) == -9, self._running.log_text
         moment = self._log.died_at
         assert moment is not None, self._running.log_text
         print(f"killed at {moment}")  # noqa: T201 - shown with a failure
-        await all_gone(self._log.children)
+        await require_children_exit(self._log.children)
         return moment
 
-    async def _recovered(self, saga: Saga, die_at: str) -> Moment | None:
+    async def _recover(self, scenario: KillScenario, die_at: str) -> Moment | None:
         """Have the next daemon recover, and perhaps die of it; the moment at which it did."""
-        await self._start(saga, die_at, Phase.RESUMED, serving=False)
+        await self._start(scenario, die_at, Phase.RESUMED, serving=False)
         deadline = time.monotonic() + limit(_SERVING_SECONDS)
         while self._running.running and not await asyncio.to_thread(self._running.serving):
             assert time.monotonic() < deadline, f"it neither serves nor died: {self._running.log_text}"
@@ -306,20 +309,22 @@ class Killing:
                 await caller.until_idle()
         except grpc.aio.AioRpcError as error:
             assert error.code() is grpc.StatusCode.UNAVAILABLE, error  # noqa: PT017 (any other is the failure)
-            return await self._died()
-        return None if self._running.running else await self._died()
+            return await self._wait_for_death()
+        return None if self._running.running else await self._wait_for_death()
 
-    async def _start(self, saga: Saga, die_at: str, phase: Phase = Phase.BEGUN, *, serving: bool = True) -> None:
+    async def _start(
+        self, scenario: KillScenario, die_at: str, phase: Phase = Phase.BEGUN, *, serving: bool = True
+    ) -> None:
         before = self._daemon
         if before is not None and before.running:
             await asyncio.to_thread(before.stop)
         delay = self._random.choice(_DELAYS_MS)
         self._daemon = await self._rig.start_daemon(
             *FAST_FLAGS,
-            *saga.flags,
+            *scenario.flags,
             *self._own,
             module="tests.faults.instrumented_daemon",
-            environment={KIND: saga.kind, DIE_AT: die_at, PHASE: phase, DELAY_MS: str(delay)},
+            environment={KIND: scenario.kind, DIE_AT: die_at, PHASE: phase, DELAY_MS: str(delay)},
             state_dir=before.state_dir if before else None,
             socket=before.socket if before else None,
             serving=serving,
@@ -340,17 +345,17 @@ class Killing:
         return self._daemon
 
     @property
-    def _log(self) -> Log:
-        return Log(self._running.log_text)
+    def _log(self) -> MomentLog:
+        return MomentLog(self._running.log_text)
 
     # -- what is tried -----------------------------------------------------------------------------------------------
 
-    def _drawn(self, moments: Sequence[Moment], most: int) -> list[Moment]:
+    def _sample(self, moments: Sequence[Moment], most: int) -> list[Moment]:
         """Some of them, in their order; all if that is asked for."""
         chosen = set(self._random.sample(range(len(moments)), min(most, len(moments))))
         return [one for index, one in enumerate(moments) if ALL or index in chosen]
 
-    def _tell(self, kind: str, known: Collection[Moment], tried: Collection[Moment], minimum: int) -> None:
+    def _report(self, kind: str, known: Collection[Moment], tried: Collection[Moment], minimum: int) -> None:
         assert len(known) >= minimum
         self.report |= {
             "kind": kind,
@@ -361,7 +366,7 @@ class Killing:
         }
 
 
-async def all_gone(children: dict[int, str], seconds: float = _CHILDREN_SECONDS) -> None:
+async def require_children_exit(children: dict[int, str], seconds: float = _CHILDREN_SECONDS) -> None:
     """No child process works on what the next daemon uses: each ends with its daemon."""
     deadline = time.monotonic() + limit(seconds)
     while living := [f"{pid} {name}" for pid, name in children.items() if _lives(pid)]:

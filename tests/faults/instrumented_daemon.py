@@ -100,8 +100,8 @@ BY_CHILDREN = frozenset(
      "VolumeCopier.copy"}
 )  # fmt: skip
 # Programs of the host that only look, and options with which others do.
-_LOOKING = frozenset({"du", "findmnt", "modprobe"})
-_LOOKING_OPTIONS = frozenset({"--json", "--version", "-V"})
+_READ_ONLY_PROGRAMS = frozenset({"du", "findmnt", "modprobe"})
+_READ_ONLY_OPTIONS = frozenset({"--json", "--version", "-V"})
 # The jobs of the child process that works on trees: those that change something, and those that do not.
 JOBS: tuple[frozenset[str], frozenset[str]] = (
     frozenset({"gather", "complete", "fill", "merge_layers", "mirror", "remove"}),
@@ -133,47 +133,47 @@ class Moments:
         self._counting = phase is Phase.RESUMED
         self._over = False
         # The chosen moment has come, and the process has a little longer to live.
-        self._doomed = False
+        self._dying = False
 
     def now(self, name: str, group: str = "") -> None:
         """A moment has come; perhaps the last."""
-        if self._comes(name, group):
+        if self._count(name, group):
             self._die()
 
     async def during(self, name: str, work: Awaitable[T]) -> T:
         """Await `work`, during which is a moment."""
-        if not self._comes(name, DURING):
+        if not self._count(name, DURING):
             return await work
-        self._doomed = True
+        self._dying = True
         asyncio.get_running_loop().call_later(self._delay_seconds, self._die)
         try:
             return await work
         finally:
             self._die()
 
-    def _comes(self, name: str, group: str) -> bool:
-        if self._doomed:
+    def _count(self, name: str, group: str) -> bool:
+        if self._dying:
             self._die()
         if not self._counting:
             return False
         self._counts[group] += 1
         number = f"{group}{self._counts[group]}"
-        _say(f"moment {number} [{self._stage}]: {name}")
+        _print(f"moment {number} [{self._stage}]: {name}")
         if self._die_at not in (number, name):
             return False
-        _say(f"dying at moment {number} [{self._stage}]: {name}")
+        _print(f"dying at moment {number} [{self._stage}]: {name}")
         return True
 
     def _die(self) -> None:
-        _say(f"children: {' '.join(children())}")
-        self._doomed = False
+        _print(f"children: {' '.join(children())}")
+        self._dying = False
         os.kill(os.getpid(), self._signal)
 
     # -- the operation's records -------------------------------------------------------------------------------------
 
-    def sees(self, changes: Sequence[StoreChange]) -> str:
+    def describe(self, changes: Sequence[StoreChange]) -> str:
         """What to call a transaction; moments may count from here on."""
-        own = self._own(changes)
+        own = self._tracked_operation(changes)
         if own is None:
             return f"a transaction with {', '.join(sorted({type(one).__name__ for one in changes}))}"
         if self._phase is Phase.BEGUN or own.state is OperationState.UNDOING:
@@ -183,14 +183,14 @@ class Moments:
 
     def refuses(self, changes: Sequence[StoreChange]) -> bool:
         """Whether a transaction must fail, so that the operation is undone from its last step on."""
-        own = self._own(changes)
+        own = self._tracked_operation(changes)
         if own is None or self._phase is not Phase.UNDOING or self._counting or self._over:
             return False
         return own.committed
 
     def recorded(self, changes: Sequence[StoreChange]) -> bool:
         """Take note of a transaction; whether it ends the operation, and with it the moments."""
-        own = self._own(changes)
+        own = self._tracked_operation(changes)
         if own is None:
             return False
         done = [stage.name for stage in own.stages if stage.state is StageState.DONE]
@@ -205,20 +205,20 @@ class Moments:
         """Count no more."""
         self._counting, self._over = False, True
 
-    def _own(self, changes: Sequence[StoreChange]) -> Operation | None:
+    def _tracked_operation(self, changes: Sequence[StoreChange]) -> Operation | None:
         """The operation, if it is in this transaction; the first of its kind that is begun, or resumed, is the one."""
         for change in changes:
             if isinstance(change, PutOperation) and change.operation.kind is self._kind:
                 if not self._operation_id and (change.expect == 0 or self._phase is Phase.RESUMED):
                     self._operation_id = change.operation.id
                     self._stage = change.operation.stages[0].name if change.operation.stages else "end"
-                    _say(f"stages: {' '.join(stage.name for stage in change.operation.stages)}")
+                    _print(f"stages: {' '.join(stage.name for stage in change.operation.stages)}")
                 if change.operation.id == self._operation_id:
                     return change.operation
         return None
 
 
-class MortalStore:
+class InstrumentedStore:
     """A store whose transactions are moments."""
 
     def __init__(self, store: Store, moments: Moments) -> None:
@@ -230,7 +230,7 @@ class MortalStore:
 
     async def apply(self, changes: Sequence[StoreChange]) -> int:
         """The store's own, at a moment; the operation's last has one behind it too."""
-        name = self._moments.sees(changes)
+        name = self._moments.describe(changes)
         self._moments.now(f"before {name}")
         if self._moments.refuses(changes):
             raise EngineRejected(call="commit", status=500, detail=REFUSAL)
@@ -241,7 +241,7 @@ class MortalStore:
         return version
 
 
-class MortalPort:
+class InstrumentedPort:
     """A port whose changing calls are moments."""
 
     def __init__(self, port: type, adapter: object, moments: Moments) -> None:
@@ -252,16 +252,16 @@ class MortalPort:
 
     def __getattr__(self, name: str) -> Any:
         call = getattr(self._adapter, name)
-        return self._watched(call, name) if name in self._changing else call
+        return self._instrumented(call, name) if name in self._changing else call
 
-    def _watched(self, call: Callable[..., Awaitable[Any]], name: str) -> Any:
-        async def watched(*words: object, **named: object) -> object:
+    def _instrumented(self, call: Callable[..., Awaitable[Any]], name: str) -> Any:
+        async def instrumented(*words: object, **named: object) -> object:
             whole = f"{self._port.__name__}.{name}"
             self._moments.now(f"before {whole}")
             work = call(*words, **named)
             return await (self._moments.during(f"in {whole}", work) if self._port in LASTING else work)
 
-        return watched
+        return instrumented
 
 
 def watch_children(moments: Moments) -> None:
@@ -304,7 +304,7 @@ def program(words: Sequence[object]) -> str:
     if command[0] == "nsenter":
         command = command[command.index("--") + 1 :]
     name = Path(command[0]).name
-    return "" if name in _LOOKING or _LOOKING_OPTIONS & set(command) else name
+    return "" if name in _READ_ONLY_PROGRAMS or _READ_ONLY_OPTIONS & set(command) else name
 
 
 def children() -> list[str]:
@@ -317,7 +317,7 @@ def children() -> list[str]:
     return found
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     os.write(2, f"{line}\n".encode())
 
 
@@ -332,18 +332,18 @@ def main() -> int:
     )
     watch_children(moments)
 
-    def mortal(port: type) -> Any:
-        return lambda adapter: MortalPort(port, adapter, moments)
+    def instrument(port: type) -> Any:
+        return lambda adapter: InstrumentedPort(port, adapter, moments)
 
     wrappers = PortWrappers(
-        engine=mortal(Engine),
-        store=lambda store: MortalStore(store, moments),
-        layers=mortal(LayerStore),
-        snapshots=mortal(SnapshotStore),
-        host_paths=mortal(HostPaths),
-        revision_backups=mortal(RevisionBackupStore),
-        volumes=mortal(VolumeBackend),
-        copier=mortal(VolumeCopier),
+        engine=instrument(Engine),
+        store=lambda store: InstrumentedStore(store, moments),
+        layers=instrument(LayerStore),
+        snapshots=instrument(SnapshotStore),
+        host_paths=instrument(HostPaths),
+        revision_backups=instrument(RevisionBackupStore),
+        volumes=instrument(VolumeBackend),
+        copier=instrument(VolumeCopier),
     )
     return run(load(sys.argv[1:]).settings, wrappers)
 

@@ -10,11 +10,14 @@ from gpudock.v1 import container_pb2
 from tests.calls import Caller
 from tests.rig import Rig
 
-PLANT = (
+WRITE_FILES = (
     "mkdir -p /work/deep && echo kept > /work/file && ln /work/file /work/link && rm -f /etc/group"
     " && dd if=/dev/urandom of=/work/deep/data bs=1k count=64 2>/dev/null && chmod 4755 /work/deep/data"
 )
-LOOK = "cd /work && stat -c '%n %a %u %s %h' file link deep/data && md5sum file deep/data && ls /etc | grep -c group"
+SHOW_FILES = (
+    "cd /work && stat -c '%n %a %u %s %h' file link deep/data && md5sum file deep/data"
+    " && ls /etc | grep -c group || true"
+)
 
 
 def engine_containers(rig: Rig) -> list[dict[str, Any]]:
@@ -35,13 +38,13 @@ def bound_host_paths(rig: Rig) -> list[str]:
     return [point for point in points if point.startswith("/run/gpudock-host-paths/")]
 
 
-def cards_of(inspected: dict[str, Any]) -> list[str]:
+def gpus_of(inspected: dict[str, Any]) -> list[str]:
     """The cards that an engine container was given."""
     requests = inspected["HostConfig"]["DeviceRequests"] or []
     return [uuid for request in requests for uuid in request["DeviceIDs"]]
 
 
-async def absent(caller: Caller, rig: Rig, name: str) -> None:
+async def require_absent(caller: Caller, rig: Rig, name: str) -> None:
     """`name` does not exist, and nothing of it is left."""
     try:
         await caller.get(name)
@@ -53,7 +56,7 @@ async def absent(caller: Caller, rig: Rig, name: str) -> None:
     assert name not in (await caller.holders()).values()
 
 
-async def sound(caller: Caller, rig: Rig, name: str, files: str | None = None) -> container_pb2.Container:
+async def require_consistent(caller: Caller, rig: Rig, name: str, files: str | None = None) -> container_pb2.Container:
     """`name` runs in one engine container, with the cards and ports it claims, and with its files."""
     container = await caller.get(name)
     ours = [one for one in engine_containers(rig) if one["Config"]["Labels"].get("gpudock.name") == name]
@@ -62,7 +65,7 @@ async def sound(caller: Caller, rig: Rig, name: str, files: str | None = None) -
     assert container.status.state == container_pb2.CONTAINER_STATE_RUNNING
     assert engine["State"]["Running"]
     assert engine["Id"] == container.status.engine_id
-    assert cards_of(engine) == list(container.status.gpu_uuids)
+    assert gpus_of(engine) == list(container.status.gpu_uuids)
     held = [uuid for uuid, holder in (await caller.holders()).items() if holder == name]
     assert sorted(held) == sorted(container.status.gpu_uuids)
     assert len(container.status.gpu_uuids) == container.spec.gpus.count
@@ -71,5 +74,5 @@ async def sound(caller: Caller, rig: Rig, name: str, files: str | None = None) -
     }
     assert published == {binding.host_port for binding in container.status.ports}
     if files is not None:
-        assert await caller.shell(name, LOOK + " || true") == files
+        assert await caller.shell(name, SHOW_FILES) == files
     return container

@@ -15,17 +15,17 @@ from gpudock.v1 import container_pb2
 
 from tests.calls import Caller, failure_of
 from tests.conftest import FAST_FLAGS, own_state_flags
-from tests.faults.invariants import LOOK, PLANT, absent, sound
+from tests.faults.invariants import SHOW_FILES, WRITE_FILES, require_absent, require_consistent
 from tests.rig import Daemon, EngineProxy, Fault, Rig
 
 pytestmark = pytest.mark.deep
 
 _PORT = container_pb2.PortRequest(container_port=80)
 # What a commit needs on its way, by the names of its images.
-_PASSING = ("gpudock/raw:", "gpudock/commit:")
+_INTERMEDIATE_IMAGES = ("gpudock/raw:", "gpudock/commit:")
 _CALLS = r"/(commit|containers|images|volumes)(/.*)?"
 # A wait is not something that the engine does and could lose the answer to.
-_DEEDS = r"/(commit|containers|images|volumes)(/(?!.*/wait$).*)?"
+_MUTATIONS = r"/(commit|containers|images|volumes)(/(?!.*/wait$).*)?"
 _MOST_CALLS = 60
 # What a caller may be told when the engine does any of this: that it is out of reach, that it refused, or what follows
 # from a refusal.
@@ -35,16 +35,16 @@ Plant = Callable[[EngineProxy, int], Fault]
 
 FAULTS: dict[str, Plant] = {
     "refused": lambda proxy, nth: proxy.faults.fail(".*", _CALLS, nth=nth),
-    "refused, but done": lambda proxy, nth: proxy.faults.fail("POST|DELETE", _DEEDS, nth=nth, after=True),
+    "refused, but done": lambda proxy, nth: proxy.faults.fail("POST|DELETE", _MUTATIONS, nth=nth, after=True),
     "hangs": lambda proxy, nth: proxy.faults.hang(".*", _CALLS, nth=nth),
-    "hangs, but done": lambda proxy, nth: proxy.faults.hang("POST|DELETE", _DEEDS, nth=nth, after=True),
+    "hangs, but done": lambda proxy, nth: proxy.faults.hang("POST|DELETE", _MUTATIONS, nth=nth, after=True),
     "dropped": lambda proxy, nth: proxy.faults.drop(".*", _CALLS, nth=nth),
-    "dropped, but done": lambda proxy, nth: proxy.faults.drop("POST|DELETE", _DEEDS, nth=nth, after=True),
+    "dropped, but done": lambda proxy, nth: proxy.faults.drop("POST|DELETE", _MUTATIONS, nth=nth, after=True),
 }
 
 
 @asynccontextmanager
-async def _behind(rig: Rig, proxy: EngineProxy, kind: str) -> AsyncIterator[tuple[Daemon, Caller]]:
+async def _daemon_behind(rig: Rig, proxy: EngineProxy, kind: str) -> AsyncIterator[tuple[Daemon, Caller]]:
     # Every call that hangs is waited for; where none does, a slow machine must not look like one.
     timeout = "2.5" if "hangs" in kind else "20"
     daemon = await rig.start_daemon(*FAST_FLAGS, *own_state_flags(), "--engine-timeout", timeout, docker_host=proxy.url)
@@ -56,7 +56,7 @@ async def _behind(rig: Rig, proxy: EngineProxy, kind: str) -> AsyncIterator[tupl
         await asyncio.to_thread(daemon.stop)
 
 
-async def _each_in_turn(proxy: EngineProxy, plant: Plant, act: Callable[[], Awaitable[object]]) -> AsyncIterator[str]:
+async def _fail_each_call(proxy: EngineProxy, plant: Plant, act: Callable[[], Awaitable[object]]) -> AsyncIterator[str]:
     """Do it with the first call harmed, then the second …, until none is; the reason it failed with, or empty."""
     for nth in range(1, _MOST_CALLS):
         fault = plant(proxy, nth)
@@ -79,20 +79,20 @@ async def _each_in_turn(proxy: EngineProxy, plant: Plant, act: Callable[[], Awai
 @pytest.mark.parametrize("kind", FAULTS)
 async def test_create(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) -> None:
     rig = clean_engine
-    async with _behind(rig, engine_proxy, kind) as (_, caller):
+    async with _daemon_behind(rig, engine_proxy, kind) as (_, caller):
         outcomes = []
 
         async def create() -> None:
             await caller.create("victim", 2, ports=[_PORT])
 
-        async for reason in _each_in_turn(engine_proxy, FAULTS[kind], create):
+        async for reason in _fail_each_call(engine_proxy, FAULTS[kind], create):
             outcomes.append(reason)
             await caller.until_idle()
             if reason:
-                await absent(caller, rig, "victim")
+                await require_absent(caller, rig, "victim")
                 assert await caller.free_gpus() == 8
             else:
-                await sound(caller, rig, "victim")
+                await require_consistent(caller, rig, "victim")
                 await caller.delete("victim")
         assert any(outcomes)
         assert outcomes[-1] == ""
@@ -102,21 +102,21 @@ async def test_create(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) -
 @pytest.mark.parametrize("kind", FAULTS)
 async def test_scale(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) -> None:
     rig = clean_engine
-    async with _behind(rig, engine_proxy, kind) as (_, caller):
+    async with _daemon_behind(rig, engine_proxy, kind) as (_, caller):
         await caller.create("victim", 2, ports=[_PORT])
-        await caller.shell("victim", PLANT)
-        files = await caller.shell("victim", LOOK + " || true")
+        await caller.shell("victim", WRITE_FILES)
+        files = await caller.shell("victim", SHOW_FILES)
         count = 2
         outcomes = []
 
         async def scale() -> None:
             await caller.scale("victim", 5 - count)
 
-        async for reason in _each_in_turn(engine_proxy, FAULTS[kind], scale):
+        async for reason in _fail_each_call(engine_proxy, FAULTS[kind], scale):
             outcomes.append(reason)
             await caller.until_idle()
             count = count if reason else 5 - count
-            container = await sound(caller, rig, "victim", files)
+            container = await require_consistent(caller, rig, "victim", files)
             assert container.spec.gpus.count == count, "it was told otherwise than what happened"
         assert any(outcomes)
         assert outcomes[-1] == ""
@@ -132,7 +132,7 @@ def _images(rig: Rig) -> dict[str, str]:
 async def test_commit(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) -> None:
     """The name is with the image before, or with the one that the call gave; no other image is left."""
     rig = clean_engine
-    async with _behind(rig, engine_proxy, kind) as (_, caller):
+    async with _daemon_behind(rig, engine_proxy, kind) as (_, caller):
         await caller.create("victim", 2, ports=[_PORT])
         before = (await caller.commit("victim", "gpudock/victim", tag="test")).id
         # A daemon of another test may have died with a commit under way, and nobody sweeps after it.
@@ -145,13 +145,13 @@ async def test_commit(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) -
             made = ""
             made = (await caller.commit("victim", "gpudock/victim", tag="test")).id
 
-        async for reason in _each_in_turn(engine_proxy, FAULTS[kind], commit):
+        async for reason in _fail_each_call(engine_proxy, FAULTS[kind], commit):
             outcomes.append(reason)
             await caller.until_idle()
-            await sound(caller, rig, "victim")
+            await require_consistent(caller, rig, "victim")
             images = _images(rig)
             assert images["gpudock/victim:test"] == (made or before), reason
-            assert not [tag for tag in images if tag.startswith(_PASSING) and tag not in others], reason
+            assert not [tag for tag in images if tag.startswith(_INTERMEDIATE_IMAGES) and tag not in others], reason
             before = made or before
         assert any(outcomes)
         assert outcomes[-1] == ""
@@ -162,24 +162,24 @@ async def test_commit(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) -
 @pytest.mark.parametrize("kind", ["refused", "hangs, but done", "dropped"])
 async def test_clone(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) -> None:
     rig = clean_engine
-    async with _behind(rig, engine_proxy, kind) as (_, caller):
+    async with _daemon_behind(rig, engine_proxy, kind) as (_, caller):
         await caller.create("source", 2, ports=[_PORT])
-        await caller.shell("source", PLANT)
-        files = await caller.shell("source", LOOK + " || true")
+        await caller.shell("source", WRITE_FILES)
+        files = await caller.shell("source", SHOW_FILES)
         outcomes = []
 
         async def clone() -> None:
             await caller.clone("source", "victim")
 
-        async for reason in _each_in_turn(engine_proxy, FAULTS[kind], clone):
+        async for reason in _fail_each_call(engine_proxy, FAULTS[kind], clone):
             outcomes.append(reason)
             await caller.until_idle()
-            await sound(caller, rig, "source", files)
+            await require_consistent(caller, rig, "source", files)
             if reason:
-                await absent(caller, rig, "victim")
+                await require_absent(caller, rig, "victim")
                 assert await caller.free_gpus() == 6
             else:
-                await sound(caller, rig, "victim", files)
+                await require_consistent(caller, rig, "victim", files)
                 await caller.delete("victim")
         assert any(outcomes)
         assert outcomes[-1] == ""

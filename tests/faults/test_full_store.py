@@ -16,7 +16,7 @@ from tests.calls import Caller, Failure, failure_of, progress_of, scale_request,
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
 from tests.rig import Rig
 from tests.rig.etcd import Etcd
-from tests.rig.etcd_filler import Ballast
+from tests.rig.etcd_filler import EtcdFiller
 from tests.rig.patience import limit
 
 __all__ = ["daemons"]
@@ -39,9 +39,9 @@ def small_etcd(rig: Rig) -> Iterator[Etcd]:
 
 
 @pytest_asyncio.fixture
-async def ballast(small_etcd: Etcd) -> AsyncIterator[Ballast]:
-    async with Ballast(small_etcd.endpoint) as ballast:
-        yield ballast
+async def filler(small_etcd: Etcd) -> AsyncIterator[EtcdFiller]:
+    async with EtcdFiller(small_etcd.endpoint) as filler:
+        yield filler
 
 
 async def _refusal(stream: Any) -> Failure:
@@ -64,28 +64,28 @@ async def _done(call: Awaitable[object]) -> bool:
 
 
 @pytest.mark.deep
-async def test_what_a_change_writes(daemons: IsolatedDaemons, ballast: Ballast, small_etcd: Etcd) -> None:
+async def test_what_a_change_writes(daemons: IsolatedDaemons, filler: EtcdFiller, small_etcd: Etcd) -> None:
     daemon = await daemons.start("--keep-revisions", "2", etcd_endpoints=small_etcd.endpoint)
     async with Caller(daemon.target) as caller:
         await caller.create("big", labels=_labels(0))
         # The second and later ones prune as well.
         for number in range(1, 3):
             await caller.update("big", "labels", labels=_labels(number))
-        before = (await ballast.status()).header.revision
+        before = (await filler.status()).header.revision
         request = update_request("big", "labels", labels=_labels(3), request_id=str(uuid.uuid4()))
         first = await progress_of(caller.containers.UpdateContainer(request))
-        written = await ballast.bytes_put_since(before)
+        written = await filler.bytes_put_since(before)
         assert written < 6 * _LABELS_BYTES, f"{written / _LABELS_BYTES:.1f} times the labels"
         assert len(await caller.revisions("big")) == 2
         # The same call has the same answer; where that was given up for want of room, the container as it is now.
         assert (await progress_of(caller.containers.UpdateContainer(request))).result == first.result
-        await ballast.lose(f"{daemons.prefix}results/")
+        await filler.delete_prefix(f"{daemons.prefix}results/")
         again = await progress_of(caller.containers.UpdateContainer(request))
         assert again.result == await caller.get("big")
         assert again.snapshots[-1].state == operation_pb2.OPERATION_STATE_SUCCEEDED
 
 
-async def test_a_caller_in_flight_when_it_fills(daemons: IsolatedDaemons, ballast: Ballast, small_etcd: Etcd) -> None:
+async def test_a_caller_in_flight_when_it_fills(daemons: IsolatedDaemons, filler: EtcdFiller, small_etcd: Etcd) -> None:
     async with daemons.rig.engine_proxy() as proxy:
         daemon = await daemons.start(etcd_endpoints=small_etcd.endpoint, docker_host=proxy.url)
         async with Caller(daemon.target) as caller:
@@ -93,7 +93,7 @@ async def test_a_caller_in_flight_when_it_fills(daemons: IsolatedDaemons, ballas
             held = proxy.faults.hang("POST", r"/containers/.*/stop.*")
             telling = asyncio.create_task(_refusal(caller.containers.ScaleContainer(scale_request("victim", 2))))
             await asyncio.wait_for(held.hit.wait(), limit(_ANSWER_SECONDS))
-            await ballast.fill()
+            await filler.fill()
             held.release()
             told = await telling
             assert (told.code, told.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL"), told
@@ -111,7 +111,7 @@ async def test_a_caller_in_flight_when_it_fills(daemons: IsolatedDaemons, ballas
             assert f"operation {operation.id} waits" in told.message
             assert told.metadata["operation_id"] == operation.id
             assert (await caller.get("victim")).name == "victim"
-            await ballast.remove()
+            await filler.remove()
             await caller.until_idle()
             assert len((await caller.get("victim")).status.gpu_uuids) == 2
             await caller.delete("victim")
@@ -119,12 +119,14 @@ async def test_a_caller_in_flight_when_it_fills(daemons: IsolatedDaemons, ballas
 
 
 @pytest.mark.deep
-async def test_a_daemon_starts_on_a_full_cluster(daemons: IsolatedDaemons, ballast: Ballast, small_etcd: Etcd) -> None:
+async def test_a_daemon_starts_on_a_full_cluster(
+    daemons: IsolatedDaemons, filler: EtcdFiller, small_etcd: Etcd
+) -> None:
     daemon = await daemons.start(etcd_endpoints=small_etcd.endpoint)
     async with Caller(daemon.target) as caller:
         await caller.create("kept", 1)
     await asyncio.to_thread(daemon.kill9)
-    await ballast.fill()
+    await filler.fill()
     daemon = await daemons.start(etcd_endpoints=small_etcd.endpoint, after=daemon)
     async with Caller(daemon.target) as caller:
         assert (await caller.get("kept")).name == "kept"
@@ -134,7 +136,7 @@ async def test_a_daemon_starts_on_a_full_cluster(daemons: IsolatedDaemons, balla
         health = {one.component: one for one in node.components}[node_pb2.NODE_COMPONENT_STORE]
         assert not health.healthy
         assert "full" in health.message
-        await ballast.remove()
+        await filler.remove()
         await until(lambda: _done(caller.update("kept", "labels", labels={"a": "b"})))
         await caller.delete("kept")
     assert "Traceback" not in daemon.log_text, daemon.log_text
@@ -146,29 +148,29 @@ async def test_a_full_store_of_its_own_mends_itself(daemons: IsolatedDaemons) ->
     flags = ("--etcd-quota", str(_QUOTA), "--store-timeout", "15")
     daemon = await daemons.start(*flags, etcd_endpoints="")
     endpoint = f"unix:{daemon.state_dir}/etcd/c.sock:0"
-    async with Caller(daemon.target) as caller, Ballast(endpoint) as ballast:
+    async with Caller(daemon.target) as caller, EtcdFiller(endpoint) as filler:
         await caller.create("kept")
         # History: what compaction gives back.
-        await ballast.overwrite(4 * _QUOTA)
+        await filler.overwrite(4 * _QUOTA)
         request_id = str(uuid.uuid4())
         request = update_request("kept", "labels", labels=_labels(1), request_id=request_id)
         first = await progress_of(caller.containers.UpdateContainer(request))
         again = await progress_of(caller.containers.UpdateContainer(request))
         assert again.result == first.result
-        await ballast.overwrite(4 * _QUOTA)
+        await filler.overwrite(4 * _QUOTA)
         await asyncio.to_thread(daemon.kill9)
     daemon = await daemons.start(*flags, after=daemon, etcd_endpoints="")
-    async with Caller(daemon.target) as caller, Ballast(endpoint) as ballast:
+    async with Caller(daemon.target) as caller, EtcdFiller(endpoint) as filler:
         await caller.update("kept", "labels", labels=_labels(2))
-        status = await ballast.status()
+        status = await filler.status()
         assert not status.errors
         assert status.dbSize < _QUOTA
         # Data: what nothing gives back but a deletion. The first time, the file may have been full of other things.
         refusals = 0
         for number in range(3, 8):
-            await ballast.fill()
+            await filler.fill()
             refusals += not await _done(caller.update("kept", "labels", labels=_labels(number)))
         assert refusals, daemon.log_text[-9000:]
-        await ballast.remove()
+        await filler.remove()
         await caller.delete("kept")
     assert "Traceback" not in daemon.log_text, daemon.log_text

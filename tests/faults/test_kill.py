@@ -8,48 +8,48 @@ import pytest
 from gpudock_server.adapters.host.trees.jobs import Jobs
 from gpudock_server.model.operation import OperationKind
 
-from tests.faults.container_scenarios import SAGAS
-from tests.faults.daemon_killer import Killing
+from tests.faults.container_scenarios import SCENARIOS
+from tests.faults.daemon_killer import DaemonKiller
 from tests.faults.instrumented_daemon import CALLS, JOBS
 from tests.rig import Rig
 
 # The everyday saga of each kind of operation.
-_OF_EACH_KIND = (
+_ONE_OF_EACH_KIND = (
     "create", "scale-exchange", "rollback", "clone-copy", "update-env", "stop", "start", "restart", "pause", "unpause",
     "delete", "delete-revision", "commit",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("saga", _OF_EACH_KIND)
-async def test_one_moment(killing: Killing, clean_engine: Rig, tmp_path: Path, saga: str) -> None:
-    await killing.one_moment(SAGAS[saga](clean_engine, tmp_path))
+@pytest.mark.parametrize("scenario", _ONE_OF_EACH_KIND)
+async def test_one_moment(daemon_killer: DaemonKiller, clean_engine: Rig, tmp_path: Path, scenario: str) -> None:
+    await daemon_killer.kill_at_one_moment(SCENARIOS[scenario](clean_engine, tmp_path))
 
 
 @pytest.mark.deep
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("saga", SAGAS)
-async def test_every_moment(killing: Killing, clean_engine: Rig, tmp_path: Path, saga: str) -> None:
-    await killing.every_moment(SAGAS[saga](clean_engine, tmp_path))
+@pytest.mark.parametrize("scenario", SCENARIOS)
+async def test_every_moment(daemon_killer: DaemonKiller, clean_engine: Rig, tmp_path: Path, scenario: str) -> None:
+    await daemon_killer.kill_at_every_moment(SCENARIOS[scenario](clean_engine, tmp_path))
 
 
 @pytest.mark.deep
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("saga", SAGAS)
-async def test_while_undoing(killing: Killing, clean_engine: Rig, tmp_path: Path, saga: str) -> None:
-    await killing.undoing(SAGAS[saga](clean_engine, tmp_path))
+@pytest.mark.parametrize("scenario", SCENARIOS)
+async def test_while_undoing(daemon_killer: DaemonKiller, clean_engine: Rig, tmp_path: Path, scenario: str) -> None:
+    await daemon_killer.kill_while_undoing(SCENARIOS[scenario](clean_engine, tmp_path))
 
 
 @pytest.mark.deep
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("saga", SAGAS)
-async def test_while_recovering(killing: Killing, clean_engine: Rig, tmp_path: Path, saga: str) -> None:
-    await killing.recovering(SAGAS[saga](clean_engine, tmp_path))
+@pytest.mark.parametrize("scenario", SCENARIOS)
+async def test_while_recovering(daemon_killer: DaemonKiller, clean_engine: Rig, tmp_path: Path, scenario: str) -> None:
+    await daemon_killer.kill_while_recovering(SCENARIOS[scenario](clean_engine, tmp_path))
 
 
 def test_every_kind_of_operation_on_containers_is_killed(rig: Rig, tmp_path: Path) -> None:
     kinds = {kind.value for kind in OperationKind if not kind.value.endswith("_VOLUME")}
-    assert {make(rig, tmp_path).kind for make in SAGAS.values()} == kinds
-    assert sorted(SAGAS[saga](rig, tmp_path).kind for saga in _OF_EACH_KIND) == sorted(kinds)
+    assert {make(rig, tmp_path).kind for make in SCENARIOS.values()} == kinds
+    assert sorted(SCENARIOS[scenario](rig, tmp_path).kind for scenario in _ONE_OF_EACH_KIND) == sorted(kinds)
 
 
 @pytest.mark.parametrize("port", CALLS, ids=lambda port: port.__name__)

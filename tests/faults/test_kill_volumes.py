@@ -17,14 +17,16 @@ from gpudock_server.model.operation import OperationKind
 from tests.calls import Caller
 from tests.engine.loop_devices import detach_loop_devices, loop_devices_below
 from tests.engine.volume_containers import volume_container
-from tests.faults.daemon_killer import Killing, Saga
+from tests.faults.daemon_killer import DaemonKiller, KillScenario
 from tests.rig import Rig
 from tests.vm.machine import FILESYSTEM_VARIABLE
 
 _MIB = 1 << 20
 _SIZE = 320 * _MIB
-_PLANT = "dd if=/dev/urandom of=/data/blob bs=64k count=16 2>/dev/null; ln /data/blob /data/link; chmod 4751 /data/blob"
-_LOOK = "cd /data && md5sum blob link && stat -c '%a %h %u %Y' blob"
+_WRITE_FILES = (
+    "dd if=/dev/urandom of=/data/blob bs=64k count=16 2>/dev/null; ln /data/blob /data/link; chmod 4751 /data/blob"
+)
+_SHOW_FILES = "cd /data && md5sum blob link && stat -c '%a %h %u %Y' blob"
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ async def _volume(caller: Caller) -> volume_pb2.Volume | None:
         return None
 
 
-async def _nothing_left(caller: Caller, rig: Rig) -> None:
+async def _require_nothing_left(caller: Caller, rig: Rig) -> None:
     assert not loop_devices_below(rig.folder)
     node = (await caller.nodes.GetNode(node_service_pb2.GetNodeRequest())).node
     assert not node.volume_pool.promised_bytes, "a store on the host"
@@ -51,7 +53,7 @@ async def _nothing_left(caller: Caller, rig: Rig) -> None:
     assert not [one["Name"] for one in left if one["Name"].startswith("gpudock-")]
 
 
-async def _whole(caller: Caller, rig: Rig, *sizes: int) -> volume_pb2.Volume:
+async def _require_ready(caller: Caller, rig: Rig, *sizes: int) -> volume_pb2.Volume:
     """It can be used, has one of these sizes, and what it is made of is there once."""
     volume = await _volume(caller)
     assert volume is not None
@@ -64,20 +66,20 @@ async def _whole(caller: Caller, rig: Rig, *sizes: int) -> volume_pb2.Volume:
     return volume
 
 
-def _create(rig: Rig) -> Saga:
+def _create(rig: Rig) -> KillScenario:
     async def create(caller: Caller) -> None:
         await caller.create_volume("phoenix", _SIZE)
 
     async def check(caller: Caller) -> None:
         if await _volume(caller) is not None:
-            await _whole(caller, rig, _SIZE)
+            await _require_ready(caller, rig, _SIZE)
             await caller.delete_volume("phoenix")
-        await _nothing_left(caller, rig)
+        await _require_nothing_left(caller, rig)
 
-    return Saga("CREATE_VOLUME", create, check)
+    return KillScenario("CREATE_VOLUME", create, check)
 
 
-def _delete(rig: Rig) -> Saga:
+def _delete(rig: Rig) -> KillScenario:
     async def delete(caller: Caller) -> None:
         if await _volume(caller) is None:
             await caller.create_volume("phoenix", _SIZE)
@@ -85,14 +87,14 @@ def _delete(rig: Rig) -> Saga:
 
     async def check(caller: Caller) -> None:
         if await _volume(caller) is None:
-            await _nothing_left(caller, rig)
+            await _require_nothing_left(caller, rig)
         else:
-            await _whole(caller, rig, _SIZE)
+            await _require_ready(caller, rig, _SIZE)
 
-    return Saga("DELETE_VOLUME", delete, check)
+    return KillScenario("DELETE_VOLUME", delete, check)
 
 
-def _delete_with_force(rig: Rig) -> Saga:
+def _delete_with_force(rig: Rig) -> KillScenario:
     """Two stopped containers are updated on the way; their other files stay, whatever happens to the volume."""
     kept = ""
 
@@ -101,36 +103,36 @@ def _delete_with_force(rig: Rig) -> Saga:
         if not kept:
             for name in ("phoenix", "ash"):
                 await caller.create(name)
-                await caller.shell(name, _PLANT.replace("/data", "/root"))
-            kept = await caller.shell("phoenix", _LOOK.replace("/data", "/root"))
+                await caller.shell(name, _WRITE_FILES.replace("/data", "/root"))
+            kept = await caller.shell("phoenix", _SHOW_FILES.replace("/data", "/root"))
         if await _volume(caller) is None:
             await caller.create_volume("phoenix", _SIZE)
         for name in ("phoenix", "ash"):
             if not (await caller.get(name)).spec.mounts:
-                await caller.update(name, mounts=[_mounting()])
+                await caller.update(name, mounts=[_mount()])
             await caller.stop(name)
         await caller.delete_volume("phoenix", force=True)
 
     async def check(caller: Caller) -> None:
         there = await _volume(caller)
         if there is None:
-            await _nothing_left(caller, rig)
+            await _require_nothing_left(caller, rig)
         else:
-            await _whole(caller, rig, _SIZE)
+            await _require_ready(caller, rig, _SIZE)
         listed = await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest())
         failed = [one for one in listed.operations if one.state != operation_pb2.OPERATION_STATE_SUCCEEDED]
         assert not [one.error for one in failed], "what was begun goes forward"
         for name in ("phoenix", "ash"):
             container = await caller.get(name)
             assert not container.status.operation_id
-            assert container.spec.mounts == ([_mounting()] if there is not None else [])
+            assert container.spec.mounts == ([_mount()] if there is not None else [])
             await caller.start(name)
-        assert await caller.shell("phoenix", _LOOK.replace("/data", "/root")) == kept
+        assert await caller.shell("phoenix", _SHOW_FILES.replace("/data", "/root")) == kept
 
-    return Saga("DELETE_VOLUME", delete, check)
+    return KillScenario("DELETE_VOLUME", delete, check)
 
 
-def _adopt(rig: Rig) -> Saga:
+def _adopt(rig: Rig) -> KillScenario:
     """With a size: the engine's own volume stays as it was, whatever becomes of the copy."""
     files = ""
 
@@ -139,33 +141,33 @@ def _adopt(rig: Rig) -> Saga:
         if not files:
             rig.engine.call("POST", "/volumes/create", send={"Name": "theirs", "Labels": {"gpudock.adopt": "true"}})
             with volume_container(rig, "theirs") as theirs:
-                theirs.run("sh", "-c", _PLANT)
-                files = theirs.run("sh", "-c", _LOOK).stdout
+                theirs.run("sh", "-c", _WRITE_FILES)
+                files = theirs.run("sh", "-c", _SHOW_FILES).stdout
         await caller.adopt_volume("phoenix", "theirs", _SIZE)
 
     async def check(caller: Caller) -> None:
         if await _volume(caller) is not None:
-            await _whole(caller, rig, _SIZE)
-            await caller.create("phoenix", mounts=[_mounting()])
-            assert await caller.shell("phoenix", _LOOK) == files
+            await _require_ready(caller, rig, _SIZE)
+            await caller.create("phoenix", mounts=[_mount()])
+            assert await caller.shell("phoenix", _SHOW_FILES) == files
             await caller.delete("phoenix")
             await caller.delete_volume("phoenix")
-        await _nothing_left(caller, rig)
+        await _require_nothing_left(caller, rig)
         with volume_container(rig, "theirs") as theirs:
-            assert theirs.run("sh", "-c", _LOOK).stdout == files
+            assert theirs.run("sh", "-c", _SHOW_FILES).stdout == files
 
-    return Saga("ADOPT_VOLUME", adopt, check)
+    return KillScenario("ADOPT_VOLUME", adopt, check)
 
 
-def _mounting() -> container_pb2.Mount:
+def _mount() -> container_pb2.Mount:
     return container_pb2.Mount(volume="phoenix", target="/data")
 
 
-async def _df(caller: Caller) -> int:
+async def _filesystem_size(caller: Caller) -> int:
     return int((await caller.shell("phoenix", "df -P -k /data")).splitlines()[1].split()[1]) << 10
 
 
-def _resize_in_place(rig: Rig, *, step: int) -> Saga:
+def _resize_in_place(rig: Rig, *, step: int) -> KillScenario:
     """By one step each time; after the last one, of a new volume."""
     files, sizes = "", range(2 * _SIZE, 2 * _SIZE + 33 * step, step)
 
@@ -178,45 +180,45 @@ def _resize_in_place(rig: Rig, *, step: int) -> Saga:
             volume = None
         if volume is None:
             volume = await caller.create_volume("phoenix", 2 * _SIZE)
-            await caller.create("phoenix", mounts=[_mounting()])
-            await caller.shell("phoenix", _PLANT)
-            files = await caller.shell("phoenix", _LOOK)
+            await caller.create("phoenix", mounts=[_mount()])
+            await caller.shell("phoenix", _WRITE_FILES)
+            files = await caller.shell("phoenix", _SHOW_FILES)
         await caller.resize_volume("phoenix", volume.size_bytes + step)
 
     async def check(caller: Caller) -> None:
-        volume = await _whole(caller, rig, *sizes)
-        assert abs(await _df(caller) - volume.size_bytes) < volume.size_bytes // 50
-        assert await caller.shell("phoenix", _LOOK) == files
+        volume = await _require_ready(caller, rig, *sizes)
+        assert abs(await _filesystem_size(caller) - volume.size_bytes) < volume.size_bytes // 50
+        assert await caller.shell("phoenix", _SHOW_FILES) == files
 
     # Of what loop devices can carry, that is what can do both.
-    return Saga("RESIZE_VOLUME", resize, check, ("--volume-filesystem", "btrfs"))
+    return KillScenario("RESIZE_VOLUME", resize, check, ("--volume-filesystem", "btrfs"))
 
 
-def _shrink_by_copy(rig: Rig) -> Saga:
+def _shrink_by_copy(rig: Rig) -> KillScenario:
     files = ""
 
     async def shrink(caller: Caller) -> None:
         nonlocal files
         await caller.create_volume("phoenix", _SIZE + 64 * _MIB)
-        await caller.create("phoenix", mounts=[_mounting()])
-        await caller.shell("phoenix", _PLANT)
-        files = await caller.shell("phoenix", _LOOK)
+        await caller.create("phoenix", mounts=[_mount()])
+        await caller.shell("phoenix", _WRITE_FILES)
+        files = await caller.shell("phoenix", _SHOW_FILES)
         await caller.resize_volume("phoenix", _SIZE)
 
     async def check(caller: Caller) -> None:
-        volume = await _whole(caller, rig, _SIZE, _SIZE + 64 * _MIB)
+        volume = await _require_ready(caller, rig, _SIZE, _SIZE + 64 * _MIB)
         assert (await caller.get("phoenix")).status.state == container_pb2.CONTAINER_STATE_RUNNING
-        assert abs(await _df(caller) - volume.size_bytes) < volume.size_bytes // 50
-        assert await caller.shell("phoenix", _LOOK) == files
+        assert abs(await _filesystem_size(caller) - volume.size_bytes) < volume.size_bytes // 50
+        assert await caller.shell("phoenix", _SHOW_FILES) == files
         await caller.delete("phoenix")
         await caller.delete_volume("phoenix")
-        await _nothing_left(caller, rig)
+        await _require_nothing_left(caller, rig)
 
     flags = ("--volume-backend", "loop", "--volume-filesystem", "xfs")
-    return Saga("RESIZE_VOLUME", shrink, check, flags)
+    return KillScenario("RESIZE_VOLUME", shrink, check, flags)
 
 
-_SAGAS: dict[str, Callable[[Rig], Saga]] = {
+_SCENARIOS: dict[str, Callable[[Rig], KillScenario]] = {
     "create": _create,
     "delete": _delete,
     "delete-with-force": _delete_with_force,
@@ -227,52 +229,52 @@ _SAGAS: dict[str, Callable[[Rig], Saga]] = {
 }
 # What cannot be cancelled has no way back once its one step is done.
 _UNDONE = ("create", "adopt", "shrink-by-copy")
-_OF_EACH_KIND = ("create", "delete", "grow", "adopt")
+_ONE_OF_EACH_KIND = ("create", "delete", "grow", "adopt")
 
 
-@pytest.mark.parametrize("saga", _OF_EACH_KIND)
-async def test_one_moment(volumes_rig: Rig, killing: Killing, saga: str) -> None:
-    await killing.one_moment(_SAGAS[saga](volumes_rig))
-
-
-@pytest.mark.deep
-async def test_create(volumes_rig: Rig, killing: Killing) -> None:
-    await killing.every_moment(_create(volumes_rig))
+@pytest.mark.parametrize("scenario", _ONE_OF_EACH_KIND)
+async def test_one_moment(volumes_rig: Rig, daemon_killer: DaemonKiller, scenario: str) -> None:
+    await daemon_killer.kill_at_one_moment(_SCENARIOS[scenario](volumes_rig))
 
 
 @pytest.mark.deep
-async def test_delete(volumes_rig: Rig, killing: Killing) -> None:
-    await killing.every_moment(_delete(volumes_rig))
+async def test_create(volumes_rig: Rig, daemon_killer: DaemonKiller) -> None:
+    await daemon_killer.kill_at_every_moment(_create(volumes_rig))
+
+
+@pytest.mark.deep
+async def test_delete(volumes_rig: Rig, daemon_killer: DaemonKiller) -> None:
+    await daemon_killer.kill_at_every_moment(_delete(volumes_rig))
 
 
 @pytest.mark.deep
 @pytest.mark.parametrize("step", [pytest.param(4 * _MIB, id="grow"), pytest.param(-4 * _MIB, id="shrink")])
-async def test_resize_in_place(volumes_rig: Rig, killing: Killing, step: int) -> None:
-    await killing.every_moment(_resize_in_place(volumes_rig, step=step))
+async def test_resize_in_place(volumes_rig: Rig, daemon_killer: DaemonKiller, step: int) -> None:
+    await daemon_killer.kill_at_every_moment(_resize_in_place(volumes_rig, step=step))
 
 
 @pytest.mark.deep
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("saga", ["delete-with-force", "adopt", "shrink-by-copy"])
-async def test_every_moment(volumes_rig: Rig, killing: Killing, saga: str) -> None:
-    await killing.every_moment(_SAGAS[saga](volumes_rig))
+@pytest.mark.parametrize("scenario", ["delete-with-force", "adopt", "shrink-by-copy"])
+async def test_every_moment(volumes_rig: Rig, daemon_killer: DaemonKiller, scenario: str) -> None:
+    await daemon_killer.kill_at_every_moment(_SCENARIOS[scenario](volumes_rig))
 
 
 @pytest.mark.deep
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("saga", _UNDONE)
-async def test_while_undoing(volumes_rig: Rig, killing: Killing, saga: str) -> None:
-    await killing.undoing(_SAGAS[saga](volumes_rig))
+@pytest.mark.parametrize("scenario", _UNDONE)
+async def test_while_undoing(volumes_rig: Rig, daemon_killer: DaemonKiller, scenario: str) -> None:
+    await daemon_killer.kill_while_undoing(_SCENARIOS[scenario](volumes_rig))
 
 
 @pytest.mark.deep
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("saga", _SAGAS)
-async def test_while_recovering(volumes_rig: Rig, killing: Killing, saga: str) -> None:
-    await killing.recovering(_SAGAS[saga](volumes_rig))
+@pytest.mark.parametrize("scenario", _SCENARIOS)
+async def test_while_recovering(volumes_rig: Rig, daemon_killer: DaemonKiller, scenario: str) -> None:
+    await daemon_killer.kill_while_recovering(_SCENARIOS[scenario](volumes_rig))
 
 
 def test_every_kind_of_operation_on_volumes_is_killed(rig: Rig) -> None:
     kinds = {kind.value for kind in OperationKind if kind.value.endswith("_VOLUME")}
-    assert {make(rig).kind for make in _SAGAS.values()} == kinds
-    assert sorted(_SAGAS[saga](rig).kind for saga in _OF_EACH_KIND) == sorted(kinds)
+    assert {make(rig).kind for make in _SCENARIOS.values()} == kinds
+    assert sorted(_SCENARIOS[scenario](rig).kind for scenario in _ONE_OF_EACH_KIND) == sorted(kinds)

@@ -10,7 +10,7 @@ from gpudock.v1 import container_pb2, container_service_pb2, operation_pb2, oper
 
 from tests.calls import Caller, failure
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
-from tests.faults.invariants import LOOK, PLANT, absent, sound
+from tests.faults.invariants import SHOW_FILES, WRITE_FILES, require_absent, require_consistent
 from tests.rig import Daemon, EngineProxy
 
 __all__ = ["daemons"]
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.deep
 _TIMEOUT = ("--engine-timeout", "2")
 
 
-async def _killed_while_undoing(caller: Caller, daemon: Daemon, call: asyncio.Task[object]) -> str:
+async def _kill_while_undoing(caller: Caller, daemon: Daemon, call: asyncio.Task[object]) -> str:
     """Kill the daemon once an operation is UNDOING; the operation's id."""
     undoing = operation_service_pb2.OperationFilter(states=[operation_pb2.OPERATION_STATE_UNDOING])
     request = operation_service_pb2.ListOperationsRequest(filter=undoing)
@@ -38,7 +38,7 @@ async def _killed_while_undoing(caller: Caller, daemon: Daemon, call: asyncio.Ta
     return found[0]
 
 
-async def _ended(caller: Caller, operation_id: str) -> operation_pb2.Operation:
+async def _ended_operation(caller: Caller, operation_id: str) -> operation_pb2.Operation:
     await caller.until_idle()
     answer = await caller.operations.GetOperation(operation_service_pb2.GetOperationRequest(id=operation_id))
     return answer.operation
@@ -50,14 +50,14 @@ async def test_of_a_create(daemons: IsolatedDaemons, engine_proxy: EngineProxy) 
     engine_proxy.faults.hang("DELETE", "/containers/.*", times=None)
     async with Caller(daemon.target) as caller:
         create = asyncio.create_task(caller.create("undone", 2, ports=[container_pb2.PortRequest(container_port=80)]))
-        operation_id = await _killed_while_undoing(caller, daemon, create)
+        operation_id = await _kill_while_undoing(caller, daemon, create)
     engine_proxy.faults.clear()
     successor = await daemons.start(after=daemon)
     async with Caller(successor.target) as caller:
-        ended = await _ended(caller, operation_id)
+        ended = await _ended_operation(caller, operation_id)
         assert ended.state == operation_pb2.OPERATION_STATE_FAILED
         assert ended.error.reason == "START_FAILED"
-        await absent(caller, daemons.rig, "undone")
+        await require_absent(caller, daemons.rig, "undone")
         assert await caller.free_gpus() == 8
         # Nothing holds the name.
         await caller.create("undone", 8)
@@ -70,25 +70,25 @@ async def test_of_a_scale(daemons: IsolatedDaemons, engine_proxy: EngineProxy, c
     daemon = await daemons.start(*flags, docker_host=engine_proxy.url)
     async with Caller(daemon.target) as caller:
         await caller.create("kept", 2)
-        await caller.shell("kept", PLANT)
-        files = await caller.shell("kept", LOOK + " || true")
+        await caller.shell("kept", WRITE_FILES)
+        files = await caller.shell("kept", SHOW_FILES)
         # The successor does not start; then nothing of it can be removed, so that the undo stands still.
         engine_proxy.faults.fail("POST", "/containers/[^/]+/start")
         engine_proxy.faults.hang("DELETE", "/containers/.*", times=None)
         scale = asyncio.create_task(caller.scale("kept", 3))
-        operation_id = await _killed_while_undoing(caller, daemon, scale)
+        operation_id = await _kill_while_undoing(caller, daemon, scale)
     engine_proxy.faults.clear()
     successor = await daemons.start(*flags, after=daemon)
     async with Caller(successor.target) as caller:
-        ended = await _ended(caller, operation_id)
+        ended = await _ended_operation(caller, operation_id)
         assert ended.state == operation_pb2.OPERATION_STATE_FAILED
-        container = await sound(caller, daemons.rig, "kept", files)
+        container = await require_consistent(caller, daemons.rig, "kept", files)
         assert (container.revision, container.spec.gpus.count) == (1, 2)
         assert await caller.free_gpus() == 6
         again = await failure(caller.containers.GetContainerRevision(_revision("kept", 2)))
         assert again.reason == "REVISION_NOT_FOUND"
         assert (await caller.scale("kept", 3)).revision == 2
-        await sound(caller, daemons.rig, "kept", files)
+        await require_consistent(caller, daemons.rig, "kept", files)
         await caller.delete("kept")
 
 

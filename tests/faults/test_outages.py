@@ -18,7 +18,7 @@ from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2
 
 from tests.calls import Caller, Progress, failure_of, progress_of, scale_request
 from tests.conftest import FAST_FLAGS, own_state_flags
-from tests.faults.invariants import LOOK, PLANT, sound
+from tests.faults.invariants import SHOW_FILES, WRITE_FILES, require_consistent
 from tests.rig import Daemon, EngineProxy, Rig
 from tests.rig.patience import limit
 
@@ -28,10 +28,10 @@ _OUTAGE_SECONDS = float(os.environ.get("GPUDOCK_TEST_OUTAGE_SECONDS", "8"))
 _BACK_SECONDS = 60.0
 _PORT = container_pb2.PortRequest(container_port=80)
 # What a scale asks of the engine, in its order: create, stop, start, and the removal of the old one.
-_DEEDS = r"/containers(/(?!.*/wait$).*)?"
+_MUTATIONS = r"/containers(/(?!.*/wait$).*)?"
 _STAGES = {"create": 1, "stop": 2, "start": 3, "retire": 4}
 _ALWAYS = container_pb2.RestartPolicy(policy=container_pb2.RESTART_POLICY_KIND_ALWAYS)
-_AWAY = {"ENGINE_UNAVAILABLE", "STORE_UNAVAILABLE", "START_FAILED", "LAYER_CARRY_FAILED", "ENGINE_REJECTED"}
+_OUTAGE_REASONS = {"ENGINE_UNAVAILABLE", "STORE_UNAVAILABLE", "START_FAILED", "LAYER_CARRY_FAILED", "ENGINE_REJECTED"}
 
 
 @asynccontextmanager
@@ -59,27 +59,27 @@ async def _daemon(rig: Rig, *flags: str) -> AsyncIterator[tuple[Daemon, EnginePr
             await asyncio.to_thread(rig.engine.remove_all)
 
 
-async def _planted(caller: Caller) -> str:
+async def _create_with_files(caller: Caller) -> str:
     await caller.create("victim", 2, ports=[_PORT], restart_policy=_ALWAYS)
-    await caller.shell("victim", PLANT)
-    return await caller.shell("victim", LOOK + " || true")
+    await caller.shell("victim", WRITE_FILES)
+    return await caller.shell("victim", SHOW_FILES)
 
 
-async def _told(caller: Caller) -> tuple[str, Progress | None]:
+async def _scale_outcome(caller: Caller) -> tuple[str, Progress | None]:
     """What who asked for three cards is told: a reason, or what the stream said."""
     try:
         return "", await progress_of(caller.containers.ScaleContainer(scale_request("victim", 3)))
     except grpc.aio.AioRpcError as error:
         told = failure_of(error)
-        assert told.reason in _AWAY, told
+        assert told.reason in _OUTAGE_REASONS, told
         return told.reason, None
 
 
-async def _as_told(caller: Caller, rig: Rig, files: str, told: tuple[str, Progress | None]) -> None:
+async def _require_as_reported(caller: Caller, rig: Rig, files: str, told: tuple[str, Progress | None]) -> None:
     """The container is as its caller was told, and so is the operation."""
     reason, progress = told
     count = 2 if reason else 3
-    await _until_sound(caller, rig, files)
+    await _wait_until_consistent(caller, rig, files)
     container = await caller.get("victim")
     assert (container.spec.gpus.count, len(container.status.gpu_uuids)) == (count, count), told
     if progress is not None and progress.result is not None:
@@ -94,7 +94,7 @@ async def _as_told(caller: Caller, rig: Rig, files: str, told: tuple[str, Progre
     assert states == [operation_pb2.OPERATION_STATE_FAILED if reason else operation_pb2.OPERATION_STATE_SUCCEEDED]
 
 
-async def _brought_back(caller: Caller, rig: Rig) -> None:
+async def _restart_if_exited(caller: Caller, rig: Rig) -> None:
     """Start it where an engine that was killed ended it and did not start it again; its record says so."""
     deadline = time.monotonic() + limit(_BACK_SECONDS)
     while True:
@@ -110,12 +110,12 @@ async def _brought_back(caller: Caller, rig: Rig) -> None:
         await caller.start("victim")
 
 
-async def _until_sound(caller: Caller, rig: Rig, files: str) -> None:
+async def _wait_until_consistent(caller: Caller, rig: Rig, files: str) -> None:
     deadline = time.monotonic() + limit(_BACK_SECONDS)
     while True:
         try:
             await caller.until_idle()
-            await sound(caller, rig, "victim", files)
+            await require_consistent(caller, rig, "victim", files)
         except (AssertionError, grpc.aio.AioRpcError) as error:
             if time.monotonic() > deadline:
                 error.add_note(f"etcd said last:\n{rig.etcd.log_text[-4000:]}")
@@ -125,7 +125,7 @@ async def _until_sound(caller: Caller, rig: Rig, files: str) -> None:
             return
 
 
-async def _away(down: Callable[[], object], up: Callable[[], object], release: Callable[[], object]) -> None:
+async def _outage(down: Callable[[], object], up: Callable[[], object], release: Callable[[], object]) -> None:
     await asyncio.to_thread(down)
     try:
         release()
@@ -141,15 +141,15 @@ async def test_etcd_is_away_in_the_middle_of_a_scale(fragile_rig: Rig, stage: st
     etcd = fragile_rig.etcd
     down, up = (etcd.stop, etcd.start) if how == "stopped" else (etcd.pause, etcd.resume)
     async with _daemon(fragile_rig) as (_, proxy, caller):
-        files = await _planted(caller)
-        held = proxy.faults.hang("POST|DELETE", _DEEDS, nth=_STAGES[stage])
-        telling = asyncio.create_task(_told(caller))
+        files = await _create_with_files(caller)
+        held = proxy.faults.hang("POST|DELETE", _MUTATIONS, nth=_STAGES[stage])
+        telling = asyncio.create_task(_scale_outcome(caller))
         await asyncio.wait_for(held.hit.wait(), limit(_BACK_SECONDS))
-        await _away(down, up, held.release)
+        await _outage(down, up, held.release)
         told = await asyncio.wait_for(telling, limit(_BACK_SECONDS))
         # It waited: whatever was asked of the engine was done, and could be recorded once etcd was back.
         assert told[0] == "", told
-        await _as_told(caller, fragile_rig, files, told)
+        await _require_as_reported(caller, fragile_rig, files, told)
 
 
 @pytest.mark.timeout(300)
@@ -158,12 +158,12 @@ async def test_what_begins_while_etcd_is_away_is_refused(fragile_rig: Rig, how: 
     etcd = fragile_rig.etcd
     down, up = (etcd.kill9, etcd.start) if how == "stopped" else (etcd.pause, etcd.resume)
     async with _daemon(fragile_rig, "--store-timeout", "1") as (_, _proxy, caller):
-        files = await _planted(caller)
+        files = await _create_with_files(caller)
         await asyncio.to_thread(down)
-        told = await _told(caller)
+        told = await _scale_outcome(caller)
         await asyncio.to_thread(up)
         assert told[0] == "STORE_UNAVAILABLE"
-        await _until_sound(caller, fragile_rig, files)
+        await _wait_until_consistent(caller, fragile_rig, files)
         # A write that was sent into the silence may have been done after all; then the operation says so.
         container = await caller.get("victim")
         assert len(container.status.gpu_uuids) == container.spec.gpus.count
@@ -176,16 +176,16 @@ async def test_what_begins_while_etcd_is_away_is_refused(fragile_rig: Rig, how: 
 async def test_the_engine_is_killed_in_the_middle_of_a_scale(fragile_rig: Rig, stage: str, *, done: bool) -> None:
     engine = fragile_rig.engine
     async with _daemon(fragile_rig) as (_, proxy, caller):
-        files = await _planted(caller)
-        held = proxy.faults.hang("POST|DELETE", _DEEDS, nth=_STAGES[stage], after=done)
-        telling = asyncio.create_task(_told(caller))
+        files = await _create_with_files(caller)
+        held = proxy.faults.hang("POST|DELETE", _MUTATIONS, nth=_STAGES[stage], after=done)
+        telling = asyncio.create_task(_scale_outcome(caller))
         await asyncio.wait_for(held.hit.wait(), limit(_BACK_SECONDS))
         await asyncio.to_thread(engine.kill9)
         proxy.faults.clear()
         await asyncio.to_thread(engine.start)
         told = await asyncio.wait_for(telling, limit(_BACK_SECONDS))
-        await _brought_back(caller, fragile_rig)
-        await _as_told(caller, fragile_rig, files, told)
+        await _restart_if_exited(caller, fragile_rig)
+        await _require_as_reported(caller, fragile_rig, files, told)
 
 
 @pytest.mark.timeout(300)
@@ -193,9 +193,9 @@ async def test_engine_and_etcd_are_killed_together_and_the_daemon_as_well(fragil
     flags = own_state_flags()
     daemon = await fragile_rig.start_daemon(*FAST_FLAGS, *flags)
     async with Caller(daemon.target) as caller:
-        files = await _planted(caller)
-        scaling = asyncio.create_task(_ignored(_told(caller)))
-        await _until_busy(caller)
+        files = await _create_with_files(caller)
+        scaling = asyncio.create_task(_ignore_failure(_scale_outcome(caller)))
+        await _wait_for_operation(caller)
         for kill in (daemon.kill9, fragile_rig.engine.kill9, fragile_rig.etcd.kill9):
             await asyncio.to_thread(kill)
         await scaling
@@ -204,7 +204,7 @@ async def test_engine_and_etcd_are_killed_together_and_the_daemon_as_well(fragil
     daemon = await fragile_rig.start_daemon(*FAST_FLAGS, *flags, state_dir=daemon.state_dir, socket=daemon.socket)
     try:
         async with Caller(daemon.target) as caller:
-            await _until_sound(caller, fragile_rig, files)
+            await _wait_until_consistent(caller, fragile_rig, files)
             count = len((await caller.get("victim")).status.gpu_uuids)
             assert count in (2, 3)
             assert await caller.free_gpus() == 8 - count
@@ -213,14 +213,14 @@ async def test_engine_and_etcd_are_killed_together_and_the_daemon_as_well(fragil
         await asyncio.to_thread(daemon.stop)
 
 
-async def _ignored(call: Awaitable[object]) -> None:
+async def _ignore_failure(call: Awaitable[object]) -> None:
     try:
         await call
     except (grpc.aio.AioRpcError, AssertionError):
         return
 
 
-async def _until_busy(caller: Caller) -> None:
+async def _wait_for_operation(caller: Caller) -> None:
     deadline = time.monotonic() + limit(_BACK_SECONDS)
     while not (await caller.get("victim")).status.operation_id:
         assert time.monotonic() < deadline

@@ -9,7 +9,7 @@ from tests.calls import Caller, failure
 from tests.engine.drift import engine_action
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
 from tests.faults.instrumented_daemon import DIE_AT, KIND, SIGNAL
-from tests.faults.invariants import LOOK, PLANT, sound
+from tests.faults.invariants import SHOW_FILES, WRITE_FILES, require_consistent
 from tests.rig.patience import in_time
 
 __all__ = ["daemons"]
@@ -25,8 +25,8 @@ async def test_no_layer_is_carried_while_its_container_runs(daemons: IsolatedDae
     )
     async with Caller(daemon.target) as caller:
         made = await caller.create("touched", 1)
-        await caller.shell("touched", PLANT)
-        files = await caller.shell("touched", LOOK + " || true")
+        await caller.shell("touched", WRITE_FILES)
+        files = await caller.shell("touched", SHOW_FILES)
         scale = asyncio.create_task(failure(caller.scale("touched", 2)))
 
         async def frozen() -> bool:
@@ -39,6 +39,8 @@ async def test_no_layer_is_carried_while_its_container_runs(daemons: IsolatedDae
             refused = await scale
         assert refused.reason == "LAYER_CARRY_FAILED"
         assert "is running; it must be stopped" in refused.message
-        assert (await sound(caller, daemons.rig, "touched", files)).status.engine_id == made.status.engine_id
+        assert (
+            await require_consistent(caller, daemons.rig, "touched", files)
+        ).status.engine_id == made.status.engine_id
         assert (await caller.scale("touched", 2)).spec.gpus.count == 2
-        await sound(caller, daemons.rig, "touched", files)
+        await require_consistent(caller, daemons.rig, "touched", files)

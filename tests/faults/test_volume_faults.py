@@ -18,7 +18,15 @@ from tests.clients.command import run
 from tests.conftest import FAST_FLAGS, own_state_flags
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until, until_state
 from tests.engine.loop_devices import detach_loop_devices, loop_devices_below
-from tests.faults.volume_pools import LOOK, PLANT, Pool, df_size, mount, mounted_pool, shows
+from tests.faults.volume_pools import (
+    SHOW_FILES,
+    WRITE_FILES,
+    Pool,
+    container_has_files,
+    filesystem_size,
+    mount_of,
+    mounted_pool,
+)
 from tests.rig import Rig
 
 __all__ = ["daemons"]
@@ -40,23 +48,23 @@ async def test_the_engine_goes_and_comes_back_under_volumes(fragile_rig: Rig, ho
         async with Caller(daemon.target) as caller:
             await caller.create_volume("data", SIZE)
             for name in ("one", "two"):
-                await caller.create(name, mounts=[mount("data")], restart_policy=ALWAYS)
-            await caller.shell("one", PLANT)
-            files = await caller.shell("one", LOOK)
+                await caller.create(name, mounts=[mount_of("data")], restart_policy=ALWAYS)
+            await caller.shell("one", WRITE_FILES)
+            files = await caller.shell("one", SHOW_FILES)
             if how == "killed":
                 await asyncio.to_thread(rig.engine.kill9)
                 await asyncio.to_thread(rig.engine.start)
             else:
                 await asyncio.to_thread(rig.engine.restart)
             for name in ("one", "two"):
-                await until(partial(shows, caller, name, files), 60)
+                await until(partial(container_has_files, caller, name, files), 60)
                 await until_state(caller, name, RUNNING, 60)
-                assert abs(await df_size(caller, name) - SIZE) < SIZE // 50
+                assert abs(await filesystem_size(caller, name) - SIZE) < SIZE // 50
             assert len(loop_devices_below(rig.folder)) == 1
             # The daemon goes on, and so do the volumes.
             await caller.resize_volume("data", SIZE + 64 * MIB)
-            assert abs(await df_size(caller, "two") - (SIZE + 64 * MIB)) < SIZE // 50
-            assert await caller.shell("two", LOOK) == files
+            assert abs(await filesystem_size(caller, "two") - (SIZE + 64 * MIB)) < SIZE // 50
+            assert await caller.shell("two", SHOW_FILES) == files
             assert (await failure(caller.delete_volume("data"))).metadata["holders"] == "one,two"
             for name in ("one", "two"):
                 await caller.delete(name)
@@ -92,9 +100,9 @@ async def crowded(daemons: IsolatedDaemons, pool: Pool) -> AsyncIterator[Caller]
 async def test_what_a_full_pool_refuses_leaves_nothing_and_loses_nothing(crowded: Caller, pool: Pool) -> None:
     caller = crowded
     await caller.create_volume("data", SIZE)
-    await caller.create("one", mounts=[mount("data")])
-    await caller.shell("one", PLANT)
-    files = await caller.shell("one", LOOK)
+    await caller.create("one", mounts=[mount_of("data")])
+    await caller.shell("one", WRITE_FILES)
+    files = await caller.shell("one", SHOW_FILES)
     pool.fill()
     full = await failure(caller.create_volume("more", SIZE))
     assert (full.code, full.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DISK_FULL")
@@ -108,23 +116,23 @@ async def test_what_a_full_pool_refuses_leaves_nothing_and_loses_nothing(crowded
     seen = await caller.volume("data")
     assert (seen.size_bytes, seen.revision, seen.operation_id) == (SIZE, 1, "")
     assert (await caller.get("one")).status.state == RUNNING
-    assert await caller.shell("one", LOOK) == files
+    assert await caller.shell("one", SHOW_FILES) == files
     assert len(loop_devices_below(pool.path)) == 1
     pool.empty()
     # The same calls, with room.
     await caller.resize_volume("data", SIZE * 2)
     await caller.shell("one", "dd if=/dev/zero of=/data/more bs=1M count=32 conv=fsync 2>/dev/null")
     assert (await caller.resize_volume("data", SIZE)).result.size_bytes == SIZE
-    assert await caller.shell("one", LOOK) == files
+    assert await caller.shell("one", SHOW_FILES) == files
 
 
 async def test_a_pool_that_fills_up_under_a_writer(crowded: Caller, pool: Pool) -> None:
     """Promised more than there is, it is told that by an error; what it had written and synced before stays."""
     caller = crowded
     await caller.create_volume("data", SIZE)
-    await caller.create("one", mounts=[mount("data")])
-    await caller.shell("one", PLANT)
-    files = await caller.shell("one", LOOK)
+    await caller.create("one", mounts=[mount_of("data")])
+    await caller.shell("one", WRITE_FILES)
+    files = await caller.shell("one", SHOW_FILES)
     pool.fill(leaving=40 * MIB)
     wrote = await caller.run("one", "dd", "if=/dev/zero", "of=/data/fill", "bs=1M", "count=200", "conv=fsync")
     assert wrote.code == 1, "it is not told that all was well"
@@ -134,18 +142,18 @@ async def test_a_pool_that_fills_up_under_a_writer(crowded: Caller, pool: Pool) 
     pool.empty()
     # The filesystem may have shut itself down over writes that failed; a start mounts it anew.
     await caller.restart("one")
-    assert await caller.shell("one", LOOK) == files
+    assert await caller.shell("one", SHOW_FILES) == files
     await caller.shell("one", "rm /data/fill && dd if=/dev/zero of=/data/fill bs=1M count=100 conv=fsync 2>/dev/null")
-    assert await caller.shell("one", LOOK) == files
+    assert await caller.shell("one", SHOW_FILES) == files
 
 
 async def test_a_shrink_that_runs_out_of_room_while_it_copies(crowded: Caller, pool: Pool) -> None:
     caller = crowded
     await caller.create_volume("data", 2 * SIZE)
-    await caller.create("one", mounts=[mount("data")])
-    await caller.shell("one", PLANT)
+    await caller.create("one", mounts=[mount_of("data")])
+    await caller.shell("one", WRITE_FILES)
     await caller.shell("one", "dd if=/dev/urandom of=/data/bulk bs=1M count=200 conv=fsync 2>/dev/null")
-    files = await caller.shell("one", f"{LOOK} && sha256sum bulk")
+    files = await caller.shell("one", f"{SHOW_FILES} && sha256sum bulk")
     request = volume_service_pb2.ResizeVolumeRequest(name="data", size_bytes=SIZE)
     stages: set[str] = set()
 
@@ -164,9 +172,9 @@ async def test_a_shrink_that_runs_out_of_room_while_it_copies(crowded: Caller, p
     assert len(loop_devices_below(pool.path)) == 1, "the smaller store is gone"
     assert (await caller.get("one")).status.state == RUNNING
     pool.empty()
-    assert await caller.shell("one", f"{LOOK} && sha256sum bulk") == files
+    assert await caller.shell("one", f"{SHOW_FILES} && sha256sum bulk") == files
     assert (await caller.resize_volume("data", SIZE)).result.size_bytes == SIZE
-    assert await caller.shell("one", f"{LOOK} && sha256sum bulk") == files
+    assert await caller.shell("one", f"{SHOW_FILES} && sha256sum bulk") == files
 
 
 async def test_btrfs_shrinks_in_place_under_a_container(daemons: IsolatedDaemons) -> None:
@@ -176,24 +184,24 @@ async def test_btrfs_shrinks_in_place_under_a_container(daemons: IsolatedDaemons
         async with Caller(daemon.target) as caller, Client(daemon.target) as client:
             made = await client.volumes.create("data", 2 * SIZE)
             assert made.filesystem == "btrfs"
-            await caller.create("one", mounts=[mount("data")])
-            await caller.shell("one", PLANT)
-            files = await caller.shell("one", LOOK)
+            await caller.create("one", mounts=[mount_of("data")])
+            await caller.shell("one", WRITE_FILES)
+            files = await caller.shell("one", SHOW_FILES)
             before = await caller.get("one")
             plan = await client.volumes.resize("data", SIZE, validate_only=True).plan()
             assert (plan.restarts_process, plan.bytes_to_move) == (False, 0)
             assert (await client.volumes.resize("data", SIZE + 64 * MIB)).size_bytes == SIZE + 64 * MIB
             shrunk = await run(daemon.target, "volume", "resize", "data", "320M")
             assert shrunk.code == 0, shrunk
-            assert abs(await df_size(caller, "one") - SIZE) < SIZE // 50
+            assert abs(await filesystem_size(caller, "one") - SIZE) < SIZE // 50
             after = await caller.get("one")
             assert after.status.engine_id == before.status.engine_id
             assert after.status.start_time == before.status.start_time
-            assert await caller.shell("one", LOOK) == files
+            assert await caller.shell("one", SHOW_FILES) == files
             too_small = await run(daemon.target, "volume", "resize", "data", "16M")
             assert too_small.code != 0
             assert "VOLUME_TOO_SMALL_FOR_DATA" in too_small.err or "SIZE_NOT_SUPPORTED" in too_small.err, too_small.err
-            assert await caller.shell("one", LOOK) == files
+            assert await caller.shell("one", SHOW_FILES) == files
     finally:
         daemons.rig.engine.remove_all()
         detach_loop_devices(daemons.rig.folder)

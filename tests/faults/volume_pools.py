@@ -17,27 +17,27 @@ from tests.engine.loop_devices import detach_loop_devices
 from tests.rig import Rig
 
 _MIB = 1 << 20
-PLANT = (
+WRITE_FILES = (
     "dd if=/dev/urandom of=/data/blob bs=64k count=256 conv=fsync 2>/dev/null && ln /data/blob /data/link &&"
     " chmod 4751 /data/blob && sync"
 )
-LOOK = "cd /data && sha256sum blob link && stat -c '%a %h %u %Y' blob"
+SHOW_FILES = "cd /data && sha256sum blob link && stat -c '%a %h %u %Y' blob"
 
 
-def mount(name: str) -> container_pb2.Mount:
+def mount_of(name: str) -> container_pb2.Mount:
     """A volume at /data."""
     return container_pb2.Mount(volume=name, target="/data")
 
 
-async def df_size(caller: Caller, container: str) -> int:
+async def filesystem_size(caller: Caller, container: str) -> int:
     """What `df` inside says."""
     return int((await caller.shell(container, "df -P -k /data")).splitlines()[1].split()[1]) << 10
 
 
-async def shows(caller: Caller, container: str, files: str) -> bool:
+async def container_has_files(caller: Caller, container: str, files: str) -> bool:
     """Whether it runs, as the engine and not an older record has it, with these files."""
     try:
-        looked = await caller.run(container, "sh", "-c", LOOK)
+        looked = await caller.run(container, "sh", "-c", SHOW_FILES)
     except grpc.aio.AioRpcError:
         # One that was killed ends what ran, and does not always start it again; its record says so.
         if (await caller.get(container)).status.state == container_pb2.CONTAINER_STATE_EXITED:

@@ -36,9 +36,9 @@ async def answers_of(caller: Caller) -> dict[str, Any]:
     for container in listed.containers:
         name = container.name
         assert await caller.get(name) == container
-        answers[f"GetContainer {name}"] = shown(container)
+        answers[f"GetContainer {name}"] = message_json(container)
         revisions = await caller.revisions(name)
-        answers[f"ListContainerRevisions {name}"] = [shown(one) for one in revisions]
+        answers[f"ListContainerRevisions {name}"] = [message_json(one) for one in revisions]
         for one in revisions:
             request = container_service_pb2.GetContainerRevisionRequest(name=name, revision=one.revision)
             answer = await caller.containers.GetContainerRevision(request)
@@ -47,7 +47,7 @@ async def answers_of(caller: Caller) -> dict[str, Any]:
     answers |= await _operations(caller)
     answers["holders of cards"] = await caller.holders()
     ports = await caller.nodes.ListPorts(node_service_pb2.ListPortsRequest(page_size=_MOST))
-    answers["ListPorts"] = [shown(one) for one in ports.ports]
+    answers["ListPorts"] = [message_json(one) for one in ports.ports]
     return answers
 
 
@@ -59,9 +59,9 @@ async def _volumes(caller: Caller) -> dict[str, Any]:
         for one in (volume, got):
             one.ClearField("used_bytes")
         assert got == volume
-        answers[f"GetVolume {volume.name}"] = shown(got)
+        answers[f"GetVolume {volume.name}"] = message_json(got)
         request = volume_service_pb2.ListVolumeRevisionsRequest(name=volume.name, page_size=_MOST)
-        answers[f"ListVolumeRevisions {volume.name}"] = shown(await caller.volumes.ListVolumeRevisions(request))
+        answers[f"ListVolumeRevisions {volume.name}"] = message_json(await caller.volumes.ListVolumeRevisions(request))
     return answers
 
 
@@ -70,17 +70,17 @@ async def _operations(caller: Caller) -> dict[str, Any]:
     listed = await caller.operations.ListOperations(request)
     answers: dict[str, Any] = {}
     for one in listed.operations:
-        answers[f"GetOperation {one.id}"] = shown(one)
+        answers[f"GetOperation {one.id}"] = message_json(one)
         got = await caller.operations.GetOperation(operation_service_pb2.GetOperationRequest(id=one.id))
         assert got.operation == one
         if one.state == operation_pb2.OPERATION_STATE_SUCCEEDED:
             watch = operation_service_pb2.WatchOperationRequest(id=one.id)
             *_, last = [answer async for answer in caller.operations.WatchOperation(watch)]
-            answers[f"result of {one.id}"] = shown(last.result) if last.HasField("result") else None
+            answers[f"result of {one.id}"] = message_json(last.result) if last.HasField("result") else None
     return answers
 
 
-def shown(message: Message) -> Any:
+def message_json(message: Message) -> Any:
     """A message as it is recorded."""
     for token in _TOKENS:
         if token in message.DESCRIPTOR.fields_by_name:

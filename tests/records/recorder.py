@@ -153,7 +153,7 @@ class _Recorder:
         with suppress(grpc.aio.AioRpcError):
             await caller.create("never", command=("/not-there",))
         held = proxy.faults.hang("POST", "/containers/create")
-        creating = asyncio.create_task(_ignored(caller.create("cancelled")))
+        creating = asyncio.create_task(_log_failure(caller.create("cancelled")))
         await asyncio.wait_for(held.hit.wait(), limit(_HIT_SECONDS))
         listed = await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest(page_size=1))
         cancel = operation_service_pb2.CancelOperationRequest(id=listed.operations[0].id)
@@ -217,11 +217,13 @@ class _Recorder:
         held: list[asyncio.Task[None]] = []
         for method, path, call in await self._halves(caller):
             fault = proxy.faults.hang(method, path)
-            held.append(asyncio.create_task(_ignored(call())))
+            held.append(asyncio.create_task(_log_failure(call())))
             hit = asyncio.create_task(fault.hit.wait())
             await asyncio.wait((hit, held[-1]), timeout=_HIT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             assert hit.done(), f"nothing asked the engine for {method} {path}: {held[-1]}"
-        await _ignored(progress_of(caller.containers.ScaleContainer(scale_request(HALF_SCALED, 1, snapshots=_NEVER))))
+        await _log_failure(
+            progress_of(caller.containers.ScaleContainer(scale_request(HALF_SCALED, 1, snapshots=_NEVER)))
+        )
         assert self._daemon is not None
         assert await asyncio.to_thread(self._daemon.wait) == -9, self._daemon.log_text
         await asyncio.gather(*held)
@@ -386,7 +388,7 @@ def _is_of(volume: Mapping[str, Any], name: str) -> bool:
     return name in str(volume["Labels"])
 
 
-async def _ignored(call: Any) -> None:
+async def _log_failure(call: Any) -> None:
     """What is cut off ends with an error; so does what is cancelled."""
     try:
         await call

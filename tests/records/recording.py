@@ -84,26 +84,26 @@ def load(etcd: Etcd, prefix: str, keys: Mapping[str, Stored]) -> None:
         http_unix.call(etcd.socket, "POST", "/v3/kv/put", send=send | ({"lease": lease} if stored.leased else {}))
 
 
-def texts_replaced(text: str, replacements: Mapping[str, str]) -> str:
+def replace_texts(text: str, replacements: Mapping[str, str]) -> str:
     """`text` with others, such as ids of the engine's, in the place of those that are recorded."""
     for old, new in replacements.items():
         text = text.replace(old, new)
     return text
 
 
-def holds(new: object, old: object, where: str) -> None:
+def require_contains(new: object, old: object, where: str) -> None:
     """Assert that all of `old` is in `new`, which may have more fields."""
     match old:
         case dict():
             assert isinstance(new, dict), where
             for name, value in old.items():
                 assert name in new, f"{where}.{name}"
-                holds(new[name], value, f"{where}.{name}")
+                require_contains(new[name], value, f"{where}.{name}")
         case list():
             assert isinstance(new, list), where
             assert len(new) == len(old), where
             for number, (one, other) in enumerate(zip(new, old, strict=True)):
-                holds(one, other, f"{where}[{number}]")
+                require_contains(one, other, f"{where}[{number}]")
         case _:
             assert new == old, where
 

@@ -46,7 +46,7 @@ from gpudock_server.model.spec import Protocol
 from gpudock_server.model.volume import TreeSummary, Volume, VolumeBacking, VolumeRevision
 from gpudock_server.ports import LayerPair
 
-from tests.records.recording import Recording, holds, recordings
+from tests.records.recording import Recording, recordings, require_contains
 
 # What is in a value, by the beginning of its key.
 _RECORDS: dict[str, type[Record]] = {
@@ -180,7 +180,7 @@ def test_every_record_is_read_and_nothing_is_lost_when_it_is_written_again(recor
             continue
         again = encode(record)
         assert _decoded(key, again) == record, key
-        holds(json.loads(again)["record"], json.loads(stored.value)["record"], key)
+        require_contains(json.loads(again)["record"], json.loads(stored.value)["record"], key)
 
 
 def test_arguments_and_results_of_steps_are_read(recording: Recording) -> None:
@@ -191,12 +191,14 @@ def test_arguments_and_results_of_steps_are_read(recording: Recording) -> None:
             if stage.facts:
                 step = (operation.target.kind, stage.name)
                 facts.add(step)
-                holds(_FACTS[step].model_validate(stage.facts).model_dump(mode="json"), stage.facts, operation.id)
+                require_contains(
+                    _FACTS[step].model_validate(stage.facts).model_dump(mode="json"), stage.facts, operation.id
+                )
         if arguments is None:
             assert operation.state.ended
             continue
         cut_off.add(operation.kind)
-        holds(arguments.model_dump(mode="json"), _arguments(recording, operation), operation.id)
+        require_contains(arguments.model_dump(mode="json"), _arguments(recording, operation), operation.id)
     assert {_ARGUMENTS[kind] for kind in cut_off} == set(_ARGUMENTS.values())
     assert facts == _FACTS.keys()
 

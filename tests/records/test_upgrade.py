@@ -18,9 +18,9 @@ from tests.calls import IMAGE, Caller
 from tests.conftest import FAST_FLAGS
 from tests.engine.isolated_daemons import until_state
 from tests.engine.loop_devices import detach_loop_devices
-from tests.records.answers import answers_of, shown
+from tests.records.answers import answers_of, message_json
 from tests.records.recorder import HALF_CREATED, HALF_RESIZED, HALF_SCALED, HOST, KEPT, NODE, SIZE, USER
-from tests.records.recording import Recording, Stored, dump, holds, load, recordings, texts_replaced
+from tests.records.recording import Recording, Stored, dump, load, recordings, replace_texts, require_contains
 from tests.rig import Daemon, Rig
 
 _RUNNING, _FAILED = container_pb2.CONTAINER_STATE_RUNNING, container_pb2.CONTAINER_STATE_FAILED
@@ -52,7 +52,7 @@ async def test_it_answers_what_its_predecessor_answered(clean_engine: Rig, recor
         now = dump(clean_engine.etcd, prefix)
     assert answers.keys() == recording.answers.keys()
     for call, answer in recording.answers.items():
-        holds(answers[call], answer, call)
+        require_contains(answers[call], answer, call)
     assert {key for key in now if now[key] != recording.keys.get(key)} == {"nodes/reader"}
     assert recording.keys.keys() <= now.keys()
 
@@ -136,7 +136,7 @@ async def _every_object_is_there(caller: Caller, keys: Mapping[str, Stored], rec
             spec = dict(recording.answers[f"GetContainer {name}"]["spec"])
             if name == HALF_SCALED:
                 spec.pop("gpus", None)
-            holds(shown(container.spec), spec, name)
+            require_contains(message_json(container.spec), spec, name)
         if sort == "volumes" and name not in _GONE_VOLUMES:
             assert (await caller.volume(name)).uid == _uid(keys, f"{sort}/{name}")
 
@@ -167,7 +167,7 @@ def _as_if_made_here(rig: Rig, recording: Recording, state_dir: Path) -> dict[st
     _make_stores(recording, state_dir, names)
     return _with_inodes(
         {
-            texts_replaced(key, names): Stored(texts_replaced(stored.value.decode(), names).encode(), stored.leased)
+            replace_texts(key, names): Stored(replace_texts(stored.value.decode(), names).encode(), stored.leased)
             for key, stored in recording.keys.items()
         }
     )
@@ -200,7 +200,7 @@ def _make_stores(recording: Recording, state_dir: Path, names: Mapping[str, str]
             continue
         file = state_dir / path
         file.parent.mkdir(parents=True, mode=0o700)
-        file.write_text(texts_replaced(text, names))
+        file.write_text(replace_texts(text, names))
         whole = json.loads(text).get("volume") is not None
         prototype.write_text(f"/\n0 0\nd--755 0 0\n{f'file ---644 0 0 {content}' if whole else ''}\n$\n")
         image = file.parent / "image"
@@ -212,7 +212,7 @@ def _make_stores(recording: Recording, state_dir: Path, names: Mapping[str, str]
 
 def _replaced(content: Any, names: Mapping[str, str]) -> Any:
     """JSON with names replaced wherever they stand."""
-    return json.loads(texts_replaced(json.dumps(content), names))
+    return json.loads(replace_texts(json.dumps(content), names))
 
 
 @asynccontextmanager

@@ -178,7 +178,7 @@ def _remove_groups(rig: RigId) -> bool:
     return not groups_of(rig)
 
 
-def known() -> Iterator[RigId]:
+def known_rigs() -> Iterator[RigId]:
     """Every rig that has left a folder or a control group on this machine, alive or not."""
     names = {path.name for path in BASE.glob("*-*-*")}
     for top in hierarchies():
@@ -188,7 +188,7 @@ def known() -> Iterator[RigId]:
 
 def sweep() -> list[str]:
     """Destroys every rig whose owner is gone; returns what could not be removed."""
-    return [word for rig in known() if rig.owner_is_gone() for word in destroy(rig)]
+    return [word for rig in known_rigs() if rig.owner_is_gone() for word in destroy(rig)]
 
 
 def guard(rig: RigId) -> None:

@@ -19,7 +19,7 @@ from .http_framing import HEAD_LIMIT, Head, Peer
 
 _VERSION = re.compile(r"^/v\d+\.\d+(?=/)")
 _PREFETCH_LIMIT = 1 << 20
-_GONE = (OSError, EOFError, asyncio.LimitOverrunError)
+_DISCONNECT_ERRORS = (OSError, EOFError, asyncio.LimitOverrunError)
 
 
 class EngineProxy:
@@ -68,7 +68,7 @@ class EngineProxy:
         """Forwards request after request of one connection, over one to the engine."""
         engine: Peer | None = None
         try:
-            with contextlib.suppress(*_GONE):  # either side went away: the other is told below
+            with contextlib.suppress(*_DISCONNECT_ERRORS):  # either side went away: the other is told below
                 while (head := await client.read_head()) is not None:
                     request = self._record(head)
                     exchange = _Exchange(client, head, request)
@@ -117,12 +117,12 @@ class _Exchange:
         if fault.kind is Kind.ANSWER:
             async for _ in self._client.body(self._head):
                 pass
-            await self._tell(fault.answer)
+            await self._send_to_client(fault.answer)
             return False
         if not self._head.chunked and (self._head.length or 0) <= _PREFETCH_LIMIT:
             # With the body out of the way, the end of the connection can be noticed.
             self._prefetched = [piece async for piece in self._client.body(self._head)]
-            self.over = not await _unless(fault.released.wait(), self._client.until_gone())
+            self.over = not await _finishes_before(fault.released.wait(), self._client.until_gone())
         else:
             await fault.released.wait()
         return not self.over
@@ -134,7 +134,7 @@ class _Exchange:
         try:
             if self._head.upgrades:
                 raw = await answered
-            elif await _unless(answered, self._hangup(upload)):
+            elif await _finishes_before(answered, self._client_disconnect(upload)):
                 raw = answered.result()
             else:
                 self.over = True
@@ -156,7 +156,7 @@ class _Exchange:
         async for piece in self._client.body(self._head):
             await engine.send(piece)
 
-    async def _hangup(self, upload: "asyncio.Task[None]") -> None:
+    async def _client_disconnect(self, upload: "asyncio.Task[None]") -> None:
         await asyncio.wait([upload])
         await self._client.until_gone()
 
@@ -175,10 +175,10 @@ class _Exchange:
             not bodiless and not response.chunked and response.length is None
         )
         self.over = response.closes and not raw
-        body = _nothing() if bodiless or raw else engine.body(response)
+        body = _empty_body() if bodiless or raw else engine.body(response)
         if self._fault is not None and self._fault.after:
             return await self._after(self._fault, response, body) and raw
-        await self._tell(response.raw)
+        await self._send_to_client(response.raw)
         async for piece in body:
             await self._client.send(piece)
         return raw
@@ -192,13 +192,13 @@ class _Exchange:
             return False
         if fault.kind is Kind.ANSWER:
             self.over = True
-            await self._tell(fault.answer)
+            await self._send_to_client(fault.answer)
             return False
         await fault.released.wait()
-        await self._tell(b"".join([response.raw, *pieces]))
+        await self._send_to_client(b"".join([response.raw, *pieces]))
         return True
 
-    async def _tell(self, data: bytes) -> None:
+    async def _send_to_client(self, data: bytes) -> None:
         self._request.status = int(data.split(b" ", 2)[1])
         await self._client.send(data)
 
@@ -219,7 +219,9 @@ async def _copy(source: Peer, target: Peer) -> None:
     target.writer.write_eof()
 
 
-async def _unless(wanted: "asyncio.Task[bool] | Coroutine[Any, Any, object]", end: "Coroutine[Any, Any, None]") -> bool:
+async def _finishes_before(
+    wanted: "asyncio.Task[bool] | Coroutine[Any, Any, object]", end: "Coroutine[Any, Any, None]"
+) -> bool:
     """Waits for either; whether the wanted one came about."""
     first, second = asyncio.ensure_future(wanted), asyncio.create_task(end)
     try:
@@ -231,7 +233,7 @@ async def _unless(wanted: "asyncio.Task[bool] | Coroutine[Any, Any, object]", en
         await asyncio.gather(second, return_exceptions=True)
 
 
-async def _nothing() -> AsyncIterator[bytes]:
+async def _empty_body() -> AsyncIterator[bytes]:
     nothing: tuple[bytes, ...] = ()
     for piece in nothing:
         yield piece

@@ -8,12 +8,12 @@ from typing import Any, Self
 import grpc
 from aetcd import rpc
 
-_KEYS = b"/ballast/"
+_PREFIX = b"/filler/"
 _SECONDS = 30.0
 _PIECES = (1 << 20, 64 << 10, 1 << 10)
 
 
-class Ballast:
+class EtcdFiller:
     """Use it with `async with`; what it put stays until `remove`."""
 
     def __init__(self, endpoint: str) -> None:
@@ -41,12 +41,12 @@ class Ballast:
     async def overwrite(self, size_bytes: int) -> None:
         """Put so much at one key, over and over: history that compaction gives back."""
         for _ in range(size_bytes >> 20):
-            if not await self._put(1 << 20, _KEYS + b"history"):
+            if not await self._put(1 << 20, _PREFIX + b"history"):
                 return
 
     async def _put(self, size: int, key: bytes = b"") -> bool:
         self._count += 1
-        key = key or _KEYS + str(self._count).encode()
+        key = key or _PREFIX + str(self._count).encode()
         try:
             await self._kv.Put(rpc.PutRequest(key=key, value=b"x" * size), timeout=_SECONDS)
         except grpc.aio.AioRpcError as error:
@@ -62,11 +62,11 @@ class Ballast:
 
     async def delete(self) -> None:
         """Delete all, as somebody would who leaves the compaction to others."""
-        await self._kv.DeleteRange(rpc.DeleteRangeRequest(key=_KEYS, range_end=_KEYS[:-1] + b"0"), timeout=_SECONDS)
+        await self._kv.DeleteRange(rpc.DeleteRangeRequest(key=_PREFIX, range_end=_PREFIX[:-1] + b"0"), timeout=_SECONDS)
 
     async def remove(self) -> None:
         """Delete it, compact, defragment and disarm the alarm."""
-        end = rpc.DeleteRangeRequest(key=_KEYS, range_end=_KEYS[:-1] + b"0")
+        end = rpc.DeleteRangeRequest(key=_PREFIX, range_end=_PREFIX[:-1] + b"0")
         deleted = await self._kv.DeleteRange(end, timeout=_SECONDS)
         compaction = rpc.CompactionRequest(revision=deleted.header.revision, physical=True)
         await self._kv.Compact(compaction, timeout=_SECONDS)
@@ -76,7 +76,7 @@ class Ballast:
             disarm = rpc.AlarmRequest(action=rpc.AlarmRequest.DEACTIVATE, memberID=alarm.memberID, alarm=alarm.alarm)
             await self._maintenance.Alarm(disarm, timeout=_SECONDS)
 
-    async def lose(self, prefix: str) -> None:
+    async def delete_prefix(self, prefix: str) -> None:
         """Delete every key that begins so."""
         keys = rpc.DeleteRangeRequest(key=prefix.encode(), range_end=prefix[:-1].encode() + b"0")
         await self._kv.DeleteRange(keys, timeout=_SECONDS)

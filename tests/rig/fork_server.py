@@ -44,18 +44,18 @@ class Child:
 
     def poll(self) -> int | None:
         """The exit code, minus the signal that killed it, or None while it runs."""
-        return self._told(within=0)
+        return self._receive_exit(within=0)
 
     def wait(self, timeout: float | None = None) -> int:
         """Waits for its end. Raises subprocess.TimeoutExpired after `timeout` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
         # In short turns: others may poll meanwhile.
-        while (code := self._told(within=0.02)) is None:
+        while (code := self._receive_exit(within=0.02)) is None:
             if deadline is not None and time.monotonic() > deadline:
                 raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0)
         return code
 
-    def _told(self, within: float) -> int | None:
+    def _receive_exit(self, within: float) -> int | None:
         with self._lock:
             if self._returncode is None:
                 self._connection.settimeout(within)
@@ -80,7 +80,7 @@ def fork(path: Path, argv: Sequence[str], *, environment: Mapping[str, str], out
         raise
 
 
-class _Nursery:
+class _ForkServer:
     """Forks, and tells who asked what became of it."""
 
     def __init__(self, listener: socket.socket) -> None:
@@ -93,7 +93,7 @@ class _Nursery:
         while True:
             for key, _ in self._selector.select():
                 if key.fileobj is not self._listener:
-                    self._tell(key.fd, *key.data)
+                    self._report_exit(key.fd, *key.data)
                 elif argv := self._fork():
                     return argv
 
@@ -105,14 +105,14 @@ class _Nursery:
         if not pid:
             connection.close()
             self._close()
-            _become(environment, output)
+            _set_up_child(environment, output)
             return list(argv)
         os.close(output)
         connection.send(str(pid).encode())
         self._selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, connection))
         return []
 
-    def _tell(self, descriptor: int, pid: int, connection: socket.socket) -> None:
+    def _report_exit(self, descriptor: int, pid: int, connection: socket.socket) -> None:
         self._selector.unregister(descriptor)
         os.close(descriptor)
         _, status = os.waitpid(pid, 0)
@@ -129,7 +129,7 @@ class _Nursery:
         self._listener.close()
 
 
-def _become(environment: Mapping[str, str], output: int) -> None:
+def _set_up_child(environment: Mapping[str, str], output: int) -> None:
     os.setsid()
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -153,7 +153,7 @@ def main() -> None:
     listener.bind(str(partial))
     listener.listen(64)
     partial.rename(path)
-    module, *sys.argv[1:] = _Nursery(listener).serve()
+    module, *sys.argv[1:] = _ForkServer(listener).serve()
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

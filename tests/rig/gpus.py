@@ -85,7 +85,7 @@ class FakeGpus:
             self.raise_xid(gpu, xid)
         self.set(gpu, lost=1)
 
-    def find_again(self, gpu: str | int) -> None:
+    def restore(self, gpu: str | int) -> None:
         """Undoes `lose`."""
         self.set(gpu, lost=None)
 
@@ -110,7 +110,7 @@ class FakeGpus:
                 card.remove(line)
                 _add_used(card, -int(line[1].split()[1]))
 
-    def divide(self, gpu: str | int, profiles: int = 7, *, profile: str = "1g.10gb") -> list[str]:
+    def enable_mig(self, gpu: str | int, profiles: int = 7, *, profile: str = "1g.10gb") -> list[str]:
         """Switches MIG on and makes `profiles` equal MIG devices; returns their UUIDs."""
         with self._changed(gpu) as card:
             total = int(_value(card, "memory_total_bytes")) // 8

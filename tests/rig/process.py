@@ -88,7 +88,7 @@ class ProcessGroup:
             process.wait()
 
 
-class Started(Protocol):
+class ProcessHandle(Protocol):
     """What `Process` needs of subprocess.Popen."""
 
     @property
@@ -105,7 +105,7 @@ class Started(Protocol):
 class Process:
     """A started program. `signal`, `terminate`, `pause` only send; `wait`, `stop`, `kill9` block the calling thread."""
 
-    def __init__(self, name: str, popen: Started, log: Path) -> None:
+    def __init__(self, name: str, popen: ProcessHandle, log: Path) -> None:
         """Wraps what was started."""
         self.name = name
         self.log = log

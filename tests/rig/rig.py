@@ -57,8 +57,8 @@ class Rig:
         self._engine_options = engine_options
         self._etcd_fsync = etcd_fsync
         self._forks = forks
-        self._nursery: Process | None = None
-        self._nursery_lock = threading.Lock()
+        self._fork_server: Process | None = None
+        self._fork_server_lock = threading.Lock()
         self._id: cleanup.RigId | None = None
         self._processes: ProcessGroup | None = None
         self._guardian: subprocess.Popen[bytes] | None = None
@@ -84,15 +84,15 @@ class Rig:
         self._guardian = subprocess.Popen(guard, cwd="/", stdin=subprocess.DEVNULL, start_new_session=True)
         self.folder = rig.folder
         self._processes = processes = ProcessGroup(cleanup.tracking_hierarchy() / rig.group / "processes")
-        self.gpus = FakeGpus(self._made("gpus") / "state", self._gpu_count)
-        build_hook(self._made("bin"))
-        build_nvml(self._made("lib"))
+        self.gpus = FakeGpus(self._make_folder("gpus") / "state", self._gpu_count)
+        build_hook(self._make_folder("bin"))
+        build_nvml(self._make_folder("lib"))
 
         self.etcd = Etcd(self.folder / "etcd", processes, fsync=self._etcd_fsync)
         self.etcd.launch()
         self.namespaces = Namespaces(self.folder, processes)
         self.engine = Engine(
-            self._made("engine"),
+            self._make_folder("engine"),
             self.namespaces,
             processes,
             cgroup_parent=f"/{rig.group}/containers",
@@ -165,9 +165,9 @@ class Rig:
         Raises:
             RigError: it ended, or is not serving in time; its log's end is in the message.
         """
-        folder = self._made(f"daemon{next(self._daemon_numbers)}")
+        folder = self._make_folder(f"daemon{next(self._daemon_numbers)}")
         socket = socket or folder / "gpudock.sock"
-        state_dir = state_dir or self._made(f"{folder.name}/state")
+        state_dir = state_dir or self._make_folder(f"{folder.name}/state")
         flags = {
             "--docker-host": self.engine.url if docker_host is None else docker_host,
             "--etcd-endpoints": self.etcd.endpoint if etcd_endpoints is None else etcd_endpoints,
@@ -178,7 +178,11 @@ class Rig:
         }
         words = [word for flag, value in flags.items() if value for word in (flag, value)]
         own = dict(environment or {})
-        start = self._started if fresh or not self._forks or not all(map(_ours, own)) else self._forked
+        start = (
+            self._start_interpreter
+            if fresh or not self._forks or not all(map(_is_forkable_variable, own))
+            else self._fork
+        )
         process = start([module, *words, *arguments], folder / "log", os.environ | self.environment | own)
         daemon = Daemon(process, socket, state_dir)
         if serving:
@@ -196,32 +200,32 @@ class Rig:
             raise RigError("the rig was not started")
         return self._processes
 
-    def _started(self, argv: Sequence[str], log: Path, environment: Mapping[str, str]) -> Process:
+    def _start_interpreter(self, argv: Sequence[str], log: Path, environment: Mapping[str, str]) -> Process:
         """With an interpreter of its own."""
         words = [sys.executable, "-m", *argv]
         inside = self.namespaces.enter()
         return self.processes.start(words, log=log, cwd=REPOSITORY, environment=environment, inside=inside)
 
-    def _forked(self, argv: Sequence[str], log: Path, environment: Mapping[str, str]) -> Process:
+    def _fork(self, argv: Sequence[str], log: Path, environment: Mapping[str, str]) -> Process:
         """From one that has imported everything."""
-        path = self._awaited_nursery(self.processes)
+        path = self._running_fork_server(self.processes)
         with log.open("ab") as output:
             child = fork_server.fork(path, argv, environment=environment, output=output.fileno())
         return self.processes.adopt(Process(argv[0], child, log))
 
-    def _awaited_nursery(self, processes: ProcessGroup) -> Path:
+    def _running_fork_server(self, processes: ProcessGroup) -> Path:
         """The socket of the nursery, which is started for the first that needs it."""
-        path = self.folder / "nursery.sock"
-        with self._nursery_lock:
-            if self._nursery is None:
-                self._nursery = processes.start(
+        path = self.folder / "fork-server.sock"
+        with self._fork_server_lock:
+            if self._fork_server is None:
+                self._fork_server = processes.start(
                     [sys.executable, fork_server.__file__, path],
-                    log=self.folder / "nursery.log",
+                    log=self.folder / "fork-server.log",
                     cwd=REPOSITORY,
                     environment=os.environ | self.environment,
                     inside=self.namespaces.enter(),
                 )
-                self._nursery.wait_until(path.exists)
+                self._fork_server.wait_until(path.exists)
         return path
 
     async def start_daemon(
@@ -254,13 +258,13 @@ class Rig:
 
     def small_etcd(self, quota_bytes: int) -> Etcd:
         """Another etcd, started, whose database may become this large."""
-        etcd = Etcd(self._made("etcds") / str(next(self._etcd_numbers)), self.processes, quota_bytes=quota_bytes)
+        etcd = Etcd(self._make_folder("etcds") / str(next(self._etcd_numbers)), self.processes, quota_bytes=quota_bytes)
         etcd.start()
         return etcd
 
     def engine_proxy(self) -> EngineProxy:
         """A fault-injecting proxy in front of the engine, for `async with`, in the caller's event loop."""
-        return EngineProxy(self.engine.socket, self._made("proxies") / f"{next(self._proxy_numbers)}.sock")
+        return EngineProxy(self.engine.socket, self._make_folder("proxies") / f"{next(self._proxy_numbers)}.sock")
 
     def run(self, *argv: str, check: bool = True, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
         """Runs a short program inside the engine's namespaces with the NVML double; its output is captured."""
@@ -291,7 +295,7 @@ class Rig:
             raise RigError("the rig left behind: " + "; ".join(left))
         self._id = None
 
-    def _made(self, name: str) -> Path:
+    def _make_folder(self, name: str) -> Path:
         path = self.folder / name
         path.mkdir(parents=True, exist_ok=True)
         return path
@@ -305,6 +309,6 @@ class Rig:
         self.close()
 
 
-def _ours(variable: str) -> bool:
+def _is_forkable_variable(variable: str) -> bool:
     """Whether a variable of the environment is read by gpudockd or a test's double, and not by Python or a library."""
     return variable.startswith("GPUDOCK_")

@@ -73,7 +73,7 @@ def check(say: Say) -> None:
         watch.lap("container started, to be left running")
         folder = rig.folder
     watch.lap("rig closed")
-    left = [word for known in cleanup.known() if str(known) == folder.name for word in cleanup.leftovers(known)]
+    left = [word for known in cleanup.known_rigs() if str(known) == folder.name for word in cleanup.leftovers(known)]
     _expect("; ".join(left), "", "left behind")
     say("nothing is left: no process, mount, loop device, control group or file")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.rig import cleanup
-from tests.rig.demo.shell import Shown
+from tests.rig.demo.shell import CommandOutput
 from tests.rig.rig import REPOSITORY
 
 from .patience import limit
@@ -134,7 +134,7 @@ def test_it_fails_where_what_it_shows_is_not_so() -> None:
 
 
 def test_tables_are_read_by_their_headers() -> None:
-    shown = Shown("NAME   PORTS  AGE\ntrain         3s\nweb    80     4s\n", ())
+    shown = CommandOutput("NAME   PORTS  AGE\ntrain         3s\nweb    80     4s\n", ())
     assert shown.rows == [
         {"NAME": "train", "PORTS": "", "AGE": "3s"},
         {"NAME": "web", "PORTS": "80", "AGE": "4s"},

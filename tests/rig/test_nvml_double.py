@@ -150,7 +150,7 @@ show([*shown, len(names), code(n.nvmlDeviceGetCount)])
 
 
 def test_mig_devices_have_handles_of_their_own(rig: Rig, gpus: FakeGpus) -> None:
-    uuids = gpus.divide(1, 2)
+    uuids = gpus.enable_mig(1, 2)
     script = """
 handles = [n.nvmlDeviceGetMigDeviceHandleByIndex(h, i) for i in (0, 1)]
 show([n.nvmlDeviceGetMigMode(h), [n.nvmlDeviceGetUUID(x) for x in handles], n.nvmlDeviceGetName(handles[0]),

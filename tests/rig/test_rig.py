@@ -146,32 +146,32 @@ def test_a_daemon_that_does_not_come_up_is_reported_with_its_log(rig: Rig) -> No
 
 
 def test_a_forked_daemon_is_like_one_with_an_interpreter_of_its_own(rig: Rig) -> None:
-    own, forked = _portrait(rig, fresh=True), _portrait(rig, fresh=False)
+    own, forked = _process_report(rig, fresh=True), _process_report(rig, fresh=False)
     assert own["environment"]["GPUDOCK_TEST_SITTER"] == "yes"
     assert forked == own
 
 
-def _portrait(rig: Rig, *, fresh: bool) -> Any:
+def _process_report(rig: Rig, *, fresh: bool) -> Any:
     """What a process says of itself that is then killed, without what is no other's."""
     module, environment = "tests.rig.process_report", {"GPUDOCK_TEST_SITTER": "yes"}
-    sitter = rig.daemon("--flag", module=module, environment=environment, fresh=fresh, serving=False)
-    sitter.process.wait_until(lambda: sitter.log_text.endswith("\n"))
-    assert sitter.running
+    process = rig.daemon("--flag", module=module, environment=environment, fresh=fresh, serving=False)
+    process.process.wait_until(lambda: process.log_text.endswith("\n"))
+    assert process.running
     with pytest.raises(RigError, match=r"has not ended after 0\.1 s"):
-        sitter.wait(0.1)
-    assert sitter.kill9() == -signal.SIGKILL
-    assert sitter.returncode == -signal.SIGKILL
-    portrait = json.loads(sitter.log_text)
-    portrait["arguments"].remove(str(sitter.socket))
-    portrait["arguments"].remove(str(sitter.state_dir))
-    return portrait
+        process.wait(0.1)
+    assert process.kill9() == -signal.SIGKILL
+    assert process.returncode == -signal.SIGKILL
+    report = json.loads(process.log_text)
+    report["arguments"].remove(str(process.socket))
+    report["arguments"].remove(str(process.state_dir))
+    return report
 
 
 def test_the_end_of_a_forked_daemon_is_told(rig: Rig) -> None:
-    sitters = [rig.daemon("--end", module="tests.rig.process_report", serving=False) for _ in range(3)]
-    assert [sitter.wait() for sitter in sitters] == [3, 3, 3]
-    assert {json.loads(sitter.log_text)["leads its session"] for sitter in sitters} == {True}
-    assert len({sitter.pid for sitter in sitters}) == 3
+    processes = [rig.daemon("--end", module="tests.rig.process_report", serving=False) for _ in range(3)]
+    assert [process.wait() for process in processes] == [3, 3, 3]
+    assert {json.loads(process.log_text)["leads its session"] for process in processes} == {True}
+    assert len({process.pid for process in processes}) == 3
 
 
 @pytest.mark.parametrize("guarded", [True, False])

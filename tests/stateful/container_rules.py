@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
 from tests.calls import Caller, clone_request, result_of, scale_request, update_request
-from tests.stateful.model import GROUP, Expected, Past, Spec
-from tests.stateful.requests import fields_of, mounts_of, pruned, restorable, snapshots, unborn
+from tests.stateful.model import GROUP, ExpectedContainer, PastRevision, Spec
+from tests.stateful.requests import fields_of, mounts_of, new_container, pruned, restorable, snapshot_fields
 from tests.stateful.rule_base import (
     EXITED,
     FAILED,
@@ -24,7 +24,7 @@ from tests.stateful.rule_base import (
     RESTING,
     RUNNING,
     STOPPED,
-    Drawing,
+    RuleBase,
     counted,
 )
 from tests.stateful.sequence_shrinker import Draws
@@ -33,22 +33,22 @@ _FILES = ("a", "b", "c", GROUP)
 _CONTENTS = st.sampled_from(("one", "two", "three", "", None))
 
 
-def _number(choice: tuple[int, Past]) -> int:
+def _number(choice: tuple[int, PastRevision]) -> int:
     return choice[0]
 
 
-class ContainerRules(Drawing):
+class ContainerRules(RuleBase):
     """See the module's docstring."""
 
-    @precondition(lambda self: len(self.arena.known) < len(NAMES))
+    @precondition(lambda self: len(self.host.known) < len(NAMES))
     @rule(data=st.data(), gpus=GPUS, port=st.booleans(), create_only=st.booleans())
     @counted
     def create(self, data: Draws, gpus: int, port: bool, create_only: bool) -> None:
         """A container more, if there are names and cards for it."""
-        if not self.can_have(gpus):
-            return self.idle()
+        if not self.can_claim(gpus):
+            return self.skip()
         name = self.free_name(data)
-        after = unborn(name, Spec(gpus=gpus, port=port, mounts=self.mounts(data)))
+        after = new_container(name, Spec(gpus=gpus, port=port, mounts=self.choose_mounts(data)))
         if create_only:
             after.state = STOPPED
         request = container_service_pb2.CreateContainerRequest(
@@ -57,99 +57,102 @@ class ContainerRules(Drawing):
             create_only=create_only,
             request_id=str(uuid.uuid4()),
         )
-        self.do(data, name, lambda caller: result_of(caller.containers.CreateContainer(request)), None, after)
-        return self._born(name)
+        self.perform(data, name, lambda caller: result_of(caller.containers.CreateContainer(request)), None, after)
+        return self._record_uid(name)
 
-    def _born(self, name: str) -> None:
-        if name in self.arena.known:
+    def _record_uid(self, name: str) -> None:
+        if name in self.host.known:
             self.loop.run(self._learn_uid(name))
 
     async def _learn_uid(self, name: str) -> None:
-        self.arena.known[name].uid = (await self.arena.caller.get(name)).uid
+        self.host.known[name].uid = (await self.host.caller.get(name)).uid
 
-    @precondition(lambda self: self.has(RUNNING))
+    @precondition(lambda self: self.has_container(RUNNING))
     @rule(data=st.data(), file=st.sampled_from(_FILES), content=_CONTENTS)
     @counted
     def write(self, data: Draws, file: str, content: str | None) -> None:
         """Files change in what runs."""
-        self.loop.run(self.arena.write(self.one(data, RUNNING).name, file, content))
+        self.loop.run(self.host.write(self.choose_container(data, RUNNING).name, file, content))
         self.tally["write"] += 1
 
-    @precondition(lambda self: self.has(RUNNING))
+    @precondition(lambda self: self.has_container(RUNNING))
     @rule(data=st.data(), file=st.sampled_from(_FILES), content=_CONTENTS)
     @counted
     def write_more(self, data: Draws, file: str, content: str | None) -> None:
         """Most of what happens to a container are its own doings."""
         self.write(data, file, content)
 
-    @precondition(lambda self: self.has(RUNNING))
+    @precondition(lambda self: self.has_container(RUNNING))
     @rule(data=st.data(), gpus=GPUS, keep=st.booleans())
     @counted
     def scale(self, data: Draws, gpus: int, keep: bool) -> None:
         """Other cards, by a successor."""
-        one = self.one(data, RUNNING)
-        if gpus == one.spec.gpus or not self.can_have(gpus, instead_of=one.spec.gpus):
-            return self.idle()
-        request = scale_request(one.name, gpus, **snapshots(keep))
+        one = self.choose_container(data, RUNNING)
+        if gpus == one.spec.gpus or not self.can_claim(gpus, released=one.spec.gpus):
+            return self.skip()
+        request = scale_request(one.name, gpus, **snapshot_fields(keep))
         after = pruned(one.changed(replace(one.spec, gpus=gpus), kept=keep), KEEP)
-        return self.do(data, one.name, lambda caller: result_of(caller.containers.ScaleContainer(request)), one, after)
+        return self._scale(data, one, request, after)
 
-    @precondition(lambda self: self.has(*RESTING))
+    @precondition(lambda self: self.has_container(*RESTING))
     @rule(data=st.data(), cpus=st.sampled_from((0.5, 1.0, 1.5)), keep=st.booleans())
     @counted
-    def limit(self, data: Draws, cpus: float, keep: bool) -> None:
+    def limit_cpus(self, data: Draws, cpus: float, keep: bool) -> None:
         """Another limit, in place, also of what does not run."""
-        one = self.one(data, RUNNING, STOPPED, EXITED)
+        one = self.choose_container(data, RUNNING, STOPPED, EXITED)
         if cpus == one.spec.cpus:
-            return self.idle()
-        request = scale_request(one.name, cpus=cpus, **snapshots(keep))
+            return self.skip()
+        request = scale_request(one.name, cpus=cpus, **snapshot_fields(keep))
         after = pruned(one.changed(replace(one.spec, cpus=cpus), kept=keep), KEEP)
-        return self.do(data, one.name, lambda caller: result_of(caller.containers.ScaleContainer(request)), one, after)
+        return self._scale(data, one, request, after)
 
-    @precondition(lambda self: self.has(*RESTING))
+    def _scale(self, data: Draws, one: ExpectedContainer, request: Any, after: ExpectedContainer) -> None:
+        self.perform(data, one.name, lambda caller: result_of(caller.containers.ScaleContainer(request)), one, after)
+
+    @precondition(lambda self: self.has_container(*RESTING))
     @rule(data=st.data(), field=st.sampled_from(("env", "labels")), value=st.sampled_from(("x", "y")))
     @counted
     def update(self, data: Draws, field: str, value: str) -> None:
         """Environment by a successor, labels in place."""
         other: Any = {field: (("k", value),)}
         fields: Any = {field: {"k": value}}
-        one = self.one(data, RUNNING, STOPPED, EXITED)
+        one = self.choose_container(data, RUNNING, STOPPED, EXITED)
         if getattr(one.spec, field) == (("k", value),):
-            return self.idle()
+            return self.skip()
         return self._update(data, one, replace(one.spec, **other), update_request(one.name, **fields))
 
-    @precondition(lambda self: self.has_volumes and self.has(*RESTING))
+    @precondition(lambda self: self.has_volumes and self.has_container(*RESTING))
     @rule(data=st.data())
     @counted
     def mount(self, data: Draws) -> None:
         """Other volumes, or the same ones elsewhere, or none."""
-        one = self.one(data, *RESTING)
-        spec = replace(one.spec, mounts=self.mounts(data))
+        one = self.choose_container(data, *RESTING)
+        spec = replace(one.spec, mounts=self.choose_mounts(data))
         if spec == one.spec:
-            return self.idle()
+            return self.skip()
         return self._update(data, one, spec, update_request(one.name, "mounts", mounts=mounts_of(spec)))
 
-    def _update(self, data: Draws, one: Expected, spec: Spec, request: Any) -> None:
+    def _update(self, data: Draws, one: ExpectedContainer, spec: Spec, request: Any) -> None:
         after = pruned(one.changed(spec), KEEP)
-        self.do(data, one.name, lambda caller: result_of(caller.containers.UpdateContainer(request)), one, after)
+        self.perform(data, one.name, lambda caller: result_of(caller.containers.UpdateContainer(request)), one, after)
 
-    @precondition(lambda self: self.has(*RESTING, FAILED))
+    @precondition(lambda self: self.has_container(*RESTING, FAILED))
     @rule(data=st.data(), spec_only=st.booleans())
     @counted
     def rollback(self, data: Draws, spec_only: bool) -> None:
         """To any revision that can be returned to."""
         states = RESTING if spec_only else (*RESTING, FAILED)
-        if not self.has(*states):
-            return self.idle()
-        one = self.one(data, *states)
+        if not self.has_container(*states):
+            return self.skip()
+        one = self.choose_container(data, *states)
         # With nothing but another spec to return to, nothing would change.
         others = [(number, past) for number, past in one.past.items() if past.spec != one.spec]
         choices = others if spec_only else list(restorable(one))
         if not choices:
-            return self.idle()
+            return self.skip()
         number, past = data.choose(choices, "revision", _number)
-        if one.state is RUNNING and not self.can_have(past.spec.gpus, instead_of=one.spec.gpus):
-            return self.idle()
+        if one.state is RUNNING and not self.can_claim(past.spec.gpus, released=one.spec.gpus):
+            return self.skip()
         request = container_service_pb2.RollbackContainerRequest(name=one.name, revision=number, spec_only=spec_only)
 
         async def act(caller: Caller) -> None:
@@ -162,104 +165,104 @@ class ContainerRules(Drawing):
         if one.state is FAILED:
             # A successor that was never started.
             after.state = STOPPED
-        return self.do(data, one.name, act, one, pruned(after, KEEP))
+        return self.perform(data, one.name, act, one, pruned(after, KEEP))
 
-    @precondition(lambda self: self.has(RUNNING, PAUSED))
+    @precondition(lambda self: self.has_container(RUNNING, PAUSED))
     @rule(data=st.data(), keep_resources=st.booleans())
     @counted
     def stop(self, data: Draws, keep_resources: bool) -> None:
         """Stop what runs."""
-        one = self.one(data, RUNNING, PAUSED)
+        one = self.choose_container(data, RUNNING, PAUSED)
         after = one.copy()
         after.state = STOPPED
         if not keep_resources:
             after.holds, after.cards = False, 0
         name = one.name
-        self.do(data, name, lambda caller: caller.stop(name, keep_resources=keep_resources), one, after)
+        self.perform(data, name, lambda caller: caller.stop(name, keep_resources=keep_resources), one, after)
 
-    @precondition(lambda self: self.has(STOPPED, EXITED))
+    @precondition(lambda self: self.has_container(STOPPED, EXITED))
     @rule(data=st.data())
     @counted
     def start(self, data: Draws) -> None:
         """Start what does not run; where it was given other cards meanwhile it gets a successor, and a revision."""
-        one = self.one(data, STOPPED, EXITED)
-        if not self.can_have(one.spec.gpus, instead_of=one.cards):
-            return self.idle()
+        one = self.choose_container(data, STOPPED, EXITED)
+        if not self.can_claim(one.spec.gpus, released=one.cards):
+            return self.skip()
         self.loop.run(self._start(one.name))
-        return self.loop.run(self.arena.check(one.name))
+        return self.loop.run(self.host.check(one.name))
 
     async def _start(self, name: str) -> None:
-        one = self.arena.known[name]
-        now = await self.arena.caller.start(name)
+        one = self.host.known[name]
+        now = await self.host.caller.start(name)
         after = one.copy() if now.revision == one.revision else pruned(one.changed(one.spec), KEEP)
         after.state, after.holds, after.cards = RUNNING, True, after.spec.gpus
-        await self.arena.settle(name, after)
+        await self.host.settle(name, after)
 
-    @precondition(lambda self: self.has(RUNNING))
+    @precondition(lambda self: self.has_container(RUNNING))
     @rule(data=st.data())
     @counted
     def restart(self, data: Draws) -> None:
         """Another process, the same everything."""
-        one = self.one(data, RUNNING)
+        one = self.choose_container(data, RUNNING)
         name = one.name
-        self.do(data, name, lambda caller: caller.restart(name), one, one.copy())
+        self.perform(data, name, lambda caller: caller.restart(name), one, one.copy())
 
-    @precondition(lambda self: self.has(RUNNING, PAUSED))
+    @precondition(lambda self: self.has_container(RUNNING, PAUSED))
     @rule(data=st.data())
     @counted
-    def pause_or_thaw(self, data: Draws) -> None:
+    def pause_or_unpause(self, data: Draws) -> None:
         """Freeze what runs, thaw what is frozen."""
-        one = self.one(data, RUNNING, PAUSED)
+        one = self.choose_container(data, RUNNING, PAUSED)
         after, name = one.copy(), one.name
         after.state = PAUSED if one.state is RUNNING else RUNNING
         if one.state is RUNNING:
             request = container_service_pb2.PauseContainerRequest(name=name)
-            self.do(data, name, lambda caller: caller.containers.PauseContainer(request), one, after)
+            self.perform(data, name, lambda caller: caller.containers.PauseContainer(request), one, after)
         else:
             thaw = container_service_pb2.UnpauseContainerRequest(name=name)
-            self.do(data, name, lambda caller: caller.containers.UnpauseContainer(thaw), one, after)
+            self.perform(data, name, lambda caller: caller.containers.UnpauseContainer(thaw), one, after)
 
-    @precondition(lambda self: self.has())
+    @precondition(lambda self: self.has_container())
     @rule(data=st.data())
     @counted
     def delete_revision(self, data: Draws) -> None:
         """Others keep the files that they share with it."""
-        one = self.one(data)
+        one = self.choose_container(data)
         if not one.past:
-            return self.idle()
+            return self.skip()
         number = data.choose(sorted(one.past), "revision")
         after, name = one.copy(), one.name
         del after.past[number]
-        return self.do(data, name, lambda caller: caller.delete_revision(name, number), one, after)
+        return self.perform(data, name, lambda caller: caller.delete_revision(name, number), one, after)
 
-    @precondition(lambda self: self.has())
+    @precondition(lambda self: self.has_container())
     @rule(data=st.data())
     @counted
     def delete(self, data: Draws) -> None:
         """With all that belongs to it; without `force` only what does not run."""
-        one = self.one(data)
+        one = self.choose_container(data)
         name = one.name
         match data.choose(("no", "politely", "by force"), "really"):
             case "no":
-                return self.idle()
+                return self.skip()
             case "politely" if one.runs:
                 return self.refused(lambda caller: caller.delete(name, force=False), "CONTAINER_RUNNING", name)
             case how:
-                self.loop.run(self.arena.caller.delete(name, force=how == "by force"))
-                del self.arena.known[name]
-                return self.loop.run(self.arena.check())
+                self.loop.run(self.host.caller.delete(name, force=how == "by force"))
+                del self.host.known[name]
+                return self.loop.run(self.host.check())
 
-    @precondition(lambda self: self.has(RUNNING) and len(self.arena.known) < len(NAMES))
+    @precondition(lambda self: self.has_container(RUNNING) and len(self.host.known) < len(NAMES))
     @rule(data=st.data())
     @counted
     def clone(self, data: Draws) -> None:
         """Another one with the files of now, or of a revision."""
-        one = self.one(data, RUNNING)
+        one = self.choose_container(data, RUNNING)
         name = self.free_name(data)
-        choices = [(0, Past(one.spec, tuple(one.files.items()))), *restorable(one)]
+        choices = [(0, PastRevision(one.spec, tuple(one.files.items()))), *restorable(one)]
         number, past = data.choose(choices, "revision", _number)
-        if not self.can_have(past.spec.gpus):
-            return self.idle()
+        if not self.can_claim(past.spec.gpus):
+            return self.skip()
         request = clone_request(one.name, name, revision=number)
 
         async def act(caller: Caller) -> None:
@@ -267,35 +270,35 @@ class ContainerRules(Drawing):
 
         if self.lacks_volume(past.spec):
             return self.refused(act, "VOLUME_NOT_FOUND", one.name)
-        after = unborn(name, past.spec)
+        after = new_container(name, past.spec)
         after.files = dict(past.files or ())
-        self.do(data, name, act, None, after)
-        self._born(name)
-        return self.loop.run(self.arena.check(one.name))
+        self.perform(data, name, act, None, after)
+        self._record_uid(name)
+        return self.loop.run(self.host.check(one.name))
 
-    @precondition(lambda self: self.has(*RESTING))
+    @precondition(lambda self: self.has_container(*RESTING))
     @rule(data=st.data())
     @counted
     def commit(self, data: Draws) -> None:
         """An image of its files; the container is as it was."""
-        one = self.one(data, *RESTING)
+        one = self.choose_container(data, *RESTING)
         # A name is its owner's and its store's: what an earlier daemon left is not replaced.
-        repository = f"stateful/{self.arena.node}"
-        self.do(data, one.name, lambda caller: caller.commit(one.name, repository, tag=one.name), one, one.copy())
+        repository = f"stateful/{self.host.node}"
+        self.perform(data, one.name, lambda caller: caller.commit(one.name, repository, tag=one.name), one, one.copy())
 
-    @precondition(lambda self: self.has(RUNNING))
+    @precondition(lambda self: self.has_container(RUNNING))
     @rule(data=st.data())
     @counted
-    def two_at_once(self, data: Draws) -> None:
+    def two_updates_at_once(self, data: Draws) -> None:
         """Of two changes at once each is done, or refused because of the other."""
-        one = self.one(data, RUNNING)
-        self.loop.run(self._two_at_once(one))
-        self.loop.run(self.arena.check(one.name))
+        one = self.choose_container(data, RUNNING)
+        self.loop.run(self._two_updates_at_once(one))
+        self.loop.run(self.host.check(one.name))
 
-    async def _two_at_once(self, one: Expected) -> None:
+    async def _two_updates_at_once(self, one: ExpectedContainer) -> None:
         values = [value for value in ("x", "y", "z") if one.spec.env != (("k", value),)][:2]
         requests = [update_request(one.name, env={"k": value}) for value in values]
-        calls = [result_of(self.arena.caller.containers.UpdateContainer(request)) for request in requests]
+        calls = [result_of(self.host.caller.containers.UpdateContainer(request)) for request in requests]
         done = await asyncio.gather(*calls, return_exceptions=True)
         specs = [replace(one.spec, env=(("k", value),)) for value in values]
         first, second = (one.changed(spec) for spec in specs)
@@ -303,4 +306,4 @@ class ContainerRules(Drawing):
         succeeded = [not isinstance(outcome, BaseException) for outcome in done]
         assert any(succeeded), done
         candidates = both if all(succeeded) else [first if succeeded[0] else second]
-        await self.arena.settle(one.name, *(pruned(candidate, KEEP) for candidate in candidates))
+        await self.host.settle(one.name, *(pruned(candidate, KEEP) for candidate in candidates))

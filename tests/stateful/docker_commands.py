@@ -10,69 +10,69 @@ from typing import Any
 from gpudock.v1 import container_pb2
 
 from tests.calls import IMAGE
-from tests.faults.invariants import cards_of
+from tests.faults.invariants import gpus_of
 from tests.rig import HttpStatusError, Rig
 from tests.rig.patience import limit
 from tests.stateful.model import State
-from tests.stateful.modelled_host import Arena
-from tests.stateful.observation import EngineSide
+from tests.stateful.modelled_host import ModelledHost
+from tests.stateful.observation import EngineView
 
 # Within so many seconds an event is noticed and, where a rule says so, repaired.
 _NOTICED_S = 20.0
 
 
-async def do_outside(arena: Arena, name: str, deed: str) -> None:
+async def run_docker_action(host: ModelledHost, name: str, action: str) -> None:
     """Do something to a container of the daemon, and wait until that is known."""
-    one, engine = arena.known[name].copy(), arena.rig.engine
-    inspected = _inspected(arena, name)
+    one, engine = host.known[name].copy(), host.rig.engine
+    inspected = _inspected(host, name)
     where = f"/containers/{inspected['Id']}"
-    match deed:
+    match action:
         case "rm":
             engine.call("DELETE", where, query={"force": "1"})
             one.state, one.holds, one.cards = State.FAILED, False, 0
         case "stop" | "kill":
-            engine.call("POST", f"{where}/{deed}")
+            engine.call("POST", f"{where}/{action}")
             one.state = State.EXITED
         case "pause":
             engine.call("POST", f"{where}/pause")
             one.state = State.PAUSED
         case "start":
-            return await _start(arena, name, where)
+            return await _start(host, name, where)
         case "rename":
             engine.call("POST", f"{where}/rename", query={"name": f"mine-{name}"})
-            await _until(lambda: _inspected(arena, name)["Name"] == inspected["Name"])
+            await _until(lambda: _inspected(host, name)["Name"] == inspected["Name"])
         case "limit":
             engine.call("POST", f"{where}/update", send={"NanoCpus": 700_000_000})
             wanted = round(one.spec.cpus * 1e9) or engine.call("GET", "/info")["NCPU"] * 1_000_000_000
-            await _until(lambda: _inspected(arena, name)["HostConfig"]["NanoCpus"] == wanted)
+            await _until(lambda: _inspected(host, name)["HostConfig"]["NanoCpus"] == wanted)
     wanted_state = f"CONTAINER_STATE_{one.state}"
     async with asyncio.timeout(limit(_NOTICED_S)):
-        while container_pb2.ContainerState.Name((await arena.caller.get(name)).status.state) != wanted_state:
+        while container_pb2.ContainerState.Name((await host.caller.get(name)).status.state) != wanted_state:
             await asyncio.sleep(0.02)
-    arena.known[name] = one
+    host.known[name] = one
     return None
 
 
-def _inspected(arena: Arena, name: str) -> Any:
-    return EngineSide.look(arena.rig, arena.node).by_name[name][0]
+def _inspected(host: ModelledHost, name: str) -> Any:
+    return EngineView.read(host.rig, host.node).by_name[name][0]
 
 
-async def _start(arena: Arena, name: str, where: str) -> None:
+async def _start(host: ModelledHost, name: str, where: str) -> None:
     """What it was given is claimed for it if it is free; else it is stopped again."""
-    inspected = _inspected(arena, name)
-    spec = arena.known[name].spec
-    if len(cards_of(inspected)) != spec.gpus or bool(inspected["HostConfig"]["PortBindings"]) != spec.port:
+    inspected = _inspected(host, name)
+    spec = host.known[name].spec
+    if len(gpus_of(inspected)) != spec.gpus or bool(inspected["HostConfig"]["PortBindings"]) != spec.port:
         return None  # it was changed since it last ran, and what runs then is not what its spec says
     try:
-        arena.rig.engine.call("POST", f"{where}/start")
+        host.rig.engine.call("POST", f"{where}/start")
     except HttpStatusError:
         return None  # its port is another's by now
-    runs, stopped = arena.known[name].copy(), arena.known[name].copy()
+    runs, stopped = host.known[name].copy(), host.known[name].copy()
     runs.state, runs.holds, runs.cards = State.RUNNING, True, spec.gpus
     async with asyncio.timeout(limit(_NOTICED_S)):
         while True:
             with contextlib.suppress(AssertionError):
-                return await arena.settle(name, runs, stopped)
+                return await host.settle(name, runs, stopped)
             await asyncio.sleep(0.05)
 
 
@@ -83,9 +83,9 @@ async def _until(holds: Callable[[], bool]) -> None:
 
 
 @contextlib.contextmanager
-def stranger(rig: Rig, engine_volume: str) -> Iterator[str]:
+def foreign_container(rig: Rig, engine_volume: str) -> Iterator[str]:
     """A container that is none of the daemon's refers to a volume; its name in the engine."""
-    name = f"stranger-of-{engine_volume}"
+    name = f"foreign-{engine_volume}"
     send = {"Image": IMAGE, "HostConfig": {"Binds": [f"{engine_volume}:/theirs"]}}
     rig.engine.call("POST", "/containers/create", query={"name": name}, send=send)
     try:

@@ -21,7 +21,7 @@ _SHOWN_WITHIN_S = 5.0
 _POLL_S = 0.05
 
 
-def standing(loop: asyncio.AbstractEventLoop, daemon: Daemon, rig: Rig) -> str:
+def hang_report(loop: asyncio.AbstractEventLoop, daemon: Daemon, rig: Rig) -> str:
     """All of it, as text. Called from outside of `loop`, which the test's own calls wait in."""
     parts = {
         "the test": lambda: "\n".join(

@@ -50,7 +50,7 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Past:
+class PastRevision:
     """A revision that was replaced; `files` None: they were not kept."""
 
     spec: Spec
@@ -58,7 +58,7 @@ class Past:
 
 
 @dataclass
-class Expected:
+class ExpectedContainer:
     """One container, as it must be."""
 
     name: str
@@ -67,7 +67,7 @@ class Expected:
     spec: Spec
     revision: int = 1
     files: Files = field(default_factory=dict)
-    past: dict[int, Past] = field(default_factory=dict)
+    past: dict[int, PastRevision] = field(default_factory=dict)
     holds: bool = True
     cards: int = 0
 
@@ -76,16 +76,16 @@ class Expected:
         """Whether it has a process."""
         return self.state in (State.RUNNING, State.PAUSED)
 
-    def copy(self) -> Expected:
+    def copy(self) -> ExpectedContainer:
         """One that can be changed without changing this one."""
         return replace(self, files=dict(self.files), past=dict(self.past))
 
-    def changed(self, spec: Spec, *, kept: bool = True, files: Files | None = None) -> Expected:
+    def changed(self, spec: Spec, *, kept: bool = True, files: Files | None = None) -> ExpectedContainer:
         """After a change that made a revision; `files` are what it has then, if they are others than before."""
         after = self.copy()
         # What the engine lost has no files to keep.
         known = tuple(sorted(self.files.items())) if kept and self.state is not State.FAILED else None
-        after.past[self.revision] = Past(self.spec, known)
+        after.past[self.revision] = PastRevision(self.spec, known)
         after.revision += 1
         after.spec = spec
         if self.runs:
@@ -119,6 +119,6 @@ class ExpectedVolume:
         return replace(self, sizes=(*self.sizes, size_mib), files=dict(self.files))
 
 
-def attached(known: Iterable[Expected], volume: str) -> list[str]:
+def containers_mounting(known: Iterable[ExpectedContainer], volume: str) -> list[str]:
     """Who mounts a volume, whether it runs or not."""
     return sorted(one.name for one in known if volume in one.spec.volumes)

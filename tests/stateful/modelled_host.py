@@ -1,7 +1,7 @@
 """One daemon behind a proxy that can harm it, and what the test knows of its containers.
 
 Every method does one thing to the world and to the model. Where an outcome is open (the daemon was killed, the engine
-was harmed) the world is asked which of the possible ones came about; anything else is a failure.
+was fault_occurred) the world is asked which of the possible ones came about; anything else is a failure.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from tests.calls import Caller, Failure, failure, failure_of
 from tests.conftest import FAST_FLAGS, own_state_flags
 from tests.engine.loop_devices import loop_devices_below
 from tests.rig import Daemon, EngineProxy, Rig
-from tests.stateful.model import GROUP, Expected, ExpectedVolume, State, attached
-from tests.stateful.observation import EngineSide, Sight, files_of, upper_of
+from tests.stateful.model import GROUP, ExpectedContainer, ExpectedVolume, State, containers_mounting
+from tests.stateful.observation import EngineView, Observation, files_of, writable_layer
 from tests.stateful.requests import spec_of
 
 # What a caller may be told when the engine refuses or drops a call, or the daemon dies.
-_HARMED = {
+_REASONS_UNDER_FAULTS = {
     "ENGINE_UNAVAILABLE", "ENGINE_REJECTED", "START_FAILED", "LAYER_CARRY_FAILED", "SNAPSHOT_FAILED",
     "IMAGE_NOT_FOUND", "CONTAINER_NOT_RUNNING", "SHUTTING_DOWN", "STORE_UNAVAILABLE", "",
 }  # fmt: skip
@@ -33,27 +33,27 @@ _MIB = 1 << 20
 _SIZE_TOLERANCE = 0.02
 
 Act = Callable[[Caller], Awaitable[object]]
-Thing = Expected | ExpectedVolume | None
+ExpectedState = ExpectedContainer | ExpectedVolume | None
 
 
 @dataclass(frozen=True)
-class Deed:
+class Change:
     """A request, and the two ends that it can come to. None: what it names is not there."""
 
     name: str
     act: Act
-    before: Thing
-    after: Thing
+    before: ExpectedState
+    after: ExpectedState
     # Other containers that it changes on the way, as they are then.
-    also: tuple[Expected, ...] = ()
+    also: tuple[ExpectedContainer, ...] = ()
 
     @property
-    def of_a_volume(self) -> bool:
+    def is_of_volume(self) -> bool:
         """Whether what it names is one."""
         return isinstance(self.before, ExpectedVolume) or isinstance(self.after, ExpectedVolume)
 
 
-class Arena:
+class ModelledHost:
     """See the module's docstring."""
 
     def __init__(self, rig: Rig, proxy: EngineProxy, caller: Caller, daemon: Daemon, flags: tuple[str, ...]) -> None:
@@ -65,13 +65,13 @@ class Arena:
         self.node = flags[flags.index("--node-name") + 1]
         root = rig.engine.call("GET", "/info")["DockerRootDir"]
         self.snapshots = Path(root, "gpudock", "snapshots", self.node)
-        self.known: dict[str, Expected] = {}
+        self.known: dict[str, ExpectedContainer] = {}
         self.volumes: dict[str, ExpectedVolume] = {}
         # What was seen last, once nothing was under way.
-        self._sight = Sight.of_nothing()
+        self._observation = Observation.empty()
 
     @classmethod
-    async def open(cls, rig: Rig, proxy: EngineProxy) -> Arena:
+    async def open(cls, rig: Rig, proxy: EngineProxy) -> ModelledHost:
         """With a daemon that has a state of its own."""
         flags = (
             *FAST_FLAGS,
@@ -99,7 +99,7 @@ class Arena:
         try:
             await self.caller.delete_all()
             assert await self.caller.free_gpus() == 8
-            assert not EngineSide.look(self.rig, self.node).by_name
+            assert not EngineView.read(self.rig, self.node).by_name
             assert not self._engine_volumes()
             assert not loop_devices_below(self.daemon.state_dir)
             for one in self.known.values():
@@ -112,33 +112,35 @@ class Arena:
 
     async def check(self, *names: str) -> None:
         """Of these containers and volumes, or of all: records, files, snapshots, engine and claims agree."""
-        self._sight = await self._look()
+        self._observation = await self._observe()
         for name in names or tuple(self.known):
             if name in self.known:
-                wrong = await self._differences(self.known[name], self._sight)
+                wrong = await self._differences(self.known[name], self._observation)
                 assert not wrong, f"{name}: {wrong}"
         await self.check_settled(*(names or (*self.known, *self.volumes)))
         if not names:
-            await asyncio.to_thread(self._check_host, self._sight)
+            await asyncio.to_thread(self._check_host, self._observation)
 
     async def check_settled(self, *names: str) -> None:
         """What was just settled agrees with all else, as it was seen then."""
-        sight = self._sight
-        for uuid, users in sight.engine.running_cards.items():
+        observation = self._observation
+        for uuid, users in observation.engine.users_of_running_gpus.items():
             assert len(users) == 1, f"card {uuid} runs in {users}"
-        assert sight.containers.keys() == self.known.keys()
-        assert sight.volumes.keys() == self.volumes.keys()
-        assert set(sight.holders.values()) <= self.known.keys(), sight.holders
-        assert sight.engine.by_name.keys() <= self.known.keys(), sight.engine.by_name.keys() - self.known.keys()
+        assert observation.containers.keys() == self.known.keys()
+        assert observation.volumes.keys() == self.volumes.keys()
+        assert set(observation.holders.values()) <= self.known.keys(), observation.holders
+        unknown = observation.engine.by_name.keys() - self.known.keys()
+        assert not unknown, f"engine containers of containers that the model does not have: {unknown}"
         mounted = {volume for name in names if name in self.known for volume in self.known[name].spec.volumes}
         for name in mounted | (self.volumes.keys() & set(names)):
-            wrong = await asyncio.to_thread(self._wrong_volume, self.volumes[name], sight)
-            shown, users = list(sight.volumes[name].attached_containers), attached(self.known.values(), name)
+            wrong = await asyncio.to_thread(self._wrong_volume, self.volumes[name], observation)
+            shown = list(observation.volumes[name].attached_containers)
+            users = containers_mounting(self.known.values(), name)
             assert (wrong, shown) == ([], users), name
 
-    def _check_host(self, sight: Sight) -> None:
+    def _check_host(self, observation: Observation) -> None:
         """What volumes are made of is there once, and nothing else is."""
-        made = {seen.mountpoint for name, seen in sight.volumes.items() if not self.volumes[name].adopted}
+        made = {seen.mountpoint for name, seen in observation.volumes.items() if not self.volumes[name].adopted}
         assert self._engine_volumes() == made
         sized = [one.name for one in self.volumes.values() if one.size_mib]
         loops = loop_devices_below(self.daemon.state_dir)
@@ -148,39 +150,39 @@ class Arena:
         query = {"filters": f'{{"label":["gpudock.node={self.node}"]}}'}
         return {one["Mountpoint"] for one in self.rig.engine.call("GET", "/volumes", query=query)["Volumes"] or []}
 
-    async def _look(self) -> Sight:
-        return await Sight.take(self.rig, self.node, self.caller)
+    async def _observe(self) -> Observation:
+        return await Observation.read(self.rig, self.node, self.caller)
 
-    async def _differences(self, one: Expected, sight: Sight) -> list[str]:
+    async def _differences(self, one: ExpectedContainer, observation: Observation) -> list[str]:
         """What is not as expected, in words."""
-        now = sight.containers[one.name]
+        now = observation.containers[one.name]
         state = container_pb2.ContainerState.Name(now.status.state).removeprefix("CONTAINER_STATE_")
         wrong = []
         if state != one.state:
             wrong.append(f"is {state}, not {one.state}: {now.status.message}")
         if (now.revision, spec_of(now)) != (one.revision, one.spec):
             wrong.append(f"is at {now.revision} {spec_of(now)}, not at {one.revision} {one.spec}")
-        held = sorted(uuid for uuid, name in sight.holders.items() if name == one.name)
+        held = sorted(uuid for uuid, name in observation.holders.items() if name == one.name)
         if held != sorted(now.status.gpu_uuids) or len(held) != one.cards or now.status.holds_resources != one.holds:
             wrong.append(f"holds {held}, shows {list(now.status.gpu_uuids)}, is to have {one.cards} ({one.holds})")
         if one.state is State.FAILED:
             return wrong + (["holds something, and is lost"] if held else [])
-        ours = sight.engine.by_name.get(one.name, [])
+        ours = observation.engine.by_name.get(one.name, [])
         if [found["Id"] for found in ours] != [now.status.engine_id]:
             return [*wrong, f"has the engine containers {[found['Name'] for found in ours]}"]
         if ours[0]["State"]["Running"] != one.runs:
             # Else a record that has not yet followed would be believed.
             wrong.append(f"is {ours[0]['State']['Status']} in the engine")
-        found = files_of(upper_of(ours[0]))
+        found = files_of(writable_layer(ours[0]))
         if found != one.files:
             wrong.append(f"has the files {found}, not {one.files}")
-        if (mounted := sight.mounts_of(ours[0])) != dict(one.spec.mounts):
+        if (mounted := observation.mounts_of(ours[0])) != dict(one.spec.mounts):
             wrong.append(f"has {mounted} mounted, not {one.spec.mounts}")
         return wrong + await self._wrong_history(one)
 
-    def _wrong_volume(self, one: ExpectedVolume, sight: Sight) -> list[str]:
+    def _wrong_volume(self, one: ExpectedVolume, observation: Observation) -> list[str]:
         """What of a volume is not as expected, in words."""
-        seen = sight.volumes[one.name]
+        seen = observation.volumes[one.name]
         if seen.state != volume_pb2.VOLUME_STATE_READY or seen.operation_id:
             return [f"is {volume_pb2.VolumeState.Name(seen.state)}, with the operation {seen.operation_id!r}"]
         wrong = []
@@ -189,15 +191,15 @@ class Arena:
             wrong.append(f"is made of {volume_pb2.VolumeBackend.Name(seen.backend)}")
         if (seen.size_bytes, seen.revision) != (size, len(one.sizes)):
             wrong.append(f"has {seen.size_bytes} bytes at revision {seen.revision}, not {one.sizes} MiB")
-        shown = sight.size_in(seen) if size else None
+        shown = observation.visible_size(seen) if size else None
         if shown is not None and abs(shown - size) > size * _SIZE_TOLERANCE:
             wrong.append(f"shows a size of {shown}, not {size}")
-        found = sight.files_in(seen, self.daemon.state_dir / "volumes" / seen.uid / "device")
+        found = observation.files_in_volume(seen, self.daemon.state_dir / "volumes" / seen.uid / "device")
         if found != one.files:
             wrong.append(f"has the files {found}, not {one.files}")
         return wrong
 
-    async def _wrong_history(self, one: Expected) -> list[str]:
+    async def _wrong_history(self, one: ExpectedContainer) -> list[str]:
         wrong = []
         history = {found.revision: found for found in await self.caller.revisions(one.name)}
         if sorted(history) != sorted([*one.past, one.revision]):
@@ -209,18 +211,18 @@ class Arena:
                 wrong.append(f"revision {number} kept {kept}, not {past.files}")
         return wrong
 
-    async def settle(self, name: str, *candidates: Expected | None) -> None:
+    async def settle(self, name: str, *candidates: ExpectedContainer | None) -> None:
         """Find out which of the candidates came about (None: the container is not there), and believe that one."""
         await self.caller.until_idle()
         self.proxy.faults.clear()
-        self._sight = sight = await self._look()
-        there = name in sight.containers
+        self._observation = observation = await self._observe()
+        there = name in observation.containers
         found: list[object] = []
         for candidate in candidates:
             if candidate is None or not there:
                 wrong = [] if (candidate is None) == (not there) else ["it is there" if there else "it is not there"]
             else:
-                wrong = await self._differences(candidate, sight)
+                wrong = await self._differences(candidate, observation)
             if not wrong:
                 if candidate is None:
                     self.known.pop(name, None)
@@ -234,18 +236,18 @@ class Arena:
         """The same of a volume. One whose deletion was broken off in the middle is deleted by the same call again."""
         await self.caller.until_idle()
         self.proxy.faults.clear()
-        self._sight = sight = await self._look()
-        seen = sight.volumes.get(name)
+        self._observation = observation = await self._observe()
+        seen = observation.volumes.get(name)
         if None in candidates and seen is not None and seen.state == volume_pb2.VOLUME_STATE_DELETING:
             await self.caller.delete_volume(name)
-            self._sight = sight = await self._look()
-            seen = sight.volumes.get(name)
+            self._observation = observation = await self._observe()
+            seen = observation.volumes.get(name)
         found: list[object] = []
         for candidate in candidates:
             if candidate is None or seen is None:
                 wrong = [] if (candidate is None) == (seen is None) else ["it is there" if seen else "it is not there"]
             else:
-                wrong = await asyncio.to_thread(self._wrong_volume, candidate, sight)
+                wrong = await asyncio.to_thread(self._wrong_volume, candidate, observation)
             if not wrong:
                 if candidate is None:
                     self.volumes.pop(name, None)
@@ -257,67 +259,67 @@ class Arena:
 
     # -- what is done --------------------------------------------------------------------------------------------------
 
-    async def act(self, deed: Deed) -> None:
-        """Do something that must succeed, or, where something was harmed, be undone; and be told which."""
-        told = await _told(deed.act(self.caller))
-        assert told is None or told.reason in _HARMED, told
-        assert told is None or self.harmed, f"it failed with nothing harmed: {told}"
+    async def act(self, change: Change) -> None:
+        """Do something that must succeed, or, where something was fault_occurred, be undone; and be told which."""
+        told = await _failure_or_none(change.act(self.caller))
+        assert told is None or told.reason in _REASONS_UNDER_FAULTS, told
+        assert told is None or self.fault_occurred, f"it failed with nothing fault_occurred: {told}"
         if told is None:
-            await self._settle(deed, deed.after)
-        elif _leaves_it_open(told):
-            await self._settle(deed, deed.before, deed.after, failed=True)
+            await self._settle_change(change, change.after)
+        elif _outcome_is_unknown(told):
+            await self._settle_change(change, change.before, change.after, failed=True)
         else:
-            await self._settle(deed, deed.before, failed=True)
+            await self._settle_change(change, change.before, failed=True)
 
     @property
-    def harmed(self) -> bool:
-        """Whether a request has met a fault since faults were cleared; one that lies in wait has harmed nothing."""
+    def fault_occurred(self) -> bool:
+        """Whether a request has met a fault since the faults were cleared."""
         return self.proxy.faults.met
 
-    async def _settle(self, deed: Deed, *ends: Thing, failed: bool = False) -> None:
+    async def _settle_change(self, change: Change, *ends: ExpectedState, failed: bool = False) -> None:
         """Find out to which of these ends it came. With `failed` what ran may have been left stopped."""
-        for one in deed.also:
+        for one in change.also:
             # It may have been changed before the rest failed, whatever was told.
-            others = (one,) if ends == (deed.after,) else (self.known[one.name], one)
-            await self.settle(one.name, *others, *(_as_left(others, None) if failed else ()))
-        if deed.of_a_volume:
-            await self.settle_volume(deed.name, *(one for one in ends if not isinstance(one, Expected)))
+            others = (one,) if ends == (change.after,) else (self.known[one.name], one)
+            await self.settle(one.name, *others, *(_left_by_failure(others, None) if failed else ()))
+        if change.is_of_volume:
+            await self.settle_volume(change.name, *(one for one in ends if not isinstance(one, ExpectedContainer)))
             return
         containers = [one for one in ends if not isinstance(one, ExpectedVolume)]
-        await self.settle(deed.name, *containers, *(_as_left(containers, deed.before) if failed else ()))
+        await self.settle(change.name, *containers, *(_left_by_failure(containers, change.before) if failed else ()))
 
-    async def kill_during(self, deed: Deed, seconds: float) -> bool:
+    async def kill_during(self, change: Change, seconds: float) -> bool:
         """`kill -9` so many seconds after it has begun; the next daemon brings it to one of its two ends.
 
         Whether the daemon was killed before it had ended.
         """
         # What the caller is told is that the connection broke, or the outcome, where it was quicker.
-        going = asyncio.ensure_future(_told(deed.act(self.caller)))
+        going = asyncio.ensure_future(_failure_or_none(change.act(self.caller)))
         await asyncio.sleep(seconds)
         ended = going.done()
         succeeded = ended and going.result() is None
         await self.restart(kill=True)
         await going
-        await self._settle(deed, *([deed.after] if succeeded else [deed.before, deed.after]))
+        await self._settle_change(change, *([change.after] if succeeded else [change.before, change.after]))
         return not ended
 
-    async def cancel_during(self, deed: Deed, seconds: float) -> bool:
+    async def cancel_during(self, change: Change, seconds: float) -> bool:
         """CancelOperation so long after it began: it is undone, or says that it cannot be. Whether it was undone."""
-        going = asyncio.ensure_future(_told(deed.act(self.caller)))
+        going = asyncio.ensure_future(_failure_or_none(change.act(self.caller)))
         await asyncio.sleep(seconds)
         while not going.done():
-            if under_way := await self._under_way():
+            if under_way := await self._running_operations():
                 request = operation_service_pb2.CancelOperationRequest(id=under_way[0].id)
-                refused = await _told(self.caller.operations.CancelOperation(request))
+                refused = await _failure_or_none(self.caller.operations.CancelOperation(request))
                 assert refused is None or refused.reason == "OPERATION_NOT_CANCELLABLE", refused
                 break
             await asyncio.sleep(0.01)
         told = await going
         assert told is None or told.reason == "OPERATION_CANCELLED", told
-        await self._settle(deed, deed.after if told is None else deed.before)
+        await self._settle_change(change, change.after if told is None else change.before)
         return told is not None
 
-    async def _under_way(self) -> list[operation_pb2.Operation]:
+    async def _running_operations(self) -> list[operation_pb2.Operation]:
         wanted = operation_service_pb2.OperationFilter(states=[operation_pb2.OPERATION_STATE_RUNNING])
         listed = await self.caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest(filter=wanted))
         return list(listed.operations)
@@ -366,7 +368,7 @@ class Arena:
         await self.caller.shell(name, script)
 
 
-async def _told(call: Awaitable[object]) -> Failure | None:
+async def _failure_or_none(call: Awaitable[object]) -> Failure | None:
     """How it failed; None: it did not."""
     try:
         await call
@@ -375,24 +377,24 @@ async def _told(call: Awaitable[object]) -> Failure | None:
     return None
 
 
-def _leaves_it_open(told: Failure) -> bool:
+def _outcome_is_unknown(told: Failure) -> bool:
     """Whether what a caller is told says neither that it was done nor that it was not."""
     message = told.message or "the connection broke"
     return "does not answer" in message or "shutting down" in message or "connection" in message.lower()
 
 
-def _as_left(ends: Iterable[Expected | None], before: Thing) -> list[Expected]:
+def _left_by_failure(ends: Iterable[ExpectedContainer | None], before: ExpectedState) -> list[ExpectedContainer]:
     """How else what has failed may be left, and be told to be."""
     ran = [one for one in ends if one and one.runs]
     # A container that was stopped on the way, or could not be started again, is told as it is.
     left = [_with_state(one, state) for state in (State.EXITED, State.STOPPED) for one in ran]
-    if ran and isinstance(before, Expected) and before.state is State.PAUSED:
+    if ran and isinstance(before, ExpectedContainer) and before.state is State.PAUSED:
         # What is frozen is thawed to be stopped.
         left.append(_with_state(before, State.RUNNING))
     return left
 
 
-def _with_state(one: Expected, state: State) -> Expected:
+def _with_state(one: ExpectedContainer, state: State) -> ExpectedContainer:
     other = one.copy()
     other.state = state
     return other

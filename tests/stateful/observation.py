@@ -15,7 +15,7 @@ from typing import Any, Self
 from gpudock.v1 import container_pb2, container_service_pb2, volume_pb2, volume_service_pb2
 
 from tests.calls import Caller
-from tests.faults.invariants import cards_of
+from tests.faults.invariants import gpus_of
 from tests.rig import Rig
 from tests.stateful.model import GROUP, Files
 
@@ -37,19 +37,19 @@ def _texts_in(folder: Path) -> Files:
     return {entry.name: Path(entry.path).read_text() for entry in os.scandir(folder)}
 
 
-def upper_of(inspected: dict[str, Any]) -> Path:
+def writable_layer(inspected: dict[str, Any]) -> Path:
     """The writable layer of an engine container."""
     return Path(inspected["GraphDriver"]["Data"]["UpperDir"])
 
 
 @dataclass(frozen=True)
-class EngineSide:
+class EngineView:
     """Our engine containers, inspected, by name of the container that they belong to."""
 
     by_name: dict[str, list[dict[str, Any]]]
 
     @classmethod
-    def look(cls, rig: Rig, node: str) -> EngineSide:
+    def read(cls, rig: Rig, node: str) -> EngineView:
         """All of a node's."""
         by_name: dict[str, list[dict[str, Any]]] = {}
         query = {"all": "1", "filters": f'{{"label":["gpudock.node={node}"]}}'}
@@ -59,17 +59,17 @@ class EngineSide:
         return cls(by_name)
 
     @property
-    def running_cards(self) -> dict[str, list[str]]:
+    def users_of_running_gpus(self) -> dict[str, list[str]]:
         """Who has each card in the engine, of those that run: one name, or something is wrong."""
         users: dict[str, list[str]] = {}
         for name, ones in self.by_name.items():
             for one in ones:
                 if one["State"]["Running"]:
-                    for uuid in cards_of(one):
+                    for uuid in gpus_of(one):
                         users.setdefault(uuid, []).append(name)
         return users
 
-    def mounted_at(self, mountpoint: str) -> Iterator[Path]:
+    def mount_paths(self, mountpoint: str) -> Iterator[Path]:
         """Where a volume is seen: once for each mount of it in what runs."""
         for one in (each for ones in self.by_name.values() for each in ones if each["State"]["Running"]):
             for mount in one["Mounts"]:
@@ -78,20 +78,20 @@ class EngineSide:
 
 
 @dataclass(frozen=True)
-class Sight:
+class Observation:
     """What there is at one moment: containers, volumes, and the engine's containers by name; who holds each card."""
 
     containers: dict[str, container_pb2.Container]
-    engine: EngineSide
+    engine: EngineView
     holders: dict[str, str]
     volumes: dict[str, volume_pb2.Volume]
 
     @classmethod
-    async def take(cls, rig: Rig, node: str, caller: Caller) -> Self:
+    async def read(cls, rig: Rig, node: str, caller: Caller) -> Self:
         """As of now."""
         listed, engine, holders, volumes = await asyncio.gather(
             caller.containers.ListContainers(container_service_pb2.ListContainersRequest()),
-            asyncio.to_thread(EngineSide.look, rig, node),
+            asyncio.to_thread(EngineView.read, rig, node),
             caller.holders(),
             volumes_of(caller),
         )
@@ -99,27 +99,27 @@ class Sight:
         return cls(containers, engine, {uuid: name for uuid, name in holders.items() if name}, volumes)
 
     @classmethod
-    def of_nothing(cls) -> Self:
+    def empty(cls) -> Self:
         """Before anything is there."""
-        return cls({}, EngineSide({}), {}, {})
+        return cls({}, EngineView({}), {}, {})
 
     def mounts_of(self, inspected: dict[str, Any]) -> dict[str, str]:
         """Target -> volume, of an engine container; what is none of ours is called as the engine calls it."""
         names = {volume.mountpoint: name for name, volume in self.volumes.items()}
         return {mount["Destination"]: names.get(mount["Source"], mount["Source"]) for mount in inspected["Mounts"]}
 
-    def files_in(self, volume: volume_pb2.Volume, device: Path) -> Files:
+    def files_in_volume(self, volume: volume_pb2.Volume, device: Path) -> Files:
         """What a volume holds, each user having it as all others; `device` is what one with a size is mounted from."""
-        seen = [_texts_in(place) for place in self.engine.mounted_at(volume.mountpoint)]
+        seen = [_texts_in(mount_path) for mount_path in self.engine.mount_paths(volume.mountpoint)]
         assert all(one == seen[0] for one in seen), f"{volume.name} has different files in its users: {seen}"
         if seen:
             return seen[0]
-        return _texts_inside(device) if volume.size_bytes else _texts_in(Path(volume.mountpoint))
+        return _texts_on_device(device) if volume.size_bytes else _texts_in(Path(volume.mountpoint))
 
-    def size_in(self, volume: volume_pb2.Volume) -> int | None:
+    def visible_size(self, volume: volume_pb2.Volume) -> int | None:
         """The size that those who run see, in bytes; None where none does."""
-        for place in self.engine.mounted_at(volume.mountpoint):
-            shown = os.statvfs(place)
+        for mount_path in self.engine.mount_paths(volume.mountpoint):
+            shown = os.statvfs(mount_path)
             return shown.f_blocks * shown.f_frsize
         return None
 
@@ -136,12 +136,12 @@ async def volumes_of(caller: Caller) -> dict[str, volume_pb2.Volume]:
     return found
 
 
-def _texts_inside(device: Path) -> Files:
+def _texts_on_device(device: Path) -> Files:
     """The files of a device that nothing has mounted: copied from where nobody else sees it mounted."""
     with tempfile.TemporaryDirectory() as folder:
-        place, copies = Path(folder, "place"), Path(folder, "copies")
-        place.mkdir()
+        mount_path, copies = Path(folder, "mount_path"), Path(folder, "copies")
+        mount_path.mkdir()
         script = 'mount -o ro "$1" "$2" && cp -R "$2" "$3"'
         words = ["unshare", "--mount", "--propagation", "private", "sh", "-euc", script, "sh"]
-        subprocess.run([*words, str(device.resolve()), str(place), str(copies)], check=True, timeout=60)
+        subprocess.run([*words, str(device.resolve()), str(mount_path), str(copies)], check=True, timeout=60)
         return _texts_in(copies)

@@ -15,51 +15,51 @@ from gpudock.v1 import (
 
 from tests.calls import Caller
 from tests.rig.patience import limit
-from tests.stateful.model import Expected, ExpectedVolume
-from tests.stateful.modelled_host import Arena
+from tests.stateful.model import ExpectedContainer, ExpectedVolume
+from tests.stateful.modelled_host import ModelledHost
 
 _MIB = 1 << 20
-# Within so many seconds a comparison goes through that was broken off by an engine which was harmed.
+# Within so many seconds a comparison goes through that was broken off by an engine which was fault_occurred.
 _COMPARED_S = 20.0
 
 
-async def read_everything(arena: Arena) -> None:
+async def check_all_reads(host: ModelledHost) -> None:
     """While nothing is under way."""
-    await _node(arena)
-    await _containers(arena)
-    for one in arena.known.values():
-        await _revision(arena.caller, one)
-    await _volumes(arena)
-    await _operations(arena.caller)
-    await _drift(arena)
+    await _node(host)
+    await _containers(host)
+    for one in host.known.values():
+        await _revision(host.caller, one)
+    await _volumes(host)
+    await _operations(host.caller)
+    await _drift(host)
 
 
-async def _node(arena: Arena) -> None:
-    nodes = arena.caller.nodes
+async def _node(host: ModelledHost) -> None:
+    nodes = host.caller.nodes
     node = (await nodes.GetNode(node_service_pb2.GetNodeRequest())).node
-    held = sum(one.cards for one in arena.known.values())
-    assert (node.name, node.claimed_gpus) == (arena.node, held)
-    promised = sum(one.size_mib for one in arena.volumes.values())
+    held = sum(one.cards for one in host.known.values())
+    assert (node.name, node.claimed_gpus) == (host.node, held)
+    promised = sum(one.size_mib for one in host.volumes.values())
     assert node.volume_pool.promised_bytes == promised * _MIB
     ports = (await nodes.ListPorts(node_service_pb2.ListPortsRequest())).ports
     assert len({port.host_port for port in ports}) == len(ports), "no port is held twice"
     shown: dict[str, set[int]] = {}
     for port in ports:
         shown.setdefault(port.container, set()).add(port.host_port)
-    for name in arena.known:
-        status = (await arena.caller.get(name)).status
+    for name in host.known:
+        status = (await host.caller.get(name)).status
         assert {port.host_port for port in status.ports} == shown.pop(name, set()), name
     assert not shown, f"ports that are held by nobody: {shown}"
     assert all(one.healthy for one in node.components), node.components
 
 
-async def _containers(arena: Arena) -> None:
-    containers = arena.caller.containers
+async def _containers(host: ModelledHost) -> None:
+    containers = host.caller.containers
     listed = (await containers.ListContainers(container_service_pb2.ListContainersRequest())).containers
     states = {
         one.name: container_pb2.ContainerState.Name(one.status.state).removeprefix("CONTAINER_STATE_") for one in listed
     }
-    assert states == {name: one.state.value for name, one in arena.known.items()}
+    assert states == {name: one.state.value for name, one in host.known.items()}
     watch = containers.WatchContainers(container_service_pb2.WatchContainersRequest())
     watched = []
     async for answer in watch:
@@ -70,19 +70,19 @@ async def _containers(arena: Arena) -> None:
     assert watched == list(listed)
 
 
-async def _revision(caller: Caller, one: Expected) -> None:
+async def _revision(caller: Caller, one: ExpectedContainer) -> None:
     request = container_service_pb2.GetContainerRevisionRequest(name=one.name, revision=one.revision)
     current = (await caller.containers.GetContainerRevision(request)).revision
     assert current.current
     assert current.spec == (await caller.get(one.name)).spec
 
 
-async def _volumes(arena: Arena) -> None:
-    caller = arena.caller
+async def _volumes(host: ModelledHost) -> None:
+    caller = host.caller
     listed = (await caller.volumes.ListVolumes(volume_service_pb2.ListVolumesRequest())).volumes
-    assert [one.name for one in listed] == sorted(arena.volumes)
+    assert [one.name for one in listed] == sorted(host.volumes)
     for shown in listed:
-        one = arena.volumes[shown.name]
+        one = host.volumes[shown.name]
         if one.size_mib:
             # The files are few: most of that is the filesystem's own.
             assert shown.used_bytes < one.size_mib * _MIB // 4
@@ -111,9 +111,9 @@ async def _operations(caller: Caller) -> None:
         watch.cancel()
 
 
-async def _drift(arena: Arena) -> None:
+async def _drift(host: ModelledHost) -> None:
     """What differs is known by name, and the last comparison went through."""
     async with asyncio.timeout(limit(_COMPARED_S)):
-        while (seen := await arena.caller.nodes.ListDrift(node_service_pb2.ListDriftRequest())).trouble:
+        while (seen := await host.caller.nodes.ListDrift(node_service_pb2.ListDriftRequest())).trouble:
             await asyncio.sleep(0.05)
     assert all(one.container for one in seen.drift), seen.drift

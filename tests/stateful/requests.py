@@ -7,7 +7,7 @@ from typing import Any
 
 from gpudock.v1 import container_pb2
 
-from tests.stateful.model import Expected, Past, Spec, State
+from tests.stateful.model import ExpectedContainer, PastRevision, Spec, State
 
 _PORT = container_pb2.PortRequest(container_port=80)
 _NEVER = container_pb2.SNAPSHOT_POLICY_NEVER
@@ -42,17 +42,17 @@ def spec_of(container: container_pb2.Container) -> Spec:
     )
 
 
-def snapshots(keep: bool) -> dict[str, Any]:
+def snapshot_fields(keep: bool) -> dict[str, Any]:
     """The word for whether files are kept, as a call has it."""
     return {} if keep else {"snapshots": _NEVER}
 
 
-def unborn(name: str, spec: Spec) -> Expected:
+def new_container(name: str, spec: Spec) -> ExpectedContainer:
     """A container whose uid the server has yet to choose."""
-    return Expected(name=name, uid="", state=State.RUNNING, spec=spec, cards=spec.gpus)
+    return ExpectedContainer(name=name, uid="", state=State.RUNNING, spec=spec, cards=spec.gpus)
 
 
-def pruned(one: Expected, keep: int) -> Expected:
+def pruned(one: ExpectedContainer, keep: int) -> ExpectedContainer:
     """With no more than `keep` revisions, the current one among them."""
     after = one.copy()
     for number in sorted(after.past)[: max(0, len(after.past) - keep + 1)]:
@@ -60,6 +60,6 @@ def pruned(one: Expected, keep: int) -> Expected:
     return after
 
 
-def restorable(one: Expected) -> Sequence[tuple[int, Past]]:
+def restorable(one: ExpectedContainer) -> Sequence[tuple[int, PastRevision]]:
     """The revisions that can be returned to with their files."""
     return [(number, past) for number, past in sorted(one.past.items()) if past.files is not None]

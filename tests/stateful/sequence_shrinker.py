@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 T = TypeVar("T")
 
 
-class UnfitError(Exception):
+class StepNotApplicableError(Exception):
     """What was drawn for a step cannot be had any more."""
 
 
@@ -61,8 +61,8 @@ class Draws:
         return self.number(0, 1, label) == 1
 
 
-class DrawnAgain(Draws):
-    """Gives what a step has drawn before. Raises UnfitError where that cannot be had."""
+class ReplayedDraws(Draws):
+    """Gives what a step has drawn before. Raises StepNotApplicableError where that cannot be had."""
 
     def __init__(self, step: Step) -> None:
         """From a step that was recorded."""
@@ -70,7 +70,7 @@ class DrawnAgain(Draws):
 
     def _next(self, label: str) -> Any:
         if not self._left or self._left[0][0] != label:
-            raise UnfitError(label)
+            raise StepNotApplicableError(label)
         return self._left.pop(0)[1]
 
     def choose(self, options: Sequence[T], label: str, key: Callable[[T], object] = repr) -> T:
@@ -79,17 +79,17 @@ class DrawnAgain(Draws):
         for option in options:
             if key(option) == wanted:
                 return option
-        raise UnfitError(label)
+        raise StepNotApplicableError(label)
 
     def number(self, low: int, high: int, label: str) -> int:
         """The number that was recorded."""
         value = int(self._next(label))
         if not low <= value <= high:
-            raise UnfitError(label)
+            raise StepNotApplicableError(label)
         return value
 
 
-def place(error: BaseException) -> tuple[type[BaseException], str, int]:
+def failure_location(error: BaseException) -> tuple[type[BaseException], str, int]:
     """What tells one failure from another: its type, and the line of the tests where it was raised."""
     tests = Path(__file__).parents[1]
     frames = [one for one in traceback.extract_tb(error.__traceback__) if Path(one.filename).is_relative_to(tests)]

@@ -21,11 +21,11 @@ from tests.conftest import FAST_FLAGS, own_state_flags
 from tests.rig import Rig
 from tests.run_report import REQUIRED
 from tests.stateful.container_rules import ContainerRules
-from tests.stateful.hang_report import standing
-from tests.stateful.modelled_host import Arena
+from tests.stateful.hang_report import hang_report
+from tests.stateful.modelled_host import ModelledHost
 from tests.stateful.other_rules import OtherRules
-from tests.stateful.rule_base import COUNTED, TROUBLES
-from tests.stateful.sequence_shrinker import Failure, Step, place, shrink
+from tests.stateful.rule_base import COUNTED, DISTURBANCES
+from tests.stateful.sequence_shrinker import Failure, Step, failure_location, shrink
 from tests.stateful.volume_rules import VolumeRules
 
 T = TypeVar("T")
@@ -39,8 +39,8 @@ _SHORT, _SHORT_SEQUENCE = 3, 20
 _AT_ONCE = 10
 # How long parts of a sequence that has failed are played, to find a shorter one.
 _SHRINK_SECONDS = 300
-# From so many steps on, every rule must have done something and every trouble must have been met, in some part.
-_TELLING_STEPS = 2000
+# From so many steps on, every rule must have done something and every disturbance must have been met, in some part.
+_STEPS_FOR_COVERAGE = 2000
 
 
 class Loop:
@@ -52,7 +52,7 @@ class Loop:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self.standing: Callable[[asyncio.AbstractEventLoop], str] = repr
+        self.hang_report: Callable[[asyncio.AbstractEventLoop], str] = repr
         """Says where everything stands, should something not return."""
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -63,7 +63,7 @@ class Loop:
         except TimeoutError:
             if future.done():
                 raise
-            pytest.fail(f"it has not returned within {self._hangs_s:g} s\n{self.standing(self._loop)}")
+            pytest.fail(f"it has not returned within {self._hangs_s:g} s\n{self.hang_report(self._loop)}")
 
     def close(self) -> None:
         """End the thread, and what it has not brought to its end."""
@@ -81,7 +81,7 @@ async def _cancel_others() -> None:
         await asyncio.wait(others, timeout=1)
 
 
-class Host(ContainerRules, VolumeRules, OtherRules):
+class HostStateMachine(ContainerRules, VolumeRules, OtherRules):
     """A host with one daemon, to which things happen."""
 
     loop: Loop
@@ -95,14 +95,14 @@ class Host(ContainerRules, VolumeRules, OtherRules):
         assume(number)
         self._proxy = self.rig.engine_proxy()
         self.loop.run(self._proxy.__aenter__())
-        self._arena = self.loop.run(Arena.open(self.rig, self._proxy))
-        self.loop.standing = lambda loop: standing(loop, self.arena.daemon, self.rig)
+        self._host = self.loop.run(ModelledHost.open(self.rig, self._proxy))
+        self.loop.hang_report = lambda loop: hang_report(loop, self.host.daemon, self.rig)
 
     def teardown(self) -> None:
         """Whatever it was, all of it can be deleted."""
         try:
-            if self._arena is not None:
-                self.loop.run(self._arena.close())
+            if self._host is not None:
+                self.loop.run(self._host.close())
         except Exception as error:
             self.failures.append(Failure(tuple(self.steps), error))
             raise
@@ -124,20 +124,22 @@ def test_the_model_holds_in_a_short_sequence(rig: Rig) -> None:
 def test_the_model_holds(rig: Rig, request: pytest.FixtureRequest, part: int) -> None:
     steps = int(request.config.getoption("--steps"))
     tally = _play_sequences(rig, str(part), max(1, -(-steps // _PARTS // _SEQUENCE)), _SEQUENCE)
-    if steps >= _TELLING_STEPS:
-        occurrences = {name: tally[name] for name in (*TROUBLES, *(f"rule {name}" for name in COUNTED))}
+    if steps >= _STEPS_FOR_COVERAGE:
+        occurrences = {name: tally[name] for name in (*DISTURBANCES, *(f"rule {name}" for name in COUNTED))}
         request.node.user_properties.append((REQUIRED, {"parts": _PARTS, "counts": occurrences}))
 
 
 def _play_sequences(rig: Rig, name: str, sequences: int, steps: int) -> Counter[str]:
-    """Play random sequences of so many steps each; how often each rule and each trouble occurred in them.
+    """Play random sequences of so many steps each; how often each rule and each disturbance occurred in them.
 
     Raises what has failed first, with its steps in a note.
     """
     loop = Loop()
     tally: Counter[str] = Counter()
     failures: list[Failure] = []
-    kind = type(f"Host{name}", (Host,), {"rig": rig, "loop": loop, "tally": tally, "failures": failures})
+    kind = type(
+        f"HostStateMachine{name}", (HostStateMachine,), {"rig": rig, "loop": loop, "tally": tally, "failures": failures}
+    )
     try:
         for done in range(0, sequences, _AT_ONCE):
             run_state_machine_as_test(
@@ -158,7 +160,7 @@ def _play_sequences(rig: Rig, name: str, sequences: int, steps: int) -> Counter[
         if not failures:
             raise
         first = failures[0]
-        first.error.add_note(_told(first, kind))
+        first.error.add_note(_failure_or_none(first, kind))
         raise first.error from None
     finally:
         loop.close()
@@ -166,21 +168,21 @@ def _play_sequences(rig: Rig, name: str, sequences: int, steps: int) -> Counter[
     return tally
 
 
-def _told(failure: Failure, kind: type[Host]) -> str:
+def _failure_or_none(failure: Failure, kind: type[HostStateMachine]) -> str:
     """The steps of a failure; and the shortest part of them with which it comes again, if it does."""
     steps = "\n".join(f"  {step}" for step in failure.steps)
-    where = place(failure.error)
+    where = failure_location(failure.error)
 
     def fails(part: Sequence[Step]) -> bool:
-        again = _play(part, kind)
-        return again is not None and place(again.error) == where
+        again = _replay(part, kind)
+        return again is not None and failure_location(again.error) == where
 
     shrunk = shrink(failure.steps, fails, _SHRINK_SECONDS)
     return f"the sequence that failed has these steps:\n{steps}\n{shrunk}"
 
 
-def _play(steps: Sequence[Step], kind: type[Host]) -> Failure | None:
-    """Follow the rules of these steps once more, on a host of their own; what failed first. See `Drawing.follow`."""
+def _replay(steps: Sequence[Step], kind: type[HostStateMachine]) -> Failure | None:
+    """Follow the rules of these steps once more, on a host of their own; what failed first. See `RuleBase.follow`."""
     host, earlier = kind(), len(kind.failures)
     # Whatever fails is among the host's failures.
     with contextlib.suppress(Exception):
@@ -196,17 +198,17 @@ def _play(steps: Sequence[Step], kind: type[Host]) -> Failure | None:
 def test_what_hangs_is_shown(rig: Rig) -> None:
     loop = Loop(hangs_s=0.2)
     daemon = rig.daemon(*FAST_FLAGS, *own_state_flags())
-    loop.standing = lambda running: standing(running, daemon, rig)
+    loop.hang_report = lambda running: hang_report(running, daemon, rig)
     try:
         with pytest.raises(pytest.fail.Exception) as failure:
-            loop.run(_never())
+            loop.run(_wait_forever())
     finally:
         loop.close()
         daemon.stop()
     shown = str(failure.value)
-    for part in ("in _never", "task dump complete", "goroutine 1 ", rig.id, " dockerd S "):
+    for part in ("in _wait_forever", "task dump complete", "goroutine 1 ", rig.id, " dockerd S "):
         assert part in shown
 
 
-async def _never() -> None:
+async def _wait_forever() -> None:
     await asyncio.Event().wait()

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
 from tests.calls import Caller, progress_of
-from tests.stateful.docker_commands import stranger
-from tests.stateful.model import Expected, ExpectedVolume, attached
+from tests.stateful.docker_commands import foreign_container
+from tests.stateful.model import ExpectedContainer, ExpectedVolume, containers_mounting
 from tests.stateful.requests import pruned
-from tests.stateful.rule_base import EXITED, KEEP, PAUSED, RUNNING, STOPPED, VOLUMES, Drawing, counted
+from tests.stateful.rule_base import EXITED, KEEP, PAUSED, RUNNING, STOPPED, VOLUMES, RuleBase, counted
 from tests.stateful.sequence_shrinker import Draws
 
 _MIB = 1 << 20
@@ -25,20 +25,20 @@ _STEP_MIB = 16
 _SIZES = st.sampled_from((0, _SMALLEST_MIB))
 
 
-class VolumeRules(Drawing):
+class VolumeRules(RuleBase):
     """See the module's docstring."""
 
     def _volume(self, data: Draws) -> ExpectedVolume:
-        return self.arena.volumes[data.choose(sorted(self.arena.volumes), "volume")]
+        return self.host.volumes[data.choose(sorted(self.host.volumes), "volume")]
 
-    def _users(self, volume: str) -> list[Expected]:
-        return [self.arena.known[name] for name in attached(self.arena.known.values(), volume)]
+    def _users(self, volume: str) -> list[ExpectedContainer]:
+        return [self.host.known[name] for name in containers_mounting(self.host.known.values(), volume)]
 
     def _free_volume(self, data: Draws) -> str:
-        free = [name for name in VOLUMES if name not in self.arena.volumes]
+        free = [name for name in VOLUMES if name not in self.host.volumes]
         return data.choose(free, "volume")
 
-    @precondition(lambda self: len(self.arena.volumes) < len(VOLUMES))
+    @precondition(lambda self: len(self.host.volumes) < len(VOLUMES))
     @rule(data=st.data(), size_mib=_SIZES)
     @counted
     def create_volume(self, data: Draws, size_mib: int) -> None:
@@ -48,35 +48,35 @@ class VolumeRules(Drawing):
             name=name, size_bytes=size_mib * _MIB, request_id=str(uuid.uuid4())
         )
         after = ExpectedVolume(name, (size_mib,))
-        self.do(data, name, lambda caller: caller.volumes.CreateVolume(request), None, after)
+        self.perform(data, name, lambda caller: caller.volumes.CreateVolume(request), None, after)
 
-    @precondition(lambda self: len(self.arena.volumes) < len(VOLUMES))
+    @precondition(lambda self: len(self.host.volumes) < len(VOLUMES))
     @rule(data=st.data(), size_mib=_SIZES)
     @counted
     def adopt_volume(self, data: Draws, size_mib: int) -> None:
         """What somebody made in the engine: as it is, or copied into one with a size."""
-        name, theirs, engine = self._free_volume(data), f"theirs-{uuid.uuid4()}", self.arena.rig.engine
+        name, theirs, engine = self._free_volume(data), f"theirs-{uuid.uuid4()}", self.host.rig.engine
         made = engine.call("POST", "/volumes/create", send={"Name": theirs, "Labels": {"gpudock.adopt": "true"}})
         Path(made["Mountpoint"], "theirs").write_text(name)
         request = volume_service_pb2.AdoptVolumeRequest(name=name, engine_volume=theirs, size_bytes=size_mib * _MIB)
         after = ExpectedVolume(name, (size_mib,), {"theirs": name}, adopted="" if size_mib else theirs)
-        self.do(data, name, lambda caller: progress_of(caller.volumes.AdoptVolume(request)), None, after)
-        if size_mib or name not in self.arena.volumes:
+        self.perform(data, name, lambda caller: progress_of(caller.volumes.AdoptVolume(request)), None, after)
+        if size_mib or name not in self.host.volumes:
             # It is theirs as before.
             assert Path(made["Mountpoint"], "theirs").read_text() == name
             engine.call("DELETE", f"/volumes/{theirs}")
 
-    @precondition(lambda self: any(self.arena.known[name].spec.mounts for name in self._names(RUNNING)))
+    @precondition(lambda self: any(self.host.known[name].spec.mounts for name in self._names(RUNNING)))
     @rule(data=st.data(), file=_FILES, content=_CONTENTS)
     @counted
     def write_in_volume(self, data: Draws, file: str, content: str | None) -> None:
         """By one of those that mount it; all others see it, too."""
-        places = [(name, place) for name in self._names(RUNNING) for place, _ in self.arena.known[name].spec.mounts]
+        places = [(name, path) for name in self._names(RUNNING) for path, _ in self.host.known[name].spec.mounts]
         name, target = data.choose(places, "where")
-        self.loop.run(self.arena.write_in_volume(name, target, file, content))
+        self.loop.run(self.host.write_in_volume(name, target, file, content))
         self.tally["write in volume"] += 1
 
-    @precondition(lambda self: any(one.size_mib for one in self.arena.volumes.values()))
+    @precondition(lambda self: any(one.size_mib for one in self.host.volumes.values()))
     @rule(data=st.data(), shrink=st.sampled_from((False,) * 4 + (True,)))
     @counted
     def resize_volume(self, data: Draws, shrink: bool) -> None:
@@ -96,9 +96,11 @@ class VolumeRules(Drawing):
         elif shrink and any(one.state is PAUSED for one in users):
             self.refused(act, "CONTAINER_PAUSED", name)
         elif not shrink:
-            self.do(data, name, act, volume, volume.resized(size_mib))
+            self.perform(data, name, act, volume, volume.resized(size_mib))
         else:
-            self.do(data, name, act, volume, volume.resized(size_mib), also={one.name: one.copy() for one in users})
+            self.perform(
+                data, name, act, volume, volume.resized(size_mib), also={one.name: one.copy() for one in users}
+            )
 
     @precondition(lambda self: self.has_volumes)
     @rule(data=st.data(), force=st.booleans(), theirs=st.sampled_from((False,) * 4 + (True,)))
@@ -114,16 +116,16 @@ class VolumeRules(Drawing):
 
         if theirs:
             # Nor while somebody's own container refers to it.
-            with stranger(self.arena.rig, self.loop.run(self._engine_volume(name))) as other:
+            with foreign_container(self.host.rig, self.loop.run(self._engine_volume(name))) as other:
                 return self.refused(act, "VOLUME_IN_USE", name, *keep_it, holders=keep_it or [other])
         if keep_it:
             return self.refused(act, "VOLUME_IN_USE", name, *keep_it, holders=keep_it)
         also = {one.name: pruned(one.changed(one.spec.without(name)), KEEP) for one in users}
-        return self.do(data, name, act, volume, None, also=also)
+        return self.perform(data, name, act, volume, None, also=also)
 
     async def _engine_volume(self, name: str) -> str:
-        return Path((await self.arena.caller.volume(name)).mountpoint).parent.name
+        return Path((await self.host.caller.volume(name)).mountpoint).parent.name
 
     def _names(self, state: object) -> list[str]:
-        known = self._arena.known if self._arena else {}
+        known = self._host.known if self._host else {}
         return sorted(name for name, one in known.items() if one.state is state)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import document, report
-from benchmarks.report import ResourceRef, Row, Unit
+from benchmarks.report import Row, Target, Unit
 
 _MACHINE: dict[str, Any] = {
     "date": "2026-12-01T08:00:00+00:00", "command": "python -m benchmarks exec", "commit": "0123456789ab",
@@ -19,8 +19,8 @@ _MACHINE: dict[str, Any] = {
     "load_before": [0.1, 0.1, 0.1], "load_after": [2.0, 1.0, 0.5], "failed": [],
 }  # fmt: skip
 _ROWS = [
-    Row("create", Unit.MS, {"gpudock": [100, 110, 300], "docker": [100, 100, 200]}, "docker", target=ResourceRef(1.15)),
-    Row("get, p99", Unit.MS, {"gpudock": [1, 2, 3.123456]}, percent=99, target=ResourceRef(2, unit="ms")),
+    Row("create", Unit.MS, {"gpudock": [100, 110, 300], "docker": [100, 100, 200]}, "docker", target=Target(1.15)),
+    Row("get, p99", Unit.MS, {"gpudock": [1, 2, 3.123456]}, percent=99, target=Target(2, unit="ms")),
     Row("disk", Unit.MB, {"gpudock": [0.01], "changed": [0]}, "changed"),
 ]
 # The heads of tables with figures, outside of markers.

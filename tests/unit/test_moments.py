@@ -11,7 +11,15 @@ import pytest
 from gpudock_server.adapters.host.subprocesses import with_parent_death_signal
 from gpudock_server.adapters.volumes.private_mounts import MountedView
 
-from tests.faults.daemon_killer import Log, Moment, all_gone, least, missing, missing_in_the_midst, missing_of_undo
+from tests.faults.daemon_killer import (
+    Moment,
+    MomentLog,
+    calls_without_moment,
+    minimum_moments,
+    missing_moments,
+    missing_undo_moments,
+    require_children_exit,
+)
 from tests.faults.instrumented_daemon import BY_CHILDREN, CALLS, children, program
 from tests.rig.patience import in_time, limit
 
@@ -32,36 +40,36 @@ moment 9 [end]: after record of SUCCEEDED after retire
 
 
 def test_a_log_shows_the_stages_and_the_moments() -> None:
-    log = Log(f"{_FORWARD}dying at moment during 1 [create]: in Engine.create\nchildren: 7:cp 8:etcd\n")
+    log = MomentLog(f"{_FORWARD}dying at moment during 1 [create]: in Engine.create\nchildren: 7:cp 8:etcd\n")
     assert log.stages == _STAGES
     assert [one.number for one in log.between] == [str(number) for number in range(1, 10)]
     assert log.during == [Moment("during 1", "create", "in Engine.create")] == [log.died_at]
     assert log.children == {7: "cp"}, "etcd ends in its own time"
-    assert Log("").died_at is None
+    assert MomentLog("").died_at is None
 
 
 def test_nothing_is_missing_where_each_stage_has_its_record_and_its_change() -> None:
-    log = Log(_FORWARD)
-    assert missing(log.stages, log.between) == []
+    log = MomentLog(_FORWARD)
+    assert missing_moments(log.stages, log.between) == []
     # The begin, a record of each of the four stages, the end and what is after it; and two changes.
-    assert least(log.stages) == len(log.between) == 9
+    assert minimum_moments(log.stages) == len(log.between) == 9
 
 
 @pytest.mark.parametrize("number", range(1, 10))
 def test_a_moment_that_does_not_come_is_missing(number: int) -> None:
-    log = Log(_FORWARD)
+    log = MomentLog(_FORWARD)
     left = [one for one in log.between if one.number != str(number)]
-    assert len(missing(log.stages, left)) == 1
+    assert len(missing_moments(log.stages, left)) == 1
     # An instrument that is gone counts less than the stages demand.
-    assert len(left) < least(log.stages)
+    assert len(left) < minimum_moments(log.stages)
 
 
 def test_without_a_stage_after_the_commit_its_record_is_the_last() -> None:
     names = ["before record of RUNNING after nothing", "before Engine.pause", "before record of RUNNING after pause",
              "before record of SUCCEEDED after commit", "after record of SUCCEEDED after commit"]  # fmt: skip
     moments = [Moment(str(number), "pause", name) for number, name in enumerate(names, 1)]
-    assert missing(("pause", "commit"), moments) == []
-    assert least(("pause", "commit")) == len(moments)
+    assert missing_moments(("pause", "commit"), moments) == []
+    assert minimum_moments(("pause", "commit")) == len(moments)
 
 
 def test_an_undo_has_a_record_of_each_step() -> None:
@@ -70,7 +78,7 @@ def test_an_undo_has_a_record_of_each_step() -> None:
     begin = ["before record of UNDOING after verify"]
 
     def lacks(*names: str) -> list[str]:
-        return missing_of_undo(_STAGES, [Moment("1", "", name) for name in names])
+        return missing_undo_moments(_STAGES, [Moment("1", "", name) for name in names])
 
     assert lacks(*begin, *records, *ends) == []
     assert lacks(*begin, records[0], *ends) == ["3 records of UNDOING, but 2"]
@@ -81,14 +89,14 @@ def test_an_undo_has_a_record_of_each_step() -> None:
 def test_a_call_that_takes_its_time_has_a_moment_in_its_midst(call: str) -> None:
     before, after = Moment("1", "", f"before {call}"), Moment("2", "", "before record of RUNNING after it")
     within = Moment("during 1", "", "while it works")
-    assert missing_in_the_midst([before, within, after]) == []
-    assert missing_in_the_midst([before, after, within]) == [f"a moment in the midst of {call}"]
-    assert missing_in_the_midst([before]) == [f"a moment in the midst of {call}"]
+    assert calls_without_moment([before, within, after]) == []
+    assert calls_without_moment([before, after, within]) == [f"a moment in the midst of {call}"]
+    assert calls_without_moment([before]) == [f"a moment in the midst of {call}"]
 
 
 def test_other_calls_need_none() -> None:
     assert (
-        missing_in_the_midst(
+        calls_without_moment(
             [Moment("1", "", "before RevisionBackupStore.write"), Moment("2", "", "before record of it")]
         )
         == []
@@ -124,11 +132,11 @@ def test_a_child_process_is_listed_until_it_is_waited_for_and_missed_until_it_en
         named = dict(one.split(":") for one in children())
         assert named[str(sleeper.pid)].startswith("python")
         with pytest.raises(AssertionError, match=f"children outlive their daemon: .*{sleeper.pid} sleeper"):
-            asyncio.run(all_gone({os.getpid(): "this", sleeper.pid: "sleeper"}, seconds=0.1))
+            asyncio.run(require_children_exit({os.getpid(): "this", sleeper.pid: "sleeper"}, seconds=0.1))
     finally:
         sleeper.kill()
     # A process that nobody has waited for has ended as well.
-    asyncio.run(all_gone({sleeper.pid: "sleeper"}))
+    asyncio.run(require_children_exit({sleeper.pid: "sleeper"}))
     sleeper.communicate()
     assert str(sleeper.pid) not in dict(one.split(":") for one in children())
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.stateful.sequence_shrinker import DrawnAgain, Step, UnfitError, place, shrink
+from tests.stateful.sequence_shrinker import ReplayedDraws, Step, StepNotApplicableError, failure_location, shrink
 
 
 def steps(count: int) -> list[Step]:
@@ -49,19 +49,19 @@ def test_what_was_drawn_is_drawn_again_if_it_can_be_had() -> None:
     step = Step("scale", {"gpus": 1}, draws=True)
     step.drawn += [("which", "'ada'"), ("trouble", "'none'"), ("nth", 3), ("really", 1)]
     assert str(step) == "scale(gpus=1, which=\"'ada'\", trouble=\"'none'\", nth=3, really=1)"
-    again = DrawnAgain(step)
+    again = ReplayedDraws(step)
     assert again.choose(["bob", "ada"], "which") == "ada"
     assert again.choose(["kill", "none"], "trouble") == "none"
     assert again.number(1, 5, "nth") == 3
     assert again.flag("really")
-    with pytest.raises(UnfitError):
+    with pytest.raises(StepNotApplicableError):
         again.flag("more")
-    with pytest.raises(UnfitError):
-        DrawnAgain(step).choose(["bob"], "which")
-    with pytest.raises(UnfitError):
-        DrawnAgain(step).choose(["ada"], "volume")
-    with pytest.raises(UnfitError):
-        DrawnAgain(Step("x", {}, draws=True, drawn=[("nth", 3)])).number(1, 2, "nth")
+    with pytest.raises(StepNotApplicableError):
+        ReplayedDraws(step).choose(["bob"], "which")
+    with pytest.raises(StepNotApplicableError):
+        ReplayedDraws(step).choose(["ada"], "volume")
+    with pytest.raises(StepNotApplicableError):
+        ReplayedDraws(Step("x", {}, draws=True, drawn=[("nth", 3)])).number(1, 2, "nth")
 
 
 def test_failures_are_told_apart_by_their_line() -> None:
@@ -73,5 +73,5 @@ def test_failures_are_told_apart_by_their_line() -> None:
             return error
         raise ValueError(number)
 
-    assert place(failure_of(0)) == place(failure_of(1))
-    assert place(failure_of(0)) != place(failure_of(2))
+    assert failure_location(failure_of(0)) == failure_location(failure_of(1))
+    assert failure_location(failure_of(0)) != failure_location(failure_of(2))

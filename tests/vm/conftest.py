@@ -13,15 +13,15 @@ from .machine import FILESYSTEM_VARIABLE, XFS
 
 
 @dataclass(frozen=True)
-class Place:
+class QuotaFilesystem:
     """The filesystem under test."""
 
-    filesystem: str
+    name: str
 
     @property
-    def full(self) -> str:
+    def full_message(self) -> str:
         """What a program is told that writes past its project's limit."""
-        return "No space left on device" if self.filesystem == XFS else "Disk quota exceeded"
+        return "No space left on device" if self.name == XFS else "Disk quota exceeded"
 
 
 class Shell:
@@ -41,12 +41,12 @@ class Shell:
 
 
 @pytest.fixture(scope="package")
-def place() -> Place:
+def quota_filesystem() -> QuotaFilesystem:
     """The filesystem under test; skips where there is none."""
     filesystem = os.environ.get(FILESYSTEM_VARIABLE)
     if filesystem is None:
         pytest.skip("needs project quotas: `make test-vm` runs it in a VM that has them")
-    return Place(filesystem)
+    return QuotaFilesystem(filesystem)
 
 
 def run_container(rig: Rig, **host_config: object) -> Shell:

@@ -33,7 +33,7 @@ FILESYSTEM_VARIABLE = "GPUDOCK_VM_FILESYSTEM"
 """Inside, names the filesystem that the rig's files are on; unset outside."""
 
 USERLAND = Path(__file__).parent / "guest/userland"
-MAKE = {
+MKFS = {
     XFS: ["mkfs.xfs", "-q"],
     # Root may fill it to the last block, as it may XFS.
     EXT4: ["mkfs.ext4", "-q", "-m", "0", "-O", "quota,project", "-E", "quotatype=prjquota"],
@@ -90,7 +90,7 @@ class Machine:
         Raises:
             RigError: time ran out, or the machine ended before the command did; the kernel's last words are in it.
         """
-        exchange = self._made("exchange")
+        exchange = self._make_folder("exchange")
         self._write_orders(exchange, command, filesystems)
         process = self._boot(exchange)
         finished = _follow(process, output, time.monotonic() + timeout_s)
@@ -164,7 +164,7 @@ class Machine:
             guard = [sys.executable, "-I", "-S", cleanup.__file__, str(self._id)]
             self._guardian = subprocess.Popen(guard, cwd="/", stdin=subprocess.DEVNULL, start_new_session=True)
             self._processes = ProcessGroup(cleanup.tracking_hierarchy() / self._id.group / "processes")
-            for filesystem, make in MAKE.items():
+            for filesystem, make in MKFS.items():
                 disk = self.folder / f"{filesystem}.disk"
                 with disk.open("wb") as image:
                     image.truncate(_DISK_BYTES)
@@ -202,7 +202,7 @@ class Machine:
             raise RigError("the VM left behind: " + "; ".join(left))
         self._id = None
 
-    def _made(self, name: str) -> Path:
+    def _make_folder(self, name: str) -> Path:
         path = self.folder / name
         path.mkdir()
         return path

@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 
-def give_project(folder: Path, project: int) -> None:
+def assign_project(folder: Path, project: int) -> None:
     """Make all of a folder, and what comes into it later, count for a project.
 
     Only folders can hand it on. Devices, such as a layer's whiteouts, and symbolic links have none to be set; they take

@@ -15,7 +15,7 @@ from tests.conftest import FAST_FLAGS
 from tests.rig import HttpStatusError, Rig
 
 from . import quotas
-from .conftest import Place, Shell, run_container
+from .conftest import QuotaFilesystem, Shell, run_container
 from .machine import XFS
 
 
@@ -38,14 +38,14 @@ def _stopped(rig: Rig, container: str) -> EngineContainer:
     )
 
 
-async def test_layers_of_different_projects_are_copied(clean_engine: Rig, place: Place) -> None:
+async def test_layers_of_different_projects_are_copied(clean_engine: Rig, quota_filesystem: QuotaFilesystem) -> None:
     first = run_container(clean_engine)
     assert first("rm /etc/group; mkdir /kept; echo kept > /kept/file; ln /kept/file /kept/link") == "0\n"
     old = _stopped(clean_engine, first.container)
     new = _stopped(clean_engine, run_container(clean_engine).container)
-    if place.filesystem != XFS:  # where the engine gave each a project of its own
+    if quota_filesystem.name != XFS:  # where the engine gave each a project of its own
         for number, layer in enumerate((old, new), 4001):
-            quotas.give_project(Path(layer.upper_dir).parent, number)
+            quotas.assign_project(Path(layer.upper_dir).parent, number)
 
     store = OverlayLayerStore(None, clean_engine.engine.call("GET", "/info")["DockerRootDir"], local=True)
     assert (await store.plan(old)).method is LayerTransferMethod.EXCHANGE
@@ -61,7 +61,9 @@ async def test_layers_of_different_projects_are_copied(clean_engine: Rig, place:
     )
 
 
-async def test_a_scale_keeps_the_files_by_whichever_way_there_is(clean_engine: Rig, place: Place) -> None:
+async def test_a_scale_keeps_the_files_by_whichever_way_there_is(
+    clean_engine: Rig, quota_filesystem: QuotaFilesystem
+) -> None:
     """The whole daemon: on XFS each layer has a quota and is copied; on ext4 it has none and changes places."""
     daemon = await clean_engine.start_daemon(*FAST_FLAGS)
     async with Caller(daemon.target) as caller:
@@ -72,7 +74,7 @@ async def test_a_scale_keeps_the_files_by_whichever_way_there_is(clean_engine: R
         seen = await caller.shell("kept", "cat /root/file; test ! -e /etc/group && echo gone; ls -1 /dev/nvidia[0-9]")
         assert seen == "kept\ngone\n/dev/nvidia0\n/dev/nvidia1\n"
         exchanged = _layer_inode(clean_engine, container.status.engine_id) == before
-        assert exchanged == (place.filesystem != XFS)
+        assert exchanged == (quota_filesystem.name != XFS)
         await caller.delete_all()
     assert daemon.stop() == 0, daemon.log_text
 
@@ -86,13 +88,15 @@ def _inode(path: str) -> int:
     return Path(path).stat().st_ino
 
 
-def test_the_engine_limits_layers_on_xfs_and_says_that_it_cannot_elsewhere(clean_engine: Rig, place: Place) -> None:
+def test_the_engine_limits_layers_on_xfs_and_says_that_it_cannot_elsewhere(
+    clean_engine: Rig, quota_filesystem: QuotaFilesystem
+) -> None:
     options = {"size": "32M"}
-    if place.filesystem != XFS:
+    if quota_filesystem.name != XFS:
         with pytest.raises(HttpStatusError, match=re.escape("--storage-opt is supported only for overlay over xfs")):
             run_container(clean_engine, StorageOpt=options)
         return
     shell = run_container(clean_engine, StorageOpt=options)
     assert shell("df -P -k / | tail -n 1").split()[1] == "32768"
-    assert place.full in shell("dd if=/dev/zero of=/file bs=64k count=640 conv=fsync 2>&1")
+    assert quota_filesystem.full_message in shell("dd if=/dev/zero of=/file bs=64k count=640 conv=fsync 2>&1")
     assert shell("stat -c %s /file | grep -c '^3[0-9]\\{7\\}$'") == "1\n0\n"

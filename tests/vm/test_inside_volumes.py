@@ -14,11 +14,19 @@ from gpudock.v1 import container_pb2, node_service_pb2, volume_pb2, volume_servi
 from tests.calls import Caller, ExecResult, failure
 from tests.conftest import FAST_FLAGS, own_state_flags
 from tests.engine.isolated_daemons import until
-from tests.faults.volume_pools import LOOK, PLANT, Pool, df_size, mount, mounted_pool, shows
+from tests.faults.volume_pools import (
+    SHOW_FILES,
+    WRITE_FILES,
+    Pool,
+    container_has_files,
+    filesystem_size,
+    mount_of,
+    mounted_pool,
+)
 from tests.rig import Daemon, Rig
 
-from .conftest import Place
-from .machine import MAKE, MOUNT_OPTIONS
+from .conftest import QuotaFilesystem
+from .machine import MKFS, MOUNT_OPTIONS
 
 MIB = 1 << 20
 SIZE = 64 * MIB
@@ -26,10 +34,10 @@ ALWAYS = container_pb2.RestartPolicy(policy=container_pb2.RESTART_POLICY_KIND_AL
 
 
 @pytest.fixture(scope="module")
-def pool(rig: Rig, place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+def pool(rig: Rig, quota_filesystem: QuotaFilesystem, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
     """600 MiB of the filesystem under test, which can be full while the engine and the store have room."""
     image = tmp_path_factory.mktemp("pool") / "image"
-    make, options = MAKE[place.filesystem], f"loop,{MOUNT_OPTIONS[place.filesystem]}"
+    make, options = MKFS[quota_filesystem.name], f"loop,{MOUNT_OPTIONS[quota_filesystem.name]}"
     with mounted_pool(rig, rig.folder / "pool", image=image, size=600 * MIB, make=make, options=options) as made:
         yield made
 
@@ -52,7 +60,7 @@ async def caller(daemon: Daemon) -> AsyncIterator[Caller]:
         await caller.delete_all()
 
 
-async def _written(caller: Caller, name: str, mib: int) -> ExecResult:
+async def _write(caller: Caller, name: str, mib: int) -> ExecResult:
     """A file of so many MiB in the volume, synced."""
     return await caller.run(
         "one", "dd", "if=/dev/zero", f"of=/data/{name}", "bs=64k", f"count={mib * 16}", "conv=fsync"
@@ -63,34 +71,34 @@ def _is_full(wrote: ExecResult, said: str) -> bool:
     return wrote.code == 1 and said in wrote.stderr.decode()
 
 
-async def test_a_size_holds_and_changes_in_use(caller: Caller, place: Place, pool: Pool) -> None:
+async def test_a_size_holds_and_changes_in_use(caller: Caller, quota_filesystem: QuotaFilesystem, pool: Pool) -> None:
     made = await caller.create_volume("data", SIZE)
-    assert (made.backend, made.filesystem) == (volume_pb2.VOLUME_BACKEND_PROJECT_QUOTA, place.filesystem)
-    await caller.create("one", mounts=[mount("data")])
+    assert (made.backend, made.filesystem) == (volume_pb2.VOLUME_BACKEND_PROJECT_QUOTA, quota_filesystem.name)
+    await caller.create("one", mounts=[mount_of("data")])
     before = await caller.get("one")
-    await caller.shell("one", PLANT)
-    files = await caller.shell("one", LOOK)
-    assert await df_size(caller, "one") == SIZE
-    assert _is_full(await _written(caller, "fill", 80), place.full)
+    await caller.shell("one", WRITE_FILES)
+    files = await caller.shell("one", SHOW_FILES)
+    assert await filesystem_size(caller, "one") == SIZE
+    assert _is_full(await _write(caller, "fill", 80), quota_filesystem.full_message)
     assert SIZE - MIB < (await caller.volume("data")).used_bytes <= SIZE
 
     assert (await caller.resize_volume("data", 2 * SIZE)).result.size_bytes == 2 * SIZE
-    assert await df_size(caller, "one") == 2 * SIZE
-    assert (await _written(caller, "more", 4)).code == 0
+    assert await filesystem_size(caller, "one") == 2 * SIZE
+    assert (await _write(caller, "more", 4)).code == 0
 
     refused = await failure(caller.resize_volume("data", SIZE))
     assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "VOLUME_TOO_SMALL_FOR_DATA")
     assert int(refused.metadata["minimum_bytes"]) >= int(refused.metadata["used_bytes"]) > SIZE
-    assert await df_size(caller, "one") == 2 * SIZE
+    assert await filesystem_size(caller, "one") == 2 * SIZE
 
     await caller.shell("one", "rm /data/fill /data/more")
     assert (await caller.resize_volume("data", SIZE // 2)).result.size_bytes == SIZE // 2
-    assert await df_size(caller, "one") == SIZE // 2
-    assert _is_full(await _written(caller, "fill", 40), place.full)
-    assert await caller.shell("one", LOOK) == files
+    assert await filesystem_size(caller, "one") == SIZE // 2
+    assert _is_full(await _write(caller, "fill", 40), quota_filesystem.full_message)
+    assert await caller.shell("one", SHOW_FILES) == files
     after = await caller.get("one")
     assert (after.status.engine_id, after.status.start_time) == (before.status.engine_id, before.status.start_time)
-    assert await _causes(caller) == ["CREATED", "GROWN", "SHRUNK"]
+    assert await _revision_causes(caller) == ["CREATED", "GROWN", "SHRUNK"]
 
     assert (await failure(caller.delete_volume("data"))).metadata["holders"] == "one"
     await caller.delete("one")
@@ -99,7 +107,7 @@ async def test_a_size_holds_and_changes_in_use(caller: Caller, place: Place, poo
     assert (await caller.nodes.GetNode(node_service_pb2.GetNodeRequest())).node.volume_pool.promised_bytes == 0
 
 
-async def _causes(caller: Caller) -> list[str]:
+async def _revision_causes(caller: Caller) -> list[str]:
     """Of the volume's revisions, oldest first."""
     request = volume_service_pb2.ListVolumeRevisionsRequest(name="data")
     revisions = (await caller.volumes.ListVolumeRevisions(request)).revisions
@@ -110,11 +118,11 @@ async def _causes(caller: Caller) -> list[str]:
 async def test_a_full_pool_and_a_killed_engine_lose_nothing(caller: Caller, pool: Pool) -> None:
     size = 400 * MIB
     await caller.create_volume("data", size)
-    await caller.create("one", mounts=[mount("data")], restart_policy=ALWAYS)
-    await caller.shell("one", PLANT)
-    files = await caller.shell("one", LOOK)
+    await caller.create("one", mounts=[mount_of("data")], restart_policy=ALWAYS)
+    await caller.shell("one", WRITE_FILES)
+    files = await caller.shell("one", SHOW_FILES)
     pool.fill(leaving=8 * MIB)
-    assert _is_full(await _written(caller, "fill", 40), "No space left"), "promised more than there is, it is told"
+    assert _is_full(await _write(caller, "fill", 40), "No space left"), "promised more than there is, it is told"
     for call in (caller.create_volume("more", size), caller.resize_volume("data", 2 * size)):
         full = await failure(call)
         assert (full.code, full.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DISK_FULL"), full
@@ -123,14 +131,14 @@ async def test_a_full_pool_and_a_killed_engine_lose_nothing(caller: Caller, pool
     seen = await caller.volume("data")
     assert (seen.size_bytes, seen.revision, seen.state) == (size, 1, volume_pb2.VOLUME_STATE_READY)
     assert seen.used_bytes < 40 * MIB, "what it takes, and not what the pool lacks"
-    assert await caller.shell("one", LOOK) == files
+    assert await caller.shell("one", SHOW_FILES) == files
     pool.empty()
-    assert (await _written(caller, "fill", 40)).code == 0
+    assert (await _write(caller, "fill", 40)).code == 0
 
     await asyncio.to_thread(pool.rig.engine.kill9)
     await asyncio.to_thread(pool.rig.engine.start)
-    await until(partial(shows, caller, "one", files), 60)
-    assert await df_size(caller, "one") == size
+    await until(partial(container_has_files, caller, "one", files), 60)
+    assert await filesystem_size(caller, "one") == size
     assert (await caller.resize_volume("data", size + SIZE)).result.size_bytes == size + SIZE
-    assert await df_size(caller, "one") == size + SIZE
-    assert await caller.shell("one", LOOK) == files
+    assert await filesystem_size(caller, "one") == size + SIZE
+    assert await caller.shell("one", SHOW_FILES) == files

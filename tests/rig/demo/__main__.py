@@ -13,8 +13,8 @@ from types import FrameType
 from tests.rig import BUSYBOX, Daemon, Rig, RigError
 
 from .screen import Screen
-from .shell import Shell, Unexpected
-from .walkthrough import IMAGE, IMAGE_FILES, Story
+from .shell import Shell, UnexpectedResult
+from .walkthrough import IMAGE, IMAGE_FILES, Walkthrough
 
 _LOG_TAIL = 3000
 _INTERRUPTED = 130
@@ -39,7 +39,7 @@ def main() -> int:
     begin = time.monotonic()
     try:
         _show(screen)
-    except (Unexpected, RigError) as error:
+    except (UnexpectedResult, RigError) as error:
         screen.fail(str(error))
         return 1
     except KeyboardInterrupt:
@@ -59,9 +59,9 @@ def _show(screen: Screen) -> None:
         shell = Shell(screen, rig, daemon.target)
         screen.command(f"export GPUDOCK_ADDRESS={daemon.target}")
         try:
-            Story(screen, shell).tell()
-        except Unexpected as error:
-            raise Unexpected(f"{error}\n\nThe end of the daemon's log:\n{_log_of(daemon)}") from error
+            Walkthrough(screen, shell).run()
+        except UnexpectedResult as error:
+            raise UnexpectedResult(f"{error}\n\nThe end of the daemon's log:\n{_log_of(daemon)}") from error
 
 
 def _log_of(daemon: Daemon) -> str:

@@ -20,18 +20,18 @@ _PATIENCE_S = 15.0
 _POLL_S = 0.05
 
 
-class Unexpected(Exception):
+class UnexpectedResult(Exception):
     """Something is not as the demo says it is."""
 
 
 def expect(condition: object, what: str) -> None:
-    """Raises Unexpected unless it holds."""
+    """Raises UnexpectedResult unless it holds."""
     if not condition:
-        raise Unexpected(f"expected {what}")
+        raise UnexpectedResult(f"expected {what}")
 
 
 @dataclass(frozen=True)
-class Shown:
+class CommandOutput:
     """What a command wrote to stdout, and when each line of it came, in seconds of the monotonic clock."""
 
     text: str
@@ -63,8 +63,8 @@ class Shell:
         self._environment = os.environ | {"GPUDOCK_ADDRESS": address, "COLUMNS": columns}
         self._environment.pop("GPUDOCK_TOKEN_FILE", None)
 
-    def run(self, line: str) -> Shown:
-        """Shows a command and what it writes, while it does; raises Unexpected if it fails."""
+    def run(self, line: str) -> CommandOutput:
+        """Shows a command and what it writes, while it does; raises UnexpectedResult if it fails."""
         self._screen.command(line)
         name, *words = shlex.split(line)
         program = [sys.executable, "-m", "gpudock.cli"] if name == "gpudock" else [name]
@@ -88,7 +88,7 @@ class Shell:
                 child.kill()
                 raise
         expect(child.returncode == 0, f"`{line}` to succeed; it ended with {child.returncode}")
-        return Shown("".join(lines), tuple(moments))
+        return CommandOutput("".join(lines), tuple(moments))
 
     def fetch(self, port: str) -> str:
         """Shows a request to a published port, from where the engine has it: the rig's network namespace."""

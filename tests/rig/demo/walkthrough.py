@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .screen import Screen
-from .shell import Shell, Shown, expect
+from .shell import CommandOutput, Shell, expect
 
 IMAGE = "demo/trainer:1"
 
@@ -46,8 +46,8 @@ gpudock exec train -- sh -c 'ls /dev | grep "nvidia[0-9]"
   ls -l /www /root; md5sum /root/*.bin'"""
 
 
-class Story:
-    """Tells it once; raises Unexpected where it does not go as it should."""
+class Walkthrough:
+    """Tells it once; raises UnexpectedResult where it does not go as it should."""
 
     def __init__(self, screen: Screen, shell: Shell) -> None:
         self._screen = screen
@@ -56,7 +56,7 @@ class Story:
         self._files: list[str] = []
         self._held: set[str] = set()
 
-    def tell(self) -> None:
+    def run(self) -> None:
         """From create to delete."""
         self._create()
         self._exec()
@@ -123,7 +123,7 @@ class Story:
         expect(not self._shell.run("gpudock list").rows, "no container to be left")
         self._are_free(_GPUS)
 
-    def _is_running(self, shown: Shown, gpus: int) -> str:
+    def _is_running(self, shown: CommandOutput, gpus: int) -> str:
         """Verifies the container's line; returns the host's side of its port."""
         row = _only_row(shown)
         expect(row["NAME"] == "train", "the line of train")
@@ -156,7 +156,7 @@ class Story:
         expect(page == _PAGE, f"the page {_PAGE!r}, not {page!r}")
 
 
-def _only_row(shown: Shown) -> dict[str, str]:
+def _only_row(shown: CommandOutput) -> dict[str, str]:
     rows = shown.rows
     expect(len(rows) == 1, f"a table of one line, not {len(rows)}")
     return rows[0]
