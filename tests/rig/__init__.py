@@ -1,4 +1,4 @@
-"""The rig that tests, demo and benchmarks run on: a real dockerd and etcd, doubled GPUs, nothing left behind."""
+"""The rig that tests, demo and benchmarks run on: a real dockerd and etcd, simulated GPUs. It removes all of them when it ends."""
 
 from .daemon import Daemon
 from .engine import Engine

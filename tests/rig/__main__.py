@@ -1,4 +1,4 @@
-"""`python -m tests.rig`: a rig to play with until Ctrl-C; with --check, one that tests itself."""
+"""`python -m tests.rig`: run a rig until Ctrl-C; with --check, start one, test it and stop it."""
 
 import argparse
 import signal
@@ -14,7 +14,7 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
-def _hold(gpus: int) -> None:
+def _run_until_interrupted(gpus: int) -> None:
     with Rig(gpus=gpus) as rig:
         _say(f"# rig {rig.id}: {gpus} GPUs; engine pid {rig.engine.pid}; enter its namespaces with")
         _say(f"#   nsenter --target {rig.namespaces.pid} --net --mount")
@@ -23,7 +23,7 @@ def _hold(gpus: int) -> None:
         for name, value in rig.environment.items():
             _say(f"export {name}={value}")
         _say("# Ctrl-C ends it and removes everything")
-        for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts what it puts in the background deaf to SIGINT
+        for number in (signal.SIGINT, signal.SIGTERM):  # a shell lets its background jobs ignore SIGINT
             signal.signal(number, signal.default_int_handler)
         while True:
             signal.pause()
@@ -32,14 +32,16 @@ def _hold(gpus: int) -> None:
 def main() -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.rig", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="start, use, stop, and verify that nothing is left")
-    parser.add_argument("--gpus", type=int, default=8, help="how many cards (default: 8)")
+    parser.add_argument(
+        "--check", action="store_true", help="start, use and stop a rig, and verify that nothing is left"
+    )
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs (default: 8)")
     options = parser.parse_args()
     try:
         if options.check:
             check(_say)
         else:
-            _hold(options.gpus)
+            _run_until_interrupted(options.gpus)
     except RigError as error:
         _say(f"error: {error}")
         return 1

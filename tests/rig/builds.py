@@ -1,4 +1,4 @@
-"""The compiled doubles: built by gcc once per content of their sources, then copied into each rig's folder."""
+"""The compiled doubles of NVML and of the container hook: built by gcc once for each content of their sources."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ HOOK = "nvidia-container-runtime-hook"
 
 
 def cache_folder() -> Path:
-    """Where what is slow to make is kept between rigs, in files named by what they were made from."""
+    """The folder of files that are slow to make and that rigs share; the name of a file has a hash of its sources."""
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     folder = Path(root) / "gpudock-rig"
     folder.mkdir(parents=True, exist_ok=True)
@@ -27,7 +27,7 @@ def cache_folder() -> Path:
 
 
 def cached(name: str, key: bytes, make: Callable[[Path], None]) -> Path:
-    """The cached file for `key`, made by `make(path)` if there is none. Two at once may both make it; one wins."""
+    """The cached file for `key`; `make(path)` writes it if there is none. Of two concurrent writers the last one wins."""
     path = cache_folder() / f"{hashlib.sha256(key).hexdigest()[:16]}-{name}"
     if not path.exists():
         partial = path.with_name(f"{path.name}.{os.getpid()}")
@@ -37,17 +37,17 @@ def cached(name: str, key: bytes, make: Callable[[Path], None]) -> Path:
 
 
 def build_nvml(folder: Path) -> Path:
-    """Puts the NVML double into `folder`, which is then to be named in LD_LIBRARY_PATH."""
+    """Put the NVML double into `folder`, a folder for LD_LIBRARY_PATH. Returns its path."""
     return _build(folder / NVML_LIBRARY, ["nvml_double.c", "nvml_parts.c", "nvml_events.c"], ["-shared", "-fPIC"])
 
 
 def build_hook(folder: Path) -> Path:
-    """Puts the container hook's double into `folder`, which is then to be on dockerd's PATH."""
+    """Put the double of the container hook into `folder`, a folder for the PATH of dockerd. Returns its path."""
     return _build(folder / HOOK, ["container_hook.c"], [])
 
 
 def warm_cache() -> None:
-    """Compiles what is not compiled yet, for rigs on slower machines that share the cache."""
+    """Compile the doubles that are not in the cache yet, for rigs on slower machines that share the cache."""
     with tempfile.TemporaryDirectory() as folder:
         build_nvml(Path(folder))
         build_hook(Path(folder))

@@ -1,4 +1,4 @@
-"""The rig's own tests kill engines and unload drivers: they get a rig of their own."""
+"""The tests of the rig kill engines and unload drivers, so they have a rig of their own."""
 
 from collections.abc import Iterator
 
@@ -9,6 +9,6 @@ from tests.rig import Rig
 
 @pytest.fixture(scope="package")
 def rig() -> Iterator[Rig]:
-    """A rig that no other package's daemons live on."""
+    """A rig that daemons of other packages do not use."""
     with Rig(forks=True) as started:
         yield started

@@ -1,4 +1,4 @@
-"""A gpudockd (or a test's own entry point around it) that runs in the rig."""
+"""A gpudockd, or another entry point with the same flags, that runs in the rig."""
 
 import contextlib
 import socket
@@ -27,8 +27,8 @@ def serving(path: Path, service: str = "") -> bool:
 class Daemon:
     """A daemon under test.
 
-    What blocks (`wait`, `stop`, `kill9`, `await_serving`) belongs in a thread if what the daemon talks to, such as an
-    engine proxy, lives in the caller's event loop.
+    `wait`, `stop`, `kill9` and `await_serving` block. They must be called in a thread if the daemon calls a server in the
+    caller's event loop, such as an engine proxy.
     """
 
     def __init__(self, process: Process, socket_path: Path, state_dir: Path) -> None:
@@ -38,53 +38,53 @@ class Daemon:
 
     @property
     def target(self) -> str:
-        """What grpc.aio.insecure_channel takes."""
+        """The address for grpc.aio.insecure_channel."""
         return f"unix:{self.socket}"
 
     @property
     def pid(self) -> int:
-        """The daemon's own pid."""
+        """The process id of the daemon."""
         return self.process.pid
 
     @property
     def returncode(self) -> int | None:
-        """Its exit code, minus the signal that killed it, or None while it runs."""
+        """The exit code; negative: the signal that killed the daemon; None while it runs."""
         return self.process.returncode
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended."""
+        """Whether the daemon has not ended."""
         return self.process.running
 
     @property
     def log_text(self) -> str:
-        """Its stdout and stderr so far."""
+        """The stdout and stderr of the daemon so far."""
         return self.process.log_text
 
     def serving(self) -> bool:
-        """Whether its health service says SERVING."""
+        """Whether the health service of the daemon says SERVING."""
         return serving(self.socket)
 
     def await_serving(self, timeout_s: float = 30.0) -> None:
-        """Waits for SERVING; raises RigError, with the end of the log, if the daemon ends or time runs out."""
+        """Wait for SERVING. Raises RigError, with the end of the log, if the daemon ends or is not serving in time."""
         self.process.wait_until(self.serving, timeout_s)
 
     def signal(self, number: int) -> None:
-        """Sends a signal."""
+        """Send a signal to the daemon."""
         self.process.signal(number)
 
     def terminate(self) -> None:
-        """Sends SIGTERM and does not wait."""
+        """Send SIGTERM and do not wait."""
         self.process.terminate()
 
     def kill9(self) -> int:
-        """SIGKILL, and waits for the end."""
+        """Send SIGKILL and wait for the end; returns the exit code."""
         return self.process.kill9()
 
     def wait(self, timeout_s: float = 30.0) -> int:
-        """Waits for the end; returns the exit code."""
+        """Wait for the end; returns the exit code."""
         return self.process.wait(timeout_s)
 
     def stop(self, grace_s: float = 30.0) -> int:
-        """SIGTERM, and SIGKILL after `grace_s` seconds; returns the exit code."""
+        """Send SIGTERM, and SIGKILL after `grace_s` seconds; returns the exit code."""
         return self.process.stop(grace_s)

@@ -1,4 +1,4 @@
-"""A private dockerd: its own data, sockets, control group, network and mounts, beside whatever the host runs."""
+"""A private dockerd with its own data, sockets, control group, network and mounts, beside the engine of the host."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ _POLL_S = 0.005
 
 
 class Engine:
-    """The dockerd of one rig. After `kill9`, `start` brings it back with the same data, in the same namespaces."""
+    """The dockerd of one rig. `start` after `kill9` starts it with the same data, in the same namespaces."""
 
     def __init__(
         self,
@@ -38,15 +38,15 @@ class Engine:
         environment: Mapping[str, str],
         options: Sequence[str] = (),
     ) -> None:
-        """Prepares it; `launch` and `await_ready`, or `start`, run it.
+        """Prepare dockerd without starting it; `launch` and `await_ready`, or `start`, do that.
 
         Args:
-            folder: holds its data, its sockets and its log.
-            namespaces: those it runs in.
-            processes: those of the rig.
-            cgroup_parent: that of its containers, as a path below each hierarchy.
+            folder: for data, sockets and the log.
+            namespaces: the namespaces that dockerd runs in.
+            processes: the process group of the rig.
+            cgroup_parent: the parent of the containers' control groups, a path below each hierarchy.
             environment: added to the environment of dockerd and of the container hook; PATH is prepended.
-            options: further words for its command line, such as --live-restore.
+            options: further flags of dockerd, such as --live-restore.
         """
         self.folder = folder
         self.socket = folder / "docker.sock"
@@ -54,8 +54,8 @@ class Engine:
         self._namespaces = namespaces
         self._processes = processes
         self._environment = os.environ | environment
-        # For each mount, archive and network namespace dockerd runs itself anew: a third of a suite's work, and a third
-        # of that is collecting garbage of a process that is about to end.
+        # dockerd executes itself for each mount, archive and network namespace. That is a third of the work of a test
+        # run, and a third of it would be garbage collection in processes that end at once.
         self._environment.setdefault("GOGC", "400")
         self._environment["PATH"] = ":".join([environment["PATH"], os.environ.get("PATH", ""), SYSTEM_PATH])
         dockerd = shutil.which("dockerd", path=self._environment["PATH"])
@@ -73,30 +73,30 @@ class Engine:
 
     @property
     def url(self) -> str:
-        """What aiodocker and DOCKER_HOST call it."""
+        """The address for aiodocker and DOCKER_HOST."""
         return f"unix://{self.socket}"
 
     @property
     def process(self) -> Process:
-        """The latest dockerd started."""
+        """The dockerd that was started last. Raises RigError if there is none."""
         if self._process is None:
             raise RigError("dockerd was not started")
         return self._process
 
     @property
     def pid(self) -> int:
-        """Pid of the latest dockerd started."""
+        """The process id of the dockerd that was started last."""
         return self.process.pid
 
     @property
     def log_text(self) -> str:
-        """What all its dockerds have logged."""
+        """The log of all dockerds that were started."""
         return self.process.log_text
 
     def launch(self) -> None:
-        """Starts dockerd and does not wait for it."""
-        # One that was killed leaves these. Their pids may belong to others by now, or to a zombie: dockerd would take
-        # that for a live containerd and wait for it in vain.
+        """Start dockerd and do not wait until it answers."""
+        # A killed dockerd leaves these files. A process id in them may have been reused, or belong to a zombie: dockerd
+        # would take that process for a running containerd and wait for it in vain.
         for stale in (self._pidfile, self.socket, self._containerd_pidfile):
             stale.unlink(missing_ok=True)
         self._process = self._processes.start(
@@ -107,10 +107,10 @@ class Engine:
         )
 
     def await_ready(self, timeout_s: float = 60.0) -> None:
-        """Waits until it answers.
+        """Wait until dockerd answers. Raises RigError if it ends or does not answer in time.
 
-        dockerd gives its containerd 15 s to start, which no option changes and a starved machine can miss; the next
-        try finds the programs in memory.
+        dockerd gives its containerd 15 s to start. No option changes that, and on a busy machine reading the programs
+        from the disk can take longer; the next try finds them in memory.
         """
         for _ in range(_CONTAINERD_TRIES - 1):
             try:
@@ -122,19 +122,19 @@ class Engine:
         return self.process.wait_until(self.answers, timeout_s)
 
     def start(self) -> None:
-        """Starts dockerd and waits until it answers."""
+        """Start dockerd and wait until it answers."""
         self.launch()
         self.await_ready()
 
     def answers(self) -> bool:
-        """Whether a ping is answered within 2 s."""
+        """Whether dockerd answers a ping within 2 s."""
         with contextlib.suppress(OSError, http_unix.HttpStatusError):
             http_unix.call(self.socket, "GET", "/_ping", timeout_s=2.0)
             return True
         return False
 
     def kill9(self) -> int:
-        """Kills dockerd and waits until containerd has died with it; shims and containers live on."""
+        """Kill dockerd with SIGKILL and wait until containerd has ended with it; shims and containers keep running."""
         containerd = int(self._containerd_pidfile.read_text()) if self._containerd_pidfile.exists() else None
         code = self.process.kill9()
         deadline = time.monotonic() + limit(_CONTAINERD_DEATH_S)
@@ -143,17 +143,17 @@ class Engine:
         return code
 
     def stop(self) -> int:
-        """Ends dockerd in order: without --live-restore it stops its containers first, each with its grace period."""
+        """Stop dockerd. Without --live-restore it first stops its containers, each with its grace period."""
         return self.process.stop()
 
     def restart(self) -> None:
-        """Stops it and starts it again."""
+        """Stop dockerd and start it."""
         self.stop()
         self.start()
 
     @contextlib.contextmanager
     def down(self, *, killed: bool = False) -> Iterator[None]:
-        """Stops or kills it for the block, and starts it again however the block ends: other tests share it."""
+        """Stop or kill dockerd for the block, and start it when the block ends, also by an error: other tests share it."""
         try:
             if killed:
                 self.kill9()
@@ -164,15 +164,15 @@ class Engine:
             self.start()
 
     def pause(self) -> None:
-        """Freezes dockerd: it accepts connections and answers nothing."""
+        """Stop dockerd with SIGSTOP: the kernel accepts connections, and nothing answers."""
         self.process.pause()
 
     def resume(self) -> None:
-        """Undoes `pause`."""
+        """Undo `pause`."""
         self.process.resume()
 
     def stacks(self, timeout_s: float = 5.0) -> str:
-        """Where each of dockerd's goroutines stands; it is told to write that down, and goes on."""
+        """The stacks of all goroutines of dockerd, which it writes on SIGUSR1; dockerd keeps running."""
         before = _WRITTEN_STACKS.findall(self.log_text)
         self.process.signal(signal.SIGUSR1)
         deadline = time.monotonic() + limit(timeout_s)
@@ -180,7 +180,7 @@ class Engine:
             if (written := _WRITTEN_STACKS.findall(self.log_text)) != before:
                 return Path(written[-1]).read_text()
             time.sleep(_POLL_S)
-        return f"dockerd has not written where it stands within {timeout_s:g} s"
+        return f"dockerd has not written its stacks within {timeout_s:g} s"
 
     def call(
         self,
@@ -191,7 +191,7 @@ class Engine:
         send: object = None,
         body: BinaryIO | None = None,
     ) -> Any:
-        """One blocking request to the engine's API; see `http_unix.call`."""
+        """Make one blocking request to the engine's API; see `http_unix.call`."""
         return http_unix.call(self.socket, method, path, query=query, send=send, body=body)
 
     def start_and_remove(self, image: str) -> None:
@@ -201,7 +201,7 @@ class Engine:
         self.call("DELETE", f"/containers/{container}", query={"force": "1", "v": "1"})
 
     def remove_all(self) -> None:
-        """Removes every container, then every volume; images stay."""
+        """Remove every container, then every volume; images stay."""
         for container in self.call("GET", "/containers/json", query={"all": "1"}):
             with contextlib.suppress(http_unix.HttpStatusError):
                 self.call("DELETE", f"/containers/{container['Id']}", query={"force": "1", "v": "1"})

@@ -1,4 +1,4 @@
-"""What is to go wrong between a client and the engine, and which request is to meet it."""
+"""Faults that an engine proxy injects between a client and the engine, and the requests that they apply to."""
 
 import asyncio
 import re
@@ -18,15 +18,15 @@ class Request:
     """Without the API version and the query."""
     query: str
     engine_status: int | None = None
-    """What the engine answered; None if it was not asked, or has not answered."""
+    """The status of the engine's answer; None if the engine has not received the request or not answered."""
     status: int | None = None
-    """What the client was told; None if nothing (yet)."""
+    """The status that was sent to the client; None if nothing was sent so far."""
     fault: "Fault | None" = None
-    """The fault that it met."""
+    """The fault that was applied to the request."""
 
     @property
     def mutates(self) -> bool:
-        """Whether it may change something in the engine."""
+        """Whether the request may change something in the engine."""
         return self.method not in {"GET", "HEAD"}
 
 
@@ -40,28 +40,28 @@ class Kind(Enum):
 
 @dataclass
 class Fault:
-    """A fault that waits for its request."""
+    """An injected fault, with the requests that it applies to."""
 
     kind: Kind
     matches: Callable[[Request], bool]
     after: bool
-    """False: the engine never sees the request. True: the engine has done it, and the client is not told so."""
+    """False: the engine does not get the request. True: the engine executes it, and its answer is not sent."""
     skip: int
-    """How many matching requests still pass unharmed."""
+    """How many matching requests still pass without the fault."""
     times: int | None
-    """How many are still to be met after those; None for all."""
+    """To how many requests after those it still applies; None for all."""
     answer: bytes = b""
     """The raw answer of Kind.ANSWER."""
     hit: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set once a request has met the fault; with `after`, once the engine has done it."""
+    """Set once the fault was applied to a request; with `after`, once the engine has executed that request."""
     released: asyncio.Event = field(default_factory=asyncio.Event)
 
     def release(self) -> None:
-        """Lets what hangs go on: to the engine, unless its client has gone; with `after`, to the client."""
+        """Let hanging requests continue: to the engine, unless the client has disconnected; with `after`, to the client."""
         self.released.set()
 
-    def takes(self, request: Request) -> bool:
-        """Counts a request; whether it is to meet this fault."""
+    def applies_to(self, request: Request) -> bool:
+        """Count a request; returns whether the fault applies to it."""
         if self.times == 0 or not self.matches(request):
             return False
         if self.skip:
@@ -73,11 +73,11 @@ class Fault:
 
 
 class Faults:
-    """The faults in force. In every method `method` and `path` are regular expressions that must match the whole.
+    """The injected faults. `method` and `path` of every method are regular expressions that must match completely.
 
-    `path` is without version and query, such as `/containers/[^/]+/start`; `nth` says which of the matching requests,
-    counted from now, is the first to meet the fault, `times` how many from that one on (None: all), and `after` whether
-    the engine is to do it first. Of several faults a request meets the oldest that takes it.
+    `path` is without version and query, such as `/containers/[^/]+/start`. `nth` is the number of the first matching
+    request that gets the fault, counted from now; `times` is the number of requests from that one on (None: all); with
+    `after` the engine executes the request first. Of several faults the oldest that applies is used.
     """
 
     def __init__(self) -> None:
@@ -94,31 +94,31 @@ class Faults:
         times: int | None = 1,
         after: bool = False,
     ) -> Fault:
-        """Answers with an error of this status and message."""
+        """Answer with an error of this status and message."""
         return self._add(Kind.ANSWER, method, path, nth, times, after=after, data=answer(status, message))
 
     def hang(self, method: str, path: str, *, nth: int = 1, times: int | None = 1, after: bool = False) -> Fault:
-        """Keeps the client waiting until `Fault.release` or `clear`."""
+        """Keep the client waiting until `Fault.release` or `clear`."""
         return self._add(Kind.HANG, method, path, nth, times, after=after)
 
     def drop(self, method: str, path: str, *, nth: int = 1, times: int | None = 1, after: bool = False) -> Fault:
-        """Closes the client's connection without an answer."""
+        """Close the client's connection without an answer."""
         return self._add(Kind.DROP, method, path, nth, times, after=after)
 
     def clear(self) -> None:
-        """Forgets all faults, and lets what hangs go on."""
+        """Remove all faults, and let hanging requests continue."""
         for fault in self._faults:
             fault.release()
         self._faults.clear()
 
     @property
     def met(self) -> bool:
-        """Whether a request has met one of the faults in force."""
+        """Whether one of the faults was applied to a request."""
         return any(fault.hit.is_set() for fault in self._faults)
 
-    def meet(self, request: Request) -> Fault | None:
-        """The fault that this request meets, if any."""
-        return next((fault for fault in self._faults if fault.takes(request)), None)
+    def match(self, request: Request) -> Fault | None:
+        """The fault for this request, if any."""
+        return next((fault for fault in self._faults if fault.applies_to(request)), None)
 
     def _add(
         self, kind: Kind, method: str, path: str, nth: int, times: int | None, *, after: bool, data: bytes = b""

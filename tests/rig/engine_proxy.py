@@ -1,8 +1,8 @@
-"""A proxy in front of dockerd that can fail, hang or cut off a request, before the engine sees it or after it is done.
+"""A proxy in front of dockerd that can fail, hang or drop a request before or after the engine executes it.
 
-It forwards byte for byte, hijacked connections (exec, attach) included, and lives in the event loop of the test: a
-daemon that is started through it must be waited for in a thread (`Rig.start_daemon`). Where dockerd is down it accepts
-a connection and closes it.
+It forwards byte for byte, also hijacked connections (exec, attach), and runs in the event loop of the test: a daemon that
+is started with the proxy as its engine must be waited for in a thread (`Rig.start_daemon`). While dockerd is down the
+proxy accepts connections and closes them.
 """
 
 import asyncio
@@ -30,17 +30,17 @@ class EngineProxy:
         self.path = path
         self.faults = Faults()
         self.requests: list[Request] = []
-        """All that came, in order of arrival."""
+        """All requests, in order of arrival."""
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
 
     @property
     def url(self) -> str:
-        """What gpudockd's --docker-host, aiodocker and DOCKER_HOST call it."""
+        """The address for gpudockd's --docker-host, aiodocker and DOCKER_HOST."""
         return f"unix://{self.path}"
 
     async def idle(self) -> None:
-        """Waits until no client is connected, and all that they left behind has been noticed."""
+        """Wait until no client is connected, and every disconnect has been handled."""
         while self._connections:
             await asyncio.wait(self._connections)
 
@@ -59,16 +59,18 @@ class EngineProxy:
         self.path.unlink(missing_ok=True)
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # A task of our own: asyncio would report the one it makes for a coroutine as failed when it is cancelled.
+        # asyncio would make a task for a coroutine, and report that task as failed when it is cancelled.
         task = asyncio.create_task(self._serve(Peer(reader, writer)))
         self._connections.add(task)
         task.add_done_callback(self._connections.discard)
 
     async def _serve(self, client: Peer) -> None:
-        """Forwards request after request of one connection, over one to the engine."""
+        """Forward the requests of one client connection, in turn, over one connection to the engine."""
         engine: Peer | None = None
         try:
-            with contextlib.suppress(*_DISCONNECT_ERRORS):  # either side went away: the other is told below
+            with contextlib.suppress(
+                *_DISCONNECT_ERRORS
+            ):  # one side disconnected; the other connection is closed below
                 while (head := await client.read_head()) is not None:
                     request = self._record(head)
                     exchange = _Exchange(client, head, request)
@@ -89,13 +91,13 @@ class EngineProxy:
         method, target, _ = head.first_line
         path, _, query = target.partition("?")
         request = Request(method, _VERSION.sub("", path), query)
-        request.fault = self.faults.meet(request)
+        request.fault = self.faults.match(request)
         self.requests.append(request)
         return request
 
 
 class _Exchange:
-    """One request and its answer. `over` tells that the connection cannot carry another one."""
+    """One request and its answer. `over`: the connection cannot be used for another request."""
 
     def __init__(self, client: Peer, head: Head, request: Request) -> None:
         self.over = False
@@ -106,7 +108,7 @@ class _Exchange:
         self._prefetched: list[bytes] | None = None
 
     async def before(self) -> bool:
-        """Lets the request meet a fault on its way to the engine; whether it is to go on."""
+        """Apply a fault before the engine gets the request; returns whether the request is to be forwarded."""
         fault = self._fault
         if fault is None or fault.after:
             return True
@@ -120,7 +122,7 @@ class _Exchange:
             await self._send_to_client(fault.answer)
             return False
         if not self._head.chunked and (self._head.length or 0) <= _PREFETCH_LIMIT:
-            # With the body out of the way, the end of the connection can be noticed.
+            # Once the body is read, the end of the connection can be noticed.
             self._prefetched = [piece async for piece in self._client.body(self._head)]
             self.over = not await _finishes_before(fault.released.wait(), self._client.until_gone())
         else:
@@ -128,7 +130,7 @@ class _Exchange:
         return not self.over
 
     async def run(self, engine: Peer) -> None:
-        """Asks the engine, and passes its answer on, unless that meets a fault."""
+        """Forward the request to the engine and its answer to the client, unless a fault applies to the answer."""
         upload = asyncio.create_task(self._upload(engine))
         answered = asyncio.create_task(self._answer(engine))
         try:
@@ -161,7 +163,7 @@ class _Exchange:
         await self._client.until_gone()
 
     async def _answer(self, engine: Peer) -> bool:
-        """Passes the engine's answer on; whether a raw stream, in both directions, is to follow."""
+        """Forward the engine's answer; returns whether a raw stream in both directions follows."""
         response = await engine.read_head()
         while response is not None and response.status == HTTPStatus.CONTINUE:
             await self._client.send(response.raw)
@@ -184,7 +186,7 @@ class _Exchange:
         return raw
 
     async def _after(self, fault: Fault, response: Head, body: AsyncIterator[bytes]) -> bool:
-        """Lets the complete answer meet a fault; whether the client got it nevertheless."""
+        """Apply a fault after the engine's complete answer; returns whether the client got the answer in the end."""
         pieces = [piece async for piece in body]
         fault.hit.set()
         if fault.kind is Kind.DROP:
@@ -203,7 +205,7 @@ class _Exchange:
         await self._client.send(data)
 
     async def _pump(self, engine: Peer, upload: "asyncio.Task[None]") -> None:
-        """Copies both ways until the engine ends; the client's end of input is passed on as such."""
+        """Copy in both directions until the engine closes; forward the client's end of input as a half-close."""
         await upload
         inwards = asyncio.create_task(_copy(self._client, engine))
         try:
@@ -222,7 +224,7 @@ async def _copy(source: Peer, target: Peer) -> None:
 async def _finishes_before(
     wanted: "asyncio.Task[bool] | Coroutine[Any, Any, object]", end: "Coroutine[Any, Any, None]"
 ) -> bool:
-    """Waits for either; whether the wanted one came about."""
+    """Wait for one of the two; returns whether `wanted` has finished."""
     first, second = asyncio.ensure_future(wanted), asyncio.create_task(end)
     try:
         await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""What goes wrong with the rig itself, as opposed to what is tested on it."""
+"""Errors of the rig itself, as opposed to errors of the tested programs."""
 
 
 class RigError(Exception):

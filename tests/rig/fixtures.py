@@ -1,7 +1,7 @@
 """Pytest fixtures, for `pytest_plugins = ["tests.rig.fixtures"]`.
 
-The rig is started and stopped without an event loop, so tests may use loops of any scope; whatever holds a connection
-is made per test, in the test's own loop.
+The rig is started and stopped without an event loop, so tests may use loops of any scope. Fixtures with connections
+are made for each test, in its event loop.
 """
 
 import os
@@ -18,10 +18,10 @@ from .images import BUSYBOX, CUDA_LIKE, GLIBC
 from .rig import Rig
 
 IMAGES_VARIABLE = "GPUDOCK_RIG_IMAGES"
-"""Names the images that the session's rig has, if not all."""
+"""An environment variable: the images of the session's rig, separated by spaces; all test images if unset."""
 
 ENGINE_OPTIONS_VARIABLE = "GPUDOCK_RIG_ENGINE_OPTIONS"
-"""Further words for its dockerd's command line."""
+"""An environment variable: further flags of the dockerd of the session's rig."""
 
 _LOG_TAIL = 4000
 
@@ -37,7 +37,7 @@ def rig() -> Iterator[Rig]:
 
 @pytest.fixture(autouse=True)
 def engine_runs(request: pytest.FixtureRequest) -> None:
-    """A test that leaves the session's engine dead fails the run, once, and not hundreds of tests after it."""
+    """Start the session's engine if an earlier test left it dead, and report that as one problem of the run."""
     if "rig" not in request.fixturenames:
         return
     rig: Rig = request.getfixturevalue("rig")
@@ -50,28 +50,28 @@ def engine_runs(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(scope="module")
 def fragile_rig() -> Iterator[Rig]:
-    """A rig of the module's own, whose engine and etcd it may kill."""
+    """A rig for one module, whose tests may kill the engine and etcd."""
     with Rig(images=(BUSYBOX,), forks=True) as started:
         yield started
 
 
 @pytest.fixture
 def gpus(rig: Rig) -> Iterator[FakeGpus]:
-    """The rig's GPUs: eight, idle and healthy again after the test."""
+    """The eight GPUs of the rig; the test may change them, and they are reset after it."""
     yield rig.gpus
     rig.gpus.reset()
 
 
 @pytest.fixture
 def clean_engine(rig: Rig) -> Iterator[Rig]:
-    """The rig, all of its containers and volumes removed after the test."""
+    """The rig; all containers and volumes of its engine are removed after the test."""
     yield rig
     rig.engine.remove_all()
 
 
 @pytest_asyncio.fixture
 async def docker(clean_engine: Rig) -> AsyncIterator[Docker]:
-    """An aiodocker client of the engine; what the test makes in it is removed afterwards."""
+    """An aiodocker client of the engine; containers and volumes are removed after the test."""
     async with Docker(url=clean_engine.engine.url) as client:
         yield client
 

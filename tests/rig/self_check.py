@@ -1,4 +1,4 @@
-"""`python -m tests.rig --check`: starts a rig, uses every part of it once, stops it, and looks for what it left."""
+"""`python -m tests.rig --check`: starts a rig, uses every part of it once, stops it, and verifies that nothing is left."""
 
 import sys
 import time
@@ -14,24 +14,24 @@ Say = Callable[[str], None]
 
 
 class Stopwatch:
-    """Says how long each step took."""
+    """Prints how long each step took."""
 
     def __init__(self, say: Say) -> None:
         self._say = say
         self._start = time.monotonic()
 
     def lap(self, what: str) -> None:
-        """Ends a step."""
+        """End a step and print its duration."""
         now = time.monotonic()
         self._say(f"{(now - self._start) * 1000:7.0f} ms  {what}")
         self._start = now
 
 
 def run_container(rig: Rig, command: str, gpus: Sequence[str] = (), image: str = BUSYBOX) -> str:
-    """Runs a shell command in a container with these GPUs; returns its output, stdout and stderr as they came.
+    """Run a shell command in a container with these GPUs. Returns stdout and stderr, interleaved.
 
     Raises:
-        HttpStatusError: the engine or the GPU hook refused.
+        HttpStatusError: the engine or the GPU hook refused the container.
     """
     request = {"Driver": "nvidia", "DeviceIDs": list(gpus), "Capabilities": [["gpu"]]}
     spec = {
@@ -51,18 +51,18 @@ def run_container(rig: Rig, command: str, gpus: Sequence[str] = (), image: str =
 
 
 def check(say: Say) -> None:
-    """Raises RigError if anything is not as it should be."""
+    """Check a rig. Raises RigError if a result is not the expected one, or if something is left."""
     watch = Stopwatch(say)
     rig = Rig()
     with rig:
         watch.lap("rig started, images loaded")
         _check_gpu_container(rig)
-        watch.lap("GPU container created, started, ended, removed: it saw its two cards and no other")
+        watch.lap("GPU container created, started, ended, removed: it had its two GPUs and no other")
         _check_unknown_gpu(rig)
         watch.lap("a container with an unknown GPU was refused")
         count = rig.run(sys.executable, "-c", "import pynvml as n; n.nvmlInit(); print(n.nvmlDeviceGetCount())")
         _expect(count.stdout.strip(), "8", "GPUs counted by pynvml")
-        watch.lap("pynvml counted 8 GPUs in a process of its own")
+        watch.lap("pynvml counted 8 GPUs in another process")
         rig.engine.kill9()
         rig.engine.start()
         watch.lap("dockerd killed and started again")
@@ -70,10 +70,10 @@ def check(say: Say) -> None:
         rig.etcd.start()
         watch.lap("etcd killed and started again")
         _start_sleeper(rig)
-        watch.lap("container started, to be left running")
+        watch.lap("container started; it runs while the rig closes")
         folder = rig.folder
     watch.lap("rig closed")
-    left = [word for known in cleanup.known_rigs() if str(known) == folder.name for word in cleanup.leftovers(known)]
+    left = [item for known in cleanup.known_rigs() if str(known) == folder.name for item in cleanup.leftovers(known)]
     _expect("; ".join(left), "", "left behind")
     say("nothing is left: no process, mount, loop device, control group or file")
 
