@@ -1,4 +1,4 @@
-"""The rig that tests, demo and benchmarks run on: a real dockerd and etcd, simulated GPUs. It removes all of them when it ends."""
+"""The rig of tests, demo and benchmarks: a real dockerd, a real etcd and simulated GPUs, removed when it closes."""
 
 from .daemon import Daemon
 from .engine import Engine

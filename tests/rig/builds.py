@@ -27,7 +27,7 @@ def cache_folder() -> Path:
 
 
 def cached(name: str, key: bytes, make: Callable[[Path], None]) -> Path:
-    """The cached file for `key`; `make(path)` writes it if there is none. Of two concurrent writers the last one wins."""
+    """The cached file for `key`; `make(path)` writes it if there is none. Of two concurrent writers the last wins."""
     path = cache_folder() / f"{hashlib.sha256(key).hexdigest()[:16]}-{name}"
     if not path.exists():
         partial = path.with_name(f"{path.name}.{os.getpid()}")

@@ -27,8 +27,8 @@ def serving(path: Path, service: str = "") -> bool:
 class Daemon:
     """A daemon under test.
 
-    `wait`, `stop`, `kill9` and `await_serving` block. They must be called in a thread if the daemon calls a server in the
-    caller's event loop, such as an engine proxy.
+    `wait`, `stop`, `kill9` and `await_serving` block. They must be called in a thread if the daemon calls a server in
+    the caller's event loop, such as an engine proxy.
     """
 
     def __init__(self, process: Process, socket_path: Path, state_dir: Path) -> None:

@@ -153,7 +153,7 @@ class Engine:
 
     @contextlib.contextmanager
     def down(self, *, killed: bool = False) -> Iterator[None]:
-        """Stop or kill dockerd for the block, and start it when the block ends, also by an error: other tests share it."""
+        """Stop or kill dockerd for the block, and start it however the block ends, since other tests share it."""
         try:
             if killed:
                 self.kill9()

@@ -1,8 +1,8 @@
 """A proxy in front of dockerd that can fail, hang or drop a request before or after the engine executes it.
 
-It forwards byte for byte, also hijacked connections (exec, attach), and runs in the event loop of the test: a daemon that
-is started with the proxy as its engine must be waited for in a thread (`Rig.start_daemon`). While dockerd is down the
-proxy accepts connections and closes them.
+It forwards byte for byte, also hijacked connections (exec, attach), and runs in the event loop of the test: a daemon
+that is started with the proxy as its engine must be waited for in a thread (`Rig.start_daemon`). While dockerd is down
+the proxy accepts connections and closes them.
 """
 
 import asyncio
@@ -68,9 +68,8 @@ class EngineProxy:
         """Forward the requests of one client connection, in turn, over one connection to the engine."""
         engine: Peer | None = None
         try:
-            with contextlib.suppress(
-                *_DISCONNECT_ERRORS
-            ):  # one side disconnected; the other connection is closed below
+            # When one side disconnects, the connection of the other is closed below.
+            with contextlib.suppress(*_DISCONNECT_ERRORS):
                 while (head := await client.read_head()) is not None:
                     request = self._record(head)
                     exchange = _Exchange(client, head, request)

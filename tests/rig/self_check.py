@@ -1,4 +1,4 @@
-"""`python -m tests.rig --check`: starts a rig, uses every part of it once, stops it, and verifies that nothing is left."""
+"""`python -m tests.rig --check`: start a rig, use every part of it once, stop it, and verify that nothing is left."""
 
 import sys
 import time
