@@ -57,7 +57,7 @@ class Fault:
     released: asyncio.Event = field(default_factory=asyncio.Event)
 
     def release(self) -> None:
-        """Let hanging requests continue: to the engine if the client is still connected; with `after`, to the client."""
+        """Let hanging requests continue: to the engine if the client is still there; with `after`, to the client."""
         self.released.set()
 
     def applies_to(self, request: Request) -> bool:
