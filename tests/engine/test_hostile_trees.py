@@ -20,10 +20,10 @@ from gpudock_server.errors import SnapshotFailed, VolumeFailed
 from gpudock_server.model.operation import LayerTransferMethod, new_operation_id
 from gpudock_server.ports import LayerTooLarge
 
+from tests.engine.folder_backend import FolderBackend
 from tests.engine.hostile_trees import HOSTILE_SHAPES, fingerprint, make_nested_folders, remove_tree
 from tests.engine.sample_trees import create_layer_folders
-from tests.engine.test_snapshots import IMAGE_ID, UID, Place, _container, _key, _no_progress
-from tests.engine.test_stall_detection import Folders
+from tests.engine.snapshot_host import IMAGE_ID, UID, SnapshotHost, container_of, ignore_progress, snapshot_key
 from tests.rig.patience import limit
 
 pytestmark = pytest.mark.deep
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.deep
 LIMITS = Limits(entries=2000, depth=1500, name_characters=300_000)
 
 
-class HostilePlace(Place):
+class HostilePlace(SnapshotHost):
     """Layers whose stores take little."""
 
     def fresh_store(self) -> OverlaySnapshotStore:
@@ -57,32 +57,32 @@ def place(tmp_path: Path) -> Iterator[HostilePlace]:
 
 @pytest.mark.parametrize("shape", HOSTILE_SHAPES)
 async def test_a_hostile_volume_is_copied_while_it_changes_and_then_equal(place: HostilePlace, shape: str) -> None:
-    folders = Folders(place.root)
-    source, target = folders.store("source"), folders.store("target")
+    folders = FolderBackend(place.root)
+    source, target = folders.create("source"), folders.create("target")
     copier, root = MirrorVolumeCopier([folders]), place.root / "source"
     with _opened(root) as opened:
         HOSTILE_SHAPES[shape](opened)
     (root / "gone later").write_text("x")
     (root / "other content").write_text("before")
     times = (root / "other content").stat()
-    await copier.copy(source, target, _no_progress, final=False)
+    await copier.copy(source, target, ignore_progress, final=False)
     (root / "gone later").unlink()
     (root / "other content").write_text("behind")
     os.utime(root / "other content", ns=(times.st_atime_ns, times.st_mtime_ns))
-    await copier.copy(source, target, _no_progress, final=True)
+    await copier.copy(source, target, ignore_progress, final=True)
     assert fingerprint(str(place.root / "target")) == fingerprint(str(root))
     assert (await copier.verify(source, target)).entries > 0
     (place.root / "target/other content").write_text("BEHIND")
     os.utime(place.root / "target/other content", ns=(times.st_atime_ns, times.st_mtime_ns))
     with pytest.raises(VolumeFailed, match="differs from the source: the content of a file"):
         await copier.verify(source, target)
-    await copier.copy(source, target, _no_progress, final=True)
+    await copier.copy(source, target, ignore_progress, final=True)
     await copier.verify(source, target)
 
 
 async def test_the_store_of_a_volume_with_deep_folders_is_deleted(place: HostilePlace) -> None:
-    folders, uid = Folders(place.root), str(uuid.uuid4())
-    folders.store("source")
+    folders, uid = FolderBackend(place.root), str(uuid.uuid4())
+    folders.create("source")
     with _opened(place.root / "source") as root:
         make_nested_folders(root, 1200, "d")  # deeper than Python calls itself, as shutil.rmtree does for each folder
     store = BackingFolder(place.root / "volumes", uid)
@@ -110,30 +110,30 @@ async def test_a_hostile_layer_is_kept_restored_cloned_carried_and_removed(place
     assert plan.too_large == ""
 
     # Snapshot, and a second one that shares with it.
-    await place.make(1)
+    await place.make_snapshot(1)
     assert fingerprint(str(place.tree(1))) == seen
     (source / "later").write_text("later")
-    await place.make(2, previous=1)
+    await place.make_snapshot(2, previous=1)
     (source / "later").unlink()
 
     # Restore, which makes of the target what the snapshot is, whatever it was.
     (place.layers[1] / "made-by-the-engine").mkdir()
-    await place.store.restore(_key(1), place.new, _no_progress)
+    await place.store.restore(snapshot_key(1), place.new, ignore_progress)
     assert fingerprint(str(place.layers[1])) == seen
 
     # Clone.
-    (clone, carried) = map(_container, create_layer_folders(place.root, 3, 4))
+    (clone, carried) = map(container_of, create_layer_folders(place.root, 3, 4))
     operation_id = new_operation_id()
-    await place.store.mirror(place.running, clone, operation_id, still=False, progress=_no_progress)
-    await place.store.mirror(place.old, clone, operation_id, still=True, progress=_no_progress)
+    await place.store.mirror(place.running, clone, operation_id, still=False, progress=ignore_progress)
+    await place.store.mirror(place.old, clone, operation_id, still=True, progress=ignore_progress)
     assert _but_the_roots_time(clone.upper_dir, source) == fingerprint(str(source))
 
     # Carry by copy.
     layers = OverlayLayerStore(LayerTransferMethod.COPY, str(place.root), local=True)
-    await layers.copy(await layers.locate(place.old, carried), _no_progress)
+    await layers.copy(await layers.locate(place.old, carried), ignore_progress)
     assert fingerprint(carried.upper_dir) == fingerprint(str(source))
 
-    await place.store.remove(_key(1))
+    await place.store.remove(snapshot_key(1))
     assert not place.tree(1).exists()
     await place.store.remove_all(UID)
     assert place.partials() == []
@@ -162,12 +162,12 @@ async def test_a_layer_beyond_the_limits_has_no_snapshot_and_leaves_nothing(
     assert what in (await place.store.plan(place.running, None)).too_large
     operation_id = new_operation_id()
     with pytest.raises(LayerTooLarge, match=what):
-        await place.store.gather(place.running, _key(1), operation_id, None, _no_progress)
+        await place.store.gather(place.running, snapshot_key(1), operation_id, None, ignore_progress)
     with pytest.raises(LayerTooLarge, match=what):
-        await place.store.complete(place.old, _key(1), operation_id, None, _no_progress)
+        await place.store.complete(place.old, snapshot_key(1), operation_id, None, ignore_progress)
     assert place.partials() == []
     with pytest.raises(SnapshotFailed, match=what):
-        await place.store.mirror(place.old, place.new, operation_id, still=True, progress=_no_progress)
+        await place.store.mirror(place.old, place.new, operation_id, still=True, progress=ignore_progress)
 
 
 def _many_files(root: int, count: int, name: str = "") -> None:
@@ -201,13 +201,13 @@ async def test_folders_that_come_and_go_while_they_are_copied(place: HostilePlac
     operation_id = new_operation_id()
     try:
         for _ in range(3):
-            await place.store.gather(place.running, _key(1), operation_id, None, _no_progress)
+            await place.store.gather(place.running, snapshot_key(1), operation_id, None, ignore_progress)
     finally:
         ending.set()
         thread.join()
     assert rounds > 0
-    await place.store.complete(place.old, _key(1), operation_id, None, _no_progress)
-    await place.store.seal(_key(1), operation_id, IMAGE_ID)
+    await place.store.complete(place.old, snapshot_key(1), operation_id, None, ignore_progress)
+    await place.store.seal(snapshot_key(1), operation_id, IMAGE_ID)
     assert fingerprint(str(place.tree(1))) == fingerprint(str(layer))
 
 
@@ -217,7 +217,7 @@ async def test_a_snapshot_is_only_sealed_when_it_is_what_was_copied(place: Hosti
     (layer / "folder/inner").mkdir(parents=True)
     (layer / "folder/file").write_text("content")
     os.setxattr(layer / "folder", "trusted.overlay.opaque", b"y")
-    await place.store.complete(place.old, _key(1), operation_id, None, _no_progress)
+    await place.store.complete(place.old, snapshot_key(1), operation_id, None, ignore_progress)
     (partial,) = place.partials()
     tree = partial / "tree"
     match damage:
@@ -232,7 +232,7 @@ async def test_a_snapshot_is_only_sealed_when_it_is_what_was_copied(place: Hosti
         case _:
             os.setxattr(tree / "folder/inner", "trusted.overlay.opaque", b"y")
     with pytest.raises(SnapshotFailed, match="/folder"):
-        await place.store.seal(_key(1), operation_id, IMAGE_ID)
+        await place.store.seal(snapshot_key(1), operation_id, IMAGE_ID)
     assert await place.store.find() == ()
 
 
@@ -241,14 +241,14 @@ async def test_snapshots_with_an_index_of_the_first_format_can_be_restored_and_f
     with _opened(layer) as root:
         HOSTILE_SHAPES["odd files"](root)
         HOSTILE_SHAPES["devices"](root)
-    await place.make(1)
+    await place.make_snapshot(1)
     (place.tree(1).parent / "index").write_bytes(
         b'{"format": 1, "device": 1, "complete": true, "cloned": false, "boot": "x", "folders": 0, "checksum": 0}\n'
     )
     place.store = place.fresh_store()
-    await place.make(2, previous=1)
+    await place.make_snapshot(2, previous=1)
     for revision in (1, 2):
-        await place.store.restore(_key(revision), place.new, _no_progress)
+        await place.store.restore(snapshot_key(revision), place.new, ignore_progress)
         assert fingerprint(str(place.layers[1])) == fingerprint(str(layer))
 
 
@@ -280,29 +280,33 @@ async def _stopped(task: asyncio.Task[None]) -> int:
 
 async def test_a_child_that_makes_no_progress_is_ended_and_the_snapshot_fails(place: HostilePlace) -> None:
     store, operation_id = place.hurrying_store(1), new_operation_id()
-    gathering = asyncio.create_task(store.gather(place.running, _key(1), operation_id, None, _no_progress))
+    gathering = asyncio.create_task(store.gather(place.running, snapshot_key(1), operation_id, None, ignore_progress))
     await _stopped(gathering)
     with pytest.raises(SnapshotFailed, match="made no progress for 1 s"):
         await gathering
     assert _children() == []
-    await store.discard(_key(1), operation_id)
+    await store.discard(snapshot_key(1), operation_id)
     assert place.partials() == []
-    await place.make(1)
+    await place.make_snapshot(1)
 
 
 async def test_a_cancelled_snapshot_leaves_no_child(place: HostilePlace) -> None:
     operation_id = new_operation_id()
-    gathering = asyncio.create_task(place.store.gather(place.running, _key(1), operation_id, None, _no_progress))
+    gathering = asyncio.create_task(
+        place.store.gather(place.running, snapshot_key(1), operation_id, None, ignore_progress)
+    )
     await _stopped(gathering)
     gathering.cancel()
     with pytest.raises(asyncio.CancelledError):
         await gathering
     assert _children() == []
-    await place.make(1)
+    await place.make_snapshot(1)
 
 
 async def test_a_child_that_dies_is_a_failure_that_says_so(place: HostilePlace) -> None:
-    gathering = asyncio.create_task(place.store.gather(place.running, _key(1), new_operation_id(), None, _no_progress))
+    gathering = asyncio.create_task(
+        place.store.gather(place.running, snapshot_key(1), new_operation_id(), None, ignore_progress)
+    )
     os.kill(await _stopped(gathering), signal.SIGKILL)
     with pytest.raises(SnapshotFailed, match="killed by signal 9"):
         await gathering
