@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from gpudock_server.core.containers.commands import Pause, Scale, Stop
+from gpudock_server.core.containers.commands import FieldChange, Pause, Scale, Stop, Update
 from gpudock_server.core.volumes import commands as volume_commands
 from gpudock_server.model.operation import LayerTransferMethod
 from gpudock_server.model.spec import GpuRequest, Mount
@@ -114,3 +114,12 @@ async def volume_of_stopped_container(model: ModelNode) -> None:
 async def adoptable_engine_volume(model: ModelNode) -> None:
     """The engine has a volume with the label that permits adoption."""
     await model.engine.create_volume("theirs", labels={"gpudock.adopt": "true"}, driver_options={})
+
+
+async def transfer_by_commits(model: ModelNode, times: int) -> int:
+    """Transfer files by commit this many times; return the number of layers of the last image."""
+    model.layers.method = LayerTransferMethod.COMMIT
+    for number in range(times):
+        model.engine.write(model.engine_id(), f"file {number}")
+        await model.run_ok(Update("a", FieldChange("env", {"A": str(number)})))
+    return len(model.engine.images[model.engine_container().image_id].layers)
