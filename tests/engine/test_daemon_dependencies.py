@@ -20,22 +20,11 @@ from tests.rig import Daemon, EngineProxy, Rig, freeze
 
 __all__ = ["daemons"]
 
-
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING
-
-
 EXITED = container_pb2.CONTAINER_STATE_EXITED
-
-
 SERVICES = ("", "gpudock.v1.ContainerService", "gpudock.v1.NodeService", "gpudock.v1.OperationService")
-
-
 SERVING = health_pb2.HealthCheckResponse.SERVING
-
-
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-
-
 NOBODY = 65534
 
 

@@ -24,8 +24,6 @@ def grpcurl(rig: Rig, *words: str) -> str:
 
 
 PROTO = ("-import-path", "protos", "-proto", "gpudock/v1/node_service.proto")
-
-
 GET_NODE = "gpudock.v1.NodeService/GetNode"
 
 

@@ -23,10 +23,7 @@ from tests.rig.patience import limit
 
 __all__ = ["daemons"]
 
-
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING
-
-
 # Ignores SIGTERM.
 STUBBORN = ("sh", "-c", "trap '' TERM; while :; do sleep 0.2; done")
 

@@ -20,10 +20,7 @@ from tests.rig import Rig
 
 __all__ = ["daemons"]
 
-
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING
-
-
 NOBODY = 65534
 
 

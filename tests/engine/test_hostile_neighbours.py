@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from tests.calls import Caller
 from tests.engine.drift import docker_inspect
 from tests.engine.hostile_trees import make_nested_folders
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons
+from tests.engine.process_memory import memory, reset_peak
 from tests.rig import CUDA_LIKE
 from tests.rig.patience import limit
 
@@ -71,18 +71,6 @@ class _Cost:
     answers: int = 0
 
 
-def _status(pid: int, field: str) -> int:
-    """Bytes of a field of /proc/PID/status."""
-    lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def _reset_peak(pid: int) -> int:
-    """Reset the peak memory of a process (proc(5), clear_refs); its current size in bytes."""
-    Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")
-    return _status(pid, "VmRSS")
-
-
 @asynccontextmanager
 async def _watched(caller: Caller, pid: int) -> AsyncIterator[_Cost]:
     """Ask for another container all the time, and see how large the daemon gets."""
@@ -96,14 +84,14 @@ async def _watched(caller: Caller, pid: int) -> AsyncIterator[_Cost]:
             cost.answers += 1
             await asyncio.sleep(0.01)
 
-    before = _reset_peak(pid)
+    before = reset_peak(pid)
     asking = asyncio.create_task(ask())
     try:
         yield cost
     finally:
         ending.set()
         await asking
-    cost.growth = _status(pid, "VmHWM") - before
+    cost.growth = memory(pid, "VmHWM") - before
 
 
 @pytest.mark.timeout(900)
