@@ -22,11 +22,12 @@ from gpudock_server.adapters.host.process_identity import ProcessIdentity, ident
 from gpudock_server.model.node import NodeRecord
 
 from tests.engine.etcd_examples import EXAMPLE_TIME, until
+from tests.rig.patience import limit
 
 pytest_plugins = ["tests.engine.etcd_fixtures"]
 
 
-def _node(process: ProcessIdentity) -> NodeRecord:
+def _node_record(process: ProcessIdentity) -> NodeRecord:
     return NodeRecord(
         node="n1",
         host="h1",
@@ -40,92 +41,99 @@ def _node(process: ProcessIdentity) -> NodeRecord:
     )
 
 
-def _this_node() -> NodeRecord:
-    return _node(this_process())
+def _own_node_record() -> NodeRecord:
+    return _node_record(this_process())
 
 
 def _lease(connection: EtcdConnection, prefix: str, record: NodeRecord, ttl: float = 10) -> NodeLease:
-    def lost(taken: NodeTaken) -> None:
+    """A lease of `limit(ttl)` seconds; the test fails if the node is lost."""
+
+    def fail_test(taken: NodeTaken) -> None:
         pytest.fail(str(taken))
 
-    return NodeLease(connection, record, on_lost=lost, ttl=timedelta(seconds=ttl), prefix=prefix)
+    return NodeLease(connection, record, on_lost=fail_test, ttl=timedelta(seconds=limit(ttl)), prefix=prefix)
 
 
-async def test_a_node_is_there_while_its_daemon_lives(
+async def test_a_node_is_registered_while_its_daemon_runs(
     store: EtcdStore, connection: EtcdConnection, prefix: str
 ) -> None:
-    lease = _lease(connection, prefix, _this_node(), ttl=2)
+    lease = _lease(connection, prefix, _own_node_record(), ttl=2)
     await lease.register()
+    # Twice as long as the lease lasts without renewal.
     for _ in range(8):
-        await asyncio.sleep(0.5)
-        assert await store.nodes() == (_this_node(),)
-    # A key deleted by an operator and a lease expired in an outage: both are registered again.
-    for spoil in (connection.txn(success=[messages.delete(Keys(prefix).node("n1"))]), connection.revoke(lease._lease)):
-        await spoil
-        await until(store.nodes, seconds=3)
+        await asyncio.sleep(limit(2) / 4)
+        assert await store.nodes() == (_own_node_record(),)
+    # The node is registered again after an operator has deleted the key, and after the lease has expired in an outage.
+    for harm in (connection.txn(success=[messages.delete(Keys(prefix).node("n1"))]), connection.revoke(lease._lease)):
+        await harm
+        await until(store.nodes, seconds=limit(10))
     await lease.close()
     assert await store.nodes() == ()
 
 
-async def test_the_node_of_a_dead_process_is_taken_over_at_once(
+async def test_the_node_of_a_dead_process_is_taken_over_before_the_lease_expires(
     store: EtcdStore, connection: EtcdConnection, prefix: str
 ) -> None:
     child = await asyncio.create_subprocess_exec("/bin/sleep", "60")
-    killed = _lease(connection, prefix, _node(identify(child.pid)))
+    killed = _lease(connection, prefix, _node_record(identify(child.pid)))
     await killed.register()
     child.kill()
-    lease = _lease(connection, prefix, _this_node())
-    async with asyncio.timeout(3):  # It may be a zombie still, and is gone all the same.
+    lease = _lease(connection, prefix, _own_node_record())
+    # Much sooner than the lease expires, also while the dead process is a zombie.
+    async with asyncio.timeout(limit(3)):
         await lease.register()
-    assert await store.nodes() == (_this_node(),)
+    assert await store.nodes() == (_own_node_record(),)
     await child.wait()
-    # Another process may have the same pid now.
-    me = this_process()
-    reused = _lease(connection, prefix, _node(replace(me, start_ticks=me.start_ticks - 1)))
+    # A node is also taken over from a process whose pid another process has now.
+    own_process = this_process()
+    reused = _lease(connection, prefix, _node_record(replace(own_process, start_ticks=own_process.start_ticks - 1)))
     await lease.close()
     await reused.register()
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(limit(3)):
         await lease.register()
     await killed.close()
     await reused.close()
-    assert await store.nodes() == (_this_node(),), "who lost the node does not take its key away"
+    assert await store.nodes() == (_own_node_record(),), "closing a lost lease does not delete the key"
     await lease.close()
 
 
 @pytest.mark.deep
-async def test_the_node_of_a_living_or_unknown_process_is_waited_for(connection: EtcdConnection, prefix: str) -> None:
-    # The parent process runs; a process of another boot or host cannot be checked.
+async def test_the_node_of_a_running_or_unknown_process_is_taken_over_after_its_lease(
+    connection: EtcdConnection, prefix: str
+) -> None:
+    # The parent process runs. Whether a process of another boot or host runs is unknown.
     parent = identify(os.getppid())
     elsewhere = replace(parent, boot_id="another boot")
     await asyncio.gather(
-        _wait_for(connection, f"{prefix}here/", parent), _wait_for(connection, f"{prefix}elsewhere/", elsewhere)
+        _check_takeover(connection, f"{prefix}here/", parent),
+        _check_takeover(connection, f"{prefix}elsewhere/", elsewhere),
     )
 
 
-async def _wait_for(connection: EtcdConnection, prefix: str, process: ProcessIdentity) -> None:
-    other = _lease(connection, prefix, _node(process), ttl=2)
+async def _check_takeover(connection: EtcdConnection, prefix: str, process: ProcessIdentity) -> None:
+    other = _lease(connection, prefix, _node_record(process), ttl=2)
     await other.register()
-    began = asyncio.get_running_loop().time()
+    begin = asyncio.get_running_loop().time()
     with pytest.raises(NodeTaken, match=f"node 'n1' is in use by gpudockd on 'h1'.*pid {process.pid}") as taken:
-        await _lease(connection, prefix, _this_node(), ttl=2).register()
-    assert asyncio.get_running_loop().time() - began > 2
+        await _lease(connection, prefix, _own_node_record(), ttl=2).register()
+    assert asyncio.get_running_loop().time() - begin > 2
     assert taken.value.record.pid == process.pid
-    # Frozen, it does not renew its lease, and its node is free after the lease has expired.
+    # The lease of a daemon that does not renew it expires, and the node is free.
     assert other._heartbeat is not None
     other._heartbeat.cancel()
-    lease = _lease(connection, prefix, _this_node(), ttl=2)
+    lease = _lease(connection, prefix, _own_node_record(), ttl=2)
     await lease.register()
     await lease.close()
     await other.close()
 
 
-async def test_a_daemon_that_lost_its_node_in_an_outage_is_told(connection: EtcdConnection, prefix: str) -> None:
-    lost: asyncio.Queue[NodeTaken] = asyncio.Queue()
-    brief = timedelta(seconds=2)
-    lease = NodeLease(connection, _this_node(), on_lost=lost.put_nowait, ttl=brief, prefix=prefix)
+async def test_a_daemon_that_lost_its_node_in_an_outage_is_notified(connection: EtcdConnection, prefix: str) -> None:
+    losses: asyncio.Queue[NodeTaken] = asyncio.Queue()
+    ttl = timedelta(seconds=limit(2))
+    lease = NodeLease(connection, _own_node_record(), on_lost=losses.put_nowait, ttl=ttl, prefix=prefix)
     await lease.register()
-    other = _node(ProcessIdentity("another boot", pid=1, start_ticks=1))
+    other = _node_record(ProcessIdentity("another boot", pid=1, start_ticks=1))
     await connection.txn(success=[messages.put(Keys(prefix).node("n1"), encode(other))])
-    async with asyncio.timeout(3):
-        assert (await lost.get()).record == other
+    async with asyncio.timeout(limit(10)):
+        assert (await losses.get()).record == other
     await lease.close()
