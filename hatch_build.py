@@ -1,4 +1,4 @@
-"""Build hook: makes the Python stubs from protos/ into client/gpudock/v1/, for wheels and editable installs alike."""
+"""Build hook: generates the Python stubs in client/gpudock/v1/ from protos/, for wheels and editable installs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def generate(root: Path) -> None:
     target = root / "client" / "gpudock" / "v1"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    # protoc finds its plugins on PATH; a build without isolation has them beside the interpreter.
+    # protoc finds its plugins on PATH; in a build without isolation they are in the folder of the interpreter.
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     well_known = importlib.resources.files("grpc_tools") / "_proto"
     arguments = [
@@ -33,7 +33,7 @@ def generate(root: Path) -> None:
         *(str(path.relative_to(protos)) for path in sorted(protos.glob("gpudock/v1/*.proto"))),
     ]
     if protoc.main(arguments) != 0:
-        raise RuntimeError("protoc failed; its message is above")
+        raise RuntimeError("protoc failed; see its message above")
     (target / "__init__.py").write_text('"""Generated from protos/gpudock/v1; see protos/."""\n')
     (target / "py.typed").touch()
 
@@ -42,5 +42,5 @@ class StubsBuildHook(BuildHookInterface[Any]):
     """Runs `generate` before hatchling collects files."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 (hatchling's signature)
-        """Generate the stubs; hatchling calls this for every wheel, an editable one too."""
+        """Generate the stubs; hatchling calls this for every wheel, including editable ones."""
         generate(Path(self.root))
