@@ -17,6 +17,7 @@ from tests.calls import IDLE, Caller, failure_of
 from tests.engine.drift import docker_inspect, engine_action, state_of
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until, until_state
 from tests.rig import EngineProxy, Rig
+from tests.rig.patience import limit
 from tests.selection import deep_except
 
 __all__ = ["daemons"]
@@ -186,7 +187,7 @@ class Subject:
 async def test_what_a_state_allows(daemons: IsolatedDaemons, rig: Rig, state: str) -> None:
     # A record that was put there by hand has to stay; and a process that crashes has to be seen to, also on a busy
     # machine.
-    settle = ("--settle-period", "1") if state == "RESTARTING" else ()
+    settle = ("--settle-period", f"{limit(1):.1f}") if state == "RESTARTING" else ()
     daemon = await daemons.start("--reconcile-interval", "600", *settle)
 
     async def fail() -> None:

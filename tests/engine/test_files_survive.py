@@ -14,6 +14,7 @@ from tests.engine.isolated_daemons import IsolatedDaemons, daemons
 from tests.engine.sample_trees import FILES, TreeEntry, create_tree_command, image_files, read_tree, tree_differences
 from tests.rig import Rig
 from tests.rig.images import GLIBC
+from tests.rig.patience import limit
 from tests.selection import deep_except
 
 __all__ = ["daemons"]
@@ -147,7 +148,7 @@ async def test_a_successor_that_does_not_live_gives_the_old_one_back(
     daemons: IsolatedDaemons, rig: Rig, method: str
 ) -> None:
     # A busy machine takes longer than FAST allows to run the few programs that end it.
-    daemon = await daemons.start("--layer-carry", method, "--settle-period", "2")
+    daemon = await daemons.start("--layer-carry", method, "--settle-period", f"{limit(2):.1f}")
     async with Caller(daemon.target) as caller:
         before = await grown(caller, rig, 2, SMALL, NOT_WITH_FOUR)
         old = await caller.get(NAME)

@@ -14,6 +14,7 @@ from tests.calls import Caller, failure
 from tests.engine.drift import docker_inspect
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
 from tests.rig import Rig
+from tests.rig.patience import limit
 from tests.selection import deep_except
 
 __all__ = ["daemons"]
@@ -33,7 +34,7 @@ def sh(script: str) -> tuple[str, ...]:
 @pytest_asyncio.fixture
 async def attentive(daemons: IsolatedDaemons) -> AsyncIterator[Caller]:
     """Calls a daemon that watches each process for so long that none that ends at once is missed."""
-    daemon = await daemons.start("--settle-period", "3", "--start-watch-period", "3")
+    daemon = await daemons.start("--settle-period", f"{limit(3):.1f}", "--start-watch-period", f"{limit(3):.1f}")
     async with Caller(daemon.target) as caller:
         yield caller
         await caller.delete_all()

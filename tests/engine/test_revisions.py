@@ -172,8 +172,10 @@ async def test_update_changes_mounts_env_ports_and_command(caller: Caller, rig: 
     assert not now.status.ports
     assert list(now.status.gpu_uuids) == held, "cards that are asked for as before stay the same ones"
     await require_consistent(caller, rig, "many")
-    # A command that ends badly at once is no success, and the old one runs as before.
-    told = await failure(result_of(caller.containers.UpdateContainer(update_request("many", command=["false"]))))
+    # A command that cannot be started is no success, and the old one runs as before.
+    told = await failure(
+        result_of(caller.containers.UpdateContainer(update_request("many", command=["/no/such/program"])))
+    )
     assert told.reason == "START_FAILED"
     assert await caller.shell("many", "cat /note /data/which") == "kept\none\n"
     await require_consistent(caller, rig, "many")

@@ -12,6 +12,8 @@ import pytest
 from tests.install.wheelhouse import environment
 from tests.rig.rig import REPOSITORY
 
+pytestmark = pytest.mark.deep
+
 _DEADLINE_S = 300.0
 # Not the defaults: as for a package of a distribution.
 _PLACES = {"PREFIX": "/srv/gpudock", "BINDIR": "/usr/bin", "UNITDIR": "/usr/lib/systemd/system"}

@@ -15,6 +15,8 @@ from tests.rig.daemon import Daemon
 from tests.rig.engine import SYSTEM_PATH
 from tests.rig.rig import REPOSITORY
 
+pytestmark = pytest.mark.deep
+
 _CONFIG = "/etc/gpudock/gpudockd.toml"
 _SECTION = (REPOSITORY / "README.md").read_text(encoding="utf-8").partition("## Installing on a GPU host")[2]
 # Those of the list, without its indentation.

@@ -14,6 +14,8 @@ _CLIENT = """
 import importlib.util
 import gpudock
 from gpudock.v1 import container_service_pb2_grpc
+
+pytestmark = pytest.mark.deep
 assert container_service_pb2_grpc.ContainerServiceStub
 assert importlib.util.find_spec("aiodocker") is None
 """
