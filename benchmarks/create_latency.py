@@ -17,19 +17,19 @@ _AT_ONCE = 8
 
 
 def docker_gpus(uuids: Sequence[str]) -> list[str]:
-    """How the command line asks for these cards."""
+    """The options of the docker command for these GPUs."""
     return ["--gpus", f'"device={",".join(uuids)}"'] if uuids else []
 
 
 def device_requests(uuids: Sequence[str]) -> dict[str, Any]:
-    """How the engine's API is asked for these cards, as part of HostConfig."""
+    """The part of HostConfig that requests these GPUs."""
     if not uuids:
         return {}
     return {"DeviceRequests": [{"Driver": "nvidia", "DeviceIDs": list(uuids), "Capabilities": [["gpu"]]}]}
 
 
 async def measure_create(environment: Environment) -> list[Row]:
-    """One after the other with 0 and 1 cards, then eight at once.
+    """One after the other with 0 and 1 GPUs, then eight at once.
 
     gpudock's client holds an open connection; `docker run` is a new process each time. The engine's own API, called
     without a command line, is shown to tell that cost apart.
@@ -91,10 +91,10 @@ def _ways_at_once(environment: Environment, caller: Caller) -> dict[str, Measure
         return taken
 
     async def theirs() -> float:
-        cards = environment.rig.gpus.uuids
+        gpu_uuids = environment.rig.gpus.uuids
         commands = [
-            ["run", "-d", "--name", name, *docker_gpus([card]), IMAGE, *IDLE]
-            for name, card in zip(names, cards, strict=True)
+            ["run", "-d", "--name", name, *docker_gpus([uuid]), IMAGE, *IDLE]
+            for name, uuid in zip(names, gpu_uuids, strict=True)
         ]
         taken = await environment.docker.time_at_once(commands)
         await asyncio.gather(*(environment.discard(name) for name in names))

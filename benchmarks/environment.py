@@ -32,7 +32,7 @@ class Environment:
 
     @asynccontextmanager
     async def daemon(self, *options: str) -> AsyncIterator[tuple[Caller, Daemon]]:
-        """A daemon with its defaults but for `options`, and one who calls it over its unix socket.
+        """A daemon with its defaults except `options`, and a caller that uses its unix socket.
 
         Leaves no container behind.
         """

@@ -17,7 +17,7 @@ from tests.calls import Caller, iterate
 from tests.rig import GLIBC, Daemon, RigError
 
 _NAME = "bench"
-# Of gRPC, as README.md advises for much output; and none, whatever this process was told.
+# GRPC_EXPERIMENTS as README.md recommends for large output; and none, whatever this process has.
 _LEAN = "-event_engine_client"
 _NONE = ""
 

@@ -45,7 +45,7 @@ def facts(rig: Rig, docker: str) -> dict[str, Any]:
 
 
 def load() -> tuple[float, float, float]:
-    """Processes that ran or wanted to, over the last 1, 5 and 15 minutes."""
+    """Processes that ran or waited for a CPU, over the last 1, 5 and 15 minutes."""
     return os.getloadavg()
 
 

@@ -93,7 +93,7 @@ class Row:
     @property
     def cells(self) -> list[str]:
         """What the table shows."""
-        verdict = {None: "", True: "yes", False: "**no**"}[self.met]
+        met = {None: "", True: "yes", False: "**no**"}[self.met]
         return [
             self.name,
             self._figure(self.ours),
@@ -101,7 +101,7 @@ class Row:
             "" if self.theirs is None else self._figure(self.theirs),
             "" if self.ratio is None else str(self.ratio),
             "" if self.target is None else str(self.target),
-            verdict,
+            met,
         ]
 
     def _figure(self, value: float) -> str:

@@ -1,4 +1,4 @@
-"""How long nothing runs while a container is given other cards: ScaleContainer beside stop, create and start.
+"""The downtime while a container gets other GPUs: ScaleContainer compared with stop, create and start.
 
 Downtime is from the end of the old process (State.FinishedAt) to the start of the new one (State.StartedAt), as the
 engine's clock has both; what happens before and after does not count for either side.
@@ -32,7 +32,7 @@ _LAYERS = {_EMPTY: 0, _MEDIUM: 100 * _MB, _LARGE: 1000 * _MB}
 async def measure_scale(environment: Environment) -> list[Row]:
     """The layer goes by exchange, whose time must not depend on what is in it; then by copy and by commit.
 
-    The new container is given 1 card where the old one had 2, and the other way round. By hand, the files are lost.
+    The new container gets 1 GPU if the old one had 2, and 2 if it had 1. With the docker command, the files are lost.
     """
     rows: list[Row] = []
     by_hand, floor = ScriptedReplacement(environment), ScriptedReplacement(environment)
@@ -73,7 +73,7 @@ async def _other_method(environment: Environment, method: str) -> list[Row]:
                 continue
             ours, by_hand = _Scaled(environment, caller, f"{method}-{size // _MB}"), ScriptedReplacement(environment)
             await ours.make(size)
-            # What a commit has carried is in the image from then on: it has to be written again to be carried again.
+            # A commit moves the files into the image: they must be written again to be transferred again.
             ways = {method: ours.downtime_of_new_files, BY_HAND: by_hand.by_command_line}
             samples = await compare(2 if environment.quick else 3, ways, warm_up=0)
             name = f"scale downtime by {method}, {what}"
@@ -82,7 +82,7 @@ async def _other_method(environment: Environment, method: str) -> list[Row]:
 
 
 class _Scaled:
-    """A container of gpudock's that is scaled from 1 card to 2 and back, its layer carried each time."""
+    """A container of gpudock's that is scaled from 1 GPU to 2 and back, its layer transferred each time."""
 
     def __init__(self, environment: Environment, caller: Caller, name: str) -> None:
         self._environment = environment
@@ -98,7 +98,7 @@ class _Scaled:
         await self._fill()
 
     async def downtime_of_new_files(self) -> float:
-        """Write its layer anew, then scale it; the milliseconds of the latter."""
+        """Write its layer again, then scale it; the milliseconds of the scale."""
         await self._fill()
         return await self.downtime()
 
@@ -145,30 +145,30 @@ class ScriptedReplacement:
 
     async def by_command_line(self) -> float:
         """Stop, create, start, as a script does it; milliseconds."""
-        old, new, cards = await self._next()
-        create = ["docker", "create", "--name", new, *docker_gpus(cards), IMAGE, *self._command]
+        old, new, gpu_uuids = await self._next()
+        create = ["docker", "create", "--name", new, *docker_gpus(gpu_uuids), IMAGE, *self._command]
         await self._environment.docker.time_shell(f"docker stop {old} && {shlex.join(create)} && docker start {new}")
         return await self._downtime(old, new)
 
     async def by_engine_api(self) -> float:
         """The least there can be: the new one is created before the old one stops, and no call costs a process."""
-        old, new, cards = await self._next()
-        request = {"Image": IMAGE, "Cmd": list(self._command), "HostConfig": device_requests(cards)}
+        old, new, gpu_uuids = await self._next()
+        request = {"Image": IMAGE, "Cmd": list(self._command), "HostConfig": device_requests(gpu_uuids)}
         await self._environment.engine("POST", "/containers/create", query={"name": new}, send=request)
         await self._environment.engine("POST", f"/containers/{old}/stop")
         await self._environment.engine("POST", f"/containers/{new}/start")
         return await self._downtime(old, new)
 
     async def _next(self) -> tuple[str, str, list[str]]:
-        """The names of the old one, which runs, and of the new one, and the new one's cards."""
+        """The name of the old container, which runs, the name of the new one, and the GPUs of the new one."""
         if not self._current:
             self._current = f"by-hand-{next(self._numbers)}"
-            cards = docker_gpus(self._cards())
-            await self._environment.docker.time("run", "-d", "--name", self._current, *cards, IMAGE, *self._command)
+            options = docker_gpus(self._gpu_uuids())
+            await self._environment.docker.time("run", "-d", "--name", self._current, *options, IMAGE, *self._command)
         self._gpus = 3 - self._gpus
-        return self._current, f"by-hand-{next(self._numbers)}", self._cards()
+        return self._current, f"by-hand-{next(self._numbers)}", self._gpu_uuids()
 
-    def _cards(self) -> list[str]:
+    def _gpu_uuids(self) -> list[str]:
         return self._environment.rig.gpus.uuids[-self._gpus :]
 
     async def _downtime(self, old: str, new: str) -> float:
