@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from gpudock_server.adapters.docker import DockerEngine
 from gpudock_server.errors import DiskFull, EngineRejected, LayerCarryFailed
 from gpudock_server.model.engine import EngineImage
 
+from tests.engine.docker_fixtures import connect_engine, engine
 from tests.engine.engine_api import create_container, run_in_container, start_container
 from tests.engine.engine_examples import IMAGE
 from tests.engine.sample_trees import TreeEntry, create_tree_command, image_files, read_tree, tree_differences
-from tests.engine.test_docker_engine import connected_to, shell
 from tests.rig import EngineProxy, Rig
 from tests.rig.images import GLIBC
+
+__all__ = ["engine"]
 
 FILES = 1500
 BASE = "gpudock/deep:base"
@@ -39,12 +39,6 @@ CHANGES = (
     "rm /image/kept/more; touch /image/kept/last; rm -rf /grown/deep; mkdir /grown/deep; chown 5:6 /grown/d9",
     "mv /grown/sparse /moved; rm -rf /image/replaced; ln -s nowhere /image/replaced",
 )
-
-
-@pytest_asyncio.fixture
-async def engine(clean_engine: Rig) -> AsyncIterator[DockerEngine]:
-    async with connected_to(clean_engine.engine.url, timeout=60) as connected:
-        yield connected
 
 
 async def create_layered_image(engine: DockerEngine, rig: Rig) -> EngineImage:
@@ -224,7 +218,7 @@ async def test_a_corrupt_saved_image_is_reported(
     rig.images.derive(BASE, IMAGE, files={"f": b"1"})
     image = await inspect_image(engine, BASE)
     engine_proxy.faults.fail("GET", r"/images/.*/get", status=200, message="this is no tar")
-    async with connected_to(engine_proxy.url, timeout=20) as proxied_engine:
+    async with connect_engine(engine_proxy.url, timeout=20) as proxied_engine:
         with pytest.raises(LayerCarryFailed, match="saved image is corrupt"):
             await proxied_engine.flatten(image.id, len(image.layers) - 1, "gpudock/never:test", config_of=BASE)
         # The next call succeeds.
