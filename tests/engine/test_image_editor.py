@@ -12,7 +12,7 @@ from gpudock_server.adapters.docker import DockerEngine
 from gpudock_server.errors import DiskFull, EngineRejected, LayerCarryFailed
 from gpudock_server.model.engine import EngineImage
 
-from tests.engine.docker_fixtures import connect_engine, engine
+from tests.engine.docker_fixtures import connect_engine, engine, run_shell
 from tests.engine.engine_api import create_container, run_in_container, start_container
 from tests.engine.engine_examples import IMAGE
 from tests.engine.sample_trees import TreeEntry, create_tree_command, image_files, read_tree, tree_differences
@@ -50,7 +50,7 @@ async def create_layered_image(engine: DockerEngine, rig: Rig) -> EngineImage:
         _create_and_start(rig, name, image.id)
         if not number:
             run_in_container(rig, name, create_tree_command(files=FILES))
-        await shell(rig, name, change)
+        await run_shell(rig, name, change)
         image = await inspect_image(engine, await engine.commit(name, f"gpudock/deep:{number}", {}))
         await engine.remove(name)
     return image
@@ -110,17 +110,17 @@ async def test_changes_are_moved_onto_another_base(engine: DockerEngine, rig: Ri
     rig.images.derive(OTHER, IMAGE, files={"new": b"new", "both/new": b"", "both/kept": b"", "etc/other": b"2"})
     base, other = await inspect_image(engine, BASE), await inspect_image(engine, OTHER)
     _create_and_start(rig, "box", BASE)
-    await shell(rig, "box", "rm /old /both/old; echo mine > /both/mine; echo a > /etc/mine")
+    await run_shell(rig, "box", "rm /old /both/old; echo mine > /both/mine; echo a > /etc/mine")
     first = await engine.commit("box", "gpudock/deep:one", {})
     _create_and_start(rig, "box2", first)
-    await shell(rig, "box2", "rm -rf /both/kept /etc/group; echo b >> /etc/mine")
+    await run_shell(rig, "box2", "rm -rf /both/kept /etc/group; echo b >> /etc/mine")
     second = await engine.commit("box2", "gpudock/deep:two", {})
 
     await engine.flatten(second, len(base.layers), "gpudock/graft:test", config_of=OTHER, onto=OTHER)
     grafted = await inspect_image(engine, "gpudock/graft:test")
     assert grafted.layers[:-1] == other.layers
     _create_and_start(rig, "grafted", grafted.id)
-    output = await shell(rig, "grafted", "ls /both; cat /etc/mine; ls /etc/group /etc/other /new /old")
+    output = await run_shell(rig, "grafted", "ls /both; cat /etc/mine; ls /etc/group /etc/other /new /old")
     assert output.splitlines()[:4] == ["mine", "new", "a", "b"]
     assert "/etc/other" in output
     assert "/new" in output
@@ -193,7 +193,7 @@ def _add_file_to_layer(rig: Rig, image: str, number: int) -> None:
 
 async def _files_in_chain(engine: DockerEngine, rig: Rig, image: str) -> list[str]:
     _create_and_start(rig, "all", image)
-    output = await shell(rig, "all", "ls /chain")
+    output = await run_shell(rig, "all", "ls /chain")
     await engine.remove("all")
     return output.split()
 
