@@ -1,9 +1,10 @@
-"""What a rig leaves on the machine, found by the rig's id alone, and the end of it.
+"""Finds and removes everything of a rig: processes, mounts, loop devices, control groups and files.
 
-Everything of a rig carries its id: its folder `<base>/<id>`, and a control group `gpudock-rig-<id>` in every hierarchy,
-in which all its processes live: the engine, containerd, its shims, etcd, the daemons, and (in subgroups that the engine
-makes) the containers. The id holds its owner's pid and start time, so anyone can tell whether it is stale. Three use
-this: a rig that closes, the guardian process that outlives a killed owner, and the sweep at the next rig's start.
+All of it is found by the rig's id. The folder of the rig is `<base>/<id>`. In every control group hierarchy the rig has
+a group `gpudock-rig-<id>` with all its processes: the engine, containerd, shims, etcd, the daemons, and, in subgroups
+that the engine makes, the containers. The id has the process id and the start time of its owner, so that every process
+can tell whether the owner has ended. A rig is removed when it closes, by its guardian process when its owner is killed,
+or by the sweep at the start of the next rig.
 
 This file uses the standard library alone and imports nothing of the package: the guardian runs it as a script.
 """
@@ -28,7 +29,7 @@ _PATIENCE_S = 20.0
 
 @dataclass(frozen=True)
 class RigId:
-    """Names a rig: its owner's pid and start time (clock ticks since boot), and a serial number."""
+    """The id of a rig: process id and start time (clock ticks since boot) of its owner, and a serial number."""
 
     owner_pid: int
     owner_start: int
@@ -39,7 +40,7 @@ class RigId:
 
     @classmethod
     def parse(cls, text: str) -> "RigId | None":
-        """The id that a folder or group is named after, None if it is not one of ours."""
+        """The id in the name of a folder or control group; None if the name is not that of a rig."""
         parts = text.split("-")
         if len(parts) != 3 or not all(part.isdecimal() for part in parts):
             return None
@@ -47,7 +48,7 @@ class RigId:
 
     @classmethod
     def mint(cls) -> "RigId":
-        """An id of this process that nobody has, and its folder, mode 0711."""
+        """Make a new id for this process, and its folder with mode 0711."""
         BASE.mkdir(parents=True, exist_ok=True)
         pid = os.getpid()
         for serial in itertools.count(1):
@@ -59,21 +60,21 @@ class RigId:
 
     @property
     def folder(self) -> Path:
-        """Holds every file of the rig."""
+        """The folder of all files of the rig."""
         return BASE / str(self)
 
     @property
     def group(self) -> str:
-        """Name of its control group, directly below each hierarchy's root."""
+        """The name of the control group, directly below the root of each hierarchy."""
         return GROUP_PREFIX + str(self)
 
     def owner_is_gone(self) -> bool:
-        """Whether the process that made this rig has ended, its pid perhaps reused."""
+        """Whether the process that made this rig has ended; its process id may have been reused."""
         return start_ticks(self.owner_pid) != self.owner_start
 
 
 def start_ticks(pid: int) -> int | None:
-    """When the process started, in clock ticks since boot; None if there is none, or only a zombie."""
+    """The start time of a process in clock ticks since boot; None if it does not exist or is a zombie."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -83,13 +84,13 @@ def start_ticks(pid: int) -> int | None:
 
 
 def hierarchies() -> list[Path]:
-    """Mount points of all control group hierarchies: several on cgroup v1, one on v2."""
+    """The mount points of all control group hierarchies: several with cgroup v1, one with v2."""
     mounts = (line.split() for line in Path("/proc/self/mounts").read_text().splitlines())
     return [Path(fields[1]) for fields in mounts if fields[2] in {"cgroup", "cgroup2"}]
 
 
 def tracking_hierarchy() -> Path:
-    """The hierarchy in which the rig's processes are enrolled, to be found again."""
+    """The hierarchy in which the processes of a rig are found."""
     found = hierarchies()
     by_name = {path.name: path for path in found}
     for name in ("freezer", "pids", "unified"):
@@ -99,13 +100,13 @@ def tracking_hierarchy() -> Path:
 
 
 def groups_of(rig: RigId) -> list[Path]:
-    """The rig's control groups in all hierarchies, the innermost first."""
+    """The control groups of a rig in all hierarchies, the innermost first."""
     roots = [top / rig.group for top in hierarchies()]
     return [Path(path) for root in roots if root.is_dir() for path, _, _ in os.walk(root, topdown=False)]
 
 
 def processes_of(rig: RigId) -> set[int]:
-    """Pids of everything that runs in the rig."""
+    """The process ids of all processes of a rig."""
     pids: set[int] = set()
     for group in groups_of(rig):
         with contextlib.suppress(OSError):
@@ -114,13 +115,13 @@ def processes_of(rig: RigId) -> set[int]:
 
 
 def mounts_of(rig: RigId) -> list[str]:
-    """Mount points below the rig's folder that are visible from here, the innermost first."""
+    """The mount points below the rig's folder in the mount namespace of this process, the innermost first."""
     points = (line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines())
     return [point for point in points if point.startswith(f"{rig.folder}/")][::-1]
 
 
 def loops_of(rig: RigId) -> list[str]:
-    """Loop devices whose image lies in the rig's folder."""
+    """The loop devices with an image in the rig's folder."""
     found = []
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
         with contextlib.suppress(OSError):
@@ -130,18 +131,18 @@ def loops_of(rig: RigId) -> list[str]:
 
 
 def leftovers(rig: RigId) -> list[str]:
-    """Everything of the rig that still exists, in words; empty once it is gone."""
-    words = [f"process {pid}" for pid in sorted(processes_of(rig))]
-    words += [f"mount {point}" for point in mounts_of(rig)]
-    words += [f"loop device {loop}" for loop in loops_of(rig)]
-    words += [f"control group {group}" for group in groups_of(rig)]
-    return words + [f"folder {rig.folder}"] * rig.folder.exists()
+    """What of the rig still exists, such as `process 17`; empty once all is removed."""
+    items = [f"process {pid}" for pid in sorted(processes_of(rig))]
+    items += [f"mount {point}" for point in mounts_of(rig)]
+    items += [f"loop device {loop}" for loop in loops_of(rig)]
+    items += [f"control group {group}" for group in groups_of(rig)]
+    return items + [f"folder {rig.folder}"] * rig.folder.exists()
 
 
 def destroy(rig: RigId) -> list[str]:
-    """Ends the rig's processes, then its mounts, loop devices, control groups and files; idempotent.
+    """Kill the processes of a rig, then remove its mounts, loop devices, control groups and files; idempotent.
 
-    Returns what could not be removed within 20 s, in words.
+    Returns what could not be removed within 20 s, as `leftovers` does.
     """
     deadline = time.monotonic() + _PATIENCE_S
     while _kill(rig) and time.monotonic() < deadline:
@@ -153,19 +154,19 @@ def destroy(rig: RigId) -> list[str]:
     while not _remove_groups(rig) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
     while rig.folder.exists() and time.monotonic() < deadline:
-        # One file system: were a mount left in there after all, what lies in it is not ours to delete.
+        # One file system: files of a mount that could not be removed do not belong to the rig.
         subprocess.run(["rm", "-rf", "--one-file-system", rig.folder], check=False, capture_output=True)
     return leftovers(rig)
 
 
 def _kill(rig: RigId) -> bool:
-    """Sends SIGKILL to all that run; false when there is nobody left."""
+    """Send SIGKILL to all processes of the rig; False if there are none."""
     pids = processes_of(rig)
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     for group in groups_of(rig) if pids else []:
-        # A paused container is frozen, and on cgroup v1 the frozen do not even die.
+        # A paused container is frozen, and with cgroup v1 a frozen process does not end on SIGKILL.
         with contextlib.suppress(OSError):
             (group / "freezer.state").write_text("THAWED")
     return bool(pids)
@@ -179,7 +180,7 @@ def _remove_groups(rig: RigId) -> bool:
 
 
 def known_rigs() -> Iterator[RigId]:
-    """Every rig that has left a folder or a control group on this machine, alive or not."""
+    """Every rig that has a folder or a control group on this machine, with or without an owner."""
     names = {path.name for path in BASE.glob("*-*-*")}
     for top in hierarchies():
         names.update(path.name.removeprefix(GROUP_PREFIX) for path in top.glob(f"{GROUP_PREFIX}*"))
@@ -187,12 +188,12 @@ def known_rigs() -> Iterator[RigId]:
 
 
 def sweep() -> list[str]:
-    """Destroys every rig whose owner is gone; returns what could not be removed."""
-    return [word for rig in known_rigs() if rig.owner_is_gone() for word in destroy(rig)]
+    """Destroy every rig whose owner has ended; returns what could not be removed."""
+    return [item for rig in known_rigs() if rig.owner_is_gone() for item in destroy(rig)]
 
 
 def guard(rig: RigId) -> None:
-    """Blocks until the rig's owner has ended, however it did, then destroys the rig."""
+    """Block until the owner of a rig has ended, then destroy the rig."""
     with contextlib.suppress(ProcessLookupError):
         owner = os.pidfd_open(rig.owner_pid)
         while not rig.owner_is_gone():

@@ -1,14 +1,14 @@
-"""Daemons that start in milliseconds: one process has imported gpudockd's code, and forks whatever is asked for.
+"""A fork server: a process that has imported gpudockd's code and forks daemons, which start in milliseconds.
 
-To start an interpreter and to import takes most of a second of a core, which a suite that starts a thousand daemons
-cannot spare. Nothing else is shared: what is forked has its own session, environment, arguments and output, runs its
-module as `python -m` does, and ends as an interpreter ends. The nursery has one thread and opens nothing but its
-socket, so there is nothing that a fork could harm. It runs in the rig's control group and namespaces; what it forks
-stays there, and is ended with the rest of the rig.
+Starting an interpreter and importing the code takes most of a second of a core, and a test run starts a thousand
+daemons. Nothing else is shared: a forked process has its own session, environment, arguments and output, runs its
+module as `python -m` does, and ends as an interpreter ends. The fork server has one thread and opens only its socket,
+so forking is safe. It runs in the control group and the namespaces of the rig; the forked processes stay there, and end
+with the rig.
 
-This file uses the standard library alone and imports nothing of the package: it is run as a script, `nursery.py
-SOCKET`, and what it forks must find loaded what gpudockd imports and no more. Each connection to the socket asks for
-one process and is told its pid, then its wait status.
+This file uses the standard library alone and imports nothing of the package: it is run as a script, `fork_server.py
+SOCKET`, and a forked process must find exactly those modules loaded that gpudockd imports. Each connection to the
+socket requests one process, and receives its process id and later its wait status.
 """
 
 import contextlib
@@ -27,29 +27,29 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# All that a daemon imports; what tests put around it has little more.
+# These import all modules of a daemon; the instrumented daemons of tests import few others.
 _IMPORTS = ("gpudock_server.settings.sources", "gpudock_server.app")
 _MOST_BYTES = 1 << 17
 
 
 class Child:
-    """A process that the nursery forked, with as much of subprocess.Popen as `Process` uses; for any thread."""
+    """A forked process, with those methods of subprocess.Popen that `Process` uses; for any thread."""
 
     def __init__(self, pid: int, connection: socket.socket) -> None:
-        """Takes the connection by which its end is told."""
+        """`connection` receives the wait status of the process."""
         self.pid = pid
         self._connection = connection
         self._lock = threading.Lock()
         self._returncode: int | None = None
 
     def poll(self) -> int | None:
-        """The exit code, minus the signal that killed it, or None while it runs."""
+        """The exit code; negative: the signal that killed the process; None while it runs."""
         return self._receive_exit(within=0)
 
     def wait(self, timeout: float | None = None) -> int:
-        """Waits for its end. Raises subprocess.TimeoutExpired after `timeout` seconds."""
+        """Wait for the end; returns the exit code. Raises subprocess.TimeoutExpired after `timeout` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        # In short turns: others may poll meanwhile.
+        # Short waits, because each holds the lock and other threads may poll meanwhile.
         while (code := self._receive_exit(within=0.02)) is None:
             if deadline is not None and time.monotonic() > deadline:
                 raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0)
@@ -61,19 +61,19 @@ class Child:
                 self._connection.settimeout(within)
                 with contextlib.suppress(BlockingIOError, TimeoutError):
                     status = self._connection.recv(64)
-                    # A nursery ends by being killed, together with all that it has forked.
+                    # The fork server ends by being killed, together with all processes that it has forked.
                     self._returncode = os.waitstatus_to_exitcode(int(status)) if status else -signal.SIGKILL
                     self._connection.close()
             return self._returncode
 
 
 def fork(path: Path, argv: Sequence[str], *, environment: Mapping[str, str], output: int) -> Child:
-    """Has a process made that does what `python -m argv…` does, stdout and stderr going to the descriptor `output`."""
+    """Fork a process that does the same as `python -m argv…`; the descriptor `output` becomes its stdout and stderr."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         connection.connect(str(path))
         socket.send_fds(connection, [json.dumps([list(argv), dict(environment)]).encode()], [output])
-        pid = connection.recv(64)  # nothing, if the nursery has ended, which its log explains
+        pid = connection.recv(64)  # empty if the fork server has ended; its log says why
         return Child(int(pid), connection)
     except BaseException:
         connection.close()
@@ -81,7 +81,7 @@ def fork(path: Path, argv: Sequence[str], *, environment: Mapping[str, str], out
 
 
 class _ForkServer:
-    """Forks, and tells who asked what became of it."""
+    """Forks processes, and reports their wait statuses."""
 
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener
@@ -89,7 +89,7 @@ class _ForkServer:
         self._selector.register(listener, selectors.EVENT_READ)
 
     def serve(self) -> list[str]:
-        """Returns only in what was forked: what that is to run."""
+        """Serve forever; returns only in a forked process: its module and arguments."""
         while True:
             for key, _ in self._selector.select():
                 if key.fileobj is not self._listener:
@@ -116,11 +116,11 @@ class _ForkServer:
         self._selector.unregister(descriptor)
         os.close(descriptor)
         _, status = os.waitpid(pid, 0)
-        with contextlib.suppress(OSError), connection:  # whoever asked may be gone
+        with contextlib.suppress(OSError), connection:  # the client may have disconnected
             connection.send(str(status).encode())
 
     def _close(self) -> None:
-        """Keep no descriptor of the nursery's."""
+        """Close the descriptors of the fork server in a forked process."""
         for key in list(self._selector.get_map().values()):
             if key.fileobj is not self._listener:
                 os.close(key.fd)
@@ -139,14 +139,14 @@ def _set_up_child(environment: Mapping[str, str], output: int) -> None:
 
 
 def main() -> None:
-    """Serves until it is killed; in what it forks, runs what was asked for."""
+    """Serve until killed; in a forked process, run the requested module."""
     path = Path(sys.argv[1])
     sys.path[0] = str(Path.cwd())  # as `python -m` has it
     for name in _IMPORTS:
         importlib.import_module(name)
     if len(list(Path("/proc/self/task").iterdir())) != 1:
-        raise RuntimeError("what was imported has started threads, which a fork would not take along")
-    # What stays for ever need not be looked at again, and is shared for as long as nobody touches it.
+        raise RuntimeError("an import has started threads, which do not exist in a forked process")
+    # The imported objects stay forever: the garbage collector need not visit them, and their memory pages stay shared.
     gc.freeze()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     partial = path.with_suffix(".partial")

@@ -1,4 +1,4 @@
-"""HTTP/1.1 messages on asyncio streams, told apart without changing a byte: heads, and where bodies end (RFC 9112)."""
+"""HTTP/1.1 messages on asyncio streams, without changing a byte: heads, and where bodies end (RFC 9112)."""
 
 import asyncio
 import contextlib
@@ -12,31 +12,31 @@ HEAD_LIMIT = 1 << 20
 
 @dataclass(frozen=True)
 class Head:
-    """A request's or a response's first line and headers, also in raw form."""
+    """The first line and the headers of a request or a response, parsed and raw."""
 
     raw: bytes
     first_line: list[str]
     headers: dict[str, str]
-    """Names in lower case; of repeated ones the last."""
+    """By name in lower case; of repeated headers the last."""
 
     @property
     def upgrades(self) -> bool:
-        """Whether the request asks to turn the connection into a raw stream."""
+        """Whether the request asks for an upgrade of the connection to a raw stream."""
         return "upgrade" in self.headers.get("connection", "").lower()
 
     @property
     def status(self) -> int:
-        """A response's status."""
+        """The status of a response."""
         return int(self.first_line[1])
 
     @property
     def chunked(self) -> bool:
-        """Whether the body is in chunks."""
+        """Whether the transfer encoding of the body is chunked."""
         return self.headers.get("transfer-encoding", "").lower() == "chunked"
 
     @property
     def length(self) -> int | None:
-        """The body's length in bytes, None where no header tells."""
+        """The length of the body in bytes; None without a Content-Length."""
         text = self.headers.get("content-length")
         return None if text is None else int(text)
 
@@ -47,7 +47,7 @@ class Head:
 
 
 class Peer:
-    """One side of a connection: a reader with room for one byte read too early, and the writer."""
+    """A connection to a client or to the engine: the writer, and the reader with a byte that was read too early."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -55,7 +55,7 @@ class Peer:
         self.writer = writer
 
     async def read_head(self) -> Head | None:
-        """The next message's head, None at the end of the connection."""
+        """Read the head of the next message; None at the end of the connection."""
         try:
             raw = self._take_early() + await self._reader.readuntil(b"\r\n\r\n")
         except asyncio.IncompleteReadError:
@@ -66,17 +66,17 @@ class Peer:
         return Head(raw, lines[0].split(" ", 2), headers)
 
     async def read_some(self) -> bytes:
-        """Whatever comes next, b"" at the end."""
+        """Read the next bytes; b"" at the end."""
         return self._take_early() or await self._reader.read(CHUNK)
 
     async def until_gone(self) -> None:
-        """Returns when the other side closes; if it sends something first, keeps that for later and never returns."""
+        """Return when the other side closes. If it sends a byte first, keep that byte and wait forever."""
         self._early += await self._reader.read(1)
         if self._early:
             await asyncio.Event().wait()
 
     async def body(self, head: Head) -> AsyncIterator[bytes]:
-        """The raw bytes of the body that follows the head, with its chunk framing; nothing if there is none."""
+        """The raw bytes of the body that follows the head, with its chunk framing."""
         if head.chunked:
             while True:
                 size = await self._reader.readuntil(b"\r\n")
@@ -93,16 +93,16 @@ class Peer:
                 yield piece
 
     async def send(self, data: bytes) -> None:
-        """Writes, and waits until the buffer has room again."""
+        """Write, and wait until the buffer has room again."""
         self.writer.write(data)
         await self.writer.drain()
 
     def abort(self) -> None:
-        """Closes at once, without sending what is buffered."""
+        """Close immediately, without sending buffered data."""
         self.writer.transport.abort()
 
     async def close(self) -> None:
-        """Closes once what is buffered has been sent."""
+        """Close once all buffered data has been sent."""
         self.writer.close()
         with contextlib.suppress(OSError):
             await self.writer.wait_closed()
@@ -121,7 +121,7 @@ class Peer:
 
 
 def answer(status: int, message: str) -> bytes:
-    """An engine's error answer: {"message": ...}."""
+    """An error answer of the engine: {"message": ...}."""
     body = json.dumps({"message": message}).encode()
     head = f"HTTP/1.1 {status} Injected\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     return head.encode() + body

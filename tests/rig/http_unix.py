@@ -1,4 +1,4 @@
-"""HTTP/1.1 over a unix socket, blocking: for readiness checks and for setting up the engine without an event loop."""
+"""Blocking HTTP/1.1 over a unix socket, for readiness checks and setting up the engine without an event loop."""
 
 import http.client
 import json
@@ -26,7 +26,7 @@ class HttpStatusError(RigError):
 
 
 class _UnixConnection(http.client.HTTPConnection):
-    """A connection to the server that listens at `path`."""
+    """A connection to the server that listens on the unix socket `path`."""
 
     def __init__(self, path: Path, timeout_s: float) -> None:
         super().__init__("localhost", timeout=limit(timeout_s))
@@ -49,22 +49,22 @@ def call(
     body: BinaryIO | None = None,
     timeout_s: float = _TIMEOUT_S,
 ) -> Any:
-    """One request on a connection of its own.
+    """Make one request on a new connection.
 
     Args:
-        socket_path: where the server listens.
+        socket_path: the socket that the server listens on.
         method: GET, POST, ...
         path: the absolute path, without the query.
-        query: its parameters; a sequence repeats one.
-        send: sent as JSON.
+        query: the parameters; a sequence repeats its parameter.
+        send: a value to send as JSON.
         body: sent as it is, chunked.
         timeout_s: for each wait on the socket, on an idle machine.
 
     Returns:
-        The JSON answer, None for an empty one, or the bytes where it is not JSON.
+        The JSON of the answer, None for an empty answer, or the bytes of any other.
 
     Raises:
-        HttpStatusError: for a status of 400 or above, with the server's message.
+        HttpStatusError: the status is 400 or above.
         OSError: the server cannot be reached.
     """
     connection = _UnixConnection(socket_path, timeout_s)
@@ -77,7 +77,7 @@ def call(
         content = response.read()
         answer: Any = content or None
         if "json" in (response.getheader("Content-Type") or "") and content:
-            # Progress streams are JSON lines; the last one tells the outcome.
+            # A progress stream is JSON lines; the last line has the outcome.
             answer = json.loads(content) if content.count(b"\n") <= 1 else json.loads(content.splitlines()[-1])
         if response.status >= http.client.BAD_REQUEST:
             message = answer.get("message", "") if isinstance(answer, dict) else str(answer)

@@ -1,4 +1,4 @@
-"""Test images, loaded into the rig's engine from tars that are built once and cached."""
+"""Test images, imported into the rig's engine from tars that are built once and cached."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ from .errors import RigError
 BUSYBOX = "gpudock/busybox:test"
 """busybox-static: every applet, /bin/sh, /tmp 1777, a user `user` (uid 1000). About 2 MB."""
 GLIBC = "gpudock/glibc:test"
-"""bash, coreutils, find, tar, setfattr and getfattr, ps, and the host's Python without its larger modules."""
+"""glibc with bash, coreutils, find, tar, setfattr, getfattr, ps, and the host's Python without its larger modules."""
 CUDA_LIKE = "gpudock/cuda-like:test"
 """Busybox with ENV NVIDIA_VISIBLE_DEVICES=all and VOLUME /data, which holds the file `from-image`."""
 
@@ -35,30 +35,30 @@ class Images:
         self._engine = engine
 
     def load(self, name: str) -> str:
-        """Loads one of BUSYBOX, GLIBC and CUDA_LIKE; returns the image's id."""
+        """Import BUSYBOX, GLIBC or CUDA_LIKE; returns the image's id. Raises RigError for another name."""
         if name not in _CHANGES:
-            raise RigError(f"no image {name!r}; derive() makes others")
+            raise RigError(f"{name!r} is not a test image; use derive() for other images")
         return self.import_tar(name, tar_of(name), _CHANGES[name])
 
     def import_tar(self, name: str, tar: Path, changes: Sequence[str] = ()) -> str:
-        """Makes an image of one layer from a root's tar, as `docker import --change` does; returns its id."""
+        """Make an image of one layer from the tar of a root, as `docker import --change` does; returns its id."""
         with tar.open("rb") as body:
             return self._import(name, body, changes)
 
     def from_files(self, name: str, files: Mapping[str, bytes], changes: Sequence[str] = ()) -> str:
-        """Makes an image of one layer that holds only these files (mode 0755); returns its id."""
+        """Make an image of one layer with only these files (mode 0755); returns its id."""
         return self._import(name, _tar_of(files), changes)
 
     def derive(
         self, name: str, base: str = BUSYBOX, changes: Sequence[str] = (), files: Mapping[str, bytes] | None = None
     ) -> str:
-        """Makes an image on top of another one, by a commit; returns its id.
+        """Make an image from another image by a commit; returns its id.
 
         Args:
             name: repository:tag.
-            base: an image that is loaded.
+            base: an image of the engine.
             changes: Dockerfile lines, such as `ENV A=b`.
-            files: its new layer, each file with mode 0755.
+            files: the files of the new layer, with mode 0755.
         """
         repository, _, tag = name.rpartition(":")
         with self._container(base) as container:
@@ -70,7 +70,7 @@ class Images:
 
     @contextlib.contextmanager
     def _container(self, image: str) -> Iterator[str]:
-        """A container that never runs."""
+        """A container that is never started, removed after the block."""
         made: str = self._engine.call("POST", "/containers/create", send={"Image": image, "Cmd": ["/never-run"]})["Id"]
         try:
             yield made
@@ -88,7 +88,7 @@ class Images:
 
 
 def tar_of(name: str) -> Path:
-    """The cached tar of one of the test images' roots, made if it is not there."""
+    """The cached tar of the root of a test image; written if it is not in the cache."""
     if name == GLIBC:
         return cached("glibc.tar", rootfs.glibc_key(), rootfs.write_glibc)
     return _busybox_tar({"data/from-image": b"from the image\n"} if name == CUDA_LIKE else {})

@@ -1,17 +1,17 @@
-"""The rig's own network and mount namespaces, held open by a process that sleeps.
+"""The network and mount namespaces of the rig, held open by a process that sleeps.
 
-The private dockerd runs in them, so its bridge, its iptables rules, its mounts and its containers' ports are invisible
-to the host; a daemon under test must run there too, to see the ports and the volumes' mounts as dockerd does. The
-holder keeps them while dockerd itself is killed and started again. Process ids are shared with the host on purpose: the
-pids that the engine reports are valid everywhere.
+The private dockerd runs in them, so that its bridge, its iptables rules, its mounts and the ports of its containers do
+not exist on the host. A daemon under test must run in them too, to have the ports and mounts of that dockerd. The
+sleeping process keeps the namespaces while dockerd is killed and started. Process ids are shared with the host, so that
+the process ids that the engine reports are valid everywhere.
 """
 
 from pathlib import Path
 
 from .process import ProcessGroup
 
-# An own /run hides a host's containerd (which dockerd would use if it saw its socket), its docker plugins and the
-# iptables lock, and takes along what shims leave there; an own /etc/docker hides its daemon.json and takes our key.
+# A separate /run hides the host's containerd, whose socket dockerd would use, its docker plugins and its iptables lock;
+# what shims leave there is lost with it. A separate /etc/docker hides the host's daemon.json and gets the engine's key.
 _SET_UP = """
 ip link set lo up
 mkdir -p /etc/docker
@@ -23,7 +23,7 @@ exec sleep infinity
 
 
 class Namespaces:
-    """Makes the namespaces at construction; they end with the holder, or with the last process inside."""
+    """The namespaces, made at construction; they end with the last process in them."""
 
     def __init__(self, folder: Path, processes: ProcessGroup) -> None:
         ready = folder / "namespaces.ready"
@@ -34,9 +34,9 @@ class Namespaces:
 
     @property
     def pid(self) -> int:
-        """The holder's pid: `nsenter -t PID -n -m` enters."""
+        """The id of the sleeping process: `nsenter -t PID -n -m` enters the namespaces."""
         return self.holder.pid
 
     def enter(self, *, mount: bool = True) -> list[str]:
-        """The command prefix that runs a program inside the network namespace and, with `mount`, the mount one."""
+        """The command prefix that runs a program in the network namespace and, with `mount`, in the mount namespace."""
         return ["nsenter", "--target", str(self.pid), "--net", *(["--mount"] if mount else []), "--"]

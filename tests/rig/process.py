@@ -1,4 +1,4 @@
-"""A program that runs as part of a rig: enrolled in its control group, its output in a file, ended by its pid."""
+"""Programs that run in a rig: in its control group, with their output in a file."""
 
 import contextlib
 import os
@@ -15,12 +15,16 @@ from .patience import limit
 _POLL_S = 0.005
 _LOG_TAIL = 4000
 _FREEZE_S = 10.0
-# Enrols itself, so that not even its first child escapes, and becomes the program: the pid stays the same throughout.
+# The shell adds itself to the control group, so that no child is outside, and then executes the program: the process id
+# stays the same.
 _PRELUDE = 'echo $$ > "$1"; cd "$2"; shift 2; exec "$@"'
 
 
 def freeze(pid: int) -> None:
-    """Stops a process (SIGSTOP) and waits until each of its threads has stopped: until then it may still answer."""
+    """Send SIGSTOP and wait until each thread of the process has stopped, since it may answer until then.
+
+    Raises RigError if a thread does not stop in time.
+    """
     os.kill(pid, signal.SIGSTOP)
     deadline = time.monotonic() + limit(_FREEZE_S)
     while not all(state == "T" for state in _thread_states(pid)):
@@ -30,18 +34,18 @@ def freeze(pid: int) -> None:
 
 
 def _thread_states(pid: int) -> Iterator[str]:
-    """The state of each thread, as the kernel's letter for it (proc(5)); nothing for threads that have ended."""
+    """The state of each thread as a letter of proc(5); threads that have ended are left out."""
     for thread in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            # The name, in parentheses, may hold anything.
+            # The name, in parentheses, can contain any character.
             yield (thread / "stat").read_text().rpartition(")")[2].split()[0]
 
 
 class ProcessGroup:
-    """The programs of one rig, which all live in one control group."""
+    """The programs of one rig, which run in one control group."""
 
     def __init__(self, folder: Path) -> None:
-        """Makes the control group at `folder`."""
+        """Make the control group `folder`."""
         folder.mkdir(parents=True)
         self._procs = folder / "cgroup.procs"
         self._started: list[Process] = []
@@ -55,18 +59,18 @@ class ProcessGroup:
         environment: Mapping[str, str] | None = None,
         inside: Sequence[str] = (),
     ) -> "Process":
-        """Starts a program.
+        """Start a program.
 
         Args:
-            argv: its command line.
-            log: file that stdout and stderr are appended to.
-            cwd: working folder, by default the log's.
+            argv: the command line.
+            log: the file that stdout and stderr are appended to.
+            cwd: the working folder, by default that of the log.
             environment: the whole environment, by default this process's.
             inside: a command prefix that enters namespaces (`Namespaces.enter`).
         """
         prelude = ["/bin/sh", "-euc", _PRELUDE, "sh", str(self._procs), str(cwd or log.parent)]
         with log.open("ab") as output:
-            # A session of its own: Ctrl-C reaches the owner alone, which then ends its processes in order.
+            # A session of its own, so that Ctrl-C reaches only the owner, which then ends its programs.
             popen = subprocess.Popen(
                 [*inside, *prelude, *argv],
                 stdin=subprocess.DEVNULL,
@@ -78,92 +82,92 @@ class ProcessGroup:
         return self.adopt(Process(str(argv[0]), popen, log))
 
     def adopt(self, process: "Process") -> "Process":
-        """Takes in what one of them has started, and what runs in the control group therefore."""
+        """Add a process that a program of the group has started, and that is in the control group therefore."""
         self._started.append(process)
         return process
 
     def reap(self) -> None:
-        """Collects the exit codes of programs that were killed, so that none stays as a zombie."""
+        """Wait for all programs, which have been killed, so that none stays as a zombie."""
         for process in self._started:
             process.wait()
 
 
 class ProcessHandle(Protocol):
-    """What `Process` needs of subprocess.Popen."""
+    """The part of subprocess.Popen that `Process` uses."""
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """The process id."""
 
     def poll(self) -> int | None:
-        """The exit code, None while it runs."""
+        """The exit code; None while the process runs."""
 
     def wait(self, timeout: float | None = None) -> int:
-        """Waits for the exit code; raises subprocess.TimeoutExpired."""
+        """Wait for the end; returns the exit code. Raises subprocess.TimeoutExpired after `timeout` seconds."""
 
 
 class Process:
-    """A started program. `signal`, `terminate`, `pause` only send; `wait`, `stop`, `kill9` block the calling thread."""
+    """A started program. `signal` and `terminate` do not wait; `pause`, `wait`, `stop` and `kill9` block the thread."""
 
     def __init__(self, name: str, popen: ProcessHandle, log: Path) -> None:
-        """Wraps what was started."""
+        """`log` is the file with the output of the process."""
         self.name = name
         self.log = log
         self._popen = popen
 
     @property
     def pid(self) -> int:
-        """Its process id, also after its end."""
+        """The process id, also after the end."""
         return self._popen.pid
 
     @property
     def returncode(self) -> int | None:
-        """The exit code, minus the signal that killed it, or None while it runs."""
+        """The exit code; negative: the signal that killed the program; None while it runs."""
         return self._popen.poll()
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended yet."""
+        """Whether the program has not ended."""
         return self.returncode is None
 
     @property
     def log_text(self) -> str:
-        """All its output so far."""
+        """The output so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def signal(self, number: int) -> None:
-        """Sends a signal; nothing happens if it has ended."""
+        """Send a signal; does nothing if the program has ended."""
         if self.running:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     def terminate(self) -> None:
-        """Sends SIGTERM."""
+        """Send SIGTERM."""
         self.signal(signal.SIGTERM)
 
     def kill9(self) -> int:
-        """Sends SIGKILL and waits for the end; returns the exit code, -9."""
+        """Send SIGKILL and wait for the end; returns the exit code, -9 unless the program had ended before."""
         self.signal(signal.SIGKILL)
         return self.wait()
 
     def pause(self) -> None:
-        """Freezes it (SIGSTOP): it keeps its connections and answers nothing."""
+        """Send SIGSTOP and wait until all threads have stopped: connections stay open, and nothing answers."""
         if self.running:
             freeze(self.pid)
 
     def resume(self) -> None:
-        """Undoes `pause`."""
+        """Undo `pause`."""
         self.signal(signal.SIGCONT)
 
     def wait(self, timeout_s: float = 30.0) -> int:
-        """Waits for its end; returns the exit code. Raises RigError after `timeout_s` seconds."""
+        """Wait for the end; returns the exit code. Raises RigError after `timeout_s` seconds."""
         try:
             return self._popen.wait(limit(timeout_s))
         except subprocess.TimeoutExpired:
             raise RigError(f"{self.name} has not ended after {timeout_s} s\n{self.log_text[-_LOG_TAIL:]}") from None
 
     def stop(self, grace_s: float = 30.0) -> int:
-        """SIGTERM, then SIGKILL after `grace_s` seconds; returns the exit code."""
+        """Send SIGTERM, and SIGKILL after `grace_s` seconds; returns the exit code."""
         self.terminate()
         try:
             return self.wait(grace_s)
@@ -171,10 +175,10 @@ class Process:
             return self.kill9()
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float = 30.0) -> None:
-        """Polls `ready` until it is true.
+        """Poll `ready` until it returns true.
 
         Raises:
-            RigError: the program ended, or is not ready after `timeout_s` seconds; its log's end is in the message.
+            RigError: the program ended, or is not ready after `timeout_s` seconds; the message has the end of the log.
         """
         deadline = time.monotonic() + limit(timeout_s)
         while not ready():

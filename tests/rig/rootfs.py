@@ -1,4 +1,4 @@
-"""Root file systems for test images, put together from the host's own binaries: there is no registry to pull from."""
+"""Root file systems for test images, made from binaries of the host, since the tests have no registry to pull from."""
 
 import io
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 from .errors import RigError
 
 USER_ID = 1000
-"""Uid and gid of the user `user` in every test image."""
+"""The uid and gid of the user `user` in every test image."""
 
 _ETC = {
     "etc/passwd": "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/home/user:/bin/sh\n",
@@ -33,43 +33,43 @@ _DYNLOAD = re.compile(r"/lib-dynload/(?!_(ssl|hashlib|sqlite3|curses|dbm|tkinter
 
 
 class RootFs:
-    """A tar under construction; every file is dated 2024, so that equal trees make equal tars."""
+    """Writes a tar. The time of every file is in 2024, so that equal trees make equal tars."""
 
     def __init__(self, path: Path) -> None:
         self._tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 - closed by `close`
         self._names: set[str] = set()
 
     def close(self) -> None:
-        """Ends the archive."""
+        """Write the end of the archive."""
         self._tar.close()
 
     def folder(self, name: str, mode: int = 0o755, owner: int = 0) -> None:
-        """Adds a folder, and those above it."""
+        """Add a folder and its parents."""
         if name in self._names or not name:
             return
         self.folder(os.path.dirname(name))  # noqa: PTH120 - a name in the archive, not a path here
         self._add(name, tarfile.DIRTYPE, mode=mode, owner=owner)
 
     def file(self, name: str, content: bytes, mode: int = 0o644, owner: int = 0) -> None:
-        """Adds a file, and the folders above it."""
+        """Add a file and its parent folders."""
         if name in self._names:
             return
         self.folder(os.path.dirname(name))  # noqa: PTH120 - a name in the archive, not a path here
         self._add(name, tarfile.REGTYPE, mode=mode, owner=owner, content=content)
 
     def link(self, name: str, target: str) -> None:
-        """Adds a symbolic link."""
+        """Add a symbolic link and its parent folders."""
         if name not in self._names:
             self.folder(os.path.dirname(name))  # noqa: PTH120 - a name in the archive, not a path here
             self._add(name, tarfile.SYMTYPE, link=target)
 
     def host_file(self, path: Path, name: str | None = None) -> None:
-        """Copies a file of the host, following links, to the same place or to `name`."""
+        """Copy a file of the host, following links, to the same path or to `name`."""
         mode = 0o755 if os.access(path, os.X_OK) else 0o644
         self.file(name or str(path).lstrip("/"), path.read_bytes(), mode)
 
     def basics(self) -> None:
-        """What every root has: /tmp, a user with a home, the files of /etc."""
+        """Add what every root has: empty folders, /tmp, the home of `user`, files of /etc."""
         for name in ("dev", "proc", "sys", "run", "root", "mnt", "opt", "srv", "usr/local/bin"):
             self.folder(name)
         for name in ("tmp", "var/tmp"):
@@ -89,7 +89,7 @@ class RootFs:
 
 
 def write_busybox(path: Path, extra: Mapping[str, bytes]) -> None:
-    """Writes the tar of a root with busybox-static and a link for each of its applets, about 2 MB."""
+    """Write the tar of a root with busybox-static and a link for each applet, about 2 MB."""
     busybox = _busybox()
     applets = subprocess.run([busybox, "--list-full"], check=True, capture_output=True, text=True).stdout.split()
     root = RootFs(path)
@@ -103,7 +103,7 @@ def write_busybox(path: Path, extra: Mapping[str, bytes]) -> None:
 
 
 def write_glibc(path: Path) -> None:
-    """Writes the tar of a root with glibc, bash, coreutils, attr, tar, find and, if the host has one, Python's core."""
+    """Write the tar of a root with glibc, bash, coreutils, attr, tar, find and, if the host has it, Python's core."""
     root = RootFs(path)
     for name in ("bin", "sbin", "lib", "lib64"):
         root.folder(f"usr/{name}")
@@ -126,12 +126,12 @@ def write_glibc(path: Path) -> None:
 
 
 def busybox_key() -> bytes:
-    """Changes with whatever goes into the busybox root."""
+    """A key that changes with the files of the busybox root."""
     return _key([_busybox()])
 
 
 def glibc_key() -> bytes:
-    """Changes with whatever goes into the glibc root."""
+    """A key that changes with the files of the glibc root."""
     return _key([Path("/usr/bin") / word for word in [*_PROGRAMS.split(), "python3"]])
 
 
@@ -158,7 +158,7 @@ def _python_modules(python: Path) -> Iterable[Path]:
 
 
 def _libraries(programs: Iterable[Path]) -> list[Path]:
-    """The shared libraries, dynamic loader included, that ldd names for the programs."""
+    """The shared libraries of the programs according to ldd, with the dynamic loader."""
     words = ["ldd", *map(str, programs)]
     output = subprocess.run(words, check=False, capture_output=True, text=True).stdout
     return sorted({Path(found) for found in re.findall(r"(?:=> |^\s)(/\S+) \(0x", output, re.MULTILINE)})

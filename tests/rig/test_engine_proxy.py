@@ -1,4 +1,4 @@
-"""The engine proxy: it is not noticed until it is told to be, and then fails exactly what it was told to."""
+"""The engine proxy forwards everything unchanged, except the requests that a fault applies to."""
 
 import asyncio
 import contextlib
@@ -22,12 +22,12 @@ SLEEPER = {"Image": BUSYBOX, "Cmd": ["sleep", "1000"], "StopSignal": "SIGKILL"}
 
 @pytest_asyncio.fixture
 async def client(engine_proxy: EngineProxy) -> AsyncIterator[aiodocker.Docker]:
-    """An aiodocker client that speaks through the proxy."""
+    """An aiodocker client of the proxy."""
     async with aiodocker.Docker(url=engine_proxy.url) as docker:
         yield docker
 
 
-async def _running(client: aiodocker.Docker) -> DockerContainer:
+async def _start_container(client: aiodocker.Docker) -> DockerContainer:
     container = await client.containers.create(SLEEPER)
     await container.start()
     return container
@@ -38,23 +38,25 @@ async def _state(docker: aiodocker.Docker, container: DockerContainer) -> str:
     return str(answer["State"]["Status"])
 
 
-async def test_what_passes_is_unchanged_and_recorded(client: aiodocker.Docker, engine_proxy: EngineProxy) -> None:
-    container = await _running(client)
-    events = cast("Any", client.events).subscribe()  # it has no types
+async def test_requests_are_forwarded_unchanged_and_recorded(
+    client: aiodocker.Docker, engine_proxy: EngineProxy
+) -> None:
+    container = await _start_container(client)
+    events = cast("Any", client.events).subscribe()  # aiodocker has no types for it
     await container.kill()
     await container.wait()
     assert (await events.get()) is not None
-    seen = [(request.method, request.path, request.status) for request in engine_proxy.requests if request.mutates]
+    recorded = [(request.method, request.path, request.status) for request in engine_proxy.requests if request.mutates]
     start = f"/containers/{container.id}"
-    assert seen[:3] == [
+    assert recorded[:3] == [
         ("POST", "/containers/create", 201),
         ("POST", f"{start}/start", 204),
         ("POST", f"{start}/kill", 204),
     ]
 
 
-async def test_hijacked_streams_and_archives_pass(client: aiodocker.Docker) -> None:
-    container = await _running(client)
+async def test_hijacked_streams_and_archives_are_forwarded(client: aiodocker.Docker) -> None:
+    container = await _start_container(client)
     execution = await container.exec(["sh", "-c", "cat; echo error >&2; exit 7"], stdin=True)
     async with execution.start() as stream:
         sent = bytes(range(256)) * 4096
@@ -84,10 +86,10 @@ async def _send_all(stream: aiodocker.stream.Stream, data: bytes) -> None:
     connection = stream._resp.connection
     assert connection is not None
     assert connection.transport is not None
-    connection.transport.write_eof()  # aiodocker itself cannot half-close
+    connection.transport.write_eof()  # aiodocker cannot half-close a connection
 
 
-async def test_the_nth_request_fails_before_the_engine_sees_it(
+async def test_the_nth_request_fails_before_the_engine_gets_it(
     client: aiodocker.Docker, docker: aiodocker.Docker, engine_proxy: EngineProxy
 ) -> None:
     fault = engine_proxy.faults.fail("POST", "/containers/[^/]+/start", status=503, message='no "room"', nth=2)
@@ -99,11 +101,11 @@ async def test_the_nth_request_fails_before_the_engine_sees_it(
     assert fault.hit.is_set()
     assert await _state(docker, second) == "created"
     await second.start()
-    met = [request for request in engine_proxy.requests if request.fault]
-    assert [(request.engine_status, request.status) for request in met] == [(None, 503)]
+    faulty = [request for request in engine_proxy.requests if request.fault]
+    assert [(request.engine_status, request.status) for request in faulty] == [(None, 503)]
 
 
-async def test_a_request_fails_after_the_engine_did_it(
+async def test_a_request_fails_after_the_engine_has_executed_it(
     client: aiodocker.Docker, docker: aiodocker.Docker, engine_proxy: EngineProxy
 ) -> None:
     container = await client.containers.create(SLEEPER)
@@ -115,7 +117,7 @@ async def test_a_request_fails_after_the_engine_did_it(
 
 
 @pytest.mark.parametrize(("after", "state"), [(False, "created"), (True, "running")])
-async def test_a_connection_drops(
+async def test_a_connection_is_closed_before_or_after_the_engine_executes_the_request(
     client: aiodocker.Docker, docker: aiodocker.Docker, engine_proxy: EngineProxy, *, after: bool, state: str
 ) -> None:
     container = await client.containers.create(SLEEPER)
@@ -140,7 +142,7 @@ async def test_a_request_hangs_until_it_is_released(
     assert await _state(docker, container) == "running"
 
 
-async def test_what_hung_before_the_engine_is_lost_with_its_client(
+async def test_a_hanging_request_is_dropped_when_its_client_disconnects(
     client: aiodocker.Docker, docker: aiodocker.Docker, engine_proxy: EngineProxy
 ) -> None:
     container = await client.containers.create(SLEEPER)

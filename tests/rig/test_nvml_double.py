@@ -1,4 +1,4 @@
-"""The NVML double, through the real pynvml: each call answers what the state file says, at once."""
+"""The NVML double, called by pynvml: each call answers immediately what the state file says."""
 
 import json
 import sys
@@ -24,8 +24,8 @@ def show(value):
 """
 
 
-def ask(rig: Rig, script: str) -> Any:
-    """Runs a script after the prelude in a process of its own; returns what it showed."""
+def run_script(rig: Rig, script: str) -> Any:
+    """Run a script after the prelude in another process; returns the value that it passes to `show`."""
     return json.loads(rig.run(sys.executable, "-c", PRELUDE + script).stdout)
 
 
@@ -56,9 +56,9 @@ show({
 """
 
 
-def test_an_inventory_reads_what_the_state_says(rig: Rig, gpus: FakeGpus) -> None:
+def test_an_inventory_reads_the_values_of_the_state_file(rig: Rig, gpus: FakeGpus) -> None:
     gpus.set(1, memory_used_bytes=5 << 30, utilization_gpu_percent=97, minor_number=6, temperature_celsius=64)
-    found = ask(rig, INVENTORY)
+    found = run_script(rig, INVENTORY)
     total = 85520809984
     assert found == {
         "machine": ["550.54.15", "12.550.54.15", 12040, 12040, 8],
@@ -74,12 +74,12 @@ def test_an_inventory_reads_what_the_state_says(rig: Rig, gpus: FakeGpus) -> Non
     }
 
 
-def test_processes_show_with_their_memory(rig: Rig, gpus: FakeGpus) -> None:
+def test_processes_are_listed_with_their_memory(rig: Rig, gpus: FakeGpus) -> None:
     gpus.run_process(1, 4711, 1 << 30)
     gpus.run_process(1, 4712, 1 << 20, kind="graphics")
     gpus.run_process(1, 4713, 1 << 20)
     gpus.end_process(1, 4713)
-    found = ask(
+    found = run_script(
         rig,
         """
 processes = lambda call: [[p.pid, p.usedGpuMemory] for p in call(h)]
@@ -90,7 +90,7 @@ show([processes(n.nvmlDeviceGetComputeRunningProcesses), processes(n.nvmlDeviceG
     assert found == [[[4711, 1 << 30]], [[4711, 1 << 30]], [[4712, 1 << 20]], (1 << 30) + (1 << 20)]
 
 
-def test_a_lost_card_says_so_to_every_call(rig: Rig, gpus: FakeGpus) -> None:
+def test_every_call_about_a_lost_gpu_fails_with_gpu_is_lost(rig: Rig, gpus: FakeGpus) -> None:
     uuid = gpus.uuids[1]
     script = f"""
 from tests.rig.gpus import FakeGpus
@@ -99,11 +99,11 @@ FakeGpus(Path({str(gpus.path)!r})).lose({uuid!r})
 show([code(n.nvmlDeviceGetUUID, h), code(n.nvmlDeviceGetMemoryInfo, h), code(n.nvmlDeviceGetHandleByIndex, 1),
       code(n.nvmlDeviceGetHandleByUUID, {uuid!r}), code(n.nvmlDeviceGetHandleByIndex, 2), n.nvmlDeviceGetCount()])
 """
-    assert ask(rig, script) == [15, 15, 15, 15, 0, 8]
+    assert run_script(rig, script) == [15, 15, 15, 15, 0, 8]
 
 
-def test_events_reach_the_sets_that_asked_for_them(rig: Rig, gpus: FakeGpus) -> None:
-    gpus.raise_xid(1, 13)  # before the set was made: not delivered
+def test_events_reach_the_event_sets_that_registered_for_them(rig: Rig, gpus: FakeGpus) -> None:
+    gpus.raise_xid(1, 13)  # not delivered, because no event set exists yet
     script = f"""
 from tests.rig.gpus import FakeGpus
 from pathlib import Path
@@ -111,21 +111,21 @@ gpus = FakeGpus(Path({str(gpus.path)!r}))
 events = n.nvmlEventSetCreate()
 n.nvmlDeviceRegisterEvents(h, n.nvmlEventTypeXidCriticalError, events)
 shown = [n.nvmlDeviceGetSupportedEventTypes(h) & 8, code(n.nvmlEventSetWait, events, 50)]
-gpus.raise_xid(2, 31)  # not registered
+gpus.raise_xid(2, 31)  # not delivered, because this GPU is not registered
 threading.Timer(0.1, lambda: gpus.lose(1, xid=79)).start()
 start = time.monotonic()
 event = n.nvmlEventSetWait(events, 5000)
 shown += [n.nvmlDeviceGetIndex(n.nvmlDeviceGetHandleByIndex(2)), event.eventType, event.eventData]
 shown += [time.monotonic() - start < 4]
 while not code(n.nvmlDeviceGetUUID, event.device):
-    pass  # the XID is reported just before the card is lost
+    pass  # the XID is reported just before the GPU is lost
 shown += [code(n.nvmlEventSetWait, events, 5000), code(n.nvmlEventSetFree, events)]
 show(shown)
 """
-    assert ask(rig, script) == [8, 10, 2, 8, 79, True, 15, 0]
+    assert run_script(rig, script) == [8, 10, 2, 8, 79, True, 15, 0]
 
 
-def test_calls_fail_and_hang_as_told(rig: Rig, gpus: FakeGpus) -> None:
+def test_calls_fail_or_hang_as_the_state_file_says(rig: Rig, gpus: FakeGpus) -> None:
     gpus.fail("nvmlDeviceGetPowerUsage", 3, gpu=1)
     gpus.fail("nvmlDeviceGetCount_v2", 999)
     gpus.hang("nvmlDeviceGetName", gpu=1)
@@ -146,10 +146,10 @@ thread.join()
 n.nvmlShutdown()
 show([*shown, len(names), code(n.nvmlDeviceGetCount)])
 """
-    assert ask(rig, script) == [3, 0, 999, 3, "NVIDIA H100 80GB HBM3", 0, 1, 1]
+    assert run_script(rig, script) == [3, 0, 999, 3, "NVIDIA H100 80GB HBM3", 0, 1, 1]
 
 
-def test_mig_devices_have_handles_of_their_own(rig: Rig, gpus: FakeGpus) -> None:
+def test_mig_devices_have_their_own_handles(rig: Rig, gpus: FakeGpus) -> None:
     uuids = gpus.enable_mig(1, 2)
     script = """
 handles = [n.nvmlDeviceGetMigDeviceHandleByIndex(h, i) for i in (0, 1)]
@@ -159,11 +159,11 @@ show([n.nvmlDeviceGetMigMode(h), [n.nvmlDeviceGetUUID(x) for x in handles], n.nv
       n.nvmlDeviceIsMigDeviceHandle(handles[0]).value, n.nvmlDeviceGetGpuInstanceId(handles[1])])
 """
     name = "NVIDIA H100 80GB HBM3 MIG 1g.10gb"
-    assert ask(rig, script) == [[1, 1], uuids, name, 85520809984 // 8, 6, gpus.uuids[1], 1, 8]
+    assert run_script(rig, script) == [[1, 1], uuids, name, 85520809984 // 8, 6, gpus.uuids[1], 1, 8]
 
 
 @pytest.mark.usefixtures("gpus")
-def test_a_machine_without_a_driver_refuses_to_initialize(rig: Rig) -> None:
+def test_initialization_fails_without_a_driver(rig: Rig) -> None:
     rig.gpus.unload_driver()
     script = "import pynvml as n\ntry: n.nvmlInit()\nexcept n.NVMLError as error: print(error.value)"
     assert rig.run(sys.executable, "-c", script).stdout == "9\n"

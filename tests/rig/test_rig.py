@@ -1,4 +1,4 @@
-"""The rig itself: what a container with GPUs sees, the namespaces, the daemon's launcher, and that nothing stays."""
+"""The rig: GPUs in containers, images, namespaces, the start of daemons, and the removal of everything."""
 
 import json
 import os
@@ -39,9 +39,9 @@ server.wait_for_termination()
 """
 
 
-def test_a_container_sees_the_cards_it_was_given_and_no_other(rig: Rig) -> None:
-    seen = run_container(rig, "cd /dev; ls -1 nvidia*; cat nvidia5; cat nvidia0", rig.gpus.uuids[4:6])
-    assert seen.splitlines() == [
+def test_a_container_has_only_the_devices_of_its_gpus(rig: Rig) -> None:
+    output = run_container(rig, "cd /dev; ls -1 nvidia*; cat nvidia5; cat nvidia0", rig.gpus.uuids[4:6])
+    assert output.splitlines() == [
         "nvidia4",
         "nvidia5",
         "nvidiactl",
@@ -50,12 +50,12 @@ def test_a_container_sees_the_cards_it_was_given_and_no_other(rig: Rig) -> None:
     ]
 
 
-def test_a_container_without_cards_sees_none_whatever_its_image_says(rig: Rig) -> None:
-    seen = run_container(rig, "ls /dev/nvidia*; echo $NVIDIA_VISIBLE_DEVICES; cat /data/*", image=CUDA_LIKE)
-    assert seen.splitlines() == ["ls: /dev/nvidia*: No such file or directory", "all", "from the image"]
+def test_a_container_without_gpus_has_no_devices_even_if_its_image_asks_for_all(rig: Rig) -> None:
+    output = run_container(rig, "ls /dev/nvidia*; echo $NVIDIA_VISIBLE_DEVICES; cat /data/*", image=CUDA_LIKE)
+    assert output.splitlines() == ["ls: /dev/nvidia*: No such file or directory", "all", "from the image"]
 
 
-def test_cards_that_are_unknown_or_lost_keep_a_container_from_starting(rig: Rig, gpus: FakeGpus) -> None:
+def test_a_container_with_an_unknown_or_lost_gpu_does_not_start(rig: Rig, gpus: FakeGpus) -> None:
     with pytest.raises(HttpStatusError, match="nvidia-container-cli: device error: GPU-nope: unknown device"):
         run_container(rig, "true", ["GPU-nope"])
     gpus.lose(3)
@@ -63,36 +63,36 @@ def test_cards_that_are_unknown_or_lost_keep_a_container_from_starting(rig: Rig,
         run_container(rig, "true", gpus.uuids[3:4])
 
 
-def test_the_glibc_image_has_tools_for_trees_and_python(rig: Rig) -> None:
+def test_the_glibc_image_has_attribute_tools_and_python(rig: Rig) -> None:
     script = "cd /etc && setfattr -n user.a -v b group && getfattr --only-values -n user.a group && id -un user"
-    seen = run_container(rig, f"{script} && python3 -c 'import json, socket, tarfile; print(1)'", image=GLIBC)
-    assert seen.splitlines() == ["buser", "1"]
+    output = run_container(rig, f"{script} && python3 -c 'import json, socket, tarfile; print(1)'", image=GLIBC)
+    assert output.splitlines() == ["buser", "1"]
 
 
-def test_images_are_derived_by_changes_and_files(rig: Rig) -> None:
+def test_derived_images_have_the_changes_and_files(rig: Rig) -> None:
     rig.images.derive(
         "gpudock/derived:test", BUSYBOX, ["ENV A=b", "USER user"], {"/usr/bin/hello": b"#!/bin/sh\nid -u"}
     )
     assert run_container(rig, "echo $A; hello", image="gpudock/derived:test").splitlines() == ["b", "1000"]
 
 
-async def test_published_ports_answer_inside_the_namespace_alone(rig: Rig, docker: Docker) -> None:
+async def test_published_ports_answer_only_in_the_network_namespace(rig: Rig, docker: Docker) -> None:
     config: dict[str, Any] = {
         "Image": BUSYBOX,
         "Cmd": ["sh", "-c", "echo hello > /index.html; exec httpd -f -p 80 -h /"],
-        "ExposedPorts": {"80/tcp": {}},  # without, this engine ignores the binding and says nothing
+        "ExposedPorts": {"80/tcp": {}},  # without it, this engine ignores the binding
         "HostConfig": {"PortBindings": {"80/tcp": [{"HostIp": "127.0.0.1", "HostPort": "28080"}]}},
     }
     container = await docker.containers.create(config)
     await container.start()
-    ask = "until busybox wget -qO- http://127.0.0.1:28080; do :; done"  # a container that started need not listen yet
+    ask = "until busybox wget -qO- http://127.0.0.1:28080; do :; done"  # it may not listen yet
     assert rig.run("timeout", "10", "sh", "-c", ask).stdout == "hello\n"
     with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", 28080), timeout=2):
         pass
     assert "docker0" in rig.run("ip", "-brief", "link").stdout
 
 
-async def test_an_engine_that_was_killed_comes_back_with_its_containers(rig: Rig, docker: Docker) -> None:
+async def test_a_killed_engine_has_its_containers_after_a_start(rig: Rig, docker: Docker) -> None:
     container = await docker.containers.create({"Image": BUSYBOX, "Cmd": ["sleep", "1000"], "StopSignal": "SIGKILL"})
     await container.start()
     rig.engine.kill9()
@@ -101,7 +101,7 @@ async def test_an_engine_that_was_killed_comes_back_with_its_containers(rig: Rig
     assert rig.engine.call("GET", f"/containers/{container.id}/json")["State"]["Status"] == "exited"
 
 
-def test_an_engine_that_gave_up_on_its_containerd_is_started_again(rig: Rig) -> None:
+def test_the_engine_is_started_again_after_it_timed_out_waiting_for_containerd(rig: Rig) -> None:
     rig.engine.stop()
     rig.engine.launch()
     pidfile = rig.engine.folder / "exec/containerd/containerd.pid"
@@ -114,7 +114,7 @@ def test_an_engine_that_gave_up_on_its_containerd_is_started_again(rig: Rig) -> 
     assert "timeout waiting for containerd to start" in rig.engine.log_text
 
 
-async def test_etcd_keeps_its_data_when_it_is_killed(rig: Rig) -> None:
+async def test_killed_etcd_keeps_its_data(rig: Rig) -> None:
     async with aetcd.Client(host=rig.etcd.host, port=rig.etcd.port, timeout=5) as client:
         await client.put(b"/rig/key", b"value")
     rig.etcd.kill9()
@@ -124,7 +124,7 @@ async def test_etcd_keeps_its_data_when_it_is_killed(rig: Rig) -> None:
         await client.delete(b"/rig/key")
 
 
-def test_a_daemon_is_launched_in_the_namespaces_with_everything_it_needs(rig: Rig, tmp_path: Path) -> None:
+def test_a_daemon_is_started_in_the_namespaces_with_flags_and_environment(rig: Rig, tmp_path: Path) -> None:
     (tmp_path / "healthy_daemon.py").write_text(HEALTHY_DAEMON)
     environment = {"PYTHONPATH": str(tmp_path), "EXTRA": "yes"}
     daemon = rig.daemon("--flag", module="healthy_daemon", environment=environment)
@@ -140,42 +140,42 @@ def test_a_daemon_is_launched_in_the_namespaces_with_everything_it_needs(rig: Ri
         daemon.stop()
 
 
-def test_a_daemon_that_does_not_come_up_is_reported_with_its_log(rig: Rig) -> None:
+def test_the_error_about_a_daemon_that_does_not_start_has_its_log(rig: Rig) -> None:
     with pytest.raises(RigError, match="No module named no_such_module"):
         rig.daemon(module="no_such_module")
 
 
-def test_a_forked_daemon_is_like_one_with_an_interpreter_of_its_own(rig: Rig) -> None:
-    own, forked = _process_report(rig, fresh=True), _process_report(rig, fresh=False)
-    assert own["environment"]["GPUDOCK_TEST_SITTER"] == "yes"
-    assert forked == own
+def test_a_forked_daemon_equals_one_with_a_new_interpreter(rig: Rig) -> None:
+    started, forked = _process_report(rig, fresh=True), _process_report(rig, fresh=False)
+    assert started["environment"]["GPUDOCK_TEST_REPORT"] == "yes"
+    assert forked == started
 
 
 def _process_report(rig: Rig, *, fresh: bool) -> Any:
-    """What a process says of itself that is then killed, without what is no other's."""
-    module, environment = "tests.rig.process_report", {"GPUDOCK_TEST_SITTER": "yes"}
-    process = rig.daemon("--flag", module=module, environment=environment, fresh=fresh, serving=False)
-    process.process.wait_until(lambda: process.log_text.endswith("\n"))
-    assert process.running
+    """The report of a process, which is then killed, without the paths that no other process has."""
+    module, environment = "tests.rig.process_report", {"GPUDOCK_TEST_REPORT": "yes"}
+    daemon = rig.daemon("--flag", module=module, environment=environment, fresh=fresh, serving=False)
+    daemon.process.wait_until(lambda: daemon.log_text.endswith("\n"))
+    assert daemon.running
     with pytest.raises(RigError, match=r"has not ended after 0\.1 s"):
-        process.wait(0.1)
-    assert process.kill9() == -signal.SIGKILL
-    assert process.returncode == -signal.SIGKILL
-    report = json.loads(process.log_text)
-    report["arguments"].remove(str(process.socket))
-    report["arguments"].remove(str(process.state_dir))
+        daemon.wait(0.1)
+    assert daemon.kill9() == -signal.SIGKILL
+    assert daemon.returncode == -signal.SIGKILL
+    report = json.loads(daemon.log_text)
+    report["arguments"].remove(str(daemon.socket))
+    report["arguments"].remove(str(daemon.state_dir))
     return report
 
 
-def test_the_end_of_a_forked_daemon_is_told(rig: Rig) -> None:
-    processes = [rig.daemon("--end", module="tests.rig.process_report", serving=False) for _ in range(3)]
-    assert [process.wait() for process in processes] == [3, 3, 3]
-    assert {json.loads(process.log_text)["leads its session"] for process in processes} == {True}
-    assert len({process.pid for process in processes}) == 3
+def test_the_exit_code_of_a_forked_daemon_is_reported(rig: Rig) -> None:
+    daemons = [rig.daemon("--end", module="tests.rig.process_report", serving=False) for _ in range(3)]
+    assert [daemon.wait() for daemon in daemons] == [3, 3, 3]
+    assert {json.loads(daemon.log_text)["leads its session"] for daemon in daemons} == {True}
+    assert len({daemon.pid for daemon in daemons}) == 3
 
 
 @pytest.mark.parametrize("guarded", [True, False])
-def test_nothing_stays_of_a_rig_whose_owner_was_killed(*, guarded: bool) -> None:
+def test_a_rig_is_removed_after_its_owner_was_killed(*, guarded: bool) -> None:
     script = f"""
 import os, signal
 from tests.rig import Rig

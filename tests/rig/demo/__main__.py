@@ -1,6 +1,6 @@
-"""`python -m tests.rig.demo`: starts a rig, tells the story, and verifies what it shows.
+"""`python -m tests.rig.demo`: start a rig, run the walkthrough and verify its results.
 
-Exit codes: 0 if everything was as it should be, 1 if not, 130 after Ctrl-C.
+Exit codes: 0 for success, 1 if a result is not the expected one, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ On a real host, as root, with the NVIDIA driver, Docker and the NVIDIA container
 
 def main() -> int:
     """Returns the exit code."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs deaf to it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     screen = Screen(sys.stdout)
@@ -43,16 +43,16 @@ def main() -> int:
         screen.fail(str(error))
         return 1
     except KeyboardInterrupt:
-        screen.say("\ninterrupted; the engine, the store and everything in them are gone")
+        screen.remark("\ninterrupted; the engine, the store and everything in them are gone")
         return _INTERRUPTED
-    screen.good(f"shown and verified in {time.monotonic() - begin:.0f} s; nothing of it is left on this machine\n")
-    screen.say(_ON_A_REAL_HOST)
+    screen.verified(f"shown and verified in {time.monotonic() - begin:.0f} s; nothing of it is left on this machine\n")
+    screen.remark(_ON_A_REAL_HOST)
     return 0
 
 
 def _show(screen: Screen) -> None:
     screen.title("gpudock: GPU containers, changed while they live")
-    screen.say("Starting a private Docker Engine, an etcd, eight simulated GPUs and gpudockd …")
+    screen.remark("Starting a private Docker Engine, an etcd, eight simulated GPUs and gpudockd …")
     with Rig(gpus=8, images=[BUSYBOX]) as rig:
         rig.images.derive(IMAGE, BUSYBOX, ['CMD ["serve"]'], IMAGE_FILES)
         daemon = rig.daemon("--node-name", _NODE, socket=rig.folder / "gpudock.sock")

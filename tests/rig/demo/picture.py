@@ -1,6 +1,6 @@
-"""The picture in README.md: `python -m tests.rig.demo.picture FILE` draws a part of the demo's output as SVG.
+"""`python -m tests.rig.demo.picture FILE`: draw a part of the demo's output as SVG, for README.md.
 
-Three dots stand for what is left out, and empty lines go; nothing else of the output is changed.
+Three dots mark omitted lines; empty lines are removed. The other lines are unchanged.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from rich.text import Text
 from tests.rig.rig import REPOSITORY
 
 _DEADLINE_S = 600.0
-# The commands that are shown, with their output, by the number of their step.
+# The commands that are drawn, with their output, by the number of the step.
 _SHOWN = {
     1: ("gpudock create", "gpudock gpus"),
     2: ("gpudock exec",),
     4: ("gpudock scale", "gpudock gpus"),
 }
 _STEP = re.compile(r"── (\d+)\. ")
-# Fonts of the web are not loaded by pages that show an SVG as a picture, nor needed: any monospace font will do.
+# A page that shows an SVG as a picture does not load web fonts, and any monospace font is right.
 _WEB_FONT = re.compile(r"@font-face {.*?}\s*", re.DOTALL)
 
 
 def main() -> int:
-    """Returns the demo's exit code; writes the picture if that is 0."""
+    """Run the demo, and write the picture if it succeeds. Returns the exit code of the demo."""
     environment = os.environ | {"FORCE_COLOR": "1"}
     environment.pop("NO_COLOR", None)
     demo = subprocess.run(
@@ -48,16 +48,16 @@ def main() -> int:
     if demo.returncode:
         sys.stderr.write(demo.stdout)
     else:
-        Path(sys.argv[1]).write_text(drawn(shown_part(demo.stdout)), encoding="utf-8")
+        Path(sys.argv[1]).write_text(svg(drawn_lines(demo.stdout)), encoding="utf-8")
     return demo.returncode
 
 
-def shown_part(said: str) -> list[Text]:
-    """The lines of the demo's output that are drawn, in their colours."""
-    return list(_shown_lines(list(Text.from_ansi(said).split("\n", allow_blank=True))))
+def drawn_lines(output: str) -> list[Text]:
+    """The lines of the demo's output that are drawn, with their colours."""
+    return list(_select(list(Text.from_ansi(output).split("\n", allow_blank=True))))
 
 
-def _shown_lines(lines: list[Text]) -> Iterator[Text]:
+def _select(lines: list[Text]) -> Iterator[Text]:
     step, shown, left_out = 0, False, False
     for line in lines:
         if found := _STEP.match(line.plain):
@@ -80,8 +80,8 @@ def _shown_lines(lines: list[Text]) -> Iterator[Text]:
         yield line
 
 
-def drawn(lines: list[Text]) -> str:
-    """The SVG."""
+def svg(lines: list[Text]) -> str:
+    """The SVG of these lines."""
     width = max(line.cell_len for line in lines) + 1
     console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="standard")
     for line in lines:

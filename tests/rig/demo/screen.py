@@ -1,4 +1,4 @@
-"""What the demo looks like: coloured on a terminal, plain text anywhere else."""
+"""The output of the demo: coloured on a terminal, plain text elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _BOLD, _DIM, _GREEN, _RED, _CYAN = "1", "2", "32", "1;31", "1;36"
 
 
 class Screen:
-    """Writes to one stream, which the commands that are shown write to as well."""
+    """Writes to one stream, which the commands of the demo write to as well."""
 
     def __init__(self, out: TextIO) -> None:
         """Uses colours if `out` is a terminal or FORCE_COLOR is set, unless NO_COLOR is (https://no-color.org)."""
@@ -22,39 +22,39 @@ class Screen:
         self._steps = 0
 
     def fileno(self) -> int:
-        """The descriptor, with everything before it written."""
+        """The descriptor of the stream, after a flush."""
         self._out.flush()
         return self._out.fileno()
 
     def title(self, text: str) -> None:
-        """What it is about."""
+        """Write the title of the demo."""
         self._line(text, _BOLD)
 
     def step(self, text: str) -> None:
-        """A new part of the story."""
+        """Write the heading of the next step."""
         self._steps += 1
         self._line(f"\n── {self._steps}. {text}", _CYAN)
 
     def command(self, line: str) -> None:
-        """What a user would type."""
+        """Write a command as a user types it."""
         first, *rest = line.split("\n")
         self._line("\n".join([f"$ {first}", *(f"> {each}" for each in rest)]), _BOLD)
 
     def output(self, text: str) -> None:
-        """What a command writes, as it comes."""
+        """Write output of a command."""
         self._out.write(text)
         self._out.flush()
 
-    def good(self, text: str) -> None:
-        """What was verified."""
+    def verified(self, text: str) -> None:
+        """Write what was verified."""
         self._line(f"✓ {text}", _GREEN)
 
-    def say(self, text: str) -> None:
-        """A remark."""
+    def remark(self, text: str) -> None:
+        """Write a remark."""
         self._line(text, _DIM)
 
     def fail(self, text: str) -> None:
-        """Why the demo ends early."""
+        """Write why the demo ends early."""
         self._line(f"\n✗ {text}", _RED)
 
     def _line(self, text: str, colour: str) -> None:

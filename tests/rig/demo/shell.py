@@ -1,4 +1,4 @@
-"""Runs what the demo shows, and reads it back to verify it."""
+"""Runs and shows the commands of the demo, and returns their output."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ _POLL_S = 0.05
 
 
 class UnexpectedResult(Exception):
-    """Something is not as the demo says it is."""
+    """A result of the demo is not the expected one."""
 
 
 def expect(condition: object, what: str) -> None:
-    """Raises UnexpectedResult unless it holds."""
+    """Raise UnexpectedResult unless `condition` is true."""
     if not condition:
         raise UnexpectedResult(f"expected {what}")
 
 
 @dataclass(frozen=True)
 class CommandOutput:
-    """What a command wrote to stdout, and when each line of it came, in seconds of the monotonic clock."""
+    """The stdout of a command, and the time of each line in seconds of the monotonic clock."""
 
     text: str
     moments: tuple[float, ...]
 
     @property
     def lines(self) -> list[str]:
-        """The lines without their ends."""
+        """The lines without line ends."""
         return self.text.splitlines()
 
     @property
     def rows(self) -> list[dict[str, str]]:
-        """The lines of a table below its headers, cell by cell; cells are aligned with their header."""
+        """The rows of a table, by column; each cell begins below its header."""
         header, *lines = self.lines or [""]
         columns = [(match[0], match.start()) for match in re.finditer(r"\S+", header)]
         ends = [start for _, start in columns[1:]] + [None]
@@ -54,7 +54,7 @@ class CommandOutput:
 
 
 class Shell:
-    """A user's shell with GPUDOCK_ADDRESS set."""
+    """The shell of a user, with GPUDOCK_ADDRESS set."""
 
     def __init__(self, screen: Screen, rig: Rig, address: str) -> None:
         self._screen = screen
@@ -64,13 +64,13 @@ class Shell:
         self._environment.pop("GPUDOCK_TOKEN_FILE", None)
 
     def run(self, line: str) -> CommandOutput:
-        """Shows a command and what it writes, while it does; raises UnexpectedResult if it fails."""
+        """Run a command, and show it and its output as it comes. Raises UnexpectedResult if the command fails."""
         self._screen.command(line)
         name, *words = shlex.split(line)
         program = [sys.executable, "-m", "gpudock.cli"] if name == "gpudock" else [name]
         lines: list[str] = []
         moments: list[float] = []
-        # Progress is on stderr, which is the terminal itself: it redraws itself there.
+        # Progress is written to stderr, which is the terminal itself, so that it can be redrawn there.
         with subprocess.Popen(
             [*program, *words],
             stdin=subprocess.DEVNULL,
@@ -91,10 +91,10 @@ class Shell:
         return CommandOutput("".join(lines), tuple(moments))
 
     def fetch(self, port: str) -> str:
-        """Shows a request to a published port, from where the engine has it: the rig's network namespace."""
+        """Request / of a published port in the rig's network namespace, and show it. Returns the answer."""
         address = f"http://127.0.0.1:{port}/"
         deadline = time.monotonic() + limit(_PATIENCE_S)
-        # A container that has just started need not listen yet.
+        # A container that has just started may not listen yet.
         while self._rig.run("timeout", "2", "busybox", "wget", "-qO-", address, check=False).returncode:
             expect(time.monotonic() < deadline, f"{address} to answer within {_PATIENCE_S:.0f} s")
             time.sleep(_POLL_S)

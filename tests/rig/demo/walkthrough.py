@@ -14,13 +14,13 @@ httpd -f -p 8888 -h /www &
 wait $!
 """
 _TRAIN = b"""#!/bin/sh
-# Stands for a training run: a line for each epoch, when it is over.
-cards=$(find /dev -name 'nvidia[0-9]*' | wc -l)
+# Simulates a training run: prints a line at the end of each epoch.
+gpus=$(find /dev -name 'nvidia[0-9]*' | wc -l)
 epoch=0
 for loss in 2.31 1.12 0.67 0.48 0.39; do
     sleep 0.4
     epoch=$((epoch + 1))
-    echo "epoch $epoch/5 on $cards GPUs: loss $loss"
+    echo "epoch $epoch/5 on $gpus GPUs: loss $loss"
 done
 """
 IMAGE_FILES = {
@@ -32,22 +32,22 @@ IMAGE_FILES = {
 
 _GPUS = 8
 _EPOCHS = 5
-# Between the first line and the last one lie four epochs of 0.4 s; output that came at the end would come at once.
+# The first and the last line are four epochs of 0.4 s apart, unless the output comes only at the end.
 _STREAMED_S = 0.8
 _PAGE = "<p>written in the container</p>"
 
-_WRITE = f"""\
+_WRITE_FILES = f"""\
 gpudock exec train -- sh -c 'echo "{_PAGE}" > /www/index.html
   rm /www/old.html
   head -c 8388608 /dev/urandom > /root/model.bin
   ln /root/model.bin /root/best.bin'"""
-_LOOK = """\
+_SHOW_FILES = """\
 gpudock exec train -- sh -c 'ls /dev | grep "nvidia[0-9]"
   ls -l /www /root; md5sum /root/*.bin'"""
 
 
 class Walkthrough:
-    """Tells it once; raises UnexpectedResult where it does not go as it should."""
+    """Runs each step once. Raises UnexpectedResult if a result is not the expected one."""
 
     def __init__(self, screen: Screen, shell: Shell) -> None:
         self._screen = screen
@@ -57,7 +57,7 @@ class Walkthrough:
         self._held: set[str] = set()
 
     def run(self) -> None:
-        """From create to delete."""
+        """Run all steps, from create to delete."""
         self._create()
         self._exec()
         self._write()
@@ -71,8 +71,8 @@ class Walkthrough:
     def _create(self) -> None:
         self._screen.step("A container with two GPUs and a published port")
         made = self._shell.run(f"gpudock create train {IMAGE} --gpus 2 -p 8888")
-        self._port = self._is_running(made, gpus=2)
-        self._are_free(_GPUS - 2)
+        self._port = self._require_running(made, gpus=2)
+        self._require_free(_GPUS - 2)
 
     def _exec(self) -> None:
         self._screen.step("A command in it, its output as it comes")
@@ -81,50 +81,50 @@ class Walkthrough:
         expect([line.partition(":")[0] for line in shown.lines] == wanted, f"the lines {wanted}")
         took = shown.moments[-1] - shown.moments[0]
         expect(took > _STREAMED_S, f"lines over more than {_STREAMED_S} s; all came within {took:.2f} s")
-        self._screen.good(f"{_EPOCHS} lines came one by one, over {took:.1f} s")
+        self._screen.verified(f"{_EPOCHS} lines came one by one, over {took:.1f} s")
 
     def _write(self) -> None:
         self._screen.step("Files: one changed, one of the image deleted, a new one of 8 MiB with a hard link to it")
-        self._shell.run(_WRITE)
-        self._files = files = self._look(gpus=2)
+        self._shell.run(_WRITE_FILES)
+        self._files = files = self._require_devices(gpus=2)
         expect("old.html" not in "".join(files), "the image's file to be gone")
         links = {line.split()[-1]: line.split()[1] for line in files if line.startswith("-")}
         expect(links.get("model.bin") == links.get("best.bin") == "2", "two names for one file of two links")
-        self._serves_the_page()
+        self._require_page()
 
     def _scale(self, gpus: int) -> None:
         before = self._held
-        self._screen.step(f"Scale: {len(before)} → {_cards(gpus)}")
+        self._screen.step(f"Scale: {len(before)} → {_gpus(gpus)}")
         scaled = self._shell.run(f"gpudock scale train --gpus {gpus}")
-        port = self._is_running(scaled, gpus=gpus)
+        port = self._require_running(scaled, gpus=gpus)
         expect(port == self._port, f"the same port {self._port}, not {port}")
-        files = self._look(gpus)
-        expect(before <= self._held or self._held <= before, "the cards that it keeps to stay the same ones")
+        files = self._require_devices(gpus)
+        expect(before <= self._held or self._held <= before, "the GPUs that it keeps to be the same ones")
         expect(files == self._files, "the same files, links, times and content as before")
-        self._serves_the_page()
-        self._screen.good(f"{_cards(gpus)}, the same port, and every file as it was")
+        self._require_page()
+        self._screen.verified(f"{_gpus(gpus)}, the same port, and every file as it was")
 
     def _stop(self) -> None:
         self._screen.step("Stop: its GPUs and ports are free, its files stay")
         row = _only_row(self._shell.run("gpudock stop train"))
         expect((row["STATE"], row["GPUS"], row["PORTS"]) == ("STOPPED", "0", ""), "a container that holds nothing")
-        self._are_free(_GPUS)
+        self._require_free(_GPUS)
 
     def _start(self) -> None:
         self._screen.step("Start: with as many GPUs as before")
-        self._port = self._is_running(self._shell.run("gpudock start train"), gpus=1)
-        expect(self._look(gpus=1) == self._files, "the same files, links, times and content as before")
-        self._serves_the_page()
-        self._screen.good(f"{_cards(1)}, and every file as it was")
+        self._port = self._require_running(self._shell.run("gpudock start train"), gpus=1)
+        expect(self._require_devices(gpus=1) == self._files, "the same files, links, times and content as before")
+        self._require_page()
+        self._screen.verified(f"{_gpus(1)}, and every file as it was")
 
     def _delete(self) -> None:
         self._screen.step("Delete")
         self._shell.run("gpudock delete train --force")
         expect(not self._shell.run("gpudock list").rows, "no container to be left")
-        self._are_free(_GPUS)
+        self._require_free(_GPUS)
 
-    def _is_running(self, shown: CommandOutput, gpus: int) -> str:
-        """Verifies the container's line; returns the host's side of its port."""
+    def _require_running(self, shown: CommandOutput, gpus: int) -> str:
+        """Verify the container's row; returns the host port."""
         row = _only_row(shown)
         expect(row["NAME"] == "train", "the line of train")
         expect(row["STATE"] == "RUNNING", f"it to be RUNNING, not {row['STATE']}")
@@ -133,25 +133,25 @@ class Walkthrough:
         expect(host.isdecimal() and inside == "8888/tcp", f"port 8888 to be published, not {row['PORTS']!r}")
         return host
 
-    def _are_free(self, wanted: int) -> None:
+    def _require_free(self, wanted: int) -> None:
         rows = self._shell.run("gpudock gpus").rows
         free = sum(row["CONTAINER"] == "-" for row in rows)
         expect(len(rows) == _GPUS, f"{_GPUS} GPUs, not {len(rows)}")
         expect(free == wanted, f"{wanted} free GPUs, not {free}")
-        self._screen.good(f"{free} of {_GPUS} GPUs are free")
+        self._screen.verified(f"{free} of {_GPUS} GPUs are free")
 
-    def _look(self, gpus: int) -> list[str]:
-        """Verifies that it has the devices of the cards it holds, no others; returns what is shown of its files."""
+    def _require_devices(self, gpus: int) -> list[str]:
+        """Verify that the container has exactly the devices of its GPUs. Returns the lines about its files."""
         held = {row["INDEX"] for row in self._shell.run("gpudock gpus --container train").rows}
-        expect(len(held) == gpus, f"it to hold {_cards(gpus)}, not {len(held)}")
-        lines = self._shell.run(_LOOK).lines
-        seen = {line for line in lines if line.startswith("nvidia")}
+        expect(len(held) == gpus, f"it to hold {_gpus(gpus)}, not {len(held)}")
+        lines = self._shell.run(_SHOW_FILES).lines
+        devices = {line for line in lines if line.startswith("nvidia")}
         wanted = {f"nvidia{index}" for index in held}
-        expect(seen == wanted, f"the devices {sorted(wanted)} in it, not {sorted(seen)}")
+        expect(devices == wanted, f"the devices {sorted(wanted)} in it, not {sorted(devices)}")
         self._held = held
-        return [line for line in lines if line not in seen]
+        return [line for line in lines if line not in devices]
 
-    def _serves_the_page(self) -> None:
+    def _require_page(self) -> None:
         page = self._shell.fetch(self._port).strip()
         expect(page == _PAGE, f"the page {_PAGE!r}, not {page!r}")
 
@@ -162,5 +162,5 @@ def _only_row(shown: CommandOutput) -> dict[str, str]:
     return rows[0]
 
 
-def _cards(number: int) -> str:
+def _gpus(number: int) -> str:
     return f"{number} GPU" if number == 1 else f"{number} GPUs"
