@@ -88,8 +88,8 @@ class _Changed:
     async def rollback(self) -> float:
         """To the latest revision with other cards; milliseconds without a process."""
         gpus = (await self._caller.get(self._name)).spec.gpus.count
-        kept = [one for one in await self._caller.revisions(self._name) if one.HasField("snapshot")]
-        revision = max(one.revision for one in kept if one.spec.gpus.count != gpus)
+        kept = [revision for revision in await self._caller.revisions(self._name) if revision.HasField("snapshot")]
+        revision = max(revision.revision for revision in kept if revision.spec.gpus.count != gpus)
         request = container_service_pb2.RollbackContainerRequest(name=self._name, revision=revision)
         return await self._downtime(self._caller.containers.RollbackContainer(request))
 

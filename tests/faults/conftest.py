@@ -22,5 +22,7 @@ async def daemon_killer(clean_engine: Rig, request: pytest.FixtureRequest) -> As
     yield daemon_killer
     await daemon_killer.end()
     clean_engine.engine.remove_all()
-    if COMMITTED in {tag for one in clean_engine.engine.call("GET", "/images/json") for tag in one["RepoTags"] or ()}:
+    if COMMITTED in {
+        tag for image in clean_engine.engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()
+    }:
         clean_engine.engine.call("DELETE", f"/images/{COMMITTED}")

@@ -118,15 +118,15 @@ def rollback(rig: Rig, _folder: Path) -> KillScenario:
             await caller.shell("phoenix", "echo other > /work/file; rm /work/deep/data; touch /work/deep/data")
             files[3] = await caller.shell("phoenix", SHOW_FILES)
         now = (await caller.get("phoenix")).spec.gpus.count
-        other = [one for one in await caller.revisions("phoenix") if one.spec.gpus.count != now]
-        await caller.rollback("phoenix", max(one.revision for one in other if one.HasField("snapshot")))
+        others = [revision for revision in await caller.revisions("phoenix") if revision.spec.gpus.count != now]
+        await caller.rollback("phoenix", max(revision.revision for revision in others if revision.HasField("snapshot")))
 
     async def check(caller: Caller) -> None:
         count = (await caller.get("phoenix")).spec.gpus.count
         await require_consistent(caller, rig, "phoenix", files[count])
         history = await caller.revisions("phoenix")
         assert len(history) <= 4
-        assert all(one.HasField("snapshot") != one.current for one in history)
+        assert all(revision.HasField("snapshot") != revision.current for revision in history)
 
     return KillScenario("ROLLBACK", act, check, ("--keep-revisions", "4"))
 
@@ -192,8 +192,8 @@ def update(rig: Rig, _folder: Path, *, field: str) -> KillScenario:
         nonlocal files
         files = files or await _create_with_files(caller, gpus=1)
         now = getattr((await caller.get("phoenix")).spec, field)
-        one, other = values[field]
-        value = other if now == one else one
+        first, second = values[field]
+        value = second if now == first else first
         await caller.update("phoenix", field, **{field: value}, files=container_service_pb2.FILES_POLICY_CARRY_COMMIT)
 
     async def check(caller: Caller) -> None:
@@ -336,7 +336,9 @@ def delete(rig: Rig, _folder: Path) -> KillScenario:
         else:
             assert container.status.state == FAILED, container.status
             assert not container.status.operation_id
-            assert not [one for one in engine_containers(rig) if one["Id"] == container.status.engine_id]
+            assert not [
+                inspected for inspected in engine_containers(rig) if inspected["Id"] == container.status.engine_id
+            ]
 
     return KillScenario("DELETE", act, check)
 
@@ -348,16 +350,16 @@ def delete_revision(rig: Rig, _folder: Path, *, carry: str) -> KillScenario:
     async def act(caller: Caller) -> None:
         nonlocal files
         files = files or await _create_with_files(caller)
-        old = [one for one in await caller.revisions("phoenix") if not one.current]
+        old = [revision for revision in await caller.revisions("phoenix") if not revision.current]
         if not old:
             now = (await caller.get("phoenix")).spec.gpus.count
             await caller.scale("phoenix", 5 - now)
-            old = [one for one in await caller.revisions("phoenix") if not one.current]
+            old = [revision for revision in await caller.revisions("phoenix") if not revision.current]
         await caller.delete_revision("phoenix", old[0].revision)
 
     async def check(caller: Caller) -> None:
         container = await require_consistent(caller, rig, "phoenix", files)
-        old = {one.revision for one in await caller.revisions("phoenix") if not one.current}
+        old = {revision.revision for revision in await caller.revisions("phoenix") if not revision.current}
         on_disk = {path.parent.name for path in _snapshots(rig).glob(f"*/{container.uid}/*/meta.json")}
         assert {int(number) for number in on_disk} <= old
         if carry == "commit":

@@ -93,17 +93,17 @@ class MomentLog:
         stages = re.search(r"^stages: (.*)$", self.text, re.MULTILINE)
         self.stages = tuple(stages[1].split()) if stages else ()
         found = re.findall(r"^moment ((?:during )?\d+) \[(.*?)\]: (.*)$", self.text, re.MULTILINE)
-        self.moments = [Moment(*one) for one in found]
+        self.moments = [Moment(*fields) for fields in found]
 
     @property
     def between(self) -> list[Moment]:
         """Those between two calls."""
-        return [one for one in self.moments if not one.number.startswith(DURING)]
+        return [moment for moment in self.moments if not moment.number.startswith(DURING)]
 
     @property
     def during(self) -> list[Moment]:
         """Those in the midst of something."""
-        return [one for one in self.moments if one.number.startswith(DURING)]
+        return [moment for moment in self.moments if moment.number.startswith(DURING)]
 
     @property
     def died_at(self) -> Moment | None:
@@ -115,7 +115,7 @@ class MomentLog:
     def children(self) -> dict[int, str]:
         """The processes that it had started and that lived when it died."""
         lines = re.findall(r"^children: (.*)$", self.text, re.MULTILINE)
-        pairs = (one.partition(":") for one in (lines[-1].split() if lines else ()))
+        pairs = (entry.partition(":") for entry in (lines[-1].split() if lines else ()))
         return {int(pid): name for pid, _, name in pairs if name not in _SURVIVORS}
 
 
@@ -124,7 +124,10 @@ def missing_moments(stages: Sequence[str], moments: Sequence[Moment]) -> list[st
 
     That is a record of its begin, of each stage and of its end, and a change in each stage that changes anything.
     """
-    names, changed = {one.name for one in moments}, {one.stage for one in moments if "record of" not in one.name}
+    names, changed = (
+        {moment.name for moment in moments},
+        {moment.stage for moment in moments if "record of" not in moment.name},
+    )
     wanted = [f"before record of RUNNING after {stage}" for stage in ("nothing", *_recorded(stages))]
     wanted += [f"{when} record of SUCCEEDED after {stages[-1]}" for when in ("before", "after")]
     lacking = [name for name in wanted if name not in names]
@@ -137,10 +140,10 @@ def calls_without_moment(moments: Sequence[Moment]) -> list[str]:
     """Which of the calls that take their time have no moment in their midst."""
     lasting = {port.__name__ for port in LASTING}
     lacking = []
-    for one, following in zip(moments, (*moments[1:], None), strict=True):
-        call = one.name.removeprefix("before ")
+    for moment, following in zip(moments, (*moments[1:], None), strict=True):
+        call = moment.name.removeprefix("before ")
         within = following is not None and following.number.startswith(DURING)
-        if (call.partition(".")[0] in lasting or call in BY_CHILDREN) and call != one.name and not within:
+        if (call.partition(".")[0] in lasting or call in BY_CHILDREN) and call != moment.name and not within:
             lacking.append(f"a moment in the midst of {call}")
     return lacking
 
@@ -158,8 +161,8 @@ def _recorded(stages: Sequence[str]) -> Sequence[str]:
 def missing_undo_moments(stages: Sequence[str], moments: Sequence[Moment]) -> list[str]:
     """As `missing`, of an undo of all steps: a record of its begin, of each step, and of its end."""
     steps = stages[: stages.index(_COMMIT)]
-    undone = [one for one in moments if one.name.startswith("before record of UNDOING")]
-    ends = [one for one in moments if re.match("(before|after) record of (FAILED|CANCELLED)", one.name)]
+    undone = [moment for moment in moments if moment.name.startswith("before record of UNDOING")]
+    ends = [moment for moment in moments if re.match("(before|after) record of (FAILED|CANCELLED)", moment.name)]
     lacking = [] if len(undone) == len(steps) + 1 else [f"{len(steps) + 1} records of UNDOING, but {len(undone)}"]
     return lacking + ([] if len(ends) == 2 else ["the records of its end"])
 
@@ -230,7 +233,7 @@ class DaemonKiller:
         async def twice(first: Moment, second: str) -> Moment | None:
             assert await self._run_once(scenario, first.number) is not None, f"it did not come to {first}"
             died = await self._recover(scenario, second)
-            known.update({(first.number, one.number): one.after(first) for one in self._log.moments})
+            known.update({(first.number, moment.number): moment.after(first) for moment in self._log.moments})
             tried.extend([died.after(first)] if died else [])
             return died
 
@@ -353,14 +356,14 @@ class DaemonKiller:
     def _sample(self, moments: Sequence[Moment], most: int) -> list[Moment]:
         """Some of them, in their order; all if that is asked for."""
         chosen = set(self._random.sample(range(len(moments)), min(most, len(moments))))
-        return [one for index, one in enumerate(moments) if ALL or index in chosen]
+        return [moment for index, moment in enumerate(moments) if ALL or index in chosen]
 
     def _report(self, kind: str, known: Collection[Moment], tried: Collection[Moment], minimum: int) -> None:
         assert len(known) >= minimum
         self.report |= {
             "kind": kind,
-            "known": [str(one) for one in known],
-            "tried": [str(one) for one in tried],
+            "known": [str(moment) for moment in known],
+            "tried": [str(moment) for moment in tried],
             "least": minimum,
             "seconds": round(time.monotonic() - self._begun, 1),
         }

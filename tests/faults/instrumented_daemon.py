@@ -175,7 +175,7 @@ class Moments:
         """What to call a transaction; moments may count from here on."""
         own = self._tracked_operation(changes)
         if own is None:
-            return f"a transaction with {', '.join(sorted({type(one).__name__ for one in changes}))}"
+            return f"a transaction with {', '.join(sorted({type(change).__name__ for change in changes}))}"
         if self._phase is Phase.BEGUN or own.state is OperationState.UNDOING:
             self._counting = self._counting or not self._over
         done = [stage.name for stage in own.stages if stage.state is StageState.DONE]

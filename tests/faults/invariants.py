@@ -23,7 +23,7 @@ SHOW_FILES = (
 def engine_containers(rig: Rig) -> list[dict[str, Any]]:
     """Everything that the engine has, inspected."""
     listed = rig.engine.call("GET", "/containers/json?all=1")
-    return [rig.engine.call("GET", f"/containers/{one['Id']}/json") for one in listed]
+    return [rig.engine.call("GET", f"/containers/{inspected['Id']}/json") for inspected in listed]
 
 
 def layer_images(rig: Rig) -> set[str]:
@@ -52,15 +52,19 @@ async def require_absent(caller: Caller, rig: Rig, name: str) -> None:
         assert error.code() is grpc.StatusCode.NOT_FOUND  # noqa: PT017 (any other code is the failure)
     else:
         raise AssertionError(f"{name} exists")
-    assert not [one for one in engine_containers(rig) if one["Config"]["Labels"].get("gpudock.name") == name]
+    assert not [
+        inspected for inspected in engine_containers(rig) if inspected["Config"]["Labels"].get("gpudock.name") == name
+    ]
     assert name not in (await caller.holders()).values()
 
 
 async def require_consistent(caller: Caller, rig: Rig, name: str, files: str | None = None) -> container_pb2.Container:
     """`name` runs in one engine container, with the cards and ports it claims, and with its files."""
     container = await caller.get(name)
-    ours = [one for one in engine_containers(rig) if one["Config"]["Labels"].get("gpudock.name") == name]
-    assert len(ours) == 1, [one["Name"] for one in ours]
+    ours = [
+        inspected for inspected in engine_containers(rig) if inspected["Config"]["Labels"].get("gpudock.name") == name
+    ]
+    assert len(ours) == 1, [inspected["Name"] for inspected in ours]
     (engine,) = ours
     assert container.status.state == container_pb2.CONTAINER_STATE_RUNNING
     assert engine["State"]["Running"]

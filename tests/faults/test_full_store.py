@@ -28,7 +28,7 @@ _ANSWER_SECONDS = 40.0
 
 def _labels(number: int) -> dict[str, str]:
     """60 KiB of them, other ones for each number."""
-    return {f"label-{one}": f"{number:08}" * 128 for one in range(_LABELS_BYTES >> 10)}
+    return {f"label-{index}": f"{number:08}" * 128 for index in range(_LABELS_BYTES >> 10)}
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ async def test_a_daemon_starts_on_a_full_cluster(
         told = await _refusal(caller.containers.UpdateContainer(update_request("kept", "labels", labels={"a": "b"})))
         assert (told.code, told.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL"), told
         node = (await caller.nodes.GetNode(node_service_pb2.GetNodeRequest())).node
-        health = {one.component: one for one in node.components}[node_pb2.NODE_COMPONENT_STORE]
+        health = {component.component: component for component in node.components}[node_pb2.NODE_COMPONENT_STORE]
         assert not health.healthy
         assert "full" in health.message
         await filler.remove()

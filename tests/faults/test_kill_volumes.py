@@ -50,7 +50,7 @@ async def _require_nothing_left(caller: Caller, rig: Rig) -> None:
     node = (await caller.nodes.GetNode(node_service_pb2.GetNodeRequest())).node
     assert not node.volume_pool.promised_bytes, "a store on the host"
     left = rig.engine.call("GET", "/volumes")["Volumes"] or []
-    assert not [one["Name"] for one in left if one["Name"].startswith("gpudock-")]
+    assert not [volume["Name"] for volume in left if volume["Name"].startswith("gpudock-")]
 
 
 async def _require_ready(caller: Caller, rig: Rig, *sizes: int) -> volume_pb2.Volume:
@@ -120,8 +120,10 @@ def _delete_with_force(rig: Rig) -> KillScenario:
         else:
             await _require_ready(caller, rig, _SIZE)
         listed = await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest())
-        failed = [one for one in listed.operations if one.state != operation_pb2.OPERATION_STATE_SUCCEEDED]
-        assert not [one.error for one in failed], "what was begun goes forward"
+        failed = [
+            operation for operation in listed.operations if operation.state != operation_pb2.OPERATION_STATE_SUCCEEDED
+        ]
+        assert not [operation.error for operation in failed], "what was begun goes forward"
         for name in ("phoenix", "ash"):
             container = await caller.get(name)
             assert not container.status.operation_id

@@ -27,7 +27,7 @@ async def _kill_while_undoing(caller: Caller, daemon: Daemon, call: asyncio.Task
     found: list[str] = []
 
     async def begun() -> bool:
-        found[:] = [one.id for one in (await caller.operations.ListOperations(request)).operations]
+        found[:] = [operation.id for operation in (await caller.operations.ListOperations(request)).operations]
         return bool(found)
 
     await until(begun)

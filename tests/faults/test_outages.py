@@ -90,7 +90,7 @@ async def _require_as_reported(caller: Caller, rig: Rig, files: str, told: tuple
             filter=operation_service_pb2.OperationFilter(kinds=[operation_pb2.OPERATION_KIND_SCALE_CONTAINER])
         )
     )
-    states = [one.state for one in listed.operations]
+    states = [operation.state for operation in listed.operations]
     assert states == [operation_pb2.OPERATION_STATE_FAILED if reason else operation_pb2.OPERATION_STATE_SUCCEEDED]
 
 

@@ -55,7 +55,7 @@ def main() -> int:
             return 130
         mutants = read_mutants(folder)
         text, wrong = write_report(
-            name, mutants, [one for one in mutants if one.name in chosen], rooms[name].get("minimum", 0)
+            name, mutants, [mutant for mutant in mutants if mutant.name in chosen], rooms[name].get("minimum", 0)
         )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.txt").write_text(text)

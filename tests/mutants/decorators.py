@@ -22,14 +22,16 @@ def without_decorators(code: str) -> str:
     for node in ast.walk(ast.parse(code)):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
-        names = [one.id if isinstance(one, ast.Name) else "" for one in node.decorator_list]
+        names = [decorator.id if isinstance(decorator, ast.Name) else "" for decorator in node.decorator_list]
         called = [name for name in names if name in _CALLED]
         if not set(names) <= _CALLED | _IDLE | {"staticmethod", "classmethod"} or len(called) > 1:
             continue
         if called and len(called) + sum(name in _IDLE for name in names) < len(names):
             continue
         drop |= {
-            one.lineno for one, name in zip(node.decorator_list, names, strict=True) if name in _CALLED or name in _IDLE
+            decorator.lineno
+            for decorator, name in zip(node.decorator_list, names, strict=True)
+            if name in _CALLED or name in _IDLE
         }
         if called:
             assert node.end_lineno is not None

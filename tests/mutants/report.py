@@ -110,9 +110,9 @@ def write_report(room: str, mutants: Sequence[Mutant], chosen: Sequence[Mutant],
     """
     entries: list[dict[str, Any]] = tomllib.loads(_EXPLAINED.read_text()).get("explained", [])
     reasons = {
-        (one["function"], one["removed"].strip(), one["added"].strip()): one["reason"]
-        for one in entries
-        if one["room"] == room
+        (entry["function"], entry["removed"].strip(), entry["added"].strip()): entry["reason"]
+        for entry in entries
+        if entry["room"] == room
     }
     problems = [
         f"{room}: explained.toml has a mutant of {key[0]} that does not exist:\n- {key[1]}\n+ {key[2]}"
@@ -123,7 +123,7 @@ def write_report(room: str, mutants: Sequence[Mutant], chosen: Sequence[Mutant],
     survivors = [mutant for mutant in tried if mutant.verdict not in _NOTICED]
     explained = [mutant for mutant in survivors if mutant.key in reasons]
     counted = len(tried) - len(explained)
-    percent = 100 * sum(numbers[one] for one in _NOTICED) / counted if counted else 100.0
+    percent = 100 * sum(numbers[verdict] for verdict in _NOTICED) / counted if counted else 100.0
     share = f"{percent:.1f} % caught" if tried else "nothing tried"
     if percent < minimum or (minimum and not tried):
         problems.append(f"{room}: {share}; at least {minimum} % of the mutants must be caught")
@@ -134,7 +134,7 @@ def write_report(room: str, mutants: Sequence[Mutant], chosen: Sequence[Mutant],
         f"explained and left out; {share}"
     )
     parts = [head, ""]
-    for mutant in sorted(survivors, key=lambda one: (one.key in reasons, one.function)):
+    for mutant in sorted(survivors, key=lambda mutant: (mutant.key in reasons, mutant.function)):
         parts += [f"{mutant.verdict}: {mutant.name}", mutant.context]
         if mutant.key in reasons:
             parts.append(f"  explained: {reasons[mutant.key]}")

@@ -38,16 +38,16 @@ async def answers_of(caller: Caller) -> dict[str, Any]:
         assert await caller.get(name) == container
         answers[f"GetContainer {name}"] = message_json(container)
         revisions = await caller.revisions(name)
-        answers[f"ListContainerRevisions {name}"] = [message_json(one) for one in revisions]
-        for one in revisions:
-            request = container_service_pb2.GetContainerRevisionRequest(name=name, revision=one.revision)
+        answers[f"ListContainerRevisions {name}"] = [message_json(revision) for revision in revisions]
+        for revision in revisions:
+            request = container_service_pb2.GetContainerRevisionRequest(name=name, revision=revision.revision)
             answer = await caller.containers.GetContainerRevision(request)
-            assert answer.revision == one
+            assert answer.revision == revision
     answers |= await _volumes(caller)
     answers |= await _operations(caller)
     answers["holders of cards"] = await caller.holders()
     ports = await caller.nodes.ListPorts(node_service_pb2.ListPortsRequest(page_size=_MOST))
-    answers["ListPorts"] = [message_json(one) for one in ports.ports]
+    answers["ListPorts"] = [message_json(port) for port in ports.ports]
     return answers
 
 
@@ -56,8 +56,8 @@ async def _volumes(caller: Caller) -> dict[str, Any]:
     listed = await caller.volumes.ListVolumes(volume_service_pb2.ListVolumesRequest(page_size=_MOST))
     for volume in listed.volumes:
         got = await caller.volume(volume.name)
-        for one in (volume, got):
-            one.ClearField("used_bytes")
+        for message in (volume, got):
+            message.ClearField("used_bytes")
         assert got == volume
         answers[f"GetVolume {volume.name}"] = message_json(got)
         request = volume_service_pb2.ListVolumeRevisionsRequest(name=volume.name, page_size=_MOST)
@@ -69,14 +69,14 @@ async def _operations(caller: Caller) -> dict[str, Any]:
     request = operation_service_pb2.ListOperationsRequest(page_size=_MOST)
     listed = await caller.operations.ListOperations(request)
     answers: dict[str, Any] = {}
-    for one in listed.operations:
-        answers[f"GetOperation {one.id}"] = message_json(one)
-        got = await caller.operations.GetOperation(operation_service_pb2.GetOperationRequest(id=one.id))
-        assert got.operation == one
-        if one.state == operation_pb2.OPERATION_STATE_SUCCEEDED:
-            watch = operation_service_pb2.WatchOperationRequest(id=one.id)
+    for operation in listed.operations:
+        answers[f"GetOperation {operation.id}"] = message_json(operation)
+        got = await caller.operations.GetOperation(operation_service_pb2.GetOperationRequest(id=operation.id))
+        assert got.operation == operation
+        if operation.state == operation_pb2.OPERATION_STATE_SUCCEEDED:
+            watch = operation_service_pb2.WatchOperationRequest(id=operation.id)
             *_, last = [answer async for answer in caller.operations.WatchOperation(watch)]
-            answers[f"result of {one.id}"] = message_json(last.result) if last.HasField("result") else None
+            answers[f"result of {operation.id}"] = message_json(last.result) if last.HasField("result") else None
     return answers
 
 

@@ -243,7 +243,9 @@ class _Recorder:
             name: (await caller.get(name)).status.engine_id
             for name in ("half-stopped", "half-paused", "half-deleted", USER)
         }
-        volume = next(one for one in self._rig.engine.call("GET", "/volumes")["Volumes"] if _is_of(one, "half-deleted"))
+        volume = next(
+            volume for volume in self._rig.engine.call("GET", "/volumes")["Volumes"] if _is_of(volume, "half-deleted")
+        )
         pause = container_service_pb2.PauseContainerRequest(name="half-paused")
         start = "/containers/[0-9a-f]+/start"
         return [
@@ -284,20 +286,20 @@ class _Recorder:
         assert self._daemon is not None
         engine = self._rig.engine
         listed = engine.call("GET", "/containers/json", query={"all": "1"})
-        inspected = [engine.call("GET", f"/containers/{one['Id']}/json") for one in listed]
+        inspected = [engine.call("GET", f"/containers/{inspected['Id']}/json") for inspected in listed]
         parts = ("Id", "Image", "Config", "HostConfig", "GraphDriver")
         return {
             "data_root": str(engine.data_root),
             "state_dir": str(self._daemon.state_dir),
             "containers": {
-                one["Name"].removeprefix("/"): {part: one[part] for part in parts}
-                for one in inspected
-                if one["Config"]["Labels"].get("gpudock.name") in (HALF_SCALED, HALF_CREATED, USER)
+                inspected["Name"].removeprefix("/"): {part: inspected[part] for part in parts}
+                for inspected in inspected
+                if inspected["Config"]["Labels"].get("gpudock.name") in (HALF_SCALED, HALF_CREATED, USER)
             },
             "volumes": {
-                one["Name"]: {part: one[part] for part in ("Driver", "Options", "Labels")}
-                for one in engine.call("GET", "/volumes")["Volumes"]
-                if _is_of(one, HALF_RESIZED)
+                volume["Name"]: {part: volume[part] for part in ("Driver", "Options", "Labels")}
+                for volume in engine.call("GET", "/volumes")["Volumes"]
+                if _is_of(volume, HALF_RESIZED)
             },
         }
 
@@ -306,8 +308,10 @@ class _Recorder:
         assert self._daemon is not None
         heads = ("containers/history", "volumes/data", f"volumes/{HALF_RESIZED}")
         shown = {json.loads(keys[key].value)["record"]["uid"] for key in heads}
-        arguments = [json.loads(one.value)["record"]["arguments"] for key, one in keys.items() if key.startswith("arg")]
-        shown |= {one["copy_uid"] for one in arguments if "copy_uid" in one}
+        arguments = [
+            json.loads(stored.value)["record"]["arguments"] for key, stored in keys.items() if key.startswith("arg")
+        ]
+        shown |= {record["copy_uid"] for record in arguments if "copy_uid" in record}
         for root in (self._daemon.state_dir / "volumes", self._rig.engine.data_root / "gpudock/snapshots" / NODE):
             for path in sorted(root.rglob("*.json")):
                 name = path.relative_to(root)

@@ -71,11 +71,11 @@ async def test_it_ends_what_its_predecessor_had_begun(clean_engine: Rig, recordi
         await _all_operations_have_ended(caller, keys)
         await _every_object_is_there(caller, keys, recording)
         drift = await caller.nodes.ListDrift(node_service_pb2.ListDriftRequest(page_size=1000))
-        assert drift_pb2.DRIFT_KIND_RECORD_UNREADABLE not in {one.kind for one in drift.drift}
+        assert drift_pb2.DRIFT_KIND_RECORD_UNREADABLE not in {entry.kind for entry in drift.drift}
         left = dump(rig.etcd, prefix)
     assert not [key for key in left if key.startswith(("locks/", "arguments/"))]
     # What these operations delete, or had made, and what an engine that has lost nearly everything holds no more.
-    gone = [*(f"containers/{one}" for one in _GONE_CONTAINERS), *(f"volumes/{one}" for one in _GONE_VOLUMES)]
+    gone = [*(f"containers/{name}" for name in _GONE_CONTAINERS), *(f"volumes/{name}" for name in _GONE_VOLUMES)]
     of_gone = {_uid(keys, key) for key in gone}
     revision = f"containers/{_uid(keys, 'containers/carried')}/0000000001"
     for key in keys.keys() - left.keys():
@@ -90,7 +90,7 @@ async def _scaled(caller: Caller, recording: Recording) -> None:
     assert (container.spec.gpus.count, len(container.status.gpu_uuids)) == (1, 1)
     assert await caller.shell(HALF_SCALED, "cat /file") == f"{KEPT}\n"
     assert (await caller.holders())[container.status.gpu_uuids[0]] == HALF_SCALED
-    assert [one.revision for one in await caller.revisions(HALF_SCALED)] == [1, 2]
+    assert [revision.revision for revision in await caller.revisions(HALF_SCALED)] == [1, 2]
     assert len(recording.answers[f"ListContainerRevisions {HALF_SCALED}"]) == 1
 
 
@@ -109,7 +109,7 @@ async def _resized(caller: Caller) -> None:
 
 async def _all_operations_have_ended(caller: Caller, keys: Mapping[str, Stored]) -> None:
     listed = await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest(page_size=1000))
-    operations = {one.id: one for one in listed.operations}
+    operations = {operation.id: operation for operation in listed.operations}
     for key in keys:
         if not key.startswith("operations/"):
             continue

@@ -16,6 +16,7 @@ from aiodocker import Docker
 
 from tests.rig import BUSYBOX, CUDA_LIKE, GLIBC, HttpStatusError, Rig, RigError, cleanup
 from tests.rig.gpus import FakeGpus
+from tests.rig.patience import limit
 from tests.rig.rig import REPOSITORY
 from tests.rig.self_check import run_container
 
@@ -86,7 +87,7 @@ async def test_published_ports_answer_only_in_the_network_namespace(rig: Rig, do
     container = await docker.containers.create(config)
     await container.start()
     ask = "until busybox wget -qO- http://127.0.0.1:28080; do :; done"  # it may not listen yet
-    assert rig.run("timeout", "10", "sh", "-c", ask).stdout == "hello\n"
+    assert rig.run("timeout", f"{limit(10):g}", "sh", "-c", ask).stdout == "hello\n"
     with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", 28080), timeout=2):
         pass
     assert "docker0" in rig.run("ip", "-brief", "link").stdout
@@ -190,7 +191,7 @@ if not {guarded}:
 os.kill(os.getpid(), signal.SIGKILL)
 """
     words = [sys.executable, "-c", script]
-    done = subprocess.run(words, check=False, capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
+    done = subprocess.run(words, check=False, capture_output=True, text=True, cwd=REPOSITORY, timeout=limit(60))
     assert done.returncode == -signal.SIGKILL, done.stderr
     name, guardian = done.stdout.split()
     rig = cleanup.RigId.parse(name)
@@ -208,5 +209,6 @@ def _await_end(pid: int) -> None:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
         return
-    select.select([descriptor], [], [], 30)
+    ended, _, _ = select.select([descriptor], [], [], limit(30))
     os.close(descriptor)
+    assert ended, f"process {pid} has not ended"

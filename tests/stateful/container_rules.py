@@ -87,27 +87,29 @@ class ContainerRules(RuleBase):
     @counted
     def scale(self, data: Draws, gpus: int, keep: bool) -> None:
         """Other cards, by a successor."""
-        one = self.choose_container(data, RUNNING)
-        if gpus == one.spec.gpus or not self.can_claim(gpus, released=one.spec.gpus):
+        container = self.choose_container(data, RUNNING)
+        if gpus == container.spec.gpus or not self.can_claim(gpus, released=container.spec.gpus):
             return self.skip()
-        request = scale_request(one.name, gpus, **snapshot_fields(keep))
-        after = pruned(one.changed(replace(one.spec, gpus=gpus), kept=keep), KEEP)
-        return self._scale(data, one, request, after)
+        request = scale_request(container.name, gpus, **snapshot_fields(keep))
+        after = pruned(container.changed(replace(container.spec, gpus=gpus), kept=keep), KEEP)
+        return self._scale(data, container, request, after)
 
     @precondition(lambda self: self.has_container(*RESTING))
     @rule(data=st.data(), cpus=st.sampled_from((0.5, 1.0, 1.5)), keep=st.booleans())
     @counted
     def limit_cpus(self, data: Draws, cpus: float, keep: bool) -> None:
         """Another limit, in place, also of what does not run."""
-        one = self.choose_container(data, RUNNING, STOPPED, EXITED)
-        if cpus == one.spec.cpus:
+        container = self.choose_container(data, RUNNING, STOPPED, EXITED)
+        if cpus == container.spec.cpus:
             return self.skip()
-        request = scale_request(one.name, cpus=cpus, **snapshot_fields(keep))
-        after = pruned(one.changed(replace(one.spec, cpus=cpus), kept=keep), KEEP)
-        return self._scale(data, one, request, after)
+        request = scale_request(container.name, cpus=cpus, **snapshot_fields(keep))
+        after = pruned(container.changed(replace(container.spec, cpus=cpus), kept=keep), KEEP)
+        return self._scale(data, container, request, after)
 
-    def _scale(self, data: Draws, one: ExpectedContainer, request: Any, after: ExpectedContainer) -> None:
-        self.perform(data, one.name, lambda caller: result_of(caller.containers.ScaleContainer(request)), one, after)
+    def _scale(self, data: Draws, container: ExpectedContainer, request: Any, after: ExpectedContainer) -> None:
+        self.perform(
+            data, container.name, lambda caller: result_of(caller.containers.ScaleContainer(request)), container, after
+        )
 
     @precondition(lambda self: self.has_container(*RESTING))
     @rule(data=st.data(), field=st.sampled_from(("env", "labels")), value=st.sampled_from(("x", "y")))
@@ -116,25 +118,27 @@ class ContainerRules(RuleBase):
         """Environment by a successor, labels in place."""
         other: Any = {field: (("k", value),)}
         fields: Any = {field: {"k": value}}
-        one = self.choose_container(data, RUNNING, STOPPED, EXITED)
-        if getattr(one.spec, field) == (("k", value),):
+        container = self.choose_container(data, RUNNING, STOPPED, EXITED)
+        if getattr(container.spec, field) == (("k", value),):
             return self.skip()
-        return self._update(data, one, replace(one.spec, **other), update_request(one.name, **fields))
+        return self._update(data, container, replace(container.spec, **other), update_request(container.name, **fields))
 
     @precondition(lambda self: self.has_volumes and self.has_container(*RESTING))
     @rule(data=st.data())
     @counted
     def mount(self, data: Draws) -> None:
         """Other volumes, or the same ones elsewhere, or none."""
-        one = self.choose_container(data, *RESTING)
-        spec = replace(one.spec, mounts=self.choose_mounts(data))
-        if spec == one.spec:
+        container = self.choose_container(data, *RESTING)
+        spec = replace(container.spec, mounts=self.choose_mounts(data))
+        if spec == container.spec:
             return self.skip()
-        return self._update(data, one, spec, update_request(one.name, "mounts", mounts=mounts_of(spec)))
+        return self._update(data, container, spec, update_request(container.name, "mounts", mounts=mounts_of(spec)))
 
-    def _update(self, data: Draws, one: ExpectedContainer, spec: Spec, request: Any) -> None:
-        after = pruned(one.changed(spec), KEEP)
-        self.perform(data, one.name, lambda caller: result_of(caller.containers.UpdateContainer(request)), one, after)
+    def _update(self, data: Draws, container: ExpectedContainer, spec: Spec, request: Any) -> None:
+        after = pruned(container.changed(spec), KEEP)
+        self.perform(
+            data, container.name, lambda caller: result_of(caller.containers.UpdateContainer(request)), container, after
+        )
 
     @precondition(lambda self: self.has_container(*RESTING, FAILED))
     @rule(data=st.data(), spec_only=st.booleans())
@@ -144,57 +148,61 @@ class ContainerRules(RuleBase):
         states = RESTING if spec_only else (*RESTING, FAILED)
         if not self.has_container(*states):
             return self.skip()
-        one = self.choose_container(data, *states)
+        container = self.choose_container(data, *states)
         # With nothing but another spec to return to, nothing would change.
-        others = [(number, past) for number, past in one.past.items() if past.spec != one.spec]
-        choices = others if spec_only else list(restorable(one))
+        others = [(number, past) for number, past in container.past.items() if past.spec != container.spec]
+        choices = others if spec_only else list(restorable(container))
         if not choices:
             return self.skip()
         number, past = data.choose(choices, "revision", _number)
-        if one.state is RUNNING and not self.can_claim(past.spec.gpus, released=one.spec.gpus):
+        if container.state is RUNNING and not self.can_claim(past.spec.gpus, released=container.spec.gpus):
             return self.skip()
-        request = container_service_pb2.RollbackContainerRequest(name=one.name, revision=number, spec_only=spec_only)
+        request = container_service_pb2.RollbackContainerRequest(
+            name=container.name, revision=number, spec_only=spec_only
+        )
 
         async def act(caller: Caller) -> None:
             await result_of(caller.containers.RollbackContainer(request))
 
         if self.lacks_volume(past.spec):
             # What was on it is gone, and another one of its name is not there yet.
-            return self.refused(act, "VOLUME_NOT_FOUND", one.name)
-        after = one.changed(past.spec, files=None if spec_only else dict(past.files or ()))
-        if one.state is FAILED:
+            return self.refused(act, "VOLUME_NOT_FOUND", container.name)
+        after = container.changed(past.spec, files=None if spec_only else dict(past.files or ()))
+        if container.state is FAILED:
             # A successor that was never started.
             after.state = STOPPED
-        return self.perform(data, one.name, act, one, pruned(after, KEEP))
+        return self.perform(data, container.name, act, container, pruned(after, KEEP))
 
     @precondition(lambda self: self.has_container(RUNNING, PAUSED))
     @rule(data=st.data(), keep_resources=st.booleans())
     @counted
     def stop(self, data: Draws, keep_resources: bool) -> None:
         """Stop what runs."""
-        one = self.choose_container(data, RUNNING, PAUSED)
-        after = one.copy()
+        container = self.choose_container(data, RUNNING, PAUSED)
+        after = container.copy()
         after.state = STOPPED
         if not keep_resources:
             after.holds, after.cards = False, 0
-        name = one.name
-        self.perform(data, name, lambda caller: caller.stop(name, keep_resources=keep_resources), one, after)
+        name = container.name
+        self.perform(data, name, lambda caller: caller.stop(name, keep_resources=keep_resources), container, after)
 
     @precondition(lambda self: self.has_container(STOPPED, EXITED))
     @rule(data=st.data())
     @counted
     def start(self, data: Draws) -> None:
         """Start what does not run; where it was given other cards meanwhile it gets a successor, and a revision."""
-        one = self.choose_container(data, STOPPED, EXITED)
-        if not self.can_claim(one.spec.gpus, released=one.cards):
+        container = self.choose_container(data, STOPPED, EXITED)
+        if not self.can_claim(container.spec.gpus, released=container.cards):
             return self.skip()
-        self.loop.run(self._start(one.name))
-        return self.loop.run(self.host.check(one.name))
+        self.loop.run(self._start(container.name))
+        return self.loop.run(self.host.check(container.name))
 
     async def _start(self, name: str) -> None:
-        one = self.host.known[name]
+        container = self.host.known[name]
         now = await self.host.caller.start(name)
-        after = one.copy() if now.revision == one.revision else pruned(one.changed(one.spec), KEEP)
+        after = (
+            container.copy() if now.revision == container.revision else pruned(container.changed(container.spec), KEEP)
+        )
         after.state, after.holds, after.cards = RUNNING, True, after.spec.gpus
         await self.host.settle(name, after)
 
@@ -203,49 +211,49 @@ class ContainerRules(RuleBase):
     @counted
     def restart(self, data: Draws) -> None:
         """Another process, the same everything."""
-        one = self.choose_container(data, RUNNING)
-        name = one.name
-        self.perform(data, name, lambda caller: caller.restart(name), one, one.copy())
+        container = self.choose_container(data, RUNNING)
+        name = container.name
+        self.perform(data, name, lambda caller: caller.restart(name), container, container.copy())
 
     @precondition(lambda self: self.has_container(RUNNING, PAUSED))
     @rule(data=st.data())
     @counted
     def pause_or_unpause(self, data: Draws) -> None:
         """Freeze what runs, thaw what is frozen."""
-        one = self.choose_container(data, RUNNING, PAUSED)
-        after, name = one.copy(), one.name
-        after.state = PAUSED if one.state is RUNNING else RUNNING
-        if one.state is RUNNING:
+        container = self.choose_container(data, RUNNING, PAUSED)
+        after, name = container.copy(), container.name
+        after.state = PAUSED if container.state is RUNNING else RUNNING
+        if container.state is RUNNING:
             request = container_service_pb2.PauseContainerRequest(name=name)
-            self.perform(data, name, lambda caller: caller.containers.PauseContainer(request), one, after)
+            self.perform(data, name, lambda caller: caller.containers.PauseContainer(request), container, after)
         else:
             thaw = container_service_pb2.UnpauseContainerRequest(name=name)
-            self.perform(data, name, lambda caller: caller.containers.UnpauseContainer(thaw), one, after)
+            self.perform(data, name, lambda caller: caller.containers.UnpauseContainer(thaw), container, after)
 
     @precondition(lambda self: self.has_container())
     @rule(data=st.data())
     @counted
     def delete_revision(self, data: Draws) -> None:
         """Others keep the files that they share with it."""
-        one = self.choose_container(data)
-        if not one.past:
+        container = self.choose_container(data)
+        if not container.past:
             return self.skip()
-        number = data.choose(sorted(one.past), "revision")
-        after, name = one.copy(), one.name
+        number = data.choose(sorted(container.past), "revision")
+        after, name = container.copy(), container.name
         del after.past[number]
-        return self.perform(data, name, lambda caller: caller.delete_revision(name, number), one, after)
+        return self.perform(data, name, lambda caller: caller.delete_revision(name, number), container, after)
 
     @precondition(lambda self: self.has_container())
     @rule(data=st.data())
     @counted
     def delete(self, data: Draws) -> None:
         """With all that belongs to it; without `force` only what does not run."""
-        one = self.choose_container(data)
-        name = one.name
+        container = self.choose_container(data)
+        name = container.name
         match data.choose(("no", "politely", "by force"), "really"):
             case "no":
                 return self.skip()
-            case "politely" if one.runs:
+            case "politely" if container.runs:
                 return self.refused(lambda caller: caller.delete(name, force=False), "CONTAINER_RUNNING", name)
             case how:
                 self.loop.run(self.host.caller.delete(name, force=how == "by force"))
@@ -257,53 +265,59 @@ class ContainerRules(RuleBase):
     @counted
     def clone(self, data: Draws) -> None:
         """Another one with the files of now, or of a revision."""
-        one = self.choose_container(data, RUNNING)
+        container = self.choose_container(data, RUNNING)
         name = self.free_name(data)
-        choices = [(0, PastRevision(one.spec, tuple(one.files.items()))), *restorable(one)]
+        choices = [(0, PastRevision(container.spec, tuple(container.files.items()))), *restorable(container)]
         number, past = data.choose(choices, "revision", _number)
         if not self.can_claim(past.spec.gpus):
             return self.skip()
-        request = clone_request(one.name, name, revision=number)
+        request = clone_request(container.name, name, revision=number)
 
         async def act(caller: Caller) -> None:
             await result_of(caller.containers.CloneContainer(request))
 
         if self.lacks_volume(past.spec):
-            return self.refused(act, "VOLUME_NOT_FOUND", one.name)
+            return self.refused(act, "VOLUME_NOT_FOUND", container.name)
         after = new_container(name, past.spec)
         after.files = dict(past.files or ())
         self.perform(data, name, act, None, after)
         self._record_uid(name)
-        return self.loop.run(self.host.check(one.name))
+        return self.loop.run(self.host.check(container.name))
 
     @precondition(lambda self: self.has_container(*RESTING))
     @rule(data=st.data())
     @counted
     def commit(self, data: Draws) -> None:
         """An image of its files; the container is as it was."""
-        one = self.choose_container(data, *RESTING)
+        container = self.choose_container(data, *RESTING)
         # A name is its owner's and its store's: what an earlier daemon left is not replaced.
         repository = f"stateful/{self.host.node}"
-        self.perform(data, one.name, lambda caller: caller.commit(one.name, repository, tag=one.name), one, one.copy())
+        self.perform(
+            data,
+            container.name,
+            lambda caller: caller.commit(container.name, repository, tag=container.name),
+            container,
+            container.copy(),
+        )
 
     @precondition(lambda self: self.has_container(RUNNING))
     @rule(data=st.data())
     @counted
     def two_updates_at_once(self, data: Draws) -> None:
         """Of two changes at once each is done, or refused because of the other."""
-        one = self.choose_container(data, RUNNING)
-        self.loop.run(self._two_updates_at_once(one))
-        self.loop.run(self.host.check(one.name))
+        container = self.choose_container(data, RUNNING)
+        self.loop.run(self._two_updates_at_once(container))
+        self.loop.run(self.host.check(container.name))
 
-    async def _two_updates_at_once(self, one: ExpectedContainer) -> None:
-        values = [value for value in ("x", "y", "z") if one.spec.env != (("k", value),)][:2]
-        requests = [update_request(one.name, env={"k": value}) for value in values]
+    async def _two_updates_at_once(self, container: ExpectedContainer) -> None:
+        values = [value for value in ("x", "y", "z") if container.spec.env != (("k", value),)][:2]
+        requests = [update_request(container.name, env={"k": value}) for value in values]
         calls = [result_of(self.host.caller.containers.UpdateContainer(request)) for request in requests]
         done = await asyncio.gather(*calls, return_exceptions=True)
-        specs = [replace(one.spec, env=(("k", value),)) for value in values]
-        first, second = (one.changed(spec) for spec in specs)
+        specs = [replace(container.spec, env=(("k", value),)) for value in values]
+        first, second = (container.changed(spec) for spec in specs)
         both = [first.changed(specs[1]), second.changed(specs[0])]
         succeeded = [not isinstance(outcome, BaseException) for outcome in done]
         assert any(succeeded), done
         candidates = both if all(succeeded) else [first if succeeded[0] else second]
-        await self.host.settle(one.name, *(pruned(candidate, KEEP) for candidate in candidates))
+        await self.host.settle(container.name, *(pruned(candidate, KEEP) for candidate in candidates))

@@ -23,19 +23,19 @@ _NOTICED_S = 20.0
 
 async def run_docker_action(host: ModelledHost, name: str, action: str) -> None:
     """Do something to a container of the daemon, and wait until that is known."""
-    one, engine = host.known[name].copy(), host.rig.engine
+    expected, engine = host.known[name].copy(), host.rig.engine
     inspected = _inspected(host, name)
     where = f"/containers/{inspected['Id']}"
     match action:
         case "rm":
             engine.call("DELETE", where, query={"force": "1"})
-            one.state, one.holds, one.cards = State.FAILED, False, 0
+            expected.state, expected.holds, expected.cards = State.FAILED, False, 0
         case "stop" | "kill":
             engine.call("POST", f"{where}/{action}")
-            one.state = State.EXITED
+            expected.state = State.EXITED
         case "pause":
             engine.call("POST", f"{where}/pause")
-            one.state = State.PAUSED
+            expected.state = State.PAUSED
         case "start":
             return await _start(host, name, where)
         case "rename":
@@ -43,13 +43,13 @@ async def run_docker_action(host: ModelledHost, name: str, action: str) -> None:
             await _until(lambda: _inspected(host, name)["Name"] == inspected["Name"])
         case "limit":
             engine.call("POST", f"{where}/update", send={"NanoCpus": 700_000_000})
-            wanted = round(one.spec.cpus * 1e9) or engine.call("GET", "/info")["NCPU"] * 1_000_000_000
+            wanted = round(expected.spec.cpus * 1e9) or engine.call("GET", "/info")["NCPU"] * 1_000_000_000
             await _until(lambda: _inspected(host, name)["HostConfig"]["NanoCpus"] == wanted)
-    wanted_state = f"CONTAINER_STATE_{one.state}"
+    wanted_state = f"CONTAINER_STATE_{expected.state}"
     async with asyncio.timeout(limit(_NOTICED_S)):
         while container_pb2.ContainerState.Name((await host.caller.get(name)).status.state) != wanted_state:
             await asyncio.sleep(0.02)
-    host.known[name] = one
+    host.known[name] = expected
     return None
 
 

@@ -121,4 +121,4 @@ class ExpectedVolume:
 
 def containers_mounting(known: Iterable[ExpectedContainer], volume: str) -> list[str]:
     """Who mounts a volume, whether it runs or not."""
-    return sorted(one.name for one in known if volume in one.spec.volumes)
+    return sorted(container.name for container in known if volume in container.spec.volumes)

@@ -102,8 +102,8 @@ class ModelledHost:
             assert not EngineView.read(self.rig, self.node).by_name
             assert not self._engine_volumes()
             assert not loop_devices_below(self.daemon.state_dir)
-            for one in self.known.values():
-                assert not (self.snapshots / one.uid).exists()
+            for container in self.known.values():
+                assert not (self.snapshots / container.uid).exists()
         finally:
             await self.caller.channel.close(None)
             await asyncio.to_thread(self.daemon.stop)
@@ -142,70 +142,78 @@ class ModelledHost:
         """What volumes are made of is there once, and nothing else is."""
         made = {seen.mountpoint for name, seen in observation.volumes.items() if not self.volumes[name].adopted}
         assert self._engine_volumes() == made
-        sized = [one.name for one in self.volumes.values() if one.size_mib]
+        sized = [volume.name for volume in self.volumes.values() if volume.size_mib]
         loops = loop_devices_below(self.daemon.state_dir)
         assert len(loops) == len(sized), f"{loops} for {sized}"
 
     def _engine_volumes(self) -> set[str]:
         query = {"filters": f'{{"label":["gpudock.node={self.node}"]}}'}
-        return {one["Mountpoint"] for one in self.rig.engine.call("GET", "/volumes", query=query)["Volumes"] or []}
+        return {
+            volume["Mountpoint"] for volume in self.rig.engine.call("GET", "/volumes", query=query)["Volumes"] or []
+        }
 
     async def _observe(self) -> Observation:
         return await Observation.read(self.rig, self.node, self.caller)
 
-    async def _differences(self, one: ExpectedContainer, observation: Observation) -> list[str]:
+    async def _differences(self, expected: ExpectedContainer, observation: Observation) -> list[str]:
         """What is not as expected, in words."""
-        now = observation.containers[one.name]
+        now = observation.containers[expected.name]
         state = container_pb2.ContainerState.Name(now.status.state).removeprefix("CONTAINER_STATE_")
         wrong = []
-        if state != one.state:
-            wrong.append(f"is {state}, not {one.state}: {now.status.message}")
-        if (now.revision, spec_of(now)) != (one.revision, one.spec):
-            wrong.append(f"is at {now.revision} {spec_of(now)}, not at {one.revision} {one.spec}")
-        held = sorted(uuid for uuid, name in observation.holders.items() if name == one.name)
-        if held != sorted(now.status.gpu_uuids) or len(held) != one.cards or now.status.holds_resources != one.holds:
-            wrong.append(f"holds {held}, shows {list(now.status.gpu_uuids)}, is to have {one.cards} ({one.holds})")
-        if one.state is State.FAILED:
+        if state != expected.state:
+            wrong.append(f"is {state}, not {expected.state}: {now.status.message}")
+        if (now.revision, spec_of(now)) != (expected.revision, expected.spec):
+            wrong.append(f"is at {now.revision} {spec_of(now)}, not at {expected.revision} {expected.spec}")
+        held = sorted(uuid for uuid, name in observation.holders.items() if name == expected.name)
+        if (
+            held != sorted(now.status.gpu_uuids)
+            or len(held) != expected.cards
+            or now.status.holds_resources != expected.holds
+        ):
+            wrong.append(
+                f"holds {held}, shows {list(now.status.gpu_uuids)}, is to have {expected.cards} ({expected.holds})"
+            )
+        if expected.state is State.FAILED:
             return wrong + (["holds something, and is lost"] if held else [])
-        ours = observation.engine.by_name.get(one.name, [])
+        ours = observation.engine.by_name.get(expected.name, [])
         if [found["Id"] for found in ours] != [now.status.engine_id]:
             return [*wrong, f"has the engine containers {[found['Name'] for found in ours]}"]
-        if ours[0]["State"]["Running"] != one.runs:
+        if ours[0]["State"]["Running"] != expected.runs:
             # Else a record that has not yet followed would be believed.
             wrong.append(f"is {ours[0]['State']['Status']} in the engine")
         found = files_of(writable_layer(ours[0]))
-        if found != one.files:
-            wrong.append(f"has the files {found}, not {one.files}")
-        if (mounted := observation.mounts_of(ours[0])) != dict(one.spec.mounts):
-            wrong.append(f"has {mounted} mounted, not {one.spec.mounts}")
-        return wrong + await self._wrong_history(one)
+        if found != expected.files:
+            wrong.append(f"has the files {found}, not {expected.files}")
+        if (mounted := observation.mounts_of(ours[0])) != dict(expected.spec.mounts):
+            wrong.append(f"has {mounted} mounted, not {expected.spec.mounts}")
+        return wrong + await self._wrong_history(expected)
 
-    def _wrong_volume(self, one: ExpectedVolume, observation: Observation) -> list[str]:
+    def _wrong_volume(self, expected: ExpectedVolume, observation: Observation) -> list[str]:
         """What of a volume is not as expected, in words."""
-        seen = observation.volumes[one.name]
+        seen = observation.volumes[expected.name]
         if seen.state != volume_pb2.VOLUME_STATE_READY or seen.operation_id:
             return [f"is {volume_pb2.VolumeState.Name(seen.state)}, with the operation {seen.operation_id!r}"]
         wrong = []
-        size, backend = one.size_mib * _MIB, volume_pb2.VOLUME_BACKEND_LOOP
+        size, backend = expected.size_mib * _MIB, volume_pb2.VOLUME_BACKEND_LOOP
         if seen.backend != (backend if size else volume_pb2.VOLUME_BACKEND_PLAIN):
             wrong.append(f"is made of {volume_pb2.VolumeBackend.Name(seen.backend)}")
-        if (seen.size_bytes, seen.revision) != (size, len(one.sizes)):
-            wrong.append(f"has {seen.size_bytes} bytes at revision {seen.revision}, not {one.sizes} MiB")
+        if (seen.size_bytes, seen.revision) != (size, len(expected.sizes)):
+            wrong.append(f"has {seen.size_bytes} bytes at revision {seen.revision}, not {expected.sizes} MiB")
         shown = observation.visible_size(seen) if size else None
         if shown is not None and abs(shown - size) > size * _SIZE_TOLERANCE:
             wrong.append(f"shows a size of {shown}, not {size}")
         found = observation.files_in_volume(seen, self.daemon.state_dir / "volumes" / seen.uid / "device")
-        if found != one.files:
-            wrong.append(f"has the files {found}, not {one.files}")
+        if found != expected.files:
+            wrong.append(f"has the files {found}, not {expected.files}")
         return wrong
 
-    async def _wrong_history(self, one: ExpectedContainer) -> list[str]:
+    async def _wrong_history(self, expected: ExpectedContainer) -> list[str]:
         wrong = []
-        history = {found.revision: found for found in await self.caller.revisions(one.name)}
-        if sorted(history) != sorted([*one.past, one.revision]):
-            return [f"has the revisions {sorted(history)}, not {sorted([*one.past, one.revision])}"]
-        for number, past in one.past.items():
-            tree = self.snapshots / one.uid / str(number) / "tree"
+        history = {found.revision: found for found in await self.caller.revisions(expected.name)}
+        if sorted(history) != sorted([*expected.past, expected.revision]):
+            return [f"has the revisions {sorted(history)}, not {sorted([*expected.past, expected.revision])}"]
+        for number, past in expected.past.items():
+            tree = self.snapshots / expected.uid / str(number) / "tree"
             kept = tuple(sorted(files_of(tree).items())) if tree.is_dir() else None
             if kept != past.files or history[number].HasField("snapshot") != (kept is not None):
                 wrong.append(f"revision {number} kept {kept}, not {past.files}")
@@ -278,14 +286,14 @@ class ModelledHost:
 
     async def _settle_change(self, change: Change, *ends: ExpectedState, failed: bool = False) -> None:
         """Find out to which of these ends it came. With `failed` what ran may have been left stopped."""
-        for one in change.also:
+        for container in change.also:
             # It may have been changed before the rest failed, whatever was told.
-            others = (one,) if ends == (change.after,) else (self.known[one.name], one)
-            await self.settle(one.name, *others, *(_left_by_failure(others, None) if failed else ()))
+            others = (container,) if ends == (change.after,) else (self.known[container.name], container)
+            await self.settle(container.name, *others, *(_left_by_failure(others, None) if failed else ()))
         if change.is_of_volume:
-            await self.settle_volume(change.name, *(one for one in ends if not isinstance(one, ExpectedContainer)))
+            await self.settle_volume(change.name, *(end for end in ends if not isinstance(end, ExpectedContainer)))
             return
-        containers = [one for one in ends if not isinstance(one, ExpectedVolume)]
+        containers = [end for end in ends if not isinstance(end, ExpectedVolume)]
         await self.settle(change.name, *containers, *(_left_by_failure(containers, change.before) if failed else ()))
 
     async def kill_during(self, change: Change, seconds: float) -> bool:
@@ -344,16 +352,16 @@ class ModelledHost:
 
     async def write(self, name: str, file: str, content: str | None) -> None:
         """Write a file, or (None) delete one."""
-        one = self.known[name]
+        expected = self.known[name]
         if file == GROUP:
             script = f"rm -f {GROUP}"
-            one.files[GROUP] = "deleted"
+            expected.files[GROUP] = "deleted"
         elif content is None:
             script = f"rm -f /work/{file}"
-            one.files.pop(file, None)
+            expected.files.pop(file, None)
         else:
             script = f"mkdir -p /work && printf %s '{content}' > /work/{file}"
-            one.files[file] = content
+            expected.files[file] = content
         await self.caller.shell(name, script)
 
     async def write_in_volume(self, name: str, target: str, file: str, content: str | None) -> None:
@@ -385,16 +393,16 @@ def _outcome_is_unknown(told: Failure) -> bool:
 
 def _left_by_failure(ends: Iterable[ExpectedContainer | None], before: ExpectedState) -> list[ExpectedContainer]:
     """How else what has failed may be left, and be told to be."""
-    ran = [one for one in ends if one and one.runs]
+    ran = [container for container in ends if container and container.runs]
     # A container that was stopped on the way, or could not be started again, is told as it is.
-    left = [_with_state(one, state) for state in (State.EXITED, State.STOPPED) for one in ran]
+    left = [_with_state(container, state) for state in (State.EXITED, State.STOPPED) for container in ran]
     if ran and isinstance(before, ExpectedContainer) and before.state is State.PAUSED:
         # What is frozen is thawed to be stopped.
         left.append(_with_state(before, State.RUNNING))
     return left
 
 
-def _with_state(one: ExpectedContainer, state: State) -> ExpectedContainer:
-    other = one.copy()
+def _with_state(expected: ExpectedContainer, state: State) -> ExpectedContainer:
+    other = expected.copy()
     other.state = state
     return other

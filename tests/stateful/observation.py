@@ -54,27 +54,32 @@ class EngineView:
         by_name: dict[str, list[dict[str, Any]]] = {}
         query = {"all": "1", "filters": f'{{"label":["gpudock.node={node}"]}}'}
         for listed in rig.engine.call("GET", "/containers/json", query=query):
-            one = rig.engine.call("GET", f"/containers/{listed['Id']}/json")
-            by_name.setdefault(one["Config"]["Labels"]["gpudock.name"], []).append(one)
+            inspected = rig.engine.call("GET", f"/containers/{listed['Id']}/json")
+            by_name.setdefault(inspected["Config"]["Labels"]["gpudock.name"], []).append(inspected)
         return cls(by_name)
 
     @property
     def users_of_running_gpus(self) -> dict[str, list[str]]:
         """Who has each card in the engine, of those that run: one name, or something is wrong."""
         users: dict[str, list[str]] = {}
-        for name, ones in self.by_name.items():
-            for one in ones:
-                if one["State"]["Running"]:
-                    for uuid in gpus_of(one):
+        for name, containers in self.by_name.items():
+            for inspected in containers:
+                if inspected["State"]["Running"]:
+                    for uuid in gpus_of(inspected):
                         users.setdefault(uuid, []).append(name)
         return users
 
     def mount_paths(self, mountpoint: str) -> Iterator[Path]:
         """Where a volume is seen: once for each mount of it in what runs."""
-        for one in (each for ones in self.by_name.values() for each in ones if each["State"]["Running"]):
-            for mount in one["Mounts"]:
+        for inspected in (
+            container
+            for containers in self.by_name.values()
+            for container in containers
+            if container["State"]["Running"]
+        ):
+            for mount in inspected["Mounts"]:
                 if mount["Source"] == mountpoint:
-                    yield Path(f"/proc/{one['State']['Pid']}/root{mount['Destination']}")
+                    yield Path(f"/proc/{inspected['State']['Pid']}/root{mount['Destination']}")
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class Observation:
             caller.holders(),
             volumes_of(caller),
         )
-        containers = {one.name: one for one in listed.containers}
+        containers = {container.name: container for container in listed.containers}
         return cls(containers, engine, {uuid: name for uuid, name in holders.items() if name}, volumes)
 
     @classmethod
@@ -111,7 +116,7 @@ class Observation:
     def files_in_volume(self, volume: volume_pb2.Volume, device: Path) -> Files:
         """What a volume holds, each user having it as all others; `device` is what one with a size is mounted from."""
         seen = [_texts_in(mount_path) for mount_path in self.engine.mount_paths(volume.mountpoint)]
-        assert all(one == seen[0] for one in seen), f"{volume.name} has different files in its users: {seen}"
+        assert all(files == seen[0] for files in seen), f"{volume.name} has different files in its users: {seen}"
         if seen:
             return seen[0]
         return _texts_on_device(device) if volume.size_bytes else _texts_in(Path(volume.mountpoint))

@@ -31,13 +31,13 @@ class OtherRules(RuleBase):
         states = {"rm": (RUNNING, EXITED), "start": (EXITED, STOPPED), "rename": RESTING}.get(action, (RUNNING,))
         if not self.has_container(*states):
             return self.skip()
-        one = self.choose_container(data, *states)
+        container = self.choose_container(data, *states)
         # Not often: what is removed is lost for the rest of the sequence, unless it is rolled back.
         if action == "rm" and not data.flag("really"):
             return self.skip()
-        self.loop.run(run_docker_action(self.host, one.name, action))
+        self.loop.run(run_docker_action(self.host, container.name, action))
         self.tally[f"docker {action}"] += 1
-        return self.loop.run(self.host.check(one.name))
+        return self.loop.run(self.host.check(container.name))
 
     # Once is enough: what was looked at is not looked at again before anything else has happened.
     @precondition(lambda self: self.changed_since_check)

@@ -27,8 +27,8 @@ async def check_all_reads(host: ModelledHost) -> None:
     """While nothing is under way."""
     await _node(host)
     await _containers(host)
-    for one in host.known.values():
-        await _revision(host.caller, one)
+    for container in host.known.values():
+        await _revision(host.caller, container)
     await _volumes(host)
     await _operations(host.caller)
     await _drift(host)
@@ -37,9 +37,9 @@ async def check_all_reads(host: ModelledHost) -> None:
 async def _node(host: ModelledHost) -> None:
     nodes = host.caller.nodes
     node = (await nodes.GetNode(node_service_pb2.GetNodeRequest())).node
-    held = sum(one.cards for one in host.known.values())
+    held = sum(container.cards for container in host.known.values())
     assert (node.name, node.claimed_gpus) == (host.node, held)
-    promised = sum(one.size_mib for one in host.volumes.values())
+    promised = sum(volume.size_mib for volume in host.volumes.values())
     assert node.volume_pool.promised_bytes == promised * _MIB
     ports = (await nodes.ListPorts(node_service_pb2.ListPortsRequest())).ports
     assert len({port.host_port for port in ports}) == len(ports), "no port is held twice"
@@ -50,16 +50,17 @@ async def _node(host: ModelledHost) -> None:
         status = (await host.caller.get(name)).status
         assert {port.host_port for port in status.ports} == shown.pop(name, set()), name
     assert not shown, f"ports that are held by nobody: {shown}"
-    assert all(one.healthy for one in node.components), node.components
+    assert all(component.healthy for component in node.components), node.components
 
 
 async def _containers(host: ModelledHost) -> None:
     containers = host.caller.containers
     listed = (await containers.ListContainers(container_service_pb2.ListContainersRequest())).containers
     states = {
-        one.name: container_pb2.ContainerState.Name(one.status.state).removeprefix("CONTAINER_STATE_") for one in listed
+        container.name: container_pb2.ContainerState.Name(container.status.state).removeprefix("CONTAINER_STATE_")
+        for container in listed
     }
-    assert states == {name: one.state.value for name, one in host.known.items()}
+    assert states == {name: container.state.value for name, container in host.known.items()}
     watch = containers.WatchContainers(container_service_pb2.WatchContainersRequest())
     watched = []
     async for answer in watch:
@@ -70,32 +71,32 @@ async def _containers(host: ModelledHost) -> None:
     assert watched == list(listed)
 
 
-async def _revision(caller: Caller, one: ExpectedContainer) -> None:
-    request = container_service_pb2.GetContainerRevisionRequest(name=one.name, revision=one.revision)
+async def _revision(caller: Caller, expected: ExpectedContainer) -> None:
+    request = container_service_pb2.GetContainerRevisionRequest(name=expected.name, revision=expected.revision)
     current = (await caller.containers.GetContainerRevision(request)).revision
     assert current.current
-    assert current.spec == (await caller.get(one.name)).spec
+    assert current.spec == (await caller.get(expected.name)).spec
 
 
 async def _volumes(host: ModelledHost) -> None:
     caller = host.caller
     listed = (await caller.volumes.ListVolumes(volume_service_pb2.ListVolumesRequest())).volumes
-    assert [one.name for one in listed] == sorted(host.volumes)
+    assert [volume.name for volume in listed] == sorted(host.volumes)
     for shown in listed:
-        one = host.volumes[shown.name]
-        if one.size_mib:
+        expected = host.volumes[shown.name]
+        if expected.size_mib:
             # The files are few: most of that is the filesystem's own.
-            assert shown.used_bytes < one.size_mib * _MIB // 4
-        alone = await caller.volume(one.name)
+            assert shown.used_bytes < expected.size_mib * _MIB // 4
+        alone = await caller.volume(expected.name)
         assert (alone.size_bytes, alone.etag, alone.used_bytes >= 0) == (shown.size_bytes, shown.etag, True)
-        await _volume_history(caller, one)
+        await _volume_history(caller, expected)
 
 
-async def _volume_history(caller: Caller, one: ExpectedVolume) -> None:
-    request = volume_service_pb2.ListVolumeRevisionsRequest(name=one.name)
+async def _volume_history(caller: Caller, expected: ExpectedVolume) -> None:
+    request = volume_service_pb2.ListVolumeRevisionsRequest(name=expected.name)
     history = (await caller.volumes.ListVolumeRevisions(request)).revisions
     assert [(kept.revision, kept.size_bytes) for kept in history] == [
-        (number, size * _MIB) for number, size in enumerate(one.sizes, 1)
+        (number, size * _MIB) for number, size in enumerate(expected.sizes, 1)
     ]
 
 
@@ -116,4 +117,4 @@ async def _drift(host: ModelledHost) -> None:
     async with asyncio.timeout(limit(_COMPARED_S)):
         while (seen := await host.caller.nodes.ListDrift(node_service_pb2.ListDriftRequest())).trouble:
             await asyncio.sleep(0.05)
-    assert all(one.container for one in seen.drift), seen.drift
+    assert all(entry.container for entry in seen.drift), seen.drift

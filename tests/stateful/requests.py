@@ -52,14 +52,14 @@ def new_container(name: str, spec: Spec) -> ExpectedContainer:
     return ExpectedContainer(name=name, uid="", state=State.RUNNING, spec=spec, cards=spec.gpus)
 
 
-def pruned(one: ExpectedContainer, keep: int) -> ExpectedContainer:
+def pruned(container: ExpectedContainer, keep: int) -> ExpectedContainer:
     """With no more than `keep` revisions, the current one among them."""
-    after = one.copy()
+    after = container.copy()
     for number in sorted(after.past)[: max(0, len(after.past) - keep + 1)]:
         del after.past[number]
     return after
 
 
-def restorable(one: ExpectedContainer) -> Sequence[tuple[int, PastRevision]]:
+def restorable(container: ExpectedContainer) -> Sequence[tuple[int, PastRevision]]:
     """The revisions that can be returned to with their files."""
-    return [(number, past) for number, past in sorted(one.past.items()) if past.files is not None]
+    return [(number, past) for number, past in sorted(container.past.items()) if past.files is not None]

@@ -111,7 +111,7 @@ class RuleBase(RuleBasedStateMachine):
     def has_container(self, *states: State) -> bool:
         """Whether there is one in any of these states (none: in any at all)."""
         known = self._host.known if self._host else {}
-        return any(not states or one.state in states for one in known.values())
+        return any(not states or container.state in states for container in known.values())
 
     @property
     def has_volumes(self) -> bool:
@@ -121,7 +121,7 @@ class RuleBase(RuleBasedStateMachine):
     def choose_container(self, data: Draws, *states: State) -> ExpectedContainer:
         """A container in any of these states."""
         self.changed_since_check = True
-        names = sorted(name for name, one in self.host.known.items() if not states or one.state in states)
+        names = sorted(name for name, container in self.host.known.items() if not states or container.state in states)
         return self.host.known[data.choose(names, "which")]
 
     def free_name(self, data: Draws) -> str:
@@ -136,7 +136,7 @@ class RuleBase(RuleBasedStateMachine):
 
     def can_claim(self, gpus: int, *, released: int = 0) -> bool:
         """Whether that many cards are free, once others are given back."""
-        return gpus - released <= CARDS - sum(one.cards for one in self.host.known.values())
+        return gpus - released <= CARDS - sum(container.cards for container in self.host.known.values())
 
     def lacks_volume(self, spec: Spec) -> bool:
         """Whether it names one that was deleted."""

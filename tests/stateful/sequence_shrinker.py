@@ -92,7 +92,9 @@ class ReplayedDraws(Draws):
 def failure_location(error: BaseException) -> tuple[type[BaseException], str, int]:
     """What tells one failure from another: its type, and the line of the tests where it was raised."""
     tests = Path(__file__).parents[1]
-    frames = [one for one in traceback.extract_tb(error.__traceback__) if Path(one.filename).is_relative_to(tests)]
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(tests)
+    ]
     return type(error), frames[-1].filename if frames else "", (frames[-1].lineno or 0) if frames else 0
 
 
@@ -115,7 +117,7 @@ class Shrunk:
     def __str__(self) -> str:
         if not self.failed_again:
             return "played again, this sequence does not fail: it depends on timing, and was not made shorter"
-        lines = "\n".join(f"  {one}" for one in self.steps)
+        lines = "\n".join(f"  {step}" for step in self.steps)
         return f"the shortest part that fails too (of {self.played} that were played) has these steps:\n{lines}"
 
 

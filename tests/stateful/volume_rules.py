@@ -76,7 +76,7 @@ class VolumeRules(RuleBase):
         self.loop.run(self.host.write_in_volume(name, target, file, content))
         self.tally["write in volume"] += 1
 
-    @precondition(lambda self: any(one.size_mib for one in self.host.volumes.values()))
+    @precondition(lambda self: any(volume.size_mib for volume in self.host.volumes.values()))
     @rule(data=st.data(), shrink=st.sampled_from((False,) * 4 + (True,)))
     @counted
     def resize_volume(self, data: Draws, shrink: bool) -> None:
@@ -93,13 +93,18 @@ class VolumeRules(RuleBase):
             self.refused(act, "SIZE_NOT_SUPPORTED", name)
         elif size_mib < _SMALLEST_MIB:
             self.refused(act, "VOLUME_TOO_SMALL_FOR_DATA", name)
-        elif shrink and any(one.state is PAUSED for one in users):
+        elif shrink and any(container.state is PAUSED for container in users):
             self.refused(act, "CONTAINER_PAUSED", name)
         elif not shrink:
             self.perform(data, name, act, volume, volume.resized(size_mib))
         else:
             self.perform(
-                data, name, act, volume, volume.resized(size_mib), also={one.name: one.copy() for one in users}
+                data,
+                name,
+                act,
+                volume,
+                volume.resized(size_mib),
+                also={container.name: container.copy() for container in users},
             )
 
     @precondition(lambda self: self.has_volumes)
@@ -109,7 +114,7 @@ class VolumeRules(RuleBase):
         """Not while anything mounts it, and by force not while what mounts it runs; what does not is updated first."""
         volume = self._volume(data)
         name, users = volume.name, self._users(volume.name)
-        keep_it = [one.name for one in users if not force or one.state not in (STOPPED, EXITED)]
+        keep_it = [container.name for container in users if not force or container.state not in (STOPPED, EXITED)]
 
         async def act(caller: Caller) -> None:
             await caller.delete_volume(name, force=force)
@@ -120,7 +125,7 @@ class VolumeRules(RuleBase):
                 return self.refused(act, "VOLUME_IN_USE", name, *keep_it, holders=keep_it or [other])
         if keep_it:
             return self.refused(act, "VOLUME_IN_USE", name, *keep_it, holders=keep_it)
-        also = {one.name: pruned(one.changed(one.spec.without(name)), KEEP) for one in users}
+        also = {container.name: pruned(container.changed(container.spec.without(name)), KEEP) for container in users}
         return self.perform(data, name, act, volume, None, also=also)
 
     async def _engine_volume(self, name: str) -> str:
@@ -128,4 +133,4 @@ class VolumeRules(RuleBase):
 
     def _names(self, state: object) -> list[str]:
         known = self._host.known if self._host else {}
-        return sorted(name for name, one in known.items() if one.state is state)
+        return sorted(name for name, container in known.items() if container.state is state)

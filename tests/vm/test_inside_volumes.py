@@ -112,7 +112,7 @@ async def _revision_causes(caller: Caller) -> list[str]:
     request = volume_service_pb2.ListVolumeRevisionsRequest(name="data")
     revisions = (await caller.volumes.ListVolumeRevisions(request)).revisions
     name = volume_pb2.VolumeRevisionCause.Name
-    return [name(one.cause).removeprefix("VOLUME_REVISION_CAUSE_") for one in revisions]
+    return [name(revision.cause).removeprefix("VOLUME_REVISION_CAUSE_") for revision in revisions]
 
 
 async def test_a_full_pool_and_a_killed_engine_lose_nothing(caller: Caller, pool: Pool) -> None:
